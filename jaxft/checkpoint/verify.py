@@ -1,0 +1,88 @@
+"""What was exported is loaded again and compared with the live model, by us and by the libraries it is for."""
+
+# B batch, S sequence, V vocab
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxft.checkpoint.load import LoadedModel, load_model
+from jaxft.errors import ExportError
+from jaxft.models import parameter_count
+
+PROBE_ROWS, PROBE_LENGTH = 2, 24
+# Largest difference allowed, as a share of the largest logit: rounding of the stored type.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 4e-2}
+# transformers needs the whole model once more in float32; above this it is left out and said so.
+PEER_LIMIT = 3_000_000_000
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison. difference: largest logit difference as a share of the largest logit."""
+
+    reader: str
+    difference: float
+
+
+def probe(vocab: int) -> np.ndarray:
+    """Token ids [B, S] that the comparison runs on: the same for every export of a vocabulary."""
+    return np.random.default_rng(vocab).integers(0, vocab, (PROBE_ROWS, PROBE_LENGTH))
+
+
+def check_export(live: LoadedModel, folder: str, *, stored: str) -> tuple[Check, ...]:
+    """Reloads `folder` and compares logits with the live model.
+
+    stored: element type of the written weights. Raises ExportError where a reader's logits differ by
+    more than that type's rounding, or where an adapter that does something in the live model does
+    nothing when read back.
+    """
+    tokens = probe(live.module.config.vocab_size)
+    expected = live.logits(tokens)
+    compute = str(np.dtype(live.module.dtype))
+    tolerance = max(TOLERANCE[stored], TOLERANCE[compute])
+    checks = []
+    for reader, read in _readers(live, folder, compute).items():
+        difference = float(np.max(np.abs(read(tokens) - expected)) / np.max(np.abs(expected)))
+        if not difference <= tolerance:
+            raise ExportError(
+                f"{folder} read by {reader} differs from the live model: logits by {difference:.2e} of the largest, "
+                f"allowed {tolerance:.0e} for {stored} weights. Do not use it; what was trained is still in checkpoints/."
+            )
+        checks.append(Check(reader, difference))
+    return tuple(checks)
+
+
+def _readers(live: LoadedModel, folder: str, compute: str) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
+    readers = {"jaxft": lambda tokens: load_model(folder, dtype=compute).logits(tokens)}
+    small = parameter_count(live.module) <= PEER_LIMIT
+    if small and importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
+        peft_folder = importlib.util.find_spec("peft") is not None and _is_adapter(folder)
+        if peft_folder and not live.base.endswith(".gguf"):
+            readers["peft"] = lambda tokens: _transformers_logits(live.base, tokens, adapter=folder)
+        elif not _is_adapter(folder):
+            readers["transformers"] = lambda tokens: _transformers_logits(folder, tokens)
+    return readers
+
+
+def _is_adapter(folder: str) -> bool:
+    import os
+
+    from jaxft.checkpoint.peft import CONFIG
+
+    return os.path.isfile(os.path.join(folder, CONFIG))
+
+
+def _transformers_logits(folder: str, tokens: np.ndarray, adapter: str | None = None) -> np.ndarray:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter)
+    with torch.no_grad():
+        return model.eval()(torch.from_numpy(tokens)).logits.float().numpy()

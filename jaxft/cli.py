@@ -1,0 +1,238 @@
+"""The command line: parses one verb and calls one function."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jaxft.errors import ConfigError, JaxftError, did_you_mean
+
+EXIT_REFUSED = 2
+OVERRIDE = "--config."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command. Exit codes: 0 done, 2 refused with a message, 75 stopped by SIGTERM after saving."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    try:
+        overrides = _overrides(rest, parser)
+        result = arguments.run(arguments, overrides)
+    except JaxftError as error:
+        print(f"jaxft {arguments.verb}: {error}", file=sys.stderr)
+        return EXIT_REFUSED
+    except KeyboardInterrupt:
+        print(f"jaxft {arguments.verb}: interrupted", file=sys.stderr)
+        return 130
+    if isinstance(result, int):
+        return result
+    if arguments.json and result is not None:
+        print(json.dumps(result, indent=2, ensure_ascii=False))
+    return 0
+
+
+def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
+    from jaxft.config import load
+
+    config = load(arguments.config, overrides)
+    from jaxft.sharding import distributed
+
+    distributed.start(arguments.coordinator, arguments.num_processes, arguments.process_id)
+    from jaxft.runs.train import train
+    from jaxft.train.loop import PREEMPTED_EXIT_CODE, Preempted
+
+    console = _console(arguments)
+    try:
+        summary = train(config, console=console)
+    except Preempted as stopped:
+        print(f"jaxft train: {stopped}", file=sys.stderr)
+        return PREEMPTED_EXIT_CODE
+    from jaxft.runs.present import print_summary
+
+    print_summary(summary, console)
+    return summary
+
+
+def _quickstart(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
+    from jaxft.sharding import distributed
+
+    distributed.start()
+    from jaxft.runs.present import print_summary
+    from jaxft.runs.quickstart import quickstart
+
+    console = _console(arguments)
+    summary = quickstart(console=console, overrides=tuple(overrides))
+    print_summary(summary, console)
+    return summary
+
+
+def _data(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
+    from jaxft.config import load
+    from jaxft.data import load_tokenizer, prepare, print_examination, render_rows
+
+    config = load(arguments.config, overrides)
+    tokenizer = load_tokenizer(
+        config.model.path, revision=config.model.revision, chat_template=config.data.chat_template
+    )
+    data = prepare(config, tokenizer)
+    console = _console(arguments)
+    print_examination(data.examination, console=console)
+    if data.eval_examination is not None:
+        print_examination(data.eval_examination, console=console)
+    render_rows(data.train_examples, tokenizer, limit=arguments.rows, console=console)
+    held_out = data.eval_examination
+    return data.examination.to_dict() | ({"eval": held_out.to_dict()} if held_out is not None else {})
+
+
+def _generate(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
+    from jaxft import api
+
+    prompts: list[Any] = list(arguments.prompt)
+    if not prompts:
+        prompts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if not prompts:
+        raise ConfigError("no prompt: give --prompt=TEXT (again for more) or lines on standard input")
+    model, tokenizer = api.load_model(arguments.model, dtype=arguments.dtype), api.load_tokenizer(arguments.model)
+    if arguments.chat:
+        system = [{"role": "system", "content": arguments.system}] if arguments.system else []
+        prompts = [[*system, {"role": "user", "content": prompt}] for prompt in prompts]
+    answers = api.generate(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+    )
+    if not arguments.json:
+        print("\n---\n".join(answers))
+    return {"answers": answers}
+
+
+def _eval(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
+    from jaxft import api
+    from jaxft.runs import folder
+    from jaxft.runs.export import load_trained
+
+    if (arguments.run is None) == (arguments.config is None):
+        raise ConfigError("give either --run=FOLDER or --config=FILE (with --model=PATH to score another model)")
+    from jaxft.config import load
+
+    if arguments.run is not None:
+        if overrides:
+            raise ConfigError("--run evaluates with the run's own config; use --config and --model to change it")
+        config, model_path = folder.run_config(arguments.run), arguments.model or arguments.run
+    else:
+        config = load(arguments.config, overrides)
+        model_path = arguments.model or config.model.path
+    tokenizer = api.load_tokenizer(config.model.path, chat_template=config.data.chat_template)
+    figures = api.evaluate(load_trained(model_path), tokenizer, config)
+    if not arguments.json:
+        for name, value in figures.items():
+            print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
+    return figures
+
+
+def _export(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
+    from jaxft import api
+
+    source = arguments.run or arguments.model
+    if source is None or (arguments.run and arguments.model):
+        raise ConfigError("give either --run=FOLDER or --model=PATH")
+    written = api.export(source, arguments.to, format=arguments.format, dtype=arguments.dtype, step=arguments.step)
+    if not arguments.json:
+        checks = ", ".join(f"{reader} (logits within {value:.1e})" for reader, value in written["checks"].items())
+        print(f"{written['folder']}: read back by {checks}")
+    return written
+
+
+def _console(arguments: argparse.Namespace) -> Any:
+    from rich.console import Console
+
+    # With --json, standard output carries the JSON alone.
+    return Console(stderr=arguments.json)
+
+
+def _overrides(rest: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
+    out, waiting = [], None
+    for item in rest:
+        if waiting is not None:
+            out.append(f"{waiting}={item}")
+            waiting = None
+        elif item.startswith(OVERRIDE) and "=" in item:
+            out.append(item.removeprefix(OVERRIDE))
+        elif item.startswith(OVERRIDE):
+            waiting = item.removeprefix(OVERRIDE)
+        else:
+            known = [option for action in parser._actions for option in action.option_strings]
+            raise ConfigError(f"unknown argument {item!r}.{did_you_mean(item.split('=')[0], [*known, *_OPTIONS])}")
+    if waiting is not None:
+        raise ConfigError(f"--config.{waiting} has no value")
+    return out
+
+
+_OPTIONS: list[str] = []
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="jaxft", description=sys.modules["jaxft"].__doc__, allow_abbrev=False)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, run: Callable[..., Any], about: str) -> Callable[..., Any]:
+        sub = verbs.add_parser(name, help=about, description=about, allow_abbrev=False)
+        sub.add_argument("--json", action="store_true", help="figures as JSON, alone on standard output")
+        sub.set_defaults(run=run)
+
+        def option(flag: str, **kwargs: Any) -> None:
+            _OPTIONS.append(flag)
+            sub.add_argument(flag, **kwargs)
+
+        return option
+
+    config = {"metavar": "FILE[:ARG]", "help": "configs/NAME.py; :smoke shrinks it; --config.a.b=value overrides"}
+    model = {"metavar": "PATH", "help": "Hugging Face, PEFT or run folder, GGUF file, or hf://owner/name"}
+
+    option = verb("train", _train, "fine-tune as a config says; the same command goes on after an interruption")
+    option("--config", required=True, **config)
+    option("--coordinator", metavar="HOST:PORT", help="process 0, when processes are started by hand")
+    option("--num_processes", type=int)
+    option("--process_id", type=int)
+
+    verb("quickstart", _quickstart, "LoRA on SmolLM2-135M, a small real task, on this machine (from a checkout)")
+
+    option = verb("data", _data, "examine a config's data as training would see it")
+    option("--config", required=True, **config)
+    option("--rows", type=int, default=2, help="how many rows to show with their trained tokens marked")
+
+    option = verb("generate", _generate, "answer prompts")
+    option("--model", required=True, **model)
+    option("--prompt", action="append", default=[], help="once per prompt; standard input where there is none")
+    option("--chat", action="store_true", help="render each prompt as a user message by the chat template")
+    option("--system", help="system message, with --chat")
+    option("--max_new_tokens", type=int, default=128)
+    option("--temperature", type=float, default=0.0, help="0 is greedy")
+    option("--top_k", type=int)
+    option("--top_p", type=float)
+    option("--seed", type=int, default=0)
+    option("--dtype", default="float32", choices=("float32", "bfloat16"))
+
+    option = verb("eval", _eval, "held-out loss, perplexity and score by generation")
+    option("--run", metavar="FOLDER", help="a run folder: its tuned model on its held-out rows")
+    option("--config", **config)
+    option("--model", **model)
+
+    option = verb("export", _export, "write an adapter or a whole model for other tools, and read it back")
+    option("--run", metavar="FOLDER", help="a run folder")
+    option("--model", **model)
+    option("--to", required=True, metavar="FOLDER", help="a new folder")
+    option("--format", default="merged", help="merged (a whole Hugging Face folder) or adapter (PEFT)")
+    option("--dtype", choices=("float32", "bfloat16"), help="stored type of a merged model")
+    option("--step", type=int, help="a checkpoint of the run; the newest by default")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

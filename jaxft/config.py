@@ -1,0 +1,434 @@
+"""The run as frozen dataclasses; the only reader of `ml_collections.ConfigDict`.
+
+A config file (`configs/NAME.py`) fills a ConfigDict made from these dataclasses and returns it
+from `get_config(arg)`. `load` imports the file, applies overrides, and `resolve` turns the
+result into a `RunConfig`, refusing unknown keys, wrong types and impossible combinations before
+anything is loaded or compiled.
+"""
+
+import dataclasses
+import difflib
+import json
+import os
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from absl import flags
+from ml_collections import config_dict, config_flags
+
+from jaxft.errors import ConfigError, did_you_mean
+
+DTYPES = ("float32", "bfloat16")
+REMAT_POLICIES = ("none", "full", "dots")
+ADAPTERS = ("none", "lora")
+OPTIMIZERS = ("adamw",)
+SCHEDULES = ("constant", "linear", "cosine")
+FORMATS = ("auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text")
+TRAIN_ON = ("assistant", "last", "all")
+TRUNCATION = ("refuse", "drop", "right")
+METRICS = ("exact_match", "json_valid", "json_exact")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which pretrained model, and in which number types it computes and is stored."""
+
+    path: str = ""  # Hugging Face folder, GGUF file, run folder, or hf://owner/name
+    revision: str | None = None  # for hf:// paths: branch, tag or commit
+    random_init: bool = False  # take only the shapes from path; draw the weights from `seed`
+    dtype: str = "float32"  # of activations and matrix products
+    param_dtype: str = "float32"  # of frozen parameters; trained ones are always float32
+    remat: str = "none"  # what the backward pass recomputes: none, full (each layer), dots
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """Which part of the model moves. `kind="none"` is full fine-tuning."""
+
+    kind: str = "lora"
+    r: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target_modules: str = "all-linear"  # or names, comma separated: "q_proj,v_proj"
+    use_rslora: bool = False  # scale by alpha / sqrt(r), arXiv:2312.03732
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Module names, or the single name `all-linear` (every linear layer but the LM head)."""
+        return tuple(name.strip() for name in self.target_modules.split(",") if name.strip())
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where rows come from and how they become token sequences."""
+
+    train: str = ""  # .jsonl file, datasets folder, hf://owner/name, or tfds:name
+    eval: str | None = None
+    train_split: str = "train"  # for datasets and tfds
+    eval_split: str = "validation"
+    tfds_data_dir: str | None = None  # where tfds: sets stand; None: the default of TFDS
+    eval_fraction: float | None = None  # hold this share of `train` out when `eval` is not given
+    limit: int | None = None  # use only the first rows of train
+    eval_limit: int | None = None
+    format: str = "auto"
+    prompt_field: str = "prompt"  # columns of a prompt/completion set
+    completion_field: str = "completion"
+    text_field: str = "text"
+    chat_template: str | None = None  # path of a Jinja file that replaces the tokenizer's
+    train_on: str = "assistant"  # assistant turns, the last assistant turn, or all tokens
+    max_length: int = 1024  # tokens in a training sequence
+    truncation: str = "refuse"  # rows longer than max_length: refuse to start, drop, cut the right
+    packing: bool = True
+    shuffle: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """The optimizer and its learning-rate schedule."""
+
+    name: str = "adamw"
+    learning_rate: float = 2e-4
+    schedule: str = "cosine"
+    warmup_steps: int | None = None  # at most one of warmup_steps and warmup_ratio
+    warmup_ratio: float | None = None
+    min_ratio: float = 0.0  # the schedule ends at min_ratio * learning_rate
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0  # on matrices only: norms and biases are left out
+    clip_norm: float | None = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long training lasts and how a step is cut up."""
+
+    batch_size: int = 16  # sequences per optimizer step over all devices
+    accumulation_steps: int = 1
+    epochs: float = 1.0
+    steps: int | None = None  # where given, the run has so many steps, whatever epochs says
+    log_every: int = 10
+    eval_every: int | None = None  # steps between held-out losses; None: only at the end
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """What is kept of a run while it goes on."""
+
+    every: int | None = None  # steps between checkpoints; None: only the last
+    keep: int = 2  # newest checkpoints kept
+    best_metric: str | None = None  # for example eval_loss: also keep the best by it
+    best_mode: str = "min"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices per mesh axis; -1 takes all that remain."""
+
+    data: int = 1
+    fsdp: int = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """The held-out score by generation, before and after training."""
+
+    metric: str | None = None
+    limit: int | None = None
+    max_new_tokens: int = 128
+    batch_size: int = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """What is written for others when training ends."""
+
+    adapter: bool = True  # a PEFT folder, where an adapter was trained
+    merged: bool = False  # a whole Hugging Face folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One training run, whole."""
+
+    output_dir: str = "runs/unnamed"
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values, as written to `config.json` in the run folder."""
+        return dataclasses.asdict(self)
+
+
+def default_config() -> config_dict.ConfigDict:
+    """A locked ConfigDict with every field of `RunConfig` at its default, for config files to fill."""
+    return config_dict.ConfigDict(_defaults(RunConfig)).lock()
+
+
+def load(path_with_arg: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> RunConfig:
+    """The run that a config file describes.
+
+    path_with_arg: `configs/NAME.py` or `configs/NAME.py:arg`.
+    overrides: `{"train.batch_size": 4}` or `["train.batch_size=4"]`.
+    Raises ConfigError for a missing file, an unknown key, a wrong type, a bad combination.
+    """
+    if isinstance(overrides, Mapping):
+        values = load_file(path_with_arg, ())
+        for key, value in overrides.items():
+            _set(values, key, value)
+        return resolve(values)
+    return resolve(load_file(path_with_arg, overrides))
+
+
+def load_file(path_with_arg: str, assignments: Sequence[str]) -> config_dict.ConfigDict:
+    """The file's ConfigDict after `a.b=value` assignments, read by ml_collections' config flags."""
+    path = path_with_arg.split(":", 1)[0]
+    if not os.path.isfile(path):
+        here = os.path.dirname(path) or "."
+        known = sorted(f for f in os.listdir(here) if f.endswith(".py")) if os.path.isdir(here) else []
+        hint = did_you_mean(os.path.basename(path), known)
+        raise ConfigError(f"no config file {path!r}.{hint} Files there: {', '.join(known) or 'none'}.")
+    for assignment in assignments:
+        if not re.fullmatch(r"[A-Za-z_][\w.]*=.*", assignment, re.DOTALL):
+            raise ConfigError(f"override {assignment!r} is not of the form section.field=value")
+        _check_assignment(*assignment.split("=", 1))
+    # ml_collections has no way to say None for a field whose type is a number.
+    emptied = [a.split("=", 1)[0] for a in assignments if a.endswith("=None")]
+    kept = [a for a in assignments if not a.endswith("=None")]
+    values = flags.FlagValues()
+    argv = ["jaxft", f"--config={path_with_arg}", *(f"--config.{a}" for a in kept)]
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    try:
+        values(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        # ml_collections wraps what a config file raises into its own traceback text.
+        first = _first_of(error)
+        if isinstance(first, ConfigError):
+            raise first from error
+        if isinstance(first, (AttributeError, KeyError)):
+            raise ConfigError(_unknown_key(first)) from error
+        raise ConfigError(f"{path_with_arg}: {first}") from error
+    for key in emptied:
+        _set(values.config, key, None)
+    return values.config
+
+
+def _check_assignment(key: str, text: str) -> None:
+    kinds = _kinds()
+    if key not in kinds:
+        raise ConfigError(_unknown(key))
+    base = _base(kinds[key])
+    if text == "None":
+        if not _optional(kinds[key]):
+            raise ConfigError(f"{key}=None: the field takes {base.__name__} and cannot be left out")
+    elif base in (int, float):
+        try:
+            base(text)
+        except ValueError:
+            raise ConfigError(f"{key}={text}: the field takes {base.__name__}") from None
+
+
+def _first_of(error: BaseException) -> BaseException:
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
+
+
+def resolve(values: config_dict.ConfigDict | Mapping[str, Any]) -> RunConfig:
+    """Checked, frozen form of a ConfigDict or of a nested mapping such as `RunConfig.to_dict()`."""
+    nested = values.to_dict() if isinstance(values, config_dict.ConfigDict) else dict(values)
+    config = _build(RunConfig, nested, prefix="")
+    _check(config)
+    return config
+
+
+def from_json(path: str) -> RunConfig:
+    """The run written in a run folder's `config.json`."""
+    with open(path, encoding="utf-8") as file:
+        return resolve(json.load(file))
+
+
+def _defaults(cls: type) -> dict[str, Any]:
+    default, hints, out = cls(), typing.get_type_hints(cls), {}
+    for spec in dataclasses.fields(cls):
+        kind, value = hints[spec.name], getattr(default, spec.name)
+        if dataclasses.is_dataclass(kind):
+            out[spec.name] = _defaults(kind)
+        elif _optional(kind):
+            # A placeholder keeps the type of a field whose default is None.
+            ref = config_dict.placeholder(_base(kind))
+            ref.set(value)
+            out[spec.name] = ref
+        else:
+            out[spec.name] = value
+    return out
+
+
+def _optional(kind: Any) -> bool:
+    return isinstance(kind, types.UnionType) and type(None) in typing.get_args(kind)
+
+
+def _base(kind: Any) -> type:
+    return next(a for a in typing.get_args(kind) if a is not type(None)) if _optional(kind) else kind
+
+
+def _set(values: config_dict.ConfigDict, key: str, value: Any) -> None:
+    *sections, name = key.split(".")
+    node = values
+    for section in sections:
+        if not isinstance(node, config_dict.ConfigDict) or section not in node:
+            raise ConfigError(_unknown(key))
+        node = node[section]
+    if not isinstance(node, config_dict.ConfigDict) or name not in node:
+        raise ConfigError(_unknown(key))
+    if isinstance(node.get_ref(name).get_type(), type) and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value) if node.get_ref(name).get_type() is float else value
+    try:
+        node[name] = value
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{key}={value!r}: {error}") from error
+
+
+def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
+    hints, kwargs = typing.get_type_hints(cls), {}
+    for name in values:
+        if name not in hints:
+            raise ConfigError(_unknown(prefix + name))
+    for name, value in values.items():
+        kind, key = hints[name], prefix + name
+        if dataclasses.is_dataclass(kind):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"config key {key!r} is a section; got {value!r}")
+            kwargs[name] = _build(kind, value, key + ".")
+        else:
+            kwargs[name] = _typed(key, value, kind)
+    return cls(**kwargs)
+
+
+def _typed(key: str, value: Any, kind: Any) -> Any:
+    if value is None and _optional(kind):
+        return None
+    base = _base(kind)
+    if base is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, base) or (isinstance(value, bool) and base is not bool):
+        raise ConfigError(f"config key {key!r} takes {base.__name__}, got {value!r}")
+    return value
+
+
+def _kinds(cls: type = RunConfig, prefix: str = "") -> dict[str, Any]:
+    """The type of every field by its dotted key."""
+    out = {}
+    for name, kind in typing.get_type_hints(cls).items():
+        out |= _kinds(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(kind) else {prefix + name: kind}
+    return out
+
+
+def _unknown(key: str) -> str:
+    keys = list(_kinds())
+    hint = did_you_mean(key, keys)
+    if "." not in key or not hint:
+        # By the field's own name: the section was left out, or is the wrong one.
+        leaf = key.rsplit(".", 1)[-1]
+        near = difflib.get_close_matches(leaf, {k.rsplit(".", 1)[-1] for k in keys}, n=1, cutoff=0.6)
+        found = [repr(k) for k in keys if k.rsplit(".", 1)[-1] in near]
+        hint = f" Did you mean {' or '.join(found)}?" if found else hint
+    return f"unknown config key {key!r}.{hint}"
+
+
+def _unknown_key(error: BaseException) -> str:
+    # The config file itself named a field that does not exist; ml_collections tells only its last part.
+    found = re.search(r"[\"']([\w.]+)[\"']", str(error))
+    return _unknown(found.group(1)) if found else str(error)
+
+
+def _one_of(key: str, value: str | None, choices: Sequence[str]) -> None:
+    if value is not None and value not in choices:
+        raise ConfigError(f"{key}={value!r} is not one of {', '.join(choices)}.{did_you_mean(value, choices)}")
+
+
+def _positive(key: str, value: float | None) -> None:
+    if value is not None and value <= 0:
+        raise ConfigError(f"{key}={value} must be above zero")
+
+
+def _share(key: str, value: float | None) -> None:
+    if value is not None and not 0 <= value < 1:
+        raise ConfigError(f"{key}={value} must be at least 0 and below 1")
+
+
+def _check(config: RunConfig) -> None:
+    model, adapter, data = config.model, config.adapter, config.data
+    optim, train, checkpoint = config.optim, config.train, config.checkpoint
+    _one_of("model.dtype", model.dtype, DTYPES)
+    _one_of("model.param_dtype", model.param_dtype, DTYPES)
+    _one_of("model.remat", model.remat, REMAT_POLICIES)
+    _one_of("adapter.kind", adapter.kind, ADAPTERS)
+    _one_of("data.format", data.format, FORMATS)
+    _one_of("data.train_on", data.train_on, TRAIN_ON)
+    _one_of("data.truncation", data.truncation, TRUNCATION)
+    _one_of("optim.name", optim.name, OPTIMIZERS)
+    _one_of("optim.schedule", optim.schedule, SCHEDULES)
+    _one_of("checkpoint.best_mode", checkpoint.best_mode, ("min", "max"))
+    _one_of("eval.metric", config.eval.metric, METRICS)
+    for key, value in {
+        "adapter.r": adapter.r, "adapter.alpha": adapter.alpha, "data.max_length": data.max_length,
+        "data.limit": data.limit, "data.eval_limit": data.eval_limit,
+        "data.eval_fraction": data.eval_fraction, "optim.learning_rate": optim.learning_rate,
+        "optim.eps": optim.eps, "optim.clip_norm": optim.clip_norm,
+        "train.batch_size": train.batch_size, "train.accumulation_steps": train.accumulation_steps,
+        "train.epochs": train.epochs, "train.steps": train.steps, "train.log_every": train.log_every,
+        "train.eval_every": train.eval_every, "checkpoint.every": checkpoint.every,
+        "checkpoint.keep": checkpoint.keep, "eval.limit": config.eval.limit,
+        "eval.max_new_tokens": config.eval.max_new_tokens, "eval.batch_size": config.eval.batch_size,
+    }.items():  # fmt: skip
+        _positive(key, value)
+    for key, value in {
+        "adapter.dropout": adapter.dropout, "data.eval_fraction": data.eval_fraction,
+        "optim.warmup_ratio": optim.warmup_ratio, "optim.b1": optim.b1, "optim.b2": optim.b2,
+    }.items():  # fmt: skip
+        _share(key, value)
+    if not model.path:
+        raise ConfigError("model.path is empty: give a Hugging Face folder, a GGUF file or hf://owner/name")
+    if not data.train:
+        raise ConfigError("data.train is empty: give a .jsonl file, a datasets folder, hf://owner/name or tfds:name")
+    if optim.warmup_steps is not None and optim.warmup_ratio is not None:
+        raise ConfigError("give at most one of optim.warmup_steps and optim.warmup_ratio; set the other to None")
+    if optim.warmup_steps is not None and optim.warmup_steps < 0:
+        raise ConfigError(f"optim.warmup_steps={optim.warmup_steps} must not be negative")
+    if train.batch_size % train.accumulation_steps:
+        raise ConfigError(
+            f"train.batch_size={train.batch_size} does not divide into "
+            f"train.accumulation_steps={train.accumulation_steps} equal micro-batches"
+        )
+    if adapter.kind != "none" and not adapter.targets:
+        raise ConfigError("adapter.target_modules is empty: give 'all-linear' or names such as 'q_proj,v_proj'")
+    if data.eval is not None and data.eval_fraction is not None:
+        raise ConfigError("data.eval and data.eval_fraction are two held-out sets; set one of them to None")
+    if config.eval.metric and data.eval is None and data.eval_fraction is None:
+        raise ConfigError("eval.metric scores held-out rows, but data.eval and data.eval_fraction are both None")
+    if config.eval.metric and data.format == "text":
+        raise ConfigError("eval.metric compares an answer with a reference; data.format='text' has no answers")
+    if checkpoint.best_metric is not None and checkpoint.best_metric.startswith("eval_"):
+        if data.eval is None and data.eval_fraction is None:
+            raise ConfigError(
+                f"checkpoint.best_metric={checkpoint.best_metric!r} needs held-out rows: set data.eval or "
+                "data.eval_fraction"
+            )
+    for axis, size in dataclasses.asdict(config.mesh).items():
+        if size == 0 or size < -1:
+            raise ConfigError(f"mesh.{axis}={size} must be a positive number of devices, or -1 for the rest")
+    if list(dataclasses.asdict(config.mesh).values()).count(-1) > 1:
+        raise ConfigError("only one mesh axis may be -1 (the devices that remain)")

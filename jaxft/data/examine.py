@@ -1,0 +1,229 @@
+"""A look at a tokenised set before anything is trained on it: what is there, and what is wrong."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxft.config import DataConfig
+from jaxft.data.batch import Example
+from jaxft.data.packing import one_each, pack
+from jaxft.data.tokenizer import Tokenizer
+from jaxft.errors import DataError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
+BINS = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examination:
+    """What a set holds once it is tokenised. Lengths are in tokens.
+
+    rows: read. examples: kept. truncated, dropped: rows that were longer than max_length.
+    sequences: of max_length tokens that the examples fill; fill: the share of them that is not padding.
+    quantiles: of the lengths of all rows, before truncation, by "p0" to "p100".
+    histogram: of the same, as (from, to, rows), the bounds inclusive. formats: rows of each.
+    """
+
+    source: str
+    rows: int
+    examples: int
+    tokens: int
+    trained_tokens: int
+    max_length: int
+    truncated: int
+    dropped: int
+    sequences: int
+    fill: float
+    quantiles: dict[str, int]
+    histogram: tuple[tuple[int, int, int], ...]
+    formats: dict[str, int]
+    warnings: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as written to `data.json` and printed by --json."""
+        return dataclasses.asdict(self)
+
+
+def examine(
+    examples: Sequence[Example],
+    config: DataConfig,
+    *,
+    stop_ids: frozenset[int],
+    where: Callable[[int], str],
+    source: str = "the data",
+    formats: Counter[str] | None = None,
+) -> tuple[list[Example], Examination]:
+    """The examples that can be trained on, none longer than max_length, and what was found.
+
+    config: its max_length, packing, and truncation: what becomes of a longer row (`refuse` to
+    start, `drop` it, cut it on the `right`). stop_ids: the tokens that end an answer.
+    where: the name of a row in errors, from its index. formats: how many rows were of each.
+    Raises DataError where the set is empty, rows are too long and truncation is `refuse`, a row
+    trains on zero tokens, or no example trains its end token.
+    """
+    if not examples:
+        raise DataError(f"{source} has no rows, so there is nothing to train on")
+    max_length = config.max_length
+    lengths = np.array([len(example) for example in examples])
+    for example in examples:
+        if not example.mask.any():
+            raise DataError(f"{where(example.row)} trains on zero tokens: its answer is empty")
+    too_long = int((lengths > max_length).sum())
+    kept = _shortened(examples, lengths, config, where, source)
+    ended = sum(int(e.mask[-1]) and int(e.tokens[-1]) in stop_ids for e in kept)
+    if not ended:
+        raise DataError(
+            f"EOS is never trained: none of the {len(kept):,} examples of {source} ends in a trained end token, so "
+            f"the model would not learn to stop. {too_long:,} were cut at data.max_length={max_length}: raise it."
+        )
+    plan = pack([len(e) for e in kept], max_length) if config.packing else one_each(len(kept))
+    tokens = sum(len(e) for e in kept)
+    dropped = too_long if config.truncation == "drop" else 0
+    found = Examination(
+        source=source,
+        rows=len(examples),
+        examples=len(kept),
+        tokens=tokens,
+        trained_tokens=sum(int(e.mask.sum()) for e in kept),
+        max_length=max_length,
+        truncated=too_long - dropped,
+        dropped=dropped,
+        sequences=len(plan),
+        fill=tokens / (len(plan) * max_length),
+        quantiles={f"p{q * 100:g}": int(np.quantile(lengths, q, method="higher")) for q in QUANTILES},
+        histogram=_histogram(lengths),
+        formats=dict(formats or {}),
+    )
+    return kept, dataclasses.replace(found, warnings=_warnings(found, len(kept) - ended))
+
+
+def repeated(train: Sequence[Example], held_out: Sequence[Example]) -> int:
+    """How many held-out examples stand in train too, token for token."""
+    seen = {example.tokens.tobytes() for example in train}
+    return sum(example.tokens.tobytes() in seen for example in held_out)
+
+
+def _shortened(
+    examples: Sequence[Example],
+    lengths: np.ndarray,
+    config: DataConfig,
+    where: Callable[[int], str],
+    source: str,
+) -> list[Example]:
+    max_length, truncation = config.max_length, config.truncation
+    over = np.flatnonzero(lengths > max_length)
+    if not len(over):
+        return list(examples)
+    longest = int(lengths.argmax())
+    if truncation == "refuse":
+        raise DataError(
+            f"{len(over):,} of {len(examples):,} rows of {source} are longer than data.max_length={max_length}; the "
+            f"longest, {where(examples[longest].row)}, has {lengths[longest]:,} tokens. Set "
+            f"data.max_length={lengths[longest]}, or data.truncation to 'drop' or 'right'."
+        )
+    if truncation == "drop":
+        kept = [example for example, length in zip(examples, lengths, strict=True) if length <= max_length]
+        if not kept:
+            raise DataError(
+                f"every one of the {len(examples):,} rows of {source} is longer than data.max_length={max_length} and "
+                f"was dropped; the shortest has {lengths.min():,} tokens. Raise data.max_length."
+            )
+        return kept
+    cut = [dataclasses.replace(e, tokens=e.tokens[:max_length], mask=e.mask[:max_length]) for e in examples]
+    empty = [example for example in cut if not example.mask.any()]
+    if empty:
+        raise DataError(
+            f"{len(empty):,} rows of {source} train on zero tokens once they are cut to data.max_length={max_length}: "
+            f"the first is {where(empty[0].row)}, whose prompt alone is that long. Raise data.max_length, or set "
+            "data.truncation='drop'."
+        )
+    return cut
+
+
+def _warnings(found: Examination, unended: int) -> tuple[str, ...]:
+    warnings = []
+    if found.dropped:
+        warnings.append(f"{found.dropped:,} rows are longer than {found.max_length} tokens and were dropped")
+    if found.truncated:
+        warnings.append(f"{found.truncated:,} rows are longer than {found.max_length} tokens and were cut")
+    if unended:
+        warnings.append(f"{unended:,} examples do not end in a trained end token")
+    if found.fill < 0.5 and found.sequences > 1:
+        longest = found.quantiles["p100"]
+        warnings.append(
+            f"{1 - found.fill:.0%} of every batch is padding: set data.packing=True, or data.max_length nearer the "
+            f"longest row ({longest} tokens)"
+        )
+    if len(found.formats) > 1:
+        mixed = ", ".join(f"{count:,} {name}" for name, count in found.formats.items())
+        warnings.append(f"rows are of several formats ({mixed})")
+    return tuple(warnings)
+
+
+def _histogram(lengths: np.ndarray) -> tuple[tuple[int, int, int], ...]:
+    low, high = int(lengths.min()), int(lengths.max())
+    width = max(1, -(-(high - low + 1) // BINS))
+    counts = np.bincount((lengths - low) // width)
+    return tuple((low + i * width, low + (i + 1) * width - 1, int(count)) for i, count in enumerate(counts))
+
+
+def render_rows(
+    examples: Sequence[Example], tokenizer: Tokenizer, *, limit: int = 2, console: "Console | None" = None
+) -> None:
+    """Print the first examples with the trained tokens in colour.
+
+    Where the output is no terminal, trained text stands in [[double brackets]].
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    console = console or Console()
+    coloured = console.is_terminal and console.color_system is not None
+    for number, example in enumerate(examples[:limit]):
+        trained = int(example.mask.sum())
+        text = Text(f"row {example.row}: {len(example)} tokens, {trained} trained\n", style="bold")
+        edges = np.flatnonzero(np.diff(example.mask)) + 1
+        for tokens, mask in zip(np.split(example.tokens, edges), np.split(example.mask, edges), strict=True):
+            piece = tokenizer.decode(tokens, skip_special_tokens=False)
+            if coloured:
+                text.append(piece, style="bold green" if mask[0] else "dim")
+            else:
+                text.append(f"[[{piece}]]" if mask[0] else piece, style="not bold")
+        console.print(text, highlight=False, soft_wrap=True)
+        if number < limit - 1:
+            console.print()
+
+
+def print_examination(found: Examination, *, console: "Console | None" = None) -> None:
+    """Print the counts, the length histogram as bars, and the warnings."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = console or Console()
+    share = found.trained_tokens / found.tokens
+    formats = ", ".join(f"{name} {count:,}" for name, count in found.formats.items())
+    console.print(Text(found.source, style="bold"))
+    console.print(
+        f"{found.rows:,} rows ({formats or 'unknown format'}), {found.tokens:,} tokens, "
+        f"{found.trained_tokens:,} trained ({share:.0%})\n"
+        f"{found.sequences:,} sequences of {found.max_length:,}, {found.fill:.0%} full; "
+        f"{found.truncated:,} rows cut, {found.dropped:,} dropped",
+        highlight=False,
+    )
+    table = Table("tokens", "rows", "", box=None, pad_edge=False)
+    most = max(count for _, _, count in found.histogram)
+    for low, high, count in found.histogram:
+        over = "red" if low > found.max_length else "green"
+        bar = "#" * round(32 * count / most) or ("." if count else "")
+        table.add_row(f"{low:,}-{high:,}", f"{count:,}", Text(bar, style=over))
+    console.print(table)
+    for warning in found.warnings:
+        console.print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)

@@ -1,0 +1,240 @@
+"""The row formats people have, turned into one noun: `Conversation`."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jaxft.config import DataConfig
+from jaxft.data.sources import Rows
+from jaxft.errors import DataError, did_you_mean
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+# ShareGPT's names of speakers; function_call is an assistant turn that calls a tool.
+SPEAKERS = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
+    "model": "assistant", "system": "system", "observation": "tool", "tool": "tool", "function_call": "assistant",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversation:
+    """One row, whatever its format: a chat (messages), or plain text (prompt and completion).
+
+    row: index in its source. where: how errors call it. format: the format it was written in.
+    messages: OpenAI messages, empty for plain text. tools: JSON schemas the template may show.
+    first_trained: index of the first message that may be trained on.
+    prompt, completion: plain text; of a `text` row the prompt is empty.
+    """
+
+    row: int
+    where: str
+    format: str
+    messages: tuple[dict[str, Any], ...] = ()
+    tools: tuple[dict[str, Any], ...] = ()
+    first_trained: int = 0
+    prompt: str = ""
+    completion: str = ""
+
+
+def conversations(rows: Rows, config: DataConfig) -> Iterator[Conversation]:
+    """Every row as a Conversation, in order. Raises DataError at the first row that cannot be one."""
+    for index in range(len(rows)):
+        yield read_row(rows[index], config, row=index, where=rows.where(index))
+
+
+def read_row(fields: Mapping[str, Any], config: DataConfig, *, row: int, where: str) -> Conversation:
+    """One row as a Conversation, by `config.format` or by the fields that it has.
+
+    row, where: its place, for errors. Raises DataError where it cannot be one.
+    """
+    name = config.format if config.format != "auto" else detect(fields, config, where)
+    try:
+        return Conversation(row=row, where=where, format=name, **READERS[name](fields, config))
+    except _Problem as problem:
+        raise DataError(f"{where} ({name}): {problem}") from problem
+
+
+def detect(row: Mapping[str, Any], config: DataConfig, where: str) -> str:
+    """The one format whose fields the row has. Raises DataError where none fits, or several."""
+    wanted = {
+        "messages": ("messages",),
+        "sharegpt": ("conversations",),
+        "prompt_completion": (config.prompt_field, config.completion_field),
+        "alpaca": ("instruction", "output"),
+        "text": (config.text_field,),
+    }
+    found = [name for name, fields in wanted.items() if all(row.get(field) is not None for field in fields)]
+    if len(found) == 1:
+        return found[0]
+    keys = ", ".join(sorted(row)) or "none"
+    if found:
+        raise DataError(
+            f"{where} can be read as {' or as '.join(found)} (its keys: {keys}). Set data.format to the one you mean."
+        )
+    known = "; ".join(f"{name}: {' + '.join(fields)}" for name, fields in wanted.items())
+    raise DataError(
+        f"{where} is of no known format: its keys are {keys}. Known formats and the keys they need: {known}. "
+        "Set data.prompt_field, data.completion_field or data.text_field to your column names."
+    )
+
+
+class _Problem(ValueError):
+    """What is wrong with a row, before its place is known."""
+
+
+def _messages(row: Mapping[str, Any], config: DataConfig) -> dict[str, Any]:
+    messages = _checked(_field(row, "messages"), "messages")
+    return {"messages": messages, "tools": _tools(row)}
+
+
+def _prompt_completion(row: Mapping[str, Any], config: DataConfig) -> dict[str, Any]:
+    prompt, completion = _field(row, config.prompt_field), _field(row, config.completion_field)
+    if isinstance(prompt, str) and isinstance(completion, str):
+        if not completion:
+            raise _Problem(f"{config.completion_field!r} is empty, so there is nothing to train on")
+        return {"prompt": prompt, "completion": completion}
+    if isinstance(prompt, str) or isinstance(completion, str):
+        raise _Problem(
+            f"{config.prompt_field!r} is {type(prompt).__name__} and {config.completion_field!r} is "
+            f"{type(completion).__name__}: both must be text, or both lists of messages"
+        )
+    before = _checked(prompt, config.prompt_field, answer=False)
+    after = _checked(completion, config.completion_field)
+    return {"messages": before + after, "first_trained": len(before), "tools": _tools(row)}
+
+
+def _alpaca(row: Mapping[str, Any], config: DataConfig) -> dict[str, Any]:
+    messages = []
+    if row.get("system"):
+        messages.append({"role": "system", "content": row["system"]})
+    for pair in row.get("history") or ():
+        if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+            raise _Problem(f"'history' must be a list of [question, answer] pairs; one is {str(pair)[:60]!r}")
+        messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    question = _field(row, "instruction")
+    if row.get("input"):
+        question = f"{question}\n{row['input']}"
+    messages += [{"role": "user", "content": question}, {"role": "assistant", "content": _field(row, "output")}]
+    return {"messages": _checked(messages, "instruction/output"), "tools": _tools(row)}
+
+
+def _sharegpt(row: Mapping[str, Any], config: DataConfig) -> dict[str, Any]:
+    messages = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    for number, turn in enumerate(_list(_field(row, "conversations"), "conversations"), 1):
+        speaker = turn.get("from", turn.get("role"))
+        if speaker not in SPEAKERS:
+            hint = did_you_mean(str(speaker), SPEAKERS)
+            raise _Problem(f"turn {number} is from {speaker!r}; known: {', '.join(SPEAKERS)}.{hint}")
+        value = turn.get("value", turn.get("content"))
+        message = {"role": SPEAKERS[speaker], "content": value}
+        if speaker == "function_call":
+            message = {"role": "assistant", "tool_calls": [{"type": "function", "function": _json(value, number)}]}
+        messages.append(message)
+    return {"messages": _checked(messages, "conversations"), "tools": _tools(row)}
+
+
+def _text(row: Mapping[str, Any], config: DataConfig) -> dict[str, Any]:
+    text = _field(row, config.text_field)
+    if not isinstance(text, str) or not text:
+        raise _Problem(f"{config.text_field!r} is empty or not text: {str(text)[:60]!r}")
+    return {"completion": text}
+
+
+READERS: dict[str, Callable[[Mapping[str, Any], DataConfig], dict[str, Any]]] = {
+    "messages": _messages,
+    "prompt_completion": _prompt_completion,
+    "alpaca": _alpaca,
+    "sharegpt": _sharegpt,
+    "text": _text,
+}
+
+
+def _field(row: Mapping[str, Any], name: str) -> Any:
+    if row.get(name) is None:
+        raise _Problem(f"no field {name!r}; its keys are {', '.join(sorted(row)) or 'none'}")
+    return row[name]
+
+
+def _list(value: Any, field: str) -> list[Mapping[str, Any]]:
+    # Columnar stores give a list of objects back as an object of lists.
+    if isinstance(value, Mapping) and all(isinstance(column, list) for column in value.values()):
+        value = [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
+    if not isinstance(value, list) or not value:
+        raise _Problem(f"{field!r} must be a list with at least one message; it is {str(value)[:60]!r}")
+    for number, item in enumerate(value, 1):
+        if not isinstance(item, Mapping):
+            raise _Problem(f"{field!r} entry {number} is not a message: {str(item)[:60]!r}")
+    return value
+
+
+def _checked(value: Any, field: str, *, answer: bool = True) -> tuple[dict[str, Any], ...]:
+    """Messages that can be rendered. answer: at least one must come from the assistant."""
+    messages = tuple(_message(message, number) for number, message in enumerate(_list(value, field), 1))
+    if answer and not any(message["role"] == "assistant" for message in messages):
+        roles = ", ".join(message["role"] for message in messages)
+        raise _Problem(f"{field!r} has no assistant message to train on (roles: {roles})")
+    return messages
+
+
+def _message(message: Mapping[str, Any], number: int) -> dict[str, Any]:
+    # Tables fill absent fields with None; templates ask whether a field is there.
+    message = {key: value for key, value in message.items() if value is not None}
+    role = message.get("role")
+    if role not in ROLES:
+        raise _Problem(
+            f"message {number} has role {role!r}; known: {', '.join(ROLES)}.{did_you_mean(str(role), ROLES)}"
+        )
+    if message.get("tool_calls"):
+        message["tool_calls"] = [_tool_call(call, number) for call in message["tool_calls"]]
+    else:
+        message.pop("tool_calls", None)
+    content = message.get("content")
+    if isinstance(content, list):
+        message["content"] = content = _joined(content, number)
+    if content is not None and not isinstance(content, str):
+        raise _Problem(f"message {number} ({role}) has content of type {type(content).__name__}; it must be text")
+    may_be_empty = role in ("system", "developer", "tool", "function") or "tool_calls" in message
+    if not may_be_empty and not (content or "").strip():
+        raise _Problem(f"message {number} ({role}) has empty content; remove the message or the row")
+    message.setdefault("content", "")
+    return message
+
+
+def _joined(parts: list[Any], number: int) -> str:
+    if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in parts):
+        raise _Problem(f"message {number} has content parts that are not text; only text is trained")
+    return "".join(part["text"] for part in parts)
+
+
+def _tool_call(call: Any, number: int) -> dict[str, Any]:
+    if not isinstance(call, Mapping):
+        raise _Problem(f"message {number} has a tool call that is not an object: {str(call)[:60]!r}")
+    call = dict(call)
+    function = dict(call.get("function") or {})
+    # OpenAI writes arguments as JSON text; templates print the object they stand for.
+    if isinstance(function.get("arguments"), str):
+        function["arguments"] = _json(function["arguments"], number)
+    return {**call, "function": function} if function else call
+
+
+def _tools(row: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+    tools = row.get("tools") or []
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise _Problem(f"'tools' is text but not JSON: {error}") from error
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise _Problem(f"'tools' must be a list of JSON schemas; it is {str(tools)[:60]!r}")
+    return tuple(dict(tool) for tool in tools)
+
+
+def _json(text: Any, number: int) -> dict[str, Any]:
+    try:
+        value = json.loads(text) if isinstance(text, str) else text
+    except ValueError as error:
+        raise _Problem(f"message {number} calls a tool with something that is not JSON: {error}") from error
+    if not isinstance(value, Mapping):
+        raise _Problem(f"message {number} calls a tool with {str(value)[:60]!r}, not an object")
+    return dict(value)

@@ -1,0 +1,309 @@
+"""One tokenizer for text and chat, whatever file it came from.
+
+Files: Hugging Face folders (`tokenizer.json`), SentencePiece `tokenizer.model` files, GGUF files,
+`hf://owner/name`, and run or PEFT folders that hold one of these.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxft.errors import DataError, ModelError
+
+HUB = "hf://"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+# Where a run folder keeps its exported tokenizer.
+EXPORTS = ("merged", "adapter")
+# Files beside a SentencePiece model that say how it is to be used.
+COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+
+
+class Tokenizer:
+    """Text to token ids and back, and chats to text; a thin skin over a fast transformers tokenizer.
+
+    Attributes: vocab_size (highest id + 1), bos_id, eos_id (None where there is none), pad_id
+    (falls back to eos_id, then 0), stop_ids (ids that end an answer), chat_template (Jinja text or
+    None), adds_bos (whether plain text begins with bos_id by this tokenizer's own convention).
+    """
+
+    def __init__(self, backend: Any, *, name: str = "", extra_stop_ids: Iterable[int] = ()) -> None:
+        """backend: a transformers `PreTrainedTokenizerFast`. name: what errors call it."""
+        self.backend, self.name = backend, name
+        # A limit that the files suggest would make every longer text warn; lengths are ours to judge.
+        backend.model_max_length = int(1e30)
+        self.vocab_size: int = max(backend.get_vocab().values()) + 1
+        self.bos_id: int | None = backend.bos_token_id
+        self.eos_id: int | None = backend.eos_token_id
+        pad = backend.pad_token_id
+        self.pad_id: int = pad if pad is not None else self.eos_id if self.eos_id is not None else 0
+        self.adds_bos: bool = self.bos_id is not None and backend("a")["input_ids"][:1] == [self.bos_id]
+        turn_end = None if self.chat_template is None else _end_of_turn(self)
+        ends = {*extra_stop_ids, self.eos_id, turn_end} - {None}
+        self.stop_ids: frozenset[int] = frozenset(int(i) for i in ends)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja text that renders a conversation, or None."""
+        template = self.backend.chat_template
+        return template.get("default") if isinstance(template, Mapping) else template
+
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of text. add_special_tokens: add what the tokenizer itself adds, such as BOS."""
+        return self.backend.encode(text, add_special_tokens=add_special_tokens)
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids and, for each, the characters [start, end) of text that it covers."""
+        encoding = self.backend.backend_tokenizer.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    def encode_batch(self, texts: Sequence[str], *, offsets: bool = True) -> list[Any]:
+        """A `tokenizers.Encoding` for each text (`.ids`, `.token_to_chars(i)`), on all cores.
+
+        offsets=False is a third faster; `token_to_chars` then means nothing.
+        """
+        rust = self.backend.backend_tokenizer
+        encode = rust.encode_batch if offsets else rust.encode_batch_fast
+        return encode(list(texts), add_special_tokens=False)
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of the ids."""
+        ids = [int(i) for i in ids]
+        return self.backend.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+
+    def token(self, token_id: int) -> str:
+        """The token's own spelling, such as `<|im_end|>`."""
+        return self.backend.convert_ids_to_tokens(int(token_id))
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+        **kwargs: Any,
+    ) -> str:
+        """The conversation as the model reads it, by the chat template in transformers' Jinja sandbox.
+
+        kwargs are variables of the template, such as `enable_thinking`.
+        Raises DataError where there is no template or it refuses the messages.
+        """
+        # jinja2 comes with transformers; both stay unimported until a tokenizer is in use.
+        from jinja2 import TemplateError
+
+        if self.backend.chat_template is None:
+            raise DataError(
+                f"the tokenizer {self.name or 'in use'} has no chat template, so it cannot render messages. "
+                "Set data.chat_template to a Jinja file, or use prompt/completion or text rows."
+            )
+        try:
+            return self.backend.apply_chat_template(
+                list(messages),
+                tools=list(tools) if tools else None,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+                **kwargs,
+            )
+        except (TemplateError, TypeError) as error:
+            roles = ", ".join(str(m.get("role")) for m in messages)
+            raise DataError(f"the chat template refuses these messages ({roles}): {error}") from error
+
+    def save(self, folder: str | os.PathLike[str]) -> list[str]:
+        """Write files that `AutoTokenizer.from_pretrained(folder)` reads back; returns their names."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        written = self.backend.save_pretrained(os.fspath(folder))
+        return sorted(os.path.basename(path) for path in written if os.path.isfile(path))
+
+
+def load_tokenizer(
+    path: str | os.PathLike[str], *, revision: str | None = None, chat_template: str | None = None
+) -> Tokenizer:
+    """The tokenizer of a model.
+
+    path: Hugging Face folder, `tokenizer.model` file or folder with one, GGUF file, run or PEFT
+    folder, or `hf://owner/name` (through the transformers cache; HF_HUB_OFFLINE is honoured).
+    revision: branch, tag or commit of an hf:// path.
+    chat_template: path of a Jinja file, or Jinja text, that replaces the tokenizer's own.
+    Raises ModelError where there is no tokenizer, or it needs code from its own folder.
+    """
+    path = os.fspath(path)
+    backend, stop_ids = _load_hub(path, revision) if path.startswith(HUB) else _load_local(Path(path))
+    if chat_template is not None:
+        backend.chat_template = _template_text(chat_template)
+    return Tokenizer(backend, name=path, extra_stop_ids=stop_ids)
+
+
+def _load_local(path: Path) -> tuple[Any, list[int]]:
+    if path.suffix == ".gguf" and path.is_file():
+        from jaxft.data.gguf_tokenizer import tokenizer_from_gguf
+
+        return tokenizer_from_gguf(str(path)), []
+    if path.is_file() and path.suffix == ".model":
+        return _load_sentencepiece(path), _stops(path.parent / "generation_config.json")
+    if path.is_file():
+        path = path.parent if path.name in TOKENIZER_FILES else path
+    if not path.is_dir():
+        raise ModelError(f"no tokenizer at {str(path)!r}: it is neither a folder nor a .model or .gguf file")
+    for folder in (path, *(path / name for name in EXPORTS)):
+        settings = _json(folder / "tokenizer_config.json")
+        _refuse_code(settings, str(folder))
+        if (folder / "tokenizer.json").is_file():
+            return _load_fast(str(folder), settings, local_files_only=True), _stops(folder / "generation_config.json")
+        if (folder / "tokenizer.model").is_file():
+            return _load_sentencepiece(folder / "tokenizer.model"), _stops(folder / "generation_config.json")
+    return _load_named_base(path)
+
+
+def _load_named_base(folder: Path) -> tuple[Any, list[int]]:
+    """A PEFT folder without tokenizer files, or an unexported run, has the tokenizer of its base."""
+    base = _json(folder / "adapter_config.json").get("base_model_name_or_path")
+    revision = _json(folder / "adapter_config.json").get("revision")
+    if base is None:
+        model = _json(folder / "config.json").get("model")
+        if isinstance(model, Mapping):
+            base, revision = model.get("path"), model.get("revision")
+    if not base or Path(base).resolve() == folder.resolve():
+        files = ", ".join(sorted(os.listdir(folder))[:8]) or "nothing"
+        raise ModelError(
+            f"no tokenizer in {str(folder)!r}: it needs tokenizer.json or tokenizer.model, and holds {files}. "
+            "Copy the tokenizer files of the base model there."
+        )
+    if base.startswith(HUB) or os.path.exists(base):
+        return _load_hub(base, revision) if base.startswith(HUB) else _load_local(Path(base))
+    return _load_hub(HUB + base, revision)
+
+
+def _load_hub(path: str, revision: str | None) -> tuple[Any, list[int]]:
+    from transformers.utils import cached_file
+
+    repo = path.removeprefix(HUB).strip("/")
+
+    def read(name: str) -> dict[str, Any]:
+        found = cached_file(
+            repo,
+            name,
+            revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        return _json(Path(found)) if found else {}
+
+    try:
+        settings = read("tokenizer_config.json")
+        _refuse_code(settings, path)
+        return _load_fast(repo, settings, revision=revision), _eos_list(read("generation_config.json"))
+    except OSError as error:
+        raise ModelError(
+            f"cannot get a tokenizer from {path!r}: {str(error).rstrip('.')}. Check the name and revision; "
+            "without a network it must be in the Hugging Face cache already (HF_HOME), or give a local folder."
+        ) from error
+
+
+def _load_fast(name: str, settings: Mapping[str, Any], **kwargs: Any) -> Any:
+    if settings.get("tokenizer_class") in PLAIN_CLASSES:
+        from transformers import PreTrainedTokenizerFast as loader
+    else:
+        # This import takes torch along where it is installed, so it is kept for the files that need it.
+        from transformers import AutoTokenizer as loader
+
+        kwargs |= {"use_fast": True, "trust_remote_code": False}
+    try:
+        backend = loader.from_pretrained(name, **kwargs)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"transformers cannot load the tokenizer of {name!r}: {error}") from error
+    if not getattr(backend, "is_fast", False):
+        raise ModelError(f"{name!r} has only a slow tokenizer; convert it to tokenizer.json with transformers first")
+    return backend
+
+
+def _load_sentencepiece(file: Path) -> Any:
+    """transformers converts the model to a fast tokenizer; the sentencepiece library checks the result."""
+    try:
+        import sentencepiece
+    except ImportError as error:
+        raise ModelError(f"{str(file)!r} is a SentencePiece model: pip install sentencepiece protobuf") from error
+    from transformers import PreTrainedTokenizerFast
+
+    reference = sentencepiece.SentencePieceProcessor()
+    try:
+        reference.Load(str(file))
+    except (RuntimeError, OSError) as error:
+        raise ModelError(
+            f"{str(file)!r} is not a SentencePiece model. Llama 3 ships a tiktoken file under this name: "
+            "use a folder with its tokenizer.json."
+        ) from error
+    settings = _json(file.parent / "tokenizer_config.json")
+    _refuse_code(settings, str(file.parent))
+    # Where nothing says otherwise, BOS is added: the convention of Llama, Mistral and Gemma models.
+    add_bos = settings.get("add_bos_token", reference.bos_id() >= 0)
+    # A folder with just this model: the folder's config.json would choose a class that drops spaces.
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(file, Path(folder) / "tokenizer.model")
+        for name in COMPANIONS:
+            if (file.parent / name).is_file():
+                shutil.copy(file.parent / name, Path(folder) / name)
+        backend = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, add_bos_token=add_bos)
+    for text in ("Hello, world!", "  two  spaces", "tabs\tand\nlines\n", "naïve 漢字 ☃", "x1234567 = 3.14"):
+        ours, theirs = backend.encode(text, add_special_tokens=False), reference.EncodeAsIds(text)
+        if ours != theirs:
+            raise ModelError(
+                f"{str(file)!r} cannot be converted exactly: {text!r} becomes {ours}, but the sentencepiece library "
+                f"gives {theirs}. Use a folder with tokenizer.json."
+            )
+    return backend
+
+
+def _end_of_turn(tokenizer: Tokenizer) -> int | None:
+    """Id of the added token that the chat template writes right after an assistant's content."""
+    content = "An unmistakable answer"
+    try:
+        text = tokenizer.render([{"role": "user", "content": "Q"}, {"role": "assistant", "content": content}])
+    except DataError:
+        return None  # a template that wants more than two plain messages says nothing here
+    _, found, tail = text.rpartition(content)
+    ids = tokenizer.encode(tail.lstrip()) if found else []
+    # SentencePiece puts a space piece before the first token of any text.
+    after = next((i for i in ids if tokenizer.decode([i], skip_special_tokens=False).strip()), None)
+    return after if after in tokenizer.backend.added_tokens_decoder else None
+
+
+def _template_text(template: str) -> str:
+    if "{{" in template or "{%" in template:
+        return template
+    try:
+        return Path(template).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ModelError(f"cannot read the chat template {template!r}: {error.strerror}") from error
+
+
+def _refuse_code(settings: Mapping[str, Any], where: str) -> None:
+    auto_map = settings.get("auto_map")
+    if auto_map and (not isinstance(auto_map, Mapping) or "AutoTokenizer" in auto_map):
+        raise ModelError(
+            f"the tokenizer of {where!r} wants to run Python code of its own (auto_map in tokenizer_config.json); "
+            "jaxft runs none. Convert it to a tokenizer.json folder with a class that transformers knows."
+        )
+
+
+def _stops(file: Path) -> list[int]:
+    return _eos_list(_json(file))
+
+
+def _eos_list(generation_config: Mapping[str, Any]) -> list[int]:
+    eos = generation_config.get("eos_token_id")
+    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """The file's object; an empty one where there is no such file."""
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{str(file)!r} is not JSON: {error}") from error
+    return found if isinstance(found, dict) else {}

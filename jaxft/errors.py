@@ -1,0 +1,34 @@
+"""Errors that a user can mend. The command line prints them without a traceback and exits with 2."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class JaxftError(Exception):
+    """Something outside jaxft is wrong: the message says what, why, and how to mend it."""
+
+
+class ConfigError(JaxftError, ValueError):
+    """A run configuration that cannot be carried out."""
+
+
+class DataError(JaxftError, ValueError):
+    """Training or evaluation data that cannot be used as asked."""
+
+
+class ModelError(JaxftError, ValueError):
+    """A model, adapter or tokenizer that jaxft does not understand exactly."""
+
+
+class CheckpointError(JaxftError, ValueError):
+    """A file or folder of weights that is damaged, unsafe, or not what it claims to be."""
+
+
+class ExportError(JaxftError, RuntimeError):
+    """What was written does not reproduce the live model."""
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """`" Did you mean 'batch_size'?"` for a near miss of one of the choices, else an empty string."""
+    close = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
+    return f" Did you mean {close[0]!r}?" if close else ""

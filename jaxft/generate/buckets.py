@@ -1,0 +1,18 @@
+"""Rounded-up sizes, so that a few compiled shapes serve all lengths."""
+
+SMALLEST = 16
+
+
+def bucket(n: int) -> int:
+    """The least of 16, 24, 32, 48, 64, 96, ... that is at least n: at most half of it is padding, a fifth on average."""
+    size = SMALLEST
+    while size < n:
+        if size + size // 2 >= n:
+            return size + size // 2
+        size *= 2
+    return size
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()

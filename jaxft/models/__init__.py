@@ -1,0 +1,54 @@
+"""Model families, one file each: `Config.from_hf`, `Config.tensors`, `Model`."""
+
+import functools
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxft.errors import ModelError, did_you_mean
+
+
+@functools.cache
+def families() -> dict[str, ModuleType]:
+    """The module of every implemented Hugging Face `model_type`."""
+    modules = (importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__))
+    return {kind: module for module in modules for kind in getattr(module, "MODEL_TYPES", ())}
+
+
+def config_from_hf(hf: Mapping[str, Any]) -> Any:
+    """The family's Config of a parsed `config.json`. Raises ModelError for a family that is not implemented."""
+    kind = hf.get("model_type")
+    if kind not in families():
+        hint = did_you_mean(str(kind), families())
+        raise ModelError(f"model_type {kind!r} is not implemented.{hint} Implemented: {', '.join(sorted(families()))}.")
+    return families()[kind].Config.from_hf(hf)
+
+
+def abstract_model(config: Any, *, dtype: str = "float32", param_dtype: str = "float32", remat: str = "none") -> Any:
+    """The model with ShapeDtypeStructs for parameters: any size, no memory."""
+    return nnx.eval_shape(lambda: random_model(config, dtype=dtype, param_dtype=param_dtype, remat=remat, seed=0))
+
+
+def random_model(
+    config: Any, *, dtype: str = "float32", param_dtype: str = "float32", remat: str = "none", seed: int
+) -> Any:
+    """The model with freshly drawn parameters."""
+    module = importlib.import_module(type(config).__module__)
+    return module.Model(
+        config,
+        dtype=jnp.dtype(dtype),
+        param_dtype=jnp.dtype(param_dtype),
+        remat=remat,
+        rngs=nnx.Rngs(params=jax.random.key(seed)),
+    )
+
+
+def parameter_count(model: Any) -> int:
+    """Numbers in all parameters, adapters included."""
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))

@@ -1,0 +1,104 @@
+"""Invertible maps between Hugging Face's tensors and our stacked parameters."""
+
+# L stacked layers, I inputs, O outputs
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+Index = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class Transform:
+    """How one tensor changes between the two layouts. Here: not at all."""
+
+    def hf_index(self, index: Index) -> Index:
+        """Which part of the Hugging Face tensor holds our part `index`."""
+        return index
+
+    def hf_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The Hugging Face shape of our shape."""
+        return shape
+
+    def from_hf(self, array: np.ndarray) -> np.ndarray:
+        """Our layout of Hugging Face's values."""
+        return array
+
+    def to_hf(self, array: np.ndarray) -> np.ndarray:
+        """Hugging Face's layout of our values."""
+        return array
+
+
+@dataclass(frozen=True)
+class Transpose(Transform):
+    """Hugging Face stores linear layers as [O, I]; ours are [I, O]."""
+
+    def hf_index(self, index: Index) -> Index:
+        return index[::-1]
+
+    def hf_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape[::-1]
+
+    def from_hf(self, array: np.ndarray) -> np.ndarray:
+        return array.T
+
+    def to_hf(self, array: np.ndarray) -> np.ndarray:
+        return array.T
+
+
+SAME = Transform()
+TRANSPOSED = Transpose()
+
+
+@dataclass(frozen=True)
+class TensorMap:
+    """One line of a family's table.
+
+    hf: for example `model.layers.{i}.mlp.up_proj.weight`. path: `layers/*/mlp/up_proj/kernel`, where
+    `*` is the stack that holds layer i. optional: absent in some configs of the family.
+    """
+
+    hf: str
+    path: str
+    transform: Transform = SAME
+
+    @property
+    def stacked(self) -> bool:
+        """Whether our parameter has a leading layer axis."""
+        return "{i}" in self.hf
+
+
+def linear(hf_module: str, path: str, *, bias: bool = False) -> tuple[TensorMap, ...]:
+    """The lines of a linear layer."""
+    kernel = TensorMap(f"{hf_module}.weight", f"{path}/kernel", TRANSPOSED)
+    return (kernel, TensorMap(f"{hf_module}.bias", f"{path}/bias")) if bias else (kernel,)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One Hugging Face tensor of one of our parameters; `layer` is its place on the leading axis."""
+
+    hf: str
+    layer: int | None
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One of our parameters and the Hugging Face tensors that make it up."""
+
+    path: str
+    transform: Transform
+    pieces: tuple[Piece, ...]
+
+
+def place(tensors: Sequence[TensorMap], groups: Sequence[Sequence[int]]) -> Iterator[Placed]:
+    """Every parameter of a model whose stacks hold the layer numbers `groups`."""
+    for line in tensors:
+        if not line.stacked:
+            yield Placed(line.path, line.transform, (Piece(line.hf, None),))
+            continue
+        for g, layers in enumerate(groups):
+            pieces = tuple(Piece(line.hf.format(i=i), place) for place, i in enumerate(layers))
+            yield Placed(line.path.replace("*", str(g)), line.transform, pieces)

@@ -1,0 +1,75 @@
+"""The key/value cache of generation: preallocated, one stack of layers a leaf, slots addressed by position."""
+
+# R stacked layers, B batch, S new tokens, T slots, K kv heads, H head_dim
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of a stack of layers, and what each slot holds.
+
+    Keys have the slots innermost and values the head: then neither matmul of a decoding step has to
+    transpose the cache first, which on a CPU costs more than the matmul.
+    positions_BT: int32 position of the token in a slot, -1 where empty. Token p lives in slot p % T,
+    so a sliding-window layer needs only window-many slots.
+    """
+
+    k_RBKHT: jax.Array
+    v_RBKTH: jax.Array
+    positions_BT: jax.Array
+
+    @property
+    def slots(self) -> int:
+        """How many tokens a row holds."""
+        return self.v_RBKTH.shape[3]
+
+
+Cache = tuple[LayerCache, ...]
+
+
+def empty(layers: int, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: jnp.dtype) -> LayerCache:
+    """A cache with nothing in it."""
+    keys, values = (layers, batch, kv_heads, head_dim, slots), (layers, batch, kv_heads, slots, head_dim)
+    return LayerCache(jnp.zeros(keys, dtype), jnp.zeros(values, dtype), jnp.full((batch, slots), -1, jnp.int32))
+
+
+def slots_for(positions_BS: jax.Array, segments_BS: jax.Array, slots: int) -> jax.Array:
+    """Where each new token goes, [B, S]; `slots` (out of range, so dropped) for padding and for
+    tokens that a later one of the same call would overwrite."""
+    last_B1 = jnp.max(jnp.where(segments_BS > 0, positions_BS, -1), axis=1, keepdims=True)
+    keep_BS = (segments_BS > 0) & (positions_BS > last_B1 - slots)
+    return jnp.where(keep_BS, positions_BS % slots, slots)
+
+
+def write(cache: LayerCache, layer: jax.Array, slots_BS: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> LayerCache:
+    """The cache with one layer's new keys and values in their slots."""
+    rows_B1 = jnp.arange(slots_BS.shape[0])[:, None]
+    k_RBKHT, v_RBKTH = cache.k_RBKHT, cache.v_RBKTH
+    return cache._replace(
+        k_RBKHT=k_RBKHT.at[layer, rows_B1, :, :, slots_BS].set(k_BSKH.astype(k_RBKHT.dtype), mode="drop"),
+        v_RBKTH=v_RBKTH.at[layer, rows_B1, :, slots_BS].set(v_BSKH.astype(v_RBKTH.dtype), mode="drop"),
+    )
+
+
+def write_positions(positions_BT: jax.Array, slots_BS: jax.Array, new_BS: jax.Array) -> jax.Array:
+    """positions_BT with the new tokens' positions in their slots."""
+    rows_B1 = jnp.arange(slots_BS.shape[0])[:, None]
+    return positions_BT.at[rows_B1, slots_BS].set(new_BS, mode="drop")
+
+
+def store(cache: LayerCache, part: LayerCache, rows: jax.Array | slice) -> LayerCache:
+    """The cache with whole rows replaced by those of `part`, which has at most as many slots.
+
+    rows: [P] int32, out of range for rows of `part` to leave out; or a slice, over which a part of one row is
+    repeated.
+    """
+    n = part.slots
+    new_PT = jnp.pad(part.positions_BT, ((0, 0), (0, cache.slots - n)), constant_values=-1)
+    return LayerCache(
+        cache.k_RBKHT.at[:, rows, :, :, :n].set(part.k_RBKHT, mode="drop"),
+        cache.v_RBKTH.at[:, rows, :, :n].set(part.v_RBKTH, mode="drop"),
+        cache.positions_BT.at[rows].set(new_PT, mode="drop"),
+    )

@@ -1,0 +1,125 @@
+"""Layers of one kind stacked along a leading axis, run by `jax.lax.scan`."""
+
+# B batch, S sequence, D model, R stacked layers
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxft.nn.attention import Tokens
+from jaxft.nn.cache import Cache, LayerCache, slots_for, write_positions
+
+REMAT = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    # Results of the layers' matrix products, which name themselves; what lies between them is recomputed.
+    "dots": jax.checkpoint_policies.save_only_these_names("dots"),
+}
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of layers that repeats a pattern: `groups[p]` lists the layers at place p of the pattern."""
+
+    first_group: int
+    groups: tuple[tuple[int, ...], ...]
+
+
+def layout(kinds: Sequence[str]) -> tuple[Segment, ...]:
+    """How layers of the given kinds are stacked: each group is one scanned stack of equal layers.
+
+    ("a",) * 4 is one group of four. ("l", "l", "g") * 4 + ("l",) is three groups of four, then one
+    of one. The division with the fewest groups wins, since each group is compiled once.
+    """
+    runs = _runs(kinds)
+    best = min([runs, *(_periodic(kinds, period) for period in range(1, len(kinds)))], key=lambda s: sum(map(len, s)))
+    segments, first = [], 0
+    for groups in best:
+        segments.append(Segment(first, groups))
+        first += len(groups)
+    return tuple(segments)
+
+
+def group_layers(segments: tuple[Segment, ...]) -> tuple[tuple[int, ...], ...]:
+    """For every group in order, the layer numbers that it stacks."""
+    return tuple(group for segment in segments for group in segment.groups)
+
+
+Groups = tuple[tuple[int, ...], ...]
+
+
+def _runs(kinds: Sequence[str]) -> list[Groups]:
+    segments, start = [], 0
+    for i in range(1, len(kinds) + 1):
+        if i == len(kinds) or kinds[i] != kinds[start]:
+            segments.append((tuple(range(start, i)),))
+            start = i
+    return segments
+
+
+def _periodic(kinds: Sequence[str], period: int) -> list[Groups]:
+    repeats = 1
+    while kinds[repeats * period : (repeats + 1) * period] == kinds[:period]:
+        repeats += 1
+    whole = repeats * period
+    groups = tuple(tuple(range(p, whole, period)) for p in range(period))
+    rest = [tuple(tuple(i + whole for i in g) for g in segment) for segment in _runs(kinds[whole:])]
+    return [groups, *rest]
+
+
+def make_group(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
+    """`count` layers as one module whose every parameter has a leading axis of `count`."""
+    return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.fork(split=count))
+
+
+def run(
+    groups: Sequence[nnx.Module],
+    segments: tuple[Segment, ...],
+    x_BSD: jax.Array,
+    tokens: Tokens,
+    *,
+    cache: Cache | None,
+    key: jax.Array | None,
+    remat: str,
+) -> tuple[jax.Array, Cache | None]:
+    """All layers in order. key: for dropout; None when nothing is random."""
+    caches = _with_positions(cache, tokens) if cache is not None else None
+    for segment in segments:
+        here = slice(segment.first_group, segment.first_group + len(segment.groups))
+        part = caches[here] if caches is not None else None
+        x_BSD, part = _run_segment(groups[here], segment, x_BSD, tokens, part, key, remat)
+        if caches is not None:
+            caches[here] = part
+    return x_BSD, tuple(caches) if caches is not None else None
+
+
+def _with_positions(cache: Cache, tokens: Tokens) -> list[LayerCache]:
+    filled = []
+    for part in cache:
+        slots_BS = slots_for(tokens.positions_BS, tokens.segments_BS, part.slots)
+        positions_BT = write_positions(part.positions_BT, slots_BS, tokens.positions_BS)
+        filled.append(part._replace(positions_BT=positions_BT))
+    return filled
+
+
+def _run_segment(groups, segment, x_BSD, tokens, caches, key, remat):
+    split = [nnx.split(group) for group in groups]
+    graphdefs, states = [g for g, _ in split], [s for _, s in split]
+    layers = jnp.array(segment.groups, jnp.int32).T  # [R, pattern]
+
+    def body(carry, scanned):
+        x_BSD, caches = carry
+        states, layers_P, index = scanned
+        caches = list(caches) if caches is not None else [None] * len(graphdefs)
+        for place, (graphdef, state) in enumerate(zip(graphdefs, states, strict=True)):
+            layer_key = None if key is None else jax.random.fold_in(key, layers_P[place])
+            module = nnx.merge(graphdef, state)
+            x_BSD, caches[place] = module(x_BSD, tokens, caches[place], index, layer_key)
+        return (x_BSD, caches if caches[0] is not None else None), None
+
+    if remat != "none":
+        body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)
+    (x_BSD, caches), _ = jax.lax.scan(body, (x_BSD, caches), (states, layers, jnp.arange(len(layers))))
+    return x_BSD, caches

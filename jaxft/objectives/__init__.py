@@ -1,0 +1,1 @@
+"""Training objectives: each a `Loss = (model, batch, key) -> LossSums`."""

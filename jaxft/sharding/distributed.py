@@ -1,0 +1,89 @@
+"""Start of jax.distributed: once per process, even when there is only one.
+
+Without it a SIGTERM kills the process and Orbax's preemption check is always False. With it JAX
+takes SIGTERM over: the process lives on until the training loop sees `reached_preemption` and
+leaves, so a phase that never asks (an export, say) ends only by SIGKILL.
+"""
+
+import logging
+import os
+import socket
+
+import jax
+
+from jaxft.errors import ConfigError
+
+HEARTBEAT_SECONDS = 100  # JAX's own default
+
+
+def start(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    heartbeat_seconds: int = HEARTBEAT_SECONDS,
+) -> bool:
+    """Initialise jax.distributed; False where that was done before.
+
+    coordinator: `host:port` of process 0. Give it with num_processes and process_id, or give none of
+    the three: then JAX finds them out on a TPU pod, SLURM, Open MPI or Kubernetes, and anywhere
+    else the run is a group of one process on a free local port.
+    heartbeat_seconds: after this long without a sign of life a process counts as dead and the
+    others abort.
+    Call it before anything touches a device. Raises ConfigError when that is too late, or when only
+    some of the three are given.
+    """
+    if jax.distributed.is_initialized():
+        return False
+    given = (coordinator, num_processes, process_id)
+    if any(x is None for x in given) and any(x is not None for x in given):
+        raise ConfigError(
+            f"give all of coordinator={coordinator!r}, num_processes={num_processes}, process_id={process_id}, "
+            "or none of them"
+        )
+    logging.getLogger("jax._src.distributed").setLevel(logging.ERROR)  # it warns of every proxy variable
+    try:
+        if coordinator is not None:
+            jax.distributed.initialize(
+                coordinator,
+                num_processes,
+                process_id,
+                cluster_detection_method="deactivate",
+                heartbeat_timeout_seconds=heartbeat_seconds,
+            )
+        else:
+            _detect_or_alone(heartbeat_seconds)
+    except RuntimeError as error:
+        if "must be called before" not in str(error):
+            raise
+        raise ConfigError(
+            "jax.distributed must start before JAX touches a device, and something has used one already "
+            "(jax.devices(), an array, a random key). Call jaxft.sharding.distributed.start() first; in a notebook, "
+            "restart the kernel. Without it SIGTERM cannot be answered with a checkpoint."
+        ) from error
+    return True
+
+
+def _detect_or_alone(heartbeat_seconds: int) -> None:
+    try:
+        jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat_seconds)
+    except ValueError as error:
+        if "should be defined" not in str(error):
+            raise
+        # gRPC sends even loopback through http_proxy, and would wait there for minutes.
+        exempt = os.environ.get("no_grpc_proxy") or os.environ.get("no_proxy") or ""
+        os.environ["no_grpc_proxy"] = ",".join(filter(None, [exempt, "127.0.0.1"]))
+        address = f"127.0.0.1:{_free_port()}"
+        jax.distributed.initialize(
+            address,
+            1,
+            0,
+            cluster_detection_method="deactivate",
+            coordinator_bind_address=address,  # the default listens on every network interface
+            heartbeat_timeout_seconds=heartbeat_seconds,
+        )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

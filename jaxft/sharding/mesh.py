@@ -1,0 +1,115 @@
+"""The mesh: named axes over the devices. One device is a mesh of 1; nothing else knows how many there are."""
+
+# B batch
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxft.config import MeshConfig
+from jaxft.errors import ConfigError
+from jaxft.sharding.rules import RULES, Leaf, Rule, assign, divisors, path_str
+
+BATCH_AXES = ("data", "fsdp")  # each of their devices computes other rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshPlan:
+    """A device mesh and the shardings that follow from it."""
+
+    mesh: Mesh
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """Axis name -> number of devices, in mesh order."""
+        return dict(self.mesh.shape)
+
+    @property
+    def batch_shards(self) -> int:
+        """Into how many parts the rows of a batch are split."""
+        return math.prod(self.axes.get(axis, 1) for axis in BATCH_AXES)
+
+    def describe(self) -> str:
+        """One line for people: `8 cpu devices: data=1, fsdp=8`."""
+        kind, count = self.mesh.devices.flat[0].device_kind, self.mesh.devices.size
+        return f"{count} {kind} device{'s' * (count > 1)}: {_sizes(self.axes)}"
+
+    def shardings(self, tree: Any, rules: Sequence[Rule | tuple[str, P]] = RULES) -> Any:
+        """A NamedSharding in the place of every array or ShapeDtypeStruct of a pytree.
+
+        tree: the WHOLE train state, so that optimizer moments are split like their parameters.
+        rules: `(pattern, PartitionSpec)`, first match wins; see `jaxft.sharding.rules`.
+        Raises ConfigError for a rule without effect, a big array whose dimension does not divide by
+        its axis (naming the sizes that would), and a big array left whole although fsdp > 1.
+        """
+        flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
+        leaves = [Leaf(path_str(path), tuple(x.shape), not _is_key(x)) for path, x in flat]
+        specs = assign(leaves, rules, self.axes)
+        return jax.tree_util.tree_unflatten(treedef, [NamedSharding(self.mesh, spec) for spec in specs])
+
+    def batch_sharding(self) -> NamedSharding:
+        """Rows over all batch axes, for arrays [B, ...]."""
+        return NamedSharding(self.mesh, P(tuple(axis for axis in BATCH_AXES if axis in self.axes)))
+
+    def replicated(self) -> NamedSharding:
+        """The whole array on every device."""
+        return NamedSharding(self.mesh, P())
+
+    def check_batch(self, rows: int, name: str = "train.batch_size / train.accumulation_steps") -> None:
+        """Raises ConfigError where `rows`, known to the user as `name`, does not split evenly over the devices."""
+        if rows % self.batch_shards:
+            below = rows - rows % self.batch_shards
+            near = [str(n) for n in (below, below + self.batch_shards) if n]
+            raise ConfigError(
+                f"{name} = {rows} rows do not divide over {self.batch_shards} devices ({_sizes(self.axes)}): "
+                f"each takes equally many. Use {' or '.join(near)} rows."
+            )
+
+
+def make_mesh_plan(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> MeshPlan:
+    """The mesh of a config over `devices` (default: all of every process).
+
+    The config's fields are the axes, in order, with the most talkative axis last; a size of -1 takes
+    what remains. Raises ConfigError where the sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    axes = _filled(dataclasses.asdict(config), len(devices))
+    grid = mesh_utils.create_device_mesh(
+        tuple(axes.values()),
+        devices,
+        allow_split_physical_axes=True,  # else data=2, fsdp=8 on a 4x4 torus is refused
+    )
+    # jax.make_mesh would give Explicit axes, under which an embedding lookup wants an out_sharding.
+    return MeshPlan(mesh=Mesh(grid, tuple(axes), axis_types=(AxisType.Auto,) * len(axes)))
+
+
+def _filled(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
+    for axis, size in sizes.items():
+        if size == 0 or size < -1:
+            raise ConfigError(f"mesh.{axis}={size} must be a positive number of devices, or -1 for the rest")
+    rest = [axis for axis, size in sizes.items() if size == -1]
+    if len(rest) > 1:
+        raise ConfigError(f"only one mesh axis may be -1 (the devices that remain), not {' and '.join(rest)}")
+    given = math.prod(size for size in sizes.values() if size != -1)
+    if devices % given or (not rest and given != devices):
+        fixed = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items() if size != -1)
+        raise ConfigError(
+            f"{fixed} make {given} devices{' for the given axes' if rest else ''}, which "
+            f"{'does not divide' if rest else 'are not'} the {devices} of this run. Axis sizes must multiply to "
+            f"{devices}: give each one of {divisors(devices)}, or one of them -1 for the rest."
+        )
+    return {axis: devices // given if size == -1 else size for axis, size in sizes.items()}
+
+
+def _is_key(x: Any) -> bool:
+    return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _sizes(axes: Mapping[str, int]) -> str:
+    return ", ".join(f"{axis}={size}" for axis, size in axes.items())

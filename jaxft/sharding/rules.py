@@ -1,0 +1,184 @@
+"""Path rules: which dimension of which array is split over which mesh axis.
+
+A rule's pattern matches the END of a '/'-joined path, segment by segment, so that
+`q_proj/kernel` finds the parameter, its gradient and both of Adam's moments. The rule's
+PartitionSpec names the LAST dimensions of the array: leading ones (stacked layers) stay whole.
+The first rule that matches wins. Scalars and PRNG keys are never split.
+"""
+
+import fnmatch
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import PartitionSpec as P
+
+from jaxft.errors import ConfigError, did_you_mean
+
+BIG = 2**16  # elements; a larger array must be split when fsdp > 1
+SHOWN = 8  # offenders listed in one error
+
+log = logging.getLogger(__name__)
+
+
+class Rule(NamedTuple):
+    """`(pattern, spec)`; an optional rule may match nothing."""
+
+    pattern: str
+    spec: P
+    optional: bool = False
+
+
+# The model dimension D is the split one wherever a matrix has it: every fsdp that divides D fits
+# all layers, whatever V (50257) or the MLP width are. All are optional because one tuple serves
+# tied and untied models, LoRA and full fine-tuning; a big array that no rule finds is an error.
+RULES: tuple[Rule, ...] = (
+    Rule("embedding", P(None, "fsdp"), optional=True),  # [V, D]
+    Rule("lm_head/kernel", P("fsdp", None), optional=True),  # [D, V]
+    Rule("o_proj/kernel", P(None, "fsdp"), optional=True),  # [L, N*H, D]
+    Rule("down_proj/kernel", P(None, "fsdp"), optional=True),  # [L, F, D]
+    Rule("kernel", P("fsdp", None), optional=True),  # [L, D, out]
+    Rule("lora_a", P(None, "fsdp"), optional=True),  # [L, r, in]
+    Rule("lora_b", P(None, "fsdp"), optional=True),  # [L, r, out]
+    Rule("scale", P("fsdp"), optional=True),  # [L, D]
+    Rule("bias", P("fsdp"), optional=True),  # [L, out]
+)
+
+
+def path_str(key_path: Sequence[Any]) -> str:
+    """`layers/0/q_proj/kernel` for a jax.tree_util key path (dicts, NamedTuples, dataclasses, nnx.State)."""
+    last = key_path[-1] if key_path else None
+    if isinstance(last, jax.tree_util.GetAttrKey) and last.name == "value":
+        key_path = key_path[:-1]  # an nnx.Variable is a node with the one field `value`
+    return jax.tree_util.keystr(tuple(key_path), simple=True, separator="/")
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether the last segments of path fit the pattern's, each as a shell glob: `layers/*/kernel`."""
+    wanted, tail = pattern.split("/"), path.split("/")
+    if len(wanted) > len(tail):
+        return False
+    return all(fnmatch.fnmatchcase(s, w) for w, s in zip(wanted, tail[-len(wanted) :], strict=True))
+
+
+class Leaf(NamedTuple):
+    """What a rule needs to know of one array."""
+
+    path: str
+    shape: tuple[int, ...]
+    splittable: bool  # False for PRNG keys
+
+
+def assign(leaves: Sequence[Leaf], rules: Sequence[Rule | tuple[str, P]], axes: Mapping[str, int]) -> list[P]:
+    """The PartitionSpec of every leaf.
+
+    axes: mesh axis name -> size.
+    Raises ConfigError for a rule that names no mesh axis or is first for no leaf, a big leaf whose
+    dimension does not divide by its axes, and, when fsdp > 1, a big leaf left whole on every device.
+    Small leaves that do not divide are left whole and logged.
+    """
+    rules = [Rule(*rule) for rule in rules]
+    for rule in rules:
+        for axis in (a for entry in tuple(rule.spec) for a in _names(entry)):
+            if axis not in axes:
+                raise ConfigError(
+                    f"sharding rule {rule.pattern!r} names mesh axis {axis!r}; the mesh has {', '.join(axes)}."
+                    f"{did_you_mean(axis, axes)}"
+                )
+    found, used, specs = _Findings(axes), set(), []
+    for leaf in leaves:
+        index = next((i for i, rule in enumerate(rules) if matches(rule.pattern, leaf.path)), None)
+        if index is not None:
+            used.add(index)
+        spec = rules[index].spec if index is not None and leaf.splittable and leaf.shape else P()
+        specs.append(found.place(leaf, spec))
+    _refuse_unused([rule for i, rule in enumerate(rules) if i not in used and not rule.optional], leaves)
+    found.report()
+    return specs
+
+
+@dataclass
+class _Findings:
+    axes: Mapping[str, int]
+    misfits: list[str] = field(default_factory=list)
+    misfit_dims: list[int] = field(default_factory=list)
+    whole: list[Leaf] = field(default_factory=list)
+    small: list[str] = field(default_factory=list)
+
+    def place(self, leaf: Leaf, spec: P) -> P:
+        """The rule's spec moved to the last dimensions; dimensions that do not divide stay whole."""
+        big = math.prod(leaf.shape) > BIG
+        entries = tuple(spec)
+        if len(entries) > len(leaf.shape):
+            self._misfit(leaf, big, f"has {len(leaf.shape)} dimensions, its rule {spec} names {len(entries)}")
+            entries = ()
+        entries = (None,) * (len(leaf.shape) - len(entries)) + entries
+        kept, ways = [], 1
+        for axis, (entry, length) in enumerate(zip(entries, leaf.shape, strict=True)):
+            count = math.prod(self.axes[name] for name in _names(entry))
+            if length % count:
+                what = f"{'x'.join(_names(entry))}={count} does not divide dimension {axis} = {length}"
+                self._misfit(leaf, big, what, length)
+                entry, count = None, 1
+                ways = 0 if big else ways  # named once, as a misfit
+            kept.append(entry)
+            ways *= count
+        if ways == 1 and big and self.axes.get("fsdp", 1) > 1:
+            self.whole.append(leaf)
+        while kept and kept[-1] is None:
+            kept.pop()  # P() and P(None, None) mean the same but compare unequal
+        return P(*kept)
+
+    def _misfit(self, leaf: Leaf, big: bool, what: str, length: int | None = None) -> None:
+        text = f"{leaf.path} {list(leaf.shape)}: {what}"
+        (self.misfits if big else self.small).append(text)
+        if big and length is not None:
+            self.misfit_dims.append(length)
+
+    def report(self) -> None:
+        if self.misfits:
+            devices = math.prod(self.axes.values())
+            fits = divisors(devices, lambda d: all(length % d == 0 for length in self.misfit_dims))
+            raise ConfigError(
+                f"the mesh ({', '.join(f'{k}={v}' for k, v in self.axes.items())}) cannot split these arrays into "
+                f"equal shards:\n{_listed(self.misfits)}\n"
+                f"Set the axis to one of {fits}: they divide these dimensions and the {devices} devices."
+            )
+        if self.whole:
+            lines = [f"{leaf.path} {list(leaf.shape)}: {math.prod(leaf.shape):,} elements" for leaf in self.whole]
+            raise ConfigError(
+                f"fsdp={self.axes['fsdp']}, but these arrays of more than {BIG:,} elements would be whole on every "
+                f"device:\n{_listed(lines)}\nAdd a sharding rule whose pattern ends like their paths."
+            )
+        if self.small:
+            log.warning("left whole on every device, being small:\n%s", _listed(self.small))
+
+
+def divisors(number: int, wanted: Callable[[int], bool] = lambda d: True) -> str:
+    """`1, 2, 4, 8`: the divisors of a number that fulfil a condition."""
+    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0 and wanted(d))
+
+
+def _refuse_unused(unused: Sequence[Rule], leaves: Sequence[Leaf]) -> None:
+    if not unused:
+        return
+    lines = []
+    for rule in unused:
+        depth = rule.pattern.count("/") + 1
+        near = did_you_mean(rule.pattern, {"/".join(leaf.path.split("/")[-depth:]) for leaf in leaves})
+        shadowed = any(matches(rule.pattern, leaf.path) for leaf in leaves)
+        why = "an earlier rule takes all that it matches" if shadowed else f"matches no array.{near}"
+        lines.append(f"{rule.pattern!r}: {why}")
+    raise ConfigError(f"sharding rules without effect:\n{_listed(lines)}\nCorrect or remove them.")
+
+
+def _names(entry: str | tuple[str, ...] | None) -> Iterator[str] | tuple[str, ...]:
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def _listed(lines: Sequence[str]) -> str:
+    more = [f"  ... and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+    return "\n".join([f"  {line}" for line in lines[:SHOWN]] + more)

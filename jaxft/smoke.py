@@ -1,0 +1,38 @@
+"""The argument that every shipped config understands: `configs/NAME.py:smoke`."""
+
+from ml_collections import ConfigDict
+
+from jaxft.assets import ASSETS
+from jaxft.errors import ConfigError, did_you_mean
+
+
+def with_arg(config: ConfigDict, arg: str | None) -> ConfigDict:
+    """The config as it is for no argument; for `smoke`, shrunk to seconds on any machine.
+
+    A smoke run keeps the method (adapter, optimizer, packing, cadence) and replaces what costs: a random
+    two-layer model with a byte tokenizer, 24 rows, 4 steps. It proves that a run goes through from data to
+    report, not that it learns. Raises ConfigError for another argument.
+    """
+    if not arg:
+        return config
+    if arg != "smoke":
+        raise ConfigError(f"config argument {arg!r} is not known.{did_you_mean(arg, ['smoke'])} Known: smoke.")
+    with config.unlocked():
+        config.output_dir = config.output_dir.rstrip("/") + "-smoke"
+    config.model.update(path=str(ASSETS / "smoke"), revision=None, random_init=True, dtype="float32")
+    config.model.param_dtype = "float32"
+    config.adapter.r = min(config.adapter.r, 8)
+    quickstart = ASSETS / "quickstart"
+    config.data.update(
+        train=str(quickstart / "train.jsonl"), eval=str(quickstart / "heldout.jsonl"), eval_fraction=None,
+        limit=24, eval_limit=4, format="auto", chat_template=None, max_length=768, truncation="drop",
+    )  # fmt: skip
+    config.train.update(batch_size=8, steps=4, log_every=1)
+    config.train.accumulation_steps = 2 if config.train.accumulation_steps > 1 else 1
+    config.optim.update(warmup_steps=None, warmup_ratio=None)
+    if config.train.eval_every is not None:
+        config.train.eval_every = 2
+    if config.checkpoint.every is not None:
+        config.checkpoint.every = 2
+    config.eval.update(limit=4, max_new_tokens=8, batch_size=4)
+    return config

@@ -1,0 +1,271 @@
+"""What a run tells while it goes on: metrics.jsonl, TensorBoard event files, and the console."""
+
+import json
+import math
+import numbers
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from jaxft.errors import DataError, JaxftError
+
+METRICS_FILE = "metrics.jsonl"
+
+# Keys whose values come from a clock: two runs that are equal in every other key are the same run.
+TIMING_KEYS = ("tokens_per_second", "step_seconds", "eval_seconds", "elapsed_seconds")
+
+
+class RunLog:
+    """Where the training loop writes its figures; use it as a context manager.
+
+    folder: the run folder, made if absent. Gets `metrics.jsonl`, one JSON object a line, and
+    `tensorboard/`, where tensorboardX is installed. Both use the keys of `metrics` as they are.
+    total_steps: optimizer steps of the whole run.
+    resume_step: step of the checkpoint from which the run goes on; None starts the record anew.
+    Lines of later steps are cut off, since those steps are about to be taken again. So that no
+    line is lost to a kill, log step N before saving the checkpoint of step N.
+    console: where people read; None is standard output. A terminal gets a live line, anything
+    else (a pipe, CI, nohup) plain lines.
+    quiet: nothing on the console.
+    clock: seconds, from any origin; only the remaining time on the console is made of it.
+    Raises DataError where a metrics.jsonl to be continued is damaged before its last line.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        total_steps: int,
+        resume_step: int | None,
+        console: Console | None = None,
+        quiet: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / METRICS_FILE
+        _cut(path, resume_step)
+        # Line buffering: what was logged is with the operating system, and outlives a SIGKILL of this process.
+        self._file = open(path, "a", buffering=1, encoding="utf-8", newline="\n")
+        self._board = _open_board(folder / "tensorboard", 0 if resume_step is None else resume_step + 1)
+        self._remaining = _Remaining(total_steps, clock)
+        if console is None or quiet:
+            console = Console(quiet=quiet)
+        screen = _LiveScreen if console.is_interactive and not console.quiet else _PlainScreen
+        self._screen = screen(console, total_steps, resume_step or 0)
+        if self._board is None:
+            self.note("no TensorBoard files: tensorboardX is not installed (pip install tensorboardX)")
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record the figures of optimizer step `step` (counted from 1), all finite numbers.
+
+        Raises JaxftError on a NaN or infinite value: JSON has no word for them, and a null would hide a
+        run that has broken down. Raises TypeError on anything but a number, device arrays included.
+        """
+        row = self._record(step, metrics)
+        self._screen.show(step, _headline(row) + self._remaining.after(step))
+
+    def eval(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record held-out figures after optimizer step `step` (0: before training). Raises as `step` does."""
+        row = self._record(step, metrics)
+        figures = [f"{key} {value:.4f}" for key, value in row.items() if key != "step" and key not in TIMING_KEYS]
+        self._screen.print("  ".join([f"eval at step {step}", *figures]))
+
+    def note(self, text: str) -> None:
+        """One line for the reader at the console; it is not kept."""
+        self._screen.print(text)
+
+    def close(self) -> None:
+        """Flush and close everything; harmless when called again."""
+        self._screen.close()
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+            self._board = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _record(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
+        row = {"step": int(step)} | {key: _plain(key, value, step) for key, value in metrics.items()}
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        if self._board is not None:
+            self._board.write(row)
+        return row
+
+
+def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The rows of a run folder's metrics.jsonl, oldest first; a torn last line is left out.
+
+    Raises DataError where the file is absent, or damaged before its last line.
+    """
+    path = Path(folder) / METRICS_FILE
+    if not path.is_file():
+        raise DataError(f"no {METRICS_FILE} in {str(folder)!r}: it is no run folder, or training never started there")
+    return _read(path)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    lines = path.read_bytes().splitlines()
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            readable = isinstance(row, dict) and isinstance(row.get("step"), int)
+        except ValueError:
+            readable = False
+        if readable:
+            rows.append(row)
+        elif number < len(lines):
+            raise DataError(
+                f"{path} line {number} of {len(lines)} is not a JSON object with a step: the file is damaged. "
+                "Mend or delete that line, or move the file away."
+            )
+    return rows
+
+
+def _cut(path: Path, resume_step: int | None) -> None:
+    """Leave in the file only what the checkpoint at resume_step had already seen."""
+    kept = [] if resume_step is None or not path.exists() else _read(path)
+    kept = [row for row in kept if row["step"] <= resume_step]
+    # Written beside and moved over, so that a kill in this moment loses nothing.
+    beside = path.with_suffix(".tmp")
+    beside.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in kept), encoding="utf-8")
+    os.replace(beside, path)
+
+
+def _plain(key: str, value: Any, step: int) -> int | float:
+    """A Python number, of a Python or numpy one."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"metric {key!r} at step {step} is a {type(value).__name__}, not a number; use jax.device_get")
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if not math.isfinite(value):
+        raise JaxftError(
+            f"metric {key!r} is {float(value)} at step {step}: training has left the range of numbers. "
+            "Lower optim.learning_rate, set optim.clip_norm, or look at the rows of that step."
+        )
+    return float(value)
+
+
+def _open_board(folder: Path, first_step: int) -> "_Board | None":
+    """The TensorBoard writer, or None where tensorboardX is not installed."""
+    try:
+        return _Board(folder, first_step)
+    except ImportError:
+        return None
+
+
+class _Board:
+    """A TensorBoard event file, written at once.
+
+    tensorboardX's SummaryWriter hands events to a thread, and its flush does not wait for them: a kill would
+    leave a hole before the step from which the run resumes. So its event writer is used directly.
+    """
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        self._Event, self._Summary = Event, Summary
+        folder.mkdir(exist_ok=True)
+        # The suffix keeps a run restarted within the same second from overwriting its own file.
+        self._writer = EventsWriter(str(folder / "events"), f".from{first_step}")
+        # A session start makes readers forget what an earlier file holds from first_step on.
+        start = SessionLog(status=SessionLog.START)
+        self._writer.write_event(Event(wall_time=time.time(), step=first_step, session_log=start))
+
+    def write(self, row: Mapping[str, float]) -> None:
+        values = [self._Summary.Value(tag=k, simple_value=v) for k, v in row.items() if k != "step"]
+        event = self._Event(wall_time=time.time(), step=row["step"], summary=self._Summary(value=values))
+        self._writer.write_event(event)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _headline(row: Mapping[str, float]) -> list[str]:
+    """The few figures that people watch."""
+    parts = []
+    if "loss" in row:
+        parts.append(f"loss {row['loss']:.4f}")
+    if "learning_rate" in row:
+        parts.append(f"lr {row['learning_rate']:.1e}")
+    if "tokens_per_second" in row:
+        rate = row["tokens_per_second"]
+        parts.append(f"{rate:,.0f} tok/s" if rate >= 10 else f"{rate:.1f} tok/s")
+    return parts
+
+
+class _Remaining:
+    """Time left, from the pace since the first logged step (the time before it is mostly compilation)."""
+
+    def __init__(self, total_steps: int, clock: Callable[[], float]) -> None:
+        self._total_steps, self._clock = total_steps, clock
+        self._first: tuple[int, float] | None = None
+
+    def after(self, step: int) -> list[str]:
+        """`["2:31 left"]`, or nothing where it cannot be told yet or no step is left."""
+        now = self._clock()
+        if self._first is None:
+            self._first = (step, now)
+        first_step, first_time = self._first
+        if step <= first_step or step >= self._total_steps:
+            return []
+        seconds = round((self._total_steps - step) * (now - first_time) / (step - first_step))
+        hours, minutes, seconds = seconds // 3600, seconds // 60 % 60, seconds % 60
+        return [f"{hours}:{minutes:02d}:{seconds:02d} left" if hours else f"{minutes}:{seconds:02d} left"]
+
+
+class _PlainScreen:
+    """A line per logged step, for files and pipes."""
+
+    def __init__(self, console: Console, total_steps: int, done_steps: int) -> None:
+        self._console, self._total_steps = console, total_steps
+
+    def show(self, step: int, parts: list[str]) -> None:
+        self.print("  ".join([f"step {step}/{self._total_steps}", *parts]))
+
+    def print(self, text: str) -> None:
+        # Neither wrapped to a width that a file does not have, nor read as markup.
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        pass
+
+
+class _LiveScreen:
+    """One line that moves, for a terminal; other text scrolls away above it."""
+
+    def __init__(self, console: Console, total_steps: int, done_steps: int) -> None:
+        columns = (
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[figures]}", markup=False),
+        )
+        # Twice a second: the thread that draws takes its time from the training step.
+        self._progress = Progress(*columns, console=console, refresh_per_second=2)
+        self._task = self._progress.add_task("train", total=total_steps, completed=done_steps, figures="compiling")
+        self._progress.start()
+
+    def show(self, step: int, parts: list[str]) -> None:
+        self._progress.update(self._task, completed=step, figures="  ".join(parts))
+
+    def print(self, text: str) -> None:
+        self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        self._progress.stop()

@@ -1,0 +1,39 @@
+"""The state of a run and how a model divides into what moves and what does not."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from jaxft.adapters.lora import AdapterParam
+
+
+class TrainState(NamedTuple):
+    """All that a step reads and writes.
+
+    step: int32, optimizer steps taken. trainable, frozen: nnx.State, the model's parameters.
+    opt_state: optax's. key: the run's root PRNG key; steps fold their number into it.
+    """
+
+    step: jax.Array
+    trainable: Any
+    frozen: Any
+    opt_state: Any
+    key: jax.Array
+
+
+def divide(model: nnx.Module) -> tuple[Any, Any, Any]:
+    """(graphdef, trainable, frozen): adapters move where there are any, else every parameter."""
+    graphdef, moving, still = nnx.split(model, AdapterParam, ...)
+    if not jax.tree.leaves(moving):
+        moving, still = still, moving
+    return graphdef, moving, still
+
+
+def create(model: nnx.Module, tx: optax.GradientTransformation, seed: int) -> tuple[Any, TrainState]:
+    """(graphdef, state at step 0). Trainable parameters become float32."""
+    graphdef, trainable, frozen = divide(model)
+    trainable = jax.tree.map(lambda x: x.astype(jnp.float32), trainable)
+    return graphdef, TrainState(jnp.int32(0), trainable, frozen, tx.init(trainable), jax.random.key(seed))

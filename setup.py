@@ -1,0 +1,60 @@
+"""Packaging of jaxft."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "jaxft" / "__init__.py").read_text(encoding="utf-8")).group(1)
+
+setup(
+    name="jaxft",
+    version=VERSION,
+    description="Fine-tuning of open language models with JAX: 7B to 70B on TPU slices, smaller ones anywhere",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["jaxft", "jaxft.*"]),
+    package_data={"jaxft": ["assets/**/*", "assets/*"]},
+    entry_points={"console_scripts": ["jaxft=jaxft.cli:main"]},
+    install_requires=[
+        "jax>=0.10",
+        "flax>=0.12",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.11",
+        "grain>=0.2.12",
+        "ml-collections>=1.0",
+        "numpy>=1.26",
+        "ml_dtypes>=0.5",
+        "safetensors>=0.4.5",
+        "transformers>=4.57",
+        "tokenizers>=0.20",
+        "sentencepiece>=0.2",
+        "gguf>=0.17",
+        "jinja2>=3.1",
+        "matplotlib>=3.8",
+        "rich>=13",
+        "tensorboardX>=2.6",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda12]"],
+        # Hugging Face datasets as a source of rows.
+        "datasets": ["datasets>=3"],
+        # TensorFlow Datasets as a source of rows, read without TensorFlow.
+        "tfds": ["tensorflow-datasets>=4.9.7", "importlib_resources", "array_record"],
+        # The suite; torch and PEFT are its oracles, where PyTorch has a CPU build of this size.
+        "test": [
+            "pytest>=8",
+            "ruff>=0.8",
+            "datasets>=3",
+            "tensorflow-datasets>=4.9.7",
+            "importlib_resources",
+            "array_record",
+            'torch==2.13.0; python_version < "3.12"',
+            'peft>=0.17; python_version < "3.12"',
+        ],
+    },
+)

@@ -1,0 +1,1 @@
+"""A TFDS builder in a package of its own, where TFDS looks for its metadata."""
