@@ -25,7 +25,7 @@ def with_arg(config: ConfigDict, arg: str | None) -> ConfigDict:
     quickstart = ASSETS / "quickstart"
     config.data.update(
         train=str(quickstart / "train.jsonl"), eval=str(quickstart / "heldout.jsonl"), eval_fraction=None,
-        limit=24, eval_limit=4, format="auto", chat_template=None, max_length=768, truncation="drop",
+        limit=24, eval_limit=4, format="auto", chat_template=None, max_length=512, truncation="drop",
     )  # fmt: skip
     config.train.update(batch_size=8, steps=4, log_every=1)
     config.train.accumulation_steps = 2 if config.train.accumulation_steps > 1 else 1

@@ -30,6 +30,30 @@ class LoRASettings:
         return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
 
+@jax.custom_vjp
+def low_rank(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """x A^T B. x: [..., I], a: [r, I], b: [r, O] -> [..., O].
+
+    Its gradient is the usual one, written so that only operands with the small axis r are transposed:
+    JAX's own rule turns the whole output gradient, which costs a CPU a tenth of the step.
+    """
+    return jnp.einsum("...i,ri->...r", x, a) @ b
+
+
+def _low_rank_forward(x: jax.Array, a: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    low = checkpoint_name(jnp.einsum("...i,ri->...r", x, a), "dots")
+    return low @ b, (x, low, a, b)
+
+
+def _low_rank_backward(residuals: tuple[jax.Array, ...], grad: jax.Array) -> tuple[jax.Array, ...]:
+    x, low, a, b = residuals
+    grad_low = jnp.einsum("...o,ro->...r", grad, b)
+    return grad_low @ a, jnp.einsum("...r,...i->ri", grad_low, x), jnp.einsum("...r,...o->ro", low, grad)
+
+
+low_rank.defvjp(_low_rank_forward, _low_rank_backward)
+
+
 class LoRA(nnx.Module):
     """`y + scale * drop(x) A^T B`, A drawn and B zero, so that a fresh adapter changes nothing.
 
@@ -52,9 +76,7 @@ class LoRA(nnx.Module):
             keep = jax.random.bernoulli(key, 1 - self.settings.dropout, x.shape)
             x = jnp.where(keep, x / (1 - self.settings.dropout), 0).astype(x.dtype)
         a, b = self.lora_a.get_value().astype(x.dtype), self.lora_b.get_value().astype(x.dtype)
-        # A is kept as [r, I]: its gradient then turns the small [r, ...] operand and never x.
-        low = checkpoint_name(jnp.einsum("...i,ri->...r", x, a), "dots")
-        return y + self.settings.scale * (low @ b)
+        return y + self.settings.scale * low_rank(x, a, b)
 
     def delta(self, layer: int | None = None) -> jax.Array:
         """What merging adds to the kernel, float32: [*stack, I, O], or one layer's [I, O] of a stack."""

@@ -73,6 +73,10 @@ class Config:
             raise ModelError(
                 f"num_attention_heads={heads} is not a multiple of num_key_value_heads={config.num_key_value_heads}"
             )
+        if not hf.get("head_dim") and config.hidden_size % heads:
+            raise ModelError(f"hidden_size={config.hidden_size} is not a multiple of num_attention_heads={heads}")
+        if config.head_dim % 2:
+            raise ModelError(f"head_dim={config.head_dim} is odd: rotary embeddings turn pairs")
         return config
 
     def to_hf(self) -> dict[str, Any]:

@@ -71,7 +71,8 @@ def _periodic(kinds: Sequence[str], period: int) -> list[Groups]:
 
 def make_group(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
     """`count` layers as one module whose every parameter has a leading axis of `count`."""
-    return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.fork(split=count))
+    keys = jax.random.split(rngs.params(), count)
+    return nnx.vmap(lambda key: make(nnx.Rngs(params=key)), in_axes=0, out_axes=0)(keys)
 
 
 def run(

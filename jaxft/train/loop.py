@@ -34,6 +34,7 @@ class Cadence:
     """When things happen, in steps; None: only after the last one."""
 
     total_steps: int
+    steps_per_epoch: float
     log_every: int
     eval_every: int | None
     save_every: int | None
@@ -76,7 +77,8 @@ def fit(
         progress["num_tokens"] = progress.get("num_tokens", 0.0) + metrics.pop("num_tokens")
         progress["trained_tokens"] = progress.get("trained_tokens", 0.0) + metrics.pop("trained_tokens")
         if cadence.due(step, cadence.log_every):
-            log.step(step, metrics | progress | window.rates(step, progress["num_tokens"]))
+            seen = progress | {"epoch": step / cadence.steps_per_epoch}
+            log.step(step, metrics | seen | window.rates(step, progress["num_tokens"]))
         if hooks.evaluate is not None and cadence.due(step, cadence.eval_every):
             began = time.monotonic()
             figures = hooks.evaluate(state)

@@ -1,0 +1,106 @@
+"""Eight fake CPU devices, one thread, no network; and tiny models as transformers writes them."""
+
+import os
+
+# Before JAX is imported anywhere.
+os.environ["JAX_PLATFORMS"] = "cpu"
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    flags = (os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8")
+    os.environ["XLA_FLAGS"] = " ".join(flags).strip()
+for name, value in {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}.items():
+    os.environ.setdefault(name, value)
+
+import functools  # noqa: E402
+import json  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+from typing import Any  # noqa: E402
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+# Compiling costs more than running at these sizes. In this process only: programs that tests start are as users see them.
+jax.config.update("jax_disable_most_optimizations", True)
+
+TINY = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-5,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "tied": {"tie_word_embeddings": True},
+    "one_kv_head": {"num_key_value_heads": 1},
+    "all_kv_heads": {"num_key_value_heads": 4},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "wide_heads": {"head_dim": 16},
+    "llama3_rope": {"rope_parameters": LLAMA3_ROPE},
+    "linear_rope": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """tiny_llama(variant) -> a float32 folder that LlamaForCausalLM.save_pretrained wrote; see VARIANTS."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+
+    @functools.cache
+    def make(variant: str = "plain") -> str:
+        config = transformers.LlamaConfig(**TINY | VARIANTS[variant])
+        model = transformers.LlamaForCausalLM._from_config(config, dtype=torch.float32)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            # Wider than the usual start, norms and biases included, so that every parameter shows in the logits.
+            for name, parameter in model.named_parameters():
+                spread = 0.1 if parameter.ndim == 1 else 0.2
+                parameter.normal_(1.0 if "norm" in name else 0.0, spread, generator=generator)
+        folder = str(tmp_path_factory.mktemp(variant))
+        model.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def torch_llama() -> Callable[..., Any]:
+    """torch_llama(folder) -> a fresh float32 model of transformers with plain attention."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+
+    def load(folder: str) -> Any:
+        return transformers.LlamaForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def smoke_config() -> dict[str, Any]:
+    """config.json of the tiny tied model that ships with jaxft, for tests that need no oracle."""
+    from jaxft.assets import ASSETS
+
+    return json.loads((ASSETS / "smoke" / "config.json").read_text(encoding="utf-8"))

@@ -1,0 +1,119 @@
+"""config.json: both dialects of transformers, every refusal, and published sizes without memory."""
+
+import pytest
+
+from jaxft import models
+from jaxft.errors import ModelError
+from jaxft.models.llama import Config
+from jaxft.nn.rope import Rope
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+}
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def size(vocab, width, inner, layers, heads, kv_heads, **more):
+    return {
+        "model_type": "llama", "vocab_size": vocab, "hidden_size": width, "intermediate_size": inner,
+        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads, **more,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("hf", "published"),
+    [
+        pytest.param(size(49152, 576, 1536, 30, 9, 3, tie_word_embeddings=True), 134_515_008, id="SmolLM2-135M"),
+        pytest.param(size(32000, 4096, 11008, 32, 32, 32), 6_738_415_616, id="Llama-2-7B"),
+        pytest.param(size(128256, 4096, 14336, 32, 32, 8), 8_030_261_248, id="Llama-3.1-8B"),
+        pytest.param(size(128256, 8192, 28672, 80, 64, 8), 70_553_706_496, id="Llama-3.1-70B"),
+        pytest.param(size(128256, 16384, 53248, 126, 128, 8), 405_853_388_800, id="Llama-3.1-405B"),
+    ],
+)
+def test_published_parameter_counts_from_an_abstract_model(hf, published):
+    assert models.parameter_count(models.abstract_model(models.config_from_hf(hf))) == published
+
+
+@pytest.mark.parametrize(
+    ("four", "five"),
+    [
+        ({"rope_theta": 5e5, "rope_scaling": None}, {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
+        (
+            {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0}},
+        ),
+        (
+            {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
+            {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}},
+        ),
+    ],
+)
+def test_both_dialects_mean_the_same_and_survive_a_round_trip(four, five):
+    old = Config.from_hf(LLAMA | four | {"torch_dtype": "bfloat16", "transformers_version": "4.44.0"})
+    new = Config.from_hf(LLAMA | five | {"dtype": "bfloat16", "head_dim": 8, "transformers_version": "5.2.0"})
+    assert old == new
+    assert old.rope.theta == 5e5
+    assert Config.from_hf(old.to_hf()) == old
+
+
+def test_transformers_reads_what_we_write(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    ours = Config.from_hf(LLAMA | {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3}})
+    theirs = transformers.LlamaConfig.from_dict(ours.to_hf()).to_dict()
+    assert Config.from_hf(theirs) == ours
+
+
+def test_what_is_absent_has_transformers_default():
+    bare = {k: v for k, v in LLAMA.items() if k not in ("num_key_value_heads", "rms_norm_eps")}
+    config = Config.from_hf(bare)
+    assert (config.num_key_value_heads, config.head_dim, config.rms_norm_eps) == (4, 8, 1e-6)
+    assert config.rope == Rope(theta=10000.0)
+    assert not config.tie_word_embeddings
+
+
+def test_null_and_harmless_fields_are_let_through():
+    noise = {"pretraining_tp": 1, "use_cache": True, "pad_token_id": None, "some_future_field": None, "pruned_heads": {}}
+    assert Config.from_hf(LLAMA | noise) == Config.from_hf(LLAMA)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"window_scale": 3}, r"window_scale=3 \(unknown\)"),
+        ({"hidden_act": "gelu"}, r"hidden_act='gelu' \(only 'silu' is implemented\)"),
+        ({"attention_dropout": 0.1}, r"attention_dropout=0.1 \(only 0.0 is implemented\)"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config="),
+        ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map="),
+        ({"window_scale": 3, "hidden_act": "gelu"}, "hidden_act.*; window_scale"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope scaling 'yarn' is not implemented"),
+        ({"rope_scaling": {"rope_type": "linear"}}, r"missing fields \['factor'\]"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "twist": 1}}, r"unknown fields \['twist'\]"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"num_key_value_heads": 3}, "num_attention_heads=4 is not a multiple of num_key_value_heads=3"),
+        ({"hidden_size": 30}, "hidden_size=30 is not a multiple of num_attention_heads=4"),
+        ({"head_dim": 7}, "head_dim=7 is odd"),
+        ({"vocab_size": None, "hidden_size": None}, "lacks vocab_size, hidden_size"),
+    ],
+)
+def test_what_is_not_understood_is_refused_by_name(fields, message):
+    with pytest.raises(ModelError, match=message):
+        models.config_from_hf(LLAMA | fields)
+
+
+def test_an_unknown_family_lists_those_that_exist():
+    with pytest.raises(ModelError, match=r"model_type 'lama' is not implemented. Did you mean 'llama'\?.*llama"):
+        models.config_from_hf(LLAMA | {"model_type": "lama"})
+    with pytest.raises(ModelError, match="model_type None"):
+        models.config_from_hf({})

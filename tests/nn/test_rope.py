@@ -1,0 +1,61 @@
+"""Rotary embeddings: frequencies against transformers, and what a rotation must leave alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxft.nn.rope import Rope, rotate, rotation
+
+LLAMA3 = Rope(
+    theta=5e5, kind="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+    original_max_position_embeddings=8192,
+)  # fmt: skip
+KINDS = [Rope(theta=10000.0), Rope(theta=1e6, kind="linear", factor=4.0), LLAMA3]
+
+
+@pytest.mark.parametrize("rope", KINDS, ids=lambda rope: rope.kind)
+@pytest.mark.parametrize("head_dim", [8, 64, 128])
+def test_frequencies_equal_transformers(rope, head_dim):
+    pytest.importorskip("torch")
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = LlamaConfig(
+        hidden_size=head_dim, num_attention_heads=1, max_position_embeddings=131072,
+        rope_parameters={"rope_theta": rope.theta} | (rope.to_hf()["rope_scaling"] or {"rope_type": "default"}),
+    )  # fmt: skip
+    expected = LlamaRotaryEmbedding(config).inv_freq.numpy()
+    np.testing.assert_allclose(rope.frequencies(head_dim), expected, rtol=2e-6)
+
+
+def test_llama3_scaling_keeps_short_waves_and_slows_long_ones():
+    plain, scaled = Rope(theta=5e5).frequencies(128), LLAMA3.frequencies(128)
+    wavelength = 2 * np.pi / plain
+    np.testing.assert_array_equal(scaled[wavelength < 8192 / 4], plain[wavelength < 8192 / 4])
+    np.testing.assert_allclose(scaled[wavelength > 8192], plain[wavelength > 8192] / 8, rtol=1e-6)
+    assert (np.diff(scaled) < 0).all()
+
+
+def turned(x, positions, rope=KINDS[0]):
+    return rotate(x, *rotation(rope, x.shape[-1], positions))
+
+
+def test_scores_depend_on_the_distance_only():
+    q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 16))
+    score = lambda a, b: float(jnp.sum(turned(q, jnp.array([[a]])) * turned(k, jnp.array([[b]]))))  # noqa: E731
+    assert score(7, 3) == pytest.approx(score(107, 103), abs=1e-4)
+    assert abs(score(7, 3) - score(7, 4)) > 1e-3
+
+
+def test_a_rotation_keeps_lengths_types_and_position_zero():
+    x = jax.random.normal(jax.random.key(0), (1, 5, 2, 16))
+    out = turned(x, jnp.arange(5)[None])
+    np.testing.assert_allclose(jnp.linalg.norm(out, axis=-1), jnp.linalg.norm(x, axis=-1), rtol=1e-5)
+    np.testing.assert_array_equal(out[:, 0], x[:, 0])
+    assert turned(x.astype(jnp.bfloat16), jnp.arange(5)[None]).dtype == jnp.bfloat16
+
+
+def test_neighbouring_positions_stay_apart_far_out():
+    cos, _ = rotation(KINDS[0], 64, jnp.array([[100_000, 100_001]]))
+    assert float(jnp.abs(cos[0, 0] - cos[0, 1]).max()) > 0.1
