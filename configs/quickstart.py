@@ -16,23 +16,24 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.output_dir = "runs/quickstart"
 
     config.model.path = "runs/models/SmolLM2-135M-Instruct"
+    config.model.remat = "dots"
 
     config.adapter.r = 16
     config.adapter.alpha = 32.0
 
     config.data.train = str(ASSETS / "quickstart" / "train.jsonl")
     config.data.eval = str(ASSETS / "quickstart" / "heldout.jsonl")
-    config.data.max_length = 256
+    config.data.max_length = 512
 
     config.optim.learning_rate = 2e-3
     config.optim.warmup_ratio = 0.1
 
-    config.train.batch_size = 4
+    config.train.batch_size = 2
     config.train.epochs = 1.0
     config.train.log_every = 5
     config.checkpoint.every = 20
 
     config.eval.metric = "json_exact"
-    config.eval.max_new_tokens = 64
+    config.eval.max_new_tokens = 48
     config.export.merged = True
     return with_arg(config, arg)

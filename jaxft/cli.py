@@ -6,9 +6,10 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jaxft.errors import ConfigError, JaxftError, did_you_mean
+from jaxft.errors import ConfigError, JaxftError, Preempted, did_you_mean
 
 EXIT_REFUSED = 2
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: run the same command again to go on
 OVERRIDE = "--config."
 
 
@@ -18,16 +19,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, rest = parser.parse_known_args(argv)
     try:
         overrides = _overrides(rest, parser)
-        result = arguments.run(arguments, overrides)
+        result = arguments.call(arguments, overrides)
     except JaxftError as error:
         print(f"jaxft {arguments.verb}: {error}", file=sys.stderr)
         return EXIT_REFUSED
+    except Preempted as stopped:
+        print(f"jaxft {arguments.verb}: {stopped}", file=sys.stderr)
+        return EXIT_PREEMPTED
     except KeyboardInterrupt:
         print(f"jaxft {arguments.verb}: interrupted", file=sys.stderr)
         return 130
-    if isinstance(result, int):
-        return result
-    if arguments.json and result is not None:
+    if arguments.json:
         print(json.dumps(result, indent=2, ensure_ascii=False))
     return 0
 
@@ -39,17 +41,11 @@ def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     from jaxft.sharding import distributed
 
     distributed.start(arguments.coordinator, arguments.num_processes, arguments.process_id)
+    from jaxft.runs.present import print_summary
     from jaxft.runs.train import train
-    from jaxft.train.loop import PREEMPTED_EXIT_CODE, Preempted
 
     console = _console(arguments)
-    try:
-        summary = train(config, console=console)
-    except Preempted as stopped:
-        print(f"jaxft train: {stopped}", file=sys.stderr)
-        return PREEMPTED_EXIT_CODE
-    from jaxft.runs.present import print_summary
-
+    summary = train(config, console=console)
     print_summary(summary, console)
     return summary
 
@@ -128,7 +124,11 @@ def _eval(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     else:
         config = load(arguments.config, overrides)
         model_path = arguments.model or config.model.path
-    tokenizer = api.load_tokenizer(config.model.path, chat_template=config.data.chat_template)
+    template = config.data.chat_template
+    if arguments.model is not None:
+        tokenizer = api.load_tokenizer(arguments.model, chat_template=template)
+    else:
+        tokenizer = api.load_tokenizer(config.model.path, revision=config.model.revision, chat_template=template)
     figures = api.evaluate(load_trained(model_path), tokenizer, config)
     if not arguments.json:
         for name, value in figures.items():
@@ -184,7 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     def verb(name: str, run: Callable[..., Any], about: str) -> Callable[..., Any]:
         sub = verbs.add_parser(name, help=about, description=about, allow_abbrev=False)
         sub.add_argument("--json", action="store_true", help="figures as JSON, alone on standard output")
-        sub.set_defaults(run=run)
+        sub.set_defaults(call=run)
 
         def option(flag: str, **kwargs: Any) -> None:
             _OPTIONS.append(flag)

@@ -30,6 +30,7 @@ SCHEDULES = ("constant", "linear", "cosine")
 FORMATS = ("auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text")
 TRAIN_ON = ("assistant", "last", "all")
 TRUNCATION = ("refuse", "drop", "right")
+EVAL_FIGURES = ("eval_loss", "eval_perplexity", "eval_mean_token_accuracy")
 METRICS = ("exact_match", "json_valid", "json_exact")
 
 
@@ -360,7 +361,7 @@ def _one_of(key: str, value: str | None, choices: Sequence[str]) -> None:
 
 
 def _positive(key: str, value: float | None) -> None:
-    if value is not None and value <= 0:
+    if value is not None and not value > 0:
         raise ConfigError(f"{key}={value} must be above zero")
 
 
@@ -382,6 +383,7 @@ def _check(config: RunConfig) -> None:
     _one_of("optim.name", optim.name, OPTIMIZERS)
     _one_of("optim.schedule", optim.schedule, SCHEDULES)
     _one_of("checkpoint.best_mode", checkpoint.best_mode, ("min", "max"))
+    _one_of("checkpoint.best_metric", checkpoint.best_metric, EVAL_FIGURES)
     _one_of("eval.metric", config.eval.metric, METRICS)
     for key, value in {
         "adapter.r": adapter.r, "adapter.alpha": adapter.alpha, "data.max_length": data.max_length,
@@ -408,6 +410,10 @@ def _check(config: RunConfig) -> None:
         raise ConfigError("give at most one of optim.warmup_steps and optim.warmup_ratio; set the other to None")
     if optim.warmup_steps is not None and optim.warmup_steps < 0:
         raise ConfigError(f"optim.warmup_steps={optim.warmup_steps} must not be negative")
+    if not 0 <= optim.min_ratio <= 1:
+        raise ConfigError(f"optim.min_ratio={optim.min_ratio} must be from 0 to 1, a share of optim.learning_rate")
+    if not optim.weight_decay >= 0:
+        raise ConfigError(f"optim.weight_decay={optim.weight_decay} must not be negative")
     if train.batch_size % train.accumulation_steps:
         raise ConfigError(
             f"train.batch_size={train.batch_size} does not divide into "
@@ -421,11 +427,16 @@ def _check(config: RunConfig) -> None:
         raise ConfigError("eval.metric scores held-out rows, but data.eval and data.eval_fraction are both None")
     if config.eval.metric and data.format == "text":
         raise ConfigError("eval.metric compares an answer with a reference; data.format='text' has no answers")
-    if checkpoint.best_metric is not None and checkpoint.best_metric.startswith("eval_"):
+    if checkpoint.best_metric is not None:
         if data.eval is None and data.eval_fraction is None:
             raise ConfigError(
                 f"checkpoint.best_metric={checkpoint.best_metric!r} needs held-out rows: set data.eval or "
                 "data.eval_fraction"
+            )
+        if checkpoint.every is not None and (train.eval_every is None or checkpoint.every % train.eval_every):
+            raise ConfigError(
+                f"checkpoint.best_metric ranks checkpoints by held-out figures of their own step, but "
+                f"checkpoint.every={checkpoint.every} is no multiple of train.eval_every={train.eval_every}"
             )
     for axis, size in dataclasses.asdict(config.mesh).items():
         if size == 0 or size < -1:

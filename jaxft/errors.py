@@ -28,6 +28,14 @@ class ExportError(JaxftError, RuntimeError):
     """What was written does not reproduce the live model."""
 
 
+class Preempted(Exception):
+    """The machine is about to be taken away; everything up to `step` is saved."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"stopped by SIGTERM after step {step}, which is saved; run the same command to go on")
+        self.step = step
+
+
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """`" Did you mean 'batch_size'?"` for a near miss of one of the choices, else an empty string."""
     close = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)

@@ -9,6 +9,9 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = " ".join(flags).strip()
 for name, value in {
     "OMP_NUM_THREADS": "1",
+    # Threads of XLA's CPU client: a fake device waits in a collective on one of them, and with only as many as
+    # there are devices two collectives at once can wait for each other until XLA aborts.
+    "NPROC": "64",
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -28,7 +31,7 @@ from typing import Any  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-# Compiling costs more than running at these sizes. In this process only: programs that tests start are as users see them.
+# Compiling costs more than running at these sizes. Programs that tests start are compiled as users' are.
 jax.config.update("jax_disable_most_optimizations", True)
 
 TINY = {

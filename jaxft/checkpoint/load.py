@@ -3,6 +3,7 @@
 # B batch, S sequence, V vocab
 
 import os
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -75,7 +76,7 @@ def load_model(
     one device where None. Raises CheckpointError or ModelError for what is not understood or damaged.
     """
     options = {"dtype": dtype, "param_dtype": param_dtype or dtype, "remat": remat, "mesh": mesh}
-    path = resolve(path, revision)
+    named, path = path, resolve(path, revision)
     if os.path.isfile(os.path.join(path, peft.CONFIG)):
         base = base_of(path)
         loaded = load_model(base, revision=revision, **options)
@@ -87,7 +88,7 @@ def load_model(
         models.config_from_hf(hf_config), dtype=dtype, param_dtype=options["param_dtype"], remat=remat
     )
     module = load_weights(model, source, None if mesh is None else shardings_by_path(model, mesh))
-    return LoadedModel(module, hf_config, path, generation=generation)
+    return LoadedModel(module, hf_config, named if named.startswith(HUB) else path, generation=generation)
 
 
 def random_model(path: str, *, seed: int, dtype: str, param_dtype: str, remat: str = "none") -> LoadedModel:
@@ -98,17 +99,27 @@ def random_model(path: str, *, seed: int, dtype: str, param_dtype: str, remat: s
     return LoadedModel(module, hf_config, path)
 
 
+def hf_config_of(path: str) -> dict[str, Any]:
+    """config.json of a Hugging Face folder, a PEFT folder's base or a GGUF file, no weight file opened but the last."""
+    if os.path.isfile(os.path.join(path, peft.CONFIG)):
+        return hf_config_of(resolve(base_of(path)))
+    if path.endswith(".gguf"):
+        return GGUFFile(path).hf_config()
+    config = os.path.join(path, "config.json")
+    if not os.path.isfile(config):
+        there = ", ".join(sorted(os.listdir(path))[:8]) if os.path.isdir(path) else "nothing"
+        raise CheckpointError(f"{path} is not a model: no config.json and not a .gguf file (there: {there})")
+    return read_json(config)
+
+
 def open_weights(path: str) -> tuple[dict[str, Any], TensorSource, dict[str, Any] | None]:
     """(config.json, tensors, generation_config.json or None) of a folder or GGUF file, no tensor read yet."""
     if path.endswith(".gguf"):
         source = GGUFFile(path)
         return source.hf_config(), source, None
-    config = os.path.join(path, "config.json")
-    if not os.path.isfile(config):
-        there = ", ".join(sorted(os.listdir(path))[:8]) if os.path.isdir(path) else "nothing"
-        raise CheckpointError(f"{path} is not a model: no config.json and not a .gguf file (there: {there})")
+    hf_config = hf_config_of(path)
     generation = os.path.join(path, "generation_config.json")
-    return read_json(config), SafetensorsFolder(path), read_json(generation) if os.path.isfile(generation) else None
+    return hf_config, SafetensorsFolder(path), read_json(generation) if os.path.isfile(generation) else None
 
 
 def resolve(path: str, revision: str | None = None) -> str:
@@ -118,12 +129,17 @@ def resolve(path: str, revision: str | None = None) -> str:
         from huggingface_hub import snapshot_download
 
         wanted = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
-        return snapshot_download(path.removeprefix(HUB), revision=revision, allow_patterns=wanted)
+        try:
+            return snapshot_download(path.removeprefix(HUB), revision=revision, allow_patterns=wanted)
+        except (OSError, ValueError) as error:  # no network, no such repository, no permission, a bad name
+            raise CheckpointError(f"cannot get {path} (revision {revision or 'main'}): {error}") from error
     if os.path.isdir(os.path.join(path, "checkpoints")):
         for kind in ("adapter", "model", "merged"):
             if os.path.isdir(os.path.join(path, kind)):
                 return os.path.join(path, kind)
-        raise CheckpointError(f"run folder {path} has no adapter/ or model/ yet: `jaxft export --run={path}` writes one")
+        raise CheckpointError(
+            f"run folder {path} has no adapter/ or model/ yet: `jaxft export --run={path} --to=FOLDER` writes one"
+        )
     return path
 
 
@@ -135,7 +151,14 @@ def base_of(folder: str) -> str:
     for candidate in (base, os.path.join(folder, base)):
         if os.path.exists(candidate):
             return os.path.normpath(candidate)
-    return base if base.startswith(HUB) else HUB + base
+    if base.startswith(HUB):
+        return base
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", base):
+        raise CheckpointError(
+            f"{folder} belongs to the base model {base!r}, which is not there. Set base_model_name_or_path in its "
+            "adapter_config.json to the folder that holds it, or to owner/name on the Hugging Face hub."
+        )
+    return HUB + base
 
 
 def shardings_by_path(model: nnx.Module, mesh: MeshPlan) -> dict[str, Any]:

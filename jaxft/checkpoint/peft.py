@@ -22,6 +22,7 @@ from jaxft.checkpoint.hf import placed_tensors, read_json
 from jaxft.checkpoint.safetensors_writer import LazyTensor, write_safetensors
 from jaxft.checkpoint.tensors import SafetensorsFolder, TensorSpec
 from jaxft.errors import CheckpointError, ModelError
+from jaxft.trees import flatten
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -29,16 +30,18 @@ PREFIX = "base_model.model."
 ONLY = {
     "bias": "none", "use_dora": False, "fan_in_fan_out": False, "lora_bias": False, "modules_to_save": None,
     "layers_to_transform": None, "layers_pattern": None, "rank_pattern": {}, "alpha_pattern": {},
-    "layer_replication": None, "target_parameters": None, "trainable_token_indices": None, "alora_invocation_tokens": None,
-    "use_qalora": False, "use_bdlora": None, "exclude_modules": None, "ensure_weight_tying": False,
+    "layer_replication": None, "target_parameters": None, "trainable_token_indices": None,
+    "alora_invocation_tokens": None, "use_qalora": False, "use_bdlora": None, "exclude_modules": None, "ensure_weight_tying": False,
 }  # fmt: skip
 READ = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "base_model_name_or_path", "peft_type")
 # How training began or is to go on, not what the adapter computes.
 HARMLESS = (
-    "task_type", "inference_mode", "revision", "init_lora_weights", "auto_mapping", "loftq_config", "eva_config",
-    "corda_config", "megatron_config", "megatron_core", "runtime_config", "peft_version", "arrow_config", "lora_ga_config",
-    "qalora_group_size",
+    "task_type", "inference_mode", "revision", "auto_mapping", "loftq_config", "eva_config",
+    "corda_config", "megatron_config", "megatron_core", "runtime_config", "peft_version", "arrow_config",
+    "lora_ga_config", "qalora_group_size",
 )  # fmt: skip
+# Draws of A and B only. The other kinds (pissa, olora, corda, loftq, ...) change the base's weights as well.
+DRAWS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def write_adapter(model: nnx.Module, folder: str, *, base: str) -> None:
@@ -75,13 +78,15 @@ def read_adapter(model: nnx.Module, folder: str) -> tuple[str, ...]:
     settings = read_settings(config)
     source = SafetensorsFolder(folder, WEIGHTS)
     table = placed_tensors(model)
-    paths = _paths_in(source, table, folder)
+    copies = _copies_of_base(model, table, source)
+    specs = {key: spec for key, spec in source.specs().items() if key not in copies}
+    paths = _paths_in(specs, table, folder)
 
     def make(inputs: int, outputs: int, stack: tuple[int, ...], key: jax.Array) -> LoRA:
         return LoRA(inputs, outputs, settings, stack=stack, key=key)
 
     abstract = nnx.eval_shape(lambda: _attached(model, paths, make))
-    specs, expected = source.specs(), {}
+    expected: dict[str, tuple[int, ...]] = {}
     for path in paths:
         adapter = adapters(abstract)[path]
         shape_a, shape_b = (param.get_value().shape[-2:] for param in (adapter.lora_a, adapter.lora_b))
@@ -109,18 +114,11 @@ def read_settings(config: Mapping[str, Any]) -> LoRASettings:
     """LoRA settings of an adapter_config.json. Raises ModelError naming each field not implemented."""
     if config.get("peft_type") != "LORA":
         raise ModelError(f"adapter_config.json has peft_type {config.get('peft_type')!r}; only LORA is implemented")
-    refused = [
-        f"{name}={value!r}"
-        for name, value in sorted(config.items())
-        if name not in READ
-        and name not in HARMLESS
-        and value
-        and (name not in ONLY or value != ONLY[name])
-    ]
+    refused = [f"{name}={value!r}" for name, value in sorted(config.items()) if not _understood(name, value)]
     if refused:
         raise ModelError(f"adapter_config.json has settings that are not implemented: {', '.join(refused)}")
-    if not isinstance(config.get("r"), int):
-        raise ModelError(f"adapter_config.json has r={config.get('r')!r}; a rank is a whole number")
+    if not isinstance(config.get("r"), int) or config["r"] < 1:
+        raise ModelError(f"adapter_config.json has r={config.get('r')!r}; a rank is a whole number above zero")
     return LoRASettings(
         r=config["r"],
         alpha=float(config.get("lora_alpha", 8)),
@@ -129,13 +127,32 @@ def read_settings(config: Mapping[str, Any]) -> LoRASettings:
     )
 
 
+def _understood(name: str, value: Any) -> bool:
+    if name == "init_lora_weights":
+        return value in DRAWS
+    return name in READ or name in HARMLESS or not value or (name in ONLY and value == ONLY[name])
+
+
 def _attached(model: nnx.Module, paths: tuple[str, ...], make: Any) -> nnx.Module:
     copy = nnx.merge(*nnx.split(model))
     attach(copy, paths, make, jax.random.key(0))
     return copy
 
 
-def _paths_in(source: SafetensorsFolder, table: Mapping[str, Any], folder: str) -> tuple[str, ...]:
+def _copies_of_base(model: nnx.Module, table: Mapping[str, Any], source: SafetensorsFolder) -> set[str]:
+    # Beside an adapter on the LM head PEFT stores the head itself; one that is not the base's stays unexpected.
+    leaves, out = flatten(nnx.state(model))[0], set()
+    for path, placed in table.items():
+        for piece in placed.pieces:
+            key = f"{PREFIX}{piece.hf.removesuffix('.weight')}.base_layer.weight"
+            if key in source.specs():
+                leaf = leaves[path] if piece.layer is None else leaves[path][piece.layer]
+                if np.array_equal(placed.transform.from_hf(source.read(key)).astype(leaf.dtype), np.asarray(leaf)):
+                    out.add(key)
+    return out
+
+
+def _paths_in(specs: Mapping[str, TensorSpec], table: Mapping[str, Any], folder: str) -> tuple[str, ...]:
     modules = {
         piece.hf.removesuffix(".weight"): path.removesuffix("/kernel")
         for path, placed in table.items()
@@ -143,7 +160,7 @@ def _paths_in(source: SafetensorsFolder, table: Mapping[str, Any], folder: str) 
         for piece in placed.pieces
     }
     paths, unknown = set(), []
-    for key in source.specs():
+    for key in specs:
         module = key.removeprefix(PREFIX).rsplit(".lora_", 1)[0]
         if not key.startswith(PREFIX) or ".lora_" not in key or module not in modules:
             unknown.append(key)
@@ -151,7 +168,7 @@ def _paths_in(source: SafetensorsFolder, table: Mapping[str, Any], folder: str) 
             paths.add(modules[module])
     if unknown or not paths:
         raise CheckpointError(
-            f"{folder}: {len(unknown)} of {len(source.specs())} tensors name no linear layer of the model, "
+            f"{folder}: {len(unknown)} of {len(specs)} tensors name no linear layer of the model, "
             f"among them {unknown[:3]}. Keys are {PREFIX}<module>.lora_A.weight and .lora_B.weight."
         )
     return tuple(sorted(paths))
@@ -173,7 +190,7 @@ def _peft_config(settings: LoRASettings, attached: Mapping[str, LoRA], base: str
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": base.removeprefix("hf://"),
         "r": settings.r,
         "lora_alpha": settings.alpha,
         "lora_dropout": settings.dropout,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from jaxft.errors import CheckpointError
-from jaxft.sharding.rules import path_str
+from jaxft.trees import path_str
 
 
 def layout(state: Any) -> dict[str, list[Any]]:

@@ -4,7 +4,7 @@ SMALLEST = 16
 
 
 def bucket(n: int) -> int:
-    """The least of 16, 24, 32, 48, 64, 96, ... that is at least n: at most half of it is padding, a fifth on average."""
+    """The least of 16, 24, 32, 48, 64, 96, ... that is at least n; above 16, less than a third of it is padding."""
     size = SMALLEST
     while size < n:
         if size + size // 2 >= n:

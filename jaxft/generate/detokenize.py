@@ -50,9 +50,7 @@ class TextStream:
             self.text, self.stopped = self.text[: min(found)], True
 
     def _half_stop(self) -> int:
-        lengths = (
-            n for stop in self._stop for n in range(1, len(stop)) if self.text.endswith(stop[:n])
-        )
+        lengths = (n for stop in self._stop for n in range(1, len(stop)) if self.text.endswith(stop[:n]))
         return max(lengths, default=0)
 
     def _show(self, end: int) -> str:

@@ -14,7 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxft.config import MeshConfig
 from jaxft.errors import ConfigError
-from jaxft.sharding.rules import RULES, Leaf, Rule, assign, divisors, path_str
+from jaxft.sharding.rules import RULES, Leaf, Rule, assign, divisors
+from jaxft.trees import path_str
 
 BATCH_AXES = ("data", "fsdp")  # each of their devices computes other rows
 

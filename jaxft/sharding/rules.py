@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import jax
 from jax.sharding import PartitionSpec as P
 
 from jaxft.errors import ConfigError, did_you_mean
@@ -46,14 +45,6 @@ RULES: tuple[Rule, ...] = (
     Rule("scale", P("fsdp"), optional=True),  # [L, D]
     Rule("bias", P("fsdp"), optional=True),  # [L, out]
 )
-
-
-def path_str(key_path: Sequence[Any]) -> str:
-    """`layers/0/q_proj/kernel` for a jax.tree_util key path (dicts, NamedTuples, dataclasses, nnx.State)."""
-    last = key_path[-1] if key_path else None
-    if isinstance(last, jax.tree_util.GetAttrKey) and last.name == "value":
-        key_path = key_path[:-1]  # an nnx.Variable is a node with the one field `value`
-    return jax.tree_util.keystr(tuple(key_path), simple=True, separator="/")
 
 
 def matches(pattern: str, path: str) -> bool:

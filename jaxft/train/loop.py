@@ -10,20 +10,9 @@ from typing import Any
 
 import jax
 
-from jaxft.errors import JaxftError
+from jaxft.errors import JaxftError, Preempted
 from jaxft.train.log import RunLog
 from jaxft.train.state import TrainState
-
-PREEMPTED_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: run the same command again to go on
-
-
-class Preempted(Exception):
-    """The machine is about to be taken away; everything up to `step` is saved."""
-
-    def __init__(self, step: int) -> None:
-        super().__init__(f"stopped by SIGTERM after step {step}, which is saved; run the same command to go on")
-        self.step = step
-
 
 class DivergedError(JaxftError):
     """The loss is no longer a number."""
@@ -70,15 +59,17 @@ def fit(
     progress, figures = dict(progress), {}
     window = Window()
     for step in range(start + 1, cadence.total_steps + 1):
+        began = time.monotonic()
         state, metrics = hooks.train_step(state, hooks.batch(step - 1))
-        # One transfer a step. The next batch was made while this one ran only where dispatch is asynchronous.
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
         _check_finite(step, metrics)
+        window.add(time.monotonic() - began, metrics["num_tokens"])
         progress["num_tokens"] = progress.get("num_tokens", 0.0) + metrics.pop("num_tokens")
         progress["trained_tokens"] = progress.get("trained_tokens", 0.0) + metrics.pop("trained_tokens")
         if cadence.due(step, cadence.log_every):
             seen = progress | {"epoch": step / cadence.steps_per_epoch}
-            log.step(step, metrics | seen | window.rates(step, progress["num_tokens"]))
+            log.step(step, metrics | seen | window.rates())
+        figures = {}  # those of an earlier step must not rank this step's checkpoint
         if hooks.evaluate is not None and cadence.due(step, cadence.eval_every):
             began = time.monotonic()
             figures = hooks.evaluate(state)
@@ -92,24 +83,23 @@ def fit(
 
 
 class Window:
-    """Rates since the last time they were asked for."""
+    """Rates over the steps since the last time they were asked for: the steps alone, not evaluation or saving."""
 
     def __init__(self) -> None:
-        self._time, self._step, self._tokens = time.monotonic(), None, 0.0
+        self._seconds, self._steps, self._tokens = 0.0, 0, 0.0
+        self._compiled = False
 
-    def rates(self, step: int, tokens: float) -> dict[str, float]:
-        """tokens_per_second and step_seconds since the last call; the first call, which paid for compiling, gives none."""
-        now = time.monotonic()
-        known = self._step is not None and now > self._time
-        out = {}
-        if known:
-            seconds = now - self._time
-            out = {
-                "tokens_per_second": (tokens - self._tokens) / seconds,
-                "step_seconds": seconds / (step - self._step),
-            }
-        self._time, self._step, self._tokens = now, step, tokens
-        return out
+    def add(self, seconds: float, tokens: float) -> None:
+        """One step more. The first one compiles, so it is not counted."""
+        if self._compiled:
+            self._seconds, self._steps, self._tokens = self._seconds + seconds, self._steps + 1, self._tokens + tokens
+        self._compiled = True
+
+    def rates(self) -> dict[str, float]:
+        """tokens_per_second and step_seconds, and a new window; nothing where no step was counted."""
+        seconds, steps, tokens = self._seconds, self._steps, self._tokens
+        self._seconds, self._steps, self._tokens = 0.0, 0, 0.0
+        return {"tokens_per_second": tokens / seconds, "step_seconds": seconds / steps} if steps else {}
 
 
 def _check_finite(step: int, metrics: dict[str, float]) -> None:

@@ -78,7 +78,9 @@ def test_output_and_gradients_are_those_of_the_formula():
         return jnp.sum(jnp.sin(out))
 
     run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), static_argnums=2)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), run(state, x, False), run(state, x, True))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), run(state, x, False), run(state, x, True)
+    )
 
 
 def test_dropout_acts_only_with_a_key_and_is_unbiased():

@@ -84,12 +84,15 @@ def test_the_whole_chain_has_transformers_order(logits, warpers):
 
 def test_rows_keep_their_own_settings(logits):
     mixed = knobs(
-        temperature=[0.5, 1.0, 1.0, 1.0, 2.0], top_k=[10**6, 3, 10**6, 10**6, 9], top_p=[1, 1, 0.6, 1, 1], min_p=[0, 0, 0, 0.1, 0]
+        temperature=[0.5, 1.0, 1.0, 1.0, 2.0],
+        top_k=[10**6, 3, 10**6, 10**6, 9],
+        top_p=[1, 1, 0.6, 1, 1],
+        min_p=[0, 0, 0, 0.1, 0],
     )
     together = sampling.filtered(logits, mixed)
     for row in range(ROWS):
-        alone = sampling.filtered(logits[row : row + 1], Knobs(*(x[row : row + 1] for x in mixed)))
-        np.testing.assert_array_equal(together[row], alone[0])
+        alone = sampling.filtered(logits, Knobs(*(jnp.broadcast_to(x[row], (ROWS,)) for x in mixed)))
+        np.testing.assert_array_equal(together[row], alone[row])
     assert np.isfinite(together[0]).all(), "nothing is cut where no filter is set"
 
 
@@ -114,18 +117,15 @@ def test_drawn_frequencies_follow_the_probabilities():
 
 
 def test_draws_depend_on_seed_stream_and_position_only(logits):
-    def choose(rows, seed, stream, position):
-        settings = knobs(len(rows), temperature=1.5, seed=seed, stream=stream)
-        return np.asarray(sampling.choose(logits[rows], np.zeros((len(rows), VOCAB), bool), settings, position)[0])
+    seen, rows = np.zeros((ROWS, VOCAB), bool), np.arange(ROWS)
 
-    positions = jnp.arange(ROWS) + 7
-    together = choose(np.arange(ROWS), np.arange(ROWS), np.arange(ROWS) + 2, positions)
-    for row in range(ROWS):
-        assert choose(np.array([row]), [row], [row + 2], positions[row : row + 1]) == together[row : row + 1]
-    same_logits = np.zeros(64, int)
-    varied = [
-        choose(same_logits, np.arange(64), 0, jnp.zeros(64, int)),
-        choose(same_logits, 0, np.arange(64), jnp.zeros(64, int)),
-        choose(same_logits, 0, 0, jnp.arange(64)),
-    ]
-    assert all(len(set(v.tolist())) > 10 for v in varied)
+    def choose(order):
+        settings = knobs(temperature=1.5, seed=rows[order], stream=rows[order] + 2)
+        return np.asarray(sampling.choose(logits[order], seen, settings, jnp.array(rows[order] + 7))[0])
+
+    np.testing.assert_array_equal(choose(rows[::-1])[::-1], choose(rows))
+    flat, count = np.zeros((64, VOCAB), np.float32), np.arange(64)
+    for varied in ({"seed": count}, {"stream": count}, {}):
+        positions = jnp.array(count if not varied else 0 * count)
+        drawn = sampling.draw(flat, knobs(64, temperature=1.0, **varied), positions)
+        assert len(set(drawn.tolist())) > 32

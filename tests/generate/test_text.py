@@ -4,9 +4,9 @@ from jaxft.errors import DataError
 from jaxft.generate import Sampling, generate_text
 from jaxft.generate.detokenize import TextStream
 from jaxft.generate.text import encode_prompt
-from tests.generate.conftest import STOP
 
 SAMPLING = Sampling(max_new_tokens=40)
+STOP = 258  # the tokenizer's <|im_end|>
 
 
 def pieces_of(stream, ids):

@@ -1,3 +1,4 @@
+import dataclasses
 import re
 
 import jax
@@ -6,19 +7,18 @@ import pytest
 from flax import nnx
 from jax import monitoring
 
-from jaxft.adapters.attach import attach
+from jaxft.adapters.attach import adapters, attach, merge
 from jaxft.adapters.lora import LoRA, LoRASettings
 from jaxft.config import MeshConfig
 from jaxft.errors import ConfigError, DataError
-from jaxft.generate import Sampling, generate_tokens
-from jaxft.models import config_from_hf, random_model
+from jaxft.generate import Sampling, engine, generate_tokens
+from jaxft.models import config_from_hf
 from jaxft.models.tensor_map import place
 from jaxft.nn.stack import group_layers
 from jaxft.sharding.mesh import make_mesh_plan
-from tests.generate.conftest import tiny_hf
 
 GREEDY = Sampling(max_new_tokens=32)
-DRAWN = Sampling(max_new_tokens=12, temperature=1.0, top_p=0.95, seed=5)
+DRAWN = Sampling(max_new_tokens=32, temperature=1.0, top_p=0.95, seed=5)
 
 
 def tokens(results):
@@ -36,22 +36,25 @@ def copy_weights(model, torch_model):
         at.set_value(jax.numpy.array(arrays[0] if placed.pieces[0].layer is None else np.stack(arrays)))
 
 
-def test_greedy_equals_transformers(prompts):
+def test_greedy_equals_transformers(model, prompts):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    settings = {k: v for k, v in tiny_hf().items() if k != "model_type"}
+    settings = {k: v for k, v in model.config.to_hf().items() if k not in ("model_type", "architectures")}
     theirs = transformers.LlamaForCausalLM._from_config(
         transformers.LlamaConfig(**settings), attn_implementation="eager", dtype=torch.float32
     ).eval()
-    ours = random_model(config_from_hf(theirs.config.to_dict()), seed=0)
+    assert config_from_hf(theirs.config.to_dict()) == model.config
+    ours = nnx.clone(model)
     copy_weights(ours, theirs)
+    # Longer ones too, up to the bucket of 48.
+    prompts = [*prompts[:6], (prompts[2] * 3)[:39], prompts[4] * 2, (prompts[8] * 3)[::-1]]
     stop_ids = (7, 30, 99, 140, 201)
     penalised = Sampling(max_new_tokens=32, repetition_penalty=1.4)
-    results = generate_tokens(
-        ours, prompts + prompts, sampling=[GREEDY] * len(prompts) + [penalised] * len(prompts), stop_ids=stop_ids, slots=4
-    )
-    for i, prompt in enumerate(prompts + prompts):
+    rows = prompts + prompts[:3]
+    samplings = [GREEDY] * len(prompts) + [penalised] * 3
+    results = generate_tokens(ours, rows, sampling=samplings, stop_ids=stop_ids, slots=4)
+    for i, prompt in enumerate(rows):
         with torch.no_grad():
             out = theirs.generate(
                 torch.tensor([prompt]),
@@ -69,51 +72,60 @@ def test_greedy_equals_transformers(prompts):
 
 
 def test_logprobs_are_those_of_a_full_pass(model, prompts, logprobs_of):
-    drawn = Sampling(max_new_tokens=10, temperature=1.3, top_k=50, repetition_penalty=1.2)
+    drawn = Sampling(max_new_tokens=32, temperature=1.3, top_k=50, repetition_penalty=1.2)
     for prompt, result in zip(prompts, generate_tokens(model, prompts, sampling=drawn, slots=4), strict=True):
         full = logprobs_of(model, prompt + list(result.tokens))
         expected = [full[len(prompt) - 1 + i, token] for i, token in enumerate(result.tokens)]
         np.testing.assert_allclose(result.logprobs, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
-def test_results_do_not_depend_on_slots_or_company(model, prompts, sampling):
-    together = tokens(generate_tokens(model, prompts, sampling=sampling, slots=16))
-    assert tokens(generate_tokens(model, prompts, sampling=sampling, slots=3)) == together
-    # Row 0 of another call with other company, of other lengths and settings.
-    company = [prompts[0], *prompts[5:]]
-    others = [sampling] + [Sampling(max_new_tokens=5, temperature=0.7)] * 5
-    assert generate_tokens(model, company, sampling=others, slots=2)[0].tokens == together[0]
-    assert generate_tokens(model, prompts[:1], sampling=sampling)[0].tokens == together[0]
+def test_results_do_not_depend_on_slots_or_company(model, prompts):
+    samplings = [GREEDY, DRAWN] * 5
+    alone = tokens(generate_tokens(model, prompts, sampling=samplings, slots=1))
+    assert tokens(generate_tokens(model, prompts, sampling=samplings, slots=4)) == alone
+    # Rows 0 and 1 of another call, with company of other lengths and settings.
+    others = [GREEDY, DRAWN] + [Sampling(max_new_tokens=5 + i, temperature=0.7) for i in range(5)]
+    assert tokens(generate_tokens(model, prompts[:2] + prompts[5:], sampling=others, slots=4))[:2] == alone[:2]
+
+
+def test_prompts_are_prefilled_in_groups(model, prompts):
+    samplings = [GREEDY, DRAWN] * 10
+    grouped = generate_tokens(model, prompts * 2, sampling=samplings, slots=16)
+    assert tokens(grouped) == tokens(generate_tokens(model, prompts * 2, sampling=samplings, slots=4))
 
 
 def test_equal_prompts_draw_differently_and_repeatably(model, prompts):
-    first = tokens(generate_tokens(model, [prompts[0]] * 6, sampling=DRAWN))
+    first = tokens(generate_tokens(model, [prompts[0]] * 6, sampling=DRAWN, slots=4))
     assert len(set(first)) == 6
-    assert tokens(generate_tokens(model, [prompts[0]] * 6, sampling=DRAWN)) == first
-    other_seed = Sampling(max_new_tokens=12, temperature=1.0, top_p=0.95, seed=6)
-    assert not set(tokens(generate_tokens(model, [prompts[0]] * 6, sampling=other_seed))) & set(first)
+    assert tokens(generate_tokens(model, [prompts[0]] * 6, sampling=DRAWN, slots=4)) == first
+    other_seed = dataclasses.replace(DRAWN, seed=6)
+    assert not set(tokens(generate_tokens(model, [prompts[0]] * 6, sampling=other_seed, slots=4))) & set(first)
 
 
-def test_a_common_prefix_changes_nothing(model, prompts):
-    common = np.random.default_rng(9).integers(0, 256, 77).tolist()
-    sharing = [common + prompt for prompt in prompts] + [common]
-    alone = [generate_tokens(model, [prompt], sampling=GREEDY)[0].tokens for prompt in sharing]
-    penalised = Sampling(max_new_tokens=20, repetition_penalty=1.5)
-    alone_penalised = [generate_tokens(model, [prompt], sampling=penalised)[0].tokens for prompt in sharing]
-    assert tokens(generate_tokens(model, sharing, sampling=GREEDY, slots=4)) == alone
-    assert tokens(generate_tokens(model, sharing, sampling=penalised, slots=4)) == alone_penalised
+def test_a_common_prefix_changes_nothing(model, prompts, monkeypatch):
+    common = np.random.default_rng(9).integers(0, 256, 33).tolist()
+    sharing = [common + prompt for prompt in prompts + prompts] + [common]
+    samplings = [GREEDY, DRAWN] * 5 + [dataclasses.replace(GREEDY, repetition_penalty=1.5)] * 11
+    assert engine.start(model, jobs(sharing), stop_ids=(), slots=4).prefix_tokens == 32
+    shared = tokens(generate_tokens(model, sharing, sampling=samplings, slots=4))
+    monkeypatch.setattr(engine, "PREFIX_WORTH", 10**6)
+    assert engine.start(model, jobs(sharing), stop_ids=(), slots=4).prefix_tokens == 0
+    assert shared == tokens(generate_tokens(model, sharing, sampling=samplings, slots=4))
+
+
+def jobs(prompts):
+    return [engine.Job(row=i, prompt=tuple(prompt), sampling=GREEDY) for i, prompt in enumerate(prompts)]
 
 
 def test_limits_of_each_row(model, prompts):
-    limits = [1, 2, 31, 5, 16, 17, 1, 40, 3, 9]
+    limits = [1, 2, 31, 5, 16, 17, 1, 32, 3, 9]
     results = generate_tokens(model, prompts, sampling=[Sampling(max_new_tokens=n) for n in limits], slots=4)
     assert [len(r.tokens) for r in results] == limits
     assert {r.finish_reason for r in results} == {"length"}
 
 
 def test_stop_token_ends_a_row_and_is_its_last(model, prompts):
-    free = generate_tokens(model, prompts, sampling=GREEDY)
+    free = generate_tokens(model, prompts, sampling=GREEDY, slots=4)
     stop = free[2].tokens[6]
     for result, unstopped in zip(
         generate_tokens(model, prompts, sampling=GREEDY, stop_ids=[stop], slots=4), free, strict=True
@@ -134,39 +146,45 @@ def test_callback_sees_every_token_in_order_and_can_end_a_row(model, prompts):
     for row, result in enumerate(results):
         assert seen[row] == list(zip(result.tokens, result.logprobs, strict=True))
     assert len(results[4].tokens) == 7 and results[4].finish_reason == "stop"
-    free = tokens(generate_tokens(model, prompts, sampling=GREEDY))
+    free = tokens(generate_tokens(model, prompts, sampling=GREEDY, slots=4))
     assert [r.tokens for r in results] == [t[:7] if row == 4 else t for row, t in enumerate(free)]
 
 
 def test_adapters_take_part(model, prompts):
-    def with_lora(b_scale):
-        adapted = random_model(model.config, seed=1)
-        settings = LoRASettings(r=4, alpha=8)
-        attach(adapted, ["all-linear"], lambda i, o, s, key: LoRA(i, o, settings, stack=s, key=key), jax.random.key(0))
-        for _, module in nnx.iter_modules(adapted):
-            if isinstance(module, LoRA):
-                module.lora_b.set_value(module.lora_b.get_value() + b_scale)
-        return tokens(generate_tokens(adapted, prompts, sampling=GREEDY))
-
-    base = tokens(generate_tokens(model, prompts, sampling=GREEDY))
-    assert with_lora(0.0) == base
-    assert with_lora(0.1) != base
+    base = tokens(generate_tokens(model, prompts, sampling=GREEDY, slots=4))
+    adapted, settings = nnx.clone(model), LoRASettings(r=4, alpha=8)
+    attach(adapted, ["all-linear"], lambda i, o, s, key: LoRA(i, o, settings, stack=s, key=key), jax.random.key(0))
+    assert tokens(generate_tokens(adapted, prompts, sampling=GREEDY, slots=4)) == base
+    for lora in adapters(adapted).values():
+        lora.lora_b.set_value(lora.lora_b.get_value() + 0.1)
+    live = tokens(generate_tokens(adapted, prompts, sampling=GREEDY, slots=4))
+    assert live != base
+    merge(adapted)
+    assert tokens(generate_tokens(adapted, prompts, sampling=GREEDY, slots=4)) == live
 
 
 def test_nothing_is_compiled_again_for_new_parameters_lengths_and_settings(model, prompts):
+    def scaled(by):
+        graphdef, params = nnx.split(model)
+        return nnx.merge(graphdef, jax.tree.map(lambda x: by * x, params))
+
     compiled = []
-    monitoring.register_event_duration_secs_listener(
-        lambda event, seconds, **_: compiled.append(event) if event.endswith("backend_compile_duration") else None
-    )
-    generate_tokens(model, prompts, sampling=DRAWN, slots=4, stop_ids=[1])
+
+    def listen(event, seconds, **_):
+        if event.endswith("backend_compile_duration"):
+            compiled.append(event)
+
+    first = generate_tokens(scaled(1.1), prompts, sampling=DRAWN, slots=4, stop_ids=[1])
+    other = scaled(1.2)
+    monitoring.register_event_duration_secs_listener(listen)
+    jax.jit(lambda x: x + 1)(1)
     assert compiled, "the listener hears compilations"
-    fresh = random_model(model.config, seed=2)
-    generate_tokens(fresh, prompts, sampling=DRAWN, slots=4, stop_ids=[1])
     compiled.clear()
     shorter = [prompt[: max(1, len(prompt) - 1)] for prompt in prompts]
-    others = [Sampling(max_new_tokens=10 + i % 2, temperature=0.1 * i, top_k=5 + i) for i in range(len(prompts))]
-    generate_tokens(random_model(model.config, seed=2), shorter, sampling=others, slots=4, stop_ids=[2, 3])
+    others = [Sampling(max_new_tokens=28 + i % 2, temperature=0.1 * i, top_k=5 + i) for i in range(len(prompts))]
+    second = generate_tokens(other, shorter, sampling=others, slots=4, stop_ids=[2, 3])
     assert compiled == []
+    assert tokens(second) != tokens(first)
 
 
 def test_eight_devices_equal_one(model, prompts):
@@ -175,12 +193,11 @@ def test_eight_devices_equal_one(model, prompts):
     plan = make_mesh_plan(MeshConfig(data=2, fsdp=4))
     graphdef, params = nnx.split(model)
     split = nnx.merge(graphdef, jax.device_put(params, plan.shardings(params)))
-    one = generate_tokens(model, prompts, sampling=DRAWN, slots=8)
-    eight = generate_tokens(split, prompts, sampling=DRAWN, slots=8)
+    one = generate_tokens(model, prompts, sampling=DRAWN, slots=4)
+    eight = generate_tokens(split, prompts, sampling=DRAWN, slots=4)
     assert tokens(eight) == tokens(one)
-    np.testing.assert_allclose(
-        np.concatenate([r.logprobs for r in eight]), np.concatenate([r.logprobs for r in one]), atol=1e-4
-    )
+    for ours, theirs in zip(eight, one, strict=True):
+        np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=1e-4)
 
 
 def test_no_prompts_give_no_results(model):
@@ -200,7 +217,3 @@ def test_refusals(model):
         generate_tokens(model, [[1]], sampling=GREEDY, slots=0)
     with pytest.raises(ConfigError, match="use generate_text"):
         generate_tokens(model, [[1]], sampling=Sampling(max_new_tokens=1, stop=("x",)))
-
-
-def test_the_last_position_can_be_filled(model):
-    assert len(generate_tokens(model, [[1] * 224], sampling=GREEDY)[0].tokens) == 32

@@ -84,7 +84,13 @@ def test_what_is_absent_has_transformers_default():
 
 
 def test_null_and_harmless_fields_are_let_through():
-    noise = {"pretraining_tp": 1, "use_cache": True, "pad_token_id": None, "some_future_field": None, "pruned_heads": {}}
+    noise = {
+        "pretraining_tp": 1,
+        "use_cache": True,
+        "pad_token_id": None,
+        "some_future_field": None,
+        "pruned_heads": {},
+    }
     assert Config.from_hf(LLAMA | noise) == Config.from_hf(LLAMA)
 
 

@@ -9,8 +9,8 @@ from flax import nnx
 from jaxft import models
 from jaxft.checkpoint.hf import placed_tensors
 from jaxft.checkpoint.load import load_model
-from jaxft.objectives.sft import sft_loss
 from jaxft.data.batch import Batch
+from jaxft.objectives.sft import sft_loss
 from jaxft.trees import flatten
 
 torch = pytest.importorskip("torch")
@@ -136,9 +136,7 @@ def test_rematerialisation_changes_no_value_and_no_gradient(tiny_llama):
 
 def test_a_model_of_one_seed_is_one_model(smoke_config):
     config = models.config_from_hf(smoke_config)
-    same, again, other = (
-        jax.tree.leaves(nnx.state(models.random_model(config, seed=seed))) for seed in (3, 3, 4)
-    )
+    same, again, other = (jax.tree.leaves(nnx.state(models.random_model(config, seed=seed))) for seed in (3, 3, 4))
     assert all(np.array_equal(a, b) for a, b in zip(same, again, strict=True))
     assert not np.array_equal(same[0], other[0])
 

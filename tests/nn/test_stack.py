@@ -1,6 +1,7 @@
 """How layers are divided into stacks, and that running the stacks is running the layers in order."""
 
 import functools
+import itertools
 import random
 
 import jax
@@ -33,10 +34,8 @@ def test_every_layer_runs_once_and_in_order(seed):
     assert executed(segments) == list(range(len(kinds)))
     for group in group_layers(segments):
         assert len({kinds[i] for i in group}) == 1
-    assert [s.first_group for s in segments] == [
-        sum(len(s.groups) for s in segments[:i]) for i in range(len(segments))
-    ]
-    runs = 1 + sum(a != b for a, b in zip(kinds, kinds[1:], strict=False))
+    assert [s.first_group for s in segments] == [sum(len(s.groups) for s in segments[:i]) for i in range(len(segments))]
+    runs = 1 + sum(a != b for a, b in itertools.pairwise(kinds))
     assert len(group_layers(segments)) <= runs
 
 

@@ -10,7 +10,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from jaxft.errors import ConfigError
-from jaxft.sharding.rules import RULES, Leaf, assign, matches, path_str
+from jaxft.sharding.rules import RULES, Leaf, assign, matches
+from jaxft.trees import path_str
 
 AXES = {"data": 1, "fsdp": 8}
 

@@ -1,0 +1,134 @@
+"""LoRA training on SmolLM2-135M: jaxft beside transformers + PEFT, the same work in turn, as a ratio.
+
+    python benchmarks/lora_vs_peft.py --model=runs/models/SmolLM2-135M-Instruct
+
+Both train rank 16 on all linear layers in float32 with AdamW on the same packed rows (the quickstart's
+messages), on all cores of the machine. Each measurement is a process of its own, so that peak memory is its
+own; the two take turns, and the ratio is of the medians. `--loss=assistant` trains only on the answers, as
+fine-tuning usually does: jaxft then skips the vocabulary products of prompt tokens, PEFT cannot.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+import numpy as np
+
+
+def rows(model: str, batch: int, length: int, steps: int, loss: str) -> list[Any]:
+    """`steps` batches of packed rows."""
+    from jaxft.config import resolve
+    from jaxft.data import load_tokenizer, prepare
+    from jaxft.data.loader import Loader
+
+    train = {"train": "jaxft/assets/quickstart/train.jsonl", "max_length": length, "train_on": loss}
+    config = resolve({"model": {"path": model}, "data": train})
+    tokenizer = load_tokenizer(model)
+    examples = prepare(config, tokenizer).train_examples
+    loader = Loader(examples, batch_size=batch, max_length=length, seed=0, pad_id=tokenizer.pad_id)
+    return [loader.batch(step) for step in range(steps)]
+
+
+def run_jaxft(arguments: argparse.Namespace) -> tuple[list[float], list[float]]:
+    import jax
+
+    from jaxft.config import AdapterConfig, OptimConfig
+    from jaxft.checkpoint.load import load_model
+    from jaxft.objectives.sft import sft_loss
+    from jaxft.runs.build import attach_adapter
+    from jaxft.train.optim import make_optimizer, make_schedule
+    from jaxft.train.state import create
+    from jaxft.train.step import make_train_step
+
+    loaded = load_model(arguments.model, remat=arguments.remat)
+    attach_adapter(loaded.module, AdapterConfig(r=16, alpha=32.0), seed=0)
+    optim = OptimConfig(schedule="constant", learning_rate=1e-3)
+    schedule = make_schedule(optim, 100)
+    tx = make_optimizer(optim, schedule)
+    graphdef, state = create(loaded.module, tx, 0)
+    step = jax.jit(make_train_step(graphdef, sft_loss, tx, schedule), donate_argnums=0)
+    seconds, losses = [], []
+    for batch in rows(arguments.model, arguments.batch, arguments.length, arguments.steps + 1, arguments.loss):
+        began = time.perf_counter()
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+        seconds.append(time.perf_counter() - began)
+    return seconds, losses
+
+
+def run_peft(arguments: argparse.Namespace) -> tuple[list[float], list[float]]:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
+    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
+    seconds, losses = [], []
+    for batch in rows(arguments.model, arguments.batch, arguments.length, arguments.steps + 1, arguments.loss):
+        began = time.perf_counter()
+        # transformers shifts labels itself: the label of a position is its own token.
+        labels = np.full_like(batch.tokens_BS, -100)
+        labels[:, 1:] = np.where(batch.weights_BS[:, :-1] > 0, batch.tokens_BS[:, 1:], -100)
+        loss = model(
+            input_ids=torch.from_numpy(batch.tokens_BS).long(),
+            position_ids=torch.from_numpy(batch.positions_BS).long(),
+            labels=torch.from_numpy(labels).long(),
+        ).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+        seconds.append(time.perf_counter() - began)
+    return seconds, losses
+
+
+def measure(arguments: argparse.Namespace, who: str) -> dict[str, Any]:
+    """One process of one side."""
+    command = [sys.executable, __file__, f"--model={arguments.model}", f"--only={who}", f"--batch={arguments.batch}"]
+    command += [f"--length={arguments.length}", f"--steps={arguments.steps}", f"--loss={arguments.loss}"]
+    command += [f"--remat={arguments.remat}"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--loss", choices=("all", "assistant"), default="all")
+    parser.add_argument("--remat", choices=("none", "dots", "full"), default="dots")
+    parser.add_argument("--only", choices=("jaxft", "peft"))
+    arguments = parser.parse_args()
+    if arguments.only:
+        seconds, losses = (run_jaxft if arguments.only == "jaxft" else run_peft)(arguments)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        rate = arguments.batch * arguments.length / statistics.median(seconds[1:])
+        print(json.dumps({"rate": rate, "peak_bytes": peak, "first_seconds": seconds[0], "losses": losses}))
+        return
+    found: dict[str, list[dict[str, Any]]] = {"jaxft": [], "peft": []}
+    for _ in range(arguments.rounds):
+        for who in found:
+            found[who].append(measure(arguments, who))
+            print(f"{who:6} {found[who][-1]['rate']:7.1f} tokens/s  {found[who][-1]['peak_bytes'] / 1e9:.2f} GB", flush=True)
+    rate = {who: statistics.median(one["rate"] for one in each) for who, each in found.items()}
+    peak = {who: max(one["peak_bytes"] for one in each) for who, each in found.items()}
+    ratio, memory = rate["jaxft"] / rate["peft"], peak["jaxft"] / peak["peft"]
+    print(f"jaxft / peft: {ratio:.2f}x the rate at {memory:.2f}x the memory (remat={arguments.remat}, loss={arguments.loss})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""Full fine-tuning of SmolLM2-135M-Instruct: every weight moves, so the whole model is what is written.
+
+The base folder is what `make quickstart` writes. The learning rate is a tenth of LoRA's and less; weight
+decay acts on matrices only.
+"""
+
+from ml_collections import ConfigDict
+
+from jaxft.assets import ASSETS
+from jaxft.config import default_config
+from jaxft.smoke import with_arg
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    config = default_config()
+    config.output_dir = "runs/smollm2-135m-full"
+
+    config.model.path = "runs/models/SmolLM2-135M-Instruct"
+    # Moments of every weight are kept as well: recomputing the layers pays for some of that memory.
+    config.model.remat = "full"
+
+    config.adapter.kind = "none"
+
+    config.data.train = str(ASSETS / "quickstart" / "train.jsonl")
+    config.data.eval = str(ASSETS / "quickstart" / "heldout.jsonl")
+    config.data.max_length = 512
+
+    config.optim.learning_rate = 5e-5
+    config.optim.schedule = "linear"
+    config.optim.warmup_ratio = 0.1
+    config.optim.weight_decay = 0.01
+
+    config.train.batch_size = 8
+    config.train.epochs = 2.0
+    config.train.log_every = 5
+    config.train.eval_every = 10
+    config.checkpoint.every = 10
+    # A checkpoint holds every weight and two moments of each.
+    config.checkpoint.keep = 1
+
+    config.eval.metric = "json_exact"
+    config.eval.max_new_tokens = 64
+    return with_arg(config, arg)

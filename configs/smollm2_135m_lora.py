@@ -1,0 +1,42 @@
+"""LoRA on SmolLM2-135M-Instruct with everyday settings: a start for a config of your own.
+
+The base folder is what `make quickstart` writes; any Llama-type folder does. Your rows:
+`jaxft train --config=configs/smollm2_135m_lora.py --config.data.train=rows.jsonl --config.data.eval=None
+--config.data.eval_fraction=0.05 --config.eval.metric=exact_match`.
+"""
+
+from ml_collections import ConfigDict
+
+from jaxft.assets import ASSETS
+from jaxft.config import default_config
+from jaxft.smoke import with_arg
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    config = default_config()
+    config.output_dir = "runs/smollm2-135m-lora"
+
+    config.model.path = "runs/models/SmolLM2-135M-Instruct"
+
+    config.adapter.r = 16
+    config.adapter.alpha = 32.0
+    config.adapter.dropout = 0.05
+
+    config.data.train = str(ASSETS / "quickstart" / "train.jsonl")
+    config.data.eval = str(ASSETS / "quickstart" / "heldout.jsonl")
+    config.data.max_length = 512
+
+    config.optim.learning_rate = 1e-3
+    config.optim.warmup_ratio = 0.05
+    config.optim.min_ratio = 0.1
+
+    config.train.batch_size = 8
+    config.train.epochs = 2.0
+    config.train.log_every = 5
+    config.train.eval_every = 10
+    config.checkpoint.every = 10
+    config.checkpoint.best_metric = "eval_loss"
+
+    config.eval.metric = "json_exact"
+    config.eval.max_new_tokens = 64
+    return with_arg(config, arg)

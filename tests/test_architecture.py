@@ -1,0 +1,145 @@
+"""The house rules, read from the code: imports run only downward, and what no room may do."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "jaxft"
+FLOORS = {
+    "errors": 0, "config": 0, "trees": 0, "assets": 0, "gguf_header": 0,
+    "nn": 1, "smoke": 1,
+    "models": 2, "adapters": 2,
+    "sharding": 3, "checkpoint": 3, "data": 3,
+    "generate": 4, "objectives": 4,
+    "train": 5, "evaluate": 5,
+    "runs": 6,
+    "api": 7, "cli": 7, "__init__": 7,
+}  # fmt: skip
+# Rooms of one floor that know each other, each for a reason.
+NEIGHBOURS = {
+    ("config", "errors"),  # a config is refused with a ConfigError
+    ("gguf_header", "errors"),
+    ("checkpoint", "sharding"),  # weights are read straight to where they live
+    ("cli", "api"),  # the commands call the public functions
+    ("cli", "__init__"),  # and show the package's own description
+}
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room_of(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def parsed(path):
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def imported_rooms(path):
+    """(line, room) of every import of jaxft in a module, also inside functions."""
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: imports are absolute"
+            names = [node.module] if node.module != "jaxft" else [f"jaxft.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        for name in names:
+            first, *rest = name.split(".")
+            if first == "jaxft":
+                yield node.lineno, rest[0] if rest else "__init__"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_run_downward(path):
+    room = room_of(path)
+    assert room in FLOORS, f"{room} has no floor: give it one here"
+    wrong = [
+        f"{path}:{line}: {room} (floor {FLOORS[room]}) imports {other} (floor {FLOORS.get(other, '?')})"
+        for line, other in imported_rooms(path)
+        if other != room and (room, other) not in NEIGHBOURS and FLOORS.get(other, 99) >= FLOORS[room]
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_allowed_neighbour_is_one():
+    used = {(room_of(path), other) for path in MODULES for _, other in imported_rooms(path)}
+    assert used >= NEIGHBOURS - {("cli", "__init__")}
+
+
+FORBIDDEN = {"tensorflow", "tensorboard"}
+# Read back by the library that an export is for, where it is installed.
+ORACLES = {"torch": {"checkpoint/verify.py"}, "peft": {"checkpoint/verify.py"}}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_module_leans_on_another_framework(path):
+    for node in ast.walk(parsed(path)):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module]
+        for name in {name.split(".")[0] for name in names}:
+            assert name not in FORBIDDEN, f"{path}:{node.lineno}: imports {name}"
+            allowed = ORACLES.get(name)
+            assert allowed is None or str(path.relative_to(PACKAGE)) in allowed, f"{path}:{node.lineno}: imports {name}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_error_is_swallowed_and_no_user_meets_an_assert(path):
+    for node in ast.walk(parsed(path)):
+        where = f"{path}:{getattr(node, 'lineno', 0)}"
+        assert not isinstance(node, ast.Assert), f"{where}: raise a JaxftError that says how to mend it"
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None, f"{where}: bare except"
+            broad = isinstance(node.type, ast.Name) and node.type.id in ("Exception", "BaseException")
+            reraises = any(isinstance(inner, ast.Raise) for inner in ast.walk(node))
+            assert not broad or reraises, f"{where}: catches everything and goes on"
+
+
+def test_only_config_py_reads_config_dicts():
+    # `get` on a locked ConfigDict gives the default for a misspelt name without a word.
+    for path in MODULES:
+        imports = {node.module for node in ast.walk(parsed(path)) if isinstance(node, ast.ImportFrom)}
+        if "ml_collections" in imports:
+            assert room_of(path) in ("config", "smoke"), path
+    smoke = parsed(PACKAGE / "smoke.py")
+    assert not [n for n in ast.walk(smoke) if isinstance(n, ast.Attribute) and n.attr == "get"]
+    for path in (PACKAGE.parent / "configs").glob("*.py"):
+        assert ".get(" not in path.read_text(encoding="utf-8"), path
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_and_functions_stay_small(path):
+    lines = path.read_text(encoding="utf-8").count("\n")
+    assert lines <= 450, f"{path} has {lines} lines: it holds more than one thing"
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            length = node.end_lineno - node.lineno + 1
+            assert length <= 60 or node.name in ("_check", "_parser"), (
+                f"{path}:{node.lineno}: {node.name} has {length} lines"
+            )
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_public_things_are_documented(path):
+    tree = parsed(path)
+    assert ast.get_docstring(tree), f"{path} does not say what it is"
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), f"{path}:{node.lineno}: {node.name} has no docstring"
+
+
+def test_importing_the_package_does_not_wait_for_jax():
+    import subprocess
+    import sys
+
+    code = "import sys, jaxft, jaxft.config, jaxft.cli; sys.exit('jax' in sys.modules or 'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, check=False).returncode == 0
+
+
+def test_modules_are_found_without_a_registry():
+    assert len(MODULES) > 50
+    assert {room_of(path) for path in MODULES} == set(FLOORS)

@@ -1,0 +1,117 @@
+"""The commands, as a user types them: one small run, then everything that can be done with it."""
+
+import json
+
+import numpy as np
+import pytest
+
+import jaxft
+from jaxft import cli
+
+CONFIG = "--config=configs/quickstart.py:smoke"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished smoke run: (its folder, what --json printed)."""
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        printed = []
+        patch.setattr("builtins.print", lambda *a, **k: printed.append(a[0]) if k.get("file") is None else None)
+        patch.setattr("jaxft.sharding.distributed.start", lambda *a: True)  # pytest has used the devices already
+        code = cli.main(["train", CONFIG, f"--config.output_dir={folder}", "--config.mesh.fsdp=1", "--config.mesh.data=-1", "--json"])
+    assert code == 0
+    assert len(printed) == 1, "standard output must hold the JSON alone"
+    return folder, json.loads(printed[0])
+
+
+def test_summary_names_what_the_folder_holds(run):
+    folder, summary = run
+    assert summary == json.loads((folder / "summary.json").read_text())
+    assert summary["examples"] == 4 and 0 <= summary["base_score"] <= 1 and 0 <= summary["tuned_score"] <= 1
+    for key in ("adapter", "merged", "report", "loss_plot"):
+        assert (folder / summary[key]).exists(), key
+    resolved = json.loads((folder / "config.json").read_text())
+    assert resolved["train"]["steps"] == 4 and resolved["output_dir"] == str(folder)
+
+
+def test_same_command_again_keeps_the_finished_run(run, capsys):
+    folder, summary = run
+    before = (folder / "metrics.jsonl").read_text()
+    config = jaxft.get_config("configs/quickstart.py:smoke", {"output_dir": str(folder), "mesh.fsdp": 1, "mesh.data": -1})
+    assert jaxft.train(config)["tuned_score"] == summary["tuned_score"]
+    assert (folder / "metrics.jsonl").read_text() == before
+
+
+def test_other_settings_in_the_same_folder_are_refused(run, capsys):
+    folder, _ = run
+    code = cli.main(["train", CONFIG, f"--config.output_dir={folder}", "--config.optim.learning_rate=0.5"])
+    assert code == 2
+    assert "optim.learning_rate: was 0.002, now 0.5" in capsys.readouterr().err
+
+
+def test_eval_of_a_run_equals_its_own_figures(run, capsys):
+    folder, summary = run
+    assert cli.main(["eval", f"--run={folder}", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["eval_loss"] == pytest.approx(summary["eval_loss"], abs=1e-5)
+    assert figures["value"] == summary["tuned_score"]
+
+
+def test_exports_of_a_run_and_of_its_adapter_agree(run, tmp_path, capsys):
+    folder, _ = run
+    assert cli.main(["export", f"--run={folder}", f"--to={tmp_path / 'a'}", "--format=merged"]) == 0
+    assert "read back by jaxft" in capsys.readouterr().out
+    assert cli.main(["export", f"--model={folder / 'adapter'}", f"--to={tmp_path / 'b'}", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["checks"]["jaxft"] < 1e-5
+    tokens = np.arange(40).reshape(2, 20)
+    ours = jaxft.load_model(str(folder)).logits(tokens)
+    for name in ("a", "b"):
+        np.testing.assert_allclose(jaxft.load_model(str(tmp_path / name)).logits(tokens), ours, atol=1e-5)
+    assert cli.main(["export", f"--run={folder}", f"--to={tmp_path / 'a'}"]) == 2
+    assert "not empty" in capsys.readouterr().err
+
+
+def test_generate_chat_and_batch(run, capsys):
+    folder, _ = run
+    command = ["generate", f"--model={folder}", "--prompt=one", "--prompt=two", "--max_new_tokens=5", "--json"]
+    assert cli.main([*command, "--chat", "--system=Short."]) == 0
+    chat = json.loads(capsys.readouterr().out)["answers"]
+    assert cli.main(command) == 0
+    plain = json.loads(capsys.readouterr().out)["answers"]
+    assert len(chat) == len(plain) == 2
+    assert cli.main([*command, "--temperature=1.0", "--seed=3"]) == 0
+    drawn = json.loads(capsys.readouterr().out)["answers"]
+    assert cli.main([*command, "--temperature=1.0", "--seed=3"]) == 0
+    assert json.loads(capsys.readouterr().out)["answers"] == drawn
+
+
+def test_data_shows_the_examination(capsys):
+    assert cli.main(["data", CONFIG, "--rows=1"]) == 0
+    out = capsys.readouterr().out
+    assert "24 rows (messages 24)" in out and "[[{" in out
+    assert cli.main(["data", CONFIG, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == 24
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", CONFIG, "--config.train.batch_sise=4"], "Did you mean 'train.batch_size'"),
+        (["train", CONFIG, "--config.train.batch_size=four"], "takes int"),
+        (["train", "--config=configs/quickstrat.py"], "Did you mean 'quickstart.py'"),
+        (["train", "--config=configs/quickstart.py:smok"], "Did you mean 'smoke'"),
+        (["train", CONFIG, "--config.train.batch_size=7", "--config.train.accumulation_steps=2"], "equal micro-batches"),
+        (["train", CONFIG, "--batch=4"], "unknown argument '--batch=4'"),
+        (["train", CONFIG, "--config.data.max_length"], "has no value"),
+        (["eval"], "either --run=FOLDER or --config=FILE"),
+        (["export", "--to=x"], "either --run=FOLDER or --model=PATH"),
+        (["generate", "--model=no/such/model", "--prompt=x"], "no/such/model"),
+    ],
+)
+def test_refusals_exit_with_2_and_say_why(arguments, said, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("jaxft.sharding.distributed.start", lambda *a: True)
+    extra = [f"--config.output_dir={tmp_path / 'r'}"] if arguments[0] == "train" else []
+    assert cli.main([*arguments[:2], *extra, *arguments[2:]] if extra else arguments) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()

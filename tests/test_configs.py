@@ -1,0 +1,49 @@
+"""Every shipped config resolves, and its smoke form passes `jaxft data`."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from jaxft import cli
+from jaxft.config import load
+from jaxft.errors import ConfigError
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+by_name = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+
+
+@by_name
+def test_resolves(path: Path) -> None:
+    config = load(str(path))
+    assert config.output_dir.startswith("runs/") and not config.output_dir.endswith("-smoke")
+
+
+@by_name
+def test_smoke_passes_the_examination(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["data", f"--config={path}:smoke", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["rows"], found["eval"]["rows"]) == (24, 4)
+    assert found["trained_tokens"] > 0
+
+
+@by_name
+def test_smoke_keeps_the_method(path: Path) -> None:
+    whole, smoke = load(str(path)), load(f"{path}:smoke")
+    assert smoke.output_dir == f"{whole.output_dir}-smoke"
+    assert smoke.model.random_init and smoke.train.steps == 4
+    assert smoke.adapter.kind == whole.adapter.kind
+    assert smoke.adapter.target_modules == whole.adapter.target_modules
+    assert (smoke.optim.name, smoke.optim.schedule) == (whole.optim.name, whole.optim.schedule)
+    assert smoke.data.packing == whole.data.packing
+
+
+@by_name
+def test_another_argument_is_refused(path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"'smok' is not known.*Did you mean 'smoke'"):
+        load(f"{path}:smok")
+
+
+def test_no_two_configs_share_a_run_folder() -> None:
+    folders = [load(str(path)).output_dir for path in CONFIGS]
+    assert len(folders) == len(set(folders))
