@@ -5,6 +5,9 @@
 
 PYTHON ?= python3
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+ifeq ($(VERSION),)
+$(error $(PYTHON) does not run; give another one: make PYTHON=/path/to/python3.12 ...)
+endif
 VENV ?= .venv-$(VERSION)
 BIN := $(VENV)/bin
 ENV := JAX_PLATFORMS=cpu TF_CPP_MIN_LOG_LEVEL=2

@@ -37,13 +37,13 @@ def rows(model: str, batch: int, length: int, steps: int, loss: str) -> list[Any
 def run_jaxft(arguments: argparse.Namespace) -> tuple[list[float], list[float]]:
     import jax
 
-    from jaxft.config import AdapterConfig, OptimConfig
     from jaxft.checkpoint.load import load_model
+    from jaxft.config import AdapterConfig, OptimConfig
     from jaxft.objectives.sft import sft_loss
     from jaxft.runs.build import attach_adapter
-    from jaxft.train.optim import make_optimizer, make_schedule
-    from jaxft.train.state import create
-    from jaxft.train.step import make_train_step
+    from jaxft.training.optim import make_optimizer, make_schedule
+    from jaxft.training.state import create
+    from jaxft.training.step import make_train_step
 
     loaded = load_model(arguments.model, remat=arguments.remat)
     attach_adapter(loaded.module, AdapterConfig(r=16, alpha=32.0), seed=0)
@@ -123,11 +123,16 @@ def main() -> None:
     for _ in range(arguments.rounds):
         for who in found:
             found[who].append(measure(arguments, who))
-            print(f"{who:6} {found[who][-1]['rate']:7.1f} tokens/s  {found[who][-1]['peak_bytes'] / 1e9:.2f} GB", flush=True)
+            print(
+                f"{who:6} {found[who][-1]['rate']:7.1f} tokens/s  {found[who][-1]['peak_bytes'] / 1e9:.2f} GB",
+                flush=True,
+            )
     rate = {who: statistics.median(one["rate"] for one in each) for who, each in found.items()}
     peak = {who: max(one["peak_bytes"] for one in each) for who, each in found.items()}
     ratio, memory = rate["jaxft"] / rate["peft"], peak["jaxft"] / peak["peft"]
-    print(f"jaxft / peft: {ratio:.2f}x the rate at {memory:.2f}x the memory (remat={arguments.remat}, loss={arguments.loss})")
+    print(
+        f"jaxft / peft: {ratio:.2f}x the rate at {memory:.2f}x the memory (remat={arguments.remat}, loss={arguments.loss})"
+    )
 
 
 if __name__ == "__main__":

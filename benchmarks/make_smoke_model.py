@@ -1,6 +1,6 @@
 """Writes jaxft/assets/smoke: the shapes and the byte tokenizer of the model that `:smoke` runs use.
 
-    python benchmarks/make_smoke_model.py jaxft/assets/smoke
+python benchmarks/make_smoke_model.py jaxft/assets/smoke
 """
 
 import json

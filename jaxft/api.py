@@ -39,7 +39,7 @@ def generate(
     prompts: plain text, continued as it is, or lists of chat messages, rendered by the chat template.
     temperature: 0 is greedy. slots: prompts decoded side by side.
     """
-    from jaxft.generate import Sampling, generate_text
+    from jaxft.generation import Sampling, generate_text
 
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     done = generate_text(model.module, tokenizer, list(prompts), sampling=sampling, slots=slots)

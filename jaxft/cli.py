@@ -149,6 +149,31 @@ def _export(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     return written
 
 
+def _convert(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
+    from jaxft.runs.convert import convert
+
+    done = convert(
+        arguments.source,
+        arguments.target,
+        form=arguments.to,
+        dtype=arguments.dtype,
+        max_shard_bytes=arguments.shard_size,
+        revision=arguments.revision,
+        console=_console(arguments),
+    )
+    if not arguments.json:
+        checks = "".join(f"\n  {name}: {figure}" for name, figure in done.get("checks", {}).items())
+        print(f"{done['to']}: {done['form']}, {done['dtype']}, {done['bytes'] / 1e9:.2f} GB in {done['seconds']:.0f} s")
+        print(f"compared with the source:{checks}" if checks else "")
+    return done
+
+
+def _bytes(text: str) -> int:
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+    number, unit = (text[:-2], text[-2:].upper()) if text[-2:].upper() in units else (text, "")
+    return int(float(number) * units.get(unit, 1))
+
+
 def _console(arguments: argparse.Namespace) -> Any:
     from rich.console import Console
 
@@ -231,6 +256,16 @@ def _parser() -> argparse.ArgumentParser:
     option("--format", default="merged", help="merged (a whole Hugging Face folder) or adapter (PEFT)")
     option("--dtype", choices=("float32", "bfloat16"), help="stored type of a merged model")
     option("--step", type=int, help="a checkpoint of the run; the newest by default")
+
+    option = verb("convert", _convert, "one model format into another, tensor by tensor, compared at the end")
+    option(
+        "source", metavar="SRC", help="Hugging Face, PEFT, Orbax or run folder, GGUF file, hf://owner/name[@revision]"
+    )
+    option("target", metavar="DST", help="a new folder, or a new file that ends in .gguf")
+    option("--to", choices=("hf", "gguf", "gguf-adapter", "orbax"), help="gguf for a .gguf target, else hf")
+    option("--dtype", help="float32, bfloat16, float16 (hf, gguf) or q8_0 (gguf); the source's own by default")
+    option("--shard_size", type=_bytes, default="5GB", metavar="SIZE", help="of safetensors files, such as 5GB")
+    option("--revision", help="branch, tag or commit of an hf:// source")
     return parser
 
 

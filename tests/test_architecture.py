@@ -11,8 +11,8 @@ FLOORS = {
     "nn": 1, "smoke": 1,
     "models": 2, "adapters": 2,
     "sharding": 3, "checkpoint": 3, "data": 3,
-    "generate": 4, "objectives": 4,
-    "train": 5, "evaluate": 5,
+    "generation": 4, "objectives": 4,
+    "training": 5, "evaluation": 5,
     "runs": 6,
     "api": 7, "cli": 7, "__init__": 7,
 }  # fmt: skip

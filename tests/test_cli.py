@@ -19,7 +19,7 @@ def run(tmp_path_factory):
         printed = []
         patch.setattr("builtins.print", lambda *a, **k: printed.append(a[0]) if k.get("file") is None else None)
         patch.setattr("jaxft.sharding.distributed.start", lambda *a: True)  # pytest has used the devices already
-        code = cli.main(["train", CONFIG, f"--config.output_dir={folder}", "--config.mesh.fsdp=1", "--config.mesh.data=-1", "--json"])
+        code = cli.main(["train", CONFIG, f"--config.output_dir={folder}", "--json"])
     assert code == 0
     assert len(printed) == 1, "standard output must hold the JSON alone"
     return folder, json.loads(printed[0])
@@ -38,7 +38,7 @@ def test_summary_names_what_the_folder_holds(run):
 def test_same_command_again_keeps_the_finished_run(run, capsys):
     folder, summary = run
     before = (folder / "metrics.jsonl").read_text()
-    config = jaxft.get_config("configs/quickstart.py:smoke", {"output_dir": str(folder), "mesh.fsdp": 1, "mesh.data": -1})
+    config = jaxft.get_config("configs/quickstart.py:smoke", {"output_dir": str(folder)})
     assert jaxft.train(config)["tuned_score"] == summary["tuned_score"]
     assert (folder / "metrics.jsonl").read_text() == before
 
@@ -101,7 +101,10 @@ def test_data_shows_the_examination(capsys):
         (["train", CONFIG, "--config.train.batch_size=four"], "takes int"),
         (["train", "--config=configs/quickstrat.py"], "Did you mean 'quickstart.py'"),
         (["train", "--config=configs/quickstart.py:smok"], "Did you mean 'smoke'"),
-        (["train", CONFIG, "--config.train.batch_size=7", "--config.train.accumulation_steps=2"], "equal micro-batches"),
+        (
+            ["train", CONFIG, "--config.train.batch_size=7", "--config.train.accumulation_steps=2"],
+            "equal micro-batches",
+        ),
         (["train", CONFIG, "--batch=4"], "unknown argument '--batch=4'"),
         (["train", CONFIG, "--config.data.max_length"], "has no value"),
         (["eval"], "either --run=FOLDER or --config=FILE"),

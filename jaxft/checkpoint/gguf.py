@@ -6,63 +6,17 @@ rows are those of llama.cpp's converter, undone here.
 
 import math
 import os
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import dequantize
 
-from jaxft.checkpoint.tensors import TensorSpec, block_bounds, pread
+from jaxft.checkpoint.gguf_names import FAMILIES, QK_NORM, ROPE_FACTORS, WHOLE, Family
+from jaxft.checkpoint.paths import pread
+from jaxft.checkpoint.tensors import TensorSpec, block_bounds
 from jaxft.errors import CheckpointError, ModelError, did_you_mean
 from jaxft.gguf_header import GGUFHeader, GGUFTensor, read_header
-
-# GGUF's name within `blk.N.` -> Hugging Face's within `model.layers.N.`
-_LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_ROPE_FACTORS = "rope_freqs.weight"  # Llama 3.1: a divisor for each rotary frequency, [head_dim / 2]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Family:
-    """What the converter does to one architecture. `llama` is also Mistral's."""
-
-    model_type: str
-    architecture: str  # Hugging Face's class
-    layer: dict[str, str]
-    # llama.cpp rotates neighbouring pairs in this family, so its converter interleaves the halves of q and k heads.
-    interleaved: bool
-    biases: dict[str, str]  # config field -> the GGUF tensor whose bias in layer 0 decides it
-
-
-_QK_NORM = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
-_FAMILIES = {
-    "llama": _Family(
-        model_type="llama",
-        architecture="LlamaForCausalLM",
-        layer=_LAYER,
-        interleaved=True,
-        biases={"attention_bias": "attn_q", "mlp_bias": "ffn_gate"},
-    ),
-    "qwen2": _Family(model_type="qwen2", architecture="Qwen2ForCausalLM", layer=_LAYER, interleaved=False, biases={}),
-    "qwen3": _Family(
-        model_type="qwen3",
-        architecture="Qwen3ForCausalLM",
-        layer=_LAYER | _QK_NORM,
-        interleaved=False,
-        biases={"attention_bias": "attn_q"},
-    ),
-}
 
 # Metadata below the architecture's name that is read here, or that repeats what is.
 _KNOWN = frozenset(
@@ -88,11 +42,11 @@ class GGUFFile:
         self.header = read_header(path)
         self.path = self.header.path
         self._arch: str = self.header.require("general.architecture")
-        if self._arch not in _FAMILIES:
+        if self._arch not in FAMILIES:
             raise ModelError(
-                f"{self.path}: GGUF architecture {self._arch!r} is not supported; supported: {', '.join(_FAMILIES)}"
+                f"{self.path}: GGUF architecture {self._arch!r} is not supported; supported: {', '.join(FAMILIES)}"
             )
-        self._family = _FAMILIES[self._arch]
+        self._family = FAMILIES[self._arch]
         _check_settings(self.header, self._arch)
         _check_types(self.header)
         self._config = _hf_config(self.header, self._arch, self._family)
@@ -154,7 +108,7 @@ def _check_settings(header: GGUFHeader, arch: str) -> None:
             )
 
 
-def _hf_config(header: GGUFHeader, arch: str, family: _Family) -> dict[str, Any]:
+def _hf_config(header: GGUFHeader, arch: str, family: Family) -> dict[str, Any]:
     def size(key: str, *default: int) -> int:
         value = header.metadata.get(f"{arch}.{key}", *default) if default else header.require(f"{arch}.{key}")
         if not isinstance(value, int) or value < 1:
@@ -205,9 +159,9 @@ def _decimal(value: float) -> float:
 def _rope_scaling(header: GGUFHeader, arch: str, head_dim: int, rope_theta: float) -> dict[str, Any] | None:
     kind = header.metadata.get(f"{arch}.rope.scaling.type", "none")
     context = header.metadata.get(f"{arch}.rope.scaling.original_context_length")
-    if _ROPE_FACTORS in header.tensors:
+    if ROPE_FACTORS in header.tensors:
         if kind not in ("none", "llama3"):
-            raise ModelError(f"{header.path}: both {_ROPE_FACTORS} and {arch}.rope.scaling.type={kind!r}")
+            raise ModelError(f"{header.path}: both {ROPE_FACTORS} and {arch}.rope.scaling.type={kind!r}")
         return _llama3_scaling(header, head_dim, rope_theta, context or _LLAMA3_CONTEXT)
     if kind == "none":
         return None
@@ -222,16 +176,16 @@ def _llama3_scaling(header: GGUFHeader, head_dim: int, rope_theta: float, contex
 
     Source: Llama 3.1's apply_scaling, https://github.com/meta-llama/llama-models.
     """
-    tensor = header.tensors[_ROPE_FACTORS]
+    tensor = header.tensors[ROPE_FACTORS]
     if tensor.shape != (head_dim // 2,):
-        raise CheckpointError(f"{header.path}: {_ROPE_FACTORS} has shape {tensor.shape}, not ({head_dim // 2},)")
+        raise CheckpointError(f"{header.path}: {ROPE_FACTORS} has shape {tensor.shape}, not ({head_dim // 2},)")
     factors = _rows(header.path, tensor, 0, 1)[0]
     factor = float(factors.max())
     wavelengths = 2 * math.pi * rope_theta ** (np.arange(0, head_dim, 2) / head_dim)
     smooth = np.clip((context / wavelengths - _LLAMA3_LOW) / (_LLAMA3_HIGH - _LLAMA3_LOW), 0, 1)
     if not np.allclose(factors, 1 / ((1 - smooth) / factor + smooth), rtol=1e-5, atol=0):
         raise ModelError(
-            f"{header.path}: the rotary factors in {_ROPE_FACTORS} are not Llama 3.1's for factor {factor}, original "
+            f"{header.path}: the rotary factors in {ROPE_FACTORS} are not Llama 3.1's for factor {factor}, original "
             f"context {context}, bounds {_LLAMA3_LOW} and {_LLAMA3_HIGH}. Load the original Hugging Face folder."
         )
     return {
@@ -243,7 +197,7 @@ def _llama3_scaling(header: GGUFHeader, head_dim: int, rope_theta: float, contex
     }
 
 
-def _shapes(family: _Family, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+def _shapes(family: Family, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Expected shape of each weight, by GGUF name without layer number and `.weight`."""
     hidden, inner, head_dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     q, kv = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
@@ -258,14 +212,14 @@ def _shapes(family: _Family, config: dict[str, Any]) -> dict[str, tuple[int, ...
         "ffn_up": (inner, hidden),
         "ffn_down": (hidden, inner),
     }
-    norms = {name: (head_dim if name in _QK_NORM else hidden,) for name in {*_WHOLE, *family.layer} - set(matrices)}
+    norms = {name: (head_dim if name in QK_NORM else hidden,) for name in {*WHOLE, *family.layer} - set(matrices)}
     return matrices | norms
 
 
-def _named_tensors(header: GGUFHeader, family: _Family, config: dict[str, Any]) -> dict[str, GGUFTensor]:
+def _named_tensors(header: GGUFHeader, family: Family, config: dict[str, Any]) -> dict[str, GGUFTensor]:
     """Tensors by Hugging Face name; refuses unknown, missing and misshapen ones, and types not dequantised."""
     layers = config["num_hidden_layers"]
-    parts = [(ours, ours, theirs) for ours, theirs in _WHOLE.items()]
+    parts = [(ours, ours, theirs) for ours, theirs in WHOLE.items()]
     for n in range(layers):
         parts += [(f"blk.{n}.{ours}", ours, f"model.layers.{n}.{theirs}") for ours, theirs in family.layer.items()]
     shapes, names, expected = _shapes(family, config), {}, {}
@@ -273,7 +227,7 @@ def _named_tensors(header: GGUFHeader, family: _Family, config: dict[str, Any]) 
         names[f"{full}.weight"], expected[f"{full}.weight"] = f"{theirs}.weight", shapes[ours]
         if ours in family.layer and len(shapes[ours]) == 2:
             names[f"{full}.bias"], expected[f"{full}.bias"] = f"{theirs}.bias", shapes[ours][:1]
-    found = {name: tensor for name, tensor in header.tensors.items() if name != _ROPE_FACTORS}
+    found = {name: tensor for name, tensor in header.tensors.items() if name != ROPE_FACTORS}
     for name, tensor in found.items():
         if name not in names:
             raise ModelError(

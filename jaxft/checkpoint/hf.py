@@ -4,7 +4,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from jaxft.adapters.attach import adapters
+from jaxft.checkpoint.paths import read_json as read_json
 from jaxft.checkpoint.safetensors_writer import LazyTensor, write_sharded
 from jaxft.checkpoint.tensors import TensorSource, TensorSpec
 from jaxft.errors import CheckpointError
@@ -21,6 +22,8 @@ from jaxft.nn.stack import group_layers
 from jaxft.trees import flatten
 
 MAX_SHARD_BYTES = 5 * 10**9
+Bounds = tuple[tuple[int, int], ...]  # (start, stop) along every axis
+SQUARE = 256  # of 2-byte elements, 128 KB: two of them fit a core's cache
 TIED_HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -34,7 +37,8 @@ def load_weights(model: nnx.Module, source: TensorSource, shardings: Mapping[str
     """The abstract model with the source's weights, cast to the parameter types that the model declares.
 
     model: from `models.abstract_model`. shardings: NamedSharding by path; one device where None. Only
-    the slices that this process's devices hold are read, parameter by parameter.
+    the slices that this process's devices hold are read, parameter by parameter: host memory beyond the
+    arrays themselves stays below one parameter's part in this process and one tensor of the source.
     Raises CheckpointError listing every missing, unexpected and misshapen tensor, before reading any.
     """
     graphdef, state = nnx.split(model)
@@ -42,12 +46,10 @@ def load_weights(model: nnx.Module, source: TensorSource, shardings: Mapping[str
     table = placed_tensors(model)
     check_tensors(leaves, table, source)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    arrays = []
-    for path, leaf in leaves.items():
-        sharding = device if shardings is None else shardings[path]
-        arrays.append(
-            jax.make_array_from_callback(leaf.shape, sharding, lambda i, p=path, s=leaf: _block(table[p], source, s, i))
-        )
+    arrays = [
+        _placed_array(table[path], source, leaf, device if shardings is None else shardings[path])
+        for path, leaf in leaves.items()
+    ]
     return nnx.merge(graphdef, jax.tree.unflatten(treedef, arrays))
 
 
@@ -55,7 +57,7 @@ def check_tensors(leaves: Mapping[str, Any], table: Mapping[str, Placed], source
     """Raises CheckpointError unless the source has exactly the tensors of the table, in the right shapes."""
     specs = source.specs()
     expected = {
-        piece.hf: placed.transform.hf_shape(_piece_shape(piece, leaves[path].shape))
+        piece.hf: hf_shape(placed, piece, leaves[path].shape)
         for path, placed in table.items()
         for piece in placed.pieces
     }
@@ -88,7 +90,7 @@ def hf_tensors(model: nnx.Module, dtype: str | None = None) -> dict[str, LazyTen
         leaf = leaves[path]
         target = np.dtype(dtype or leaf.dtype)
         for piece in placed.pieces:
-            shape = placed.transform.hf_shape(_piece_shape(piece, leaf.shape))
+            shape = hf_shape(placed, piece, leaf.shape)
             out[piece.hf] = (TensorSpec(shape, target), _maker(leaf, attached.get(path), placed, piece, target))
     return out
 
@@ -113,20 +115,9 @@ def write_config(
             file.write("\n")
 
 
-def read_json(path: str) -> dict[str, Any]:
-    """A JSON object. Raises CheckpointError for anything else."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            value = json.load(file)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
-    return value
-
-
-def _piece_shape(piece: Piece, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return shape if piece.layer is None else shape[1:]
+def hf_shape(placed: Placed, piece: Piece, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of one Hugging Face tensor of our parameter of shape `shape`."""
+    return placed.transform.hf_shape(shape if piece.layer is None else shape[1:])
 
 
 def _tied_copy(name: str, expected: Mapping[str, Any], source: TensorSource) -> bool:
@@ -141,26 +132,68 @@ def _tied_copy(name: str, expected: Mapping[str, Any], source: TensorSource) -> 
     )
 
 
-def _block(placed: Placed, source: TensorSource, leaf: Any, index: tuple[slice, ...]) -> np.ndarray:
-    """The part `index` of one of our parameters."""
-    bounds = [cut.indices(size)[:2] for cut, size in zip(index, leaf.shape, strict=True)]
-    cuts = tuple(slice(start, stop) for start, stop in bounds)
-    out = np.empty([stop - start for start, stop in bounds], leaf.dtype)
-    for place_in_block, (piece, inner) in enumerate(_pieces_of(placed, cuts)):
-        values = placed.transform.from_hf(source.read(piece.hf, placed.transform.hf_index(inner)))
-        if piece.layer is None:
-            out[...] = values
-        else:
-            out[place_in_block] = values
-    return out
+def _placed_array(placed: Placed, source: TensorSource, leaf: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+    """One of our parameters on this process's devices."""
+    where = sharding.addressable_devices_indices_map(leaf.shape)
+    cuts = {device: _bounds(index, leaf.shape) for device, index in where.items()}
+    blocks = read_blocks(placed, source, leaf.dtype, set(cuts.values()))
+    arrays, last = [], {cut: device for device, cut in cuts.items()}
+    for device, cut in cuts.items():
+        # A block goes as soon as its last device has it.
+        block = blocks.pop(cut) if last[cut] == device else blocks[cut]
+        arrays.append(jax.device_put(block, device).block_until_ready())
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
 
 
-def _pieces_of(placed: Placed, cuts: tuple[slice, ...]) -> Iterator[tuple[Piece, tuple[slice, ...]]]:
-    if placed.pieces[0].layer is None:
-        yield placed.pieces[0], cuts
+def read_blocks(
+    placed: Placed, source: TensorSource, dtype: np.dtype, cuts: Iterable[Bounds]
+) -> dict[Bounds, np.ndarray]:
+    """Parts of one of our parameters, each given as (start, stop) along every axis.
+
+    Each tensor is read once, even where every part holds other columns of it, and not beyond what the
+    parts span together.
+    """
+    blocks = {cut: np.empty([stop - start for start, stop in cut], dtype) for cut in cuts}
+    for piece in placed.pieces:
+        inside = {cut: inner for cut in blocks if (inner := _in_piece(cut, piece)) is not None}
+        if not inside:
+            continue
+        hull = tuple((min(a for a, _ in axis), max(b for _, b in axis)) for axis in zip(*inside.values(), strict=True))
+        index = placed.transform.hf_index(tuple(slice(*axis) for axis in hull))
+        values = placed.transform.from_hf(source.read(piece.hf, index))
+        for cut, inner in inside.items():
+            part = values[tuple(slice(a - low, b - low) for (a, b), (low, _) in zip(inner, hull, strict=True))]
+            copy_into(blocks[cut] if piece.layer is None else blocks[cut][piece.layer - cut[0][0]], part)
+    return blocks
+
+
+def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> Bounds:
+    return tuple(cut.indices(size)[:2] for cut, size in zip(index, shape, strict=True))
+
+
+def _in_piece(cut: Bounds, piece: Piece) -> Bounds | None:
+    """The part of a piece that a block wants, None where it wants nothing of it."""
+    if piece.layer is None:
+        return cut
+    return cut[1:] if cut[0][0] <= piece.layer < cut[0][1] else None
+
+
+def copy_into(out: np.ndarray, values: np.ndarray) -> None:
+    """`out[...] = values`, cast, for matrices of any size and either order of axes.
+
+    Square by square, because a transposed copy in one go misses the cache at every element; equal types
+    as plain bits, because NumPy moves bfloat16 one element at a time.
+    """
+    if out.dtype == values.dtype and out.dtype.itemsize in (1, 2, 4, 8):
+        bits = np.dtype(f"u{out.dtype.itemsize}")
+        out, values = out.view(bits), values.view(bits) if values.flags.c_contiguous else values.T.view(bits).T
+    if out.ndim != 2 or values.flags.c_contiguous:
+        out[...] = values
         return
-    for piece in placed.pieces[cuts[0]]:
-        yield piece, cuts[1:]
+    rows, columns = out.shape
+    for i in range(0, rows, SQUARE):
+        for j in range(0, columns, SQUARE):
+            out[i : i + SQUARE, j : j + SQUARE] = values[i : i + SQUARE, j : j + SQUARE]
 
 
 def _maker(leaf: jax.Array, adapter: Any, placed: Placed, piece: Piece, dtype: np.dtype) -> Callable[[], np.ndarray]:
@@ -168,7 +201,9 @@ def _maker(leaf: jax.Array, adapter: Any, placed: Placed, piece: Piece, dtype: n
         value = leaf if piece.layer is None else leaf[piece.layer]
         if adapter is not None:
             value = value.astype(jnp.float32) + adapter.delta(piece.layer)
-        array = np.asarray(jax.device_get(value.astype(dtype)))
-        return placed.transform.to_hf(array)
+        array = placed.transform.to_hf(np.asarray(jax.device_get(value.astype(dtype))))
+        out = np.empty(array.shape, dtype)
+        copy_into(out, array)
+        return out
 
     return make

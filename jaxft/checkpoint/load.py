@@ -14,15 +14,14 @@ import numpy as np
 from flax import nnx
 
 from jaxft import models
-from jaxft.checkpoint import peft
+from jaxft.checkpoint import orbax_folder, peft
 from jaxft.checkpoint.gguf import GGUFFile
-from jaxft.checkpoint.hf import load_weights, read_json
+from jaxft.checkpoint.hf import load_weights
+from jaxft.checkpoint.paths import HUB, fetch_hub, is_file, open_folder, read_json
 from jaxft.checkpoint.tensors import SafetensorsFolder, TensorSource
 from jaxft.errors import CheckpointError, ModelError
 from jaxft.sharding.mesh import MeshPlan
 from jaxft.trees import flatten
-
-HUB = "hf://"
 
 
 @dataclass
@@ -70,14 +69,16 @@ def load_model(
     revision: str | None = None,
     mesh: MeshPlan | None = None,
 ) -> LoadedModel:
-    """A Hugging Face folder, a PEFT folder with its base, a GGUF file, a run folder, or hf://owner/name.
+    """A Hugging Face, PEFT (with its base), Orbax or run folder, a GGUF file, or hf://owner/name[@revision].
 
+    A Hugging Face folder may also be at an address such as gs://bucket/model, of which only what this
+    process needs is read.
     dtype: of computation. param_dtype: of storage, dtype where None. mesh: where the parameters go,
     one device where None. Raises CheckpointError or ModelError for what is not understood or damaged.
     """
     options = {"dtype": dtype, "param_dtype": param_dtype or dtype, "remat": remat, "mesh": mesh}
     named, path = path, resolve(path, revision)
-    if os.path.isfile(os.path.join(path, peft.CONFIG)):
+    if is_file(os.path.join(path, peft.CONFIG)):
         base = base_of(path)
         loaded = load_model(base, revision=revision, **options)
         peft.read_adapter(loaded.module, path)
@@ -101,13 +102,13 @@ def random_model(path: str, *, seed: int, dtype: str, param_dtype: str, remat: s
 
 def hf_config_of(path: str) -> dict[str, Any]:
     """config.json of a Hugging Face folder, a PEFT folder's base or a GGUF file, no weight file opened but the last."""
-    if os.path.isfile(os.path.join(path, peft.CONFIG)):
+    if is_file(os.path.join(path, peft.CONFIG)):
         return hf_config_of(resolve(base_of(path)))
     if path.endswith(".gguf"):
         return GGUFFile(path).hf_config()
     config = os.path.join(path, "config.json")
-    if not os.path.isfile(config):
-        there = ", ".join(sorted(os.listdir(path))[:8]) if os.path.isdir(path) else "nothing"
+    if not is_file(config):
+        there = ", ".join(open_folder(path).names()[:8]) if "://" in path or os.path.isdir(path) else "nothing"
         raise CheckpointError(f"{path} is not a model: no config.json and not a .gguf file (there: {there})")
     return read_json(config)
 
@@ -119,20 +120,14 @@ def open_weights(path: str) -> tuple[dict[str, Any], TensorSource, dict[str, Any
         return source.hf_config(), source, None
     hf_config = hf_config_of(path)
     generation = os.path.join(path, "generation_config.json")
-    return hf_config, SafetensorsFolder(path), read_json(generation) if os.path.isfile(generation) else None
+    source = orbax_folder.OrbaxFolder(path) if orbax_folder.is_one(path) else SafetensorsFolder(path)
+    return hf_config, source, read_json(generation) if is_file(generation) else None
 
 
 def resolve(path: str, revision: str | None = None) -> str:
     """A local path: hf:// names through the Hugging Face cache, run folders to what they exported."""
     if path.startswith(HUB):
-        # Imported here: only users of the hub need it.
-        from huggingface_hub import snapshot_download
-
-        wanted = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
-        try:
-            return snapshot_download(path.removeprefix(HUB), revision=revision, allow_patterns=wanted)
-        except (OSError, ValueError) as error:  # no network, no such repository, no permission, a bad name
-            raise CheckpointError(f"cannot get {path} (revision {revision or 'main'}): {error}") from error
+        return fetch_hub(path, revision)
     if os.path.isdir(os.path.join(path, "checkpoints")):
         for kind in ("adapter", "model", "merged"):
             if os.path.isdir(os.path.join(path, kind)):

@@ -31,7 +31,8 @@ ONLY = {
     "bias": "none", "use_dora": False, "fan_in_fan_out": False, "lora_bias": False, "modules_to_save": None,
     "layers_to_transform": None, "layers_pattern": None, "rank_pattern": {}, "alpha_pattern": {},
     "layer_replication": None, "target_parameters": None, "trainable_token_indices": None,
-    "alora_invocation_tokens": None, "use_qalora": False, "use_bdlora": None, "exclude_modules": None, "ensure_weight_tying": False,
+    "alora_invocation_tokens": None, "use_qalora": False, "use_bdlora": None, "exclude_modules": None,
+    "ensure_weight_tying": False,
 }  # fmt: skip
 READ = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "base_model_name_or_path", "peft_type")
 # How training began or is to go on, not what the adapter computes.

@@ -28,6 +28,30 @@ def write_safetensors(
     first, so that every tensor is aligned, else as given. The file appears whole or not at all.
     Raises ExportError where an array does not match its spec.
     """
+    raw, order, _ = _header(tensors, metadata)
+
+    def fill(file: BinaryIO) -> None:
+        file.write(raw)
+        for name in order:
+            # No variable holds the array, so that it is gone before the next is made.
+            file.write(_bytes_of(name, *tensors[name]))
+
+    write_whole(os.fspath(path), fill)
+
+
+def is_finished(
+    path: str | os.PathLike[str], tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str] | None = None
+) -> bool:
+    """Whether a file has the header and the size that writing these tensors would give it."""
+    raw, _, data = _header(tensors, metadata)
+    if not os.path.isfile(path) or os.path.getsize(path) != len(raw) + data:
+        return False
+    with open(path, "rb") as file:
+        return file.read(len(raw)) == raw
+
+
+def _header(tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str] | None) -> tuple[bytes, list[str], int]:
+    """(everything before the data, names in the file's order, bytes of data)."""
     order = sorted(tensors, key=lambda name: -tensors[name][0].dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
@@ -39,14 +63,7 @@ def write_safetensors(
         header[name] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
-
-    def fill(file: BinaryIO) -> None:
-        file.write(struct.pack("<Q", len(raw)) + raw)
-        for name in order:
-            # No variable holds the array, so that it is gone before the next is made.
-            file.write(_bytes_of(name, *tensors[name]))
-
-    _write_whole(os.fspath(path), fill)
+    return struct.pack("<Q", len(raw)) + raw, order, end
 
 
 def _bytes_of(name: str, spec: TensorSpec, make: Callable[[], np.ndarray]) -> memoryview:
@@ -97,28 +114,35 @@ def write_sharded(
     max_bytes: int,
     metadata: Mapping[str, str] | None = None,
     stem: str = "model",
+    keep_finished: bool = False,
 ) -> list[str]:
     """Write tensors to `folder` in files of at most `max_bytes`, the index last; returns the file names.
 
+    keep_finished: leave files that already have the right header and size, from a call that was
+    interrupted; the caller answers for their being of the same source.
     Raises ExportError where the folder already holds safetensors of this stem, which a loader could mix in.
     """
     folder = os.fspath(folder)
     plan = plan_shards({name: spec for name, (spec, _) in tensors.items()}, max_bytes, stem)
-    old = sorted(f for f in os.listdir(folder) if f.startswith(stem) and ".safetensors" in f and f not in plan.files)
+    index = f"{stem}.safetensors.index.json"
+    own = {*plan.files, index, *(f"{file}.tmp" for file in (*plan.files, index))} if keep_finished else set(plan.files)
+    old = sorted(f for f in os.listdir(folder) if f.startswith(stem) and ".safetensors" in f and f not in own)
     if old:
         raise ExportError(f"{folder} already holds {', '.join(old[:3])}: remove them or write to an empty folder")
     for file, names in plan.files.items():
-        write_safetensors(os.path.join(folder, file), {name: tensors[name] for name in names}, metadata)
+        chosen = {name: tensors[name] for name in names}
+        # A file appears whole or not at all, so one with this header is what an interrupted call finished.
+        if not (keep_finished and is_finished(os.path.join(folder, file), chosen, metadata)):
+            write_safetensors(os.path.join(folder, file), chosen, metadata)
     if plan.index is None:
         return list(plan.files)
-    index = f"{stem}.safetensors.index.json"
     text = json.dumps(plan.index, indent=2) + "\n"
-    _write_whole(os.path.join(folder, index), lambda file: file.write(text.encode()))
+    write_whole(os.path.join(folder, index), lambda file: file.write(text.encode()))
     return [*plan.files, index]
 
 
-def _write_whole(path: str, fill: Callable[[BinaryIO], object]) -> None:
-    """Write beside `path`, flush to disk, then rename: a crash leaves the old file or the new one."""
+def write_whole(path: str, fill: Callable[[BinaryIO], object]) -> None:
+    """Write a file beside `path`, flush to disk, then rename: a crash leaves the old file or the new one."""
     temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as file:
@@ -129,7 +153,12 @@ def _write_whole(path: str, fill: Callable[[BinaryIO], object]) -> None:
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
-    directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+    sync_folder(os.path.dirname(path) or ".")
+
+
+def sync_folder(path: str) -> None:
+    """Makes the names in a folder outlive a crash of the machine."""
+    directory = os.open(path, os.O_RDONLY)
     try:
         os.fsync(directory)
     finally:

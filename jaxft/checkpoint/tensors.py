@@ -6,10 +6,8 @@ https://github.com/huggingface/safetensors#format
 """
 
 import itertools
-import json
 import math
 import os
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,6 +15,7 @@ from typing import Any, Protocol
 import ml_dtypes
 import numpy as np
 
+from jaxft.checkpoint.paths import Folder, folder_json, json_object, open_folder
 from jaxft.errors import CheckpointError, did_you_mean
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -73,7 +72,7 @@ class TensorSource(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class _Stored:
-    path: str
+    file: str
     offset: int  # bytes from the start of the file
     spec: TensorSpec
 
@@ -81,20 +80,21 @@ class _Stored:
 class SafetensorsFolder:
     """The safetensors of a Hugging Face folder: `filename`, or the shards of `filename`.index.json.
 
-    path: the folder. filename: `model.safetensors`, or `adapter_model.safetensors` for PEFT.
+    path: the folder, or an address such as gs://bucket/model. filename: `model.safetensors`, or
+    `adapter_model.safetensors` for PEFT.
     Raises CheckpointError, before any tensor is read, for files that are damaged, that lie outside
     the folder, that disagree with their index, or that are pickles. Source of the index's form:
     https://huggingface.co/docs/safetensors/index
     """
 
     def __init__(self, path: str | os.PathLike[str], filename: str = "model.safetensors"):
-        self.path = os.fspath(path)
-        files, weight_map = _files_of(self.path, filename)
+        self._folder, self.path = open_folder(path), os.fspath(path)
+        self.files, weight_map = _files_of(self._folder, filename)
         self._stored: dict[str, _Stored] = {}
-        for file in files:
-            for name, stored in _read_header(file).items():
+        for file in self.files:
+            for name, stored in _read_header(self._folder, file).items():
                 if name in self._stored:
-                    raise CheckpointError(f"tensor {name!r} is in both {self._stored[name].path} and {file}")
+                    raise CheckpointError(f"{self.path}: {name!r} is in both {self._stored[name].file} and {file}")
                 self._stored[name] = stored
         if weight_map is not None:
             _check_index(self.path, weight_map, self._stored)
@@ -104,15 +104,11 @@ class SafetensorsFolder:
         return {name: stored.spec for name, stored in self._stored.items()}
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
-        """The tensor, or a block of it, in fresh memory; see `TensorSource.read`.
-
-        Reads rather than maps, so that what was read does not stay in this process's memory.
-        """
+        """The tensor, or a block of it, in fresh memory; see `TensorSource.read`."""
         if name not in self._stored:
             raise CheckpointError(f"{self.path}: no tensor {name!r}.{did_you_mean(name, self._stored)}")
         stored = self._stored[name]
-        bounds = block_bounds(stored.spec.shape, index)
-        return _read_block(stored, bounds)
+        return _read_block(self._folder, stored, block_bounds(stored.spec.shape, index))
 
 
 def block_bounds(shape: tuple[int, ...], index: tuple[slice, ...] | None) -> list[tuple[int, int]]:
@@ -129,25 +125,7 @@ def block_bounds(shape: tuple[int, ...], index: tuple[slice, ...] | None) -> lis
     return bounds
 
 
-def pread(path: str, ranges: list[tuple[int, int]]) -> np.ndarray:
-    """The bytes of (offset, length) ranges of a file, end to end, as uint8 in fresh memory."""
-    out = np.empty(sum(length for _, length in ranges), np.uint8)
-    view, done = memoryview(out), 0
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        for offset, length in ranges:
-            end = done + length
-            while done < end:
-                count = os.preadv(descriptor, [view[done:end]], offset)
-                if count == 0:
-                    raise CheckpointError(f"{path}: ends at byte {offset}; it was longer when it was opened")
-                done, offset = done + count, offset + count
-    finally:
-        os.close(descriptor)
-    return out
-
-
-def _read_block(stored: _Stored, bounds: list[tuple[int, int]]) -> np.ndarray:
+def _read_block(folder: Folder, stored: _Stored, bounds: list[tuple[int, int]]) -> np.ndarray:
     shape, itemsize = stored.spec.shape, stored.spec.dtype.itemsize
     partial = [axis for axis, (start, stop) in enumerate(bounds) if (start, stop) != (0, shape[axis])]
     # From the last cut axis inwards the block is one run of bytes per position of the axes before it.
@@ -158,97 +136,56 @@ def _read_block(stored: _Stored, bounds: list[tuple[int, int]]) -> np.ndarray:
     outer = itertools.product(*(range(stop - start) for start, stop in bounds[:last]))
     ranges = [(first + sum(i * stride for i, stride in zip(at, strides, strict=False)), run) for at in outer]
     block_shape = tuple(stop - start for start, stop in bounds)
-    return pread(stored.path, ranges).view(stored.spec.dtype).reshape(block_shape)
+    return folder.read(stored.file, ranges).view(stored.spec.dtype).reshape(block_shape)
 
 
-def _files_of(folder: str, filename: str) -> tuple[list[str], dict[str, str] | None]:
-    """Checked paths of the safetensors of a folder, and the index's name -> file map if there is one."""
-    if not os.path.isdir(folder):
-        raise CheckpointError(f"no folder {folder!r}")
-    entries, index = os.listdir(folder), f"{filename}.index.json"
+def _files_of(folder: Folder, filename: str) -> tuple[list[str], dict[str, str] | None]:
+    """The safetensors of a folder, and the index's name -> file map if there is one."""
+    entries, index = folder.names(), f"{filename}.index.json"
     if filename in entries and index in entries:
-        raise CheckpointError(f"{folder} holds both {filename} and {index}: remove the one that is stale")
+        raise CheckpointError(f"{folder.path} holds both {filename} and {index}: remove the one that is stale")
     if filename in entries:
-        return [_inside(folder, filename)], None
+        return [filename], None
     if index in entries:
-        weight_map = _read_index(_inside(folder, index))
-        return [_inside(folder, file) for file in dict.fromkeys(weight_map.values())], weight_map
+        weight_map = _read_index(folder, index)
+        return list(dict.fromkeys(weight_map.values())), weight_map
     pickles = sorted(entry for entry in entries if entry.endswith(_PICKLES))
     if pickles:
         raise CheckpointError(
-            f"{folder} has no {filename}, only {', '.join(pickles[:3])}. jaxft never opens pickle files, which can run "
-            "any code; convert with transformers, where you trust their author: "
+            f"{folder.path} has no {filename}, only {', '.join(pickles[:3])}. jaxft never opens pickle files, which "
+            "can run any code; convert with transformers, where you trust their author: "
             "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
         )
     shards = sorted(entry for entry in entries if entry.endswith(".safetensors"))
     found = f"only {', '.join(shards[:3])}" if shards else "no safetensors at all"
-    raise CheckpointError(f"{folder} holds neither {filename} nor {index} ({found})")
+    raise CheckpointError(f"{folder.path} holds neither {filename} nor {index} ({found})")
 
 
-def _inside(folder: str, name: str) -> str:
-    """Real path of a file of the folder; links may lead elsewhere only within its Hugging Face cache entry."""
-    if name != os.path.basename(name) or name in ("", ".", "..") or "\\" in name or "\0" in name:
-        raise CheckpointError(f"{folder}: the index names {name!r}, which is not a file name in that folder")
-    root = os.path.realpath(folder)
-    snapshots = os.path.dirname(root)
-    repository = os.path.dirname(snapshots)
-    if os.path.basename(snapshots) == "snapshots" and os.path.basename(repository).startswith("models--"):
-        root = repository
-    path = os.path.realpath(os.path.join(folder, name))
-    if os.path.commonpath([root, path]) != root:
-        raise CheckpointError(f"{os.path.join(folder, name)} is a link to {path}, outside {root}")
-    if not os.path.isfile(path):
-        raise CheckpointError(f"{folder}: no file {name!r}, though its index or a link names it")
-    return path
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out = dict(pairs)
-    if len(out) != len(pairs):
-        raise ValueError("a name is there twice")
-    return out
-
-
-def _json_object(raw: bytes, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(raw, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{where} is not a JSON object")
-    return value
-
-
-def _read_index(path: str) -> dict[str, str]:
-    if os.path.getsize(path) > MAX_HEADER_BYTES:
-        raise CheckpointError(f"{path} has {os.path.getsize(path)} bytes; at most {MAX_HEADER_BYTES} are read")
-    with open(path, "rb") as file:
-        weight_map = _json_object(file.read(), path).get("weight_map")
+def _read_index(folder: Folder, name: str) -> dict[str, str]:
+    weight_map = folder_json(folder, name).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
-        raise CheckpointError(f"{path} has no 'weight_map' from tensor names to file names")
+        raise CheckpointError(f"{folder.path}/{name} has no 'weight_map' from tensor names to file names")
     return weight_map
 
 
 def _check_index(folder: str, weight_map: Mapping[str, str], stored: Mapping[str, _Stored]) -> None:
     for name, file in weight_map.items():
-        if name not in stored or stored[name].path != _inside(folder, file):
+        if name not in stored or stored[name].file != file:
             raise CheckpointError(f"{folder}: the index places tensor {name!r} in {file}, which does not hold it")
     extra = sorted(set(stored) - set(weight_map))
     if extra:
         raise CheckpointError(f"{folder}: {len(extra)} tensors are not in the index, among them {extra[:3]}")
 
 
-def _read_header(path: str) -> dict[str, _Stored]:
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-        if length > MAX_HEADER_BYTES or 8 + length > size:
-            raise CheckpointError(
-                f"{path}: damaged or truncated: its header claims {length} bytes; the file has {size}, and a header "
-                f"at most {MAX_HEADER_BYTES}"
-            )
-        header = _json_object(file.read(length), f"the header of {path}")
+def _read_header(folder: Folder, file: str) -> dict[str, _Stored]:
+    size, path = folder.size(file), f"{folder.path}/{file}"
+    length = int(folder.read(file, [(0, 8)]).view("<u8")[0]) if size >= 8 else size
+    if length > MAX_HEADER_BYTES or 8 + length > size:
+        raise CheckpointError(
+            f"{path}: damaged or truncated: its header claims {length} bytes; the file has {size}, and a header "
+            f"at most {MAX_HEADER_BYTES}"
+        )
+    header = json_object(folder.read(file, [(8, length)]).tobytes(), f"the header of {path}")
     header.pop("__metadata__", None)
     data = size - 8 - length
     spans = sorted((*_span(path, name, entry), name) for name, entry in header.items())
@@ -265,7 +202,7 @@ def _read_header(path: str) -> dict[str, _Stored]:
     if end != data:
         raise CheckpointError(f"{path}: {data - end} bytes after the last tensor {previous!r} belong to none")
     offsets = {name: 8 + length + start for start, _, name in spans}
-    return {name: _Stored(path=path, offset=offsets[name], spec=_spec(entry)) for name, entry in header.items()}
+    return {name: _Stored(file=file, offset=offsets[name], spec=_spec(entry)) for name, entry in header.items()}
 
 
 def _spec(entry: Mapping[str, Any]) -> TensorSpec:

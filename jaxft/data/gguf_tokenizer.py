@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 # Values of tokenizer.ggml.token_type.
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 _DIGIT = r"\p{N}"
-_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CASED = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -44,12 +44,12 @@ class _PreTokenizer:
     nfc: bool = False
 
 
-_GPT2 = _PreTokenizer(patterns=(_WORDS,))
-_DIGITS = _PreTokenizer(patterns=(_DIGIT, _WORDS))
+_GPT2 = _PreTokenizer(patterns=(WORDS,))
+_DIGITS = _PreTokenizer(patterns=(_DIGIT, WORDS))
 _LLAMA3 = _PreTokenizer(patterns=(_CASED % "{1,3}",), ignore_merges=True, add_bos=True)
 
 # Source: the tokenizer.json files of the models that llama.cpp's converter gave these names.
-_PRE_TOKENIZERS = {
+PRE_TOKENIZERS = {
     "gpt-2": _GPT2,
     "phi-2": _GPT2,
     "olmo": _GPT2,
@@ -65,7 +65,7 @@ _PRE_TOKENIZERS = {
     "qwen2": _PreTokenizer(patterns=(_CASED % "",), nfc=True),
     "tekken": _PreTokenizer(patterns=(_CAMEL % {"tail": "", "digits": ""},), ignore_merges=True, add_bos=True),
     "gpt-4o": _PreTokenizer(patterns=(_CAMEL % {"tail": _CONTRACTIONS, "digits": "{1,3}"},)),
-    "default": _PreTokenizer(patterns=(r"[\p{P}\$\+<=>\^~\|]+", _WORDS, r"\p{N}+", "[0-9][0-9][0-9]")),
+    "default": _PreTokenizer(patterns=(r"[\p{P}\$\+<=>\^~\|]+", WORDS, r"\p{N}+", "[0-9][0-9][0-9]")),
 }
 
 
@@ -99,8 +99,8 @@ def tokenizer_from_gguf(path: str | os.PathLike[str]) -> "PreTrainedTokenizerFas
             "Load the tokenizer from the original Hugging Face folder."
         )
     tokenizer, add_bos = kinds[kind](header, vocab)
-    special = [AddedToken(t, special=True, normalized=False) for t in vocab.of_type(_CONTROL, _UNKNOWN)]
-    plain = [AddedToken(t, special=False, normalized=False) for t in vocab.of_type(_USER_DEFINED)]
+    special = [AddedToken(t, special=True, normalized=False) for t in vocab.of_type(CONTROL, UNKNOWN)]
+    plain = [AddedToken(t, special=False, normalized=False) for t in vocab.of_type(USER_DEFINED)]
     tokenizer.add_special_tokens(special)
     tokenizer.add_tokens(plain)
     named = _named_tokens(header, vocab)
@@ -117,7 +117,7 @@ def tokenizer_from_gguf(path: str | os.PathLike[str]) -> "PreTrainedTokenizerFas
 
 def _vocab(header: GGUFHeader) -> _Vocab:
     tokens = header.require("tokenizer.ggml.tokens")
-    types = header.metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
+    types = header.metadata.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
     if len(types) != len(tokens):
         raise CheckpointError(f"{header.path}: {len(types)} token types for {len(tokens)} tokens")
     ids = {token: i for i, token in enumerate(tokens)}
@@ -142,13 +142,13 @@ def _named_tokens(header: GGUFHeader, vocab: _Vocab) -> dict[str, str]:
 
 def _byte_level_bpe(header: GGUFHeader, vocab: _Vocab) -> tuple[Tokenizer, bool]:
     name = header.metadata.get("tokenizer.ggml.pre")
-    if name not in _PRE_TOKENIZERS:
-        hint = did_you_mean(name, _PRE_TOKENIZERS) if name else ""
+    if name not in PRE_TOKENIZERS:
+        hint = did_you_mean(name, PRE_TOKENIZERS) if name else ""
         raise ModelError(
             f"{header.path}: the pre-tokenizer tokenizer.ggml.pre={name!r} is not known.{hint} Known: "
-            f"{', '.join(_PRE_TOKENIZERS)}. Load the tokenizer from the original Hugging Face folder."
+            f"{', '.join(PRE_TOKENIZERS)}. Load the tokenizer from the original Hugging Face folder."
         )
-    pre = _PRE_TOKENIZERS[name]
+    pre = PRE_TOKENIZERS[name]
     merges = [tuple(line.split(" ")) for line in header.require("tokenizer.ggml.merges")]
     for rank, merge in enumerate(merges):
         if len(merge) != 2 or not (merge[0] in vocab.ids and merge[1] in vocab.ids and "".join(merge) in vocab.ids):
@@ -171,7 +171,7 @@ def _sentencepiece_bpe(header: GGUFHeader, vocab: _Vocab) -> tuple[Tokenizer, bo
             f"{header.path}: tokenizer.ggml.remove_extra_whitespaces is set, which is not supported. "
             "Load the tokenizer from the original tokenizer.model."
         )
-    unknown = vocab.of_type(_UNKNOWN)
+    unknown = vocab.of_type(UNKNOWN)
     if len(unknown) != 1:
         raise CheckpointError(f"{header.path}: {len(unknown)} tokens of the type unknown; SentencePiece has one")
     scores = header.require("tokenizer.ggml.scores")
@@ -192,7 +192,7 @@ def _sentencepiece_bpe(header: GGUFHeader, vocab: _Vocab) -> tuple[Tokenizer, bo
 
 def _merges_from_scores(vocab: _Vocab, scores: Sequence[float]) -> list[tuple[str, str]]:
     """Every way to make a normal piece of two others, best score first, as SentencePiece merges."""
-    pieces = {token: vocab.ids[token] for token in vocab.of_type(_NORMAL)}
+    pieces = {token: vocab.ids[token] for token in vocab.of_type(NORMAL)}
     merges = []
     for piece, i in pieces.items():
         for cut in range(1, len(piece)):

@@ -4,6 +4,7 @@
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -13,43 +14,59 @@ from flax import nnx
 from jaxft.nn import cache as kv
 from jaxft.nn import stack
 from jaxft.nn.attention import Tokens
+from jaxft.nn.block import Block, BlockShape
+from jaxft.nn.blockwise import capped
 from jaxft.nn.linear import Embedding, Linear
-from jaxft.nn.norm import RMSNorm
+from jaxft.nn.norm import NormShape, RMSNorm
 from jaxft.nn.rope import Rope, rotation
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderShape:
+    """What a family's Config says its network is.
+
+    layers: the shape of every layer in order; runs and patterns of equal ones are stacked. embed_scale: what embedded
+    tokens are multiplied by, rounded to the type of computation as transformers does. logit_softcap: logits l become
+    softcap * tanh(l / softcap).
+    """
+
+    layers: tuple[BlockShape, ...]
+    ropes: tuple[Rope, ...]
+    norm: NormShape
+    embed_scale: float | None = None
+    logit_softcap: float | None = None
 
 
 class Decoder(nnx.Module):
     """`Model(tokens, positions, segments, cache) -> (hidden, cache)` and `unembed(hidden) -> logits`.
 
-    layers[g] is a stack of equal layers; `segments` says which layer numbers each stack holds.
+    layers[g] is a stack of equal layers; `segments` says which layer numbers each stack holds. config: a family's
+    Config, whose `shape()` gives the DecoderShape.
     """
 
     def __init__(
-        self,
-        config: Any,
-        *,
-        kinds: tuple[str, ...],
-        make_layer: Callable[[str, nnx.Rngs], nnx.Module],
-        rope: Rope,
-        dtype: jnp.dtype,
-        param_dtype: jnp.dtype,
-        rngs: nnx.Rngs,
-        remat: str = "none",
+        self, config: Any, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs, remat: str = "none"
     ) -> None:
+        shape: DecoderShape = config.shape()
         self.config = config
-        self.rope = rope
+        self.ropes = shape.ropes
+        self.embed_scale, self.logit_softcap = shape.embed_scale, shape.logit_softcap
         self.dtype = dtype
         self.remat = remat
-        self.segments = stack.layout(kinds)
+        self.segments = stack.layout(shape.layers)
         table = {"stddev": config.initializer_range, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, **table)
+
+        def make_layer(block: BlockShape, rngs: nnx.Rngs) -> Block:
+            return Block(block, **table | {"rngs": rngs})
+
         self.layers = nnx.List(
             [
-                stack.make_group(functools.partial(make_layer, kinds[group[0]]), len(group), rngs)
+                stack.make_group(functools.partial(make_layer, shape.layers[group[0]]), len(group), rngs)
                 for group in stack.group_layers(self.segments)
             ]
         )
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype, param_dtype=param_dtype)
+        self.norm = RMSNorm(config.hidden_size, shape.norm, dtype=dtype, param_dtype=param_dtype)
         tied = config.tie_word_embeddings
         self.lm_head = nnx.data(None) if tied else Linear(config.hidden_size, config.vocab_size, **table)
 
@@ -70,35 +87,55 @@ class Decoder(nnx.Module):
             positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1], dtype=jnp.int32), tokens_BS.shape)
         if segments_BS is None:
             segments_BS = jnp.ones_like(tokens_BS)
-        tokens = Tokens(positions_BS, segments_BS, *rotation(self.rope, self.config.head_dim, positions_BS))
+        rotations = tuple(rotation(rope, self.config.head_dim, positions_BS, segments_BS) for rope in self.ropes)
         x_BSD = self.embed_tokens(tokens_BS)
+        if self.embed_scale is not None:
+            x_BSD = x_BSD * jnp.asarray(self.embed_scale, self.dtype)
         x_BSD, cache = stack.run(
-            self.layers, self.segments, x_BSD, tokens, cache=cache, key=key, remat=self.remat
+            self.layers,
+            self.segments,
+            x_BSD,
+            Tokens(positions_BS, segments_BS, rotations),
+            cache=cache,
+            key=key,
+            remat=self.remat,
         )
         return self.norm(x_BSD), cache
 
+    def for_length(self, length: int) -> "Decoder":
+        """The model, on the same parameters, for continuing rows of up to `length` tokens through a cache.
+
+        Only longrope differs: its factors follow from the length of a row, and what is in the cache was turned by
+        one of the two sets. transformers starts anew when a row outgrows the short ones; this takes the long ones
+        from the start.
+        """
+        model = nnx.merge(*nnx.split(self))
+        model.ropes = tuple(rope.for_length(length) for rope in self.ropes)
+        return model
+
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """hidden: [..., D] -> logits [..., V] float32."""
-        if self.lm_head is None:
-            return self.embed_tokens.scores(hidden)
-        return self.lm_head(hidden).astype(jnp.float32)
+        unembed, params = self.split_unembed()
+        return unembed(params, hidden)
 
     def split_unembed(self) -> tuple[Callable[[Any, jax.Array], jax.Array], Any]:
         """`unembed` as a pure function of (its parameters, hidden), and those parameters."""
-        head = self.embed_tokens if self.lm_head is None else self.lm_head
-        graphdef, params = nnx.split(head)
-        tied = self.lm_head is None
+        tied, softcap = self.lm_head is None, self.logit_softcap
+        graphdef, params = nnx.split(self.embed_tokens if tied else self.lm_head)
 
         def unembed(params: Any, hidden: jax.Array) -> jax.Array:
             module = nnx.merge(graphdef, params)
-            return module.scores(hidden) if tied else module(hidden).astype(jnp.float32)
+            return capped(module.scores(hidden) if tied else module(hidden).astype(jnp.float32), softcap)
 
         return unembed, params
 
     def init_cache(self, batch: int, length: int) -> kv.Cache:
-        """An empty cache for `batch` rows of up to `length` tokens."""
-        config = self.config
+        """An empty cache for `batch` rows of up to `length` tokens; layers with a window keep only that many."""
+        shapes = [group.self_attn.shape for group in self.layers]
+        counts = [len(group) for group in stack.group_layers(self.segments)]
         return tuple(
-            kv.empty(len(group), batch, length, config.num_key_value_heads, config.head_dim, self.dtype)
-            for group in stack.group_layers(self.segments)
+            kv.empty(
+                count, batch, min(length, shape.form.window or length), shape.kv_heads, shape.head_dim, self.dtype
+            )
+            for count, shape in zip(counts, shapes, strict=True)
         )

@@ -1,33 +1,53 @@
 """Feed-forward layers."""
 
+# B batch, S sequence, D model, F inner
+
+import functools
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxft.nn.linear import Linear
 
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLPShape:
+    """Sizes and switches of a gated feed-forward layer. fused: gate and up are one `gate_up_proj`, gate first."""
+
+    width: int
+    hidden: int
+    activation: str = "silu"
+    use_bias: bool = False
+    fused: bool = False
+
 
 class GatedMLP(nnx.Module):
-    """SwiGLU: `down(silu(gate(x)) * up(x))` (arXiv:2002.05202). x: [B, S, width]."""
+    """`down(activation(gate(x)) * up(x))` (arXiv:2002.05202). x: [B, S, width]."""
 
     def __init__(
-        self,
-        width: int,
-        hidden: int,
-        *,
-        use_bias: bool,
-        stddev: float,
-        dtype: jnp.dtype,
-        param_dtype: jnp.dtype,
-        rngs: nnx.Rngs,
+        self, shape: MLPShape, *, stddev: float, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs
     ) -> None:
-        options = {"use_bias": use_bias, "stddev": stddev, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.gate_proj = Linear(width, hidden, keep="dots", **options)
-        self.up_proj = Linear(width, hidden, keep="dots", **options)
-        self.down_proj = Linear(hidden, width, **options)
+        options = {
+            "use_bias": shape.use_bias, "stddev": stddev, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs
+        }  # fmt: skip
+        self.shape = shape
+        if shape.fused:
+            self.gate_up_proj = Linear(shape.width, 2 * shape.hidden, keep="dots", **options)
+        else:
+            self.gate_proj = Linear(shape.width, shape.hidden, keep="dots", **options)
+            self.up_proj = Linear(shape.width, shape.hidden, keep="dots", **options)
+        self.down_proj = Linear(shape.hidden, shape.width, **options)
 
     def __call__(self, x_BSD: jax.Array, keys: jax.Array | None) -> jax.Array:
         """`keys` is three PRNG keys or None."""
         key = (None,) * 3 if keys is None else keys
-        gate = jax.nn.silu(self.gate_proj(x_BSD, key[0]))
-        return self.down_proj(gate * self.up_proj(x_BSD, key[1]), key[2])
+        activation = ACTIVATIONS[self.shape.activation]
+        if self.shape.fused:
+            gate_BSF, up_BSF = jnp.split(self.gate_up_proj(x_BSD, key[0]), 2, axis=-1)
+            return self.down_proj(activation(gate_BSF) * up_BSF, key[2])
+        gate_BSF = activation(self.gate_proj(x_BSD, key[0]))
+        return self.down_proj(gate_BSF * self.up_proj(x_BSD, key[1]), key[2])

@@ -1,19 +1,30 @@
 """Root mean square normalisation (arXiv:1910.07467)."""
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 
+@dataclass(frozen=True, kw_only=True)
+class NormShape:
+    """What families differ in. plus_one: the stored scale is an addition to 1 (Gemma)."""
+
+    eps: float
+    plus_one: bool = False
+
+
 class RMSNorm(nnx.Module):
     """`x / sqrt(mean(x^2) + eps) * scale` over the last axis, computed in float32."""
 
-    def __init__(self, width: int, *, eps: float, dtype: jnp.dtype, param_dtype: jnp.dtype) -> None:
-        self.scale = nnx.Param(jnp.ones((width,), param_dtype))
-        self.eps = eps
+    def __init__(self, width: int, shape: NormShape, *, dtype: jnp.dtype, param_dtype: jnp.dtype) -> None:
+        start = jnp.zeros if shape.plus_one else jnp.ones
+        self.scale = nnx.Param(start((width,), param_dtype))
+        self.shape = shape
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x32 = x.astype(jnp.float32)
-        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        return (x32 * inverse * self.scale.get_value().astype(jnp.float32)).astype(self.dtype)
+        x32, scale = x.astype(jnp.float32), self.scale.get_value().astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.shape.eps)
+        return (x32 * inverse * (1.0 + scale if self.shape.plus_one else scale)).astype(self.dtype)

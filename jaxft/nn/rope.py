@@ -1,11 +1,12 @@
 """Rotary position embeddings (arXiv:2104.09864) with the frequency scaling that long-context models use."""
 
-# B batch, S sequence, N heads, H head_dim, F = H / 2 frequencies
+# B batch, S sequence, N heads, H head_dim, F frequencies: half of the dimensions that are turned
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,23 +14,57 @@ import numpy as np
 
 from jaxft.errors import ModelError
 
+
+class _Fields(NamedTuple):
+    required: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+
+
 _SCALED_FIELDS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "default": _Fields(),
+    "linear": _Fields(("factor",)),
+    "llama3": _Fields(("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")),
+    "yarn": _Fields(
+        ("factor", "original_max_position_embeddings"),
+        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    ),
+    "longrope": _Fields(
+        ("short_factor", "long_factor", "original_max_position_embeddings"), ("factor", "attention_factor")
+    ),
 }
+
+
+class Rotation(NamedTuple):
+    """Cosines and sines of every token's angles, each [B, S, F] float32."""
+
+    cos_BSF: jax.Array
+    sin_BSF: jax.Array
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rope:
-    """Frequencies of one rotary embedding. kind: default, linear (arXiv:2306.15595) or llama3."""
+    """Frequencies of one rotary embedding.
+
+    kind: default, linear (arXiv:2306.15595), llama3, yarn (arXiv:2309.00071) or longrope (arXiv:2402.13753).
+    partial_rotary_factor: share of each head that is turned. The other fields bear transformers' names.
+    """
 
     theta: float = 10000.0
     kind: str = "default"
-    factor: float = 1.0
+    partial_rotary_factor: float = 1.0
+    factor: float | None = None
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+    max_position_embeddings: int = 8192
+    attention_factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "Rope":
@@ -38,38 +73,96 @@ class Rope:
         Raises ModelError for a scaling kind, or a field of one, that is not implemented.
         """
         fields = dict(hf.get("rope_scaling") or {}) | dict(hf.get("rope_parameters") or {})
+        fields = {name: value for name, value in fields.items() if value is not None}
         theta = fields.pop("rope_theta", hf.get("rope_theta", 10000.0))
         kind = fields.pop("rope_type", fields.pop("type", "default"))
         fields.pop("type", None)
+        part = fields.pop("partial_rotary_factor", hf.get("partial_rotary_factor") or 1.0)
         if kind not in _SCALED_FIELDS:
             raise ModelError(f"rope scaling {kind!r} is not implemented; known: {', '.join(_SCALED_FIELDS)}")
         known = _SCALED_FIELDS[kind]
-        # partial_rotary_factor 1.0 is what transformers 5 writes for an ordinary full rotation.
-        if fields.pop("partial_rotary_factor", 1.0) != 1.0:
-            raise ModelError("rope partial_rotary_factor other than 1.0 is not implemented")
-        extra = sorted(set(fields) - set(known))
-        missing = sorted(set(known) - set(fields))
+        context = hf.get("max_position_embeddings")
+        if kind in ("yarn", "longrope"):
+            # Where it stands beside the scaling, as in Phi-3, it goes before the one inside.
+            outside = hf.get("original_max_position_embeddings")
+            fields["original_max_position_embeddings"] = (
+                outside or fields.get("original_max_position_embeddings") or context
+            )
+        extra = sorted(set(fields) - set(known.required + known.optional))
+        missing = sorted(name for name in known.required if fields.get(name) is None)
         if extra or missing:
             raise ModelError(f"rope scaling {kind!r}: unknown fields {extra}, missing fields {missing}")
-        return cls(theta=float(theta), kind=kind, **fields)
+        if kind == "longrope":
+            fields["max_position_embeddings"] = context or fields["original_max_position_embeddings"]
+        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+        return cls(theta=float(theta), kind=kind, partial_rotary_factor=float(part), **fields)
 
     def to_hf(self) -> dict[str, Any]:
         """The same in the transformers 4 dialect, which transformers 5 reads too."""
-        scaling = {name: getattr(self, name) for name in _SCALED_FIELDS[self.kind]}
+        known = _SCALED_FIELDS[self.kind]
+        chosen = {name: getattr(self, name) for name in known.required + known.optional}
+        scaling = {n: list(v) if isinstance(v, tuple) else v for n, v in chosen.items() if v is not None}
+        part = {} if self.partial_rotary_factor == 1.0 else {"partial_rotary_factor": self.partial_rotary_factor}
         return {
             "rope_theta": self.theta,
             "rope_scaling": {"rope_type": self.kind, **scaling} if self.kind != "default" else None,
+            **part,
         }
 
-    def frequencies(self, head_dim: int) -> np.ndarray:
-        """Radians per position, [F] float32."""
-        exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    def for_length(self, length: int) -> "Rope":
+        """The longrope that is fixed to the factors of sequences of `length` tokens; any other kind unchanged."""
+        if self.kind != "longrope":
+            return self
+        chosen = self.long_factor if length > self.original_max_position_embeddings else self.short_factor
+        return dataclasses.replace(self, short_factor=chosen, long_factor=chosen)
+
+    def turned(self, head_dim: int) -> int:
+        """How many dimensions of a head are turned."""
+        return int(head_dim * self.partial_rotary_factor)
+
+    def check(self, head_dim: int) -> None:
+        """Raises ModelError where the rotation does not fit the heads."""
+        turned = self.turned(head_dim)
+        if turned % 2 or not 0 < turned <= head_dim:
+            raise ModelError(
+                f"rotary embeddings turn pairs, but partial_rotary_factor={self.partial_rotary_factor} of "
+                f"head_dim={head_dim} is {turned}"
+            )
+        for name in ("short_factor", "long_factor") if self.kind == "longrope" else ():
+            if len(getattr(self, name)) != turned // 2:
+                raise ModelError(
+                    f"rope {name} has {len(getattr(self, name))} numbers; {turned} turned dimensions need {turned // 2}"
+                )
+
+    def frequencies(self, head_dim: int, *, long: bool = False) -> np.ndarray:
+        """Radians per position, [F] float32. long: longrope's factors for sequences beyond the original length."""
+        turned = self.turned(head_dim)
+        exponent = np.arange(0, turned, 2, dtype=np.float32) / np.float32(turned)
         freqs_F = (1.0 / np.power(np.float32(self.theta), exponent)).astype(np.float32)
         if self.kind == "linear":
             freqs_F = freqs_F / np.float32(self.factor)
         if self.kind == "llama3":
             freqs_F = self._llama3(freqs_F)
+        if self.kind == "yarn":
+            freqs_F = self._yarn(freqs_F)
+        if self.kind == "longrope":
+            freqs_F = freqs_F / np.array(self.long_factor if long else self.short_factor, np.float32)
         return freqs_F.astype(np.float32)
+
+    @property
+    def magnitude(self) -> float:
+        """What cosines and sines are multiplied by, so that attention stays as sharp over longer contexts."""
+        if self.kind not in ("yarn", "longrope"):
+            return 1.0
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.kind == "longrope":
+            factor = self.factor or self.max_position_embeddings / self.original_max_position_embeddings
+            log = math.log(factor) / math.log(self.original_max_position_embeddings)
+            return math.sqrt(1 + log) if factor > 1 else 1.0
+        if self.mscale and self.mscale_all_dim:
+            return _sharpness(self.factor, self.mscale) / _sharpness(self.factor, self.mscale_all_dim)
+        return _sharpness(self.factor, 1.0)
 
     def _llama3(self, freqs_F: np.ndarray) -> np.ndarray:
         # Long waves are slowed by `factor`, short ones kept, those between interpolated.
@@ -80,17 +173,64 @@ class Rope:
         smooth_F = np.clip(smooth_F, 0.0, 1.0)
         return (1 - smooth_F) * freqs_F / self.factor + smooth_F * freqs_F
 
+    def _yarn(self, freqs_F: np.ndarray) -> np.ndarray:
+        # Frequencies that turn more than beta_fast times in the original context are kept, those that turn
+        # less than beta_slow times are slowed by `factor`, with a ramp over the index between them.
+        def index_of(turns: float) -> float:
+            wavelength = self.original_max_position_embeddings / (turns * 2 * math.pi)
+            return len(freqs_F) * math.log(wavelength) / math.log(self.theta)
 
-def rotation(rope: Rope, head_dim: int, positions_BS: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of every position's angles, each [B, S, F] float32."""
+        low, high = index_of(self.beta_fast or 32), index_of(self.beta_slow or 1)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, 2 * len(freqs_F) - 1)
+        high = high + 0.001 if low == high else high
+        ramp_F = np.clip((np.arange(len(freqs_F), dtype=np.float32) - low) / (high - low), 0, 1)
+        return ramp_F * freqs_F / self.factor + (1 - ramp_F) * freqs_F
+
+
+def _sharpness(factor: float, mscale: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def rotation(
+    rope: Rope, head_dim: int, positions_BS: jax.Array, segments_BS: jax.Array | None = None
+) -> Rotation:
+    """cos and sin of every position's angles, each [B, S, F] float32.
+
+    A longrope takes its long factors for all tokens of a document (a segment of a row) that in this call reaches
+    beyond the original length, as transformers does for a batch of that document; see `Rope.for_length`.
+    """
+    freqs_F = jnp.asarray(rope.frequencies(head_dim))
+    if rope.kind == "longrope" and rope.long_factor != rope.short_factor:
+        last_BS1 = _last_position(positions_BS, segments_BS)[..., None]
+        long_F = jnp.asarray(rope.frequencies(head_dim, long=True))
+        freqs_F = jnp.where(last_BS1 >= rope.original_max_position_embeddings, long_F, freqs_F)
     # float32: bfloat16 rounds position 257 to 256.
-    angles_BSF = positions_BS.astype(jnp.float32)[..., None] * rope.frequencies(head_dim)
-    return jnp.cos(angles_BSF), jnp.sin(angles_BSF)
+    angles_BSF = positions_BS.astype(jnp.float32)[..., None] * freqs_F
+    cos_BSF, sin_BSF = jnp.cos(angles_BSF), jnp.sin(angles_BSF)
+    if rope.magnitude == 1.0:
+        return Rotation(cos_BSF, sin_BSF)
+    return Rotation(cos_BSF * rope.magnitude, sin_BSF * rope.magnitude)
 
 
-def rotate(x_BSNH: jax.Array, cos_BSF: jax.Array, sin_BSF: jax.Array) -> jax.Array:
-    """Turns the pair (x[f], x[f + F]) by its angle, in float32: the half-split layout of Hugging Face."""
-    first, second = jnp.split(x_BSNH.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos_BSF[:, :, None, :], sin_BSF[:, :, None, :]
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x_BSNH.dtype)
+def _last_position(positions_BS: jax.Array, segments_BS: jax.Array | None) -> jax.Array:
+    """The last position of each token's own document, [B, S]."""
+    if segments_BS is None:
+        segments_BS = jnp.ones_like(positions_BS)
+    rows_B1 = jnp.arange(positions_BS.shape[0])[:, None]
+    # Segments count from 1, so a row has no more of them than tokens.
+    last = jnp.zeros((positions_BS.shape[0], positions_BS.shape[1] + 1), positions_BS.dtype)
+    return last.at[rows_B1, segments_BS].max(positions_BS, mode="drop")[rows_B1, segments_BS]
+
+
+def rotate(x_BSNH: jax.Array, rotation: Rotation) -> jax.Array:
+    """Turns the pair (x[f], x[f + F]) by its angle, in float32: the half-split layout of Hugging Face.
+
+    Dimensions from 2 F on stay as they are.
+    """
+    cos, sin = (x_BSF[:, :, None, :] for x_BSF in rotation)
+    turned = 2 * cos.shape[-1]
+    first, second = jnp.split(x_BSNH[..., :turned].astype(jnp.float32), 2, axis=-1)
+    out = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BSNH.dtype)
+    return out if turned == x_BSNH.shape[-1] else jnp.concatenate([out, x_BSNH[..., turned:]], axis=-1)

@@ -2,7 +2,7 @@
 
 # B batch, S sequence, D model, R stacked layers
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -27,7 +27,7 @@ class Segment:
     groups: tuple[tuple[int, ...], ...]
 
 
-def layout(kinds: Sequence[str]) -> tuple[Segment, ...]:
+def layout(kinds: Sequence[Hashable]) -> tuple[Segment, ...]:
     """How layers of the given kinds are stacked: each group is one scanned stack of equal layers.
 
     ("a",) * 4 is one group of four. ("l", "l", "g") * 4 + ("l",) is three groups of four, then one
@@ -50,7 +50,7 @@ def group_layers(segments: tuple[Segment, ...]) -> tuple[tuple[int, ...], ...]:
 Groups = tuple[tuple[int, ...], ...]
 
 
-def _runs(kinds: Sequence[str]) -> list[Groups]:
+def _runs(kinds: Sequence[Hashable]) -> list[Groups]:
     segments, start = [], 0
     for i in range(1, len(kinds) + 1):
         if i == len(kinds) or kinds[i] != kinds[start]:
@@ -59,7 +59,7 @@ def _runs(kinds: Sequence[str]) -> list[Groups]:
     return segments
 
 
-def _periodic(kinds: Sequence[str], period: int) -> list[Groups]:
+def _periodic(kinds: Sequence[Hashable], period: int) -> list[Groups]:
     repeats = 1
     while kinds[repeats * period : (repeats + 1) * period] == kinds[:period]:
         repeats += 1
@@ -90,7 +90,10 @@ def run(
     for segment in segments:
         here = slice(segment.first_group, segment.first_group + len(segment.groups))
         part = caches[here] if caches is not None else None
-        x_BSD, part = _run_segment(groups[here], segment, x_BSD, tokens, part, key, remat)
+        of_layer = [tokens] * len(segment.groups)
+        if cache is not None:
+            of_layer = [tokens._replace(held_BT=before.positions_BT) for before in cache[here]]
+        x_BSD, part = _run_segment(groups[here], segment, x_BSD, of_layer, part, key, remat)
         if caches is not None:
             caches[here] = part
     return x_BSD, tuple(caches) if caches is not None else None
@@ -105,7 +108,7 @@ def _with_positions(cache: Cache, tokens: Tokens) -> list[LayerCache]:
     return filled
 
 
-def _run_segment(groups, segment, x_BSD, tokens, caches, key, remat):
+def _run_segment(groups, segment, x_BSD, tokens_of_place, caches, key, remat):
     split = [nnx.split(group) for group in groups]
     graphdefs, states = [g for g, _ in split], [s for _, s in split]
     layers = jnp.array(segment.groups, jnp.int32).T  # [R, pattern]
@@ -117,7 +120,7 @@ def _run_segment(groups, segment, x_BSD, tokens, caches, key, remat):
         for place, (graphdef, state) in enumerate(zip(graphdefs, states, strict=True)):
             layer_key = None if key is None else jax.random.fold_in(key, layers_P[place])
             module = nnx.merge(graphdef, state)
-            x_BSD, caches[place] = module(x_BSD, tokens, caches[place], index, layer_key)
+            x_BSD, caches[place] = module(x_BSD, tokens_of_place[place], caches[place], index, layer_key)
         return (x_BSD, caches if caches[0] is not None else None), None
 
     if remat != "none":

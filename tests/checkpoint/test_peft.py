@@ -102,7 +102,7 @@ def test_what_we_wrote_gives_our_logits_in_peft(tiny_llama, torch_llama, tmp_pat
 def test_gradients_of_the_adapter_equal_pefts(tiny_llama, torch_llama, tmp_path):
     from flax import nnx
 
-    from jaxft.train.state import divide
+    from jaxft.training.state import divide
 
     base = tiny_llama("tied")
     reference = by_peft(torch_llama, base, tmp_path, target_modules="all-linear")

@@ -103,7 +103,7 @@ def test_null_and_harmless_fields_are_let_through():
         ({"quantization_config": {"bits": 4}}, "quantization_config="),
         ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map="),
         ({"window_scale": 3, "hidden_act": "gelu"}, "hidden_act.*; window_scale"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope scaling 'yarn' is not implemented"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope scaling 'dynamic' is not implemented"),
         ({"rope_scaling": {"rope_type": "linear"}}, r"missing fields \['factor'\]"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "twist": 1}}, r"unknown fields \['twist'\]"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),

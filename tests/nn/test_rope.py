@@ -38,7 +38,7 @@ def test_llama3_scaling_keeps_short_waves_and_slows_long_ones():
 
 
 def turned(x, positions, rope=KINDS[0]):
-    return rotate(x, *rotation(rope, x.shape[-1], positions))
+    return rotate(x, rotation(rope, x.shape[-1], positions))
 
 
 def test_scores_depend_on_the_distance_only():

@@ -1,0 +1,244 @@
+"""Files of a model folder wherever they lie: on this machine, in the Hugging Face cache, or in a bucket.
+
+`hf://owner/name` (or `hf://owner/name@revision`) is fetched into the Hugging Face cache, where every
+program finds it again. `gs://bucket/folder`, and whatever else fsspec knows, is read in place: only
+the byte ranges that are asked for travel.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+
+from jaxft.errors import CheckpointError, did_you_mean
+
+HUB = "hf://"
+MAX_JSON_BYTES = 100_000_000  # the format's own limit for a safetensors header; indexes and configs are smaller
+WANTED = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")  # of a repository: no code, no pickles
+SMALL = (".json", ".jinja", "tokenizer.model")
+GAP = 2**20  # bytes between two remote ranges that cost less than a second request
+
+Ranges = Sequence[tuple[int, int]]  # (offset, length)
+
+
+class Folder(Protocol):
+    """The files directly in one folder."""
+
+    path: str
+
+    def names(self) -> list[str]:
+        """Names of the files, sorted."""
+        ...
+
+    def size(self, name: str) -> int:
+        """Bytes of a file. Raises CheckpointError for one that is not there or not inside the folder."""
+        ...
+
+    def read(self, name: str, ranges: Ranges) -> np.ndarray:
+        """The bytes of the ranges, end to end, as uint8 in fresh memory."""
+        ...
+
+
+class LocalFolder:
+    """A folder of this machine. Its files may be links, but not to places outside it or its cache entry."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._located: dict[str, str] = {}
+
+    def names(self) -> list[str]:
+        """See `Folder`."""
+        if not os.path.isdir(self.path):
+            raise CheckpointError(f"no folder {self.path!r}")
+        return sorted(os.listdir(self.path))
+
+    def size(self, name: str) -> int:
+        """See `Folder`."""
+        return os.path.getsize(self.locate(name))
+
+    def read(self, name: str, ranges: Ranges) -> np.ndarray:
+        """See `Folder`. Reads rather than maps, so that what was read does not stay in this process's memory."""
+        return pread(self.locate(name), ranges)
+
+    def locate(self, name: str) -> str:
+        """Real path of a file of the folder; links may lead elsewhere only within its Hugging Face cache entry."""
+        if name not in self._located:
+            self._located[name] = _inside(self.path, name)
+        return self._located[name]
+
+
+class RemoteFolder:
+    """A folder that fsspec reads, such as gs://bucket/model (which needs gcsfs)."""
+
+    def __init__(self, path: str) -> None:
+        # Imported here: local folders need no fsspec.
+        from fsspec.core import url_to_fs
+
+        if "::" in path:
+            raise CheckpointError(f"{path}: chained addresses are not read")
+        try:
+            self._files, self._root = url_to_fs(path)
+        except (ImportError, ValueError) as error:
+            raise CheckpointError(f"cannot read {path}: {error}. For gs:// addresses: pip install gcsfs") from error
+        self.path = path.rstrip("/")
+
+    @cached_property
+    def _sizes(self) -> dict[str, int]:
+        try:
+            entries = self._files.ls(self._root, detail=True)
+        except OSError as error:
+            raise CheckpointError(f"cannot list {self.path}: {error}") from error
+        return {e["name"].rstrip("/").rsplit("/", 1)[-1]: e["size"] for e in entries if e["type"] == "file"}
+
+    def names(self) -> list[str]:
+        """See `Folder`."""
+        return sorted(self._sizes)
+
+    def size(self, name: str) -> int:
+        """See `Folder`."""
+        _check_name(self.path, name)
+        if name not in self._sizes:
+            raise CheckpointError(f"{self.path}: no file {name!r}.{did_you_mean(name, self._sizes)}")
+        return self._sizes[name]
+
+    def read(self, name: str, ranges: Ranges) -> np.ndarray:
+        """See `Folder`. Ranges that lie close together travel as one."""
+        size, out, done = self.size(name), [], 0
+        while done < len(ranges):
+            start, end, last = ranges[done][0], sum(ranges[done]), done + 1
+            while last < len(ranges) and 0 <= ranges[last][0] - end <= GAP:
+                end, last = sum(ranges[last]), last + 1
+            if end > size:
+                raise CheckpointError(f"{self.path}/{name}: ends at byte {size}; bytes up to {end} were expected")
+            try:
+                raw = np.frombuffer(self._files.cat_file(f"{self._root}/{name}", start=start, end=end), np.uint8)
+            except OSError as error:
+                raise CheckpointError(f"cannot read {self.path}/{name}: {error}") from error
+            if raw.size != end - start:
+                raise CheckpointError(f"{self.path}/{name}: {raw.size} bytes came where {end - start} were asked for")
+            out += [raw[offset - start : offset - start + length] for offset, length in ranges[done:last]]
+            done = last
+        return np.concatenate(out) if out else np.empty(0, np.uint8)
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path is an address that is read in place, rather than a local path or an hf:// name."""
+    return "://" in path and not path.startswith(HUB)
+
+
+def open_folder(path: str | os.PathLike[str]) -> Folder:
+    """The folder at a local path or an address. Raises CheckpointError for an address that cannot be read."""
+    path = os.fspath(path)
+    return RemoteFolder(path) if is_remote(path) else LocalFolder(path)
+
+
+def is_file(path: str) -> bool:
+    """Whether there is a file at a local path or an address."""
+    if not is_remote(path):
+        return os.path.isfile(path)
+    folder, _, name = path.rpartition("/")
+    return name in open_folder(folder).names()
+
+
+def read_json(path: str) -> dict[str, Any]:
+    """The JSON object in a file. Raises CheckpointError for anything else, and for links out of its folder."""
+    folder, _, name = os.fspath(path).rpartition("/")
+    return folder_json(open_folder(folder or ("/" if path.startswith("/") else ".")), name)
+
+
+def folder_json(folder: Folder, name: str) -> dict[str, Any]:
+    """The JSON object in a file of a folder."""
+    where, size = f"{folder.path}/{name}", folder.size(name)
+    if size > MAX_JSON_BYTES:
+        raise CheckpointError(f"{where} has {size} bytes; at most {MAX_JSON_BYTES} are read")
+    return json_object(folder.read(name, [(0, size)]).tobytes(), where)
+
+
+def json_object(raw: bytes, where: str) -> dict[str, Any]:
+    """A JSON object in which no name is there twice."""
+    try:
+        value = json.loads(raw, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{where} is not a JSON object")
+    return value
+
+
+def fetch_hub(path: str, revision: str | None = None) -> str:
+    """The local copy of hf://owner/name[@revision] in the Hugging Face cache, fetched where it is not there yet.
+
+    revision: branch, tag or commit; main where neither it nor the path names one. HF_HUB_OFFLINE is
+    honoured. The last part of the result is the commit, so it is pinned by what is returned.
+    Raises CheckpointError where it cannot be had.
+    """
+    # Imported here: only users of the hub need it.
+    from huggingface_hub import snapshot_download
+
+    name, _, pinned = path.removeprefix(HUB).strip("/").partition("@")
+    if pinned and revision and pinned != revision:
+        raise CheckpointError(f"{path} names the revision {pinned!r}, but {revision!r} is asked for")
+    revision = pinned or revision
+    try:
+        return snapshot_download(name, revision=revision, allow_patterns=list(WANTED))
+    except (OSError, ValueError) as error:  # no network, no such repository, no permission, a bad name
+        raise CheckpointError(
+            f"cannot get {path} (revision {revision or 'main'}): {error}. Check the name and the revision; without a "
+            "network it must be in the Hugging Face cache already (HF_HOME)."
+        ) from error
+
+
+def copy_small_files(path: str, target: str) -> None:
+    """Copies a folder's JSON, templates and tokenizer into the local folder `target`."""
+    folder = open_folder(path)
+    for name in folder.names():
+        if name.endswith(SMALL) and folder.size(name) <= MAX_JSON_BYTES:
+            folder.read(name, [(0, folder.size(name))]).tofile(os.path.join(target, name))
+
+
+def pread(path: str, ranges: Ranges) -> np.ndarray:
+    """The bytes of (offset, length) ranges of a file, end to end, as uint8 in fresh memory."""
+    out = np.empty(sum(length for _, length in ranges), np.uint8)
+    view, done = memoryview(out), 0
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        for offset, length in ranges:
+            end = done + length
+            while done < end:
+                count = os.preadv(descriptor, [view[done:end]], offset)
+                if count == 0:
+                    raise CheckpointError(f"{path}: ends at byte {offset}; it was longer when it was opened")
+                done, offset = done + count, offset + count
+    finally:
+        os.close(descriptor)
+    return out
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        raise ValueError("a name is there twice")
+    return out
+
+
+def _check_name(folder: str, name: str) -> None:
+    if name != os.path.basename(name) or name in ("", ".", "..") or "\\" in name or "\0" in name:
+        raise CheckpointError(f"{folder}: the index names {name!r}, which is not a file name in that folder")
+
+
+def _inside(folder: str, name: str) -> str:
+    _check_name(folder, name)
+    root = os.path.realpath(folder)
+    snapshots = os.path.dirname(root)
+    repository = os.path.dirname(snapshots)
+    if os.path.basename(snapshots) == "snapshots" and os.path.basename(repository).startswith("models--"):
+        root = repository
+    path = os.path.realpath(os.path.join(folder, name))
+    if os.path.commonpath([root, path]) != root:
+        raise CheckpointError(f"{os.path.join(folder, name)} is a link to {path}, outside {root}")
+    if not os.path.isfile(path):
+        raise CheckpointError(f"{folder}: no file {name!r}, though its index or a link names it")
+    return path

@@ -1,0 +1,189 @@
+"""Continuous batching: a fixed number of slots; a finished row's slot goes to the next waiting prompt."""
+
+# B slots, P prompts of a group, S tokens
+
+import math
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxft.generation import steps
+from jaxft.generation.buckets import bucket, power_of_two
+from jaxft.generation.sampling import Knobs
+from jaxft.generation.settings import FinishReason, Sampling
+from jaxft.sharding.mesh import BATCH_AXES
+
+# Called with (row, token, logprob) for every token, a row's own in order; True ends the row there.
+OnToken = Callable[[int, int, float], bool | None]
+STREAM_RUN = 4  # decoding steps between two rounds of callbacks
+PREFIX_WORTH = 512  # a common beginning is computed apart when that spares at least so many tokens
+
+
+@dataclass
+class Job:
+    """One prompt on its way. row: its place in the call, and its stream of random numbers."""
+
+    row: int
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    def take(self, token: int, logprob: float, stop_ids: Collection[int], on_token: OnToken | None) -> None:
+        """Adds a token and sees whether it was the last."""
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        asked = on_token is not None and bool(on_token(self.row, token, logprob))
+        if asked or token in stop_ids:
+            self.finish_reason = "stop"
+        elif len(self.tokens) >= self.sampling.max_new_tokens:
+            self.finish_reason = "length"
+
+
+@dataclass
+class Engine:
+    """The state of one call: what is on the devices, and which job sits in which slot."""
+
+    graphdef: Any
+    params: Any
+    vocab: int
+    stop_ids: frozenset[int]
+    rows: NamedSharding | None
+    memory: steps.Memory
+    slots: list[Job | None]
+    group: int  # prompts prefilled together
+    prefix: steps.Prefix | None
+    prefix_tokens: int
+
+    def run(self, jobs: Sequence[Job], on_token: OnToken | None) -> None:
+        """Works until every job has its finish_reason."""
+        # Neighbours in length are prefilled together, and so little padded; the longest come first, so that
+        # what does not fit into memory fails at once.
+        waiting = deque(sorted(jobs, key=lambda job: -len(job.prompt)))
+        while waiting or any(self.slots):
+            while waiting and self.slots.count(None) >= min(self.group, len(waiting)):
+                self._prefill([waiting.popleft() for _ in range(min(self.group, len(waiting)))], on_token)
+            if any(self.slots):
+                self._decode(min(self.group, len(waiting)) or len(self.slots), on_token)
+
+    def _prefill(self, jobs: Sequence[Job], on_token: OnToken | None) -> None:
+        shards = self.rows.num_devices if self.rows is not None else 1
+        size = shards if len(jobs) <= shards else self.group
+        longest = max(len(job.prompt) for job in jobs)
+        tokens_PS = np.full((size, bucket(longest - self.prefix_tokens)), -1, np.int32)
+        free = [i for i, job in enumerate(self.slots) if job is None][: len(jobs)]
+        for place, job in enumerate(jobs):
+            suffix = job.prompt[self.prefix_tokens :]
+            tokens_PS[place, : len(suffix)] = suffix
+        prompts = steps.Prompts(
+            tokens_PS=tokens_PS,
+            start=np.int32(self.prefix_tokens),
+            slots_P=np.array(free + [len(self.slots)] * (size - len(free)), np.int32),
+            knobs=self._knobs([*jobs, *[None] * (size - len(jobs))]),
+        )
+        self.memory, first_P, logprobs_P = steps.prefill(
+            self.graphdef, self.params, self.memory, self.prefix, prompts, length=bucket(longest), rows=self.rows
+        )
+        firsts = zip(jobs, free, *jax.device_get((first_P, logprobs_P)), strict=False)
+        for job, slot, token, logprob in firsts:
+            self._take(slot, job, int(token), float(logprob), on_token)
+
+    def _decode(self, idle_enough: int, on_token: OnToken | None) -> None:
+        stops = sorted(self.stop_ids)
+        padded = np.array(stops + [-1] * (power_of_two(max(len(stops), 8)) - len(stops)), np.int32)
+        self.memory, tokens_BC, logprobs_BC = steps.decode(
+            self.graphdef,
+            self.params,
+            self.memory,
+            self._rows(),
+            padded,
+            np.int32(steps.RUN if on_token is None else STREAM_RUN),
+            np.int32(idle_enough),
+            rows=self.rows,
+        )
+        tokens_BC, logprobs_BC = jax.device_get((tokens_BC, logprobs_BC))
+        jobs = list(enumerate(self.slots))
+        for step in range(steps.RUN):
+            for slot, job in jobs:
+                # A row that its callback ended may have run on to the end of this dispatch.
+                if job is not None and job.finish_reason is None and tokens_BC[slot, step] >= 0:
+                    self._take(slot, job, int(tokens_BC[slot, step]), float(logprobs_BC[slot, step]), on_token)
+
+    def _take(self, slot: int, job: Job, token: int, logprob: float, on_token: OnToken | None) -> None:
+        job.take(token, logprob, self.stop_ids, on_token)
+        self.slots[slot] = job if job.finish_reason is None else None
+
+    def _rows(self) -> steps.Rows:
+        token_B, position_B, left_B = (np.zeros(len(self.slots), np.int32) for _ in range(3))
+        for slot, job in enumerate(self.slots):
+            if job is not None:
+                token_B[slot] = job.tokens[-1]
+                position_B[slot] = len(job.prompt) + len(job.tokens) - 1
+                left_B[slot] = job.sampling.max_new_tokens - len(job.tokens)
+        return steps.Rows(token_B, position_B, left_B, self._knobs(self.slots))
+
+    def _knobs(self, jobs: Sequence[Job | None]) -> Knobs:
+        idle = Sampling(max_new_tokens=1)
+        settings = [job.sampling if job is not None else idle for job in jobs]
+        return Knobs(
+            temperature_B=np.array([s.temperature for s in settings], np.float32),
+            top_k_B=np.array([min(s.top_k or self.vocab, self.vocab) for s in settings], np.int32),
+            top_p_B=np.array([1.0 if s.top_p is None else s.top_p for s in settings], np.float32),
+            min_p_B=np.array([s.min_p or 0.0 for s in settings], np.float32),
+            penalty_B=np.array([s.repetition_penalty for s in settings], np.float32),
+            seed_B=np.array([s.seed for s in settings], np.uint32),
+            stream_B=np.array([job.row if job is not None else 0 for job in jobs], np.uint32),
+        )
+
+
+def start(model: nnx.Module, jobs: Sequence[Job], *, stop_ids: Collection[int], slots: int) -> Engine:
+    """An engine with memory for the jobs, up to `slots` at a time, and their common beginning computed."""
+    longest = max(len(job.prompt) + job.sampling.max_new_tokens for job in jobs)
+    graphdef, params = nnx.split(model.for_length(longest))
+    rows = _row_sharding(params)
+    shards = rows.num_devices if rows is not None else 1
+    slots = math.ceil(min(slots, power_of_two(len(jobs))) / shards) * shards
+    length = bucket(longest)
+    common = _common_prefix([job.prompt for job in jobs])
+    prefix = None
+    if common:
+        tokens_1S = np.full((1, bucket(common)), -1, np.int32)
+        tokens_1S[0, :common] = jobs[0].prompt[:common]
+        prefix = steps.encode_prefix(graphdef, params, tokens_1S, length=bucket(common))
+    return Engine(
+        graphdef=graphdef,
+        params=params,
+        vocab=model.config.vocab_size,
+        stop_ids=frozenset(stop_ids),
+        rows=rows,
+        memory=steps.make_memory(graphdef, params, slots=slots, length=length, rows=rows),
+        slots=[None] * slots,
+        # Small enough that few slots wait for a group to gather, large enough to fill the machine.
+        group=math.ceil(slots / 8 / shards) * shards,
+        prefix=prefix,
+        prefix_tokens=common,
+    )
+
+
+def _common_prefix(prompts: Sequence[tuple[int, ...]]) -> int:
+    """How many first tokens all prompts share and are worth a pass of their own; each keeps one to continue from."""
+    first, last = min(prompts), max(prompts)
+    most = min(len(prompt) for prompt in prompts) - 1
+    shared = next((i for i in range(most) if first[i] != last[i]), most)
+    return shared if shared * (len(prompts) - 1) >= PREFIX_WORTH else 0
+
+
+def _row_sharding(params: Any) -> NamedSharding | None:
+    """Rows over the batch axes of the mesh that the parameters live on; None on a single device."""
+    shardings = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params))
+    mesh = next((s.mesh for s in shardings if isinstance(s, NamedSharding) and s.mesh.size > 1), None)
+    if mesh is None:
+        return None
+    return NamedSharding(mesh, PartitionSpec(tuple(axis for axis in BATCH_AXES if axis in mesh.shape)))

@@ -1,0 +1,182 @@
+"""The compiled functions of generation: prefill of a group of prompts and a run of decoding steps.
+
+Both are plain jitted functions of (graph definition, parameters, ...), so that calls with new parameters of
+the same model, as in RL, reuse what was compiled. Cache and history are donated: updated where they are.
+"""
+
+# B slots, P prompts of a group, S suffix tokens of a prompt, V vocab, C steps of a run, T cache
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxft.generation.sampling import Knobs, choose
+from jaxft.nn.cache import Cache, LayerCache, store
+
+RUN = 16  # most decoding steps of one dispatch
+
+
+class Memory(NamedTuple):
+    """What stays on the devices between calls. seen_BV: bool, tokens that a row has had."""
+
+    cache: Cache
+    seen_BV: jax.Array
+
+
+class Prefix(NamedTuple):
+    """The common beginning of all prompts, computed once. seen_V: bool."""
+
+    cache: Cache
+    seen_V: jax.Array
+
+
+class Prompts(NamedTuple):
+    """A group to prefill. tokens_PS: int32, -1 is padding. start: where the tokens begin (length of the prefix).
+    slots_P: where each row goes; out of range for rows that only fill the group."""
+
+    tokens_PS: jax.Array
+    start: jax.Array
+    slots_P: jax.Array
+    knobs: Knobs
+
+
+class Rows(NamedTuple):
+    """Where the slots stand. token_B: newest token, not in the cache yet; position_B: its position;
+    left_B: how many more tokens the row may produce, 0 when idle."""
+
+    token_B: jax.Array
+    position_B: jax.Array
+    left_B: jax.Array
+    knobs: Knobs
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "slots", "length", "rows"))
+def make_memory(graphdef: Any, params: Any, *, slots: int, length: int, rows: NamedSharding | None) -> Memory:
+    """Empty memory for `slots` rows of up to `length` tokens. rows: how [B, ...] arrays are split, None for not."""
+    model = nnx.merge(graphdef, params)
+    seen_BV = jnp.zeros((slots, model.config.vocab_size), bool)
+    return _split(Memory(model.init_cache(slots, length), seen_BV), rows)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "length"))
+def encode_prefix(graphdef: Any, params: Any, tokens_1S: jax.Array, *, length: int) -> Prefix:
+    """tokens_1S: int32, padded with -1. length: of the cache that is made."""
+    model = nnx.merge(graphdef, params)
+    real_1S = tokens_1S >= 0
+    cache = model.init_cache(1, length)
+    _, cache = model(jnp.maximum(tokens_1S, 0), None, real_1S.astype(jnp.int32), cache)
+    return Prefix(cache, _seen(tokens_1S, model.config.vocab_size)[0])
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "length", "rows"), donate_argnames="memory")
+def prefill(
+    graphdef: Any,
+    params: Any,
+    memory: Memory,
+    prefix: Prefix | None,
+    prompts: Prompts,
+    *,
+    length: int,
+    rows: NamedSharding | None,
+) -> tuple[Memory, jax.Array, jax.Array]:
+    """The memory with the prompts in their slots, their first new tokens [P] and those's log-probabilities [P].
+
+    length: slots of the temporary cache in which the group is computed, at least its longest prompt.
+    """
+    model = nnx.merge(graphdef, params)
+    tokens_PS, slots_P = prompts.tokens_PS, prompts.slots_P
+    real_PS = tokens_PS >= 0
+    count_P = jnp.sum(real_PS, axis=1)
+    positions_PS = jnp.broadcast_to(prompts.start + jnp.arange(tokens_PS.shape[1]), tokens_PS.shape)
+    cache = model.init_cache(tokens_PS.shape[0], length)
+    seen_PV = _seen(tokens_PS, memory.seen_BV.shape[1])
+    if prefix is not None:
+        cache = tuple(store(*parts, slice(None)) for parts in zip(cache, prefix.cache, strict=True))
+        seen_PV |= prefix.seen_V
+    hidden_PSD, cache = model(jnp.maximum(tokens_PS, 0), positions_PS, real_PS.astype(jnp.int32), cache)
+    last_P = jnp.maximum(count_P - 1, 0)
+    hidden_PD = jnp.take_along_axis(hidden_PSD, last_P[:, None, None], axis=1)[:, 0]
+    first_P, logprobs_P = choose(model.unembed(hidden_PD), seen_PV, prompts.knobs, prompts.start + count_P)
+    seen_PV = seen_PV.at[jnp.arange(len(first_P)), first_P].set(True)
+    memory = Memory(
+        tuple(store(*parts, slots_P) for parts in zip(memory.cache, cache, strict=True)),
+        memory.seen_BV.at[slots_P].set(seen_PV, mode="drop"),
+    )
+    return _split(memory, rows), *_whole((first_P, logprobs_P), rows)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "rows"), donate_argnames="memory")
+def decode(
+    graphdef: Any,
+    params: Any,
+    memory: Memory,
+    rows_now: Rows,
+    stop_ids: jax.Array,
+    most_steps: jax.Array,
+    idle_enough: jax.Array,
+    *,
+    rows: NamedSharding | None,
+) -> tuple[Memory, jax.Array, jax.Array]:
+    """Up to most_steps (<= RUN) tokens for each row: tokens [B, RUN], -1 where none, and log-probabilities.
+
+    Returns early when all rows are idle, or when idle_enough of them are, so that waiting prompts get in.
+    stop_ids: int32, padded with -1.
+    """
+    model = nnx.merge(graphdef, params)
+    slots = rows_now.token_B.shape[0]
+    every_B = jnp.arange(slots)
+
+    def go_on(carry):
+        step, _, state, _, _ = carry
+        busy = jnp.sum(state.left_B > 0)
+        return (step < most_steps) & (busy > 0) & ((step == 0) | (slots - busy < idle_enough))
+
+    def body(carry):
+        step, memory, state, tokens_BC, logprobs_BC = carry
+        active_B = state.left_B > 0
+        segments_B1 = active_B.astype(jnp.int32)[:, None]
+        hidden_B1D, cache = model(state.token_B[:, None], state.position_B[:, None], segments_B1, memory.cache)
+        logits_BV = model.unembed(hidden_B1D[:, 0])
+        position_B = state.position_B + 1
+        chosen_B, logprob_B = choose(logits_BV, memory.seen_BV, state.knobs, position_B)
+        seen_BV = memory.seen_BV.at[every_B, chosen_B].set(True)
+        stopped_B = jnp.any(chosen_B[:, None] == stop_ids, axis=1)
+        state = state._replace(
+            token_B=jnp.where(active_B, chosen_B, state.token_B),
+            position_B=jnp.where(active_B, position_B, state.position_B),
+            left_B=jnp.where(active_B & ~stopped_B, state.left_B - 1, 0),
+        )
+        tokens_BC = tokens_BC.at[:, step].set(jnp.where(active_B, chosen_B, -1))
+        logprobs_BC = logprobs_BC.at[:, step].set(logprob_B)
+        return step + 1, Memory(cache, seen_BV), state, tokens_BC, logprobs_BC
+
+    tokens_BC = jnp.full((slots, RUN), -1, jnp.int32)
+    start = (jnp.int32(0), memory, rows_now, tokens_BC, jnp.zeros((slots, RUN), jnp.float32))
+    _, memory, _, tokens_BC, logprobs_BC = jax.lax.while_loop(go_on, body, start)
+    return _split(memory, rows), *_whole((tokens_BC, logprobs_BC), rows)
+
+
+def _split(memory: Memory, rows: NamedSharding | None) -> Memory:
+    """Keeps the memory split over devices as it came, or the next call would compile anew."""
+    if rows is None:
+        return memory
+    stacked = NamedSharding(rows.mesh, P(None, *rows.spec))
+    cache = LayerCache(stacked, stacked, rows)
+    return jax.lax.with_sharding_constraint(memory, Memory((cache,) * len(memory.cache), rows))
+
+
+def _whole(results: tuple[jax.Array, jax.Array], rows: NamedSharding | None) -> tuple[jax.Array, jax.Array]:
+    """Results on every device, so that every process can read them."""
+    return results if rows is None else jax.lax.with_sharding_constraint(results, NamedSharding(rows.mesh, P()))
+
+
+def _seen(tokens_PS: jax.Array, vocab: int) -> jax.Array:
+    rows_P1 = jnp.arange(tokens_PS.shape[0])[:, None]
+    # Padding goes out of range and so nowhere: -1 itself would mean the last token.
+    columns_PS = jnp.where(tokens_PS >= 0, tokens_PS, vocab)
+    return jnp.zeros((tokens_PS.shape[0], vocab), bool).at[rows_P1, columns_PS].set(True, mode="drop")

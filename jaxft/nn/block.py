@@ -1,0 +1,67 @@
+"""One decoder layer of any family: attention and feed-forward, each added to the stream."""
+
+# B batch, S sequence, D model
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxft.nn.attention import Attention, AttentionShape, Tokens
+from jaxft.nn.cache import LayerCache
+from jaxft.nn.mlp import GatedMLP, MLPShape
+from jaxft.nn.norm import NormShape, RMSNorm
+
+# Names of the norms as Hugging Face has them: before attention, after it, before the feed-forward, after it.
+NORMS: dict[str, tuple[str | None, ...]] = {
+    "before": ("input_layernorm", None, "post_attention_layernorm", None),
+    "after": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    "around": (
+        "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockShape:
+    """What one layer is. norms: where the stream is normalised, a key of NORMS."""
+
+    attention: AttentionShape
+    mlp: MLPShape
+    norm: NormShape
+    norms: Literal["before", "after", "around"] = "before"
+
+
+class Block(nnx.Module):
+    """x + after(attention(before(x))), then the same with the feed-forward."""
+
+    def __init__(
+        self, shape: BlockShape, *, stddev: float, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs
+    ) -> None:
+        types = {"dtype": dtype, "param_dtype": param_dtype}
+        self.norms = NORMS[shape.norms]
+        for name in filter(None, self.norms):
+            setattr(self, name, RMSNorm(shape.attention.width, shape.norm, **types))
+        self.self_attn = Attention(shape.attention, shape.norm, stddev=stddev, rngs=rngs, **types)
+        self.mlp = GatedMLP(shape.mlp, stddev=stddev, rngs=rngs, **types)
+
+    def __call__(
+        self,
+        x_BSD: jax.Array,
+        tokens: Tokens,
+        cache: LayerCache | None,
+        layer: jax.Array,
+        key: jax.Array | None,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        keys = None if key is None else jax.random.split(key, 7)
+        attention_keys, mlp_keys = (None, None) if keys is None else (keys[:4], keys[4:])
+        attended_BSD, cache = self.self_attn(self._norm(0, x_BSD), tokens, cache, layer, attention_keys)
+        x_BSD = checkpoint_name(x_BSD + self._norm(1, attended_BSD), "dots")
+        return x_BSD + self._norm(3, self.mlp(self._norm(2, x_BSD), mlp_keys)), cache
+
+    def _norm(self, place: int, x_BSD: jax.Array) -> jax.Array:
+        name = self.norms[place]
+        return x_BSD if name is None else getattr(self, name)(x_BSD)

@@ -1,0 +1,204 @@
+"""Every family against transformers, from tiny models with random weights. A family without an entry here fails."""
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxft import models
+from jaxft.adapters.attach import adapters, attach
+from jaxft.adapters.lora import LoRA, LoRASettings
+from jaxft.checkpoint import peft as peft_format
+from jaxft.checkpoint.hf import placed_tensors, write_weights
+from jaxft.checkpoint.load import load_model
+from jaxft.config import MeshConfig
+from jaxft.data.batch import Batch
+from jaxft.errors import ModelError
+from jaxft.generation import Sampling, generate_tokens
+from jaxft.objectives.sft import sft_loss
+from jaxft.sharding.mesh import make_mesh_plan
+from jaxft.trees import flatten
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+SMALL = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": None,
+    "pad_token_id": 0,
+}  # fmt: skip
+SLIDING, FULL = "sliding_attention", "full_attention"
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.5, 2.0], "long_factor": [1.5, 4.0, 9.0],
+}  # fmt: skip
+# Windows are shorter than the texts below, so that every layer kind shows.
+TINY = {
+    "llama": {
+        "rope_parameters": {
+            "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+        },
+    },
+    "mistral": {"sliding_window": 6, "head_dim": 16},
+    "qwen2": {
+        "tie_word_embeddings": True,
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64,
+        },
+    },
+    "qwen3": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1, "head_dim": 16},
+    "gemma2": {"sliding_window": 6, "head_dim": 16, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0,
+               "final_logit_softcapping": 3.0},
+    "gemma3_text": {
+        "sliding_window": 7, "head_dim": 16, "query_pre_attn_scalar": 24, "layer_types": [SLIDING, SLIDING, FULL],
+        "rope_parameters": {
+            FULL: {"rope_type": "linear", "rope_theta": 1000.0, "factor": 8.0},
+            SLIDING: {"rope_type": "default", "rope_theta": 100.0},
+        },
+    },
+    "phi3": {"rope_parameters": LONGROPE, "original_max_position_embeddings": 128, "sliding_window": 9},
+    "olmo2": {"num_key_value_heads": 4},
+}  # fmt: skip
+TOKENS = np.random.default_rng(0).integers(1, 96, (2, 20))
+PROMPTS = [np.random.default_rng(n).integers(1, 96, n).tolist() for n in (16, 3, 12, 1)]
+
+
+def test_every_family_has_an_entry():
+    assert set(models.families()) == set(TINY)
+
+
+class Case:
+    """A family's tiny model as a folder, as transformers' module and as ours."""
+
+    def __init__(self, kind, folder):
+        self.kind, self.folder = kind, folder
+        config = transformers.AutoConfig.for_model(kind, **SMALL | TINY[kind])
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+        generator = torch.Generator().manual_seed(0)
+        centre = 0.0 if kind.startswith("gemma") else 1.0
+        with torch.no_grad():
+            # Wide, norms and biases included, so that every parameter shows in the logits.
+            for name, parameter in model.named_parameters():
+                parameter.normal_(centre if "norm" in name else 0.0, 0.1 if parameter.ndim == 1 else 0.2,
+                                  generator=generator)  # fmt: skip
+        model.save_pretrained(folder)
+        self.hf = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+
+    def theirs(self):
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            self.folder, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+
+    @functools.cached_property
+    def ours(self):
+        return load_model(self.folder)
+
+
+@pytest.fixture(scope="module", params=sorted(models.families()))
+def case(request, tmp_path_factory):
+    if request.param not in TINY:
+        pytest.fail(f"{request.param} has no tiny config in TINY")
+    return Case(request.param, str(tmp_path_factory.mktemp(request.param)))
+
+
+def test_logits(case):
+    with torch.no_grad():
+        expected = case.theirs()(torch.tensor(TOKENS)).logits.numpy()
+    assert np.abs(expected).max() > 0.5
+    np.testing.assert_allclose(case.ours.logits(TOKENS), expected, rtol=0, atol=1e-5)
+
+
+def test_gradients_of_the_mean_loss(case):
+    reference = case.theirs()
+    loss = reference(torch.tensor(TOKENS), labels=torch.tensor(TOKENS)).loss
+    loss.backward()
+    expected = {name: p.grad.numpy() for name, p in reference.named_parameters()}
+    graphdef, state = nnx.split(case.ours.module)
+    weights = np.ones(TOKENS.shape, np.float32)
+    weights[:, -1] = 0
+    positions = np.broadcast_to(np.arange(TOKENS.shape[1]), TOKENS.shape)
+    batch = Batch(*map(jnp.asarray, (TOKENS, np.roll(TOKENS, -1, axis=1), weights, positions, np.ones_like(TOKENS))))
+
+    def mean_loss(state):
+        sums = sft_loss(nnx.merge(graphdef, state), batch, None)
+        return sums.total / sums.weight
+
+    value, grads = jax.jit(jax.value_and_grad(mean_loss))(state)
+    assert float(value) == pytest.approx(loss.item(), abs=1e-5)
+    grads, seen = flatten(grads)[0], set()
+    for path, placed in placed_tensors(case.ours.module).items():
+        for piece in placed.pieces:
+            part = np.asarray(grads[path] if piece.layer is None else grads[path][piece.layer])
+            np.testing.assert_allclose(
+                placed.transform.to_hf(part), expected[piece.hf], rtol=0, atol=1e-4, err_msg=piece.hf
+            )
+            seen.add(piece.hf)
+    assert seen == set(expected)
+
+
+def test_greedy_generation(case):
+    longest = max(map(len, PROMPTS))
+    padded = torch.tensor([[0] * (longest - len(p)) + p for p in PROMPTS])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in PROMPTS])
+    with torch.no_grad():
+        out = case.theirs().generate(padded, attention_mask=mask, max_new_tokens=32, do_sample=False, pad_token_id=0)
+    # Three slots for four prompts: one waits, and takes over a cache that another row has filled.
+    ours = generate_tokens(case.ours.module, PROMPTS, sampling=Sampling(max_new_tokens=32), slots=3)
+    assert [list(r.tokens) for r in ours] == out[:, longest:].tolist()
+
+
+def test_weights_and_config_survive_the_way_in_and_out(case, tmp_path):
+    from safetensors.numpy import load_file
+
+    write_weights(case.ours.module, str(tmp_path))
+    before, after = (load_file(Path(folder) / "model.safetensors") for folder in (case.folder, tmp_path))
+    assert before.keys() == after.keys()
+    for name in before:
+        np.testing.assert_array_equal(before[name].view(np.uint32), after[name].view(np.uint32), err_msg=name)
+    config = models.config_from_hf(case.hf)
+    assert models.config_from_hf(config.to_hf()) == config
+    theirs = transformers.AutoConfig.for_model(**config.to_hf()).to_dict()
+    assert models.config_from_hf(theirs) == config
+
+
+def test_an_unknown_field_is_refused(case):
+    with pytest.raises(ModelError, match=r"window_scale=3 \(unknown\)"):
+        models.config_from_hf(case.hf | {"window_scale": 3})
+    with pytest.raises(ModelError, match="lacks num_hidden_layers|layer_types must name"):
+        models.config_from_hf({k: v for k, v in case.hf.items() if k != "num_hidden_layers"})
+
+
+def test_eight_devices_equal_one(case):
+    mesh = make_mesh_plan(MeshConfig(fsdp=8))
+    split = load_model(case.folder, mesh=mesh)
+    assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(nnx.state(split.module)))
+    np.testing.assert_allclose(split.logits(TOKENS), case.ours.logits(TOKENS), rtol=0, atol=1e-5)
+
+
+def test_adapters_on_every_linear_layer_mean_the_same_to_peft(case, tmp_path):
+    peft = pytest.importorskip("peft")
+    loaded = load_model(case.folder)
+    settings = LoRASettings(r=2, alpha=4.0)
+    attach(
+        loaded.module, ["all-linear"], lambda i, o, s, key: LoRA(i, o, settings, stack=s, key=key), jax.random.key(0)
+    )
+    for i, adapter in enumerate(adapters(loaded.module).values()):
+        adapter.lora_b.set_value(0.1 * jax.random.normal(jax.random.key(i), adapter.lora_b.get_value().shape))
+    peft_format.write_adapter(loaded.module, str(tmp_path), base=case.folder)
+    ours = loaded.logits(TOKENS)
+    assert np.abs(ours - case.ours.logits(TOKENS)).max() > 1e-2
+    with torch.no_grad():
+        theirs = peft.PeftModel.from_pretrained(case.theirs(), str(tmp_path))(torch.tensor(TOKENS)).logits.numpy()
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+    again = load_model(case.folder)
+    peft_format.read_adapter(again.module, str(tmp_path))
+    (first, _), (second, _) = (flatten(nnx.state(m)) for m in (loaded.module, again.module))
+    assert first.keys() == second.keys()
+    for path in first:
+        np.testing.assert_array_equal(first[path], second[path], err_msg=path)

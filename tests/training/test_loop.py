@@ -1,0 +1,167 @@
+"""The loop with stand-ins for devices and files: what happens, in which order, and what must not."""
+
+import math
+
+import jax.numpy as jnp
+import pytest
+from rich.console import Console
+
+from jaxft.errors import JaxftError, Preempted
+from jaxft.training.log import RunLog, read_metrics
+from jaxft.training.loop import Cadence, DivergedError, Hooks, fit
+
+
+class Recorder:
+    """A log and all hooks in one; `events` is what happened, in order."""
+
+    def __init__(self, *, losses=None, preempted_at=None, held_out=True):
+        self.events, self.saved, self.logged = [], {}, {}
+        self.losses, self.preempted_at, self.held_out = losses or {}, preempted_at, held_out
+
+    def hooks(self):
+        return Hooks(
+            train_step=self.train_step,
+            batch=lambda number: ("batch", number),
+            evaluate=self.evaluate if self.held_out else None,
+            save=self.save,
+            preempted=lambda step: step == self.preempted_at,
+        )
+
+    def train_step(self, state, batch):
+        self.events.append(("train", state, batch[1]))
+        loss = self.losses.get(state + 1, 2.0)
+        metrics = {"loss": loss, "grad_norm": 1.0, "learning_rate": 1e-3, "num_tokens": 10.0, "trained_tokens": 4.0}
+        return state + 1, {name: jnp.float32(value) for name, value in metrics.items()}
+
+    def evaluate(self, state):
+        self.events.append(("evaluate", state))
+        return {"eval_loss": 1.0 / state}
+
+    def save(self, step, state, progress, figures):
+        assert state == step
+        self.events.append(("save", step))
+        self.saved[step] = (dict(progress), dict(figures))
+
+    def step(self, step, metrics):
+        self.events.append(("log", step))
+        self.logged[step] = dict(metrics)
+
+    def eval(self, step, metrics):
+        assert set(metrics) == {"eval_loss", "eval_seconds"}
+        self.events.append(("log eval", step))
+
+    def of(self, kind):
+        return [event[1] for event in self.events if event[0] == kind]
+
+
+def run(recorder, *, total=6, log_every=1, eval_every=None, save_every=None, start=0, progress=None):
+    cadence = Cadence(
+        total_steps=total, steps_per_epoch=4.0, log_every=log_every, eval_every=eval_every, save_every=save_every
+    )
+    return fit(start, recorder.hooks(), cadence, recorder, start=start, progress=progress or {})
+
+
+def test_a_step_is_trained_logged_evaluated_then_saved():
+    recorder = Recorder()
+    state, figures = run(recorder, total=2, eval_every=1, save_every=1)
+    assert recorder.events == [
+        ("train", 0, 0), ("log", 1), ("evaluate", 1), ("log eval", 1), ("save", 1),
+        ("train", 1, 1), ("log", 2), ("evaluate", 2), ("log eval", 2), ("save", 2),
+    ]  # fmt: skip
+    assert (state, figures) == (2, {"eval_loss": 0.5})
+
+
+def test_each_thing_has_its_own_cadence_and_all_come_last():
+    recorder = Recorder()
+    run(recorder, total=10, log_every=4, eval_every=3, save_every=5)
+    assert recorder.of("log") == [4, 8, 10]
+    assert recorder.of("evaluate") == recorder.of("log eval") == [3, 6, 9, 10]
+    assert recorder.of("save") == [5, 10]
+    assert len(recorder.of("train")) == 10
+
+
+def test_without_periods_everything_comes_once_at_the_end():
+    recorder = Recorder()
+    run(recorder, total=5, log_every=100)
+    assert recorder.of("log") == recorder.of("evaluate") == recorder.of("save") == [5]
+
+
+def test_without_held_out_rows_nothing_is_evaluated():
+    recorder = Recorder(held_out=False)
+    _, figures = run(recorder, eval_every=1)
+    assert not recorder.of("evaluate")
+    assert figures == {}
+
+
+def test_tokens_add_up_over_the_run_and_epochs_follow_the_step():
+    recorder = Recorder()
+    run(recorder, total=3)
+    assert [recorder.logged[step]["num_tokens"] for step in (1, 2, 3)] == [10, 20, 30]
+    assert recorder.logged[3]["trained_tokens"] == 12
+    assert recorder.logged[3]["epoch"] == 0.75
+    assert {"loss", "grad_norm", "learning_rate"} <= set(recorder.logged[1])
+    assert recorder.saved[3][0] == {"num_tokens": 30, "trained_tokens": 12}
+
+
+def test_rates_leave_the_first_step_out_since_it_compiled():
+    recorder = Recorder()
+    run(recorder, total=3)
+    assert "tokens_per_second" not in recorder.logged[1]
+    assert recorder.logged[2]["tokens_per_second"] > 0
+
+
+def test_a_resumed_run_goes_on_where_it_was():
+    whole, first, second = Recorder(), Recorder(), Recorder()
+    run(whole, total=6, save_every=4)
+    with pytest.raises(Preempted):
+        first.preempted_at = 4
+        run(first, total=6, save_every=4)
+    progress = first.saved[4][0]
+    run(second, total=6, save_every=4, start=4, progress=progress)
+    assert first.of("train") + second.of("train") == whole.of("train")
+    assert [event[2] for event in second.events if event[0] == "train"] == [4, 5]
+    timeless = {k: v for k, v in whole.logged[6].items() if k not in ("tokens_per_second", "step_seconds")}
+    assert timeless == {k: v for k, v in second.logged[6].items() if k in timeless}
+    assert progress == first.saved[4][0]  # the caller's own is not written to
+
+
+def test_preemption_saves_the_step_and_stops():
+    recorder = Recorder(preempted_at=3)
+    with pytest.raises(Preempted, match="stopped by SIGTERM after step 3, which is saved") as stopped:
+        run(recorder, save_every=100)
+    assert stopped.value.step == 3
+    assert recorder.of("train") == [0, 1, 2]
+    assert recorder.events[-1] == ("save", 3)
+
+
+def test_preemption_at_the_last_step_is_the_end_of_the_run():
+    recorder = Recorder(preempted_at=6)
+    assert run(recorder)[0] == 6
+    assert recorder.of("save") == [6]
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_no_number_stops_before_it_is_logged_or_saved(loss):
+    recorder = Recorder(losses={4: loss})
+    with pytest.raises(DivergedError, match=r"loss is not finite at step 4 \(loss .*lower optim.learning_rate"):
+        run(recorder, eval_every=1, save_every=1)
+    assert recorder.events[-1] == ("train", 3, 3)
+    assert recorder.of("save") == [1, 2, 3]
+    assert issubclass(DivergedError, JaxftError)
+
+
+def test_a_checkpoint_is_ranked_by_its_own_figures_only():
+    recorder = Recorder()
+    run(recorder, total=6, eval_every=2, save_every=3)
+    assert recorder.saved[3][1] == {}  # not those of step 2
+    assert recorder.saved[6][1] == {"eval_loss": pytest.approx(1 / 6)}
+
+
+def test_what_the_loop_logs_is_what_the_record_takes(tmp_path):
+    recorder = Recorder()
+    cadence = Cadence(total_steps=4, steps_per_epoch=2.0, log_every=2, eval_every=4, save_every=None)
+    with RunLog(tmp_path, total_steps=4, resume_step=None, console=Console(quiet=True)) as log:
+        fit(0, recorder.hooks(), cadence, log, start=0, progress={})
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == [2, 4, 4]
+    assert (rows[1]["epoch"], rows[1]["num_tokens"], rows[2]["eval_loss"]) == (2.0, 40.0, 0.25)
