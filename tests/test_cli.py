@@ -47,7 +47,7 @@ def test_other_settings_in_the_same_folder_are_refused(run, capsys):
     folder, _ = run
     code = cli.main(["train", CONFIG, f"--config.output_dir={folder}", "--config.optim.learning_rate=0.5"])
     assert code == 2
-    assert "optim.learning_rate: was 0.002, now 0.5" in capsys.readouterr().err
+    assert "optim.learning_rate: was 0.0015, now 0.5" in capsys.readouterr().err
 
 
 def test_eval_of_a_run_equals_its_own_figures(run, capsys):
