@@ -1,0 +1,103 @@
+"""From a config to a model on its devices, with its adapters, ready to train or to answer."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jaxft import models
+from jaxft.adapters.attach import attach
+from jaxft.adapters.lora import LoRA, LoRASettings
+from jaxft.checkpoint import hf
+from jaxft.checkpoint.hf import read_json
+from jaxft.checkpoint.load import LoadedModel, hf_config_of, load_model, random_model, resolve
+from jaxft.config import AdapterConfig, RunConfig
+from jaxft.data.tokenizer import load_tokenizer
+from jaxft.errors import ConfigError, ModelError
+from jaxft.runs import folder as files
+from jaxft.sharding.mesh import MeshPlan
+
+
+def build_model(config: RunConfig, mesh: MeshPlan | None = None, *, random_base: Path | None = None) -> LoadedModel:
+    """The base model of a run with fresh adapters.
+
+    random_base: where model.random_init writes the weights that it draws, so that the adapter has a base
+    to be loaded onto. Raises ConfigError, ModelError or CheckpointError.
+    """
+    model = config.model
+    types = {"dtype": model.dtype, "param_dtype": _storage(config), "remat": model.remat}
+    path = model.path
+    if model.random_init:
+        path = str(random_base or Path(config.output_dir) / files.BASE)
+        _draw_weights(config, Path(path))
+    loaded = load_model(path, revision=model.revision, mesh=mesh, **types)
+    if loaded.adapter is not None:
+        raise ConfigError(
+            f"model.path {model.path} is a PEFT folder. To train further, first merge it: "
+            f"jaxft export --model={model.path} --format=merged --to=NEW_FOLDER"
+        )
+    attach_adapter(loaded.module, config.adapter, config.seed)
+    return loaded
+
+
+def abstract_model(config: RunConfig) -> Any:
+    """The model of a run with its adapters and no memory, from config.json alone.
+
+    Raises what `build_model` would raise for the model's family, an adapter target that matches nothing, a
+    rank or a sequence length that does not fit, before any weight is read.
+    """
+    path = resolve(config.model.path, config.model.revision)
+    hf_config = read_json(os.path.join(path, "config.json")) if config.model.random_init else hf_config_of(path)
+    family = models.config_from_hf(hf_config)
+    limit = family.max_position_embeddings
+    if config.data.max_length > limit:
+        raise ConfigError(f"data.max_length={config.data.max_length} is beyond the model's {limit} positions")
+
+    def make() -> Any:
+        types = {"dtype": config.model.dtype, "param_dtype": _storage(config), "remat": config.model.remat}
+        model = models.random_model(family, seed=0, **types)
+        attach_adapter(model, config.adapter, config.seed)
+        return model
+
+    return nnx.eval_shape(make)
+
+
+def _draw_weights(config: RunConfig, folder: Path) -> None:
+    if (folder / "config.json").is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype = _storage(config)
+    drawn = random_model(config.model.path, seed=config.seed, dtype=dtype, param_dtype=dtype)
+    hf.write_weights(drawn.module, str(folder))
+    load_tokenizer(config.model.path).save(folder)
+    # Last: its presence says that the folder is whole.
+    hf.write_config(str(folder), drawn.hf_config, dtype=dtype)
+
+
+def attach_adapter(module: nnx.Module, adapter: AdapterConfig, seed: int) -> None:
+    """Puts fresh adapters of the configured kind into a model; none for full fine-tuning."""
+    if adapter.kind == "none":
+        return
+    settings = LoRASettings(r=adapter.r, alpha=adapter.alpha, dropout=adapter.dropout, use_rslora=adapter.use_rslora)
+
+    def make(inputs: int, outputs: int, stack: tuple[int, ...], key: jax.Array) -> LoRA:
+        if settings.r > min(inputs, outputs):
+            raise ModelError(
+                f"adapter.r={settings.r} exceeds a layer of {inputs} x {outputs}: its rank is at most "
+                f"{min(inputs, outputs)}. Lower adapter.r or leave the layer out of adapter.target_modules."
+            )
+        return LoRA(inputs, outputs, settings, stack=stack, key=key)
+
+    attach(module, adapter.targets, make, jax.random.key(seed))
+
+
+def _storage(config: RunConfig) -> str:
+    # What moves is float32: full fine-tuning in bfloat16 would lose updates below its rounding.
+    return "float32" if config.adapter.kind == "none" else config.model.param_dtype
+
+
+def place(tree: Any, mesh: MeshPlan) -> Any:
+    """A pytree on the mesh's devices by the path rules."""
+    return jax.device_put(tree, mesh.shardings(tree))

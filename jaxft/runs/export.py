@@ -1,0 +1,122 @@
+"""Writing what was trained for others to use, and making sure that they can."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+from rich.console import Console
+
+from jaxft.adapters.attach import adapters
+from jaxft.checkpoint import hf, peft
+from jaxft.checkpoint.load import LoadedModel, load_model
+from jaxft.checkpoint.resume import RunCheckpoints
+from jaxft.checkpoint.verify import Check, check_export
+from jaxft.config import RunConfig
+from jaxft.data.tokenizer import Tokenizer, load_tokenizer
+from jaxft.errors import ConfigError, ExportError
+from jaxft.runs import folder as files
+from jaxft.runs.build import build_model
+from jaxft.training.optim import make_optimizer, make_schedule
+from jaxft.training.state import create
+
+FORMATS = ("adapter", "merged")
+
+
+def export(
+    source: str, to: str, *, format: str = "merged", dtype: str | None = None, step: int | None = None
+) -> dict[str, Any]:
+    """Writes a model as a PEFT folder (`adapter`) or a whole Hugging Face folder (`merged`).
+
+    source: a run folder, a PEFT folder, a Hugging Face folder or a GGUF file. step: a checkpoint of a
+    run folder, its export or newest where None. dtype: stored type of a merged model. Returns the
+    folder and how far each reader's logits were from the live model's. Raises ExportError where one
+    differs by more than rounding.
+    """
+    if format not in FORMATS:
+        raise ConfigError(f"format {format!r} is not one of {', '.join(FORMATS)}")
+    target = Path(to)
+    if target.exists() and any(target.iterdir()):
+        raise ExportError(f"{to} is not empty: choose a new folder, so that nothing of an older export is mixed in")
+    loaded = load_trained(source, step)
+    tokenizer = load_tokenizer(loaded.base, chat_template=_chat_template(source))
+    target.mkdir(parents=True, exist_ok=True)
+    checks = write(loaded, tokenizer, target, format=format, dtype=dtype)
+    return {"folder": str(target), "format": format, "checks": {c.reader: c.difference for c in checks}}
+
+
+def _chat_template(source: str) -> str | None:
+    # A run that trained with another template than the base's is served with it too.
+    is_run = os.path.isdir(os.path.join(source, files.CHECKPOINTS))
+    return files.run_config(source).data.chat_template if is_run else None
+
+
+def load_trained(source: str, step: int | None = None) -> LoadedModel:
+    """A model of any kind; of a run folder, what a checkpoint holds."""
+    if not os.path.isdir(os.path.join(source, files.CHECKPOINTS)):
+        if step is not None:
+            raise ConfigError(f"{source} is not a run folder, so it has no step {step}")
+        return load_model(source)
+    config = files.run_config(source)
+    loaded = build_model(config)
+    schedule = make_schedule(config.optim, 10**9)
+    _, state = create(loaded.module, make_optimizer(config.optim, schedule), config.seed)
+    wanted = {"step": state.step, "trainable": state.trainable, "opt_state": state.opt_state, "key": state.key}
+    with RunCheckpoints(Path(source) / files.CHECKPOINTS, keep=1, read_only=True) as checkpoints:
+        restored = checkpoints.restore(wanted, step)
+    if restored is None:
+        raise ConfigError(f"{source} has no whole checkpoint yet")
+    nnx.update(loaded.module, restored[0]["trainable"])
+    return loaded
+
+
+def export_run(
+    loaded: LoadedModel, tokenizer: Tokenizer, config: RunConfig, folder: Path, console: Console
+) -> dict[str, Any]:
+    """The exports that a run's config asks for. Returns their folders' names and the checks."""
+    out: dict[str, Any] = {}
+    wanted = []
+    if adapters(loaded.module):
+        wanted += [("adapter", files.ADAPTER)] if config.export.adapter else []
+        wanted += [("merged", files.MERGED)] if config.export.merged else []
+    else:
+        wanted.append(("merged", files.MODEL))
+    for format, name in wanted:
+        target = files.fresh_subfolder(folder, name)
+        checks = write(loaded, tokenizer, target, format=format)
+        out[name] = name
+        out[f"{name}_checks"] = {c.reader: c.difference for c in checks}
+        console.print(f"{target}: read back by {_said(checks)}", highlight=False, soft_wrap=True)
+    return out
+
+
+def write(
+    loaded: LoadedModel, tokenizer: Tokenizer, target: Path, *, format: str, dtype: str | None = None
+) -> tuple[Check, ...]:
+    """Writes one export and checks it."""
+    stored = dtype or str(jax.tree.leaves(nnx.state(loaded.module.embed_tokens))[0].dtype)
+    if format == "adapter":
+        base = loaded.base if "://" in loaded.base else os.path.abspath(loaded.base)
+        peft.write_adapter(loaded.module, str(target), base=base)
+        stored = "float32"
+    else:
+        hf.write_weights(loaded.module, str(target), dtype=stored)
+        hf.write_config(str(target), loaded.hf_config, dtype=stored, generation=_generation(loaded, tokenizer))
+    tokenizer.save(target)
+    return check_export(loaded, str(target), stored=stored)
+
+
+def _generation(loaded: LoadedModel, tokenizer: Tokenizer) -> dict[str, Any]:
+    # Every token that ended an answer in training ends one in serving.
+    stops = sorted(tokenizer.stop_ids)
+    return {
+        **(loaded.generation or {}),
+        **({"bos_token_id": tokenizer.bos_id} if tokenizer.bos_id is not None else {}),
+        **({"eos_token_id": stops[0] if len(stops) == 1 else stops} if stops else {}),
+        "pad_token_id": tokenizer.pad_id,
+    }
+
+
+def _said(checks: tuple[Check, ...]) -> str:
+    return ", ".join(f"{c.reader} (logits within {c.difference:.1e})" for c in checks)

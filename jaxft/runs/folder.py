@@ -1,0 +1,93 @@
+"""The files of a run folder."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from jaxft import config as config_module
+from jaxft.config import RunConfig
+from jaxft.errors import ConfigError
+
+CONFIG, DATA, SCORES = "config.json", "data.json", "scores.json"
+CHECKPOINTS, ADAPTER, MODEL, MERGED, BASE = "checkpoints", "adapter", "model", "merged", "base"
+# Fields that may differ when a run goes on: they change what is shown or kept, not what is learnt.
+FREE_TO_CHANGE = (
+    "output_dir", "model.remat", "mesh.", "train.log_every", "train.eval_every", "checkpoint.keep", "checkpoint.every",
+    "export.",
+)  # fmt: skip
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Writes JSON so that a kill leaves the old file or the new one."""
+    beside = Path(path).with_suffix(".tmp")
+    beside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(beside, path)
+
+
+def read_json(path: str | os.PathLike[str], default: Any = None) -> Any:
+    """The JSON in a file, or `default` where there is no file."""
+    return json.loads(Path(path).read_text(encoding="utf-8")) if os.path.isfile(path) else default
+
+
+def open_run(config: RunConfig) -> Path:
+    """The run's folder, made, with its config.json in it.
+
+    Raises ConfigError where the folder holds a run of other settings, listing them: going on with it
+    would mix two runs.
+    """
+    folder = Path(config.output_dir)
+    if (folder / CONFIG).is_file() and not _has_checkpoint(folder):
+        # Stopped before its first checkpoint, or refused: nothing to lose, and its scores may be of other settings.
+        (folder / SCORES).unlink(missing_ok=True)
+    elif (folder / CONFIG).is_file():
+        _refuse_other_run(config_module.from_json(str(folder / CONFIG)), config, folder)
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(f"output_dir {folder} is not empty and holds no run; choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / CONFIG, config.to_dict())
+    return folder
+
+
+def run_config(folder: str | os.PathLike[str]) -> RunConfig:
+    """The config of a run folder. Raises ConfigError where it is none."""
+    path = Path(folder) / CONFIG
+    if not path.is_file() or not (Path(folder) / CHECKPOINTS).is_dir():
+        raise ConfigError(f"{folder} is not a run folder: it lacks {CONFIG} or {CHECKPOINTS}/")
+    return config_module.from_json(str(path))
+
+
+def fresh_subfolder(folder: Path, name: str) -> Path:
+    """An empty folder `name` for an export, replacing an earlier one."""
+    target = folder / name
+    if target.exists():
+        shutil.rmtree(target)
+    target.mkdir()
+    return target
+
+
+def _has_checkpoint(folder: Path) -> bool:
+    return any(step.name.isdigit() for step in (folder / CHECKPOINTS).glob("*"))
+
+
+def _refuse_other_run(old: RunConfig, new: RunConfig, folder: Path) -> None:
+    before, after = _flat(old.to_dict()), _flat(new.to_dict())
+    changed = [
+        f"{key}: was {before.get(key)!r}, now {after.get(key)!r}"
+        for key in sorted(before | after)
+        if before.get(key) != after.get(key) and not key.startswith(FREE_TO_CHANGE)
+    ]
+    if changed:
+        raise ConfigError(
+            f"{folder} holds a run with other settings:\n  "
+            + "\n  ".join(changed)
+            + "\nSet output_dir to a new folder, or give the old settings to go on with that run."
+        )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out = {}
+    for key, value in values.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return out

@@ -1,0 +1,24 @@
+"""What a finished run says on the console."""
+
+import os
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def print_summary(summary: dict[str, Any], console: Console) -> None:
+    """Scores side by side where there are any, held-out loss, and where everything is."""
+    folder = summary["output_dir"]
+    if "base_score" in summary:
+        table = Table("", "correct", "of", "score", box=None, pad_edge=False)
+        for name, key in (("base model, zero-shot", "base"), ("tuned model", "tuned")):
+            score = f"{summary[f'{key}_score']:.1%}"
+            table.add_row(name, str(summary[f"{key}_correct"]), str(summary["examples"]), score)
+        console.print(f"\nheld-out score ({summary['metric']}, by generation)", style="bold")
+        console.print(table)
+    if "eval_loss" in summary:
+        console.print(f"held-out loss {summary['eval_loss']:.4f}, perplexity {summary['eval_perplexity']:.2f}\n")
+    for name in ("adapter", "model", "merged", "report"):
+        if name in summary:
+            console.print(f"{name:<8} {os.path.join(folder, summary[name])}", highlight=False, soft_wrap=True)

@@ -1,0 +1,38 @@
+"""How far a long piece of work is: a bar on a terminal, plain lines elsewhere."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+LINES = 10  # off a terminal, over the whole work
+QUIET_SECONDS = 5.0  # work that is done sooner says nothing off a terminal
+
+
+@contextlib.contextmanager
+def progress(console: Console, label: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
+    """Yields a function that is called with the bytes done since the last call."""
+    if not console.is_terminal:
+        yield _lines(console, label, total_bytes)
+        return
+    columns = (TextColumn(label), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(label, total=total_bytes)
+        yield lambda count: bar.advance(task, count)
+
+
+def _lines(console: Console, label: str, total: int) -> Callable[[int], None]:
+    start, done, shown = time.monotonic(), 0, 0
+
+    def advance(count: int) -> None:
+        nonlocal done, shown
+        done += count
+        share, seconds = done * LINES // max(1, total), time.monotonic() - start
+        if share > shown and seconds > QUIET_SECONDS:
+            shown = share
+            speed = f"{done / 1e9 / seconds:.2f} GB/s"
+            console.print(f"{label}: {done / 1e9:.1f} of {total / 1e9:.1f} GB, {speed}", highlight=False)
+
+    return advance

