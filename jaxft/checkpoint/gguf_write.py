@@ -15,6 +15,7 @@ from gguf import GGUFWriter
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 from gguf.quants import dequantize, quantize
 
+from jaxft import models
 from jaxft.checkpoint import peft
 from jaxft.checkpoint.gguf import GGUFFile
 from jaxft.checkpoint.gguf_names import (
@@ -29,7 +30,6 @@ from jaxft.checkpoint.paths import read_json
 from jaxft.checkpoint.safetensors_writer import LazyTensor
 from jaxft.checkpoint.tensors import SafetensorsFolder, TensorSpec
 from jaxft.errors import ExportError
-from jaxft.nn.rope import Rope
 
 F32, F16, BF16, Q8_0 = (GGMLQuantizationType[name] for name in ("F32", "F16", "BF16", "Q8_0"))
 KINDS = {"float32": F32, "float16": F16, "bfloat16": BF16, "q8_0": Q8_0}
@@ -124,35 +124,37 @@ def check_gguf(path: str, tensors: Mapping[str, LazyTensor], *, dtype: str) -> N
 
 def model_metadata(hf_config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """(architecture, settings under its name) of a config.json. Raises ExportError for what llama.cpp lacks."""
-    arch = _architecture(hf_config)
-    heads, context = hf_config["num_attention_heads"], hf_config.get("max_position_embeddings", 2048)
-    window = hf_config.get("sliding_window")
-    if window and hf_config.get("use_sliding_window", True) and window < context:
+    arch, config = _architecture(hf_config), models.config_from_hf(hf_config)
+    context, rope = config.max_position_embeddings, config.rope
+    window = min((w for layer in config.shape().layers if (w := layer.attention.form.window)), default=context)
+    if window < context:
         raise ExportError(
             f"sliding_window={window} is below max_position_embeddings={context}: llama.cpp has no window in "
             f"{arch} and would attend further. Set sliding_window to null, or max_position_embeddings to the window."
         )
-    head_dim, rope = _head_dim(hf_config), Rope.from_hf(hf_config)
     settings = {
-        "block_count": hf_config["num_hidden_layers"],
+        "block_count": config.num_hidden_layers,
         "context_length": context,
-        "embedding_length": hf_config["hidden_size"],
-        "feed_forward_length": hf_config["intermediate_size"],
-        "vocab_size": hf_config["vocab_size"],
-        "attention.head_count": heads,
-        "attention.head_count_kv": hf_config.get("num_key_value_heads") or heads,
-        "attention.key_length": head_dim,
-        "attention.value_length": head_dim,
-        "attention.layer_norm_rms_epsilon": float(hf_config.get("rms_norm_eps", 1e-6)),
-        "rope.dimension_count": head_dim,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "vocab_size": config.vocab_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        "rope.dimension_count": config.head_dim,
         "rope.freq_base": float(rope.theta),
     }
     if rope.kind == "linear":
         settings |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope.factor)}
     elif rope.kind == "llama3":
         settings["rope.scaling.original_context_length"] = int(rope.original_max_position_embeddings)
-    elif rope.kind != "default":
-        raise ExportError(f"rope scaling {rope.kind!r} is not written to GGUF; default, linear and llama3 are")
+    if rope.kind not in ("default", "linear", "llama3") or rope.partial_rotary_factor != 1.0:
+        raise ExportError(
+            f"rope scaling {rope.kind!r} with partial_rotary_factor={rope.partial_rotary_factor} is not written to "
+            "GGUF; default, linear and llama3 of whole heads are"
+        )
     return arch, {f"{arch}.{key}": value for key, value in settings.items()}
 
 
@@ -163,16 +165,12 @@ def _architecture(hf_config: Mapping[str, Any]) -> str:
     return ARCHITECTURES[kind]
 
 
-def _head_dim(hf_config: Mapping[str, Any]) -> int:
-    return hf_config.get("head_dim") or hf_config["hidden_size"] // hf_config["num_attention_heads"]
-
-
 def _rope_factors(hf_config: Mapping[str, Any]) -> np.ndarray | None:
-    rope = Rope.from_hf(hf_config)
-    if rope.kind != "llama3":
+    config = models.config_from_hf(hf_config)
+    if config.rope.kind != "llama3":
         return None
-    head_dim = _head_dim(hf_config)
-    return dataclasses.replace(rope, kind="default").frequencies(head_dim) / rope.frequencies(head_dim)
+    plain = dataclasses.replace(config.rope, kind="default")
+    return plain.frequencies(config.head_dim) / config.rope.frequencies(config.head_dim)
 
 
 def _kind(dtype: str) -> GGMLQuantizationType:
@@ -213,7 +211,7 @@ def _encode(name: str, array: np.ndarray, heads: int, kind: GGMLQuantizationType
     values = array.astype(np.float32)
     if heads:
         values = interleave(values, heads)
-    if kind == F16 and values.size and (largest := float(np.max(np.abs(values)))) > np.finfo(np.float16).max:
+    if kind == F16 and values.size and (largest := float(np.max(np.abs(values)))) > float(np.finfo(np.float16).max):
         raise ExportError(f"tensor {name!r} has values up to {largest:.3g}, float16 ends at 65504; use bfloat16")
     return quantize(np.ascontiguousarray(values), kind)
 

@@ -4,7 +4,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ from jaxft.trees import flatten
 
 MAX_SHARD_BYTES = 5 * 10**9
 Bounds = tuple[tuple[int, int], ...]  # (start, stop) along every axis
+PART_BYTES = 2**27  # of a parameter that is not a stack, on its way out
 SQUARE = 256  # of 2-byte elements, 128 KB: two of them fit a core's cache
 TIED_HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -198,12 +199,32 @@ def copy_into(out: np.ndarray, values: np.ndarray) -> None:
 
 def _maker(leaf: jax.Array, adapter: Any, placed: Placed, piece: Piece, dtype: np.dtype) -> Callable[[], np.ndarray]:
     def make() -> np.ndarray:
-        value = leaf if piece.layer is None else leaf[piece.layer]
-        if adapter is not None:
-            value = value.astype(jnp.float32) + adapter.delta(piece.layer)
-        array = placed.transform.to_hf(np.asarray(jax.device_get(value.astype(dtype))))
-        out = np.empty(array.shape, dtype)
-        copy_into(out, array)
+        out = np.empty(hf_shape(placed, piece, leaf.shape), dtype)
+        for index, value in _parts(leaf, piece, whole=adapter is not None):
+            if adapter is not None:
+                value = value.astype(jnp.float32) + adapter.delta(piece.layer)
+            part = placed.transform.to_hf(np.asarray(jax.device_get(value.astype(dtype))))
+            copy_into(out[placed.transform.hf_index(index)], part)
         return out
 
     return make
+
+
+def _parts(leaf: jax.Array, piece: Piece, *, whole: bool) -> Iterator[tuple[tuple[slice, ...], jax.Array]]:
+    """A piece of a parameter in parts that are arrays of their own: JAX keeps the host copy of an array as long as it.
+
+    They are cut along an axis that lies whole on every device, so that none is gathered for it.
+    """
+    if piece.layer is not None:
+        yield (slice(None),) * (leaf.ndim - 1), leaf[piece.layer]
+        return
+    local = leaf.sharding.shard_shape(leaf.shape)
+    axis = next((i for i, size in enumerate(leaf.shape) if local[i] == size and size > 1), None)
+    if whole or axis is None or leaf.nbytes <= PART_BYTES:
+        yield (slice(None),) * leaf.ndim, jnp.copy(leaf)
+        return
+    step = max(1, PART_BYTES * leaf.shape[axis] // leaf.nbytes)
+    for start in range(0, leaf.shape[axis], step):
+        stop = min(start + step, leaf.shape[axis])
+        index = (slice(None),) * axis + (slice(start, stop),) + (slice(None),) * (leaf.ndim - axis - 1)
+        yield index, jax.lax.slice_in_dim(leaf, start, stop, axis=axis)

@@ -23,7 +23,14 @@ def families() -> dict[str, ModuleType]:
 
 def config_from_hf(hf: Mapping[str, Any]) -> Any:
     """The family's Config of a parsed `config.json`. Raises ModelError for a family that is not implemented."""
-    kind = hf.get("model_type")
+    kind, inner = hf.get("model_type"), hf.get("text_config")
+    if kind not in families() and isinstance(inner, Mapping):
+        part = inner.get("model_type")
+        raise ModelError(
+            f"model_type {kind!r} takes more than text, which is not implemented. Its text model, model_type {part!r}, "
+            f"is{'' if part in families() else ' not'} implemented: as a folder of its own, with text_config as its "
+            "config.json and the language model's tensors under the names model.*"
+        )
     if kind not in families():
         hint = did_you_mean(str(kind), families())
         raise ModelError(f"model_type {kind!r} is not implemented.{hint} Implemented: {', '.join(sorted(families()))}.")

@@ -5,8 +5,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxft.models.dense import (
-    FULL, SLIDING, DenseConfig, check_window, read_layer_types, read_rope, read_sizes, with_defaults
-)  # fmt: skip
+    FULL,
+    SLIDING,
+    DenseConfig,
+    check_window,
+    read_layer_types,
+    read_rope,
+    read_sizes,
+    with_defaults,
+)
 from jaxft.nn.block import BlockShape
 from jaxft.nn.blockwise import ScoreForm
 from jaxft.nn.decoder import Decoder, DecoderShape
@@ -24,8 +31,11 @@ DEFAULTS = SHARED_DEFAULTS | {
     "max_position_embeddings": 8192, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
 }  # fmt: skip
 ONLY = {
-    "hidden_act": GELU, "hidden_activation": GELU, "use_bidirectional_attention": False, "cache_implementation": "hybrid"
-}  # fmt: skip
+    "hidden_act": GELU,
+    "hidden_activation": GELU,
+    "use_bidirectional_attention": False,
+    "cache_implementation": "hybrid",
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from jaxft.nn.decoder import Decoder, DecoderShape
 from jaxft.nn.rope import Rope
 
 MODEL_TYPES = ("gemma3_text",)
-# The nested text_config of a multimodal folder says only what differs from these.
+# transformers 4 left out of the text_config of multimodal folders what equals these.
 DEFAULTS = SHARED_DEFAULTS | {
     "vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
     "num_attention_heads": 8, "max_position_embeddings": 131072, "final_logit_softcapping": None,
@@ -29,13 +29,6 @@ class Config(GemmaConfig):
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "Config":
         """Reads `config.json` of transformers 4 or 5. Raises ModelError for fields it does not implement."""
-        if hf.get("model_type") == "gemma3":
-            raise ModelError(
-                "config.json of model_type 'gemma3' is of a model of text and images; jaxft takes the text model alone, "
-                "model_type 'gemma3_text', whose config.json is text_config and whose tensors are those of the "
-                "language model under the names model.*. transformers saves one from the whole: "
-                "AutoModelForImageTextToText.from_pretrained(...), then its language model in a Gemma3ForCausalLM."
-            )
         hf = with_defaults(hf, DEFAULTS)
         period = hf.get("sliding_window_pattern") or hf.get("_sliding_window_pattern") or 6
         used = ("sliding_window_pattern", "_sliding_window_pattern", "rope_local_base_freq")

@@ -5,8 +5,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxft.models.dense import (
-    FULL, SLIDING, DenseConfig, check_window, read_layer_types, read_rope, read_sizes, with_defaults
-)  # fmt: skip
+    FULL,
+    SLIDING,
+    DenseConfig,
+    check_window,
+    read_layer_types,
+    read_rope,
+    read_sizes,
+    with_defaults,
+)
 from jaxft.nn.block import BlockShape
 from jaxft.nn.blockwise import ScoreForm
 from jaxft.nn.decoder import Decoder, DecoderShape
@@ -37,9 +44,7 @@ class WindowedConfig(DenseConfig):
         """Pre-norm layers that differ in their windows alone. attention: as for DenseConfig.attention."""
         norm, mlp = NormShape(eps=self.rms_norm_eps), self.mlp()
         blocks = {
-            kind: BlockShape(
-                attention=self.attention(form=ScoreForm(window=window), **attention), mlp=mlp, norm=norm
-            )
+            kind: BlockShape(attention=self.attention(form=ScoreForm(window=window), **attention), mlp=mlp, norm=norm)
             for kind, window in ((SLIDING, self.sliding_window), (FULL, None))
         }
         return DecoderShape(layers=tuple(blocks[kind] for kind in self.layer_types), ropes=(self.rope,), norm=norm)

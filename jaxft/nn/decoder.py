@@ -134,8 +134,6 @@ class Decoder(nnx.Module):
         shapes = [group.self_attn.shape for group in self.layers]
         counts = [len(group) for group in stack.group_layers(self.segments)]
         return tuple(
-            kv.empty(
-                count, batch, min(length, shape.form.window or length), shape.kv_heads, shape.head_dim, self.dtype
-            )
+            kv.empty(count, batch, min(length, shape.form.window or length), shape.kv_heads, shape.head_dim, self.dtype)
             for count, shape in zip(counts, shapes, strict=True)
         )

@@ -193,9 +193,7 @@ def _sharpness(factor: float, mscale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def rotation(
-    rope: Rope, head_dim: int, positions_BS: jax.Array, segments_BS: jax.Array | None = None
-) -> Rotation:
+def rotation(rope: Rope, head_dim: int, positions_BS: jax.Array, segments_BS: jax.Array | None = None) -> Rotation:
     """cos and sin of every position's angles, each [B, S, F] float32.
 
     A longrope takes its long factors for all tokens of a document (a segment of a row) that in this call reaches

@@ -21,8 +21,8 @@ from jaxft.errors import ExportError
 from jaxft.sharding.mesh import make_mesh_plan
 
 GGUF_NAME = "model.gguf"
-# Parameters up to which the logits are compared as well, which needs the model in memory.
-LOGITS_LIMIT = 1_500_000_000
+# Parameters up to which the logits are compared as well: the model is then in memory three times in float32.
+LOGITS_LIMIT = 300_000_000
 
 
 @dataclass(frozen=True, kw_only=True)

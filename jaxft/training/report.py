@@ -160,7 +160,7 @@ def _tiles(config: Row, rows: Sequence[Row], scores: Row) -> list[dict[str, str]
     if _is_number(scores.get("eval_loss_before")):
         at_first = f"{scores['eval_loss_before']:.3f} before training"
     ends = [_score_value(scores[key]) if isinstance(scores.get(key), Mapping) else "—" for key in ("base", "tuned")]
-    batch = f"{train['batch_size']} sequences each" if "batch_size" in train else ""
+    batch = f"sequences in each: {train['batch_size']}" if "batch_size" in train else ""
     tiles = [
         (
             "Score before → after",
@@ -219,6 +219,9 @@ def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
     return texts | {"correct": sample.get("correct")}
 
 
+HELD_OUT = ("rows", "tokens", "trained_tokens", "truncated", "dropped")
+
+
 def _data_facts(data: Row) -> list[tuple[str, str]]:
     """Label and text of every count in data.json, known or not, so that no finding is lost."""
     facts = []
@@ -226,10 +229,15 @@ def _data_facts(data: Row) -> list[tuple[str, str]]:
         label = key.replace("_", " ").capitalize()
         if key == "trained_tokens" and _is_number(value) and _is_number(data.get("tokens")) and data["tokens"] > 0:
             facts.append((label, f"{value:,} ({value / data['tokens']:.1%} of all tokens)"))
+        elif key == "fill" and _is_number(value):
+            facts.append((label, f"{value:.1%} of the sequences' tokens"))
         elif _is_number(value):
             facts.append((label, f"{value:,}"))
         elif isinstance(value, str):
             facts.append((label, value))
+        elif key == "eval" and isinstance(value, Mapping):
+            counted = {k: v for k, v in value.items() if _is_number(v) and k in HELD_OUT}
+            facts.append(("Held out", ", ".join(f"{k.replace('_', ' ')}: {v:,}" for k, v in counted.items())))
         elif isinstance(value, Mapping) and value:
             facts.append((label, ", ".join(f"{k}: {v:,}" if _is_number(v) else f"{k}: {v}" for k, v in value.items())))
     return facts

@@ -12,7 +12,17 @@ from safetensors.numpy import save_file
 
 from jaxft import models
 from jaxft.adapters.attach import adapters, merge
-from jaxft.checkpoint.hf import hf_tensors, load_weights, placed_tensors, read_json, write_config, write_weights
+from jaxft.checkpoint import hf
+from jaxft.checkpoint.hf import (
+    copy_into,
+    hf_tensors,
+    load_weights,
+    placed_tensors,
+    read_blocks,
+    read_json,
+    write_config,
+    write_weights,
+)
 from jaxft.checkpoint.load import load_model, shardings_by_path
 from jaxft.checkpoint.tensors import SafetensorsFolder
 from jaxft.config import AdapterConfig, MeshConfig
@@ -174,6 +184,44 @@ def test_loading_onto_eight_devices_reads_once_and_equals_one_device(tiny_llama,
             np.testing.assert_array_equal(shard.data, np.asarray(one[path])[shard.index])
     for name, sizes in source.sizes.items():
         assert sizes == [source.specs()[name].size], f"{name} is read more than once"
+
+
+def test_a_process_reads_no_further_than_what_its_devices_hold(tiny_llama):
+    folder = tiny_llama("plain")
+    source = Watched(folder)
+    module = load_model(folder).module
+    path = "layers/0/mlp/up_proj/kernel"
+    whole = np.asarray(flatten(nnx.state(module))[0][path])
+    layers, inputs, outputs = whole.shape
+    # Two neighbours of four devices that split the inputs, and one layer fewer than there are.
+    quarter = inputs // 4
+    cuts = [((1, layers), (i * quarter, (i + 1) * quarter), (0, outputs)) for i in (1, 2)]
+    blocks = read_blocks(placed_tensors(module)[path], source, whole.dtype, cuts)
+    for cut, block in blocks.items():
+        np.testing.assert_array_equal(block, whole[tuple(slice(*axis) for axis in cut)])
+    assert list(source.sizes.values()) == [[2 * quarter * outputs]] * (layers - 1)
+
+
+def test_export_in_parts_gathers_nothing_and_keeps_no_host_copy(tiny_llama, monkeypatch, tmp_path):
+    monkeypatch.setattr(hf, "PART_BYTES", 1000)
+    folder, plan = tiny_llama("plain"), make_mesh_plan(MeshConfig(fsdp=8))
+    module = load_model(folder, mesh=plan).module
+    write_weights(module, str(tmp_path))
+    source, back = SafetensorsFolder(folder), SafetensorsFolder(tmp_path)
+    for name in source.specs():
+        np.testing.assert_array_equal(back.read(name), source.read(name), err_msg=name)
+    for path, leaf in flatten(nnx.state(module))[0].items():
+        assert leaf._npy_value is None, f"{path} holds a second copy of itself"
+
+
+@pytest.mark.parametrize("shape", [(300, 700), (3, 5), (1, 600), (7,)])
+@pytest.mark.parametrize(("before", "after"), [("float32", "bfloat16"), ("bfloat16", "bfloat16"), ("int8", "int8")])
+def test_copies_in_squares_are_plain_copies(shape, before, after):
+    values = (np.random.default_rng(0).normal(size=shape) * 50).astype(before)
+    for given in (values, values.T, values[::2]):
+        out = np.empty(given.shape, after)
+        copy_into(out, given)
+        np.testing.assert_array_equal(out, given.astype(after))
 
 
 def test_every_parameter_has_its_line_in_the_table(smoke_config):

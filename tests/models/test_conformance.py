@@ -28,7 +28,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 SMALL = {
-    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": None,
     "pad_token_id": 0,
 }  # fmt: skip
@@ -52,11 +52,11 @@ TINY = {
             "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64,
         },
     },
-    "qwen3": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1, "head_dim": 16},
+    "qwen3": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2, "head_dim": 16},
     "gemma2": {"sliding_window": 6, "head_dim": 16, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0,
                "final_logit_softcapping": 3.0},
     "gemma3_text": {
-        "sliding_window": 7, "head_dim": 16, "query_pre_attn_scalar": 24, "layer_types": [SLIDING, SLIDING, FULL],
+        "sliding_window": 7, "head_dim": 16, "query_pre_attn_scalar": 24, "layer_types": [SLIDING, FULL] * 2,
         "rope_parameters": {
             FULL: {"rope_type": "linear", "rope_theta": 1000.0, "factor": 8.0},
             SLIDING: {"rope_type": "default", "rope_theta": 100.0},

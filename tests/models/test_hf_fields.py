@@ -123,3 +123,68 @@ def test_an_unknown_family_lists_those_that_exist():
         models.config_from_hf(LLAMA | {"model_type": "lama"})
     with pytest.raises(ModelError, match="model_type None"):
         models.config_from_hf({})
+
+
+@pytest.mark.parametrize(("part", "word"), [("gemma3_text", "is implemented"), ("gemma9_text", "is not implemented")])
+def test_a_model_of_more_than_text_is_refused_and_its_text_model_named(part, word):
+    with pytest.raises(ModelError, match=f"'gemma3' takes more than text.*text model, model_type '{part}', {word}"):
+        models.config_from_hf({"model_type": "gemma3", "text_config": {"model_type": part}, "vision_config": {}})
+
+
+SHARED = {k: v for k, v in LLAMA.items() if k != "model_type"}
+PHI_CODE = {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
+LONGROPE = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        ("mistral", {"sliding_window": 0}, "sliding_window=0: a window is a whole number"),
+        ("mistral", {"attention_bias": True}, r"attention_bias=True \(unknown\)"),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "sliding_window": 0, "max_window_layers": 1},
+            "sliding_window=0: a window",
+        ),
+        ("qwen2", {"layer_types": ["full_attention"]}, "each of num_hidden_layers=3 layers, got 1"),
+        ("qwen3", {"layer_types": ["full_attention"] * 2 + ["ring"]}, "got 3 with ring"),
+        ("qwen3", {"layer_types": ["sliding_attention"] * 3}, "sliding_window=None: a window"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+        ("gemma2", {"hidden_activation": "gelu"}, "hidden_activation='gelu'"),
+        ("gemma2", {"sliding_window": None}, "sliding_window=None: a window"),
+        ("gemma3_text", {"attn_logit_softcapping": 30.0}, "attn_logit_softcapping=30.0"),
+        (
+            "gemma3_text",
+            {"rope_parameters": {"rope_theta": 1e6}},
+            r"nested by kind of layer; unknown: \['rope_theta'\]",
+        ),
+        ("phi3", {"rope_scaling": LONGROPE | {"short_factor": [1.0]}}, "short_factor has 1 numbers; 8 turned.* need 4"),
+        (
+            "phi3",
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            "'linear' is not implemented for model_type 'phi3'",
+        ),
+        ("phi3", {"partial_rotary_factor": 0.4}, "partial_rotary_factor=0.4 of head_dim=8 is 3"),
+        ("phi3", {"resid_pdrop": 0.1}, "resid_pdrop=0.1"),
+        ("phi3", {"auto_map": PHI_CODE | {"AutoModel": "other.Phi3"}}, "auto_map="),
+        ("olmo2", {"clip_qkv": 8.0}, r"clip_qkv=8.0 \(unknown\)"),
+    ],
+)
+def test_what_a_family_does_not_do_is_refused_by_name(kind, fields, message):
+    with pytest.raises(ModelError, match=message):
+        models.config_from_hf(SHARED | {"model_type": kind, "head_dim": 8} | fields)
+
+
+def test_gemma3_of_a_multimodal_folder_says_only_what_differs():
+    nested = {
+        "hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024,
+    }  # fmt: skip
+    assert models.parameter_count(models.abstract_model(models.config_from_hf(nested))) == 3_880_263_168
+
+
+def test_phi_takes_its_own_authors_code_for_what_it_implements():
+    hf = SHARED | {"model_type": "phi3", "rope_scaling": LONGROPE, "original_max_position_embeddings": 64}
+    assert models.config_from_hf(hf | {"auto_map": PHI_CODE}) == models.config_from_hf(hf)
+    renamed = [models.config_from_hf(hf | {"rope_scaling": LONGROPE | {"type": name}}) for name in ("su", "yarn")]
+    assert renamed == [models.config_from_hf(hf)] * 2

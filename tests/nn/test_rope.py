@@ -29,6 +29,52 @@ def test_frequencies_equal_transformers(rope, head_dim):
     np.testing.assert_allclose(rope.frequencies(head_dim), expected, rtol=2e-6)
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
+LONG = {"rope_type": "longrope", "original_max_position_embeddings": 4096}
+
+
+@pytest.mark.parametrize("long", [False, True])
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        YARN,
+        YARN | {"beta_fast": 16.0, "beta_slow": 2.0, "truncate": False},
+        YARN | {"attention_factor": 1.25},
+        YARN | {"mscale": 0.7, "mscale_all_dim": 1.1},
+        {k: v for k, v in YARN.items() if k != "original_max_position_embeddings"} | {"partial_rotary_factor": 0.5},
+        LONG,
+        LONG | {"partial_rotary_factor": 0.75},
+        LONG | {"factor": 2.0},
+        LONG | {"attention_factor": 1.5},
+    ],
+    ids=str,
+)
+def test_scalings_with_a_magnitude_equal_transformers(scaling, long):
+    pytest.importorskip("torch")
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    head_dim, kind = 64, scaling["rope_type"]
+    if kind == "longrope":
+        turned = int(head_dim * scaling.get("partial_rotary_factor", 1.0)) // 2
+        scaling = scaling | {"short_factor": [1.0 + i / 7 for i in range(turned)], "long_factor": [2.0] * turned}
+    hf = {"max_position_embeddings": 16384, "rope_parameters": {"rope_theta": 10000.0} | scaling}
+    config = LlamaConfig(hidden_size=head_dim, num_attention_heads=1, **hf)
+    length = 5000 if long else None
+    expected, magnitude = ROPE_INIT_FUNCTIONS[kind](config, seq_len=length)
+    rope = Rope.from_hf(hf)
+    np.testing.assert_allclose(rope.frequencies(head_dim, long=long), expected.numpy(), rtol=2e-6)
+    assert rope.magnitude == pytest.approx(magnitude, rel=1e-6)
+    assert Rope.from_hf({"max_position_embeddings": 16384} | rope.to_hf()) == rope
+
+
+def test_a_partial_rotation_leaves_the_rest_of_the_head():
+    x = jax.random.normal(jax.random.key(0), (1, 5, 2, 16))
+    half = turned(x, jnp.arange(5)[None], Rope(partial_rotary_factor=0.5))
+    np.testing.assert_array_equal(half[..., 8:], x[..., 8:])
+    np.testing.assert_allclose(half[..., :8], turned(x[..., :8], jnp.arange(5)[None]), rtol=1e-6)
+
+
 def test_llama3_scaling_keeps_short_waves_and_slows_long_ones():
     plain, scaled = Rope(theta=5e5).frequencies(128), LLAMA3.frequencies(128)
     wavelength = 2 * np.pi / plain
