@@ -96,7 +96,7 @@ def measure(arguments: argparse.Namespace, who: str) -> dict[str, Any]:
     command = [sys.executable, __file__, f"--model={arguments.model}", f"--only={who}", f"--batch={arguments.batch}"]
     command += [f"--length={arguments.length}", f"--steps={arguments.steps}", f"--loss={arguments.loss}"]
     command += [f"--remat={arguments.remat}"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
@@ -130,9 +130,8 @@ def main() -> None:
     rate = {who: statistics.median(one["rate"] for one in each) for who, each in found.items()}
     peak = {who: max(one["peak_bytes"] for one in each) for who, each in found.items()}
     ratio, memory = rate["jaxft"] / rate["peft"], peak["jaxft"] / peak["peft"]
-    print(
-        f"jaxft / peft: {ratio:.2f}x the rate at {memory:.2f}x the memory (remat={arguments.remat}, loss={arguments.loss})"
-    )
+    print(f"jaxft / peft: {ratio:.2f}x the rate at {memory:.2f}x the memory")
+    print(f"remat={arguments.remat}, loss={arguments.loss}, batch {arguments.batch} x {arguments.length}")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,9 @@ def start(folder: Path, cache: Path) -> subprocess.Popen:
     env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
     env.pop("XLA_FLAGS", None)
     root = Path(__file__).parents[2]
-    return subprocess.Popen(command(folder), cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command(folder), cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def finish(folder: Path, cache: Path) -> str:
