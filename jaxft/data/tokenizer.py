@@ -18,7 +18,7 @@ HUB = "hf://"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 # Where a run folder keeps its exported tokenizer.
-EXPORTS = ("merged", "adapter")
+EXPORTS = ("merged", "model", "adapter")
 # Files beside a SentencePiece model that say how it is to be used.
 COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 
@@ -112,6 +112,17 @@ class Tokenizer:
             roles = ", ".join(str(m.get("role")) for m in messages)
             raise DataError(f"the chat template refuses these messages ({roles}): {error}") from error
 
+    def generation_config(self, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """generation_config.json for a model with this tokenizer: every token that ended an answer in training
+        ends one in serving. given: further fields to keep."""
+        stops = sorted(self.stop_ids)
+        return {
+            **(given or {}),
+            **({"bos_token_id": self.bos_id} if self.bos_id is not None else {}),
+            **({"eos_token_id": stops[0] if len(stops) == 1 else stops} if stops else {}),
+            "pad_token_id": self.pad_id,
+        }
+
     def save(self, folder: str | os.PathLike[str]) -> list[str]:
         """Write files that `AutoTokenizer.from_pretrained(folder)` reads back; returns their names."""
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -125,7 +136,7 @@ def load_tokenizer(
     """The tokenizer of a model.
 
     path: Hugging Face folder, `tokenizer.model` file or folder with one, GGUF file, run or PEFT
-    folder, or `hf://owner/name` (through the transformers cache; HF_HUB_OFFLINE is honoured).
+    folder, or `hf://owner/name[@revision]` (through the transformers cache; HF_HUB_OFFLINE is honoured).
     revision: branch, tag or commit of an hf:// path.
     chat_template: path of a Jinja file, or Jinja text, that replaces the tokenizer's own.
     Raises ModelError where there is no tokenizer, or it needs code from its own folder.
@@ -180,7 +191,10 @@ def _load_named_base(folder: Path) -> tuple[Any, list[int]]:
 def _load_hub(path: str, revision: str | None) -> tuple[Any, list[int]]:
     from transformers.utils import cached_file
 
-    repo = path.removeprefix(HUB).strip("/")
+    repo, _, pinned = path.removeprefix(HUB).strip("/").partition("@")
+    if pinned and revision and pinned != revision:
+        raise ModelError(f"{path} names the revision {pinned!r}, but {revision!r} is asked for")
+    revision = pinned or revision
 
     def read(name: str) -> dict[str, Any]:
         found = cached_file(

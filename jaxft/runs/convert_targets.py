@@ -124,16 +124,7 @@ def _write_companions(target: Target) -> None:
 
 
 def _generation(target: Target) -> dict[str, Any] | None:
-    tokenizer = target.tokenizer
-    if tokenizer is None:
-        return target.generation
-    stops = sorted(tokenizer.stop_ids)
-    return {
-        **(target.generation or {}),
-        **({"bos_token_id": tokenizer.bos_id} if tokenizer.bos_id is not None else {}),
-        **({"eos_token_id": stops[0] if len(stops) == 1 else stops} if stops else {}),
-        "pad_token_id": tokenizer.pad_id,
-    }
+    return target.generation if target.tokenizer is None else target.tokenizer.generation_config(target.generation)
 
 
 def _compare(written: TensorSource, tensors: Mapping[str, LazyTensor]) -> None:

@@ -102,20 +102,10 @@ def write(
         stored = "float32"
     else:
         hf.write_weights(loaded.module, str(target), dtype=stored)
-        hf.write_config(str(target), loaded.hf_config, dtype=stored, generation=_generation(loaded, tokenizer))
+        generation = tokenizer.generation_config(loaded.generation)
+        hf.write_config(str(target), loaded.hf_config, dtype=stored, generation=generation)
     tokenizer.save(target)
     return check_export(loaded, str(target), stored=stored)
-
-
-def _generation(loaded: LoadedModel, tokenizer: Tokenizer) -> dict[str, Any]:
-    # Every token that ended an answer in training ends one in serving.
-    stops = sorted(tokenizer.stop_ids)
-    return {
-        **(loaded.generation or {}),
-        **({"bos_token_id": tokenizer.bos_id} if tokenizer.bos_id is not None else {}),
-        **({"eos_token_id": stops[0] if len(stops) == 1 else stops} if stops else {}),
-        "pad_token_id": tokenizer.pad_id,
-    }
 
 
 def _said(checks: tuple[Check, ...]) -> str:

@@ -55,8 +55,6 @@ def convert(gguf: str, folder: Path) -> None:
     beside.mkdir(parents=True)
     loaded, tokenizer = load_model(gguf), load_tokenizer(gguf)
     hf.write_weights(loaded.module, str(beside))
-    stops = sorted(tokenizer.stop_ids)
-    generation = {"eos_token_id": stops[0] if len(stops) == 1 else stops, "pad_token_id": tokenizer.pad_id}
-    hf.write_config(str(beside), loaded.hf_config, dtype="float32", generation=generation)
+    hf.write_config(str(beside), loaded.hf_config, dtype="float32", generation=tokenizer.generation_config())
     tokenizer.save(beside)
     os.replace(beside, folder)
