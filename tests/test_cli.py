@@ -11,6 +11,14 @@ from jaxft import cli
 CONFIG = "--config=configs/quickstart.py:smoke"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_process():
+    """jax.distributed starts before any device is used, and pytest has used them; tests/runs/test_kill.py starts it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jaxft.sharding.distributed.start", lambda *a: True)
+        yield
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A finished smoke run: (its folder, what --json printed)."""
@@ -18,7 +26,6 @@ def run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         printed = []
         patch.setattr("builtins.print", lambda *a, **k: printed.append(a[0]) if k.get("file") is None else None)
-        patch.setattr("jaxft.sharding.distributed.start", lambda *a: True)  # pytest has used the devices already
         code = cli.main(["train", CONFIG, f"--config.output_dir={folder}", "--json"])
     assert code == 0
     assert len(printed) == 1, "standard output must hold the JSON alone"
@@ -112,8 +119,7 @@ def test_data_shows_the_examination(capsys):
         (["generate", "--model=no/such/model", "--prompt=x"], "no/such/model"),
     ],
 )
-def test_refusals_exit_with_2_and_say_why(arguments, said, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr("jaxft.sharding.distributed.start", lambda *a: True)
+def test_refusals_exit_with_2_and_say_why(arguments, said, capsys, tmp_path):
     extra = [f"--config.output_dir={tmp_path / 'r'}"] if arguments[0] == "train" else []
     assert cli.main([*arguments[:2], *extra, *arguments[2:]] if extra else arguments) == 2
     assert said in capsys.readouterr().err
