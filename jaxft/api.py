@@ -1,6 +1,6 @@
 """The public functions: what the commands and the notebooks call."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxft import config as config_module
@@ -31,16 +31,33 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    stop: str | Sequence[str] = (),
     seed: int = 0,
     slots: int = 32,
+    on_text: Callable[[int, str], None] | None = None,
 ) -> list[str]:
     """The answer to each prompt, without the prompt and without special tokens.
 
     prompts: plain text, continued as it is, or lists of chat messages, rendered by the chat template.
-    temperature: 0 is greedy. slots: prompts decoded side by side.
+    temperature: 0 is greedy. min_p: rules out tokens less than so many times as likely as the likeliest.
+    repetition_penalty: above 1, tokens of prompt and answer become less likely. stop: texts that end an answer
+    and are cut off it. slots: prompts decoded side by side. on_text: called with (prompt's number, piece)
+    whenever an answer has grown. Raises ConfigError for a setting out of its bounds, DataError for a prompt
+    that the model cannot take.
     """
     from jaxft.generation import Sampling, generate_text
 
-    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    done = generate_text(model.module, tokenizer, list(prompts), sampling=sampling, slots=slots)
+    sampling = Sampling(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+    )
+    done = generate_text(model.module, tokenizer, list(prompts), sampling=sampling, slots=slots, on_text=on_text)
     return [answer.text for answer in done]

@@ -93,19 +93,32 @@ def _generate(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     if arguments.chat:
         system = [{"role": "system", "content": arguments.system}] if arguments.system else []
         prompts = [[*system, {"role": "user", "content": prompt}] for prompt in prompts]
-    answers = api.generate(
-        model,
-        tokenizer,
-        prompts,
-        max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        seed=arguments.seed,
-    )
+    # Someone who watches sees the text while it comes.
+    watched = len(prompts) == 1 and not arguments.json and sys.stdout.isatty()
+    show = (lambda row, piece: print(piece, end="", flush=True)) if watched else None
+    answers = api.generate(model, tokenizer, prompts, **_sampling(arguments), on_text=show)
     if not arguments.json:
-        print("\n---\n".join(answers))
+        print("" if watched else "\n---\n".join(answers))
     return {"answers": answers}
+
+
+def _chat(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
+    from jaxft import api
+    from jaxft.generation import Sampling
+    from jaxft.runs import chat as chats
+
+    sampling = Sampling(**_sampling(arguments))
+    tokenizer = api.load_tokenizer(arguments.model, chat_template=arguments.chat_template)
+    chats.check(tokenizer, arguments.system)
+    module = api.load_model(arguments.model, dtype=arguments.dtype).module
+    chat = chats.Chat(model=module, tokenizer=tokenizer, sampling=sampling, system=arguments.system)
+    chats.converse(chat, *chats.terminal(sys.stderr if arguments.json else sys.stdout))
+    return {"messages": chat.messages}
+
+
+def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    return {name: getattr(arguments, name) for name in names} | {"stop": tuple(arguments.stop)}
 
 
 def _eval(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
@@ -237,12 +250,13 @@ def _parser() -> argparse.ArgumentParser:
     option("--prompt", action="append", default=[], help="once per prompt; standard input where there is none")
     option("--chat", action="store_true", help="render each prompt as a user message by the chat template")
     option("--system", help="system message, with --chat")
-    option("--max_new_tokens", type=int, default=128)
-    option("--temperature", type=float, default=0.0, help="0 is greedy")
-    option("--top_k", type=int)
-    option("--top_p", type=float)
-    option("--seed", type=int, default=0)
-    option("--dtype", default="float32", choices=("float32", "bfloat16"))
+    _sampling_options(option, max_new_tokens=128)
+
+    option = verb("chat", _chat, "talk with a model on the terminal")
+    option("--model", required=True, **model)
+    option("--system", help="system message")
+    option("--chat_template", metavar="FILE", help="a Jinja file in place of the tokenizer's own template")
+    _sampling_options(option, max_new_tokens=512)
 
     option = verb("eval", _eval, "held-out loss, perplexity and score by generation")
     option("--run", metavar="FOLDER", help="a run folder: its tuned model on its held-out rows")
@@ -267,6 +281,18 @@ def _parser() -> argparse.ArgumentParser:
     option("--shard_size", type=_bytes, default="5GB", metavar="SIZE", help="of safetensors files, such as 5GB")
     option("--revision", help="branch, tag or commit of an hf:// source")
     return parser
+
+
+def _sampling_options(option: Callable[..., Any], *, max_new_tokens: int) -> None:
+    option("--max_new_tokens", type=int, default=max_new_tokens)
+    option("--temperature", type=float, default=0.0, help="0 is greedy")
+    option("--top_k", type=int, help="draw from the K likeliest tokens")
+    option("--top_p", type=float, help="draw from the fewest tokens that have this probability together")
+    option("--min_p", type=float, help="draw from tokens at least this many times as likely as the likeliest")
+    option("--repetition_penalty", type=float, default=1.0, help="above 1, tokens that were there become less likely")
+    option("--stop", action="append", default=[], metavar="TEXT", help="ends an answer and is cut off; once per text")
+    option("--seed", type=int, default=0)
+    option("--dtype", default="float32", choices=("float32", "bfloat16"))
 
 
 if __name__ == "__main__":

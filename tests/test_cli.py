@@ -93,6 +93,37 @@ def test_generate_chat_and_batch(run, capsys):
     assert json.loads(capsys.readouterr().out)["answers"] == drawn
 
 
+def test_generate_streams_a_single_answer_to_a_terminal(run, capsys, monkeypatch):
+    folder, _ = run
+    command = ["generate", f"--model={folder}", "--prompt=one", "--max_new_tokens=5", "--temperature=1.0"]
+    assert cli.main(command) == 0
+    at_once = capsys.readouterr().out
+    pieces = []
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setattr("builtins.print", lambda text, **options: pieces.append(text + options.get("end", "\n")))
+    assert cli.main(command) == 0
+    assert len(pieces) > 2 and "".join(pieces) == at_once
+
+
+def test_generate_takes_every_setting_of_sampling(run, capsys):
+    folder, _ = run
+    model, tokenizer = jaxft.load_model(str(folder)), jaxft.load_tokenizer(str(folder))
+    plain = jaxft.generate(model, tokenizer, ["one"], max_new_tokens=12)
+    command = ["generate", f"--model={folder}", "--prompt=one", "--max_new_tokens=12", "--json"]
+
+    def answers(*options):
+        assert cli.main([*command, *options]) == 0
+        return json.loads(capsys.readouterr().out)["answers"]
+
+    assert answers() == plain
+    # Nothing but the likeliest token is as likely as itself.
+    assert answers("--temperature=5.0", "--min_p=0.999999") == plain
+    assert answers("--repetition_penalty=1000.0") != plain
+    cut = plain[0][1]
+    assert answers(f"--stop={cut}", "--stop=never said") == [plain[0][: plain[0].index(cut)]]
+    assert jaxft.generate(model, tokenizer, ["one"], max_new_tokens=12, stop=cut) == answers(f"--stop={cut}")
+
+
 def test_data_shows_the_examination(capsys):
     assert cli.main(["data", CONFIG, "--rows=1"]) == 0
     out = capsys.readouterr().out
@@ -117,6 +148,7 @@ def test_data_shows_the_examination(capsys):
         (["eval"], "either --run=FOLDER or --config=FILE"),
         (["export", "--to=x"], "either --run=FOLDER or --model=PATH"),
         (["generate", "--model=no/such/model", "--prompt=x"], "no/such/model"),
+        (["chat", "--model=no/such/model"], "no/such/model"),
     ],
 )
 def test_refusals_exit_with_2_and_say_why(arguments, said, capsys, tmp_path):

@@ -118,7 +118,7 @@ def write_config(
 
 def hf_shape(placed: Placed, piece: Piece, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of one Hugging Face tensor of our parameter of shape `shape`."""
-    return placed.transform.hf_shape(shape if piece.layer is None else shape[1:])
+    return placed.transform.hf_shape(shape[len(piece.at) :])
 
 
 def _tied_copy(name: str, expected: Mapping[str, Any], source: TensorSource) -> bool:
@@ -164,7 +164,8 @@ def read_blocks(
         values = placed.transform.from_hf(source.read(piece.hf, index))
         for cut, inner in inside.items():
             part = values[tuple(slice(a - low, b - low) for (a, b), (low, _) in zip(inner, hull, strict=True))]
-            copy_into(blocks[cut] if piece.layer is None else blocks[cut][piece.layer - cut[0][0]], part)
+            inside_block = tuple(at - start for at, (start, _) in zip(piece.at, cut, strict=False))
+            copy_into(blocks[cut][inside_block], part)
     return blocks
 
 
@@ -174,9 +175,8 @@ def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> Bounds:
 
 def _in_piece(cut: Bounds, piece: Piece) -> Bounds | None:
     """The part of a piece that a block wants, None where it wants nothing of it."""
-    if piece.layer is None:
-        return cut
-    return cut[1:] if cut[0][0] <= piece.layer < cut[0][1] else None
+    leading = zip(piece.at, cut, strict=False)
+    return cut[len(piece.at) :] if all(start <= at < stop for at, (start, stop) in leading) else None
 
 
 def copy_into(out: np.ndarray, values: np.ndarray) -> None:
@@ -215,8 +215,8 @@ def _parts(leaf: jax.Array, piece: Piece, *, whole: bool) -> Iterator[tuple[tupl
 
     They are cut along an axis that lies whole on every device, so that none is gathered for it.
     """
-    if piece.layer is not None:
-        yield (slice(None),) * (leaf.ndim - 1), leaf[piece.layer]
+    if piece.at:
+        yield (slice(None),) * (leaf.ndim - len(piece.at)), leaf[piece.at]
         return
     local = leaf.sharding.shard_shape(leaf.shape)
     axis = next((i for i, size in enumerate(leaf.shape) if local[i] == size and size > 1), None)

@@ -86,8 +86,7 @@ class OrbaxFolder:
         cuts = tuple(slice(*cut) for cut in block_bounds(self._specs[name].shape, index))
         # A transform that turns axes around turns an index back in the same way.
         inner = placed.transform.hf_index(cuts)
-        where = inner if piece.layer is None else (piece.layer, *inner)
-        return placed.transform.to_hf(self._store(placed.path)[where].read().result())
+        return placed.transform.to_hf(self._store(placed.path)[(*piece.at, *inner)].read().result())
 
     def _metadata(self, path: str) -> tuple[tuple[int, ...], np.dtype]:
         file = os.path.join(self.path, PARAMS, _folder_of(path), ".zarray")

@@ -147,7 +147,7 @@ def _copies_of_base(model: nnx.Module, table: Mapping[str, Any], source: Safeten
         for piece in placed.pieces:
             key = f"{PREFIX}{piece.hf.removesuffix('.weight')}.base_layer.weight"
             if key in source.specs():
-                leaf = leaves[path] if piece.layer is None else leaves[path][piece.layer]
+                leaf = leaves[path][piece.at]
                 if np.array_equal(placed.transform.from_hf(source.read(key)).astype(leaf.dtype), np.asarray(leaf)):
                     out.add(key)
     return out

@@ -13,6 +13,7 @@ from jaxft.nn.block import NORMS, BlockShape
 from jaxft.nn.blockwise import PLAIN, ScoreForm
 from jaxft.nn.decoder import DecoderShape
 from jaxft.nn.mlp import MLPShape
+from jaxft.nn.moe import MoEShape
 from jaxft.nn.norm import NormShape
 from jaxft.nn.rope import Rope
 
@@ -68,7 +69,7 @@ class DenseConfig:
             width=self.hidden_size, hidden=self.intermediate_size, activation=activation, use_bias=bias, fused=fused
         )
 
-    def alike(self, attention: AttentionShape, mlp: MLPShape, *, norms: str = "before") -> DecoderShape:
+    def alike(self, attention: AttentionShape, mlp: MLPShape | MoEShape, *, norms: str = "before") -> DecoderShape:
         """A decoder all of whose layers are equal."""
         norm = NormShape(eps=self.rms_norm_eps)
         block = BlockShape(attention=attention, mlp=mlp, norm=norm, norms=norms)
@@ -81,13 +82,11 @@ class DenseConfig:
         """
         block = self.shape().layers[0]
         layer, path = "model.layers.{i}", "layers/*"
-        attention, mlp = block.attention, block.mlp
+        attention = block.attention
         projections = ("qkv_proj",) if attention.fused else ("q_proj", "k_proj", "v_proj")
-        inputs = ("gate_up_proj",) if mlp.fused else ("gate_proj", "up_proj")
         linears = {
             **dict.fromkeys((f"self_attn.{name}" for name in projections), attention.use_bias),
             "self_attn.o_proj": attention.use_output_bias,
-            **dict.fromkeys((f"mlp.{name}" for name in (*inputs, "down_proj")), mlp.use_bias),
         }
         norms = [name for name in NORMS[block.norms] if name is not None]
         norms += ["self_attn.q_norm", "self_attn.k_norm"] if attention.qk_norm else []
@@ -101,6 +100,16 @@ class DenseConfig:
                 for name, bias in linears.items()
                 for line in linear(f"{layer}.{name}", f"{path}/{name.replace('.', '/')}", bias=bias)
             ),
+            *self.mlp_tensors(block),
+        )
+
+    def mlp_tensors(self, block: BlockShape) -> tuple[TensorMap, ...]:
+        """The lines of a layer's feed-forward part."""
+        inputs = ("gate_up_proj",) if block.mlp.fused else ("gate_proj", "up_proj")
+        return tuple(
+            line
+            for name in (*inputs, "down_proj")
+            for line in linear(f"model.layers.{{i}}.mlp.{name}", f"layers/*/mlp/{name}", bias=block.mlp.use_bias)
         )
 
     def hf_fields(self) -> dict[str, Any]:

@@ -57,12 +57,13 @@ class TensorMap:
     """One line of a family's table.
 
     hf: for example `model.layers.{i}.mlp.up_proj.weight`. path: `layers/*/mlp/up_proj/kernel`, where
-    `*` is the stack that holds layer i. optional: absent in some configs of the family.
+    `*` is the stack that holds layer i. experts: how many tensors `{e}` in hf stands for in each layer.
     """
 
     hf: str
     path: str
     transform: Transform = SAME
+    experts: int | None = None
 
     @property
     def stacked(self) -> bool:
@@ -78,10 +79,18 @@ def linear(hf_module: str, path: str, *, bias: bool = False) -> tuple[TensorMap,
 
 @dataclass(frozen=True)
 class Piece:
-    """One Hugging Face tensor of one of our parameters; `layer` is its place on the leading axis."""
+    """One Hugging Face tensor of one of our parameters.
+
+    at: its place on the leading axes: () where it is the whole, (layer,) in a stack, (layer, expert) among experts.
+    """
 
     hf: str
-    layer: int | None
+    at: tuple[int, ...] = ()
+
+    @property
+    def layer(self) -> int | None:
+        """Its place in the stack, None where there is none."""
+        return self.at[0] if self.at else None
 
 
 @dataclass(frozen=True)
@@ -97,8 +106,16 @@ def place(tensors: Sequence[TensorMap], groups: Sequence[Sequence[int]]) -> Iter
     """Every parameter of a model whose stacks hold the layer numbers `groups`."""
     for line in tensors:
         if not line.stacked:
-            yield Placed(line.path, line.transform, (Piece(line.hf, None),))
+            yield Placed(line.path, line.transform, (Piece(line.hf),))
             continue
         for g, layers in enumerate(groups):
-            pieces = tuple(Piece(line.hf.format(i=i), place) for place, i in enumerate(layers))
+            pieces = tuple(piece for place, i in enumerate(layers) for piece in _pieces(line, place, i))
             yield Placed(line.path.replace("*", str(g)), line.transform, pieces)
+
+
+def _pieces(line: TensorMap, place: int, layer: int) -> Iterator[Piece]:
+    if line.experts is None:
+        yield Piece(line.hf.format(i=layer), (place,))
+        return
+    for e in range(line.experts):
+        yield Piece(line.hf.format(i=layer, e=e), (place, e))

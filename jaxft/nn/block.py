@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxft.nn.attention import Attention, AttentionShape, Tokens
 from jaxft.nn.cache import LayerCache
 from jaxft.nn.mlp import GatedMLP, MLPShape
+from jaxft.nn.moe import MoE, MoEShape
 from jaxft.nn.norm import NormShape, RMSNorm
 
 # Names of the norms as Hugging Face has them: before attention, after it, before the feed-forward, after it.
@@ -30,7 +31,7 @@ class BlockShape:
     """What one layer is. norms: where the stream is normalised, a key of NORMS."""
 
     attention: AttentionShape
-    mlp: MLPShape
+    mlp: MLPShape | MoEShape
     norm: NormShape
     norms: Literal["before", "after", "around"] = "before"
 
@@ -46,7 +47,8 @@ class Block(nnx.Module):
         for name in filter(None, self.norms):
             setattr(self, name, RMSNorm(shape.attention.width, shape.norm, **types))
         self.self_attn = Attention(shape.attention, shape.norm, stddev=stddev, rngs=rngs, **types)
-        self.mlp = GatedMLP(shape.mlp, stddev=stddev, rngs=rngs, **types)
+        feed_forward = MoE if isinstance(shape.mlp, MoEShape) else GatedMLP
+        self.mlp = feed_forward(shape.mlp, stddev=stddev, rngs=rngs, **types)
 
     def __call__(
         self,

@@ -61,7 +61,7 @@ def test_gradients_equal_torch(tiny_llama, torch_llama, variant):
     grads = flatten(grads)[0]
     for path, placed in placed_tensors(module).items():
         for piece in placed.pieces:
-            part = np.asarray(grads[path] if piece.layer is None else grads[path][piece.layer])
+            part = np.asarray(grads[path][piece.at])
             np.testing.assert_allclose(
                 placed.transform.to_hf(part), expected[piece.hf], rtol=0, atol=1e-4, err_msg=piece.hf
             )

@@ -248,7 +248,7 @@ def test_two_steps_of_full_fine_tuning_equal_torch(tiny_llama, torch_llama):
     trainable = flatten(state.trainable)[0]
     for path, placed in placed_tensors(module).items():
         for piece in placed.pieces:
-            part = np.asarray(trainable[path] if piece.layer is None else trainable[path][piece.layer])
+            part = np.asarray(trainable[path][piece.at])
             np.testing.assert_allclose(
                 placed.transform.to_hf(part), expected[piece.hf], rtol=0, atol=1e-5, err_msg=piece.hf
             )

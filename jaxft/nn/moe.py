@@ -1,0 +1,114 @@
+"""Mixture of experts: every token is fed forward by the few experts that its router picks (arXiv:1701.06538)."""
+
+# B batch, S sequence, D model, F inner, E experts, K experts of one token, M tokens of the batch, R rows (M * K)
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxft.nn.mlp import ACTIVATIONS
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEShape:
+    """Sizes and switches of a layer of experts, each a gated feed-forward of `hidden` inner units.
+
+    chosen: how many experts take each token. renormalise: whether the chosen probabilities are scaled to sum to one.
+    """
+
+    width: int
+    hidden: int
+    experts: int
+    chosen: int
+    renormalise: bool
+    activation: str = "silu"
+
+
+class Routes(NamedTuple):
+    """Where tokens go. weights_MK: float32, what each expert's answer counts. experts_MK: int32, best first."""
+
+    weights_MK: jax.Array
+    experts_MK: jax.Array
+
+
+def route(logits_ME: jax.Array, shape: MoEShape) -> Routes:
+    """The most probable experts of each token, the softmax being over all of them."""
+    weights_MK, experts_MK = jax.lax.top_k(jax.nn.softmax(logits_ME, axis=-1), shape.chosen)
+    if shape.renormalise:
+        weights_MK = weights_MK / weights_MK.sum(axis=-1, keepdims=True)
+    return Routes(weights_MK, experts_MK)
+
+
+class Router(nnx.Module):
+    """`x @ kernel`, float32 whatever the type of computation: close calls between experts must not be rounded away.
+
+    kernel: [D, E]. Not a Linear, so that no adapter is attached to it.
+    """
+
+    def __init__(
+        self, shape: MoEShape, *, stddev: float, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs
+    ) -> None:
+        size = (shape.width, shape.experts)
+        self.kernel = nnx.Param(stddev * jax.random.normal(rngs.params(), size, param_dtype))
+        self.dtype = dtype
+
+    def __call__(self, x_MD: jax.Array) -> jax.Array:
+        kernel = self.kernel.get_value().astype(self.dtype)
+        return jnp.einsum("MD,DE->ME", x_MD.astype(self.dtype), kernel, preferred_element_type=jnp.float32)
+
+
+class ExpertLinear(nnx.Module):
+    """One linear map for each expert. kernel: [E, I, O], without biases."""
+
+    def __init__(
+        self, experts: int, inputs: int, outputs: int, *, stddev: float, dtype: jnp.dtype, param_dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ) -> None:  # fmt: skip
+        size = (experts, inputs, outputs)
+        self.kernel = nnx.Param(stddev * jax.random.normal(rngs.params(), size, param_dtype))
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array, sizes_E: jax.Array) -> jax.Array:
+        """x: [R, I], the rows of expert 0 first, sizes_E of them, then those of expert 1 and so on -> [R, O]."""
+        return jax.lax.ragged_dot(x.astype(self.dtype), self.kernel.get_value().astype(self.dtype), sizes_E)
+
+
+class MoE(nnx.Module):
+    """The weighted sum of what the chosen experts give; no expert has a capacity, so none drops a token.
+
+    Every token is worked on by itself: what lies beside it, padding included, changes nothing but the order of rows.
+    """
+
+    def __init__(
+        self, shape: MoEShape, *, stddev: float, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs
+    ) -> None:
+        options = {"stddev": stddev, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.shape = shape
+        self.dtype = dtype
+        self.router = Router(shape, **options)
+        self.gate_proj = ExpertLinear(shape.experts, shape.width, shape.hidden, **options)
+        self.up_proj = ExpertLinear(shape.experts, shape.width, shape.hidden, **options)
+        self.down_proj = ExpertLinear(shape.experts, shape.hidden, shape.width, **options)
+
+    def __call__(self, x_BSD: jax.Array, keys: jax.Array | None = None) -> jax.Array:
+        """`keys` is not used: nothing here is random."""
+        x_MD = x_BSD.reshape(-1, self.shape.width)
+        weights_MK, experts_MK = route(self.router(x_MD), self.shape)
+        # Kept for the backward pass: rounded otherwise when recomputed, a close call would go to another expert
+        # than the one whose results were kept.
+        experts_R = checkpoint_name(experts_MK, "dots").reshape(-1)
+        order_R = jnp.argsort(experts_R, stable=True)
+        sizes_E = jnp.bincount(experts_R, length=self.shape.experts).astype(jnp.int32)
+        rows_RD = self._experts(x_MD[order_R // self.shape.chosen], sizes_E)
+        rows_MKD = rows_RD[jnp.argsort(order_R)].reshape(*experts_MK.shape, -1)
+        y_MD = jnp.einsum("MKD,MK->MD", rows_MKD.astype(jnp.float32), weights_MK)
+        return y_MD.astype(self.dtype).reshape(x_BSD.shape)
+
+    def _experts(self, x_RD: jax.Array, sizes_E: jax.Array) -> jax.Array:
+        gate_RF = checkpoint_name(self.gate_proj(x_RD, sizes_E), "dots")
+        up_RF = checkpoint_name(self.up_proj(x_RD, sizes_E), "dots")
+        return self.down_proj(ACTIVATIONS[self.shape.activation](gate_RF) * up_RF, sizes_E)

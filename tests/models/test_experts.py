@@ -1,0 +1,118 @@
+"""What the families with experts refuse, what they take, and where their parts lie in files and on devices."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from jaxft import models
+from jaxft.adapters.attach import attach
+from jaxft.adapters.lora import LoRA, LoRASettings
+from jaxft.checkpoint.hf import hf_shape, placed_tensors, read_blocks
+from jaxft.checkpoint.load import shardings_by_path
+from jaxft.checkpoint.tensors import TensorSpec
+from jaxft.config import MeshConfig
+from jaxft.errors import ModelError
+from jaxft.sharding.mesh import make_mesh_plan
+from jaxft.trees import flatten
+
+PUBLISHED = Path(__file__).parent / "published"
+MIXTRAL, QWEN = (
+    json.loads((PUBLISHED / f"{name}.json").read_text(encoding="utf-8")) for name in ("mixtral-8x7b", "qwen3-30b-a3b")
+)
+SMALL = MIXTRAL | {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "num_local_experts": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("hf", "change", "message"),
+    [
+        (MIXTRAL, {"router_jitter_noise": 0.1}, r"router_jitter_noise=0\.1 \(only 0\.0 is implemented\)"),
+        (MIXTRAL, {"output_router_logits": True}, r"output_router_logits=True \(only False is implemented\)"),
+        (MIXTRAL, {"num_experts_per_tok": 9}, r"num_experts_per_tok=9 of 8 experts"),
+        (MIXTRAL, {"num_experts_per_tok": 0}, r"num_experts_per_tok=0 of 8 experts"),
+        (MIXTRAL, {"sliding_window": 0}, r"sliding_window=0"),
+        (QWEN, {"output_router_logits": True}, r"output_router_logits=True"),
+        (QWEN, {"decoder_sparse_step": 2}, r"decoder_sparse_step=2 \(only 1 is implemented\)"),
+        (QWEN, {"mlp_only_layers": [0, 3]}, r"mlp_only_layers=\[0, 3\] \(only \[\] is implemented\)"),
+        (QWEN, {"num_local_experts": 64}, r"num_experts=128 and num_local_experts=64 are two names of one number"),
+        (QWEN, {"num_experts": 4}, r"num_experts_per_tok=8 of 4 experts"),
+    ],
+)
+def test_what_would_be_computed_otherwise_is_refused_by_name(hf, change, message):
+    with pytest.raises(ModelError, match=message):
+        models.config_from_hf(hf | change)
+
+
+def test_both_names_of_the_number_of_experts_are_read():
+    five = {k: v for k, v in QWEN.items() if k != "num_experts"} | {"num_local_experts": 128}
+    assert models.config_from_hf(five) == models.config_from_hf(QWEN)
+
+
+@pytest.mark.parametrize(("kind", "hf"), [("mixtral", MIXTRAL), ("qwen3_moe", QWEN)])
+def test_what_is_absent_has_transformers_default(kind, hf):
+    transformers = pytest.importorskip("transformers")
+    required = {
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "model_type",
+    }  # fmt: skip
+    bare = {k: v for k, v in hf.items() if k in required}
+    theirs = transformers.AutoConfig.for_model(**bare).to_dict()
+    assert models.config_from_hf(bare) == models.config_from_hf(theirs)
+
+
+def test_experts_are_split_along_the_model_dimension():
+    plan = make_mesh_plan(MeshConfig(fsdp=8))
+    model = models.abstract_model(models.config_from_hf(MIXTRAL))
+    specs = {path: sharding.spec for path, sharding in shardings_by_path(model, plan).items()}
+    assert specs["layers/0/mlp/gate_proj/kernel"] == specs["layers/0/mlp/up_proj/kernel"] == P(None, None, "fsdp")
+    assert specs["layers/0/mlp/down_proj/kernel"] == P(None, None, None, "fsdp")
+    assert specs["layers/0/mlp/router/kernel"] == P(None, "fsdp")
+
+
+def test_all_linear_leaves_experts_and_router_alone():
+    model = models.random_model(models.config_from_hf(SMALL), seed=0)
+
+    def make(inputs, outputs, stack, key):
+        return LoRA(inputs, outputs, LoRASettings(r=2, alpha=4.0), stack=stack, key=key)
+
+    names = [f"layers/0/self_attn/{name}_proj" for name in "koqv"]
+    assert list(attach(model, ["all-linear"], make, jax.random.key(0))) == names
+    with pytest.raises(ModelError, match=r"'gate_proj' matches no linear layer"):
+        attach(model, ["gate_proj"], make, jax.random.key(0))
+
+
+class Numbered:
+    """A source whose tensors are random, and that remembers which were read."""
+
+    def __init__(self, model):
+        leaves, rng = flatten(nnx.state(model))[0], np.random.default_rng(0)
+        self.tensors = {
+            piece.hf: rng.normal(size=hf_shape(placed, piece, leaves[path].shape)).astype(np.float32)
+            for path, placed in placed_tensors(model).items()
+            for piece in placed.pieces
+        }
+        self.names = []
+
+    def specs(self):
+        return {name: TensorSpec(array.shape, array.dtype) for name, array in self.tensors.items()}
+
+    def read(self, name, index=None):
+        self.names.append(name)
+        return self.tensors[name][index or ()]
+
+
+def test_a_part_of_the_experts_reads_those_experts_only():
+    model = models.abstract_model(models.config_from_hf(SMALL))
+    source, path = Numbered(model), "layers/0/mlp/down_proj/kernel"
+    cut = ((1, 3), (2, 4), (0, 48), (8, 16))
+    block = read_blocks(placed_tensors(model)[path], source, np.dtype(np.float32), [cut])[cut]
+    names = [f"model.layers.{i}.block_sparse_moe.experts.{e}.w2.weight" for i in (1, 2) for e in (2, 3)]
+    assert source.names == names
+    expected = np.stack([source.tensors[name].T[:, 8:16] for name in names]).reshape(block.shape)
+    np.testing.assert_array_equal(block, expected)
