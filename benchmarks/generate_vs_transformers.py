@@ -35,7 +35,8 @@ def prompts(model: str, batch: int) -> list[list[int]]:
         sys.exit(f"{DATA} has {len(chats)} rows: --batch can be at most that")
     rows = [tokenizer.encode(tokenizer.render(chat, add_generation_prompt=True)) for chat in chats]
     length = min(map(len, rows))
-    # From the end: the generation prompt stays, and no two rows share a long beginning.
+    # From the end: the generation prompt stays, and the common system message no longer begins all rows alike, which
+    # jaxft would compute only once.
     return [row[-length:] for row in rows]
 
 
