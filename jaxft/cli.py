@@ -19,6 +19,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, rest = parser.parse_known_args(argv)
     try:
         overrides = _overrides(rest, parser)
+        if overrides and not hasattr(arguments, "config") and arguments.verb != "quickstart":
+            raise ConfigError(f"--config.{overrides[0]} changes a config, and {arguments.verb} reads none")
         result = arguments.call(arguments, overrides)
     except JaxftError as error:
         print(f"jaxft {arguments.verb}: {error}", file=sys.stderr)

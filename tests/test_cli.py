@@ -145,6 +145,7 @@ def test_data_shows_the_examination(capsys):
         ),
         (["train", CONFIG, "--batch=4"], "unknown argument '--batch=4'"),
         (["train", CONFIG, "--config.data.max_length"], "has no value"),
+        (["generate", "--model=x", "--config.seed=1"], "generate reads none"),
         (["eval"], "either --run=FOLDER or --config=FILE"),
         (["export", "--to=x"], "either --run=FOLDER or --model=PATH"),
         (["generate", "--model=no/such/model", "--prompt=x"], "no/such/model"),
