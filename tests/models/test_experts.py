@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxft import models
@@ -116,3 +118,38 @@ def test_a_part_of_the_experts_reads_those_experts_only():
     assert source.names == names
     expected = np.stack([source.tensors[name].T[:, 8:16] for name in names]).reshape(block.shape)
     np.testing.assert_array_equal(block, expected)
+
+
+@pytest.fixture(scope="module")
+def wide():
+    """Weights so wide that every choice of an expert shows."""
+    return models.random_model(models.config_from_hf(SMALL | {"initializer_range": 0.3}), seed=0)
+
+
+def test_packed_documents_and_padding_change_nothing(wide):
+    tokens = np.random.default_rng(0).integers(1, 96, (2, 12))
+    segments = np.array([[1] * 5 + [2] * 7, [1] * 4 + [0] * 8])
+    positions = np.array([[*range(5), *range(7)], [*range(4)] + [0] * 8])
+    packed, _ = wide(*map(jnp.asarray, (tokens, positions, segments)))
+    for row, part in ((0, slice(0, 5)), (0, slice(5, 12)), (1, slice(0, 4))):
+        alone, _ = wide(jnp.asarray(tokens[row : row + 1, part]))
+        np.testing.assert_allclose(packed[row, part], alone[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_gradients_on_eight_devices_are_those_on_one(wide, remat):
+    plan = make_mesh_plan(MeshConfig(fsdp=8))
+    abstract = models.abstract_model(wide.config, remat=remat)
+    graphdef, state = nnx.split(abstract)[0], nnx.split(wide)[1]
+    tokens = jnp.asarray(np.random.default_rng(0).integers(1, 96, (8, 12)))
+
+    def loss(state, tokens):
+        model = nnx.merge(graphdef, state)
+        return jnp.square(model.unembed(model(tokens)[0])).mean()
+
+    split = jax.device_put(state, plan.shardings(state))
+    rows = jax.device_put(tokens, NamedSharding(plan.mesh, P("fsdp")))
+    grads, wanted = (flatten(jax.jit(jax.grad(loss))(*given))[0] for given in ((split, rows), (state, tokens)))
+    for path in wanted:
+        scale = np.abs(wanted[path]).max()
+        np.testing.assert_allclose(grads[path], wanted[path], rtol=0, atol=1e-4 * scale, err_msg=path)
