@@ -107,8 +107,9 @@ def write_config(
     folder: str, hf_config: Mapping[str, Any], *, dtype: str, generation: Mapping[str, Any] | None = None
 ) -> None:
     """Writes config.json and generation_config.json."""
-    # Both names: transformers 4 reads torch_dtype, 5 reads dtype.
-    config = {k: v for k, v in hf_config.items() if k not in ("torch_dtype", "dtype")} | {"torch_dtype": dtype}
+    # Both names: transformers 4 reads torch_dtype, 5 reads dtype. What was packed in the source is not any more.
+    replaced = ("torch_dtype", "dtype", "quantization_config")
+    config = {k: v for k, v in hf_config.items() if k not in replaced} | {"torch_dtype": dtype}
     tokens = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(k) is not None}
     for name, value in (("config.json", config), ("generation_config.json", generation or tokens)):
         with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
@@ -152,7 +153,7 @@ def read_blocks(
     """Parts of one of our parameters, each given as (start, stop) along every axis.
 
     Each tensor is read once, even where every part holds other columns of it, and not beyond what the
-    parts span together.
+    parts span together; where it has more than two axes, a matrix at a time.
     """
     blocks = {cut: np.empty([stop - start for start, stop in cut], dtype) for cut in cuts}
     for piece in placed.pieces:
@@ -160,13 +161,28 @@ def read_blocks(
         if not inside:
             continue
         hull = tuple((min(a for a, _ in axis), max(b for _, b in axis)) for axis in zip(*inside.values(), strict=True))
-        index = placed.transform.hf_index(tuple(slice(*axis) for axis in hull))
-        values = placed.transform.from_hf(source.read(piece.hf, index))
-        for cut, inner in inside.items():
-            part = values[tuple(slice(a - low, b - low) for (a, b), (low, _) in zip(inner, hull, strict=True))]
-            inside_block = tuple(at - start for at, (start, _) in zip(piece.at, cut, strict=False))
-            copy_into(blocks[cut][inside_block], part)
+        for slab in _slabs(hull):
+            index = placed.transform.hf_index(tuple(slice(*axis) for axis in slab))
+            values = placed.transform.from_hf(source.read(piece.hf, index))
+            for cut, inner in inside.items():
+                common = tuple((max(a, low), min(b, high)) for (a, b), (low, high) in zip(inner, slab, strict=True))
+                if all(a < b for a, b in common):
+                    inside_block = tuple(at - start for at, (start, _) in zip(piece.at, cut, strict=False))
+                    copy_into(blocks[cut][inside_block][_within(common, inner)], values[_within(common, slab)])
     return blocks
+
+
+def _slabs(hull: Bounds) -> Iterator[Bounds]:
+    """A vector or matrix whole; of the experts that a file keeps in one tensor, one after the other."""
+    if len(hull) < 3:
+        yield hull
+        return
+    for i in range(*hull[0]):
+        yield ((i, i + 1), *hull[1:])
+
+
+def _within(cut: Bounds, whole: Bounds) -> tuple[slice, ...]:
+    return tuple(slice(a - low, b - low) for (a, b), (low, _) in zip(cut, whole, strict=True))
 
 
 def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> Bounds:

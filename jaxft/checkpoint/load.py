@@ -17,6 +17,7 @@ from jaxft import models
 from jaxft.checkpoint import orbax_folder, peft
 from jaxft.checkpoint.gguf import GGUFFile
 from jaxft.checkpoint.hf import load_weights
+from jaxft.checkpoint.mxfp4 import Unpacked, is_packed
 from jaxft.checkpoint.paths import HUB, fetch_hub, is_file, open_folder, read_json
 from jaxft.checkpoint.tensors import SafetensorsFolder, TensorSource
 from jaxft.errors import CheckpointError, ModelError
@@ -121,6 +122,7 @@ def open_weights(path: str) -> tuple[dict[str, Any], TensorSource, dict[str, Any
     hf_config = hf_config_of(path)
     generation = os.path.join(path, "generation_config.json")
     source = orbax_folder.OrbaxFolder(path) if orbax_folder.is_one(path) else SafetensorsFolder(path)
+    source = Unpacked(source) if is_packed(hf_config) else source
     return hf_config, source, read_json(generation) if is_file(generation) else None
 
 

@@ -47,6 +47,7 @@ class DenseConfig:
         bias: bool = False,
         output_bias: bool = False,
         fused: bool = False,
+        sinks: bool = False,
         rope: int = 0,
     ) -> AttentionShape:
         """Attention of these sizes."""
@@ -60,6 +61,7 @@ class DenseConfig:
             form=form,
             qk_norm=qk_norm,
             fused=fused,
+            sinks=sinks,
             rope=rope,
         )
 
@@ -100,6 +102,7 @@ class DenseConfig:
                 for name, bias in linears.items()
                 for line in linear(f"{layer}.{name}", f"{path}/{name.replace('.', '/')}", bias=bias)
             ),
+            *((TensorMap(f"{layer}.self_attn.sinks", f"{path}/self_attn/sinks"),) if attention.sinks else ()),
             *self.mlp_tensors(block),
         )
 

@@ -27,14 +27,15 @@ class MoEConfig(DenseConfig):
     sliding_window: int | None
     router_aux_loss_coef: float
 
-    def experts(self, count: int, hidden: int, *, renormalise: bool) -> MoEShape:
-        """The feed-forward layer of `count` experts with `hidden` inner units each."""
+    def experts(self, count: int, hidden: int, *, renormalise: bool, **switches: Any) -> MoEShape:
+        """The feed-forward layer of `count` experts with `hidden` inner units each. switches: more of MoEShape."""
         return MoEShape(
             width=self.hidden_size,
             hidden=hidden,
             experts=count,
             chosen=self.num_experts_per_tok,
             renormalise=renormalise,
+            **switches,
         )
 
 

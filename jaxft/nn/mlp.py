@@ -15,6 +15,22 @@ ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, 
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClampedSwiGLU:
+    """`gate sigmoid(alpha gate) (up + 1)`, after gate was held below `limit` and up between -limit and limit.
+
+    Source: gpt-oss, arXiv:2508.10925, section 2.2.
+    """
+
+    alpha: float
+    limit: float
+
+    def __call__(self, gate: jax.Array, up: jax.Array) -> jax.Array:
+        """gate and up of one shape, which the result has too."""
+        gate, up = jnp.minimum(gate, self.limit), jnp.clip(up, -self.limit, self.limit)
+        return gate * jax.nn.sigmoid(self.alpha * gate) * (up + 1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class MLPShape:
     """Sizes and switches of a gated feed-forward layer. fused: gate and up are one `gate_up_proj`, gate first."""
 

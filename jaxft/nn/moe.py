@@ -10,14 +10,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxft.nn.mlp import ACTIVATIONS
+from jaxft.nn.mlp import ACTIVATIONS, ClampedSwiGLU
 
 
 @dataclass(frozen=True, kw_only=True)
 class MoEShape:
     """Sizes and switches of a layer of experts, each a gated feed-forward of `hidden` inner units.
 
-    chosen: how many experts take each token. renormalise: whether the chosen probabilities are scaled to sum to one.
+    chosen: how many experts take each token. renormalise: whether the chosen probabilities are scaled to sum to one;
+    they are then the softmax over the chosen logits alone. activation: of the gate, or of gate and up together.
+    fused: gate and up are one `gate_up_proj` whose columns take turns, gate first. use_bias: of router and experts.
     """
 
     width: int
@@ -25,7 +27,9 @@ class MoEShape:
     experts: int
     chosen: int
     renormalise: bool
-    activation: str = "silu"
+    activation: str | ClampedSwiGLU = "silu"
+    fused: bool = False
+    use_bias: bool = False
 
 
 class Routes(NamedTuple):
@@ -44,7 +48,7 @@ def route(logits_ME: jax.Array, shape: MoEShape) -> Routes:
 
 
 class Router(nnx.Module):
-    """`x @ kernel`, float32 whatever the type of computation: close calls between experts must not be rounded away.
+    """`x @ kernel (+ bias)`, float32 whatever the type of computation: no close call must be rounded away.
 
     kernel: [D, E]. Not a Linear, so that no adapter is attached to it.
     """
@@ -54,27 +58,35 @@ class Router(nnx.Module):
     ) -> None:
         size = (shape.width, shape.experts)
         self.kernel = nnx.Param(stddev * jax.random.normal(rngs.params(), size, param_dtype))
+        self.bias = nnx.Param(jnp.zeros((shape.experts,), param_dtype)) if shape.use_bias else None
         self.dtype = dtype
 
     def __call__(self, x_MD: jax.Array) -> jax.Array:
         kernel = self.kernel.get_value().astype(self.dtype)
-        return jnp.einsum("MD,DE->ME", x_MD.astype(self.dtype), kernel, preferred_element_type=jnp.float32)
+        logits_ME = jnp.einsum("MD,DE->ME", x_MD.astype(self.dtype), kernel, preferred_element_type=jnp.float32)
+        return logits_ME if self.bias is None else logits_ME + self.bias.get_value().astype(jnp.float32)
 
 
 class ExpertLinear(nnx.Module):
-    """One linear map for each expert. kernel: [E, I, O], without biases."""
+    """One linear map for each expert. kernel: [E, I, O]. bias: [E, O] or None."""
 
     def __init__(
-        self, experts: int, inputs: int, outputs: int, *, stddev: float, dtype: jnp.dtype, param_dtype: jnp.dtype,
-        rngs: nnx.Rngs,
+        self, experts: int, inputs: int, outputs: int, *, use_bias: bool, stddev: float, dtype: jnp.dtype,
+        param_dtype: jnp.dtype, rngs: nnx.Rngs,
     ) -> None:  # fmt: skip
         size = (experts, inputs, outputs)
         self.kernel = nnx.Param(stddev * jax.random.normal(rngs.params(), size, param_dtype))
+        self.bias = nnx.Param(jnp.zeros((experts, outputs), param_dtype)) if use_bias else None
         self.dtype = dtype
 
     def __call__(self, x: jax.Array, sizes_E: jax.Array) -> jax.Array:
         """x: [R, I], the rows of expert 0 first, sizes_E of them, then those of expert 1 and so on -> [R, O]."""
-        return jax.lax.ragged_dot(x.astype(self.dtype), self.kernel.get_value().astype(self.dtype), sizes_E)
+        y = jax.lax.ragged_dot(x.astype(self.dtype), self.kernel.get_value().astype(self.dtype), sizes_E)
+        if self.bias is None:
+            return y
+        # As the kernel of one input more that is always 1: the gradient is then a grouped matmul too, not a scatter.
+        ones_R1, bias_E1O = jnp.ones((len(x), 1), self.dtype), self.bias.get_value().astype(self.dtype)[:, None]
+        return y + jax.lax.ragged_dot(ones_R1, bias_E1O, sizes_E)
 
 
 class MoE(nnx.Module):
@@ -90,8 +102,12 @@ class MoE(nnx.Module):
         self.shape = shape
         self.dtype = dtype
         self.router = Router(shape, **options)
-        self.gate_proj = ExpertLinear(shape.experts, shape.width, shape.hidden, **options)
-        self.up_proj = ExpertLinear(shape.experts, shape.width, shape.hidden, **options)
+        options["use_bias"] = shape.use_bias
+        if shape.fused:
+            self.gate_up_proj = ExpertLinear(shape.experts, shape.width, 2 * shape.hidden, **options)
+        else:
+            self.gate_proj = ExpertLinear(shape.experts, shape.width, shape.hidden, **options)
+            self.up_proj = ExpertLinear(shape.experts, shape.width, shape.hidden, **options)
         self.down_proj = ExpertLinear(shape.experts, shape.hidden, shape.width, **options)
 
     def __call__(self, x_BSD: jax.Array, keys: jax.Array | None = None) -> jax.Array:
@@ -109,6 +125,14 @@ class MoE(nnx.Module):
         return y_MD.astype(self.dtype).reshape(x_BSD.shape)
 
     def _experts(self, x_RD: jax.Array, sizes_E: jax.Array) -> jax.Array:
-        gate_RF = checkpoint_name(self.gate_proj(x_RD, sizes_E), "dots")
-        up_RF = checkpoint_name(self.up_proj(x_RD, sizes_E), "dots")
-        return self.down_proj(ACTIVATIONS[self.shape.activation](gate_RF) * up_RF, sizes_E)
+        if self.shape.fused:
+            both_R2F = checkpoint_name(self.gate_up_proj(x_RD, sizes_E), "dots")
+            gate_RF, up_RF = both_R2F[:, 0::2], both_R2F[:, 1::2]
+        else:
+            gate_RF = checkpoint_name(self.gate_proj(x_RD, sizes_E), "dots")
+            up_RF = checkpoint_name(self.up_proj(x_RD, sizes_E), "dots")
+        return self.down_proj(_gated(self.shape.activation, gate_RF, up_RF), sizes_E)
+
+
+def _gated(activation: str | ClampedSwiGLU, gate: jax.Array, up: jax.Array) -> jax.Array:
+    return ACTIVATIONS[activation](gate) * up if isinstance(activation, str) else activation(gate, up)

@@ -68,6 +68,14 @@ TINY = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6, "head_dim": 16},
     "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 3, "norm_topk_prob": True, "moe_intermediate_size": 24,
                   "head_dim": 16},
+    # A limit that the experts' inner values reach.
+    "gpt_oss": {
+        "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6, "head_dim": 16, "swiglu_limit": 0.8,
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64,
+            "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+        },
+    },
 }  # fmt: skip
 TOKENS = np.random.default_rng(0).integers(1, 96, (2, 20))
 PROMPTS = [np.random.default_rng(n).integers(1, 96, n).tolist() for n in (16, 3, 12, 1)]
