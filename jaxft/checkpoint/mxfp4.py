@@ -27,7 +27,8 @@ BIAS, NO_NUMBER = 127, 255  # of the scale
 
 def is_packed(hf_config: Mapping[str, Any]) -> bool:
     """Whether a config.json says that its tensors are in this format."""
-    return (hf_config.get("quantization_config") or {}).get("quant_method") == "mxfp4"
+    given = hf_config.get("quantization_config")
+    return isinstance(given, Mapping) and given.get("quant_method") == "mxfp4"
 
 
 class Unpacked:

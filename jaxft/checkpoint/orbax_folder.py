@@ -44,7 +44,10 @@ def write_params(model: nnx.Module, folder: str | os.PathLike[str]) -> None:
 
     leaves, _ = flatten(nnx.state(model))
     arrays = _nested(leaves.items())
-    args = jax.tree.map(lambda leaf: ocp.SaveArgs(chunk_byte_size=_chunk_bytes(leaf), shard_axes=(0,)), arrays)
+    args = jax.tree.map(
+        lambda leaf: ocp.SaveArgs(chunk_byte_size=_chunk_bytes(leaf), shard_axes=tuple(range(max(1, leaf.ndim - 2)))),
+        arrays,
+    )
     # One folder for each array, rather than OCDBT's shared database: any zarr reader finds its way.
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, save_concurrent_gb=CONCURRENT_GB)
     with ocp.Checkpointer(handler) as checkpointer:
@@ -109,7 +112,10 @@ class OrbaxFolder:
 
 
 def _chunk_bytes(leaf: jax.Array) -> int:
-    """One layer of a stack, or one row of a table, but not less than a file system likes: what is read at least."""
+    """One layer of a stack, or one row of a table, but not less than a file system likes: what is read at least.
+
+    Of experts it is one matrix, since that is how they are read.
+    """
     part = leaf.addressable_shards[0].data
     return max(part.nbytes // max(1, part.shape[0]), 2**20)
 

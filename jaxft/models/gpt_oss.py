@@ -24,7 +24,7 @@ YARN = {
     "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
     "original_max_position_embeddings": 4096,
 }  # fmt: skip
-# Which layers the packed files leave out can be seen from their tensors; dequantize is what is done here anyway.
+# Which layers packed files leave out is seen from their tensors; dequantize is what is done here anyway.
 PACKING_FIELDS = {"quant_method", "modules_to_not_convert", "dequantize"}
 OWN = ("attention_bias", "num_local_experts", "num_experts_per_tok", "swiglu_alpha", "swiglu_limit",
        "router_aux_loss_coef")  # fmt: skip
@@ -120,10 +120,9 @@ class Model(Decoder):
 def _check_packing(given: Mapping[str, Any] | None) -> None:
     if given is None:
         return
-    extra = sorted(set(given) - PACKING_FIELDS)
-    if given.get("quant_method") != "mxfp4" or extra:
+    if not isinstance(given, Mapping) or given.get("quant_method") != "mxfp4" or set(given) - PACKING_FIELDS:
         raise ModelError(
-            f"quantization_config with quant_method={given.get('quant_method')!r}"
-            + (f" and {', '.join(extra)}" if extra else "")
-            + f" is not implemented for gpt_oss; known: mxfp4 with {', '.join(sorted(PACKING_FIELDS))}"
+            f"quantization_config={given!r} is not implemented for model_type 'gpt_oss': only quant_method 'mxfp4' is, "
+            f"with no other fields than {', '.join(sorted(PACKING_FIELDS - {'quant_method'}))}. Download the model "
+            "unquantised, or in MXFP4 as its authors publish it."
         )

@@ -1,11 +1,14 @@
 """The layer of experts against its definition, token by token and expert by expert."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from jaxft.nn.mlp import ClampedSwiGLU
 from jaxft.nn.moe import MoE, MoEShape, route
 
 SHAPE = MoEShape(width=8, hidden=12, experts=5, chosen=2, renormalise=True)
@@ -55,6 +58,51 @@ def test_values_and_gradients_are_those_of_all_experts_weighted(chosen, renormal
     assert (np.abs(expected[0]).max() > 1e-2) == (chosen > 1 or not renormalise)
     for grad, wanted in zip(kernels(nnx.merge(graphdef, grads)), expected, strict=True):
         np.testing.assert_allclose(grad, wanted, rtol=0, atol=1e-4)
+
+
+def by_definition(parameters, x_BSD, shape):
+    """Fused experts with biases and a clamped activation: softmax over the chosen logits, experts one by one."""
+    router, gate_up, down = ((parameters[name]["kernel"], parameters[name]["bias"]) for name in sorted(
+        parameters, key=["router", "gate_up_proj", "down_proj"].index
+    ))  # fmt: skip
+    logits = x_BSD @ router[0] + router[1]
+    top, chosen = jax.lax.top_k(logits, shape.chosen)
+    weights = jax.nn.softmax(top, axis=-1)
+    out = jnp.zeros_like(x_BSD)
+    for e in range(shape.experts):
+        both = x_BSD @ gate_up[0][e] + gate_up[1][e]
+        gate, up = both[..., ::2], both[..., 1::2]
+        gate = jnp.where(gate > 1.5, 1.5, gate)
+        up = jnp.where(up > 1.5, 1.5, jnp.where(up < -1.5, -1.5, up))
+        inner = (up + 1) * gate / (1 + jnp.exp(-1.7 * gate))
+        share = jnp.where(chosen == e, weights, 0).sum(axis=-1, keepdims=True)
+        out = out + share * (inner @ down[0][e] + down[1][e])
+    return out
+
+
+def test_fused_experts_with_biases_and_a_clamped_activation():
+    clamped = ClampedSwiGLU(alpha=1.7, limit=1.5)
+    shape = dataclasses.replace(SHAPE, activation=clamped, fused=True, use_bias=True)
+    graphdef, state = nnx.split(layer(shape))
+    # Biases start at zero.
+    leaves, treedef = jax.tree.flatten(state)
+    keys = jax.random.split(jax.random.key(5), len(leaves))
+    state = treedef.unflatten([0.5 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)])
+    x_BSD = jax.random.normal(jax.random.key(0), (2, 7, 8))
+    aim_BSD = jax.random.normal(jax.random.key(1), x_BSD.shape)
+
+    def ours(state, x_BSD):
+        out_BSD = nnx.merge(graphdef, state)(x_BSD)
+        return jnp.vdot(out_BSD, aim_BSD), out_BSD
+
+    def theirs(state, x_BSD):
+        out_BSD = by_definition(nnx.to_pure_dict(state), x_BSD, shape)
+        return jnp.vdot(out_BSD, aim_BSD), out_BSD
+
+    (grads, out), (expected, wanted) = (jax.grad(f, (0, 1), has_aux=True)(state, x_BSD) for f in (ours, theirs))
+    np.testing.assert_allclose(out, wanted, rtol=0, atol=1e-5)
+    assert all(np.abs(grad).max() > 1e-2 for grad in jax.tree.leaves(expected))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-4), grads, expected)
 
 
 def test_a_token_counts_for_itself_alone():
