@@ -65,6 +65,11 @@ class GGUFHeader:
             raise CheckpointError(f"{self.path}: no metadata {key!r}.{did_you_mean(key, self.metadata)}")
         return self.metadata[key]
 
+    def stop_ids(self) -> frozenset[int]:
+        """Ids of the tokens that end an answer: of a text (eos), a turn (eot) or a message (eom)."""
+        keys = (f"tokenizer.ggml.{end}_token_id" for end in ("eos", "eot", "eom"))
+        return frozenset(self.metadata[key] for key in keys if self.metadata.get(key) is not None)
+
 
 def read_header(path: str | os.PathLike[str]) -> GGUFHeader:
     """Header of the GGUF file at `path`, little-endian, version 2 or 3.

@@ -1,77 +1,214 @@
 """What the tensors of a GGUF file are called, family by family: one table for reading and for writing.
 
-Names and the order of rows are those of llama.cpp's converter.
+Names, the order of rows and what is added to norms are those of llama.cpp's converter.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 # GGUF's name within `blk.N.` -> Hugging Face's within `model.layers.N.`
-_LAYER = {
-    "attn_norm": "input_layernorm",
+_ATTENTION = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
 }
+_MLP = {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+_NORMS_BEFORE = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+_NORMS_AFTER = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
+_NORMS_AROUND = _NORMS_AFTER | {"attn_norm": "input_layernorm", "ffn_norm": "pre_feedforward_layernorm"}
+_QK_NORM = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+# GGUF keeps a layer's experts as one tensor [experts, outputs, inputs]; `{e}` stands for each of them.
+_MIXTRAL_EXPERTS = {
+    "ffn_gate_inp": "block_sparse_moe.gate",
+    "ffn_gate_exps": "block_sparse_moe.experts.{e}.w1",
+    "ffn_up_exps": "block_sparse_moe.experts.{e}.w3",
+    "ffn_down_exps": "block_sparse_moe.experts.{e}.w2",
+}
+_QWEN_EXPERTS = {
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.{e}.gate_proj",
+    "ffn_up_exps": "mlp.experts.{e}.up_proj",
+    "ffn_down_exps": "mlp.experts.{e}.down_proj",
+}
+_DENSE = _NORMS_BEFORE | _ATTENTION | _MLP
 WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-QK_NORM = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+ROUTER = "ffn_gate_inp"
 ROPE_FACTORS = "rope_freqs.weight"  # Llama 3.1: a divisor for each rotary frequency, [head_dim / 2]
+LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"  # Phi-3: the same, two sets
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """What the converter does to one architecture. `llama` is also Mistral's."""
+    """What the converter does to one family."""
 
+    arch: str  # general.architecture
     model_type: str
     architecture: str  # Hugging Face's class
     layer: Mapping[str, str]
+    activation: Mapping[str, str] = field(default_factory=lambda: {"hidden_act": "silu"})
     # llama.cpp rotates neighbouring pairs in this family, so its converter interleaves the halves of q and k heads.
     interleaved: bool = False
+    # Hugging Face's norms multiply by 1 + weight, llama.cpp's by what the file holds.
+    norm_plus_one: bool = False
     biases: Mapping[str, str] = field(default_factory=dict)  # config field -> GGUF tensor whose bias decides it
+    experts: str | None = None  # config field that counts them
+    settings: frozenset[str] = frozenset()  # metadata that this family has besides what all have
 
 
+_GELU = {"hidden_activation": "gelu_pytorch_tanh"}
+_WINDOW = "attention.sliding_window"
+_GEMMA2_SETTINGS = frozenset(
+    (_WINDOW, "attention.sliding_window_pattern", "attn_logit_softcapping", "final_logit_softcapping")
+)
+_EXPERT_SETTINGS = frozenset(("expert_count", "expert_used_count"))
+
+# By Hugging Face's model_type. `mistral` is written as `llama`, and reads back as that: it computes the same.
 FAMILIES = {
-    "llama": Family(
-        model_type="llama",
-        architecture="LlamaForCausalLM",
-        layer=_LAYER,
-        interleaved=True,
-        biases={"attention_bias": "attn_q", "mlp_bias": "ffn_gate"},
-    ),
-    "qwen2": Family(model_type="qwen2", architecture="Qwen2ForCausalLM", layer=_LAYER),
-    "qwen3": Family(
-        model_type="qwen3",
-        architecture="Qwen3ForCausalLM",
-        layer=_LAYER | QK_NORM,
-        biases={"attention_bias": "attn_q"},
-    ),
+    family.model_type: family
+    for family in (
+        Family(
+            arch="llama",
+            model_type="llama",
+            architecture="LlamaForCausalLM",
+            layer=_DENSE,
+            interleaved=True,
+            biases={"attention_bias": "attn_q", "mlp_bias": "ffn_gate"},
+        ),
+        Family(
+            arch="llama",
+            model_type="mixtral",
+            architecture="MixtralForCausalLM",
+            layer=_NORMS_BEFORE | _ATTENTION | _MIXTRAL_EXPERTS,
+            interleaved=True,
+            experts="num_local_experts",
+            settings=_EXPERT_SETTINGS,
+        ),
+        Family(arch="qwen2", model_type="qwen2", architecture="Qwen2ForCausalLM", layer=_DENSE),
+        Family(
+            arch="qwen3",
+            model_type="qwen3",
+            architecture="Qwen3ForCausalLM",
+            layer=_DENSE | _QK_NORM,
+            biases={"attention_bias": "attn_q"},
+        ),
+        Family(
+            arch="qwen3moe",
+            model_type="qwen3_moe",
+            architecture="Qwen3MoeForCausalLM",
+            layer=_NORMS_BEFORE | _ATTENTION | _QK_NORM | _QWEN_EXPERTS,
+            experts="num_experts",
+            settings=_EXPERT_SETTINGS | {"expert_feed_forward_length"},
+        ),
+        Family(
+            arch="gemma2",
+            model_type="gemma2",
+            architecture="Gemma2ForCausalLM",
+            layer=_NORMS_AROUND | _ATTENTION | _MLP,
+            activation=_GELU,
+            norm_plus_one=True,
+            settings=_GEMMA2_SETTINGS,
+        ),
+        Family(
+            arch="gemma3",
+            model_type="gemma3_text",
+            architecture="Gemma3ForCausalLM",
+            layer=_NORMS_AROUND | _ATTENTION | _QK_NORM | _MLP,
+            activation=_GELU,
+            norm_plus_one=True,
+            settings=(_GEMMA2_SETTINGS | {"rope.freq_base_swa"}) - {"attn_logit_softcapping"},
+        ),
+        Family(
+            arch="phi3",
+            model_type="phi3",
+            architecture="Phi3ForCausalLM",
+            layer=_NORMS_BEFORE
+            | {
+                "attn_qkv": "self_attn.qkv_proj",
+                "attn_output": "self_attn.o_proj",
+                "ffn_up": "mlp.gate_up_proj",
+                "ffn_down": "mlp.down_proj",
+            },
+            settings=frozenset((_WINDOW, "rope.scaling.attn_factor")),
+        ),
+        Family(
+            arch="olmo2",
+            model_type="olmo2",
+            architecture="Olmo2ForCausalLM",
+            layer=_NORMS_AFTER | _ATTENTION | _QK_NORM | _MLP,
+        ),
+    )
 }
-# Hugging Face's model_type -> GGUF's architecture.
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+WRITTEN_AS = {"mistral": "llama"}
 
 
-def module_names(family: Family, layers: int) -> dict[str, str]:
-    """Hugging Face's name of every module -> GGUF's, both without `.weight` or `.bias`."""
-    names = {theirs: ours for ours, theirs in WHOLE.items()}
+class Place(NamedTuple):
+    """Where a module is in a file. part: its name without layer number. expert: its row of a merged tensor."""
+
+    name: str
+    part: str
+    expert: int | None = None
+
+
+def places(family: Family, layers: int, experts: int = 0) -> dict[str, Place]:
+    """Hugging Face's name of every module -> its place, both without `.weight` or `.bias`; experts in order."""
+    found = {theirs: Place(ours, ours) for ours, theirs in WHOLE.items()}
     for n in range(layers):
-        names |= {f"model.layers.{n}.{theirs}": f"blk.{n}.{ours}" for ours, theirs in family.layer.items()}
-    return names
+        for ours, theirs in family.layer.items():
+            name, module = f"blk.{n}.{ours}", f"model.layers.{n}.{theirs}"
+            if "{e}" not in theirs:
+                found[module] = Place(name, ours)
+                continue
+            found |= {module.format(e=e): Place(name, ours, e) for e in range(experts)}
+    return found
 
 
-def heads_interleaved(family: Family, module: str, config: Mapping[str, Any]) -> int:
+def shapes(family: Family, config: Any) -> dict[str, tuple[int, ...]]:
+    """Shape of each weight by its part. config: the family's Config."""
+    width, vocab = config.hidden_size, config.vocab_size
+    attention = config.shape().layers[0].attention
+    q, kv = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
+    inner = getattr(config, "moe_intermediate_size", config.intermediate_size)
+    experts = expert_count(family, config)
+    matrices = {
+        "token_embd": (vocab, width),
+        "output": (vocab, width),
+        "attn_q": (q, width),
+        "attn_k": (kv, width),
+        "attn_v": (kv, width),
+        "attn_qkv": (q + 2 * kv, width),
+        "attn_output": (width, q),
+        "ffn_gate": (inner, width),
+        "ffn_up": (2 * inner if attention.fused else inner, width),
+        "ffn_down": (width, inner),
+        ROUTER: (experts, width),
+        "ffn_gate_exps": (experts, inner, width),
+        "ffn_up_exps": (experts, inner, width),
+        "ffn_down_exps": (experts, width, inner),
+    }
+    norms = {name: (width,) for name in {*WHOLE, *family.layer} - set(matrices)}
+    each = attention.qk_norm == "head"
+    norms |= {
+        "attn_q_norm": (attention.head_dim if each else q,),
+        "attn_k_norm": (attention.head_dim if each else kv,),
+    }
+    return matrices | norms
+
+
+def expert_count(family: Family, config: Any) -> int:
+    """Experts of a layer, 0 in a dense family. config: the family's Config."""
+    return getattr(config, family.experts) if family.experts else 0
+
+
+def heads_interleaved(family: Family, module: str, config: Any) -> int:
     """Number of heads whose halves llama.cpp interleaves in the rows of a module, 0 for none."""
     if family.interleaved and module.endswith(".q_proj"):
-        return config["num_attention_heads"]
+        return config.num_attention_heads
     if family.interleaved and module.endswith(".k_proj"):
-        return config.get("num_key_value_heads") or config["num_attention_heads"]
+        return config.num_key_value_heads
     return 0
 
 
@@ -79,3 +216,8 @@ def interleave(array: np.ndarray, heads: int) -> np.ndarray:
     """Rows in llama.cpp's order: in every head (half, pair) becomes (pair, half)."""
     halves = array.reshape(heads, 2, array.shape[0] // heads // 2, *array.shape[1:])
     return halves.swapaxes(1, 2).reshape(array.shape)
+
+
+def has_shifted_norm(family: Family, tensor: str) -> bool:
+    """Whether a file holds 1 + the values of this Hugging Face tensor."""
+    return family.norm_plus_one and tensor.endswith("norm.weight")

@@ -4,11 +4,11 @@ Quantisation is the `gguf` library's. Matrices are stored in the wanted type, ve
 llama.cpp's own converter does.
 """
 
-import dataclasses
 import math
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, BinaryIO
 
 import numpy as np
 from gguf import GGUFWriter
@@ -19,13 +19,16 @@ from jaxft import models
 from jaxft.checkpoint import peft
 from jaxft.checkpoint.gguf import GGUFFile
 from jaxft.checkpoint.gguf_names import (
-    ARCHITECTURES,
-    FAMILIES,
-    ROPE_FACTORS,
+    ROUTER,
+    Family,
+    Place,
+    expert_count,
+    has_shifted_norm,
     heads_interleaved,
     interleave,
-    module_names,
+    places,
 )
+from jaxft.checkpoint.gguf_settings import family_of, model_metadata, rope_vectors
 from jaxft.checkpoint.paths import read_json
 from jaxft.checkpoint.safetensors_writer import LazyTensor
 from jaxft.checkpoint.tensors import SafetensorsFolder, TensorSpec
@@ -45,31 +48,26 @@ def write_gguf(
     tokenizer: Mapping[str, Any],
     name: str,
 ) -> None:
-    """Writes a whole model; one tensor is in memory at a time.
+    """Writes a whole model; one tensor is in memory at a time, also of the experts that GGUF keeps as one.
 
     tensors: under Hugging Face names, any float type. dtype: one of KINDS. tokenizer: metadata under
     `tokenizer.`; see `jaxft.data.gguf_tokenizer_write`. name: what general.name says.
     Raises ExportError for a family or setting that llama.cpp would compute differently, and for values
     that the wanted type cannot hold.
     """
-    kind = _kind(dtype)
-    arch, metadata = model_metadata(hf_config)
-    writer = GGUFWriter(path, arch)
-    metadata |= {
+    kind, family = _kind(dtype), family_of(hf_config)
+    metadata = model_metadata(hf_config) | {
         "general.type": "model",
         "general.name": name,
         "general.file_type": int(LlamaFileType[FILE_TYPES[kind]]),
         "general.quantization_version": 2,
     }
-    names = _gguf_names(arch, hf_config, tensors)
-    lazy = {
-        names[hf]: (_kind_of(spec, kind), spec.shape, _encoder(hf, make, arch, hf_config, _kind_of(spec, kind)))
-        for hf, (spec, make) in tensors.items()
+    merged = _merged(family, models.config_from_hf(hf_config), tensors, kind)
+    vectors = {
+        vector: _Merged(kind=F32, shape=values.shape, parts=(lambda values=values: values,))
+        for vector, values in rope_vectors(hf_config).items()
     }
-    factors = _rope_factors(hf_config)
-    if factors is not None:
-        lazy[ROPE_FACTORS] = (F32, factors.shape, lambda: factors)
-    _write(writer, metadata | dict(tokenizer), lazy)
+    _write(GGUFWriter(path, family.arch), metadata | dict(tokenizer), merged | vectors)
 
 
 def write_gguf_adapter(path: str, folder: str, hf_config: Mapping[str, Any], *, dtype: str = "float32") -> None:
@@ -82,8 +80,12 @@ def write_gguf_adapter(path: str, folder: str, hf_config: Mapping[str, Any], *, 
     if kind == Q8_0:
         raise ExportError("an adapter's ranks do not fill blocks of q8_0; use float32, float16 or bfloat16")
     settings = peft.read_settings(read_json(os.path.join(folder, peft.CONFIG)))
-    source, arch = SafetensorsFolder(folder, peft.WEIGHTS), _architecture(hf_config)
-    family, names = FAMILIES[arch], module_names(FAMILIES[arch], hf_config["num_hidden_layers"])
+    source, family, config = (
+        SafetensorsFolder(folder, peft.WEIGHTS),
+        family_of(hf_config),
+        models.config_from_hf(hf_config),
+    )
+    names = places(family, config.num_hidden_layers)
     # llama.cpp divides alpha by the rank; the rank-stabilised form divides by its root.
     alpha = settings.alpha * (math.sqrt(settings.r) if settings.use_rslora else 1.0)
     lazy, unknown = {}, []
@@ -92,85 +94,37 @@ def write_gguf_adapter(path: str, folder: str, hf_config: Mapping[str, Any], *, 
         if not key.startswith(peft.PREFIX) or module not in names or part not in ("A", "B") or "norm" in module:
             unknown.append(key)
             continue
-        heads = heads_interleaved(family, module, hf_config) if part == "B" else 0
-        lazy[f"{names[module]}.weight.lora_{part.lower()}"] = (
-            kind,
-            spec.shape,
-            lambda key=key, heads=heads: _encode(key, source.read(key), heads, kind),
+        heads = heads_interleaved(family, module, config) if part == "B" else 0
+        lazy[f"{names[module].name}.weight.lora_{part.lower()}"] = _Merged(
+            kind=kind,
+            shape=spec.shape,
+            parts=(lambda key=key, heads=heads: _encode(key, source.read(key), heads, kind),),
         )
     if unknown or not lazy:
         raise ExportError(f"{folder}: tensors that GGUF has no place for, among them {unknown[:3]}")
     metadata = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": float(alpha)}
-    _write(GGUFWriter(path, arch), metadata, lazy)
+    _write(GGUFWriter(path, family.arch), metadata, lazy)
 
 
 def check_gguf(path: str, tensors: Mapping[str, LazyTensor], *, dtype: str) -> None:
     """Reads a written model again, tensor by tensor: each is exactly what the library makes of the source.
 
-    Raises ExportError naming the first that differs.
+    Gemma's norms are read back as (1 + w) - 1 in float32: w may differ in its last bits, and the layer multiplies by
+    the same number. Raises ExportError naming the first that differs.
     """
     source, kind = GGUFFile(path), _kind(dtype)
     written = source.specs()
     if set(written) != set(tensors):
         raise ExportError(f"{path} holds other tensors than the source: {sorted(set(written) ^ set(tensors))[:3]}")
     for name, (spec, make) in tensors.items():
-        each = _kind_of(spec, kind)
+        each = _kind_of(spec, kind, source.part(name))
         expected = make().astype(np.float32)
+        if has_shifted_norm(source.family, name):
+            expected = (expected + np.float32(1)) - np.float32(1)
         if each != F32:
             expected = dequantize(quantize(expected, each), each)
         if not np.array_equal(source.read(name).view(np.uint32), expected.view(np.uint32)):
             raise ExportError(f"{path}: tensor {name!r} reads back differently. Do not use the file.")
-
-
-def model_metadata(hf_config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """(architecture, settings under its name) of a config.json. Raises ExportError for what llama.cpp lacks."""
-    arch, config = _architecture(hf_config), models.config_from_hf(hf_config)
-    context, rope = config.max_position_embeddings, config.rope
-    window = min((w for layer in config.shape().layers if (w := layer.attention.form.window)), default=context)
-    if window < context:
-        raise ExportError(
-            f"sliding_window={window} is below max_position_embeddings={context}: llama.cpp has no window in "
-            f"{arch} and would attend further. Set sliding_window to null, or max_position_embeddings to the window."
-        )
-    settings = {
-        "block_count": config.num_hidden_layers,
-        "context_length": context,
-        "embedding_length": config.hidden_size,
-        "feed_forward_length": config.intermediate_size,
-        "vocab_size": config.vocab_size,
-        "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": config.num_key_value_heads,
-        "attention.key_length": config.head_dim,
-        "attention.value_length": config.head_dim,
-        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
-        "rope.dimension_count": config.head_dim,
-        "rope.freq_base": float(rope.theta),
-    }
-    if rope.kind == "linear":
-        settings |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope.factor)}
-    elif rope.kind == "llama3":
-        settings["rope.scaling.original_context_length"] = int(rope.original_max_position_embeddings)
-    if rope.kind not in ("default", "linear", "llama3") or rope.partial_rotary_factor != 1.0:
-        raise ExportError(
-            f"rope scaling {rope.kind!r} with partial_rotary_factor={rope.partial_rotary_factor} is not written to "
-            "GGUF; default, linear and llama3 of whole heads are"
-        )
-    return arch, {f"{arch}.{key}": value for key, value in settings.items()}
-
-
-def _architecture(hf_config: Mapping[str, Any]) -> str:
-    kind = hf_config.get("model_type")
-    if kind not in ARCHITECTURES:
-        raise ExportError(f"model_type {kind!r} is not written to GGUF; {', '.join(ARCHITECTURES)} are")
-    return ARCHITECTURES[kind]
-
-
-def _rope_factors(hf_config: Mapping[str, Any]) -> np.ndarray | None:
-    config = models.config_from_hf(hf_config)
-    if config.rope.kind != "llama3":
-        return None
-    plain = dataclasses.replace(config.rope, kind="default")
-    return plain.frequencies(config.head_dim) / config.rope.frequencies(config.head_dim)
 
 
 def _kind(dtype: str) -> GGMLQuantizationType:
@@ -179,36 +133,71 @@ def _kind(dtype: str) -> GGMLQuantizationType:
     return KINDS[dtype]
 
 
-def _kind_of(spec: TensorSpec, kind: GGMLQuantizationType) -> GGMLQuantizationType:
-    """Vectors stay float32; rows that do not fill blocks fall back to float16, as in llama.cpp."""
-    if len(spec.shape) == 1:
+def _kind_of(spec: TensorSpec, kind: GGMLQuantizationType, part: str) -> GGMLQuantizationType:
+    """Vectors and routers stay float32; rows that do not fill blocks fall back to float16, as in llama.cpp."""
+    if len(spec.shape) == 1 or part == ROUTER:
         return F32
     return kind if spec.shape[-1] % GGML_QUANT_SIZES[kind][0] == 0 else F16
 
 
-def _gguf_names(arch: str, hf_config: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, str]:
-    names = module_names(FAMILIES[arch], hf_config["num_hidden_layers"])
-    out, unknown = {}, []
-    for hf in tensors:
-        module, _, suffix = hf.rpartition(".")
-        if module in names:
-            out[hf] = f"{names[module]}.{suffix}"
-        else:
-            unknown.append(hf)
+@dataclass(frozen=True, kw_only=True)
+class _Merged:
+    """A tensor of the file and what makes the bytes of its parts, one after another: those of experts, or just one."""
+
+    kind: GGMLQuantizationType
+    shape: tuple[int, ...]
+    parts: tuple[Callable[[], np.ndarray], ...]
+
+    @property
+    def nbytes(self) -> int:
+        block, block_bytes = GGML_QUANT_SIZES[self.kind]
+        return math.prod(self.shape) // block * block_bytes
+
+    def tofile(self, file: BinaryIO) -> None:
+        """What the library's writer calls on the array that it expects here."""
+        for make in self.parts:
+            make().tofile(file)
+
+
+def _merged(
+    family: Family, config: Any, tensors: Mapping[str, LazyTensor], kind: GGMLQuantizationType
+) -> dict[str, _Merged]:
+    """The tensors of the file, by name, of those under Hugging Face names."""
+    count = expert_count(family, config)
+    found = places(family, config.num_hidden_layers, count)
+    unknown = [hf for hf in tensors if hf.rpartition(".")[0] not in found]
     if unknown:
-        raise ExportError(f"{len(unknown)} tensors have no name in GGUF's {arch}, among them {unknown[:3]}")
-    return out
+        raise ExportError(f"{len(unknown)} tensors have no name in GGUF's {family.arch}, among them {unknown[:3]}")
+    groups: dict[str, list[tuple[int, str, Place]]] = {}
+    for hf in tensors:
+        place = found[hf.rpartition(".")[0]]
+        groups.setdefault(f"{place.name}.{hf.rpartition('.')[2]}", []).append((place.expert or 0, hf, place))
+    merged = {}
+    for name, members in groups.items():
+        members.sort(key=lambda member: member[0])
+        (_, first, place), spec = members[0], tensors[members[0][1]][0]
+        each = _kind_of(spec, kind, place.part)
+        merged[name] = _Merged(
+            kind=each,
+            shape=spec.shape if place.expert is None else (count, *spec.shape),
+            parts=tuple(_encoder(family, config, hf, tensors[hf][1], each) for _, hf, _ in members),
+        )
+        if place.expert is not None and len(members) != count:
+            raise ExportError(f"{len(members)} of {count} experts are there, among them {first!r}")
+    return merged
 
 
 def _encoder(
-    hf: str, make: Callable[[], np.ndarray], arch: str, hf_config: Mapping[str, Any], kind: GGMLQuantizationType
+    family: Family, config: Any, hf: str, make: Callable[[], np.ndarray], kind: GGMLQuantizationType
 ) -> Callable[[], np.ndarray]:
-    heads = heads_interleaved(FAMILIES[arch], hf.rpartition(".")[0], hf_config)
-    return lambda: _encode(hf, make(), heads, kind)
+    heads, shifted = heads_interleaved(family, hf.rpartition(".")[0], config), has_shifted_norm(family, hf)
+    return lambda: _encode(hf, make(), heads, kind, add=1.0 if shifted else 0.0)
 
 
-def _encode(name: str, array: np.ndarray, heads: int, kind: GGMLQuantizationType) -> np.ndarray:
+def _encode(name: str, array: np.ndarray, heads: int, kind: GGMLQuantizationType, *, add: float = 0.0) -> np.ndarray:
     values = array.astype(np.float32)
+    if add:
+        values = values + np.float32(add)
     if heads:
         values = interleave(values, heads)
     if kind == F16 and values.size and (largest := float(np.max(np.abs(values)))) > float(np.finfo(np.float16).max):
@@ -216,24 +205,18 @@ def _encode(name: str, array: np.ndarray, heads: int, kind: GGMLQuantizationType
     return quantize(np.ascontiguousarray(values), kind)
 
 
-def _write(
-    writer: GGUFWriter,
-    metadata: Mapping[str, Any],
-    tensors: Mapping[str, tuple[GGMLQuantizationType, tuple[int, ...], Callable[[], np.ndarray]]],
-) -> None:
+def _write(writer: GGUFWriter, metadata: Mapping[str, Any], tensors: Mapping[str, _Merged]) -> None:
     add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
     for key, value in metadata.items():
         add.get(type(value), writer.add_array)(key, value)
-    for name, (kind, shape, _) in tensors.items():
-        block, block_bytes = GGML_QUANT_SIZES[kind]
-        nbytes = math.prod(shape) // block * block_bytes
-        writer.add_tensor_info(name, shape, np.dtype(np.float32), nbytes, raw_dtype=kind)
+    for name, tensor in tensors.items():
+        writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), tensor.nbytes, raw_dtype=tensor.kind)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for _, _, make in tensors.values():
-            writer.write_tensor_data(make())
+        for tensor in tensors.values():
+            writer.write_tensor_data(tensor)
         for file in writer.fout:
             file.flush()
             os.fsync(file.fileno())

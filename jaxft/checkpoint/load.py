@@ -30,7 +30,8 @@ class LoadedModel:
     """A model in memory and where it came from.
 
     module: the nnx model. hf_config: its config.json. base: path of the base weights. adapter: path of
-    the PEFT folder that was attached, or None. generation: its generation_config.json, where it has one.
+    the PEFT folder that was attached, or None. generation: its generation_config.json, where it has one, or what a
+    GGUF file says of the same.
     """
 
     module: Any
@@ -118,7 +119,7 @@ def open_weights(path: str) -> tuple[dict[str, Any], TensorSource, dict[str, Any
     """(config.json, tensors, generation_config.json or None) of a folder or GGUF file, no tensor read yet."""
     if path.endswith(".gguf"):
         source = GGUFFile(path)
-        return source.hf_config(), source, None
+        return source.hf_config(), source, source.generation_config()
     hf_config = hf_config_of(path)
     generation = os.path.join(path, "generation_config.json")
     source = orbax_folder.OrbaxFolder(path) if orbax_folder.is_one(path) else SafetensorsFolder(path)

@@ -79,8 +79,8 @@ class _Vocab:
         return [token for token, kind in zip(self.tokens, self.types, strict=True) if kind in types]
 
 
-def tokenizer_from_gguf(path: str | os.PathLike[str]) -> "PreTrainedTokenizerFast":
-    """The tokenizer of a GGUF file, with its special tokens, BOS rule and (default) chat template.
+def tokenizer_from_gguf(path: str | os.PathLike[str]) -> tuple["PreTrainedTokenizerFast", list[int]]:
+    """The tokenizer of a GGUF file, with its special tokens, BOS rule and (default) chat template; and its stop ids.
 
     Kinds: byte-level BPE (`gpt2`) with a known `tokenizer.ggml.pre`, and SentencePiece BPE (`llama`).
     `save_pretrained` writes files that transformers' AutoTokenizer reloads identically.
@@ -106,13 +106,14 @@ def tokenizer_from_gguf(path: str | os.PathLike[str]) -> "PreTrainedTokenizerFas
     named = _named_tokens(header, vocab)
     _frame(tokenizer, header, named, add_bos)
     length = header.metadata.get(f"{header.require('general.architecture')}.context_length")
-    return PreTrainedTokenizerFast(
+    backend = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         chat_template=header.metadata.get("tokenizer.chat_template"),
         clean_up_tokenization_spaces=False,
         **({} if length is None else {"model_max_length": length}),
         **named,
     )
+    return backend, _stop_ids(header, vocab)
 
 
 def _vocab(header: GGUFHeader) -> _Vocab:
@@ -138,6 +139,13 @@ def _named_tokens(header: GGUFHeader, vocab: _Vocab) -> dict[str, str]:
             raise CheckpointError(f"{header.path}: {key} token id {token_id} is outside {len(vocab.tokens)} tokens")
         named[name] = vocab.tokens[token_id]
     return named
+
+
+def _stop_ids(header: GGUFHeader, vocab: _Vocab) -> list[int]:
+    stops = sorted(header.stop_ids())
+    if stops and stops[-1] >= len(vocab.tokens):
+        raise CheckpointError(f"{header.path}: stop token id {stops[-1]} is outside {len(vocab.tokens)} tokens")
+    return stops
 
 
 def _byte_level_bpe(header: GGUFHeader, vocab: _Vocab) -> tuple[Tokenizer, bool]:

@@ -153,7 +153,7 @@ def _load_local(path: Path) -> tuple[Any, list[int]]:
     if path.suffix == ".gguf" and path.is_file():
         from jaxft.data.gguf_tokenizer import tokenizer_from_gguf
 
-        return tokenizer_from_gguf(str(path)), []
+        return tokenizer_from_gguf(str(path))
     if path.is_file() and path.suffix == ".model":
         return _load_sentencepiece(path), _stops(path.parent / "generation_config.json")
     if path.is_file():

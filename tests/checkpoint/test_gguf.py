@@ -173,6 +173,15 @@ def test_rope_scaling(path):
         GGUFFile(path)
 
 
+def test_every_token_that_ends_an_answer_is_a_stop_token(path):
+    write(path)
+    assert GGUFFile(path).generation_config() == {"eos_token_id": 2}
+    write(path, extra={"tokenizer.ggml.eot_token_id": 7, "tokenizer.ggml.eom_token_id": 2})
+    assert GGUFFile(path).generation_config() == {"eos_token_id": [2, 7]}
+    write(path, extra={"tokenizer.ggml.eos_token_id": None})
+    assert GGUFFile(path).generation_config() is None
+
+
 def llama3_factors(factor=8.0, low=1.0, high=4.0, context=8192):
     """Written out as in the published rule: by wavelength, in three ranges."""
     factors = []
@@ -210,8 +219,10 @@ def test_llama3_rope_factors_are_turned_back_into_settings(path):
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
-        ({"arch": "phi3", "hf": {}}, ModelError, "architecture 'phi3' is not supported; supported: llama, qwen2"),
-        ({"extra": {"llama.expert_count": 8}}, ModelError, "llama.expert_count=8 is not implemented"),
+        ({"arch": "falcon", "hf": {}}, ModelError, "architecture 'falcon' is not supported; supported: gemma2, gemma3"),
+        ({"extra": {"llama.expert_count": 8}}, CheckpointError, "no metadata 'llama.expert_used_count'"),
+        ({"extra": {"llama.expert_weights_scale": 2.5}}, ModelError, "llama.expert_weights_scale=2.5 is not"),
+        ({"extra": {"llama.attention.sliding_window": 9}}, ModelError, "llama.attention.sliding_window=9 is not"),
         ({"extra": {"llama.attention.scale": 0.1}}, ModelError, "llama.attention.scale=0.1.* is not implemented"),
         ({"extra": {"llama.attention.head_count_kv": [2, 1]}}, ModelError, "one whole number for all layers"),
         ({"extra": {"llama.rope.dimension_count": 8, "llama.attention.key_length": 16}}, ModelError, "count=8"),

@@ -1,6 +1,9 @@
 """GGUF written here: read back by us and by the library, for every family, type and rope; and refusals."""
 
+import dataclasses
+import functools
 import json
+import re
 
 import gguf
 import numpy as np
@@ -25,6 +28,7 @@ LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }  # fmt: skip
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.5] * 6, "long_factor": [2.0, 3.25] * 6}
 CONFIGS = {
     "llama": {"model_type": "llama"},
     "llama_tied": {"model_type": "llama", "tie_word_embeddings": True},
@@ -34,24 +38,56 @@ CONFIGS = {
     "mistral": {"model_type": "mistral", "sliding_window": None},
     "qwen2": {"model_type": "qwen2"},
     "qwen3": {"model_type": "qwen3"},
-}
+    "gemma2": {"model_type": "gemma2", "sliding_window": 16, "query_pre_attn_scalar": 32, "tie_word_embeddings": True},
+    "gemma3": {
+        "model_type": "gemma3_text", "sliding_window": 16, "query_pre_attn_scalar": 32, "tie_word_embeddings": True,
+        "num_hidden_layers": 7,
+    },
+    "gemma3_linear": {
+        "model_type": "gemma3_text", "sliding_window": 16, "query_pre_attn_scalar": 32,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
+    "phi3": {"model_type": "phi3", "head_dim": 16, "sliding_window": None},
+    "phi3_long": {
+        "model_type": "phi3", "num_attention_heads": 2, "sliding_window": 512, "rope_scaling": LONGROPE,
+        "original_max_position_embeddings": 64, "partial_rotary_factor": 0.75,
+    },
+    "olmo2": {"model_type": "olmo2", "head_dim": 16},
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+    },
+}  # fmt: skip
+ARCHS = {
+    "mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe",
+}  # fmt: skip
 
 
 def made(name: str):
     """(config.json, tensors) of a random model."""
+    config, arrays = drawn(name)
+    return dict(config), {k: (TensorSpec(a.shape, a.dtype), lambda a=a: a) for k, a in arrays.items()}
+
+
+@functools.cache
+def drawn(name: str):
     config = SIZES | CONFIGS[name]
-    if config["model_type"] not in models.families():
-        pytest.skip(f"{config['model_type']} is not a family here")
     if config["model_type"] == "qwen2":
         config = {k: v for k, v in config.items() if k != "head_dim"}
-    tensors = {
-        k: (spec, f())
-        for k, (spec, f) in hf_tensors(models.random_model(models.config_from_hf(config), seed=0)).items()
-    }
+    model = models.random_model(models.config_from_hf(config), seed=0)
     rng = np.random.default_rng(0)
+    arrays = {k: make() for k, (_, make) in hf_tensors(model).items()}
     # Norms and biases start as ones and zeros, in which a mix-up would not show.
-    arrays = {k: rng.normal(size=a.shape).astype(np.float32) if a.ndim == 1 else a for k, (_, a) in tensors.items()}
-    return config, {k: (TensorSpec(a.shape, a.dtype), lambda a=a: a) for k, a in arrays.items()}
+    return config, {k: rng.normal(size=a.shape).astype(np.float32) if a.ndim == 1 else a for k, a in arrays.items()}
+
+
+def stored(hf: str, array: np.ndarray, kind, config) -> np.ndarray:
+    """The array as a file of this kind keeps it, in Hugging Face's terms."""
+    if hf.endswith("norm.weight") and config["model_type"].startswith("gemma"):
+        return (array + np.float32(1)) - np.float32(1)
+    router = hf.endswith("gate.weight") and "expert" not in hf and config["model_type"] in ("mixtral", "qwen3_moe")
+    return array if array.ndim == 1 or router or kind == KINDS["float32"] else dequantize(quantize(array, kind), kind)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -62,29 +98,72 @@ def test_what_is_written_reads_back_as_the_library_quantises_it(tmp_path, name, 
     write_gguf(path, config, tensors, dtype=dtype, tokenizer={"tokenizer.ggml.eos_token_id": 2}, name="a name")
     source, kind = GGUFFile(path), KINDS[dtype]
     assert set(source.specs()) == set(tensors)
-    for hf, (_, make) in tensors.items():
-        wanted = make() if make().ndim == 1 or dtype == "float32" else dequantize(quantize(make(), kind), kind)
-        np.testing.assert_array_equal(source.read(hf), wanted, err_msg=hf)
+    for hf, (spec, make) in tensors.items():
+        assert source.specs()[hf].shape == spec.shape
+        np.testing.assert_array_equal(source.read(hf), stored(hf, make(), kind, config), err_msg=hf)
     check_gguf(path, tensors, dtype=dtype)
     ours, back = models.config_from_hf(config), models.config_from_hf(source.hf_config())
-    for field in SIZES:
-        if field != "rope_theta":
-            assert getattr(back, field) == getattr(ours, field), field
-    np.testing.assert_allclose(back.rope.frequencies(32), ours.rope.frequencies(32), rtol=1e-6)
+    if config["model_type"] == "mistral":
+        assert back == models.config_from_hf(config | {"model_type": "llama"} | {"sliding_window": None})
+    elif config["model_type"] == "phi3":
+        assert back == dataclasses.replace(ours, sliding_window=None)
+    elif name != "llama_llama3":
+        assert back == ours
+    np.testing.assert_allclose(back.rope.frequencies(ours.head_dim), ours.rope.frequencies(ours.head_dim), rtol=1e-6)
 
 
-def test_the_library_reads_the_same_names_and_rows(tmp_path):
-    config, tensors = made("llama")
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "phi3", "olmo2", "mixtral", "qwen3_moe"])
+def test_the_library_knows_the_names_and_finds_the_rows(tmp_path, name):
+    config, tensors = made(name)
     path = str(tmp_path / "model.gguf")
     write_gguf(path, config, tensors, dtype="float32", tokenizer={}, name="x")
     found = {t.name: t for t in gguf.GGUFReader(path).tensors}
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
-    assert set(found) == {f"{names.get_name(hf.removesuffix('.weight'))}.weight" for hf in tensors}
-    q = tensors["model.layers.1.self_attn.q_proj.weight"][1]()
-    np.testing.assert_array_equal(found["blk.1.attn_q.weight"].data, interleave(q, 4))
-    # Source of the order: llama.cpp's converter, LlamaModel.permute.
-    expected = q.reshape(4, 2, 16, 64).swapaxes(1, 2).reshape(q.shape)
-    np.testing.assert_array_equal(interleave(q, 4), expected)
+    arch = ARCHS.get(config["model_type"], config["model_type"])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], config["num_hidden_layers"])
+    experts = {}
+    for hf, (_, make) in tensors.items():
+        each = re.sub(r"experts\.\d+\.", "experts.", hf)
+        ours = f"{names.get_name(each.removesuffix('.weight'))}.weight"
+        array = make()
+        if arch.startswith("gemma") and hf.endswith("norm.weight"):
+            array = array + np.float32(1)
+        if arch == "llama" and ("q_proj" in hf or "k_proj" in hf):
+            # Source of the order: llama.cpp's converter, LlamaModel.permute.
+            heads = array.shape[0] // config["head_dim"]
+            array = array.reshape(heads, 2, 16, 64).swapaxes(1, 2).reshape(array.shape)
+        experts.setdefault(ours, []).append(array)
+    assert set(found) == set(experts)
+    for ours, arrays in experts.items():
+        wanted = np.stack(arrays) if "_exps" in ours else arrays[0]
+        np.testing.assert_array_equal(found[ours].data, wanted, err_msg=ours)
+
+
+def test_interleaving():
+    q = np.arange(64 * 3).reshape(64, 3)
+    np.testing.assert_array_equal(interleave(q, 2)[:4, 0], q[[0, 16, 1, 17], 0])
+
+
+def test_a_block_of_an_expert_and_of_a_norm(tmp_path):
+    for name, hf in (
+        ("mixtral", "model.layers.1.block_sparse_moe.experts.2.w2.weight"),
+        ("gemma2", "model.layers.1.input_layernorm.weight"),
+    ):
+        config, tensors = made(name)
+        path = str(tmp_path / f"{name}.gguf")
+        write_gguf(path, config, tensors, dtype="float32", tokenizer={}, name="x")
+        wanted = stored(hf, tensors[hf][1](), KINDS["float32"], config)
+        np.testing.assert_array_equal(GGUFFile(path).read(hf, (slice(3, 9),)), wanted[3:9])
+
+
+def test_a_norm_multiplies_by_the_same_number_after_the_file(tmp_path):
+    config, tensors = made("gemma2")
+    path = str(tmp_path / "model.gguf")
+    tiny = np.array([1e-9, -1e-9, 3e-4, -0.75, 0.0, 12.5, 300.1, -1.0] * 8, np.float32)
+    tensors["model.norm.weight"] = (TensorSpec(tiny.shape, tiny.dtype), lambda: tiny)
+    write_gguf(path, config, tensors, dtype="float32", tokenizer={}, name="x")
+    back = GGUFFile(path).read("model.norm.weight")
+    assert not np.array_equal(back, tiny)
+    np.testing.assert_array_equal(np.float32(1) + back, np.float32(1) + tiny)
 
 
 def test_rows_that_do_not_fill_blocks_fall_back_to_float16(tmp_path):
@@ -116,7 +195,25 @@ def test_a_damaged_value_is_noticed(tmp_path):
     ("changes", "match"),
     [
         ({"model_type": "mistral", "sliding_window": 100}, r"sliding_window=100 is below max_position_embeddings=512"),
-        ({"model_type": "olmo2"}, r"model_type 'olmo2' is not written to GGUF"),
+        ({"model_type": "gpt2"}, r"model_type 'gpt2' is not written to GGUF"),
+        ({"model_type": "olmo2", "head_dim": 16, "tie_word_embeddings": True}, r"olmo2 has an output matrix"),
+        ({"model_type": "olmo2"}, r"num_attention_heads x head_dim = 128 is not hidden_size=64"),
+        ({"model_type": "olmo2", "head_dim": 16, "attention_bias": True}, r"attention_bias=True: there are no such"),
+        ({"model_type": "olmo2", "head_dim": 16, "rope_scaling": LLAMA3}, r"rope scaling 'llama3'"),
+        (CONFIGS["qwen3_moe"] | {"norm_topk_prob": False}, r"norm_topk_prob=False"),
+        (CONFIGS["mixtral"] | {"sliding_window": 9}, r"sliding_window=9 is below max_position_embeddings=512"),
+        (CONFIGS["phi3_long"] | {"sliding_window": 9}, r"sliding_window=9 is below max_position_embeddings=512"),
+        (CONFIGS["gemma2"] | {"tie_word_embeddings": False}, r"gemma2 has no output matrix"),
+        (
+            CONFIGS["gemma2"] | {"query_pre_attn_scalar": 64},
+            r"query_pre_attn_scalar=64: in a model of 2 layers it is 32",
+        ),
+        (CONFIGS["gemma2"] | {"attn_logit_softcapping": None}, r"attn_logit_softcapping=None: logits are capped"),
+        (CONFIGS["gemma2"] | {"final_logit_softcapping": None}, r"final_logit_softcapping=None: logits are capped"),
+        (CONFIGS["gemma2"] | {"layer_types": ["full_attention"] * 2}, r"layer_types are not 1 local to one global"),
+        (CONFIGS["gemma3"] | {"sliding_window_pattern": 3}, r"layer_types are not 5 local to one global"),
+        (CONFIGS["gemma3"] | {"final_logit_softcapping": 30.0}, r"final_logit_softcapping=30.0: some versions leave"),
+        (CONFIGS["gemma3"] | {"rope_local_base_freq": 5e3}, r"rope of local layers 'default' with base 5000.0"),
         (
             {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}},
             r"rope scaling 'yarn'",

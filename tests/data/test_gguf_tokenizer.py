@@ -40,7 +40,7 @@ def smollm2():
 
 @pytest.fixture(scope="module")
 def tokenizer(smollm2):
-    return tokenizer_from_gguf(smollm2)
+    return tokenizer_from_gguf(smollm2)[0]
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -157,14 +157,14 @@ def byte_bpe(path, pre, **fields):
     ],
 )
 def test_each_pre_tokenizer_cuts_as_its_model_does(tmp_path, pre, text, pieces):
-    tokenizer = tokenizer_from_gguf(byte_bpe(tmp_path / "t.gguf", pre)).backend_tokenizer
+    tokenizer = tokenizer_from_gguf(byte_bpe(tmp_path / "t.gguf", pre))[0].backend_tokenizer
     cut = [text[start:end] for _, (start, end) in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
     assert cut == pieces
 
 
 def test_whole_words_win_over_merges_only_where_the_model_was_made_so(tmp_path):
     for pre, expected in (("gpt-2", ["ab", "c"]), ("llama-bpe", ["abc"])):
-        tokenizer = tokenizer_from_gguf(byte_bpe(tmp_path / f"{pre}.gguf", pre))
+        tokenizer = tokenizer_from_gguf(byte_bpe(tmp_path / f"{pre}.gguf", pre))[0]
         assert tokenizer.convert_ids_to_tokens(tokenizer.encode("abc", add_special_tokens=False)) == expected
 
 
@@ -172,12 +172,12 @@ def test_whole_words_win_over_merges_only_where_the_model_was_made_so(tmp_path):
     ("pre", "config"), [("llama-bpe", LlamaConfig()), ("qwen2", Qwen2Config()), ("tekken", MistralConfig())]
 )
 def test_small_ones_reload_identically_beside_their_models_config(tmp_path, pre, config):
-    check_reload(tokenizer_from_gguf(byte_bpe(tmp_path / "t.gguf", pre)), tmp_path / "saved", config)
+    check_reload(tokenizer_from_gguf(byte_bpe(tmp_path / "t.gguf", pre))[0], tmp_path / "saved", config)
 
 
 def test_bos_and_eos_are_added_as_the_file_says(tmp_path):
     def ids(name, pre, **fields):
-        return tokenizer_from_gguf(byte_bpe(tmp_path / f"{name}.gguf", pre, **fields)).encode("a")
+        return tokenizer_from_gguf(byte_bpe(tmp_path / f"{name}.gguf", pre, **fields))[0].encode("a")
 
     a = byte_alphabet().index("a")
     assert ids("silent", "gpt-2") == [a]
@@ -187,7 +187,7 @@ def test_bos_and_eos_are_added_as_the_file_says(tmp_path):
 
 
 def test_user_defined_tokens_are_whole_but_not_special(tmp_path):
-    tokenizer = tokenizer_from_gguf(byte_bpe(tmp_path / "t.gguf", "qwen2"))
+    tokenizer = tokenizer_from_gguf(byte_bpe(tmp_path / "t.gguf", "qwen2"))[0]
     ids = tokenizer.encode("<s><tool></s>")
     assert ids == [256, 258, 257]
     assert tokenizer.decode(ids, skip_special_tokens=True) == "<tool>"
@@ -218,7 +218,7 @@ def sentencepiece_gguf(path, sp, **fields):
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_sentencepiece_bpe_equals_sentencepiece(tmp_path, sentencepiece_model, text):
-    tokenizer = tokenizer_from_gguf(sentencepiece_gguf(tmp_path / "t.gguf", sentencepiece_model))
+    tokenizer = tokenizer_from_gguf(sentencepiece_gguf(tmp_path / "t.gguf", sentencepiece_model))[0]
     ids = tokenizer.encode(text)
     assert ids == [sentencepiece_model.bos_id(), *sentencepiece_model.encode(text)]
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
@@ -226,7 +226,7 @@ def test_sentencepiece_bpe_equals_sentencepiece(tmp_path, sentencepiece_model, t
 
 def test_sentencepiece_bpe_without_space_prefix_reloads(tmp_path, sentencepiece_model):
     path = sentencepiece_gguf(tmp_path / "t.gguf", sentencepiece_model, add_space_prefix=False, add_bos_token=False)
-    tokenizer = tokenizer_from_gguf(path)
+    tokenizer = tokenizer_from_gguf(path)[0]
     assert tokenizer.convert_ids_to_tokens(tokenizer.encode("the"))[0][0] != "▁"
     assert tokenizer.decode(tokenizer.encode(" the fox")) == " the fox"
     check_reload(tokenizer, tmp_path / "saved", LlamaConfig())

@@ -1,0 +1,172 @@
+"""The settings that a GGUF file has for a config.json, and refusal of what llama.cpp would compute differently."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxft import models
+from jaxft.checkpoint.gguf_config import GEMMA3_LOCAL_THETA, GEMMA_PERIODS, gemma_scalar
+from jaxft.checkpoint.gguf_names import (
+    FAMILIES,
+    LONG_FACTORS,
+    ROPE_FACTORS,
+    SHORT_FACTORS,
+    WRITTEN_AS,
+    Family,
+    expert_count,
+)
+from jaxft.errors import ExportError
+from jaxft.models.dense import FULL, SLIDING
+
+
+def family_of(hf_config: Mapping[str, Any]) -> Family:
+    """The family as which a model is written. Raises ExportError where there is none."""
+    kind = hf_config.get("model_type")
+    if WRITTEN_AS.get(kind, kind) not in FAMILIES:
+        raise ExportError(
+            f"model_type {kind!r} is not written to GGUF; {', '.join(sorted({*FAMILIES, *WRITTEN_AS}))} are"
+        )
+    return FAMILIES[WRITTEN_AS.get(kind, kind)]
+
+
+def model_metadata(hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings under the architecture's name. Raises ExportError for what llama.cpp lacks."""
+    family, config = family_of(hf_config), models.config_from_hf(hf_config)
+    _refuse(family, config)
+    settings = {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "vocab_size": config.vocab_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        "rope.dimension_count": config.rope.turned(config.head_dim),
+        "rope.freq_base": float(config.rope.theta),
+        **_rope(config.rope),
+    }
+    if family.model_type in GEMMA_PERIODS:
+        settings["attention.sliding_window"] = config.sliding_window
+    for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if getattr(config, cap, None) is not None:
+            settings[cap] = float(getattr(config, cap))
+    if family.arch == "phi3":
+        # 0: the window, where there is one, is not below the context.
+        settings |= {"attention.sliding_window": 0}
+        settings.setdefault("rope.scaling.original_context_length", config.max_position_embeddings)
+    if family.experts:
+        settings |= {
+            "expert_count": expert_count(family, config),
+            "expert_used_count": config.num_experts_per_tok,
+        }
+    if family.arch == "qwen3moe":
+        settings["expert_feed_forward_length"] = config.moe_intermediate_size
+    return {f"{family.arch}.{key}": value for key, value in settings.items()}
+
+
+def rope_vectors(hf_config: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Rotary factors that llama.cpp reads as tensors, float32."""
+    config = models.config_from_hf(hf_config)
+    rope = config.rope
+    if rope.kind == "llama3":
+        plain = dataclasses.replace(rope, kind="default")
+        return {ROPE_FACTORS: plain.frequencies(config.head_dim) / rope.frequencies(config.head_dim)}
+    if rope.kind == "longrope":
+        both = {LONG_FACTORS: rope.long_factor, SHORT_FACTORS: rope.short_factor}
+        return {name: np.array(factors, np.float32) for name, factors in both.items()}
+    return {}
+
+
+def _rope(rope: Any) -> dict[str, Any]:
+    if rope.kind == "linear":
+        return {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope.factor)}
+    if rope.kind == "llama3":
+        return {"rope.scaling.original_context_length": int(rope.original_max_position_embeddings)}
+    if rope.kind == "longrope":
+        return {
+            "rope.scaling.original_context_length": int(rope.original_max_position_embeddings),
+            "rope.scaling.attn_factor": float(rope.magnitude),
+        }
+    return {}
+
+
+def _refuse(family: Family, config: Any) -> None:
+    for found, why in _differences(family, config):
+        if found:
+            raise ExportError(
+                f"{why}. llama.cpp's {family.arch} would compute something else than this model, so no GGUF is written."
+            )
+
+
+def _differences(family: Family, config: Any) -> list[tuple[bool, str]]:
+    """(whether it is so, what) of everything that llama.cpp does in one way only in a family."""
+    arch, rope, heads = family.arch, config.rope, config.num_attention_heads * config.head_dim
+    kinds = ("default", "linear", "longrope") if arch == "phi3" else ("default", "linear", "llama3")
+    if arch != "llama":
+        kinds = tuple(kind for kind in kinds if kind != "llama3")
+    whole = arch == "phi3" or rope.partial_rotary_factor == 1.0
+    differences = [
+        (
+            rope.kind not in kinds or not whole,
+            f"rope scaling {rope.kind!r} with partial_rotary_factor={rope.partial_rotary_factor} is not written to "
+            f"GGUF; {', '.join(kinds)} of whole heads are",
+        ),
+        (
+            bool(getattr(config, "attention_bias", False)) and "attention_bias" not in family.biases,
+            "attention_bias=True: there are no such biases",
+        ),
+        (
+            arch in ("phi3", "olmo2") and heads != config.hidden_size,
+            f"num_attention_heads x head_dim = {heads} is not hidden_size={config.hidden_size}",
+        ),
+        (arch == "olmo2" and config.tie_word_embeddings, "tie_word_embeddings=True: olmo2 has an output matrix"),
+        (arch == "gemma2" and not config.tie_word_embeddings, "tie_word_embeddings=False: gemma2 has no output matrix"),
+        (
+            not getattr(config, "norm_topk_prob", True),
+            "norm_topk_prob=False: the weights of a token's experts are made to sum to 1",
+        ),
+    ]
+    return differences + (_gemma(family, config) if family.model_type in GEMMA_PERIODS else _window(config))
+
+
+def _window(config: Any) -> list[tuple[bool, str]]:
+    context = config.max_position_embeddings
+    window = min((w for layer in config.shape().layers if (w := layer.attention.form.window)), default=context)
+    return [
+        (
+            window < context,
+            f"sliding_window={window} is below max_position_embeddings={context}, and there is no window: it would "
+            "attend further. Set sliding_window to null, or max_position_embeddings to the window",
+        )
+    ]
+
+
+def _gemma(family: Family, config: Any) -> list[tuple[bool, str]]:
+    kind, layers = family.model_type, config.num_hidden_layers
+    period = GEMMA_PERIODS[kind]
+    usual = tuple(FULL if (i + 1) % period == 0 else SLIDING for i in range(layers))
+    scalar = gemma_scalar(kind, layers, dataclasses.asdict(config))
+    caps = ("attn_logit_softcapping", "final_logit_softcapping") if kind == "gemma2" else ()
+    local = getattr(config, "local_rope", None)
+    return [
+        (config.layer_types != usual, f"layer_types are not {period - 1} local to one global layer in turn"),
+        (
+            config.query_pre_attn_scalar != scalar,
+            f"query_pre_attn_scalar={config.query_pre_attn_scalar}: in a model of {layers} layers it is {scalar}",
+        ),
+        *((getattr(config, cap) is None, f"{cap}=None: logits are capped there at any rate") for cap in caps),
+        (
+            kind == "gemma3_text" and config.final_logit_softcapping is not None,
+            f"final_logit_softcapping={config.final_logit_softcapping}: some versions leave it out",
+        ),
+        (
+            local is not None and (local.kind != "default" or local.theta != GEMMA3_LOCAL_THETA),
+            f"rope of local layers {getattr(local, 'kind', None)!r} with base {getattr(local, 'theta', None)}: it is "
+            f"'default' with {GEMMA3_LOCAL_THETA}",
+        ),
+    ]
