@@ -179,7 +179,9 @@ def _sentencepiece_bpe(header: GGUFHeader, vocab: _Vocab) -> tuple[Tokenizer, bo
             f"{header.path}: tokenizer.ggml.remove_extra_whitespaces is set, which is not supported. "
             "Load the tokenizer from the original tokenizer.model."
         )
-    unknown = vocab.of_type(UNKNOWN)
+    # Gemma's files call <unk> a control token and name it by its id alone.
+    named = _named_tokens(header, vocab).get("unk_token")
+    unknown = vocab.of_type(UNKNOWN) or ([] if named is None else [named])
     if len(unknown) != 1:
         raise CheckpointError(f"{header.path}: {len(unknown)} tokens of the type unknown; SentencePiece has one")
     scores = header.require("tokenizer.ggml.scores")

@@ -1,0 +1,139 @@
+"""Tiny random models of every family that is written to GGUF: llama.cpp's logits against ours."""
+
+import jax
+import numpy as np
+import pytest
+from tokenizers.pre_tokenizers import ByteLevel
+
+from jaxft import models
+from jaxft.checkpoint.gguf import GGUFFile
+from jaxft.checkpoint.gguf_write import write_gguf
+from jaxft.checkpoint.hf import hf_tensors, load_weights
+from jaxft.checkpoint.load import LoadedModel, load_model
+from jaxft.checkpoint.tensors import TensorSpec
+
+pytestmark = pytest.mark.slow
+
+VOCAB, PROMPT = 300, 50
+SIZES = {
+    "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "rms_norm_eps": 1e-5,
+    "rope_theta": 5e5, "tie_word_embeddings": False,
+}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.5] * 3, "long_factor": [2.0, 3.25] * 3}
+GEMMA = {"sliding_window": 16, "query_pre_attn_scalar": 16, "tie_word_embeddings": True}
+CONFIGS = {
+    "llama": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
+    "llama3": {"model_type": "llama", "rope_scaling": LLAMA3, "tie_word_embeddings": True},
+    "linear": {"model_type": "llama", "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "mistral": {"model_type": "mistral", "head_dim": 32, "sliding_window": None},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen3": {"model_type": "qwen3", "head_dim": 32},
+    # llama.cpp has a scale of its own for the number of layers that Gemma 2 27B has.
+    "gemma2": {"model_type": "gemma2", **GEMMA, "head_dim": 32, "query_pre_attn_scalar": 32},
+    "gemma2_27b": {"model_type": "gemma2", **GEMMA, "head_dim": 32, "num_hidden_layers": 46},
+    "gemma3": {"model_type": "gemma3_text", **GEMMA, "num_hidden_layers": 7},
+    "gemma3_linear": {
+        "model_type": "gemma3_text", **GEMMA, "num_hidden_layers": 7,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
+    "phi3": {"model_type": "phi3", "sliding_window": None},
+    # llama.cpp takes the long factors where its context, 512 here, is beyond the original; we where the text is.
+    "phi3_long": {
+        "model_type": "phi3", "sliding_window": None, "rope_scaling": LONGROPE, "partial_rotary_factor": 0.75,
+        "original_max_position_embeddings": 32,
+    },
+    "olmo2": {"model_type": "olmo2"},
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+        "norm_topk_prob": True, "head_dim": 32,
+    },
+}  # fmt: skip
+# What would show if Gemma's settings were lost on the way.
+LOST = {
+    "window": {"sliding_window": 512},
+    "scale": {"query_pre_attn_scalar": 64},
+    "local rope": {"rope_local_base_freq": 5e5},
+    "global rope": {"rope_theta": 1e4},
+    "cap of scores": {"attn_logit_softcapping": 1.0},
+    "cap of logits": {"final_logit_softcapping": 1.0},
+}
+
+
+def tokenizer() -> dict:
+    """A byte-level tokenizer all of whose tokens are text: llama.cpp says nothing of one that is part of a letter."""
+    characters = [c for c in sorted(ByteLevel.alphabet()) if c.isascii()] + ["Ċ", "Ġ", "he"]
+    words = [f"w{i}" for i in range(VOCAB - len(characters) - 1)]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": [*characters, *words, "<eos>"],
+        "tokenizer.ggml.token_type": [1] * (VOCAB - 1) + [3],
+        "tokenizer.ggml.merges": ["h e"],
+        "tokenizer.ggml.eos_token_id": VOCAB - 1,
+        "tokenizer.ggml.add_bos_token": False,
+    }
+
+
+def lively(name: str, array: np.ndarray, rng: np.random.Generator, gemma: bool) -> np.ndarray:
+    """Weights large enough for every part to matter, and norms and biases that are not just ones and zeros."""
+    if array.ndim > 1:
+        return 4 * array
+    centre = 0 if gemma or name.endswith("bias") else 1
+    return (centre + 0.1 * rng.normal(size=array.shape)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def answers(llama_cpp, tmp_path_factory):
+    """name -> (path of the file, prompt, what llama.cpp says of the next token)."""
+
+    def ask(name):
+        config, rng = SIZES | CONFIGS[name], np.random.default_rng(0)
+        if config["model_type"] == "qwen2":
+            del config["head_dim"]
+        model = models.random_model(models.config_from_hf(config), seed=0)
+        gemma = config["model_type"].startswith("gemma")
+        arrays = {hf: lively(hf, make(), rng, gemma) for hf, (_, make) in hf_tensors(model).items()}
+        tensors = {hf: (TensorSpec(a.shape, a.dtype), lambda a=a: a) for hf, a in arrays.items()}
+        path = str(tmp_path_factory.mktemp("tiny") / f"{name}.gguf")
+        # llama.cpp looks for tokens of Phi-3 in a file that is named after it.
+        write_gguf(path, config, tensors, dtype="float32", tokenizer=tokenizer(), name="tiny")
+        prompt = rng.integers(0, 256, PROMPT).tolist()
+        choice = llama_cpp(path).complete(prompt, 1, logprobs=20)
+        best = choice["logprobs"]["content"][0]["top_logprobs"]
+        return path, prompt, {token["id"]: token["logprob"] for token in best}
+
+    return ask
+
+
+def difference(logits_V: np.ndarray, theirs: dict[int, float]) -> float:
+    """Largest difference of the log-probabilities that llama.cpp gave."""
+    ours_V = np.asarray(jax.nn.log_softmax(logits_V))
+    return max(abs(float(ours_V[i]) - logprob) for i, logprob in theirs.items())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_next_token_has_the_same_probabilities(answers, name):
+    path, prompt, theirs = answers(name)
+    assert len(theirs) == 20
+    # ggml rounds the GELU of Gemma to float16; all else is float32 on both sides.
+    tolerance = 2e-3 if name.startswith("gemma") else 1e-5
+    model = load_model(path)
+    assert difference(model.logits([prompt])[0, -1], theirs) < tolerance
+    if name not in ("gemma2", "gemma3"):
+        return
+    for what, change in LOST.items():
+        if set(change) <= set(model.hf_config):
+            other = load_model_with(path, model.hf_config | change)
+            assert difference(other.logits([prompt])[0, -1], theirs) > 5 * tolerance, what
+
+
+def load_model_with(path: str, config: dict):
+    """The weights of a file under another config."""
+    module = load_weights(models.abstract_model(models.config_from_hf(config)), GGUFFile(path))
+    return LoadedModel(module, config, path)
