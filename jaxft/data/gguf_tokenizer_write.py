@@ -80,6 +80,9 @@ def _vocabulary(content: Mapping[str, Any], vocab_size: int) -> tuple[list[str],
             raise ExportError(f"token {added['content']!r} takes the spaces around it, which GGUF cannot say")
         tokens[added["id"]] = added["content"]
         types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
+        if model.get("byte_fallback") and not added["special"]:
+            # Gemma's runs of spaces: llama.cpp looks for these tokens before it turns spaces into ▁.
+            tokens[added["id"]] = added["content"].replace("▁", " ")
     if model.get("byte_fallback") and model.get("unk_token") in model["vocab"]:
         types[model["vocab"][model["unk_token"]]] = UNKNOWN
     return tokens, types

