@@ -117,7 +117,7 @@ def _differences(family: Family, config: Any) -> list[tuple[bool, str]]:
             f"GGUF; {', '.join(kinds)} of whole heads are",
         ),
         (
-            bool(getattr(config, "attention_bias", False)) and "attention_bias" not in family.biases,
+            bool(getattr(config, "attention_bias", False)) and arch != "llama",
             "attention_bias=True: there are no such biases",
         ),
         (

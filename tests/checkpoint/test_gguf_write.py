@@ -200,6 +200,7 @@ def test_a_damaged_value_is_noticed(tmp_path):
         ({"model_type": "olmo2"}, r"num_attention_heads x head_dim = 128 is not hidden_size=64"),
         ({"model_type": "olmo2", "head_dim": 16, "attention_bias": True}, r"attention_bias=True: there are no such"),
         ({"model_type": "olmo2", "head_dim": 16, "rope_scaling": LLAMA3}, r"rope scaling 'llama3'"),
+        ({"model_type": "qwen3", "attention_bias": True}, r"attention_bias=True: there are no such biases"),
         (CONFIGS["qwen3_moe"] | {"norm_topk_prob": False}, r"norm_topk_prob=False"),
         (CONFIGS["mixtral"] | {"sliding_window": 9}, r"sliding_window=9 is below max_position_embeddings=512"),
         (CONFIGS["phi3_long"] | {"sliding_window": 9}, r"sliding_window=9 is below max_position_embeddings=512"),
