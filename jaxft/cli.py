@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from jaxft.errors import ConfigError, JaxftError, Preempted, did_you_mean
 
@@ -92,6 +92,7 @@ def _generate(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     if not prompts:
         raise ConfigError("no prompt: give --prompt=TEXT (again for more) or lines on standard input")
     model, tokenizer = api.load_model(arguments.model, dtype=arguments.dtype), api.load_tokenizer(arguments.model)
+    _say_left_out(model.left_out, sys.stderr)
     if arguments.chat:
         system = [{"role": "system", "content": arguments.system}] if arguments.system else []
         prompts = [[*system, {"role": "user", "content": prompt}] for prompt in prompts]
@@ -112,10 +113,16 @@ def _chat(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     sampling = Sampling(**_sampling(arguments))
     tokenizer = api.load_tokenizer(arguments.model, chat_template=arguments.chat_template)
     chats.check(tokenizer, arguments.system)
-    module = api.load_model(arguments.model, dtype=arguments.dtype).module
-    chat = chats.Chat(model=module, tokenizer=tokenizer, sampling=sampling, system=arguments.system)
+    model = api.load_model(arguments.model, dtype=arguments.dtype)
+    _say_left_out(model.left_out, sys.stderr)
+    chat = chats.Chat(model=model.module, tokenizer=tokenizer, sampling=sampling, system=arguments.system)
     chats.converse(chat, *chats.terminal(sys.stderr if arguments.json else sys.stdout))
     return {"messages": chat.messages}
+
+
+def _say_left_out(left_out: str | None, stream: TextIO) -> None:
+    if left_out is not None:
+        print(left_out, file=stream)
 
 
 def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -161,6 +168,7 @@ def _export(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     if not arguments.json:
         checks = ", ".join(f"{reader} (logits within {value:.1e})" for reader, value in written["checks"].items())
         print(f"{written['folder']}: read back by {checks}")
+        _say_left_out(written.get("left_out"), sys.stdout)
     return written
 
 

@@ -31,7 +31,7 @@ from jaxft.checkpoint.gguf_names import (
 from jaxft.checkpoint.gguf_settings import family_of, model_metadata, rope_vectors
 from jaxft.checkpoint.paths import read_json
 from jaxft.checkpoint.safetensors_writer import LazyTensor
-from jaxft.checkpoint.tensors import SafetensorsFolder, TensorSpec
+from jaxft.checkpoint.tensors import TensorSpec
 from jaxft.errors import ExportError
 
 F32, F16, BF16, Q8_0 = (GGMLQuantizationType[name] for name in ("F32", "F16", "BF16", "Q8_0"))
@@ -80,11 +80,7 @@ def write_gguf_adapter(path: str, folder: str, hf_config: Mapping[str, Any], *, 
     if kind == Q8_0:
         raise ExportError("an adapter's ranks do not fill blocks of q8_0; use float32, float16 or bfloat16")
     settings = peft.read_settings(read_json(os.path.join(folder, peft.CONFIG)))
-    source, family, config = (
-        SafetensorsFolder(folder, peft.WEIGHTS),
-        family_of(hf_config),
-        models.config_from_hf(hf_config),
-    )
+    source, family, config = peft.AdapterTensors(folder), family_of(hf_config), models.config_from_hf(hf_config)
     names = places(family, config.num_hidden_layers)
     # llama.cpp divides alpha by the rank; the rank-stabilised form divides by its root.
     alpha = settings.alpha * (math.sqrt(settings.r) if settings.use_rslora else 1.0)

@@ -20,7 +20,9 @@ from jaxft.checkpoint.hf import load_weights
 from jaxft.checkpoint.mxfp4 import Unpacked, is_packed
 from jaxft.checkpoint.paths import HUB, fetch_hub, is_file, open_folder, read_json
 from jaxft.checkpoint.tensors import SafetensorsFolder, TensorSource
+from jaxft.checkpoint.text_part import TextPart
 from jaxft.errors import CheckpointError, ModelError
+from jaxft.models.nested import OUTERS
 from jaxft.sharding.mesh import MeshPlan
 from jaxft.trees import flatten
 
@@ -31,7 +33,8 @@ class LoadedModel:
 
     module: the nnx model. hf_config: its config.json. base: path of the base weights. adapter: path of
     the PEFT folder that was attached, or None. generation: its generation_config.json, where it has one, or what a
-    GGUF file says of the same.
+    GGUF file says of the same. left_out: where the base is nested in a model that takes images too, what of that was
+    left out, in words.
     """
 
     module: Any
@@ -39,6 +42,7 @@ class LoadedModel:
     base: str
     adapter: str | None = None
     generation: dict[str, Any] | None = None
+    left_out: str | None = None
 
     def logits(self, tokens_BS: Any) -> np.ndarray:
         """[B, S, V] float32 for token ids [B, S]. Raises ModelError for ids outside the vocabulary."""
@@ -91,7 +95,8 @@ def load_model(
         models.config_from_hf(hf_config), dtype=dtype, param_dtype=options["param_dtype"], remat=remat
     )
     module = load_weights(model, source, None if mesh is None else shardings_by_path(model, mesh))
-    return LoadedModel(module, hf_config, named if named.startswith(HUB) else path, generation=generation)
+    base = named if named.startswith(HUB) else path
+    return LoadedModel(module, hf_config, base, generation=generation, left_out=left_out(source))
 
 
 def random_model(path: str, *, seed: int, dtype: str, param_dtype: str, remat: str = "none") -> LoadedModel:
@@ -99,32 +104,53 @@ def random_model(path: str, *, seed: int, dtype: str, param_dtype: str, remat: s
     hf_config = read_json(os.path.join(path, "config.json"))
     config = models.config_from_hf(hf_config)
     module = models.random_model(config, dtype=dtype, param_dtype=param_dtype, remat=remat, seed=seed)
-    return LoadedModel(module, hf_config, path)
+    return LoadedModel(module, models.text_config(hf_config), path)
 
 
 def hf_config_of(path: str) -> dict[str, Any]:
-    """config.json of a Hugging Face folder, a PEFT folder's base or a GGUF file, no weight file opened but the last."""
+    """config.json of a Hugging Face folder, a PEFT folder's base or a GGUF file, without loading weights.
+
+    Of a model that takes images too, the config.json that its language model would have alone.
+    """
     if is_file(os.path.join(path, peft.CONFIG)):
         return hf_config_of(resolve(base_of(path)))
+    return open_weights(path)[0] if path.endswith(".gguf") else _config_and_part(path)[0]
+
+
+def open_weights(path: str) -> tuple[dict[str, Any], TensorSource, dict[str, Any] | None]:
+    """(config.json, tensors, generation_config.json or None) of a folder or GGUF file, no tensor read yet.
+
+    Of a model that takes images too, those of its language model, as if it were alone; see `left_out`.
+    """
     if path.endswith(".gguf"):
-        return GGUFFile(path).hf_config()
+        source = GGUFFile(path)
+        return source.hf_config(), source, source.generation_config()
+    hf_config, source = _config_and_part(path)
+    generation = os.path.join(path, "generation_config.json")
+    if source is None:
+        source = orbax_folder.OrbaxFolder(path) if orbax_folder.is_one(path) else SafetensorsFolder(path)
+    source = Unpacked(source) if is_packed(hf_config) else source
+    return hf_config, source, read_json(generation) if is_file(generation) else None
+
+
+def left_out(source: TensorSource) -> str | None:
+    """What `open_weights` left out of a folder, in words; None where it is all there."""
+    return source.left_out if isinstance(source, TextPart) else None
+
+
+def _config_and_part(path: str) -> tuple[dict[str, Any], TextPart | None]:
+    """config.json of a folder; where its language model is nested, that of the language model and its tensors."""
     config = os.path.join(path, "config.json")
     if not is_file(config):
         there = ", ".join(open_folder(path).names()[:8]) if "://" in path or os.path.isdir(path) else "nothing"
         raise CheckpointError(f"{path} is not a model: no config.json and not a .gguf file (there: {there})")
-    return read_json(config)
-
-
-def open_weights(path: str) -> tuple[dict[str, Any], TensorSource, dict[str, Any] | None]:
-    """(config.json, tensors, generation_config.json or None) of a folder or GGUF file, no tensor read yet."""
-    if path.endswith(".gguf"):
-        source = GGUFFile(path)
-        return source.hf_config(), source, source.generation_config()
-    hf_config = hf_config_of(path)
-    generation = os.path.join(path, "generation_config.json")
-    source = orbax_folder.OrbaxFolder(path) if orbax_folder.is_one(path) else SafetensorsFolder(path)
-    source = Unpacked(source) if is_packed(hf_config) else source
-    return hf_config, source, read_json(generation) if is_file(generation) else None
+    hf_config = read_json(config)
+    if hf_config.get("model_type") not in OUTERS:
+        return hf_config, None
+    # Before any file of weights is opened.
+    models.config_from_hf(hf_config)
+    part = TextPart(SafetensorsFolder(path), hf_config["model_type"])
+    return models.text_config(hf_config, own_head=part.own_head()), part
 
 
 def resolve(path: str, revision: str | None = None) -> str:

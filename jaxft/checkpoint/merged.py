@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxft.checkpoint import peft
 from jaxft.checkpoint.paths import read_json
-from jaxft.checkpoint.tensors import SafetensorsFolder, TensorSource, TensorSpec, block_bounds
+from jaxft.checkpoint.tensors import TensorSource, TensorSpec, block_bounds
 from jaxft.errors import CheckpointError
 
 
@@ -46,7 +46,7 @@ class Merged:
 
 
 def _halves(base: TensorSource, folder: str, r: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    source, matrices = SafetensorsFolder(folder, peft.WEIGHTS), base.specs()
+    source, matrices = peft.AdapterTensors(folder), base.specs()
     found: dict[str, dict[str, str]] = {}
     problems = []
     for key, spec in source.specs().items():

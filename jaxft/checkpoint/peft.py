@@ -22,6 +22,7 @@ from jaxft.checkpoint.hf import placed_tensors, read_json
 from jaxft.checkpoint.safetensors_writer import LazyTensor, write_safetensors
 from jaxft.checkpoint.tensors import SafetensorsFolder, TensorSpec
 from jaxft.errors import CheckpointError, ModelError
+from jaxft.models.nested import nested_module, peft_targets, text_name
 from jaxft.trees import flatten
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -45,9 +46,36 @@ HARMLESS = (
 DRAWS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
-def write_adapter(model: nnx.Module, folder: str, *, base: str) -> None:
+class AdapterTensors:
+    """The tensors of a PEFT folder, under the keys that they have with a base of text only.
+
+    PEFT takes a key from where transformers has the module; with a base that takes images too, that is inside it.
+    Raises CheckpointError where two keys mean one tensor.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self._source, self._stored = SafetensorsFolder(folder, WEIGHTS), {}
+        for stored in self._source.specs():
+            module = stored.removeprefix(PREFIX)
+            key = stored if module == stored else PREFIX + (text_name(module) or module)
+            if key in self._stored:
+                raise CheckpointError(f"{folder}: {self._stored[key]} and {stored} are the same tensor of the base")
+            self._stored[key] = stored
+
+    def specs(self) -> dict[str, TensorSpec]:
+        """Shape and dtype of every tensor."""
+        specs = self._source.specs()
+        return {key: specs[stored] for key, stored in self._stored.items()}
+
+    def read(self, key: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
+        """The tensor, or a block of it; see `TensorSource.read`."""
+        return self._source.read(self._stored[key], index)
+
+
+def write_adapter(model: nnx.Module, folder: str, *, base: str, nested: bool = False) -> None:
     """Writes the model's LoRA adapters as a PEFT folder. base: what base_model_name_or_path is to say.
 
+    nested: whether `base` is of a model that takes images too, so that transformers has these layers inside it.
     Raises ModelError where the model has no adapter.
     """
     attached = adapters(model)
@@ -57,7 +85,8 @@ def write_adapter(model: nnx.Module, folder: str, *, base: str) -> None:
     table, tensors = placed_tensors(model), {}
     for path, adapter in attached.items():
         for piece in table[f"{path}/kernel"].pieces:
-            module = PREFIX + piece.hf.removesuffix(".weight")
+            module = piece.hf.removesuffix(".weight")
+            module = PREFIX + (nested_module(module) if nested else module)
             tensors |= {
                 f"{module}.lora_A.weight": _lazy(adapter.lora_a.get_value(), piece.layer),
                 f"{module}.lora_B.weight": _lazy(adapter.lora_b.get_value(), piece.layer, transpose=True),
@@ -65,7 +94,7 @@ def write_adapter(model: nnx.Module, folder: str, *, base: str) -> None:
     write_safetensors(os.path.join(folder, WEIGHTS), tensors, {"format": "pt"})
     settings = next(iter(attached.values())).settings
     with open(os.path.join(folder, CONFIG), "w", encoding="utf-8") as file:
-        json.dump(_peft_config(settings, attached, base), file, indent=2, sort_keys=True)
+        json.dump(_peft_config(settings, attached, base, nested), file, indent=2, sort_keys=True)
         file.write("\n")
 
 
@@ -77,7 +106,7 @@ def read_adapter(model: nnx.Module, folder: str) -> tuple[str, ...]:
     """
     config = read_json(os.path.join(folder, CONFIG))
     settings = read_settings(config)
-    source = SafetensorsFolder(folder, WEIGHTS)
+    source = AdapterTensors(folder)
     table = placed_tensors(model)
     copies = _copies_of_base(model, table, source)
     specs = {key: spec for key, spec in source.specs().items() if key not in copies}
@@ -140,7 +169,7 @@ def _attached(model: nnx.Module, paths: tuple[str, ...], make: Any) -> nnx.Modul
     return copy
 
 
-def _copies_of_base(model: nnx.Module, table: Mapping[str, Any], source: SafetensorsFolder) -> set[str]:
+def _copies_of_base(model: nnx.Module, table: Mapping[str, Any], source: AdapterTensors) -> set[str]:
     # Beside an adapter on the LM head PEFT stores the head itself; one that is not the base's stays unexpected.
     leaves, out = flatten(nnx.state(model))[0], set()
     for path, placed in table.items():
@@ -175,7 +204,7 @@ def _paths_in(specs: Mapping[str, TensorSpec], table: Mapping[str, Any], folder:
     return tuple(sorted(paths))
 
 
-def _stacked(source: SafetensorsFolder, pieces: Any, name: str) -> jax.Array:
+def _stacked(source: AdapterTensors, pieces: Any, name: str) -> jax.Array:
     rows = [source.read(f"{PREFIX}{piece.hf.removesuffix('.weight')}.{name}.weight") for piece in pieces]
     array = rows[0] if pieces[0].layer is None else np.stack(rows)
     return jnp.asarray(array, jnp.float32)
@@ -187,7 +216,8 @@ def _lazy(array: jax.Array, layer: int | None, *, transpose: bool = False) -> La
     return TensorSpec(part.shape, np.dtype(np.float32)), lambda: np.asarray(part, np.float32)
 
 
-def _peft_config(settings: LoRASettings, attached: Mapping[str, LoRA], base: str) -> dict[str, Any]:
+def _peft_config(settings: LoRASettings, attached: Mapping[str, LoRA], base: str, nested: bool) -> dict[str, Any]:
+    kinds = sorted({path.rsplit("/", 1)[-1] for path in attached})
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -196,7 +226,8 @@ def _peft_config(settings: LoRASettings, attached: Mapping[str, LoRA], base: str
         "lora_alpha": settings.alpha,
         "lora_dropout": settings.dropout,
         "use_rslora": settings.use_rslora,
-        "target_modules": sorted({path.rsplit("/", 1)[-1] for path in attached}),
+        # A list would find the image tower's layers of the same names too.
+        "target_modules": peft_targets(kinds) if nested else kinds,
         "bias": "none",
         "inference_mode": True,
         "init_lora_weights": True,

@@ -81,7 +81,7 @@ def _readers(live: LoadedModel, folder: str, compute: str) -> dict[str, Callable
     if small and importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
         peft_folder = importlib.util.find_spec("peft") is not None and _is_adapter(folder)
         if peft_folder and not live.base.endswith(".gguf"):
-            readers["peft"] = lambda tokens: _transformers_logits(resolve(live.base), tokens, adapter=folder)
+            readers["peft"] = lambda tokens: _peft_logits(live, folder, tokens)
         elif not _is_adapter(folder):
             readers["transformers"] = lambda tokens: _transformers_logits(folder, tokens)
     return readers
@@ -91,16 +91,26 @@ def _is_adapter(folder: str) -> bool:
     return os.path.isfile(os.path.join(folder, peft.CONFIG))
 
 
-def _transformers_logits(folder: str, tokens: np.ndarray, adapter: str | None = None) -> np.ndarray:
+def _transformers_logits(folder: str, tokens: np.ndarray) -> np.ndarray:
     import torch
     from transformers import AutoModelForCausalLM
 
     with _quiet_transformers():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-        if adapter is not None:
-            from peft import PeftModel
+        with torch.no_grad():
+            return model.eval()(torch.from_numpy(tokens)).logits.float().numpy()
 
-            model = PeftModel.from_pretrained(model, adapter)
+
+def _peft_logits(live: LoadedModel, adapter: str, tokens: np.ndarray) -> np.ndarray:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    # A base that takes images too is loaded as one: the adapter's keys are those of its modules.
+    loader = AutoModelForCausalLM if live.left_out is None else AutoModelForImageTextToText
+    with _quiet_transformers():
+        base = loader.from_pretrained(resolve(live.base), dtype=torch.float32, local_files_only=True)
+        model = PeftModel.from_pretrained(base, adapter)
         with torch.no_grad():
             return model.eval()(torch.from_numpy(tokens)).logits.float().numpy()
 

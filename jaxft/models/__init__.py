@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxft.errors import ModelError, did_you_mean
+from jaxft.models import nested
 
 
 @functools.cache
@@ -22,19 +23,29 @@ def families() -> dict[str, ModuleType]:
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> Any:
-    """The family's Config of a parsed `config.json`. Raises ModelError for a family that is not implemented."""
+    """The family's Config of a parsed `config.json`; of the language model where that is nested in a larger one.
+
+    Raises ModelError for a family that is not implemented.
+    """
+    hf = nested.text_config(hf)
     kind, inner = hf.get("model_type"), hf.get("text_config")
     if kind not in families() and isinstance(inner, Mapping):
-        part = inner.get("model_type")
-        raise ModelError(
-            f"model_type {kind!r} takes more than text, which is not implemented. Its text model, model_type {part!r}, "
-            f"is{'' if part in families() else ' not'} implemented: as a folder of its own, with text_config as its "
-            "config.json and the language model's tensors under the names model.*"
-        )
+        raise nested.missing_text_model(kind, inner.get("model_type"))
     if kind not in families():
         hint = did_you_mean(str(kind), families())
         raise ModelError(f"model_type {kind!r} is not implemented.{hint} Implemented: {', '.join(sorted(families()))}.")
     return families()[kind].Config.from_hf(hf)
+
+
+def text_config(hf: Mapping[str, Any], *, own_head: bool | None = None) -> dict[str, Any]:
+    """The whole config.json of a nested language model as a model of its own; `hf` where it is not nested.
+
+    own_head: as for `nested.text_config`. Raises ModelError for what is not understood.
+    """
+    if hf.get("model_type") not in nested.OUTERS:
+        return dict(hf)
+    inner = nested.text_config(hf, own_head=own_head)
+    return config_from_hf(inner).to_hf() | {k: v for k, v in inner.items() if k in nested.SHARED}
 
 
 def abstract_model(config: Any, *, dtype: str = "float32", param_dtype: str = "float32", remat: str = "none") -> Any:

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from jaxft import models
 from jaxft.checkpoint import hf, peft
-from jaxft.checkpoint.load import base_of, open_weights, resolve
+from jaxft.checkpoint.load import base_of, left_out, open_weights, resolve
 from jaxft.checkpoint.merged import Merged
 from jaxft.checkpoint.paths import copy_small_files, is_file, is_remote, open_folder
 from jaxft.checkpoint.safetensors_writer import LazyTensor, sync_folder
@@ -40,7 +40,10 @@ DTYPES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """A model that can be read tensor by tensor. stored: element type of each tensor in its own files."""
+    """A model that can be read tensor by tensor.
+
+    stored: element type of each tensor in its own files. left_out: as in LoadedModel.
+    """
 
     path: str
     hf_config: dict[str, Any]
@@ -48,6 +51,7 @@ class Origin:
     stored: dict[str, np.dtype]
     generation: dict[str, Any] | None
     tokenizer: Tokenizer | None
+    left_out: str | None
     fingerprint: dict[str, Any]
 
 
@@ -75,6 +79,8 @@ def convert(
     _check_request(form, dtype, to)
     start = time.monotonic()
     with _origin(source, revision, merge=form != "gguf-adapter") as origin:
+        if origin.left_out is not None:
+            console.print(origin.left_out, highlight=False, soft_wrap=True)
         dtype = dtype or _own_dtype(origin, form)
         job = origin.fingerprint | {"form": form, "dtype": dtype, "max_shard_bytes": max_shard_bytes}
         with _unfinished(Path(to), job, resumable=form == "hf") as folder:
@@ -82,8 +88,8 @@ def convert(
             whole = folder / targets.GGUF_NAME if form.startswith("gguf") else folder
             os.replace(whole, to)
             sync_folder(os.path.dirname(os.path.abspath(to)))
-    seconds = time.monotonic() - start
-    return {"to": to, "form": form, "dtype": dtype, **figures, "seconds": round(seconds, 2)}
+    figures |= {} if origin.left_out is None else {"left_out": origin.left_out}
+    return {"to": to, "form": form, "dtype": dtype, **figures, "seconds": round(time.monotonic() - start, 2)}
 
 
 def _write(
@@ -135,7 +141,7 @@ def _origin(named: str, revision: str | None, *, merge: bool) -> Iterator[Origin
     elif not merge:
         raise ConfigError(f"{named} is not a PEFT folder, so there is no adapter to write")
     hf_config, source, generation = open_weights(path)
-    expected = _check_against_config(hf_config, source)
+    expected, without = _check_against_config(hf_config, source), left_out(source)
     own = {name: spec.dtype for name, spec in source.specs().items() if name in expected}
     if adapter is not None and merge:
         source = Merged(source, adapter)
@@ -147,6 +153,7 @@ def _origin(named: str, revision: str | None, *, merge: bool) -> Iterator[Origin
             stored=own,
             generation=generation,
             tokenizer=tokenizer,
+            left_out=without,
             fingerprint={"source": [_files_of(p) for p in (path, adapter) if p]},
         )
 

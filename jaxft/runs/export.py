@@ -31,7 +31,8 @@ def export(
 
     source: a run folder, a PEFT folder, a Hugging Face folder or a GGUF file. step: a checkpoint of a
     run folder, its export or newest where None. dtype: stored type of a merged model. Returns the
-    folder and how far each reader's logits were from the live model's. Raises ExportError where one
+    folder, how far each reader's logits were from the live model's, and what of a model that takes images too was
+    left out. Raises ExportError where one
     differs by more than rounding.
     """
     if format not in FORMATS:
@@ -43,7 +44,8 @@ def export(
     tokenizer = load_tokenizer(loaded.base, chat_template=_chat_template(source))
     target.mkdir(parents=True, exist_ok=True)
     checks = write(loaded, tokenizer, target, format=format, dtype=dtype)
-    return {"folder": str(target), "format": format, "checks": {c.reader: c.difference for c in checks}}
+    said = {} if loaded.left_out is None else {"left_out": loaded.left_out}
+    return {"folder": str(target), "format": format, "checks": {c.reader: c.difference for c in checks}} | said
 
 
 def _chat_template(source: str) -> str | None:
@@ -98,7 +100,7 @@ def write(
     stored = dtype or str(jax.tree.leaves(nnx.state(loaded.module.embed_tokens))[0].dtype)
     if format == "adapter":
         base = loaded.base if "://" in loaded.base else os.path.abspath(loaded.base)
-        peft.write_adapter(loaded.module, str(target), base=base)
+        peft.write_adapter(loaded.module, str(target), base=base, nested=loaded.left_out is not None)
         stored = "float32"
     else:
         hf.write_weights(loaded.module, str(target), dtype=stored)

@@ -61,6 +61,8 @@ def train(config: RunConfig, *, console: Console | None = None) -> dict[str, Any
     console.print("\ntwo training rows, their trained tokens marked:", highlight=False)
     render_rows(run.data.train_examples, run.tokenizer, limit=2, console=console)
     loaded = build_model(config, run.mesh, random_base=run.folder / files.BASE)
+    if loaded.left_out is not None:
+        console.print(loaded.left_out, highlight=False, soft_wrap=True)
     scores = files.read_json(run.folder / files.SCORES, {})
     if config.eval.metric and "base" not in scores:
         # A fresh adapter changes nothing, so this is the base model's score.
