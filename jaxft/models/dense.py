@@ -160,8 +160,9 @@ def read_sizes(
     }
 
 
-def read_rope(hf: Mapping[str, Any], head_dim: int, *, partial: bool = False) -> Rope:
-    """The rope of config.json. partial: whether the family turns only part of a head where asked to.
+def read_rope(hf: Mapping[str, Any], head_dim: int, *, partial: bool = False, scaled_queries: bool = False) -> Rope:
+    """The rope of config.json. partial: whether the family turns only part of a head where asked to. scaled_queries:
+    whether it multiplies queries by a factor of their position where asked to.
 
     Raises ModelError for what is not implemented or does not fit the heads.
     """
@@ -169,6 +170,11 @@ def read_rope(hf: Mapping[str, Any], head_dim: int, *, partial: bool = False) ->
     if rope.partial_rotary_factor != 1.0 and not partial:
         raise ModelError(
             f"rope partial_rotary_factor={rope.partial_rotary_factor} is not implemented for model_type "
+            f"{hf.get('model_type')!r}"
+        )
+    if rope.llama_4_scaling_beta is not None and not scaled_queries:
+        raise ModelError(
+            f"rope llama_4_scaling_beta={rope.llama_4_scaling_beta} is not implemented for model_type "
             f"{hf.get('model_type')!r}"
         )
     rope.check(head_dim)

@@ -98,6 +98,8 @@ class Attention(nnx.Module):
         q_BSNH, k_BSKH, v_BSKH = self._projected(x_BSD, key)
         rotation = tokens.rotations[self.shape.rope]
         q_BSNH, k_BSKH = rotate(q_BSNH, rotation), rotate(k_BSKH, rotation)
+        if rotation.queries_BS is not None:
+            q_BSNH = (q_BSNH * rotation.queries_BS[:, :, None, None]).astype(q_BSNH.dtype)
         if cache is None:
             out_BSNH = causal_attention(q_BSNH, k_BSKH, v_BSKH, tokens.segments_BS, form, sinks_N)
         elif form.window is not None and x_BSD.shape[1] > 1 and cache.slots >= form.window:

@@ -26,7 +26,7 @@ _SCALED_FIELDS = {
     "llama3": _Fields(("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")),
     "yarn": _Fields(
         ("factor", "original_max_position_embeddings"),
-        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "llama_4_scaling_beta"),
     ),
     "longrope": _Fields(
         ("short_factor", "long_factor", "original_max_position_embeddings"), ("factor", "attention_factor")
@@ -35,10 +35,14 @@ _SCALED_FIELDS = {
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines of every token's angles, each [B, S, F] float32."""
+    """Cosines and sines of every token's angles, each [B, S, F] float32.
+
+    queries_BS: what queries, and not keys, are multiplied by beside it; None for nothing.
+    """
 
     cos_BSF: jax.Array
     sin_BSF: jax.Array
+    queries_BS: jax.Array | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +50,9 @@ class Rope:
     """Frequencies of one rotary embedding.
 
     kind: default, linear (arXiv:2306.15595), llama3, yarn (arXiv:2309.00071) or longrope (arXiv:2402.13753).
-    partial_rotary_factor: share of each head that is turned. The other fields bear transformers' names.
+    partial_rotary_factor: share of each head that is turned. llama_4_scaling_beta: how fast queries grow with their
+    position, `1 + beta log(1 + floor(position / original_max_position_embeddings))` (arXiv:2501.19399 has the idea).
+    The other fields bear transformers' names.
     """
 
     theta: float = 10000.0
@@ -63,6 +69,7 @@ class Rope:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+    llama_4_scaling_beta: float | None = None
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
 
@@ -207,9 +214,16 @@ def rotation(rope: Rope, head_dim: int, positions_BS: jax.Array, segments_BS: ja
     # float32: bfloat16 rounds position 257 to 256.
     angles_BSF = positions_BS.astype(jnp.float32)[..., None] * freqs_F
     cos_BSF, sin_BSF = jnp.cos(angles_BSF), jnp.sin(angles_BSF)
-    if rope.magnitude == 1.0:
-        return Rotation(cos_BSF, sin_BSF)
-    return Rotation(cos_BSF * rope.magnitude, sin_BSF * rope.magnitude)
+    if rope.magnitude != 1.0:
+        cos_BSF, sin_BSF = cos_BSF * rope.magnitude, sin_BSF * rope.magnitude
+    return Rotation(cos_BSF, sin_BSF, _query_scale(rope, positions_BS))
+
+
+def _query_scale(rope: Rope, positions_BS: jax.Array) -> jax.Array | None:
+    if rope.llama_4_scaling_beta is None:
+        return None
+    contexts_BS = positions_BS // rope.original_max_position_embeddings
+    return 1 + rope.llama_4_scaling_beta * jnp.log1p(contexts_BS.astype(jnp.float32))
 
 
 def _last_position(positions_BS: jax.Array, segments_BS: jax.Array | None) -> jax.Array:
@@ -227,7 +241,7 @@ def rotate(x_BSNH: jax.Array, rotation: Rotation) -> jax.Array:
 
     Dimensions from 2 F on stay as they are.
     """
-    cos, sin = (x_BSF[:, :, None, :] for x_BSF in rotation)
+    cos, sin = rotation.cos_BSF[:, :, None, :], rotation.sin_BSF[:, :, None, :]
     turned = 2 * cos.shape[-1]
     first, second = jnp.split(x_BSNH[..., :turned].astype(jnp.float32), 2, axis=-1)
     out = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BSNH.dtype)

@@ -26,7 +26,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 TEXT = {
-    "vocab_size": 512, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "vocab_size": 512, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256,
 }  # fmt: skip
 VISION = {
@@ -41,9 +41,9 @@ TINY = {
         "vision_config": PIXTRAL,
         "tie_word_embeddings": False,
     },
-    "mistral3-tied": {"text_config": TEXT | {"model_type": "mistral", "sliding_window": 9}, "vision_config": PIXTRAL},
+    "mistral3-tied": {"text_config": TEXT | {"model_type": "ministral3"}, "vision_config": PIXTRAL},
 }
-TEXT_CLASS = {"gemma3": "Gemma3ForCausalLM", "mistral3": "MistralForCausalLM", "mistral3-tied": "MistralForCausalLM"}
+TEXT_CLASS = {"gemma3": "Gemma3ForCausalLM", "mistral3": "MistralForCausalLM", "mistral3-tied": "Ministral3ForCausalLM"}
 TOKENS = np.random.default_rng(0).integers(1, 500, (2, 20))
 QUIET = Console(quiet=True)
 
@@ -128,7 +128,10 @@ def test_both_generations_of_names_are_read(nested, tmp_path):
     renamed = changed(folder, tmp_path / "renamed", tensors=new_names)
     names = set(load_file(renamed / "model.safetensors"))
     assert "model.language_model.norm.weight" in names and "language_model.model.norm.weight" not in names
-    np.testing.assert_array_equal(load_model(str(renamed)).logits(TOKENS), load_model(str(folder)).logits(TOKENS))
+    (config, expected, _), (same, source, _) = open_weights(str(folder)), open_weights(str(renamed))
+    assert same == config and source.specs() == expected.specs()
+    for name in expected.specs():
+        np.testing.assert_array_equal(source.read(name), expected.read(name), err_msg=name)
 
 
 def test_what_is_left_out_is_said(folder_of):
@@ -140,29 +143,31 @@ def test_what_is_left_out_is_said(folder_of):
     assert "multi_modal_projector (4), vision_tower (" in said
 
 
-def test_a_conversion_and_an_export_are_of_text_only_and_say_so(nested, tmp_path, capsys):
-    name, folder = nested
-    console = Console()
-    done = convert(str(folder), str(tmp_path / "converted"), console=console)
-    assert "text only" in done["left_out"] and done["left_out"] in capsys.readouterr().out.replace("\n", "")
-    written = export(str(folder), str(tmp_path / "exported"))
-    assert written["left_out"] == done["left_out"]
-    expected = logits(theirs(folder))
-    for out in ("converted", "exported"):
-        config = json.loads((tmp_path / out / "config.json").read_text())
-        assert config["architectures"] == [TEXT_CLASS[name]] and "vision_config" not in config
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            tmp_path / out, dtype=torch.float32, attn_implementation="eager"
-        )
-        assert type(model).__name__ == TEXT_CLASS[name]
-        np.testing.assert_allclose(logits(model.eval()), expected, rtol=0, atol=1e-5)
-        assert load_model(str(tmp_path / out)).left_out is None
+@pytest.mark.parametrize(("name", "how"), [("gemma3", "convert"), ("mistral3", "export"), ("mistral3-tied", "convert")])
+def test_what_is_written_is_of_text_only_and_says_so(folder_of, tmp_path, capsys, name, how):
+    folder, out = str(folder_of(name)), tmp_path / "out"
+    done = convert(folder, str(out), console=Console()) if how == "convert" else export(folder, str(out))
+    assert done["left_out"] == load_model(folder).left_out
+    if how == "convert":
+        assert done["left_out"] in capsys.readouterr().out.replace("\n", "")
+    config = json.loads((out / "config.json").read_text())
+    assert config["architectures"] == [TEXT_CLASS[name]] and "vision_config" not in config
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        out, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    assert type(model).__name__ == TEXT_CLASS[name]
+    np.testing.assert_allclose(logits(model), logits(theirs(folder)), rtol=0, atol=1e-5)
+    assert open_weights(str(out))[1].specs() == open_weights(folder)[1].specs()
+    assert load_model(str(out)).left_out is None
 
 
 def test_orbax_holds_the_text_part(folder_of, tmp_path):
-    convert(str(folder_of("gemma3")), str(tmp_path / "orbax"), form="orbax", console=QUIET)
-    back = load_model(str(tmp_path / "orbax"))
-    np.testing.assert_array_equal(back.logits(TOKENS), load_model(str(folder_of("gemma3"))).logits(TOKENS))
+    folder = str(folder_of("mistral3"))
+    convert(folder, str(tmp_path / "orbax"), form="orbax", console=QUIET)
+    back, expected = open_weights(str(tmp_path / "orbax"))[1], open_weights(folder)[1]
+    assert back.specs() == expected.specs()
+    for name in expected.specs():
+        np.testing.assert_array_equal(back.read(name), expected.read(name), err_msg=name)
 
 
 def test_an_adapter_means_the_same_to_peft_on_the_whole_model(nested, tmp_path):
@@ -181,8 +186,8 @@ def test_an_adapter_means_the_same_to_peft_on_the_whole_model(nested, tmp_path):
     assert [check.reader for check in check_export(live, str(tmp_path), stored="float32")] == ["jaxft", "peft"]
 
 
-def test_adapters_are_read_with_the_keys_of_either_generation_and_of_text_only(nested, tmp_path):
-    _, folder = nested
+def test_adapters_are_read_with_the_keys_of_either_generation_and_of_text_only(folder_of, tmp_path):
+    folder = folder_of("mistral3")
     live = trained(folder)
     peft_format.write_adapter(live.module, str(tmp_path / "now"), base=str(folder), nested=True)
     peft_format.write_adapter(live.module, str(tmp_path / "text"), base=str(folder))
@@ -195,8 +200,9 @@ def test_adapters_are_read_with_the_keys_of_either_generation_and_of_text_only(n
     file = tmp_path / "before" / peft_format.WEIGHTS
     save_file(older(load_file(file)), file)
     assert not set(load_file(file)) & set(load_file(tmp_path / "now" / peft_format.WEIGHTS))
+    expected = live.logits(TOKENS)
     for kind in ("now", "before", "text"):
-        np.testing.assert_array_equal(load_model(str(tmp_path / kind)).logits(TOKENS), live.logits(TOKENS))
+        np.testing.assert_array_equal(load_model(str(tmp_path / kind)).logits(TOKENS), expected)
 
 
 def test_an_adapter_that_peft_saved_of_the_whole_model_is_read_and_merged(folder_of, tmp_path):
@@ -218,7 +224,7 @@ def test_an_adapter_that_peft_saved_of_the_whole_model_is_read_and_merged(folder
 def test_the_adapter_of_a_nested_model_goes_into_gguf(folder_of, tmp_path):
     from gguf import GGUFReader
 
-    folder = folder_of("mistral3-tied")
+    folder = folder_of("mistral3")
     for name, is_nested in (("nested", True), ("text", False)):
         peft_format.write_adapter(trained(folder).module, str(tmp_path / name), base=str(folder), nested=is_nested)
         write_gguf_adapter(str(tmp_path / f"{name}.gguf"), str(tmp_path / name), hf_config_of(str(folder)))
@@ -246,6 +252,13 @@ def test_defaults_of_a_gemma_folder_that_says_little(folder_of, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(little | {"text_config": TEXT | {"sliding_window": 7}}))
     drawn = random_model(str(tmp_path), seed=0, dtype="float32", param_dtype="float32")
     assert drawn.hf_config["model_type"] == "gemma3_text" and drawn.left_out is None
+
+
+def test_a_null_of_text_config_is_not_a_default(folder_of):
+    """Mistral Small 3.1 has no window, and says so; a config that says nothing has one."""
+    assert load_model(str(folder_of("mistral3"))).module.config.sliding_window is None
+    inner = TEXT | {"model_type": "mistral"}
+    assert models.config_from_hf({"model_type": "mistral3", "text_config": inner}).sliding_window == 4096
 
 
 def test_the_head_is_what_the_files_hold(folder_of, tmp_path):
@@ -305,6 +318,7 @@ def test_tensors_of_neither_part_and_misfits_are_refused(folder_of, tmp_path, ch
         ({"window_scale": 3}, r"'gemma3' has fields .*window_scale=3 \(unknown\)"),
         ({"quantization_config": {"bits": 4}}, "quantization_config="),
         ({"text_config": None}, "'gemma3' lacks text_config"),
+        ({"text_config": "gemma3_text"}, "text_config of model_type 'gemma3' is no object, but 'gemma3_text'"),
         ({"text_config": TEXT | {"window_scale": 3}}, r"'gemma3_text' has fields .*window_scale=3 \(unknown\)"),
         ({"text_config": TEXT | {"model_type": "gemma9"}}, "model_type 'gemma9' is not implemented"),
     ],

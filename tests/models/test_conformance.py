@@ -47,6 +47,14 @@ TINY = {
         },
     },
     "mistral": {"sliding_window": 6, "head_dim": 16},
+    # Queries grow after every eight tokens.
+    "ministral3": {
+        "head_dim": 16,
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 8,
+            "mscale": 1.0, "mscale_all_dim": 0.5, "llama_4_scaling_beta": 0.4,
+        },
+    },
     "qwen2": {
         "tie_word_embeddings": True,
         "rope_parameters": {

@@ -132,6 +132,7 @@ def test_a_model_of_more_than_text_is_refused_where_its_text_model_is_not_known(
 
 SHARED = {k: v for k, v in LLAMA.items() if k != "model_type"}
 PHI_CODE = {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
+YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64}
 LONGROPE = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 
 
@@ -166,6 +167,17 @@ LONGROPE = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] 
         ("phi3", {"partial_rotary_factor": 0.4}, "partial_rotary_factor=0.4 of head_dim=8 is 3"),
         ("phi3", {"resid_pdrop": 0.1}, "resid_pdrop=0.1"),
         ("phi3", {"auto_map": PHI_CODE | {"AutoModel": "other.Phi3"}}, "auto_map="),
+        (
+            "ministral3",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+            "rope_type='default' with llama_4",
+        ),
+        ("ministral3", {"rope_parameters": YARN}, "llama_4_scaling_beta=None; yarn with a number"),
+        (
+            "mistral",
+            {"rope_parameters": YARN | {"llama_4_scaling_beta": 0.1}},
+            "llama_4_scaling_beta=0.1 is not implemented for model_type 'mistral'",
+        ),
         ("olmo2", {"clip_qkv": 8.0}, r"clip_qkv=8.0 \(unknown\)"),
     ],
 )

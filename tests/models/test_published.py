@@ -37,6 +37,9 @@ TOTALS = {
     "mixtral-8x7b": 46_702_792_704, "mixtral-8x22b": 140_620_634_112,
     "qwen3-30b-a3b": 30_532_122_624, "qwen3-235b-a22b": 235_093_634_560,
     "gpt-oss-20b": 20_914_757_184, "gpt-oss-120b": 116_829_156_672,
+    # Likewise; the cards round them to 3.4, 8.4 and 13.5 billion.
+    "ministral-3-3b-text": 3_429_006_336, "ministral-3-8b-text": 8_489_553_920,
+    "ministral-3-14b-text": 13_506_073_600,
     "olmo-2-7b": 7_298_617_344, "olmo-2-13b": 13_716_198_400,
 }  # fmt: skip
 

@@ -1,5 +1,7 @@
 """Rotary embeddings: frequencies against transformers, and what a rotation must leave alone."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,5 +105,19 @@ def test_a_rotation_keeps_lengths_types_and_position_zero():
 
 
 def test_neighbouring_positions_stay_apart_far_out():
-    cos, _ = rotation(KINDS[0], 64, jnp.array([[100_000, 100_001]]))
+    cos = rotation(KINDS[0], 64, jnp.array([[100_000, 100_001]])).cos_BSF
     assert float(jnp.abs(cos[0, 0] - cos[0, 1]).max()) > 0.1
+
+
+def test_queries_grow_with_their_position_and_keys_do_not():
+    torch = pytest.importorskip("torch")
+    modeling = pytest.importorskip("transformers.models.ministral3.modeling_ministral3")
+    rope = Rope(kind="yarn", factor=4.0, original_max_position_embeddings=8, llama_4_scaling_beta=0.4)
+    positions = np.array([[0, 7, 8, 15, 16, 1000]])
+    expected = modeling.get_llama_4_attn_scale(torch.tensor(positions), 0.4, 8).numpy()[:, 0, :, 0]
+    turned = rotation(rope, 8, jnp.asarray(positions))
+    np.testing.assert_allclose(turned.queries_BS, expected, rtol=1e-6)
+    assert expected[0, 1] == 1.0 and expected[0, 2] > 1.2
+    plain = rotation(dataclasses.replace(rope, llama_4_scaling_beta=None), 8, jnp.asarray(positions))
+    assert plain.queries_BS is None
+    np.testing.assert_array_equal(turned.cos_BSF, plain.cos_BSF)
