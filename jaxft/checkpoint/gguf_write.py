@@ -70,6 +70,12 @@ def write_gguf(
     _write(GGUFWriter(path, family.arch), metadata | dict(tokenizer), merged | vectors)
 
 
+def written_bytes(tensors: Mapping[str, LazyTensor], dtype: str) -> int:
+    """Size of the tensors in a file of that type."""
+    kinds = ((spec, GGML_QUANT_SIZES[_kind_of(spec, _kind(dtype))]) for spec, _ in tensors.values())
+    return sum(spec.size // block * block_bytes for spec, (block, block_bytes) in kinds)
+
+
 def write_gguf_adapter(path: str, folder: str, hf_config: Mapping[str, Any], *, dtype: str = "float32") -> None:
     """Writes a PEFT folder's LoRA in the form that llama.cpp adds to its base (`--lora`).
 

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from jaxft.adapters.attach import adapters
+from jaxft.checkpoint.finite import Finite
 from jaxft.checkpoint.paths import read_json as read_json
 from jaxft.checkpoint.safetensors_writer import LazyTensor, write_sharded
 from jaxft.checkpoint.tensors import TensorSource, TensorSpec
@@ -40,12 +41,14 @@ def load_weights(model: nnx.Module, source: TensorSource, shardings: Mapping[str
     model: from `models.abstract_model`. shardings: NamedSharding by path; one device where None. Only
     the slices that this process's devices hold are read, parameter by parameter: host memory beyond the
     arrays themselves stays below one parameter's part in this process and one tensor of the source.
-    Raises CheckpointError listing every missing, unexpected and misshapen tensor, before reading any.
+    Raises CheckpointError listing every missing, unexpected and misshapen tensor, before reading any, and for one with
+    NaN or infinite values when it is read.
     """
     graphdef, state = nnx.split(model)
     leaves, treedef = flatten(state)
     table = placed_tensors(model)
     check_tensors(leaves, table, source)
+    source = Finite(source)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     arrays = [
         _placed_array(table[path], source, leaf, device if shardings is None else shardings[path])
@@ -107,8 +110,9 @@ def write_config(
     folder: str, hf_config: Mapping[str, Any], *, dtype: str, generation: Mapping[str, Any] | None = None
 ) -> None:
     """Writes config.json and generation_config.json."""
-    # Both names: transformers 4 reads torch_dtype, 5 reads dtype. What was packed in the source is not any more.
-    replaced = ("torch_dtype", "dtype", "quantization_config")
+    # Both names: transformers 4 reads torch_dtype, 5 reads dtype. What was packed in the source is not any more, and
+    # code that auto_map names was never run here.
+    replaced = ("torch_dtype", "dtype", "quantization_config", "auto_map")
     config = {k: v for k, v in hf_config.items() if k not in replaced} | {"torch_dtype": dtype}
     tokens = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(k) is not None}
     for name, value in (("config.json", config), ("generation_config.json", generation or tokens)):

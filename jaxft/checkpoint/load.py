@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from jaxft import models
-from jaxft.checkpoint import orbax_folder, peft
+from jaxft.checkpoint import fused_experts, orbax_folder, peft
 from jaxft.checkpoint.gguf import GGUFFile
 from jaxft.checkpoint.hf import load_weights
 from jaxft.checkpoint.mxfp4 import Unpacked, is_packed
@@ -130,6 +130,8 @@ def open_weights(path: str) -> tuple[dict[str, Any], TensorSource, dict[str, Any
     if source is None:
         source = orbax_folder.OrbaxFolder(path) if orbax_folder.is_one(path) else SafetensorsFolder(path)
     source = Unpacked(source) if is_packed(hf_config) else source
+    if fused_experts.is_fused(hf_config.get("model_type"), source):
+        source = fused_experts.SingleExperts(source, hf_config["model_type"])
     return hf_config, source, read_json(generation) if is_file(generation) else None
 
 

@@ -18,6 +18,7 @@ from flax import nnx
 
 from jaxft.adapters.attach import adapters, attach
 from jaxft.adapters.lora import LoRA, LoRASettings
+from jaxft.checkpoint.finite import Finite
 from jaxft.checkpoint.hf import placed_tensors, read_json
 from jaxft.checkpoint.safetensors_writer import LazyTensor, write_safetensors
 from jaxft.checkpoint.tensors import SafetensorsFolder, TensorSpec
@@ -50,11 +51,11 @@ class AdapterTensors:
     """The tensors of a PEFT folder, under the keys that they have with a base of text only.
 
     PEFT takes a key from where transformers has the module; with a base that takes images too, that is inside it.
-    Raises CheckpointError where two keys mean one tensor.
+    Raises CheckpointError where two keys mean one tensor, and for NaN or infinite values when they are read.
     """
 
     def __init__(self, folder: str) -> None:
-        self._source, self._stored = SafetensorsFolder(folder, WEIGHTS), {}
+        self._source, self._stored = Finite(SafetensorsFolder(folder, WEIGHTS)), {}
         for stored in self._source.specs():
             module = stored.removeprefix(PREFIX)
             key = stored if module == stored else PREFIX + (text_name(module) or module)

@@ -33,7 +33,9 @@ def config_from_hf(hf: Mapping[str, Any]) -> Any:
         raise nested.missing_text_model(kind, inner.get("model_type"))
     if kind not in families():
         hint = did_you_mean(str(kind), families())
-        raise ModelError(f"model_type {kind!r} is not implemented.{hint} Implemented: {', '.join(sorted(families()))}.")
+        code = " Code that a folder brings along (auto_map) is never run." if hf.get("auto_map") else ""
+        known = ", ".join(sorted(families()))
+        raise ModelError(f"model_type {kind!r} is not implemented.{hint}{code} Implemented: {known}.")
     return families()[kind].Config.from_hf(hf)
 
 

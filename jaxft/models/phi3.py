@@ -11,9 +11,6 @@ from jaxft.nn.decoder import Decoder, DecoderShape
 
 MODEL_TYPES = ("phi3",)
 DEFAULTS = {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "sliding_window": None}
-# What the authors' own files say: code that transformers, and this file, took the place of. It is never run.
-AUTHORS_CODE = {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
-AUTHORS_TOKENIZER = {"AutoTokenizer": "Xenova/gpt-4o"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +28,6 @@ class Config(DenseConfig):
             "full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False, "mlp_bias": False,
         }  # fmt: skip
         used = ("partial_rotary_factor", "original_max_position_embeddings")
-        if hf.get("auto_map") in (AUTHORS_CODE, AUTHORS_CODE | AUTHORS_TOKENIZER):
-            used = (*used, "auto_map")
         sizes = read_sizes(hf, cls, used=used, must_equal=only)
         if hf["sliding_window"] is not None:
             check_window(hf["sliding_window"])

@@ -18,6 +18,8 @@ from rich.console import Console
 
 from jaxft import models
 from jaxft.checkpoint import hf, peft
+from jaxft.checkpoint.finite import Finite, all_finite
+from jaxft.checkpoint.gguf_write import written_bytes as gguf_bytes
 from jaxft.checkpoint.load import base_of, left_out, open_weights, resolve
 from jaxft.checkpoint.merged import Merged
 from jaxft.checkpoint.paths import copy_small_files, is_file, is_remote, open_folder
@@ -30,6 +32,7 @@ from jaxft.runs.progress import progress
 from jaxft.trees import flatten
 
 STATE = "convert.json"  # in an unfinished folder: of what, and how
+SMALL_FILES = 64 * 2**20  # bytes for headers, configs and the tokenizer
 DTYPES = {
     "hf": ("float32", "bfloat16", "float16"),
     "orbax": ("float32", "bfloat16"),
@@ -82,6 +85,7 @@ def convert(
         if origin.left_out is not None:
             console.print(origin.left_out, highlight=False, soft_wrap=True)
         dtype = dtype or _own_dtype(origin, form)
+        _check_space(Path(to), _written_bytes(origin, form, dtype))
         job = origin.fingerprint | {"form": form, "dtype": dtype, "max_shard_bytes": max_shard_bytes}
         with _unfinished(Path(to), job, resumable=form == "hf") as folder:
             figures = _write(origin, folder, form, dtype, max_shard_bytes, console)
@@ -132,6 +136,26 @@ def _check_request(form: str, dtype: str | None, to: str) -> None:
         raise ExportError(f"{to} is already there: choose a new path, or remove it first")
 
 
+def _written_bytes(origin: Origin, form: str, dtype: str) -> int:
+    """How much a conversion will write, in bytes, but for headers and the tokenizer."""
+    if form == "gguf-adapter":
+        return sum(spec.size * np.dtype(dtype).itemsize for spec in peft.AdapterTensors(origin.path).specs().values())
+    lazy = _lazy_tensors(origin, "float32" if form == "gguf" else dtype)
+    return gguf_bytes(lazy, dtype) if form == "gguf" else sum(spec.nbytes for spec, _ in lazy.values())
+
+
+def _check_space(to: Path, size: int) -> None:
+    """Raises ExportError where the disk has no room. What an earlier call left there is kept, or goes first."""
+    there = next(p for p in to.absolute().parents if p.exists())
+    left = sum(f.stat().st_size for f in _beside(to).rglob("*") if f.is_file())
+    free, needed = shutil.disk_usage(there).free, size + SMALL_FILES - left
+    if needed > free:
+        raise ExportError(
+            f"{to} needs {needed / 1e9:.2f} GB and the disk of {there} has {free / 1e9:.2f} GB left: make room, or "
+            "choose another disk or a smaller --dtype. Nothing was written."
+        )
+
+
 @contextlib.contextmanager
 def _origin(named: str, revision: str | None, *, merge: bool) -> Iterator[Origin]:
     path = resolve(named, revision)
@@ -143,8 +167,7 @@ def _origin(named: str, revision: str | None, *, merge: bool) -> Iterator[Origin
     hf_config, source, generation = open_weights(path)
     expected, without = _check_against_config(hf_config, source), left_out(source)
     own = {name: spec.dtype for name, spec in source.specs().items() if name in expected}
-    if adapter is not None and merge:
-        source = Merged(source, adapter)
+    source = Finite(source if adapter is None or not merge else Merged(source, adapter))
     with _tokenizer(adapter or path, path) as tokenizer:
         yield Origin(
             path=adapter or path,
@@ -195,7 +218,7 @@ def _lazy_tensors(origin: Origin, dtype: str) -> dict[str, LazyTensor]:
         value = origin.source.read(name)
         with np.errstate(over="ignore"):  # refused below, by name
             cast = value.astype(target, copy=False)
-        if target == np.float16 and not np.array_equal(np.isfinite(cast), np.isfinite(value)):
+        if target == np.float16 and not all_finite(cast):
             raise ExportError(f"tensor {name!r} has values beyond 65504, the end of float16: use bfloat16")
         return cast
 
@@ -230,6 +253,11 @@ def _files_of(path: str) -> list[Any]:
     return [path if is_remote(path) else os.path.abspath(path), [[n, folder.size(n), times.get(n)] for n in files]]
 
 
+def _beside(to: Path) -> Path:
+    """The folder in which a target is made."""
+    return to.with_name(f"{to.name}.partial")
+
+
 @contextlib.contextmanager
 def _unfinished(to: Path, job: dict[str, Any], *, resumable: bool) -> Iterator[Path]:
     """The folder `out` in `to`.partial, locked.
@@ -237,7 +265,7 @@ def _unfinished(to: Path, job: dict[str, Any], *, resumable: bool) -> Iterator[P
     It is kept for the next call where that can go on with what is there, else removed when anything
     goes wrong, and whatever a killed call left is removed first.
     """
-    parent = to.with_name(f"{to.name}.partial")
+    parent = _beside(to)
     if parent.exists() and not (parent / STATE).is_file():
         raise ExportError(f"{parent} is in the way and is not an unfinished conversion: remove it")
     parent.mkdir(parents=True, exist_ok=True)

@@ -201,3 +201,35 @@ def test_shardings_are_by_path(tiny_llama):
     module = load_model(tiny_llama("plain")).module
     by_path = load.shardings_by_path(module, make_mesh_plan(MeshConfig(fsdp=8)))
     assert by_path["layers/0/mlp/up_proj/kernel"].spec == jax.sharding.PartitionSpec(None, "fsdp")
+
+
+def test_code_in_a_folder_of_a_known_family_is_never_run_and_not_exported(tmp_path):
+    """Phi-3 and Phi-4 come with code that transformers has taken the place of."""
+    from jaxft.assets import ASSETS
+    from jaxft.data.tokenizer import load_tokenizer
+    from jaxft.runs.export import export
+
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.Phi3Config(vocab_size=512, pad_token_id=0, bos_token_id=1, eos_token_id=2, **sizes)
+    folder = tmp_path / "phi"
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    load_tokenizer(ASSETS / "smoke").save(folder)
+    code = {
+        "AutoConfig": "configuration_phi3.Phi3Config",
+        "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
+        "AutoTokenizer": "Xenova/gpt-4o",
+    }
+    for module in ("configuration_phi3", "modeling_phi3"):
+        (folder / f"{module}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    hf = json.loads((folder / "config.json").read_text()) | {"auto_map": code}
+    (folder / "config.json").write_text(json.dumps(hf))
+    load_tokenizer(folder)
+    checks = export(str(folder), str(tmp_path / "out"))["checks"]
+    assert set(checks) == {"jaxft", "transformers"}
+    assert not (tmp_path / "ran").exists()
+    assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert not list((tmp_path / "out").glob("*.py"))
+    (folder / "config.json").write_text(json.dumps(hf | {"model_type": "phi9"}))
+    with pytest.raises(ModelError, match="'phi9' is not implemented.*never run"):
+        load_model(str(folder))

@@ -105,7 +105,6 @@ LORA_B = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
     ("name", "change"),
     [
         pytest.param("float32", negate("model.layers.2.mlp.down_proj.weight"), id="merged-flipped"),
-        pytest.param("float32", one_nan, id="merged-nan"),
         pytest.param("adapter", negate(LORA_B), id="adapter-flipped"),
         pytest.param("adapter", zero_b, id="adapter-that-does-nothing"),
     ],
@@ -146,6 +145,11 @@ def test_a_fresh_adapter_passes(tiny_llama, tmp_path, no_peers):
     live = live_model(tiny_llama("plain"), size=0.0)
     write_adapter(live.module, str(tmp_path), base=live.base)
     assert check_export(live, str(tmp_path), stored="float32")[0].difference == 0
+
+
+def test_an_export_that_holds_a_nan_is_refused(exports, live, tmp_path):
+    with pytest.raises(CheckpointError, match="'lm_head.weight' has 1 NaN .* or take them from an earlier step"):
+        check_export(live, damaged(exports, tmp_path, "float32", one_nan), stored="float32")
 
 
 def test_an_adapter_with_a_foreign_prefix_is_refused(live, exports, tmp_path):

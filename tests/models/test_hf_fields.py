@@ -101,7 +101,6 @@ def test_null_and_harmless_fields_are_let_through():
         ({"hidden_act": "gelu"}, r"hidden_act='gelu' \(only 'silu' is implemented\)"),
         ({"attention_dropout": 0.1}, r"attention_dropout=0.1 \(only 0.0 is implemented\)"),
         ({"quantization_config": {"bits": 4}}, "quantization_config="),
-        ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map="),
         ({"window_scale": 3, "hidden_act": "gelu"}, "hidden_act.*; window_scale"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope scaling 'dynamic' is not implemented"),
         ({"rope_scaling": {"rope_type": "linear"}}, r"missing fields \['factor'\]"),
@@ -131,7 +130,6 @@ def test_a_model_of_more_than_text_is_refused_where_its_text_model_is_not_known(
 
 
 SHARED = {k: v for k, v in LLAMA.items() if k != "model_type"}
-PHI_CODE = {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64}
 LONGROPE = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 
@@ -166,7 +164,6 @@ LONGROPE = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] 
         ),
         ("phi3", {"partial_rotary_factor": 0.4}, "partial_rotary_factor=0.4 of head_dim=8 is 3"),
         ("phi3", {"resid_pdrop": 0.1}, "resid_pdrop=0.1"),
-        ("phi3", {"auto_map": PHI_CODE | {"AutoModel": "other.Phi3"}}, "auto_map="),
         (
             "ministral3",
             {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
@@ -194,8 +191,14 @@ def test_gemma3_of_a_multimodal_folder_says_only_what_differs():
     assert models.parameter_count(models.abstract_model(models.config_from_hf(nested))) == 3_880_263_168
 
 
-def test_phi_takes_its_own_authors_code_for_what_it_implements():
+def test_the_older_names_of_longrope_mean_the_same():
     hf = SHARED | {"model_type": "phi3", "rope_scaling": LONGROPE, "original_max_position_embeddings": 64}
-    assert models.config_from_hf(hf | {"auto_map": PHI_CODE}) == models.config_from_hf(hf)
     renamed = [models.config_from_hf(hf | {"rope_scaling": LONGROPE | {"type": name}}) for name in ("su", "yarn")]
     assert renamed == [models.config_from_hf(hf)] * 2
+
+
+def test_code_that_a_folder_brings_along_is_not_needed_or_refused():
+    code = {"auto_map": {"AutoModelForCausalLM": "modeling.Model"}}
+    assert models.config_from_hf(LLAMA | code) == models.config_from_hf(LLAMA)
+    with pytest.raises(ModelError, match=r"'mine' is not implemented. Code that a folder brings .* is never run"):
+        models.config_from_hf(LLAMA | code | {"model_type": "mine"})

@@ -24,6 +24,7 @@ from jaxft.checkpoint.load import load_model
 from jaxft.checkpoint.tensors import SafetensorsFolder
 from jaxft.data.tokenizer import load_tokenizer
 from jaxft.errors import CheckpointError, ConfigError, ExportError, ModelError
+from jaxft.runs import convert as conversions
 from jaxft.runs import convert_targets
 from jaxft.runs.convert import convert
 
@@ -340,7 +341,60 @@ def test_weights_that_do_not_fit_their_config_and_unknown_fields_are_refused_bef
     (base / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
     with pytest.raises(CheckpointError, match=r"missing model\.layers\.2\."):
         convert(str(base), str(tmp_path / "out"), console=QUIET)
-    (base / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "evil.Model"}}))
-    with pytest.raises(ModelError, match=r"auto_map"):
+    (base / "config.json").write_text(json.dumps(config | {"window_scale": 3}))
+    with pytest.raises(ModelError, match=r"window_scale=3 \(unknown\)"):
+        convert(str(base), str(tmp_path / "out"), console=QUIET)
+    assert os.listdir(tmp_path) == ["base"]
+
+
+def free(monkeypatch, size):
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=size))
+
+
+@pytest.mark.parametrize(("to", "dtype"), [("out", None), ("a.gguf", "q8_0"), ("orbax", "bfloat16"), ("l.gguf", None)])
+def test_a_disk_without_room_is_refused_before_anything_is_written(model, adapter, tmp_path, monkeypatch, to, dtype):
+    form = {"orbax": "orbax", "l.gguf": "gguf-adapter"}.get(to)
+    free(monkeypatch, 50_000_000)
+    with pytest.raises(ExportError, match=r"needs 0\.07 GB and the disk of .* has 0\.05 GB left: make room"):
+        convert(str(adapter if to == "l.gguf" else model), str(tmp_path / to), form=form, dtype=dtype, console=QUIET)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype", "target"),
+    [("hf", "bfloat16", "out"), ("gguf", "q8_0", "out.gguf"), ("gguf", "float16", "out.gguf")],
+)
+def test_the_room_that_is_asked_for_is_what_is_written(model, tmp_path, form, dtype, target, monkeypatch):
+    asked = []
+    monkeypatch.setattr(conversions, "_check_space", lambda to, size: asked.append(size))
+    convert(str(model), str(tmp_path / target), form=form, dtype=dtype, console=QUIET)
+    written = tmp_path / target if form == "gguf" else tmp_path / target / "model.safetensors"
+    # The rest is the header and, in GGUF, the tokenizer.
+    assert 0 <= written.stat().st_size - asked[0] < 40_000
+
+
+def test_what_an_interrupted_call_left_needs_no_more_room(model, tmp_path, monkeypatch):
+    size = sum(array.nbytes for array in tensors_of(model).values())
+    left = tmp_path / "out.partial" / "out"
+    left.mkdir(parents=True)
+    (tmp_path / "out.partial" / conversions.STATE).write_text("")
+    (left / "model-00001-of-00002.safetensors").write_bytes(bytes(size // 2))
+    free(monkeypatch, size + conversions.SMALL_FILES - size // 2 - 1)
+    with pytest.raises(ExportError, match="make room"):
+        convert(str(model), str(tmp_path / "out"), console=QUIET)
+    assert (left / "model-00001-of-00002.safetensors").is_file()
+    free(monkeypatch, size + conversions.SMALL_FILES - size // 2)
+    convert(str(model), str(tmp_path / "out"), console=QUIET)
+
+
+def test_a_value_that_is_no_number_is_not_converted(tmp_path):
+    base = write_model(tmp_path / "base")
+    tensors = {name: array.copy() for name, array in tensors_of(base).items()}
+    tensors["model.norm.weight"][3] = np.nan
+    from safetensors.numpy import save_file
+
+    save_file(tensors, base / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"'model\.norm\.weight' has 1 NaN and 0 infinite values"):
         convert(str(base), str(tmp_path / "out"), console=QUIET)
     assert os.listdir(tmp_path) == ["base"]
