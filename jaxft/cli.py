@@ -241,7 +241,10 @@ def _parser() -> argparse.ArgumentParser:
         return option
 
     config = {"metavar": "FILE[:ARG]", "help": "configs/NAME.py; :smoke shrinks it; --config.a.b=value overrides"}
-    model = {"metavar": "PATH", "help": "Hugging Face, PEFT or run folder, GGUF file, or hf://owner/name"}
+    model = {
+        "metavar": "PATH",
+        "help": "Hugging Face, PEFT or run folder, GGUF file, hf://owner/name, gs://bucket/folder",
+    }
 
     option = verb("train", _train, "fine-tune as a config says; the same command goes on after an interruption")
     option("--config", required=True, **config)

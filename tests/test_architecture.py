@@ -21,6 +21,7 @@ NEIGHBOURS = {
     ("config", "errors"),  # a config is refused with a ConfigError
     ("gguf_header", "errors"),
     ("checkpoint", "sharding"),  # weights are read straight to where they live
+    ("data", "checkpoint"),  # a tokenizer lies where its model does, in a bucket perhaps
     ("cli", "api"),  # the commands call the public functions
     ("cli", "__init__"),  # and show the package's own description
 }

@@ -18,7 +18,7 @@ from jaxft.checkpoint import fused_experts, orbax_folder, peft
 from jaxft.checkpoint.gguf import GGUFFile
 from jaxft.checkpoint.hf import load_weights
 from jaxft.checkpoint.mxfp4 import Unpacked, is_packed
-from jaxft.checkpoint.paths import HUB, fetch_hub, is_file, open_folder, read_json
+from jaxft.checkpoint.paths import HUB, fetch_hub, is_file, is_remote, open_folder, read_json
 from jaxft.checkpoint.tensors import SafetensorsFolder, TensorSource
 from jaxft.checkpoint.text_part import TextPart
 from jaxft.errors import CheckpointError, ModelError
@@ -170,14 +170,14 @@ def resolve(path: str, revision: str | None = None) -> str:
 
 
 def base_of(folder: str) -> str:
-    """The base model that a PEFT folder names, as a path that exists."""
+    """The base model that a PEFT folder names: a path that exists, or the address that it names."""
     base = read_json(os.path.join(folder, peft.CONFIG)).get("base_model_name_or_path")
     if not base:
         raise CheckpointError(f"{folder}: adapter_config.json does not say which base model it belongs to")
     for candidate in (base, os.path.join(folder, base)):
         if os.path.exists(candidate):
             return os.path.normpath(candidate)
-    if base.startswith(HUB):
+    if base.startswith(HUB) or is_remote(base):
         return base
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", base):
         raise CheckpointError(

@@ -15,6 +15,7 @@ from flax import nnx
 from jaxft.adapters.attach import linears
 from jaxft.checkpoint import peft
 from jaxft.checkpoint.load import LoadedModel, load_model, resolve
+from jaxft.checkpoint.paths import is_remote
 from jaxft.errors import ExportError
 from jaxft.models import parameter_count
 
@@ -80,7 +81,7 @@ def _readers(live: LoadedModel, folder: str, compute: str) -> dict[str, Callable
     small = parameter_count(live.module) <= PEER_LIMIT
     if small and importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
         peft_folder = importlib.util.find_spec("peft") is not None and _is_adapter(folder)
-        if peft_folder and not live.base.endswith(".gguf"):
+        if peft_folder and not live.base.endswith(".gguf") and not is_remote(live.base):
             readers["peft"] = lambda tokens: _peft_logits(live, folder, tokens)
         elif not _is_adapter(folder):
             readers["transformers"] = lambda tokens: _transformers_logits(folder, tokens)

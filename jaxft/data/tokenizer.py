@@ -1,7 +1,7 @@
 """One tokenizer for text and chat, whatever file it came from.
 
 Files: Hugging Face folders (`tokenizer.json`), SentencePiece `tokenizer.model` files, GGUF files,
-`hf://owner/name`, and run or PEFT folders that hold one of these.
+`hf://owner/name`, addresses such as gs://bucket/model, and run or PEFT folders that hold one of these.
 """
 
 import json
@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxft.checkpoint.paths import copy_small_files, is_remote
 from jaxft.errors import DataError, ModelError
 
 HUB = "hf://"
@@ -137,16 +138,33 @@ def load_tokenizer(
     """The tokenizer of a model.
 
     path: Hugging Face folder, `tokenizer.model` file or folder with one, GGUF file, run or PEFT
-    folder, or `hf://owner/name[@revision]` (through the transformers cache; HF_HUB_OFFLINE is honoured).
+    folder, `hf://owner/name[@revision]` (through the transformers cache; HF_HUB_OFFLINE is honoured), or
+    the address of a folder such as gs://bucket/model, whose small files are fetched.
     revision: branch, tag or commit of an hf:// path.
     chat_template: path of a Jinja file, or Jinja text, that replaces the tokenizer's own.
-    Raises ModelError where there is no tokenizer, or it needs code from its own folder.
+    Raises ModelError where there is no tokenizer, or it needs code from its own folder; CheckpointError for
+    an address that cannot be read.
     """
     path = os.fspath(path)
-    backend, stop_ids = _load_hub(path, revision) if path.startswith(HUB) else _load_local(Path(path))
+    backend, stop_ids = _load_any(path, revision)
     if chat_template is not None:
         backend.chat_template = _template_text(chat_template)
     return Tokenizer(backend, name=path, extra_stop_ids=stop_ids)
+
+
+def _load_any(path: str, revision: str | None) -> tuple[Any, list[int]]:
+    if path.startswith(HUB):
+        return _load_hub(path, revision)
+    return _load_remote(path) if is_remote(path) else _load_local(Path(path))
+
+
+def _load_remote(address: str) -> tuple[Any, list[int]]:
+    with tempfile.TemporaryDirectory() as folder:
+        copy_small_files(address, folder)
+        try:
+            return _load_local(Path(folder))
+        except ModelError as error:
+            raise ModelError(str(error).replace(folder, address)) from error
 
 
 def _load_local(path: Path) -> tuple[Any, list[int]]:
@@ -184,9 +202,7 @@ def _load_named_base(folder: Path) -> tuple[Any, list[int]]:
             f"no tokenizer in {str(folder)!r}: it needs tokenizer.json or tokenizer.model, and holds {files}. "
             "Copy the tokenizer files of the base model there."
         )
-    if base.startswith(HUB) or os.path.exists(base):
-        return _load_hub(base, revision) if base.startswith(HUB) else _load_local(Path(base))
-    return _load_hub(HUB + base, revision)
+    return _load_any(base if "://" in base or os.path.exists(base) else HUB + base, revision)
 
 
 def _load_hub(path: str, revision: str | None) -> tuple[Any, list[int]]:

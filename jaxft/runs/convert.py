@@ -5,7 +5,6 @@ import fcntl
 import json
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from jaxft.checkpoint.finite import Finite, all_finite
 from jaxft.checkpoint.gguf_write import written_bytes as gguf_bytes
 from jaxft.checkpoint.load import base_of, left_out, open_weights, resolve
 from jaxft.checkpoint.merged import Merged
-from jaxft.checkpoint.paths import copy_small_files, is_file, is_remote, open_folder
+from jaxft.checkpoint.paths import is_file, is_remote, open_folder
 from jaxft.checkpoint.safetensors_writer import LazyTensor, sync_folder
 from jaxft.checkpoint.tensors import TensorSource, TensorSpec
 from jaxft.data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
@@ -81,17 +80,17 @@ def convert(
     form = form or ("gguf" if to.endswith(".gguf") else "hf")
     _check_request(form, dtype, to)
     start = time.monotonic()
-    with _origin(source, revision, merge=form != "gguf-adapter") as origin:
-        if origin.left_out is not None:
-            console.print(origin.left_out, highlight=False, soft_wrap=True)
-        dtype = dtype or _own_dtype(origin, form)
-        _check_space(Path(to), _written_bytes(origin, form, dtype))
-        job = origin.fingerprint | {"form": form, "dtype": dtype, "max_shard_bytes": max_shard_bytes}
-        with _unfinished(Path(to), job, resumable=form == "hf") as folder:
-            figures = _write(origin, folder, form, dtype, max_shard_bytes, console)
-            whole = folder / targets.GGUF_NAME if form.startswith("gguf") else folder
-            os.replace(whole, to)
-            sync_folder(os.path.dirname(os.path.abspath(to)))
+    origin = _origin(source, revision, merge=form != "gguf-adapter")
+    if origin.left_out is not None:
+        console.print(origin.left_out, highlight=False, soft_wrap=True)
+    dtype = dtype or _own_dtype(origin, form)
+    _check_space(Path(to), _written_bytes(origin, form, dtype))
+    job = origin.fingerprint | {"form": form, "dtype": dtype, "max_shard_bytes": max_shard_bytes}
+    with _unfinished(Path(to), job, resumable=form == "hf") as folder:
+        figures = _write(origin, folder, form, dtype, max_shard_bytes, console)
+        whole = folder / targets.GGUF_NAME if form.startswith("gguf") else folder
+        os.replace(whole, to)
+        sync_folder(os.path.dirname(os.path.abspath(to)))
     figures |= {} if origin.left_out is None else {"left_out": origin.left_out}
     return {"to": to, "form": form, "dtype": dtype, **figures, "seconds": round(time.monotonic() - start, 2)}
 
@@ -156,8 +155,7 @@ def _check_space(to: Path, size: int) -> None:
         )
 
 
-@contextlib.contextmanager
-def _origin(named: str, revision: str | None, *, merge: bool) -> Iterator[Origin]:
+def _origin(named: str, revision: str | None, *, merge: bool) -> Origin:
     path = resolve(named, revision)
     adapter = None
     if is_file(os.path.join(path, peft.CONFIG)):
@@ -168,17 +166,16 @@ def _origin(named: str, revision: str | None, *, merge: bool) -> Iterator[Origin
     expected, without = _check_against_config(hf_config, source), left_out(source)
     own = {name: spec.dtype for name, spec in source.specs().items() if name in expected}
     source = Finite(source if adapter is None or not merge else Merged(source, adapter))
-    with _tokenizer(adapter or path, path) as tokenizer:
-        yield Origin(
-            path=adapter or path,
-            hf_config=hf_config,
-            source=source,
-            stored=own,
-            generation=generation,
-            tokenizer=tokenizer,
-            left_out=without,
-            fingerprint={"source": [_files_of(p) for p in (path, adapter) if p]},
-        )
+    return Origin(
+        path=adapter or path,
+        hf_config=hf_config,
+        source=source,
+        stored=own,
+        generation=generation,
+        tokenizer=_tokenizer(adapter or path, path),
+        left_out=without,
+        fingerprint={"source": [_files_of(p) for p in (path, adapter) if p]},
+    )
 
 
 def _check_against_config(hf_config: dict[str, Any], source: TensorSource) -> set[str]:
@@ -189,18 +186,11 @@ def _check_against_config(hf_config: dict[str, Any], source: TensorSource) -> se
     return {piece.hf for placed in table.values() for piece in placed.pieces}
 
 
-@contextlib.contextmanager
-def _tokenizer(path: str, base: str) -> Iterator[Tokenizer | None]:
-    for place in dict.fromkeys((path, base)):
-        if is_remote(place):
-            with tempfile.TemporaryDirectory() as local:
-                copy_small_files(place, local)
-                yield load_tokenizer(local) if any(f in os.listdir(local) for f in TOKENIZER_FILES) else None
-            return
-        if place.endswith(".gguf") or any(os.path.isfile(os.path.join(place, f)) for f in TOKENIZER_FILES):
-            yield load_tokenizer(place)
-            return
-    yield None
+def _tokenizer(path: str, base: str) -> Tokenizer | None:
+    for place in (path, base):
+        if place.endswith(".gguf") or any(is_file(os.path.join(place, name)) for name in TOKENIZER_FILES):
+            return load_tokenizer(place)
+    return None
 
 
 def _own_dtype(origin: Origin, form: str) -> str:

@@ -14,10 +14,18 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from jaxft import cli
+from jaxft.adapters.attach import adapters
+from jaxft.assets import ASSETS
 from jaxft.checkpoint.load import load_model, open_weights
 from jaxft.checkpoint.paths import RemoteFolder, copy_small_files, fetch_hub, open_folder, read_json
+from jaxft.checkpoint.peft import write_adapter
 from jaxft.checkpoint.tensors import SafetensorsFolder
-from jaxft.errors import CheckpointError
+from jaxft.checkpoint.verify import check_export
+from jaxft.config import AdapterConfig
+from jaxft.data.tokenizer import load_tokenizer
+from jaxft.errors import CheckpointError, ModelError
+from jaxft.runs.build import attach_adapter
 
 TOKENS = np.arange(12).reshape(1, 12)
 
@@ -72,6 +80,55 @@ def test_far_ranges_travel_apart_and_short_files_are_noticed(bucket):
 def test_small_files_of_a_bucket_are_copied_and_weights_are_not(bucket, tmp_path):
     copy_small_files(bucket, str(tmp_path))
     assert "config.json" in os.listdir(tmp_path) and "model.safetensors" not in os.listdir(tmp_path)
+
+
+def pipe(folder, address):
+    """Copies a folder's files into fsspec's memory filesystem."""
+    for file in Path(folder).iterdir():
+        fsspec.filesystem("memory").pipe_file(f"{address.removeprefix('memory:/')}/{file.name}", file.read_bytes())
+
+
+@pytest.fixture
+def whole(bucket):
+    """The model's address, its tokenizer beside it."""
+    files = fsspec.filesystem("memory")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        files.pipe_file(f"/bucket/model/{name}", (ASSETS / "smoke" / name).read_bytes())
+    files.pipe_file("/bucket/model/generation_config.json", json.dumps({"eos_token_id": [2, 5]}).encode())
+    return bucket
+
+
+def test_a_tokenizer_in_a_bucket_is_the_one_on_disk(whole, tmp_path):
+    there, here = load_tokenizer(whole), load_tokenizer(ASSETS / "smoke")
+    assert there.encode("naïve 漢字, hello") == here.encode("naïve 漢字, hello")
+    assert there.chat_template == here.chat_template and there.stop_ids == here.stop_ids | {2, 5}
+    there.save(tmp_path)
+    assert load_tokenizer(tmp_path).encode("hello") == here.encode("hello")
+
+
+def test_a_bucket_without_a_tokenizer_is_refused_by_its_address(bucket):
+    with pytest.raises(ModelError, match=f"no tokenizer in '{bucket}': it needs tokenizer.json .* holds config.json"):
+        load_tokenizer(bucket)
+    with pytest.raises(CheckpointError, match="cannot list memory://nowhere"):
+        load_tokenizer("memory://nowhere")
+
+
+def test_an_adapter_and_its_base_may_both_lie_in_buckets(whole, tmp_path):
+    loaded = load_model(whole)
+    attach_adapter(loaded.module, AdapterConfig(r=2), 0)
+    for adapter in adapters(loaded.module).values():
+        adapter.lora_b.set_value(adapter.lora_b.get_value() + 0.05)
+    write_adapter(loaded.module, str(tmp_path / "lora"), base=whole)
+    assert [check.reader for check in check_export(loaded, str(tmp_path / "lora"), stored="float32")] == ["jaxft"]
+    pipe(tmp_path / "lora", "memory://bucket/lora")
+    for place in (str(tmp_path / "lora"), "memory://bucket/lora"):
+        np.testing.assert_array_equal(load_model(place).logits(TOKENS), loaded.logits(TOKENS))
+        assert load_tokenizer(place).encode("hello") == load_tokenizer(ASSETS / "smoke").encode("hello")
+
+
+def test_the_command_answers_from_a_bucket(whole, capsys):
+    assert cli.main(["generate", f"--model={whole}", "--prompt=ABC", "--max_new_tokens=3", "--json"]) in (0, None)
+    assert len(json.loads(capsys.readouterr().out)["answers"]) == 1
 
 
 @pytest.mark.parametrize(
