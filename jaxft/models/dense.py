@@ -181,6 +181,25 @@ def read_rope(hf: Mapping[str, Any], head_dim: int, *, partial: bool = False, sc
     return rope
 
 
+def ropes_by_kind(hf: Mapping[str, Any], thetas: Mapping[str, float]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `read_rope` reads for FULL and for SLIDING layers, which have a rope each. thetas: where none is nested.
+
+    A scaling that is not nested is of FULL layers. Raises ModelError for rope_parameters of another form.
+    """
+    shared = {"model_type": hf["model_type"], "max_position_embeddings": hf["max_position_embeddings"]}
+    nested = hf.get("rope_parameters") or {}
+    unknown = sorted(set(nested) - {FULL, SLIDING})
+    if unknown:
+        raise ModelError(
+            f"rope_parameters of model_type {hf['model_type']!r} are nested by kind of layer; unknown: {unknown}"
+        )
+    flat = {"rope_scaling": hf.get("rope_scaling"), "rope_theta": thetas[FULL]}
+    return (
+        shared | (flat if FULL not in nested else {"rope_parameters": {"rope_theta": thetas[FULL], **nested[FULL]}}),
+        shared | {"rope_parameters": {"rope_theta": thetas[SLIDING], **nested.get(SLIDING, {})}},
+    )
+
+
 def read_layer_types(hf: Mapping[str, Any], default: Iterable[str]) -> tuple[str, ...]:
     """`layer_types`, or the default where absent. Raises ModelError for a wrong length or an unknown kind."""
     types = tuple(hf.get("layer_types") or default)

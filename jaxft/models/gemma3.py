@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxft.errors import ModelError
-from jaxft.models.dense import FULL, SLIDING, read_rope, read_sizes, with_defaults
+from jaxft.models.dense import FULL, SLIDING, read_rope, read_sizes, ropes_by_kind, with_defaults
 from jaxft.models.gemma2 import GELU, ONLY, SHARED_DEFAULTS, GemmaConfig, read_gemma
 from jaxft.nn.decoder import Decoder, DecoderShape
 from jaxft.nn.rope import Rope
@@ -33,7 +33,8 @@ class Config(GemmaConfig):
         period = hf.get("sliding_window_pattern") or hf.get("_sliding_window_pattern") or 6
         used = ("sliding_window_pattern", "_sliding_window_pattern", "rope_local_base_freq")
         sizes = read_sizes(hf, cls, used=used, must_equal=GEMMA3_ONLY)
-        rope, local = (read_rope(part, sizes["head_dim"]) for part in _ropes(hf))
+        thetas = {FULL: hf.get("rope_theta", 1e6), SLIDING: hf.get("rope_local_base_freq", 1e4)}
+        rope, local = (read_rope(part, sizes["head_dim"]) for part in ropes_by_kind(hf, thetas))
         return cls(**sizes, rope=rope, local_rope=local, **read_gemma(hf, period))
 
     def to_hf(self) -> dict[str, Any]:
@@ -51,21 +52,6 @@ class Config(GemmaConfig):
     def shape(self) -> DecoderShape:
         """Layers with q and k norms of single heads."""
         return self.around({SLIDING: self.local_rope, FULL: self.rope}, softcap=None, qk_norm="head")
-
-
-def _ropes(hf: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What Rope.from_hf reads, for global and for local layers."""
-    shared = {"model_type": hf["model_type"], "max_position_embeddings": hf["max_position_embeddings"]}
-    nested = hf.get("rope_parameters") or {}
-    unknown = sorted(set(nested) - {FULL, SLIDING})
-    if unknown:
-        raise ModelError(f"rope_parameters of model_type 'gemma3_text' are nested by kind of layer; unknown: {unknown}")
-    theta, local_theta = hf.get("rope_theta", 1e6), hf.get("rope_local_base_freq", 1e4)
-    scaling = {"rope_scaling": hf.get("rope_scaling"), "rope_theta": theta}
-    return (
-        shared | (scaling if FULL not in nested else {"rope_parameters": {"rope_theta": theta, **nested[FULL]}}),
-        shared | {"rope_parameters": {"rope_theta": local_theta, **nested.get(SLIDING, {})}},
-    )
 
 
 class Model(Decoder):

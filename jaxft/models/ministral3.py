@@ -44,14 +44,13 @@ class Config(mistral.Config):
 
     def to_hf(self) -> dict[str, Any]:
         """The same as `config.json` of transformers 5, which first knew this family."""
-        fields = self.hf_fields()
-        rope = fields.pop("rope_scaling") | {"rope_theta": fields.pop("rope_theta")}
+        fields = {name: value for name, value in self.hf_fields().items() if name not in ("rope_theta", "rope_scaling")}
         return {
             "architectures": ["Ministral3ForCausalLM"],
             "model_type": "ministral3",
             "hidden_act": "silu",
             **fields,
-            "rope_parameters": rope,
+            "rope_parameters": self.rope.to_parameters(),
         }
 
 

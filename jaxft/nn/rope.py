@@ -116,6 +116,11 @@ class Rope:
             **part,
         }
 
+    def to_parameters(self) -> dict[str, Any]:
+        """The same as transformers 5's `rope_parameters`, of one kind of layers."""
+        fields = self.to_hf()
+        return (fields.pop("rope_scaling") or {"rope_type": self.kind}) | fields
+
     def for_length(self, length: int) -> "Rope":
         """The longrope that is fixed to the factors of sequences of `length` tokens; any other kind unchanged."""
         if self.kind != "longrope":

@@ -73,6 +73,14 @@ TINY = {
     },
     "phi3": {"rope_parameters": LONGROPE, "original_max_position_embeddings": 128, "sliding_window": 9},
     "olmo2": {"num_key_value_heads": 4},
+    "olmo3": {
+        "sliding_window": 6,
+        "rope_parameters": {
+            FULL: {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 64,
+                   "attention_factor": 1.3},
+            SLIDING: {"rope_type": "default", "rope_theta": 500.0},
+        },
+    },
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6, "head_dim": 16},
     "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 3, "norm_topk_prob": True, "moe_intermediate_size": 24,
                   "head_dim": 16},

@@ -175,6 +175,9 @@ LONGROPE = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] 
             {"rope_parameters": YARN | {"llama_4_scaling_beta": 0.1}},
             "llama_4_scaling_beta=0.1 is not implemented for model_type 'mistral'",
         ),
+        ("olmo3", {"rope_theta": 10000.0}, "rope_theta=10000.0 of model_type 'olmo3' means another rope"),
+        ("olmo3", {"rope_parameters": YARN}, r"'olmo3' are nested by kind of layer; unknown: \['factor'"),
+        ("olmo3", {"sliding_window": None}, "sliding_window=None: a window"),
         ("olmo2", {"clip_qkv": 8.0}, r"clip_qkv=8.0 \(unknown\)"),
     ],
 )
@@ -202,3 +205,11 @@ def test_code_that_a_folder_brings_along_is_not_needed_or_refused():
     assert models.config_from_hf(LLAMA | code) == models.config_from_hf(LLAMA)
     with pytest.raises(ModelError, match=r"'mine' is not implemented. Code that a folder brings .* is never run"):
         models.config_from_hf(LLAMA | code | {"model_type": "mine"})
+
+
+def test_a_scaling_that_is_not_nested_is_of_global_layers():
+    flat = SHARED | {"model_type": "olmo3", "rope_scaling": YARN | {"rope_theta": 5e5}}
+    config = models.config_from_hf(flat)
+    assert (config.rope.kind, config.local_rope) == ("yarn", Rope(theta=5e5))
+    theirs = pytest.importorskip("transformers").AutoConfig.for_model(**flat).to_dict()
+    assert models.config_from_hf(theirs) == config
