@@ -53,6 +53,7 @@ MEANINGS = {
     "checkpoint.best_mode": "whether the best is the smallest or the largest",
     "mesh.data": "devices that hold the same parameters and compute other rows",
     "mesh.fsdp": "devices among which parameters, moments and rows are divided",
+    "mesh.expert": "devices among which the experts and the rows are divided; must divide the number of experts",
     "eval.metric": "None: held-out loss only; the metrics are described in [formats](formats.md#scores)",
     "eval.limit": "generate for only the first held-out rows",
     "eval.max_new_tokens": "where an answer is broken off",

@@ -8,6 +8,7 @@ anything is loaded or compiled.
 
 import dataclasses
 import difflib
+import functools
 import json
 import os
 import re
@@ -32,6 +33,17 @@ TRAIN_ON = ("assistant", "last", "all")
 TRUNCATION = ("refuse", "drop", "right")
 EVAL_FIGURES = ("eval_loss", "eval_perplexity", "eval_mean_token_accuracy")
 METRICS = ("exact_match", "json_valid", "json_exact")
+# (fields, what a value of theirs is, in words)
+RANGES = (
+    (("adapter.r", "adapter.alpha", "data.max_length", "data.limit", "data.eval_limit", "data.eval_fraction",
+      "optim.learning_rate", "optim.eps", "optim.clip_norm", "train.batch_size", "train.accumulation_steps",
+      "train.epochs", "train.steps", "train.log_every", "train.eval_every", "checkpoint.every", "checkpoint.keep",
+      "eval.limit", "eval.max_new_tokens", "eval.batch_size"), lambda value: value > 0, "be above zero"),
+    (("optim.warmup_steps", "optim.weight_decay", "router.load_balancing", "router.z_loss"),
+     lambda value: value >= 0, "not be negative"),
+    (("adapter.dropout", "data.eval_fraction", "optim.warmup_ratio", "optim.b1", "optim.b2"),
+     lambda value: 0 <= value < 1, "be at least 0 and below 1"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +129,14 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """Losses on the routers of a model with experts, added to its own; see [experts](models.md#experts)."""
+
+    load_balancing: float | None = None  # coefficient; None: the model's own where its routers train, else 0
+    z_loss: float = 0.0  # coefficient
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """What is kept of a run while it goes on."""
 
@@ -132,6 +152,7 @@ class MeshConfig:
 
     data: int = 1
     fsdp: int = -1
+    expert: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +184,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -360,16 +382,6 @@ def _one_of(key: str, value: str | None, choices: Sequence[str]) -> None:
         raise ConfigError(f"{key}={value!r} is not one of {', '.join(choices)}.{did_you_mean(value, choices)}")
 
 
-def _positive(key: str, value: float | None) -> None:
-    if value is not None and not value > 0:
-        raise ConfigError(f"{key}={value} must be above zero")
-
-
-def _share(key: str, value: float | None) -> None:
-    if value is not None and not 0 <= value < 1:
-        raise ConfigError(f"{key}={value} must be at least 0 and below 1")
-
-
 def _check(config: RunConfig) -> None:
     model, adapter, data = config.model, config.adapter, config.data
     optim, train, checkpoint = config.optim, config.train, config.checkpoint
@@ -385,35 +397,19 @@ def _check(config: RunConfig) -> None:
     _one_of("checkpoint.best_mode", checkpoint.best_mode, ("min", "max"))
     _one_of("checkpoint.best_metric", checkpoint.best_metric, EVAL_FIGURES)
     _one_of("eval.metric", config.eval.metric, METRICS)
-    for key, value in {
-        "adapter.r": adapter.r, "adapter.alpha": adapter.alpha, "data.max_length": data.max_length,
-        "data.limit": data.limit, "data.eval_limit": data.eval_limit,
-        "data.eval_fraction": data.eval_fraction, "optim.learning_rate": optim.learning_rate,
-        "optim.eps": optim.eps, "optim.clip_norm": optim.clip_norm,
-        "train.batch_size": train.batch_size, "train.accumulation_steps": train.accumulation_steps,
-        "train.epochs": train.epochs, "train.steps": train.steps, "train.log_every": train.log_every,
-        "train.eval_every": train.eval_every, "checkpoint.every": checkpoint.every,
-        "checkpoint.keep": checkpoint.keep, "eval.limit": config.eval.limit,
-        "eval.max_new_tokens": config.eval.max_new_tokens, "eval.batch_size": config.eval.batch_size,
-    }.items():  # fmt: skip
-        _positive(key, value)
-    for key, value in {
-        "adapter.dropout": adapter.dropout, "data.eval_fraction": data.eval_fraction,
-        "optim.warmup_ratio": optim.warmup_ratio, "optim.b1": optim.b1, "optim.b2": optim.b2,
-    }.items():  # fmt: skip
-        _share(key, value)
+    for keys, fits, must in RANGES:
+        for key in keys:
+            value = functools.reduce(getattr, key.split("."), config)
+            if value is not None and not fits(value):
+                raise ConfigError(f"{key}={value} must {must}")
     if not model.path:
         raise ConfigError("model.path is empty: give a Hugging Face folder, a GGUF file or hf://owner/name")
     if not data.train:
         raise ConfigError("data.train is empty: give a .jsonl file, a datasets folder, hf://owner/name or tfds:name")
     if optim.warmup_steps is not None and optim.warmup_ratio is not None:
         raise ConfigError("give at most one of optim.warmup_steps and optim.warmup_ratio; set the other to None")
-    if optim.warmup_steps is not None and optim.warmup_steps < 0:
-        raise ConfigError(f"optim.warmup_steps={optim.warmup_steps} must not be negative")
     if not 0 <= optim.min_ratio <= 1:
         raise ConfigError(f"optim.min_ratio={optim.min_ratio} must be from 0 to 1, a share of optim.learning_rate")
-    if not optim.weight_decay >= 0:
-        raise ConfigError(f"optim.weight_decay={optim.weight_decay} must not be negative")
     if train.batch_size % train.accumulation_steps:
         raise ConfigError(
             f"train.batch_size={train.batch_size} does not divide into "

@@ -28,6 +28,9 @@ def with_arg(config: ConfigDict, arg: str | None) -> ConfigDict:
         limit=24, eval_limit=4, format="auto", chat_template=None, max_length=512, truncation="drop",
     )  # fmt: skip
     config.train.update(batch_size=8, steps=4, log_every=1)
+    # The tiny model has no experts.
+    config.router.update(load_balancing=None, z_loss=0.0)
+    config.mesh.expert = 1
     config.train.accumulation_steps = 2 if config.train.accumulation_steps > 1 else 1
     config.optim.update(warmup_steps=None, warmup_ratio=None)
     if config.train.eval_every is not None:

@@ -17,7 +17,7 @@ from jaxft.generation import steps
 from jaxft.generation.buckets import bucket, power_of_two
 from jaxft.generation.sampling import Knobs
 from jaxft.generation.settings import FinishReason, Sampling
-from jaxft.sharding.mesh import BATCH_AXES
+from jaxft.nn.mesh_axes import BATCH_AXES
 
 # Called with (row, token, logprob) for every token, a row's own in order; True ends the row there.
 OnToken = Callable[[int, int, float], bool | None]

@@ -14,7 +14,8 @@ from jaxft.nn.decoder import Decoder, DecoderShape
 MODEL_TYPES = ("mixtral",)
 DEFAULTS = {
     "num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "sliding_window": None,
-    "num_local_experts": 8, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.001, "rope_theta": 1e6,
+    "num_local_experts": 8, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.001,
+    "output_router_logits": False, "rope_theta": 1e6,
 }  # fmt: skip
 
 
@@ -37,6 +38,7 @@ class Config(MoEConfig):
             num_local_experts=hf["num_local_experts"],
             num_experts_per_tok=hf["num_experts_per_tok"],
             router_aux_loss_coef=hf["router_aux_loss_coef"],
+            output_router_logits=hf["output_router_logits"],
         )
 
     def to_hf(self) -> dict[str, Any]:

@@ -10,9 +10,8 @@ from jaxft.models.tensor_map import TRANSPOSED, TensorMap
 from jaxft.nn.block import BlockShape
 from jaxft.nn.moe import MoEShape
 
-# What transformers does in training alone: noise on the router's input, and a balancing loss beside the model's own.
-# router_aux_loss_coef weighs that loss and is idle without it.
-MUST_EQUAL = {"hidden_act": "silu", "output_router_logits": False, "router_jitter_noise": 0.0}
+# The noise is on the router's input, in training alone.
+MUST_EQUAL = {"hidden_act": "silu", "router_jitter_noise": 0.0}
 PATH = "layers/*/mlp"
 
 
@@ -20,12 +19,15 @@ PATH = "layers/*/mlp"
 class MoEConfig(DenseConfig):
     """Sizes under Hugging Face's names. A family says where its files keep a layer's experts, and its MoEShape.
 
-    num_experts_per_tok: experts that take each token. router_aux_loss_coef: kept for who reads the file again.
+    num_experts_per_tok: experts that take each token. router_aux_loss_coef: what the load-balancing loss counts where
+    routers train and the run does not say. output_router_logits: whether transformers adds that loss; kept for who
+    reads the file again.
     """
 
     num_experts_per_tok: int
     sliding_window: int | None
     router_aux_loss_coef: float
+    output_router_logits: bool = False
 
     def experts(self, count: int, hidden: int, *, renormalise: bool, **switches: Any) -> MoEShape:
         """The feed-forward layer of `count` experts with `hidden` inner units each. switches: more of MoEShape."""

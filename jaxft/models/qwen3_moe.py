@@ -16,7 +16,7 @@ MODEL_TYPES = ("qwen3_moe",)
 DEFAULTS = {
     "num_key_value_heads": 4, "max_position_embeddings": 32768, "attention_bias": False, "use_sliding_window": False,
     "sliding_window": 4096, "moe_intermediate_size": 768, "num_experts_per_tok": 8, "norm_topk_prob": False,
-    "router_aux_loss_coef": 0.001,
+    "router_aux_loss_coef": 0.001, "output_router_logits": False,
 }  # fmt: skip
 # Layers without experts are what these two would make.
 DENSE_LAYERS = {"decoder_sparse_step": 1, "mlp_only_layers": []}
@@ -48,6 +48,7 @@ class Config(MoEConfig):
             num_experts=experts,
             **{name: hf[name] for name in ("num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")},
             router_aux_loss_coef=hf["router_aux_loss_coef"],
+            output_router_logits=hf["output_router_logits"],
         )
 
     def to_hf(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from jaxft.nn.cache import LayerCache
 from jaxft.nn.mlp import GatedMLP, MLPShape
 from jaxft.nn.moe import MoE, MoEShape
 from jaxft.nn.norm import NormShape, RMSNorm
+from jaxft.nn.router_sums import RouterSums
 
 # Names of the norms as Hugging Face has them: before attention, after it, before the feed-forward, after it.
 NORMS: dict[str, tuple[str | None, ...]] = {
@@ -57,12 +58,22 @@ class Block(nnx.Module):
         cache: LayerCache | None,
         layer: jax.Array,
         key: jax.Array | None,
-    ) -> tuple[jax.Array, LayerCache | None]:
+        routing: RouterSums | None = None,
+    ) -> tuple[jax.Array, LayerCache | None, RouterSums | None]:
+        """The stream, the cache with these tokens in it, and `routing` with this layer's experts counted in.
+
+        key: turns dropout on. routing: None where nobody asks.
+        """
         keys = None if key is None else jax.random.split(key, 7)
         attention_keys, mlp_keys = (None, None) if keys is None else (keys[:4], keys[4:])
         attended_BSD, cache = self.self_attn(self._norm(0, x_BSD), tokens, cache, layer, attention_keys)
         x_BSD = checkpoint_name(x_BSD + self._norm(1, attended_BSD), "dots")
-        return x_BSD + self._norm(3, self.mlp(self._norm(2, x_BSD), mlp_keys)), cache
+        given_BSD = self._norm(2, x_BSD)
+        if routing is not None and isinstance(self.mlp, MoE):
+            fed_BSD, routing = self.mlp.counted(given_BSD, tokens.segments_BS, routing)
+        else:
+            fed_BSD = self.mlp(given_BSD, mlp_keys)
+        return x_BSD + self._norm(3, fed_BSD), cache, routing
 
     def _norm(self, place: int, x_BSD: jax.Array) -> jax.Array:
         name = self.norms[place]

@@ -17,8 +17,10 @@ from jaxft.nn.attention import Tokens
 from jaxft.nn.block import Block, BlockShape
 from jaxft.nn.blockwise import capped
 from jaxft.nn.linear import Embedding, Linear
+from jaxft.nn.moe import MoEShape
 from jaxft.nn.norm import NormShape, RMSNorm
 from jaxft.nn.rope import Rope, rotation
+from jaxft.nn.router_sums import RouterSums
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +42,9 @@ class DecoderShape:
 class Decoder(nnx.Module):
     """`Model(tokens, positions, segments, cache) -> (hidden, cache)` and `unembed(hidden) -> logits`.
 
-    layers[g] is a stack of equal layers; `segments` says which layer numbers each stack holds. config: a family's
-    Config, whose `shape()` gives the DecoderShape.
+    layers[g] is a stack of equal layers; `segments` says which layer numbers each stack holds. experts: how many the
+    layers that have any choose from, None where no layer has. config: a family's Config, whose `shape()` gives the
+    DecoderShape.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class Decoder(nnx.Module):
         self.dtype = dtype
         self.remat = remat
         self.segments = stack.layout(shape.layers)
+        self.experts = next((block.mlp.experts for block in shape.layers if isinstance(block.mlp, MoEShape)), None)
         table = {"stddev": config.initializer_range, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, **table)
 
@@ -83,6 +87,18 @@ class Decoder(nnx.Module):
         tokens_BS: int32. positions_BS: 0, 1, 2, ... where not given. segments_BS: all one document
         where not given; 0 marks padding. key: turns dropout on.
         """
+        hidden_BSD, cache, _ = self._run(tokens_BS, positions_BS, segments_BS, cache, key, None)
+        return hidden_BSD, cache
+
+    def routed(
+        self, tokens_BS: jax.Array, positions_BS: jax.Array, segments_BS: jax.Array, key: jax.Array | None
+    ) -> tuple[jax.Array, RouterSums]:
+        """Hidden vectors as above, and how the routers of all layers spread the tokens, for a model with experts."""
+        zero = RouterSums.zero(self.experts)
+        hidden_BSD, _, routing = self._run(tokens_BS, positions_BS, segments_BS, None, key, zero)
+        return hidden_BSD, routing
+
+    def _run(self, tokens_BS, positions_BS, segments_BS, cache, key, routing):
         if positions_BS is None:
             positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1], dtype=jnp.int32), tokens_BS.shape)
         if segments_BS is None:
@@ -91,7 +107,7 @@ class Decoder(nnx.Module):
         x_BSD = self.embed_tokens(tokens_BS)
         if self.embed_scale is not None:
             x_BSD = x_BSD * jnp.asarray(self.embed_scale, self.dtype)
-        x_BSD, cache = stack.run(
+        x_BSD, cache, routing = stack.run(
             self.layers,
             self.segments,
             x_BSD,
@@ -99,8 +115,9 @@ class Decoder(nnx.Module):
             cache=cache,
             key=key,
             remat=self.remat,
+            routing=routing,
         )
-        return self.norm(x_BSD), cache
+        return self.norm(x_BSD), cache, routing
 
     def for_length(self, length: int) -> "Decoder":
         """The model, on the same parameters, for continuing rows of up to `length` tokens through a cache.

@@ -2,6 +2,8 @@
 
 # B batch, S sequence, D model, F inner, E experts, K experts of one token, M tokens of the batch, R rows (M * K)
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,7 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxft.nn import moe_sharded
+from jaxft.nn.mesh_axes import rows_mesh
 from jaxft.nn.mlp import ACTIVATIONS, ClampedSwiGLU
+from jaxft.nn.router_sums import RouterSums
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +50,14 @@ def route(logits_ME: jax.Array, shape: MoEShape) -> Routes:
     if shape.renormalise:
         weights_MK = weights_MK / weights_MK.sum(axis=-1, keepdims=True)
     return Routes(weights_MK, experts_MK)
+
+
+class Answer(NamedTuple):
+    """What the layer gives for each token, and why: y_MD, the router's logits_ME (float32), experts_MK (int32)."""
+
+    y_MD: jax.Array
+    logits_ME: jax.Array
+    experts_MK: jax.Array
 
 
 class Router(nnx.Module):
@@ -93,6 +106,7 @@ class MoE(nnx.Module):
     """The weighted sum of what the chosen experts give; no expert has a capacity, so none drops a token.
 
     Every token is worked on by itself: what lies beside it, padding included, changes nothing but the order of rows.
+    Traced under a mesh (see `rows_mesh`), each device works on its own rows: `moe_sharded` says what travels.
     """
 
     def __init__(
@@ -112,17 +126,43 @@ class MoE(nnx.Module):
 
     def __call__(self, x_BSD: jax.Array, keys: jax.Array | None = None) -> jax.Array:
         """`keys` is not used: nothing here is random."""
+        return self._answer(x_BSD).y_MD.reshape(x_BSD.shape)
+
+    def counted(self, x_BSD: jax.Array, segments_BS: jax.Array, routing: RouterSums) -> tuple[jax.Array, RouterSums]:
+        """The same, and `routing` with this layer's tokens besides; those of segment 0 are padding."""
+        answer = self._answer(x_BSD)
+        routing = routing.add(answer.logits_ME, answer.experts_MK, segments_BS.reshape(-1) > 0)
+        return answer.y_MD.reshape(x_BSD.shape), routing
+
+    def _answer(self, x_BSD: jax.Array) -> Answer:
         x_MD = x_BSD.reshape(-1, self.shape.width)
-        weights_MK, experts_MK = route(self.router(x_MD), self.shape)
+        mesh = rows_mesh(x_BSD.shape[0])
+        if mesh is None:
+            return self._routed(x_MD, self._combine)
+        places = moe_sharded.places(mesh)
+
+        def work(layer: "MoE", x_MD: jax.Array) -> Answer:
+            together = functools.partial(moe_sharded.together, layer._experts, self.shape.experts // places)
+            return layer._routed(x_MD, layer._combine if places == 1 else together)
+
+        return moe_sharded.on_mesh(work, self, x_MD, mesh)
+
+    def _routed(self, x_MD: jax.Array, combine: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]) -> Answer:
+        logits_ME = self.router(x_MD)
+        weights_MK, experts_MK = route(logits_ME, self.shape)
         # Kept for the backward pass: rounded otherwise when recomputed, a close call would go to another expert
         # than the one whose results were kept.
-        experts_R = checkpoint_name(experts_MK, "dots").reshape(-1)
+        experts_MK = checkpoint_name(experts_MK, "dots")
+        y_MD = combine(x_MD.astype(self.dtype), weights_MK, experts_MK)
+        return Answer(y_MD.astype(self.dtype), logits_ME, experts_MK)
+
+    def _combine(self, x_MD: jax.Array, weights_MK: jax.Array, experts_MK: jax.Array) -> jax.Array:
+        experts_R = experts_MK.reshape(-1)
         order_R = jnp.argsort(experts_R, stable=True)
         sizes_E = jnp.bincount(experts_R, length=self.shape.experts).astype(jnp.int32)
         rows_RD = self._experts(x_MD[order_R // self.shape.chosen], sizes_E)
         rows_MKD = rows_RD[jnp.argsort(order_R)].reshape(*experts_MK.shape, -1)
-        y_MD = jnp.einsum("MKD,MK->MD", rows_MKD.astype(jnp.float32), weights_MK)
-        return y_MD.astype(self.dtype).reshape(x_BSD.shape)
+        return jnp.einsum("MKD,MK->MD", rows_MKD.astype(jnp.float32), weights_MK)
 
     def _experts(self, x_RD: jax.Array, sizes_E: jax.Array) -> jax.Array:
         if self.shape.fused:

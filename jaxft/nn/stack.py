@@ -11,6 +11,7 @@ from flax import nnx
 
 from jaxft.nn.attention import Tokens
 from jaxft.nn.cache import Cache, LayerCache, slots_for, write_positions
+from jaxft.nn.router_sums import RouterSums
 
 REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -84,8 +85,12 @@ def run(
     cache: Cache | None,
     key: jax.Array | None,
     remat: str,
-) -> tuple[jax.Array, Cache | None]:
-    """All layers in order. key: for dropout; None when nothing is random."""
+    routing: RouterSums | None = None,
+) -> tuple[jax.Array, Cache | None, RouterSums | None]:
+    """All layers in order. key: for dropout; None when nothing is random.
+
+    routing: where layers with experts add what their routers did; None where nobody asks.
+    """
     caches = _with_positions(cache, tokens) if cache is not None else None
     for segment in segments:
         here = slice(segment.first_group, segment.first_group + len(segment.groups))
@@ -93,10 +98,11 @@ def run(
         of_layer = [tokens] * len(segment.groups)
         if cache is not None:
             of_layer = [tokens._replace(held_BT=before.positions_BT) for before in cache[here]]
-        x_BSD, part = _run_segment(groups[here], segment, x_BSD, of_layer, part, key, remat)
+        carry = (x_BSD, part, routing)
+        x_BSD, part, routing = _run_segment(groups[here], segment, carry, of_layer, key, remat)
         if caches is not None:
             caches[here] = part
-    return x_BSD, tuple(caches) if caches is not None else None
+    return x_BSD, tuple(caches) if caches is not None else None, routing
 
 
 def _with_positions(cache: Cache, tokens: Tokens) -> list[LayerCache]:
@@ -108,22 +114,23 @@ def _with_positions(cache: Cache, tokens: Tokens) -> list[LayerCache]:
     return filled
 
 
-def _run_segment(groups, segment, x_BSD, tokens_of_place, caches, key, remat):
+def _run_segment(groups, segment, carry, tokens_of_place, key, remat):
     split = [nnx.split(group) for group in groups]
     graphdefs, states = [g for g, _ in split], [s for _, s in split]
     layers = jnp.array(segment.groups, jnp.int32).T  # [R, pattern]
 
     def body(carry, scanned):
-        x_BSD, caches = carry
+        x_BSD, caches, routing = carry
         states, layers_P, index = scanned
         caches = list(caches) if caches is not None else [None] * len(graphdefs)
         for place, (graphdef, state) in enumerate(zip(graphdefs, states, strict=True)):
             layer_key = None if key is None else jax.random.fold_in(key, layers_P[place])
             module = nnx.merge(graphdef, state)
-            x_BSD, caches[place] = module(x_BSD, tokens_of_place[place], caches[place], index, layer_key)
-        return (x_BSD, caches if caches[0] is not None else None), None
+            x_BSD, caches[place], routing = module(
+                x_BSD, tokens_of_place[place], caches[place], index, layer_key, routing
+            )
+        return (x_BSD, caches if caches[0] is not None else None, routing), None
 
     if remat != "none":
         body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)
-    (x_BSD, caches), _ = jax.lax.scan(body, (x_BSD, caches), (states, layers, jnp.arange(len(layers))))
-    return x_BSD, caches
+    return jax.lax.scan(body, carry, (states, layers, jnp.arange(len(layers))))[0]

@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxft.objectives.cross_entropy import token_sums
+from jaxft.objectives.router import RouterCoefficients, load_balancing_loss, router_z_loss
 
 
 class LossSums(NamedTuple):
     """Sums, never means: divided once, after accumulation and across devices.
 
-    total: float32, what is minimised. weight: float32, what to divide by. metrics: further sums.
+    total: float32, what is minimised. weight: float32, what to divide by. metrics: further sums; a step reports
+    `tokens` as it is and all others divided by the weight.
     """
 
     total: jax.Array
@@ -23,13 +25,26 @@ class LossSums(NamedTuple):
 Loss = Callable[[Any, Any, jax.Array | None], LossSums]
 
 
-def sft_loss(model: Any, batch: Any, key: jax.Array | None) -> LossSums:
+def sft_loss(model: Any, batch: Any, key: jax.Array | None, *, router: RouterCoefficients | None = None) -> LossSums:
     """-log p of every trained target, in nats, summed; the weight is how many there are.
 
-    model: a Decoder. batch: a `Batch`, [B, S]. key: turns dropout on.
+    model: a Decoder. batch: a `Batch`, [B, S]. key: turns dropout on. router: losses that are added for a model with
+    experts, and reported as `load_balancing_loss` and `router_z_loss`. They are means over the tokens of this batch,
+    padding left out, and count in the sums as often as it has trained targets: over several batches they become
+    their mean, each batch weighed by its trained targets.
     """
-    hidden_BSD, _ = model(batch.tokens_BS, batch.positions_BS, batch.segments_BS, key=key)
+    tokens = jnp.sum(batch.segments_BS > 0).astype(jnp.float32)
+    weight = jnp.sum(batch.weights_BS)
+    given = (batch.tokens_BS, batch.positions_BS, batch.segments_BS)
+    if router is None:
+        hidden_BSD, _ = model(*given, key=key)
+    else:
+        hidden_BSD, routing = model.routed(*given, key)
     unembed, head = model.split_unembed()
     sums = token_sums(unembed, head, hidden_BSD, batch.targets_BS, batch.weights_BS)
-    tokens = jnp.sum(batch.segments_BS > 0).astype(jnp.float32)
-    return LossSums(sums.nll, jnp.sum(batch.weights_BS), {"correct": sums.correct, "tokens": tokens})
+    total, metrics = sums.nll, {"correct": sums.correct, "tokens": tokens}
+    if router is not None:
+        balancing, z_loss = weight * load_balancing_loss(routing), weight * router_z_loss(routing)
+        total += router.load_balancing * balancing + router.z_loss * z_loss
+        metrics |= {"load_balancing_loss": balancing, "router_z_loss": z_loss}
+    return LossSums(total, weight, metrics)

@@ -16,8 +16,10 @@ from jaxft.checkpoint.load import LoadedModel, hf_config_of, load_model, random_
 from jaxft.config import AdapterConfig, RunConfig
 from jaxft.data.tokenizer import load_tokenizer
 from jaxft.errors import ConfigError, ModelError
+from jaxft.objectives.router import RouterCoefficients
 from jaxft.runs import folder as files
 from jaxft.sharding.mesh import MeshPlan
+from jaxft.sharding.rules import divisors
 
 
 def build_model(config: RunConfig, mesh: MeshPlan | None = None, *, random_base: Path | None = None) -> LoadedModel:
@@ -62,6 +64,36 @@ def abstract_model(config: RunConfig) -> Any:
         return model
 
     return nnx.eval_shape(make)
+
+
+def check_experts(model: Any, mesh: MeshPlan) -> None:
+    """Raises ConfigError where mesh.expert does not divide the model's experts, or it has none."""
+    count = mesh.axes["expert"]
+    if count > 1 and model.experts is None:
+        raise ConfigError(f"mesh.expert={count}, but the model has no experts: use mesh.fsdp or mesh.data instead")
+    if count > 1 and model.experts % count:
+        raise ConfigError(
+            f"mesh.expert={count} does not divide the model's {model.experts} experts: each device takes equally "
+            f"many. Set it to one of {divisors(model.experts)}."
+        )
+
+
+def router_coefficients(config: RunConfig, model: Any) -> RouterCoefficients | None:
+    """What losses on the routers count in a run; None where they do not.
+
+    Where the config leaves load_balancing out, it is the model's router_aux_loss_coef, if its routers train.
+    Raises ConfigError where such a loss is asked for and there are no routers.
+    """
+    balancing, z_loss = config.router.load_balancing, config.router.z_loss
+    if model.experts is None and (balancing or z_loss):
+        raise ConfigError(
+            f"router.load_balancing={balancing} and router.z_loss={z_loss} are losses on the routers of experts, "
+            "which this model does not have: set them to None and 0"
+        )
+    if balancing is None:
+        trains = model.experts is not None and config.adapter.kind == "none"
+        balancing = model.config.router_aux_loss_coef if trains else 0.0
+    return RouterCoefficients(load_balancing=balancing, z_loss=z_loss) if balancing or z_loss else None
 
 
 def _draw_weights(config: RunConfig, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 # B batch, S sequence
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from jaxft.errors import ConfigError, DataError
 from jaxft.evaluation.held_out import held_out_loss
 from jaxft.objectives.sft import sft_loss
 from jaxft.runs import folder as files
-from jaxft.runs.build import abstract_model, build_model, place
+from jaxft.runs.build import abstract_model, build_model, check_experts, place, router_coefficients
 from jaxft.runs.export import export_run
 from jaxft.runs.scores import answer, figures, samples
 from jaxft.sharding.mesh import MeshPlan, make_mesh_plan
@@ -100,6 +101,8 @@ def set_up(config: RunConfig) -> Run:
     total_steps = config.train.steps or loader.steps_for(config.train.epochs)
     make_schedule(config.optim, total_steps)
     model = abstract_model(config)
+    check_experts(model, mesh)
+    router_coefficients(config, model)
     folder = files.open_run(config)
     described = data.examination.to_dict()
     if data.eval_examination is not None:
@@ -200,7 +203,8 @@ def saved_part(state: TrainState) -> dict[str, Any]:
 
 def _hooks(run: Run, graphdef: Any, tx: Any, schedule: Any, checkpoints: RunCheckpoints) -> Hooks:
     config, batch_sharding = run.config, run.mesh.batch_sharding()
-    step = make_train_step(graphdef, sft_loss, tx, schedule, accumulation_steps=config.train.accumulation_steps)
+    loss = functools.partial(sft_loss, router=router_coefficients(config, run.model))
+    step = make_train_step(graphdef, loss, tx, schedule, accumulation_steps=config.train.accumulation_steps)
 
     def on_devices(batch: Any) -> Any:
         return jax.device_put(batch, batch_sharding)
@@ -210,7 +214,7 @@ def _hooks(run: Run, graphdef: Any, tx: Any, schedule: Any, checkpoints: RunChec
         checkpoints.save(step, saved_part(state), extra, held_out or None)
 
     return Hooks(
-        train_step=jax.jit(step, donate_argnums=0),
+        train_step=jax.jit(run.mesh.within(step), donate_argnums=0),
         batch=lambda number: on_devices(run.loader.batch(number)),
         evaluate=held_out_evaluation(run, graphdef, on_devices),
         save=save,
@@ -225,7 +229,7 @@ def held_out_evaluation(
     if run.data.eval_examples is None:
         return None
     loader = make_loader(run.data.eval_examples, run.config, run.tokenizer, shuffle=False)
-    eval_step = jax.jit(make_eval_step(graphdef, sft_loss))
+    eval_step = jax.jit(run.mesh.within(make_eval_step(graphdef, sft_loss)))
 
     def evaluate(state: TrainState) -> dict[str, float]:
         batches = map(on_devices, loader.eval_batches())

@@ -2,8 +2,9 @@
 
 # B batch
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +15,9 @@ from jax.sharding import PartitionSpec as P
 
 from jaxft.config import MeshConfig
 from jaxft.errors import ConfigError
+from jaxft.nn.mesh_axes import BATCH_AXES
 from jaxft.sharding.rules import RULES, Leaf, Rule, assign, divisors
 from jaxft.trees import path_str
-
-BATCH_AXES = ("data", "fsdp")  # each of their devices computes other rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +61,16 @@ class MeshPlan:
     def replicated(self) -> NamedSharding:
         """The whole array on every device."""
         return NamedSharding(self.mesh, P())
+
+    def within(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """`step`, to be jitted, traced with this mesh in sight of the layers that write their communication out."""
+
+        @functools.wraps(step)
+        def traced(*args: Any) -> Any:
+            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+                return step(*args)
+
+        return traced
 
     def check_batch(self, rows: int, name: str = "train.batch_size / train.accumulation_steps") -> None:
         """Raises ConfigError where `rows`, known to the user as `name`, does not split evenly over the devices."""

@@ -24,17 +24,24 @@ log = logging.getLogger(__name__)
 
 
 class Rule(NamedTuple):
-    """`(pattern, spec)`; an optional rule may match nothing."""
+    """`(pattern, spec)`; an optional rule may match nothing. dims: where given, only arrays of so many dimensions."""
 
     pattern: str
     spec: P
     optional: bool = False
+    dims: int | None = None
+
+    def takes(self, path: str, shape: Sequence[int]) -> bool:
+        """Whether the rule is for an array."""
+        return matches(self.pattern, path) and self.dims in (None, len(shape))
 
 
 # The model dimension D is the split one wherever a matrix has it: every fsdp that divides D fits
 # all layers, whatever V (50257) or the MLP width are. All are optional because one tuple serves
 # tied and untied models, LoRA and full fine-tuning; a big array that no rule finds is an error.
 RULES: tuple[Rule, ...] = (
+    Rule("mlp/down_proj/kernel", P("expert", None, "fsdp"), optional=True, dims=4),  # [L, E, F, D]
+    Rule("mlp/*_proj/kernel", P("expert", "fsdp", None), optional=True, dims=4),  # [L, E, D, F]
     Rule("embedding", P(None, "fsdp"), optional=True),  # [V, D]
     Rule("lm_head/kernel", P("fsdp", None), optional=True),  # [D, V]
     Rule("o_proj/kernel", P(None, "fsdp"), optional=True),  # [L, N*H, D]
@@ -81,7 +88,7 @@ def assign(leaves: Sequence[Leaf], rules: Sequence[Rule | tuple[str, P]], axes: 
                 )
     found, used, specs = _Findings(axes), set(), []
     for leaf in leaves:
-        index = next((i for i, rule in enumerate(rules) if matches(rule.pattern, leaf.path)), None)
+        index = next((i for i, rule in enumerate(rules) if rule.takes(leaf.path, leaf.shape)), None)
         if index is not None:
             used.add(index)
         spec = rules[index].spec if index is not None and leaf.splittable and leaf.shape else P()
@@ -160,7 +167,7 @@ def _refuse_unused(unused: Sequence[Rule], leaves: Sequence[Leaf]) -> None:
     for rule in unused:
         depth = rule.pattern.count("/") + 1
         near = did_you_mean(rule.pattern, {"/".join(leaf.path.split("/")[-depth:]) for leaf in leaves})
-        shadowed = any(matches(rule.pattern, leaf.path) for leaf in leaves)
+        shadowed = any(rule.takes(leaf.path, leaf.shape) for leaf in leaves)
         why = "an earlier rule takes all that it matches" if shadowed else f"matches no array.{near}"
         lines.append(f"{rule.pattern!r}: {why}")
     raise ConfigError(f"sharding rules without effect:\n{_listed(lines)}\nCorrect or remove them.")

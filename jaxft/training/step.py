@@ -13,6 +13,8 @@ from flax import nnx
 from jaxft.objectives.sft import Loss, LossSums
 from jaxft.training.state import TrainState
 
+NAMES = {"correct": "mean_token_accuracy"}  # what a sum of the loss is called once it is a mean
+
 Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
 
 
@@ -29,7 +31,8 @@ def make_train_step(
     batch: a pytree of [B, ...] arrays, B a multiple of accumulation_steps. The gradient is that of
     (sum of losses) / (sum of weights) over the whole batch, however it is cut into micro-batches.
     metrics: loss (nats per trained token), grad_norm (before clipping), learning_rate,
-    mean_token_accuracy, num_tokens and trained_tokens of this step; all float32 scalars.
+    mean_token_accuracy, num_tokens and trained_tokens of this step, and what else the loss reports;
+    all float32 scalars.
     """
 
     def total(trainable: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, LossSums]:
@@ -61,9 +64,9 @@ def make_train_step(
             "loss": sums.total / sums.weight,
             "grad_norm": optax.global_norm(grads),
             "learning_rate": jnp.float32(schedule(state.step)),
-            "mean_token_accuracy": sums.metrics["correct"] / sums.weight,
             "num_tokens": sums.metrics["tokens"],
             "trained_tokens": sums.weight,
+            **{NAMES.get(name, name): total / sums.weight for name, total in sums.metrics.items() if name != "tokens"},
         }
         trainable = optax.apply_updates(state.trainable, updates)
         return TrainState(state.step + 1, trainable, state.frozen, opt_state, state.key), metrics

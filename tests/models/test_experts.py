@@ -18,7 +18,7 @@ from jaxft.checkpoint.hf import hf_shape, placed_tensors, read_blocks
 from jaxft.checkpoint.load import shardings_by_path
 from jaxft.checkpoint.tensors import TensorSpec
 from jaxft.config import MeshConfig
-from jaxft.errors import ModelError
+from jaxft.errors import ConfigError, ModelError
 from jaxft.sharding.mesh import make_mesh_plan
 from jaxft.trees import flatten
 
@@ -36,11 +36,10 @@ SMALL = MIXTRAL | {
     ("hf", "change", "message"),
     [
         (MIXTRAL, {"router_jitter_noise": 0.1}, r"router_jitter_noise=0\.1 \(only 0\.0 is implemented\)"),
-        (MIXTRAL, {"output_router_logits": True}, r"output_router_logits=True \(only False is implemented\)"),
         (MIXTRAL, {"num_experts_per_tok": 9}, r"num_experts_per_tok=9 of 8 experts"),
         (MIXTRAL, {"num_experts_per_tok": 0}, r"num_experts_per_tok=0 of 8 experts"),
         (MIXTRAL, {"sliding_window": 0}, r"sliding_window=0"),
-        (QWEN, {"output_router_logits": True}, r"output_router_logits=True"),
+        (QWEN, {"router_jitter_noise": 0.1}, r"router_jitter_noise=0\.1"),
         (QWEN, {"decoder_sparse_step": 2}, r"decoder_sparse_step=2 \(only 1 is implemented\)"),
         (QWEN, {"mlp_only_layers": [0, 3]}, r"mlp_only_layers=\[0, 3\] \(only \[\] is implemented\)"),
         (QWEN, {"num_local_experts": 64}, r"num_experts=128 and num_local_experts=64 are two names of one number"),
@@ -68,13 +67,22 @@ def test_what_is_absent_has_transformers_default(kind, hf):
     assert models.config_from_hf(bare) == models.config_from_hf(theirs)
 
 
-def test_experts_are_split_along_the_model_dimension():
-    plan = make_mesh_plan(MeshConfig(fsdp=8))
+@pytest.mark.parametrize("mesh", [MeshConfig(fsdp=8), MeshConfig(expert=4)])
+def test_experts_are_split_along_their_axis_and_the_model_dimension(mesh):
+    plan = make_mesh_plan(mesh)
     model = models.abstract_model(models.config_from_hf(MIXTRAL))
     specs = {path: sharding.spec for path, sharding in shardings_by_path(model, plan).items()}
-    assert specs["layers/0/mlp/gate_proj/kernel"] == specs["layers/0/mlp/up_proj/kernel"] == P(None, None, "fsdp")
-    assert specs["layers/0/mlp/down_proj/kernel"] == P(None, None, None, "fsdp")
+    assert specs["layers/0/mlp/gate_proj/kernel"] == P(None, "expert", "fsdp")
+    assert specs["layers/0/mlp/up_proj/kernel"] == P(None, "expert", "fsdp")
+    assert specs["layers/0/mlp/down_proj/kernel"] == P(None, "expert", None, "fsdp")
     assert specs["layers/0/mlp/router/kernel"] == P(None, "fsdp")
+    assert specs["layers/0/self_attn/q_proj/kernel"] == P(None, "fsdp")
+
+
+def test_experts_that_do_not_divide_are_refused_by_the_rules():
+    model = models.abstract_model(models.config_from_hf(MIXTRAL | {"num_local_experts": 6}))
+    with pytest.raises(ConfigError, match=r"expert=4 does not divide dimension 1 = 6(.|\n)*one of 1, 2:"):
+        shardings_by_path(model, make_mesh_plan(MeshConfig(expert=4)))
 
 
 def test_all_linear_leaves_experts_and_router_alone():

@@ -60,8 +60,8 @@ class Affine(nnx.Module):
         self.slope = 2.0 if kind == "local" else -1.0
         self.offset = nnx.Param(jax.random.normal(rngs.params(), ()))
 
-    def __call__(self, x, tokens, cache, layer, key):
-        return self.slope * x + self.offset.get_value(), cache
+    def __call__(self, x, tokens, cache, layer, key, routing):
+        return self.slope * x + self.offset.get_value(), cache, routing
 
 
 @pytest.mark.parametrize("remat", ["none", "full", "dots"])
@@ -81,6 +81,6 @@ def test_stacks_compute_what_the_layers_do(remat):
     expected = 1.0
     for layer, kind in enumerate(kinds):
         expected = (2.0 if kind == "local" else -1.0) * expected + offsets[layer]
-    out, cache = stack.run(groups, segments, jnp.ones((1, 1, 1)), None, cache=None, key=None, remat=remat)
-    assert cache is None
+    out, cache, routing = stack.run(groups, segments, jnp.ones((1, 1, 1)), None, cache=None, key=None, remat=remat)
+    assert cache is None and routing is None
     np.testing.assert_allclose(out[0, 0, 0], expected, rtol=1e-6)

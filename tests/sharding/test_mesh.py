@@ -33,7 +33,7 @@ def init():
 
 def test_one_device_is_a_mesh_of_one():
     plan = make_mesh_plan(MeshConfig(), jax.devices()[:1])
-    assert plan.axes == {"data": 1, "fsdp": 1}
+    assert plan.axes == {"data": 1, "fsdp": 1, "expert": 1}
     assert plan.batch_shards == 1
     state = jax.device_put(init(), plan.shardings(init()))
     assert state.trainable["layers"]["q_proj"]["kernel"].devices() == {jax.devices()[0]}
@@ -42,10 +42,11 @@ def test_one_device_is_a_mesh_of_one():
 @pytest.mark.parametrize(
     ("config", "axes"),
     [
-        (MeshConfig(), {"data": 1, "fsdp": 8}),
-        (MeshConfig(data=-1, fsdp=2), {"data": 4, "fsdp": 2}),
-        (MeshConfig(data=2, fsdp=4), {"data": 2, "fsdp": 4}),
-        (MeshConfig(data=8, fsdp=1), {"data": 8, "fsdp": 1}),
+        (MeshConfig(), {"data": 1, "fsdp": 8, "expert": 1}),
+        (MeshConfig(data=-1, fsdp=2), {"data": 4, "fsdp": 2, "expert": 1}),
+        (MeshConfig(data=2, fsdp=4), {"data": 2, "fsdp": 4, "expert": 1}),
+        (MeshConfig(data=8, fsdp=1), {"data": 8, "fsdp": 1, "expert": 1}),
+        (MeshConfig(expert=4), {"data": 1, "fsdp": 2, "expert": 4}),
     ],
 )
 def test_sizes_are_filled_and_axes_are_auto(config, axes):
@@ -74,8 +75,14 @@ def test_any_ordered_axes_are_taken():
 @pytest.mark.parametrize(
     ("config", "match"),
     [
-        (MeshConfig(data=3, fsdp=-1), r"mesh\.data=3 make 3 devices.*does not divide the 8.*1, 2, 4, 8"),
-        (MeshConfig(data=1, fsdp=4), r"mesh\.data=1, mesh\.fsdp=4 make 4 devices.*are not the 8.*1, 2, 4, 8"),
+        (
+            MeshConfig(data=3, fsdp=-1),
+            r"mesh\.data=3, mesh\.expert=1 make 3 devices.*does not divide the 8.*1, 2, 4, 8",
+        ),
+        (
+            MeshConfig(data=1, fsdp=4),
+            r"mesh\.data=1, mesh\.fsdp=4, mesh\.expert=1 make 4 devices.*are not the 8.*1, 2, 4, 8",
+        ),
         (MeshConfig(data=16, fsdp=1), r"16 devices"),
         (MeshConfig(data=-1, fsdp=-1), r"only one mesh axis may be -1.*data and fsdp"),
         (MeshConfig(data=0), r"mesh\.data=0"),

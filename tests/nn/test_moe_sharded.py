@@ -1,0 +1,125 @@
+"""Experts on eight devices: the result of one, and what travels for it, read from the compiled program."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxft.config import MeshConfig
+from jaxft.nn.mesh_axes import rows_mesh
+from jaxft.nn.moe import MoE, MoEShape
+from jaxft.sharding.mesh import make_mesh_plan
+
+MESHES = {
+    "expert4_fsdp2": MeshConfig(fsdp=2, expert=4),
+    "expert2_data2_fsdp2": MeshConfig(data=2, fsdp=2, expert=2),
+    "fsdp8": MeshConfig(fsdp=8),
+    "expert8": MeshConfig(fsdp=1, expert=8),
+}
+# One device's rows, 5 a sequence, are of no other size: what gathers rows shows in the shape.
+SHAPE = MoEShape(width=16, hidden=24, experts=8, chosen=2, renormalise=True)
+ROWS = 5
+
+
+def layer(shape=SHAPE):
+    return MoE(shape, stddev=0.5, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(params=3))
+
+
+def value_and_grads(moe):
+    graphdef, state = nnx.split(moe)
+
+    def loss(state, x_BSD):
+        return jnp.sin(nnx.merge(graphdef, state)(x_BSD)).mean()
+
+    return jax.value_and_grad(loss, (0, 1)), state
+
+
+def on_mesh(moe, plan, x_BSD):
+    """(compiled value and gradients, its arguments on their devices)."""
+    step, state = value_and_grads(moe)
+    stacked = {"mlp": jax.tree.map(lambda x: x[None], state)}  # the rules are for stacks of layers
+    specs = jax.tree.map(lambda sharding: P(*sharding.spec[1:]), plan.shardings(stacked))["mlp"]
+    state = jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(plan.mesh, spec)), state, specs)
+    args = state, jax.device_put(x_BSD, plan.batch_sharding())
+    return jax.jit(plan.within(step)).lower(*args).compile(), args
+
+
+def assert_same(got, wanted):
+    (value, grads), (expected, expected_grads) = got, wanted
+    assert float(value) == pytest.approx(float(expected), abs=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), grads, expected_grads)
+
+
+def collectives(compiled, kind):
+    """(dimensions of the result, groups of devices) of every collective of a kind in the program."""
+    for line in compiled.as_text().splitlines():
+        found = re.search(rf"= \w+\[([\d,]*)\]\S* {kind}\(.*?replica_groups=(\S*)", line)
+        if found:
+            groups = re.findall(r"\{([\d,]+)\}", found[2])
+            yield (
+                tuple(map(int, filter(None, found[1].split(",")))),
+                frozenset(frozenset(map(int, group.split(","))) for group in groups),
+            )
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_eight_devices_equal_one_and_rows_travel_between_experts_alone(name):
+    plan, moe = make_mesh_plan(MESHES[name]), layer()
+    x_BSD = jax.random.normal(jax.random.key(0), (8, ROWS, SHAPE.width))
+    step, state = value_and_grads(moe)
+    compiled, args = on_mesh(moe, plan, x_BSD)
+    assert_same(compiled(*args), jax.jit(step)(state, x_BSD))
+
+    places, fsdp = plan.axes["expert"], plan.axes["fsdp"]
+    ids = np.vectorize(lambda device: device.id)(plan.mesh.devices)  # [data, fsdp, expert]
+    between_experts = frozenset(frozenset(group.tolist()) for group in ids.reshape(-1, places))
+    gathers = list(collectives(compiled, "all-gather"))
+    rows = [(dims, groups) for dims, groups in gathers if math.prod(dims) % ROWS == 0]
+    weights = [(dims, groups) for dims, groups in gathers if math.prod(dims) % ROWS]
+    assert bool(rows) == (places > 1)
+    assert bool(weights) == (fsdp > 1)
+    for dims, groups in rows:
+        assert groups == between_experts, dims
+        assert dims[0] == places * ROWS
+    # The weights come whole along the model dimension, those of the device's experts only.
+    assert {math.prod(dims) for dims, _ in weights} <= {
+        SHAPE.experts // places * SHAPE.width * SHAPE.hidden, SHAPE.width * SHAPE.experts,
+    }  # fmt: skip
+    # Their gradients go back scattered, not as a copy on every device.
+    small = SHAPE.width * SHAPE.experts
+    assert all(math.prod(dims) <= small for dims, _ in collectives(compiled, "all-reduce") if plan.axes["data"] == 1)
+    assert not list(collectives(compiled, "all-to-all"))
+
+
+def test_nothing_is_dropped_when_all_rows_choose_experts_of_one_device():
+    moe, plan = layer(), make_mesh_plan(MESHES["expert4_fsdp2"])
+    favoured = np.zeros((SHAPE.width, SHAPE.experts), np.float32)
+    favoured[:, 2:4] = 3.0, 2.9
+    moe.router.kernel.set_value(jnp.asarray(favoured))
+    x_BSD = jnp.abs(jax.random.normal(jax.random.key(0), (8, ROWS, SHAPE.width)))
+    step, state = value_and_grads(moe)
+    compiled, args = on_mesh(moe, plan, x_BSD)
+    assert_same(compiled(*args), jax.jit(step)(state, x_BSD))
+
+
+def test_more_choices_than_experts_of_a_device_and_a_width_that_does_not_divide():
+    shape = MoEShape(width=15, hidden=24, experts=8, chosen=5, renormalise=False)
+    moe, plan = layer(shape), make_mesh_plan(MESHES["expert4_fsdp2"])
+    x_BSD = jax.random.normal(jax.random.key(0), (8, ROWS, shape.width))
+    step, state = value_and_grads(moe)
+    compiled, args = on_mesh(moe, plan, x_BSD)
+    assert_same(compiled(*args), jax.jit(step)(state, x_BSD))
+
+
+def test_a_mesh_is_in_sight_only_where_its_devices_get_equal_rows():
+    plan = make_mesh_plan(MESHES["expert4_fsdp2"])
+    assert rows_mesh(8) is None
+    assert plan.within(rows_mesh)(8) == plan.mesh.abstract_mesh
+    assert plan.within(rows_mesh)(6) is None
+    assert make_mesh_plan(MeshConfig(), jax.devices()[:1]).within(rows_mesh)(8) is None
