@@ -39,6 +39,8 @@ KERNELS = {
     "up_proj/kernel": P(EXPERT, FSDP, None),  # [E, D, F]
     "gate_up_proj/kernel": P(EXPERT, FSDP, None),  # [E, D, 2F]
     "down_proj/kernel": P(EXPERT, None, FSDP),  # [E, F, D]
+    "gate_up_proj/bias": P(EXPERT, FSDP),  # [E, 2F]
+    "down_proj/bias": P(EXPERT, FSDP),  # [E, D]
 }
 
 

@@ -42,6 +42,7 @@ class Rule(NamedTuple):
 RULES: tuple[Rule, ...] = (
     Rule("mlp/down_proj/kernel", P("expert", None, "fsdp"), optional=True, dims=4),  # [L, E, F, D]
     Rule("mlp/*_proj/kernel", P("expert", "fsdp", None), optional=True, dims=4),  # [L, E, D, F]
+    Rule("mlp/*_proj/bias", P("expert", "fsdp"), optional=True, dims=3),  # [L, E, out]
     Rule("embedding", P(None, "fsdp"), optional=True),  # [V, D]
     Rule("lm_head/kernel", P("fsdp", None), optional=True),  # [D, V]
     Rule("o_proj/kernel", P(None, "fsdp"), optional=True),  # [L, N*H, D]
