@@ -70,10 +70,10 @@ def write_gguf(
     _write(GGUFWriter(path, family.arch), metadata | dict(tokenizer), merged | vectors)
 
 
-def written_bytes(tensors: Mapping[str, LazyTensor], dtype: str) -> int:
-    """Size of the tensors in a file of that type."""
-    kinds = ((spec, GGML_QUANT_SIZES[_kind_of(spec, _kind(dtype))]) for spec, _ in tensors.values())
-    return sum(spec.size // block * block_bytes for spec, (block, block_bytes) in kinds)
+def written_bytes(tensors: Mapping[str, LazyTensor], hf_config: Mapping[str, Any], dtype: str) -> int:
+    """Size of the tensors in a file of that type. Raises ExportError for a family that has no place in one."""
+    merged = _merged(family_of(hf_config), models.config_from_hf(hf_config), tensors, _kind(dtype))
+    return sum(tensor.nbytes for tensor in merged.values())
 
 
 def write_gguf_adapter(path: str, folder: str, hf_config: Mapping[str, Any], *, dtype: str = "float32") -> None:

@@ -19,6 +19,7 @@ DEFAULTS = {
     "num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
     "sliding_window": 128, "attention_bias": True, "num_local_experts": 128, "num_experts_per_tok": 4,
     "swiglu_alpha": 1.702, "swiglu_limit": 7.0, "router_aux_loss_coef": 0.001, "rope_theta": 150000.0,
+    "output_router_logits": False,
 }  # fmt: skip
 YARN = {
     "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
@@ -27,7 +28,7 @@ YARN = {
 # Which layers packed files leave out is seen from their tensors; dequantize is what is done here anyway.
 PACKING_FIELDS = {"quant_method", "modules_to_not_convert", "dequantize"}
 OWN = ("attention_bias", "num_local_experts", "num_experts_per_tok", "swiglu_alpha", "swiglu_limit",
-       "router_aux_loss_coef")  # fmt: skip
+       "router_aux_loss_coef", "output_router_logits")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

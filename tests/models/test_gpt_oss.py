@@ -33,7 +33,6 @@ REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers
         ({"num_experts": 8}, r"num_experts=8 \(only 32 is implemented\)"),
         ({"initial_context_length": 8192}, r"initial_context_length=8192 \(only 4096 is implemented\)"),
         ({"num_experts_per_tok": 33, "experts_per_token": 33}, "num_experts_per_tok=33 of 32 experts"),
-        ({"output_router_logits": True}, "output_router_logits=True"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"sliding_window": None}, "sliding_window=None: a window is a whole number"),
         ({"layer_types": ["sliding_attention"]}, "layer_types must name"),

@@ -106,7 +106,7 @@ def test_an_orbax_folder_loads_like_any_model_and_restores_with_orbax_alone(mode
     np.testing.assert_array_equal(params["embed_tokens"]["embedding"], embedding)
 
 
-def test_experts_go_through_orbax_and_not_into_gguf(tmp_path):
+def test_experts_go_through_orbax_and_into_gguf(tmp_path):
     sizes = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
     base = write_model(tmp_path / "base", **sizes)
     convert(str(base), str(tmp_path / "orbax"), form="orbax", console=QUIET)
@@ -115,8 +115,10 @@ def test_experts_go_through_orbax_and_not_into_gguf(tmp_path):
     )
     convert(str(tmp_path / "orbax"), str(tmp_path / "back"), console=QUIET)
     assert_same(tensors_of(tmp_path / "back"), tensors_of(base))
-    with pytest.raises(ExportError, match="'mixtral' is not written to GGUF"):
-        convert(str(base), str(tmp_path / "a.gguf"), console=QUIET)
+    convert(str(tmp_path / "orbax"), str(tmp_path / "experts.gguf"), form="gguf", console=QUIET)
+    np.testing.assert_array_equal(
+        load_model(str(tmp_path / "experts.gguf")).logits(TOKENS), load_model(str(base)).logits(TOKENS)
+    )
 
 
 @pytest.mark.parametrize("damage", ["flip", "missing"])
