@@ -140,7 +140,9 @@ def _written_bytes(origin: Origin, form: str, dtype: str) -> int:
     if form == "gguf-adapter":
         return sum(spec.size * np.dtype(dtype).itemsize for spec in peft.AdapterTensors(origin.path).specs().values())
     lazy = _lazy_tensors(origin, "float32" if form == "gguf" else dtype)
-    return gguf_bytes(lazy, origin.hf_config, dtype) if form == "gguf" else sum(spec.nbytes for spec, _ in lazy.values())
+    if form == "gguf":
+        return gguf_bytes(lazy, origin.hf_config, dtype)
+    return sum(spec.nbytes for spec, _ in lazy.values())
 
 
 def _check_space(to: Path, size: int) -> None:
