@@ -42,6 +42,8 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
+        # `jaxft plan` compiles for TPUs on machines without one.
+        "plan": ["libtpu"],
         # Hugging Face datasets as a source of rows.
         "datasets": ["datasets>=3"],
         # TensorFlow Datasets as a source of rows, read without TensorFlow.
@@ -54,6 +56,7 @@ setup(
             "tensorflow-datasets>=4.9.7",
             "importlib_resources",
             "array_record",
+            "libtpu",
             'torch==2.13.0; python_version < "3.12"',
             'peft>=0.17; python_version < "3.12"',
             # What mistral-common and llama-models, which the Makefile adds, import to encode.

@@ -1,7 +1,7 @@
 """Writes docs/configuration.md from the dataclasses of jaxft/config.py: `python docs/make_configuration.py`.
 
 A field's meaning is the comment beside it in config.py, or the entry of MEANINGS here; permitted values
-come from the tuples that config.py checks against. A field without a meaning is an error, and so is a
+come from the tuples that config_checks.py checks against. A field without a meaning is an error, and so is a
 meaning without a field.
 """
 
@@ -13,7 +13,7 @@ import tokenize
 import typing
 from pathlib import Path
 
-from jaxft import config
+from jaxft import config, config_checks
 
 TARGET = Path(__file__).with_name("configuration.md")
 
@@ -21,7 +21,8 @@ MEANINGS = {
     "output_dir": "the run folder",
     "seed": "of adapters, drawn weights, shuffling, dropout and `data.eval_fraction`",
     "adapter.kind": "`none` is full fine-tuning",
-    "model.remat": "what the backward pass recomputes: nothing, every layer, all but the results of matrix products",
+    "model.remat": "what the backward pass computes again: nothing; every layer; all but what attention gave; all but "
+    "the results of matrix products; every layer, with what enters it kept in the host's memory",
     "adapter.r": "rank; at most the smaller side of every layer it is put on",
     "adapter.alpha": "numerator of the scale: `alpha / r`",
     "adapter.dropout": "share of the adapter's inputs that is dropped in training; at least 0, below 1",
@@ -61,17 +62,17 @@ MEANINGS = {
 }
 
 CHOICES = {
-    "model.dtype": config.DTYPES,
-    "model.param_dtype": config.DTYPES,
-    "model.remat": config.REMAT_POLICIES,
-    "adapter.kind": config.ADAPTERS,
-    "data.format": config.FORMATS,
-    "data.train_on": config.TRAIN_ON,
-    "data.truncation": config.TRUNCATION,
-    "optim.name": config.OPTIMIZERS,
-    "optim.schedule": config.SCHEDULES,
+    "model.dtype": config_checks.DTYPES,
+    "model.param_dtype": config_checks.DTYPES,
+    "model.remat": config_checks.REMAT_POLICIES,
+    "adapter.kind": config_checks.ADAPTERS,
+    "data.format": config_checks.FORMATS,
+    "data.train_on": config_checks.TRAIN_ON,
+    "data.truncation": config_checks.TRUNCATION,
+    "optim.name": config_checks.OPTIMIZERS,
+    "optim.schedule": config_checks.SCHEDULES,
     "checkpoint.best_mode": ("min", "max"),
-    "eval.metric": config.METRICS,
+    "eval.metric": config_checks.METRICS,
 }
 
 HEAD = """\

@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
-_API = ("evaluate", "export", "generate", "get_config", "load_model", "load_tokenizer", "train")
+_API = ("evaluate", "export", "generate", "get_config", "load_model", "load_tokenizer", "plan", "train")
 __all__ = list(_API)
 
 

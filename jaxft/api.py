@@ -11,6 +11,7 @@ from jaxft.data.tokenizer import Tokenizer
 from jaxft.data.tokenizer import load_tokenizer as load_tokenizer
 from jaxft.runs.evaluate import evaluate as evaluate
 from jaxft.runs.export import export as export
+from jaxft.runs.plan_apart import plan as plan
 from jaxft.runs.train import train as train
 
 

@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
@@ -14,7 +16,11 @@ OVERRIDE = "--config."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. Exit codes: 0 done, 2 refused with a message, 75 stopped by SIGTERM after saving."""
+    """Runs one command.
+
+    Exit codes: 0 done, 2 refused with a message, 69 stopped because another process of the run died, 75 stopped by
+    SIGTERM after saving.
+    """
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     try:
@@ -22,18 +28,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         if overrides and not hasattr(arguments, "config") and arguments.verb != "quickstart":
             raise ConfigError(f"--config.{overrides[0]} changes a config, and {arguments.verb} reads none")
         result = arguments.call(arguments, overrides)
-    except JaxftError as error:
-        print(f"jaxft {arguments.verb}: {error}", file=sys.stderr)
-        return EXIT_REFUSED
-    except Preempted as stopped:
-        print(f"jaxft {arguments.verb}: {stopped}", file=sys.stderr)
-        return EXIT_PREEMPTED
-    except KeyboardInterrupt:
-        print(f"jaxft {arguments.verb}: interrupted", file=sys.stderr)
-        return 130
-    if arguments.json:
+    except (JaxftError, Preempted, KeyboardInterrupt) as error:
+        return _explained(arguments.verb, error)
+    if arguments.json and result is not None:
         print(json.dumps(result, indent=2, ensure_ascii=False))
     return 0
+
+
+def _explained(verb: str, error: BaseException) -> int:
+    """Says what stopped a command, and gives its exit code."""
+    if isinstance(error, JaxftError | Preempted | KeyboardInterrupt):
+        text = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
+        print(f"jaxft {verb}: {text}", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+    if isinstance(error, JaxftError):
+        return EXIT_REFUSED
+    return EXIT_PREEMPTED if isinstance(error, Preempted) else 130 if isinstance(error, KeyboardInterrupt) else 1
 
 
 def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
@@ -42,12 +53,21 @@ def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     config = load(arguments.config, overrides)
     from jaxft.sharding import distributed
 
-    distributed.start(arguments.coordinator, arguments.num_processes, arguments.process_id)
+    distributed.start(arguments.coordinator, arguments.num_processes, arguments.process_id, arguments.heartbeat_seconds)
     from jaxft.runs.present import print_summary
     from jaxft.runs.train import train
+    from jaxft.sharding.ending import ending_together
+    from jaxft.sharding.processes import primary
+
+    def say(text: str) -> None:
+        # Past Python's buffers, whose locks another thread may hold when this process is aborted.
+        os.write(2, f"jaxft train: {text}\n".encode())
 
     console = _console(arguments)
-    summary = train(config, console=console)
+    with ending_together(say, lambda error: _explained(arguments.verb, error)):
+        summary = train(config, console=console)
+    if not primary():
+        return None
     print_summary(summary, console)
     return summary
 
@@ -191,6 +211,28 @@ def _convert(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     return done
 
 
+def _plan(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
+    # A plan runs in a process of its own; this one needs no JAX.
+    from jaxft.config import load
+    from jaxft.runs.plan_apart import plan
+    from jaxft.runs.plan_report import print_plan, print_search
+
+    figures = plan(
+        load(arguments.config, overrides),
+        arguments.topology,
+        slices=arguments.slices,
+        level=arguments.level,
+        prices=arguments.prices,
+        tokens=arguments.tokens,
+        examples=arguments.examples,
+        search=arguments.search,
+        compiles=arguments.compiles,
+    )
+    if not arguments.json:
+        (print_search if arguments.search else print_plan)(figures, _console(arguments))
+    return figures
+
+
 def _bytes(text: str) -> int:
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
     number, unit = (text[:-2], text[-2:].upper()) if text[-2:].upper() in units else (text, "")
@@ -249,14 +291,28 @@ def _parser() -> argparse.ArgumentParser:
     option = verb("train", _train, "fine-tune as a config says; the same command goes on after an interruption")
     option("--config", required=True, **config)
     option("--coordinator", metavar="HOST:PORT", help="process 0, when processes are started by hand")
-    option("--num_processes", type=int)
-    option("--process_id", type=int)
+    option("--num_processes", type=int, help="how many there are; with --coordinator")
+    option("--process_id", type=int, help="which one this is, from 0; with --coordinator")
+    option(
+        "--heartbeat_seconds", type=int, default=100, help="a process without a sign of life for so long ends the run"
+    )
 
     verb("quickstart", _quickstart, "LoRA on SmolLM2-135M, a small real task, on this machine (from a checkout)")
 
     option = verb("data", _data, "examine a config's data as training would see it")
     option("--config", required=True, **config)
     option("--rows", type=int, default=2, help="how many rows to show with their trained tokens marked")
+
+    option = verb("plan", _plan, "compile a config's training step for a slice that is not here: memory, time, money")
+    option("--config", required=True, **config)
+    option("--topology", required=True, metavar="NAME", help="v5e:4x4, v5p-8, v6e:1x1, ..., or a GPU such as h100:8")
+    option("--slices", type=int, default=1, help="of this topology, joined by the data-centre network")
+    option("--level", choices=("O1", "default"), default="O1", help="XLA's optimisation: quick, or as a run compiles")
+    option("--search", action="store_true", help="the cheapest and fastest way; --topology names kinds: v5e,v6e")
+    option("--compiles", type=int, default=2, help="ways that --search compiles, at most, for each of the two")
+    option("--tokens", type=int, help="in the training set, where it is not here")
+    option("--examples", type=int, help="in the training set, where it is not here and not packed")
+    option("--prices", metavar="FILE", help="USD per chip-hour in place of jaxft's own table")
 
     option = verb("generate", _generate, "answer prompts")
     option("--model", required=True, **model)

@@ -8,7 +8,6 @@ anything is loaded or compiled.
 
 import dataclasses
 import difflib
-import functools
 import json
 import os
 import re
@@ -21,29 +20,8 @@ from typing import Any
 from absl import flags
 from ml_collections import config_dict, config_flags
 
+from jaxft.config_checks import check
 from jaxft.errors import ConfigError, did_you_mean
-
-DTYPES = ("float32", "bfloat16")
-REMAT_POLICIES = ("none", "full", "dots")
-ADAPTERS = ("none", "lora")
-OPTIMIZERS = ("adamw",)
-SCHEDULES = ("constant", "linear", "cosine")
-FORMATS = ("auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text")
-TRAIN_ON = ("assistant", "last", "all")
-TRUNCATION = ("refuse", "drop", "right")
-EVAL_FIGURES = ("eval_loss", "eval_perplexity", "eval_mean_token_accuracy")
-METRICS = ("exact_match", "json_valid", "json_exact")
-# (fields, what a value of theirs is, in words)
-RANGES = (
-    (("adapter.r", "adapter.alpha", "data.max_length", "data.limit", "data.eval_limit", "data.eval_fraction",
-      "optim.learning_rate", "optim.eps", "optim.clip_norm", "train.batch_size", "train.accumulation_steps",
-      "train.epochs", "train.steps", "train.log_every", "train.eval_every", "checkpoint.every", "checkpoint.keep",
-      "eval.limit", "eval.max_new_tokens", "eval.batch_size"), lambda value: value > 0, "be above zero"),
-    (("optim.warmup_steps", "optim.weight_decay", "router.load_balancing", "router.z_loss"),
-     lambda value: value >= 0, "not be negative"),
-    (("adapter.dropout", "data.eval_fraction", "optim.warmup_ratio", "optim.b1", "optim.b2"),
-     lambda value: 0 <= value < 1, "be at least 0 and below 1"),
-)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +33,7 @@ class ModelConfig:
     random_init: bool = False  # take only the shapes from path; draw the weights from `seed`
     dtype: str = "float32"  # of activations and matrix products
     param_dtype: str = "float32"  # of frozen parameters; trained ones are always float32
-    remat: str = "none"  # what the backward pass recomputes: none, full (each layer), dots
+    remat: str = "none"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +92,7 @@ class OptimConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0  # on matrices only: norms and biases are left out
     clip_norm: float | None = 1.0
+    moments_dtype: str = "float32"  # bfloat16 halves the optimizer's memory; rounded at random
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +103,7 @@ class TrainConfig:
     accumulation_steps: int = 1
     epochs: float = 1.0
     steps: int | None = None  # where given, the run has so many steps, whatever epochs says
+    gradient_dtype: str | None = None  # of matrices' gradients until the update; None: model.dtype
     log_every: int = 10
     eval_every: int | None = None  # steps between held-out losses; None: only at the end
 
@@ -150,9 +130,13 @@ class CheckpointConfig:
 class MeshConfig:
     """Devices per mesh axis; -1 takes all that remain."""
 
-    data: int = 1
-    fsdp: int = -1
-    expert: int = 1
+    auto: bool = False  # choose all axes by batch size and heads; then the others are not read
+    slice: int = 1  # slices joined by the data-centre network: only gradients cross it
+    data: int = 1  # other rows, all weights
+    fsdp: int = -1  # other rows, a part of each weight, gathered for use
+    expert: int = 1  # like fsdp, and each with other experts
+    context: int = 1  # other positions of the same rows
+    tensor: int = 1  # other heads and inner units of the same rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,7 +257,7 @@ def resolve(values: config_dict.ConfigDict | Mapping[str, Any]) -> RunConfig:
     """Checked, frozen form of a ConfigDict or of a nested mapping such as `RunConfig.to_dict()`."""
     nested = values.to_dict() if isinstance(values, config_dict.ConfigDict) else dict(values)
     config = _build(RunConfig, nested, prefix="")
-    _check(config)
+    check(config)
     return config
 
 
@@ -375,67 +359,3 @@ def _unknown_key(error: BaseException) -> str:
     # The config file itself named a field that does not exist; ml_collections tells only its last part.
     found = re.search(r"[\"']([\w.]+)[\"']", str(error))
     return _unknown(found.group(1)) if found else str(error)
-
-
-def _one_of(key: str, value: str | None, choices: Sequence[str]) -> None:
-    if value is not None and value not in choices:
-        raise ConfigError(f"{key}={value!r} is not one of {', '.join(choices)}.{did_you_mean(value, choices)}")
-
-
-def _check(config: RunConfig) -> None:
-    model, adapter, data = config.model, config.adapter, config.data
-    optim, train, checkpoint = config.optim, config.train, config.checkpoint
-    _one_of("model.dtype", model.dtype, DTYPES)
-    _one_of("model.param_dtype", model.param_dtype, DTYPES)
-    _one_of("model.remat", model.remat, REMAT_POLICIES)
-    _one_of("adapter.kind", adapter.kind, ADAPTERS)
-    _one_of("data.format", data.format, FORMATS)
-    _one_of("data.train_on", data.train_on, TRAIN_ON)
-    _one_of("data.truncation", data.truncation, TRUNCATION)
-    _one_of("optim.name", optim.name, OPTIMIZERS)
-    _one_of("optim.schedule", optim.schedule, SCHEDULES)
-    _one_of("checkpoint.best_mode", checkpoint.best_mode, ("min", "max"))
-    _one_of("checkpoint.best_metric", checkpoint.best_metric, EVAL_FIGURES)
-    _one_of("eval.metric", config.eval.metric, METRICS)
-    for keys, fits, must in RANGES:
-        for key in keys:
-            value = functools.reduce(getattr, key.split("."), config)
-            if value is not None and not fits(value):
-                raise ConfigError(f"{key}={value} must {must}")
-    if not model.path:
-        raise ConfigError("model.path is empty: give a Hugging Face folder, a GGUF file or hf://owner/name")
-    if not data.train:
-        raise ConfigError("data.train is empty: give a .jsonl file, a datasets folder, hf://owner/name or tfds:name")
-    if optim.warmup_steps is not None and optim.warmup_ratio is not None:
-        raise ConfigError("give at most one of optim.warmup_steps and optim.warmup_ratio; set the other to None")
-    if not 0 <= optim.min_ratio <= 1:
-        raise ConfigError(f"optim.min_ratio={optim.min_ratio} must be from 0 to 1, a share of optim.learning_rate")
-    if train.batch_size % train.accumulation_steps:
-        raise ConfigError(
-            f"train.batch_size={train.batch_size} does not divide into "
-            f"train.accumulation_steps={train.accumulation_steps} equal micro-batches"
-        )
-    if adapter.kind != "none" and not adapter.targets:
-        raise ConfigError("adapter.target_modules is empty: give 'all-linear' or names such as 'q_proj,v_proj'")
-    if data.eval is not None and data.eval_fraction is not None:
-        raise ConfigError("data.eval and data.eval_fraction are two held-out sets; set one of them to None")
-    if config.eval.metric and data.eval is None and data.eval_fraction is None:
-        raise ConfigError("eval.metric scores held-out rows, but data.eval and data.eval_fraction are both None")
-    if config.eval.metric and data.format == "text":
-        raise ConfigError("eval.metric compares an answer with a reference; data.format='text' has no answers")
-    if checkpoint.best_metric is not None:
-        if data.eval is None and data.eval_fraction is None:
-            raise ConfigError(
-                f"checkpoint.best_metric={checkpoint.best_metric!r} needs held-out rows: set data.eval or "
-                "data.eval_fraction"
-            )
-        if checkpoint.every is not None and (train.eval_every is None or checkpoint.every % train.eval_every):
-            raise ConfigError(
-                f"checkpoint.best_metric ranks checkpoints by held-out figures of their own step, but "
-                f"checkpoint.every={checkpoint.every} is no multiple of train.eval_every={train.eval_every}"
-            )
-    for axis, size in dataclasses.asdict(config.mesh).items():
-        if size == 0 or size < -1:
-            raise ConfigError(f"mesh.{axis}={size} must be a positive number of devices, or -1 for the rest")
-    if list(dataclasses.asdict(config.mesh).values()).count(-1) > 1:
-        raise ConfigError("only one mesh axis may be -1 (the devices that remain)")

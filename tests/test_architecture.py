@@ -7,17 +7,19 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "jaxft"
 FLOORS = {
-    "errors": 0, "config": 0, "trees": 0, "assets": 0, "gguf_header": 0,
+    "errors": 0, "config": 0, "config_checks": 0, "trees": 0, "assets": 0, "gguf_header": 0,
     "nn": 1, "smoke": 1,
     "models": 2, "adapters": 2,
     "sharding": 3, "checkpoint": 3, "data": 3,
     "generation": 4, "objectives": 4,
-    "training": 5, "evaluation": 5,
+    "training": 5, "evaluation": 5, "planning": 5,
     "runs": 6,
     "api": 7, "cli": 7, "__init__": 7,
 }  # fmt: skip
 # Rooms of one floor that know each other, each for a reason.
 NEIGHBOURS = {
+    ("config_checks", "errors"),
+    ("config", "config_checks"),
     ("config", "errors"),  # a config is refused with a ConfigError
     ("gguf_header", "errors"),
     ("checkpoint", "sharding"),  # weights are read straight to where they live

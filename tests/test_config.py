@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxft import config as config_module
+from jaxft import config_checks
 from jaxft.config import RunConfig, default_config, from_json, load, resolve
 from jaxft.errors import ConfigError, JaxftError
 
@@ -52,7 +52,10 @@ def file(tmp_path):
     [
         ({"model.dtype": "float16"}, "model.dtype='float16' is not one of float32, bfloat16"),
         ({"model.param_dtype": "bf16"}, "model.param_dtype='bf16' is not one of"),
-        ({"model.remat": "ful"}, "model.remat='ful' is not one of none, full, dots. Did you mean 'full'?"),
+        (
+            {"model.remat": "ful"},
+            "model.remat='ful' is not one of none, full, attention, dots, offload. Did you mean 'full'?",
+        ),
         ({"adapter.kind": "lorra"}, "adapter.kind='lorra'.*Did you mean 'lora'?"),
         ({"data.format": "mesages"}, "data.format='mesages'.*Did you mean 'messages'?"),
         ({"data.train_on": "user"}, "data.train_on='user' is not one of assistant, last, all"),
@@ -128,15 +131,15 @@ def test_what_cannot_be_carried_out_is_refused(fields, message):
 
 def test_every_choice_is_accepted():
     choices = {
-        "model.dtype": config_module.DTYPES, "model.remat": config_module.REMAT_POLICIES,
-        "adapter.kind": config_module.ADAPTERS, "optim.schedule": config_module.SCHEDULES,
-        "data.format": config_module.FORMATS, "data.train_on": config_module.TRAIN_ON,
-        "data.truncation": config_module.TRUNCATION,
+        "model.dtype": config_checks.DTYPES, "model.remat": config_checks.REMAT_POLICIES,
+        "adapter.kind": config_checks.ADAPTERS, "optim.schedule": config_checks.SCHEDULES,
+        "data.format": config_checks.FORMATS, "data.train_on": config_checks.TRAIN_ON,
+        "data.truncation": config_checks.TRUNCATION,
     }  # fmt: skip
     for key, values in choices.items():
         for value in values:
             resolve(with_fields({key: value}))
-    for metric in config_module.METRICS:
+    for metric in config_checks.METRICS:
         assert resolve(with_fields({"eval.metric": metric, "data.eval_fraction": 0.1})).eval.metric == metric
 
 

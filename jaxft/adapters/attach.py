@@ -12,8 +12,8 @@ from jaxft.errors import ModelError, did_you_mean
 from jaxft.nn.linear import Linear
 
 ALL_LINEAR = "all-linear"
-# Called with (inputs, outputs, stack axes, key).
-MakeAdapter = Callable[[int, int, tuple[int, ...], jax.Array], nnx.Module]
+# Called with the layer and a key.
+MakeAdapter = Callable[[Linear, jax.Array], nnx.Module]
 
 
 def linears(model: nnx.Module) -> Iterator[tuple[str, Linear]]:
@@ -31,8 +31,7 @@ def attach(model: nnx.Module, targets: Sequence[str], make: MakeAdapter, key: ja
     layers = dict(linears(model))
     chosen = {path for target in targets for path in _matching(target, layers)}
     for path in sorted(chosen):
-        *stack, inputs, outputs = layers[path].kernel.get_value().shape
-        layers[path].adapter = make(inputs, outputs, tuple(stack), jax.random.fold_in(key, zlib.crc32(path.encode())))
+        layers[path].adapter = make(layers[path], jax.random.fold_in(key, zlib.crc32(path.encode())))
     return tuple(sorted(chosen))
 
 

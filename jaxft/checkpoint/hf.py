@@ -15,11 +15,13 @@ from flax import nnx
 from jaxft.adapters.attach import adapters
 from jaxft.checkpoint.finite import Finite
 from jaxft.checkpoint.paths import read_json as read_json
-from jaxft.checkpoint.safetensors_writer import LazyTensor, write_sharded
+from jaxft.checkpoint.safetensors_writer import LazyTensor, gather_sharded, write_sharded
 from jaxft.checkpoint.tensors import TensorSource, TensorSpec
 from jaxft.errors import CheckpointError
 from jaxft.models.tensor_map import Piece, Placed, place
 from jaxft.nn.stack import group_layers
+from jaxft.sharding.arrays import to_host
+from jaxft.sharding.processes import primary
 from jaxft.trees import flatten
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -102,8 +104,14 @@ def hf_tensors(model: nnx.Module, dtype: str | None = None) -> dict[str, LazyTen
 def write_weights(
     model: nnx.Module, folder: str, *, dtype: str | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> list[str]:
-    """Writes model.safetensors, or shards and their index above max_shard_bytes. Returns the file names."""
-    return write_sharded(folder, hf_tensors(model, dtype), max_bytes=max_shard_bytes, metadata={"format": "pt"})
+    """Writes model.safetensors, or shards and their index above max_shard_bytes. Returns the file names.
+
+    Where the parameters reach over several processes, every one takes part; process 0 writes.
+    """
+    tensors = hf_tensors(model, dtype)
+    if not primary():
+        return gather_sharded(tensors, max_bytes=max_shard_bytes)
+    return write_sharded(folder, tensors, max_bytes=max_shard_bytes, metadata={"format": "pt"})
 
 
 def write_config(
@@ -223,7 +231,7 @@ def _maker(leaf: jax.Array, adapter: Any, placed: Placed, piece: Piece, dtype: n
         for index, value in _parts(leaf, piece, whole=adapter is not None):
             if adapter is not None:
                 value = value.astype(jnp.float32) + adapter.delta(piece.layer)
-            part = placed.transform.to_hf(np.asarray(jax.device_get(value.astype(dtype))))
+            part = placed.transform.to_hf(to_host(value.astype(dtype)))
             copy_into(out[placed.transform.hf_index(index)], part)
         return out
 

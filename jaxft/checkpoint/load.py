@@ -9,7 +9,6 @@ from functools import cached_property
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -23,6 +22,7 @@ from jaxft.checkpoint.tensors import SafetensorsFolder, TensorSource
 from jaxft.checkpoint.text_part import TextPart
 from jaxft.errors import CheckpointError, ModelError
 from jaxft.models.nested import OUTERS
+from jaxft.sharding.arrays import spread, to_host
 from jaxft.sharding.mesh import MeshPlan
 from jaxft.trees import flatten
 
@@ -53,7 +53,7 @@ class LoadedModel:
         if tokens.size and (tokens.min() < 0 or tokens.max() >= vocab):
             raise ModelError(f"token ids run from {tokens.min()} to {tokens.max()}; the vocabulary has {vocab}")
         _, state = nnx.split(self.module)
-        return np.asarray(self._forward(state, jnp.asarray(tokens, jnp.int32)))
+        return to_host(self._forward(state, tokens.astype(np.int32)))
 
     @cached_property
     def _forward(self) -> Any:
@@ -88,6 +88,9 @@ def load_model(
         base = base_of(path)
         loaded = load_model(base, revision=revision, **options)
         peft.read_adapter(loaded.module, path)
+        if mesh is not None:
+            state = nnx.state(loaded.module)
+            nnx.update(loaded.module, jax.tree.map(spread, state, mesh.shardings(state)))
         loaded.adapter = path
         return loaded
     hf_config, source, generation = open_weights(path)

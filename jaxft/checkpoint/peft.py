@@ -17,13 +17,15 @@ import numpy as np
 from flax import nnx
 
 from jaxft.adapters.attach import adapters, attach
-from jaxft.adapters.lora import LoRA, LoRASettings
+from jaxft.adapters.lora import LoRA, LoRASettings, beside
 from jaxft.checkpoint.finite import Finite
 from jaxft.checkpoint.hf import placed_tensors, read_json
-from jaxft.checkpoint.safetensors_writer import LazyTensor, write_safetensors
+from jaxft.checkpoint.safetensors_writer import LazyTensor, gather_sharded, write_safetensors
 from jaxft.checkpoint.tensors import SafetensorsFolder, TensorSpec
 from jaxft.errors import CheckpointError, ModelError
 from jaxft.models.nested import nested_module, peft_targets, text_name
+from jaxft.sharding.arrays import to_host
+from jaxft.sharding.processes import primary
 from jaxft.trees import flatten
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -77,6 +79,7 @@ def write_adapter(model: nnx.Module, folder: str, *, base: str, nested: bool = F
     """Writes the model's LoRA adapters as a PEFT folder. base: what base_model_name_or_path is to say.
 
     nested: whether `base` is of a model that takes images too, so that transformers has these layers inside it.
+    Every process takes part; process 0 writes.
     Raises ModelError where the model has no adapter.
     """
     attached = adapters(model)
@@ -92,6 +95,9 @@ def write_adapter(model: nnx.Module, folder: str, *, base: str, nested: bool = F
                 f"{module}.lora_A.weight": _lazy(adapter.lora_a.get_value(), piece.layer),
                 f"{module}.lora_B.weight": _lazy(adapter.lora_b.get_value(), piece.layer, transpose=True),
             }
+    if not primary():
+        gather_sharded(tensors)
+        return
     write_safetensors(os.path.join(folder, WEIGHTS), tensors, {"format": "pt"})
     settings = next(iter(attached.values())).settings
     with open(os.path.join(folder, CONFIG), "w", encoding="utf-8") as file:
@@ -112,10 +118,7 @@ def read_adapter(model: nnx.Module, folder: str) -> tuple[str, ...]:
     copies = _copies_of_base(model, table, source)
     specs = {key: spec for key, spec in source.specs().items() if key not in copies}
     paths = _paths_in(specs, table, folder)
-
-    def make(inputs: int, outputs: int, stack: tuple[int, ...], key: jax.Array) -> LoRA:
-        return LoRA(inputs, outputs, settings, stack=stack, key=key)
-
+    make = beside(settings)
     abstract = nnx.eval_shape(lambda: _attached(model, paths, make))
     expected: dict[str, tuple[int, ...]] = {}
     for path in paths:
@@ -178,7 +181,7 @@ def _copies_of_base(model: nnx.Module, table: Mapping[str, Any], source: Adapter
             key = f"{PREFIX}{piece.hf.removesuffix('.weight')}.base_layer.weight"
             if key in source.specs():
                 leaf = leaves[path][piece.at]
-                if np.array_equal(placed.transform.from_hf(source.read(key)).astype(leaf.dtype), np.asarray(leaf)):
+                if np.array_equal(placed.transform.from_hf(source.read(key)).astype(leaf.dtype), to_host(leaf)):
                     out.add(key)
     return out
 
@@ -214,7 +217,7 @@ def _stacked(source: AdapterTensors, pieces: Any, name: str) -> jax.Array:
 def _lazy(array: jax.Array, layer: int | None, *, transpose: bool = False) -> LazyTensor:
     part = array if layer is None else array[layer]
     part = part.T if transpose else part
-    return TensorSpec(part.shape, np.dtype(np.float32)), lambda: np.asarray(part, np.float32)
+    return TensorSpec(part.shape, np.dtype(np.float32)), lambda: np.asarray(to_host(part), np.float32)
 
 
 def _peft_config(settings: LoRASettings, attached: Mapping[str, LoRA], base: str, nested: bool) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def is_finished(
 
 def _header(tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str] | None) -> tuple[bytes, list[str], int]:
     """(everything before the data, names in the file's order, bytes of data)."""
-    order = sorted(tensors, key=lambda name: -tensors[name][0].dtype.itemsize)
+    order = _file_order(tensors)
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name in order:
@@ -64,6 +64,11 @@ def _header(tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str] | Non
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
     return struct.pack("<Q", len(raw)) + raw, order, end
+
+
+def _file_order(tensors: Mapping[str, LazyTensor]) -> list[str]:
+    # The widest first: then every tensor is aligned.
+    return sorted(tensors, key=lambda name: -tensors[name][0].dtype.itemsize)
 
 
 def _bytes_of(name: str, spec: TensorSpec, make: Callable[[], np.ndarray]) -> memoryview:
@@ -139,6 +144,18 @@ def write_sharded(
     text = json.dumps(plan.index, indent=2) + "\n"
     write_whole(os.path.join(folder, index), lambda file: file.write(text.encode()))
     return [*plan.files, index]
+
+
+def gather_sharded(tensors: Mapping[str, LazyTensor], *, max_bytes: int = 2**62) -> list[str]:
+    """What `write_sharded` does, without writing: for the other processes, where arrays reach over several.
+
+    Each tensor is asked for in the order in which process 0 asks for it.
+    """
+    plan = plan_shards({name: spec for name, (spec, _) in tensors.items()}, max_bytes)
+    for names in plan.files.values():
+        for name in _file_order({name: tensors[name] for name in names}):
+            tensors[name][1]()
+    return [*plan.files, *([] if plan.index is None else ["model.safetensors.index.json"])]
 
 
 def write_whole(path: str, fill: Callable[[BinaryIO], object]) -> None:

@@ -18,6 +18,8 @@ from jaxft.checkpoint.load import LoadedModel, load_model, resolve
 from jaxft.checkpoint.paths import is_remote
 from jaxft.errors import ExportError
 from jaxft.models import parameter_count
+from jaxft.sharding.mesh import MeshPlan
+from jaxft.sharding.processes import agreed
 
 PROBE_ROWS, PROBE_LENGTH = 2, 24
 # Largest difference allowed, as a share of the largest logit: rounding of the stored type.
@@ -41,10 +43,11 @@ def probe(vocab: int) -> np.ndarray:
     return np.random.default_rng(vocab).integers(0, vocab, (PROBE_ROWS, PROBE_LENGTH))
 
 
-def check_export(live: LoadedModel, folder: str, *, stored: str) -> tuple[Check, ...]:
+def check_export(live: LoadedModel, folder: str, *, stored: str, mesh: MeshPlan | None = None) -> tuple[Check, ...]:
     """Reloads `folder` and compares logits with the live model.
 
-    stored: element type of the written weights. Raises ExportError where a reader's logits differ by
+    stored: element type of the written weights. mesh: where the live model is, and the reloaded one goes; with
+    several processes every one takes part. Raises ExportError where a reader's logits differ by
     more than that type's rounding, or where an adapter that does something in the live model does
     nothing when read back.
     """
@@ -56,17 +59,22 @@ def check_export(live: LoadedModel, folder: str, *, stored: str) -> tuple[Check,
     effect = np.max(np.abs(_base_logits(live, tokens) - expected)) / largest if _is_adapter(folder) else 0.0
     if compute == "float32" and effect > SMALLEST_EFFECT:
         tolerance = min(tolerance, effect / 2)
-    checks = []
-    for reader, read in _readers(live, folder, compute).items():
-        difference = float(np.max(np.abs(read(tokens) - expected)) / largest)
+
+    def checked(reader: str, logits: np.ndarray) -> float:
+        difference = float(np.max(np.abs(logits - expected)) / largest)
         if not difference <= tolerance:
             raise ExportError(
                 f"{folder} read by {reader} differs from the live model: logits by {difference:.2e} of the largest, "
                 f"allowed {tolerance:.0e} for {stored} weights. Do not use it; "
                 "what was trained is still in checkpoints/."
             )
-        checks.append(Check(reader, difference))
-    return tuple(checks)
+        return difference
+
+    def by_peers() -> dict[str, float]:
+        return {reader: checked(reader, read(tokens)) for reader, read in _peers(live, folder).items()}
+
+    ours = {"jaxft": checked("jaxft", load_model(folder, dtype=compute, mesh=mesh).logits(tokens))}
+    return tuple(Check(reader, difference) for reader, difference in (ours | agreed(by_peers)).items())
 
 
 def _base_logits(live: LoadedModel, tokens: np.ndarray) -> np.ndarray:
@@ -76,8 +84,8 @@ def _base_logits(live: LoadedModel, tokens: np.ndarray) -> np.ndarray:
     return LoadedModel(base, live.hf_config, live.base).logits(tokens)
 
 
-def _readers(live: LoadedModel, folder: str, compute: str) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
-    readers = {"jaxft": lambda tokens: load_model(folder, dtype=compute).logits(tokens)}
+def _peers(live: LoadedModel, folder: str) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
+    readers: dict[str, Callable[[np.ndarray], np.ndarray]] = {}
     small = parameter_count(live.module) <= PEER_LIMIT
     if small and importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
         peft_folder = importlib.util.find_spec("peft") is not None and _is_adapter(folder)

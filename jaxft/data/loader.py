@@ -67,10 +67,18 @@ class Loader:
 
     def eval_batches(self, rows: slice | None = None) -> Iterator[Batch]:
         """Every sequence once, in order; the last batch is filled up with empty rows (segment 0)."""
-        for start in range(0, len(self.plan), self.batch_size):
-            sequences = self.plan[start : start + self.batch_size]
-            sequences += [[]] * (self.batch_size - len(sequences))
-            yield self._assemble(sequences[rows or slice(None)])
+        return (self.eval_batch(number, rows) for number in range(self.eval_steps))
+
+    @property
+    def eval_steps(self) -> int:
+        """How many `eval_batches` there are."""
+        return -(-len(self.plan) // self.batch_size)
+
+    def eval_batch(self, number: int, rows: slice | None = None) -> Batch:
+        """One of the `eval_batches`, from 0."""
+        sequences = self.plan[number * self.batch_size : (number + 1) * self.batch_size]
+        sequences += [[]] * (self.batch_size - len(sequences))
+        return self._assemble(sequences[rows or slice(None)])
 
     def _assemble(self, sequences: Sequence[Sequence[int]]) -> Batch:
         documents = [[self.examples[index] for index in sequence] for sequence in sequences]

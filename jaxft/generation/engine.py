@@ -17,7 +17,7 @@ from jaxft.generation import steps
 from jaxft.generation.buckets import bucket, power_of_two
 from jaxft.generation.sampling import Knobs
 from jaxft.generation.settings import FinishReason, Sampling
-from jaxft.nn.mesh_axes import BATCH_AXES
+from jaxft.nn.partition import AXES
 
 # Called with (row, token, logprob) for every token, a row's own in order; True ends the row there.
 OnToken = Callable[[int, int, float], bool | None]
@@ -186,4 +186,4 @@ def _row_sharding(params: Any) -> NamedSharding | None:
     mesh = next((s.mesh for s in shardings if isinstance(s, NamedSharding) and s.mesh.size > 1), None)
     if mesh is None:
         return None
-    return NamedSharding(mesh, PartitionSpec(tuple(axis for axis in BATCH_AXES if axis in mesh.shape)))
+    return NamedSharding(mesh, PartitionSpec(tuple(axis for axis in AXES["batch"] if axis in mesh.shape)))

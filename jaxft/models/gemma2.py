@@ -15,10 +15,10 @@ from jaxft.models.dense import (
     with_defaults,
 )
 from jaxft.nn.block import BlockShape
-from jaxft.nn.blockwise import ScoreForm
 from jaxft.nn.decoder import Decoder, DecoderShape
 from jaxft.nn.norm import NormShape
 from jaxft.nn.rope import Rope
+from jaxft.nn.score_form import ScoreForm
 
 MODEL_TYPES = ("gemma2",)
 GELU = "gelu_pytorch_tanh"

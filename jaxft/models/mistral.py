@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxft.models.dense import DenseConfig, check_window, read_rope, read_sizes, with_defaults
-from jaxft.nn.blockwise import ScoreForm
 from jaxft.nn.decoder import Decoder, DecoderShape
+from jaxft.nn.score_form import ScoreForm
 
 MODEL_TYPES = ("mistral",)
 DEFAULTS = {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072}

@@ -8,8 +8,8 @@ from jaxft.models.dense import read_rope, read_sizes, with_defaults
 from jaxft.models.moe import MUST_EQUAL, MoEConfig, check_experts, expert_tensors, read_window
 from jaxft.models.tensor_map import TensorMap
 from jaxft.nn.block import BlockShape
-from jaxft.nn.blockwise import ScoreForm
 from jaxft.nn.decoder import Decoder, DecoderShape
+from jaxft.nn.score_form import ScoreForm
 
 MODEL_TYPES = ("mixtral",)
 DEFAULTS = {

@@ -6,8 +6,8 @@ from typing import Any
 
 from jaxft.errors import ModelError
 from jaxft.models.dense import DenseConfig, check_window, read_rope, read_sizes, with_defaults
-from jaxft.nn.blockwise import ScoreForm
 from jaxft.nn.decoder import Decoder, DecoderShape
+from jaxft.nn.score_form import ScoreForm
 
 MODEL_TYPES = ("phi3",)
 DEFAULTS = {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "sliding_window": None}

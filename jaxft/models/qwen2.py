@@ -15,9 +15,9 @@ from jaxft.models.dense import (
     with_defaults,
 )
 from jaxft.nn.block import BlockShape
-from jaxft.nn.blockwise import ScoreForm
 from jaxft.nn.decoder import Decoder, DecoderShape
 from jaxft.nn.norm import NormShape
+from jaxft.nn.score_form import ScoreForm
 
 MODEL_TYPES = ("qwen2",)
 DEFAULTS = {

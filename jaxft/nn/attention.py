@@ -10,10 +10,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxft.nn import cache as kv
-from jaxft.nn.blockwise import MASKED, PLAIN, ScoreForm, capped, causal_attention, score_scale
+from jaxft.nn import partition
+from jaxft.nn.causal import causal_attention
 from jaxft.nn.linear import Linear
 from jaxft.nn.norm import NormShape, RMSNorm
 from jaxft.nn.rope import Rotation, rotate
+from jaxft.nn.score_form import MASKED, PLAIN, ScoreForm, capped, score_scale
 
 
 class Tokens(NamedTuple):
@@ -64,10 +66,9 @@ class Attention(nnx.Module):
         param_dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ) -> None:
-        def linear(inputs: int, outputs: int, use_bias: bool) -> Linear:
-            return Linear(
-                inputs, outputs, use_bias=use_bias, stddev=stddev, dtype=dtype, param_dtype=param_dtype, rngs=rngs
-            )
+        def linear(inputs: int, outputs: int, use_bias: bool, parted: str = "outputs") -> Linear:
+            types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+            return Linear(inputs, outputs, use_bias=use_bias, parted=parted, stddev=stddev, **types)
 
         self.shape = shape
         q_width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
@@ -77,7 +78,7 @@ class Attention(nnx.Module):
             self.q_proj = linear(shape.width, q_width, shape.use_bias)
             self.k_proj = linear(shape.width, kv_width, shape.use_bias)
             self.v_proj = linear(shape.width, kv_width, shape.use_bias)
-        self.o_proj = linear(q_width, shape.width, shape.use_output_bias)
+        self.o_proj = linear(q_width, shape.width, shape.use_output_bias, "inputs")
         if shape.qk_norm is not None:
             q_norm, kv_norm = (shape.head_dim,) * 2 if shape.qk_norm == "head" else (q_width, kv_width)
             self.q_norm = RMSNorm(q_norm, norm, dtype=dtype, param_dtype=param_dtype)
@@ -112,7 +113,8 @@ class Attention(nnx.Module):
             cache = self._written(cache, layer, k_BSKH, v_BSKH, tokens)
             mask_BST = causal_mask(tokens.positions_BS, cache.positions_BT, window=form.window)
             out_BSNH = attend_cached(q_BSNH, cache.k_RBKHT[layer], cache.v_RBKTH[layer], mask_BST, form, sinks_N)
-        return self.o_proj(out_BSNH.reshape(*x_BSD.shape[:2], -1), key[3]), cache
+        out_BSX = partition.split(out_BSNH.reshape(*x_BSD.shape[:2], -1), "batch", "sequence", "tensor")
+        return self.o_proj(out_BSX, key[3]), cache
 
     def _projected(self, x_BSD: jax.Array, key: tuple[jax.Array | None, ...] | jax.Array) -> tuple[jax.Array, ...]:
         """q [B, S, N, H], k and v [B, S, K, H], normalised where the family does so."""
@@ -125,7 +127,9 @@ class Attention(nnx.Module):
             q, k, v = self.q_proj(x_BSD, key[0]), self.k_proj(x_BSD, key[1]), self.v_proj(x_BSD, key[2])
         if shape.qk_norm == "whole":
             q, k = self.q_norm(q), self.k_norm(k)
-        q_BSNH, k_BSKH, v_BSKH = q.reshape(heads), k.reshape(heads), v.reshape(heads)
+        q_BSNH, k_BSKH, v_BSKH = (
+            partition.split(x.reshape(heads), "batch", "sequence", "tensor", None) for x in (q, k, v)
+        )
         if shape.qk_norm == "head":
             q_BSNH, k_BSKH = self.q_norm(q_BSNH), self.k_norm(k_BSKH)
         return q_BSNH, k_BSKH, v_BSKH

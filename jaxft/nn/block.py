@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxft.nn import partition
 from jaxft.nn.attention import Attention, AttentionShape, Tokens
 from jaxft.nn.cache import LayerCache
 from jaxft.nn.mlp import GatedMLP, MLPShape
@@ -66,15 +67,29 @@ class Block(nnx.Module):
         """
         keys = None if key is None else jax.random.split(key, 7)
         attention_keys, mlp_keys = (None, None) if keys is None else (keys[:4], keys[4:])
-        attended_BSD, cache = self.self_attn(self._norm(0, x_BSD), tokens, cache, layer, attention_keys)
-        x_BSD = checkpoint_name(x_BSD + self._norm(1, attended_BSD), "dots")
+        attended_BSD, cache = self.self_attn(_whole(self._norm(0, x_BSD)), tokens, cache, layer, attention_keys)
+        x_BSD = checkpoint_name(x_BSD + self._norm(1, _stream(attended_BSD)), "dots")
         given_BSD = self._norm(2, x_BSD)
-        if routing is not None and isinstance(self.mlp, MoE):
-            fed_BSD, routing = self.mlp.counted(given_BSD, tokens.segments_BS, routing)
+        if not isinstance(self.mlp, MoE):
+            fed_BSD = self.mlp(_whole(given_BSD), mlp_keys)
+        elif routing is None:
+            fed_BSD = self.mlp(given_BSD)
         else:
-            fed_BSD = self.mlp(given_BSD, mlp_keys)
-        return x_BSD + self._norm(3, fed_BSD), cache, routing
+            fed_BSD, routing = self.mlp.counted(given_BSD, tokens.segments_BS, routing)
+        return x_BSD + self._norm(3, _stream(fed_BSD)), cache, routing
 
     def _norm(self, place: int, x_BSD: jax.Array) -> jax.Array:
         name = self.norms[place]
         return x_BSD if name is None else getattr(self, name)(x_BSD)
+
+
+STREAM = ("batch", "stream", None)
+
+
+def _whole(x_BSD: jax.Array) -> jax.Array:
+    """For matrices of which every device of the tensor axis holds a part: all positions of its rows."""
+    return partition.gathered(x_BSD, STREAM, ("batch", "sequence", None))
+
+
+def _stream(x_BSD: jax.Array) -> jax.Array:
+    return partition.split(x_BSD, *STREAM)

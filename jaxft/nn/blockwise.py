@@ -14,69 +14,71 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-# Finite, so that a row with nothing to look at (padding) gives numbers and not NaN.
-MASKED = -1e30
+from jaxft.nn.score_form import MASKED, PLAIN, ScoreForm, capped, score_scale
+
 BLOCK, MOST_BLOCKS = 128, 8
 
 
-class ScoreForm(NamedTuple):
-    """How scores follow from q and k.
-
-    window: at most so many tokens back, itself included. scale: what q k^T is multiplied by, 1 / sqrt(H) where
-    None. softcap: scores s become softcap * tanh(s / softcap).
-    """
-
-    window: int | None = None
-    scale: float | None = None
-    softcap: float | None = None
-
-
-PLAIN = ScoreForm()
-
-
 class _Block(NamedTuple):
+    """Queries from start to stop, and the keys that any of them may see."""
+
     start: int
     stop: int
     first_key: int
+    last_key: int
 
 
-def causal_attention(
+def attention(
     q_BSNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
     segments_BS: jax.Array,
     form: ScoreForm = PLAIN,
     sinks_N: jax.Array | None = None,
+    *,
+    key_segments_BT: jax.Array | None = None,
+    start: jax.Array | None = None,
 ) -> jax.Array:
     """softmax(q k^T / sqrt(H)) v over the tokens of the same segment that stand no later, [B, S, N, H].
 
     Positions must ascend by one within a segment, as they do in any row of text. The softmax is float32
     whatever the inputs are. sinks_N: for each head a score more, whose share of the softmax goes nowhere.
+    key_segments_BT, start: where the queries are a part of the row, the segments of the whole row and the place of
+    the first query in it.
     """
+    part = _Part(segments_BS, segments_BS if key_segments_BT is None else key_segments_BT, start)
     batch, length, heads, head_dim = q_BSNH.shape
-    kv_heads = k_BSKH.shape[2]
+    kv_heads = k_BTKH.shape[2]
     sinks_KG = None if sinks_N is None else sinks_N.astype(jnp.float32).reshape(kv_heads, -1)
     q_BSKGH = q_BSNH.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
     out_BKGSH = _attention(
         form,
         checkpoint_name(jnp.transpose(q_BSKGH, (0, 2, 3, 1, 4)), "dots"),
-        checkpoint_name(jnp.transpose(k_BSKH, (0, 2, 1, 3)), "dots"),
-        checkpoint_name(jnp.transpose(v_BSKH, (0, 2, 1, 3)), "dots"),
-        segments_BS,
+        checkpoint_name(jnp.transpose(k_BTKH, (0, 2, 1, 3)), "dots"),
+        checkpoint_name(jnp.transpose(v_BTKH, (0, 2, 1, 3)), "dots"),
+        part,
         sinks_KG,
     )
     return jnp.transpose(out_BKGSH, (0, 3, 1, 2, 4)).reshape(q_BSNH.shape)
 
 
+class _Part(NamedTuple):
+    """Which tokens of the row the queries are."""
+
+    segments_BS: jax.Array
+    key_segments_BT: jax.Array
+    start: jax.Array | None
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(form, q_BKGSH, k_BKSH, v_BKSH, segments_BS, sinks_KG):
-    return _forward(form, q_BKGSH, k_BKSH, v_BKSH, segments_BS, sinks_KG)[0]
+def _attention(form, q_BKGSH, k_BKTH, v_BKTH, part, sinks_KG):
+    return _forward(form, q_BKGSH, k_BKTH, v_BKTH, part, sinks_KG)[0]
 
 
-def _forward(form, q_BKGSH, k_BKSH, v_BKSH, segments_BS, sinks_KG):
+def _forward(form, q_BKGSH, k_BKTH, v_BKTH, part, sinks_KG):
     outs, sums = [], []
-    for block in _blocks(q_BKGSH.shape[3], form.window):
-        scores_BKGCT, _ = _scores(q_BKGSH, k_BKSH, segments_BS, block, form)
+    for block in _blocks(part, form.window):
+        scores_BKGCT, _ = _scores(q_BKGSH, k_BKTH, part, block, form)
         top_BKGC1 = jnp.max(scores_BKGCT, axis=-1, keepdims=True)
         if sinks_KG is not None:
             top_BKGC1 = jnp.maximum(top_BKGC1, sinks_KG[:, :, None, None])
@@ -84,77 +86,72 @@ def _forward(form, q_BKGSH, k_BKSH, v_BKSH, segments_BS, sinks_KG):
         total_BKGC1 = jnp.sum(weights_BKGCT, axis=-1, keepdims=True)
         if sinks_KG is not None:
             total_BKGC1 += jnp.exp(sinks_KG[:, :, None, None] - top_BKGC1)
-        v_BKTH = v_BKSH[:, :, block.first_key : block.stop]
-        out_BKGCH = _rows(weights_BKGCT.astype(v_BKTH.dtype)) @ v_BKTH
+        seen_BKTH = v_BKTH[:, :, block.first_key : block.last_key]
+        out_BKGCH = _rows(weights_BKGCT.astype(seen_BKTH.dtype)) @ seen_BKTH
         outs.append((out_BKGCH.reshape(*total_BKGC1.shape[:-1], -1) / total_BKGC1).astype(q_BKGSH.dtype))
         sums.append((jnp.log(total_BKGC1) + top_BKGC1)[..., 0])
-    # Named, so that rematerialisation that keeps "dots" does not run this pass again.
-    out_BKGSH = checkpoint_name(jnp.concatenate(outs, axis=3), "dots")
-    lse_BKGS = checkpoint_name(jnp.concatenate(sums, axis=3), "dots")
-    return out_BKGSH, (q_BKGSH, k_BKSH, v_BKSH, segments_BS, sinks_KG, out_BKGSH, lse_BKGS)
+    # Named, so that rematerialisation that keeps these does not run this pass again.
+    out_BKGSH = checkpoint_name(jnp.concatenate(outs, axis=3), "attention")
+    lse_BKGS = checkpoint_name(jnp.concatenate(sums, axis=3), "attention")
+    return out_BKGSH, (q_BKGSH, k_BKTH, v_BKTH, part, sinks_KG, out_BKGSH, lse_BKGS)
 
 
 def _backward(form, residuals, grad_BKGSH):
-    q_BKGSH, k_BKSH, v_BKSH, segments_BS, sinks_KG, out_BKGSH, lse_BKGS = residuals
-    batch, kv_heads, group, length, head_dim = q_BKGSH.shape
+    q_BKGSH, k_BKTH, v_BKTH, part, sinks_KG, out_BKGSH, lse_BKGS = residuals
+    (batch, kv_heads, group, _, head_dim), keys = q_BKGSH.shape, k_BKTH.shape[2]
     delta_BKGS = jnp.sum(grad_BKGSH.astype(jnp.float32) * out_BKGSH.astype(jnp.float32), axis=-1)
     # Transposed: the products below then turn only their small operand.
-    dk_BKHS = jnp.zeros((batch, kv_heads, head_dim, length), jnp.float32)
-    dv_BKHS = jnp.zeros((batch, kv_heads, head_dim, length), jnp.float32)
+    dk_BKHT = jnp.zeros((batch, kv_heads, head_dim, keys), jnp.float32)
+    dv_BKHT = jnp.zeros((batch, kv_heads, head_dim, keys), jnp.float32)
     dqs = []
-    for block in _blocks(length, form.window):
-        cut, seen = slice(block.start, block.stop), slice(block.first_key, block.stop)
-        scores_BKGCT, slopes_BKGCT = _scores(q_BKGSH, k_BKSH, segments_BS, block, form)
+    for block in _blocks(part, form.window):
+        cut, seen = slice(block.start, block.stop), slice(block.first_key, block.last_key)
+        scores_BKGCT, slopes_BKGCT = _scores(q_BKGSH, k_BKTH, part, block, form)
         weights_BKGCT = jnp.exp(scores_BKGCT - lse_BKGS[:, :, :, cut, None])
         q_BKRH, grad_BKRH = _rows(q_BKGSH[:, :, :, cut]), _rows(grad_BKGSH[:, :, :, cut])
-        dweights_BKRT = _product(grad_BKRH, jnp.swapaxes(v_BKSH[:, :, seen], 2, 3))
+        dweights_BKRT = _product(grad_BKRH, jnp.swapaxes(v_BKTH[:, :, seen], 2, 3))
         dscores_BKRT = _rows(weights_BKGCT) * (dweights_BKRT - delta_BKGS[:, :, :, cut].reshape(batch, kv_heads, -1, 1))
         if slopes_BKGCT is not None:
             dscores_BKRT *= _rows(slopes_BKGCT)
         dscores_BKRT = (dscores_BKRT * score_scale(form, head_dim)).astype(q_BKGSH.dtype)
         weights_BKRT = _rows(weights_BKGCT).astype(q_BKGSH.dtype)
-        dqs.append(_product(dscores_BKRT, k_BKSH[:, :, seen]).reshape(batch, kv_heads, group, -1, head_dim))
-        dk_BKHS = dk_BKHS.at[..., seen].add(_product(jnp.swapaxes(q_BKRH, 2, 3), dscores_BKRT))
-        dv_BKHS = dv_BKHS.at[..., seen].add(_product(jnp.swapaxes(grad_BKRH, 2, 3), weights_BKRT))
+        dqs.append(_product(dscores_BKRT, k_BKTH[:, :, seen]).reshape(batch, kv_heads, group, -1, head_dim))
+        dk_BKHT = dk_BKHT.at[..., seen].add(_product(jnp.swapaxes(q_BKRH, 2, 3), dscores_BKRT))
+        dv_BKHT = dv_BKHT.at[..., seen].add(_product(jnp.swapaxes(grad_BKRH, 2, 3), weights_BKRT))
     dq_BKGSH = jnp.concatenate(dqs, axis=3).astype(q_BKGSH.dtype)
-    dk_BKSH = jnp.swapaxes(dk_BKHS, 2, 3).astype(k_BKSH.dtype)
+    dk_BKTH = jnp.swapaxes(dk_BKHT, 2, 3).astype(k_BKTH.dtype)
+    dv_BKTH = jnp.swapaxes(dv_BKHT, 2, 3).astype(v_BKTH.dtype)
     dsinks_KG = None
     if sinks_KG is not None:
         dsinks_KG = -jnp.sum(jnp.exp(sinks_KG[:, :, None] - lse_BKGS) * delta_BKGS, axis=(0, 3))
-    return dq_BKGSH, dk_BKSH, jnp.swapaxes(dv_BKHS, 2, 3).astype(v_BKSH.dtype), None, dsinks_KG
+    return dq_BKGSH, dk_BKTH, dv_BKTH, None, dsinks_KG
 
 
 _attention.defvjp(_forward, _backward)
 
 
-def _blocks(length: int, window: int | None) -> list[_Block]:
-    size = max(BLOCK, -(-length // MOST_BLOCKS))
-    starts = range(0, length, size)
-    return [_Block(s, min(s + size, length), 0 if window is None else max(0, s - window + 1)) for s in starts]
+def _blocks(part: _Part, window: int | None) -> list[_Block]:
+    queries, keys = part.segments_BS.shape[1], part.key_segments_BT.shape[1]
+    size = max(BLOCK, -(-queries // MOST_BLOCKS))
+    blocks = [(first, min(first + size, queries)) for first in range(0, queries, size)]
+    if part.start is not None:
+        # Known only on the device: any key may be one that these queries see.
+        return [_Block(first, stop, 0, keys) for first, stop in blocks]
+    return [_Block(first, stop, 0 if window is None else max(0, first - window + 1), stop) for first, stop in blocks]
 
 
-def score_scale(form: ScoreForm, head_dim: int) -> float:
-    """What q k^T is multiplied by."""
-    return head_dim**-0.5 if form.scale is None else form.scale
-
-
-def capped(scores: jax.Array, softcap: float | None) -> jax.Array:
-    """Scores held between -softcap and softcap."""
-    return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
-
-
-def _scores(q_BKGSH, k_BKSH, segments_BS, block, form):
+def _scores(q_BKGSH, k_BKTH, part, block, form):
     """The masked scores of a block and, where they are capped, the derivative of the cap."""
     q_BKGCH = q_BKGSH[:, :, :, block.start : block.stop]
-    k_BKHT = jnp.swapaxes(k_BKSH[:, :, block.first_key : block.stop], 2, 3)
+    k_BKHT = jnp.swapaxes(k_BKTH[:, :, block.first_key : block.last_key], 2, 3)
     scores_BKGCT = _product(_rows(q_BKGCH), k_BKHT).reshape(*q_BKGCH.shape[:-1], -1)
-    queries_C1 = jnp.arange(block.start, block.stop)[:, None]
-    keys_T = jnp.arange(block.first_key, block.stop)
+    queries_C1 = (jnp.arange(block.start, block.stop) + (0 if part.start is None else part.start))[:, None]
+    keys_T = jnp.arange(block.first_key, block.last_key)
     mask_CT = keys_T <= queries_C1
     if form.window is not None:
         mask_CT &= keys_T > queries_C1 - form.window
-    query_segments_BC1 = segments_BS[:, block.start : block.stop, None]
-    mask_BCT = mask_CT & (query_segments_BC1 == segments_BS[:, None, block.first_key : block.stop])
+    query_segments_BC1 = part.segments_BS[:, block.start : block.stop, None]
+    mask_BCT = mask_CT & (query_segments_BC1 == part.key_segments_BT[:, None, block.first_key : block.last_key])
     scores_BKGCT = capped(scores_BKGCT * score_scale(form, q_BKGSH.shape[-1]), form.softcap)
     slopes_BKGCT = None if form.softcap is None else 1.0 - jnp.square(scores_BKGCT / form.softcap)
     return jnp.where(mask_BCT[:, None, None], scores_BKGCT, MASKED), slopes_BKGCT

@@ -15,12 +15,13 @@ from jaxft.nn import cache as kv
 from jaxft.nn import stack
 from jaxft.nn.attention import Tokens
 from jaxft.nn.block import Block, BlockShape
-from jaxft.nn.blockwise import capped
 from jaxft.nn.linear import Embedding, Linear
 from jaxft.nn.moe import MoEShape
 from jaxft.nn.norm import NormShape, RMSNorm
 from jaxft.nn.rope import Rope, rotation
 from jaxft.nn.router_sums import RouterSums
+from jaxft.nn.score_form import capped
+from jaxft.trees import flatten
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,11 +133,13 @@ class Decoder(nnx.Module):
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """hidden: [..., D] -> logits [..., V] float32."""
-        unembed, params = self.split_unembed()
+        unembed, params, _ = self.split_unembed()
         return unembed(params, hidden)
 
-    def split_unembed(self) -> tuple[Callable[[Any, jax.Array], jax.Array], Any]:
-        """`unembed` as a pure function of (its parameters, hidden), and those parameters."""
+    def split_unembed(self) -> tuple[Callable[[Any, jax.Array], jax.Array], Any, list[tuple[Any, ...]]]:
+        """`unembed` as a pure function of (its parameters, hidden), those parameters, and what the dimensions of each
+        leaf of them are, for `jaxft.nn.partition`.
+        """
         tied, softcap = self.lm_head is None, self.logit_softcap
         graphdef, params = nnx.split(self.embed_tokens if tied else self.lm_head)
 
@@ -144,7 +147,8 @@ class Decoder(nnx.Module):
             module = nnx.merge(graphdef, params)
             return capped(module.scores(hidden) if tied else module(hidden).astype(jnp.float32), softcap)
 
-        return unembed, params
+        stored = (self.embed_tokens if tied else self.lm_head).stored()
+        return unembed, params, [stored[path] for path in flatten(params)[0]]
 
     def init_cache(self, batch: int, length: int) -> kv.Cache:
         """An empty cache for `batch` rows of up to `length` tokens; layers with a window keep only that many."""

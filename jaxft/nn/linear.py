@@ -2,18 +2,29 @@
 
 # B batch, S sequence, I inputs, O outputs, D model, V vocab
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+
+from jaxft.nn import partition
+
+# Which side of a kernel the tensor axis splits, and with that how it is stored and how it is multiplied with.
+STORED = {"outputs": ("weight", "tensor"), "inputs": ("tensor", "weight")}
+WHOLE = {"outputs": (None, "tensor"), "inputs": ("tensor", None)}
+BIAS_STORED = {"outputs": ("both",), "inputs": ("weight",)}
+TABLE_STORED, TABLE_WHOLE = ("tensor", "weight"), ("tensor", None)
+LOOKED_UP = ("replica", None, "weight")
 
 
 class Linear(nnx.Module):
     """`y = x @ kernel (+ bias)`, then the adapter's correction where one is attached.
 
     kernel: [I, O]. x: [..., I], computed in `dtype`. keep: name under which rematerialisation policies
-    find the result, for layers whose result the backward pass reads. Layers under a scan hold a leading stack axis
-    in every parameter and are called on one slice of it.
+    find the result, for layers whose result the backward pass reads. parted: the side that the tensor axis splits.
+    Layers under a scan hold a leading stack axis in every parameter and are called on one slice of it.
     """
 
     def __init__(
@@ -23,6 +34,7 @@ class Linear(nnx.Module):
         *,
         use_bias: bool = False,
         keep: str | None = None,
+        parted: Literal["inputs", "outputs"] = "outputs",
         stddev: float = 0.02,
         dtype: jnp.dtype,
         param_dtype: jnp.dtype,
@@ -33,16 +45,25 @@ class Linear(nnx.Module):
         self.adapter = nnx.data(None)
         self.dtype = dtype
         self.keep = keep
+        self.parted = parted
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         kernel = self.kernel.get_value()
         x = x.astype(self.dtype)
-        y = x @ kernel.astype(self.dtype)
+        y = x @ partition.gathered(kernel.astype(self.dtype), STORED[self.parted], WHOLE[self.parted])
         if self.bias is not None:
-            y = y + self.bias.get_value().astype(self.dtype)
+            bias = self.bias.get_value().astype(self.dtype)
+            y = y + partition.gathered(bias, BIAS_STORED[self.parted], WHOLE[self.parted][1:])
         if self.adapter is not None:
             y = self.adapter(x, y, kernel, key)
         return y if self.keep is None else checkpoint_name(y, self.keep)
+
+    def stored(self) -> dict[str, tuple[partition.Dimension | None, ...]]:
+        """What the dimensions of every parameter are, stack axes left out, by its path from here."""
+        own = {"kernel": STORED[self.parted], "bias": BIAS_STORED[self.parted]}
+        if self.adapter is None:
+            return own
+        return own | {f"adapter/{path}": dimensions for path, dimensions in self.adapter.stored().items()}
 
 
 class Embedding(nnx.Module):
@@ -55,9 +76,15 @@ class Embedding(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, tokens_BS: jax.Array) -> jax.Array:
-        return jnp.take(self.embedding.get_value(), tokens_BS, axis=0).astype(self.dtype)
+        # Every device looks all tokens up in its part of each row of the table, and gives on what is another's.
+        x_BSD = jnp.take(self.embedding.get_value(), partition.split(tokens_BS, *LOOKED_UP[:2]), axis=0)
+        return partition.gathered(x_BSD.astype(self.dtype), LOOKED_UP, ("batch", "stream", None))
 
     def scores(self, hidden: jax.Array) -> jax.Array:
         """hidden: [..., D] -> logits [..., V] float32."""
-        table = self.embedding.get_value().astype(self.dtype)
+        table = partition.gathered(self.embedding.get_value().astype(self.dtype), TABLE_STORED, TABLE_WHOLE)
         return jnp.einsum("...D,VD->...V", hidden.astype(self.dtype), table, preferred_element_type=jnp.float32)
+
+    def stored(self) -> dict[str, tuple[partition.Dimension | None, ...]]:
+        """What the dimensions of the table are."""
+        return {"embedding": TABLE_STORED}

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxft.nn import partition
 from jaxft.nn.linear import Linear
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
@@ -56,7 +57,7 @@ class GatedMLP(nnx.Module):
         else:
             self.gate_proj = Linear(shape.width, shape.hidden, keep="dots", **options)
             self.up_proj = Linear(shape.width, shape.hidden, keep="dots", **options)
-        self.down_proj = Linear(shape.hidden, shape.width, **options)
+        self.down_proj = Linear(shape.hidden, shape.width, parted="inputs", **options)
 
     def __call__(self, x_BSD: jax.Array, keys: jax.Array | None) -> jax.Array:
         """`keys` is three PRNG keys or None."""
@@ -64,6 +65,7 @@ class GatedMLP(nnx.Module):
         activation = ACTIVATIONS[self.shape.activation]
         if self.shape.fused:
             gate_BSF, up_BSF = jnp.split(self.gate_up_proj(x_BSD, key[0]), 2, axis=-1)
-            return self.down_proj(activation(gate_BSF) * up_BSF, key[2])
-        gate_BSF = activation(self.gate_proj(x_BSD, key[0]))
-        return self.down_proj(gate_BSF * self.up_proj(x_BSD, key[1]), key[2])
+        else:
+            gate_BSF, up_BSF = self.gate_proj(x_BSD, key[0]), self.up_proj(x_BSD, key[1])
+        gate_BSF, up_BSF = (partition.split(x, "batch", "sequence", "tensor") for x in (gate_BSF, up_BSF))
+        return self.down_proj(activation(gate_BSF) * up_BSF, key[2])

@@ -13,7 +13,6 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxft.nn import moe_sharded
-from jaxft.nn.mesh_axes import rows_mesh
 from jaxft.nn.mlp import ACTIVATIONS, ClampedSwiGLU
 from jaxft.nn.router_sums import RouterSums
 
@@ -53,11 +52,13 @@ def route(logits_ME: jax.Array, shape: MoEShape) -> Routes:
 
 
 class Answer(NamedTuple):
-    """What the layer gives for each token, and why: y_MD, the router's logits_ME (float32), experts_MK (int32)."""
+    """What the layer gives for each token, and why: y [..., D], the router's logits [..., E] (float32) and the experts
+    that it chose, [..., K] int32.
+    """
 
-    y_MD: jax.Array
-    logits_ME: jax.Array
-    experts_MK: jax.Array
+    y: jax.Array
+    logits: jax.Array
+    experts: jax.Array
 
 
 class Router(nnx.Module):
@@ -106,7 +107,7 @@ class MoE(nnx.Module):
     """The weighted sum of what the chosen experts give; no expert has a capacity, so none drops a token.
 
     Every token is worked on by itself: what lies beside it, padding included, changes nothing but the order of rows.
-    Traced under a mesh (see `rows_mesh`), each device works on its own rows: `moe_sharded` says what travels.
+    Traced under a mesh, each device works on its own rows: `moe_sharded` says what travels.
     """
 
     def __init__(
@@ -126,26 +127,24 @@ class MoE(nnx.Module):
 
     def __call__(self, x_BSD: jax.Array, keys: jax.Array | None = None) -> jax.Array:
         """`keys` is not used: nothing here is random."""
-        return self._answer(x_BSD).y_MD.reshape(x_BSD.shape)
+        return self._answer(x_BSD).y
 
     def counted(self, x_BSD: jax.Array, segments_BS: jax.Array, routing: RouterSums) -> tuple[jax.Array, RouterSums]:
         """The same, and `routing` with this layer's tokens besides; those of segment 0 are padding."""
         answer = self._answer(x_BSD)
-        routing = routing.add(answer.logits_ME, answer.experts_MK, segments_BS.reshape(-1) > 0)
-        return answer.y_MD.reshape(x_BSD.shape), routing
+        return answer.y, routing.add(answer.logits, answer.experts, segments_BS > 0)
 
     def _answer(self, x_BSD: jax.Array) -> Answer:
-        x_MD = x_BSD.reshape(-1, self.shape.width)
-        mesh = rows_mesh(x_BSD.shape[0])
-        if mesh is None:
-            return self._routed(x_MD, self._combine)
-        places = moe_sharded.places(mesh)
+        if not moe_sharded.divides(x_BSD.shape):
+            answer = self._routed(x_BSD.reshape(-1, self.shape.width), self._combine)
+            return jax.tree.map(lambda y: y.reshape(*x_BSD.shape[:2], -1), answer)
+        places = moe_sharded.places()
 
         def work(layer: "MoE", x_MD: jax.Array) -> Answer:
             together = functools.partial(moe_sharded.together, layer._experts, self.shape.experts // places)
             return layer._routed(x_MD, layer._combine if places == 1 else together)
 
-        return moe_sharded.on_mesh(work, self, x_MD, mesh)
+        return moe_sharded.on_mesh(work, self, x_BSD)
 
     def _routed(self, x_MD: jax.Array, combine: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]) -> Answer:
         logits_ME = self.router(x_MD)

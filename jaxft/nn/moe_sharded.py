@@ -3,12 +3,12 @@
 Written out under `jax.shard_map`, since the compiler, left alone with a grouped multiplication, gathers the rows of the
 whole batch on every device. No expert has a capacity here either: the result is that of one device.
 
-A device holds the rows of its part of the batch and, of the E experts, those of its place along `expert`, split along
-the model dimension over `fsdp`. What travels for a layer in the forward pass (the backward pass sends as much the other
-way):
+A device holds its part of the batch's tokens, which the context and tensor axes split too, and, of the E experts, those
+of its place along `expert`, split along both sides over the other axes. What travels for a layer in the forward pass
+(the backward pass sends as much the other way):
 
-- over `fsdp`, the weights of the device's experts, gathered in the type of computation; their gradient is reduced and
-  scattered, and added up over `data`.
+- over `fsdp`, `context` and `tensor`, the weights of the device's experts, gathered in the type of computation; their
+  gradient is reduced and scattered, and added up over `slice` and `data`.
 - over `expert`, where it has e > 1 places, the rows of e devices and their choices, gathered; every device answers for
   its own experts in float32, and the answers are added up and scattered to where the rows came from. So each row meets
   all e places whatever it chose, where an exchange of chosen rows would send it to at most K: cheap while e is small.
@@ -26,49 +26,59 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
-from jaxft.nn.mesh_axes import EXPERT, FSDP, rows_axes
+from jaxft.nn import partition
 from jaxft.trees import path_str
 
-# How the layer's parameters come in: as `jaxft.sharding.rules` has them, so that nothing moves on the way.
-KERNELS = {
-    "router/kernel": P(FSDP, None),  # [D, E]
-    "gate_proj/kernel": P(EXPERT, FSDP, None),  # [E, D, F]
-    "up_proj/kernel": P(EXPERT, FSDP, None),  # [E, D, F]
-    "gate_up_proj/kernel": P(EXPERT, FSDP, None),  # [E, D, 2F]
-    "down_proj/kernel": P(EXPERT, None, FSDP),  # [E, F, D]
-    "gate_up_proj/bias": P(EXPERT, FSDP),  # [E, 2F]
-    "down_proj/bias": P(EXPERT, FSDP),  # [E, D]
+EXPERT = "expert"
+ROWS = ("batch", "stream", None)
+# What the dimensions of the layer's parameters are, as `jaxft.sharding.rules` splits them, so that nothing moves on the
+# way in.
+STORED = {
+    "router/kernel": ("weight", None),  # [D, E]
+    "gate_proj/kernel": ("expert", "expert_weight", "tensor"),  # [E, D, F]
+    "up_proj/kernel": ("expert", "expert_weight", "tensor"),  # [E, D, F]
+    "gate_up_proj/kernel": ("expert", "expert_weight", "tensor"),  # [E, D, 2F]
+    "down_proj/kernel": ("expert", "tensor", "expert_weight"),  # [E, F, D]
+    "gate_up_proj/bias": ("expert", None),  # [E, 2F]
+    "down_proj/bias": ("expert", None),  # [E, D]
 }
 
 
-def on_mesh(
-    work: Callable[[nnx.Module, jax.Array], Any], layer: nnx.Module, x_MD: jax.Array, mesh: AbstractMesh
-) -> Any:
-    """`work(layer, x_MD)` by every device on its own rows, its layer holding the experts of its place alone.
+def divides(shape: tuple[int, ...]) -> bool:
+    """Whether there is an ambient mesh whose devices each take equally many tokens of [B, S, D]."""
+    return not partition.alone() and not any(
+        length % partition.ways(name) for length, name in zip(shape, ROWS, strict=True) if name is not None
+    )
 
-    layer: parameters of `router`, and of others whose first dimension is E. work: gives arrays [M, ...].
+
+def on_mesh(work: Callable[[nnx.Module, jax.Array], Any], layer: nnx.Module, x_BSD: jax.Array) -> Any:
+    """`work(layer, x_MD)` by every device on its own tokens, its layer holding the experts of its place alone.
+
+    layer: parameters of `router`, and of others whose first dimension is E. work: gives arrays [M, ...], which come
+    back as [B, S, ...].
     """
     graphdef, state = nnx.split(layer)
     flat, treedef = jax.tree_util.tree_flatten_with_path(state)
-    specs = [_spec(path_str(path), x.shape, mesh) for path, x in flat]
-    rows = P(rows_axes(mesh))
+    stored = [_stored(path_str(path), x.ndim) for path, x in flat]
+    # Whole where the axes do not divide a dimension, as the rules leave small arrays whole.
+    specs = [partition.spec(x.shape, dimensions, uneven=None) for (_, x), dimensions in zip(flat, stored, strict=True)]
+    rows = partition.spec(x_BSD.shape, ROWS)
 
-    def local(leaves: list[jax.Array], x_MD: jax.Array) -> Any:
-        whole = [_gather(x, spec, layer.dtype) for x, spec in zip(leaves, specs, strict=True)]
-        return work(nnx.merge(graphdef, treedef.unflatten(whole)), x_MD)
+    def local(leaves: list[jax.Array], x_BSD: jax.Array) -> Any:
+        lies = zip(leaves, specs, stored, strict=True)
+        whole = [_gather(x, spec, dimensions, layer.dtype) for x, spec, dimensions in lies]
+        done = work(nnx.merge(graphdef, treedef.unflatten(whole)), x_BSD.reshape(-1, x_BSD.shape[-1]))
+        return jax.tree.map(lambda y: y.reshape(*x_BSD.shape[:2], *y.shape[1:]), done)
 
-    apply = jax.shard_map(
-        local, mesh=mesh, in_specs=(specs, rows), out_specs=rows, axis_names=frozenset(rows_axes(mesh))
-    )
-    return apply([x for _, x in flat], x_MD)
+    apply = jax.shard_map(local, in_specs=(specs, rows), out_specs=P(*rows[:2]))
+    return apply([x for _, x in flat], x_BSD)
 
 
-def places(mesh: AbstractMesh) -> int:
+def places() -> int:
     """Among how many devices the experts are divided."""
-    return mesh.shape.get(EXPERT, 1)
+    return partition.ways("expert")
 
 
 def together(
@@ -102,22 +112,15 @@ def together(
     return jax.lax.psum_scatter(y_ND, EXPERT, tiled=True)
 
 
-def _spec(path: str, shape: tuple[int, ...], mesh: AbstractMesh) -> P:
-    """Whole along `fsdp` where that does not divide a dimension, as the rules leave small arrays whole."""
+def _stored(path: str, dimensions: int) -> tuple[partition.Dimension | None, ...]:
     *_, module, name = path.split("/")
-    spec = KERNELS.get(f"{module}/{name}", P() if module == "router" else P(EXPERT))
-    return P(*(axis if _splits(axis, length, mesh) else None for axis, length in zip(spec, shape, strict=False)))
+    return STORED.get(f"{module}/{name}", (None,) * dimensions)
 
 
-def _splits(axis: str | None, length: int, mesh: AbstractMesh) -> bool:
-    # Experts that do not divide are no case for leaving whole: shard_map says so, runs before.
-    count = mesh.shape.get(axis, 1)
-    return count > 1 and (axis == EXPERT or length % count == 0)
-
-
-def _gather(x: jax.Array, spec: P, dtype: jnp.dtype) -> jax.Array:
+def _gather(x: jax.Array, spec: P, stored: tuple[partition.Dimension | None, ...], dtype: jnp.dtype) -> jax.Array:
     x = x.astype(dtype)  # before it travels
-    for dimension, axis in enumerate(spec):
-        if axis == FSDP:
-            x = jax.lax.all_gather(x, FSDP, axis=dimension, tiled=True)
+    for dimension, (entry, name) in enumerate(zip(spec, stored, strict=True)):
+        axes = partition.names(entry)
+        if axes and name != EXPERT:  # a device's experts are its own
+            x = jax.lax.all_gather(x, axes, axis=dimension, tiled=True)
     return x

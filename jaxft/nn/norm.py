@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxft.nn import partition
+
 
 @dataclass(frozen=True, kw_only=True)
 class NormShape:
@@ -25,6 +27,7 @@ class RMSNorm(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x32, scale = x.astype(jnp.float32), self.scale.get_value().astype(jnp.float32)
+        x32 = x.astype(jnp.float32)
+        scale = partition.gathered(self.scale.get_value(), ("weight",), (None,)).astype(jnp.float32)
         inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.shape.eps)
         return (x32 * inverse * (1.0 + scale if self.shape.plus_one else scale)).astype(self.dtype)

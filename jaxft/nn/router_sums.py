@@ -1,6 +1,6 @@
 """How the routers of a model spread its tokens: what losses on them need, summed over tokens and layers."""
 
-# M tokens, E experts, K experts of one token
+# B batch, S sequence, E experts, K experts of one token
 
 from typing import NamedTuple
 
@@ -25,18 +25,18 @@ class RouterSums(NamedTuple):
         """Nothing counted yet."""
         return RouterSums(jnp.zeros(experts), jnp.zeros(experts), jnp.float32(0), jnp.float32(0))
 
-    def add(self, logits_ME: jax.Array, experts_MK: jax.Array, real_M: jax.Array) -> "RouterSums":
-        """With the tokens of one layer besides. experts_MK: int32, where they went. real_M: bool, False at padding.
+    def add(self, logits_BSE: jax.Array, experts_BSK: jax.Array, real_BS: jax.Array) -> "RouterSums":
+        """With the tokens of one layer besides. experts_BSK: int32, where they went. real_BS: bool, False at padding.
 
         Differentiable in the logits; the choice of an expert, a step function of them, has no gradient.
         """
-        weight_M = real_M.astype(jnp.float32)
-        logz_M = jax.nn.logsumexp(logits_ME, axis=-1)
-        probability_ME = jnp.exp(logits_ME - logz_M[:, None])
-        chosen_ME = jax.nn.one_hot(experts_MK, logits_ME.shape[-1], dtype=jnp.float32).sum(axis=1)
+        weight_BS = real_BS.astype(jnp.float32)
+        logz_BS = jax.nn.logsumexp(logits_BSE, axis=-1)
+        probability_BSE = jnp.exp(logits_BSE - logz_BS[..., None])
+        chosen_BSE = jax.nn.one_hot(experts_BSK, logits_BSE.shape[-1], dtype=jnp.float32).sum(axis=-2)
         return RouterSums(
-            self.chosen_E + weight_M @ chosen_ME,
-            self.probability_E + weight_M @ probability_ME,
-            self.squared_logz + weight_M @ jnp.square(logz_M),
-            self.tokens + weight_M.sum(),
+            self.chosen_E + jnp.einsum("BS,BSE->E", weight_BS, chosen_BSE),
+            self.probability_E + jnp.einsum("BS,BSE->E", weight_BS, probability_BSE),
+            self.squared_logz + jnp.sum(weight_BS * jnp.square(logz_BS)),
+            self.tokens + jnp.sum(weight_BS),
         )

@@ -8,15 +8,27 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
+from jaxft.nn import partition
 from jaxft.nn.attention import Tokens
+from jaxft.nn.block import STREAM
 from jaxft.nn.cache import Cache, LayerCache, slots_for, write_positions
 from jaxft.nn.router_sums import RouterSums
 
 REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
     # Results of the layers' matrix products, which name themselves; what lies between them is recomputed.
-    "dots": jax.checkpoint_policies.save_only_these_names("dots"),
+    "dots": jax.checkpoint_policies.save_only_these_names("dots", "attention"),
+    # What attention gives, whose kernel would run once more.
+    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+    # What enters each layer goes to the host's memory until the backward pass comes for it.
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=(),
+        names_which_can_be_offloaded=("stream",),
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -121,6 +133,7 @@ def _run_segment(groups, segment, carry, tokens_of_place, key, remat):
 
     def body(carry, scanned):
         x_BSD, caches, routing = carry
+        x_BSD = checkpoint_name(partition.split(x_BSD, *STREAM), "stream")
         states, layers_P, index = scanned
         caches = list(caches) if caches is not None else [None] * len(graphdefs)
         for place, (graphdef, state) in enumerate(zip(graphdefs, states, strict=True)):

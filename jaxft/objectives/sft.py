@@ -40,8 +40,8 @@ def sft_loss(model: Any, batch: Any, key: jax.Array | None, *, router: RouterCoe
         hidden_BSD, _ = model(*given, key=key)
     else:
         hidden_BSD, routing = model.routed(*given, key)
-    unembed, head = model.split_unembed()
-    sums = token_sums(unembed, head, hidden_BSD, batch.targets_BS, batch.weights_BS)
+    unembed, head, stored = model.split_unembed()
+    sums = token_sums(unembed, head, hidden_BSD, batch.targets_BS, batch.weights_BS, stored=stored)
     total, metrics = sums.nll, {"correct": sums.correct, "tokens": tokens}
     if router is not None:
         balancing, z_loss = weight * load_balancing_loss(routing), weight * router_z_loss(routing)

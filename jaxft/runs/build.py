@@ -1,25 +1,33 @@
 """From a config to a model on its devices, with its adapters, ready to train or to answer."""
 
+import functools
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from jaxft import models
 from jaxft.adapters.attach import attach
-from jaxft.adapters.lora import LoRA, LoRASettings
+from jaxft.adapters.lora import LoRA, LoRASettings, beside
 from jaxft.checkpoint import hf
 from jaxft.checkpoint.hf import read_json
 from jaxft.checkpoint.load import LoadedModel, hf_config_of, load_model, random_model, resolve
-from jaxft.config import AdapterConfig, RunConfig
+from jaxft.config import AdapterConfig, MeshConfig, RunConfig
 from jaxft.data.tokenizer import load_tokenizer
 from jaxft.errors import ConfigError, ModelError
+from jaxft.nn.linear import Linear
 from jaxft.objectives.router import RouterCoefficients
+from jaxft.objectives.sft import sft_loss
 from jaxft.runs import folder as files
-from jaxft.sharding.mesh import MeshPlan
+from jaxft.sharding.arrays import spread
+from jaxft.sharding.mesh import MeshPlan, auto_mesh, make_mesh_plan
+from jaxft.sharding.processes import agreed
 from jaxft.sharding.rules import divisors
+from jaxft.training.step import Step, make_train_step
 
 
 def build_model(config: RunConfig, mesh: MeshPlan | None = None, *, random_base: Path | None = None) -> LoadedModel:
@@ -33,7 +41,7 @@ def build_model(config: RunConfig, mesh: MeshPlan | None = None, *, random_base:
     path = model.path
     if model.random_init:
         path = str(random_base or Path(config.output_dir) / files.BASE)
-        _draw_weights(config, Path(path))
+        agreed(lambda: _draw_weights(config, Path(path)))
     loaded = load_model(path, revision=model.revision, mesh=mesh, **types)
     if loaded.adapter is not None:
         raise ConfigError(
@@ -41,6 +49,8 @@ def build_model(config: RunConfig, mesh: MeshPlan | None = None, *, random_base:
             f"jaxft export --model={model.path} --format=merged --to=NEW_FOLDER"
         )
     attach_adapter(loaded.module, config.adapter, config.seed)
+    if mesh is not None:
+        nnx.update(loaded.module, place(nnx.state(loaded.module), mesh))
     return loaded
 
 
@@ -52,6 +62,11 @@ def abstract_model(config: RunConfig) -> Any:
     """
     path = resolve(config.model.path, config.model.revision)
     hf_config = read_json(os.path.join(path, "config.json")) if config.model.random_init else hf_config_of(path)
+    return abstract_of(hf_config, config)
+
+
+def abstract_of(hf_config: Any, config: RunConfig) -> Any:
+    """`abstract_model` from a config.json that has been read."""
     family = models.config_from_hf(hf_config)
     limit = family.max_position_embeddings
     if config.data.max_length > limit:
@@ -66,6 +81,24 @@ def abstract_model(config: RunConfig) -> Any:
     return nnx.eval_shape(make)
 
 
+def make_mesh(config: RunConfig, model: Any, devices: Sequence[jax.Device]) -> MeshPlan:
+    """The mesh of a run over devices, which may be those of a machine that is compiled for ahead of time.
+
+    model: what `abstract_model` gives. Raises ConfigError for axes that do not fit devices, heads or positions.
+    """
+    sizes, length = model.config, config.data.max_length
+    heads = {"heads": sizes.num_attention_heads, "kv_heads": sizes.num_key_value_heads, "max_length": length}
+    axes = config.mesh
+    if axes.auto:
+        slices = len({getattr(device, "slice_index", None) or 0 for device in devices})
+        rows = config.train.batch_size // config.train.accumulation_steps
+        axes = auto_mesh(len(devices), rows=rows, slices=slices, **heads)
+    mesh = make_mesh_plan(axes, devices)
+    mesh.check_sizes(**heads)
+    check_experts(model, mesh)
+    return mesh
+
+
 def check_experts(model: Any, mesh: MeshPlan) -> None:
     """Raises ConfigError where mesh.expert does not divide the model's experts, or it has none."""
     count = mesh.axes["expert"]
@@ -76,6 +109,18 @@ def check_experts(model: Any, mesh: MeshPlan) -> None:
             f"mesh.expert={count} does not divide the model's {model.experts} experts: each device takes equally "
             f"many. Set it to one of {divisors(model.experts)}."
         )
+
+
+def make_step(config: RunConfig, model: Any, graphdef: Any, tx: Any, schedule: Any) -> Step:
+    """The training step of a run, to be jitted within its mesh. model: what `abstract_model` gives."""
+    return make_train_step(
+        graphdef,
+        functools.partial(sft_loss, router=router_coefficients(config, model)),
+        tx,
+        schedule,
+        accumulation_steps=config.train.accumulation_steps,
+        gradient_dtype=jnp.dtype(config.train.gradient_dtype or config.model.dtype),
+    )
 
 
 def router_coefficients(config: RunConfig, model: Any) -> RouterCoefficients | None:
@@ -101,8 +146,10 @@ def _draw_weights(config: RunConfig, folder: Path) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     dtype = _storage(config)
-    drawn = random_model(config.model.path, seed=config.seed, dtype=dtype, param_dtype=dtype)
-    hf.write_weights(drawn.module, str(folder))
+    # By itself, whatever the run's mesh is: of several processes only one draws.
+    with make_mesh_plan(MeshConfig(), jax.local_devices()[:1]).active():
+        drawn = random_model(config.model.path, seed=config.seed, dtype=dtype, param_dtype=dtype)
+        hf.write_weights(drawn.module, str(folder))
     load_tokenizer(config.model.path).save(folder)
     # Last: its presence says that the folder is whole.
     hf.write_config(str(folder), drawn.hf_config, dtype=dtype)
@@ -114,13 +161,14 @@ def attach_adapter(module: nnx.Module, adapter: AdapterConfig, seed: int) -> Non
         return
     settings = LoRASettings(r=adapter.r, alpha=adapter.alpha, dropout=adapter.dropout, use_rslora=adapter.use_rslora)
 
-    def make(inputs: int, outputs: int, stack: tuple[int, ...], key: jax.Array) -> LoRA:
+    def make(layer: Linear, key: jax.Array) -> LoRA:
+        inputs, outputs = layer.kernel.get_value().shape[-2:]
         if settings.r > min(inputs, outputs):
             raise ModelError(
                 f"adapter.r={settings.r} exceeds a layer of {inputs} x {outputs}: its rank is at most "
                 f"{min(inputs, outputs)}. Lower adapter.r or leave the layer out of adapter.target_modules."
             )
-        return LoRA(inputs, outputs, settings, stack=stack, key=key)
+        return beside(settings)(layer, key)
 
     attach(module, adapter.targets, make, jax.random.key(seed))
 
@@ -132,4 +180,4 @@ def _storage(config: RunConfig) -> str:
 
 def place(tree: Any, mesh: MeshPlan) -> Any:
     """A pytree on the mesh's devices by the path rules."""
-    return jax.device_put(tree, mesh.shardings(tree))
+    return jax.tree.map(spread, tree, mesh.shardings(tree))

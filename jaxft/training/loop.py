@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from jaxft.errors import JaxftError, Preempted
-from jaxft.training.log import RunLog
+from jaxft.training.log import NoLog, RunLog
 from jaxft.training.state import TrainState
 
 
@@ -50,7 +50,7 @@ class Hooks:
 
 
 def fit(
-    state: TrainState, hooks: Hooks, cadence: Cadence, log: RunLog, *, start: int, progress: dict[str, float]
+    state: TrainState, hooks: Hooks, cadence: Cadence, log: RunLog | NoLog, *, start: int, progress: dict[str, float]
 ) -> tuple[TrainState, dict[str, float]]:
     """Trains from step `start` to the last one. Returns the state and the last held-out figures.
 

@@ -8,6 +8,7 @@ import optax
 
 from jaxft.config import OptimConfig
 from jaxft.errors import ConfigError
+from jaxft.training.rounding import moments_in_bfloat16
 
 # Parameters that weight decay leaves alone, by the last part of their path.
 UNDECAYED = ("scale", "bias")
@@ -38,11 +39,15 @@ def make_schedule(config: OptimConfig, total_steps: int) -> Callable[[Any], Any]
     return optax.join_schedules([rise, after], [warmup])
 
 
-def make_optimizer(config: OptimConfig, schedule: Callable[[Any], Any]) -> optax.GradientTransformation:
-    """AdamW (arXiv:1711.05101) behind clipping by global norm. Moments are float32, as the trained parameters are."""
+def make_optimizer(
+    config: OptimConfig, schedule: Callable[[Any], Any], *, seed: int = 0
+) -> optax.GradientTransformation:
+    """AdamW (arXiv:1711.05101) behind clipping by global norm. seed: for moments that are rounded at random."""
     adamw = optax.adamw(
         schedule, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=decay_mask
     )
+    if config.moments_dtype == "bfloat16":
+        adamw = moments_in_bfloat16(adamw, seed)
     return adamw if config.clip_norm is None else optax.chain(clip(config.clip_norm), adamw)
 
 

@@ -12,6 +12,7 @@ from flax import nnx
 
 from jaxft.objectives.sft import Loss, LossSums
 from jaxft.training.state import TrainState
+from jaxft.trees import path_str
 
 NAMES = {"correct": "mean_token_accuracy"}  # what a sum of the loss is called once it is a mean
 
@@ -25,9 +26,12 @@ def make_train_step(
     schedule: Callable[[jax.Array], jax.Array],
     *,
     accumulation_steps: int = 1,
+    gradient_dtype: jnp.dtype = jnp.float32,
 ) -> Step:
     """`train_step(state, batch) -> (state, metrics)`, to be jitted by the caller.
 
+    gradient_dtype: of the gradients of matrices until the update, which is float32; the matrices are rounded to it
+    first, as layers that compute in it do anyhow. Gradients of micro-batches add up in float32.
     batch: a pytree of [B, ...] arrays, B a multiple of accumulation_steps. The gradient is that of
     (sum of losses) / (sum of weights) over the whole batch, however it is cut into micro-batches.
     metrics: loss (nats per trained token), grad_norm (before clipping), learning_rate,
@@ -42,13 +46,14 @@ def make_train_step(
     def gradients(state: TrainState, batch: Any) -> tuple[Any, LossSums]:
         key = jax.random.fold_in(state.key, state.step)
         grad = jax.grad(total, has_aux=True)
+        moving = rounded(state.trainable, gradient_dtype)
         if accumulation_steps == 1:
-            return grad(state.trainable, state.frozen, batch, jax.random.fold_in(key, 0))
+            return grad(moving, state.frozen, batch, jax.random.fold_in(key, 0))
 
         def add(carry: Any, scanned: Any) -> tuple[Any, None]:
             index, micro = scanned
-            part = grad(state.trainable, state.frozen, micro, jax.random.fold_in(key, index))
-            return jax.tree.map(jnp.add, carry, part), None
+            part = grad(moving, state.frozen, micro, jax.random.fold_in(key, index))
+            return jax.tree.map(lambda whole, x: whole + x.astype(whole.dtype), carry, part), None
 
         micro_batches = jax.tree.map(lambda x: _cut(x, accumulation_steps), batch)
         first = jax.tree.map(lambda x: x[0], micro_batches)
@@ -58,7 +63,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         grads, sums = gradients(state, batch)
-        grads = jax.tree.map(lambda g: g / sums.weight, grads)
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32) / sums.weight, grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
         metrics = {
             "loss": sums.total / sums.weight,
@@ -72,6 +77,15 @@ def make_train_step(
         return TrainState(state.step + 1, trainable, state.frozen, opt_state, state.key), metrics
 
     return train_step
+
+
+def rounded(trainable: Any, dtype: jnp.dtype) -> Any:
+    """Trainable parameters with the matrices of the model itself in `dtype`; norms and adapters stay as they are."""
+
+    def cast(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+        return x.astype(dtype) if path_str(path).rsplit("/", 1)[-1] in ("kernel", "embedding") else x
+
+    return jax.tree_util.tree_map_with_path(cast, trainable)
 
 
 def make_eval_step(graphdef: Any, loss: Loss) -> Callable[[Any, Any, Any], LossSums]:

@@ -7,7 +7,7 @@ from flax import nnx
 
 from jaxft import models
 from jaxft.adapters.attach import adapters, attach, linears, merge
-from jaxft.adapters.lora import AdapterParam, LoRA, LoRASettings
+from jaxft.adapters.lora import AdapterParam, LoRASettings, beside
 from jaxft.errors import ModelError
 from jaxft.trees import flatten
 
@@ -16,8 +16,7 @@ ATTENTION = {f"layers/0/self_attn/{name}_proj" for name in "qkvo"}
 MLP = {f"layers/0/mlp/{name}_proj" for name in ("gate", "up", "down")}
 
 
-def make(inputs, outputs, stack, key):
-    return LoRA(inputs, outputs, SETTINGS, stack=stack, key=key)
+make = beside(SETTINGS)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from jaxft.adapters.attach import attach
-from jaxft.adapters.lora import LoRA, LoRASettings
+from jaxft.adapters.lora import LoRASettings, beside
 from jaxft.checkpoint import peft
 from jaxft.checkpoint.load import load_model
 from jaxft.data.tokenizer import load_tokenizer
@@ -89,8 +89,8 @@ def test_the_same_greedy_answers_with_an_adapter(written, llama_cpp):
     model, tokenizer = load_model(str(folder / "hf")), load_tokenizer(folder / "hf")
     before = ours(model, tokenizer, list(PROMPTS))
 
-    def make(inputs, outputs, stack, key):
-        lora = LoRA(inputs, outputs, LoRASettings(r=4, alpha=8, use_rslora=True), stack=stack, key=key)
+    def make(layer, key):
+        lora = beside(LoRASettings(r=4, alpha=8, use_rslora=True))(layer, key)
         lora.lora_b.set_value(0.01 * jax.random.normal(key, lora.lora_b.get_value().shape))
         return lora
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from jaxft.config import METRICS
+from jaxft.config_checks import METRICS
 from jaxft.errors import ConfigError, DataError
 from jaxft.evaluation.scoring import Score, json_fields, score
 

@@ -1,7 +1,6 @@
 """What the families with experts refuse, what they take, and where their parts lie in files and on devices."""
 
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxft import models
 from jaxft.adapters.attach import attach
-from jaxft.adapters.lora import LoRA, LoRASettings
+from jaxft.adapters.lora import LoRASettings, beside
+from jaxft.assets import ASSETS
 from jaxft.checkpoint.hf import hf_shape, placed_tensors, read_blocks
 from jaxft.checkpoint.load import shardings_by_path
 from jaxft.checkpoint.tensors import TensorSpec
@@ -22,7 +22,7 @@ from jaxft.errors import ConfigError, ModelError
 from jaxft.sharding.mesh import make_mesh_plan
 from jaxft.trees import flatten
 
-PUBLISHED = Path(__file__).parent / "published"
+PUBLISHED = ASSETS / "published"
 MIXTRAL, QWEN = (
     json.loads((PUBLISHED / f"{name}.json").read_text(encoding="utf-8")) for name in ("mixtral-8x7b", "qwen3-30b-a3b")
 )
@@ -67,16 +67,22 @@ def test_what_is_absent_has_transformers_default(kind, hf):
     assert models.config_from_hf(bare) == models.config_from_hf(theirs)
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(fsdp=8), MeshConfig(expert=4)])
-def test_experts_are_split_along_their_axis_and_the_model_dimension(mesh):
-    plan = make_mesh_plan(mesh)
+@pytest.mark.parametrize(
+    ("mesh", "expert", "rest", "dense"),
+    [
+        (MeshConfig(fsdp=8), None, "fsdp", "fsdp"),
+        (MeshConfig(expert=4), "expert", "fsdp", ("fsdp", "expert")),
+        (MeshConfig(expert=2, context=2, tensor=1), "expert", ("fsdp", "context"), ("fsdp", "expert", "context")),
+    ],
+)
+def test_experts_are_split_along_their_axis_and_the_model_dimension(mesh, expert, rest, dense):
     model = models.abstract_model(models.config_from_hf(MIXTRAL))
-    specs = {path: sharding.spec for path, sharding in shardings_by_path(model, plan).items()}
-    assert specs["layers/0/mlp/gate_proj/kernel"] == P(None, "expert", "fsdp")
-    assert specs["layers/0/mlp/up_proj/kernel"] == P(None, "expert", "fsdp")
-    assert specs["layers/0/mlp/down_proj/kernel"] == P(None, "expert", None, "fsdp")
-    assert specs["layers/0/mlp/router/kernel"] == P(None, "fsdp")
-    assert specs["layers/0/self_attn/q_proj/kernel"] == P(None, "fsdp")
+    specs = {path: sharding.spec for path, sharding in shardings_by_path(model, make_mesh_plan(mesh)).items()}
+    assert specs["layers/0/mlp/gate_proj/kernel"] == P(None, expert, rest)
+    assert specs["layers/0/mlp/up_proj/kernel"] == P(None, expert, rest)
+    assert specs["layers/0/mlp/down_proj/kernel"] == P(None, expert, None, rest)
+    assert specs["layers/0/mlp/router/kernel"] == P(None, dense)
+    assert specs["layers/0/self_attn/q_proj/kernel"] == P(None, dense)
 
 
 def test_experts_that_do_not_divide_are_refused_by_the_rules():
@@ -88,8 +94,7 @@ def test_experts_that_do_not_divide_are_refused_by_the_rules():
 def test_all_linear_leaves_experts_and_router_alone():
     model = models.random_model(models.config_from_hf(SMALL), seed=0)
 
-    def make(inputs, outputs, stack, key):
-        return LoRA(inputs, outputs, LoRASettings(r=2, alpha=4.0), stack=stack, key=key)
+    make = beside(LoRASettings(r=2, alpha=4.0))
 
     names = [f"layers/0/self_attn/{name}_proj" for name in "koqv"]
     assert list(attach(model, ["all-linear"], make, jax.random.key(0))) == names

@@ -1,18 +1,18 @@
 """What gpt-oss refuses, and how it reads what its config.json leaves out."""
 
 import json
-from pathlib import Path
 
 import pytest
 
 from jaxft import models
+from jaxft.assets import ASSETS
 from jaxft.checkpoint.load import shardings_by_path
 from jaxft.config import MeshConfig
 from jaxft.errors import ModelError
 from jaxft.nn.stack import group_layers
 from jaxft.sharding.mesh import make_mesh_plan
 
-HF = json.loads((Path(__file__).parent / "published" / "gpt-oss-20b.json").read_text(encoding="utf-8"))
+HF = json.loads((ASSETS / "published" / "gpt-oss-20b.json").read_text(encoding="utf-8"))
 YARN = HF["rope_scaling"]
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "model_type")
 

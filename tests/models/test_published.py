@@ -2,11 +2,11 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 
 from jaxft import models
+from jaxft.assets import ASSETS
 from jaxft.checkpoint.hf import hf_shape, placed_tensors
 from jaxft.nn.stack import group_layers
 from jaxft.trees import flatten
@@ -16,13 +16,13 @@ transformers = pytest.importorskip("transformers")
 revert_weight_conversion = pytest.importorskip("transformers.core_model_loading").revert_weight_conversion
 
 CONFIGS = {
-    path.stem: json.loads(path.read_text(encoding="utf-8"))
-    for path in sorted((Path(__file__).parent / "published").glob("*.json"))
+    path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((ASSETS / "published").glob("*.json"))
 }
 # Parameters as the authors' model cards or weight files count them, tied embeddings once.
 TOTALS = {
     "llama-2-7b": 6_738_415_616, "llama-2-13b": 13_015_864_320, "llama-2-70b": 68_976_648_192,
-    "llama-3-8b": 8_030_261_248, "llama-3-70b": 70_553_706_496, "llama-3.1-405b": 405_853_388_800,
+    "llama-3-8b": 8_030_261_248, "llama-3-70b": 70_553_706_496, "llama-3.1-8b": 8_030_261_248,
+    "llama-3.1-405b": 405_853_388_800,
     "llama-3.2-1b": 1_235_814_400, "llama-3.2-3b": 3_212_749_824, "llama-3.3-70b": 70_553_706_496,
     "smollm2-135m": 134_515_008, "smollm2-360m": 361_821_120, "smollm2-1.7b": 1_711_376_384,
     "mistral-7b-v0.1": 7_241_732_096, "mistral-7b-v0.3": 7_248_023_552, "mistral-nemo-12b": 12_247_782_400,

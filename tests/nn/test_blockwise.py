@@ -7,7 +7,7 @@ import pytest
 
 from jaxft.nn import blockwise
 from jaxft.nn.attention import attend, attend_cached, causal_mask
-from jaxft.nn.blockwise import ScoreForm, causal_attention
+from jaxft.nn.score_form import ScoreForm
 
 # (form, with sinks)
 FORMS = {
@@ -51,7 +51,7 @@ def test_values_and_gradients(form, with_sinks):
         return jax.jit(jax.value_and_grad(run, argnums=tuple(range(len(arguments))), has_aux=True))(*arguments)
 
     (_, expected), expected_grads = total(lambda *x: plain(form, *x))
-    (_, out), grads = total(lambda q, k, v, sinks: causal_attention(q, k, v, SEGMENTS, form, sinks))
+    (_, out), grads = total(lambda q, k, v, sinks: blockwise.attention(q, k, v, SEGMENTS, form, sinks))
     np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5)
     for grad, wanted in zip(grads, expected_grads, strict=True):
         assert np.abs(wanted).max() > 0.1
@@ -71,13 +71,15 @@ def test_the_form_for_caches_is_the_same(form, with_sinks):
 
 def test_scores_at_the_cap_of_masked_tokens_leave_gradients_finite():
     (q, k, v), _, weight = drawn()
-    total = lambda q: jnp.sum(causal_attention(1e4 * q, k, v, SEGMENTS, ScoreForm(softcap=1.0)) * weight)  # noqa: E731
+    total = lambda q: jnp.sum(blockwise.attention(1e4 * q, k, v, SEGMENTS, ScoreForm(softcap=1.0)) * weight)  # noqa: E731
     assert np.isfinite(jax.jit(jax.grad(total))(q)).all()
 
 
 def test_a_sink_takes_its_share():
     (q, k, v), _, _ = drawn()
-    none, some, all_ = (causal_attention(q, k, v, SEGMENTS, sinks_N=jnp.full((4,), sink)) for sink in (-1e4, 0.0, 1e4))
-    np.testing.assert_array_equal(none, causal_attention(q, k, v, SEGMENTS))
+    none, some, all_ = (
+        blockwise.attention(q, k, v, SEGMENTS, sinks_N=jnp.full((4,), sink)) for sink in (-1e4, 0.0, 1e4)
+    )
+    np.testing.assert_array_equal(none, blockwise.attention(q, k, v, SEGMENTS))
     assert (jnp.linalg.norm(some, axis=-1) < jnp.linalg.norm(none, axis=-1)).all()
     assert not np.any(all_)

@@ -12,8 +12,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxft.config import MeshConfig
-from jaxft.nn.mesh_axes import rows_mesh
 from jaxft.nn.moe import MoE, MoEShape
+from jaxft.nn.moe_sharded import divides
 from jaxft.sharding.mesh import make_mesh_plan
 
 MESHES = {
@@ -83,7 +83,7 @@ def test_eight_devices_equal_one_and_rows_travel_between_experts_alone(name):
     rows = [(dims, groups) for dims, groups in gathers if math.prod(dims) % ROWS == 0]
     weights = [(dims, groups) for dims, groups in gathers if math.prod(dims) % ROWS]
     assert bool(rows) == (places > 1)
-    assert bool(weights) == (fsdp > 1)
+    assert bool(weights) == (fsdp * places > 1)  # of experts, and the router
     for dims, groups in rows:
         assert groups == between_experts, dims
         assert dims[0] == places * ROWS
@@ -119,7 +119,7 @@ def test_more_choices_than_experts_of_a_device_and_a_width_that_does_not_divide(
 
 def test_a_mesh_is_in_sight_only_where_its_devices_get_equal_rows():
     plan = make_mesh_plan(MESHES["expert4_fsdp2"])
-    assert rows_mesh(8) is None
-    assert plan.within(rows_mesh)(8) == plan.mesh.abstract_mesh
-    assert plan.within(rows_mesh)(6) is None
-    assert make_mesh_plan(MeshConfig(), jax.devices()[:1]).within(rows_mesh)(8) is None
+    assert not divides((8, 3, 16))
+    assert plan.within(divides)((8, 3, 16))
+    assert not plan.within(divides)((6, 3, 16))
+    assert not make_mesh_plan(MeshConfig(), jax.devices()[:1]).within(divides)((8, 3, 16))

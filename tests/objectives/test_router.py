@@ -104,15 +104,15 @@ def tiny():
 
 
 def test_losses_by_hand():
-    logits_ME = jnp.log(jnp.array([[0.5, 0.3, 0.2], [0.6, 0.3, 0.1], [0.1, 0.1, 0.8]])) + 2.0
-    experts_MK = jnp.array([[0, 1], [0, 1], [2, 0]])
-    sums = RouterSums.zero(3).add(logits_ME, experts_MK, jnp.array([True, True, False]))
+    logits_BSE = jnp.log(jnp.array([[[0.5, 0.3, 0.2], [0.6, 0.3, 0.1], [0.1, 0.1, 0.8]]])) + 2.0
+    experts_BSK = jnp.array([[[0, 1], [0, 1], [2, 0]]])
+    sums = RouterSums.zero(3).add(logits_BSE, experts_BSK, jnp.array([[True, True, False]]))
     np.testing.assert_allclose(sums.chosen_E, [2, 2, 0])
     np.testing.assert_allclose(sums.probability_E, [1.1, 0.6, 0.3], rtol=1e-6)
     assert float(sums.tokens) == 2
     assert float(load_balancing_loss(sums)) == pytest.approx(3 * (1 * 0.55 + 1 * 0.3), rel=1e-6)
     assert float(router_z_loss(sums)) == pytest.approx(4.0, rel=1e-6)
-    twice = sums.add(logits_ME, experts_MK, jnp.array([True, True, False]))
+    twice = sums.add(logits_BSE, experts_BSK, jnp.array([[True, True, False]]))
     assert float(load_balancing_loss(twice)) == pytest.approx(float(load_balancing_loss(sums)), rel=1e-6)
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from jaxft import cli, models
 from jaxft.adapters.attach import attach
-from jaxft.adapters.lora import LoRA, LoRASettings
+from jaxft.adapters.lora import LoRASettings, beside
 from jaxft.assets import ASSETS
 from jaxft.checkpoint import hf, peft
 from jaxft.checkpoint.gguf import GGUFFile
@@ -52,8 +52,8 @@ def write_adapter(folder: Path, base: Path, *, use_rslora: bool = False) -> Path
     model = load_model(str(base)).module
     settings = LoRASettings(r=4, alpha=8, use_rslora=use_rslora)
 
-    def make(inputs, outputs, stack, key):
-        lora = LoRA(inputs, outputs, settings, stack=stack, key=key)
+    def make(layer, key):
+        lora = beside(settings)(layer, key)
         lora.lora_b.set_value(0.1 * jax.random.normal(key, lora.lora_b.get_value().shape))
         return lora
 

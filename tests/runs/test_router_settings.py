@@ -1,18 +1,18 @@
 """What a run's settings of routers and of the expert axis come to, and what is refused before any weight is read."""
 
 import json
-from pathlib import Path
 
 import pytest
 
 from jaxft import models
+from jaxft.assets import ASSETS
 from jaxft.config import resolve
 from jaxft.errors import ConfigError
 from jaxft.objectives.router import RouterCoefficients
 from jaxft.runs.build import check_experts, router_coefficients
 from jaxft.sharding.mesh import make_mesh_plan
 
-PUBLISHED = Path(__file__).parent.parent / "models" / "published"
+PUBLISHED = ASSETS / "published"
 
 
 def model(name):

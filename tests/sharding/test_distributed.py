@@ -50,7 +50,8 @@ from jaxft.sharding.distributed import start
 start(f"127.0.0.1:{sys.argv[1]}", 2, int(sys.argv[2]))
 print(jax.process_count(), jax.process_index(), len(jax.devices()))
 """
-    children = [run(code, port, index) for index in range(2)]
+    # Two hosts may reach each other directly only, whatever the way out of their network is.
+    children = [run(code, port, index, http_proxy="http://127.0.0.1:9") for index in range(2)]
     assert [result(child)[0] for child in children] == [["2", "0", "2"], ["2", "1", "2"]]
 
 
@@ -67,3 +68,10 @@ def test_half_an_address_is_refused():
         pytest.skip("jax.distributed runs in this process")
     with pytest.raises(ConfigError, match="give all of coordinator='a:1', num_processes=None"):
         distributed.start("a:1")
+
+
+def test_no_time_for_a_heartbeat_is_refused():
+    if jax.distributed.is_initialized():
+        pytest.skip("jax.distributed runs in this process")
+    with pytest.raises(ConfigError, match="heartbeat_seconds=0: give a whole number"):
+        distributed.start(heartbeat_seconds=0)

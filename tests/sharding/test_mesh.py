@@ -13,7 +13,9 @@ from jax.sharding import PartitionSpec as P
 
 from jaxft.config import MeshConfig
 from jaxft.errors import ConfigError
-from jaxft.sharding import make_mesh_plan
+from jaxft.sharding.mesh import auto_mesh, make_mesh_plan
+
+ONE_EACH = {"slice": 1, "data": 1, "fsdp": 1, "expert": 1, "context": 1, "tensor": 1}
 
 
 class State(NamedTuple):
@@ -33,7 +35,7 @@ def init():
 
 def test_one_device_is_a_mesh_of_one():
     plan = make_mesh_plan(MeshConfig(), jax.devices()[:1])
-    assert plan.axes == {"data": 1, "fsdp": 1, "expert": 1}
+    assert plan.axes == ONE_EACH
     assert plan.batch_shards == 1
     state = jax.device_put(init(), plan.shardings(init()))
     assert state.trainable["layers"]["q_proj"]["kernel"].devices() == {jax.devices()[0]}
@@ -51,11 +53,11 @@ def test_one_device_is_a_mesh_of_one():
 )
 def test_sizes_are_filled_and_axes_are_auto(config, axes):
     plan = make_mesh_plan(config)
-    assert plan.axes == axes
+    assert plan.axes == ONE_EACH | axes
     assert set(plan.mesh.axis_types) == {AxisType.Auto}
     assert sorted(d.id for d in plan.mesh.devices.flat) == list(range(8))
     assert plan.batch_shards == 8
-    assert plan.describe().startswith("8 cpu devices: data=")
+    assert plan.describe().startswith("8 cpu devices: ")
 
 
 def test_any_ordered_axes_are_taken():
@@ -75,14 +77,8 @@ def test_any_ordered_axes_are_taken():
 @pytest.mark.parametrize(
     ("config", "match"),
     [
-        (
-            MeshConfig(data=3, fsdp=-1),
-            r"mesh\.data=3, mesh\.expert=1 make 3 devices.*does not divide the 8.*1, 2, 4, 8",
-        ),
-        (
-            MeshConfig(data=1, fsdp=4),
-            r"mesh\.data=1, mesh\.fsdp=4, mesh\.expert=1 make 4 devices.*are not the 8.*1, 2, 4, 8",
-        ),
+        (MeshConfig(data=3, fsdp=-1), r"mesh\.data=3 make 3 devices.*does not divide the 8.*1, 2, 4, 8"),
+        (MeshConfig(data=1, fsdp=4), r"mesh\.fsdp=4 make 4 devices.*are not the 8.*1, 2, 4, 8"),
         (MeshConfig(data=16, fsdp=1), r"16 devices"),
         (MeshConfig(data=-1, fsdp=-1), r"only one mesh axis may be -1.*data and fsdp"),
         (MeshConfig(data=0), r"mesh\.data=0"),
@@ -150,3 +146,44 @@ def test_the_error_of_a_rule_names_the_path_in_the_state():
     tree = {"trainable": {"layers": {"0": {"q_proj": {"kernel": jax.ShapeDtypeStruct((2, 4100, 64), jnp.float32)}}}}}
     with pytest.raises(ConfigError, match=r"trainable/layers/0/q_proj/kernel \[2, 4100, 64\].*fsdp=8"):
         plan.shardings(tree)
+
+
+@pytest.mark.parametrize(
+    ("devices", "rows", "slices", "expected"),
+    [
+        (16, 16, 1, MeshConfig(fsdp=16)),
+        (16, 4, 1, MeshConfig(fsdp=4, tensor=4)),
+        (8, 1, 1, MeshConfig(fsdp=1, tensor=8)),
+        (64, 2, 1, MeshConfig(fsdp=2, tensor=8, context=4)),
+        (32, 16, 2, MeshConfig(slice=2, fsdp=8, tensor=2)),
+        (12, 6, 1, MeshConfig(fsdp=6, tensor=2)),
+    ],
+)
+def test_auto_gives_rows_to_fsdp_and_shares_rows_by_heads_then_positions(devices, rows, slices, expected):
+    sizes = {"heads": 64, "kv_heads": 8, "max_length": 4096}
+    assert auto_mesh(devices, rows=rows, slices=slices, **sizes) == expected
+
+
+def test_auto_refuses_what_it_finds_no_use_for():
+    with pytest.raises(ConfigError, match="no use for 16 devices in 1 slices with 1 rows of 1000 positions"):
+        auto_mesh(16, rows=1, heads=64, kv_heads=1, max_length=1000)
+
+
+def test_slices_are_an_axis_of_their_own():
+    topologies = pytest.importorskip("jax.experimental.topologies")
+    pytest.importorskip("libtpu")
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4", num_slices=2).devices
+    plan = make_mesh_plan(MeshConfig(slice=2, fsdp=-1), devices)
+    assert plan.axes == ONE_EACH | {"slice": 2, "fsdp": 8}
+    assert [{d.slice_index for d in part.flat} for part in plan.mesh.devices] == [{0}, {1}]
+    with pytest.raises(ConfigError, match=r"these devices are 2 slices.*set mesh\.slice=2"):
+        make_mesh_plan(MeshConfig(fsdp=-1), devices)
+
+
+def test_heads_and_positions_must_divide():
+    plan = make_mesh_plan(MeshConfig(fsdp=1, context=2, tensor=4))
+    plan.check_sizes(heads=8, kv_heads=2, max_length=64)
+    with pytest.raises(ConfigError, match=r"mesh\.tensor=4 does not divide 6 query heads.*one of 1, 3, 6\."):
+        plan.check_sizes(heads=6, kv_heads=3, max_length=64)
+    with pytest.raises(ConfigError, match=r"data\.max_length=60 does not divide.*Use 64"):
+        plan.check_sizes(heads=8, kv_heads=2, max_length=60)

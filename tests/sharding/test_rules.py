@@ -13,7 +13,8 @@ from jaxft.errors import ConfigError
 from jaxft.sharding.rules import RULES, Leaf, assign, matches
 from jaxft.trees import path_str
 
-AXES = {"data": 1, "fsdp": 8, "expert": 1}
+ONE_EACH = {"slice": 1, "data": 1, "fsdp": 1, "expert": 1, "context": 1, "tensor": 1}
+AXES = ONE_EACH | {"fsdp": 8}
 
 
 def specs(shapes, rules=RULES, axes=AXES):
@@ -113,7 +114,7 @@ def test_keys_are_never_split():
 
 def test_a_big_array_that_does_not_divide_is_refused_with_the_sizes_that_fit():
     with pytest.raises(ConfigError) as caught:
-        specs({"layers/q_proj/kernel": (2, 4096, 64)}, axes={"data": 1, "fsdp": 6, "expert": 1})
+        specs({"layers/q_proj/kernel": (2, 4096, 64)}, axes=ONE_EACH | {"data": 1, "fsdp": 6})
     text = str(caught.value)
     assert "layers/q_proj/kernel [2, 4096, 64]: fsdp=6 does not divide dimension 1 = 4096" in text
     assert "one of 1, 2:" in text and "the 6 devices" in text
@@ -138,7 +139,7 @@ def test_a_big_array_left_whole_is_refused_with_its_size_when_fsdp_is_above_one(
         specs(shapes)
     with pytest.raises(ConfigError, match="weird"):
         specs({"weird": (512, 512)}, [("weird", P())])
-    assert specs(shapes, axes={"data": 8, "fsdp": 1, "expert": 1})["layers/0/weird"] == P()
+    assert specs(shapes, axes=ONE_EACH | {"data": 8, "fsdp": 1})["layers/0/weird"] == P()
 
 
 def test_rules_without_effect_are_refused_with_the_nearest_path():

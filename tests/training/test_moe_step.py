@@ -65,6 +65,7 @@ def on_one_device():
         (MeshConfig(fsdp=2, expert=4), "dots"),
         (MeshConfig(data=2, fsdp=2, expert=2), "full"),
         (MeshConfig(fsdp=8), "none"),
+        (MeshConfig(fsdp=1, expert=2, context=2, tensor=2), "none"),
     ],
 )
 def test_eight_devices_equal_one(mesh, remat):

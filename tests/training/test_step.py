@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -252,3 +253,28 @@ def test_two_steps_of_full_fine_tuning_equal_torch(tiny_llama, torch_llama):
             np.testing.assert_allclose(
                 placed.transform.to_hf(part), expected[piece.hf], rtol=0, atol=1e-5, err_msg=piece.hf
             )
+
+
+def test_gradients_of_matrices_are_kept_in_the_type_that_is_asked_for():
+    kept = {}
+
+    def spying():
+        def update(grads, state, params=None):
+            kept.update({path: leaf.dtype for path, leaf in flatten(grads)[0].items()})
+            return grads, state
+
+        return optax.GradientTransformation(lambda params: (), update)
+
+    module = nnx.merge(*nnx.split(base_model()))
+    graphdef, state = create(module, spying(), seed=0)
+    schedule = make_schedule(OPTIM, 10)
+    metrics = {}
+    for dtype in (jnp.float32, jnp.bfloat16):
+        step = make_train_step(graphdef, sft_loss, spying(), schedule, gradient_dtype=dtype)
+        text = jax.jit(step).lower(state, make_batch()).as_text()
+        metrics[dtype] = jax.jit(step)(state, make_batch())[1]
+        assert ("bf16" in text) == (dtype == jnp.bfloat16)
+    # The update itself is always in float32.
+    assert set(kept.values()) == {jnp.dtype("float32")}
+    np.testing.assert_allclose(metrics[jnp.bfloat16]["loss"], metrics[jnp.float32]["loss"], rtol=2e-2)
+    np.testing.assert_allclose(metrics[jnp.bfloat16]["grad_norm"], metrics[jnp.float32]["grad_norm"], rtol=5e-2)

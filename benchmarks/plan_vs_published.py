@@ -1,0 +1,118 @@
+"""Predicted beside published training throughput: how far the roofline of `jaxft plan` can be trusted.
+
+    python benchmarks/plan_vs_published.py
+
+Published: MaxText, docs/reference/models/tiering.md (tokens a second and chip) and MaxText/configs/v5e, v5p/README.md
+(TFLOPs a second and chip; only sizes are known of these models). Batches, meshes and rematerialisation: the recipes
+that these pages name (AI-Hypercomputer/tpu-recipes; MaxText/configs/*/*.sh). What a recipe recomputes is estimated from
+what it keeps, as a share of the forward pass; Mixtral's recipes pad experts to a capacity of 1.25. Work is reckoned by
+arithmetic: these are not jaxft's steps. Rows marked * found the efficiencies in jaxft/planning/roofline.py.
+"""
+
+import json
+import os
+import statistics
+from typing import NamedTuple
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from jaxft import config
+from jaxft.assets import ASSETS
+from jaxft.planning.costs import Work
+from jaxft.planning.roofline import efficiency_of
+from jaxft.planning.topology import parse
+from jaxft.runs.plan_job import blueprint_of, job_of, reckon, time_of
+
+
+class Named(NamedTuple):
+    """A published row of a known model. again: share of the forward pass that is recomputed."""
+
+    model: str
+    topology: str
+    rows_per_chip: int
+    length: int
+    tokens: float
+    again: float
+    fitted: bool
+    capacity: float = 1.0
+    tensor: int = 1
+
+
+class Sized(NamedTuple):
+    """A published row of which only the model's size is known. tflops: of the model, a second and chip."""
+
+    model: str
+    topology: str
+    tflops: float
+    again: float
+    fitted: bool
+
+
+NAMED = (
+    Named("llama-3.1-8b", "v6e:16x16", 4, 8192, 7207, 0.65, True),
+    Named("llama-2-70b", "v6e:16x16", 2, 4096, 900, 0.65, True),
+    Named("llama-3.3-70b", "v6e:16x16", 5, 8192, 960, 0.65, False),
+    Named("llama-3.1-405b", "v6e:16x16", 1, 8192, 123, 0.65, False, tensor=4),
+    Named("mixtral-8x7b", "v6e:16x16", 12, 4096, 3899, 0.65, False, capacity=1.25),
+    Named("mixtral-8x22b", "v6e:16x16", 8, 4096, 1326, 0.65, False, capacity=1.25),
+    Named("llama-2-70b", "v5p:8x8x8", 4, 4096, 692, 0.6, True),
+    Named("mixtral-8x7b", "v5p:4x4x8", 8, 4096, 2909, 0.65, False, capacity=1.25),
+)
+SIZED = (
+    Sized("16B", "v5e:16x16", 120, 0.94, True),
+    Sized("64B", "v5e:16x16", 118, 0.94, True),
+    Sized("32B", "v5e:16x16", 132, 0.94, False),
+    Sized("128B", "v5e:16x16", 110, 0.1, False),
+    Sized("64B", "v5p:4x4x4", 323, 0.1, True),
+    Sized("32B", "v5p:4x4x4", 328, 0.1, False),
+    Sized("128B", "v5p:4x4x8", 315, 0.1, False),
+)
+
+
+def predicted(row: Named) -> float:
+    """Tokens a second and chip."""
+    slices = parse(row.topology)
+    batch = row.rows_per_chip * slices.chips
+    values = {
+        "model.path": "hf://any/model", "model.dtype": "bfloat16", "model.remat": "full", "adapter.kind": "none",
+        "data.train": "rows.jsonl", "data.max_length": row.length, "train.batch_size": batch, "mesh.tensor": row.tensor,
+    }  # fmt: skip
+    run = config.default_config()
+    for key, value in values.items():
+        section, name = key.split(".")
+        run[section][name] = value
+    run = config.resolve(run)
+    shapes = json.loads((ASSETS / "published" / f"{row.model}.json").read_text(encoding="utf-8"))
+    job = job_of(blueprint_of(run, shapes, 1000), run, slices, real=False)
+    costs = reckon(job).costs
+    bytes_moved = costs.hbm_bytes
+    costs.work.clear()
+    costs.work[Work(int(job.model_flops * (1 + row.again / 3) * row.capacity), bytes_moved)] += 1
+    return batch * row.length / slices.chips / time_of(job, costs).total
+
+
+def main() -> None:
+    """Prints the table of docs/plan.md."""
+    print("| model | slice | published | predicted | error |")
+    print("|---|---|---|---|---|")
+    errors = {True: [], False: []}
+
+    def show(row: Named | Sized, published: float, value: float, unit: str) -> None:
+        error = value / published - 1
+        errors[row.fitted].append(abs(error))
+        star = " *" if row.fitted else ""
+        print(f"| {row.model}{star} | {row.topology} | {published:,.0f} {unit} | {value:,.0f} | {error:+.0%} |")
+
+    for row in NAMED:
+        show(row, row.tokens, predicted(row), "tokens/s")
+    for row in SIZED:
+        chip = parse(row.topology).chip
+        value = chip.flops * efficiency_of(chip).products / (1 + row.again / 3) / 1e12
+        show(row, row.tflops, value, "TFLOP/s")
+    for fitted, name in ((True, "the rows that found the efficiencies (*)"), (False, "the other rows")):
+        mean, worst = statistics.mean(errors[fitted]), max(errors[fitted])
+        print(f"\nOn {name}: mean error {mean:.0%}, largest {worst:.0%}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Where activations and gathered weights lie on the ambient mesh, the one that `jax.set_mesh` made current.
+
+Layers name what a dimension is; this file alone knows which mesh axes split it. Without an ambient mesh, on one device
+and inside `shard_map`, everything here gives its argument back.
+"""
+
+# B batch, S sequence, D model
+
+from functools import partial
+from typing import Any, Literal
+
+import jax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+# batch: rows. replica: rows, where weights stay split. sequence: positions, where a layer works on its heads or inner
+# units. stream: positions between such layers, which the tensor axis splits as well (arXiv:2205.05198). weight: the
+# side of a matrix that is gathered for use. both: a side that the tensor axis splits and that is gathered.
+# expert, expert_weight: experts, and the side of theirs that is gathered.
+Dimension = Literal["batch", "replica", "sequence", "stream", "tensor", "weight", "both", "expert", "expert_weight"]
+AXES: dict[str, tuple[str, ...]] = {
+    "batch": ("slice", "data", "fsdp", "expert"),
+    "replica": ("slice", "data"),
+    "sequence": ("context",),
+    "stream": ("context", "tensor"),
+    "tensor": ("tensor",),
+    "weight": ("fsdp", "expert", "context"),
+    "expert": ("expert",),
+    "expert_weight": ("fsdp", "context"),
+    "both": ("tensor", "fsdp", "expert", "context"),
+}
+
+
+def platform() -> str:
+    """Of the ambient mesh's devices, which may be those of a machine compiled for ahead of time: cpu, gpu or tpu."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def ways(dimension: Dimension) -> int:
+    """Into how many parts the ambient mesh splits a dimension."""
+    count = 1
+    for axis in axes_of(dimension):
+        count *= jax.sharding.get_abstract_mesh().shape[axis]
+    return count
+
+
+def axes_of(dimension: Dimension) -> tuple[str, ...]:
+    """The axes of the ambient mesh that split a dimension and that `shard_map` has not taken."""
+    mesh = jax.sharding.get_abstract_mesh()
+    free = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Manual}
+    return tuple(axis for axis in AXES[dimension] if axis in free and mesh.shape[axis] > 1)
+
+
+def spec(shape: tuple[int, ...], dimensions: tuple[Dimension | None, ...], *, uneven: Any = P.UNCONSTRAINED) -> P:
+    """The PartitionSpec of an array whose dimensions are these; None: whole. uneven: the entry of one that does not
+    divide, which by default is left to XLA.
+    """
+    entries = []
+    for length, dimension in zip(shape, dimensions, strict=True):
+        axes = () if dimension is None else axes_of(dimension)
+        even = dimension is None or length % ways(dimension) == 0
+        entries.append((axes or None) if even else uneven)
+    return P(*entries)
+
+
+def names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes of one entry of a PartitionSpec."""
+    return (entry,) if isinstance(entry, str) else entry or ()
+
+
+def split(x: jax.Array, *dimensions: Dimension | None) -> jax.Array:
+    """x, laid out as its dimensions say; its gradient likewise."""
+    return x if alone() else jax.lax.with_sharding_constraint(x, spec(x.shape, dimensions))
+
+
+def gathered(x: jax.Array, stored: tuple[Dimension | None, ...], whole: tuple[Dimension | None, ...]) -> jax.Array:
+    """x, which lies as `stored` says, brought to lie as `whole` says, while its gradient goes back to `stored`.
+
+    A plain constraint would put itself on the gradient too, so that every device would receive the whole sum of what
+    all have computed, and throw all but its own part away.
+    """
+    return x if alone() else _gathered(x, spec(x.shape, stored), spec(x.shape, whole))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gathered(x: jax.Array, stored: P, whole: P) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, whole)
+
+
+def _gathered_forward(x: jax.Array, stored: P, whole: P) -> tuple[jax.Array, None]:
+    return _gathered(x, stored, whole), None
+
+
+def _gathered_backward(stored: P, whole: P, _: None, grad: jax.Array) -> tuple[jax.Array]:
+    return (jax.lax.with_sharding_constraint(grad, stored),)
+
+
+_gathered.defvjp(_gathered_forward, _gathered_backward)
+
+
+def alone() -> bool:
+    """Whether there is nothing to lay out: no ambient mesh, one device, or the inside of `shard_map`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or mesh.size == 1 or all(kind == AxisType.Manual for kind in mesh.axis_types)

@@ -1,0 +1,56 @@
+"""What a run would take on accelerators that are not there: the real step, compiled ahead of time, counted and priced.
+
+In a process of its own (`python -m jaxft.runs.plan RESULT < REQUEST`), because JAX must start without devices.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from jaxft import config as config_module
+from jaxft.config import RunConfig
+from jaxft.errors import ConfigError, JaxftError
+from jaxft.planning.compile import LEVELS
+from jaxft.planning.topology import Slices, parse
+from jaxft.runs.plan_changes import changes_of
+from jaxft.runs.plan_job import blueprint_of, estimate, job_of, measure, time_of
+from jaxft.runs.plan_result import result_of
+from jaxft.runs.plan_search import search
+from jaxft.runs.plan_shapes import Length, length_of, shapes_of
+
+
+def plan(config: RunConfig, slices: Slices, *, level: str, prices: str | None, length: Length) -> dict[str, Any]:
+    """See `jaxft.plan`."""
+    hf_config, shapes = shapes_of(config)
+    blueprint = blueprint_of(config, hf_config, length.steps)
+    job = job_of(blueprint, config, slices)
+    done = measure(job, level)
+    figures = result_of(job, done, time_of(job, done.costs), level=level, length=length, shapes=shapes, prices=prices)
+    if not figures["fits"]:
+        known = estimate(blueprint, config, slices)
+        figures["changes"] = changes_of(blueprint, job.config, slices, figures, known.memory.peak)
+    return figures
+
+
+def main(request: str, result: Path) -> int:
+    """Carries out one request and writes its result: the figures, or why they are refused."""
+    asked = json.loads(request)
+    try:
+        if asked["level"] not in LEVELS:
+            raise ConfigError(f"--level={asked['level']} is not one of {', '.join(LEVELS)}")
+        config = config_module.resolve(asked["config"])
+        length = length_of(config, tokens=asked["tokens"], examples=asked["examples"])
+        options = {"level": asked["level"], "prices": asked["prices"], "length": length}
+        if asked["search"]:
+            figures = search(config, asked["topology"], asked["slices"], compiles=asked["compiles"], **options)
+        else:
+            figures = plan(config, parse(asked["topology"], asked["slices"]), **options)
+    except JaxftError as error:
+        figures = {"refused": str(error), "kind": type(error).__name__}
+    result.write_text(json.dumps(figures), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.stdin.read(), Path(sys.argv[1])))

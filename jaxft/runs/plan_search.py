@@ -1,0 +1,204 @@
+"""The cheapest and the fastest slice, mesh, micro-batch and rematerialisation that a run fits."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from jaxft.config import RunConfig
+from jaxft.config_checks import REMAT_POLICIES
+from jaxft.errors import ConfigError
+from jaxft.planning.chips import CHIPS, Chip
+from jaxft.planning.prices import price_of
+from jaxft.planning.topology import ALIASES, Slices, parse, shapes
+from jaxft.runs.plan_job import Blueprint, blueprint_of, job_of, measure, reckon, time_of
+from jaxft.runs.plan_result import result_of
+from jaxft.runs.plan_shapes import Length, shapes_of
+
+MARGIN = 0.9  # of the limit that arithmetic may use up: what is nearer is not compiled
+LARGEST = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One way to run, reckoned by arithmetic. usd: of a step."""
+
+    config: RunConfig
+    slices: Slices
+    seconds: float
+    usd: float
+    peak: int
+
+    @property
+    def overrides(self) -> str:
+        """What to paste behind `jaxft train --config=...`."""
+        mesh, train = self.config.mesh, self.config.train
+        fields = {
+            "mesh.auto": mesh.auto, "mesh.slice": mesh.slice, "mesh.data": mesh.data, "mesh.fsdp": mesh.fsdp,
+            "mesh.tensor": mesh.tensor,
+            "train.accumulation_steps": train.accumulation_steps, "model.remat": self.config.model.remat,
+        }  # fmt: skip
+        return " ".join(f"--config.{name}={value}" for name, value in fields.items())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its figures, as a search lists them."""
+        return {
+            "topology": self.slices.name,
+            "slices": self.slices.count,
+            "overrides": self.overrides,
+            "step_seconds": self.seconds,
+            "usd_per_step": self.usd,
+            "hbm_peak_bytes": self.peak,
+        }
+
+
+def search(
+    config: RunConfig,
+    topologies: str,
+    count: int,
+    *,
+    compiles: int,
+    level: str,
+    prices: str | None,
+    length: Length,
+) -> dict[str, Any]:
+    """`{cheapest, fastest, reckoned, fitting, candidates}`: the first two are plans with `overrides` to paste.
+
+    topologies: kinds such as `v5e,v6e`, whose slices of up to 256 chips are all tried, or whole names. The batch of a
+    step stays as configured: it belongs to what is learnt. Thousands of ways are reckoned by arithmetic; those that fit
+    are compiled from the best on, at most `compiles` for each of the two, until one is known to fit.
+    Raises ConfigError where nothing fits.
+    """
+    bench = _Bench(config=config, level=level, prices=prices, length=length)
+    tried, fitting = 0, []
+    for variant, slices in _variants(config, _slices(topologies, count)):
+        tried += 1
+        candidate = bench.reckoned(variant, slices)
+        if candidate is not None:
+            fitting.append(candidate)
+    if not fitting:
+        raise ConfigError(
+            f"none of {tried} ways to run this on {topologies} fits by arithmetic, slices of up to {LARGEST} chips "
+            "included. Train adapters (adapter.kind=lora), lower data.max_length, or name larger chips."
+        )
+    ranked = sorted(fitting, key=lambda c: (c.usd, c.seconds))
+    quick = sorted(fitting, key=lambda c: (c.seconds, c.usd))
+    return {
+        "cheapest": bench.best(ranked, compiles),
+        "fastest": bench.best(quick, compiles),
+        "tried": tried,
+        "fitting": len(fitting),
+        "candidates": [candidate.to_dict() for candidate in ranked[:10]],
+    }
+
+
+class _Bench:
+    """Where ways to run one config are reckoned and compiled, each once."""
+
+    def __init__(self, *, config: RunConfig, level: str, prices: str | None, length: Length) -> None:
+        self.level, self.prices, self.length = level, prices, length
+        self.hf_config, self.shapes = shapes_of(config)
+        self.blueprints: dict[Any, Blueprint] = {}
+        self.plans: dict[tuple[RunConfig, Slices], dict[str, Any]] = {}
+        self.base = self._blueprint(config)
+
+    def _blueprint(self, config: RunConfig) -> Blueprint:
+        """The model and the step depend on these two alone of what is varied."""
+        key = (config.model.remat, config.train.accumulation_steps)
+        if key not in self.blueprints:
+            self.blueprints[key] = blueprint_of(config, self.hf_config, self.length.steps)
+        return self.blueprints[key]
+
+    def reckoned(self, config: RunConfig, slices: Slices) -> Candidate | None:
+        """None where the mesh does not divide the arrays or memory does not suffice."""
+        try:
+            job = job_of(self.base, config, slices, real=False)
+        except ConfigError:
+            return None
+        known = reckon(job)
+        if known.memory.peak > MARGIN * slices.chip.hbm_bytes / slices.chip.devices:
+            return None
+        seconds = time_of(job, known.costs).total
+        usd = seconds / 3600 * slices.chips * price_of(slices.chip.name, self.prices).on_demand
+        return Candidate(config=config, slices=slices, seconds=seconds, usd=usd, peak=known.memory.peak)
+
+    def compiled(self, candidate: Candidate) -> dict[str, Any]:
+        """The plan of a candidate, with its overrides."""
+        key = (candidate.config, candidate.slices)
+        if key not in self.plans:
+            job = job_of(self._blueprint(candidate.config), candidate.config, candidate.slices)
+            done = measure(job, self.level)
+            options = {"level": self.level, "length": self.length, "shapes": self.shapes, "prices": self.prices}
+            self.plans[key] = result_of(job, done, time_of(job, done.costs), **options)
+            self.plans[key]["overrides"] = candidate.overrides
+        return self.plans[key]
+
+    def best(self, candidates: list[Candidate], compiles: int) -> dict[str, Any] | None:
+        """The first that compiles and fits, after at most so many compiles; None where none of them does.
+
+        One that needs hardly less memory, by arithmetic, than one that did not fit is passed over.
+        """
+        bound = math.inf
+        for candidate in candidates:
+            if compiles == 0:
+                break
+            if candidate.peak > bound:
+                continue
+            compiles -= 1
+            plan = self.compiled(candidate)
+            if plan["fits"]:
+                return plan
+            bound = 0.9 * candidate.peak
+        return None
+
+
+def _slices(topologies: str, count: int) -> list[Slices]:
+    out = []
+    for name in (part.strip() for part in topologies.split(",") if part.strip()):
+        kind = ALIASES.get(name.lower(), name.lower())
+        if kind not in CHIPS:
+            out.append(parse(name, count))
+            continue
+        sizes = (2**power for power in range(LARGEST.bit_length()) if _offered(CHIPS[kind], 2**power))
+        found = (shapes(CHIPS[kind], size) for size in sizes)
+        out += [Slices(chip=CHIPS[kind], shape=shape, count=count) for shape in found if shape is not None]
+    return out
+
+
+def _offered(chip: Chip, chips: int) -> bool:
+    """Whether clouds rent out so many: of 2D kinds single chips and whole hosts, of 3D kinds whole hosts of four."""
+    return chip.maker == "gpu" or chips >= 4 or (chips == 1 and chip.dimensions == 2)
+
+
+def _variants(config: RunConfig, places: list[Slices]) -> Iterator[tuple[RunConfig, Slices]]:
+    """Every mesh of data, fsdp and tensor, every micro-batch and every rematerialisation on every slice."""
+    batch = config.train.batch_size
+    for slices in places:
+        inside = slices.devices // slices.count
+        powers = [size for size in (2**p for p in range(inside.bit_length())) if inside % size == 0]
+        for tensor, fsdp, remat in itertools.product((t for t in powers if t <= 8), powers, REMAT_POLICIES):
+            if inside % (tensor * fsdp):
+                continue
+            data = inside // (tensor * fsdp)
+            rows = slices.count * data * fsdp
+            for steps in (s for s in (1, 2, 4, 8, 16, 32) if batch % s == 0 and (batch // s) % rows == 0):
+                axes = {
+                    "auto": False,
+                    "slice": slices.count,
+                    "data": data,
+                    "fsdp": fsdp,
+                    "expert": 1,
+                    "context": 1,
+                    "tensor": tensor,
+                }
+                yield (
+                    dataclasses.replace(
+                        config,
+                        mesh=dataclasses.replace(config.mesh, **axes),
+                        model=dataclasses.replace(config.model, remat=remat),
+                        train=dataclasses.replace(config.train, accumulation_steps=steps),
+                    ),
+                    slices,
+                )

@@ -1,0 +1,167 @@
+"""Plans end to end: by arithmetic for GPUs, by the compiler for a TPU slice, and what is refused."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+import jaxft
+from jaxft import cli, config
+from jaxft.errors import ConfigError
+from jaxft.planning.topology import parse
+from jaxft.runs import plan as planning
+from jaxft.runs import plan_search
+from jaxft.runs.plan_apart import plan as plan_apart
+from jaxft.runs.plan_report import print_plan
+from jaxft.runs.plan_shapes import length_of, published, shapes_of
+
+ROOT = Path(__file__).parents[2]
+FULL, LORA = (str(ROOT / "configs" / f"llama3_1_8b_{kind}.py") for kind in ("full", "lora"))
+
+
+def planned(run, topology, **options):
+    length = length_of(run, tokens=options.pop("tokens", None), examples=options.pop("examples", None))
+    return planning.plan(run, parse(topology), level="O1", prices=None, length=length, **options)
+
+
+def test_a_gpu_is_planned_by_arithmetic():
+    figures = planned(config.load(FULL), "h100:8", tokens=100_000_000)
+    assert figures["fits"] and not figures["compiled"] and figures["optimization_level"] is None
+    parts, states = figures["argument_parts"], 8_030_261_248 * 4 / 8
+    assert parts["weights"] == states and parts["optimizer"] == pytest.approx(2 * states, rel=1e-6)
+    assert figures["argument_bytes"] == sum(parts.values())
+    assert figures["steps"] == math.ceil(100_000_000 / 4096 / 0.97 / 16) and figures["steps_known"]
+    assert figures["hours"] == pytest.approx(figures["steps"] * figures["step_seconds"] / 3600)
+    assert figures["usd"] == pytest.approx(figures["hours"] * 8 * figures["usd_per_chip_hour"])
+    assert 0.2 < figures["mfu"] < 0.75
+    assert "ship with jaxft" in figures["shapes_from"]
+    assert any("by arithmetic" in line for line in figures["unknown"])
+
+
+def test_an_adapter_leaves_the_base_without_moments():
+    figures = planned(config.load(LORA), "h100:8")
+    parts = figures["argument_parts"]
+    assert parts["weights"] == 8_030_261_248 * 2 / 8
+    assert parts["adapters"] == 41_943_040 * 4 / 8 and parts["optimizer"] == pytest.approx(
+        2 * parts["adapters"], rel=0.01
+    )
+    assert figures["steps"] == 1000 and not figures["steps_known"] and "--tokens" in figures["steps_from"]
+
+
+def test_what_does_not_fit_says_what_would():
+    figures = planned(config.load(FULL), "h100:1")
+    assert not figures["fits"]
+    assert figures["changes"] and all(c["hbm_peak_bytes"] < figures["hbm_limit_bytes"] for c in figures["changes"])
+    assert any(c["paste"].startswith("--topology=h100:") for c in figures["changes"])
+    assert "adapter.kind=lora" in figures["changes"][-1]["paste"]
+
+
+def test_a_search_gives_overrides_that_lead_to_its_plan():
+    run = config.load(LORA)
+    length = length_of(run, tokens=10_000_000)
+    found = planning.search(run, "h100,rtx4090", 1, compiles=1, level="O1", prices=None, length=length)
+    assert 0 < found["fitting"] < found["tried"]
+    cheapest, fastest = found["cheapest"], found["fastest"]
+    assert fastest["step_seconds"] <= cheapest["step_seconds"] and cheapest["usd"] <= fastest["usd"]
+    assert fastest["topology"] == "h100:8"
+    pasted = [part.removeprefix("--config.") for part in fastest["overrides"].split()]
+    again = planned(config.load(LORA, pasted), fastest["topology"])
+    assert again["hbm_peak_bytes"] == fastest["hbm_peak_bytes"]
+    with pytest.raises(ConfigError, match="none of .* ways to run this on l4:1 fits"):
+        planning.search(config.load(FULL), "l4:1", 1, compiles=1, level="O1", prices=None, length=length)
+
+
+def test_steps_come_from_the_config_the_options_or_the_data(tmp_path):
+    run = config.load(LORA)
+    with_steps = dataclasses.replace(run, train=dataclasses.replace(run.train, steps=7))
+    assert length_of(with_steps).steps == 7
+    assert length_of(run, examples=160).steps == 10
+    smoke = config.load(f"{LORA}:smoke", {"train.steps": None})
+    assert length_of(smoke).known and smoke.data.train in length_of(smoke).source
+    unpacked = dataclasses.replace(run, data=dataclasses.replace(run.data, packing=False))
+    with pytest.raises(ConfigError, match="packing=False.*--examples"):
+        length_of(unpacked, tokens=1000)
+    with pytest.raises(ConfigError, match="at least 1"):
+        length_of(run, tokens=0)
+
+
+def test_every_published_shape_is_named_and_understood():
+    names = published()
+    files = {path.stem for path in (ROOT / "jaxft" / "assets" / "published").glob("*.json")}
+    assert set(names.values()) == files
+    hf_config, source = shapes_of(config.load(FULL, {"model.path": "hf://Qwen/qwen3-8b@main"}))
+    assert hf_config["model_type"] == "qwen3" and "Qwen/Qwen3-8B" in source
+    with pytest.raises(ConfigError, match="Did you mean 'meta-llama/Llama-3.1-8B'"):
+        shapes_of(config.load(FULL, {"model.path": "hf://meta-llama/Lama-3.1-8B"}))
+
+
+def test_a_process_of_its_own_passes_refusals_on():
+    with pytest.raises(ConfigError, match="do not divide over 8 devices"):
+        plan_apart(config.load(FULL, {"train.batch_size": 12}), "h100:8")
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("needs libtpu")
+    return jaxft.plan(config.load(f"{FULL}:smoke", {"model.dtype": "bfloat16"}), "v5e:2x2")
+
+
+def test_a_tpu_slice_is_compiled_for(compiled):
+    figures = compiled
+    assert figures["compiled"] and figures["fits"] and figures["refused"] is None
+    assert figures["mesh"]["fsdp"] == 4 and figures["optimization_level"] == "O1"
+    # The compiler's arguments are the parts that the shardings give, and a little padding.
+    parts = sum(figures["argument_parts"].values())
+    assert parts <= figures["argument_bytes"] < 1.5 * parts + 2**16
+    peak = figures["argument_bytes"] + figures["output_bytes"] - figures["aliased_bytes"] + figures["temp_bytes"]
+    assert figures["hbm_peak_bytes"] == peak + figures["code_bytes"]
+    # Every parameter multiplies every token thrice; the layers' forward products are computed once more.
+    assert figures["hardware_flops_per_step"] > figures["model_flops_per_step"] > 0
+    assert set(figures["collective_bytes_by_axis"]) == {"fsdp"}
+    assert not [line for line in figures["unknown"] if "counted" in line and "block" not in line]
+
+
+def test_every_figure_is_explained(compiled):
+    explained = set(re.findall(r"^\| `(\w+)`", (ROOT / "docs" / "plan.md").read_text(encoding="utf-8"), re.MULTILINE))
+    assert set(compiled) <= explained
+    assert explained - set(compiled) <= {"changes", "overrides"}
+
+
+def test_the_command_gives_json_and_refuses(capsys):
+    assert cli.main(["plan", f"--config={LORA}", "--topology=h100:8", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["chips"] == 8
+    assert cli.main(["plan", f"--config={LORA}", "--topology=h100:8", "--prices=none.json"]) == 2
+    assert "prices in none.json cannot be read" in capsys.readouterr().err
+
+
+def test_tables_say_what_is_known_and_what_is_not():
+    console = Console(record=True, width=120)
+    print_plan(planned(config.load(FULL), "h100:1"), console)
+    shown = console.export_text()
+    for part in ("does not fit", "optimizer", "USD", "1,000 steps", "--topology=h100:8", "not known"):
+        assert part in shown
+
+
+def test_a_search_goes_on_until_one_fits(monkeypatch):
+    """The compiler refuses whatever arithmetic gives more than half of the memory: the next smaller is tried."""
+    asked = []
+
+    def measure(job, level):
+        known = plan_search.reckon(job)
+        asked.append(known.memory.peak)
+        big = known.memory.peak > 0.5 * job.slices.chip.hbm_bytes
+        return dataclasses.replace(known, refused="RESOURCE_EXHAUSTED" if big else None)
+
+    monkeypatch.setattr(plan_search, "measure", measure)
+    run = config.load(LORA)
+    found = planning.search(run, "h100", 1, compiles=20, level="O1", prices=None, length=length_of(run))
+    assert found["cheapest"]["fits"] and found["fastest"]["fits"]
+    assert asked[1] <= 0.9 * asked[0]  # what needs hardly less is passed over
+    one = planning.search(run, "h100:1", 1, compiles=0, level="O1", prices=None, length=length_of(run))
+    assert one["cheapest"] is None and one["candidates"]

@@ -1,0 +1,244 @@
+"""A run of several processes is the run of one: same rows, losses and exports; and all end together."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+from safetensors.numpy import load_file
+
+from jaxft.cli import EXIT_PREEMPTED, EXIT_REFUSED
+from jaxft.config import load
+from jaxft.errors import ConfigError
+from jaxft.runs import folder as files
+from jaxft.runs.quickstart import quickstart
+from jaxft.runs.train import train
+from jaxft.sharding.ending import EXIT_PEER_LOST
+from jaxft.training.log import TIMING_KEYS
+
+HEARTBEAT_SECONDS = 10
+SMOKE = {
+    "adapter.dropout": 0.1, "train.log_every": 1, "train.batch_size": 16, "train.accumulation_steps": 2,
+    "data.max_length": 384,
+}  # fmt: skip
+# Long enough to be stopped in, and divisible over 16 devices.
+LONG = SMOKE | {
+    "train.steps": 40, "train.accumulation_steps": 1, "train.eval_every": 20, "eval.metric": None,
+    "export.merged": False, "checkpoint.every": None,
+}  # fmt: skip
+
+
+class Group:
+    """`jaxft train` in so many processes of so many fake devices each; ended with the block."""
+
+    def __init__(self, folder: Path, cache: Path, processes: int, devices: int, own: Any = None, **overrides: Any):
+        settings = {"output_dir": folder, **SMOKE, **overrides}
+        command = [
+            sys.executable, "-m", "jaxft.cli", "train", "--config=configs/quickstart.py:smoke",
+            *(f"--config.{key}={value}" for key, value in settings.items()),
+        ]  # fmt: skip
+        env = os.environ | {
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
+        }
+        self.folder, self.members = folder, []
+        address = f"--coordinator=127.0.0.1:{free_port()}"
+        for index in range(processes):
+            place = [address, f"--num_processes={processes}", f"--process_id={index}"] if processes > 1 else []
+            place += (own or {}).get(index, [])
+            place += [f"--heartbeat_seconds={HEARTBEAT_SECONDS}"]
+            output = folder.with_name(f"{folder.name}-{index}.txt").open("w")
+            self.members.append(
+                subprocess.Popen(
+                    [*command, *place], cwd=Path(__file__).parents[2], env=env, stdout=output, stderr=subprocess.STDOUT
+                )
+            )
+
+    def __enter__(self) -> "Group":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for member in self.members:
+            member.kill()
+            member.wait()
+
+    def said(self, index: int) -> str:
+        return self.folder.with_name(f"{self.folder.name}-{index}.txt").read_text()
+
+    def codes(self, timeout: float = 600) -> list[int]:
+        """Exit codes, when all have ended."""
+        return [member.wait(timeout) for member in self.members]
+
+    def finish(self) -> None:
+        codes = self.codes()
+        assert codes == [0] * len(codes), "\n".join(self.said(i)[-3000:] for i in range(len(codes)))
+
+    def wait_for_step(self, step: int) -> None:
+        """Returns when metrics.jsonl has reached a step; a process that ends before is a failure."""
+        metrics, until = self.folder / "metrics.jsonl", time.monotonic() + 900
+        while not (metrics.exists() and f'"step": {step},' in metrics.read_text()):
+            ended = [i for i, member in enumerate(self.members) if member.poll() is not None]
+            assert not ended, self.said(ended[0])
+            assert time.monotonic() < until, self.said(0)
+            time.sleep(0.05)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def figures(folder: Path) -> list[dict[str, float]]:
+    """metrics.jsonl without what a clock wrote."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in TIMING_KEYS} for row in rows]
+
+
+def assert_same(folder: Path, reference: Path, *exports: str) -> None:
+    """The same figures and exported arrays within 1e-5, and exactly the same rows at every step."""
+    found, expected = figures(folder), figures(reference)
+    assert [set(row) for row in found] == [set(row) for row in expected]
+    for row, other in zip(found, expected, strict=True):
+        for key in ("step", "num_tokens", "trained_tokens", "epoch"):  # a function of the data's order
+            assert row.get(key) == other.get(key)
+        np.testing.assert_allclose(
+            [row[k] for k in sorted(row)], [other[k] for k in sorted(other)], rtol=1e-5, atol=1e-5
+        )
+    for name in exports:
+        ours, theirs = load_file(folder / name), load_file(reference / name)
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            np.testing.assert_allclose(ours[key], theirs[key], rtol=1e-5, atol=1e-5, err_msg=key)
+
+
+ADAPTER, MERGED = "adapter/adapter_model.safetensors", "merged/model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("compiled")
+
+
+def test_two_processes_train_as_one(tmp_path: Path, cache: Path) -> None:
+    settings = SMOKE | {"eval.metric": None, "export.merged": False, "train.steps": 3}
+    with Group(tmp_path / "two", cache, 2, 4, **settings) as group:
+        config = load("configs/quickstart.py:smoke", [f"{k}={v}" for k, v in settings.items()])
+        whole = train(dataclasses.replace(config, output_dir=str(tmp_path / "one")), console=Console(quiet=True))
+        group.finish()
+        assert all(line.startswith("[Gloo]") for line in group.said(1).splitlines())
+    assert_same(tmp_path / "two", tmp_path / "one", ADAPTER)
+    summary = json.loads((tmp_path / "two" / "summary.json").read_text())
+    assert summary.keys() == whole.keys() and summary["steps"] == 3
+    assert sorted(os.listdir(tmp_path / "two")) == sorted(os.listdir(tmp_path / "one"))
+
+
+@pytest.mark.slow
+def test_two_processes_score_and_export_as_one(tmp_path: Path, cache: Path) -> None:
+    whole, folder = tmp_path / "one", tmp_path / "two"
+    with Group(whole, cache, 1, 4) as group:
+        group.finish()
+    with Group(folder, cache, 2, 2) as group:
+        group.finish()
+    assert_same(folder, whole, ADAPTER, MERGED)
+    scores, expected = (json.loads((run / "scores.json").read_text()) for run in (folder, whole))
+    assert scores["base_answers"] == expected["base_answers"] and scores["tuned"] == expected["tuned"]
+    assert len(list((folder / "tensorboard").iterdir())) == len(list((whole / "tensorboard").iterdir()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [{"mesh.fsdp": 2, "mesh.context": 4}, {"mesh.tensor": 2, "mesh.fsdp": 4}])
+def test_four_processes_on_other_meshes_train_as_one(mesh: dict[str, int], tmp_path: Path, cache: Path) -> None:
+    more = mesh | {"adapter.kind": "none", "eval.metric": None}
+    with Group(tmp_path / "one", cache, 1, 8, **more) as group:
+        group.finish()
+    with Group(tmp_path / "four", cache, 4, 2, **more) as group:
+        group.finish()
+    assert_same(tmp_path / "four", tmp_path / "one", "model/model.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_others_with_a_word(victim: int, tmp_path: Path, cache: Path) -> None:
+    with Group(tmp_path / "run", cache, 2, 2, **LONG | {"train.steps": 2000}) as group:
+        group.wait_for_step(2)
+        group.members[victim].kill()
+        other = 1 - victim
+        assert group.members[other].wait(HEARTBEAT_SECONDS * 4) == EXIT_PEER_LOST, group.said(other)
+        assert f"jaxft train: process {other} of 2" in group.said(other)
+        assert "another process died" in group.said(other)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_fails_tells_the_others_why(victim: int, tmp_path: Path, cache: Path) -> None:
+    # One of them sees no data, as where a disk is not mounted.
+    absent = {victim: ["--config.data.train=absent.jsonl"]}
+    with Group(tmp_path / "run", cache, 2, 2, own=absent, **LONG) as group:
+        codes = group.codes()
+    assert codes[victim] == EXIT_REFUSED and codes[1 - victim] == EXIT_PEER_LOST
+    assert f"of 2 stops, because process {victim} did: DataError: " in group.said(1 - victim)
+    assert "absent.jsonl" in group.said(1 - victim)
+
+
+@pytest.mark.slow
+def test_what_all_refuse_is_refused_by_all(tmp_path: Path, cache: Path) -> None:
+    with Group(tmp_path / "run", cache, 2, 2, **{"train.batch_size": 6}) as group:
+        assert group.codes() == [EXIT_REFUSED] * 2
+    assert all("rows do not divide over 4 devices" in group.said(index) for index in range(2))
+
+
+@pytest.mark.slow
+def test_what_process_0_refuses_is_refused_by_all(tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.txt").write_text("not a run")
+    with Group(tmp_path / "run", cache, 2, 2) as group:
+        assert group.codes() == [EXIT_REFUSED] * 2
+    assert all("is not empty and holds no run" in group.said(index) for index in range(2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("before", "after"), [((2, 2), [(1, 2), (4, 2)]), ((1, 8), [(1, 4), (1, 16)])], ids=["processes", "devices"]
+)
+def test_a_run_goes_on_with_other_counts(
+    before: tuple[int, int], after: list[tuple[int, int]], tmp_path: Path, cache: Path
+) -> None:
+    with Group(tmp_path / "whole", cache, 1, 8, **LONG) as group:
+        group.finish()
+    with Group(tmp_path / "first", cache, *before, **LONG) as group:
+        group.wait_for_step(3)
+        group.members[-1].send_signal(signal.SIGTERM)
+        assert group.codes() == [EXIT_PREEMPTED] * before[0], group.said(0)
+    saved = figures(tmp_path / "first")[-1]["step"]
+    assert (tmp_path / "first" / "checkpoints" / str(saved) / "manifest.json").is_file()
+    for processes, devices in after:
+        folder = tmp_path / f"{processes}x{devices}"
+        shutil.copytree(tmp_path / "first", folder)
+        with Group(folder, cache, processes, devices, **LONG) as group:
+            group.finish()
+            assert f"going on from step {saved} " in group.said(0)
+        assert_same(folder, tmp_path / "whole", ADAPTER)
+
+
+def test_quickstart_is_for_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    with pytest.raises(ConfigError, match="quickstart is for one process, not 2"):
+        quickstart(console=Console(quiet=True))
+
+
+def test_a_folder_that_is_not_shared_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"process 0 does not see .*config\.json, .* Set output_dir to a folder"):
+        files.check_shared(tmp_path, seconds=0.0)

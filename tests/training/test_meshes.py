@@ -1,0 +1,105 @@
+"""One device = eight, for every mesh axis and products of them: losses, gradients and what moves, in float32."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxft import models
+from jaxft.assets import ASSETS
+from jaxft.checkpoint.hf import read_json
+from jaxft.config import AdapterConfig, MeshConfig
+from jaxft.data.batch import Batch
+from jaxft.objectives import cross_entropy
+from jaxft.objectives.sft import sft_loss
+from jaxft.runs.build import attach_adapter, place
+from jaxft.sharding.mesh import make_mesh_plan
+from jaxft.training.state import divide
+
+MESHES = {
+    "fsdp": {"fsdp": 8},
+    "data": {"data": 8, "fsdp": 1},
+    "slice": {"slice": 2, "fsdp": 4},
+    "expert": {"expert": 4, "fsdp": 2},
+    "tensor": {"tensor": 8, "fsdp": 1},
+    "context": {"context": 8, "fsdp": 1},
+    "data, fsdp, tensor": {"data": 2, "fsdp": 2, "tensor": 2},
+    "fsdp, context": {"fsdp": 2, "context": 4},
+    "context, tensor": {"fsdp": 1, "context": 2, "tensor": 4},
+    "fsdp, tensor": {"fsdp": 2, "tensor": 4},
+}
+# The vocabulary is split over all devices, over the tensor axis only, and, 61 being prime, not at all.
+VOCABULARIES = {"narrow": 64, "wide": 2048, "odd": 61}
+ADAPTERS = {
+    "full": AdapterConfig(kind="none"),
+    "lora": AdapterConfig(r=4, target_modules="all-linear,lm_head"),
+}
+
+
+@functools.cache
+def module_of(vocab, kind):
+    hf = read_json(str(ASSETS / "smoke" / "config.json"))
+    sizes = {"vocab_size": vocab, "hidden_size": 64, "intermediate_size": 96, "initializer_range": 0.2}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 8}
+    head = {"tie_word_embeddings": kind == "full"}
+    module = models.random_model(models.config_from_hf(hf | sizes | heads | head), seed=0)
+    attach_adapter(module, ADAPTERS[kind], 0)
+    return module
+
+
+def packed_batch(vocab, rows=8, length=16):
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, vocab, (rows, length)).astype(np.int32)
+    segments = np.sort(rng.integers(0, 4, (rows, length)), axis=1).astype(np.int32)[:, ::-1]
+    segments = np.where(segments == 0, 0, segments.max(axis=1, keepdims=True) + 1 - segments)
+    starts = np.array([[np.argmax(row == s) for s in row] for row in segments])
+    weights = np.where((segments > 0) & (rng.random((rows, length)) < 0.6), 1.0, 0.0).astype(np.float32)
+    positions = (np.arange(length) - starts).astype(np.int32)
+    return Batch(tokens, np.roll(tokens, -1, axis=1), weights, positions, segments.astype(np.int32))
+
+
+def loss_and_gradient(vocab, kind, mesh=None):
+    graphdef, trainable, frozen = divide(module_of(vocab, kind))
+    batch = packed_batch(vocab)
+
+    def total(trainable, frozen, batch):
+        sums = sft_loss(nnx.merge(graphdef, trainable, frozen), batch, None)
+        return sums.total, sums
+
+    compute = jax.value_and_grad(total, has_aux=True)
+    if mesh is None:
+        (_, sums), grad = jax.jit(compute)(trainable, frozen, batch)
+        return sums, grad
+    given = place(trainable, mesh), place(frozen, mesh), jax.device_put(batch, mesh.batch_sharding())
+    (_, sums), grad = jax.jit(mesh.within(compute))(*given)
+    return sums, grad
+
+
+@functools.cache
+def alone(vocab, kind):
+    return loss_and_gradient(vocab, kind)
+
+
+def assert_same(ours, one):
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(one), strict=True):
+        size = float(jnp.max(jnp.abs(b)))
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-5, atol=1e-5 * max(size, 1e-3))
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize("axes", MESHES.values(), ids=MESHES)
+def test_eight_devices_equal_one_on_every_axis(axes, kind):
+    mesh = make_mesh_plan(MeshConfig(**axes))
+    assert_same(loss_and_gradient(64, kind, mesh), alone(64, kind))
+
+
+@pytest.mark.parametrize("vocab", VOCABULARIES.values(), ids=VOCABULARIES)
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_however_the_vocabulary_is_split(vocab, kind, monkeypatch):
+    # So small that every row is several chunks.
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", {"cpu": 4 * vocab * 8 * 3, "accelerator": 1})
+    mesh = make_mesh_plan(MeshConfig(fsdp=2, context=2, tensor=2))
+    assert_same(loss_and_gradient(vocab, kind, mesh), loss_and_gradient(vocab, kind))
