@@ -71,25 +71,25 @@ class Block(nnx.Module):
         x_BSD = checkpoint_name(x_BSD + self._norm(1, _stream(attended_BSD)), "dots")
         given_BSD = self._norm(2, x_BSD)
         if not isinstance(self.mlp, MoE):
-            fed_BSD = self.mlp(_whole(given_BSD), mlp_keys)
+            fed_BSD = _stream(self.mlp(_whole(given_BSD), mlp_keys))
         elif routing is None:
             fed_BSD = self.mlp(given_BSD)
         else:
             fed_BSD, routing = self.mlp.counted(given_BSD, tokens.segments_BS, routing)
-        return x_BSD + self._norm(3, _stream(fed_BSD)), cache, routing
+        return x_BSD + self._norm(3, fed_BSD), cache, routing
 
     def _norm(self, place: int, x_BSD: jax.Array) -> jax.Array:
         name = self.norms[place]
         return x_BSD if name is None else getattr(self, name)(x_BSD)
 
 
-STREAM = ("batch", "stream", None)
+STREAM, WHOLE = ("batch", "stream", None), ("batch", "sequence", None)
 
 
 def _whole(x_BSD: jax.Array) -> jax.Array:
     """For matrices of which every device of the tensor axis holds a part: all positions of its rows."""
-    return partition.gathered(x_BSD, STREAM, ("batch", "sequence", None))
+    return partition.gathered(x_BSD, STREAM, WHOLE)
 
 
 def _stream(x_BSD: jax.Array) -> jax.Array:
-    return partition.split(x_BSD, *STREAM)
+    return partition.scattered(x_BSD, STREAM, WHOLE)

@@ -68,4 +68,4 @@ class GatedMLP(nnx.Module):
         else:
             gate_BSF, up_BSF = self.gate_proj(x_BSD, key[0]), self.up_proj(x_BSD, key[1])
         gate_BSF, up_BSF = (partition.split(x, "batch", "sequence", "tensor") for x in (gate_BSF, up_BSF))
-        return self.down_proj(activation(gate_BSF) * up_BSF, key[2])
+        return self.down_proj(partition.split(activation(gate_BSF) * up_BSF, "batch", "sequence", "tensor"), key[2])

@@ -85,7 +85,8 @@ def gathered(x: jax.Array, stored: tuple[Dimension | None, ...], whole: tuple[Di
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gathered(x: jax.Array, stored: P, whole: P) -> jax.Array:
-    return jax.lax.with_sharding_constraint(x, whole)
+    # The first constraint keeps the gathering from moving up to where x still is in a wider type.
+    return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(x, stored), whole)
 
 
 def _gathered_forward(x: jax.Array, stored: P, whole: P) -> tuple[jax.Array, None]:
@@ -97,6 +98,29 @@ def _gathered_backward(stored: P, whole: P, _: None, grad: jax.Array) -> tuple[j
 
 
 _gathered.defvjp(_gathered_forward, _gathered_backward)
+
+
+def scattered(x: jax.Array, to: tuple[Dimension | None, ...], back: tuple[Dimension | None, ...]) -> jax.Array:
+    """x, of which every device has a summand, added up and brought to lie as `to` says; its gradient comes back as
+    `back` says, once for all who need it.
+    """
+    return x if alone() else _scattered(x, spec(x.shape, to), spec(x.shape, back))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _scattered(x: jax.Array, to: P, back: P) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, to)
+
+
+def _scattered_forward(x: jax.Array, to: P, back: P) -> tuple[jax.Array, None]:
+    return _scattered(x, to, back), None
+
+
+def _scattered_backward(to: P, back: P, _: None, grad: jax.Array) -> tuple[jax.Array]:
+    return (jax.lax.with_sharding_constraint(grad, back),)
+
+
+_scattered.defvjp(_scattered_forward, _scattered_backward)
 
 
 def alone() -> bool:

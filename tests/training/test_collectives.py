@@ -1,0 +1,123 @@
+"""What travels between the chips of a slice in one step, read from the compiled program: what is meant to, no more."""
+
+import collections
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxft import models
+from jaxft.config import AdapterConfig, MeshConfig, OptimConfig
+from jaxft.data.batch import Batch
+from jaxft.objectives.sft import sft_loss
+from jaxft.planning.compile import ENVIRONMENT, compile_step
+from jaxft.planning.costs import costs_of
+from jaxft.planning.hlo import parse
+from jaxft.runs.build import attach_adapter
+from jaxft.sharding.mesh import make_mesh_plan
+from jaxft.training.optim import make_optimizer, make_schedule
+from jaxft.training.state import create
+from jaxft.training.step import make_train_step
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiles for TPU with libtpu")
+
+# Weights of a layer, its tokens on one chip and its whole batch are of very different sizes.
+SIZES = {
+    "model_type": "llama", "vocab_size": 2048, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 128,
+}  # fmt: skip
+ROWS, LENGTH = 8, 128
+LAYER = 4 * 512 * 512 + 3 * 512 * 1024  # elements of a layer's matrices
+
+
+# Bytes of bfloat16.
+WEIGHTS = 3 * LAYER * 2
+TOKENS = ROWS * LENGTH * 512 * 2
+ADAPTERS = 3 * 8 * (4 * 1024 + 3 * 1536) * 2
+
+
+@pytest.fixture
+def transfers(monkeypatch):
+    """transfers(kind, **axes): bytes that a chip receives in a step, by (kind of exchange, axes)."""
+    for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
+        monkeypatch.setenv(name, ENVIRONMENT[name])
+    return received
+
+
+def received(kind, **axes):
+    from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
+    plan = make_mesh_plan(MeshConfig(**axes), devices)
+    optim = OptimConfig(schedule="constant")
+    schedule = make_schedule(optim, 10)
+    tx, made = make_optimizer(optim, schedule), {}
+
+    def start():
+        types = {"dtype": "bfloat16", "param_dtype": "float32" if kind == "none" else "bfloat16", "remat": "full"}
+        module = models.random_model(models.config_from_hf(SIZES), seed=0, **types)
+        attach_adapter(module, AdapterConfig(kind=kind, r=8), 0)
+        made["graphdef"], state = create(module, tx, 0)
+        return state
+
+    def placed(x, sharding):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    shapes = jax.eval_shape(start)
+    state = jax.tree.map(placed, shapes, plan.shardings(shapes))
+    whole, weights = np.zeros((ROWS, LENGTH), np.int32), np.zeros((ROWS, LENGTH), np.float32)
+    batch = jax.tree.map(lambda x: placed(x, plan.batch_sharding()), Batch(whole, whole, weights, whole, whole))
+    step = make_train_step(made["graphdef"], sft_loss, tx, schedule, gradient_dtype=jnp.dtype("bfloat16"))
+    compiled = compile_step(step, state, batch, plan, "O1")
+    costs = costs_of(parse(compiled.text), plan.axes, [device.id for device in plan.mesh.devices.flat])
+    assert not costs.unknown
+    out = collections.Counter()
+    for transfer, times in costs.transfers.items():
+        out[transfer.kind, transfer.axes] += transfer.bytes * times
+    return out
+
+
+def about(number):
+    # Besides, there are norms' scales, sums of the loss and the norm of the gradient.
+    return pytest.approx(number, rel=0.01)
+
+
+def test_full_fine_tuning_gathers_each_weight_twice_and_reduces_its_gradient_once(transfers):
+    got = transfers("none", fsdp=8)
+    others = 7 / 8
+    # The loss brings the tokens to the vocabulary, and their gradients back.
+    assert got.pop(("all-gather", ("fsdp",))) == about((2 * WEIGHTS + TOKENS) * others)
+    assert got.pop(("reduce-scatter", ("fsdp",))) == about((WEIGHTS + TOKENS) * others)
+    # Embedded tokens: each chip looks a part of every row of the table up.
+    assert got.pop(("all-to-all", ("fsdp",))) == about(2 * TOKENS / 8 * others)
+    assert sum(got.values()) < 0.01 * WEIGHTS
+
+
+def test_adapters_gather_the_base_twice_and_reduce_their_own_gradients_alone(transfers):
+    got = transfers("lora", fsdp=8)
+    others = 7 / 8
+    assert got.pop(("all-gather", ("fsdp",))) == about((2 * WEIGHTS + TOKENS + 2 * ADAPTERS) * others)
+    assert got.pop(("reduce-scatter", ("fsdp",))) == about(TOKENS * others)
+    assert got.pop(("all-to-all", ("fsdp",))) == about(TOKENS / 8 * others)
+    # An all-reduce receives twice what a reduce-scatter would.
+    assert sum(got.values()) < 2.3 * ADAPTERS
+
+
+@pytest.mark.parametrize("kind", ["none", "lora"])
+def test_the_tensor_axis_exchanges_tokens_and_fsdp_weights(transfers, kind):
+    got = transfers(kind, fsdp=2, tensor=4)
+    tokens = TOKENS / 2 * 3 / 4  # of a chip's rows, from the three others that share them
+    # Six gatherings a layer, in bfloat16: before attention and before the feed-forward, forward and again, and their
+    # gradients backward. As many ways back, but for the last sum of a layer, which is not computed again.
+    assert got.pop(("all-gather", ("tensor",))) == pytest.approx(6 * 3 * tokens, abs=2.1 * tokens)
+    assert got.pop(("reduce-scatter", ("tensor",))) == pytest.approx(5 * 3 * tokens, abs=1.1 * tokens)
+    adapters = 0 if kind == "none" else 2 * ADAPTERS / 2
+    assert got.pop(("all-gather", ("fsdp",))) == pytest.approx(
+        WEIGHTS / 4 + TOKENS / 2 + adapters, abs=0.02 * WEIGHTS / 4 + adapters
+    )
+    gradients = WEIGHTS / 4 / 2 if kind == "none" else 0
+    assert got.pop(("reduce-scatter", ("fsdp",))) == about(gradients + TOKENS / 2)
+    # The gradient of the tokens by all parts of the vocabulary, embedded tokens, and what is as narrow as the rank.
+    assert sum(got.values()) < 3.5 * tokens + (0 if kind == "none" else 2.3 * ADAPTERS)
