@@ -22,7 +22,7 @@ from jaxft.planning.roofline import StepTime, axis_bandwidths, step_time
 from jaxft.planning.sizes import ModelSizes, sizes_of
 from jaxft.planning.topology import Slices, devices
 from jaxft.runs.build import abstract_of, check_experts, make_mesh, make_step
-from jaxft.sharding.mesh import MeshPlan, _axis_sizes, _filled, auto_mesh
+from jaxft.sharding.mesh import MeshPlan, auto_mesh, axis_sizes, fill_axes
 from jaxft.training.optim import make_optimizer, make_schedule
 from jaxft.training.state import TrainState, create, divide
 
@@ -200,7 +200,7 @@ def _counted(config: RunConfig, model: Any, slices: Slices) -> MeshPlan:
         rows = config.train.batch_size // config.train.accumulation_steps
         length = config.data.max_length
         axes = auto_mesh(slices.devices, rows=rows, slices=slices.count, max_length=length, **heads)
-    filled = _filled(_axis_sizes(axes), slices.devices)
+    filled = fill_axes(axis_sizes(axes), slices.devices)
     mesh = MeshPlan(mesh=jax.sharding.AbstractMesh(tuple(filled.values()), tuple(filled)))
     mesh.check_sizes(max_length=config.data.max_length, **heads)
     check_experts(model, mesh)

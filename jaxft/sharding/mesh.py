@@ -106,7 +106,7 @@ def make_mesh_plan(config: MeshConfig, devices: Sequence[jax.Device] | None = No
     Raises ConfigError where the sizes do not multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    axes = _filled(_axis_sizes(config), len(devices))
+    axes = fill_axes(axis_sizes(config), len(devices))
     slices = len({getattr(device, "slice_index", None) or 0 for device in devices})
     if slices > 1 and axes.get("slice") != slices:
         raise ConfigError(
@@ -144,11 +144,13 @@ def auto_mesh(devices: int, *, rows: int, heads: int, kv_heads: int, max_length:
     )
 
 
-def _axis_sizes(config: Any) -> dict[str, int]:
+def axis_sizes(config: Any) -> dict[str, int]:
+    """What a config says of its axes, in their order."""
     return {name: size for name, size in dataclasses.asdict(config).items() if not isinstance(size, bool)}
 
 
-def _filled(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
+def fill_axes(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
+    """The same with -1 replaced by what remains. Raises ConfigError where they do not multiply to the devices."""
     for axis, size in sizes.items():
         if size == 0 or size < -1:
             raise ConfigError(f"mesh.{axis}={size} must be a positive number of devices, or -1 for the rest")
