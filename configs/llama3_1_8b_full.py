@@ -1,8 +1,11 @@
 """Full fine-tuning of Llama 3.1 8B Instruct: float32 weights and moments, split over all devices.
 
-Meant for accelerators that together hold the weights, their gradients and two moments, all float32. Untested:
-this config has been run only as `:smoke`, never with the real weights nor on an accelerator. Access to the
-weights is granted on the Hugging Face hub; log in first (`hf auth login`). Rows: `--config.data.train=...`.
+Meant for accelerators that together hold the weights, their gradients and two moments, all float32; on 16 chips of
+16 GiB, one sequence each. Compiled for the slice below and run as `:smoke`, but never run with the real weights
+nor on an accelerator. Access to the weights is granted on the Hugging Face hub; log in first (`hf auth login`).
+Rows: `--config.data.train=...`.
+
+Planned for v5e:4x4: no figures yet
 """
 
 from ml_collections import ConfigDict

@@ -1,8 +1,10 @@
 """LoRA on Llama 3.1 8B Instruct, the frozen base in bfloat16, split over all devices.
 
-Meant for one TPU host or a few GPUs. Untested: this config has been run only as `:smoke`, never with the
-real weights nor on an accelerator. Access to the weights is granted on the Hugging Face hub; log in
-first (`hf auth login`). Rows: `--config.data.train=...`.
+Meant for one TPU host, two sequences a chip, or a few GPUs. Compiled for the slice below and run as `:smoke`, but
+never run with the real weights nor on an accelerator. Access to the weights is granted on the Hugging Face hub;
+log in first (`hf auth login`). Rows: `--config.data.train=...`.
+
+Planned for v5e:2x4: 16 x 4,096 tokens, 6.67 of 15.75 GiB HBM, 3,166 tokens/s a chip; 1,000 steps: 0.72 h, USD 6.90
 """
 
 from ml_collections import ConfigDict

@@ -30,7 +30,7 @@ def with_arg(config: ConfigDict, arg: str | None) -> ConfigDict:
     config.train.update(batch_size=8, steps=4, log_every=1)
     # The tiny model has no experts.
     config.router.update(load_balancing=None, z_loss=0.0)
-    config.mesh.expert = 1
+    config.mesh.update(auto=False, slice=1, data=1, fsdp=-1, expert=1, context=1, tensor=1)
     config.train.accumulation_steps = 2 if config.train.accumulation_steps > 1 else 1
     config.optim.update(warmup_steps=None, warmup_ratio=None)
     if config.train.eval_every is not None:

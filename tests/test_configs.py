@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from jaxft import cli
-from jaxft.config import load
+from jaxft.config import MeshConfig, load
 from jaxft.errors import ConfigError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -36,6 +36,7 @@ def test_smoke_keeps_the_method(path: Path) -> None:
     assert smoke.adapter.target_modules == whole.adapter.target_modules
     assert (smoke.optim.name, smoke.optim.schedule) == (whole.optim.name, whole.optim.schedule)
     assert smoke.data.packing == whole.data.packing
+    assert smoke.mesh == MeshConfig()  # which any number of devices takes
 
 
 @by_name

@@ -1,0 +1,42 @@
+"""LoRA on Llama 3.3 70B Instruct, the frozen base in bfloat16, split over all devices.
+
+Meant for 16 chips of 16 GiB: four of them share a sequence, since one alone has no room for a whole one. Compiled
+for the slice below and run as `:smoke`, but never run with the real weights nor on an accelerator. Access to the
+weights is granted on the Hugging Face hub; log in first (`hf auth login`). Rows: `--config.data.train=...`.
+
+Planned for v5e:4x4: no figures yet
+"""
+
+from ml_collections import ConfigDict
+
+from jaxft.config import default_config
+from jaxft.smoke import with_arg
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    config = default_config()
+    config.output_dir = "runs/llama3.3-70b-lora"
+
+    config.model.path = "hf://meta-llama/Llama-3.3-70B-Instruct"
+    config.model.dtype = "bfloat16"
+    config.model.param_dtype = "bfloat16"
+    config.model.remat = "full"
+    config.mesh.fsdp = -1
+    config.mesh.tensor = 4
+
+    config.adapter.r = 16
+    config.adapter.alpha = 32.0
+
+    config.data.train = "data/train.jsonl"
+    config.data.eval_fraction = 0.02
+    config.data.max_length = 4096
+    config.data.truncation = "drop"
+
+    config.optim.learning_rate = 1e-4
+    config.optim.warmup_ratio = 0.03
+
+    config.train.batch_size = 4
+    config.train.eval_every = 50
+    config.checkpoint.every = 50
+    config.checkpoint.best_metric = "eval_loss"
+    return with_arg(config, arg)

@@ -1,0 +1,40 @@
+"""LoRA on Mistral 7B Instruct v0.3, the frozen base in bfloat16, split over all devices.
+
+Meant for one TPU host, two sequences a chip. Compiled for the slice below and run as `:smoke`, but never run with
+the real weights nor on an accelerator. Rows: `--config.data.train=...`.
+
+Planned for v5e:2x4: no figures yet
+"""
+
+from ml_collections import ConfigDict
+
+from jaxft.config import default_config
+from jaxft.smoke import with_arg
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    config = default_config()
+    config.output_dir = "runs/mistral-7b-lora"
+
+    config.model.path = "hf://mistralai/Mistral-7B-Instruct-v0.3"
+    config.model.dtype = "bfloat16"
+    config.model.param_dtype = "bfloat16"
+    config.model.remat = "full"
+    config.mesh.fsdp = -1
+
+    config.adapter.r = 16
+    config.adapter.alpha = 32.0
+
+    config.data.train = "data/train.jsonl"
+    config.data.eval_fraction = 0.02
+    config.data.max_length = 4096
+    config.data.truncation = "drop"
+
+    config.optim.learning_rate = 1e-4
+    config.optim.warmup_ratio = 0.03
+
+    config.train.batch_size = 16
+    config.train.eval_every = 50
+    config.checkpoint.every = 50
+    config.checkpoint.best_metric = "eval_loss"
+    return with_arg(config, arg)
