@@ -12,6 +12,8 @@ BITS = {
 NAME = re.compile(r"%([\w.\-]+)")
 START = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = ")
 HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{\s*$")
+# What a TPU's SparseCore does is marked where it ends: `}, execution_thread="sparsecore"`.
+END = re.compile(r'^\}(?:, execution_thread="[^"]*")?$')
 ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=?]*)\](\{[^{}]*\})?")
 SPACE = re.compile(r"S\((\d+)\)")
 
@@ -141,7 +143,7 @@ def parse(text: str) -> Module:
             if header:
                 current = computations.setdefault(header.group(2), Computation(header.group(2)))
                 entry = current if header.group(1) else entry
-        elif line == "}" or line.startswith("}, execution_thread="):
+        elif END.match(line):
             close()
             current = None
         elif START.match(line):

@@ -1,9 +1,9 @@
-"""FLOPs of one instruction: matrix products, convolutions, and attention kernels, into which the compiler does not see.
+"""FLOPs of one instruction: matrix products, convolutions, and kernels, into which the compiler does not see.
 
 Two for each multiplication and addition. All else (norms, softmax, optimizer) is bound by memory, and counts as bytes.
 """
 
-# N heads, S queries, T keys, H head_dim
+# N heads, S queries, T keys, H head_dim; R rows sorted by expert, E experts, I in, O out
 
 import math
 import re
@@ -22,7 +22,8 @@ IDLE_CALLS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "GatherScatterIndi
               "ConcatBitcast", "SliceId", "ZeroCrop",
               "Sharding", "ConsumeBuffer", "MoveToHost", "MoveToDevice",
               "annotate_device_placement", "TopK", "PartialReduce", "X64", "GetDimensionSize", "LayoutConstraint",
-              "SplitDataTransfer", "__cpu$", "ApproxTopK", "BitonicSort", "PadToStatic", "SliceToDynamic")  # fmt: skip
+              "SplitDataTransfer", "PrepareAsyncCall", "__cpu$", "ApproxTopK", "BitonicSort", "PadToStatic",
+              "SliceToDynamic")  # fmt: skip
 
 
 def dot_flops(result: Array, left: Array, contracting: Sequence[int]) -> int:
@@ -79,6 +80,10 @@ def kernel_flops(call: Instruction, operands: Sequence[Array]) -> int | None:
     """
     if any(name in target_of(call) for name in IDLE_CALLS):
         return 0
+    if call.scope.endswith("ragged-dot-metadata"):
+        return 0
+    if re.search(r"ragged-dot[\w-]*$", call.scope):
+        return _ragged_kernel_flops(call.arrays[0], operands)
     found = re.search(r"splash_m[hq]a_(fwd|dkv|dq)", f"{call.name} {call.scope}")
     if found is None:
         return None
@@ -89,6 +94,13 @@ def kernel_flops(call: Instruction, operands: Sequence[Array]) -> int | None:
     queries, keys, heads_and_rows = q.dims[-2], k.dims[-2], math.prod(q.dims[:-2])
     share = _visited(call, operands, queries, keys)
     return int(SPLASH[kind] * 2 * heads_and_rows * queries * keys * q.dims[-1] * share)
+
+
+def _ragged_kernel_flops(result: Array, operands: Sequence[Array]) -> int:
+    """Of the kernel as which TPUs compile `ragged-dot`: rows [R, I] by matrices [E, I, O], stored either way around, or
+    by other rows [R, O] to gradients of the matrices."""
+    left, right = [array for array in operands if array.dtype in ("bf16", "f32", "f16") and len(array.dims) >= 2][:2]
+    return 2 * left.elements * (result if len(right.dims) == 3 else right).dims[-1]
 
 
 def target_of(call: Instruction) -> str:

@@ -292,3 +292,46 @@ def test_a_kernel_that_is_not_known_is_named():
 def test_a_text_without_entry_is_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
         hlo.parse("HloModule nothing\n")
+
+
+RAGGED = """ENTRY %main (rows: bf16[64,32], matrices: bf16[4,32,16]) -> bf16[64,16] {{
+  %sizes = s32[4]{{0}} constant({{16, 16, 16, 16}})
+  %rows = bf16[64,32]{{1,0}} parameter(0)
+  %matrices = bf16[{matrices}]{{2,1,0}} parameter(1)
+  %others = bf16[64,16]{{1,0}} parameter(2)
+  %plan.1 = s32[5]{{0}} custom-call(%sizes), custom_call_target="tpu_custom_call",
+    metadata={{op_name="ragged-dot-metadata"}}
+  ROOT %kernel.7 = bf16[{result}]{{1,0}} custom-call(%plan.1, %rows, %{second}),
+    custom_call_target="tpu_custom_call", metadata={{op_name="jit(step)/ragged_dot_general/ragged-dot-none"}}
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("matrices", "result", "second"),
+    [("4,32,16", "64,16", "matrices"), ("4,16,32", "64,16", "matrices"), ("4,32,16", "4,32,16", "others")],
+)
+def test_a_kernel_for_experts_multiplies_each_row_once(matrices, result, second):
+    costs = costs_of(hlo.parse(RAGGED.format(matrices=matrices, result=result, second=second)), {"fsdp": 1})
+    assert costs.flops == 2 * 64 * 32 * 16 and not costs.unknown
+
+
+def test_what_a_sparse_core_does_ends_where_it_ends():
+    text = """%inner (a: s32[8]) -> s32[8] {
+  %a = s32[8]{0} parameter(0)
+  ROOT %copy.1 = s32[8]{0} copy(%a)
+}, execution_thread="sparsecore"
+
+%after (b: s32[8]) -> s32[8] {
+  %b = s32[8]{0} parameter(0)
+  ROOT %copy.2 = s32[8]{0} copy(%b)
+}
+
+ENTRY %main (c: s32[8]) -> s32[8] {
+  %c = s32[8]{0} parameter(0)
+  ROOT %both = s32[8]{0} fusion(%c), kind=kLoop, calls=%after
+}
+"""
+    module = hlo.parse(text)
+    assert {name: len(c.instructions) for name, c in module.computations.items()} == {"inner": 2, "after": 2, "main": 2}
+    assert costs_of(module, {"fsdp": 1}).hbm_bytes == 2 * 8 * 4
