@@ -1,9 +1,8 @@
 """LoRA on the language model of Gemma 3 12B, the frozen base in bfloat16, split over all devices.
 
 The image tower is left out; the adapter is written for the whole folder. Meant for one TPU host, two sequences a
-chip. Compiled for the slice below and run as `:smoke`, but never run with the real weights nor on an accelerator.
-Access to the weights is granted on the Hugging Face hub; log in first (`hf auth login`). Rows:
-`--config.data.train=...`.
+chip. Compiled for the slice below, but never run with the real weights nor on an accelerator. Access to the
+weights is granted on the Hugging Face hub; log in first (`hf auth login`). Rows: `--config.data.train=...`.
 
 Planned for v5e:2x4: no figures yet
 """

@@ -1,8 +1,8 @@
 """Full fine-tuning of Llama 3.3 70B Instruct: float32 weights and moments, split over all devices.
 
-Meant for 16 chips of 95 GiB, one sequence each. Compiled for the slice below and run as `:smoke`, but never run
-with the real weights nor on an accelerator. Access to the weights is granted on the Hugging Face hub; log in first
-(`hf auth login`). Rows: `--config.data.train=...`.
+Meant for 16 chips of 95 GiB, one sequence each. Compiled for the slice below, but never run with the real weights
+nor on an accelerator. Access to the weights is granted on the Hugging Face hub; log in first (`hf auth login`).
+Rows: `--config.data.train=...`.
 
 Planned for v5p:2x2x4: no figures yet
 """

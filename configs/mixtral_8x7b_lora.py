@@ -1,8 +1,8 @@
 """LoRA on the attention of Mixtral 8x7B Instruct, the frozen base in bfloat16, split over all devices.
 
 Experts and routers stay as they are. Meant for one TPU host, four sequences a chip: each gathers the experts of a
-layer to use them, which more rows pay back. Compiled for the slice below and run as `:smoke`, but never run with
-the real weights nor on an accelerator. Rows: `--config.data.train=...`.
+layer to use them, which more rows pay back. Compiled for the slice below, but never run with the real weights nor
+on an accelerator. Rows: `--config.data.train=...`.
 
 Planned for v5p:2x2x1: no figures yet
 """

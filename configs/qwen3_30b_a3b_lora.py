@@ -1,8 +1,8 @@
 """LoRA on the attention of Qwen3 30B-A3B, the frozen base in bfloat16, split over all devices.
 
 Experts and routers stay as they are. Meant for 16 chips of 16 GiB, two sequences each: every chip gathers the
-experts of a layer to use them, which more rows pay back. Compiled for the slice below and run as `:smoke`, but
-never run with the real weights nor on an accelerator. Rows: `--config.data.train=...`.
+experts of a layer to use them, which more rows pay back. Compiled for the slice below, but never run with the real
+weights nor on an accelerator. Rows: `--config.data.train=...`.
 
 Planned for v5e:4x4: 32 x 4,096 tokens, 7.90 of 15.75 GiB HBM, 3,344 tokens/s a chip; 1,000 steps: 0.68 h, USD 13.06
 """

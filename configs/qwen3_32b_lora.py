@@ -1,7 +1,7 @@
 """LoRA on Qwen3 32B, the frozen base in bfloat16, split over all devices.
 
-Meant for 16 chips of 16 GiB, one sequence each. Compiled for the slice below and run as `:smoke`, but never run
-with the real weights nor on an accelerator. Rows: `--config.data.train=...`.
+Meant for 16 chips of 16 GiB, one sequence each. Compiled for the slice below, but never run with the real weights
+nor on an accelerator. Rows: `--config.data.train=...`.
 
 Planned for v5e:4x4: no figures yet
 """
