@@ -16,7 +16,7 @@ from jaxft.adapters.lora import LoRA, LoRASettings, beside
 from jaxft.checkpoint import hf
 from jaxft.checkpoint.hf import read_json
 from jaxft.checkpoint.load import LoadedModel, hf_config_of, load_model, random_model, resolve
-from jaxft.config import AdapterConfig, MeshConfig, RunConfig
+from jaxft.config import AdapterConfig, RunConfig
 from jaxft.data.tokenizer import load_tokenizer
 from jaxft.errors import ConfigError, ModelError
 from jaxft.nn.linear import Linear
@@ -146,10 +146,8 @@ def _draw_weights(config: RunConfig, folder: Path) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     dtype = _storage(config)
-    # By itself, whatever the run's mesh is: of several processes only one draws.
-    with make_mesh_plan(MeshConfig(), jax.local_devices()[:1]).active():
-        drawn = random_model(config.model.path, seed=config.seed, dtype=dtype, param_dtype=dtype)
-        hf.write_weights(drawn.module, str(folder))
+    drawn = random_model(config.model.path, seed=config.seed, dtype=dtype, param_dtype=dtype)
+    hf.write_weights(drawn.module, str(folder))
     load_tokenizer(config.model.path).save(folder)
     # Last: its presence says that the folder is whole.
     hf.write_config(str(folder), drawn.hf_config, dtype=dtype)
