@@ -43,7 +43,10 @@ def test_a_config_for_a_slice_says_what_was_planned(path: Path) -> None:
     planned, config = make_plans.read(path), load(str(path))
     slices = parse(planned.topology)
     assert (planned.batch_size, planned.max_length) == (config.train.batch_size, config.data.max_length)
-    assert 0 < planned.used < planned.limit <= slices.chip.hbm_bytes / 2**30
+    assert 0 < planned.used <= planned.limit
+    assert planned.limit == pytest.approx(
+        slices.chip.hbm_bytes / slices.chip.devices / 2**30, abs=0.006
+    )  # two decimals
     # Time and money follow from the speed and the table of prices.
     tokens = 1000 * planned.batch_size * planned.max_length
     assert planned.hours == pytest.approx(tokens / planned.speed / slices.chips / 3600, rel=1e-3, abs=0.006)
