@@ -32,7 +32,9 @@ def causal_attention(
     shards, head_shards = partition.ways("sequence"), partition.ways("tensor")
     kernel = None
     if partition.platform() == "tpu" and splash.fits(length, shards):
-        kernel = splash.kernel(length, length, heads, form, head_shards=head_shards, shards=shards)
+        kernel = splash.kernel(
+            length, length, heads, form, head_dim=q_BSNH.shape[-1], head_shards=head_shards, shards=shards
+        )
     if partition.alone():
         return _part(kernel, q_BSNH, k_BSKH, v_BSKH, segments_BS, segments_BS, form, sinks_N, None)
 

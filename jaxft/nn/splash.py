@@ -26,7 +26,15 @@ def fits(length: int, shards: int) -> bool:
 
 
 def kernel(
-    queries: int, keys: int, heads: int, form: ScoreForm, *, head_shards: int, shards: int, interpret: bool = False
+    queries: int,
+    keys: int,
+    heads: int,
+    form: ScoreForm,
+    *,
+    head_dim: int,
+    head_shards: int,
+    shards: int,
+    interpret: bool = False,
 ) -> Kernel:
     """The kernel for rows of whole length, a pytree whose leaves say which blocks to visit.
 
@@ -37,9 +45,11 @@ def kernel(
     else:
         mask = masks.LocalMask((queries, keys), window_size=(form.window - 1, 0), offset=0, shard_count=shards)
     query_block, key_block = _block(QUERY_BLOCK, queries // shards), _block(KEY_BLOCK, keys)
+    # Of wider heads, the gradients of keys and values leave less room for scores: a part of the block at a time.
+    key_part = key_block if head_dim <= LANES else _block(KEY_BLOCK // 2, key_block)
     sizes = splash.BlockSizes(
         block_q=query_block, block_kv=key_block, block_kv_compute=key_block,
-        block_q_dkv=query_block, block_kv_dkv=key_block, block_kv_dkv_compute=key_block,
+        block_q_dkv=query_block, block_kv_dkv=key_block, block_kv_dkv_compute=key_part,
         block_q_dq=query_block, block_kv_dq=key_block,
     )  # fmt: skip
     return splash.make_splash_mha(

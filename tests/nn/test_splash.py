@@ -31,10 +31,19 @@ def plain(q, k, v, form, sinks):
 
 
 def by_kernel(q, k, v, form, sinks):
-    kernel = splash.kernel(LENGTH, LENGTH, q.shape[2], form, head_shards=1, shards=1, interpret=True)
+    heads, head_dim = q.shape[2:]
+    kernel = splash.kernel(LENGTH, LENGTH, heads, form, head_dim=head_dim, head_shards=1, shards=1, interpret=True)
     return splash.attention(kernel, q, k, v, SEGMENTS, SEGMENTS, form, sinks)
 
 
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """A row is a block, of which wide heads take a half at a time."""
+    monkeypatch.setattr(splash, "QUERY_BLOCK", 256)
+    monkeypatch.setattr(splash, "KEY_BLOCK", 256)
+
+
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize(
     ("form", "sinks", "sizes"),
     [
@@ -44,8 +53,9 @@ def by_kernel(q, k, v, form, sinks):
         (ScoreForm(softcap=5.0, scale=0.3), False, {}),
         (ScoreForm(window=70), True, {}),
         (PLAIN, False, {"head_dim": 96}),
+        (ScoreForm(window=70), False, {"head_dim": 256}),
     ],
-    ids=["grouped", "one head each", "window", "soft cap", "sinks", "odd heads"],
+    ids=["grouped", "one head each", "window", "soft cap", "sinks", "odd heads", "wide heads"],
 )
 def test_the_kernel_is_plain_attention(form, sinks, sizes):
     q, k, v, sink_scores = drawn(**sizes)
