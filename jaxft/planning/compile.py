@@ -113,8 +113,10 @@ def _allocated(reports: Path) -> int | None:
 
 
 def too_large(message: str) -> TooLarge | None:
-    """What the compiler's message says of memory, None for an error of another kind."""
-    if "RESOURCE_EXHAUSTED" not in message:
+    """What the compiler's message says of main memory, None for an error of another kind: a kernel that wants more
+    vector memory than a core has is no step that is too large.
+    """
+    if "RESOURCE_EXHAUSTED" not in message or "vmem" in message.lower():
         return None
     size = r"([\d.]+)([KMGT]?)B?"
     used = re.search(rf"Used {size} of {size} hbm", message)

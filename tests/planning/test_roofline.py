@@ -99,3 +99,5 @@ def test_the_compilers_message_for_too_large_a_step_is_read():
     assert (found.used, found.temporaries, found.limit) == (None, int(62.98 * 2**30), int(15.75 * 2**30))
     assert too_large("RESOURCE_EXHAUSTED: something else").used is None
     assert too_large("INTERNAL: a bug") is None
+    # A kernel's vector memory is another matter than the chip's main memory.
+    assert too_large("RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom: Ran out of memory in memory space vmem") is None
