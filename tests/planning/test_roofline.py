@@ -100,4 +100,4 @@ def test_the_compilers_message_for_too_large_a_step_is_read():
     assert too_large("RESOURCE_EXHAUSTED: something else").used is None
     assert too_large("INTERNAL: a bug") is None
     # A kernel's vector memory is another matter than the chip's main memory.
-    assert too_large("RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom: Ran out of memory in memory space vmem") is None
+    assert too_large("RESOURCE_EXHAUSTED: E1001: Ran out of memory in memory space vmem while allocating") is None
