@@ -48,8 +48,9 @@ def _gpu(name: str, memory: float, tflops: float, int8: float, bandwidth: float,
     )  # fmt: skip
 
 
-# Google Cloud's pages cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, read November 2026: bf16 and int8 peak, HBM
-# bandwidth, interconnect a chip (given for both directions of all its links together), torus, pod size, DCN of a pod.
+# What Google Cloud's pages cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x} say: bf16 and int8 peak, HBM bandwidth,
+# interconnect a chip (given for both directions of all its links together), torus, pod size, DCN of a pod. Only v5e's
+# page was read for this table, in November 2026; the others' figures are from memory, not checked against theirs.
 # hbm_bytes: what libtpu 0.0.42.1 names as available to a program that is too large.
 _TPUS = (
     # 275 TFLOPs, 1200 GBps, 3D torus, 300 GBps of links in one direction (6 of 50).
@@ -70,7 +71,8 @@ _TPUS = (
          link_bandwidth=100 * GIGA, dimensions=3, full_ring=4, dcn_bandwidth=12.5 * GIGA, largest=9216, devices=2,
          cores=2),
 )  # fmt: skip
-# NVIDIA's data sheets of each product: memory in GB, dense bf16 TFLOPs with float32 sums, int8 TOPs, memory GB/s,
+# From memory of NVIDIA's data sheets of each product, not checked against them: memory in GB, dense bf16 TFLOPs with
+# float32 sums, int8 TOPs, memory GB/s,
 # NVLink GB/s both ways (PCIe where there is none), network GB/s a GPU of usual 8-GPU machines.
 _GPUS = (
     _gpu("a100-40", 40, 312, 624, 1555, 600, 12.5),
