@@ -33,6 +33,7 @@ class ModelConfig:
     random_init: bool = False  # take only the shapes from path; draw the weights from `seed`
     dtype: str = "float32"  # of activations and matrix products
     param_dtype: str = "float32"  # of frozen parameters; trained ones are always float32
+    quantization: str | None = None  # of the frozen linear layers under an adapter, while loading (QLoRA)
     remat: str = "none"
 
 

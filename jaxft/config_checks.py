@@ -9,6 +9,7 @@ from jaxft.errors import ConfigError, did_you_mean
 DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = ("none", "full", "attention", "dots", "offload")
 ADAPTERS = ("none", "lora")
+QUANTIZATIONS = ("nf4", "nf4-dq", "int8", "int4")
 OPTIMIZERS = ("adamw",)
 SCHEDULES = ("constant", "linear", "cosine")
 FORMATS = ("auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text")
@@ -17,7 +18,8 @@ TRUNCATION = ("refuse", "drop", "right")
 EVAL_FIGURES = ("eval_loss", "eval_perplexity", "eval_mean_token_accuracy")
 METRICS = ("exact_match", "json_valid", "json_exact")
 CHOICES = {
-    "model.dtype": DTYPES, "model.param_dtype": DTYPES, "model.remat": REMAT_POLICIES, "adapter.kind": ADAPTERS,
+    "model.dtype": DTYPES, "model.param_dtype": DTYPES, "model.remat": REMAT_POLICIES,
+    "model.quantization": QUANTIZATIONS, "adapter.kind": ADAPTERS,
     "data.format": FORMATS, "data.train_on": TRAIN_ON, "data.truncation": TRUNCATION, "optim.name": OPTIMIZERS,
     "optim.schedule": SCHEDULES, "optim.moments_dtype": DTYPES, "train.gradient_dtype": DTYPES,
     "checkpoint.best_mode": ("min", "max"), "checkpoint.best_metric": EVAL_FIGURES, "eval.metric": METRICS,
@@ -69,6 +71,11 @@ def _check_step(config: Any) -> None:
         raise ConfigError(
             f"train.batch_size={train.batch_size} does not divide into "
             f"train.accumulation_steps={train.accumulation_steps} equal micro-batches"
+        )
+    if config.model.quantization and config.adapter.kind == "none":
+        raise ConfigError(
+            f"model.quantization={config.model.quantization!r} is of weights that stand still, but adapter.kind='none' "
+            "trains them all: set adapter.kind='lora', or model.quantization to None"
         )
     if config.adapter.kind != "none" and not config.adapter.targets:
         raise ConfigError("adapter.target_modules is empty: give 'all-linear' or names such as 'q_proj,v_proj'")

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "jaxft"
 FLOORS = {
-    "errors": 0, "config": 0, "config_checks": 0, "trees": 0, "assets": 0, "gguf_header": 0,
+    "errors": 0, "config": 0, "config_checks": 0, "trees": 0, "assets": 0, "gguf_header": 0, "quant": 0,
     "nn": 1, "smoke": 1,
     "models": 2, "adapters": 2,
     "sharding": 3, "checkpoint": 3, "data": 3,

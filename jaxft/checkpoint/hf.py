@@ -15,11 +15,13 @@ from flax import nnx
 from jaxft.adapters.attach import adapters
 from jaxft.checkpoint.finite import Finite
 from jaxft.checkpoint.paths import read_json as read_json
+from jaxft.checkpoint.quantise_on_load import quantised_array
 from jaxft.checkpoint.safetensors_writer import LazyTensor, gather_sharded, write_sharded
 from jaxft.checkpoint.tensors import TensorSource, TensorSpec
 from jaxft.errors import CheckpointError
 from jaxft.models.tensor_map import Piece, Placed, place
 from jaxft.nn.stack import group_layers
+from jaxft.quant import Format, QuantizedArray, dense, is_quantised
 from jaxft.sharding.arrays import to_host
 from jaxft.sharding.processes import primary
 from jaxft.trees import flatten
@@ -37,25 +39,34 @@ def placed_tensors(model: nnx.Module) -> dict[str, Placed]:
     return {placed.path: placed for placed in place(model.config.tensors(), groups)}
 
 
-def load_weights(model: nnx.Module, source: TensorSource, shardings: Mapping[str, Any] | None = None) -> nnx.Module:
+def load_weights(
+    model: nnx.Module,
+    source: TensorSource,
+    shardings: Mapping[str, Any] | None = None,
+    format: Format | None = None,
+) -> nnx.Module:
     """The abstract model with the source's weights, cast to the parameter types that the model declares.
 
-    model: from `models.abstract_model`. shardings: NamedSharding by path; one device where None. Only
+    model: from `models.abstract_model`. format: that its quantised kernels have. shardings: NamedSharding by path, of
+    a quantised kernel one for each of its arrays; one device where None. Only
     the slices that this process's devices hold are read, parameter by parameter: host memory beyond the
     arrays themselves stays below one parameter's part in this process and one tensor of the source.
     Raises CheckpointError listing every missing, unexpected and misshapen tensor, before reading any, and for one with
     NaN or infinite values when it is read.
     """
     graphdef, state = nnx.split(model)
-    leaves, treedef = flatten(state)
+    leaves, treedef = flatten(state, is_quantised)
     table = placed_tensors(model)
     check_tensors(leaves, table, source)
     source = Finite(source)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    arrays = [
-        _placed_array(table[path], source, leaf, device if shardings is None else shardings[path])
-        for path, leaf in leaves.items()
-    ]
+    arrays = []
+    for path, leaf in leaves.items():
+        where = jax.tree.map(lambda _: device, leaf) if shardings is None else shardings[path]
+        if isinstance(leaf, QuantizedArray):
+            arrays.append(quantised_array(table[path], source, leaf, where, format, _placed_array))
+        else:
+            arrays.append(_placed_array(table[path], source, leaf, where))
     return nnx.merge(graphdef, jax.tree.unflatten(treedef, arrays))
 
 
@@ -89,12 +100,13 @@ def hf_tensors(model: nnx.Module, dtype: str | None = None) -> dict[str, LazyTen
 
     dtype: stored type, the parameters' own where None.
     """
-    leaves, _ = flatten(nnx.state(model))
+    leaves, _ = flatten(nnx.state(model), is_quantised)
     attached = {f"{path}/kernel": adapter for path, adapter in adapters(model).items()}
     out = {}
     for path, placed in placed_tensors(model).items():
         leaf = leaves[path]
-        target = np.dtype(dtype or leaf.dtype)
+        # What is quantised is written in the type of computation.
+        target = np.dtype(dtype or (model.dtype if is_quantised(leaf) else leaf.dtype))
         for piece in placed.pieces:
             shape = hf_shape(placed, piece, leaf.shape)
             out[piece.hf] = (TensorSpec(shape, target), _maker(leaf, attached.get(path), placed, piece, target))
@@ -229,8 +241,10 @@ def _maker(leaf: jax.Array, adapter: Any, placed: Placed, piece: Piece, dtype: n
     def make() -> np.ndarray:
         out = np.empty(hf_shape(placed, piece, leaf.shape), dtype)
         for index, value in _parts(leaf, piece, whole=adapter is not None):
+            if adapter is not None or is_quantised(value):
+                value = dense(value, jnp.float32)
             if adapter is not None:
-                value = value.astype(jnp.float32) + adapter.delta(piece.layer)
+                value = value + adapter.delta(piece.layer)
             part = placed.transform.to_hf(to_host(value.astype(dtype)))
             copy_into(out[placed.transform.hf_index(index)], part)
         return out

@@ -22,6 +22,7 @@ from jaxft.checkpoint.tensors import SafetensorsFolder, TensorSource
 from jaxft.checkpoint.text_part import TextPart
 from jaxft.errors import CheckpointError, ModelError
 from jaxft.models.nested import OUTERS
+from jaxft.quant import FORMATS, is_quantised
 from jaxft.sharding.arrays import spread, to_host
 from jaxft.sharding.mesh import MeshPlan
 from jaxft.trees import flatten
@@ -34,7 +35,7 @@ class LoadedModel:
     module: the nnx model. hf_config: its config.json. base: path of the base weights. adapter: path of
     the PEFT folder that was attached, or None. generation: its generation_config.json, where it has one, or what a
     GGUF file says of the same. left_out: where the base is nested in a model that takes images too, what of that was
-    left out, in words.
+    left out, in words. quantization: the format of its frozen kernels; None: they are dense.
     """
 
     module: Any
@@ -43,6 +44,7 @@ class LoadedModel:
     adapter: str | None = None
     generation: dict[str, Any] | None = None
     left_out: str | None = None
+    quantization: str | None = None
 
     def logits(self, tokens_BS: Any) -> np.ndarray:
         """[B, S, V] float32 for token ids [B, S]. Raises ModelError for ids outside the vocabulary."""
@@ -74,15 +76,18 @@ def load_model(
     remat: str = "none",
     revision: str | None = None,
     mesh: MeshPlan | None = None,
+    quantization: str | None = None,
 ) -> LoadedModel:
     """A Hugging Face, PEFT (with its base), Orbax or run folder, a GGUF file, or hf://owner/name[@revision].
 
     A Hugging Face folder may also be at an address such as gs://bucket/model, of which only what this
     process needs is read.
     dtype: of computation. param_dtype: of storage, dtype where None. mesh: where the parameters go,
-    one device where None. Raises CheckpointError or ModelError for what is not understood or damaged.
+    one device where None. quantization: a name of `quant.FORMATS`, in which the kernels of linear layers are kept
+    from the moment that they are read. Raises CheckpointError or ModelError for what is not understood or damaged.
     """
     options = {"dtype": dtype, "param_dtype": param_dtype or dtype, "remat": remat, "mesh": mesh}
+    options["quantization"] = quantization
     named, path = path, resolve(path, revision)
     if is_file(os.path.join(path, peft.CONFIG)):
         base = base_of(path)
@@ -94,12 +99,14 @@ def load_model(
         loaded.adapter = path
         return loaded
     hf_config, source, generation = open_weights(path)
-    model = models.abstract_model(
-        models.config_from_hf(hf_config), dtype=dtype, param_dtype=options["param_dtype"], remat=remat
-    )
-    module = load_weights(model, source, None if mesh is None else shardings_by_path(model, mesh))
+    types = {"dtype": dtype, "param_dtype": options["param_dtype"], "remat": remat, "quantization": quantization}
+    model = models.abstract_model(models.config_from_hf(hf_config), **types)
+    format = None if quantization is None else FORMATS[quantization]
+    module = load_weights(model, source, None if mesh is None else shardings_by_path(model, mesh), format)
     base = named if named.startswith(HUB) else path
-    return LoadedModel(module, hf_config, base, generation=generation, left_out=left_out(source))
+    return LoadedModel(
+        module, hf_config, base, generation=generation, left_out=left_out(source), quantization=quantization
+    )
 
 
 def random_model(path: str, *, seed: int, dtype: str, param_dtype: str, remat: str = "none") -> LoadedModel:
@@ -192,4 +199,4 @@ def base_of(folder: str) -> str:
 
 def shardings_by_path(model: nnx.Module, mesh: MeshPlan) -> dict[str, Any]:
     """The NamedSharding of every parameter by its path."""
-    return flatten(mesh.shardings(nnx.state(model)))[0]
+    return flatten(mesh.shardings(nnx.state(model)), is_quantised)[0]

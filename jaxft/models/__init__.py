@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import math
 import pkgutil
 from collections.abc import Mapping
 from types import ModuleType
@@ -13,6 +14,8 @@ from flax import nnx
 
 from jaxft.errors import ModelError, did_you_mean
 from jaxft.models import nested
+from jaxft.nn.quantised import quantise
+from jaxft.quant import FORMATS, is_quantised
 
 
 @functools.cache
@@ -50,25 +53,35 @@ def text_config(hf: Mapping[str, Any], *, own_head: bool | None = None) -> dict[
     return config_from_hf(inner).to_hf() | {k: v for k, v in inner.items() if k in nested.SHARED}
 
 
-def abstract_model(config: Any, *, dtype: str = "float32", param_dtype: str = "float32", remat: str = "none") -> Any:
-    """The model with ShapeDtypeStructs for parameters: any size, no memory."""
-    return nnx.eval_shape(lambda: random_model(config, dtype=dtype, param_dtype=param_dtype, remat=remat, seed=0))
+def abstract_model(config: Any, **options: Any) -> Any:
+    """`random_model` with ShapeDtypeStructs for parameters: any size, no memory."""
+    return nnx.eval_shape(lambda: random_model(config, seed=0, **options))
 
 
 def random_model(
-    config: Any, *, dtype: str = "float32", param_dtype: str = "float32", remat: str = "none", seed: int
+    config: Any,
+    *,
+    dtype: str = "float32",
+    param_dtype: str = "float32",
+    remat: str = "none",
+    quantization: str | None = None,
+    seed: int,
 ) -> Any:
-    """The model with freshly drawn parameters."""
+    """The model with freshly drawn parameters. quantization: a name of `quant.FORMATS`, for its linear layers."""
     module = importlib.import_module(type(config).__module__)
-    return module.Model(
+    model = module.Model(
         config,
         dtype=jnp.dtype(dtype),
         param_dtype=jnp.dtype(param_dtype),
         remat=remat,
         rngs=nnx.Rngs(params=jax.random.key(seed)),
     )
+    if quantization is not None:
+        quantise(model, FORMATS[quantization])
+    return model
 
 
 def parameter_count(model: Any) -> int:
     """Numbers in all parameters, adapters included."""
-    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    leaves = jax.tree.leaves(nnx.state(model, nnx.Param), is_leaf=is_quantised)
+    return sum(math.prod(leaf.shape) for leaf in leaves)

@@ -2,6 +2,7 @@
 
 # B batch, S sequence, I inputs, O outputs, D model, V vocab
 
+from functools import partial
 from typing import Literal
 
 import jax
@@ -10,6 +11,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxft.nn import partition
+from jaxft.nn.frozen import through
+from jaxft.quant import QuantizedArray
 
 # Which side of a kernel the tensor axis splits, and with that how it is stored and how it is multiplied with.
 STORED = {"outputs": ("weight", "tensor"), "inputs": ("tensor", "weight")}
@@ -22,8 +25,9 @@ LOOKED_UP = ("replica", None, "weight")
 class Linear(nnx.Module):
     """`y = x @ kernel (+ bias)`, then the adapter's correction where one is attached.
 
-    kernel: [I, O]. x: [..., I], computed in `dtype`. keep: name under which rematerialisation policies
-    find the result, for layers whose result the backward pass reads. parted: the side that the tensor axis splits.
+    kernel: [I, O], an array or a QuantizedArray, which stays still. x: [..., I], computed in `dtype`. keep: name under
+    which rematerialisation policies find the result, for layers whose result the backward pass reads. parted: the side
+    that the tensor axis splits.
     Layers under a scan hold a leading stack axis in every parameter and are called on one slice of it.
     """
 
@@ -50,7 +54,10 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         kernel = self.kernel.get_value()
         x = x.astype(self.dtype)
-        y = x @ partition.gathered(kernel.astype(self.dtype), STORED[self.parted], WHOLE[self.parted])
+        if isinstance(kernel, QuantizedArray):
+            y = through(jnp.matmul, partial(_gathered, self.parted), x, kernel)
+        else:
+            y = x @ partition.gathered(kernel.astype(self.dtype), STORED[self.parted], WHOLE[self.parted])
         if self.bias is not None:
             bias = self.bias.get_value().astype(self.dtype)
             y = y + partition.gathered(bias, BIAS_STORED[self.parted], WHOLE[self.parted][1:])
@@ -64,6 +71,11 @@ class Linear(nnx.Module):
         if self.adapter is None:
             return own
         return own | {f"adapter/{path}": dimensions for path, dimensions in self.adapter.stored().items()}
+
+
+def _gathered(parted: str, kernel: QuantizedArray) -> QuantizedArray:
+    # Codes travel, not what they mean: a quarter of the bytes.
+    return kernel.each(lambda part: partition.gathered(part, STORED[parted], WHOLE[parted]))
 
 
 class Embedding(nnx.Module):

@@ -13,8 +13,10 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxft.nn import moe_sharded
+from jaxft.nn.frozen import through
 from jaxft.nn.mlp import ACTIVATIONS, ClampedSwiGLU
 from jaxft.nn.router_sums import RouterSums
+from jaxft.quant import QuantizedArray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +84,7 @@ class Router(nnx.Module):
 
 
 class ExpertLinear(nnx.Module):
-    """One linear map for each expert. kernel: [E, I, O]. bias: [E, O] or None."""
+    """One linear map for each expert. kernel: [E, I, O], an array or a QuantizedArray. bias: [E, O] or None."""
 
     def __init__(
         self, experts: int, inputs: int, outputs: int, *, use_bias: bool, stddev: float, dtype: jnp.dtype,
@@ -95,7 +97,11 @@ class ExpertLinear(nnx.Module):
 
     def __call__(self, x: jax.Array, sizes_E: jax.Array) -> jax.Array:
         """x: [R, I], the rows of expert 0 first, sizes_E of them, then those of expert 1 and so on -> [R, O]."""
-        y = jax.lax.ragged_dot(x.astype(self.dtype), self.kernel.get_value().astype(self.dtype), sizes_E)
+        x, kernel = x.astype(self.dtype), self.kernel.get_value()
+        if isinstance(kernel, QuantizedArray):
+            y = through(jax.lax.ragged_dot, lambda kernel: kernel, x, kernel, sizes_E)
+        else:
+            y = jax.lax.ragged_dot(x, kernel.astype(self.dtype), sizes_E)
         if self.bias is None:
             return y
         # As the kernel of one input more that is always 1: the gradient is then a grouped matmul too, not a scatter.

@@ -29,6 +29,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from jaxft.nn import partition
+from jaxft.quant import kernel_path
 from jaxft.trees import path_str
 
 EXPERT = "expert"
@@ -61,14 +62,17 @@ def on_mesh(work: Callable[[nnx.Module, jax.Array], Any], layer: nnx.Module, x_B
     """
     graphdef, state = nnx.split(layer)
     flat, treedef = jax.tree_util.tree_flatten_with_path(state)
-    stored = [_stored(path_str(path), x.ndim) for path, x in flat]
+    paths = [path_str(path) for path, _ in flat]
+    stored = [_stored(path, x.ndim) for path, (_, x) in zip(paths, flat, strict=True)]
+    types = [layer.dtype if kernel_path(path) == path else x.dtype for path, (_, x) in zip(paths, flat, strict=True)]
     # Whole where the axes do not divide a dimension, as the rules leave small arrays whole.
     specs = [partition.spec(x.shape, dimensions, uneven=None) for (_, x), dimensions in zip(flat, stored, strict=True)]
     rows = partition.spec(x_BSD.shape, ROWS)
 
     def local(leaves: list[jax.Array], x_BSD: jax.Array) -> Any:
-        lies = zip(leaves, specs, stored, strict=True)
-        whole = [_gather(x, spec, dimensions, layer.dtype) for x, spec, dimensions in lies]
+        # Weights in the type that they are used in, codes as they are.
+        cast = [x.astype(dtype) for x, dtype in zip(leaves, types, strict=True)]
+        whole = [_gather(x, spec, dimensions) for x, spec, dimensions in zip(cast, specs, stored, strict=True)]
         done = work(nnx.merge(graphdef, treedef.unflatten(whole)), x_BSD.reshape(-1, x_BSD.shape[-1]))
         return jax.tree.map(lambda y: y.reshape(*x_BSD.shape[:2], *y.shape[1:]), done)
 
@@ -113,12 +117,13 @@ def together(
 
 
 def _stored(path: str, dimensions: int) -> tuple[partition.Dimension | None, ...]:
-    *_, module, name = path.split("/")
+    *_, module, name = kernel_path(path).split("/")
+    if name in ("largest", "mean"):  # of an expert's compressed scales
+        return ("expert",) + (None,) * (dimensions - 1)
     return STORED.get(f"{module}/{name}", (None,) * dimensions)
 
 
-def _gather(x: jax.Array, spec: P, stored: tuple[partition.Dimension | None, ...], dtype: jnp.dtype) -> jax.Array:
-    x = x.astype(dtype)  # before it travels
+def _gather(x: jax.Array, spec: P, stored: tuple[partition.Dimension | None, ...]) -> jax.Array:
     for dimension, (entry, name) in enumerate(zip(spec, stored, strict=True)):
         axes = partition.names(entry)
         if axes and name != EXPERT:  # a device's experts are its own

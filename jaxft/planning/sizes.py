@@ -9,6 +9,7 @@ from typing import Any
 from flax import nnx
 
 from jaxft.nn.attention import Attention
+from jaxft.quant import is_quantised
 from jaxft.trees import flatten
 
 
@@ -59,7 +60,7 @@ def _seen(length: int, look: Looks) -> int:
 
 def sizes_of(model: Any) -> ModelSizes:
     """Of a model, abstract or not, with or without adapters."""
-    leaves, _ = flatten(nnx.state(model, nnx.Param))
+    leaves, _ = flatten(nnx.state(model, nnx.Param), is_quantised)
     chosen = getattr(model.config, "num_experts_per_tok", 1)
     parameters = active = adapter = outputs = 0
     tied = True

@@ -42,7 +42,7 @@ def build_model(config: RunConfig, mesh: MeshPlan | None = None, *, random_base:
     if model.random_init:
         path = str(random_base or Path(config.output_dir) / files.BASE)
         agreed(lambda: _draw_weights(config, Path(path)))
-    loaded = load_model(path, revision=model.revision, mesh=mesh, **types)
+    loaded = load_model(path, revision=model.revision, mesh=mesh, quantization=model.quantization, **types)
     if loaded.adapter is not None:
         raise ConfigError(
             f"model.path {model.path} is a PEFT folder. To train further, first merge it: "
@@ -74,7 +74,7 @@ def abstract_of(hf_config: Any, config: RunConfig) -> Any:
 
     def make() -> Any:
         types = {"dtype": config.model.dtype, "param_dtype": _storage(config), "remat": config.model.remat}
-        model = models.random_model(family, seed=0, **types)
+        model = models.random_model(family, seed=0, quantization=config.model.quantization, **types)
         attach_adapter(model, config.adapter, config.seed)
         return model
 

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxft.errors import ConfigError, did_you_mean
 from jaxft.nn.partition import AXES
+from jaxft.quant import kernel_path
 
 BIG = 2**16  # elements; a larger array must be split when fsdp > 1
 SHOWN = 8  # offenders listed in one error
@@ -28,6 +29,7 @@ class Rule(NamedTuple):
     """`(pattern, spec)`; an optional rule may match nothing.
 
     dims: where given, only arrays of so many dimensions. only_even: passes on what it does not divide.
+    whole: the array may be whole on every device however big it is.
     """
 
     pattern: str
@@ -35,10 +37,11 @@ class Rule(NamedTuple):
     optional: bool = False
     dims: int | None = None
     only_even: bool = False
+    whole: bool = False
 
     def takes(self, path: str, shape: Sequence[int]) -> bool:
         """Whether the rule is for an array, should it divide it."""
-        return matches(self.pattern, path) and self.dims in (None, len(shape))
+        return matches(self.pattern, kernel_path(path)) and self.dims in (None, len(shape))
 
 
 WEIGHT, TENSOR, BOTH = AXES["weight"], "tensor", AXES["both"]
@@ -52,6 +55,11 @@ RULES: tuple[Rule, ...] = (
     Rule("mlp/down_proj/kernel", P("expert", TENSOR, REST), optional=True, dims=4),
     Rule("mlp/*_proj/kernel", P("expert", REST, TENSOR), optional=True, dims=4),
     Rule("mlp/*_proj/bias", P("expert", (*REST, TENSOR)), optional=True, dims=3),
+    # Magnitudes of 256 scales, each of 64 weights. [L, E, G], [L, G], [L, E], [L]
+    Rule("mlp/*_proj/kernel/scales/largest", P("expert", None), optional=True, dims=3, whole=True),
+    Rule("kernel/scales/largest", P(), optional=True, whole=True),
+    Rule("mlp/*_proj/kernel/scales/mean", P("expert"), optional=True, dims=2),
+    Rule("kernel/scales/mean", P(), optional=True),
     Rule("router/kernel", P(WEIGHT, None), optional=True),  # [L, D, E]
     Rule("router/bias", P(), optional=True),  # [L, E]
     Rule("embedding", P(TENSOR, WEIGHT), optional=True),  # [V, D]
@@ -111,7 +119,7 @@ def assign(leaves: Sequence[Leaf], rules: Sequence[Rule | tuple[str, P]], axes: 
         if index is not None:
             used.add(index)
         spec = rules[index].spec if index is not None and leaf.splittable and leaf.shape else P()
-        specs.append(found.place(leaf, spec))
+        specs.append(found.place(leaf, spec, may_be_whole=index is not None and rules[index].whole))
     _refuse_unused([rule for i, rule in enumerate(rules) if i not in used and not rule.optional], leaves)
     found.report()
     return specs
@@ -136,7 +144,7 @@ class _Findings:
         )
         return not (rule.only_even and uneven)
 
-    def place(self, leaf: Leaf, spec: P) -> P:
+    def place(self, leaf: Leaf, spec: P, *, may_be_whole: bool) -> P:
         """The rule's spec moved to the last dimensions; dimensions that do not divide stay whole."""
         big = math.prod(leaf.shape) > BIG
         entries = tuple(spec)
@@ -149,14 +157,16 @@ class _Findings:
         kept, ways = [], 1
         for axis, (entry, length) in enumerate(zip(entries, leaf.shape, strict=True)):
             count = math.prod(self.axes[name] for name in _names(entry))
-            if length % count:
+            if length == 1:
+                entry, count = None, 1  # one scale for all inputs: nothing to split
+            elif length % count:
                 what = f"{'x'.join(_names(entry))}={count} does not divide dimension {axis} = {length}"
                 self._misfit(leaf, big, what, length)
                 entry, count = None, 1
                 ways = 0 if big else ways  # named once, as a misfit
             kept.append(entry)
             ways *= count
-        if ways == 1 and big and math.prod(self.axes.get(axis, 1) for axis in WEIGHT) > 1:
+        if ways == 1 and big and not may_be_whole and math.prod(self.axes.get(axis, 1) for axis in WEIGHT) > 1:
             self.whole.append(leaf)
         while kept and kept[-1] is None:
             kept.pop()  # P() and P(None, None) mean the same but compare unequal

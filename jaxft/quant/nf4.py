@@ -1,0 +1,78 @@
+"""4-bit NormalFloat: the 16 quantiles of a normal distribution, a scale for every 64 weights (arXiv:2305.14314, 3)."""
+
+# I inputs, O outputs, N blocks of 64 inputs
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxft.quant.array import TINY, QuantizedArray, blocks
+from jaxft.quant.nibbles import BLOCK, pack, unpack
+from jaxft.quant.scales import CompressedScales, compressed, scales_of
+
+# The paper's appendix E, as float32.
+LEVELS = np.array(
+    [
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+        0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ],
+    np.float32,
+)  # fmt: skip
+MIDDLES = (LEVELS[1:] + LEVELS[:-1]) / np.float32(2)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class NF4(QuantizedArray):
+    """codes: uint8 [..., I / 2, O], two numbers of LEVELS a byte, as `nibbles` packs them.
+
+    scales: the largest magnitude of every block of 64 consecutive inputs of one output, float32 [..., N, O], or these
+    compressed. Codes and scales are those of bitsandbytes for a weight [O, I].
+    """
+
+    codes: jax.Array
+    scales: jax.Array | CompressedScales
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[..., I, O]"""
+        *stack, half, outputs = self.codes.shape
+        return (*stack, 2 * half, outputs)
+
+    def dense(self, dtype: jnp.dtype) -> jax.Array:
+        """[..., I, O]: level times scale."""
+        *stack, inputs, outputs = self.shape
+        codes = unpack(self.codes).astype(jnp.int32).reshape(*stack, inputs // BLOCK, BLOCK, outputs)
+        # Every level is scaled before it is chosen, for 64 weights at once. A level by itself would not change from
+        # layer to layer, so that XLA spread it to the size of a kernel before the loop over layers, and kept it.
+        scales = scales_of(self.scales)[..., None, :]
+        return _chosen(codes, [level * scales for level in LEVELS]).astype(dtype).reshape(self.shape)
+
+    def each(self, change: Callable[[jax.Array], jax.Array]) -> Self:
+        """See `QuantizedArray.each`."""
+        scales = self.scales
+        return NF4(change(self.codes), scales.each(change) if isinstance(scales, CompressedScales) else change(scales))
+
+
+def quantise(kernel: jax.Array, *, double: bool) -> NF4:
+    """kernel: [..., I, O], I a multiple of 64. double: compress the scales too (the paper's double quantisation)."""
+    x = blocks(kernel, BLOCK)
+    scales = jnp.max(jnp.abs(x), axis=-2)
+    # Times the reciprocal and bounded, as bitsandbytes has it: a quotient would differ in the last bit.
+    scaled = jnp.clip(x * (1.0 / jnp.maximum(scales, TINY))[..., None, :], -1.0, 1.0).reshape(kernel.shape)
+    codes = sum((scaled > middle).astype(jnp.uint8) for middle in MIDDLES)
+    return NF4(pack(codes), compressed(scales) if double else scales)
+
+
+def _chosen(codes: jax.Array, options: list[jax.Array]) -> jax.Array:
+    """Of 16 arrays that broadcast against `codes`, the one that each code is the number of."""
+    # Bit by bit through a tree of selects: on a TPU, a lookup in a table takes more time and twice the memory.
+    for bit in range(4):
+        odd = codes >> bit & 1 == 1
+        options = [jnp.where(odd, high, low) for low, high in zip(options[::2], options[1::2], strict=True)]
+    return options[0]

@@ -1,0 +1,26 @@
+"""Two 4-bit numbers in a byte."""
+
+# I inputs, O outputs
+
+import jax
+import jax.numpy as jnp
+
+BLOCK = 64  # inputs that are packed together
+
+
+def pack(codes: jax.Array) -> jax.Array:
+    """uint8 below 16, [..., I, O], I a multiple of 64 -> uint8 [..., I / 2, O].
+
+    Of each 64 inputs, the first 32 are in the low halves and the others in the high ones, so that unpacking moves
+    whole rows. uint8 and not uint4, of which a CPU would take a whole byte for each.
+    """
+    *stack, inputs, outputs = codes.shape
+    low, high = jnp.split(codes.reshape(*stack, inputs // BLOCK, BLOCK, outputs), 2, axis=-2)
+    return (low | high << 4).reshape(*stack, inputs // 2, outputs)
+
+
+def unpack(packed: jax.Array) -> jax.Array:
+    """Inverse of `pack`: uint8 [..., I, O]."""
+    *stack, half, outputs = packed.shape
+    blocks = packed.reshape(*stack, half * 2 // BLOCK, BLOCK // 2, outputs)
+    return jnp.concatenate([blocks & 15, blocks >> 4], axis=-2).reshape(*stack, half * 2, outputs)
