@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
+from jaxft.config_checks import QUANTIZATIONS
 from jaxft.errors import ConfigError, JaxftError, Preempted, did_you_mean
 
 EXIT_REFUSED = 2
@@ -111,7 +112,8 @@ def _generate(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
         prompts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not prompts:
         raise ConfigError("no prompt: give --prompt=TEXT (again for more) or lines on standard input")
-    model, tokenizer = api.load_model(arguments.model, dtype=arguments.dtype), api.load_tokenizer(arguments.model)
+    model = api.load_model(arguments.model, dtype=arguments.dtype, quantization=arguments.quantization)
+    tokenizer = api.load_tokenizer(arguments.model)
     _say_left_out(model.left_out, sys.stderr)
     if arguments.chat:
         system = [{"role": "system", "content": arguments.system}] if arguments.system else []
@@ -133,7 +135,7 @@ def _chat(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     sampling = Sampling(**_sampling(arguments))
     tokenizer = api.load_tokenizer(arguments.model, chat_template=arguments.chat_template)
     chats.check(tokenizer, arguments.system)
-    model = api.load_model(arguments.model, dtype=arguments.dtype)
+    model = api.load_model(arguments.model, dtype=arguments.dtype, quantization=arguments.quantization)
     _say_left_out(model.left_out, sys.stderr)
     chat = chats.Chat(model=model.module, tokenizer=tokenizer, sampling=sampling, system=arguments.system)
     chats.converse(chat, *chats.terminal(sys.stderr if arguments.json else sys.stdout))
@@ -362,6 +364,7 @@ def _sampling_options(option: Callable[..., Any], *, max_new_tokens: int) -> Non
     option("--stop", action="append", default=[], metavar="TEXT", help="ends an answer and is cut off; once per text")
     option("--seed", type=int, default=0)
     option("--dtype", default="float32", choices=("float32", "bfloat16"))
+    option("--quantization", choices=QUANTIZATIONS, help="keep the linear layers so, from loading on")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from jaxft.adapters.attach import adapters
+from jaxft.checkpoint.bitsandbytes import FourBit
 from jaxft.checkpoint.finite import Finite
 from jaxft.checkpoint.paths import read_json as read_json
 from jaxft.checkpoint.quantise_on_load import quantised_array
@@ -58,13 +59,13 @@ def load_weights(
     leaves, treedef = flatten(state, is_quantised)
     table = placed_tensors(model)
     check_tensors(leaves, table, source)
-    source = Finite(source)
+    codes, source = source if isinstance(source, FourBit) else None, Finite(source)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     arrays = []
     for path, leaf in leaves.items():
         where = jax.tree.map(lambda _: device, leaf) if shardings is None else shardings[path]
         if isinstance(leaf, QuantizedArray):
-            arrays.append(quantised_array(table[path], source, leaf, where, format, _placed_array))
+            arrays.append(quantised_array(table[path], source, leaf, where, format, _placed_array, codes))
         else:
             arrays.append(_placed_array(table[path], source, leaf, where))
     return nnx.merge(graphdef, jax.tree.unflatten(treedef, arrays))

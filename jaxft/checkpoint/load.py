@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from jaxft import models
-from jaxft.checkpoint import fused_experts, orbax_folder, peft
+from jaxft.checkpoint import bitsandbytes, fused_experts, orbax_folder, peft
 from jaxft.checkpoint.gguf import GGUFFile
 from jaxft.checkpoint.hf import load_weights
 from jaxft.checkpoint.mxfp4 import Unpacked, is_packed
@@ -140,6 +140,7 @@ def open_weights(path: str) -> tuple[dict[str, Any], TensorSource, dict[str, Any
     if source is None:
         source = orbax_folder.OrbaxFolder(path) if orbax_folder.is_one(path) else SafetensorsFolder(path)
     source = Unpacked(source) if is_packed(hf_config) else source
+    source = bitsandbytes.FourBit(source) if bitsandbytes.is_packed(source) else source
     if fused_experts.is_fused(hf_config.get("model_type"), source):
         source = fused_experts.SingleExperts(source, hf_config["model_type"])
     return hf_config, source, read_json(generation) if is_file(generation) else None
@@ -156,7 +157,7 @@ def _config_and_part(path: str) -> tuple[dict[str, Any], TextPart | None]:
     if not is_file(config):
         there = ", ".join(open_folder(path).names()[:8]) if "://" in path or os.path.isdir(path) else "nothing"
         raise CheckpointError(f"{path} is not a model: no config.json and not a .gguf file (there: {there})")
-    hf_config = read_json(config)
+    hf_config = bitsandbytes.without_quantization(read_json(config))
     if hf_config.get("model_type") not in OUTERS:
         return hf_config, None
     # Before any file of weights is opened.

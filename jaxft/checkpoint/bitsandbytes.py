@@ -1,0 +1,179 @@
+"""Weights that bitsandbytes quantised to NF4, as transformers saves them: read dense, or code for code.
+
+A tensor NAME of shape [O, I] is kept as the bytes NAME [O I / 2, 1], two codes each, the first in the high bits; its
+scales as NAME.absmax, float32 [O I / 64] or, where they are double-quantised, codes of the dynamic map with a float32
+NAME.nested_absmax for each 256; and NAME.quant_state.bitsandbytes__nf4, JSON that says the rest. Source:
+`QuantState.as_dict` of bitsandbytes 0.50.
+"""
+
+# O outputs, I inputs, N blocks of 64 inputs, G groups of 256 scales
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, Sharding
+from jax.sharding import PartitionSpec as P
+
+from jaxft.checkpoint.tensors import DTYPES, TensorSource, TensorSpec, block_bounds
+from jaxft.errors import CheckpointError, ModelError
+from jaxft.quant.dynamic import dynamic_map
+from jaxft.quant.nf4 import BLOCK, LEVELS, NF4
+from jaxft.quant.nibbles import pack
+from jaxft.quant.scales import GROUP, CompressedScales
+
+STATE = ".quant_state.bitsandbytes__nf4"
+PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", STATE)
+DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+def without_quantization(hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of the model that such a folder stands for; any other as it is.
+
+    Raises ModelError for what bitsandbytes quantised otherwise than to NF4.
+    """
+    given = hf_config.get("quantization_config")
+    if not isinstance(given, Mapping) or given.get("quant_method") != "bitsandbytes":
+        return dict(hf_config)
+    kind = given.get("bnb_4bit_quant_type") if given.get("load_in_4bit") else "int8"
+    if kind != "nf4":
+        raise ModelError(
+            f"quantization_config says that bitsandbytes kept these weights as {kind}: only nf4 is read. Take the "
+            "model in its own precision, and quantise it while loading (model.quantization)."
+        )
+    return {name: value for name, value in hf_config.items() if name != "quantization_config"}
+
+
+def is_packed(source: TensorSource) -> bool:
+    """Whether any tensor of a source is kept like this."""
+    return any(name.endswith(STATE) for name in source.specs())
+
+
+class FourBit:
+    """A source whose packed tensors appear in their own shape and type.
+
+    Raises CheckpointError listing those whose parts are missing or do not fit each other, before any weight is read.
+    """
+
+    def __init__(self, source: TensorSource) -> None:
+        self._source, specs = source, source.specs()
+        self._states: dict[str, dict[str, Any]] = {}
+        problems = []
+        for stored in specs:
+            if stored.endswith(STATE):
+                name = stored.removesuffix(STATE)
+                state = _state(source, stored)
+                self._states[name] = state
+                problems += [f"{name}: {problem}" for problem in _problems(name, state, specs)]
+        if problems:
+            listed = "\n  ".join(problems[:20])
+            raise CheckpointError(f"{len(problems)} tensors are not whole in bitsandbytes' NF4:\n  {listed}")
+
+    def specs(self) -> dict[str, TensorSpec]:
+        """Shape and dtype of every tensor, those of packed ones as they are read."""
+        out = {}
+        for stored, spec in self._source.specs().items():
+            if stored in self._states:
+                state = self._states[stored]
+                out[stored] = TensorSpec(tuple(state["shape"]), DTYPES[DTYPE_NAMES[state["dtype"]]])
+            elif not any(stored.endswith(part) and stored.removesuffix(part) in self._states for part in PARTS):
+                out[stored] = spec
+        return out
+
+    def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
+        """The tensor, or a block of it; see `TensorSource.read`."""
+        if name not in self._states:
+            return self._source.read(name, index)
+        rows, columns = block_bounds(self.specs()[name].shape, index)
+        scales_ON = self._expanded(name, rows)
+        values = LEVELS[self.codes(name, rows)].reshape(rows[1] - rows[0], -1, BLOCK) * scales_ON[..., None]
+        return values.reshape(rows[1] - rows[0], -1)[:, slice(*columns)].astype(self.specs()[name].dtype)
+
+    def packed(self, name: str) -> bool:
+        """Whether a tensor is kept as NF4."""
+        return name in self._states
+
+    def codes(self, name: str, rows: tuple[int, int]) -> np.ndarray:
+        """uint8 [O, I] below 16, of the outputs in `rows`."""
+        width = self.specs()[name].shape[1] // 2
+        packed = self._source.read(name, (slice(rows[0] * width, rows[1] * width),)).reshape(-1, width)
+        return np.stack([packed >> 4, packed & 15], axis=-1).reshape(len(packed), -1)
+
+    def scales(self, name: str, rows: tuple[int, int]) -> np.ndarray:
+        """[O, N] of the outputs in `rows`: float32, or uint8 codes where they are double-quantised."""
+        count = self.specs()[name].shape[1] // BLOCK
+        return self._source.read(f"{name}.absmax", (slice(rows[0] * count, rows[1] * count),)).reshape(-1, count)
+
+    def nested(self, name: str) -> tuple[np.ndarray, np.float32] | None:
+        """(largest float32 [G], mean) of double-quantised scales; None for others."""
+        if "nested_offset" not in self._states[name]:
+            return None
+        return self._source.read(f"{name}.nested_absmax"), np.float32(self._states[name]["nested_offset"])
+
+    def _expanded(self, name: str, rows: tuple[int, int]) -> np.ndarray:
+        scales_ON, nested = self.scales(name, rows), self.nested(name)
+        if nested is None:
+            return scales_ON
+        largest, mean = nested
+        first = rows[0] * scales_ON.shape[1]
+        groups = (first + np.arange(scales_ON.size)) // GROUP
+        return dynamic_map(signed=True)[scales_ON] * largest[groups].reshape(scales_ON.shape) + mean
+
+
+def stored_nf4(source: FourBit, name: str, lies: Sharding) -> NF4:
+    """A kernel [I, O] code for code as the file has it, on this process's devices. lies: of the kernel."""
+    outputs, inputs = source.specs()[name].shape
+
+    def codes(index: tuple[slice, ...]) -> np.ndarray:
+        rows = index[1].indices(outputs)[:2]
+        return np.asarray(pack(jnp.asarray(source.codes(name, rows).T)))[index[0]]
+
+    def scales(index: tuple[slice, ...]) -> np.ndarray:
+        return np.ascontiguousarray(source.scales(name, index[1].indices(outputs)[:2]).T[index[0]])
+
+    kept = jax.make_array_from_callback((inputs // 2, outputs), lies, codes)
+    block_scales = jax.make_array_from_callback((inputs // BLOCK, outputs), lies, scales)
+    nested = source.nested(name)
+    if nested is None:
+        return NF4(kept, block_scales)
+    everywhere = NamedSharding(lies.mesh, P()) if isinstance(lies, NamedSharding) else lies
+    largest, mean = (
+        jax.make_array_from_callback(part.shape, everywhere, part.__getitem__) for part in map(np.asarray, nested)
+    )
+    return NF4(kept, CompressedScales(block_scales, largest, mean))
+
+
+def _state(source: TensorSource, stored: str) -> dict[str, Any]:
+    try:
+        state = json.loads(source.read(stored).tobytes())
+    except ValueError as error:
+        raise CheckpointError(f"{stored} is not JSON: {error}") from None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{stored} is not a JSON object")
+    return state
+
+
+def _problems(name: str, state: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> list[str]:
+    shape = state.get("shape")
+    if state.get("blocksize") != BLOCK or state.get("nested_blocksize", GROUP) != GROUP:
+        sizes = f"{state.get('blocksize')} weights and {state.get('nested_blocksize', GROUP)} scales"
+        return [f"blocks of {sizes}; only {BLOCK} and {GROUP} are read"]
+    if not isinstance(shape, list) or len(shape) != 2 or shape[1] % BLOCK or state.get("dtype") not in DTYPE_NAMES:
+        types = ", ".join(DTYPE_NAMES)
+        return [f"shape {shape} of {state.get('dtype')} is no matrix of {types} whose rows divide by {BLOCK}"]
+    size, nested = shape[0] * shape[1], "nested_offset" in state
+    wanted = {"": ((size // 2, 1), "uint8"), ".absmax": ((size // BLOCK,), "uint8" if nested else "float32")}
+    if nested:
+        wanted[".nested_absmax"] = ((-(-size // BLOCK // GROUP),), "float32")
+    return [
+        f"{name}{part} is {_said(specs.get(name + part))}, not {list(shape)} {dtype}"
+        for part, (shape, dtype) in wanted.items()
+        if specs.get(name + part) != TensorSpec(shape, np.dtype(dtype))
+    ]
+
+
+def _said(spec: TensorSpec | None) -> str:
+    return "missing" if spec is None else f"{list(spec.shape)} {spec.dtype}"
