@@ -15,6 +15,8 @@ from jaxft.planning.costs import Costs, Transfer, Work
 from jaxft.planning.sizes import ModelSizes
 
 BYTES = {"bfloat16": 2, "float32": 4}
+# Of a quantised weight, its share of the scales included.
+QUANTISED = {"nf4": 0.5 + 4 / 64, "nf4-dq": 0.5 + 1 / 64 + 4 / 64 / 256, "int8": 1.0, "int4": 0.5 + 4 / 64}
 CHUNK = 2**28  # bytes of float32 logits that the loss holds at once on an accelerator
 
 
@@ -80,7 +82,7 @@ def costs_of(config: RunConfig, sizes: ModelSizes, cut: Cut, arguments: int, mod
     again = {"full": 0.94, "offload": 0.94, "attention": 0.9, "dots": 0.02, "none": 0.0}[config.model.remat]
     flops = int(model_flops + again * forward)
     compute = BYTES[config.model.dtype]
-    stored = sizes.active * compute // cut.tensor
+    stored = int(sizes.active * QUANTISED.get(config.model.quantization, compute)) // cut.tensor
     passes = (3 if again > 0.5 else 2) * cut.micro_batches
     touched = cut.tokens * cut.micro_batches * (sizes.outputs + 8 * sizes.layers * sizes.width) * compute // cut.tensor
     costs = Costs()
