@@ -1,6 +1,6 @@
 """Host memory and speed of moving an 8B checkpoint in and out, beside `cp` of the same files.
 
-    python benchmarks/convert_8b.py --scratch=/some/disk [--layers=32]
+    python benchmarks/convert_8b.py --scratch=/some/disk [--layers=32] [--steps=make,quantised]
 
 Writes a random bfloat16 checkpoint of Llama 3.1 8B's shapes (16 GB, four shards) below the scratch folder,
 then, each in a process of its own:
@@ -8,6 +8,7 @@ then, each in a process of its own:
     in       safetensors -> arrays sharded over 8 devices (fake ones, of the CPU)
     out      those arrays -> safetensors shards
     convert  jaxft convert, folder to folder, comparison included
+    quantised  safetensors -> arrays whose linear layers are NF4 with double quantisation, on one device
     cp       cp -r, followed by sync
 
 and deletes it all. The scratch disk needs about 33 GB, the machine about 18 GB of free memory for `in`
@@ -40,7 +41,7 @@ LLAMA_8B = {
         "original_max_position_embeddings": 8192,
     },
 }  # fmt: skip
-STEPS = ("make", "in-out", "convert", "cp")
+STEPS = ("make", "in-out", "convert", "quantised", "cp")
 
 
 class PeakMemory:
@@ -149,6 +150,27 @@ def convert(folder: Path, layers: int) -> dict[str, float]:
     return {"convert_seconds": done["seconds"], "convert_peak_bytes": memory.peak, "checks": done["checks"]}
 
 
+def quantised(folder: Path, layers: int) -> dict[str, float]:
+    """Into arrays that are quantised layer by layer."""
+    import jax
+    from flax import nnx
+
+    from jaxft.checkpoint.load import load_model
+
+    options = {"dtype": "bfloat16", "quantization": "nf4-dq"}
+    small = folder.with_name("small")
+    make(small, 1) if not small.exists() else None
+    load_model(str(small), **options)
+    with PeakMemory() as memory:
+        start = time.monotonic()
+        leaves = jax.tree.leaves(nnx.state(load_model(str(folder), **options).module))
+        jax.block_until_ready(leaves)
+        seconds = time.monotonic() - start
+    arrays = sum(leaf.nbytes for leaf in leaves)
+    above = memory.peak - memory.start - arrays
+    return {"quantised_seconds": seconds, "quantised_bytes": arrays, "quantised_above_bytes": above}
+
+
 def cp(folder: Path, layers: int) -> dict[str, float]:
     """The yardstick: the same bytes, read and written once."""
     start = time.monotonic()
@@ -162,25 +184,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scratch", type=Path, required=True, help="a folder on a disk with 33 GB free")
     parser.add_argument("--layers", type=int, default=32, help="fewer for a trial")
+    parser.add_argument("--steps", default=",".join(STEPS), help="which of them to run, in this order")
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     folder = arguments.scratch / "convert_8b" / "model"
     if arguments.step:
-        run = {"make": make, "in-out": in_out, "convert": convert, "cp": cp}[arguments.step]
+        run = {"make": make, "in-out": in_out, "convert": convert, "quantised": quantised, "cp": cp}[arguments.step]
         print(json.dumps(run(folder, arguments.layers)))
         return
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip(), "NPROC": "64"}
     figures: dict[str, float] = {}
     try:
-        for step in STEPS:
+        for step in arguments.steps.split(","):
             command = [sys.executable, __file__, f"--scratch={arguments.scratch}", f"--layers={arguments.layers}"]
             done = subprocess.run([*command, f"--step={step}"], env=env, check=True, stdout=subprocess.PIPE, text=True)
             figures |= json.loads(done.stdout.splitlines()[-1])
             shutil.rmtree(folder.with_name("out"), ignore_errors=True)
     finally:
         shutil.rmtree(folder.parent, ignore_errors=True)
-    for name in ("in", "out", "convert", "cp"):
+    for name in ("in", "out", "convert", "quantised", "cp"):
+        if f"{name}_seconds" not in figures:
+            continue
         figures[f"{name}_gb_per_second"] = figures["bytes"] / 1e9 / figures[f"{name}_seconds"]
     print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in figures.items()}, indent=2))
 

@@ -1,8 +1,8 @@
-"""LoRA training on SmolLM2-135M: jaxft beside transformers + PEFT, the same work in turn, as a ratio.
+"""Training SmolLM2-135M: jaxft beside transformers + PEFT, the same work in turn, as a ratio.
 
-    python benchmarks/lora_vs_peft.py --model=runs/models/SmolLM2-135M-Instruct
+    python benchmarks/lora_vs_peft.py --model=runs/models/SmolLM2-135M-Instruct [--methods=full,lora,qlora]
 
-Both train rank 16 on all linear layers in float32 with AdamW on the same packed rows (the quickstart's
+`qlora` is LoRA on a base in NF4 with double quantisation, for PEFT by bitsandbytes; `full` trains all weights. Both train rank 16 on all linear layers in float32 with AdamW on the same packed rows (the quickstart's
 messages), on all cores of the machine. Each measurement is a process of its own, so that peak memory is its
 own; the two take turns, and the ratio is of the medians. `--loss=assistant` trains only on the answers, as
 fine-tuning usually does: jaxft then skips the vocabulary products of prompt tokens, PEFT cannot.
@@ -45,8 +45,10 @@ def run_jaxft(arguments: argparse.Namespace) -> tuple[list[float], list[float]]:
     from jaxft.training.state import create
     from jaxft.training.step import make_train_step
 
-    loaded = load_model(arguments.model, remat=arguments.remat)
-    attach_adapter(loaded.module, AdapterConfig(r=16, alpha=32.0), seed=0)
+    quantization = "nf4-dq" if arguments.method == "qlora" else None
+    loaded = load_model(arguments.model, remat=arguments.remat, quantization=quantization)
+    kind = "none" if arguments.method == "full" else "lora"
+    attach_adapter(loaded.module, AdapterConfig(kind=kind, r=16, alpha=32.0), seed=0)
     optim = OptimConfig(schedule="constant", learning_rate=1e-3)
     schedule = make_schedule(optim, 100)
     tx = make_optimizer(optim, schedule)
@@ -64,11 +66,18 @@ def run_jaxft(arguments: argparse.Namespace) -> tuple[list[float], list[float]]:
 def run_peft(arguments: argparse.Namespace) -> tuple[list[float], list[float]]:
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
-    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")).train()
+    options = {}
+    if arguments.method == "qlora":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+        )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32, **options).train()
+    if arguments.method != "full":
+        model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
     seconds, losses = [], []
@@ -91,11 +100,11 @@ def run_peft(arguments: argparse.Namespace) -> tuple[list[float], list[float]]:
     return seconds, losses
 
 
-def measure(arguments: argparse.Namespace, who: str) -> dict[str, Any]:
+def measure(arguments: argparse.Namespace, who: str, method: str) -> dict[str, Any]:
     """One process of one side."""
     command = [sys.executable, __file__, f"--model={arguments.model}", f"--only={who}", f"--batch={arguments.batch}"]
     command += [f"--length={arguments.length}", f"--steps={arguments.steps}", f"--loss={arguments.loss}"]
-    command += [f"--remat={arguments.remat}"]
+    command += [f"--remat={arguments.remat}", f"--method={method}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(done.stderr)
@@ -111,6 +120,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--loss", choices=("all", "assistant"), default="all")
     parser.add_argument("--remat", choices=("none", "dots", "full"), default="dots")
+    parser.add_argument("--methods", default="lora", help="of full, lora and qlora, with commas")
+    parser.add_argument("--method", choices=("full", "lora", "qlora"), help=argparse.SUPPRESS)
     parser.add_argument("--only", choices=("jaxft", "peft"))
     arguments = parser.parse_args()
     if arguments.only:
@@ -119,18 +130,21 @@ def main() -> None:
         rate = arguments.batch * arguments.length / statistics.median(seconds[1:])
         print(json.dumps({"rate": rate, "peak_bytes": peak, "first_seconds": seconds[0], "losses": losses}))
         return
-    found: dict[str, list[dict[str, Any]]] = {"jaxft": [], "peft": []}
+    runs = [(method, who) for method in arguments.methods.split(",") for who in ("jaxft", "peft")]
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {run: [] for run in runs}
     for _ in range(arguments.rounds):
-        for who in found:
-            found[who].append(measure(arguments, who))
-            print(
-                f"{who:6} {found[who][-1]['rate']:7.1f} tokens/s  {found[who][-1]['peak_bytes'] / 1e9:.2f} GB",
-                flush=True,
-            )
-    rate = {who: statistics.median(one["rate"] for one in each) for who, each in found.items()}
-    peak = {who: max(one["peak_bytes"] for one in each) for who, each in found.items()}
-    ratio, memory = rate["jaxft"] / rate["peft"], peak["jaxft"] / peak["peft"]
-    print(f"jaxft / peft: {ratio:.2f}x the rate at {memory:.2f}x the memory")
+        for method, who in runs:
+            one = measure(arguments, who, method)
+            found[method, who].append(one)
+            print(f"{method:6}{who:6} {one['rate']:7.1f} tokens/s  {one['peak_bytes'] / 1e9:.2f} GB", flush=True)
+    rate = {run: statistics.median(one["rate"] for one in each) for run, each in found.items()}
+    peak = {run: max(one["peak_bytes"] for one in each) for run, each in found.items()}
+    for method in arguments.methods.split(","):
+        ours, theirs = (method, "jaxft"), (method, "peft")
+        ratio, memory = rate[ours] / rate[theirs], peak[ours] / peak[theirs]
+        print(f"{method}: jaxft / peft: {ratio:.2f}x the rate at {memory:.2f}x the memory")
+        if ("lora", "jaxft") in rate:
+            print(f"{method}: {rate[ours] / rate['lora', 'jaxft']:.2f}x the rate of jaxft's LoRA")
     print(f"remat={arguments.remat}, loss={arguments.loss}, batch {arguments.batch} x {arguments.length}")
 
 
