@@ -2,10 +2,11 @@
 
     python benchmarks/lora_vs_peft.py --model=runs/models/SmolLM2-135M-Instruct [--methods=full,lora,qlora]
 
-`qlora` is LoRA on a base in NF4 with double quantisation, for PEFT by bitsandbytes; `full` trains all weights. Both train rank 16 on all linear layers in float32 with AdamW on the same packed rows (the quickstart's
-messages), on all cores of the machine. Each measurement is a process of its own, so that peak memory is its
-own; the two take turns, and the ratio is of the medians. `--loss=assistant` trains only on the answers, as
-fine-tuning usually does: jaxft then skips the vocabulary products of prompt tokens, PEFT cannot.
+`qlora` is LoRA on a base in NF4 with double quantisation, for PEFT by bitsandbytes; `full` trains all weights. Both
+train rank 16 on all linear layers in float32 with AdamW on the same packed rows (the quickstart's messages), on all
+cores of the machine. Each measurement is a process of its own, so that peak memory is its own; the two take turns, and
+the ratio is of the medians. `--loss=assistant` trains only on the answers, as fine-tuning usually does: jaxft then
+skips the vocabulary products of prompt tokens, PEFT cannot.
 """
 
 import argparse

@@ -30,7 +30,7 @@ QUESTION = "Which intent does this message to a bank have? Answer with one of: {
 
 
 def write_rows(source: Path, target: Path, intents: list[str], each: int) -> None:
-    """Prompt and completion for `each` messages of every intent, in the order of the file."""
+    """A question and its answer for `each` messages of every intent, in the order of the file."""
     taken = dict.fromkeys(intents, 0)
     listed = ", ".join(intents)
     with open(source, encoding="utf-8") as rows, open(target, "w", encoding="utf-8") as out:
@@ -38,8 +38,9 @@ def write_rows(source: Path, target: Path, intents: list[str], each: int) -> Non
             intent = row["category"]
             if intent in taken and taken[intent] < each:
                 taken[intent] += 1
-                prompt = QUESTION.format(intents=listed, text=row["text"].strip())
-                out.write(json.dumps({"prompt": prompt, "completion": intent}) + "\n")
+                question = QUESTION.format(intents=listed, text=row["text"].strip())
+                turns = [{"role": "user", "content": question}, {"role": "assistant", "content": intent}]
+                out.write(json.dumps({"messages": turns}) + "\n")
 
 
 def run(method: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -54,7 +55,6 @@ def run(method: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]
         "model.path": arguments.model,
         "data.train": str(Path(arguments.to) / "train.jsonl"),
         "data.eval": str(Path(arguments.to) / "test.jsonl"),
-        "data.format": "prompt_completion",
         "data.max_length": 512,
         "train.batch_size": 4,
         "train.epochs": arguments.epochs,
