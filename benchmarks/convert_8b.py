@@ -22,6 +22,7 @@ model is loaded and written, so that compilers and libraries are not counted.
 """
 
 import argparse
+import functools
 import json
 import os
 import shutil
@@ -77,7 +78,7 @@ def make(folder: Path, layers: int) -> dict[str, float]:
     from jaxft import models
     from jaxft.checkpoint.hf import hf_shape, placed_tensors, write_config
     from jaxft.checkpoint.safetensors_writer import write_sharded
-    from jaxft.checkpoint.tensors import TensorSpec
+    from jaxft.checkpoint.tensors import TensorSpec, block_bounds
     from jaxft.trees import flatten
 
     hf_config = LLAMA_8B | {"num_hidden_layers": layers}
@@ -85,7 +86,8 @@ def make(folder: Path, layers: int) -> dict[str, float]:
     leaves, _ = flatten(nnx.state(model))
     rng, dtype = np.random.default_rng(0), np.dtype("bfloat16")
 
-    def draw(shape: tuple[int, ...]) -> np.ndarray:
+    def draw(shape: tuple[int, ...], index: tuple[slice, ...] | None = None) -> np.ndarray:
+        shape = tuple(stop - start for start, stop in block_bounds(shape, index))
         # Random mantissas below a fixed exponent: finite numbers of about 0.02, drawn at the speed of the disk.
         bits = np.frombuffer(rng.bytes(2 * int(np.prod(shape))), np.uint16)
         return ((bits & 0x80FF) | 0x3C00).view(dtype).reshape(shape)
@@ -94,7 +96,7 @@ def make(folder: Path, layers: int) -> dict[str, float]:
     for path, placed in placed_tensors(model).items():
         for piece in placed.pieces:
             shape = hf_shape(placed, piece, leaves[path].shape)
-            tensors[piece.hf] = (TensorSpec(shape, dtype), lambda shape=shape: draw(shape))
+            tensors[piece.hf] = (TensorSpec(shape, dtype), functools.partial(draw, shape))
     folder.mkdir(parents=True)
     write_sharded(folder, tensors, max_bytes=5 * 10**9, metadata={"format": "pt"})
     write_config(str(folder), hf_config, dtype="bfloat16")

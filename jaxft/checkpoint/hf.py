@@ -1,4 +1,4 @@
-"""Hugging Face weights into a model and out of it, one tensor in host memory at a time."""
+"""Hugging Face weights into a model and out of it, at most one tensor in host memory at a time."""
 
 # L stacked layers, I inputs, O outputs
 
@@ -17,19 +17,18 @@ from jaxft.checkpoint.bitsandbytes import FourBit
 from jaxft.checkpoint.finite import Finite
 from jaxft.checkpoint.paths import read_json as read_json
 from jaxft.checkpoint.quantise_on_load import quantised_array
-from jaxft.checkpoint.safetensors_writer import LazyTensor, gather_sharded, write_sharded
-from jaxft.checkpoint.tensors import TensorSource, TensorSpec
+from jaxft.checkpoint.safetensors_writer import Index, LazyTensor, gather_sharded, write_sharded
+from jaxft.checkpoint.tensors import TensorSource, TensorSpec, block_bounds
 from jaxft.errors import CheckpointError
 from jaxft.models.tensor_map import Piece, Placed, place
 from jaxft.nn.stack import group_layers
 from jaxft.quant import Format, QuantizedArray, dense, is_quantised
-from jaxft.sharding.arrays import to_host
+from jaxft.sharding.arrays import host_parts
 from jaxft.sharding.processes import primary
 from jaxft.trees import flatten
 
 MAX_SHARD_BYTES = 5 * 10**9
 Bounds = tuple[tuple[int, int], ...]  # (start, stop) along every axis
-PART_BYTES = 2**27  # of a parameter that is not a stack, on its way out
 SQUARE = 256  # of 2-byte elements, 128 KB: two of them fit a core's cache
 TIED_HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -97,7 +96,7 @@ def check_tensors(leaves: Mapping[str, Any], table: Mapping[str, Placed], source
 
 
 def hf_tensors(model: nnx.Module, dtype: str | None = None) -> dict[str, LazyTensor]:
-    """Every Hugging Face tensor of a model, computed when called; adapters are merged in float32 on the way.
+    """Every Hugging Face tensor of a model, or a block of it, computed when called; adapters are merged in float32.
 
     dtype: stored type, the parameters' own where None.
     """
@@ -119,7 +118,9 @@ def write_weights(
 ) -> list[str]:
     """Writes model.safetensors, or shards and their index above max_shard_bytes. Returns the file names.
 
-    Where the parameters reach over several processes, every one takes part; process 0 writes.
+    Host memory beyond the arrays stays below two blocks of a tensor (`safetensors_writer.BLOCK_BYTES`), whatever the
+    model. Where the parameters reach over several processes, every one takes part, and every device holds one block
+    for a while; process 0 writes.
     """
     tensors = hf_tensors(model, dtype)
     if not primary():
@@ -238,36 +239,22 @@ def copy_into(out: np.ndarray, values: np.ndarray) -> None:
             out[i : i + SQUARE, j : j + SQUARE] = values[i : i + SQUARE, j : j + SQUARE]
 
 
-def _maker(leaf: jax.Array, adapter: Any, placed: Placed, piece: Piece, dtype: np.dtype) -> Callable[[], np.ndarray]:
-    def make() -> np.ndarray:
-        out = np.empty(hf_shape(placed, piece, leaf.shape), dtype)
-        for index, value in _parts(leaf, piece, whole=adapter is not None):
-            if adapter is not None or is_quantised(value):
-                value = dense(value, jnp.float32)
-            if adapter is not None:
-                value = value + adapter.delta(piece.layer)
-            part = placed.transform.to_hf(to_host(value.astype(dtype)))
-            copy_into(out[placed.transform.hf_index(index)], part)
+def _maker(leaf: jax.Array, adapter: Any, placed: Placed, piece: Piece, dtype: np.dtype) -> Callable[..., np.ndarray]:
+    shape, transform = hf_shape(placed, piece, leaf.shape), placed.transform
+
+    def make(index: Index | None = None) -> np.ndarray:
+        bounds = block_bounds(shape, index)
+        out = np.empty([stop - start for start, stop in bounds], dtype)
+        whole, at = leaf, piece.at
+        if adapter is not None or is_quantised(leaf):
+            # The whole matrix, on the devices: what an adapter adds to a block may depend on all of it.
+            whole, at = dense(leaf[piece.at], jnp.float32), ()
+        if adapter is not None:
+            whole = whole + adapter.delta(piece.layer)
+        leading = [(i, i + 1) for i in at]
+        for inside, part in host_parts(whole, (*leading, *transform.our_bounds(bounds)), dtype):
+            matrix = part.reshape(part.shape[len(at) :])
+            copy_into(out[transform.hf_index(inside[len(at) :])], transform.to_hf(matrix))
         return out
 
     return make
-
-
-def _parts(leaf: jax.Array, piece: Piece, *, whole: bool) -> Iterator[tuple[tuple[slice, ...], jax.Array]]:
-    """A piece of a parameter in parts that are arrays of their own: JAX keeps the host copy of an array as long as it.
-
-    They are cut along an axis that lies whole on every device, so that none is gathered for it.
-    """
-    if piece.at:
-        yield (slice(None),) * (leaf.ndim - len(piece.at)), leaf[piece.at]
-        return
-    local = leaf.sharding.shard_shape(leaf.shape)
-    axis = next((i for i, size in enumerate(leaf.shape) if local[i] == size and size > 1), None)
-    if whole or axis is None or leaf.nbytes <= PART_BYTES:
-        yield (slice(None),) * leaf.ndim, jnp.copy(leaf)
-        return
-    step = max(1, PART_BYTES * leaf.shape[axis] // leaf.nbytes)
-    for start in range(0, leaf.shape[axis], step):
-        stop = min(start + step, leaf.shape[axis])
-        index = (slice(None),) * axis + (slice(start, stop),) + (slice(None),) * (leaf.ndim - axis - 1)
-        yield index, jax.lax.slice_in_dim(leaf, start, stop, axis=axis)

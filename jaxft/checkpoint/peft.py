@@ -20,7 +20,7 @@ from jaxft.adapters.attach import adapters, attach
 from jaxft.adapters.lora import LoRA, LoRASettings, beside
 from jaxft.checkpoint.finite import Finite
 from jaxft.checkpoint.hf import placed_tensors, read_json
-from jaxft.checkpoint.safetensors_writer import LazyTensor, gather_sharded, write_safetensors
+from jaxft.checkpoint.safetensors_writer import Index, LazyTensor, gather_sharded, write_safetensors
 from jaxft.checkpoint.tensors import SafetensorsFolder, TensorSpec
 from jaxft.errors import CheckpointError, ModelError
 from jaxft.models.nested import nested_module, peft_targets, text_name
@@ -217,7 +217,11 @@ def _stacked(source: AdapterTensors, pieces: Any, name: str) -> jax.Array:
 def _lazy(array: jax.Array, layer: int | None, *, transpose: bool = False) -> LazyTensor:
     part = array if layer is None else array[layer]
     part = part.T if transpose else part
-    return TensorSpec(part.shape, np.dtype(np.float32)), lambda: np.asarray(to_host(part), np.float32)
+
+    def make(index: Index | None = None) -> np.ndarray:
+        return np.asarray(to_host(part), np.float32)[index or ()]
+
+    return TensorSpec(part.shape, np.dtype(np.float32)), make
 
 
 def _peft_config(settings: LoRASettings, attached: Mapping[str, LoRA], base: str, nested: bool) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Safetensors out: one tensor in memory at a time, files that appear whole or not at all.
+"""Safetensors out: a block of one tensor in memory at a time, files that appear whole or not at all.
 
 Shard names and the index are those of huggingface_hub, so that transformers and others load them.
 """
@@ -6,23 +6,26 @@ Shard names and the index are those of huggingface_hub, so that transformers and
 import json
 import os
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from jaxft.checkpoint.tensors import DTYPES, TensorSpec
+from jaxft.checkpoint.tensors import DTYPES, TensorSpec, block_bounds
 from jaxft.errors import ExportError
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-LazyTensor = tuple[TensorSpec, Callable[[], np.ndarray]]
+BLOCK_BYTES = 2**28
+Index = tuple[slice, ...]  # unit-step slices of leading axes, as in `TensorSource.read`
+# What a tensor will be, and what makes it: called without an argument for the whole, with an Index for a block of it.
+LazyTensor = tuple[TensorSpec, Callable[..., np.ndarray]]
 
 
 def write_safetensors(
     path: str | os.PathLike[str], tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors to one file, holding one of them in memory at a time.
+    """Write tensors to one file, holding at most BLOCK_BYTES of one of them in memory (or one row of its leading axis).
 
     tensors: name -> (spec, function that gives the array), called in the file's order: widest dtype
     first, so that every tensor is aligned, else as given. The file appears whole or not at all.
@@ -33,8 +36,9 @@ def write_safetensors(
     def fill(file: BinaryIO) -> None:
         file.write(raw)
         for name in order:
-            # No variable holds the array, so that it is gone before the next is made.
-            file.write(_bytes_of(name, *tensors[name]))
+            for index in blocks(tensors[name][0]):
+                # No variable holds the array, so that it is gone before the next is made.
+                file.write(_bytes_of(name, *tensors[name], index))
 
     write_whole(os.fspath(path), fill)
 
@@ -71,10 +75,31 @@ def _file_order(tensors: Mapping[str, LazyTensor]) -> list[str]:
     return sorted(tensors, key=lambda name: -tensors[name][0].dtype.itemsize)
 
 
-def _bytes_of(name: str, spec: TensorSpec, make: Callable[[], np.ndarray]) -> memoryview:
-    array = make()
-    if array.shape != spec.shape or array.dtype != spec.dtype:
-        raise ExportError(f"tensor {name!r} was declared {spec}, but is {array.shape} {array.dtype}")
+def blocks(spec: TensorSpec) -> Iterator[Index]:
+    """Where to cut a tensor so that its blocks are runs of its bytes: of at most BLOCK_BYTES, but at least one row.
+
+    One that is small enough stays whole, which is said as ().
+    """
+    if spec.nbytes <= BLOCK_BYTES:
+        yield ()
+        return
+    rows = spec.shape[0]
+    step = max(1, BLOCK_BYTES * rows // spec.nbytes)
+    for start in range(0, rows, step):
+        yield (slice(start, min(start + step, rows)),)
+
+
+def make_block(make: Callable[..., np.ndarray], index: Index) -> np.ndarray:
+    """The block of a lazy tensor that `blocks` names."""
+    return make(index) if index else make()
+
+
+def _bytes_of(name: str, spec: TensorSpec, make: Callable[..., np.ndarray], index: Index) -> memoryview:
+    array = make_block(make, index)
+    shape = tuple(stop - start for start, stop in block_bounds(spec.shape, index))
+    if array.shape != shape or array.dtype != spec.dtype:
+        part = f"rows {index[0].start} to {index[0].stop} are" if index else "is"
+        raise ExportError(f"tensor {name!r} was declared {spec}, but {part} {array.shape} {array.dtype}")
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
@@ -149,12 +174,14 @@ def write_sharded(
 def gather_sharded(tensors: Mapping[str, LazyTensor], *, max_bytes: int = 2**62) -> list[str]:
     """What `write_sharded` does, without writing: for the other processes, where arrays reach over several.
 
-    Each tensor is asked for in the order in which process 0 asks for it.
+    Each block is asked for in the order in which process 0 asks for it.
     """
     plan = plan_shards({name: spec for name, (spec, _) in tensors.items()}, max_bytes)
     for names in plan.files.values():
         for name in _file_order({name: tensors[name] for name in names}):
-            tensors[name][1]()
+            spec, make = tensors[name]
+            for index in blocks(spec):
+                make_block(make, index)
     return [*plan.files, *([] if plan.index is None else ["model.safetensors.index.json"])]
 
 

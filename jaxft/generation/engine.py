@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxft.generation import steps
 from jaxft.generation.buckets import bucket, power_of_two
+from jaxft.generation.held import Held
 from jaxft.generation.sampling import Knobs
 from jaxft.generation.settings import FinishReason, Sampling
 from jaxft.nn.partition import AXES
@@ -61,6 +62,8 @@ class Engine:
     group: int  # prompts prefilled together
     prefix: steps.Prefix | None
     prefix_tokens: int
+    prefix_length: int  # of its cache, which fits into one that is as long
+    length: int  # of the memory
 
     def run(self, jobs: Sequence[Job], on_token: OnToken | None) -> None:
         """Works until every job has its finish_reason."""
@@ -70,14 +73,22 @@ class Engine:
         while waiting or any(self.slots):
             while waiting and self.slots.count(None) >= min(self.group, len(waiting)):
                 self._prefill([waiting.popleft() for _ in range(min(self.group, len(waiting)))], on_token)
+            if not waiting:
+                self.prefix = None  # its memory is free for decoding
             if any(self.slots):
                 self._decode(min(self.group, len(waiting)) or len(self.slots), on_token)
+
+    def leave(self, job: Job, held: Held) -> None:
+        """Leaves what a single job has in the cache to a later call. The engine is of no use after it."""
+        # The newest token is not in the cache yet.
+        held.keep(self.graphdef, self.memory, [*job.prompt, *job.tokens[:-1]], self.length)
 
     def _prefill(self, jobs: Sequence[Job], on_token: OnToken | None) -> None:
         shards = self.rows.num_devices if self.rows is not None else 1
         size = shards if len(jobs) <= shards else self.group
         longest = max(len(job.prompt) for job in jobs)
         tokens_PS = np.full((size, bucket(longest - self.prefix_tokens)), -1, np.int32)
+        length = max(bucket(longest), self.prefix_length)
         free = [i for i, job in enumerate(self.slots) if job is None][: len(jobs)]
         for place, job in enumerate(jobs):
             suffix = job.prompt[self.prefix_tokens :]
@@ -89,7 +100,7 @@ class Engine:
             knobs=self._knobs([*jobs, *[None] * (size - len(jobs))]),
         )
         self.memory, first_P, logprobs_P = steps.prefill(
-            self.graphdef, self.params, self.memory, self.prefix, prompts, length=bucket(longest), rows=self.rows
+            self.graphdef, self.params, self.memory, self.prefix, prompts, length=length, rows=self.rows
         )
         firsts = zip(jobs, free, *jax.device_get((first_P, logprobs_P)), strict=False)
         for job, slot, token, logprob in firsts:
@@ -143,20 +154,27 @@ class Engine:
         )
 
 
-def start(model: nnx.Module, jobs: Sequence[Job], *, stop_ids: Collection[int], slots: int) -> Engine:
-    """An engine with memory for the jobs, up to `slots` at a time, and their common beginning computed."""
+def start(
+    model: nnx.Module, jobs: Sequence[Job], *, stop_ids: Collection[int], slots: int, held: Held | None = None
+) -> Engine:
+    """An engine with memory for the jobs, up to `slots` at a time, and their common beginning computed.
+
+    held: where the beginning of a single job is looked for.
+    """
     longest = max(len(job.prompt) + job.sampling.max_new_tokens for job in jobs)
     graphdef, params = nnx.split(model.for_length(longest))
     rows = _row_sharding(params)
     shards = rows.num_devices if rows is not None else 1
     slots = math.ceil(min(slots, power_of_two(len(jobs))) / shards) * shards
-    length = bucket(longest)
-    common = _common_prefix([job.prompt for job in jobs])
-    prefix = None
-    if common:
+    common, prefix_length, prefix = _common_prefix([job.prompt for job in jobs]), 0, None
+    if held is not None:
+        prefix, common, prefix_length = held.take(graphdef, jobs[0].prompt, model.config.vocab_size)
+    elif common:
+        prefix_length = bucket(common)
         tokens_1S = np.full((1, bucket(common)), -1, np.int32)
         tokens_1S[0, :common] = jobs[0].prompt[:common]
-        prefix = steps.encode_prefix(graphdef, params, tokens_1S, length=bucket(common))
+        prefix = steps.encode_prefix(graphdef, params, tokens_1S, length=prefix_length)
+    length = max(bucket(longest), prefix_length)
     return Engine(
         graphdef=graphdef,
         params=params,
@@ -169,6 +187,8 @@ def start(model: nnx.Module, jobs: Sequence[Job], *, stop_ids: Collection[int], 
         group=math.ceil(slots / 8 / shards) * shards,
         prefix=prefix,
         prefix_tokens=common,
+        prefix_length=prefix_length,
+        length=length,
     )
 
 

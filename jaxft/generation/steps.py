@@ -29,7 +29,7 @@ class Memory(NamedTuple):
 
 
 class Prefix(NamedTuple):
-    """The common beginning of all prompts, computed once. seen_V: bool."""
+    """The beginning of all prompts, computed once. seen_V: bool, its tokens."""
 
     cache: Cache
     seen_V: jax.Array
@@ -159,6 +159,12 @@ def decode(
     start = (jnp.int32(0), memory, rows_now, tokens_BC, jnp.zeros((slots, RUN), jnp.float32))
     _, memory, _, tokens_BC, logprobs_BC = jax.lax.while_loop(go_on, body, start)
     return _split(memory, rows), *_whole((tokens_BC, logprobs_BC), rows)
+
+
+@jax.jit
+def first_row(cache: LayerCache) -> LayerCache:
+    """A copy of the first of a cache's rows."""
+    return LayerCache(cache.k_RBKHT[:, :1], cache.v_RBKTH[:, :1], cache.positions_BT[:1])
 
 
 def _split(memory: Memory, rows: NamedSharding | None) -> Memory:

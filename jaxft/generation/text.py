@@ -9,6 +9,7 @@ from flax import nnx
 from jaxft.data.tokenizer import Tokenizer
 from jaxft.generation import tokens
 from jaxft.generation.detokenize import TextStream
+from jaxft.generation.held import Held
 from jaxft.generation.settings import Generated, Sampling
 
 Prompt = str | Sequence[Mapping[str, Any]]
@@ -24,6 +25,7 @@ def generate_text(
     *,
     slots: int = 32,
     on_text: OnText | None = None,
+    held: Held | None = None,
 ) -> list[Generated]:
     """Continues every prompt until a stop token of the tokenizer, a stop string, or max_new_tokens.
 
@@ -52,6 +54,7 @@ def generate_text(
         stop_ids=tokenizer.stop_ids,
         slots=slots,
         on_token=on_token if watched else None,
+        held=held,
     )
     if not watched:
         for row, result in enumerate(results):

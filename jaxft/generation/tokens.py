@@ -7,6 +7,7 @@ from flax import nnx
 
 from jaxft.errors import ConfigError, DataError
 from jaxft.generation import engine
+from jaxft.generation.held import Held
 from jaxft.generation.settings import Generated, Sampling
 
 LISTED = 5  # rows named in one error
@@ -20,25 +21,28 @@ def generate_tokens(
     stop_ids: Collection[int] = (),
     slots: int = 32,
     on_token: engine.OnToken | None = None,
+    held: Held | None = None,
 ) -> list[Generated]:
     """Continues every prompt; results in the order of the prompts.
 
     model: a Decoder, with or without adapters. sampling: one for all prompts or one for each. stop_ids: tokens
     that end a row, of which they are the last token then. slots: most rows decoded at a time; memory grows with
     slots times the longest row. on_token: called with (row, token, logprob) for every token, a few steps after
-    it was made; returning True ends the row.
+    it was made; returning True ends the row. held: of a single prompt, the cache is left there for the next call with
+    the same model and parameters; what a prompt shares with what is held is not computed again.
 
     Row i draws with the seed of its Sampling and stream i. Calls of like shapes reuse what was compiled,
     whatever the parameters and settings. Parameters on a mesh: rows are split over its batch axes.
     Raises DataError for prompts that are empty, hold ids outside the vocabulary, or are too long with
-    max_new_tokens for the model's positions; ConfigError for settings that do not fit together.
+    max_new_tokens for the model's positions; ConfigError for settings that do not fit together, and for `held` with
+    several prompts.
     """
     samplings = one_each(sampling, len(prompts))
     if any(s.stop for s in samplings):
         raise ConfigError(
             "stop strings are found in text: use generate_text, or an on_token that returns True to end a row"
         )
-    return run(model, prompts, samplings, stop_ids=stop_ids, slots=slots, on_token=on_token)
+    return run(model, prompts, samplings, stop_ids=stop_ids, slots=slots, on_token=on_token, held=held)
 
 
 def run(
@@ -49,16 +53,24 @@ def run(
     stop_ids: Collection[int],
     slots: int,
     on_token: engine.OnToken | None,
+    held: Held | None = None,
 ) -> list[Generated]:
     """`generate_tokens` where the caller looks after stop strings."""
     _check(model.config, prompts, samplings, slots)
     if not prompts:
         return []
+    if held is not None and len(prompts) > 1:
+        raise ConfigError(
+            f"held keeps the cache of one conversation, and there are {len(prompts)} prompts: leave it out"
+        )
     jobs = [
         engine.Job(row=row, prompt=tuple(map(int, prompt)), sampling=sampling)
         for row, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True))
     ]
-    engine.start(model, jobs, stop_ids=stop_ids, slots=slots).run(jobs, on_token)
+    started = engine.start(model, jobs, stop_ids=stop_ids, slots=slots, held=held)
+    started.run(jobs, on_token)
+    if held is not None:
+        started.leave(jobs[0], held)
     return [
         Generated(tokens=tuple(job.tokens), logprobs=tuple(job.logprobs), finish_reason=job.finish_reason)
         for job in jobs

@@ -18,6 +18,10 @@ class Transform:
         """Which part of the Hugging Face tensor holds our part `index`."""
         return index
 
+    def our_bounds(self, bounds: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+        """Which part of ours holds the part of the Hugging Face tensor with these (start, stop) along every axis."""
+        return tuple(bounds)
+
     def hf_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The Hugging Face shape of our shape."""
         return shape
@@ -37,6 +41,9 @@ class Transpose(Transform):
 
     def hf_index(self, index: Index) -> Index:
         return index[::-1]
+
+    def our_bounds(self, bounds: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+        return tuple(bounds[::-1])
 
     def hf_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return shape[::-1]

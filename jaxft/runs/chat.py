@@ -1,4 +1,4 @@
-"""A conversation on the terminal: every message goes to the model with all that was said before it."""
+"""A conversation on the terminal: every message is answered from all that was said before it."""
 
 import contextlib
 import sys
@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 from jaxft.data.tokenizer import Tokenizer
 from jaxft.errors import DataError, ModelError, did_you_mean
-from jaxft.generation import Generated, Sampling, generate_text
+from jaxft.generation import Generated, Held, Sampling, generate_text
 from jaxft.generation.text import encode_prompt
 
 PROMPT = "> "
@@ -29,7 +29,8 @@ class Chat:
     """A model, how it answers, and what was said.
 
     turns: messages of user and assistant in turn. The same question after the same turns is answered alike:
-    draws depend on the seed and the place of a token.
+    draws depend on the seed and the place of a token. held: what is computed already of it; a message goes through
+    the model alone as long as the template renders what was said before as before.
     """
 
     model: Any
@@ -37,6 +38,7 @@ class Chat:
     sampling: Sampling
     system: str | None = None
     turns: list[dict[str, str]] = field(default_factory=list)
+    held: Held = field(default_factory=Held)
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -60,7 +62,9 @@ class Chat:
             write(piece)
 
         try:
-            (answer,) = generate_text(self.model, self.tokenizer, [conversation], self.sampling, on_text=show)
+            (answer,) = generate_text(
+                self.model, self.tokenizer, [conversation], self.sampling, on_text=show, held=self.held
+            )
         except KeyboardInterrupt:
             answer = None
         if answer is not None or shown:

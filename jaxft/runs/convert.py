@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ from jaxft.checkpoint.gguf_write import written_bytes as gguf_bytes
 from jaxft.checkpoint.load import base_of, left_out, open_weights, resolve
 from jaxft.checkpoint.merged import Merged
 from jaxft.checkpoint.paths import is_file, is_remote, open_folder
-from jaxft.checkpoint.safetensors_writer import LazyTensor, sync_folder
+from jaxft.checkpoint.safetensors_writer import Index, LazyTensor, sync_folder
 from jaxft.checkpoint.tensors import TensorSource, TensorSpec
 from jaxft.data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from jaxft.errors import ConfigError, ExportError, JaxftError
@@ -206,8 +207,8 @@ def _lazy_tensors(origin: Origin, dtype: str) -> dict[str, LazyTensor]:
     """The source's tensors in its own order, cast as they are read."""
     target = np.dtype(dtype)
 
-    def make(name: str) -> np.ndarray:
-        value = origin.source.read(name)
+    def make(name: str, index: Index | None = None) -> np.ndarray:
+        value = origin.source.read(name, index)
         with np.errstate(over="ignore"):  # refused below, by name
             cast = value.astype(target, copy=False)
         if target == np.float16 and not all_finite(cast):
@@ -216,17 +217,17 @@ def _lazy_tensors(origin: Origin, dtype: str) -> dict[str, LazyTensor]:
 
     specs = origin.source.specs()
     return {
-        name: (TensorSpec(specs[name].shape, target), lambda name=name: make(name))
+        name: (TensorSpec(specs[name].shape, target), functools.partial(make, name))
         for name in specs
         if name in origin.stored
     }
 
 
 def _watched(lazy: dict[str, LazyTensor], advance: Callable[[int], None]) -> dict[str, LazyTensor]:
-    def watch(spec: TensorSpec, make: Callable[[], np.ndarray]) -> LazyTensor:
-        def made() -> np.ndarray:
-            array = make()
-            advance(spec.nbytes)
+    def watch(spec: TensorSpec, make: Callable[..., np.ndarray]) -> LazyTensor:
+        def made(index: Index | None = None) -> np.ndarray:
+            array = make(index)
+            advance(array.nbytes)
             return array
 
         return spec, made

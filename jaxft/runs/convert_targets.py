@@ -11,7 +11,7 @@ import numpy as np
 from jaxft import models
 from jaxft.checkpoint import gguf_write, hf, manifest, orbax_folder
 from jaxft.checkpoint.load import load_model, shardings_by_path
-from jaxft.checkpoint.safetensors_writer import LazyTensor, write_sharded
+from jaxft.checkpoint.safetensors_writer import LazyTensor, blocks, make_block, write_sharded
 from jaxft.checkpoint.tensors import SafetensorsFolder, TensorSource, TensorSpec
 from jaxft.checkpoint.verify import check_export
 from jaxft.config import MeshConfig
@@ -114,7 +114,7 @@ class _Lazy:
         return {name: spec for name, (spec, _) in self._tensors.items()}
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
-        return self._tensors[name][1]()[index or ...]
+        return self._tensors[name][1](index)
 
 
 def _write_companions(target: Target) -> None:
@@ -132,10 +132,13 @@ def _compare(written: TensorSource, tensors: Mapping[str, LazyTensor]) -> None:
     if set(specs) != set(tensors):
         raise ExportError(f"other tensors were written than the source has: {sorted(set(specs) ^ set(tensors))[:3]}")
     for name, (spec, make) in tensors.items():
-        found, wanted = written.read(name), make()
         bits = np.dtype(f"u{spec.dtype.itemsize}")
-        same = specs[name] == spec and np.array_equal(
-            np.ascontiguousarray(found).view(bits), np.ascontiguousarray(wanted).view(bits)
+        same = specs[name] == spec and all(
+            np.array_equal(
+                np.ascontiguousarray(written.read(name, index)).view(bits),
+                np.ascontiguousarray(make_block(make, index)).view(bits),
+            )
+            for index in blocks(spec)
         )
         if not same:
             raise ExportError(f"tensor {name!r} reads back differently from the source. Do not use what was written.")

@@ -2,13 +2,15 @@
 
 # B batch
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, Sharding
+from jax.sharding import PartitionSpec as P
 
 
 def from_rows(make: Callable[[slice], Any], rows: int, sharding: NamedSharding) -> Any:
@@ -48,3 +50,61 @@ def to_host(x: jax.Array) -> np.ndarray:
     if x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)
     return multihost_utils.process_allgather(x, tiled=True)
+
+
+def host_parts(
+    x: jax.Array, bounds: Sequence[tuple[int, int]], dtype: Any
+) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+    """A block of an array in host memory, in as many parts as there are shards of it; each with its place in the block.
+
+    bounds: (start, stop) along every axis. dtype: what it is cast to, on the devices. No copy of it stays with `x`.
+    Where the array reaches over several processes, the block is one part, and for a while whole on every device and in
+    every process; all must ask for it, in the same order.
+    """
+    if not x.is_fully_addressable:
+        whole = _gathered(x, bounds, dtype)
+        yield (slice(None),) * x.ndim, np.asarray(whole)
+        return
+    for shard in x.addressable_shards:
+        offsets = [cut.indices(size)[0] for cut, size in zip(shard.index, x.shape, strict=True)]
+        low = [max(start, at) for (start, _), at in zip(bounds, offsets, strict=True)]
+        ends = [at + size for at, size in zip(offsets, shard.data.shape, strict=True)]
+        high = [min(stop, end) for (_, stop), end in zip(bounds, ends, strict=True)]
+        if shard.replica_id or any(a >= b for a, b in zip(low, high, strict=True)):
+            continue
+        starts = np.asarray([a - at for a, at in zip(low, offsets, strict=True)], np.int32)
+        part = _cut(shard.data, starts, tuple(b - a for a, b in zip(low, high, strict=True)), np.dtype(dtype))
+        place = tuple(slice(a - at, b - at) for a, b, (at, _) in zip(low, high, bounds, strict=True))
+        yield place, np.asarray(part)
+
+
+@functools.partial(jax.jit, static_argnames=("sizes", "dtype"))
+def _cut(x: jax.Array, starts: np.ndarray, sizes: tuple[int, ...], dtype: np.dtype) -> jax.Array:
+    return jax.lax.dynamic_slice(x, starts, sizes).astype(dtype)
+
+
+def _gathered(x: jax.Array, bounds: Sequence[tuple[int, int]], dtype: Any) -> jax.Array:
+    # On an axis that is split the compiler must know the place, or it gathers all of that axis first. On others it need
+    # not, and one program serves all layers.
+    split = [local < size for local, size in zip(x.sharding.shard_shape(x.shape), x.shape, strict=True)]
+    starts = np.asarray([0 if known else start for (start, _), known in zip(bounds, split, strict=True)], np.int32)
+    known = tuple(tuple(cut) if known else None for cut, known in zip(bounds, split, strict=True))
+    sizes = tuple(stop - start for start, stop in bounds)
+    return _cut_and_gather(x, starts, known, sizes, np.dtype(dtype), NamedSharding(x.sharding.mesh, P()))
+
+
+@functools.partial(jax.jit, static_argnames=("known", "sizes", "dtype", "everywhere"))
+def _cut_and_gather(
+    x: jax.Array,
+    starts: np.ndarray,
+    known: tuple[tuple[int, int] | None, ...],
+    sizes: tuple[int, ...],
+    dtype: np.dtype,
+    everywhere: NamedSharding,
+) -> jax.Array:
+    """The block whole on every device. known: (start, stop) of the axes that are split, None for others."""
+    kept = [n if cut is None else size for n, cut, size in zip(sizes, known, x.shape, strict=True)]
+    part = jax.lax.dynamic_slice(x, starts, kept)
+    cuts = [cut or (0, n) for n, cut in zip(sizes, known, strict=True)]
+    block = jax.lax.slice(part, [start for start, _ in cuts], [stop for _, stop in cuts]).astype(dtype)
+    return jax.lax.with_sharding_constraint(block, everywhere)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import tracemalloc
 
 import jax
 import ml_dtypes
@@ -12,7 +13,7 @@ from safetensors.numpy import save_file
 
 from jaxft import models
 from jaxft.adapters.attach import adapters, merge
-from jaxft.checkpoint import hf
+from jaxft.checkpoint import hf, safetensors_writer
 from jaxft.checkpoint.hf import (
     copy_into,
     hf_tensors,
@@ -28,6 +29,7 @@ from jaxft.checkpoint.tensors import SafetensorsFolder
 from jaxft.config import AdapterConfig, MeshConfig
 from jaxft.errors import CheckpointError
 from jaxft.runs.build import attach_adapter
+from jaxft.sharding.arrays import host_parts
 from jaxft.sharding.mesh import make_mesh_plan
 from jaxft.trees import flatten
 
@@ -154,6 +156,20 @@ def test_an_untied_model_without_a_head_is_refused(tiny_llama, tmp_path):
         load_model(save(tmp_path, tensors_in(folder), config))
 
 
+class Drawn:
+    """A source of random tensors, the same at every call."""
+
+    def __init__(self, specs):
+        self._specs = specs
+
+    def specs(self):
+        return self._specs
+
+    def read(self, name, index=None):
+        spec = self._specs[name]
+        return np.random.default_rng(len(name)).normal(size=spec.shape).astype(spec.dtype)[index or ()]
+
+
 class Watched:
     """A source that remembers how many numbers were read of each tensor."""
 
@@ -202,9 +218,10 @@ def test_a_process_reads_no_further_than_what_its_devices_hold(tiny_llama):
     assert list(source.sizes.values()) == [[2 * quarter * outputs]] * (layers - 1)
 
 
-def test_export_in_parts_gathers_nothing_and_keeps_no_host_copy(tiny_llama, monkeypatch, tmp_path):
-    monkeypatch.setattr(hf, "PART_BYTES", 1000)
-    folder, plan = tiny_llama("plain"), make_mesh_plan(MeshConfig(fsdp=8))
+@pytest.mark.parametrize("axes", [{}, {"fsdp": 8}, {"fsdp": 2, "tensor": 4}])
+def test_export_in_blocks_is_the_same_and_keeps_no_host_copy(tiny_llama, monkeypatch, tmp_path, axes):
+    monkeypatch.setattr(safetensors_writer, "BLOCK_BYTES", 1000)
+    folder, plan = tiny_llama("plain"), make_mesh_plan(MeshConfig(**axes)) if axes else None
     module = load_model(folder, mesh=plan).module
     write_weights(module, str(tmp_path))
     source, back = SafetensorsFolder(folder), SafetensorsFolder(tmp_path)
@@ -212,6 +229,60 @@ def test_export_in_parts_gathers_nothing_and_keeps_no_host_copy(tiny_llama, monk
         np.testing.assert_array_equal(back.read(name), source.read(name), err_msg=name)
     for path, leaf in flatten(nnx.state(module))[0].items():
         assert leaf._npy_value is None, f"{path} holds a second copy of itself"
+
+
+def test_adapters_are_merged_in_blocks_too(tiny_llama, monkeypatch, tmp_path):
+    module = load_model(tiny_llama("plain")).module
+    attach_adapter(module, AdapterConfig(r=4, target_modules="q_proj,lm_head"), 0)
+    for adapter in adapters(module).values():
+        adapter.lora_b.set_value(adapter.lora_b.get_value() + 0.1)
+    whole = {name: make() for name, (_, make) in hf_tensors(module).items()}
+    monkeypatch.setattr(safetensors_writer, "BLOCK_BYTES", 1000)
+    write_weights(module, str(tmp_path))
+    for name, array in whole.items():
+        np.testing.assert_array_equal(SafetensorsFolder(tmp_path).read(name), array, err_msg=name)
+
+
+FUSED = {
+    "model_type": "gpt_oss", "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 16,
+    "num_experts_per_tok": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("axes", [{}, {"fsdp": 2, "expert": 4}])
+def test_experts_in_one_tensor_leave_in_blocks_of_bounded_size(monkeypatch, tmp_path, axes):
+    block, largest = 2**17, []
+    abstract = models.abstract_model(models.config_from_hf(FUSED))
+    experts = hf_tensors(abstract)["model.layers.0.mlp.experts.gate_up_proj"][0]
+    assert experts.nbytes == 8 * block
+    source = Drawn({name: spec for name, (spec, _) in hf_tensors(abstract).items()})
+    shardings = shardings_by_path(abstract, make_mesh_plan(MeshConfig(**axes))) if axes else None
+    module = load_weights(abstract, source, shardings)
+    monkeypatch.setattr(safetensors_writer, "BLOCK_BYTES", block)
+
+    def watched(*args):
+        for place, part in host_parts(*args):
+            largest.append(part.nbytes)
+            yield place, part
+
+    monkeypatch.setattr(hf, "host_parts", watched)
+    (tmp_path / "first").mkdir()
+    (tmp_path / "second").mkdir()
+    write_weights(module, str(tmp_path / "first"))  # what tracing keeps is not what writing takes
+    tracemalloc.start()
+    try:
+        write_weights(module, str(tmp_path / "second"))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert max(largest) == block // axes.get("fsdp", 1)  # what comes from one device
+    # The block that is written; the header and what Python keeps for it are the rest.
+    assert peak < 2 * block, f"{peak} bytes"
+    back = SafetensorsFolder(tmp_path / "second")
+    for name, spec in source.specs().items():
+        assert back.specs()[name] == spec
+        np.testing.assert_array_equal(back.read(name), source.read(name), err_msg=name)
 
 
 @pytest.mark.parametrize("shape", [(300, 700), (3, 5), (1, 600), (7,)])

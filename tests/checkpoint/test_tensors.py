@@ -11,6 +11,7 @@ import pytest
 from safetensors import deserialize, safe_open
 from safetensors.numpy import load_file, save_file
 
+from jaxft.checkpoint import safetensors_writer
 from jaxft.checkpoint.safetensors_writer import plan_shards, write_safetensors, write_sharded
 from jaxft.checkpoint.tensors import SafetensorsFolder, TensorSpec
 from jaxft.errors import CheckpointError, ExportError
@@ -327,3 +328,36 @@ def test_refuses_folders_without_weights(tmp_path):
     save_file({"x": np.ones(2, np.float32)}, tmp_path / "model-00001-of-00002.safetensors")
     with pytest.raises(CheckpointError, match=r"only model-00001-of-00002\.safetensors"):
         SafetensorsFolder(tmp_path)
+
+
+def test_a_large_tensor_is_asked_for_in_blocks_of_its_leading_axis(tmp_path, monkeypatch):
+    monkeypatch.setattr(safetensors_writer, "BLOCK_BYTES", 100)
+    values = {
+        "cube": np.arange(7 * 3 * 4, dtype=np.float32).reshape(7, 3, 4),  # 48 bytes a row: 2 rows
+        "wide": np.arange(2 * 60, dtype=np.float32).reshape(2, 60),  # a row is more than a block
+        "small": np.arange(25, dtype=np.float32),
+        "scalar": np.float32(3).reshape(()),
+    }
+    asked = []
+
+    def lazily(name):
+        def make(index=None):
+            asked.append((name, index))
+            return values[name][index or ()]
+
+        return TensorSpec(values[name].shape, values[name].dtype), make
+
+    tensors = {name: lazily(name) for name in values}
+    write_safetensors(tmp_path / "model.safetensors", tensors)
+    rows = [("cube", (slice(a, min(a + 2, 7)),)) for a in (0, 2, 4, 6)]
+    wanted = [*rows, ("wide", (slice(0, 1),)), ("wide", (slice(1, 2),)), ("small", None), ("scalar", None)]
+    assert asked == wanted
+    for name, array in load_file(tmp_path / "model.safetensors").items():
+        np.testing.assert_array_equal(array, values[name])
+    # The other processes ask for the same blocks, in the same order.
+    asked.clear()
+    safetensors_writer.gather_sharded(tensors)
+    assert asked == wanted
+    with pytest.raises(ExportError, match=r"tensor 'x' was declared .*, but rows 0 to 1 are \(2, 50\) float32"):
+        short = TensorSpec((3, 50), np.dtype(np.float32)), lambda index: np.ones((2, 50), np.float32)
+        write_safetensors(tmp_path / "short.safetensors", {"x": short})

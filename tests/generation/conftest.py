@@ -31,6 +31,12 @@ def tiny_hf(**changes):
 
 
 @pytest.fixture(scope="session")
+def tiny_config():
+    """config.json of the tiny model, with changes."""
+    return tiny_hf
+
+
+@pytest.fixture(scope="session")
 def model():
     return random_model(config_from_hf(tiny_hf()), seed=1)
 

@@ -86,7 +86,26 @@ def test_each_answer_follows_from_the_whole_conversation(chat):
         expected += f"{messages[-1]['content']}\n(cut off at --max_new_tokens=8)\n"
     assert len(messages[-1]["content"]) == 8
     assert chat.messages == messages
+    # The second question went through the model alone, with what the template writes around it.
+    before = encode_prompt(chat.tokenizer, messages[:2])
+    assert chat.held.computed <= len(encode_prompt(chat.tokenizer, messages[:-1])) - len(before) - 7
     assert out == expected + "\n"
+
+
+def test_a_template_that_retells_what_was_said_gets_the_same_answers(chat):
+    # As those of models that think: what led to an answer is told only until the next question.
+    retelling = (
+        "{% for m in messages %}{{ m.role }}{% if not loop.last and m.role == 'user' %}(earlier){% endif %}:"
+        "{{ m.content }}\n{% endfor %}assistant:"
+    )
+    chat.tokenizer = load_tokenizer(SMOKE, chat_template=retelling)
+    messages = []
+    for question in ("one", "two", "three"):
+        play(chat, question)
+        messages.append({"role": "user", "content": question})
+        messages.append({"role": "assistant", "content": answer_to(chat, messages)})
+        assert chat.messages == messages
+    assert chat.held.computed < len(encode_prompt(chat.tokenizer, messages[:-1]))
 
 
 def test_reset_forgets_turns_and_system_starts_anew(chat):

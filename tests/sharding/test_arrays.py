@@ -1,5 +1,8 @@
 """Batches made row by row on a mesh, and arrays brought back. One process here; several in tests/runs."""
 
+import math
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -8,8 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxft.config import MeshConfig
 from jaxft.data.batch import Batch
-from jaxft.sharding import make_mesh_plan
-from jaxft.sharding.arrays import from_rows, spread, to_host
+from jaxft.sharding import arrays, make_mesh_plan
+from jaxft.sharding.arrays import from_rows, host_parts, spread, to_host
 
 ROWS = 8
 
@@ -45,3 +48,34 @@ def test_keys_and_numbers_spread_over_a_mesh_and_come_back() -> None:
     np.testing.assert_array_equal(to_host(there), x)
     key = jax.random.key(3)
     assert jax.random.uniform(spread(key, NamedSharding(mesh, P()))) == jax.random.uniform(key)
+
+
+CUTS = [((1, 2), (0, 16), (0, 8)), ((2, 3), (4, 12), (0, 8)), ((0, 3), (3, 5), (1, 7)), ((0, 1), (0, 1), (0, 1))]
+
+
+@pytest.mark.parametrize("bounds", CUTS)
+@pytest.mark.parametrize("spec", [P(), P(None, "fsdp"), P(None, "fsdp", "tensor"), P(None, None, ("fsdp", "tensor"))])
+def test_a_block_comes_to_the_host_from_its_shards_or_through_all_devices(bounds: tuple, spec: P) -> None:
+    mesh = make_mesh_plan(MeshConfig(fsdp=4, tensor=2)).mesh
+    x = np.random.default_rng(0).normal(size=(3, 16, 8)).astype(np.float32)
+    there, index = jax.device_put(x, NamedSharding(mesh, spec)), tuple(slice(*cut) for cut in bounds)
+    wanted = x[index].astype(jax.numpy.bfloat16)
+    out, filled = np.zeros(wanted.shape, wanted.dtype), np.zeros(wanted.shape, int)
+    for place, part in host_parts(there, bounds, "bfloat16"):
+        out[place] = part
+        filled[place] += 1
+    assert (filled == 1).all()
+    np.testing.assert_array_equal(out, wanted)
+    assert there._npy_value is None
+    # What several processes do.
+    np.testing.assert_array_equal(np.asarray(arrays._gathered(there, bounds, "bfloat16")), wanted)
+
+
+def test_no_more_than_a_block_is_gathered_where_the_cut_axis_is_split() -> None:
+    mesh, shape = make_mesh_plan(MeshConfig(fsdp=8)).mesh, (4, 64, 32)
+    x = jax.ShapeDtypeStruct(shape, np.float32, sharding=NamedSharding(mesh, P(None, "fsdp")))
+    arguments = (np.zeros(3, np.int32), (None, (16, 32), None), (1, 16, 32), np.dtype(np.float32))
+    compiled = arrays._cut_and_gather.lower(x, *arguments, NamedSharding(mesh, P())).compile()
+    gathered = [line for line in compiled.as_text().splitlines() if "all-gather(" in line or "all-reduce(" in line]
+    sizes = [max(math.prod(map(int, dims.split(","))) for dims in re.findall(r"f32\[([\d,]+)\]", g)) for g in gathered]
+    assert sizes and max(sizes) <= 16 * 32, gathered
