@@ -26,6 +26,8 @@ MEANINGS = {
     "adapter.r": "rank; at most the smaller side of every layer it is put on",
     "adapter.alpha": "numerator of the scale: `alpha / r`",
     "adapter.dropout": "share of the adapter's inputs that is dropped in training; at least 0, below 1",
+    "adapter.init_lora_weights": "how A and B begin: `default`, `gaussian`, `pissa`, `pissa_niter_N` or `olora`; see "
+    "[adapters](adapters.md)",
     "adapter.target_modules": "`all-linear` (all but the LM head), or names, comma separated: `q_proj,v_proj`",
     "data.train_split": "which part of a set that has parts (datasets, tfds)",
     "data.prompt_field": "column of the prompts of a prompt/completion set",

@@ -20,7 +20,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_dict, config_flags
 
-from jaxft.config_checks import check
+from jaxft.config_checks import check, layers_in, names_in, pattern_in
 from jaxft.errors import ConfigError, did_you_mean
 
 
@@ -47,11 +47,43 @@ class AdapterConfig:
     dropout: float = 0.0
     target_modules: str = "all-linear"  # or names, comma separated: "q_proj,v_proj"
     use_rslora: bool = False  # scale by alpha / sqrt(r), arXiv:2312.03732
+    use_dora: bool = False  # train lengths of kernels' columns apart, arXiv:2402.09353
+    init_lora_weights: str = "default"  # or gaussian, pissa, pissa_niter_N, olora
+    exclude_modules: str | None = None  # names, comma separated, left out of target_modules
+    layers_to_transform: str | None = None  # only these layers: "0-3,8"
+    rank_pattern: str | None = None  # other ranks: "q_proj:8,layers.0.mlp.down_proj:32", by PEFT's patterns
+    alpha_pattern: str | None = None  # other alphas, likewise
+    modules_to_save: str | None = None  # names, comma separated, trained whole in float32: "embed_tokens,norm"
 
     @property
     def targets(self) -> tuple[str, ...]:
         """Module names, or the single name `all-linear` (every linear layer but the LM head)."""
-        return tuple(name.strip() for name in self.target_modules.split(",") if name.strip())
+        return names_in(self.target_modules)
+
+    @property
+    def excluded(self) -> tuple[str, ...]:
+        """Module names of exclude_modules."""
+        return names_in(self.exclude_modules)
+
+    @property
+    def saved(self) -> tuple[str, ...]:
+        """Module names of modules_to_save."""
+        return names_in(self.modules_to_save)
+
+    @property
+    def layers(self) -> tuple[int, ...] | None:
+        """Layer numbers of layers_to_transform, None for all. Raises ConfigError for what is no range of numbers."""
+        return None if self.layers_to_transform is None else layers_in(self.layers_to_transform)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """rank_pattern as pattern -> rank. Raises ConfigError for another form."""
+        return pattern_in("adapter.rank_pattern", self.rank_pattern, int)
+
+    @property
+    def alphas(self) -> dict[str, float]:
+        """alpha_pattern as pattern -> alpha. Raises ConfigError for another form."""
+        return pattern_in("adapter.alpha_pattern", self.alpha_pattern, float)
 
 
 @dataclass(frozen=True, kw_only=True)

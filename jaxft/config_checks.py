@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from typing import Any
 
 from jaxft.errors import ConfigError, did_you_mean
@@ -23,6 +24,12 @@ CHOICES = {
     "data.format": FORMATS, "data.train_on": TRAIN_ON, "data.truncation": TRUNCATION, "optim.name": OPTIMIZERS,
     "optim.schedule": SCHEDULES, "optim.moments_dtype": DTYPES, "train.gradient_dtype": DTYPES,
     "checkpoint.best_mode": ("min", "max"), "checkpoint.best_metric": EVAL_FIGURES, "eval.metric": METRICS,
+}  # fmt: skip
+LORA_STARTS = r"default|gaussian|pissa(_niter_\d+)?|olora"
+# Fields of the LoRA family, and what they are when nobody asked for it.
+LORA_ALONE = {
+    "use_rslora": False, "use_dora": False, "init_lora_weights": "default", "exclude_modules": None,
+    "layers_to_transform": None, "rank_pattern": None, "alpha_pattern": None,
 }  # fmt: skip
 # (fields, what a value of theirs is, in words)
 RANGES = (
@@ -53,6 +60,37 @@ def check(config: Any) -> None:
     _check_mesh(config.mesh)
 
 
+def names_in(text: str | None) -> tuple[str, ...]:
+    """The names of a comma-separated list."""
+    return tuple(name.strip() for name in (text or "").split(",") if name.strip())
+
+
+def layers_in(text: str) -> tuple[int, ...]:
+    """The layers of `0-3,8`, sorted. Raises ConfigError for what is neither a number nor a range."""
+    numbers: set[int] = set()
+    for part in names_in(text):
+        first, _, last = part.partition("-")
+        if not first.isdecimal() or not (last or first).isdecimal() or int(last or first) < int(first):
+            raise ConfigError(f"adapter.layers_to_transform={text!r}: {part!r} is no layer (8) and no range (0-3)")
+        numbers |= set(range(int(first), int(last or first) + 1))
+    return tuple(sorted(numbers))
+
+
+def pattern_in(key: str, text: str | None, kind: type) -> dict[str, Any]:
+    """What `q_proj:8,o_proj:32` says, each value a `kind` above zero. Raises ConfigError for another form."""
+    out = {}
+    for part in names_in(text):
+        pattern, _, value = part.rpartition(":")
+        try:
+            out[pattern.strip()] = kind(value)
+            re.compile(pattern)
+        except (ValueError, re.error):
+            raise ConfigError(f"{key}={text!r}: {part!r} is not of the form pattern:{kind.__name__}") from None
+        if not pattern.strip() or out[pattern.strip()] <= 0:
+            raise ConfigError(f"{key}={text!r}: {part!r} wants a pattern and a number above zero")
+    return out
+
+
 def _value(config: Any, key: str) -> Any:
     return functools.reduce(getattr, key.split("."), config)
 
@@ -77,8 +115,27 @@ def _check_step(config: Any) -> None:
             f"model.quantization={config.model.quantization!r} is of weights that stand still, but adapter.kind='none' "
             "trains them all: set adapter.kind='lora', or model.quantization to None"
         )
-    if config.adapter.kind != "none" and not config.adapter.targets:
+    _check_adapter(config.adapter)
+
+
+def _check_adapter(adapter: Any) -> None:
+    if adapter.kind == "none":
+        return
+    if not adapter.targets:
         raise ConfigError("adapter.target_modules is empty: give 'all-linear' or names such as 'q_proj,v_proj'")
+    if not re.fullmatch(LORA_STARTS, adapter.init_lora_weights):
+        raise ConfigError(
+            f"adapter.init_lora_weights={adapter.init_lora_weights!r} is not one of default, gaussian, pissa, "
+            "pissa_niter_N, olora"
+        )
+    _ = adapter.layers, adapter.ranks, adapter.alphas  # each refuses what it cannot read
+    if adapter.layers == ():
+        raise ConfigError("adapter.layers_to_transform is empty: give layers such as '0-3,8', or None for all")
+    if adapter.kind == "lora":
+        return
+    for name, default in LORA_ALONE.items():
+        if getattr(adapter, name) != default:
+            raise ConfigError(f"adapter.{name} is read by adapter.kind='lora', not by adapter.kind={adapter.kind!r}")
 
 
 def _check_held_out(config: Any) -> None:

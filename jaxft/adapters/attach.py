@@ -9,56 +9,122 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxft.errors import ModelError, did_you_mean
-from jaxft.nn.linear import Linear
+from jaxft.nn.linear import Embedding, Linear
+from jaxft.nn.moe import ExpertLinear
+from jaxft.quant import dense, is_quantised
 
 ALL_LINEAR = "all-linear"
+Layer = Linear | Embedding | ExpertLinear  # what has a slot
+
+
+class AdapterParam(nnx.Param):
+    """A parameter that moves while the base stands still."""
+
+
+class SavedParam(AdapterParam):
+    """A parameter of the base that is trained whole beside adapters, and goes where they go."""
+
+
+class StartParam(nnx.Param):
+    """What an adapter began with and is counted from: it stands still, but is no part of the base on disk."""
+
+
 # Called with the layer and a key.
 MakeAdapter = Callable[[Linear, jax.Array], nnx.Module]
 
 
 def linears(model: nnx.Module) -> Iterator[tuple[str, Linear]]:
     """Every linear layer with its path, such as `layers/0/self_attn/q_proj`, in a stable order."""
-    found = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model) if isinstance(module, Linear)}
+    yield from ((path, layer) for path, layer in slots(model) if isinstance(layer, Linear))
+
+
+def slots(model: nnx.Module) -> Iterator[tuple[str, Layer]]:
+    """Every layer that has a slot for an adapter, with its path, in a stable order."""
+    found = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model) if isinstance(module, Layer)}
     yield from sorted(found.items())
+
+
+def weight(layer: Layer) -> nnx.Param:
+    """The matrix that a layer's adapter is beside."""
+    return layer.embedding if isinstance(layer, Embedding) else layer.kernel
+
+
+def weight_paths(model: nnx.Module) -> dict[str, Any]:
+    """The adapter of every layer that has one, by the path of the layer's matrix."""
+    return {
+        f"{path}/{'embedding' if isinstance(layer, Embedding) else 'kernel'}": layer.adapter
+        for path, layer in slots(model)
+        if layer.adapter is not None
+    }
 
 
 def attach(model: nnx.Module, targets: Sequence[str], make: MakeAdapter, key: jax.Array) -> tuple[str, ...]:
     """Puts an adapter into the slot of each target and returns their paths.
 
-    targets: last names of layers (`q_proj`), path endings (`self_attn/q_proj`), or `all-linear`, which
-    leaves the LM head out. Raises ModelError for a target that matches nothing.
+    targets: as for `find`. Raises ModelError for a target that matches nothing.
     """
-    layers = dict(linears(model))
-    chosen = {path for target in targets for path in _matching(target, layers)}
-    for path in sorted(chosen):
-        layers[path].adapter = make(layers[path], jax.random.fold_in(key, zlib.crc32(path.encode())))
-    return tuple(sorted(chosen))
+    found = find(model, targets)
+    for path, layer in found.items():
+        layer.adapter = make(layer, key_of(key, path))
+    return tuple(found)
+
+
+def find(
+    model: nnx.Module, targets: Sequence[str], *, exclude: Sequence[str] = (), kinds: Any = Linear
+) -> dict[str, Layer]:
+    """The layers of a type that targets name and exclude does not, by path.
+
+    targets, exclude: last names of layers (`q_proj`), path endings (`self_attn/q_proj`), or `all-linear`, every Linear
+    but the LM head. Raises ModelError for one that matches nothing.
+    """
+    layers = {path: layer for path, layer in slots(model) if isinstance(layer, kinds)}
+    chosen = {path for target in targets for path in _matching(target, layers, model)}
+    chosen -= {path for name in exclude for path in _matching(name, layers, model)}
+    return {path: layers[path] for path in sorted(chosen)}
+
+
+def key_of(key: jax.Array, path: str) -> jax.Array:
+    """The key of the adapter at a path: whatever else has one, it is the same."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
 def adapters(model: nnx.Module) -> dict[str, Any]:
     """The adapter of every layer that has one, by the layer's path."""
-    return {path: layer.adapter for path, layer in linears(model) if layer.adapter is not None}
+    return {path: layer.adapter for path, layer in slots(model) if layer.adapter is not None}
 
 
 def merge(model: nnx.Module) -> None:
-    """Adds every adapter to its kernel, computed in float32, and empties the slots."""
-    for _, layer in linears(model):
+    """Makes every adapter a part of its matrix, computed in float32, and empties the slots."""
+    check_mergeable(model)
+    for _, layer in slots(model):
         if layer.adapter is None:
             continue
-        kernel = layer.kernel.get_value()
-        merged = kernel.astype(jnp.float32) + layer.adapter.delta()
-        layer.kernel.set_value(merged.astype(kernel.dtype))
+        matrix = weight(layer)
+        value = matrix.get_value()
+        merged = layer.adapter.merged(dense(value, jnp.float32))
+        matrix.set_value(merged.astype(layer.dtype if is_quantised(value) else value.dtype))
         layer.adapter = nnx.data(None)
 
 
-def _matching(target: str, layers: dict[str, Linear]) -> list[str]:
+def check_mergeable(model: nnx.Module) -> None:
+    """Raises ModelError for an adapter on a table that is the LM head too: merged, it would move the head as well."""
+    if model.lm_head is None and model.embed_tokens.adapter is not None:
+        raise ModelError(
+            "the adapter on embed_tokens cannot be merged: in this model the table is the LM head too "
+            "(tie_word_embeddings), which the adapter does not move. Export it as an adapter."
+        )
+
+
+def _matching(target: str, layers: dict[str, Layer], model: nnx.Module) -> list[str]:
     if target == ALL_LINEAR:
-        return [path for path in layers if path.rsplit("/", 1)[-1] != "lm_head"]
+        return [path for path, layer in layers.items() if isinstance(layer, Linear) and path != "lm_head"]
     found = [path for path in layers if path == target or path.endswith("/" + target)]
     if not found:
         names = sorted({path.rsplit("/", 1)[-1] for path in layers})
+        tied = target == "lm_head" and model.lm_head is None
+        why = " Its LM head is embed_tokens (tie_word_embeddings)." if tied else did_you_mean(target, names)
         raise ModelError(
-            f"adapter target {target!r} matches no linear layer.{did_you_mean(target, names)} "
-            f"This model has {', '.join(names)}; 'all-linear' takes all but lm_head."
+            f"adapter target {target!r} matches no layer.{why} "
+            f"This model has {', '.join(names)}; 'all-linear' takes all Linear layers but lm_head."
         )
     return found

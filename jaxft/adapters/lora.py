@@ -1,131 +1,134 @@
-"""LoRA: low-rank adaptation (arXiv:2106.09685), with rank-stabilised scaling (arXiv:2312.03732) by choice."""
+"""The LoRA family in a model: which layers get one, of which rank, and of which form.
 
-# L stacked layers, I inputs, O outputs, r rank
+What a form computes is in `low_rank` (LoRA), `dora`, `lora_embedding` and `lora_experts`.
+"""
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from typing import Literal
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
-from jaxft.nn import partition
-from jaxft.nn.linear import Linear
+from jaxft.adapters.attach import Layer, find, key_of, weight
+from jaxft.adapters.dora import DoRA
+from jaxft.adapters.lora_embedding import EmbeddingLoRA
+from jaxft.adapters.lora_experts import ExpertLoRA
+from jaxft.adapters.lora_start import moves_the_start
+from jaxft.adapters.low_rank import LoRA as LoRA
+from jaxft.adapters.low_rank import LoRASettings as LoRASettings
+from jaxft.adapters.low_rank import low_rank as low_rank
+from jaxft.config import AdapterConfig
+from jaxft.errors import ModelError
+from jaxft.nn.linear import Embedding, Linear
+from jaxft.nn.moe import ExpertLinear
+from jaxft.nn.stack import group_layers
 
-# Whether the tensor axis splits the wide side of A or B -> how they are stored and how they are multiplied with.
-STORED = {True: (None, "both"), False: (None, "weight")}
-WHOLE = {True: (None, "tensor"), False: (None, None)}
-
-
-class AdapterParam(nnx.Param):
-    """A parameter of an adapter: what moves while the base stands still."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoRASettings:
-    """r: rank. alpha: numerator of the scale. dropout: share of inputs dropped, 0 <= dropout < 1."""
-
-    r: int
-    alpha: float
-    dropout: float = 0.0
-    use_rslora: bool = False
-
-    @property
-    def scale(self) -> float:
-        """alpha / r, or alpha / sqrt(r) when rank-stabilised."""
-        return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+_LAYER = re.compile(r"model\.layers\.(\d+)\..*")
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def low_rank(x: jax.Array, a: jax.Array, b: jax.Array, parted: str = "outputs") -> jax.Array:
-    """x A^T B. x: [..., I], a: [r, I], b: [r, O] -> [..., O]. parted: the wide side that the tensor axis splits.
-
-    Its gradient is the usual one, written so that only operands with the small axis r are transposed:
-    JAX's own rule turns the whole output gradient, which costs a CPU a tenth of the step. What has the small axis is
-    whole on every device, so that nothing wide has to be gathered.
-    """
-    return _narrow(jnp.einsum("...i,ri->...r", x, a)) @ b
-
-
-def _low_rank_forward(x: jax.Array, a: jax.Array, b: jax.Array, parted: str) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    low = checkpoint_name(_narrow(jnp.einsum("...i,ri->...r", x, a)), "dots")
-    return low @ b, (x, low, a, b)
-
-
-def _low_rank_backward(parted: str, residuals: tuple[jax.Array, ...], grad: jax.Array) -> tuple[jax.Array, ...]:
-    x, low, a, b = residuals
-    grad_low = _narrow(jnp.einsum("...o,ro->...r", grad, b))
-    grad_a = partition.split(jnp.einsum("...r,...i->ri", grad_low, x), *WHOLE[parted == "inputs"])
-    grad_b = partition.split(jnp.einsum("...r,...o->ro", low, grad), *WHOLE[parted == "outputs"])
-    return grad_low @ a, grad_a, grad_b
-
-
-low_rank.defvjp(_low_rank_forward, _low_rank_backward)
-
-
-def _narrow(low: jax.Array) -> jax.Array:
-    return partition.split(low, "batch", "sequence", None) if low.ndim == 3 else low
-
-
-class LoRA(nnx.Module):
-    """`y + scale * drop(x) A^T B`, A drawn and B zero, so that a fresh adapter changes nothing.
-
-    lora_a: [*stack, r, I], lora_b: [*stack, r, O], float32 whatever the base is stored in. parted: the side of the
-    base layer that the tensor axis splits.
-    """
-
-    def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        settings: LoRASettings,
-        *,
-        stack: tuple[int, ...] = (),
-        parted: Literal["inputs", "outputs"] = "outputs",
-        key: jax.Array,
-    ) -> None:
-        # Kaiming uniform with a = sqrt(5), as PEFT draws it: variance 1 / (3 I).
-        bound = 1.0 / math.sqrt(inputs)
-        shape = (*stack, settings.r, inputs)
-        self.lora_a = AdapterParam(jax.random.uniform(key, shape, jnp.float32, -bound, bound))
-        self.lora_b = AdapterParam(jnp.zeros((*stack, settings.r, outputs), jnp.float32))
-        self.settings = settings
-        self.parted = parted
-
-    def __call__(self, x: jax.Array, y: jax.Array, kernel: jax.Array, key: jax.Array | None) -> jax.Array:
-        """x: [..., I]; y: [..., O], what the base layer gave; key: turns dropout on."""
-        if key is not None and self.settings.dropout > 0:
-            keep = jax.random.bernoulli(key, 1 - self.settings.dropout, x.shape)
-            x = jnp.where(keep, x / (1 - self.settings.dropout), 0).astype(x.dtype)
-        a, b = (
-            partition.gathered(
-                kept.get_value().astype(x.dtype), STORED[side == self.parted], WHOLE[side == self.parted]
-            )
-            for kept, side in ((self.lora_a, "inputs"), (self.lora_b, "outputs"))
+def put(model: nnx.Module, config: AdapterConfig, key: jax.Array) -> None:
+    """Fresh LoRA beside the layers that a run's config names. Raises ModelError for what the model does not have."""
+    settings = LoRASettings(
+        r=config.r,
+        alpha=config.alpha,
+        dropout=config.dropout,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        init=config.init_lora_weights,
+    )
+    found = find(model, config.targets, exclude=config.excluded, kinds=Layer)
+    if "embed_tokens" in found and model.lm_head is None:
+        raise ModelError(
+            "adapter.target_modules names embed_tokens, which is the LM head too (tie_word_embeddings): an adapter "
+            "would move the embeddings alone and could not be merged. "
+            "adapter.modules_to_save='embed_tokens' trains both."
         )
-        return y + self.settings.scale * low_rank(x, a, b, self.parted)
+    count = sum(map(len, group_layers(model.segments)))
+    beyond = [i for i in config.layers or () if i >= count]
+    if beyond:
+        raise ModelError(f"adapter.layers_to_transform names layer {beyond[0]}; the model has 0 to {count - 1}")
+    names = {path: place_names(model, path) for path in found}
+    check_patterns((*config.ranks, *config.alphas), [name for each in names.values() for name in each])
+    for path, layer in found.items():
+        places = [
+            patterned(settings, name, config.ranks, config.alphas) if in_layers(name, config.layers) else None
+            for name in names[path]
+        ]
+        if any(places):
+            layer.adapter = made(layer, places, key_of(key, path))
 
-    def stored(self) -> dict[str, tuple[partition.Dimension | None, ...]]:
-        """What the dimensions of both halves are, stack axes left out."""
-        return {"lora_a": STORED[self.parted == "inputs"], "lora_b": STORED[self.parted == "outputs"]}
 
-    def delta(self, layer: int | None = None) -> jax.Array:
-        """What merging adds to the kernel, float32: [*stack, I, O], or one layer's [I, O] of a stack."""
-        a, b = self.lora_a.get_value(), self.lora_b.get_value()
-        if layer is not None:
-            a, b = a[layer], b[layer]
-        return self.settings.scale * jnp.einsum("...ri,...ro->...io", a, b, precision="highest")
+def beside(settings: LoRASettings) -> Callable[[Layer, jax.Array], nnx.Module]:
+    """What `attach` makes a LoRA with: `(layer, key) -> LoRA` of the layer's sizes; see `made` for errors."""
+    return lambda layer, key: made(layer, (settings,), key)
 
 
-def beside(settings: LoRASettings) -> Callable[[Linear, jax.Array], LoRA]:
-    """What `attach` makes a LoRA with: `(layer, key) -> LoRA` of the layer's sizes."""
+def made(layer: Layer, places: Sequence[LoRASettings | None], key: jax.Array) -> nnx.Module:
+    """A fresh adapter for a layer. places: the settings at each place of its stack, or one for all; None: left out.
 
-    def make(layer: Linear, key: jax.Array) -> LoRA:
-        *stack, inputs, outputs = layer.kernel.get_value().shape
-        return LoRA(inputs, outputs, settings, stack=tuple(stack), parted=layer.parted, key=key)
+    Raises ModelError where a rank exceeds the layer's, and for what a form does not have.
+    """
+    kernel = weight(layer).get_value()
+    *stack, inputs, outputs = kernel.shape
+    given = [place for place in places if place is not None]
+    settings = dataclasses.replace(given[0], r=max(place.r for place in given))
+    if settings.r > min(inputs, outputs):
+        raise ModelError(
+            f"adapter.r={settings.r} exceeds a layer of {inputs} x {outputs}: its rank is at most "
+            f"{min(inputs, outputs)}. Lower adapter.r or leave the layer out of adapter.target_modules."
+        )
+    if not isinstance(layer, Linear):
+        _check_form(layer, settings)
+    if isinstance(layer, Embedding):
+        return EmbeddingLoRA(inputs, outputs, settings, key=key)
+    more = {"stack": tuple(stack), "kernel": kernel, "key": key}
+    more["places"] = None if len(set(places)) == 1 else tuple(places)
+    if isinstance(layer, ExpertLinear):
+        return ExpertLoRA(inputs, outputs, settings, **more)
+    return (DoRA if settings.use_dora else LoRA)(inputs, outputs, settings, parted=layer.parted, **more)
 
-    return make
+
+def place_names(model: nnx.Module, path: str) -> tuple[str, ...]:
+    """What the layer at a path is called in each layer of the model: `model.layers.3.self_attn.q_proj`."""
+    if not path.startswith("layers/"):
+        return (f"model.{path}" if path == "embed_tokens" else path,)
+    _, group, rest = path.split("/", 2)
+    return tuple(f"model.layers.{i}.{rest.replace('/', '.')}" for i in group_layers(model.segments)[int(group)])
+
+
+def patterned(settings: LoRASettings, name: str, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> LoRASettings:
+    """The settings of a module of that name, the first pattern that fits its end giving its rank, and its alpha."""
+    r, alpha = (
+        next((value for pattern, value in values.items() if fits(pattern, name)), None) for values in (ranks, alphas)
+    )
+    return dataclasses.replace(settings, r=r or settings.r, alpha=settings.alpha if alpha is None else float(alpha))
+
+
+def check_patterns(patterns: Sequence[str], names: Sequence[str]) -> None:
+    """Raises ModelError for a pattern that fits no module that gets an adapter."""
+    for pattern in patterns:
+        if not any(fits(pattern, name) for name in names):
+            ends = sorted({name.rsplit(".", 1)[-1] for name in names})
+            raise ModelError(f"the pattern {pattern!r} fits no module that gets an adapter: {', '.join(ends)}")
+
+
+def fits(pattern: str, name: str) -> bool:
+    """Whether a regular expression fits a module's name, or its end after a dot, as PEFT has it."""
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
+def in_layers(name: str, layers: Sequence[int] | None) -> bool:
+    """Whether a module is in one of the layers; what is in no layer is not. None: any module is."""
+    layer = _LAYER.fullmatch(name)
+    return layers is None or (layer is not None and int(layer[1]) in layers)
+
+
+def _check_form(layer: Layer, settings: LoRASettings) -> None:
+    what = "embed_tokens" if isinstance(layer, Embedding) else "experts"
+    if settings.use_dora:
+        raise ModelError(f"adapter.use_dora is not for {what}, only for single matrices: leave them out of the targets")
+    if isinstance(layer, Embedding) and moves_the_start(settings.init):
+        raise ModelError(f"adapter.init_lora_weights={settings.init!r} is for matrices: leave embed_tokens out")
+    if isinstance(layer, ExpertLinear) and settings.dropout:
+        raise ModelError(f"adapter.dropout={settings.dropout} does not reach experts: set it to 0, or leave them out")

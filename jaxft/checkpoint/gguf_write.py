@@ -16,7 +16,6 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 from gguf.quants import dequantize, quantize
 
 from jaxft import models
-from jaxft.checkpoint import peft
 from jaxft.checkpoint.gguf import GGUFFile
 from jaxft.checkpoint.gguf_names import (
     ROUTER,
@@ -30,6 +29,8 @@ from jaxft.checkpoint.gguf_names import (
 )
 from jaxft.checkpoint.gguf_settings import family_of, model_metadata, rope_vectors
 from jaxft.checkpoint.paths import read_json
+from jaxft.checkpoint.peft_folder import CONFIG, PREFIX, AdapterTensors
+from jaxft.checkpoint.peft_lora import read_settings
 from jaxft.checkpoint.safetensors_writer import LazyTensor
 from jaxft.checkpoint.tensors import TensorSpec
 from jaxft.errors import ExportError
@@ -85,15 +86,23 @@ def write_gguf_adapter(path: str, folder: str, hf_config: Mapping[str, Any], *, 
     kind = _kind(dtype)
     if kind == Q8_0:
         raise ExportError("an adapter's ranks do not fill blocks of q8_0; use float32, float16 or bfloat16")
-    settings = peft.read_settings(read_json(os.path.join(folder, peft.CONFIG)))
-    source, family, config = peft.AdapterTensors(folder), family_of(hf_config), models.config_from_hf(hf_config)
+    peft_config = read_json(os.path.join(folder, CONFIG))
+    if peft_config.get("peft_type") != "LORA":
+        raise ExportError(f"{folder} is of peft_type {peft_config.get('peft_type')!r}; llama.cpp reads LoRA alone")
+    settings = read_settings(peft_config)
+    beyond = [
+        name for name in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save") if peft_config.get(name)
+    ]
+    if beyond:
+        raise ExportError(f"{folder} has {', '.join(beyond)}, which llama.cpp's adapters do not have: merge it instead")
+    source, family, config = AdapterTensors(folder), family_of(hf_config), models.config_from_hf(hf_config)
     names = places(family, config.num_hidden_layers)
     # llama.cpp divides alpha by the rank; the rank-stabilised form divides by its root.
     alpha = settings.alpha * (math.sqrt(settings.r) if settings.use_rslora else 1.0)
     lazy, unknown = {}, []
     for key, spec in source.specs().items():
-        module, _, part = key.removeprefix(peft.PREFIX).removesuffix(".weight").rpartition(".lora_")
-        if not key.startswith(peft.PREFIX) or module not in names or part not in ("A", "B") or "norm" in module:
+        module, _, part = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".lora_")
+        if not key.startswith(PREFIX) or module not in names or part not in ("A", "B") or "norm" in module:
             unknown.append(key)
             continue
         heads = heads_interleaved(family, module, config) if part == "B" else 0

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxft.adapters.attach import adapters
+from jaxft.adapters.attach import check_mergeable, weight_paths
 from jaxft.checkpoint.bitsandbytes import FourBit
 from jaxft.checkpoint.finite import Finite
 from jaxft.checkpoint.paths import read_json as read_json
@@ -101,8 +101,8 @@ def hf_tensors(model: nnx.Module, dtype: str | None = None) -> dict[str, LazyTen
     dtype: stored type, the parameters' own where None.
     """
     leaves, _ = flatten(nnx.state(model), is_quantised)
-    attached = {f"{path}/kernel": adapter for path, adapter in adapters(model).items()}
-    out = {}
+    check_mergeable(model)
+    attached, out = weight_paths(model), {}
     for path, placed in placed_tensors(model).items():
         leaf = leaves[path]
         # What is quantised is written in the type of computation.
@@ -250,7 +250,7 @@ def _maker(leaf: jax.Array, adapter: Any, placed: Placed, piece: Piece, dtype: n
             # The whole matrix, on the devices: what an adapter adds to a block may depend on all of it.
             whole, at = dense(leaf[piece.at], jnp.float32), ()
         if adapter is not None:
-            whole = whole + adapter.delta(piece.layer)
+            whole = adapter.merged(whole, piece.at)
         leading = [(i, i + 1) for i in at]
         for inside, part in host_parts(whole, (*leading, *transform.our_bounds(bounds)), dtype):
             matrix = part.reshape(part.shape[len(at) :])

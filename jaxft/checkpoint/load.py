@@ -13,11 +13,13 @@ import numpy as np
 from flax import nnx
 
 from jaxft import models
-from jaxft.checkpoint import bitsandbytes, fused_experts, orbax_folder, peft
+from jaxft.checkpoint import bitsandbytes, fused_experts, orbax_folder
 from jaxft.checkpoint.gguf import GGUFFile
 from jaxft.checkpoint.hf import load_weights
 from jaxft.checkpoint.mxfp4 import Unpacked, is_packed
 from jaxft.checkpoint.paths import HUB, fetch_hub, is_file, is_remote, open_folder, read_json
+from jaxft.checkpoint.peft import read_adapter
+from jaxft.checkpoint.peft_folder import CONFIG
 from jaxft.checkpoint.tensors import SafetensorsFolder, TensorSource
 from jaxft.checkpoint.text_part import TextPart
 from jaxft.errors import CheckpointError, ModelError
@@ -89,10 +91,10 @@ def load_model(
     options = {"dtype": dtype, "param_dtype": param_dtype or dtype, "remat": remat, "mesh": mesh}
     options["quantization"] = quantization
     named, path = path, resolve(path, revision)
-    if is_file(os.path.join(path, peft.CONFIG)):
+    if is_file(os.path.join(path, CONFIG)):
         base = base_of(path)
         loaded = load_model(base, revision=revision, **options)
-        peft.read_adapter(loaded.module, path)
+        read_adapter(loaded.module, path)
         if mesh is not None:
             state = nnx.state(loaded.module)
             nnx.update(loaded.module, jax.tree.map(spread, state, mesh.shardings(state)))
@@ -122,7 +124,7 @@ def hf_config_of(path: str) -> dict[str, Any]:
 
     Of a model that takes images too, the config.json that its language model would have alone.
     """
-    if is_file(os.path.join(path, peft.CONFIG)):
+    if is_file(os.path.join(path, CONFIG)):
         return hf_config_of(resolve(base_of(path)))
     return open_weights(path)[0] if path.endswith(".gguf") else _config_and_part(path)[0]
 
@@ -182,7 +184,7 @@ def resolve(path: str, revision: str | None = None) -> str:
 
 def base_of(folder: str) -> str:
     """The base model that a PEFT folder names: a path that exists, or the address that it names."""
-    base = read_json(os.path.join(folder, peft.CONFIG)).get("base_model_name_or_path")
+    base = read_json(os.path.join(folder, CONFIG)).get("base_model_name_or_path")
     if not base:
         raise CheckpointError(f"{folder}: adapter_config.json does not say which base model it belongs to")
     for candidate in (base, os.path.join(folder, base)):

@@ -1,72 +1,82 @@
-"""A base model and a PEFT folder's LoRA as one source of tensors, merged in float32 as they are read."""
+"""A base model and a PEFT folder's adapter as one source of tensors, merged in float32 as they are read."""
 
-# I inputs, O outputs, r rank
-
+import functools
 import os
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from jaxft.checkpoint import peft
+from jaxft.checkpoint.hf import TIED_HEAD
 from jaxft.checkpoint.paths import read_json
+from jaxft.checkpoint.peft import kind_of, saved_modules, whole_keys
+from jaxft.checkpoint.peft_folder import CONFIG, PREFIX, AdapterTensors
 from jaxft.checkpoint.tensors import TensorSource, TensorSpec, block_bounds
-from jaxft.errors import CheckpointError
+from jaxft.errors import CheckpointError, ModelError
 
 
 class Merged:
-    """The base's tensors, those with an adapter as float32 `W + scale B A`.
+    """The base's tensors, those with an adapter in float32 as they are with it.
 
-    base: under Hugging Face names. folder: a PEFT folder. Only the adapter's small tensors stay in memory.
-    Raises ModelError for settings not implemented, and CheckpointError listing tensors that name no
-    matrix of the base, lack their other half or have another shape.
+    base: under Hugging Face names. folder: a PEFT folder.
+    Raises ModelError for a kind of adapter that is no change of the weights and for settings not implemented, and
+    CheckpointError listing tensors that do not fit the base.
     """
 
     def __init__(self, base: TensorSource, folder: str | os.PathLike[str]) -> None:
         self.base, self.path = base, os.fspath(folder)
-        settings = peft.read_settings(read_json(os.path.join(self.path, peft.CONFIG)))
-        self._scale, self._halves = np.float32(settings.scale), _halves(base, self.path, settings.r)
+        config = read_json(os.path.join(self.path, CONFIG))
+        kind = kind_of(config)
+        if not hasattr(kind, "merging"):
+            raise ModelError(
+                f"{self.path} is of peft_type {kind.PEFT_TYPE}, which is no change of the base's weights: it cannot be "
+                "merged. Serve the folder beside its base."
+            )
+        source = AdapterTensors(self.path)
+        if hasattr(kind, "opened"):
+            config, source = kind.opened(config, source, base.specs())
+        tied = TIED_HEAD not in base.specs()
+        names = saved_modules(config, tied=tied, folder=self.path)
+        whole = whole_keys(source, names, self.path, tied=tied)
+        try:
+            copies = {PREFIX + TIED_HEAD} if tied else set()
+            self._whole = _replaced(base, source, set(whole) - copies)
+            self._merging = kind.merging(base, config, source.without(whole))
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.path}: {error}") from error
 
     def specs(self) -> dict[str, TensorSpec]:
         """Shape and dtype of every tensor."""
         return {
-            name: TensorSpec(spec.shape, np.dtype(np.float32)) if name in self._halves else spec
+            name: TensorSpec(spec.shape, np.dtype(np.float32)) if name in {**self._merging, **self._whole} else spec
             for name, spec in self.base.specs().items()
         }
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
         """The tensor, or a block of it; see `TensorSource.read`."""
-        value = self.base.read(name, index)
-        if name not in self._halves:
-            return value
-        a_rI, b_Or = self._halves[name]
-        rows, columns = block_bounds(self.base.specs()[name].shape, index)
-        delta = b_Or[slice(*rows)] @ a_rI[:, slice(*columns)]
-        delta *= self._scale
-        delta += value
-        return delta
+        if name in self._whole:
+            return self._whole[name](index)
+        if name not in self._merging:
+            return self.base.read(name, index)
+
+        def block(rows: tuple[int, int], columns: tuple[int, int]) -> np.ndarray:
+            return self.base.read(name, (slice(*rows), slice(*columns))).astype(np.float32)
+
+        return self._merging[name](block, *block_bounds(self.base.specs()[name].shape, index))
 
 
-def _halves(base: TensorSource, folder: str, r: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    source, matrices = peft.AdapterTensors(folder), base.specs()
-    found: dict[str, dict[str, str]] = {}
-    problems = []
-    for key, spec in source.specs().items():
-        module, _, part = key.removeprefix(peft.PREFIX).removesuffix(".weight").rpartition(".")
-        name = f"{module}.weight"
-        if not key.startswith(peft.PREFIX) or len(matrices[name].shape if name in matrices else ()) != 2:
-            problems.append(f"{key} names no linear layer of the base")
-        elif part == "base_layer" and np.array_equal(source.read(key), base.read(name)):
-            continue  # beside an adapter on the LM head PEFT stores the head itself
-        elif part not in ("lora_A", "lora_B"):
-            problems.append(f"{key} is not lora_A or lora_B")
-        else:
-            outputs, inputs = matrices[name].shape
-            expected = (r, inputs) if part == "lora_A" else (outputs, r)
-            if spec.shape != expected:
-                problems.append(f"{key} is {list(spec.shape)}, the base wants {list(expected)}")
-            found.setdefault(name, {})[part] = key
-    problems += [f"{name} has {', '.join(parts)} only" for name, parts in found.items() if len(parts) != 2]
-    if problems or not found:
-        listed = "\n  ".join(problems[:20] or ["it holds no adapter at all"])
-        raise CheckpointError(f"the adapter in {folder} does not fit its base:\n  {listed}")
-    read = {name: [source.read(parts[k]).astype(np.float32) for k in sorted(parts)] for name, parts in found.items()}
-    return {name: (a, b) for name, (a, b) in read.items()}
+def _replaced(
+    base: TensorSource, source: AdapterTensors, whole: Iterable[str]
+) -> dict[str, Callable[[tuple[slice, ...] | None], np.ndarray]]:
+    """How to read the tensors that were trained whole, by the base's name for them."""
+    specs, out = base.specs(), {}
+    for key in whole:
+        name = key.removeprefix(PREFIX)
+        shape = source.specs()[key].shape
+        if name not in specs or specs[name].shape != shape:
+            raise CheckpointError(f"{key} {list(shape)} is no tensor of the base")
+        out[name] = functools.partial(_float32, source, key)
+    return out
+
+
+def _float32(source: AdapterTensors, key: str, index: tuple[slice, ...] | None) -> np.ndarray:
+    return source.read(key, index).astype(np.float32)

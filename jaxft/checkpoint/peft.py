@@ -1,14 +1,19 @@
-"""LoRA adapters in PEFT's folder format, both ways.
+"""Adapters in PEFT's folder format, both ways. What a kind of adapter keeps there is in the module `peft_<kind>`.
 
-Format: adapter_config.json and adapter_model.safetensors, whose keys are
-`base_model.model.<module>.lora_A.weight` [r, I] and `lora_B.weight` [O, r] (PEFT 0.21).
+Such a module has PEFT_TYPE and four functions: `put` attaches adapters of a folder's settings to a model, `stored` says
+which tensors a folder has of a model's adapters, `fields` what its adapter_config.json says of them, and `merging` how
+the base's matrices are merged with a folder while they are read; a kind without `merging` cannot be merged. Where
+adapters have a form that PEFT cannot load, `for_writing` gives the model with those that it can; where folders have two
+forms, `opened` gives one of them.
 """
 
-# L stacked layers, I inputs, O outputs, r rank
-
+import functools
+import importlib
 import json
 import os
+import pkgutil
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -16,67 +21,42 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxft.adapters.attach import adapters, attach
-from jaxft.adapters.lora import LoRA, LoRASettings, beside
-from jaxft.checkpoint.finite import Finite
-from jaxft.checkpoint.hf import placed_tensors, read_json
+from jaxft import checkpoint
+from jaxft.adapters.attach import adapters
+from jaxft.adapters.saved import train_whole
+from jaxft.checkpoint.hf import EMBEDDING, TIED_HEAD, placed_tensors, read_json
+from jaxft.checkpoint.peft_folder import CONFIG, PREFIX, WEIGHTS, AdapterTensors, Stored, saved
 from jaxft.checkpoint.safetensors_writer import Index, LazyTensor, gather_sharded, write_safetensors
-from jaxft.checkpoint.tensors import SafetensorsFolder, TensorSpec
-from jaxft.errors import CheckpointError, ModelError
+from jaxft.checkpoint.tensors import TensorSpec
+from jaxft.errors import CheckpointError, ModelError, did_you_mean
 from jaxft.models.nested import nested_module, peft_targets, text_name
 from jaxft.sharding.arrays import to_host
 from jaxft.sharding.processes import primary
 from jaxft.trees import flatten
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."
-# Fields whose other values would change what the adapter computes.
-ONLY = {
-    "bias": "none", "use_dora": False, "fan_in_fan_out": False, "lora_bias": False, "modules_to_save": None,
-    "layers_to_transform": None, "layers_pattern": None, "rank_pattern": {}, "alpha_pattern": {},
-    "layer_replication": None, "target_parameters": None, "trainable_token_indices": None,
-    "alora_invocation_tokens": None, "use_qalora": False, "use_bdlora": None, "exclude_modules": None,
-    "ensure_weight_tying": False,
-}  # fmt: skip
-READ = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "base_model_name_or_path", "peft_type")
-# How training began or is to go on, not what the adapter computes.
-HARMLESS = (
-    "task_type", "inference_mode", "revision", "auto_mapping", "loftq_config", "eva_config",
-    "corda_config", "megatron_config", "megatron_core", "runtime_config", "peft_version", "arrow_config",
-    "lora_ga_config", "qalora_group_size",
-)  # fmt: skip
-# Draws of A and B only. The other kinds (pissa, olora, corda, loftq, ...) change the base's weights as well.
-DRAWS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+@functools.cache
+def kinds() -> dict[str, ModuleType]:
+    """The module of every implemented `peft_type`."""
+    names = (found.name for found in pkgutil.iter_modules(checkpoint.__path__) if found.name.startswith("peft_"))
+    modules = (importlib.import_module(f"{checkpoint.__name__}.{name}") for name in names)
+    return {module.PEFT_TYPE: module for module in modules if hasattr(module, "PEFT_TYPE")}
 
 
-class AdapterTensors:
-    """The tensors of a PEFT folder, under the keys that they have with a base of text only.
-
-    PEFT takes a key from where transformers has the module; with a base that takes images too, that is inside it.
-    Raises CheckpointError where two keys mean one tensor, and for NaN or infinite values when they are read.
-    """
-
-    def __init__(self, folder: str) -> None:
-        self._source, self._stored = Finite(SafetensorsFolder(folder, WEIGHTS)), {}
-        for stored in self._source.specs():
-            module = stored.removeprefix(PREFIX)
-            key = stored if module == stored else PREFIX + (text_name(module) or module)
-            if key in self._stored:
-                raise CheckpointError(f"{folder}: {self._stored[key]} and {stored} are the same tensor of the base")
-            self._stored[key] = stored
-
-    def specs(self) -> dict[str, TensorSpec]:
-        """Shape and dtype of every tensor."""
-        specs = self._source.specs()
-        return {key: specs[stored] for key, stored in self._stored.items()}
-
-    def read(self, key: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
-        """The tensor, or a block of it; see `TensorSource.read`."""
-        return self._source.read(self._stored[key], index)
+def kind_of(config: Mapping[str, Any]) -> ModuleType:
+    """The module for an adapter_config.json. Raises ModelError for a peft_type that is not implemented."""
+    kind = config.get("peft_type")
+    if kind not in kinds():
+        known = ", ".join(sorted(kinds()))
+        raise ModelError(
+            f"adapter_config.json has peft_type {kind!r}, which is not implemented."
+            f"{did_you_mean(str(kind), kinds())} Implemented: {known}."
+        )
+    return kinds()[kind]
 
 
 def write_adapter(model: nnx.Module, folder: str, *, base: str, nested: bool = False) -> None:
-    """Writes the model's LoRA adapters as a PEFT folder. base: what base_model_name_or_path is to say.
+    """Writes the model's adapters as a PEFT folder. base: what base_model_name_or_path is to say.
 
     nested: whether `base` is of a model that takes images too, so that transformers has these layers inside it.
     Every process takes part; process 0 writes.
@@ -85,48 +65,128 @@ def write_adapter(model: nnx.Module, folder: str, *, base: str, nested: bool = F
     attached = adapters(model)
     if not attached:
         raise ModelError("the model has no adapter to write; full fine-tuning writes the whole model")
+    kind = kinds()[next(iter(attached.values())).peft_type]
     os.makedirs(folder, exist_ok=True)
-    table, tensors = placed_tensors(model), {}
-    for path, adapter in attached.items():
-        for piece in table[f"{path}/kernel"].pieces:
-            module = piece.hf.removesuffix(".weight")
-            module = PREFIX + (nested_module(module) if nested else module)
-            tensors |= {
-                f"{module}.lora_A.weight": _lazy(adapter.lora_a.get_value(), piece.layer),
-                f"{module}.lora_B.weight": _lazy(adapter.lora_b.get_value(), piece.layer, transpose=True),
-            }
+    model = kind.for_writing(model) if hasattr(kind, "for_writing") else model
+    leaves, _ = flatten(nnx.state(model))
+    whole = tuple(saved(model))
+    tensors = {
+        _nested_key(part.key) if nested else part.key: _lazy(leaves[part.path], part)
+        for part in (*kind.stored(model), *whole)
+    }
     if not primary():
         gather_sharded(tensors)
         return
     write_safetensors(os.path.join(folder, WEIGHTS), tensors, {"format": "pt"})
-    settings = next(iter(attached.values())).settings
+    config = {
+        "peft_type": kind.PEFT_TYPE,
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base.removeprefix("hf://"),
+        "inference_mode": True,
+    } | kind.fields(model)
+    if nested and "target_modules" in config:
+        config["target_modules"] = _nested_targets(config["target_modules"])
+    if whole:
+        keys = (_nested_key(part.key) if nested else part.key for part in whole)
+        config["modules_to_save"] = sorted({key.removeprefix(PREFIX).rpartition(".")[0] for key in keys})
+        # Without, PEFT would train a copy of a tied table and leave the head as it was.
+        config["ensure_weight_tying"] = model.lm_head is None
     with open(os.path.join(folder, CONFIG), "w", encoding="utf-8") as file:
-        json.dump(_peft_config(settings, attached, base, nested), file, indent=2, sort_keys=True)
+        json.dump(config, file, indent=2, sort_keys=True)
         file.write("\n")
 
 
 def read_adapter(model: nnx.Module, folder: str) -> tuple[str, ...]:
-    """Attaches a PEFT folder's LoRA to a model and returns the paths of the layers that got one.
+    """Attaches a PEFT folder's adapters to a model and returns the paths of the layers that got one.
 
     Raises CheckpointError or ModelError for settings not implemented, and lists every tensor that is
     missing, unexpected or misshapen (a wrong prefix would otherwise leave the base model as it was).
     """
     config = read_json(os.path.join(folder, CONFIG))
-    settings = read_settings(config)
-    source = AdapterTensors(folder)
-    table = placed_tensors(model)
-    copies = _copies_of_base(model, table, source)
+    kind, source = kind_of(config), AdapterTensors(folder)
+    if hasattr(kind, "opened"):
+        base = {piece.hf for placed in placed_tensors(model).values() for piece in placed.pieces}
+        config, source = kind.opened(config, source, base)
+    names = saved_modules(config, tied=model.lm_head is None, folder=folder)
+    copies = _copies_of_base(model, source)
     specs = {key: spec for key, spec in source.specs().items() if key not in copies}
-    paths = _paths_in(specs, table, folder)
-    make = beside(settings)
-    abstract = nnx.eval_shape(lambda: _attached(model, paths, make))
-    expected: dict[str, tuple[int, ...]] = {}
-    for path in paths:
-        adapter = adapters(abstract)[path]
-        shape_a, shape_b = (param.get_value().shape[-2:] for param in (adapter.lora_a, adapter.lora_b))
-        for piece in table[f"{path}/kernel"].pieces:
-            module = PREFIX + piece.hf.removesuffix(".weight")
-            expected |= {f"{module}.lora_A.weight": shape_a, f"{module}.lora_B.weight": shape_b[::-1]}
+    whole = whole_keys(source, names, folder, tied=model.lm_head is None)
+
+    def put(model: nnx.Module) -> tuple[str, ...]:
+        given = {key: spec for key, spec in specs.items() if key not in whole}
+        paths = kind.put(model, config, given, folder)
+        if whole:
+            train_whole(model, sorted({_our_module(model, module, folder) for module in whole.values()}))
+        return paths
+
+    def with_adapters() -> nnx.Module:
+        copy = nnx.merge(*nnx.split(model))
+        put(copy)
+        return copy
+
+    abstract = nnx.eval_shape(with_adapters)
+    parts, (leaves, _) = (*kind.stored(abstract), *saved(abstract)), flatten(nnx.state(abstract))
+    _check(parts, leaves, specs, folder)
+    paths = put(model)
+    state = nnx.state(model)
+    leaves, treedef = flatten(state)
+    for path in {part.path for part in parts}:
+        value = np.zeros(leaves[path].shape, np.float32)
+        for part in parts:
+            if part.path == path:
+                value[part.index] = part.transform.from_hf(source.read(part.key))
+        leaves[path] = jnp.asarray(value)
+    nnx.update(model, jax.tree.unflatten(treedef, leaves.values()))
+    return paths
+
+
+def saved_modules(config: Mapping[str, Any], *, tied: bool, folder: str) -> tuple[str, ...]:
+    """modules_to_save of an adapter_config.json. tied: whether the base's LM head is its embeddings.
+
+    Raises ModelError where PEFT would part the two: then it trains a copy of the table for one of them alone.
+    """
+    names = tuple(text_name(name) or name for name in config.get("modules_to_save") or ())
+    parted = [name for name in names if name.rsplit(".", 1)[-1] in ("embed_tokens", "lm_head")]
+    if tied and parted and not config.get("ensure_weight_tying"):
+        raise ModelError(
+            f"{folder}: modules_to_save={list(names)} trains {parted[0]} apart from what it is tied to in its base, "
+            "which is not implemented: only with ensure_weight_tying=true do both stay one"
+        )
+    # PEFT then has the table twice.
+    return (*names, "embed_tokens", "lm_head") if tied and parted else names
+
+
+def whole_keys(source: AdapterTensors, names: tuple[str, ...], folder: str, *, tied: bool) -> dict[str, str]:
+    """The keys of modules that were trained whole, and the modules. names: of `saved_modules`.
+
+    Raises CheckpointError for a name without a tensor, and for two tensors of a tied table that differ.
+    """
+    modules = {key: key.removeprefix(PREFIX).rpartition(".")[0] for key in source.specs()}
+    both = [PREFIX + name for name in (EMBEDDING, TIED_HEAD) if PREFIX + name in modules]
+    if tied and len(both) == 2 and not np.array_equal(*map(source.read, both)):
+        raise CheckpointError(f"{folder}: {' and '.join(both)} differ, but in the base they are one")
+    for name in names:
+        if not any(module.endswith(name) for module in modules.values()):
+            raise CheckpointError(f"{folder}: {name}, which modules_to_save names, has no tensor there")
+    return {key: module for key, module in modules.items() if names and module.endswith(names)}
+
+
+def _our_module(model: nnx.Module, module: str, folder: str) -> str:
+    if module == "lm_head" and model.lm_head is None:
+        return "embed_tokens"
+    for path, placed in placed_tensors(model).items():
+        if any(piece.hf.rpartition(".")[0] == module for piece in placed.pieces):
+            return path.rpartition("/")[0]
+    raise CheckpointError(f"{folder}: the model has no module {module!r}, which modules_to_save names")
+
+
+def _nested_targets(names: list[str]) -> str | list[str]:
+    # A list of last names would find the image tower's layers of the same names too.
+    return [nested_module(name) for name in names] if any("." in name for name in names) else peft_targets(names)
+
+
+def _check(parts: tuple[Stored, ...], leaves: Mapping[str, Any], specs: Mapping[str, TensorSpec], folder: str) -> None:
+    expected = {part.key: _spec(leaves[part.path], part).shape for part in parts}
     problems = [f"missing {key} {list(shape)}" for key, shape in expected.items() if key not in specs]
     problems += [
         f"misshapen {key}: file {list(specs[key].shape)}, model {list(shape)}"
@@ -136,47 +196,12 @@ def read_adapter(model: nnx.Module, folder: str) -> tuple[str, ...]:
     problems += [f"unexpected {key} {list(spec.shape)}" for key, spec in specs.items() if key not in expected]
     if problems:
         raise CheckpointError(f"the adapter in {folder} does not fit the model:\n  " + "\n  ".join(problems[:40]))
-    attach(model, paths, make, jax.random.key(0))
-    for path, adapter in adapters(model).items():
-        pieces = table[f"{path}/kernel"].pieces
-        adapter.lora_a.set_value(_stacked(source, pieces, "lora_A"))
-        adapter.lora_b.set_value(jnp.swapaxes(_stacked(source, pieces, "lora_B"), -1, -2))
-    return paths
 
 
-def read_settings(config: Mapping[str, Any]) -> LoRASettings:
-    """LoRA settings of an adapter_config.json. Raises ModelError naming each field not implemented."""
-    if config.get("peft_type") != "LORA":
-        raise ModelError(f"adapter_config.json has peft_type {config.get('peft_type')!r}; only LORA is implemented")
-    refused = [f"{name}={value!r}" for name, value in sorted(config.items()) if not _understood(name, value)]
-    if refused:
-        raise ModelError(f"adapter_config.json has settings that are not implemented: {', '.join(refused)}")
-    if not isinstance(config.get("r"), int) or config["r"] < 1:
-        raise ModelError(f"adapter_config.json has r={config.get('r')!r}; a rank is a whole number above zero")
-    return LoRASettings(
-        r=config["r"],
-        alpha=float(config.get("lora_alpha", 8)),
-        dropout=float(config.get("lora_dropout", 0.0)),
-        use_rslora=bool(config.get("use_rslora", False)),
-    )
-
-
-def _understood(name: str, value: Any) -> bool:
-    if name == "init_lora_weights":
-        return value in DRAWS
-    return name in READ or name in HARMLESS or not value or (name in ONLY and value == ONLY[name])
-
-
-def _attached(model: nnx.Module, paths: tuple[str, ...], make: Any) -> nnx.Module:
-    copy = nnx.merge(*nnx.split(model))
-    attach(copy, paths, make, jax.random.key(0))
-    return copy
-
-
-def _copies_of_base(model: nnx.Module, table: Mapping[str, Any], source: AdapterTensors) -> set[str]:
+def _copies_of_base(model: nnx.Module, source: AdapterTensors) -> set[str]:
     # Beside an adapter on the LM head PEFT stores the head itself; one that is not the base's stays unexpected.
     leaves, out = flatten(nnx.state(model))[0], set()
-    for path, placed in table.items():
+    for path, placed in placed_tensors(model).items():
         for piece in placed.pieces:
             key = f"{PREFIX}{piece.hf.removesuffix('.weight')}.base_layer.weight"
             if key in source.specs():
@@ -186,57 +211,19 @@ def _copies_of_base(model: nnx.Module, table: Mapping[str, Any], source: Adapter
     return out
 
 
-def _paths_in(specs: Mapping[str, TensorSpec], table: Mapping[str, Any], folder: str) -> tuple[str, ...]:
-    modules = {
-        piece.hf.removesuffix(".weight"): path.removesuffix("/kernel")
-        for path, placed in table.items()
-        if path.endswith("/kernel")
-        for piece in placed.pieces
-    }
-    paths, unknown = set(), []
-    for key in specs:
-        module = key.removeprefix(PREFIX).rsplit(".lora_", 1)[0]
-        if not key.startswith(PREFIX) or ".lora_" not in key or module not in modules:
-            unknown.append(key)
-        else:
-            paths.add(modules[module])
-    if unknown or not paths:
-        raise CheckpointError(
-            f"{folder}: {len(unknown)} of {len(specs)} tensors name no linear layer of the model, "
-            f"among them {unknown[:3]}. Keys are {PREFIX}<module>.lora_A.weight and .lora_B.weight."
-        )
-    return tuple(sorted(paths))
+def _nested_key(key: str) -> str:
+    return PREFIX + nested_module(key.removeprefix(PREFIX))
 
 
-def _stacked(source: AdapterTensors, pieces: Any, name: str) -> jax.Array:
-    rows = [source.read(f"{PREFIX}{piece.hf.removesuffix('.weight')}.{name}.weight") for piece in pieces]
-    array = rows[0] if pieces[0].layer is None else np.stack(rows)
-    return jnp.asarray(array, jnp.float32)
+def _spec(leaf: Any, part: Stored) -> TensorSpec:
+    shape = jax.eval_shape(lambda x: x[part.index], jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)).shape
+    return TensorSpec(part.transform.hf_shape(shape), np.dtype(np.float32))
 
 
-def _lazy(array: jax.Array, layer: int | None, *, transpose: bool = False) -> LazyTensor:
-    part = array if layer is None else array[layer]
-    part = part.T if transpose else part
+def _lazy(leaf: jax.Array, part: Stored) -> LazyTensor:
+    value = leaf[part.index]
 
     def make(index: Index | None = None) -> np.ndarray:
-        return np.asarray(to_host(part), np.float32)[index or ()]
+        return np.asarray(part.transform.to_hf(to_host(value)), np.float32)[index or ()]
 
-    return TensorSpec(part.shape, np.dtype(np.float32)), make
-
-
-def _peft_config(settings: LoRASettings, attached: Mapping[str, LoRA], base: str, nested: bool) -> dict[str, Any]:
-    kinds = sorted({path.rsplit("/", 1)[-1] for path in attached})
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base.removeprefix("hf://"),
-        "r": settings.r,
-        "lora_alpha": settings.alpha,
-        "lora_dropout": settings.dropout,
-        "use_rslora": settings.use_rslora,
-        # A list would find the image tower's layers of the same names too.
-        "target_modules": peft_targets(kinds) if nested else kinds,
-        "bias": "none",
-        "inference_mode": True,
-        "init_lora_weights": True,
-    }
+    return _spec(leaf, part), make

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 from flax import nnx
 
-from jaxft.adapters.attach import linears
-from jaxft.checkpoint import peft
+from jaxft.adapters.attach import slots
 from jaxft.checkpoint.load import LoadedModel, load_model, resolve
 from jaxft.checkpoint.paths import is_remote
+from jaxft.checkpoint.peft_folder import CONFIG
 from jaxft.errors import ExportError
 from jaxft.models import parameter_count
 from jaxft.sharding.mesh import MeshPlan
@@ -32,10 +32,11 @@ PEER_LIMIT = 3_000_000_000
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison. difference: largest logit difference as a share of the largest logit."""
+    """One comparison. difference, mean: the largest and the mean logit difference as shares of the largest logit."""
 
     reader: str
     difference: float
+    mean: float
 
 
 def probe(vocab: int) -> np.ndarray:
@@ -60,17 +61,18 @@ def check_export(live: LoadedModel, folder: str, *, stored: str, mesh: MeshPlan 
     if compute == "float32" and effect > SMALLEST_EFFECT:
         tolerance = min(tolerance, effect / 2)
 
-    def checked(reader: str, logits: np.ndarray) -> float:
-        difference = float(np.max(np.abs(logits - expected)) / largest)
+    def checked(reader: str, logits: np.ndarray) -> tuple[float, float]:
+        apart = np.abs(logits - expected) / largest
+        difference = float(np.max(apart))
         if not difference <= tolerance:
             raise ExportError(
                 f"{folder} read by {reader} differs from the live model: logits by {difference:.2e} of the largest, "
                 f"allowed {tolerance:.0e} for {stored} weights. Do not use it; "
                 "what was trained is still in checkpoints/."
             )
-        return difference
+        return difference, float(np.mean(apart))
 
-    def by_peers() -> dict[str, float]:
+    def by_peers() -> dict[str, tuple[float, float]]:
         return {reader: checked(reader, read(tokens)) for reader, read in _peers(live, folder).items()}
 
     quantization = live.quantization if _is_adapter(folder) else None
@@ -80,12 +82,12 @@ def check_export(live: LoadedModel, folder: str, *, stored: str, mesh: MeshPlan 
         # Others read the adapter on the base as it is in its folder: so do we, to compare with them.
         expected = load_model(folder, dtype=compute, mesh=mesh).logits(tokens)
         largest = np.max(np.abs(expected))
-    return tuple(Check(reader, difference) for reader, difference in (ours | agreed(by_peers)).items())
+    return tuple(Check(reader, *apart) for reader, apart in (ours | agreed(by_peers)).items())
 
 
 def _base_logits(live: LoadedModel, tokens: np.ndarray) -> np.ndarray:
     base = nnx.merge(*nnx.split(live.module))
-    for _, layer in linears(base):
+    for _, layer in slots(base):
         layer.adapter = nnx.data(None)
     return LoadedModel(base, live.hf_config, live.base).logits(tokens)
 
@@ -103,7 +105,7 @@ def _peers(live: LoadedModel, folder: str) -> dict[str, Callable[[np.ndarray], n
 
 
 def _is_adapter(folder: str) -> bool:
-    return os.path.isfile(os.path.join(folder, peft.CONFIG))
+    return os.path.isfile(os.path.join(folder, CONFIG))
 
 
 def _transformers_logits(folder: str, tokens: np.ndarray) -> np.ndarray:

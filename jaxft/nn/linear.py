@@ -3,7 +3,7 @@
 # B batch, S sequence, I inputs, O outputs, D model, V vocab
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -54,23 +54,27 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         kernel = self.kernel.get_value()
         x = x.astype(self.dtype)
-        if isinstance(kernel, QuantizedArray):
-            y = through(jnp.matmul, partial(_gathered, self.parted), x, kernel)
-        else:
-            y = x @ partition.gathered(kernel.astype(self.dtype), STORED[self.parted], WHOLE[self.parted])
+        y = product(x, kernel, self.parted)
+        on_product = getattr(self.adapter, "on_product", False)  # whether an adapter is for what the kernel gives alone
+        if on_product:
+            y = self.adapter(x, y, kernel, key)
         if self.bias is not None:
             bias = self.bias.get_value().astype(self.dtype)
             y = y + partition.gathered(bias, BIAS_STORED[self.parted], WHOLE[self.parted][1:])
-        if self.adapter is not None:
+        if self.adapter is not None and not on_product:
             y = self.adapter(x, y, kernel, key)
         return y if self.keep is None else checkpoint_name(y, self.keep)
 
     def stored(self) -> dict[str, tuple[partition.Dimension | None, ...]]:
         """What the dimensions of every parameter are, stack axes left out, by its path from here."""
-        own = {"kernel": STORED[self.parted], "bias": BIAS_STORED[self.parted]}
-        if self.adapter is None:
-            return own
-        return own | {f"adapter/{path}": dimensions for path, dimensions in self.adapter.stored().items()}
+        return _with_adapter({"kernel": STORED[self.parted], "bias": BIAS_STORED[self.parted]}, self.adapter)
+
+
+def product(x: jax.Array, kernel: jax.Array | QuantizedArray, parted: str) -> jax.Array:
+    """x @ kernel, [..., I] and [I, O] -> [..., O], in the type of x, the kernel brought together from where it lies."""
+    if isinstance(kernel, QuantizedArray):
+        return through(jnp.matmul, partial(_gathered, parted), x, kernel)
+    return x @ partition.gathered(kernel.astype(x.dtype), STORED[parted], WHOLE[parted])
 
 
 def _gathered(parted: str, kernel: QuantizedArray) -> QuantizedArray:
@@ -85,12 +89,14 @@ class Embedding(nnx.Module):
         self, vocab: int, width: int, *, stddev: float, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs
     ) -> None:
         self.embedding = nnx.Param(stddev * jax.random.normal(rngs.params(), (vocab, width), param_dtype))
+        self.adapter = nnx.data(None)
         self.dtype = dtype
 
     def __call__(self, tokens_BS: jax.Array) -> jax.Array:
         # Every device looks all tokens up in its part of each row of the table, and gives on what is another's.
         x_BSD = jnp.take(self.embedding.get_value(), partition.split(tokens_BS, *LOOKED_UP[:2]), axis=0)
-        return partition.gathered(x_BSD.astype(self.dtype), LOOKED_UP, ("batch", "stream", None))
+        x_BSD = partition.gathered(x_BSD.astype(self.dtype), LOOKED_UP, ("batch", "stream", None))
+        return x_BSD if self.adapter is None else self.adapter(tokens_BS, x_BSD)
 
     def scores(self, hidden: jax.Array) -> jax.Array:
         """hidden: [..., D] -> logits [..., V] float32."""
@@ -98,5 +104,12 @@ class Embedding(nnx.Module):
         return jnp.einsum("...D,VD->...V", hidden.astype(self.dtype), table, preferred_element_type=jnp.float32)
 
     def stored(self) -> dict[str, tuple[partition.Dimension | None, ...]]:
-        """What the dimensions of the table are."""
-        return {"embedding": TABLE_STORED}
+        """What the dimensions of every parameter are, by its path from here."""
+        return _with_adapter({"embedding": TABLE_STORED}, self.adapter)
+
+
+def _with_adapter(
+    own: dict[str, tuple[partition.Dimension | None, ...]], adapter: Any
+) -> dict[str, tuple[partition.Dimension | None, ...]]:
+    beside = {} if adapter is None else adapter.stored()
+    return own | {f"adapter/{path}": dimensions for path, dimensions in beside.items()}

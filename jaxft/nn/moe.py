@@ -84,7 +84,11 @@ class Router(nnx.Module):
 
 
 class ExpertLinear(nnx.Module):
-    """One linear map for each expert. kernel: [E, I, O], an array or a QuantizedArray. bias: [E, O] or None."""
+    """One linear map for each expert. kernel: [E, I, O], an array or a QuantizedArray. bias: [E, O] or None.
+
+    The adapter's slot is as in Linear, but that an adapter is told which rows are whose,
+    `adapter(x, y, kernel, sizes_E)`, and nothing random.
+    """
 
     def __init__(
         self, experts: int, inputs: int, outputs: int, *, use_bias: bool, stddev: float, dtype: jnp.dtype,
@@ -93,6 +97,7 @@ class ExpertLinear(nnx.Module):
         size = (experts, inputs, outputs)
         self.kernel = nnx.Param(stddev * jax.random.normal(rngs.params(), size, param_dtype))
         self.bias = nnx.Param(jnp.zeros((experts, outputs), param_dtype)) if use_bias else None
+        self.adapter = nnx.data(None)
         self.dtype = dtype
 
     def __call__(self, x: jax.Array, sizes_E: jax.Array) -> jax.Array:
@@ -102,6 +107,8 @@ class ExpertLinear(nnx.Module):
             y = through(jax.lax.ragged_dot, lambda kernel: kernel, x, kernel, sizes_E)
         else:
             y = jax.lax.ragged_dot(x, kernel.astype(self.dtype), sizes_E)
+        if self.adapter is not None:
+            y = self.adapter(x, y, kernel, sizes_E)
         if self.bias is None:
             return y
         # As the kernel of one input more that is always 1: the gradient is then a grouped matmul too, not a scatter.

@@ -34,6 +34,13 @@ from jaxft.trees import path_str
 
 EXPERT = "expert"
 ROWS = ("batch", "stream", None)
+# What the inputs and outputs of a layer of experts are.
+EXPERT_SIDES = {
+    "gate_proj": ("expert_weight", "tensor"),
+    "up_proj": ("expert_weight", "tensor"),
+    "gate_up_proj": ("expert_weight", "tensor"),
+    "down_proj": ("tensor", "expert_weight"),
+}
 # What the dimensions of the layer's parameters are, as `jaxft.sharding.rules` splits them, so that nothing moves on the
 # way in.
 STORED = {
@@ -44,6 +51,12 @@ STORED = {
     "down_proj/kernel": ("expert", "tensor", "expert_weight"),  # [E, F, D]
     "gate_up_proj/bias": ("expert", None),  # [E, 2F]
     "down_proj/bias": ("expert", None),  # [E, D]
+    **{
+        f"{name}/adapter/{half}": ("expert", None, wide)  # [E, r, D], [E, r, F]
+        for name, sides in EXPERT_SIDES.items()
+        for side, wide in zip("ab", sides, strict=True)
+        for half in (f"lora_{side}", f"lora_{side}_start")
+    },
 }
 
 
@@ -117,10 +130,9 @@ def together(
 
 
 def _stored(path: str, dimensions: int) -> tuple[partition.Dimension | None, ...]:
-    *_, module, name = kernel_path(path).split("/")
-    if name in ("largest", "mean"):  # of an expert's compressed scales
+    if path.endswith(("/scales/largest", "/scales/mean")):  # of an expert's compressed scales
         return ("expert",) + (None,) * (dimensions - 1)
-    return STORED.get(f"{module}/{name}", (None,) * dimensions)
+    return STORED.get(kernel_path(path), (None,) * dimensions)
 
 
 def _gather(x: jax.Array, spec: P, stored: tuple[partition.Dimension | None, ...]) -> jax.Array:

@@ -11,15 +11,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxft import models
-from jaxft.adapters.attach import attach
-from jaxft.adapters.lora import LoRA, LoRASettings, beside
+from jaxft.adapters.make import attach_adapter
 from jaxft.checkpoint import hf
 from jaxft.checkpoint.hf import read_json
 from jaxft.checkpoint.load import LoadedModel, hf_config_of, load_model, random_model, resolve
-from jaxft.config import AdapterConfig, RunConfig
+from jaxft.config import RunConfig
 from jaxft.data.tokenizer import load_tokenizer
-from jaxft.errors import ConfigError, ModelError
-from jaxft.nn.linear import Linear
+from jaxft.errors import ConfigError
 from jaxft.objectives.router import RouterCoefficients
 from jaxft.objectives.sft import sft_loss
 from jaxft.runs import folder as files
@@ -151,24 +149,6 @@ def _draw_weights(config: RunConfig, folder: Path) -> None:
     load_tokenizer(config.model.path).save(folder)
     # Last: its presence says that the folder is whole.
     hf.write_config(str(folder), drawn.hf_config, dtype=dtype)
-
-
-def attach_adapter(module: nnx.Module, adapter: AdapterConfig, seed: int) -> None:
-    """Puts fresh adapters of the configured kind into a model; none for full fine-tuning."""
-    if adapter.kind == "none":
-        return
-    settings = LoRASettings(r=adapter.r, alpha=adapter.alpha, dropout=adapter.dropout, use_rslora=adapter.use_rslora)
-
-    def make(layer: Linear, key: jax.Array) -> LoRA:
-        inputs, outputs = layer.kernel.get_value().shape[-2:]
-        if settings.r > min(inputs, outputs):
-            raise ModelError(
-                f"adapter.r={settings.r} exceeds a layer of {inputs} x {outputs}: its rank is at most "
-                f"{min(inputs, outputs)}. Lower adapter.r or leave the layer out of adapter.target_modules."
-            )
-        return beside(settings)(layer, key)
-
-    attach(module, adapter.targets, make, jax.random.key(seed))
 
 
 def _storage(config: RunConfig) -> str:

@@ -17,12 +17,13 @@ from flax import nnx
 from rich.console import Console
 
 from jaxft import models
-from jaxft.checkpoint import hf, peft
+from jaxft.checkpoint import hf
 from jaxft.checkpoint.finite import Finite, all_finite
 from jaxft.checkpoint.gguf_write import written_bytes as gguf_bytes
 from jaxft.checkpoint.load import base_of, left_out, open_weights, resolve
 from jaxft.checkpoint.merged import Merged
 from jaxft.checkpoint.paths import is_file, is_remote, open_folder
+from jaxft.checkpoint.peft_folder import CONFIG, AdapterTensors
 from jaxft.checkpoint.safetensors_writer import Index, LazyTensor, sync_folder
 from jaxft.checkpoint.tensors import TensorSource, TensorSpec
 from jaxft.data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
@@ -139,7 +140,7 @@ def _check_request(form: str, dtype: str | None, to: str) -> None:
 def _written_bytes(origin: Origin, form: str, dtype: str) -> int:
     """How much a conversion will write, in bytes, but for headers and the tokenizer."""
     if form == "gguf-adapter":
-        return sum(spec.size * np.dtype(dtype).itemsize for spec in peft.AdapterTensors(origin.path).specs().values())
+        return sum(spec.size * np.dtype(dtype).itemsize for spec in AdapterTensors(origin.path).specs().values())
     lazy = _lazy_tensors(origin, "float32" if form == "gguf" else dtype)
     if form == "gguf":
         return gguf_bytes(lazy, origin.hf_config, dtype)
@@ -161,7 +162,7 @@ def _check_space(to: Path, size: int) -> None:
 def _origin(named: str, revision: str | None, *, merge: bool) -> Origin:
     path = resolve(named, revision)
     adapter = None
-    if is_file(os.path.join(path, peft.CONFIG)):
+    if is_file(os.path.join(path, CONFIG)):
         adapter, path = path, resolve(base_of(path), revision)
     elif not merge:
         raise ConfigError(f"{named} is not a PEFT folder, so there is no adapter to write")

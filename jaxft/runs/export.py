@@ -21,7 +21,7 @@ from jaxft.runs.build import build_model
 from jaxft.sharding.mesh import MeshPlan
 from jaxft.sharding.processes import agreed
 from jaxft.training.optim import make_optimizer, make_schedule
-from jaxft.training.state import create
+from jaxft.training.state import create, saved_part, with_saved
 
 FORMATS = ("adapter", "merged")
 
@@ -33,9 +33,9 @@ def export(
 
     source: a run folder, a PEFT folder, a Hugging Face folder or a GGUF file. step: a checkpoint of a
     run folder, its export or newest where None. dtype: stored type of a merged model. Returns the
-    folder, how far each reader's logits were from the live model's, and what of a model that takes images too was
-    left out. Raises ExportError where one
-    differs by more than rounding.
+    folder, how far each reader's logits were from the live model's at most (`checks`) and on average (`mean`), as
+    shares of the largest logit, which for `merged` is what merging changed; and what of a model that takes images
+    too was left out. Raises ExportError where one differs by more than rounding.
     """
     if format not in FORMATS:
         raise ConfigError(f"format {format!r} is not one of {', '.join(FORMATS)}")
@@ -47,7 +47,8 @@ def export(
     target.mkdir(parents=True, exist_ok=True)
     checks = write(loaded, tokenizer, target, format=format, dtype=dtype)
     said = {} if loaded.left_out is None else {"left_out": loaded.left_out}
-    return {"folder": str(target), "format": format, "checks": {c.reader: c.difference for c in checks}} | said
+    figures = {"checks": {c.reader: c.difference for c in checks}, "mean": {c.reader: c.mean for c in checks}}
+    return {"folder": str(target), "format": format} | figures | said
 
 
 def _chat_template(source: str) -> str | None:
@@ -66,12 +67,12 @@ def load_trained(source: str, step: int | None = None) -> LoadedModel:
     loaded = build_model(config)
     schedule = make_schedule(config.optim, 10**9)
     _, state = create(loaded.module, make_optimizer(config.optim, schedule), config.seed)
-    wanted = {"step": state.step, "trainable": state.trainable, "opt_state": state.opt_state, "key": state.key}
     with RunCheckpoints(Path(source) / files.CHECKPOINTS, keep=1, read_only=True) as checkpoints:
-        restored = checkpoints.restore(wanted, step)
+        restored = checkpoints.restore(saved_part(state), step)
     if restored is None:
         raise ConfigError(f"{source} has no whole checkpoint yet")
-    nnx.update(loaded.module, restored[0]["trainable"])
+    state = with_saved(state, restored[0])
+    nnx.update(loaded.module, state.trainable, state.frozen)
     return loaded
 
 
@@ -96,6 +97,7 @@ def export_run(
         checks = write(loaded, tokenizer, target, format=format, mesh=mesh)
         out[name] = name
         out[f"{name}_checks"] = {c.reader: c.difference for c in checks}
+        out[f"{name}_mean"] = {c.reader: c.mean for c in checks}
         console.print(f"{target}: read back by {_said(checks)}", highlight=False, soft_wrap=True)
     return out
 
@@ -129,4 +131,5 @@ def write(
 
 
 def _said(checks: tuple[Check, ...]) -> str:
-    return ", ".join(f"{c.reader} (logits within {c.difference:.1e})" for c in checks)
+    # Of a merged model this is what merging changed: the live one has its adapter apart.
+    return ", ".join(f"{c.reader} (logits within {c.difference:.1e}, {c.mean:.1e} on average)" for c in checks)

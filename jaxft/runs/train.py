@@ -30,7 +30,7 @@ from jaxft.training.log import NoLog, RunLog
 from jaxft.training.loop import Cadence, Hooks, fit
 from jaxft.training.optim import make_optimizer, make_schedule
 from jaxft.training.report import write_report
-from jaxft.training.state import TrainState, create, divide
+from jaxft.training.state import TrainState, create, divide, saved_part, with_saved
 from jaxft.training.step import make_eval_step
 
 
@@ -145,7 +145,8 @@ def describe(run: Run) -> str:
     if config.adapter.kind == "none":
         method, size = "full fine-tuning", f"{moving:,} parameters, all trained"
     else:
-        method = f"LoRA r={config.adapter.r} on {config.adapter.target_modules}"
+        form = "DoRA" if config.adapter.use_dora else {"lora": "LoRA"}.get(config.adapter.kind, config.adapter.kind)
+        method = f"{form} r={config.adapter.r} on {config.adapter.target_modules}"
         size = f"{still:,} parameters stand still, {moving:,} in adapters are trained ({moving / still:.2%})"
     return (
         f"{method} of {config.model.path}\n"
@@ -175,7 +176,7 @@ def _fit(run: Run, loaded: LoadedModel, console: Console) -> dict[str, float]:
         start, progress, held_out = 0, {}, {}
         if restored is not None:
             saved, extra = restored
-            state = state._replace(**saved)
+            state = with_saved(state, saved)
             start, progress, held_out = int(extra["step"]), extra["progress"], extra["held_out"]
         with _log(run, start if restored else None, console) as log:
             if start:
@@ -203,11 +204,6 @@ def _log(run: Run, resume_step: int | None, console: Console) -> RunLog | NoLog:
 
 def _shapes(state: TrainState) -> TrainState:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-
-
-def saved_part(state: TrainState) -> dict[str, Any]:
-    """What a checkpoint holds of a state: all but the frozen base, which is on disk already."""
-    return {"step": state.step, "trainable": state.trainable, "opt_state": state.opt_state, "key": state.key}
 
 
 def _hooks(

@@ -183,7 +183,8 @@ def _method(adapter: Row) -> tuple[str, str]:
         return "—", ""
     if adapter.get("kind") == "none":
         return "Full fine-tuning", "every weight is trained"
-    name = "LoRA" if adapter.get("kind") == "lora" else str(adapter.get("kind"))
+    lora = "DoRA" if adapter.get("use_dora") else "LoRA"
+    name = lora if adapter.get("kind") == "lora" else str(adapter.get("kind"))
     details = [f"{key} {adapter[key]:g}" for key in ("r", "alpha", "dropout") if _is_number(adapter.get(key))]
     return name, ", ".join([*details, str(adapter.get("target_modules") or "")]).rstrip(", ")
 

@@ -1,5 +1,6 @@
 """The state of a run and how a model divides into what moves and what does not."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from jaxft.adapters.lora import AdapterParam
+from jaxft.adapters.attach import AdapterParam, StartParam
 
 
 class TrainState(NamedTuple):
@@ -22,6 +23,23 @@ class TrainState(NamedTuple):
     frozen: Any
     opt_state: Any
     key: jax.Array
+
+
+def saved_part(state: TrainState) -> dict[str, Any]:
+    """What a checkpoint holds of a state: all but the frozen base, which is on disk already.
+
+    `start`: what adapters began with and are counted from, where there is any.
+    """
+    start = nnx.filter_state(state.frozen, StartParam)
+    kept = {"step": state.step, "trainable": state.trainable, "opt_state": state.opt_state, "key": state.key}
+    return kept | ({"start": start} if jax.tree.leaves(start) else {})
+
+
+def with_saved(state: TrainState, saved: Mapping[str, Any]) -> TrainState:
+    """The state with what a checkpoint held of it."""
+    kept = {name: part for name, part in saved.items() if name != "start"}
+    frozen = nnx.merge_state(state.frozen, saved["start"]) if "start" in saved else state.frozen
+    return state._replace(**kept, frozen=frozen)
 
 
 def divide(model: nnx.Module) -> tuple[Any, Any, Any]:

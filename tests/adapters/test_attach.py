@@ -6,8 +6,8 @@ import pytest
 from flax import nnx
 
 from jaxft import models
-from jaxft.adapters.attach import adapters, attach, linears, merge
-from jaxft.adapters.lora import AdapterParam, LoRASettings, beside
+from jaxft.adapters.attach import AdapterParam, adapters, attach, linears, merge
+from jaxft.adapters.lora import LoRASettings, beside
 from jaxft.errors import ModelError
 from jaxft.trees import flatten
 
@@ -52,10 +52,10 @@ def test_base_parameters_keep_their_paths_and_values(module):
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("q_porj", r"'q_porj' matches no linear layer. Did you mean 'q_proj'\? This model has .*lm_head.*all-linear"),
-        ("proj", "'proj' matches no linear layer"),
-        ("mlp/q_proj", "'mlp/q_proj' matches no linear layer"),
-        ("embed_tokens", "'embed_tokens' matches no linear layer"),
+        ("q_porj", r"'q_porj' matches no layer. Did you mean 'q_proj'\? This model has .*lm_head.*all-linear"),
+        ("proj", "'proj' matches no layer"),
+        ("mlp/q_proj", "'mlp/q_proj' matches no layer"),
+        ("embed_tokens", "'embed_tokens' matches no layer"),
     ],
 )
 def test_a_target_that_matches_nothing_is_refused(module, target, message):

@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 from jaxft import models
-from jaxft.adapters.attach import adapters, attach, merge
-from jaxft.adapters.lora import AdapterParam, LoRA, LoRASettings, beside
+from jaxft.adapters.attach import AdapterParam, adapters, attach, merge
+from jaxft.adapters.lora import LoRA, LoRASettings, beside
 from jaxft.trees import flatten
 
 TOKENS = np.random.default_rng(0).integers(0, 259, (2, 12))

@@ -11,7 +11,7 @@ import pytest
 from gguf.quants import dequantize, quantize
 
 from jaxft import models
-from jaxft.checkpoint import gguf_write, peft
+from jaxft.checkpoint import gguf_write, peft_folder
 from jaxft.checkpoint.gguf import GGUFFile
 from jaxft.checkpoint.gguf_names import interleave
 from jaxft.checkpoint.gguf_write import KINDS, check_gguf, model_metadata, write_gguf, write_gguf_adapter
@@ -245,9 +245,9 @@ def write_lora(folder, module="model.layers.1.self_attn.k_proj", outputs=64, **s
 
     rng = np.random.default_rng(0)
     a, b = (rng.normal(size=s).astype(np.float32) for s in ((4, 64), (outputs, 4)))
-    key = f"{peft.PREFIX}{module}"
-    save_file({f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}, folder / peft.WEIGHTS)
-    (folder / peft.CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8} | settings))
+    key = f"{peft_folder.PREFIX}{module}"
+    save_file({f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}, folder / peft_folder.WEIGHTS)
+    (folder / peft_folder.CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8} | settings))
     return a, b
 
 

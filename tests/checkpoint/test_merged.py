@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jaxft.checkpoint import peft
+from jaxft.checkpoint import peft_folder
 from jaxft.checkpoint.merged import Merged
 from jaxft.checkpoint.tensors import SafetensorsFolder
 from jaxft.errors import CheckpointError, ModelError
@@ -25,14 +25,14 @@ def base(tmp_path):
 
 def write(folder, tensors, **settings):
     folder.mkdir(exist_ok=True)
-    save_file(tensors, folder / peft.WEIGHTS)
-    (folder / peft.CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 6} | settings))
+    save_file(tensors, folder / peft_folder.WEIGHTS)
+    (folder / peft_folder.CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 6} | settings))
     return folder
 
 
 def halves(name=NAME, a=(2, 5), b=(6, 2)):
     rng = np.random.default_rng(1)
-    key = f"{peft.PREFIX}{name}"
+    key = f"{peft_folder.PREFIX}{name}"
     return {
         f"{key}.lora_A.weight": rng.normal(size=a).astype(np.float32),
         f"{key}.lora_B.weight": rng.normal(size=b).astype(np.float32),
@@ -53,21 +53,21 @@ def test_adapted_matrices_are_merged_in_float32_whole_or_in_parts(base, tmp_path
 
 
 def test_the_copy_of_the_head_beside_an_adapter_must_be_the_base(base, tmp_path):
-    copy = {f"{peft.PREFIX}{NAME}.base_layer.weight": base.read(f"{NAME}.weight")}
+    copy = {f"{peft_folder.PREFIX}{NAME}.base_layer.weight": base.read(f"{NAME}.weight")}
     assert Merged(base, write(tmp_path / "same", halves() | copy)).specs()
     other = {key: value + 1 for key, value in copy.items()}
-    with pytest.raises(CheckpointError, match=r"base_layer\.weight is not lora_A or lora_B"):
+    with pytest.raises(CheckpointError, match=r"base_layer\.weight names no matrix of the base"):
         Merged(base, write(tmp_path / "other", halves() | other))
 
 
 @pytest.mark.parametrize(
     ("tensors", "match"),
     [
-        (halves("model.layers.7.self_attn.q_proj"), r"layers\.7.* names no linear layer of the base"),
-        (halves("model.norm"), r"model\.norm.* names no linear layer"),
+        (halves("model.layers.7.self_attn.q_proj"), r"layers\.7.* names no matrix of the base"),
+        (halves("model.norm"), r"model\.norm.* names no matrix"),
         (halves(b=(5, 2)), r"lora_B\.weight is \[5, 2\], the base wants \[6, 2\]"),
-        (dict(list(halves().items())[:1]), r"has lora_A only"),
-        ({f"x.{NAME}.lora_A.weight": np.zeros((2, 5), np.float32)}, r"names no linear layer"),
+        (dict(list(halves().items())[:1]), r"lacks its lora_B\.weight"),
+        ({f"x.{NAME}.lora_A.weight": np.zeros((2, 5), np.float32)}, r"names no matrix"),
     ],
 )
 def test_adapters_that_do_not_fit_are_refused(base, tmp_path, tensors, match):
@@ -76,5 +76,18 @@ def test_adapters_that_do_not_fit_are_refused(base, tmp_path, tensors, match):
 
 
 def test_settings_that_are_not_implemented_are_refused(base, tmp_path):
-    with pytest.raises(ModelError, match=r"use_dora=True"):
-        Merged(base, write(tmp_path / "lora", halves(), use_dora=True))
+    with pytest.raises(ModelError, match=r"lora_bias=True"):
+        Merged(base, write(tmp_path / "lora", halves(), lora_bias=True))
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"use_dora": True}, r"lacks its lora_magnitude_vector"),
+        ({"rank_pattern": {"q_proj": 3}}, r"lora_A\.weight is \[2, 5\], the base wants \[3, 5\]"),
+        ({"modules_to_save": ["model.norm"]}, r"model\.norm, which modules_to_save names, has no tensor"),
+    ],
+)
+def test_what_the_settings_promise_must_be_there(base, tmp_path, settings, match):
+    with pytest.raises(CheckpointError, match=match):
+        Merged(base, write(tmp_path / "lora", halves(), **settings))

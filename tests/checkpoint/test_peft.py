@@ -12,7 +12,8 @@ from safetensors.numpy import load_file, save_file
 from jaxft.adapters.attach import adapters
 from jaxft.checkpoint.hf import hf_tensors
 from jaxft.checkpoint.load import load_model
-from jaxft.checkpoint.peft import read_adapter, read_settings, write_adapter
+from jaxft.checkpoint.peft import read_adapter, write_adapter
+from jaxft.checkpoint.peft_lora import read_settings
 from jaxft.config import AdapterConfig
 from jaxft.errors import CheckpointError, ModelError
 from jaxft.runs.build import attach_adapter
@@ -149,9 +150,9 @@ def edit_config(folder, **fields):
 A, B = (f"base_model.model.model.layers.1.self_attn.q_proj.lora_{side}.weight" for side in "AB")
 DAMAGE = {
     "wrong prefix": (lambda t: {k.replace("base_model.model.", "model."): v for k, v in t.items()}, "6 of 6 tensors"),
-    "one foreign key": (lambda t: t | {"base_model.model.lm_head.weight": t[A]}, "1 of 7 tensors name no linear layer"),
+    "one foreign key": (lambda t: t | {"base_model.model.lm_head.weight": t[A]}, "1 of 7 tensors name no layer"),
     "layer that is not there": (
-        lambda t: t | {A.replace("layers.1", "layers.9"): t[A]}, "name no linear layer .*among them.*layers.9"
+        lambda t: t | {A.replace("layers.1", "layers.9"): t[A]}, "name no layer .*among them.*layers.9"
     ),
     "dora": (lambda t: t | {A.replace("lora_A.weight", "lora_magnitude_vector"): t[A]}, "unexpected .*magnitude"),
     "missing half": (lambda t: {k: v for k, v in t.items() if k != B}, r"missing .*layers.1.*lora_B.weight \[32, 4\]"),
@@ -183,16 +184,14 @@ def test_all_misfits_are_listed_at_once(folder, tiny_llama):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"use_dora": True}, "use_dora=True"),
-        ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\]"),
         ({"bias": "all"}, "bias='all'"),
-        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern="),
-        ({"layers_to_transform": [0]}, "layers_to_transform="),
-        ({"fan_in_fan_out": True, "use_dora": True}, "fan_in_fan_out=True, use_dora=True"),
+        ({"rank_pattern": {"q_proj": "8"}}, "r='8'; a rank is a whole number"),
+        ({"layers_to_transform": [0], "layers_pattern": "h"}, "layers_pattern='h'"),
+        ({"fan_in_fan_out": True, "lora_bias": True}, "fan_in_fan_out=True, lora_bias=True"),
         ({"twist": 3}, "twist=3"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
         ({"init_lora_weights": "loftq"}, "init_lora_weights='loftq'"),
-        ({"peft_type": "IA3"}, "peft_type 'IA3'; only LORA"),
+        ({"peft_type": "IA3"}, "peft_type 'IA3', which is not implemented"),
         ({"r": "16"}, "r='16'; a rank is a whole number"),
         ({"r": 0}, "r=0; a rank is a whole number above zero"),
         ({"r": None}, "r=None"),

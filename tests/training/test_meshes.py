@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from jaxft import models
+from jaxft.adapters.attach import AdapterParam
 from jaxft.assets import ASSETS
 from jaxft.checkpoint.hf import read_json
 from jaxft.config import AdapterConfig, MeshConfig
@@ -37,6 +38,14 @@ ADAPTERS = {
     "full": AdapterConfig(kind="none"),
     "lora": AdapterConfig(r=4, target_modules="all-linear,lm_head"),
 }
+# As if trained a little, on two meshes: the other forms of LoRA, and modules trained whole.
+FORMS = {
+    "dora": AdapterConfig(r=4, target_modules="all-linear,lm_head", use_dora=True, init_lora_weights="olora"),
+    "embeddings": AdapterConfig(
+        r=4, target_modules="embed_tokens,q_proj,down_proj", rank_pattern="layers.0.self_attn.q_proj:2",
+        modules_to_save="lm_head,norm",
+    ),
+}  # fmt: skip
 
 
 @functools.cache
@@ -46,7 +55,10 @@ def module_of(vocab, kind):
     heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 8}
     head = {"tie_word_embeddings": kind == "full"}
     module = models.random_model(models.config_from_hf(hf | sizes | heads | head), seed=0)
-    attach_adapter(module, ADAPTERS[kind], 0)
+    attach_adapter(module, (ADAPTERS | FORMS)[kind], 0)
+    if kind in FORMS:
+        state = nnx.state(module, AdapterParam)
+        nnx.update(module, jax.tree.map(lambda x: x + 0.02 * jax.random.normal(jax.random.key(0), x.shape), state))
     return module
 
 
@@ -92,6 +104,15 @@ def assert_same(ours, one):
 @pytest.mark.parametrize("kind", ADAPTERS)
 @pytest.mark.parametrize("axes", MESHES.values(), ids=MESHES)
 def test_eight_devices_equal_one_on_every_axis(axes, kind):
+    mesh = make_mesh_plan(MeshConfig(**axes))
+    assert_same(loss_and_gradient(64, kind, mesh), alone(64, kind))
+
+
+@pytest.mark.parametrize("kind", FORMS)
+@pytest.mark.parametrize(
+    "axes", [MESHES["fsdp, tensor"], MESHES["fsdp, context"]], ids=["fsdp, tensor", "fsdp, context"]
+)
+def test_other_forms_of_adapters_likewise(axes, kind):
     mesh = make_mesh_plan(MeshConfig(**axes))
     assert_same(loss_and_gradient(64, kind, mesh), alone(64, kind))
 

@@ -1,0 +1,76 @@
+"""DoRA: the direction of a kernel's columns and their length apart (arXiv:2402.09353)."""
+
+# L stacked layers, I inputs, O outputs, r rank
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxft.adapters.attach import AdapterParam
+from jaxft.adapters.low_rank import LoRA
+from jaxft.nn import partition
+from jaxft.nn.linear import BIAS_STORED, WHOLE, product
+from jaxft.quant import dense
+
+
+class DoRA(LoRA):
+    """`m V / |V|` in place of the kernel W, where V = W + scale A^T B and |V| are the lengths of its columns [O].
+
+    lora_magnitude: m, [*stack, O], begun as |V|, so that a fresh adapter changes nothing. |V| has no gradient (section
+    4.3). With dropout, PEFT sends the dropped inputs through the base once more, for the part that m / |V| adds.
+    """
+
+    # m scales what the kernel gives, not the bias.
+    on_product = True
+
+    def __init__(self, inputs: int, outputs: int, *args: Any, kernel: jax.Array, **kwargs: Any) -> None:
+        super().__init__(inputs, outputs, *args, kernel=kernel, **kwargs)
+        # A fresh A^T B is zero. Jitted: no float32 copy of a whole stack.
+        self.lora_magnitude = AdapterParam(jax.jit(_lengths)(kernel))
+
+    def __call__(self, x: jax.Array, y: jax.Array, kernel: jax.Array, key: jax.Array | None) -> jax.Array:
+        """x: [..., I]; y: [..., O], what the kernel gave, without a bias; key: turns dropout on."""
+        magnitude = self.lora_magnitude.get_value()
+        gain = magnitude / jax.lax.stop_gradient(self._moved_lengths(dense(kernel, jnp.float32)))
+        if self.scales is not None:
+            gain = jnp.where(self.scales.get_value() == 0, 1, gain)
+        gain = partition.gathered(gain, BIAS_STORED[self.parted], WHOLE[self.parted][1:])
+        dropped = self._dropped(x, key)
+        again = y
+        if dropped is not x:
+            again = product(dropped, kernel, self.parted)
+        # float32: bfloat16 has no number between 1 and 1.0078.
+        added = (gain - 1) * again.astype(jnp.float32) + gain * self._low_rank(dropped).astype(jnp.float32)
+        return (y.astype(jnp.float32) + added).astype(y.dtype)
+
+    def stored(self) -> dict[str, tuple[partition.Dimension | None, ...]]:
+        """What the dimensions of every parameter are, stack axes left out."""
+        return super().stored() | {"lora_magnitude": BIAS_STORED[self.parted]}
+
+    def merged(self, kernel: jax.Array, at: tuple[int, ...] = ()) -> jax.Array:
+        """The kernel that does alone what both do together, float32. at: the place in the stack that `kernel` is of."""
+        moved = kernel + self.delta(at)
+        gain = self.lora_magnitude.get_value()[at] / jnp.linalg.norm(moved, axis=-2)
+        if self.scales is not None:
+            gain = jnp.where(self._scale(at, dimensions=gain.ndim) == 0, 1, gain)
+        return moved * gain[..., None, :]
+
+    def _moved_lengths(self, kernel: jax.Array) -> jax.Array:
+        """|V|, [..., O], for a float32 kernel [..., I, O], from the small halves without ever making V.
+
+        |W + s D|^2 = |W|^2 + 2 s W.D + s^2 |D|^2, column by column, with D = A^T B.
+        """
+        a, b = self._halves()
+        scale = self._scale(dimensions=kernel.ndim - 1)
+        einsum = functools.partial(jnp.einsum, precision="highest")
+        crossed = (einsum("...ri,...io->...ro", a, kernel) * b).sum(-2)
+        inner = einsum("...rq,...ro->...qo", einsum("...ri,...qi->...rq", a, a), b)
+        squared = (kernel * kernel).sum(-2) + 2 * scale * crossed + scale**2 * (inner * b).sum(-2)
+        return jnp.sqrt(jnp.maximum(squared, jnp.finfo(jnp.float32).tiny))
+
+
+def _lengths(kernel: jax.Array) -> jax.Array:
+    kernel = dense(kernel, jnp.float32)
+    return jnp.sqrt((kernel * kernel).sum(-2))

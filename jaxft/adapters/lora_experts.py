@@ -1,0 +1,20 @@
+"""LoRA on the kernels of experts: a pair of halves for each expert."""
+
+# R rows, E experts, I inputs, O outputs, r rank
+
+import jax
+import jax.numpy as jnp
+
+from jaxft.adapters.low_rank import LoRA
+
+
+class ExpertLoRA(LoRA):
+    """As LoRA, with lora_a [*stack, E, r, I] and lora_b [*stack, E, r, O]; there is no dropout on experts' rows."""
+
+    def __call__(self, x: jax.Array, y: jax.Array, kernel: jax.Array, sizes_E: jax.Array) -> jax.Array:
+        """x: [R, I] and y: [R, O], the rows of expert 0 first, sizes_E of them, and so on."""
+        a_ErI, b_ErO = (half.astype(x.dtype) for half in self._halves())
+        low_Rr = jax.lax.ragged_dot(x, jnp.swapaxes(a_ErI, -1, -2), sizes_E)
+        scale = self._scale()
+        scale = scale if self.scales is None else scale.astype(x.dtype)
+        return y + scale * jax.lax.ragged_dot(low_Rr, b_ErO, sizes_E)
