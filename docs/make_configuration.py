@@ -20,7 +20,7 @@ TARGET = Path(__file__).with_name("configuration.md")
 MEANINGS = {
     "output_dir": "the run folder",
     "seed": "of adapters, drawn weights, shuffling, dropout and `data.eval_fraction`",
-    "adapter.kind": "`none` is full fine-tuning",
+    "adapter.kind": "`none` trains the model itself",
     "model.remat": "what the backward pass computes again: nothing; every layer; all but what attention gave; all but "
     "the results of matrix products; every layer, with what enters it kept in the host's memory",
     "adapter.r": "rank; at most the smaller side of every layer it is put on",

@@ -35,11 +35,12 @@ class ModelConfig:
     param_dtype: str = "float32"  # of frozen parameters; trained ones are always float32
     quantization: str | None = None  # of the frozen linear layers under an adapter, while loading (QLoRA)
     remat: str = "none"
+    trainable: str | None = None  # which parameters move where adapter.kind is none; None: all
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """Which part of the model moves. `kind="none"` is full fine-tuning."""
+    """What is trained beside the model. `kind="none"` trains the model itself: all of it, or `model.trainable`."""
 
     kind: str = "lora"
     r: int = 16

@@ -115,6 +115,11 @@ def _check_step(config: Any) -> None:
             f"model.quantization={config.model.quantization!r} is of weights that stand still, but adapter.kind='none' "
             "trains them all: set adapter.kind='lora', or model.quantization to None"
         )
+    if config.adapter.kind != "none" and config.model.trainable is not None:
+        raise ConfigError(
+            f"model.trainable={config.model.trainable!r} says which parameters of the model move, but "
+            f"adapter.kind={config.adapter.kind!r} trains adapters beside it: set one of them to None"
+        )
     _check_adapter(config.adapter)
 
 

@@ -114,6 +114,7 @@ def file(tmp_path):
             "train.batch_size=10 does not divide into train.accumulation_steps=4",
         ),
         ({"adapter.target_modules": " , "}, "adapter.target_modules is empty"),
+        ({"model.trainable": "mlp"}, "model.trainable='mlp' says which parameters of the model move, but"),
         ({"data.eval": "e", "data.eval_fraction": 0.1}, "two held-out sets"),
         ({"eval.metric": "exact_match"}, "eval.metric scores held-out rows, but"),
         ({"eval.metric": "exact_match", "data.eval": "e", "data.format": "text"}, "data.format='text' has no answers"),

@@ -79,6 +79,7 @@ def load_model(
     revision: str | None = None,
     mesh: MeshPlan | None = None,
     quantization: str | None = None,
+    trainable: str | None = None,
 ) -> LoadedModel:
     """A Hugging Face, PEFT (with its base), Orbax or run folder, a GGUF file, or hf://owner/name[@revision].
 
@@ -86,14 +87,15 @@ def load_model(
     process needs is read.
     dtype: of computation. param_dtype: of storage, dtype where None. mesh: where the parameters go,
     one device where None. quantization: a name of `quant.FORMATS`, in which the kernels of linear layers are kept
-    from the moment that they are read. Raises CheckpointError or ModelError for what is not understood or damaged.
+    from the moment that they are read. trainable: patterns of what training is to move, float32 then; see
+    `models.freezing`. Raises CheckpointError or ModelError for what is not understood or damaged.
     """
-    options = {"dtype": dtype, "param_dtype": param_dtype or dtype, "remat": remat, "mesh": mesh}
-    options["quantization"] = quantization
+    types = {"dtype": dtype, "param_dtype": param_dtype or dtype, "remat": remat}
+    types |= {"quantization": quantization, "trainable": trainable}
     named, path = path, resolve(path, revision)
     if is_file(os.path.join(path, CONFIG)):
         base = base_of(path)
-        loaded = load_model(base, revision=revision, **options)
+        loaded = load_model(base, revision=revision, mesh=mesh, **types)
         read_adapter(loaded.module, path)
         if mesh is not None:
             state = nnx.state(loaded.module)
@@ -101,7 +103,6 @@ def load_model(
         loaded.adapter = path
         return loaded
     hf_config, source, generation = open_weights(path)
-    types = {"dtype": dtype, "param_dtype": options["param_dtype"], "remat": remat, "quantization": quantization}
     model = models.abstract_model(models.config_from_hf(hf_config), **types)
     format = None if quantization is None else FORMATS[quantization]
     module = load_weights(model, source, None if mesh is None else shardings_by_path(model, mesh), format)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxft.errors import ModelError, did_you_mean
-from jaxft.models import nested
+from jaxft.models import freezing, nested
 from jaxft.nn.quantised import quantise
 from jaxft.quant import FORMATS, is_quantised
 
@@ -65,9 +65,14 @@ def random_model(
     param_dtype: str = "float32",
     remat: str = "none",
     quantization: str | None = None,
+    trainable: str | None = None,
     seed: int,
 ) -> Any:
-    """The model with freshly drawn parameters. quantization: a name of `quant.FORMATS`, for its linear layers."""
+    """The model with freshly drawn parameters.
+
+    quantization: a name of `quant.FORMATS`, for its linear layers. trainable: patterns of the parameters that training
+    moves, which are float32; see `models.freezing`.
+    """
     module = importlib.import_module(type(config).__module__)
     model = module.Model(
         config,
@@ -75,7 +80,10 @@ def random_model(
         param_dtype=jnp.dtype(param_dtype),
         remat=remat,
         rngs=nnx.Rngs(params=jax.random.key(seed)),
+        marks=None if trainable is None else freezing.marks(config, trainable),
     )
+    if trainable is not None:
+        freezing.mark(model, trainable)
     if quantization is not None:
         quantise(model, FORMATS[quantization])
     return model

@@ -3,7 +3,7 @@
 # B batch, S sequence, D model, H head_dim, V vocab
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,11 +45,19 @@ class Decoder(nnx.Module):
 
     layers[g] is a stack of equal layers; `segments` says which layer numbers each stack holds. experts: how many the
     layers that have any choose from, None where no layer has. config: a family's Config, whose `shape()` gives the
-    DecoderShape.
+    DecoderShape. marks: one for each layer; unlike ones are not stacked together. moving: paths of the parameters
+    that training moves, None for all.
     """
 
     def __init__(
-        self, config: Any, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs, remat: str = "none"
+        self,
+        config: Any,
+        *,
+        dtype: jnp.dtype,
+        param_dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+        remat: str = "none",
+        marks: Sequence[Hashable] | None = None,
     ) -> None:
         shape: DecoderShape = config.shape()
         self.config = config
@@ -57,7 +65,9 @@ class Decoder(nnx.Module):
         self.embed_scale, self.logit_softcap = shape.embed_scale, shape.logit_softcap
         self.dtype = dtype
         self.remat = remat
-        self.segments = stack.layout(shape.layers)
+        self.moving: frozenset[str] | None = None
+        marks = (None,) * len(shape.layers) if marks is None else marks
+        self.segments = stack.layout(tuple(zip(shape.layers, marks, strict=True)))
         self.experts = next((block.mlp.experts for block in shape.layers if isinstance(block.mlp, MoEShape)), None)
         table = {"stddev": config.initializer_range, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, **table)

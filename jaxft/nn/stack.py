@@ -2,6 +2,7 @@
 
 # B batch, S sequence, D model, R stacked layers
 
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
@@ -46,10 +47,9 @@ def layout(kinds: Sequence[Hashable]) -> tuple[Segment, ...]:
     ("a",) * 4 is one group of four. ("l", "l", "g") * 4 + ("l",) is three groups of four, then one
     of one. The division with the fewest groups wins, since each group is compiled once.
     """
-    runs = _runs(kinds)
-    best = min([runs, *(_periodic(kinds, period) for period in range(1, len(kinds)))], key=lambda s: sum(map(len, s)))
+    numbers = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
     segments, first = [], 0
-    for groups in best:
+    for groups in _fewest(tuple(numbers[kind] for kind in kinds)):
         segments.append(Segment(first, groups))
         first += len(groups)
     return tuple(segments)
@@ -63,22 +63,19 @@ def group_layers(segments: tuple[Segment, ...]) -> tuple[tuple[int, ...], ...]:
 Groups = tuple[tuple[int, ...], ...]
 
 
-def _runs(kinds: Sequence[Hashable]) -> list[Groups]:
-    segments, start = [], 0
-    for i in range(1, len(kinds) + 1):
-        if i == len(kinds) or kinds[i] != kinds[start]:
-            segments.append((tuple(range(start, i)),))
-            start = i
-    return segments
+@functools.cache
+def _fewest(kinds: tuple[int, ...]) -> list[Groups]:
+    found = [_periodic(kinds, period) for period in range(1, len(kinds) + 1)]
+    return min(found, key=lambda segments: sum(map(len, segments)), default=[])
 
 
-def _periodic(kinds: Sequence[Hashable], period: int) -> list[Groups]:
+def _periodic(kinds: tuple[int, ...], period: int) -> list[Groups]:
     repeats = 1
     while kinds[repeats * period : (repeats + 1) * period] == kinds[:period]:
         repeats += 1
     whole = repeats * period
     groups = tuple(tuple(range(p, whole, period)) for p in range(period))
-    rest = [tuple(tuple(i + whole for i in g) for g in segment) for segment in _runs(kinds[whole:])]
+    rest = [tuple(tuple(i + whole for i in g) for g in segment) for segment in _fewest(kinds[whole:])]
     return [groups, *rest]
 
 

@@ -60,10 +60,9 @@ def memory_of(config: RunConfig, sizes: ModelSizes, cut: Cut, arguments: int) ->
         "dots": sizes.layers * stream + outputs,
         "none": 4 * sizes.layers * stream + 2 * outputs,
     }[config.model.remat]
-    trained = sizes.parameters if whole else sizes.adapter
     # Gradients, and their float32 sum where micro-batches add up.
     each = BYTES[config.train.gradient_dtype or config.model.dtype] + (4 if cut.micro_batches > 1 else 0)
-    gradients = each * trained // (cut.weights * cut.tensor)
+    gradients = each * sizes.moving // (cut.weights * cut.tensor)
     layer = sizes.active // max(1, sizes.layers)
     # One layer's weights gathered, the next one's on their way, and its gradient before it is cut.
     gathered = (3 if whole else 2) * layer * compute // cut.tensor if cut.weights > 1 else 0
@@ -76,9 +75,9 @@ def memory_of(config: RunConfig, sizes: ModelSizes, cut: Cut, arguments: int) ->
 
 def costs_of(config: RunConfig, sizes: ModelSizes, cut: Cut, arguments: int, model_flops: int) -> Costs:
     """Work and traffic of one step. model_flops: one device's."""
-    whole = config.adapter.kind == "none"
-    # Recomputing the forward pass adds its two FLOPs to the four or six.
-    forward = model_flops / (3 if whole else 2)
+    # Recomputing the forward pass adds its two FLOPs to the two, four or six.
+    times = 1 + (sizes.reached + sizes.trained) / max(1, sizes.active)
+    forward = model_flops / times
     again = {"full": 0.94, "offload": 0.94, "attention": 0.9, "dots": 0.02, "none": 0.0}[config.model.remat]
     flops = int(model_flops + again * forward)
     compute = BYTES[config.model.dtype]
@@ -92,8 +91,9 @@ def costs_of(config: RunConfig, sizes: ModelSizes, cut: Cut, arguments: int, mod
         share = (cut.weights - 1) / cut.weights
         # Weights are gathered for the forward and the backward pass; gradients are reduced.
         costs.transfers[Transfer("all-gather", ("fsdp",), int(stored * share))] += 2 * cut.micro_batches
-        if whole:
-            costs.transfers[Transfer("reduce-scatter", ("fsdp",), int(stored * share))] += cut.micro_batches
+        if sizes.trained:
+            moved = sizes.trained * compute // cut.tensor
+            costs.transfers[Transfer("reduce-scatter", ("fsdp",), int(moved * share))] += cut.micro_batches
     if cut.tensor > 1:
         stream = cut.tokens * sizes.width * compute
         share = (cut.tensor - 1) / cut.tensor
@@ -101,6 +101,6 @@ def costs_of(config: RunConfig, sizes: ModelSizes, cut: Cut, arguments: int, mod
             8 * sizes.layers * cut.micro_batches
         )
     if cut.replicas > 1:
-        trained = 4 * (sizes.parameters if whole else sizes.adapter) // (cut.weights * cut.tensor)
+        trained = 4 * sizes.moving // (cut.weights * cut.tensor)
         costs.transfers[Transfer("all-reduce", ("data",), 2 * trained)] += 1
     return costs

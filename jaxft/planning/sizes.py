@@ -9,15 +9,20 @@ from typing import Any
 from flax import nnx
 
 from jaxft.nn.attention import Attention
+from jaxft.nn.stack import group_layers
 from jaxft.quant import is_quantised
 from jaxft.trees import flatten
 
 
 @dataclass(frozen=True, kw_only=True)
 class Looks:
-    """`layers` attention layers of N heads of H; window None: back to the beginning."""
+    """`layers` attention layers of N heads of H; window None: back to the beginning.
+
+    reached: how many of them gradients run through.
+    """
 
     layers: int
+    reached: int
     heads: int
     head_dim: int
     window: int | None
@@ -28,28 +33,34 @@ class ModelSizes:
     """Sizes of one model with its adapters.
 
     parameters: all but adapters. active: those that multiply every token: no embedding table, of experts only the
-    chosen ones, a tied head once. adapter: of adapters. outputs: widths of all matrix products of all layers together,
-    for one token. width: D. layers: L. largest: parameters of one layer.
+    chosen ones, a tied head once. adapter: of adapters. moving: what training moves, which is adapters where there
+    are any. trained, reached: those of the active ones that move, and that gradients run through. outputs: widths of
+    all matrix products of all layers together, for one token. width: D. layers: L.
     """
 
     parameters: int
     active: int
     adapter: int
+    moving: int
+    trained: int
+    reached: int
     outputs: int
     width: int
     layers: int
     vocab: int
     attention: tuple[Looks, ...]
 
-    def model_flops(self, rows: int, length: int, *, trained_whole: bool) -> int:
+    def model_flops(self, rows: int, length: int) -> int:
         """Of one step over rows of `length` tokens, recomputation left out.
 
         Two FLOPs a parameter and token forward, two for the gradient of activations, and two for the gradient of
         weights that are trained. Attention counts the scores that causal order and window leave.
         """
         tokens = rows * length
-        products = (6 if trained_whole else 4) * self.active * tokens + 6 * self.adapter * tokens
-        return products + sum(look.layers * 12 * rows * _seen(length, look) for look in self.attention)
+        products = 2 * (self.active + self.reached + self.trained) * tokens + 6 * self.adapter * tokens
+        return products + sum(
+            (4 * look.layers + 8 * look.reached) * rows * _seen(length, look) for look in self.attention
+        )
 
 
 def _seen(length: int, look: Looks) -> int:
@@ -62,34 +73,62 @@ def sizes_of(model: Any) -> ModelSizes:
     """Of a model, abstract or not, with or without adapters."""
     leaves, _ = flatten(nnx.state(model, nnx.Param), is_quantised)
     chosen = getattr(model.config, "num_experts_per_tok", 1)
-    parameters = active = adapter = outputs = 0
-    tied = True
+    config, first = model.config, _first_reached(model, adapted=any(_is_adapter(path) for path in leaves))
+    groups = group_layers(model.segments)
+    parameters = active = adapter = moving = trained = reached = outputs = 0
+    tied = "lm_head/kernel" not in leaves
     for path, leaf in leaves.items():
         size = math.prod(leaf.shape)
-        if "/adapter/" in path:
+        if _is_adapter(path):
             adapter += size
             continue
+        moves = model.moving is None or path in model.moving
         parameters += size
-        if not path.endswith("kernel"):
+        moving += moves * size
+        counts = path.endswith("kernel") or (tied and path == "embed_tokens/embedding")
+        if not counts:
             continue
-        share = chosen / leaf.shape[1] if len(leaf.shape) == 4 else 1
-        active += int(size * share)
+        used = int(size * (chosen / leaf.shape[1] if len(leaf.shape) == 4 else 1))
+        active += used
+        trained += moves * used
         if path.startswith("layers/"):
             outputs += int(leaf.shape[0] * leaf.shape[-1] * (chosen if len(leaf.shape) == 4 else 1))
-        tied &= not path.startswith("lm_head")
-    config = model.config
-    looks = []
-    for _, module in nnx.iter_modules(model):
-        if isinstance(module, Attention):
-            shape, stacked = module.shape, module.o_proj.kernel.get_value().shape[0]
-            looks.append(Looks(layers=stacked, heads=shape.heads, head_dim=shape.head_dim, window=shape.form.window))
+            layers = groups[int(path.split("/")[1])]
+            reached += used * sum(layer >= first for layer in layers) // len(layers)
+        else:
+            reached += used
+    looks = tuple(_looks_of(group.self_attn, layers, first) for group, layers in zip(model.layers, groups, strict=True))
     return ModelSizes(
         parameters=parameters,
-        active=active + (config.vocab_size * config.hidden_size if tied else 0),
+        active=active,
         adapter=adapter,
+        moving=adapter or moving,
+        trained=0 if adapter else trained,
+        reached=reached,
         outputs=outputs,
         width=config.hidden_size,
         layers=sum(look.layers for look in looks),
         vocab=config.vocab_size,
-        attention=tuple(looks),
+        attention=looks,
+    )
+
+
+def _is_adapter(path: str) -> bool:
+    return "adapter" in path.split("/")
+
+
+def _first_reached(model: Any, *, adapted: bool) -> int:
+    """The first layer that gradients run through."""
+    if adapted or model.moving is None or "embed_tokens/embedding" in model.moving:
+        return 0
+    groups = group_layers(model.segments)
+    moved = {int(path.split("/")[1]) for path in model.moving if path.startswith("layers/")}
+    return min((layer for group in moved for layer in groups[group]), default=sum(map(len, groups)))
+
+
+def _looks_of(attention: Attention, layers: tuple[int, ...], first: int) -> Looks:
+    shape = attention.shape
+    reached = sum(layer >= first for layer in layers)
+    return Looks(
+        layers=len(layers), reached=reached, heads=shape.heads, head_dim=shape.head_dim, window=shape.form.window
     )

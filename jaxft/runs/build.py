@@ -35,12 +35,11 @@ def build_model(config: RunConfig, mesh: MeshPlan | None = None, *, random_base:
     to be loaded onto. Raises ConfigError, ModelError or CheckpointError.
     """
     model = config.model
-    types = {"dtype": model.dtype, "param_dtype": _storage(config), "remat": model.remat}
     path = model.path
     if model.random_init:
         path = str(random_base or Path(config.output_dir) / files.BASE)
         agreed(lambda: _draw_weights(config, Path(path)))
-    loaded = load_model(path, revision=model.revision, mesh=mesh, quantization=model.quantization, **types)
+    loaded = load_model(path, revision=model.revision, mesh=mesh, **_types(config))
     if loaded.adapter is not None:
         raise ConfigError(
             f"model.path {model.path} is a PEFT folder. To train further, first merge it: "
@@ -71,8 +70,7 @@ def abstract_of(hf_config: Any, config: RunConfig) -> Any:
         raise ConfigError(f"data.max_length={config.data.max_length} is beyond the model's {limit} positions")
 
     def make() -> Any:
-        types = {"dtype": config.model.dtype, "param_dtype": _storage(config), "remat": config.model.remat}
-        model = models.random_model(family, seed=0, quantization=config.model.quantization, **types)
+        model = models.random_model(family, seed=0, **_types(config))
         attach_adapter(model, config.adapter, config.seed)
         return model
 
@@ -134,9 +132,14 @@ def router_coefficients(config: RunConfig, model: Any) -> RouterCoefficients | N
             "which this model does not have: set them to None and 0"
         )
     if balancing is None:
-        trains = model.experts is not None and config.adapter.kind == "none"
-        balancing = model.config.router_aux_loss_coef if trains else 0.0
+        balancing = model.config.router_aux_loss_coef if _routers_move(config, model) else 0.0
     return RouterCoefficients(load_balancing=balancing, z_loss=z_loss) if balancing or z_loss else None
+
+
+def _routers_move(config: RunConfig, model: Any) -> bool:
+    if model.experts is None or config.adapter.kind != "none":
+        return False
+    return model.moving is None or any("/router/" in path for path in model.moving)
 
 
 def _draw_weights(config: RunConfig, folder: Path) -> None:
@@ -151,9 +154,17 @@ def _draw_weights(config: RunConfig, folder: Path) -> None:
     hf.write_config(str(folder), drawn.hf_config, dtype=dtype)
 
 
+def _types(config: RunConfig) -> dict[str, Any]:
+    """How the model of a run is made."""
+    model = config.model
+    types = {"dtype": model.dtype, "param_dtype": _storage(config), "remat": model.remat}
+    return types | {"quantization": model.quantization, "trainable": model.trainable}
+
+
 def _storage(config: RunConfig) -> str:
     # What moves is float32: full fine-tuning in bfloat16 would lose updates below its rounding.
-    return "float32" if config.adapter.kind == "none" else config.model.param_dtype
+    whole = config.adapter.kind == "none" and config.model.trainable is None
+    return "float32" if whole else config.model.param_dtype
 
 
 def place(tree: Any, mesh: MeshPlan) -> Any:

@@ -112,7 +112,9 @@ def write(
     mesh: MeshPlan | None = None,
 ) -> tuple[Check, ...]:
     """Writes one export and checks it. mesh: where the model is. Every process takes part; process 0 writes."""
-    stored = dtype or str(jax.tree.leaves(nnx.state(loaded.module.embed_tokens))[0].dtype)
+    # What partial fine-tuning moved is float32, whatever the rest is stored in.
+    own = jax.tree.leaves(nnx.state(loaded.module.embed_tokens))[0].dtype
+    stored = dtype or str(own if loaded.module.moving is None else "float32")
     if format == "adapter":
         base = loaded.base if "://" in loaded.base else os.path.abspath(loaded.base)
         peft.write_adapter(loaded.module, str(target), base=base, nested=loaded.left_out is not None)

@@ -67,8 +67,7 @@ class Job:
     @property
     def model_flops(self) -> int:
         """Of one step and device."""
-        rows, whole = self.config.train.batch_size, self.config.adapter.kind == "none"
-        flops = self.sizes.model_flops(rows, self.config.data.max_length, trained_whole=whole)
+        flops = self.sizes.model_flops(self.config.train.batch_size, self.config.data.max_length)
         return flops // self.slices.devices
 
     def parts(self) -> Parts:
@@ -76,7 +75,7 @@ class Job:
         frozen, trained = _bytes(self.state.frozen), _bytes(self.state.trainable)
         whole = self.config.adapter.kind == "none"
         return Parts(
-            weights=trained if whole else frozen,
+            weights=trained + frozen if whole else frozen,
             adapters=0 if whole else trained,
             optimizer=_bytes(self.state.opt_state),
             batch=_bytes(self.batch),

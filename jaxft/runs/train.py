@@ -142,8 +142,11 @@ def describe(run: Run) -> str:
     config, data = run.config, run.data.examination
     _, trainable, frozen = divide(run.model)
     moving, still = (sum(leaf.size for leaf in jax.tree.leaves(part)) for part in (trainable, frozen))
-    if config.adapter.kind == "none":
+    if config.adapter.kind == "none" and run.model.moving is None:
         method, size = "full fine-tuning", f"{moving:,} parameters, all trained"
+    elif config.adapter.kind == "none":
+        method = f"fine-tuning of {config.model.trainable}"
+        size = f"{moving:,} of {still + moving:,} parameters are trained ({moving / (still + moving):.2%})"
     else:
         form = "DoRA" if config.adapter.use_dora else {"lora": "LoRA"}.get(config.adapter.kind, config.adapter.kind)
         method = f"{form} r={config.adapter.r} on {config.adapter.target_modules}"

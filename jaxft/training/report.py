@@ -170,7 +170,7 @@ def _tiles(config: Row, rows: Sequence[Row], scores: Row) -> list[dict[str, str]
         ("Held-out loss", f"{evals[-1]:.3f}" if evals else "—", at_first),
         ("Training loss", f"{losses[-1]:.3f}" if losses else "—", f"{losses[0]:.3f} at first" if losses else ""),
         ("Model", path.rstrip("/").rsplit("/", 1)[-1], f"computes in {model['dtype']}" if "dtype" in model else ""),
-        ("Method", *_method(config.get("adapter") or {})),
+        ("Method", *_method(config.get("adapter") or {}, config.get("model") or {})),
         ("Steps", f"{steps[-1]:,}" if steps else "—", batch),
         ("Tokens seen", f"{tokens[-1]:,.0f}" if tokens else "—", ""),
         ("Throughput", f"{statistics.median(rates):,.0f}" if rates else "—", "tokens per second, median"),
@@ -178,11 +178,12 @@ def _tiles(config: Row, rows: Sequence[Row], scores: Row) -> list[dict[str, str]
     return [{"label": label, "value": value, "detail": detail} for label, value, detail in tiles]
 
 
-def _method(adapter: Row) -> tuple[str, str]:
+def _method(adapter: Row, model: Row) -> tuple[str, str]:
     if not adapter:
         return "—", ""
     if adapter.get("kind") == "none":
-        return "Full fine-tuning", "every weight is trained"
+        part = model.get("trainable")
+        return ("Partial fine-tuning", str(part)) if part else ("Full fine-tuning", "every weight is trained")
     lora = "DoRA" if adapter.get("use_dora") else "LoRA"
     name = lora if adapter.get("kind") == "lora" else str(adapter.get("kind"))
     details = [f"{key} {adapter[key]:g}" for key in ("r", "alpha", "dropout") if _is_number(adapter.get(key))]

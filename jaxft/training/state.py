@@ -43,11 +43,13 @@ def with_saved(state: TrainState, saved: Mapping[str, Any]) -> TrainState:
 
 
 def divide(model: nnx.Module) -> tuple[Any, Any, Any]:
-    """(graphdef, trainable, frozen): adapters move where there are any, else every parameter."""
+    """(graphdef, trainable, frozen): adapters move where there are any, else what `model.moving` names."""
     graphdef, moving, still = nnx.split(model, AdapterParam, ...)
-    if not jax.tree.leaves(moving):
-        moving, still = still, moving
-    return graphdef, moving, still
+    if jax.tree.leaves(moving):
+        return graphdef, moving, still
+    if model.moving is None:
+        return graphdef, still, moving
+    return nnx.split(model, lambda path, _: "/".join(map(str, path)) in model.moving, ...)
 
 
 def create(model: nnx.Module, tx: optax.GradientTransformation, seed: int) -> tuple[Any, TrainState]:

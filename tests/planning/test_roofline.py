@@ -1,5 +1,6 @@
 """Seconds from counted work, by hand; sizes of published models."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -73,8 +74,9 @@ def test_model_flops_of_a_dense_model_by_hand():
     active = 8_030_261_248 - 128256 * 4096 - 65 * 4096  # no table of embeddings, no norms
     assert sizes.active == active
     scores = 32 * 12 * 32 * 128 * (4096 * 4097 // 2)
-    assert sizes.model_flops(2, 4096, trained_whole=True) == 6 * active * 2 * 4096 + 2 * scores
-    assert sizes.model_flops(2, 4096, trained_whole=False) == 4 * active * 2 * 4096 + 2 * scores
+    assert sizes.model_flops(2, 4096) == 6 * active * 2 * 4096 + 2 * scores
+    still = dataclasses.replace(sizes, trained=0)
+    assert still.model_flops(2, 4096) == 4 * active * 2 * 4096 + 2 * scores
 
 
 def test_only_chosen_experts_and_seen_windows_count():
