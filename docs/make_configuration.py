@@ -39,13 +39,27 @@ MEANINGS = {
     "data.eval_split": "the same for `eval`",
     "data.packing": "several rows share a sequence, apart from each other; no row is ever split",
     "data.shuffle": "a new order of sequences in every epoch, from `seed`",
-    "optim.name": "AdamW, arXiv:1711.05101",
+    "optim.name": "see [optimizers](optimizers.md), with what each keeps and its usual settings",
     "optim.learning_rate": "the peak, reached at the end of warm-up",
     "optim.schedule": "what follows warm-up",
     "optim.warmup_ratio": "share of the steps of the run",
-    "optim.b1": "decay of the first moment",
-    "optim.b2": "decay of the second moment",
+    "optim.b1": "decay of the first moment; of schedule_free_adamw, the weight of the average. Here and below, None is "
+    "the optimizer's usual value",
+    "optim.b2": "decay of the second moment; of lion, of its only one",
     "optim.eps": "added to the root of the second moment",
+    "optim.momentum": "of sgd and muon",
+    "optim.rank": "of apollo's projections",
+    "optim.scale_parameter": "of adafactor: updates are multiplied by the root mean square of their parameter",
+    "optim.loraplus_lr_ratio": "learning rate of LoRA's B, and of vectors beside it, against that of A: LoRA+, "
+    "arXiv:2402.12354",
+    "optim.layer_decay": "learning rate of each layer against that of the one above; head and last norm have the full "
+    "one, embeddings the least",
+    "train.loss_type": "of a target: -log p, or that times p, which takes no gradient (dft, arXiv:2508.05629)",
+    "train.label_smoothing_factor": "share of a target's weight that is spread over the whole vocabulary",
+    "train.z_loss": "coefficient of log(Z)^2, Z being the softmax's normaliser; PaLM (arXiv:2204.02311) has 1e-4",
+    "train.neftune_noise_alpha": "size of the noise on embedded tokens while training, 5 to 15 in arXiv:2310.05914",
+    "train.ema_decay": "keep an exponential moving average of the trained weights, which is evaluated and exported in "
+    "their place",
     "optim.clip_norm": "largest global norm of the gradient; None: no clipping",
     "train.accumulation_steps": "cut each step's batch into so many parts, one after another; the result is the same",
     "train.epochs": "passes over the training sequences; may be a fraction",
@@ -73,6 +87,7 @@ CHOICES = {
     "data.truncation": config_checks.TRUNCATION,
     "optim.name": config_checks.OPTIMIZERS,
     "optim.schedule": config_checks.SCHEDULES,
+    "train.loss_type": config_checks.LOSS_TYPES,
     "checkpoint.best_mode": ("min", "max"),
     "eval.metric": config_checks.METRICS,
 }

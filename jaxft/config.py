@@ -121,12 +121,17 @@ class OptimConfig:
     warmup_steps: int | None = None  # at most one of warmup_steps and warmup_ratio
     warmup_ratio: float | None = None
     min_ratio: float = 0.0  # the schedule ends at min_ratio * learning_rate
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0  # on matrices only: norms and biases are left out
+    b1: float | None = None
+    b2: float | None = None
+    eps: float | None = None
+    momentum: float | None = None
+    rank: int | None = None
+    scale_parameter: bool = False
+    weight_decay: float = 0.0  # on matrices only: norms, biases and other vectors are left out
     clip_norm: float | None = 1.0
     moments_dtype: str = "float32"  # bfloat16 halves the optimizer's memory; rounded at random
+    loraplus_lr_ratio: float | None = None
+    layer_decay: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +143,12 @@ class TrainConfig:
     epochs: float = 1.0
     steps: int | None = None  # where given, the run has so many steps, whatever epochs says
     gradient_dtype: str | None = None  # of matrices' gradients until the update; None: model.dtype
+    loss_type: str = "nll"
+    label_smoothing_factor: float = 0.0
+    z_loss: float = 0.0
+    neftune_noise_alpha: float | None = None
+    ema_decay: float | None = None
+    use_ema: bool = True  # whether it is the average that is evaluated and exported, where there is one
     log_every: int = 10
     eval_every: int | None = None  # steps between held-out losses; None: only at the end
 

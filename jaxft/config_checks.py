@@ -11,19 +11,34 @@ DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = ("none", "full", "attention", "dots", "offload")
 ADAPTERS = ("none", "lora")
 QUANTIZATIONS = ("nf4", "nf4-dq", "int8", "int4")
-OPTIMIZERS = ("adamw",)
+# Name -> the fields of OptimConfig that it reads beside those that all do.
+OPTIMIZERS = {
+    "adamw": ("b1", "b2", "eps", "moments_dtype"),
+    "adamw_8bit": ("b1", "b2", "eps"),
+    "adafactor": ("scale_parameter",),
+    "lion": ("b1", "b2", "moments_dtype"),
+    "sgd": ("momentum", "moments_dtype"),
+    "muon": ("momentum", "b1", "b2", "eps", "moments_dtype"),
+    "apollo": ("rank", "b1", "b2", "eps", "moments_dtype"),
+    "schedule_free_adamw": ("b1", "b2", "eps"),
+}
+# What these are where they are not set.
+UNSET = {"b1": None, "b2": None, "eps": None, "momentum": None, "rank": None, "scale_parameter": False,
+         "moments_dtype": "float32"}  # fmt: skip
 SCHEDULES = ("constant", "linear", "cosine")
 FORMATS = ("auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text")
 TRAIN_ON = ("assistant", "last", "all")
 TRUNCATION = ("refuse", "drop", "right")
 EVAL_FIGURES = ("eval_loss", "eval_perplexity", "eval_mean_token_accuracy")
+LOSS_TYPES = ("nll", "dft")
 METRICS = ("exact_match", "json_valid", "json_exact")
 CHOICES = {
     "model.dtype": DTYPES, "model.param_dtype": DTYPES, "model.remat": REMAT_POLICIES,
     "model.quantization": QUANTIZATIONS, "adapter.kind": ADAPTERS,
     "data.format": FORMATS, "data.train_on": TRAIN_ON, "data.truncation": TRUNCATION, "optim.name": OPTIMIZERS,
     "optim.schedule": SCHEDULES, "optim.moments_dtype": DTYPES, "train.gradient_dtype": DTYPES,
-    "checkpoint.best_mode": ("min", "max"), "checkpoint.best_metric": EVAL_FIGURES, "eval.metric": METRICS,
+    "train.loss_type": LOSS_TYPES, "checkpoint.best_mode": ("min", "max"), "checkpoint.best_metric": EVAL_FIGURES,
+    "eval.metric": METRICS,
 }  # fmt: skip
 LORA_STARTS = r"default|gaussian|pissa(_niter_\d+)?|olora"
 # Fields of the LoRA family, and what they are when nobody asked for it.
@@ -36,11 +51,14 @@ RANGES = (
     (("adapter.r", "adapter.alpha", "data.max_length", "data.limit", "data.eval_limit", "data.eval_fraction",
       "optim.learning_rate", "optim.eps", "optim.clip_norm", "train.batch_size", "train.accumulation_steps",
       "train.epochs", "train.steps", "train.log_every", "train.eval_every", "checkpoint.every", "checkpoint.keep",
-      "eval.limit", "eval.max_new_tokens", "eval.batch_size"), lambda value: value > 0, "be above zero"),
-    (("optim.warmup_steps", "optim.weight_decay", "router.load_balancing", "router.z_loss"),
+      "eval.limit", "eval.max_new_tokens", "eval.batch_size", "optim.rank", "optim.loraplus_lr_ratio",
+      "train.neftune_noise_alpha"), lambda value: value > 0, "be above zero"),
+    (("optim.warmup_steps", "optim.weight_decay", "router.load_balancing", "router.z_loss", "train.z_loss"),
      lambda value: value >= 0, "not be negative"),
-    (("adapter.dropout", "data.eval_fraction", "optim.warmup_ratio", "optim.b1", "optim.b2"),
+    (("adapter.dropout", "data.eval_fraction", "optim.warmup_ratio", "optim.b1", "optim.b2", "optim.momentum",
+      "train.label_smoothing_factor", "train.ema_decay"),
      lambda value: 0 <= value < 1, "be at least 0 and below 1"),
+    (("optim.layer_decay",), lambda value: 0 < value < 1, "be above 0 and below 1"),
 )  # fmt: skip
 
 
@@ -56,6 +74,8 @@ def check(config: Any) -> None:
             if value is not None and not fits(value):
                 raise ConfigError(f"{key}={value} must {must}")
     _check_step(config)
+    _check_optimizer(config)
+    _check_loss(config.train)
     _check_held_out(config)
     _check_mesh(config.mesh)
 
@@ -141,6 +161,48 @@ def _check_adapter(adapter: Any) -> None:
     for name, default in LORA_ALONE.items():
         if getattr(adapter, name) != default:
             raise ConfigError(f"adapter.{name} is read by adapter.kind='lora', not by adapter.kind={adapter.kind!r}")
+
+
+def _check_optimizer(config: Any) -> None:
+    optim, adapted = config.optim, config.adapter.kind != "none"
+    for field, unset in UNSET.items():
+        value = getattr(optim, field)
+        if value != unset and field not in OPTIMIZERS[optim.name]:
+            readers = ", ".join(name for name, fields in OPTIMIZERS.items() if field in fields)
+            raise ConfigError(
+                f"optim.{field}={value!r} does nothing with optim.name={optim.name!r}, which has no such setting; it "
+                f"is read by {readers}. Set it to {unset!r}."
+            )
+    if optim.name == "schedule_free_adamw":
+        if optim.schedule != "constant":
+            raise ConfigError(
+                f"optim.name='schedule_free_adamw' averages in place of a falling learning rate, so optim.schedule="
+                f"{optim.schedule!r} would slow it down twice: set optim.schedule to 'constant'; warm-up may stay"
+            )
+        if optim.b1 == 0:
+            raise ConfigError("optim.b1=0 leaves schedule_free_adamw without an average: usual are 0.9 to 0.98")
+        if config.train.ema_decay is not None:
+            raise ConfigError("schedule_free_adamw averages the weights itself: set train.ema_decay to None")
+    if optim.name == "apollo" and adapted:
+        raise ConfigError(
+            f"optim.name='apollo' projects whole matrices to a low rank, which adapter.kind={config.adapter.kind!r} "
+            "has already: use another optimizer, or adapter.kind='none'"
+        )
+    if optim.loraplus_lr_ratio is not None and not adapted:
+        raise ConfigError(
+            f"optim.loraplus_lr_ratio={optim.loraplus_lr_ratio} is of LoRA's B against its A, and adapter.kind='none' "
+            "has neither: set it to None"
+        )
+
+
+def _check_loss(train: Any) -> None:
+    if train.loss_type == "dft" and train.label_smoothing_factor:
+        raise ConfigError(
+            f"train.loss_type='dft' weighs each target by its own probability, so that there is none to smooth: set "
+            f"train.label_smoothing_factor={train.label_smoothing_factor} to 0"
+        )
+    if not train.use_ema and train.ema_decay is None:
+        raise ConfigError("train.use_ema=False does nothing without train.ema_decay: there is no average to leave out")
 
 
 def _check_held_out(config: Any) -> None:

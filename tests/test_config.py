@@ -61,6 +61,43 @@ def file(tmp_path):
         ({"data.train_on": "user"}, "data.train_on='user' is not one of assistant, last, all"),
         ({"data.truncation": "left"}, "data.truncation='left' is not one of refuse, drop, right"),
         ({"optim.name": "adam"}, "optim.name='adam'.*Did you mean 'adamw'?"),
+        ({"optim.name": "adamw8bit"}, "optim.name='adamw8bit'.*Did you mean 'adamw_8bit'?"),
+        *(
+            (
+                {f"optim.{field}": value, "optim.name": name, "optim.schedule": "constant", "adapter.kind": "none"},
+                f"optim.{field}={value!r} does nothing with optim.name={name!r}.* read by ",
+            )
+            for field, value, name in [
+                ("b2", 0.95, "sgd"),
+                ("b1", 0.8, "adafactor"),
+                ("eps", 1e-6, "lion"),
+                ("momentum", 0.9, "adamw"),
+                ("rank", 64, "muon"),
+                ("scale_parameter", True, "adamw_8bit"),
+                ("moments_dtype", "bfloat16", "adafactor"),
+                ("moments_dtype", "bfloat16", "adamw_8bit"),
+                ("moments_dtype", "bfloat16", "schedule_free_adamw"),
+            ]
+        ),
+        ({"optim.name": "schedule_free_adamw"}, "so optim.schedule='cosine' would slow it down twice: set optim.sch"),
+        (
+            {"optim.name": "schedule_free_adamw", "optim.schedule": "constant", "optim.b1": 0.0},
+            "optim.b1=0 leaves schedule_free_adamw without an average",
+        ),
+        (
+            {"optim.name": "schedule_free_adamw", "optim.schedule": "constant", "train.ema_decay": 0.9},
+            "averages the weights itself: set train.ema_decay to None",
+        ),
+        ({"optim.name": "apollo"}, "projects whole matrices to a low rank, which adapter.kind='lora' has already"),
+        ({"optim.loraplus_lr_ratio": 16.0, "adapter.kind": "none"}, "loraplus_lr_ratio=16.0 is of LoRA's B against"),
+        (
+            {"train.loss_type": "dft", "train.label_smoothing_factor": 0.1},
+            "set train.label_smoothing_factor=0.1 to 0",
+        ),
+        ({"train.loss_type": "nl"}, "train.loss_type='nl' is not one of nll, dft"),
+        ({"train.use_ema": False}, "train.use_ema=False does nothing without train.ema_decay"),
+        ({"optim.layer_decay": 1.0}, "optim.layer_decay=1.0 must be above 0 and below 1"),
+        ({"train.z_loss": -1.0}, "train.z_loss=-1.0 must not be negative"),
         ({"optim.schedule": "cosin"}, "optim.schedule='cosin'.*Did you mean 'cosine'?"),
         ({"checkpoint.best_mode": "lowest"}, "checkpoint.best_mode='lowest' is not one of min, max"),
         ({"eval.metric": "bleu", "data.eval": "e"}, "eval.metric='bleu' is not one of"),
@@ -76,6 +113,9 @@ def file(tmp_path):
                 "optim.learning_rate": 0.0,
                 "optim.eps": 0.0,
                 "optim.clip_norm": -1.0,
+                "optim.rank": 0,
+                "optim.loraplus_lr_ratio": 0.0,
+                "train.neftune_noise_alpha": 0.0,
                 "train.batch_size": 0,
                 "train.accumulation_steps": -2,
                 "train.epochs": 0.0,
@@ -97,6 +137,9 @@ def file(tmp_path):
                 "optim.warmup_ratio": -0.1,
                 "optim.b1": 1.0,
                 "optim.b2": 1.0,
+                "optim.momentum": 1.0,
+                "train.label_smoothing_factor": 1.0,
+                "train.ema_decay": 1.0,
             }.items()
         ),
         ({"optim.min_ratio": 1.5}, "optim.min_ratio=1.5 must be from 0 to 1"),
@@ -136,10 +179,13 @@ def test_every_choice_is_accepted():
         "adapter.kind": config_checks.ADAPTERS, "optim.schedule": config_checks.SCHEDULES,
         "data.format": config_checks.FORMATS, "data.train_on": config_checks.TRAIN_ON,
         "data.truncation": config_checks.TRUNCATION,
+        "train.loss_type": config_checks.LOSS_TYPES,
     }  # fmt: skip
     for key, values in choices.items():
         for value in values:
             resolve(with_fields({key: value}))
+    for name in config_checks.OPTIMIZERS:
+        resolve(with_fields({"optim.name": name, "optim.schedule": "constant", "adapter.kind": "none"}))
     for metric in config_checks.METRICS:
         assert resolve(with_fields({"eval.metric": metric, "data.eval_fraction": 0.1})).eval.metric == metric
 

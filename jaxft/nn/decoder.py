@@ -17,6 +17,7 @@ from jaxft.nn.attention import Tokens
 from jaxft.nn.block import Block, BlockShape
 from jaxft.nn.linear import Embedding, Linear
 from jaxft.nn.moe import MoEShape
+from jaxft.nn.noise import add_noise
 from jaxft.nn.norm import NormShape, RMSNorm
 from jaxft.nn.rope import Rope, rotation
 from jaxft.nn.router_sums import RouterSums
@@ -92,30 +93,39 @@ class Decoder(nnx.Module):
         segments_BS: jax.Array | None = None,
         cache: kv.Cache | None = None,
         key: jax.Array | None = None,
+        noise_alpha: float | None = None,
     ) -> tuple[jax.Array, kv.Cache | None]:
         """Hidden vectors after the last norm, [B, S, D], and the cache with the new tokens in it.
 
         tokens_BS: int32. positions_BS: 0, 1, 2, ... where not given. segments_BS: all one document
-        where not given; 0 marks padding. key: turns dropout on.
+        where not given; 0 marks padding. key: turns dropout on, and noise of that size on embedded tokens (`add_noise`)
+        where noise_alpha is given.
         """
-        hidden_BSD, cache, _ = self._run(tokens_BS, positions_BS, segments_BS, cache, key, None)
+        hidden_BSD, cache, _ = self._run(tokens_BS, positions_BS, segments_BS, cache, key, None, noise_alpha)
         return hidden_BSD, cache
 
     def routed(
-        self, tokens_BS: jax.Array, positions_BS: jax.Array, segments_BS: jax.Array, key: jax.Array | None
+        self,
+        tokens_BS: jax.Array,
+        positions_BS: jax.Array,
+        segments_BS: jax.Array,
+        key: jax.Array | None,
+        noise_alpha: float | None = None,
     ) -> tuple[jax.Array, RouterSums]:
         """Hidden vectors as above, and how the routers of all layers spread the tokens, for a model with experts."""
         zero = RouterSums.zero(self.experts)
-        hidden_BSD, _, routing = self._run(tokens_BS, positions_BS, segments_BS, None, key, zero)
+        hidden_BSD, _, routing = self._run(tokens_BS, positions_BS, segments_BS, None, key, zero, noise_alpha)
         return hidden_BSD, routing
 
-    def _run(self, tokens_BS, positions_BS, segments_BS, cache, key, routing):
+    def _run(self, tokens_BS, positions_BS, segments_BS, cache, key, routing, noise_alpha):
         if positions_BS is None:
             positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1], dtype=jnp.int32), tokens_BS.shape)
         if segments_BS is None:
             segments_BS = jnp.ones_like(tokens_BS)
         rotations = tuple(rotation(rope, self.config.head_dim, positions_BS, segments_BS) for rope in self.ropes)
         x_BSD = self.embed_tokens(tokens_BS)
+        if noise_alpha is not None and key is not None:
+            x_BSD = add_noise(x_BSD, segments_BS, noise_alpha, key)
         if self.embed_scale is not None:
             x_BSD = x_BSD * jnp.asarray(self.embed_scale, self.dtype)
         x_BSD, cache, routing = stack.run(

@@ -15,13 +15,15 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec as P
 
 from jaxft.nn import partition
+from jaxft.objectives.token_loss import NLL, TokenLoss, TokenSums, sums_and_slope
 
 Unembed = Callable[[Any, jax.Array], jax.Array]
 # Bytes of float32 logits that a chunk may hold on one device: CPUs like their caches, accelerators large products.
@@ -29,13 +31,6 @@ CHUNK_BYTES = {"cpu": 64 * 2**20, "accelerator": 256 * 2**20}
 LANES = 128  # what accelerators take at once
 AT_MOST = "turns_at_most_"  # how `jaxft.plan` finds the turns of a loop whose end depends on data
 ROWS = ("batch", "sequence")
-
-
-class TokenSums(NamedTuple):
-    """Sums over trained tokens, float32 scalars: of -log p, in nats, and of `target == argmax`."""
-
-    nll: jax.Array
-    correct: jax.Array
 
 
 @dataclass(frozen=True)
@@ -71,13 +66,15 @@ def token_sums(
     *,
     stored: Sequence[tuple[partition.Dimension | None, ...]] | None = None,
     chunk: int | None = None,
+    loss: TokenLoss = NLL,
 ) -> TokenSums:
-    """Weighted sums of the cross-entropy of every target.
+    """Weighted sums of the loss of every target, by default its cross-entropy.
 
     unembed(head, hidden [B, C, D]) -> logits [B, C, V] float32. targets_BS: int32. weights_BS: float32,
     0 where a position is not trained. stored: what the dimensions of each leaf of the head are, in the order of
     jax.tree.leaves. chunk: positions of each row a chunk; by CHUNK_BYTES where None.
-    Differentiable in head and hidden_BSD; `correct` has no gradient.
+    `loss` is differentiable in head and hidden_BSD, and so is `nll` where it is the loss; what else is summed has no
+    gradient.
     """
     # As a plain list: nnx.Variable answers for its value's attributes, which hides where a leaf begins.
     leaves, treedef = jax.tree.flatten(head)
@@ -88,7 +85,7 @@ def token_sums(
 
     vocab = jax.eval_shape(unembed, head, hidden_BSD[:, :1]).shape[-1]
     spread = None if stored is None else _spread(leaves, targets_BS.shape, vocab, stored)
-    return _token_sums(unembed_leaves, chunk, spread, leaves, hidden_BSD, targets_BS, weights_BS)
+    return _token_sums(unembed_leaves, chunk, spread, loss, leaves, hidden_BSD, targets_BS, weights_BS)
 
 
 def _spread(leaves: Sequence[jax.Array], rows: tuple[int, ...], vocab: int, stored: Sequence[Any]) -> Spread | None:
@@ -109,24 +106,24 @@ def _spread(leaves: Sequence[jax.Array], rows: tuple[int, ...], vocab: int, stor
     return Spread(partition.spec(rows, ROWS), tuple(specs), vocab_axes, shared)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _token_sums(unembed, chunk, spread, head, hidden_BSD, targets_BS, weights_BS):
-    compute = partial(_sums, unembed, chunk, spread)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _token_sums(unembed, chunk, spread, loss, head, hidden_BSD, targets_BS, weights_BS):
+    compute = partial(_sums, unembed, chunk, spread, loss)
     if spread is not None:
         rows = (P(*spread.rows, None), spread.rows, spread.rows)
-        specs = {"in_specs": (list(spread.head), *rows), "out_specs": TokenSums(P(), P())}
+        specs = {"in_specs": (list(spread.head), *rows), "out_specs": TokenSums(P(), P(), P())}
         compute = jax.shard_map(compute, check_vma=False, **specs)
     return compute(head, hidden_BSD, targets_BS, weights_BS)
 
 
-def _forward(unembed, chunk, spread, head, hidden_BSD, targets_BS, weights_BS):
+def _forward(unembed, chunk, spread, loss, head, hidden_BSD, targets_BS, weights_BS):
     # symbolic_zeros tells whether the head moves; a frozen one gets no gradient computed.
     moves = any(leaf.perturbed for leaf in head)
     head = [leaf.value for leaf in head]
-    compute = partial(_sums_and_gradients, unembed, chunk, spread, moves)
+    compute = partial(_sums_and_gradients, unembed, chunk, spread, loss, moves)
     if spread is not None:
         hidden, rows = P(*spread.rows, None), spread.rows
-        out = (TokenSums(P(), P()), list(spread.head) if moves else None, hidden)
+        out = (TokenSums(P(), P(), P()), list(spread.head) if moves else None, hidden)
         compute = jax.shard_map(
             compute, in_specs=(list(spread.head), hidden, rows, rows), out_specs=out, check_vma=False
         )
@@ -134,28 +131,30 @@ def _forward(unembed, chunk, spread, head, hidden_BSD, targets_BS, weights_BS):
     return sums, (head_grad, grad_BSD)
 
 
-def _backward(unembed, chunk, spread, residuals, cotangents):
-    head_grad, grad_BSD = jax.tree.map(lambda g: g * cotangents.nll.astype(g.dtype), residuals)
+def _backward(unembed, chunk, spread, loss, residuals, cotangents):
+    asked = (cotangents.loss, cotangents.nll) if loss.plain else (cotangents.loss,)
+    factor = sum((c for c in asked if not isinstance(c, SymbolicZero)), start=jnp.float32(0))
+    head_grad, grad_BSD = jax.tree.map(lambda g: g * factor.astype(g.dtype), residuals)
     return head_grad, grad_BSD, None, None
 
 
 _token_sums.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _sums(unembed, chunk, spread, head, hidden_BSD, targets_BS, weights_BS):
+def _sums(unembed, chunk, spread, loss, head, hidden_BSD, targets_BS, weights_BS):
     """On one device's rows; the sums are of all."""
     head = _gathered(head, spread, hidden_BSD.dtype)
     pieces, needed, _ = _pieces(unembed, chunk, spread, head, hidden_BSD, targets_BS, weights_BS)
 
     def step(index, total):
         hidden_BCD, targets_BC, weights_BC = _piece(pieces, index, spread)
-        sums, _ = _chunk(unembed(head, hidden_BCD), targets_BC, weights_BC, spread)
+        sums, _ = sums_and_slope(loss, unembed(head, hidden_BCD), targets_BC, weights_BC, _vocab(spread))
         return jax.tree.map(jnp.add, total, sums)
 
     return _over_rows(_loop(pieces, needed, step, _nothing()), spread)
 
 
-def _sums_and_gradients(unembed, chunk, spread, moves, head, hidden_BSD, targets_BS, weights_BS):
+def _sums_and_gradients(unembed, chunk, spread, loss, moves, head, hidden_BSD, targets_BS, weights_BS):
     """On one device's rows: the sums of all, the gradient of its part of the head, that of its rows."""
     parts, head = head, _gathered(head, spread, hidden_BSD.dtype)
     pieces, needed, order_BS = _pieces(unembed, chunk, spread, head, hidden_BSD, targets_BS, weights_BS)
@@ -165,7 +164,7 @@ def _sums_and_gradients(unembed, chunk, spread, moves, head, hidden_BSD, targets
         hidden_BCD, targets_BC, weights_BC = _piece(pieces, index, spread)
         wrt = (head, hidden_BCD) if moves else (hidden_BCD,)
         logits_BCV, pull = jax.vjp(unembed if moves else partial(unembed, head), *wrt)
-        sums, slope_BCV = _chunk(logits_BCV, targets_BC, weights_BC, spread)
+        sums, slope_BCV = sums_and_slope(loss, logits_BCV, targets_BC, weights_BC, _vocab(spread))
         *part, grad_BCD = pull(slope_BCV)
         if moves:
             head_grad = jax.tree.map(lambda whole, x: whole + x.astype(whole.dtype), head_grad, part[0])
@@ -222,26 +221,12 @@ def _own_rows(grad_BCD, spread):
     return jax.lax.psum(grad_BCD, rest) if rest else grad_BCD
 
 
-def _chunk(logits_BCV, targets_BC, weights_BC, spread):
-    """Sums of a chunk and the gradient of its nll by the logits."""
-    vocab = spread.vocab if spread is not None else ()
-    first = jax.lax.axis_index(vocab) * logits_BCV.shape[-1] if vocab else 0
-    here_BCV = jnp.arange(logits_BCV.shape[-1]) == (targets_BC - first)[..., None]
-    top_BC = jnp.max(logits_BCV, axis=-1)
-    top_BC = jax.lax.pmax(top_BC, vocab) if vocab else top_BC
-    powers_BCV = jnp.exp(logits_BCV - top_BC[..., None])
-    total_BC, picked_BC = jnp.sum(powers_BCV, axis=-1), jnp.sum(jnp.where(here_BCV, logits_BCV, 0), axis=-1)
-    if vocab:
-        total_BC, picked_BC = jax.lax.psum((total_BC, picked_BC), vocab)
-    nll = jnp.sum((jnp.log(total_BC) + top_BC - picked_BC) * weights_BC)
-    # A target that reaches the maximum counts as predicted: no second pass for an argmax.
-    correct = jnp.sum((picked_BC >= top_BC) * weights_BC)
-    slope_BCV = (powers_BCV / total_BC[..., None] - here_BCV) * weights_BC[..., None]
-    return TokenSums(nll, correct), slope_BCV
+def _vocab(spread):
+    return () if spread is None else spread.vocab
 
 
 def _nothing():
-    return TokenSums(jnp.float32(0), jnp.float32(0))
+    return TokenSums(*(jnp.float32(0) for _ in TokenSums._fields))
 
 
 def _over_rows(sums, spread):

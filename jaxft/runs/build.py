@@ -18,13 +18,18 @@ from jaxft.checkpoint.load import LoadedModel, hf_config_of, load_model, random_
 from jaxft.config import RunConfig
 from jaxft.data.tokenizer import load_tokenizer
 from jaxft.errors import ConfigError
+from jaxft.nn import stack
 from jaxft.objectives.router import RouterCoefficients
 from jaxft.objectives.sft import sft_loss
+from jaxft.objectives.token_loss import TokenLoss
 from jaxft.runs import folder as files
 from jaxft.sharding.arrays import spread
 from jaxft.sharding.mesh import MeshPlan, auto_mesh, make_mesh_plan
 from jaxft.sharding.processes import agreed
 from jaxft.sharding.rules import divisors
+from jaxft.training.averages import evaluated, with_average
+from jaxft.training.optim import make_optimizer
+from jaxft.training.state import TrainState
 from jaxft.training.step import Step, make_train_step
 
 
@@ -109,14 +114,34 @@ def check_experts(model: Any, mesh: MeshPlan) -> None:
 
 def make_step(config: RunConfig, model: Any, graphdef: Any, tx: Any, schedule: Any) -> Step:
     """The training step of a run, to be jitted within its mesh. model: what `abstract_model` gives."""
+    train = config.train
+    loss = functools.partial(
+        sft_loss,
+        router=router_coefficients(config, model),
+        token_loss=TokenLoss(
+            label_smoothing=train.label_smoothing_factor, z_loss=train.z_loss, dft=train.loss_type == "dft"
+        ),
+        neftune_noise_alpha=train.neftune_noise_alpha,
+    )
     return make_train_step(
         graphdef,
-        functools.partial(sft_loss, router=router_coefficients(config, model)),
+        loss,
         tx,
         schedule,
-        accumulation_steps=config.train.accumulation_steps,
-        gradient_dtype=jnp.dtype(config.train.gradient_dtype or config.model.dtype),
+        accumulation_steps=train.accumulation_steps,
+        gradient_dtype=jnp.dtype(train.gradient_dtype or config.model.dtype),
     )
+
+
+def make_tx(config: RunConfig, model: Any, schedule: Any) -> Any:
+    """The optimizer of a run, its average of weights included. model: may be abstract."""
+    tx = make_optimizer(config.optim, schedule, seed=config.seed, stacks=stack.group_layers(model.segments))
+    return tx if config.train.ema_decay is None else with_average(tx, config.train.ema_decay)
+
+
+def evaluated_weights(config: RunConfig, state: TrainState) -> Any:
+    """The trained parameters as a run's held-out losses, scores and exports have them."""
+    return evaluated(state.opt_state, state.trainable, use_average=config.train.use_ema)
 
 
 def router_coefficients(config: RunConfig, model: Any) -> RouterCoefficients | None:

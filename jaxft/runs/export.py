@@ -17,10 +17,10 @@ from jaxft.config import RunConfig
 from jaxft.data.tokenizer import Tokenizer, load_tokenizer
 from jaxft.errors import ConfigError, ExportError
 from jaxft.runs import folder as files
-from jaxft.runs.build import build_model
+from jaxft.runs.build import build_model, evaluated_weights, make_tx
 from jaxft.sharding.mesh import MeshPlan
 from jaxft.sharding.processes import agreed
-from jaxft.training.optim import make_optimizer, make_schedule
+from jaxft.training.optim import make_schedule
 from jaxft.training.state import create, saved_part, with_saved
 
 FORMATS = ("adapter", "merged")
@@ -66,13 +66,13 @@ def load_trained(source: str, step: int | None = None) -> LoadedModel:
     config = files.run_config(source)
     loaded = build_model(config)
     schedule = make_schedule(config.optim, 10**9)
-    _, state = create(loaded.module, make_optimizer(config.optim, schedule), config.seed)
+    _, state = create(loaded.module, make_tx(config, loaded.module, schedule), config.seed)
     with RunCheckpoints(Path(source) / files.CHECKPOINTS, keep=1, read_only=True) as checkpoints:
         restored = checkpoints.restore(saved_part(state), step)
     if restored is None:
         raise ConfigError(f"{source} has no whole checkpoint yet")
     state = with_saved(state, restored[0])
-    nnx.update(loaded.module, state.trainable, state.frozen)
+    nnx.update(loaded.module, evaluated_weights(config, state), state.frozen)
     return loaded
 
 

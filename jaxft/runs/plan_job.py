@@ -21,9 +21,9 @@ from jaxft.planning.costs import Costs, costs_of
 from jaxft.planning.roofline import StepTime, axis_bandwidths, step_time
 from jaxft.planning.sizes import ModelSizes, sizes_of
 from jaxft.planning.topology import Slices, devices
-from jaxft.runs.build import abstract_of, check_experts, make_mesh, make_step
+from jaxft.runs.build import abstract_of, check_experts, make_mesh, make_step, make_tx
 from jaxft.sharding.mesh import MeshPlan, auto_mesh, axis_sizes, fill_axes
-from jaxft.training.optim import make_optimizer, make_schedule
+from jaxft.training.optim import make_schedule
 from jaxft.training.state import TrainState, create, divide
 
 
@@ -102,7 +102,7 @@ def blueprint_of(config: RunConfig, hf_config: dict[str, Any], steps: int) -> Bl
     """Raises what a run would raise before it loads weights. steps: of the run, for its schedule."""
     model = abstract_of(hf_config, config)
     schedule = make_schedule(config.optim, steps)
-    tx = make_optimizer(config.optim, schedule, seed=config.seed)
+    tx = make_tx(config, model, schedule)
     whole, parameters = nnx.split(model)
 
     def start(parameters: Any) -> TrainState:

@@ -20,7 +20,16 @@ from jaxft.errors import DataError
 from jaxft.evaluation.held_out import held_out_loss
 from jaxft.objectives.sft import sft_loss
 from jaxft.runs import folder as files
-from jaxft.runs.build import abstract_model, build_model, make_mesh, make_step, place, router_coefficients
+from jaxft.runs.build import (
+    abstract_model,
+    build_model,
+    evaluated_weights,
+    make_mesh,
+    make_step,
+    make_tx,
+    place,
+    router_coefficients,
+)
 from jaxft.runs.export import export_run
 from jaxft.runs.scores import answer, figures, samples
 from jaxft.sharding.arrays import from_rows
@@ -28,7 +37,7 @@ from jaxft.sharding.mesh import MeshPlan
 from jaxft.sharding.processes import agreed, primary
 from jaxft.training.log import NoLog, RunLog
 from jaxft.training.loop import Cadence, Hooks, fit
-from jaxft.training.optim import make_optimizer, make_schedule
+from jaxft.training.optim import make_schedule
 from jaxft.training.report import write_report
 from jaxft.training.state import TrainState, create, divide, saved_part, with_saved
 from jaxft.training.step import make_eval_step
@@ -165,7 +174,7 @@ def _fit(run: Run, loaded: LoadedModel, console: Console) -> dict[str, float]:
     """Trains `loaded` in place, from the newest checkpoint where there is one."""
     config = run.config
     schedule = make_schedule(config.optim, run.total_steps)
-    tx = make_optimizer(config.optim, schedule, seed=config.seed)
+    tx = make_tx(config, loaded.module, schedule)
     graphdef, state = create(loaded.module, tx, config.seed)
     state = place(state, run.mesh)
     checkpoints = RunCheckpoints(
@@ -195,7 +204,7 @@ def _fit(run: Run, loaded: LoadedModel, console: Console) -> dict[str, float]:
             )
             if start < run.total_steps:
                 state, held_out = fit(state, hooks, cadence, log, start=start, progress=progress)
-    nnx.update(loaded.module, state.trainable, state.frozen)
+    nnx.update(loaded.module, evaluated_weights(config, state), state.frozen)
     return held_out
 
 
@@ -242,8 +251,9 @@ def held_out_evaluation(run: Run, graphdef: Any) -> Callable[[TrainState], dict[
         return from_rows(lambda rows: loader.eval_batch(number, rows), loader.batch_size, run.mesh.batch_sharding())
 
     def evaluate(state: TrainState) -> dict[str, float]:
+        weights = evaluated_weights(run.config, state)
         return held_out_loss(
-            lambda batch: eval_step(state.trainable, state.frozen, batch), map(batch, range(loader.eval_steps))
+            lambda batch: eval_step(weights, state.frozen, batch), map(batch, range(loader.eval_steps))
         )
 
     return evaluate

@@ -29,7 +29,7 @@ class Rule(NamedTuple):
     """`(pattern, spec)`; an optional rule may match nothing.
 
     dims: where given, only arrays of so many dimensions. only_even: passes on what it does not divide.
-    whole: the array may be whole on every device however big it is.
+    slight: what it does not divide stays whole, however many elements it has: it is a small part of what it belongs to.
     """
 
     pattern: str
@@ -37,7 +37,7 @@ class Rule(NamedTuple):
     optional: bool = False
     dims: int | None = None
     only_even: bool = False
-    whole: bool = False
+    slight: bool = False
 
     def takes(self, path: str, shape: Sequence[int]) -> bool:
         """Whether the rule is for an array, should it divide it."""
@@ -51,13 +51,26 @@ REST = AXES["expert_weight"]
 # (`stored` in nn and adapters). All are optional because one tuple serves tied and untied models, LoRA and full
 # fine-tuning; a big array that no rule finds is an error.
 RULES: tuple[Rule, ...] = (
+    # What optimizers keep beside moments that are shaped like their parameters. A scale of each block of 8-bit codes:
+    # blocks go along the side that the tensor axis splits (`training/eight_bit`), which stays whole. [L, D, blocks]
+    Rule("mlp/down_proj/kernel/absmax", P("expert", None, REST), optional=True, dims=4, slight=True),
+    Rule("mlp/*_proj/kernel/absmax", P("expert", REST, None), optional=True, dims=4, slight=True),
+    Rule("lm_head/kernel/absmax", P(None, BOTH), optional=True, slight=True),
+    Rule("o_proj/kernel/absmax", P(None, WEIGHT), optional=True, slight=True),
+    Rule("down_proj/kernel/absmax", P(None, WEIGHT), optional=True, slight=True),
+    Rule("kernel/absmax", P(WEIGHT, None), optional=True, slight=True),
+    Rule("absmax", P(BOTH), optional=True, slight=True),
+    # Adafactor's means over rows and over columns, [L, D] and [L, out]; APOLLO's projected moments, [L, r, N].
+    Rule("row", P(BOTH), optional=True, slight=True),
+    Rule("col", P(BOTH), optional=True, slight=True),
+    Rule("low", P(BOTH), optional=True, slight=True),
     # Experts have an axis of their own, and are gathered over the others. [L, E, F, D], [L, E, D, F], [L, E, out]
     Rule("mlp/down_proj/kernel", P("expert", TENSOR, REST), optional=True, dims=4),
     Rule("mlp/*_proj/kernel", P("expert", REST, TENSOR), optional=True, dims=4),
     Rule("mlp/*_proj/bias", P("expert", (*REST, TENSOR)), optional=True, dims=3),
     # Magnitudes of 256 scales, each of 64 weights. [L, E, G], [L, G], [L, E], [L]
-    Rule("mlp/*_proj/kernel/scales/largest", P("expert", None), optional=True, dims=3, whole=True),
-    Rule("kernel/scales/largest", P(), optional=True, whole=True),
+    Rule("mlp/*_proj/kernel/scales/largest", P("expert", None), optional=True, dims=3, slight=True),
+    Rule("kernel/scales/largest", P(), optional=True, slight=True),
     Rule("mlp/*_proj/kernel/scales/mean", P("expert"), optional=True, dims=2),
     Rule("kernel/scales/mean", P(), optional=True),
     Rule("mlp/down_proj/adapter/lora_a*", P("expert", None, TENSOR), optional=True, dims=4),  # [L, E, r, F]
@@ -129,7 +142,8 @@ def assign(leaves: Sequence[Leaf], rules: Sequence[Rule | tuple[str, P]], axes: 
         if index is not None:
             used.add(index)
         spec = rules[index].spec if index is not None and leaf.splittable and leaf.shape else P()
-        specs.append(found.place(leaf, spec, may_be_whole=index is not None and rules[index].whole))
+        slight = index is not None and rules[index].slight
+        specs.append(found.place(leaf, spec, slight=slight))
     _refuse_unused([rule for i, rule in enumerate(rules) if i not in used and not rule.optional], leaves)
     found.report()
     return specs
@@ -154,9 +168,9 @@ class _Findings:
         )
         return not (rule.only_even and uneven)
 
-    def place(self, leaf: Leaf, spec: P, *, may_be_whole: bool) -> P:
+    def place(self, leaf: Leaf, spec: P, *, slight: bool = False) -> P:
         """The rule's spec moved to the last dimensions; dimensions that do not divide stay whole."""
-        big = math.prod(leaf.shape) > BIG
+        big = math.prod(leaf.shape) > BIG and not slight
         entries = tuple(spec)
         if len(entries) > len(leaf.shape):
             self._misfit(leaf, big, f"has {len(leaf.shape)} dimensions, its rule {spec} names {len(entries)}")
@@ -176,7 +190,7 @@ class _Findings:
                 ways = 0 if big else ways  # named once, as a misfit
             kept.append(entry)
             ways *= count
-        if ways == 1 and big and not may_be_whole and math.prod(self.axes.get(axis, 1) for axis in WEIGHT) > 1:
+        if ways == 1 and big and math.prod(self.axes.get(axis, 1) for axis in WEIGHT) > 1:
             self.whole.append(leaf)
         while kept and kept[-1] is None:
             kept.pop()  # P() and P(None, None) mean the same but compare unequal

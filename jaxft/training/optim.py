@@ -1,17 +1,21 @@
-"""Optimizers and learning-rate schedules by name, from optax."""
+"""Optimizers and learning-rate schedules by name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import optax
+from optax.contrib import schedule_free
 
 from jaxft.config import OptimConfig
 from jaxft.errors import ConfigError
+from jaxft.training.adafactor import scale_by_factors
+from jaxft.training.apollo import projects, scale_by_apollo
+from jaxft.training.eight_bit import scale_by_adam_8bit
+from jaxft.training.muon import scale_by_orthogonal_momentum
+from jaxft.training.parameters import by_path, is_hidden, kind_of
+from jaxft.training.rates import scale_by_parameter
 from jaxft.training.rounding import moments_in_bfloat16
-
-# Parameters that weight decay leaves alone, by the last part of their path.
-UNDECAYED = ("scale", "bias")
+from jaxft.trees import flatten
 
 
 def make_schedule(config: OptimConfig, total_steps: int) -> Callable[[Any], Any]:
@@ -40,15 +44,79 @@ def make_schedule(config: OptimConfig, total_steps: int) -> Callable[[Any], Any]
 
 
 def make_optimizer(
-    config: OptimConfig, schedule: Callable[[Any], Any], *, seed: int = 0
+    config: OptimConfig, schedule: Callable[[Any], Any], *, seed: int = 0, stacks: Sequence[Sequence[int]] = ()
 ) -> optax.GradientTransformation:
-    """AdamW (arXiv:1711.05101) behind clipping by global norm. seed: for moments that are rounded at random."""
-    adamw = optax.adamw(
-        schedule, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=decay_mask
-    )
+    """The optimizer of a config, behind clipping by global norm.
+
+    seed: for what is drawn: rounding of moments, projections. stacks: the numbers of the layers in each stack, read
+    for optim.layer_decay. docs/optimizers.md has the sources.
+    """
+    decay = optax.add_decayed_weights(config.weight_decay, decay_mask)
+    after = [decay, *_own_rates(config, stacks), optax.scale_by_learning_rate(schedule)]
+    b1, b2 = _or(config.b1, 0.9), _or(config.b2, 0.99 if config.name == "lion" else 0.999)
+    eps = _or(config.eps, 1e-8)
+    match config.name:
+        case "adamw":
+            tx = optax.chain(optax.scale_by_adam(b1, b2, eps), *after)
+        case "adamw_8bit":
+            tx = optax.chain(by_path(scale_by_adam_8bit(b1=b1, b2=b2, eps=eps)), *after)
+        case "adafactor":
+            tx = optax.chain(by_path(scale_by_factors(scale_parameter=config.scale_parameter)), *after)
+        case "lion":
+            tx = optax.chain(optax.scale_by_lion(b1, b2), *after)
+        case "sgd":
+            # As torch has it: decay is part of the gradient, so that momentum carries it on.
+            tx = optax.chain(decay, optax.trace(_or(config.momentum, 0.9)), *after[1:])
+        case "muon":
+            muon = scale_by_orthogonal_momentum(_or(config.momentum, 0.95))
+            tx = optax.chain(_where(lambda path, x: is_hidden(path, x.ndim), muon, b1, b2, eps), *after)
+        case "apollo":
+            rank = _or(config.rank, 256)
+            apollo = scale_by_apollo(rank=rank, b1=b1, b2=b2, eps=eps, seed=seed)
+            takes = lambda path, x: is_hidden(path, x.ndim) and projects(x, rank)  # noqa: E731
+            tx = optax.chain(_where(takes, apollo, b1, b2, eps), *after)
+        case "schedule_free_adamw":
+            second = optax.scale_by_rms(b2, eps, eps_in_sqrt=False, bias_correction=True)
+            # Its own counter starts at 1.
+            tx = schedule_free(optax.chain(second, *after), lambda count: schedule(count - 1), b1)
+        case _:
+            raise ConfigError(f"optim.name={config.name!r} is not known")
     if config.moments_dtype == "bfloat16":
-        adamw = moments_in_bfloat16(adamw, seed)
-    return adamw if config.clip_norm is None else optax.chain(clip(config.clip_norm), adamw)
+        tx = moments_in_bfloat16(tx, seed)
+    return tx if config.clip_norm is None else optax.chain(clip(config.clip_norm), tx)
+
+
+def _where(
+    takes: Callable[[str, Any], bool], tx: optax.GradientTransformation, b1: float, b2: float, eps: float
+) -> optax.GradientTransformation:
+    """`tx` for the parameters that it takes, Adam for the others."""
+    adam = optax.scale_by_adam(b1, b2, eps)
+
+    def parted(tree: dict[str, Any]) -> list[dict[str, Any]]:
+        return [{path: x for path, x in tree.items() if takes(path, x) == wanted} for wanted in (True, False)]
+
+    def init(params: dict[str, Any]) -> dict[str, Any]:
+        own, others = parted(params)
+        return {"own": tx.init(own), "adam": adam.init(others)}
+
+    def update(grads: dict[str, Any], state: dict[str, Any], params: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        own, others = parted(grads)
+        own, own_state = tx.update(own, state["own"])
+        others, adam_state = adam.update(others, state["adam"])
+        return own | others, {"own": own_state, "adam": adam_state}
+
+    return by_path(optax.GradientTransformation(init, update))
+
+
+def _own_rates(config: OptimConfig, stacks: Sequence[Sequence[int]]) -> list[optax.GradientTransformation]:
+    if config.loraplus_lr_ratio is None and config.layer_decay is None:
+        return []
+    ratio, layer_decay = config.loraplus_lr_ratio, config.layer_decay
+    return [scale_by_parameter(loraplus_lr_ratio=ratio, layer_decay=layer_decay, stacks=stacks)]
+
+
+def _or(given: Any, usual: Any) -> Any:
+    return usual if given is None else given
 
 
 def clip(max_norm: float) -> optax.GradientTransformation:
@@ -57,10 +125,6 @@ def clip(max_norm: float) -> optax.GradientTransformation:
 
 
 def decay_mask(params: Any) -> Any:
-    """True for matrices, False for norms and biases, whose stacked form has two axes as well."""
-
-    def decays(path: tuple[Any, ...], _: Any) -> bool:
-        names = [str(getattr(entry, "key", "")) for entry in path]
-        return not any(name in UNDECAYED for name in names)
-
-    return jax.tree_util.tree_map_with_path(decays, params)
+    """True for matrices, False for norms, biases and other vectors, whose stacked form has two axes as well."""
+    flat, treedef = flatten(params)
+    return treedef.unflatten([kind_of(path, x.ndim).matrix for path, x in flat.items()])

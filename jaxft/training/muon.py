@@ -1,0 +1,64 @@
+"""Muon: momentum of each matrix, made orthogonal by a few Newton-Schulz iterations.
+
+Source: Keller Jordan's description of Muon (2024); scaled to the size of AdamW's updates as in arXiv:2502.16982,
+section 2.2, so that one learning rate serves both.
+"""
+
+# I, O rows and columns of a matrix
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxft.nn import partition
+
+ITERATIONS = 5
+# Of the quintic polynomial: steep at 0, and no further from 1 than about 0.3 where it settles.
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+RMS = 0.2  # root mean square of an update
+TINY = 1e-7
+
+
+class MuonState(NamedTuple):
+    """mu: momentum by path, shaped like the parameter."""
+
+    mu: dict[str, jax.Array]
+
+
+def scale_by_orthogonal_momentum(momentum: float) -> optax.GradientTransformation:
+    """Muon's direction with Nesterov momentum; on dicts from path to arrays [..., I, O], a matrix each.
+
+    optax.contrib.muon corrects momentum and gradient for their start by unlike factors, which mixes them in other
+    shares than the original in the first steps; this is the original's.
+    """
+
+    def init(params: dict[str, jax.Array]) -> MuonState:
+        return MuonState({path: jnp.zeros_like(x) for path, x in params.items()})
+
+    def update(
+        grads: dict[str, jax.Array], state: MuonState, params: dict[str, jax.Array] | None = None
+    ) -> tuple[dict[str, jax.Array], MuonState]:
+        mu = {path: momentum * state.mu[path] + (1 - momentum) * grad for path, grad in grads.items()}
+        ahead = {path: momentum * mu[path] + (1 - momentum) * grad for path, grad in grads.items()}
+        size = {path: RMS * math.sqrt(max(grad.shape[-2:])) for path, grad in grads.items()}
+        return {path: size[path] * orthogonal(x) for path, x in ahead.items()}, MuonState(mu)
+
+    return optax.GradientTransformation(init, update)
+
+
+def orthogonal(x: jax.Array) -> jax.Array:
+    """Each matrix [..., I, O] with its singular values brought near 1, roughly between 0.7 and 1.2."""
+    if x.ndim == 3:
+        # Whole matrices on as many devices as the stack divides over: products of parts would be summed up each time.
+        x = partition.split(x, "both", None, None)
+    tall = x.shape[-2] > x.shape[-1]
+    x = jnp.swapaxes(x, -1, -2) if tall else x
+    x /= jnp.maximum(jnp.linalg.norm(x, axis=(-2, -1), keepdims=True), TINY)
+    a, b, c = COEFFICIENTS
+    for _ in range(ITERATIONS):
+        squares = x @ jnp.swapaxes(x, -1, -2)
+        x = a * x + (b * squares + c * squares @ squares) @ x
+    return jnp.swapaxes(x, -1, -2) if tall else x

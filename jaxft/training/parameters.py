@@ -1,0 +1,56 @@
+"""What a parameter is, by its path, and optimizers that go by it.
+
+Layers of one kind are stacked along a leading axis; to an optimizer each of them is a parameter of its own.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import optax
+
+from jaxft.trees import flatten
+
+# Vectors by the last part of their path, however many axes stacking gives them.
+VECTORS = ("scale", "bias")
+STACKED = "layers/"
+LAST_AXES = {True: (-2, -1), False: (-1,)}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """matrix: whether the last two axes are one, not only the last. stacked: whether the first counts layers."""
+
+    matrix: bool
+    stacked: bool
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """Those of one parameter."""
+        return LAST_AXES[self.matrix]
+
+
+def kind_of(path: str, dimensions: int) -> Kind:
+    """path: as in the model, such as `layers/0/self_attn/q_proj/kernel`. dimensions: of the array there."""
+    stacked = path.startswith(STACKED)
+    matrix = dimensions - stacked >= 2 and path.rsplit("/", 1)[-1] not in VECTORS
+    return Kind(matrix, stacked)
+
+
+def is_hidden(path: str, dimensions: int) -> bool:
+    """Whether it is a matrix between hidden vectors: neither the embedding table nor the LM head."""
+    outer = path.endswith("embedding") or path == "lm_head/kernel"
+    return kind_of(path, dimensions).matrix and not outer
+
+
+def by_path(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`tx`, which works on dicts from path to array, for parameters in any tree."""
+
+    def init(params: Any) -> Any:
+        return tx.init(flatten(params)[0])
+
+    def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        flat, treedef = flatten(grads)
+        updates, state = tx.update(flat, state, flatten(params)[0])
+        return treedef.unflatten([updates[path] for path in flat]), state
+
+    return optax.GradientTransformation(init, update)
