@@ -10,7 +10,7 @@ experts innermost.
 
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -118,7 +118,7 @@ class _Part:
     stored: str
     expert: int = 0
     experts: int = 0
-    rows: slice = slice(None)
+    rows: slice = field(default_factory=lambda: slice(None))
 
     def of(self, array: np.ndarray) -> np.ndarray:
         if not self.experts:
