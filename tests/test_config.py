@@ -57,6 +57,13 @@ def file(tmp_path):
             "model.remat='ful' is not one of none, full, attention, dots, offload. Did you mean 'full'?",
         ),
         ({"adapter.kind": "lorra"}, "adapter.kind='lorra'.*Did you mean 'lora'?"),
+        ({"adapter.init_lora_weights": "pisa"}, "init_lora_weights='pisa' is not one of default, gaussian, pissa"),
+        ({"adapter.layers_to_transform": "0-3,x"}, r"'x' is no layer \(8\) and no range \(0-3\)"),
+        ({"adapter.layers_to_transform": "3-0"}, "'3-0' is no layer"),
+        ({"adapter.layers_to_transform": " "}, "layers_to_transform is empty"),
+        ({"adapter.rank_pattern": "q_proj"}, "rank_pattern='q_proj': 'q_proj' is not of the form pattern:int"),
+        ({"adapter.rank_pattern": "q_proj:0"}, "'q_proj:0' wants a pattern and a number above zero"),
+        ({"adapter.alpha_pattern": "q_(proj:2"}, r"'q_\(proj:2' is not of the form pattern:float"),
         ({"data.format": "mesages"}, "data.format='mesages'.*Did you mean 'messages'?"),
         ({"data.train_on": "user"}, "data.train_on='user' is not one of assistant, last, all"),
         ({"data.truncation": "left"}, "data.truncation='left' is not one of refuse, drop, right"),
@@ -268,6 +275,17 @@ def test_values_of_another_type_are_refused_in_a_file(file, line):
 def test_values_of_another_type_are_refused_in_overrides_by_mapping(file, key, value):
     with pytest.raises(ConfigError, match=key):
         load(file(), {key: value})
+
+
+def test_lists_and_patterns_are_text_that_a_command_line_can_say(file):
+    adapter = load(
+        file(), ["adapter.layers_to_transform=0-2,8", "adapter.rank_pattern=q_proj:8, layers.0.mlp.up_proj:32",
+                 "adapter.alpha_pattern=o_proj:2.5", "adapter.modules_to_save=embed_tokens,norm"]
+    ).adapter  # fmt: skip
+    assert adapter.layers == (0, 1, 2, 8)
+    assert adapter.ranks == {"q_proj": 8, "layers.0.mlp.up_proj": 32}
+    assert adapter.alphas == {"o_proj": 2.5}
+    assert adapter.saved == ("embed_tokens", "norm") and adapter.excluded == ()
 
 
 def test_overrides_by_text_and_by_mapping_agree(file):

@@ -10,7 +10,7 @@ experts innermost.
 
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -118,14 +118,14 @@ class _Part:
     stored: str
     expert: int = 0
     experts: int = 0
-    rows: slice = field(default_factory=lambda: slice(None))
+    rows: tuple[int, int] | None = None
 
     def of(self, array: np.ndarray) -> np.ndarray:
         if not self.experts:
             return array
         if ".lora_A." in self.stored:
             return StackedA(self.experts).from_hf(array)[self.expert]
-        return StackedB(self.experts).from_hf(array)[self.expert].T[self.rows]
+        return StackedB(self.experts).from_hf(array)[self.expert].T[slice(*self.rows) if self.rows else ...]
 
 
 class _Single:
@@ -172,8 +172,7 @@ def _single_parts(
         raise CheckpointError(f"{key} {list(spec.shape)} is not of experts of rank {r}")
     for expert in range(stacked // r):
         for place, kind in enumerate((gate, up) if name == INNER else (down,)):
-            rows = slice(None)
-            if name == INNER:
-                rows = slice(place * spec.shape[0] // 2, (place + 1) * spec.shape[0] // 2)
+            half_rows = spec.shape[0] // 2
+            rows = (place * half_rows, (place + 1) * half_rows) if name == INNER else None
             part = _Part(key, expert, stacked // r, rows)
             yield f"{PREFIX}{layer}.{module}.experts.{expert}.{kind}.{half}.weight", part

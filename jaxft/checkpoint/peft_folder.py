@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
+from jaxft.adapters.attach import slots
 from jaxft.adapters.saved import saved_paths
 from jaxft.checkpoint.finite import Finite
 from jaxft.checkpoint.hf import EMBEDDING, TIED_HEAD, placed_tensors
@@ -94,10 +95,11 @@ def refuse_unknown(config: Mapping[str, Any], understood: Callable[[str, Any], b
 
 
 def modules(model: nnx.Module) -> Iterator[tuple[str, str, Piece]]:
-    """(PEFT's module, path of our layer, its place there) of every matrix of a model."""
+    """(PEFT's module, path of our layer, its place there) of every matrix that may have an adapter."""
+    layers = dict(slots(model))
     for path, placed in placed_tensors(model).items():
         layer, _, name = path.rpartition("/")
-        if name in ("kernel", "embedding"):
+        if layer in layers and name in ("kernel", "embedding"):
             for piece in placed.pieces:
                 yield PREFIX + piece.hf.removesuffix(".weight"), layer, piece
 
