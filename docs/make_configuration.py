@@ -28,6 +28,7 @@ MEANINGS = {
     "adapter.dropout": "share of the adapter's inputs that is dropped in training; at least 0, below 1",
     "adapter.init_lora_weights": "how A and B begin: `default`, `gaussian`, `pissa`, `pissa_niter_N` or `olora`; see "
     "[adapters](adapters.md)",
+    "adapter.feedforward_modules": "`ia3`: layers whose inputs are scaled, not outputs; names as in `target_modules`",
     "adapter.target_modules": "`all-linear` (all but the LM head), or names, comma separated: `q_proj,v_proj`",
     "data.train_split": "which part of a set that has parts (datasets, tfds)",
     "data.prompt_field": "column of the prompts of a prompt/completion set",

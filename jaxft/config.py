@@ -55,6 +55,9 @@ class AdapterConfig:
     rank_pattern: str | None = None  # other ranks: "q_proj:8,layers.0.mlp.down_proj:32", by PEFT's patterns
     alpha_pattern: str | None = None  # other alphas, likewise
     modules_to_save: str | None = None  # names, comma separated, trained whole in float32: "embed_tokens,norm"
+    feedforward_modules: str = "down_proj"  # ia3: layers whose inputs are scaled, not their outputs
+    num_virtual_tokens: int = 20  # prompt, prefix: positions that they take at the start of every row
+    prompt_init_text: str | None = None  # prompt: text whose embeddings it begins as; None: drawn words
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -85,6 +88,11 @@ class AdapterConfig:
     def alphas(self) -> dict[str, float]:
         """alpha_pattern as pattern -> alpha. Raises ConfigError for another form."""
         return pattern_in("adapter.alpha_pattern", self.alpha_pattern, float)
+
+    @property
+    def virtual_tokens(self) -> int:
+        """How many virtual tokens every row begins with."""
+        return self.num_virtual_tokens if self.kind in ("prompt", "prefix") else 0
 
 
 @dataclass(frozen=True, kw_only=True)

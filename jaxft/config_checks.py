@@ -9,7 +9,7 @@ from jaxft.errors import ConfigError, did_you_mean
 
 DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = ("none", "full", "attention", "dots", "offload")
-ADAPTERS = ("none", "lora")
+ADAPTERS = ("none", "lora", "vera", "ia3", "prompt", "prefix")
 QUANTIZATIONS = ("nf4", "nf4-dq", "int8", "int4")
 # Name -> the fields of OptimConfig that it reads beside those that all do.
 OPTIMIZERS = {
@@ -48,11 +48,11 @@ LORA_ALONE = {
 }  # fmt: skip
 # (fields, what a value of theirs is, in words)
 RANGES = (
-    (("adapter.r", "adapter.alpha", "data.max_length", "data.limit", "data.eval_limit", "data.eval_fraction",
-      "optim.learning_rate", "optim.eps", "optim.clip_norm", "train.batch_size", "train.accumulation_steps",
-      "train.epochs", "train.steps", "train.log_every", "train.eval_every", "checkpoint.every", "checkpoint.keep",
-      "eval.limit", "eval.max_new_tokens", "eval.batch_size", "optim.rank", "optim.loraplus_lr_ratio",
-      "train.neftune_noise_alpha"), lambda value: value > 0, "be above zero"),
+    (("adapter.r", "adapter.alpha", "adapter.num_virtual_tokens", "data.max_length", "data.limit", "data.eval_limit",
+      "data.eval_fraction", "optim.learning_rate", "optim.eps", "optim.clip_norm", "train.batch_size",
+      "train.accumulation_steps", "train.epochs", "train.steps", "train.log_every", "train.eval_every",
+      "checkpoint.every", "checkpoint.keep", "eval.limit", "eval.max_new_tokens", "eval.batch_size", "optim.rank",
+      "optim.loraplus_lr_ratio", "train.neftune_noise_alpha"), lambda value: value > 0, "be above zero"),
     (("optim.warmup_steps", "optim.weight_decay", "router.load_balancing", "router.z_loss", "train.z_loss"),
      lambda value: value >= 0, "not be negative"),
     (("adapter.dropout", "data.eval_fraction", "optim.warmup_ratio", "optim.b1", "optim.b2", "optim.momentum",
@@ -140,6 +140,7 @@ def _check_step(config: Any) -> None:
             f"model.trainable={config.model.trainable!r} says which parameters of the model move, but "
             f"adapter.kind={config.adapter.kind!r} trains adapters beside it: set one of them to None"
         )
+    _check_virtual_tokens(config)
     _check_adapter(config.adapter)
 
 
@@ -203,6 +204,21 @@ def _check_loss(train: Any) -> None:
         )
     if not train.use_ema and train.ema_decay is None:
         raise ConfigError("train.use_ema=False does nothing without train.ema_decay: there is no average to leave out")
+
+
+def _check_virtual_tokens(config: Any) -> None:
+    kind, count = config.adapter.kind, config.adapter.virtual_tokens
+    if count and count >= config.data.max_length:
+        raise ConfigError(
+            f"adapter.num_virtual_tokens={count} leaves no room for rows in data.max_length={config.data.max_length}: "
+            "every row begins with them"
+        )
+    if count and config.export.merged:
+        raise ConfigError(
+            f"export.merged=True, but adapter.kind={kind!r} cannot be merged into weights: set it to False"
+        )
+    if config.adapter.prompt_init_text is not None and kind != "prompt":
+        raise ConfigError(f"adapter.prompt_init_text is of adapter.kind='prompt', not of {kind!r}: set it to None")
 
 
 def _check_held_out(config: Any) -> None:

@@ -113,6 +113,7 @@ def file(tmp_path):
             for key, value in {
                 "adapter.r": 0,
                 "adapter.alpha": 0.0,
+                "adapter.num_virtual_tokens": 0,
                 "data.max_length": 0,
                 "data.limit": -1,
                 "data.eval_limit": 0,
@@ -164,6 +165,12 @@ def file(tmp_path):
             "train.batch_size=10 does not divide into train.accumulation_steps=4",
         ),
         ({"adapter.target_modules": " , "}, "adapter.target_modules is empty"),
+        (
+            {"adapter.kind": "prompt", "adapter.num_virtual_tokens": 64, "data.max_length": 64},
+            "leaves no room for rows",
+        ),
+        ({"adapter.kind": "prefix", "export.merged": True}, "adapter.kind='prefix' cannot be merged into weights"),
+        ({"adapter.prompt_init_text": "hi"}, "adapter.prompt_init_text is of adapter.kind='prompt', not of 'lora'"),
         ({"model.trainable": "mlp"}, "model.trainable='mlp' says which parameters of the model move, but"),
         ({"data.eval": "e", "data.eval_fraction": 0.1}, "two held-out sets"),
         ({"eval.metric": "exact_match"}, "eval.metric scores held-out rows, but"),

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxft.errors import ModelError, did_you_mean
+from jaxft.nn.adapter import lend
 from jaxft.nn.linear import Embedding, Linear
 from jaxft.nn.moe import ExpertLinear
-from jaxft.quant import dense, is_quantised
 
 ALL_LINEAR = "all-linear"
 Layer = Linear | Embedding | ExpertLinear  # what has a slot
@@ -49,15 +49,6 @@ def weight(layer: Layer) -> nnx.Param:
     return layer.embedding if isinstance(layer, Embedding) else layer.kernel
 
 
-def weight_paths(model: nnx.Module) -> dict[str, Any]:
-    """The adapter of every layer that has one, by the path of the layer's matrix."""
-    return {
-        f"{path}/{'embedding' if isinstance(layer, Embedding) else 'kernel'}": layer.adapter
-        for path, layer in slots(model)
-        if layer.adapter is not None
-    }
-
-
 def attach(model: nnx.Module, targets: Sequence[str], make: MakeAdapter, key: jax.Array) -> tuple[str, ...]:
     """Puts an adapter into the slot of each target and returns their paths.
 
@@ -93,26 +84,74 @@ def adapters(model: nnx.Module) -> dict[str, Any]:
     return {path: layer.adapter for path, layer in slots(model) if layer.adapter is not None}
 
 
-def merge(model: nnx.Module) -> None:
-    """Makes every adapter a part of its matrix, computed in float32, and empties the slots."""
-    check_mergeable(model)
-    for _, layer in slots(model):
-        if layer.adapter is None:
-            continue
-        matrix = weight(layer)
-        value = matrix.get_value()
-        merged = layer.adapter.merged(dense(value, jnp.float32))
-        matrix.set_value(merged.astype(layer.dtype if is_quantised(value) else value.dtype))
-        layer.adapter = nnx.data(None)
+def virtual(model: nnx.Module) -> dict[str, Any]:
+    """The prompt of a model, or the prefix of every stack of layers, by the path of its slot."""
+    found = {} if model.prompt is None else {"prompt": model.prompt}
+    for index, group in enumerate(model.layers):
+        if group.self_attn.prefix is not None:
+            found[f"layers/{index}/self_attn/prefix"] = group.self_attn.prefix
+    return found
 
 
-def check_mergeable(model: nnx.Module) -> None:
-    """Raises ModelError for an adapter on a table that is the LM head too: merged, it would move the head as well."""
+def mergeable(model: nnx.Module) -> dict[str, Any]:
+    """`adapters`, each with what the model lends it, ready to be made a part of its layer.
+
+    Raises ModelError where the model has virtual tokens, which are no change of any weight, and for an adapter on a
+    table that is the LM head too: merged, it would move the head as well.
+    """
     if model.lm_head is None and model.embed_tokens.adapter is not None:
         raise ModelError(
             "the adapter on embed_tokens cannot be merged: in this model the table is the LM head too "
             "(tie_word_embeddings), which the adapter does not move. Export it as an adapter."
         )
+    if virtual(model):
+        raise ModelError(
+            f"the model begins its rows with {model.virtual_tokens} virtual tokens, which cannot be merged into its "
+            "weights: write the adapter by itself (--format=adapter)"
+        )
+    found = adapters(model)
+    if model.shared is not None:
+        found = {path: nnx.merge(*nnx.split(adapter)) for path, adapter in found.items()}
+        for adapter in found.values():
+            lend(adapter, model.shared.lent(jnp.float32))
+    return found
+
+
+def mergings(model: nnx.Module) -> dict[str, Callable[..., jax.Array]]:
+    """`merged(value, at)` of every parameter that an adapter changes, by the parameter's path.
+
+    at: the place in the stack that `value` is of. Raises ModelError as `mergeable` does.
+    """
+    out, layers = {}, dict(slots(model))
+    for path, adapter in mergeable(model).items():
+        out[f"{path}/{'embedding' if isinstance(layers[path], Embedding) else 'kernel'}"] = adapter.merged
+        if getattr(layers[path], "bias", None) is not None:
+            out[f"{path}/bias"] = adapter.merged_bias
+    return out
+
+
+def detach(model: nnx.Module) -> None:
+    """Empties every slot: what is left is the base."""
+    for _, layer in slots(model):
+        layer.adapter = nnx.data(None)
+    for group in model.layers:
+        group.self_attn.prefix = nnx.data(None)
+    model.prompt, model.shared, model.virtual_tokens = nnx.data(None), nnx.data(None), 0
+
+
+def merge(model: nnx.Module) -> None:
+    """Makes every adapter a part of its matrix, computed in float32, and empties the slots."""
+    layers = dict(slots(model))
+    for path, adapter in mergeable(model).items():
+        _merge_into(weight(layers[path]), adapter.merged)
+        if getattr(layers[path], "bias", None) is not None:
+            _merge_into(layers[path].bias, adapter.merged_bias)
+    detach(model)
+
+
+def _merge_into(param: nnx.Param, merged: Callable[[jax.Array], jax.Array]) -> None:
+    value = param.get_value()
+    param.set_value(merged(value.astype(jnp.float32)).astype(value.dtype))
 
 
 def _matching(target: str, layers: dict[str, Layer], model: nnx.Module) -> list[str]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxft.adapters.attach import AdapterParam
-from jaxft.adapters.low_rank import LoRA
+from jaxft.adapters.low_rank import LoRA, dropped
 from jaxft.nn import partition
 from jaxft.nn.linear import BIAS_STORED, WHOLE, product
 from jaxft.quant import dense
@@ -24,6 +24,7 @@ class DoRA(LoRA):
 
     # m scales what the kernel gives, not the bias.
     on_product = True
+    stacks = False
 
     def __init__(self, inputs: int, outputs: int, *args: Any, kernel: jax.Array, **kwargs: Any) -> None:
         super().__init__(inputs, outputs, *args, kernel=kernel, **kwargs)
@@ -37,12 +38,12 @@ class DoRA(LoRA):
         if self.scales is not None:
             gain = jnp.where(self.scales.get_value() == 0, 1, gain)
         gain = partition.gathered(gain, BIAS_STORED[self.parted], WHOLE[self.parted][1:])
-        dropped = self._dropped(x, key)
+        given = dropped(x, self.settings.dropout, key)
         again = y
-        if dropped is not x:
-            again = product(dropped, kernel, self.parted)
+        if given is not x:
+            again = product(given, kernel, self.parted)
         # float32: bfloat16 has no number between 1 and 1.0078.
-        added = (gain - 1) * again.astype(jnp.float32) + gain * self._low_rank(dropped).astype(jnp.float32)
+        added = (gain - 1) * again.astype(jnp.float32) + gain * self._low_rank(given).astype(jnp.float32)
         return (y.astype(jnp.float32) + added).astype(y.dtype)
 
     def stored(self) -> dict[str, tuple[partition.Dimension | None, ...]]:

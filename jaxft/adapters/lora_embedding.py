@@ -20,7 +20,7 @@ class EmbeddingLoRA(nnx.Module):
     lora_embedding_a: [V, r], lora_embedding_b: [r, D], float32. What a tied head makes of the table is left as it is.
     """
 
-    peft_type = "LORA"
+    peft_type, stacks = "LORA", False
 
     def __init__(self, vocab: int, width: int, settings: LoRASettings, *, key: jax.Array) -> None:
         self.settings = settings

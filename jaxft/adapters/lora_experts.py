@@ -11,6 +11,8 @@ from jaxft.adapters.low_rank import LoRA
 class ExpertLoRA(LoRA):
     """As LoRA, with lora_a [*stack, E, r, I] and lora_b [*stack, E, r, O]; there is no dropout on experts' rows."""
 
+    stacks = False
+
     def __call__(self, x: jax.Array, y: jax.Array, kernel: jax.Array, sizes_E: jax.Array) -> jax.Array:
         """x: [R, I] and y: [R, O], the rows of expert 0 first, sizes_E of them, and so on."""
         a_ErI, b_ErO = (half.astype(x.dtype) for half in self._halves())

@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxft.adapters.attach import AdapterParam, StartParam
 from jaxft.adapters.lora_start import draw, moves_the_start
 from jaxft.nn import partition
+from jaxft.nn.adapter import Adapter
 
 # Whether the tensor axis splits the wide side of A or B -> how they are stored and how they are multiplied with.
 STORED = {True: (None, "both"), False: (None, "weight")}
@@ -75,7 +76,7 @@ def _narrow(low: jax.Array) -> jax.Array:
     return partition.split(low, "batch", "sequence", None) if low.ndim == 3 else low
 
 
-class LoRA(nnx.Module):
+class LoRA(Adapter):
     """`y + scale * drop(x) A^T B`, begun so that a fresh adapter changes nothing.
 
     lora_a: [*stack, r, I], lora_b: [*stack, r, O], float32 whatever the base is stored in. places: where the layers of
@@ -103,6 +104,7 @@ class LoRA(nnx.Module):
         parted: Literal["inputs", "outputs"] = "outputs",
         key: jax.Array,
     ) -> None:
+        super().__init__()
         self.settings, self.parted = settings, parted
         self.places = None if places is None else tuple(places)
         scales = [0.0 if p is None else p.scale for p in self.places or ()]
@@ -119,7 +121,7 @@ class LoRA(nnx.Module):
 
     def __call__(self, x: jax.Array, y: jax.Array, kernel: jax.Array, key: jax.Array | None) -> jax.Array:
         """x: [..., I]; y: [..., O], what the base layer gave; key: turns dropout on."""
-        return y + self._low_rank(self._dropped(x, key))
+        return y + self._low_rank(dropped(x, self.settings.dropout, key))
 
     def stored(self) -> dict[str, tuple[partition.Dimension | None, ...]]:
         """What the dimensions of every parameter are, stack axes left out."""
@@ -168,12 +170,6 @@ class LoRA(nnx.Module):
         both = jnp.concatenate([a, self.lora_a_start.get_value()], -2)
         return both, jnp.concatenate([b, -self.lora_b_start.get_value()], -2)
 
-    def _dropped(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
-        if key is None or self.settings.dropout == 0:
-            return x
-        keep = jax.random.bernoulli(key, 1 - self.settings.dropout, x.shape)
-        return jnp.where(keep, x / (1 - self.settings.dropout), 0).astype(x.dtype)
-
     def _low_rank(self, x: jax.Array) -> jax.Array:
         a, b = (
             partition.gathered(half.astype(x.dtype), STORED[side == self.parted], WHOLE[side == self.parted])
@@ -181,6 +177,14 @@ class LoRA(nnx.Module):
         )
         scale = self._scale()
         return (scale if self.scales is None else scale.astype(x.dtype)) * low_rank(x, a, b, self.parted)
+
+
+def dropped(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """x with a share of its numbers dropped and the rest scaled up; x itself without a key."""
+    if key is None or rate == 0:
+        return x
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
 
 def _side(name: str) -> str:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxft.adapters.attach import check_mergeable, weight_paths
+from jaxft.adapters.attach import mergings
 from jaxft.checkpoint.bitsandbytes import FourBit
 from jaxft.checkpoint.finite import Finite
 from jaxft.checkpoint.paths import read_json as read_json
@@ -101,15 +101,14 @@ def hf_tensors(model: nnx.Module, dtype: str | None = None) -> dict[str, LazyTen
     dtype: stored type, the parameters' own where None.
     """
     leaves, _ = flatten(nnx.state(model), is_quantised)
-    check_mergeable(model)
-    attached, out = weight_paths(model), {}
+    merging, out = mergings(model), {}
     for path, placed in placed_tensors(model).items():
         leaf = leaves[path]
         # What is quantised is written in the type of computation.
         target = np.dtype(dtype or (model.dtype if is_quantised(leaf) else leaf.dtype))
         for piece in placed.pieces:
             shape = hf_shape(placed, piece, leaf.shape)
-            out[piece.hf] = (TensorSpec(shape, target), _maker(leaf, attached.get(path), placed, piece, target))
+            out[piece.hf] = (TensorSpec(shape, target), _maker(leaf, merging.get(path), placed, piece, target))
     return out
 
 
@@ -239,18 +238,18 @@ def copy_into(out: np.ndarray, values: np.ndarray) -> None:
             out[i : i + SQUARE, j : j + SQUARE] = values[i : i + SQUARE, j : j + SQUARE]
 
 
-def _maker(leaf: jax.Array, adapter: Any, placed: Placed, piece: Piece, dtype: np.dtype) -> Callable[..., np.ndarray]:
+def _maker(leaf: jax.Array, merged: Any, placed: Placed, piece: Piece, dtype: np.dtype) -> Callable[..., np.ndarray]:
     shape, transform = hf_shape(placed, piece, leaf.shape), placed.transform
 
     def make(index: Index | None = None) -> np.ndarray:
         bounds = block_bounds(shape, index)
         out = np.empty([stop - start for start, stop in bounds], dtype)
         whole, at = leaf, piece.at
-        if adapter is not None or is_quantised(leaf):
+        if merged is not None or is_quantised(leaf):
             # The whole matrix, on the devices: what an adapter adds to a block may depend on all of it.
             whole, at = dense(leaf[piece.at], jnp.float32), ()
-        if adapter is not None:
-            whole = adapter.merged(whole, piece.at)
+        if merged is not None:
+            whole = merged(whole, piece.at)
         leading = [(i, i + 1) for i in at]
         for inside, part in host_parts(whole, (*leading, *transform.our_bounds(bounds)), dtype):
             matrix = part.reshape(part.shape[len(at) :])

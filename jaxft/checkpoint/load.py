@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -24,6 +25,7 @@ from jaxft.checkpoint.tensors import SafetensorsFolder, TensorSource
 from jaxft.checkpoint.text_part import TextPart
 from jaxft.errors import CheckpointError, ModelError
 from jaxft.models.nested import OUTERS
+from jaxft.nn.virtual import virtual_ids
 from jaxft.quant import FORMATS, is_quantised
 from jaxft.sharding.arrays import spread, to_host
 from jaxft.sharding.mesh import MeshPlan
@@ -49,7 +51,9 @@ class LoadedModel:
     quantization: str | None = None
 
     def logits(self, tokens_BS: Any) -> np.ndarray:
-        """[B, S, V] float32 for token ids [B, S]. Raises ModelError for ids outside the vocabulary."""
+        """[B, S, V] float32 for token ids [B, S], virtual ones left out. Raises ModelError for ids outside the
+        vocabulary.
+        """
         tokens = np.asarray(tokens_BS)
         vocab = self.module.config.vocab_size
         if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
@@ -65,7 +69,11 @@ class LoadedModel:
 
         def forward(state: Any, tokens_BS: jax.Array) -> jax.Array:
             module = nnx.merge(graphdef, state)
-            return module.unembed(module(tokens_BS)[0])
+            first = jnp.broadcast_to(
+                jnp.array(virtual_ids(module.virtual_tokens), jnp.int32), (len(tokens_BS), module.virtual_tokens)
+            )
+            hidden_BSD, _ = module(jnp.concatenate([first, tokens_BS], axis=1))
+            return module.unembed(hidden_BSD[:, module.virtual_tokens :])
 
         return jax.jit(forward)
 

@@ -58,8 +58,8 @@ class Merged:
         if name not in self._merging:
             return self.base.read(name, index)
 
-        def block(rows: tuple[int, int], columns: tuple[int, int]) -> np.ndarray:
-            return self.base.read(name, (slice(*rows), slice(*columns))).astype(np.float32)
+        def block(*bounds: tuple[int, int]) -> np.ndarray:
+            return self.base.read(name, tuple(slice(*axis) for axis in bounds)).astype(np.float32)
 
         return self._merging[name](block, *block_bounds(self.base.specs()[name].shape, index))
 

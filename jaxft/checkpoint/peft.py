@@ -4,7 +4,7 @@ Such a module has PEFT_TYPE and four functions: `put` attaches adapters of a fol
 which tensors a folder has of a model's adapters, `fields` what its adapter_config.json says of them, and `merging` how
 the base's matrices are merged with a folder while they are read; a kind without `merging` cannot be merged. Where
 adapters have a form that PEFT cannot load, `for_writing` gives the model with those that it can; where folders have two
-forms, `opened` gives one of them.
+forms, `opened` gives one of them; `may_lack` names tensors that a folder may leave out.
 """
 
 import functools
@@ -12,7 +12,7 @@ import importlib
 import json
 import os
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -22,7 +22,7 @@ import numpy as np
 from flax import nnx
 
 from jaxft import checkpoint
-from jaxft.adapters.attach import adapters
+from jaxft.adapters.attach import adapters, virtual
 from jaxft.adapters.saved import train_whole
 from jaxft.checkpoint.hf import EMBEDDING, TIED_HEAD, placed_tensors, read_json
 from jaxft.checkpoint.peft_folder import CONFIG, PREFIX, WEIGHTS, AdapterTensors, Stored, saved
@@ -62,18 +62,20 @@ def write_adapter(model: nnx.Module, folder: str, *, base: str, nested: bool = F
     Every process takes part; process 0 writes.
     Raises ModelError where the model has no adapter.
     """
-    attached = adapters(model)
+    attached = adapters(model) | virtual(model)
     if not attached:
         raise ModelError("the model has no adapter to write; full fine-tuning writes the whole model")
-    kind = kinds()[next(iter(attached.values())).peft_type]
+    found = sorted({adapter.peft_type for adapter in attached.values()})
+    if len(found) > 1:
+        raise ModelError(f"the model has adapters of {' and '.join(found)}: a PEFT folder holds one kind")
+    kind = kinds()[found[0]]
     os.makedirs(folder, exist_ok=True)
     model = kind.for_writing(model) if hasattr(kind, "for_writing") else model
     leaves, _ = flatten(nnx.state(model))
-    whole = tuple(saved(model))
-    tensors = {
-        _nested_key(part.key) if nested else part.key: _lazy(leaves[part.path], part)
-        for part in (*kind.stored(model), *whole)
-    }
+    whole, parts = tuple(saved(model)), {}
+    for part in (*kind.stored(model), *whole):
+        parts.setdefault(_nested_key(part.key) if nested else part.key, []).append(part)
+    tensors = {key: _lazy(leaves, of_key) for key, of_key in parts.items()}
     if not primary():
         gather_sharded(tensors)
         return
@@ -125,7 +127,9 @@ def read_adapter(model: nnx.Module, folder: str) -> tuple[str, ...]:
         return copy
 
     abstract = nnx.eval_shape(with_adapters)
-    parts, (leaves, _) = (*kind.stored(abstract), *saved(abstract)), flatten(nnx.state(abstract))
+    lacking = () if not hasattr(kind, "may_lack") else tuple(k for k in kind.may_lack(config) if k not in specs)
+    parts = tuple(part for part in (*kind.stored(abstract), *saved(abstract)) if part.key not in lacking)
+    leaves, _ = flatten(nnx.state(abstract))
     _check(parts, leaves, specs, folder)
     paths = put(model)
     state = nnx.state(model)
@@ -134,7 +138,7 @@ def read_adapter(model: nnx.Module, folder: str) -> tuple[str, ...]:
         value = np.zeros(leaves[path].shape, np.float32)
         for part in parts:
             if part.path == path:
-                value[part.index] = part.transform.from_hf(source.read(part.key))
+                value[part.index] = part.transform.from_hf(source.read(part.key, part.part))
         leaves[path] = jnp.asarray(value)
     nnx.update(model, jax.tree.unflatten(treedef, leaves.values()))
     return paths
@@ -186,7 +190,7 @@ def _nested_targets(names: list[str]) -> str | list[str]:
 
 
 def _check(parts: tuple[Stored, ...], leaves: Mapping[str, Any], specs: Mapping[str, TensorSpec], folder: str) -> None:
-    expected = {part.key: _spec(leaves[part.path], part).shape for part in parts}
+    expected = {key: _shape(leaves, [part for part in parts if part.key == key]) for key in _keys(parts)}
     problems = [f"missing {key} {list(shape)}" for key, shape in expected.items() if key not in specs]
     problems += [
         f"misshapen {key}: file {list(specs[key].shape)}, model {list(shape)}"
@@ -212,18 +216,31 @@ def _copies_of_base(model: nnx.Module, source: AdapterTensors) -> set[str]:
 
 
 def _nested_key(key: str) -> str:
-    return PREFIX + nested_module(key.removeprefix(PREFIX))
+    return PREFIX + nested_module(key.removeprefix(PREFIX)) if key.startswith(PREFIX) else key
 
 
-def _spec(leaf: Any, part: Stored) -> TensorSpec:
-    shape = jax.eval_shape(lambda x: x[part.index], jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)).shape
-    return TensorSpec(part.transform.hf_shape(shape), np.dtype(np.float32))
+def _keys(parts: Iterable[Stored]) -> list[str]:
+    return list(dict.fromkeys(part.key for part in parts))
 
 
-def _lazy(leaf: jax.Array, part: Stored) -> LazyTensor:
-    value = leaf[part.index]
+def _shape(leaves: Mapping[str, Any], parts: Sequence[Stored]) -> tuple[int, ...]:
+    """Of the tensor that these parts make up."""
+    leaf, first = leaves[parts[0].path], parts[0]
+    shape = jax.eval_shape(lambda x: x[first.index], jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)).shape
+    shape = first.transform.hf_shape(shape)
+    if first.part is None:
+        return shape
+    return tuple(max(p.part[axis].stop or size for p in parts) for axis, size in enumerate(shape))
+
+
+def _lazy(leaves: Mapping[str, Any], parts: Sequence[Stored]) -> LazyTensor:
+    shape = _shape(leaves, parts)
+    values = [leaves[part.path][part.index] for part in parts]
 
     def make(index: Index | None = None) -> np.ndarray:
-        return np.asarray(part.transform.to_hf(to_host(value)), np.float32)[index or ()]
+        out = np.empty(shape, np.float32)
+        for part, value in zip(parts, values, strict=True):
+            out[part.part or ...] = part.transform.to_hf(to_host(value))
+        return out[index or ()]
 
-    return _spec(leaf, part), make
+    return TensorSpec(shape, np.dtype(np.float32)), make

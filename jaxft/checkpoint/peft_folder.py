@@ -28,23 +28,25 @@ HARMLESS = (
     "task_type", "inference_mode", "revision", "auto_mapping", "runtime_config", "peft_version",
     "base_model_name_or_path", "peft_type", "modules_to_save", "ensure_weight_tying",
 )  # fmt: skip
-# Of a base's block, rows and columns in Hugging Face's layout: `read(rows, columns)` gives it in float32.
-ReadBlock = Callable[[tuple[int, int], tuple[int, int]], np.ndarray]
-# What a block of one of the base's matrices is after merging, float32.
-MergeBlock = Callable[[ReadBlock, tuple[int, int], tuple[int, int]], np.ndarray]
+# `read(rows, columns)` gives a block of a base's matrix, `read(rows)` of a vector: Hugging Face's layout, float32.
+ReadBlock = Callable[..., np.ndarray]
+# `merge(read, rows, columns)`: what a block is after merging, float32.
+MergeBlock = Callable[..., np.ndarray]
 
 
 @dataclass(frozen=True)
 class Stored:
     """One tensor of a folder, and where it is in a model that has the adapter.
 
-    path: of our parameter. index: the part of it. transform: from that part to PEFT's layout and back.
+    path: of our parameter. index: the part of it. transform: from that part to PEFT's layout and back. part: where it
+    is in the tensor, which then holds several.
     """
 
     key: str
     path: str
     index: tuple[int | slice, ...] = ()
     transform: Transform = SAME
+    part: tuple[slice, ...] | None = None
 
 
 class AdapterTensors:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from flax import nnx
 
-from jaxft.adapters.attach import slots
+from jaxft.adapters.attach import detach
 from jaxft.checkpoint.load import LoadedModel, load_model, resolve
 from jaxft.checkpoint.paths import is_remote
 from jaxft.checkpoint.peft_folder import CONFIG
@@ -87,8 +87,7 @@ def check_export(live: LoadedModel, folder: str, *, stored: str, mesh: MeshPlan 
 
 def _base_logits(live: LoadedModel, tokens: np.ndarray) -> np.ndarray:
     base = nnx.merge(*nnx.split(live.module))
-    for _, layer in slots(base):
-        layer.adapter = nnx.data(None)
+    detach(base)
     return LoadedModel(base, live.hf_config, live.base).logits(tokens)
 
 
@@ -127,9 +126,10 @@ def _peft_logits(live: LoadedModel, adapter: str, tokens: np.ndarray) -> np.ndar
     loader = AutoModelForCausalLM if live.left_out is None else AutoModelForImageTextToText
     with _quiet_transformers():
         base = loader.from_pretrained(resolve(live.base), dtype=torch.float32, local_files_only=True)
-        model = PeftModel.from_pretrained(base, adapter)
+        model, given = PeftModel.from_pretrained(base, adapter), torch.from_numpy(tokens)
         with torch.no_grad():
-            return model.eval()(torch.from_numpy(tokens)).logits.float().numpy()
+            logits = model.eval()(given, attention_mask=torch.ones_like(given)).logits
+            return logits[:, -tokens.shape[1] :].float().numpy()  # a prompt's own come first
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """From rows of text to token sequences: sources, formats, chat, examine, packing, loader."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -12,6 +12,7 @@ from jaxft.data.examine import Examination, examine, print_examination, render_r
 from jaxft.data.formats import Conversation, conversations
 from jaxft.data.sources import Rows, train_and_eval
 from jaxft.data.tokenizer import Tokenizer, load_tokenizer
+from jaxft.nn.virtual import virtual_ids
 
 __all__ = [
     "Batch",
@@ -45,12 +46,13 @@ class Prepared:
 
 
 def prepare(config: RunConfig, tokenizer: Tokenizer) -> Prepared:
-    """Read, tokenise and examine a run's training and held-out rows.
+    """Read, tokenise and examine a run's training and held-out rows, each behind the adapter's virtual tokens.
 
     Raises DataError, with the row, for anything that would train silently wrong.
     """
     train, held_out = train_and_eval(config.data, config.seed)
-    train_examples, examination = _prepare_set(train, config.data, tokenizer)
+    first = virtual_ids(config.adapter.virtual_tokens)
+    train_examples, examination = _prepare_set(train, config.data, tokenizer, first)
     if held_out is None:
         return Prepared(
             train_examples=train_examples,
@@ -60,7 +62,7 @@ def prepare(config: RunConfig, tokenizer: Tokenizer) -> Prepared:
             examination=examination,
             eval_examination=None,
         )
-    eval_examples, eval_examination = _prepare_set(held_out, config.data, tokenizer)
+    eval_examples, eval_examination = _prepare_set(held_out, config.data, tokenizer, first)
     both = repeated(train_examples, eval_examples)
     if both:
         warning = f"{both:,} of {len(eval_examples):,} held-out examples are in the training set too"
@@ -77,7 +79,9 @@ def prepare(config: RunConfig, tokenizer: Tokenizer) -> Prepared:
     )
 
 
-def _prepare_set(rows: Rows, config: DataConfig, tokenizer: Tokenizer) -> tuple[list[Example], Examination]:
+def _prepare_set(
+    rows: Rows, config: DataConfig, tokenizer: Tokenizer, first: Sequence[int]
+) -> tuple[list[Example], Examination]:
     formats: Counter[str] = Counter()
 
     def counted() -> Iterator[Conversation]:
@@ -86,7 +90,7 @@ def _prepare_set(rows: Rows, config: DataConfig, tokenizer: Tokenizer) -> tuple[
             yield conversation
 
     return examine(
-        list(encode_all(counted(), tokenizer, config.train_on)),
+        [example.behind(first) for example in encode_all(counted(), tokenizer, config.train_on)],
         config,
         stop_ids=tokenizer.stop_ids,
         where=rows.where,

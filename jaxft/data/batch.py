@@ -1,7 +1,7 @@
 """What one training step eats. Shapes: B batch, S sequence."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,6 +35,12 @@ class Example:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def behind(self, first: Sequence[int]) -> "Example":
+        """The same with tokens before it that are not trained."""
+        tokens = np.concatenate([np.array(first, self.tokens.dtype), self.tokens])
+        mask = np.concatenate([np.zeros(len(first), self.mask.dtype), self.mask])
+        return replace(self, tokens=tokens, mask=mask)
 
 
 def assemble(rows: Iterable[Sequence[Example]], max_length: int, pad_id: int = 0) -> Batch:

@@ -13,6 +13,7 @@ from jaxft.data.batch import Example
 from jaxft.data.packing import one_each, pack
 from jaxft.data.tokenizer import Tokenizer
 from jaxft.errors import DataError
+from jaxft.nn import virtual
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -188,9 +189,12 @@ def render_rows(
     coloured = console.is_terminal and console.color_system is not None
     for number, example in enumerate(examples[:limit]):
         trained = int(example.mask.sum())
-        text = Text(f"row {example.row}: {len(example)} tokens, {trained} trained\n", style="bold")
-        edges = np.flatnonzero(np.diff(example.mask)) + 1
-        for tokens, mask in zip(np.split(example.tokens, edges), np.split(example.mask, edges), strict=True):
+        first = int((example.tokens >= virtual.FIRST).sum())
+        learnt = f", the first {first} virtual" if first else ""
+        text = Text(f"row {example.row}: {len(example)} tokens{learnt}, {trained} trained\n", style="bold")
+        shown = example.tokens[first:], example.mask[first:]
+        edges = np.flatnonzero(np.diff(shown[1])) + 1
+        for tokens, mask in zip(*(np.split(part, edges) for part in shown), strict=True):
             piece = tokenizer.decode(tokens, skip_special_tokens=False)
             if coloured:
                 text.append(piece, style="bold green" if mask[0] else "dim")

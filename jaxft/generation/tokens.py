@@ -9,6 +9,7 @@ from jaxft.errors import ConfigError, DataError
 from jaxft.generation import engine
 from jaxft.generation.held import Held
 from jaxft.generation.settings import Generated, Sampling
+from jaxft.nn.virtual import virtual_ids
 
 LISTED = 5  # rows named in one error
 
@@ -56,15 +57,16 @@ def run(
     held: Held | None = None,
 ) -> list[Generated]:
     """`generate_tokens` where the caller looks after stop strings."""
-    _check(model.config, prompts, samplings, slots)
+    _check(model, prompts, samplings, slots)
     if not prompts:
         return []
     if held is not None and len(prompts) > 1:
         raise ConfigError(
             f"held keeps the cache of one conversation, and there are {len(prompts)} prompts: leave it out"
         )
+    first = virtual_ids(model.virtual_tokens)
     jobs = [
-        engine.Job(row=row, prompt=tuple(map(int, prompt)), sampling=sampling)
+        engine.Job(row=row, prompt=(*first, *map(int, prompt)), sampling=sampling)
         for row, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True))
     ]
     started = engine.start(model, jobs, stop_ids=stop_ids, slots=slots, held=held)
@@ -85,7 +87,7 @@ def one_each(sampling: Sampling | Sequence[Sampling], prompts: int) -> list[Samp
     return samplings
 
 
-def _check(config: Any, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling], slots: int) -> None:
+def _check(model: Any, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling], slots: int) -> None:
     if slots < 1:
         raise ConfigError(f"slots={slots} must be at least 1")
     empty = [row for row, prompt in enumerate(prompts) if not len(prompt)]
@@ -94,7 +96,8 @@ def _check(config: Any, prompts: Sequence[Sequence[int]], samplings: Sequence[Sa
             f"{len(empty)} of {len(prompts)} prompts are empty (rows {_some(empty)}): a model continues at least "
             "one token, such as BOS"
         )
-    limit = config.max_position_embeddings
+    config = model.config
+    limit = config.max_position_embeddings - model.virtual_tokens
     long = [
         f"row {row}: {len(prompt)} + {s.max_new_tokens} = {len(prompt) + s.max_new_tokens}"
         for row, (prompt, s) in enumerate(zip(prompts, samplings, strict=True))

@@ -23,12 +23,14 @@ class Tokens(NamedTuple):
 
     positions_BS, segments_BS: int32; segment 0 is padding. rotations: one for each of the decoder's ropes.
     held_BT: positions in the slots of the layer's cache before these tokens came, -1 where empty.
+    virtual_BS: which virtual token stands there, negative for none; None where the model has no such tokens.
     """
 
     positions_BS: jax.Array
     segments_BS: jax.Array
     rotations: tuple[Rotation, ...]
     held_BT: jax.Array | None = None
+    virtual_BS: jax.Array | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +56,10 @@ class AttentionShape:
 
 
 class Attention(nnx.Module):
-    """q, k, v projections, rotation, softmax(q k / sqrt(H)) v, output projection."""
+    """q, k, v projections, rotation, softmax(q k / sqrt(H)) v, output projection.
+
+    prefix: an optional slot; `prefix(k_BSKH, v_BSKH, virtual_BS)` puts keys and values where virtual tokens stand.
+    """
 
     def __init__(
         self,
@@ -83,6 +88,7 @@ class Attention(nnx.Module):
             q_norm, kv_norm = (shape.head_dim,) * 2 if shape.qk_norm == "head" else (q_width, kv_width)
             self.q_norm = RMSNorm(q_norm, norm, dtype=dtype, param_dtype=param_dtype)
             self.k_norm = RMSNorm(kv_norm, norm, dtype=dtype, param_dtype=param_dtype)
+        self.prefix = nnx.data(None)
         self.sinks = nnx.Param(jnp.zeros((shape.heads,), param_dtype)) if shape.sinks else None
 
     def __call__(
@@ -99,6 +105,8 @@ class Attention(nnx.Module):
         q_BSNH, k_BSKH, v_BSKH = self._projected(x_BSD, key)
         rotation = tokens.rotations[self.shape.rope]
         q_BSNH, k_BSKH = rotate(q_BSNH, rotation), rotate(k_BSKH, rotation)
+        if self.prefix is not None:
+            k_BSKH, v_BSKH = self.prefix(k_BSKH, v_BSKH, tokens.virtual_BS)
         if rotation.queries_BS is not None:
             q_BSNH = (q_BSNH * rotation.queries_BS[:, :, None, None]).astype(q_BSNH.dtype)
         if cache is None:

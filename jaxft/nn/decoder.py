@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxft.nn import cache as kv
-from jaxft.nn import stack
+from jaxft.nn import stack, virtual
 from jaxft.nn.attention import Tokens
 from jaxft.nn.block import Block, BlockShape
 from jaxft.nn.linear import Embedding, Linear
@@ -47,7 +47,8 @@ class Decoder(nnx.Module):
     layers[g] is a stack of equal layers; `segments` says which layer numbers each stack holds. experts: how many the
     layers that have any choose from, None where no layer has. config: a family's Config, whose `shape()` gives the
     DecoderShape. marks: one for each layer; unlike ones are not stacked together. moving: paths of the parameters
-    that training moves, None for all.
+    that training moves, None for all. virtual_tokens: with how many of them every row has to begin; prompt: a slot
+    for what embeds them, `prompt(x_BSD, virtual_BS)`. shared: a slot for what adapters of all layers have in common.
     """
 
     def __init__(
@@ -67,6 +68,8 @@ class Decoder(nnx.Module):
         self.dtype = dtype
         self.remat = remat
         self.moving: frozenset[str] | None = None
+        self.virtual_tokens = 0
+        self.prompt, self.shared = nnx.data(None), nnx.data(None)
         marks = (None,) * len(shape.layers) if marks is None else marks
         self.segments = stack.layout(tuple(zip(shape.layers, marks, strict=True)))
         self.experts = next((block.mlp.experts for block in shape.layers if isinstance(block.mlp, MoEShape)), None)
@@ -97,9 +100,9 @@ class Decoder(nnx.Module):
     ) -> tuple[jax.Array, kv.Cache | None]:
         """Hidden vectors after the last norm, [B, S, D], and the cache with the new tokens in it.
 
-        tokens_BS: int32. positions_BS: 0, 1, 2, ... where not given. segments_BS: all one document
-        where not given; 0 marks padding. key: turns dropout on, and noise of that size on embedded tokens (`add_noise`)
-        where noise_alpha is given.
+        tokens_BS: int32, those of `virtual.virtual_ids` first where the model has virtual tokens. positions_BS: 0, 1,
+        2, ... where not given. segments_BS: all one document where not given; 0 marks padding. key: turns dropout on,
+        and noise of that size on embedded tokens (`add_noise`) where noise_alpha is given.
         """
         hidden_BSD, cache, _ = self._run(tokens_BS, positions_BS, segments_BS, cache, key, None, noise_alpha)
         return hidden_BSD, cache
@@ -123,20 +126,27 @@ class Decoder(nnx.Module):
         if segments_BS is None:
             segments_BS = jnp.ones_like(tokens_BS)
         rotations = tuple(rotation(rope, self.config.head_dim, positions_BS, segments_BS) for rope in self.ropes)
+        virtual_BS = None
+        if self.virtual_tokens:
+            virtual_BS = tokens_BS - virtual.FIRST
+            tokens_BS = jnp.where(virtual_BS >= 0, 0, tokens_BS)
         x_BSD = self.embed_tokens(tokens_BS)
         if noise_alpha is not None and key is not None:
             x_BSD = add_noise(x_BSD, segments_BS, noise_alpha, key)
         if self.embed_scale is not None:
             x_BSD = x_BSD * jnp.asarray(self.embed_scale, self.dtype)
+        if self.prompt is not None:
+            x_BSD = self.prompt(x_BSD, virtual_BS)
         x_BSD, cache, routing = stack.run(
             self.layers,
             self.segments,
             x_BSD,
-            Tokens(positions_BS, segments_BS, rotations),
+            Tokens(positions_BS, segments_BS, rotations, virtual_BS=virtual_BS),
             cache=cache,
             key=key,
             remat=self.remat,
             routing=routing,
+            lent=None if self.shared is None else self.shared.lent(self.dtype),
         )
         return self.norm(x_BSD), cache, routing
 

@@ -54,6 +54,8 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         kernel = self.kernel.get_value()
         x = x.astype(self.dtype)
+        if self.adapter is not None:
+            x = self.adapter.enter(x)
         y = product(x, kernel, self.parted)
         on_product = getattr(self.adapter, "on_product", False)  # whether an adapter is for what the kernel gives alone
         if on_product:

@@ -5,6 +5,7 @@
 import functools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxft.nn import partition
+from jaxft.nn.adapter import lend
 from jaxft.nn.attention import Tokens
 from jaxft.nn.block import STREAM
 from jaxft.nn.cache import Cache, LayerCache, slots_for, write_positions
@@ -95,10 +97,12 @@ def run(
     key: jax.Array | None,
     remat: str,
     routing: RouterSums | None = None,
+    lent: Any = None,
 ) -> tuple[jax.Array, Cache | None, RouterSums | None]:
     """All layers in order. key: for dropout; None when nothing is random.
 
-    routing: where layers with experts add what their routers did; None where nobody asks.
+    routing: where layers with experts add what their routers did; None where nobody asks. lent: arrays for the adapters
+    of all layers.
     """
     caches = _with_positions(cache, tokens) if cache is not None else None
     for segment in segments:
@@ -108,7 +112,7 @@ def run(
         if cache is not None:
             of_layer = [tokens._replace(held_BT=before.positions_BT) for before in cache[here]]
         carry = (x_BSD, part, routing)
-        x_BSD, part, routing = _run_segment(groups[here], segment, carry, of_layer, key, remat)
+        x_BSD, part, routing = _run_segment(groups[here], segment, carry, of_layer, key, remat, lent)
         if caches is not None:
             caches[here] = part
     return x_BSD, tuple(caches) if caches is not None else None, routing
@@ -123,7 +127,7 @@ def _with_positions(cache: Cache, tokens: Tokens) -> list[LayerCache]:
     return filled
 
 
-def _run_segment(groups, segment, carry, tokens_of_place, key, remat):
+def _run_segment(groups, segment, carry, tokens_of_place, key, remat, lent):
     split = [nnx.split(group) for group in groups]
     graphdefs, states = [g for g, _ in split], [s for _, s in split]
     layers = jnp.array(segment.groups, jnp.int32).T  # [R, pattern]
@@ -136,6 +140,8 @@ def _run_segment(groups, segment, carry, tokens_of_place, key, remat):
         for place, (graphdef, state) in enumerate(zip(graphdefs, states, strict=True)):
             layer_key = None if key is None else jax.random.fold_in(key, layers_P[place])
             module = nnx.merge(graphdef, state)
+            if lent is not None:
+                lend(module, lent)
             x_BSD, caches[place], routing = module(
                 x_BSD, tokens_of_place[place], caches[place], index, layer_key, routing
             )

@@ -6,8 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 from flax import nnx
 
+from jaxft.adapters.attach import AdapterParam
 from jaxft.nn.attention import Attention
 from jaxft.nn.stack import group_layers
 from jaxft.quant import is_quantised
@@ -102,7 +104,7 @@ def sizes_of(model: Any) -> ModelSizes:
         parameters=parameters,
         active=active,
         adapter=adapter,
-        moving=adapter or moving,
+        moving=_size(nnx.state(model, AdapterParam)) if adapter else moving,
         trained=0 if adapter else trained,
         reached=reached,
         outputs=outputs,
@@ -113,8 +115,12 @@ def sizes_of(model: Any) -> ModelSizes:
     )
 
 
+def _size(state: Any) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state))
+
+
 def _is_adapter(path: str) -> bool:
-    return "adapter" in path.split("/")
+    return not {"adapter", "prompt", "prefix", "shared"}.isdisjoint(path.split("/"))
 
 
 def _first_reached(model: Any, *, adapted: bool) -> int:

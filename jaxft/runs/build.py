@@ -12,6 +12,7 @@ from flax import nnx
 
 from jaxft import models
 from jaxft.adapters.make import attach_adapter
+from jaxft.adapters.prompt import begin_as
 from jaxft.checkpoint import hf
 from jaxft.checkpoint.hf import read_json
 from jaxft.checkpoint.load import LoadedModel, hf_config_of, load_model, random_model, resolve
@@ -51,6 +52,8 @@ def build_model(config: RunConfig, mesh: MeshPlan | None = None, *, random_base:
             f"jaxft export --model={model.path} --format=merged --to=NEW_FOLDER"
         )
     attach_adapter(loaded.module, config.adapter, config.seed)
+    if config.adapter.prompt_init_text is not None:
+        begin_as(loaded.module, load_tokenizer(path, revision=model.revision).encode(config.adapter.prompt_init_text))
     if mesh is not None:
         nnx.update(loaded.module, place(nnx.state(loaded.module), mesh))
     return loaded

@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 from rich.console import Console
 
-from jaxft.adapters.attach import adapters
+from jaxft.adapters.attach import adapters, virtual
 from jaxft.checkpoint import hf, peft
 from jaxft.checkpoint.load import LoadedModel, load_model
 from jaxft.checkpoint.resume import RunCheckpoints
@@ -87,7 +87,7 @@ def export_run(
     """The exports that a run's config asks for. Returns their folders' names and the checks."""
     out: dict[str, Any] = {}
     wanted = []
-    if adapters(loaded.module):
+    if adapters(loaded.module) or virtual(loaded.module):
         wanted += [("adapter", files.ADAPTER)] if config.export.adapter else []
         wanted += [("merged", files.MERGED)] if config.export.merged else []
     else:

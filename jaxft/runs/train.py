@@ -11,9 +11,10 @@ import jax
 from flax import nnx
 from rich.console import Console
 
+from jaxft.adapters.attach import detach
 from jaxft.checkpoint.load import LoadedModel
 from jaxft.checkpoint.resume import RunCheckpoints
-from jaxft.config import RunConfig
+from jaxft.config import AdapterConfig, RunConfig
 from jaxft.data import Prepared, Tokenizer, load_tokenizer, prepare, render_rows
 from jaxft.data.loader import Loader
 from jaxft.errors import DataError
@@ -75,9 +76,8 @@ def train(config: RunConfig, *, console: Console | None = None) -> dict[str, Any
         console.print(loaded.left_out, highlight=False, soft_wrap=True)
     scores = agreed(lambda: files.read_json(run.folder / files.SCORES, {}))
     if config.eval.metric and "base" not in scores:
-        # A fresh adapter changes nothing, so this is the base model's score.
         console.print(f"base model, {len(run.data.eval_prompts)} held-out rows, by generation ...", highlight=False)
-        base = answer(loaded.module, run.tokenizer, run.data, config.eval)
+        base = answer(_base(loaded.module), run.tokenizer, run.data, config.eval)
         scores = {"metric": config.eval.metric, "base": figures(base, run.data.eval_references)}
         scores["base_answers"] = list(base.texts)
         agreed(lambda: files.write_json(run.folder / files.SCORES, scores))
@@ -97,6 +97,15 @@ def train(config: RunConfig, *, console: Console | None = None) -> dict[str, Any
         return summary
 
     return agreed(finish)
+
+
+def _base(module: Any) -> Any:
+    """What answers as the base does: fresh adapters change nothing, but a prompt or a prefix does."""
+    if not module.virtual_tokens:
+        return module
+    base = nnx.merge(*nnx.split(module))
+    detach(base)
+    return base
 
 
 def set_up(config: RunConfig) -> Run:
@@ -157,8 +166,7 @@ def describe(run: Run) -> str:
         method = f"fine-tuning of {config.model.trainable}"
         size = f"{moving:,} of {still + moving:,} parameters are trained ({moving / (still + moving):.2%})"
     else:
-        form = "DoRA" if config.adapter.use_dora else {"lora": "LoRA"}.get(config.adapter.kind, config.adapter.kind)
-        method = f"{form} r={config.adapter.r} on {config.adapter.target_modules}"
+        method = _method(config.adapter)
         size = f"{still:,} parameters stand still, {moving:,} in adapters are trained ({moving / still:.2%})"
     return (
         f"{method} of {config.model.path}\n"
@@ -168,6 +176,14 @@ def describe(run: Run) -> str:
         f"  {run.total_steps:,} steps of {config.train.batch_size} sequences, "
         f"{run.loader.epoch_of(run.total_steps):.2f} epochs -> {run.folder}"
     )
+
+
+def _method(adapter: AdapterConfig) -> str:
+    if adapter.virtual_tokens:
+        return f"a {adapter.kind} of {adapter.virtual_tokens} virtual tokens"
+    rank = "" if adapter.kind == "ia3" else f" r={adapter.r}"
+    name = {"lora": "DoRA" if adapter.use_dora else "LoRA", "vera": "VeRA", "ia3": "IA3"}[adapter.kind]
+    return f"{name}{rank} on {adapter.target_modules}"
 
 
 def _fit(run: Run, loaded: LoadedModel, console: Console) -> dict[str, float]:

@@ -184,8 +184,12 @@ def _method(adapter: Row, model: Row) -> tuple[str, str]:
     if adapter.get("kind") == "none":
         part = model.get("trainable")
         return ("Partial fine-tuning", str(part)) if part else ("Full fine-tuning", "every weight is trained")
-    lora = "DoRA" if adapter.get("use_dora") else "LoRA"
-    name = lora if adapter.get("kind") == "lora" else str(adapter.get("kind"))
+    kind = str(adapter.get("kind"))
+    if kind in ("prompt", "prefix"):
+        return f"{kind.capitalize()} tuning", f"{adapter.get('num_virtual_tokens')} virtual tokens"
+    if kind == "ia3":
+        return "IA3", str(adapter.get("target_modules") or "")
+    name = {"lora": "DoRA" if adapter.get("use_dora") else "LoRA", "vera": "VeRA"}.get(kind, kind)
     details = [f"{key} {adapter[key]:g}" for key in ("r", "alpha", "dropout") if _is_number(adapter.get(key))]
     return name, ", ".join([*details, str(adapter.get("target_modules") or "")]).rstrip(", ")
 

@@ -6,7 +6,7 @@ import pytest
 
 from jaxft import adapters as room
 from jaxft import models
-from jaxft.adapters.attach import AdapterParam, adapters
+from jaxft.adapters.attach import AdapterParam, adapters, detach, virtual
 from jaxft.adapters.make import attach_adapter
 from jaxft.config import AdapterConfig
 from jaxft.config_checks import ADAPTERS
@@ -35,4 +35,9 @@ def test_a_kind_puts_what_moves_into_a_model(smoke_config, kind):
     added = set(flatten(nnx.state(module))[0]) - before
     assert bool(added) == (kind != "none")
     assert bool(flatten(nnx.state(module, AdapterParam))[0]) == (kind != "none")
-    assert all("/adapter/" in path for path in added) and len(adapters(module)) <= len(added)
+    slots = {"adapter", "prompt", "prefix", "shared"}
+    assert all(slots & set(path.split("/")) for path in added)
+    assert bool(adapters(module)) == (kind in ("lora", "vera", "ia3"))
+    assert bool(virtual(module)) == (kind in ("prompt", "prefix"))
+    detach(module)
+    assert set(flatten(nnx.state(module))[0]) == before

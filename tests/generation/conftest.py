@@ -88,7 +88,7 @@ class Scripted(nnx.Module):
 
     def __init__(self, ids):
         self.script_N = nnx.Param(jnp.array(ids, jnp.int32))
-        self.config = config_from_hf(tiny_hf())
+        self.config, self.virtual_tokens = config_from_hf(tiny_hf()), 0
 
     def __call__(self, tokens_BS, positions_BS=None, segments_BS=None, cache=None, key=None):
         if positions_BS is None:

@@ -1,0 +1,62 @@
+"""Prefix tuning: learnt keys and values before every row, in each layer (arXiv:2101.00190).
+
+The published reparameterisation by an MLP is left out: what is kept of it after training are keys and values too.
+"""
+
+# B batch, S sequence, K kv heads, H head_dim, n virtual tokens
+
+import zlib
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxft.adapters.attach import AdapterParam
+from jaxft.adapters.prompt import refuse_second
+from jaxft.config import AdapterConfig
+from jaxft.nn import partition
+from jaxft.nn.stack import group_layers
+from jaxft.nn.virtual import replaced
+
+STORED, WHOLE = (None, "both"), (None, "tensor")
+STDDEV = 0.02
+
+
+class Prefix(nnx.Module):
+    """keys, values: [*stack, n, K * H], float32. Keys are as after the rotation: no position turns them."""
+
+    peft_type = "PREFIX_TUNING"
+
+    def __init__(self, keys: jax.Array, values: jax.Array) -> None:
+        self.keys, self.values = AdapterParam(keys), AdapterParam(values)
+
+    def __call__(self, k_BSKH: jax.Array, v_BSKH: jax.Array, virtual_BS: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Keys and values with this layer's own where virtual_BS is not negative."""
+        own = (
+            partition.gathered(kept.get_value().astype(k_BSKH.dtype), STORED, WHOLE)
+            for kept in (self.keys, self.values)
+        )
+        heads = k_BSKH.shape[2:]
+        k_BSKH, v_BSKH = (
+            replaced(x, kept.reshape(-1, *heads), virtual_BS) for x, kept in zip((k_BSKH, v_BSKH), own, strict=True)
+        )
+        return k_BSKH, v_BSKH
+
+
+def put(model: nnx.Module, config: AdapterConfig, key: jax.Array) -> None:
+    """A prefix of as many virtual tokens as a run's config says."""
+    attach_prefix(model, config.num_virtual_tokens, key)
+
+
+def attach_prefix(model: nnx.Module, count: int, key: jax.Array) -> None:
+    """Gives every layer of a Decoder a prefix of `count` virtual tokens, small and drawn at random.
+
+    Raises ModelError where the model has virtual tokens already.
+    """
+    refuse_second(model)
+    for index, (group, layers) in enumerate(zip(model.layers, group_layers(model.segments), strict=True)):
+        shape = group.self_attn.shape
+        size = (len(layers), count, shape.kv_heads * shape.head_dim)
+        halves = jax.random.split(jax.random.fold_in(key, zlib.crc32(f"layers/{index}".encode())))
+        group.self_attn.prefix = Prefix(*(STDDEV * jax.random.normal(half, size, jnp.float32) for half in halves))
+    model.virtual_tokens = count

@@ -1,0 +1,69 @@
+"""Prompt tuning: learnt vectors in place of a few first tokens (arXiv:2104.08691)."""
+
+# B batch, S sequence, D model, n virtual tokens
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxft.adapters.attach import AdapterParam
+from jaxft.config import AdapterConfig
+from jaxft.errors import ModelError
+from jaxft.nn import partition
+from jaxft.nn.virtual import replaced
+
+STORED, WHOLE = (None, "weight"), (None, None)
+
+
+class Prompt(nnx.Module):
+    """embeddings: [n, D], float32. They stand as they are where tokens' embeddings would, scaled ones included."""
+
+    peft_type = "PROMPT_TUNING"
+
+    def __init__(self, embeddings_nD: jax.Array) -> None:
+        self.embeddings = AdapterParam(embeddings_nD.astype(jnp.float32))
+
+    def __call__(self, x_BSD: jax.Array, virtual_BS: jax.Array) -> jax.Array:
+        """x_BSD: embedded tokens. virtual_BS: which virtual token stands there, negative for none."""
+        own_nD = partition.gathered(self.embeddings.get_value().astype(x_BSD.dtype), STORED, WHOLE)
+        return replaced(x_BSD, own_nD, virtual_BS)
+
+
+def put(model: nnx.Module, config: AdapterConfig, key: jax.Array) -> None:
+    """A prompt that begins as the embeddings of tokens drawn from the vocabulary."""
+    attach_prompt(model, jax.random.randint(key, (config.num_virtual_tokens,), 0, model.config.vocab_size))
+
+
+def attach_prompt(model: nnx.Module, tokens_n: jax.Array) -> None:
+    """Gives a Decoder a prompt that begins as the embeddings of these tokens, int32.
+
+    Raises ModelError where the model has virtual tokens already.
+    """
+    refuse_second(model)
+    scale = 1.0 if model.embed_scale is None else model.embed_scale
+    table_VD = model.embed_tokens.embedding.get_value()
+    model.prompt = Prompt(scale * jnp.take(table_VD, tokens_n, axis=0).astype(jnp.float32))
+    model.virtual_tokens = len(tokens_n)
+
+
+def begin_as(model: nnx.Module, tokens: Sequence[int]) -> None:
+    """Lets a model's prompt begin as the embeddings of a text, whose tokens are repeated or cut to the prompt's length.
+
+    Raises ModelError for a text of no tokens.
+    """
+    if not len(tokens):
+        raise ModelError("adapter.prompt_init_text has no tokens")
+    count = model.virtual_tokens
+    model.prompt, model.virtual_tokens = nnx.data(None), 0
+    attach_prompt(model, jnp.array([tokens[i % len(tokens)] for i in range(count)], jnp.int32))
+
+
+def refuse_second(model: nnx.Module) -> None:
+    """Raises ModelError where a model has virtual tokens already."""
+    if model.virtual_tokens:
+        raise ModelError(
+            f"the model begins its rows with {model.virtual_tokens} virtual tokens already: a prompt or a prefix is "
+            "the only one of its kind"
+        )

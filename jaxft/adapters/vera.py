@@ -1,0 +1,124 @@
+"""VeRA: learnt factors around one pair of random matrices that all layers share (arXiv:2310.11454, eq. 2)."""
+
+# L stacked layers, I inputs, O outputs, r rank
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxft.adapters.attach import AdapterParam, attach, find
+from jaxft.adapters.low_rank import dropped
+from jaxft.config import AdapterConfig
+from jaxft.errors import ModelError
+from jaxft.nn import partition
+from jaxft.nn.adapter import Adapter
+from jaxft.nn.linear import Linear
+
+STORED = ("both",)
+WHOLE = {"outputs": ("tensor",), "inputs": (None,)}
+D_INITIAL = 0.1  # table 6c of the paper, and PEFT's default
+
+
+@dataclass(frozen=True, kw_only=True)
+class VeRASettings:
+    """r: rank. dropout: share of inputs dropped. seed: of the shared matrices, which PEFT calls projection_prng_key."""
+
+    r: int
+    dropout: float = 0.0
+    seed: int = 0
+
+
+class Projections(nnx.Module):
+    """The shared matrices, float32, which never move. a: [r, largest I], b: [r, largest O]."""
+
+    def __init__(self, a_rI: np.ndarray, b_rO: np.ndarray) -> None:
+        self.a, self.b = nnx.Param(jnp.asarray(a_rI)), nnx.Param(jnp.asarray(b_rO))
+
+    def lent(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+        """Both, whole on every device: gathered once a step, since every layer uses other parts of them."""
+        stored, whole = (None, "weight"), (None, None)
+        a, b = (partition.gathered(p.get_value().astype(dtype), stored, whole) for p in (self.a, self.b))
+        return a, b
+
+
+class VeRA(Adapter):
+    """`y + lambda_b * ((lambda_d * (drop(x) A^T)) B^T)`; lambda_b is zero at first, which changes nothing.
+
+    lambda_d: [*stack, r], lambda_b: [*stack, O], float32. A layer uses the first I and O columns of what is shared.
+    """
+
+    peft_type = "VERA"
+
+    def __init__(self, outputs: int, settings: VeRASettings, *, stack: tuple[int, ...] = (), parted: str) -> None:
+        super().__init__()
+        self.lambda_d = AdapterParam(jnp.full((*stack, settings.r), D_INITIAL, jnp.float32))
+        self.lambda_b = AdapterParam(jnp.zeros((*stack, outputs), jnp.float32))
+        self.settings = settings
+        self.parted = parted
+
+    def __call__(self, x: jax.Array, y: jax.Array, kernel: jax.Array, key: jax.Array | None) -> jax.Array:
+        """x: [..., I]; y: [..., O], what the base layer gave; key: turns dropout on."""
+        a, b = self.lent
+        d = partition.gathered(self.lambda_d.get_value().astype(x.dtype), ("weight",), (None,))
+        factors = partition.gathered(self.lambda_b.get_value().astype(x.dtype), STORED, WHOLE[self.parted])
+        x = dropped(x, self.settings.dropout, key)
+        low = jnp.einsum("...i,ri->...r", x, a[:, : x.shape[-1]]) * d
+        return y + factors * (low @ b[:, : y.shape[-1]])
+
+    def merged(self, kernel: jax.Array, at: tuple[int, ...] = ()) -> jax.Array:
+        """As `Adapter.merged`, with the shared matrices lent."""
+        a, b = self.lent
+        d, factors = self.lambda_d.get_value()[at], self.lambda_b.get_value()[at]
+        low = d[..., :, None] * a[:, : kernel.shape[-2]]
+        wide = factors[..., None, :] * b[:, : kernel.shape[-1]]
+        return kernel + jnp.einsum("...ri,...ro->...io", low, wide, precision="highest")
+
+    def stored(self) -> dict[str, tuple[partition.Dimension | None, ...]]:
+        """What the dimensions of the factors are, stack axes left out."""
+        return {"lambda_d": ("weight",), "lambda_b": STORED}
+
+
+def drawn(r: int, inputs: int, outputs: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The shared matrices that PEFT draws from a seed, to the bit: Kaiming uniform, A [r, I] and then B [O, r].
+
+    Its numbers are torch's: 24 bits of each draw of a Mersenne twister, scaled with one rounding.
+    """
+    bits = np.random.MT19937()
+    bits._legacy_seeding(seed % 2**32)
+
+    def draw(rows: int, columns: int) -> np.ndarray:
+        bound = np.float32(math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(columns)))
+        unit = (bits.random_raw(rows * columns) & (2**24 - 1)) * 2.0**-24
+        return (unit * np.float64(bound + bound) - np.float64(bound)).astype(np.float32).reshape(rows, columns)
+
+    return draw(r, inputs), draw(outputs, r)
+
+
+def put(model: nnx.Module, config: AdapterConfig, key: jax.Array) -> None:
+    """Fresh VeRA beside the layers that a run's config names. Raises ModelError for what the model does not have."""
+    attach_vera(model, config.targets, VeRASettings(r=config.r, dropout=config.dropout))
+
+
+def attach_vera(model: nnx.Module, targets: tuple[str, ...], settings: VeRASettings) -> tuple[str, ...]:
+    """Puts VeRA into the slot of each target, and what they share into the model. Returns their paths.
+
+    Raises ModelError for the LM head, which the loss takes out of the model, and for targets that match nothing.
+    """
+
+    def make(layer: Linear, key: jax.Array) -> VeRA:
+        *stack, _, outputs = layer.kernel.get_value().shape
+        return VeRA(outputs, settings, stack=tuple(stack), parted=layer.parted)
+
+    found = find(model, targets)
+    if "lm_head" in found:
+        raise ModelError("adapter.kind='vera' shares its matrices among the layers; leave lm_head out of its targets")
+    paths = attach(model, targets, make, jax.random.key(0))
+    shapes = [layer.kernel.get_value().shape[-2:] for layer in found.values()]
+    inputs, outputs = (max(sizes) for sizes in zip(*shapes, strict=True))
+    a_rI, b_Or = drawn(settings.r, inputs, outputs, settings.seed)
+    model.shared = Projections(a_rI, b_Or.T)
+    return paths

@@ -1,0 +1,54 @@
+"""Prefixes in PEFT's folders: the one tensor `prompt_embeddings` [n, 2 L K H].
+
+It holds, for each layer, its keys and then its values. Where a prefix was trained behind an MLP (`prefix_projection`),
+PEFT keeps what the MLP gave.
+"""
+
+# n virtual tokens, L layers, K kv heads, H head_dim
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jaxft.adapters.prefix import attach_prefix
+from jaxft.checkpoint.peft_folder import Stored, refuse_unknown
+from jaxft.checkpoint.peft_prompt import KEY, one_submodule, virtual_tokens
+from jaxft.checkpoint.tensors import TensorSpec
+from jaxft.nn.stack import group_layers
+
+PEFT_TYPE = "PREFIX_TUNING"
+READ = ("num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers")
+# How training began.
+HARMLESS = ("encoder_hidden_size", "prefix_projection", "init_weights")
+
+
+def put(model: nnx.Module, config: Mapping[str, Any], specs: Mapping[str, TensorSpec], folder: str) -> tuple[str, ...]:
+    """Attaches a prefix of a folder's length, values still to be read."""
+    refuse_unknown(config, lambda name, value: name in READ or name in HARMLESS or one_submodule(name, value))
+    attach_prefix(model, virtual_tokens(config, _sizes(model), folder), jax.random.key(0))
+    return ()
+
+
+def stored(model: nnx.Module) -> Iterator[Stored]:
+    """The parts of a folder's tensor that each layer of a model has."""
+    width = _sizes(model)["token_dim"]
+    for group, layers in enumerate(group_layers(model.segments)):
+        for place, layer in enumerate(layers):
+            for half, name in enumerate(("keys", "values")):
+                start = (2 * layer + half) * width
+                part = (slice(None), slice(start, start + width))
+                yield Stored(KEY, f"layers/{group}/self_attn/prefix/{name}", (place,), part=part)
+
+
+def fields(model: nnx.Module) -> dict[str, Any]:
+    """What adapter_config.json says of a model's prefix."""
+    own = {"num_virtual_tokens": model.virtual_tokens, "num_transformer_submodules": 1, "prefix_projection": False}
+    return own | _sizes(model)
+
+
+def _sizes(model: nnx.Module) -> dict[str, int]:
+    heads = model.config.num_key_value_heads
+    width = heads * model.config.head_dim
+    return {"token_dim": width, "num_attention_heads": heads, "num_layers": model.config.num_hidden_layers}

@@ -1,0 +1,68 @@
+"""Prompts in PEFT's folders: the one tensor `prompt_embeddings` [n, D]."""
+
+# n virtual tokens, D model
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxft.adapters.prompt import attach_prompt
+from jaxft.checkpoint.peft_folder import Stored, refuse_unknown
+from jaxft.checkpoint.tensors import TensorSpec
+from jaxft.errors import ModelError
+
+PEFT_TYPE = "PROMPT_TUNING"
+KEY = "prompt_embeddings"
+READ = ("num_virtual_tokens", "token_dim", "num_layers")
+# How training began.
+HARMLESS = (
+    "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs",
+    "num_attention_heads",
+)  # fmt: skip
+
+
+def put(model: nnx.Module, config: Mapping[str, Any], specs: Mapping[str, TensorSpec], folder: str) -> tuple[str, ...]:
+    """Attaches a prompt of a folder's length, values still to be read."""
+    refuse_unknown(config, lambda name, value: name in READ or name in HARMLESS or one_submodule(name, value))
+    count = virtual_tokens(config, {"token_dim": model.config.hidden_size}, folder)
+    attach_prompt(model, jnp.zeros(count, jnp.int32))
+    return ()
+
+
+def stored(model: nnx.Module) -> Iterator[Stored]:
+    """The tensor that a folder has of a model's prompt."""
+    yield Stored(KEY, "prompt/embeddings")
+
+
+def fields(model: nnx.Module) -> dict[str, Any]:
+    """What adapter_config.json says of a model's prompt."""
+    return {
+        "num_virtual_tokens": model.virtual_tokens,
+        "token_dim": model.config.hidden_size,
+        "num_attention_heads": model.config.num_attention_heads,
+        "num_layers": model.config.num_hidden_layers,
+        "num_transformer_submodules": 1,
+        "prompt_tuning_init": "RANDOM",
+    }
+
+
+def one_submodule(name: str, value: Any) -> bool:
+    """Whether the field says that the base is one stack of layers, not an encoder and a decoder."""
+    return (name, value) == ("num_transformer_submodules", 1)
+
+
+def virtual_tokens(config: Mapping[str, Any], own: Mapping[str, Any], folder: str) -> int:
+    """How many there are. own: what fields must say of the model. Raises ModelError where one says something else."""
+    count = config.get("num_virtual_tokens")
+    if not isinstance(count, int) or count < 1:
+        raise ModelError(f"adapter_config.json has num_virtual_tokens={count!r}; it is a whole number above zero")
+    wrong = [
+        f"{name}={config[name]!r}, the model has {value}"
+        for name, value in own.items()
+        if config.get(name) not in (None, value)
+    ]
+    if wrong:
+        raise ModelError(f"the adapter in {folder} belongs to another model: {'; '.join(wrong)}")
+    return count

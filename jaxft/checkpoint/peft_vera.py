@@ -1,0 +1,138 @@
+"""VeRA in PEFT's folders.
+
+Keys: `<module>.vera_lambda_d` [r] and `.vera_lambda_b` [O], and for all layers together `base_model.vera_A` [r, I] and
+`base_model.vera_B` [O, r] of the largest I and O. A folder that leaves these out (`save_projection` false) means what
+PEFT draws from `projection_prng_key`; it is written with them.
+"""
+
+# I inputs, O outputs, r rank
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from jaxft.adapters.attach import adapters
+from jaxft.adapters.vera import VeRASettings, attach_vera, drawn
+from jaxft.checkpoint.peft_folder import (
+    PREFIX,
+    AdapterTensors,
+    MergeBlock,
+    ReadBlock,
+    Stored,
+    layers_named,
+    modules,
+    refuse_unknown,
+)
+from jaxft.checkpoint.tensors import TensorSource, TensorSpec
+from jaxft.errors import CheckpointError, ModelError
+from jaxft.models.tensor_map import TRANSPOSED
+
+PEFT_TYPE = "VERA"
+FACTORS = ("lambda_d", "lambda_b")
+SHARED = {"base_model.vera_A": "a", "base_model.vera_B": "b"}
+READ = ("r", "vera_dropout", "projection_prng_key", "save_projection", "target_modules", "d_initial", "init_weights")
+
+
+def put(model: nnx.Module, config: Mapping[str, Any], specs: Mapping[str, TensorSpec], folder: str) -> tuple[str, ...]:
+    """Attaches adapters to the layers that a folder's keys name, values still to be read.
+
+    What all layers share is drawn from the folder's seed.
+    """
+    paths = layers_named(model, [key for key in specs if key not in SHARED], "vera_lambda_", folder)
+    return attach_vera(model, paths, _settings(config))
+
+
+def stored(model: nnx.Module) -> Iterator[Stored]:
+    """The tensors that a folder has of a model's adapters."""
+    attached = adapters(model)
+    for module, path, piece in modules(model):
+        if path in attached:
+            for name in FACTORS:
+                yield Stored(f"{module}.vera_{name}", f"{path}/adapter/{name}", piece.at)
+    yield Stored("base_model.vera_A", "shared/a")
+    yield Stored("base_model.vera_B", "shared/b", transform=TRANSPOSED)
+
+
+def may_lack(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Keys that a folder may be without: what `put` gives the model stands for them."""
+    return () if config.get("save_projection", True) else tuple(SHARED)
+
+
+def fields(model: nnx.Module) -> dict[str, Any]:
+    """What adapter_config.json says of a model's adapters."""
+    settings = next(iter(adapters(model).values())).settings
+    return {
+        "r": settings.r,
+        "vera_dropout": settings.dropout,
+        "projection_prng_key": settings.seed,
+        "save_projection": True,
+        "target_modules": sorted({path.rsplit("/", 1)[-1] for path in adapters(model)}),
+        "bias": "none",
+    }
+
+
+def merging(base: TensorSource, config: Mapping[str, Any], source: AdapterTensors) -> dict[str, MergeBlock]:
+    """How the base's matrices, by name, are merged. Only the adapter's own tensors stay in memory.
+
+    Raises ModelError for settings not implemented, and CheckpointError listing tensors that name no matrix of the
+    base, lack their other half or have another shape.
+    """
+    settings, specs = _settings(config), base.specs()
+    found = _factors(specs, source, settings.r)
+    shapes = [specs[name].shape for name in found]
+    outputs, inputs = (max(sizes) for sizes in zip(*shapes, strict=True))
+    if set(SHARED) <= set(source.specs()):
+        a_rI, b_Or = (source.read(key).astype(np.float32) for key in SHARED)
+    elif config.get("save_projection", True):
+        raise CheckpointError(f"the adapter lacks {' or '.join(SHARED)}, though its save_projection is true")
+    else:
+        a_rI, b_Or = drawn(settings.r, inputs, outputs, settings.seed)
+    if a_rI.shape != (settings.r, inputs) or b_Or.shape != (outputs, settings.r):
+        raise CheckpointError(
+            f"the adapter's shared matrices are {list(a_rI.shape)} and {list(b_Or.shape)}, its layers want "
+            f"{[settings.r, inputs]} and {[outputs, settings.r]}"
+        )
+    return {name: _added(a_rI, b_Or, *factors) for name, factors in found.items()}
+
+
+def _added(a_rI: np.ndarray, b_Or: np.ndarray, lambda_d: np.ndarray, lambda_b: np.ndarray) -> MergeBlock:
+    def merge(read: ReadBlock, rows: tuple[int, int], columns: tuple[int, int]) -> np.ndarray:
+        wide = lambda_b[slice(*rows), None] * b_Or[slice(*rows)]
+        return read(rows, columns) + wide @ (lambda_d[:, None] * a_rI[:, slice(*columns)])
+
+    return merge
+
+
+def _factors(
+    specs: Mapping[str, TensorSpec], source: AdapterTensors, r: int
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    found: dict[str, dict[str, np.ndarray]] = {}
+    problems = []
+    for key, spec in source.specs().items():
+        module, _, part = key.removeprefix(PREFIX).rpartition(".vera_")
+        name = f"{module}.weight"
+        if key in SHARED:
+            continue
+        if not key.startswith(PREFIX) or part not in FACTORS or len(getattr(specs.get(name), "shape", ())) != 2:
+            problems.append(f"{key} names no linear layer of the base")
+            continue
+        expected = (r,) if part == "lambda_d" else (specs[name].shape[0],)
+        if spec.shape != expected:
+            problems.append(f"{key} is {list(spec.shape)}, the base wants {list(expected)}")
+        found.setdefault(name, {})[part] = source.read(key).astype(np.float32)
+    problems += [f"{name} has {', '.join(parts)} only" for name, parts in found.items() if len(parts) != 2]
+    if problems or not found:
+        listed = "\n  ".join(problems[:20] or ["it holds no adapter at all"])
+        raise CheckpointError(f"the adapter does not fit its base:\n  {listed}")
+    return {name: (parts["lambda_d"], parts["lambda_b"]) for name, parts in found.items()}
+
+
+def _settings(config: Mapping[str, Any]) -> VeRASettings:
+    refuse_unknown(config, lambda name, value: name in READ or (name, value) == ("bias", "none"))
+    if not isinstance(config.get("r"), int) or config["r"] < 1:
+        raise ModelError(f"adapter_config.json has r={config.get('r')!r}; a rank is a whole number above zero")
+    return VeRASettings(
+        r=config["r"], dropout=float(config.get("vera_dropout", 0.0)), seed=int(config.get("projection_prng_key") or 0)
+    )
