@@ -4,7 +4,10 @@ from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
-_API = ("evaluate", "export", "generate", "get_config", "load_model", "load_tokenizer", "plan", "train")
+_API = (
+    "combine_adapters", "evaluate", "export", "generate", "get_config", "load_adapters", "load_model",
+    "load_tokenizer", "plan", "train", "write_adapter",
+)  # fmt: skip
 __all__ = list(_API)
 
 

@@ -4,8 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxft import config as config_module
+from jaxft.adapters.combine import combine as combine_adapters  # noqa: F401
 from jaxft.checkpoint.load import LoadedModel
 from jaxft.checkpoint.load import load_model as load_model
+from jaxft.checkpoint.named_adapters import load_adapters as load_adapters
+from jaxft.checkpoint.named_adapters import write_named as write_adapter  # noqa: F401
 from jaxft.config import RunConfig
 from jaxft.data.tokenizer import Tokenizer
 from jaxft.data.tokenizer import load_tokenizer as load_tokenizer
