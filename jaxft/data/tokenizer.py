@@ -126,10 +126,21 @@ class Tokenizer:
         }
 
     def save(self, folder: str | os.PathLike[str]) -> list[str]:
-        """Write files that `AutoTokenizer.from_pretrained(folder)` reads back; returns their names."""
+        """Writes files that AutoTokenizer of transformers 4 and 5 reads back; returns their names."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         written = self.backend.save_pretrained(os.fspath(folder))
+        _in_older_words(Path(folder) / "tokenizer_config.json")
         return sorted(os.path.basename(path) for path in written if os.path.isfile(path))
+
+
+def _in_older_words(path: Path) -> None:
+    # transformers 4 does not know the plain class by its new name, nor a list under extra_special_tokens; 5 reads both.
+    settings = _json(path)
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def load_tokenizer(

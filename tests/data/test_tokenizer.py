@@ -227,6 +227,30 @@ def test_tokenizer_json_wins_over_the_class(folder_of, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "out").encode(text, add_special_tokens=False) == ours.encode(text)
 
 
+def test_what_is_saved_is_in_words_that_transformers_4_knows_too(folder_of, tmp_path):
+    ours = load_tokenizer(folder_of("chatml"))
+    ours.backend.add_special_tokens({"additional_special_tokens": ["<tool>", "<über>"]})
+    ours.backend.save_pretrained(tmp_path / "new")
+    ours.save(tmp_path / "out")
+    words = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert words["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert words["additional_special_tokens"] == ["<tool>", "<über>"] and "extra_special_tokens" not in words
+    new, out = (AutoTokenizer.from_pretrained(tmp_path / name) for name in ("new", "out"))
+    assert type(new) is type(out) and new.chat_template == out.chat_template
+    assert new.special_tokens_map == out.special_tokens_map and new.extra_special_tokens == out.extra_special_tokens
+    assert new.all_special_ids == out.all_special_ids and new.get_vocab() == out.get_vocab()
+    for text in (*TEXTS, "a <tool> b<über>"):
+        assert new(text) == out(text)
+
+
+def test_a_class_that_is_not_the_plain_one_keeps_its_name(folder_of, tmp_path):
+    ours = load_tokenizer(folder_of("chatml"))
+    named = type("QwenTokenizerFast", (type(ours.backend),), {})
+    ours.backend.__class__ = named
+    ours.save(tmp_path)
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"] == "QwenTokenizerFast"
+
+
 def test_class_names_the_end_where_settings_do_not(tokenizer_of, folder_of):
     folder = folder_of("chatml")
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
