@@ -66,7 +66,8 @@ def _low_rank_backward(parted: str, residuals: tuple[jax.Array, ...], grad: jax.
     grad_low = _narrow(jnp.einsum("...o,ro->...r", grad, b))
     grad_a = partition.split(jnp.einsum("...r,...i->ri", grad_low, x), *WHOLE[parted == "inputs"])
     grad_b = partition.split(jnp.einsum("...r,...o->ro", low, grad), *WHOLE[parted == "outputs"])
-    return grad_low @ a, grad_a, grad_b
+    # The small gradients are made before whatever waits for the large one: else x and grad are kept to the layer's end.
+    return jax.lax.optimization_barrier((grad_low @ a, grad_a, grad_b))
 
 
 low_rank.defvjp(_low_rank_forward, _low_rank_backward)

@@ -60,7 +60,7 @@ class Int4(QuantizedArray):
     def dense(self, dtype: jnp.dtype) -> jax.Array:
         """[..., I, O]"""
         codes = unpack(self.codes).astype(jnp.float32) - 8.0
-        return (blocks(codes, BLOCK) * self.scales[..., None, :]).astype(dtype).reshape(self.shape)
+        return (codes * self.scales[..., None, None, :]).astype(dtype).reshape(self.shape)
 
     def each(self, change: Callable[[jax.Array], jax.Array]) -> Self:
         """See `QuantizedArray.each`."""

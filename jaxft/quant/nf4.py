@@ -46,12 +46,11 @@ class NF4(QuantizedArray):
 
     def dense(self, dtype: jnp.dtype) -> jax.Array:
         """[..., I, O]: level times scale."""
-        *stack, inputs, outputs = self.shape
-        codes = unpack(self.codes).astype(jnp.int32).reshape(*stack, inputs // BLOCK, BLOCK, outputs)
-        # Every level is scaled before it is chosen, for 64 weights at once. A level by itself would not change from
-        # layer to layer, so that XLA spread it to the size of a kernel before the loop over layers, and kept it.
-        scales = scales_of(self.scales)[..., None, :]
-        return _chosen(codes, [level * scales for level in LEVELS]).astype(dtype).reshape(self.shape)
+        # Levels that come with the codes of a layer: else XLA would spread each to the size of a kernel before the loop
+        # over layers, and keep it.
+        packed, levels = jax.lax.optimization_barrier((self.codes, jnp.asarray(LEVELS)))
+        scales = scales_of(self.scales)[..., None, None, :]
+        return (_chosen(unpack(packed), list(levels)) * scales).astype(dtype).reshape(self.shape)
 
     def each(self, change: Callable[[jax.Array], jax.Array]) -> Self:
         """See `QuantizedArray.each`."""

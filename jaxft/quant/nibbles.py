@@ -1,6 +1,6 @@
 """Two 4-bit numbers in a byte."""
 
-# I inputs, O outputs
+# I inputs, O outputs, N blocks of 64 inputs
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ def pack(codes: jax.Array) -> jax.Array:
 
 
 def unpack(packed: jax.Array) -> jax.Array:
-    """Inverse of `pack`: uint8 [..., I, O]."""
+    """Inverse of `pack`, but for the shape: uint8 [..., N, 2, 32, O], where N, 2 and 32 together are I."""
     *stack, half, outputs = packed.shape
-    blocks = packed.reshape(*stack, half * 2 // BLOCK, BLOCK // 2, outputs)
-    return jnp.concatenate([blocks & 15, blocks >> 4], axis=-2).reshape(*stack, half * 2, outputs)
+    blocks = packed.reshape(*stack, half * 2 // BLOCK, 1, BLOCK // 2, outputs)
+    return blocks >> jnp.array([0, 4], jnp.uint8)[:, None, None] & 15

@@ -63,7 +63,7 @@ def test_nf4_is_theirs_bit_for_bit(shape, dtype):
     w = weight(shape, dtype)
     packed, state = bnb.quantize_4bit(w, blocksize=64, quant_type="nf4")
     ours = jax.jit(FORMATS["nf4"].quantise)(kernel(w))
-    np.testing.assert_array_equal(np.asarray(unpack(ours.codes)), codes_of(packed, shape))
+    np.testing.assert_array_equal(np.asarray(unpack(ours.codes)).reshape(shape[::-1]), codes_of(packed, shape))
     np.testing.assert_array_equal(np.asarray(ours.scales).T.ravel(), state.absmax.numpy())
     values = bnb.dequantize_4bit(packed, state)
     np.testing.assert_array_equal(np.asarray(ours.dense(kernel(w).dtype), np.float32), values.float().numpy().T)
