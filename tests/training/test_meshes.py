@@ -40,7 +40,9 @@ ADAPTERS = {
 }
 # As if trained a little, on two meshes: the other forms of LoRA, and modules trained whole.
 FORMS = {
-    "dora": AdapterConfig(r=4, target_modules="all-linear,lm_head", use_dora=True, init_lora_weights="olora"),
+    "dora": AdapterConfig(
+        r=4, alpha=4.0, target_modules="all-linear,lm_head", use_dora=True, init_lora_weights="olora"
+    ),
     "embeddings": AdapterConfig(
         r=4, target_modules="embed_tokens,q_proj,down_proj", rank_pattern="layers.0.self_attn.q_proj:2",
         modules_to_save="lm_head,norm",
