@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxft.training.dynamic_map import decode, encode
+from jaxft.quant.dynamic import decode, encode
 from jaxft.training.parameters import kind_of
 
 BLOCK = 256

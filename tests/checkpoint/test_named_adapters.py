@@ -179,7 +179,7 @@ def test_other_kinds_side_by_side(tiny_llama):
         named.activate("prompt", "other prompt")
     with pytest.raises(ModelError, match="'vera' and 'other vera' share other random matrices"):
         named.activate("vera", "other vera")
-    with pytest.raises(ModelError, match="'ia3' is not plain LoRA throughout"):
+    with pytest.raises(ModelError, match="'ia3' is not plain LoRA of one rank"):
         combine(named, "new", {"ia3": 1.0})
 
 

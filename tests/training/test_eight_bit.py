@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxft.training.dynamic_map import decode, encode
+from jaxft.quant.dynamic import decode, encode
 from jaxft.training.eight_bit import block_length, dequantized, in_8_bits, quantized, scale_by_adam_8bit
 
 RATE, B1, B2, EPS = 1e-2, 0.9, 0.99, 1e-8
