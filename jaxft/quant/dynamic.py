@@ -2,7 +2,7 @@
 
 Every decade from 1e-6 to 1 has twice as many numbers as the one below, evenly spaced in it, 1, 2, 4, ... 64 with a sign
 and twice that without; besides there are 0 and 1. They are bitsandbytes' dynamic map and code numbers. Code and number
-follow from each other by arithmetic too (`encode`, `decode`), since tables of 256 are slow where there is no cheap gather.
+follow from each other by arithmetic too (`encode`, `decode`): tables of 256 are slow where there is no cheap gather.
 """
 
 import functools
