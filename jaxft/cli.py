@@ -14,6 +14,11 @@ from jaxft.errors import ConfigError, JaxftError, Preempted, did_you_mean
 EXIT_REFUSED = 2
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: run the same command again to go on
 OVERRIDE = "--config."
+# What merging into a quantised base, or into what it was made of, changes.
+MERGED = {
+    "original_base": "against the trained model, merged into the base in its own precision",
+    "quantised_again": "against the trained model, should the merged one be quantised like its base",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -186,11 +191,22 @@ def _export(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     source = arguments.run or arguments.model
     if source is None or (arguments.run and arguments.model):
         raise ConfigError("give either --run=FOLDER or --model=PATH")
-    written = api.export(source, arguments.to, format=arguments.format, dtype=arguments.dtype, step=arguments.step)
+    written = api.export(
+        source,
+        arguments.to,
+        format=arguments.format,
+        dtype=arguments.dtype,
+        step=arguments.step,
+        base=arguments.base,
+    )
     if not arguments.json:
         checks = ", ".join(f"{reader} (logits within {value:.1e})" for reader, value in written["checks"].items())
         print(f"{written['folder']}: read back by {checks}")
         _say_left_out(written.get("left_out"), sys.stdout)
+        for name, what in MERGED.items():
+            if name in written:
+                figures = written[name]
+                print(f"{what}: logits within {figures['max']:.1e}, {figures['mean']:.1e} on average")
     return written
 
 
@@ -341,6 +357,9 @@ def _parser() -> argparse.ArgumentParser:
     option("--format", default="merged", help="merged (a whole Hugging Face folder) or adapter (PEFT)")
     option("--dtype", choices=("float32", "bfloat16"), help="stored type of a merged model")
     option("--step", type=int, help="a checkpoint of the run; the newest by default")
+    option(
+        "--base", choices=("trained", "original"), default="trained", help="of a quantised run: what to merge into"
+    )
 
     option = verb("convert", _convert, "one model format into another, tensor by tensor, compared at the end")
     option(

@@ -85,6 +85,12 @@ def check_export(live: LoadedModel, folder: str, *, stored: str, mesh: MeshPlan 
     return tuple(Check(reader, *apart) for reader, apart in (ours | agreed(by_peers)).items())
 
 
+def apart(found: np.ndarray, expected: np.ndarray) -> dict[str, float]:
+    """The largest and the mean difference of two sets of logits, as shares of the largest one expected."""
+    difference = np.abs(found - expected) / np.max(np.abs(expected))
+    return {"max": float(np.max(difference)), "mean": float(np.mean(difference))}
+
+
 def _base_logits(live: LoadedModel, tokens: np.ndarray) -> np.ndarray:
     base = nnx.merge(*nnx.split(live.module))
     detach(base)

@@ -1,5 +1,6 @@
 """Writing what was trained for others to use, and making sure that they can."""
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from jaxft.adapters.attach import adapters, virtual
 from jaxft.checkpoint import hf, peft
 from jaxft.checkpoint.load import LoadedModel, load_model
 from jaxft.checkpoint.resume import RunCheckpoints
-from jaxft.checkpoint.verify import Check, check_export
+from jaxft.checkpoint.verify import Check, apart, check_export, probe
 from jaxft.config import RunConfig
 from jaxft.data.tokenizer import Tokenizer, load_tokenizer
 from jaxft.errors import ConfigError, ExportError
@@ -24,29 +25,54 @@ from jaxft.training.optim import make_schedule
 from jaxft.training.state import create, saved_part, with_saved
 
 FORMATS = ("adapter", "merged")
+BASES = ("trained", "original")
 
 
 def export(
-    source: str, to: str, *, format: str = "merged", dtype: str | None = None, step: int | None = None
+    source: str,
+    to: str,
+    *,
+    format: str = "merged",
+    dtype: str | None = None,
+    step: int | None = None,
+    base: str = "trained",
 ) -> dict[str, Any]:
     """Writes a model as a PEFT folder (`adapter`) or a whole Hugging Face folder (`merged`).
 
     source: a run folder, a PEFT folder, a Hugging Face folder or a GGUF file. step: a checkpoint of a
-    run folder, its export or newest where None. dtype: stored type of a merged model. Returns the
+    run folder, its export or newest where None. dtype: stored type of a merged model. base: what the adapter of a run
+    with a quantised base is merged into: `trained`, the dense form of the quantised kernels, or `original`, the kernels
+    that they were made of, which gives another model than the one that was trained. Returns the
     folder, how far each reader's logits were from the live model's at most (`checks`) and on average (`mean`), as
     shares of the largest logit, which for `merged` is what merging changed; and what of a model that takes images
-    too was left out. Raises ExportError where one differs by more than rounding.
+    too was left out. Of a run with a quantised base also what merging loses: `original_base`, how far a model merged
+    into the original base is from the trained one, or `quantised_again`, how far the merged model would be once
+    quantised like its base. Raises ExportError where a reader differs by more than rounding.
     """
+    if base not in BASES:
+        raise ConfigError(f"base {base!r} is not one of {', '.join(BASES)}")
     if format not in FORMATS:
         raise ConfigError(f"format {format!r} is not one of {', '.join(FORMATS)}")
     target = Path(to)
     if target.exists() and any(target.iterdir()):
         raise ExportError(f"{to} is not empty: choose a new folder, so that nothing of an older export is mixed in")
     loaded = load_trained(source, step)
+    quantization = loaded.quantization if format == "merged" else None
+    if base == "original" and quantization is None:
+        raise ConfigError("base='original' is for merging a run's adapter whose base is quantised: this is no such run")
+    tokens = probe(loaded.module.config.vocab_size)
+    trained = loaded.logits(tokens) if quantization is not None else None
+    if base == "original":
+        loaded = load_trained(source, step, quantised=False)
     tokenizer = load_tokenizer(loaded.base, chat_template=_chat_template(source))
     target.mkdir(parents=True, exist_ok=True)
     checks = write(loaded, tokenizer, target, format=format, dtype=dtype)
     said = {} if loaded.left_out is None else {"left_out": loaded.left_out}
+    if base == "original":
+        said["original_base"] = apart(loaded.logits(tokens), trained)
+    elif quantization is not None:
+        again = load_model(to, dtype=str(loaded.module.dtype), quantization=quantization)
+        said["quantised_again"] = apart(again.logits(tokens), trained)
     figures = {"checks": {c.reader: c.difference for c in checks}, "mean": {c.reader: c.mean for c in checks}}
     return {"folder": str(target), "format": format} | figures | said
 
@@ -57,13 +83,17 @@ def _chat_template(source: str) -> str | None:
     return files.run_config(source).data.chat_template if is_run else None
 
 
-def load_trained(source: str, step: int | None = None) -> LoadedModel:
-    """A model of any kind; of a run folder, what a checkpoint holds."""
+def load_trained(source: str, step: int | None = None, *, quantised: bool = True) -> LoadedModel:
+    """A model of any kind; of a run folder, what a checkpoint holds. quantised: False puts a run's adapter on the base
+    in its own precision.
+    """
     if not os.path.isdir(os.path.join(source, files.CHECKPOINTS)):
         if step is not None:
             raise ConfigError(f"{source} is not a run folder, so it has no step {step}")
         return load_model(source)
     config = files.run_config(source)
+    if not quantised:
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, quantization=None))
     loaded = build_model(config)
     schedule = make_schedule(config.optim, 10**9)
     _, state = create(loaded.module, make_tx(config, loaded.module, schedule), config.seed)
