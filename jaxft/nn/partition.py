@@ -74,6 +74,18 @@ def split(x: jax.Array, *dimensions: Dimension | None) -> jax.Array:
     return x if alone() else jax.lax.with_sharding_constraint(x, spec(x.shape, dimensions))
 
 
+def whole_items(x: jax.Array, dimension: int) -> jax.Array:
+    """x, split along this dimension alone, by the axes that weights are gathered over, where they divide it."""
+    axes = axes_of("weight")
+    if alone() or not axes or x.shape[dimension] % ways("weight"):
+        return x
+    # In two steps, each of which is one exchange: what the tensor axis splits is joined last.
+    for rest in (P.UNCONSTRAINED, None):
+        entries = [axes if place == dimension else rest for place in range(x.ndim)]
+        x = jax.lax.with_sharding_constraint(x, P(*entries))
+    return x
+
+
 def gathered(x: jax.Array, stored: tuple[Dimension | None, ...], whole: tuple[Dimension | None, ...]) -> jax.Array:
     """x, which lies as `stored` says, brought to lie as `whole` says, while its gradient goes back to `stored`.
 

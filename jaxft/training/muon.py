@@ -50,10 +50,19 @@ def scale_by_orthogonal_momentum(momentum: float) -> optax.GradientTransformatio
 
 
 def orthogonal(x: jax.Array) -> jax.Array:
-    """Each matrix [..., I, O] with its singular values brought near 1, roughly between 0.7 and 1.2."""
+    """Each matrix [..., I, O] with its singular values brought near 1, roughly between 0.7 and 1.2.
+
+    On a mesh every device takes whole matrices of a stack: products of parts would have to be added up over devices
+    in every iteration. A stack that does not divide is filled up with zeros.
+    """
     if x.ndim == 3:
-        # Whole matrices on as many devices as the stack divides over: products of parts would be summed up each time.
-        x = partition.split(x, "both", None, None)
+        layers = x.shape[0]
+        x = jnp.pad(x, ((0, -layers % partition.ways("weight")), (0, 0), (0, 0)))
+        return _iterated(partition.whole_items(x, 0))[:layers]
+    return _iterated(partition.whole_items(x, 1) if x.ndim == 4 else x)
+
+
+def _iterated(x: jax.Array) -> jax.Array:
     tall = x.shape[-2] > x.shape[-1]
     x = jnp.swapaxes(x, -1, -2) if tall else x
     x /= jnp.maximum(jnp.linalg.norm(x, axis=(-2, -1), keepdims=True), TINY)
