@@ -150,7 +150,7 @@ class TrainConfig:
     accumulation_steps: int = 1
     epochs: float = 1.0
     steps: int | None = None  # where given, the run has so many steps, whatever epochs says
-    gradient_dtype: str | None = None  # of matrices' gradients until the update; None: model.dtype
+    gradient_dtype: str | None = None  # of matrices' gradients, summed over devices; None: model.dtype
     loss_type: str = "nll"
     label_smoothing_factor: float = 0.0
     z_loss: float = 0.0

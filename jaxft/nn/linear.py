@@ -22,6 +22,43 @@ TABLE_STORED, TABLE_WHOLE = ("tensor", "weight"), ("tensor", None)
 LOOKED_UP = ("replica", None, "weight")
 
 
+def product(x: jax.Array, kernel: jax.Array | QuantizedArray, parted: Literal["inputs", "outputs"]) -> jax.Array:
+    """x [..., I] @ kernel [I, O] in the type of x; a kernel of a wider type is rounded to it before it travels.
+
+    The gradient of a kernel comes out of the product over a device's rows, and of the sum over devices, in the kernel's
+    own type: float32 where it is kept so, and where `training.step` rounded it first, the narrower one.
+    """
+    if isinstance(kernel, QuantizedArray):
+        return through(jnp.matmul, partial(_gathered, parted), x, kernel)
+    if kernel.dtype == x.dtype:
+        return x @ partition.gathered(kernel, STORED[parted], WHOLE[parted])
+    return _wide_product(x, kernel, parted)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _wide_product(x: jax.Array, kernel: jax.Array, parted: str) -> jax.Array:
+    return x @ partition.gathered(kernel.astype(x.dtype), STORED[parted], WHOLE[parted])
+
+
+def _wide_forward(x: jax.Array, kernel: jax.Array, parted: str) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _wide_product(x, kernel, parted), (x, kernel)
+
+
+def _wide_backward(parted: str, residuals: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = residuals
+    whole = partition.gathered(kernel.astype(x.dtype), STORED[parted], WHOLE[parted])
+    grad_kernel = jnp.einsum("...i,...o->io", x, grad, preferred_element_type=kernel.dtype)
+    return grad @ whole.T, partition.split(grad_kernel.astype(kernel.dtype), *STORED[parted])
+
+
+_wide_product.defvjp(_wide_forward, _wide_backward)
+
+
+def _gathered(parted: str, kernel: QuantizedArray) -> QuantizedArray:
+    # Codes travel, not what they mean: a quarter of the bytes.
+    return kernel.each(lambda part: partition.gathered(part, STORED[parted], WHOLE[parted]))
+
+
 class Linear(nnx.Module):
     """`y = x @ kernel (+ bias)`, then the adapter's correction where one is attached.
 
@@ -70,18 +107,6 @@ class Linear(nnx.Module):
     def stored(self) -> dict[str, tuple[partition.Dimension | None, ...]]:
         """What the dimensions of every parameter are, stack axes left out, by its path from here."""
         return _with_adapter({"kernel": STORED[self.parted], "bias": BIAS_STORED[self.parted]}, self.adapter)
-
-
-def product(x: jax.Array, kernel: jax.Array | QuantizedArray, parted: str) -> jax.Array:
-    """x @ kernel, [..., I] and [I, O] -> [..., O], in the type of x, the kernel brought together from where it lies."""
-    if isinstance(kernel, QuantizedArray):
-        return through(jnp.matmul, partial(_gathered, parted), x, kernel)
-    return x @ partition.gathered(kernel.astype(x.dtype), STORED[parted], WHOLE[parted])
-
-
-def _gathered(parted: str, kernel: QuantizedArray) -> QuantizedArray:
-    # Codes travel, not what they mean: a quarter of the bytes.
-    return kernel.each(lambda part: partition.gathered(part, STORED[parted], WHOLE[parted]))
 
 
 class Embedding(nnx.Module):

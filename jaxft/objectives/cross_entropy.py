@@ -176,7 +176,7 @@ def _sums_and_gradients(unembed, chunk, spread, loss, moves, head, hidden_BSD, t
     batch, length, width = hidden_BSD.shape
     grad_BSD = jnp.swapaxes(grads_JBCD, 0, 1).reshape(batch, -1, width)[:, :length]
     grad_BSD = _gather(grad_BSD, jnp.argsort(order_BS, axis=1))
-    return _over_rows(total, spread), _reduced(head_grad, parts, spread, hidden_BSD.dtype), grad_BSD
+    return _over_rows(total, spread), _reduced(head_grad, parts, spread), grad_BSD
 
 
 def _pieces(unembed, chunk, spread, head, hidden_BSD, targets_BS, weights_BS):
@@ -247,8 +247,8 @@ def _gathered(head, spread, dtype):
     return [_along(x, spec, spread, dtype, gather) for x, spec in zip(head, spread.head, strict=True)]
 
 
-def _reduced(head_grad, parts, spread, dtype):
-    """Each device's sum over its rows, added up over all and brought to where the head is stored."""
+def _reduced(head_grad, parts, spread):
+    """Each device's sum over its rows, added up over all, in the head's own type, and brought to where it is stored."""
     if head_grad is None:
         return None
     if spread is None:
@@ -261,7 +261,7 @@ def _reduced(head_grad, parts, spread, dtype):
     for grad, part, spec in zip(head_grad, parts, spread.head, strict=True):
         scattered = [axis for entry in spec for axis in partition.names(entry)]
         rest = tuple(axis for axis in spread.all_axes if axis not in scattered)
-        grad = _along(grad, spec, spread, dtype, scatter)
+        grad = _along(grad, spec, spread, part.dtype, scatter)
         out.append((jax.lax.psum(grad, rest) if rest else grad).astype(part.dtype))
     return out
 

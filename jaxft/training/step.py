@@ -30,8 +30,10 @@ def make_train_step(
 ) -> Step:
     """`train_step(state, batch) -> (state, metrics)`, to be jitted by the caller.
 
-    gradient_dtype: of the gradients of matrices until the update, which is float32; the matrices are rounded to it
-    first, as layers that compute in it do anyhow. Gradients of micro-batches add up in float32.
+    gradient_dtype: of the gradients of matrices, in their sum over devices and until the update, which is float32; the
+    matrices are rounded to it first, as layers that compute in it do anyhow. Gradients of experts' matrices and of
+    adapters are summed over devices in the type of computation, whatever it is. Gradients of micro-batches add up in
+    float32.
     batch: a pytree of [B, ...] arrays, B a multiple of accumulation_steps. The gradient is that of
     (sum of losses) / (sum of weights) over the whole batch, however it is cut into micro-batches.
     metrics: loss (nats per trained token), grad_norm (before clipping), learning_rate,

@@ -90,9 +90,9 @@ def lively(name: str, array: np.ndarray, rng: np.random.Generator, gemma: bool) 
 
 @pytest.fixture(scope="module")
 def answers(llama_cpp, tmp_path_factory):
-    """name -> (path of the file, prompt, what llama.cpp says of the next token)."""
+    """(name, stored type) -> (path of the file, prompt, what llama.cpp says of the next token)."""
 
-    def ask(name):
+    def ask(name, dtype="float32"):
         config, rng = SIZES | CONFIGS[name], np.random.default_rng(0)
         if config["model_type"] == "qwen2":
             del config["head_dim"]
@@ -102,7 +102,7 @@ def answers(llama_cpp, tmp_path_factory):
         tensors = {hf: (TensorSpec(a.shape, a.dtype), lambda a=a: a) for hf, a in arrays.items()}
         path = str(tmp_path_factory.mktemp("tiny") / f"{name}.gguf")
         # llama.cpp looks for tokens of Phi-3 in a file that is named after it.
-        write_gguf(path, config, tensors, dtype="float32", tokenizer=tokenizer(), name="tiny")
+        write_gguf(path, config, tensors, dtype=dtype, tokenizer=tokenizer(), name="tiny")
         prompt = rng.integers(0, 256, PROMPT).tolist()
         choice = llama_cpp(path).complete(prompt, 1, logprobs=20)
         best = choice["logprobs"]["content"][0]["top_logprobs"]
@@ -131,6 +131,15 @@ def test_the_next_token_has_the_same_probabilities(answers, name):
         if set(change) <= set(model.hf_config):
             other = load_model_with(path, model.hf_config | change)
             assert difference(other.logits([prompt])[0, -1], theirs) > 5 * tolerance, what
+
+
+# llama.cpp rounds activations to the type of the matrix that it multiplies with.
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 1e-2), ("bfloat16", 1e-1)])
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+def test_files_of_narrower_types_give_nearly_the_same_probabilities(answers, name, dtype, tolerance):
+    path, prompt, theirs = answers(name, dtype)
+    found = difference(load_model(path).logits([prompt])[0, -1], theirs)
+    assert found < tolerance
 
 
 def load_model_with(path: str, config: dict):

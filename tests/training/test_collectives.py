@@ -40,13 +40,13 @@ ADAPTERS = 3 * 8 * (4 * 1024 + 3 * 1536) * 2
 
 @pytest.fixture
 def transfers(monkeypatch):
-    """transfers(kind, **axes): bytes that a chip receives in a step, by (kind of exchange, axes)."""
+    """transfers(kind, gradient, **axes): bytes that a chip receives in a step, by (kind of exchange, axes)."""
     for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
         monkeypatch.setenv(name, ENVIRONMENT[name])
     return received
 
 
-def received(kind, **axes):
+def received(kind, gradient="bfloat16", **axes):
     from jax.experimental import topologies
 
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
@@ -69,7 +69,7 @@ def received(kind, **axes):
     state = jax.tree.map(placed, shapes, plan.shardings(shapes))
     whole, weights = np.zeros((ROWS, LENGTH), np.int32), np.zeros((ROWS, LENGTH), np.float32)
     batch = jax.tree.map(lambda x: placed(x, plan.batch_sharding()), Batch(whole, whole, weights, whole, whole))
-    step = make_train_step(made["graphdef"], sft_loss, tx, schedule, gradient_dtype=jnp.dtype("bfloat16"))
+    step = make_train_step(made["graphdef"], sft_loss, tx, schedule, gradient_dtype=jnp.dtype(gradient))
     compiled = compile_step(step, state, batch, plan, "O1")
     costs = costs_of(parse(compiled.text), plan.axes, [device.id for device in plan.mesh.devices.flat])
     assert not costs.unknown
@@ -91,6 +91,15 @@ def test_full_fine_tuning_gathers_each_weight_twice_and_reduces_its_gradient_onc
     assert got.pop(("all-gather", ("fsdp",))) == about((2 * WEIGHTS + TOKENS) * others)
     assert got.pop(("reduce-scatter", ("fsdp",))) == about((WEIGHTS + TOKENS) * others)
     # Embedded tokens: each chip looks a part of every row of the table up.
+    assert got.pop(("all-to-all", ("fsdp",))) == about(2 * TOKENS / 8 * others)
+    assert sum(got.values()) < 0.01 * WEIGHTS
+
+
+def test_gradients_in_float32_are_reduced_in_it_and_weights_gathered_in_bfloat16_still(transfers):
+    got = transfers("none", gradient="float32", fsdp=8)
+    others = 7 / 8
+    assert got.pop(("all-gather", ("fsdp",))) == about((2 * WEIGHTS + TOKENS) * others)
+    assert got.pop(("reduce-scatter", ("fsdp",))) == about((2 * WEIGHTS + TOKENS) * others)
     assert got.pop(("all-to-all", ("fsdp",))) == about(2 * TOKENS / 8 * others)
     assert sum(got.values()) < 0.01 * WEIGHTS
 

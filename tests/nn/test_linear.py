@@ -1,0 +1,43 @@
+"""The product of a linear layer whose kernel is wider than its computation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxft.config import MeshConfig
+from jaxft.nn.linear import STORED, product
+from jaxft.sharding.mesh import make_mesh_plan
+
+
+def drawn(seed: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape, jnp.float32)
+
+
+@pytest.mark.parametrize("parted", ["inputs", "outputs"])
+@pytest.mark.parametrize("axes", [None, {"fsdp": 4, "tensor": 2}])
+def test_the_gradient_of_a_wide_kernel_is_not_rounded(parted, axes):
+    x, kernel, out = drawn(0, 8, 4, 16).astype(jnp.bfloat16), drawn(1, 16, 32), drawn(2, 8, 4, 32).astype(jnp.bfloat16)
+
+    def pulled(kernel):
+        y, pull = jax.vjp(lambda x, kernel: product(x, kernel, parted), x, kernel)
+        return y, *pull(out)
+
+    step = pulled
+    if axes is not None:
+        plan = make_mesh_plan(MeshConfig(**axes))
+        axes_of = {"weight": "fsdp", "tensor": "tensor"}
+        kernel = jax.device_put(kernel, NamedSharding(plan.mesh, P(*map(axes_of.get, STORED[parted]))))
+        step = plan.within(pulled)
+    y, grad_x, grad_kernel = jax.jit(step)(kernel)
+    assert (y.dtype, grad_x.dtype, grad_kernel.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
+    # Products of bfloat16 are exact in float32, so only the order of the sum differs.
+    expected = np.einsum("bsi,bso->io", np.float32(x), np.float32(out))
+    np.testing.assert_allclose(grad_kernel, expected, rtol=0, atol=1e-5)
+    narrow = pulled(kernel.astype(jnp.bfloat16))
+    for found, theirs in zip((y, grad_x), narrow[:2], strict=True):
+        np.testing.assert_allclose(np.float32(found), np.float32(theirs), rtol=2**-7, atol=2**-5)
+    assert narrow[2].dtype == jnp.bfloat16
+    assert np.abs(np.float32(narrow[2]) - expected).max() > 1e-3
