@@ -262,7 +262,7 @@ def _dotted(config: Row, prefix: str = "") -> list[str]:
 
 
 def _charts(rows: Sequence[Row], data: Row) -> dict[str, Markup | None]:
-    bins = [b for b in _listed(data.get("length_histogram")) if isinstance(b, list) and len(b) == 3]
+    bins = [b for b in _listed(data.get("histogram")) if isinstance(b, list) and len(b) == 3]
     bins = [b for b in bins if all(map(_is_number, b))]
     has = {key: bool(_series(rows, key)[0]) for key in ("loss", "eval_loss", "learning_rate", "tokens_per_second")}
     return {
@@ -307,7 +307,7 @@ def _draw_throughput(axes: Axes, rows: Sequence[Row]) -> None:
 
 def _draw_lengths(axes: Axes, bins: Sequence[Sequence[float]]) -> None:
     lows, highs, counts = zip(*bins, strict=True)
-    widths = [high - low for low, high in zip(lows, highs, strict=True)]
+    widths = [high - low + 1 for low, high in zip(lows, highs, strict=True)]
     axes.bar(lows, counts, widths, align="edge", color=LIGHT["train"], edgecolor=LIGHT["ground"], linewidth=1.5)
     _dress(axes, from_zero=True)
     axes.set_xlabel("tokens", color=LIGHT["quiet"])

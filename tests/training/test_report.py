@@ -27,7 +27,7 @@ def fill(folder: Path) -> None:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = {
         "rows": 640, "sequences": 131, "tokens": 2000, "trained_tokens": 500, "length_quantiles": {"p50": 141},
-        "length_histogram": [[0, 32, 5], [32, 64, 9]], "truncated": 0, "dropped": 3, "formats": {"messages": 640},
+        "histogram": [[0, 31, 5], [32, 63, 9]], "truncated": 0, "dropped": 3, "formats": {"messages": 640},
         "warnings": ["3 rows were <dropped>"],
     }  # fmt: skip
     (folder / "data.json").write_text(json.dumps(data))
@@ -157,7 +157,7 @@ def test_damaged_metrics_are_said(full):
     [
         {
             "metrics.jsonl": '{"step": 1, "loss": 2.0}\n',
-            "data.json": '{"tokens": 0, "trained_tokens": 0, "length_histogram": [[1], null, [0, null, 3]]}',
+            "data.json": '{"tokens": 0, "trained_tokens": 0, "histogram": [[1], null, [0, null, 3]]}',
             "scores.json": '{"tuned": {"value": 0.5}, "samples": [null, {}]}',
             "config.json": '{"model": {}, "adapter": {"kind": "none"}}',
         },
