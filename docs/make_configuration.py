@@ -30,6 +30,19 @@ MEANINGS = {
     "[adapters](adapters.md)",
     "adapter.feedforward_modules": "`ia3`: layers whose inputs are scaled, not outputs; names as in `target_modules`",
     "adapter.target_modules": "`all-linear` (all but the LM head), or names, comma separated: `q_proj,v_proj`",
+    "data.mixture": "several training sets in place of `train`, each under a name; see [mixtures](mixtures.md)",
+    "data.stages": "`0.7: general, domain=2; 0.3: domain`: shares of the steps, and the sets that take part; None: all "
+    "sets all the time",
+    "data.turns": "which answers of a row share a sequence: those that read there as when they were given; all, or the "
+    "run is refused; none; see [formats](formats.md#which-tokens-are-trained)",
+    "data.reasoning": "thoughts as the row has them; written into the content as `<think>`; left out",
+    "data.omissions": "where the chat template leaves out a part of a row: refuse, or warn and train on what it shows",
+    "data.mixture.NAME.split": "part of a set that has parts",
+    "data.mixture.NAME.format": "as `data.format`",
+    "data.mixture.NAME.prompt_field": "as `data.prompt_field`",
+    "data.mixture.NAME.completion_field": "as `data.completion_field`",
+    "data.mixture.NAME.text_field": "as `data.text_field`",
+    "data.mixture.NAME.train_on": "as `data.train_on`",
     "data.train_split": "which part of a set that has parts (datasets, tfds)",
     "data.prompt_field": "column of the prompts of a prompt/completion set",
     "data.eval": "held-out rows, in the same forms as `train`",
@@ -86,6 +99,9 @@ CHOICES = {
     "data.format": config_checks.FORMATS,
     "data.train_on": config_checks.TRAIN_ON,
     "data.truncation": config_checks.TRUNCATION,
+    "data.turns": config_checks.TURNS,
+    "data.reasoning": config_checks.REASONING,
+    "data.omissions": config_checks.OMISSIONS,
     "optim.name": config_checks.OPTIMIZERS,
     "optim.schedule": config_checks.SCHEDULES,
     "train.loss_type": config_checks.LOSS_TYPES,
@@ -136,10 +152,11 @@ def rows(cls: type, prefix: str) -> list[str]:
         if meaning is None:
             raise SystemExit(f"{key} has no meaning: write a comment beside it in jaxft/config.py")
         kind = getattr(hints[spec.name], "__name__", None) or str(hints[spec.name])
-        kind = kind.replace(" | ", " or ")
+        kind = "sections" if config.named(hints[spec.name]) else kind.replace(" | ", " or ")
         if key in CHOICES:
             kind = kind.replace("str", ", ".join(f"`{value}`" for value in CHOICES[key]))
-        lines.append(f"| `{key}` | {kind} | `{spec.default!r}` | {meaning} |")
+        default = spec.default if spec.default is not dataclasses.MISSING else spec.default_factory()
+        lines.append(f"| `{key}` | {kind} | `{default!r}` | {meaning} |")
     return lines
 
 
@@ -147,6 +164,9 @@ def page() -> str:
     """The text of configuration.md."""
     sections = {name: kind for name, kind in typing.get_type_hints(config.RunConfig).items()}
     sections = {name: kind for name, kind in sections.items() if dataclasses.is_dataclass(kind)}
+    for name, kind in tuple(sections.items()):
+        free = {field: config.named(of) for field, of in typing.get_type_hints(kind).items() if config.named(of)}
+        sections |= {f"{name}.{field}.NAME": of for field, of in free.items()}
     keys = {spec.name for spec in dataclasses.fields(config.RunConfig)}
     keys |= {f"{name}.{spec.name}" for name, kind in sections.items() for spec in dataclasses.fields(kind)}
     stale = sorted((MEANINGS.keys() | CHOICES.keys()) - keys)

@@ -93,20 +93,9 @@ def _quickstart(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
 
 def _data(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     from jaxft.config import load
-    from jaxft.data import load_tokenizer, prepare, print_examination, render_rows
+    from jaxft.runs.examine import examine
 
-    config = load(arguments.config, overrides)
-    tokenizer = load_tokenizer(
-        config.model.path, revision=config.model.revision, chat_template=config.data.chat_template
-    )
-    data = prepare(config, tokenizer)
-    console = _console(arguments)
-    print_examination(data.examination, console=console)
-    if data.eval_examination is not None:
-        print_examination(data.eval_examination, console=console)
-    render_rows(data.train_examples, tokenizer, limit=arguments.rows, console=console)
-    held_out = data.eval_examination
-    return data.examination.to_dict() | ({"eval": held_out.to_dict()} if held_out is not None else {})
+    return examine(load(arguments.config, overrides), _console(arguments), rows=arguments.rows)
 
 
 def _generate(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
@@ -173,7 +162,7 @@ def _eval(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     else:
         config = load(arguments.config, overrides)
         model_path = arguments.model or config.model.path
-    template = config.data.chat_template
+    template = folder.chat_template(arguments.run) if arguments.run is not None else config.data.chat_template
     if arguments.model is not None:
         tokenizer = api.load_tokenizer(arguments.model, chat_template=template)
     else:

@@ -21,6 +21,7 @@ from absl import flags
 from ml_collections import config_dict, config_flags
 
 from jaxft.config_checks import check, layers_in, names_in, pattern_in
+from jaxft.config_data import DataConfig, MixtureSet
 from jaxft.errors import ConfigError, did_you_mean
 
 
@@ -93,30 +94,6 @@ class AdapterConfig:
     def virtual_tokens(self) -> int:
         """How many virtual tokens every row begins with."""
         return self.num_virtual_tokens if self.kind in ("prompt", "prefix") else 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Where rows come from and how they become token sequences."""
-
-    train: str = ""  # .jsonl file, datasets folder, hf://owner/name, or tfds:name
-    eval: str | None = None
-    train_split: str = "train"  # for datasets and tfds
-    eval_split: str = "validation"
-    tfds_data_dir: str | None = None  # where tfds: sets stand; None: the default of TFDS
-    eval_fraction: float | None = None  # hold this share of `train` out when `eval` is not given
-    limit: int | None = None  # use only the first rows of train
-    eval_limit: int | None = None
-    format: str = "auto"
-    prompt_field: str = "prompt"  # columns of a prompt/completion set
-    completion_field: str = "completion"
-    text_field: str = "text"
-    chat_template: str | None = None  # path of a Jinja file that replaces the tokenizer's
-    train_on: str = "assistant"  # assistant turns, the last assistant turn, or all tokens
-    max_length: int = 1024  # tokens in a training sequence
-    truncation: str = "refuse"  # rows longer than max_length: refuse to start, drop, cut the right
-    packing: bool = True
-    shuffle: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,7 +211,19 @@ class RunConfig:
 
 def default_config() -> config_dict.ConfigDict:
     """A locked ConfigDict with every field of `RunConfig` at its default, for config files to fill."""
-    return config_dict.ConfigDict(_defaults(RunConfig)).lock()
+    config = config_dict.ConfigDict(_defaults(RunConfig)).lock()
+    config.data.mixture.unlock()  # its names are the file's own
+    return config
+
+
+def mixture_set(**fields: Any) -> config_dict.ConfigDict:
+    """A set for `config.data.mixture.NAME`, with every field of MixtureSet. Raises ConfigError for an unknown one."""
+    out = config_dict.ConfigDict(_defaults(MixtureSet)).lock()
+    for name, value in fields.items():
+        if name not in out:
+            raise ConfigError(f"a mixture set has no field {name!r}.{did_you_mean(name, out)}")
+        _set(out, name, value)
+    return out
 
 
 def load(path_with_arg: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> RunConfig:
@@ -286,12 +275,12 @@ def load_file(path_with_arg: str, assignments: Sequence[str]) -> config_dict.Con
 
 
 def _check_assignment(key: str, text: str) -> None:
-    kinds = _kinds()
-    if key not in kinds:
+    kind = _kind(key)
+    if kind is None:
         raise ConfigError(_unknown(key))
-    base = _base(kinds[key])
+    base = _base(kind)
     if text == "None":
-        if not _optional(kinds[key]):
+        if not _optional(kind):
             raise ConfigError(f"{key}=None: the field takes {base.__name__} and cannot be left out")
     elif base in (int, float):
         try:
@@ -326,6 +315,8 @@ def _defaults(cls: type) -> dict[str, Any]:
         kind, value = hints[spec.name], getattr(default, spec.name)
         if dataclasses.is_dataclass(kind):
             out[spec.name] = _defaults(kind)
+        elif named(kind):
+            out[spec.name] = config_dict.ConfigDict()
         elif _optional(kind):
             # A placeholder keeps the type of a field whose default is None.
             ref = config_dict.placeholder(_base(kind))
@@ -334,6 +325,11 @@ def _defaults(cls: type) -> dict[str, Any]:
         else:
             out[spec.name] = value
     return out
+
+
+def named(kind: Any) -> Any:
+    """The dataclass of a field that holds sections under free names; None for other fields."""
+    return typing.get_args(kind)[1] if typing.get_origin(kind) is dict else None
 
 
 def _optional(kind: Any) -> bool:
@@ -355,6 +351,9 @@ def _set(values: config_dict.ConfigDict, key: str, value: Any) -> None:
         raise ConfigError(_unknown(key))
     if isinstance(node.get_ref(name).get_type(), type) and isinstance(value, int) and not isinstance(value, bool):
         value = float(value) if node.get_ref(name).get_type() is float else value
+    if key == "data.mixture":
+        sets = {n: mixture_set(**_section(fields, f"{key}.{n}")) for n, fields in _section(value, key).items()}
+        value = config_dict.ConfigDict(sets)
     try:
         node[name] = value
     except (TypeError, ValueError) as error:
@@ -369,12 +368,21 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
     for name, value in values.items():
         kind, key = hints[name], prefix + name
         if dataclasses.is_dataclass(kind):
-            if not isinstance(value, Mapping):
-                raise ConfigError(f"config key {key!r} is a section; got {value!r}")
-            kwargs[name] = _build(kind, value, key + ".")
+            kwargs[name] = _build(kind, _section(value, key), key + ".")
+        elif named(kind):
+            kwargs[name] = {
+                n: _build(named(kind), _section(v, f"{key}.{n}"), f"{key}.{n}.")
+                for n, v in _section(value, key).items()
+            }
         else:
             kwargs[name] = _typed(key, value, kind)
     return cls(**kwargs)
+
+
+def _section(value: Any, key: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"config key {key!r} is a section; got {value!r}")
+    return value
 
 
 def _typed(key: str, value: Any, kind: Any) -> Any:
@@ -389,11 +397,20 @@ def _typed(key: str, value: Any, kind: Any) -> Any:
 
 
 def _kinds(cls: type = RunConfig, prefix: str = "") -> dict[str, Any]:
-    """The type of every field by its dotted key."""
+    """The type of every field by its dotted key; of sections under free names, with `NAME` for the name."""
     out = {}
     for name, kind in typing.get_type_hints(cls).items():
-        out |= _kinds(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(kind) else {prefix + name: kind}
+        if named(kind):
+            out |= _kinds(named(kind), f"{prefix}{name}.NAME.")
+        else:
+            out |= _kinds(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(kind) else {prefix + name: kind}
     return out
+
+
+def _kind(key: str) -> Any:
+    """The type of a field; None where there is none."""
+    parts = key.split(".")
+    return _kinds().get(key) or _kinds().get(".".join([*parts[:-2], "NAME", *parts[-1:]]))
 
 
 def _unknown(key: str) -> str:

@@ -29,13 +29,17 @@ SCHEDULES = ("constant", "linear", "cosine")
 FORMATS = ("auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text")
 TRAIN_ON = ("assistant", "last", "all")
 TRUNCATION = ("refuse", "drop", "right")
+TURNS = ("auto", "together", "split")
+REASONING = ("keep", "inline", "drop")
+OMISSIONS = ("refuse", "warn")
 EVAL_FIGURES = ("eval_loss", "eval_perplexity", "eval_mean_token_accuracy")
 LOSS_TYPES = ("nll", "dft")
 METRICS = ("exact_match", "json_valid", "json_exact")
 CHOICES = {
     "model.dtype": DTYPES, "model.param_dtype": DTYPES, "model.remat": REMAT_POLICIES,
     "model.quantization": QUANTIZATIONS, "adapter.kind": ADAPTERS,
-    "data.format": FORMATS, "data.train_on": TRAIN_ON, "data.truncation": TRUNCATION, "optim.name": OPTIMIZERS,
+    "data.format": FORMATS, "data.train_on": TRAIN_ON, "data.truncation": TRUNCATION, "data.turns": TURNS,
+    "data.reasoning": REASONING, "data.omissions": OMISSIONS, "optim.name": OPTIMIZERS,
     "optim.schedule": SCHEDULES, "optim.moments_dtype": DTYPES, "train.gradient_dtype": DTYPES,
     "train.loss_type": LOSS_TYPES, "checkpoint.best_mode": ("min", "max"), "checkpoint.best_metric": EVAL_FIGURES,
     "eval.metric": METRICS,
@@ -73,6 +77,7 @@ def check(config: Any) -> None:
             value = _value(config, key)
             if value is not None and not fits(value):
                 raise ConfigError(f"{key}={value} must {must}")
+    _check_mixture(config.data)
     _check_step(config)
     _check_optimizer(config)
     _check_loss(config.train)
@@ -119,8 +124,11 @@ def _check_step(config: Any) -> None:
     optim, train = config.optim, config.train
     if not config.model.path:
         raise ConfigError("model.path is empty: give a Hugging Face folder, a GGUF file or hf://owner/name")
-    if not config.data.train:
-        raise ConfigError("data.train is empty: give a .jsonl file, a datasets folder, hf://owner/name or tfds:name")
+    if not config.data.train and not config.data.mixture:
+        raise ConfigError(
+            "data.train is empty: give a .jsonl file, a datasets folder, hf://owner/name or tfds:name, or several of "
+            "them in data.mixture"
+        )
     if optim.warmup_steps is not None and optim.warmup_ratio is not None:
         raise ConfigError("give at most one of optim.warmup_steps and optim.warmup_ratio; set the other to None")
     if not 0 <= optim.min_ratio <= 1:
@@ -219,6 +227,35 @@ def _check_virtual_tokens(config: Any) -> None:
         )
     if config.adapter.prompt_init_text is not None and kind != "prompt":
         raise ConfigError(f"adapter.prompt_init_text is of adapter.kind='prompt', not of {kind!r}: set it to None")
+
+
+def _check_mixture(data: Any) -> None:
+    if data.mixture and data.train:
+        raise ConfigError(f"data.train={data.train!r} and data.mixture both name training sets; set data.train=''")
+    for name, one in data.mixture.items():
+        key = f"data.mixture.{name}"
+        if not re.fullmatch(r"[A-Za-z_]\w*", name):
+            raise ConfigError(
+                f"{key}: the name of a set is made of letters, digits and _, so that it can be overridden"
+            )
+        if not one.path:
+            raise ConfigError(f"{key}.path is empty: give what data.train would take")
+        for own, choices in (("format", FORMATS), ("train_on", TRAIN_ON)):
+            value = getattr(one, own)
+            if value is not None and value not in choices:
+                raise ConfigError(f"{key}.{own}={value!r} is not one of {', '.join(choices)}")
+        if one.weight < 0:
+            raise ConfigError(f"{key}.weight={one.weight} must not be negative")
+        for own in ("limit", "max_epochs"):
+            if getattr(one, own) is not None and getattr(one, own) <= 0:
+                raise ConfigError(f"{key}.{own}={getattr(one, own)} must be above zero")
+    if data.stages is not None and not data.mixture:
+        raise ConfigError(f"data.stages={data.stages!r} weighs the sets of data.mixture, which is empty")
+    if data.mixture:
+        taking_part = {name for _, weights in data.schedule for name in weights}
+        idle = sorted(set(data.mixture) - taking_part)
+        if idle:
+            raise ConfigError(f"data.mixture: {', '.join(idle)} would never be trained on; leave it out, or weigh it")
 
 
 def _check_held_out(config: Any) -> None:

@@ -23,9 +23,15 @@ def with_arg(config: ConfigDict, arg: str | None) -> ConfigDict:
     config.model.param_dtype = "float32"
     config.adapter.r = min(config.adapter.r, 8)
     quickstart = ASSETS / "quickstart"
+    for name in config.data.mixture:
+        config.data.mixture[name].update(
+            path=str(quickstart / "train.jsonl"), split=None, format=None, limit=24 // len(config.data.mixture),
+            max_epochs=None,
+        )  # fmt: skip
     config.data.update(
-        train=str(quickstart / "train.jsonl"), eval=str(quickstart / "heldout.jsonl"), eval_fraction=None,
-        limit=24, eval_limit=4, format="auto", chat_template=None, max_length=512, truncation="drop",
+        train="" if config.data.mixture else str(quickstart / "train.jsonl"),
+        eval=str(quickstart / "heldout.jsonl"), eval_fraction=None, limit=24, eval_limit=4,
+        format="auto", chat_template=None, max_length=512, truncation="drop",
     )  # fmt: skip
     config.train.update(batch_size=8, steps=4, log_every=1)
     # The tiny model has no experts.

@@ -7,7 +7,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "jaxft"
 FLOORS = {
-    "errors": 0, "config": 0, "config_checks": 0, "trees": 0, "assets": 0, "gguf_header": 0, "quant": 0,
+    "errors": 0, "config": 0, "config_checks": 0, "config_data": 0, "trees": 0, "assets": 0, "gguf_header": 0,
+    "quant": 0,
     "nn": 1, "smoke": 1,
     "models": 2, "adapters": 2,
     "sharding": 3, "checkpoint": 3, "data": 3,
@@ -19,7 +20,9 @@ FLOORS = {
 # Rooms of one floor that know each other, each for a reason.
 NEIGHBOURS = {
     ("config_checks", "errors"),
+    ("config_data", "errors"),
     ("config", "config_checks"),
+    ("config", "config_data"),
     ("config", "errors"),  # a config is refused with a ConfigError
     ("gguf_header", "errors"),
     ("checkpoint", "sharding"),  # weights are read straight to where they live

@@ -20,16 +20,19 @@ if TYPE_CHECKING:
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 BINS = 12
+NAMED = 10  # rows that an error names
 
 
 @dataclass(frozen=True, kw_only=True)
 class Examination:
     """What a set holds once it is tokenised. Lengths are in tokens.
 
-    rows: read. examples: kept. truncated, dropped: rows that were longer than max_length.
+    rows: read. examples: kept, of which a row has several where its answers cannot share a sequence. truncated,
+    dropped: examples that were longer than max_length.
     sequences: of max_length tokens that the examples fill; fill: the share of them that is not padding.
-    quantiles: of the lengths of all rows, before truncation, by "p0" to "p100".
-    histogram: of the same, as (from, to, rows), the bounds inclusive. formats: rows of each.
+    quantiles: of the lengths of all examples, before truncation, by "p0" to "p100".
+    histogram: of the same, as (from, to, examples), the bounds inclusive. formats: rows of each. holds: rows with a
+    system message, several answers, tools, tool calls, thoughts, answers that are not to be trained.
     """
 
     source: str
@@ -45,6 +48,7 @@ class Examination:
     quantiles: dict[str, int]
     histogram: tuple[tuple[int, int, int], ...]
     formats: dict[str, int]
+    holds: dict[str, int] = dataclasses.field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -60,22 +64,23 @@ def examine(
     where: Callable[[int], str],
     source: str = "the data",
     formats: Counter[str] | None = None,
+    holds: Counter[str] | None = None,
+    notes: Counter[str] | None = None,
 ) -> tuple[list[Example], Examination]:
     """The examples that can be trained on, none longer than max_length, and what was found.
 
     config: its max_length, packing, and truncation: what becomes of a longer row (`refuse` to
     start, `drop` it, cut it on the `right`). stop_ids: the tokens that end an answer.
-    where: the name of a row in errors, from its index. formats: how many rows were of each.
-    Raises DataError where the set is empty, rows are too long and truncation is `refuse`, a row
-    trains on zero tokens, or no example trains its end token.
+    where: the name of a row in errors, from its index. formats, holds: how many rows were of each format or
+    have such parts. notes: as `encode_all` gives them. Raises DataError where the set is empty, rows are too long
+    and truncation is `refuse`, rows train on zero tokens, or no example trains its end token.
     """
     if not examples:
         raise DataError(f"{source} has no rows, so there is nothing to train on")
     max_length = config.max_length
     lengths = np.array([len(example) for example in examples])
-    for example in examples:
-        if not example.mask.any():
-            raise DataError(f"{where(example.row)} trains on zero tokens: its answer is empty")
+    rows = len({example.row for example in examples})
+    _refuse_untrained(examples, rows, where, source)
     too_long = int((lengths > max_length).sum())
     kept = _shortened(examples, lengths, config, where, source)
     ended = sum(int(e.mask[-1]) and int(e.tokens[-1]) in stop_ids for e in kept)
@@ -89,7 +94,7 @@ def examine(
     dropped = too_long if config.truncation == "drop" else 0
     found = Examination(
         source=source,
-        rows=len(examples),
+        rows=rows,
         examples=len(kept),
         tokens=tokens,
         trained_tokens=sum(int(e.mask.sum()) for e in kept),
@@ -98,17 +103,59 @@ def examine(
         dropped=dropped,
         sequences=len(plan),
         fill=tokens / (len(plan) * max_length),
-        quantiles={f"p{q * 100:g}": int(np.quantile(lengths, q, method="higher")) for q in QUANTILES},
+        quantiles=_quantiles(lengths),
         histogram=_histogram(lengths),
         formats=dict(formats or {}),
+        holds=dict(holds or {}),
     )
-    return kept, dataclasses.replace(found, warnings=_warnings(found, len(kept) - ended))
+    return kept, dataclasses.replace(found, warnings=_warnings(found, len(kept) - ended, notes or Counter()))
+
+
+def together(found: Sequence[Examination], examples: Sequence[Example], what: str) -> Examination:
+    """One examination of several sets, each of which is packed by itself; of one set, its own.
+
+    examples: kept, of all sets. Quantiles and histogram are of these, after truncation. what: the sets' common name.
+    """
+    if len(found) == 1:
+        return found[0]
+
+    def total(name: str) -> Any:
+        return sum((getattr(one, name) for one in found[1:]), getattr(found[0], name))
+
+    def counted(name: str) -> dict[str, int]:
+        return dict(sum((Counter(getattr(one, name)) for one in found), Counter()))
+
+    lengths = np.array([len(example) for example in examples])
+    summed = ("rows", "examples", "tokens", "trained_tokens", "truncated", "dropped", "sequences")
+    sums = {name: total(name) for name in summed}
+    return Examination(
+        source=f"{len(found)} {what}",
+        max_length=found[0].max_length,
+        fill=sums["tokens"] / (sums["sequences"] * found[0].max_length),
+        quantiles=_quantiles(lengths),
+        histogram=_histogram(lengths),
+        formats=counted("formats"),
+        holds=counted("holds"),
+        warnings=tuple(f"{one.source}: {warning}" for one in found for warning in one.warnings),
+        **sums,
+    )
 
 
 def repeated(train: Sequence[Example], held_out: Sequence[Example]) -> int:
     """How many held-out examples stand in train too, token for token."""
     seen = {example.tokens.tobytes() for example in train}
     return sum(example.tokens.tobytes() in seen for example in held_out)
+
+
+def _refuse_untrained(examples: Sequence[Example], rows: int, where: Callable[[int], str], source: str) -> None:
+    silent = [where(example.row) for example in examples if not example.mask.any()]
+    if silent:
+        more = f" and {len(silent) - NAMED:,} more" if len(silent) > NAMED else ""
+        raise DataError(
+            f"{len(silent):,} of {rows:,} rows of {source} train on zero tokens: {', '.join(silent[:NAMED])}{more}. "
+            "Every answer in them is empty or marked not to be trained (train: false, weight: 0): remove these rows, "
+            "or the marks."
+        )
 
 
 def _shortened(
@@ -125,35 +172,43 @@ def _shortened(
     longest = int(lengths.argmax())
     if truncation == "refuse":
         raise DataError(
-            f"{len(over):,} of {len(examples):,} rows of {source} are longer than data.max_length={max_length}; the "
-            f"longest, {where(examples[longest].row)}, has {lengths[longest]:,} tokens. Set "
+            f"{len(over):,} of {len(examples):,} examples of {source} are longer than data.max_length={max_length}; "
+            f"the longest, {where(examples[longest].row)}, has {lengths[longest]:,} tokens. Set "
             f"data.max_length={lengths[longest]}, or data.truncation to 'drop' or 'right'."
         )
     if truncation == "drop":
         kept = [example for example, length in zip(examples, lengths, strict=True) if length <= max_length]
         if not kept:
             raise DataError(
-                f"every one of the {len(examples):,} rows of {source} is longer than data.max_length={max_length} and "
-                f"was dropped; the shortest has {lengths.min():,} tokens. Raise data.max_length."
+                f"every one of the {len(examples):,} examples of {source} is longer than data.max_length={max_length} "
+                f"and was dropped; the shortest has {lengths.min():,} tokens. Raise data.max_length."
             )
         return kept
     cut = [dataclasses.replace(e, tokens=e.tokens[:max_length], mask=e.mask[:max_length]) for e in examples]
     empty = [example for example in cut if not example.mask.any()]
     if empty:
         raise DataError(
-            f"{len(empty):,} rows of {source} train on zero tokens once they are cut to data.max_length={max_length}: "
-            f"the first is {where(empty[0].row)}, whose prompt alone is that long. Raise data.max_length, or set "
-            "data.truncation='drop'."
+            f"{len(empty):,} examples of {source} train on zero tokens once they are cut to "
+            f"data.max_length={max_length}: the first is {where(empty[0].row)}, whose prompt alone is that long. Raise "
+            "data.max_length, or set data.truncation='drop'."
         )
     return cut
 
 
-def _warnings(found: Examination, unended: int) -> tuple[str, ...]:
+def _warnings(found: Examination, unended: int, notes: Counter[str]) -> tuple[str, ...]:
     warnings = []
+    if notes["split"]:
+        warnings.append(
+            f"{notes['split']:,} rows are cut into a sequence for each answer that the chat template rewrites later: "
+            f"{found.rows:,} rows became {found.examples + found.dropped:,} examples (data.turns)"
+        )
+    for what, count in notes.items():
+        if what != "split":
+            warnings.append(f"in {count:,} rows the chat template leaves {what} out (data.omissions)")
     if found.dropped:
-        warnings.append(f"{found.dropped:,} rows are longer than {found.max_length} tokens and were dropped")
+        warnings.append(f"{found.dropped:,} examples are longer than {found.max_length} tokens and were dropped")
     if found.truncated:
-        warnings.append(f"{found.truncated:,} rows are longer than {found.max_length} tokens and were cut")
+        warnings.append(f"{found.truncated:,} examples are longer than {found.max_length} tokens and were cut")
     if unended:
         warnings.append(f"{unended:,} examples do not end in a trained end token")
     if found.fill < 0.5 and found.sequences > 1:
@@ -166,6 +221,10 @@ def _warnings(found: Examination, unended: int) -> tuple[str, ...]:
         mixed = ", ".join(f"{count:,} {name}" for name, count in found.formats.items())
         warnings.append(f"rows are of several formats ({mixed})")
     return tuple(warnings)
+
+
+def _quantiles(lengths: np.ndarray) -> dict[str, int]:
+    return {f"p{q * 100:g}": int(np.quantile(lengths, q, method="higher")) for q in QUANTILES}
 
 
 def _histogram(lengths: np.ndarray) -> tuple[tuple[int, int, int], ...]:
@@ -205,8 +264,8 @@ def render_rows(
             console.print()
 
 
-def print_examination(found: Examination, *, console: "Console | None" = None) -> None:
-    """Print the counts, the length histogram as bars, and the warnings."""
+def print_examination(found: Examination, *, console: "Console | None" = None, name: str | None = None) -> None:
+    """Print the counts, the length histogram as bars, and the warnings. name: stands before the source."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -214,15 +273,18 @@ def print_examination(found: Examination, *, console: "Console | None" = None) -
     console = console or Console()
     share = found.trained_tokens / found.tokens
     formats = ", ".join(f"{name} {count:,}" for name, count in found.formats.items())
-    console.print(Text(found.source, style="bold"))
+    holds = ", ".join(f"{name} {count:,}" for name, count in found.holds.items() if count)
+    console.print(Text(f"{name}: {found.source}" if name else found.source, style="bold"), soft_wrap=True)
     console.print(
-        f"{found.rows:,} rows ({formats or 'unknown format'}), {found.tokens:,} tokens, "
-        f"{found.trained_tokens:,} trained ({share:.0%})\n"
-        f"{found.sequences:,} sequences of {found.max_length:,}, {found.fill:.0%} full; "
-        f"{found.truncated:,} rows cut, {found.dropped:,} dropped",
+        f"{found.rows:,} rows ({formats or 'unknown format'}), "
+        + (f"{found.examples:,} examples, " if found.examples + found.dropped != found.rows else "")
+        + f"{found.tokens:,} tokens, {found.trained_tokens:,} trained ({share:.0%})\n"
+        + (f"rows with {holds}\n" if holds else "")
+        + f"{found.sequences:,} sequences of {found.max_length:,}, {found.fill:.0%} full; "
+        f"{found.truncated:,} examples cut, {found.dropped:,} dropped",
         highlight=False,
     )
-    table = Table("tokens", "rows", "", box=None, pad_edge=False)
+    table = Table("tokens", "examples", "", box=None, pad_edge=False)
     most = max(count for _, _, count in found.histogram)
     for low, high, count in found.histogram:
         over = "red" if low > found.max_length else "green"

@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from jaxft.config import DataConfig
+from jaxft.data.reasoning import FIELDS
 from jaxft.data.sources import Rows
+from jaxft.data.tool_calls import BadCall, calls_of, tools_of
 from jaxft.errors import DataError, did_you_mean
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -17,13 +19,20 @@ SPEAKERS = {
 }  # fmt: skip
 
 
+# What a turn of ShareGPT may hold beside its text, as OpenAI's messages do.
+BESIDE = (*FIELDS, "train", "weight", "name", "tool_calls", "tool_call_id")
+# Variables of every rendering, which a row cannot set.
+RESERVED = ("messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Conversation:
     """One row, whatever its format: a chat (messages), or plain text (prompt and completion).
 
     row: index in its source. where: how errors call it. format: the format it was written in.
     messages: OpenAI messages, empty for plain text. tools: JSON schemas the template may show.
-    first_trained: index of the first message that may be trained on.
+    first_trained: index of the first message that may be trained on. untrained: those that are marked otherwise.
+    template_kwargs: variables of the chat template for this row, such as enable_thinking.
     prompt, completion: plain text; of a `text` row the prompt is empty.
     """
 
@@ -33,6 +42,8 @@ class Conversation:
     messages: tuple[dict[str, Any], ...] = ()
     tools: tuple[dict[str, Any], ...] = ()
     first_trained: int = 0
+    untrained: frozenset[int] = frozenset()
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
     prompt: str = ""
     completion: str = ""
 
@@ -50,8 +61,11 @@ def read_row(fields: Mapping[str, Any], config: DataConfig, *, row: int, where: 
     """
     name = config.format if config.format != "auto" else detect(fields, config, where)
     try:
-        return Conversation(row=row, where=where, format=name, **READERS[name](fields, config))
-    except _Problem as problem:
+        read = READERS[name](fields, config)
+        if "messages" in read:
+            read |= _marks(read["messages"]) | {"tools": tools_of(fields), "template_kwargs": _template_kwargs(fields)}
+        return Conversation(row=row, where=where, format=name, **read)
+    except (_Problem, BadCall) as problem:
         raise DataError(f"{where} ({name}): {problem}") from problem
 
 
@@ -84,8 +98,7 @@ class _Problem(ValueError):
 
 
 def _messages(row: Mapping[str, Any], config: DataConfig) -> dict[str, Any]:
-    messages = _checked(_field(row, "messages"), "messages")
-    return {"messages": messages, "tools": _tools(row)}
+    return {"messages": _checked(_field(row, "messages"), "messages")}
 
 
 def _prompt_completion(row: Mapping[str, Any], config: DataConfig) -> dict[str, Any]:
@@ -101,7 +114,7 @@ def _prompt_completion(row: Mapping[str, Any], config: DataConfig) -> dict[str, 
         )
     before = _checked(prompt, config.prompt_field, answer=False)
     after = _checked(completion, config.completion_field)
-    return {"messages": before + after, "first_trained": len(before), "tools": _tools(row)}
+    return {"messages": before + after, "first_trained": len(before)}
 
 
 def _alpaca(row: Mapping[str, Any], config: DataConfig) -> dict[str, Any]:
@@ -116,12 +129,13 @@ def _alpaca(row: Mapping[str, Any], config: DataConfig) -> dict[str, Any]:
     if row.get("input"):
         question = f"{question}\n{row['input']}"
     messages += [{"role": "user", "content": question}, {"role": "assistant", "content": _field(row, "output")}]
-    return {"messages": _checked(messages, "instruction/output"), "tools": _tools(row)}
+    return {"messages": _checked(messages, "instruction/output")}
 
 
 def _sharegpt(row: Mapping[str, Any], config: DataConfig) -> dict[str, Any]:
     messages = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    for number, turn in enumerate(_list(_field(row, "conversations"), "conversations"), 1):
+    turns = _list(_field(row, "conversations"), "conversations")
+    for number, turn in enumerate(turns, 1):
         speaker = turn.get("from", turn.get("role"))
         if speaker not in SPEAKERS:
             hint = did_you_mean(str(speaker), SPEAKERS)
@@ -129,9 +143,9 @@ def _sharegpt(row: Mapping[str, Any], config: DataConfig) -> dict[str, Any]:
         value = turn.get("value", turn.get("content"))
         message = {"role": SPEAKERS[speaker], "content": value}
         if speaker == "function_call":
-            message = {"role": "assistant", "tool_calls": [{"type": "function", "function": _json(value, number)}]}
-        messages.append(message)
-    return {"messages": _checked(messages, "conversations"), "tools": _tools(row)}
+            message = {"role": "assistant", "tool_calls": value}
+        messages.append({name: turn[name] for name in BESIDE if name in turn} | message)
+    return {"messages": _checked(messages, "conversations")}
 
 
 def _text(row: Mapping[str, Any], config: DataConfig) -> dict[str, Any]:
@@ -185,10 +199,15 @@ def _message(message: Mapping[str, Any], number: int) -> dict[str, Any]:
         raise _Problem(
             f"message {number} has role {role!r}; known: {', '.join(ROLES)}.{did_you_mean(str(role), ROLES)}"
         )
-    if message.get("tool_calls"):
-        message["tool_calls"] = [_tool_call(call, number) for call in message["tool_calls"]]
-    else:
-        message.pop("tool_calls", None)
+    calls = calls_of(message, number)
+    message = {k: v for k, v in message.items() if k not in ("tool_calls", "function_call")}
+    if calls:
+        message["tool_calls"] = calls
+    for name in FIELDS:
+        if not isinstance(message.get(name, ""), str):
+            raise _Problem(
+                f"message {number} ({role}) has {name} of type {type(message[name]).__name__}; it must be text"
+            )
     content = message.get("content")
     if isinstance(content, list):
         message["content"] = content = _joined(content, number)
@@ -207,34 +226,40 @@ def _joined(parts: list[Any], number: int) -> str:
     return "".join(part["text"] for part in parts)
 
 
-def _tool_call(call: Any, number: int) -> dict[str, Any]:
-    if not isinstance(call, Mapping):
-        raise _Problem(f"message {number} has a tool call that is not an object: {str(call)[:60]!r}")
-    call = dict(call)
-    function = dict(call.get("function") or {})
-    # OpenAI writes arguments as JSON text; templates print the object they stand for.
-    if isinstance(function.get("arguments"), str):
-        function["arguments"] = _json(function["arguments"], number)
-    return {**call, "function": function} if function else call
+def _marks(messages: tuple[dict[str, Any], ...]) -> dict[str, Any]:
+    """The messages without their `train` and `weight`, and which answers these switch off.
+
+    `train: true/false` and OpenAI's `weight: 0/1` say the same of one message; without either it is trained.
+    """
+    untrained, bare = set(), []
+    for index, message in enumerate(messages):
+        marks = {name: message[name] for name in ("train", "weight") if name in message}
+        for name, value in marks.items():
+            if value not in (0, 1):
+                raise _Problem(f"message {index + 1} has {name}: {value!r}; it may be 0 or 1, or false or true")
+        if len({bool(value) for value in marks.values()}) > 1:
+            raise _Problem(f"message {index + 1} has train: {marks['train']} and weight: {marks['weight']}; keep one")
+        if any(marks.values()) and message["role"] != "assistant":
+            raise _Problem(
+                f"message {index + 1} ({message['role']}) is marked to be trained, but only answers can be: remove its "
+                "train or weight, or train on everything with data.train_on='all'"
+            )
+        if marks and not any(marks.values()) and message["role"] == "assistant":
+            untrained.add(index)
+        bare.append({name: value for name, value in message.items() if name not in marks})
+    return {"messages": tuple(bare), "untrained": frozenset(untrained)}
 
 
-def _tools(row: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
-    tools = row.get("tools") or []
-    if isinstance(tools, str):
+def _template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
+    given = row.get("chat_template_kwargs") or {}
+    if isinstance(given, str):
         try:
-            tools = json.loads(tools)
+            given = json.loads(given)
         except ValueError as error:
-            raise _Problem(f"'tools' is text but not JSON: {error}") from error
-    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise _Problem(f"'tools' must be a list of JSON schemas; it is {str(tools)[:60]!r}")
-    return tuple(dict(tool) for tool in tools)
-
-
-def _json(text: Any, number: int) -> dict[str, Any]:
-    try:
-        value = json.loads(text) if isinstance(text, str) else text
-    except ValueError as error:
-        raise _Problem(f"message {number} calls a tool with something that is not JSON: {error}") from error
-    if not isinstance(value, Mapping):
-        raise _Problem(f"message {number} calls a tool with {str(value)[:60]!r}, not an object")
-    return dict(value)
+            raise _Problem(f"'chat_template_kwargs' is text but not JSON: {error}") from error
+    if not isinstance(given, Mapping) or set(given) & set(RESERVED):
+        raise _Problem(
+            f"'chat_template_kwargs' must be an object of variables other than {', '.join(RESERVED)}; it is "
+            f"{str(given)[:60]!r}"
+        )
+    return dict(given)

@@ -108,7 +108,7 @@ def tokenizer_from_gguf(path: str | os.PathLike[str]) -> tuple["PreTrainedTokeni
     length = header.metadata.get(f"{header.require('general.architecture')}.context_length")
     backend = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        chat_template=header.metadata.get("tokenizer.chat_template"),
+        chat_template=_templates(header),
         clean_up_tokenization_spaces=False,
         **({} if length is None else {"model_max_length": length}),
         **named,
@@ -126,6 +126,14 @@ def _vocab(header: GGUFHeader) -> _Vocab:
         twice = next(token for i, token in enumerate(tokens) if ids[token] != i)
         raise CheckpointError(f"{header.path}: token {twice!r} is in the vocabulary twice")
     return _Vocab(tokens=tokens, types=[int(kind) for kind in types], ids=ids)
+
+
+def _templates(header: GGUFHeader) -> Any:
+    """The chat template, or several by name as transformers holds them; None where there is none."""
+    default = header.metadata.get("tokenizer.chat_template")
+    names = header.metadata.get("tokenizer.chat_templates", [])
+    others = {name: header.require(f"tokenizer.chat_template.{name}") for name in names if name != "default"}
+    return {**({} if default is None else {"default": default}), **others} if others else default
 
 
 def _named_tokens(header: GGUFHeader, vocab: _Vocab) -> dict[str, str]:

@@ -44,8 +44,7 @@ def tokenizer_metadata(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
         "tokenizer.ggml.add_eos_token": ends_with_eos,
     }
     kind = _sentencepiece(content, tokens) if model.get("byte_fallback") else _byte_level(content, tokenizer.name)
-    template = {} if tokenizer.chat_template is None else {"tokenizer.chat_template": tokenizer.chat_template}
-    return common | kind | _special_ids(tokenizer, model) | template
+    return common | kind | _special_ids(tokenizer, model) | _templates(tokenizer)
 
 
 def check_tokenizer(path: str, tokenizer: Tokenizer) -> None:
@@ -62,9 +61,18 @@ def check_tokenizer(path: str, tokenizer: Tokenizer) -> None:
         wanted, got = (t.encode(text, add_special_tokens=True) for t in (tokenizer, back))
         if wanted != got:
             raise ExportError(f"{path}: its tokenizer makes {got} of {text!r}, the original {wanted}. Do not use it.")
-    for name in ("bos_id", "eos_id", "chat_template"):
+    for name in ("bos_id", "eos_id", "chat_templates"):
         if getattr(back, name) != getattr(tokenizer, name):
             raise ExportError(f"{path}: {name} reads back as {getattr(back, name)!r}. Do not use the file.")
+
+
+def _templates(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The default template, and others under their names, as llama.cpp looks for `tool_use`."""
+    others = {name: text for name, text in tokenizer.chat_templates.items() if name != "default"}
+    out: dict[str, Any] = {f"tokenizer.chat_template.{name}": text for name, text in others.items()}
+    if others:
+        out["tokenizer.chat_templates"] = list(others)
+    return out | ({} if tokenizer.chat_template is None else {"tokenizer.chat_template": tokenizer.chat_template})
 
 
 def _vocabulary(content: Mapping[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:

@@ -1,4 +1,4 @@
-"""Batches by step number. Shapes: B batch, S sequence.
+"""Batches of one set by step number. Shapes: B batch, S sequence.
 
 The sequences of all epochs form one endless stream, shuffled anew in each epoch; step s takes
 sequences s*B to (s+1)*B - 1 of it. A batch at the end of an epoch is filled from the next one, so
@@ -9,10 +9,8 @@ steps: a resumed run asks for its next step and goes on where it was.
 import math
 from collections.abc import Iterator, Sequence
 
-import grain
-
 from jaxft.data.batch import Batch, Example, assemble
-from jaxft.data.packing import one_each, pack
+from jaxft.data.stream import Stream
 
 
 class Loader:
@@ -33,14 +31,9 @@ class Loader:
         pad_id: int = 0,
     ) -> None:
         """Raises ValueError where there are no examples, or one is longer than max_length."""
-        if not examples:
-            raise ValueError("a Loader needs at least one example")
-        self.examples, self.batch_size, self.max_length, self.pad_id = examples, batch_size, max_length, pad_id
-        lengths = [len(example) for example in examples]
-        self.plan = pack(lengths, max_length) if packing else one_each(len(examples))
-        order = grain.MapDataset.range(len(self.plan))
-        # Grain's shuffle computes each index by itself, with another seed in each epoch: seeking is O(1).
-        self._order = (order.shuffle(seed=seed % 2**32) if shuffle else order).repeat()
+        self.batch_size, self.max_length, self.pad_id = batch_size, max_length, pad_id
+        self._stream = Stream(examples, max_length=max_length, packing=packing, shuffle=shuffle, seed=seed)
+        self.plan = self._stream.plan
 
     @property
     def steps_per_epoch(self) -> float:
@@ -49,21 +42,23 @@ class Loader:
 
     def steps_for(self, epochs: float) -> int:
         """The fewest steps that see so many epochs of sequences."""
-        # Rounded first: 0.1 * 30 is a hair above 3.
-        return max(1, math.ceil(round(epochs * self.steps_per_epoch, 6)))
+        return steps_for(epochs, len(self.plan), self.batch_size)
 
     def epoch_of(self, step: int) -> float:
         """Epochs seen when `step` steps are done."""
         return step / self.steps_per_epoch
+
+    def figures(self, step: int) -> dict[str, float]:
+        """What a log says of the data that were seen when `step` steps are done: nothing, there is one set."""
+        return {}
 
     def batch(self, step: int, rows: slice | None = None) -> Batch:
         """The batch of a step, from 0, as numpy arrays [B, S].
 
         rows: only these rows of it, for a process that feeds only its own devices.
         """
-        start = step * self.batch_size
-        positions = range(start, start + self.batch_size)[rows or slice(None)]
-        return self._assemble([self.plan[int(self._order[position])] for position in positions])
+        documents = [self._stream[position] for position in positions(step, self.batch_size, rows)]
+        return assemble(documents, self.max_length, self.pad_id)
 
     def eval_batches(self, rows: slice | None = None) -> Iterator[Batch]:
         """Every sequence once, in order; the last batch is filled up with empty rows (segment 0)."""
@@ -78,8 +73,17 @@ class Loader:
         """One of the `eval_batches`, from 0."""
         sequences = self.plan[number * self.batch_size : (number + 1) * self.batch_size]
         sequences += [[]] * (self.batch_size - len(sequences))
-        return self._assemble(sequences[rows or slice(None)])
-
-    def _assemble(self, sequences: Sequence[Sequence[int]]) -> Batch:
-        documents = [[self.examples[index] for index in sequence] for sequence in sequences]
+        examples = self._stream.examples
+        documents = [[examples[index] for index in sequence] for sequence in sequences[rows or slice(None)]]
         return assemble(documents, self.max_length, self.pad_id)
+
+
+def steps_for(epochs: float, sequences: int, batch_size: int) -> int:
+    """The fewest steps that see so many epochs of so many sequences."""
+    # Rounded first: 0.1 * 30 is a hair above 3.
+    return max(1, math.ceil(round(epochs * sequences / batch_size, 6)))
+
+
+def positions(step: int, batch_size: int, rows: slice | None) -> range:
+    """Where the rows of a batch lie in the endless stream of sequences."""
+    return range(step * batch_size, (step + 1) * batch_size)[rows or slice(None)]

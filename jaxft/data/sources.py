@@ -140,12 +140,18 @@ def train_and_eval(config: DataConfig, seed: int) -> tuple[Rows, Rows | None]:
     same when `limit` changes. Raises DataError where one of the two would be empty.
     """
     train: Rows = open_rows(config.train, split=config.train_split, tfds_data_dir=config.tfds_data_dir)
-    held_out: Rows | None = None
-    if config.eval is not None:
-        held_out = open_rows(config.eval, split=config.eval_split, tfds_data_dir=config.tfds_data_dir)
-    elif config.eval_fraction is not None:
-        train, held_out = _split_off(train, config.eval_fraction, seed)
-    return _first(train, config.limit), None if held_out is None else _first(held_out, config.eval_limit)
+    if config.eval is not None or config.eval_fraction is None:
+        return _first(train, config.limit), held_out_rows(config)
+    train, held_out = _split_off(train, config.eval_fraction, seed)
+    return _first(train, config.limit), _first(held_out, config.eval_limit)
+
+
+def held_out_rows(config: DataConfig) -> Rows | None:
+    """The rows of `data.eval`; None where the config names none."""
+    if config.eval is None:
+        return None
+    held_out = open_rows(config.eval, split=config.eval_split, tfds_data_dir=config.tfds_data_dir)
+    return _first(held_out, config.eval_limit)
 
 
 def _split_off(rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:
@@ -236,11 +242,15 @@ def _open_tfds(path: str, split: str, data_dir: str | None) -> Rows:
 
 
 def _plain(value: Any) -> Any:
-    """bytes to str and numpy to Python, all the way down."""
+    """bytes to str and numpy to Python, all the way down, without fields that are None.
+
+    A table's column of objects has every field that any row has: the arguments of a call would be shown with those of
+    all others.
+    """
     if isinstance(value, bytes):
         return value.decode("utf-8")
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _plain(item) for key, item in value.items() if item is not None}
     if isinstance(value, np.ndarray):
         return _plain(value.tolist())
     if isinstance(value, np.generic):

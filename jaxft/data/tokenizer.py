@@ -4,6 +4,7 @@ Files: Hugging Face folders (`tokenizer.json`), SentencePiece `tokenizer.model` 
 `hf://owner/name`, addresses such as gs://bucket/model, and run or PEFT folders that hold one of these.
 """
 
+import functools
 import json
 import os
 import shutil
@@ -13,16 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from jaxft.checkpoint.paths import copy_small_files, is_remote
+from jaxft.data import template_probes
 from jaxft.errors import DataError, ModelError
 
 HUB = "hf://"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+CHAT_TEMPLATE = "chat_template.jinja"  # the name that transformers gives it too
 SPECIAL_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 # Where a run folder keeps its exported tokenizer.
 EXPORTS = ("merged", "model", "adapter")
 # Files beside a SentencePiece model that say how it is to be used.
-COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", CHAT_TEMPLATE)
 
 
 class Tokenizer:
@@ -44,15 +47,22 @@ class Tokenizer:
         pad = backend.pad_token_id
         self.pad_id: int = pad if pad is not None else self.eos_id if self.eos_id is not None else 0
         self.adds_bos: bool = self.bos_id is not None and backend("a")["input_ids"][:1] == [self.bos_id]
-        turn_end = None if self.chat_template is None else _end_of_turn(self)
-        ends = {*extra_stop_ids, self.eos_id, turn_end} - {None}
+        turn_ends = set() if self.chat_template is None else _ends_of_turns(self)
+        ends = {*extra_stop_ids, self.eos_id, *turn_ends} - {None}
         self.stop_ids: frozenset[int] = frozenset(int(i) for i in ends)
 
     @property
     def chat_template(self) -> str | None:
         """The Jinja text that renders a conversation, or None."""
+        return self.chat_templates.get("default")
+
+    @property
+    def chat_templates(self) -> dict[str, str]:
+        """All templates by name: `default`, and some models' `tool_use`, which renders conversations with tools."""
         template = self.backend.chat_template
-        return template.get("default") if isinstance(template, Mapping) else template
+        if isinstance(template, Mapping):
+            return dict(template)
+        return {} if template is None else {"default": template}
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Token ids of text. add_special_tokens: add what the tokenizer itself adds, such as BOS."""
@@ -63,14 +73,10 @@ class Tokenizer:
         encoding = self.backend.backend_tokenizer.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
-    def encode_batch(self, texts: Sequence[str], *, offsets: bool = True) -> list[Any]:
-        """A `tokenizers.Encoding` for each text (`.ids`, `.token_to_chars(i)`), on all cores.
-
-        offsets=False is a third faster; `token_to_chars` then means nothing.
-        """
-        rust = self.backend.backend_tokenizer
-        encode = rust.encode_batch if offsets else rust.encode_batch_fast
-        return encode(list(texts), add_special_tokens=False)
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, on all cores."""
+        encoded = self.backend.backend_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encoded]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of the ids."""
@@ -91,9 +97,16 @@ class Tokenizer:
     ) -> str:
         """The conversation as the model reads it, by the chat template in transformers' Jinja sandbox.
 
+        messages: arguments of tool calls may be objects or JSON text; the template gets what it can print.
         kwargs are variables of the template, such as `enable_thinking`.
         Raises DataError where there is no template or it refuses the messages.
         """
+        if any(message.get("tool_calls") for message in messages):
+            messages = template_probes.with_arguments(messages, as_text=self._arguments_as_text)
+        return self.rendered(messages, tools=tools, add_generation_prompt=add_generation_prompt, **kwargs)
+
+    def rendered(self, messages: Sequence[Mapping[str, Any]], *, tools: Any = None, **kwargs: Any) -> str:
+        """`render` of messages that are as the template wants them."""
         # jinja2 comes with transformers; both stay unimported until a tokenizer is in use.
         from jinja2 import TemplateError
 
@@ -102,17 +115,16 @@ class Tokenizer:
                 f"the tokenizer {self.name or 'in use'} has no chat template, so it cannot render messages. "
                 "Set data.chat_template to a Jinja file, or use prompt/completion or text rows."
             )
+        tools = list(tools) if tools else None
         try:
-            return self.backend.apply_chat_template(
-                list(messages),
-                tools=list(tools) if tools else None,
-                add_generation_prompt=add_generation_prompt,
-                tokenize=False,
-                **kwargs,
-            )
+            return self.backend.apply_chat_template(list(messages), tools=tools, tokenize=False, **kwargs)
         except (TemplateError, TypeError) as error:
             roles = ", ".join(str(m.get("role")) for m in messages)
             raise DataError(f"the chat template refuses these messages ({roles}): {error}") from error
+
+    @functools.cached_property
+    def _arguments_as_text(self) -> bool:
+        return template_probes.wants_text(self.rendered)
 
     def generation_config(self, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """generation_config.json for a model with this tokenizer: every token that ended an answer in training
@@ -160,6 +172,9 @@ def load_tokenizer(
     backend, stop_ids = _load_any(path, revision)
     if chat_template is not None:
         backend.chat_template = _template_text(chat_template)
+    if isinstance(backend.chat_template, str):
+        # A file that is written and read again keeps no other line ends; Jinja renders all of them alike.
+        backend.chat_template = backend.chat_template.replace("\r\n", "\n").replace("\r", "\n")
     return Tokenizer(backend, name=path, extra_stop_ids=stop_ids)
 
 
@@ -201,6 +216,7 @@ def _load_local(path: Path) -> tuple[Any, list[int]]:
 
 def _load_named_base(folder: Path) -> tuple[Any, list[int]]:
     """A PEFT folder without tokenizer files, or an unexported run, has the tokenizer of its base."""
+    template = folder / CHAT_TEMPLATE
     base = _json(folder / "adapter_config.json").get("base_model_name_or_path")
     revision = _json(folder / "adapter_config.json").get("revision")
     if base is None:
@@ -213,7 +229,12 @@ def _load_named_base(folder: Path) -> tuple[Any, list[int]]:
             f"no tokenizer in {str(folder)!r}: it needs tokenizer.json or tokenizer.model, and holds {files}. "
             "Copy the tokenizer files of the base model there."
         )
-    return _load_any(base if "://" in base or os.path.exists(base) else HUB + base, revision)
+    backend, stops = _load_any(base if "://" in base or os.path.exists(base) else HUB + base, revision)
+    if template.is_file():  # what a run was trained with, or an adapter is used with
+        text, own = template.read_text(encoding="utf-8"), backend.chat_template
+        if not isinstance(own, Mapping) or own.get("default") != text:
+            backend.chat_template = text
+    return backend, stops
 
 
 def _load_hub(path: str, revision: str | None) -> tuple[Any, list[int]]:
@@ -324,18 +345,22 @@ def _load_sentencepiece(file: Path) -> Any:
     return backend
 
 
-def _end_of_turn(tokenizer: Tokenizer) -> int | None:
-    """Id of the added token that the chat template writes right after an assistant's content."""
-    content = "An unmistakable answer"
-    try:
-        text = tokenizer.render([{"role": "user", "content": "Q"}, {"role": "assistant", "content": content}])
-    except DataError:
-        return None  # a template that wants more than two plain messages says nothing here
-    _, found, tail = text.rpartition(content)
-    ids = tokenizer.encode(tail.lstrip()) if found else []
-    # SentencePiece puts a space piece before the first token of any text.
-    after = next((i for i in ids if tokenizer.decode([i], skip_special_tokens=False).strip()), None)
-    return after if after in tokenizer.backend.added_tokens_decoder else None
+def _ends_of_turns(tokenizer: Tokenizer) -> set[int]:
+    """Ids of the added tokens with which the chat template ends an answer, and an answer that calls a tool."""
+    added = tokenizer.backend.added_tokens_decoder
+    ends = set()
+    tail = template_probes.text_after_answer(tokenizer.rendered)
+    if tail is not None:
+        # SentencePiece puts a space piece before the first token of any text.
+        ids = tokenizer.encode(tail.lstrip())
+        after = next((i for i in ids if tokenizer.decode([i], skip_special_tokens=False).strip()), None)
+        ends |= {after} & added.keys()
+    tail = template_probes.text_after_call(tokenizer.rendered)
+    if tail is not None:
+        # Calls may be closed by tokens of their own before the turn is.
+        ids = [i for i in tokenizer.encode(tail) if i in added and added[i].special]
+        ends |= set(ids[-1:])
+    return ends
 
 
 def _template_text(template: str) -> str:

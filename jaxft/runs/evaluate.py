@@ -11,8 +11,8 @@ from jaxft.data import Tokenizer, prepare
 from jaxft.errors import ConfigError, DataError
 from jaxft.evaluation.held_out import held_out_loss
 from jaxft.objectives.sft import sft_loss
+from jaxft.runs.batches import make_loader
 from jaxft.runs.scores import answer, figures
-from jaxft.runs.train import make_loader
 
 
 def evaluate(model: LoadedModel, tokenizer: Tokenizer, config: RunConfig) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def export(
     trained = loaded.logits(tokens) if quantization is not None else None
     if base == "original":
         loaded = load_trained(source, step, quantised=False)
-    tokenizer = load_tokenizer(loaded.base, chat_template=_chat_template(source))
+    tokenizer = load_tokenizer(source)
     target.mkdir(parents=True, exist_ok=True)
     checks = write(loaded, tokenizer, target, format=format, dtype=dtype)
     said = {} if loaded.left_out is None else {"left_out": loaded.left_out}
@@ -75,12 +75,6 @@ def export(
         said["quantised_again"] = apart(again.logits(tokens), trained)
     figures = {"checks": {c.reader: c.difference for c in checks}, "mean": {c.reader: c.mean for c in checks}}
     return {"folder": str(target), "format": format} | figures | said
-
-
-def _chat_template(source: str) -> str | None:
-    # A run that trained with another template than the base's is served with it too.
-    is_run = os.path.isdir(os.path.join(source, files.CHECKPOINTS))
-    return files.run_config(source).data.chat_template if is_run else None
 
 
 def load_trained(source: str, step: int | None = None, *, quantised: bool = True) -> LoadedModel:

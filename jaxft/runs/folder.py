@@ -12,6 +12,7 @@ import jax
 
 from jaxft import config as config_module
 from jaxft.config import RunConfig
+from jaxft.data.tokenizer import CHAT_TEMPLATE
 from jaxft.errors import ConfigError
 
 CONFIG, DATA, SCORES = "config.json", "data.json", "scores.json"
@@ -35,11 +36,11 @@ def read_json(path: str | os.PathLike[str], default: Any = None) -> Any:
     return json.loads(Path(path).read_text(encoding="utf-8")) if os.path.isfile(path) else default
 
 
-def open_run(config: RunConfig, data: Mapping[str, Any]) -> None:
-    """Makes the run's folder, with its config.json and data.json (`data`) in it.
+def open_run(config: RunConfig, data: Mapping[str, Any], template: str | None = None) -> None:
+    """Makes the run's folder, with its config.json, data.json (`data`) and chat_template.jinja (`template`) in it.
 
-    Raises ConfigError where the folder holds a run of other settings, listing them: going on with it
-    would mix two runs.
+    Raises ConfigError where the folder holds a run of other settings, listing them, or of another chat template: going
+    on with it would mix two runs.
     """
     folder = Path(config.output_dir)
     if (folder / CONFIG).is_file() and not _has_checkpoint(folder):
@@ -47,11 +48,24 @@ def open_run(config: RunConfig, data: Mapping[str, Any]) -> None:
         (folder / SCORES).unlink(missing_ok=True)
     elif (folder / CONFIG).is_file():
         _refuse_other_run(config_module.from_json(str(folder / CONFIG)), config, folder)
+        if template != chat_template(folder):
+            raise ConfigError(
+                f"{folder} holds a run that was trained with another chat template, {folder / CHAT_TEMPLATE}. Set "
+                "output_dir to a new folder, or data.chat_template to that file's text to go on with that run."
+            )
     elif folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(f"output_dir {folder} is not empty and holds no run; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / CONFIG, config.to_dict())
     write_json(folder / DATA, data)
+    if template is not None:
+        (folder / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
+
+
+def chat_template(folder: str | os.PathLike[str]) -> str | None:
+    """The chat template that a run is trained with, or None."""
+    path = Path(folder) / CHAT_TEMPLATE
+    return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 def check_shared(folder: Path, seconds: float = 30.0) -> None:

@@ -11,8 +11,8 @@ from jaxft.checkpoint.load import hf_config_of, resolve
 from jaxft.checkpoint.paths import HUB, read_json
 from jaxft.config import RunConfig
 from jaxft.data import load_tokenizer, prepare
-from jaxft.data.loader import Loader
 from jaxft.errors import ConfigError, did_you_mean
+from jaxft.runs.batches import training_batches
 
 UNKNOWN_STEPS = 1000
 # Share of a packed sequence that is tokens, where the data cannot be looked at.
@@ -93,15 +93,14 @@ def length_of(config: RunConfig, *, tokens: int | None = None, examples: int | N
             source = f"--tokens={tokens:,}, packed to {FILL:.0%}"
         steps = max(1, math.ceil(round(train.epochs * sequences / train.batch_size, 6)))
         return Length(steps=steps, source=source, known=True)
-    if os.path.exists(data.train) and os.path.isdir(config.model.path):
+    paths = [one.path for one in data.mixture.values()] or [data.train]
+    if all(map(os.path.exists, paths)) and os.path.isdir(config.model.path):
         tokenizer = load_tokenizer(config.model.path, chat_template=data.chat_template)
         prepared = prepare(config, tokenizer)
-        loader = Loader(
-            prepared.train_examples, batch_size=train.batch_size, max_length=data.max_length, packing=data.packing
-        )
+        _, steps = training_batches(prepared, config, tokenizer)
         return Length(
-            steps=loader.steps_for(train.epochs),
-            source=f"the {len(loader.plan):,} sequences of {data.train}",
+            steps=steps,
+            source=f"the {prepared.examination.sequences:,} sequences of {', '.join(paths)}",
             known=True,
         )
     return Length(

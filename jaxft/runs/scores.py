@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxft.config import EvalConfig
 from jaxft.data import Prepared, Tokenizer
+from jaxft.data.reasoning import split_thoughts
 from jaxft.evaluation.scoring import Score, json_fields, score
 from jaxft.generation import Sampling, generate_tokens
 
@@ -21,7 +22,7 @@ class Answers:
 
 
 def answer(module: Any, tokenizer: Tokenizer, data: Prepared, config: EvalConfig) -> Answers:
-    """Greedy answers to the held-out prompts, scored by config.metric."""
+    """Greedy answers to the held-out prompts, scored by config.metric without their thoughts."""
     done = generate_tokens(
         module,
         data.eval_prompts,
@@ -29,7 +30,7 @@ def answer(module: Any, tokenizer: Tokenizer, data: Prepared, config: EvalConfig
         stop_ids=tokenizer.stop_ids,
         slots=min(config.batch_size, len(data.eval_prompts)),
     )
-    texts = tuple(tokenizer.decode(row.tokens) for row in done)
+    texts = tuple(split_thoughts(tokenizer.decode(row.tokens))[1] for row in done)
     return Answers(score(config.metric, texts, data.eval_references), texts)
 
 

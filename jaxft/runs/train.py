@@ -17,10 +17,12 @@ from jaxft.checkpoint.resume import RunCheckpoints
 from jaxft.config import AdapterConfig, RunConfig
 from jaxft.data import Prepared, Tokenizer, load_tokenizer, prepare, render_rows
 from jaxft.data.loader import Loader
+from jaxft.data.mixture import Mixture
 from jaxft.errors import DataError
 from jaxft.evaluation.held_out import held_out_loss
 from jaxft.objectives.sft import sft_loss
 from jaxft.runs import folder as files
+from jaxft.runs.batches import described, make_loader, print_mixture, training_batches
 from jaxft.runs.build import (
     abstract_model,
     build_model,
@@ -54,7 +56,7 @@ class Run:
     data: Prepared
     mesh: MeshPlan
     model: Any
-    loader: Loader
+    loader: Loader | Mixture
     total_steps: int
 
 
@@ -69,6 +71,7 @@ def train(config: RunConfig, *, console: Console | None = None) -> dict[str, Any
     console = (console or Console()) if primary() else Console(quiet=True)
     run = set_up(config)
     console.print(describe(run), highlight=False, soft_wrap=True)
+    print_mixture(run.loader, console)
     console.print("\ntwo training rows, their trained tokens marked:", highlight=False)
     render_rows(run.data.train_examples, run.tokenizer, limit=2, console=console)
     loaded = build_model(config, run.mesh, random_base=run.folder / files.BASE)
@@ -120,15 +123,11 @@ def set_up(config: RunConfig) -> Run:
     micro_batch = config.train.batch_size // config.train.accumulation_steps
     mesh = make_mesh(config, model, jax.devices())
     mesh.check_batch(micro_batch)
-    loader = make_loader(data.train_examples, config, tokenizer, shuffle=config.data.shuffle)
-    total_steps = config.train.steps or loader.steps_for(config.train.epochs)
+    loader, total_steps = training_batches(data, config, tokenizer)
     make_schedule(config.optim, total_steps)
     router_coefficients(config, model)
-    described = data.examination.to_dict()
-    if data.eval_examination is not None:
-        described["eval"] = data.eval_examination.to_dict()
     folder = Path(config.output_dir)
-    agreed(lambda: files.open_run(config, described))
+    agreed(lambda: files.open_run(config, described(data, loader), tokenizer.chat_template))
     files.check_shared(folder)
     return Run(
         config=config,
@@ -139,19 +138,6 @@ def set_up(config: RunConfig) -> Run:
         model=model,
         loader=loader,
         total_steps=total_steps,
-    )
-
-
-def make_loader(examples: Any, config: RunConfig, tokenizer: Tokenizer, *, shuffle: bool) -> Loader:
-    """Batches of the run's size over the examples."""
-    return Loader(
-        examples,
-        batch_size=config.train.batch_size,
-        max_length=config.data.max_length,
-        packing=config.data.packing,
-        shuffle=shuffle,
-        seed=config.seed,
-        pad_id=tokenizer.pad_id,
     )
 
 
@@ -253,6 +239,7 @@ def _hooks(
         evaluate=held_out_evaluation(run, graphdef),
         save=save,
         preempted=checkpoints.reached_preemption,
+        figures=run.loader.figures,
     )
 
 

@@ -40,6 +40,7 @@ class Hooks:
 
     train_step: jitted. batch(step): the batch on its devices. evaluate(state): held-out figures, or
     None where there are no held-out rows. save(step, state, progress, metrics); preempted(step).
+    figures(step): what the log says besides of the data seen in so many steps; None: nothing.
     """
 
     train_step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
@@ -47,6 +48,7 @@ class Hooks:
     evaluate: Callable[[TrainState], dict[str, float]] | None
     save: Callable[[int, TrainState, dict[str, float], dict[str, float]], None]
     preempted: Callable[[int], bool]
+    figures: Callable[[int], dict[str, float]] | None = None
 
 
 def fit(
@@ -69,6 +71,7 @@ def fit(
         progress["trained_tokens"] = progress.get("trained_tokens", 0.0) + metrics.pop("trained_tokens")
         if cadence.due(step, cadence.log_every):
             seen = progress | {"epoch": step / cadence.steps_per_epoch}
+            seen |= hooks.figures(step) if hooks.figures is not None else {}
             log.step(step, metrics | seen | window.rates())
         figures = {}  # those of an earlier step must not rank this step's checkpoint
         if hooks.evaluate is not None and cadence.due(step, cadence.eval_every):

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+from chat_templates import CHANNELS, LLAMA3_TOOLS, MOVING_TOOLS, QWEN3
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers.processors import TemplateProcessing
@@ -65,6 +66,22 @@ SPECIALS = {
         ["<|endoftext|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"],
         {"eos_token": "<|endoftext|>"},
     ),
+    "qwen3": (
+        QWEN3,
+        ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        {"eos_token": "<|im_end|>", "newlines": True},
+    ),
+    "llama3_tools": (
+        LLAMA3_TOOLS,
+        ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+        {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "newlines": True},
+    ),
+    "moving_tools": (MOVING_TOOLS, ["<s>", "</s>"], {"bos_token": "<s>", "eos_token": "</s>"}),
+    "channels": (
+        CHANNELS,
+        ["<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|call|>", "<|return|>"],
+        {"eos_token": "<|return|>"},
+    ),
     "plain": (None, ["<s>", "</s>"], {"bos_token": "<s>", "eos_token": "</s>", "add_bos": True}),
     "endless": (None, ["<s>"], {"bos_token": "<s>"}),
 }
@@ -73,7 +90,7 @@ SPECIALS = {
 def make(template, specials, *, add_bos=False, newlines=False, **tokens):
     """A fast byte-level BPE tokenizer of about 400 tokens.
 
-    newlines: keep a run of them whole, as Llama 3 does; else the last one may join the next word's
+    newlines: keep a run of them whole, as Llama 3 and Qwen do; else the last one may join the next word's
     side of the cut, as in GPT-2.
     """
     rust = RustTokenizer(models.BPE())

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxft.config import DataConfig
-from jaxft.data.chat import encode, encode_all, prompt_of
+from jaxft.data.chat import encode_all, prompt_of
 from jaxft.data.formats import read_row
 from jaxft.errors import DataError
 
@@ -23,6 +23,12 @@ def conversation(*contents, system=None, where="line 9", **fields):
 
 def plain(where="line 9", **fields):
     return read_row(fields, DataConfig(), row=8, where=where)
+
+
+def encode(row, tokenizer, train_on="assistant", **data):
+    """The one sequence of a row that stays whole."""
+    (example,) = encode_all([row], tokenizer, DataConfig(train_on=train_on, **data))
+    return example
 
 
 def trained(example, tokenizer):
@@ -152,8 +158,12 @@ def test_text_is_trained_whole(tokenizer_of):
 def test_template_that_rewrites_history(tokenizer_of):
     tokenizer = tokenizer_of("thinking")
     thoughts = ("q1", "<think>so</think>\n\na1", "q2", "<think>hm</think>\n\na2")
-    with pytest.raises(DataError, match=r"line 9: the prompt of message 2 .* rewrites .*data.train_on='last'"):
-        encode(conversation(*thoughts), tokenizer)
+    with pytest.raises(
+        DataError, match=r"line 9: .* of message 2 .* rewrites .*data.turns='auto'.*data.train_on='last'"
+    ):
+        encode(conversation(*thoughts), tokenizer, turns="together")
+    with pytest.raises(DataError, match=r"line 9: .* of message 2 .* rewrites .* train on the answers"):
+        encode(conversation(*thoughts), tokenizer, "all")
     last = encode(conversation(*thoughts), tokenizer, "last")
     assert trained(last, tokenizer) == ["<think>hm</think>\n\na2<|im_end|>"]
     assert "so" not in tokenizer.decode(last.tokens)
@@ -181,8 +191,8 @@ def test_template_that_never_ends_an_answer(tokenizer_of):
             encode(conversation(*TALK), tokenizer_of("chatml", bare), train_on)
     at_the_end = bare + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
     tokenizer = tokenizer_of("chatml", at_the_end)
-    with pytest.raises(DataError, match=r"EOS would never be trained: .*after message 2"):
-        encode(conversation(*TALK), tokenizer)
+    with pytest.raises(DataError, match=r"message 2 .* rewrites earlier text"):
+        encode(conversation(*TALK), tokenizer, turns="together")
     assert trained(encode(conversation(*TALK), tokenizer, "last"), tokenizer) == [" It is four.\n<|im_end|>"]
 
 

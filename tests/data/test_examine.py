@@ -51,11 +51,11 @@ def test_counts():
 
 def test_longer_than_max_length():
     examples = [example(4), example(20, trained=10, row=1), example(24, trained=12, row=2)]
-    with pytest.raises(DataError, match=r"2 of 3 rows of the set .* set line 3, has 24 .* data.max_length=24, or"):
+    with pytest.raises(DataError, match=r"2 of 3 examples of the set .* set line 3, has 24 .* data.max_length=24, or"):
         look(examples)
     kept, found = look(examples, truncation="drop")
     assert len(kept) == 1 and (found.dropped, found.truncated, found.rows) == (2, 0, 3)
-    assert any("2 rows are longer than 16 tokens and were dropped" in w for w in found.warnings)
+    assert any("2 examples are longer than 16 tokens and were dropped" in w for w in found.warnings)
     kept, found = look(examples, truncation="right")
     assert [len(e) for e in kept] == [4, 16, 16] and (found.dropped, found.truncated) == (0, 2)
     assert found.trained_tokens == 1 + 6 + 4 and found.quantiles["p100"] == 24
@@ -66,11 +66,11 @@ def test_refusals():
     with pytest.raises(DataError, match=r"the set has no rows"):
         look([])
     silent = Example(tokens=np.arange(3, dtype=np.int32), mask=np.zeros(3, np.uint8), row=6)
-    with pytest.raises(DataError, match=r"set line 7 trains on zero tokens"):
+    with pytest.raises(DataError, match=r"1 of 2 rows of the set train on zero tokens: set line 7\. .*train: false"):
         look([example(4), silent])
-    with pytest.raises(DataError, match=r"1 rows of the set train on zero tokens once .* first is set line 2"):
+    with pytest.raises(DataError, match=r"1 examples of the set train on zero tokens once .* first is set line 2"):
         look([example(4), example(20, trained=2, row=1)], truncation="right")
-    with pytest.raises(DataError, match=r"every one of the 1 rows .* shortest has 20 tokens"):
+    with pytest.raises(DataError, match=r"every one of the 1 examples .* shortest has 20 tokens"):
         look([example(20)], truncation="drop")
     with pytest.raises(DataError, match=r"EOS is never trained: none of the 1 examples"):
         look([example(20, trained=10)], truncation="right")
@@ -109,7 +109,7 @@ def test_rows_are_marked(tokenizer_of):
 
 
 def test_examination_is_printed():
-    _, found = look([example(n) for n in (4, 4, 4, 9, 20)], truncation="drop")
+    _, found = look([example(n, row=i) for i, n in enumerate((4, 4, 4, 9, 20))], truncation="drop")
     text = printed(print_examination, found)
     assert "5 rows (messages 5), 21 tokens, 4 trained (19%)" in text and "1 dropped" in text
-    assert "################################" in text and "warning: 1 rows" in text
+    assert "################################" in text and "warning: 1 examples" in text

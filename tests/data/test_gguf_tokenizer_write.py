@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerFast
 from jaxft.data.gguf_tokenizer import PRE_TOKENIZERS
 from jaxft.data.gguf_tokenizer_write import check_tokenizer, tokenizer_metadata
 from jaxft.data.tokenizer import Tokenizer as Ours
+from jaxft.data.tokenizer import load_tokenizer
 from jaxft.errors import ExportError
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -160,3 +161,20 @@ def test_a_file_whose_tokenizer_differs_is_refused(tmp_path):
     metadata = tokenizer_metadata(tokenizer, 300) | {"tokenizer.ggml.pre": "dbrx"}
     with pytest.raises(ExportError, match=r"its tokenizer makes .* of 'x1234567"):
         check_tokenizer(write(tmp_path / "t.gguf", metadata), tokenizer)
+
+
+def test_every_template_travels(tmp_path):
+    tokenizer = byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False))
+    both = {"default": "{{ messages[0].content }}", "tool_use": "{{ tools[0].name }}: {{ messages[0].content }}"}
+    tokenizer.backend.chat_template = dict(both)
+    path = write(tmp_path / "a.gguf", tokenizer_metadata(tokenizer, 300))
+    back = load_tokenizer(path)
+    assert back.chat_templates == both and back.chat_template == both["default"]
+    check_tokenizer(path, tokenizer)
+    messages, tools = [{"role": "user", "content": "q"}], [{"name": "f"}]
+    assert [back.render(messages, tools=of) for of in (None, tools)] == ["q", "f: q"]
+    tokenizer.save(tmp_path / "folder")
+    assert load_tokenizer(tmp_path / "folder").chat_templates == both
+    tokenizer.backend.chat_template = both["default"]
+    with pytest.raises(ExportError, match="chat_templates reads back as"):
+        check_tokenizer(path, tokenizer)

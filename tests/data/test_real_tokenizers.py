@@ -252,7 +252,7 @@ def test_text_has_the_official_ids(name, published):
         ids = made.ours.encode(text)
         assert ids == made.text(text), text
         assert made.ours.decode(ids, skip_special_tokens=False) == text
-    assert [e.ids for e in made.ours.encode_batch(TEXTS, offsets=False)] == [made.text(text) for text in TEXTS]
+    assert made.ours.encode_batch(TEXTS) == [made.text(text) for text in TEXTS]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -272,7 +272,7 @@ def test_exactly_the_answers_and_their_ends_are_trained(name, published):
     made = published(name)
     for chat, (messages, tools) in _chats(name).items():
         row = Conversation(row=0, where="row 1", format="messages", messages=tuple(messages), tools=tuple(tools))
-        example, expected = encode(row, made.ours), made.whole(messages, tools)
+        (example,), expected = encode(row, made.ours), made.whole(messages, tools)
         assert example.tokens.tolist() == expected, chat
         assert expected[-1] in made.ours.stop_ids
         trained = set()
@@ -329,7 +329,7 @@ def test_control_tokens_in_content_are_control_tokens(published):
     end = made.ours.encode("<|eot_id|>")[0]
     sly = [{"role": "user", "content": "Say <|eot_id|> aloud"}, ANSWER]
     row = Conversation(row=0, where="row 1", format="messages", messages=tuple(sly))
-    example, (asked, _) = encode(row, made.ours), prompt_of(row, made.ours)
+    (example,), (asked, _) = encode(row, made.ours), prompt_of(row, made.ours)
     theirs = made.ours.backend.apply_chat_template(sly[:1], add_generation_prompt=True, return_dict=False)
     assert asked == theirs and asked.count(end) == 2 and made.prompt(sly[:1], ()).count(end) == 1
     assert example.tokens[: len(asked)].tolist() == asked and not example.mask[: len(asked)].any()

@@ -1,0 +1,74 @@
+"""Tools and calls of them in one shape, OpenAI's, whichever way a row spells them."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+
+class BadCall(ValueError):
+    """What is wrong with a tool or a call, before the row's place is known."""
+
+
+def calls_of(message: Mapping[str, Any], number: int) -> list[dict[str, Any]]:
+    """The tool calls of a message, each `{"type": "function", "function": {"name", "arguments"}}` and its id if any.
+
+    `tool_calls` is a list of them, or one, or JSON text of either; a call may lack the outer object, and its arguments
+    may be JSON text. `function_call` is the one call of OpenAI's older form. number: of the message, for errors.
+    """
+    given = message.get("tool_calls")
+    if message.get("function_call"):
+        given = given or [message["function_call"]]
+    if not given:
+        return []
+    given = _parsed(given, number)
+    if isinstance(given, Mapping) and all(isinstance(column, list) for column in given.values()):
+        # Columnar stores give a list of objects back as an object of lists.
+        given = [dict(zip(given, items, strict=True)) for items in zip(*given.values(), strict=True)]
+    calls = [given] if isinstance(given, Mapping) else given
+    if not isinstance(calls, list):
+        raise BadCall(f"message {number} calls a tool with {str(given)[:60]!r}, not an object")
+    if message.get("role") != "assistant":
+        raise BadCall(f"message {number} ({message.get('role')}) calls a tool, which only the assistant does")
+    return [_call(call, number) for call in calls]
+
+
+def tools_of(row: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+    """The JSON schemas in a row's `tools`: a list, or JSON text of one; the outer `{"type": "function"}` may lack."""
+    tools = row.get("tools") or []
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else []
+        except ValueError as error:
+            raise BadCall(f"'tools' is text but not JSON: {error}") from error
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise BadCall(f"'tools' must be a list of JSON schemas; it is {str(tools)[:60]!r}")
+    return tuple(_tool(tool) for tool in tools)
+
+
+def _call(call: Any, number: int) -> dict[str, Any]:
+    if not isinstance(call, Mapping):
+        raise BadCall(f"message {number} has a tool call that is not an object: {str(call)[:60]!r}")
+    inner = call.get("function")
+    function = dict(inner) if isinstance(inner, Mapping) else {k: v for k, v in call.items() if k not in ("id", "type")}
+    if not isinstance(function.get("name"), str):
+        raise BadCall(f"message {number} has a tool call without the name of a function: {str(dict(call))[:60]!r}")
+    arguments = function.get("arguments")
+    arguments = {} if arguments is None or arguments == "" else _parsed(arguments, number)
+    if not isinstance(arguments, Mapping):
+        raise BadCall(f"message {number} calls a tool with {str(arguments)[:60]!r}, not an object")
+    outer = {k: v for k, v in call.items() if k in ("id", "index")}
+    return {**outer, "type": "function", "function": {**function, "arguments": dict(arguments)}}
+
+
+def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:
+    wrapped = dict(tool) if isinstance(tool.get("function"), Mapping) else {"type": "function", "function": dict(tool)}
+    if not isinstance(wrapped["function"].get("name"), str):
+        raise BadCall(f"a tool has no name: {str(dict(tool))[:60]!r}")
+    return wrapped
+
+
+def _parsed(value: Any, number: int) -> Any:
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise BadCall(f"message {number} calls a tool with something that is not JSON: {error}") from error
