@@ -50,7 +50,7 @@ class NF4(QuantizedArray):
         # over layers, and keep it.
         packed, levels = jax.lax.optimization_barrier((self.codes, jnp.asarray(LEVELS)))
         scales = scales_of(self.scales)[..., None, None, :]
-        return (_chosen(unpack(packed), list(levels)) * scales).astype(dtype).reshape(self.shape)
+        return (chosen(unpack(packed), list(levels)) * scales).astype(dtype).reshape(self.shape)
 
     def each(self, change: Callable[[jax.Array], jax.Array]) -> Self:
         """See `QuantizedArray.each`."""
@@ -68,7 +68,7 @@ def quantise(kernel: jax.Array, *, double: bool) -> NF4:
     return NF4(pack(codes), compressed(scales) if double else scales)
 
 
-def _chosen(codes: jax.Array, options: list[jax.Array]) -> jax.Array:
+def chosen(codes: jax.Array, options: list[jax.Array]) -> jax.Array:
     """Of 16 arrays that broadcast against `codes`, the one that each code is the number of."""
     # Bit by bit through a tree of selects: on a TPU, a lookup in a table takes more time and twice the memory.
     for bit in range(4):

@@ -1,0 +1,103 @@
+"""Products with NF4 kernels on TPUs: weights become dense a tile at a time in vector memory, never in main memory.
+
+The kernel is the XLA form's arithmetic, `NF4.dense` and a product, with sums of tiles in float32. It works on what one
+device holds; over several it belongs in `jax.shard_map`.
+"""
+
+# M rows, I inputs, O outputs, N blocks of 64 inputs
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from jaxft.quant.nf4 import LEVELS, NF4, chosen
+from jaxft.quant.nibbles import BLOCK
+from jaxft.quant.scales import scales_of
+
+# A tile of weights is 512 inputs, whose 8 scales an output fill a register, by at most 512 outputs. A tile is made once
+# for each block of rows: with a thousand of them the product takes longer than that.
+INPUTS, OUTPUTS, ROWS, LANES = 512, 512, 1024, 128
+
+
+def fits(rows: int, kernel: NF4) -> bool:
+    """Whether the product of so many rows with the kernel is whole tiles."""
+    inputs, outputs = kernel.shape[-2:]
+    return kernel.ndim == 2 and rows % LANES == 0 and inputs % INPUTS == 0 and outputs % LANES == 0
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def matmul(x: jax.Array, kernel: NF4, interpret: bool = False) -> jax.Array:
+    """x [..., I] @ kernel [I, O] -> [..., O] in x's type. The kernel gets no gradient. interpret: without a TPU.
+
+    Sizes must be such as `fits` takes.
+    """
+    return _product(x, kernel, transposed=False, interpret=interpret)
+
+
+def _forward(x: jax.Array, kernel: NF4, interpret: bool) -> tuple[jax.Array, NF4]:
+    return matmul(x, kernel, interpret), kernel
+
+
+def _backward(interpret: bool, kernel: NF4, grad: jax.Array) -> tuple[jax.Array, None]:
+    return _product(grad, kernel, transposed=True, interpret=interpret), None
+
+
+matmul.defvjp(_forward, _backward)
+
+
+def _product(x: jax.Array, kernel: NF4, *, transposed: bool, interpret: bool) -> jax.Array:
+    """x @ kernel, or x @ kernel^T."""
+    x_MX = x.reshape(-1, x.shape[-1])
+    rows, inputs, outputs = _block(ROWS, len(x_MX)), INPUTS, _block(OUTPUTS, kernel.shape[1])
+    summed, made = (outputs, inputs) if transposed else (inputs, outputs)
+    to = kernel.shape[0 if transposed else 1]
+
+    def place(m: int, made: int, summed: int) -> tuple[int, int]:
+        return (made, summed) if transposed else (summed, made)
+
+    y_MY = pl.pallas_call(
+        partial(_tile, transposed=transposed),
+        # What is summed over comes last.
+        grid=(len(x_MX) // rows, to // made, x_MX.shape[1] // summed),
+        in_specs=[
+            pl.BlockSpec((rows, summed), lambda m, made, summed: (m, summed)),
+            pl.BlockSpec((inputs // 2, outputs), place),
+            pl.BlockSpec((inputs // BLOCK, outputs), place),
+        ],
+        out_specs=pl.BlockSpec((rows, made), lambda m, made, summed: (m, made)),
+        out_shape=jax.ShapeDtypeStruct((len(x_MX), to), x.dtype),
+        scratch_shapes=[pltpu.VMEM((rows, made), jnp.float32)],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        interpret=interpret,
+        name="nf4_matmul",
+    )(x_MX, kernel.codes, scales_of(kernel.scales))
+    return y_MY.reshape(*x.shape[:-1], -1)
+
+
+def _tile(x_ref: Any, codes_ref: Any, scales_ref: Any, y_ref: Any, sum_ref: Any, *, transposed: bool) -> None:
+    @pl.when(pl.program_id(2) == 0)
+    def _() -> None:
+        sum_ref[...] = jnp.zeros_like(sum_ref)
+
+    # Int32 and float32 between loading and the product: narrower arithmetic is not every TPU's.
+    half, outputs = codes_ref.shape
+    packed = codes_ref[...].astype(jnp.int32).reshape(-1, BLOCK // 2, outputs)
+    levels = [jnp.float32(level) for level in LEVELS]
+    values = jnp.concatenate([chosen(packed & 15, levels), chosen(packed >> 4, levels)], axis=1)
+    weights = (values * scales_ref[...][:, None, :]).reshape(2 * half, outputs).astype(x_ref.dtype)
+    sides = (((1,), (1 if transposed else 0,)), ((), ()))
+    exact = jax.lax.Precision.HIGHEST if x_ref.dtype == jnp.float32 else None
+    sum_ref[...] += jax.lax.dot_general(x_ref[...], weights, sides, precision=exact, preferred_element_type=jnp.float32)
+
+    @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
+    def _() -> None:
+        y_ref[...] = sum_ref[...].astype(y_ref.dtype)
+
+
+def _block(most: int, length: int) -> int:
+    """The largest multiple of LANES that divides length and is at most `most`."""
+    return max(size for size in range(LANES, min(most, length) + 1, LANES) if length % size == 0)
