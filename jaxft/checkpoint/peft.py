@@ -92,7 +92,7 @@ def write_adapter(model: nnx.Module, folder: str, *, base: str, nested: bool = F
         keys = (_nested_key(part.key) if nested else part.key for part in whole)
         config["modules_to_save"] = sorted({key.removeprefix(PREFIX).rpartition(".")[0] for key in keys})
         # Without, PEFT would train a copy of a tied table and leave the head as it was.
-        config["ensure_weight_tying"] = model.lm_head is None
+        config["ensure_weight_tying"] = PREFIX + TIED_HEAD in (part.key for part in whole) and model.lm_head is None
     with open(os.path.join(folder, CONFIG), "w", encoding="utf-8") as file:
         json.dump(config, file, indent=2, sort_keys=True)
         file.write("\n")

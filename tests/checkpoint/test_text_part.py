@@ -340,7 +340,7 @@ def test_an_adapter_that_names_one_layer_twice_or_an_image_layer_is_refused(fold
         load_model(str(tmp_path))
     image = "base_model.model.model.vision_tower.encoder.layers.0.self_attn.q_proj.lora_A.weight"
     save_file(tensors | {image: tensors[key]}, file)
-    with pytest.raises(CheckpointError, match=r"name no linear layer of the model, among them \['.*vision_tower"):
+    with pytest.raises(CheckpointError, match=r"name no layer of the model, among them \['.*vision_tower"):
         load_model(str(tmp_path))
 
 

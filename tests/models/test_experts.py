@@ -98,7 +98,7 @@ def test_all_linear_leaves_experts_and_router_alone():
 
     names = [f"layers/0/self_attn/{name}_proj" for name in "koqv"]
     assert list(attach(model, ["all-linear"], make, jax.random.key(0))) == names
-    with pytest.raises(ModelError, match=r"'gate_proj' matches no linear layer"):
+    with pytest.raises(ModelError, match=r"'gate_proj' matches no layer"):
         attach(model, ["gate_proj"], make, jax.random.key(0))
 
 
