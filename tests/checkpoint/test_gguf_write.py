@@ -274,6 +274,20 @@ def test_an_adapter_without_a_place_or_in_blocks_is_refused(tmp_path):
         write_gguf_adapter(str(tmp_path / "x.gguf"), str(tmp_path), SIZES | CONFIGS["llama"], dtype="q8_0")
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"use_dora": True}, "use_dora, which llama.cpp's adapters do not have"),
+        ({"rank_pattern": {"k_proj": 2}, "modules_to_save": ["lm_head"]}, "has rank_pattern, modules_to_save"),
+        ({"peft_type": "IA3"}, "is of peft_type 'IA3'; llama.cpp reads LoRA alone"),
+    ],
+)
+def test_an_adapter_of_another_form_is_refused(tmp_path, settings, message):
+    write_lora(tmp_path, **settings)
+    with pytest.raises(ExportError, match=message):
+        write_gguf_adapter(str(tmp_path / "x.gguf"), str(tmp_path), SIZES | CONFIGS["llama"])
+
+
 def test_one_tensor_at_a_time_is_in_memory(tmp_path, monkeypatch):
     config, tensors = made("llama")
     alive = []

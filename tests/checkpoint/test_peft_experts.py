@@ -13,10 +13,11 @@ from jaxft.adapters.make import attach_adapter
 from jaxft.checkpoint.load import load_model
 from jaxft.checkpoint.merged import Merged
 from jaxft.checkpoint.peft import write_adapter
-from jaxft.checkpoint.peft_experts import targets_of
-from jaxft.checkpoint.tensors import SafetensorsFolder
+from jaxft.checkpoint.peft_experts import single, targets_of
+from jaxft.checkpoint.peft_lora import fields
+from jaxft.checkpoint.tensors import SafetensorsFolder, TensorSpec
 from jaxft.config import AdapterConfig, MeshConfig
-from jaxft.errors import ModelError
+from jaxft.errors import CheckpointError, ModelError
 from jaxft.runs.build import place
 from jaxft.sharding.mesh import make_mesh_plan
 from jaxft.training.state import divide
@@ -165,3 +166,29 @@ def test_folders_of_pefts_with_experts_in_one_parameter(tmp_path, kind, targets)
 def test_other_parameters_are_refused():
     with pytest.raises(ModelError, match=r"target_parameters=\['mlp.gate.weight'\]: only experts'"):
         targets_of({"target_parameters": ["mlp.gate.weight"]})
+
+
+def test_patterns_beside_parameters_and_experts_of_another_rank_are_refused():
+    config = {"target_parameters": BOTH, "r": 4}
+    with pytest.raises(ModelError, match="rank_pattern beside target_parameters"):
+        targets_of(config | {"rank_pattern": {"q_proj": 8}})
+    names = ["model.layers.0.mlp.experts.0.gate_proj.weight"]
+    with pytest.raises(ModelError, match=r"target_parameters beside target_modules='.\*proj'; give a list"):
+        single(config | {"target_modules": ".*proj"}, None, names)
+
+    class Source:
+        def specs(self):
+            key = "base_model.model.model.layers.0.mlp.experts.lora_A.weight"
+            return {key: TensorSpec((6, 32), np.dtype(np.float32))}
+
+    with pytest.raises(CheckpointError, match=r"lora_A.weight \[6, 32\] is not of experts of rank 4"):
+        single(config, Source(), names)
+
+
+def test_ranks_of_their_own_have_no_place_among_experts_in_one_parameter():
+    sizes = SIZES | {"model_type": "gpt_oss", "head_dim": 8}
+    module = models.random_model(models.config_from_hf(sizes), seed=0)
+    config = AdapterConfig(r=4, target_modules="q_proj,down_proj", rank_pattern="q_proj:2")
+    attach_adapter(module, config, 0)
+    with pytest.raises(ModelError, match="one rank for all layers: drop adapter.rank_pattern"):
+        fields(module)
