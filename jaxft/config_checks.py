@@ -194,13 +194,13 @@ def _check_optimizer(config: Any) -> None:
             raise ConfigError("schedule_free_adamw averages the weights itself: set train.ema_decay to None")
     if optim.name == "apollo" and adapted:
         raise ConfigError(
-            f"optim.name='apollo' projects whole matrices to a low rank, which adapter.kind={config.adapter.kind!r} "
-            "has already: use another optimizer, or adapter.kind='none'"
+            f"optim.name='apollo' projects whole matrices to a low rank, and adapter.kind={config.adapter.kind!r} "
+            "trains few numbers already: use another optimizer, or adapter.kind='none'"
         )
-    if optim.loraplus_lr_ratio is not None and not adapted:
+    if optim.loraplus_lr_ratio is not None and config.adapter.kind != "lora":
         raise ConfigError(
-            f"optim.loraplus_lr_ratio={optim.loraplus_lr_ratio} is of LoRA's B against its A, and adapter.kind='none' "
-            "has neither: set it to None"
+            f"optim.loraplus_lr_ratio={optim.loraplus_lr_ratio} is of LoRA's B against its A, and "
+            f"adapter.kind={config.adapter.kind!r} has neither: set it to None"
         )
 
 
@@ -224,6 +224,11 @@ def _check_virtual_tokens(config: Any) -> None:
     if count and config.export.merged:
         raise ConfigError(
             f"export.merged=True, but adapter.kind={kind!r} cannot be merged into weights: set it to False"
+        )
+    if count and config.adapter.saved:
+        raise ConfigError(
+            f"adapter.modules_to_save={config.adapter.modules_to_save!r} has no place in PEFT's folders of "
+            f"adapter.kind={kind!r}: set it to None"
         )
     if config.adapter.prompt_init_text is not None and kind != "prompt":
         raise ConfigError(f"adapter.prompt_init_text is of adapter.kind='prompt', not of {kind!r}: set it to None")

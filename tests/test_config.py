@@ -95,8 +95,13 @@ def file(tmp_path):
             {"optim.name": "schedule_free_adamw", "optim.schedule": "constant", "train.ema_decay": 0.9},
             "averages the weights itself: set train.ema_decay to None",
         ),
-        ({"optim.name": "apollo"}, "projects whole matrices to a low rank, which adapter.kind='lora' has already"),
+        ({"optim.name": "apollo"}, "projects whole matrices to a low rank, and adapter.kind='lora' trains few numbers"),
         ({"optim.loraplus_lr_ratio": 16.0, "adapter.kind": "none"}, "loraplus_lr_ratio=16.0 is of LoRA's B against"),
+        ({"optim.loraplus_lr_ratio": 16.0, "adapter.kind": "vera"}, "adapter.kind='vera' has neither: set it to None"),
+        (
+            {"adapter.kind": "prefix", "adapter.modules_to_save": "norm"},
+            "modules_to_save='norm' has no place in PEFT's folders of adapter.kind='prefix'",
+        ),
         (
             {"train.loss_type": "dft", "train.label_smoothing_factor": 0.1},
             "set train.label_smoothing_factor=0.1 to 0",

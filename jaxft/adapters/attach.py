@@ -12,6 +12,7 @@ from jaxft.errors import ModelError, did_you_mean
 from jaxft.nn.adapter import lend
 from jaxft.nn.linear import Embedding, Linear
 from jaxft.nn.moe import ExpertLinear
+from jaxft.quant import dense, is_quantised
 
 ALL_LINEAR = "all-linear"
 Layer = Linear | Embedding | ExpertLinear  # what has a slot
@@ -140,18 +141,21 @@ def detach(model: nnx.Module) -> None:
 
 
 def merge(model: nnx.Module) -> None:
-    """Makes every adapter a part of its matrix, computed in float32, and empties the slots."""
+    """Makes every adapter a part of its matrix, computed in float32, and empties the slots.
+
+    A quantised kernel becomes a dense one, in the type of computation.
+    """
     layers = dict(slots(model))
     for path, adapter in mergeable(model).items():
-        _merge_into(weight(layers[path]), adapter.merged)
+        _merge_into(weight(layers[path]), adapter.merged, layers[path].dtype)
         if getattr(layers[path], "bias", None) is not None:
-            _merge_into(layers[path].bias, adapter.merged_bias)
+            _merge_into(layers[path].bias, adapter.merged_bias, layers[path].dtype)
     detach(model)
 
 
-def _merge_into(param: nnx.Param, merged: Callable[[jax.Array], jax.Array]) -> None:
+def _merge_into(param: nnx.Param, merged: Callable[[jax.Array], jax.Array], computed: jnp.dtype) -> None:
     value = param.get_value()
-    param.set_value(merged(value.astype(jnp.float32)).astype(value.dtype))
+    param.set_value(merged(dense(value, jnp.float32)).astype(computed if is_quantised(value) else value.dtype))
 
 
 def _matching(target: str, layers: dict[str, Layer], model: nnx.Module) -> list[str]:

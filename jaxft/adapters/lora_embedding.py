@@ -4,17 +4,17 @@
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from jaxft.adapters.attach import AdapterParam
 from jaxft.adapters.low_rank import LoRASettings
 from jaxft.nn import partition
+from jaxft.nn.adapter import Adapter
 
 # Small enough to be gathered whole, so that tokens look up where they are.
 STORED = {"lora_embedding_a": ("weight", None), "lora_embedding_b": (None, "weight")}
 
 
-class EmbeddingLoRA(nnx.Module):
+class EmbeddingLoRA(Adapter):
     """`rows + scale * A[tokens] B`, A zero and B drawn, as in PEFT; there is no dropout on tokens.
 
     lora_embedding_a: [V, r], lora_embedding_b: [r, D], float32. What a tied head makes of the table is left as it is.
@@ -23,6 +23,7 @@ class EmbeddingLoRA(nnx.Module):
     peft_type, stacks = "LORA", False
 
     def __init__(self, vocab: int, width: int, settings: LoRASettings, *, key: jax.Array) -> None:
+        super().__init__()
         self.settings = settings
         self.lora_embedding_a = AdapterParam(jnp.zeros((vocab, settings.r), jnp.float32))
         self.lora_embedding_b = AdapterParam(jax.random.normal(key, (settings.r, width), jnp.float32))

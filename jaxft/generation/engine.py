@@ -81,7 +81,7 @@ class Engine:
     def leave(self, job: Job, held: Held) -> None:
         """Leaves what a single job has in the cache to a later call. The engine is of no use after it."""
         # The newest token is not in the cache yet.
-        held.keep(self.graphdef, self.memory, [*job.prompt, *job.tokens[:-1]], self.length)
+        held.keep(self.graphdef, self.params, self.memory, [*job.prompt, *job.tokens[:-1]], self.length)
 
     def _prefill(self, jobs: Sequence[Job], on_token: OnToken | None) -> None:
         shards = self.rows.num_devices if self.rows is not None else 1
@@ -168,7 +168,7 @@ def start(
     slots = math.ceil(min(slots, power_of_two(len(jobs))) / shards) * shards
     common, prefix_length, prefix = _common_prefix([job.prompt for job in jobs]), 0, None
     if held is not None:
-        prefix, common, prefix_length = held.take(graphdef, jobs[0].prompt, model.config.vocab_size)
+        prefix, common, prefix_length = held.take(graphdef, params, jobs[0].prompt, model.config.vocab_size)
     elif common:
         prefix_length = bucket(common)
         tokens_1S = np.full((1, bucket(common)), -1, np.int32)

@@ -1,4 +1,4 @@
-"""What may stand in the adapter slot of a linear layer."""
+"""What may stand in the adapter slot of a layer."""
 
 import jax
 from flax import nnx
@@ -7,11 +7,15 @@ from flax import nnx
 class Adapter(nnx.Module):
     """Changes what a `Linear` is given, what it gives, or both; by default neither.
 
+    One for experts is called with the rows of each in place of a key (`ExpertLinear`), one for a table with tokens and
+    their rows alone (`Embedding`); neither is asked to `enter`.
+
     lent: arrays that all layers share and a model keeps once, put here for the length of a call; None elsewhere.
     stacks: whether others may stand in the same slot; False for a kind that reckons with the base's own results.
+    on_product: whether it is for what the kernel gives alone, before the bias is added.
     """
 
-    stacks = True
+    stacks, on_product = True, False
 
     def __init__(self) -> None:
         self.lent = nnx.data(None)

@@ -94,7 +94,7 @@ class Linear(nnx.Module):
         if self.adapter is not None:
             x = self.adapter.enter(x)
         y = product(x, kernel, self.parted)
-        on_product = getattr(self.adapter, "on_product", False)  # whether an adapter is for what the kernel gives alone
+        on_product = self.adapter is not None and self.adapter.on_product
         if on_product:
             y = self.adapter(x, y, kernel, key)
         if self.bias is not None:

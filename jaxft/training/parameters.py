@@ -12,6 +12,7 @@ from jaxft.trees import flatten
 
 # Vectors by the last part of their path, however many axes stacking gives them.
 VECTORS = ("scale", "bias")
+VIRTUAL = {"prompt", "prefix"}
 STACKED = "layers/"
 LAST_AXES = {True: (-2, -1), False: (-1,)}
 
@@ -37,8 +38,8 @@ def kind_of(path: str, dimensions: int) -> Kind:
 
 
 def is_hidden(path: str, dimensions: int) -> bool:
-    """Whether it is a matrix between hidden vectors: neither the embedding table nor the LM head."""
-    outer = path.endswith("embedding") or path == "lm_head/kernel"
+    """Whether it is a matrix between hidden vectors: not the embedding table, the LM head or rows of virtual tokens."""
+    outer = path.endswith("embedding") or path == "lm_head/kernel" or not VIRTUAL.isdisjoint(path.split("/"))
     return kind_of(path, dimensions).matrix and not outer
 
 

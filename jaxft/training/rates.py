@@ -10,7 +10,7 @@ import optax
 
 from jaxft.training.parameters import by_path, kind_of
 
-EMBEDDINGS = "embed_tokens/"
+EMBEDDINGS = ("embed_tokens/", "prompt/")
 
 
 def scale_by_parameter(

@@ -9,7 +9,7 @@ from jaxft.adapters.attach import AdapterParam
 from jaxft.adapters.make import attach_adapter
 from jaxft.config import AdapterConfig
 from jaxft.errors import DataError
-from jaxft.generation import engine
+from jaxft.generation import Held, engine
 from jaxft.generation.settings import Sampling
 from jaxft.generation.tokens import generate_tokens
 from jaxft.nn.virtual import virtual_ids
@@ -42,3 +42,24 @@ def test_greedy_tokens_and_their_probabilities_are_those_of_one_pass(tuned, mode
 def test_virtual_tokens_take_positions(tuned):
     with pytest.raises(DataError, match="row 0: 250 . 3 = 253"):
         generate_tokens(tuned, [[1] * 250], sampling=Sampling(max_new_tokens=3))
+
+
+def test_the_cache_of_a_conversation_holds_them_and_is_left_when_weights_change(tuned):
+    sampling = Sampling(max_new_tokens=4, repetition_penalty=1.3)
+    tuned = nnx.clone(tuned)
+
+    def turn(prompt, held):
+        (ours,) = generate_tokens(tuned, [prompt], sampling=sampling, held=held)
+        (whole,) = generate_tokens(tuned, [prompt], sampling=sampling)
+        assert ours.tokens == whole.tokens
+        np.testing.assert_allclose(ours.logprobs, whole.logprobs, rtol=0, atol=1e-4)
+        return [*prompt, *ours.tokens]
+
+    held = Held()
+    said = turn([3, 5, 7], held)
+    assert held.computed == 4 + 3
+    said = turn([*said, 9], held)
+    assert held.computed == 2  # the newest token of the answer was not in the cache yet
+    nnx.update(tuned, jax.tree.map(lambda x: -x, nnx.state(tuned, AdapterParam)))
+    turn([*said, 9], held)
+    assert held.computed == 4 + len(said) + 1

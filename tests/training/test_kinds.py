@@ -18,6 +18,8 @@ from jaxft.objectives.sft import sft_loss
 from jaxft.runs.build import place
 from jaxft.sharding.mesh import make_mesh_plan
 from jaxft.training.optim import make_optimizer, make_schedule
+from jaxft.training.parameters import is_hidden
+from jaxft.training.rates import scale_by_parameter
 from jaxft.training.state import create, divide
 from jaxft.training.step import make_train_step
 
@@ -109,3 +111,12 @@ def test_steps_lower_the_loss_and_leave_the_rest_alone(kind):
         losses.append(float(metrics["loss"]))
     assert losses[-1] < losses[0] - 0.01
     assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (frozen, state.frozen)), strict=True))
+
+
+def test_rows_of_virtual_tokens_are_no_hidden_matrices():
+    assert not is_hidden("prompt/embeddings", 2) and not is_hidden("layers/0/self_attn/prefix/keys", 3)
+    assert is_hidden("layers/0/self_attn/q_proj/kernel", 3)
+    tx = scale_by_parameter(loraplus_lr_ratio=None, layer_decay=0.5, stacks=((0, 1),))
+    updates = {"prompt/embeddings": np.ones((4, 8), np.float32)}
+    scaled, _ = tx.update(updates, tx.init(updates), updates)
+    np.testing.assert_allclose(scaled["prompt/embeddings"], 0.125)  # as the table of embeddings
