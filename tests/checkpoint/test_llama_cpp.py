@@ -21,9 +21,7 @@ from jaxft.runs.convert import convert
 pytestmark = pytest.mark.slow
 
 COUNT = 20
-# How far, in nats, a token that llama.cpp chose may be behind ours. It rounds the activations too before it multiplies:
-# to 8 bits in blocks of 32 with q8_0, to the type of the weights with the others.
-CLOSE = {"q8_0": 0.25, "bfloat16": 0.25, "float16": 0.05}
+CLOSE = 0.25  # in nats
 PROMPTS = ("The capital of France is", "def fibonacci(n):\n", "Once upon a time, 3 little")
 CHAT = [{"role": "user", "content": "Name the largest planet."}]
 
@@ -61,19 +59,23 @@ def ours(model, tokenizer, prompts) -> list[str]:
     return [done.text for done in generate_text(model.module, tokenizer, prompts, sampling=sampling)]
 
 
-@pytest.mark.parametrize("model", ["smollm2", "gemma3"])
-def test_the_same_greedy_answers(written, llama_cpp, model):
-    path = written(model, "float32")
+# With narrower types llama.cpp rounds the activations too before it multiplies; none of these choices is that close.
+@pytest.mark.parametrize(
+    ("model", "dtype"),
+    [("smollm2", "float32"), ("smollm2", "float16"), ("smollm2", "bfloat16"), ("gemma3", "float32")],
+)
+def test_the_same_greedy_answers(written, llama_cpp, model, dtype):
+    path = written(model, dtype)
     tokenizer, server = load_tokenizer(path), llama_cpp(path)
     prompts = prompts_for(tokenizer)
     theirs = [server.complete(prompt, COUNT)["text"] for prompt in prompts]
     assert theirs == ours(load_model(str(path)), tokenizer, prompts)
 
 
-@pytest.mark.parametrize("dtype", CLOSE)
-def test_greedy_answers_of_a_narrower_file_are_the_likeliest_here_or_nearly(written, llama_cpp, dtype):
-    # Close calls fall otherwise, but no others.
-    path = written("smollm2", dtype)
+def test_greedy_answers_of_a_quantised_file_are_the_likeliest_here_or_nearly(written, llama_cpp):
+    # llama.cpp rounds the activations too, to 8 bits in blocks of 32, before it multiplies with blocks of q8_0: close
+    # calls fall otherwise, but no others.
+    path = written("smollm2", "q8_0")
     model, tokenizer, server = load_model(str(path)), load_tokenizer(path), llama_cpp(path)
     for prompt in prompts_for(tokenizer):
         before = tokenizer.encode(prompt)
@@ -82,7 +84,7 @@ def test_greedy_answers_of_a_narrower_file_are_the_likeliest_here_or_nearly(writ
         logits = model.logits([ids])[0, len(before) - 1 : -1]
         chosen = logits[np.arange(len(logits)), ids[len(before) :]]
         behind = logits.max(axis=-1) - chosen
-        assert behind.max() < CLOSE[dtype], behind
+        assert behind.max() < CLOSE, behind
 
 
 def test_the_same_greedy_answers_with_an_adapter(written, llama_cpp):

@@ -134,7 +134,7 @@ def test_the_next_token_has_the_same_probabilities(answers, name):
 
 
 # llama.cpp rounds activations to the type of the matrix that it multiplies with.
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 1e-2), ("bfloat16", 1e-1)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 3e-3), ("bfloat16", 3e-2)])
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
 def test_files_of_narrower_types_give_nearly_the_same_probabilities(answers, name, dtype, tolerance):
     path, prompt, theirs = answers(name, dtype)
