@@ -50,7 +50,7 @@ class AdapterConfig:
     target_modules: str = "all-linear"  # or names, comma separated: "q_proj,v_proj"
     use_rslora: bool = False  # scale by alpha / sqrt(r), arXiv:2312.03732
     use_dora: bool = False  # train lengths of kernels' columns apart, arXiv:2402.09353
-    init_lora_weights: str = "default"  # or gaussian, pissa, pissa_niter_N, olora
+    init_lora_weights: str = "default"  # or gaussian, pissa, pissa_niter_N, olora, loftq, loftq_niter_N
     exclude_modules: str | None = None  # names, comma separated, left out of target_modules
     layers_to_transform: str | None = None  # only these layers: "0-3,8"
     rank_pattern: str | None = None  # other ranks: "q_proj:8,layers.0.mlp.down_proj:32", by PEFT's patterns

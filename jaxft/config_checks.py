@@ -44,7 +44,7 @@ CHOICES = {
     "train.loss_type": LOSS_TYPES, "checkpoint.best_mode": ("min", "max"), "checkpoint.best_metric": EVAL_FIGURES,
     "eval.metric": METRICS,
 }  # fmt: skip
-LORA_STARTS = r"default|gaussian|pissa(_niter_\d+)?|olora"
+LORA_STARTS = r"default|gaussian|(pissa|loftq)(_niter_\d+)?|olora"
 # Fields of the LoRA family, and what they are when nobody asked for it.
 LORA_ALONE = {
     "use_rslora": False, "use_dora": False, "init_lora_weights": "default", "exclude_modules": None,
@@ -149,6 +149,13 @@ def _check_step(config: Any) -> None:
             f"adapter.kind={config.adapter.kind!r} trains adapters beside it: set one of them to None"
         )
     _check_virtual_tokens(config)
+    if config.adapter.init_lora_weights.startswith("loftq") and not config.model.quantization:
+        raise ConfigError(
+            f"adapter.init_lora_weights={config.adapter.init_lora_weights!r} makes up for what quantising loses, but "
+            "model.quantization is None: set it, or begin with 'default'"
+        )
+    if config.adapter.init_lora_weights.startswith("loftq") and config.adapter.use_dora:
+        raise ConfigError("adapter.use_dora takes its lengths from the quantised base, not from loftq's start: set one")
     _check_adapter(config.adapter)
 
 
@@ -160,7 +167,7 @@ def _check_adapter(adapter: Any) -> None:
     if not re.fullmatch(LORA_STARTS, adapter.init_lora_weights):
         raise ConfigError(
             f"adapter.init_lora_weights={adapter.init_lora_weights!r} is not one of default, gaussian, pissa, "
-            "pissa_niter_N, olora"
+            "pissa_niter_N, olora, loftq, loftq_niter_N"
         )
     _ = adapter.layers, adapter.ranks, adapter.alphas  # each refuses what it cannot read
     if adapter.layers == ():

@@ -12,8 +12,10 @@ import jax.numpy as jnp
 from jaxft.errors import ModelError
 from jaxft.quant import dense
 
-STARTS = ("default", "gaussian", "pissa", "olora")
+STARTS = ("default", "gaussian", "pissa", "olora", "loftq")
 _PISSA = re.compile(r"pissa(?:_niter_(\d+))?")
+# Drawn like the default, and set where the weights are that the base was quantised from.
+LOFTQ = re.compile(r"loftq(?:_niter_(\d+))?")
 
 
 def moves_the_start(init: str) -> bool:
@@ -23,7 +25,7 @@ def moves_the_start(init: str) -> bool:
 
 def understood(init: str) -> bool:
     """Whether there is a start of that name."""
-    return init in STARTS or _PISSA.fullmatch(init) is not None
+    return init in STARTS or any(pattern.fullmatch(init) for pattern in (_PISSA, LOFTQ))
 
 
 def draw(
@@ -47,7 +49,7 @@ def draw(
         bound = 1.0 / math.sqrt(inputs)  # as PEFT draws it: variance 1 / (3 I)
         drawn = (
             jax.random.uniform(key, size, jnp.float32, -bound, bound)
-            if init == "default"
+            if init != "gaussian"
             else jax.random.normal(key, size, jnp.float32) / r
         )
         return drawn, jnp.zeros((*stack, r, outputs), jnp.float32)
@@ -65,12 +67,16 @@ def draw(
 
 
 def _svd(kernel_IO: jax.Array, scale: jax.Array, key: jax.Array, *, r: int, steps: str | None) -> tuple[jax.Array, ...]:
-    u_Ir, s_r, v_rO = _leading(kernel_IO, key, r, steps)
+    u_Ir, s_r, v_rO = leading(kernel_IO, key, r, steps)
     root_r1 = jnp.sqrt(s_r / jnp.where(scale == 0, 1, scale))[:, None]
     return root_r1 * u_Ir.T, root_r1 * v_rO
 
 
-def _leading(kernel_IO: jax.Array, key: jax.Array, r: int, steps: str | None) -> tuple[jax.Array, ...]:
+def leading(kernel_IO: jax.Array, key: jax.Array, r: int, steps: str | None) -> tuple[jax.Array, ...]:
+    """The r largest singular values [r] between their vectors, [I, r] and [r, O], float32.
+
+    steps: of subspace iteration, which finds them nearly so; None: by a whole decomposition.
+    """
     if steps is None:
         u, s, v = jnp.linalg.svd(kernel_IO, full_matrices=False)
         return u[:, :r], s[:r], v[:r]

@@ -13,9 +13,9 @@ from flax import nnx
 from jaxft import models
 from jaxft.adapters.make import attach_adapter
 from jaxft.adapters.prompt import begin_as
-from jaxft.checkpoint import hf
+from jaxft.checkpoint import hf, loftq
 from jaxft.checkpoint.hf import read_json
-from jaxft.checkpoint.load import LoadedModel, hf_config_of, load_model, random_model, resolve
+from jaxft.checkpoint.load import LoadedModel, hf_config_of, load_model, open_weights, random_model, resolve
 from jaxft.config import RunConfig
 from jaxft.data.tokenizer import load_tokenizer
 from jaxft.errors import ConfigError
@@ -52,6 +52,10 @@ def build_model(config: RunConfig, mesh: MeshPlan | None = None, *, random_base:
             f"jaxft export --model={model.path} --format=merged --to=NEW_FOLDER"
         )
     attach_adapter(loaded.module, config.adapter, config.seed)
+    start = config.adapter.init_lora_weights
+    if start.startswith("loftq"):
+        source = open_weights(resolve(path, model.revision))[1]
+        loftq.begin(loaded.module, source, start, jax.random.key(config.seed))
     if config.adapter.prompt_init_text is not None:
         begin_as(loaded.module, load_tokenizer(path, revision=model.revision).encode(config.adapter.prompt_init_text))
     if mesh is not None:
