@@ -10,6 +10,8 @@ $(error $(PYTHON) does not run; give another one: make PYTHON=/path/to/python3.1
 endif
 VENV ?= .venv-$(VERSION)
 BIN := $(VENV)/bin
+# Processes that share the tests' files among them.
+WORKERS ?= 2
 ENV := JAX_PLATFORMS=cpu TF_CPP_MIN_LOG_LEVEL=2
 
 .PHONY: quickstart test test-all lint clean
@@ -19,7 +21,7 @@ quickstart: $(VENV)/quickstart.done
 
 test: $(VENV)/test.done
 	$(BIN)/ruff check .
-	$(ENV) $(BIN)/python -m pytest -m "not slow"
+	$(ENV) $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
 
 test-all: $(VENV)/test.done $(VENV)/quickstart.done $(VENV)/test-all.done
 	$(BIN)/ruff check .
