@@ -14,7 +14,7 @@ from jaxft.planning.topology import parse
 
 ROOT = Path(__file__).parents[1]
 # These run on any machine.
-SMALL = {"quickstart", "smollm2_135m_full", "smollm2_135m_lora"}
+SMALL = {"quickstart", "smollm2_135m_full", "smollm2_135m_lora", "smollm2_135m_mixture"}
 LARGE = sorted(path for path in (ROOT / "configs").glob("*.py") if path.stem not in SMALL)
 by_name = pytest.mark.parametrize("path", LARGE, ids=lambda path: path.stem)
 

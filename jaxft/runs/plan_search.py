@@ -101,7 +101,7 @@ class _Bench:
         self.level, self.prices, self.length = level, prices, length
         self.hf_config, self.shapes = shapes_of(config)
         self.blueprints: dict[Any, Blueprint] = {}
-        self.plans: dict[tuple[RunConfig, Slices], dict[str, Any]] = {}
+        self.plans: dict[tuple[str, Slices], dict[str, Any]] = {}
         self.base = self._blueprint(config)
 
     def _blueprint(self, config: RunConfig) -> Blueprint:
@@ -126,7 +126,7 @@ class _Bench:
 
     def compiled(self, candidate: Candidate) -> dict[str, Any]:
         """The plan of a candidate, with its overrides."""
-        key = (candidate.config, candidate.slices)
+        key = (repr(candidate.config), candidate.slices)
         if key not in self.plans:
             job = job_of(self._blueprint(candidate.config), candidate.config, candidate.slices)
             done = measure(job, self.level)

@@ -191,7 +191,7 @@ def test_all_misfits_are_listed_at_once(folder, tiny_llama):
         ({"twist": 3}, "twist=3"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
         ({"init_lora_weights": "loftq"}, "init_lora_weights='loftq'"),
-        ({"peft_type": "IA3"}, "peft_type 'IA3', which is not implemented"),
+        ({"peft_type": "LOHA"}, "peft_type 'LOHA', which is not implemented"),
         ({"r": "16"}, "r='16'; a rank is a whole number"),
         ({"r": 0}, "r=0; a rank is a whole number above zero"),
         ({"r": None}, "r=None"),

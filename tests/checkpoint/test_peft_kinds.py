@@ -80,7 +80,7 @@ def test_folders_both_ways_give_pefts_logits(by_peft, torch_llama, tmp_path, cas
     if case.startswith("vera"):
         # Always written, and those that PEFT drew, to the bit.
         for name in "AB":
-            drawn = dict(reference.named_buffers())[f"base_model.vera_{name}.default"].numpy()
+            drawn = next(held for key, held in reference.named_buffers() if f"vera_{name}" in key).numpy()
             np.testing.assert_array_equal(ours[f"base_model.vera_{name}"], drawn)
     assert set(ours) - set(theirs) <= {"base_model.vera_A", "base_model.vera_B"}
     again = peft.PeftModel.from_pretrained(torch_llama(base), str(tmp_path / "ours")).eval()

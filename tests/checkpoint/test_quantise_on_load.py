@@ -152,7 +152,7 @@ def test_codes_come_as_they_are(packed, double, folder):
             weight = model.model.layers[layer].mlp.down_proj.weight
             flat = weight.data.numpy().ravel()
             codes = np.stack([flat >> 4, flat & 15], axis=-1).reshape(ours.shape[::-1]).T
-            np.testing.assert_array_equal(np.asarray(unpack(ours.codes)), codes)
+            np.testing.assert_array_equal(np.asarray(unpack(ours.codes)).reshape(codes.shape), codes)
             if not double:
                 np.testing.assert_array_equal(np.asarray(ours.scales).T.ravel(), weight.quant_state.absmax.numpy())
                 continue

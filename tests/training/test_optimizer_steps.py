@@ -18,7 +18,7 @@ from jaxft.sharding.mesh import make_mesh_plan
 from jaxft.training.state import create
 from jaxft.trees import flatten
 
-RATES = {"sgd": 1.0, "lion": 1e-3, "schedule_free_adamw": 1e-2}
+RATES = {"sgd": 1.0, "lion": 1e-3, "muon": 1e-2, "schedule_free_adamw": 1e-2}
 STEPS = 8
 
 

@@ -49,9 +49,9 @@ def test_loraplus_rates_are_those_of_peft():
 
 
 def test_layers_decay_from_the_head_down_along_their_stacks():
-    # Groups of layers 0, 2, 4 and 1, 3, 5, then 6 alone.
+    # Layer 0 alone, then groups of layers 1, 3, 5 and 2, 4, 6.
     stacks = group_layers(layout(["local", "global"] * 3 + ["local"]))
-    assert stacks == ((0, 2, 4), (1, 3, 5), (6,))
+    assert stacks == ((0,), (1, 3, 5), (2, 4, 6))
     params = {"embed_tokens": {"embedding": jnp.zeros((5, 4))}, "norm": {"scale": jnp.zeros(4)}, "layers": {}}
     for group, layers in enumerate(stacks):
         kinds = {"kernel": jnp.zeros((len(layers), 4, 3)), "bias": jnp.zeros((len(layers), 3))}
