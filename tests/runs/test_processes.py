@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -33,6 +34,7 @@ SMOKE = {
     "adapter.dropout": 0.1, "train.log_every": 1, "train.batch_size": 16, "train.accumulation_steps": 2,
     "data.max_length": 384,
 }  # fmt: skip
+GLOO_WORDS = set("Gloo Rank is connected to peer ranks Expected number of".split())
 # Long enough to be stopped in, and divisible over 16 devices.
 LONG = SMOKE | {
     "train.steps": 40, "train.accumulation_steps": 1, "train.eval_every": 20, "eval.metric": None,
@@ -169,8 +171,8 @@ def test_two_processes_train_as_one(tmp_path: Path, cache: Path) -> None:
         config = load("configs/quickstart.py:smoke", [f"{k}={v}" for k, v in settings.items()])
         whole = train(dataclasses.replace(config, output_dir=str(tmp_path / "one")), console=Console(quiet=True))
         group.finish()
-        said = [line for line in group.said(1).splitlines() if not line.startswith("[Gloo]")]
-        assert not said
+        # Gloo's threads write over each other, so its sentence may come in pieces; any other word is ours.
+        assert set(re.findall(r"[^\W\d]+", group.said(1))) <= GLOO_WORDS
     assert_same(tmp_path / "two", tmp_path / "one", ADAPTER)
     summary = json.loads((tmp_path / "two" / "summary.json").read_text())
     assert summary.keys() == whole.keys() and summary["steps"] == 3
