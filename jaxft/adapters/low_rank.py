@@ -19,8 +19,9 @@ from jaxft.adapters.lora_start import draw, moves_the_start
 from jaxft.nn import partition
 from jaxft.nn.adapter import Adapter
 
-# Whether the tensor axis splits the wide side of A or B -> how they are stored and how they are multiplied with.
-STORED = {True: (None, "both"), False: (None, "weight")}
+# Whether the tensor axis splits the wide side of A or B in use -> how they are stored and how they are multiplied with.
+# Stored, each is split by all axes: beside a quantised base, float32 halves and moments are no small part.
+STORED = {True: (None, "both"), False: (None, "spread")}
 WHOLE = {True: (None, "tensor"), False: (None, None)}
 HALVES = ("lora_a", "lora_b", "lora_a_start", "lora_b_start")
 

@@ -15,9 +15,12 @@ from jax.sharding import PartitionSpec as P
 
 # batch: rows. replica: rows, where weights stay split. sequence: positions, where a layer works on its heads or inner
 # units. stream: positions between such layers, which the tensor axis splits as well (arXiv:2205.05198). weight: the
-# side of a matrix that is gathered for use. both: a side that the tensor axis splits and that is gathered.
-# expert, expert_weight: experts, and the side of theirs that is gathered.
-Dimension = Literal["batch", "replica", "sequence", "stream", "tensor", "weight", "both", "expert", "expert_weight"]
+# side of a matrix that is gathered for use. both: a side that the tensor axis splits and that is gathered. spread: a
+# side of a small matrix, gathered over the tensor axis as well. expert, expert_weight: experts, and the side of theirs
+# that is gathered.
+Dimension = Literal[
+    "batch", "replica", "sequence", "stream", "tensor", "weight", "both", "spread", "expert", "expert_weight"
+]  # fmt: skip
 AXES: dict[str, tuple[str, ...]] = {
     "batch": ("slice", "data", "fsdp", "expert"),
     "replica": ("slice", "data"),
@@ -28,6 +31,7 @@ AXES: dict[str, tuple[str, ...]] = {
     "expert": ("expert",),
     "expert_weight": ("fsdp", "context"),
     "both": ("tensor", "fsdp", "expert", "context"),
+    "spread": ("tensor", "fsdp", "expert", "context"),
 }
 
 

@@ -94,11 +94,11 @@ def _spread(leaves: Sequence[jax.Array], rows: tuple[int, ...], vocab: int, stor
     positions = math.prod(rows) // math.prod(partition.ways(name) for name in ROWS)
     if vocab % partition.ways("both") == 0 and positions * partition.ways("weight") <= vocab:
         # Fewer numbers travel, and no device holds more than its part, when positions come to the vocabulary.
-        split, names = "both", {"tensor": "both", "weight": None, "both": "both"}
+        split, names = "both", {"tensor": "both", "weight": None, "spread": None}
     elif vocab % partition.ways("tensor") == 0:
-        split, names = "tensor", {}
+        split, names = "tensor", {"spread": "weight"}
     else:
-        split, names = None, {"tensor": None, "both": "weight"}
+        split, names = None, {"tensor": None, "both": "weight", "spread": "weight"}
     lies = [tuple(names.get(name, name) for name in dimensions) for dimensions in stored]
     specs = [partition.spec(x.shape, dimensions, uneven=None) for x, dimensions in zip(leaves, lies, strict=True)]
     vocab_axes = () if split is None else partition.axes_of(split)

@@ -87,13 +87,9 @@ RULES: tuple[Rule, ...] = (
     Rule("kernel", P(WEIGHT, TENSOR), optional=True),  # [L, D, out]
     Rule("lora_embedding_a", P(WEIGHT, None), optional=True),  # [V, r]
     Rule("lora_embedding_b", P(None, WEIGHT), optional=True),  # [r, D]
-    # Both halves, and what they began with. r stays whole: the wide side is split as the kernel's is.
-    Rule("o_proj/adapter/lora_a*", P(None, BOTH), optional=True),  # [L, r, N*H]
-    Rule("o_proj/adapter/lora_b*", P(None, WEIGHT), optional=True),  # [L, r, D]
-    Rule("down_proj/adapter/lora_a*", P(None, BOTH), optional=True),  # [L, r, F]
-    Rule("down_proj/adapter/lora_b*", P(None, WEIGHT), optional=True),  # [L, r, D]
-    Rule("lora_a*", P(None, WEIGHT), optional=True),  # [L, r, D]
-    Rule("lora_b*", P(None, BOTH), optional=True),  # [L, r, out]
+    # Both halves, and what they began with. r stays whole.
+    Rule("lora_[ab]*", P(None, BOTH), optional=True, only_even=True),  # [L, r, in], [L, r, out]
+    Rule("lora_[ab]*", P(None, WEIGHT), optional=True),
     Rule("o_proj/adapter/lora_magnitude", P(WEIGHT), optional=True),  # [L, D]
     Rule("down_proj/adapter/lora_magnitude", P(WEIGHT), optional=True),  # [L, D]
     Rule("lora_magnitude", P(BOTH), optional=True),  # [L, out]
