@@ -346,9 +346,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--format", default="merged", help="merged (a whole Hugging Face folder) or adapter (PEFT)")
     option("--dtype", choices=("float32", "bfloat16"), help="stored type of a merged model")
     option("--step", type=int, help="a checkpoint of the run; the newest by default")
-    option(
-        "--base", choices=("trained", "original"), default="trained", help="of a quantised run: what to merge into"
-    )
+    option("--base", choices=("trained", "original"), default="trained", help="of a quantised run: what to merge into")
 
     option = verb("convert", _convert, "one model format into another, tensor by tensor, compared at the end")
     option(

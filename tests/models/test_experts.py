@@ -149,7 +149,7 @@ def test_packed_documents_and_padding_change_nothing(wide):
         np.testing.assert_allclose(packed[row, part], alone[0], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("remat", ["none", pytest.param("dots", marks=pytest.mark.slow), "full"])
 def test_gradients_on_eight_devices_are_those_on_one(wide, remat):
     plan = make_mesh_plan(MeshConfig(fsdp=8))
     abstract = models.abstract_model(wide.config, remat=remat)
