@@ -27,9 +27,13 @@ for name, value in {
 }.items():
     os.environ.setdefault(name, value)
 
+import ctypes  # noqa: E402
 import functools  # noqa: E402
+import gc  # noqa: E402
 import json  # noqa: E402
-from collections.abc import Callable  # noqa: E402
+import sys  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
+from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 import jax  # noqa: E402
@@ -37,6 +41,19 @@ import pytest  # noqa: E402
 
 # Compiling costs more than running at these sizes. Programs that tests start are compiled as users' are.
 jax.config.update("jax_disable_most_optimizations", True)
+
+MOST_RESIDENT = 3 * 2**30  # bytes of one process, of which two share a small machine
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded_memory() -> Iterator[None]:
+    """Programs compiled for the tests of a file go with it once they have become many."""
+    yield
+    if sys.platform == "linux" and int(Path("/proc/self/statm").read_text().split()[1]) * 4096 > MOST_RESIDENT:
+        jax.clear_caches()
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+
 
 TINY = {
     "vocab_size": 96,
