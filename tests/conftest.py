@@ -5,12 +5,14 @@ from importlib.metadata import version
 
 # Before JAX is imported anywhere.
 os.environ["JAX_PLATFORMS"] = "cpu"
-flags = {"--xla_force_host_platform_device_count": 8}
+given = os.environ.get("XLA_FLAGS", "")
+if "xla_force_host_platform_device_count" not in given:
+    given = f"{given} --xla_force_host_platform_device_count=8".strip()
+quick = ""
 if version("jaxlib").startswith("0.10."):  # XLA ends a process that names a flag it does not know
     # Of the time that a test takes, most is compilation, and of that nearly half goes into these.
-    flags |= {"--xla_cpu_use_fusion_emitters": "false", "--xla_cpu_parallel_codegen_split_count": 1}
-given = os.environ.get("XLA_FLAGS", "")
-os.environ["XLA_FLAGS"] = " ".join([given, *(f"{k}={v}" for k, v in flags.items() if k not in given)]).strip()
+    quick = " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+os.environ["XLA_FLAGS"] = given + quick
 for name, value in {
     "OMP_NUM_THREADS": "1",
     # Threads of XLA's CPU client: a fake device waits in a collective on one of them, and with only as many as
@@ -38,6 +40,10 @@ from typing import Any  # noqa: E402
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+
+# The flags are read once, here. Of what comes later, libtpu and programs that tests start, not all know them.
+jax.devices()
+os.environ["XLA_FLAGS"] = given
 
 # Compiling costs more than running at these sizes. Programs that tests start are compiled as users' are.
 jax.config.update("jax_disable_most_optimizations", True)
