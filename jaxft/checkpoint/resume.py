@@ -147,13 +147,6 @@ class RunCheckpoints:
         self._last = step
         return as_state(arrays, abstract_state), meta["extra"]
 
-    def reached_preemption(self, step: int) -> bool:
-        """Whether every process has agreed to save after this step and leave (SIGTERM reached one of them).
-
-        Ask once per step, on every process. Always False unless `jaxft.sharding.distributed.start` ran.
-        """
-        return ocp.multihost.reached_preemption(step)
-
     def all_steps(self) -> tuple[int, ...]:
         """Whole steps, ascending. A save still under way is not among them."""
         entries = self.folder.iterdir() if self.folder.is_dir() else ()

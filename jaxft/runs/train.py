@@ -35,6 +35,7 @@ from jaxft.runs.build import (
 )
 from jaxft.runs.export import export_run
 from jaxft.runs.scores import answer, figures, samples
+from jaxft.sharding import distributed
 from jaxft.sharding.arrays import from_rows
 from jaxft.sharding.mesh import MeshPlan
 from jaxft.sharding.processes import agreed, primary
@@ -238,7 +239,7 @@ def _hooks(
         ),
         evaluate=held_out_evaluation(run, graphdef),
         save=save,
-        preempted=checkpoints.reached_preemption,
+        preempted=distributed.reached_preemption,
         figures=run.loader.figures,
     )
 

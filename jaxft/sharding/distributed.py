@@ -1,19 +1,23 @@
-"""Start of jax.distributed: once per process, even when there is only one.
+"""jax.distributed: started once per process, even when there is only one, and asked whether it is time to leave.
 
-Without it a SIGTERM kills the process and Orbax's preemption check is always False. With it JAX
+Without it a SIGTERM kills the process and `reached_preemption` is always False. With it JAX
 takes SIGTERM over: the process lives on until the training loop sees `reached_preemption` and
 leaves, so a phase that never asks (an export, say) ends only by SIGKILL.
 """
 
+import itertools
 import logging
 import os
 import socket
 
 import jax
+from jax.experimental.multihost_utils import reached_preemption_sync_point
 
 from jaxft.errors import ConfigError
 
 HEARTBEAT_SECONDS = 100  # JAX's own default
+
+_times_asked = itertools.count(1)
 
 
 def start(
@@ -64,6 +68,17 @@ def start(
             "restart the kernel. Without it SIGTERM cannot be answered with a checkpoint."
         ) from error
     return True
+
+
+def reached_preemption() -> bool:
+    """Whether every process has agreed to save now and leave, because SIGTERM reached one of them.
+
+    Ask after every step, on every process. Always False unless `start` ran.
+    """
+    # JAX has the processes agree on the highest number any of them has given, plus one. Before the first
+    # call that is one: a resumed run that gave its steps' numbers would never come to it, and a SIGTERM
+    # during restoring or compiling would be lost. So the calls are numbered, not the steps.
+    return reached_preemption_sync_point(next(_times_asked))
 
 
 def _detect_or_alone(heartbeat_seconds: int) -> None:

@@ -39,15 +39,16 @@ class Hooks:
     """What the loop calls, so that it knows neither files nor devices.
 
     train_step: jitted. batch(step): the batch on its devices. evaluate(state): held-out figures, or
-    None where there are no held-out rows. save(step, state, progress, metrics); preempted(step).
-    figures(step): what the log says besides of the data seen in so many steps; None: nothing.
+    None where there are no held-out rows. save(step, state, progress, metrics). preempted(): asked after
+    every step, whether to save and leave. figures(step): what the log says besides of the data seen in
+    so many steps; None: nothing.
     """
 
     train_step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
     batch: Callable[[int], Any]
     evaluate: Callable[[TrainState], dict[str, float]] | None
     save: Callable[[int, TrainState, dict[str, float], dict[str, float]], None]
-    preempted: Callable[[int], bool]
+    preempted: Callable[[], bool]
     figures: Callable[[int], dict[str, float]] | None = None
 
 
@@ -78,7 +79,7 @@ def fit(
             began = time.monotonic()
             figures = hooks.evaluate(state)
             log.eval(step, figures | {"eval_seconds": time.monotonic() - began})
-        stopping = hooks.preempted(step)
+        stopping = hooks.preempted()
         if stopping or cadence.due(step, cadence.save_every):
             hooks.save(step, state, progress, figures)
         if stopping and step < cadence.total_steps:

@@ -55,6 +55,12 @@ print(jax.process_count(), jax.process_index(), len(jax.devices()))
     assert [result(child)[0] for child in children] == [["2", "0", "2"], ["2", "1", "2"]]
 
 
+def test_without_a_start_preemption_is_never_reported():
+    if jax.distributed.is_initialized():
+        pytest.skip("jax.distributed runs in this process")
+    assert not distributed.reached_preemption()
+
+
 def test_starting_after_a_device_was_used_is_refused():
     jax.devices()
     if jax.distributed.is_initialized():

@@ -24,7 +24,7 @@ class Recorder:
             batch=lambda number: ("batch", number),
             evaluate=self.evaluate if self.held_out else None,
             save=self.save,
-            preempted=lambda step: step == self.preempted_at,
+            preempted=lambda: self.of("train")[-1] + 1 == self.preempted_at,
         )
 
     def train_step(self, state, batch):

@@ -49,7 +49,7 @@ total = jax.jit(jnp.sum)
 for step in range(3, 5_000):
     total(x).block_until_ready()  # keeps the processes in step, as training does
     time.sleep(0.01)  # else all steps are over before the processes agree on one
-    if checkpoints.reached_preemption(step):
+    if distributed.reached_preemption():
         checkpoints.save(step, {"x": x}, {"step": step})
         checkpoints.close()
         print(step, flush=True)
