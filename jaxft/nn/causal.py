@@ -4,10 +4,11 @@ Rows and heads are worked on where they are. Where the context axis splits a row
 and gathers the keys and values of the whole row, which grouped queries make small.
 """
 
-# B batch, S sequence, N query heads, K kv heads, H head_dim
+# B batch, S sequence, T keys, C parts of a row, N query heads, K kv heads, H head_dim
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
 from jaxft.nn import blockwise, cudnn, partition, splash
@@ -38,14 +39,16 @@ def causal_attention(
     if partition.alone():
         return _part(kernel, q_BSNH, k_BSKH, v_BSKH, segments_BS, segments_BS, form, sinks_N, None)
 
-    def part(kernel, q_BSNH, k_BTKH, v_BTKH, query_segments_BS, key_segments_BT, sinks_N):
-        start = jax.lax.axis_index("context") * q_BSNH.shape[1] if shards > 1 else None
+    def part(kernel, q_BSNH, k_BSKH, v_BSKH, query_segments_BS, key_segments_BT, sinks_N):
+        if shards == 1:
+            return _part(kernel, q_BSNH, k_BSKH, v_BSKH, query_segments_BS, key_segments_BT, form, sinks_N, None)
+        # Gathered here and not on the way in: every device gets its own part of the gradients' sum, not all of it.
+        k_BTKH, v_BTKH = _whole_rows(k_BSKH), _whole_rows(v_BSKH)
+        start = jax.lax.axis_index("context") * q_BSNH.shape[1]
         return _part(kernel, q_BSNH, k_BTKH, v_BTKH, query_segments_BS, key_segments_BT, form, sinks_N, start)
 
-    queries, keys = ("batch", "sequence", "tensor", None), ("batch", None, "tensor", None)
     specs = [
-        _spec(q_BSNH, queries),
-        *(_spec(x, keys) for x in (k_BSKH, v_BSKH)),
+        *(_spec(x, ("batch", "sequence", "tensor", None)) for x in (q_BSNH, k_BSKH, v_BSKH)),
         _spec(segments_BS, ("batch", "sequence")),
         _spec(segments_BS, ("batch", None)),
     ]
@@ -60,11 +63,33 @@ def causal_attention(
 def _part(kernel, q_BSNH, k_BTKH, v_BTKH, query_segments_BS, key_segments_BT, form, sinks_N, start):
     if kernel is not None:
         return splash.attention(kernel, q_BSNH, k_BTKH, v_BTKH, query_segments_BS, key_segments_BT, form, sinks_N)
-    if partition.platform() == "gpu" and cudnn.fits(q_BSNH, form, sinks_N):
+    if partition.platform() == "gpu" and cudnn.fits(q_BSNH, k_BTKH.shape[1], form, sinks_N):
         return cudnn.attention(q_BSNH, k_BTKH, v_BTKH, query_segments_BS, key_segments_BT, form, start)
     return blockwise.attention(
         q_BSNH, k_BTKH, v_BTKH, query_segments_BS, form, sinks_N, key_segments_BT=key_segments_BT, start=start
     )
+
+
+@jax.custom_vjp
+def _whole_rows(x_BSKH: jax.Array) -> jax.Array:
+    """Gathered along the context axis, to be called under `shard_map`."""
+    return jax.lax.all_gather(x_BSKH, "context", axis=1, tiled=True)
+
+
+def _whole_rows_forward(x_BSKH: jax.Array) -> tuple[jax.Array, None]:
+    return _whole_rows(x_BSKH), None
+
+
+def _whole_rows_backward(_: None, grad_BTKH: jax.Array) -> tuple[jax.Array]:
+    batch, keys, heads, head_dim = grad_BTKH.shape
+    parts = jax.lax.axis_size("context")
+    grad_CBSKH = grad_BTKH.reshape(batch, parts, keys // parts, heads, head_dim).swapaxes(0, 1)
+    # In memory too, parts come first: of a sum that is cut along an inner dimension, TPUs send all to everyone.
+    grad_CBSKH = with_layout_constraint(grad_CBSKH, Layout(major_to_minor=(0, 1, 2, 3, 4)))
+    return (jax.lax.psum_scatter(grad_CBSKH, "context"),)
+
+
+_whole_rows.defvjp(_whole_rows_forward, _whole_rows_backward)
 
 
 def _for_each_part(x_BSKH: jax.Array) -> jax.Array:

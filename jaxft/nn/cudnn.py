@@ -12,11 +12,14 @@ from jaxft.nn.score_form import ScoreForm, score_scale
 MOST_HEAD_DIM, HEAD_DIM_STEP = 128, 8
 
 
-def fits(q_BSNH: jax.Array, form: ScoreForm, sinks_N: jax.Array | None) -> bool:
-    """Whether the kernel computes this: half precision, heads of its sizes, neither cap nor sinks."""
-    head_dim = q_BSNH.shape[-1]
+def fits(q_BSNH: jax.Array, keys: int, form: ScoreForm, sinks_N: jax.Array | None) -> bool:
+    """Whether the kernel computes this: half precision, heads of its sizes, neither cap nor sinks, and even numbers of
+    queries and keys, without which a mask has no gradient.
+    """
+    _, queries, _, head_dim = q_BSNH.shape
     right_heads = head_dim <= MOST_HEAD_DIM and head_dim % HEAD_DIM_STEP == 0
-    return q_BSNH.dtype in (jnp.bfloat16, jnp.float16) and right_heads and form.softcap is None and sinks_N is None
+    plain = q_BSNH.dtype in (jnp.bfloat16, jnp.float16) and form.softcap is None and sinks_N is None
+    return plain and right_heads and queries % 2 == 0 and keys % 2 == 0
 
 
 def attention(
@@ -32,7 +35,8 @@ def attention(
 ) -> jax.Array:
     """One device's part of the attention, [B, S, N, H] in q's dtype. start: place of the first query in the row.
 
-    Packed rows need a mask [B, 1, S, T], which the kernel takes as a bias in the type of the scores.
+    Packed rows need a mask [B, 1, S, T], which the kernel takes as a bias in the type of the scores. Of whole rows it
+    knows besides that they are causal, and leaves out the half that they do not see.
     """
     queries_S1 = jnp.arange(q_BSNH.shape[1])[:, None] + (0 if start is None else start)
     keys_T = jnp.arange(k_BTKH.shape[1])
@@ -46,5 +50,6 @@ def attention(
         v_BTKH,
         mask=mask_BST[:, None],
         scale=score_scale(form, q_BSNH.shape[-1]),
+        is_causal=start is None,
         implementation=implementation,
     )

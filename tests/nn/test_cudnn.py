@@ -1,4 +1,6 @@
-"""What the GPU's kernel is asked for, computed by the same function's plain implementation, is plain attention."""
+"""What the GPU's kernel is asked for, computed by the same function's plain implementation, is plain attention; what is
+lowered for a GPU calls that kernel.
+"""
 
 import re
 
@@ -6,14 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import export
-from jax._src.cudnn import fused_attention_stablehlo as lowering
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from jaxft.nn import blockwise, cudnn, partition
-from jaxft.nn.causal import causal_attention
+from jaxft.nn import blockwise, causal, cudnn
 from jaxft.nn.score_form import PLAIN, ScoreForm
 
 SEGMENTS = jnp.repeat(jnp.array([1, 2, 3, 0]), jnp.array([20, 9, 30, 5]))[None]
+KERNELS = ("__cudnn$fmhaScaleBiasSoftmax", "__cudnn$fmhaScaleBiasSoftmaxBackward")
 
 
 @pytest.mark.parametrize("form", [PLAIN, ScoreForm(window=7, scale=0.4)], ids=["plain", "window"])
@@ -31,30 +32,62 @@ def test_the_mask_and_scale_are_those_of_the_other_forms(form, part):
     np.testing.assert_allclose(np.asarray(other)[real], np.asarray(whole[:, rows])[real], rtol=0, atol=2e-6)
 
 
+def test_whole_rows_are_left_to_the_kernels_own_causal_order():
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (jax.random.normal(key, (1, 64, n, 16)) for key, n in zip(keys, (4, 2, 2), strict=True))
+    form = ScoreForm(window=7)
+    got = cudnn.attention(q, k, v, SEGMENTS, SEGMENTS, form, None, implementation="xla")
+    np.testing.assert_allclose(got, blockwise.attention(q, k, v, SEGMENTS, form), rtol=0, atol=2e-6)
+
+
 def test_what_the_kernel_does_not_compute_is_for_the_other_form():
     half = jnp.zeros((1, 8, 4, 64), jnp.bfloat16)
-    assert cudnn.fits(half, PLAIN, None)
-    assert not cudnn.fits(half.astype(jnp.float32), PLAIN, None)
-    assert not cudnn.fits(half, ScoreForm(softcap=30.0), None)
-    assert not cudnn.fits(half, PLAIN, jnp.zeros(4))
-    assert not cudnn.fits(jnp.zeros((1, 8, 4, 256), jnp.bfloat16), PLAIN, None)
+    assert cudnn.fits(half, 8, PLAIN, None)
+    assert not cudnn.fits(half.astype(jnp.float32), 8, PLAIN, None)
+    assert not cudnn.fits(half, 8, ScoreForm(softcap=30.0), None)
+    assert not cudnn.fits(half, 8, PLAIN, jnp.zeros(4))
+    assert not cudnn.fits(jnp.zeros((1, 8, 4, 256), jnp.bfloat16), 8, PLAIN, None)
+    assert not cudnn.fits(half[:, :7], 8, PLAIN, None) and not cudnn.fits(half, 9, PLAIN, None)
 
 
-@pytest.mark.parametrize(("dtype", "called"), [("bfloat16", True), ("float32", False)])
-def test_lowered_for_cuda_it_is_cudnn_s_kernel_both_ways(dtype, called, monkeypatch):
-    """Lowered where there is no GPU, hence without the questions that JAX would ask of one."""
-    monkeypatch.setattr(partition, "platform", lambda: "gpu")
-    monkeypatch.setattr(lowering, "check_cudnn_version", lambda: 91300)
-    monkeypatch.setattr(lowering, "check_compute_capability", lambda capability: True)
-    monkeypatch.setattr(lowering, "is_cuda_compute_capability_equal", lambda capability: False)
-    q, k = (jax.ShapeDtypeStruct((2, 256, heads, 64), dtype) for heads in (8, 2))
-    segments = jax.ShapeDtypeStruct((2, 256), jnp.int32)
+def lowered(monkeypatch, *, dtype=jnp.bfloat16, head_dim=64, length=64, form=PLAIN, sinks=False, **axes):
+    """The program of attention and its gradients for NVIDIA GPUs, as StableHLO. axes: of the mesh."""
+    # JAX asks the machine that it lowers on for cuDNN, and there is none here.
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
+    device = AbstractDevice(device_kind="NVIDIA H100", num_cores=None, platform="gpu")
+    sizes = {name: axes.get(name, 1) for name in ("slice", "data", "fsdp", "expert", "context", "tensor")}
+    kinds = (AxisType.Auto,) * len(sizes)
+    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), kinds, abstract_device=device)
 
-    def total(q, k, v, segments):
-        return causal_attention(q, k, v, segments, ScoreForm(window=64)).astype(jnp.float32).sum()
+    def loss(q, k, v, segments, sinks_N):
+        with jax.sharding.use_abstract_mesh(mesh):
+            return causal.causal_attention(q, k, v, segments, form, sinks_N).astype(jnp.float32).sum()
 
-    kernels = ["__cudnn$fmhaScaleBiasSoftmax", "__cudnn$fmhaScaleBiasSoftmaxBackward"]
-    unchecked = [export.DisabledSafetyCheck.custom_call(name) for name in kernels]
-    gradient = jax.jit(jax.grad(total, argnums=(0, 1, 2)))
-    text = export.export(gradient, platforms=["cuda"], disabled_checks=unchecked)(q, k, k, segments).mlir_module()
-    assert set(re.findall(r"__cudnn\$\w+", text)) == (set(kernels) if called else set())
+    args = [jax.ShapeDtypeStruct((4, length, heads, head_dim), dtype) for heads in (8, 2, 2)]
+    args += [jax.ShapeDtypeStruct((4, length), jnp.int32), jax.ShapeDtypeStruct((8,), dtype) if sinks else None]
+    allowed = [jax.export.DisabledSafetyCheck.custom_call(name) for name in (*KERNELS, "LayoutConstraint")]
+    gradients = jax.jit(jax.grad(loss, (0, 1, 2)))
+    exported = jax.export.export(gradients, platforms=["cuda"], disabled_checks=allowed)(*args)
+    return exported.mlir_module()
+
+
+@pytest.mark.parametrize(
+    ("options", "order"),
+    [({}, "CAUSAL"), ({"form": ScoreForm(window=16)}, "CAUSAL"), ({"fsdp": 2, "tensor": 2}, "CAUSAL"),
+     ({"context": 4}, "NO_MASK")],
+    ids=["plain", "window", "mesh", "context"],
+)  # fmt: skip
+def test_the_kernel_is_called_forward_and_backward(monkeypatch, options, order):
+    text = lowered(monkeypatch, **options)
+    assert set(re.findall(r"__cudnn\$\w+", text)) == set(KERNELS)
+    assert set(re.findall(r"mask_type\W+22: \W+22(\w+)", text)) == {order}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"dtype": jnp.float32}, {"form": ScoreForm(softcap=30.0)}, {"sinks": True}, {"head_dim": 256}, {"length": 63}],
+    ids=["float32", "cap", "sinks", "wide", "odd"],
+)
+def test_what_it_does_not_take_is_lowered_without_it(monkeypatch, options):
+    text = lowered(monkeypatch, **options)
+    assert "__cudnn" not in text and "dot_general" in text
