@@ -26,17 +26,18 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes of one device's main memory. Aliased outputs lie where the donated arguments lay."""
+    """Bytes of one device's main memory. Aliased outputs lie where the donated arguments lay. host: of its host's."""
 
     arguments: int
     outputs: int
     aliased: int
     temporaries: int
     code: int
+    host: int = 0
 
     @property
     def peak(self) -> int:
-        """All that must be there at once."""
+        """All that must be in main memory at once."""
         return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
 
 
@@ -98,6 +99,7 @@ def compile_step(step: Callable[..., Any], state: Any, batch: Any, mesh: "MeshPl
         # Older compilers' own figure counts up to a third more than what they allocate.
         temporaries=said.temp_size_in_bytes if allocated is None else min(said.temp_size_in_bytes, allocated - kept),
         code=said.generated_code_size_in_bytes,
+        host=said.host_temp_size_in_bytes,
     )
     seconds, spent = time.perf_counter() - start, time.process_time() - cpu
     return Compiled(text=compiled.as_text(), memory=memory, seconds=seconds, cpu_seconds=spent)

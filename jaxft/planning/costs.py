@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxft.planning.groups import axes_of, between_slices, groups_of
-from jaxft.planning.hlo import Array, Computation, Instruction, Module
+from jaxft.planning.hlo import HOST, Array, Computation, Instruction, Module
 from jaxft.planning.products import convolution_flops, dot_flops, kernel_flops, ragged_flops, target_of
 from jaxft.planning.trips import turns
 
@@ -38,10 +38,13 @@ class Transfer(NamedTuple):
 
 @dataclass
 class Costs:
-    """How often each piece of work and each transfer happens. unknown: what could not be counted, in words."""
+    """How often each piece of work and each transfer happens. host_bytes: to the host's memory and back. unknown: what
+    could not be counted, in words.
+    """
 
     work: Counter[Work] = field(default_factory=Counter)
     transfers: Counter[Transfer] = field(default_factory=Counter)
+    host_bytes: int = 0
     unknown: set[str] = field(default_factory=set)
 
     @property
@@ -72,16 +75,20 @@ class Costs:
         for mine, theirs in ((self.work, other.work), (self.transfers, other.transfers)):
             for what, count in theirs.items():
                 mine[what] += count * times
+        self.host_bytes += other.host_bytes * times
         self.unknown |= other.unknown
 
 
-def costs_of(module: Module, axes: Mapping[str, int], ids: Sequence[int] | None = None) -> Costs:
+def costs_of(
+    module: Module, axes: Mapping[str, int], ids: Sequence[int] | None = None, *, filled: float = 1.0
+) -> Costs:
     """Costs of running the module once.
 
     axes: mesh axis -> size, in the order in which devices are numbered. ids: of the devices in that order, by which
-    transfers between slices name them; 0, 1, 2, ... where None.
+    transfers between slices name them; 0, 1, 2, ... where None. filled: share of the rows sorted by expert that any
+    expert takes; the others are not multiplied.
     """
-    return _Walk(module, dict(axes), ids).costs(module.entry)
+    return _Walk(module, dict(axes), ids, filled).costs(module.entry)
 
 
 def _received(kind: str, sent: int, members: int) -> int:
@@ -102,8 +109,8 @@ def _of_a_collective(instruction: Instruction) -> bool:
 
 
 class _Walk:
-    def __init__(self, module: Module, axes: dict[str, int], ids: Sequence[int] | None) -> None:
-        self.module, self.axes = module, axes
+    def __init__(self, module: Module, axes: dict[str, int], ids: Sequence[int] | None, filled: float) -> None:
+        self.module, self.axes, self.filled = module, axes, filled
         self.devices = 1
         for size in axes.values():
             self.devices *= size
@@ -144,6 +151,7 @@ class _Walk:
         else:
             flops = self._flops(out, computation, instruction)
             out.work[Work(flops, self._plain_bytes(computation, instruction))] += 1
+            out.host_bytes += self._host_bytes(computation, instruction)
 
     def _inner(self, instruction: Instruction, attribute: str) -> Computation:
         return self.module.computations[instruction.called(attribute)[0]]
@@ -186,7 +194,7 @@ class _Walk:
             return 0
         operands = [self._arrays(computation, name) for name in instruction.operands]
         if code == "custom-call":
-            flops = kernel_flops(instruction, [array for arrays in operands for array in arrays])
+            flops = kernel_flops(instruction, [array for arrays in operands for array in arrays], self.filled)
             if flops is None:
                 out.unknown.add(
                     f"FLOPs of {target_of(instruction)} in {instruction.scope or 'the step'}: counted as none"
@@ -196,7 +204,7 @@ class _Walk:
         if code == "dot":
             return dot_flops(instruction.arrays[0], left, instruction.dimensions("lhs_contracting_dims"))
         if code == "ragged-dot":
-            return ragged_flops(left, right)
+            return int(ragged_flops(left, right) * self.filled)
         return convolution_flops(instruction.arrays[0], left, right, instruction.attributes)
 
     def _arrays(self, computation: Computation, name: str) -> tuple[Array, ...]:
@@ -226,6 +234,20 @@ class _Walk:
             out.transfers[Transfer(kind, axes, received)] += 1
         results = sum(a.hbm_bytes for a in instruction.arrays)
         out.work[Work(0, sent + (results if not instruction.opcode.endswith("-start") else received))] += 1
+
+    def _host_bytes(self, computation: Computation, instruction: Instruction) -> int:
+        """What a copy, a slice or an update carries between the memories of chip and host."""
+        code = instruction.opcode.removesuffix("-start")
+        if code not in ("copy", "dynamic-slice", "dynamic-update-slice"):
+            return 0
+        operands = [self._arrays(computation, name)[0] for name in instruction.operands[:2]]
+        if code == "dynamic-update-slice":
+            moved, other = operands[1], operands[0]
+        else:
+            # A slice that starts gives its operands, its result and a mark; a copy its result, its operand and a mark.
+            at = -2 if instruction.opcode == "dynamic-slice-start" else 0
+            moved, other = instruction.arrays[at], operands[0]
+        return moved.bytes if (moved.space == HOST) != (other.space == HOST) else 0
 
     def _plain_bytes(self, computation: Computation, instruction: Instruction) -> int:
         operands = [self._arrays(computation, name) for name in instruction.operands]

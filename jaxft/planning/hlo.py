@@ -15,12 +15,13 @@ HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{\s*$")
 # What a TPU's SparseCore does is marked where it ends: `}, execution_thread="sparsecore"`.
 END = re.compile(r'^\}(?:, execution_thread="[^"]*")?$')
 ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=?]*)\](\{[^{}]*\})?")
+HOST = 5  # the space of the host's memory
 SPACE = re.compile(r"S\((\d+)\)")
 
 
 @dataclass(frozen=True)
 class Array:
-    """One array of a type. space: 0 is HBM; others are on the chip (1 VMEM, 2 and 6 scalars) or on the host (5)."""
+    """One array of a type. space: 0 is HBM; others are on the chip (1 VMEM, 2 and 6 scalars) or on the host (HOST)."""
 
     dtype: str
     dims: tuple[int, ...]

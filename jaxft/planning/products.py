@@ -72,18 +72,18 @@ def ragged_flops(left: Array, right: Array) -> int:
     return 2 * left.elements * right.dims[-1]
 
 
-def kernel_flops(call: Instruction, operands: Sequence[Array]) -> int | None:
+def kernel_flops(call: Instruction, operands: Sequence[Array], filled: float = 1.0) -> int | None:
     """Of a custom call; None for a kernel that is not known here.
 
     operands: their arrays. Blocks of a splash kernel that its mask rules out are not computed, and not counted; packed
-    rows rule out more, which only the data shows.
+    rows rule out more, which only the data shows. filled: share of sorted rows that are some expert's.
     """
     if any(name in target_of(call) for name in IDLE_CALLS):
         return 0
     if call.scope.endswith("ragged-dot-metadata"):
         return 0
     if re.search(r"ragged-dot[\w-]*$", call.scope):
-        return _ragged_kernel_flops(call.arrays[0], operands)
+        return int(_ragged_kernel_flops(call.arrays[0], operands) * filled)
     found = re.search(r"splash_m[hq]a_(fwd|dkv|dq)", f"{call.name} {call.scope}")
     if found is None:
         return None

@@ -1,6 +1,6 @@
 """A model in numbers: which parameters multiply each token, how far its attention looks, what its layers keep."""
 
-# B batch, S sequence, N query heads, H head_dim, D model, L layers
+# B batch, S sequence, N query heads, K kv heads, H head_dim, D model, L layers
 
 import math
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from jaxft.trees import flatten
 
 @dataclass(frozen=True, kw_only=True)
 class Looks:
-    """`layers` attention layers of N heads of H; window None: back to the beginning.
+    """`layers` attention layers of N heads of H, and K of keys; window None: back to the beginning.
 
     reached: how many of them gradients run through.
     """
@@ -26,8 +26,27 @@ class Looks:
     layers: int
     reached: int
     heads: int
+    kv_heads: int
     head_dim: int
     window: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """`count` experts in each layer that has any, of which every token meets `chosen`.
+
+    parameters: of all experts of all layers. outputs: widths of the products of the chosen ones, all layers together.
+    """
+
+    count: int
+    chosen: int
+    parameters: int
+    outputs: int
+
+    @property
+    def active(self) -> int:
+        """Parameters that multiply one token."""
+        return self.parameters * self.chosen // self.count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +56,7 @@ class ModelSizes:
     parameters: all but adapters. active: those that multiply every token: no embedding table, of experts only the
     chosen ones, a tied head once. adapter: of adapters. moving: what training moves, which is adapters where there
     are any. trained, reached: those of the active ones that move, and that gradients run through. outputs: widths of
-    all matrix products of all layers together, for one token. width: D. layers: L.
+    all matrix products of all layers together, for one token. width: D. layers: L. experts: None without any.
     """
 
     parameters: int
@@ -51,6 +70,7 @@ class ModelSizes:
     layers: int
     vocab: int
     attention: tuple[Looks, ...]
+    experts: Experts | None
 
     def model_flops(self, rows: int, length: int) -> int:
         """Of one step over rows of `length` tokens, recomputation left out.
@@ -60,8 +80,20 @@ class ModelSizes:
         """
         tokens = rows * length
         products = 2 * (self.active + self.reached + self.trained) * tokens + 6 * self.adapter * tokens
-        return products + sum(
-            (4 * look.layers + 8 * look.reached) * rows * _seen(length, look) for look in self.attention
+        return products + self.attention_flops(rows, length)
+
+    def attention_flops(self, rows: int, length: int, *, parts: int = 1) -> int:
+        """Of scores and of what they weigh, as far as causal order and window leave them.
+
+        parts: into how many the context axis cuts a row. The last one sees most, and the others wait for it: the
+        figure is as if all did as much.
+        """
+        return sum(
+            (4 * look.layers + 8 * look.reached)
+            * rows
+            * parts
+            * (_seen(length, look) - _seen(length - length // parts, look))
+            for look in self.attention
         )
 
 
@@ -112,6 +144,21 @@ def sizes_of(model: Any) -> ModelSizes:
         layers=sum(look.layers for look in looks),
         vocab=config.vocab_size,
         attention=looks,
+        experts=None if model.experts is None else _experts_of(leaves, model.experts, chosen),
+    )
+
+
+def _experts_of(leaves: dict[str, Any], count: int, chosen: int) -> Experts:
+    shapes = [
+        leaf.shape
+        for path, leaf in leaves.items()
+        if path.endswith("kernel") and len(leaf.shape) == 4 and not _is_adapter(path)
+    ]
+    return Experts(
+        count=count,
+        chosen=chosen,
+        parameters=sum(map(math.prod, shapes)),
+        outputs=sum(layers * chosen * wide for layers, _, _, wide in shapes),
     )
 
 
@@ -136,5 +183,10 @@ def _looks_of(attention: Attention, layers: tuple[int, ...], first: int) -> Look
     shape = attention.shape
     reached = sum(layer >= first for layer in layers)
     return Looks(
-        layers=len(layers), reached=reached, heads=shape.heads, head_dim=shape.head_dim, window=shape.form.window
+        layers=len(layers),
+        reached=reached,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        window=shape.form.window,
     )

@@ -12,6 +12,7 @@ from jaxft import config as config_module
 from jaxft.config import RunConfig
 from jaxft.errors import ConfigError, JaxftError
 from jaxft.planning.compile import LEVELS
+from jaxft.planning.prices import price_of
 from jaxft.planning.topology import Slices, parse
 from jaxft.runs.plan_changes import changes_of
 from jaxft.runs.plan_job import blueprint_of, estimate, job_of, measure, time_of
@@ -22,6 +23,7 @@ from jaxft.runs.plan_shapes import Length, length_of, shapes_of
 
 def plan(config: RunConfig, slices: Slices, *, level: str, prices: str | None, length: Length) -> dict[str, Any]:
     """See `jaxft.plan`."""
+    price_of(slices.chip.name, prices)  # what cannot be priced is refused before it is compiled
     hf_config, shapes = shapes_of(config)
     blueprint = blueprint_of(config, hf_config, length.steps)
     job = job_of(blueprint, config, slices)

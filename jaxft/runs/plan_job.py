@@ -70,6 +70,12 @@ class Job:
         flops = self.sizes.model_flops(self.config.train.batch_size, self.config.data.max_length)
         return flops // self.slices.devices
 
+    @property
+    def attention_flops(self) -> int:
+        """What of these is attention's, apart from its projections."""
+        flops = self.sizes.attention_flops(self.config.train.batch_size, self.config.data.max_length)
+        return flops // self.slices.devices
+
     def parts(self) -> Parts:
         """Of one device."""
         frozen, trained = _bytes(self.state.frozen), _bytes(self.state.trainable)
@@ -143,9 +149,11 @@ def measure(job: Job, level: str) -> Measured:
         return reckon(job)
     compiled = compile_step(job.step, job.state, job.batch, job.mesh, level)
     if not isinstance(compiled, TooLarge):
+        ids = [device.id for device in job.mesh.mesh.devices.flat]
+        filled = analytic.filled(job.sizes, job.mesh.axes["expert"])
         return Measured(
             memory=compiled.memory,
-            costs=costs_of(hlo.parse(compiled.text), job.mesh.axes, [d.id for d in job.mesh.mesh.devices.flat]),
+            costs=costs_of(hlo.parse(compiled.text), job.mesh.axes, ids, filled=filled),
             compiled=True,
             seconds=compiled.seconds,
             cpu_seconds=compiled.cpu_seconds,
@@ -165,7 +173,8 @@ def measure(job: Job, level: str) -> Measured:
 
 def reckon(job: Job) -> Measured:
     """A job's memory and costs by arithmetic."""
-    cut, arguments = analytic.cut_of(job.config, job.mesh.axes), job.parts().total
+    cut = analytic.cut_of(job.config, job.mesh.axes, kernel=job.slices.chip.maker == "tpu")
+    arguments = job.parts().total
     return Measured(
         memory=analytic.memory_of(job.config, job.sizes, cut, arguments),
         costs=analytic.costs_of(job.config, job.sizes, cut, arguments, job.model_flops),
@@ -173,7 +182,7 @@ def reckon(job: Job) -> Measured:
 
 
 def estimate(blueprint: Blueprint, config: RunConfig, slices: Slices) -> Measured:
-    """`reckon` without devices: thousands of them in a second."""
+    """`reckon` without devices."""
     return reckon(job_of(blueprint, config, slices, real=False))
 
 

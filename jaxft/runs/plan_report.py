@@ -89,8 +89,16 @@ def _time(figures: dict[str, Any], console: Console) -> None:
     table.add_column()
     table.add_column()
     again = figures["hardware_flops_per_step"] / max(1, figures["model_flops_per_step"])
-    table.add_row("products", f"{figures['hardware_flops_per_step'] / 1e12:.1f} TFLOP, {again:.2f} x the model's own")
+    scores = figures["attention_flops_per_step"] / max(1, figures["model_flops_per_step"])
+    table.add_row(
+        "products",
+        f"{figures['hardware_flops_per_step'] / 1e12:.1f} TFLOP, {again:.2f} x the model's own, of which attention is "
+        f"{scores:.0%}",
+    )
     table.add_row("main memory", f"{_gib(figures['hbm_traffic_bytes_per_step'])} read and written")
+    if figures["host_traffic_bytes_per_step"]:
+        carried, kept = _gib(figures["host_traffic_bytes_per_step"]), _gib(figures["host_bytes"])
+        table.add_row("host's memory", f"{carried} sent and fetched, {kept} kept; counted as no time")
     kinds = ", ".join(f"{kind} {_gib(size)}" for kind, size in figures["collective_bytes_by_kind"].items())
     axes = ", ".join(f"{axis} {_gib(size)}" for axis, size in figures["collective_bytes_by_axis"].items())
     table.add_row(

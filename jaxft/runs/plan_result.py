@@ -41,6 +41,8 @@ def result_of(
         "unknown": [*sorted(measured.costs.unknown), *ALWAYS_UNKNOWN],
         "versions": versions(),
     }
+    if measured.costs.host_bytes:
+        figures["unknown"].insert(0, "time of what travels to the host's memory and back: it is counted as no time")
     if not measured.compiled:
         figures["unknown"].insert(0, "what a compiler makes of the step: memory, work and traffic are by arithmetic")
     return {
@@ -65,6 +67,7 @@ def _memory(job: Job, measured: Measured) -> dict[str, Any]:
         "output_bytes": memory.outputs,
         "aliased_bytes": memory.aliased,
         "code_bytes": memory.code,
+        "host_bytes": memory.host,
     }
 
 
@@ -72,8 +75,10 @@ def _work(job: Job, measured: Measured) -> dict[str, Any]:
     costs = measured.costs
     return {
         "model_flops_per_step": job.model_flops,
+        "attention_flops_per_step": job.attention_flops,
         "hardware_flops_per_step": costs.flops,
         "hbm_traffic_bytes_per_step": costs.hbm_bytes,
+        "host_traffic_bytes_per_step": costs.host_bytes,
         "collective_bytes_per_step": costs.collective_bytes,
         "collective_bytes_by_kind": costs.bytes_by("kind"),
         "collective_bytes_by_axis": costs.bytes_by("axes"),

@@ -7,18 +7,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from jaxft.config import RunConfig
+from jaxft.config import MeshConfig, RunConfig
 from jaxft.config_checks import REMAT_POLICIES
 from jaxft.errors import ConfigError
+from jaxft.nn.splash import fits as kernel_fits
 from jaxft.planning.chips import CHIPS, Chip
 from jaxft.planning.prices import price_of
 from jaxft.planning.topology import ALIASES, Slices, parse, shapes
-from jaxft.runs.plan_job import Blueprint, blueprint_of, job_of, measure, reckon, time_of
+from jaxft.runs.plan_job import Blueprint, Job, blueprint_of, job_of, measure, reckon, time_of
 from jaxft.runs.plan_result import result_of
 from jaxft.runs.plan_shapes import Length, shapes_of
 
 MARGIN = 0.9  # of the limit that arithmetic may use up: what is nearer is not compiled
 LARGEST = 256
+# Ways of an axis at most: of what is exchanged in every layer, and of rows, which meet all places of the expert axis.
+MOST = {"tensor": 8, "expert": 8, "context": 16}
+LONG = 4096  # positions of a row that a device keeps where the context axis cuts it: shorter parts are not worth it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +41,7 @@ class Candidate:
         mesh, train = self.config.mesh, self.config.train
         fields = {
             "mesh.auto": mesh.auto, "mesh.slice": mesh.slice, "mesh.data": mesh.data, "mesh.fsdp": mesh.fsdp,
-            "mesh.tensor": mesh.tensor,
+            "mesh.expert": mesh.expert, "mesh.context": mesh.context, "mesh.tensor": mesh.tensor,
             "train.accumulation_steps": train.accumulation_steps, "model.remat": self.config.model.remat,
         }  # fmt: skip
         return " ".join(f"--config.{name}={value}" for name, value in fields.items())
@@ -73,7 +77,7 @@ def search(
     """
     bench = _Bench(config=config, level=level, prices=prices, length=length)
     tried, fitting = 0, []
-    for variant, slices in _variants(config, _slices(topologies, count)):
+    for variant, slices in variants(config, _slices(topologies, count), bench.base.model.experts):
         tried += 1
         candidate = bench.reckoned(variant, slices)
         if candidate is not None:
@@ -102,6 +106,7 @@ class _Bench:
         self.hf_config, self.shapes = shapes_of(config)
         self.blueprints: dict[Any, Blueprint] = {}
         self.plans: dict[tuple[str, Slices], dict[str, Any]] = {}
+        self.jobs: dict[tuple[MeshConfig, Slices], Job | None] = {}
         self.base = self._blueprint(config)
 
     def _blueprint(self, config: RunConfig) -> Blueprint:
@@ -113,9 +118,8 @@ class _Bench:
 
     def reckoned(self, config: RunConfig, slices: Slices) -> Candidate | None:
         """None where the mesh does not divide the arrays or memory does not suffice."""
-        try:
-            job = job_of(self.base, config, slices, real=False)
-        except ConfigError:
+        job = self._counted(config, slices)
+        if job is None:
             return None
         known = reckon(job)
         if known.memory.peak > MARGIN * slices.chip.hbm_bytes / slices.chip.devices:
@@ -123,6 +127,17 @@ class _Bench:
         seconds = time_of(job, known.costs).total
         usd = seconds / 3600 * slices.chips * price_of(slices.chip.name, self.prices).on_demand
         return Candidate(config=config, slices=slices, seconds=seconds, usd=usd, peak=known.memory.peak)
+
+    def _counted(self, config: RunConfig, slices: Slices) -> Job | None:
+        """The step on devices that are only counted. How arrays lie there is a matter of the mesh alone."""
+        key = (config.mesh, slices)
+        if key not in self.jobs:
+            try:
+                self.jobs[key] = job_of(self.base, config, slices, real=False)
+            except ConfigError:
+                self.jobs[key] = None
+        job = self.jobs[key]
+        return None if job is None else dataclasses.replace(job, config=config)
 
     def compiled(self, candidate: Candidate) -> dict[str, Any]:
         """The plan of a candidate, with its overrides."""
@@ -172,33 +187,31 @@ def _offered(chip: Chip, chips: int) -> bool:
     return chip.maker == "gpu" or chips >= 4 or (chips == 1 and chip.dimensions == 2)
 
 
-def _variants(config: RunConfig, places: list[Slices]) -> Iterator[tuple[RunConfig, Slices]]:
-    """Every mesh of data, fsdp and tensor, every micro-batch and every rematerialisation on every slice."""
-    batch = config.train.batch_size
+def variants(config: RunConfig, places: list[Slices], experts: int | None) -> Iterator[tuple[RunConfig, Slices]]:
+    """Every mesh, every micro-batch and every rematerialisation on every slice. experts: of the model's layers.
+
+    The context axis splits rows into parts of at least LONG positions, the expert axis what it divides.
+    """
+    batch, length = config.train.batch_size, config.data.max_length
     for slices in places:
         inside = slices.devices // slices.count
-        powers = [size for size in (2**p for p in range(inside.bit_length())) if inside % size == 0]
-        for tensor, fsdp, remat in itertools.product((t for t in powers if t <= 8), powers, REMAT_POLICIES):
-            if inside % (tensor * fsdp):
-                continue
-            data = inside // (tensor * fsdp)
-            rows = slices.count * data * fsdp
-            for steps in (s for s in (1, 2, 4, 8, 16, 32) if batch % s == 0 and (batch // s) % rows == 0):
-                axes = {
-                    "auto": False,
-                    "slice": slices.count,
-                    "data": data,
-                    "fsdp": fsdp,
-                    "expert": 1,
-                    "context": 1,
-                    "tensor": tensor,
-                }
-                yield (
-                    dataclasses.replace(
-                        config,
-                        mesh=dataclasses.replace(config.mesh, **axes),
-                        model=dataclasses.replace(config.model, remat=remat),
-                        train=dataclasses.replace(config.train, accumulation_steps=steps),
-                    ),
-                    slices,
-                )
+        for axes in _meshes(inside, length=length, experts=experts):
+            rows = slices.count * axes["data"] * axes["fsdp"] * axes["expert"]
+            mesh = dataclasses.replace(config.mesh, auto=False, slice=slices.count, **axes)
+            for remat, steps in itertools.product(REMAT_POLICIES, (1, 2, 4, 8, 16, 32)):
+                if batch % steps == 0 and batch // steps % rows == 0:
+                    model = dataclasses.replace(config.model, remat=remat)
+                    train = dataclasses.replace(config.train, accumulation_steps=steps)
+                    yield dataclasses.replace(config, mesh=mesh, model=model, train=train), slices
+
+
+def _meshes(devices: int, *, length: int, experts: int | None) -> Iterator[dict[str, int]]:
+    """Sizes of the axes within one slice, powers of two."""
+    powers = [2**power for power in range(devices.bit_length()) if devices % 2**power == 0]
+    contexts = [n for n in powers if n == 1 or (n <= MOST["context"] and length >= n * LONG and kernel_fits(length, n))]
+    places = [n for n in powers if n == 1 or (n <= MOST["expert"] and experts is not None and experts % n == 0)]
+    tensors = [n for n in powers if n <= MOST["tensor"]]
+    for tensor, context, expert, fsdp in itertools.product(tensors, contexts, places, powers):
+        if devices % (tensor * context * expert * fsdp) == 0:
+            data = devices // (tensor * context * expert * fsdp)
+            yield {"data": data, "fsdp": fsdp, "expert": expert, "context": context, "tensor": tensor}

@@ -316,6 +316,43 @@ def test_a_kernel_for_experts_multiplies_each_row_once(matrices, result, second)
     assert costs.flops == 2 * 64 * 32 * 16 and not costs.unknown
 
 
+def test_rows_that_no_expert_takes_are_not_multiplied():
+    text = RAGGED.format(matrices="4,32,16", result="64,16", second="matrices")
+    assert costs_of(hlo.parse(text), {"fsdp": 1}, filled=0.25).flops == 2 * 16 * 32 * 16
+    plain = """ENTRY %main (rows: bf16[64,32], matrices: bf16[4,32,16], sizes: s32[4]) -> bf16[64,16] {
+  %rows = bf16[64,32]{1,0} parameter(0)
+  %matrices = bf16[4,32,16]{2,1,0} parameter(1)
+  %sizes = s32[4]{0} parameter(2)
+  ROOT %y = bf16[64,16]{1,0} ragged-dot(%rows, %matrices, %sizes), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+}
+"""
+    assert costs_of(hlo.parse(plain), {"fsdp": 1}, filled=0.25).flops == 2 * 16 * 32 * 16
+
+
+OFFLOADED = """ENTRY %main (kept: bf16[2,8,64], x: bf16[1,8,64], w: bf16[8,64]) -> bf16[1,8,64] {
+  %kept = bf16[2,8,64]{2,1,0:T(8,128)(2,1)S(5)} parameter(0)
+  %x = bf16[1,8,64]{2,1,0} parameter(1)
+  %at = s32[]{:T(128)} constant(1)
+  %put = ((bf16[2,8,64]{2,1,0:S(5)}, bf16[1,8,64]{2,1,0}, s32[]), bf16[2,8,64]{2,1,0:S(5)}, u32[]{:S(2)})
+    dynamic-update-slice-start(%kept, %x, %at, %at, %at)
+  %there = bf16[2,8,64]{2,1,0:S(5)} dynamic-update-slice-done(%put)
+  %get = ((bf16[2,8,64]{2,1,0:S(5)}, s32[]), bf16[1,8,64]{2,1,0}, u32[]{:S(2)})
+    dynamic-slice-start(%there, %at, %at, %at), dynamic_slice_sizes={1,8,64}
+  %here = bf16[1,8,64]{2,1,0} dynamic-slice-done(%get)
+  %w = bf16[8,64]{1,0} parameter(2)
+  %out = (bf16[8,64]{1,0:S(5)}, bf16[8,64]{1,0}, u32[]{:S(2)}) copy-start(%w)
+  %near = (bf16[8,64]{1,0:S(1)}, bf16[8,64]{1,0}, u32[]{:S(2)}) copy-start(%w)
+  ROOT %copy = bf16[1,8,64]{2,1,0} copy(%here)
+}
+"""
+
+
+def test_what_travels_to_the_hosts_memory_and_back_is_counted_apart():
+    costs = costs_of(hlo.parse(OFFLOADED), {"fsdp": 1})
+    assert costs.host_bytes == 3 * 8 * 64 * 2  # put there, fetched back, and one copy; the other stays on the chip
+    assert not costs.transfers
+
+
 def test_what_a_sparse_core_does_ends_where_it_ends():
     text = """%inner (a: s32[8]) -> s32[8] {
   %a = s32[8]{0} parameter(0)

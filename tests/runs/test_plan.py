@@ -16,7 +16,6 @@ from jaxft.errors import ConfigError
 from jaxft.planning.topology import parse
 from jaxft.runs import plan as planning
 from jaxft.runs import plan_search
-from jaxft.runs.plan_apart import plan as plan_apart
 from jaxft.runs.plan_report import print_plan
 from jaxft.runs.plan_shapes import length_of, published, shapes_of
 
@@ -100,9 +99,11 @@ def test_every_published_shape_is_named_and_understood():
         shapes_of(config.load(FULL, {"model.path": "hf://meta-llama/Lama-3.1-8B"}))
 
 
-def test_a_process_of_its_own_passes_refusals_on():
-    with pytest.raises(ConfigError, match="do not divide over 8 devices"):
-        plan_apart(config.load(FULL, {"train.batch_size": 12}), "h100:8")
+def test_prices_that_cannot_be_read_are_refused_before_anything_is_planned(monkeypatch):
+    monkeypatch.setattr(planning, "blueprint_of", None)
+    with pytest.raises(ConfigError, match=r"prices in none\.json cannot be read"):
+        length = length_of(config.load(LORA), examples=16)
+        planning.plan(config.load(LORA), parse("h100:8"), level="O1", prices="none.json", length=length)
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +128,21 @@ def test_a_tpu_slice_is_compiled_for(compiled):
     assert not [line for line in figures["unknown"] if "counted" in line and "block" not in line]
 
 
+def test_parts_of_rows_and_what_the_host_keeps_of_them_are_compiled_for_too():
+    pytest.importorskip("libtpu")
+    options = {"model.dtype": "bfloat16", "model.remat": "offload", "mesh.fsdp": 2, "mesh.context": 2}
+    run = config.load(f"{FULL}:smoke", options)
+    figures, sizes = jaxft.plan(run, "v5e:2x2"), shapes_of(run)[0]
+    assert figures["compiled"] and figures["mesh"]["context"] == 2
+    assert figures["collective_bytes_by_axis"]["context"] > 0
+    # What enters each layer, in bfloat16, goes to the host and comes back.
+    tokens = run.train.batch_size * run.data.max_length // 4
+    kept = sizes["num_hidden_layers"] * tokens * sizes["hidden_size"] * 2
+    assert figures["host_traffic_bytes_per_step"] == 2 * kept
+    assert kept <= figures["host_bytes"] < 2.1 * kept  # in whole tiles, which may be half full
+    assert any("host's memory" in line for line in figures["unknown"])
+
+
 def test_every_figure_is_explained(compiled):
     explained = set(re.findall(r"^\| `(\w+)`", (ROOT / "docs" / "plan.md").read_text(encoding="utf-8"), re.MULTILINE))
     assert set(compiled) <= explained
@@ -136,8 +152,9 @@ def test_every_figure_is_explained(compiled):
 def test_the_command_gives_json_and_refuses(capsys):
     assert cli.main(["plan", f"--config={LORA}", "--topology=h100:8", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["chips"] == 8
-    assert cli.main(["plan", f"--config={LORA}", "--topology=h100:8", "--prices=none.json"]) == 2
-    assert "prices in none.json cannot be read" in capsys.readouterr().err
+    # The process of its own passes its refusals on.
+    assert cli.main(["plan", f"--config={FULL}", "--topology=h100:8", "--config.train.batch_size=12"]) == 2
+    assert "do not divide over 8 devices" in capsys.readouterr().err
 
 
 def test_tables_say_what_is_known_and_what_is_not():

@@ -7,14 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from jaxft import models
+from jaxft import config, models
 from jaxft.config import AdapterConfig, MeshConfig, OptimConfig
 from jaxft.data.batch import Batch
 from jaxft.objectives.sft import sft_loss
+from jaxft.planning import analytic
 from jaxft.planning.compile import ENVIRONMENT, compile_step
 from jaxft.planning.costs import costs_of
 from jaxft.planning.hlo import parse
+from jaxft.planning.sizes import sizes_of
 from jaxft.runs.build import attach_adapter
 from jaxft.sharding.mesh import make_mesh_plan
 from jaxft.training.optim import make_optimizer, make_schedule
@@ -28,6 +31,7 @@ SIZES = {
     "model_type": "llama", "vocab_size": 2048, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 3,
     "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 128,
 }  # fmt: skip
+EXPERTS = SIZES | {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
 ROWS, LENGTH = 8, 128
 LAYER = 4 * 512 * 512 + 3 * 512 * 1024  # elements of a layer's matrices
 
@@ -46,7 +50,7 @@ def transfers(monkeypatch):
     return received
 
 
-def received(kind, gradient="bfloat16", **axes):
+def received(kind, gradient="bfloat16", family=SIZES, length=LENGTH, **axes):
     from jax.experimental import topologies
 
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
@@ -57,7 +61,7 @@ def received(kind, gradient="bfloat16", **axes):
 
     def start():
         types = {"dtype": "bfloat16", "param_dtype": "float32" if kind == "none" else "bfloat16", "remat": "full"}
-        module = models.random_model(models.config_from_hf(SIZES), seed=0, **types)
+        module = models.random_model(models.config_from_hf(family), seed=0, **types)
         attach_adapter(module, AdapterConfig(kind=kind, r=8), 0)
         made["graphdef"], state = create(module, tx, 0)
         return state
@@ -67,7 +71,7 @@ def received(kind, gradient="bfloat16", **axes):
 
     shapes = jax.eval_shape(start)
     state = jax.tree.map(placed, shapes, plan.shardings(shapes))
-    whole, weights = np.zeros((ROWS, LENGTH), np.int32), np.zeros((ROWS, LENGTH), np.float32)
+    whole, weights = np.zeros((ROWS, length), np.int32), np.zeros((ROWS, length), np.float32)
     batch = jax.tree.map(lambda x: placed(x, plan.batch_sharding()), Batch(whole, whole, weights, whole, whole))
     step = make_train_step(made["graphdef"], sft_loss, tx, schedule, gradient_dtype=jnp.dtype(gradient))
     compiled = compile_step(step, state, batch, plan, "O1")
@@ -132,3 +136,40 @@ def test_the_tensor_axis_exchanges_tokens_and_fsdp_weights(transfers, kind):
     assert scattered == about(gradients + TOKENS / 2) or (kind == "lora" and 0 < scattered - TOKENS / 2 < ADAPTERS / 2)
     # The gradient of the tokens by all parts of the vocabulary, embedded tokens, and what is as narrow as the rank.
     assert sum(got.values()) < 3.5 * tokens + (0 if kind == "none" else 2.3 * ADAPTERS)
+
+
+def reckoned(family, length, **axes):
+    """What the arithmetic of plans says of the same step, adapters trained."""
+    run = config.default_config()
+    run.model.path, run.data.train, run.model.dtype, run.model.remat = "hf://a/b", "rows.jsonl", "bfloat16", "full"
+    run.data.max_length, run.train.batch_size, run.adapter.kind = length, ROWS, "lora"
+    run = config.resolve(run)
+    module = nnx.eval_shape(lambda: attached(family))
+    sizes, cut = sizes_of(module), analytic.cut_of(run, axes, kernel=True)
+    out = collections.Counter()
+    for transfer, times in analytic.costs_of(run, sizes, cut, 0, 0).transfers.items():
+        out[transfer.kind, transfer.axes] += transfer.bytes * times
+    return out
+
+
+def attached(family):
+    module = models.random_model(models.config_from_hf(family), seed=0, dtype="bfloat16", param_dtype="bfloat16")
+    attach_adapter(module, AdapterConfig(kind="lora", r=8), 0)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("family", "length", "axes"),
+    [(SIZES, 512, {"fsdp": 2, "context": 4}), (EXPERTS, LENGTH, {"fsdp": 2, "expert": 4})],
+    ids=["context", "expert"],
+)
+def test_what_rows_and_experts_exchange_is_what_the_arithmetic_of_plans_says(transfers, family, length, axes):
+    got, said = transfers("lora", family=family, length=length, **axes), reckoned(family, length, **axes)
+    axis = (list(axes)[1],)
+    # Besides, there are segments or choices of experts, which are a number a token.
+    assert got["all-gather", axis] == about(said["all-gather", axis])
+    assert got["reduce-scatter", axis] == said["reduce-scatter", axis] > 0
+    # The table of embeddings and the loss, which arithmetic leaves out, move tokens in rows of the hidden size.
+    weights = ("fsdp",) if family is EXPERTS else ("fsdp", "context")
+    assert got["all-gather", weights] == pytest.approx(said["all-gather", weights], abs=2 * ROWS * length * 512 * 2)
+    assert got["all-reduce", axis] < 0.01 * got["all-gather", axis]
