@@ -2,7 +2,7 @@
 
 # B batch, S queries, T keys, N query heads, K kv heads, H head_dim
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,11 @@ def fits(q_BSNH: jax.Array, keys: int, form: ScoreForm, sinks_N: jax.Array | Non
     right_heads = head_dim <= MOST_HEAD_DIM and head_dim % HEAD_DIM_STEP == 0
     plain = q_BSNH.dtype in (jnp.bfloat16, jnp.float16) and form.softcap is None and sinks_N is None
     return plain and right_heads and queries % 2 == 0 and keys % 2 == 0
+
+
+def kept(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A rematerialisation policy: keeps what the kernel gives, whose sums have no name by which others could."""
+    return primitive.name.startswith("dot_product_attention_fwd")
 
 
 def attention(

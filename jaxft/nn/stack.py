@@ -12,19 +12,26 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxft.nn import partition
+from jaxft.nn import cudnn, partition
 from jaxft.nn.adapter import lend
 from jaxft.nn.attention import Tokens
 from jaxft.nn.block import STREAM
 from jaxft.nn.cache import Cache, LayerCache, slots_for, write_positions
 from jaxft.nn.router_sums import RouterSums
 
+
+def _kept(*names: str) -> Callable[..., bool]:
+    """Keeps what has one of these names, and what attention's kernel on GPUs gives."""
+    policies = jax.checkpoint_policies
+    return policies.save_from_both_policies(policies.save_only_these_names(*names), cudnn.kept)
+
+
 REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
     # Results of the layers' matrix products, which name themselves; what lies between them is recomputed.
-    "dots": jax.checkpoint_policies.save_only_these_names("dots", "attention"),
+    "dots": _kept("dots", "attention"),
     # What attention gives, whose kernel would run once more.
-    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+    "attention": _kept("attention"),
     # What enters each layer goes to the host's memory until the backward pass comes for it.
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=(),

@@ -12,6 +12,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from jaxft.nn import blockwise, causal, cudnn
 from jaxft.nn.score_form import PLAIN, ScoreForm
+from jaxft.nn.stack import REMAT
 
 SEGMENTS = jnp.repeat(jnp.array([1, 2, 3, 0]), jnp.array([20, 9, 30, 5]))[None]
 KERNELS = ("__cudnn$fmhaScaleBiasSoftmax", "__cudnn$fmhaScaleBiasSoftmaxBackward")
@@ -50,7 +51,7 @@ def test_what_the_kernel_does_not_compute_is_for_the_other_form():
     assert not cudnn.fits(half[:, :7], 8, PLAIN, None) and not cudnn.fits(half, 9, PLAIN, None)
 
 
-def lowered(monkeypatch, *, dtype=jnp.bfloat16, head_dim=64, length=64, form=PLAIN, sinks=False, **axes):
+def lowered(monkeypatch, *, dtype=jnp.bfloat16, head_dim=64, length=64, form=PLAIN, sinks=False, remat=None, **axes):
     """The program of attention and its gradients for NVIDIA GPUs, as StableHLO. axes: of the mesh."""
     # JAX asks the machine that it lowers on for cuDNN, and there is none here.
     monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
@@ -59,14 +60,18 @@ def lowered(monkeypatch, *, dtype=jnp.bfloat16, head_dim=64, length=64, form=PLA
     kinds = (AxisType.Auto,) * len(sizes)
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), kinds, abstract_device=device)
 
-    def loss(q, k, v, segments, sinks_N):
+    def attention(q, k, v, segments, sinks_N):
+        return causal.causal_attention(q, k, v, segments, form, sinks_N)
+
+    def loss(*args):
+        again = attention if remat is None else jax.checkpoint(attention, policy=REMAT[remat])
         with jax.sharding.use_abstract_mesh(mesh):
-            return causal.causal_attention(q, k, v, segments, form, sinks_N).astype(jnp.float32).sum()
+            return again(*args).astype(jnp.float32).sum()
 
     args = [jax.ShapeDtypeStruct((4, length, heads, head_dim), dtype) for heads in (8, 2, 2)]
     args += [jax.ShapeDtypeStruct((4, length), jnp.int32), jax.ShapeDtypeStruct((8,), dtype) if sinks else None]
     allowed = [jax.export.DisabledSafetyCheck.custom_call(name) for name in (*KERNELS, "LayoutConstraint")]
-    gradients = jax.jit(jax.grad(loss, (0, 1, 2)))
+    gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
     exported = jax.export.export(gradients, platforms=["cuda"], disabled_checks=allowed)(*args)
     return exported.mlir_module()
 
@@ -81,6 +86,11 @@ def test_the_kernel_is_called_forward_and_backward(monkeypatch, options, order):
     text = lowered(monkeypatch, **options)
     assert set(re.findall(r"__cudnn\$\w+", text)) == set(KERNELS)
     assert set(re.findall(r"mask_type\W+22: \W+22(\w+)", text)) == {order}
+
+
+@pytest.mark.parametrize(("remat", "times"), [("full", 2), ("attention", 1), ("dots", 1)])
+def test_what_rematerialisation_keeps_of_the_kernel_is_not_computed_again(monkeypatch, remat, times):
+    assert lowered(monkeypatch, remat=remat, context=2).count(f"custom_call @{KERNELS[0]}(") == times
 
 
 @pytest.mark.parametrize(
