@@ -42,7 +42,7 @@ def result_of(
         "versions": versions(),
     }
     if measured.costs.host_bytes:
-        figures["unknown"].insert(0, "time of what travels to the host's memory and back: it is counted as no time")
+        figures["unknown"].insert(0, "time of what travels to the host's memory and back: none is in the hours")
     if not measured.compiled:
         figures["unknown"].insert(0, "what a compiler makes of the step: memory, work and traffic are by arithmetic")
     return {

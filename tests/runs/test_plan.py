@@ -106,17 +106,21 @@ def test_prices_that_cannot_be_read_are_refused_before_anything_is_planned(monke
         planning.plan(config.load(LORA), parse("h100:8"), level="O1", prices="none.json", length=length)
 
 
+# One compile for all: rows in parts, and what enters each layer on the host.
+OPTIONS = {"model.dtype": "bfloat16", "model.remat": "offload", "mesh.fsdp": 2, "mesh.context": 2}
+
+
 @pytest.fixture(scope="module")
 def compiled():
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("needs libtpu")
-    return jaxft.plan(config.load(f"{FULL}:smoke", {"model.dtype": "bfloat16"}), "v5e:2x2")
+    return jaxft.plan(config.load(f"{FULL}:smoke", OPTIONS), "v5e:2x2")
 
 
 def test_a_tpu_slice_is_compiled_for(compiled):
     figures = compiled
     assert figures["compiled"] and figures["fits"] and figures["refused"] is None
-    assert figures["mesh"]["fsdp"] == 4 and figures["optimization_level"] == "O1"
+    assert figures["mesh"]["fsdp"] == figures["mesh"]["context"] == 2 and figures["optimization_level"] == "O1"
     # The compiler's arguments are the parts that the shardings give, and a little padding.
     parts = sum(figures["argument_parts"].values())
     assert parts <= figures["argument_bytes"] < 1.5 * parts + 2**16
@@ -124,23 +128,17 @@ def test_a_tpu_slice_is_compiled_for(compiled):
     assert figures["hbm_peak_bytes"] == peak + figures["code_bytes"]
     # Every parameter multiplies every token thrice; the layers' forward products are computed once more.
     assert figures["hardware_flops_per_step"] > figures["model_flops_per_step"] > 0
-    assert set(figures["collective_bytes_by_axis"]) == {"fsdp"}
+    assert set(figures["collective_bytes_by_axis"]) == {"fsdp", "context", "fsdp+context"}
     assert not [line for line in figures["unknown"] if "counted" in line and "block" not in line]
 
 
-def test_parts_of_rows_and_what_the_host_keeps_of_them_are_compiled_for_too():
-    pytest.importorskip("libtpu")
-    options = {"model.dtype": "bfloat16", "model.remat": "offload", "mesh.fsdp": 2, "mesh.context": 2}
-    run = config.load(f"{FULL}:smoke", options)
-    figures, sizes = jaxft.plan(run, "v5e:2x2"), shapes_of(run)[0]
-    assert figures["compiled"] and figures["mesh"]["context"] == 2
-    assert figures["collective_bytes_by_axis"]["context"] > 0
-    # What enters each layer, in bfloat16, goes to the host and comes back.
-    tokens = run.train.batch_size * run.data.max_length // 4
+def test_what_enters_each_layer_goes_to_the_host_and_comes_back(compiled):
+    run = config.load(f"{FULL}:smoke", OPTIONS)
+    sizes, tokens = shapes_of(run)[0], run.train.batch_size * run.data.max_length // 4
     kept = sizes["num_hidden_layers"] * tokens * sizes["hidden_size"] * 2
-    assert figures["host_traffic_bytes_per_step"] == 2 * kept
-    assert kept <= figures["host_bytes"] < 2.1 * kept  # in whole tiles, which may be half full
-    assert any("host's memory" in line for line in figures["unknown"])
+    assert compiled["host_traffic_bytes_per_step"] == 2 * kept
+    assert kept <= compiled["host_bytes"] < 2.1 * kept  # in whole tiles, which may be half full
+    assert any("host's memory" in line for line in compiled["unknown"])
 
 
 def test_every_figure_is_explained(compiled):
