@@ -5,7 +5,7 @@ Meant for accelerators that together hold the weights, their gradients and two m
 nor on an accelerator. Access to the weights is granted on the Hugging Face hub; log in first (`hf auth login`).
 Rows: `--config.data.train=...`.
 
-Planned for v5e:4x4: 16 x 4,096 tokens, 9.37 of 15.75 GiB HBM, 2,335 tokens/s a chip; 1,000 steps: 0.49 h, USD 9.36
+Planned for v5e:4x4: 16 x 4,096 tokens, 9.37 of 15.75 GiB HBM, 2,361 tokens/s a chip; 1,000 steps: 0.48 h, USD 9.25
 """
 
 from ml_collections import ConfigDict

@@ -4,7 +4,7 @@ Experts and routers stay as they are. Meant for 16 chips of 16 GiB, two sequence
 experts of a layer to use them, which more rows pay back. Compiled for the slice below, but never run with the real
 weights nor on an accelerator. Rows: `--config.data.train=...`.
 
-Planned for v5e:4x4: 32 x 4,096 tokens, 7.90 of 15.75 GiB HBM, 3,344 tokens/s a chip; 1,000 steps: 0.68 h, USD 13.06
+Planned for v5e:4x4: 32 x 4,096 tokens, 7.78 of 15.75 GiB HBM, 3,588 tokens/s a chip; 1,000 steps: 0.63 h, USD 12.18
 """
 
 from ml_collections import ConfigDict
