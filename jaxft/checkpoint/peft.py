@@ -55,6 +55,20 @@ def kind_of(config: Mapping[str, Any]) -> ModuleType:
     return kinds()[kind]
 
 
+def check_writable(model: nnx.Module) -> None:
+    """Raises ModelError where PEFT's folders have no form for the adapters of a model, which may be abstract."""
+    kind = _only_kind(model)
+    if kind is not None:
+        kind.fields(model)
+
+
+def _only_kind(model: nnx.Module) -> ModuleType | None:
+    found = sorted({adapter.peft_type for adapter in (adapters(model) | virtual(model)).values()})
+    if len(found) > 1:
+        raise ModelError(f"the model has adapters of {' and '.join(found)}: a PEFT folder holds one kind")
+    return kinds()[found[0]] if found else None
+
+
 def write_adapter(model: nnx.Module, folder: str, *, base: str, nested: bool = False) -> None:
     """Writes the model's adapters as a PEFT folder. base: what base_model_name_or_path is to say.
 
@@ -62,13 +76,9 @@ def write_adapter(model: nnx.Module, folder: str, *, base: str, nested: bool = F
     Every process takes part; process 0 writes.
     Raises ModelError where the model has no adapter.
     """
-    attached = adapters(model) | virtual(model)
-    if not attached:
+    kind = _only_kind(model)
+    if kind is None:
         raise ModelError("the model has no adapter to write; full fine-tuning writes the whole model")
-    found = sorted({adapter.peft_type for adapter in attached.values()})
-    if len(found) > 1:
-        raise ModelError(f"the model has adapters of {' and '.join(found)}: a PEFT folder holds one kind")
-    kind = kinds()[found[0]]
     os.makedirs(folder, exist_ok=True)
     model = kind.for_writing(model) if hasattr(kind, "for_writing") else model
     leaves, _ = flatten(nnx.state(model))

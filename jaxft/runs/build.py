@@ -16,6 +16,7 @@ from jaxft.adapters.prompt import begin_as
 from jaxft.checkpoint import hf, loftq
 from jaxft.checkpoint.hf import read_json
 from jaxft.checkpoint.load import LoadedModel, hf_config_of, load_model, open_weights, random_model, resolve
+from jaxft.checkpoint.peft import check_writable
 from jaxft.config import RunConfig
 from jaxft.data.tokenizer import load_tokenizer
 from jaxft.errors import ConfigError
@@ -67,7 +68,8 @@ def abstract_model(config: RunConfig) -> Any:
     """The model of a run with its adapters and no memory, from config.json alone.
 
     Raises what `build_model` would raise for the model's family, an adapter target that matches nothing, a
-    rank or a sequence length that does not fit, before any weight is read.
+    rank or a sequence length that does not fit, and for adapters that PEFT's folders have no form for, before
+    any weight is read.
     """
     path = resolve(config.model.path, config.model.revision)
     hf_config = read_json(os.path.join(path, "config.json")) if config.model.random_init else hf_config_of(path)
@@ -86,7 +88,9 @@ def abstract_of(hf_config: Any, config: RunConfig) -> Any:
         attach_adapter(model, config.adapter, config.seed)
         return model
 
-    return nnx.eval_shape(make)
+    model = nnx.eval_shape(make)
+    check_writable(model)
+    return model
 
 
 def make_mesh(config: RunConfig, model: Any, devices: Sequence[jax.Device]) -> MeshPlan:

@@ -1,5 +1,6 @@
 """LoRA on experts: fresh, merged, on eight devices as on one, and in PEFT, which fuses what we write."""
 
+import dataclasses
 import functools
 
 import jax
@@ -16,9 +17,9 @@ from jaxft.checkpoint.peft import write_adapter
 from jaxft.checkpoint.peft_experts import single, targets_of
 from jaxft.checkpoint.peft_lora import fields
 from jaxft.checkpoint.tensors import SafetensorsFolder, TensorSpec
-from jaxft.config import AdapterConfig, MeshConfig
+from jaxft.config import AdapterConfig, MeshConfig, resolve
 from jaxft.errors import CheckpointError, ModelError
-from jaxft.runs.build import place
+from jaxft.runs.build import abstract_of, place
 from jaxft.sharding.mesh import make_mesh_plan
 from jaxft.training.state import divide
 
@@ -192,3 +193,10 @@ def test_ranks_of_their_own_have_no_place_among_experts_in_one_parameter():
     attach_adapter(module, config, 0)
     with pytest.raises(ModelError, match="one rank for all layers: drop adapter.rank_pattern"):
         fields(module)
+    run = {
+        "model": {"path": "m"},
+        "data": {"train": "t.jsonl", "max_length": 64},
+        "adapter": dataclasses.asdict(config),
+    }
+    with pytest.raises(ModelError, match="one rank for all layers: drop adapter.rank_pattern"):
+        abstract_of(sizes, resolve(run))  # before any weight is read

@@ -1,6 +1,7 @@
 """VeRA, IA3, prompts and prefixes: PEFT folders both ways against PEFT itself, gradients, merging, refusals."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -37,11 +38,21 @@ CASES = {
         {"target_modules": r".*\.(o|gate)_proj", "feedforward_modules": r".*\.[12]\.self_attn\.nothing",
          "init_ia3_weights": False},
     ),
+    "vera and a head": (
+        peft.VeraConfig,
+        {"r": 6, "target_modules": ["q_proj"], "modules_to_save": ["lm_head", "k_proj"], "init_weights": False},
+    ),
+    "ia3 and a norm": (
+        peft.IA3Config,
+        {"target_modules": ["v_proj", "down_proj"], "feedforward_modules": ["down_proj"],
+         "modules_to_save": ["model.norm", "embed_tokens"], "init_ia3_weights": False},
+    ),
     "prompt": (peft.PromptTuningConfig, {"num_virtual_tokens": 5}),
     "prefix": (peft.PrefixTuningConfig, {"num_virtual_tokens": 5}),
     "prefix behind an MLP": (peft.PrefixTuningConfig, {"num_virtual_tokens": 3, "prefix_projection": True}),
 }  # fmt: skip
 VIRTUAL = ("prompt", "prefix", "prefix behind an MLP")
+EXTRA = r"\.(modules_to_save|default)\b"  # in the names of PEFT's parameters alone, not of its folders
 MERGEABLE = [name for name in CASES if name not in VIRTUAL]
 
 
@@ -88,12 +99,12 @@ def test_folders_both_ways_give_pefts_logits(by_peft, torch_llama, tmp_path, cas
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize("case", ["vera", "ia3", "prompt", "prefix"])
+@pytest.mark.parametrize("case", ["vera", "vera and a head", "ia3", "ia3 and a norm", "prompt", "prefix"])
 def test_gradients_equal_pefts(by_peft, tmp_path, case):
     reference, folder, base = by_peft(case)
     torch_logits(reference, grad=True).square().sum().backward()
     expected = {
-        "prompt_embeddings" if "prompt_encoder" in name else name.replace(".default", ""): p.grad.numpy()
+        "prompt_embeddings" if "prompt_encoder" in name else re.sub(EXTRA, "", name): p.grad.numpy()
         for name, p in reference.named_parameters()
         if p.requires_grad
     }
