@@ -20,7 +20,7 @@ from jaxft.checkpoint.hf import load_weights
 from jaxft.checkpoint.mxfp4 import Unpacked, is_packed
 from jaxft.checkpoint.paths import HUB, fetch_hub, is_file, is_remote, open_folder, read_json
 from jaxft.checkpoint.peft import read_adapter
-from jaxft.checkpoint.peft_folder import CONFIG
+from jaxft.checkpoint.peft.folder import CONFIG
 from jaxft.checkpoint.tensors import SafetensorsFolder, TensorSource
 from jaxft.checkpoint.text_part import TextPart
 from jaxft.errors import CheckpointError, ModelError

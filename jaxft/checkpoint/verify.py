@@ -15,7 +15,7 @@ from flax import nnx
 from jaxft.adapters.attach import detach
 from jaxft.checkpoint.load import LoadedModel, load_model, resolve
 from jaxft.checkpoint.paths import is_remote
-from jaxft.checkpoint.peft_folder import CONFIG
+from jaxft.checkpoint.peft.folder import CONFIG
 from jaxft.errors import ExportError
 from jaxft.models import parameter_count
 from jaxft.sharding.mesh import MeshPlan

@@ -19,11 +19,11 @@ from rich.console import Console
 from jaxft import models
 from jaxft.checkpoint import hf
 from jaxft.checkpoint.finite import Finite, all_finite
-from jaxft.checkpoint.gguf_write import written_bytes as gguf_bytes
+from jaxft.checkpoint.gguf.write import written_bytes as gguf_bytes
 from jaxft.checkpoint.load import base_of, left_out, open_weights, resolve
 from jaxft.checkpoint.merged import Merged
 from jaxft.checkpoint.paths import is_file, is_remote, open_folder
-from jaxft.checkpoint.peft_folder import CONFIG, AdapterTensors
+from jaxft.checkpoint.peft.folder import CONFIG, AdapterTensors
 from jaxft.checkpoint.safetensors_writer import Index, LazyTensor, sync_folder
 from jaxft.checkpoint.tensors import TensorSource, TensorSpec
 from jaxft.data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer

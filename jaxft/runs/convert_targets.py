@@ -9,7 +9,8 @@ import jax
 import numpy as np
 
 from jaxft import models
-from jaxft.checkpoint import gguf_write, hf, manifest, orbax_folder
+from jaxft.checkpoint import hf, manifest, orbax_folder
+from jaxft.checkpoint.gguf import write as gguf_write
 from jaxft.checkpoint.load import load_model, shardings_by_path
 from jaxft.checkpoint.safetensors_writer import LazyTensor, blocks, make_block, write_sharded
 from jaxft.checkpoint.tensors import SafetensorsFolder, TensorSource, TensorSpec

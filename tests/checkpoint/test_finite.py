@@ -9,7 +9,7 @@ from jaxft.checkpoint.finite import CHUNK, all_finite, check_finite
 from jaxft.checkpoint.load import load_model
 from jaxft.checkpoint.merged import Merged
 from jaxft.checkpoint.peft import write_adapter
-from jaxft.checkpoint.peft_folder import PREFIX, WEIGHTS
+from jaxft.checkpoint.peft.folder import PREFIX, WEIGHTS
 from jaxft.checkpoint.tensors import SafetensorsFolder
 from jaxft.config import AdapterConfig
 from jaxft.errors import CheckpointError

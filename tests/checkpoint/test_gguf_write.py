@@ -11,11 +11,12 @@ import pytest
 from gguf.quants import dequantize, quantize
 
 from jaxft import models
-from jaxft.checkpoint import gguf_write, peft_folder
 from jaxft.checkpoint.gguf import GGUFFile
-from jaxft.checkpoint.gguf_names import interleave
-from jaxft.checkpoint.gguf_write import KINDS, check_gguf, model_metadata, write_gguf, write_gguf_adapter
+from jaxft.checkpoint.gguf import write as gguf_write
+from jaxft.checkpoint.gguf.names import interleave
+from jaxft.checkpoint.gguf.write import KINDS, check_gguf, model_metadata, write_gguf, write_gguf_adapter
 from jaxft.checkpoint.hf import hf_tensors
+from jaxft.checkpoint.peft import folder as peft_folder
 from jaxft.checkpoint.tensors import TensorSpec
 from jaxft.errors import ExportError, ModelError
 

@@ -7,7 +7,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from jaxft import models
 from jaxft.checkpoint.gguf import GGUFFile
-from jaxft.checkpoint.gguf_write import write_gguf
+from jaxft.checkpoint.gguf.write import write_gguf
 from jaxft.checkpoint.hf import hf_tensors, load_weights
 from jaxft.checkpoint.load import LoadedModel, load_model
 from jaxft.checkpoint.tensors import TensorSpec

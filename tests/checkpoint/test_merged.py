@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jaxft.checkpoint import peft_folder
 from jaxft.checkpoint.merged import Merged
+from jaxft.checkpoint.peft import folder as peft_folder
 from jaxft.checkpoint.tensors import SafetensorsFolder
 from jaxft.errors import CheckpointError, ModelError
 

@@ -13,7 +13,7 @@ from jaxft.adapters.attach import adapters
 from jaxft.checkpoint.hf import hf_tensors
 from jaxft.checkpoint.load import load_model
 from jaxft.checkpoint.peft import read_adapter, write_adapter
-from jaxft.checkpoint.peft_lora import read_settings
+from jaxft.checkpoint.peft.lora import read_settings
 from jaxft.config import AdapterConfig
 from jaxft.errors import CheckpointError, ModelError
 from jaxft.runs.build import attach_adapter

@@ -14,8 +14,8 @@ from jaxft.adapters.make import attach_adapter
 from jaxft.checkpoint.load import load_model
 from jaxft.checkpoint.merged import Merged
 from jaxft.checkpoint.peft import write_adapter
-from jaxft.checkpoint.peft_experts import single, targets_of
-from jaxft.checkpoint.peft_lora import fields
+from jaxft.checkpoint.peft.experts import single, targets_of
+from jaxft.checkpoint.peft.lora import fields
 from jaxft.checkpoint.tensors import SafetensorsFolder, TensorSpec
 from jaxft.config import AdapterConfig, MeshConfig, resolve
 from jaxft.errors import CheckpointError, ModelError

@@ -14,7 +14,7 @@ from jaxft.adapters.attach import adapters, attach
 from jaxft.adapters.lora import LoRASettings, beside
 from jaxft.assets import ASSETS
 from jaxft.checkpoint import peft as peft_format
-from jaxft.checkpoint.gguf_write import write_gguf_adapter
+from jaxft.checkpoint.gguf.write import write_gguf_adapter
 from jaxft.checkpoint.load import hf_config_of, load_model, open_weights, random_model
 from jaxft.checkpoint.verify import check_export
 from jaxft.data.tokenizer import load_tokenizer

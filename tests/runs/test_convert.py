@@ -181,7 +181,8 @@ def command(source: Path, to: Path, *options: str) -> list[str]:
 # Writes one tensor in half a second, so that there is a middle to be stopped in.
 SLOW = """
 import sys, time
-from jaxft.checkpoint import safetensors_writer, gguf_write
+from jaxft.checkpoint import safetensors_writer
+from jaxft.checkpoint.gguf import write as gguf_write
 from jaxft import cli
 def slowly(function):
     def slow(*args, **kwargs):

@@ -13,8 +13,8 @@ from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import dequantize
 
 from jaxft import models
-from jaxft.checkpoint.gguf_config import read_config, read_family
-from jaxft.checkpoint.gguf_names import (
+from jaxft.checkpoint.gguf.config import read_config, read_family
+from jaxft.checkpoint.gguf.names import (
     LONG_FACTORS,
     ROPE_FACTORS,
     SHORT_FACTORS,

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxft.checkpoint.gguf_names import FAMILIES, LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS, Family
+from jaxft.checkpoint.gguf.names import FAMILIES, LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS, Family
 from jaxft.errors import CheckpointError, ModelError, did_you_mean
 from jaxft.gguf_header import GGUFHeader
 from jaxft.models.dense import FULL, SLIDING

@@ -21,8 +21,8 @@ from jaxft.adapters.lora import made, patterned
 from jaxft.adapters.lora_experts import ExpertLoRA
 from jaxft.adapters.low_rank import LoRASettings
 from jaxft.checkpoint.hf import TIED_HEAD
-from jaxft.checkpoint.peft_experts import StackedA, StackedB, is_stacked, single, targets_of, wrapper
-from jaxft.checkpoint.peft_folder import (
+from jaxft.checkpoint.peft.experts import StackedA, StackedB, is_stacked, single, targets_of, wrapper
+from jaxft.checkpoint.peft.folder import (
     PREFIX,
     AdapterTensors,
     MergeBlock,

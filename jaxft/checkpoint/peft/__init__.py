@@ -1,4 +1,4 @@
-"""Adapters in PEFT's folder format, both ways. What a kind of adapter keeps there is in the module `peft_<kind>`.
+"""Adapters in PEFT's folder format, both ways. What a kind of adapter keeps there is in a module of its own.
 
 Such a module has PEFT_TYPE and four functions: `put` attaches adapters of a folder's settings to a model, `stored` says
 which tensors a folder has of a model's adapters, `fields` what its adapter_config.json says of them, and `merging` how
@@ -21,11 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxft import checkpoint
 from jaxft.adapters.attach import adapters, virtual
 from jaxft.adapters.saved import train_whole
 from jaxft.checkpoint.hf import EMBEDDING, TIED_HEAD, placed_tensors, read_json
-from jaxft.checkpoint.peft_folder import CONFIG, PREFIX, WEIGHTS, AdapterTensors, Stored, saved
+from jaxft.checkpoint.peft.folder import CONFIG, PREFIX, WEIGHTS, AdapterTensors, Stored, saved
 from jaxft.checkpoint.safetensors_writer import Index, LazyTensor, gather_sharded, write_safetensors
 from jaxft.checkpoint.tensors import TensorSpec
 from jaxft.errors import CheckpointError, ModelError, did_you_mean
@@ -38,8 +37,7 @@ from jaxft.trees import flatten
 @functools.cache
 def kinds() -> dict[str, ModuleType]:
     """The module of every implemented `peft_type`."""
-    names = (found.name for found in pkgutil.iter_modules(checkpoint.__path__) if found.name.startswith("peft_"))
-    modules = (importlib.import_module(f"{checkpoint.__name__}.{name}") for name in names)
+    modules = (importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__))
     return {module.PEFT_TYPE: module for module in modules if hasattr(module, "PEFT_TYPE")}
 
 

@@ -13,8 +13,8 @@ import jax
 from flax import nnx
 
 from jaxft.adapters.prefix import attach_prefix
-from jaxft.checkpoint.peft_folder import Stored, refuse_unknown
-from jaxft.checkpoint.peft_prompt import KEY, one_submodule, virtual_tokens
+from jaxft.checkpoint.peft.folder import Stored, refuse_unknown
+from jaxft.checkpoint.peft.prompt import KEY, one_submodule, virtual_tokens
 from jaxft.checkpoint.tensors import TensorSpec
 from jaxft.nn.stack import group_layers
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxft.adapters.prompt import attach_prompt
-from jaxft.checkpoint.peft_folder import Stored, refuse_unknown
+from jaxft.checkpoint.peft.folder import Stored, refuse_unknown
 from jaxft.checkpoint.tensors import TensorSpec
 from jaxft.errors import ModelError
 

@@ -12,7 +12,7 @@ from flax import nnx
 
 from jaxft.adapters.attach import adapters
 from jaxft.adapters.ia3 import attach_ia3
-from jaxft.checkpoint.peft_folder import (
+from jaxft.checkpoint.peft.folder import (
     PREFIX,
     AdapterTensors,
     MergeBlock,

@@ -17,7 +17,7 @@ from gguf.quants import dequantize, quantize
 
 from jaxft import models
 from jaxft.checkpoint.gguf import GGUFFile
-from jaxft.checkpoint.gguf_names import (
+from jaxft.checkpoint.gguf.names import (
     ROUTER,
     Family,
     Place,
@@ -27,10 +27,10 @@ from jaxft.checkpoint.gguf_names import (
     interleave,
     places,
 )
-from jaxft.checkpoint.gguf_settings import family_of, model_metadata, rope_vectors
+from jaxft.checkpoint.gguf.settings import family_of, model_metadata, rope_vectors
 from jaxft.checkpoint.paths import read_json
-from jaxft.checkpoint.peft_folder import CONFIG, PREFIX, AdapterTensors
-from jaxft.checkpoint.peft_lora import read_settings
+from jaxft.checkpoint.peft.folder import CONFIG, PREFIX, AdapterTensors
+from jaxft.checkpoint.peft.lora import read_settings
 from jaxft.checkpoint.safetensors_writer import LazyTensor
 from jaxft.checkpoint.tensors import TensorSpec
 from jaxft.errors import ExportError

@@ -15,7 +15,7 @@ from flax import nnx
 
 from jaxft.adapters.attach import adapters
 from jaxft.adapters.vera import VeRASettings, attach_vera, drawn
-from jaxft.checkpoint.peft_folder import (
+from jaxft.checkpoint.peft.folder import (
     PREFIX,
     AdapterTensors,
     MergeBlock,

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from jaxft import models
-from jaxft.checkpoint.gguf_config import GEMMA3_LOCAL_THETA, GEMMA_PERIODS, gemma_scalar
-from jaxft.checkpoint.gguf_names import (
+from jaxft.checkpoint.gguf.config import GEMMA3_LOCAL_THETA, GEMMA_PERIODS, gemma_scalar
+from jaxft.checkpoint.gguf.names import (
     FAMILIES,
     LONG_FACTORS,
     ROPE_FACTORS,

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from jaxft.checkpoint.fused_experts import SINGLE
-from jaxft.checkpoint.peft_folder import PREFIX, AdapterTensors
+from jaxft.checkpoint.peft.folder import PREFIX, AdapterTensors
 from jaxft.checkpoint.tensors import TensorSpec
 from jaxft.errors import CheckpointError, ModelError
 from jaxft.models.tensor_map import Transform
