@@ -31,7 +31,9 @@ def plan(config: RunConfig, slices: Slices, *, level: str, prices: str | None, l
     figures = result_of(job, done, time_of(job, done.costs), level=level, length=length, shapes=shapes, prices=prices)
     if not figures["fits"]:
         known = estimate(blueprint, config, slices)
-        figures["changes"] = changes_of(blueprint, job.config, slices, figures, known.memory.peak)
+        figures["changes"] = changes_of(
+            lambda changed: blueprint_of(changed, hf_config, length.steps), job.config, slices, figures, known.memory
+        )
     return figures
 
 

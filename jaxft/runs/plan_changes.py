@@ -1,79 +1,144 @@
 """What would make a run fit that does not: the cheapest change first."""
 
-import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-from jaxft.config import RunConfig
-from jaxft.errors import ConfigError
+from jaxft.config import RunConfig, resolve
+from jaxft.errors import JaxftError
+from jaxft.planning.compile import Memory
 from jaxft.planning.topology import Slices, shapes
-from jaxft.runs.plan_job import Blueprint, estimate
+from jaxft.runs.plan_job import Blueprint, job_of, reckon, time_of
+from jaxft.runs.plan_search import splits_rows
 
-SHOWN = 4
+SHOWN = 5
 MARGIN = 0.97  # of the limit: arithmetic is not the compiler
 
 
-def changes_of(
-    blueprint: Blueprint, config: RunConfig, slices: Slices, figures: dict[str, Any], reckoned: int
-) -> list[dict[str, Any]]:
-    """Changes that fit, the cheapest first: `{what, paste, hbm_peak_bytes}`.
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """One way to need less. settings: of the config, by path.
 
-    Each is reckoned by arithmetic and scaled by what the compiler said of the config as it is over what arithmetic says
-    of it. reckoned: the latter, bytes.
+    kind: of those of one kind the first that fits is shown. alters: whether the run learns otherwise than it would.
     """
-    scale = figures["hbm_peak_bytes"] / reckoned
-    found = []
-    for what, paste, changed, place in _candidates(config, slices):
+
+    kind: str
+    what: str
+    settings: dict[str, Any]
+    slices: Slices
+    alters: bool = False
+
+    def paste(self, before: Slices) -> str:
+        """What to add to the command."""
+        place = [f"--topology={self.slices.name}"] if self.slices != before else []
+        return " ".join([*place, *(f"--config.{path}={value}" for path, value in self.settings.items())])
+
+    def applied(self, config: RunConfig) -> RunConfig:
+        """The config with the settings. Raises ConfigError where they contradict others."""
+        sections = config.to_dict()
+        for path, value in self.settings.items():
+            section, name = path.split(".")
+            sections[section][name] = value
+        return resolve(sections)
+
+
+def changes_of(
+    blueprint_of: Callable[[RunConfig], Blueprint],
+    config: RunConfig,
+    slices: Slices,
+    figures: Mapping[str, Any],
+    reckoned: Memory,
+) -> list[dict[str, Any]]:
+    """Changes that fit: `{what, paste, hbm_peak_bytes, step_seconds}`. Those that learn the same come first, of equals
+    the one whose step costs least.
+
+    Each is reckoned by arithmetic. What a step needs beside its arguments, whose sizes are known, is scaled by what the
+    compiler said of it for the config as it is. reckoned: memory of that config by arithmetic.
+    """
+    scale = (figures["hbm_peak_bytes"] - figures["argument_bytes"]) / max(1, reckoned.peak - reckoned.arguments)
+    found: dict[str, tuple[tuple[bool, float], dict[str, Any]]] = {}
+    blueprints: dict[Any, Blueprint] = {}
+    for change in _changes(config, slices):
+        if change.kind in found:
+            continue
         try:
-            peak = int(estimate(blueprint, changed, place).memory.peak * scale)
-        except ConfigError:
-            continue  # this mesh does not divide the batch or the arrays
+            changed = change.applied(config)
+            # Arithmetic asks for the arrays of the state alone.
+            arrays = (changed.model.param_dtype, changed.model.quantization, changed.adapter)
+            if arrays not in blueprints:
+                blueprints[arrays] = blueprint_of(changed)
+            job = job_of(blueprints[arrays], changed, change.slices, real=False)
+        except JaxftError:
+            continue  # the mesh does not divide the batch or the arrays, or the model has no such form
+        done = reckon(job)
+        peak = int(done.memory.arguments + scale * (done.memory.peak - done.memory.arguments))
         if peak <= MARGIN * figures["hbm_limit_bytes"]:
-            found.append({"what": what, "paste": paste, "hbm_peak_bytes": peak})
-    if config.adapter.kind == "none":
-        found.append(
-            {
-                "what": "train adapters instead of all parameters",
-                "paste": "--config.adapter.kind=lora --config.model.param_dtype=bfloat16",
-                "hbm_peak_bytes": _adapters(config, figures),
-            }
-        )
-    return found[:SHOWN]
+            seconds = time_of(job, done.costs).total
+            said = {"what": change.what, "paste": change.paste(slices), "hbm_peak_bytes": peak, "step_seconds": seconds}
+            found[change.kind] = ((change.alters, seconds * change.slices.chips), said)
+    ranked = sorted(found.values(), key=lambda pair: pair[0])
+    return [said for _, said in ranked[:SHOWN]]
 
 
-def _candidates(config: RunConfig, slices: Slices) -> Iterator[tuple[str, str, RunConfig, Slices]]:
-    """From what costs a little time to what costs more money."""
-    full = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="full"))
-    if config.model.remat != "full":
-        yield "recompute every layer", "--config.model.remat=full", full, slices
-    steps = config.train.accumulation_steps
-    extra = "" if config.model.remat == "full" else " --config.model.remat=full"
-    for times in (2, 4, 8, 16):
-        train = dataclasses.replace(config.train, accumulation_steps=steps * times)
-        if config.train.batch_size % train.accumulation_steps == 0:
-            paste = f"--config.train.accumulation_steps={steps * times}{extra}"
-            yield f"{times} times smaller micro-batches", paste, dataclasses.replace(full, train=train), slices
+def _changes(config: RunConfig, slices: Slices) -> Iterator[Change]:
+    """Of each kind the gentlest first."""
+    again = {} if config.model.remat == "full" else {"model.remat": "full"}
+    if again:
+        yield Change(kind="remat", what="recompute every layer", settings=again, slices=slices)
     if slices.chip.maker == "tpu":
-        for tensor in (2, 4, 8):
-            if slices.chips % tensor == 0:
-                mesh = dataclasses.replace(config.mesh, auto=False, data=1, fsdp=-1, expert=1, context=1, tensor=tensor)
-                paste = f"--config.mesh.data=1 --config.mesh.fsdp=-1 --config.mesh.tensor={tensor}{extra}"
-                yield f"heads and inner units over {tensor}", paste, dataclasses.replace(full, mesh=mesh), slices
+        what, settings = "keep what enters each layer in the host's memory", {"model.remat": "offload"}
+        yield Change(kind="remat", what=what, settings=settings, slices=slices)
+    gentle = Change(kind="micro-batches", what="the same", settings=again, slices=slices)
+    yield from list(_in_micro_batches(gentle, config))[1:]
+    for axis, ways in _axes(config, slices):
+        what = {"tensor": "heads and inner units", "context": "positions of a row"}[axis]
+        settings = again | _mesh(**{axis: ways})
+        change = Change(kind=axis, what=f"{what} over {ways} devices", settings=settings, slices=slices)
+        yield from _in_micro_batches(change, config)
+    for larger in _larger(slices):
+        settings = again | ({} if config.mesh.auto else {"mesh.data": 1, "mesh.fsdp": -1})
+        yield Change(kind="slice", what=f"a slice of {larger.name}", settings=settings, slices=larger)
+    for what, settings in _other_weights(config):
+        change = Change(kind=what, what=what, settings=again | settings, slices=slices, alters=True)
+        yield from _in_micro_batches(change, config)
+
+
+def _in_micro_batches(change: Change, config: RunConfig) -> Iterator[Change]:
+    """The change, and with it smaller and smaller micro-batches."""
+    yield change
+    for times in (2, 4, 8, 16):
+        settings = change.settings | {"train.accumulation_steps": config.train.accumulation_steps * times}
+        yield replace(change, what=f"{change.what} in {times} times smaller micro-batches", settings=settings)
+
+
+def _axes(config: RunConfig, slices: Slices) -> Iterator[tuple[str, int]]:
+    """Other axes of the mesh, and sizes that divide the devices and what they split."""
+    inside = slices.devices // slices.count
+    for ways in (2, 4, 8):
+        if inside % ways == 0:
+            yield "tensor", ways
+            if splits_rows(config.data.max_length, ways):
+                yield "context", ways
+
+
+def _mesh(**axis: int) -> dict[str, Any]:
+    axes = {"data": 1, "fsdp": -1, "expert": 1, "context": 1, "tensor": 1} | axis
+    return {"mesh.auto": False, **{f"mesh.{name}": size for name, size in axes.items()}}
+
+
+def _larger(slices: Slices) -> Iterator[Slices]:
     chips = slices.chips // slices.count
     for times in (2, 4, 8, 16):
         shape = shapes(slices.chip, chips * times)
         if shape is not None:
-            larger = dataclasses.replace(slices, shape=shape)
-            mesh = dataclasses.replace(config.mesh, auto=False, data=1, fsdp=-1)
-            yield (
-                f"a slice of {larger.name}",
-                f"--topology={larger.name}{extra}",
-                dataclasses.replace(full, mesh=mesh),
-                larger,
-            )
+            yield Slices(chip=slices.chip, shape=shape, count=slices.count)
 
 
-def _adapters(config: RunConfig, figures: dict[str, Any]) -> int:
-    """About: weights at two bytes a number instead of four, no moments, no gradients of them."""
-    parts = figures["argument_parts"]
-    return max(0, figures["hbm_peak_bytes"] - parts["optimizer"] - parts["weights"] // 2 - parts["weights"])
+def _other_weights(config: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Fewer weights that move, and fewer bits for those that do not."""
+    lora, four_bits = {"adapter.kind": "lora", "model.param_dtype": "bfloat16"}, {"model.quantization": "nf4-dq"}
+    if config.adapter.kind == "none":
+        yield "train adapters instead of all parameters", lora
+        yield "train adapters on a base in 4 bits (QLoRA)", lora | four_bits
+    elif config.model.quantization is None:
+        yield "keep the base in 4 bits (QLoRA)", four_bits

@@ -25,7 +25,8 @@ def print_plan(figures: dict[str, Any], console: Console) -> None:
     if figures.get("changes"):
         console.print("\nwhat would make it fit (by arithmetic from this plan, not compiled):", highlight=False)
         for change in figures["changes"]:
-            console.print(f"  {change['what']}: about {_gib(change['hbm_peak_bytes'])}", highlight=False)
+            needs = f"about {_gib(change['hbm_peak_bytes'])}, {change['step_seconds']:.2f} s a step"
+            console.print(f"  {change['what']}: {needs}", highlight=False)
             console.print(f"    {change['paste']}", highlight=False, soft_wrap=True)
     console.print("\nnot known:", highlight=False)
     for line in figures["unknown"]:

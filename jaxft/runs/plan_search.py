@@ -205,10 +205,15 @@ def variants(config: RunConfig, places: list[Slices], experts: int | None) -> It
                     yield dataclasses.replace(config, mesh=mesh, model=model, train=train), slices
 
 
+def splits_rows(length: int, ways: int) -> bool:
+    """Whether so many devices along the context axis leave parts of a row that are long enough and whole blocks."""
+    return length >= ways * LONG and kernel_fits(length, ways)
+
+
 def _meshes(devices: int, *, length: int, experts: int | None) -> Iterator[dict[str, int]]:
     """Sizes of the axes within one slice, powers of two."""
     powers = [2**power for power in range(devices.bit_length()) if devices % 2**power == 0]
-    contexts = [n for n in powers if n == 1 or (n <= MOST["context"] and length >= n * LONG and kernel_fits(length, n))]
+    contexts = [n for n in powers if n == 1 or (n <= MOST["context"] and splits_rows(length, n))]
     places = [n for n in powers if n == 1 or (n <= MOST["expert"] and experts is not None and experts % n == 0)]
     tensors = [n for n in powers if n <= MOST["tensor"]]
     for tensor, context, expert, fsdp in itertools.product(tensors, contexts, places, powers):

@@ -56,8 +56,53 @@ def test_what_does_not_fit_says_what_would():
     figures = planned(config.load(FULL), "h100:1")
     assert not figures["fits"]
     assert figures["changes"] and all(c["hbm_peak_bytes"] < figures["hbm_limit_bytes"] for c in figures["changes"])
-    assert any(c["paste"].startswith("--topology=h100:") for c in figures["changes"])
-    assert "adapter.kind=lora" in figures["changes"][-1]["paste"]
+    assert figures["changes"][0]["paste"].startswith("--topology=h100:")
+    assert "adapter.kind=lora" in figures["changes"][-1]["paste"]  # what learns otherwise comes last
+
+
+def pasted(path, topology, overrides, change):
+    """The config and the slice of a command with a change's options."""
+    options = change["paste"].split()
+    places = [option.removeprefix("--topology=") for option in options if option.startswith("--topology=")]
+    more = [option.removeprefix("--config.") for option in options if option.startswith("--config.")]
+    return config.load(path, [*overrides, *more]), places[0] if places else topology
+
+
+NOT_FITTING = {
+    "full": (FULL, "h100:1", []),
+    "adapters": (LORA, "l4:2", []),
+    "everything kept": (LORA, "l4:4", ["model.remat=dots"]),
+    "long rows": (LORA, "l4:4", ["data.max_length=65536", "train.batch_size=4"]),
+}
+
+
+@pytest.mark.parametrize("case", NOT_FITTING)
+def test_a_change_that_is_pasted_fits_and_is_what_was_said(case):
+    path, topology, overrides = NOT_FITTING[case]
+    figures = planned(config.load(path, overrides), topology)
+    assert not figures["fits"] and figures["changes"]
+    for change in figures["changes"]:
+        again = planned(*pasted(path, topology, overrides, change))
+        assert again["fits"] and again["hbm_peak_bytes"] == pytest.approx(change["hbm_peak_bytes"], abs=2)
+        assert again["step_seconds"] == pytest.approx(change["step_seconds"])
+    kinds = [re.sub(r"\d+", "N", change["what"]) for change in figures["changes"]]
+    assert len(set(kinds)) == len(kinds)
+    if case == "long rows":
+        assert any("mesh.context=" in change["paste"] for change in figures["changes"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_changes_fit_by_the_compiler_too():
+    path, topology = str(ROOT / "configs" / "smollm2_135m_lora.py"), "v5e:1x1"
+    overrides = ["model.path=hf://HuggingFaceTB/SmolLM2-135M-Instruct", "model.dtype=bfloat16", "model.remat=dots"]
+    overrides += ["train.batch_size=256", "data.max_length=4096"]
+    figures = jaxft.plan(config.load(path, overrides), topology)
+    assert not figures["fits"] and figures["changes"]
+    for change in (figures["changes"][0], figures["changes"][-1]):
+        run, place = pasted(path, topology, overrides, change)
+        again = jaxft.plan(run, place)
+        assert again["compiled"] and again["fits"], change
 
 
 def test_a_search_gives_overrides_that_lead_to_its_plan():
@@ -159,7 +204,7 @@ def test_tables_say_what_is_known_and_what_is_not():
     console = Console(record=True, width=120)
     print_plan(planned(config.load(FULL), "h100:1"), console)
     shown = console.export_text()
-    for part in ("does not fit", "optimizer", "USD", "1,000 steps", "--topology=h100:8", "not known"):
+    for part in ("does not fit", "optimizer", "USD", "1,000 steps", "--topology=h100:2", "s a step", "not known"):
         assert part in shown
 
 
