@@ -26,8 +26,8 @@ MEANINGS = {
     "adapter.r": "rank; at most the smaller side of every layer it is put on",
     "adapter.alpha": "numerator of the scale: `alpha / r`",
     "adapter.dropout": "share of the adapter's inputs that is dropped in training; at least 0, below 1",
-    "adapter.init_lora_weights": "how A and B begin: `default`, `gaussian`, `pissa`, `pissa_niter_N`, `olora`, `loftq` "
-    "or `loftq_niter_N`; see [adapters](adapters.md)",
+    "adapter.init_lora_weights": "how A and B begin: `default`, `gaussian`, `pissa`, `pissa_niter_N`, `olora`, "
+    "`loftq`, `loftq_niter_N`, `eva` or `eva_niter_N`; see [adapters](adapters.md)",
     "adapter.feedforward_modules": "`ia3`: layers whose inputs are scaled, not outputs; names as in `target_modules`",
     "adapter.target_modules": "`all-linear` (all but the LM head), or names, comma separated: `q_proj,v_proj`",
     "data.mixture": "several training sets in place of `train`, each under a name; see [mixtures](mixtures.md)",

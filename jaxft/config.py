@@ -50,7 +50,7 @@ class AdapterConfig:
     target_modules: str = "all-linear"  # or names, comma separated: "q_proj,v_proj"
     use_rslora: bool = False  # scale by alpha / sqrt(r), arXiv:2312.03732
     use_dora: bool = False  # train lengths of kernels' columns apart, arXiv:2402.09353
-    init_lora_weights: str = "default"  # or gaussian, pissa, pissa_niter_N, olora, loftq, loftq_niter_N
+    init_lora_weights: str = "default"  # or gaussian, olora, pissa, loftq, eva, the last three with _niter_N
     exclude_modules: str | None = None  # names, comma separated, left out of target_modules
     layers_to_transform: str | None = None  # only these layers: "0-3,8"
     rank_pattern: str | None = None  # other ranks: "q_proj:8,layers.0.mlp.down_proj:32", by PEFT's patterns
@@ -89,6 +89,11 @@ class AdapterConfig:
     def alphas(self) -> dict[str, float]:
         """alpha_pattern as pattern -> alpha. Raises ConfigError for another form."""
         return pattern_in("adapter.alpha_pattern", self.alpha_pattern, float)
+
+    @property
+    def by_data(self) -> bool:
+        """Whether A begins with what the data says (EVA)."""
+        return self.kind == "lora" and self.init_lora_weights.startswith("eva")
 
     @property
     def virtual_tokens(self) -> int:

@@ -44,7 +44,7 @@ CHOICES = {
     "train.loss_type": LOSS_TYPES, "checkpoint.best_mode": ("min", "max"), "checkpoint.best_metric": EVAL_FIGURES,
     "eval.metric": METRICS,
 }  # fmt: skip
-LORA_STARTS = r"default|gaussian|(pissa|loftq)(_niter_\d+)?|olora"
+LORA_STARTS = r"default|gaussian|(pissa|loftq|eva)(_niter_\d+)?|olora"
 # Fields of the LoRA family, and what they are when nobody asked for it.
 LORA_ALONE = {
     "use_rslora": False, "use_dora": False, "init_lora_weights": "default", "exclude_modules": None,
@@ -167,7 +167,7 @@ def _check_adapter(adapter: Any) -> None:
     if not re.fullmatch(LORA_STARTS, adapter.init_lora_weights):
         raise ConfigError(
             f"adapter.init_lora_weights={adapter.init_lora_weights!r} is not one of default, gaussian, pissa, "
-            "pissa_niter_N, olora, loftq, loftq_niter_N"
+            "pissa_niter_N, olora, loftq, loftq_niter_N, eva, eva_niter_N"
         )
     _ = adapter.layers, adapter.ranks, adapter.alphas  # each refuses what it cannot read
     if adapter.layers == ():

@@ -12,10 +12,12 @@ import jax.numpy as jnp
 from jaxft.errors import ModelError
 from jaxft.quant import dense
 
-STARTS = ("default", "gaussian", "pissa", "olora", "loftq")
+STARTS = ("default", "gaussian", "pissa", "olora", "loftq", "eva")
 _PISSA = re.compile(r"pissa(?:_niter_(\d+))?")
 # Drawn like the default, and set where the weights are that the base was quantised from.
 LOFTQ = re.compile(r"loftq(?:_niter_(\d+))?")
+# Likewise, and set where the data is.
+EVA = re.compile(r"eva(?:_niter_(\d+))?")
 
 
 def moves_the_start(init: str) -> bool:
@@ -25,7 +27,7 @@ def moves_the_start(init: str) -> bool:
 
 def understood(init: str) -> bool:
     """Whether there is a start of that name."""
-    return init in STARTS or any(pattern.fullmatch(init) for pattern in (_PISSA, LOFTQ))
+    return init in STARTS or any(pattern.fullmatch(init) for pattern in (_PISSA, LOFTQ, EVA))
 
 
 def draw(

@@ -112,10 +112,7 @@ class LoRA(Adapter):
         scales = [0.0 if p is None else p.scale for p in self.places or ()]
         self.scales = nnx.Param(jnp.array(scales, jnp.float32)) if scales else None
         a, b = draw(settings.init, settings.r, self._scale(), (*stack, inputs, outputs), kernel, key)
-        if self.places is not None:
-            used = jnp.arange(settings.r) < jnp.array([0 if p is None else p.r for p in self.places])[:, None]
-            used = used.reshape(len(self.places), *(1,) * (len(stack) - 1), settings.r, 1)
-            a, b = jnp.where(used, a, 0), jnp.where(used, b, 0)
+        a, b = self._used(a), self._used(b)
         self.lora_a, self.lora_b = AdapterParam(a), AdapterParam(b)
         moved = moves_the_start(settings.init)
         self.lora_a_start = StartParam(jnp.copy(a)) if moved else None
@@ -156,6 +153,17 @@ class LoRA(Adapter):
         if self.places is not None:
             copy.places = tuple(p and _doubled(p, self.settings.r) for p in self.places)
         return copy
+
+    def begin_with(self, a: jax.Array) -> None:
+        """Sets A, [*stack, r, I], laid out as it is; what a layer does not use of it becomes zero."""
+        self.lora_a.set_value(jax.device_put(self._used(a), self.lora_a.get_value().sharding))
+
+    def _used(self, half: jax.Array) -> jax.Array:
+        if self.places is None:
+            return half
+        ranks = jnp.array([0 if p is None else p.r for p in self.places])
+        used = jnp.arange(self.settings.r) < ranks[:, None]
+        return jnp.where(used.reshape(len(self.places), *(1,) * (half.ndim - 3), self.settings.r, 1), half, 0)
 
     def _scale(self, at: tuple[int, ...] = (), *, dimensions: int = 0) -> jax.Array | float:
         """A number, or [L, 1, ...] of so many dimensions."""

@@ -29,6 +29,7 @@ from jaxft.sharding.arrays import spread
 from jaxft.sharding.mesh import MeshPlan, auto_mesh, make_mesh_plan
 from jaxft.sharding.processes import agreed
 from jaxft.sharding.rules import divisors
+from jaxft.training import eva
 from jaxft.training.averages import evaluated, with_average
 from jaxft.training.optim import make_optimizer
 from jaxft.training.state import TrainState
@@ -90,6 +91,8 @@ def abstract_of(hf_config: Any, config: RunConfig) -> Any:
 
     model = nnx.eval_shape(make)
     check_writable(model)
+    if config.adapter.by_data:
+        eva.check(model, config.adapter.init_lora_weights)
     return model
 
 

@@ -4,6 +4,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from jaxft.sharding import distributed
 from jaxft.sharding.arrays import from_rows
 from jaxft.sharding.mesh import MeshPlan
 from jaxft.sharding.processes import agreed, primary
+from jaxft.training import eva
 from jaxft.training.log import NoLog, RunLog
 from jaxft.training.loop import Cadence, Hooks, fit
 from jaxft.training.optim import make_schedule
@@ -178,8 +180,6 @@ def _fit(run: Run, loaded: LoadedModel, console: Console) -> dict[str, float]:
     config = run.config
     schedule = make_schedule(config.optim, run.total_steps)
     tx = make_tx(config, loaded.module, schedule)
-    graphdef, state = create(loaded.module, tx, config.seed)
-    state = place(state, run.mesh)
     checkpoints = RunCheckpoints(
         run.folder / files.CHECKPOINTS,
         keep=config.checkpoint.keep,
@@ -187,6 +187,12 @@ def _fit(run: Run, loaded: LoadedModel, console: Console) -> dict[str, float]:
         best_mode=config.checkpoint.best_mode,
     )
     with checkpoints:
+        if config.adapter.by_data and agreed(checkpoints.latest_step) is None:
+            console.print("directions in which the layers' inputs vary ...", highlight=False)
+            key = jax.random.key(config.seed)
+            eva.begin(loaded.module, config.adapter.init_lora_weights, partial(_batch, run), run.mesh, key)
+        graphdef, state = create(loaded.module, tx, config.seed)
+        state = place(state, run.mesh)
         restored = checkpoints.restore(saved_part(_shapes(state)))
         start, progress, held_out = 0, {}, {}
         if restored is not None:
@@ -217,6 +223,12 @@ def _log(run: Run, resume_step: int | None, console: Console) -> RunLog | NoLog:
     return RunLog(run.folder, total_steps=run.total_steps, resume_step=resume_step, console=console)
 
 
+def _batch(run: Run, step: int) -> Any:
+    """What a step is given, on its devices."""
+    rows, sharding = run.config.train.batch_size, run.mesh.batch_sharding()
+    return from_rows(lambda part: run.loader.batch(step, part), rows, sharding)
+
+
 def _shapes(state: TrainState) -> TrainState:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
@@ -234,9 +246,7 @@ def _hooks(
     return Hooks(
         # Said, not found: what comes out must lie as what goes in, or the next step would be compiled anew.
         train_step=jax.jit(run.mesh.within(step), donate_argnums=0, out_shardings=(shardings, None)),
-        batch=lambda step: from_rows(
-            lambda rows: run.loader.batch(step, rows), config.train.batch_size, run.mesh.batch_sharding()
-        ),
+        batch=partial(_batch, run),
         evaluate=held_out_evaluation(run, graphdef),
         save=save,
         preempted=distributed.reached_preemption,
