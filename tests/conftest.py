@@ -47,6 +47,8 @@ os.environ["XLA_FLAGS"] = given
 
 # Compiling costs more than running at these sizes. Programs that tests start are compiled as users' are.
 jax.config.update("jax_disable_most_optimizations", True)
+# Tracing makes many objects that live long; looking through them all the time is a sixteenth of the suite's.
+gc.set_threshold(100_000, 50, 50)
 
 MOST_RESIDENT = 3 * 2**30  # bytes of one process, of which two share a small machine
 

@@ -55,7 +55,8 @@ def assert_same_kernels(found, expected):
         np.testing.assert_allclose(dense(a, np.float32), dense(b, np.float32), rtol=3e-7, atol=1e-9, err_msg=path)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+# nf4-dq is nf4 and more.
+@pytest.mark.parametrize("format", [pytest.param("nf4", marks=pytest.mark.slow), *sorted(set(FORMATS) - {"nf4"})])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_is_what_quantising_the_loaded_model_gives(folder, family, format):
     loaded = load_model(folder(family, "bfloat16"), quantization=format)

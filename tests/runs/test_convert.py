@@ -216,7 +216,7 @@ def one_shard(folder: Path) -> bool:
     return len(list(folder.glob("model-*.safetensors"))) >= 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGINT])
 def test_an_interrupted_conversion_leaves_no_target_and_goes_on(model, tmp_path, number):
     to = tmp_path / "out"
     process = interrupt(model, to, number, "--shard_size=100KB", when=one_shard)
@@ -233,7 +233,7 @@ def test_an_interrupted_conversion_leaves_no_target_and_goes_on(model, tmp_path,
     assert_same(tensors_of(to), tensors_of(model))
 
 
-@pytest.mark.parametrize("change", ["source", "dtype"])
+@pytest.mark.parametrize("change", ["source", pytest.param("dtype", marks=pytest.mark.slow)])
 def test_what_was_written_of_another_source_or_type_is_not_kept(tmp_path, change):
     base, to = write_model(tmp_path / "base"), tmp_path / "out"
     interrupt(base, to, signal.SIGKILL, "--shard_size=100KB", when=one_shard)

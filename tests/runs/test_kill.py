@@ -1,4 +1,4 @@
-"""A run that is killed and started again with the same command ends as one that never was."""
+"""A run that is stopped or killed and started again with the same command ends as one that never was."""
 
 import json
 import os
@@ -77,21 +77,27 @@ def assert_same(folder: Path, whole: Path) -> None:
     assert figures(folder) == figures(whole)
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.slow)])
-def test_killed_run_ends_like_an_uninterrupted_one(uninterrupted, tmp_path, kills):
+def kill(folder: Path, cache: Path, chance: random.Random, steps: range) -> str:
+    """Runs the command and kills it some time after a step of these; gives what it said."""
+    process = start(folder, cache)
+    wait_for_step(process, folder, chance.choice(steps))
+    time.sleep(chance.random() * 0.3)
+    process.send_signal(signal.SIGKILL)
+    output, _ = process.communicate()
+    return output
+
+
+@pytest.mark.slow
+def test_five_times_killed_run_ends_like_an_uninterrupted_one(uninterrupted, tmp_path):
     whole, cache = uninterrupted
-    folder, chance = tmp_path / "run", random.Random(kills)
-    for kill in range(kills):
-        process = start(folder, cache)
-        wait_for_step(process, folder, chance.randint(STEPS * kill // kills + 1, STEPS * (kill + 1) // kills))
-        time.sleep(chance.random() * 0.3)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+    folder, chance = tmp_path / "run", random.Random(5)
+    for first in range(1, STEPS, STEPS // 5):
+        kill(folder, cache, chance, range(first, first + STEPS // 5))
     finish(folder, cache)
     assert_same(folder, whole)
 
 
-def test_sigterm_saves_exits_with_its_code_and_goes_on(uninterrupted, tmp_path):
+def test_stopped_then_killed_run_ends_like_an_uninterrupted_one(uninterrupted, tmp_path):
     whole, cache = uninterrupted
     folder = tmp_path / "run"
     process = start(folder, cache)
@@ -102,5 +108,6 @@ def test_sigterm_saves_exits_with_its_code_and_goes_on(uninterrupted, tmp_path):
     assert "run the same command to go on" in output
     saved = max(int(step.name) for step in (folder / "checkpoints").iterdir() if step.name.isdigit())
     assert saved == figures(folder)[-1]["step"], "SIGTERM lost steps"
-    assert f"going on from step {saved}" in finish(folder, cache)
+    assert f"going on from step {saved}" in kill(folder, cache, random.Random(1), range(saved + 1, STEPS))
+    finish(folder, cache)
     assert_same(folder, whole)
