@@ -21,7 +21,7 @@ quickstart: $(VENV)/quickstart.done
 
 test: $(VENV)/test.done
 	$(BIN)/ruff check .
-	$(ENV) $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
+	$(ENV) $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-all: $(VENV)/test.done $(VENV)/quickstart.done $(VENV)/test-all.done
 	$(BIN)/ruff check .

@@ -51,7 +51,7 @@ setup(
         # The suite; torch, PEFT and bitsandbytes are its oracles, where PyTorch has a CPU build of this size.
         "test": [
             "pytest>=8",
-            "pytest-xdist>=3.6",
+            "pytest-xdist>=3.7",
             "ruff>=0.8",
             "datasets>=3",
             "tensorflow-datasets>=4.9.7",

@@ -53,6 +53,12 @@ gc.set_threshold(100_000, 50, 50)
 MOST_RESIDENT = 3 * 2**30  # bytes of one process, of which two share a small machine
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole runs first: else the last of them keeps one worker waiting for the other for minutes."""
+    runs = Path(__file__).parent / "runs"
+    items.sort(key=lambda item: not item.path.is_relative_to(runs))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def bounded_memory() -> Iterator[None]:
     """Programs compiled for the tests of a file go with it once they have become many."""
