@@ -244,7 +244,7 @@ def test_adapters_are_merged_in_blocks_too(tiny_llama, monkeypatch, tmp_path):
 
 
 FUSED = {
-    "model_type": "gpt_oss", "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "model_type": "gpt_oss", "vocab_size": 96, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 16,
     "num_experts_per_tok": 2,
 }  # fmt: skip
@@ -252,7 +252,7 @@ FUSED = {
 
 @pytest.mark.parametrize("axes", [{}, {"fsdp": 2, "expert": 4}])
 def test_experts_in_one_tensor_leave_in_blocks_of_bounded_size(monkeypatch, tmp_path, axes):
-    block, largest = 2**17, []
+    block, largest = 2**20, []
     abstract = models.abstract_model(models.config_from_hf(FUSED))
     experts = hf_tensors(abstract)["model.layers.0.mlp.experts.gate_up_proj"][0]
     assert experts.nbytes == 8 * block
