@@ -90,8 +90,9 @@ def main() -> None:
     write_rows(source / "test.csv", to / "test.jsonl", intents, 12)
     tokenizer = jaxft.load_tokenizer(arguments.model)
     other = texts.batches(texts.texts(arguments)["gsm8k"], tokenizer, arguments.tokens)
-    before = texts.perplexity(jaxft.load_model(arguments.model), other)
-    print(f"base: perplexity on other text {before:.3f}", flush=True)
+    for quantization in (None, METHODS["qlora"]["model.quantization"]):
+        before = texts.perplexity(jaxft.load_model(arguments.model, quantization=quantization), other)
+        print(f"base{f' in {quantization}' if quantization else ''}: perplexity on other text {before:.3f}", flush=True)
     lines = []
     for method in METHODS:
         scores, forgetting = [], []
