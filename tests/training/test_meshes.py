@@ -35,7 +35,7 @@ MESHES = {
 ALONE = [(axis, "lora") for axis in ("fsdp", "data", "expert", "context")]
 # The vocabulary is split over all devices, over the tensor axis only, and, 61 being prime, not at all.
 VOCABULARIES = {"narrow": 64, "wide": 2048, "odd": 61}
-SLOW = [("lora", "narrow"), ("lora", "wide")]
+SLOW = [("lora", "narrow"), ("lora", "odd")]
 ADAPTERS = {
     "full": AdapterConfig(kind="none"),
     "lora": AdapterConfig(r=4, target_modules="all-linear,lm_head"),
@@ -131,7 +131,7 @@ def test_other_forms_of_adapters_likewise(axes, kind):
 @pytest.mark.parametrize(
     ("vocab", "kind"),
     [
-        # What adapters add to a split head, an odd one shows.
+        # An adapter on a narrow head is on every mesh above; one on a whole head exchanges less than one on parts.
         pytest.param(vocab, kind, id=f"{kind}-{name}", marks=pytest.mark.slow if (kind, name) in SLOW else ())
         for name, vocab in VOCABULARIES.items()
         for kind in ADAPTERS
