@@ -76,7 +76,7 @@ def make(folder: Path, layers: int) -> dict[str, float]:
     from flax import nnx
 
     from jaxft import models
-    from jaxft.checkpoint.hf import hf_shape, placed_tensors, write_config
+    from jaxft.checkpoint.hf import hf_shape, param_tensors, write_config
     from jaxft.checkpoint.safetensors_writer import write_sharded
     from jaxft.checkpoint.tensors import TensorSpec, block_bounds
     from jaxft.trees import flatten
@@ -93,7 +93,7 @@ def make(folder: Path, layers: int) -> dict[str, float]:
         return ((bits & 0x80FF) | 0x3C00).view(dtype).reshape(shape)
 
     tensors = {}
-    for path, placed in placed_tensors(model).items():
+    for path, placed in param_tensors(model).items():
         for piece in placed.pieces:
             shape = hf_shape(placed, piece, leaves[path].shape)
             tensors[piece.hf] = (TensorSpec(shape, dtype), functools.partial(draw, shape))
@@ -145,14 +145,14 @@ def convert(folder: Path, layers: int) -> dict[str, float]:
     """The command's function, folder to folder."""
     from rich.console import Console
 
-    from jaxft.runs.convert import convert
+    from jaxft.conversion.convert import convert
 
     with PeakMemory() as memory:
         done = convert(str(folder), str(folder.with_name("out")), console=Console(stderr=True))
     return {"convert_seconds": done["seconds"], "convert_peak_bytes": memory.peak, "checks": done["checks"]}
 
 
-def quantised(folder: Path, layers: int) -> dict[str, float]:
+def quantized(folder: Path, layers: int) -> dict[str, float]:
     """Into arrays that are quantised layer by layer."""
     import jax
     from flax import nnx
@@ -191,7 +191,7 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = arguments.scratch / "convert_8b" / "model"
     if arguments.step:
-        run = {"make": make, "in-out": in_out, "convert": convert, "quantised": quantised, "cp": cp}[arguments.step]
+        run = {"make": make, "in-out": in_out, "convert": convert, "quantised": quantized, "cp": cp}[arguments.step]
         print(json.dumps(run(folder, arguments.layers)))
         return
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"

@@ -41,8 +41,8 @@ def run_jaxft(arguments: argparse.Namespace) -> tuple[list[float], list[float]]:
     from jaxft.checkpoint.load import load_model
     from jaxft.config import AdapterConfig, OptimConfig
     from jaxft.objectives.sft import sft_loss
+    from jaxft.optim.make import make_optimizer, make_schedule
     from jaxft.runs.build import attach_adapter
-    from jaxft.training.optim import make_optimizer, make_schedule
     from jaxft.training.state import create
     from jaxft.training.step import make_train_step
 

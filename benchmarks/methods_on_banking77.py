@@ -15,7 +15,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import quantisation_table as texts
+import quantization_table as texts
 from rich.console import Console
 
 import jaxft

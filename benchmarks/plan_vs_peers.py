@@ -160,8 +160,8 @@ def compile_apart(interpreter: Path, peer: Peer, arguments: list[str], level: st
 
 def measured_of(folder: Path, row: Row) -> dict[str, Any]:
     """Figures of a step that a peer's script left in the folder, its text read as `jaxft plan` reads its own."""
-    from jaxft.planning.costs import costs_of
-    from jaxft.planning.hlo import parse
+    from jaxft.hardware.costs import costs_of
+    from jaxft.hardware.hlo import parse
 
     said = json.loads((folder / "step.json").read_text(encoding="utf-8"))
     costs = costs_of(parse((folder / "step.hlo").read_text(encoding="utf-8")), {"all": row.devices})

@@ -6,7 +6,7 @@ Published: MaxText, docs/reference/models/tiering.md (tokens a second and chip) 
 (TFLOPs a second and chip; only sizes are known of these models). Batches, meshes and rematerialisation: the recipes
 that these pages name (AI-Hypercomputer/tpu-recipes; MaxText/configs/*/*.sh). What a recipe recomputes is estimated from
 what it keeps, as a share of the forward pass; Mixtral's recipes pad experts to a capacity of 1.25. Work is reckoned by
-arithmetic: these are not jaxft's steps. Rows marked * found the efficiencies in jaxft/planning/roofline.py.
+arithmetic: these are not jaxft's steps. Rows marked * found the efficiencies in jaxft/hardware/roofline.py.
 """
 
 import json
@@ -18,10 +18,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from jaxft import config
 from jaxft.assets import ASSETS
-from jaxft.planning.costs import Work
-from jaxft.planning.roofline import efficiency_of
-from jaxft.planning.topology import parse
-from jaxft.runs.plan_job import blueprint_of, job_of, reckon, time_of
+from jaxft.hardware.costs import Work
+from jaxft.hardware.roofline import efficiency_of
+from jaxft.hardware.topology import parse
+from jaxft.planning.job import abstract_step_of, placed_step_of, reckon, time_of
 
 
 class Named(NamedTuple):
@@ -83,7 +83,7 @@ def predicted(row: Named) -> float:
         run[section][name] = value
     run = config.resolve(run)
     shapes = json.loads((ASSETS / "published" / f"{row.model}.json").read_text(encoding="utf-8"))
-    job = job_of(blueprint_of(run, shapes, 1000), run, slices, real=False)
+    job = placed_step_of(abstract_step_of(run, shapes, 1000), run, slices, real=False)
     costs = reckon(job).costs
     bytes_moved = costs.hbm_bytes
     costs.work.clear()

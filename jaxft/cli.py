@@ -63,7 +63,7 @@ def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     from jaxft.runs.present import print_summary
     from jaxft.runs.train import train
     from jaxft.sharding.ending import ending_together
-    from jaxft.sharding.processes import primary
+    from jaxft.sharding.processes import is_primary
 
     def say(text: str) -> None:
         # Past Python's buffers, whose locks another thread may hold when this process is aborted.
@@ -72,7 +72,7 @@ def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     console = _console(arguments)
     with ending_together(say, lambda error: _explained(arguments.verb, error)):
         summary = train(config, console=console)
-    if not primary():
+    if not is_primary():
         return None
     print_summary(summary, console)
     return summary
@@ -124,7 +124,7 @@ def _generate(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
 def _chat(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     from jaxft import api
     from jaxft.generation import Sampling
-    from jaxft.runs import chat as chats
+    from jaxft.generation import chat as chats
 
     sampling = Sampling(**_sampling(arguments))
     tokenizer = api.load_tokenizer(arguments.model, chat_template=arguments.chat_template)
@@ -200,7 +200,7 @@ def _export(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
 
 
 def _convert(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
-    from jaxft.runs.convert import convert
+    from jaxft.conversion.convert import convert
 
     done = convert(
         arguments.source,
@@ -221,8 +221,8 @@ def _convert(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
 def _plan(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     # A plan runs in a process of its own; this one needs no JAX.
     from jaxft.config import load
-    from jaxft.runs.plan_apart import plan
-    from jaxft.runs.plan_report import print_plan, print_search
+    from jaxft.planning.client import plan
+    from jaxft.planning.tables import print_plan, print_search
 
     figures = plan(
         load(arguments.config, overrides),

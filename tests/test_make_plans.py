@@ -10,7 +10,7 @@ import pytest
 
 from jaxft.assets import ASSETS
 from jaxft.config import load
-from jaxft.planning.topology import parse
+from jaxft.hardware.topology import parse
 
 ROOT = Path(__file__).parents[1]
 # These run on any machine.

@@ -10,9 +10,9 @@ from flax import nnx
 
 from jaxft.errors import ModelError, did_you_mean
 from jaxft.nn.adapter import lend
+from jaxft.nn.experts.layer import ExpertLinear
 from jaxft.nn.linear import Embedding, Linear
-from jaxft.nn.moe import ExpertLinear
-from jaxft.quant import dense, is_quantised
+from jaxft.quant import dense, is_quantized
 
 ALL_LINEAR = "all-linear"
 Layer = Linear | Embedding | ExpertLinear  # what has a slot
@@ -155,7 +155,7 @@ def merge(model: nnx.Module) -> None:
 
 def _merge_into(param: nnx.Param, merged: Callable[[jax.Array], jax.Array], computed: jnp.dtype) -> None:
     value = param.get_value()
-    param.set_value(merged(dense(value, jnp.float32)).astype(computed if is_quantised(value) else value.dtype))
+    param.set_value(merged(dense(value, jnp.float32)).astype(computed if is_quantized(value) else value.dtype))
 
 
 def _matching(target: str, layers: dict[str, Layer], model: nnx.Module) -> list[str]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.adapters.lora import LoRA, LoRASettings
-from jaxft.adapters.named import NamedAdapters, Taken
+from jaxft.adapters.named import AdapterSet, Taken
 from jaxft.errors import ConfigError, ModelError, did_you_mean
 
 WAYS = ("linear", "cat", "svd", "ties")
@@ -23,7 +23,7 @@ Halves = tuple[np.ndarray, np.ndarray]  # A [*stack, r, I] and B [*stack, r, O]
 
 
 def combine(
-    held: NamedAdapters,
+    held: AdapterSet,
     name: str,
     weights: Mapping[str, float],
     *,
@@ -69,7 +69,7 @@ def _loras(taken: Taken, name: str) -> dict[str, LoRA]:
 def _lora(like: LoRA, halves: Halves, rank: int) -> LoRA:
     settings = LoRASettings(r=rank, alpha=float(rank))
     a, b = halves
-    made = LoRA(1, 1, settings, parted=like.parted, key=jax.random.key(0))
+    made = LoRA(1, 1, settings, tp_side=like.tp_side, key=jax.random.key(0))
     made.lora_a.set_value(jnp.asarray(a))
     made.lora_b.set_value(jnp.asarray(b))
     return made

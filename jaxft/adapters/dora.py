@@ -37,18 +37,18 @@ class DoRA(LoRA):
         gain = magnitude / jax.lax.stop_gradient(self._moved_lengths(dense(kernel, jnp.float32)))
         if self.scales is not None:
             gain = jnp.where(self.scales.get_value() == 0, 1, gain)
-        gain = partition.gathered(gain, BIAS_STORED[self.parted], WHOLE[self.parted][1:])
+        gain = partition.gathered(gain, BIAS_STORED[self.tp_side], WHOLE[self.tp_side][1:])
         given = dropped(x, self.settings.dropout, key)
         again = y
         if given is not x:
-            again = product(given, kernel, self.parted)
+            again = product(given, kernel, self.tp_side)
         # float32: bfloat16 has no number between 1 and 1.0078.
         added = (gain - 1) * again.astype(jnp.float32) + gain * self._low_rank(given).astype(jnp.float32)
         return (y.astype(jnp.float32) + added).astype(y.dtype)
 
     def stored(self) -> dict[str, tuple[partition.Dimension | None, ...]]:
         """What the dimensions of every parameter are, stack axes left out."""
-        return super().stored() | {"lora_magnitude": BIAS_STORED[self.parted]}
+        return super().stored() | {"lora_magnitude": BIAS_STORED[self.tp_side]}
 
     def merged(self, kernel: jax.Array, at: tuple[int, ...] = ()) -> jax.Array:
         """The kernel that does alone what both do together, float32. at: the place in the stack that `kernel` is of."""

@@ -24,11 +24,11 @@ class IA3(Adapter):
 
     peft_type = "IA3"
 
-    def __init__(self, size: int, *, feedforward: bool, parted: bool, stack: tuple[int, ...] = ()) -> None:
+    def __init__(self, size: int, *, feedforward: bool, tp_side: bool, stack: tuple[int, ...] = ()) -> None:
         super().__init__()
         self.factors = AdapterParam(jnp.ones((*stack, size), jnp.float32))
         self.feedforward = feedforward
-        self.parted = parted
+        self.tp_side = tp_side
 
     def enter(self, x: jax.Array) -> jax.Array:
         """What the layer is given instead of x [..., I]."""
@@ -39,7 +39,7 @@ class IA3(Adapter):
         return y if self.feedforward else y * self._whole(y.dtype)
 
     def _whole(self, dtype: jnp.dtype) -> jax.Array:
-        return partition.gathered(self.factors.get_value().astype(dtype), STORED, WHOLE[self.parted])
+        return partition.gathered(self.factors.get_value().astype(dtype), STORED, WHOLE[self.tp_side])
 
     def stored(self) -> dict[str, tuple[partition.Dimension | None, ...]]:
         """What the dimension of the factors is, stack axes left out."""
@@ -71,8 +71,8 @@ def attach_ia3(model: nnx.Module, targets: Sequence[str], feedforward: Sequence[
     def beside(inwards: bool) -> Callable[[Linear, jax.Array], IA3]:
         def make(layer: Linear, key: jax.Array) -> IA3:
             *stack, inputs, outputs = layer.kernel.get_value().shape
-            parted = (layer.parted == "inputs") == inwards
-            return IA3(inputs if inwards else outputs, feedforward=inwards, parted=parted, stack=tuple(stack))
+            tp_side = (layer.tp_side == "inputs") == inwards
+            return IA3(inputs if inwards else outputs, feedforward=inwards, tp_side=tp_side, stack=tuple(stack))
 
         return make
 

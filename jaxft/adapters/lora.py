@@ -20,8 +20,8 @@ from jaxft.adapters.low_rank import LoRASettings as LoRASettings
 from jaxft.adapters.low_rank import low_rank as low_rank
 from jaxft.config import AdapterConfig
 from jaxft.errors import ModelError
+from jaxft.nn.experts.layer import ExpertLinear
 from jaxft.nn.linear import Embedding, Linear
-from jaxft.nn.moe import ExpertLinear
 from jaxft.nn.stack import group_layers
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\..*")
@@ -86,7 +86,7 @@ def made(layer: Layer, places: Sequence[LoRASettings | None], key: jax.Array) ->
     more["places"] = None if len(set(places)) == 1 else tuple(places)
     if isinstance(layer, ExpertLinear):
         return ExpertLoRA(inputs, outputs, settings, **more)
-    return (DoRA if settings.use_dora else LoRA)(inputs, outputs, settings, parted=layer.parted, **more)
+    return (DoRA if settings.use_dora else LoRA)(inputs, outputs, settings, tp_side=layer.tp_side, **more)
 
 
 def place_names(model: nnx.Module, path: str) -> tuple[str, ...]:

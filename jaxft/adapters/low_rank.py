@@ -47,7 +47,7 @@ class LoRASettings:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def low_rank(x: jax.Array, a: jax.Array, b: jax.Array, parted: str = "outputs") -> jax.Array:
+def low_rank(x: jax.Array, a: jax.Array, b: jax.Array, tp_side: str = "outputs") -> jax.Array:
     """x A^T B. x: [..., I], a: [r, I], b: [r, O] -> [..., O]. parted: the wide side that the tensor axis splits.
 
     Its gradient is the usual one, written so that only operands with the small axis r are transposed:
@@ -57,16 +57,18 @@ def low_rank(x: jax.Array, a: jax.Array, b: jax.Array, parted: str = "outputs") 
     return _narrow(jnp.einsum("...i,ri->...r", x, a)) @ b
 
 
-def _low_rank_forward(x: jax.Array, a: jax.Array, b: jax.Array, parted: str) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+def _low_rank_forward(
+    x: jax.Array, a: jax.Array, b: jax.Array, tp_side: str
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     low = checkpoint_name(_narrow(jnp.einsum("...i,ri->...r", x, a)), "dots")
     return low @ b, (x, low, a, b)
 
 
-def _low_rank_backward(parted: str, residuals: tuple[jax.Array, ...], grad: jax.Array) -> tuple[jax.Array, ...]:
+def _low_rank_backward(tp_side: str, residuals: tuple[jax.Array, ...], grad: jax.Array) -> tuple[jax.Array, ...]:
     x, low, a, b = residuals
     grad_low = _narrow(jnp.einsum("...o,ro->...r", grad, b))
-    grad_a = partition.split(jnp.einsum("...r,...i->ri", grad_low, x), *WHOLE[parted == "inputs"])
-    grad_b = partition.split(jnp.einsum("...r,...o->ro", low, grad), *WHOLE[parted == "outputs"])
+    grad_a = partition.split(jnp.einsum("...r,...i->ri", grad_low, x), *WHOLE[tp_side == "inputs"])
+    grad_b = partition.split(jnp.einsum("...r,...o->ro", low, grad), *WHOLE[tp_side == "outputs"])
     # The small gradients are made before whatever waits for the large one: else x and grad are kept to the layer's end.
     return jax.lax.optimization_barrier((grad_low @ a, grad_a, grad_b))
 
@@ -103,11 +105,11 @@ class LoRA(Adapter):
         stack: tuple[int, ...] = (),
         places: Sequence[LoRASettings | None] | None = None,
         kernel: jax.Array | None = None,
-        parted: Literal["inputs", "outputs"] = "outputs",
+        tp_side: Literal["inputs", "outputs"] = "outputs",
         key: jax.Array,
     ) -> None:
         super().__init__()
-        self.settings, self.parted = settings, parted
+        self.settings, self.tp_side = settings, tp_side
         self.places = None if places is None else tuple(places)
         scales = [0.0 if p is None else p.scale for p in self.places or ()]
         self.scales = nnx.Param(jnp.array(scales, jnp.float32)) if scales else None
@@ -124,7 +126,7 @@ class LoRA(Adapter):
 
     def stored(self) -> dict[str, tuple[partition.Dimension | None, ...]]:
         """What the dimensions of every parameter are, stack axes left out."""
-        return {name: STORED[_side(name) == self.parted] for name in HALVES if getattr(self, name) is not None}
+        return {name: STORED[_side(name) == self.tp_side] for name in HALVES if getattr(self, name) is not None}
 
     def merged(self, kernel: jax.Array, at: tuple[int, ...] = ()) -> jax.Array:
         """The kernel that does alone what both do together, float32. at: the place in the stack that `kernel` is of."""
@@ -182,11 +184,11 @@ class LoRA(Adapter):
 
     def _low_rank(self, x: jax.Array) -> jax.Array:
         a, b = (
-            partition.gathered(half.astype(x.dtype), STORED[side == self.parted], WHOLE[side == self.parted])
+            partition.gathered(half.astype(x.dtype), STORED[side == self.tp_side], WHOLE[side == self.tp_side])
             for half, side in zip(self._halves(), ("inputs", "outputs"), strict=True)
         )
         scale = self._scale()
-        return (scale if self.scales is None else scale.astype(x.dtype)) * low_rank(x, a, b, self.parted)
+        return (scale if self.scales is None else scale.astype(x.dtype)) * low_rank(x, a, b, self.tp_side)
 
 
 def dropped(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

@@ -78,7 +78,7 @@ def take(model: nnx.Module) -> Taken:
     return taken
 
 
-class NamedAdapters:
+class AdapterSet:
     """Adapters of one model by name. The active ones stand in its slots; the others cost nothing but their memory.
 
     One alone stands there by itself, as if it were the only one. What training moves is moved here too, since these are

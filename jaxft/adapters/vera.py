@@ -53,18 +53,18 @@ class VeRA(Adapter):
 
     peft_type = "VERA"
 
-    def __init__(self, outputs: int, settings: VeRASettings, *, stack: tuple[int, ...] = (), parted: str) -> None:
+    def __init__(self, outputs: int, settings: VeRASettings, *, stack: tuple[int, ...] = (), tp_side: str) -> None:
         super().__init__()
         self.lambda_d = AdapterParam(jnp.full((*stack, settings.r), D_INITIAL, jnp.float32))
         self.lambda_b = AdapterParam(jnp.zeros((*stack, outputs), jnp.float32))
         self.settings = settings
-        self.parted = parted
+        self.tp_side = tp_side
 
     def __call__(self, x: jax.Array, y: jax.Array, kernel: jax.Array, key: jax.Array | None) -> jax.Array:
         """x: [..., I]; y: [..., O], what the base layer gave; key: turns dropout on."""
         a, b = self.lent
         d = partition.gathered(self.lambda_d.get_value().astype(x.dtype), ("weight",), (None,))
-        factors = partition.gathered(self.lambda_b.get_value().astype(x.dtype), STORED, WHOLE[self.parted])
+        factors = partition.gathered(self.lambda_b.get_value().astype(x.dtype), STORED, WHOLE[self.tp_side])
         x = dropped(x, self.settings.dropout, key)
         low = jnp.einsum("...i,ri->...r", x, a[:, : x.shape[-1]]) * d
         return y + factors * (low @ b[:, : y.shape[-1]])
@@ -111,7 +111,7 @@ def attach_vera(model: nnx.Module, targets: tuple[str, ...], settings: VeRASetti
 
     def make(layer: Linear, key: jax.Array) -> VeRA:
         *stack, _, outputs = layer.kernel.get_value().shape
-        return VeRA(outputs, settings, stack=tuple(stack), parted=layer.parted)
+        return VeRA(outputs, settings, stack=tuple(stack), tp_side=layer.tp_side)
 
     found = find(model, targets)
     if "lm_head" in found:

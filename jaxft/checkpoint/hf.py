@@ -13,18 +13,18 @@ import numpy as np
 from flax import nnx
 
 from jaxft.adapters.attach import mergings
-from jaxft.checkpoint.bitsandbytes import FourBit
 from jaxft.checkpoint.finite import Finite
-from jaxft.checkpoint.paths import read_json as read_json
-from jaxft.checkpoint.quantise_on_load import quantised_array
+from jaxft.checkpoint.quantized.bitsandbytes import FourBit
+from jaxft.checkpoint.quantized.on_load import quantized_array
 from jaxft.checkpoint.safetensors_writer import Index, LazyTensor, gather_sharded, write_sharded
 from jaxft.checkpoint.tensors import TensorSource, TensorSpec, block_bounds
 from jaxft.errors import CheckpointError
-from jaxft.models.tensor_map import Piece, Placed, place
+from jaxft.files.paths import read_json as read_json
+from jaxft.models.tensor_map import ParamTensors, Piece, place
 from jaxft.nn.stack import group_layers
-from jaxft.quant import Format, QuantizedArray, dense, is_quantised
+from jaxft.quant import Format, QuantizedArray, dense, is_quantized
 from jaxft.sharding.arrays import host_parts
-from jaxft.sharding.processes import primary
+from jaxft.sharding.processes import is_primary
 from jaxft.trees import flatten
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -33,7 +33,7 @@ SQUARE = 256  # of 2-byte elements, 128 KB: two of them fit a core's cache
 TIED_HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
-def placed_tensors(model: nnx.Module) -> dict[str, Placed]:
+def param_tensors(model: nnx.Module) -> dict[str, ParamTensors]:
     """Every base parameter of a model by path, and the Hugging Face tensors that make it up."""
     groups = group_layers(model.segments)
     return {placed.path: placed for placed in place(model.config.tensors(), groups)}
@@ -55,8 +55,8 @@ def load_weights(
     NaN or infinite values when it is read.
     """
     graphdef, state = nnx.split(model)
-    leaves, treedef = flatten(state, is_quantised)
-    table = placed_tensors(model)
+    leaves, treedef = flatten(state, is_quantized)
+    table = param_tensors(model)
     check_tensors(leaves, table, source)
     codes, source = source if isinstance(source, FourBit) else None, Finite(source)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -64,13 +64,13 @@ def load_weights(
     for path, leaf in leaves.items():
         where = jax.tree.map(lambda _: device, leaf) if shardings is None else shardings[path]
         if isinstance(leaf, QuantizedArray):
-            arrays.append(quantised_array(table[path], source, leaf, where, format, _placed_array, codes))
+            arrays.append(quantized_array(table[path], source, leaf, where, format, _placed_array, codes))
         else:
             arrays.append(_placed_array(table[path], source, leaf, where))
     return nnx.merge(graphdef, jax.tree.unflatten(treedef, arrays))
 
 
-def check_tensors(leaves: Mapping[str, Any], table: Mapping[str, Placed], source: TensorSource) -> None:
+def check_tensors(leaves: Mapping[str, Any], table: Mapping[str, ParamTensors], source: TensorSource) -> None:
     """Raises CheckpointError unless the source has exactly the tensors of the table, in the right shapes."""
     specs = source.specs()
     expected = {
@@ -100,12 +100,12 @@ def hf_tensors(model: nnx.Module, dtype: str | None = None) -> dict[str, LazyTen
 
     dtype: stored type, the parameters' own where None.
     """
-    leaves, _ = flatten(nnx.state(model), is_quantised)
+    leaves, _ = flatten(nnx.state(model), is_quantized)
     merging, out = mergings(model), {}
-    for path, placed in placed_tensors(model).items():
+    for path, placed in param_tensors(model).items():
         leaf = leaves[path]
         # What is quantised is written in the type of computation.
-        target = np.dtype(dtype or (model.dtype if is_quantised(leaf) else leaf.dtype))
+        target = np.dtype(dtype or (model.dtype if is_quantized(leaf) else leaf.dtype))
         for piece in placed.pieces:
             shape = hf_shape(placed, piece, leaf.shape)
             out[piece.hf] = (TensorSpec(shape, target), _maker(leaf, merging.get(path), placed, piece, target))
@@ -122,7 +122,7 @@ def write_weights(
     for a while; process 0 writes.
     """
     tensors = hf_tensors(model, dtype)
-    if not primary():
+    if not is_primary():
         return gather_sharded(tensors, max_bytes=max_shard_bytes)
     return write_sharded(folder, tensors, max_bytes=max_shard_bytes, metadata={"format": "pt"})
 
@@ -142,7 +142,7 @@ def write_config(
             file.write("\n")
 
 
-def hf_shape(placed: Placed, piece: Piece, shape: tuple[int, ...]) -> tuple[int, ...]:
+def hf_shape(placed: ParamTensors, piece: Piece, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of one Hugging Face tensor of our parameter of shape `shape`."""
     return placed.transform.hf_shape(shape[len(piece.at) :])
 
@@ -159,7 +159,7 @@ def _tied_copy(name: str, expected: Mapping[str, Any], source: TensorSource) -> 
     )
 
 
-def _placed_array(placed: Placed, source: TensorSource, leaf: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+def _placed_array(placed: ParamTensors, source: TensorSource, leaf: Any, sharding: jax.sharding.Sharding) -> jax.Array:
     """One of our parameters on this process's devices."""
     where = sharding.addressable_devices_indices_map(leaf.shape)
     cuts = {device: _bounds(index, leaf.shape) for device, index in where.items()}
@@ -173,7 +173,7 @@ def _placed_array(placed: Placed, source: TensorSource, leaf: Any, sharding: jax
 
 
 def read_blocks(
-    placed: Placed, source: TensorSource, dtype: np.dtype, cuts: Iterable[Bounds]
+    placed: ParamTensors, source: TensorSource, dtype: np.dtype, cuts: Iterable[Bounds]
 ) -> dict[Bounds, np.ndarray]:
     """Parts of one of our parameters, each given as (start, stop) along every axis.
 
@@ -238,14 +238,16 @@ def copy_into(out: np.ndarray, values: np.ndarray) -> None:
             out[i : i + SQUARE, j : j + SQUARE] = values[i : i + SQUARE, j : j + SQUARE]
 
 
-def _maker(leaf: jax.Array, merged: Any, placed: Placed, piece: Piece, dtype: np.dtype) -> Callable[..., np.ndarray]:
+def _maker(
+    leaf: jax.Array, merged: Any, placed: ParamTensors, piece: Piece, dtype: np.dtype
+) -> Callable[..., np.ndarray]:
     shape, transform = hf_shape(placed, piece, leaf.shape), placed.transform
 
     def make(index: Index | None = None) -> np.ndarray:
         bounds = block_bounds(shape, index)
         out = np.empty([stop - start for start, stop in bounds], dtype)
         whole, at = leaf, piece.at
-        if merged is not None or is_quantised(leaf):
+        if merged is not None or is_quantized(leaf):
             # The whole matrix, on the devices: what an adapter adds to a block may depend on all of it.
             whole, at = dense(leaf[piece.at], jnp.float32), ()
         if merged is not None:

@@ -14,20 +14,21 @@ import numpy as np
 from flax import nnx
 
 from jaxft import models
-from jaxft.checkpoint import bitsandbytes, fused_experts, orbax_folder
+from jaxft.checkpoint import fused_experts, orbax_folder
 from jaxft.checkpoint.gguf import GGUFFile
 from jaxft.checkpoint.hf import load_weights
-from jaxft.checkpoint.mxfp4 import Unpacked, is_packed
-from jaxft.checkpoint.paths import HUB, fetch_hub, is_file, is_remote, open_folder, read_json
 from jaxft.checkpoint.peft import read_adapter
 from jaxft.checkpoint.peft.folder import CONFIG
+from jaxft.checkpoint.quantized import bitsandbytes
+from jaxft.checkpoint.quantized.mxfp4 import Unpacked, is_packed
 from jaxft.checkpoint.tensors import SafetensorsFolder, TensorSource
 from jaxft.checkpoint.text_part import TextPart
 from jaxft.errors import CheckpointError, ModelError
+from jaxft.files.paths import HUB, fetch_hub, is_file, is_remote, open_folder, read_json
 from jaxft.models.nested import OUTERS
 from jaxft.nn.virtual import virtual_ids
-from jaxft.quant import FORMATS, is_quantised
-from jaxft.sharding.arrays import spread, to_host
+from jaxft.quant import FORMATS, is_quantized
+from jaxft.sharding.arrays import put_global, to_host
 from jaxft.sharding.mesh import MeshPlan
 from jaxft.trees import flatten
 
@@ -107,7 +108,7 @@ def load_model(
         read_adapter(loaded.module, path)
         if mesh is not None:
             state = nnx.state(loaded.module)
-            nnx.update(loaded.module, jax.tree.map(spread, state, mesh.shardings(state)))
+            nnx.update(loaded.module, jax.tree.map(put_global, state, mesh.shardings(state)))
         loaded.adapter = path
         return loaded
     hf_config, source, generation = open_weights(path)
@@ -211,4 +212,4 @@ def base_of(folder: str) -> str:
 
 def shardings_by_path(model: nnx.Module, mesh: MeshPlan) -> dict[str, Any]:
     """The NamedSharding of every parameter by its path."""
-    return flatten(mesh.shardings(nnx.state(model)), is_quantised)[0]
+    return flatten(mesh.shardings(nnx.state(model)), is_quantized)[0]

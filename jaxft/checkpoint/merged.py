@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from jaxft.checkpoint.hf import TIED_HEAD
-from jaxft.checkpoint.paths import read_json
 from jaxft.checkpoint.peft import kind_of, saved_modules, whole_keys
 from jaxft.checkpoint.peft.folder import CONFIG, PREFIX, AdapterTensors
 from jaxft.checkpoint.tensors import TensorSource, TensorSpec, block_bounds
 from jaxft.errors import CheckpointError, ModelError
+from jaxft.files.paths import read_json
 
 
 class Merged:

@@ -5,22 +5,22 @@ from collections.abc import Mapping
 import jax
 from flax import nnx
 
-from jaxft.adapters.named import NamedAdapters, take
+from jaxft.adapters.named import AdapterSet, take
 from jaxft.adapters.saved import saved_paths
 from jaxft.checkpoint.load import LoadedModel, resolve
 from jaxft.checkpoint.peft import read_adapter, write_adapter
 from jaxft.errors import ModelError
-from jaxft.sharding.arrays import spread
+from jaxft.sharding.arrays import put_global
 from jaxft.sharding.mesh import MeshPlan
 
 
-def load_adapters(model: LoadedModel, folders: Mapping[str, str], *, mesh: MeshPlan | None = None) -> NamedAdapters:
+def load_adapters(model: LoadedModel, folders: Mapping[str, str], *, mesh: MeshPlan | None = None) -> AdapterSet:
     """Reads PEFT or run folders onto a base under names; none is active yet.
 
     model: a base without adapter. folders: by name. mesh: where the base is, and the adapters go. Raises
     CheckpointError or ModelError as for one of them alone, and ModelError where the model has an adapter already.
     """
-    held = NamedAdapters(model.module)
+    held = AdapterSet(model.module)
     for name, folder in folders.items():
         read_adapter(model.module, resolve(folder))
         if saved_paths(model.module):
@@ -30,12 +30,12 @@ def load_adapters(model: LoadedModel, folders: Mapping[str, str], *, mesh: MeshP
             )
         if mesh is not None:
             state = nnx.state(model.module)
-            nnx.update(model.module, jax.tree.map(spread, state, mesh.shardings(state)))
+            nnx.update(model.module, jax.tree.map(put_global, state, mesh.shardings(state)))
         held.hold(name, take(model.module))
     return held
 
 
-def write_named(held: NamedAdapters, name: str, folder: str, *, model: LoadedModel) -> None:
+def write_named(held: AdapterSet, name: str, folder: str, *, model: LoadedModel) -> None:
     """Writes one of them as a PEFT folder, whichever is active. model: the base that it is of."""
     active, trained = held.active, held.trained
     held.activate(name)

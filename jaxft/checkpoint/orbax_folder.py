@@ -18,11 +18,11 @@ from flax import nnx
 
 from jaxft import models
 from jaxft.checkpoint import manifest
-from jaxft.checkpoint.hf import hf_shape, placed_tensors
-from jaxft.checkpoint.paths import read_json
+from jaxft.checkpoint.hf import hf_shape, param_tensors
 from jaxft.checkpoint.tensors import TensorSpec, block_bounds
 from jaxft.errors import CheckpointError, did_you_mean
-from jaxft.models.tensor_map import Piece, Placed
+from jaxft.files.paths import read_json
+from jaxft.models.tensor_map import ParamTensors, Piece
 from jaxft.trees import flatten
 
 PARAMS = "params"
@@ -66,10 +66,10 @@ class OrbaxFolder:
         manifest.verify(self.path)
         model = models.abstract_model(models.config_from_hf(read_json(os.path.join(self.path, "config.json"))))
         leaves, _ = flatten(nnx.state(model))
-        self._pieces: dict[str, tuple[Placed, Piece]] = {}
+        self._pieces: dict[str, tuple[ParamTensors, Piece]] = {}
         self._specs: dict[str, TensorSpec] = {}
         self._stores: dict[str, Any] = {}
-        for path, placed in placed_tensors(model).items():
+        for path, placed in param_tensors(model).items():
             shape, dtype = self._metadata(path)
             if shape != leaves[path].shape:
                 raise CheckpointError(f"{self.path}: {path} has shape {list(shape)}, config {list(leaves[path].shape)}")

@@ -28,6 +28,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from jaxft.checkpoint import manifest
 from jaxft.checkpoint.state_layout import abstract_arrays, as_arrays, as_state, differences, layout
 from jaxft.errors import CheckpointError
+from jaxft.sharding.processes import is_primary
 
 LEFTOVER = re.compile(r"\d+\.(orbax-checkpoint-tmp.*|deleted)")
 ORBAX_MARK = "_CHECKPOINT_METADATA"  # without it a folder named like a step is not ours to delete
@@ -80,7 +81,7 @@ class RunCheckpoints:
         self._pending: tuple[int, Future[None]] | None = None
         self._last: int | None = None  # saved or restored by this object
         if not read_only:
-            if _primary():
+            if is_primary():
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._clean()
             _sync("checkpoints_cleaned")
@@ -205,7 +206,7 @@ class RunCheckpoints:
     def _finish(self, step: int, metrics: Mapping[str, float]) -> None:
         self._orbax.wait_until_finished()  # with several processes, a barrier: all have written
         self._metrics[step] = metrics
-        if not _primary():
+        if not is_primary():
             return
         manifest.write(self._path(step))
         doomed = {s for s, keep in self._ranked(self._newest) if not keep}
@@ -238,7 +239,7 @@ class RunCheckpoints:
     def _verified(self, step: int | None) -> int | None:
         # Process 0 chooses and reads; the others follow, so that none restores what another refuses.
         problem, chosen = None, -1
-        if _primary():
+        if is_primary():
             try:
                 chosen = self._checked(step)
             except CheckpointError as error:
@@ -280,10 +281,6 @@ def _remove(folder: Path) -> None:
     # Renamed first: a crash in the middle of rmtree leaves nothing that looks like a step.
     doomed = folder if folder.suffix == ".deleted" else folder.rename(folder.parent / f"{folder.name}.deleted")
     shutil.rmtree(doomed)
-
-
-def _primary() -> bool:
-    return jax.process_index() == 0
 
 
 def _sync(name: str) -> None:

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import ml_dtypes
 import numpy as np
 
-from jaxft.checkpoint.paths import Folder, folder_json, json_object, open_folder
 from jaxft.errors import CheckpointError, did_you_mean
+from jaxft.files.paths import Folder, folder_json, json_object, open_folder
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 DTYPES = {

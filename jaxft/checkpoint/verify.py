@@ -14,12 +14,12 @@ from flax import nnx
 
 from jaxft.adapters.attach import detach
 from jaxft.checkpoint.load import LoadedModel, load_model, resolve
-from jaxft.checkpoint.paths import is_remote
 from jaxft.checkpoint.peft.folder import CONFIG
 from jaxft.errors import ExportError
+from jaxft.files.paths import is_remote
 from jaxft.models import parameter_count
 from jaxft.sharding.mesh import MeshPlan
-from jaxft.sharding.processes import agreed
+from jaxft.sharding.processes import on_primary
 
 PROBE_ROWS, PROBE_LENGTH = 2, 24
 # Largest difference allowed, as a share of the largest logit: rounding of the stored type.
@@ -82,7 +82,7 @@ def check_export(live: LoadedModel, folder: str, *, stored: str, mesh: MeshPlan 
         # Others read the adapter on the base as it is in its folder: so do we, to compare with them.
         expected = load_model(folder, dtype=compute, mesh=mesh).logits(tokens)
         largest = np.max(np.abs(expected))
-    return tuple(Check(reader, *apart) for reader, apart in (ours | agreed(by_peers)).items())
+    return tuple(Check(reader, *apart) for reader, apart in (ours | on_primary(by_peers)).items())
 
 
 def apart(found: np.ndarray, expected: np.ndarray) -> dict[str, float]:

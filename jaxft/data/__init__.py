@@ -4,7 +4,7 @@ from jaxft.data.batch import Batch, Example
 from jaxft.data.examine import Examination, print_examination, render_rows
 from jaxft.data.formats import Conversation
 from jaxft.data.prepare import Prepared, TrainSet, prepare
-from jaxft.data.tokenizer import Tokenizer, load_tokenizer
+from jaxft.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
     "Batch",

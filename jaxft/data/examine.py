@@ -11,7 +11,7 @@ import numpy as np
 from jaxft.config import DataConfig
 from jaxft.data.batch import Example
 from jaxft.data.packing import one_each, pack
-from jaxft.data.tokenizer import Tokenizer
+from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import DataError
 from jaxft.nn import virtual
 
@@ -245,7 +245,7 @@ def render_rows(
     from rich.text import Text
 
     console = console or Console()
-    coloured = console.is_terminal and console.color_system is not None
+    colored = console.is_terminal and console.color_system is not None
     for number, example in enumerate(examples[:limit]):
         trained = int(example.mask.sum())
         first = int((example.tokens >= virtual.FIRST).sum())
@@ -255,7 +255,7 @@ def render_rows(
         edges = np.flatnonzero(np.diff(shown[1])) + 1
         for tokens, mask in zip(*(np.split(part, edges) for part in shown), strict=True):
             piece = tokenizer.decode(tokens, skip_special_tokens=False)
-            if coloured:
+            if colored:
                 text.append(piece, style="bold green" if mask[0] else "dim")
             else:
                 text.append(f"[[{piece}]]" if mask[0] else piece, style="not bold")

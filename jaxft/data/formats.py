@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxft.config import DataConfig
-from jaxft.data.reasoning import FIELDS
+from jaxft.data.chat.reasoning import FIELDS
+from jaxft.data.chat.tool_calls import BadCall, calls_of, tools_of
 from jaxft.data.sources import Rows
-from jaxft.data.tool_calls import BadCall, calls_of, tools_of
 from jaxft.errors import DataError, did_you_mean
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")

@@ -8,12 +8,12 @@ from itertools import islice
 
 from jaxft.config import DataConfig, RunConfig
 from jaxft.data.batch import Example
-from jaxft.data.chat import encode_all, prompt_of
+from jaxft.data.chat.encode import encode_all, prompt_of
+from jaxft.data.chat.reasoning import thoughts_of
 from jaxft.data.examine import Examination, examine, repeated, together
 from jaxft.data.formats import Conversation, conversations
-from jaxft.data.reasoning import thoughts_of
 from jaxft.data.sources import Rows, held_out_rows, train_and_eval
-from jaxft.data.tokenizer import Tokenizer
+from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.nn.virtual import virtual_ids
 
 ONLY = "train"  # what the one set of a run without a mixture is called

@@ -123,13 +123,13 @@ def open_rows(path: str, *, split: str = "train", tfds_data_dir: str | None = No
         return TableRows(_load_dataset(name, split, path, config=config or None), path, split)
     if path.endswith(JSONL):
         if not os.path.isfile(path):
-            raise DataError(f"no data file {path!r}.{_neighbours(path)}")
+            raise DataError(f"no data file {path!r}.{_neighbors(path)}")
         return JsonlRows(path)
     if os.path.isdir(path):
         return _open_folder(path, split)
     raise DataError(
         f"cannot read rows from {path!r}: give a .jsonl file, a folder written by datasets, hf://owner/name or "
-        f"tfds:name.{_neighbours(path)}"
+        f"tfds:name.{_neighbors(path)}"
     )
 
 
@@ -268,7 +268,7 @@ def _no_split(path: str, split: str, known: Sequence[str]) -> str:
     )
 
 
-def _neighbours(path: str) -> str:
+def _neighbors(path: str) -> str:
     folder = Path(path).parent
     if not folder.is_dir():
         return f" There is no folder {str(folder)!r}."

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from jaxft.data.tokenizer import Tokenizer
+from jaxft.data.tokenizers.tokenizer import Tokenizer
 
 UNFINISHED = "\ufffd"  # what decoders give for bytes that do not make a character yet
 

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxft.generation import steps
 from jaxft.generation.buckets import bucket, power_of_two
-from jaxft.generation.held import Held
+from jaxft.generation.held import ConversationCache
 from jaxft.generation.sampling import Knobs
 from jaxft.generation.settings import FinishReason, Sampling
 from jaxft.nn.partition import AXES
@@ -78,7 +78,7 @@ class Engine:
             if any(self.slots):
                 self._decode(min(self.group, len(waiting)) or len(self.slots), on_token)
 
-    def leave(self, job: Job, held: Held) -> None:
+    def leave(self, job: Job, held: ConversationCache) -> None:
         """Leaves what a single job has in the cache to a later call. The engine is of no use after it."""
         # The newest token is not in the cache yet.
         held.keep(self.graphdef, self.params, self.memory, [*job.prompt, *job.tokens[:-1]], self.length)
@@ -155,7 +155,12 @@ class Engine:
 
 
 def start(
-    model: nnx.Module, jobs: Sequence[Job], *, stop_ids: Collection[int], slots: int, held: Held | None = None
+    model: nnx.Module,
+    jobs: Sequence[Job],
+    *,
+    stop_ids: Collection[int],
+    slots: int,
+    held: ConversationCache | None = None,
 ) -> Engine:
     """An engine with memory for the jobs, up to `slots` at a time, and their common beginning computed.
 

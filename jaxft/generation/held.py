@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.generation import steps
-from jaxft.nn.cache import Cache
+from jaxft.nn.attention.cache import Cache
 
 
-class Held:
+class ConversationCache:
     """The cache of one conversation between calls of one model; see `generate_text`.
 
     computed: how many tokens of the last prompt went through the model; the others were found here. A call that is

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxft.generation.sampling import Knobs, choose
-from jaxft.nn.cache import Cache, LayerCache, store
+from jaxft.nn.attention.cache import Cache, LayerCache, store
 
 RUN = 16  # most decoding steps of one dispatch
 

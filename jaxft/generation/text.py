@@ -6,10 +6,10 @@ from typing import Any
 
 from flax import nnx
 
-from jaxft.data.tokenizer import Tokenizer
+from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.generation import tokens
 from jaxft.generation.detokenize import TextStream
-from jaxft.generation.held import Held
+from jaxft.generation.held import ConversationCache
 from jaxft.generation.settings import Generated, Sampling
 
 Prompt = str | Sequence[Mapping[str, Any]]
@@ -25,7 +25,7 @@ def generate_text(
     *,
     slots: int = 32,
     on_text: OnText | None = None,
-    held: Held | None = None,
+    held: ConversationCache | None = None,
 ) -> list[Generated]:
     """Continues every prompt until a stop token of the tokenizer, a stop string, or max_new_tokens.
 

@@ -7,7 +7,7 @@ from flax import nnx
 
 from jaxft.errors import ConfigError, DataError
 from jaxft.generation import engine
-from jaxft.generation.held import Held
+from jaxft.generation.held import ConversationCache
 from jaxft.generation.settings import Generated, Sampling
 from jaxft.nn.virtual import virtual_ids
 
@@ -22,7 +22,7 @@ def generate_tokens(
     stop_ids: Collection[int] = (),
     slots: int = 32,
     on_token: engine.OnToken | None = None,
-    held: Held | None = None,
+    held: ConversationCache | None = None,
 ) -> list[Generated]:
     """Continues every prompt; results in the order of the prompts.
 
@@ -54,7 +54,7 @@ def run(
     stop_ids: Collection[int],
     slots: int,
     on_token: engine.OnToken | None,
-    held: Held | None = None,
+    held: ConversationCache | None = None,
 ) -> list[Generated]:
     """`generate_tokens` where the caller looks after stop strings."""
     _check(model, prompts, samplings, slots)

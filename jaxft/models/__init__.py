@@ -13,15 +13,18 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxft.errors import ModelError, did_you_mean
+from jaxft.models import families as shelf
 from jaxft.models import freezing, nested
-from jaxft.nn.quantised import quantise
-from jaxft.quant import FORMATS, is_quantised
+from jaxft.nn.quantized import quantize
+from jaxft.quant import FORMATS, is_quantized
 
 
 @functools.cache
 def families() -> dict[str, ModuleType]:
     """The module of every implemented Hugging Face `model_type`."""
-    modules = (importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__))
+    modules = (
+        importlib.import_module(f"{shelf.__name__}.{found.name}") for found in pkgutil.iter_modules(shelf.__path__)
+    )
     return {kind: module for module in modules for kind in getattr(module, "MODEL_TYPES", ())}
 
 
@@ -85,11 +88,11 @@ def random_model(
     if trainable is not None:
         freezing.mark(model, trainable)
     if quantization is not None:
-        quantise(model, FORMATS[quantization])
+        quantize(model, FORMATS[quantization])
     return model
 
 
 def parameter_count(model: Any) -> int:
     """Numbers in all parameters, adapters included."""
-    leaves = jax.tree.leaves(nnx.state(model, nnx.Param), is_leaf=is_quantised)
+    leaves = jax.tree.leaves(nnx.state(model, nnx.Param), is_leaf=is_quantized)
     return sum(math.prod(leaf.shape) for leaf in leaves)

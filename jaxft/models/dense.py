@@ -8,14 +8,14 @@ from typing import Any, Literal
 from jaxft.errors import ModelError
 from jaxft.models.hf_fields import check_fields, require
 from jaxft.models.tensor_map import TensorMap, linear
-from jaxft.nn.attention import AttentionShape
+from jaxft.nn.attention.layer import AttentionShape
+from jaxft.nn.attention.rope import Rope
+from jaxft.nn.attention.score_form import PLAIN, ScoreForm
 from jaxft.nn.block import NORMS, BlockShape
 from jaxft.nn.decoder import DecoderShape
+from jaxft.nn.experts.layer import MoEShape
 from jaxft.nn.mlp import MLPShape
-from jaxft.nn.moe import MoEShape
 from jaxft.nn.norm import NormShape
-from jaxft.nn.rope import Rope
-from jaxft.nn.score_form import PLAIN, ScoreForm
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_parameters")

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxft.errors import ModelError, did_you_mean
-from jaxft.models.tensor_map import Placed, place
+from jaxft.models.tensor_map import ParamTensors, place
 from jaxft.nn.stack import group_layers
 
 RANGE = re.compile(r"(\d+)-(\d+)")
@@ -49,7 +49,7 @@ def mark(model: nnx.Module, trainable: str) -> None:
     nnx.update(model, jax.tree.map(lambda x: x.astype(jnp.float32), state))
 
 
-def _arrays(config: Any) -> Iterator[Placed]:
+def _arrays(config: Any) -> Iterator[ParamTensors]:
     """Every parameter as if each layer were a stack of its own."""
     return place(config.tensors(), [(layer,) for layer in range(config.num_hidden_layers)])
 

@@ -8,7 +8,7 @@ from jaxft.errors import ModelError
 from jaxft.models.dense import DenseConfig, check_window
 from jaxft.models.tensor_map import TRANSPOSED, TensorMap
 from jaxft.nn.block import BlockShape
-from jaxft.nn.moe import MoEShape
+from jaxft.nn.experts.layer import MoEShape
 
 # The noise is on the router's input, in training alone.
 MUST_EQUAL = {"hidden_act": "silu", "router_jitter_noise": 0.0}
@@ -29,14 +29,14 @@ class MoEConfig(DenseConfig):
     router_aux_loss_coef: float
     output_router_logits: bool = False
 
-    def experts(self, count: int, hidden: int, *, renormalise: bool, **switches: Any) -> MoEShape:
+    def experts(self, count: int, hidden: int, *, renormalize: bool, **switches: Any) -> MoEShape:
         """The feed-forward layer of `count` experts with `hidden` inner units each. switches: more of MoEShape."""
         return MoEShape(
             width=self.hidden_size,
             hidden=hidden,
             experts=count,
             chosen=self.num_experts_per_tok,
-            renormalise=renormalise,
+            renormalize=renormalize,
             **switches,
         )
 

@@ -101,7 +101,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Placed:
+class ParamTensors:
     """One of our parameters and the Hugging Face tensors that make it up."""
 
     path: str
@@ -109,15 +109,15 @@ class Placed:
     pieces: tuple[Piece, ...]
 
 
-def place(tensors: Sequence[TensorMap], groups: Sequence[Sequence[int]]) -> Iterator[Placed]:
+def place(tensors: Sequence[TensorMap], groups: Sequence[Sequence[int]]) -> Iterator[ParamTensors]:
     """Every parameter of a model whose stacks hold the layer numbers `groups`."""
     for line in tensors:
         if not line.stacked:
-            yield Placed(line.path, line.transform, (Piece(line.hf),))
+            yield ParamTensors(line.path, line.transform, (Piece(line.hf),))
             continue
         for g, layers in enumerate(groups):
             pieces = tuple(piece for place, i in enumerate(layers) for piece in _pieces(line, place, i))
-            yield Placed(line.path.replace("*", str(g)), line.transform, pieces)
+            yield ParamTensors(line.path.replace("*", str(g)), line.transform, pieces)
 
 
 def _pieces(line: TensorMap, place: int, layer: int) -> Iterator[Piece]:

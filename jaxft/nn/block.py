@@ -11,12 +11,12 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxft.nn import partition
-from jaxft.nn.attention import Attention, AttentionShape, Tokens
-from jaxft.nn.cache import LayerCache
+from jaxft.nn.attention.cache import LayerCache
+from jaxft.nn.attention.layer import Attention, AttentionShape, Tokens
+from jaxft.nn.experts.layer import MoE, MoEShape
+from jaxft.nn.experts.router_sums import RouterSums
 from jaxft.nn.mlp import GatedMLP, MLPShape
-from jaxft.nn.moe import MoE, MoEShape
 from jaxft.nn.norm import NormShape, RMSNorm
-from jaxft.nn.router_sums import RouterSums
 
 # Names of the norms as Hugging Face has them: before attention, after it, before the feed-forward, after it.
 NORMS: dict[str, tuple[str | None, ...]] = {

@@ -11,17 +11,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxft.nn import cache as kv
 from jaxft.nn import stack, virtual
-from jaxft.nn.attention import Tokens
+from jaxft.nn.attention import cache as kv
+from jaxft.nn.attention.layer import Tokens
+from jaxft.nn.attention.rope import Rope, rotation
+from jaxft.nn.attention.score_form import capped
 from jaxft.nn.block import Block, BlockShape
+from jaxft.nn.experts.layer import MoEShape
+from jaxft.nn.experts.router_sums import RouterSums
 from jaxft.nn.linear import Embedding, Linear
-from jaxft.nn.moe import MoEShape
 from jaxft.nn.noise import add_noise
 from jaxft.nn.norm import NormShape, RMSNorm
-from jaxft.nn.rope import Rope, rotation
-from jaxft.nn.router_sums import RouterSums
-from jaxft.nn.score_form import capped
 from jaxft.trees import flatten
 
 

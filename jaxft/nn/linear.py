@@ -22,41 +22,43 @@ TABLE_STORED, TABLE_WHOLE = ("tensor", "weight"), ("tensor", None)
 LOOKED_UP = ("replica", None, "weight")
 
 
-def product(x: jax.Array, kernel: jax.Array | QuantizedArray, parted: Literal["inputs", "outputs"]) -> jax.Array:
+def product(x: jax.Array, kernel: jax.Array | QuantizedArray, tp_side: Literal["inputs", "outputs"]) -> jax.Array:
     """x [..., I] @ kernel [I, O] in the type of x; a kernel of a wider type is rounded to it before it travels.
 
     The gradient of a kernel comes out of the product over a device's rows, and of the sum over devices, in the kernel's
     own type: float32 where it is kept so, and where `training.step` rounded it first, the narrower one.
     """
     if isinstance(kernel, QuantizedArray):
-        return through(jnp.matmul, partial(_gathered, parted), x, kernel)
+        return through(jnp.matmul, partial(_gathered, tp_side), x, kernel)
     if kernel.dtype == x.dtype:
-        return x @ partition.gathered(kernel, STORED[parted], WHOLE[parted])
-    return _wide_product(x, kernel, parted)
+        return x @ partition.gathered(kernel, STORED[tp_side], WHOLE[tp_side])
+    return _wide_product(x, kernel, tp_side)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _wide_product(x: jax.Array, kernel: jax.Array, parted: str) -> jax.Array:
-    return x @ partition.gathered(kernel.astype(x.dtype), STORED[parted], WHOLE[parted])
+def _wide_product(x: jax.Array, kernel: jax.Array, tp_side: str) -> jax.Array:
+    return x @ partition.gathered(kernel.astype(x.dtype), STORED[tp_side], WHOLE[tp_side])
 
 
-def _wide_forward(x: jax.Array, kernel: jax.Array, parted: str) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _wide_product(x, kernel, parted), (x, kernel)
+def _wide_forward(x: jax.Array, kernel: jax.Array, tp_side: str) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _wide_product(x, kernel, tp_side), (x, kernel)
 
 
-def _wide_backward(parted: str, residuals: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _wide_backward(
+    tp_side: str, residuals: tuple[jax.Array, jax.Array], grad: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     x, kernel = residuals
-    whole = partition.gathered(kernel.astype(x.dtype), STORED[parted], WHOLE[parted])
+    whole = partition.gathered(kernel.astype(x.dtype), STORED[tp_side], WHOLE[tp_side])
     grad_kernel = jnp.einsum("...i,...o->io", x, grad, preferred_element_type=kernel.dtype)
-    return grad @ whole.T, partition.split(grad_kernel.astype(kernel.dtype), *STORED[parted])
+    return grad @ whole.T, partition.split(grad_kernel.astype(kernel.dtype), *STORED[tp_side])
 
 
 _wide_product.defvjp(_wide_forward, _wide_backward)
 
 
-def _gathered(parted: str, kernel: QuantizedArray) -> QuantizedArray:
+def _gathered(tp_side: str, kernel: QuantizedArray) -> QuantizedArray:
     # Codes travel, not what they mean: a quarter of the bytes.
-    return kernel.each(lambda part: partition.gathered(part, STORED[parted], WHOLE[parted]))
+    return kernel.each(lambda part: partition.gathered(part, STORED[tp_side], WHOLE[tp_side]))
 
 
 class Linear(nnx.Module):
@@ -75,7 +77,7 @@ class Linear(nnx.Module):
         *,
         use_bias: bool = False,
         keep: str | None = None,
-        parted: Literal["inputs", "outputs"] = "outputs",
+        tp_side: Literal["inputs", "outputs"] = "outputs",
         stddev: float = 0.02,
         dtype: jnp.dtype,
         param_dtype: jnp.dtype,
@@ -86,27 +88,27 @@ class Linear(nnx.Module):
         self.adapter = nnx.data(None)
         self.dtype = dtype
         self.keep = keep
-        self.parted = parted
+        self.tp_side = tp_side
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         kernel = self.kernel.get_value()
         x = x.astype(self.dtype)
         if self.adapter is not None:
             x = self.adapter.enter(x)
-        y = product(x, kernel, self.parted)
+        y = product(x, kernel, self.tp_side)
         on_product = self.adapter is not None and self.adapter.on_product
         if on_product:
             y = self.adapter(x, y, kernel, key)
         if self.bias is not None:
             bias = self.bias.get_value().astype(self.dtype)
-            y = y + partition.gathered(bias, BIAS_STORED[self.parted], WHOLE[self.parted][1:])
+            y = y + partition.gathered(bias, BIAS_STORED[self.tp_side], WHOLE[self.tp_side][1:])
         if self.adapter is not None and not on_product:
             y = self.adapter(x, y, kernel, key)
         return y if self.keep is None else checkpoint_name(y, self.keep)
 
     def stored(self) -> dict[str, tuple[partition.Dimension | None, ...]]:
         """What the dimensions of every parameter are, stack axes left out, by its path from here."""
-        return _with_adapter({"kernel": STORED[self.parted], "bias": BIAS_STORED[self.parted]}, self.adapter)
+        return _with_adapter({"kernel": STORED[self.tp_side], "bias": BIAS_STORED[self.tp_side]}, self.adapter)
 
 
 class Embedding(nnx.Module):

@@ -57,7 +57,7 @@ class GatedMLP(nnx.Module):
         else:
             self.gate_proj = Linear(shape.width, shape.hidden, keep="dots", **options)
             self.up_proj = Linear(shape.width, shape.hidden, keep="dots", **options)
-        self.down_proj = Linear(shape.hidden, shape.width, parted="inputs", **options)
+        self.down_proj = Linear(shape.hidden, shape.width, tp_side="inputs", **options)
 
     def __call__(self, x_BSD: jax.Array, keys: jax.Array | None) -> jax.Array:
         """`keys` is three PRNG keys or None."""

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxft.nn import cudnn, partition
+from jaxft.nn import partition
 from jaxft.nn.adapter import lend
-from jaxft.nn.attention import Tokens
+from jaxft.nn.attention import cudnn
+from jaxft.nn.attention.cache import Cache, LayerCache, slots_for, write_positions
+from jaxft.nn.attention.layer import Tokens
 from jaxft.nn.block import STREAM
-from jaxft.nn.cache import Cache, LayerCache, slots_for, write_positions
-from jaxft.nn.router_sums import RouterSums
+from jaxft.nn.experts.router_sums import RouterSums
 
 
 def _kept(*names: str) -> Callable[..., bool]:

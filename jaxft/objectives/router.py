@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from jaxft.nn.router_sums import RouterSums
+from jaxft.nn.experts.router_sums import RouterSums
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,1 +1,1 @@
-"""A training step compiled for accelerators that are not there: its memory, its time and its price."""
+"""`jaxft plan`: the training step of a run on accelerators that are not here, compiled and costed."""

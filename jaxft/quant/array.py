@@ -52,11 +52,11 @@ class Format:
     """
 
     name: str
-    quantise: Callable[[jax.Array], QuantizedArray]
+    quantize: Callable[[jax.Array], QuantizedArray]
     block: int | None = None
 
 
-def is_quantised(value: object) -> bool:
+def is_quantized(value: object) -> bool:
     """For `jax.tree` functions that must not look inside: their is_leaf."""
     return isinstance(value, QuantizedArray)
 

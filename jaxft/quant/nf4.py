@@ -58,7 +58,7 @@ class NF4(QuantizedArray):
         return NF4(change(self.codes), scales.each(change) if isinstance(scales, CompressedScales) else change(scales))
 
 
-def quantise(kernel: jax.Array, *, double: bool) -> NF4:
+def quantize(kernel: jax.Array, *, double: bool) -> NF4:
     """kernel: [..., I, O], I a multiple of 64. double: compress the scales too (the paper's double quantisation)."""
     x = blocks(kernel, BLOCK)
     scales = jnp.max(jnp.abs(x), axis=-2)

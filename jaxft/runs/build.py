@@ -11,27 +11,28 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxft import models
+from jaxft.adapters import eva
 from jaxft.adapters.make import attach_adapter
 from jaxft.adapters.prompt import begin_as
-from jaxft.checkpoint import hf, loftq
+from jaxft.checkpoint import hf
 from jaxft.checkpoint.hf import read_json
 from jaxft.checkpoint.load import LoadedModel, hf_config_of, load_model, open_weights, random_model, resolve
 from jaxft.checkpoint.peft import check_writable
+from jaxft.checkpoint.quantized import loftq
 from jaxft.config import RunConfig
-from jaxft.data.tokenizer import load_tokenizer
+from jaxft.data.tokenizers.tokenizer import load_tokenizer
 from jaxft.errors import ConfigError
 from jaxft.nn import stack
 from jaxft.objectives.router import RouterCoefficients
 from jaxft.objectives.sft import sft_loss
 from jaxft.objectives.token_loss import TokenLoss
+from jaxft.optim.averages import evaluated, with_average
+from jaxft.optim.make import make_optimizer
 from jaxft.runs import folder as files
-from jaxft.sharding.arrays import spread
+from jaxft.sharding.arrays import put_global
 from jaxft.sharding.mesh import MeshPlan, auto_mesh, make_mesh_plan
-from jaxft.sharding.processes import agreed
+from jaxft.sharding.processes import on_primary
 from jaxft.sharding.rules import divisors
-from jaxft.training import eva
-from jaxft.training.averages import evaluated, with_average
-from jaxft.training.optim import make_optimizer
 from jaxft.training.state import TrainState
 from jaxft.training.step import Step, make_train_step
 
@@ -46,7 +47,7 @@ def build_model(config: RunConfig, mesh: MeshPlan | None = None, *, random_base:
     path = model.path
     if model.random_init:
         path = str(random_base or Path(config.output_dir) / files.BASE)
-        agreed(lambda: _draw_weights(config, Path(path)))
+        on_primary(lambda: _draw_weights(config, Path(path)))
     loaded = load_model(path, revision=model.revision, mesh=mesh, **_types(config))
     if loaded.adapter is not None:
         raise ConfigError(
@@ -208,4 +209,4 @@ def _storage(config: RunConfig) -> str:
 
 def place(tree: Any, mesh: MeshPlan) -> Any:
     """A pytree on the mesh's devices by the path rules."""
-    return jax.tree.map(spread, tree, mesh.shardings(tree))
+    return jax.tree.map(put_global, tree, mesh.shardings(tree))

@@ -15,13 +15,13 @@ from jaxft.checkpoint.load import LoadedModel, load_model
 from jaxft.checkpoint.resume import RunCheckpoints
 from jaxft.checkpoint.verify import Check, apart, check_export, probe
 from jaxft.config import RunConfig
-from jaxft.data.tokenizer import Tokenizer, load_tokenizer
+from jaxft.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from jaxft.errors import ConfigError, ExportError
+from jaxft.optim.make import make_schedule
 from jaxft.runs import folder as files
 from jaxft.runs.build import build_model, evaluated_weights, make_tx
 from jaxft.sharding.mesh import MeshPlan
-from jaxft.sharding.processes import agreed
-from jaxft.training.optim import make_schedule
+from jaxft.sharding.processes import on_primary
 from jaxft.training.state import create, saved_part, with_saved
 
 FORMATS = ("adapter", "merged")
@@ -63,7 +63,7 @@ def export(
     tokens = probe(loaded.module.config.vocab_size)
     trained = loaded.logits(tokens) if quantization is not None else None
     if base == "original":
-        loaded = load_trained(source, step, quantised=False)
+        loaded = load_trained(source, step, quantized=False)
     tokenizer = load_tokenizer(source)
     target.mkdir(parents=True, exist_ok=True)
     checks = write(loaded, tokenizer, target, format=format, dtype=dtype)
@@ -77,7 +77,7 @@ def export(
     return {"folder": str(target), "format": format} | figures | said
 
 
-def load_trained(source: str, step: int | None = None, *, quantised: bool = True) -> LoadedModel:
+def load_trained(source: str, step: int | None = None, *, quantized: bool = True) -> LoadedModel:
     """A model of any kind; of a run folder, what a checkpoint holds. quantised: False puts a run's adapter on the base
     in its own precision.
     """
@@ -86,7 +86,7 @@ def load_trained(source: str, step: int | None = None, *, quantised: bool = True
             raise ConfigError(f"{source} is not a run folder, so it has no step {step}")
         return load_model(source)
     config = files.run_config(source)
-    if not quantised:
+    if not quantized:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, quantization=None))
     loaded = build_model(config)
     schedule = make_schedule(config.optim, 10**9)
@@ -117,7 +117,7 @@ def export_run(
     else:
         wanted.append(("merged", files.MODEL))
     for format, name in wanted:
-        target = Path(agreed(lambda name=name: str(files.fresh_subfolder(folder, name))))
+        target = Path(on_primary(lambda name=name: str(files.fresh_subfolder(folder, name))))
         checks = write(loaded, tokenizer, target, format=format, mesh=mesh)
         out[name] = name
         out[f"{name}_checks"] = {c.reader: c.difference for c in checks}
@@ -152,7 +152,7 @@ def write(
             hf.write_config(str(target), loaded.hf_config, dtype=stored, generation=generation)
         tokenizer.save(target)
 
-    agreed(the_rest)
+    on_primary(the_rest)
     return check_export(loaded, str(target), stored=stored, mesh=mesh)
 
 

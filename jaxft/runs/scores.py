@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxft.config import EvalConfig
 from jaxft.data import Prepared, Tokenizer
-from jaxft.data.reasoning import split_thoughts
+from jaxft.data.chat.reasoning import split_thoughts
 from jaxft.evaluation.scoring import Score, json_fields, score
 from jaxft.generation import Sampling, generate_tokens
 

@@ -12,6 +12,7 @@ import jax
 from flax import nnx
 from rich.console import Console
 
+from jaxft.adapters import eva
 from jaxft.adapters.attach import detach
 from jaxft.checkpoint.load import LoadedModel
 from jaxft.checkpoint.resume import RunCheckpoints
@@ -22,6 +23,7 @@ from jaxft.data.mixture import Mixture
 from jaxft.errors import DataError
 from jaxft.evaluation.held_out import held_out_loss
 from jaxft.objectives.sft import sft_loss
+from jaxft.optim.make import make_schedule
 from jaxft.runs import folder as files
 from jaxft.runs.batches import described, make_loader, print_mixture, training_batches
 from jaxft.runs.build import (
@@ -35,16 +37,14 @@ from jaxft.runs.build import (
     router_coefficients,
 )
 from jaxft.runs.export import export_run
+from jaxft.runs.report import write_report
 from jaxft.runs.scores import answer, figures, samples
 from jaxft.sharding import distributed
 from jaxft.sharding.arrays import from_rows
 from jaxft.sharding.mesh import MeshPlan
-from jaxft.sharding.processes import agreed, primary
-from jaxft.training import eva
+from jaxft.sharding.processes import is_primary, on_primary
 from jaxft.training.log import NoLog, RunLog
 from jaxft.training.loop import Cadence, Hooks, fit
-from jaxft.training.optim import make_schedule
-from jaxft.training.report import write_report
 from jaxft.training.state import TrainState, create, divide, saved_part, with_saved
 from jaxft.training.step import make_eval_step
 
@@ -71,7 +71,7 @@ def train(config: RunConfig, *, console: Console | None = None) -> dict[str, Any
     errors.Preempted when SIGTERM stopped it after saving. With several processes, every one calls it with the
     same config; process 0 alone writes and speaks.
     """
-    console = (console or Console()) if primary() else Console(quiet=True)
+    console = (console or Console()) if is_primary() else Console(quiet=True)
     run = set_up(config)
     console.print(describe(run), highlight=False, soft_wrap=True)
     print_mixture(run.loader, console)
@@ -80,20 +80,20 @@ def train(config: RunConfig, *, console: Console | None = None) -> dict[str, Any
     loaded = build_model(config, run.mesh, random_base=run.folder / files.BASE)
     if loaded.left_out is not None:
         console.print(loaded.left_out, highlight=False, soft_wrap=True)
-    scores = agreed(lambda: files.read_json(run.folder / files.SCORES, {}))
+    scores = on_primary(lambda: files.read_json(run.folder / files.SCORES, {}))
     if config.eval.metric and "base" not in scores:
         console.print(f"base model, {len(run.data.eval_prompts)} held-out rows, by generation ...", highlight=False)
         base = answer(_base(loaded.module), run.tokenizer, run.data, config.eval)
         scores = {"metric": config.eval.metric, "base": figures(base, run.data.eval_references)}
         scores["base_answers"] = list(base.texts)
-        agreed(lambda: files.write_json(run.folder / files.SCORES, scores))
+        on_primary(lambda: files.write_json(run.folder / files.SCORES, scores))
     held_out = _fit(run, loaded, console)
     if config.eval.metric:
         console.print(f"tuned model, {len(run.data.eval_prompts)} held-out rows, by generation ...", highlight=False)
         tuned = answer(loaded.module, run.tokenizer, run.data, config.eval)
         scores["tuned"] = figures(tuned, run.data.eval_references)
         scores["samples"] = samples(run.tokenizer, run.data, scores["base_answers"], tuned)
-        agreed(lambda: files.write_json(run.folder / files.SCORES, scores))
+        on_primary(lambda: files.write_json(run.folder / files.SCORES, scores))
     exports = export_run(loaded, run.tokenizer, config, run.folder, console, run.mesh)
 
     def finish() -> dict[str, Any]:
@@ -102,7 +102,7 @@ def train(config: RunConfig, *, console: Console | None = None) -> dict[str, Any
         files.write_json(run.folder / "summary.json", summary)
         return summary
 
-    return agreed(finish)
+    return on_primary(finish)
 
 
 def _base(module: Any) -> Any:
@@ -130,7 +130,7 @@ def set_up(config: RunConfig) -> Run:
     make_schedule(config.optim, total_steps)
     router_coefficients(config, model)
     folder = Path(config.output_dir)
-    agreed(lambda: files.open_run(config, described(data, loader), tokenizer.chat_template))
+    on_primary(lambda: files.open_run(config, described(data, loader), tokenizer.chat_template))
     files.check_shared(folder)
     return Run(
         config=config,
@@ -187,7 +187,7 @@ def _fit(run: Run, loaded: LoadedModel, console: Console) -> dict[str, float]:
         best_mode=config.checkpoint.best_mode,
     )
     with checkpoints:
-        if config.adapter.by_data and agreed(checkpoints.latest_step) is None:
+        if config.adapter.by_data and on_primary(checkpoints.latest_step) is None:
             console.print("directions in which the layers' inputs vary ...", highlight=False)
             key = jax.random.key(config.seed)
             eva.begin(loaded.module, config.adapter.init_lora_weights, partial(_batch, run), run.mesh, key)
@@ -218,7 +218,7 @@ def _fit(run: Run, loaded: LoadedModel, console: Console) -> dict[str, float]:
 
 
 def _log(run: Run, resume_step: int | None, console: Console) -> RunLog | NoLog:
-    if not primary():
+    if not is_primary():
         return NoLog()
     return RunLog(run.folder, total_steps=run.total_steps, resume_step=resume_step, console=console)
 

@@ -30,12 +30,12 @@ def from_rows(make: Callable[[slice], Any], rows: int, sharding: NamedSharding) 
     return jax.tree.map(join, *parts.values())
 
 
-def spread(x: jax.Array, sharding: Sharding) -> jax.Array:
+def put_global(x: jax.Array, sharding: Sharding) -> jax.Array:
     """x on a sharding that may reach over several processes. Where it is not there yet, all hold the same x."""
     if sharding.is_fully_addressable or not x.is_fully_addressable:
         return jax.device_put(x, sharding)
     if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
-        data = spread(jax.random.key_data(x), sharding)
+        data = put_global(jax.random.key_data(x), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
     # device_put would compare the copies of all processes first, through the network.
     whole = np.asarray(x)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import jax
 
 from jaxft.errors import Preempted
-from jaxft.sharding.processes import several, store
+from jaxft.sharding.processes import is_multi_process, store
 
 EXIT_PEER_LOST = 69  # EX_UNAVAILABLE of sysexits.h
 GRACE_SECONDS = 5.0  # for a process to meet by itself the error that another has told
@@ -37,7 +37,7 @@ def ending_together(say: Say, explain: Explain) -> Iterator[None]:
     say: writes a line for people. explain: writes what an error means and gives the exit code. Preempted passes, since
     all have agreed on it. With one process nothing of all this happens.
     """
-    if not several():
+    if not is_multi_process():
         yield
         return
     done = threading.Event()

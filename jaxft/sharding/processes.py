@@ -23,26 +23,26 @@ class PeerError(JaxftError):
     """Process 0 met an error that a user can mend; every process raises it with the same words."""
 
 
-def several() -> bool:
+def is_multi_process() -> bool:
     """Whether this run has more than one process."""
     return jax.process_count() > 1
 
 
-def primary() -> bool:
+def is_primary() -> bool:
     """Whether this is process 0, which alone writes what is written once."""
     return jax.process_index() == 0
 
 
-def agreed(make: Callable[[], Any]) -> Any:
+def on_primary(make: Callable[[], Any]) -> Any:
     """What `make` gives in process 0 (JSON values), on every process. Only process 0 calls it; the others wait.
 
     Call it on every process, in the same order; what it does on disk is done when it returns. Raises on every
     process the JaxftError that process 0 met: there as it was, elsewhere as a PeerError of the same words.
     """
-    if not several():
+    if not is_multi_process():
         return make()
     key = f"jaxft/agreed/{next(_calls)}"
-    if not primary():
+    if not is_primary():
         told = json.loads(store().blocking_key_value_get(key, _WAIT_MS))
         if "error" in told:
             raise PeerError(told["error"])

@@ -52,7 +52,7 @@ REST = AXES["expert_weight"]
 # fine-tuning; a big array that no rule finds is an error.
 RULES: tuple[Rule, ...] = (
     # What optimizers keep beside moments that are shaped like their parameters. A scale of each block of 8-bit codes:
-    # blocks go along the side that the tensor axis splits (`training/eight_bit`), which stays whole. [L, D, blocks]
+    # blocks go along the side that the tensor axis splits (`optim/eight_bit`), which stays whole. [L, D, blocks]
     Rule("mlp/down_proj/kernel/absmax", P("expert", None, REST), optional=True, dims=4, slight=True),
     Rule("mlp/*_proj/kernel/absmax", P("expert", REST, None), optional=True, dims=4, slight=True),
     Rule("lm_head/kernel/absmax", P(None, BOTH), optional=True, slight=True),

@@ -11,7 +11,7 @@ from jaxft.adapters.attach import AdapterParam, linears, merge
 from jaxft.adapters.make import attach_adapter
 from jaxft.config import AdapterConfig
 from jaxft.nn.virtual import virtual_ids
-from jaxft.quant import is_quantised
+from jaxft.quant import is_quantized
 from jaxft.training.state import divide
 
 TOKENS = np.random.default_rng(0).integers(0, 250, (2, 12))
@@ -47,6 +47,6 @@ def test_merged_kernels_are_dense_and_give_the_same(smoke_config, kind):
     apart = np.asarray(jax.jit(forward)(*nnx.split(module)))
     merge(module)
     kernels = {path: layer.kernel.get_value() for path, layer in linears(module)}
-    assert not any(is_quantised(kernel) for path, kernel in kernels.items() if path.endswith("down_proj"))
+    assert not any(is_quantized(kernel) for path, kernel in kernels.items() if path.endswith("down_proj"))
     together = np.asarray(jax.jit(forward)(*nnx.split(module)))
     np.testing.assert_allclose(together, apart, rtol=0, atol=1e-4 * np.abs(apart).max())

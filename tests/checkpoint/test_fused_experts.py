@@ -9,8 +9,8 @@ from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
 from jaxft.checkpoint.load import load_model, open_weights
+from jaxft.conversion.convert import convert
 from jaxft.errors import CheckpointError
-from jaxft.runs.convert import convert
 
 SIZES = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -18,7 +18,7 @@ from jaxft.checkpoint.hf import (
     copy_into,
     hf_tensors,
     load_weights,
-    placed_tensors,
+    param_tensors,
     read_blocks,
     read_json,
     write_config,
@@ -212,7 +212,7 @@ def test_a_process_reads_no_further_than_what_its_devices_hold(tiny_llama):
     # Two neighbours of four devices that split the inputs, and one layer fewer than there are.
     quarter = inputs // 4
     cuts = [((1, layers), (i * quarter, (i + 1) * quarter), (0, outputs)) for i in (1, 2)]
-    blocks = read_blocks(placed_tensors(module)[path], source, whole.dtype, cuts)
+    blocks = read_blocks(param_tensors(module)[path], source, whole.dtype, cuts)
     for cut, block in blocks.items():
         np.testing.assert_array_equal(block, whole[tuple(slice(*axis) for axis in cut)])
     assert list(source.sizes.values()) == [[2 * quarter * outputs]] * (layers - 1)
@@ -299,7 +299,7 @@ def test_every_parameter_has_its_line_in_the_table(smoke_config):
     for tied in (True, False):
         hf = smoke_config | {"tie_word_embeddings": tied, "attention_bias": True, "mlp_bias": True}
         module = models.abstract_model(models.config_from_hf(hf))
-        assert set(placed_tensors(module)) == set(flatten(nnx.state(module))[0])
+        assert set(param_tensors(module)) == set(flatten(nnx.state(module))[0])
 
 
 @pytest.mark.parametrize("text", ["[1]", "{", ""])

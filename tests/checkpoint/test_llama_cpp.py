@@ -13,10 +13,10 @@ from jaxft.adapters.attach import attach
 from jaxft.adapters.lora import LoRASettings, beside
 from jaxft.checkpoint import peft
 from jaxft.checkpoint.load import load_model
-from jaxft.data.tokenizer import load_tokenizer
+from jaxft.conversion import targets as convert_targets
+from jaxft.conversion.convert import convert
+from jaxft.data.tokenizers.tokenizer import load_tokenizer
 from jaxft.generation import Sampling, generate_text
-from jaxft.runs import convert_targets
-from jaxft.runs.convert import convert
 
 pytestmark = pytest.mark.slow
 

@@ -84,8 +84,8 @@ def lively(name: str, array: np.ndarray, rng: np.random.Generator, gemma: bool) 
     """Weights large enough for every part to matter, and norms and biases that are not just ones and zeros."""
     if array.ndim > 1:
         return 4 * array
-    centre = 0 if gemma or name.endswith("bias") else 1
-    return (centre + 0.1 * rng.normal(size=array.shape)).astype(np.float32)
+    center = 0 if gemma or name.endswith("bias") else 1
+    return (center + 0.1 * rng.normal(size=array.shape)).astype(np.float32)
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,9 @@ import pytest
 from jaxft import models
 from jaxft.adapters.attach import adapters, linears
 from jaxft.adapters.make import attach_adapter
-from jaxft.checkpoint import hf, loftq
+from jaxft.checkpoint import hf
 from jaxft.checkpoint.load import load_model, open_weights
+from jaxft.checkpoint.quantized import loftq
 from jaxft.config import AdapterConfig, resolve
 from jaxft.errors import ConfigError, ModelError
 from jaxft.quant import dense

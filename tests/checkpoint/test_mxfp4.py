@@ -10,13 +10,13 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from jaxft import models
-from jaxft.checkpoint.hf import hf_shape, placed_tensors
+from jaxft.checkpoint.hf import hf_shape, param_tensors
 from jaxft.checkpoint.load import load_model, open_weights
-from jaxft.checkpoint.mxfp4 import Unpacked, unpack
+from jaxft.checkpoint.quantized.mxfp4 import Unpacked, unpack
 from jaxft.checkpoint.tensors import TensorSpec
 from jaxft.config import MeshConfig
+from jaxft.conversion.convert import convert
 from jaxft.errors import CheckpointError
-from jaxft.runs.convert import convert
 from jaxft.sharding.mesh import make_mesh_plan
 from jaxft.trees import flatten
 
@@ -51,7 +51,7 @@ def folder(tmp_path_factory):
     path, rng = tmp_path_factory.mktemp("packed"), np.random.default_rng(0)
     model = models.abstract_model(models.config_from_hf(CONFIG))
     leaves, tensors = flatten(nnx.state(model))[0], {}
-    for place, placed in placed_tensors(model).items():
+    for place, placed in param_tensors(model).items():
         for piece in placed.pieces:
             shape = hf_shape(placed, piece, leaves[place].shape)
             if piece.hf.endswith(("gate_up_proj", "down_proj")):
@@ -82,7 +82,7 @@ def test_a_packed_model_loads_as_transformers_loads_it(folder):
     )
     loaded = load_model(str(folder))
     state, parameters = flatten(nnx.state(loaded.module))[0], dict(reference.named_parameters())
-    for path, placed in placed_tensors(loaded.module).items():
+    for path, placed in param_tensors(loaded.module).items():
         for piece in placed.pieces:
             part = placed.transform.to_hf(np.asarray(state[path][piece.at]))
             np.testing.assert_array_equal(part, parameters[piece.hf].detach().numpy(), err_msg=piece.hf)

@@ -9,7 +9,7 @@ from jaxft.adapters.attach import AdapterParam, adapters, merge
 from jaxft.adapters.combine import combine
 from jaxft.adapters.ia3 import attach_ia3
 from jaxft.adapters.lora import LoRA
-from jaxft.adapters.named import NamedAdapters, take
+from jaxft.adapters.named import AdapterSet, take
 from jaxft.adapters.prompt import attach_prompt
 from jaxft.adapters.vera import VeRASettings, attach_vera
 from jaxft.checkpoint.load import load_model
@@ -155,7 +155,7 @@ def test_one_is_trained_while_others_stand_still(held, theirs):
 
 def test_other_kinds_side_by_side(tiny_llama):
     loaded = load_model(tiny_llama("plain"))
-    named = NamedAdapters(loaded.module)
+    named = AdapterSet(loaded.module)
     for name, put in {
         "vera": lambda m: attach_vera(m, ("q_proj",), VeRASettings(r=4)),
         "vera too": lambda m: attach_vera(m, ("q_proj",), VeRASettings(r=4)),
@@ -205,7 +205,7 @@ def test_what_cannot_be_is_refused(held, monkeypatch):
             combine(named, "new", weights, rank=rank)
     named.activate("a")
     with pytest.raises(ModelError, match="has an adapter without a name"):
-        NamedAdapters(loaded.module)
+        AdapterSet(loaded.module)
     monkeypatch.setattr(LoRA, "stacks", False)
     with pytest.raises(ModelError, match="'a' is of a kind that must be alone in its layers"):
         named.activate("a", "b")

@@ -9,11 +9,12 @@ import pytest
 from flax import nnx
 
 from jaxft import models
-from jaxft.checkpoint import hf, quantise_on_load
+from jaxft.checkpoint import hf
 from jaxft.checkpoint.load import load_model
+from jaxft.checkpoint.quantized import on_load as quantize_on_load
 from jaxft.config import MeshConfig
 from jaxft.errors import CheckpointError, ModelError
-from jaxft.nn.quantised import kernels, quantise, quantised
+from jaxft.nn.quantized import kernels, quantize, quantized
 from jaxft.quant import FORMATS, dense
 from jaxft.quant.nibbles import unpack
 from jaxft.quant.scales import scales_of
@@ -62,7 +63,7 @@ def test_it_is_what_quantising_the_loaded_model_gives(folder, family, format):
     loaded = load_model(folder(family, "bfloat16"), quantization=format)
     assert loaded.quantization == format
     expected = load_model(folder(family, "bfloat16")).module
-    quantise(expected, FORMATS[format])
+    quantize(expected, FORMATS[format])
     assert_same_kernels(loaded.module, expected)
 
 
@@ -78,13 +79,13 @@ def test_eight_devices_hold_what_one_holds(folder, family):
 
 def test_no_more_than_one_dense_layer_is_held(folder, monkeypatch):
     """Every dense array that loading makes of a stack is one layer of it."""
-    sizes, store = [], quantise_on_load._store
+    sizes, store = [], quantize_on_load._store
 
     def watched(keep, found, *rest):
         sizes.append(found.shape)
         return store(keep, found, *rest)
 
-    monkeypatch.setattr(quantise_on_load, "_store", watched)
+    monkeypatch.setattr(quantize_on_load, "_store", watched)
     load_model(folder(), quantization="nf4")
     assert len(sizes) == 3 * 7
     assert {shape for shape in sizes if len(shape) != 2} == set()
@@ -96,7 +97,7 @@ def test_generation_and_export_take_quantised_state(folder, tmp_path):
     hf.write_weights(loaded.module, str(tmp_path))
     hf.write_config(str(tmp_path), SIZES | FAMILIES["llama"], dtype="float32")
     again = load_model(str(tmp_path))
-    assert quantised(loaded.module) and not quantised(again.module)
+    assert quantized(loaded.module) and not quantized(again.module)
     np.testing.assert_allclose(again.logits(TOKENS), loaded.logits(TOKENS), atol=2e-6)
 
 

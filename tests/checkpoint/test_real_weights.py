@@ -9,10 +9,10 @@ from rich.console import Console
 
 from jaxft.checkpoint.gguf import GGUFFile
 from jaxft.checkpoint.load import load_model
-from jaxft.data.tokenizer import load_tokenizer
+from jaxft.conversion import targets as convert_targets
+from jaxft.conversion.convert import convert
+from jaxft.data.tokenizers.tokenizer import load_tokenizer
 from jaxft.generation import Sampling, generate_tokens
-from jaxft.runs import convert_targets
-from jaxft.runs.convert import convert
 
 pytestmark = pytest.mark.slow
 MODELS = ("smollm2", "gemma3")

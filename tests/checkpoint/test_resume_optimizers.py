@@ -9,10 +9,10 @@ import pytest
 from jaxft.checkpoint.resume import RunCheckpoints
 from jaxft.config import MeshConfig, OptimConfig
 from jaxft.config_checks import OPTIMIZERS
+from jaxft.optim.averages import with_average
+from jaxft.optim.make import make_optimizer
 from jaxft.runs.build import place
 from jaxft.sharding.mesh import make_mesh_plan
-from jaxft.training.averages import with_average
-from jaxft.training.optim import make_optimizer
 
 SHAPES = {
     "embed_tokens": {"embedding": (32, 64)},

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from jaxft.data.tokenizer import Tokenizer
+from jaxft.data.tokenizers.tokenizer import Tokenizer
 
 CORPUS = [
     "user assistant system\nWhat is two plus two? It is four. Hello there, how are you today?",

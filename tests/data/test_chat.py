@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxft.config import DataConfig
-from jaxft.data.chat import encode_all, prompt_of
+from jaxft.data.chat.encode import encode_all, prompt_of
 from jaxft.data.formats import read_row
 from jaxft.errors import DataError
 
@@ -127,7 +127,7 @@ def test_tools_reach_the_template(tokenizer_of):
 
 
 def test_batches_of_rows_equal_single_ones(tokenizer_of, monkeypatch):
-    monkeypatch.setattr("jaxft.data.chat.CHUNK", 3)
+    monkeypatch.setattr("jaxft.data.chat.encode.CHUNK", 3)
     tokenizer = tokenizer_of("llama3")
     rows = [conversation(f"question {i}", f"answer {i}") for i in range(8)] + [conversation(*TALK)]
     for one, row in zip(encode_all(rows, tokenizer), rows, strict=True):
@@ -250,7 +250,7 @@ def test_empty_answer_trains_on_nothing(tokenizer_of):
 
 
 def test_the_real_tokenizer(smollm2_path):
-    from jaxft.data.tokenizer import load_tokenizer
+    from jaxft.data.tokenizers.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(smollm2_path)
     example = encode(conversation(*TALK), tokenizer)

@@ -104,8 +104,8 @@ def test_rows_are_marked(tokenizer_of):
     text = printed(render_rows, [shown, shown, shown], tokenizer)
     assert text.count("row 3: ") == 2 and f"{len(ids)} tokens, 3 trained" in text
     assert "<|im_start|>user\n[bold][[Hi<|im_end|>]]" in text
-    coloured = printed(render_rows, [shown], tokenizer, force_terminal=True, color_system="standard")
-    assert "[[" not in coloured and "\x1b[1;32mHi<|im_end|>" in coloured
+    colored = printed(render_rows, [shown], tokenizer, force_terminal=True, color_system="standard")
+    assert "[[" not in colored and "\x1b[1;32mHi<|im_end|>" in colored
 
 
 def test_examination_is_printed():

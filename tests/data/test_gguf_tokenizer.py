@@ -10,8 +10,8 @@ import gguf
 import pytest
 from transformers import AutoTokenizer, LlamaConfig, MistralConfig, Qwen2Config
 
-from jaxft.data.gguf_tokenizer import tokenizer_from_gguf
-from jaxft.data.tokenizer import load_tokenizer
+from jaxft.data.tokenizers.gguf import tokenizer_from_gguf
+from jaxft.data.tokenizers.tokenizer import load_tokenizer
 from jaxft.errors import CheckpointError, ModelError
 
 TEXTS = [

@@ -5,10 +5,10 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from jaxft.data.gguf_tokenizer import PRE_TOKENIZERS
-from jaxft.data.gguf_tokenizer_write import check_tokenizer, tokenizer_metadata
-from jaxft.data.tokenizer import Tokenizer as Ours
-from jaxft.data.tokenizer import load_tokenizer
+from jaxft.data.tokenizers.gguf import PRE_TOKENIZERS
+from jaxft.data.tokenizers.gguf_write import check_tokenizer, tokenizer_metadata
+from jaxft.data.tokenizers.tokenizer import Tokenizer as Ours
+from jaxft.data.tokenizers.tokenizer import load_tokenizer
 from jaxft.errors import ExportError
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())

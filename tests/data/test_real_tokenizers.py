@@ -16,9 +16,9 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from jaxft.data.chat import encode, prompt_of
+from jaxft.data.chat.encode import encode, prompt_of
 from jaxft.data.formats import Conversation
-from jaxft.data.tokenizer import Tokenizer, load_tokenizer
+from jaxft.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from jaxft.errors import DataError
 
 TEXTS = [

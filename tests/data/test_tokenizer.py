@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer as RustTokenizer
 from transformers import AutoTokenizer
 
-from jaxft.data.tokenizer import load_tokenizer
+from jaxft.data.tokenizers.tokenizer import load_tokenizer
 from jaxft.errors import DataError, ModelError
 
 TEXTS = ["Hello there", "  two  spaces\n\n", "naïve 漢字 ☃", "<s>a</s> b", '{"a": 1}']

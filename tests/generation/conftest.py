@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxft.data.tokenizer import Tokenizer
+from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.models import config_from_hf, random_model
-from jaxft.nn import cache as kv
+from jaxft.nn.attention import cache as kv
 
 
 def tiny_hf(**changes):

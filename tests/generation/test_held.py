@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxft.errors import ConfigError
-from jaxft.generation import Held, Sampling, generate_tokens
+from jaxft.generation import ConversationCache, Sampling, generate_tokens
 from jaxft.models import config_from_hf, random_model
 
 SAMPLING = Sampling(max_new_tokens=20, repetition_penalty=1.3)
@@ -29,7 +29,7 @@ def drawn(seed: int, count: int) -> list[int]:
     return np.random.default_rng(seed).integers(0, 256, count).tolist()
 
 
-def turn(model, prompt: list[int], held: Held) -> list[int]:
+def turn(model, prompt: list[int], held: ConversationCache) -> list[int]:
     """The answer, which is that of a call without memory."""
     (ours,) = generate_tokens(model, [prompt], sampling=SAMPLING, held=held)
     (whole,) = generate_tokens(model, [prompt], sampling=SAMPLING)
@@ -40,7 +40,7 @@ def turn(model, prompt: list[int], held: Held) -> list[int]:
 
 def test_a_turn_computes_what_is_new(named):
     kind, model = named
-    held, said = Held(), drawn(0, 10)
+    held, said = ConversationCache(), drawn(0, 10)
     answer = turn(model, said, held)
     assert held.computed == 10
     for seed in (1, 2):
@@ -56,7 +56,7 @@ def test_a_turn_computes_what_is_new(named):
 
 def test_the_same_prompt_again_and_a_shorter_one(named):
     kind, model = named
-    held, said = Held(), drawn(4, 6)
+    held, said = ConversationCache(), drawn(4, 6)
     turn(model, said, held)
     turn(model, said, held)
     assert held.computed == (1 if kind == "full" else 6)
@@ -65,7 +65,7 @@ def test_the_same_prompt_again_and_a_shorter_one(named):
 
 
 def test_an_interrupted_call_leaves_nothing(model):
-    held, said = Held(), drawn(6, 6)
+    held, said = ConversationCache(), drawn(6, 6)
 
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -80,7 +80,7 @@ def test_an_interrupted_call_leaves_nothing(model):
 def test_one_that_ended_early_ran_on_and_is_cut_back(named):
     # A callback ends a row after the device has gone on for a few tokens.
     kind, model = named
-    held, said, heard = Held(), drawn(7, 6), []
+    held, said, heard = ConversationCache(), drawn(7, 6), []
     (cut,) = generate_tokens(
         model, [said], sampling=SAMPLING, held=held, on_token=lambda *token: heard.append(token) or len(heard) == 3
     )
@@ -91,4 +91,4 @@ def test_one_that_ended_early_ran_on_and_is_cut_back(named):
 
 def test_held_is_for_one_conversation(model):
     with pytest.raises(ConfigError, match="one conversation, and there are 2 prompts"):
-        generate_tokens(model, [[1], [2]], sampling=SAMPLING, held=Held())
+        generate_tokens(model, [[1], [2]], sampling=SAMPLING, held=ConversationCache())

@@ -50,9 +50,9 @@ def test_greedy_equals_transformers(model, prompts):
     # Longer ones too, up to the bucket of 48.
     prompts = [*prompts[:6], (prompts[2] * 3)[:39], prompts[4] * 2, (prompts[8] * 3)[::-1]]
     stop_ids = (7, 30, 99, 140, 201)
-    penalised = Sampling(max_new_tokens=32, repetition_penalty=1.4)
+    penalized = Sampling(max_new_tokens=32, repetition_penalty=1.4)
     rows = prompts + prompts[:3]
-    samplings = [GREEDY] * len(prompts) + [penalised] * 3
+    samplings = [GREEDY] * len(prompts) + [penalized] * 3
     results = generate_tokens(ours, rows, sampling=samplings, stop_ids=stop_ids, slots=4)
     for i, prompt in enumerate(rows):
         with torch.no_grad():

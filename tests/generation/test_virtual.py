@@ -9,7 +9,7 @@ from jaxft.adapters.attach import AdapterParam
 from jaxft.adapters.make import attach_adapter
 from jaxft.config import AdapterConfig
 from jaxft.errors import DataError
-from jaxft.generation import Held, engine
+from jaxft.generation import ConversationCache, engine
 from jaxft.generation.settings import Sampling
 from jaxft.generation.tokens import generate_tokens
 from jaxft.nn.virtual import virtual_ids
@@ -55,7 +55,7 @@ def test_the_cache_of_a_conversation_holds_them_and_is_left_when_weights_change(
         np.testing.assert_allclose(ours.logprobs, whole.logprobs, rtol=0, atol=1e-4)
         return [*prompt, *ours.tokens]
 
-    held = Held()
+    held = ConversationCache()
     said = turn([3, 5, 7], held)
     assert held.computed == 4 + 3
     said = turn([*said, 9], held)

@@ -14,7 +14,7 @@ from jaxft import models
 from jaxft.adapters.attach import adapters, attach
 from jaxft.adapters.lora import LoRASettings, beside
 from jaxft.checkpoint import peft as peft_format
-from jaxft.checkpoint.hf import placed_tensors, write_weights
+from jaxft.checkpoint.hf import param_tensors, write_weights
 from jaxft.checkpoint.load import load_model
 from jaxft.config import MeshConfig
 from jaxft.data.batch import Batch
@@ -109,11 +109,11 @@ class Case:
         config = transformers.AutoConfig.for_model(kind, **SMALL | TINY[kind])
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
         generator = torch.Generator().manual_seed(0)
-        centre = 0.0 if kind.startswith("gemma") else 1.0
+        center = 0.0 if kind.startswith("gemma") else 1.0
         with torch.no_grad():
             # Wide, norms and biases included, so that every parameter shows in the logits.
             for name, parameter in model.named_parameters():
-                parameter.normal_(centre if "norm" in name else 0.0, 0.1 if parameter.ndim == 1 else 0.2,
+                parameter.normal_(center if "norm" in name else 0.0, 0.1 if parameter.ndim == 1 else 0.2,
                                   generator=generator)  # fmt: skip
         model.save_pretrained(folder)
         self.hf = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
@@ -162,7 +162,7 @@ def test_gradients_of_the_mean_loss(case):
     value, grads = jax.jit(jax.value_and_grad(mean_loss))(state)
     assert float(value) == pytest.approx(loss.item(), abs=1e-5)
     grads, seen = flatten(grads)[0], set()
-    for path, placed in placed_tensors(case.ours.module).items():
+    for path, placed in param_tensors(case.ours.module).items():
         for piece in placed.pieces:
             part = np.asarray(grads[path][piece.at])
             np.testing.assert_allclose(

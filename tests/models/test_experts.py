@@ -14,7 +14,7 @@ from jaxft import models
 from jaxft.adapters.attach import attach
 from jaxft.adapters.lora import LoRASettings, beside
 from jaxft.assets import ASSETS
-from jaxft.checkpoint.hf import hf_shape, placed_tensors, read_blocks
+from jaxft.checkpoint.hf import hf_shape, param_tensors, read_blocks
 from jaxft.checkpoint.load import shardings_by_path
 from jaxft.checkpoint.tensors import TensorSpec
 from jaxft.config import MeshConfig
@@ -109,7 +109,7 @@ class Numbered:
         leaves, rng = flatten(nnx.state(model))[0], np.random.default_rng(0)
         self.tensors = {
             piece.hf: rng.normal(size=hf_shape(placed, piece, leaves[path].shape)).astype(np.float32)
-            for path, placed in placed_tensors(model).items()
+            for path, placed in param_tensors(model).items()
             for piece in placed.pieces
         }
         self.names = []
@@ -126,7 +126,7 @@ def test_a_part_of_the_experts_reads_those_experts_only():
     model = models.abstract_model(models.config_from_hf(SMALL))
     source, path = Numbered(model), "layers/0/mlp/down_proj/kernel"
     cut = ((1, 3), (2, 4), (0, 48), (8, 16))
-    block = read_blocks(placed_tensors(model)[path], source, np.dtype(np.float32), [cut])[cut]
+    block = read_blocks(param_tensors(model)[path], source, np.dtype(np.float32), [cut])[cut]
     names = [f"model.layers.{i}.block_sparse_moe.experts.{e}.w2.weight" for i in (1, 2) for e in (2, 3)]
     assert source.names == names
     expected = np.stack([source.tensors[name].T[:, 8:16] for name in names]).reshape(block.shape)

@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 
 from jaxft import models
-from jaxft.checkpoint.hf import hf_tensors, placed_tensors
+from jaxft.checkpoint.hf import hf_tensors, param_tensors
 from jaxft.checkpoint.load import load_model
 from jaxft.errors import ModelError
 from jaxft.nn.stack import group_layers
@@ -23,7 +23,7 @@ def config(smoke_config):
 def moving_tensors(model):
     """Hugging Face's names of what moves, by the model's own table."""
     return {
-        piece.hf for path, placed in placed_tensors(model).items() if path in model.moving for piece in placed.pieces
+        piece.hf for path, placed in param_tensors(model).items() if path in model.moving for piece in placed.pieces
     }
 
 
@@ -43,7 +43,7 @@ def moving_tensors(model):
 def test_patterns_choose_by_hugging_faces_names(config, trainable, stacks, within):
     model = models.abstract_model(config, trainable=trainable)
     assert [len(group) for group in group_layers(model.segments)] == stacks
-    names = {piece.hf for placed in placed_tensors(model).values() for piece in placed.pieces}
+    names = {piece.hf for placed in param_tensors(model).values() for piece in placed.pieces}
     assert moving_tensors(model) == {name for name in names if name.startswith(tuple(within))}
     _, trainable, frozen = divide(model)
     assert set(flatten(trainable)[0]) == model.moving

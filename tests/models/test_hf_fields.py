@@ -4,8 +4,8 @@ import pytest
 
 from jaxft import models
 from jaxft.errors import ModelError
-from jaxft.models.llama import Config
-from jaxft.nn.rope import Rope
+from jaxft.models.families.llama import Config
+from jaxft.nn.attention.rope import Rope
 
 LLAMA = {
     "model_type": "llama",

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from jaxft import models
-from jaxft.checkpoint.hf import placed_tensors
+from jaxft.checkpoint.hf import param_tensors
 from jaxft.checkpoint.load import load_model
 from jaxft.data.batch import Batch
 from jaxft.objectives.sft import sft_loss
@@ -59,7 +59,7 @@ def test_gradients_equal_torch(tiny_llama, torch_llama, variant):
     assert float(value) == pytest.approx(loss.item(), abs=1e-5)
     seen = set()
     grads = flatten(grads)[0]
-    for path, placed in placed_tensors(module).items():
+    for path, placed in param_tensors(module).items():
         for piece in placed.pieces:
             part = np.asarray(grads[path][piece.at])
             np.testing.assert_allclose(

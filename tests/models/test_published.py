@@ -7,7 +7,7 @@ import pytest
 
 from jaxft import models
 from jaxft.assets import ASSETS
-from jaxft.checkpoint.hf import hf_shape, placed_tensors
+from jaxft.checkpoint.hf import hf_shape, param_tensors
 from jaxft.nn.stack import group_layers
 from jaxft.trees import flatten
 
@@ -57,7 +57,7 @@ def test_every_tensor_has_transformers_name_and_shape(name):
     leaves = flatten(model)[0]
     ours = {
         piece.hf: hf_shape(placed, piece, leaves[path].shape)
-        for path, placed in placed_tensors(model).items()
+        for path, placed in param_tensors(model).items()
         for piece in placed.pieces
     }
     fields = {k: v for k, v in hf.items() if k not in ("auto_map", "model_type")}

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft.nn import cache as kv
-from jaxft.nn.attention import attend, attend_cached, causal_mask
+from jaxft.nn.attention import cache as kv
+from jaxft.nn.attention.layer import attend, attend_cached, causal_mask
 
 
 def by_hand(q, k, v, mask):

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft.nn import blockwise
-from jaxft.nn.attention import attend, attend_cached, causal_mask
-from jaxft.nn.score_form import ScoreForm
+from jaxft.nn.attention import blockwise
+from jaxft.nn.attention.layer import attend, attend_cached, causal_mask
+from jaxft.nn.attention.score_form import ScoreForm
 
 # (form, with sinks)
 FORMS = {

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from jaxft.nn import blockwise, causal, cudnn
-from jaxft.nn.score_form import PLAIN, ScoreForm
+from jaxft.nn.attention import blockwise, causal, cudnn
+from jaxft.nn.attention.score_form import PLAIN, ScoreForm
 from jaxft.nn.stack import REMAT
 
 SEGMENTS = jnp.repeat(jnp.array([1, 2, 3, 0]), jnp.array([20, 9, 30, 5]))[None]

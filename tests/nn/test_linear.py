@@ -16,20 +16,20 @@ def drawn(seed: int, *shape: int) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape, jnp.float32)
 
 
-@pytest.mark.parametrize("parted", ["inputs", "outputs"])
+@pytest.mark.parametrize("tp_side", ["inputs", "outputs"])
 @pytest.mark.parametrize("axes", [None, {"fsdp": 4, "tensor": 2}])
-def test_the_gradient_of_a_wide_kernel_is_not_rounded(parted, axes):
+def test_the_gradient_of_a_wide_kernel_is_not_rounded(tp_side, axes):
     x, kernel, out = drawn(0, 8, 4, 16).astype(jnp.bfloat16), drawn(1, 16, 32), drawn(2, 8, 4, 32).astype(jnp.bfloat16)
 
     def pulled(kernel):
-        y, pull = jax.vjp(lambda x, kernel: product(x, kernel, parted), x, kernel)
+        y, pull = jax.vjp(lambda x, kernel: product(x, kernel, tp_side), x, kernel)
         return y, *pull(out)
 
     step = pulled
     if axes is not None:
         plan = make_mesh_plan(MeshConfig(**axes))
         axes_of = {"weight": "fsdp", "tensor": "tensor"}
-        kernel = jax.device_put(kernel, NamedSharding(plan.mesh, P(*map(axes_of.get, STORED[parted]))))
+        kernel = jax.device_put(kernel, NamedSharding(plan.mesh, P(*map(axes_of.get, STORED[tp_side]))))
         step = plan.within(pulled)
     y, grad_x, grad_kernel = jax.jit(step)(kernel)
     assert (y.dtype, grad_x.dtype, grad_kernel.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxft.nn.experts.layer import MoE, MoEShape, route
 from jaxft.nn.mlp import ClampedSwiGLU
-from jaxft.nn.moe import MoE, MoEShape, route
 
-SHAPE = MoEShape(width=8, hidden=12, experts=5, chosen=2, renormalise=True)
+SHAPE = MoEShape(width=8, hidden=12, experts=5, chosen=2, renormalize=True)
 
 
 def layer(shape=SHAPE):
@@ -29,16 +29,16 @@ def every_expert(kernels, x_BSD, shape):
     probabilities = jax.nn.softmax(x_BSD @ router, axis=-1)
     least = jnp.sort(probabilities, axis=-1)[..., -shape.chosen, None]
     weights = jnp.where(probabilities >= least, probabilities, 0)
-    if shape.renormalise:
+    if shape.renormalize:
         weights = weights / weights.sum(axis=-1, keepdims=True)
     inner = jax.nn.silu(jnp.einsum("bsd,edf->bsef", x_BSD, gate)) * jnp.einsum("bsd,edf->bsef", x_BSD, up)
     return jnp.einsum("bsef,efd,bse->bsd", inner, down, weights)
 
 
-@pytest.mark.parametrize("renormalise", [True, False])
+@pytest.mark.parametrize("renormalize", [True, False])
 @pytest.mark.parametrize("chosen", [1, 2, 5])
-def test_values_and_gradients_are_those_of_all_experts_weighted(chosen, renormalise):
-    shape = MoEShape(width=8, hidden=12, experts=5, chosen=chosen, renormalise=renormalise)
+def test_values_and_gradients_are_those_of_all_experts_weighted(chosen, renormalize):
+    shape = MoEShape(width=8, hidden=12, experts=5, chosen=chosen, renormalize=renormalize)
     moe = layer(shape)
     x_BSD = jax.random.normal(jax.random.key(0), (2, 7, 8))
     aim_BSD = jax.random.normal(jax.random.key(1), x_BSD.shape)
@@ -55,7 +55,7 @@ def test_values_and_gradients_are_those_of_all_experts_weighted(chosen, renormal
     expected, expected_x = jax.grad(theirs, (0, 1))(kernels(moe), x_BSD)
     np.testing.assert_allclose(grad_x, expected_x, rtol=0, atol=1e-4)
     # The router of one renormalised expert always says one: nothing to learn from.
-    assert (np.abs(expected[0]).max() > 1e-2) == (chosen > 1 or not renormalise)
+    assert (np.abs(expected[0]).max() > 1e-2) == (chosen > 1 or not renormalize)
     for grad, wanted in zip(kernels(nnx.merge(graphdef, grads)), expected, strict=True):
         np.testing.assert_allclose(grad, wanted, rtol=0, atol=1e-4)
 
@@ -122,9 +122,9 @@ def test_no_token_is_dropped_when_all_choose_the_same_experts():
     np.testing.assert_allclose(out_BSD, jnp.broadcast_to(out_BSD[0, 0], out_BSD.shape), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("renormalise", "weights"), [(True, [0.75, 0.25]), (False, [0.6, 0.2])])
-def test_routes_by_hand(renormalise, weights):
-    shape = MoEShape(width=8, hidden=12, experts=4, chosen=2, renormalise=renormalise)
+@pytest.mark.parametrize(("renormalize", "weights"), [(True, [0.75, 0.25]), (False, [0.6, 0.2])])
+def test_routes_by_hand(renormalize, weights):
+    shape = MoEShape(width=8, hidden=12, experts=4, chosen=2, renormalize=renormalize)
     routes = route(jnp.log(jnp.array([[0.1, 0.2, 0.6, 0.1]])), shape)
     np.testing.assert_array_equal(routes.experts_MK, [[2, 1]])
     np.testing.assert_allclose(routes.weights_MK, [weights], rtol=0, atol=1e-6)

@@ -12,8 +12,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxft.config import MeshConfig
-from jaxft.nn.moe import MoE, MoEShape
-from jaxft.nn.moe_sharded import divides
+from jaxft.nn.experts.layer import MoE, MoEShape
+from jaxft.nn.experts.sharded import divides
 from jaxft.sharding.mesh import make_mesh_plan
 
 MESHES = {
@@ -23,7 +23,7 @@ MESHES = {
     "expert8": MeshConfig(fsdp=1, expert=8),
 }
 # One device's rows, 5 a sequence, are of no other size: what gathers rows shows in the shape.
-SHAPE = MoEShape(width=16, hidden=24, experts=8, chosen=2, renormalise=True)
+SHAPE = MoEShape(width=16, hidden=24, experts=8, chosen=2, renormalize=True)
 ROWS = 5
 
 
@@ -99,9 +99,9 @@ def test_eight_devices_equal_one_and_rows_travel_between_experts_alone(name):
 
 def test_nothing_is_dropped_when_all_rows_choose_experts_of_one_device():
     moe, plan = layer(), make_mesh_plan(MESHES["expert4_fsdp2"])
-    favoured = np.zeros((SHAPE.width, SHAPE.experts), np.float32)
-    favoured[:, 2:4] = 3.0, 2.9
-    moe.router.kernel.set_value(jnp.asarray(favoured))
+    favored = np.zeros((SHAPE.width, SHAPE.experts), np.float32)
+    favored[:, 2:4] = 3.0, 2.9
+    moe.router.kernel.set_value(jnp.asarray(favored))
     x_BSD = jnp.abs(jax.random.normal(jax.random.key(0), (8, ROWS, SHAPE.width)))
     step, state = value_and_grads(moe)
     compiled, args = on_mesh(moe, plan, x_BSD)
@@ -109,7 +109,7 @@ def test_nothing_is_dropped_when_all_rows_choose_experts_of_one_device():
 
 
 def test_more_choices_than_experts_of_a_device_and_a_width_that_does_not_divide():
-    shape = MoEShape(width=15, hidden=24, experts=8, chosen=5, renormalise=False)
+    shape = MoEShape(width=15, hidden=24, experts=8, chosen=5, renormalize=False)
     moe, plan = layer(shape), make_mesh_plan(MESHES["expert4_fsdp2"])
     x_BSD = jax.random.normal(jax.random.key(0), (8, ROWS, shape.width))
     step, state = value_and_grads(moe)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft.nn.rope import Rope, rotate, rotation
+from jaxft.nn.attention.rope import Rope, rotate, rotation
 
 LLAMA3 = Rope(
     theta=5e5, kind="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,

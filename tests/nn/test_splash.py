@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft.nn import splash
-from jaxft.nn.attention import attend, causal_mask
-from jaxft.nn.score_form import PLAIN, ScoreForm
+from jaxft.nn.attention import splash
+from jaxft.nn.attention.layer import attend, causal_mask
+from jaxft.nn.attention.score_form import PLAIN, ScoreForm
 
 LENGTH = 256
 # Three documents and padding.

@@ -9,14 +9,14 @@ import pytest
 from flax import nnx
 
 from jaxft import models
-from jaxft.checkpoint.hf import placed_tensors
+from jaxft.checkpoint.hf import param_tensors
 from jaxft.checkpoint.load import load_model
 from jaxft.config import OptimConfig
 from jaxft.data.batch import Batch
-from jaxft.nn.router_sums import RouterSums
+from jaxft.nn.experts.router_sums import RouterSums
 from jaxft.objectives.router import RouterCoefficients, load_balancing_loss, router_z_loss
 from jaxft.objectives.sft import sft_loss
-from jaxft.training.optim import make_optimizer, make_schedule
+from jaxft.optim.make import make_optimizer, make_schedule
 from jaxft.training.state import create
 from jaxft.training.step import make_train_step
 from jaxft.trees import flatten
@@ -89,7 +89,7 @@ def test_loss_and_gradients_are_those_of_transformers(kind, tmp_path):
     (_, _), plain = mean_loss(graphdef, batch, None)(state)
     grads, plain, seen = flatten(grads)[0], flatten(plain)[0], set()
     assert np.abs(grads["layers/0/mlp/router/kernel"] - plain["layers/0/mlp/router/kernel"]).max() > 1e-2
-    for path, placed in placed_tensors(ours).items():
+    for path, placed in param_tensors(ours).items():
         for piece in placed.pieces:
             part = placed.transform.to_hf(np.asarray(grads[path][piece.at]))
             np.testing.assert_allclose(part, expected[piece.hf].numpy(), rtol=0, atol=1e-4, err_msg=piece.hf)

@@ -62,7 +62,7 @@ def test_eight_bit_codes_are_theirs_bit_for_bit():
 def test_nf4_is_theirs_bit_for_bit(shape, dtype):
     w = weight(shape, dtype)
     packed, state = bnb.quantize_4bit(w, blocksize=64, quant_type="nf4")
-    ours = jax.jit(FORMATS["nf4"].quantise)(kernel(w))
+    ours = jax.jit(FORMATS["nf4"].quantize)(kernel(w))
     np.testing.assert_array_equal(np.asarray(unpack(ours.codes)).reshape(shape[::-1]), codes_of(packed, shape))
     np.testing.assert_array_equal(np.asarray(ours.scales).T.ravel(), state.absmax.numpy())
     values = bnb.dequantize_4bit(packed, state)
@@ -73,12 +73,12 @@ def test_nf4_is_theirs_bit_for_bit(shape, dtype):
 def test_double_quantised_scales_are_theirs_bit_for_bit(shape):
     w = weight(shape)
     packed, state = bnb.quantize_4bit(w, blocksize=64, quant_type="nf4", compress_statistics=True)
-    plain = FORMATS["nf4"].quantise(kernel(w))
+    plain = FORMATS["nf4"].quantize(kernel(w))
     # Their mean of the scales is a sum whose order, and with it the last bit, depends on the machine.
     ours = jax.jit(compressed)(plain.scales, jnp.float32(state.offset.item()))
     np.testing.assert_array_equal(np.asarray(ours.codes).T.ravel(), state.absmax.numpy())
     np.testing.assert_array_equal(np.asarray(ours.largest), state.state2.absmax.numpy())
-    mean = float(FORMATS["nf4-dq"].quantise(kernel(w)).scales.mean)
+    mean = float(FORMATS["nf4-dq"].quantize(kernel(w)).scales.mean)
     assert abs(mean - state.offset.item()) <= 2 * np.spacing(np.float32(mean))
     values = bnb.dequantize_4bit(packed, state).numpy().T
     dense = np.asarray(type(plain)(plain.codes, ours).dense(jnp.float32))
@@ -89,7 +89,7 @@ def test_double_quantised_scales_are_theirs_bit_for_bit(shape):
 def test_int8_is_theirs(shape):
     w = weight(shape, torch.float16)
     theirs, largest, _ = bnb.int8_vectorwise_quant(w)
-    ours = FORMATS["int8"].quantise(kernel(w))
+    ours = FORMATS["int8"].quantize(kernel(w))
     np.testing.assert_array_equal(np.asarray(ours.codes).T, theirs.numpy())
     # XLA divides by a constant through its reciprocal.
     np.testing.assert_array_max_ulp(np.asarray(ours.scales)[0], largest.numpy() / np.float32(127), maxulp=1)

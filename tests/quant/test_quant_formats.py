@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxft import config_checks
-from jaxft.quant import FORMATS, dense, is_quantised, kernel_path
+from jaxft.quant import FORMATS, dense, is_quantized, kernel_path
 from jaxft.quant.nibbles import pack, unpack
 
 
@@ -29,7 +29,7 @@ def test_packing_is_undone_and_halves():
 def test_a_stack_is_quantised_layer_by_layer(name):
     """What a layer of a stack is must not depend on the layers beside it."""
     stack = kernel()
-    whole, one = FORMATS[name].quantise(stack), FORMATS[name].quantise(stack[1])
+    whole, one = FORMATS[name].quantize(stack), FORMATS[name].quantize(stack[1])
     assert whole.shape == stack.shape and whole.ndim == 3 and one.shape == stack.shape[1:]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=3e-7), whole[1], one)
     np.testing.assert_array_equal(np.asarray(whole[1].dense(jnp.bfloat16)), whole.dense(jnp.bfloat16)[1])
@@ -37,7 +37,7 @@ def test_a_stack_is_quantised_layer_by_layer(name):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_zeros_stay_zeros(name):
-    assert not np.any(np.asarray(FORMATS[name].quantise(jnp.zeros((64, 4))).dense(jnp.float32)))
+    assert not np.any(np.asarray(FORMATS[name].quantize(jnp.zeros((64, 4))).dense(jnp.float32)))
 
 
 def test_errors_of_normal_weights_are_as_known():
@@ -45,7 +45,7 @@ def test_errors_of_normal_weights_are_as_known():
     x = kernel((512, 512))
 
     def error(name):
-        return float(jnp.sqrt(jnp.mean((FORMATS[name].quantise(x).dense(jnp.float32) - x) ** 2)) / jnp.std(x))
+        return float(jnp.sqrt(jnp.mean((FORMATS[name].quantize(x).dense(jnp.float32) - x) ** 2)) / jnp.std(x))
 
     errors = {name: error(name) for name in FORMATS}
     assert errors["int8"] < 0.01 < errors["nf4"] < 0.1 < errors["int4"] < 0.12
@@ -55,13 +55,13 @@ def test_errors_of_normal_weights_are_as_known():
 @pytest.mark.parametrize("name", FORMATS)
 def test_bytes_are_what_the_format_promises(name):
     bits = {"nf4": 4.5, "nf4-dq": 4 + 8 / 64 + 32 / 64 / 256, "int8": 8 + 32 / 512, "int4": 4.5}
-    stored = sum(leaf.nbytes for leaf in jax.tree.leaves(FORMATS[name].quantise(kernel((512, 512)))))
+    stored = sum(leaf.nbytes for leaf in jax.tree.leaves(FORMATS[name].quantize(kernel((512, 512)))))
     assert 8 * stored / 512**2 == pytest.approx(bits[name], rel=1e-3)
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_each_reaches_every_array_with_the_kernels_axes(name):
-    value = FORMATS[name].quantise(kernel())
+    value = FORMATS[name].quantize(kernel())
     doubled = value.each(lambda part: jnp.concatenate([part, part], axis=-1))
     assert doubled.shape == (3, 128, 80)
 
@@ -69,8 +69,8 @@ def test_each_reaches_every_array_with_the_kernels_axes(name):
 def test_dense_takes_both():
     x = kernel()
     assert dense(x, jnp.bfloat16).dtype == jnp.bfloat16
-    value = FORMATS["int8"].quantise(x)
-    assert is_quantised(value) and not is_quantised(x)
+    value = FORMATS["int8"].quantize(x)
+    assert is_quantized(value) and not is_quantized(x)
     np.testing.assert_array_equal(dense(value, jnp.float32), value.dense(jnp.float32))
 
 

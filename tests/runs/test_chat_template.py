@@ -11,10 +11,10 @@ import jaxft
 from jaxft import models
 from jaxft.assets import ASSETS
 from jaxft.checkpoint import hf
-from jaxft.data.tokenizer import load_tokenizer
+from jaxft.conversion.convert import convert
+from jaxft.data.tokenizers.tokenizer import load_tokenizer
 from jaxft.errors import ConfigError
 from jaxft.runs import folder as files
-from jaxft.runs.convert import convert
 from jaxft.training.log import read_metrics
 
 TEMPLATE = (

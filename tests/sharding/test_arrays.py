@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxft.config import MeshConfig
 from jaxft.data.batch import Batch
 from jaxft.sharding import arrays, make_mesh_plan
-from jaxft.sharding.arrays import from_rows, host_parts, spread, to_host
+from jaxft.sharding.arrays import from_rows, host_parts, put_global, to_host
 
 ROWS = 8
 
@@ -43,11 +43,11 @@ def test_a_batch_from_rows_is_the_whole_batch_on_the_mesh(axes: dict[str, int]) 
 def test_keys_and_numbers_spread_over_a_mesh_and_come_back() -> None:
     mesh = make_mesh_plan(MeshConfig()).mesh
     x = np.arange(16, dtype=np.float32).reshape(8, 2)
-    there = spread(jax.numpy.asarray(x), NamedSharding(mesh, P("fsdp")))
+    there = put_global(jax.numpy.asarray(x), NamedSharding(mesh, P("fsdp")))
     assert there.sharding.spec == P("fsdp")
     np.testing.assert_array_equal(to_host(there), x)
     key = jax.random.key(3)
-    assert jax.random.uniform(spread(key, NamedSharding(mesh, P()))) == jax.random.uniform(key)
+    assert jax.random.uniform(put_global(key, NamedSharding(mesh, P()))) == jax.random.uniform(key)
 
 
 CUTS = [((1, 2), (0, 16), (0, 8)), ((2, 3), (4, 12), (0, 8)), ((0, 3), (3, 5), (1, 7)), ((0, 1), (0, 1), (0, 1))]

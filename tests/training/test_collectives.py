@@ -12,15 +12,15 @@ from flax import nnx
 from jaxft import config, models
 from jaxft.config import AdapterConfig, MeshConfig, OptimConfig
 from jaxft.data.batch import Batch
+from jaxft.hardware import analytic
+from jaxft.hardware.compile import ENVIRONMENT, compile_step
+from jaxft.hardware.costs import costs_of
+from jaxft.hardware.hlo import parse
+from jaxft.hardware.sizes import sizes_of
 from jaxft.objectives.sft import sft_loss
-from jaxft.planning import analytic
-from jaxft.planning.compile import ENVIRONMENT, compile_step
-from jaxft.planning.costs import costs_of
-from jaxft.planning.hlo import parse
-from jaxft.planning.sizes import sizes_of
+from jaxft.optim.make import make_optimizer, make_schedule
 from jaxft.runs.build import attach_adapter
 from jaxft.sharding.mesh import make_mesh_plan
-from jaxft.training.optim import make_optimizer, make_schedule
 from jaxft.training.state import create
 from jaxft.training.step import make_train_step
 

@@ -15,11 +15,11 @@ from jaxft.config import AdapterConfig, MeshConfig, OptimConfig
 from jaxft.data.loader import Loader
 from jaxft.nn.virtual import virtual_ids
 from jaxft.objectives.sft import sft_loss
+from jaxft.optim.make import make_optimizer, make_schedule
+from jaxft.optim.parameters import is_hidden
+from jaxft.optim.rates import scale_by_parameter
 from jaxft.runs.build import place
 from jaxft.sharding.mesh import make_mesh_plan
-from jaxft.training.optim import make_optimizer, make_schedule
-from jaxft.training.parameters import is_hidden
-from jaxft.training.rates import scale_by_parameter
 from jaxft.training.state import create, divide
 from jaxft.training.step import make_train_step
 

@@ -14,9 +14,9 @@ from jaxft.config import MeshConfig, OptimConfig
 from jaxft.data.batch import Batch
 from jaxft.objectives.router import RouterCoefficients
 from jaxft.objectives.sft import sft_loss
+from jaxft.optim.make import make_optimizer, make_schedule
 from jaxft.runs.build import place
 from jaxft.sharding.mesh import make_mesh_plan
-from jaxft.training.optim import make_optimizer, make_schedule
 from jaxft.training.state import create
 from jaxft.training.step import make_train_step
 

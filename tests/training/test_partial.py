@@ -10,15 +10,15 @@ from test_meshes import packed_batch
 
 from jaxft import models
 from jaxft.assets import ASSETS
-from jaxft.checkpoint.hf import placed_tensors, read_json
+from jaxft.checkpoint.hf import param_tensors, read_json
 from jaxft.checkpoint.load import load_model
 from jaxft.config import MeshConfig, OptimConfig, resolve
+from jaxft.hardware.topology import parse
 from jaxft.objectives.sft import sft_loss
-from jaxft.planning.topology import parse
+from jaxft.optim.make import make_optimizer, make_schedule
+from jaxft.planning.job import abstract_step_of, placed_step_of
 from jaxft.runs.build import place
-from jaxft.runs.plan_job import blueprint_of, job_of
 from jaxft.sharding.mesh import make_mesh_plan
-from jaxft.training.optim import make_optimizer, make_schedule
 from jaxft.training.state import create, divide
 from jaxft.training.step import make_train_step
 from jaxft.trees import flatten
@@ -39,7 +39,7 @@ def gradient(module, mesh=None):
         batch = jax.device_put(batch, mesh.batch_sharding())
     compute = jax.jit(jax.grad(total) if mesh is None else mesh.within(jax.grad(total)))
     grads = flatten(compute(trainable, frozen, batch))[0]
-    table = placed_tensors(module)
+    table = param_tensors(module)
     return {piece.hf: np.asarray(grads[path][piece.at]) for path in grads for piece in table[path].pieces}
 
 
@@ -100,8 +100,8 @@ def plan(**model):
     }  # fmt: skip
     hf = read_json(str(ASSETS / "published" / "llama-3.1-8b.json"))
     config = resolve(config)
-    blueprint = blueprint_of(config, hf, 10)
-    return blueprint.sizes, job_of(blueprint, config, parse("v5e:2x4"), real=False)
+    abstract_step = abstract_step_of(config, hf, 10)
+    return abstract_step.sizes, placed_step_of(abstract_step, config, parse("v5e:2x4"), real=False)
 
 
 def test_a_plan_counts_no_moments_and_fewer_flops_for_what_stands_still():

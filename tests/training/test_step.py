@@ -10,15 +10,15 @@ import pytest
 from flax import nnx
 
 from jaxft import models
-from jaxft.checkpoint.hf import placed_tensors
+from jaxft.checkpoint.hf import param_tensors
 from jaxft.checkpoint.load import load_model
 from jaxft.config import AdapterConfig, MeshConfig, OptimConfig
 from jaxft.data.batch import Example
 from jaxft.data.loader import Loader
 from jaxft.objectives.sft import sft_loss
+from jaxft.optim.make import make_optimizer, make_schedule
 from jaxft.runs.build import attach_adapter, place
 from jaxft.sharding.mesh import make_mesh_plan
-from jaxft.training.optim import make_optimizer, make_schedule
 from jaxft.training.state import create, divide
 from jaxft.training.step import make_eval_step, make_train_step
 from jaxft.trees import flatten
@@ -247,7 +247,7 @@ def test_two_steps_of_full_fine_tuning_equal_torch(tiny_llama, torch_llama):
         assert float(metrics["grad_norm"]) == pytest.approx(norm.item(), rel=1e-5)
     expected = {name: p.detach().numpy() for name, p in reference.named_parameters()}
     trainable = flatten(state.trainable)[0]
-    for path, placed in placed_tensors(module).items():
+    for path, placed in param_tensors(module).items():
         for piece in placed.pieces:
             part = np.asarray(trainable[path][piece.at])
             np.testing.assert_allclose(

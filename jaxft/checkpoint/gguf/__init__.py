@@ -26,10 +26,10 @@ from jaxft.checkpoint.gguf.names import (
     places,
     shapes,
 )
-from jaxft.checkpoint.paths import pread
 from jaxft.checkpoint.tensors import TensorSpec, block_bounds
 from jaxft.errors import CheckpointError, ModelError, did_you_mean
-from jaxft.gguf_header import GGUFHeader, GGUFTensor, read_header
+from jaxft.files.gguf_header import GGUFHeader, GGUFTensor, read_header
+from jaxft.files.paths import pread
 
 
 class GGUFFile:

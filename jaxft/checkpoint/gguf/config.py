@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxft.checkpoint.gguf.names import FAMILIES, LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS, Family
 from jaxft.errors import CheckpointError, ModelError, did_you_mean
-from jaxft.gguf_header import GGUFHeader
+from jaxft.files.gguf_header import GGUFHeader
 from jaxft.models.dense import FULL, SLIDING
 
 # Metadata below the architecture's name that is read here, or that repeats what is.

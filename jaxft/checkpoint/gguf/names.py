@@ -145,7 +145,7 @@ FAMILIES = {
 WRITTEN_AS = {"mistral": "llama"}
 
 
-class Place(NamedTuple):
+class GGUFModule(NamedTuple):
     """Where a module is in a file. part: its name without layer number. expert: its row of a merged tensor."""
 
     name: str
@@ -153,16 +153,16 @@ class Place(NamedTuple):
     expert: int | None = None
 
 
-def places(family: Family, layers: int, experts: int = 0) -> dict[str, Place]:
+def places(family: Family, layers: int, experts: int = 0) -> dict[str, GGUFModule]:
     """Hugging Face's name of every module -> its place, both without `.weight` or `.bias`; experts in order."""
-    found = {theirs: Place(ours, ours) for ours, theirs in WHOLE.items()}
+    found = {theirs: GGUFModule(ours, ours) for ours, theirs in WHOLE.items()}
     for n in range(layers):
         for ours, theirs in family.layer.items():
             name, module = f"blk.{n}.{ours}", f"model.layers.{n}.{theirs}"
             if "{e}" not in theirs:
-                found[module] = Place(name, ours)
+                found[module] = GGUFModule(name, ours)
                 continue
-            found |= {module.format(e=e): Place(name, ours, e) for e in range(experts)}
+            found |= {module.format(e=e): GGUFModule(name, ours, e) for e in range(experts)}
     return found
 
 

@@ -20,7 +20,7 @@ from jaxft.checkpoint.gguf import GGUFFile
 from jaxft.checkpoint.gguf.names import (
     ROUTER,
     Family,
-    Place,
+    GGUFModule,
     expert_count,
     has_shifted_norm,
     heads_interleaved,
@@ -28,12 +28,12 @@ from jaxft.checkpoint.gguf.names import (
     places,
 )
 from jaxft.checkpoint.gguf.settings import family_of, model_metadata, rope_vectors
-from jaxft.checkpoint.paths import read_json
 from jaxft.checkpoint.peft.folder import CONFIG, PREFIX, AdapterTensors
 from jaxft.checkpoint.peft.lora import read_settings
 from jaxft.checkpoint.safetensors_writer import LazyTensor
 from jaxft.checkpoint.tensors import TensorSpec
 from jaxft.errors import ExportError
+from jaxft.files.paths import read_json
 
 F32, F16, BF16, Q8_0 = (GGMLQuantizationType[name] for name in ("F32", "F16", "BF16", "Q8_0"))
 KINDS = {"float32": F32, "float16": F16, "bfloat16": BF16, "q8_0": Q8_0}
@@ -52,7 +52,7 @@ def write_gguf(
     """Writes a whole model; one tensor is in memory at a time, also of the experts that GGUF keeps as one.
 
     tensors: under Hugging Face names, any float type. dtype: one of KINDS. tokenizer: metadata under
-    `tokenizer.`; see `jaxft.data.gguf_tokenizer_write`. name: what general.name says.
+    `tokenizer.`; see `jaxft.data.tokenizers.gguf_write`. name: what general.name says.
     Raises ExportError for a family or setting that llama.cpp would compute differently, and for values
     that the wanted type cannot hold.
     """
@@ -179,7 +179,7 @@ def _merged(
     unknown = [hf for hf in tensors if hf.rpartition(".")[0] not in found]
     if unknown:
         raise ExportError(f"{len(unknown)} tensors have no name in GGUF's {family.arch}, among them {unknown[:3]}")
-    groups: dict[str, list[tuple[int, str, Place]]] = {}
+    groups: dict[str, list[tuple[int, str, GGUFModule]]] = {}
     for hf in tensors:
         place = found[hf.rpartition(".")[0]]
         groups.setdefault(f"{place.name}.{hf.rpartition('.')[2]}", []).append((place.expert or 0, hf, place))

@@ -23,14 +23,14 @@ from flax import nnx
 
 from jaxft.adapters.attach import adapters, virtual
 from jaxft.adapters.saved import train_whole
-from jaxft.checkpoint.hf import EMBEDDING, TIED_HEAD, placed_tensors, read_json
-from jaxft.checkpoint.peft.folder import CONFIG, PREFIX, WEIGHTS, AdapterTensors, Stored, saved
+from jaxft.checkpoint.hf import EMBEDDING, TIED_HEAD, param_tensors, read_json
+from jaxft.checkpoint.peft.folder import CONFIG, PREFIX, WEIGHTS, AdapterTensors, PeftTensor, saved
 from jaxft.checkpoint.safetensors_writer import Index, LazyTensor, gather_sharded, write_safetensors
 from jaxft.checkpoint.tensors import TensorSpec
 from jaxft.errors import CheckpointError, ModelError, did_you_mean
 from jaxft.models.nested import nested_module, peft_targets, text_name
 from jaxft.sharding.arrays import to_host
-from jaxft.sharding.processes import primary
+from jaxft.sharding.processes import is_primary
 from jaxft.trees import flatten
 
 
@@ -84,7 +84,7 @@ def write_adapter(model: nnx.Module, folder: str, *, base: str, nested: bool = F
     for part in (*kind.stored(model), *whole):
         parts.setdefault(_nested_key(part.key) if nested else part.key, []).append(part)
     tensors = {key: _lazy(leaves, of_key) for key, of_key in parts.items()}
-    if not primary():
+    if not is_primary():
         gather_sharded(tensors)
         return
     write_safetensors(os.path.join(folder, WEIGHTS), tensors, {"format": "pt"})
@@ -115,7 +115,7 @@ def read_adapter(model: nnx.Module, folder: str) -> tuple[str, ...]:
     config = read_json(os.path.join(folder, CONFIG))
     kind, source = kind_of(config), AdapterTensors(folder)
     if hasattr(kind, "opened"):
-        base = {piece.hf for placed in placed_tensors(model).values() for piece in placed.pieces}
+        base = {piece.hf for placed in param_tensors(model).values() for piece in placed.pieces}
         config, source = kind.opened(config, source, base)
     names = saved_modules(config, tied=model.lm_head is None, folder=folder)
     copies = _copies_of_base(model, source)
@@ -186,7 +186,7 @@ def whole_keys(source: AdapterTensors, names: tuple[str, ...], folder: str, *, t
 def _our_module(model: nnx.Module, module: str, folder: str) -> str:
     if module == "lm_head" and model.lm_head is None:
         return "embed_tokens"
-    for path, placed in placed_tensors(model).items():
+    for path, placed in param_tensors(model).items():
         if any(piece.hf.rpartition(".")[0] == module for piece in placed.pieces):
             return path.rpartition("/")[0]
     raise CheckpointError(f"{folder}: the model has no module {module!r}, which modules_to_save names")
@@ -197,7 +197,9 @@ def _nested_targets(names: list[str]) -> str | list[str]:
     return [nested_module(name) for name in names] if any("." in name for name in names) else peft_targets(names)
 
 
-def _check(parts: tuple[Stored, ...], leaves: Mapping[str, Any], specs: Mapping[str, TensorSpec], folder: str) -> None:
+def _check(
+    parts: tuple[PeftTensor, ...], leaves: Mapping[str, Any], specs: Mapping[str, TensorSpec], folder: str
+) -> None:
     expected = {key: _shape(leaves, [part for part in parts if part.key == key]) for key in _keys(parts)}
     problems = [f"missing {key} {list(shape)}" for key, shape in expected.items() if key not in specs]
     problems += [
@@ -213,7 +215,7 @@ def _check(parts: tuple[Stored, ...], leaves: Mapping[str, Any], specs: Mapping[
 def _copies_of_base(model: nnx.Module, source: AdapterTensors) -> set[str]:
     # Beside an adapter on the LM head PEFT stores the head itself; one that is not the base's stays unexpected.
     leaves, out = flatten(nnx.state(model))[0], set()
-    for path, placed in placed_tensors(model).items():
+    for path, placed in param_tensors(model).items():
         for piece in placed.pieces:
             key = f"{PREFIX}{piece.hf.removesuffix('.weight')}.base_layer.weight"
             if key in source.specs():
@@ -227,11 +229,11 @@ def _nested_key(key: str) -> str:
     return PREFIX + nested_module(key.removeprefix(PREFIX)) if key.startswith(PREFIX) else key
 
 
-def _keys(parts: Iterable[Stored]) -> list[str]:
+def _keys(parts: Iterable[PeftTensor]) -> list[str]:
     return list(dict.fromkeys(part.key for part in parts))
 
 
-def _shape(leaves: Mapping[str, Any], parts: Sequence[Stored]) -> tuple[int, ...]:
+def _shape(leaves: Mapping[str, Any], parts: Sequence[PeftTensor]) -> tuple[int, ...]:
     """Of the tensor that these parts make up."""
     leaf, first = leaves[parts[0].path], parts[0]
     shape = jax.eval_shape(lambda x: x[first.index], jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)).shape
@@ -241,7 +243,7 @@ def _shape(leaves: Mapping[str, Any], parts: Sequence[Stored]) -> tuple[int, ...
     return tuple(max(p.part[axis].stop or size for p in parts) for axis, size in enumerate(shape))
 
 
-def _lazy(leaves: Mapping[str, Any], parts: Sequence[Stored]) -> LazyTensor:
+def _lazy(leaves: Mapping[str, Any], parts: Sequence[PeftTensor]) -> LazyTensor:
     shape = _shape(leaves, parts)
     values = [leaves[part.path][part.index] for part in parts]
 

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxft.adapters.attach import slots
 from jaxft.adapters.saved import saved_paths
 from jaxft.checkpoint.finite import Finite
-from jaxft.checkpoint.hf import EMBEDDING, TIED_HEAD, placed_tensors
+from jaxft.checkpoint.hf import EMBEDDING, TIED_HEAD, param_tensors
 from jaxft.checkpoint.tensors import SafetensorsFolder, TensorSpec
 from jaxft.errors import CheckpointError, ModelError
 from jaxft.models.nested import text_name
@@ -35,7 +35,7 @@ MergeBlock = Callable[..., np.ndarray]
 
 
 @dataclass(frozen=True)
-class Stored:
+class PeftTensor:
     """One tensor of a folder, and where it is in a model that has the adapter.
 
     path: of our parameter. index: the part of it. transform: from that part to PEFT's layout and back. part: where it
@@ -99,21 +99,21 @@ def refuse_unknown(config: Mapping[str, Any], understood: Callable[[str, Any], b
 def modules(model: nnx.Module) -> Iterator[tuple[str, str, Piece]]:
     """(PEFT's module, path of our layer, its place there) of every matrix that may have an adapter."""
     layers = dict(slots(model))
-    for path, placed in placed_tensors(model).items():
+    for path, placed in param_tensors(model).items():
         layer, _, name = path.rpartition("/")
         if layer in layers and name in ("kernel", "embedding"):
             for piece in placed.pieces:
                 yield PREFIX + piece.hf.removesuffix(".weight"), layer, piece
 
 
-def saved(model: nnx.Module) -> Iterator[Stored]:
+def saved(model: nnx.Module) -> Iterator[PeftTensor]:
     """The tensors that a folder has of the modules that were trained whole beside the adapters (modules_to_save)."""
-    table = placed_tensors(model)
+    table = param_tensors(model)
     for path in saved_paths(model):
         for piece in table[path].pieces:
-            yield Stored(PREFIX + piece.hf, path, piece.at, table[path].transform)
+            yield PeftTensor(PREFIX + piece.hf, path, piece.at, table[path].transform)
             if piece.hf == EMBEDDING and model.lm_head is None:
-                yield Stored(PREFIX + TIED_HEAD, path, piece.at, table[path].transform)  # PEFT has it twice
+                yield PeftTensor(PREFIX + TIED_HEAD, path, piece.at, table[path].transform)  # PEFT has it twice
 
 
 def layers_named(model: nnx.Module, keys: Collection[str], prefix: str, folder: str) -> tuple[str, ...]:

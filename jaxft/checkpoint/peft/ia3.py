@@ -16,8 +16,8 @@ from jaxft.checkpoint.peft.folder import (
     PREFIX,
     AdapterTensors,
     MergeBlock,
+    PeftTensor,
     ReadBlock,
-    Stored,
     layers_named,
     modules,
     refuse_unknown,
@@ -67,13 +67,13 @@ def put(model: nnx.Module, config: Mapping[str, Any], specs: Mapping[str, Tensor
     return attach_ia3(model, paths, sorted(inward))
 
 
-def stored(model: nnx.Module) -> Iterator[Stored]:
+def stored(model: nnx.Module) -> Iterator[PeftTensor]:
     """The tensors that a folder has of a model's adapters."""
     attached = adapters(model)
     for module, path, piece in modules(model):
         if path in attached:
             column = not attached[path].feedforward
-            yield Stored(f"{module}.ia3_l", f"{path}/adapter/factors", piece.at, Lined(column=column))
+            yield PeftTensor(f"{module}.ia3_l", f"{path}/adapter/factors", piece.at, Lined(column=column))
 
 
 def fields(model: nnx.Module) -> dict[str, Any]:

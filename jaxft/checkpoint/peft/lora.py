@@ -26,8 +26,8 @@ from jaxft.checkpoint.peft.folder import (
     PREFIX,
     AdapterTensors,
     MergeBlock,
+    PeftTensor,
     ReadBlock,
-    Stored,
     layers_named,
     modules,
     refuse_unknown,
@@ -36,7 +36,7 @@ from jaxft.checkpoint.tensors import TensorSource, TensorSpec
 from jaxft.errors import CheckpointError, ModelError
 from jaxft.models.nested import nested_module
 from jaxft.models.tensor_map import SAME, TRANSPOSED, Piece
-from jaxft.nn.moe import ExpertLinear
+from jaxft.nn.experts.layer import ExpertLinear
 
 PEFT_TYPE = "LORA"
 # Our parameter, the end of its key, its layout there, and whether its rows are as many as the rank.
@@ -140,7 +140,7 @@ def for_writing(model: nnx.Module) -> nnx.Module:
     return copy
 
 
-def stored(model: nnx.Module) -> Iterator[Stored]:
+def stored(model: nnx.Module) -> Iterator[PeftTensor]:
     """The tensors that a folder has of a model's adapters."""
     attached = adapters(model)
     for module, path, piece in modules(model):
@@ -151,17 +151,17 @@ def stored(model: nnx.Module) -> Iterator[Stored]:
         for name, end, transform, ranked in PARTS if rank else ():
             if getattr(attached[path], name, None) is not None:
                 index = (*piece.at, slice(0, rank)) if ranked else piece.at
-                yield Stored(f"{module}.{end}", f"{path}/adapter/{name}", index, transform)
+                yield PeftTensor(f"{module}.{end}", f"{path}/adapter/{name}", index, transform)
 
 
-def _stored_stack(module: str, path: str, piece: Piece, rank: int, attached: Mapping[str, Any]) -> Iterator[Stored]:
+def _stored_stack(module: str, path: str, piece: Piece, rank: int, attached: Mapping[str, Any]) -> Iterator[PeftTensor]:
     layer, _, _ = path.rpartition("/")
     adapted = {other.rpartition("/")[2] for other in attached if other.rpartition("/")[0] == layer}
     experts = attached[path].lora_a.get_value().shape[1]
     index = (*piece.at, slice(None), slice(0, rank))
     for half, transform in (("A", StackedA(experts)), ("B", StackedB(experts))):
         key = f"{wrapper(module, adapted)}.lora_{half}.weight"
-        yield Stored(key, f"{path}/adapter/lora_{half.lower()}", index, transform)
+        yield PeftTensor(key, f"{path}/adapter/lora_{half.lower()}", index, transform)
 
 
 def fields(model: nnx.Module) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import jax
 from flax import nnx
 
 from jaxft.adapters.prefix import attach_prefix
-from jaxft.checkpoint.peft.folder import Stored, refuse_unknown
+from jaxft.checkpoint.peft.folder import PeftTensor, refuse_unknown
 from jaxft.checkpoint.peft.prompt import KEY, one_submodule, virtual_tokens
 from jaxft.checkpoint.tensors import TensorSpec
 from jaxft.nn.stack import group_layers
@@ -31,7 +31,7 @@ def put(model: nnx.Module, config: Mapping[str, Any], specs: Mapping[str, Tensor
     return ()
 
 
-def stored(model: nnx.Module) -> Iterator[Stored]:
+def stored(model: nnx.Module) -> Iterator[PeftTensor]:
     """The parts of a folder's tensor that each layer of a model has."""
     width = _sizes(model)["token_dim"]
     for group, layers in enumerate(group_layers(model.segments)):
@@ -39,7 +39,7 @@ def stored(model: nnx.Module) -> Iterator[Stored]:
             for half, name in enumerate(("keys", "values")):
                 start = (2 * layer + half) * width
                 part = (slice(None), slice(start, start + width))
-                yield Stored(KEY, f"layers/{group}/self_attn/prefix/{name}", (place,), part=part)
+                yield PeftTensor(KEY, f"layers/{group}/self_attn/prefix/{name}", (place,), part=part)
 
 
 def fields(model: nnx.Module) -> dict[str, Any]:

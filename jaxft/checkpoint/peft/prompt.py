@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxft.adapters.prompt import attach_prompt
-from jaxft.checkpoint.peft.folder import Stored, refuse_unknown
+from jaxft.checkpoint.peft.folder import PeftTensor, refuse_unknown
 from jaxft.checkpoint.tensors import TensorSpec
 from jaxft.errors import ModelError
 
@@ -31,9 +31,9 @@ def put(model: nnx.Module, config: Mapping[str, Any], specs: Mapping[str, Tensor
     return ()
 
 
-def stored(model: nnx.Module) -> Iterator[Stored]:
+def stored(model: nnx.Module) -> Iterator[PeftTensor]:
     """The tensor that a folder has of a model's prompt."""
-    yield Stored(KEY, "prompt/embeddings")
+    yield PeftTensor(KEY, "prompt/embeddings")
 
 
 def fields(model: nnx.Module) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from jaxft.checkpoint.peft.folder import (
     PREFIX,
     AdapterTensors,
     MergeBlock,
+    PeftTensor,
     ReadBlock,
-    Stored,
     layers_named,
     modules,
     refuse_unknown,
@@ -44,15 +44,15 @@ def put(model: nnx.Module, config: Mapping[str, Any], specs: Mapping[str, Tensor
     return attach_vera(model, paths, _settings(config))
 
 
-def stored(model: nnx.Module) -> Iterator[Stored]:
+def stored(model: nnx.Module) -> Iterator[PeftTensor]:
     """The tensors that a folder has of a model's adapters."""
     attached = adapters(model)
     for module, path, piece in modules(model):
         if path in attached:
             for name in FACTORS:
-                yield Stored(f"{module}.vera_{name}", f"{path}/adapter/{name}", piece.at)
-    yield Stored("base_model.vera_A", "shared/a")
-    yield Stored("base_model.vera_B", "shared/b", transform=TRANSPOSED)
+                yield PeftTensor(f"{module}.vera_{name}", f"{path}/adapter/{name}", piece.at)
+    yield PeftTensor("base_model.vera_A", "shared/a")
+    yield PeftTensor("base_model.vera_B", "shared/b", transform=TRANSPOSED)
 
 
 def may_lack(config: Mapping[str, Any]) -> tuple[str, ...]:

@@ -9,9 +9,9 @@ import sys
 
 from jaxft.checkpoint import hf
 from jaxft.checkpoint.load import load_model
-from jaxft.checkpoint.paths import LocalFolder
 from jaxft.checkpoint.tensors import SafetensorsFolder
 from jaxft.config import MeshConfig
+from jaxft.files.paths import LocalFolder
 from jaxft.sharding import arrays, distributed, make_mesh_plan
 
 folder, out, port, processes, index = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5])

@@ -1,0 +1,1 @@
+"""Quantised weights of other tools, and quantisation while loading."""

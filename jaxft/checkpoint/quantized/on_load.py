@@ -1,0 +1,95 @@
+"""Weights quantised on their way in, one layer's tensor at a time: the whole model is nowhere in its own precision."""
+
+# L stacked layers, E experts, I inputs, O outputs
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, Sharding
+from jax.sharding import PartitionSpec as P
+
+from jaxft.checkpoint.quantized.bitsandbytes import FourBit, stored_nf4
+from jaxft.checkpoint.tensors import TensorSource
+from jaxft.models.tensor_map import ParamTensors, Piece
+from jaxft.quant import Format, QuantizedArray
+from jaxft.quant.nf4 import NF4
+from jaxft.quant.scales import CompressedScales, compressed, scales_of
+
+# One of our parameters on this process's devices: (placed, source, abstract array, sharding) -> array.
+Read = Callable[[ParamTensors, TensorSource, jax.ShapeDtypeStruct, Sharding], jax.Array]
+
+
+def quantized_array(
+    placed: ParamTensors,
+    source: TensorSource,
+    leaf: QuantizedArray,
+    shardings: QuantizedArray,
+    format: Format,
+    read: Read,
+    codes: FourBit | None = None,
+) -> QuantizedArray:
+    """One of our kernels, quantised. leaf: abstract. shardings: of every array in it. read: of a dense array.
+
+    codes: the source, where it holds NF4 codes itself: these are then taken as they are.
+
+    A layer's part is read onto the devices that keep it, in the type of the file, quantised there, and written
+    into its place, so that devices hold one dense layer beside the codes. It is the same for any number of devices and
+    processes.
+    """
+    spread = tuple(jax.tree.leaves(shardings))
+    keep = _zeros(leaf, spread)
+    pieces: dict[int | None, list[Piece]] = {}
+    for piece in placed.pieces:
+        pieces.setdefault(piece.layer, []).append(piece)
+    for layer, inside in pieces.items():
+        stacked = layer is not None
+        shape = leaf.shape[1:] if stacked else leaf.shape
+        lies = _of_layer(spread[0], shape, leaf.ndim)
+        if codes is not None and isinstance(leaf, NF4) and len(inside) == 1 and codes.packed(inside[0].hf):
+            found, change = stored_nf4(codes, inside[0].hf, lies), _double if format.name == "nf4-dq" else _single
+        else:
+            part = ParamTensors(placed.path, placed.transform, tuple(Piece(piece.hf, piece.at[1:]) for piece in inside))
+            dtype = jnp.promote_types(source.specs()[inside[0].hf].dtype, jnp.bfloat16)
+            found, change = read(part, source, jax.ShapeDtypeStruct(shape, dtype), lies), format.quantize
+        keep = _store(keep, found, jnp.int32(layer or 0), change, spread, stacked)
+        jax.block_until_ready(keep)  # else the dense layers pile up in front of the device
+    return keep
+
+
+def _single(kernel: NF4) -> NF4:
+    return NF4(kernel.codes, scales_of(kernel.scales))
+
+
+def _double(kernel: NF4) -> NF4:
+    return kernel if isinstance(kernel.scales, CompressedScales) else NF4(kernel.codes, compressed(kernel.scales))
+
+
+def _of_layer(sharding: Sharding, shape: tuple[int, ...], ndim: int) -> Sharding:
+    """How the codes of all layers lie, for a dense layer."""
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    entries = (*sharding.spec, *(None,) * (ndim - len(sharding.spec)))
+    return NamedSharding(sharding.mesh, P(*entries[ndim - len(shape) :]))
+
+
+def _zeros(leaf: QuantizedArray, shardings: tuple[Sharding, ...]) -> QuantizedArray:
+    treedef = jax.tree.structure(leaf)
+
+    def make() -> QuantizedArray:
+        return jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), leaf)
+
+    return jax.jit(make, out_shardings=jax.tree.unflatten(treedef, shardings))()
+
+
+@partial(jax.jit, static_argnums=(3, 4, 5), donate_argnums=(0,))
+def _store(
+    keep: QuantizedArray, found: Any, layer: jax.Array, change: Any, shardings: tuple[Sharding, ...], stacked: bool
+) -> QuantizedArray:
+    new = change(found)
+    if stacked:
+        new = jax.tree.map(lambda all_layers, one: all_layers.at[layer].set(one), keep, new)
+    placed = [jax.lax.with_sharding_constraint(x, s) for x, s in zip(jax.tree.leaves(new), shardings, strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(new), placed)

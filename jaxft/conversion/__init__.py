@@ -1,0 +1,1 @@
+"""`jaxft convert`: between Hugging Face, GGUF and Orbax folders, a tensor at a time."""

@@ -1,0 +1,145 @@
+"""The formats that a conversion writes, and how each is compared with its source afterwards."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxft import models
+from jaxft.checkpoint import hf, manifest, orbax_folder
+from jaxft.checkpoint.gguf import write as gguf_write
+from jaxft.checkpoint.load import load_model, shardings_by_path
+from jaxft.checkpoint.safetensors_writer import LazyTensor, blocks, make_block, write_sharded
+from jaxft.checkpoint.tensors import SafetensorsFolder, TensorSource, TensorSpec
+from jaxft.checkpoint.verify import check_export
+from jaxft.config import MeshConfig
+from jaxft.data.tokenizers.gguf_write import check_tokenizer, tokenizer_metadata
+from jaxft.data.tokenizers.tokenizer import Tokenizer
+from jaxft.errors import ExportError
+from jaxft.sharding.mesh import make_mesh_plan
+
+GGUF_NAME = "model.gguf"
+# Parameters up to which the logits are compared as well: the model is then in memory three times in float32.
+LOGITS_LIMIT = 300_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What is written beside the tensors, and how. folder: the unfinished one."""
+
+    folder: Path
+    hf_config: dict[str, Any]
+    generation: dict[str, Any] | None
+    tokenizer: Tokenizer | None
+    dtype: str
+    max_shard_bytes: int
+    name: str
+
+
+def write_hf(target: Target, tensors: Mapping[str, LazyTensor]) -> None:
+    """A Hugging Face folder; files that an interrupted call finished are kept."""
+    write_sharded(
+        target.folder, tensors, max_bytes=target.max_shard_bytes, metadata={"format": "pt"}, keep_finished=True
+    )
+    _write_companions(target)
+
+
+def check_hf(target: Target, tensors: Mapping[str, LazyTensor], source: str) -> dict[str, Any]:
+    """Every tensor, bit by bit; and logits against the source where the model is small enough."""
+    _compare(SafetensorsFolder(target.folder), tensors)
+    size = sum(spec.size for spec, _ in tensors.values())
+    if size > LOGITS_LIMIT:
+        return {"tensors": "bitwise", "logits": f"not compared: {size / 1e9:.1f} billion parameters"}
+    # float16 rounds finer than bfloat16, whose allowance is known.
+    stored = "float32" if target.dtype == "float32" else "bfloat16"
+    checks = check_export(load_model(source), str(target.folder), stored=stored)
+    return {"tensors": "bitwise", "logits": {check.reader: check.difference for check in checks}}
+
+
+def write_gguf(target: Target, tensors: Mapping[str, LazyTensor]) -> None:
+    """A GGUF file with its tokenizer."""
+    if target.tokenizer is None:
+        raise ExportError("a GGUF file needs a tokenizer, and the source has none: copy its tokenizer files there")
+    gguf_write.write_gguf(
+        str(target.folder / GGUF_NAME),
+        target.hf_config,
+        tensors,
+        dtype=target.dtype,
+        tokenizer=tokenizer_metadata(target.tokenizer, target.hf_config["vocab_size"]),
+        name=target.name,
+    )
+
+
+def check_gguf(target: Target, tensors: Mapping[str, LazyTensor], source: str) -> dict[str, Any]:
+    """Every tensor against the library's quantisation of the source, and the tokenizer on difficult texts."""
+    path = str(target.folder / GGUF_NAME)
+    gguf_write.check_gguf(path, tensors, dtype=target.dtype)
+    check_tokenizer(path, target.tokenizer)
+    return {"tensors": "bitwise" if target.dtype == "float32" else "equal to the library's quantisation"}
+
+
+def write_gguf_adapter(adapter: str, hf_config: dict[str, Any], folder: Path, dtype: str) -> dict[str, Any]:
+    """A LoRA adapter alone in GGUF. Returns figures."""
+    path = folder / GGUF_NAME
+    gguf_write.write_gguf_adapter(str(path), adapter, hf_config, dtype=dtype)
+    return {"bytes": path.stat().st_size}
+
+
+def write_orbax(target: Target, tensors: Mapping[str, LazyTensor]) -> None:
+    """An Orbax folder. The parameters are on the devices while it is written, split over all of them."""
+    config = models.config_from_hf(target.hf_config)
+    model = models.abstract_model(config, dtype=target.dtype, param_dtype=target.dtype)
+    mesh = make_mesh_plan(MeshConfig()) if jax.device_count() > 1 else None
+    module = hf.load_weights(model, _Lazy(tensors), None if mesh is None else shardings_by_path(model, mesh))
+    orbax_folder.write_params(module, target.folder)
+    _write_companions(target)
+    manifest.write(target.folder)
+
+
+def check_orbax(target: Target, tensors: Mapping[str, LazyTensor], source: str) -> dict[str, Any]:
+    """Every tensor, bit by bit; and every file against the manifest by which later damage is found."""
+    _compare(orbax_folder.OrbaxFolder(target.folder), tensors)
+    return {"tensors": "bitwise"}
+
+
+class _Lazy:
+    """Lazy tensors as a source."""
+
+    def __init__(self, tensors: Mapping[str, LazyTensor]) -> None:
+        self._tensors = tensors
+
+    def specs(self) -> dict[str, TensorSpec]:
+        return {name: spec for name, (spec, _) in self._tensors.items()}
+
+    def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
+        return self._tensors[name][1](index)
+
+
+def _write_companions(target: Target) -> None:
+    if target.tokenizer is not None:
+        target.tokenizer.save(target.folder)
+    hf.write_config(str(target.folder), target.hf_config, dtype=target.dtype, generation=_generation(target))
+
+
+def _generation(target: Target) -> dict[str, Any] | None:
+    return target.generation if target.tokenizer is None else target.tokenizer.generation_config(target.generation)
+
+
+def _compare(written: TensorSource, tensors: Mapping[str, LazyTensor]) -> None:
+    specs = written.specs()
+    if set(specs) != set(tensors):
+        raise ExportError(f"other tensors were written than the source has: {sorted(set(specs) ^ set(tensors))[:3]}")
+    for name, (spec, make) in tensors.items():
+        bits = np.dtype(f"u{spec.dtype.itemsize}")
+        same = specs[name] == spec and all(
+            np.array_equal(
+                np.ascontiguousarray(written.read(name, index)).view(bits),
+                np.ascontiguousarray(make_block(make, index)).view(bits),
+            )
+            for index in blocks(spec)
+        )
+        if not same:
+            raise ExportError(f"tensor {name!r} reads back differently from the source. Do not use what was written.")

@@ -1,0 +1,1 @@
+"""From a conversation to token ids and the mask of trained tokens."""

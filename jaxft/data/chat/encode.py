@@ -1,0 +1,179 @@
+"""From a conversation to token ids and the mask of the tokens that are trained.
+
+How an answer is found: the chat template renders what comes before the answer, as a model would be prompted, and the
+conversation with the answer. The first text must begin the second, and its tokens must begin the second one's tokens;
+the answer is what follows, up to and including the token that ends the turn. No generation tags are needed, and the
+model is trained on exactly what it continues when it generates. `turns` says which answers share a sequence.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+
+import numpy as np
+
+from jaxft.config import DataConfig
+from jaxft.data.batch import Example
+from jaxft.data.chat.reasoning import arranged, split_thoughts
+from jaxft.data.chat.turns import Layout, Turn, layouts, no_end, render, shared_start, trained_answers
+from jaxft.data.formats import Conversation
+from jaxft.data.tokenizers.tokenizer import Tokenizer
+from jaxft.errors import DataError
+
+# Conversations tokenised together: enough to keep every core busy, few enough to hold in memory.
+CHUNK = 512
+
+
+def encode(conversation: Conversation, tokenizer: Tokenizer, config: DataConfig | None = None) -> list[Example]:
+    """The sequences of one conversation; see `encode_all`."""
+    return list(encode_all([conversation], tokenizer, config))
+
+
+def encode_all(
+    conversations: Iterable[Conversation],
+    tokenizer: Tokenizer,
+    config: DataConfig | None = None,
+    notes: Counter[str] | None = None,
+) -> Iterator[Example]:
+    """Tokens and mask of every conversation, in order: one sequence each, or several where `data.turns` splits it.
+
+    config: its train_on (`assistant`: every assistant turn, or the completion; `last`: only the last assistant turn;
+    `all`: every token but the first), turns, reasoning and omissions. notes: gets how many conversations were
+    `split`, and in how many the template leaves something out. Tokens after the last trained one are left out: they
+    could not change the loss. A conversation whose answers are all marked as not to be trained gives a mask of zeros.
+    Raises DataError, naming the row, where the answers cannot be found exactly: the template writes an answer
+    differently from how it prompts for it, tokens straddle the start of an answer, an answer has no end token, BOS
+    doubles, something of the row is not rendered, or nothing is left to train on.
+    """
+    config = DataConfig() if config is None else config
+    notes = Counter() if notes is None else notes
+    remaining = (_arranged(conversation, tokenizer, config) for conversation in conversations)
+    while chunk := list(islice(remaining, CHUNK)):
+        laid = [layout for conversation in chunk for layout in layouts(conversation, tokenizer, config, notes)]
+        wholes = tokenizer.encode_batch([layout.text for layout in laid])
+        prompts = iter(tokenizer.encode_batch([turn.prompt for layout in laid for turn in layout.turns]))
+        for layout, ids in zip(laid, wholes, strict=True):
+            mark = _mark_chat if layout.conversation.messages else _mark_plain
+            yield mark(layout, ids, list(islice(prompts, len(layout.turns))), tokenizer, config.train_on)
+
+
+def prompt_of(
+    conversation: Conversation, tokenizer: Tokenizer, config: DataConfig | None = None
+) -> tuple[list[int], str]:
+    """The tokens that ask for the last trained answer, and that answer's text, to score by generation.
+
+    The tokens are the very prefix that training conditions on; the text is without thoughts. Raises DataError for a
+    `text` row, which asks nothing, and where the last answer opens the conversation.
+    """
+    config = dataclasses.replace(config or DataConfig(), train_on="last")
+    if not conversation.messages:
+        if not conversation.prompt:
+            raise DataError(f"{conversation.where}: plain text has no prompt to answer")
+        ids = tokenizer.encode(conversation.prompt)
+        return _bos(tokenizer) + ids, conversation.completion
+    conversation = _arranged(conversation, tokenizer, config)
+    last = (trained_answers(conversation, "last") or [0])[0]
+    if last == 0:
+        raise DataError(f"{conversation.where}: the answer is the first message, so nothing asks for it")
+    prompt = render(conversation, tokenizer, last, add_generation_prompt=True)
+    _, reference = split_thoughts(conversation.messages[last]["content"])
+    if not reference.strip():  # a tool call is compared as the template writes it
+        (example,) = encode(conversation, tokenizer, config)
+        _, reference = split_thoughts(tokenizer.decode(example.tokens[example.mask == 1]))
+    return tokenizer.encode(prompt), reference
+
+
+def _arranged(conversation: Conversation, tokenizer: Tokenizer, config: DataConfig) -> Conversation:
+    messages = arranged(conversation.messages, config.reasoning, tokenizer.chat_template)
+    return dataclasses.replace(conversation, messages=messages)
+
+
+def _mark_chat(
+    layout: Layout, ids: Sequence[int], prompts: Sequence[Sequence[int]], tokenizer: Tokenizer, train_on: str
+) -> Example:
+    conversation = layout.conversation
+    _refuse_double_bos(conversation, ids, tokenizer)
+    mask = np.zeros(len(ids), np.uint8)
+    if not layout.turns and train_on != "all":
+        return Example(tokens=np.asarray(ids, np.int32), mask=mask, row=conversation.row)
+    end = 0
+    for turn, prompt in zip(layout.turns, prompts, strict=True):
+        start = len(prompt)
+        if ids[:start] != prompt:
+            raise DataError(_drifted(conversation, turn, ids, prompt, tokenizer))
+        end = next((i for i in range(start, len(ids)) if ids[i] in tokenizer.stop_ids), -1)
+        if end < 0:
+            raise DataError(no_end(conversation, turn.number, tokenizer))
+        mask[start : end + 1] = 1
+    if train_on == "all":
+        end = max((i for i, token in enumerate(ids) if token in tokenizer.stop_ids), default=0)
+        if end == 0:
+            raise DataError(no_end(conversation, len(conversation.messages), tokenizer))
+        mask[1 : end + 1] = 1
+    return _example(conversation, ids[: end + 1], mask[: end + 1])
+
+
+def _mark_plain(
+    layout: Layout, ids: Sequence[int], prompts: Sequence[Sequence[int]], tokenizer: Tokenizer, train_on: str
+) -> Example:
+    conversation, prompt = layout.conversation, prompts[0]
+    if ids[: len(prompt)] != prompt:
+        raise DataError(_drifted(conversation, layout.turns[0], ids, prompt, tokenizer))
+    bos = _bos(tokenizer)
+    if tokenizer.eos_id is None:
+        raise DataError(
+            f"{conversation.where}: EOS would never be trained, because the tokenizer {tokenizer.name} has none. "
+            "Set eos_token in its tokenizer_config.json."
+        )
+    ended = bool(ids) and ids[-1] in tokenizer.stop_ids
+    ids = [*bos, *ids, *([] if ended else [tokenizer.eos_id])]
+    _refuse_double_bos(conversation, ids, tokenizer)
+    mask = np.ones(len(ids), np.uint8)
+    if train_on != "all":
+        mask[: len(bos) + len(prompt)] = 0
+    return _example(conversation, ids, mask)
+
+
+def _example(conversation: Conversation, ids: Sequence[int], mask: np.ndarray) -> Example:
+    mask[:1] = 0
+    if not mask.any():
+        raise DataError(f"{conversation.where} trains on zero tokens: its answer is empty once it is tokenised")
+    return Example(tokens=np.asarray(ids, np.int32), mask=mask, row=conversation.row)
+
+
+def _bos(tokenizer: Tokenizer) -> list[int]:
+    return [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
+
+
+def _refuse_double_bos(conversation: Conversation, ids: Sequence[int], tokenizer: Tokenizer) -> None:
+    if tokenizer.bos_id is None or list(ids[:2]) != [tokenizer.bos_id] * 2:
+        return
+    bos = tokenizer.token(tokenizer.bos_id)
+    cause = (
+        f"both the chat template and the first message write {bos!r}; remove it from one of them"
+        if conversation.messages
+        else f"the tokenizer adds {bos!r} and the row begins with it too; remove it from the row"
+    )
+    raise DataError(f"{conversation.where}: BOS doubles: {cause}")
+
+
+def _drifted(
+    conversation: Conversation, turn: Turn, ids: Sequence[int], prompt: Sequence[int], tokenizer: Tokenizer
+) -> str:
+    at = shared_start(ids, prompt)
+    mend = (
+        "Remove white space from the start of the answer, or change the template's generation prompt."
+        if conversation.messages
+        else "Move the white space between them from the end of the prompt to the start of the completion."
+    )
+    return (
+        f"{conversation.where}: the tokens of the prompt are not a prefix of those of prompt + answer (message "
+        f"{turn.number}): token {at} is {_spelled(prompt, at, tokenizer)} in the prompt alone and "
+        f"{_spelled(ids, at, tokenizer)} before the answer, so the model would be trained on a prompt that it never "
+        f"sees. {mend}"
+    )
+
+
+def _spelled(ids: Sequence[int], at: int, tokenizer: Tokenizer) -> str:
+    return repr(tokenizer.token(ids[at])) if at < len(ids) else "absent"

@@ -1,0 +1,1 @@
+"""Tokenizers from Hugging Face folders, SentencePiece models and GGUF files."""

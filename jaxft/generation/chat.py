@@ -1,0 +1,174 @@
+"""A conversation on the terminal: every message is answered from all that was said before it."""
+
+import contextlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TextIO
+
+from jaxft.data.tokenizers.tokenizer import Tokenizer
+from jaxft.errors import DataError, ModelError, did_you_mean
+from jaxft.generation import ConversationCache, Generated, Sampling, generate_text
+from jaxft.generation.text import encode_prompt
+
+PROMPT = "> "
+COMMANDS = {
+    "/reset": "forget the conversation; the system message stays",
+    "/system": "start a new conversation with the text after it as system message, or with none",
+    "/help": "show this",
+    "/exit": "leave, as Ctrl-D does; Ctrl-C stops an answer",
+}
+HELP = "".join(f"{name:<8} {about}\n" for name, about in COMMANDS.items())
+
+Read = Callable[[str], str]  # asked with a prompt, gives a line; EOFError at the end
+Write = Callable[[str], None]
+
+
+@dataclass(kw_only=True)
+class Chat:
+    """A model, how it answers, and what was said.
+
+    turns: messages of user and assistant in turn. The same question after the same turns is answered alike:
+    draws depend on the seed and the place of a token. held: what is computed already of it; a message goes through
+    the model alone as long as the template renders what was said before as before.
+    """
+
+    model: Any
+    tokenizer: Tokenizer
+    sampling: Sampling
+    system: str | None = None
+    turns: list[dict[str, str]] = field(default_factory=list)
+    held: ConversationCache = field(default_factory=ConversationCache)
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The conversation as the chat template gets it."""
+        return [*_system(self.system), *self.turns]
+
+    def ask(self, text: str, write: Write) -> Generated | None:
+        """Writes the answer while it comes, and remembers question and answer.
+
+        None where Ctrl-C stopped it: then what was shown counts as the answer, and where nothing was, the
+        question is forgotten too. Raises DataError for what the template refuses or the model has no positions
+        for; the conversation is then as it was.
+        """
+        question = {"role": "user", "content": text}
+        conversation = [*self.messages, question]
+        self._check_room(conversation)
+        shown: list[str] = []
+
+        def show(row: int, piece: str) -> None:
+            shown.append(piece)
+            write(piece)
+
+        try:
+            (answer,) = generate_text(
+                self.model, self.tokenizer, [conversation], self.sampling, on_text=show, held=self.held
+            )
+        except KeyboardInterrupt:
+            answer = None
+        if answer is not None or shown:
+            self.turns += [question, {"role": "assistant", "content": "".join(shown)}]
+        return answer
+
+    def _check_room(self, conversation: list[dict[str, str]]) -> None:
+        said, most = len(encode_prompt(self.tokenizer, conversation)), self.sampling.max_new_tokens
+        limit = self.model.config.max_position_embeddings
+        if said + most > limit:
+            raise DataError(
+                f"the conversation has {said} tokens and the answer may take {most}: {said + most} together, and the "
+                f"model has {limit} positions. This message was not sent: shorten it, /reset to start anew, or come "
+                "back with a lower --max_new_tokens."
+            )
+
+
+def check(tokenizer: Tokenizer, system: str | None = None) -> None:
+    """Refuses a conversation that could not be rendered, before any weight is read.
+
+    Raises ModelError where there is no chat template, DataError where it takes no system message.
+    """
+    if tokenizer.chat_template is None:
+        raise ModelError(
+            f"the tokenizer of {tokenizer.name!r} has no chat template, so how the model expects a conversation is "
+            "not known. Give the template that it was trained with as --chat_template=FILE, or let it continue plain "
+            "text: jaxft generate --prompt=TEXT"
+        )
+    tokenizer.render([*_system(system), {"role": "user", "content": "?"}], add_generation_prompt=True)
+
+
+def converse(chat: Chat, read: Read, write: Write) -> None:
+    """Reads messages and commands and answers them until /exit or the end of the input."""
+    write(HELP)
+    while True:
+        try:
+            line = read(PROMPT)
+        except KeyboardInterrupt:
+            write("\n(Ctrl-D or /exit leaves)\n")
+            continue
+        except EOFError:
+            write("\n")
+            return
+        if line.rstrip() == "/exit":
+            return
+        if line.startswith("/"):
+            _command(chat, line, write)
+        elif line.strip():
+            _answer(chat, line.strip(), write)
+
+
+def _answer(chat: Chat, text: str, write: Write) -> None:
+    try:
+        answer = chat.ask(text, write)
+    except DataError as error:
+        write(f"{error}\n")
+        return
+    if answer is None:
+        write("\n(stopped)")
+    elif answer.finish_reason == "length":
+        write(f"\n(cut off at --max_new_tokens={chat.sampling.max_new_tokens})")
+    write("\n")
+
+
+def _command(chat: Chat, line: str, write: Write) -> None:
+    name, _, text = line.strip().partition(" ")
+    text = text.strip()
+    if name not in COMMANDS or (text and name != "/system"):
+        hint = did_you_mean(name, COMMANDS) if name not in COMMANDS else f" {name} takes nothing after it."
+        write(f"{line.strip()!r} is not a command.{hint} To send it as a message, begin with a space.\n")
+    elif name == "/help":
+        write(HELP)
+    elif name == "/reset":
+        chat.turns.clear()
+        write("(new conversation)\n")
+    else:
+        try:
+            check(chat.tokenizer, text or None)
+        except DataError as error:
+            write(f"{error}\n")
+            return
+        chat.system = text or None
+        # Answers given under another system message would speak against this one.
+        chat.turns.clear()
+        write(f"(new conversation, {'with this' if text else 'without'} system message)\n")
+
+
+def terminal(out: TextIO) -> tuple[Read, Write]:
+    """read and write of a conversation on standard input and `out`, with line editing where there is readline."""
+    with contextlib.suppress(ImportError):  # not on Windows
+        import readline  # noqa: F401  importing it is what gives input() its keys
+
+    def write(text: str) -> None:
+        out.write(text)
+        out.flush()
+
+    def read(prompt: str) -> str:
+        if out is sys.stdout:
+            return input(prompt)  # readline must know the prompt to redraw the line
+        write(prompt)
+        return input()
+
+    return read, write
+
+
+def _system(text: str | None) -> list[dict[str, str]]:
+    return [{"role": "system", "content": text}] if text else []

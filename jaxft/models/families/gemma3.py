@@ -1,0 +1,58 @@
+"""Gemma 3, text: five local layers to a global one, each kind with its own rope (arXiv:2503.19786)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jaxft.errors import ModelError
+from jaxft.models.dense import FULL, SLIDING, read_rope, read_sizes, ropes_by_kind, with_defaults
+from jaxft.models.families.gemma2 import GELU, ONLY, SHARED_DEFAULTS, GemmaConfig, read_gemma
+from jaxft.nn.attention.rope import Rope
+from jaxft.nn.decoder import Decoder, DecoderShape
+
+MODEL_TYPES = ("gemma3_text",)
+# transformers 4 left out of the text_config of multimodal folders what equals these.
+DEFAULTS = SHARED_DEFAULTS | {
+    "vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+    "num_attention_heads": 8, "max_position_embeddings": 131072, "final_logit_softcapping": None,
+}  # fmt: skip
+# transformers reads attn_logit_softcapping and then does not use it: with a number its meaning is open.
+GEMMA3_ONLY = ONLY | {"attn_logit_softcapping": None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(GemmaConfig):
+    """Sizes under Hugging Face's names. rope: of global layers. local_rope: of those with a window."""
+
+    local_rope: Rope
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any]) -> "Config":
+        """Reads `config.json` of transformers 4 or 5. Raises ModelError for fields it does not implement."""
+        hf = with_defaults(hf, DEFAULTS)
+        period = hf.get("sliding_window_pattern") or hf.get("_sliding_window_pattern") or 6
+        used = ("sliding_window_pattern", "_sliding_window_pattern", "rope_local_base_freq")
+        sizes = read_sizes(hf, cls, used=used, must_equal=GEMMA3_ONLY)
+        thetas = {FULL: hf.get("rope_theta", 1e6), SLIDING: hf.get("rope_local_base_freq", 1e4)}
+        rope, local = (read_rope(part, sizes["head_dim"]) for part in ropes_by_kind(hf, thetas))
+        return cls(**sizes, rope=rope, local_rope=local, **read_gemma(hf, period))
+
+    def to_hf(self) -> dict[str, Any]:
+        """The same as `config.json`, in the dialect that transformers 4 and 5 both read."""
+        if self.local_rope.kind != "default":
+            raise ModelError(f"transformers 4 has no field for {self.local_rope.kind!r} rope scaling of local layers")
+        return {
+            "architectures": ["Gemma3ForCausalLM"],
+            "model_type": "gemma3_text",
+            "hidden_activation": GELU,
+            **self.hf_fields(),
+            "rope_local_base_freq": self.local_rope.theta,
+        }
+
+    def shape(self) -> DecoderShape:
+        """Layers with q and k norms of single heads."""
+        return self.around({SLIDING: self.local_rope, FULL: self.rope}, softcap=None, qk_norm="head")
+
+
+class Model(Decoder):
+    """A Gemma 3 of the given config."""

@@ -1,0 +1,129 @@
+"""gpt-oss 20B and 120B: experts with biases, attention with sinks, windows on every other layer (arXiv:2508.10925)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jaxft.errors import ModelError
+from jaxft.models.dense import FULL, SLIDING, check_window, read_layer_types, read_rope, read_sizes, with_defaults
+from jaxft.models.moe import MUST_EQUAL, PATH, MoEConfig, check_experts
+from jaxft.models.tensor_map import TensorMap, linear
+from jaxft.nn.attention.blockwise import ScoreForm
+from jaxft.nn.block import BlockShape
+from jaxft.nn.decoder import Decoder, DecoderShape
+from jaxft.nn.mlp import ClampedSwiGLU
+from jaxft.nn.norm import NormShape
+
+MODEL_TYPES = ("gpt_oss",)
+DEFAULTS = {
+    "num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
+    "sliding_window": 128, "attention_bias": True, "num_local_experts": 128, "num_experts_per_tok": 4,
+    "swiglu_alpha": 1.702, "swiglu_limit": 7.0, "router_aux_loss_coef": 0.001, "rope_theta": 150000.0,
+    "output_router_logits": False,
+}  # fmt: skip
+YARN = {
+    "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+    "original_max_position_embeddings": 4096,
+}  # fmt: skip
+# Which layers packed files leave out is seen from their tensors; dequantize is what is done here anyway.
+PACKING_FIELDS = {"quant_method", "modules_to_not_convert", "dequantize"}
+OWN = ("attention_bias", "num_local_experts", "num_experts_per_tok", "swiglu_alpha", "swiglu_limit",
+       "router_aux_loss_coef", "output_router_logits")  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(MoEConfig):
+    """Sizes under Hugging Face's names. intermediate_size: of one expert. sliding_window: of the layers of that type.
+
+    A quantization_config of MXFP4 says how files keep the experts, not what the network is, and is not kept.
+    """
+
+    layer_types: tuple[str, ...]
+    attention_bias: bool
+    num_local_experts: int
+    swiglu_alpha: float
+    swiglu_limit: float
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any]) -> "Config":
+        """Reads `config.json` of transformers 4 or 5. Raises ModelError for fields it does not implement."""
+        hf = with_defaults(hf, DEFAULTS)
+        if not hf.get("rope_scaling") and not hf.get("rope_parameters"):
+            hf["rope_scaling"] = YARN
+        rope = read_rope(hf, hf["head_dim"])
+        # Older names, which transformers does not read.
+        aliases = {
+            "experts_per_token": hf["num_experts_per_tok"],
+            "num_experts": hf["num_local_experts"],
+            "initial_context_length": rope.original_max_position_embeddings,
+        }
+        sizes = read_sizes(hf, cls, used=["quantization_config"], must_equal=MUST_EQUAL | aliases)
+        _check_packing(hf.get("quantization_config"))
+        check_experts(hf, hf["num_local_experts"])
+        layers = range(hf["num_hidden_layers"])
+        types = read_layer_types(hf, [FULL if i % 2 else SLIDING for i in layers])
+        if SLIDING in types:
+            check_window(hf["sliding_window"])
+        own = {name: hf[name] for name in OWN}
+        return cls(**sizes, rope=rope, layer_types=types, sliding_window=hf["sliding_window"], **own)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The same as `config.json`, in the dialect that transformers 4 and 5 both read."""
+        fields = self.hf_fields()
+        return {
+            "architectures": ["GptOssForCausalLM"],
+            "model_type": "gpt_oss",
+            "hidden_act": "silu",
+            **fields,
+            # Absent would mean yarn.
+            "rope_scaling": fields["rope_scaling"] or {"rope_type": "default"},
+        }
+
+    def shape(self) -> DecoderShape:
+        """Pre-norm layers, those with a window and those without in the order of `layer_types`."""
+        norm = NormShape(eps=self.rms_norm_eps)
+        experts = self.experts(
+            self.num_local_experts,
+            self.intermediate_size,
+            renormalize=True,
+            activation=ClampedSwiGLU(alpha=self.swiglu_alpha, limit=self.swiglu_limit),
+            fused=True,
+            use_bias=True,
+        )
+        bias = self.attention_bias
+        blocks = {
+            kind: BlockShape(
+                attention=self.attention(form=ScoreForm(window=window), bias=bias, output_bias=bias, sinks=True),
+                mlp=experts,
+                norm=norm,
+            )
+            for kind, window in ((SLIDING, self.sliding_window), (FULL, None))
+        }
+        return DecoderShape(layers=tuple(blocks[kind] for kind in self.layer_types), ropes=(self.rope,), norm=norm)
+
+    def mlp_tensors(self, block: BlockShape) -> tuple[TensorMap, ...]:
+        """The lines of a layer's experts: files keep all of them in one tensor, inputs first, as we do."""
+        module = "model.layers.{i}.mlp"
+        return (
+            *linear(f"{module}.router", f"{PATH}/router", bias=True),
+            *(
+                TensorMap(f"{module}.experts.{name}{suffix}", f"{PATH}/{name}/{part}")
+                for name in ("gate_up_proj", "down_proj")
+                for suffix, part in (("", "kernel"), ("_bias", "bias"))
+            ),
+        )
+
+
+class Model(Decoder):
+    """A gpt-oss of the given config."""
+
+
+def _check_packing(given: Mapping[str, Any] | None) -> None:
+    if given is None:
+        return
+    if not isinstance(given, Mapping) or given.get("quant_method") != "mxfp4" or set(given) - PACKING_FIELDS:
+        raise ModelError(
+            f"quantization_config={given!r} is not implemented for model_type 'gpt_oss': only quant_method 'mxfp4' is, "
+            f"with no other fields than {', '.join(sorted(PACKING_FIELDS - {'quant_method'}))}. Download the model "
+            "unquantised, or in MXFP4 as its authors publish it."
+        )

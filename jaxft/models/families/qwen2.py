@@ -1,0 +1,91 @@
+"""Qwen2 and Qwen2.5: Llama with biases on queries, keys and values (arXiv:2412.15115)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jaxft.models.dense import (
+    FULL,
+    SLIDING,
+    DenseConfig,
+    check_window,
+    read_layer_types,
+    read_rope,
+    read_sizes,
+    with_defaults,
+)
+from jaxft.nn.attention.score_form import ScoreForm
+from jaxft.nn.block import BlockShape
+from jaxft.nn.decoder import Decoder, DecoderShape
+from jaxft.nn.norm import NormShape
+
+MODEL_TYPES = ("qwen2",)
+DEFAULTS = {
+    "num_key_value_heads": 32, "max_position_embeddings": 32768, "use_sliding_window": False,
+    "sliding_window": 4096, "max_window_layers": 28,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowedConfig(DenseConfig):
+    """What Qwen2 and Qwen3 share: a window on the layers that layer_types says, None where there is none."""
+
+    sliding_window: int | None
+    layer_types: tuple[str, ...]
+
+    def hf_fields(self) -> dict[str, Any]:
+        """The fields of `config.json`, but for those that name the family."""
+        windowed = SLIDING in self.layer_types
+        # transformers 4 reads max_window_layers: how many first layers see everything.
+        first = self.layer_types.index(SLIDING) if windowed else self.num_hidden_layers
+        return super().hf_fields() | {"use_sliding_window": windowed, "max_window_layers": first}
+
+    def layered(self, **attention: Any) -> DecoderShape:
+        """Pre-norm layers that differ in their windows alone. attention: as for DenseConfig.attention."""
+        norm, mlp = NormShape(eps=self.rms_norm_eps), self.mlp()
+        blocks = {
+            kind: BlockShape(attention=self.attention(form=ScoreForm(window=window), **attention), mlp=mlp, norm=norm)
+            for kind, window in ((SLIDING, self.sliding_window), (FULL, None))
+        }
+        return DecoderShape(layers=tuple(blocks[kind] for kind in self.layer_types), ropes=(self.rope,), norm=norm)
+
+
+def read_windows(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of WindowedConfig as transformers derives them. Raises ModelError for what does not fit."""
+    window = hf["sliding_window"] if hf["use_sliding_window"] else None
+    first = hf["max_window_layers"]
+    default = [SLIDING if window is not None and i >= first else FULL for i in range(hf["num_hidden_layers"])]
+    types = read_layer_types(hf, default)
+    if SLIDING in types:
+        check_window(window)
+    return {"sliding_window": window if SLIDING in types else None, "layer_types": types}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(WindowedConfig):
+    """Sizes under Hugging Face's names."""
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any]) -> "Config":
+        """Reads `config.json` of transformers 4 or 5. Raises ModelError for fields it does not implement."""
+        hf = with_defaults(hf, DEFAULTS)
+        used = ("use_sliding_window", "max_window_layers")
+        sizes = read_sizes(hf, cls, used=used, must_equal={"hidden_act": "silu", "use_mrope": False})
+        return cls(**sizes, rope=read_rope(hf, sizes["head_dim"]), **read_windows(hf))
+
+    def to_hf(self) -> dict[str, Any]:
+        """The same as `config.json`, in the dialect that transformers 4 and 5 both read."""
+        return {
+            "architectures": ["Qwen2ForCausalLM"],
+            "model_type": "qwen2",
+            "hidden_act": "silu",
+            **self.hf_fields(),
+        }
+
+    def shape(self) -> DecoderShape:
+        """Pre-norm layers; all but the output projection of attention have biases."""
+        return self.layered(bias=True)
+
+
+class Model(Decoder):
+    """A Qwen2 of the given config."""

@@ -1,0 +1,88 @@
+"""Qwen3 30B-A3B and 235B-A22B: Qwen3 whose feed-forward layers are many small experts (arXiv:2505.09388)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jaxft.errors import ModelError
+from jaxft.models.dense import read_rope, read_sizes, with_defaults
+from jaxft.models.moe import MUST_EQUAL, MoEConfig, check_experts, expert_tensors, read_window
+from jaxft.models.tensor_map import TensorMap
+from jaxft.nn.attention.score_form import ScoreForm
+from jaxft.nn.block import BlockShape
+from jaxft.nn.decoder import Decoder, DecoderShape
+
+MODEL_TYPES = ("qwen3_moe",)
+DEFAULTS = {
+    "num_key_value_heads": 4, "max_position_embeddings": 32768, "attention_bias": False, "use_sliding_window": False,
+    "sliding_window": 4096, "moe_intermediate_size": 768, "num_experts_per_tok": 8, "norm_topk_prob": False,
+    "router_aux_loss_coef": 0.001, "output_router_logits": False,
+}  # fmt: skip
+# Layers without experts are what these two would make.
+DENSE_LAYERS = {"decoder_sparse_step": 1, "mlp_only_layers": []}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(MoEConfig):
+    """Sizes under Hugging Face's names. intermediate_size: of layers without experts, of which there are none."""
+
+    attention_bias: bool
+    num_experts: int
+    moe_intermediate_size: int
+    norm_topk_prob: bool
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any]) -> "Config":
+        """Reads `config.json` of transformers 4 or 5. Raises ModelError for fields it does not implement."""
+        hf = with_defaults(hf, DEFAULTS)
+        # transformers does not read max_window_layers here: a window is on all layers.
+        used = ("use_sliding_window", "max_window_layers", "num_local_experts")
+        sizes = read_sizes(hf, cls, used=used, must_equal=MUST_EQUAL | DENSE_LAYERS)
+        experts = _count(hf)
+        check_experts(hf, experts)
+        return cls(
+            **sizes,
+            rope=read_rope(hf, sizes["head_dim"]),
+            sliding_window=read_window(hf["sliding_window"] if hf["use_sliding_window"] else None),
+            attention_bias=hf["attention_bias"],
+            num_experts=experts,
+            **{name: hf[name] for name in ("num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")},
+            router_aux_loss_coef=hf["router_aux_loss_coef"],
+            output_router_logits=hf["output_router_logits"],
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """The same as `config.json`, in the dialect that transformers 4 and 5 both read."""
+        return {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "model_type": "qwen3_moe",
+            "hidden_act": "silu",
+            "use_sliding_window": self.sliding_window is not None,
+            **DENSE_LAYERS,
+            **self.hf_fields(),
+        }
+
+    def shape(self) -> DecoderShape:
+        """Pre-norm layers with q and k norms of single heads, all equal."""
+        bias = self.attention_bias
+        form = ScoreForm(window=self.sliding_window)
+        attention = self.attention(form=form, qk_norm="head", bias=bias, output_bias=bias)
+        experts = self.experts(self.num_experts, self.moe_intermediate_size, renormalize=self.norm_topk_prob)
+        return self.alike(attention, experts)
+
+    def mlp_tensors(self, block: BlockShape) -> tuple[TensorMap, ...]:
+        """The lines of a layer's experts."""
+        names = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+        return expert_tensors(block, "model.layers.{i}.mlp", **names)
+
+
+class Model(Decoder):
+    """A Qwen3 with experts of the given config."""
+
+
+def _count(hf: Mapping[str, Any]) -> int:
+    # transformers 4 writes num_experts, 5 writes num_local_experts.
+    given = [hf[name] for name in ("num_experts", "num_local_experts") if hf.get(name) is not None] or [128]
+    if given[0] != given[-1]:
+        raise ModelError(f"num_experts={given[0]} and num_local_experts={given[1]} are two names of one number")
+    return given[0]

@@ -1,0 +1,1 @@
+"""Attention: the layer, its kernels, rotary positions and the KV cache."""

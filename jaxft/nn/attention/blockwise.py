@@ -1,0 +1,165 @@
+"""Causal attention in blocks of queries, with its own gradient: the form for CPUs and any odd shape.
+
+No [S, S] scores outlive a block, the backward pass recomputes them from the saved log-sum-exp, and a
+block looks only at the keys before its end, so half of the square is never computed. Source of the
+recurrences: FlashAttention-2, arXiv:2307.08691, sections 2.3 and 3.1.
+"""
+
+# B batch, S sequence, N query heads, K kv heads, G = N / K, H head_dim, C queries of a block, T keys it sees
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxft.nn.attention.score_form import MASKED, PLAIN, ScoreForm, capped, score_scale
+
+BLOCK, MOST_BLOCKS = 128, 8
+
+
+class _Block(NamedTuple):
+    """Queries from start to stop, and the keys that any of them may see."""
+
+    start: int
+    stop: int
+    first_key: int
+    last_key: int
+
+
+def attention(
+    q_BSNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segments_BS: jax.Array,
+    form: ScoreForm = PLAIN,
+    sinks_N: jax.Array | None = None,
+    *,
+    key_segments_BT: jax.Array | None = None,
+    start: jax.Array | None = None,
+) -> jax.Array:
+    """softmax(q k^T / sqrt(H)) v over the tokens of the same segment that stand no later, [B, S, N, H].
+
+    Positions must ascend by one within a segment, as they do in any row of text. The softmax is float32
+    whatever the inputs are. sinks_N: for each head a score more, whose share of the softmax goes nowhere.
+    key_segments_BT, start: where the queries are a part of the row, the segments of the whole row and the place of
+    the first query in it.
+    """
+    part = _Part(segments_BS, segments_BS if key_segments_BT is None else key_segments_BT, start)
+    batch, length, heads, head_dim = q_BSNH.shape
+    kv_heads = k_BTKH.shape[2]
+    sinks_KG = None if sinks_N is None else sinks_N.astype(jnp.float32).reshape(kv_heads, -1)
+    q_BSKGH = q_BSNH.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
+    out_BKGSH = _attention(
+        form,
+        checkpoint_name(jnp.transpose(q_BSKGH, (0, 2, 3, 1, 4)), "dots"),
+        checkpoint_name(jnp.transpose(k_BTKH, (0, 2, 1, 3)), "dots"),
+        checkpoint_name(jnp.transpose(v_BTKH, (0, 2, 1, 3)), "dots"),
+        part,
+        sinks_KG,
+    )
+    return jnp.transpose(out_BKGSH, (0, 3, 1, 2, 4)).reshape(q_BSNH.shape)
+
+
+class _Part(NamedTuple):
+    """Which tokens of the row the queries are."""
+
+    segments_BS: jax.Array
+    key_segments_BT: jax.Array
+    start: jax.Array | None
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(form, q_BKGSH, k_BKTH, v_BKTH, part, sinks_KG):
+    return _forward(form, q_BKGSH, k_BKTH, v_BKTH, part, sinks_KG)[0]
+
+
+def _forward(form, q_BKGSH, k_BKTH, v_BKTH, part, sinks_KG):
+    outs, sums = [], []
+    for block in _blocks(part, form.window):
+        scores_BKGCT, _ = _scores(q_BKGSH, k_BKTH, part, block, form)
+        top_BKGC1 = jnp.max(scores_BKGCT, axis=-1, keepdims=True)
+        if sinks_KG is not None:
+            top_BKGC1 = jnp.maximum(top_BKGC1, sinks_KG[:, :, None, None])
+        weights_BKGCT = jnp.exp(scores_BKGCT - top_BKGC1)
+        total_BKGC1 = jnp.sum(weights_BKGCT, axis=-1, keepdims=True)
+        if sinks_KG is not None:
+            total_BKGC1 += jnp.exp(sinks_KG[:, :, None, None] - top_BKGC1)
+        seen_BKTH = v_BKTH[:, :, block.first_key : block.last_key]
+        out_BKGCH = _rows(weights_BKGCT.astype(seen_BKTH.dtype)) @ seen_BKTH
+        outs.append((out_BKGCH.reshape(*total_BKGC1.shape[:-1], -1) / total_BKGC1).astype(q_BKGSH.dtype))
+        sums.append((jnp.log(total_BKGC1) + top_BKGC1)[..., 0])
+    # Named, so that rematerialisation that keeps these does not run this pass again.
+    out_BKGSH = checkpoint_name(jnp.concatenate(outs, axis=3), "attention")
+    lse_BKGS = checkpoint_name(jnp.concatenate(sums, axis=3), "attention")
+    return out_BKGSH, (q_BKGSH, k_BKTH, v_BKTH, part, sinks_KG, out_BKGSH, lse_BKGS)
+
+
+def _backward(form, residuals, grad_BKGSH):
+    q_BKGSH, k_BKTH, v_BKTH, part, sinks_KG, out_BKGSH, lse_BKGS = residuals
+    (batch, kv_heads, group, _, head_dim), keys = q_BKGSH.shape, k_BKTH.shape[2]
+    delta_BKGS = jnp.sum(grad_BKGSH.astype(jnp.float32) * out_BKGSH.astype(jnp.float32), axis=-1)
+    # Transposed: the products below then turn only their small operand.
+    dk_BKHT = jnp.zeros((batch, kv_heads, head_dim, keys), jnp.float32)
+    dv_BKHT = jnp.zeros((batch, kv_heads, head_dim, keys), jnp.float32)
+    dqs = []
+    for block in _blocks(part, form.window):
+        cut, seen = slice(block.start, block.stop), slice(block.first_key, block.last_key)
+        scores_BKGCT, slopes_BKGCT = _scores(q_BKGSH, k_BKTH, part, block, form)
+        weights_BKGCT = jnp.exp(scores_BKGCT - lse_BKGS[:, :, :, cut, None])
+        q_BKRH, grad_BKRH = _rows(q_BKGSH[:, :, :, cut]), _rows(grad_BKGSH[:, :, :, cut])
+        dweights_BKRT = _product(grad_BKRH, jnp.swapaxes(v_BKTH[:, :, seen], 2, 3))
+        dscores_BKRT = _rows(weights_BKGCT) * (dweights_BKRT - delta_BKGS[:, :, :, cut].reshape(batch, kv_heads, -1, 1))
+        if slopes_BKGCT is not None:
+            dscores_BKRT *= _rows(slopes_BKGCT)
+        dscores_BKRT = (dscores_BKRT * score_scale(form, head_dim)).astype(q_BKGSH.dtype)
+        weights_BKRT = _rows(weights_BKGCT).astype(q_BKGSH.dtype)
+        dqs.append(_product(dscores_BKRT, k_BKTH[:, :, seen]).reshape(batch, kv_heads, group, -1, head_dim))
+        dk_BKHT = dk_BKHT.at[..., seen].add(_product(jnp.swapaxes(q_BKRH, 2, 3), dscores_BKRT))
+        dv_BKHT = dv_BKHT.at[..., seen].add(_product(jnp.swapaxes(grad_BKRH, 2, 3), weights_BKRT))
+    dq_BKGSH = jnp.concatenate(dqs, axis=3).astype(q_BKGSH.dtype)
+    dk_BKTH = jnp.swapaxes(dk_BKHT, 2, 3).astype(k_BKTH.dtype)
+    dv_BKTH = jnp.swapaxes(dv_BKHT, 2, 3).astype(v_BKTH.dtype)
+    dsinks_KG = None
+    if sinks_KG is not None:
+        dsinks_KG = -jnp.sum(jnp.exp(sinks_KG[:, :, None] - lse_BKGS) * delta_BKGS, axis=(0, 3))
+    return dq_BKGSH, dk_BKTH, dv_BKTH, None, dsinks_KG
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _blocks(part: _Part, window: int | None) -> list[_Block]:
+    queries, keys = part.segments_BS.shape[1], part.key_segments_BT.shape[1]
+    size = max(BLOCK, -(-queries // MOST_BLOCKS))
+    blocks = [(first, min(first + size, queries)) for first in range(0, queries, size)]
+    if part.start is not None:
+        # Known only on the device: any key may be one that these queries see.
+        return [_Block(first, stop, 0, keys) for first, stop in blocks]
+    return [_Block(first, stop, 0 if window is None else max(0, first - window + 1), stop) for first, stop in blocks]
+
+
+def _scores(q_BKGSH, k_BKTH, part, block, form):
+    """The masked scores of a block and, where they are capped, the derivative of the cap."""
+    q_BKGCH = q_BKGSH[:, :, :, block.start : block.stop]
+    k_BKHT = jnp.swapaxes(k_BKTH[:, :, block.first_key : block.last_key], 2, 3)
+    scores_BKGCT = _product(_rows(q_BKGCH), k_BKHT).reshape(*q_BKGCH.shape[:-1], -1)
+    queries_C1 = (jnp.arange(block.start, block.stop) + (0 if part.start is None else part.start))[:, None]
+    keys_T = jnp.arange(block.first_key, block.last_key)
+    mask_CT = keys_T <= queries_C1
+    if form.window is not None:
+        mask_CT &= keys_T > queries_C1 - form.window
+    query_segments_BC1 = part.segments_BS[:, block.start : block.stop, None]
+    mask_BCT = mask_CT & (query_segments_BC1 == part.key_segments_BT[:, None, block.first_key : block.last_key])
+    scores_BKGCT = capped(scores_BKGCT * score_scale(form, q_BKGSH.shape[-1]), form.softcap)
+    slopes_BKGCT = None if form.softcap is None else 1.0 - jnp.square(scores_BKGCT / form.softcap)
+    return jnp.where(mask_BCT[:, None, None], scores_BKGCT, MASKED), slopes_BKGCT
+
+
+def _rows(x_BKGCX: jax.Array) -> jax.Array:
+    return x_BKGCX.reshape(*x_BKGCX.shape[:2], -1, x_BKGCX.shape[-1])
+
+
+def _product(left: jax.Array, right: jax.Array) -> jax.Array:
+    return jnp.matmul(left, right, preferred_element_type=jnp.float32)

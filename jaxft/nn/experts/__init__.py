@@ -1,0 +1,1 @@
+"""Mixture-of-experts layers: routing, expert products, experts over several devices."""

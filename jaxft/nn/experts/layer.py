@@ -1,0 +1,190 @@
+"""Mixture of experts: every token is fed forward by the few experts that its router picks (arXiv:1701.06538)."""
+
+# B batch, S sequence, D model, F inner, E experts, K experts of one token, M tokens of the batch, R rows (M * K)
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxft.nn.experts import sharded as moe_sharded
+from jaxft.nn.experts.router_sums import RouterSums
+from jaxft.nn.frozen import through
+from jaxft.nn.mlp import ACTIVATIONS, ClampedSwiGLU
+from jaxft.quant import QuantizedArray
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEShape:
+    """Sizes and switches of a layer of experts, each a gated feed-forward of `hidden` inner units.
+
+    chosen: how many experts take each token. renormalise: whether the chosen probabilities are scaled to sum to one;
+    they are then the softmax over the chosen logits alone. activation: of the gate, or of gate and up together.
+    fused: gate and up are one `gate_up_proj` whose columns take turns, gate first. use_bias: of router and experts.
+    """
+
+    width: int
+    hidden: int
+    experts: int
+    chosen: int
+    renormalize: bool
+    activation: str | ClampedSwiGLU = "silu"
+    fused: bool = False
+    use_bias: bool = False
+
+
+class Routes(NamedTuple):
+    """Where tokens go. weights_MK: float32, what each expert's answer counts. experts_MK: int32, best first."""
+
+    weights_MK: jax.Array
+    experts_MK: jax.Array
+
+
+def route(logits_ME: jax.Array, shape: MoEShape) -> Routes:
+    """The most probable experts of each token, the softmax being over all of them."""
+    weights_MK, experts_MK = jax.lax.top_k(jax.nn.softmax(logits_ME, axis=-1), shape.chosen)
+    if shape.renormalize:
+        weights_MK = weights_MK / weights_MK.sum(axis=-1, keepdims=True)
+    return Routes(weights_MK, experts_MK)
+
+
+class Answer(NamedTuple):
+    """What the layer gives for each token, and why: y [..., D], the router's logits [..., E] (float32) and the experts
+    that it chose, [..., K] int32.
+    """
+
+    y: jax.Array
+    logits: jax.Array
+    experts: jax.Array
+
+
+class Router(nnx.Module):
+    """`x @ kernel (+ bias)`, float32 whatever the type of computation: no close call must be rounded away.
+
+    kernel: [D, E]. Not a Linear, so that no adapter is attached to it.
+    """
+
+    def __init__(
+        self, shape: MoEShape, *, stddev: float, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs
+    ) -> None:
+        size = (shape.width, shape.experts)
+        self.kernel = nnx.Param(stddev * jax.random.normal(rngs.params(), size, param_dtype))
+        self.bias = nnx.Param(jnp.zeros((shape.experts,), param_dtype)) if shape.use_bias else None
+        self.dtype = dtype
+
+    def __call__(self, x_MD: jax.Array) -> jax.Array:
+        kernel = self.kernel.get_value().astype(self.dtype)
+        logits_ME = jnp.einsum("MD,DE->ME", x_MD.astype(self.dtype), kernel, preferred_element_type=jnp.float32)
+        return logits_ME if self.bias is None else logits_ME + self.bias.get_value().astype(jnp.float32)
+
+
+class ExpertLinear(nnx.Module):
+    """One linear map for each expert. kernel: [E, I, O], an array or a QuantizedArray. bias: [E, O] or None.
+
+    The adapter's slot is as in Linear, but that an adapter is told which rows are whose,
+    `adapter(x, y, kernel, sizes_E)`, and nothing random.
+    """
+
+    def __init__(
+        self, experts: int, inputs: int, outputs: int, *, use_bias: bool, stddev: float, dtype: jnp.dtype,
+        param_dtype: jnp.dtype, rngs: nnx.Rngs,
+    ) -> None:  # fmt: skip
+        size = (experts, inputs, outputs)
+        self.kernel = nnx.Param(stddev * jax.random.normal(rngs.params(), size, param_dtype))
+        self.bias = nnx.Param(jnp.zeros((experts, outputs), param_dtype)) if use_bias else None
+        self.adapter = nnx.data(None)
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array, sizes_E: jax.Array) -> jax.Array:
+        """x: [R, I], the rows of expert 0 first, sizes_E of them, then those of expert 1 and so on -> [R, O]."""
+        x, kernel = x.astype(self.dtype), self.kernel.get_value()
+        if isinstance(kernel, QuantizedArray):
+            y = through(jax.lax.ragged_dot, lambda kernel: kernel, x, kernel, sizes_E)
+        else:
+            y = jax.lax.ragged_dot(x, kernel.astype(self.dtype), sizes_E)
+        if self.adapter is not None:
+            y = self.adapter(x, y, kernel, sizes_E)
+        if self.bias is None:
+            return y
+        # As the kernel of one input more that is always 1: the gradient is then a grouped matmul too, not a scatter.
+        ones_R1, bias_E1O = jnp.ones((len(x), 1), self.dtype), self.bias.get_value().astype(self.dtype)[:, None]
+        return y + jax.lax.ragged_dot(ones_R1, bias_E1O, sizes_E)
+
+
+class MoE(nnx.Module):
+    """The weighted sum of what the chosen experts give; no expert has a capacity, so none drops a token.
+
+    Every token is worked on by itself: what lies beside it, padding included, changes nothing but the order of rows.
+    Traced under a mesh, each device works on its own rows: `moe_sharded` says what travels.
+    """
+
+    def __init__(
+        self, shape: MoEShape, *, stddev: float, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs
+    ) -> None:
+        options = {"stddev": stddev, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.shape = shape
+        self.dtype = dtype
+        self.router = Router(shape, **options)
+        options["use_bias"] = shape.use_bias
+        if shape.fused:
+            self.gate_up_proj = ExpertLinear(shape.experts, shape.width, 2 * shape.hidden, **options)
+        else:
+            self.gate_proj = ExpertLinear(shape.experts, shape.width, shape.hidden, **options)
+            self.up_proj = ExpertLinear(shape.experts, shape.width, shape.hidden, **options)
+        self.down_proj = ExpertLinear(shape.experts, shape.hidden, shape.width, **options)
+
+    def __call__(self, x_BSD: jax.Array, keys: jax.Array | None = None) -> jax.Array:
+        """`keys` is not used: nothing here is random."""
+        return self._answer(x_BSD).y
+
+    def counted(self, x_BSD: jax.Array, segments_BS: jax.Array, routing: RouterSums) -> tuple[jax.Array, RouterSums]:
+        """The same, and `routing` with this layer's tokens besides; those of segment 0 are padding."""
+        answer = self._answer(x_BSD)
+        return answer.y, routing.add(answer.logits, answer.experts, segments_BS > 0)
+
+    def _answer(self, x_BSD: jax.Array) -> Answer:
+        if not moe_sharded.divides(x_BSD.shape):
+            answer = self._routed(x_BSD.reshape(-1, self.shape.width), self._combine)
+            return jax.tree.map(lambda y: y.reshape(*x_BSD.shape[:2], -1), answer)
+        places = moe_sharded.places()
+
+        def work(layer: "MoE", x_MD: jax.Array) -> Answer:
+            together = functools.partial(moe_sharded.together, layer._experts, self.shape.experts // places)
+            return layer._routed(x_MD, layer._combine if places == 1 else together)
+
+        return moe_sharded.on_mesh(work, self, x_BSD)
+
+    def _routed(self, x_MD: jax.Array, combine: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]) -> Answer:
+        logits_ME = self.router(x_MD)
+        weights_MK, experts_MK = route(logits_ME, self.shape)
+        # Kept for the backward pass: rounded otherwise when recomputed, a close call would go to another expert
+        # than the one whose results were kept.
+        experts_MK = checkpoint_name(experts_MK, "dots")
+        y_MD = combine(x_MD.astype(self.dtype), weights_MK, experts_MK)
+        return Answer(y_MD.astype(self.dtype), logits_ME, experts_MK)
+
+    def _combine(self, x_MD: jax.Array, weights_MK: jax.Array, experts_MK: jax.Array) -> jax.Array:
+        experts_R = experts_MK.reshape(-1)
+        order_R = jnp.argsort(experts_R, stable=True)
+        sizes_E = jnp.bincount(experts_R, length=self.shape.experts).astype(jnp.int32)
+        rows_RD = self._experts(x_MD[order_R // self.shape.chosen], sizes_E)
+        rows_MKD = rows_RD[jnp.argsort(order_R)].reshape(*experts_MK.shape, -1)
+        return jnp.einsum("MKD,MK->MD", rows_MKD.astype(jnp.float32), weights_MK)
+
+    def _experts(self, x_RD: jax.Array, sizes_E: jax.Array) -> jax.Array:
+        if self.shape.fused:
+            both_R2F = checkpoint_name(self.gate_up_proj(x_RD, sizes_E), "dots")
+            gate_RF, up_RF = both_R2F[:, 0::2], both_R2F[:, 1::2]
+        else:
+            gate_RF = checkpoint_name(self.gate_proj(x_RD, sizes_E), "dots")
+            up_RF = checkpoint_name(self.up_proj(x_RD, sizes_E), "dots")
+        return self.down_proj(_gated(self.shape.activation, gate_RF, up_RF), sizes_E)
+
+
+def _gated(activation: str | ClampedSwiGLU, gate: jax.Array, up: jax.Array) -> jax.Array:
+    return ACTIVATIONS[activation](gate) * up if isinstance(activation, str) else activation(gate, up)

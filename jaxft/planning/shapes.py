@@ -1,0 +1,110 @@
+"""What a plan must know of a run, with little of it at hand: the model's shapes and the number of steps."""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from jaxft.assets import ASSETS
+from jaxft.checkpoint.load import hf_config_of, resolve
+from jaxft.config import RunConfig
+from jaxft.data import load_tokenizer, prepare
+from jaxft.errors import ConfigError, did_you_mean
+from jaxft.files.paths import HUB, read_json
+from jaxft.runs.batches import training_batches
+
+UNKNOWN_STEPS = 1000
+# Share of a packed sequence that is tokens, where the data cannot be looked at.
+FILL = 0.97
+
+
+@dataclass(frozen=True, kw_only=True)
+class Length:
+    """How long a run is. source: where the number of steps comes from, in words. known: False where it is a guess."""
+
+    steps: int
+    source: str
+    known: bool
+
+
+def shapes_of(config: RunConfig) -> tuple[dict[str, Any], str]:
+    """(config.json, where it comes from in words).
+
+    From the model's folder or the Hugging Face cache, else from the published shapes that ship with jaxft; nothing is
+    fetched. Raises ConfigError for a hub model in none of these places.
+    """
+    path = config.model.path
+    if not path.startswith(HUB):
+        folder = resolve(path)
+        if config.model.random_init:
+            return read_json(os.path.join(folder, "config.json")), f"config.json of {path}"
+        return hf_config_of(folder), f"config.json of {path}"
+    name, _, revision = path.removeprefix(HUB).strip("/").partition("@")
+    cached = _cached(name, revision or config.model.revision)
+    if cached is not None:
+        return read_json(cached), f"config.json of {name} in the Hugging Face cache"
+    known = published()
+    if name not in known:
+        lower = {candidate.lower(): candidate for candidate in known}
+        if name.lower() not in lower:
+            raise ConfigError(
+                f"the shapes of {path} are not known here: it is not in the Hugging Face cache, and jaxft ships shapes "
+                f"of {len(known)} models, but not of this one.{did_you_mean(name, known)} Fetch its config.json once "
+                f"(hf download {name} config.json), or give a folder with one: --config.model.path=FOLDER"
+            )
+        name = lower[name.lower()]
+    text = (ASSETS / "published" / f"{known[name]}.json").read_text(encoding="utf-8")
+    note = ", the text model alone" if known[name].endswith("-text") else ""
+    return json.loads(text), f"shapes of {name} that ship with jaxft{note}; {path} itself was not looked at"
+
+
+def published() -> dict[str, str]:
+    """Hub name -> stem of the file with its shapes."""
+    table = json.loads((ASSETS / "published_names.json").read_text(encoding="utf-8"))
+    return {name: stem for stem, names in table.items() for name in names}
+
+
+def _cached(name: str, revision: str | None) -> str | None:
+    # Imported here: only users of the hub need it.
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "config.json", revision=revision or "main")
+    return found if isinstance(found, str) else None
+
+
+def length_of(config: RunConfig, *, tokens: int | None = None, examples: int | None = None) -> Length:
+    """Steps of the run: train.steps, else from `tokens` or `examples` of the training set, else from the data itself.
+
+    Where nothing of this is known, a thousand steps stand in, and `known` is False.
+    """
+    train, data = config.train, config.data
+    if train.steps is not None:
+        return Length(steps=train.steps, source="train.steps", known=True)
+    if tokens is not None or examples is not None:
+        if any(count is not None and count < 1 for count in (tokens, examples)):
+            raise ConfigError("--tokens and --examples count what the training set holds: at least 1")
+        if tokens is None or not data.packing:
+            if examples is None:
+                raise ConfigError("data.packing=False: each example is a sequence of its own, so give --examples")
+            sequences, source = examples, f"--examples={examples:,}, a sequence each"
+        else:
+            sequences = math.ceil(tokens / (data.max_length * FILL))
+            source = f"--tokens={tokens:,}, packed to {FILL:.0%}"
+        steps = max(1, math.ceil(round(train.epochs * sequences / train.batch_size, 6)))
+        return Length(steps=steps, source=source, known=True)
+    paths = [one.path for one in data.mixture.values()] or [data.train]
+    if all(map(os.path.exists, paths)) and os.path.isdir(config.model.path):
+        tokenizer = load_tokenizer(config.model.path, chat_template=data.chat_template)
+        prepared = prepare(config, tokenizer)
+        _, steps = training_batches(prepared, config, tokenizer)
+        return Length(
+            steps=steps,
+            source=f"the {prepared.examination.sequences:,} sequences of {', '.join(paths)}",
+            known=True,
+        )
+    return Length(
+        steps=UNKNOWN_STEPS,
+        source=f"{UNKNOWN_STEPS} steps, because the data is not here: give --tokens=N or --examples=N",
+        known=False,
+    )

@@ -1,0 +1,227 @@
+"""Plans end to end: by arithmetic for GPUs, by the compiler for a TPU slice, and what is refused."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+import jaxft
+from jaxft import cli, config
+from jaxft.errors import ConfigError
+from jaxft.hardware.topology import parse
+from jaxft.planning import process as planning
+from jaxft.planning import search as plan_search
+from jaxft.planning.shapes import length_of, published, shapes_of
+from jaxft.planning.tables import print_plan
+
+ROOT = Path(__file__).parents[2]
+FULL, LORA = (str(ROOT / "configs" / f"llama3_1_8b_{kind}.py") for kind in ("full", "lora"))
+
+
+def planned(run, topology, **options):
+    length = length_of(run, tokens=options.pop("tokens", None), examples=options.pop("examples", None))
+    return planning.plan(run, parse(topology), level="O1", prices=None, length=length, **options)
+
+
+def test_a_gpu_is_planned_by_arithmetic():
+    figures = planned(config.load(FULL), "h100:8", tokens=100_000_000)
+    assert figures["fits"] and not figures["compiled"] and figures["optimization_level"] is None
+    parts, states = figures["argument_parts"], 8_030_261_248 * 4 / 8
+    assert parts["weights"] == states and parts["optimizer"] == pytest.approx(2 * states, rel=1e-6)
+    assert figures["argument_bytes"] == sum(parts.values())
+    assert figures["steps"] == math.ceil(100_000_000 / 4096 / 0.97 / 16) and figures["steps_known"]
+    assert figures["hours"] == pytest.approx(figures["steps"] * figures["step_seconds"] / 3600)
+    assert figures["usd"] == pytest.approx(figures["hours"] * 8 * figures["usd_per_chip_hour"])
+    assert 0.2 < figures["mfu"] < 0.75
+    assert "ship with jaxft" in figures["shapes_from"]
+    assert any("by arithmetic" in line for line in figures["unknown"])
+
+
+def test_an_adapter_leaves_the_base_without_moments():
+    figures = planned(config.load(LORA), "h100:8")
+    parts = figures["argument_parts"]
+    assert parts["weights"] == 8_030_261_248 * 2 / 8
+    assert parts["adapters"] == 41_943_040 * 4 / 8 and parts["optimizer"] == pytest.approx(
+        2 * parts["adapters"], rel=0.01
+    )
+    assert figures["steps"] == 1000 and not figures["steps_known"] and "--tokens" in figures["steps_from"]
+
+
+def test_what_does_not_fit_says_what_would():
+    figures = planned(config.load(FULL), "h100:1")
+    assert not figures["fits"]
+    assert figures["changes"] and all(c["hbm_peak_bytes"] < figures["hbm_limit_bytes"] for c in figures["changes"])
+    assert figures["changes"][0]["paste"].startswith("--topology=h100:")
+    assert "adapter.kind=lora" in figures["changes"][-1]["paste"]  # what learns otherwise comes last
+
+
+def pasted(path, topology, overrides, change):
+    """The config and the slice of a command with a change's options."""
+    options = change["paste"].split()
+    places = [option.removeprefix("--topology=") for option in options if option.startswith("--topology=")]
+    more = [option.removeprefix("--config.") for option in options if option.startswith("--config.")]
+    return config.load(path, [*overrides, *more]), places[0] if places else topology
+
+
+NOT_FITTING = {
+    "full": (FULL, "h100:1", []),
+    "adapters": (LORA, "l4:2", []),
+    "everything kept": (LORA, "l4:4", ["model.remat=dots"]),
+    "long rows": (LORA, "l4:4", ["data.max_length=65536", "train.batch_size=4"]),
+}
+
+
+@pytest.mark.parametrize("case", NOT_FITTING)
+def test_a_change_that_is_pasted_fits_and_is_what_was_said(case):
+    path, topology, overrides = NOT_FITTING[case]
+    figures = planned(config.load(path, overrides), topology)
+    assert not figures["fits"] and figures["changes"]
+    for change in figures["changes"]:
+        again = planned(*pasted(path, topology, overrides, change))
+        assert again["fits"] and again["hbm_peak_bytes"] == pytest.approx(change["hbm_peak_bytes"], abs=2)
+        assert again["step_seconds"] == pytest.approx(change["step_seconds"])
+    kinds = [re.sub(r"\d+", "N", change["what"]) for change in figures["changes"]]
+    assert len(set(kinds)) == len(kinds)
+    if case == "long rows":
+        assert any("mesh.context=" in change["paste"] for change in figures["changes"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_changes_fit_by_the_compiler_too():
+    path, topology = str(ROOT / "configs" / "smollm2_135m_lora.py"), "v5e:1x1"
+    overrides = ["model.path=hf://HuggingFaceTB/SmolLM2-135M-Instruct", "model.dtype=bfloat16", "model.remat=dots"]
+    overrides += ["train.batch_size=256", "data.max_length=4096"]
+    figures = jaxft.plan(config.load(path, overrides), topology)
+    assert not figures["fits"] and figures["changes"]
+    for change in (figures["changes"][0], figures["changes"][-1]):
+        run, place = pasted(path, topology, overrides, change)
+        again = jaxft.plan(run, place)
+        assert again["compiled"] and again["fits"], change
+
+
+def test_a_search_gives_overrides_that_lead_to_its_plan():
+    run = config.load(LORA)
+    length = length_of(run, tokens=10_000_000)
+    found = planning.search(run, "h100,rtx4090", 1, compiles=1, level="O1", prices=None, length=length)
+    assert 0 < found["fitting"] < found["tried"]
+    cheapest, fastest = found["cheapest"], found["fastest"]
+    assert fastest["step_seconds"] <= cheapest["step_seconds"] and cheapest["usd"] <= fastest["usd"]
+    assert fastest["topology"] == "h100:8"
+    pasted = [part.removeprefix("--config.") for part in fastest["overrides"].split()]
+    again = planned(config.load(LORA, pasted), fastest["topology"])
+    assert again["hbm_peak_bytes"] == fastest["hbm_peak_bytes"]
+    with pytest.raises(ConfigError, match="none of .* ways to run this on l4:1 fits"):
+        planning.search(config.load(FULL), "l4:1", 1, compiles=1, level="O1", prices=None, length=length)
+
+
+def test_steps_come_from_the_config_the_options_or_the_data(tmp_path):
+    run = config.load(LORA)
+    with_steps = dataclasses.replace(run, train=dataclasses.replace(run.train, steps=7))
+    assert length_of(with_steps).steps == 7
+    assert length_of(run, examples=160).steps == 10
+    smoke = config.load(f"{LORA}:smoke", {"train.steps": None})
+    assert length_of(smoke).known and smoke.data.train in length_of(smoke).source
+    unpacked = dataclasses.replace(run, data=dataclasses.replace(run.data, packing=False))
+    with pytest.raises(ConfigError, match="packing=False.*--examples"):
+        length_of(unpacked, tokens=1000)
+    with pytest.raises(ConfigError, match="at least 1"):
+        length_of(run, tokens=0)
+
+
+def test_every_published_shape_is_named_and_understood():
+    names = published()
+    files = {path.stem for path in (ROOT / "jaxft" / "assets" / "published").glob("*.json")}
+    assert set(names.values()) == files
+    hf_config, source = shapes_of(config.load(FULL, {"model.path": "hf://Qwen/qwen3-8b@main"}))
+    assert hf_config["model_type"] == "qwen3" and "Qwen/Qwen3-8B" in source
+    with pytest.raises(ConfigError, match="Did you mean 'meta-llama/Llama-3.1-8B'"):
+        shapes_of(config.load(FULL, {"model.path": "hf://meta-llama/Lama-3.1-8B"}))
+
+
+def test_prices_that_cannot_be_read_are_refused_before_anything_is_planned(monkeypatch):
+    monkeypatch.setattr(planning, "abstract_step_of", None)
+    with pytest.raises(ConfigError, match=r"prices in none\.json cannot be read"):
+        length = length_of(config.load(LORA), examples=16)
+        planning.plan(config.load(LORA), parse("h100:8"), level="O1", prices="none.json", length=length)
+
+
+# One compile for all: rows in parts, and what enters each layer on the host.
+OPTIONS = {"model.dtype": "bfloat16", "model.remat": "offload", "mesh.fsdp": 2, "mesh.context": 2}
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("needs libtpu")
+    return jaxft.plan(config.load(f"{FULL}:smoke", OPTIONS), "v5e:2x2")
+
+
+def test_a_tpu_slice_is_compiled_for(compiled):
+    figures = compiled
+    assert figures["compiled"] and figures["fits"] and figures["refused"] is None
+    assert figures["mesh"]["fsdp"] == figures["mesh"]["context"] == 2 and figures["optimization_level"] == "O1"
+    # The compiler's arguments are the parts that the shardings give, and a little padding.
+    parts = sum(figures["argument_parts"].values())
+    assert parts <= figures["argument_bytes"] < 1.5 * parts + 2**16
+    peak = figures["argument_bytes"] + figures["output_bytes"] - figures["aliased_bytes"] + figures["temp_bytes"]
+    assert figures["hbm_peak_bytes"] == peak + figures["code_bytes"]
+    # Every parameter multiplies every token thrice; the layers' forward products are computed once more.
+    assert figures["hardware_flops_per_step"] > figures["model_flops_per_step"] > 0
+    assert set(figures["collective_bytes_by_axis"]) == {"fsdp", "context", "fsdp+context"}
+    assert not [line for line in figures["unknown"] if "counted" in line and "block" not in line]
+
+
+def test_what_enters_each_layer_goes_to_the_host_and_comes_back(compiled):
+    run = config.load(f"{FULL}:smoke", OPTIONS)
+    sizes, tokens = shapes_of(run)[0], run.train.batch_size * run.data.max_length // 4
+    kept = sizes["num_hidden_layers"] * tokens * sizes["hidden_size"] * 2
+    assert compiled["host_traffic_bytes_per_step"] == 2 * kept
+    assert kept <= compiled["host_bytes"] < 2.1 * kept  # in whole tiles, which may be half full
+    assert any("host's memory" in line for line in compiled["unknown"])
+
+
+def test_every_figure_is_explained(compiled):
+    explained = set(re.findall(r"^\| `(\w+)`", (ROOT / "docs" / "plan.md").read_text(encoding="utf-8"), re.MULTILINE))
+    assert set(compiled) <= explained
+    assert explained - set(compiled) <= {"changes", "overrides"}
+
+
+def test_the_command_gives_json_and_refuses(capsys):
+    assert cli.main(["plan", f"--config={LORA}", "--topology=h100:8", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["chips"] == 8
+    # The process of its own passes its refusals on.
+    assert cli.main(["plan", f"--config={FULL}", "--topology=h100:8", "--config.train.batch_size=12"]) == 2
+    assert "do not divide over 8 devices" in capsys.readouterr().err
+
+
+def test_tables_say_what_is_known_and_what_is_not():
+    console = Console(record=True, width=120)
+    print_plan(planned(config.load(FULL), "h100:1"), console)
+    shown = console.export_text()
+    for part in ("does not fit", "optimizer", "USD", "1,000 steps", "--topology=h100:2", "s a step", "not known"):
+        assert part in shown
+
+
+def test_a_search_goes_on_until_one_fits(monkeypatch):
+    """The compiler refuses whatever arithmetic gives more than half of the memory: the next smaller is tried."""
+    asked = []
+
+    def measure(job, level):
+        known = plan_search.reckon(job)
+        asked.append(known.memory.peak)
+        big = known.memory.peak > 0.5 * job.slices.chip.hbm_bytes
+        return dataclasses.replace(known, refused="RESOURCE_EXHAUSTED" if big else None)
+
+    monkeypatch.setattr(plan_search, "measure", measure)
+    run = config.load(LORA)
+    found = planning.search(run, "h100", 1, compiles=20, level="O1", prices=None, length=length_of(run))
+    assert found["cheapest"]["fits"] and found["fastest"]["fits"]
+    assert asked[1] <= 0.9 * asked[0]  # what needs hardly less is passed over
+    one = planning.search(run, "h100:1", 1, compiles=0, level="O1", prices=None, length=length_of(run))
+    assert one["cheapest"] is None and one["candidates"]
