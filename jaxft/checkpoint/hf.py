@@ -19,6 +19,7 @@ from jaxft.checkpoint.quantized.on_load import quantized_array
 from jaxft.checkpoint.safetensors_writer import Index, LazyTensor, gather_sharded, write_sharded
 from jaxft.checkpoint.tensors import TensorSource, TensorSpec, block_bounds
 from jaxft.errors import CheckpointError
+from jaxft.files.atomic import write_text
 from jaxft.files.paths import read_json as read_json
 from jaxft.models.tensor_map import ParamTensors, Piece, place
 from jaxft.nn.stack import group_layers
@@ -137,9 +138,7 @@ def write_config(
     config = {k: v for k, v in hf_config.items() if k not in replaced} | {"torch_dtype": dtype}
     tokens = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(k) is not None}
     for name, value in (("config.json", config), ("generation_config.json", generation or tokens)):
-        with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=2)
-            file.write("\n")
+        write_text(os.path.join(folder, name), json.dumps(value, indent=2) + "\n")
 
 
 def hf_shape(placed: ParamTensors, piece: Piece, shape: tuple[int, ...]) -> tuple[int, ...]:

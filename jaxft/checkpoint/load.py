@@ -25,6 +25,7 @@ from jaxft.checkpoint.tensors import SafetensorsFolder, TensorSource
 from jaxft.checkpoint.text_part import TextPart
 from jaxft.errors import CheckpointError, ModelError
 from jaxft.files.paths import HUB, fetch_hub, is_file, is_remote, open_folder, read_json
+from jaxft.files.run_folder import ADAPTER, MERGED, MODEL, is_run_folder
 from jaxft.models.nested import OUTERS
 from jaxft.nn.virtual import virtual_ids
 from jaxft.quant import FORMATS, is_quantized
@@ -182,8 +183,8 @@ def resolve(path: str, revision: str | None = None) -> str:
     """A local path: hf:// names through the Hugging Face cache, run folders to what they exported."""
     if path.startswith(HUB):
         return fetch_hub(path, revision)
-    if os.path.isdir(os.path.join(path, "checkpoints")):
-        for kind in ("adapter", "model", "merged"):
+    if is_run_folder(path):
+        for kind in (ADAPTER, MODEL, MERGED):
             if os.path.isdir(os.path.join(path, kind)):
                 return os.path.join(path, kind)
         raise CheckpointError(

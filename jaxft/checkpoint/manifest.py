@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxft.errors import CheckpointError
+from jaxft.files.atomic import unfinished_file, write_text
 
 NAME = "manifest.json"
 ALGORITHM = "blake2b"
@@ -24,12 +25,7 @@ def write(folder: str | os.PathLike[str]) -> Path:
     folder = Path(folder)
     content = {"algorithm": ALGORITHM, "files": _digests(folder, _digest)}
     text = json.dumps(content | {"checksum": _own_checksum(content)}, indent=1)
-    unfinished = folder / f"{NAME}.tmp"
-    with open(unfinished, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())  # a rename may reach the disk before the bytes do
-    os.replace(unfinished, folder / NAME)
+    write_text(folder / NAME, text)
     return folder / NAME
 
 
@@ -85,7 +81,7 @@ def _own_checksum(content: Mapping[str, Any]) -> str:
 
 
 def _digests(folder: Path, digest: Callable[[Path], dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    unlisted = {folder / NAME, folder / f"{NAME}.tmp"}
+    unlisted = {folder / NAME, unfinished_file(folder / NAME)}
     paths = sorted(p for p in folder.rglob("*") if (p.is_symlink() or not p.is_dir()) and p not in unlisted)
     with ThreadPoolExecutor(THREADS) as pool:
         found = list(pool.map(digest, paths))

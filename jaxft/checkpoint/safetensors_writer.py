@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxft.checkpoint.tensors import DTYPES, TensorSpec, block_bounds
 from jaxft.errors import ExportError
+from jaxft.files.atomic import unfinished_file, write_file, write_text
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 BLOCK_BYTES = 2**28
@@ -40,7 +41,7 @@ def write_safetensors(
                 # No variable holds the array, so that it is gone before the next is made.
                 file.write(_bytes_of(name, *tensors[name], index))
 
-    write_whole(os.fspath(path), fill)
+    write_file(path, fill)
 
 
 def is_finished(
@@ -155,7 +156,9 @@ def write_sharded(
     folder = os.fspath(folder)
     plan = plan_shards({name: spec for name, (spec, _) in tensors.items()}, max_bytes, stem)
     index = f"{stem}.safetensors.index.json"
-    own = {*plan.files, index, *(f"{file}.tmp" for file in (*plan.files, index))} if keep_finished else set(plan.files)
+    own = set(plan.files)
+    if keep_finished:
+        own |= {index, *(str(unfinished_file(file)) for file in (*plan.files, index))}
     old = sorted(f for f in os.listdir(folder) if f.startswith(stem) and ".safetensors" in f and f not in own)
     if old:
         raise ExportError(f"{folder} already holds {', '.join(old[:3])}: remove them or write to an empty folder")
@@ -166,8 +169,7 @@ def write_sharded(
             write_safetensors(os.path.join(folder, file), chosen, metadata)
     if plan.index is None:
         return list(plan.files)
-    text = json.dumps(plan.index, indent=2) + "\n"
-    write_whole(os.path.join(folder, index), lambda file: file.write(text.encode()))
+    write_text(os.path.join(folder, index), json.dumps(plan.index, indent=2) + "\n")
     return [*plan.files, index]
 
 
@@ -183,27 +185,3 @@ def gather_sharded(tensors: Mapping[str, LazyTensor], *, max_bytes: int = 2**62)
             for index in blocks(spec):
                 make_block(make, index)
     return [*plan.files, *([] if plan.index is None else ["model.safetensors.index.json"])]
-
-
-def write_whole(path: str, fill: Callable[[BinaryIO], object]) -> None:
-    """Write a file beside `path`, flush to disk, then rename: a crash leaves the old file or the new one."""
-    temporary = f"{path}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            fill(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-    sync_folder(os.path.dirname(path) or ".")
-
-
-def sync_folder(path: str) -> None:
-    """Makes the names in a folder outlive a crash of the machine."""
-    directory = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

@@ -23,12 +23,13 @@ from jaxft.checkpoint.gguf.write import written_bytes as gguf_bytes
 from jaxft.checkpoint.load import base_of, left_out, open_weights, resolve
 from jaxft.checkpoint.merged import Merged
 from jaxft.checkpoint.peft.folder import CONFIG, AdapterTensors
-from jaxft.checkpoint.safetensors_writer import Index, LazyTensor, sync_folder
+from jaxft.checkpoint.safetensors_writer import Index, LazyTensor
 from jaxft.checkpoint.tensors import TensorSource, TensorSpec
 from jaxft.conversion import targets
 from jaxft.conversion.progress import progress
 from jaxft.data.tokenizers.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from jaxft.errors import ConfigError, ExportError, JaxftError
+from jaxft.files.atomic import publish, unfinished_folder
 from jaxft.files.paths import is_file, is_remote, open_folder
 from jaxft.trees import flatten
 
@@ -91,8 +92,7 @@ def convert(
     with _unfinished(Path(to), job, resumable=form == "hf") as folder:
         figures = _write(origin, folder, form, dtype, max_shard_bytes, console)
         whole = folder / targets.GGUF_NAME if form.startswith("gguf") else folder
-        os.replace(whole, to)
-        sync_folder(os.path.dirname(os.path.abspath(to)))
+        publish(whole, to)
     figures |= {} if origin.left_out is None else {"left_out": origin.left_out}
     return {"to": to, "form": form, "dtype": dtype, **figures, "seconds": round(time.monotonic() - start, 2)}
 
@@ -150,7 +150,7 @@ def _written_bytes(origin: Origin, form: str, dtype: str) -> int:
 def _check_space(to: Path, size: int) -> None:
     """Raises ExportError where the disk has no room. What an earlier call left there is kept, or goes first."""
     there = next(p for p in to.absolute().parents if p.exists())
-    left = sum(f.stat().st_size for f in _beside(to).rglob("*") if f.is_file())
+    left = sum(f.stat().st_size for f in unfinished_folder(to).rglob("*") if f.is_file())
     free, needed = shutil.disk_usage(there).free, size + SMALL_FILES - left
     if needed > free:
         raise ExportError(
@@ -247,11 +247,6 @@ def _files_of(path: str) -> list[Any]:
     return [path if is_remote(path) else os.path.abspath(path), [[n, folder.size(n), times.get(n)] for n in files]]
 
 
-def _beside(to: Path) -> Path:
-    """The folder in which a target is made."""
-    return to.with_name(f"{to.name}.partial")
-
-
 @contextlib.contextmanager
 def _unfinished(to: Path, job: dict[str, Any], *, resumable: bool) -> Iterator[Path]:
     """The folder `out` in `to`.partial, locked.
@@ -259,7 +254,7 @@ def _unfinished(to: Path, job: dict[str, Any], *, resumable: bool) -> Iterator[P
     It is kept for the next call where that can go on with what is there, else removed when anything
     goes wrong, and whatever a killed call left is removed first.
     """
-    parent = _beside(to)
+    parent = unfinished_folder(to)
     if parent.exists() and not (parent / STATE).is_file():
         raise ExportError(f"{parent} is in the way and is not an unfinished conversion: remove it")
     parent.mkdir(parents=True, exist_ok=True)

@@ -1,1 +1,1 @@
-"""Files wherever they lie: paths and addresses, headers, writes that are whole or absent, the run folder."""
+"""Files wherever they are: paths and addresses, GGUF headers, atomic writes, the names in a run folder."""

@@ -22,13 +22,13 @@ from jaxft.checkpoint.quantized import loftq
 from jaxft.config import RunConfig
 from jaxft.data.tokenizers.tokenizer import load_tokenizer
 from jaxft.errors import ConfigError
+from jaxft.files.run_folder import BASE
 from jaxft.nn import stack
 from jaxft.objectives.router import RouterCoefficients
 from jaxft.objectives.sft import sft_loss
 from jaxft.objectives.token_loss import TokenLoss
 from jaxft.optim.averages import evaluated, with_average
 from jaxft.optim.make import make_optimizer
-from jaxft.runs import folder as files
 from jaxft.sharding.arrays import put_global
 from jaxft.sharding.mesh import MeshPlan, auto_mesh, make_mesh_plan
 from jaxft.sharding.processes import on_primary
@@ -46,7 +46,7 @@ def build_model(config: RunConfig, mesh: MeshPlan | None = None, *, random_base:
     model = config.model
     path = model.path
     if model.random_init:
-        path = str(random_base or Path(config.output_dir) / files.BASE)
+        path = str(random_base or Path(config.output_dir) / BASE)
         on_primary(lambda: _draw_weights(config, Path(path)))
     loaded = load_model(path, revision=model.revision, mesh=mesh, **_types(config))
     if loaded.adapter is not None:

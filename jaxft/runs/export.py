@@ -17,9 +17,10 @@ from jaxft.checkpoint.verify import Check, apart, check_export, probe
 from jaxft.config import RunConfig
 from jaxft.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from jaxft.errors import ConfigError, ExportError
+from jaxft.files.run_folder import ADAPTER, CHECKPOINTS, MERGED, MODEL, is_run_folder
 from jaxft.optim.make import make_schedule
-from jaxft.runs import folder as files
 from jaxft.runs.build import build_model, evaluated_weights, make_tx
+from jaxft.runs.folder import fresh_subfolder, run_config
 from jaxft.sharding.mesh import MeshPlan
 from jaxft.sharding.processes import on_primary
 from jaxft.training.state import create, saved_part, with_saved
@@ -81,17 +82,17 @@ def load_trained(source: str, step: int | None = None, *, quantized: bool = True
     """A model of any kind; of a run folder, what a checkpoint holds. quantised: False puts a run's adapter on the base
     in its own precision.
     """
-    if not os.path.isdir(os.path.join(source, files.CHECKPOINTS)):
+    if not is_run_folder(source):
         if step is not None:
             raise ConfigError(f"{source} is not a run folder, so it has no step {step}")
         return load_model(source)
-    config = files.run_config(source)
+    config = run_config(source)
     if not quantized:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, quantization=None))
     loaded = build_model(config)
     schedule = make_schedule(config.optim, 10**9)
     _, state = create(loaded.module, make_tx(config, loaded.module, schedule), config.seed)
-    with RunCheckpoints(Path(source) / files.CHECKPOINTS, keep=1, read_only=True) as checkpoints:
+    with RunCheckpoints(Path(source) / CHECKPOINTS, keep=1, read_only=True) as checkpoints:
         restored = checkpoints.restore(saved_part(state), step)
     if restored is None:
         raise ConfigError(f"{source} has no whole checkpoint yet")
@@ -112,12 +113,12 @@ def export_run(
     out: dict[str, Any] = {}
     wanted = []
     if adapters(loaded.module) or virtual(loaded.module):
-        wanted += [("adapter", files.ADAPTER)] if config.export.adapter else []
-        wanted += [("merged", files.MERGED)] if config.export.merged else []
+        wanted += [("adapter", ADAPTER)] if config.export.adapter else []
+        wanted += [("merged", MERGED)] if config.export.merged else []
     else:
-        wanted.append(("merged", files.MODEL))
+        wanted.append(("merged", MODEL))
     for format, name in wanted:
-        target = Path(on_primary(lambda name=name: str(files.fresh_subfolder(folder, name))))
+        target = Path(on_primary(lambda name=name: str(fresh_subfolder(folder, name))))
         checks = write(loaded, tokenizer, target, format=format, mesh=mesh)
         out[name] = name
         out[f"{name}_checks"] = {c.reader: c.difference for c in checks}

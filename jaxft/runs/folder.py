@@ -1,6 +1,5 @@
-"""The files of a run folder."""
+"""Opens the folder of a run, or refuses one that holds another run."""
 
-import json
 import os
 import shutil
 import time
@@ -12,28 +11,15 @@ import jax
 
 from jaxft import config as config_module
 from jaxft.config import RunConfig
-from jaxft.data.tokenizers.tokenizer import CHAT_TEMPLATE
 from jaxft.errors import ConfigError
+from jaxft.files.atomic import write_text
+from jaxft.files.run_folder import CHAT_TEMPLATE, CHECKPOINTS, CONFIG, DATA, SCORES, is_run_folder, write_json
 
-CONFIG, DATA, SCORES = "config.json", "data.json", "scores.json"
-CHECKPOINTS, ADAPTER, MODEL, MERGED, BASE = "checkpoints", "adapter", "model", "merged", "base"
 # Fields that may differ when a run goes on: they change what is shown or kept, not what is learnt.
 FREE_TO_CHANGE = (
     "output_dir", "model.remat", "mesh.", "train.log_every", "train.eval_every", "checkpoint.keep", "checkpoint.every",
     "export.",
 )  # fmt: skip
-
-
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Writes JSON so that a kill leaves the old file or the new one."""
-    beside = Path(path).with_suffix(".tmp")
-    beside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(beside, path)
-
-
-def read_json(path: str | os.PathLike[str], default: Any = None) -> Any:
-    """The JSON in a file, or `default` where there is no file."""
-    return json.loads(Path(path).read_text(encoding="utf-8")) if os.path.isfile(path) else default
 
 
 def open_run(config: RunConfig, data: Mapping[str, Any], template: str | None = None) -> None:
@@ -59,7 +45,7 @@ def open_run(config: RunConfig, data: Mapping[str, Any], template: str | None = 
     write_json(folder / CONFIG, config.to_dict())
     write_json(folder / DATA, data)
     if template is not None:
-        (folder / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
+        write_text(folder / CHAT_TEMPLATE, template)
 
 
 def chat_template(folder: str | os.PathLike[str]) -> str | None:
@@ -87,7 +73,7 @@ def check_shared(folder: Path, seconds: float = 30.0) -> None:
 def run_config(folder: str | os.PathLike[str]) -> RunConfig:
     """The config of a run folder. Raises ConfigError where it is none."""
     path = Path(folder) / CONFIG
-    if not path.is_file() or not (Path(folder) / CHECKPOINTS).is_dir():
+    if not path.is_file() or not is_run_folder(folder):
         raise ConfigError(f"{folder} is not a run folder: it lacks {CONFIG} or {CHECKPOINTS}/")
     return config_module.from_json(str(path))
 

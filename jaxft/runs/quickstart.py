@@ -15,6 +15,8 @@ from jaxft.checkpoint.load import load_model
 from jaxft.config import load
 from jaxft.data.tokenizers.tokenizer import load_tokenizer
 from jaxft.errors import CheckpointError, ConfigError
+from jaxft.files.atomic import new_folder
+from jaxft.files.run_folder import SUMMARY
 from jaxft.runs.train import train
 from jaxft.sharding.processes import is_multi_process
 
@@ -36,7 +38,7 @@ def quickstart(*, console: Console, overrides: tuple[str, ...] = ()) -> dict[str
     if not os.path.isdir(config.model.path):
         console.print(f"writing SmolLM2-135M-Instruct as a Hugging Face folder to {config.model.path} ...")
         convert(find_gguf(), Path(config.model.path))
-    if (Path(config.output_dir) / "summary.json").is_file():
+    if (Path(config.output_dir) / SUMMARY).is_file():
         console.print(f"{config.output_dir} holds a finished quickstart; starting anew", highlight=False)
         shutil.rmtree(config.output_dir)
     return train(config, console=console)
@@ -59,11 +61,8 @@ def find_gguf() -> str:
 
 def convert(gguf: str, folder: Path) -> None:
     """Writes a GGUF model as a float32 Hugging Face folder, which appears whole or not at all."""
-    beside = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
     loaded, tokenizer = load_model(gguf), load_tokenizer(gguf)
-    hf.write_weights(loaded.module, str(beside))
-    hf.write_config(str(beside), loaded.hf_config, dtype="float32", generation=tokenizer.generation_config())
-    tokenizer.save(beside)
-    os.replace(beside, folder)
+    with new_folder(folder) as unfinished:
+        hf.write_weights(loaded.module, str(unfinished))
+        hf.write_config(str(unfinished), loaded.hf_config, dtype="float32", generation=tokenizer.generation_config())
+        tokenizer.save(unfinished)

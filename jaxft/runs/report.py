@@ -19,7 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 
 from jaxft.errors import DataError
-from jaxft.training.log import METRICS_FILE, read_metrics
+from jaxft.files.run_folder import CONFIG, DATA, LOSS_PLOT, METRICS, REPORT, SCORES
+from jaxft.training.log import read_metrics
 
 Row = dict[str, Any]
 
@@ -35,10 +36,10 @@ DARK = {
 }  # fmt: skip
 
 ABSENT = {
-    "config.json": "config.json is missing: what was run is not known.",
-    METRICS_FILE: f"{METRICS_FILE} is missing: no training step has been logged.",
-    "data.json": "data.json is missing: the training data have not been examined.",
-    "scores.json": "scores.json is missing: the model has not been scored. Set eval.metric to have that done.",
+    CONFIG: f"{CONFIG} is missing: what was run is not known.",
+    METRICS: f"{METRICS} is missing: no training step has been logged.",
+    DATA: f"{DATA} is missing: the training data have not been examined.",
+    SCORES: f"{SCORES} is missing: the model has not been scored. Set eval.metric to have that done.",
 }
 SAMPLES_SHOWN = 12
 
@@ -53,9 +54,9 @@ def write_report(folder: str | os.PathLike[str]) -> tuple[Path, Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"no run folder {str(folder)!r}: give the output_dir of a run")
-    config, config_gap = _read_json(folder / "config.json")
-    data, data_gap = _read_json(folder / "data.json")
-    scores, scores_gap = _read_json(folder / "scores.json")
+    config, config_gap = _read_json(folder / CONFIG)
+    data, data_gap = _read_json(folder / DATA)
+    scores, scores_gap = _read_json(folder / SCORES)
     rows, metrics_gap = _read_rows(folder)
     samples = [_sample(s) for s in _listed(scores.get("samples")) if isinstance(s, Mapping)]
     page = _template().render(
@@ -72,10 +73,10 @@ def write_report(folder: str | os.PathLike[str]) -> tuple[Path, Path]:
         config_text="\n".join(_dotted(config)),
         gaps={
             "config": config_gap, "data": data_gap, "metrics": metrics_gap, "scores": scores_gap,
-            "samples": scores_gap or "scores.json holds no samples.",
+            "samples": scores_gap or f"{SCORES} holds no samples.",
         },
     )  # fmt: skip
-    html_path, png_path = folder / "report.html", folder / "loss.png"
+    html_path, png_path = folder / REPORT, folder / LOSS_PLOT
     html_path.write_text(page, encoding="utf-8")
     _write_png(png_path, rows, metrics_gap)
     return html_path, png_path
@@ -125,13 +126,13 @@ def _read_json(path: Path) -> tuple[dict[str, Any], str | None]:
 
 
 def _read_rows(folder: Path) -> tuple[list[Row], str | None]:
-    if not (folder / METRICS_FILE).is_file():
-        return [], ABSENT[METRICS_FILE]
+    if not (folder / METRICS).is_file():
+        return [], ABSENT[METRICS]
     try:
         rows = read_metrics(folder)
     except DataError as error:
         return [], str(error)
-    return rows, None if rows else f"{METRICS_FILE} is empty: no training step has been logged."
+    return rows, None if rows else f"{METRICS} is empty: no training step has been logged."
 
 
 def _series(rows: Sequence[Row], key: str) -> tuple[list[int], list[float]]:
@@ -365,7 +366,7 @@ def _write_png(path: Path, rows: Sequence[Row], gap: str | None) -> None:
             draw(axes, rows)
         else:
             axes.set_axis_off()
-            words = textwrap.fill(gap or f"{METRICS_FILE} holds no {' or '.join(keys)}.", 90)
+            words = textwrap.fill(gap or f"{METRICS} holds no {' or '.join(keys)}.", 90)
             axes.text(0.5, 0.5, words, transform=axes.transAxes, ha="center", color=LIGHT["quiet"])
     loss.set_xlabel("")
     figure.savefig(path, format="png", dpi=150, metadata={"Software": None})

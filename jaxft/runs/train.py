@@ -22,9 +22,9 @@ from jaxft.data.loader import Loader
 from jaxft.data.mixture import Mixture
 from jaxft.errors import DataError
 from jaxft.evaluation.held_out import held_out_loss
+from jaxft.files import run_folder
 from jaxft.objectives.sft import sft_loss
 from jaxft.optim.make import make_schedule
-from jaxft.runs import folder as files
 from jaxft.runs.batches import described, make_loader, print_mixture, training_batches
 from jaxft.runs.build import (
     abstract_model,
@@ -37,6 +37,7 @@ from jaxft.runs.build import (
     router_coefficients,
 )
 from jaxft.runs.export import export_run
+from jaxft.runs.folder import check_shared, open_run
 from jaxft.runs.report import write_report
 from jaxft.runs.scores import answer, figures, samples
 from jaxft.sharding import distributed
@@ -77,29 +78,29 @@ def train(config: RunConfig, *, console: Console | None = None) -> dict[str, Any
     print_mixture(run.loader, console)
     console.print("\ntwo training rows, their trained tokens marked:", highlight=False)
     render_rows(run.data.train_examples, run.tokenizer, limit=2, console=console)
-    loaded = build_model(config, run.mesh, random_base=run.folder / files.BASE)
+    loaded = build_model(config, run.mesh, random_base=run.folder / run_folder.BASE)
     if loaded.left_out is not None:
         console.print(loaded.left_out, highlight=False, soft_wrap=True)
-    scores = on_primary(lambda: files.read_json(run.folder / files.SCORES, {}))
+    scores = on_primary(lambda: run_folder.read_json(run.folder / run_folder.SCORES, {}))
     if config.eval.metric and "base" not in scores:
         console.print(f"base model, {len(run.data.eval_prompts)} held-out rows, by generation ...", highlight=False)
         base = answer(_base(loaded.module), run.tokenizer, run.data, config.eval)
         scores = {"metric": config.eval.metric, "base": figures(base, run.data.eval_references)}
         scores["base_answers"] = list(base.texts)
-        on_primary(lambda: files.write_json(run.folder / files.SCORES, scores))
+        on_primary(lambda: run_folder.write_json(run.folder / run_folder.SCORES, scores))
     held_out = _fit(run, loaded, console)
     if config.eval.metric:
         console.print(f"tuned model, {len(run.data.eval_prompts)} held-out rows, by generation ...", highlight=False)
         tuned = answer(loaded.module, run.tokenizer, run.data, config.eval)
         scores["tuned"] = figures(tuned, run.data.eval_references)
         scores["samples"] = samples(run.tokenizer, run.data, scores["base_answers"], tuned)
-        on_primary(lambda: files.write_json(run.folder / files.SCORES, scores))
+        on_primary(lambda: run_folder.write_json(run.folder / run_folder.SCORES, scores))
     exports = export_run(loaded, run.tokenizer, config, run.folder, console, run.mesh)
 
     def finish() -> dict[str, Any]:
         html, png = write_report(run.folder)
         summary = _summary(run, held_out, scores, exports) | {"report": html.name, "loss_plot": png.name}
-        files.write_json(run.folder / "summary.json", summary)
+        run_folder.write_json(run.folder / run_folder.SUMMARY, summary)
         return summary
 
     return on_primary(finish)
@@ -130,8 +131,8 @@ def set_up(config: RunConfig) -> Run:
     make_schedule(config.optim, total_steps)
     router_coefficients(config, model)
     folder = Path(config.output_dir)
-    on_primary(lambda: files.open_run(config, described(data, loader), tokenizer.chat_template))
-    files.check_shared(folder)
+    on_primary(lambda: open_run(config, described(data, loader), tokenizer.chat_template))
+    check_shared(folder)
     return Run(
         config=config,
         folder=folder,
@@ -181,7 +182,7 @@ def _fit(run: Run, loaded: LoadedModel, console: Console) -> dict[str, float]:
     schedule = make_schedule(config.optim, run.total_steps)
     tx = make_tx(config, loaded.module, schedule)
     checkpoints = RunCheckpoints(
-        run.folder / files.CHECKPOINTS,
+        run.folder / run_folder.CHECKPOINTS,
         keep=config.checkpoint.keep,
         best_metric=config.checkpoint.best_metric,
         best_mode=config.checkpoint.best_mode,

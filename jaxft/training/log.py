@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from jaxft.errors import DataError, JaxftError
-
-METRICS_FILE = "metrics.jsonl"
+from jaxft.files.atomic import write_text
+from jaxft.files.run_folder import METRICS, TENSORBOARD
 
 # Keys whose values come from a clock: two runs that are equal in every other key are the same run.
 TIMING_KEYS = ("tokens_per_second", "step_seconds", "eval_seconds", "elapsed_seconds")
@@ -49,11 +49,11 @@ class RunLog:
     ) -> None:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / METRICS_FILE
+        path = folder / METRICS
         _cut(path, resume_step)
         # Line buffering: what was logged is with the operating system, and outlives a SIGKILL of this process.
         self._file = open(path, "a", buffering=1, encoding="utf-8", newline="\n")
-        self._board = _open_board(folder / "tensorboard", 0 if resume_step is None else resume_step + 1)
+        self._board = _open_board(folder / TENSORBOARD, 0 if resume_step is None else resume_step + 1)
         self._remaining = _Remaining(total_steps, clock)
         if console is None or quiet:
             console = Console(quiet=quiet)
@@ -129,9 +129,9 @@ def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
     Raises DataError where the file is absent, or damaged before its last line.
     """
-    path = Path(folder) / METRICS_FILE
+    path = Path(folder) / METRICS
     if not path.is_file():
-        raise DataError(f"no {METRICS_FILE} in {str(folder)!r}: it is no run folder, or training never started there")
+        raise DataError(f"no {METRICS} in {str(folder)!r}: it is no run folder, or training never started there")
     return _read(path)
 
 
@@ -158,10 +158,8 @@ def _cut(path: Path, resume_step: int | None) -> None:
     """Leave in the file only what the checkpoint at resume_step had already seen."""
     kept = [] if resume_step is None or not path.exists() else _read(path)
     kept = [row for row in kept if row["step"] <= resume_step]
-    # Written beside and moved over, so that a kill in this moment loses nothing.
-    beside = path.with_suffix(".tmp")
-    beside.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in kept), encoding="utf-8")
-    os.replace(beside, path)
+    # Atomic, so that a kill in this moment loses nothing.
+    write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept))
 
 
 def _plain(key: str, value: Any, step: int) -> int | float:

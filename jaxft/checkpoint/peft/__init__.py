@@ -28,6 +28,7 @@ from jaxft.checkpoint.peft.folder import CONFIG, PREFIX, WEIGHTS, AdapterTensors
 from jaxft.checkpoint.safetensors_writer import Index, LazyTensor, gather_sharded, write_safetensors
 from jaxft.checkpoint.tensors import TensorSpec
 from jaxft.errors import CheckpointError, ModelError, did_you_mean
+from jaxft.files.atomic import write_text
 from jaxft.models.nested import nested_module, peft_targets, text_name
 from jaxft.sharding.arrays import to_host
 from jaxft.sharding.processes import is_primary
@@ -101,9 +102,7 @@ def write_adapter(model: nnx.Module, folder: str, *, base: str, nested: bool = F
         config["modules_to_save"] = sorted({key.removeprefix(PREFIX).rpartition(".")[0] for key in keys})
         # Without, PEFT would train a copy of a tied table and leave the head as it was.
         config["ensure_weight_tying"] = PREFIX + TIED_HEAD in (part.key for part in whole) and model.lm_head is None
-    with open(os.path.join(folder, CONFIG), "w", encoding="utf-8") as file:
-        json.dump(config, file, indent=2, sort_keys=True)
-        file.write("\n")
+    write_text(os.path.join(folder, CONFIG), json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def read_adapter(model: nnx.Module, folder: str) -> tuple[str, ...]:

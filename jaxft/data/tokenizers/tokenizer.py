@@ -16,14 +16,14 @@ from typing import Any
 from jaxft.data.chat import template_probes
 from jaxft.errors import DataError, ModelError
 from jaxft.files.paths import copy_small_files, is_remote
+from jaxft.files.run_folder import ADAPTER, CHAT_TEMPLATE, MERGED, MODEL
 
 HUB = "hf://"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
-CHAT_TEMPLATE = "chat_template.jinja"  # the name that transformers gives it too
 SPECIAL_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 # Where a run folder keeps its exported tokenizer.
-EXPORTS = ("merged", "model", "adapter")
+EXPORTS = (MERGED, MODEL, ADAPTER)
 # Files beside a SentencePiece model that say how it is to be used.
 COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", CHAT_TEMPLATE)
 

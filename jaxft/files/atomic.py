@@ -1,0 +1,86 @@
+"""Atomic writes: a file or a folder is written under another name, flushed to disk and then renamed.
+
+A kill, a full disk or a crash of the machine leaves what was there before, or the new content whole.
+"""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+FilePath = str | os.PathLike[str]
+
+
+def unfinished_file(path: FilePath) -> Path:
+    """The name under which `write_file` writes: the file's own with `.tmp` behind it, in the same folder."""
+    return Path(f"{os.fspath(path)}.tmp")
+
+
+def unfinished_folder(path: FilePath) -> Path:
+    """The name under which a folder, or what needs a folder to be made in, is written: the target's with `.partial`."""
+    return Path(path).with_name(f"{Path(path).name}.partial")
+
+
+def write_file(path: FilePath, fill: Callable[[BinaryIO], object]) -> None:
+    """Writes a file by calling `fill` with it, opened for bytes. The file appears whole, or the old one stays.
+
+    Raises whatever `fill` raises, and OSError if the disk is full; the unfinished file is then removed.
+    """
+    unfinished = unfinished_file(path)
+    try:
+        with open(unfinished, "wb") as file:
+            fill(file)
+            file.flush()
+            os.fsync(file.fileno())  # a rename may reach the disk before the bytes do
+        _rename(unfinished, Path(path))
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_text(path: FilePath, text: str) -> None:
+    """Writes text in UTF-8, as `write_file` does."""
+    write_file(path, lambda file: file.write(text.encode()))
+
+
+@contextlib.contextmanager
+def new_folder(path: FilePath) -> Iterator[Path]:
+    """Yields an empty folder that takes the name `path` when the block ends, and is removed if the block raises.
+
+    What an earlier call left unfinished is removed first; missing parent folders are made. Raises OSError if `path` is
+    a folder with files in it.
+    """
+    unfinished = unfinished_folder(path)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        publish(unfinished, path)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def publish(unfinished: FilePath, path: FilePath) -> None:
+    """Flushes a finished file or folder to disk and renames it to `path`, which is absent, a file or an empty folder.
+
+    Both names are on one file system.
+    """
+    unfinished = Path(unfinished)
+    for entry in (unfinished, *unfinished.rglob("*")):
+        if not entry.is_symlink():
+            _sync(entry)
+    _rename(unfinished, Path(path))
+
+
+def _rename(source: Path, target: Path) -> None:
+    os.replace(source, target)
+    _sync(target.parent)  # so that the new name outlives a crash of the machine
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

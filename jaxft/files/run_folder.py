@@ -1,0 +1,36 @@
+"""The names of the files in a run folder, and how its JSON is read and written."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from jaxft.files.atomic import write_text
+
+CONFIG = "config.json"  # the resolved config
+DATA = "data.json"  # the examination of the data
+SCORES = "scores.json"  # scores before and after training, with sample answers
+METRICS = "metrics.jsonl"  # one JSON object for each logged step or held-out evaluation
+SUMMARY = "summary.json"  # final metrics, written last
+CHAT_TEMPLATE = "chat_template.jinja"  # transformers gives it this name in model folders too
+REPORT, LOSS_PLOT = "report.html", "loss.png"
+
+CHECKPOINTS = "checkpoints"
+TENSORBOARD = "tensorboard"
+BASE = "base"  # the drawn weights of a run with model.random_init
+ADAPTER, MERGED, MODEL = "adapter", "merged", "model"  # exports
+
+
+def is_run_folder(path: str | os.PathLike[str]) -> bool:
+    """Whether a local folder has checkpoints/, as a run makes it when training begins."""
+    return os.path.isdir(os.path.join(path, CHECKPOINTS))
+
+
+def read_json(path: str | os.PathLike[str], default: Any = None) -> Any:
+    """The JSON in a file, or `default` if there is no file."""
+    return json.loads(Path(path).read_text(encoding="utf-8")) if os.path.isfile(path) else default
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Writes JSON atomically: a kill leaves the old file or the new one."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
