@@ -116,7 +116,7 @@ def sizes_of(model: Any) -> ModelSizes:
         if _is_adapter(path):
             adapter += size
             continue
-        moves = model.moving is None or path in model.moving
+        moves = model.trainable_paths is None or path in model.trainable_paths
         parameters += size
         moving += moves * size
         counts = path.endswith("kernel") or (tied and path == "embed_tokens/embedding")
@@ -174,10 +174,10 @@ def _is_adapter(path: str) -> bool:
 
 def _first_reached(model: Any, *, adapted: bool) -> int:
     """The first layer that gradients run through."""
-    if adapted or model.moving is None or "embed_tokens/embedding" in model.moving:
+    if adapted or model.trainable_paths is None or "embed_tokens/embedding" in model.trainable_paths:
         return 0
     groups = group_layers(model.segments)
-    moved = {int(path.split("/")[1]) for path in model.moving if path.startswith("layers/")}
+    moved = {int(path.split("/")[1]) for path in model.trainable_paths if path.startswith("layers/")}
     return min((layer for group in moved for layer in groups[group]), default=sum(map(len, groups)))
 
 

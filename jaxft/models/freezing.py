@@ -37,14 +37,14 @@ def marks(config: Any, trainable: str) -> tuple[frozenset[str], ...]:
 
 
 def mark(model: nnx.Module, trainable: str) -> None:
-    """Writes the paths of what moves into `model.moving`, and makes these parameters float32.
+    """Writes the paths of what moves into `model.trainable_paths`, and makes these parameters float32.
 
     model: a Decoder that was made with the `marks` of the same patterns.
     """
     moving = _moving(model.config, trainable)
     placed = place(model.config.tensors(), group_layers(model.segments))
-    model.moving = frozenset(each.path for each in placed if each.pieces[0].hf in moving)
-    state = nnx.state(model, lambda path, _: "/".join(map(str, path)) in model.moving)
+    model.trainable_paths = frozenset(each.path for each in placed if each.pieces[0].hf in moving)
+    state = nnx.state(model, lambda path, _: "/".join(map(str, path)) in model.trainable_paths)
     # bfloat16 would lose updates below its rounding.
     nnx.update(model, jax.tree.map(lambda x: x.astype(jnp.float32), state))
 

@@ -46,8 +46,8 @@ class Decoder(nnx.Module):
 
     layers[g] is a stack of equal layers; `segments` says which layer numbers each stack holds. experts: how many the
     layers that have any choose from, None where no layer has. config: a family's Config, whose `shape()` gives the
-    DecoderShape. marks: one for each layer; unlike ones are not stacked together. moving: paths of the parameters
-    that training moves, None for all. virtual_tokens: with how many of them every row has to begin; prompt: a slot
+    DecoderShape. marks: one for each layer; unlike ones are not stacked together. trainable_paths: those of the
+    parameters that are trained, None for all. virtual_tokens: with how many of them every row has to begin; prompt: a slot
     for what embeds them, `prompt(x_BSD, virtual_BS)`. shared: a slot for what adapters of all layers have in common.
     """
 
@@ -67,7 +67,7 @@ class Decoder(nnx.Module):
         self.embed_scale, self.logit_softcap = shape.embed_scale, shape.logit_softcap
         self.dtype = dtype
         self.remat = remat
-        self.moving: frozenset[str] | None = None
+        self.trainable_paths: frozenset[str] | None = None
         self.virtual_tokens = 0
         self.prompt, self.shared = nnx.data(None), nnx.data(None)
         marks = (None,) * len(shape.layers) if marks is None else marks

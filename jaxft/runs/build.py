@@ -179,7 +179,7 @@ def router_coefficients(config: RunConfig, model: Any) -> RouterCoefficients | N
 def _routers_move(config: RunConfig, model: Any) -> bool:
     if model.experts is None or config.adapter.kind != "none":
         return False
-    return model.moving is None or any("/router/" in path for path in model.moving)
+    return model.trainable_paths is None or any("/router/" in path for path in model.trainable_paths)
 
 
 def _draw_weights(config: RunConfig, folder: Path) -> None:

@@ -139,7 +139,7 @@ def write(
     """Writes one export and checks it. mesh: where the model is. Every process takes part; process 0 writes."""
     # What partial fine-tuning moved is float32, whatever the rest is stored in.
     own = jax.tree.leaves(nnx.state(loaded.module.embed_tokens))[0].dtype
-    stored = dtype or str(own if loaded.module.moving is None else "float32")
+    stored = dtype or str(own if loaded.module.trainable_paths is None else "float32")
     if format == "adapter":
         base = loaded.base if "://" in loaded.base else os.path.abspath(loaded.base)
         peft.write_adapter(loaded.module, str(target), base=base, nested=loaded.left_out is not None)

@@ -150,7 +150,7 @@ def describe(run: Run) -> str:
     config, data = run.config, run.data.examination
     _, trainable, frozen = divide(run.model)
     moving, still = (sum(leaf.size for leaf in jax.tree.leaves(part)) for part in (trainable, frozen))
-    if config.adapter.kind == "none" and run.model.moving is None:
+    if config.adapter.kind == "none" and run.model.trainable_paths is None:
         method, size = "full fine-tuning", f"{moving:,} parameters, all trained"
     elif config.adapter.kind == "none":
         method = f"fine-tuning of {config.model.trainable}"

@@ -43,13 +43,13 @@ def with_saved(state: TrainState, saved: Mapping[str, Any]) -> TrainState:
 
 
 def divide(model: nnx.Module) -> tuple[Any, Any, Any]:
-    """(graphdef, trainable, frozen): adapters move where there are any, else what `model.moving` names."""
+    """(graphdef, trainable, frozen): adapters move where there are any, else what `model.trainable_paths` names."""
     graphdef, moving, still = nnx.split(model, AdapterParam, ...)
     if jax.tree.leaves(moving):
         return graphdef, moving, still
-    if model.moving is None:
+    if model.trainable_paths is None:
         return graphdef, still, moving
-    return nnx.split(model, lambda path, _: "/".join(map(str, path)) in model.moving, ...)
+    return nnx.split(model, lambda path, _: "/".join(map(str, path)) in model.trainable_paths, ...)
 
 
 def create(model: nnx.Module, tx: optax.GradientTransformation, seed: int) -> tuple[Any, TrainState]:

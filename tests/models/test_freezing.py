@@ -23,7 +23,10 @@ def config(smoke_config):
 def moving_tensors(model):
     """Hugging Face's names of what moves, by the model's own table."""
     return {
-        piece.hf for path, placed in param_tensors(model).items() if path in model.moving for piece in placed.pieces
+        piece.hf
+        for path, placed in param_tensors(model).items()
+        if path in model.trainable_paths
+        for piece in placed.pieces
     }
 
 
@@ -46,20 +49,20 @@ def test_patterns_choose_by_hugging_faces_names(config, trainable, stacks, withi
     names = {piece.hf for placed in param_tensors(model).values() for piece in placed.pieces}
     assert moving_tensors(model) == {name for name in names if name.startswith(tuple(within))}
     _, trainable, frozen = divide(model)
-    assert set(flatten(trainable)[0]) == model.moving
+    assert set(flatten(trainable)[0]) == model.trainable_paths
     assert len(flatten(trainable)[0]) + len(flatten(frozen)[0]) == len(flatten(nnx.state(model))[0])
 
 
 def test_patterns_that_only_take_away_leave_the_rest(config):
     model = models.abstract_model(config, trainable="-embed_tokens,-lm_head")
     every = flatten(nnx.state(model))[0]
-    assert set(every) - model.moving == {"embed_tokens/embedding", "lm_head/kernel"}
+    assert set(every) - model.trainable_paths == {"embed_tokens/embedding", "lm_head/kernel"}
 
 
 def test_what_moves_is_float32_whatever_the_rest_is_stored_in(config):
     model = models.abstract_model(config, param_dtype="bfloat16", trainable="layers.3-5.mlp")
     types = {path: str(leaf.dtype) for path, leaf in flatten(nnx.state(model))[0].items()}
-    assert {path for path, kind in types.items() if kind == "float32"} == model.moving
+    assert {path for path, kind in types.items() if kind == "float32"} == model.trainable_paths
     assert set(types.values()) == {"float32", "bfloat16"}
 
 
@@ -114,4 +117,4 @@ def test_some_experts_of_a_layer_are_refused(smoke_config):
     config = models.config_from_hf(hf)
     with pytest.raises(ModelError, match="takes 2 of the 4 experts of layers/0/mlp/.*one array and move together"):
         models.abstract_model(config, trainable="experts.0-1")
-    assert models.abstract_model(config, trainable="experts").moving
+    assert models.abstract_model(config, trainable="experts").trainable_paths
