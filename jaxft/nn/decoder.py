@@ -47,8 +47,9 @@ class Decoder(nnx.Module):
     layers[g] is a stack of equal layers; `segments` says which layer numbers each stack holds. experts: how many the
     layers that have any choose from, None where no layer has. config: a family's Config, whose `shape()` gives the
     DecoderShape. marks: one for each layer; unlike ones are not stacked together. trainable_paths: those of the
-    parameters that are trained, None for all. virtual_tokens: with how many of them every row has to begin; prompt: a slot
-    for what embeds them, `prompt(x_BSD, virtual_BS)`. shared: a slot for what adapters of all layers have in common.
+    parameters that are trained, None for all. virtual_tokens: with how many of them every row has to begin;
+    prompt: a slot for what embeds them, `prompt(x_BSD, virtual_BS)`. shared: a slot for what adapters of all layers
+    have in common.
     """
 
     def __init__(
