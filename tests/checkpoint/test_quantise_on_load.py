@@ -102,11 +102,15 @@ def test_generation_and_export_take_quantised_state(folder, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def packed(folder, tmp_path_factory):
+def packed(folder, tmp_path_factory, request):
     """packed(double) -> a folder that transformers saved after bitsandbytes quantised it, and the model that it has."""
     torch = pytest.importorskip("torch")
     pytest.importorskip("bitsandbytes")
     transformers = pytest.importorskip("transformers")
+    # On CPUs with AVX512-BF16 bitsandbytes repacks the weights and multiplies in bfloat16, whatever the model computes in.
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
+    request.addfinalizer(monkeypatch.undo)
 
     @functools.cache
     def make(double):

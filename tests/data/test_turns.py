@@ -14,7 +14,7 @@ from chat_templates import (
 )
 
 from jaxft.config import DataConfig
-from jaxft.data.chat.encode import encode as chat
+from jaxft.data.chat import encode as chat
 from jaxft.data.formats import read_row
 from jaxft.errors import DataError
 
