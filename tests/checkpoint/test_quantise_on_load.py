@@ -107,7 +107,7 @@ def packed(folder, tmp_path_factory, request):
     torch = pytest.importorskip("torch")
     pytest.importorskip("bitsandbytes")
     transformers = pytest.importorskip("transformers")
-    # On CPUs with AVX512-BF16 bitsandbytes repacks the weights and multiplies in bfloat16, whatever the model computes in.
+    # On CPUs with AVX512-BF16 bitsandbytes would multiply in bfloat16, whatever type the model computes in.
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
     request.addfinalizer(monkeypatch.undo)
