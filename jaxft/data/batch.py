@@ -1,32 +1,35 @@
-"""What one training step eats. Shapes: B batch, S sequence."""
+"""One training batch. Shapes: B batch, S sequence."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import jax
 import numpy as np
+
+Array = np.ndarray | jax.Array
 
 
 class Batch(NamedTuple):
-    """Token sequences with what to predict at each position; numpy or jax arrays, all [B, S].
+    """Token sequences and the target of each position; numpy or jax arrays, all [B, S].
 
-    tokens_BS: int32. targets_BS: int32, the next token of the same document, 0 where there is none.
-    weights_BS: float32, 1 where the target is trained, else 0. positions_BS: int32, restarting at
+    tokens_BS: int32. targets_BS: int32, the next token of the same document, 0 if there is none.
+    weights_BS: float32, 1 if the target is trained, else 0. positions_BS: int32, restarting at
     0 in every packed document. segments_BS: int32, 0 on padding, then 1, 2, ... per document.
     """
 
-    tokens_BS: Any
-    targets_BS: Any
-    weights_BS: Any
-    positions_BS: Any
-    segments_BS: Any
+    tokens_BS: Array
+    targets_BS: Array
+    weights_BS: Array
+    positions_BS: Array
+    segments_BS: Array
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Example:
     """One document. tokens: int32[n]. mask: uint8[n], 1 on trained tokens. row: index in its source.
 
-    mask[0] is always 0: no token stands before the first that could predict it.
+    mask[0] is always 0: nothing comes before the first token that could predict it.
     """
 
     tokens: np.ndarray
@@ -36,37 +39,33 @@ class Example:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def behind(self, first: Sequence[int]) -> "Example":
-        """The same with tokens before it that are not trained."""
+    def prepend(self, first: Sequence[int]) -> "Example":
+        """The example with tokens before its own that are not trained."""
         tokens = np.concatenate([np.array(first, self.tokens.dtype), self.tokens])
         mask = np.concatenate([np.zeros(len(first), self.mask.dtype), self.mask])
         return replace(self, tokens=tokens, mask=mask)
 
 
 def assemble(rows: Iterable[Sequence[Example]], max_length: int, pad_id: int = 0) -> Batch:
-    """A numpy Batch whose rows each hold the given documents one after another, padded on the right.
+    """A numpy Batch, each row of which is the given documents one after another, padded on the right.
 
-    Raises ValueError where a row holds more than max_length tokens.
+    Raises ValueError if a row holds more than max_length tokens.
     """
     rows = list(rows)
     shape = (len(rows), max_length)
-    batch = Batch(
-        tokens_BS=np.full(shape, pad_id, np.int32),
-        targets_BS=np.zeros(shape, np.int32),
-        weights_BS=np.zeros(shape, np.float32),
-        positions_BS=np.zeros(shape, np.int32),
-        segments_BS=np.zeros(shape, np.int32),
-    )
+    tokens_BS, targets_BS = np.full(shape, pad_id, np.int32), np.zeros(shape, np.int32)
+    weights_BS = np.zeros(shape, np.float32)
+    positions_BS, segments_BS = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     for b, documents in enumerate(rows):
         start = 0
         for segment, document in enumerate(documents, 1):
             end = start + len(document)
             if end > max_length:
                 raise ValueError(f"row {b} holds at least {end} tokens, more than max_length={max_length}")
-            batch.tokens_BS[b, start:end] = document.tokens
-            batch.targets_BS[b, start : end - 1] = document.tokens[1:]
-            batch.weights_BS[b, start : end - 1] = document.mask[1:]
-            batch.positions_BS[b, start:end] = np.arange(end - start)
-            batch.segments_BS[b, start:end] = segment
+            tokens_BS[b, start:end] = document.tokens
+            targets_BS[b, start : end - 1] = document.tokens[1:]
+            weights_BS[b, start : end - 1] = document.mask[1:]
+            positions_BS[b, start:end] = np.arange(end - start)
+            segments_BS[b, start:end] = segment
             start = end
-    return batch
+    return Batch(tokens_BS, targets_BS, weights_BS, positions_BS, segments_BS)

@@ -66,14 +66,15 @@ def examine(
     formats: Counter[str] | None = None,
     holds: Counter[str] | None = None,
     notes: Counter[str] | None = None,
+    whole_rows: bool = False,
 ) -> tuple[list[Example], Examination]:
-    """The examples that can be trained on, none longer than max_length, and what was found.
+    """The examples that can be trained on, in order and none longer than max_length, and their examination.
 
-    config: its max_length, packing, and truncation: what becomes of a longer row (`refuse` to
-    start, `drop` it, cut it on the `right`). stop_ids: the tokens that end an answer.
-    where: the name of a row in errors, from its index. formats, holds: how many rows were of each format or
-    have such parts. notes: as `encode_all` gives them. Raises DataError where the set is empty, rows are too long
-    and truncation is `refuse`, rows train on zero tokens, or no example trains its end token.
+    config: its max_length, packing, and truncation: what to do with longer examples (`refuse` to start, `drop` them,
+    cut them on the `right`). stop_ids: the tokens that end an answer. where: the name of a row in errors, from its
+    index. formats, holds: how many rows have each format and each kind of part. notes: as `encode_all` counts them.
+    whole_rows: `drop` removes all examples of a row if one of them is too long. Raises DataError if the set is empty,
+    examples are too long and truncation is `refuse`, rows train on zero tokens, or no example trains its end token.
     """
     if not examples:
         raise DataError(f"{source} has no rows, so there is nothing to train on")
@@ -82,7 +83,7 @@ def examine(
     rows = len({example.row for example in examples})
     _refuse_untrained(examples, rows, where, source)
     too_long = int((lengths > max_length).sum())
-    kept = _shortened(examples, lengths, config, where, source)
+    kept = _fit(examples, lengths, config, where, source, whole_rows)
     ended = sum(int(e.mask[-1]) and int(e.tokens[-1]) in stop_ids for e in kept)
     if not ended:
         raise DataError(
@@ -91,15 +92,15 @@ def examine(
         )
     plan = pack([len(e) for e in kept], max_length) if config.packing else one_each(len(kept))
     tokens = sum(len(e) for e in kept)
-    dropped = too_long if config.truncation == "drop" else 0
-    found = Examination(
+    dropped = len(examples) - len(kept)
+    examination = Examination(
         source=source,
         rows=rows,
         examples=len(kept),
         tokens=tokens,
         trained_tokens=sum(int(e.mask.sum()) for e in kept),
         max_length=max_length,
-        truncated=too_long - dropped,
+        truncated=too_long if config.truncation == "right" else 0,
         dropped=dropped,
         sequences=len(plan),
         fill=tokens / (len(plan) * max_length),
@@ -108,41 +109,44 @@ def examine(
         formats=dict(formats or {}),
         holds=dict(holds or {}),
     )
-    return kept, dataclasses.replace(found, warnings=_warnings(found, len(kept) - ended, notes or Counter()))
+    warnings = _warnings(examination, len(kept) - ended, notes or Counter(), whole_rows)
+    return kept, dataclasses.replace(examination, warnings=warnings)
 
 
-def together(found: Sequence[Examination], examples: Sequence[Example], what: str) -> Examination:
-    """One examination of several sets, each of which is packed by itself; of one set, its own.
+def combine_examinations(examinations: Sequence[Examination], examples: Sequence[Example], what: str) -> Examination:
+    """One examination of several sets, each of which is packed by itself; a single set keeps its own.
 
-    examples: kept, of all sets. Quantiles and histogram are of these, after truncation. what: the sets' common name.
+    examples: the kept ones of all sets; quantiles and histogram are of these, after truncation. what: a name for all
+    sets, such as `training sets`.
     """
-    if len(found) == 1:
-        return found[0]
+    first = examinations[0]
+    if len(examinations) == 1:
+        return first
 
-    def total(name: str) -> Any:
-        return sum((getattr(one, name) for one in found[1:]), getattr(found[0], name))
+    def total(name: str) -> int:
+        return sum(getattr(one, name) for one in examinations)
 
     def counted(name: str) -> dict[str, int]:
-        return dict(sum((Counter(getattr(one, name)) for one in found), Counter()))
+        return dict(sum((Counter(getattr(one, name)) for one in examinations), Counter()))
 
     lengths = np.array([len(example) for example in examples])
     summed = ("rows", "examples", "tokens", "trained_tokens", "truncated", "dropped", "sequences")
     sums = {name: total(name) for name in summed}
     return Examination(
-        source=f"{len(found)} {what}",
-        max_length=found[0].max_length,
-        fill=sums["tokens"] / (sums["sequences"] * found[0].max_length),
+        source=f"{len(examinations)} {what}",
+        max_length=first.max_length,
+        fill=sums["tokens"] / (sums["sequences"] * first.max_length),
         quantiles=_quantiles(lengths),
         histogram=_histogram(lengths),
         formats=counted("formats"),
         holds=counted("holds"),
-        warnings=tuple(f"{one.source}: {warning}" for one in found for warning in one.warnings),
+        warnings=tuple(f"{one.source}: {warning}" for one in examinations for warning in one.warnings),
         **sums,
     )
 
 
-def repeated(train: Sequence[Example], held_out: Sequence[Example]) -> int:
-    """How many held-out examples stand in train too, token for token."""
+def count_repeated(train: Sequence[Example], held_out: Sequence[Example]) -> int:
+    """How many held-out examples are in train too, token for token."""
     seen = {example.tokens.tobytes() for example in train}
     return sum(example.tokens.tobytes() in seen for example in held_out)
 
@@ -158,13 +162,15 @@ def _refuse_untrained(examples: Sequence[Example], rows: int, where: Callable[[i
         )
 
 
-def _shortened(
+def _fit(
     examples: Sequence[Example],
     lengths: np.ndarray,
     config: DataConfig,
     where: Callable[[int], str],
     source: str,
+    whole_rows: bool,
 ) -> list[Example]:
+    """The examples within max_length, by `config.truncation`."""
     max_length, truncation = config.max_length, config.truncation
     over = np.flatnonzero(lengths > max_length)
     if not len(over):
@@ -177,11 +183,14 @@ def _shortened(
             f"data.max_length={lengths[longest]}, or data.truncation to 'drop' or 'right'."
         )
     if truncation == "drop":
-        kept = [example for example, length in zip(examples, lengths, strict=True) if length <= max_length]
+        dropped_rows = {examples[index].row for index in over} if whole_rows else set()
+        kept = [example for example in examples if len(example) <= max_length and example.row not in dropped_rows]
         if not kept:
+            every = "every row" if whole_rows else f"every one of the {len(examples):,} examples"
+            has = "has an example" if whole_rows else "is"
             raise DataError(
-                f"every one of the {len(examples):,} examples of {source} is longer than data.max_length={max_length} "
-                f"and was dropped; the shortest has {lengths.min():,} tokens. Raise data.max_length."
+                f"{every} of {source} {has} longer than data.max_length={max_length} and was dropped; the shortest "
+                f"example has {lengths.min():,} tokens. Raise data.max_length."
             )
         return kept
     cut = [dataclasses.replace(e, tokens=e.tokens[:max_length], mask=e.mask[:max_length]) for e in examples]
@@ -195,30 +204,35 @@ def _shortened(
     return cut
 
 
-def _warnings(found: Examination, unended: int, notes: Counter[str]) -> tuple[str, ...]:
+def _warnings(examination: Examination, unended: int, notes: Counter[str], whole_rows: bool) -> tuple[str, ...]:
     warnings = []
     if notes["split"]:
         warnings.append(
             f"{notes['split']:,} rows are cut into a sequence for each answer that the chat template rewrites later: "
-            f"{found.rows:,} rows became {found.examples + found.dropped:,} examples (data.turns)"
+            f"{examination.rows:,} rows became {examination.examples + examination.dropped:,} examples (data.turns)"
         )
     for what, count in notes.items():
         if what != "split":
             warnings.append(f"in {count:,} rows the chat template leaves {what} out (data.omissions)")
-    if found.dropped:
-        warnings.append(f"{found.dropped:,} examples are longer than {found.max_length} tokens and were dropped")
-    if found.truncated:
-        warnings.append(f"{found.truncated:,} examples are longer than {found.max_length} tokens and were cut")
+    if examination.dropped:
+        rest = ", or share a row with such an example," if whole_rows else ""
+        warnings.append(
+            f"{examination.dropped:,} examples are longer than {examination.max_length} tokens{rest} and were dropped"
+        )
+    if examination.truncated:
+        warnings.append(
+            f"{examination.truncated:,} examples are longer than {examination.max_length} tokens and were cut"
+        )
     if unended:
         warnings.append(f"{unended:,} examples do not end in a trained end token")
-    if found.fill < 0.5 and found.sequences > 1:
-        longest = found.quantiles["p100"]
+    if examination.fill < 0.5 and examination.sequences > 1:
+        longest = examination.quantiles["p100"]
         warnings.append(
-            f"{1 - found.fill:.0%} of every batch is padding: set data.packing=True, or data.max_length nearer the "
-            f"longest row ({longest} tokens)"
+            f"{1 - examination.fill:.0%} of every batch is padding: set data.packing=True, or data.max_length nearer "
+            f"the longest row ({longest} tokens)"
         )
-    if len(found.formats) > 1:
-        mixed = ", ".join(f"{count:,} {name}" for name, count in found.formats.items())
+    if len(examination.formats) > 1:
+        mixed = ", ".join(f"{count:,} {name}" for name, count in examination.formats.items())
         warnings.append(f"rows are of several formats ({mixed})")
     return tuple(warnings)
 
@@ -264,32 +278,33 @@ def render_rows(
             console.print()
 
 
-def print_examination(found: Examination, *, console: "Console | None" = None, name: str | None = None) -> None:
-    """Print the counts, the length histogram as bars, and the warnings. name: stands before the source."""
+def print_examination(examination: Examination, *, console: "Console | None" = None, name: str | None = None) -> None:
+    """Print the counts, the length histogram as bars, and the warnings. name: printed before the source."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     console = console or Console()
-    share = found.trained_tokens / found.tokens
-    formats = ", ".join(f"{name} {count:,}" for name, count in found.formats.items())
-    holds = ", ".join(f"{name} {count:,}" for name, count in found.holds.items() if count)
-    console.print(Text(f"{name}: {found.source}" if name else found.source, style="bold"), soft_wrap=True)
+    splits_rows = examination.examples + examination.dropped != examination.rows
+    share = examination.trained_tokens / examination.tokens
+    formats = ", ".join(f"{name} {count:,}" for name, count in examination.formats.items())
+    holds = ", ".join(f"{name} {count:,}" for name, count in examination.holds.items() if count)
+    console.print(Text(f"{name}: {examination.source}" if name else examination.source, style="bold"), soft_wrap=True)
     console.print(
-        f"{found.rows:,} rows ({formats or 'unknown format'}), "
-        + (f"{found.examples:,} examples, " if found.examples + found.dropped != found.rows else "")
-        + f"{found.tokens:,} tokens, {found.trained_tokens:,} trained ({share:.0%})\n"
+        f"{examination.rows:,} rows ({formats or 'unknown format'}), "
+        + (f"{examination.examples:,} examples, " if splits_rows else "")
+        + f"{examination.tokens:,} tokens, {examination.trained_tokens:,} trained ({share:.0%})\n"
         + (f"rows with {holds}\n" if holds else "")
-        + f"{found.sequences:,} sequences of {found.max_length:,}, {found.fill:.0%} full; "
-        f"{found.truncated:,} examples cut, {found.dropped:,} dropped",
+        + f"{examination.sequences:,} sequences of {examination.max_length:,}, {examination.fill:.0%} full; "
+        f"{examination.truncated:,} examples cut, {examination.dropped:,} dropped",
         highlight=False,
     )
     table = Table("tokens", "examples", "", box=None, pad_edge=False)
-    most = max(count for _, _, count in found.histogram)
-    for low, high, count in found.histogram:
-        over = "red" if low > found.max_length else "green"
+    most = max(count for _, _, count in examination.histogram)
+    for low, high, count in examination.histogram:
+        over = "red" if low > examination.max_length else "green"
         bar = "#" * round(32 * count / most) or ("." if count else "")
         table.add_row(f"{low:,}-{high:,}", f"{count:,}", Text(bar, style=over))
     console.print(table)
-    for warning in found.warnings:
+    for warning in examination.warnings:
         console.print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)

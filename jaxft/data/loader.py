@@ -48,8 +48,8 @@ class Loader:
         """Epochs seen when `step` steps are done."""
         return step / self.steps_per_epoch
 
-    def figures(self, step: int) -> dict[str, float]:
-        """What a log says of the data that were seen when `step` steps are done: nothing, there is one set."""
+    def metrics(self, step: int) -> dict[str, float]:
+        """No log values: there is only one set."""
         return {}
 
     def batch(self, step: int, rows: slice | None = None) -> Batch:

@@ -84,8 +84,8 @@ class Mixture:
             documents.append(streams[index][number])
         return assemble(documents, self._data.max_length, self.pad_id)
 
-    def figures(self, step: int) -> dict[str, float]:
-        """What a log says of the data that were seen when `step` steps are done: each set's share of the tokens."""
+    def metrics(self, step: int) -> dict[str, float]:
+        """token_share/NAME of every set: its share of the tokens of the first `step` steps."""
         return {f"token_share/{share.name}": share.token_share for share in self.shares(0, step)}
 
     def shares(self, start: int, end: int) -> list[Share]:

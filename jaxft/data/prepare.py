@@ -1,22 +1,40 @@
-"""From a run's config to examined examples: one training set or several, and what is held out."""
+"""From a run's config to examined examples: one training set or several, and the held-out rows.
+
+A training method with rows of its own reuses all of this: it passes `prepare_sets` a `ReadRows` that turns its rows
+into conversations, and pairs the examples up again by `Example.row`.
+"""
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 
 from jaxft.config import DataConfig, RunConfig
 from jaxft.data.batch import Example
 from jaxft.data.chat.encode import encode_all, prompt_of
 from jaxft.data.chat.reasoning import thoughts_of
-from jaxft.data.examine import Examination, examine, repeated, together
+from jaxft.data.examine import Examination, combine_examinations, count_repeated, examine
 from jaxft.data.formats import Conversation, conversations
 from jaxft.data.sources import Rows, held_out_rows, train_and_eval
 from jaxft.data.tokenizers.tokenizer import Tokenizer
+from jaxft.errors import DataError
 from jaxft.nn.virtual import virtual_ids
 
-ONLY = "train"  # what the one set of a run without a mixture is called
+ONLY = "train"  # name of the training set of a run without a mixture
+
+# The conversations of a set, in order of its rows; one row may give several, each with the row's index in `row`.
+# Raises DataError, naming the row by `rows.where(index)`, if a row cannot be read.
+ReadRows = Callable[[Rows, DataConfig], Iterator[Conversation]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowSet:
+    """Rows that are not read yet, and the settings to read them with. name: its name in the mixture."""
+
+    name: str
+    rows: Rows
+    config: DataConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,17 +50,17 @@ class TrainSet:
 class Prepared:
     """A run's data, examined and ready to be made into batches.
 
-    sets: by name. examination: of all of them together. eval_examples and eval_examination are None where nothing
-    is held out. eval_prompts and eval_references are the first `eval.limit` held-out prompts (token ids) and right
-    answers (text), to score by generation, in turn from each set; none for plain text, which asks nothing.
+    sets: in order of their names. examination: of all sets together. eval_examples and eval_examination are None if
+    nothing is held out. eval_prompts and eval_references are the first `eval.limit` held-out prompts (token ids) and
+    right answers (text), to score by generation, taken from the sets in turn; plain text has none.
     """
 
     sets: tuple[TrainSet, ...]
     examination: Examination
-    eval_examples: list[Example] | None
-    eval_prompts: list[list[int]]
-    eval_references: list[str]
-    eval_examination: Examination | None
+    eval_examples: list[Example] | None = None
+    eval_prompts: list[list[int]] = field(default_factory=list)
+    eval_references: list[str] = field(default_factory=list)
+    eval_examination: Examination | None = None
 
     @property
     def train_examples(self) -> list[Example]:
@@ -51,84 +69,105 @@ class Prepared:
 
 
 def prepare(config: RunConfig, tokenizer: Tokenizer) -> Prepared:
-    """Read, tokenise and examine a run's training and held-out rows, each behind the adapter's virtual tokens.
+    """Reads, tokenises and examines a run's training and held-out rows, each after the adapter's virtual tokens.
 
-    Raises DataError, with the row, for anything that would train silently wrong.
+    Raises DataError, naming the row, for anything that would train silently wrong; also if eval.metric is set and
+    the held-out rows are plain text, which has no answers to score.
     """
-    sets, held_out = [], []
-    first = virtual_ids(config.adapter.virtual_tokens)
-    for name, data in _sets(config.data).items():
-        rows, apart = train_and_eval(data, config.seed)
-        examples, found = _prepare_set(rows, data, tokenizer, first)
-        sets.append(TrainSet(name=name, examples=examples, examination=found))
-        held_out += [(apart, data)] if apart is not None else []
-    if config.data.mixture and config.data.eval is not None:
-        held_out = [(held_out_rows(config.data), config.data)]
-    trained = [example for one in sets for example in one.examples]
-    examination = together([one.examination for one in sets], trained, "training sets")
-    if not held_out:
-        nothing = {"eval_examples": None, "eval_prompts": [], "eval_references": [], "eval_examination": None}
-        return Prepared(sets=tuple(sets), examination=examination, **nothing)
-    parts = [_prepare_set(rows, data, tokenizer, first) for rows, data in held_out]
-    eval_examples = [example for examples, _ in parts for example in examples]
-    eval_examination = together([found for _, found in parts], eval_examples, "held-out sets")
-    both = repeated(trained, eval_examples)
-    if both:
-        warning = f"{both:,} of {len(eval_examples):,} held-out examples are in the training set too"
-        eval_examination = dataclasses.replace(eval_examination, warnings=(*eval_examination.warnings, warning))
-    asked = _asked(held_out, tokenizer, config.eval.limit)
-    return Prepared(
-        sets=tuple(sets),
-        examination=examination,
-        eval_examples=eval_examples,
-        eval_prompts=[prompt for prompt, _ in asked],
-        eval_references=[reference for _, reference in asked],
-        eval_examination=eval_examination,
+    train, held_out = open_sets(config)
+    data = prepare_sets(train, held_out, config, tokenizer)
+    questions = _questions(held_out, tokenizer, config.eval.limit)
+    if config.eval.metric and held_out and not questions:
+        raise DataError("eval.metric compares answers with references, but the held-out rows are plain text")
+    return dataclasses.replace(
+        data,
+        eval_prompts=[prompt for prompt, _ in questions],
+        eval_references=[reference for _, reference in questions],
     )
 
 
-def _sets(data: DataConfig) -> dict[str, DataConfig]:
-    """How each training set is read, by name, in an order that does not depend on the config file's."""
-    if not data.mixture:
-        return {ONLY: data}
-    return {name: dataclasses.replace(data.of_set(name), eval=None) for name in sorted(data.mixture)}
+def open_sets(config: RunConfig) -> tuple[list[RowSet], list[RowSet]]:
+    """(training sets in order of their names, held-out sets) of a run, opened and not yet read.
+
+    `data.eval` is one held-out set for all training sets; `data.eval_fraction` splits one off each. Raises DataError
+    if a set cannot be opened or the split leaves one side empty.
+    """
+    train, held_out = [], []
+    for name, data in _set_configs(config.data).items():
+        rows, eval_rows = train_and_eval(data, config.seed)
+        train.append(RowSet(name=name, rows=rows, config=data))
+        if eval_rows is not None:
+            held_out.append(RowSet(name=name, rows=eval_rows, config=data))
+    if config.data.mixture and (eval_rows := held_out_rows(config.data)) is not None:
+        held_out = [RowSet(name=ONLY, rows=eval_rows, config=config.data)]
+    return train, held_out
 
 
-def _asked(
-    held_out: Sequence[tuple[Rows, DataConfig]], tokenizer: Tokenizer, limit: int | None
-) -> list[tuple[list[int], str]]:
-    def of_one(rows: Rows, data: DataConfig) -> Iterator[tuple[list[int], str]]:
-        for conversation in conversations(rows, data):
-            if conversation.format != "text":
-                yield prompt_of(conversation, tokenizer, data)
+def prepare_sets(
+    train: Sequence[RowSet],
+    held_out: Sequence[RowSet],
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    *,
+    read: ReadRows = conversations,
+    whole_rows: bool = False,
+) -> Prepared:
+    """The examples and examinations of opened sets, without eval_prompts and eval_references.
 
-    if len(held_out) == 1:  # of mixed rows, those among the first that ask
-        rows, data = held_out[0]
-        first = islice(conversations(rows, data), limit)
-        return [prompt_of(one, tokenizer, data) for one in first if one.format != "text"]
-    waiting, asked = [of_one(rows, data) for rows, data in held_out], []
-    while waiting and (limit is None or len(asked) < limit):
-        found = [next(one, None) for one in waiting]
-        waiting = [one for one, answer in zip(waiting, found, strict=True) if answer is not None]
-        asked += [answer for answer in found if answer is not None]
-    return asked[:limit]
+    read: turns the rows of a set into conversations. whole_rows: see `examine`. Raises DataError as `prepare_set`.
+    """
+    first = virtual_ids(config.adapter.virtual_tokens)
+
+    def prepared(one: RowSet) -> TrainSet:
+        examples, examination = prepare_set(
+            one.rows, one.config, tokenizer, first=first, read=read, whole_rows=whole_rows
+        )
+        return TrainSet(name=one.name, examples=examples, examination=examination)
+
+    sets = [prepared(one) for one in train]
+    trained = [example for one in sets for example in one.examples]
+    examination = combine_examinations([one.examination for one in sets], trained, "training sets")
+    if not held_out:
+        return Prepared(sets=tuple(sets), examination=examination)
+    eval_sets = [prepared(one) for one in held_out]
+    eval_examples = [example for one in eval_sets for example in one.examples]
+    eval_examination = combine_examinations([one.examination for one in eval_sets], eval_examples, "held-out sets")
+    repeated = count_repeated(trained, eval_examples)
+    if repeated:
+        warning = f"{repeated:,} of {len(eval_examples):,} held-out examples are in the training set too"
+        eval_examination = dataclasses.replace(eval_examination, warnings=(*eval_examination.warnings, warning))
+    return Prepared(
+        sets=tuple(sets), examination=examination, eval_examples=eval_examples, eval_examination=eval_examination
+    )
 
 
-def _prepare_set(
-    rows: Rows, config: DataConfig, tokenizer: Tokenizer, first: Sequence[int]
+def prepare_set(
+    rows: Rows,
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    first: Sequence[int] = (),
+    read: ReadRows = conversations,
+    whole_rows: bool = False,
 ) -> tuple[list[Example], Examination]:
+    """One set: read, tokenised, and examined.
+
+    config: how this set is read. first: token ids at the start of every example, which are not trained. read: turns
+    the rows into conversations; their examples come in the same order. whole_rows: see `examine`. Raises DataError,
+    naming the row, as `read`, `encode_all` and `examine` do.
+    """
     formats: Counter[str] = Counter()
     holds: Counter[str] = Counter()
     notes: Counter[str] = Counter()
 
     def counted() -> Iterator[Conversation]:
-        for conversation in conversations(rows, config):
+        for conversation in read(rows, config):
             formats[conversation.format] += 1
-            holds.update(_parts(conversation))
+            holds.update(_features(conversation))
             yield conversation
 
     return examine(
-        [example.behind(first) for example in encode_all(counted(), tokenizer, config, notes)],
+        [example.prepend(first) for example in encode_all(counted(), tokenizer, config, notes)],
         config,
         stop_ids=tokenizer.stop_ids,
         where=rows.where,
@@ -136,14 +175,44 @@ def _prepare_set(
         formats=formats,
         holds=holds,
         notes=notes,
+        whole_rows=whole_rows,
     )
 
 
-def _parts(conversation: Conversation) -> list[str]:
+def _set_configs(data: DataConfig) -> dict[str, DataConfig]:
+    """How each training set is read, by name, in an order that does not depend on the config file's."""
+    if not data.mixture:
+        return {ONLY: data}
+    return {name: dataclasses.replace(data.of_set(name), eval=None) for name in sorted(data.mixture)}
+
+
+def _questions(held_out: Sequence[RowSet], tokenizer: Tokenizer, limit: int | None) -> list[tuple[list[int], str]]:
+    """(prompt, reference) of up to `limit` held-out rows, one set after another in turn; none for plain text."""
+    if not held_out:
+        return []
+    if len(held_out) == 1:  # of mixed rows, the questions among the first `limit`
+        (one,) = held_out
+        first = islice(conversations(one.rows, one.config), limit)
+        return [prompt_of(row, tokenizer, one.config) for row in first if row.format != "text"]
+
+    def questions_of(one: RowSet) -> Iterator[tuple[list[int], str]]:
+        for conversation in conversations(one.rows, one.config):
+            if conversation.format != "text":
+                yield prompt_of(conversation, tokenizer, one.config)
+
+    waiting, questions = [questions_of(one) for one in held_out], []
+    while waiting and (limit is None or len(questions) < limit):
+        round_of_each = [next(one, None) for one in waiting]
+        waiting = [one for one, question in zip(waiting, round_of_each, strict=True) if question is not None]
+        questions += [question for question in round_of_each if question is not None]
+    return questions[:limit]
+
+
+def _features(conversation: Conversation) -> list[str]:
     """What a row has beside a question and an answer."""
     messages = conversation.messages
     answers = [message for message in messages if message["role"] == "assistant"]
-    there = {
+    features = {
         "a system message": any(message["role"] in ("system", "developer") for message in messages),
         "several answers": len(answers) > 1,
         "tools": bool(conversation.tools),
@@ -151,4 +220,4 @@ def _parts(conversation: Conversation) -> list[str]:
         "thoughts": any(thoughts_of(message) for message in answers),
         "answers not to be trained": bool(conversation.untrained),
     }
-    return [name for name, found in there.items() if found]
+    return [name for name, present in features.items() if present]

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from jaxft.config import RunConfig
 from jaxft.data import Prepared, Tokenizer
+from jaxft.data.batch_source import BatchSource
 from jaxft.data.loader import Loader
 from jaxft.data.mixture import Mixture, Share
 
@@ -24,7 +25,7 @@ def make_loader(examples: Any, config: RunConfig, tokenizer: Tokenizer, *, shuff
     )
 
 
-def training_batches(data: Prepared, config: RunConfig, tokenizer: Tokenizer) -> tuple[Loader | Mixture, int]:
+def training_batches(data: Prepared, config: RunConfig, tokenizer: Tokenizer) -> tuple[BatchSource, int]:
     """What gives the batch of every step, and how many steps the run has.
 
     Raises DataError where a set of a mixture would be seen more often than its max_epochs.
@@ -46,7 +47,7 @@ def training_batches(data: Prepared, config: RunConfig, tokenizer: Tokenizer) ->
     return mixture, mixture.total_steps
 
 
-def described(data: Prepared, batches: Loader | Mixture) -> dict[str, Any]:
+def described(data: Prepared, batches: BatchSource) -> dict[str, Any]:
     """What data.json and --json say of a run's data. Of a mixture, `mixture` says in words what the run takes of each
     set, `sets` holds their examinations and `stages` the counts of every stage."""
     found = data.examination.to_dict()
@@ -64,7 +65,7 @@ def described(data: Prepared, batches: Loader | Mixture) -> dict[str, Any]:
     return found
 
 
-def print_mixture(batches: Loader | Mixture, console: Console) -> None:
+def print_mixture(batches: BatchSource, console: Console) -> None:
     """A table of what a run takes of each set, by stage and as a whole; nothing where there is one set."""
     if not isinstance(batches, Mixture):
         return

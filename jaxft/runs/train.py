@@ -18,9 +18,7 @@ from jaxft.checkpoint.load import LoadedModel
 from jaxft.checkpoint.resume import RunCheckpoints
 from jaxft.config import AdapterConfig, RunConfig
 from jaxft.data import Prepared, Tokenizer, load_tokenizer, prepare, render_rows
-from jaxft.data.loader import Loader
-from jaxft.data.mixture import Mixture
-from jaxft.errors import DataError
+from jaxft.data.batch_source import BatchSource
 from jaxft.evaluation.held_out import held_out_loss
 from jaxft.files import run_folder
 from jaxft.objectives.sft import sft_loss
@@ -60,7 +58,7 @@ class Run:
     data: Prepared
     mesh: MeshPlan
     model: Any
-    loader: Loader | Mixture
+    loader: BatchSource
     total_steps: int
 
 
@@ -121,8 +119,6 @@ def set_up(config: RunConfig) -> Run:
         config.model.path, revision=config.model.revision, chat_template=config.data.chat_template
     )
     data = prepare(config, tokenizer)
-    if config.eval.metric and not data.eval_prompts:
-        raise DataError("eval.metric compares answers with references, but the held-out rows are plain text")
     model = abstract_model(config)
     micro_batch = config.train.batch_size // config.train.accumulation_steps
     mesh = make_mesh(config, model, jax.devices())
@@ -251,7 +247,7 @@ def _hooks(
         evaluate=held_out_evaluation(run, graphdef),
         save=save,
         preempted=distributed.reached_preemption,
-        figures=run.loader.figures,
+        figures=run.loader.metrics,
     )
 
 

@@ -82,5 +82,5 @@ def test_rows_are_shown_without_their_virtual_tokens():
         tokens=np.frombuffer(b"hi there", np.uint8).astype(np.int32), mask=np.array([0] * 3 + [1] * 5), row=0
     )
     out = io.StringIO()
-    render_rows([example.behind(virtual_ids(6))], Letters(), console=Console(file=out, width=100))
+    render_rows([example.prepend(virtual_ids(6))], Letters(), console=Console(file=out, width=100))
     assert out.getvalue().strip() == "row 0: 14 tokens, the first 6 virtual, 5 trained\nhi [[there]]"

@@ -69,8 +69,8 @@ def test_weights_are_shares_of_tokens(weights, packing):
         tokens, _ = counted(made, range(upto))
         said = {share.name: share.tokens for share in made.shares(0, upto)}
         assert said == {name: tokens[name] for name in said}
-        figures = made.figures(upto)
-        assert figures == {f"token_share/{n}": pytest.approx(tokens[n] / tokens.total()) for n in said}
+        metrics = made.metrics(upto)
+        assert metrics == {f"token_share/{n}": pytest.approx(tokens[n] / tokens.total()) for n in said}
 
 
 def test_every_batch_is_mixed():

@@ -43,7 +43,7 @@ def module_of(kind):
 
 
 def batch_of(kind, rows, *, packing, length=16):
-    documents = [e.behind(virtual_ids(KINDS[kind].virtual_tokens)) for e in examples(12)]
+    documents = [e.prepend(virtual_ids(KINDS[kind].virtual_tokens)) for e in examples(12)]
     loader = Loader(documents, batch_size=rows, max_length=length, packing=packing, shuffle=False)
     return next(loader.eval_batches())
 
