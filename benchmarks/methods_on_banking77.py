@@ -5,7 +5,7 @@
 
 The task is to name the intent of a customer's message among a few of Banking77's: `jaxft train` with each method and
 seed on the same rows, accuracy by generation on rows of the test set. Forgetting is the perplexity on text of another
-kind (GSM8K's test set, as in quantisation_table.py), before and after. Runs that are there already are not repeated.
+kind (GSM8K's test set, as in quantization_table.py), before and after. Runs that are there already are not repeated.
 """
 
 import argparse

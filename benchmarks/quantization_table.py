@@ -1,6 +1,6 @@
 """What each quantised format costs a real model: perplexity, bytes, and how far the logits move.
 
-    python benchmarks/quantisation_table.py --model=runs/models/SmolLM2-135M-Instruct --gsm8k=FOLDER --banking77=FOLDER
+    python benchmarks/quantization_table.py --model=runs/models/SmolLM2-135M-Instruct --gsm8k=FOLDER --banking77=FOLDER
 
 Perplexity of the model's own next-token predictions, float32, on the first rows of GSM8K's test set (question and
 answer as plain text) and on the messages of Banking77's, packed into sequences without attention between rows. The

@@ -1,20 +1,72 @@
-"""The documents say what is: generated pages are fresh, links lead somewhere, the house stands as drawn."""
+"""The documents are true: generated pages are fresh, and links, paths, names, fields and options in them exist."""
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from docs_names import is_config_field, path_exists, unknown_names
 from test_architecture import FLOORS
 
 import jaxft
 from jaxft import cli
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("tpu_scripts/*.md")])
+PATTERNS = ("*.md", "docs/*.md", "tpu_scripts/*.md", "jaxft/assets/*/*.md", "notebooks/*.ipynb")
+PAGES = sorted(page for pattern in PATTERNS for page in ROOT.glob(pattern))
 README = ROOT / "README.md"
 PACKAGE = ROOT / "jaxft"
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+# Shown as mistakes, or as the form of an override.
+NOT_FIELDS = {"a.b", "train.batchsize"}
+MAXTEXT_PAGE = "docs/reference/models/tiering.md"  # in MaxText's repository
+OTHER_PROGRAMS = {"--lora": "llama.cpp", "--ntasks-per-node": "srun", "--worker": "gcloud"}
+
+
+def text_of(page: Path) -> str:
+    """The text of a page; of a notebook, that of its text cells."""
+    text = page.read_text(encoding="utf-8")
+    if page.suffix != ".ipynb":
+        return text
+    return "\n\n".join("".join(c["source"]) for c in json.loads(text)["cells"] if c["cell_type"] == "markdown")
+
+
+def blocks_and_prose(text: str) -> tuple[list[str], str]:
+    """The code blocks of a page, fenced or indented, and the text between them."""
+    block = re.compile(r"^```[\s\S]*?^```$|(?:^ {4}.*\n(?:\n(?= {4}))*)+", re.MULTILINE)
+    return block.findall(text), block.sub("", text)
+
+
+def code_in(text: str) -> list[str]:
+    """Every piece of `code` in the prose of a page."""
+    return [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", blocks_and_prose(text)[1])]
+
+
+def commands_in(text: str) -> list[str]:
+    """Lines of code of a page, each with its continuations."""
+    blocks = "\n".join(blocks_and_prose(text)[0])
+    return [*re.sub(r"\\\n|\n +(?=\[--)", " ", blocks).splitlines(), *code_in(text)]
+
+
+def options_of_verbs() -> dict[str, set[str]]:
+    """The options of every command of the command line."""
+    verbs = next(action.choices for action in cli._parser()._actions if isinstance(action.choices, dict))
+    return {verb: set(parser._option_string_actions) for verb, parser in verbs.items()}
+
+
+def options_of(command: str) -> set[str]:
+    """The options that a line of code may use: those of its program, or of all if it names none."""
+    scripts = [ROOT / path for path in re.findall(r"(?:benchmarks|docs|tpu_scripts)/\w+\.(?:py|sh)", command)]
+    verbs = [verb for verb in re.findall(r"\bjaxft (\w+)", command) if verb in options_of_verbs()]
+    if verbs and not scripts:
+        return options_of_verbs()[verbs[0]] | {"--config"}
+    used = [*scripts, ROOT / "tpu_scripts" / "common.sh"]
+    if not scripts:
+        used += [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("tpu_scripts/*.sh")]
+    in_scripts = {option for path in used for option in re.findall(r"--[a-z][\w-]*", path.read_text())}
+    return in_scripts if scripts else in_scripts.union(OTHER_PROGRAMS, *options_of_verbs().values())
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +94,9 @@ def test_a_field_without_a_meaning_is_refused(make_configuration: ModuleType, mo
         make_configuration.page()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+@every_page
 def test_links_within_the_repository_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+    for target in re.findall(r"\]\(([^)\s]+)\)", text_of(page)):
         if re.match(r"https?:", target):
             continue
         file, _, anchor = target.partition("#")
@@ -55,27 +107,80 @@ def test_links_within_the_repository_lead_somewhere(page: Path) -> None:
             assert anchor in {re.sub(r"[^\w\- ]", "", h).strip().lower().replace(" ", "-") for h in headings}
 
 
-def test_every_config_that_a_document_names_exists() -> None:
-    for page in PAGES:
-        for name in re.findall(r"configs/(\w+)\.py", page.read_text(encoding="utf-8")):
-            assert name == "NAME" or (ROOT / "configs" / f"{name}.py").is_file(), f"{page.name}: configs/{name}.py"
+@every_page
+def test_every_path_on_a_page_exists(page: Path) -> None:
+    folders = "benchmarks|configs|docs|jaxft|notebooks|tests|tpu_scripts"
+    paths = re.findall(rf"(?<![\w./~-])(?:{folders})/[\w./*<>-]*", text_of(page))
+    assert not [path for path in paths if not path_exists(path)]
 
 
-def test_every_field_in_a_command_exists(make_configuration: ModuleType) -> None:
-    from jaxft.config import RunConfig
-
-    known = {f"{s}.{f}" if isinstance(v, dict) else s for s, v in RunConfig().to_dict().items() for f in _names(v)}
-    for page in PAGES:
-        for key in re.findall(r"--config\.([a-z_]+(?:\.[a-z_0-9]+)?)=", page.read_text(encoding="utf-8")):
-            wrong_on_purpose = key in ("a.b", "train.batchsize")
-            assert wrong_on_purpose or key in known, f"{page.name}: {key}"
+SOURCES = [path for folder in ("benchmarks", "configs", "docs", "jaxft") for path in ROOT.glob(f"{folder}/**/*.py")]
 
 
-def test_commands_in_the_readme_have_these_options() -> None:
-    cli._parser()
-    commands = README.read_text(encoding="utf-8").split("## Commands")[1].split("`jaxft data` shows")[0]
-    named = set(re.findall(r"--[a-z_]+", commands)) - {"--config", "--json"}
-    assert named and named <= set(cli._OPTIONS)
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_every_file_that_a_source_names_exists(path: Path) -> None:
+    folders = "benchmarks|configs|docs|jaxft|notebooks|tests|tpu_scripts"
+    text = path.read_text(encoding="utf-8").replace(MAXTEXT_PAGE, "")
+    paths = re.findall(rf"(?<![\w./~-])(?:{folders})/[\w/]+\.(?:py|md|sh|json|ipynb)\b", text)
+    assert not [named for named in paths if not path_exists(named)]
+
+
+@every_page
+def test_every_name_on_a_page_exists(page: Path) -> None:
+    assert not {code: unknown for code in code_in(text_of(page)) if (unknown := unknown_names(code))}
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "jaxft/nn/linears.py", "nn/linears", "qwen5.py", "summery.json", "optim/make.make_optimiser", "Decoder.rooted",
+        "jaxft.nn.virtual.ids", "jaxft.finetune(config)", "LossSum", "make_optimiser", "fourbit-dq", "stored_at()",
+        "train.batchsize", "data.mixture.NAME.weights", "evals.*", "tests/test_nothing.py",
+    ],
+)  # fmt: skip
+def test_a_name_that_nothing_defines_is_seen(code: str) -> None:
+    assert unknown_names(code)
+
+
+@every_page
+def test_every_field_in_a_command_exists(page: Path) -> None:
+    keys = re.findall(r"--config\.([\w.]+)=|^ *config\.([\w.]+) =", text_of(page), re.MULTILINE)
+    keys = [flag or assigned for flag, assigned in keys]
+    assert not [key for key in keys if not is_config_field(key) and key not in NOT_FIELDS]
+
+
+@every_page
+def test_every_option_on_a_page_exists(page: Path) -> None:
+    for command in commands_in(text_of(page)):
+        before, _, after = command.partition("  # ")[0].partition(" -- ")
+        known = options_of(before) | (options_of("jaxft train") if after else set())
+        options = set(re.findall(r"(?<![\w=-])--[a-zA-Z][\w-]*", f"{before} {after}"))
+        assert options <= known, f"{command}: {options - known}"
+
+
+@every_page
+def test_every_make_target_and_extra_on_a_page_exists(page: Path) -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    extras = re.findall(r'^ +"(\w+)": \[', (ROOT / "setup.py").read_text(encoding="utf-8"), re.MULTILINE)
+    for command in commands_in(text_of(page)):
+        made = re.match(r"\s*make (?:\w+=\S+ )?([\w-]+)", command)
+        assert made is None or made.group(1) in targets, command
+        assert set(re.findall(r"(?:jaxft|\.)\[(\w+)\]", command)) <= set(extras), command
+
+
+@pytest.mark.parametrize(
+    "command", ["jaxft data --topology=v5e:1x1", "python benchmarks/lora_vs_peft.py --topology=v5e:1x1", "--topologie"]
+)
+def test_an_option_of_another_program_is_seen(command: str) -> None:
+    assert not set(re.findall(r"--\w+", command)) <= options_of(command)
+
+
+def test_the_readme_shows_every_command_and_every_option() -> None:
+    usage = README.read_text(encoding="utf-8").split("## Commands")[1].split("All take `--json`")[0]
+    usage, _, sampling = re.sub(r"\n +(?=\[)", " ", usage).partition("SAMPLING: ")
+    lines = dict(re.findall(r"^    jaxft (\w+)(.*)$", usage.replace("[SAMPLING]", sampling), re.MULTILINE))
+    shown = {verb: set(re.findall(r"--[a-z_]+", line.replace("--config.", ""))) for verb, line in lines.items()}
+    assert shown == {verb: options - {"-h", "--help", "--json"} for verb, options in options_of_verbs().items()}
 
 
 def test_python_in_the_readme_compiles_and_names_the_api() -> None:
@@ -85,8 +190,19 @@ def test_python_in_the_readme_compiles_and_names_the_api() -> None:
     assert set(re.findall(r"jaxft\.(\w+)\(", "".join(blocks))) == set(jaxft.__all__)
 
 
-def _names(value: object) -> list[str]:
-    return list(value) if isinstance(value, dict) else [""]
+def test_fields_that_may_change_on_resume_are_listed() -> None:
+    from jaxft.runs.folder import FREE_TO_CHANGE
+
+    page = (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+    listed = re.search(r"These fields may change.*?\n\n", page, re.DOTALL).group()
+    assert {name.removesuffix("*") for name in re.findall(r"`([\w.*]+)`", listed)} == set(FREE_TO_CHANGE)
+
+
+def test_speeds_in_the_readme_are_those_of_the_page_on_performance() -> None:
+    speed = README.read_text(encoding="utf-8").split("## Speed")[1].split("\n## ")[0]
+    rows = [line for line in speed.splitlines() if line.startswith("| ")]
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8").splitlines()
+    assert len(rows) > 3 and not [row for row in rows if row not in page]
 
 
 def test_the_house_is_drawn_as_it_is_tested() -> None:
