@@ -176,7 +176,7 @@ def test_an_option_of_another_program_is_seen(command: str) -> None:
 
 
 def test_the_readme_shows_every_command_and_every_option() -> None:
-    usage = README.read_text(encoding="utf-8").split("## Commands")[1].split("All take `--json`")[0]
+    usage = README.read_text(encoding="utf-8").split("## Commands")[1].split("All commands take `--json`")[0]
     usage, _, sampling = re.sub(r"\n +(?=\[)", " ", usage).partition("SAMPLING: ")
     lines = dict(re.findall(r"^    jaxft (\w+)(.*)$", usage.replace("[SAMPLING]", sampling), re.MULTILINE))
     shown = {verb: set(re.findall(r"--[a-z_]+", line.replace("--config.", ""))) for verb, line in lines.items()}
