@@ -1,6 +1,8 @@
 """The documents are true: generated pages are fresh, and links, paths, names, fields and options in them exist."""
 
+import ast
 import importlib.util
+import inspect
 import json
 import re
 from pathlib import Path
@@ -183,11 +185,24 @@ def test_the_readme_shows_every_command_and_every_option() -> None:
     assert shown == {verb: options - {"-h", "--help", "--json"} for verb, options in options_of_verbs().items()}
 
 
-def test_python_in_the_readme_compiles_and_names_the_api() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    for block in blocks:
-        compile(block, "README.md", "exec")
-    assert set(re.findall(r"jaxft\.(\w+)\(", "".join(blocks))) == set(jaxft.__all__)
+def python_blocks(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", text_of(page), re.DOTALL)
+
+
+@every_page
+def test_python_on_a_page_calls_the_api_with_its_arguments(page: Path) -> None:
+    for node in (node for block in python_blocks(page) for node in ast.walk(ast.parse(block))):
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and ast.unparse(node.func.value) == "jaxft"
+        ):
+            arguments = set(inspect.signature(getattr(jaxft, node.func.attr)).parameters)
+            assert {keyword.arg for keyword in node.keywords} <= arguments, ast.unparse(node)
+
+
+def test_python_in_the_readme_shows_the_whole_api() -> None:
+    assert set(re.findall(r"jaxft\.(\w+)\(", "".join(python_blocks(README)))) == set(jaxft.__all__)
 
 
 def test_fields_that_may_change_on_resume_are_listed() -> None:
