@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxft.errors import ModelError, did_you_mean
-from jaxft.nn.adapter import lend
+from jaxft.nn.adapter import bind_shared
 from jaxft.nn.experts.layer import ExpertLinear
 from jaxft.nn.linear import Embedding, Linear
 from jaxft.quant import dense, is_quantized
@@ -114,7 +114,7 @@ def mergeable(model: nnx.Module) -> dict[str, Any]:
     if model.shared is not None:
         found = {path: nnx.merge(*nnx.split(adapter)) for path, adapter in found.items()}
         for adapter in found.values():
-            lend(adapter, model.shared.lent(jnp.float32))
+            bind_shared(adapter, model.shared.arrays(jnp.float32))
     return found
 
 

@@ -50,7 +50,7 @@ class Probe(Adapter):
         """x itself."""
         split = self.tp_side == "inputs"
         a = partition.gathered(self.lora_a.get_value(), STORED[split], WHOLE[split])
-        return _probed(x, self.lent, a, self.total.get_value())
+        return _probed(x, self.shared, a, self.total.get_value())
 
     def stored(self) -> dict[str, tuple[partition.Dimension | None, ...]]:
         """What the dimensions of every parameter are, stack axes left out."""
@@ -83,7 +83,7 @@ class _Counts:
     def __init__(self, segments_BS: jax.Array) -> None:
         self.counts_BS = (segments_BS > 0).astype(jnp.float32)
 
-    def lent(self, _: Any) -> jax.Array:
+    def arrays(self, _: Any) -> jax.Array:
         return self.counts_BS
 
 

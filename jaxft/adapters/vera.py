@@ -38,7 +38,7 @@ class Projections(nnx.Module):
     def __init__(self, a_rI: np.ndarray, b_rO: np.ndarray) -> None:
         self.a, self.b = nnx.Param(jnp.asarray(a_rI)), nnx.Param(jnp.asarray(b_rO))
 
-    def lent(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    def arrays(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
         """Both, whole on every device: gathered once a step, since every layer uses other parts of them."""
         stored, whole = (None, "weight"), (None, None)
         a, b = (partition.gathered(p.get_value().astype(dtype), stored, whole) for p in (self.a, self.b))
@@ -62,7 +62,7 @@ class VeRA(Adapter):
 
     def __call__(self, x: jax.Array, y: jax.Array, kernel: jax.Array, key: jax.Array | None) -> jax.Array:
         """x: [..., I]; y: [..., O], what the base layer gave; key: turns dropout on."""
-        a, b = self.lent
+        a, b = self.shared
         d = partition.gathered(self.lambda_d.get_value().astype(x.dtype), ("weight",), (None,))
         factors = partition.gathered(self.lambda_b.get_value().astype(x.dtype), STORED, WHOLE[self.tp_side])
         x = dropped(x, self.settings.dropout, key)
@@ -71,7 +71,7 @@ class VeRA(Adapter):
 
     def merged(self, kernel: jax.Array, at: tuple[int, ...] = ()) -> jax.Array:
         """As `Adapter.merged`, with the shared matrices lent."""
-        a, b = self.lent
+        a, b = self.shared
         d, factors = self.lambda_d.get_value()[at], self.lambda_b.get_value()[at]
         low = d[..., :, None] * a[:, : kernel.shape[-2]]
         wide = factors[..., None, :] * b[:, : kernel.shape[-1]]

@@ -10,7 +10,7 @@ class Adapter(nnx.Module):
     One for experts is called with the rows of each in place of a key (`ExpertLinear`), one for a table with tokens and
     their rows alone (`Embedding`); neither is asked to `enter`.
 
-    lent: arrays that all layers share and a model keeps once, put here for the length of a call; None elsewhere.
+    shared: arrays that all layers share and a model keeps once, put here for the length of a call; None elsewhere.
     stacks: whether others may stand in the same slot; False for a kind that reckons with the base's own results.
     on_product: whether it is for what the kernel gives alone, before the bias is added.
     """
@@ -18,7 +18,7 @@ class Adapter(nnx.Module):
     stacks, on_product = True, False
 
     def __init__(self) -> None:
-        self.lent = nnx.data(None)
+        self.shared = nnx.data(None)
 
     def enter(self, x: jax.Array) -> jax.Array:
         """What the layer is given instead of x [..., I]."""
@@ -37,8 +37,8 @@ class Adapter(nnx.Module):
         return bias
 
 
-def lend(module: nnx.Module, arrays: object) -> None:
+def bind_shared(module: nnx.Module, arrays: object) -> None:
     """Puts shared arrays into every adapter inside a module."""
     for _, part in nnx.iter_modules(module):
         if isinstance(part, Adapter):
-            part.lent = nnx.data(arrays)
+            part.shared = nnx.data(arrays)

@@ -1,4 +1,4 @@
-"""One decoder layer of any family: attention and feed-forward, each added to the stream."""
+"""One decoder layer of any family: attention and feed-forward, each added to the residual stream."""
 
 # B batch, S sequence, D model
 
@@ -18,8 +18,9 @@ from jaxft.nn.experts.router_sums import RouterSums
 from jaxft.nn.mlp import GatedMLP, MLPShape
 from jaxft.nn.norm import NormShape, RMSNorm
 
-# Names of the norms as Hugging Face has them: before attention, after it, before the feed-forward, after it.
-NORMS: dict[str, tuple[str | None, ...]] = {
+NormPositions = Literal["before", "after", "around"]
+# Hugging Face's names of the norms before attention, after it, before the feed-forward, after it.
+NORMS: dict[NormPositions, tuple[str | None, ...]] = {
     "before": ("input_layernorm", None, "post_attention_layernorm", None),
     "after": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
     "around": (
@@ -30,12 +31,12 @@ NORMS: dict[str, tuple[str | None, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class BlockShape:
-    """What one layer is. norms: where the stream is normalised, a key of NORMS."""
+    """The parts of one layer. norms: which inputs and outputs of attention and feed-forward are normalised."""
 
     attention: AttentionShape
     mlp: MLPShape | MoEShape
     norm: NormShape
-    norms: Literal["before", "after", "around"] = "before"
+    norms: NormPositions = "before"
 
 
 class Block(nnx.Module):
@@ -44,13 +45,17 @@ class Block(nnx.Module):
     def __init__(
         self, shape: BlockShape, *, stddev: float, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs
     ) -> None:
-        types = {"dtype": dtype, "param_dtype": param_dtype}
         self.norms = NORMS[shape.norms]
         for name in filter(None, self.norms):
-            setattr(self, name, RMSNorm(shape.attention.width, shape.norm, **types))
-        self.self_attn = Attention(shape.attention, shape.norm, stddev=stddev, rngs=rngs, **types)
-        feed_forward = MoE if isinstance(shape.mlp, MoEShape) else GatedMLP
-        self.mlp = feed_forward(shape.mlp, stddev=stddev, rngs=rngs, **types)
+            setattr(self, name, RMSNorm(shape.attention.width, shape.norm, dtype=dtype, param_dtype=param_dtype))
+        self.self_attn = Attention(
+            shape.attention, shape.norm, stddev=stddev, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        )
+        self.mlp: GatedMLP | MoE
+        if isinstance(shape.mlp, MoEShape):
+            self.mlp = MoE(shape.mlp, stddev=stddev, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        else:
+            self.mlp = GatedMLP(shape.mlp, stddev=stddev, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(
         self,
@@ -61,33 +66,34 @@ class Block(nnx.Module):
         key: jax.Array | None,
         routing: RouterSums | None = None,
     ) -> tuple[jax.Array, LayerCache | None, RouterSums | None]:
-        """The stream, the cache with these tokens in it, and `routing` with this layer's experts counted in.
+        """(the residual stream, the cache with these tokens in it, `routing` with this layer's tokens added).
 
-        key: turns dropout on. routing: None where nobody asks.
+        layer: this layer's index in its stack. key: turns dropout on. routing: None if nobody reads the sums.
         """
         keys = None if key is None else jax.random.split(key, 7)
         attention_keys, mlp_keys = (None, None) if keys is None else (keys[:4], keys[4:])
         attended_BSD, cache = self.self_attn(_whole(self._norm(0, x_BSD)), tokens, cache, layer, attention_keys)
         x_BSD = checkpoint_name(x_BSD + self._norm(1, _stream(attended_BSD)), "dots")
-        given_BSD = self._norm(2, x_BSD)
+        input_BSD = self._norm(2, x_BSD)
         if not isinstance(self.mlp, MoE):
-            fed_BSD = _stream(self.mlp(_whole(given_BSD), mlp_keys))
+            output_BSD = _stream(self.mlp(_whole(input_BSD), mlp_keys))
         elif routing is None:
-            fed_BSD = self.mlp(given_BSD)
+            output_BSD = self.mlp(input_BSD)
         else:
-            fed_BSD, routing = self.mlp.counted(given_BSD, tokens.segments_BS, routing)
-        return x_BSD + self._norm(3, fed_BSD), cache, routing
+            output_BSD, routing = self.mlp.with_routing(input_BSD, tokens.segments_BS, routing)
+        return x_BSD + self._norm(3, output_BSD), cache, routing
 
-    def _norm(self, place: int, x_BSD: jax.Array) -> jax.Array:
-        name = self.norms[place]
+    def _norm(self, position: int, x_BSD: jax.Array) -> jax.Array:
+        name = self.norms[position]
         return x_BSD if name is None else getattr(self, name)(x_BSD)
 
 
-STREAM, WHOLE = ("batch", "stream", None), ("batch", "sequence", None)
+STREAM: partition.Dimensions = ("batch", "stream", None)
+WHOLE: partition.Dimensions = ("batch", "sequence", None)
 
 
 def _whole(x_BSD: jax.Array) -> jax.Array:
-    """For matrices of which every device of the tensor axis holds a part: all positions of its rows."""
+    """All positions of a device's rows, for matrices that the tensor axis splits."""
     return partition.gathered(x_BSD, STREAM, WHOLE)
 
 

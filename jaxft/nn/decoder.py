@@ -1,16 +1,17 @@
-"""The frame that decoder-only families share: embed, stacked layers, norm, unembed."""
+"""The decoder-only transformer that all families share: embedding, stacked layers, final norm, LM head."""
 
 # B batch, S sequence, D model, H head_dim, V vocab
 
 import functools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxft.errors import ModelError
 from jaxft.nn import stack, virtual
 from jaxft.nn.attention import cache as kv
 from jaxft.nn.attention.layer import Tokens
@@ -22,16 +23,17 @@ from jaxft.nn.experts.router_sums import RouterSums
 from jaxft.nn.linear import Embedding, Linear
 from jaxft.nn.noise import add_noise
 from jaxft.nn.norm import NormShape, RMSNorm
+from jaxft.nn.partition import Dimensions
 from jaxft.trees import flatten
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderShape:
-    """What a family's Config says its network is.
+    """The network that a family's Config describes.
 
-    layers: the shape of every layer in order; runs and patterns of equal ones are stacked. embed_scale: what embedded
-    tokens are multiplied by, rounded to the type of computation as transformers does. logit_softcap: logits l become
-    softcap * tanh(l / softcap).
+    layers: the shape of every layer in order; equal layers, in runs or in a repeating pattern, are stacked.
+    embed_scale: factor on embedded tokens, rounded to the compute dtype as in transformers. logit_softcap: logits l
+    become softcap * tanh(l / softcap).
     """
 
     layers: tuple[BlockShape, ...]
@@ -41,20 +43,86 @@ class DecoderShape:
     logit_softcap: float | None = None
 
 
+class ModelConfig(Protocol):
+    """What every family's Config offers, under Hugging Face's names. `jaxft.models` has the implementations."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def num_hidden_layers(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def num_key_value_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def max_position_embeddings(self) -> int: ...
+    @property
+    def initializer_range(self) -> float: ...
+    @property
+    def tie_word_embeddings(self) -> bool: ...
+
+    def shape(self) -> DecoderShape:
+        """The network."""
+
+    def to_hf(self) -> dict[str, Any]:
+        """The same as Hugging Face's `config.json`."""
+
+
+class Prompt(Protocol):
+    """A module that embeds virtual tokens, for the slot `Decoder.prompt`."""
+
+    def __call__(self, x_BSD: jax.Array, virtual_BS: jax.Array | None) -> jax.Array:
+        """x_BSD with learnt vectors at virtual tokens. virtual_BS: the number of the virtual token at each position,
+        negative at other tokens; None if the model has no virtual tokens.
+        """
+
+
+class SharedArrays(Protocol):
+    """A module that keeps the arrays which the adapters of all layers have in common, for the slot `Decoder.shared`."""
+
+    def arrays(self, dtype: jnp.dtype) -> Any:
+        """What `Adapter.shared` is during a call: any pytree of arrays, computed with in `dtype`."""
+
+
+class ValueHead(Protocol):
+    """A module that estimates the return from each position, for the slot `Decoder.value`."""
+
+    def __call__(self, hidden_BSD: jax.Array) -> jax.Array:
+        """values_BS, of hidden vectors after the last norm."""
+
+
+class SplitUnembed(NamedTuple):
+    """`Decoder.unembed` split into a pure function and its parameters.
+
+    logits(params, hidden [..., D]) -> [..., V] float32. storage_dims: for every leaf of params in tree order, the names
+    of its dimensions at rest (`jaxft.nn.partition`).
+    """
+
+    logits: Callable[[nnx.State, jax.Array], jax.Array]
+    params: nnx.State
+    storage_dims: list[Dimensions]
+
+
 class Decoder(nnx.Module):
     """`Model(tokens, positions, segments, cache) -> (hidden, cache)` and `unembed(hidden) -> logits`.
 
-    layers[g] is a stack of equal layers; `segments` says which layer numbers each stack holds. experts: how many the
-    layers that have any choose from, None where no layer has. config: a family's Config, whose `shape()` gives the
-    DecoderShape. marks: one for each layer; unlike ones are not stacked together. trainable_paths: those of the
-    parameters that are trained, None for all. virtual_tokens: with how many of them every row has to begin;
-    prompt: a slot for what embeds them, `prompt(x_BSD, virtual_BS)`. shared: a slot for what adapters of all layers
-    have in common.
+    layers[g] is a stack of equal layers; `segments` lists the layer numbers of each stack. experts: the number of
+    experts in each layer that has any, None if no layer has. trainable_paths: paths of the parameters that are trained,
+    None for all. virtual_tokens: how many virtual tokens every row must begin with.
+
+    Three slots are empty (None) until something is attached. prompt: a `Prompt`, which embeds the virtual tokens.
+    shared: `SharedArrays`, what the adapters of all layers have in common. value: a `ValueHead`; the decoder itself
+    never calls it: `model.value(hidden_BSD)` is for the losses that need values. What is trained beside adapters are
+    the AdapterParams alone, so a value head that is to train with adapters has its parameters of that type.
     """
 
     def __init__(
         self,
-        config: Any,
+        config: ModelConfig,
         *,
         dtype: jnp.dtype,
         param_dtype: jnp.dtype,
@@ -62,7 +130,10 @@ class Decoder(nnx.Module):
         remat: str = "none",
         marks: Sequence[Hashable] | None = None,
     ) -> None:
-        shape: DecoderShape = config.shape()
+        """remat: a key of `stack.REMAT`, or `none`. marks: one for each layer; only layers with equal marks are stacked
+        together.
+        """
+        shape = config.shape()
         self.config = config
         self.ropes = shape.ropes
         self.embed_scale, self.logit_softcap = shape.embed_scale, shape.logit_softcap
@@ -70,15 +141,20 @@ class Decoder(nnx.Module):
         self.remat = remat
         self.trainable_paths: frozenset[str] | None = None
         self.virtual_tokens = 0
-        self.prompt, self.shared = nnx.data(None), nnx.data(None)
+        self.prompt: Prompt | None = nnx.data(None)
+        self.shared: SharedArrays | None = nnx.data(None)
+        self.value: ValueHead | None = nnx.data(None)
         marks = (None,) * len(shape.layers) if marks is None else marks
         self.segments = stack.layout(tuple(zip(shape.layers, marks, strict=True)))
         self.experts = next((block.mlp.experts for block in shape.layers if isinstance(block.mlp, MoEShape)), None)
-        table = {"stddev": config.initializer_range, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, **table)
+        stddev = config.initializer_range
+        draw = functools.partial(Linear, stddev=stddev, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.embed_tokens = Embedding(
+            config.vocab_size, config.hidden_size, stddev=stddev, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        )
 
         def make_layer(block: BlockShape, rngs: nnx.Rngs) -> Block:
-            return Block(block, **table | {"rngs": rngs})
+            return Block(block, stddev=stddev, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
         self.layers = nnx.List(
             [
@@ -88,7 +164,7 @@ class Decoder(nnx.Module):
         )
         self.norm = RMSNorm(config.hidden_size, shape.norm, dtype=dtype, param_dtype=param_dtype)
         tied = config.tie_word_embeddings
-        self.lm_head = nnx.data(None) if tied else Linear(config.hidden_size, config.vocab_size, **table)
+        self.lm_head: Linear | None = nnx.data(None) if tied else draw(config.hidden_size, config.vocab_size)
 
     def __call__(
         self,
@@ -99,11 +175,11 @@ class Decoder(nnx.Module):
         key: jax.Array | None = None,
         noise_alpha: float | None = None,
     ) -> tuple[jax.Array, kv.Cache | None]:
-        """Hidden vectors after the last norm, [B, S, D], and the cache with the new tokens in it.
+        """(hidden vectors after the last norm, [B, S, D]; the cache with the new tokens in it).
 
-        tokens_BS: int32, those of `virtual.virtual_ids` first where the model has virtual tokens. positions_BS: 0, 1,
-        2, ... where not given. segments_BS: all one document where not given; 0 marks padding. key: turns dropout on,
-        and noise of that size on embedded tokens (`add_noise`) where noise_alpha is given.
+        tokens_BS: int32; rows of a model with virtual tokens begin with `virtual.virtual_ids`. positions_BS: by default
+        0, 1, 2, ... segments_BS: by default one document a row; 0 marks padding. key: turns on dropout and, if
+        noise_alpha is given, noise of that size on embedded tokens (`add_noise`).
         """
         hidden_BSD, cache, _ = self._run(tokens_BS, positions_BS, segments_BS, cache, key, None, noise_alpha)
         return hidden_BSD, cache
@@ -116,12 +192,26 @@ class Decoder(nnx.Module):
         key: jax.Array | None,
         noise_alpha: float | None = None,
     ) -> tuple[jax.Array, RouterSums]:
-        """Hidden vectors as above, and how the routers of all layers spread the tokens, for a model with experts."""
-        zero = RouterSums.zero(self.experts)
+        """(hidden vectors as above; sums over tokens and layers of what the routers did).
+
+        Raises ModelError if no layer has experts.
+        """
+        zero = None if self.experts is None else RouterSums.zero(self.experts)
         hidden_BSD, _, routing = self._run(tokens_BS, positions_BS, segments_BS, None, key, zero, noise_alpha)
+        if routing is None:
+            raise ModelError("this model has no experts, so there are no routers whose choices could be summed")
         return hidden_BSD, routing
 
-    def _run(self, tokens_BS, positions_BS, segments_BS, cache, key, routing, noise_alpha):
+    def _run(
+        self,
+        tokens_BS: jax.Array,
+        positions_BS: jax.Array | None,
+        segments_BS: jax.Array | None,
+        cache: kv.Cache | None,
+        key: jax.Array | None,
+        routing: RouterSums | None,
+        noise_alpha: float | None,
+    ) -> tuple[jax.Array, kv.Cache | None, RouterSums | None]:
         if positions_BS is None:
             positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1], dtype=jnp.int32), tokens_BS.shape)
         if segments_BS is None:
@@ -147,16 +237,16 @@ class Decoder(nnx.Module):
             key=key,
             remat=self.remat,
             routing=routing,
-            lent=None if self.shared is None else self.shared.lent(self.dtype),
+            shared=None if self.shared is None else self.shared.arrays(self.dtype),
         )
         return self.norm(x_BSD), cache, routing
 
     def for_length(self, length: int) -> "Decoder":
         """The model, on the same parameters, for continuing rows of up to `length` tokens through a cache.
 
-        Only longrope differs: its factors follow from the length of a row, and what is in the cache was turned by
-        one of the two sets. transformers starts anew when a row outgrows the short ones; this takes the long ones
-        from the start.
+        Only longrope differs: its factors depend on the length of a row, and keys in the cache were rotated by one of
+        the two sets. transformers starts again when a row outgrows the short factors; this takes the long ones from the
+        start.
         """
         model = nnx.merge(*nnx.split(self))
         model.ropes = tuple(rope.for_length(length) for rope in self.ropes)
@@ -164,22 +254,22 @@ class Decoder(nnx.Module):
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """hidden: [..., D] -> logits [..., V] float32."""
-        unembed, params, _ = self.split_unembed()
-        return unembed(params, hidden)
+        logits, params, _ = self.split_unembed()
+        return logits(params, hidden)
 
-    def split_unembed(self) -> tuple[Callable[[Any, jax.Array], jax.Array], Any, list[tuple[Any, ...]]]:
-        """`unembed` as a pure function of (its parameters, hidden), those parameters, and what the dimensions of each
-        leaf of them are, for `jaxft.nn.partition`.
-        """
-        tied, softcap = self.lm_head is None, self.logit_softcap
-        graphdef, params = nnx.split(self.embed_tokens if tied else self.lm_head)
+    def split_unembed(self) -> SplitUnembed:
+        """`unembed` as a pure function, its parameters, and the names of their dimensions."""
+        head, softcap = self.embed_tokens if self.lm_head is None else self.lm_head, self.logit_softcap
+        graphdef, params = nnx.split(head)
 
-        def unembed(params: Any, hidden: jax.Array) -> jax.Array:
+        def logits(params: nnx.State, hidden: jax.Array) -> jax.Array:
             module = nnx.merge(graphdef, params)
-            return capped(module.scores(hidden) if tied else module(hidden).astype(jnp.float32), softcap)
+            if isinstance(module, Embedding):
+                return capped(module.scores(hidden), softcap)
+            return capped(module(hidden).astype(jnp.float32), softcap)
 
-        stored = (self.embed_tokens if tied else self.lm_head).stored()
-        return unembed, params, [stored[path] for path in flatten(params)[0]]
+        stored = head.stored()
+        return SplitUnembed(logits, params, [stored[path] for path in flatten(params)[0]])
 
     def init_cache(self, batch: int, length: int) -> kv.Cache:
         """An empty cache for `batch` rows of up to `length` tokens; layers with a window keep only that many."""

@@ -17,7 +17,7 @@ Lay = Callable[[QuantizedArray], QuantizedArray]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def through(product: Product, lay: Lay, x: jax.Array, kernel: QuantizedArray, *indices: jax.Array) -> jax.Array:
+def frozen_product(product: Product, lay: Lay, x: jax.Array, kernel: QuantizedArray, *indices: jax.Array) -> jax.Array:
     """`product(x, kernel, *indices)` of the kernel, brought to where it is used by `lay` and then made dense.
 
     Between the passes only the codes are kept, where JAX would keep the dense kernel of every layer; the backward pass
@@ -44,4 +44,4 @@ def _backward(product: Product, lay: Lay, residuals: Any, grad: jax.Array) -> tu
     return product(grad, jnp.swapaxes(dense, -1, -2), *indices), None, *(None for _ in indices)
 
 
-through.defvjp(_forward, _backward)
+frozen_product.defvjp(_forward, _backward)

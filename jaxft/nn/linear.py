@@ -1,9 +1,9 @@
-"""Linear layers and embeddings. One optional adapter slot keeps every base parameter at its path."""
+"""Linear layers and embeddings, each with an optional adapter slot that leaves base parameters at their paths."""
 
 # B batch, S sequence, I inputs, O outputs, D model, V vocab
 
 from functools import partial
-from typing import Any, Literal
+from typing import Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -11,41 +11,44 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxft.nn import partition
-from jaxft.nn.frozen import through
+from jaxft.nn.adapter import Adapter
+from jaxft.nn.frozen import frozen_product
+from jaxft.nn.partition import Dimensions
 from jaxft.quant import QuantizedArray
 
-# Which side of a kernel the tensor axis splits, and with that how it is stored and how it is multiplied with.
+TPSide = Literal["inputs", "outputs"]  # the side of a kernel that the tensor axis splits
+# The dimensions of a kernel and a bias at rest and in use, for each side.
 STORED = {"outputs": ("weight", "tensor"), "inputs": ("tensor", "weight")}
-WHOLE = {"outputs": (None, "tensor"), "inputs": ("tensor", None)}
+WHOLE: dict[TPSide, Dimensions] = {"outputs": (None, "tensor"), "inputs": ("tensor", None)}
 BIAS_STORED = {"outputs": ("both",), "inputs": ("weight",)}
 TABLE_STORED, TABLE_WHOLE = ("tensor", "weight"), ("tensor", None)
-LOOKED_UP = ("replica", None, "weight")
+LOOKED_UP: Dimensions = ("replica", None, "weight")
 
 
-def product(x: jax.Array, kernel: jax.Array | QuantizedArray, tp_side: Literal["inputs", "outputs"]) -> jax.Array:
-    """x [..., I] @ kernel [I, O] in the type of x; a kernel of a wider type is rounded to it before it travels.
+def product(x: jax.Array, kernel: jax.Array | QuantizedArray, tp_side: TPSide) -> jax.Array:
+    """x [..., I] @ kernel [I, O] in the dtype of x; a kernel of a wider dtype is rounded to it before it is gathered.
 
-    The gradient of a kernel comes out of the product over a device's rows, and of the sum over devices, in the kernel's
-    own type: float32 where it is kept so, and where `training.step` rounded it first, the narrower one.
+    The gradient of a kernel has the kernel's own dtype, both in the product over a device's rows and in the sum over
+    devices: float32 if the kernel is float32, the narrower dtype if `training.step` rounded the kernel first.
     """
     if isinstance(kernel, QuantizedArray):
-        return through(jnp.matmul, partial(_gathered, tp_side), x, kernel)
+        return frozen_product(jnp.matmul, partial(_gathered, tp_side), x, kernel)
     if kernel.dtype == x.dtype:
         return x @ partition.gathered(kernel, STORED[tp_side], WHOLE[tp_side])
     return _wide_product(x, kernel, tp_side)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _wide_product(x: jax.Array, kernel: jax.Array, tp_side: str) -> jax.Array:
+def _wide_product(x: jax.Array, kernel: jax.Array, tp_side: TPSide) -> jax.Array:
     return x @ partition.gathered(kernel.astype(x.dtype), STORED[tp_side], WHOLE[tp_side])
 
 
-def _wide_forward(x: jax.Array, kernel: jax.Array, tp_side: str) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+def _wide_forward(x: jax.Array, kernel: jax.Array, tp_side: TPSide) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return _wide_product(x, kernel, tp_side), (x, kernel)
 
 
 def _wide_backward(
-    tp_side: str, residuals: tuple[jax.Array, jax.Array], grad: jax.Array
+    tp_side: TPSide, residuals: tuple[jax.Array, jax.Array], grad: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     x, kernel = residuals
     whole = partition.gathered(kernel.astype(x.dtype), STORED[tp_side], WHOLE[tp_side])
@@ -56,18 +59,18 @@ def _wide_backward(
 _wide_product.defvjp(_wide_forward, _wide_backward)
 
 
-def _gathered(tp_side: str, kernel: QuantizedArray) -> QuantizedArray:
-    # Codes travel, not what they mean: a quarter of the bytes.
+def _gathered(tp_side: TPSide, kernel: QuantizedArray) -> QuantizedArray:
+    # Codes are sent, not dequantized weights: a quarter of the bytes.
     return kernel.each(lambda part: partition.gathered(part, STORED[tp_side], WHOLE[tp_side]))
 
 
 class Linear(nnx.Module):
-    """`y = x @ kernel (+ bias)`, then the adapter's correction where one is attached.
+    """`y = x @ kernel (+ bias)`, then the adapter's correction if one is attached.
 
-    kernel: [I, O], an array or a QuantizedArray, which stays still. x: [..., I], computed in `dtype`. keep: name under
-    which rematerialisation policies find the result, for layers whose result the backward pass reads. parted: the side
+    kernel: [I, O], an array or a QuantizedArray, which is frozen. x: [..., I], computed in `dtype`. keep: name under
+    which rematerialisation policies save the result, for layers whose result the backward pass reads. tp_side: the side
     that the tensor axis splits.
-    Layers under a scan hold a leading stack axis in every parameter and are called on one slice of it.
+    Layers under a scan have a leading stack axis in every parameter and are called on one slice of it.
     """
 
     def __init__(
@@ -77,7 +80,7 @@ class Linear(nnx.Module):
         *,
         use_bias: bool = False,
         keep: str | None = None,
-        tp_side: Literal["inputs", "outputs"] = "outputs",
+        tp_side: TPSide = "outputs",
         stddev: float = 0.02,
         dtype: jnp.dtype,
         param_dtype: jnp.dtype,
@@ -85,25 +88,24 @@ class Linear(nnx.Module):
     ) -> None:
         self.kernel = nnx.Param(stddev * jax.random.normal(rngs.params(), (inputs, outputs), param_dtype))
         self.bias = nnx.Param(jnp.zeros((outputs,), param_dtype)) if use_bias else None
-        self.adapter = nnx.data(None)
+        self.adapter: Adapter | None = nnx.data(None)
         self.dtype = dtype
         self.keep = keep
         self.tp_side = tp_side
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        kernel = self.kernel.get_value()
+        kernel, adapter = self.kernel.get_value(), self.adapter
         x = x.astype(self.dtype)
-        if self.adapter is not None:
-            x = self.adapter.enter(x)
+        if adapter is not None:
+            x = adapter.enter(x)
         y = product(x, kernel, self.tp_side)
-        on_product = self.adapter is not None and self.adapter.on_product
-        if on_product:
-            y = self.adapter(x, y, kernel, key)
+        if adapter is not None and adapter.on_product:
+            y = adapter(x, y, kernel, key)
         if self.bias is not None:
             bias = self.bias.get_value().astype(self.dtype)
             y = y + partition.gathered(bias, BIAS_STORED[self.tp_side], WHOLE[self.tp_side][1:])
-        if self.adapter is not None and not on_product:
-            y = self.adapter(x, y, kernel, key)
+        if adapter is not None and not adapter.on_product:
+            y = adapter(x, y, kernel, key)
         return y if self.keep is None else checkpoint_name(y, self.keep)
 
     def stored(self) -> dict[str, tuple[partition.Dimension | None, ...]]:
@@ -111,18 +113,25 @@ class Linear(nnx.Module):
         return _with_adapter({"kernel": STORED[self.tp_side], "bias": BIAS_STORED[self.tp_side]}, self.adapter)
 
 
+class EmbeddingAdapter(Protocol):
+    """An adapter in the slot of an `Embedding`."""
+
+    def __call__(self, tokens_BS: jax.Array, x_BSD: jax.Array) -> jax.Array:
+        """What the embedding gives instead of x_BSD, the table's rows of tokens_BS."""
+
+
 class Embedding(nnx.Module):
-    """A table [V, D]: rows for tokens on the way in, and, where tied, scores for tokens on the way out."""
+    """A table [V, D]: embeds input tokens and, if the LM head is tied to it, scores output tokens."""
 
     def __init__(
         self, vocab: int, width: int, *, stddev: float, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs
     ) -> None:
         self.embedding = nnx.Param(stddev * jax.random.normal(rngs.params(), (vocab, width), param_dtype))
-        self.adapter = nnx.data(None)
+        self.adapter: EmbeddingAdapter | None = nnx.data(None)
         self.dtype = dtype
 
     def __call__(self, tokens_BS: jax.Array) -> jax.Array:
-        # Every device looks all tokens up in its part of each row of the table, and gives on what is another's.
+        # Every device looks up all tokens in its part of each row of the table, then passes on what others need.
         x_BSD = jnp.take(self.embedding.get_value(), partition.split(tokens_BS, *LOOKED_UP[:2]), axis=0)
         x_BSD = partition.gathered(x_BSD.astype(self.dtype), LOOKED_UP, ("batch", "stream", None))
         return x_BSD if self.adapter is None else self.adapter(tokens_BS, x_BSD)
@@ -138,7 +147,7 @@ class Embedding(nnx.Module):
 
 
 def _with_adapter(
-    own: dict[str, tuple[partition.Dimension | None, ...]], adapter: Any
+    own: dict[str, tuple[partition.Dimension | None, ...]], adapter: Adapter | EmbeddingAdapter | None
 ) -> dict[str, tuple[partition.Dimension | None, ...]]:
     beside = {} if adapter is None else adapter.stored()
     return own | {f"adapter/{path}": dimensions for path, dimensions in beside.items()}

@@ -21,7 +21,8 @@ from jax.sharding import PartitionSpec as P
 Dimension = Literal[
     "batch", "replica", "sequence", "stream", "tensor", "weight", "both", "spread", "expert", "expert_weight"
 ]  # fmt: skip
-AXES: dict[str, tuple[str, ...]] = {
+Dimensions = tuple[Dimension | None, ...]  # of an array, one a dimension; None: not split
+AXES: dict[Dimension, tuple[str, ...]] = {
     "batch": ("slice", "data", "fsdp", "expert"),
     "replica": ("slice", "data"),
     "sequence": ("context",),
@@ -56,7 +57,7 @@ def axes_of(dimension: Dimension) -> tuple[str, ...]:
     return tuple(axis for axis in AXES[dimension] if axis in free and mesh.shape[axis] > 1)
 
 
-def spec(shape: tuple[int, ...], dimensions: tuple[Dimension | None, ...], *, uneven: Any = P.UNCONSTRAINED) -> P:
+def spec(shape: tuple[int, ...], dimensions: Dimensions, *, uneven: Any = P.UNCONSTRAINED) -> P:
     """The PartitionSpec of an array whose dimensions are these; None: whole. uneven: the entry of one that does not
     divide, which by default is left to XLA.
     """
@@ -90,7 +91,7 @@ def whole_items(x: jax.Array, dimension: int) -> jax.Array:
     return x
 
 
-def gathered(x: jax.Array, stored: tuple[Dimension | None, ...], whole: tuple[Dimension | None, ...]) -> jax.Array:
+def gathered(x: jax.Array, stored: Dimensions, whole: Dimensions) -> jax.Array:
     """x, which lies as `stored` says, brought to lie as `whole` says, while its gradient goes back to `stored`.
 
     A plain constraint would put itself on the gradient too, so that every device would receive the whole sum of what
@@ -116,7 +117,7 @@ def _gathered_backward(stored: P, whole: P, _: None, grad: jax.Array) -> tuple[j
 _gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
-def scattered(x: jax.Array, to: tuple[Dimension | None, ...], back: tuple[Dimension | None, ...]) -> jax.Array:
+def scattered(x: jax.Array, to: Dimensions, back: Dimensions) -> jax.Array:
     """x, of which every device has a summand, added up and brought to lie as `to` says; its gradient comes back as
     `back` says, once for all who need it.
     """

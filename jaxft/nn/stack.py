@@ -5,7 +5,7 @@
 import functools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,27 +13,29 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxft.nn import partition
-from jaxft.nn.adapter import lend
+from jaxft.nn.adapter import bind_shared
 from jaxft.nn.attention import cudnn
 from jaxft.nn.attention.cache import Cache, LayerCache, slots_for, write_positions
 from jaxft.nn.attention.layer import Tokens
-from jaxft.nn.block import STREAM
+from jaxft.nn.block import STREAM, Block
 from jaxft.nn.experts.router_sums import RouterSums
 
+Module = TypeVar("Module", bound=nnx.Module)
 
-def _kept(*names: str) -> Callable[..., bool]:
-    """Keeps what has one of these names, and what attention's kernel on GPUs gives."""
+
+def _save(*names: str) -> Callable[..., bool]:
+    """Saves the values of these names (`checkpoint_name`) and the results of attention's kernel on GPUs."""
     policies = jax.checkpoint_policies
-    return policies.save_from_both_policies(policies.save_only_these_names(*names), cudnn.kept)
+    return policies.save_from_both_policies(policies.save_only_these_names(*names), cudnn.save_kernel_results)
 
 
 REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    # Results of the layers' matrix products, which name themselves; what lies between them is recomputed.
-    "dots": _kept("dots", "attention"),
-    # What attention gives, whose kernel would run once more.
-    "attention": _kept("attention"),
-    # What enters each layer goes to the host's memory until the backward pass comes for it.
+    # Saves the results of the layers' matrix products, which bear the name; what is between them is recomputed.
+    "dots": _save("dots", "attention"),
+    # Saves the results of attention, so that its kernel runs only once.
+    "attention": _save("attention"),
+    # Moves the input of each layer to host memory until the backward pass needs it.
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=(),
         names_which_can_be_offloaded=("stream",),
@@ -45,20 +47,21 @@ REMAT = {
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of layers that repeats a pattern: `groups[p]` lists the layers at place p of the pattern."""
+    """Consecutive layers that repeat a pattern: `groups[p]` lists the layers at position p of the pattern."""
 
     first_group: int
     groups: tuple[tuple[int, ...], ...]
 
 
 def layout(kinds: Sequence[Hashable]) -> tuple[Segment, ...]:
-    """How layers of the given kinds are stacked: each group is one scanned stack of equal layers.
+    """Divides layers of the given kinds into segments; each group of a segment is one scanned stack of equal layers.
 
-    ("a",) * 4 is one group of four. ("l", "l", "g") * 4 + ("l",) is three groups of four, then one
-    of one. The division with the fewest groups wins, since each group is compiled once.
+    ("a",) * 4 is one group of four. ("l", "l", "g") * 4 + ("l",) is three groups of four, then one of one. The division
+    with the fewest groups is taken, since each group is compiled once.
     """
     numbers = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
-    segments, first = [], 0
+    segments: list[Segment] = []
+    first = 0
     for groups in _fewest(tuple(numbers[kind] for kind in kinds)):
         segments.append(Segment(first, groups))
         first += len(groups)
@@ -66,7 +69,7 @@ def layout(kinds: Sequence[Hashable]) -> tuple[Segment, ...]:
 
 
 def group_layers(segments: tuple[Segment, ...]) -> tuple[tuple[int, ...], ...]:
-    """For every group in order, the layer numbers that it stacks."""
+    """The layer numbers of every group, in order."""
     return tuple(group for segment in segments for group in segment.groups)
 
 
@@ -75,8 +78,8 @@ Groups = tuple[tuple[int, ...], ...]
 
 @functools.cache
 def _fewest(kinds: tuple[int, ...]) -> list[Groups]:
-    found = [_periodic(kinds, period) for period in range(1, len(kinds) + 1)]
-    return min(found, key=lambda segments: sum(map(len, segments)), default=[])
+    divisions = [_periodic(kinds, period) for period in range(1, len(kinds) + 1)]
+    return min(divisions, key=lambda segments: sum(map(len, segments)), default=[])
 
 
 def _periodic(kinds: tuple[int, ...], period: int) -> list[Groups]:
@@ -89,14 +92,14 @@ def _periodic(kinds: tuple[int, ...], period: int) -> list[Groups]:
     return [groups, *rest]
 
 
-def make_group(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
+def make_group(make: Callable[[nnx.Rngs], Module], count: int, rngs: nnx.Rngs) -> Module:
     """`count` layers as one module whose every parameter has a leading axis of `count`."""
     keys = jax.random.split(rngs.params(), count)
     return nnx.vmap(lambda key: make(nnx.Rngs(params=key)), in_axes=0, out_axes=0)(keys)
 
 
 def run(
-    groups: Sequence[nnx.Module],
+    groups: Sequence[Block],
     segments: tuple[Segment, ...],
     x_BSD: jax.Array,
     tokens: Tokens,
@@ -105,25 +108,24 @@ def run(
     key: jax.Array | None,
     remat: str,
     routing: RouterSums | None = None,
-    lent: Any = None,
+    shared: Any = None,
 ) -> tuple[jax.Array, Cache | None, RouterSums | None]:
-    """All layers in order. key: for dropout; None when nothing is random.
+    """Runs all layers in order; returns the activations, the cache with the new tokens, and the sums over routers.
 
-    routing: where layers with experts add what their routers did; None where nobody asks. lent: arrays for the adapters
-    of all layers.
+    key: for dropout; None if nothing is random. routing: sums to which layers with experts add what their routers did,
+    None if nobody reads them. shared: arrays for the adapters of all layers (`Adapter.shared`), None if there are none.
     """
-    caches = _with_positions(cache, tokens) if cache is not None else None
+    caches = None if cache is None else _with_positions(cache, tokens)
     for segment in segments:
-        here = slice(segment.first_group, segment.first_group + len(segment.groups))
-        part = caches[here] if caches is not None else None
-        of_layer = [tokens] * len(segment.groups)
+        indices = slice(segment.first_group, segment.first_group + len(segment.groups))
+        tokens_by_group = [tokens] * len(segment.groups)
         if cache is not None:
-            of_layer = [tokens._replace(held_BT=before.positions_BT) for before in cache[here]]
-        carry = (x_BSD, part, routing)
-        x_BSD, part, routing = _run_segment(groups[here], segment, carry, of_layer, key, remat, lent)
-        if caches is not None:
-            caches[here] = part
-    return x_BSD, tuple(caches) if caches is not None else None, routing
+            tokens_by_group = [tokens._replace(cached_BT=before.positions_BT) for before in cache[indices]]
+        carry = (x_BSD, None if caches is None else caches[indices], routing)
+        x_BSD, part, routing = _run_segment(groups[indices], segment, carry, tokens_by_group, key, remat, shared)
+        if caches is not None and part is not None:
+            caches[indices] = part
+    return x_BSD, None if caches is None else tuple(caches), routing
 
 
 def _with_positions(cache: Cache, tokens: Tokens) -> list[LayerCache]:
@@ -135,7 +137,15 @@ def _with_positions(cache: Cache, tokens: Tokens) -> list[LayerCache]:
     return filled
 
 
-def _run_segment(groups, segment, carry, tokens_of_place, key, remat, lent):
+def _run_segment(
+    groups: Sequence[Block],
+    segment: Segment,
+    carry: tuple[jax.Array, list[LayerCache] | None, RouterSums | None],
+    tokens_by_group: Sequence[Tokens],
+    key: jax.Array | None,
+    remat: str,
+    shared: Any,
+) -> tuple[jax.Array, list[LayerCache] | None, RouterSums | None]:
     split = [nnx.split(group) for group in groups]
     graphdefs, states = [g for g, _ in split], [s for _, s in split]
     layers = jnp.array(segment.groups, jnp.int32).T  # [R, pattern]
@@ -145,13 +155,13 @@ def _run_segment(groups, segment, carry, tokens_of_place, key, remat, lent):
         x_BSD = checkpoint_name(partition.split(x_BSD, *STREAM), "stream")
         states, layers_P, index = scanned
         caches = list(caches) if caches is not None else [None] * len(graphdefs)
-        for place, (graphdef, state) in enumerate(zip(graphdefs, states, strict=True)):
-            layer_key = None if key is None else jax.random.fold_in(key, layers_P[place])
+        for position, (graphdef, state) in enumerate(zip(graphdefs, states, strict=True)):
+            layer_key = None if key is None else jax.random.fold_in(key, layers_P[position])
             module = nnx.merge(graphdef, state)
-            if lent is not None:
-                lend(module, lent)
-            x_BSD, caches[place], routing = module(
-                x_BSD, tokens_of_place[place], caches[place], index, layer_key, routing
+            if shared is not None:
+                bind_shared(module, shared)
+            x_BSD, caches[position], routing = module(
+                x_BSD, tokens_by_group[position], caches[position], index, layer_key, routing
             )
         return (x_BSD, caches if caches[0] is not None else None, routing), None
 

@@ -22,7 +22,7 @@ def fits(q_BSNH: jax.Array, keys: int, form: ScoreForm, sinks_N: jax.Array | Non
     return plain and right_heads and queries % 2 == 0 and keys % 2 == 0
 
 
-def kept(primitive: Any, *_: Any, **__: Any) -> bool:
+def save_kernel_results(primitive: Any, *_: Any, **__: Any) -> bool:
     """A rematerialisation policy: keeps what the kernel gives, whose sums have no name by which others could."""
     return primitive.name.startswith("dot_product_attention_fwd")
 

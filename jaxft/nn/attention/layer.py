@@ -22,14 +22,14 @@ class Tokens(NamedTuple):
     """What every layer needs to know of the tokens besides their vectors.
 
     positions_BS, segments_BS: int32; segment 0 is padding. rotations: one for each of the decoder's ropes.
-    held_BT: positions in the slots of the layer's cache before these tokens came, -1 where empty.
+    cached_BT: positions in the slots of the layer's cache before these tokens came, -1 where empty.
     virtual_BS: which virtual token stands there, negative for none; None where the model has no such tokens.
     """
 
     positions_BS: jax.Array
     segments_BS: jax.Array
     rotations: tuple[Rotation, ...]
-    held_BT: jax.Array | None = None
+    cached_BT: jax.Array | None = None
     virtual_BS: jax.Array | None = None
 
 
@@ -113,7 +113,7 @@ class Attention(nnx.Module):
             out_BSNH = causal_attention(q_BSNH, k_BSKH, v_BSKH, tokens.segments_BS, form, sinks_N)
         elif form.window is not None and x_BSD.shape[1] > 1 and cache.slots >= form.window:
             # Writing first would take keys away that the first of these tokens still sees.
-            k_BKHT, v_BKTH, keys_BT = _beside(cache, layer, k_BSKH, v_BSKH, tokens)
+            k_BKHT, v_BKTH, keys_BT = _with_cached(cache, layer, k_BSKH, v_BSKH, tokens)
             mask_BST = causal_mask(tokens.positions_BS, keys_BT, window=form.window)
             out_BSNH = attend_cached(q_BSNH, k_BKHT, v_BKTH, mask_BST, form, sinks_N)
             cache = self._written(cache, layer, k_BSKH, v_BSKH, tokens)
@@ -147,13 +147,13 @@ class Attention(nnx.Module):
         return kv.write(cache, layer, slots_BS, k_BSKH, v_BSKH)
 
 
-def _beside(cache, layer, k_BSKH, v_BSKH, tokens: Tokens) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _with_cached(cache, layer, k_BSKH, v_BSKH, tokens: Tokens) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Keys, values and positions of what a layer's cache held and, behind it, of the new tokens."""
     k_BKHS, v_BKSH = k_BSKH.transpose(0, 2, 3, 1), v_BSKH.transpose(0, 2, 1, 3)
     k_BKHT = jnp.concatenate([cache.k_RBKHT[layer], k_BKHS.astype(cache.k_RBKHT.dtype)], axis=3)
     v_BKTH = jnp.concatenate([cache.v_RBKTH[layer], v_BKSH.astype(cache.v_RBKTH.dtype)], axis=2)
     new_BS = jnp.where(tokens.segments_BS > 0, tokens.positions_BS, -1)
-    return k_BKHT, v_BKTH, jnp.concatenate([tokens.held_BT, new_BS], axis=1)
+    return k_BKHT, v_BKTH, jnp.concatenate([tokens.cached_BT, new_BS], axis=1)
 
 
 def causal_mask(

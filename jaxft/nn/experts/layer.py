@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxft.nn.experts import sharded as moe_sharded
 from jaxft.nn.experts.router_sums import RouterSums
-from jaxft.nn.frozen import through
+from jaxft.nn.frozen import frozen_product
 from jaxft.nn.mlp import ACTIVATIONS, ClampedSwiGLU
 from jaxft.quant import QuantizedArray
 
@@ -104,7 +104,7 @@ class ExpertLinear(nnx.Module):
         """x: [R, I], the rows of expert 0 first, sizes_E of them, then those of expert 1 and so on -> [R, O]."""
         x, kernel = x.astype(self.dtype), self.kernel.get_value()
         if isinstance(kernel, QuantizedArray):
-            y = through(jax.lax.ragged_dot, lambda kernel: kernel, x, kernel, sizes_E)
+            y = frozen_product(jax.lax.ragged_dot, lambda kernel: kernel, x, kernel, sizes_E)
         else:
             y = jax.lax.ragged_dot(x, kernel.astype(self.dtype), sizes_E)
         if self.adapter is not None:
@@ -142,7 +142,9 @@ class MoE(nnx.Module):
         """`keys` is not used: nothing here is random."""
         return self._answer(x_BSD).y
 
-    def counted(self, x_BSD: jax.Array, segments_BS: jax.Array, routing: RouterSums) -> tuple[jax.Array, RouterSums]:
+    def with_routing(
+        self, x_BSD: jax.Array, segments_BS: jax.Array, routing: RouterSums
+    ) -> tuple[jax.Array, RouterSums]:
         """The same, and `routing` with this layer's tokens besides; those of segment 0 are padding."""
         answer = self._answer(x_BSD)
         return answer.y, routing.add(answer.logits, answer.experts, segments_BS > 0)
