@@ -40,13 +40,14 @@ WORDS = set(
 class Names:
     """modules: top-level names by path without suffix, `jaxft/nn/linear`. classes: attributes of every class by name,
     those of its bases among them. functions: of every level. words: identifiers, and words in strings that are no
-    docstrings. formatted: words that an f-string makes, `adapter_checks` of `f"{name}_checks"`."""
+    docstrings. formatted: words that an f-string makes, `adapter_checks` of `f"{name}_checks"`. messages: the strings of the package."""
 
     modules: dict[str, set[str]]
     classes: dict[str, set[str]]
     functions: set[str]
     words: set[str]
     formatted: re.Pattern[str]
+    messages: str
 
 
 def _defined(body: list[ast.stmt]) -> Iterator[str]:
@@ -103,7 +104,7 @@ def _formatted(tree: ast.Module) -> Iterator[str]:
 @functools.cache
 def names() -> Names:
     """Those of every Python file of the repository but these tests of documents."""
-    modules, classes, bases, functions, texts, formatted = {}, {}, {}, set(), [], []
+    modules, classes, bases, functions, texts, formatted, messages = {}, {}, {}, set(), [], [], []
     for path in (path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))):
         if path.name in ("test_docs.py", Path(__file__).name):
             continue
@@ -111,6 +112,7 @@ def names() -> Names:
         key = path.relative_to(ROOT).with_suffix("").as_posix().removesuffix("/__init__")
         modules[key] = set(_defined(tree.body))
         texts += _words(tree)
+        messages += _words(tree) if path.is_relative_to(PACKAGE) else ()
         formatted += _formatted(tree)
         for node in ast.walk(tree):
             if isinstance(node, ast.ClassDef):
@@ -125,7 +127,12 @@ def names() -> Names:
     texts += [Path(key).name for key in modules]
     words = {word for text in texts for word in (text, *re.findall(r"[\w./-]+", text), *re.findall(r"\w+", text))}
     return Names(
-        modules=modules, classes=classes, functions=functions, words=words, formatted=re.compile("|".join(formatted))
+        modules=modules,
+        classes=classes,
+        functions=functions,
+        words=words,
+        formatted=re.compile("|".join(formatted)),
+        messages="\n".join(messages),
     )
 
 

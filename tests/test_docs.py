@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from docs_names import is_config_field, path_exists, unknown_names
+from docs_names import is_config_field, names, path_exists, unknown_names
 from test_architecture import FLOORS
 
 import jaxft
@@ -142,6 +142,15 @@ def test_every_name_on_a_page_exists(page: Path) -> None:
 )  # fmt: skip
 def test_a_name_that_nothing_defines_is_seen(code: str) -> None:
     assert unknown_names(code)
+
+
+@every_page
+def test_every_message_on_a_page_is_one_of_ours(page: Path) -> None:
+    for line in commands_in(text_of(page)):
+        message = re.match(r" *(?:jaxft \w+|gemma3): (.+)", line)
+        parts = re.split(r"\d[\d,]*|'[^']*'|\.\.\.|\w+Error|: ", message.group(1)) if message else []
+        for part in (part.strip(" :.") for part in parts if len(part.split()) > 2):
+            assert part in names().messages, f"{line.strip()}: no source says {part!r}"
 
 
 @every_page
