@@ -40,7 +40,8 @@ WORDS = set(
 class Names:
     """modules: top-level names by path without suffix, `jaxft/nn/linear`. classes: attributes of every class by name,
     those of its bases among them. functions: of every level. words: identifiers, and words in strings that are no
-    docstrings. formatted: words that an f-string makes, `adapter_checks` of `f"{name}_checks"`. messages: the strings of the package."""
+    docstrings. formatted: words that an f-string makes, `adapter_checks` of `f"{name}_checks"`.
+    messages: the strings of the package."""
 
     modules: dict[str, set[str]]
     classes: dict[str, set[str]]

@@ -148,7 +148,7 @@ def test_a_name_that_nothing_defines_is_seen(code: str) -> None:
 def test_every_message_on_a_page_is_one_of_ours(page: Path) -> None:
     for line in commands_in(text_of(page)):
         message = re.match(r" *(?:jaxft \w+|gemma3): (.+)", line)
-        parts = re.split(r"\d[\d,]*|'[^']*'|\.\.\.|\w+Error|: ", message.group(1)) if message else []
+        parts = re.split(r"\d[\d,]*|'[^']*'|\.\.\.|\w+Error|: |\w+ \(", message.group(1)) if message else []
         for part in (part.strip(" :.") for part in parts if len(part.split()) > 2):
             assert part in names().messages, f"{line.strip()}: no source says {part!r}"
 
