@@ -10,8 +10,8 @@ from jaxft.checkpoint.load import load_model as load_model
 from jaxft.checkpoint.named_adapters import load_adapters as load_adapters
 from jaxft.checkpoint.named_adapters import write_named as write_adapter  # noqa: F401
 from jaxft.config import RunConfig
+from jaxft.data.tokenizers.load import load_tokenizer as load_tokenizer
 from jaxft.data.tokenizers.tokenizer import Tokenizer
-from jaxft.data.tokenizers.tokenizer import load_tokenizer as load_tokenizer
 from jaxft.planning.client import plan as plan
 from jaxft.runs.evaluate import evaluate as evaluate
 from jaxft.runs.export import export as export

@@ -27,7 +27,8 @@ from jaxft.checkpoint.safetensors_writer import Index, LazyTensor
 from jaxft.checkpoint.tensors import TensorSource, TensorSpec
 from jaxft.conversion import targets
 from jaxft.conversion.progress import progress
-from jaxft.data.tokenizers.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
+from jaxft.data.tokenizers.load import TOKENIZER_FILES, load_tokenizer
+from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import ConfigError, ExportError, JaxftError
 from jaxft.files.atomic import publish, unfinished_folder
 from jaxft.files.paths import is_file, is_remote, open_folder

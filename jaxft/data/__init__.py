@@ -4,7 +4,8 @@ from jaxft.data.batch import Batch, Example
 from jaxft.data.examine import Examination, print_examination, render_rows
 from jaxft.data.formats import Conversation
 from jaxft.data.prepare import Prepared, TrainSet, prepare
-from jaxft.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from jaxft.data.tokenizers.load import load_tokenizer, tokenizer_of
+from jaxft.data.tokenizers.tokenizer import Tokenizer
 
 __all__ = [
     "Batch",
@@ -18,4 +19,5 @@ __all__ = [
     "prepare",
     "print_examination",
     "render_rows",
+    "tokenizer_of",
 ]

@@ -1,6 +1,6 @@
 """Generation: one implementation for evaluation, chat, reinforcement learning and serving."""
 
-from jaxft.generation.held import ConversationCache
+from jaxft.generation.conversation_cache import ConversationCache
 from jaxft.generation.settings import Generated, Sampling
 from jaxft.generation.text import generate_text
 from jaxft.generation.tokens import generate_tokens

@@ -1,10 +1,10 @@
-"""Rounded-up sizes, so that a few compiled shapes serve all lengths."""
+"""Rounded-up sizes: a few compiled shapes serve all lengths."""
 
 SMALLEST = 16
 
 
 def bucket(n: int) -> int:
-    """The least of 16, 24, 32, 48, 64, 96, ... that is at least n; above 16, less than a third of it is padding."""
+    """The smallest of 16, 24, 32, 48, 64, 96, ... that is at least n; above 16, less than a third of it is padding."""
     size = SMALLEST
     while size < n:
         if size + size // 2 >= n:
@@ -14,5 +14,5 @@ def bucket(n: int) -> int:
 
 
 def power_of_two(n: int) -> int:
-    """The least power of two that is at least n."""
+    """The smallest power of two that is at least n."""
     return 1 << max(n - 1, 0).bit_length()

@@ -1,15 +1,16 @@
-"""A conversation on the terminal: every message is answered from all that was said before it."""
+"""A conversation on the terminal: every answer depends on all earlier messages."""
 
 import contextlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TextIO
+from typing import TextIO
 
 from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import DataError, ModelError, did_you_mean
 from jaxft.generation import ConversationCache, Generated, Sampling, generate_text
 from jaxft.generation.text import encode_prompt
+from jaxft.nn.decoder import Decoder
 
 PROMPT = "> "
 COMMANDS = {
@@ -20,37 +21,37 @@ COMMANDS = {
 }
 HELP = "".join(f"{name:<8} {about}\n" for name, about in COMMANDS.items())
 
-Read = Callable[[str], str]  # asked with a prompt, gives a line; EOFError at the end
+Read = Callable[[str], str]  # shows a prompt and returns a line; EOFError at the end
 Write = Callable[[str], None]
 
 
 @dataclass(kw_only=True)
 class Chat:
-    """A model, how it answers, and what was said.
+    """A model, how it answers, and the conversation so far.
 
-    turns: messages of user and assistant in turn. The same question after the same turns is answered alike:
-    draws depend on the seed and the place of a token. held: what is computed already of it; a message goes through
-    the model alone as long as the template renders what was said before as before.
+    turns: messages of user and assistant in turn. The same question after the same turns gets the same answer:
+    random draws depend on the seed and the position of a token. cache: the KV cache of the conversation; only the new
+    message is computed as long as the template renders the earlier ones as before.
     """
 
-    model: Any
+    model: Decoder
     tokenizer: Tokenizer
     sampling: Sampling
     system: str | None = None
     turns: list[dict[str, str]] = field(default_factory=list)
-    held: ConversationCache = field(default_factory=ConversationCache)
+    cache: ConversationCache = field(default_factory=ConversationCache)
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """The conversation as the chat template gets it."""
+        """The messages for the chat template, the system message included."""
         return [*_system(self.system), *self.turns]
 
     def ask(self, text: str, write: Write) -> Generated | None:
-        """Writes the answer while it comes, and remembers question and answer.
+        """Writes the answer while it is generated, and adds question and answer to the conversation.
 
-        None where Ctrl-C stopped it: then what was shown counts as the answer, and where nothing was, the
-        question is forgotten too. Raises DataError for what the template refuses or the model has no positions
-        for; the conversation is then as it was.
+        None if Ctrl-C stopped it: the text shown so far is then the answer; if there is none, the question is
+        forgotten too. Raises DataError, and leaves the conversation as it was, for messages that the template refuses
+        or that exceed the model's positions.
         """
         question = {"role": "user", "content": text}
         conversation = [*self.messages, question]
@@ -63,7 +64,7 @@ class Chat:
 
         try:
             (answer,) = generate_text(
-                self.model, self.tokenizer, [conversation], self.sampling, on_text=show, held=self.held
+                self.model, self.tokenizer, [conversation], self.sampling, on_text=show, cache=self.cache
             )
         except KeyboardInterrupt:
             answer = None
@@ -72,25 +73,25 @@ class Chat:
         return answer
 
     def _check_room(self, conversation: list[dict[str, str]]) -> None:
-        said, most = len(encode_prompt(self.tokenizer, conversation)), self.sampling.max_new_tokens
+        tokens, most = len(encode_prompt(self.tokenizer, conversation)), self.sampling.max_new_tokens
         limit = self.model.config.max_position_embeddings
-        if said + most > limit:
+        if tokens + most > limit:
             raise DataError(
-                f"the conversation has {said} tokens and the answer may take {most}: {said + most} together, and the "
-                f"model has {limit} positions. This message was not sent: shorten it, /reset to start anew, or come "
-                "back with a lower --max_new_tokens."
+                f"the conversation has {tokens} tokens and the answer may take {most}: {tokens + most} together, and "
+                f"the model has {limit} positions. This message was not sent: shorten it, /reset to start anew, or "
+                "come back with a lower --max_new_tokens."
             )
 
 
 def check(tokenizer: Tokenizer, system: str | None = None) -> None:
-    """Refuses a conversation that could not be rendered, before any weight is read.
+    """Checks, before any weight is read, that conversations can be rendered.
 
-    Raises ModelError where there is no chat template, DataError where it takes no system message.
+    Raises ModelError if there is no chat template, DataError if it takes no system message.
     """
     if tokenizer.chat_template is None:
         raise ModelError(
             f"the tokenizer of {tokenizer.name!r} has no chat template, so how the model expects a conversation is "
-            "not known. Give the template that it was trained with as --chat_template=FILE, or let it continue plain "
+            "not known. Pass the template that it was trained with as --chat_template=FILE, or let it continue plain "
             "text: jaxft generate --prompt=TEXT"
         )
     tokenizer.render([*_system(system), {"role": "user", "content": "?"}], add_generation_prompt=True)
@@ -147,15 +148,15 @@ def _command(chat: Chat, line: str, write: Write) -> None:
             write(f"{error}\n")
             return
         chat.system = text or None
-        # Answers given under another system message would speak against this one.
+        # Answers given under another system message would contradict this one.
         chat.turns.clear()
         write(f"(new conversation, {'with this' if text else 'without'} system message)\n")
 
 
 def terminal(out: TextIO) -> tuple[Read, Write]:
-    """read and write of a conversation on standard input and `out`, with line editing where there is readline."""
+    """read and write for a conversation on standard input and `out`, with line editing if readline is installed."""
     with contextlib.suppress(ImportError):  # not on Windows
-        import readline  # noqa: F401  importing it is what gives input() its keys
+        import readline  # noqa: F401  importing it gives input() its keys
 
     def write(text: str) -> None:
         out.write(text)

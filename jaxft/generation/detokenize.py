@@ -1,16 +1,16 @@
-"""Text from tokens as they come: whole characters only, and nothing of a stop string."""
+"""Text from tokens as they come: only whole characters, and no part of a stop string."""
 
 from collections.abc import Sequence
 
 from jaxft.data.tokenizers.tokenizer import Tokenizer
 
-UNFINISHED = "\ufffd"  # what decoders give for bytes that do not make a character yet
+UNFINISHED = "\ufffd"  # decoders give this for bytes that are not a whole character yet
 
 
 class TextStream:
-    """Feed it tokens, get text that is safe to show.
+    """Takes tokens one by one and returns text that will not change any more.
 
-    Attributes: text (all that was decoded, cut before a stop string), stopped (whether one was found).
+    Attributes: text (all decoded text, cut before a stop string), stopped (whether there was a stop string).
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
@@ -23,12 +23,12 @@ class TextStream:
         self._shown = 0  # characters that were returned
 
     def push(self, token: int) -> str:
-        """The text that this token makes certain; often empty, or more than its own."""
+        """The text that is certain after this token: often empty, sometimes more than the token's own."""
         self._ids.append(token)
         piece = self._tail()
         if piece and not piece.endswith(UNFINISHED):
             self._add(piece)
-        # Text that may turn out to begin a stop string waits.
+        # Text that may be the start of a stop string is not returned yet.
         return self._show(len(self.text) - (0 if self.stopped else self._half_stop()))
 
     def finish(self) -> str:
@@ -45,9 +45,9 @@ class TextStream:
         search_from = max(0, len(self.text) - max(map(len, self._stop), default=0))
         self.text += piece
         self._context, self._decoded = self._decoded, len(self._ids)
-        found = [at for stop in self._stop if (at := self.text.find(stop, search_from)) >= 0]
-        if found:
-            self.text, self.stopped = self.text[: min(found)], True
+        starts = [at for stop in self._stop if (at := self.text.find(stop, search_from)) >= 0]
+        if starts:
+            self.text, self.stopped = self.text[: min(starts)], True
 
     def _half_stop(self) -> int:
         lengths = (n for stop in self._stop for n in range(1, len(stop)) if self.text.endswith(stop[:n]))

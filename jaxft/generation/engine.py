@@ -6,7 +6,6 @@ import math
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax
 import numpy as np
@@ -15,20 +14,21 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxft.generation import steps
 from jaxft.generation.buckets import bucket, power_of_two
-from jaxft.generation.held import ConversationCache
+from jaxft.generation.conversation_cache import ConversationCache
 from jaxft.generation.sampling import Knobs
 from jaxft.generation.settings import FinishReason, Sampling
+from jaxft.nn.decoder import Decoder
 from jaxft.nn.partition import AXES
 
-# Called with (row, token, logprob) for every token, a row's own in order; True ends the row there.
+# Called with (row, token, logprob) for every token, a row's own in order; True ends the row.
 OnToken = Callable[[int, int, float], bool | None]
 STREAM_RUN = 4  # decoding steps between two rounds of callbacks
-PREFIX_WORTH = 512  # a common beginning is computed apart when that spares at least so many tokens
+MIN_SPARED = 512  # a common prefix is computed once for all prompts if that spares at least this many tokens
 
 
 @dataclass
-class Job:
-    """One prompt on its way. row: its place in the call, and its stream of random numbers."""
+class Request:
+    """One prompt and its answer so far. row: its index in the call, and its stream of random numbers."""
 
     row: int
     prompt: tuple[int, ...]
@@ -37,12 +37,12 @@ class Job:
     logprobs: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
-    def take(self, token: int, logprob: float, stop_ids: Collection[int], on_token: OnToken | None) -> None:
-        """Adds a token and sees whether it was the last."""
+    def add(self, token: int, logprob: float, stop_ids: Collection[int], on_token: OnToken | None) -> None:
+        """Adds a token, and sets finish_reason if it was the last one."""
         self.tokens.append(token)
         self.logprobs.append(logprob)
-        asked = on_token is not None and bool(on_token(self.row, token, logprob))
-        if asked or token in stop_ids:
+        ended_by_caller = on_token is not None and bool(on_token(self.row, token, logprob))
+        if ended_by_caller or token in stop_ids:
             self.finish_reason = "stop"
         elif len(self.tokens) >= self.sampling.max_new_tokens:
             self.finish_reason = "length"
@@ -50,26 +50,26 @@ class Job:
 
 @dataclass
 class Engine:
-    """The state of one call: what is on the devices, and which job sits in which slot."""
+    """The state of one call: the arrays on the devices, and which request has which slot."""
 
-    graphdef: Any
-    params: Any
+    graphdef: nnx.GraphDef[Decoder]
+    params: nnx.State
     vocab: int
     stop_ids: frozenset[int]
     rows: NamedSharding | None
     memory: steps.Memory
-    slots: list[Job | None]
+    slots: list[Request | None]
     group: int  # prompts prefilled together
     prefix: steps.Prefix | None
     prefix_tokens: int
-    prefix_length: int  # of its cache, which fits into one that is as long
+    prefix_length: int  # of its cache; caches it is copied into are at least as long
     length: int  # of the memory
 
-    def run(self, jobs: Sequence[Job], on_token: OnToken | None) -> None:
-        """Works until every job has its finish_reason."""
-        # Neighbours in length are prefilled together, and so little padded; the longest come first, so that
-        # what does not fit into memory fails at once.
-        waiting = deque(sorted(jobs, key=lambda job: -len(job.prompt)))
+    def run(self, requests: Sequence[Request], on_token: OnToken | None) -> None:
+        """Works until every request has its finish_reason."""
+        # Sorted by length, so that a group prefilled together needs little padding; the longest come first, so that
+        # a call that does not fit into memory fails at once.
+        waiting = deque(sorted(requests, key=lambda request: -len(request.prompt)))
         while waiting or any(self.slots):
             while waiting and self.slots.count(None) >= min(self.group, len(waiting)):
                 self._prefill([waiting.popleft() for _ in range(min(self.group, len(waiting)))], on_token)
@@ -78,33 +78,34 @@ class Engine:
             if any(self.slots):
                 self._decode(min(self.group, len(waiting)) or len(self.slots), on_token)
 
-    def leave(self, job: Job, held: ConversationCache) -> None:
-        """Leaves what a single job has in the cache to a later call. The engine is of no use after it."""
+    def save_cache(self, request: Request, cache: ConversationCache) -> None:
+        """Gives the KV cache of a single request to a later call. The engine cannot be used after it."""
         # The newest token is not in the cache yet.
-        held.keep(self.graphdef, self.params, self.memory, [*job.prompt, *job.tokens[:-1]], self.length)
+        tokens = [*request.prompt, *request.tokens[:-1]]
+        cache.keep(self.graphdef, self.params, self.memory, tokens, self.length)
 
-    def _prefill(self, jobs: Sequence[Job], on_token: OnToken | None) -> None:
+    def _prefill(self, requests: Sequence[Request], on_token: OnToken | None) -> None:
         shards = self.rows.num_devices if self.rows is not None else 1
-        size = shards if len(jobs) <= shards else self.group
-        longest = max(len(job.prompt) for job in jobs)
+        size = shards if len(requests) <= shards else self.group
+        longest = max(len(request.prompt) for request in requests)
         tokens_PS = np.full((size, bucket(longest - self.prefix_tokens)), -1, np.int32)
         length = max(bucket(longest), self.prefix_length)
-        free = [i for i, job in enumerate(self.slots) if job is None][: len(jobs)]
-        for place, job in enumerate(jobs):
-            suffix = job.prompt[self.prefix_tokens :]
-            tokens_PS[place, : len(suffix)] = suffix
+        free = [i for i, occupant in enumerate(self.slots) if occupant is None][: len(requests)]
+        for p, request in enumerate(requests):
+            suffix = request.prompt[self.prefix_tokens :]
+            tokens_PS[p, : len(suffix)] = suffix
         prompts = steps.Prompts(
             tokens_PS=tokens_PS,
             start=np.int32(self.prefix_tokens),
             slots_P=np.array(free + [len(self.slots)] * (size - len(free)), np.int32),
-            knobs=self._knobs([*jobs, *[None] * (size - len(jobs))]),
+            knobs=self._knobs([*requests, *[None] * (size - len(requests))]),
         )
         self.memory, first_P, logprobs_P = steps.prefill(
             self.graphdef, self.params, self.memory, self.prefix, prompts, length=length, rows=self.rows
         )
-        firsts = zip(jobs, free, *jax.device_get((first_P, logprobs_P)), strict=False)
-        for job, slot, token, logprob in firsts:
-            self._take(slot, job, int(token), float(logprob), on_token)
+        firsts = zip(requests, free, *jax.device_get((first_P, logprobs_P)), strict=False)
+        for request, slot, token, logprob in firsts:
+            self._add(slot, request, int(token), float(logprob), on_token)
 
     def _decode(self, idle_enough: int, on_token: OnToken | None) -> None:
         stops = sorted(self.stop_ids)
@@ -120,29 +121,29 @@ class Engine:
             rows=self.rows,
         )
         tokens_BC, logprobs_BC = jax.device_get((tokens_BC, logprobs_BC))
-        jobs = list(enumerate(self.slots))
+        requests = list(enumerate(self.slots))
         for step in range(steps.RUN):
-            for slot, job in jobs:
+            for slot, request in requests:
                 # A row that its callback ended may have run on to the end of this dispatch.
-                if job is not None and job.finish_reason is None and tokens_BC[slot, step] >= 0:
-                    self._take(slot, job, int(tokens_BC[slot, step]), float(logprobs_BC[slot, step]), on_token)
+                if request is not None and request.finish_reason is None and tokens_BC[slot, step] >= 0:
+                    self._add(slot, request, int(tokens_BC[slot, step]), float(logprobs_BC[slot, step]), on_token)
 
-    def _take(self, slot: int, job: Job, token: int, logprob: float, on_token: OnToken | None) -> None:
-        job.take(token, logprob, self.stop_ids, on_token)
-        self.slots[slot] = job if job.finish_reason is None else None
+    def _add(self, slot: int, request: Request, token: int, logprob: float, on_token: OnToken | None) -> None:
+        request.add(token, logprob, self.stop_ids, on_token)
+        self.slots[slot] = request if request.finish_reason is None else None
 
     def _rows(self) -> steps.Rows:
         token_B, position_B, left_B = (np.zeros(len(self.slots), np.int32) for _ in range(3))
-        for slot, job in enumerate(self.slots):
-            if job is not None:
-                token_B[slot] = job.tokens[-1]
-                position_B[slot] = len(job.prompt) + len(job.tokens) - 1
-                left_B[slot] = job.sampling.max_new_tokens - len(job.tokens)
+        for slot, request in enumerate(self.slots):
+            if request is not None:
+                token_B[slot] = request.tokens[-1]
+                position_B[slot] = len(request.prompt) + len(request.tokens) - 1
+                left_B[slot] = request.sampling.max_new_tokens - len(request.tokens)
         return steps.Rows(token_B, position_B, left_B, self._knobs(self.slots))
 
-    def _knobs(self, jobs: Sequence[Job | None]) -> Knobs:
+    def _knobs(self, requests: Sequence[Request | None]) -> Knobs:
         idle = Sampling(max_new_tokens=1)
-        settings = [job.sampling if job is not None else idle for job in jobs]
+        settings = [request.sampling if request is not None else idle for request in requests]
         return Knobs(
             temperature_B=np.array([s.temperature for s in settings], np.float32),
             top_k_B=np.array([min(s.top_k or self.vocab, self.vocab) for s in settings], np.int32),
@@ -150,34 +151,34 @@ class Engine:
             min_p_B=np.array([s.min_p or 0.0 for s in settings], np.float32),
             penalty_B=np.array([s.repetition_penalty for s in settings], np.float32),
             seed_B=np.array([s.seed for s in settings], np.uint32),
-            stream_B=np.array([job.row if job is not None else 0 for job in jobs], np.uint32),
+            stream_B=np.array([request.row if request is not None else 0 for request in requests], np.uint32),
         )
 
 
 def start(
-    model: nnx.Module,
-    jobs: Sequence[Job],
+    model: Decoder,
+    requests: Sequence[Request],
     *,
     stop_ids: Collection[int],
     slots: int,
-    held: ConversationCache | None = None,
+    cache: ConversationCache | None = None,
 ) -> Engine:
-    """An engine with memory for the jobs, up to `slots` at a time, and their common beginning computed.
+    """An engine with memory for the requests, up to `slots` at a time, and their common prefix computed.
 
-    held: where the beginning of a single job is looked for.
+    cache: may hold the prefix of a single request.
     """
-    longest = max(len(job.prompt) + job.sampling.max_new_tokens for job in jobs)
+    longest = max(len(request.prompt) + request.sampling.max_new_tokens for request in requests)
     graphdef, params = nnx.split(model.for_length(longest))
     rows = _row_sharding(params)
     shards = rows.num_devices if rows is not None else 1
-    slots = math.ceil(min(slots, power_of_two(len(jobs))) / shards) * shards
-    common, prefix_length, prefix = _common_prefix([job.prompt for job in jobs]), 0, None
-    if held is not None:
-        prefix, common, prefix_length = held.take(graphdef, params, jobs[0].prompt, model.config.vocab_size)
+    slots = math.ceil(min(slots, power_of_two(len(requests))) / shards) * shards
+    common, prefix_length, prefix = _common_prefix([request.prompt for request in requests]), 0, None
+    if cache is not None:
+        prefix, common, prefix_length = cache.take(graphdef, params, requests[0].prompt, model.config.vocab_size)
     elif common:
         prefix_length = bucket(common)
         tokens_1S = np.full((1, bucket(common)), -1, np.int32)
-        tokens_1S[0, :common] = jobs[0].prompt[:common]
+        tokens_1S[0, :common] = requests[0].prompt[:common]
         prefix = steps.encode_prefix(graphdef, params, tokens_1S, length=prefix_length)
     length = max(bucket(longest), prefix_length)
     return Engine(
@@ -198,15 +199,18 @@ def start(
 
 
 def _common_prefix(prompts: Sequence[tuple[int, ...]]) -> int:
-    """How many first tokens all prompts share and are worth a pass of their own; each keeps one to continue from."""
+    """How many first tokens all prompts share, or 0 if a pass of their own is not worth it.
+
+    Each prompt keeps at least one token to continue from.
+    """
     first, last = min(prompts), max(prompts)
     most = min(len(prompt) for prompt in prompts) - 1
     shared = next((i for i in range(most) if first[i] != last[i]), most)
-    return shared if shared * (len(prompts) - 1) >= PREFIX_WORTH else 0
+    return shared if shared * (len(prompts) - 1) >= MIN_SPARED else 0
 
 
-def _row_sharding(params: Any) -> NamedSharding | None:
-    """Rows over the batch axes of the mesh that the parameters live on; None on a single device."""
+def _row_sharding(params: nnx.State) -> NamedSharding | None:
+    """Rows over the batch axes of the mesh that the parameters are on; None on a single device."""
     shardings = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params))
     mesh = next((s.mesh for s in shardings if isinstance(s, NamedSharding) and s.mesh.size > 1), None)
     if mesh is None:

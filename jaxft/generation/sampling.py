@@ -1,7 +1,7 @@
 """Choosing the next token. Every setting is an array over rows, so one compiled function serves rows that differ.
 
-Order, as in transformers: repetition penalty, then (where the temperature is not 0) temperature, top-k,
-top-p, min-p.
+Order, as in transformers: repetition penalty, then (if the temperature is not 0) temperature, top-k, top-p,
+min-p.
 """
 
 # B rows, V vocab
@@ -17,7 +17,7 @@ class Knobs(NamedTuple):
     """Settings of each row, all [B]; see `settings.Sampling`.
 
     temperature, top_p, min_p, penalty: float32; 0, 1, 0 and 1 do nothing (temperature 0 is greedy).
-    top_k: int32; V or more does nothing. seed, stream: uint32, which with a token's position make its key.
+    top_k: int32; V or more does nothing. seed, stream: uint32; with a token's position they give its random key.
     """
 
     temperature_B: jax.Array
@@ -34,28 +34,28 @@ def choose(
 ) -> tuple[jax.Array, jax.Array]:
     """The next token of each row, [B] int32, and its log-probability in nats, [B] float32.
 
-    logits_BV: float32. seen_BV: which tokens the row has had, prompt included. positions_B: where the new
-    token will stand. The log-probability is that of the model itself: the log-softmax of the logits as they
-    came, at temperature 1, before any penalty or filter.
+    logits_BV: float32. seen_BV: which tokens the row has had, prompt included. positions_B: the position of the new
+    token. The log-probability is the model's own: the log-softmax of the given logits, at temperature 1, before any
+    penalty or filter.
     """
     penalty_B = knobs.penalty_B
-    scores_BV = _where_any(penalty_B != 1, lambda x: repetition_penalty(x, seen_BV, penalty_B), logits_BV)
+    scores_BV = _apply_if_any(penalty_B != 1, lambda x: repetition_penalty(x, seen_BV, penalty_B), logits_BV)
     greedy_B = jnp.argmax(scores_BV, axis=-1).astype(jnp.int32)
     # Greedy rows pay for neither filters nor random numbers unless they share the batch with others.
     chosen_B = jax.lax.cond(
         jnp.any(knobs.temperature_B > 0),
-        lambda: jnp.where(knobs.temperature_B > 0, draw(filtered(scores_BV, knobs), knobs, positions_B), greedy_B),
+        lambda: jnp.where(knobs.temperature_B > 0, draw(filter_scores(scores_BV, knobs), knobs, positions_B), greedy_B),
         lambda: greedy_B,
     )
     logits_B = jnp.take_along_axis(logits_BV, chosen_B[:, None], axis=-1)[:, 0]
     return chosen_B, logits_B - jax.nn.logsumexp(logits_BV, axis=-1)
 
 
-def filtered(scores_BV: jax.Array, knobs: Knobs) -> jax.Array:
-    """Scores after temperature, top-k, top-p and min-p: -inf where a token is ruled out."""
+def filter_scores(scores_BV: jax.Array, knobs: Knobs) -> jax.Array:
+    """Scores after temperature, top-k, top-p and min-p: -inf for tokens that are dropped."""
     scores_BV = temperature(scores_BV, knobs.temperature_B)
-    scores_BV = _where_any(knobs.top_k_B < scores_BV.shape[-1], lambda x: top_k(x, knobs.top_k_B), scores_BV)
-    scores_BV = _where_any(knobs.top_p_B < 1, lambda x: top_p(x, knobs.top_p_B), scores_BV)
+    scores_BV = _apply_if_any(knobs.top_k_B < scores_BV.shape[-1], lambda x: top_k(x, knobs.top_k_B), scores_BV)
+    scores_BV = _apply_if_any(knobs.top_p_B < 1, lambda x: top_p(x, knobs.top_p_B), scores_BV)
     return min_p(scores_BV, knobs.min_p_B)
 
 
@@ -81,7 +81,7 @@ def repetition_penalty(scores_BV: jax.Array, seen_BV: jax.Array, penalty_B: jax.
 
 
 def temperature(scores_BV: jax.Array, temperature_B: jax.Array) -> jax.Array:
-    """Scores divided by the temperature; rows at 0 stay as they are."""
+    """Scores divided by the temperature; rows at 0 are unchanged."""
     return scores_BV / jnp.where(temperature_B > 0, temperature_B, 1)[:, None]
 
 
@@ -91,25 +91,25 @@ def top_k(scores_BV: jax.Array, top_k_B: jax.Array) -> jax.Array:
 
 
 def top_p(scores_BV: jax.Array, top_p_B: jax.Array) -> jax.Array:
-    """Keeps the fewest likeliest tokens whose probabilities reach top_p together (arXiv:1904.09751)."""
+    """Keeps the fewest most probable tokens whose probabilities add up to top_p or more (arXiv:1904.09751)."""
     kept_BV = _heaviest(scores_BV, jax.nn.softmax(scores_BV, axis=-1), top_p_B)
-    # A row at 1 must not lose its rarest tokens to the rounding of the sum.
+    # A row at 1 must not lose its least probable tokens to the rounding of the sum.
     return jnp.where(top_p_B[:, None] < 1, kept_BV, scores_BV)
 
 
 def min_p(scores_BV: jax.Array, min_p_B: jax.Array) -> jax.Array:
-    """Keeps tokens at least min_p times as likely as the likeliest (arXiv:2407.01082)."""
+    """Keeps tokens at least min_p times as probable as the most probable one (arXiv:2407.01082)."""
     floor_B1 = jnp.max(scores_BV, axis=-1, keepdims=True) + jnp.log(min_p_B)[:, None]
     return jnp.where(scores_BV >= floor_B1, scores_BV, -jnp.inf)
 
 
 def _heaviest(scores_BV: jax.Array, weights_BV: jax.Array, target_B: jax.Array) -> jax.Array:
-    """The highest scores that together weigh at least the target, -inf elsewhere.
+    """The fewest highest scores whose weights add up to the target, -inf elsewhere.
 
-    The threshold is found bit by bit, 32 sums over the row: a sort of a vocabulary takes far longer.
+    The threshold is built bit by bit, with 32 sums over the row: sorting a vocabulary takes far longer.
     """
     bits_BV = jax.lax.bitcast_convert_type(scores_BV, jnp.uint32)
-    # Unsigned integers in the order of the floats.
+    # Unsigned integers that sort as the floats do.
     order_BV = jnp.where(bits_BV >> 31 == 1, ~bits_BV, bits_BV | jnp.uint32(1 << 31))
 
     def step(i: jax.Array, threshold_B: jax.Array) -> jax.Array:
@@ -121,5 +121,6 @@ def _heaviest(scores_BV: jax.Array, weights_BV: jax.Array, target_B: jax.Array) 
     return jnp.where(order_BV >= threshold_B[:, None], scores_BV, -jnp.inf)
 
 
-def _where_any(wanted_B: jax.Array, change: Callable[[jax.Array], jax.Array], scores_BV: jax.Array) -> jax.Array:
+def _apply_if_any(wanted_B: jax.Array, change: Callable[[jax.Array], jax.Array], scores_BV: jax.Array) -> jax.Array:
+    """The changed scores if any row wants the change, which then does nothing to the other rows."""
     return jax.lax.cond(jnp.any(wanted_B), change, lambda x: x, scores_BV)

@@ -1,13 +1,13 @@
 """The compiled functions of generation: prefill of a group of prompts and a run of decoding steps.
 
 Both are plain jitted functions of (graph definition, parameters, ...), so that calls with new parameters of
-the same model, as in RL, reuse what was compiled. Cache and history are donated: updated where they are.
+the same model, as in RL, reuse the compiled code. Cache and history are donated: updated in place.
 """
 
 # B slots, P prompts of a group, S suffix tokens of a prompt, V vocab, C steps of a run, T cache
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,27 +17,34 @@ from jax.sharding import PartitionSpec as P
 
 from jaxft.generation.sampling import Knobs, choose
 from jaxft.nn.attention.cache import Cache, LayerCache, store
+from jaxft.nn.decoder import Decoder
 
 RUN = 16  # most decoding steps of one dispatch
 
 
 class Memory(NamedTuple):
-    """What stays on the devices between calls. seen_BV: bool, tokens that a row has had."""
+    """The KV cache of all slots and their history, kept on the devices between calls.
+
+    seen_BV: bool, the tokens that a row has had, prompt included.
+    """
 
     cache: Cache
     seen_BV: jax.Array
 
 
 class Prefix(NamedTuple):
-    """The beginning of all prompts, computed once. seen_V: bool, its tokens."""
+    """The common prefix of all prompts, computed once. seen_V: bool, its tokens."""
 
     cache: Cache
     seen_V: jax.Array
 
 
 class Prompts(NamedTuple):
-    """A group to prefill. tokens_PS: int32, -1 is padding. start: where the tokens begin (length of the prefix).
-    slots_P: where each row goes; out of range for rows that only fill the group."""
+    """A group of prompts to prefill.
+
+    tokens_PS: int32, -1 is padding. start: the position of the first token (the length of the prefix).
+    slots_P: the slot of each row; out of range for rows that only fill the group.
+    """
 
     tokens_PS: jax.Array
     start: jax.Array
@@ -46,8 +53,11 @@ class Prompts(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Where the slots stand. token_B: newest token, not in the cache yet; position_B: its position;
-    left_B: how many more tokens the row may produce, 0 when idle."""
+    """The state of each slot.
+
+    token_B: the newest token, not in the cache yet. position_B: its position. left_B: how many more tokens the row
+    may produce, 0 if the slot is idle.
+    """
 
     token_B: jax.Array
     position_B: jax.Array
@@ -56,16 +66,18 @@ class Rows(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "slots", "length", "rows"))
-def make_memory(graphdef: Any, params: Any, *, slots: int, length: int, rows: NamedSharding | None) -> Memory:
-    """Empty memory for `slots` rows of up to `length` tokens. rows: how [B, ...] arrays are split, None for not."""
+def make_memory(
+    graphdef: nnx.GraphDef[Decoder], params: nnx.State, *, slots: int, length: int, rows: NamedSharding | None
+) -> Memory:
+    """Empty memory for `slots` rows of up to `length` tokens. rows: sharding of [B, ...] arrays, or None."""
     model = nnx.merge(graphdef, params)
     seen_BV = jnp.zeros((slots, model.config.vocab_size), bool)
     return _split(Memory(model.init_cache(slots, length), seen_BV), rows)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "length"))
-def encode_prefix(graphdef: Any, params: Any, tokens_1S: jax.Array, *, length: int) -> Prefix:
-    """tokens_1S: int32, padded with -1. length: of the cache that is made."""
+def encode_prefix(graphdef: nnx.GraphDef[Decoder], params: nnx.State, tokens_1S: jax.Array, *, length: int) -> Prefix:
+    """The prefix of tokens_1S: int32, padded with -1. length: of its cache."""
     model = nnx.merge(graphdef, params)
     real_1S = tokens_1S >= 0
     cache = model.init_cache(1, length)
@@ -75,8 +87,8 @@ def encode_prefix(graphdef: Any, params: Any, tokens_1S: jax.Array, *, length: i
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "length", "rows"), donate_argnames="memory")
 def prefill(
-    graphdef: Any,
-    params: Any,
+    graphdef: nnx.GraphDef[Decoder],
+    params: nnx.State,
     memory: Memory,
     prefix: Prefix | None,
     prompts: Prompts,
@@ -84,9 +96,9 @@ def prefill(
     length: int,
     rows: NamedSharding | None,
 ) -> tuple[Memory, jax.Array, jax.Array]:
-    """The memory with the prompts in their slots, their first new tokens [P] and those's log-probabilities [P].
+    """The memory with the prompts in their slots, their first new tokens [P] and the log-probabilities of these [P].
 
-    length: slots of the temporary cache in which the group is computed, at least its longest prompt.
+    length: slots of the temporary cache that the group is computed in, at least its longest prompt.
     """
     model = nnx.merge(graphdef, params)
     tokens_PS, slots_P = prompts.tokens_PS, prompts.slots_P
@@ -112,8 +124,8 @@ def prefill(
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "rows"), donate_argnames="memory")
 def decode(
-    graphdef: Any,
-    params: Any,
+    graphdef: nnx.GraphDef[Decoder],
+    params: nnx.State,
     memory: Memory,
     rows_now: Rows,
     stop_ids: jax.Array,
@@ -122,7 +134,7 @@ def decode(
     *,
     rows: NamedSharding | None,
 ) -> tuple[Memory, jax.Array, jax.Array]:
-    """Up to most_steps (<= RUN) tokens for each row: tokens [B, RUN], -1 where none, and log-probabilities.
+    """Up to most_steps (<= RUN) tokens for each row: tokens [B, RUN], -1 for none, and log-probabilities.
 
     Returns early when all rows are idle, or when idle_enough of them are, so that waiting prompts get in.
     stop_ids: int32, padded with -1.
@@ -168,7 +180,7 @@ def first_row(cache: LayerCache) -> LayerCache:
 
 
 def _split(memory: Memory, rows: NamedSharding | None) -> Memory:
-    """Keeps the memory split over devices as it came, or the next call would compile anew."""
+    """Keeps the sharding of the memory: with another one the next call would be compiled anew."""
     if rows is None:
         return memory
     stacked = NamedSharding(rows.mesh, P(None, *rows.spec))
@@ -177,12 +189,12 @@ def _split(memory: Memory, rows: NamedSharding | None) -> Memory:
 
 
 def _whole(results: tuple[jax.Array, jax.Array], rows: NamedSharding | None) -> tuple[jax.Array, jax.Array]:
-    """Results on every device, so that every process can read them."""
+    """The results on every device, so that every process can read them."""
     return results if rows is None else jax.lax.with_sharding_constraint(results, NamedSharding(rows.mesh, P()))
 
 
 def _seen(tokens_PS: jax.Array, vocab: int) -> jax.Array:
     rows_P1 = jnp.arange(tokens_PS.shape[0])[:, None]
-    # Padding goes out of range and so nowhere: -1 itself would mean the last token.
+    # Padding is moved out of range, so that it is dropped: -1 itself would mean the last token.
     columns_PS = jnp.where(tokens_PS >= 0, tokens_PS, vocab)
     return jnp.zeros((tokens_PS.shape[0], vocab), bool).at[rows_P1, columns_PS].set(True, mode="drop")

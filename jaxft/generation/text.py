@@ -4,13 +4,12 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from flax import nnx
-
 from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.generation import tokens
+from jaxft.generation.conversation_cache import ConversationCache
 from jaxft.generation.detokenize import TextStream
-from jaxft.generation.held import ConversationCache
 from jaxft.generation.settings import Generated, Sampling
+from jaxft.nn.decoder import Decoder
 
 Prompt = str | Sequence[Mapping[str, Any]]
 # Called with (row, piece) whenever a row has new text; a row's pieces make up its text.
@@ -18,20 +17,20 @@ OnText = Callable[[int, str], None]
 
 
 def generate_text(
-    model: nnx.Module,
+    model: Decoder,
     tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
     sampling: Sampling | Sequence[Sampling],
     *,
     slots: int = 32,
     on_text: OnText | None = None,
-    held: ConversationCache | None = None,
+    cache: ConversationCache | None = None,
 ) -> list[Generated]:
     """Continues every prompt until a stop token of the tokenizer, a stop string, or max_new_tokens.
 
-    prompts: a string is encoded with what the tokenizer adds to plain text, such as BOS; a list of messages goes
-    through the chat template with its generation prompt. The rest is as for `generate_tokens`; tokens and
-    logprobs of the results include those that a stop string was made of, text does not.
+    prompts: a string is encoded with what the tokenizer adds to plain text, such as BOS; a list of messages is
+    rendered by the chat template with its generation prompt. The other arguments are those of `generate_tokens`. The
+    tokens and logprobs of the results include those of a stop string, the text does not.
     Raises DataError for messages that the template refuses, and as `generate_tokens` does.
     """
     samplings = tokens.one_each(sampling, len(prompts))
@@ -45,7 +44,7 @@ def generate_text(
             on_text(row, piece)
         return streams[row].stopped
 
-    # Where nobody watches, longer runs on the device are worth more than text on the way.
+    # Longer runs on the device are faster, so callbacks are only used if something reads the text as it comes.
     watched = on_text is not None or any(s.stop for s in samplings)
     results = tokens.run(
         model,
@@ -54,7 +53,7 @@ def generate_text(
         stop_ids=tokenizer.stop_ids,
         slots=slots,
         on_token=on_token if watched else None,
-        held=held,
+        cache=cache,
     )
     if not watched:
         for row, result in enumerate(results):
@@ -71,5 +70,5 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     """Token ids of a string or of a list of messages, as the model expects them before its answer."""
     if isinstance(prompt, str):
         return tokenizer.encode(prompt, add_special_tokens=True)
-    # The template has written BOS and the like already.
+    # The template has already written BOS and the like.
     return tokenizer.encode(tokenizer.render(prompt, add_generation_prompt=True))

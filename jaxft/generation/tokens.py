@@ -3,91 +3,93 @@
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from flax import nnx
-
 from jaxft.errors import ConfigError, DataError
 from jaxft.generation import engine
-from jaxft.generation.held import ConversationCache
+from jaxft.generation.conversation_cache import ConversationCache
 from jaxft.generation.settings import Generated, Sampling
+from jaxft.nn.decoder import Decoder
 from jaxft.nn.virtual import virtual_ids
 
 LISTED = 5  # rows named in one error
 
 
 def generate_tokens(
-    model: nnx.Module,
+    model: Decoder,
     prompts: Sequence[Sequence[int]],
     *,
     sampling: Sampling | Sequence[Sampling],
     stop_ids: Collection[int] = (),
     slots: int = 32,
     on_token: engine.OnToken | None = None,
-    held: ConversationCache | None = None,
+    cache: ConversationCache | None = None,
 ) -> list[Generated]:
-    """Continues every prompt; results in the order of the prompts.
+    """Continues every prompt; results are in the order of the prompts.
 
-    model: a Decoder, with or without adapters. sampling: one for all prompts or one for each. stop_ids: tokens
-    that end a row, of which they are the last token then. slots: most rows decoded at a time; memory grows with
-    slots times the longest row. on_token: called with (row, token, logprob) for every token, a few steps after
-    it was made; returning True ends the row. held: of a single prompt, the cache is left there for the next call with
-    the same model and parameters; what a prompt shares with what is held is not computed again.
+    model: with or without adapters. sampling: one for all prompts or one for each. stop_ids: tokens that end a row
+    and are its last token. slots: most rows decoded at a time; memory grows with slots times the longest row.
+    on_token: called with (row, token, logprob) for every token, a few steps after it was made; True ends the row.
+    cache: for a single prompt, the KV cache kept between the turns of a conversation: tokens that the prompt shares
+    with the last call of the same model and parameters are not computed again.
 
-    Row i draws with the seed of its Sampling and stream i. Calls of like shapes reuse what was compiled,
-    whatever the parameters and settings. Parameters on a mesh: rows are split over its batch axes.
-    Raises DataError for prompts that are empty, hold ids outside the vocabulary, or are too long with
-    max_new_tokens for the model's positions; ConfigError for settings that do not fit together, and for `held` with
-    several prompts.
+    Row i draws with the seed of its Sampling and stream i. Calls of similar shapes reuse compiled functions, whatever
+    the parameters and settings. If the parameters are on a mesh, rows are split over its batch axes.
+    Raises DataError for prompts that are empty, contain ids outside the vocabulary, or exceed the model's positions
+    together with max_new_tokens; ConfigError for settings that contradict each other, and for `cache` with several
+    prompts.
     """
     samplings = one_each(sampling, len(prompts))
     if any(s.stop for s in samplings):
         raise ConfigError(
-            "stop strings are found in text: use generate_text, or an on_token that returns True to end a row"
+            "stop strings are searched in text: use generate_text, or an on_token that returns True to end a row"
         )
-    return run(model, prompts, samplings, stop_ids=stop_ids, slots=slots, on_token=on_token, held=held)
+    return run(model, prompts, samplings, stop_ids=stop_ids, slots=slots, on_token=on_token, cache=cache)
 
 
 def run(
-    model: nnx.Module,
+    model: Decoder,
     prompts: Sequence[Sequence[int]],
     samplings: Sequence[Sampling],
     *,
     stop_ids: Collection[int],
     slots: int,
     on_token: engine.OnToken | None,
-    held: ConversationCache | None = None,
+    cache: ConversationCache | None = None,
 ) -> list[Generated]:
-    """`generate_tokens` where the caller looks after stop strings."""
+    """`generate_tokens` for a caller that handles stop strings itself."""
     _check(model, prompts, samplings, slots)
     if not prompts:
         return []
-    if held is not None and len(prompts) > 1:
-        raise ConfigError(
-            f"held keeps the cache of one conversation, and there are {len(prompts)} prompts: leave it out"
-        )
+    if cache is not None and len(prompts) > 1:
+        raise ConfigError(f"cache is for one conversation, and there are {len(prompts)} prompts: leave it out")
     first = virtual_ids(model.virtual_tokens)
-    jobs = [
-        engine.Job(row=row, prompt=(*first, *map(int, prompt)), sampling=sampling)
+    requests = [
+        engine.Request(row=row, prompt=(*first, *map(int, prompt)), sampling=sampling)
         for row, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True))
     ]
-    started = engine.start(model, jobs, stop_ids=stop_ids, slots=slots, held=held)
-    started.run(jobs, on_token)
-    if held is not None:
-        started.leave(jobs[0], held)
-    return [
-        Generated(tokens=tuple(job.tokens), logprobs=tuple(job.logprobs), finish_reason=job.finish_reason)
-        for job in jobs
-    ]
+    running = engine.start(model, requests, stop_ids=stop_ids, slots=slots, cache=cache)
+    running.run(requests, on_token)
+    if cache is not None:
+        running.save_cache(requests[0], cache)
+    return [_result(request) for request in requests]
 
 
 def one_each(sampling: Sampling | Sequence[Sampling], prompts: int) -> list[Sampling]:
-    """A Sampling for each prompt. Raises ConfigError where a list has another length."""
+    """A Sampling for each prompt. Raises ConfigError if a list has another length."""
     samplings = [sampling] * prompts if isinstance(sampling, Sampling) else list(sampling)
     if len(samplings) != prompts:
         raise ConfigError(f"{len(samplings)} samplings for {prompts} prompts: give one for all or one for each")
     return samplings
 
 
-def _check(model: Any, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling], slots: int) -> None:
+def _result(request: engine.Request) -> Generated:
+    if request.finish_reason is None:
+        raise RuntimeError(f"row {request.row} has no finish_reason: the engine stopped before it ended")
+    return Generated(
+        tokens=tuple(request.tokens), logprobs=tuple(request.logprobs), finish_reason=request.finish_reason
+    )
+
+
+def _check(model: Decoder, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling], slots: int) -> None:
     if slots < 1:
         raise ConfigError(f"slots={slots} must be at least 1")
     empty = [row for row, prompt in enumerate(prompts) if not len(prompt)]
@@ -111,7 +113,7 @@ def _check(model: Any, prompts: Sequence[Sequence[int]], samplings: Sequence[Sam
     strange = [row for row, prompt in enumerate(prompts) if min(prompt) < 0 or max(prompt) >= config.vocab_size]
     if strange:
         raise DataError(
-            f"{len(strange)} of {len(prompts)} prompts hold token ids outside 0..{config.vocab_size - 1} "
+            f"{len(strange)} of {len(prompts)} prompts contain token ids outside 0..{config.vocab_size - 1} "
             f"(rows {_some(strange)}): they come from another model's tokenizer"
         )
 

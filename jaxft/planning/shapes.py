@@ -9,7 +9,7 @@ from typing import Any
 from jaxft.assets import ASSETS
 from jaxft.checkpoint.load import hf_config_of, resolve
 from jaxft.config import RunConfig
-from jaxft.data import load_tokenizer, prepare
+from jaxft.data import prepare, tokenizer_of
 from jaxft.errors import ConfigError, did_you_mean
 from jaxft.files.paths import HUB, read_json
 from jaxft.runs.batches import training_batches
@@ -95,7 +95,7 @@ def length_of(config: RunConfig, *, tokens: int | None = None, examples: int | N
         return Length(steps=steps, source=source, known=True)
     paths = [one.path for one in data.mixture.values()] or [data.train]
     if all(map(os.path.exists, paths)) and os.path.isdir(config.model.path):
-        tokenizer = load_tokenizer(config.model.path, chat_template=data.chat_template)
+        tokenizer = tokenizer_of(config)
         prepared = prepare(config, tokenizer)
         _, steps = training_batches(prepared, config, tokenizer)
         return Length(

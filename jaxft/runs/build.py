@@ -20,7 +20,7 @@ from jaxft.checkpoint.load import LoadedModel, hf_config_of, load_model, open_we
 from jaxft.checkpoint.peft import check_writable
 from jaxft.checkpoint.quantized import loftq
 from jaxft.config import RunConfig
-from jaxft.data.tokenizers.tokenizer import load_tokenizer
+from jaxft.data.tokenizers.load import load_tokenizer
 from jaxft.errors import ConfigError
 from jaxft.files.run_folder import BASE
 from jaxft.nn import stack

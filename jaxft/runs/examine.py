@@ -5,7 +5,7 @@ from typing import Any
 from rich.console import Console
 
 from jaxft.config import RunConfig
-from jaxft.data import load_tokenizer, prepare, print_examination, render_rows
+from jaxft.data import prepare, print_examination, render_rows, tokenizer_of
 from jaxft.runs.batches import described, print_mixture, training_batches
 
 
@@ -14,9 +14,7 @@ def examine(config: RunConfig, console: Console, *, rows: int = 2) -> dict[str, 
 
     Returns what data.json of a run holds. Raises what a run would raise for its data.
     """
-    tokenizer = load_tokenizer(
-        config.model.path, revision=config.model.revision, chat_template=config.data.chat_template
-    )
+    tokenizer = tokenizer_of(config)
     data = prepare(config, tokenizer)
     batches, _ = training_batches(data, config, tokenizer)
     for one in data.sets:

@@ -15,7 +15,8 @@ from jaxft.checkpoint.load import LoadedModel, load_model
 from jaxft.checkpoint.resume import RunCheckpoints
 from jaxft.checkpoint.verify import Check, apart, check_export, probe
 from jaxft.config import RunConfig
-from jaxft.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from jaxft.data.tokenizers.load import load_tokenizer
+from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import ConfigError, ExportError
 from jaxft.files.run_folder import ADAPTER, CHECKPOINTS, MERGED, MODEL, is_run_folder
 from jaxft.optim.make import make_schedule

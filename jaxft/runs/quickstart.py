@@ -13,7 +13,7 @@ from rich.console import Console
 from jaxft.checkpoint import hf
 from jaxft.checkpoint.load import load_model
 from jaxft.config import load
-from jaxft.data.tokenizers.tokenizer import load_tokenizer
+from jaxft.data.tokenizers.load import load_tokenizer
 from jaxft.errors import CheckpointError, ConfigError
 from jaxft.files.atomic import new_folder
 from jaxft.files.run_folder import SUMMARY

@@ -17,7 +17,7 @@ from jaxft.adapters.attach import detach
 from jaxft.checkpoint.load import LoadedModel
 from jaxft.checkpoint.resume import RunCheckpoints
 from jaxft.config import AdapterConfig, RunConfig
-from jaxft.data import Prepared, Tokenizer, load_tokenizer, prepare, render_rows
+from jaxft.data import Prepared, Tokenizer, prepare, render_rows, tokenizer_of
 from jaxft.data.batch_source import BatchSource
 from jaxft.evaluation.held_out import held_out_loss
 from jaxft.files import run_folder
@@ -115,9 +115,7 @@ def _base(module: Any) -> Any:
 
 def set_up(config: RunConfig) -> Run:
     """Everything that can be refused without weights: data, devices, steps, the run folder."""
-    tokenizer = load_tokenizer(
-        config.model.path, revision=config.model.revision, chat_template=config.data.chat_template
-    )
+    tokenizer = tokenizer_of(config)
     data = prepare(config, tokenizer)
     model = abstract_model(config)
     micro_batch = config.train.batch_size // config.train.accumulation_steps

@@ -206,7 +206,7 @@ def test_shardings_are_by_path(tiny_llama):
 def test_code_in_a_folder_of_a_known_family_is_never_run_and_not_exported(tmp_path):
     """Phi-3 and Phi-4 come with code that transformers has taken the place of."""
     from jaxft.assets import ASSETS
-    from jaxft.data.tokenizers.tokenizer import load_tokenizer
+    from jaxft.data.tokenizers.load import load_tokenizer
     from jaxft.runs.export import export
 
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")

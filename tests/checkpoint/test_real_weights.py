@@ -11,7 +11,7 @@ from jaxft.checkpoint.gguf import GGUFFile
 from jaxft.checkpoint.load import load_model
 from jaxft.conversion import targets as convert_targets
 from jaxft.conversion.convert import convert
-from jaxft.data.tokenizers.tokenizer import load_tokenizer
+from jaxft.data.tokenizers.load import load_tokenizer
 from jaxft.generation import Sampling, generate_tokens
 
 pytestmark = pytest.mark.slow

@@ -18,7 +18,7 @@ from jaxft.checkpoint.gguf.write import write_gguf_adapter
 from jaxft.checkpoint.load import hf_config_of, load_model, open_weights, random_model
 from jaxft.checkpoint.verify import check_export
 from jaxft.conversion.convert import convert
-from jaxft.data.tokenizers.tokenizer import load_tokenizer
+from jaxft.data.tokenizers.load import load_tokenizer
 from jaxft.errors import CheckpointError, ModelError
 from jaxft.runs.export import export
 

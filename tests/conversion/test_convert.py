@@ -25,7 +25,7 @@ from jaxft.checkpoint.tensors import SafetensorsFolder
 from jaxft.conversion import convert as conversions
 from jaxft.conversion import targets as convert_targets
 from jaxft.conversion.convert import convert
-from jaxft.data.tokenizers.tokenizer import load_tokenizer
+from jaxft.data.tokenizers.load import load_tokenizer
 from jaxft.errors import CheckpointError, ConfigError, ExportError, ModelError
 
 QUIET = Console(quiet=True)

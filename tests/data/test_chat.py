@@ -250,7 +250,7 @@ def test_empty_answer_trains_on_nothing(tokenizer_of):
 
 
 def test_the_real_tokenizer(smollm2_path):
-    from jaxft.data.tokenizers.tokenizer import load_tokenizer
+    from jaxft.data.tokenizers.load import load_tokenizer
 
     tokenizer = load_tokenizer(smollm2_path)
     example = encode(conversation(*TALK), tokenizer)

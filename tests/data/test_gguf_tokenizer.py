@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer, LlamaConfig, MistralConfig, Qwen2Config
 
 from jaxft.data.tokenizers.gguf import tokenizer_from_gguf
-from jaxft.data.tokenizers.tokenizer import load_tokenizer
+from jaxft.data.tokenizers.load import load_tokenizer
 from jaxft.errors import CheckpointError, ModelError
 
 TEXTS = [

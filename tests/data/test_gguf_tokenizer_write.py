@@ -7,8 +7,8 @@ from transformers import PreTrainedTokenizerFast
 
 from jaxft.data.tokenizers.gguf import PRE_TOKENIZERS
 from jaxft.data.tokenizers.gguf_write import check_tokenizer, tokenizer_metadata
+from jaxft.data.tokenizers.load import load_tokenizer
 from jaxft.data.tokenizers.tokenizer import Tokenizer as Ours
-from jaxft.data.tokenizers.tokenizer import load_tokenizer
 from jaxft.errors import ExportError
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())

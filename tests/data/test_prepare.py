@@ -10,7 +10,7 @@ from jaxft.config import DataConfig, EvalConfig, ModelConfig, RunConfig
 from jaxft.data import prepare
 from jaxft.data.formats import read_row
 from jaxft.data.prepare import open_sets, prepare_sets
-from jaxft.data.tokenizers.tokenizer import load_tokenizer
+from jaxft.data.tokenizers.load import load_tokenizer
 from jaxft.errors import DataError
 
 

@@ -18,7 +18,8 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from jaxft.data.chat.encode import encode, prompt_of
 from jaxft.data.formats import Conversation
-from jaxft.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from jaxft.data.tokenizers.load import load_tokenizer
+from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import DataError
 
 TEXTS = [

@@ -22,7 +22,7 @@ from jaxft.checkpoint.peft import write_adapter
 from jaxft.checkpoint.tensors import SafetensorsFolder
 from jaxft.checkpoint.verify import check_export
 from jaxft.config import AdapterConfig
-from jaxft.data.tokenizers.tokenizer import load_tokenizer
+from jaxft.data.tokenizers.load import load_tokenizer
 from jaxft.errors import CheckpointError, ModelError
 from jaxft.files.paths import RemoteFolder, copy_small_files, fetch_hub, open_folder, read_json
 from jaxft.runs.build import attach_adapter

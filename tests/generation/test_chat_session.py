@@ -88,7 +88,7 @@ def test_each_answer_follows_from_the_whole_conversation(chat):
     assert chat.messages == messages
     # The second question went through the model alone, with what the template writes around it.
     before = encode_prompt(chat.tokenizer, messages[:2])
-    assert chat.held.computed <= len(encode_prompt(chat.tokenizer, messages[:-1])) - len(before) - 7
+    assert chat.cache.computed <= len(encode_prompt(chat.tokenizer, messages[:-1])) - len(before) - 7
     assert out == expected + "\n"
 
 
@@ -105,7 +105,7 @@ def test_a_template_that_retells_what_was_said_gets_the_same_answers(chat):
         messages.append({"role": "user", "content": question})
         messages.append({"role": "assistant", "content": answer_to(chat, messages)})
         assert chat.messages == messages
-    assert chat.held.computed < len(encode_prompt(chat.tokenizer, messages[:-1]))
+    assert chat.cache.computed < len(encode_prompt(chat.tokenizer, messages[:-1]))
 
 
 def test_reset_forgets_turns_and_system_starts_anew(chat):

@@ -79,7 +79,7 @@ def test_the_whole_chain_has_transformers_order(logits, warpers):
         warpers.MinPLogitsWarper(0.02),
     ):
         scores = oracle(warper, scores)
-    same(sampling.filtered(logits, knobs(temperature=1.7, top_k=40, top_p=0.8, min_p=0.02)), scores)
+    same(sampling.filter_scores(logits, knobs(temperature=1.7, top_k=40, top_p=0.8, min_p=0.02)), scores)
 
 
 def test_rows_keep_their_own_settings(logits):
@@ -89,9 +89,9 @@ def test_rows_keep_their_own_settings(logits):
         top_p=[1, 1, 0.6, 1, 1],
         min_p=[0, 0, 0, 0.1, 0],
     )
-    together = sampling.filtered(logits, mixed)
+    together = sampling.filter_scores(logits, mixed)
     for row in range(ROWS):
-        alone = sampling.filtered(logits, Knobs(*(jnp.broadcast_to(x[row], (ROWS,)) for x in mixed)))
+        alone = sampling.filter_scores(logits, Knobs(*(jnp.broadcast_to(x[row], (ROWS,)) for x in mixed)))
         np.testing.assert_array_equal(together[row], alone[row])
     assert np.isfinite(together[0]).all(), "nothing is cut where no filter is set"
 

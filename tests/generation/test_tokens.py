@@ -106,15 +106,15 @@ def test_a_common_prefix_changes_nothing(model, prompts, monkeypatch):
     common = np.random.default_rng(9).integers(0, 256, 33).tolist()
     sharing = [common + prompt for prompt in prompts + prompts] + [common]
     samplings = [GREEDY, DRAWN] * 5 + [dataclasses.replace(GREEDY, repetition_penalty=1.5)] * 11
-    assert engine.start(model, jobs(sharing), stop_ids=(), slots=4).prefix_tokens == 32
+    assert engine.start(model, requests(sharing), stop_ids=(), slots=4).prefix_tokens == 32
     shared = tokens(generate_tokens(model, sharing, sampling=samplings, slots=4))
-    monkeypatch.setattr(engine, "PREFIX_WORTH", 10**6)
-    assert engine.start(model, jobs(sharing), stop_ids=(), slots=4).prefix_tokens == 0
+    monkeypatch.setattr(engine, "MIN_SPARED", 10**6)
+    assert engine.start(model, requests(sharing), stop_ids=(), slots=4).prefix_tokens == 0
     assert shared == tokens(generate_tokens(model, sharing, sampling=samplings, slots=4))
 
 
-def jobs(prompts):
-    return [engine.Job(row=i, prompt=tuple(prompt), sampling=GREEDY) for i, prompt in enumerate(prompts)]
+def requests(prompts):
+    return [engine.Request(row=i, prompt=tuple(prompt), sampling=GREEDY) for i, prompt in enumerate(prompts)]
 
 
 def test_limits_of_each_row(model, prompts):

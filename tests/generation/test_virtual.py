@@ -34,7 +34,7 @@ def test_greedy_tokens_and_their_probabilities_are_those_of_one_pass(tuned, mode
         np.testing.assert_allclose(answer.logprobs, expected.max(axis=1), rtol=0, atol=1e-4)
     base = generate_tokens(model, prompts, sampling=sampling, slots=4)
     assert any(a.tokens != b.tokens for a, b in zip(answers, base, strict=True))
-    monkeypatch.setattr(engine, "PREFIX_WORTH", 1)  # the virtual tokens are computed once for all rows
+    monkeypatch.setattr(engine, "MIN_SPARED", 1)  # the virtual tokens are computed once for all rows
     apart = generate_tokens(tuned, prompts, sampling=sampling, slots=4)
     assert [a.tokens for a in apart] == [a.tokens for a in answers]
 
@@ -48,18 +48,18 @@ def test_the_cache_of_a_conversation_holds_them_and_is_left_when_weights_change(
     sampling = Sampling(max_new_tokens=4, repetition_penalty=1.3)
     tuned = nnx.clone(tuned)
 
-    def turn(prompt, held):
-        (ours,) = generate_tokens(tuned, [prompt], sampling=sampling, held=held)
+    def turn(prompt, cache):
+        (ours,) = generate_tokens(tuned, [prompt], sampling=sampling, cache=cache)
         (whole,) = generate_tokens(tuned, [prompt], sampling=sampling)
         assert ours.tokens == whole.tokens
         np.testing.assert_allclose(ours.logprobs, whole.logprobs, rtol=0, atol=1e-4)
         return [*prompt, *ours.tokens]
 
-    held = ConversationCache()
-    said = turn([3, 5, 7], held)
-    assert held.computed == 4 + 3
-    said = turn([*said, 9], held)
-    assert held.computed == 2  # the newest token of the answer was not in the cache yet
+    cache = ConversationCache()
+    said = turn([3, 5, 7], cache)
+    assert cache.computed == 4 + 3
+    said = turn([*said, 9], cache)
+    assert cache.computed == 2  # the newest token of the answer was not in the cache yet
     nnx.update(tuned, jax.tree.map(lambda x: -x, nnx.state(tuned, AdapterParam)))
-    turn([*said, 9], held)
-    assert held.computed == 4 + len(said) + 1
+    turn([*said, 9], cache)
+    assert cache.computed == 4 + len(said) + 1

@@ -72,7 +72,7 @@ def test_ragged_rows_with_padding(model, whole):
 def test_a_common_prefix_longer_than_the_window(model, monkeypatch):
     prompts = [TOKENS[0, :14].tolist() + TOKENS[1, :n].tolist() for n in (2, 5, 1)]
     apart = generate_tokens(model, prompts, sampling=Sampling(max_new_tokens=16))
-    monkeypatch.setattr(engine, "PREFIX_WORTH", 8)
+    monkeypatch.setattr(engine, "MIN_SPARED", 8)
     assert engine._common_prefix(prompts) == 14
     together = generate_tokens(model, prompts, sampling=Sampling(max_new_tokens=16))
     assert [r.tokens for r in together] == [r.tokens for r in apart]

@@ -12,7 +12,7 @@ from jaxft import models
 from jaxft.assets import ASSETS
 from jaxft.checkpoint import hf
 from jaxft.conversion.convert import convert
-from jaxft.data.tokenizers.tokenizer import load_tokenizer
+from jaxft.data.tokenizers.load import load_tokenizer
 from jaxft.errors import ConfigError
 from jaxft.runs import folder as files
 from jaxft.training.log import read_metrics

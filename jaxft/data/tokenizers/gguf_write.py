@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxft.data.tokenizers.gguf import BYTE, CONTROL, NORMAL, PRE_TOKENIZERS, UNKNOWN, UNUSED, USER_DEFINED, WORDS
-from jaxft.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from jaxft.data.tokenizers.load import load_tokenizer
+from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import ExportError
 
 # Ends of a generation that llama.cpp finds by their spelling, whatever the file says.

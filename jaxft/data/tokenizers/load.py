@@ -1,0 +1,268 @@
+"""Loads a tokenizer from any of the files that models come with.
+
+Files: Hugging Face folders (`tokenizer.json`), SentencePiece `tokenizer.model` files, GGUF files,
+`hf://owner/name`, addresses such as gs://bucket/model, and run or PEFT folders that hold one of these.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxft.config import RunConfig
+from jaxft.data.tokenizers.tokenizer import Tokenizer
+from jaxft.errors import ModelError
+from jaxft.files.paths import copy_small_files, is_remote
+from jaxft.files.run_folder import ADAPTER, CHAT_TEMPLATE, MERGED, MODEL
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+HUB = "hf://"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+SPECIAL_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+# Where a run folder keeps its exported tokenizer.
+EXPORTS = (MERGED, MODEL, ADAPTER)
+# Files beside a SentencePiece model that say how it is to be used.
+COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", CHAT_TEMPLATE)
+
+
+def load_tokenizer(
+    path: str | os.PathLike[str], *, revision: str | None = None, chat_template: str | None = None
+) -> Tokenizer:
+    """The tokenizer of a model.
+
+    path: Hugging Face folder, `tokenizer.model` file or folder with one, GGUF file, run or PEFT
+    folder, `hf://owner/name[@revision]` (through the transformers cache; HF_HUB_OFFLINE is honoured), or
+    the address of a folder such as gs://bucket/model, whose small files are fetched.
+    revision: branch, tag or commit of an hf:// path.
+    chat_template: path of a Jinja file, or Jinja text, that replaces the tokenizer's own.
+    Raises ModelError if there is no tokenizer, or it needs code from its own folder; CheckpointError for an address
+    that cannot be read.
+    """
+    path = os.fspath(path)
+    backend, stop_ids = _load_any(path, revision)
+    if chat_template is not None:
+        backend.chat_template = _template_text(chat_template)
+    if isinstance(backend.chat_template, str):
+        # Other line ends do not survive writing and reading a file; Jinja renders all of them alike.
+        backend.chat_template = backend.chat_template.replace("\r\n", "\n").replace("\r", "\n")
+    return Tokenizer(backend, name=path, extra_stop_ids=stop_ids)
+
+
+def tokenizer_of(config: RunConfig) -> Tokenizer:
+    """The tokenizer of a run: its model's, with the chat template of `data.chat_template` if there is one.
+
+    Raises as `load_tokenizer` does.
+    """
+    model = config.model
+    return load_tokenizer(model.path, revision=model.revision, chat_template=config.data.chat_template)
+
+
+def _load_any(path: str, revision: str | None) -> tuple["PreTrainedTokenizerFast", list[int]]:
+    if path.startswith(HUB):
+        return _load_hub(path, revision)
+    return _load_remote(path) if is_remote(path) else _load_local(Path(path))
+
+
+def _load_remote(address: str) -> tuple["PreTrainedTokenizerFast", list[int]]:
+    with tempfile.TemporaryDirectory() as folder:
+        copy_small_files(address, folder)
+        try:
+            return _load_local(Path(folder))
+        except ModelError as error:
+            raise ModelError(str(error).replace(folder, address)) from error
+
+
+def _load_local(path: Path) -> tuple["PreTrainedTokenizerFast", list[int]]:
+    if path.suffix == ".gguf" and path.is_file():
+        from jaxft.data.tokenizers.gguf import tokenizer_from_gguf
+
+        return tokenizer_from_gguf(str(path))
+    if path.is_file() and path.suffix == ".model":
+        return _load_sentencepiece(path), _stops(path.parent / "generation_config.json")
+    if path.is_file():
+        path = path.parent if path.name in TOKENIZER_FILES else path
+    if not path.is_dir():
+        raise ModelError(f"no tokenizer at {str(path)!r}: it is neither a folder nor a .model or .gguf file")
+    for folder in (path, *(path / name for name in EXPORTS)):
+        settings = _json(folder / "tokenizer_config.json")
+        _refuse_code(settings, str(folder))
+        if (folder / "tokenizer.json").is_file():
+            return _load_fast(str(folder), settings, local_files_only=True), _stops(folder / "generation_config.json")
+        if (folder / "tokenizer.model").is_file():
+            return _load_sentencepiece(folder / "tokenizer.model"), _stops(folder / "generation_config.json")
+    return _load_named_base(path)
+
+
+def _load_named_base(folder: Path) -> tuple["PreTrainedTokenizerFast", list[int]]:
+    """A PEFT folder without tokenizer files, or an unexported run, has the tokenizer of its base."""
+    template = folder / CHAT_TEMPLATE
+    base = _json(folder / "adapter_config.json").get("base_model_name_or_path")
+    revision = _json(folder / "adapter_config.json").get("revision")
+    if base is None:
+        model = _json(folder / "config.json").get("model")
+        if isinstance(model, Mapping):
+            base, revision = model.get("path"), model.get("revision")
+    if not base or Path(base).resolve() == folder.resolve():
+        files = ", ".join(sorted(os.listdir(folder))[:8]) or "nothing"
+        raise ModelError(
+            f"no tokenizer in {str(folder)!r}: it needs tokenizer.json or tokenizer.model, and contains {files}. "
+            "Copy the tokenizer files of the base model there."
+        )
+    backend, stops = _load_any(base if "://" in base or os.path.exists(base) else HUB + base, revision)
+    if template.is_file():  # the template that a run was trained with
+        text, own = template.read_text(encoding="utf-8"), backend.chat_template
+        if not isinstance(own, Mapping) or own.get("default") != text:
+            backend.chat_template = text
+    return backend, stops
+
+
+def _load_hub(path: str, revision: str | None) -> tuple["PreTrainedTokenizerFast", list[int]]:
+    from transformers.utils import cached_file
+
+    repo, _, pinned = path.removeprefix(HUB).strip("/").partition("@")
+    if pinned and revision and pinned != revision:
+        raise ModelError(f"{path} names the revision {pinned!r}, but revision={revision!r}: give only one of them")
+    revision = pinned or revision
+
+    def find(name: str) -> Path:
+        path_in_cache = cached_file(
+            repo,
+            name,
+            revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        return Path(path_in_cache or os.devnull)
+
+    try:
+        settings = _json(find("tokenizer_config.json"))
+        _refuse_code(settings, path)
+        if find("tokenizer.json").is_file():
+            backend = _load_fast(repo, settings, revision=revision)
+        else:
+            backend = _load_class(repo, revision=revision)
+        return backend, _stops(find("generation_config.json"))
+    except OSError as error:
+        raise ModelError(
+            f"cannot get a tokenizer from {path!r}: {str(error).rstrip('.')}. Check the name and revision; "
+            "without a network it must be in the Hugging Face cache already (HF_HOME), or give a local folder."
+        ) from error
+
+
+def _load_fast(name: str, settings: Mapping[str, Any], **kwargs: Any) -> "PreTrainedTokenizerFast":
+    """The contents of tokenizer.json, whatever class the settings name.
+
+    Some classes of transformers rebuild the pre-tokenizer from the vocabulary; the same folder then gives other ids
+    than its model was trained on.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        backend = PreTrainedTokenizerFast.from_pretrained(name, **kwargs)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"transformers cannot load the tokenizer of {name!r}: {error}") from error
+    if "eos_token" not in settings and settings.get("tokenizer_class") not in PLAIN_CLASSES:
+        _name_special_tokens(backend, _load_class(name, **kwargs))
+    return backend
+
+
+def _load_class(name: str, **kwargs: Any) -> "PreTrainedTokenizerFast":
+    # Importing AutoTokenizer imports torch if it is installed, so only files that need it pay for that.
+    from transformers import AutoTokenizer
+
+    # mistral_format: mistral-common, if it is installed, would otherwise read folders with a tekken.json.
+    kwargs |= {"use_fast": True, "trust_remote_code": False, "mistral_format": False}
+    try:
+        backend = AutoTokenizer.from_pretrained(name, **kwargs)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"transformers cannot load the tokenizer of {name!r}: {error}") from error
+    if not getattr(backend, "is_fast", False):
+        raise ModelError(f"{name!r} has only a slow tokenizer; convert it to tokenizer.json with transformers first")
+    return backend
+
+
+def _name_special_tokens(backend: "PreTrainedTokenizerFast", by_class: "PreTrainedTokenizerFast") -> None:
+    """Old folders (GPT-2's) leave it to the tokenizer class to name the token that ends a text."""
+    vocabulary = backend.get_vocab()
+    for role in SPECIAL_ROLES:
+        token = getattr(by_class, role)
+        if getattr(backend, role) is None and token in vocabulary:
+            setattr(backend, role, token)
+
+
+def _load_sentencepiece(file: Path) -> "PreTrainedTokenizerFast":
+    """transformers converts the model to a fast tokenizer; the sentencepiece library checks the result."""
+    try:
+        import sentencepiece
+    except ImportError as error:
+        raise ModelError(f"{str(file)!r} is a SentencePiece model: pip install sentencepiece protobuf") from error
+    from transformers import PreTrainedTokenizerFast
+
+    reference = sentencepiece.SentencePieceProcessor()
+    try:
+        reference.Load(str(file))
+    except (RuntimeError, OSError) as error:
+        raise ModelError(
+            f"{str(file)!r} is not a SentencePiece model. Llama 3 ships a tiktoken file under this name: "
+            "use a folder with its tokenizer.json."
+        ) from error
+    settings = _json(file.parent / "tokenizer_config.json")
+    _refuse_code(settings, str(file.parent))
+    # Unless the settings say otherwise, BOS is added: the convention of Llama, Mistral and Gemma models.
+    add_bos = settings.get("add_bos_token", reference.bos_id() >= 0)
+    # In a folder of its own: the config.json of the model's folder would choose a class that drops spaces.
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(file, Path(folder) / "tokenizer.model")
+        for name in COMPANIONS:
+            if (file.parent / name).is_file():
+                shutil.copy(file.parent / name, Path(folder) / name)
+        backend = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, add_bos_token=add_bos)
+    for text in ("Hello, world!", "  two  spaces", "tabs\tand\nlines\n", "naïve 漢字 ☃", "x1234567 = 3.14"):
+        ours, theirs = backend.encode(text, add_special_tokens=False), reference.EncodeAsIds(text)
+        if ours != theirs:
+            raise ModelError(
+                f"{str(file)!r} cannot be converted exactly: {text!r} becomes {ours}, but the sentencepiece library "
+                f"gives {theirs}. Use a folder with tokenizer.json."
+            )
+    return backend
+
+
+def _template_text(template: str) -> str:
+    if "{{" in template or "{%" in template:
+        return template
+    try:
+        return Path(template).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ModelError(f"cannot read the chat template {template!r}: {error.strerror}") from error
+
+
+def _refuse_code(settings: Mapping[str, Any], where: str) -> None:
+    auto_map = settings.get("auto_map")
+    if auto_map and (not isinstance(auto_map, Mapping) or "AutoTokenizer" in auto_map):
+        raise ModelError(
+            f"the tokenizer of {where!r} needs Python code from its own folder (auto_map in tokenizer_config.json), "
+            "and jaxft runs none. Convert it to a tokenizer.json folder with a class that transformers knows."
+        )
+
+
+def _stops(file: Path) -> list[int]:
+    """The end tokens that a generation_config.json names."""
+    eos = _json(file).get("eos_token_id")
+    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """The JSON object in a file; an empty one if there is no such file."""
+    if not file.is_file():
+        return {}
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{str(file)!r} is not JSON: {error}") from error
+    return value if isinstance(value, dict) else {}
