@@ -1,7 +1,9 @@
 """Errors that a user can mend. The command line prints them without a traceback and exits with 2."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+LISTED = 8  # items named in one message, if the caller does not say how many
 
 
 class JaxftError(Exception):
@@ -40,3 +42,15 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """`" Did you mean 'batch_size'?"` for a near miss of one of the choices, else an empty string."""
     close = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def listed(items: Sequence[object], most: int = LISTED, *, lines: bool = False) -> str:
+    """The first items and how many more there are: `a, b, c and 1,204 more`.
+
+    lines: each item on a line of its own, indented by two spaces, without a line break before the first; then the last
+    line is `  ... and 1,204 more`.
+    """
+    shown, rest = list(map(str, items[:most])), len(items) - most
+    if lines:
+        return "\n".join(f"  {line}" for line in shown + ([f"... and {rest:,} more"] if rest > 0 else []))
+    return ", ".join(shown) + (f" and {rest:,} more" if rest > 0 else "")

@@ -3,4 +3,4 @@
 from jaxft.sharding.mesh import MeshPlan, make_mesh_plan
 from jaxft.sharding.rules import RULES, Rule
 
-__all__ = ["RULES", "MeshPlan", "Rule", "make_mesh_plan", "path_str"]
+__all__ = ["RULES", "MeshPlan", "Rule", "make_mesh_plan"]

@@ -15,12 +15,11 @@ from typing import NamedTuple
 
 from jax.sharding import PartitionSpec as P
 
-from jaxft.errors import ConfigError, did_you_mean
+from jaxft.errors import ConfigError, did_you_mean, listed
 from jaxft.nn.partition import AXES
 from jaxft.quant import kernel_path
 
 BIG = 2**16  # elements; a larger array must be split when fsdp > 1
-SHOWN = 8  # offenders listed in one error
 
 log = logging.getLogger(__name__)
 
@@ -212,7 +211,7 @@ class _Findings:
             fits = divisors(devices, lambda d: all(length % d == 0 for length in self.misfit_dims))
             mesh = ", ".join(f"{axis}={size}" for axis, size in self.axes.items() if size > 1)
             raise ConfigError(
-                f"the mesh ({mesh}) cannot split these arrays into equal shards:\n{_listed(self.misfits)}\n"
+                f"the mesh ({mesh}) cannot split these arrays into equal shards:\n{listed(self.misfits, lines=True)}\n"
                 f"Set the axis to one of {fits}: they divide these dimensions and the {devices} devices."
             )
         if self.whole:
@@ -220,10 +219,10 @@ class _Findings:
             spread = ", ".join(f"{axis}={self.axes[axis]}" for axis in WEIGHT if self.axes[axis] > 1)
             raise ConfigError(
                 f"{spread}, but these arrays of more than {BIG:,} elements would be whole on every "
-                f"device:\n{_listed(lines)}\nAdd a sharding rule whose pattern ends like their paths."
+                f"device:\n{listed(lines, lines=True)}\nAdd a sharding rule whose pattern ends like their paths."
             )
         if self.small:
-            log.warning("left whole on every device, being small:\n%s", _listed(self.small))
+            log.warning("left whole on every device, being small:\n%s", listed(self.small, lines=True))
 
 
 def divisors(number: int, wanted: Callable[[int], bool] = lambda d: True) -> str:
@@ -241,13 +240,8 @@ def _refuse_unused(unused: Sequence[Rule], leaves: Sequence[Leaf]) -> None:
         shadowed = any(rule.takes(leaf.path, leaf.shape) for leaf in leaves)
         why = "an earlier rule takes all that it matches" if shadowed else f"matches no array.{near}"
         lines.append(f"{rule.pattern!r}: {why}")
-    raise ConfigError(f"sharding rules without effect:\n{_listed(lines)}\nCorrect or remove them.")
+    raise ConfigError(f"sharding rules without effect:\n{listed(lines, lines=True)}\nCorrect or remove them.")
 
 
 def _names(entry: str | tuple[str, ...] | None) -> Iterator[str] | tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
-
-
-def _listed(lines: Sequence[str]) -> str:
-    more = [f"  ... and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
-    return "\n".join([f"  {line}" for line in lines[:SHOWN]] + more)

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from jaxft import sharding
 from jaxft.config import MeshConfig
 from jaxft.errors import ConfigError
 from jaxft.sharding.mesh import auto_mesh, make_mesh_plan
@@ -31,6 +32,10 @@ def init():
     trainable = {"layers": {"q_proj": {"kernel": kernel}, "norm": {"scale": jnp.ones((2, 16))}}}
     frozen = {"embed": {"embedding": jnp.ones((11, 16), jnp.bfloat16)}}
     return State(jnp.int32(0), trainable, frozen, optax.adamw(1e-2).init(trainable), jax.random.key(0))
+
+
+def test_every_name_that_the_package_lists_exists():
+    assert {name: hasattr(sharding, name) for name in sharding.__all__} == dict.fromkeys(sharding.__all__, True)
 
 
 def test_one_device_is_a_mesh_of_one():
