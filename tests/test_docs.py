@@ -222,6 +222,12 @@ def test_fields_that_may_change_on_resume_are_listed() -> None:
     assert {name.removesuffix("*") for name in re.findall(r"`([\w.*]+)`", listed)} == set(FREE_TO_CHANGE)
 
 
+def test_planned_lines_on_the_pages_are_those_of_the_configs() -> None:
+    configs = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("configs/*.py"))
+    shown = [line for page in PAGES for line in re.findall(r"^ +(Planned for v.+)$", text_of(page), re.MULTILINE)]
+    assert shown and not [line for line in shown if line not in configs]
+
+
 def test_speeds_in_the_readme_are_those_of_the_page_on_performance() -> None:
     speed = README.read_text(encoding="utf-8").split("## Speed")[1].split("\n## ")[0]
     rows = [line for line in speed.splitlines() if line.startswith("| ")]
