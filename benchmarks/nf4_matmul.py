@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxft.quant.nf4 import LEVELS, NF4, chosen
+from jaxft.quant.nf4 import LEVELS, NF4, select
 from jaxft.quant.nibbles import BLOCK
-from jaxft.quant.scales import scales_of
+from jaxft.quant.scales import dense_scales
 
 # A tile of weights is 512 inputs, whose 8 scales an output fill a register, by at most 512 outputs. A tile is made once
 # for each block of rows: with a thousand of them the product takes longer than that.
@@ -74,7 +74,7 @@ def _product(x: jax.Array, kernel: NF4, *, transposed: bool, interpret: bool) ->
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         interpret=interpret,
         name="nf4_matmul",
-    )(x_MX, kernel.codes, scales_of(kernel.scales))
+    )(x_MX, kernel.codes, dense_scales(kernel.scales))
     return y_MY.reshape(*x.shape[:-1], -1)
 
 
@@ -87,7 +87,7 @@ def _tile(x_ref: Any, codes_ref: Any, scales_ref: Any, y_ref: Any, sum_ref: Any,
     half, outputs = codes_ref.shape
     packed = codes_ref[...].astype(jnp.int32).reshape(-1, BLOCK // 2, outputs)
     levels = [jnp.float32(level) for level in LEVELS]
-    values = jnp.concatenate([chosen(packed & 15, levels), chosen(packed >> 4, levels)], axis=1)
+    values = jnp.concatenate([select(packed & 15, levels), select(packed >> 4, levels)], axis=1)
     weights = (values * scales_ref[...][:, None, :]).reshape(2 * half, outputs).astype(x_ref.dtype)
     sides = (((1,), (1 if transposed else 0,)), ((), ()))
     exact = jax.lax.Precision.HIGHEST if x_ref.dtype == jnp.float32 else None

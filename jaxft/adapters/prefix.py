@@ -16,7 +16,7 @@ from jaxft.adapters.prompt import refuse_second
 from jaxft.config import AdapterConfig
 from jaxft.nn import partition
 from jaxft.nn.stack import group_layers
-from jaxft.nn.virtual import replaced
+from jaxft.nn.virtual import replace_virtual
 
 STORED, WHOLE = (None, "both"), (None, "tensor")
 STDDEV = 0.02
@@ -38,7 +38,8 @@ class Prefix(nnx.Module):
         )
         heads = k_BSKH.shape[2:]
         k_BSKH, v_BSKH = (
-            replaced(x, kept.reshape(-1, *heads), virtual_BS) for x, kept in zip((k_BSKH, v_BSKH), own, strict=True)
+            replace_virtual(x, kept.reshape(-1, *heads), virtual_BS)
+            for x, kept in zip((k_BSKH, v_BSKH), own, strict=True)
         )
         return k_BSKH, v_BSKH
 

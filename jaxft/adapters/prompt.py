@@ -12,7 +12,7 @@ from jaxft.adapters.attach import AdapterParam
 from jaxft.config import AdapterConfig
 from jaxft.errors import ModelError
 from jaxft.nn import partition
-from jaxft.nn.virtual import replaced
+from jaxft.nn.virtual import replace_virtual
 
 STORED, WHOLE = (None, "weight"), (None, None)
 
@@ -28,7 +28,7 @@ class Prompt(nnx.Module):
     def __call__(self, x_BSD: jax.Array, virtual_BS: jax.Array) -> jax.Array:
         """x_BSD: embedded tokens. virtual_BS: which virtual token stands there, negative for none."""
         own_nD = partition.gathered(self.embeddings.get_value().astype(x_BSD.dtype), STORED, WHOLE)
-        return replaced(x_BSD, own_nD, virtual_BS)
+        return replace_virtual(x_BSD, own_nD, virtual_BS)
 
 
 def put(model: nnx.Module, config: AdapterConfig, key: jax.Array) -> None:

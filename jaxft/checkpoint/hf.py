@@ -21,7 +21,7 @@ from jaxft.checkpoint.tensors import TensorSource, TensorSpec, block_bounds
 from jaxft.errors import CheckpointError
 from jaxft.files.atomic import write_text
 from jaxft.files.paths import read_json as read_json
-from jaxft.models.tensor_map import ParamTensors, Piece, place
+from jaxft.models.tensor_map import ParamTensors, Piece, iter_params
 from jaxft.nn.stack import group_layers
 from jaxft.quant import Format, QuantizedArray, dense, is_quantized
 from jaxft.sharding.arrays import host_parts
@@ -37,7 +37,7 @@ TIED_HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 def param_tensors(model: nnx.Module) -> dict[str, ParamTensors]:
     """Every base parameter of a model by path, and the Hugging Face tensors that make it up."""
     groups = group_layers(model.segments)
-    return {placed.path: placed for placed in place(model.config.tensors(), groups)}
+    return {placed.path: placed for placed in iter_params(model.config.tensors(), groups)}
 
 
 def load_weights(

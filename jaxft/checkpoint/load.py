@@ -26,7 +26,7 @@ from jaxft.checkpoint.text_part import TextPart
 from jaxft.errors import CheckpointError, ModelError
 from jaxft.files.paths import HUB, fetch_hub, is_file, is_remote, open_folder, read_json
 from jaxft.files.run_folder import ADAPTER, MERGED, MODEL, is_run_folder
-from jaxft.models.nested import OUTERS
+from jaxft.models.nested import MULTIMODAL
 from jaxft.nn.virtual import virtual_ids
 from jaxft.quant import FORMATS, is_quantized
 from jaxft.sharding.arrays import put_global, to_host
@@ -171,7 +171,7 @@ def _config_and_part(path: str) -> tuple[dict[str, Any], TextPart | None]:
         there = ", ".join(open_folder(path).names()[:8]) if "://" in path or os.path.isdir(path) else "nothing"
         raise CheckpointError(f"{path} is not a model: no config.json and not a .gguf file (there: {there})")
     hf_config = bitsandbytes.without_quantization(read_json(config))
-    if hf_config.get("model_type") not in OUTERS:
+    if hf_config.get("model_type") not in MULTIMODAL:
         return hf_config, None
     # Before any file of weights is opened.
     models.config_from_hf(hf_config)

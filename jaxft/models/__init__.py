@@ -50,7 +50,7 @@ def text_config(hf: Mapping[str, Any], *, own_head: bool | None = None) -> dict[
 
     own_head: as for `nested.text_config`. Raises ModelError for what is not understood.
     """
-    if hf.get("model_type") not in nested.OUTERS:
+    if hf.get("model_type") not in nested.MULTIMODAL:
         return dict(hf)
     inner = nested.text_config(hf, own_head=own_head)
     return config_from_hf(inner).to_hf() | {k: v for k, v in inner.items() if k in nested.SHARED}

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxft.errors import ModelError, did_you_mean
-from jaxft.models.tensor_map import ParamTensors, place
+from jaxft.models.tensor_map import ParamTensors, iter_params
 from jaxft.nn.stack import group_layers
 
 RANGE = re.compile(r"(\d+)-(\d+)")
@@ -42,7 +42,7 @@ def mark(model: nnx.Module, trainable: str) -> None:
     model: a Decoder that was made with the `marks` of the same patterns.
     """
     moving = _moving(model.config, trainable)
-    placed = place(model.config.tensors(), group_layers(model.segments))
+    placed = iter_params(model.config.tensors(), group_layers(model.segments))
     model.trainable_paths = frozenset(each.path for each in placed if each.pieces[0].hf in moving)
     state = nnx.state(model, lambda path, _: "/".join(map(str, path)) in model.trainable_paths)
     # bfloat16 would lose updates below its rounding.
@@ -51,7 +51,7 @@ def mark(model: nnx.Module, trainable: str) -> None:
 
 def _arrays(config: Any) -> Iterator[ParamTensors]:
     """Every parameter as if each layer were a stack of its own."""
-    return place(config.tensors(), [(layer,) for layer in range(config.num_hidden_layers)])
+    return iter_params(config.tensors(), [(layer,) for layer in range(config.num_hidden_layers)])
 
 
 def _moving(config: Any, trainable: str) -> frozenset[str]:

@@ -10,7 +10,7 @@ from jaxft.models.hf_fields import check_fields, require
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outer:
+class Multimodal:
     """What a model_type keeps around its language model.
 
     text_type: model_type of a text_config that names none. image_fields: fields of config.json about images.
@@ -20,12 +20,12 @@ class Outer:
     image_fields: tuple[str, ...]
 
 
-OUTERS = {
-    "gemma3": Outer(
+MULTIMODAL = {
+    "gemma3": Multimodal(
         text_type="gemma3_text",
         image_fields=("image_token_index", "boi_token_index", "eoi_token_index", "mm_tokens_per_image"),
     ),
-    "mistral3": Outer(
+    "mistral3": Multimodal(
         text_type="mistral",
         image_fields=(
             "image_token_index", "projector_hidden_act", "multimodal_projector_bias", "spatial_merge_size",
@@ -48,9 +48,9 @@ def text_config(hf: Mapping[str, Any], *, own_head: bool | None = None) -> dict[
     own_head: whether the files hold an LM head that is not the embedding, None where that is not known. Raises
     ModelError for fields of the outer model that are not understood, and where there is no text_config.
     """
-    if hf.get("model_type") not in OUTERS:
+    if hf.get("model_type") not in MULTIMODAL:
         return dict(hf)
-    outer = OUTERS[hf["model_type"]]
+    outer = MULTIMODAL[hf["model_type"]]
     require(hf, ["text_config"])
     check_fields(hf, used=["text_config", "vision_config", "tie_word_embeddings", *outer.image_fields], must_equal={})
     if not isinstance(hf["text_config"], Mapping):
@@ -90,8 +90,8 @@ def peft_targets(modules: list[str]) -> str:
 
 
 def missing_text_model(kind: Any, part: Any) -> ModelError:
-    """The refusal of a nested model that is not one of OUTERS."""
+    """The refusal of a nested model that is not one of MULTIMODAL."""
     return ModelError(
         f"model_type {kind!r} takes more than text, which is not implemented; its text model is of model_type "
-        f"{part!r}. Implemented: the text models of {', '.join(OUTERS)}."
+        f"{part!r}. Implemented: the text models of {', '.join(MULTIMODAL)}."
     )

@@ -109,7 +109,7 @@ class ParamTensors:
     pieces: tuple[Piece, ...]
 
 
-def place(tensors: Sequence[TensorMap], groups: Sequence[Sequence[int]]) -> Iterator[ParamTensors]:
+def iter_params(tensors: Sequence[TensorMap], groups: Sequence[Sequence[int]]) -> Iterator[ParamTensors]:
     """Every parameter of a model whose stacks hold the layer numbers `groups`."""
     for line in tensors:
         if not line.stacked:

@@ -80,7 +80,7 @@ class Block(nnx.Module):
         elif routing is None:
             output_BSD = self.mlp(input_BSD)
         else:
-            output_BSD, routing = self.mlp.with_routing(input_BSD, tokens.segments_BS, routing)
+            output_BSD, routing = self.mlp.with_router_sums(input_BSD, tokens.segments_BS, routing)
         return x_BSD + self._norm(3, output_BSD), cache, routing
 
     def _norm(self, position: int, x_BSD: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ from jaxft.nn import stack, virtual
 from jaxft.nn.attention import cache as kv
 from jaxft.nn.attention.layer import Tokens
 from jaxft.nn.attention.rope import Rope, rotation
-from jaxft.nn.attention.score_form import capped
+from jaxft.nn.attention.score_form import cap_scores
 from jaxft.nn.block import Block, BlockShape
 from jaxft.nn.experts.layer import MoEShape
 from jaxft.nn.experts.router_sums import RouterSums
@@ -184,7 +184,7 @@ class Decoder(nnx.Module):
         hidden_BSD, cache, _ = self._run(tokens_BS, positions_BS, segments_BS, cache, key, None, noise_alpha)
         return hidden_BSD, cache
 
-    def routed(
+    def with_router_sums(
         self,
         tokens_BS: jax.Array,
         positions_BS: jax.Array,
@@ -265,8 +265,8 @@ class Decoder(nnx.Module):
         def logits(params: nnx.State, hidden: jax.Array) -> jax.Array:
             module = nnx.merge(graphdef, params)
             if isinstance(module, Embedding):
-                return capped(module.scores(hidden), softcap)
-            return capped(module(hidden).astype(jnp.float32), softcap)
+                return cap_scores(module.scores(hidden), softcap)
+            return cap_scores(module(hidden).astype(jnp.float32), softcap)
 
         stored = head.stored()
         return SplitUnembed(logits, params, [stored[path] for path in flatten(params)[0]])

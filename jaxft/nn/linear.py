@@ -61,7 +61,7 @@ _wide_product.defvjp(_wide_forward, _wide_backward)
 
 def _gathered(tp_side: TPSide, kernel: QuantizedArray) -> QuantizedArray:
     # Codes are sent, not dequantized weights: a quarter of the bytes.
-    return kernel.each(lambda part: partition.gathered(part, STORED[tp_side], WHOLE[tp_side]))
+    return kernel.map_arrays(lambda part: partition.gathered(part, STORED[tp_side], WHOLE[tp_side]))
 
 
 class Linear(nnx.Module):

@@ -42,7 +42,7 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
-def ways(dimension: Dimension) -> int:
+def shards(dimension: Dimension) -> int:
     """Into how many parts the ambient mesh splits a dimension."""
     count = 1
     for axis in axes_of(dimension):
@@ -64,25 +64,25 @@ def spec(shape: tuple[int, ...], dimensions: Dimensions, *, uneven: Any = P.UNCO
     entries = []
     for length, dimension in zip(shape, dimensions, strict=True):
         axes = () if dimension is None else axes_of(dimension)
-        even = dimension is None or length % ways(dimension) == 0
+        even = dimension is None or length % shards(dimension) == 0
         entries.append((axes or None) if even else uneven)
     return P(*entries)
 
 
-def names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """The mesh axes of one entry of a PartitionSpec."""
     return (entry,) if isinstance(entry, str) else entry or ()
 
 
 def split(x: jax.Array, *dimensions: Dimension | None) -> jax.Array:
     """x, laid out as its dimensions say; its gradient likewise."""
-    return x if alone() else jax.lax.with_sharding_constraint(x, spec(x.shape, dimensions))
+    return x if is_unsharded() else jax.lax.with_sharding_constraint(x, spec(x.shape, dimensions))
 
 
-def whole_items(x: jax.Array, dimension: int) -> jax.Array:
+def split_only(x: jax.Array, dimension: int) -> jax.Array:
     """x, split along this dimension alone, by the axes that weights are gathered over, where they divide it."""
     axes = axes_of("weight")
-    if alone() or not axes or x.shape[dimension] % ways("weight"):
+    if is_unsharded() or not axes or x.shape[dimension] % shards("weight"):
         return x
     # In two steps, each of which is one exchange: what the tensor axis splits is joined last.
     for rest in (P.UNCONSTRAINED, None):
@@ -97,7 +97,7 @@ def gathered(x: jax.Array, stored: Dimensions, whole: Dimensions) -> jax.Array:
     A plain constraint would put itself on the gradient too, so that every device would receive the whole sum of what
     all have computed, and throw all but its own part away.
     """
-    return x if alone() else _gathered(x, spec(x.shape, stored), spec(x.shape, whole))
+    return x if is_unsharded() else _gathered(x, spec(x.shape, stored), spec(x.shape, whole))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -121,7 +121,7 @@ def scattered(x: jax.Array, to: Dimensions, back: Dimensions) -> jax.Array:
     """x, of which every device has a summand, added up and brought to lie as `to` says; its gradient comes back as
     `back` says, once for all who need it.
     """
-    return x if alone() else _scattered(x, spec(x.shape, to), spec(x.shape, back))
+    return x if is_unsharded() else _scattered(x, spec(x.shape, to), spec(x.shape, back))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -140,7 +140,7 @@ def _scattered_backward(to: P, back: P, _: None, grad: jax.Array) -> tuple[jax.A
 _scattered.defvjp(_scattered_forward, _scattered_backward)
 
 
-def alone() -> bool:
+def is_unsharded() -> bool:
     """Whether there is nothing to lay out: no ambient mesh, one device, or the inside of `shard_map`."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.empty or mesh.size == 1 or all(kind == AxisType.Manual for kind in mesh.axis_types)

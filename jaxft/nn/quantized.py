@@ -42,6 +42,6 @@ def quantize(model: nnx.Module, format: Format) -> None:
         layer.kernel.set_value(format.quantize(layer.kernel.get_value()))
 
 
-def quantized(model: nnx.Module) -> bool:
+def has_quantized_kernels(model: nnx.Module) -> bool:
     """Whether any kernel of a model is."""
     return any(isinstance(layer.kernel.get_value(), QuantizedArray) for layer in kernels(model).values())

@@ -17,7 +17,7 @@ def virtual_ids(count: int) -> tuple[int, ...]:
     return tuple(range(FIRST, FIRST + count))
 
 
-def replaced(x: jax.Array, own: jax.Array, virtual_BS: jax.Array) -> jax.Array:
+def replace_virtual(x: jax.Array, own: jax.Array, virtual_BS: jax.Array) -> jax.Array:
     """x [B, S, ...] with row j of `own` [n, ...] where virtual_BS is j; it is negative for other tokens.
 
     As a product: its gradient adds up over rows and devices like that of any weight.

@@ -49,7 +49,7 @@ class Spread:
     @property
     def row_axes(self) -> tuple[str, ...]:
         """Axes whose devices have different positions."""
-        return tuple(axis for entry in self.rows for axis in partition.names(entry))
+        return tuple(axis for entry in self.rows for axis in partition.mesh_axes(entry))
 
     @property
     def all_axes(self) -> tuple[str, ...]:
@@ -89,13 +89,15 @@ def token_sums(
 
 
 def _spread(leaves: Sequence[jax.Array], rows: tuple[int, ...], vocab: int, stored: Sequence[Any]) -> Spread | None:
-    if partition.alone() or any(length % partition.ways(name) for length, name in zip(rows, ROWS, strict=True)):
+    if partition.is_unsharded() or any(
+        length % partition.shards(name) for length, name in zip(rows, ROWS, strict=True)
+    ):
         return None
-    positions = math.prod(rows) // math.prod(partition.ways(name) for name in ROWS)
-    if vocab % partition.ways("both") == 0 and positions * partition.ways("weight") <= vocab:
+    positions = math.prod(rows) // math.prod(partition.shards(name) for name in ROWS)
+    if vocab % partition.shards("both") == 0 and positions * partition.shards("weight") <= vocab:
         # Fewer numbers travel, and no device holds more than its part, when positions come to the vocabulary.
         split, names = "both", {"tensor": "both", "weight": None, "spread": None}
-    elif vocab % partition.ways("tensor") == 0:
+    elif vocab % partition.shards("tensor") == 0:
         split, names = "tensor", {"spread": "weight"}
     else:
         split, names = None, {"tensor": None, "both": "weight", "spread": "weight"}
@@ -259,7 +261,7 @@ def _reduced(head_grad, parts, spread):
 
     out = []
     for grad, part, spec in zip(head_grad, parts, spread.head, strict=True):
-        scattered = [axis for entry in spec for axis in partition.names(entry)]
+        scattered = [axis for entry in spec for axis in partition.mesh_axes(entry)]
         rest = tuple(axis for axis in spread.all_axes if axis not in scattered)
         grad = _along(grad, spec, spread, part.dtype, scatter)
         out.append((jax.lax.psum(grad, rest) if rest else grad).astype(part.dtype))
@@ -271,7 +273,7 @@ def _along(x, spec, spread, dtype, exchange):
     if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize > jnp.dtype(dtype).itemsize:
         x = x.astype(dtype)
     for dimension, entry in enumerate(spec):
-        axes = tuple(axis for axis in partition.names(entry) if axis not in spread.vocab)
+        axes = tuple(axis for axis in partition.mesh_axes(entry) if axis not in spread.vocab)
         x = exchange(x, axes, dimension) if axes else x
     return x
 

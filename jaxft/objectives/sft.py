@@ -50,7 +50,7 @@ def sft_loss(
     if router is None:
         hidden_BSD, _ = model(*given, **random)
     else:
-        hidden_BSD, routing = model.routed(*given, **random)
+        hidden_BSD, routing = model.with_router_sums(*given, **random)
     unembed, head, stored = model.split_unembed()
     sums = token_sums(unembed, head, hidden_BSD, batch.targets_BS, batch.weights_BS, stored=stored, loss=token_loss)
     total, metrics = sums.loss, {"correct": sums.correct, "tokens": tokens}

@@ -57,9 +57,9 @@ def orthogonal(x: jax.Array) -> jax.Array:
     """
     if x.ndim == 3:
         layers = x.shape[0]
-        x = jnp.pad(x, ((0, -layers % partition.ways("weight")), (0, 0), (0, 0)))
-        return _iterated(partition.whole_items(x, 0))[:layers]
-    return _iterated(partition.whole_items(x, 1) if x.ndim == 4 else x)
+        x = jnp.pad(x, ((0, -layers % partition.shards("weight")), (0, 0), (0, 0)))
+        return _iterated(partition.split_only(x, 0))[:layers]
+    return _iterated(partition.split_only(x, 1) if x.ndim == 4 else x)
 
 
 def _iterated(x: jax.Array) -> jax.Array:

@@ -31,7 +31,7 @@ class QuantizedArray(ABC):
         """The array that is meant, computed in float32 and rounded to `dtype` once."""
 
     @abstractmethod
-    def each(self, change: Callable[[jax.Array], jax.Array]) -> Self:
+    def map_arrays(self, change: Callable[[jax.Array], jax.Array]) -> Self:
         """With `change` applied to every array inside that has the axes I and O, of however many elements."""
 
     @property

@@ -34,8 +34,8 @@ class Int8(QuantizedArray):
         """[..., I, O]: code times scale."""
         return (self.codes.astype(jnp.float32) * self.scales).astype(dtype)
 
-    def each(self, change: Callable[[jax.Array], jax.Array]) -> Self:
-        """See `QuantizedArray.each`."""
+    def map_arrays(self, change: Callable[[jax.Array], jax.Array]) -> Self:
+        """See `QuantizedArray.map_arrays`."""
         return Int8(change(self.codes), change(self.scales))
 
 
@@ -62,8 +62,8 @@ class Int4(QuantizedArray):
         codes = unpack(self.codes).astype(jnp.float32) - 8.0
         return (codes * self.scales[..., None, None, :]).astype(dtype).reshape(self.shape)
 
-    def each(self, change: Callable[[jax.Array], jax.Array]) -> Self:
-        """See `QuantizedArray.each`."""
+    def map_arrays(self, change: Callable[[jax.Array], jax.Array]) -> Self:
+        """See `QuantizedArray.map_arrays`."""
         return Int4(change(self.codes), change(self.scales))
 
 

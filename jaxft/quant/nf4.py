@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxft.quant.array import TINY, QuantizedArray, blocks
 from jaxft.quant.nibbles import BLOCK, pack, unpack
-from jaxft.quant.scales import CompressedScales, compressed, scales_of
+from jaxft.quant.scales import CompressedScales, compress, dense_scales
 
 # The paper's appendix E, as float32.
 LEVELS = np.array(
@@ -49,13 +49,15 @@ class NF4(QuantizedArray):
         # Levels that come with the codes of a layer: else XLA would spread each to the size of a kernel before the loop
         # over layers, and keep it.
         packed, levels = jax.lax.optimization_barrier((self.codes, jnp.asarray(LEVELS)))
-        scales = scales_of(self.scales)[..., None, None, :]
-        return (chosen(unpack(packed), list(levels)) * scales).astype(dtype).reshape(self.shape)
+        scales = dense_scales(self.scales)[..., None, None, :]
+        return (select(unpack(packed), list(levels)) * scales).astype(dtype).reshape(self.shape)
 
-    def each(self, change: Callable[[jax.Array], jax.Array]) -> Self:
-        """See `QuantizedArray.each`."""
+    def map_arrays(self, change: Callable[[jax.Array], jax.Array]) -> Self:
+        """See `QuantizedArray.map_arrays`."""
         scales = self.scales
-        return NF4(change(self.codes), scales.each(change) if isinstance(scales, CompressedScales) else change(scales))
+        return NF4(
+            change(self.codes), scales.map_arrays(change) if isinstance(scales, CompressedScales) else change(scales)
+        )
 
 
 def quantize(kernel: jax.Array, *, double: bool) -> NF4:
@@ -65,10 +67,10 @@ def quantize(kernel: jax.Array, *, double: bool) -> NF4:
     # Times the reciprocal and bounded, as bitsandbytes has it: a quotient would differ in the last bit.
     scaled = jnp.clip(x * (1.0 / jnp.maximum(scales, TINY))[..., None, :], -1.0, 1.0).reshape(kernel.shape)
     codes = sum((scaled > middle).astype(jnp.uint8) for middle in MIDDLES)
-    return NF4(pack(codes), compressed(scales) if double else scales)
+    return NF4(pack(codes), compress(scales) if double else scales)
 
 
-def chosen(codes: jax.Array, options: list[jax.Array]) -> jax.Array:
+def select(codes: jax.Array, options: list[jax.Array]) -> jax.Array:
     """Of 16 arrays that broadcast against `codes`, the one that each code is the number of."""
     # Bit by bit through a tree of selects: on a TPU, a lookup in a table takes more time and twice the memory.
     for bit in range(4):

@@ -36,17 +36,17 @@ class CompressedScales:
         levels = jnp.take(jnp.asarray(dynamic_map(signed=True)), self.codes.astype(jnp.int32), axis=0)
         return levels * largest + self.mean[..., None, None]
 
-    def each(self, change: Callable[[jax.Array], jax.Array]) -> Self:
-        """See `QuantizedArray.each`."""
+    def map_arrays(self, change: Callable[[jax.Array], jax.Array]) -> Self:
+        """See `QuantizedArray.map_arrays`."""
         return CompressedScales(change(self.codes), self.largest, self.mean)
 
 
-def scales_of(scales: jax.Array | CompressedScales) -> jax.Array:
+def dense_scales(scales: jax.Array | CompressedScales) -> jax.Array:
     """[..., N, O] float32, whichever way they are stored."""
     return scales.expand() if isinstance(scales, CompressedScales) else scales
 
 
-def compressed(scales: jax.Array, mean: jax.Array | None = None) -> CompressedScales:
+def compress(scales: jax.Array, mean: jax.Array | None = None) -> CompressedScales:
     """scales: float32 [..., N, O]. mean: float32 [...], computed where None."""
     *stack, count, outputs = scales.shape
     mean = _mean(scales) if mean is None else mean

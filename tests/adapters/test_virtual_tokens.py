@@ -19,7 +19,7 @@ from jaxft.config import AdapterConfig
 from jaxft.data.batch import Example
 from jaxft.data.examine import render_rows
 from jaxft.errors import ModelError
-from jaxft.nn.virtual import replaced, virtual_ids
+from jaxft.nn.virtual import replace_virtual, virtual_ids
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_a_prompt_of_words_computes_what_the_words_do(module):
 def test_virtual_tokens_are_replaced_and_no_others():
     x_BSD, own_nD = jnp.zeros((2, 3, 4)), jnp.arange(8.0).reshape(2, 4)
     virtual_BS = jnp.array([[0, 1, -5], [-(2**30), 1, 0]])
-    out = replaced(x_BSD, own_nD, virtual_BS)
+    out = replace_virtual(x_BSD, own_nD, virtual_BS)
     np.testing.assert_array_equal(out[0], [own_nD[0], own_nD[1], x_BSD[0, 2]])
     np.testing.assert_array_equal(out[1], [x_BSD[1, 0], own_nD[1], own_nD[0]])
 

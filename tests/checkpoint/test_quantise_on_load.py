@@ -14,10 +14,10 @@ from jaxft.checkpoint.load import load_model
 from jaxft.checkpoint.quantized import on_load as quantize_on_load
 from jaxft.config import MeshConfig
 from jaxft.errors import CheckpointError, ModelError
-from jaxft.nn.quantized import kernels, quantize, quantized
+from jaxft.nn.quantized import has_quantized_kernels, kernels, quantize
 from jaxft.quant import FORMATS, dense
 from jaxft.quant.nibbles import unpack
-from jaxft.quant.scales import scales_of
+from jaxft.quant.scales import dense_scales
 from jaxft.sharding.mesh import make_mesh_plan
 
 SIZES = {
@@ -97,7 +97,7 @@ def test_generation_and_export_take_quantised_state(folder, tmp_path):
     hf.write_weights(loaded.module, str(tmp_path))
     hf.write_config(str(tmp_path), SIZES | FAMILIES["llama"], dtype="float32")
     again = load_model(str(tmp_path))
-    assert quantized(loaded.module) and not quantized(again.module)
+    assert has_quantized_kernels(loaded.module) and not has_quantized_kernels(again.module)
     np.testing.assert_allclose(again.logits(TOKENS), loaded.logits(TOKENS), atol=2e-6)
 
 
@@ -170,7 +170,7 @@ def test_codes_come_as_they_are(packed, double, folder):
     here = load_model(folder(), quantization="nf4").module.layers[0].mlp.down_proj.kernel.get_value()
     there = load_model(path, quantization="nf4").module.layers[0].mlp.down_proj.kernel.get_value()
     np.testing.assert_array_equal(np.asarray(here.codes), np.asarray(there.codes))
-    np.testing.assert_allclose(scales_of(here.scales), scales_of(there.scales), rtol=1e-2 if double else 0)
+    np.testing.assert_allclose(dense_scales(here.scales), dense_scales(there.scales), rtol=1e-2 if double else 0)
 
 
 def edited(packed, tmp_path, change):

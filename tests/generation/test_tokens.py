@@ -13,7 +13,7 @@ from jaxft.config import MeshConfig
 from jaxft.errors import ConfigError, DataError
 from jaxft.generation import Sampling, engine, generate_tokens
 from jaxft.models import config_from_hf
-from jaxft.models.tensor_map import place
+from jaxft.models.tensor_map import iter_params
 from jaxft.nn.stack import group_layers
 from jaxft.sharding.mesh import make_mesh_plan
 
@@ -28,7 +28,7 @@ def tokens(results):
 def copy_weights(model, torch_model):
     """Hand-made import, so that this test leans on no other."""
     theirs = {name: value.numpy() for name, value in torch_model.state_dict().items()}
-    for placed in place(model.config.tensors(), group_layers(model.segments)):
+    for placed in iter_params(model.config.tensors(), group_layers(model.segments)):
         arrays = [placed.transform.from_hf(theirs[piece.hf]) for piece in placed.pieces]
         at = model
         for name in placed.path.split("/"):

@@ -11,7 +11,7 @@ from jaxft.config import AdapterConfig, MeshConfig
 from jaxft.data.batch import Batch
 from jaxft.errors import ModelError
 from jaxft.nn.linear import Linear
-from jaxft.nn.quantized import kernels, quantized
+from jaxft.nn.quantized import has_quantized_kernels, kernels
 from jaxft.objectives.sft import sft_loss
 from jaxft.quant import FORMATS, QuantizedArray, dense
 from jaxft.runs.build import attach_adapter, place
@@ -135,7 +135,7 @@ def test_the_backward_pass_keeps_codes_alone():
 
 def test_the_head_stays_dense_and_everything_else_does_not():
     model = model_of("mixtral", "int8")
-    assert quantized(model) and not quantized(model_of("mixtral"))
+    assert has_quantized_kernels(model) and not has_quantized_kernels(model_of("mixtral"))
     assert not isinstance(model.lm_head.kernel.get_value(), QuantizedArray)
     assert all(isinstance(layer.kernel.get_value(), QuantizedArray) for layer in kernels(model).values())
 
@@ -144,4 +144,4 @@ def test_inputs_that_do_not_divide_into_blocks_are_named():
     config = models.config_from_hf(SIZES | FAMILIES["llama"] | {"intermediate_size": 96})
     with pytest.raises(ModelError, match=r"blocks of 64 inputs.*down_proj has 96.*Use int8"):
         models.random_model(config, seed=0, quantization="nf4")
-    assert quantized(models.random_model(config, seed=0, quantization="int8"))
+    assert has_quantized_kernels(models.random_model(config, seed=0, quantization="int8"))

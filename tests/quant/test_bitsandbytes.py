@@ -11,7 +11,7 @@ from jaxft.quant import FORMATS
 from jaxft.quant.dynamic import dynamic_map, nearest
 from jaxft.quant.nf4 import LEVELS
 from jaxft.quant.nibbles import unpack
-from jaxft.quant.scales import compressed
+from jaxft.quant.scales import compress
 
 torch = pytest.importorskip("torch")
 bnb = pytest.importorskip("bitsandbytes.functional")
@@ -75,7 +75,7 @@ def test_double_quantised_scales_are_theirs_bit_for_bit(shape):
     packed, state = bnb.quantize_4bit(w, blocksize=64, quant_type="nf4", compress_statistics=True)
     plain = FORMATS["nf4"].quantize(kernel(w))
     # Their mean of the scales is a sum whose order, and with it the last bit, depends on the machine.
-    ours = jax.jit(compressed)(plain.scales, jnp.float32(state.offset.item()))
+    ours = jax.jit(compress)(plain.scales, jnp.float32(state.offset.item()))
     np.testing.assert_array_equal(np.asarray(ours.codes).T.ravel(), state.absmax.numpy())
     np.testing.assert_array_equal(np.asarray(ours.largest), state.state2.absmax.numpy())
     mean = float(FORMATS["nf4-dq"].quantize(kernel(w)).scales.mean)

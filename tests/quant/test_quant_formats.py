@@ -62,7 +62,7 @@ def test_bytes_are_what_the_format_promises(name):
 @pytest.mark.parametrize("name", FORMATS)
 def test_each_reaches_every_array_with_the_kernels_axes(name):
     value = FORMATS[name].quantize(kernel())
-    doubled = value.each(lambda part: jnp.concatenate([part, part], axis=-1))
+    doubled = value.map_arrays(lambda part: jnp.concatenate([part, part], axis=-1))
     assert doubled.shape == (3, 128, 80)
 
 

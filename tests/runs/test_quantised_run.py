@@ -10,7 +10,7 @@ from jaxft import cli
 from jaxft.checkpoint.load import load_model
 from jaxft.checkpoint.verify import probe
 from jaxft.errors import ConfigError
-from jaxft.nn.quantized import quantized
+from jaxft.nn.quantized import has_quantized_kernels
 from jaxft.runs.export import load_trained
 
 CONFIG = "configs/llama3_1_8b_qlora.py:smoke"
@@ -30,13 +30,13 @@ def test_every_export_is_read_back(run):
     folder, summary = run
     for name in ("adapter", "merged"):
         assert max(summary[f"{name}_checks"].values()) < 1e-4
-    assert not quantized(load_model(str(folder / "merged")).module)
+    assert not has_quantized_kernels(load_model(str(folder / "merged")).module)
 
 
 def test_the_trained_model_has_a_quantised_base(run):
     folder, _ = run
     trained = load_trained(str(folder))
-    assert quantized(trained.module) and trained.quantization == "nf4-dq"
+    assert has_quantized_kernels(trained.module) and trained.quantization == "nf4-dq"
     tokens = probe(trained.module.config.vocab_size)
     served = load_model(str(folder / "adapter"), quantization="nf4-dq").logits(tokens)
     np.testing.assert_allclose(served, trained.logits(tokens), atol=1e-5)

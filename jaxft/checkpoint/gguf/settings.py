@@ -46,7 +46,7 @@ def model_metadata(hf_config: Mapping[str, Any]) -> dict[str, Any]:
         "attention.key_length": config.head_dim,
         "attention.value_length": config.head_dim,
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
-        "rope.dimension_count": config.rope.turned(config.head_dim),
+        "rope.dimension_count": config.rope.rotated_dims(config.head_dim),
         "rope.freq_base": float(config.rope.theta),
         **_rope(config.rope),
     }

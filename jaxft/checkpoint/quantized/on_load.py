@@ -16,7 +16,7 @@ from jaxft.checkpoint.tensors import TensorSource
 from jaxft.models.tensor_map import ParamTensors, Piece
 from jaxft.quant import Format, QuantizedArray
 from jaxft.quant.nf4 import NF4
-from jaxft.quant.scales import CompressedScales, compressed, scales_of
+from jaxft.quant.scales import CompressedScales, compress, dense_scales
 
 # One of our parameters on this process's devices: (placed, source, abstract array, sharding) -> array.
 Read = Callable[[ParamTensors, TensorSource, jax.ShapeDtypeStruct, Sharding], jax.Array]
@@ -60,11 +60,11 @@ def quantized_array(
 
 
 def _single(kernel: NF4) -> NF4:
-    return NF4(kernel.codes, scales_of(kernel.scales))
+    return NF4(kernel.codes, dense_scales(kernel.scales))
 
 
 def _double(kernel: NF4) -> NF4:
-    return kernel if isinstance(kernel.scales, CompressedScales) else NF4(kernel.codes, compressed(kernel.scales))
+    return kernel if isinstance(kernel.scales, CompressedScales) else NF4(kernel.codes, compress(kernel.scales))
 
 
 def _of_layer(sharding: Sharding, shape: tuple[int, ...], ndim: int) -> Sharding:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxft.nn.attention.score_form import MASKED, PLAIN, ScoreForm, capped, score_scale
+from jaxft.nn.attention.score_form import MASKED, PLAIN, ScoreForm, cap_scores, score_scale
 
 BLOCK, MOST_BLOCKS = 128, 8
 
@@ -152,7 +152,7 @@ def _scores(q_BKGSH, k_BKTH, part, block, form):
         mask_CT &= keys_T > queries_C1 - form.window
     query_segments_BC1 = part.segments_BS[:, block.start : block.stop, None]
     mask_BCT = mask_CT & (query_segments_BC1 == part.key_segments_BT[:, None, block.first_key : block.last_key])
-    scores_BKGCT = capped(scores_BKGCT * score_scale(form, q_BKGSH.shape[-1]), form.softcap)
+    scores_BKGCT = cap_scores(scores_BKGCT * score_scale(form, q_BKGSH.shape[-1]), form.softcap)
     slopes_BKGCT = None if form.softcap is None else 1.0 - jnp.square(scores_BKGCT / form.softcap)
     return jnp.where(mask_BCT[:, None, None], scores_BKGCT, MASKED), slopes_BKGCT
 

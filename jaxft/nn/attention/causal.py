@@ -31,13 +31,13 @@ def causal_attention(
     """
     length, heads = q_BSNH.shape[1:3]
     k_BSKH, v_BSKH = _for_each_part(k_BSKH), _for_each_part(v_BSKH)
-    shards, head_shards = partition.ways("sequence"), partition.ways("tensor")
+    shards, head_shards = partition.shards("sequence"), partition.shards("tensor")
     kernel = None
     if partition.platform() == "tpu" and splash.fits(length, shards):
         kernel = splash.kernel(
             length, length, heads, form, head_dim=q_BSNH.shape[-1], head_shards=head_shards, shards=shards
         )
-    if partition.alone():
+    if partition.is_unsharded():
         return _part(kernel, q_BSNH, k_BSKH, v_BSKH, segments_BS, segments_BS, form, sinks_N, None)
 
     def part(kernel, q_BSNH, k_BSKH, v_BSKH, query_segments_BS, key_segments_BT, sinks_N):
@@ -95,7 +95,7 @@ _whole_rows.defvjp(_whole_rows_forward, _whole_rows_backward)
 
 def _for_each_part(x_BSKH: jax.Array) -> jax.Array:
     """Fewer kv heads than the tensor axis has devices are repeated, so that each device has the one that it needs."""
-    ways, kv_heads = partition.ways("tensor"), x_BSKH.shape[2]
+    ways, kv_heads = partition.shards("tensor"), x_BSKH.shape[2]
     return x_BSKH if kv_heads % ways == 0 else jnp.repeat(x_BSKH, ways // kv_heads, axis=2)
 
 

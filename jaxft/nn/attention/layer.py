@@ -13,7 +13,7 @@ from jaxft.nn import partition
 from jaxft.nn.attention import cache as kv
 from jaxft.nn.attention.causal import causal_attention
 from jaxft.nn.attention.rope import Rotation, rotate
-from jaxft.nn.attention.score_form import MASKED, PLAIN, ScoreForm, capped, score_scale
+from jaxft.nn.attention.score_form import MASKED, PLAIN, ScoreForm, cap_scores, score_scale
 from jaxft.nn.linear import Linear
 from jaxft.nn.norm import NormShape, RMSNorm
 
@@ -222,7 +222,7 @@ def _grouped(q_BSNH: jax.Array, kv_heads: int) -> jax.Array:
 def _weights(
     scores_BKGST: jax.Array, mask_BST: jax.Array, head_dim: int, form: ScoreForm, sinks_N: jax.Array | None
 ) -> jax.Array:
-    scores_BKGST = capped(scores_BKGST * score_scale(form, head_dim), form.softcap)
+    scores_BKGST = cap_scores(scores_BKGST * score_scale(form, head_dim), form.softcap)
     scores_BKGST = jnp.where(mask_BST[:, None, None], scores_BKGST, MASKED)
     if sinks_N is None:
         return jax.nn.softmax(scores_BKGST, axis=-1)

@@ -128,13 +128,13 @@ class Rope:
         chosen = self.long_factor if length > self.original_max_position_embeddings else self.short_factor
         return dataclasses.replace(self, short_factor=chosen, long_factor=chosen)
 
-    def turned(self, head_dim: int) -> int:
+    def rotated_dims(self, head_dim: int) -> int:
         """How many dimensions of a head are turned."""
         return int(head_dim * self.partial_rotary_factor)
 
     def check(self, head_dim: int) -> None:
         """Raises ModelError where the rotation does not fit the heads."""
-        turned = self.turned(head_dim)
+        turned = self.rotated_dims(head_dim)
         if turned % 2 or not 0 < turned <= head_dim:
             raise ModelError(
                 f"rotary embeddings turn pairs, but partial_rotary_factor={self.partial_rotary_factor} of "
@@ -148,7 +148,7 @@ class Rope:
 
     def frequencies(self, head_dim: int, *, long: bool = False) -> np.ndarray:
         """Radians per position, [F] float32. long: longrope's factors for sequences beyond the original length."""
-        turned = self.turned(head_dim)
+        turned = self.rotated_dims(head_dim)
         exponent = np.arange(0, turned, 2, dtype=np.float32) / np.float32(turned)
         freqs_F = (1.0 / np.power(np.float32(self.theta), exponent)).astype(np.float32)
         if self.kind == "linear":

@@ -29,6 +29,6 @@ def score_scale(form: ScoreForm, head_dim: int) -> float:
     return head_dim**-0.5 if form.scale is None else form.scale
 
 
-def capped(scores: jax.Array, softcap: float | None) -> jax.Array:
+def cap_scores(scores: jax.Array, softcap: float | None) -> jax.Array:
     """Scores held between -softcap and softcap."""
     return scores if softcap is None else softcap * jnp.tanh(scores / softcap)

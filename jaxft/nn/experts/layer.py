@@ -142,7 +142,7 @@ class MoE(nnx.Module):
         """`keys` is not used: nothing here is random."""
         return self._answer(x_BSD).y
 
-    def with_routing(
+    def with_router_sums(
         self, x_BSD: jax.Array, segments_BS: jax.Array, routing: RouterSums
     ) -> tuple[jax.Array, RouterSums]:
         """The same, and `routing` with this layer's tokens besides; those of segment 0 are padding."""

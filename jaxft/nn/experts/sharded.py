@@ -62,8 +62,8 @@ STORED = {
 
 def divides(shape: tuple[int, ...]) -> bool:
     """Whether there is an ambient mesh whose devices each take equally many tokens of [B, S, D]."""
-    return not partition.alone() and not any(
-        length % partition.ways(name) for length, name in zip(shape, ROWS, strict=True) if name is not None
+    return not partition.is_unsharded() and not any(
+        length % partition.shards(name) for length, name in zip(shape, ROWS, strict=True) if name is not None
     )
 
 
@@ -95,7 +95,7 @@ def on_mesh(work: Callable[[nnx.Module, jax.Array], Any], layer: nnx.Module, x_B
 
 def places() -> int:
     """Among how many devices the experts are divided."""
-    return partition.ways("expert")
+    return partition.shards("expert")
 
 
 def together(
@@ -137,7 +137,7 @@ def _stored(path: str, dimensions: int) -> tuple[partition.Dimension | None, ...
 
 def _gather(x: jax.Array, spec: P, stored: tuple[partition.Dimension | None, ...]) -> jax.Array:
     for dimension, (entry, name) in enumerate(zip(spec, stored, strict=True)):
-        axes = partition.names(entry)
+        axes = partition.mesh_axes(entry)
         if axes and name != EXPERT:  # a device's experts are its own
             x = jax.lax.all_gather(x, axes, axis=dimension, tiled=True)
     return x
