@@ -21,7 +21,7 @@ from jaxft.assets import ASSETS
 from jaxft.hardware.costs import Work
 from jaxft.hardware.roofline import efficiency_of
 from jaxft.hardware.topology import parse
-from jaxft.planning.job import abstract_step_of, placed_step_of, reckon, time_of
+from jaxft.planning.job import abstract_step_of, estimate_step, sharded_step_of, time_of
 
 
 class Named(NamedTuple):
@@ -71,8 +71,8 @@ SIZED = (
 
 def predicted(row: Named) -> float:
     """Tokens a second and chip."""
-    slices = parse(row.topology)
-    batch = row.rows_per_chip * slices.chips
+    topology = parse(row.topology)
+    batch = row.rows_per_chip * topology.chips
     values = {
         "model.path": "hf://any/model", "model.dtype": "bfloat16", "model.remat": "full", "adapter.kind": "none",
         "data.train": "rows.jsonl", "data.max_length": row.length, "train.batch_size": batch, "mesh.tensor": row.tensor,
@@ -83,12 +83,12 @@ def predicted(row: Named) -> float:
         run[section][name] = value
     run = config.resolve(run)
     shapes = json.loads((ASSETS / "published" / f"{row.model}.json").read_text(encoding="utf-8"))
-    job = placed_step_of(abstract_step_of(run, shapes, 1000), run, slices, real=False)
-    costs = reckon(job).costs
+    step = sharded_step_of(abstract_step_of(run, shapes, 1000), run, topology, real=False)
+    costs = estimate_step(step).costs
     bytes_moved = costs.hbm_bytes
     costs.work.clear()
-    costs.work[Work(int(job.model_flops * (1 + row.again / 3) * row.capacity), bytes_moved)] += 1
-    return batch * row.length / slices.chips / time_of(job, costs).total
+    costs.work[Work(int(step.model_flops * (1 + row.again / 3) * row.capacity), bytes_moved)] += 1
+    return batch * row.length / topology.chips / time_of(step, costs).total
 
 
 def main() -> None:

@@ -41,17 +41,17 @@ LINE = (
 @by_name
 def test_a_config_for_a_slice_says_what_was_planned(path: Path) -> None:
     planned, config = make_plans.read(path), load(str(path))
-    slices = parse(planned.topology)
+    topology = parse(planned.topology)
     assert (planned.batch_size, planned.max_length) == (config.train.batch_size, config.data.max_length)
     assert 0 < planned.used <= planned.limit
     assert planned.limit == pytest.approx(
-        slices.chip.hbm_bytes / slices.chip.devices / 2**30, abs=0.006
+        topology.chip.hbm_bytes / topology.chip.devices / 2**30, abs=0.006
     )  # two decimals
     # Time and money follow from the speed and the table of prices.
     tokens = 1000 * planned.batch_size * planned.max_length
-    assert planned.hours == pytest.approx(tokens / planned.speed / slices.chips / 3600, rel=1e-3, abs=0.006)
-    price = json.loads((ASSETS / "prices.json").read_text(encoding="utf-8"))["chips"][slices.chip.name]["on_demand"]
-    assert planned.usd == pytest.approx(planned.hours * slices.chips * price, abs=0.006 * slices.chips * price)
+    assert planned.hours == pytest.approx(tokens / planned.speed / topology.chips / 3600, rel=1e-3, abs=0.006)
+    price = json.loads((ASSETS / "prices.json").read_text(encoding="utf-8"))["chips"][topology.chip.name]["on_demand"]
+    assert planned.usd == pytest.approx(planned.hours * topology.chips * price, abs=0.006 * topology.chips * price)
 
 
 def test_small_configs_name_no_slice() -> None:

@@ -111,15 +111,15 @@ def _outputs(sizes: ModelSizes, cut: Cut) -> int:
     """Widths of all matrix products for one token; those of experts for all rows that their buffer has room for."""
     if sizes.experts is None:
         return sizes.outputs
-    return sizes.outputs + int(sizes.experts.outputs * (1 / filled(sizes, cut.ways("expert")) - 1))
+    return sizes.outputs + int(sizes.experts.outputs * (1 / filled_share(sizes, cut.ways("expert")) - 1))
 
 
-def filled(sizes: ModelSizes, places: int) -> float:
+def filled_share(sizes: ModelSizes, shards: int) -> float:
     """Share of the experts' buffer of rows that is filled where tokens choose evenly. See `nn/experts/sharded`."""
-    if sizes.experts is None or places == 1:
+    if sizes.experts is None or shards == 1:
         return 1.0
     chosen, count = sizes.experts.chosen, sizes.experts.count
-    return chosen / (places * min(chosen, count // places))
+    return chosen / (shards * min(chosen, count // shards))
 
 
 def _row_work(sizes: ModelSizes, cut: Cut, compute: int) -> int:

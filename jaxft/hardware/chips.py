@@ -28,7 +28,7 @@ class Chip:
     dimensions: int
     full_ring: int
     dcn_bandwidth: float
-    largest: int
+    max_chips: int
     devices: int = 1
     cores: int = 1
     config: str | None = None
@@ -44,7 +44,7 @@ def _gpu(name: str, memory: float, tflops: float, int8: float, bandwidth: float,
     return Chip(
         name=name, maker="gpu", hbm_bytes=int(memory * GIB * 0.94), flops=tflops * TERA, int8_ops=int8 * TERA,
         hbm_bandwidth=bandwidth * GIGA, link_bandwidth=nvlink * GIGA / 2, dimensions=1, full_ring=1,
-        dcn_bandwidth=network * GIGA, largest=8,
+        dcn_bandwidth=network * GIGA, max_chips=8,
     )  # fmt: skip
 
 
@@ -55,20 +55,20 @@ def _gpu(name: str, memory: float, tflops: float, int8: float, bandwidth: float,
 _TPUS = (
     # 275 TFLOPs, 1200 GBps, 3D torus, 300 GBps of links in one direction (6 of 50).
     _tpu("v4", hbm_bytes=int(30.75 * GIB), flops=275 * TERA, int8_ops=275 * TERA, hbm_bandwidth=1228 * GIGA,
-         link_bandwidth=45 * GIGA, dimensions=3, full_ring=4, dcn_bandwidth=6.25 * GIGA, largest=4096, cores=2,
+         link_bandwidth=45 * GIGA, dimensions=3, full_ring=4, dcn_bandwidth=6.25 * GIGA, max_chips=4096, cores=2,
          config="megacore"),
     # 197 TFLOPs, 393 TOPs, 819 GBps, 2D torus of 4 links, 400 GBps both ways; 6.4 Tbps of DCN for 256 chips.
     _tpu("v5e", hbm_bytes=int(15.75 * GIB), flops=197 * TERA, int8_ops=393 * TERA, hbm_bandwidth=819 * GIGA,
-         link_bandwidth=50 * GIGA, dimensions=2, full_ring=16, dcn_bandwidth=3.125 * GIGA, largest=256),
+         link_bandwidth=50 * GIGA, dimensions=2, full_ring=16, dcn_bandwidth=3.125 * GIGA, max_chips=256),
     # 459 TFLOPs, 918 TOPs, 2765 GBps, 3D torus of 6 links, 1200 GBps both ways.
     _tpu("v5p", hbm_bytes=int(95.74 * GIB), flops=459 * TERA, int8_ops=918 * TERA, hbm_bandwidth=2765 * GIGA,
-         link_bandwidth=100 * GIGA, dimensions=3, full_ring=4, dcn_bandwidth=6.25 * GIGA, largest=8960, cores=2),
+         link_bandwidth=100 * GIGA, dimensions=3, full_ring=4, dcn_bandwidth=6.25 * GIGA, max_chips=8960, cores=2),
     # 918 TFLOPs, 1836 TOPs, 1638 GBps, 2D torus of 4 links, 800 GBps both ways; 25.6 Tbps of DCN for 256 chips.
     _tpu("v6e", hbm_bytes=int(31.25 * GIB), flops=918 * TERA, int8_ops=1836 * TERA, hbm_bandwidth=1638 * GIGA,
-         link_bandwidth=100 * GIGA, dimensions=2, full_ring=16, dcn_bandwidth=12.5 * GIGA, largest=256),
+         link_bandwidth=100 * GIGA, dimensions=2, full_ring=16, dcn_bandwidth=12.5 * GIGA, max_chips=256),
     # 2307 TFLOPs bf16 (4614 fp8), 192 GiB, 7380 GBps, 3D torus of 6 links, 1200 GBps both ways; two devices a chip.
     _tpu("tpu7x", hbm_bytes=int(189.5 * GIB), flops=2307 * TERA, int8_ops=4614 * TERA, hbm_bandwidth=7380 * GIGA,
-         link_bandwidth=100 * GIGA, dimensions=3, full_ring=4, dcn_bandwidth=12.5 * GIGA, largest=9216, devices=2,
+         link_bandwidth=100 * GIGA, dimensions=3, full_ring=4, dcn_bandwidth=12.5 * GIGA, max_chips=9216, devices=2,
          cores=2),
 )  # fmt: skip
 # From memory of NVIDIA's data sheets of each product, not checked against them: memory in GB, dense bf16 TFLOPs with

@@ -84,7 +84,7 @@ def compile_step(step: Callable[..., Any], state: Any, batch: Any, mesh: "MeshPl
             compiled = lowered.compile(compiler_options={"xla_dump_to": reports})
             allocated = _allocated(Path(reports))
     except jax.errors.JaxRuntimeError as error:
-        found = too_large(str(error))
+        found = parse_too_large(str(error))
         if found is None:
             raise
         return replace(found, seconds=time.perf_counter() - start, cpu_seconds=time.process_time() - cpu)
@@ -114,7 +114,7 @@ def _allocated(reports: Path) -> int | None:
     return None
 
 
-def too_large(message: str) -> TooLarge | None:
+def parse_too_large(message: str) -> TooLarge | None:
     """What the compiler's message says of main memory, None for an error of another kind: a kernel that wants more
     vector memory than a core has is no step that is too large.
     """

@@ -68,10 +68,10 @@ class StepTime:
 
 
 def step_time(
-    costs: Costs, slices: Topology, bandwidths: Mapping[str, float], efficiency: Efficiency | None = None
+    costs: Costs, topology: Topology, bandwidths: Mapping[str, float], efficiency: Efficiency | None = None
 ) -> StepTime:
     """Time of counted work. bandwidths: bytes a second that a device receives along a mesh axis, at best."""
-    chip = slices.chip
+    chip = topology.chip
     efficiency = efficiency or efficiency_of(chip)
     products = costs.flops / (chip.flops / chip.devices * efficiency.products)
     memory = costs.hbm_bytes / (chip.hbm_bandwidth / chip.devices * efficiency.memory)
@@ -87,14 +87,14 @@ def step_time(
     return StepTime(products=products, memory=memory, network=network, exposed=exposed)
 
 
-def axis_bandwidths(slices: Topology, axes: Mapping[str, int], coordinates: np.ndarray | None) -> dict[str, float]:
+def axis_bandwidths(topology: Topology, axes: Mapping[str, int], coordinates: np.ndarray | None) -> dict[str, float]:
     """Bytes a second that one device can receive along each mesh axis.
 
     coordinates: of every device in the torus, [*axes, dimensions]; None where there is no torus (GPUs). An axis that
     lies along several sides of the torus uses the links of all; along a side that closes to a ring, those of both
     directions. Sources: the chips' pages; how rings divide the work: the JAX scaling book, on TPUs and sharding.
     """
-    chip, out = slices.chip, {}
+    chip, out = topology.chip, {}
     for at, name in enumerate(axes):
         if name == "slice":
             out[name] = chip.dcn_bandwidth
@@ -107,7 +107,7 @@ def axis_bandwidths(slices: Topology, axes: Mapping[str, int], coordinates: np.n
         speed = 0.0
         for side in sides:
             length = len(np.unique(spread[..., side]))
-            ring = length == slices.shape[side] and length % chip.full_ring == 0
+            ring = length == topology.shape[side] and length % chip.full_ring == 0
             speed += chip.link_bandwidth * (2 if ring else 1)
         # Two devices of one chip talk faster than any link.
         out[name] = speed / chip.devices if speed else chip.link_bandwidth * 4

@@ -73,16 +73,16 @@ def parse(text: str, slices: int = 1) -> Topology:
             f"topology {text!r}: {kind} is a torus of {chip.dimensions} dimensions, "
             f"such as {kind}:{'x'.join(['2'] * chip.dimensions)}"
         )
-    if 0 in shape or math.prod(shape) > chip.largest:
+    if 0 in shape or math.prod(shape) > chip.max_chips:
         raise ConfigError(f"topology {text!r}: a slice of {kind} has from 1 to {chip.largest} chips")
     return Topology(chip=chip, shape=shape, count=slices)
 
 
-def shapes(chip: Chip, chips: int) -> tuple[int, ...] | None:
+def cubic_shape(chip: Chip, chips: int) -> tuple[int, ...] | None:
     """The most cubic torus of so many chips, None where there is none: powers of two, whole hosts."""
     if chip.maker == "gpu":
-        return (chips,) if chips <= chip.largest else None
-    if chips & (chips - 1) or not 1 <= chips <= chip.largest:
+        return (chips,) if chips <= chip.max_chips else None
+    if chips & (chips - 1) or not 1 <= chips <= chip.max_chips:
         return None
     sides = [1] * chip.dimensions
     while math.prod(sides) < chips:
@@ -95,7 +95,7 @@ def shapes(chip: Chip, chips: int) -> tuple[int, ...] | None:
 
 def _torus(chip: Chip, number: int, text: str) -> tuple[int, ...]:
     counted = number if ":" in text or chip.maker == "gpu" else number / chip.cores
-    shape = shapes(chip, int(counted)) if counted == int(counted) else None
+    shape = cubic_shape(chip, int(counted)) if counted == int(counted) else None
     if shape is None:
         raise ConfigError(
             f"topology {text!r}: there is no slice of {counted:g} {chip.name} chips by size alone; sizes are powers "

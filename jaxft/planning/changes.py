@@ -1,40 +1,42 @@
-"""What would make a run fit that does not: the cheapest change first."""
+"""Changes that would make a run fit, if it does not: the cheapest first."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from jaxft.config import RunConfig, resolve
+from jaxft.config import AdapterConfig, RunConfig, resolve
 from jaxft.errors import JaxftError
 from jaxft.hardware.compile import Memory
-from jaxft.hardware.topology import Topology, shapes
-from jaxft.planning.job import AbstractStep, placed_step_of, reckon, time_of
+from jaxft.hardware.topology import Topology, cubic_shape
+from jaxft.planning.job import AbstractStep, estimate_step, sharded_step_of, time_of
 from jaxft.planning.search import splits_rows
 
 SHOWN = 5
-MARGIN = 0.97  # of the limit: arithmetic is not the compiler
+MARGIN = 0.97  # of the limit: the estimate may be below what the compiler needs
+# The config fields that determine the arrays of the state: model.param_dtype, model.quantization and the adapter.
+StateKey = tuple[str, str | None, AdapterConfig]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """One way to need less. settings: of the config, by path.
+    """One way to need less memory. settings: config fields by path. topology: the new one, or the same.
 
-    kind: of those of one kind the first that fits is shown. alters: whether the run learns otherwise than it would.
+    kind: only the first change of a kind that fits is shown. alters: whether the run would learn something else.
     """
 
     kind: str
     what: str
     settings: dict[str, Any]
-    slices: Topology
+    topology: Topology
     alters: bool = False
 
     def paste(self, before: Topology) -> str:
-        """What to add to the command."""
-        place = [f"--topology={self.slices.name}"] if self.slices != before else []
-        return " ".join([*place, *(f"--config.{path}={value}" for path, value in self.settings.items())])
+        """The options to add to the command, which now names the topology `before`."""
+        options = [f"--topology={self.topology.name}"] if self.topology != before else []
+        return " ".join([*options, *(f"--config.{path}={value}" for path, value in self.settings.items())])
 
-    def applied(self, config: RunConfig) -> RunConfig:
-        """The config with the settings. Raises ConfigError where they contradict others."""
+    def apply_to(self, config: RunConfig) -> RunConfig:
+        """The config with the settings. Raises ConfigError if they contradict other fields."""
         sections = config.to_dict()
         for path, value in self.settings.items():
             section, name = path.split(".")
@@ -45,77 +47,80 @@ class Change:
 def changes_of(
     abstract_step_of: Callable[[RunConfig], AbstractStep],
     config: RunConfig,
-    slices: Topology,
-    figures: Mapping[str, Any],
-    reckoned: Memory,
+    topology: Topology,
+    plan: Mapping[str, Any],
+    estimate: Memory,
 ) -> list[dict[str, Any]]:
-    """Changes that fit: `{what, paste, hbm_peak_bytes, step_seconds}`. Those that learn the same come first, of equals
-    the one whose step costs least.
+    """Up to 5 changes that make the run fit: `{what, paste, hbm_peak_bytes, step_seconds}`.
 
-    Each is reckoned by arithmetic. What a step needs beside its arguments, whose sizes are known, is scaled by what the
-    compiler said of it for the config as it is. reckoned: memory of that config by arithmetic.
+    Changes that leave what is learned unchanged come first; among equals, the one whose step costs least. All are
+    estimated by arithmetic. plan: of the config as it is; estimate: its memory by arithmetic. The size of arguments is
+    exact; the rest is scaled by the ratio of plan to estimate.
     """
-    scale = (figures["hbm_peak_bytes"] - figures["argument_bytes"]) / max(1, reckoned.peak - reckoned.arguments)
-    found: dict[str, tuple[tuple[bool, float], dict[str, Any]]] = {}
-    blueprints: dict[Any, AbstractStep] = {}
-    for change in _changes(config, slices):
-        if change.kind in found:
+    scale = (plan["hbm_peak_bytes"] - plan["argument_bytes"]) / max(1, estimate.peak - estimate.arguments)
+    fitting: dict[str, tuple[tuple[bool, float], dict[str, Any]]] = {}
+    abstract_steps: dict[StateKey, AbstractStep] = {}
+    for change in _changes(config, topology):
+        if change.kind in fitting:
             continue
         try:
-            changed = change.applied(config)
-            # Arithmetic asks for the arrays of the state alone.
-            arrays = (changed.model.param_dtype, changed.model.quantization, changed.adapter)
-            if arrays not in blueprints:
-                blueprints[arrays] = abstract_step_of(changed)
-            job = placed_step_of(blueprints[arrays], changed, change.slices, real=False)
+            changed = change.apply_to(config)
+            # An estimate needs only the arrays of the state.
+            key = (changed.model.param_dtype, changed.model.quantization, changed.adapter)
+            if key not in abstract_steps:
+                abstract_steps[key] = abstract_step_of(changed)
+            step = sharded_step_of(abstract_steps[key], changed, change.topology, real=False)
         except JaxftError:
-            continue  # the mesh does not divide the batch or the arrays, or the model has no such form
-        done = reckon(job)
-        peak = int(done.memory.arguments + scale * (done.memory.peak - done.memory.arguments))
-        if peak <= MARGIN * figures["hbm_limit_bytes"]:
-            seconds = time_of(job, done.costs).total
-            said = {"what": change.what, "paste": change.paste(slices), "hbm_peak_bytes": peak, "step_seconds": seconds}
-            found[change.kind] = ((change.alters, seconds * change.slices.chips), said)
-    ranked = sorted(found.values(), key=lambda pair: pair[0])
-    return [said for _, said in ranked[:SHOWN]]
+            continue  # the mesh does not divide the batch or the arrays, or the model cannot be trained in this way
+        step_costs = estimate_step(step)
+        memory = step_costs.memory
+        peak = int(memory.arguments + scale * (memory.peak - memory.arguments))
+        if peak <= MARGIN * plan["hbm_limit_bytes"]:
+            seconds = time_of(step, step_costs.costs).total
+            entry = {
+                "what": change.what, "paste": change.paste(topology), "hbm_peak_bytes": peak, "step_seconds": seconds,
+            }  # fmt: skip
+            fitting[change.kind] = ((change.alters, seconds * change.topology.chips), entry)
+    ranked = sorted(fitting.values(), key=lambda pair: pair[0])
+    return [entry for _, entry in ranked[:SHOWN]]
 
 
-def _changes(config: RunConfig, slices: Topology) -> Iterator[Change]:
-    """Of each kind the gentlest first."""
-    again = {} if config.model.remat == "full" else {"model.remat": "full"}
-    if again:
-        yield Change(kind="remat", what="recompute every layer", settings=again, slices=slices)
-    if slices.chip.maker == "tpu":
-        what, settings = "keep what enters each layer in the host's memory", {"model.remat": "offload"}
-        yield Change(kind="remat", what=what, settings=settings, slices=slices)
-    gentle = Change(kind="micro-batches", what="the same", settings=again, slices=slices)
-    yield from list(_in_micro_batches(gentle, config))[1:]
-    for axis, ways in _axes(config, slices):
+def _changes(config: RunConfig, topology: Topology) -> Iterator[Change]:
+    """All changes; within a kind, those that cost least time first."""
+    remat: dict[str, Any] = {} if config.model.remat == "full" else {"model.remat": "full"}
+    if remat:
+        yield Change(kind="remat", what="recompute every layer", settings=remat, topology=topology)
+    if topology.chip.maker == "tpu":
+        what, offload = "keep what enters each layer in the host's memory", {"model.remat": "offload"}
+        yield Change(kind="remat", what=what, settings=offload, topology=topology)
+    same = Change(kind="micro-batches", what="the same", settings=remat, topology=topology)
+    yield from list(_in_micro_batches(same, config))[1:]
+    for axis, ways in _axes(config, topology):
         what = {"tensor": "heads and inner units", "context": "positions of a row"}[axis]
-        settings = again | _mesh(**{axis: ways})
-        change = Change(kind=axis, what=f"{what} over {ways} devices", settings=settings, slices=slices)
+        settings = remat | _mesh(**{axis: ways})
+        change = Change(kind=axis, what=f"{what} over {ways} devices", settings=settings, topology=topology)
         yield from _in_micro_batches(change, config)
-    for larger in _larger(slices):
-        settings = again | ({} if config.mesh.auto else {"mesh.data": 1, "mesh.fsdp": -1})
-        yield Change(kind="slice", what=f"a slice of {larger.name}", settings=settings, slices=larger)
-    for what, settings in _other_weights(config):
-        change = Change(kind=what, what=what, settings=again | settings, slices=slices, alters=True)
+    for larger in _larger_topologies(topology):
+        settings = remat | ({} if config.mesh.auto else {"mesh.data": 1, "mesh.fsdp": -1})
+        yield Change(kind="slice", what=f"a slice of {larger.name}", settings=settings, topology=larger)
+    for what, settings in _smaller_states(config):
+        change = Change(kind=what, what=what, settings=remat | settings, topology=topology, alters=True)
         yield from _in_micro_batches(change, config)
 
 
 def _in_micro_batches(change: Change, config: RunConfig) -> Iterator[Change]:
-    """The change, and with it smaller and smaller micro-batches."""
+    """The change alone, then together with smaller and smaller micro-batches."""
     yield change
     for times in (2, 4, 8, 16):
         settings = change.settings | {"train.accumulation_steps": config.train.accumulation_steps * times}
         yield replace(change, what=f"{change.what} in {times} times smaller micro-batches", settings=settings)
 
 
-def _axes(config: RunConfig, slices: Topology) -> Iterator[tuple[str, int]]:
-    """Other axes of the mesh, and sizes that divide the devices and what they split."""
-    inside = slices.devices // slices.count
+def _axes(config: RunConfig, topology: Topology) -> Iterator[tuple[str, int]]:
+    """(mesh axis, size) that divide the devices of a slice and whatever the axis splits."""
+    devices = topology.devices // topology.count
     for ways in (2, 4, 8):
-        if inside % ways == 0:
+        if devices % ways == 0:
             yield "tensor", ways
             if splits_rows(config.data.max_length, ways):
                 yield "context", ways
@@ -126,16 +131,16 @@ def _mesh(**axis: int) -> dict[str, Any]:
     return {"mesh.auto": False, **{f"mesh.{name}": size for name, size in axes.items()}}
 
 
-def _larger(slices: Topology) -> Iterator[Topology]:
-    chips = slices.chips // slices.count
+def _larger_topologies(topology: Topology) -> Iterator[Topology]:
+    chips = topology.chips // topology.count
     for times in (2, 4, 8, 16):
-        shape = shapes(slices.chip, chips * times)
+        shape = cubic_shape(topology.chip, chips * times)
         if shape is not None:
-            yield Topology(chip=slices.chip, shape=shape, count=slices.count)
+            yield Topology(chip=topology.chip, shape=shape, count=topology.count)
 
 
-def _other_weights(config: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Fewer weights that move, and fewer bits for those that do not."""
+def _smaller_states(config: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(what, settings) with fewer trainable parameters, or frozen ones in fewer bits."""
     lora, four_bits = {"adapter.kind": "lora", "model.param_dtype": "bfloat16"}, {"model.quantization": "nf4-dq"}
     if config.adapter.kind == "none":
         yield "train adapters instead of all parameters", lora

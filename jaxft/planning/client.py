@@ -1,4 +1,4 @@
-"""A plan in a process of its own: JAX starts there without devices, whatever this process holds."""
+"""`jaxft.plan`: sends a request to a planning process, in which JAX starts without devices, and reads its answer."""
 
 import json
 import os
@@ -25,15 +25,16 @@ def plan(
     search: bool = False,
     compiles: int = 2,
 ) -> dict[str, Any]:
-    """What a run would take on accelerators that are not there: memory, time and money, by docs/plan.md's keys.
+    """Memory, time and price of a run on accelerators that this machine does not have. docs/plan.md explains each key.
 
-    The run's own training step is compiled for the slice; no weight is read, and neither weights nor data need be here.
-    topology: `v5e:4x4`, `v5p-8`, `v6e:1x1`, or a GPU such as `h100:8`, planned by arithmetic. slices: of that topology,
-    joined by the data-centre network. level: XLA's optimisation, O1 (quick) or default. prices: a file in place of
-    jaxft's table. tokens, examples: what the training set holds, where it is not here.
-    search: find the cheapest and the fastest way instead; topology then names kinds of chips, such as `v5e,v6e`.
-    compiles: how many ways a search compiles, at most, for each of the two.
-    Raises ConfigError or ModelError for what a run would refuse, an unknown topology, and a missing libtpu.
+    The run's own training step is compiled for the topology. No weights are read; neither weights nor data need be on
+    this machine. topology: `v5e:4x4`, `v5p-8`, `v6e:1x1`, or a GPU such as `h100:8`, which is estimated by arithmetic.
+    slices: number of slices of that topology, joined by the data-centre network. level: XLA's optimisation level, O1
+    (quick) or default. prices: a file that replaces jaxft's table. tokens, examples: size of the training set, if the
+    data is on another machine.
+    search: find the cheapest and the fastest plan instead; topology then names kinds of chips, such as `v5e,v6e`.
+    compiles: candidates that a search compiles at most for each of cheapest and fastest.
+    Raises ConfigError or ModelError for whatever a run would refuse, an unknown topology, and a missing libtpu.
     """
     request = {
         "config": config.to_dict(), "topology": topology, "slices": slices, "level": level, "prices": prices,
@@ -61,10 +62,10 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
                 raise errors.ConfigError(_crash(request["topology"], -done.returncode, done.stderr))
             tail = "\n".join(done.stderr.strip().splitlines()[-25:])
             raise RuntimeError(f"the planning process ended with {done.returncode} and no result:\n{tail}")
-        figures = json.loads(result.read_text(encoding="utf-8"))
-    if "kind" in figures and figures.get("refused"):
-        raise getattr(errors, figures["kind"])(figures["refused"])
-    return figures
+        answer = json.loads(result.read_text(encoding="utf-8"))
+    if "kind" in answer and answer.get("refused"):
+        raise getattr(errors, answer["kind"])(answer["refused"])
+    return answer
 
 
 def _crash(topology: str, number: int, said: str) -> str:

@@ -1,10 +1,9 @@
-"""One training step of a config, put together for devices that are not there, and what is found out about it."""
+"""The training step of a config on hypothetical devices: built, compiled and costed."""
 
 # B batch, S sequence
 
 import dataclasses
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,25 +20,30 @@ from jaxft.hardware.costs import Costs, costs_of
 from jaxft.hardware.roofline import StepTime, axis_bandwidths, step_time
 from jaxft.hardware.sizes import ModelSizes, sizes_of
 from jaxft.hardware.topology import Topology, devices
+from jaxft.nn.decoder import Decoder
 from jaxft.optim.make import make_schedule
 from jaxft.runs.build import abstract_of, check_experts, make_mesh, make_step, make_tx
 from jaxft.sharding.mesh import MeshPlan, auto_mesh, axis_sizes, fill_axes
 from jaxft.training.state import TrainState, create, divide
+from jaxft.training.step import Step
 
 
 @dataclass(frozen=True, kw_only=True)
 class AbstractStep:
-    """What no mesh changes: the model, its sizes, its state and its step. state: ShapeDtypeStructs, unplaced."""
+    """The parts of a training step that do not depend on the mesh. state: ShapeDtypeStructs without shardings.
 
-    model: Any
+    function: `(state, batch) -> (state, metrics)`.
+    """
+
+    model: Decoder
     sizes: ModelSizes
     state: TrainState
-    step: Callable[..., Any]
+    function: Step
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """Bytes of one device's arguments by what they are."""
+    """Bytes of one device's arguments, by their use."""
 
     weights: int
     adapters: int
@@ -48,51 +52,53 @@ class Parts:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Bytes of all arguments."""
         return self.weights + self.adapters + self.optimizer + self.batch
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlacedStep:
-    """One step on the devices of a slice. state, batch: ShapeDtypeStructs with shardings."""
+class ShardedStep:
+    """A training step on the devices of a topology. state, batch: ShapeDtypeStructs with shardings."""
 
     config: RunConfig
-    slices: Topology
+    topology: Topology
     mesh: MeshPlan
     sizes: ModelSizes
     state: TrainState
     batch: Any
-    step: Callable[..., Any]
+    function: Step
 
     @property
     def model_flops(self) -> int:
-        """Of one step and device."""
+        """FLOPs of one device in one step, recomputation left out."""
         flops = self.sizes.model_flops(self.config.train.batch_size, self.config.data.max_length)
-        return flops // self.slices.devices
+        return flops // self.topology.devices
 
     @property
     def attention_flops(self) -> int:
-        """What of these is attention's, apart from its projections."""
+        """The part of `model_flops` that attention takes, its projections left out."""
         flops = self.sizes.attention_flops(self.config.train.batch_size, self.config.data.max_length)
-        return flops // self.slices.devices
+        return flops // self.topology.devices
 
     def parts(self) -> Parts:
-        """Of one device."""
-        frozen, trained = _bytes(self.state.frozen), _bytes(self.state.trainable)
+        """Bytes of one device's arguments."""
+        frozen, trained = _device_bytes(self.state.frozen), _device_bytes(self.state.trainable)
         whole = self.config.adapter.kind == "none"
         return Parts(
             weights=trained + frozen if whole else frozen,
             adapters=0 if whole else trained,
-            optimizer=_bytes(self.state.opt_state),
-            batch=_bytes(self.batch),
+            optimizer=_device_bytes(self.state.opt_state),
+            batch=_device_bytes(self.batch),
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepCosts:
-    """What is known of a step. compiled: whether a compiler said it. refused: its message for a step too large.
+    """Memory and work of one step on one device.
 
-    limit: bytes of main memory by that message.
+    compiled: whether they come from a compiled program, else they are estimated by arithmetic. seconds, cpu_seconds:
+    spent on compiling. refused: the compiler's message if the step is too large; limit: bytes of main memory that the
+    message names.
     """
 
     memory: Memory
@@ -105,7 +111,10 @@ class StepCosts:
 
 
 def abstract_step_of(config: RunConfig, hf_config: dict[str, Any], steps: int) -> AbstractStep:
-    """Raises what a run would raise before it loads weights. steps: of the run, for its schedule."""
+    """The step of a config, from the content of config.json. steps: length of the run, which the schedule needs.
+
+    Raises the errors that a run would raise before it loads weights.
+    """
     model = abstract_of(hf_config, config)
     schedule = make_schedule(config.optim, steps)
     tx = make_tx(config, model, schedule)
@@ -116,101 +125,99 @@ def abstract_step_of(config: RunConfig, hf_config: dict[str, Any], steps: int) -
 
     graphdef, _, _ = divide(model)
     step = make_step(config, model, graphdef, tx, schedule)
-    return AbstractStep(model=model, sizes=sizes_of(model), state=jax.eval_shape(start, parameters), step=step)
+    return AbstractStep(model=model, sizes=sizes_of(model), state=jax.eval_shape(start, parameters), function=step)
 
 
-def placed_step_of(
-    abstract_step: AbstractStep, config: RunConfig, slices: Topology, *, real: bool = True
-) -> PlacedStep:
-    """A blueprint on the slices' devices. real=False: on devices that are only counted, which no compiler takes.
+def sharded_step_of(
+    abstract_step: AbstractStep, config: RunConfig, topology: Topology, *, real: bool = True
+) -> ShardedStep:
+    """The step on the topology's devices. real=False: on an abstract mesh, which is enough for estimates but cannot be
+    compiled for.
 
-    Raises ConfigError where the mesh does not fit the devices, the batch or the arrays.
+    Raises ConfigError if the mesh does not fit the devices, the batch or the arrays.
     """
-    if config.mesh.slice == 1 and slices.count > 1 and not config.mesh.auto:
-        config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, slice=slices.count))
-    if real and slices.chip.maker == "tpu":
-        mesh = make_mesh(config, abstract_step.model, devices(slices))
+    if config.mesh.slice == 1 and topology.count > 1 and not config.mesh.auto:
+        config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, slice=topology.count))
+    if real and topology.chip.maker == "tpu":
+        mesh = make_mesh(config, abstract_step.model, devices(topology))
     else:
-        mesh = _counted(config, abstract_step.model, slices)
+        mesh = _abstract_mesh(config, abstract_step.model, topology)
     mesh.check_batch(config.train.batch_size // config.train.accumulation_steps)
-    state = jax.tree.map(_placed, abstract_step.state, mesh.shardings(abstract_step.state))
-    return PlacedStep(
+    state = jax.tree.map(_with_sharding, abstract_step.state, mesh.shardings(abstract_step.state))
+    return ShardedStep(
         config=config,
-        slices=slices,
+        topology=topology,
         mesh=mesh,
         sizes=abstract_step.sizes,
         state=state,
         batch=_batch(config, mesh),
-        step=abstract_step.step,
+        function=abstract_step.function,
     )
 
 
-def measure(job: PlacedStep, level: str) -> StepCosts:
-    """A job's memory and costs: by the compiler for TPUs, by arithmetic for GPUs and for what the compiler refuses."""
-    if job.slices.chip.maker == "gpu":
-        return reckon(job)
-    compiled = compile_step(job.step, job.state, job.batch, job.mesh, level)
+def measure(step: ShardedStep, level: str) -> StepCosts:
+    """Memory and costs of a step: by the compiler for TPUs, by arithmetic for GPUs and for steps that the compiler
+    refuses as too large. level: see `hardware.compile.LEVELS`.
+    """
+    if step.topology.chip.maker == "gpu":
+        return estimate_step(step)
+    compiled = compile_step(step.function, step.state, step.batch, step.mesh, level)
     if not isinstance(compiled, TooLarge):
-        ids = [device.id for device in job.mesh.mesh.devices.flat]
-        filled = analytic.filled(job.sizes, job.mesh.axes["expert"])
+        ids = [device.id for device in step.mesh.mesh.devices.flat]
+        filled = analytic.filled_share(step.sizes, step.mesh.axes["expert"])
         return StepCosts(
             memory=compiled.memory,
-            costs=costs_of(hlo.parse(compiled.text), job.mesh.axes, ids, filled=filled),
+            costs=costs_of(hlo.parse(compiled.text), step.mesh.axes, ids, filled=filled),
             compiled=True,
             seconds=compiled.seconds,
             cpu_seconds=compiled.cpu_seconds,
         )
-    by_hand = reckon(job)
-    memory = by_hand.memory
-    rest = compiled.temporaries
+    estimate = estimate_step(step)
+    memory = estimate.memory
+    temporaries = compiled.temporaries
     if compiled.used is not None:
-        rest = max(0, compiled.used - memory.arguments)
-    if rest is not None:
-        memory = dataclasses.replace(memory, temporaries=rest, code=0)
+        temporaries = max(0, compiled.used - memory.arguments)
+    if temporaries is not None:
+        memory = dataclasses.replace(memory, temporaries=temporaries, code=0)
     return dataclasses.replace(
-        by_hand, memory=memory, seconds=compiled.seconds, cpu_seconds=compiled.cpu_seconds,
+        estimate, memory=memory, seconds=compiled.seconds, cpu_seconds=compiled.cpu_seconds,
         refused=compiled.message, limit=compiled.limit,
     )  # fmt: skip
 
 
-def reckon(job: PlacedStep) -> StepCosts:
-    """A job's memory and costs by arithmetic."""
-    cut = analytic.cut_of(job.config, job.mesh.axes, kernel=job.slices.chip.maker == "tpu")
-    arguments = job.parts().total
+def estimate_step(step: ShardedStep) -> StepCosts:
+    """Memory and costs of a step by arithmetic."""
+    cut = analytic.cut_of(step.config, step.mesh.axes, kernel=step.topology.chip.maker == "tpu")
+    arguments = step.parts().total
     return StepCosts(
-        memory=analytic.memory_of(job.config, job.sizes, cut, arguments),
-        costs=analytic.costs_of(job.config, job.sizes, cut, arguments, job.model_flops),
+        memory=analytic.memory_of(step.config, step.sizes, cut, arguments),
+        costs=analytic.costs_of(step.config, step.sizes, cut, arguments, step.model_flops),
     )
 
 
-def estimate(abstract_step: AbstractStep, config: RunConfig, slices: Topology) -> StepCosts:
-    """`reckon` without devices."""
-    return reckon(placed_step_of(abstract_step, config, slices, real=False))
-
-
-def time_of(job: PlacedStep, costs: Costs) -> StepTime:
-    """Seconds of the job's step."""
+def time_of(step: ShardedStep, costs: Costs) -> StepTime:
+    """Seconds of a step with these costs."""
     grid = None
-    if job.slices.chip.maker == "tpu":
-        sides, sizes = job.slices.shape, tuple(job.mesh.axes.values())
-        if isinstance(job.mesh.mesh, jax.sharding.AbstractMesh):
-            one = np.repeat(np.indices(sides).reshape(len(sides), -1).T, job.slices.chip.devices, axis=0)
-            grid = np.tile(one, (job.slices.count, 1)).reshape(*sizes, len(sides))
+    if step.topology.chip.maker == "tpu":
+        sides, sizes = step.topology.shape, tuple(step.mesh.axes.values())
+        if isinstance(step.mesh.mesh, jax.sharding.AbstractMesh):
+            one_slice = np.repeat(np.indices(sides).reshape(len(sides), -1).T, step.topology.chip.devices, axis=0)
+            grid = np.tile(one_slice, (step.topology.count, 1)).reshape(*sizes, len(sides))
         else:
-            found = [device.coords[: len(sides)] for device in job.mesh.mesh.devices.flat]
-            grid = np.array(found).reshape(*sizes, len(sides))
-    return step_time(costs, job.slices, axis_bandwidths(job.slices, job.mesh.axes, grid))
+            coordinates = [device.coords[: len(sides)] for device in step.mesh.mesh.devices.flat]
+            grid = np.array(coordinates).reshape(*sizes, len(sides))
+    return step_time(costs, step.topology, axis_bandwidths(step.topology, step.mesh.axes, grid))
 
 
-def _counted(config: RunConfig, model: Any, slices: Topology) -> MeshPlan:
-    """`make_mesh` over devices that are only counted."""
+def _abstract_mesh(config: RunConfig, model: Decoder, topology: Topology) -> MeshPlan:
+    """`make_mesh` without devices."""
     sizes, axes = model.config, config.mesh
     heads = {"heads": sizes.num_attention_heads, "kv_heads": sizes.num_key_value_heads}
     if axes.auto:
         rows = config.train.batch_size // config.train.accumulation_steps
         length = config.data.max_length
-        axes = auto_mesh(slices.devices, rows=rows, slices=slices.count, max_length=length, **heads)
-    filled = fill_axes(axis_sizes(axes), slices.devices)
+        axes = auto_mesh(topology.devices, rows=rows, slices=topology.count, max_length=length, **heads)
+    filled = fill_axes(axis_sizes(axes), topology.devices)
     mesh = MeshPlan(mesh=jax.sharding.AbstractMesh(tuple(filled.values()), tuple(filled)))
     mesh.check_sizes(max_length=config.data.max_length, **heads)
     check_experts(model, mesh)
@@ -226,11 +233,11 @@ def _batch(config: RunConfig, mesh: MeshPlan) -> Batch:
     return Batch(**arrays)
 
 
-def _placed(leaf: Any, sharding: Any) -> Any:
+def _with_sharding(leaf: Any, sharding: Any) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _bytes(tree: Any) -> int:
+def _device_bytes(tree: Any) -> int:
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * (8 if _is_key(leaf) else leaf.dtype.itemsize)
         for leaf in jax.tree.leaves(tree)

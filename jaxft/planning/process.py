@@ -1,6 +1,7 @@
-"""What a run would take on accelerators that are not there: the real step, compiled ahead of time, counted and priced.
+"""The planning process: reads a request, plans or searches, and writes the result as JSON.
 
-In a process of its own (`python -m jaxft.planning.process RESULT < REQUEST`), because JAX must start without devices.
+Run as `python -m jaxft.planning.process RESULT < REQUEST`, in a process of its own because JAX must start without
+devices.
 """
 
 import json
@@ -15,48 +16,48 @@ from jaxft.hardware.compile import LEVELS
 from jaxft.hardware.prices import price_of
 from jaxft.hardware.topology import Topology, parse
 from jaxft.planning.changes import changes_of
-from jaxft.planning.figures import result_of
-from jaxft.planning.job import abstract_step_of, estimate, measure, placed_step_of, time_of
+from jaxft.planning.result import plan_result
+from jaxft.planning.job import abstract_step_of, estimate_step, measure, sharded_step_of, time_of
 from jaxft.planning.search import search
 from jaxft.planning.shapes import Length, length_of, shapes_of
 
 
-def plan(config: RunConfig, slices: Topology, *, level: str, prices: str | None, length: Length) -> dict[str, Any]:
-    """See `jaxft.plan`."""
-    price_of(slices.chip.name, prices)  # what cannot be priced is refused before it is compiled
-    hf_config, shapes = shapes_of(config)
+def plan(config: RunConfig, topology: Topology, *, level: str, prices: str | None, length: Length) -> dict[str, Any]:
+    """The plan of a config on a topology; with `changes` that would make it fit if it does not. See `jaxft.plan`."""
+    price_of(topology.chip.name, prices)  # a missing price is an error before anything is compiled
+    hf_config, shapes_from = shapes_of(config)
     abstract_step = abstract_step_of(config, hf_config, length.steps)
-    job = placed_step_of(abstract_step, config, slices)
-    done = measure(job, level)
-    figures = result_of(job, done, time_of(job, done.costs), level=level, length=length, shapes=shapes, prices=prices)
-    if not figures["fits"]:
-        known = estimate(abstract_step, config, slices)
-        figures["changes"] = changes_of(
+    step = sharded_step_of(abstract_step, config, topology)
+    step_costs = measure(step, level)
+    time = time_of(step, step_costs.costs)
+    result = plan_result(step, step_costs, time, level=level, length=length, shapes_from=shapes_from, prices=prices)
+    if not result["fits"]:
+        result["changes"] = changes_of(
             lambda changed: abstract_step_of(changed, hf_config, length.steps),
-            job.config,
-            slices,
-            figures,
-            known.memory,
+            step.config,
+            topology,
+            result,
+            estimate_step(sharded_step_of(abstract_step, config, topology, real=False)).memory,
         )
-    return figures
+    return result
 
 
 def main(request: str, result: Path) -> int:
-    """Carries out one request and writes its result: the figures, or why they are refused."""
-    asked = json.loads(request)
+    """Carries out one request and writes its result: the plan or the search, or `{refused, kind}` for a JaxftError."""
+    fields = json.loads(request)
     try:
-        if asked["level"] not in LEVELS:
-            raise ConfigError(f"--level={asked['level']} is not one of {', '.join(LEVELS)}")
-        config = config_module.resolve(asked["config"])
-        length = length_of(config, tokens=asked["tokens"], examples=asked["examples"])
-        options = {"level": asked["level"], "prices": asked["prices"], "length": length}
-        if asked["search"]:
-            figures = search(config, asked["topology"], asked["slices"], compiles=asked["compiles"], **options)
+        if fields["level"] not in LEVELS:
+            raise ConfigError(f"--level={fields['level']} is not one of {', '.join(LEVELS)}")
+        config = config_module.resolve(fields["config"])
+        length = length_of(config, tokens=fields["tokens"], examples=fields["examples"])
+        options = {"level": fields["level"], "prices": fields["prices"], "length": length}
+        if fields["search"]:
+            answer = search(config, fields["topology"], fields["slices"], compiles=fields["compiles"], **options)
         else:
-            figures = plan(config, parse(asked["topology"], asked["slices"]), **options)
+            answer = plan(config, parse(fields["topology"], fields["slices"]), **options)
     except JaxftError as error:
-        figures = {"refused": str(error), "kind": type(error).__name__}
-    result.write_text(json.dumps(figures), encoding="utf-8")
+        answer = {"refused": str(error), "kind": type(error).__name__}
+    result.write_text(json.dumps(answer), encoding="utf-8")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What a plan must know of a run, with little of it at hand: the model's shapes and the number of steps."""
+"""The model's shapes and the number of steps of a run, as far as they are known without weights or data."""
 
 import json
 import math
@@ -15,13 +15,13 @@ from jaxft.files.paths import HUB, read_json
 from jaxft.runs.batches import training_batches
 
 UNKNOWN_STEPS = 1000
-# Share of a packed sequence that is tokens, where the data cannot be looked at.
+# Share of a packed sequence that is tokens, if the data is not on this machine.
 FILL = 0.97
 
 
 @dataclass(frozen=True, kw_only=True)
 class Length:
-    """How long a run is. source: where the number of steps comes from, in words. known: False where it is a guess."""
+    """Length of a run. source: where the number of steps comes from, in words. known: False if it is a guess."""
 
     steps: int
     source: str
@@ -31,8 +31,8 @@ class Length:
 def shapes_of(config: RunConfig) -> tuple[dict[str, Any], str]:
     """(config.json, where it comes from in words).
 
-    From the model's folder or the Hugging Face cache, else from the published shapes that ship with jaxft; nothing is
-    fetched. Raises ConfigError for a hub model in none of these places.
+    Read from the model's folder or the Hugging Face cache, else from the published shapes that ship with jaxft; nothing
+    is fetched. Raises ConfigError for a hub model that is in neither.
     """
     path = config.model.path
     if not path.startswith(HUB):
@@ -49,14 +49,14 @@ def shapes_of(config: RunConfig) -> tuple[dict[str, Any], str]:
         lower = {candidate.lower(): candidate for candidate in known}
         if name.lower() not in lower:
             raise ConfigError(
-                f"the shapes of {path} are not known here: it is not in the Hugging Face cache, and jaxft ships shapes "
-                f"of {len(known)} models, but not of this one.{did_you_mean(name, known)} Fetch its config.json once "
-                f"(hf download {name} config.json), or give a folder with one: --config.model.path=FOLDER"
+                f"the shapes of {path} are not known: it is not in the Hugging Face cache, and it is not one of the "
+                f"{len(known)} models whose shapes ship with jaxft.{did_you_mean(name, known)} Fetch its config.json "
+                f"once (hf download {name} config.json), or give a folder with one: --config.model.path=FOLDER"
             )
         name = lower[name.lower()]
     text = (ASSETS / "published" / f"{known[name]}.json").read_text(encoding="utf-8")
     note = ", the text model alone" if known[name].endswith("-text") else ""
-    return json.loads(text), f"shapes of {name} that ship with jaxft{note}; {path} itself was not looked at"
+    return json.loads(text), f"shapes of {name} that ship with jaxft{note}; {path} itself was not read"
 
 
 def published() -> dict[str, str]:
@@ -69,24 +69,27 @@ def _cached(name: str, revision: str | None) -> str | None:
     # Imported here: only users of the hub need it.
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(name, "config.json", revision=revision or "main")
-    return found if isinstance(found, str) else None
+    path = try_to_load_from_cache(name, "config.json", revision=revision or "main")
+    return path if isinstance(path, str) else None
 
 
 def length_of(config: RunConfig, *, tokens: int | None = None, examples: int | None = None) -> Length:
     """Steps of the run: train.steps, else from `tokens` or `examples` of the training set, else from the data itself.
 
-    Where nothing of this is known, a thousand steps stand in, and `known` is False.
+    If none of these is known, 1,000 steps with `known` False. Raises ConfigError for counts below 1, and for `tokens`
+    alone if rows are not packed.
     """
     train, data = config.train, config.data
     if train.steps is not None:
         return Length(steps=train.steps, source="train.steps", known=True)
     if tokens is not None or examples is not None:
         if any(count is not None and count < 1 for count in (tokens, examples)):
-            raise ConfigError("--tokens and --examples count what the training set holds: at least 1")
+            raise ConfigError("--tokens and --examples are the size of the training set: give at least 1")
         if tokens is None or not data.packing:
             if examples is None:
-                raise ConfigError("data.packing=False: each example is a sequence of its own, so give --examples")
+                raise ConfigError(
+                    "data.packing=False: each example is a sequence of its own, so give --examples, not --tokens"
+                )
             sequences, source = examples, f"--examples={examples:,}, a sequence each"
         else:
             sequences = math.ceil(tokens / (data.max_length * FILL))
@@ -105,6 +108,6 @@ def length_of(config: RunConfig, *, tokens: int | None = None, examples: int | N
         )
     return Length(
         steps=UNKNOWN_STEPS,
-        source=f"{UNKNOWN_STEPS} steps, because the data is not here: give --tokens=N or --examples=N",
+        source=f"{UNKNOWN_STEPS} steps, because the data is not on this machine: give --tokens=N or --examples=N",
         known=False,
     )

@@ -8,7 +8,7 @@ import pytest
 
 from jaxft import models
 from jaxft.assets import ASSETS
-from jaxft.hardware.compile import too_large
+from jaxft.hardware.compile import parse_too_large
 from jaxft.hardware.costs import Costs, Transfer, Work
 from jaxft.hardware.roofline import Efficiency, axis_bandwidths, step_time
 from jaxft.hardware.sizes import sizes_of
@@ -18,11 +18,11 @@ WHOLE = Efficiency(products=1.0, memory=1.0, network=1.0, overlap=0.5)
 
 
 def test_products_and_memory_overlap():
-    slices = parse("v5e:1x1")
+    topology = parse("v5e:1x1")
     costs = Costs()
     costs.work[Work(int(197e12), int(0.5 * 819e9))] += 2
     costs.work[Work(0, int(819e9))] += 2
-    time = step_time(costs, slices, {}, WHOLE)
+    time = step_time(costs, topology, {}, WHOLE)
     assert time.products == pytest.approx(2) and time.memory == pytest.approx(3)
     assert time.busy == time.total == pytest.approx(3) and time.bound == "memory"
 
@@ -34,11 +34,11 @@ def test_two_devices_of_a_chip_share_its_peaks():
 
 
 def test_half_of_the_network_hides_behind_computing():
-    slices = parse("v5e:4x4")
+    topology = parse("v5e:4x4")
     costs = Costs()
     costs.work[Work(int(197e12), 0)] += 10
     costs.transfers[Transfer("all-gather", ("fsdp",), int(100e9))] += 4
-    time = step_time(costs, slices, {"fsdp": 100e9}, WHOLE)
+    time = step_time(costs, topology, {"fsdp": 100e9}, WHOLE)
     assert dict(time.network) == {"fsdp": pytest.approx(4)}
     assert time.exposed == pytest.approx(2) and time.total == pytest.approx(12) and time.bound == "compute"
 
@@ -91,15 +91,15 @@ def test_only_chosen_experts_and_seen_windows_count():
 
 def test_the_compilers_message_for_too_large_a_step_is_read():
     message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 26.68G of 15.75G hbm. Exceeded by 10.9G."
-    found = too_large(message)
+    found = parse_too_large(message)
     assert found.used == int(26.68 * 2**30) and found.limit == int(15.75 * 2**30) and found.temporaries is None
     message = (
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (62.98G) exceeds "
         "available HBM (15.75G)."
     )
-    found = too_large(message)
+    found = parse_too_large(message)
     assert (found.used, found.temporaries, found.limit) == (None, int(62.98 * 2**30), int(15.75 * 2**30))
-    assert too_large("RESOURCE_EXHAUSTED: something else").used is None
-    assert too_large("INTERNAL: a bug") is None
+    assert parse_too_large("RESOURCE_EXHAUSTED: something else").used is None
+    assert parse_too_large("INTERNAL: a bug") is None
     # A kernel's vector memory is another matter than the chip's main memory.
-    assert too_large("RESOURCE_EXHAUSTED: E1001: Ran out of memory in memory space vmem while allocating") is None
+    assert parse_too_large("RESOURCE_EXHAUSTED: E1001: Ran out of memory in memory space vmem while allocating") is None

@@ -4,7 +4,7 @@ import pytest
 
 from jaxft.errors import ConfigError
 from jaxft.hardware.chips import CHIPS
-from jaxft.hardware.topology import parse, shapes
+from jaxft.hardware.topology import cubic_shape, parse
 
 
 @pytest.mark.parametrize(
@@ -27,8 +27,8 @@ from jaxft.hardware.topology import parse, shapes
     ],
 )
 def test_a_name_is_a_torus(text, name, chips):
-    slices = parse(text)
-    assert (slices.name, slices.chips) == (name, chips)
+    topology = parse(text)
+    assert (topology.name, topology.chips) == (name, chips)
 
 
 def test_slices_multiply_chips_and_chips_may_hold_two_devices():
@@ -60,14 +60,14 @@ def test_what_does_not_exist_is_refused(text, message):
 
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=lambda chip: chip.name)
 def test_every_power_of_two_has_a_torus_up_to_the_largest(chip):
-    for power in range(chip.largest.bit_length()):
-        shape = shapes(chip, 2**power)
+    for power in range(chip.max_chips.bit_length()):
+        shape = cubic_shape(chip, 2**power)
         assert shape is not None and len(shape) == chip.dimensions
         product = 1
         for side in shape:
             product *= side
         assert product == 2**power
-    assert shapes(chip, 2 * chip.largest) is None
+    assert cubic_shape(chip, 2 * chip.max_chips) is None
 
 
 def test_every_chip_has_a_price():

@@ -212,10 +212,10 @@ def test_a_search_goes_on_until_one_fits(monkeypatch):
     """The compiler refuses whatever arithmetic gives more than half of the memory: the next smaller is tried."""
     asked = []
 
-    def measure(job, level):
-        known = plan_search.reckon(job)
+    def measure(step, level):
+        known = plan_search.estimate_step(step)
         asked.append(known.memory.peak)
-        big = known.memory.peak > 0.5 * job.slices.chip.hbm_bytes
+        big = known.memory.peak > 0.5 * step.topology.chip.hbm_bytes
         return dataclasses.replace(known, refused="RESOURCE_EXHAUSTED" if big else None)
 
     monkeypatch.setattr(plan_search, "measure", measure)

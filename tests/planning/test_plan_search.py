@@ -8,7 +8,7 @@ import pytest
 from jaxft import config
 from jaxft.hardware.topology import parse
 from jaxft.planning import search as plan_search
-from jaxft.planning.job import abstract_step_of, placed_step_of, reckon
+from jaxft.planning.job import abstract_step_of, estimate_step, sharded_step_of
 from jaxft.planning.shapes import length_of, shapes_of
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -57,8 +57,8 @@ def test_a_way_with_each_axis_is_reckoned_and_can_be_pasted(path, overrides, axi
     again = config.load(path, values + pasted)
     assert getattr(again.mesh, axis) > 1
     # What is pasted is what was reckoned, on a mesh that the run itself would take.
-    job = placed_step_of(abstract_step_of(again, shapes_of(again)[0], 1000), again, parse("v5e:4x4"), real=False)
-    known = reckon(job)
+    step = sharded_step_of(abstract_step_of(again, shapes_of(again)[0], 1000), again, parse("v5e:4x4"), real=False)
+    known = estimate_step(step)
     assert known.memory.peak == ways[0]["hbm_peak_bytes"]
     assert any(axis in transfer.axes for transfer in known.costs.transfers)
 

@@ -16,7 +16,7 @@ from jaxft.config import MeshConfig, OptimConfig, resolve
 from jaxft.hardware.topology import parse
 from jaxft.objectives.sft import sft_loss
 from jaxft.optim.make import make_optimizer, make_schedule
-from jaxft.planning.job import abstract_step_of, placed_step_of
+from jaxft.planning.job import abstract_step_of, sharded_step_of
 from jaxft.runs.build import place
 from jaxft.sharding.mesh import make_mesh_plan
 from jaxft.training.state import create, divide
@@ -101,11 +101,11 @@ def plan(**model):
     hf = read_json(str(ASSETS / "published" / "llama-3.1-8b.json"))
     config = resolve(config)
     abstract_step = abstract_step_of(config, hf, 10)
-    return abstract_step.sizes, placed_step_of(abstract_step, config, parse("v5e:2x4"), real=False)
+    return abstract_step.sizes, sharded_step_of(abstract_step, config, parse("v5e:2x4"), real=False)
 
 
 def test_a_plan_counts_no_moments_and_fewer_flops_for_what_stands_still():
-    sizes, job = plan()
+    sizes, step = plan()
     few, part = plan(trainable="layers.24-31")
     layers = 8 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 2 * 4096)
     assert (sizes.moving, few.moving) == (sizes.parameters, layers) and few.parameters == sizes.parameters
@@ -117,7 +117,7 @@ def test_a_plan_counts_no_moments_and_fewer_flops_for_what_stands_still():
     assert all_matrices == 4 * matrices
     tokens, scores = 8 * 512, 32 * 128 * (512 * 513 // 2)
     expected = 2 * (sizes.active + few.reached + matrices) * tokens + 8 * scores * (4 * 32 + 8 * 8)
-    assert part.model_flops == expected // 8 < 0.6 * job.model_flops
+    assert part.model_flops == expected // 8 < 0.6 * step.model_flops
 
 
 def test_routers_that_stand_still_have_no_loss_of_their_own(smoke_config):

@@ -1,0 +1,142 @@
+"""A plan as a dict: what `jaxft plan --json` prints and `jaxft.plan` returns. docs/plan.md explains each key."""
+
+import importlib.metadata
+from dataclasses import asdict
+from typing import Any
+
+from jaxft.hardware.costs import Costs
+from jaxft.hardware.prices import price_of
+from jaxft.hardware.roofline import StepTime, efficiency_of
+from jaxft.planning.job import ShardedStep, StepCosts
+from jaxft.planning.shapes import Length
+
+# Costs that no plan includes.
+ALWAYS_UNKNOWN = (
+    "the input pipeline, held-out evaluation, checkpoints, exports, loading and compiling: none is in the hours",
+    "preemptions, and chips that are slower than their peers",
+    "packed rows let attention skip blocks; every causal block is counted",
+)
+
+
+def plan_result(
+    step: ShardedStep,
+    step_costs: StepCosts,
+    time: StepTime,
+    *,
+    level: str,
+    length: Length,
+    shapes_from: str,
+    prices: str | None,
+) -> dict[str, Any]:
+    """The plan of a step. length: of the run. shapes_from: where config.json came from, in words. prices: a file, or
+    None for jaxft's table.
+    """
+    chip, config = step.topology.chip, step.config
+    return {
+        **_memory(step, step_costs),
+        "compiled": step_costs.compiled,
+        "optimization_level": level if chip.maker == "tpu" else None,
+        "topology": step.topology.name,
+        "slices": step.topology.count,
+        "chips": step.topology.chips,
+        "devices_per_chip": chip.devices,
+        "mesh": step.mesh.axes,
+        "parameters": step.sizes.parameters,
+        "adapter_parameters": step.sizes.adapter,
+        "batch_size": config.train.batch_size,
+        "max_length": config.data.max_length,
+        "shapes_from": shapes_from,
+        "refused": step_costs.refused,
+        "compile_seconds": step_costs.seconds,
+        "compile_cpu_seconds": step_costs.cpu_seconds,
+        "unknown": _unknown(step_costs),
+        "versions": versions(),
+        **_work(step, step_costs.costs),
+        **_time(step, time, length),
+        **_money(step, time, length, prices),
+    }
+
+
+def _unknown(step_costs: StepCosts) -> list[str]:
+    """What the plan does not include, in words; the most important first."""
+    unknown = [*sorted(step_costs.costs.unknown), *ALWAYS_UNKNOWN]
+    if step_costs.costs.host_bytes:
+        unknown.insert(0, "time of transfers between the chip and the host's memory: none is in the hours")
+    if not step_costs.compiled:
+        unknown.insert(0, "what a compiler makes of the step: memory, work and traffic are estimated by arithmetic")
+    return unknown
+
+
+def _memory(step: ShardedStep, step_costs: StepCosts) -> dict[str, Any]:
+    memory, chip = step_costs.memory, step.topology.chip
+    limit = step_costs.limit or chip.hbm_bytes // chip.devices
+    return {
+        "fits": step_costs.refused is None and memory.peak <= limit,
+        "hbm_peak_bytes": memory.peak,
+        "hbm_limit_bytes": limit,
+        "argument_bytes": memory.arguments,
+        "argument_parts": asdict(step.parts()),
+        "temp_bytes": memory.temporaries,
+        "output_bytes": memory.outputs,
+        "aliased_bytes": memory.aliased,
+        "code_bytes": memory.code,
+        "host_bytes": memory.host,
+    }
+
+
+def _work(step: ShardedStep, costs: Costs) -> dict[str, Any]:
+    return {
+        "model_flops_per_step": step.model_flops,
+        "attention_flops_per_step": step.attention_flops,
+        "hardware_flops_per_step": costs.flops,
+        "hbm_traffic_bytes_per_step": costs.hbm_bytes,
+        "host_traffic_bytes_per_step": costs.host_bytes,
+        "collective_bytes_per_step": costs.collective_bytes,
+        "collective_bytes_by_kind": costs.bytes_by("kind"),
+        "collective_bytes_by_axis": costs.bytes_by("axes"),
+    }
+
+
+def _time(step: ShardedStep, time: StepTime, length: Length) -> dict[str, Any]:
+    chip, seconds = step.topology.chip, time.total
+    tokens = step.config.train.batch_size * step.config.data.max_length
+    return {
+        "step_seconds": seconds,
+        "step_parts": {
+            "products": time.products,
+            "memory": time.memory,
+            "busy": time.busy,
+            "network": dict(time.network),
+            "network_exposed": time.exposed,
+            "bound_by": time.bound,
+        },
+        "efficiency": asdict(efficiency_of(chip)),
+        "tokens_per_second_per_chip": tokens / seconds / step.topology.chips,
+        "mfu": step.model_flops * chip.devices / seconds / chip.flops,
+        "steps": length.steps,
+        "steps_from": length.source,
+        "steps_known": length.known,
+    }
+
+
+def _money(step: ShardedStep, time: StepTime, length: Length, prices: str | None) -> dict[str, Any]:
+    price = price_of(step.topology.chip.name, prices)
+    hours = length.steps * time.total / 3600
+    return {
+        "hours": hours,
+        "usd": hours * step.topology.chips * price.on_demand,
+        "usd_spot": None if price.spot is None else hours * step.topology.chips * price.spot,
+        "usd_per_chip_hour": price.on_demand,
+        "prices_from": f"{price.source} of {price.date}" if prices else f"jaxft's own table of {price.date}",
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Installed versions of the packages that a plan depends on; None for one that is not installed."""
+    out: dict[str, str | None] = {}
+    for name in ("jaxft", "jax", "jaxlib", "libtpu", "flax"):
+        try:
+            out[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            out[name] = None
+    return out
