@@ -1,1 +1,1 @@
-"""A training step compiled for accelerators that are not there: its memory, its time and its price."""
+"""Hypothetical accelerators: chips, topologies and prices; a step compiled for them, its costs and its time."""

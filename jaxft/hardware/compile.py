@@ -1,4 +1,4 @@
-"""Compiling a step for devices that are not there, and what the compiler says of its memory."""
+"""Compiles a step ahead of time for hypothetical devices, and reads the memory it needs from the compiler."""
 
 import re
 import tempfile
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 LEVELS = ("O1", "default")
 UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-# The environment in which libtpu compiles without a TPU; JAX must not have started before.
+# Environment variables with which libtpu compiles without a TPU. They must be set before JAX starts.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",  # else it asks a metadata server that is not there, for minutes
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else two compiles on one machine wait for one another
+    "TPU_SKIP_MDS_QUERY": "1",  # else libtpu waits minutes for a metadata server
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else two compiles on one machine wait for each other
     "TPU_MIN_LOG_LEVEL": "3",
     "TPU_STDERR_LOG_LEVEL": "3",
     "TF_CPP_MIN_LOG_LEVEL": "3",
@@ -26,7 +26,10 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes of one device's main memory. Aliased outputs lie where the donated arguments lay. host: of its host's."""
+    """Bytes of one device's main memory.
+
+    aliased: outputs that reuse the memory of donated arguments. host: bytes of its host's memory.
+    """
 
     arguments: int
     outputs: int
@@ -37,13 +40,13 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        """All that must be in main memory at once."""
+        """Bytes that must be in main memory at the same time."""
         return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """A compiled step. text: its HLO. seconds, cpu_seconds: what lowering and compiling took."""
+    """A compiled step. text: its HLO. seconds, cpu_seconds: spent on lowering and compiling."""
 
     text: str
     memory: Memory
@@ -53,9 +56,9 @@ class Compiled:
 
 @dataclass(frozen=True, kw_only=True)
 class TooLarge:
-    """What the compiler says of a step that does not fit. Bytes of main memory, None where not said.
+    """A step that the compiler refused as too large.
 
-    used: by all. temporaries: by them alone.
+    Bytes of main memory, None if the message does not name them. used: by everything. temporaries: by these alone.
     """
 
     used: int | None
@@ -67,67 +70,72 @@ class TooLarge:
 
 
 def compile_step(step: Callable[..., Any], state: Any, batch: Any, mesh: "MeshPlan", level: str) -> Compiled | TooLarge:
-    """`step(state, batch)`, its state donated, compiled for the mesh's devices as a run compiles it.
+    """Compiles `step(state, batch)`, its state donated, for the mesh's devices, as a run does.
 
-    state, batch: ShapeDtypeStructs with shardings. level: O1, XLA's quick way, or default.
+    state, batch: pytrees of ShapeDtypeStructs with shardings. level: O1, which compiles faster, or default.
     """
     import jax
 
-    before = jax.config.jax_optimization_level
+    before = jax.config.jax_optimization_level  # type: ignore[attr-defined]  # jax declares its options at run time
     jax.config.update("jax_optimization_level", "O1" if level == "O1" else "UNKNOWN")
     start, cpu = time.perf_counter(), time.process_time()
     try:
-        stays = jax.tree.map(lambda leaf: leaf.sharding, state)
-        jitted = jax.jit(mesh.within(step), donate_argnums=0, out_shardings=(stays, None))
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+        jitted = jax.jit(mesh.within(step), donate_argnums=0, out_shardings=(shardings, None))
         lowered = jitted.lower(state, batch)
         with tempfile.TemporaryDirectory() as reports:
             compiled = lowered.compile(compiler_options={"xla_dump_to": reports})
-            allocated = _allocated(Path(reports))
+            allocated = _allocated_bytes(Path(reports))
     except jax.errors.JaxRuntimeError as error:
-        found = parse_too_large(str(error))
-        if found is None:
+        too_large = parse_too_large(str(error))
+        if too_large is None:
             raise
-        return replace(found, seconds=time.perf_counter() - start, cpu_seconds=time.process_time() - cpu)
+        return replace(too_large, seconds=time.perf_counter() - start, cpu_seconds=time.process_time() - cpu)
     finally:
         jax.config.update("jax_optimization_level", before)
-    said = compiled.memory_analysis()
-    kept = said.argument_size_in_bytes + said.output_size_in_bytes - said.alias_size_in_bytes
+    analysis, text = compiled.memory_analysis(), compiled.as_text()
+    if analysis is None or text is None:
+        raise RuntimeError("the compiler gives no memory analysis or no HLO text of the step")
+    kept = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     memory = Memory(
-        arguments=said.argument_size_in_bytes,
-        outputs=said.output_size_in_bytes,
-        aliased=said.alias_size_in_bytes,
-        # Older compilers' own figure counts up to a third more than what they allocate.
-        temporaries=said.temp_size_in_bytes if allocated is None else min(said.temp_size_in_bytes, allocated - kept),
-        code=said.generated_code_size_in_bytes,
-        host=said.host_temp_size_in_bytes,
+        arguments=analysis.argument_size_in_bytes,
+        outputs=analysis.output_size_in_bytes,
+        aliased=analysis.alias_size_in_bytes,
+        # The analysis of older compilers counts up to a third more than they allocate.
+        temporaries=analysis.temp_size_in_bytes
+        if allocated is None
+        else min(analysis.temp_size_in_bytes, allocated - kept),
+        code=analysis.generated_code_size_in_bytes,
+        host=analysis.host_temp_size_in_bytes,
     )
     seconds, spent = time.perf_counter() - start, time.process_time() - cpu
-    return Compiled(text=compiled.as_text(), memory=memory, seconds=seconds, cpu_seconds=spent)
+    return Compiled(text=text, memory=memory, seconds=seconds, cpu_seconds=spent)
 
 
-def _allocated(reports: Path) -> int | None:
-    """Bytes of main memory that the compiler's report of its buffers adds up to; None without such a report."""
+def _allocated_bytes(reports: Path) -> int | None:
+    """Total bytes of main memory in the compiler's report of its buffers; None without such a report."""
     for report in reports.glob("*memory-usage-report.txt"):
-        found = re.search(r"^Memory Space: default.*\nTotal bytes: (\d+)", report.read_text(errors="replace"))
-        if found:
-            return int(found[1])
+        total = re.search(r"^Memory Space: default.*\nTotal bytes: (\d+)", report.read_text(errors="replace"))
+        if total:
+            return int(total[1])
     return None
 
 
 def parse_too_large(message: str) -> TooLarge | None:
-    """What the compiler's message says of main memory, None for an error of another kind: a kernel that wants more
-    vector memory than a core has is no step that is too large.
+    """Reads the compiler's message about main memory; None for any other error.
+
+    A kernel that needs more vector memory than a core has is another error: the step is not too large.
     """
     if "RESOURCE_EXHAUSTED" not in message or "vmem" in message.lower():
         return None
     size = r"([\d.]+)([KMGT]?)B?"
     used = re.search(rf"Used {size} of {size} hbm", message)
     temporaries = re.search(rf"for HLO temporaries \({size}\) exceeds available HBM \({size}\)", message)
-    found = used or temporaries
+    message_with_limit = used or temporaries
     return TooLarge(
         used=_bytes(*used.groups()[:2]) if used else None,
         temporaries=_bytes(*temporaries.groups()[:2]) if temporaries else None,
-        limit=_bytes(*found.groups()[2:]) if found else None,
+        limit=_bytes(*message_with_limit.groups()[2:]) if message_with_limit else None,
         message=message.split("\n")[0][:300],
     )
 

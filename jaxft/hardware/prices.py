@@ -1,18 +1,18 @@
-"""What a chip costs by the hour: the dated file that ships with jaxft, or one of the user's in the same form."""
+"""Hourly prices of chips, from the dated file that ships with jaxft or from a user's file of the same form."""
 
 import json
 from dataclasses import dataclass
-from typing import Any
 
 from jaxft.assets import ASSETS
 from jaxft.errors import ConfigError, did_you_mean
 
 FILE = ASSETS / "prices.json"
+FORM = '{"date": "2030-01-31", "chips": {"v5e": {"on_demand": 1.2, "spot": null}}}'
 
 
 @dataclass(frozen=True, kw_only=True)
 class Price:
-    """USD for one chip for an hour. date: of the file; spot None: not known."""
+    """Price of one chip in USD per hour. spot: None if unknown. date: of the file. source: path of the file."""
 
     on_demand: float
     spot: float | None
@@ -21,24 +21,29 @@ class Price:
 
 
 def price_of(chip: str, path: str | None = None) -> Price:
-    """The price of a kind of chip. path: a file `{"date": ..., "chips": {"v5e": {"on_demand": 1.2, "spot": 0.5}}}`.
+    """The price of a kind of chip.
 
-    Raises ConfigError for a file that cannot be read, is not of that form or lacks the chip.
+    path: a file `{"date": ..., "chips": {"v5e": {"on_demand": 1.2, "spot": 0.5}}}`; None for jaxft's own.
+    Raises ConfigError if the file cannot be read, has another form or does not list the chip.
     """
-    where = str(path or FILE)
+    source = str(path or FILE)
     try:
-        with open(where, encoding="utf-8") as file:
-            table: Any = json.load(file)
+        with open(source, encoding="utf-8") as file:
+            table = json.load(file)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"prices in {where} cannot be read: {error}") from error
+        raise ConfigError(f"prices in {source} cannot be read: {error}") from error
     chips = table.get("chips") if isinstance(table, dict) else None
     if not isinstance(chips, dict):
-        raise ConfigError(f'prices in {where}: there is no object "chips" of kinds and prices')
+        raise ConfigError(f'prices in {source}: no object "chips". Write {FORM}.')
     if chip not in chips:
         hint = did_you_mean(chip, chips)
-        raise ConfigError(f"prices in {where}: no {chip}.{hint} There: {', '.join(chips)}.")
+        raise ConfigError(
+            f"prices in {source}: no price of {chip}.{hint} The file has: {', '.join(chips)}. Add {chip} to it."
+        )
     entry = chips[chip]
     values = [entry.get("on_demand"), entry.get("spot")] if isinstance(entry, dict) else [None, None]
     if not isinstance(values[0], int | float) or not isinstance(values[1], int | float | None):
-        raise ConfigError(f"prices in {where}: {chip} needs a number on_demand, and spot a number or null")
-    return Price(on_demand=values[0], spot=values[1], date=str(table.get("date", "undated")), source=where)
+        raise ConfigError(
+            f"prices in {source}: {chip} needs a number on_demand, and spot as a number or null. Write {FORM}."
+        )
+    return Price(on_demand=values[0], spot=values[1], date=str(table.get("date", "undated")), source=source)

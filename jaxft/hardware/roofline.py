@@ -1,4 +1,6 @@
-"""From counted work to seconds: what a chip reaches of its peaks, and how much communication hides behind computing."""
+"""Seconds of a step from its costs: the share of its peaks that a chip reaches, and how much communication overlaps
+computation.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,10 +14,10 @@ from jaxft.hardware.topology import Topology
 
 @dataclass(frozen=True, kw_only=True)
 class Efficiency:
-    """Shares of the peaks that long-running training reaches.
+    """Shares of a chip's peaks that training reaches.
 
-    products: of matrix products' peak. memory: of main memory's bandwidth. network: of links' bandwidth. overlap: share
-    of communication that can run while the chip computes.
+    products: of the peak of matrix products. memory: of the bandwidth of main memory. network: of the bandwidth of
+    links. overlap: share of communication that can run during computation.
     """
 
     products: float
@@ -24,15 +26,15 @@ class Efficiency:
     overlap: float = 0.8
 
 
-# Products: v5e, v5p and v6e from half of the throughputs that MaxText publishes (benchmarks/plan_vs_published.py; the
-# other half, and how far off it is, in docs/plan.md). The others are guesses: the generation before or after, and what
-# GPUs usually reach.
+# v5e, v5p and v6e: fitted to half of the throughputs that MaxText publishes, by benchmarks/plan_vs_published.py;
+# docs/plan.md has the error on the other half. The others are guesses: from the generation before or after, and from
+# what GPUs usually reach.
 PRODUCTS = {"v4": 0.7, "v5e": 0.79, "v5p": 0.75, "v6e": 0.5, "tpu7x": 0.5}
 GPU_PRODUCTS = 0.6
 
 
 def efficiency_of(chip: Chip) -> Efficiency:
-    """What is assumed of a kind of chip."""
+    """The assumed efficiency of a kind of chip."""
     return Efficiency(products=PRODUCTS.get(chip.name, GPU_PRODUCTS))
 
 
@@ -40,8 +42,8 @@ def efficiency_of(chip: Chip) -> Efficiency:
 class StepTime:
     """Seconds of one step on one chip.
 
-    products, memory: what either would take alone; they overlap. network: communication alone, by mesh axes. exposed:
-    the part of it that computing does not hide.
+    products, memory: of either alone; the two overlap. network: of communication alone, by mesh axes. exposed: the part
+    of communication that does not overlap computation.
     """
 
     products: float
@@ -51,7 +53,7 @@ class StepTime:
 
     @property
     def busy(self) -> float:
-        """Seconds of computing."""
+        """Seconds of computation."""
         return max(self.products, self.memory)
 
     @property
@@ -61,7 +63,7 @@ class StepTime:
 
     @property
     def bound(self) -> str:
-        """What the step waits for most: compute, memory or network."""
+        """The resource that limits the step: compute, memory or network."""
         if self.exposed > self.busy:
             return "network"
         return "compute" if self.products >= self.memory else "memory"
@@ -70,29 +72,33 @@ class StepTime:
 def step_time(
     costs: Costs, topology: Topology, bandwidths: Mapping[str, float], efficiency: Efficiency | None = None
 ) -> StepTime:
-    """Time of counted work. bandwidths: bytes a second that a device receives along a mesh axis, at best."""
+    """Time of a step. bandwidths: peak bytes per second that a device receives along each mesh axis.
+
+    efficiency: None for that of the chip.
+    """
     chip = topology.chip
     efficiency = efficiency or efficiency_of(chip)
     products = costs.flops / (chip.flops / chip.devices * efficiency.products)
     memory = costs.hbm_bytes / (chip.hbm_bandwidth / chip.devices * efficiency.memory)
     network: dict[str, float] = {}
     for transfer, times in costs.transfers.items():
-        # Members that differ in several axes use the links of the best, but wait for the network between slices.
-        found = [bandwidths[axis] for axis in transfer.axes]
-        speed = min(found) if "slice" in transfer.axes else max(found)
+        # A group along several axes uses the fastest links among them, but has to wait for the network between slices.
+        speeds = [bandwidths[axis] for axis in transfer.axes]
+        speed = min(speeds) if "slice" in transfer.axes else max(speeds)
         name = "+".join(transfer.axes)
         network[name] = network.get(name, 0.0) + times * transfer.bytes / (speed * efficiency.network)
-    whole = sum(network.values())
-    exposed = whole - min(efficiency.overlap * whole, max(products, memory))
+    communication = sum(network.values())
+    exposed = communication - min(efficiency.overlap * communication, max(products, memory))
     return StepTime(products=products, memory=memory, network=network, exposed=exposed)
 
 
 def axis_bandwidths(topology: Topology, axes: Mapping[str, int], coordinates: np.ndarray | None) -> dict[str, float]:
-    """Bytes a second that one device can receive along each mesh axis.
+    """Peak bytes per second that one device receives along each mesh axis.
 
-    coordinates: of every device in the torus, [*axes, dimensions]; None where there is no torus (GPUs). An axis that
-    lies along several sides of the torus uses the links of all; along a side that closes to a ring, those of both
-    directions. Sources: the chips' pages; how rings divide the work: the JAX scaling book, on TPUs and sharding.
+    coordinates: of every device in the torus, [*axes, dimensions]; None for GPUs, which form no torus. An axis that
+    extends along several sides of the torus uses the links of all of them; along a side that closes to a ring, the
+    links of both directions. Sources: the chips' pages; for how rings divide the work, the JAX scaling book on TPUs and
+    sharding.
     """
     chip, out = topology.chip, {}
     for at, name in enumerate(axes):
@@ -102,13 +108,13 @@ def axis_bandwidths(topology: Topology, axes: Mapping[str, int], coordinates: np
         if coordinates is None:
             out[name] = chip.link_bandwidth
             continue
-        spread = np.moveaxis(coordinates, at, 0)
-        sides = [d for d in range(spread.shape[-1]) if (spread[..., d] != spread[:1, ..., d]).any()]
+        by_axis = np.moveaxis(coordinates, at, 0)
+        sides = [d for d in range(by_axis.shape[-1]) if (by_axis[..., d] != by_axis[:1, ..., d]).any()]
         speed = 0.0
         for side in sides:
-            length = len(np.unique(spread[..., side]))
+            length = len(np.unique(by_axis[..., side]))
             ring = length == topology.shape[side] and length % chip.full_ring == 0
             speed += chip.link_bandwidth * (2 if ring else 1)
-        # Two devices of one chip talk faster than any link.
+        # An axis within one chip: its two devices exchange data faster than any link carries.
         out[name] = speed / chip.devices if speed else chip.link_bandwidth * 4
     return out

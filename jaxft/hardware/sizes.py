@@ -1,4 +1,4 @@
-"""A model in numbers: which parameters multiply each token, how far its attention looks, what its layers keep."""
+"""Sizes of a model: parameters that multiply each token, groups of attention layers, widths of products."""
 
 # B batch, S sequence, N query heads, K kv heads, H head_dim, D model, L layers
 
@@ -11,6 +11,7 @@ from flax import nnx
 
 from jaxft.adapters.attach import AdapterParam
 from jaxft.nn.attention.layer import Attention
+from jaxft.nn.decoder import Decoder
 from jaxft.nn.stack import group_layers
 from jaxft.quant import is_quantized
 from jaxft.trees import flatten
@@ -18,9 +19,9 @@ from jaxft.trees import flatten
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionGroup:
-    """`layers` attention layers of N heads of H, and K of keys; window None: back to the beginning.
+    """`layers` attention layers of one shape: N query and K key/value heads of size H.
 
-    reached: how many of them gradients run through.
+    window: None for full causal attention. reached: number of these layers that gradients pass through.
     """
 
     layers: int
@@ -33,9 +34,10 @@ class AttentionGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class Experts:
-    """`count` experts in each layer that has any, of which every token meets `chosen`.
+    """`count` experts in each layer that has experts; every token is computed by `chosen` of them.
 
-    parameters: of all experts of all layers. outputs: widths of the products of the chosen ones, all layers together.
+    parameters: of all experts of all layers. outputs: sum of the output widths of the chosen experts' products over all
+    layers.
     """
 
     count: int
@@ -53,16 +55,17 @@ class Experts:
 class ModelSizes:
     """Sizes of one model with its adapters.
 
-    parameters: all but adapters. active: those that multiply every token: no embedding table, of experts only the
-    chosen ones, a tied head once. adapter: of adapters. moving: what training moves, which is adapters where there
-    are any. trained, reached: those of the active ones that move, and that gradients run through. outputs: widths of
-    all matrix products of all layers together, for one token. width: D. layers: L. experts: None without any.
+    parameters: without adapters. active: those that multiply every token: no embedding table, only the chosen experts,
+    a tied head once. adapter: parameters of adapters. trainable: adapters alone if there are any, else the trained part
+    of `parameters`. trained, reached: active parameters that are trained, and that gradients pass through. outputs: sum
+    of the output widths of all layers' matrix products for one token. width: D. layers: L. experts: None for a dense
+    model.
     """
 
     parameters: int
     active: int
     adapter: int
-    moving: int
+    trainable: int
     trained: int
     reached: int
     outputs: int
@@ -73,58 +76,57 @@ class ModelSizes:
     experts: Experts | None
 
     def model_flops(self, rows: int, length: int) -> int:
-        """Of one step over rows of `length` tokens, recomputation left out.
+        """FLOPs of one step over rows of `length` tokens, recomputation left out.
 
-        Two FLOPs a parameter and token forward, two for the gradient of activations, and two for the gradient of
-        weights that are trained. Attention counts the scores that causal order and window leave.
+        Two FLOPs per parameter and token forward, two for the gradient of activations, and two for the gradient of
+        trained weights. Attention counts only scores that causal order and window allow.
         """
         tokens = rows * length
         products = 2 * (self.active + self.reached + self.trained) * tokens + 6 * self.adapter * tokens
         return products + self.attention_flops(rows, length)
 
     def attention_flops(self, rows: int, length: int, *, parts: int = 1) -> int:
-        """Of scores and of what they weigh, as far as causal order and window leave them.
+        """FLOPs of scores and of their products with values, as far as causal order and window allow.
 
-        parts: into how many the context axis cuts a row. The last one sees most, and the others wait for it: the
-        figure is as if all did as much.
+        parts: number of parts into which the context axis splits a row. The last part has most to compute and the
+        others wait for it, so each counts as much as the last.
         """
         return sum(
-            (4 * look.layers + 8 * look.reached)
+            (4 * group.layers + 8 * group.reached)
             * rows
             * parts
-            * (_seen(length, look) - _seen(length - length // parts, look))
-            for look in self.attention
+            * (_score_products(length, group) - _score_products(length - length // parts, group))
+            for group in self.attention
         )
 
 
-def _seen(length: int, look: AttentionGroup) -> int:
-    """Numbers of queries times keys times width that one row's scores take."""
-    window = min(look.window or length, length)
-    return look.heads * look.head_dim * (window * (window + 1) // 2 + (length - window) * window)
+def _score_products(length: int, group: AttentionGroup) -> int:
+    """Multiplications for the scores of one row in one layer: pairs of query and key times N times H."""
+    window = min(group.window or length, length)
+    return group.heads * group.head_dim * (window * (window + 1) // 2 + (length - window) * window)
 
 
-def sizes_of(model: Any) -> ModelSizes:
-    """Of a model, abstract or not, with or without adapters."""
+def sizes_of(model: Decoder) -> ModelSizes:
+    """Sizes of a model, abstract or not, with or without adapters."""
     leaves, _ = flatten(nnx.state(model, nnx.Param), is_quantized)
     chosen = getattr(model.config, "num_experts_per_tok", 1)
     config, first = model.config, _first_reached(model, adapted=any(_is_adapter(path) for path in leaves))
     groups = group_layers(model.segments)
-    parameters = active = adapter = moving = trained = reached = outputs = 0
+    parameters = active = adapter = trainable = trained = reached = outputs = 0
     tied = "lm_head/kernel" not in leaves
     for path, leaf in leaves.items():
         size = math.prod(leaf.shape)
         if _is_adapter(path):
             adapter += size
             continue
-        moves = model.trainable_paths is None or path in model.trainable_paths
+        is_trained = model.trainable_paths is None or path in model.trainable_paths
         parameters += size
-        moving += moves * size
-        counts = path.endswith("kernel") or (tied and path == "embed_tokens/embedding")
-        if not counts:
+        trainable += is_trained * size
+        if not (path.endswith("kernel") or (tied and path == "embed_tokens/embedding")):
             continue
         used = int(size * (chosen / leaf.shape[1] if len(leaf.shape) == 4 else 1))
         active += used
-        trained += moves * used
+        trained += is_trained * used
         if path.startswith("layers/"):
             outputs += int(leaf.shape[0] * leaf.shape[-1] * (chosen if len(leaf.shape) == 4 else 1))
             layers = groups[int(path.split("/")[1])]
@@ -132,18 +134,18 @@ def sizes_of(model: Any) -> ModelSizes:
         else:
             reached += used
     attention_groups = tuple(
-        _attention_groups_of(group.self_attn, layers, first) for group, layers in zip(model.layers, groups, strict=True)
+        _attention_group_of(group.self_attn, layers, first) for group, layers in zip(model.layers, groups, strict=True)
     )
     return ModelSizes(
         parameters=parameters,
         active=active,
         adapter=adapter,
-        moving=_size(nnx.state(model, AdapterParam)) if adapter else moving,
+        trainable=_size(nnx.state(model, AdapterParam)) if adapter else trainable,
         trained=0 if adapter else trained,
         reached=reached,
         outputs=outputs,
         width=config.hidden_size,
-        layers=sum(look.layers for look in attention_groups),
+        layers=sum(group.layers for group in attention_groups),
         vocab=config.vocab_size,
         attention=attention_groups,
         experts=None if model.experts is None else _experts_of(leaves, model.experts, chosen),
@@ -172,16 +174,16 @@ def _is_adapter(path: str) -> bool:
     return not {"adapter", "prompt", "prefix", "shared"}.isdisjoint(path.split("/"))
 
 
-def _first_reached(model: Any, *, adapted: bool) -> int:
-    """The first layer that gradients run through."""
+def _first_reached(model: Decoder, *, adapted: bool) -> int:
+    """The first layer that gradients pass through."""
     if adapted or model.trainable_paths is None or "embed_tokens/embedding" in model.trainable_paths:
         return 0
     groups = group_layers(model.segments)
-    moved = {int(path.split("/")[1]) for path in model.trainable_paths if path.startswith("layers/")}
-    return min((layer for group in moved for layer in groups[group]), default=sum(map(len, groups)))
+    trained_groups = {int(path.split("/")[1]) for path in model.trainable_paths if path.startswith("layers/")}
+    return min((layer for group in trained_groups for layer in groups[group]), default=sum(map(len, groups)))
 
 
-def _attention_groups_of(attention: Attention, layers: tuple[int, ...], first: int) -> AttentionGroup:
+def _attention_group_of(attention: Attention, layers: tuple[int, ...], first: int) -> AttentionGroup:
     shape = attention.shape
     reached = sum(layer >= first for layer in layers)
     return AttentionGroup(

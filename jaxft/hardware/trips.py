@@ -1,15 +1,16 @@
-"""How often a loop of a compiled program turns."""
+"""Trip counts of the loops in a compiled program."""
 
 import re
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from jaxft.hardware.hlo import Computation, Instruction, Module
 from jaxft.objectives.cross_entropy import AT_MOST
 
-PASSED_ON = ("copy", "bitcast", "convert", "reshape", "bitcast-convert", "copy-done", "opt-barrier")
+TRANSPARENT = ("copy", "bitcast", "convert", "reshape", "bitcast-convert", "copy-done", "opt-barrier")
 
 
-class Slot(NamedTuple):
+@dataclass(frozen=True)
+class Slot:
     """Element `index` of a loop's carry, plus `offset`."""
 
     index: int
@@ -20,26 +21,26 @@ Value = int | Slot | None
 Environment = dict[int, Value]
 
 
-def turns(module: Module, outer: Computation, loop: Instruction) -> int | None:
-    """Turns of a `while`, None where they hang on data and nothing bounds them.
+def trip_count(module: Module, outer: Computation, loop: Instruction) -> int | None:
+    """Trips of a `while`; None if they depend on data and have no bound.
 
-    XLA's own known_trip_count where it is written, else from the condition's bound, the start and the step of the
-    counter. A loop under the name `turns_at_most_N` counts N times.
+    From XLA's own known_trip_count if the text has it, else from the bound in the condition and from start and step of
+    the counter. A loop whose scope is named `turns_at_most_N` counts as N trips.
     """
     known = re.search(r'known_trip_count"?[:=]\{"?n"?[:=]"?(\d+)', loop.attributes)
     if known:
         return int(known.group(1))
     condition = module.computations[loop.called("condition")[0]]
     body = module.computations[loop.called("body")[0]]
-    counted = _counted(module, outer, loop, condition, body)
-    if counted is not None:
-        return counted
-    # The innermost name bounds this loop; one further out bounds a loop around it.
+    trips = _counter_trips(module, outer, loop, condition, body)
+    if trips is not None:
+        return trips
+    # The innermost name bounds this loop; an outer name bounds a loop around it.
     bounds = re.findall(rf"{AT_MOST}(\d+)\)*/while(?=$|/)", loop.scope)
     return int(bounds[-1]) if bounds and loop.scope.endswith("/while") else None
 
 
-def _counted(
+def _counter_trips(
     module: Module, outer: Computation, loop: Instruction, condition: Computation, body: Computation
 ) -> int | None:
     test = _comparison(module, condition, condition.root, {})
@@ -50,9 +51,9 @@ def _counted(
         left, right, direction = right, left, {"GT": "LT", "GE": "LE", "LT": "GT", "LE": "GE"}.get(direction, direction)
     if not isinstance(left, Slot):
         return None
-    bound = _before(module, outer, loop, body, right) if isinstance(right, Slot) else right
-    start = _initial(module, outer, loop, left.index)
-    after = _carried(module, body, left.index)
+    bound = _invariant_value(module, outer, loop, body, right) if isinstance(right, Slot) else right
+    start = _initial_value(module, outer, loop, left.index)
+    after = _carried_value(module, body, left.index)
     if not isinstance(bound, int) or not isinstance(start, int) or not isinstance(after, Slot):
         return None
     step = after.offset
@@ -65,24 +66,24 @@ def _counted(
     return None if span is None else max(0, -(-span // abs(step)))
 
 
-def _before(module: Module, outer: Computation, loop: Instruction, body: Computation, slot: Slot) -> Value:
-    """The value of a slot that the loop leaves alone."""
-    if _carried(module, body, slot.index) != Slot(slot.index, 0):
+def _invariant_value(module: Module, outer: Computation, loop: Instruction, body: Computation, slot: Slot) -> Value:
+    """The value of a slot that the loop does not change."""
+    if _carried_value(module, body, slot.index) != Slot(slot.index, 0):
         return None
-    value = _initial(module, outer, loop, slot.index)
+    value = _initial_value(module, outer, loop, slot.index)
     return value + slot.offset if isinstance(value, int) else None
 
 
-def _initial(module: Module, outer: Computation, loop: Instruction, index: int) -> Value:
+def _initial_value(module: Module, outer: Computation, loop: Instruction, index: int) -> Value:
     carry = outer.instructions.get(loop.operands[0])
     if carry is None or carry.opcode != "tuple":
         return None
     return _value(module, outer, carry.operands[index], {})
 
 
-def _carried(module: Module, body: Computation, index: int) -> Value:
+def _carried_value(module: Module, body: Computation, index: int) -> Value:
     root = body.root
-    while root.opcode in PASSED_ON:
+    while root.opcode in TRANSPARENT:
         root = body.instructions[root.operands[0]]
     return _value(module, body, root.operands[index], {}) if root.opcode == "tuple" else None
 
@@ -97,7 +98,7 @@ def _comparison(
     if root.opcode == "fusion":
         inner = module.computations[root.called("calls")[0]]
         return _comparison(module, inner, inner.root, _environment(module, computation, root, inputs))
-    if root.opcode in PASSED_ON:
+    if root.opcode in TRANSPARENT:
         return _comparison(module, computation, computation.instructions[root.operands[0]], inputs)
     return None
 
@@ -107,7 +108,7 @@ def _environment(module: Module, computation: Computation, fusion: Instruction, 
 
 
 def _value(module: Module, computation: Computation, name: str, inputs: Environment) -> Value:
-    """A scalar as a number or as a slot of the carry: the computation's parameter 0, where `inputs` is empty."""
+    """A scalar as a number or as a slot of the carry, which is the computation's parameter 0 if `inputs` is empty."""
     instruction = computation.instructions.get(name)
     if instruction is None:
         return None
@@ -117,9 +118,9 @@ def _value(module: Module, computation: Computation, name: str, inputs: Environm
     if code == "parameter":
         return inputs.get(int(instruction.arguments))
     if code == "get-tuple-element":
-        source = computation.instructions[instruction.operands[0]]
-        return Slot(instruction.number("index"), 0) if source.opcode == "parameter" and not inputs else None
-    if code in PASSED_ON:
+        source, index = computation.instructions[instruction.operands[0]], instruction.number("index")
+        return Slot(index, 0) if source.opcode == "parameter" and not inputs and index is not None else None
+    if code in TRANSPARENT:
         return _value(module, computation, instruction.operands[0], inputs)
     if code in ("add", "subtract"):
         left, right = (_value(module, computation, operand, inputs) for operand in instruction.operands)

@@ -16,8 +16,8 @@ from jaxft.hardware.compile import LEVELS
 from jaxft.hardware.prices import price_of
 from jaxft.hardware.topology import Topology, parse
 from jaxft.planning.changes import changes_of
-from jaxft.planning.result import plan_result
 from jaxft.planning.job import abstract_step_of, estimate_step, measure, sharded_step_of, time_of
+from jaxft.planning.result import plan_result
 from jaxft.planning.search import search
 from jaxft.planning.shapes import Length, length_of, shapes_of
 

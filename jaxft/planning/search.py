@@ -14,7 +14,6 @@ from jaxft.hardware.chips import CHIPS, Chip
 from jaxft.hardware.prices import price_of
 from jaxft.hardware.topology import ALIASES, Topology, cubic_shape, parse
 from jaxft.nn.attention.splash import fits as kernel_fits
-from jaxft.planning.result import plan_result
 from jaxft.planning.job import (
     AbstractStep,
     ShardedStep,
@@ -24,6 +23,7 @@ from jaxft.planning.job import (
     sharded_step_of,
     time_of,
 )
+from jaxft.planning.result import plan_result
 from jaxft.planning.shapes import Length, shapes_of
 
 MARGIN = 0.9  # share of the memory limit that an estimate may take; candidates above it are not compiled

@@ -48,11 +48,13 @@ class QuantizedArray(ABC):
 class Format:
     """One way to quantise. name: for users. quantise: of an array [..., I, O], whatever its float type.
 
-    block: how many inputs share a scale, which must divide I; None: all.
+    bytes_per_weight: what one weight of a large matrix takes, scales included. block: how many inputs share a scale,
+    which must divide I; None: all.
     """
 
     name: str
     quantize: Callable[[jax.Array], QuantizedArray]
+    bytes_per_weight: float
     block: int | None = None
 
 

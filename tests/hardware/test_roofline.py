@@ -75,8 +75,8 @@ def test_model_flops_of_a_dense_model_by_hand():
     assert sizes.active == active
     scores = 32 * 12 * 32 * 128 * (4096 * 4097 // 2)
     assert sizes.model_flops(2, 4096) == 6 * active * 2 * 4096 + 2 * scores
-    still = dataclasses.replace(sizes, trained=0)
-    assert still.model_flops(2, 4096) == 4 * active * 2 * 4096 + 2 * scores
+    frozen = dataclasses.replace(sizes, trained=0)
+    assert frozen.model_flops(2, 4096) == 4 * active * 2 * 4096 + 2 * scores
 
 
 def test_only_chosen_experts_and_seen_windows_count():
@@ -84,21 +84,21 @@ def test_only_chosen_experts_and_seen_windows_count():
     assert mixtral.parameters == 46_702_792_704
     assert mixtral.active == pytest.approx(12.9e9 - 32000 * 4096, rel=0.01)  # the authors say 13B active
     gemma = sizes_of(abstract("gemma-3-1b"))
-    assert sum(look.layers for look in gemma.attention if look.window == 512) == 22
+    assert sum(group.layers for group in gemma.attention if group.window == 512) == 22
     table = 262144 * 1152  # tied: the head multiplies, the table does not
     assert gemma.active == pytest.approx(gemma.parameters, rel=0.001) and gemma.active > table
 
 
 def test_the_compilers_message_for_too_large_a_step_is_read():
     message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 26.68G of 15.75G hbm. Exceeded by 10.9G."
-    found = parse_too_large(message)
-    assert found.used == int(26.68 * 2**30) and found.limit == int(15.75 * 2**30) and found.temporaries is None
+    parsed = parse_too_large(message)
+    assert parsed.used == int(26.68 * 2**30) and parsed.limit == int(15.75 * 2**30) and parsed.temporaries is None
     message = (
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (62.98G) exceeds "
         "available HBM (15.75G)."
     )
-    found = parse_too_large(message)
-    assert (found.used, found.temporaries, found.limit) == (None, int(62.98 * 2**30), int(15.75 * 2**30))
+    parsed = parse_too_large(message)
+    assert (parsed.used, parsed.temporaries, parsed.limit) == (None, int(62.98 * 2**30), int(15.75 * 2**30))
     assert parse_too_large("RESOURCE_EXHAUSTED: something else").used is None
     assert parse_too_large("INTERNAL: a bug") is None
     # A kernel's vector memory is another matter than the chip's main memory.

@@ -87,7 +87,7 @@ def test_prices_of_the_user_replace_ours(tmp_path):
     assert (price.on_demand, price.spot, price.date) == (1, None, "2030-01-01")
     with pytest.raises(ConfigError, match="v6e needs a number on_demand"):
         price_of("v6e", str(path))
-    with pytest.raises(ConfigError, match="no v5p.*There: v5e, v6e"):
+    with pytest.raises(ConfigError, match="no price of v5p.*The file has: v5e, v6e"):
         price_of("v5p", str(path))
     path.write_text("[]")
     with pytest.raises(ConfigError, match='no object "chips"'):

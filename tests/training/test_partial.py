@@ -108,7 +108,7 @@ def test_a_plan_counts_no_moments_and_fewer_flops_for_what_stands_still():
     sizes, step = plan()
     few, part = plan(trainable="layers.24-31")
     layers = 8 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 2 * 4096)
-    assert (sizes.moving, few.moving) == (sizes.parameters, layers) and few.parameters == sizes.parameters
+    assert (sizes.trainable, few.trainable) == (sizes.parameters, layers) and few.parameters == sizes.parameters
     assert part.parts().optimizer == pytest.approx(8 * layers / 8, rel=1e-4)
     assert part.parts().weights == pytest.approx((4 * layers + 2 * (few.parameters - layers)) / 8, rel=1e-3)
     head = 4096 * 128256
