@@ -1,24 +1,24 @@
-"""Host memory and speed of moving an 8B checkpoint in and out, beside `cp` of the same files.
+"""Host memory and speed of loading and writing an 8B checkpoint, compared with `cp` of the same files.
 
     python benchmarks/convert_8b.py --scratch=/some/disk [--layers=32] [--steps=make,quantised]
 
-Writes a random bfloat16 checkpoint of Llama 3.1 8B's shapes (16 GB, four shards) below the scratch folder,
-then, each in a process of its own:
+Writes a random bfloat16 checkpoint of Llama 3.1 8B's shapes (16 GB, four shards) to the scratch folder, then runs
+these steps, each in a process of its own:
 
-    in       safetensors -> arrays sharded over 8 devices (fake ones, of the CPU)
+    in       safetensors -> arrays sharded over 8 devices (simulated on the CPU)
     out      those arrays -> safetensors shards
     convert  jaxft convert, folder to folder, comparison included
     quantised  safetensors -> arrays whose linear layers are NF4 with double quantisation, on one device
     cp       cp -r, followed by sync
 
-and deletes it all. The scratch disk needs about 33 GB, the machine about 18 GB of free memory for `in`
-and `out`, which must hold the model.
+and deletes everything. The scratch disk needs about 33 GB. `in` and `out` keep the model in memory, so the machine
+needs about 18 GB of free memory.
 
-Memory is RssAnon of /proc/self/status, sampled every 10 ms by a thread: what the process has allocated.
-Pages of files that the kernel caches are not in it, nor would they be missed. Devices are fake, so the
-arrays themselves are in it; `above` is the peak minus the arrays' bytes, which is the host memory that
-the same code takes on a machine whose arrays live in accelerators. Before the measured part one small
-model is loaded and written, so that compilers and libraries are not counted.
+Memory is RssAnon of /proc/self/status, sampled every 10 ms by a thread: the memory that the process has allocated. It
+does not include pages of files in the kernel's cache. Devices are simulated, so it includes the arrays; `above` is the
+peak minus the arrays' bytes, which is the host memory that the same code needs on a machine whose arrays are on
+accelerators. Before the measured part, one small model is loaded and written, so that compilers and libraries are not
+counted.
 """
 
 import argparse
@@ -65,13 +65,13 @@ class PeakMemory:
 
 
 def rss_anon() -> int:
-    """Bytes of memory that this process has allocated and touched."""
+    """Bytes of memory that this process has allocated and written to."""
     with open("/proc/self/status", encoding="ascii") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
 
 
 def make(folder: Path, layers: int) -> dict[str, float]:
-    """The checkpoint, drawn tensor by tensor."""
+    """Writes the checkpoint, drawn tensor by tensor."""
     import numpy as np
     from flax import nnx
 
@@ -88,14 +88,14 @@ def make(folder: Path, layers: int) -> dict[str, float]:
 
     def draw(shape: tuple[int, ...], index: tuple[slice, ...] | None = None) -> np.ndarray:
         shape = tuple(stop - start for start, stop in block_bounds(shape, index))
-        # Random mantissas below a fixed exponent: finite numbers of about 0.02, drawn at the speed of the disk.
+        # Random mantissas with a fixed exponent: finite numbers of about 0.02, drawn as fast as the disk writes.
         bits = np.frombuffer(rng.bytes(2 * int(np.prod(shape))), np.uint16)
         return ((bits & 0x80FF) | 0x3C00).view(dtype).reshape(shape)
 
     tensors = {}
-    for path, placed in param_tensors(model).items():
-        for piece in placed.pieces:
-            shape = hf_shape(placed, piece, leaves[path].shape)
+    for path, param in param_tensors(model).items():
+        for piece in param.pieces:
+            shape = hf_shape(param, piece, leaves[path].shape)
             tensors[piece.hf] = (TensorSpec(shape, dtype), functools.partial(draw, shape))
     folder.mkdir(parents=True)
     write_sharded(folder, tensors, max_bytes=5 * 10**9, metadata={"format": "pt"})
@@ -104,7 +104,7 @@ def make(folder: Path, layers: int) -> dict[str, float]:
 
 
 def in_out(folder: Path, layers: int) -> dict[str, float]:
-    """Into sharded arrays and out again, in one process."""
+    """Loads into sharded arrays and writes them again, in one process."""
     import jax
     from flax import nnx
 
@@ -120,29 +120,29 @@ def in_out(folder: Path, layers: int) -> dict[str, float]:
     write_weights(load_model(str(small), dtype="bfloat16", mesh=mesh).module, str(out))
     shutil.rmtree(out)
     out.mkdir()
-    figures = {}
+    results = {}
     with PeakMemory() as memory:
         start = time.monotonic()
         module = load_model(str(folder), dtype="bfloat16", mesh=mesh).module
         leaves = jax.tree.leaves(nnx.state(module))
         jax.block_until_ready(leaves)
-        figures["in_seconds"] = time.monotonic() - start
+        results["in_seconds"] = time.monotonic() - start
     arrays = sum(leaf.nbytes for leaf in leaves)
-    figures |= {"arrays_bytes": arrays, "largest_bytes": max(leaf.nbytes for leaf in leaves)}
-    figures["in_above_bytes"] = memory.peak - memory.start - arrays
+    results |= {"arrays_bytes": arrays, "largest_bytes": max(leaf.nbytes for leaf in leaves)}
+    results["in_above_bytes"] = memory.peak - memory.start - arrays
     with PeakMemory() as memory:
         start = time.monotonic()
         write_weights(module, str(out))
-        figures["out_seconds"] = time.monotonic() - start
-    figures["out_above_bytes"] = memory.peak - memory.start
+        results["out_seconds"] = time.monotonic() - start
+    results["out_above_bytes"] = memory.peak - memory.start
     subprocess.run(["sync"], check=True)
     for name in sorted(f.name for f in folder.glob("*.safetensors")):
         subprocess.run(["cmp", str(folder / name), str(out / name)], check=True)
-    return figures
+    return results
 
 
 def convert(folder: Path, layers: int) -> dict[str, float]:
-    """The command's function, folder to folder."""
+    """Runs the function of `jaxft convert`, folder to folder."""
     from rich.console import Console
 
     from jaxft.conversion.convert import convert
@@ -153,7 +153,7 @@ def convert(folder: Path, layers: int) -> dict[str, float]:
 
 
 def quantized(folder: Path, layers: int) -> dict[str, float]:
-    """Into arrays that are quantised layer by layer."""
+    """Loads into arrays that are quantised layer by layer."""
     import jax
     from flax import nnx
 
@@ -174,7 +174,7 @@ def quantized(folder: Path, layers: int) -> dict[str, float]:
 
 
 def cp(folder: Path, layers: int) -> dict[str, float]:
-    """The yardstick: the same bytes, read and written once."""
+    """Runs `cp`, which reads and writes the same bytes once."""
     start = time.monotonic()
     subprocess.run(["cp", "-r", str(folder), str(folder.with_name("out"))], check=True)
     subprocess.run(["sync"], check=True)
@@ -185,8 +185,8 @@ def main() -> None:
     """Runs every step in its own process and prints one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scratch", type=Path, required=True, help="a folder on a disk with 33 GB free")
-    parser.add_argument("--layers", type=int, default=32, help="fewer for a trial")
-    parser.add_argument("--steps", default=",".join(STEPS), help="which of them to run, in this order")
+    parser.add_argument("--layers", type=int, default=32, help="layers of the model; fewer for a trial")
+    parser.add_argument("--steps", default=",".join(STEPS), help="steps to run, in this order")
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     folder = arguments.scratch / "convert_8b" / "model"
@@ -196,20 +196,20 @@ def main() -> None:
         return
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip(), "NPROC": "64"}
-    figures: dict[str, float] = {}
+    results: dict[str, float] = {}
     try:
         for step in arguments.steps.split(","):
             command = [sys.executable, __file__, f"--scratch={arguments.scratch}", f"--layers={arguments.layers}"]
             done = subprocess.run([*command, f"--step={step}"], env=env, check=True, stdout=subprocess.PIPE, text=True)
-            figures |= json.loads(done.stdout.splitlines()[-1])
+            results |= json.loads(done.stdout.splitlines()[-1])
             shutil.rmtree(folder.with_name("out"), ignore_errors=True)
     finally:
         shutil.rmtree(folder.parent, ignore_errors=True)
     for name in ("in", "out", "convert", "quantised", "cp"):
-        if f"{name}_seconds" not in figures:
+        if f"{name}_seconds" not in results:
             continue
-        figures[f"{name}_gb_per_second"] = figures["bytes"] / 1e9 / figures[f"{name}_seconds"]
-    print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in figures.items()}, indent=2))
+        results[f"{name}_gb_per_second"] = results["bytes"] / 1e9 / results[f"{name}_seconds"]
+    print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in results.items()}, indent=2))
 
 
 if __name__ == "__main__":

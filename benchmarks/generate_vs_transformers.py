@@ -1,12 +1,12 @@
-"""Greedy generation on SmolLM2-135M: jaxft beside transformers, the same work in turn, as a ratio.
+"""Greedy generation with SmolLM2-135M: jaxft and transformers take turns at the same work; prints the ratio.
 
     python benchmarks/generate_vs_transformers.py --model=runs/models/SmolLM2-135M-Instruct
 
 Both answer the same prompts, users' messages of the quickstart as the chat template renders them, in float32 with a KV
-cache, on all cores of the machine, for exactly --tokens tokens each: stop tokens do not stop. Prompts are cut to
-the length of the shortest, so that neither side pads. Each measurement is a process of its own; the two take turns,
-and the ratio is of the medians. The rate is new tokens a second, prefill included and compilation not; the time of
-the first call, which compiles, is given apart. In float32 both should say the same: the share of equal tokens up to
+cache, on all cores of the machine, for exactly --tokens tokens each: stop tokens do not end a row. Prompts are cut to
+the length of the shortest, so that neither side pads. Each measurement is a process of its own, and the ratio is that
+of the medians. The rate is new tokens per second, with prefill and without compilation; the time of the first call,
+which compiles, is printed separately. In float32 both should generate the same text: the share of equal tokens up to
 the first difference shows whether they do.
 """
 
@@ -35,7 +35,7 @@ def prompts(model: str, batch: int) -> list[list[int]]:
         sys.exit(f"{DATA} has {len(chats)} rows: --batch can be at most that")
     rows = [tokenizer.encode(tokenizer.render(chat, add_generation_prompt=True)) for chat in chats]
     length = min(map(len, rows))
-    # From the end: the generation prompt stays, and the common system message no longer begins all rows alike, which
+    # Cut at the front: the generation prompt stays, and rows no longer share the system message as a prefix, which
     # jaxft would compute only once.
     return [row[-length:] for row in rows]
 
@@ -55,7 +55,7 @@ def transformers_side(model: str, rows: list[list[int]], tokens: int) -> Callabl
 
     module = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     ids = torch.tensor(rows)
-    # Its own generation_config may sample, penalise or stop.
+    # The model's own generation_config may sample, penalise or stop.
     module.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=0)
     options = {"do_sample": False, "max_new_tokens": tokens, "attention_mask": torch.ones_like(ids)}
 
@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace, who: str) -> dict[str, Any]:
         seconds.append(time.perf_counter() - began)
     count = sum(map(len, produced))
     if count != arguments.batch * arguments.tokens:
-        sys.exit(f"{who} made {count} tokens, not {arguments.batch} x {arguments.tokens}")
+        sys.exit(f"{who} generated {count} tokens, not {arguments.batch} x {arguments.tokens}")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     rate = count / statistics.median(seconds[1:])
     prompt = len(rows[0])
@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace, who: str) -> dict[str, Any]:
 
 
 def measure(arguments: argparse.Namespace, who: str, batch: int) -> dict[str, Any]:
-    """One process of one side."""
+    """Measures one side in a process of its own."""
     command = [sys.executable, __file__, f"--model={arguments.model}", f"--only={who}", f"--batch={batch}"]
     command += [f"--tokens={arguments.tokens}", f"--repeats={arguments.repeats}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -105,19 +105,19 @@ def agreement(ours: list[list[int]], theirs: list[list[int]]) -> float:
 
 
 def compare(arguments: argparse.Namespace, batch: int) -> None:
-    """All rounds of one batch size, and what came of them."""
-    found: dict[str, list[dict[str, Any]]] = {who: [] for who in SIDES}
+    """Measures all rounds of one batch size and prints the ratio."""
+    results: dict[str, list[dict[str, Any]]] = {who: [] for who in SIDES}
     for _ in range(arguments.rounds):
         for who in SIDES:
             one = measure(arguments, who, batch)
-            found[who].append(one)
+            results[who].append(one)
             print(
                 f"batch {batch:2}  {who:12} {one['rate']:7.1f} tokens/s  first call {one['first_seconds']:.1f} s  "
                 f"{one['peak_bytes'] / 1e9:.2f} GB",
                 flush=True,
             )
-    rate = {who: statistics.median(one["rate"] for one in each) for who, each in found.items()}
-    ours, theirs = (found[who][-1] for who in SIDES)
+    rate = {who: statistics.median(one["rate"] for one in each) for who, each in results.items()}
+    ours, theirs = (results[who][-1] for who in SIDES)
     print(
         f"batch {batch:2}  jaxft / transformers: {rate['jaxft'] / rate['transformers']:.2f}x the rate "
         f"({ours['prompt']} prompt tokens, {arguments.tokens} new; "

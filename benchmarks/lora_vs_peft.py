@@ -1,11 +1,11 @@
-"""Training SmolLM2-135M: jaxft beside transformers + PEFT, the same work in turn, as a ratio.
+"""Training SmolLM2-135M: jaxft and transformers + PEFT take turns at the same work; prints the ratio.
 
     python benchmarks/lora_vs_peft.py --model=runs/models/SmolLM2-135M-Instruct [--methods=full,lora,qlora]
 
 `qlora` is LoRA on a base in NF4 with double quantisation, for PEFT by bitsandbytes; `full` trains all weights. Both
 train rank 16 on all linear layers in float32 with AdamW on the same packed rows (the quickstart's messages), on all
-cores of the machine. Each measurement is a process of its own, so that peak memory is its own; the two take turns, and
-the ratio is of the medians. `--loss=assistant` trains only on the answers, as fine-tuning usually does: jaxft then
+cores of the machine. Each measurement is a process of its own, so that its peak memory is too, and the ratio is that of
+the medians. `--loss=assistant` trains only on the answers, as fine-tuning usually does: jaxft then
 skips the vocabulary products of prompt tokens, PEFT cannot.
 """
 
@@ -102,7 +102,7 @@ def run_peft(arguments: argparse.Namespace) -> tuple[list[float], list[float]]:
 
 
 def measure(arguments: argparse.Namespace, who: str, method: str) -> dict[str, Any]:
-    """One process of one side."""
+    """Measures one side in a process of its own."""
     command = [sys.executable, __file__, f"--model={arguments.model}", f"--only={who}", f"--batch={arguments.batch}"]
     command += [f"--length={arguments.length}", f"--steps={arguments.steps}", f"--loss={arguments.loss}"]
     command += [f"--remat={arguments.remat}", f"--method={method}"]
@@ -132,14 +132,14 @@ def main() -> None:
         print(json.dumps({"rate": rate, "peak_bytes": peak, "first_seconds": seconds[0], "losses": losses}))
         return
     runs = [(method, who) for method in arguments.methods.split(",") for who in ("jaxft", "peft")]
-    found: dict[tuple[str, str], list[dict[str, Any]]] = {run: [] for run in runs}
+    results: dict[tuple[str, str], list[dict[str, Any]]] = {run: [] for run in runs}
     for _ in range(arguments.rounds):
         for method, who in runs:
             one = measure(arguments, who, method)
-            found[method, who].append(one)
+            results[method, who].append(one)
             print(f"{method:6}{who:6} {one['rate']:7.1f} tokens/s  {one['peak_bytes'] / 1e9:.2f} GB", flush=True)
-    rate = {run: statistics.median(one["rate"] for one in each) for run, each in found.items()}
-    peak = {run: max(one["peak_bytes"] for one in each) for run, each in found.items()}
+    rate = {run: statistics.median(one["rate"] for one in each) for run, each in results.items()}
+    peak = {run: max(one["peak_bytes"] for one in each) for run, each in results.items()}
     for method in arguments.methods.split(","):
         ours, theirs = (method, "jaxft"), (method, "peft")
         ratio, memory = rate[ours] / rate[theirs], peak[ours] / peak[theirs]

@@ -1,9 +1,9 @@
-"""Writes the quickstart data: customer-support messages and the strict JSON that a model shall make of them.
+"""Writes the quickstart data: customer-support messages and the strict JSON that a model should answer with.
 
     python benchmarks/make_quickstart_data.py
 
-Composes each message from the hand-written sentences in quickstart_phrases.py, which are divided between the splits
-before anything is composed: no held-out sentence is ever seen in training. Same seed, same bytes.
+Each message is composed from the hand-written sentences in quickstart_phrases.py, which are divided between the splits
+first: no held-out sentence occurs in training. The same seed gives the same bytes.
 """
 
 import argparse
@@ -58,7 +58,7 @@ class Message:
 
 
 def endless(rng: random.Random, items: tuple[str, ...]) -> Iterator[str]:
-    """The items in random order, again and again: each is used about equally often."""
+    """Repeats the items forever, each time in a new random order: all are used about equally often."""
     while True:
         yield from rng.sample(items, len(items))
 
@@ -66,7 +66,8 @@ def endless(rng: random.Random, items: tuple[str, ...]) -> Iterator[str]:
 def order_id(rng: random.Random, split: str) -> str:
     """An order id in one of four styles, with an even digit sum in training and an odd one in the held-out rows.
 
-    So no id recurs, and unlike a digit kept for one split, a sum is nothing that a model could pick up by copying.
+    So no id recurs in the other split, and copying cannot teach a model the difference, as it could with a digit that
+    only one split has.
     """
     style = rng.choice(("0000", "00000", "AA-000", "A0000"))
     letters = "".join(rng.choice("BCDFGHKLMNPRTVWX") if c == "A" else c for c in style.rstrip("0"))
@@ -87,12 +88,12 @@ def misspell(rng: random.Random, sentence: str) -> str:
 
 
 def compose(rng: random.Random, split: str, core: str, pace: str, has_order: bool) -> str:
-    """A message of this split with `{p}` and, where it has an order, `{o}` still open."""
+    """A message of this split with the placeholder `{p}` and, if it has an order, `{o}`."""
 
     def happens(part: str) -> bool:
         return rng.random() < SHARE[part]
 
-    # Only the core is misspelt: the cue of an urgent message stays legible.
+    # Only the core is misspelt, so that the cue of an urgent message stays legible.
     core = misspell(rng, core) if happens("typos") else core
     before, after = [], []
     if has_order and happens("order_first"):

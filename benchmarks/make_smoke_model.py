@@ -1,4 +1,4 @@
-"""Writes jaxft/assets/smoke: the shapes and the byte tokenizer of the model that `:smoke` runs use.
+"""Writes jaxft/assets/smoke: the shapes and the byte tokenizer of the model for `:smoke` runs.
 
 python benchmarks/make_smoke_model.py jaxft/assets/smoke
 """

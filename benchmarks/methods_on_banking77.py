@@ -1,11 +1,11 @@
-"""Full fine-tuning, LoRA and QLoRA on the same small task: what each learns and what it forgets, over seeds.
+"""Full fine-tuning, LoRA and QLoRA on the same small task, over seeds: accuracy, and forgetting of other text.
 
     python benchmarks/methods_on_banking77.py --model=runs/models/SmolLM2-135M-Instruct \
         --banking77=FOLDER --gsm8k=FOLDER --to=runs/methods
 
-The task is to name the intent of a customer's message among a few of Banking77's: `jaxft train` with each method and
+The task is to name the intent of a customer's message, one of a few from Banking77: `jaxft train` with each method and
 seed on the same rows, accuracy by generation on rows of the test set. Forgetting is the perplexity on text of another
-kind (GSM8K's test set, as in quantization_table.py), before and after. Runs that are there already are not repeated.
+kind (GSM8K's test set, as in quantization_table.py), before and after. Runs whose folder is complete are not repeated.
 """
 
 import argparse
@@ -30,7 +30,7 @@ QUESTION = "Which intent does this message to a bank have? Answer with one of: {
 
 
 def write_rows(source: Path, target: Path, intents: list[str], each: int) -> None:
-    """A question and its answer for `each` messages of every intent, in the order of the file."""
+    """Writes a question and its answer for `each` messages of every intent, in the order of the file."""
     taken = dict.fromkeys(intents, 0)
     listed = ", ".join(intents)
     with open(source, encoding="utf-8") as rows, open(target, "w", encoding="utf-8") as out:
@@ -44,7 +44,7 @@ def write_rows(source: Path, target: Path, intents: list[str], each: int) -> Non
 
 
 def run(method: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """One training run's figures; those of its folder where it is whole."""
+    """Summary of one training run, read from its folder if it is complete."""
     folder = Path(arguments.to) / f"{method}-{seed}"
     summary = folder / "summary.json"
     if summary.is_file():
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--each", type=int, default=25, help="training rows of an intent")
     parser.add_argument("--epochs", type=float, default=2.0)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=8192, help="of the text for forgetting")
+    parser.add_argument("--tokens", type=int, default=8192, help="of the other text")
     arguments = parser.parse_args()
     to, source = Path(arguments.to), Path(arguments.banking77)
     to.mkdir(parents=True, exist_ok=True)
@@ -97,18 +97,18 @@ def main() -> None:
     for method in METHODS:
         scores, forgetting = [], []
         for seed in range(arguments.seeds):
-            figures = run(method, seed, arguments)
+            summary = run(method, seed, arguments)
             after = texts.perplexity(load_trained(str(to / f"{method}-{seed}")), other)
-            scores.append(figures["tuned_score"])
+            scores.append(summary["tuned_score"])
             forgetting.append(after)
             print(
-                f"{method} seed {seed}: accuracy {figures['base_score']:.1%} -> {figures['tuned_score']:.1%} of "
-                f"{figures['examples']}, held-out loss {figures['eval_loss']:.4f}, other text {after:.3f}",
+                f"{method} seed {seed}: accuracy {summary['base_score']:.1%} -> {summary['tuned_score']:.1%} of "
+                f"{summary['examples']}, held-out loss {summary['eval_loss']:.4f}, other text {after:.3f}",
                 flush=True,
             )
-        accuracy, spread = statistics.mean(scores), statistics.pstdev(scores)
+        accuracy, deviation = statistics.mean(scores), statistics.pstdev(scores)
         lines.append(
-            f"| {method} | {accuracy:.1%} ± {spread:.1%} | {statistics.mean(forgetting):.3f} ± "
+            f"| {method} | {accuracy:.1%} ± {deviation:.1%} | {statistics.mean(forgetting):.3f} ± "
             f"{statistics.pstdev(forgetting):.3f} |"
         )
     print("\n| method | accuracy | perplexity on other text |\n|---|---|---|")

@@ -1,7 +1,8 @@
-"""Products with NF4 kernels on TPUs: weights become dense a tile at a time in vector memory, never in main memory.
+"""A Pallas kernel for products with NF4 weights on TPUs: tiles are dequantised in vector memory, never in main memory.
 
-The kernel is the XLA form's arithmetic, `NF4.dense` and a product, with sums of tiles in float32. It works on what one
-device holds; over several it belongs in `jax.shard_map`.
+The arithmetic is that of XLA's form, `NF4.dense` and a product, with sums over tiles in float32. The kernel works on
+arrays of one device; on a mesh, call it in `jax.shard_map`. No layer of jaxft uses it: docs/quantization.md has the
+measurement.
 """
 
 # M rows, I inputs, O outputs, N blocks of 64 inputs
@@ -18,22 +19,22 @@ from jaxft.quant.nf4 import LEVELS, NF4, select
 from jaxft.quant.nibbles import BLOCK
 from jaxft.quant.scales import dense_scales
 
-# A tile of weights is 512 inputs, whose 8 scales an output fill a register, by at most 512 outputs. A tile is made once
-# for each block of rows: with a thousand of them the product takes longer than that.
+# A tile of weights is 512 inputs, whose 8 scales per output fill a register, by at most 512 outputs. It is dequantised
+# once for each block of rows: with a thousand rows, the product takes longer than that.
 INPUTS, OUTPUTS, ROWS, LANES = 512, 512, 1024, 128
 
 
 def fits(rows: int, kernel: NF4) -> bool:
-    """Whether the product of so many rows with the kernel is whole tiles."""
+    """Whether a product of this many rows with the kernel divides into whole tiles."""
     inputs, outputs = kernel.shape[-2:]
     return kernel.ndim == 2 and rows % LANES == 0 and inputs % INPUTS == 0 and outputs % LANES == 0
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def matmul(x: jax.Array, kernel: NF4, interpret: bool = False) -> jax.Array:
-    """x [..., I] @ kernel [I, O] -> [..., O] in x's type. The kernel gets no gradient. interpret: without a TPU.
+    """x [..., I] @ kernel [I, O] -> [..., O] in x's dtype. The kernel has no gradient.
 
-    Sizes must be such as `fits` takes.
+    interpret: run without a TPU. Sizes must be such that `fits` is True.
     """
     return _product(x, kernel, transposed=False, interpret=interpret)
 
@@ -53,24 +54,24 @@ def _product(x: jax.Array, kernel: NF4, *, transposed: bool, interpret: bool) ->
     """x @ kernel, or x @ kernel^T."""
     x_MX = x.reshape(-1, x.shape[-1])
     rows, inputs, outputs = _block(ROWS, len(x_MX)), INPUTS, _block(OUTPUTS, kernel.shape[1])
-    summed, made = (outputs, inputs) if transposed else (inputs, outputs)
-    to = kernel.shape[0 if transposed else 1]
+    summed, produced = (outputs, inputs) if transposed else (inputs, outputs)
+    width = kernel.shape[0 if transposed else 1]
 
-    def place(m: int, made: int, summed: int) -> tuple[int, int]:
-        return (made, summed) if transposed else (summed, made)
+    def weight_tile(m: int, produced: int, summed: int) -> tuple[int, int]:
+        return (produced, summed) if transposed else (summed, produced)
 
     y_MY = pl.pallas_call(
         partial(_tile, transposed=transposed),
-        # What is summed over comes last.
-        grid=(len(x_MX) // rows, to // made, x_MX.shape[1] // summed),
+        # The axis that is summed over comes last.
+        grid=(len(x_MX) // rows, width // produced, x_MX.shape[1] // summed),
         in_specs=[
-            pl.BlockSpec((rows, summed), lambda m, made, summed: (m, summed)),
-            pl.BlockSpec((inputs // 2, outputs), place),
-            pl.BlockSpec((inputs // BLOCK, outputs), place),
+            pl.BlockSpec((rows, summed), lambda m, produced, summed: (m, summed)),
+            pl.BlockSpec((inputs // 2, outputs), weight_tile),
+            pl.BlockSpec((inputs // BLOCK, outputs), weight_tile),
         ],
-        out_specs=pl.BlockSpec((rows, made), lambda m, made, summed: (m, made)),
-        out_shape=jax.ShapeDtypeStruct((len(x_MX), to), x.dtype),
-        scratch_shapes=[pltpu.VMEM((rows, made), jnp.float32)],
+        out_specs=pl.BlockSpec((rows, produced), lambda m, produced, summed: (m, produced)),
+        out_shape=jax.ShapeDtypeStruct((len(x_MX), width), x.dtype),
+        scratch_shapes=[pltpu.VMEM((rows, produced), jnp.float32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         interpret=interpret,
         name="nf4_matmul",
@@ -83,7 +84,7 @@ def _tile(x_ref: Any, codes_ref: Any, scales_ref: Any, y_ref: Any, sum_ref: Any,
     def _() -> None:
         sum_ref[...] = jnp.zeros_like(sum_ref)
 
-    # Int32 and float32 between loading and the product: narrower arithmetic is not every TPU's.
+    # Int32 and float32 between loading and the product: not every TPU has narrower arithmetic.
     half, outputs = codes_ref.shape
     packed = codes_ref[...].astype(jnp.int32).reshape(-1, BLOCK // 2, outputs)
     levels = [jnp.float32(level) for level in LEVELS]

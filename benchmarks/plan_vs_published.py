@@ -1,12 +1,13 @@
-"""Predicted beside published training throughput: how far the roofline of `jaxft plan` can be trusted.
+"""Predicted against published training throughput: how accurate the roofline of `jaxft plan` is.
 
     python benchmarks/plan_vs_published.py
 
-Published: MaxText, docs/reference/models/tiering.md (tokens a second and chip) and MaxText/configs/v5e, v5p/README.md
-(TFLOPs a second and chip; only sizes are known of these models). Batches, meshes and rematerialisation: the recipes
-that these pages name (AI-Hypercomputer/tpu-recipes; MaxText/configs/*/*.sh). What a recipe recomputes is estimated from
-what it keeps, as a share of the forward pass; Mixtral's recipes pad experts to a capacity of 1.25. Work is reckoned by
-arithmetic: these are not jaxft's steps. Rows marked * found the efficiencies in jaxft/hardware/roofline.py.
+Published: MaxText, docs/reference/models/tiering.md (tokens per second and chip) and MaxText/configs/v5e, v5p/README.md
+(TFLOPs per second and chip; of these models only the size is known). Batches, meshes and rematerialisation: the recipes
+that these pages name (AI-Hypercomputer/tpu-recipes; MaxText/configs/*/*.sh). The share of the forward pass that they
+recompute is estimated from what they keep; Mixtral's recipes pad experts to a capacity of 1.25. Work is estimated by
+arithmetic, because these are not jaxft's steps. The efficiencies in jaxft/hardware/roofline.py were fitted to the rows
+marked *.
 """
 
 import json
@@ -25,26 +26,26 @@ from jaxft.planning.job import abstract_step_of, estimate_step, sharded_step_of,
 
 
 class Named(NamedTuple):
-    """A published row of a known model. again: share of the forward pass that is recomputed."""
+    """A published row of a known model. recomputed: share of the forward pass that the backward pass repeats."""
 
     model: str
     topology: str
     rows_per_chip: int
     length: int
     tokens: float
-    again: float
+    recomputed: float
     fitted: bool
     capacity: float = 1.0
     tensor: int = 1
 
 
 class Sized(NamedTuple):
-    """A published row of which only the model's size is known. tflops: of the model, a second and chip."""
+    """A published row of a model of which only the size is known. tflops: of the model, per second and chip."""
 
     model: str
     topology: str
     tflops: float
-    again: float
+    recomputed: float
     fitted: bool
 
 
@@ -70,7 +71,7 @@ SIZED = (
 
 
 def predicted(row: Named) -> float:
-    """Tokens a second and chip."""
+    """Predicted tokens per second and chip."""
     topology = parse(row.topology)
     batch = row.rows_per_chip * topology.chips
     values = {
@@ -85,9 +86,9 @@ def predicted(row: Named) -> float:
     shapes = json.loads((ASSETS / "published" / f"{row.model}.json").read_text(encoding="utf-8"))
     step = sharded_step_of(abstract_step_of(run, shapes, 1000), run, topology, real=False)
     costs = estimate_step(step).costs
-    bytes_moved = costs.hbm_bytes
+    hbm_bytes = costs.hbm_bytes
     costs.work.clear()
-    costs.work[Work(int(step.model_flops * (1 + row.again / 3) * row.capacity), bytes_moved)] += 1
+    costs.work[Work(int(step.model_flops * (1 + row.recomputed / 3) * row.capacity), hbm_bytes)] += 1
     return batch * row.length / topology.chips / time_of(step, costs).total
 
 
@@ -107,9 +108,9 @@ def main() -> None:
         show(row, row.tokens, predicted(row), "tokens/s")
     for row in SIZED:
         chip = parse(row.topology).chip
-        value = chip.flops * efficiency_of(chip).products / (1 + row.again / 3) / 1e12
+        value = chip.flops * efficiency_of(chip).products / (1 + row.recomputed / 3) / 1e12
         show(row, row.tflops, value, "TFLOP/s")
-    for fitted, name in ((True, "the rows that found the efficiencies (*)"), (False, "the other rows")):
+    for fitted, name in ((True, "the rows that the efficiencies are fitted to (*)"), (False, "the other rows")):
         mean, worst = statistics.mean(errors[fitted]), max(errors[fitted])
         print(f"\nOn {name}: mean error {mean:.0%}, largest {worst:.0%}.")
 

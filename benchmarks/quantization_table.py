@@ -1,4 +1,4 @@
-"""What each quantised format costs a real model: perplexity, bytes, and how far the logits move.
+"""Cost of each quantised format for a real model: perplexity, bits per weight, error of the kernels.
 
     python benchmarks/quantization_table.py --model=runs/models/SmolLM2-135M-Instruct --gsm8k=FOLDER --banking77=FOLDER
 
@@ -23,7 +23,7 @@ from jaxft.data import load_tokenizer
 from jaxft.data.batch import Batch
 from jaxft.nn.quantized import kernels
 from jaxft.objectives.sft import sft_loss
-from jaxft.quant import FORMATS
+from jaxft.quant import FORMATS, dense
 
 ROWS, LENGTH = 4, 512
 
@@ -38,7 +38,7 @@ def texts(arguments: argparse.Namespace) -> dict[str, list[str]]:
 
 
 def batches(rows: list[str], tokenizer: Any, tokens: int) -> list[Batch]:
-    """At least `tokens` tokens of the rows, in packed batches."""
+    """At least `tokens` tokens of the rows in packed batches."""
     out, sequences, sequence = [], [], []
     for row in rows:
         ids = tokenizer.encode(row)[: LENGTH - 1]
@@ -77,21 +77,20 @@ def perplexity(loaded: LoadedModel, rows: list[Batch]) -> float:
     return float(np.exp(sum(float(s.total) for s in sums) / sum(float(s.weight) for s in sums)))
 
 
-def stored_bits(loaded: LoadedModel) -> float:
-    """Bits a weight of the linear layers takes, scales included."""
+def bits_per_weight(loaded: LoadedModel) -> float:
+    """Bits per weight of the linear layers, scales included."""
     values = [layer.kernel.get_value() for layer in kernels(loaded.module).values()]
     size = sum(np.prod(value.shape) for value in values)
     return 8 * sum(leaf.nbytes for leaf in jax.tree.leaves(values)) / size
 
 
 def kernel_error(loaded: LoadedModel, base: LoadedModel) -> float:
-    """Root mean square of the kernels' errors as a share of that of the kernels."""
+    """Root mean square of the kernels' errors, divided by that of the kernels."""
     error = norm = 0.0
     for ours, theirs in zip(kernels(loaded.module).values(), kernels(base.module).values(), strict=True):
         exact = theirs.kernel.get_value()
-        found = ours.kernel.get_value()
-        found = found if isinstance(found, jax.Array) else found.dense(jnp.float32)
-        error, norm = error + float(jnp.sum((found - exact) ** 2)), norm + float(jnp.sum(exact**2))
+        kernel = dense(ours.kernel.get_value(), jnp.float32)
+        error, norm = error + float(jnp.sum((kernel - exact) ** 2)), norm + float(jnp.sum(exact**2))
     return (error / norm) ** 0.5
 
 
@@ -110,9 +109,9 @@ def main() -> None:
     base = load_model(arguments.model)
     for name in (None, *FORMATS):
         loaded = base if name is None else load_model(arguments.model, quantization=name)
-        figures = [f"{stored_bits(loaded):.2f}", f"{kernel_error(loaded, base):.4f}"]
-        figures += [f"{perplexity(loaded, rows):.3f}" for rows in sets.values()]
-        print(" | ".join([name or "float32", *figures]), flush=True)
+        columns = [f"{bits_per_weight(loaded):.2f}", f"{kernel_error(loaded, base):.4f}"]
+        columns += [f"{perplexity(loaded, rows):.3f}" for rows in sets.values()]
+        print(" | ".join([name or "float32", *columns]), flush=True)
 
 
 if __name__ == "__main__":

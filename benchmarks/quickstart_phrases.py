@@ -1,14 +1,14 @@
-"""The hand-written phrases that the quickstart data is composed of, split by sentence into train and held-out.
+"""Hand-written phrases from which the quickstart data is composed, split by sentence into train and held-out.
 
-`{p}` is the product and `{o}` the order id. Only the PACE sentences of the urgent kind hold one of the cues, so
-whether a message is urgent can be read off it. Nothing here belongs to both splits except the words of the cues.
+`{p}` is the product and `{o}` the order id. Only the urgent sentences of PACE contain one of the cues, so the text
+shows whether a message is urgent. The splits share nothing but the words of the cues.
 """
 
 SPLITS = ("train", "heldout")
 
 URGENT_CUES = ("urgent", "asap", "today", "right away", "immediately")
 
-# What the customer asks for: intent -> split -> sentences.
+# The customer's request: intent -> split -> sentences.
 CORES: dict[str, dict[str, tuple[str, ...]]] = {
     "refund": {
         "train": (
@@ -300,7 +300,7 @@ CLOSINGS: dict[str, tuple[str, ...]] = {
     "train": ("Thanks!", "Thank you.", "Cheers, Ben", "Best, Maria", "Regards, T. Okafor", "Thanks, Li", "Thx"),
     "heldout": ("Many thanks.", "Kind regards, Ines", "Yours, A. Novak", "Ta!"),
 }
-# Remarks that change no label; the numbers in some are there to be mistaken for an order id.
+# Remarks that change no label; some contain numbers that could be mistaken for an order id.
 FILLERS: dict[str, tuple[str, ...]] = {
     "train": (
         "I paid 49 euros.", "I've been a customer for 6 years.", "I live on the 3rd floor.", "I love your shop.",

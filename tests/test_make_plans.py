@@ -1,4 +1,4 @@
-"""Configs for real slices say what was planned for them: lines that parse, agree with themselves, and are fresh."""
+"""Configs for real slices contain their plan: lines that parse, are consistent, and are up to date."""
 
 import dataclasses
 import importlib.util
@@ -27,7 +27,7 @@ def _make_plans() -> ModuleType:
 
 
 make_plans = _make_plans()
-FIGURES = {
+PLAN = {
     "fits": True, "compiled": True, "topology": "v5e:2x4", "batch_size": 16, "max_length": 4096, "chips": 8,
     "hbm_peak_bytes": 7 * 2**30, "hbm_limit_bytes": 16 * 2**30, "step_seconds": 3.6, "usd_per_chip_hour": 1.5,
     "tokens_per_second_per_chip": 2275.6,
@@ -61,7 +61,7 @@ def test_small_configs_name_no_slice() -> None:
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     path = tmp_path / "one.py"
     path.write_text('"""A run.\n\nPlanned for v5e:2x4: no figures yet\n"""\n\nx = 1\n')
-    planned = make_plans.of_figures(FIGURES)
+    planned = make_plans.line_of(PLAN)
     make_plans.write(path, planned)
     assert path.read_text() == f'"""A run.\n\n{LINE}\n"""\n\nx = 1\n'
     assert make_plans.read(path) == planned
@@ -78,9 +78,9 @@ def test_lines_that_cannot_be_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="has 2 lines"):
         make_plans.read(path)
     with pytest.raises(SystemExit, match=r"fits=False.*larger slice"):
-        make_plans.of_figures(FIGURES | {"fits": False})
+        make_plans.line_of(PLAN | {"fits": False})
     with pytest.raises(SystemExit, match="compiled=False"):
-        make_plans.of_figures(FIGURES | {"compiled": False})
+        make_plans.line_of(PLAN | {"compiled": False})
     with pytest.raises(SystemExit, match="there is no .*no_such_config"):
         make_plans.main(["no_such_config"])
     with pytest.raises(SystemExit, match="quickstart.py names no slice"):

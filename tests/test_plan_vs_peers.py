@@ -1,4 +1,4 @@
-"""The table beside the peers: figures extrapolated over layers, and what is said where there are none."""
+"""The comparison with peers: numbers extrapolated over layers, and reasons for missing columns."""
 
 import importlib
 from pathlib import Path
@@ -15,7 +15,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("plan_vs_peers")
 
 
-def figures(layers: int) -> dict[str, object]:
+def column_of(layers: int) -> dict[str, object]:
     return {
         "hbm_bytes": 100 + 10 * layers,
         "argument_bytes": 10 * layers,
@@ -30,20 +30,20 @@ def figures(layers: int) -> dict[str, object]:
     }
 
 
-def test_a_straight_line_through_two_depths_is_exact_for_straight_figures(benchmark: ModuleType) -> None:
-    found = benchmark.extrapolated([figures(2), figures(4)], (2, 4))
-    wanted = figures(32)
-    assert found["hbm_bytes"] == wanted["hbm_bytes"]
-    assert found["flops"] == wanted["flops"]
-    assert found["compile_cpu_seconds"] == wanted["compile_cpu_seconds"]
-    assert found["collective_bytes_by_kind"] == {"all-gather": 160, "all-reduce": 15}
+def test_a_straight_line_through_two_depths_is_exact_for_linear_numbers(benchmark: ModuleType) -> None:
+    result = benchmark.extrapolated([column_of(2), column_of(4)], (2, 4))
+    expected = column_of(32)
+    assert result["hbm_bytes"] == expected["hbm_bytes"]
+    assert result["flops"] == expected["flops"]
+    assert result["compile_cpu_seconds"] == expected["compile_cpu_seconds"]
+    assert result["collective_bytes_by_kind"] == {"all-gather": 160, "all-reduce": 15}
 
 
 def test_the_table_gives_a_column_to_each_and_says_why_one_is_missing(benchmark: ModuleType) -> None:
     columns = {
-        "jaxft": figures(32) | {"note": None},
+        "jaxft": column_of(32) | {"note": None},
         "maxtext": {"missing": "does not do this: no adapters"},
-        "tunix": figures(32) | {"note": "extrapolated from 2 and 4 layers"},
+        "tunix": column_of(32) | {"note": "extrapolated from 2 and 4 layers"},
     }
     text = benchmark.table("8b-lora-v5e-8", columns)
     lines = text.splitlines()
@@ -61,5 +61,5 @@ def test_a_config_and_a_reason_stand_for_every_row(benchmark: ModuleType) -> Non
 
 
 def test_no_interpreter_is_refused(benchmark: ModuleType, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"no interpreter python9\.9 .* --python=PATH"):
+    with pytest.raises(SystemExit, match=r"no interpreter python9\.9, .* --python=PATH"):
         benchmark.environment_of("tunix", "google-tunix", tmp_path, "python9.9")

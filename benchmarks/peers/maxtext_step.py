@@ -1,8 +1,8 @@
 """MaxText's training step, compiled by its own `train_compile`, which reads no weights and needs no TPU.
 
 Runs in MaxText's environment: `python maxtext_step.py FOLDER TOPOLOGY BATCH_PER_DEVICE LENGTH LAYERS`. Llama 3.1 8B,
-all parameters, float32 weights and moments with bfloat16 compute, full rematerialisation, weights split over all
-devices: what its base config says, with the dataset and the checkpoints switched off.
+all parameters, float32 weights and moments with bfloat16 compute, full rematerialisation, weights sharded over all
+devices, as MaxText's base config has it, but without dataset and checkpoints.
 """
 
 import os
@@ -12,7 +12,7 @@ from typing import Any
 
 from record import ENVIRONMENT, record
 
-# Before JAX starts.
+# Must be set before JAX starts.
 os.environ.update(ENVIRONMENT)
 
 import maxtext
@@ -22,12 +22,12 @@ LAYERS = 32
 
 
 def main(folder: str, topology: str, batch_per_device: str, length: str, layers: str) -> None:
-    its_own = train_compile.jit_and_compile
+    original = train_compile.jit_and_compile
 
     def recorded(*args: Any, **kwargs: Any) -> Any:
-        return record(lambda: its_own(*args, **kwargs), Path(folder), ("maxtext",))
+        return record(lambda: original(*args, **kwargs), Path(folder), ("maxtext",))
 
-    # The one place where it holds the compiled step; what it does is left as it is.
+    # The only function that returns the compiled step; its behaviour stays the same.
     train_compile.jit_and_compile = recorded
     settings = {
         "run_name": "plan_vs_peers",
