@@ -1,6 +1,7 @@
 """The documents are true: generated pages are fresh, and links, paths, names, fields and options in them exist."""
 
 import ast
+import functools
 import importlib.util
 import inspect
 import json
@@ -52,6 +53,7 @@ def commands_in(text: str) -> list[str]:
     return [*re.sub(r"\\\n|\n +(?=\[--)", " ", blocks).splitlines(), *code_in(text)]
 
 
+@functools.cache
 def options_of_verbs() -> dict[str, set[str]]:
     """The options of every command of the command line."""
     verbs = next(action.choices for action in cli._parser()._actions if isinstance(action.choices, dict))
@@ -192,6 +194,22 @@ def test_the_readme_shows_every_command_and_every_option() -> None:
     lines = dict(re.findall(r"^    jaxft (\w+)(.*)$", usage.replace("[SAMPLING]", sampling), re.MULTILINE))
     shown = {verb: set(re.findall(r"--[a-z_]+", line.replace("--config.", ""))) for verb, line in lines.items()}
     assert shown == {verb: options - {"-h", "--help", "--json"} for verb, options in options_of_verbs().items()}
+
+
+def test_a_look_at_the_data_reads_as_the_readme_shows(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = re.search(r"    \$ jaxft (data .+)\n((?:    .+\n)+)", README.read_text(encoding="utf-8"))
+    assert cli.main(shown.group(1).replace("configs", str(ROOT / "configs")).split()) == 0
+    printed = "\n".join(" ".join(line.split()) for line in capsys.readouterr().out.splitlines())
+    lines = [" ".join(line.split()) for line in shown.group(2).splitlines()]
+    lines[0] = lines[0].replace("...", str(PACKAGE / "assets"))
+    for part in "\n".join(lines).split("\n...\n"):
+        assert part in printed
+
+
+def test_a_mistake_is_answered_as_the_readme_shows(capsys: pytest.CaptureFixture[str]) -> None:
+    command, answer = re.search(r"    \$ jaxft (train .+)\n    (.+)\n", README.read_text(encoding="utf-8")).groups()
+    assert cli.main(command.replace("configs", str(ROOT / "configs")).split()) == 2
+    assert capsys.readouterr().err == f"{answer}\n"
 
 
 def python_blocks(page: Path) -> list[str]:

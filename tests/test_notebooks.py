@@ -1,5 +1,6 @@
 """Notebooks are valid, carry no outputs, and their code runs."""
 
+import ast
 import json
 import os
 import subprocess
@@ -8,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from docs_names import names
+
+import jaxft
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -52,6 +56,16 @@ def test_has_no_outputs_and_compiles(path: Path) -> None:
         compile(source, f"{path.name} code cell {number}", "exec")
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_imports_and_calls_only_what_the_package_has(path: Path) -> None:
+    for node in ast.walk(ast.parse("\n".join(code_cells(path)))):
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("jaxft"):
+            wanted = {alias.name for alias in node.names}
+            assert wanted <= names().modules[node.module.replace(".", "/")], ast.unparse(node)
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "jaxft":
+            assert node.attr in jaxft.__all__, ast.unparse(node)
+
+
 @pytest.mark.slow
 def test_quickstart_runs_as_smoke(tmp_path: Path) -> None:
     cells = code_cells(ROOT / "notebooks" / "quickstart.ipynb")
@@ -61,7 +75,7 @@ def test_quickstart_runs_as_smoke(tmp_path: Path) -> None:
     # As when Jupyter was started in the notebooks folder.
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "notebooks").mkdir()
-    # What a notebook finds in its kernel, and a plain Python need not have.
+    # A notebook's kernel has IPython, a plain Python need not.
     assert source.count(DISPLAY_LINE) == 1
     source = source.replace(DISPLAY_LINE, "def Image(filename): open(filename, 'rb').close()")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
