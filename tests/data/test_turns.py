@@ -326,5 +326,5 @@ def test_marks_that_cannot_be_honoured(messages, complaint):
 
 
 def test_marks_speak_against_training_on_all(tokenizer_of):
-    with pytest.raises(DataError, match=r"message 2 is marked as not to be trained.*'all' cannot honour"):
+    with pytest.raises(DataError, match=r"message 2 is marked as not to be trained.*'all' trains everything"):
         sequences(row([user("a"), said("b", weight=0)]), tokenizer_of("chatml"), train_on="all")
