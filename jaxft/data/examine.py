@@ -11,7 +11,7 @@ import numpy as np
 from jaxft.config import DataConfig
 from jaxft.data.batch import Example
 from jaxft.data.packing import one_each, pack
-from jaxft.errors import DataError
+from jaxft.errors import DataError, listed
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 BINS = 12
@@ -149,9 +149,8 @@ def count_repeated(train: Sequence[Example], held_out: Sequence[Example]) -> int
 def _refuse_untrained(examples: Sequence[Example], rows: int, where: Callable[[int], str], source: str) -> None:
     silent = [where(example.row) for example in examples if not example.mask.any()]
     if silent:
-        more = f" and {len(silent) - NAMED:,} more" if len(silent) > NAMED else ""
         raise DataError(
-            f"{len(silent):,} of {rows:,} rows of {source} train on zero tokens: {', '.join(silent[:NAMED])}{more}. "
+            f"{len(silent):,} of {rows:,} rows of {source} train on zero tokens: {listed(silent, NAMED)}. "
             "Every answer in them is empty or marked not to be trained (train: false, weight: 0): remove these rows, "
             "or the marks."
         )

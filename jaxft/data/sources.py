@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from jaxft.config import DataConfig
-from jaxft.errors import DataError, did_you_mean
+from jaxft.errors import DataError, did_you_mean, listed
 
 HUB = "hf://"
 TFDS = "tfds:"
@@ -273,4 +273,4 @@ def _neighbors(path: str) -> str:
     if not folder.is_dir():
         return f" There is no folder {str(folder)!r}."
     hint = did_you_mean(Path(path).name, os.listdir(folder))
-    return hint or f" Files there: {', '.join(sorted(os.listdir(folder))[:8]) or 'none'}."
+    return hint or f" Files there: {listed(sorted(os.listdir(folder))) or 'none'}."
