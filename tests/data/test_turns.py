@@ -233,7 +233,7 @@ def test_channels(tokenizer_of):
         '<|channel|>analysis<|message|>ask<|end|><|start|>assistant to=weather<|message|>{"city": "Oslo"}<|call|>',
         "<|channel|>analysis<|message|>t<|end|><|start|>assistant<|channel|>final<|message|>b<|return|>",
     ]
-    arranged = chat._arranged(conversation, tokenizer, DataConfig())
+    arranged = chat._arrange_thoughts(conversation, tokenizer, DataConfig())
     check_as_inference(arranged, examples, tokenizer)
 
 
