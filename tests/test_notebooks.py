@@ -3,13 +3,14 @@
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from docs_names import names
+from docs_names import is_config_field, names
 
 import jaxft
 
@@ -64,6 +65,8 @@ def test_imports_and_calls_only_what_the_package_has(path: Path) -> None:
             assert wanted <= names().modules[node.module.replace(".", "/")], ast.unparse(node)
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "jaxft":
             assert node.attr in jaxft.__all__, ast.unparse(node)
+        if isinstance(node, ast.Constant) and re.fullmatch(r"[a-z]+\.[a-z_.]+", str(node.value)):
+            assert is_config_field(node.value), node.value
 
 
 @pytest.mark.slow
