@@ -54,10 +54,19 @@ def commands_in(text: str) -> list[str]:
 
 
 @functools.cache
+def defaults_of_verbs() -> dict[str, dict[str, object]]:
+    """The options of every command of the command line, with their defaults."""
+    verbs = next(action.choices for action in cli._parser()._actions if isinstance(action.choices, dict))
+    return {
+        verb: {option: action.default for option, action in parser._option_string_actions.items()}
+        for verb, parser in verbs.items()
+    }
+
+
+@functools.cache
 def options_of_verbs() -> dict[str, set[str]]:
     """The options of every command of the command line."""
-    verbs = next(action.choices for action in cli._parser()._actions if isinstance(action.choices, dict))
-    return {verb: set(parser._option_string_actions) for verb, parser in verbs.items()}
+    return {verb: set(defaults) for verb, defaults in defaults_of_verbs().items()}
 
 
 def options_of(command: str) -> set[str]:
@@ -194,6 +203,9 @@ def test_the_readme_shows_every_command_and_every_option() -> None:
     lines = dict(re.findall(r"^    jaxft (\w+)(.*)$", usage.replace("[SAMPLING]", sampling), re.MULTILINE))
     shown = {verb: set(re.findall(r"--[a-z_]+", line.replace("--config.", ""))) for verb, line in lines.items()}
     assert shown == {verb: options - {"-h", "--help", "--json"} for verb, options in options_of_verbs().items()}
+    for verb, line in lines.items():
+        for option, default in re.findall(r"\[(--[a-z_]+)=(\d\w*)\]", line):
+            assert str(defaults_of_verbs()[verb][option]).removesuffix(".0") == default, f"{verb} {option}"
 
 
 def test_a_look_at_the_data_reads_as_the_readme_shows(capsys: pytest.CaptureFixture[str]) -> None:
