@@ -156,11 +156,11 @@ class _Counter:
             out.host_bytes += self._host_bytes(computation, instruction)
 
     def _inner(self, instruction: Instruction, attribute: str) -> Computation:
-        return self.module.computations[instruction.called(attribute)[0]]
+        return self.module.computations[instruction.callees(attribute)[0]]
 
     def _branches(self, instruction: Instruction) -> list[Costs]:
-        names = instruction.called("branch_computations") or [
-            *instruction.called("true_computation"), *instruction.called("false_computation"),
+        names = instruction.callees("branch_computations") or [
+            *instruction.callees("true_computation"), *instruction.callees("false_computation"),
         ]  # fmt: skip
         return [self.costs(self.module.computations[name]) for name in names]
 

@@ -1,4 +1,4 @@
-"""Reading the text of a compiled HLO module: computations, instructions, shapes."""
+"""Parser for the text of compiled HLO modules: computations, instructions, shapes."""
 
 import math
 import re
@@ -12,16 +12,16 @@ BITS = {
 NAME = re.compile(r"%([\w.\-]+)")
 START = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = ")
 HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{\s*$")
-# What a TPU's SparseCore does is marked where it ends: `}, execution_thread="sparsecore"`.
+# Computations of a TPU's SparseCore have their mark at the end: `}, execution_thread="sparsecore"`.
 END = re.compile(r'^\}(?:, execution_thread="[^"]*")?$')
 ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=?]*)\](\{[^{}]*\})?")
-HOST = 5  # the space of the host's memory
+HOST = 5  # the number of the host's memory space
 SPACE = re.compile(r"S\((\d+)\)")
 
 
 @dataclass(frozen=True)
 class Array:
-    """One array of a type. space: 0 is HBM; others are on the chip (1 VMEM, 2 and 6 scalars) or on the host (HOST)."""
+    """One array of a type. space: 0 for HBM; others for memory on the chip (1 VMEM, 2 and 6 scalars) and the host."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -29,24 +29,24 @@ class Array:
 
     @property
     def elements(self) -> int:
-        """Numbers in it."""
+        """Number of elements."""
         return math.prod(self.dims)
 
     @property
     def bytes(self) -> int:
-        """Bytes it holds, padding left out."""
+        """Bytes of the elements, without padding."""
         bits = 8 if self.dtype.startswith("f8") else BITS.get(self.dtype, 0)
         return -(-self.elements * bits // 8)
 
     @property
     def hbm_bytes(self) -> int:
-        """Bytes it takes of the chip's main memory."""
+        """Bytes in the chip's main memory."""
         return self.bytes if self.space == 0 else 0
 
 
 @dataclass
 class Instruction:
-    """One line of a computation. operands: names; arguments: the text between the parentheses."""
+    """One line of a computation. arrays: of the result. arguments: the text between the parentheses."""
 
     name: str
     opcode: str
@@ -60,56 +60,56 @@ class Instruction:
         """Names of the operands, in order."""
         return tuple(NAME.findall(self.arguments))
 
-    def called(self, attribute: str) -> list[str]:
-        """Names of computations under an attribute such as `calls` or `body`."""
-        found = re.search(rf"\b{attribute}=(?:\{{([^}}]*)\}}|%?([\w.\-]+))", self.attributes)
-        if found is None:
+    def callees(self, attribute: str) -> list[str]:
+        """Names of the computations in an attribute such as `calls` or `body`."""
+        match = re.search(rf"\b{attribute}=(?:\{{([^}}]*)\}}|%?([\w.\-]+))", self.attributes)
+        if match is None:
             return []
-        return NAME.findall(found.group(1)) if found.group(1) is not None else [found.group(2)]
+        return NAME.findall(match.group(1)) if match.group(1) is not None else [match.group(2)]
 
     def number(self, attribute: str) -> int | None:
-        """A whole number under an attribute such as `index`."""
-        found = re.search(rf"\b{attribute}=(\d+)", self.attributes)
-        return int(found.group(1)) if found else None
+        """The integer in an attribute such as `index`; None without the attribute."""
+        match = re.search(rf"\b{attribute}=(\d+)", self.attributes)
+        return int(match.group(1)) if match else None
 
     def dimensions(self, attribute: str) -> tuple[int, ...]:
-        """Numbers of a braced list such as `lhs_contracting_dims={1}`; empty where there is none."""
-        found = re.search(rf"\b{attribute}=\{{([\d,]*)\}}", self.attributes)
-        return tuple(int(n) for n in found.group(1).split(",") if n) if found else ()
+        """The integers in an attribute such as `lhs_contracting_dims={1}`; empty without the attribute."""
+        match = re.search(rf"\b{attribute}=\{{([\d,]*)\}}", self.attributes)
+        return tuple(int(n) for n in match.group(1).split(",") if n) if match else ()
 
     @cached_property
     def scope(self) -> str:
-        """The JAX names it came from: `jit(train_step)/jvp()/while/body/dot_general`."""
-        found = re.search(r'op_name="([^"]*)"', self.attributes)
-        return found.group(1) if found else ""
+        """The JAX scope that the instruction comes from: `jit(train_step)/jvp()/while/body/dot_general`."""
+        match = re.search(r'op_name="([^"]*)"', self.attributes)
+        return match.group(1) if match else ""
 
     @property
     def hbm_bytes(self) -> int:
-        """Of its result."""
+        """Bytes of the result in the chip's main memory."""
         return sum(array.hbm_bytes for array in self.arrays)
 
 
 @dataclass
 class Computation:
-    """Instructions in order, by name."""
+    """A named computation. instructions: by name, in order."""
 
     name: str
     instructions: dict[str, Instruction] = field(default_factory=dict)
 
     @cached_property
     def root(self) -> Instruction:
-        """What it gives back."""
-        found = [i for i in self.instructions.values() if i.root]
-        return found[0] if found else next(reversed(self.instructions.values()))
+        """The instruction whose result the computation returns."""
+        roots = [i for i in self.instructions.values() if i.root]
+        return roots[0] if roots else next(reversed(self.instructions.values()))
 
     @cached_property
     def parameters(self) -> dict[int, Instruction]:
-        """By number."""
+        """Parameters by number."""
         return {int(i.arguments): i for i in self.instructions.values() if i.opcode == "parameter"}
 
     @cached_property
     def users(self) -> dict[str, list[Instruction]]:
-        """Instruction name -> those that read it."""
+        """Name of an instruction -> the instructions that read its result."""
         out: dict[str, list[Instruction]] = {name: [] for name in self.instructions}
         for instruction in self.instructions.values():
             for operand in set(instruction.operands):
@@ -120,14 +120,14 @@ class Computation:
 
 @dataclass
 class Module:
-    """A compiled program. entry: the computation it starts with."""
+    """A compiled program. computations: by name. entry: the one that runs first."""
 
     computations: dict[str, Computation]
     entry: Computation
 
 
 def parse(text: str) -> Module:
-    """The module in a text that `compiled.as_text()` gave. Raises ValueError where there is no entry computation."""
+    """Parses the text of `compiled.as_text()`. Raises ValueError if it has no entry computation or a malformed line."""
     computations: dict[str, Computation] = {}
     entry = current = None
     pending: list[str] = []
@@ -151,14 +151,14 @@ def parse(text: str) -> Module:
             close()
             pending.append(line)
         elif pending:
-            pending.append(line)  # an attribute may hold line breaks
+            pending.append(line)  # an attribute may contain line breaks
     if entry is None:
         raise ValueError("no ENTRY computation in this HLO text")
     return Module(computations, entry)
 
 
 def arrays_of(text: str) -> tuple[Array, ...]:
-    """The arrays of a type, those of a tuple in order."""
+    """The arrays of a type; those of a tuple in order."""
     out = []
     for dtype, dims, layout in ARRAY.findall(text):
         space = SPACE.search(layout or "")
@@ -169,11 +169,13 @@ def arrays_of(text: str) -> tuple[Array, ...]:
 
 def _instruction(line: str) -> Instruction:
     start = START.match(line)
+    if start is None:
+        raise ValueError(f"not an instruction of an HLO text: {line[:80]!r}")
     rest = line[start.end() :]
-    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
+    end = _closing_index(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
     kind, rest = rest[:end], rest[end:].lstrip()
     opens = rest.index("(")
-    closes = _closing(rest, opens)
+    closes = _closing_index(rest, opens)
     return Instruction(
         name=start.group(2),
         opcode=rest[:opens],
@@ -184,10 +186,10 @@ def _instruction(line: str) -> Instruction:
     )
 
 
-def _closing(text: str, opens: int) -> int:
+def _closing_index(text: str, opens: int) -> int:
     depth = 0
     for at in range(opens, len(text)):
         depth += (text[at] == "(") - (text[at] == ")")
         if depth == 0:
             return at
-    raise ValueError(f"unbalanced parentheses in {text[:80]!r}")
+    raise ValueError(f"unbalanced parentheses in an HLO text: {text[:80]!r}")

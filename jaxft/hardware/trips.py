@@ -30,8 +30,8 @@ def trip_count(module: Module, outer: Computation, loop: Instruction) -> int | N
     known = re.search(r'known_trip_count"?[:=]\{"?n"?[:=]"?(\d+)', loop.attributes)
     if known:
         return int(known.group(1))
-    condition = module.computations[loop.called("condition")[0]]
-    body = module.computations[loop.called("body")[0]]
+    condition = module.computations[loop.callees("condition")[0]]
+    body = module.computations[loop.callees("body")[0]]
     trips = _counter_trips(module, outer, loop, condition, body)
     if trips is not None:
         return trips
@@ -96,7 +96,7 @@ def _comparison(
         direction = re.search(r"direction=(\w+)", root.attributes)
         return left, right, direction.group(1) if direction else ""
     if root.opcode == "fusion":
-        inner = module.computations[root.called("calls")[0]]
+        inner = module.computations[root.callees("calls")[0]]
         return _comparison(module, inner, inner.root, _environment(module, computation, root, inputs))
     if root.opcode in TRANSPARENT:
         return _comparison(module, computation, computation.instructions[root.operands[0]], inputs)
@@ -126,7 +126,7 @@ def _value(module: Module, computation: Computation, name: str, inputs: Environm
         left, right = (_value(module, computation, operand, inputs) for operand in instruction.operands)
         return _sum(left, right, -1 if code == "subtract" else 1)
     if code == "fusion":
-        inner = module.computations[instruction.called("calls")[0]]
+        inner = module.computations[instruction.callees("calls")[0]]
         return _value(module, inner, inner.root.name, _environment(module, computation, instruction, inputs))
     return None
 

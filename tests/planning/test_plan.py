@@ -1,4 +1,4 @@
-"""Plans end to end: by arithmetic for GPUs, by the compiler for a TPU slice, and what is refused."""
+"""Plans end to end: by arithmetic for GPUs, by the compiler for a TPU slice, and refusals."""
 
 import dataclasses
 import importlib.util
@@ -23,49 +23,49 @@ ROOT = Path(__file__).parents[2]
 FULL, LORA = (str(ROOT / "configs" / f"llama3_1_8b_{kind}.py") for kind in ("full", "lora"))
 
 
-def planned(run, topology, **options):
+def plan_of(run, topology, **options):
     length = length_of(run, tokens=options.pop("tokens", None), examples=options.pop("examples", None))
     return planning.plan(run, parse(topology), level="O1", prices=None, length=length, **options)
 
 
 def test_a_gpu_is_planned_by_arithmetic():
-    figures = planned(config.load(FULL), "h100:8", tokens=100_000_000)
-    assert figures["fits"] and not figures["compiled"] and figures["optimization_level"] is None
-    parts, states = figures["argument_parts"], 8_030_261_248 * 4 / 8
+    plan = plan_of(config.load(FULL), "h100:8", tokens=100_000_000)
+    assert plan["fits"] and not plan["compiled"] and plan["optimization_level"] is None
+    parts, states = plan["argument_parts"], 8_030_261_248 * 4 / 8
     assert parts["weights"] == states and parts["optimizer"] == pytest.approx(2 * states, rel=1e-6)
-    assert figures["argument_bytes"] == sum(parts.values())
-    assert figures["steps"] == math.ceil(100_000_000 / 4096 / 0.97 / 16) and figures["steps_known"]
-    assert figures["hours"] == pytest.approx(figures["steps"] * figures["step_seconds"] / 3600)
-    assert figures["usd"] == pytest.approx(figures["hours"] * 8 * figures["usd_per_chip_hour"])
-    assert 0.2 < figures["mfu"] < 0.75
-    assert "ship with jaxft" in figures["shapes_from"]
-    assert any("by arithmetic" in line for line in figures["unknown"])
+    assert plan["argument_bytes"] == sum(parts.values())
+    assert plan["steps"] == math.ceil(100_000_000 / 4096 / 0.97 / 16) and plan["steps_known"]
+    assert plan["hours"] == pytest.approx(plan["steps"] * plan["step_seconds"] / 3600)
+    assert plan["usd"] == pytest.approx(plan["hours"] * 8 * plan["usd_per_chip_hour"])
+    assert 0.2 < plan["mfu"] < 0.75
+    assert "ship with jaxft" in plan["shapes_from"]
+    assert any("by arithmetic" in line for line in plan["unknown"])
 
 
 def test_an_adapter_leaves_the_base_without_moments():
-    figures = planned(config.load(LORA), "h100:8")
-    parts = figures["argument_parts"]
+    plan = plan_of(config.load(LORA), "h100:8")
+    parts = plan["argument_parts"]
     assert parts["weights"] == 8_030_261_248 * 2 / 8
     assert parts["adapters"] == 41_943_040 * 4 / 8 and parts["optimizer"] == pytest.approx(
         2 * parts["adapters"], rel=0.01
     )
-    assert figures["steps"] == 1000 and not figures["steps_known"] and "--tokens" in figures["steps_from"]
+    assert plan["steps"] == 1000 and not plan["steps_known"] and "--tokens" in plan["steps_from"]
 
 
-def test_what_does_not_fit_says_what_would():
-    figures = planned(config.load(FULL), "h100:1")
-    assert not figures["fits"]
-    assert figures["changes"] and all(c["hbm_peak_bytes"] < figures["hbm_limit_bytes"] for c in figures["changes"])
-    assert figures["changes"][0]["paste"].startswith("--topology=h100:")
-    assert "adapter.kind=lora" in figures["changes"][-1]["paste"]  # what learns otherwise comes last
+def test_a_plan_that_does_not_fit_lists_changes():
+    plan = plan_of(config.load(FULL), "h100:1")
+    assert not plan["fits"]
+    assert plan["changes"] and all(c["hbm_peak_bytes"] < plan["hbm_limit_bytes"] for c in plan["changes"])
+    assert plan["changes"][0]["paste"].startswith("--topology=h100:")
+    assert "adapter.kind=lora" in plan["changes"][-1]["paste"]  # a change that alters what is learned comes last
 
 
 def pasted(path, topology, overrides, change):
-    """The config and the slice of a command with a change's options."""
+    """The config and the topology of a command with the options of a change added."""
     options = change["paste"].split()
-    places = [option.removeprefix("--topology=") for option in options if option.startswith("--topology=")]
+    topologies = [option.removeprefix("--topology=") for option in options if option.startswith("--topology=")]
     more = [option.removeprefix("--config.") for option in options if option.startswith("--config.")]
-    return config.load(path, [*overrides, *more]), places[0] if places else topology
+    return config.load(path, [*overrides, *more]), topologies[0] if topologies else topology
 
 
 NOT_FITTING = {
@@ -77,18 +77,18 @@ NOT_FITTING = {
 
 
 @pytest.mark.parametrize("case", NOT_FITTING)
-def test_a_change_that_is_pasted_fits_and_is_what_was_said(case):
+def test_a_pasted_change_fits_and_gives_the_numbers_it_promised(case):
     path, topology, overrides = NOT_FITTING[case]
-    figures = planned(config.load(path, overrides), topology)
-    assert not figures["fits"] and figures["changes"]
-    for change in figures["changes"]:
-        again = planned(*pasted(path, topology, overrides, change))
+    plan = plan_of(config.load(path, overrides), topology)
+    assert not plan["fits"] and plan["changes"]
+    for change in plan["changes"]:
+        again = plan_of(*pasted(path, topology, overrides, change))
         assert again["fits"] and again["hbm_peak_bytes"] == pytest.approx(change["hbm_peak_bytes"], abs=2)
         assert again["step_seconds"] == pytest.approx(change["step_seconds"])
-    kinds = [re.sub(r"\d+", "N", change["what"]) for change in figures["changes"]]
+    kinds = [re.sub(r"\d+", "N", change["what"]) for change in plan["changes"]]
     assert len(set(kinds)) == len(kinds)
     if case == "long rows":
-        assert any("mesh.context=" in change["paste"] for change in figures["changes"])
+        assert any("mesh.context=" in change["paste"] for change in plan["changes"])
 
 
 @pytest.mark.slow
@@ -97,24 +97,24 @@ def test_changes_fit_by_the_compiler_too():
     path, topology = str(ROOT / "configs" / "smollm2_135m_lora.py"), "v5e:1x1"
     overrides = ["model.path=hf://HuggingFaceTB/SmolLM2-135M-Instruct", "model.dtype=bfloat16", "model.remat=dots"]
     overrides += ["train.batch_size=256", "data.max_length=4096"]
-    figures = jaxft.plan(config.load(path, overrides), topology)
-    assert not figures["fits"] and figures["changes"]
-    for change in (figures["changes"][0], figures["changes"][-1]):
-        run, place = pasted(path, topology, overrides, change)
-        again = jaxft.plan(run, place)
+    plan = jaxft.plan(config.load(path, overrides), topology)
+    assert not plan["fits"] and plan["changes"]
+    for change in (plan["changes"][0], plan["changes"][-1]):
+        run, changed = pasted(path, topology, overrides, change)
+        again = jaxft.plan(run, changed)
         assert again["compiled"] and again["fits"], change
 
 
 def test_a_search_gives_overrides_that_lead_to_its_plan():
     run = config.load(LORA)
     length = length_of(run, tokens=10_000_000)
-    found = planning.search(run, "h100,rtx4090", 1, compiles=1, level="O1", prices=None, length=length)
-    assert 0 < found["fitting"] < found["tried"]
-    cheapest, fastest = found["cheapest"], found["fastest"]
+    result = planning.search(run, "h100,rtx4090", 1, compiles=1, level="O1", prices=None, length=length)
+    assert 0 < result["fitting"] < result["tried"]
+    cheapest, fastest = result["cheapest"], result["fastest"]
     assert fastest["step_seconds"] <= cheapest["step_seconds"] and cheapest["usd"] <= fastest["usd"]
     assert fastest["topology"] == "h100:8"
     pasted = [part.removeprefix("--config.") for part in fastest["overrides"].split()]
-    again = planned(config.load(LORA, pasted), fastest["topology"])
+    again = plan_of(config.load(LORA, pasted), fastest["topology"])
     assert again["hbm_peak_bytes"] == fastest["hbm_peak_bytes"]
     with pytest.raises(ConfigError, match="none of .* ways to run this on l4:1 fits"):
         planning.search(config.load(FULL), "l4:1", 1, compiles=1, level="O1", prices=None, length=length)
@@ -151,7 +151,7 @@ def test_prices_that_cannot_be_read_are_refused_before_anything_is_planned(monke
         planning.plan(config.load(LORA), parse("h100:8"), level="O1", prices="none.json", length=length)
 
 
-# One compile for all: rows in parts, and what enters each layer on the host.
+# One compile for all tests: rows split over the context axis, inputs of each layer in the host's memory.
 OPTIONS = {"model.dtype": "bfloat16", "model.remat": "offload", "mesh.fsdp": 2, "mesh.context": 2}
 
 
@@ -163,18 +163,18 @@ def compiled():
 
 
 def test_a_tpu_slice_is_compiled_for(compiled):
-    figures = compiled
-    assert figures["compiled"] and figures["fits"] and figures["refused"] is None
-    assert figures["mesh"]["fsdp"] == figures["mesh"]["context"] == 2 and figures["optimization_level"] == "O1"
+    plan = compiled
+    assert plan["compiled"] and plan["fits"] and plan["refused"] is None
+    assert plan["mesh"]["fsdp"] == plan["mesh"]["context"] == 2 and plan["optimization_level"] == "O1"
     # The compiler's arguments are the parts that the shardings give, and a little padding.
-    parts = sum(figures["argument_parts"].values())
-    assert parts <= figures["argument_bytes"] < 1.5 * parts + 2**16
-    peak = figures["argument_bytes"] + figures["output_bytes"] - figures["aliased_bytes"] + figures["temp_bytes"]
-    assert figures["hbm_peak_bytes"] == peak + figures["code_bytes"]
+    parts = sum(plan["argument_parts"].values())
+    assert parts <= plan["argument_bytes"] < 1.5 * parts + 2**16
+    peak = plan["argument_bytes"] + plan["output_bytes"] - plan["aliased_bytes"] + plan["temp_bytes"]
+    assert plan["hbm_peak_bytes"] == peak + plan["code_bytes"]
     # Every parameter multiplies every token thrice; the layers' forward products are computed once more.
-    assert figures["hardware_flops_per_step"] > figures["model_flops_per_step"] > 0
-    assert set(figures["collective_bytes_by_axis"]) == {"fsdp", "context", "fsdp+context"}
-    assert not [line for line in figures["unknown"] if "counted" in line and "block" not in line]
+    assert plan["hardware_flops_per_step"] > plan["model_flops_per_step"] > 0
+    assert set(plan["collective_bytes_by_axis"]) == {"fsdp", "context", "fsdp+context"}
+    assert not [line for line in plan["unknown"] if "counted" in line and "block" not in line]
 
 
 def test_what_enters_each_layer_goes_to_the_host_and_comes_back(compiled):
@@ -186,7 +186,7 @@ def test_what_enters_each_layer_goes_to_the_host_and_comes_back(compiled):
     assert any("host's memory" in line for line in compiled["unknown"])
 
 
-def test_every_figure_is_explained(compiled):
+def test_every_key_is_explained(compiled):
     explained = set(re.findall(r"^\| `(\w+)`", (ROOT / "docs" / "plan.md").read_text(encoding="utf-8"), re.MULTILINE))
     assert set(compiled) <= explained
     assert explained - set(compiled) <= {"changes", "overrides"}
@@ -200,28 +200,28 @@ def test_the_command_gives_json_and_refuses(capsys):
     assert "do not divide over 8 devices" in capsys.readouterr().err
 
 
-def test_tables_say_what_is_known_and_what_is_not():
+def test_tables_show_what_is_known_and_what_is_not():
     console = Console(record=True, width=120)
-    print_plan(planned(config.load(FULL), "h100:1"), console)
+    print_plan(plan_of(config.load(FULL), "h100:1"), console)
     shown = console.export_text()
     for part in ("does not fit", "optimizer", "USD", "1,000 steps", "--topology=h100:2", "s a step", "not known"):
         assert part in shown
 
 
 def test_a_search_goes_on_until_one_fits(monkeypatch):
-    """The compiler refuses whatever arithmetic gives more than half of the memory: the next smaller is tried."""
-    asked = []
+    """The compiler refuses every candidate with an estimate above half of the memory: the next smaller one is tried."""
+    peaks = []
 
     def measure(step, level):
         known = plan_search.estimate_step(step)
-        asked.append(known.memory.peak)
+        peaks.append(known.memory.peak)
         big = known.memory.peak > 0.5 * step.topology.chip.hbm_bytes
         return dataclasses.replace(known, refused="RESOURCE_EXHAUSTED" if big else None)
 
     monkeypatch.setattr(plan_search, "measure", measure)
     run = config.load(LORA)
-    found = planning.search(run, "h100", 1, compiles=20, level="O1", prices=None, length=length_of(run))
-    assert found["cheapest"]["fits"] and found["fastest"]["fits"]
-    assert asked[1] <= 0.9 * asked[0]  # what needs hardly less is passed over
+    result = planning.search(run, "h100", 1, compiles=20, level="O1", prices=None, length=length_of(run))
+    assert result["cheapest"]["fits"] and result["fastest"]["fits"]
+    assert peaks[1] <= 0.9 * peaks[0]  # a candidate that needs hardly less is skipped
     one = planning.search(run, "h100:1", 1, compiles=0, level="O1", prices=None, length=length_of(run))
     assert one["cheapest"] is None and one["candidates"]

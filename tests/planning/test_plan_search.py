@@ -1,4 +1,4 @@
-"""Ways to run that a search reckons: every axis where it is of use, and overrides that a config takes."""
+"""Candidates of a search: every mesh axis that is useful, and overrides that a config accepts."""
 
 import math
 from pathlib import Path
@@ -17,7 +17,7 @@ LONG = {"data.max_length": 32768, "train.batch_size": 2}
 
 
 def tried(path, overrides, topology, experts):
-    """The meshes of all ways."""
+    """The meshes of all candidates."""
     run = config.load(path, overrides)
     return [variant.mesh for variant, _ in plan_search.variants(run, [parse(topology)], experts)]
 
@@ -25,7 +25,7 @@ def tried(path, overrides, topology, experts):
 def test_the_context_axis_is_for_long_rows_alone():
     assert {mesh.context for mesh in tried(LLAMA, {}, "v5e:4x4", None)} == {1}
     assert {mesh.context for mesh in tried(LLAMA, LONG, "v5e:4x4", None)} == {1, 2, 4, 8}
-    # Parts that are no whole blocks of the kernel are none.
+    # Parts that are not whole blocks of the kernel are not tried.
     odd = LONG | {"data.max_length": 16384 + 256}
     assert {mesh.context for mesh in tried(LLAMA, odd, "v5e:4x4", None)} == {1, 2}
 
@@ -45,22 +45,22 @@ def test_every_mesh_has_all_devices_and_their_number_is_bounded():
 @pytest.mark.parametrize(
     ("path", "overrides", "axis"), [(LLAMA, LONG, "context"), (MIXTRAL, {}, "expert")], ids=["context", "expert"]
 )
-def test_a_way_with_each_axis_is_reckoned_and_can_be_pasted(path, overrides, axis):
+def test_a_candidate_with_each_axis_is_estimated_and_can_be_pasted(path, overrides, axis):
     run = config.load(path, overrides)
-    found = plan_search.search(
+    result = plan_search.search(
         run, "v5e:4x4", 1, compiles=0, level="O1", prices=None, length=length_of(run, tokens=10**7)
     )
-    ways = [way for way in found["candidates"] if f"mesh.{axis}=1 " not in way["overrides"]]
-    assert ways and all(math.isfinite(way["step_seconds"]) for way in ways)
-    pasted = [part.removeprefix("--config.") for part in ways[0]["overrides"].split()]
+    candidates = [c for c in result["candidates"] if f"mesh.{axis}=1 " not in c["overrides"]]
+    assert candidates and all(math.isfinite(c["step_seconds"]) for c in candidates)
+    pasted = [part.removeprefix("--config.") for part in candidates[0]["overrides"].split()]
     values = [f"{name}={value}" for name, value in overrides.items()]
     again = config.load(path, values + pasted)
     assert getattr(again.mesh, axis) > 1
-    # What is pasted is what was reckoned, on a mesh that the run itself would take.
+    # The pasted config gives the same estimate, on a mesh that the run itself would use.
     step = sharded_step_of(abstract_step_of(again, shapes_of(again)[0], 1000), again, parse("v5e:4x4"), real=False)
-    known = estimate_step(step)
-    assert known.memory.peak == ways[0]["hbm_peak_bytes"]
-    assert any(axis in transfer.axes for transfer in known.costs.transfers)
+    estimate = estimate_step(step)
+    assert estimate.memory.peak == candidates[0]["hbm_peak_bytes"]
+    assert any(axis in transfer.axes for transfer in estimate.costs.transfers)
 
 
 def test_the_last_part_of_a_row_has_most_to_do():
