@@ -1,1 +1,1 @@
-"""Optimizers, their states and learning rates."""
+"""Optimizers as optax transformations, their states, and learning rates."""

@@ -1,8 +1,8 @@
-"""Adafactor (arXiv:1804.04235): of a matrix's second moment only the means of rows and of columns are kept."""
+"""Adafactor (arXiv:1804.04235): stores only the row and column means of a matrix's second moment."""
 
 # I, O rows and columns of a matrix
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,27 +10,31 @@ import optax
 
 from jaxft.optim.parameters import Kind, kind_of
 
-DECAY = 0.8  # the moments of step t weigh what was before by 1 - t^-0.8 (section 7.2)
-LARGEST = 1.0  # root mean square of an update (section 6)
+DECAY = 0.8  # at step t, earlier moments have the weight 1 - t^-0.8 (section 7.2)
+LARGEST = 1.0  # the largest root mean square of an update (section 6)
 TINY, LEAST_SCALE = 1e-30, 1e-3  # the paper's epsilon 1 and 2
+# Of a matrix its row and column means, of a vector the moment itself.
+Moment = jax.Array | dict[str, jax.Array]
 
 
 class AdafactorState(NamedTuple):
-    """count: int32, updates made. moments: by path, `row` [..., I] and `col` [..., O] of a matrix, else an array."""
+    """steps: int32, number of updates so far. moments: by path, `row` [..., I] and `col` [..., O] for a matrix, else an
+    array of the parameter's shape.
+    """
 
-    count: jax.Array
-    moments: dict[str, Any]
+    steps: jax.Array
+    moments: dict[str, Moment]
 
 
 def scale_by_factors(*, scale_parameter: bool) -> optax.GradientTransformation:
-    """Adafactor's direction without its own step sizes, momentum or decay; on dicts from path to array.
+    """Adafactor's direction, without its own step sizes, momentum or decay; for dicts from path to array.
 
-    scale_parameter: whether updates are multiplied by the root mean square of their parameter, at least 1e-3.
-    Every layer of a stack has its own factors, clipping and scale.
+    scale_parameter: multiply updates by the root mean square of their parameter, at least 1e-3. Every layer of a stack
+    has its own factors, clipping and scale.
     """
 
     def init(params: dict[str, jax.Array]) -> AdafactorState:
-        def zeros(path: str, x: jax.Array) -> Any:
+        def zeros(path: str, x: jax.Array) -> Moment:
             if not kind_of(path, x.ndim).matrix:
                 return jnp.zeros_like(x)
             return {"row": jnp.zeros(x.shape[:-1], x.dtype), "col": jnp.zeros((*x.shape[:-2], x.shape[-1]), x.dtype)}
@@ -40,27 +44,28 @@ def scale_by_factors(*, scale_parameter: bool) -> optax.GradientTransformation:
     def update(
         grads: dict[str, jax.Array], state: AdafactorState, params: dict[str, jax.Array]
     ) -> tuple[dict[str, jax.Array], AdafactorState]:
-        decay = 1 - (state.count + 1.0) ** -DECAY
-        updates, moments = {}, {}
+        decay = 1 - (state.steps + 1.0) ** -DECAY
+        updates: dict[str, jax.Array] = {}
+        moments: dict[str, Moment] = {}
         for path, grad in grads.items():
             kind = kind_of(path, grad.ndim)
-            moments[path] = _moved(state.moments[path], grad**2 + TINY, decay)
+            moments[path] = _update_moment(state.moments[path], grad**2 + TINY, decay)
             direction = grad * _inverse_root(moments[path])
             direction /= jnp.maximum(1.0, _rms(direction, kind) / LARGEST)
             if scale_parameter:
                 direction *= jnp.maximum(LEAST_SCALE, _rms(params[path], kind))
             updates[path] = direction
-        return updates, AdafactorState(state.count + 1, moments)
+        return updates, AdafactorState(state.steps + 1, moments)
 
     return optax.GradientTransformation(init, update)
 
 
-def _moved(moment: Any, squares: jax.Array, decay: jax.Array) -> Any:
-    now = {"row": jnp.mean(squares, -1), "col": jnp.mean(squares, -2)} if isinstance(moment, dict) else squares
-    return jax.tree.map(lambda before, x: decay * before + (1 - decay) * x, moment, now)
+def _update_moment(moment: Moment, squares: jax.Array, decay: jax.Array) -> Moment:
+    current = {"row": jnp.mean(squares, -1), "col": jnp.mean(squares, -2)} if isinstance(moment, dict) else squares
+    return jax.tree.map(lambda before, x: decay * before + (1 - decay) * x, moment, current)
 
 
-def _inverse_root(moment: Any) -> jax.Array:
+def _inverse_root(moment: Moment) -> jax.Array:
     if not isinstance(moment, dict):
         return jax.lax.rsqrt(moment)
     row, col = moment["row"], moment["col"]

@@ -1,6 +1,6 @@
-"""Averages of weights over training, and which weights are evaluated and exported."""
+"""Moving averages of the weights, and the choice of the weights that are evaluated and exported."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,38 +9,40 @@ from optax.contrib import ScheduleFreeState, schedule_free_eval_params
 
 
 class AverageState(NamedTuple):
-    """count: int32, updates made. inner: the optimizer's own state. average: shaped like the parameters."""
+    """steps: int32, number of updates so far. inner: the optimizer's own state. average: shaped like the parameters."""
 
-    count: jax.Array
-    inner: Any
-    average: Any
+    steps: jax.Array
+    inner: optax.OptState
+    average: optax.Params
 
 
 def with_average(tx: optax.GradientTransformation, decay: float) -> optax.GradientTransformation:
-    """`tx`, beside which an exponential moving average of the parameters is kept.
+    """`tx` with an exponential moving average of the parameters in its state.
 
-    It is the parameters themselves after the first update, then decay * average + (1 - decay) * parameters, as
-    torch.optim.swa_utils has it.
+    After the first update the average is the parameters themselves, then decay * average + (1 - decay) * parameters, as
+    in torch.optim.swa_utils.
     """
 
-    def init(params: Any) -> AverageState:
+    def init(params: optax.Params) -> AverageState:
         return AverageState(jnp.int32(0), tx.init(params), jax.tree.map(jnp.copy, params))
 
-    def update(grads: Any, state: AverageState, params: Any) -> tuple[Any, AverageState]:
+    def update(
+        grads: optax.Updates, state: AverageState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, AverageState]:
         updates, inner = tx.update(grads, state.inner, params)
-        share = jnp.where(state.count == 0, 1.0, 1.0 - decay)
-        moved = optax.apply_updates(params, updates)
-        average = jax.tree.map(lambda before, x: before + share * (x - before), state.average, moved)
-        return updates, AverageState(state.count + 1, inner, average)
+        share = jnp.where(state.steps == 0, 1.0, 1.0 - decay)
+        new_params = optax.apply_updates(params, updates)
+        average = jax.tree.map(lambda before, x: before + share * (x - before), state.average, new_params)
+        return updates, AverageState(state.steps + 1, inner, average)
 
     return optax.GradientTransformation(init, update)
 
 
-def evaluated(opt_state: Any, trainable: Any, *, use_average: bool = True) -> Any:
-    """The parameters that losses, scores and exports are to be of, where `trainable` are those that are trained.
+def evaluated(opt_state: optax.OptState, trainable: optax.Params, *, use_average: bool = True) -> optax.Params:
+    """The parameters to evaluate and export: the kept average if there is one, else the trained ones, `trainable`.
 
-    That is the average of `with_average`, unless use_average is off, or the averaged sequence x of schedule-free
-    training, whose gradients are taken elsewhere (arXiv:2405.15682); else `trainable` itself.
+    The average is that of `with_average`, unless use_average is False, or the averaged sequence x of schedule-free
+    training, which takes its gradients at other weights (arXiv:2405.15682).
     """
     kinds = (AverageState, ScheduleFreeState)
     for part in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kinds)):

@@ -9,7 +9,7 @@ from optax.contrib import schedule_free
 from jaxft.config import OptimConfig
 from jaxft.errors import ConfigError
 from jaxft.optim.adafactor import scale_by_factors
-from jaxft.optim.apollo import projects, scale_by_apollo
+from jaxft.optim.apollo import is_projected, scale_by_apollo
 from jaxft.optim.eight_bit import scale_by_adam_8bit
 from jaxft.optim.muon import scale_by_orthogonal_momentum
 from jaxft.optim.parameters import by_path, is_hidden, kind_of
@@ -73,7 +73,7 @@ def make_optimizer(
         case "apollo":
             rank = _or(config.rank, 256)
             apollo = scale_by_apollo(rank=rank, b1=b1, b2=b2, eps=eps, seed=seed)
-            takes = lambda path, x: is_hidden(path, x.ndim) and projects(x, rank)  # noqa: E731
+            takes = lambda path, x: is_hidden(path, x.ndim) and is_projected(x, rank)  # noqa: E731
             tx = optax.chain(_where(takes, apollo, b1, b2, eps), *after)
         case "schedule_free_adamw":
             second = optax.scale_by_rms(b2, eps, eps_in_sqrt=False, bias_correction=True)

@@ -1,7 +1,7 @@
-"""Muon: momentum of each matrix, made orthogonal by a few Newton-Schulz iterations.
+"""Muon: orthogonalises the momentum of each matrix by a few Newton-Schulz iterations.
 
-Source: Keller Jordan's description of Muon (2024); scaled to the size of AdamW's updates as in arXiv:2502.16982,
-section 2.2, so that one learning rate serves both.
+Source: Keller Jordan's description of Muon (2024). Updates are scaled to the size of AdamW's as in arXiv:2502.16982,
+section 2.2, so that one learning rate suits both.
 """
 
 # I, O rows and columns of a matrix
@@ -16,7 +16,7 @@ import optax
 from jaxft.nn import partition
 
 ITERATIONS = 5
-# Of the quintic polynomial: steep at 0, and no further from 1 than about 0.3 where it settles.
+# Of the quintic polynomial: steep at 0; its iterates settle within about 0.3 of 1.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 RMS = 0.2  # root mean square of an update
 TINY = 1e-7
@@ -29,10 +29,10 @@ class MuonState(NamedTuple):
 
 
 def scale_by_orthogonal_momentum(momentum: float) -> optax.GradientTransformation:
-    """Muon's direction with Nesterov momentum; on dicts from path to arrays [..., I, O], a matrix each.
+    """Muon's direction with Nesterov momentum; for dicts from path to matrices [..., I, O].
 
-    optax.contrib.muon corrects momentum and gradient for their start by unlike factors, which mixes them in other
-    shares than the original in the first steps; this is the original's.
+    As the original. optax.contrib.muon corrects the bias of momentum and gradient by different factors, so that in the
+    first steps it mixes them in other shares.
     """
 
     def init(params: dict[str, jax.Array]) -> MuonState:
@@ -44,25 +44,25 @@ def scale_by_orthogonal_momentum(momentum: float) -> optax.GradientTransformatio
         mu = {path: momentum * state.mu[path] + (1 - momentum) * grad for path, grad in grads.items()}
         ahead = {path: momentum * mu[path] + (1 - momentum) * grad for path, grad in grads.items()}
         size = {path: RMS * math.sqrt(max(grad.shape[-2:])) for path, grad in grads.items()}
-        return {path: size[path] * orthogonal(x) for path, x in ahead.items()}, MuonState(mu)
+        return {path: size[path] * orthogonalize(x) for path, x in ahead.items()}, MuonState(mu)
 
     return optax.GradientTransformation(init, update)
 
 
-def orthogonal(x: jax.Array) -> jax.Array:
-    """Each matrix [..., I, O] with its singular values brought near 1, roughly between 0.7 and 1.2.
+def orthogonalize(x: jax.Array) -> jax.Array:
+    """Moves the singular values of each matrix [..., I, O] near 1, roughly between 0.7 and 1.2.
 
-    On a mesh every device takes whole matrices of a stack: products of parts would have to be added up over devices
-    in every iteration. A stack that does not divide is filled up with zeros.
+    On a mesh every device takes whole matrices of a stack, because products of sharded matrices would need a sum over
+    devices in every iteration. A stack whose length the devices do not divide is padded with zeros.
     """
     if x.ndim == 3:
         layers = x.shape[0]
         x = jnp.pad(x, ((0, -layers % partition.shards("weight")), (0, 0), (0, 0)))
-        return _iterated(partition.split_only(x, 0))[:layers]
-    return _iterated(partition.split_only(x, 1) if x.ndim == 4 else x)
+        return _newton_schulz(partition.split_only(x, 0))[:layers]
+    return _newton_schulz(partition.split_only(x, 1) if x.ndim == 4 else x)
 
 
-def _iterated(x: jax.Array) -> jax.Array:
+def _newton_schulz(x: jax.Array) -> jax.Array:
     tall = x.shape[-2] > x.shape[-1]
     x = jnp.swapaxes(x, -1, -2) if tall else x
     x /= jnp.maximum(jnp.linalg.norm(x, axis=(-2, -1), keepdims=True), TINY)

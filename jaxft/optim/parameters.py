@@ -1,10 +1,9 @@
-"""What a parameter is, by its path, and optimizers that go by it.
+"""Kinds of parameters by their path, and optimizers that work by path.
 
-Layers of one kind are stacked along a leading axis; to an optimizer each of them is a parameter of its own.
+Layers of one kind are stacked along a leading axis; an optimizer treats each of them as a parameter of its own.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import optax
 
@@ -19,14 +18,14 @@ LAST_AXES = {True: (-2, -1), False: (-1,)}
 
 @dataclass(frozen=True)
 class Kind:
-    """matrix: whether the last two axes are one, not only the last. stacked: whether the first counts layers."""
+    """matrix: one parameter has the last two axes, not only the last one. stacked: the first axis counts layers."""
 
     matrix: bool
     stacked: bool
 
     @property
     def axes(self) -> tuple[int, ...]:
-        """Those of one parameter."""
+        """Axes of one parameter."""
         return LAST_AXES[self.matrix]
 
 
@@ -44,14 +43,16 @@ def is_hidden(path: str, dimensions: int) -> bool:
 
 
 def by_path(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`tx`, which works on dicts from path to array, for parameters in any tree."""
+    """Adapts `tx`, which works on dicts from path to array, to parameters in any tree."""
 
-    def init(params: Any) -> Any:
+    def init(params: optax.Params) -> optax.OptState:
         return tx.init(flatten(params)[0])
 
-    def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+    def update(
+        grads: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
         flat, treedef = flatten(grads)
-        updates, state = tx.update(flat, state, flatten(params)[0])
+        updates, state = tx.update(flat, state, None if params is None else flatten(params)[0])
         return treedef.unflatten([updates[path] for path in flat]), state
 
     return optax.GradientTransformation(init, update)

@@ -1,29 +1,30 @@
-"""Optimizer moments in bfloat16, rounded at random so that small changes are not lost on average.
+"""Optimizer moments in bfloat16 with stochastic rounding, so that small changes are kept on average.
 
-A second moment moves by a thousandth of itself in a step, less than half the distance between two numbers of bfloat16:
-rounded to the nearest it would never move. Rounded up or down with the probability that its expectation keeps, it does
-(arXiv:1502.02551, section 3).
+A second moment changes by a thousandth of itself in a step, less than half the distance between two bfloat16 numbers:
+rounded to the nearest, it would never change. Stochastic rounding goes up or down with the probabilities that preserve
+the expectation (arXiv:1502.02551, section 3).
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
 # float32 has 16 bits that bfloat16 lacks.
 LOST_BITS = 16
 
 
 class RoundedState(NamedTuple):
-    """count: int32, updates made. inner: the optimizer's own state, its float32 arrays in bfloat16."""
+    """steps: int32, number of updates so far. inner: the optimizer's own state, its float32 arrays in bfloat16."""
 
-    count: jax.Array
-    inner: Any
+    steps: jax.Array
+    inner: optax.OptState
 
 
 def stochastic_round(x: jax.Array, key: jax.Array) -> jax.Array:
-    """float32 -> bfloat16, to one of its two neighbours, so that the expectation is x. Infinite and NaN stay so."""
+    """Rounds float32 to one of its two bfloat16 neighbours, so that the expectation is x. Infinities and NaN stay."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
     kept = (bits + noise) >> LOST_BITS << LOST_BITS
@@ -32,13 +33,13 @@ def stochastic_round(x: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def moments_in_bfloat16(tx: optax.GradientTransformation, seed: int) -> optax.GradientTransformation:
-    """`tx`, computed in float32, whose arrays are kept in bfloat16 between updates.
+    """`tx`, computed in float32, with arrays stored in bfloat16 between updates.
 
-    Only arrays with axes are rounded; counters and scalars stay. The noise follows from seed, update and array, so that
-    a run that goes on after an interruption rounds as it would have.
+    Only arrays with axes are rounded; counters and scalars are not. The noise follows from seed, step and array, so
+    that a resumed run rounds as an uninterrupted one.
     """
 
-    def shrink(state: Any, key: jax.Array | None) -> Any:
+    def shrink(state: optax.OptState, key: jax.Array | None) -> optax.OptState:
         leaves, treedef = jax.tree.flatten(state)
         out = []
         for index, x in enumerate(leaves):
@@ -50,17 +51,19 @@ def moments_in_bfloat16(tx: optax.GradientTransformation, seed: int) -> optax.Gr
                 out.append(stochastic_round(x, jax.random.fold_in(key, index)))
         return treedef.unflatten(out)
 
-    def init(params: Any) -> RoundedState:
+    def init(params: optax.Params) -> RoundedState:
         return RoundedState(jnp.int32(0), shrink(tx.init(params), None))
 
-    def update(grads: Any, state: RoundedState, params: Any = None) -> tuple[Any, RoundedState]:
+    def update(
+        grads: optax.Updates, state: RoundedState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, RoundedState]:
         inner = jax.tree.map(lambda x: x.astype(jnp.float32) if _is_moment(x, jnp.bfloat16) else x, state.inner)
         updates, inner = tx.update(grads, inner, params)
-        key = jax.random.fold_in(jax.random.key(seed), state.count)
-        return updates, RoundedState(state.count + 1, shrink(inner, key))
+        key = jax.random.fold_in(jax.random.key(seed), state.steps)
+        return updates, RoundedState(state.steps + 1, shrink(inner, key))
 
     return optax.GradientTransformation(init, update)
 
 
-def _is_moment(x: Any, dtype: Any) -> bool:
+def _is_moment(x: jax.Array, dtype: DTypeLike) -> bool:
     return x.ndim > 0 and x.dtype == dtype

@@ -61,7 +61,7 @@ def test_steps_are_the_algorithm_s(gap, monkeypatch):
 
 def test_a_projection_keeps_norms_on_average():
     grad = jax.random.normal(jax.random.key(1), (64, 2000))
-    low = apollo._projected(grad, 32, jax.random.key(0))
+    low = apollo._project(grad, 32, jax.random.key(0))
     ratio = np.asarray(jnp.sum(low**2, 0) / jnp.sum(grad**2, 0))
     # Over columns of one projection of variance 1 / r: its squared singular values average 1.
     assert ratio.mean() == pytest.approx(1.0, abs=0.1)

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxft.optim.eight_bit import block_length, dequantized, in_8_bits, quantized, scale_by_adam_8bit
+from jaxft.optim.eight_bit import block_length, dequantize_blocks, quantize_blocks, scale_by_adam_8bit, uses_8_bits
 from jaxft.quant.dynamic import decode, encode
 
 RATE, B1, B2, EPS = 1e-2, 0.9, 0.99, 1e-8
@@ -47,9 +47,9 @@ def test_an_axis_of_few_divisors_is_one_block():
 def test_what_comes_back_is_near_and_zeros_stay(axis):
     x = np.random.default_rng(0).normal(size=(2, 512, 768)).astype(np.float32)
     x[0, :256] = 0
-    codes, absmax = quantized(jnp.asarray(x), axis, signed=True)
+    codes, absmax = quantize_blocks(jnp.asarray(x), axis, signed=True)
     assert codes.shape == x.shape and absmax.shape == ((2, 512, 3) if axis == -1 else (2, 2, 768))
-    back = np.asarray(dequantized(codes, absmax, axis, signed=True))
+    back = np.asarray(dequantize_blocks(codes, absmax, axis, signed=True))
     # Half of the widest step of the map, 0.9 / 64, of a block's largest.
     assert np.abs(back - x).max() <= 0.9 / 64 / 2 * np.abs(x).max() + 1e-6
     assert not back[0, :256].any()
@@ -67,7 +67,7 @@ def test_what_stays_in_float32():
     params = {path: jnp.zeros(shape) for path, (shape, _) in kinds.items()}
     state = scale_by_adam_8bit(b1=B1, b2=B2, eps=EPS).init(params)
     for path, (_, small) in kinds.items():
-        assert in_8_bits(path, params[path]) is small
+        assert uses_8_bits(path, params[path]) is small
         assert {state.mu[path].dtype, state.nu[path].dtype} == {jnp.dtype("uint8" if small else "float32")}
         assert (path in state.mu_scales) is (path in state.nu_scales) is small
 
@@ -101,8 +101,8 @@ def drawn(shape):
     rng = np.random.default_rng(0)
     start = rng.normal(size=shape).astype(np.float32)
     # Sizes from block to block and number to number that use every decade of the map.
-    spread = np.exp(3 * rng.normal(size=shape))
-    return start, [np.float32(spread * rng.normal(size=shape)) for _ in range(STEPS)]
+    magnitudes = np.exp(3 * rng.normal(size=shape))
+    return start, [np.float32(magnitudes * rng.normal(size=shape)) for _ in range(STEPS)]
 
 
 @pytest.fixture
