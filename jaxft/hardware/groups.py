@@ -1,15 +1,27 @@
-"""Which mesh axes the devices of a collective differ in."""
+"""Which devices talk with one another in a collective, and which mesh axes they differ in."""
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from jaxft.hardware.hlo import Instruction
+from jaxft.hardware.hlo import Array, Instruction, Module
 
 SLICE_ID = 100_000  # libtpu numbers the devices of slice n (from 1) from n times this
 BRACES = re.compile(r"\{([\d,]+)\}")
+
+
+def collectives(module: Module, kind: str, devices: int) -> Iterator[tuple[Array, np.ndarray]]:
+    """(array, groups as of `groups_of`) of every array that the collectives of a kind give, in the order of the text.
+
+    kind: `all-gather`, say. One that is begun here and ended there names what it reads as well.
+    """
+    for computation in module.computations.values():
+        for instruction in computation.instructions.values():
+            if instruction.opcode in (kind, f"{kind}-start"):
+                groups = groups_of(instruction, devices)
+                yield from ((array, groups) for array in instruction.arrays)
 
 
 def groups_of(instruction: Instruction, devices: int) -> np.ndarray:

@@ -178,9 +178,11 @@ def command(source: Path, to: Path, *options: str) -> list[str]:
     return [sys.executable, "-m", "jaxft.cli", "convert", str(source), str(to), *options]
 
 
-# Writes one tensor in half a second, so that there is a middle to be stopped in.
+# Writes one tensor in half a second, so that there is a middle to be stopped in. Ctrl-C is heard even where a shell
+# that put the suite in the background has handed down that it be ignored.
 SLOW = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from jaxft.checkpoint import safetensors_writer
 from jaxft.checkpoint.gguf import write as gguf_write
 from jaxft import cli

@@ -230,9 +230,11 @@ def test_the_keys_of_a_terminal(folder):
     command = [sys.executable, "-m", "jaxft.cli", "chat", f"--model={folder}", "--max_new_tokens=1900"]
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"TERM": "dumb"}
     root = Path(__file__).parents[2]
-    # Its own session with this terminal, so that keys become signals.
+    # Its own session with this terminal, so that keys become signals. Ctrl-C is heard even where a shell that put the
+    # suite in the background has handed down that it be ignored.
     process = subprocess.Popen(
-        [sys.executable, "-c", "import fcntl, os, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+        [sys.executable, "-c", "import fcntl, os, signal, sys, termios; os.setsid(); "
+         "fcntl.ioctl(0, termios.TIOCSCTTY, 0); signal.signal(signal.SIGINT, signal.SIG_DFL); "
          "os.execv(sys.argv[1], sys.argv[1:])", *command],
         cwd=root, env=env, stdin=theirs, stdout=theirs, stderr=theirs,
     )  # fmt: skip

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxft.hardware import hlo
 from jaxft.hardware.costs import Transfer, costs_of
-from jaxft.hardware.groups import axes_of, groups_of
+from jaxft.hardware.groups import axes_of, collectives, groups_of
 from jaxft.objectives.cross_entropy import AT_MOST
 
 AXES = {"data": 2, "fsdp": 4}
@@ -200,6 +200,16 @@ ENTRY %main (p: f32[1,64], x: f32[16,16]) -> f32[2,16] {
   ROOT %out = f32[2,16]{1,0} fusion(%came), kind=kCustom, calls=%all-reduce-scatter
 }
 """
+
+
+@pytest.mark.parametrize("form", ["{{0,1,2,3},{4,5,6,7}}", "mesh['data'=2,'fsdp'=4] {'fsdp'}"])
+def test_collectives_of_a_kind_are_found_with_what_they_give_and_who_takes_part(form):
+    text = ASYNC.replace("replica_groups={{0,1,2,3},{4,5,6,7}}", f"replica_groups={form}")
+    (array, members), *more = collectives(hlo.parse(text), "all-reduce", 8)
+    assert (array.dtype, array.dims, more) == ("f32", (16, 16), [])
+    np.testing.assert_array_equal(members, np.arange(8).reshape(2, 4))
+    assert [a.dims for a, _ in collectives(hlo.parse(text), "collective-permute", 8)] == [(16, 16), (16, 16), ()]
+    assert not list(collectives(hlo.parse(text), "all-to-all", 8))
 
 
 def test_what_tpus_spread_over_fusions_counts_once():

@@ -1,7 +1,6 @@
 """Experts on eight devices: the result of one, and what travels for it, read from the compiled program."""
 
 import math
-import re
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxft.config import MeshConfig
+from jaxft.hardware.groups import collectives
+from jaxft.hardware.hlo import parse
 from jaxft.nn.experts.layer import MoE, MoEShape
 from jaxft.nn.experts.sharded import divides
 from jaxft.sharding.mesh import make_mesh_plan
@@ -56,16 +57,10 @@ def assert_same(got, wanted):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), grads, expected_grads)
 
 
-def collectives(compiled, kind):
+def exchanged(compiled, kind):
     """(dimensions of the result, groups of devices) of every collective of a kind in the program."""
-    for line in compiled.as_text().splitlines():
-        found = re.search(rf"= \w+\[([\d,]*)\]\S* {kind}\(.*?replica_groups=(\S*)", line)
-        if found:
-            groups = re.findall(r"\{([\d,]+)\}", found[2])
-            yield (
-                tuple(map(int, filter(None, found[1].split(",")))),
-                frozenset(frozenset(map(int, group.split(","))) for group in groups),
-            )
+    for array, groups in collectives(parse(compiled.as_text()), kind, jax.device_count()):
+        yield array.dims, frozenset(frozenset(group.tolist()) for group in groups)
 
 
 @pytest.mark.parametrize("name", MESHES)
@@ -79,7 +74,7 @@ def test_eight_devices_equal_one_and_rows_travel_between_experts_alone(name):
     places, fsdp = plan.axes["expert"], plan.axes["fsdp"]
     ids = np.vectorize(lambda device: device.id)(plan.mesh.devices)  # [data, fsdp, expert]
     between_experts = frozenset(frozenset(group.tolist()) for group in ids.reshape(-1, places))
-    gathers = list(collectives(compiled, "all-gather"))
+    gathers = list(exchanged(compiled, "all-gather"))
     rows = [(dims, groups) for dims, groups in gathers if math.prod(dims) % ROWS == 0]
     weights = [(dims, groups) for dims, groups in gathers if math.prod(dims) % ROWS]
     assert bool(rows) == (places > 1)
@@ -93,8 +88,8 @@ def test_eight_devices_equal_one_and_rows_travel_between_experts_alone(name):
     }  # fmt: skip
     # Their gradients go back scattered, not as a copy on every device.
     small = SHAPE.width * SHAPE.experts
-    assert all(math.prod(dims) <= small for dims, _ in collectives(compiled, "all-reduce") if plan.axes["data"] == 1)
-    assert not list(collectives(compiled, "all-to-all"))
+    assert all(math.prod(dims) <= small for dims, _ in exchanged(compiled, "all-reduce") if plan.axes["data"] == 1)
+    assert not list(exchanged(compiled, "all-to-all"))
 
 
 def test_nothing_is_dropped_when_all_rows_choose_experts_of_one_device():

@@ -1,8 +1,5 @@
 """Batches made row by row on a mesh, and arrays brought back. One process here; several in tests/runs."""
 
-import math
-import re
-
 import jax
 import numpy as np
 import pytest
@@ -11,6 +8,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxft.config import MeshConfig
 from jaxft.data.batch import Batch
+from jaxft.hardware.groups import collectives
+from jaxft.hardware.hlo import parse
 from jaxft.sharding import arrays, make_mesh_plan
 from jaxft.sharding.arrays import from_rows, host_parts, put_global, to_host
 
@@ -76,6 +75,6 @@ def test_no_more_than_a_block_is_gathered_where_the_cut_axis_is_split() -> None:
     x = jax.ShapeDtypeStruct(shape, np.float32, sharding=NamedSharding(mesh, P(None, "fsdp")))
     arguments = (np.zeros(3, np.int32), (None, (16, 32), None), (1, 16, 32), np.dtype(np.float32))
     compiled = arrays._cut_and_gather.lower(x, *arguments, NamedSharding(mesh, P())).compile()
-    gathered = [line for line in compiled.as_text().splitlines() if "all-gather(" in line or "all-reduce(" in line]
-    sizes = [max(math.prod(map(int, dims.split(","))) for dims in re.findall(r"f32\[([\d,]+)\]", g)) for g in gathered]
-    assert sizes and max(sizes) <= 16 * 32, gathered
+    module = parse(compiled.as_text())
+    sizes = [array.elements for kind in ("all-gather", "all-reduce") for array, _ in collectives(module, kind, 8)]
+    assert sizes and max(sizes) <= 16 * 32, sizes
