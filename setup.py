@@ -7,6 +7,12 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "jaxft" / "__init__.py").read_text(encoding="utf-8")).group(1)
+# Python 3.11 has no jax after 0.10.2, which asks for libtpu 0.0.42; with libtpu 0.0.52 its compiler dies for v5p, v6e
+# and tpu7x. jax 0.12 asks for 0.0.50, and was tested with 0.0.52 too: TESTED in jaxft/hardware/compile.py.
+LIBTPU = [
+    'libtpu>=0.0.42,<0.0.43; python_version < "3.12"',
+    'libtpu>=0.0.50; python_version >= "3.12"',
+]
 
 setup(
     name="jaxft",
@@ -20,7 +26,8 @@ setup(
     package_data={"jaxft": ["assets/**/*", "assets/*"]},
     entry_points={"console_scripts": ["jaxft=jaxft.cli:main"]},
     install_requires=[
-        "jax>=0.10",
+        # Minor releases of jax break: 0.12 changed the text of compiled programs, which `jaxft plan` reads.
+        "jax>=0.10,<0.13",
         "flax>=0.12",
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11",
@@ -29,7 +36,8 @@ setup(
         "numpy>=1.26",
         "ml_dtypes>=0.5",
         "safetensors>=0.4.5",
-        "transformers>=5",
+        # Major releases of transformers break: 5 renamed fields of config.json and arguments of tokenizers.
+        "transformers>=5,<6",
         "tokenizers>=0.20",
         "sentencepiece>=0.2",
         "protobuf>=4",
@@ -43,7 +51,7 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
         # `jaxft plan` compiles for TPUs on machines without one.
-        "plan": ["libtpu"],
+        "plan": [*LIBTPU],
         # Hugging Face datasets as a source of rows.
         "datasets": ["datasets>=3"],
         # TensorFlow Datasets as a source of rows, read without TensorFlow.
@@ -53,11 +61,12 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.7",
             "ruff>=0.8",
+            "mypy>=1.18",
             "datasets>=3",
             "tensorflow-datasets>=4.9.7",
             "importlib_resources",
             "array_record",
-            "libtpu",
+            *LIBTPU,
             'torch==2.13.0; python_version < "3.12"',
             'peft>=0.17; python_version < "3.12"',
             'bitsandbytes>=0.50; python_version < "3.12"',

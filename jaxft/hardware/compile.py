@@ -1,5 +1,6 @@
 """Compiles a step ahead of time for hypothetical devices, and reads the memory it needs from the compiler."""
 
+import importlib.metadata
 import re
 import tempfile
 import time
@@ -22,6 +23,23 @@ ENVIRONMENT = {
     "TPU_STDERR_LOG_LEVEL": "3",
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
+
+# Pairs of jax and libtpu that compiled steps here, and for which TPUs. The second pair's compiler dies for tpu7x, and
+# that of jax 0.10.2 with libtpu 0.0.52 for v5p and v6e too.
+TESTED = {("0.12.0.1", "0.0.52"): "every kind of TPU", ("0.10.2", "0.0.42.1"): "all but tpu7x"}
+
+
+def pairing() -> tuple[str, bool]:
+    """(the installed jax and libtpu and what was tested, in words; whether that pair was)."""
+    found: list[str | None] = []
+    for name in ("jax", "libtpu"):
+        try:
+            found.append(importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            found.append(None)
+    tested = "; ".join(f"jax {jax} with libtpu {libtpu} for {kinds}" for (jax, libtpu), kinds in TESTED.items())
+    words = f"this is jax {found[0]} with libtpu {found[1]}; tested were: {tested}"
+    return words, tuple(found) in TESTED
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxft import errors
 from jaxft.config import RunConfig
-from jaxft.hardware.compile import ENVIRONMENT
+from jaxft.hardware.compile import ENVIRONMENT, pairing
 
 
 def plan(
@@ -61,7 +61,8 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
             if done.returncode < 0:
                 raise errors.ConfigError(_crash(request["topology"], -done.returncode, done.stderr))
             tail = "\n".join(done.stderr.strip().splitlines()[-25:])
-            raise RuntimeError(f"the planning process ended with {done.returncode} and no result:\n{tail}")
+            said = f"the planning process ended with {done.returncode} and no result ({pairing()[0]})"
+            raise RuntimeError(f"{said}:\n{tail}")
         answer = json.loads(result.read_text(encoding="utf-8"))
     if "kind" in answer and answer.get("refused"):
         raise getattr(errors, answer["kind"])(answer["refused"])
@@ -72,6 +73,6 @@ def _crash(topology: str, number: int, said: str) -> str:
     why = [line for line in said.splitlines() if "Check failed" in line or line.startswith("F")]
     return (
         f"the compiler for {topology} died of signal {number}: {why[-1].strip() if why else 'it does not say why'}. "
-        "That is a fault of libtpu and not of the config, or of too little memory on this machine (signal 9). Try the "
-        "other --level, larger shapes, or another version of libtpu."
+        "That is a fault of libtpu and not of the config, or of too little memory on this machine (signal 9). Use a "
+        f"jax and a libtpu that were tested together ({pairing()[0]}), or try the other --level or larger shapes."
     )

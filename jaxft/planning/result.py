@@ -4,6 +4,7 @@ import importlib.metadata
 from dataclasses import asdict
 from typing import Any
 
+from jaxft.hardware.compile import pairing
 from jaxft.hardware.costs import Costs
 from jaxft.hardware.prices import price_of
 from jaxft.hardware.roofline import StepTime, efficiency_of
@@ -62,6 +63,9 @@ def _unknown(step_costs: StepCosts) -> list[str]:
     unknown = [*sorted(step_costs.costs.unknown), *ALWAYS_UNKNOWN]
     if step_costs.costs.host_bytes:
         unknown.insert(0, "time of transfers between the chip and the host's memory: none is in the hours")
+    words, tested = pairing()
+    if step_costs.compiled and not tested:
+        unknown.insert(0, f"whether the compiler is right, which was not tested: {words}")
     if not step_costs.compiled:
         unknown.insert(0, "what a compiler makes of the step: memory, work and traffic are estimated by arithmetic")
     return unknown
