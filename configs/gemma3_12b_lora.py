@@ -10,7 +10,7 @@ Planned for v5e:2x4: 8 x 4,096 tokens, 9.57 of 15.75 GiB HBM, 1,957 tokens/s a c
 from ml_collections import ConfigDict
 
 from jaxft.config import default_config
-from jaxft.smoke import with_arg
+from jaxft.config.smoke import with_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

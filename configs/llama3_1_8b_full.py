@@ -11,7 +11,7 @@ Planned for v5e:4x4: 16 x 4,096 tokens, 9.37 of 15.75 GiB HBM, 2,361 tokens/s a 
 from ml_collections import ConfigDict
 
 from jaxft.config import default_config
-from jaxft.smoke import with_arg
+from jaxft.config.smoke import with_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -35,7 +35,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.optim.learning_rate = 2e-5
     config.optim.warmup_ratio = 0.03
     config.optim.weight_decay = 0.01
-    config.optim.b2 = 0.95
+    config.optim.adamw.b2 = 0.95
 
     config.train.batch_size = 16
     config.train.eval_every = 50

@@ -10,7 +10,7 @@ Planned for v5e:1x1: 4 x 4,096 tokens, 8.03 of 15.75 GiB HBM, 3,298 tokens/s a c
 from ml_collections import ConfigDict
 
 from jaxft.config import default_config
-from jaxft.smoke import with_arg
+from jaxft.config.smoke import with_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

@@ -10,7 +10,7 @@ Planned for v5p:2x2x4: 16 x 4,096 tokens, 72.98 of 95.74 GiB HBM, 603 tokens/s a
 from ml_collections import ConfigDict
 
 from jaxft.config import default_config
-from jaxft.smoke import with_arg
+from jaxft.config.smoke import with_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -34,7 +34,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.optim.learning_rate = 1e-5
     config.optim.warmup_ratio = 0.03
     config.optim.weight_decay = 0.01
-    config.optim.b2 = 0.95
+    config.optim.adamw.b2 = 0.95
 
     config.train.batch_size = 16
     config.train.eval_every = 50

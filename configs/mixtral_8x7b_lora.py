@@ -10,7 +10,7 @@ Planned for v5p:2x2x1: 16 x 4,096 tokens, 34.70 of 95.74 GiB HBM, 3,973 tokens/s
 from ml_collections import ConfigDict
 
 from jaxft.config import default_config
-from jaxft.smoke import with_arg
+from jaxft.config.smoke import with_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

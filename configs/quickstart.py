@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from jaxft.assets import ASSETS
 from jaxft.config import default_config
-from jaxft.smoke import with_arg
+from jaxft.config.smoke import with_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -26,7 +26,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.data.max_length = 512
 
     config.optim.learning_rate = 1.5e-3
-    config.optim.b2 = 0.99  # a run of 80 steps: the default 0.999 averages over more than there are
+    config.optim.adamw.b2 = 0.99  # a run of 80 steps: the default 0.999 averages over more than there are
     config.optim.warmup_ratio = 0.1
 
     config.train.batch_size = 1

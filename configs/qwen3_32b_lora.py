@@ -9,7 +9,7 @@ Planned for v5e:4x4: 16 x 4,096 tokens, 8.99 of 15.75 GiB HBM, 732 tokens/s a ch
 from ml_collections import ConfigDict
 
 from jaxft.config import default_config
-from jaxft.smoke import with_arg
+from jaxft.config.smoke import with_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

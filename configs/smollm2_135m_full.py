@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from jaxft.assets import ASSETS
 from jaxft.config import default_config
-from jaxft.smoke import with_arg
+from jaxft.config.smoke import with_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

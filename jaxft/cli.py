@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
-from jaxft.config_checks import QUANTIZATIONS
+from jaxft.config import ModelConfig, choices
 from jaxft.errors import ConfigError, JaxftError, Preempted, did_you_mean
 
 EXIT_REFUSED = 2
@@ -123,8 +123,8 @@ def _generate(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
 
 def _chat(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     from jaxft import api
+    from jaxft.generation import Sampling
     from jaxft.generation import chat as chats
-    from jaxft.generation.settings import Sampling
 
     sampling = Sampling(**_sampling(arguments))
     tokenizer = api.load_tokenizer(arguments.model, chat_template=arguments.chat_template)
@@ -369,8 +369,12 @@ def _sampling_options(option: Callable[..., Any], *, max_new_tokens: int) -> Non
     option("--repetition_penalty", type=float, default=1.0, help="above 1, tokens that were there become less likely")
     option("--stop", action="append", default=[], metavar="TEXT", help="ends an answer and is cut off; once per text")
     option("--seed", type=int, default=0)
-    option("--dtype", default="float32", choices=("float32", "bfloat16"))
-    option("--quantization", choices=QUANTIZATIONS, help="keep the linear layers so, from loading on")
+    option("--dtype", default="float32", choices=choices(ModelConfig, "dtype"))
+    option(
+        "--quantization",
+        choices=choices(ModelConfig, "quantization"),
+        help="keep the linear layers so, from loading on",
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The documents are true: generated pages are fresh, and links, paths, names, fields and options in them exist."""
 
 import ast
+import dataclasses
+import fnmatch
 import functools
 import importlib.util
 import inspect
@@ -15,6 +17,8 @@ from test_architecture import FLOORS
 
 import jaxft
 from jaxft import cli
+from jaxft.config import RunConfig
+from jaxft.config.fields import all_fields
 
 ROOT = Path(__file__).parents[1]
 PATTERNS = ("*.md", "docs/*.md", "tpu_scripts/*.md", "jaxft/assets/*/*.md", "notebooks/*.ipynb")
@@ -95,16 +99,21 @@ def test_configuration_page_is_fresh(make_configuration: ModuleType) -> None:
     assert written == make_configuration.page(), "run python docs/make_configuration.py"
 
 
-def test_a_meaning_without_a_field_is_refused(make_configuration: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(make_configuration.MEANINGS, "train.no_such_field", "nothing")
-    with pytest.raises(SystemExit, match=r"train\.no_such_field"):
-        make_configuration.page()
+def test_a_field_without_a_meaning_is_refused(make_configuration: ModuleType) -> None:
+    field = dataclasses.replace(all_fields(RunConfig)["optim.adamw.b1"], meaning="")
+    with pytest.raises(SystemExit, match=r"optim\.adamw\.b1 has no meaning"):
+        make_configuration.row(field)
 
 
-def test_a_field_without_a_meaning_is_refused(make_configuration: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(make_configuration.MEANINGS, "optim.b1")
-    with pytest.raises(SystemExit, match=r"optim\.b1 has no meaning"):
-        make_configuration.page()
+def test_configuration_page_shows_every_field_with_its_choices_and_ranges(make_configuration: ModuleType) -> None:
+    rows = dict(re.findall(r"^\| `([\w.]+)`( .*)$", make_configuration.page(), re.MULTILINE))
+    fields = all_fields(RunConfig)
+    assert list(rows) == [key for key in rows if key in fields] and rows.keys() == fields.keys()
+    for key, field in fields.items():
+        expected = [*field.choices, *(range_.words for range_ in field.ranges), repr(field.default)]
+        expected += [*(field.spelling.words if field.spelling else ()), *(["↻"] if field.free_to_change else [])]
+        assert all(text in rows[key] for text in [*expected, field.meaning]), key
+        assert ("↻" in rows[key]) == field.free_to_change, key
 
 
 @every_page
@@ -245,11 +254,12 @@ def test_python_in_the_readme_shows_the_whole_api() -> None:
 
 
 def test_fields_that_may_change_on_resume_are_listed() -> None:
-    from jaxft.runs.folder import FREE_TO_CHANGE
-
     page = (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8")
     listed = re.search(r"These fields may change.*?\n\n", page, re.DOTALL).group()
-    assert {name.removesuffix("*") for name in re.findall(r"`([\w.*]+)`", listed)} == set(FREE_TO_CHANGE)
+    names = re.findall(r"`([\w.*]+)`", listed)
+    covered = {name: {key for key in all_fields(RunConfig) if fnmatch.fnmatch(key, name)} for name in names}
+    free = {key for key, field in all_fields(RunConfig).items() if field.free_to_change}
+    assert all(covered.values()) and set().union(*covered.values()) == free
 
 
 def test_planned_lines_on_the_pages_are_those_of_the_configs() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import optax
 from optax.contrib import schedule_free
 
-from jaxft.config import OptimConfig
+from jaxft.config import AdamWConfig, OptimConfig
 from jaxft.errors import ConfigError
 from jaxft.optim.adafactor import scale_by_factors
 from jaxft.optim.apollo import is_projected, scale_by_apollo
@@ -53,32 +53,34 @@ def make_optimizer(
     """
     decay = optax.add_decayed_weights(config.weight_decay, decay_mask)
     after = [decay, *_own_rates(config, stacks), optax.scale_by_learning_rate(schedule)]
-    b1, b2 = _or(config.b1, 0.9), _or(config.b2, 0.99 if config.name == "lion" else 0.999)
-    eps = _or(config.eps, 1e-8)
     match config.name:
         case "adamw":
-            tx = optax.chain(optax.scale_by_adam(b1, b2, eps), *after)
+            adam = config.adamw
+            tx = optax.chain(optax.scale_by_adam(adam.b1, adam.b2, adam.eps), *after)
         case "adamw_8bit":
-            tx = optax.chain(by_path(scale_by_adam_8bit(b1=b1, b2=b2, eps=eps)), *after)
+            adam = config.adamw_8bit
+            tx = optax.chain(by_path(scale_by_adam_8bit(b1=adam.b1, b2=adam.b2, eps=adam.eps)), *after)
         case "adafactor":
-            tx = optax.chain(by_path(scale_by_factors(scale_parameter=config.scale_parameter)), *after)
+            scale_parameter = config.adafactor.scale_parameter
+            tx = optax.chain(by_path(scale_by_factors(scale_parameter=scale_parameter)), *after)
         case "lion":
-            tx = optax.chain(optax.scale_by_lion(b1, b2), *after)
+            tx = optax.chain(optax.scale_by_lion(config.lion.b1, config.lion.b2), *after)
         case "sgd":
             # As torch has it: decay is part of the gradient, so that momentum carries it on.
-            tx = optax.chain(decay, optax.trace(_or(config.momentum, 0.9)), *after[1:])
+            tx = optax.chain(decay, optax.trace(config.sgd.momentum), *after[1:])
         case "muon":
-            muon = scale_by_orthogonal_momentum(_or(config.momentum, 0.95))
-            tx = optax.chain(_where(lambda path, x: is_hidden(path, x.ndim), muon, b1, b2, eps), *after)
+            muon = scale_by_orthogonal_momentum(config.muon.momentum)
+            tx = optax.chain(_where(lambda path, x: is_hidden(path, x.ndim), muon, config.muon), *after)
         case "apollo":
-            rank = _or(config.rank, 256)
-            apollo = scale_by_apollo(rank=rank, b1=b1, b2=b2, eps=eps, seed=seed)
-            takes = lambda path, x: is_hidden(path, x.ndim) and is_projected(x, rank)  # noqa: E731
-            tx = optax.chain(_where(takes, apollo, b1, b2, eps), *after)
+            own = config.apollo
+            apollo = scale_by_apollo(rank=own.rank, b1=own.b1, b2=own.b2, eps=own.eps, seed=seed)
+            takes = lambda path, x: is_hidden(path, x.ndim) and is_projected(x, own.rank)  # noqa: E731
+            tx = optax.chain(_where(takes, apollo, own), *after)
         case "schedule_free_adamw":
-            second = optax.scale_by_rms(b2, eps, eps_in_sqrt=False, bias_correction=True)
+            free = config.schedule_free_adamw
+            second = optax.scale_by_rms(free.b2, free.eps, eps_in_sqrt=False, bias_correction=True)
             # Its own counter starts at 1.
-            tx = schedule_free(optax.chain(second, *after), lambda count: schedule(count - 1), b1)
+            tx = schedule_free(optax.chain(second, *after), lambda count: schedule(count - 1), free.b1)
         case _:
             raise ConfigError(f"optim.name={config.name!r} is not known")
     if config.moments_dtype == "bfloat16":
@@ -87,10 +89,10 @@ def make_optimizer(
 
 
 def _where(
-    takes: Callable[[str, Any], bool], tx: optax.GradientTransformation, b1: float, b2: float, eps: float
+    takes: Callable[[str, Any], bool], tx: optax.GradientTransformation, settings: AdamWConfig
 ) -> optax.GradientTransformation:
     """`tx` for the parameters that it takes, Adam for the others."""
-    adam = optax.scale_by_adam(b1, b2, eps)
+    adam = optax.scale_by_adam(settings.b1, settings.b2, settings.eps)
 
     def partitioned(tree: dict[str, Any]) -> list[dict[str, Any]]:
         return [{path: x for path, x in tree.items() if takes(path, x) == wanted} for wanted in (True, False)]
@@ -113,10 +115,6 @@ def _own_rates(config: OptimConfig, stacks: Sequence[Sequence[int]]) -> list[opt
         return []
     ratio, layer_decay = config.loraplus_lr_ratio, config.layer_decay
     return [scale_by_parameter(loraplus_lr_ratio=ratio, layer_decay=layer_decay, stacks=stacks)]
-
-
-def _or(given: Any, usual: Any) -> Any:
-    return usual if given is None else given
 
 
 def clip(max_norm: float) -> optax.GradientTransformation:

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from jaxft.config import MeshConfig, RunConfig
-from jaxft.config_checks import REMAT_POLICIES
+from jaxft.config import MeshConfig, ModelConfig, RunConfig, choices
 from jaxft.errors import ConfigError
 from jaxft.hardware.chips import CHIPS, Chip
 from jaxft.hardware.prices import price_of
@@ -215,7 +214,7 @@ def variants(
         for axes in _meshes(devices, length=length, experts=experts):
             rows = topology.count * axes["data"] * axes["fsdp"] * axes["expert"]
             mesh = dataclasses.replace(config.mesh, auto=False, slice=topology.count, **axes)
-            for remat, steps in itertools.product(REMAT_POLICIES, (1, 2, 4, 8, 16, 32)):
+            for remat, steps in itertools.product(choices(ModelConfig, "remat"), (1, 2, 4, 8, 16, 32)):
                 if batch % steps == 0 and batch // steps % rows == 0:
                     model = dataclasses.replace(config.model, remat=remat)
                     train = dataclasses.replace(config.train, accumulation_steps=steps)

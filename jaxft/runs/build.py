@@ -129,14 +129,12 @@ def check_experts(model: Any, mesh: MeshPlan) -> None:
 
 def make_step(config: RunConfig, model: Any, graphdef: Any, tx: Any, schedule: Any) -> Step:
     """The training step of a run, to be jitted within its mesh. model: what `abstract_model` gives."""
-    train = config.train
+    train, sft = config.train, config.method.sft
     loss = functools.partial(
         sft_loss,
         router=router_coefficients(config, model),
-        token_loss=TokenLoss(
-            label_smoothing=train.label_smoothing_factor, z_loss=train.z_loss, dft=train.loss_type == "dft"
-        ),
-        neftune_noise_alpha=train.neftune_noise_alpha,
+        token_loss=TokenLoss(label_smoothing=sft.label_smoothing_factor, z_loss=sft.z_loss, dft=sft.loss_type == "dft"),
+        neftune_noise_alpha=sft.neftune_noise_alpha,
     )
     return make_train_step(
         graphdef,

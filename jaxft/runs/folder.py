@@ -11,15 +11,10 @@ import jax
 
 from jaxft import config as config_module
 from jaxft.config import RunConfig
+from jaxft.config.fields import field_values
 from jaxft.errors import ConfigError
 from jaxft.files.atomic import write_text
 from jaxft.files.run_folder import CHAT_TEMPLATE, CHECKPOINTS, CONFIG, DATA, SCORES, is_run_folder, write_json
-
-# Fields that may differ when a run goes on: they change what is shown or kept, not what is learnt.
-FREE_TO_CHANGE = (
-    "output_dir", "model.remat", "mesh.", "train.log_every", "train.eval_every", "checkpoint.keep", "checkpoint.every",
-    "export.",
-)  # fmt: skip
 
 
 def open_run(config: RunConfig, data: Mapping[str, Any], template: str | None = None) -> None:
@@ -92,11 +87,11 @@ def _has_checkpoint(folder: Path) -> bool:
 
 
 def _refuse_other_run(old: RunConfig, new: RunConfig, folder: Path) -> None:
-    before, after = _flat(old.to_dict()), _flat(new.to_dict())
+    before, after = _fixed_values(old), _fixed_values(new)
     changed = [
         f"{key}: was {before.get(key)!r}, now {after.get(key)!r}"
         for key in sorted(before | after)
-        if before.get(key) != after.get(key) and not key.startswith(FREE_TO_CHANGE)
+        if before.get(key) != after.get(key)
     ]
     if changed:
         raise ConfigError(
@@ -106,8 +101,8 @@ def _refuse_other_run(old: RunConfig, new: RunConfig, folder: Path) -> None:
         )
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    out = {}
-    for key, value in values.items():
-        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return out
+def _fixed_values(config: RunConfig) -> dict[str, Any]:
+    """The fields that may not change when a run is resumed, by key."""
+    return {
+        field.key: value for field, value in field_values(config) if not field.free_to_change and not field.sections
+    }

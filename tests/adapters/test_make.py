@@ -8,8 +8,9 @@ from jaxft import adapters as room
 from jaxft import models
 from jaxft.adapters.attach import AdapterParam, adapters, detach, virtual
 from jaxft.adapters.make import attach_adapter
-from jaxft.config import AdapterConfig
-from jaxft.config_checks import ADAPTERS
+from jaxft.config import AdapterConfig, choices
+
+ADAPTERS = choices(AdapterConfig, "kind")
 
 
 def kinds():

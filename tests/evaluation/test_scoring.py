@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from jaxft.config_checks import METRICS
+from jaxft.config import EvalConfig, choices
 from jaxft.errors import ConfigError, DataError
 from jaxft.evaluation.scoring import Score, json_fields, score
 
@@ -16,7 +16,7 @@ def passes(metric: str, answer: str, reference: str = REFERENCE) -> bool:
 
 
 def test_every_metric_of_the_config_can_be_scored() -> None:
-    for metric in METRICS:
+    for metric in choices(EvalConfig, "metric"):
         assert score(metric, [REFERENCE], [REFERENCE]).value == 1.0
 
 
@@ -121,7 +121,7 @@ def test_unknown_metric() -> None:
 
 @pytest.mark.parametrize("call", [lambda a, r: score("exact_match", a, r), json_fields])
 def test_lengths(call) -> None:
-    with pytest.raises(DataError, match="2 answers for 1 references"):
+    with pytest.raises(DataError, match="2 answers against 1 references"):
         call(["{}", "{}"], ["{}"])
     with pytest.raises(DataError, match="no answers to score"):
         call([], [])

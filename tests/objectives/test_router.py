@@ -11,7 +11,7 @@ from flax import nnx
 from jaxft import models
 from jaxft.checkpoint.hf import param_tensors
 from jaxft.checkpoint.load import load_model
-from jaxft.config import OptimConfig
+from jaxft.config import AdamWConfig, OptimConfig
 from jaxft.data.batch import Batch
 from jaxft.nn.experts.router_sums import RouterSums
 from jaxft.objectives.router import RouterCoefficients, load_balancing_loss, router_z_loss
@@ -134,7 +134,7 @@ def test_recomputation_changes_no_gradient(remat):
 
 
 def test_accumulation_weighs_each_part_by_its_trained_targets():
-    batch, optim = make_batch(), OptimConfig(eps=1e-1, schedule="constant")
+    batch, optim = make_batch(), OptimConfig(adamw=AdamWConfig(eps=1e-1), schedule="constant")
     schedule = make_schedule(optim, 10)
     tx = make_optimizer(optim, schedule)
     graphdef, state = create(nnx.merge(*nnx.split(tiny())), tx, seed=0)

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from jaxft import models
-from jaxft.config import OptimConfig
+from jaxft.config import AdamWConfig, OptimConfig
 from jaxft.errors import ConfigError
 from jaxft.optim.make import clip, decay_mask, make_optimizer, make_schedule
 from jaxft.trees import flatten
@@ -72,7 +72,12 @@ def test_adamw_equals_torch(clip_norm):
     start = jax.tree.map(np.float32, start)
     grads = [jax.tree.map(lambda x, s=s: np.float32(rng.normal(size=x.shape) * 10.0**-s), start) for s in range(5)]
     config = OptimConfig(
-        learning_rate=1e-2, schedule="linear", warmup_steps=2, weight_decay=0.1, b2=0.95, clip_norm=clip_norm
+        learning_rate=1e-2,
+        schedule="linear",
+        warmup_steps=2,
+        weight_decay=0.1,
+        adamw=AdamWConfig(b2=0.95),
+        clip_norm=clip_norm,
     )
     schedule = make_schedule(config, 5)
     tx = make_optimizer(config, schedule)

@@ -10,14 +10,14 @@ from flax import nnx
 from jaxft import models
 from jaxft.assets import ASSETS
 from jaxft.checkpoint.hf import read_json
-from jaxft.config import AdapterConfig, MeshConfig, resolve
-from jaxft.config_checks import OPTIMIZERS
+from jaxft.config import AdapterConfig, MeshConfig, OptimConfig, choices, resolve
 from jaxft.data.batch import Batch
 from jaxft.runs.build import attach_adapter, evaluated_weights, make_step, make_tx, place
 from jaxft.sharding.mesh import make_mesh_plan
 from jaxft.training.state import create
 from jaxft.trees import flatten
 
+OPTIMIZERS = choices(OptimConfig, "name")
 RATES = {"sgd": 1.0, "lion": 1e-3, "muon": 1e-2, "schedule_free_adamw": 1e-2}
 STEPS = 8
 
@@ -37,15 +37,15 @@ def batch_of():
     return Batch(tokens, np.roll(tokens, -1, 1), np.ones((8, 16), np.float32), positions, np.ones((8, 16), np.int32))
 
 
-def run(name, mesh=None, adapter="none", steps=STEPS, train=None):
+def run(name, mesh=None, adapter="none", steps=STEPS, train=None, sft=None):
     """(losses of every step, config, state) of training on one batch over and over."""
     optim = {"name": name, "schedule": "constant", "learning_rate": RATES.get(name, 3e-3), "clip_norm": 1.0}
     if name == "apollo":
-        optim["rank"] = 16
+        optim["apollo"] = {"rank": 16}
     config = resolve(
         {
             "model": {"path": "x"}, "data": {"train": "x"}, "adapter": {"kind": adapter}, "optim": optim,
-            "train": train or {},
+            "train": train or {}, "method": {"sft": sft or {}},
         }
     )  # fmt: skip
     module, schedule = module_of(adapter), lambda step: config.optim.learning_rate
@@ -103,8 +103,8 @@ def test_eight_devices_equal_one(name, adapter):
 
 
 def test_an_average_is_trained_beside_and_evaluated():
-    train = {"ema_decay": 0.5, "z_loss": 1e-3, "neftune_noise_alpha": 5.0}
-    _, config, state, graphdef = run("sgd", adapter="lora", steps=3, train=train)
+    sft = {"z_loss": 1e-3, "neftune_noise_alpha": 5.0}
+    _, config, state, graphdef = run("sgd", adapter="lora", steps=3, train={"ema_decay": 0.5}, sft=sft)
     average = evaluated_weights(config, state)
     assert jax.tree.structure(average) == jax.tree.structure(state.trainable)
     differs = [bool((a != b).any()) for a, b in zip(*map(jax.tree.leaves, (average, state.trainable)), strict=True)]

@@ -1,12 +1,14 @@
 """Every optimizer against its own reference, several steps in float32, layer by layer of a stack."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from jaxft.config import OptimConfig
+from jaxft.config import AdafactorConfig, MuonConfig, OptimConfig, ScheduleFreeConfig, SGDConfig
 from jaxft.optim.averages import evaluated
 from jaxft.optim.make import make_optimizer, make_schedule
 from jaxft.trees import flatten
@@ -116,7 +118,12 @@ def test_sgd_is_torch_s():
     torch = pytest.importorskip("torch")
     start, grads = drawn()
     config = OptimConfig(
-        name="sgd", learning_rate=1e-2, schedule="linear", clip_norm=None, weight_decay=0.1, momentum=0.8
+        name="sgd",
+        learning_rate=1e-2,
+        schedule="linear",
+        clip_norm=None,
+        weight_decay=0.1,
+        sgd=SGDConfig(momentum=0.8),
     )
 
     def make(vectors, matrices):
@@ -145,7 +152,7 @@ def test_adafactor_is_torch_s():
         # Its steps are at most 1 / sqrt(t), which 1e-2 stays below.
         return [torch.optim.Adafactor(vectors), torch.optim.Adafactor(matrices, weight_decay=0.1)]
 
-    compared(torch, config_of("adafactor", scale_parameter=True), make)
+    compared(torch, config_of("adafactor", adafactor=AdafactorConfig(scale_parameter=True)), make)
 
 
 @pytest.mark.parametrize("scale_parameter", [False, True])
@@ -162,8 +169,8 @@ def test_adafactor_is_that_of_transformers(scale_parameter):
         ]
 
     config = OptimConfig(
-        name="adafactor", learning_rate=1e-2, schedule="linear", clip_norm=None, scale_parameter=scale_parameter,
-        weight_decay=0.0 if scale_parameter else 0.1,
+        name="adafactor", learning_rate=1e-2, schedule="linear", clip_norm=None,
+        adafactor=AdafactorConfig(scale_parameter=scale_parameter), weight_decay=0.0 if scale_parameter else 0.1,
     )  # fmt: skip
     compared(torch, config, make)
 
@@ -185,7 +192,7 @@ def test_muon_is_torch_s_for_hidden_matrices_and_adamw_for_others(monkeypatch):
             ),
         ]
 
-    compared(torch, config_of("muon", momentum=0.9, b1=0.8, b2=0.95), make, atol=1e-5)
+    compared(torch, config_of("muon", muon=MuonConfig(momentum=0.9, b1=0.8, b2=0.95)), make, atol=1e-5)
 
 
 @pytest.mark.parametrize("warmup", [0, 3])
@@ -195,7 +202,7 @@ def test_schedule_free_is_its_authors(warmup):
     start, grads = drawn()
     config = OptimConfig(
         name="schedule_free_adamw", learning_rate=1e-2, schedule="constant", warmup_steps=warmup, clip_norm=None,
-        weight_decay=0.1, b1=0.95,
+        weight_decay=0.1, schedule_free_adamw=ScheduleFreeConfig(b1=0.95),
     )  # fmt: skip
     theirs = torch_parameters(torch, start)
     optimizers = [
@@ -229,7 +236,9 @@ def test_moments_in_bfloat16_follow_those_in_float32(name):
     start, grads = drawn()
     kinds = {"weight_decay": 0.0, "schedule": "constant", "learning_rate": 1e-3, "clip_norm": 1.0}
     plain, _ = run(OptimConfig(name=name, **kinds), start, grads)
-    half, state = run(OptimConfig(name=name, moments_dtype="bfloat16", **kinds), start, grads)
+    config = OptimConfig(name=name, **kinds)
+    moments = dataclasses.replace(getattr(config, name), moments_dtype="bfloat16")
+    half, state = run(dataclasses.replace(config, **{name: moments}), start, grads)
     sizes = {leaf.dtype for leaf in jax.tree.leaves(state) if leaf.ndim}
     assert sizes == {jnp.dtype("bfloat16")}
     if name != "lion":  # whose sign turns where a sum is nearly nothing

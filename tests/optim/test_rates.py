@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft.config import OptimConfig
+from jaxft.config import OptimConfig, SGDConfig
 from jaxft.nn.stack import group_layers, layout
 from jaxft.optim.make import make_optimizer
 from jaxft.optim.rates import scale_by_parameter
@@ -26,7 +26,7 @@ def moved(config, params, stacks=()):
 
 
 def sgd(**fields):
-    return OptimConfig(name="sgd", momentum=0.0, learning_rate=0.5, clip_norm=None, **fields)
+    return OptimConfig(name="sgd", sgd=SGDConfig(momentum=0.0), learning_rate=0.5, clip_norm=None, **fields)
 
 
 def test_loraplus_rates_are_those_of_peft():

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxft.config import OptimConfig
+from jaxft.config import AdamWConfig, OptimConfig
 from jaxft.optim.make import make_optimizer, make_schedule
 from jaxft.optim.stochastic_rounding import moments_in_bfloat16, stochastic_round
 
@@ -45,7 +45,7 @@ def test_a_second_moment_follows_its_gradients():
 
 
 def test_the_noise_is_the_same_again():
-    config = OptimConfig(moments_dtype="bfloat16", schedule="constant")
+    config = OptimConfig(adamw=AdamWConfig(moments_dtype="bfloat16"), schedule="constant")
     tx = make_optimizer(config, make_schedule(config, 10), seed=3)
     params = {"kernel": jax.random.normal(jax.random.key(0), (32, 32))}
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft import config_checks
+from jaxft.config import ModelConfig, choices
 from jaxft.quant import FORMATS, dense, is_quantized, kernel_path
 from jaxft.quant.nibbles import pack, unpack
 
@@ -15,7 +15,7 @@ def kernel(shape=(3, 128, 40), seed=0):
 
 
 def test_the_config_knows_every_format():
-    assert config_checks.QUANTIZATIONS == tuple(FORMATS)
+    assert choices(ModelConfig, "quantization") == tuple(FORMATS)
 
 
 def test_packing_is_undone_and_halves():

@@ -67,5 +67,5 @@ def test_commands_take_a_format(run, capsys):
 
 
 def test_a_quantised_base_cannot_be_trained_whole():
-    with pytest.raises(ConfigError, match="stand still"):
+    with pytest.raises(ConfigError, match="Quantized weights are frozen, but adapter.kind='none' trains every weight"):
         jaxft.get_config(CONFIG, {"adapter.kind": "none"})

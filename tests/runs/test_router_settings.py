@@ -57,7 +57,7 @@ def test_a_model_without_experts_has_no_such_losses():
 
 @pytest.mark.parametrize("name", ["load_balancing", "z_loss"])
 def test_negative_coefficients_are_refused(name):
-    with pytest.raises(ConfigError, match=rf"router\.{name}=-0\.1 must not be negative"):
+    with pytest.raises(ConfigError, match=rf"router\.{name}=-0\.1 must be zero or more"):
         config(**{name: -0.1})
 
 

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from jaxft import models
-from jaxft.config import MeshConfig, OptimConfig
+from jaxft.config import AdamWConfig, MeshConfig, OptimConfig
 from jaxft.data.batch import Batch
 from jaxft.hardware.groups import collectives
 from jaxft.hardware.hlo import parse
@@ -31,7 +31,7 @@ ROUTER = RouterCoefficients(load_balancing=0.5, z_loss=0.05)
 
 def setup(sizes, *, dtype="float32", remat="none"):
     """(step, function that makes its state at the start)."""
-    optim = OptimConfig(eps=1e-1, schedule="constant")
+    optim = OptimConfig(adamw=AdamWConfig(eps=1e-1), schedule="constant")
     schedule = make_schedule(optim, 10)
     tx = make_optimizer(optim, schedule)
     config = models.config_from_hf(sizes)

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxft import models
 from jaxft.checkpoint.hf import param_tensors
 from jaxft.checkpoint.load import load_model
-from jaxft.config import AdapterConfig, MeshConfig, OptimConfig
+from jaxft.config import AdamWConfig, AdapterConfig, MeshConfig, OptimConfig
 from jaxft.data.batch import Example
 from jaxft.data.loader import Loader
 from jaxft.objectives.sft import sft_loss
@@ -92,7 +92,9 @@ def test_accumulating_four_parts_equals_one_whole(kind):
     states = []
     for parts in (1, 4):
         # Without Adam's division, which would blow up rounding where a gradient is nearly nothing.
-        step, state = setup(kind, accumulation_steps=parts, optim=OptimConfig(eps=1e-1, schedule="constant"))
+        step, state = setup(
+            kind, accumulation_steps=parts, optim=OptimConfig(adamw=AdamWConfig(eps=1e-1), schedule="constant")
+        )
         states.append(step(state, batch))
     (one, one_metrics), (four, four_metrics) = states
     assert_same(one.trainable, four.trainable, 1e-6)
@@ -118,7 +120,7 @@ def test_packed_equals_unpacked(kind):
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_eight_devices_equal_one(kind):
-    batch, optim = make_batch(), OptimConfig(eps=1e-1, schedule="constant")
+    batch, optim = make_batch(), OptimConfig(adamw=AdamWConfig(eps=1e-1), schedule="constant")
     step, start = setup(kind, optim=optim)
     expected, expected_metrics = step(start, batch)
     for data, fsdp in {"full": [(2, 4)], "lora": [(8, 1), (1, 8), (2, 4)]}[kind]:
@@ -211,7 +213,7 @@ def test_evaluation_is_without_dropout():
 def test_two_steps_of_full_fine_tuning_equal_torch(tiny_llama, torch_llama):
     torch = pytest.importorskip("torch")
     folder = tiny_llama("tied")
-    optim = OptimConfig(learning_rate=1e-3, schedule="linear", weight_decay=0.1, eps=1e-4)
+    optim = OptimConfig(learning_rate=1e-3, schedule="linear", weight_decay=0.1, adamw=AdamWConfig(eps=1e-4))
     schedule = make_schedule(optim, 10)
     module = load_model(folder).module
     tx = make_optimizer(optim, schedule)

@@ -1,8 +1,7 @@
 """The argument that every shipped config understands: `configs/NAME.py:smoke`."""
 
-from ml_collections import ConfigDict
-
 from jaxft.assets import ASSETS
+from jaxft.config.reading import ConfigDict
 from jaxft.errors import ConfigError, did_you_mean
 
 

@@ -1,0 +1,35 @@
+"""The configuration of a run: frozen dataclasses, their checks, and how config files are read.
+
+A config file (`configs/NAME.py`) fills a ConfigDict made from these dataclasses and returns it from `get_config(arg)`.
+`load` imports the file and applies overrides; `resolve` turns the result into a `RunConfig`. Unknown keys, wrong types
+and combinations that cannot be carried out are refused before anything is loaded or compiled. `fields` declares what a
+field is.
+"""
+
+from jaxft.config.adapter import AdapterConfig
+from jaxft.config.data import DataConfig, MixtureSet
+from jaxft.config.fields import choices
+from jaxft.config.mesh import MeshConfig
+from jaxft.config.method import MethodConfig, SFTConfig
+from jaxft.config.model import ModelConfig
+from jaxft.config.optim import (
+    AdafactorConfig,
+    AdamW8bitConfig,
+    AdamWConfig,
+    ApolloConfig,
+    LionConfig,
+    MuonConfig,
+    OptimConfig,
+    ScheduleFreeConfig,
+    SGDConfig,
+)
+from jaxft.config.reading import default_config, from_json, load, load_file, mixture_set, resolve
+from jaxft.config.run import RunConfig
+from jaxft.config.train import CheckpointConfig, EvalConfig, ExportConfig, RouterConfig, TrainConfig
+
+__all__ = [
+    "AdafactorConfig", "AdamW8bitConfig", "AdamWConfig", "AdapterConfig", "ApolloConfig", "CheckpointConfig",
+    "DataConfig", "EvalConfig", "ExportConfig", "LionConfig", "MeshConfig", "MethodConfig", "MixtureSet", "ModelConfig",
+    "MuonConfig", "OptimConfig", "RouterConfig", "RunConfig", "SFTConfig", "SGDConfig", "ScheduleFreeConfig",
+    "TrainConfig", "choices", "default_config", "from_json", "load", "load_file", "mixture_set", "resolve",
+]  # fmt: skip

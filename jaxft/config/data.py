@@ -1,0 +1,181 @@
+"""The data section: where rows come from, how they are read, and in which mixture."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from jaxft.config.fields import ABOVE_ZERO, BETWEEN_ZERO_AND_ONE, NOT_NEGATIVE, ReadBy, Section
+from jaxft.errors import ConfigError, did_you_mean
+
+Format = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text"]
+TrainOn = Literal["assistant", "last", "all"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureSet(Section):
+    """One of the sets of `data.mixture`, under a name of your choice. None: as the field of that name in `data`."""
+
+    path: Annotated[str, "where its rows come from, as `data.train`"] = ""
+    weight: Annotated[
+        float, NOT_NEGATIVE, "share of the tokens of training, relative to the weights of the other sets"
+    ] = 1.0
+    split: Annotated[str | None, "which part of a set that has parts; None: `data.train_split`"] = None
+    format: Annotated[Format | None, "as `data.format`"] = None
+    prompt_field: Annotated[str | None, "as `data.prompt_field`"] = None
+    completion_field: Annotated[str | None, "as `data.completion_field`"] = None
+    text_field: Annotated[str | None, "as `data.text_field`"] = None
+    train_on: Annotated[TrainOn | None, "as `data.train_on`"] = None
+    limit: Annotated[int | None, ABOVE_ZERO, "number of rows that are used, from the first; None: `data.limit`"] = None
+    max_epochs: Annotated[
+        float | None, ABOVE_ZERO, "refuse a run that would repeat the set more often than this; None: no limit"
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Section):
+    """Where rows come from and how they become token sequences."""
+
+    train: Annotated[str, "training rows: a .jsonl file, a datasets folder, `hf://owner/name`, or `tfds:name`"] = ""
+    mixture: Annotated[
+        dict[str, MixtureSet],
+        "several training sets instead of `data.train`, each under a name; see [mixtures](mixtures.md)",
+    ] = field(default_factory=dict)
+    stages: Annotated[
+        str | None,
+        ReadBy("data.mixture", because="It weighs the sets of a mixture."),
+        "`0.7: general, domain=2; 0.3: domain`: shares of the steps, and the sets of each share with their weights; "
+        "None: all sets for the whole run",
+    ] = None
+    eval: Annotated[str | None, "held-out rows, in the same forms as `data.train`"] = None
+    train_split: Annotated[str, "which part of a training set that has parts (datasets, tfds)"] = "train"
+    eval_split: Annotated[str, "which part of a held-out set that has parts"] = "validation"
+    tfds_data_dir: Annotated[str | None, "folder of the `tfds:` sets; None: the default of TFDS"] = None
+    eval_fraction: Annotated[
+        float | None, BETWEEN_ZERO_AND_ONE, "share of the training rows that is held out if `data.eval` is None"
+    ] = None
+    limit: Annotated[int | None, ABOVE_ZERO, "number of training rows that are used, from the first; None: all"] = None
+    eval_limit: Annotated[
+        int | None, ABOVE_ZERO, "number of held-out rows that are used, from the first; None: all"
+    ] = None
+    format: Annotated[Format, "form of the rows; `auto` goes by the keys of each row; see [formats](formats.md)"] = (
+        "auto"
+    )
+    prompt_field: Annotated[str, "column of the prompts in prompt_completion rows"] = "prompt"
+    completion_field: Annotated[str, "column of the completions in prompt_completion rows"] = "completion"
+    text_field: Annotated[str, "column of the text in text rows"] = "text"
+    chat_template: Annotated[str | None, "path of a Jinja file that replaces the tokenizer's chat template"] = None
+    train_on: Annotated[
+        TrainOn, "which tokens are trained. `assistant`: every assistant turn; `last`: the last one; `all`: all tokens"
+    ] = "assistant"
+    turns: Annotated[
+        Literal["auto", "together", "split"],
+        "which answers of a row share a sequence. `auto`: those that read the same at inference; `together`: all, "
+        "else the run is refused; `split`: none; see [formats](formats.md#which-tokens-are-trained)",
+    ] = "auto"
+    reasoning: Annotated[
+        Literal["keep", "inline", "drop"],
+        "what becomes of thoughts in a row. `keep`: they stay a field of their turn; `inline`: they are written into "
+        "the content as `<think>`; `drop`: they are left out",
+    ] = "keep"
+    omissions: Annotated[
+        Literal["refuse", "warn"],
+        "what happens if the chat template leaves out a part of a row. `refuse`: an error; `warn`: training on what "
+        "the template shows",
+    ] = "refuse"
+    max_length: Annotated[int, ABOVE_ZERO, "length of a training sequence in tokens"] = 1024
+    truncation: Annotated[
+        Literal["refuse", "drop", "right"],
+        "what happens to rows longer than `data.max_length`. `refuse`: the run does not start; `drop`: they are left "
+        "out; `right`: their right end is cut off",
+    ] = "refuse"
+    packing: Annotated[bool, "put several rows into a sequence, where none sees another; no row is ever split"] = True
+    shuffle: Annotated[bool, "draw a new order of sequences for every epoch, from `seed`"] = True
+
+    @property
+    def schedule(self) -> tuple[tuple[float, dict[str, float]], ...]:
+        """The stages of a mixture: (share of the steps, weight by set) each. Raises ConfigError as parse_stages."""
+        return parse_stages(self.stages, {name: one.weight for name, one in self.mixture.items()})
+
+    def of_set(self, name: str) -> "DataConfig":
+        """The settings by which one set of the mixture is read: these, replaced by the set's own."""
+        own = dataclasses.asdict(self.mixture[name])
+        renamed = {"train": own["path"], "train_split": own["split"]}
+        columns = ("format", "prompt_field", "completion_field", "text_field", "train_on", "limit")
+        given = renamed | {key: own[key] for key in columns}
+        given = {key: value for key, value in given.items() if value is not None}
+        return dataclasses.replace(self, **given, mixture={}, stages=None)
+
+    def check(self) -> None:
+        if not self.train and not self.mixture:
+            raise ConfigError(
+                "data.train is empty: give a .jsonl file, a datasets folder, hf://owner/name or tfds:name, or several "
+                "of them in data.mixture"
+            )
+        if self.mixture and self.train:
+            raise ConfigError(f"data.train={self.train!r} and data.mixture both name training sets; set data.train=''")
+        if self.eval is not None and self.eval_fraction is not None:
+            raise ConfigError("data.eval and data.eval_fraction are two held-out sets; set one of them to None")
+        for name, one in self.mixture.items():
+            key = f"data.mixture.{name}"
+            if not re.fullmatch(r"[A-Za-z_]\w*", name):
+                raise ConfigError(
+                    f"{key}: the name of a set must consist of letters, digits and _, so that the command line can "
+                    "override its fields"
+                )
+            if not one.path:
+                raise ConfigError(f"{key}.path is empty: give what data.train would take")
+        idle = sorted(set(self.mixture) - {name for _, weights in self.schedule for name in weights})
+        if idle:
+            raise ConfigError(
+                f"data.mixture: {', '.join(idle)} would never be trained on; remove it, or give it a weight"
+            )
+
+
+def parse_stages(text: str | None, weights: Mapping[str, float]) -> tuple[tuple[float, dict[str, float]], ...]:
+    """The stages that `data.stages` describes: (share of the steps, weight by set), without sets of weight 0.
+
+    text: stages separated by `;`, each with its share of the steps and its sets: `0.7: general, domain=2; 0.3: domain`.
+    A set without a weight of its own has the one in `weights`. None: one stage with all of `weights`.
+    Raises ConfigError for a text that cannot be read, an unknown set, a stage without weight, and shares that do not
+    add up to 1.
+    """
+    if text is None:
+        stages = [(1.0, dict(weights))] if weights else []
+    else:
+        stages = [_parse_stage(part.strip(), weights) for part in text.split(";") if part.strip()]
+        total = sum(share for share, _ in stages)
+        if abs(total - 1) > 1e-6:
+            raise ConfigError(f"data.stages={text!r}: the shares of the steps add up to {total:g}, not to 1")
+    for share, stage in stages:
+        if sum(stage.values()) <= 0:
+            raise ConfigError(f"data.stages={text!r}: no set has a weight above zero in the stage of {share:g}")
+    return tuple((share, {name: weight for name, weight in stage.items() if weight > 0}) for share, stage in stages)
+
+
+def _parse_stage(text: str, weights: Mapping[str, float]) -> tuple[float, dict[str, float]]:
+    share, _, members = text.partition(":")
+    stage: dict[str, float] = {}
+    for member in members.split(","):
+        name, given, weight = (piece.strip() for piece in member.partition("="))
+        if name not in weights:
+            hint = did_you_mean(name, weights)
+            raise ConfigError(
+                f"data.stages: the stage {text!r} has a set {name!r}, which is not in data.mixture.{hint} "
+                f"Known: {', '.join(weights)}. A stage has the form '0.7: NAME, NAME=WEIGHT'."
+            )
+        if name in stage:
+            raise ConfigError(f"data.stages: the stage {text!r} has {name!r} twice")
+        stage[name] = _parse_number(weight, text) if given else weights[name]
+    return _parse_number(share.strip(), text), stage
+
+
+def _parse_number(text: str, stage: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise ConfigError(f"data.stages: in the stage {stage!r}, {text!r} must be a number that is not negative")
+    return value

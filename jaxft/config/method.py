@@ -1,0 +1,46 @@
+"""The method section: which training method, and one section with the settings of each."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from jaxft.config.fields import ABOVE_ZERO, BELOW_ONE, CHOOSES_SECTION, NOT_NEGATIVE, Section
+from jaxft.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig(Section):
+    """Supervised fine-tuning: the cross-entropy of the trained tokens, and what may be added to it."""
+
+    loss_type: Annotated[
+        Literal["nll", "dft"],
+        "loss of a target of probability p. `nll`: -log p; `dft`: -p log p, without a gradient through the factor p "
+        "(arXiv:2508.05629)",
+    ] = "nll"
+    label_smoothing_factor: Annotated[
+        float, BELOW_ONE, "share of each target's weight that is spread evenly over the vocabulary"
+    ] = 0.0
+    z_loss: Annotated[
+        float,
+        NOT_NEGATIVE,
+        "coefficient of log(Z)^2, where Z normalizes the softmax; PaLM (arXiv:2204.02311) uses 1e-4",
+    ] = 0.0
+    neftune_noise_alpha: Annotated[
+        float | None,
+        ABOVE_ZERO,
+        "size of the noise on token embeddings in training; arXiv:2310.05914 uses 5 to 15; None: no noise",
+    ] = None
+
+    def check(self) -> None:
+        if self.loss_type == "dft" and self.label_smoothing_factor:
+            raise ConfigError(
+                "method.sft.loss_type='dft' weighs each target by its own probability, and a smoothed target has none: "
+                f"set method.sft.label_smoothing_factor={self.label_smoothing_factor} to 0"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig(Section):
+    """The training method. Settings of one method are in the section of its name."""
+
+    name: Annotated[Literal["sft"], CHOOSES_SECTION, "the training method; `sft`: supervised fine-tuning"] = "sft"
+    sft: SFTConfig = field(default_factory=SFTConfig)

@@ -1,0 +1,47 @@
+"""The model section: which pretrained model, and in which number types it computes and is stored."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from jaxft.config.adapter import ADAPTERS
+from jaxft.config.fields import FREE_TO_CHANGE, ReadBy, Section
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Section):
+    """Which pretrained model, and in which number types it computes and is stored."""
+
+    path: Annotated[str, "a Hugging Face folder, a GGUF file, a run folder, or `hf://owner/name`"] = ""
+    revision: Annotated[str | None, "branch, tag or commit of a `hf://` path"] = None
+    random_init: Annotated[
+        bool, "take only the shapes from `model.path`, and draw the weights from `seed` instead of loading them"
+    ] = False
+    dtype: Annotated[Dtype, "number type of activations and matrix products"] = "float32"
+    param_dtype: Annotated[Dtype, "number type of frozen parameters; trained ones are always float32"] = "float32"
+    quantization: Annotated[
+        Literal["nf4", "nf4-dq", "int8", "int4"] | None,
+        ReadBy(
+            "adapter.kind",
+            ADAPTERS,
+            because="Quantized weights are frozen, but adapter.kind='none' trains every weight.",
+        ),
+        "format to which the frozen linear layers under an adapter are quantized while loading (QLoRA)",
+    ] = None
+    remat: Annotated[
+        Literal["none", "full", "attention", "dots", "offload"],
+        FREE_TO_CHANGE,
+        "what the backward pass recomputes. `none`: nothing; `full`: every layer; `attention`: all but the attention "
+        "outputs; `dots`: all but the results of matrix products; `offload`: every layer, whose inputs are kept in "
+        "host memory",
+    ] = "none"
+    trainable: Annotated[
+        str | None,
+        ReadBy(
+            "adapter.kind",
+            ("none",),
+            because="It chooses which parameters of the model are trained, and beside an adapter all are frozen.",
+        ),
+        "which parameters of the model are trained; None: all",
+    ] = None

@@ -1,0 +1,99 @@
+"""The sections train, router, checkpoint, eval and export: the course of a run and what is kept of it."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from jaxft.config.fields import ABOVE_ZERO, BELOW_ONE, FREE_TO_CHANGE, NOT_NEGATIVE, ReadBy, Section
+from jaxft.config.model import Dtype
+from jaxft.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Section):
+    """How long training lasts and how a step is divided."""
+
+    batch_size: Annotated[int, ABOVE_ZERO, "sequences per optimizer step, over all devices"] = 16
+    accumulation_steps: Annotated[
+        int,
+        ABOVE_ZERO,
+        "micro-batches that each step's batch is divided into, one after another; the result is the same",
+    ] = 1
+    epochs: Annotated[float, ABOVE_ZERO, "passes over the training sequences; may be a fraction"] = 1.0
+    steps: Annotated[int | None, ABOVE_ZERO, "length of the run in steps; None: `train.epochs` decides"] = None
+    gradient_dtype: Annotated[
+        Dtype | None, "number type in which gradients of matrices are summed over devices; None: `model.dtype`"
+    ] = None
+    ema_decay: Annotated[
+        float | None,
+        BELOW_ONE,
+        "decay of an exponential moving average of the trained weights, which is evaluated and exported in their "
+        "place; None: no average",
+    ] = None
+    use_ema: Annotated[
+        bool,
+        ReadBy("train.ema_decay", because="There is no average to leave out."),
+        "whether the average is evaluated and exported instead of the trained weights",
+    ] = True
+    log_every: Annotated[int, ABOVE_ZERO, FREE_TO_CHANGE, "steps between logged metrics"] = 10
+    eval_every: Annotated[
+        int | None, ABOVE_ZERO, FREE_TO_CHANGE, "steps between held-out losses; None: only at the end"
+    ] = None
+
+    def check(self) -> None:
+        if self.batch_size % self.accumulation_steps:
+            raise ConfigError(
+                f"train.batch_size={self.batch_size} does not divide into "
+                f"train.accumulation_steps={self.accumulation_steps} equal micro-batches"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig(Section):
+    """Losses on the routers of a model with experts, added to the method's; see [experts](models.md#experts)."""
+
+    load_balancing: Annotated[
+        float | None,
+        NOT_NEGATIVE,
+        "coefficient of the load-balancing loss; None: the model's own if its routers are trained, else 0",
+    ] = None
+    z_loss: Annotated[float, NOT_NEGATIVE, "coefficient of the routers' z-loss"] = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig(Section):
+    """Which checkpoints are written and kept."""
+
+    every: Annotated[int | None, ABOVE_ZERO, FREE_TO_CHANGE, "steps between checkpoints; None: only the last"] = None
+    keep: Annotated[int, ABOVE_ZERO, FREE_TO_CHANGE, "number of newest checkpoints that are kept"] = 2
+    best_metric: Annotated[
+        Literal["eval_loss", "eval_perplexity", "eval_mean_token_accuracy"] | None,
+        "held-out metric whose best checkpoint is kept as well; None: only the newest are kept",
+    ] = None
+    best_mode: Annotated[
+        Literal["min", "max"],
+        ReadBy("checkpoint.best_metric", refuse=False),
+        "whether the smallest or the largest value is the best",
+    ] = "min"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(Section):
+    """The score of generated answers to held-out rows, before and after training."""
+
+    metric: Annotated[
+        Literal["exact_match", "json_valid", "json_exact"] | None,
+        "how an answer is scored, see [formats](formats.md#scores); None: only the held-out loss is measured",
+    ] = None
+    limit: Annotated[int | None, ABOVE_ZERO, "number of held-out rows that are answered, from the first; None: all"] = (
+        None
+    )
+    max_new_tokens: Annotated[int, ABOVE_ZERO, "length at which an answer is cut off, in tokens"] = 128
+    batch_size: Annotated[int, ABOVE_ZERO, "answers that are generated at the same time"] = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig(Section):
+    """What is written when training ends, for other programs to read."""
+
+    adapter: Annotated[bool, "write a PEFT folder if an adapter was trained"] = True
+    merged: Annotated[bool, "write a whole Hugging Face folder, with the adapter merged into the weights"] = False
