@@ -42,7 +42,8 @@ def prompts(model: str, batch: int) -> list[list[int]]:
 
 def jaxft_side(model: str, rows: list[list[int]], tokens: int) -> Callable[[], list[list[int]]]:
     from jaxft.checkpoint.load import load_model
-    from jaxft.generation import Sampling, generate_tokens
+    from jaxft.generation.settings import Sampling
+    from jaxft.generation.tokens import generate_tokens
 
     module = load_model(model).module
     sampling = Sampling(max_new_tokens=tokens)

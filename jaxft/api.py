@@ -45,13 +45,14 @@ def generate(
     """The answer to each prompt, without the prompt and without special tokens.
 
     prompts: plain text, continued as it is, or lists of chat messages, rendered by the chat template.
-    temperature: 0 is greedy. min_p: rules out tokens less than so many times as likely as the likeliest.
-    repetition_penalty: above 1, tokens of prompt and answer become less likely. stop: texts that end an answer
-    and are cut off it. slots: prompts decoded side by side. on_text: called with (prompt's number, piece)
-    whenever an answer has grown. Raises ConfigError for a setting out of its bounds, DataError for a prompt
-    that the model cannot take.
+    max_new_tokens to seed: see `jaxft.generation.settings.Sampling`. temperature: 0 is greedy. min_p: drop tokens less
+    probable than min_p times the most probable one. repetition_penalty: values above 1 penalise tokens already used.
+    stop: texts that end an answer and are cut off. slots: most prompts decoded at a time. on_text: called with (index
+    of the prompt, piece) whenever an answer has grown. Raises ConfigError for a setting outside of its range, DataError
+    for a prompt that the model cannot take.
     """
-    from jaxft.generation import Sampling, generate_text
+    from jaxft.generation.settings import Sampling
+    from jaxft.generation.text import generate_text
 
     sampling = Sampling(
         max_new_tokens=max_new_tokens,

@@ -123,8 +123,8 @@ def _generate(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
 
 def _chat(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     from jaxft import api
-    from jaxft.generation import Sampling
     from jaxft.generation import chat as chats
+    from jaxft.generation.settings import Sampling
 
     sampling = Sampling(**_sampling(arguments))
     tokenizer = api.load_tokenizer(arguments.model, chat_template=arguments.chat_template)

@@ -26,13 +26,13 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from jaxft.checkpoint import manifest
-from jaxft.checkpoint.state_layout import abstract_arrays, as_arrays, as_state, differences, layout
+from jaxft.checkpoint.saved_step import SavedStep, find_averages
+from jaxft.checkpoint.state_layout import abstract_arrays, as_arrays, as_state, layout
 from jaxft.errors import CheckpointError
 from jaxft.sharding.processes import is_primary
 
 LEFTOVER = re.compile(r"\d+\.(orbax-checkpoint-tmp.*|deleted)")
 ORBAX_MARK = "_CHECKPOINT_METADATA"  # without it a folder named like a step is not ours to delete
-SHOWN = 12  # differences listed in one error
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +108,9 @@ class RunCheckpoints:
             )
         arrays = as_arrays(state)
         metrics = {name: float(value) for name, value in (metrics or {}).items()}
-        meta = {"layout": layout(state), "metrics": metrics, "extra": dict(extra)}
+        meta = {
+            "layout": layout(state), "averages": find_averages(state), "metrics": metrics, "extra": dict(extra),
+        }  # fmt: skip
         try:
             json.dumps(meta)
         except (TypeError, ValueError) as error:
@@ -123,30 +125,30 @@ class RunCheckpoints:
         return True
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]] | None:
-        """The newest whole step (or `step`) and its extra; None where there is none.
+        """The newest whole step (or `step`) and its extra; None if there is none.
 
         abstract_state: pytree of ShapeDtypeStructs or arrays; each leaf is restored onto its sharding,
         whatever devices it was saved from.
         Raises CheckpointError for a damaged step, naming the files, and for a tree, shape or dtype that
         differs from abstract_state, listing the paths.
         """
+        saved = self.open(step)
+        if saved is None:
+            return None
+        saved.check_fits(abstract_state)
+        wanted = ocp.args.StandardRestore(abstract_arrays(abstract_state))
+        arrays = self._orbax.restore(saved.folder, args=ocp.args.Composite(state=wanted)).state
+        self._last = saved.step
+        return as_state(arrays, abstract_state), saved.extra
+
+    def open(self, step: int | None = None) -> SavedStep | None:
+        """The newest whole step (or `step`), to read parts of it; None if there is none.
+
+        Raises CheckpointError for a damaged step, naming the files.
+        """
         self.wait()
         step = self._verified(step)
-        if step is None:
-            return None
-        meta = self._meta(step)
-        lines = differences(meta["layout"], layout(abstract_state))
-        if lines:
-            more = [f"... and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
-            listed = "".join(f"\n  {line}" for line in lines[:SHOWN] + more)
-            raise CheckpointError(
-                f"checkpoint {self._path(step)} does not fit this run:{listed}\nGo on with the model, adapter and "
-                "optimizer settings that it was saved with, or train into another folder."
-            )
-        wanted = ocp.args.StandardRestore(abstract_arrays(abstract_state))
-        arrays = self._orbax.restore(self._path(step), args=ocp.args.Composite(state=wanted)).state
-        self._last = step
-        return as_state(arrays, abstract_state), meta["extra"]
+        return None if step is None else SavedStep(self._path(step), self._meta(step))
 
     def all_steps(self) -> tuple[int, ...]:
         """Whole steps, ascending. A save still under way is not among them."""
@@ -156,11 +158,6 @@ class RunCheckpoints:
     def latest_step(self) -> int | None:
         """The newest whole step."""
         return max(self.all_steps(), default=None)
-
-    def best_step(self) -> int | None:
-        """The whole step that is best by best_metric; None where no step has that metric."""
-        ranked = [step for step, keep in self._ranked(self._best) if keep]
-        return ranked[-1] if ranked else None
 
     def wait(self) -> None:
         """Block until the last save is whole. Raises CheckpointError where it failed."""

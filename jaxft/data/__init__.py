@@ -1,9 +1,10 @@
 """From rows of text to batches: sources, formats, chat, examination, packing, mixtures, loader."""
 
 from jaxft.data.batch import Batch, Example
-from jaxft.data.examine import Examination, print_examination, render_rows
+from jaxft.data.examine import Examination
 from jaxft.data.formats import Conversation
 from jaxft.data.prepare import Prepared, TrainSet, prepare
+from jaxft.data.show import print_examination, render_rows
 from jaxft.data.tokenizers.load import load_tokenizer, tokenizer_of
 from jaxft.data.tokenizers.tokenizer import Tokenizer
 

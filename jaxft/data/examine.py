@@ -1,38 +1,33 @@
-"""A look at a tokenised set before anything is trained on it: what is there, and what is wrong."""
+"""Examines a tokenised set before training: counts what it contains and refuses what would train silently wrong."""
 
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from jaxft.config import DataConfig
 from jaxft.data.batch import Example
 from jaxft.data.packing import one_each, pack
-from jaxft.data.tokenizers.tokenizer import Tokenizer
-from jaxft.errors import DataError
-from jaxft.nn import virtual
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from jaxft.errors import DataError, listed
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 BINS = 12
-NAMED = 10  # rows that an error names
+NAMED = 10  # rows named in one error
 
 
 @dataclass(frozen=True, kw_only=True)
 class Examination:
-    """What a set holds once it is tokenised. Lengths are in tokens.
+    """Counts of a tokenised set. Lengths are in tokens.
 
-    rows: read. examples: kept, of which a row has several where its answers cannot share a sequence. truncated,
-    dropped: examples that were longer than max_length.
-    sequences: of max_length tokens that the examples fill; fill: the share of them that is not padding.
-    quantiles: of the lengths of all examples, before truncation, by "p0" to "p100".
-    histogram: of the same, as (from, to, examples), the bounds inclusive. formats: rows of each. holds: rows with a
-    system message, several answers, tools, tool calls, thoughts, answers that are not to be trained.
+    rows: rows read. examples: examples kept; a row has several if its answers cannot share a sequence. truncated,
+    dropped: examples that were longer than max_length. sequences: training sequences of max_length tokens that the
+    examples fill; fill: the share of their positions that is not padding. quantiles: of the lengths of all examples,
+    before truncation, by "p0" to "p100". histogram: of the same lengths, as (from, to, examples), bounds inclusive.
+    formats: rows of each format. holds: rows with a system message, several answers, tools, tool calls, thoughts,
+    answers that are not trained.
     """
 
     source: str
@@ -52,7 +47,7 @@ class Examination:
     warnings: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as written to `data.json` and printed by --json."""
+        """Plain values, for `data.json` and --json."""
         return dataclasses.asdict(self)
 
 
@@ -126,7 +121,7 @@ def combine_examinations(examinations: Sequence[Examination], examples: Sequence
     def total(name: str) -> int:
         return sum(getattr(one, name) for one in examinations)
 
-    def counted(name: str) -> dict[str, int]:
+    def count_by(name: str) -> dict[str, int]:
         return dict(sum((Counter(getattr(one, name)) for one in examinations), Counter()))
 
     lengths = np.array([len(example) for example in examples])
@@ -138,8 +133,8 @@ def combine_examinations(examinations: Sequence[Examination], examples: Sequence
         fill=sums["tokens"] / (sums["sequences"] * first.max_length),
         quantiles=_quantiles(lengths),
         histogram=_histogram(lengths),
-        formats=counted("formats"),
-        holds=counted("holds"),
+        formats=count_by("formats"),
+        holds=count_by("holds"),
         warnings=tuple(f"{one.source}: {warning}" for one in examinations for warning in one.warnings),
         **sums,
     )
@@ -154,9 +149,8 @@ def count_repeated(train: Sequence[Example], held_out: Sequence[Example]) -> int
 def _refuse_untrained(examples: Sequence[Example], rows: int, where: Callable[[int], str], source: str) -> None:
     silent = [where(example.row) for example in examples if not example.mask.any()]
     if silent:
-        more = f" and {len(silent) - NAMED:,} more" if len(silent) > NAMED else ""
         raise DataError(
-            f"{len(silent):,} of {rows:,} rows of {source} train on zero tokens: {', '.join(silent[:NAMED])}{more}. "
+            f"{len(silent):,} of {rows:,} rows of {source} train on zero tokens: {listed(silent, NAMED)}. "
             "Every answer in them is empty or marked not to be trained (train: false, weight: 0): remove these rows, "
             "or the marks."
         )
@@ -246,65 +240,3 @@ def _histogram(lengths: np.ndarray) -> tuple[tuple[int, int, int], ...]:
     width = max(1, -(-(high - low + 1) // BINS))
     counts = np.bincount((lengths - low) // width)
     return tuple((low + i * width, low + (i + 1) * width - 1, int(count)) for i, count in enumerate(counts))
-
-
-def render_rows(
-    examples: Sequence[Example], tokenizer: Tokenizer, *, limit: int = 2, console: "Console | None" = None
-) -> None:
-    """Print the first examples with the trained tokens in colour.
-
-    Where the output is no terminal, trained text stands in [[double brackets]].
-    """
-    from rich.console import Console
-    from rich.text import Text
-
-    console = console or Console()
-    colored = console.is_terminal and console.color_system is not None
-    for number, example in enumerate(examples[:limit]):
-        trained = int(example.mask.sum())
-        first = int((example.tokens >= virtual.FIRST).sum())
-        learnt = f", the first {first} virtual" if first else ""
-        text = Text(f"row {example.row}: {len(example)} tokens{learnt}, {trained} trained\n", style="bold")
-        shown = example.tokens[first:], example.mask[first:]
-        edges = np.flatnonzero(np.diff(shown[1])) + 1
-        for tokens, mask in zip(*(np.split(part, edges) for part in shown), strict=True):
-            piece = tokenizer.decode(tokens, skip_special_tokens=False)
-            if colored:
-                text.append(piece, style="bold green" if mask[0] else "dim")
-            else:
-                text.append(f"[[{piece}]]" if mask[0] else piece, style="not bold")
-        console.print(text, highlight=False, soft_wrap=True)
-        if number < limit - 1:
-            console.print()
-
-
-def print_examination(examination: Examination, *, console: "Console | None" = None, name: str | None = None) -> None:
-    """Print the counts, the length histogram as bars, and the warnings. name: printed before the source."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = console or Console()
-    splits_rows = examination.examples + examination.dropped != examination.rows
-    share = examination.trained_tokens / examination.tokens
-    formats = ", ".join(f"{name} {count:,}" for name, count in examination.formats.items())
-    holds = ", ".join(f"{name} {count:,}" for name, count in examination.holds.items() if count)
-    console.print(Text(f"{name}: {examination.source}" if name else examination.source, style="bold"), soft_wrap=True)
-    console.print(
-        f"{examination.rows:,} rows ({formats or 'unknown format'}), "
-        + (f"{examination.examples:,} examples, " if splits_rows else "")
-        + f"{examination.tokens:,} tokens, {examination.trained_tokens:,} trained ({share:.0%})\n"
-        + (f"rows with {holds}\n" if holds else "")
-        + f"{examination.sequences:,} sequences of {examination.max_length:,}, {examination.fill:.0%} full; "
-        f"{examination.truncated:,} examples cut, {examination.dropped:,} dropped",
-        highlight=False,
-    )
-    table = Table("tokens", "examples", "", box=None, pad_edge=False)
-    most = max(count for _, _, count in examination.histogram)
-    for low, high, count in examination.histogram:
-        over = "red" if low > examination.max_length else "green"
-        bar = "#" * round(32 * count / most) or ("." if count else "")
-        table.add_row(f"{low:,}-{high:,}", f"{count:,}", Text(bar, style=over))
-    console.print(table)
-    for warning in examination.warnings:
-        console.print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)

@@ -1,4 +1,4 @@
-"""The row formats people have, turned into one noun: `Conversation`."""
+"""Readers of the common row formats: each row becomes a `Conversation`."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,10 +18,9 @@ SPEAKERS = {
     "model": "assistant", "system": "system", "observation": "tool", "tool": "tool", "function_call": "assistant",
 }  # fmt: skip
 
-
-# What a turn of ShareGPT may hold beside its text, as OpenAI's messages do.
-BESIDE = (*FIELDS, "train", "weight", "name", "tool_calls", "tool_call_id")
-# Variables of every rendering, which a row cannot set.
+# Fields that a turn of ShareGPT may have in addition to its text, as OpenAI's messages do.
+TURN_FIELDS = (*FIELDS, "train", "weight", "name", "tool_calls", "tool_call_id")
+# Variables that every rendering sets, so that a row cannot.
 RESERVED = ("messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize")
 
 
@@ -29,11 +28,11 @@ RESERVED = ("messages", "tools", "add_generation_prompt", "continue_final_messag
 class Conversation:
     """One row, whatever its format: a chat (messages), or plain text (prompt and completion).
 
-    row: index in its source. where: how errors call it. format: the format it was written in.
-    messages: OpenAI messages, empty for plain text. tools: JSON schemas the template may show.
-    first_trained: index of the first message that may be trained on. untrained: those that are marked otherwise.
-    template_kwargs: variables of the chat template for this row, such as enable_thinking.
-    prompt, completion: plain text; of a `text` row the prompt is empty.
+    row: index in its source. where: the row's name in errors. format: the format it was written in.
+    messages: OpenAI messages, empty for plain text. tools: JSON schemas that the template may show.
+    first_trained: index of the first message that may be trained on. untrained: indices of answers marked as not to be
+    trained. template_kwargs: variables of the chat template for this row, such as enable_thinking.
+    prompt, completion: plain text; the prompt of a `text` row is empty.
     """
 
     row: int
@@ -57,7 +56,7 @@ def conversations(rows: Rows, config: DataConfig) -> Iterator[Conversation]:
 def read_row(fields: Mapping[str, Any], config: DataConfig, *, row: int, where: str) -> Conversation:
     """One row as a Conversation, by `config.format` or by the fields that it has.
 
-    row, where: its place, for errors. Raises DataError where it cannot be one.
+    row: its index. where: its name in errors. Raises DataError if it cannot be one.
     """
     name = config.format if config.format != "auto" else detect(fields, config, where)
     try:
@@ -70,7 +69,7 @@ def read_row(fields: Mapping[str, Any], config: DataConfig, *, row: int, where: 
 
 
 def detect(row: Mapping[str, Any], config: DataConfig, where: str) -> str:
-    """The one format whose fields the row has. Raises DataError where none fits, or several."""
+    """The one format whose fields the row has. Raises DataError if none fits, or more than one."""
     wanted = {
         "messages": ("messages",),
         "sharegpt": ("conversations",),
@@ -78,13 +77,13 @@ def detect(row: Mapping[str, Any], config: DataConfig, where: str) -> str:
         "alpaca": ("instruction", "output"),
         "text": (config.text_field,),
     }
-    found = [name for name, fields in wanted.items() if all(row.get(field) is not None for field in fields)]
-    if len(found) == 1:
-        return found[0]
+    fitting = [name for name, fields in wanted.items() if all(row.get(field) is not None for field in fields)]
+    if len(fitting) == 1:
+        return fitting[0]
     keys = ", ".join(sorted(row)) or "none"
-    if found:
+    if fitting:
         raise DataError(
-            f"{where} can be read as {' or as '.join(found)} (its keys: {keys}). Set data.format to the one you mean."
+            f"{where} can be read as {' or as '.join(fitting)} (its keys: {keys}). Set data.format to the one you mean."
         )
     known = "; ".join(f"{name}: {' + '.join(fields)}" for name, fields in wanted.items())
     raise DataError(
@@ -94,11 +93,11 @@ def detect(row: Mapping[str, Any], config: DataConfig, where: str) -> str:
 
 
 class _Problem(ValueError):
-    """What is wrong with a row, before its place is known."""
+    """A problem with a row; `read_row` adds the row's name."""
 
 
 def _messages(row: Mapping[str, Any], config: DataConfig) -> dict[str, Any]:
-    return {"messages": _checked(_field(row, "messages"), "messages")}
+    return {"messages": _check_messages(_field(row, "messages"), "messages")}
 
 
 def _prompt_completion(row: Mapping[str, Any], config: DataConfig) -> dict[str, Any]:
@@ -112,8 +111,8 @@ def _prompt_completion(row: Mapping[str, Any], config: DataConfig) -> dict[str, 
             f"{config.prompt_field!r} is {type(prompt).__name__} and {config.completion_field!r} is "
             f"{type(completion).__name__}: both must be text, or both lists of messages"
         )
-    before = _checked(prompt, config.prompt_field, answer=False)
-    after = _checked(completion, config.completion_field)
+    before = _check_messages(prompt, config.prompt_field, answer=False)
+    after = _check_messages(completion, config.completion_field)
     return {"messages": before + after, "first_trained": len(before)}
 
 
@@ -129,7 +128,7 @@ def _alpaca(row: Mapping[str, Any], config: DataConfig) -> dict[str, Any]:
     if row.get("input"):
         question = f"{question}\n{row['input']}"
     messages += [{"role": "user", "content": question}, {"role": "assistant", "content": _field(row, "output")}]
-    return {"messages": _checked(messages, "instruction/output")}
+    return {"messages": _check_messages(messages, "instruction/output")}
 
 
 def _sharegpt(row: Mapping[str, Any], config: DataConfig) -> dict[str, Any]:
@@ -144,8 +143,8 @@ def _sharegpt(row: Mapping[str, Any], config: DataConfig) -> dict[str, Any]:
         message = {"role": SPEAKERS[speaker], "content": value}
         if speaker == "function_call":
             message = {"role": "assistant", "tool_calls": value}
-        messages.append({name: turn[name] for name in BESIDE if name in turn} | message)
-    return {"messages": _checked(messages, "conversations")}
+        messages.append({name: turn[name] for name in TURN_FIELDS if name in turn} | message)
+    return {"messages": _check_messages(messages, "conversations")}
 
 
 def _text(row: Mapping[str, Any], config: DataConfig) -> dict[str, Any]:
@@ -171,7 +170,7 @@ def _field(row: Mapping[str, Any], name: str) -> Any:
 
 
 def _list(value: Any, field: str) -> list[Mapping[str, Any]]:
-    # Columnar stores give a list of objects back as an object of lists.
+    # Columnar stores return a list of objects as an object of lists.
     if isinstance(value, Mapping) and all(isinstance(column, list) for column in value.values()):
         value = [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
     if not isinstance(value, list) or not value:
@@ -182,7 +181,7 @@ def _list(value: Any, field: str) -> list[Mapping[str, Any]]:
     return value
 
 
-def _checked(value: Any, field: str, *, answer: bool = True) -> tuple[dict[str, Any], ...]:
+def _check_messages(value: Any, field: str, *, answer: bool = True) -> tuple[dict[str, Any], ...]:
     """Messages that can be rendered. answer: at least one must come from the assistant."""
     messages = tuple(_message(message, number) for number, message in enumerate(_list(value, field), 1))
     if answer and not any(message["role"] == "assistant" for message in messages):
@@ -192,7 +191,7 @@ def _checked(value: Any, field: str, *, answer: bool = True) -> tuple[dict[str, 
 
 
 def _message(message: Mapping[str, Any], number: int) -> dict[str, Any]:
-    # Tables fill absent fields with None; templates ask whether a field is there.
+    # Tables fill absent fields with None; templates test whether a field exists.
     message = {key: value for key, value in message.items() if value is not None}
     role = message.get("role")
     if role not in ROLES:
@@ -210,7 +209,7 @@ def _message(message: Mapping[str, Any], number: int) -> dict[str, Any]:
             )
     content = message.get("content")
     if isinstance(content, list):
-        message["content"] = content = _joined(content, number)
+        message["content"] = content = _join_text(content, number)
     if content is not None and not isinstance(content, str):
         raise _Problem(f"message {number} ({role}) has content of type {type(content).__name__}; it must be text")
     may_be_empty = role in ("system", "developer", "tool", "function") or "tool_calls" in message
@@ -220,16 +219,16 @@ def _message(message: Mapping[str, Any], number: int) -> dict[str, Any]:
     return message
 
 
-def _joined(parts: list[Any], number: int) -> str:
+def _join_text(parts: list[Any], number: int) -> str:
     if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in parts):
         raise _Problem(f"message {number} has content parts that are not text; only text is trained")
     return "".join(part["text"] for part in parts)
 
 
 def _marks(messages: tuple[dict[str, Any], ...]) -> dict[str, Any]:
-    """The messages without their `train` and `weight`, and which answers these switch off.
+    """The messages without their `train` and `weight` fields, and the answers that these exclude from training.
 
-    `train: true/false` and OpenAI's `weight: 0/1` say the same of one message; without either it is trained.
+    `train: true/false` and OpenAI's `weight: 0/1` mean the same; a message without either is trained.
     """
     untrained, bare = set(), []
     for index, message in enumerate(messages):

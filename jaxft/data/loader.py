@@ -2,8 +2,8 @@
 
 The sequences of all epochs form one endless stream, shuffled anew in each epoch; step s takes
 sequences s*B to (s+1)*B - 1 of it. A batch at the end of an epoch is filled from the next one, so
-every batch is full and every sequence comes exactly once an epoch. Nothing is remembered between
-steps: a resumed run asks for its next step and goes on where it was.
+every batch is full and every sequence comes exactly once an epoch. The loader has no state: a
+resumed run asks for its next step and continues where it stopped.
 """
 
 import math
@@ -30,33 +30,27 @@ class Loader:
         seed: int = 0,
         pad_id: int = 0,
     ) -> None:
-        """Raises ValueError where there are no examples, or one is longer than max_length."""
+        """Raises ValueError if there are no examples, or one is longer than max_length."""
         self.batch_size, self.max_length, self.pad_id = batch_size, max_length, pad_id
         self._stream = Stream(examples, max_length=max_length, packing=packing, shuffle=shuffle, seed=seed)
         self.plan = self._stream.plan
 
     @property
     def steps_per_epoch(self) -> float:
-        """Sequences / batch_size: not whole where the last batch of an epoch runs into the next."""
+        """Sequences / batch_size: not whole if the last batch of an epoch runs into the next."""
         return len(self.plan) / self.batch_size
 
     def steps_for(self, epochs: float) -> int:
-        """The fewest steps that see so many epochs of sequences."""
+        """The fewest steps that see `epochs` epochs of sequences."""
         return steps_for(epochs, len(self.plan), self.batch_size)
 
     def epoch_of(self, step: int) -> float:
-        """Epochs seen when `step` steps are done."""
         return step / self.steps_per_epoch
 
     def metrics(self, step: int) -> dict[str, float]:
-        """No log values: there is only one set."""
-        return {}
+        return {}  # one set has no shares to tell
 
     def batch(self, step: int, rows: slice | None = None) -> Batch:
-        """The batch of a step, from 0, as numpy arrays [B, S].
-
-        rows: only these rows of it, for a process that feeds only its own devices.
-        """
         documents = [self._stream[position] for position in positions(step, self.batch_size, rows)]
         return assemble(documents, self.max_length, self.pad_id)
 
@@ -66,11 +60,11 @@ class Loader:
 
     @property
     def eval_steps(self) -> int:
-        """How many `eval_batches` there are."""
+        """The number of `eval_batches`."""
         return -(-len(self.plan) // self.batch_size)
 
     def eval_batch(self, number: int, rows: slice | None = None) -> Batch:
-        """One of the `eval_batches`, from 0."""
+        """Batch `number` of the `eval_batches`, from 0."""
         sequences = self.plan[number * self.batch_size : (number + 1) * self.batch_size]
         sequences += [[]] * (self.batch_size - len(sequences))
         examples = self._stream.examples
@@ -79,11 +73,11 @@ class Loader:
 
 
 def steps_for(epochs: float, sequences: int, batch_size: int) -> int:
-    """The fewest steps that see so many epochs of so many sequences."""
+    """The fewest steps that see `epochs` epochs of `sequences` sequences."""
     # Rounded first: 0.1 * 30 is a hair above 3.
     return max(1, math.ceil(round(epochs * sequences / batch_size, 6)))
 
 
 def positions(step: int, batch_size: int, rows: slice | None) -> range:
-    """Where the rows of a batch lie in the endless stream of sequences."""
+    """Positions of a batch's rows in the endless stream of sequences."""
     return range(step * batch_size, (step + 1) * batch_size)[rows or slice(None)]

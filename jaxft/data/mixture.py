@@ -1,8 +1,8 @@
 """Batches of several training sets with weights, in stages. Shapes: B batch, S sequence.
 
-A weight is a share of tokens: rows of two sets may differ in length tenfold, and it is tokens that a step learns from.
-Each set is packed by itself, so a sequence is of one set; a set's sequences come as often as its weight asks, divided
-by how many tokens they hold on average. Sets repeat, shuffled anew each time, when they are used up.
+A weight is a share of tokens: rows of two sets may differ in length tenfold, and a step learns from tokens. Each set is
+packed by itself, so a sequence belongs to one set; the rate of a set's sequences is its weight divided by their mean
+number of tokens. A set that is used up is repeated, shuffled anew each time.
 """
 
 import zlib
@@ -19,9 +19,9 @@ from jaxft.errors import DataError
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """What a run, or a part of it, takes of one set. epochs: how often the set is seen.
+    """The part of one set in a run, or in some of its steps. epochs: how often the set is seen.
 
-    token_share, trained_share: of all tokens, and of all trained ones, that are this set's.
+    token_share, trained_share: the set's share of all tokens, and of all trained tokens.
     """
 
     name: str
@@ -51,11 +51,13 @@ class Mixture:
         epochs: float = 1.0,
         steps: int | None = None,
     ) -> None:
-        """data: its mixture, stages, max_length, packing and shuffle. The run has `steps`, else as many as see
-        `epochs` times the number of sequences that all sets have together."""
+        """data: its mixture, stages, max_length, packing and shuffle are read.
+
+        The run has `steps` steps; if None, enough to see `epochs` times the number of sequences of all sets together.
+        """
         self.batch_size, self.pad_id, self._data = batch_size, pad_id, data
         settings = {"max_length": data.max_length, "packing": data.packing, "shuffle": data.shuffle}
-        # By name: another set beside it does not change the order of this one.
+        # Seeded by name: adding another set does not change the order of this one.
         self.streams = {
             one.name: Stream(one.examples, seed=seed + zlib.crc32(one.name.encode()), **settings) for one in sets
         }
@@ -65,19 +67,17 @@ class Mixture:
 
     @property
     def steps_per_epoch(self) -> float:
-        """Sequences of all sets / batch_size."""
+        """Sequences of all sets / batch_size. An epoch is as many sequences as all sets have together."""
         return self._sequences / self.batch_size
 
     def steps_for(self, epochs: float) -> int:
-        """The fewest steps that see so many times the number of sequences of all sets."""
+        """The fewest steps that see `epochs` times the number of sequences of all sets."""
         return steps_for(epochs, self._sequences, self.batch_size)
 
     def epoch_of(self, step: int) -> float:
-        """How often as many sequences as all sets have were seen when `step` steps are done."""
         return step / self.steps_per_epoch
 
     def batch(self, step: int, rows: slice | None = None) -> Batch:
-        """The batch of a step, from 0, as numpy arrays [B, S]; `rows`: only these rows of it."""
         streams, documents = list(self.streams.values()), []
         for position in positions(step, self.batch_size, rows):
             index, number = self.schedule.at(position)
@@ -89,11 +89,13 @@ class Mixture:
         return {f"token_share/{share.name}": share.token_share for share in self.shares(0, step)}
 
     def shares(self, start: int, end: int) -> list[Share]:
-        """What the steps from start to end - 1 take of each set, counted and not estimated."""
+        """The part of each set in the steps from start to end - 1, counted and not estimated."""
         counts = [self.schedule.counts(step * self.batch_size) for step in (start, end)]
-        seen = [[stream.seen(count) for stream, count in zip(self.streams.values(), at, strict=True)] for at in counts]
-        taken = [tuple(a - b for a, b in zip(*pair, strict=True)) for pair in zip(seen[1], seen[0], strict=True)]
-        all_tokens, all_trained = (max(1, sum(one[i] for one in taken)) for i in (1, 2))
+        taken = [
+            tuple(b - a for a, b in zip(stream.totals(first), stream.totals(last), strict=True))
+            for stream, first, last in zip(self.streams.values(), *counts, strict=True)
+        ]
+        all_tokens, all_trained = (max(1, sum(totals[i] for totals in taken)) for i in (1, 2))
         return [
             Share(
                 name=name,
@@ -118,7 +120,7 @@ class Mixture:
         return [(a, b, w) for a, b, w in zip(edges, edges[1:], weights, strict=False)]
 
     def check_epochs(self) -> None:
-        """Raises DataError where a set would be seen more often than its max_epochs allows."""
+        """Raises DataError if a set would be seen more often than its max_epochs allows."""
         for share in self.shares(0, self.total_steps):
             most = self._data.mixture[share.name].max_epochs
             if most is not None and share.epochs > most + 1e-9:
@@ -130,6 +132,7 @@ class Mixture:
                 )
 
     def _stages(self) -> list[tuple[int, dict[str, float]]]:
+        """(first position, rate of each set) of every stage that has a step, for `Schedule`."""
         out = []
         for start, end, weights in self.stages():
             rates = {name: w * len(self.streams[name]) / self.streams[name].tokens for name, w in weights.items()}

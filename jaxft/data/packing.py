@@ -1,4 +1,4 @@
-"""Which examples share a training sequence. No example is ever split."""
+"""Packs examples into training sequences. No example is ever split."""
 
 from collections.abc import Sequence
 
@@ -6,20 +6,20 @@ import numpy as np
 
 
 def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
-    """Sequences as lists of example indices, each of at most max_length tokens together.
+    """Sequences as lists of example indices; the examples of each have at most max_length tokens together.
 
     Best-fit decreasing: the longest example first, each into the fullest sequence that still has
     room for it, which needs at most 11/9 of the fewest possible sequences. A million examples take
-    seconds. Sequences and the examples inside them stand in order of index; the same lengths
-    always give the same plan. Raises ValueError where an example is longer than max_length.
+    seconds. Sequences and the examples in them are in order of index; the same lengths always give
+    the same plan. Raises ValueError if an example is longer than max_length.
     """
     lengths = np.asarray(lengths, np.int64)
     if len(lengths) and int(lengths.max()) > max_length:
         at = int(lengths.argmax())
         raise ValueError(f"example {at} has {lengths[at]} tokens, more than max_length={max_length}")
     plan: list[list[int]] = []
-    waiting: list[list[int]] = [[] for _ in range(max_length + 1)]  # sequences by room that is left
-    rooms = 0  # bit r is set where waiting[r] is not empty: the fullest fit is its lowest high bit
+    waiting: list[list[int]] = [[] for _ in range(max_length + 1)]  # sequences by the room left in them
+    rooms = 0  # bit r is set if waiting[r] is not empty: the lowest set bit from `length` up is the fullest fit
     for index in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[index])
         fitting = rooms >> length
@@ -38,5 +38,5 @@ def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
 
 
 def one_each(count: int) -> list[list[int]]:
-    """The plan without packing: every example alone."""
+    """The plan without packing: every example has a sequence of its own."""
     return [[index] for index in range(count)]

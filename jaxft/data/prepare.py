@@ -118,18 +118,18 @@ def prepare_sets(
     """
     first = virtual_ids(config.adapter.virtual_tokens)
 
-    def prepared(one: RowSet) -> TrainSet:
+    def prepare_one(one: RowSet) -> TrainSet:
         examples, examination = prepare_set(
             one.rows, one.config, tokenizer, first=first, read=read, whole_rows=whole_rows
         )
         return TrainSet(name=one.name, examples=examples, examination=examination)
 
-    sets = [prepared(one) for one in train]
+    sets = [prepare_one(one) for one in train]
     trained = [example for one in sets for example in one.examples]
     examination = combine_examinations([one.examination for one in sets], trained, "training sets")
     if not held_out:
         return Prepared(sets=tuple(sets), examination=examination)
-    eval_sets = [prepared(one) for one in held_out]
+    eval_sets = [prepare_one(one) for one in held_out]
     eval_examples = [example for one in eval_sets for example in one.examples]
     eval_examination = combine_examinations([one.examination for one in eval_sets], eval_examples, "held-out sets")
     repeated = count_repeated(trained, eval_examples)
@@ -160,14 +160,14 @@ def prepare_set(
     holds: Counter[str] = Counter()
     notes: Counter[str] = Counter()
 
-    def counted() -> Iterator[Conversation]:
+    def read_and_count() -> Iterator[Conversation]:
         for conversation in read(rows, config):
             formats[conversation.format] += 1
             holds.update(_features(conversation))
             yield conversation
 
     return examine(
-        [example.prepend(first) for example in encode_all(counted(), tokenizer, config, notes)],
+        [example.prepend(first) for example in encode_all(read_and_count(), tokenizer, config, notes)],
         config,
         stop_ids=tokenizer.stop_ids,
         where=rows.where,

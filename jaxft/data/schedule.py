@@ -1,9 +1,9 @@
-"""Which training set each sequence of a mixture comes from: arithmetic on its position, so that nothing is replayed.
+"""The training set of each sequence of a mixture: arithmetic on its position, so that nothing is replayed.
 
-Within a stage the sets take turns as evenly as their rates allow. With two sets of rates q and 1 - q, the second gets
-floor(t * q + 1/2) of the first t positions; with more, the others share what the last one leaves, by the same rule.
-Every prefix of a stage therefore has each set within one sequence per set of its share, and how many of them came
-before any position is known without counting. Rates are integers over 2^32, so that no rounding differs anywhere.
+Within a stage the sets take turns as evenly as their rates allow. With two sets of rates 1 - q and q, the second gets
+floor(t * q + 1/2) of the first t positions; with more sets, the others share the remaining positions by the same rule.
+In every prefix of a stage each set is therefore within one sequence per set of its share, and the number of its
+sequences before any position is computed directly. Rates are integers over 2^32, so that every machine rounds alike.
 """
 
 import bisect
@@ -15,13 +15,13 @@ ONE = 1 << 32
 class Schedule:
     """Position in the stream of all sequences -> (set, number of the sequence in that set's own stream).
 
-    A set goes on where it was when it takes part again in a later stage; after the last stage, that one goes on.
+    A set that takes part again in a later stage continues where it stopped. The last stage has no end.
     """
 
     def __init__(self, stages: Sequence[tuple[int, Mapping[str, float]]], names: Sequence[str]) -> None:
         """stages: (first position, rate of each set that takes part), by first position, from 0. Rates are relative.
 
-        Raises ValueError where a stage has no rate above zero.
+        Raises ValueError if a stage has no rate above zero.
         """
         self.names = tuple(names)
         self._starts = [start for start, _ in stages]
@@ -43,21 +43,21 @@ class Schedule:
         raise ValueError(f"no set takes part at position {position}")
 
     def counts(self, position: int) -> list[int]:
-        """How many sequences of each set lie before a position."""
+        """The number of sequences of each set before a position."""
         stage = max(0, bisect.bisect_left(self._starts, position) - 1)
         within = _counts(position - self._starts[stage], self._chances[stage])
         return [b + n for b, n in zip(self._before[stage], within, strict=True)]
 
 
 def _chances(rates: Sequence[float]) -> list[int]:
-    """For each set, the share of what it and the sets before it get together, in units of 1 / 2^32."""
+    """Each set's share of the positions that it and the sets before it get together, in units of 1 / 2^32."""
     out, total = [], 0.0
     for rate in rates:
         total += rate
         out.append(round(rate / total * ONE) if rate > 0 else 0)
     if total <= 0:
         raise ValueError(f"a stage needs a rate above zero; its rates are {list(rates)}")
-    # Nothing stands before the first set that takes part, so it takes all that is left.
+    # There is no set before the first one that takes part, so it gets all remaining positions.
     out[next(i for i, rate in enumerate(rates) if rate > 0)] = ONE
     return out
 

@@ -1,4 +1,4 @@
-"""Rows of a data set, by number, from wherever they are stored."""
+"""Rows of a data set, by index, from files, folders, the Hugging Face hub and TensorFlow Datasets."""
 
 import gzip
 import json
@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from jaxft.config import DataConfig
-from jaxft.errors import DataError, did_you_mean
+from jaxft.errors import DataError, did_you_mean, listed
 
 HUB = "hf://"
 TFDS = "tfds:"
@@ -23,17 +23,17 @@ class Rows(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Row `index`, from 0. Raises DataError where it is not an object with fields."""
+        """Row `index`, from 0. Raises DataError if it is not an object with fields."""
 
     def where(self, index: int) -> str:
-        """How errors call the row, such as `train.jsonl line 7`."""
+        """The row's name in errors, such as `train.jsonl line 7`."""
 
     def describe(self) -> str:
-        """What the set is, in a few words."""
+        """A short description of the set, with its number of rows."""
 
 
 class JsonlRows:
-    """One JSON object a line; blank lines do not count. Lines are parsed when asked for."""
+    """One JSON object a line; blank lines do not count. A line is parsed when its row is read."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -78,7 +78,7 @@ class TableRows:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
-            return _plain(self._table[int(index)])
+            return _to_plain(self._table[int(index)])
         except UnicodeDecodeError as error:
             raise DataError(f"{self.where(index)} holds bytes that are not UTF-8 text: {error}") from error
 
@@ -90,7 +90,7 @@ class TableRows:
 
 
 class Subset:
-    """Some rows of another set, in the given order; they keep their names in errors."""
+    """Some rows of another set, in the given order. In errors they have the names of the other set."""
 
     def __init__(self, rows: Rows, indices: Sequence[int], note: str) -> None:
         self._rows, self._indices, self._note = rows, indices, note
@@ -113,8 +113,8 @@ def open_rows(path: str, *, split: str = "train", tfds_data_dir: str | None = No
 
     path: a .jsonl or .jsonl.gz file; a folder written by `datasets`' save_to_disk, or one of
     parquet or JSONL files; `hf://owner/name[:config]`; `tfds:name[/config][:version]`.
-    split: which part of a set that has parts; a file has none.
-    Raises DataError where there is no such set or split.
+    split: the part to read of a set that has parts; a file has none.
+    Raises DataError if there is no such set or split.
     """
     if path.startswith(TFDS):
         return _open_tfds(path, split, tfds_data_dir)
@@ -134,24 +134,24 @@ def open_rows(path: str, *, split: str = "train", tfds_data_dir: str | None = No
 
 
 def train_and_eval(config: DataConfig, seed: int) -> tuple[Rows, Rows | None]:
-    """Training rows and held-out rows (None where the config asks for none).
+    """Training rows and held-out rows (None if the config holds none out).
 
-    With `eval_fraction`, the held-out rows are drawn from train by seed alone, so they stay the
-    same when `limit` changes. Raises DataError where one of the two would be empty.
+    With `eval_fraction`, the held-out rows are drawn from all training rows by seed alone, so that they do not depend
+    on `limit`. Raises DataError if no row would be left to train on.
     """
     train: Rows = open_rows(config.train, split=config.train_split, tfds_data_dir=config.tfds_data_dir)
     if config.eval is not None or config.eval_fraction is None:
-        return _first(train, config.limit), held_out_rows(config)
+        return _limit(train, config.limit), held_out_rows(config)
     train, held_out = _split_off(train, config.eval_fraction, seed)
-    return _first(train, config.limit), _first(held_out, config.eval_limit)
+    return _limit(train, config.limit), _limit(held_out, config.eval_limit)
 
 
 def held_out_rows(config: DataConfig) -> Rows | None:
-    """The rows of `data.eval`; None where the config names none."""
+    """The rows of `data.eval`; None if it is None."""
     if config.eval is None:
         return None
     held_out = open_rows(config.eval, split=config.eval_split, tfds_data_dir=config.tfds_data_dir)
-    return _first(held_out, config.eval_limit)
+    return _limit(held_out, config.eval_limit)
 
 
 def _split_off(rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:
@@ -166,7 +166,7 @@ def _split_off(rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:
     return Subset(rows, rest, f"{len(rest):,} rows"), Subset(rows, held_out, f"{count:,} rows held out by seed {seed}")
 
 
-def _first(rows: Rows, limit: int | None) -> Rows:
+def _limit(rows: Rows, limit: int | None) -> Rows:
     if limit is None or limit >= len(rows):
         return rows
     return Subset(rows, range(limit), f"first {limit:,} rows")
@@ -224,39 +224,39 @@ def _open_tfds(path: str, split: str, data_dir: str | None) -> Rows:
                 raise DataError(_no_split(path, split, known))
             raise DataError(
                 f"{path!r} is not prepared in {builder.data_dir}; build it once with file_format='array_record' "
-                "(tfds build), or set data.tfds_data_dir to where it stands."
+                "(tfds build), or set data.tfds_data_dir to the folder it is in."
             )
         return TableRows(builder.as_data_source(split=split), path, split)
     except tfds.core.DatasetNotFoundError as error:
-        asked = name.partition("/")[0].partition(":")[0]
-        hint = did_you_mean(asked, tfds.list_builders(with_community_datasets=False))
+        dataset = name.partition("/")[0].partition(":")[0]
+        hint = did_you_mean(dataset, tfds.list_builders(with_community_datasets=False))
         raise DataError(
-            f"TFDS knows no set {asked!r}, and there is none in {data_dir or 'its default data_dir'}.{hint} "
-            "Set data.tfds_data_dir to where a set of your own stands."
+            f"TFDS knows no set {dataset!r}, and there is none in {data_dir or 'its default data_dir'}.{hint} "
+            "For a set of your own, set data.tfds_data_dir to the folder it is in."
         ) from error
     except (NotImplementedError, OSError) as error:
         raise DataError(
-            f"TFDS cannot open {path!r}: {str(error).rstrip('.')}. A set is read without TensorFlow "
-            "only where it was prepared with file_format='array_record'."
+            f"TFDS cannot open {path!r}: {str(error).rstrip('.')}. Without TensorFlow, a set can only be "
+            "read if it was prepared with file_format='array_record'."
         ) from error
 
 
-def _plain(value: Any) -> Any:
-    """bytes to str and numpy to Python, all the way down, without fields that are None.
+def _to_plain(value: Any) -> Any:
+    """The value with bytes as str, numpy as Python, and without fields that are None, at every level.
 
-    A table's column of objects has every field that any row has: the arguments of a call would be shown with those of
-    all others.
+    Objects in a table's column have the fields of all rows, None if absent: a tool call would be rendered with the
+    arguments of all other calls.
     """
     if isinstance(value, bytes):
         return value.decode("utf-8")
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items() if item is not None}
+        return {key: _to_plain(item) for key, item in value.items() if item is not None}
     if isinstance(value, np.ndarray):
-        return _plain(value.tolist())
+        return _to_plain(value.tolist())
     if isinstance(value, np.generic):
-        return _plain(value.item())
+        return _to_plain(value.item())
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_to_plain(item) for item in value]
     return value
 
 
@@ -273,4 +273,4 @@ def _neighbors(path: str) -> str:
     if not folder.is_dir():
         return f" There is no folder {str(folder)!r}."
     hint = did_you_mean(Path(path).name, os.listdir(folder))
-    return hint or f" Files there: {', '.join(sorted(os.listdir(folder))[:8]) or 'none'}."
+    return hint or f" Files there: {listed(sorted(os.listdir(folder))) or 'none'}."

@@ -1,4 +1,4 @@
-"""The sequences of one training set, without end. Nothing is remembered: any of them can be asked for."""
+"""The endless stream of sequences of one training set, with random access."""
 
 import functools
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ class Stream:
     def __init__(
         self, examples: Sequence[Example], *, max_length: int, packing: bool = True, shuffle: bool = True, seed: int = 0
     ) -> None:
-        """Raises ValueError where there are no examples, or one is longer than max_length."""
+        """Raises ValueError if there are no examples, or one is longer than max_length."""
         if not examples:
             raise ValueError("a Loader needs at least one example")
         self.examples = examples
@@ -28,24 +28,24 @@ class Stream:
         order = grain.MapDataset.range(len(self.plan))
         # Grain's shuffle computes each index by itself, with another seed in each epoch: seeking is O(1).
         order = (order.shuffle(seed=seed % 2**32) if shuffle else order).repeat()
-        # Kept: with few sequences an index takes milliseconds, and batches and counts ask for the same ones.
+        # Cached: with few sequences an index takes milliseconds, and batches and counts need the same ones.
         self._at = functools.lru_cache(maxsize=1 << 16)(lambda number: int(order[number]))
 
     def __len__(self) -> int:
-        """Sequences of an epoch."""
+        """Sequences in an epoch."""
         return len(self.plan)
 
     def __getitem__(self, number: int) -> list[Example]:
-        """The documents of sequence `number`, from 0; it may lie in any epoch."""
+        """The documents of sequence `number`, from 0, in any epoch."""
         return [self.examples[index] for index in self.plan[self._at(number)]]
 
     @property
     def tokens(self) -> int:
-        """Tokens of an epoch."""
+        """Tokens in an epoch."""
         return int(self._sizes[:, 0].sum())
 
-    def seen(self, count: int) -> tuple[int, int, int]:
-        """(rows, tokens, trained tokens) of the first `count` sequences. A document of a split row counts as a row."""
+    def totals(self, count: int) -> tuple[int, int, int]:
+        """(rows, tokens, trained tokens) of the first `count` sequences. Documents of a split row count as rows."""
         epochs, rest = divmod(count, len(self))
         tokens, trained, rows = (epochs * self._sizes.sum(axis=0) + self._partial(epochs)[rest]).tolist()
         return rows, tokens, trained
@@ -57,8 +57,8 @@ class Stream:
         return np.array([own[sequence].sum(axis=0) for sequence in self.plan])
 
     def _partial(self, epoch: int) -> np.ndarray:
-        """What the first n sequences of an epoch hold, for n from 0, [sequences + 1, 3]."""
-        # The last one asked for is kept: a log asks for the same epoch over and over.
+        """`_sizes` summed over the first n sequences of an epoch, for n from 0, [sequences + 1, 3]."""
+        # The last epoch is cached: a log asks for the same one over and over.
         if getattr(self, "_kept", (None,))[0] != epoch:
             start = epoch * len(self)
             order = [self._at(start + n) for n in range(len(self))]

@@ -1,1 +1,1 @@
-"""How good a model is on rows it was not trained on: loss, perplexity, and scores by generation."""
+"""Evaluation on held-out rows: loss, perplexity, and scores of generated answers."""

@@ -1,7 +1,7 @@
 """Scores of generated answers against references: plain text in, counts out.
 
-Every metric strips the white space around both texts and forgives nothing else: an answer inside a code fence or
-followed by a remark is not JSON, since whoever has to parse it would not find it so.
+Every metric strips the white space around both texts and tolerates nothing else: an answer in a code fence, or with a
+remark after it, is not JSON, because a program that parses it would fail.
 """
 
 import json
@@ -14,7 +14,7 @@ from jaxft.errors import ConfigError, DataError, did_you_mean
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """How many answers passed one metric. per_row: whether each answer did, in the order given."""
+    """The number of answers that passed one metric. per_row: whether each answer passed, in the given order."""
 
     metric: str
     correct: int
@@ -28,16 +28,16 @@ class Score:
 
 
 def score(metric: str, answers: Sequence[str], references: Sequence[str]) -> Score:
-    """Score of the answers, each against the reference of the same place.
+    """Score of the answers, each against the reference of the same row.
 
     metric:
         exact_match: the same text.
-        json_valid: one strict JSON value (no NaN, no key twice in an object); the reference is not looked at.
-        json_exact: strict JSON equal to the reference's: the same keys and values; their order in objects, the white
-            space and 1 against 1.0 do not matter, 1 against true or "1" does.
+        json_valid: one strict JSON value (no NaN, no key twice in an object); the reference is not used.
+        json_exact: strict JSON equal to the reference's: the same keys and values. The order of keys, white space, and
+            1 for 1.0 do not matter; 1 for true or "1" does.
 
-    Raises ConfigError for an unknown metric; DataError where there are no answers, where the two lengths differ and,
-    for json_exact, where a reference is not JSON.
+    Raises ConfigError for an unknown metric; DataError if there are no answers, if the two lengths differ and, for
+    json_exact, if a reference is not JSON.
     """
     passes = _METRICS.get(metric)
     if passes is None:
@@ -52,12 +52,12 @@ def score(metric: str, answers: Sequence[str], references: Sequence[str]) -> Sco
 
 
 def json_fields(answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """For each key of the references: in which share of the rows that have it the answer has the same value for it.
+    """For each key of the references, the share of the rows with this key in which the answer has the same value.
 
-    Keys come in the order of their first appearance. An answer that is not a strict JSON object has no field right;
-    keys that only the answer has are not counted, so 1.0 everywhere is less than a json_exact of 1.0.
+    Keys are in the order of their first appearance. An answer that is not a strict JSON object has no field right.
+    Keys that only the answer has are not counted, so 1.0 for every key does not imply a json_exact of 1.0.
 
-    Raises DataError where there are no answers, the two lengths differ, or a reference is not a JSON object.
+    Raises DataError if there are no answers, the two lengths differ, or a reference is not a JSON object.
     """
     _check_pairs(answers, references)
     right: dict[str, int] = {}
@@ -67,7 +67,7 @@ def json_fields(answers: Sequence[str], references: Sequence[str]) -> dict[str, 
         if not isinstance(reference, dict):
             raise DataError(
                 f"reference {row + 1} of {len(references)} is not a JSON object, so it has no fields to compare: "
-                f"{_shown(references[row])}. Score it with json_exact instead."
+                f"{_quote(references[row])}. Score it with json_exact instead."
             )
         fields = _object_or_empty(answer)
         for key, value in reference.items():
@@ -98,25 +98,25 @@ _METRICS: dict[str, Callable[[str, str], bool]] = {
 def _check_pairs(answers: Sequence[str], references: Sequence[str]) -> None:
     if len(answers) != len(references):
         raise DataError(
-            f"{len(answers)} answers against {len(references)} references: each answer is scored against the reference "
-            "of the same place. Give one reference for each answer."
+            f"{len(answers)} answers for {len(references)} references: each answer is scored against the reference "
+            "of the same row. Give one reference for each answer."
         )
     if not answers:
-        raise DataError("there are no answers to score: a share of nothing has no value. Give at least one row.")
+        raise DataError("there are no answers to score, so there is no score. Give at least one row.")
 
 
 def _parse(text: str) -> Any:
-    """The value of strict JSON text. Raises ValueError, or RecursionError where it is nested too deeply to read."""
+    """The value of strict JSON text. Raises ValueError, or RecursionError if it is nested too deeply."""
     return json.loads(text.strip(), parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    # Python's own reader takes NaN and Infinity, which JSON does not have.
+    # Python's parser accepts NaN and Infinity, which are not JSON.
     raise ValueError(f"{name} is not JSON")
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    # Python's own reader keeps the last of two equal keys: a wrong value could hide behind a right one.
+    # Python's parser keeps the last of two equal keys, so a right value could hide a wrong one.
     fields = dict(pairs)
     if len(fields) != len(pairs):
         raise ValueError("an object has the same key twice")
@@ -141,17 +141,17 @@ def _parse_reference(references: Sequence[str], row: int) -> Any:
         return _parse(references[row])
     except (ValueError, RecursionError) as error:
         raise DataError(
-            f"reference {row + 1} of {len(references)} is not JSON ({error}): {_shown(references[row])}. "
+            f"reference {row + 1} of {len(references)} is not JSON ({error}): {_quote(references[row])}. "
             "Mend the row, or score with exact_match."
         ) from error
 
 
-def _shown(text: str) -> str:
+def _quote(text: str) -> str:
     return repr(text if len(text) <= 80 else text[:77] + "...")
 
 
 def _equal(a: Any, b: Any) -> bool:
-    """Equality as JSON has it: Python says that True == 1, JSON does not."""
+    """Equality of JSON values: in Python True == 1, in JSON true is not 1."""
     if isinstance(a, bool) or isinstance(b, bool):
         return a is b
     if isinstance(a, dict) and isinstance(b, dict):

@@ -8,8 +8,9 @@ from typing import TextIO
 
 from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import DataError, ModelError, did_you_mean
-from jaxft.generation import ConversationCache, Generated, Sampling, generate_text
-from jaxft.generation.text import encode_prompt
+from jaxft.generation.conversation_cache import ConversationCache
+from jaxft.generation.settings import Generated, Sampling
+from jaxft.generation.text import encode_prompt, generate_text
 from jaxft.nn.decoder import Decoder
 
 PROMPT = "> "

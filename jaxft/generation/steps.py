@@ -72,7 +72,7 @@ def make_memory(
     """Empty memory for `slots` rows of up to `length` tokens. rows: sharding of [B, ...] arrays, or None."""
     model = nnx.merge(graphdef, params)
     seen_BV = jnp.zeros((slots, model.config.vocab_size), bool)
-    return _split(Memory(model.init_cache(slots, length), seen_BV), rows)
+    return _shard(Memory(model.init_cache(slots, length), seen_BV), rows)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "length"))
@@ -82,7 +82,7 @@ def encode_prefix(graphdef: nnx.GraphDef[Decoder], params: nnx.State, tokens_1S:
     real_1S = tokens_1S >= 0
     cache = model.init_cache(1, length)
     _, cache = model(jnp.maximum(tokens_1S, 0), None, real_1S.astype(jnp.int32), cache)
-    return Prefix(cache, _seen(tokens_1S, model.config.vocab_size)[0])
+    return Prefix(cache, _mark_seen(tokens_1S, model.config.vocab_size)[0])
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "length", "rows"), donate_argnames="memory")
@@ -106,7 +106,7 @@ def prefill(
     count_P = jnp.sum(real_PS, axis=1)
     positions_PS = jnp.broadcast_to(prompts.start + jnp.arange(tokens_PS.shape[1]), tokens_PS.shape)
     cache = model.init_cache(tokens_PS.shape[0], length)
-    seen_PV = _seen(tokens_PS, memory.seen_BV.shape[1])
+    seen_PV = _mark_seen(tokens_PS, memory.seen_BV.shape[1])
     if prefix is not None:
         cache = tuple(store(*parts, slice(None)) for parts in zip(cache, prefix.cache, strict=True))
         seen_PV |= prefix.seen_V
@@ -119,7 +119,7 @@ def prefill(
         tuple(store(*parts, slots_P) for parts in zip(memory.cache, cache, strict=True)),
         memory.seen_BV.at[slots_P].set(seen_PV, mode="drop"),
     )
-    return _split(memory, rows), *_whole((first_P, logprobs_P), rows)
+    return _shard(memory, rows), *_replicate((first_P, logprobs_P), rows)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "rows"), donate_argnames="memory")
@@ -170,7 +170,7 @@ def decode(
     tokens_BC = jnp.full((slots, RUN), -1, jnp.int32)
     start = (jnp.int32(0), memory, rows_now, tokens_BC, jnp.zeros((slots, RUN), jnp.float32))
     _, memory, _, tokens_BC, logprobs_BC = jax.lax.while_loop(go_on, body, start)
-    return _split(memory, rows), *_whole((tokens_BC, logprobs_BC), rows)
+    return _shard(memory, rows), *_replicate((tokens_BC, logprobs_BC), rows)
 
 
 @jax.jit
@@ -179,7 +179,7 @@ def first_row(cache: LayerCache) -> LayerCache:
     return LayerCache(cache.k_RBKHT[:, :1], cache.v_RBKTH[:, :1], cache.positions_BT[:1])
 
 
-def _split(memory: Memory, rows: NamedSharding | None) -> Memory:
+def _shard(memory: Memory, rows: NamedSharding | None) -> Memory:
     """Keeps the sharding of the memory: with another one the next call would be compiled anew."""
     if rows is None:
         return memory
@@ -188,12 +188,12 @@ def _split(memory: Memory, rows: NamedSharding | None) -> Memory:
     return jax.lax.with_sharding_constraint(memory, Memory((cache,) * len(memory.cache), rows))
 
 
-def _whole(results: tuple[jax.Array, jax.Array], rows: NamedSharding | None) -> tuple[jax.Array, jax.Array]:
+def _replicate(results: tuple[jax.Array, jax.Array], rows: NamedSharding | None) -> tuple[jax.Array, jax.Array]:
     """The results on every device, so that every process can read them."""
     return results if rows is None else jax.lax.with_sharding_constraint(results, NamedSharding(rows.mesh, P()))
 
 
-def _seen(tokens_PS: jax.Array, vocab: int) -> jax.Array:
+def _mark_seen(tokens_PS: jax.Array, vocab: int) -> jax.Array:
     rows_P1 = jnp.arange(tokens_PS.shape[0])[:, None]
     # Padding is moved out of range, so that it is dropped: -1 itself would mean the last token.
     columns_PS = jnp.where(tokens_PS >= 0, tokens_PS, vocab)

@@ -1,16 +1,15 @@
 """Generation from token ids to token ids."""
 
 from collections.abc import Collection, Sequence
-from typing import Any
 
-from jaxft.errors import ConfigError, DataError
+from jaxft.errors import ConfigError, DataError, listed
 from jaxft.generation import engine
 from jaxft.generation.conversation_cache import ConversationCache
 from jaxft.generation.settings import Generated, Sampling
 from jaxft.nn.decoder import Decoder
 from jaxft.nn.virtual import virtual_ids
 
-LISTED = 5  # rows named in one error
+NAMED = 5  # rows named in one error
 
 
 def generate_tokens(
@@ -95,8 +94,8 @@ def _check(model: Decoder, prompts: Sequence[Sequence[int]], samplings: Sequence
     empty = [row for row, prompt in enumerate(prompts) if not len(prompt)]
     if empty:
         raise DataError(
-            f"{len(empty)} of {len(prompts)} prompts are empty (rows {_some(empty)}): a model continues at least "
-            "one token, such as BOS"
+            f"{len(empty)} of {len(prompts)} prompts are empty (rows {listed(empty, NAMED)}): a model continues at "
+            "least one token, such as BOS"
         )
     config = model.config
     limit = config.max_position_embeddings - model.virtual_tokens
@@ -108,16 +107,11 @@ def _check(model: Decoder, prompts: Sequence[Sequence[int]], samplings: Sequence
     if long:
         raise DataError(
             f"{len(long)} of {len(prompts)} prompts with their max_new_tokens exceed the model's {limit} positions "
-            f"({_some(long)}). Shorten the prompts or lower max_new_tokens."
+            f"({listed(long, NAMED)}). Shorten the prompts or lower max_new_tokens."
         )
     strange = [row for row, prompt in enumerate(prompts) if min(prompt) < 0 or max(prompt) >= config.vocab_size]
     if strange:
         raise DataError(
             f"{len(strange)} of {len(prompts)} prompts contain token ids outside 0..{config.vocab_size - 1} "
-            f"(rows {_some(strange)}): they come from another model's tokenizer"
+            f"(rows {listed(strange, NAMED)}): they come from another model's tokenizer"
         )
-
-
-def _some(items: Sequence[Any]) -> str:
-    more = f" and {len(items) - LISTED} more" if len(items) > LISTED else ""
-    return ", ".join(map(str, items[:LISTED])) + more

@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 from rich.console import Console
 
-from jaxft.adapters.attach import adapters, virtual
+from jaxft.adapters.attach import StartParam, adapters, virtual
 from jaxft.checkpoint import hf, peft
 from jaxft.checkpoint.load import LoadedModel, load_model
 from jaxft.checkpoint.resume import RunCheckpoints
@@ -19,12 +19,11 @@ from jaxft.data.tokenizers.load import load_tokenizer
 from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import ConfigError, ExportError
 from jaxft.files.run_folder import ADAPTER, CHECKPOINTS, MERGED, MODEL, is_run_folder
-from jaxft.optim.make import make_schedule
-from jaxft.runs.build import build_model, evaluated_weights, make_tx
+from jaxft.runs.build import build_model
 from jaxft.runs.folder import fresh_subfolder, run_config
 from jaxft.sharding.mesh import MeshPlan
 from jaxft.sharding.processes import on_primary
-from jaxft.training.state import create, saved_part, with_saved
+from jaxft.training.state import divide
 
 FORMATS = ("adapter", "merged")
 BASES = ("trained", "original")
@@ -91,14 +90,14 @@ def load_trained(source: str, step: int | None = None, *, quantized: bool = True
     if not quantized:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, quantization=None))
     loaded = build_model(config)
-    schedule = make_schedule(config.optim, 10**9)
-    _, state = create(loaded.module, make_tx(config, loaded.module, schedule), config.seed)
+    _, trainable, frozen = divide(loaded.module)
+    start = nnx.filter_state(frozen, StartParam)  # what adapters began with: frozen, but saved
     with RunCheckpoints(Path(source) / CHECKPOINTS, keep=1, read_only=True) as checkpoints:
-        restored = checkpoints.restore(saved_part(state), step)
-    if restored is None:
-        raise ConfigError(f"{source} has no whole checkpoint yet")
-    state = with_saved(state, restored[0])
-    nnx.update(loaded.module, evaluated_weights(config, state), state.frozen)
+        saved = checkpoints.open(step)
+        if saved is None:
+            raise ConfigError(f"{source} has no whole checkpoint yet")
+        weights = saved.evaluated_weights(trainable, use_average=config.train.use_ema)
+        nnx.update(loaded.module, weights, saved.read_parts({"start": start})["start"])
     return loaded
 
 

@@ -8,7 +8,8 @@ from jaxft.config import EvalConfig
 from jaxft.data import Prepared, Tokenizer
 from jaxft.data.chat.reasoning import split_thoughts
 from jaxft.evaluation.scoring import Score, json_fields, score
-from jaxft.generation import Sampling, generate_tokens
+from jaxft.generation.settings import Sampling
+from jaxft.generation.tokens import generate_tokens
 
 SAMPLES = 6
 

@@ -17,7 +17,7 @@ from jaxft.adapters.prompt import attach_prompt, begin_as
 from jaxft.adapters.vera import VeRASettings, attach_vera
 from jaxft.config import AdapterConfig
 from jaxft.data.batch import Example
-from jaxft.data.examine import render_rows
+from jaxft.data.show import render_rows
 from jaxft.errors import ModelError
 from jaxft.nn.virtual import replace_virtual, virtual_ids
 

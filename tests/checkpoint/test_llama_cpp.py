@@ -16,7 +16,8 @@ from jaxft.checkpoint.load import load_model
 from jaxft.conversion import targets as convert_targets
 from jaxft.conversion.convert import convert
 from jaxft.data.tokenizers.load import load_tokenizer
-from jaxft.generation import Sampling, generate_text
+from jaxft.generation.settings import Sampling
+from jaxft.generation.text import generate_text
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,8 @@ from jaxft.checkpoint.load import load_model
 from jaxft.conversion import targets as convert_targets
 from jaxft.conversion.convert import convert
 from jaxft.data.tokenizers.load import load_tokenizer
-from jaxft.generation import Sampling, generate_tokens
+from jaxft.generation.settings import Sampling
+from jaxft.generation.tokens import generate_tokens
 
 pytestmark = pytest.mark.slow
 MODELS = ("smollm2", "gemma3")

@@ -151,20 +151,18 @@ def test_keeps_the_newest(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["3", "4"]
 
 
-@pytest.mark.parametrize(("mode", "kept", "best"), [("min", (20, 60), 20), ("max", (10, 60), 10)], ids=["min", "max"])
-def test_keeps_the_best_beside_the_newest(tmp_path, mode, kept, best):
+@pytest.mark.parametrize(("mode", "kept"), [("min", (20, 60)), ("max", (10, 60))], ids=["min", "max"])
+def test_keeps_the_best_beside_the_newest(tmp_path, mode, kept):
     losses = {10: 3.0, 20: 1.0, 30: float("nan"), 40: 2.0, 50: None, 60: 2.5}
     for step, loss in losses.items():  # a new process each time: the metrics are read back
         with RunCheckpoints(tmp_path, keep=1, best_metric="eval_loss", best_mode=mode) as checkpoints:
             metrics = {"loss": 0.0} if loss is None else {"eval_loss": loss}
             checkpoints.save(step, {"x": jnp.float32(step)}, {}, metrics)
     assert checkpoints.all_steps() == kept
-    assert checkpoints.best_step() == best
 
 
 def test_the_newest_stays_however_bad_it_is(tmp_path):
     with RunCheckpoints(tmp_path, keep=1, best_metric="eval_loss") as checkpoints:
-        assert checkpoints.best_step() is None
         for step in (1, 2, 3):
             checkpoints.save(step, {"x": jnp.float32(step)}, {}, {"eval_loss": float(step)})
             checkpoints.wait()

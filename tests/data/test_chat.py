@@ -228,9 +228,9 @@ def test_end_token_inside_an_answer(tokenizer_of):
 
 def test_answer_that_nothing_asks_for(tokenizer_of):
     row = plain(messages=[{"role": "assistant", "content": "Hello"}])
-    with pytest.raises(DataError, match=r"message 1 is from the assistant, so nothing prompts it"):
+    with pytest.raises(DataError, match=r"message 1 is from the assistant, so it has no prompt"):
         encode(row, tokenizer_of("chatml"))
-    with pytest.raises(DataError, match=r"nothing asks for it"):
+    with pytest.raises(DataError, match=r"the answer is the first message, so it has no prompt"):
         prompt_of(row, tokenizer_of("chatml"))
 
 

@@ -9,7 +9,8 @@ from rich.console import Console
 
 from jaxft.config import DataConfig
 from jaxft.data.batch import Example
-from jaxft.data.examine import count_repeated, examine, print_examination, render_rows
+from jaxft.data.examine import count_repeated, examine
+from jaxft.data.show import print_examination, render_rows
 from jaxft.errors import DataError
 
 END = 2

@@ -79,7 +79,7 @@ def test_other_spellings_of_the_same_cut_are_recognised(pre_tokenizer, name):
     ],
 )
 def test_near_misses_are_refused(tokenizer):
-    with pytest.raises(ExportError, match=r"cuts text in a way for which GGUF has no name known here"):
+    with pytest.raises(ExportError, match=r"splits text in a way for which jaxft knows no GGUF name"):
         tokenizer_metadata(tokenizer, 300)
 
 
@@ -139,7 +139,7 @@ def test_every_stop_token_finds_a_place_or_is_refused():
     metadata = tokenizer_metadata(tokenizer, 300)
     assert metadata["tokenizer.ggml.eos_token_id"] == 258 and metadata["tokenizer.ggml.eot_token_id"] == 259
     tokenizer.stop_ids = frozenset({258, 259, 5})
-    with pytest.raises(ExportError, match=r"GGUF has no place for <turn>"):
+    with pytest.raises(ExportError, match=r"GGUF has no field for <turn>"):
         tokenizer_metadata(tokenizer, 300)
 
 

@@ -233,7 +233,7 @@ def test_channels(tokenizer_of):
         '<|channel|>analysis<|message|>ask<|end|><|start|>assistant to=weather<|message|>{"city": "Oslo"}<|call|>',
         "<|channel|>analysis<|message|>t<|end|><|start|>assistant<|channel|>final<|message|>b<|return|>",
     ]
-    arranged = chat._arranged(conversation, tokenizer, DataConfig())
+    arranged = chat._arrange_thoughts(conversation, tokenizer, DataConfig())
     check_as_inference(arranged, examples, tokenizer)
 
 
@@ -326,5 +326,5 @@ def test_marks_that_cannot_be_honoured(messages, complaint):
 
 
 def test_marks_speak_against_training_on_all(tokenizer_of):
-    with pytest.raises(DataError, match=r"message 2 is marked as not to be trained.*'all' cannot honour"):
+    with pytest.raises(DataError, match=r"message 2 is marked as not to be trained.*'all' trains everything"):
         sequences(row([user("a"), said("b", weight=0)]), tokenizer_of("chatml"), train_on="all")

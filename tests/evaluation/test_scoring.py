@@ -121,7 +121,7 @@ def test_unknown_metric() -> None:
 
 @pytest.mark.parametrize("call", [lambda a, r: score("exact_match", a, r), json_fields])
 def test_lengths(call) -> None:
-    with pytest.raises(DataError, match="2 answers against 1 references"):
+    with pytest.raises(DataError, match="2 answers for 1 references"):
         call(["{}", "{}"], ["{}"])
     with pytest.raises(DataError, match="no answers to score"):
         call([], [])

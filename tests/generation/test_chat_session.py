@@ -17,9 +17,9 @@ from jaxft.checkpoint import hf
 from jaxft.checkpoint.load import LoadedModel, load_model, random_model
 from jaxft.data import load_tokenizer
 from jaxft.errors import ConfigError, DataError, ModelError
-from jaxft.generation import Sampling, generate_text
 from jaxft.generation.chat import HELP, Chat, check, converse
-from jaxft.generation.text import encode_prompt
+from jaxft.generation.settings import Sampling
+from jaxft.generation.text import encode_prompt, generate_text
 
 SMOKE = str(ASSETS / "smoke")
 NO_SYSTEM = (

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from jaxft.errors import ConfigError
-from jaxft.generation import ConversationCache, Sampling, generate_tokens
+from jaxft.generation.conversation_cache import ConversationCache
+from jaxft.generation.settings import Sampling
+from jaxft.generation.tokens import generate_tokens
 from jaxft.models import config_from_hf, random_model
 
 SAMPLING = Sampling(max_new_tokens=20, repetition_penalty=1.3)

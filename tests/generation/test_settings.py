@@ -3,7 +3,7 @@ import math
 import pytest
 
 from jaxft.errors import ConfigError
-from jaxft.generation import Sampling
+from jaxft.generation.settings import Sampling
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
 import pytest
 
 from jaxft.errors import DataError
-from jaxft.generation import Sampling, generate_text
 from jaxft.generation.detokenize import TextStream
-from jaxft.generation.text import encode_prompt
+from jaxft.generation.settings import Sampling
+from jaxft.generation.text import encode_prompt, generate_text
 
 SAMPLING = Sampling(max_new_tokens=40)
 STOP = 258  # the tokenizer's <|im_end|>

@@ -11,7 +11,9 @@ from jaxft.adapters.attach import adapters, attach, merge
 from jaxft.adapters.lora import LoRASettings, beside
 from jaxft.config import MeshConfig
 from jaxft.errors import ConfigError, DataError
-from jaxft.generation import Sampling, engine, generate_tokens
+from jaxft.generation import engine
+from jaxft.generation.settings import Sampling
+from jaxft.generation.tokens import generate_tokens
 from jaxft.models import config_from_hf
 from jaxft.models.tensor_map import iter_params
 from jaxft.nn.stack import group_layers

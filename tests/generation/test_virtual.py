@@ -9,7 +9,8 @@ from jaxft.adapters.attach import AdapterParam
 from jaxft.adapters.make import attach_adapter
 from jaxft.config import AdapterConfig
 from jaxft.errors import DataError
-from jaxft.generation import ConversationCache, engine
+from jaxft.generation import engine
+from jaxft.generation.conversation_cache import ConversationCache
 from jaxft.generation.settings import Sampling
 from jaxft.generation.tokens import generate_tokens
 from jaxft.nn.virtual import virtual_ids

@@ -19,7 +19,8 @@ from jaxft.checkpoint.load import load_model
 from jaxft.config import MeshConfig
 from jaxft.data.batch import Batch
 from jaxft.errors import ModelError
-from jaxft.generation import Sampling, generate_tokens
+from jaxft.generation.settings import Sampling
+from jaxft.generation.tokens import generate_tokens
 from jaxft.objectives.sft import sft_loss
 from jaxft.sharding.mesh import make_mesh_plan
 from jaxft.trees import flatten

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxft.generation import Sampling, engine, generate_tokens
+from jaxft.generation import engine
+from jaxft.generation.settings import Sampling
+from jaxft.generation.tokens import generate_tokens
 from jaxft.models import config_from_hf, random_model
 
 WINDOW = 6

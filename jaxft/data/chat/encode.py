@@ -1,9 +1,10 @@
-"""From a conversation to token ids and the mask of the tokens that are trained.
+"""From a conversation to token ids and the mask of the trained tokens.
 
-How an answer is found: the chat template renders what comes before the answer, as a model would be prompted, and the
-conversation with the answer. The first text must begin the second, and its tokens must begin the second one's tokens;
-the answer is what follows, up to and including the token that ends the turn. No generation tags are needed, and the
-model is trained on exactly what it continues when it generates. `turns` says which answers share a sequence.
+How an answer is located: the chat template renders the conversation up to the answer, as a prompt for generation, and
+once more with the answer. The prompt's text must be a prefix of the whole text, and the prompt's tokens a prefix of its
+tokens; the answer is the rest, up to and including the token that ends the turn. So the model is trained on exactly
+the tokens that it continues when it generates, and templates need no generation tags. `turns` decides which answers
+share a sequence.
 """
 
 import dataclasses
@@ -15,13 +16,13 @@ import numpy as np
 
 from jaxft.config import DataConfig
 from jaxft.data.batch import Example
-from jaxft.data.chat.reasoning import arranged, split_thoughts
+from jaxft.data.chat.reasoning import arrange_thoughts, split_thoughts
 from jaxft.data.chat.turns import Layout, Turn, layouts, no_end, render, shared_start, trained_answers
 from jaxft.data.formats import Conversation
 from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import DataError
 
-# Conversations tokenised together: enough to keep every core busy, few enough to hold in memory.
+# Conversations tokenised in one batch: enough to keep every core busy, few enough to fit in memory.
 CHUNK = 512
 
 
@@ -36,24 +37,24 @@ def encode_all(
     config: DataConfig | None = None,
     notes: Counter[str] | None = None,
 ) -> Iterator[Example]:
-    """Tokens and mask of every conversation, in order: one sequence each, or several where `data.turns` splits it.
+    """Tokens and mask of every conversation, in order: one sequence each, or several if `data.turns` splits it.
 
     config: its train_on (`assistant`: every assistant turn, or the completion; `last`: only the last assistant turn;
-    `all`: every token but the first), turns, reasoning and omissions. notes: gets how many conversations were
-    `split`, and in how many the template leaves something out. Tokens after the last trained one are left out: they
-    could not change the loss. A conversation whose answers are all marked as not to be trained gives a mask of zeros.
-    Raises DataError, naming the row, where the answers cannot be found exactly: the template writes an answer
-    differently from how it prompts for it, tokens straddle the start of an answer, an answer has no end token, BOS
-    doubles, something of the row is not rendered, or nothing is left to train on.
+    `all`: every token but the first), turns, reasoning and omissions. notes: counts the conversations that were
+    `split`, and those from which the template omits something. Tokens after the last trained one are cut off: they
+    cannot change the loss. A conversation whose answers are all marked as not trained gives a mask of zeros.
+    Raises DataError, naming the row, if the answers cannot be located exactly: the template writes an answer
+    differently from how it prompts for it, a token straddles the start of an answer, an answer has no end token, BOS
+    is doubled, a part of the row is not rendered, or nothing is left to train on.
     """
     config = DataConfig() if config is None else config
     notes = Counter() if notes is None else notes
-    remaining = (_arranged(conversation, tokenizer, config) for conversation in conversations)
+    remaining = (_arrange_thoughts(conversation, tokenizer, config) for conversation in conversations)
     while chunk := list(islice(remaining, CHUNK)):
-        laid = [layout for conversation in chunk for layout in layouts(conversation, tokenizer, config, notes)]
-        wholes = tokenizer.encode_batch([layout.text for layout in laid])
-        prompts = iter(tokenizer.encode_batch([turn.prompt for layout in laid for turn in layout.turns]))
-        for layout, ids in zip(laid, wholes, strict=True):
+        sequences = [layout for conversation in chunk for layout in layouts(conversation, tokenizer, config, notes)]
+        wholes = tokenizer.encode_batch([layout.text for layout in sequences])
+        prompts = iter(tokenizer.encode_batch([turn.prompt for layout in sequences for turn in layout.turns]))
+        for layout, ids in zip(sequences, wholes, strict=True):
             mark = _mark_chat if layout.conversation.messages else _mark_plain
             yield mark(layout, ids, list(islice(prompts, len(layout.turns))), tokenizer, config.train_on)
 
@@ -61,10 +62,10 @@ def encode_all(
 def prompt_of(
     conversation: Conversation, tokenizer: Tokenizer, config: DataConfig | None = None
 ) -> tuple[list[int], str]:
-    """The tokens that ask for the last trained answer, and that answer's text, to score by generation.
+    """The prompt tokens of the last trained answer, and the text of that answer, to score by generation.
 
-    The tokens are the very prefix that training conditions on; the text is without thoughts. Raises DataError for a
-    `text` row, which asks nothing, and where the last answer opens the conversation.
+    The tokens are exactly the prefix that training conditions on; the text is without thoughts. Raises DataError for
+    a `text` row, which has no prompt, and if the last answer is the first message.
     """
     config = dataclasses.replace(config or DataConfig(), train_on="last")
     if not conversation.messages:
@@ -72,20 +73,20 @@ def prompt_of(
             raise DataError(f"{conversation.where}: plain text has no prompt to answer")
         ids = tokenizer.encode(conversation.prompt)
         return _bos(tokenizer) + ids, conversation.completion
-    conversation = _arranged(conversation, tokenizer, config)
+    conversation = _arrange_thoughts(conversation, tokenizer, config)
     last = (trained_answers(conversation, "last") or [0])[0]
     if last == 0:
-        raise DataError(f"{conversation.where}: the answer is the first message, so nothing asks for it")
+        raise DataError(f"{conversation.where}: the answer is the first message, so it has no prompt")
     prompt = render(conversation, tokenizer, last, add_generation_prompt=True)
     _, reference = split_thoughts(conversation.messages[last]["content"])
-    if not reference.strip():  # a tool call is compared as the template writes it
+    if not reference.strip():  # a tool call is compared with the text that the template writes
         (example,) = encode(conversation, tokenizer, config)
         _, reference = split_thoughts(tokenizer.decode(example.tokens[example.mask == 1]))
     return tokenizer.encode(prompt), reference
 
 
-def _arranged(conversation: Conversation, tokenizer: Tokenizer, config: DataConfig) -> Conversation:
-    messages = arranged(conversation.messages, config.reasoning, tokenizer.chat_template)
+def _arrange_thoughts(conversation: Conversation, tokenizer: Tokenizer, config: DataConfig) -> Conversation:
+    messages = arrange_thoughts(conversation.messages, config.reasoning, tokenizer.chat_template)
     return dataclasses.replace(conversation, messages=messages)
 
 
@@ -101,7 +102,7 @@ def _mark_chat(
     for turn, prompt in zip(layout.turns, prompts, strict=True):
         start = len(prompt)
         if ids[:start] != prompt:
-            raise DataError(_drifted(conversation, turn, ids, prompt, tokenizer))
+            raise DataError(_prefix_error(conversation, turn, ids, prompt, tokenizer))
         end = next((i for i in range(start, len(ids)) if ids[i] in tokenizer.stop_ids), -1)
         if end < 0:
             raise DataError(no_end(conversation, turn.number, tokenizer))
@@ -119,7 +120,7 @@ def _mark_plain(
 ) -> Example:
     conversation, prompt = layout.conversation, prompts[0]
     if ids[: len(prompt)] != prompt:
-        raise DataError(_drifted(conversation, layout.turns[0], ids, prompt, tokenizer))
+        raise DataError(_prefix_error(conversation, layout.turns[0], ids, prompt, tokenizer))
     bos = _bos(tokenizer)
     if tokenizer.eos_id is None:
         raise DataError(
@@ -158,7 +159,7 @@ def _refuse_double_bos(conversation: Conversation, ids: Sequence[int], tokenizer
     raise DataError(f"{conversation.where}: BOS doubles: {cause}")
 
 
-def _drifted(
+def _prefix_error(
     conversation: Conversation, turn: Turn, ids: Sequence[int], prompt: Sequence[int], tokenizer: Tokenizer
 ) -> str:
     at = shared_start(ids, prompt)
@@ -169,11 +170,11 @@ def _drifted(
     )
     return (
         f"{conversation.where}: the tokens of the prompt are not a prefix of those of prompt + answer (message "
-        f"{turn.number}): token {at} is {_spelled(prompt, at, tokenizer)} in the prompt alone and "
-        f"{_spelled(ids, at, tokenizer)} before the answer, so the model would be trained on a prompt that it never "
+        f"{turn.number}): token {at} is {_token_at(prompt, at, tokenizer)} in the prompt alone and "
+        f"{_token_at(ids, at, tokenizer)} before the answer, so the model would be trained on a prompt that it never "
         f"sees. {mend}"
     )
 
 
-def _spelled(ids: Sequence[int], at: int, tokenizer: Tokenizer) -> str:
+def _token_at(ids: Sequence[int], at: int, tokenizer: Tokenizer) -> str:
     return repr(tokenizer.token(ids[at])) if at < len(ids) else "absent"

@@ -1,4 +1,4 @@
-"""What a chat template does, found by rendering little conversations with it."""
+"""Properties of a chat template, determined by rendering small conversations with it."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -6,24 +6,24 @@ from typing import Any
 
 from jaxft.errors import DataError
 
-# (messages, tools) -> text; raises DataError where the template refuses them.
+# (messages, tools) -> text; raises DataError if the template refuses them.
 Render = Callable[..., str]
 QUESTION = {"role": "user", "content": "Q"}
 CONTENT, NAME, VALUE = "An unmistakable answer", "probing", "unmistakable"
 
 
 def text_after_answer(render: Render) -> str | None:
-    """What stands after the content of a last answer; None where the template says nothing about it."""
+    """The text after the content of a last answer; None if the template does not show that."""
     try:
         text = render([QUESTION, {"role": "assistant", "content": CONTENT}])
     except DataError:
-        return None  # a template that wants more than two plain messages says nothing here
-    _, found, tail = text.rpartition(CONTENT)
-    return tail if found else None
+        return None  # a template may need more than these two plain messages
+    _, content, tail = text.rpartition(CONTENT)
+    return tail if content else None
 
 
 def text_after_call(render: Render) -> str | None:
-    """What stands after the arguments of a last answer that calls a tool; None where the template shows no call."""
+    """The text after the arguments of a last answer that calls a tool; None if the template shows no call."""
     for as_text in (False, True):
         text = _call(render, as_text)
         if text is not None and VALUE in text:
@@ -32,10 +32,10 @@ def text_after_call(render: Render) -> str | None:
 
 
 def wants_text(render: Render) -> bool:
-    """Whether a template writes the arguments of a tool call as they come, so that they must be JSON text.
+    """Whether the arguments of tool calls must be JSON text for this template.
 
-    Most print an object themselves; given text they would quote it. Some put together strings, and fail on an object
-    or print it as Python does.
+    Most templates convert an object to JSON themselves, and would put quotes around text. Some concatenate strings,
+    and fail on an object or print it as Python does.
     """
     given = _call(render, as_text=False)
     if given is not None and f"'{NAME}': " not in given:
@@ -47,7 +47,7 @@ def wants_text(render: Render) -> bool:
 def with_arguments(messages: Sequence[Mapping[str, Any]], *, as_text: bool) -> list[dict[str, Any]]:
     """The messages with the arguments of every tool call as objects, or as JSON text.
 
-    Raises DataError where text is no JSON.
+    Raises DataError for text that is not JSON.
     """
     return [
         {**m, "tool_calls": [_with_arguments(call, as_text) for call in m["tool_calls"]]}
@@ -71,7 +71,7 @@ def _with_arguments(call: Mapping[str, Any], as_text: bool) -> dict[str, Any]:
 
 
 def _call(render: Render, as_text: bool) -> str | None:
-    # Nine letters: Mistral's templates take no other id.
+    # Nine letters: Mistral's templates refuse any other id.
     call = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": {NAME: VALUE}}}
     properties = {NAME: {"type": "string", "description": "p"}}
     parameters = {"type": "object", "properties": properties, "required": [NAME]}

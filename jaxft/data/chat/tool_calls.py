@@ -1,4 +1,4 @@
-"""Tools and calls of them in one shape, OpenAI's, whichever way a row spells them."""
+"""Tools and tool calls in one form, OpenAI's, from the various forms that rows have."""
 
 import json
 from collections.abc import Mapping
@@ -6,23 +6,24 @@ from typing import Any
 
 
 class BadCall(ValueError):
-    """What is wrong with a tool or a call, before the row's place is known."""
+    """A problem with a tool or a call; the reader of the row adds the row's name."""
 
 
 def calls_of(message: Mapping[str, Any], number: int) -> list[dict[str, Any]]:
     """The tool calls of a message, each `{"type": "function", "function": {"name", "arguments"}}` and its id if any.
 
-    `tool_calls` is a list of them, or one, or JSON text of either; a call may lack the outer object, and its arguments
-    may be JSON text. `function_call` is the one call of OpenAI's older form. number: of the message, for errors.
+    `tool_calls` is a list of calls, or one call, or JSON text of either; a call may lack the outer object, and its
+    arguments may be JSON text. `function_call` is the single call of OpenAI's older form. number: of the message, for
+    errors. Raises BadCall.
     """
     given = message.get("tool_calls")
     if message.get("function_call"):
         given = given or [message["function_call"]]
     if not given:
         return []
-    given = _parsed(given, number)
+    given = _parse(given, number)
     if isinstance(given, Mapping) and all(isinstance(column, list) for column in given.values()):
-        # Columnar stores give a list of objects back as an object of lists.
+        # Columnar stores return a list of objects as an object of lists.
         given = [dict(zip(given, items, strict=True)) for items in zip(*given.values(), strict=True)]
     calls = [given] if isinstance(given, Mapping) else given
     if not isinstance(calls, list):
@@ -33,7 +34,10 @@ def calls_of(message: Mapping[str, Any], number: int) -> list[dict[str, Any]]:
 
 
 def tools_of(row: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
-    """The JSON schemas in a row's `tools`: a list, or JSON text of one; the outer `{"type": "function"}` may lack."""
+    """The JSON schemas in a row's `tools`: a list, or JSON text of one; the outer `{"type": "function"}` is optional.
+
+    Raises BadCall.
+    """
     tools = row.get("tools") or []
     if isinstance(tools, str):
         try:
@@ -53,7 +57,7 @@ def _call(call: Any, number: int) -> dict[str, Any]:
     if not isinstance(function.get("name"), str):
         raise BadCall(f"message {number} has a tool call without the name of a function: {str(dict(call))[:60]!r}")
     arguments = function.get("arguments")
-    arguments = {} if arguments is None or arguments == "" else _parsed(arguments, number)
+    arguments = {} if arguments is None or arguments == "" else _parse(arguments, number)
     if not isinstance(arguments, Mapping):
         raise BadCall(f"message {number} calls a tool with {str(arguments)[:60]!r}, not an object")
     outer = {k: v for k, v in call.items() if k in ("id", "index")}
@@ -67,7 +71,7 @@ def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:
     return wrapped
 
 
-def _parsed(value: Any, number: int) -> Any:
+def _parse(value: Any, number: int) -> Any:
     try:
         return json.loads(value) if isinstance(value, str) else value
     except ValueError as error:

@@ -1,9 +1,10 @@
 """Which answers of a conversation share a training sequence.
 
-Some templates write an answer differently once the conversation has gone on: they drop its thoughts, move the tools
-to the last question, or end only the last answer. Trained in one sequence, such an answer would be learnt after, or
-as, text that no prompt holds. So each answer is first rendered as it would be asked for and given; then those that
-read the same in one rendering, up to their end tokens, share it, and the others get sequences of their own.
+Some templates write an answer differently once more messages follow: they drop its thoughts, move the tools to the
+last question, or end only the last answer. Trained in the rendering of the whole conversation, such an answer would
+follow, or be, text that never occurs at inference. So each answer is first rendered as at inference, with its prompt;
+then answers that read the same in one rendering, up to their end tokens, share it, and the others get sequences of
+their own.
 """
 
 import json
@@ -21,8 +22,11 @@ from jaxft.errors import DataError
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:
-    """One answer: its message's number from 1, what asks for it, the conversation up to it as it reads when the answer
-    has just been given, and where in that its end token ends, in characters."""
+    """One answer as at inference.
+
+    number: of its message, from 1. prompt: the rendered prompt. upto: the conversation rendered up to this answer.
+    end: the end of the answer's end token in `upto`, in characters.
+    """
 
     number: int
     prompt: str
@@ -30,13 +34,13 @@ class Turn:
     end: int
 
     def reads_the_same_in(self, text: str) -> bool:
-        """Whether a longer conversation holds all up to this answer's end as it was when the answer was given."""
+        """Whether the text of a longer conversation is the same up to the end of this answer."""
         return text[: self.end] == self.upto[: self.end]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """One training sequence as text, with the answers to find in its tokens."""
+    """One training sequence as text, with the answers to locate in its tokens."""
 
     conversation: Conversation
     text: str
@@ -46,9 +50,9 @@ class Layout:
 def layouts(conversation: Conversation, tokenizer: Tokenizer, config: DataConfig, notes: Counter[str]) -> list[Layout]:
     """The sequences of one row, in order of their last answers.
 
-    config.turns: `auto` (the fewest sequences in which every answer reads as when it was given), `together` (one), or
-    `split` (one for each answer). notes: counts what is worth a warning. Raises DataError, naming the row, where an
-    answer cannot be rendered as it would be generated, or `together` is not to be had.
+    config.turns: `auto` (the fewest sequences in which every answer reads as at inference), `together` (one), or
+    `split` (one for each answer). notes: counts what deserves a warning. Raises DataError, naming the row, if an
+    answer does not continue its own prompt, or `together` is impossible.
     """
     if not conversation.messages:
         text = conversation.prompt + conversation.completion
@@ -56,35 +60,35 @@ def layouts(conversation: Conversation, tokenizer: Tokenizer, config: DataConfig
         return [Layout(conversation=conversation, text=text, turns=(turn,))]
     whole = config.train_on == "all"
     turns = [_turn(conversation, tokenizer, index) for index in trained_answers(conversation, config.train_on)]
-    _tell_omissions(conversation, turns, config, notes)
+    _note_omissions(conversation, turns, config, notes)
     if whole or not turns:
         text = render(conversation, tokenizer, len(conversation.messages))
         _refuse_rewritten([turn for turn in turns if not turn.reads_the_same_in(text)], conversation, text, whole)
         return [Layout(conversation=conversation, text=text, turns=tuple(turns))]
-    made = []
+    sequences = []
     while turns:
         text = turns[-1].upto
         shared = turns[-1:] if config.turns == "split" else [turn for turn in turns if turn.reads_the_same_in(text)]
-        placed = {turn.number for turn in shared}
-        turns = [turn for turn in turns if turn.number not in placed]
+        numbers = {turn.number for turn in shared}
+        turns = [turn for turn in turns if turn.number not in numbers]
         if config.turns == "together":
             _refuse_rewritten(turns, conversation, text, whole)
-        made.append(Layout(conversation=conversation, text=text, turns=tuple(shared)))
-    if len(made) > 1 and config.turns == "auto":
+        sequences.append(Layout(conversation=conversation, text=text, turns=tuple(shared)))
+    if len(sequences) > 1 and config.turns == "auto":
         notes["split"] += 1
-    return made[::-1]
+    return sequences[::-1]
 
 
 def trained_answers(conversation: Conversation, train_on: str) -> list[int]:
-    """Indices of the messages that are trained: all that may be, or the last of them."""
+    """Indices of the trained messages: all answers that may be trained, or the last of them."""
     messages = conversation.messages
     answers = [i for i in range(conversation.first_trained, len(messages)) if messages[i]["role"] == "assistant"]
     if train_on == "all":
         if conversation.untrained:
             number = min(conversation.untrained) + 1
             raise DataError(
-                f"{conversation.where}: message {number} is marked as not to be trained, which data.train_on='all' "
-                "cannot honour. Set data.train_on='assistant', or remove the mark."
+                f"{conversation.where}: message {number} is marked as not to be trained, but data.train_on='all' "
+                "trains everything. Set data.train_on='assistant', or remove the mark."
             )
         return [index for index in answers if index > 0]
     answers = [index for index in answers if index not in conversation.untrained]
@@ -92,7 +96,7 @@ def trained_answers(conversation: Conversation, train_on: str) -> list[int]:
 
 
 def render(conversation: Conversation, tokenizer: Tokenizer, upto: int, **kwargs: Any) -> str:
-    """The first messages as text. Raises DataError with the row's name."""
+    """The first `upto` messages as text. Raises DataError, naming the row."""
     kwargs = {**conversation.template_kwargs, **kwargs}
     try:
         return tokenizer.render(conversation.messages[:upto], tools=conversation.tools, **kwargs)
@@ -101,13 +105,13 @@ def render(conversation: Conversation, tokenizer: Tokenizer, upto: int, **kwargs
 
 
 def shared_start(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """How many leading characters, or tokens, are the same."""
+    """The number of leading characters, or tokens, that are the same."""
     shorter = min(len(a), len(b))
     return next((i for i in range(shorter) if a[i] != b[i]), shorter)
 
 
 def no_end(conversation: Conversation, number: int, tokenizer: Tokenizer) -> str:
-    """What to say where no end token follows an answer."""
+    """The error message for an answer without an end token."""
     ends = ", ".join(repr(tokenizer.token(i)) for i in sorted(tokenizer.stop_ids)) or "none known"
     return (
         f"{conversation.where}: EOS would never be trained: the template puts no end token ({ends}) after message "
@@ -120,7 +124,7 @@ def _turn(conversation: Conversation, tokenizer: Tokenizer, index: int) -> Turn:
     where, number = conversation.where, index + 1
     if index == 0:
         raise DataError(
-            f"{where}: message 1 is from the assistant, so nothing prompts it. Remove it, mark it with train: false, "
+            f"{where}: message 1 is from the assistant, so it has no prompt. Remove it, mark it with train: false, "
             "or train only on the last answer (data.train_on='last')."
         )
     _refuse_ends_inside(conversation, tokenizer, index)
@@ -128,14 +132,14 @@ def _turn(conversation: Conversation, tokenizer: Tokenizer, index: int) -> Turn:
     upto = render(conversation, tokenizer, number)
     if not upto.startswith(prompt):
         raise DataError(
-            f"{_differs(conversation, number, upto, prompt)} This template writes even the last answer differently "
+            f"{_difference(conversation, number, upto, prompt)} This template writes even the last answer differently "
             "from how it prompts for it: set data.chat_template to one that does not."
         )
     ends = [tokenizer.token(stop) for stop in tokenizer.stop_ids]
-    found = [(at, at + len(end)) for end in ends if (at := upto.find(end, len(prompt))) >= 0]
-    if not found:
+    spans = [(at, at + len(end)) for end in ends if (at := upto.find(end, len(prompt))) >= 0]
+    if not spans:
         raise DataError(no_end(conversation, number, tokenizer))
-    return Turn(number=number, prompt=prompt, upto=upto, end=min(found)[1])
+    return Turn(number=number, prompt=prompt, upto=upto, end=min(spans)[1])
 
 
 def _refuse_ends_inside(conversation: Conversation, tokenizer: Tokenizer, index: int) -> None:
@@ -149,18 +153,18 @@ def _refuse_ends_inside(conversation: Conversation, tokenizer: Tokenizer, index:
             )
 
 
-def _tell_omissions(conversation: Conversation, turns: Sequence[Turn], config: DataConfig, notes: Counter[str]) -> None:
+def _note_omissions(conversation: Conversation, turns: Sequence[Turn], config: DataConfig, notes: Counter[str]) -> None:
     absent: dict[str, int] = {}
     for turn in turns:
         answer = turn.upto[len(turn.prompt) : turn.end]
-        found = omissions(conversation.messages, conversation.tools, turn.number - 1, turn.prompt, answer)
-        absent = {what: number for what, number in found} | absent
+        parts = omissions(conversation.messages, conversation.tools, turn.number - 1, turn.prompt, answer)
+        absent = {what: number for what, number in parts} | absent
     for what, number in absent.items():
         if config.omissions == "refuse":
-            place = f" of message {number}" if number else ""
+            of_message = f" of message {number}" if number else ""
             raise DataError(
-                f"{conversation.where}: the chat template leaves {what}{place} out, so the model would be trained "
-                f"without. {MENDS.get(what, MEND)}; data.omissions='warn' trains on what the template shows."
+                f"{conversation.where}: the chat template leaves {what}{of_message} out, so the model would be trained "
+                f"without it. {MENDS.get(what, MEND)}; data.omissions='warn' trains on what the template shows."
             )
         notes[what] += 1
 
@@ -175,14 +179,14 @@ def _refuse_rewritten(turns: Sequence[Turn], conversation: Conversation, text: s
         else "Set data.turns='auto', which gives such an answer a sequence of its own, or train only on the last "
         "answer (data.train_on='last')"
     )
-    differs = _differs(conversation, turns[0].number, text, turns[0].upto[: turns[0].end])
-    raise DataError(f"{differs} {mend}, or set data.chat_template to one that does not.")
+    difference = _difference(conversation, turns[0].number, text, turns[0].upto[: turns[0].end])
+    raise DataError(f"{difference} {mend}, or set data.chat_template to one that does not.")
 
 
-def _differs(conversation: Conversation, number: int, text: str, other: str) -> str:
+def _difference(conversation: Conversation, number: int, text: str, other: str) -> str:
     at = shared_start(text, other)
     return (
         f"{conversation.where}: the prompt and answer of message {number} (assistant) are not a prefix of the "
-        f"conversation: the template rewrites earlier text. When the answer is asked for it reads "
+        f"conversation: the template rewrites earlier text. As at inference it reads "
         f"{other[max(0, at - 20) : at + 40]!r}, in the whole conversation {text[max(0, at - 20) : at + 40]!r}."
     )

@@ -1,8 +1,8 @@
 """The tokenizer inside a GGUF file, rebuilt with the `tokenizers` library.
 
-transformers' own conversion drops the pre-tokenizer that the file names, so that numbers split
-differently from how the model saw them in training. This one builds what the original
-`tokenizer.json` of the named pre-tokenizer holds, and refuses names that it does not know.
+transformers' own conversion drops the pre-tokenizer that the file names, so that numbers are split
+otherwise than in training. This one builds the pre-tokenizer of the original `tokenizer.json`, by its
+name, and refuses names that it does not know.
 """
 
 import os
@@ -36,11 +36,11 @@ _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 
 @dataclass(frozen=True, kw_only=True)
 class _PreTokenizer:
-    """How text is cut before byte-pair merges: each pattern cuts the pieces left by the one before."""
+    """How text is split before byte-pair merges: each pattern splits the pieces of the previous one."""
 
     patterns: tuple[str, ...]
     ignore_merges: bool = False  # a piece that is itself a token is never assembled from merges
-    add_bos: bool = False  # where the file does not say
+    add_bos: bool = False  # if the file does not say
     nfc: bool = False
 
 
@@ -84,8 +84,8 @@ def tokenizer_from_gguf(path: str | os.PathLike[str]) -> tuple["PreTrainedTokeni
 
     Kinds: byte-level BPE (`gpt2`) with a known `tokenizer.ggml.pre`, and SentencePiece BPE (`llama`).
     `save_pretrained` writes files that transformers' AutoTokenizer reloads identically.
-    Raises CheckpointError for a damaged file and ModelError for a kind or a pre-tokenizer that is
-    not known, because a near miss would silently split text differently from training.
+    Raises CheckpointError for a damaged file, and ModelError for an unknown kind or pre-tokenizer: a similar one would
+    silently split text otherwise than in training.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -104,7 +104,7 @@ def tokenizer_from_gguf(path: str | os.PathLike[str]) -> tuple["PreTrainedTokeni
     tokenizer.add_special_tokens(special)
     tokenizer.add_tokens(plain)
     named = _named_tokens(header, vocab)
-    _frame(tokenizer, header, named, add_bos)
+    _add_bos_and_eos(tokenizer, header, named, add_bos)
     length = header.metadata.get(f"{header.require('general.architecture')}.context_length")
     backend = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -129,7 +129,7 @@ def _vocab(header: GGUFHeader) -> _Vocab:
 
 
 def _templates(header: GGUFHeader) -> Any:
-    """The chat template, or several by name as transformers holds them; None where there is none."""
+    """The chat template; a dict by name if there is more than one, as in transformers; None if there is none."""
     default = header.metadata.get("tokenizer.chat_template")
     names = header.metadata.get("tokenizer.chat_templates", [])
     others = {name: header.require(f"tokenizer.chat_template.{name}") for name in names if name != "default"}
@@ -187,7 +187,7 @@ def _sentencepiece_bpe(header: GGUFHeader, vocab: _Vocab) -> tuple[Tokenizer, bo
             f"{header.path}: tokenizer.ggml.remove_extra_whitespaces is set, which is not supported. "
             "Load the tokenizer from the original tokenizer.model."
         )
-    # Gemma's files call <unk> a control token and name it by its id alone.
+    # In Gemma's files <unk> has the type of a control token, and only its id says what it is.
     named = _named_tokens(header, vocab).get("unk_token")
     unknown = vocab.of_type(UNKNOWN) or ([] if named is None else [named])
     if len(unknown) != 1:
@@ -209,7 +209,7 @@ def _sentencepiece_bpe(header: GGUFHeader, vocab: _Vocab) -> tuple[Tokenizer, bo
 
 
 def _merges_from_scores(vocab: _Vocab, scores: Sequence[float]) -> list[tuple[str, str]]:
-    """Every way to make a normal piece of two others, best score first, as SentencePiece merges."""
+    """All pairs of normal pieces that join to another one, best score first, as SentencePiece merges them."""
     pieces = {token: vocab.ids[token] for token in vocab.of_type(NORMAL)}
     merges = []
     for piece, i in pieces.items():
@@ -220,8 +220,8 @@ def _merges_from_scores(vocab: _Vocab, scores: Sequence[float]) -> list[tuple[st
     return [(left, right) for *_, left, right in sorted(merges)]
 
 
-def _frame(tokenizer: Tokenizer, header: GGUFHeader, named: Mapping[str, Any], add_bos: bool) -> None:
-    """BOS before and EOS after each text where the file asks for it, or is silent and the kind has one."""
+def _add_bos_and_eos(tokenizer: Tokenizer, header: GGUFHeader, named: Mapping[str, Any], add_bos: bool) -> None:
+    """Adds BOS before and EOS after each text, as the file says, or else by the convention of the tokenizer's kind."""
     wanted = {
         "bos_token": header.metadata.get("tokenizer.ggml.add_bos_token", add_bos),
         "eos_token": header.metadata.get("tokenizer.ggml.add_eos_token", False),

@@ -1,7 +1,7 @@
-"""What GGUF says about a tokenizer: vocabulary, merges or scores, special tokens, chat template.
+"""GGUF metadata of a tokenizer: vocabulary, merges or scores, special tokens, chat template.
 
-llama.cpp cuts text by code of its own, chosen by the name in `tokenizer.ggml.pre`. So the name is found
-by comparing how the tokenizer cuts text with every known name, and a near miss is refused.
+llama.cpp splits text by its own code, chosen by the name in `tokenizer.ggml.pre`. So the name is determined by
+comparing the tokenizer's patterns with those of every known name, and similar ones are refused.
 """
 
 import json
@@ -14,8 +14,8 @@ from jaxft.data.tokenizers.load import load_tokenizer
 from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import ExportError
 
-# Ends of a generation that llama.cpp finds by their spelling, whatever the file says.
-FOUND_BY_NAME = (
+# Tokens at which llama.cpp ends a generation by their spelling, whatever the file says.
+KNOWN_TO_LLAMA_CPP = (
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<|eom_id|>", "<EOT>",
 )  # fmt: skip
 PROBES = (
@@ -27,8 +27,8 @@ PROBES = (
 def tokenizer_metadata(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
     """Metadata under `tokenizer.` for a GGUF file whose embedding has `vocab_size` rows.
 
-    Byte-level BPE and SentencePiece BPE. Raises ExportError for another kind, an unknown way to cut
-    text, tokens beyond the embedding, or a stop token that llama.cpp would not stop at.
+    For byte-level BPE and SentencePiece BPE. Raises ExportError for another kind, an unknown way to split text,
+    tokens beyond the embedding, or a stop token at which llama.cpp would not stop.
     """
     content = json.loads(tokenizer.backend.backend_tokenizer.to_str())
     model = content["model"]
@@ -49,7 +49,7 @@ def tokenizer_metadata(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
 
 
 def check_tokenizer(path: str, tokenizer: Tokenizer) -> None:
-    """Reads the tokenizer of a written GGUF file again: same ids for difficult texts, same special tokens.
+    """Reads the tokenizer of a written GGUF file back and compares ids of difficult texts and special tokens.
 
     Raises ExportError for the first difference.
     """
@@ -57,7 +57,7 @@ def check_tokenizer(path: str, tokenizer: Tokenizer) -> None:
     pre = json.loads(tokenizer.backend.backend_tokenizer.to_str())["pre_tokenizer"] or {}
     for text in PROBES:
         if pre.get("type") == "Metaspace":
-            # It takes a leading space for the prefix; SentencePiece itself and llama.cpp add one more.
+            # Metaspace takes a leading space for the prefix; SentencePiece itself and llama.cpp add another one.
             text = text.lstrip(" ")
         wanted, got = (t.encode(text, add_special_tokens=True) for t in (tokenizer, back))
         if wanted != got:
@@ -68,7 +68,7 @@ def check_tokenizer(path: str, tokenizer: Tokenizer) -> None:
 
 
 def _templates(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The default template, and others under their names, as llama.cpp looks for `tool_use`."""
+    """The default template, and others under their names: llama.cpp looks for `tool_use`."""
     others = {name: text for name, text in tokenizer.chat_templates.items() if name != "default"}
     out: dict[str, Any] = {f"tokenizer.chat_template.{name}": text for name, text in others.items()}
     if others:
@@ -77,7 +77,7 @@ def _templates(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _vocabulary(content: Mapping[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
-    """Token and type of every row of the embedding; rows without a token are fillers."""
+    """Token and type of every row of the embedding; rows without a token get a placeholder."""
     model = content["model"]
     tokens = [f"[PAD{i}]" for i in range(vocab_size)]
     types = [UNUSED] * vocab_size
@@ -86,7 +86,7 @@ def _vocabulary(content: Mapping[str, Any], vocab_size: int) -> tuple[list[str],
         tokens[i], types[i] = token, BYTE if is_byte else NORMAL
     for added in content["added_tokens"]:
         if added["lstrip"] or added["rstrip"] or added["single_word"]:
-            raise ExportError(f"token {added['content']!r} takes the spaces around it, which GGUF cannot say")
+            raise ExportError(f"token {added['content']!r} takes the spaces around it, which GGUF cannot express")
         tokens[added["id"]] = added["content"]
         types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
         if model.get("byte_fallback") and not added["special"]:
@@ -100,8 +100,8 @@ def _vocabulary(content: Mapping[str, Any], vocab_size: int) -> tuple[list[str],
 def _byte_level(content: Mapping[str, Any], name: str) -> dict[str, Any]:
     model, normalizer = content["model"], content["normalizer"]
     if not model["merges"]:
-        raise ExportError(f"the tokenizer {name} has no merges, and llama.cpp loads none without")
-    patterns = _cuts(content["pre_tokenizer"])
+        raise ExportError(f"the tokenizer {name} has no merges, and llama.cpp loads no tokenizer without them")
+    patterns = _patterns(content["pre_tokenizer"])
     nfc = (normalizer or {}).get("type") == "NFC"
     plain = not (model.get("continuing_subword_prefix") or model.get("end_of_word_suffix") or model.get("dropout"))
     for pre, known in PRE_TOKENIZERS.items():
@@ -110,28 +110,28 @@ def _byte_level(content: Mapping[str, Any], name: str) -> dict[str, Any]:
             merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
             return {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre, "tokenizer.ggml.merges": merges}
     raise ExportError(
-        f"the tokenizer {name} cuts text in a way for which GGUF has no name known here (pre_tokenizer "
+        f"the tokenizer {name} splits text in a way for which jaxft knows no GGUF name (pre_tokenizer "
         f"{json.dumps(content['pre_tokenizer'])[:300]}, normalizer {json.dumps(normalizer)[:100]}, ignore_merges "
-        f"{model.get('ignore_merges')}). llama.cpp would cut it differently from how the model was trained."
+        f"{model.get('ignore_merges')}). llama.cpp would split it otherwise than in training."
     )
 
 
-def _cuts(pre_tokenizer: Mapping[str, Any] | None) -> tuple[str, ...] | None:
-    """The patterns by which a byte-level tokenizer cuts text one after another; None for another kind."""
+def _patterns(pre_tokenizer: Mapping[str, Any] | None) -> tuple[str, ...] | None:
+    """The patterns by which a byte-level tokenizer splits text, in order; None for another kind."""
     if pre_tokenizer is None:
         return None
     parts = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
     *before, last = parts
     if last["type"] != "ByteLevel" or last["add_prefix_space"]:
         return None
-    patterns = [_cut(part) for part in before] + ([WORDS] if last.get("use_regex", True) else [])
+    patterns = [_pattern(part) for part in before] + ([WORDS] if last.get("use_regex", True) else [])
     return None if None in patterns else tuple(patterns)
 
 
-def _cut(part: Mapping[str, Any]) -> str | None:
+def _pattern(part: Mapping[str, Any]) -> str | None:
     if part["type"] == "Digits":
         return r"\p{N}" if part["individual_digits"] else r"\p{N}+"
-    # A pattern that covers every text gives the same pieces either way.
+    # For a pattern that matches all text, both ways give the same pieces.
     ways = (("Isolated", False), ("Removed", True))
     if part["type"] == "Split" and (part["behavior"], part["invert"]) in ways:
         return part["pattern"].get("Regex")
@@ -145,7 +145,7 @@ def _sentencepiece(content: Mapping[str, Any], tokens: Sequence[str]) -> dict[st
             "the tokenizer has byte fallback but does not turn spaces into ▁ as SentencePiece does (normalizer "
             f"{json.dumps(content['normalizer'])[:200]}, pre_tokenizer {json.dumps(content['pre_tokenizer'])[:200]})"
         )
-    # SentencePiece merges the pair whose result has the best score; merges stand in that order.
+    # SentencePiece merges the pair whose result has the best score; merges are in that order.
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(model["merges"]):
         ranks.setdefault("".join(merge.split(" ") if isinstance(merge, str) else merge), rank)
@@ -159,14 +159,14 @@ def _sentencepiece(content: Mapping[str, Any], tokens: Sequence[str]) -> dict[st
 
 
 def _space_prefix(content: Mapping[str, Any]) -> bool | None:
-    """Whether a space goes before each text; None where this is not SentencePiece's way with spaces."""
+    """Whether each text gets a leading space; None if spaces are not treated as in SentencePiece."""
     normalizer, pre = content["normalizer"] or {}, content["pre_tokenizer"] or {}
     steps = normalizer["normalizers"] if normalizer.get("type") == "Sequence" else [normalizer] * bool(normalizer)
     kinds = [(s["type"], s.get("prepend") or (s.get("pattern") or {}).get("String"), s.get("content")) for s in steps]
     replace, prepend = ("Replace", " ", "▁"), ("Prepend", "▁", None)
     if pre.get("type") == "Metaspace" and not kinds and pre["replacement"] == "▁" and not pre.get("split", True):
         return pre["prepend_scheme"] in ("first", "always")
-    # Gemma's cut at spaces finds none: they are ▁ by then.
+    # Gemma's split at spaces does nothing: they are ▁ by then.
     if pre and not (pre.get("type") == "Split" and pre["pattern"] == {"String": " "}):
         return None
     return {(prepend, replace): True, (replace,): False}.get(tuple(kinds))
@@ -179,12 +179,12 @@ def _special_ids(tokenizer: Tokenizer, model: Mapping[str, Any]) -> dict[str, in
     spelt = {i: tokenizer.token(i) for i in sorted(tokenizer.stop_ids - {tokenizer.eos_id})}
     ids["eom"] = next((i for i, token in spelt.items() if token == "<|eom_id|>"), None)
     rest = {i: token for i, token in spelt.items() if i != ids["eom"]}
-    # The one place for another end goes to one that llama.cpp would not find by itself.
-    ids["eot"] = next(iter(sorted(rest, key=lambda i: rest[i] in FOUND_BY_NAME)), None)
-    lost = [token for i, token in rest.items() if i != ids["eot"] and token not in FOUND_BY_NAME]
+    # The only field for another end token is for one that llama.cpp does not know by itself.
+    ids["eot"] = next(iter(sorted(rest, key=lambda i: rest[i] in KNOWN_TO_LLAMA_CPP)), None)
+    lost = [token for i, token in rest.items() if i != ids["eot"] and token not in KNOWN_TO_LLAMA_CPP]
     if lost:
         raise ExportError(
-            f"answers end at {', '.join(spelt.values())}, but GGUF has no place for {', '.join(lost)}: llama.cpp would "
-            "run on after it. Leave it out of eos_token_id in generation_config.json."
+            f"answers end at {', '.join(spelt.values())}, but GGUF has no field for {', '.join(lost)}: llama.cpp would "
+            "continue after it. Leave it out of eos_token_id in generation_config.json."
         )
     return {f"tokenizer.ggml.{name}_token_id": int(i) for name, i in ids.items() if i is not None}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxft.config import RunConfig
 from jaxft.data.tokenizers.tokenizer import Tokenizer
-from jaxft.errors import ModelError
+from jaxft.errors import ModelError, listed
 from jaxft.files.paths import copy_small_files, is_remote
 from jaxft.files.run_folder import ADAPTER, CHAT_TEMPLATE, MERGED, MODEL
 
@@ -109,7 +109,7 @@ def _load_named_base(folder: Path) -> tuple["PreTrainedTokenizerFast", list[int]
         if isinstance(model, Mapping):
             base, revision = model.get("path"), model.get("revision")
     if not base or Path(base).resolve() == folder.resolve():
-        files = ", ".join(sorted(os.listdir(folder))[:8]) or "nothing"
+        files = listed(sorted(os.listdir(folder))) or "nothing"
         raise ModelError(
             f"no tokenizer in {str(folder)!r}: it needs tokenizer.json or tokenizer.model, and contains {files}. "
             "Copy the tokenizer files of the base model there."

@@ -1,0 +1,123 @@
+"""One whole step of a run on disk: what it holds, all of it restored or only the weights to evaluate.
+
+The checkpoint describes itself: every path with its shape and dtype, and where averages of the weights are. So a model
+is exported without the optimizer that trained it.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from optax.contrib import ScheduleFreeState, schedule_free_eval_params
+
+from jaxft.checkpoint.state_layout import abstract_arrays, as_state, differences, layout
+from jaxft.errors import CheckpointError
+from jaxft.optim.averages import AverageState
+from jaxft.trees import path_str
+
+AVERAGE, SCHEDULE_FREE = "average", "schedule_free"
+SHOWN = 12  # differences listed in one error
+
+
+def find_averages(state: Any, path: str = "") -> dict[str, str]:
+    """Kind -> path of every average of weights in a train state, outermost first, as a checkpoint records them.
+
+    The path of an `average` (optim.averages.with_average) is that of the averaged weights, of `schedule_free` that of
+    its state.
+    """
+    kinds = (AverageState, ScheduleFreeState)
+    nodes, _ = jax.tree_util.tree_flatten_with_path(state, is_leaf=lambda node: isinstance(node, kinds))
+    out: dict[str, str] = {}
+    for key_path, node in nodes:
+        at = "/".join(part for part in (path, path_str(key_path)) if part)
+        if isinstance(node, AverageState):
+            out |= {AVERAGE: f"{at}/average"} | find_averages(node.inner, f"{at}/inner")
+        elif isinstance(node, ScheduleFreeState):
+            out[SCHEDULE_FREE] = at
+    return out
+
+
+class SavedStep:
+    """A step that is whole: its files have been verified.
+
+    folder: of the step. meta: what was saved beside the arrays: `layout`, `averages`, `metrics` and `extra`.
+    """
+
+    def __init__(self, folder: Path, meta: Mapping[str, Any]) -> None:
+        self.folder, self.step = folder, int(folder.name)
+        self.extra: dict[str, Any] = meta["extra"]
+        self._layout: Mapping[str, list[Any]] = meta["layout"]
+        self._averages: Mapping[str, str] | None = meta.get("averages")
+
+    def check_fits(self, abstract_state: Any, *, parts: tuple[str, ...] = ("",)) -> None:
+        """Raises CheckpointError, listing paths, if tree, shapes or dtypes differ from what was saved.
+
+        parts: paths in the saved state; what was saved elsewhere may be anything.
+        """
+        saved = {path: entry for path, entry in self._layout.items() if _inside(path, parts)}
+        lines = differences(saved, layout(abstract_state))
+        if lines:
+            more = [f"... and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+            listed = "".join(f"\n  {line}" for line in lines[:SHOWN] + more)
+            raise CheckpointError(
+                f"checkpoint {self.folder} does not fit this run:{listed}\nGo on with the model, adapter and "
+                "optimizer settings that it was saved with, or train into another folder."
+            )
+
+    def read_parts(self, parts: Mapping[str, Any]) -> dict[str, Any]:
+        """Parts of the saved state; nothing else is read.
+
+        parts: abstract trees by their paths in the saved state, such as `trainable` or `opt_state/average`. Each leaf
+        is restored onto its sharding. Raises CheckpointError, listing paths, if a part differs from what was saved.
+        """
+        self.check_fits(parts, parts=tuple(parts))
+        if not jax.tree.leaves(parts):
+            return dict(parts)
+        abstract = abstract_arrays(parts)
+        args = ocp.args.PyTreeRestore(
+            abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True
+        )
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            return as_state(checkpointer.restore(self.folder / "state", args=args), dict(parts))
+
+    def evaluated_weights(self, trainable: Any, *, use_average: bool = True) -> Any:
+        """The weights that losses, scores and exports are of, as `optim.averages.evaluated` gives them in training.
+
+        trainable: abstract or real, of the trained parameters. use_average: whether an average of the weights is taken
+        if one was kept. Raises CheckpointError, listing paths, if they differ from what was saved.
+        """
+        averages = self._known_averages()
+        if use_average and AVERAGE in averages:
+            return self._read_like(trainable, averages[AVERAGE])
+        weights = self._read_like(trainable, "trainable")
+        if SCHEDULE_FREE not in averages:
+            return weights
+        at = averages[SCHEDULE_FREE]
+        shape, dtype = self._layout[f"{at}/b1"]
+        b1 = self.read_parts({f"{at}/b1": jax.ShapeDtypeStruct(tuple(shape), dtype)})[f"{at}/b1"]
+        z = self._read_like(trainable, f"{at}/z")
+        state = ScheduleFreeState(b1, weight_sum=0, step_count=0, max_lr=0, base_optimizer_state=None, z=z)
+        return schedule_free_eval_params(state, weights)
+
+    def _known_averages(self) -> Mapping[str, str]:
+        if self._averages is None:
+            raise CheckpointError(
+                f"checkpoint {self.folder} does not say where averages of its weights are: an earlier version of jaxft "
+                "saved it. Export it with that version, or go on with the run, which saves anew."
+            )
+        return self._averages
+
+    def _read_like(self, trainable: Any, path: str) -> Any:
+        """The part at `path`, whose tree is that of the trained parameters, in the dtypes that were saved."""
+
+        def as_saved(key_path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
+            _, dtype = self._layout.get(f"{path}/{path_str(key_path)}", (None, leaf.dtype))
+            return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=getattr(leaf, "sharding", None))
+
+        return self.read_parts({path: jax.tree_util.tree_map_with_path(as_saved, trainable)})[path]
+
+
+def _inside(path: str, parts: tuple[str, ...]) -> bool:
+    return any(not part or path == part or path.startswith(f"{part}/") for part in parts)

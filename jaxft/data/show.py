@@ -1,0 +1,76 @@
+"""Prints examined sets: rows with their trained tokens marked, counts and histograms."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from jaxft.data.batch import Example
+from jaxft.data.examine import Examination
+from jaxft.data.tokenizers.tokenizer import Tokenizer
+from jaxft.nn import virtual
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def render_rows(
+    examples: Sequence[Example], tokenizer: Tokenizer, *, limit: int = 2, console: "Console | None" = None
+) -> None:
+    """Prints the first `limit` examples with their trained tokens in colour.
+
+    If the output is no terminal, trained text is in [[double brackets]] instead.
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    console = console or Console()
+    colored = console.is_terminal and console.color_system is not None
+    for number, example in enumerate(examples[:limit]):
+        trained = int(example.mask.sum())
+        first = int((example.tokens >= virtual.FIRST).sum())
+        virtual_tokens = f", the first {first} virtual" if first else ""
+        text = Text(f"row {example.row}: {len(example)} tokens{virtual_tokens}, {trained} trained\n", style="bold")
+        shown = example.tokens[first:], example.mask[first:]
+        edges = np.flatnonzero(np.diff(shown[1])) + 1
+        for tokens, mask in zip(*(np.split(part, edges) for part in shown), strict=True):
+            piece = tokenizer.decode(tokens, skip_special_tokens=False)
+            if colored:
+                text.append(piece, style="bold green" if mask[0] else "dim")
+            else:
+                text.append(f"[[{piece}]]" if mask[0] else piece, style="not bold")
+        console.print(text, highlight=False, soft_wrap=True)
+        if number < limit - 1:
+            console.print()
+
+
+def print_examination(examination: Examination, *, console: "Console | None" = None, name: str | None = None) -> None:
+    """Prints the counts, the length histogram as bars, and the warnings. name: printed before the source."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = console or Console()
+    splits_rows = examination.examples + examination.dropped != examination.rows
+    share = examination.trained_tokens / examination.tokens
+    formats = ", ".join(f"{name} {count:,}" for name, count in examination.formats.items())
+    holds = ", ".join(f"{name} {count:,}" for name, count in examination.holds.items() if count)
+    console.print(Text(f"{name}: {examination.source}" if name else examination.source, style="bold"), soft_wrap=True)
+    console.print(
+        f"{examination.rows:,} rows ({formats or 'unknown format'}), "
+        + (f"{examination.examples:,} examples, " if splits_rows else "")
+        + f"{examination.tokens:,} tokens, {examination.trained_tokens:,} trained ({share:.0%})\n"
+        + (f"rows with {holds}\n" if holds else "")
+        + f"{examination.sequences:,} sequences of {examination.max_length:,}, {examination.fill:.0%} full; "
+        f"{examination.truncated:,} examples cut, {examination.dropped:,} dropped",
+        highlight=False,
+    )
+    table = Table("tokens", "examples", "", box=None, pad_edge=False)
+    most = max(count for _, _, count in examination.histogram)
+    for low, high, count in examination.histogram:
+        over = "red" if low > examination.max_length else "green"
+        bar = "#" * round(32 * count / most) or ("." if count else "")
+        table.add_row(f"{low:,}-{high:,}", f"{count:,}", Text(bar, style=over))
+    console.print(table)
+    for warning in examination.warnings:
+        console.print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
