@@ -15,7 +15,7 @@ from jaxft.config import RunConfig
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "jaxft"
-FOLDERS = ("benchmarks", "configs", "docs", "jaxft", "notebooks", "tests", "tpu_scripts")
+FOLDERS = ("benchmarks", "configs", "constraints", "docs", "jaxft", "notebooks", "tests", "tpu_scripts")
 FILE = re.compile(r"\.(?:py|md|sh|json|jsonl|html|png|safetensors|jinja|ipynb|toml|j2)$")
 # Names of other projects: attributes of these modules, and tensors and modules of Hugging Face's files and of PEFT's.
 LIBRARIES = {"jax", "nnx", "optax", "pytest"}

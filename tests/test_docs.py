@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from docs_names import is_config_field, names, path_exists, unknown_names
+from docs_names import FOLDERS, is_config_field, names, path_exists, unknown_names
 from test_architecture import FLOORS
 
 import jaxft
@@ -131,8 +131,7 @@ def test_links_within_the_repository_lead_somewhere(page: Path) -> None:
 
 @every_page
 def test_every_path_on_a_page_exists(page: Path) -> None:
-    folders = "benchmarks|configs|docs|jaxft|notebooks|tests|tpu_scripts"
-    paths = re.findall(rf"(?<![\w./~-])(?:{folders})/[\w./*<>-]*", text_of(page))
+    paths = re.findall(rf"(?<![\w./~-])(?:{'|'.join(FOLDERS)})/[\w./*<>-]*", text_of(page))
     assert not [path for path in paths if not path_exists(path)]
 
 
@@ -141,9 +140,8 @@ SOURCES = [path for folder in ("benchmarks", "configs", "docs", "jaxft") for pat
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_every_file_that_a_source_names_exists(path: Path) -> None:
-    folders = "benchmarks|configs|docs|jaxft|notebooks|tests|tpu_scripts"
     text = path.read_text(encoding="utf-8").replace(MAXTEXT_PAGE, "")
-    paths = re.findall(rf"(?<![\w./~-])(?:{folders})/[\w/]+\.(?:py|md|sh|json|ipynb)\b", text)
+    paths = re.findall(rf"(?<![\w./~-])(?:{'|'.join(FOLDERS)})/[\w/]+\.(?:py|md|sh|json|ipynb)\b", text)
     assert not [named for named in paths if not path_exists(named)]
 
 
