@@ -8,12 +8,12 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "jaxft"
 FLOORS = {
     "assets": 0, "errors": 0, "quant": 0, "trees": 0,
-    "config": 1, "evaluation": 1, "files": 1, "nn": 1,
-    "models": 2, "objectives": 2,
-    "data": 3, "optim": 3, "sharding": 3,
-    "adapters": 4, "generation": 4,
-    "checkpoint": 5, "hardware": 5, "training": 5,
-    "conversion": 6, "runs": 6,
+    "config": 1, "files": 1, "nn": 1,
+    "data": 2, "models": 2, "optim": 2, "sharding": 2,
+    "adapters": 3, "generation": 3, "objectives": 3,
+    "checkpoint": 4, "evaluation": 4, "hardware": 4, "training": 4,
+    "conversion": 5, "methods": 5,
+    "runs": 6,
     "planning": 7,
     "api": 8,
     "cli": 9, "__init__": 9,

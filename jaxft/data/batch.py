@@ -2,16 +2,16 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
-import jax
 import numpy as np
 
-Array = np.ndarray | jax.Array
+# np.ndarray on the host, jax.Array on devices, jax.ShapeDtypeStruct in plans.
+Array = TypeVar("Array")
 
 
-class Batch(NamedTuple):
-    """Token sequences and the target of each position; numpy or jax arrays, all [B, S].
+class Batch(NamedTuple, Generic[Array]):
+    """Token sequences and the target of each position; all arrays are [B, S].
 
     tokens_BS: int32. targets_BS: int32, the next token of the same document, 0 if there is none.
     weights_BS: float32, 1 if the target is trained, else 0. positions_BS: int32, restarting at
@@ -39,6 +39,11 @@ class Example:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @property
+    def documents(self) -> "tuple[Example, ...]":
+        """The documents that it takes up in a sequence: itself, or the parts of an example that is packed as one."""
+        return (self,)
+
     def prepend(self, first: Sequence[int]) -> "Example":
         """The example with tokens before its own that are not trained."""
         tokens = np.concatenate([np.array(first, self.tokens.dtype), self.tokens])
@@ -46,7 +51,7 @@ class Example:
         return replace(self, tokens=tokens, mask=mask)
 
 
-def assemble(rows: Iterable[Sequence[Example]], max_length: int, pad_id: int = 0) -> Batch:
+def assemble(rows: Iterable[Sequence[Example]], max_length: int, pad_id: int = 0) -> Batch[np.ndarray]:
     """A numpy Batch, each row of which is the given documents one after another, padded on the right.
 
     Raises ValueError if a row holds more than max_length tokens.

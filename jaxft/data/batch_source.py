@@ -2,6 +2,8 @@
 
 from typing import Protocol
 
+import numpy as np
+
 from jaxft.data.batch import Batch
 
 
@@ -12,13 +14,17 @@ class BatchSource(Protocol):
     """
 
     @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+
+    @property
     def steps_per_epoch(self) -> float:
         """Steps that one pass over the data takes; not whole if the last batch of a pass runs into the next."""
 
     def epoch_of(self, step: int) -> float:
         """Epochs completed after the first `step` steps."""
 
-    def batch(self, step: int, rows: slice | None = None) -> Batch:
+    def batch(self, step: int, rows: slice | None = None) -> Batch[np.ndarray]:
         """The batch of a step, from 0, as numpy arrays [B, S].
 
         rows: return only these rows of it, for a process that feeds only its own devices.

@@ -61,15 +61,14 @@ def examine(
     formats: Counter[str] | None = None,
     holds: Counter[str] | None = None,
     notes: Counter[str] | None = None,
-    whole_rows: bool = False,
 ) -> tuple[list[Example], Examination]:
     """The examples that can be trained on, in order and none longer than max_length, and their examination.
 
     config: its max_length, packing, and truncation: what to do with longer examples (`refuse` to start, `drop` them,
     cut them on the `right`). stop_ids: the tokens that end an answer. where: the name of a row in errors, from its
     index. formats, holds: how many rows have each format and each kind of part. notes: as `encode_all` counts them.
-    whole_rows: `drop` removes all examples of a row if one of them is too long. Raises DataError if the set is empty,
-    examples are too long and truncation is `refuse`, rows train on zero tokens, or no example trains its end token.
+    Raises DataError if the set is empty, examples are too long and truncation is `refuse`, rows train on zero tokens,
+    or no example trains its end token.
     """
     if not examples:
         raise DataError(f"{source} has no rows, so there is nothing to train on")
@@ -78,7 +77,7 @@ def examine(
     rows = len({example.row for example in examples})
     _refuse_untrained(examples, rows, where, source)
     too_long = int((lengths > max_length).sum())
-    kept = _fit(examples, lengths, config, where, source, whole_rows)
+    kept = _fit(examples, lengths, config, where, source)
     ended = sum(int(e.mask[-1]) and int(e.tokens[-1]) in stop_ids for e in kept)
     if not ended:
         raise DataError(
@@ -104,7 +103,7 @@ def examine(
         formats=dict(formats or {}),
         holds=dict(holds or {}),
     )
-    warnings = _warnings(examination, len(kept) - ended, notes or Counter(), whole_rows)
+    warnings = _warnings(examination, len(kept) - ended, notes or Counter())
     return kept, dataclasses.replace(examination, warnings=warnings)
 
 
@@ -162,7 +161,6 @@ def _fit(
     config: DataConfig,
     where: Callable[[int], str],
     source: str,
-    whole_rows: bool,
 ) -> list[Example]:
     """The examples within max_length, by `config.truncation`."""
     max_length, truncation = config.max_length, config.truncation
@@ -177,14 +175,11 @@ def _fit(
             f"data.max_length={lengths[longest]}, or data.truncation to 'drop' or 'right'."
         )
     if truncation == "drop":
-        dropped_rows = {examples[index].row for index in over} if whole_rows else set()
-        kept = [example for example in examples if len(example) <= max_length and example.row not in dropped_rows]
+        kept = [example for example in examples if len(example) <= max_length]
         if not kept:
-            every = "every row" if whole_rows else f"every one of the {len(examples):,} examples"
-            has = "has an example" if whole_rows else "is"
             raise DataError(
-                f"{every} of {source} {has} longer than data.max_length={max_length} and was dropped; the shortest "
-                f"example has {lengths.min():,} tokens. Raise data.max_length."
+                f"every one of the {len(examples):,} examples of {source} is longer than data.max_length={max_length} "
+                f"and was dropped; the shortest has {lengths.min():,} tokens. Raise data.max_length."
             )
         return kept
     cut = [dataclasses.replace(e, tokens=e.tokens[:max_length], mask=e.mask[:max_length]) for e in examples]
@@ -198,7 +193,7 @@ def _fit(
     return cut
 
 
-def _warnings(examination: Examination, unended: int, notes: Counter[str], whole_rows: bool) -> tuple[str, ...]:
+def _warnings(examination: Examination, unended: int, notes: Counter[str]) -> tuple[str, ...]:
     warnings = []
     if notes["split"]:
         warnings.append(
@@ -209,9 +204,8 @@ def _warnings(examination: Examination, unended: int, notes: Counter[str], whole
         if what != "split":
             warnings.append(f"in {count:,} rows the chat template leaves {what} out (data.omissions)")
     if examination.dropped:
-        rest = ", or share a row with such an example," if whole_rows else ""
         warnings.append(
-            f"{examination.dropped:,} examples are longer than {examination.max_length} tokens{rest} and were dropped"
+            f"{examination.dropped:,} examples are longer than {examination.max_length} tokens and were dropped"
         )
     if examination.truncated:
         warnings.append(

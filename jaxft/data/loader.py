@@ -9,6 +9,8 @@ resumed run asks for its next step and continues where it stopped.
 import math
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from jaxft.data.batch import Batch, Example, assemble
 from jaxft.data.stream import Stream
 
@@ -29,11 +31,17 @@ class Loader:
         shuffle: bool = True,
         seed: int = 0,
         pad_id: int = 0,
+        epochs: float = 1.0,
+        steps: int | None = None,
     ) -> None:
-        """Raises ValueError if there are no examples, or one is longer than max_length."""
+        """A run has `steps`, or as many as see `epochs` of the sequences.
+
+        Raises ValueError if there are no examples, or one is longer than max_length.
+        """
         self.batch_size, self.max_length, self.pad_id = batch_size, max_length, pad_id
         self._stream = Stream(examples, max_length=max_length, packing=packing, shuffle=shuffle, seed=seed)
         self.plan = self._stream.plan
+        self.total_steps = steps or self.steps_for(epochs)
 
     @property
     def steps_per_epoch(self) -> float:
@@ -50,11 +58,11 @@ class Loader:
     def metrics(self, step: int) -> dict[str, float]:
         return {}  # one set has no shares to tell
 
-    def batch(self, step: int, rows: slice | None = None) -> Batch:
+    def batch(self, step: int, rows: slice | None = None) -> Batch[np.ndarray]:
         documents = [self._stream[position] for position in positions(step, self.batch_size, rows)]
         return assemble(documents, self.max_length, self.pad_id)
 
-    def eval_batches(self, rows: slice | None = None) -> Iterator[Batch]:
+    def eval_batches(self, rows: slice | None = None) -> Iterator[Batch[np.ndarray]]:
         """Every sequence once, in order; the last batch is filled up with empty rows (segment 0)."""
         return (self.eval_batch(number, rows) for number in range(self.eval_steps))
 
@@ -63,12 +71,11 @@ class Loader:
         """The number of `eval_batches`."""
         return -(-len(self.plan) // self.batch_size)
 
-    def eval_batch(self, number: int, rows: slice | None = None) -> Batch:
+    def eval_batch(self, number: int, rows: slice | None = None) -> Batch[np.ndarray]:
         """Batch `number` of the `eval_batches`, from 0."""
         sequences = self.plan[number * self.batch_size : (number + 1) * self.batch_size]
         sequences += [[]] * (self.batch_size - len(sequences))
-        examples = self._stream.examples
-        documents = [[examples[index] for index in sequence] for sequence in sequences[rows or slice(None)]]
+        documents = [self._stream.documents(sequence) for sequence in sequences[rows or slice(None)]]
         return assemble(documents, self.max_length, self.pad_id)
 
 

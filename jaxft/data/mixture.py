@@ -8,6 +8,8 @@ number of tokens. A set that is used up is repeated, shuffled anew each time.
 import zlib
 from dataclasses import dataclass
 
+import numpy as np
+
 from jaxft.config import DataConfig
 from jaxft.data.batch import Batch, assemble
 from jaxft.data.loader import positions, steps_for
@@ -77,7 +79,7 @@ class Mixture:
     def epoch_of(self, step: int) -> float:
         return step / self.steps_per_epoch
 
-    def batch(self, step: int, rows: slice | None = None) -> Batch:
+    def batch(self, step: int, rows: slice | None = None) -> Batch[np.ndarray]:
         streams, documents = list(self.streams.values()), []
         for position in positions(step, self.batch_size, rows):
             index, number = self.schedule.at(position)

@@ -26,6 +26,8 @@ ONLY = "train"  # name of the training set of a run without a mixture
 # The conversations of a set, in order of its rows; one row may give several, each with the row's index in `row`.
 # Raises DataError, naming the row by `rows.where(index)`, if a row cannot be read.
 ReadRows = Callable[[Rows, DataConfig], Iterator[Conversation]]
+# The examples of a set, in the order of its conversations -> those that are packed, such as the pairs of two.
+Join = Callable[[list[Example]], list[Example]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,15 +70,23 @@ class Prepared:
         return [example for one in self.sets for example in one.examples]
 
 
-def prepare(config: RunConfig, tokenizer: Tokenizer) -> Prepared:
+def prepare(
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    *,
+    read: ReadRows = conversations,
+    join: Join = list,
+    read_answers: ReadRows | None = None,
+) -> Prepared:
     """Reads, tokenises and examines a run's training and held-out rows, each after the adapter's virtual tokens.
 
-    Raises DataError, naming the row, for anything that would train silently wrong; also if eval.metric is set and
-    the held-out rows are plain text, which has no answers to score.
+    read, join: see `prepare_set`. read_answers: the held-out conversations whose answers are the references of scores
+    by generation; by default those of `read`. Raises DataError, naming the row, for anything that would train silently
+    wrong; also if eval.metric is set and the held-out rows are plain text, which has no answers to score.
     """
     train, held_out = open_sets(config)
-    data = prepare_sets(train, held_out, config, tokenizer)
-    questions = _questions(held_out, tokenizer, config.eval.limit)
+    data = prepare_sets(train, held_out, config, tokenizer, read=read, join=join)
+    questions = _questions(held_out, tokenizer, config.eval.limit, read_answers or read)
     if config.eval.metric and held_out and not questions:
         raise DataError("eval.metric compares answers with references, but the held-out rows are plain text")
     return dataclasses.replace(
@@ -110,18 +120,16 @@ def prepare_sets(
     tokenizer: Tokenizer,
     *,
     read: ReadRows = conversations,
-    whole_rows: bool = False,
+    join: Join = list,
 ) -> Prepared:
     """The examples and examinations of opened sets, without eval_prompts and eval_references.
 
-    read: turns the rows of a set into conversations. whole_rows: see `examine`. Raises DataError as `prepare_set`.
+    read, join: see `prepare_set`, which also says what is raised.
     """
     first = virtual_ids(config.adapter.virtual_tokens)
 
     def prepare_one(one: RowSet) -> TrainSet:
-        examples, examination = prepare_set(
-            one.rows, one.config, tokenizer, first=first, read=read, whole_rows=whole_rows
-        )
+        examples, examination = prepare_set(one.rows, one.config, tokenizer, first=first, read=read, join=join)
         return TrainSet(name=one.name, examples=examples, examination=examination)
 
     sets = [prepare_one(one) for one in train]
@@ -148,13 +156,13 @@ def prepare_set(
     *,
     first: Sequence[int] = (),
     read: ReadRows = conversations,
-    whole_rows: bool = False,
+    join: Join = list,
 ) -> tuple[list[Example], Examination]:
     """One set: read, tokenised, and examined.
 
     config: how this set is read. first: token ids at the start of every example, which are not trained. read: turns
-    the rows into conversations; their examples come in the same order. whole_rows: see `examine`. Raises DataError,
-    naming the row, as `read`, `encode_all` and `examine` do.
+    the rows into conversations. join: makes examples that are packed as one, out of theirs, in the same order. Raises
+    DataError, naming the row, as `read`, `join`, `encode_all` and `examine` do.
     """
     formats: Counter[str] = Counter()
     holds: Counter[str] = Counter()
@@ -167,7 +175,7 @@ def prepare_set(
             yield conversation
 
     return examine(
-        [example.prepend(first) for example in encode_all(read_and_count(), tokenizer, config, notes)],
+        join([example.prepend(first) for example in encode_all(read_and_count(), tokenizer, config, notes)]),
         config,
         stop_ids=tokenizer.stop_ids,
         where=rows.where,
@@ -175,7 +183,6 @@ def prepare_set(
         formats=formats,
         holds=holds,
         notes=notes,
-        whole_rows=whole_rows,
     )
 
 
@@ -186,17 +193,19 @@ def _set_configs(data: DataConfig) -> dict[str, DataConfig]:
     return {name: dataclasses.replace(data.of_set(name), eval=None) for name in sorted(data.mixture)}
 
 
-def _questions(held_out: Sequence[RowSet], tokenizer: Tokenizer, limit: int | None) -> list[tuple[list[int], str]]:
+def _questions(
+    held_out: Sequence[RowSet], tokenizer: Tokenizer, limit: int | None, read: ReadRows
+) -> list[tuple[list[int], str]]:
     """(prompt, reference) of up to `limit` held-out rows, one set after another in turn; none for plain text."""
     if not held_out:
         return []
     if len(held_out) == 1:  # of mixed rows, the questions among the first `limit`
         (one,) = held_out
-        first = islice(conversations(one.rows, one.config), limit)
+        first = islice(read(one.rows, one.config), limit)
         return [prompt_of(row, tokenizer, one.config) for row in first if row.format != "text"]
 
     def questions_of(one: RowSet) -> Iterator[tuple[list[int], str]]:
-        for conversation in conversations(one.rows, one.config):
+        for conversation in read(one.rows, one.config):
             if conversation.format != "text":
                 yield prompt_of(conversation, tokenizer, one.config)
 

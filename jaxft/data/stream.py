@@ -37,7 +37,11 @@ class Stream:
 
     def __getitem__(self, number: int) -> list[Example]:
         """The documents of sequence `number`, from 0, in any epoch."""
-        return [self.examples[index] for index in self.plan[self._at(number)]]
+        return self.documents(self.plan[self._at(number)])
+
+    def documents(self, sequence: Sequence[int]) -> list[Example]:
+        """The documents of a sequence of the plan."""
+        return [document for index in sequence for document in self.examples[index].documents]
 
     @property
     def tokens(self) -> int:

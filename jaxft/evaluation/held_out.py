@@ -1,33 +1,26 @@
-"""Held-out loss and perplexity."""
+"""Held-out metrics: sums over all batches, divided once."""
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxft.errors import DataError
+from jaxft.objectives.loss import LossSums
 
 
-def held_out_loss(eval_step: Callable[[Any], Any], batches: Iterable[Any]) -> dict[str, float]:
-    """Loss over all batches, as sums divided once.
+def held_out_metrics(eval_step: Callable[[Any], LossSums], batches: Iterable[Any]) -> dict[str, float]:
+    """`eval_loss`, every metric of the loss as `eval_NAME`, and `eval_tokens` (trained tokens), over all batches.
 
-    eval_step(batch) -> LossSums. Gives eval_loss (nats per trained token), eval_perplexity (its
-    exponential), eval_mean_token_accuracy (share of targets that had the highest probability) and eval_tokens.
-    Raises DataError where no target is trained.
+    eval_step(batch) -> LossSums. The sums are added in float64 on the host and divided once, so that the batch size
+    does not matter. Raises DataError if the rows hold nothing that the loss is taken on.
     """
-    total = weight = correct = 0.0
+    total: LossSums | None = None
     for batch in batches:
-        sums = jax.device_get(eval_step(batch))
-        total += float(sums.total)
-        weight += float(sums.weight)
-        correct += float(sums.metrics["correct"])
-    if weight == 0:
+        sums: LossSums = jax.tree.map(np.float64, jax.device_get(eval_step(batch)))
+        total = sums if total is None else jax.tree.map(np.add, total, sums)
+    if total is None or total.weight == 0:
         raise DataError("the held-out rows have no trained token, so they have no loss")
-    loss = total / weight
-    return {
-        "eval_loss": loss,
-        "eval_perplexity": math.exp(min(loss, 700.0)),  # math.exp overflows above 709
-        "eval_mean_token_accuracy": correct / weight,
-        "eval_tokens": weight,
-    }
+    means = {f"eval_{name}": float(value) for name, value in total.means().items()}
+    return means | {"eval_tokens": float(total.trained_tokens)}

@@ -15,7 +15,7 @@ from jaxft.hardware.compile import Memory
 from jaxft.hardware.costs import Costs, Transfer, Work
 from jaxft.hardware.sizes import AttentionGroup, ModelSizes
 from jaxft.nn.partition import AXES
-from jaxft.objectives.cross_entropy import CHUNK_BYTES
+from jaxft.objectives.vocabulary import CHUNK_BYTES
 from jaxft.quant import FORMATS
 
 BYTES = {"bfloat16": 2, "float32": 4}

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 
 from jaxft.hardware.hlo import Computation, Instruction, Module
-from jaxft.objectives.cross_entropy import AT_MOST
+from jaxft.objectives.vocabulary import AT_MOST
 
 TRANSPARENT = ("copy", "bitcast", "convert", "reshape", "bitcast-convert", "copy-done", "opt-barrier")
 

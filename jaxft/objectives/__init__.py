@@ -1,1 +1,1 @@
-"""Training objectives: each a `Loss = (model, batch, key) -> LossSums`."""
+"""Training objectives: pure functions `(model, batch, key, method_state) -> LossSums`, and what they are built from."""

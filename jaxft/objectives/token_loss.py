@@ -1,4 +1,4 @@
-"""What a token costs by its logits: its negative log-likelihood or something else, with the slope by the logits."""
+"""The loss of one token from its logits, negative log-likelihood or a variant, with its gradient by the logits."""
 
 # B batch, C chunk of a sequence, V vocab or a device's part of it
 
@@ -13,13 +13,13 @@ import jax.numpy as jnp
 class TokenLoss:
     """The loss of one token, in nats; by default -log p of its target.
 
-    label_smoothing: share e of the target's weight that is spread evenly over the whole vocabulary, the target
-        included: (1 - e) * -log p + e * mean over v of -log p_v, as torch's cross_entropy has it (arXiv:1512.00567,
+    label_smoothing: share e of the target's weight that is distributed evenly over the whole vocabulary, the target
+        included: (1 - e) * -log p + e * mean over v of -log p_v, as in torch's cross_entropy (arXiv:1512.00567,
         section 7).
     z_loss: coefficient of log(Z)^2, Z being the softmax's normaliser, which keeps logits from drifting (PaLM,
         arXiv:2204.02311, section 5, with 1e-4).
-    dft: -log p times p, the latter without gradient (dynamic fine-tuning, arXiv:2508.05629, eq. 8): tokens that the
-        model finds unlikely pull no harder than others.
+    dft: -log p times p, the latter without gradient (dynamic fine-tuning, arXiv:2508.05629, eq. 8), so that unlikely
+        tokens do not have larger gradients than likely ones.
     """
 
     label_smoothing: float = 0.0
@@ -28,7 +28,7 @@ class TokenLoss:
 
     @property
     def plain(self) -> bool:
-        """Whether it is the negative log-likelihood itself."""
+        """Whether the loss is the negative log-likelihood itself."""
         return self == NLL
 
 
@@ -36,7 +36,7 @@ NLL = TokenLoss()
 
 
 class TokenSums(NamedTuple):
-    """Sums over trained tokens, float32 scalars: of the loss, of -log p in nats, and of `target == argmax`."""
+    """Sums over trained tokens, float32 scalars: the loss, -log p in nats, and the number of `target == argmax`."""
 
     loss: jax.Array
     nll: jax.Array
@@ -51,6 +51,17 @@ def sums_and_slope(
     logits_BCV: float32. vocab: mesh axes, within `shard_map`, over which the vocabulary is split; every device then
     has the sums, and the slope of its part.
     """
+    values, slope_BCV = values_and_slope(loss, logits_BCV, targets_BC, vocab)
+    return TokenSums(*(jnp.sum(x * weights_BC) for x in values)), slope_BCV * weights_BC[..., None]
+
+
+def values_and_slope(
+    loss: TokenLoss, logits_BCV: jax.Array, targets_BC: jax.Array, vocab: tuple[str, ...]
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], jax.Array]:
+    """((loss, -log p, `target == argmax`) of every token, [B, C]; gradient of its loss by its logits, [B, C, V]).
+
+    The arguments are those of `sums_and_slope`.
+    """
     length = logits_BCV.shape[-1]
     first = jax.lax.axis_index(vocab) * length if vocab else 0
     here_BCV = jnp.arange(length) == (targets_BC - first)[..., None]
@@ -64,11 +75,11 @@ def sums_and_slope(
     nll_BC = jnp.log(total_BC) + top_BC - picked_BC
     loss_BC, slope_BCV = nll_BC, p_BCV - here_BCV
     if loss.label_smoothing:
-        spread = loss.label_smoothing / (length * (jax.lax.axis_size(vocab) if vocab else 1))
+        uniform_mass = loss.label_smoothing / (length * (jax.lax.axis_size(vocab) if vocab else 1))
         sum_BC = jnp.sum(logits_BCV, axis=-1)
         sum_BC = jax.lax.psum(sum_BC, vocab) if vocab else sum_BC
-        loss_BC = loss_BC + loss.label_smoothing * picked_BC - spread * sum_BC
-        slope_BCV = slope_BCV + loss.label_smoothing * here_BCV - spread
+        loss_BC = loss_BC + loss.label_smoothing * picked_BC - uniform_mass * sum_BC
+        slope_BCV = slope_BCV + loss.label_smoothing * here_BCV - uniform_mass
     if loss.dft:
         share_BC = jnp.exp(-nll_BC)
         loss_BC, slope_BCV = share_BC * loss_BC, share_BC[..., None] * slope_BCV
@@ -76,5 +87,4 @@ def sums_and_slope(
         loss_BC = loss_BC + loss.z_loss * logz_BC**2
         slope_BCV = slope_BCV + 2 * loss.z_loss * logz_BC[..., None] * p_BCV
     # A target that reaches the maximum counts as predicted: no second pass for an argmax.
-    sums = (loss_BC, nll_BC, picked_BC >= top_BC)
-    return TokenSums(*(jnp.sum(x * weights_BC) for x in sums)), slope_BCV * weights_BC[..., None]
+    return (loss_BC, nll_BC, picked_BC >= top_BC), slope_BCV

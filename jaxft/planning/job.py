@@ -8,23 +8,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from jaxft.config import RunConfig
-from jaxft.data.batch import Batch
 from jaxft.hardware import analytic, hlo
 from jaxft.hardware.compile import Memory, TooLarge, compile_step
 from jaxft.hardware.costs import Costs, costs_of
 from jaxft.hardware.roofline import StepTime, axis_bandwidths, step_time
 from jaxft.hardware.sizes import ModelSizes, sizes_of
 from jaxft.hardware.topology import Topology, devices
+from jaxft.methods import method_of
 from jaxft.nn.decoder import Decoder
 from jaxft.optim.make import make_schedule
-from jaxft.runs.build import abstract_of, check_experts, make_mesh, make_step, make_tx
+from jaxft.runs.build import abstract_of, check_experts, make_mesh, make_step, make_tx, start_state
 from jaxft.sharding.mesh import MeshPlan, auto_mesh, axis_sizes, fill_axes
-from jaxft.training.state import TrainState, create, divide
+from jaxft.training.state import TrainState, divide
 from jaxft.training.step import Step
 
 
@@ -116,12 +115,13 @@ def abstract_step_of(config: RunConfig, hf_config: dict[str, Any], steps: int) -
     Raises the errors that a run would raise before it loads weights.
     """
     model = abstract_of(hf_config, config)
+    method_of(config).check(config, model)
     schedule = make_schedule(config.optim, steps)
     tx = make_tx(config, model, schedule)
     whole, parameters = nnx.split(model)
 
     def start(parameters: Any) -> TrainState:
-        return create(nnx.merge(whole, parameters), tx, config.seed)[1]
+        return start_state(config, nnx.merge(whole, parameters), tx)[1]
 
     graphdef, _, _ = divide(model)
     step = make_step(config, model, graphdef, tx, schedule)
@@ -150,7 +150,7 @@ def sharded_step_of(
         mesh=mesh,
         sizes=abstract_step.sizes,
         state=state,
-        batch=_batch(config, mesh),
+        batch=jax.tree.map(lambda x: _with_sharding(x, mesh.batch_sharding()), method_of(config).batch_shapes(config)),
         function=abstract_step.function,
     )
 
@@ -222,15 +222,6 @@ def _abstract_mesh(config: RunConfig, model: Decoder, topology: Topology) -> Mes
     mesh.check_sizes(max_length=config.data.max_length, **heads)
     check_experts(model, mesh)
     return mesh
-
-
-def _batch(config: RunConfig, mesh: MeshPlan) -> Batch:
-    shape, sharding = (config.train.batch_size, config.data.max_length), mesh.batch_sharding()
-    types = {"weights_BS": jnp.float32}
-    arrays = {
-        name: jax.ShapeDtypeStruct(shape, types.get(name, jnp.int32), sharding=sharding) for name in Batch._fields
-    }
-    return Batch(**arrays)
 
 
 def _with_sharding(leaf: Any, sharding: Any) -> Any:

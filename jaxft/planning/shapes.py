@@ -9,10 +9,10 @@ from typing import Any
 from jaxft.assets import ASSETS
 from jaxft.checkpoint.load import hf_config_of, resolve
 from jaxft.config import RunConfig
-from jaxft.data import prepare, tokenizer_of
+from jaxft.data import tokenizer_of
 from jaxft.errors import ConfigError, did_you_mean
 from jaxft.files.paths import HUB, read_json
-from jaxft.runs.batches import training_batches
+from jaxft.methods import method_of
 
 UNKNOWN_STEPS = 1000
 # Share of a packed sequence that is tokens, if the data is not on this machine.
@@ -99,8 +99,9 @@ def length_of(config: RunConfig, *, tokens: int | None = None, examples: int | N
     paths = [one.path for one in data.mixture.values()] or [data.train]
     if all(map(os.path.exists, paths)) and os.path.isdir(config.model.path):
         tokenizer = tokenizer_of(config)
-        prepared = prepare(config, tokenizer)
-        _, steps = training_batches(prepared, config, tokenizer)
+        method = method_of(config)
+        prepared = method.prepare(config, tokenizer)
+        steps = method.source(config, prepared, tokenizer).total_steps
         return Length(
             steps=steps,
             source=f"the {prepared.examination.sequences:,} sequences of {', '.join(paths)}",

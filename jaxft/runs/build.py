@@ -1,6 +1,5 @@
 """From a config to a model on its devices, with its adapters, ready to train or to answer."""
 
-import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 
 from jaxft import models
@@ -23,17 +23,16 @@ from jaxft.config import RunConfig
 from jaxft.data.tokenizers.load import load_tokenizer
 from jaxft.errors import ConfigError
 from jaxft.files.run_folder import BASE
+from jaxft.methods import method_of
 from jaxft.nn import stack
-from jaxft.objectives.router import RouterCoefficients
-from jaxft.objectives.sft import sft_loss
-from jaxft.objectives.token_loss import TokenLoss
-from jaxft.optim.averages import evaluated, with_average
+from jaxft.nn.decoder import Decoder
+from jaxft.optim.averages import with_average
 from jaxft.optim.make import make_optimizer
 from jaxft.sharding.arrays import put_global
 from jaxft.sharding.mesh import MeshPlan, auto_mesh, make_mesh_plan
 from jaxft.sharding.processes import on_primary
 from jaxft.sharding.rules import divisors
-from jaxft.training.state import TrainState
+from jaxft.training.state import TrainState, create
 from jaxft.training.step import Step, make_train_step
 
 
@@ -127,57 +126,42 @@ def check_experts(model: Any, mesh: MeshPlan) -> None:
         )
 
 
-def make_step(config: RunConfig, model: Any, graphdef: Any, tx: Any, schedule: Any) -> Step:
+def make_step(
+    config: RunConfig,
+    model: Decoder,
+    graphdef: nnx.GraphDef[Decoder],
+    tx: optax.GradientTransformation,
+    schedule: optax.Schedule,
+) -> Step:
     """The training step of a run, to be jitted within its mesh. model: what `abstract_model` gives."""
-    train, sft = config.train, config.method.sft
-    loss = functools.partial(
-        sft_loss,
-        router=router_coefficients(config, model),
-        token_loss=TokenLoss(label_smoothing=sft.label_smoothing_factor, z_loss=sft.z_loss, dft=sft.loss_type == "dft"),
-        neftune_noise_alpha=sft.neftune_noise_alpha,
-    )
     return make_train_step(
         graphdef,
-        loss,
+        method_of(config).loss(config, model),
         tx,
         schedule,
-        accumulation_steps=train.accumulation_steps,
-        gradient_dtype=jnp.dtype(train.gradient_dtype or config.model.dtype),
+        accumulation_steps=config.train.accumulation_steps,
+        gradient_dtype=jnp.dtype(config.train.gradient_dtype or config.model.dtype),
     )
 
 
-def make_tx(config: RunConfig, model: Any, schedule: Any) -> Any:
+def start_state(
+    config: RunConfig, model: Decoder, tx: optax.GradientTransformation, mesh: MeshPlan | None = None
+) -> tuple[nnx.GraphDef[Decoder], TrainState]:
+    """(graphdef, state at step 0) of a run, with the state of its method. mesh: where the state is put.
+
+    model: with the base weights and fresh adapters; abstract under `jax.eval_shape`.
+    """
+    graphdef, state = create(model, tx, config.seed)
+    # Own buffers: a step that is given its state to overwrite must not be given one array twice.
+    method = jax.tree.map(jnp.copy, method_of(config).initial_state(config, state.trainable))
+    state = state._replace(method=method)
+    return graphdef, state if mesh is None else place(state, mesh)
+
+
+def make_tx(config: RunConfig, model: Decoder, schedule: optax.Schedule) -> optax.GradientTransformation:
     """The optimizer of a run, its average of weights included. model: may be abstract."""
     tx = make_optimizer(config.optim, schedule, seed=config.seed, stacks=stack.group_layers(model.segments))
     return tx if config.train.ema_decay is None else with_average(tx, config.train.ema_decay)
-
-
-def evaluated_weights(config: RunConfig, state: TrainState) -> Any:
-    """The trained parameters as a run's held-out losses, scores and exports have them."""
-    return evaluated(state.opt_state, state.trainable, use_average=config.train.use_ema)
-
-
-def router_coefficients(config: RunConfig, model: Any) -> RouterCoefficients | None:
-    """What losses on the routers count in a run; None where they do not.
-
-    Where the config leaves load_balancing out, it is the model's router_aux_loss_coef, if its routers train.
-    Raises ConfigError where such a loss is asked for and there are no routers.
-    """
-    balancing, z_loss = config.router.load_balancing, config.router.z_loss
-    if model.experts is None and (balancing or z_loss):
-        raise ConfigError(
-            f"router.load_balancing={balancing} and router.z_loss={z_loss} are losses on the routers of experts, "
-            "which this model does not have: set them to None and 0"
-        )
-    if balancing is None:
-        balancing = model.config.router_aux_loss_coef if _routers_move(config, model) else 0.0
-    return RouterCoefficients(load_balancing=balancing, z_loss=z_loss) if balancing or z_loss else None
-
-
-def _routers_move(config: RunConfig, model: Any) -> bool:
-    if model.experts is None or config.adapter.kind != "none":
-        return False
-    return model.trainable_paths is None or any("/router/" in path for path in model.trainable_paths)
 
 
 def _draw_weights(config: RunConfig, folder: Path) -> None:

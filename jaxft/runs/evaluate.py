@@ -1,34 +1,59 @@
 """Evaluation of any model on a config's held-out rows."""
 
+from pathlib import Path
 from typing import Any
 
 import jax
-from flax import nnx
+import jax.numpy as jnp
 
 from jaxft.checkpoint.load import LoadedModel
-from jaxft.config import RunConfig
-from jaxft.data import Tokenizer, prepare
+from jaxft.config import MeshConfig, RunConfig
+from jaxft.data import Tokenizer
 from jaxft.errors import ConfigError
-from jaxft.evaluation.held_out import held_out_loss
-from jaxft.objectives.sft import sft_loss
-from jaxft.runs.batches import make_loader
+from jaxft.methods import method_of
+from jaxft.methods.method import Method, Run
+from jaxft.objectives.loss import MethodState
+from jaxft.runs.build import abstract_model, build_model
 from jaxft.runs.scores import answer, figures
+from jaxft.sharding.mesh import make_mesh_plan
+from jaxft.training.state import TrainState, divide
 
 
 def evaluate(model: LoadedModel, tokenizer: Tokenizer, config: RunConfig) -> dict[str, Any]:
-    """Held-out loss, perplexity and, where eval.metric is set, the score by generation.
+    """The held-out metrics of the config's method and, if eval.metric is set, the score by generation.
 
-    Raises ConfigError where the config holds no rows out.
+    Raises ConfigError if the config holds no rows out.
     """
-    data = prepare(config, tokenizer)
+    method = method_of(config)
+    data = method.prepare(config, tokenizer)
     if data.eval_examples is None:
         raise ConfigError("nothing is held out: set data.eval or data.eval_fraction")
-    loader = make_loader(data.eval_examples, config, tokenizer, shuffle=False)
-    graphdef, state = nnx.split(model.module)
-    step = jax.jit(lambda state, batch: sft_loss(nnx.merge(graphdef, state), batch, None))
-    out: dict[str, Any] = held_out_loss(lambda batch: step(state, batch), loader.eval_batches())
+    graphdef, trainable, frozen = divide(model.module)
+    run = Run(
+        config=config,
+        folder=Path(config.output_dir),
+        tokenizer=tokenizer,
+        data=data,
+        mesh=make_mesh_plan(MeshConfig(), jax.devices()[:1]),
+        model=model.module,
+        source=method.source(config, data, tokenizer),
+    )
+    state = TrainState(jnp.int32(0), trainable, frozen, (), jax.random.key(config.seed), _method_state(config, method))
+    evaluator = method.evaluator(run, graphdef)
+    out: dict[str, Any] = {} if evaluator is None else dict(evaluator(state))
     out["eval_rows"] = len(data.eval_examples)
     if config.eval.metric:
         answers = answer(model.module, tokenizer, data, config.eval)
         out |= {"metric": config.eval.metric, **figures(answers, data.eval_references)}
     return out
+
+
+def _method_state(config: RunConfig, method: Method) -> MethodState | None:
+    """The method's arrays, made from the base model of the config, whichever model is evaluated."""
+
+    def needed() -> MethodState | None:
+        return method.initial_state(config, divide(abstract_model(config))[1])
+
+    if jax.eval_shape(needed) is None:
+        return None
+    return method.initial_state(config, divide(build_model(config).module)[1])

@@ -3,12 +3,12 @@
 # B batch, S sequence
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import optax
 from flax import nnx
 from rich.console import Console
 
@@ -17,49 +17,24 @@ from jaxft.adapters.attach import detach
 from jaxft.checkpoint.load import LoadedModel
 from jaxft.checkpoint.resume import RunCheckpoints
 from jaxft.config import AdapterConfig, RunConfig
-from jaxft.data import Prepared, Tokenizer, prepare, render_rows, tokenizer_of
-from jaxft.data.batch_source import BatchSource
-from jaxft.evaluation.held_out import held_out_loss
+from jaxft.data import render_rows, tokenizer_of
 from jaxft.files import run_folder
-from jaxft.objectives.sft import sft_loss
+from jaxft.methods import method_of
+from jaxft.methods.method import Run
+from jaxft.methods.sequences import device_batch, evaluated_weights
+from jaxft.nn.decoder import Decoder
 from jaxft.optim.make import make_schedule
-from jaxft.runs.batches import described, make_loader, print_mixture, training_batches
-from jaxft.runs.build import (
-    abstract_model,
-    build_model,
-    evaluated_weights,
-    make_mesh,
-    make_step,
-    make_tx,
-    place,
-    router_coefficients,
-)
+from jaxft.runs.build import abstract_model, build_model, make_mesh, make_step, make_tx, start_state
+from jaxft.runs.data_summary import data_summary, print_mixture
 from jaxft.runs.export import export_run
 from jaxft.runs.folder import check_shared, open_run
 from jaxft.runs.report import write_report
 from jaxft.runs.scores import answer, figures, samples
 from jaxft.sharding import distributed
-from jaxft.sharding.arrays import from_rows
-from jaxft.sharding.mesh import MeshPlan
 from jaxft.sharding.processes import is_primary, on_primary
 from jaxft.training.log import NoLog, RunLog
 from jaxft.training.loop import Cadence, Hooks, fit
-from jaxft.training.state import TrainState, create, divide, saved_part, with_saved
-from jaxft.training.step import make_eval_step
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """A run that is set up: nothing in it has been loaded or trained. model: abstract, with its adapters."""
-
-    config: RunConfig
-    folder: Path
-    tokenizer: Tokenizer
-    data: Prepared
-    mesh: MeshPlan
-    model: Any
-    loader: BatchSource
-    total_steps: int
+from jaxft.training.state import TrainState, divide, saved_part, with_saved
 
 
 def train(config: RunConfig, *, console: Console | None = None) -> dict[str, Any]:
@@ -73,7 +48,7 @@ def train(config: RunConfig, *, console: Console | None = None) -> dict[str, Any
     console = (console or Console()) if is_primary() else Console(quiet=True)
     run = set_up(config)
     console.print(describe(run), highlight=False, soft_wrap=True)
-    print_mixture(run.loader, console)
+    print_mixture(run.source, console)
     console.print("\ntwo training rows, their trained tokens marked:", highlight=False)
     render_rows(run.data.train_examples, run.tokenizer, limit=2, console=console)
     loaded = build_model(config, run.mesh, random_base=run.folder / run_folder.BASE)
@@ -104,8 +79,8 @@ def train(config: RunConfig, *, console: Console | None = None) -> dict[str, Any
     return on_primary(finish)
 
 
-def _base(module: Any) -> Any:
-    """What answers as the base does: fresh adapters change nothing, but a prompt or a prefix does."""
+def _base(module: Decoder) -> Decoder:
+    """A model that answers as the base does. Fresh adapters change nothing, but a prompt or a prefix does."""
     if not module.virtual_tokens:
         return module
     base = nnx.merge(*nnx.split(module))
@@ -115,54 +90,47 @@ def _base(module: Any) -> Any:
 
 def set_up(config: RunConfig) -> Run:
     """Everything that can be refused without weights: data, devices, steps, the run folder."""
+    method = method_of(config)
     tokenizer = tokenizer_of(config)
-    data = prepare(config, tokenizer)
     model = abstract_model(config)
+    method.check(config, model)
+    data = method.prepare(config, tokenizer)
     micro_batch = config.train.batch_size // config.train.accumulation_steps
     mesh = make_mesh(config, model, jax.devices())
     mesh.check_batch(micro_batch)
-    loader, total_steps = training_batches(data, config, tokenizer)
-    make_schedule(config.optim, total_steps)
-    router_coefficients(config, model)
+    source = method.source(config, data, tokenizer)
+    make_schedule(config.optim, source.total_steps)
     folder = Path(config.output_dir)
-    on_primary(lambda: open_run(config, described(data, loader), tokenizer.chat_template))
+    on_primary(lambda: open_run(config, data_summary(data, source), tokenizer.chat_template))
     check_shared(folder)
-    return Run(
-        config=config,
-        folder=folder,
-        tokenizer=tokenizer,
-        data=data,
-        mesh=mesh,
-        model=model,
-        loader=loader,
-        total_steps=total_steps,
-    )
+    return Run(config=config, folder=folder, tokenizer=tokenizer, data=data, mesh=mesh, model=model, source=source)
 
 
 def describe(run: Run) -> str:
     """What is about to happen, and its size."""
     config, data = run.config, run.data.examination
     _, trainable, frozen = divide(run.model)
-    moving, still = (sum(leaf.size for leaf in jax.tree.leaves(part)) for part in (trainable, frozen))
+    trained, fixed = (sum(leaf.size for leaf in jax.tree.leaves(part)) for part in (trainable, frozen))
     if config.adapter.kind == "none" and run.model.trainable_paths is None:
-        method, size = "full fine-tuning", f"{moving:,} parameters, all trained"
+        part, size = "all weights", f"{trained:,} parameters, all trained"
     elif config.adapter.kind == "none":
-        method = f"fine-tuning of {config.model.trainable}"
-        size = f"{moving:,} of {still + moving:,} parameters are trained ({moving / (still + moving):.2%})"
+        part = str(config.model.trainable)
+        size = f"{trained:,} of {fixed + trained:,} parameters are trained ({trained / (fixed + trained):.2%})"
     else:
-        method = _method(config.adapter)
-        size = f"{still:,} parameters stand still, {moving:,} in adapters are trained ({moving / still:.2%})"
+        part = describe_adapter(config.adapter)
+        size = f"{fixed:,} parameters are frozen, {trained:,} in adapters are trained ({trained / fixed:.2%})"
     return (
-        f"{method} of {config.model.path}\n"
+        f"{method_of(config).describe(config)} of {config.model.path}: {part}\n"
         f"  {size}; {config.model.dtype} on {run.mesh.describe()}\n"
         f"  {data.examples:,} rows, {data.tokens:,} tokens ({data.trained_tokens:,} trained) in {data.sequences:,} "
         f"sequences of {config.data.max_length}\n"
         f"  {run.total_steps:,} steps of {config.train.batch_size} sequences, "
-        f"{run.loader.epoch_of(run.total_steps):.2f} epochs -> {run.folder}"
+        f"{run.source.epoch_of(run.total_steps):.2f} epochs -> {run.folder}"
     )
 
 
-def _method(adapter: AdapterConfig) -> str:
+def describe_adapter(adapter: AdapterConfig) -> str:
+    """The adapter of a run, in a few words."""
     if adapter.virtual_tokens:
         return f"a {adapter.kind} of {adapter.virtual_tokens} virtual tokens"
     rank = "" if adapter.kind == "ia3" else f" r={adapter.r}"
@@ -171,10 +139,11 @@ def _method(adapter: AdapterConfig) -> str:
 
 
 def _fit(run: Run, loaded: LoadedModel, console: Console) -> dict[str, float]:
-    """Trains `loaded` in place, from the newest checkpoint where there is one."""
-    config = run.config
+    """Trains `loaded` in place, from the newest checkpoint if there is one. Returns the last held-out metrics."""
+    config, method = run.config, method_of(run.config)
     schedule = make_schedule(config.optim, run.total_steps)
     tx = make_tx(config, loaded.module, schedule)
+    feed = method.feed(run)
     checkpoints = RunCheckpoints(
         run.folder / run_folder.CHECKPOINTS,
         keep=config.checkpoint.keep,
@@ -185,9 +154,8 @@ def _fit(run: Run, loaded: LoadedModel, console: Console) -> dict[str, float]:
         if config.adapter.by_data and on_primary(checkpoints.latest_step) is None:
             console.print("directions in which the layers' inputs vary ...", highlight=False)
             key = jax.random.key(config.seed)
-            eva.begin(loaded.module, config.adapter.init_lora_weights, partial(_batch, run), run.mesh, key)
-        graphdef, state = create(loaded.module, tx, config.seed)
-        state = place(state, run.mesh)
+            eva.begin(loaded.module, config.adapter.init_lora_weights, partial(device_batch, run), run.mesh, key)
+        graphdef, state = start_state(config, loaded.module, tx, run.mesh)
         restored = checkpoints.restore(saved_part(_shapes(state)))
         start, progress, held_out = 0, {}, {}
         if restored is not None:
@@ -197,11 +165,17 @@ def _fit(run: Run, loaded: LoadedModel, console: Console) -> dict[str, float]:
         with _log(run, start if restored else None, console) as log:
             if start:
                 log.note(f"going on from step {start} of {run.total_steps}")
-            shardings = jax.tree.map(lambda x: x.sharding, state)
-            hooks = _hooks(run, graphdef, tx, schedule, checkpoints, shardings)
+            hooks = Hooks(
+                train_step=_jitted_step(run, graphdef, tx, schedule, state),
+                batch=feed,
+                evaluate=method.evaluator(run, graphdef),
+                save=_saver(config, checkpoints),
+                preempted=distributed.reached_preemption,
+                data_metrics=run.source.metrics,
+            )
             cadence = Cadence(
                 total_steps=run.total_steps,
-                steps_per_epoch=run.loader.steps_per_epoch,
+                steps_per_epoch=run.source.steps_per_epoch,
                 log_every=config.train.log_every,
                 eval_every=config.train.eval_every,
                 save_every=config.checkpoint.every,
@@ -218,54 +192,31 @@ def _log(run: Run, resume_step: int | None, console: Console) -> RunLog | NoLog:
     return RunLog(run.folder, total_steps=run.total_steps, resume_step=resume_step, console=console)
 
 
-def _batch(run: Run, step: int) -> Any:
-    """What a step is given, on its devices."""
-    rows, sharding = run.config.train.batch_size, run.mesh.batch_sharding()
-    return from_rows(lambda part: run.loader.batch(step, part), rows, sharding)
-
-
 def _shapes(state: TrainState) -> TrainState:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 
-def _hooks(
-    run: Run, graphdef: Any, tx: Any, schedule: Any, checkpoints: RunCheckpoints, shardings: TrainState
-) -> Hooks:
-    config = run.config
-    step = make_step(config, run.model, graphdef, tx, schedule)
+def _jitted_step(
+    run: Run,
+    graphdef: nnx.GraphDef[Decoder],
+    tx: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    state: TrainState,
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    step = make_step(run.config, run.model, graphdef, tx, schedule)
+    # Without these shardings XLA could lay the new state out differently, and the next step would be compiled again.
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(run.mesh.within(step), donate_argnums=0, out_shardings=(shardings, None))
 
+
+def _saver(
+    config: RunConfig, checkpoints: RunCheckpoints
+) -> Callable[[int, TrainState, dict[str, float], dict[str, float]], None]:
     def save(step: int, state: TrainState, progress: dict[str, float], held_out: dict[str, float]) -> None:
         extra = {"step": step, "progress": progress, "held_out": held_out, "config": config.to_dict()}
         checkpoints.save(step, saved_part(state), extra, held_out or None)
 
-    return Hooks(
-        # Said, not found: what comes out must lie as what goes in, or the next step would be compiled anew.
-        train_step=jax.jit(run.mesh.within(step), donate_argnums=0, out_shardings=(shardings, None)),
-        batch=partial(_batch, run),
-        evaluate=held_out_evaluation(run, graphdef),
-        save=save,
-        preempted=distributed.reached_preemption,
-        figures=run.loader.metrics,
-    )
-
-
-def held_out_evaluation(run: Run, graphdef: Any) -> Callable[[TrainState], dict[str, float]] | None:
-    """state -> held-out figures; None where nothing is held out."""
-    if run.data.eval_examples is None:
-        return None
-    loader = make_loader(run.data.eval_examples, run.config, run.tokenizer, shuffle=False)
-    eval_step = jax.jit(run.mesh.within(make_eval_step(graphdef, sft_loss)))
-
-    def batch(number: int) -> Any:
-        return from_rows(lambda rows: loader.eval_batch(number, rows), loader.batch_size, run.mesh.batch_sharding())
-
-    def evaluate(state: TrainState) -> dict[str, float]:
-        weights = evaluated_weights(run.config, state)
-        return held_out_loss(
-            lambda batch: eval_step(weights, state.frozen, batch), map(batch, range(loader.eval_steps))
-        )
-
-    return evaluate
+    return save
 
 
 def _summary(run: Run, held_out: dict[str, float], scores: dict[str, Any], exports: dict[str, Any]) -> dict[str, Any]:

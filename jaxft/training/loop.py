@@ -16,12 +16,12 @@ from jaxft.training.state import TrainState
 
 
 class DivergedError(JaxftError):
-    """The loss is no longer a number."""
+    """The loss, or another metric of a step, is NaN or infinite."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cadence:
-    """When things happen, in steps; None: only after the last one."""
+    """Periods in steps; None means only after the last step."""
 
     total_steps: int
     steps_per_epoch: float
@@ -30,78 +30,78 @@ class Cadence:
     save_every: int | None
 
     def due(self, step: int, every: int | None) -> bool:
-        """Whether something with this period is due after `step` steps."""
+        """Whether an event with this period is due after `step` steps."""
         return step == self.total_steps or (every is not None and step % every == 0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hooks:
-    """What the loop calls, so that it knows neither files nor devices.
+    """The functions that the loop calls, so that it knows neither files nor devices.
 
-    train_step: jitted. batch(step): the batch on its devices. evaluate(state): held-out figures, or
-    None where there are no held-out rows. save(step, state, progress, metrics). preempted(): asked after
-    every step, whether to save and leave. figures(step): what the log says besides of the data seen in
-    so many steps; None: nothing.
+    train_step: jitted. batch(state, step): the batch of step number `step`, counted from 0, on its devices; a method
+    that generates its own data reads the weights in `state`. evaluate(state): held-out metrics; None if no rows are
+    held out. save(step, state, progress, metrics): writes a checkpoint. preempted(): asked after every step, whether to
+    save and stop. data_metrics(step): values to log about the data consumed in the first `step` steps.
     """
 
     train_step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
-    batch: Callable[[int], Any]
+    batch: Callable[[TrainState, int], Any]
     evaluate: Callable[[TrainState], dict[str, float]] | None
     save: Callable[[int, TrainState, dict[str, float], dict[str, float]], None]
     preempted: Callable[[], bool]
-    figures: Callable[[int], dict[str, float]] | None = None
+    data_metrics: Callable[[int], dict[str, float]] = lambda step: {}
 
 
 def fit(
     state: TrainState, hooks: Hooks, cadence: Cadence, log: RunLog | NoLog, *, start: int, progress: dict[str, float]
 ) -> tuple[TrainState, dict[str, float]]:
-    """Trains from step `start` to the last one. Returns the state and the last held-out figures.
+    """Trains from step `start` to the last one. Returns the state and the last held-out metrics.
 
-    progress: sums since step 0 (`num_tokens`), as saved. Raises Preempted after saving; DivergedError
-    at the first loss that is not a number, before it can reach a checkpoint.
+    progress: sums since step 0 (`num_tokens`, `trained_tokens`), as saved. Raises Preempted after saving, and
+    DivergedError at the first loss that is not a number, before it can reach a checkpoint.
     """
-    progress, figures = dict(progress), {}
+    progress = dict(progress)
+    held_out: dict[str, float] = {}
     window = Window()
     for step in range(start + 1, cadence.total_steps + 1):
-        began = time.monotonic()
-        state, metrics = hooks.train_step(state, hooks.batch(step - 1))
-        metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        started = time.monotonic()
+        state, device_metrics = hooks.train_step(state, hooks.batch(state, step - 1))
+        metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
         _check_finite(step, metrics)
-        window.add(time.monotonic() - began, metrics["num_tokens"])
+        window.add(time.monotonic() - started, metrics["num_tokens"])
         progress["num_tokens"] = progress.get("num_tokens", 0.0) + metrics.pop("num_tokens")
         progress["trained_tokens"] = progress.get("trained_tokens", 0.0) + metrics.pop("trained_tokens")
         if cadence.due(step, cadence.log_every):
-            seen = progress | {"epoch": step / cadence.steps_per_epoch}
-            seen |= hooks.figures(step) if hooks.figures is not None else {}
-            log.step(step, metrics | seen | window.rates())
-        figures = {}  # those of an earlier step must not rank this step's checkpoint
+            consumed = progress | {"epoch": step / cadence.steps_per_epoch} | hooks.data_metrics(step)
+            log.step(step, metrics | consumed | window.rates())
+        held_out = {}  # metrics of an earlier step must not rank this step's checkpoint
         if hooks.evaluate is not None and cadence.due(step, cadence.eval_every):
-            began = time.monotonic()
-            figures = hooks.evaluate(state)
-            log.eval(step, figures | {"eval_seconds": time.monotonic() - began})
+            started = time.monotonic()
+            held_out = hooks.evaluate(state)
+            log.eval(step, held_out | {"eval_seconds": time.monotonic() - started})
         stopping = hooks.preempted()
         if stopping or cadence.due(step, cadence.save_every):
-            hooks.save(step, state, progress, figures)
+            hooks.save(step, state, progress, held_out)
         if stopping and step < cadence.total_steps:
             raise Preempted(step)
-    return state, figures
+    return state, held_out
 
 
 class Window:
-    """Rates over the steps since the last time they were asked for: the steps alone, not evaluation or saving."""
+    """Training speed since the last call of `rates`. Only steps count, not evaluation or saving."""
 
     def __init__(self) -> None:
         self._seconds, self._steps, self._tokens = 0.0, 0, 0.0
         self._compiled = False
 
     def add(self, seconds: float, tokens: float) -> None:
-        """One step more. The first one compiles, so it is not counted."""
+        """Adds one step. The first step includes compilation, so it is not counted."""
         if self._compiled:
             self._seconds, self._steps, self._tokens = self._seconds + seconds, self._steps + 1, self._tokens + tokens
         self._compiled = True
 
     def rates(self) -> dict[str, float]:
-        """tokens_per_second and step_seconds, and a new window; nothing where no step was counted."""
+        """tokens_per_second and step_seconds, after which the window is empty; {} if no step was counted."""
         seconds, steps, tokens = self._seconds, self._steps, self._tokens
         self._seconds, self._steps, self._tokens = 0.0, 0, 0.0
         return {"tokens_per_second": tokens / seconds, "step_seconds": seconds / steps} if steps else {}

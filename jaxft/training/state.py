@@ -1,4 +1,4 @@
-"""The state of a run and how a model divides into what moves and what does not."""
+"""The state of a run, and how a model divides into trained and frozen parameters."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -9,51 +9,67 @@ import optax
 from flax import nnx
 
 from jaxft.adapters.attach import AdapterParam, StartParam
+from jaxft.nn.decoder import Decoder
+from jaxft.objectives.loss import MethodState
 
 
 class TrainState(NamedTuple):
-    """All that a step reads and writes.
+    """All arrays that a training step reads and writes.
 
-    step: int32, optimizer steps taken. trainable, frozen: nnx.State, the model's parameters.
-    opt_state: optax's. key: the run's root PRNG key; steps fold their number into it.
+    step: int32, optimizer steps taken. trainable, frozen: the model's parameters. opt_state: the optimizer's state.
+    key: the run's root PRNG key; steps fold their number into it. method: the method's own arrays; None if it has none.
     """
 
     step: jax.Array
-    trainable: Any
-    frozen: Any
-    opt_state: Any
+    trainable: nnx.State
+    frozen: nnx.State
+    opt_state: optax.OptState
     key: jax.Array
+    method: MethodState | None = None
 
 
 def saved_part(state: TrainState) -> dict[str, Any]:
-    """What a checkpoint holds of a state: all but the frozen base, which is on disk already.
+    """The parts of a state that a checkpoint holds, by name.
 
-    `start`: what adapters began with and are counted from, where there is any.
+    The frozen base is left out, since it is on disk already. `start`: frozen arrays that adapters were initialized with
+    and are measured against, if there are any. `method`: the method's saved numbers, if there are any.
     """
     start = nnx.filter_state(state.frozen, StartParam)
-    kept = {"step": state.step, "trainable": state.trainable, "opt_state": state.opt_state, "key": state.key}
-    return kept | ({"start": start} if jax.tree.leaves(start) else {})
+    parts = {"step": state.step, "trainable": state.trainable, "opt_state": state.opt_state, "key": state.key}
+    if jax.tree.leaves(start):
+        parts["start"] = start
+    if state.method is not None and state.method.saved is not None:
+        parts["method"] = state.method.saved
+    return parts
 
 
 def with_saved(state: TrainState, saved: Mapping[str, Any]) -> TrainState:
-    """The state with what a checkpoint held of it."""
-    kept = {name: part for name, part in saved.items() if name != "start"}
+    """The state with the parts that a checkpoint held."""
+    parts = {name: part for name, part in saved.items() if name not in ("start", "method")}
     frozen = nnx.merge_state(state.frozen, saved["start"]) if "start" in saved else state.frozen
-    return state._replace(**kept, frozen=frozen)
+    method = state.method
+    if method is not None and "method" in saved:
+        method = method._replace(saved=saved["method"])
+    return state._replace(**parts, frozen=frozen, method=method)
 
 
-def divide(model: nnx.Module) -> tuple[Any, Any, Any]:
-    """(graphdef, trainable, frozen): adapters move where there are any, else what `model.trainable_paths` names."""
-    graphdef, moving, still = nnx.split(model, AdapterParam, ...)
-    if jax.tree.leaves(moving):
-        return graphdef, moving, still
-    if model.trainable_paths is None:
-        return graphdef, still, moving
-    return nnx.split(model, lambda path, _: "/".join(map(str, path)) in model.trainable_paths, ...)
+def divide(model: Decoder) -> tuple[nnx.GraphDef[Decoder], nnx.State, nnx.State]:
+    """(graphdef, trainable, frozen): the adapters' parameters are trainable if there are any, else those that
+    `model.trainable_paths` names.
+    """
+    graphdef, state = nnx.split(model)
+    adapters, base = nnx.split_state(state, AdapterParam, ...)
+    if jax.tree.leaves(adapters):
+        return graphdef, adapters, base
+    paths = model.trainable_paths
+    if paths is None:
+        return graphdef, base, adapters
+    trainable, frozen = nnx.split_state(state, lambda path, _: "/".join(map(str, path)) in paths, ...)
+    return graphdef, trainable, frozen
 
 
-def create(model: nnx.Module, tx: optax.GradientTransformation, seed: int) -> tuple[Any, TrainState]:
-    """(graphdef, state at step 0). Trainable parameters become float32."""
+def create(model: Decoder, tx: optax.GradientTransformation, seed: int) -> tuple[nnx.GraphDef[Decoder], TrainState]:
+    """(graphdef, state at step 0, without a method's state). Trainable parameters become float32."""
     graphdef, trainable, frozen = divide(model)
     trainable = jax.tree.map(lambda x: x.astype(jnp.float32), trainable)
     return graphdef, TrainState(jnp.int32(0), trainable, frozen, tx.init(trainable), jax.random.key(seed))

@@ -24,7 +24,7 @@ def example(length, trained=1, row=0, end=END):
     return Example(tokens=tokens, mask=mask, row=row)
 
 
-def look(examples, *, whole_rows=False, **config):
+def look(examples, **config):
     config = DataConfig(**{"max_length": 16, **config})
     return examine(
         examples,
@@ -33,7 +33,6 @@ def look(examples, *, whole_rows=False, **config):
         where=lambda row: f"set line {row + 1}",
         source="the set",
         formats=Counter(messages=len(examples)),
-        whole_rows=whole_rows,
     )
 
 
@@ -64,15 +63,6 @@ def test_longer_than_max_length():
     assert any("2 examples do not end in a trained end token" in w for w in found.warnings)
 
 
-def test_rows_that_are_dropped_whole():
-    pairs = [example(4), example(20, trained=10), example(5, row=1), example(6, row=1)]
-    kept, examination = look(pairs, truncation="drop", whole_rows=True)
-    assert kept == pairs[2:] and (examination.dropped, examination.truncated, examination.rows) == (2, 0, 2)
-    assert any("2 examples are longer than 16 tokens, or share a row" in w for w in examination.warnings)
-    with pytest.raises(DataError, match=r"every row of the set has an example longer than .*max_length=16"):
-        look(pairs[:2], truncation="drop", whole_rows=True)
-
-
 def test_refusals():
     with pytest.raises(DataError, match=r"the set has no rows"):
         look([])
@@ -81,7 +71,7 @@ def test_refusals():
         look([example(4), silent])
     with pytest.raises(DataError, match=r"1 examples of the set train on zero tokens once .* first is set line 2"):
         look([example(4), example(20, trained=2, row=1)], truncation="right")
-    with pytest.raises(DataError, match=r"every one of the 1 examples .* shortest example has 20 tokens"):
+    with pytest.raises(DataError, match=r"every one of the 1 examples .* shortest has 20 tokens"):
         look([example(20)], truncation="drop")
     with pytest.raises(DataError, match=r"EOS is never trained: none of the 1 examples"):
         look([example(20, trained=10)], truncation="right")

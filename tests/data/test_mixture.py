@@ -10,7 +10,8 @@ from jaxft.data.batch import Example
 from jaxft.data.mixture import Mixture
 from jaxft.data.prepare import TrainSet, prepare
 from jaxft.errors import DataError
-from jaxft.runs.batches import described, print_mixture, training_batches
+from jaxft.methods import sequences
+from jaxft.runs.data_summary import data_summary, print_mixture
 
 LENGTH = 64
 # First token of a row -> its set: see `rows`.
@@ -166,9 +167,9 @@ def test_each_set_has_its_own_format(jsonl, tokenizer_of):
     assert data.examination.formats == {"prompt_completion": 36, "messages": 20}
     assert len(data.eval_examples) == 4 + 3 and data.eval_examination.rows == 7
     assert data.eval_references[0].startswith(" ") and data.eval_references[1].startswith("a")  # in turn
-    batches, steps = training_batches(data, config, tokenizer)
-    found = described(data, batches)
-    assert steps == batches.total_steps and found["stages"][0]["steps"] == [0, steps]
+    batches = sequences.source(config, data, tokenizer)
+    found, steps = data_summary(data, batches), batches.total_steps
+    assert found["stages"][0]["steps"] == [0, steps]
     assert list(found["mixture"]) == ["sums", "talk"] and "% of tokens" in found["mixture"]["talk"]
     assert [one["rows"] for one in found["sets"]] == [36, 20]
 
@@ -195,11 +196,11 @@ def test_warnings_name_the_set_and_tables_are_printed(jsonl, tokenizer_of):
     )  # fmt: skip
     data = prepare(config, tokenizer)
     assert any("two.jsonl" in warning and "dropped" in warning for warning in data.examination.warnings)
-    batches, _ = training_batches(data, config, tokenizer)
+    batches = sequences.source(config, data, tokenizer)
     out = io.StringIO()
     print_mixture(batches, Console(file=out, width=120))
     assert "warning: the set 'two' is never seen" in out.getvalue()
-    assert any("never seen" in warning for warning in described(data, batches)["warnings"])
+    assert any("never seen" in warning for warning in data_summary(data, batches)["warnings"])
     assert out.getvalue().count("\n") > 8
 
 

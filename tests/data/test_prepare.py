@@ -8,9 +8,7 @@ import pytest
 import jaxft.data
 from jaxft.config import DataConfig, EvalConfig, ModelConfig, RunConfig
 from jaxft.data import prepare
-from jaxft.data.formats import read_row
-from jaxft.data.prepare import open_sets, prepare_sets
-from jaxft.data.tokenizers.load import load_tokenizer
+from jaxft.data.tokenizers.tokenizer import load_tokenizer
 from jaxft.errors import DataError
 
 
@@ -56,27 +54,6 @@ def test_a_metric_needs_answers(jsonl, tokenizer_of):
     scored = dataclasses.replace(config, eval=EvalConfig(metric="exact_match"))
     with pytest.raises(DataError, match=r"eval.metric compares answers with references, but the held-out rows are pl"):
         prepare(scored, tokenizer_of("plain"))
-
-
-def test_rows_of_another_kind(jsonl, tokenizer_of):
-    """A training method reads rows of its own: here two answers to one question."""
-    rows = [{"prompt": f"q{i}:", "chosen": f" a{i}", "rejected": f" b{i}" * (1 + 20 * (i == 3))} for i in range(10)]
-    tokenizer = tokenizer_of("chatml")
-
-    def read(rows, data):
-        for index in range(len(rows)):
-            for answer in ("chosen", "rejected"):
-                fields = {"prompt": rows[index]["prompt"], "completion": rows[index][answer]}
-                yield read_row(fields, data, row=index, where=rows.where(index))
-
-    config = run(jsonl(rows), eval_fraction=0.2, max_length=32, truncation="drop")
-    train, held_out = open_sets(config)
-    data = prepare_sets(train, held_out, config, tokenizer, read=read, whole_rows=True)
-    examples = [*data.train_examples, *data.eval_examples]
-    assert len(examples) == 2 * 9 and data.examination.dropped + data.eval_examination.dropped == 2
-    for chosen, rejected in zip(examples[::2], examples[1::2], strict=True):
-        assert chosen.row == rejected.row and chosen.tokens.tolist() != rejected.tokens.tolist()
-    assert data.eval_prompts == []
 
 
 def test_mixed_formats_are_counted_and_told(jsonl, tokenizer_of):

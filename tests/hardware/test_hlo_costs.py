@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxft.hardware import hlo
 from jaxft.hardware.costs import Transfer, costs_of
 from jaxft.hardware.groups import axes_of, collectives, groups_of
-from jaxft.objectives.cross_entropy import AT_MOST
+from jaxft.objectives.vocabulary import AT_MOST
 
 AXES = {"data": 2, "fsdp": 4}
 

@@ -173,5 +173,6 @@ def test_sft_loss_is_the_sum_over_trained_tokens(smoke_config, tied):
     expected, expected_grads = jax.jit(jax.value_and_grad(by_hand))(state)
     np.testing.assert_allclose(total, expected, rtol=1e-5)
     assert_close(grads, expected_grads)
-    assert (float(sums.weight), float(sums.metrics["tokens"])) == (weights.sum(), 17)
-    assert 0 <= float(sums.metrics["correct"]) <= weights.sum()
+    assert (float(sums.weight), float(sums.tokens)) == (weights.sum(), 17)
+    assert float(sums.trained_tokens) == weights.sum()
+    assert 0 <= float(sums.metrics["mean_token_accuracy"].total) <= weights.sum()

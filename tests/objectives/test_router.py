@@ -46,7 +46,8 @@ def make_batch(rows=4, length=12):
 def mean_loss(graphdef, batch, coefficients):
     def loss(state):
         sums = sft_loss(nnx.merge(graphdef, state), batch, None, router=coefficients)
-        return sums.total / sums.weight, {name: total / sums.weight for name, total in sums.metrics.items()}
+        means = sums.means()
+        return means.pop("loss"), means
 
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
@@ -147,6 +148,6 @@ def test_accumulation_weighs_each_part_by_its_trained_targets():
     assert sums[0].weight != sums[1].weight
     assert float(metrics["loss"]) == pytest.approx(float(sum(part.total for part in sums) / weight), abs=1e-5)
     for name in ("load_balancing_loss", "router_z_loss"):
-        mean = sum(part.metrics[name] for part in sums) / weight
+        mean = sum(part.metrics[name].total for part in sums) / weight
         assert float(metrics[name]) == pytest.approx(float(mean), abs=1e-5)
     assert "tokens" not in metrics

@@ -48,9 +48,9 @@ def by_formula(loss, head, hidden, targets, weights):
     return jnp.sum(value * weights), jnp.sum(nll * weights)
 
 
-def chunked(loss, stored=None):
+def chunked(loss, dimensions=None):
     def compute(head, hidden, targets, weights):
-        sums = token_sums(unembed, head, hidden, targets, weights, stored=stored, chunk=3, loss=loss)
+        sums = token_sums(unembed, head, hidden, targets, weights, dimensions=dimensions, chunk=3, loss=loss)
         return sums.loss, sums.nll
 
     return compute

@@ -21,14 +21,15 @@ class Recorder:
     def hooks(self):
         return Hooks(
             train_step=self.train_step,
-            batch=lambda number: ("batch", number),
+            batch=lambda state, number: ("batch", state, number),
             evaluate=self.evaluate if self.held_out else None,
             save=self.save,
             preempted=lambda: self.of("train")[-1] + 1 == self.preempted_at,
         )
 
     def train_step(self, state, batch):
-        self.events.append(("train", state, batch[1]))
+        assert batch[1] == state, "a source that generates sees the weights of the step"
+        self.events.append(("train", state, batch[2]))
         loss = self.losses.get(state + 1, 2.0)
         metrics = {"loss": loss, "grad_norm": 1.0, "learning_rate": 1e-3, "num_tokens": 10.0, "trained_tokens": 4.0}
         return state + 1, {name: jnp.float32(value) for name, value in metrics.items()}

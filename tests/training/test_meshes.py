@@ -14,7 +14,7 @@ from jaxft.assets import ASSETS
 from jaxft.checkpoint.hf import read_json
 from jaxft.config import AdapterConfig, MeshConfig
 from jaxft.data.batch import Batch
-from jaxft.objectives import cross_entropy
+from jaxft.objectives import vocabulary
 from jaxft.objectives.sft import sft_loss
 from jaxft.runs.build import attach_adapter, place
 from jaxft.sharding.mesh import make_mesh_plan
@@ -139,6 +139,6 @@ def test_other_forms_of_adapters_likewise(axes, kind):
 )
 def test_however_the_vocabulary_is_split(vocab, kind, monkeypatch):
     # So small that every row is several chunks.
-    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", {"cpu": 4 * vocab * 8 * 3, "accelerator": 1})
+    monkeypatch.setattr(vocabulary, "CHUNK_BYTES", {"cpu": 4 * vocab * 8 * 3, "accelerator": 1})
     mesh = make_mesh_plan(MeshConfig(fsdp=2, context=2, tensor=2))
     assert_same(loss_and_gradient(vocab, kind, mesh), loss_and_gradient(vocab, kind))

@@ -139,7 +139,7 @@ def test_eight_devices_equal_one(kind):
 def test_the_step_is_traced_and_compiled_once(caplog):
     traces = []
 
-    def counted(model, batch, key):
+    def counted(model, batch, key, method):
         traces.append(1)
         return sft_loss(model, batch, key)
 
@@ -205,7 +205,7 @@ def test_evaluation_is_without_dropout():
     attach_adapter(module, AdapterConfig(r=4, dropout=0.5), 0)
     graphdef, trainable, frozen = divide(module)
     trainable = jax.tree.map(lambda x: x + 0.1, trainable)
-    sums = jax.jit(make_eval_step(graphdef, sft_loss))(trainable, frozen, make_batch())
+    sums = jax.jit(make_eval_step(graphdef, sft_loss))(trainable, frozen, None, make_batch())
     plain = jax.jit(lambda: sft_loss(nnx.merge(graphdef, trainable, frozen), make_batch(), None))()
     assert float(sums.total) == float(plain.total)
 

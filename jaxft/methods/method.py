@@ -1,0 +1,70 @@
+"""The contract of a training method, and what a run hands it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+
+from jaxft.config import RunConfig
+from jaxft.data import Prepared, Tokenizer
+from jaxft.data.batch_source import BatchSource
+from jaxft.nn.decoder import Decoder
+from jaxft.objectives.loss import Loss, MethodState
+from jaxft.sharding.mesh import MeshPlan
+from jaxft.training.state import TrainState
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run that is set up: nothing of it has been loaded or trained.
+
+    folder: the run folder. model: abstract, with its adapters. source: the batches of every step.
+    """
+
+    config: RunConfig
+    folder: Path
+    tokenizer: Tokenizer
+    data: Prepared
+    mesh: MeshPlan
+    model: Decoder
+    source: BatchSource
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.source.total_steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A training method, as the functions that runs, evaluation and planning call. This is the whole contract.
+
+    prepare(config, tokenizer): the examined rows. Raises DataError, naming the row, for rows that would train wrong.
+    source(config, data, tokenizer): the number of steps, and what the data of each step is, without a model.
+    feed(run): `(state, step) -> batch`, the batch of a step from 0, on the devices of the mesh. Methods that generate
+    their own data use the weights in `state`.
+    batch_shapes(config): the batch as jax.ShapeDtypeStructs, for `jaxft plan`.
+    check(config, model): raises ConfigError for settings that the method cannot train with. model: abstract.
+    initial_state(config, trainable): the method's own arrays at step 0, made from the trainable parameters before the
+    first step; None if it has none. It is traced by `jax.jit`.
+    loss(config, model): the loss; evaluated with key=None, it is the held-out loss. model: abstract.
+    evaluator(run, graphdef): `state -> held-out metrics`; None if no rows are held out.
+    describe(config): what the method does, in a few words for people, such as `DPO with beta=0.1`.
+    """
+
+    prepare: Callable[[RunConfig, Tokenizer], Prepared]
+    source: Callable[[RunConfig, Prepared, Tokenizer], BatchSource]
+    feed: Callable[[Run], Callable[[TrainState, int], Any]]
+    batch_shapes: Callable[[RunConfig], Any]
+    check: Callable[[RunConfig, Decoder], None]
+    initial_state: Callable[[RunConfig, nnx.State], MethodState | None]
+    loss: Callable[[RunConfig, Decoder], Loss]
+    evaluator: Callable[[Run, nnx.GraphDef[Decoder]], Callable[[TrainState], dict[str, float]] | None]
+    describe: Callable[[RunConfig], str]
+
+
+def no_state(config: RunConfig, trainable: nnx.State) -> None:
+    """`initial_state` of a method without arrays of its own."""
+    return None

@@ -1,0 +1,115 @@
+"""Functions that methods on packed token sequences share: batches, their shapes, and the held-out evaluator."""
+
+# B batch, S sequence
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxft.config import RunConfig
+from jaxft.data import Prepared, Tokenizer
+from jaxft.data.batch import Batch, Example
+from jaxft.data.batch_source import BatchSource
+from jaxft.data.loader import Loader
+from jaxft.data.mixture import Mixture
+from jaxft.evaluation.held_out import held_out_metrics
+from jaxft.methods.method import Run
+from jaxft.nn.decoder import Decoder
+from jaxft.objectives.loss import Loss
+from jaxft.optim.averages import evaluated
+from jaxft.sharding.arrays import from_rows
+from jaxft.training.state import TrainState
+from jaxft.training.step import make_eval_step
+
+Evaluator = Callable[[TrainState], dict[str, float]]
+
+
+def source(config: RunConfig, data: Prepared, tokenizer: Tokenizer) -> BatchSource:
+    """The batches of every step, of one training set or of a mixture.
+
+    Raises DataError if a set of a mixture would be seen more often than its max_epochs.
+    """
+    train = config.train
+    if not config.data.mixture:
+        shuffle = config.data.shuffle
+        return _loader(data.train_examples, config, tokenizer, shuffle=shuffle, epochs=train.epochs, steps=train.steps)
+    mixture = Mixture(
+        data.sets,
+        config.data,
+        batch_size=train.batch_size,
+        seed=config.seed,
+        pad_id=tokenizer.pad_id,
+        epochs=train.epochs,
+        steps=train.steps,
+    )
+    mixture.check_epochs()
+    return mixture
+
+
+def feed(run: Run) -> Callable[[TrainState, int], Batch[jax.Array]]:
+    """`(state, step) -> batch` on the devices of the mesh; the state is not read."""
+    return lambda state, step: device_batch(run, step)
+
+
+def device_batch(run: Run, step: int) -> Batch[jax.Array]:
+    """The batch of a step, from 0, on the devices of the mesh; every process makes the rows of its own devices."""
+    return from_rows(partial(run.source.batch, step), run.config.train.batch_size, run.mesh.batch_sharding())
+
+
+def batch_shapes(config: RunConfig) -> Batch[jax.ShapeDtypeStruct]:
+    """The shapes of a `Batch`, [B, S]."""
+    shape = (config.train.batch_size, config.data.max_length)
+    ids, weights = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.float32)
+    return Batch(tokens_BS=ids, targets_BS=ids, weights_BS=weights, positions_BS=ids, segments_BS=ids)
+
+
+def make_evaluator(run: Run, graphdef: nnx.GraphDef[Decoder], loss: Loss) -> Evaluator | None:
+    """`state -> held-out metrics` by a loss without dropout; None if no rows are held out.
+
+    One evaluator serves one device and many: the mesh of the run says where the batches and the weights are.
+    """
+    if run.data.eval_examples is None:
+        return None
+    config, mesh = run.config, run.mesh
+    loader = _loader(run.data.eval_examples, config, run.tokenizer, shuffle=False)
+    eval_step = jax.jit(mesh.within(make_eval_step(graphdef, loss)))
+
+    def batch(number: int) -> Batch[jax.Array]:
+        return from_rows(partial(loader.eval_batch, number), loader.batch_size, mesh.batch_sharding())
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        weights = evaluated_weights(config, state)
+        step = partial(eval_step, weights, state.frozen, state.method)
+        return held_out_metrics(step, map(batch, range(loader.eval_steps)))
+
+    return evaluate
+
+
+def evaluated_weights(config: RunConfig, state: TrainState) -> nnx.State:
+    """The trained parameters that held-out losses, scores and exports of a run use: an average if it keeps one."""
+    return evaluated(state.opt_state, state.trainable, use_average=config.train.use_ema)
+
+
+def _loader(
+    examples: Sequence[Example],
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    *,
+    shuffle: bool,
+    epochs: float = 1.0,
+    steps: int | None = None,
+) -> Loader:
+    return Loader(
+        examples,
+        batch_size=config.train.batch_size,
+        max_length=config.data.max_length,
+        packing=config.data.packing,
+        shuffle=shuffle,
+        seed=config.seed,
+        pad_id=tokenizer.pad_id,
+        epochs=epochs,
+        steps=steps,
+    )

@@ -1,0 +1,71 @@
+"""What a run's data are, for data.json and the console: the examination, and what a mixture takes of each set."""
+
+import dataclasses
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from jaxft.data import Prepared
+from jaxft.data.batch_source import BatchSource
+from jaxft.data.mixture import Mixture, Share
+
+
+def data_summary(data: Prepared, source: BatchSource) -> dict[str, Any]:
+    """What data.json and --json say of a run's data.
+
+    Of a mixture, `mixture` says in words what the run takes of each set, `sets` holds their examinations, and `stages`
+    the counts of every stage.
+    """
+    summary = data.examination.to_dict()
+    if isinstance(source, Mixture):
+        shares = source.shares(0, source.total_steps)
+        summary["mixture"] = {share.name: _sentence(share) for share in shares}
+        summary["sets"] = [{"name": one.name, **one.examination.to_dict()} for one in data.sets]
+        summary["stages"] = [
+            {"steps": [start, end], "sets": [dataclasses.asdict(share) for share in source.shares(start, end)]}
+            for start, end, _ in source.stages()
+        ]
+        summary["warnings"] = [*summary["warnings"], *_unused_sets(shares)]
+    if data.eval_examination is not None:
+        summary["eval"] = data.eval_examination.to_dict()
+    return summary
+
+
+def print_mixture(source: BatchSource, console: Console) -> None:
+    """Prints a table of what a run takes of each set, by stage and in all; nothing if there is one set."""
+    if not isinstance(source, Mixture):
+        return
+    table = Table(
+        "steps", "set", "weight", "rows", "sequences", "epochs", "tokens", "trained", box=None, pad_edge=False
+    )
+    stages = source.stages()
+    spans = stages if len(stages) == 1 else [*stages, (0, source.total_steps, {})]
+    for start, end, weights in spans:
+        total = sum(weights.values())
+        for share in source.shares(start, end):
+            weight = f"{weights.get(share.name, 0.0) / total:.1%}" if total else ""
+            steps = f"{start + 1:,}-{end:,}" if weights else "all"
+            table.add_row(
+                steps, share.name, weight, f"{share.rows:,}", f"{share.sequences:,}",
+                f"{share.epochs:.2f}", f"{share.token_share:.1%}", f"{share.trained_share:.1%}",
+            )  # fmt: skip
+    console.print("\nwhat training takes of each set (weights are shares of tokens):", highlight=False)
+    console.print(table)
+    for warning in _unused_sets(source.shares(0, source.total_steps)):
+        console.print(f"warning: {warning}", style="yellow", highlight=False)
+
+
+def _unused_sets(shares: list[Share]) -> list[str]:
+    return [
+        f"the set {share.name!r} is never seen in so few steps: raise train.steps, or its weight"
+        for share in shares
+        if not share.sequences
+    ]
+
+
+def _sentence(share: Share) -> str:
+    return (
+        f"{share.rows:,} rows in {share.sequences:,} sequences, {share.epochs:.2f} epochs, {share.token_share:.1%} of "
+        f"tokens, {share.trained_share:.1%} of trained tokens"
+    )
