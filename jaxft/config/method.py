@@ -3,8 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from jaxft.config.fields import ABOVE_ZERO, BELOW_ONE, CHOOSES_SECTION, NOT_NEGATIVE, Section
+from jaxft.config.fields import ABOVE_ZERO, BELOW_ONE, CHOOSES_SECTION, NOT_NEGATIVE, Range, Section
 from jaxft.errors import ConfigError
+
+BELOW_HALF = Range(lambda value: 0 <= value < 0.5, "at least 0 and below 0.5")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +41,27 @@ class SFTConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DPOConfig(Section):
+    """Direct preference optimization: pairs of a chosen and a rejected answer, against a frozen reference model."""
+
+    beta: Annotated[
+        float,
+        ABOVE_ZERO,
+        "strength of the tie to the reference model: larger values keep the model closer to it (arXiv:2305.18290)",
+    ] = 0.1
+    label_smoothing: Annotated[
+        float, BELOW_HALF, "probability that the labels of a pair are swapped: conservative DPO"
+    ] = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class MethodConfig(Section):
     """The training method. Settings of one method are in the section of its name."""
 
-    name: Annotated[Literal["sft"], CHOOSES_SECTION, "the training method; `sft`: supervised fine-tuning"] = "sft"
+    name: Annotated[
+        Literal["sft", "dpo"],
+        CHOOSES_SECTION,
+        "the training method; `sft`: supervised fine-tuning; `dpo`: direct preference optimization",
+    ] = "sft"
     sft: SFTConfig = field(default_factory=SFTConfig)
+    dpo: DPOConfig = field(default_factory=DPOConfig)
