@@ -139,17 +139,25 @@ def _keys(group: AttentionGroup, cut: Cut) -> int:
     return cut.tokens * cut.ways("context") * group.head_dim * -(-group.kv_heads // cut.tensor)
 
 
-def costs_of(config: RunConfig, sizes: ModelSizes, cut: Cut, arguments: int, model_flops: int) -> Costs:
-    """Work and traffic of one step on one device. model_flops: of that device."""
+def costs_of(
+    config: RunConfig, sizes: ModelSizes, cut: Cut, arguments: int, model_flops: int, *, reference_passes: int = 0
+) -> Costs:
+    """Work and traffic of one step on one device.
+
+    model_flops: of that device, reference_passes included: forward passes of a frozen model in each step.
+    """
     # Share of the forward pass that the backward pass recomputes.
     recomputed = {"full": 0.94, "offload": 0.94, "attention": 0.9, "dots": 0.02, "none": 0.0}[config.model.remat]
     compute = BYTES[config.model.dtype]
     weight = compute if config.model.quantization is None else FORMATS[config.model.quantization].bytes_per_weight
     read = int(sum(size for size, _, _ in _matrices(sizes, cut)) * weight)
-    passes = (3 if recomputed > 0.5 else 2) * cut.micro_batches
+    passes = (reference_passes + (3 if recomputed > 0.5 else 2)) * cut.micro_batches
     touched = cut.tokens * cut.micro_batches * (sizes.outputs + 8 * sizes.layers * sizes.width) * compute // cut.tensor
+    devices = math.prod(cut.axes.values())
+    references = reference_passes * sizes.forward_flops(config.train.batch_size, config.data.max_length) // devices
+    flops = references + _flops(config, sizes, cut, model_flops - references, recomputed)
     costs = Costs()
-    costs.work[Work(_flops(config, sizes, cut, model_flops, recomputed), passes * read + 4 * touched)] += 1
+    costs.work[Work(flops, passes * read + (4 + reference_passes) * touched)] += 1
     costs.work[Work(0, 2 * arguments)] += 1  # the optimizer reads and writes the state
     if config.model.remat == "offload":
         residual = cut.tokens * sizes.width * compute // cut.tensor
@@ -157,9 +165,9 @@ def costs_of(config: RunConfig, sizes: ModelSizes, cut: Cut, arguments: int, mod
     trained = sizes.trained / max(1, sizes.active)
     for size, ways, axes in _matrices(sizes, cut):
         if ways > 1:
-            # Weights are gathered for the forward and the backward pass; gradients are scattered.
-            share = (ways - 1) / ways
-            costs.transfers[Transfer("all-gather", axes, int(size * weight * share))] += 2 * cut.micro_batches
+            # Weights are gathered for every forward pass and the backward pass; gradients are scattered.
+            share, gathers = (ways - 1) / ways, (2 + reference_passes) * cut.micro_batches
+            costs.transfers[Transfer("all-gather", axes, int(size * weight * share))] += gathers
             if sizes.trained:
                 received = int(size * trained * compute * share)
                 costs.transfers[Transfer("reduce-scatter", axes, received)] += cut.micro_batches

@@ -85,6 +85,11 @@ class ModelSizes:
         products = 2 * (self.active + self.reached + self.trained) * tokens + 6 * self.adapter * tokens
         return products + self.attention_flops(rows, length)
 
+    def forward_flops(self, rows: int, length: int) -> int:
+        """FLOPs of a forward pass over rows of `length` tokens, without adapters."""
+        scores = sum(4 * group.layers * _score_products(length, group) for group in self.attention)
+        return rows * (2 * self.active * length + scores)
+
     def attention_flops(self, rows: int, length: int, *, parts: int = 1) -> int:
         """FLOPs of scores and of their products with values, as far as causal order and window allow.
 

@@ -51,6 +51,7 @@ class Method:
     first step; None if it has none. It is traced by `jax.jit`.
     loss(config, model): the loss; evaluated with key=None, it is the held-out loss. model: abstract.
     evaluator(run, graphdef): `state -> held-out metrics`; None if no rows are held out.
+    reference_passes: forward passes of a frozen model in each training step, for the work that `jaxft plan` reports.
     describe(config): what the method does, in a few words for people, such as `DPO with beta=0.1`.
     """
 
@@ -63,6 +64,7 @@ class Method:
     loss: Callable[[RunConfig, Decoder], Loss]
     evaluator: Callable[[Run, nnx.GraphDef[Decoder]], Callable[[TrainState], dict[str, float]] | None]
     describe: Callable[[RunConfig], str]
+    reference_passes: int = 0
 
 
 def no_state(config: RunConfig, trainable: nnx.State) -> None:

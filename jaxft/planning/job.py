@@ -47,12 +47,13 @@ class Parts:
     weights: int
     adapters: int
     optimizer: int
+    method: int
     batch: int
 
     @property
     def total(self) -> int:
         """Bytes of all arguments."""
-        return self.weights + self.adapters + self.optimizer + self.batch
+        return self.weights + self.adapters + self.optimizer + self.method + self.batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +71,14 @@ class ShardedStep:
     @property
     def model_flops(self) -> int:
         """FLOPs of one device in one step, recomputation left out."""
-        flops = self.sizes.model_flops(self.config.train.batch_size, self.config.data.max_length)
+        rows, length = self.config.train.batch_size, self.config.data.max_length
+        flops = self.sizes.model_flops(rows, length) + self.reference_passes * self.sizes.forward_flops(rows, length)
         return flops // self.topology.devices
+
+    @property
+    def reference_passes(self) -> int:
+        """Forward passes of a frozen model in each step, beside the training pass."""
+        return method_of(self.config).reference_passes
 
     @property
     def attention_flops(self) -> int:
@@ -87,6 +94,7 @@ class ShardedStep:
             weights=trained + frozen if whole else frozen,
             adapters=0 if whole else trained,
             optimizer=_device_bytes(self.state.opt_state),
+            method=_device_bytes(self.state.method),
             batch=_device_bytes(self.batch),
         )
 
@@ -191,7 +199,9 @@ def estimate_step(step: ShardedStep) -> StepCosts:
     arguments = step.parts().total
     return StepCosts(
         memory=analytic.memory_of(step.config, step.sizes, cut, arguments),
-        costs=analytic.costs_of(step.config, step.sizes, cut, arguments, step.model_flops),
+        costs=analytic.costs_of(
+            step.config, step.sizes, cut, arguments, step.model_flops, reference_passes=step.reference_passes
+        ),
     )
 
 

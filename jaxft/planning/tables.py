@@ -67,7 +67,13 @@ def _memory(plan: dict[str, Any], console: Console) -> None:
     table.add_column()
     table.add_column(justify="right")
     parts = plan["argument_parts"]
-    names = {"weights": "weights", "adapters": "adapters", "optimizer": "optimizer", "batch": "batch"}
+    names = {
+        "weights": "weights",
+        "adapters": "adapters",
+        "optimizer": "optimizer",
+        "method": "reference",
+        "batch": "batch",
+    }
     rows = [(name, parts[key]) for key, name in names.items() if parts[key]]
     rows += [("temporaries", plan["temp_bytes"]), ("code", plan["code_bytes"])]
     largest = max(size for _, size in rows)

@@ -1,5 +1,6 @@
 """Evaluation of any model on a config's held-out rows."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +51,7 @@ def evaluate(model: LoadedModel, tokenizer: Tokenizer, config: RunConfig) -> dic
 
 def _method_state(config: RunConfig, method: Method) -> MethodState | None:
     """The method's arrays, made from the base model of the config, whichever model is evaluated."""
-
-    def needed() -> MethodState | None:
-        return method.initial_state(config, divide(abstract_model(config))[1])
-
-    if jax.eval_shape(needed) is None:
+    trainable = divide(abstract_model(config))[1]
+    if jax.eval_shape(partial(method.initial_state, config), trainable) is None:
         return None
     return method.initial_state(config, divide(build_model(config).module)[1])

@@ -8,7 +8,7 @@ import pytest
 import jaxft.data
 from jaxft.config import DataConfig, EvalConfig, ModelConfig, RunConfig
 from jaxft.data import prepare
-from jaxft.data.tokenizers.tokenizer import load_tokenizer
+from jaxft.data.tokenizers.load import load_tokenizer
 from jaxft.errors import DataError
 
 

@@ -12,7 +12,8 @@ from jaxft.assets import ASSETS
 from jaxft.checkpoint.hf import read_json
 from jaxft.config import AdapterConfig, MeshConfig, OptimConfig, choices, resolve
 from jaxft.data.batch import Batch
-from jaxft.runs.build import attach_adapter, evaluated_weights, make_step, make_tx, place
+from jaxft.methods.sequences import evaluated_weights
+from jaxft.runs.build import attach_adapter, make_step, make_tx, place
 from jaxft.sharding.mesh import make_mesh_plan
 from jaxft.training.state import create
 from jaxft.trees import flatten
