@@ -1,4 +1,4 @@
-"""What gives a training loop its batches, whether they come from one set or from several."""
+"""The interface by which a training loop takes batches, from one set or from several."""
 
 from typing import Protocol
 

@@ -164,8 +164,8 @@ def _fit(
 ) -> list[Example]:
     """The examples within max_length, by `config.truncation`."""
     max_length, truncation = config.max_length, config.truncation
-    over = np.flatnonzero(lengths > max_length)
-    if not len(over):
+    over = np.flatnonzero(lengths > max_length).tolist()
+    if not over:
         return list(examples)
     longest = int(lengths.argmax())
     if truncation == "refuse":

@@ -58,10 +58,16 @@ class Mixture:
         The run has `steps` steps; if None, enough to see `epochs` times the number of sequences of all sets together.
         """
         self.batch_size, self.pad_id, self._data = batch_size, pad_id, data
-        settings = {"max_length": data.max_length, "packing": data.packing, "shuffle": data.shuffle}
         # Seeded by name: adding another set does not change the order of this one.
         self.streams = {
-            one.name: Stream(one.examples, seed=seed + zlib.crc32(one.name.encode()), **settings) for one in sets
+            one.name: Stream(
+                one.examples,
+                max_length=data.max_length,
+                packing=data.packing,
+                shuffle=data.shuffle,
+                seed=seed + zlib.crc32(one.name.encode()),
+            )
+            for one in sets
         }
         self._sequences = sum(len(stream) for stream in self.streams.values())
         self.total_steps = steps or self.steps_for(epochs)

@@ -13,15 +13,15 @@ def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
     seconds. Sequences and the examples in them are in order of index; the same lengths always give
     the same plan. Raises ValueError if an example is longer than max_length.
     """
-    lengths = np.asarray(lengths, np.int64)
-    if len(lengths) and int(lengths.max()) > max_length:
-        at = int(lengths.argmax())
-        raise ValueError(f"example {at} has {lengths[at]} tokens, more than max_length={max_length}")
+    sizes = np.asarray(lengths, np.int64)
+    if len(sizes) and int(sizes.max()) > max_length:
+        longest = int(sizes.argmax())
+        raise ValueError(f"example {longest} has {sizes[longest]} tokens, more than max_length={max_length}")
     plan: list[list[int]] = []
     waiting: list[list[int]] = [[] for _ in range(max_length + 1)]  # sequences by the room left in them
     rooms = 0  # bit r is set if waiting[r] is not empty: the lowest set bit from `length` up is the fullest fit
-    for index in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[index])
+    for index in np.argsort(-sizes, kind="stable").tolist():
+        length = int(sizes[index])
         fitting = rooms >> length
         if fitting:
             room = length + (fitting & -fitting).bit_length() - 1

@@ -209,7 +209,8 @@ def _questions(
             if conversation.format != "text":
                 yield prompt_of(conversation, tokenizer, one.config)
 
-    waiting, questions = [questions_of(one) for one in held_out], []
+    questions: list[tuple[list[int], str]] = []
+    waiting = [questions_of(one) for one in held_out]
     while waiting and (limit is None or len(questions) < limit):
         round_of_each = [next(one, None) for one in waiting]
         waiting = [one for one, question in zip(waiting, round_of_each, strict=True) if question is not None]

@@ -92,7 +92,7 @@ class TableRows:
 class Subset:
     """Some rows of another set, in the given order. In errors they have the names of the other set."""
 
-    def __init__(self, rows: Rows, indices: Sequence[int], note: str) -> None:
+    def __init__(self, rows: Rows, indices: Sequence[int] | np.ndarray, note: str) -> None:
         self._rows, self._indices, self._note = rows, indices, note
 
     def __len__(self) -> int:

@@ -6,9 +6,11 @@ import math
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import jax
 import numpy as np
+import numpy.typing as npt
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -95,9 +97,9 @@ class Engine:
             suffix = request.prompt[self.prefix_tokens :]
             tokens_PS[p, : len(suffix)] = suffix
         prompts = steps.Prompts(
-            tokens_PS=tokens_PS,
-            start=np.int32(self.prefix_tokens),
-            slots_P=np.array(free + [len(self.slots)] * (size - len(free)), np.int32),
+            tokens_PS=_argument(tokens_PS, np.int32),
+            start=_argument(self.prefix_tokens, np.int32),
+            slots_P=_argument(free + [len(self.slots)] * (size - len(free)), np.int32),
             knobs=self._knobs([*requests, *[None] * (size - len(requests))]),
         )
         self.memory, first_P, logprobs_P = steps.prefill(
@@ -139,19 +141,20 @@ class Engine:
                 token_B[slot] = request.tokens[-1]
                 position_B[slot] = len(request.prompt) + len(request.tokens) - 1
                 left_B[slot] = request.sampling.max_new_tokens - len(request.tokens)
-        return steps.Rows(token_B, position_B, left_B, self._knobs(self.slots))
+        rows = (_argument(values_B, np.int32) for values_B in (token_B, position_B, left_B))
+        return steps.Rows(*rows, self._knobs(self.slots))
 
     def _knobs(self, requests: Sequence[Request | None]) -> Knobs:
         idle = Sampling(max_new_tokens=1)
         settings = [request.sampling if request is not None else idle for request in requests]
         return Knobs(
-            temperature_B=np.array([s.temperature for s in settings], np.float32),
-            top_k_B=np.array([min(s.top_k or self.vocab, self.vocab) for s in settings], np.int32),
-            top_p_B=np.array([1.0 if s.top_p is None else s.top_p for s in settings], np.float32),
-            min_p_B=np.array([s.min_p or 0.0 for s in settings], np.float32),
-            penalty_B=np.array([s.repetition_penalty for s in settings], np.float32),
-            seed_B=np.array([s.seed for s in settings], np.uint32),
-            stream_B=np.array([request.row if request is not None else 0 for request in requests], np.uint32),
+            temperature_B=_argument([s.temperature for s in settings], np.float32),
+            top_k_B=_argument([min(s.top_k or self.vocab, self.vocab) for s in settings], np.int32),
+            top_p_B=_argument([1.0 if s.top_p is None else s.top_p for s in settings], np.float32),
+            min_p_B=_argument([s.min_p or 0.0 for s in settings], np.float32),
+            penalty_B=_argument([s.repetition_penalty for s in settings], np.float32),
+            seed_B=_argument([s.seed for s in settings], np.uint32),
+            stream_B=_argument([request.row if request is not None else 0 for request in requests], np.uint32),
         )
 
 
@@ -196,6 +199,11 @@ def start(
         prefix_length=prefix_length,
         length=length,
     )
+
+
+def _argument(values: npt.ArrayLike, dtype: npt.DTypeLike) -> jax.Array:
+    """A numpy array as an argument of a jitted function, which sees it as a jax.Array."""
+    return cast(jax.Array, np.asarray(values, dtype))
 
 
 def _common_prefix(prompts: Sequence[tuple[int, ...]]) -> int:

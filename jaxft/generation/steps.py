@@ -81,7 +81,7 @@ def encode_prefix(graphdef: nnx.GraphDef[Decoder], params: nnx.State, tokens_1S:
     model = nnx.merge(graphdef, params)
     real_1S = tokens_1S >= 0
     cache = model.init_cache(1, length)
-    _, cache = model(jnp.maximum(tokens_1S, 0), None, real_1S.astype(jnp.int32), cache)
+    _, cache = _forward(model, jnp.maximum(tokens_1S, 0), None, real_1S.astype(jnp.int32), cache)
     return Prefix(cache, _mark_seen(tokens_1S, model.config.vocab_size)[0])
 
 
@@ -110,7 +110,7 @@ def prefill(
     if prefix is not None:
         cache = tuple(store(*parts, slice(None)) for parts in zip(cache, prefix.cache, strict=True))
         seen_PV |= prefix.seen_V
-    hidden_PSD, cache = model(jnp.maximum(tokens_PS, 0), positions_PS, real_PS.astype(jnp.int32), cache)
+    hidden_PSD, cache = _forward(model, jnp.maximum(tokens_PS, 0), positions_PS, real_PS.astype(jnp.int32), cache)
     last_P = jnp.maximum(count_P - 1, 0)
     hidden_PD = jnp.take_along_axis(hidden_PSD, last_P[:, None, None], axis=1)[:, 0]
     first_P, logprobs_P = choose(model.unembed(hidden_PD), seen_PV, prompts.knobs, prompts.start + count_P)
@@ -152,7 +152,8 @@ def decode(
         step, memory, state, tokens_BC, logprobs_BC = carry
         active_B = state.left_B > 0
         segments_B1 = active_B.astype(jnp.int32)[:, None]
-        hidden_B1D, cache = model(state.token_B[:, None], state.position_B[:, None], segments_B1, memory.cache)
+        token_B1, position_B1 = state.token_B[:, None], state.position_B[:, None]
+        hidden_B1D, cache = _forward(model, token_B1, position_B1, segments_B1, memory.cache)
         logits_BV = model.unembed(hidden_B1D[:, 0])
         position_B = state.position_B + 1
         chosen_B, logprob_B = choose(logits_BV, memory.seen_BV, state.knobs, position_B)
@@ -179,13 +180,27 @@ def first_row(cache: LayerCache) -> LayerCache:
     return LayerCache(cache.k_RBKHT[:, :1], cache.v_RBKTH[:, :1], cache.positions_BT[:1])
 
 
+def _forward(
+    model: Decoder, tokens_BS: jax.Array, positions_BS: jax.Array | None, segments_BS: jax.Array, cache: Cache
+) -> tuple[jax.Array, Cache]:
+    """Hidden vectors, and the cache with the new tokens in it."""
+    hidden_BSD, updated = model(tokens_BS, positions_BS, segments_BS, cache)
+    if updated is None:
+        raise TypeError(f"{type(model).__name__} returns no cache, although it was given one")
+    return hidden_BSD, updated
+
+
 def _shard(memory: Memory, rows: NamedSharding | None) -> Memory:
     """Keeps the sharding of the memory: with another one the next call would be compiled anew."""
     if rows is None:
         return memory
+    put = jax.lax.with_sharding_constraint
     stacked = NamedSharding(rows.mesh, P(None, *rows.spec))
-    cache = LayerCache(stacked, stacked, rows)
-    return jax.lax.with_sharding_constraint(memory, Memory((cache,) * len(memory.cache), rows))
+    cache = tuple(
+        LayerCache(put(part.k_RBKHT, stacked), put(part.v_RBKTH, stacked), put(part.positions_BT, rows))
+        for part in memory.cache
+    )
+    return Memory(cache, put(memory.seen_BV, rows))
 
 
 def _replicate(results: tuple[jax.Array, jax.Array], rows: NamedSharding | None) -> tuple[jax.Array, jax.Array]:

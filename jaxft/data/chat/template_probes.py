@@ -76,7 +76,7 @@ def _call(render: Render, as_text: bool) -> str | None:
     properties = {NAME: {"type": "string", "description": "p"}}
     parameters = {"type": "object", "properties": properties, "required": [NAME]}
     tool = {"type": "function", "function": {"name": "f", "description": "f", "parameters": parameters}}
-    messages = [QUESTION, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    messages: list[Mapping[str, Any]] = [QUESTION, {"role": "assistant", "content": "", "tool_calls": [call]}]
     try:
         return render(with_arguments(messages, as_text=as_text), tools=[tool])
     except DataError:

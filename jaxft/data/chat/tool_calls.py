@@ -65,7 +65,8 @@ def _call(call: Any, number: int) -> dict[str, Any]:
 
 
 def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:
-    wrapped = dict(tool) if isinstance(tool.get("function"), Mapping) else {"type": "function", "function": dict(tool)}
+    bare = not isinstance(tool.get("function"), Mapping)
+    wrapped: dict[str, Any] = {"type": "function", "function": dict(tool)} if bare else dict(tool)
     if not isinstance(wrapped["function"].get("name"), str):
         raise BadCall(f"a tool has no name: {str(dict(tool))[:60]!r}")
     return wrapped

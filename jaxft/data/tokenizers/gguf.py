@@ -198,8 +198,8 @@ def _sentencepiece_bpe(header: GGUFHeader, vocab: _Vocab) -> tuple[Tokenizer, bo
     merges = _merges_from_scores(vocab, scores)
     bpe = models.BPE(vocab=vocab.ids, merges=merges, unk_token=unknown[0], fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(bpe)
-    spaces = [normalizers.Replace(" ", "▁")]
-    undo = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    spaces: list[normalizers.Normalizer] = [normalizers.Replace(" ", "▁")]
+    undo: list[decoders.Decoder] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     if header.metadata.get("tokenizer.ggml.add_space_prefix", True):
         spaces.insert(0, normalizers.Prepend("▁"))
         undo.append(decoders.Strip(" ", left=1, right=0))

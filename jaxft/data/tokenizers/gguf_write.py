@@ -125,7 +125,8 @@ def _patterns(pre_tokenizer: Mapping[str, Any] | None) -> tuple[str, ...] | None
     if last["type"] != "ByteLevel" or last["add_prefix_space"]:
         return None
     patterns = [_pattern(part) for part in before] + ([WORDS] if last.get("use_regex", True) else [])
-    return None if None in patterns else tuple(patterns)
+    known = tuple(pattern for pattern in patterns if pattern is not None)
+    return known if len(known) == len(patterns) else None
 
 
 def _pattern(part: Mapping[str, Any]) -> str | None:
@@ -169,7 +170,8 @@ def _space_prefix(content: Mapping[str, Any]) -> bool | None:
     # Gemma's split at spaces does nothing: they are ▁ by then.
     if pre and not (pre.get("type") == "Split" and pre["pattern"] == {"String": " "}):
         return None
-    return {(prepend, replace): True, (replace,): False}.get(tuple(kinds))
+    forms: dict[tuple[Any, ...], bool] = {(prepend, replace): True, (replace,): False}
+    return forms.get(tuple(kinds))
 
 
 def _special_ids(tokenizer: Tokenizer, model: Mapping[str, Any]) -> dict[str, int]:

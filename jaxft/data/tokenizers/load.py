@@ -174,7 +174,7 @@ def _load_fast(name: str, settings: Mapping[str, Any], **kwargs: Any) -> "PreTra
 
 def _load_class(name: str, **kwargs: Any) -> "PreTrainedTokenizerFast":
     # Importing AutoTokenizer imports torch if it is installed, so only files that need it pay for that.
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     # mistral_format: mistral-common, if it is installed, would otherwise read folders with a tekken.json.
     kwargs |= {"use_fast": True, "trust_remote_code": False, "mistral_format": False}
@@ -182,7 +182,7 @@ def _load_class(name: str, **kwargs: Any) -> "PreTrainedTokenizerFast":
         backend = AutoTokenizer.from_pretrained(name, **kwargs)
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"transformers cannot load the tokenizer of {name!r}: {error}") from error
-    if not getattr(backend, "is_fast", False):
+    if not isinstance(backend, PreTrainedTokenizerFast):
         raise ModelError(f"{name!r} has only a slow tokenizer; convert it to tokenizer.json with transformers first")
     return backend
 

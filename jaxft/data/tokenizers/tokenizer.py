@@ -64,11 +64,12 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of the ids."""
         ids = [int(i) for i in ids]
-        return self.backend.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+        text = self.backend.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+        return str(text)  # typed as a list too, for batches
 
     def token(self, token_id: int) -> str:
         """The token's own spelling, such as `<|im_end|>`."""
-        return self.backend.convert_ids_to_tokens(int(token_id))
+        return self.backend.convert_ids_to_tokens([int(token_id)])[0]
 
     def render(
         self,
@@ -98,9 +99,9 @@ class Tokenizer:
                 f"the tokenizer {self.name or 'in use'} has no chat template, so it cannot render messages. "
                 "Set data.chat_template to a Jinja file, or use prompt/completion or text rows."
             )
-        tools = list(tools) if tools else None
+        plain, tools = [dict(message) for message in messages], list(tools) if tools else None
         try:
-            return self.backend.apply_chat_template(list(messages), tools=tools, tokenize=False, **kwargs)
+            return str(self.backend.apply_chat_template(plain, tools=tools, tokenize=False, **kwargs))
         except (TemplateError, TypeError) as error:
             roles = ", ".join(str(m.get("role")) for m in messages)
             raise DataError(f"the chat template refuses these messages ({roles}): {error}") from error
@@ -141,13 +142,13 @@ def _write_for_transformers_4(path: Path) -> None:
 def _ends_of_turns(tokenizer: Tokenizer) -> set[int]:
     """Ids of the added tokens that the chat template writes after an answer and after a tool call."""
     added = tokenizer.backend.added_tokens_decoder
-    ends = set()
+    ends: set[int] = set()
     tail = template_probes.text_after_answer(tokenizer.apply_template)
     if tail is not None:
         # SentencePiece puts a space piece before the first token of any text.
         ids = tokenizer.encode(tail.lstrip())
         after = next((i for i in ids if tokenizer.decode([i], skip_special_tokens=False).strip()), None)
-        ends |= {after} & added.keys()
+        ends |= {after} & added.keys() if after is not None else set()
     tail = template_probes.text_after_call(tokenizer.apply_template)
     if tail is not None:
         # Tokens that close the call itself may come before the one that ends the turn.
