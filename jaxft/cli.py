@@ -9,7 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
 from jaxft.config import ModelConfig, choices
+from jaxft.config.fields import own_fields
 from jaxft.errors import ConfigError, JaxftError, Preempted, did_you_mean
+from jaxft.generation.settings import Sampling
 
 EXIT_REFUSED = 2
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: run the same command again to go on
@@ -124,7 +126,6 @@ def _generate(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
 def _chat(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     from jaxft import api
     from jaxft.generation import chat as chats
-    from jaxft.generation.settings import Sampling
 
     sampling = Sampling(**_sampling(arguments))
     tokenizer = api.load_tokenizer(arguments.model, chat_template=arguments.chat_template)
@@ -142,8 +143,8 @@ def _say_left_out(left_out: str | None, stream: TextIO) -> None:
 
 
 def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-    return {name: getattr(arguments, name) for name in names} | {"stop": tuple(arguments.stop)}
+    settings = {field.key: getattr(arguments, field.key) for field in own_fields(Sampling)}
+    return settings | {"stop": tuple(arguments.stop)}
 
 
 def _eval(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
@@ -361,19 +362,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _sampling_options(option: Callable[..., Any], *, max_new_tokens: int) -> None:
-    option("--max_new_tokens", type=int, default=max_new_tokens)
-    option("--temperature", type=float, default=0.0, help="0 is greedy")
-    option("--top_k", type=int, help="draw from the K likeliest tokens")
-    option("--top_p", type=float, help="draw from the fewest tokens that have this probability together")
-    option("--min_p", type=float, help="draw from tokens at least this many times as likely as the likeliest")
-    option("--repetition_penalty", type=float, default=1.0, help="above 1, tokens that were there become less likely")
-    option("--stop", action="append", default=[], metavar="TEXT", help="ends an answer and is cut off; once per text")
-    option("--seed", type=int, default=0)
+    defaults = {"max_new_tokens": max_new_tokens}
+    for field in own_fields(Sampling):
+        if field.key == "stop":
+            option("--stop", action="append", default=[], metavar="TEXT", help=f"{field.meaning}; once per text")
+        else:
+            default = defaults.get(field.key, field.default)
+            option(f"--{field.key}", type=field.base, default=default, help=field.meaning)
     option("--dtype", default="float32", choices=choices(ModelConfig, "dtype"))
     option(
         "--quantization",
         choices=choices(ModelConfig, "quantization"),
-        help="keep the linear layers so, from loading on",
+        help="quantise the linear layers on loading and keep them so",
     )
 
 

@@ -209,7 +209,7 @@ def test_a_model_without_chat_template_is_refused_before_weights_are_read(tmp_pa
 
 def test_settings_out_of_bounds_are_refused_at_once(capsys):
     assert cli.main(["chat", f"--model={SMOKE}", "--min_p=1.5"]) == 2
-    assert "min_p=1.5 must be in [0, 1)" in capsys.readouterr().err
+    assert "min_p=1.5 must be at least 0 and below 1" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="repetition_penalty"):
         Sampling(max_new_tokens=1, repetition_penalty=0.0)
 

@@ -1,7 +1,10 @@
+import dataclasses
+import inspect
 import math
 
 import pytest
 
+import jaxft
 from jaxft.errors import ConfigError
 from jaxft.generation.settings import Sampling
 
@@ -32,3 +35,9 @@ def test_values_out_of_bounds_are_refused(field, value):
 
 def test_the_bounds_themselves_are_allowed():
     Sampling(max_new_tokens=1, temperature=0, top_k=1, top_p=1.0, min_p=0.0, seed=2**32 - 1, stop=("\n",))
+
+
+def test_the_api_has_the_same_settings_with_the_same_defaults():
+    arguments = inspect.signature(jaxft.generate).parameters
+    for field in dataclasses.fields(Sampling):
+        assert arguments[field.name].default == field.default, field.name
