@@ -168,11 +168,11 @@ def _eval(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
         tokenizer = api.load_tokenizer(arguments.model, chat_template=template)
     else:
         tokenizer = api.load_tokenizer(config.model.path, revision=config.model.revision, chat_template=template)
-    figures = api.evaluate(load_trained(model_path), tokenizer, config)
+    result = api.evaluate(load_trained(model_path), tokenizer, config)
     if not arguments.json:
-        for name, value in figures.items():
+        for name, value in result.items():
             print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
-    return figures
+    return result
 
 
 def _export(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
@@ -195,8 +195,8 @@ def _export(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
         _say_left_out(written.get("left_out"), sys.stdout)
         for name, what in MERGED.items():
             if name in written:
-                figures = written[name]
-                print(f"{what}: logits within {figures['max']:.1e}, {figures['mean']:.1e} on average")
+                change = written[name]
+                print(f"{what}: logits within {change['max']:.1e}, {change['mean']:.1e} on average")
     return written
 
 
@@ -225,7 +225,7 @@ def _plan(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     from jaxft.planning.client import plan
     from jaxft.planning.tables import print_plan, print_search
 
-    figures = plan(
+    result = plan(
         load(arguments.config, overrides),
         arguments.topology,
         slices=arguments.slices,
@@ -237,8 +237,8 @@ def _plan(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
         compiles=arguments.compiles,
     )
     if not arguments.json:
-        (print_search if arguments.search else print_plan)(figures, _console(arguments))
-    return figures
+        (print_search if arguments.search else print_plan)(result, _console(arguments))
+    return result
 
 
 def _bytes(text: str) -> int:

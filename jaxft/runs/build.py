@@ -1,4 +1,4 @@
-"""From a config to a model on its devices, with its adapters, ready to train or to answer."""
+"""From a config to the parts of a run: model with adapters, mesh, optimizer, training step and its state."""
 
 import os
 from collections.abc import Sequence
@@ -39,8 +39,8 @@ from jaxft.training.step import Step, make_train_step
 def build_model(config: RunConfig, mesh: MeshPlan | None = None, *, random_base: Path | None = None) -> LoadedModel:
     """The base model of a run with fresh adapters.
 
-    random_base: where model.random_init writes the weights that it draws, so that the adapter has a base
-    to be loaded onto. Raises ConfigError, ModelError or CheckpointError.
+    random_base: the folder in which model.random_init writes the weights that it draws, so that the exported adapter
+    has a base to be loaded onto. Raises ConfigError, ModelError or CheckpointError.
     """
     model = config.model
     path = model.path
@@ -50,7 +50,7 @@ def build_model(config: RunConfig, mesh: MeshPlan | None = None, *, random_base:
     loaded = load_model(path, revision=model.revision, mesh=mesh, **_types(config))
     if loaded.adapter is not None:
         raise ConfigError(
-            f"model.path {model.path} is a PEFT folder. To train further, first merge it: "
+            f"model.path {model.path} is a PEFT folder. To train it further, merge it first: "
             f"jaxft export --model={model.path} --format=merged --to=NEW_FOLDER"
         )
     attach_adapter(loaded.module, config.adapter, config.seed)
@@ -61,16 +61,15 @@ def build_model(config: RunConfig, mesh: MeshPlan | None = None, *, random_base:
     if config.adapter.prompt_init_text is not None:
         begin_as(loaded.module, load_tokenizer(path, revision=model.revision).encode(config.adapter.prompt_init_text))
     if mesh is not None:
-        nnx.update(loaded.module, place(nnx.state(loaded.module), mesh))
+        nnx.update(loaded.module, shard_tree(nnx.state(loaded.module), mesh))
     return loaded
 
 
 def abstract_model(config: RunConfig) -> Any:
-    """The model of a run with its adapters and no memory, from config.json alone.
+    """The model of a run with its adapters, as shapes without arrays, from config.json alone.
 
-    Raises what `build_model` would raise for the model's family, an adapter target that matches nothing, a
-    rank or a sequence length that does not fit, and for adapters that PEFT's folders have no form for, before
-    any weight is read.
+    Raises, before any weight is read, the errors of `build_model` for an unknown family, an adapter target that matches
+    nothing, and a rank or sequence length that does not fit; and an error for adapters that PEFT cannot represent.
     """
     path = resolve(config.model.path, config.model.revision)
     hf_config = read_json(os.path.join(path, "config.json")) if config.model.random_init else hf_config_of(path)
@@ -78,7 +77,7 @@ def abstract_model(config: RunConfig) -> Any:
 
 
 def abstract_of(hf_config: Any, config: RunConfig) -> Any:
-    """`abstract_model` from a config.json that has been read."""
+    """`abstract_model` from the content of config.json."""
     family = models.config_from_hf(hf_config)
     limit = family.max_position_embeddings
     if config.data.max_length > limit:
@@ -97,9 +96,9 @@ def abstract_of(hf_config: Any, config: RunConfig) -> Any:
 
 
 def make_mesh(config: RunConfig, model: Any, devices: Sequence[jax.Device]) -> MeshPlan:
-    """The mesh of a run over devices, which may be those of a machine that is compiled for ahead of time.
+    """The mesh of a run over devices, real or of a machine that is compiled for ahead of time.
 
-    model: what `abstract_model` gives. Raises ConfigError for axes that do not fit devices, heads or positions.
+    model: from `abstract_model`. Raises ConfigError for axes that do not fit the devices, heads or positions.
     """
     sizes, length = model.config, config.data.max_length
     heads = {"heads": sizes.num_attention_heads, "kv_heads": sizes.num_key_value_heads, "max_length": length}
@@ -115,13 +114,13 @@ def make_mesh(config: RunConfig, model: Any, devices: Sequence[jax.Device]) -> M
 
 
 def check_experts(model: Any, mesh: MeshPlan) -> None:
-    """Raises ConfigError where mesh.expert does not divide the model's experts, or it has none."""
+    """Raises ConfigError if the model has no experts, or mesh.expert does not divide their number."""
     count = mesh.axes["expert"]
     if count > 1 and model.experts is None:
         raise ConfigError(f"mesh.expert={count}, but the model has no experts: use mesh.fsdp or mesh.data instead")
     if count > 1 and model.experts % count:
         raise ConfigError(
-            f"mesh.expert={count} does not divide the model's {model.experts} experts: each device takes equally "
+            f"mesh.expert={count} does not divide the model's {model.experts} experts: each device holds equally "
             f"many. Set it to one of {divisors(model.experts)}."
         )
 
@@ -133,7 +132,7 @@ def make_step(
     tx: optax.GradientTransformation,
     schedule: optax.Schedule,
 ) -> Step:
-    """The training step of a run, to be jitted within its mesh. model: what `abstract_model` gives."""
+    """The training step of a run, to be jitted within its mesh. model: from `abstract_model`."""
     return make_train_step(
         graphdef,
         method_of(config).loss(config, model),
@@ -152,14 +151,14 @@ def start_state(
     model: with the base weights and fresh adapters; abstract under `jax.eval_shape`.
     """
     graphdef, state = create(model, tx, config.seed)
-    # Own buffers: a step that is given its state to overwrite must not be given one array twice.
+    # Copies, because the step donates its state: an array in it twice could not be donated.
     method = jax.tree.map(jnp.copy, method_of(config).initial_state(config, state.trainable))
     state = state._replace(method=method)
-    return graphdef, state if mesh is None else place(state, mesh)
+    return graphdef, state if mesh is None else shard_tree(state, mesh)
 
 
 def make_tx(config: RunConfig, model: Decoder, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """The optimizer of a run, its average of weights included. model: may be abstract."""
+    """The optimizer of a run, including the average of weights if it keeps one. model: may be abstract."""
     tx = make_optimizer(config.optim, schedule, seed=config.seed, stacks=stack.group_layers(model.segments))
     return tx if config.train.ema_decay is None else with_average(tx, config.train.ema_decay)
 
@@ -177,18 +176,18 @@ def _draw_weights(config: RunConfig, folder: Path) -> None:
 
 
 def _types(config: RunConfig) -> dict[str, Any]:
-    """How the model of a run is made."""
+    """Options of the model of a run."""
     model = config.model
     types = {"dtype": model.dtype, "param_dtype": _storage(config), "remat": model.remat}
     return types | {"quantization": model.quantization, "trainable": model.trainable}
 
 
 def _storage(config: RunConfig) -> str:
-    # What moves is float32: full fine-tuning in bfloat16 would lose updates below its rounding.
+    # Trained weights are float32: full fine-tuning in bfloat16 would lose updates below its rounding.
     whole = config.adapter.kind == "none" and config.model.trainable is None
     return "float32" if whole else config.model.param_dtype
 
 
-def place(tree: Any, mesh: MeshPlan) -> Any:
-    """A pytree on the mesh's devices by the path rules."""
+def shard_tree(tree: Any, mesh: MeshPlan) -> Any:
+    """A pytree of arrays, put on the mesh's devices by their layouts."""
     return jax.tree.map(put_global, tree, mesh.shardings(tree))

@@ -15,7 +15,7 @@ from jaxft.methods import method_of
 from jaxft.methods.method import Method, Run
 from jaxft.objectives.loss import MethodState
 from jaxft.runs.build import abstract_model, build_model
-from jaxft.runs.scores import answer, figures
+from jaxft.runs.scores import answer, score_summary
 from jaxft.sharding.mesh import make_mesh_plan
 from jaxft.training.state import TrainState, divide
 
@@ -44,8 +44,8 @@ def evaluate(model: LoadedModel, tokenizer: Tokenizer, config: RunConfig) -> dic
     out: dict[str, Any] = {} if evaluator is None else dict(evaluator(state))
     out["eval_rows"] = len(data.eval_examples)
     if config.eval.metric:
-        answers = answer(model.module, tokenizer, data, config.eval)
-        out |= {"metric": config.eval.metric, **figures(answers, data.eval_references)}
+        answers = answer(model.module, tokenizer, data, config.eval, config.eval.metric)
+        out |= {"metric": config.eval.metric, **score_summary(answers, data.eval_references)}
     return out
 
 

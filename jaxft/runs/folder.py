@@ -20,8 +20,8 @@ from jaxft.files.run_folder import CHAT_TEMPLATE, CHECKPOINTS, CONFIG, DATA, SCO
 def open_run(config: RunConfig, data: Mapping[str, Any], template: str | None = None) -> None:
     """Makes the run's folder, with its config.json, data.json (`data`) and chat_template.jinja (`template`) in it.
 
-    Raises ConfigError where the folder holds a run of other settings, listing them, or of another chat template: going
-    on with it would mix two runs.
+    Raises ConfigError if the folder holds a run with other settings, listing them, or with another chat template:
+    resuming it would mix two runs.
     """
     folder = Path(config.output_dir)
     if (folder / CONFIG).is_file() and not _has_checkpoint(folder):
@@ -32,10 +32,10 @@ def open_run(config: RunConfig, data: Mapping[str, Any], template: str | None = 
         if template != chat_template(folder):
             raise ConfigError(
                 f"{folder} holds a run that was trained with another chat template, {folder / CHAT_TEMPLATE}. Set "
-                "output_dir to a new folder, or data.chat_template to that file's text to go on with that run."
+                "output_dir to a new folder, or data.chat_template to that file's text to resume that run."
             )
     elif folder.is_dir() and any(folder.iterdir()):
-        raise ConfigError(f"output_dir {folder} is not empty and holds no run; choose another folder")
+        raise ConfigError(f"output_dir {folder} is not empty and holds no run. Choose another folder.")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / CONFIG, config.to_dict())
     write_json(folder / DATA, data)
@@ -44,29 +44,29 @@ def open_run(config: RunConfig, data: Mapping[str, Any], template: str | None = 
 
 
 def chat_template(folder: str | os.PathLike[str]) -> str | None:
-    """The chat template that a run is trained with, or None."""
+    """The chat template that a run was trained with, or None."""
     path = Path(folder) / CHAT_TEMPLATE
     return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 def check_shared(folder: Path, seconds: float = 30.0) -> None:
-    """Raises ConfigError in a process that does not see the run folder in which process 0 has just written.
+    """Raises ConfigError in a process that does not see the run folder that process 0 has just written.
 
-    seconds: how long to wait, since network file systems show a new file late.
+    seconds: how long to wait, since network file systems may show a new file late.
     """
     until = time.monotonic() + seconds
     while not (folder / CONFIG).is_file():
         if time.monotonic() > until:
             raise ConfigError(
                 f"process {jax.process_index()} does not see {folder.absolute() / CONFIG}, which process 0 has "
-                "written: checkpoints and exports are written and read by all processes. Set output_dir to a folder "
+                "written. All processes write and read checkpoints and exports. Set output_dir to a folder "
                 "on storage that every host mounts, under the same path."
             )
         time.sleep(0.1)
 
 
 def run_config(folder: str | os.PathLike[str]) -> RunConfig:
-    """The config of a run folder. Raises ConfigError where it is none."""
+    """The config of a run folder. Raises ConfigError if it is not one."""
     path = Path(folder) / CONFIG
     if not path.is_file() or not is_run_folder(folder):
         raise ConfigError(f"{folder} is not a run folder: it lacks {CONFIG} or {CHECKPOINTS}/")
@@ -74,7 +74,7 @@ def run_config(folder: str | os.PathLike[str]) -> RunConfig:
 
 
 def fresh_subfolder(folder: Path, name: str) -> Path:
-    """An empty folder `name` for an export, replacing an earlier one."""
+    """An empty folder `name` for an export. An earlier one is deleted."""
     target = folder / name
     if target.exists():
         shutil.rmtree(target)
@@ -97,7 +97,7 @@ def _refuse_other_run(old: RunConfig, new: RunConfig, folder: Path) -> None:
         raise ConfigError(
             f"{folder} holds a run with other settings:\n  "
             + "\n  ".join(changed)
-            + "\nSet output_dir to a new folder, or give the old settings to go on with that run."
+            + "\nSet output_dir to a new folder, or restore the old settings to resume that run."
         )
 
 

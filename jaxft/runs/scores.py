@@ -1,4 +1,4 @@
-"""Answers by generation on held-out rows, scored and kept with a few samples."""
+"""Scores by generation on held-out rows, with samples."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,20 +10,21 @@ from jaxft.data.chat.reasoning import split_thoughts
 from jaxft.evaluation.scoring import Score, json_fields, score
 from jaxft.generation.settings import Sampling
 from jaxft.generation.tokens import generate_tokens
+from jaxft.nn.decoder import Decoder
 
 SAMPLES = 6
 
 
 @dataclass(frozen=True)
 class Answers:
-    """A score and the texts that it is of."""
+    """A score and the scored texts."""
 
     score: Score
     texts: tuple[str, ...]
 
 
-def answer(module: Any, tokenizer: Tokenizer, data: Prepared, config: EvalConfig) -> Answers:
-    """Greedy answers to the held-out prompts, scored by config.metric without their thoughts."""
+def answer(module: Decoder, tokenizer: Tokenizer, data: Prepared, config: EvalConfig, metric: str) -> Answers:
+    """Greedy answers to the held-out prompts, scored by a metric without their thoughts."""
     done = generate_tokens(
         module,
         data.eval_prompts,
@@ -32,19 +33,19 @@ def answer(module: Any, tokenizer: Tokenizer, data: Prepared, config: EvalConfig
         slots=min(config.batch_size, len(data.eval_prompts)),
     )
     texts = tuple(split_thoughts(tokenizer.decode(row.tokens))[1] for row in done)
-    return Answers(score(config.metric, texts, data.eval_references), texts)
+    return Answers(score(metric, texts, data.eval_references), texts)
 
 
-def figures(answers: Answers, references: Sequence[str]) -> dict[str, Any]:
-    """What scores.json and --json say of one set of answers."""
-    out = {"correct": answers.score.correct, "total": answers.score.total, "value": answers.score.value}
+def score_summary(answers: Answers, references: Sequence[str]) -> dict[str, Any]:
+    """The entry of one set of answers in scores.json and --json."""
+    out: dict[str, Any] = {"correct": answers.score.correct, "total": answers.score.total, "value": answers.score.value}
     if answers.score.metric.startswith("json"):
         out["fields"] = json_fields(answers.texts, references)
     return out
 
 
 def samples(tokenizer: Tokenizer, data: Prepared, base: Sequence[str], tuned: Answers) -> list[dict[str, Any]]:
-    """A few prompts with the reference and both answers: wrong ones first, since they teach more."""
+    """A few prompts with the reference and the answers before and after training, right and wrong ones."""
     order = sorted(range(len(tuned.texts)), key=lambda i: tuned.score.per_row[i])
     wrong = [i for i in order if not tuned.score.per_row[i]][: SAMPLES // 2]
     right = [i for i in order if tuned.score.per_row[i]][: SAMPLES - len(wrong)]

@@ -1,4 +1,4 @@
-"""A training run, from its config to its report."""
+"""`jaxft train`: a training run, from its config to its report."""
 
 # B batch, S sequence
 
@@ -29,7 +29,7 @@ from jaxft.runs.data_summary import data_summary, print_mixture
 from jaxft.runs.export import export_run
 from jaxft.runs.folder import check_shared, open_run
 from jaxft.runs.report import write_report
-from jaxft.runs.scores import answer, figures, samples
+from jaxft.runs.scores import answer, samples, score_summary
 from jaxft.sharding import distributed
 from jaxft.sharding.processes import is_primary, on_primary
 from jaxft.training.log import NoLog, RunLog
@@ -38,12 +38,11 @@ from jaxft.training.state import TrainState, divide, saved_part, with_saved
 
 
 def train(config: RunConfig, *, console: Console | None = None) -> dict[str, Any]:
-    """Trains, evaluates, exports and reports. The same call after an interruption goes on where it was.
+    """Trains, evaluates, exports and reports. The same call after an interruption resumes the run.
 
-    Returns the figures that `summary.json` in the run folder holds, with paths relative to it. Raises
-    a JaxftError before any weight is loaded for a config or data that would train silently wrong, and
-    errors.Preempted when SIGTERM stopped it after saving. With several processes, every one calls it with the
-    same config; process 0 alone writes and speaks.
+    Returns the content of `summary.json` in the run folder, with paths relative to it. Raises a JaxftError before any
+    weight is loaded for a config or data that would train silently wrong, and errors.Preempted if SIGTERM stopped it
+    after saving. With several processes, every one calls it with the same config; process 0 alone writes and prints.
     """
     console = (console or Console()) if is_primary() else Console(quiet=True)
     run = set_up(config)
@@ -57,15 +56,15 @@ def train(config: RunConfig, *, console: Console | None = None) -> dict[str, Any
     scores = on_primary(lambda: run_folder.read_json(run.folder / run_folder.SCORES, {}))
     if config.eval.metric and "base" not in scores:
         console.print(f"base model, {len(run.data.eval_prompts)} held-out rows, by generation ...", highlight=False)
-        base = answer(_base(loaded.module), run.tokenizer, run.data, config.eval)
-        scores = {"metric": config.eval.metric, "base": figures(base, run.data.eval_references)}
+        base = answer(_base(loaded.module), run.tokenizer, run.data, config.eval, config.eval.metric)
+        scores = {"metric": config.eval.metric, "base": score_summary(base, run.data.eval_references)}
         scores["base_answers"] = list(base.texts)
         on_primary(lambda: run_folder.write_json(run.folder / run_folder.SCORES, scores))
     held_out = _fit(run, loaded, console)
     if config.eval.metric:
         console.print(f"tuned model, {len(run.data.eval_prompts)} held-out rows, by generation ...", highlight=False)
-        tuned = answer(loaded.module, run.tokenizer, run.data, config.eval)
-        scores["tuned"] = figures(tuned, run.data.eval_references)
+        tuned = answer(loaded.module, run.tokenizer, run.data, config.eval, config.eval.metric)
+        scores["tuned"] = score_summary(tuned, run.data.eval_references)
         scores["samples"] = samples(run.tokenizer, run.data, scores["base_answers"], tuned)
         on_primary(lambda: run_folder.write_json(run.folder / run_folder.SCORES, scores))
     exports = export_run(loaded, run.tokenizer, config, run.folder, console, run.mesh)
@@ -89,7 +88,7 @@ def _base(module: Decoder) -> Decoder:
 
 
 def set_up(config: RunConfig) -> Run:
-    """Everything that can be refused without weights: data, devices, steps, the run folder."""
+    """Sets a run up and refuses what can be refused without weights: settings, data, devices, steps, the run folder."""
     method = method_of(config)
     tokenizer = tokenizer_of(config)
     model = abstract_model(config)
@@ -107,7 +106,7 @@ def set_up(config: RunConfig) -> Run:
 
 
 def describe(run: Run) -> str:
-    """What is about to happen, and its size."""
+    """The method, model, data and length of a run, in a few lines for people."""
     config, data = run.config, run.data.examination
     _, trainable, frozen = divide(run.model)
     trained, fixed = (sum(leaf.size for leaf in jax.tree.leaves(part)) for part in (trainable, frozen))

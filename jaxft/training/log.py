@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: metrics.jsonl, TensorBoard event files, and the console."""
+"""Run logging: metrics.jsonl, TensorBoard event files and the console."""
 
 import json
 import math
@@ -22,19 +22,19 @@ TIMING_KEYS = ("tokens_per_second", "step_seconds", "eval_seconds", "elapsed_sec
 
 
 class RunLog:
-    """Where the training loop writes its figures; use it as a context manager.
+    """Writes the metrics of a run; a context manager.
 
     folder: the run folder, made if absent. Gets `metrics.jsonl`, one JSON object a line, and
     `tensorboard/`, where tensorboardX is installed. Both use the keys of `metrics` as they are.
     total_steps: optimizer steps of the whole run.
-    resume_step: step of the checkpoint from which the run goes on; None starts the record anew.
-    Lines of later steps are cut off, since those steps are about to be taken again. So that no
-    line is lost to a kill, log step N before saving the checkpoint of step N.
-    console: where people read; None is standard output. A terminal gets a live line, anything
-    else (a pipe, CI, nohup) plain lines.
-    quiet: nothing on the console.
-    clock: seconds, from any origin; only the remaining time on the console is made of it.
-    Raises DataError where a metrics.jsonl to be continued is damaged before its last line.
+    resume_step: step of the checkpoint from which the run resumes; None starts a new record. Lines of later steps are
+    removed, since those steps will be taken again. So that a kill loses no line, log step N before saving the
+    checkpoint of step N.
+    console: where progress is shown; None is standard output. A terminal gets a live line, anything else (a pipe, CI,
+    nohup) plain lines.
+    quiet: shows nothing on the console.
+    clock: seconds since any origin, for the remaining time on the console.
+    Raises DataError if the metrics.jsonl of a resumed run is damaged before its last line.
     """
 
     def __init__(
@@ -63,22 +63,22 @@ class RunLog:
             self.note("no TensorBoard files: tensorboardX is not installed (pip install tensorboardX)")
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record the figures of optimizer step `step` (counted from 1), all finite numbers.
+        """Record the metrics of optimizer step `step` (counted from 1), all finite numbers.
 
-        Raises JaxftError on a NaN or infinite value: JSON has no word for them, and a null would hide a
-        run that has broken down. Raises TypeError on anything but a number, device arrays included.
+        Raises JaxftError for a NaN or infinite value: JSON cannot express them, and a null would hide that the run has
+        diverged. Raises TypeError for anything but a number, device arrays included.
         """
         row = self._record(step, metrics)
         self._screen.show(step, _headline(row) + self._remaining.after(step))
 
     def eval(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record held-out figures after optimizer step `step` (0: before training). Raises as `step` does."""
+        """Record held-out metrics after optimizer step `step` (0: before training). Raises as `step` does."""
         row = self._record(step, metrics)
-        figures = [f"{key} {value:.4f}" for key, value in row.items() if key != "step" and key not in TIMING_KEYS]
-        self._screen.print("  ".join([f"eval at step {step}", *figures]))
+        metrics_text = [f"{key} {value:.4f}" for key, value in row.items() if key != "step" and key not in TIMING_KEYS]
+        self._screen.print("  ".join([f"eval at step {step}", *metrics_text]))
 
     def note(self, text: str) -> None:
-        """One line for the reader at the console; it is not kept."""
+        """Print one line on the console; it is not recorded."""
         self._screen.print(text)
 
     def close(self) -> None:
@@ -106,16 +106,16 @@ class RunLog:
 
 
 class NoLog:
-    """The log of a process that keeps none, because another process of the run does."""
+    """The log of all processes but the first: it records nothing."""
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Nothing."""
+        pass
 
     def eval(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Nothing."""
+        pass
 
     def note(self, text: str) -> None:
-        """Nothing."""
+        pass
 
     def __enter__(self) -> Self:
         return self
@@ -125,13 +125,13 @@ class NoLog:
 
 
 def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The rows of a run folder's metrics.jsonl, oldest first; a torn last line is left out.
+    """The rows of a run folder's metrics.jsonl, oldest first; an incomplete last line is left out.
 
-    Raises DataError where the file is absent, or damaged before its last line.
+    Raises DataError if the file is absent, or damaged before its last line.
     """
     path = Path(folder) / METRICS
     if not path.is_file():
-        raise DataError(f"no {METRICS} in {str(folder)!r}: it is no run folder, or training never started there")
+        raise DataError(f"no {METRICS} in {str(folder)!r}: it is not a run folder, or training never started there")
     return _read(path)
 
 
@@ -155,29 +155,29 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def _cut(path: Path, resume_step: int | None) -> None:
-    """Leave in the file only what the checkpoint at resume_step had already seen."""
-    kept = [] if resume_step is None or not path.exists() else _read(path)
-    kept = [row for row in kept if row["step"] <= resume_step]
+    """Removes the lines of steps after the checkpoint at resume_step."""
+    rows = _read(path) if path.exists() else []
+    kept = [] if resume_step is None else [row for row in rows if row["step"] <= resume_step]
     # Atomic, so that a kill in this moment loses nothing.
     write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept))
 
 
 def _plain(key: str, value: Any, step: int) -> int | float:
-    """A Python number, of a Python or numpy one."""
+    """A Python number from a Python or numpy number."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"metric {key!r} at step {step} is a {type(value).__name__}, not a number; use jax.device_get")
     if isinstance(value, numbers.Integral):
         return int(value)
     if not math.isfinite(value):
         raise JaxftError(
-            f"metric {key!r} is {float(value)} at step {step}: training has left the range of numbers. "
+            f"metric {key!r} is {float(value)} at step {step}: training has diverged. "
             "Lower optim.learning_rate, set optim.clip_norm, or look at the rows of that step."
         )
     return float(value)
 
 
 def _open_board(folder: Path, first_step: int) -> "_Board | None":
-    """The TensorBoard writer, or None where tensorboardX is not installed."""
+    """The TensorBoard writer, or None if tensorboardX is not installed."""
     try:
         return _Board(folder, first_step)
     except ImportError:
@@ -215,7 +215,7 @@ class _Board:
 
 
 def _headline(row: Mapping[str, float]) -> list[str]:
-    """The few figures that people watch."""
+    """Loss, learning rate and speed, for the console."""
     parts = []
     if "loss" in row:
         parts.append(f"loss {row['loss']:.4f}")
@@ -235,7 +235,7 @@ class _Remaining:
         self._first: tuple[int, float] | None = None
 
     def after(self, step: int) -> list[str]:
-        """`["2:31 left"]`, or nothing where it cannot be told yet or no step is left."""
+        """`["2:31 left"]`, or [] if the pace is not known yet or no step is left."""
         now = self._clock()
         if self._first is None:
             self._first = (step, now)
@@ -265,21 +265,21 @@ class _PlainScreen:
 
 
 class _LiveScreen:
-    """One line that moves, for a terminal; other text scrolls away above it."""
+    """A progress line that stays at the bottom of a terminal; other text scrolls above it."""
 
     def __init__(self, console: Console, total_steps: int, done_steps: int) -> None:
         columns = (
             TextColumn("step {task.completed}/{task.total}"),
             BarColumn(bar_width=24),
-            TextColumn("{task.fields[figures]}", markup=False),
+            TextColumn("{task.fields[metrics_text]}", markup=False),
         )
         # Twice a second: the thread that draws takes its time from the training step.
         self._progress = Progress(*columns, console=console, refresh_per_second=2)
-        self._task = self._progress.add_task("train", total=total_steps, completed=done_steps, figures="compiling")
+        self._task = self._progress.add_task("train", total=total_steps, completed=done_steps, metrics_text="compiling")
         self._progress.start()
 
     def show(self, step: int, parts: list[str]) -> None:
-        self._progress.update(self._task, completed=step, figures="  ".join(parts))
+        self._progress.update(self._task, completed=step, metrics_text="  ".join(parts))
 
     def print(self, text: str) -> None:
         self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -19,7 +19,7 @@ from jaxft.checkpoint.peft.lora import fields
 from jaxft.checkpoint.tensors import SafetensorsFolder, TensorSpec
 from jaxft.config import AdapterConfig, MeshConfig, resolve
 from jaxft.errors import CheckpointError, ModelError
-from jaxft.runs.build import abstract_of, place
+from jaxft.runs.build import abstract_of, shard_tree
 from jaxft.sharding.mesh import make_mesh_plan
 from jaxft.training.state import divide
 
@@ -70,7 +70,7 @@ def gradient(mesh=None):
     compute = jax.value_and_grad(total)
     if mesh is None:
         return jax.jit(compute)(trainable, frozen, TOKENS)
-    given = place(trainable, mesh), place(frozen, mesh), jax.device_put(TOKENS, mesh.batch_sharding())
+    given = shard_tree(trainable, mesh), shard_tree(frozen, mesh), jax.device_put(TOKENS, mesh.batch_sharding())
     return jax.jit(mesh.within(compute))(*given)
 
 

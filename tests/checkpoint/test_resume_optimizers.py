@@ -10,7 +10,7 @@ from jaxft.checkpoint.resume import RunCheckpoints
 from jaxft.config import AdamWConfig, ApolloConfig, MeshConfig, OptimConfig, choices
 from jaxft.optim.averages import with_average
 from jaxft.optim.make import make_optimizer
-from jaxft.runs.build import place
+from jaxft.runs.build import shard_tree
 from jaxft.sharding.mesh import make_mesh_plan
 
 SHAPES = {
@@ -49,8 +49,8 @@ def bits(tree):
 @pytest.mark.parametrize(("name", "moments_dtype"), KINDS, ids=[" ".join(kind).strip() for kind in KINDS])
 def test_resumed_equals_uninterrupted(name, moments_dtype, tmp_path):
     tx, plan = optimizer(name, moments_dtype), make_mesh_plan(MeshConfig(fsdp=4, tensor=2))
-    params = place(drawn(0), plan)
-    state = place({"trainable": params, "opt_state": tx.init(params)}, plan)
+    params = shard_tree(drawn(0), plan)
+    state = shard_tree({"trainable": params, "opt_state": tx.init(params)}, plan)
     shardings = jax.tree.map(lambda x: x.sharding, state)
 
     @jax.jit
@@ -61,12 +61,12 @@ def test_resumed_equals_uninterrupted(name, moments_dtype, tmp_path):
 
     step = plan.within(step)
     for number in (1, 2):
-        state = step(state, place(drawn(number), plan))
+        state = step(state, shard_tree(drawn(number), plan))
     with RunCheckpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(2, state, {})
         restored, _ = checkpoints.restore(jax.eval_shape(lambda: state))
     restored = jax.device_put(restored, shardings)
     assert bits(restored) == bits(state)
-    later = place(drawn(3), plan)
+    later = shard_tree(drawn(3), plan)
     assert bits(step(restored, later)) == bits(step(state, later))
     assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(state["trainable"]))

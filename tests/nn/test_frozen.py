@@ -16,7 +16,7 @@ from jaxft.nn.linear import Linear
 from jaxft.nn.quantized import has_quantized_kernels, kernels
 from jaxft.objectives.sft import sft_loss
 from jaxft.quant import FORMATS, QuantizedArray, dense
-from jaxft.runs.build import attach_adapter, place
+from jaxft.runs.build import attach_adapter, shard_tree
 from jaxft.sharding.mesh import make_mesh_plan
 from jaxft.training.state import divide
 
@@ -64,7 +64,7 @@ def gradient(model, mesh=None):
     compute = jax.value_and_grad(total)
     if mesh is None:
         return jax.jit(compute)(trainable, frozen, batch())
-    given = place(trainable, mesh), place(frozen, mesh), jax.device_put(batch(), mesh.batch_sharding())
+    given = shard_tree(trainable, mesh), shard_tree(frozen, mesh), jax.device_put(batch(), mesh.batch_sharding())
     return jax.jit(mesh.within(compute))(*given)
 
 
@@ -117,7 +117,7 @@ def test_codes_travel_and_not_what_they_mean():
     def total(trainable, frozen, rows):
         return sft_loss(nnx.merge(graphdef, trainable, frozen), rows, None).total
 
-    given = place(trainable, mesh), place(frozen, mesh), jax.device_put(batch(), mesh.batch_sharding())
+    given = shard_tree(trainable, mesh), shard_tree(frozen, mesh), jax.device_put(batch(), mesh.batch_sharding())
     text = jax.jit(mesh.within(jax.grad(total))).lower(*given).compile().as_text()
     gathered = [array for array, _ in collectives(parse(text), "all-gather", 8)]
     # Seven kernels forward and seven backward, in one body of a loop each.

@@ -11,6 +11,6 @@ def test_thoughts_do_not_count(monkeypatch):
     monkeypatch.setattr(scores, "generate_tokens", lambda *a, **k: [SimpleNamespace(tokens=text) for text in said])
     data = SimpleNamespace(eval_prompts=[[0]] * 4, eval_references=["4"] * 4)
     tokenizer = SimpleNamespace(decode=lambda tokens: tokens, stop_ids=frozenset())
-    answers = scores.answer(None, tokenizer, data, EvalConfig(metric="exact_match"))
+    answers = scores.answer(None, tokenizer, data, EvalConfig(), "exact_match")
     assert answers.texts == ("4", "4", " 4", "<think>4")  # thoughts that never end are no answer
     assert answers.score.correct == 3

@@ -18,7 +18,7 @@ from jaxft.objectives.sft import sft_loss
 from jaxft.optim.make import make_optimizer, make_schedule
 from jaxft.optim.parameters import is_hidden
 from jaxft.optim.rates import scale_by_parameter
-from jaxft.runs.build import place
+from jaxft.runs.build import shard_tree
 from jaxft.sharding.mesh import make_mesh_plan
 from jaxft.training.state import create, divide
 from jaxft.training.step import make_train_step
@@ -58,7 +58,7 @@ def gradient(kind, batch, mesh=None):
     compute = jax.grad(total, has_aux=True)
     if mesh is None:
         return jax.jit(compute)(trainable, frozen, batch)
-    given = place(trainable, mesh), place(frozen, mesh), jax.device_put(batch, mesh.batch_sharding())
+    given = shard_tree(trainable, mesh), shard_tree(frozen, mesh), jax.device_put(batch, mesh.batch_sharding())
     return jax.jit(mesh.within(compute))(*given)
 
 

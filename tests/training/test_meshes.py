@@ -16,7 +16,7 @@ from jaxft.config import AdapterConfig, MeshConfig
 from jaxft.data.batch import Batch
 from jaxft.objectives import vocabulary
 from jaxft.objectives.sft import sft_loss
-from jaxft.runs.build import attach_adapter, place
+from jaxft.runs.build import attach_adapter, shard_tree
 from jaxft.sharding.mesh import make_mesh_plan
 from jaxft.training.state import divide
 
@@ -89,7 +89,7 @@ def loss_and_gradient(vocab, kind, mesh=None):
     if mesh is None:
         (_, sums), grad = jax.jit(compute)(trainable, frozen, batch)
         return sums, grad
-    given = place(trainable, mesh), place(frozen, mesh), jax.device_put(batch, mesh.batch_sharding())
+    given = shard_tree(trainable, mesh), shard_tree(frozen, mesh), jax.device_put(batch, mesh.batch_sharding())
     (_, sums), grad = jax.jit(mesh.within(compute))(*given)
     return sums, grad
 

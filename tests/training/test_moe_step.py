@@ -16,7 +16,7 @@ from jaxft.hardware.hlo import parse
 from jaxft.objectives.router import RouterCoefficients
 from jaxft.objectives.sft import sft_loss
 from jaxft.optim.make import make_optimizer, make_schedule
-from jaxft.runs.build import place
+from jaxft.runs.build import shard_tree
 from jaxft.sharding.mesh import make_mesh_plan
 from jaxft.training.state import create
 from jaxft.training.step import make_train_step
@@ -72,7 +72,7 @@ def on_one_device():
 def test_eight_devices_equal_one(mesh, remat):
     plan = make_mesh_plan(mesh)
     step, start = setup(SIZES, remat=remat)
-    state = place(start(), plan)
+    state = shard_tree(start(), plan)
     batch = jax.device_put(make_batch(), plan.batch_sharding())
     out, metrics = jax.jit(plan.within(step))(state, batch)
     expected, expected_metrics = on_one_device()

@@ -17,7 +17,7 @@ from jaxft.data.batch import Example
 from jaxft.data.loader import Loader
 from jaxft.objectives.sft import sft_loss
 from jaxft.optim.make import make_optimizer, make_schedule
-from jaxft.runs.build import attach_adapter, place
+from jaxft.runs.build import attach_adapter, shard_tree
 from jaxft.sharding.mesh import make_mesh_plan
 from jaxft.training.state import create, divide
 from jaxft.training.step import make_eval_step, make_train_step
@@ -126,7 +126,7 @@ def test_eight_devices_equal_one(kind):
     for data, fsdp in {"full": [(2, 4)], "lora": [(8, 1), (1, 8), (2, 4)]}[kind]:
         plan = make_mesh_plan(MeshConfig(data=data, fsdp=fsdp))
         step, state = setup(kind, optim=optim)
-        state = place(state, plan)
+        state = shard_tree(state, plan)
         out, metrics = step(state, jax.device_put(batch, plan.batch_sharding()))
         assert_same(out.trainable, expected.trainable, 1e-6)
         assert_same(metrics, expected_metrics, 1e-5)
@@ -149,7 +149,7 @@ def test_the_step_is_traced_and_compiled_once(caplog):
     attach_adapter(module, ADAPTERS["lora"], 0)
     plan = make_mesh_plan(MeshConfig(data=2, fsdp=4))
     graphdef, state = create(module, tx, seed=0)
-    state = place(jax.tree.map(jnp.copy, state), plan)
+    state = shard_tree(jax.tree.map(jnp.copy, state), plan)
     step = jax.jit(make_train_step(graphdef, counted, tx, schedule), donate_argnums=0)
     losses = []
     with jax.log_compiles(), caplog.at_level("WARNING", logger="jax"):
