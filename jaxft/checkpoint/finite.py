@@ -11,7 +11,7 @@ CHUNK = 2**16  # elements looked at together: they and their copy fit a core's c
 INFINITY = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F80_0000, "float64": 0x7FF0_0000_0000_0000}
 
 
-class Finite:
+class FiniteSource:
     """A source whose every block is checked as it is read. Raises CheckpointError naming the tensor, with counts."""
 
     def __init__(self, source: TensorSource) -> None:

@@ -13,8 +13,8 @@ import numpy as np
 from flax import nnx
 
 from jaxft.adapters.attach import mergings
-from jaxft.checkpoint.finite import Finite
-from jaxft.checkpoint.quantized.bitsandbytes import FourBit
+from jaxft.checkpoint.finite import FiniteSource
+from jaxft.checkpoint.quantized.bitsandbytes import NF4Source
 from jaxft.checkpoint.quantized.on_load import quantized_array
 from jaxft.checkpoint.safetensors_writer import Index, LazyTensor, gather_sharded, write_sharded
 from jaxft.checkpoint.tensors import TensorSource, TensorSpec, block_bounds
@@ -59,7 +59,7 @@ def load_weights(
     leaves, treedef = flatten(state, is_quantized)
     table = param_tensors(model)
     check_tensors(leaves, table, source)
-    codes, source = source if isinstance(source, FourBit) else None, Finite(source)
+    codes, source = source if isinstance(source, NF4Source) else None, FiniteSource(source)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     arrays = []
     for path, leaf in leaves.items():

@@ -20,7 +20,7 @@ from jaxft.checkpoint.hf import load_weights
 from jaxft.checkpoint.peft import read_adapter
 from jaxft.checkpoint.peft.folder import CONFIG
 from jaxft.checkpoint.quantized import bitsandbytes
-from jaxft.checkpoint.quantized.mxfp4 import Unpacked, is_packed
+from jaxft.checkpoint.quantized.mxfp4 import MXFP4Source, is_packed
 from jaxft.checkpoint.tensors import SafetensorsFolder, TensorSource
 from jaxft.checkpoint.text_part import TextPart
 from jaxft.errors import CheckpointError, ModelError
@@ -151,9 +151,9 @@ def open_weights(path: str) -> tuple[dict[str, Any], TensorSource, dict[str, Any
     hf_config, source = _config_and_part(path)
     generation = os.path.join(path, "generation_config.json")
     if source is None:
-        source = orbax_folder.OrbaxFolder(path) if orbax_folder.is_one(path) else SafetensorsFolder(path)
-    source = Unpacked(source) if is_packed(hf_config) else source
-    source = bitsandbytes.FourBit(source) if bitsandbytes.is_packed(source) else source
+        source = orbax_folder.OrbaxFolder(path) if orbax_folder.is_orbax_folder(path) else SafetensorsFolder(path)
+    source = MXFP4Source(source) if is_packed(hf_config) else source
+    source = bitsandbytes.NF4Source(source) if bitsandbytes.is_packed(source) else source
     if fused_experts.is_fused(hf_config.get("model_type"), source):
         source = fused_experts.SingleExperts(source, hf_config["model_type"])
     return hf_config, source, read_json(generation) if is_file(generation) else None

@@ -29,7 +29,7 @@ PARAMS = "params"
 CONCURRENT_GB = 2  # in flight while saving, beyond the arrays themselves
 
 
-def is_one(path: str | os.PathLike[str]) -> bool:
+def is_orbax_folder(path: str | os.PathLike[str]) -> bool:
     """Whether a local folder is an Orbax model as written here."""
     return os.path.isdir(os.path.join(path, PARAMS)) and os.path.isfile(os.path.join(path, "config.json"))
 

@@ -18,10 +18,10 @@ from rich.console import Console
 
 from jaxft import models
 from jaxft.checkpoint import hf
-from jaxft.checkpoint.finite import Finite, all_finite
-from jaxft.checkpoint.gguf.write import written_bytes as gguf_bytes
+from jaxft.checkpoint.finite import FiniteSource, all_finite
+from jaxft.checkpoint.gguf.write import gguf_bytes as gguf_bytes
 from jaxft.checkpoint.load import base_of, left_out, open_weights, resolve
-from jaxft.checkpoint.merged import Merged
+from jaxft.checkpoint.merged import MergedSource
 from jaxft.checkpoint.peft.folder import CONFIG, AdapterTensors
 from jaxft.checkpoint.safetensors_writer import Index, LazyTensor
 from jaxft.checkpoint.tensors import TensorSource, TensorSpec
@@ -170,7 +170,7 @@ def _origin(named: str, revision: str | None, *, merge: bool) -> Origin:
     hf_config, source, generation = open_weights(path)
     expected, without = _check_against_config(hf_config, source), left_out(source)
     own = {name: spec.dtype for name, spec in source.specs().items() if name in expected}
-    source = Finite(source if adapter is None or not merge else Merged(source, adapter))
+    source = FiniteSource(source if adapter is None or not merge else MergedSource(source, adapter))
     return Origin(
         path=adapter or path,
         hf_config=hf_config,

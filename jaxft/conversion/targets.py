@@ -55,7 +55,7 @@ def check_hf(target: Target, tensors: Mapping[str, LazyTensor], source: str) -> 
         return {"tensors": "bitwise", "logits": f"not compared: {size / 1e9:.1f} billion parameters"}
     # float16 rounds finer than bfloat16, whose allowance is known.
     stored = "float32" if target.dtype == "float32" else "bfloat16"
-    checks = check_export(load_model(source), str(target.folder), stored=stored)
+    checks = check_export(load_model(source), str(target.folder), dtype=stored)
     return {"tensors": "bitwise", "logits": {check.reader: check.difference for check in checks}}
 
 

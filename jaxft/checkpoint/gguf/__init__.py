@@ -21,9 +21,9 @@ from jaxft.checkpoint.gguf.names import (
     WHOLE,
     Family,
     expert_count,
+    gguf_modules,
     has_shifted_norm,
     heads_interleaved,
-    places,
     shapes,
 )
 from jaxft.checkpoint.tensors import TensorSpec, block_bounds
@@ -114,7 +114,7 @@ def _named_tensors(header: GGUFHeader, family: Family, config: Any) -> dict[str,
     expected: dict[str, tuple[int, ...]] = {}
     names: dict[str, list[str]] = {}  # Hugging Face's, of each tensor of the file: several where it holds experts
     wanted = shapes(family, config)
-    for module, place in places(family, config.num_hidden_layers, expert_count(family, config)).items():
+    for module, place in gguf_modules(family, config.num_hidden_layers, expert_count(family, config)).items():
         shape = wanted[place.part]
         suffixes = ("weight", "bias") if len(shape) == 2 and place.part not in WHOLE else ("weight",)
         for suffix in suffixes:

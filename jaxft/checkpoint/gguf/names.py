@@ -153,7 +153,7 @@ class GGUFModule(NamedTuple):
     expert: int | None = None
 
 
-def places(family: Family, layers: int, experts: int = 0) -> dict[str, GGUFModule]:
+def gguf_modules(family: Family, layers: int, experts: int = 0) -> dict[str, GGUFModule]:
     """Hugging Face's name of every module -> its place, both without `.weight` or `.bias`; experts in order."""
     found = {theirs: GGUFModule(ours, ours) for ours, theirs in WHOLE.items()}
     for n in range(layers):

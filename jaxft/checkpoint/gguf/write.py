@@ -22,10 +22,10 @@ from jaxft.checkpoint.gguf.names import (
     Family,
     GGUFModule,
     expert_count,
+    gguf_modules,
     has_shifted_norm,
     heads_interleaved,
     interleave,
-    places,
 )
 from jaxft.checkpoint.gguf.settings import family_of, model_metadata, rope_vectors
 from jaxft.checkpoint.peft.folder import CONFIG, PREFIX, AdapterTensors
@@ -65,13 +65,13 @@ def write_gguf(
     }
     merged = _merged(family, models.config_from_hf(hf_config), tensors, kind)
     vectors = {
-        vector: _Merged(kind=F32, shape=values.shape, parts=(lambda values=values: values,))
+        vector: _FileTensor(kind=F32, shape=values.shape, parts=(lambda values=values: values,))
         for vector, values in rope_vectors(hf_config).items()
     }
     _write(GGUFWriter(path, family.arch), metadata | dict(tokenizer), merged | vectors)
 
 
-def written_bytes(tensors: Mapping[str, LazyTensor], hf_config: Mapping[str, Any], dtype: str) -> int:
+def gguf_bytes(tensors: Mapping[str, LazyTensor], hf_config: Mapping[str, Any], dtype: str) -> int:
     """Size of the tensors in a file of that type. Raises ExportError for a family that has no place in one."""
     merged = _merged(family_of(hf_config), models.config_from_hf(hf_config), tensors, _kind(dtype))
     return sum(tensor.nbytes for tensor in merged.values())
@@ -96,7 +96,7 @@ def write_gguf_adapter(path: str, folder: str, hf_config: Mapping[str, Any], *, 
     if beyond:
         raise ExportError(f"{folder} has {', '.join(beyond)}, which llama.cpp's adapters do not have: merge it instead")
     source, family, config = AdapterTensors(folder), family_of(hf_config), models.config_from_hf(hf_config)
-    names = places(family, config.num_hidden_layers)
+    names = gguf_modules(family, config.num_hidden_layers)
     # llama.cpp divides alpha by the rank; the rank-stabilised form divides by its root.
     alpha = settings.alpha * (math.sqrt(settings.r) if settings.use_rslora else 1.0)
     lazy, unknown = {}, []
@@ -106,7 +106,7 @@ def write_gguf_adapter(path: str, folder: str, hf_config: Mapping[str, Any], *, 
             unknown.append(key)
             continue
         heads = heads_interleaved(family, module, config) if part == "B" else 0
-        lazy[f"{names[module].name}.weight.lora_{part.lower()}"] = _Merged(
+        lazy[f"{names[module].name}.weight.lora_{part.lower()}"] = _FileTensor(
             kind=kind,
             shape=spec.shape,
             parts=(lambda key=key, heads=heads: _encode(key, source.read(key), heads, kind),),
@@ -152,7 +152,7 @@ def _kind_of(spec: TensorSpec, kind: GGMLQuantizationType, part: str) -> GGMLQua
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Merged:
+class _FileTensor:
     """A tensor of the file and what makes the bytes of its parts, one after another: those of experts, or just one."""
 
     kind: GGMLQuantizationType
@@ -172,10 +172,10 @@ class _Merged:
 
 def _merged(
     family: Family, config: Any, tensors: Mapping[str, LazyTensor], kind: GGMLQuantizationType
-) -> dict[str, _Merged]:
+) -> dict[str, _FileTensor]:
     """The tensors of the file, by name, of those under Hugging Face names."""
     count = expert_count(family, config)
-    found = places(family, config.num_hidden_layers, count)
+    found = gguf_modules(family, config.num_hidden_layers, count)
     unknown = [hf for hf in tensors if hf.rpartition(".")[0] not in found]
     if unknown:
         raise ExportError(f"{len(unknown)} tensors have no name in GGUF's {family.arch}, among them {unknown[:3]}")
@@ -188,7 +188,7 @@ def _merged(
         members.sort(key=lambda member: member[0])
         (_, first, place), spec = members[0], tensors[members[0][1]][0]
         each = _kind_of(spec, kind, place.part)
-        merged[name] = _Merged(
+        merged[name] = _FileTensor(
             kind=each,
             shape=spec.shape if place.expert is None else (count, *spec.shape),
             parts=tuple(_encoder(family, config, hf, tensors[hf][1], each) for _, hf, _ in members),
@@ -216,7 +216,7 @@ def _encode(name: str, array: np.ndarray, heads: int, kind: GGMLQuantizationType
     return quantize(np.ascontiguousarray(values), kind)
 
 
-def _write(writer: GGUFWriter, metadata: Mapping[str, Any], tensors: Mapping[str, _Merged]) -> None:
+def _write(writer: GGUFWriter, metadata: Mapping[str, Any], tensors: Mapping[str, _FileTensor]) -> None:
     add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
     for key, value in metadata.items():
         add.get(type(value), writer.add_array)(key, value)

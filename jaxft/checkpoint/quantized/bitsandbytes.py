@@ -52,7 +52,7 @@ def is_packed(source: TensorSource) -> bool:
     return any(name.endswith(STATE) for name in source.specs())
 
 
-class FourBit:
+class NF4Source:
     """A source whose packed tensors appear in their own shape and type.
 
     Raises CheckpointError listing those whose parts are missing or do not fit each other, before any weight is read.
@@ -123,7 +123,7 @@ class FourBit:
         return dynamic_map(signed=True)[scales_ON] * largest[groups].reshape(scales_ON.shape) + mean
 
 
-def stored_nf4(source: FourBit, name: str, lies: Sharding) -> NF4:
+def load_nf4(source: NF4Source, name: str, lies: Sharding) -> NF4:
     """A kernel [I, O] code for code as the file has it, on this process's devices. lies: of the kernel."""
     outputs, inputs = source.specs()[name].shape
 

@@ -31,7 +31,7 @@ def is_packed(hf_config: Mapping[str, Any]) -> bool:
     return isinstance(given, Mapping) and given.get("quant_method") == "mxfp4"
 
 
-class Unpacked:
+class MXFP4Source:
     """A source whose packed tensors, [E, O, G, B] and [E, O, G] bytes, appear as one [E, I, O] bfloat16 tensor.
 
     Every number of the format is one of bfloat16, so nothing is rounded; scales near the end of the range give

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
-from jaxft.checkpoint.quantized.bitsandbytes import FourBit, stored_nf4
+from jaxft.checkpoint.quantized.bitsandbytes import NF4Source, load_nf4
 from jaxft.checkpoint.tensors import TensorSource
 from jaxft.models.tensor_map import ParamTensors, Piece
 from jaxft.quant import Format, QuantizedArray
@@ -29,7 +29,7 @@ def quantized_array(
     shardings: QuantizedArray,
     format: Format,
     read: Read,
-    codes: FourBit | None = None,
+    codes: NF4Source | None = None,
 ) -> QuantizedArray:
     """One of our kernels, quantised. leaf: abstract. shardings: of every array in it. read: of a dense array.
 
@@ -49,7 +49,7 @@ def quantized_array(
         shape = leaf.shape[1:] if stacked else leaf.shape
         lies = _of_layer(spread[0], shape, leaf.ndim)
         if codes is not None and isinstance(leaf, NF4) and len(inside) == 1 and codes.packed(inside[0].hf):
-            found, change = stored_nf4(codes, inside[0].hf, lies), _double if format.name == "nf4-dq" else _single
+            found, change = load_nf4(codes, inside[0].hf, lies), _double if format.name == "nf4-dq" else _single
         else:
             part = ParamTensors(placed.path, placed.transform, tuple(Piece(piece.hf, piece.at[1:]) for piece in inside))
             dtype = jnp.promote_types(source.specs()[inside[0].hf].dtype, jnp.bfloat16)
