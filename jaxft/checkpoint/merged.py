@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxft.checkpoint.hf import TIED_HEAD
 from jaxft.checkpoint.peft import kind_of, saved_modules, whole_keys
-from jaxft.checkpoint.peft.folder import CONFIG, PREFIX, AdapterTensors
+from jaxft.checkpoint.peft.folder import CONFIG, PREFIX, AdapterTensors, PeftSource
 from jaxft.checkpoint.tensors import TensorSource, TensorSpec, block_bounds
 from jaxft.errors import CheckpointError, ModelError
 from jaxft.files.paths import read_json
@@ -31,7 +31,7 @@ class MergedSource:
                 f"{self.path} has peft_type {kind.PEFT_TYPE}, which does not change the base's weights: it cannot be "
                 "merged. Serve the folder on its base."
             )
-        source = AdapterTensors(self.path)
+        source: PeftSource = AdapterTensors(self.path)
         if hasattr(kind, "normalize"):
             config, source = kind.normalize(config, source, base.specs())
         tied = TIED_HEAD not in base.specs()
@@ -64,10 +64,11 @@ class MergedSource:
 
 
 def _whole_tensors(
-    base: TensorSource, source: AdapterTensors, whole: Iterable[str]
+    base: TensorSource, source: PeftSource, whole: Iterable[str]
 ) -> dict[str, Callable[[tuple[slice, ...] | None], np.ndarray]]:
     """How to read the tensors that were trained in full, by the base's names for them."""
-    specs, out = base.specs(), {}
+    specs = base.specs()
+    out: dict[str, Callable[[tuple[slice, ...] | None], np.ndarray]] = {}
     for key in whole:
         name = key.removeprefix(PREFIX)
         shape = source.specs()[key].shape
@@ -77,5 +78,5 @@ def _whole_tensors(
     return out
 
 
-def _float32(source: AdapterTensors, key: str, index: tuple[slice, ...] | None) -> np.ndarray:
+def _float32(source: PeftSource, key: str, index: tuple[slice, ...] | None) -> np.ndarray:
     return source.read(key, index).astype(np.float32)

@@ -21,7 +21,7 @@ from jaxft.errors import CheckpointError, did_you_mean
 MAX_HEADER_BYTES = 2**28  # vocabularies of 262,144 tokens take about 10 MB
 _DEFAULT_ALIGNMENT = 32
 
-_SCALARS = {
+_SCALARS: dict[int, str] = {
     GGUFValueType.UINT8: "<u1",
     GGUFValueType.INT8: "<i1",
     GGUFValueType.UINT16: "<u2",

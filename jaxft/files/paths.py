@@ -198,7 +198,7 @@ def copy_small_files(path: str, target: str) -> None:
 def pread(path: str, ranges: Ranges) -> np.ndarray:
     """The bytes of (offset, length) ranges of a file, concatenated, as uint8 in fresh memory."""
     out = np.empty(sum(length for _, length in ranges), np.uint8)
-    view, done = memoryview(out), 0
+    view, done = out.data, 0
     descriptor = os.open(path, os.O_RDONLY)
     try:
         for offset, length in ranges:

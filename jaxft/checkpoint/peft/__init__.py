@@ -30,12 +30,13 @@ from flax import nnx
 from jaxft.adapters.attach import adapters, virtual
 from jaxft.adapters.saved import train_whole
 from jaxft.checkpoint.hf import EMBEDDING, TIED_HEAD, param_tensors, read_json
-from jaxft.checkpoint.peft.folder import CONFIG, PREFIX, WEIGHTS, AdapterTensors, PeftTensor, saved_tensors
+from jaxft.checkpoint.peft.folder import CONFIG, PREFIX, WEIGHTS, AdapterTensors, PeftSource, PeftTensor, saved_tensors
 from jaxft.checkpoint.safetensors_writer import Index, LazyTensor, gather_sharded, write_safetensors
 from jaxft.checkpoint.tensors import TensorSpec
 from jaxft.errors import CheckpointError, ModelError, did_you_mean, listed
 from jaxft.files.atomic import write_text
 from jaxft.models.nested import nested_module, peft_targets, text_name
+from jaxft.nn.decoder import Decoder
 from jaxft.sharding.arrays import to_host
 from jaxft.sharding.processes import is_primary
 from jaxft.trees import flatten
@@ -60,21 +61,21 @@ def kind_of(config: Mapping[str, Any]) -> ModuleType:
     return kinds()[kind]
 
 
-def check_writable(model: nnx.Module) -> None:
+def check_writable(model: Decoder) -> None:
     """Raises ModelError if PEFT's folders have no form for the adapters of a model, which may be abstract."""
     kind = _only_kind(model)
     if kind is not None:
         kind.adapter_config_fields(model)
 
 
-def _only_kind(model: nnx.Module) -> ModuleType | None:
+def _only_kind(model: Decoder) -> ModuleType | None:
     kind_names = sorted({adapter.peft_type for adapter in (adapters(model) | virtual(model)).values()})
     if len(kind_names) > 1:
         raise ModelError(f"the model has adapters of {' and '.join(kind_names)}: a PEFT folder holds one kind")
     return kinds()[kind_names[0]] if kind_names else None
 
 
-def write_adapter(model: nnx.Module, folder: str, *, base: str, nested: bool = False) -> None:
+def write_adapter(model: Decoder, folder: str, *, base: str, nested: bool = False) -> None:
     """Writes the model's adapters as a PEFT folder.
 
     base: the value of base_model_name_or_path. nested: whether `base` is a model that takes images too, in which
@@ -87,7 +88,8 @@ def write_adapter(model: nnx.Module, folder: str, *, base: str, nested: bool = F
     os.makedirs(folder, exist_ok=True)
     model = kind.plain_model(model) if hasattr(kind, "plain_model") else model
     leaves, _ = flatten(nnx.state(model))
-    whole, parts = tuple(saved_tensors(model)), {}
+    whole = tuple(saved_tensors(model))
+    parts: dict[str, list[PeftTensor]] = {}
     for part in (*kind.peft_tensors(model), *whole):
         parts.setdefault(_nested_key(part.key) if nested else part.key, []).append(part)
     tensors = {key: _lazy(leaves, of_key) for key, of_key in parts.items()}
@@ -111,14 +113,15 @@ def write_adapter(model: nnx.Module, folder: str, *, base: str, nested: bool = F
     write_text(os.path.join(folder, CONFIG), json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def read_adapter(model: nnx.Module, folder: str) -> tuple[str, ...]:
+def read_adapter(model: Decoder, folder: str) -> tuple[str, ...]:
     """Attaches a PEFT folder's adapters to a model and returns the paths of the layers that got one.
 
     Raises ModelError for settings that are not implemented, and CheckpointError listing every tensor that is missing,
     unexpected or misshapen (a wrong prefix would otherwise leave the base model as it was).
     """
     config = read_json(os.path.join(folder, CONFIG))
-    kind, source = kind_of(config), AdapterTensors(folder)
+    kind = kind_of(config)
+    source: PeftSource = AdapterTensors(folder)
     if hasattr(kind, "normalize"):
         base = {piece.hf for param in param_tensors(model).values() for piece in param.pieces}
         config, source = kind.normalize(config, source, base)
@@ -127,14 +130,14 @@ def read_adapter(model: nnx.Module, folder: str) -> tuple[str, ...]:
     specs = {key: spec for key, spec in source.specs().items() if key not in copies}
     whole = whole_keys(source, names, folder, tied=model.lm_head is None)
 
-    def attach(model: nnx.Module) -> tuple[str, ...]:
+    def attach(model: Decoder) -> tuple[str, ...]:
         given = {key: spec for key, spec in specs.items() if key not in whole}
         paths = kind.attach_to(model, config, given, folder)
         if whole:
             train_whole(model, sorted({_our_module(model, module, folder) for module in whole.values()}))
         return paths
 
-    def with_adapters() -> nnx.Module:
+    def with_adapters() -> Decoder:
         copy = nnx.merge(*nnx.split(model))
         attach(copy)
         return copy
@@ -174,14 +177,14 @@ def saved_modules(config: Mapping[str, Any], *, tied: bool, folder: str) -> tupl
     return (*names, "embed_tokens", "lm_head") if tied and tied_names else names
 
 
-def whole_keys(source: AdapterTensors, names: tuple[str, ...], folder: str, *, tied: bool) -> dict[str, str]:
+def whole_keys(source: PeftSource, names: tuple[str, ...], folder: str, *, tied: bool) -> dict[str, str]:
     """Key -> module of the tensors of modules that were trained in full. names: from `saved_modules`.
 
     Raises CheckpointError for a name without a tensor, and if the two tensors of a tied table differ.
     """
     modules = {key: key.removeprefix(PREFIX).rpartition(".")[0] for key in source.specs()}
     both = [PREFIX + name for name in (EMBEDDING, TIED_HEAD) if PREFIX + name in modules]
-    if tied and len(both) == 2 and not np.array_equal(*map(source.read, both)):
+    if tied and len(both) == 2 and not np.array_equal(source.read(both[0]), source.read(both[1])):
         raise CheckpointError(f"{folder}: {' and '.join(both)} differ, but in the base they are one tensor")
     for name in names:
         if not any(module.endswith(name) for module in modules.values()):
@@ -189,7 +192,7 @@ def whole_keys(source: AdapterTensors, names: tuple[str, ...], folder: str, *, t
     return {key: module for key, module in modules.items() if names and module.endswith(names)}
 
 
-def _our_module(model: nnx.Module, module: str, folder: str) -> str:
+def _our_module(model: Decoder, module: str, folder: str) -> str:
     if module == "lm_head" and model.lm_head is None:
         return "embed_tokens"
     for path, param in param_tensors(model).items():
@@ -218,7 +221,7 @@ def _check(
         raise CheckpointError(f"the adapter in {folder} does not fit the model:\n{listed(problems, 40, lines=True)}")
 
 
-def _copies_of_base(model: nnx.Module, source: AdapterTensors) -> set[str]:
+def _copies_of_base(model: Decoder, source: PeftSource) -> set[str]:
     # Beside an adapter on the LM head PEFT stores the head itself; one that is not the base's stays unexpected.
     leaves, out = flatten(nnx.state(model))[0], set()
     for path, param in param_tensors(model).items():
@@ -244,9 +247,8 @@ def _shape(leaves: Mapping[str, Any], parts: Sequence[PeftTensor]) -> tuple[int,
     leaf, first = leaves[parts[0].path], parts[0]
     shape = jax.eval_shape(lambda x: x[first.index], jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)).shape
     shape = first.transform.hf_shape(shape)
-    if first.part is None:
-        return shape
-    return tuple(max(p.part[axis].stop or size for p in parts) for axis, size in enumerate(shape))
+    slices = [part.part for part in parts if part.part is not None]
+    return tuple(max((cut[axis].stop or size for cut in slices), default=size) for axis, size in enumerate(shape))
 
 
 def _lazy(leaves: Mapping[str, Any], parts: Sequence[PeftTensor]) -> LazyTensor:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from jaxft.checkpoint.fused_experts import SINGLE
-from jaxft.checkpoint.peft.folder import PREFIX, AdapterTensors, PeftSource
+from jaxft.checkpoint.peft.folder import PREFIX, PeftSource
 from jaxft.checkpoint.tensors import TensorSpec
 from jaxft.errors import CheckpointError, ModelError
 from jaxft.models.tensor_map import Transform
@@ -82,7 +82,7 @@ def is_stacked(key: str) -> bool:
 
 
 def split_stacked(
-    config: Mapping[str, Any], source: AdapterTensors, base: Collection[str]
+    config: Mapping[str, Any], source: PeftSource, base: Collection[str]
 ) -> tuple[dict[str, Any], PeftSource]:
     """The config and tensors of a folder as if each expert were a module, if the base's files have one for each.
 
@@ -132,8 +132,9 @@ class _Part:
 class _SplitExperts:
     """Adapter tensors with a key for each expert's matrix."""
 
-    def __init__(self, source: AdapterTensors, targets: Collection[str], kinds: tuple[str, ...], r: int) -> None:
-        self._source, self._parts = source, {}
+    def __init__(self, source: PeftSource, targets: Collection[str], kinds: tuple[str, ...], r: int) -> None:
+        self._source = source
+        self._parts: dict[str, _Part] = {}
         for key, spec in source.specs().items():
             match = _KEY.fullmatch(key)
             if match is None:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from flax import nnx
 
 from jaxft.adapters.attach import slots
 from jaxft.adapters.saved import saved_paths
@@ -20,6 +19,7 @@ from jaxft.checkpoint.tensors import SafetensorsFolder, TensorSource, TensorSpec
 from jaxft.errors import CheckpointError, ModelError, listed
 from jaxft.models.nested import text_name
 from jaxft.models.tensor_map import SAME, Piece, Transform
+from jaxft.nn.decoder import Decoder
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -65,7 +65,8 @@ class AdapterTensors:
     """
 
     def __init__(self, folder: str) -> None:
-        self._source, self._source_names = FiniteSource(SafetensorsFolder(folder, WEIGHTS)), {}
+        self._source = FiniteSource(SafetensorsFolder(folder, WEIGHTS))
+        self._source_names: dict[str, str] = {}
         for source_name in self._source.specs():
             module = source_name.removeprefix(PREFIX)
             key = source_name if module == source_name else PREFIX + (text_name(module) or module)
@@ -103,7 +104,7 @@ def refuse_unknown(config: Mapping[str, Any], understood: Callable[[str, Any], b
         raise ModelError(f"adapter_config.json has settings that are not implemented: {', '.join(refused)}")
 
 
-def modules(model: nnx.Module) -> Iterator[tuple[str, str, Piece]]:
+def modules(model: Decoder) -> Iterator[tuple[str, str, Piece]]:
     """(PEFT's module, path of our layer, position in that layer) of every matrix that may have an adapter."""
     layers = dict(slots(model))
     for path, param in param_tensors(model).items():
@@ -113,7 +114,7 @@ def modules(model: nnx.Module) -> Iterator[tuple[str, str, Piece]]:
                 yield PREFIX + piece.hf.removesuffix(".weight"), layer, piece
 
 
-def saved_tensors(model: nnx.Module) -> Iterator[PeftTensor]:
+def saved_tensors(model: Decoder) -> Iterator[PeftTensor]:
     """The folder's tensors of modules that were trained in full alongside the adapters (modules_to_save)."""
     table = param_tensors(model)
     for path in saved_paths(model):
@@ -129,7 +130,7 @@ def misfit_error(problems: Sequence[str]) -> CheckpointError:
     return CheckpointError(f"the adapter does not fit its base:\n{lines}")
 
 
-def layers_named(model: nnx.Module, keys: Collection[str], prefix: str, folder: str) -> tuple[str, ...]:
+def layers_named(model: Decoder, keys: Collection[str], prefix: str, folder: str) -> tuple[str, ...]:
     """Paths of the layers that keys of the form `<module>.<prefix>...` name.
 
     Raises CheckpointError if there is no key, or a key has another form or names no layer of the model.

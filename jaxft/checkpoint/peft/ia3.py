@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from flax import nnx
 
 from jaxft.adapters.attach import adapters
 from jaxft.adapters.ia3 import attach_ia3
 from jaxft.checkpoint.peft.folder import (
     PREFIX,
-    AdapterTensors,
     MergeBlock,
+    PeftSource,
     PeftTensor,
     ReadBlock,
     layers_named,
@@ -25,6 +24,7 @@ from jaxft.checkpoint.peft.folder import (
 )
 from jaxft.checkpoint.tensors import TensorSource, TensorSpec
 from jaxft.models.tensor_map import Index, Transform
+from jaxft.nn.decoder import Decoder
 
 PEFT_TYPE = "IA3"
 READ = ("target_modules", "feedforward_modules", "init_ia3_weights")
@@ -50,7 +50,7 @@ class VectorAsMatrix(Transform):
 
 
 def attach_to(
-    model: nnx.Module, config: Mapping[str, Any], specs: Mapping[str, TensorSpec], folder: str
+    model: Decoder, config: Mapping[str, Any], specs: Mapping[str, TensorSpec], folder: str
 ) -> tuple[str, ...]:
     """Attaches adapters to the layers that a folder's keys name, values still to be read.
 
@@ -65,7 +65,7 @@ def attach_to(
     return attach_ia3(model, paths, sorted(inward))
 
 
-def peft_tensors(model: nnx.Module) -> Iterator[PeftTensor]:
+def peft_tensors(model: Decoder) -> Iterator[PeftTensor]:
     """The folder's tensors for a model's adapters."""
     attached = adapters(model)
     for module, path, piece in modules(model):
@@ -74,7 +74,7 @@ def peft_tensors(model: nnx.Module) -> Iterator[PeftTensor]:
             yield PeftTensor(f"{module}.ia3_l", f"{path}/adapter/factors", piece.at, VectorAsMatrix(column=column))
 
 
-def adapter_config_fields(model: nnx.Module) -> dict[str, Any]:
+def adapter_config_fields(model: Decoder) -> dict[str, Any]:
     """The fields of adapter_config.json for a model's adapters."""
     attached = adapters(model)
     inward = {path.rsplit("/", 1)[-1] for path, adapter in attached.items() if adapter.feedforward}
@@ -82,7 +82,7 @@ def adapter_config_fields(model: nnx.Module) -> dict[str, Any]:
     return {"target_modules": sorted(targets), "feedforward_modules": sorted(inward), "init_ia3_weights": True}
 
 
-def merge_blocks(base: TensorSource, config: Mapping[str, Any], source: AdapterTensors) -> dict[str, MergeBlock]:
+def merge_blocks(base: TensorSource, config: Mapping[str, Any], source: PeftSource) -> dict[str, MergeBlock]:
     """How each of the base's matrices and biases is merged, by its name.
 
     Raises ModelError for settings not implemented, and CheckpointError listing tensors that name no matrix of the base

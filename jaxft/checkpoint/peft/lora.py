@@ -24,8 +24,8 @@ from jaxft.checkpoint.hf import TIED_HEAD
 from jaxft.checkpoint.peft.experts import StackedA, StackedB, is_stacked, split_stacked, targets_of, wrapper_module
 from jaxft.checkpoint.peft.folder import (
     PREFIX,
-    AdapterTensors,
     MergeBlock,
+    PeftSource,
     PeftTensor,
     ReadBlock,
     layers_named,
@@ -37,6 +37,7 @@ from jaxft.checkpoint.tensors import TensorSource, TensorSpec
 from jaxft.errors import ModelError
 from jaxft.models.nested import nested_module
 from jaxft.models.tensor_map import SAME, TRANSPOSED, Piece
+from jaxft.nn.decoder import Decoder
 from jaxft.nn.experts.layer import ExpertLinear
 
 PEFT_TYPE = "LORA"
@@ -58,6 +59,7 @@ HARMLESS = (
 )  # fmt: skip
 # Initialisations of A and B only. The other kinds (pissa, olora, corda, loftq, ...) change the base's weights as well.
 DRAWS = (True, False, None, "gaussian", "eva", "orthogonal")
+Index = tuple[int | slice, ...]
 _LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.")
 
 
@@ -83,14 +85,14 @@ def settings_of(config: Mapping[str, Any], module: str) -> LoRASettings:
 
 
 def normalize(
-    config: Mapping[str, Any], source: AdapterTensors, base: Collection[str]
-) -> tuple[dict[str, Any], AdapterTensors]:
+    config: Mapping[str, Any], source: PeftSource, base: Collection[str]
+) -> tuple[dict[str, Any], PeftSource]:
     """A folder with one module per expert, if the base's files have that. base: names of their tensors."""
     return split_stacked(config, source, base)
 
 
 def attach_to(
-    model: nnx.Module, config: Mapping[str, Any], specs: Mapping[str, TensorSpec], folder: str
+    model: Decoder, config: Mapping[str, Any], specs: Mapping[str, TensorSpec], folder: str
 ) -> tuple[str, ...]:
     """Attaches adapters with a folder's settings to the layers that its keys name, values still to be read.
 
@@ -122,7 +124,7 @@ def _is_stack(layer: Any, piece: Piece) -> bool:
     return isinstance(layer, ExpertLinear) and len(piece.at) == 1
 
 
-def _stacked_layers(model: nnx.Module, config: Mapping[str, Any]) -> set[str]:
+def _stacked_layers(model: Decoder, config: Mapping[str, Any]) -> set[str]:
     layers = dict(slots(model))
     return {
         path
@@ -135,16 +137,17 @@ def _targeted(config: Mapping[str, Any], module: str) -> bool:
     return bool(targets_of(config)) and _named(list(config["target_parameters"]), (module, nested_module(module)))
 
 
-def plain_model(model: nnx.Module) -> nnx.Module:
+def plain_model(model: Decoder) -> Decoder:
     """The model with its adapters as plain LoRA, which PEFT can load: also those that started from the base (PiSSA)."""
     copy = nnx.merge(*nnx.split(model))
-    for _, layer in slots(copy):
-        if layer.adapter is not None:
-            layer.adapter = layer.adapter.plain()
+    attached = adapters(copy)
+    for path, layer in slots(copy):
+        if path in attached:
+            layer.adapter = attached[path].plain()
     return copy
 
 
-def peft_tensors(model: nnx.Module) -> Iterator[PeftTensor]:
+def peft_tensors(model: Decoder) -> Iterator[PeftTensor]:
     """The folder's tensors for a model's adapters."""
     attached = adapters(model)
     for module, path, piece in modules(model):
@@ -154,7 +157,7 @@ def peft_tensors(model: nnx.Module) -> Iterator[PeftTensor]:
             continue
         for name, end, transform, ranked in PARTS if rank else ():
             if getattr(attached[path], name, None) is not None:
-                index = (*piece.at, slice(0, rank)) if ranked else piece.at
+                index: Index = (*piece.at, slice(0, rank)) if ranked else piece.at
                 yield PeftTensor(f"{module}.{end}", f"{path}/adapter/{name}", index, transform)
 
 
@@ -164,15 +167,18 @@ def _stacked_tensors(
     layer, _, _ = path.rpartition("/")
     adapted = {other.rpartition("/")[2] for other in attached if other.rpartition("/")[0] == layer}
     experts = attached[path].lora_a.get_value().shape[1]
-    index = (*piece.at, slice(None), slice(0, rank))
+    index: Index = (*piece.at, slice(None), slice(0, rank))
     for half, transform in (("A", StackedA(experts)), ("B", StackedB(experts))):
         key = f"{wrapper_module(module, adapted)}.lora_{half}.weight"
         yield PeftTensor(key, f"{path}/adapter/lora_{half.lower()}", index, transform)
 
 
-def adapter_config_fields(model: nnx.Module) -> dict[str, Any]:
+def adapter_config_fields(model: Decoder) -> dict[str, Any]:
     """The fields of adapter_config.json for a model's adapters. Raises ModelError if PEFT has no form for them."""
-    attached, by_module, ends, stacked = adapters(model), {}, {}, set()
+    attached = adapters(model)
+    by_module: dict[str, LoRASettings] = {}
+    ends: dict[str, list[str]] = {}
+    stacked: set[str] = set()
     for module, path, piece in modules(model):
         module = module.removeprefix(PREFIX)
         ends.setdefault(module.rsplit(".", 1)[-1], []).append(module)
@@ -216,7 +222,7 @@ def _shortest(modules: set[str], ends: Mapping[str, list[str]]) -> list[str]:
     return sorted(names if short else modules)
 
 
-def merge_blocks(base: TensorSource, config: Mapping[str, Any], source: AdapterTensors) -> dict[str, MergeBlock]:
+def merge_blocks(base: TensorSource, config: Mapping[str, Any], source: PeftSource) -> dict[str, MergeBlock]:
     """How each of the base's matrices is merged, by its name. Only the adapter's small tensors stay in memory.
 
     Raises ModelError for settings not implemented, and CheckpointError listing tensors that name no matrix of the
@@ -229,7 +235,7 @@ def merge_blocks(base: TensorSource, config: Mapping[str, Any], source: AdapterT
         rows, columns = base.specs()[name].shape
         settings = settings_of(config, name.removesuffix(".weight"))
         r = settings.r
-        shapes = {"A.weight": (r, columns), "B.weight": (rows, r)}
+        shapes: dict[str, tuple[int, ...]] = {"A.weight": (r, columns), "B.weight": (rows, r)}
         shapes |= {"magnitude_vector": (rows,)} if settings.use_dora else {}
         if "embedding_A" in keys or "embedding_B" in keys:
             shapes = {"embedding_A": (r, rows), "embedding_B": (columns, r)}
@@ -252,8 +258,10 @@ def merge_blocks(base: TensorSource, config: Mapping[str, Any], source: AdapterT
     return out
 
 
-def _by_matrix(base: TensorSource, source: AdapterTensors) -> tuple[dict[str, dict[str, str]], list[str]]:
-    matrices, by_matrix, problems = base.specs(), {}, []
+def _by_matrix(base: TensorSource, source: PeftSource) -> tuple[dict[str, dict[str, str]], list[str]]:
+    matrices = base.specs()
+    by_matrix: dict[str, dict[str, str]] = {}
+    problems: list[str] = []
     for key in source.specs():
         module, _, part = key.removeprefix(PREFIX).rpartition(".lora_")
         copied = key.removeprefix(PREFIX).removesuffix(".base_layer.weight") + ".weight"
@@ -280,12 +288,15 @@ def _merge_block(scale: np.float32, b: np.ndarray, a: np.ndarray, magnitude: np.
         delta += read(rows, columns)
         return delta
 
+    if magnitude is None:
+        return lora
+
     def dora(read: ReadBlock, rows: tuple[int, int], columns: tuple[int, int]) -> np.ndarray:
         whole = lora(read, rows, (0, a.shape[1]))
         lengths = np.linalg.norm(whole, axis=1, keepdims=True)
         return whole[:, slice(*columns)] * (magnitude[slice(*rows), None] / lengths)
 
-    return lora if magnitude is None else dora
+    return dora
 
 
 def _pattern(

@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-from flax import nnx
 
 from jaxft.adapters.prefix import attach_prefix
 from jaxft.checkpoint.peft.folder import PeftTensor, refuse_unknown
 from jaxft.checkpoint.peft.prompt import KEY, one_submodule, virtual_tokens
 from jaxft.checkpoint.tensors import TensorSpec
+from jaxft.nn.decoder import Decoder
 from jaxft.nn.stack import group_layers
 
 PEFT_TYPE = "PREFIX_TUNING"
@@ -25,7 +25,7 @@ HARMLESS = ("encoder_hidden_size", "prefix_projection", "init_weights")
 
 
 def attach_to(
-    model: nnx.Module, config: Mapping[str, Any], specs: Mapping[str, TensorSpec], folder: str
+    model: Decoder, config: Mapping[str, Any], specs: Mapping[str, TensorSpec], folder: str
 ) -> tuple[str, ...]:
     """Attaches a prefix of the folder's length, values still to be read."""
     refuse_unknown(config, lambda name, value: name in READ or name in HARMLESS or one_submodule(name, value))
@@ -33,7 +33,7 @@ def attach_to(
     return ()
 
 
-def peft_tensors(model: nnx.Module) -> Iterator[PeftTensor]:
+def peft_tensors(model: Decoder) -> Iterator[PeftTensor]:
     """The part of the folder's one tensor that belongs to each layer."""
     width = _sizes(model)["token_dim"]
     for group, layers in enumerate(group_layers(model.segments)):
@@ -44,13 +44,13 @@ def peft_tensors(model: nnx.Module) -> Iterator[PeftTensor]:
                 yield PeftTensor(KEY, f"layers/{group}/self_attn/prefix/{name}", (position,), part=part)
 
 
-def adapter_config_fields(model: nnx.Module) -> dict[str, Any]:
+def adapter_config_fields(model: Decoder) -> dict[str, Any]:
     """The fields of adapter_config.json for a model's prefix."""
     own = {"num_virtual_tokens": model.virtual_tokens, "num_transformer_submodules": 1, "prefix_projection": False}
     return own | _sizes(model)
 
 
-def _sizes(model: nnx.Module) -> dict[str, int]:
+def _sizes(model: Decoder) -> dict[str, int]:
     heads = model.config.num_key_value_heads
     width = heads * model.config.head_dim
     return {"token_dim": width, "num_attention_heads": heads, "num_layers": model.config.num_hidden_layers}

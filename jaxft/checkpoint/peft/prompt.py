@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
-from flax import nnx
 
 from jaxft.adapters.prompt import attach_prompt
 from jaxft.checkpoint.peft.folder import PeftTensor, refuse_unknown
 from jaxft.checkpoint.tensors import TensorSpec
 from jaxft.errors import ModelError
+from jaxft.nn.decoder import Decoder
 
 PEFT_TYPE = "PROMPT_TUNING"
 KEY = "prompt_embeddings"
@@ -24,7 +24,7 @@ HARMLESS = (
 
 
 def attach_to(
-    model: nnx.Module, config: Mapping[str, Any], specs: Mapping[str, TensorSpec], folder: str
+    model: Decoder, config: Mapping[str, Any], specs: Mapping[str, TensorSpec], folder: str
 ) -> tuple[str, ...]:
     """Attaches a prompt of the folder's length, values still to be read."""
     refuse_unknown(config, lambda name, value: name in READ or name in HARMLESS or one_submodule(name, value))
@@ -33,12 +33,12 @@ def attach_to(
     return ()
 
 
-def peft_tensors(model: nnx.Module) -> Iterator[PeftTensor]:
+def peft_tensors(model: Decoder) -> Iterator[PeftTensor]:
     """The folder's one tensor for a model's prompt."""
     yield PeftTensor(KEY, "prompt/embeddings")
 
 
-def adapter_config_fields(model: nnx.Module) -> dict[str, Any]:
+def adapter_config_fields(model: Decoder) -> dict[str, Any]:
     """The fields of adapter_config.json for a model's prompt."""
     return {
         "num_virtual_tokens": model.virtual_tokens,

@@ -11,14 +11,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from flax import nnx
 
 from jaxft.adapters.attach import adapters
 from jaxft.adapters.vera import VeRASettings, attach_vera, drawn
 from jaxft.checkpoint.peft.folder import (
     PREFIX,
-    AdapterTensors,
     MergeBlock,
+    PeftSource,
     PeftTensor,
     ReadBlock,
     layers_named,
@@ -29,6 +28,7 @@ from jaxft.checkpoint.peft.folder import (
 from jaxft.checkpoint.tensors import TensorSource, TensorSpec
 from jaxft.errors import CheckpointError, ModelError
 from jaxft.models.tensor_map import TRANSPOSED
+from jaxft.nn.decoder import Decoder
 
 PEFT_TYPE = "VERA"
 FACTORS = ("lambda_d", "lambda_b")
@@ -37,7 +37,7 @@ READ = ("r", "vera_dropout", "projection_prng_key", "save_projection", "target_m
 
 
 def attach_to(
-    model: nnx.Module, config: Mapping[str, Any], specs: Mapping[str, TensorSpec], folder: str
+    model: Decoder, config: Mapping[str, Any], specs: Mapping[str, TensorSpec], folder: str
 ) -> tuple[str, ...]:
     """Attaches adapters to the layers that a folder's keys name, values still to be read.
 
@@ -47,7 +47,7 @@ def attach_to(
     return attach_vera(model, paths, _settings(config))
 
 
-def peft_tensors(model: nnx.Module) -> Iterator[PeftTensor]:
+def peft_tensors(model: Decoder) -> Iterator[PeftTensor]:
     """The folder's tensors for a model's adapters."""
     attached = adapters(model)
     for module, path, piece in modules(model):
@@ -63,7 +63,7 @@ def optional_keys(config: Mapping[str, Any]) -> tuple[str, ...]:
     return () if config.get("save_projection", True) else tuple(SHARED)
 
 
-def adapter_config_fields(model: nnx.Module) -> dict[str, Any]:
+def adapter_config_fields(model: Decoder) -> dict[str, Any]:
     """The fields of adapter_config.json for a model's adapters."""
     settings = next(iter(adapters(model).values())).settings
     return {
@@ -76,7 +76,7 @@ def adapter_config_fields(model: nnx.Module) -> dict[str, Any]:
     }
 
 
-def merge_blocks(base: TensorSource, config: Mapping[str, Any], source: AdapterTensors) -> dict[str, MergeBlock]:
+def merge_blocks(base: TensorSource, config: Mapping[str, Any], source: PeftSource) -> dict[str, MergeBlock]:
     """How each of the base's matrices is merged, by its name. Only the adapter's own tensors stay in memory.
 
     Raises ModelError for settings not implemented, and CheckpointError listing tensors that name no matrix of the
@@ -108,9 +108,7 @@ def _merge_block(a_rI: np.ndarray, b_Or: np.ndarray, lambda_d: np.ndarray, lambd
     return merge
 
 
-def _factors(
-    specs: Mapping[str, TensorSpec], source: AdapterTensors, r: int
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def _factors(specs: Mapping[str, TensorSpec], source: PeftSource, r: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     factors: dict[str, dict[str, np.ndarray]] = {}
     problems = []
     for key, spec in source.specs().items():
