@@ -209,10 +209,11 @@ class RunCheckpoints:
             _remove(self._path(old))
 
     def _rank(self, policy: policies.PreservationPolicy | None) -> list[tuple[int, bool]]:
+        by_metric = policy is self._best
         if policy is None:
             return []
         steps = [_Step(step, self._ranking_metrics(step)) for step in self.all_steps()]
-        if policy is self._best:
+        if by_metric:
             steps = [s for s in steps if s.metrics is not None]  # BestN keeps a lone step even without metrics
         kept = policy.should_preserve(steps, context=policies.PreservationContext())
         return [(s.step, keep) for s, keep in zip(steps, kept, strict=True)]

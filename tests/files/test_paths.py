@@ -107,7 +107,8 @@ def test_a_tokenizer_in_a_bucket_is_the_one_on_disk(whole, tmp_path):
 
 
 def test_a_bucket_without_a_tokenizer_is_refused_by_its_address(bucket):
-    with pytest.raises(ModelError, match=f"no tokenizer in '{bucket}': it needs tokenizer.json .* holds config.json"):
+    message = f"no tokenizer in '{bucket}': it needs tokenizer.json .* contains config.json"
+    with pytest.raises(ModelError, match=message):
         load_tokenizer(bucket)
     with pytest.raises(CheckpointError, match="cannot list memory://nowhere"):
         load_tokenizer("memory://nowhere")

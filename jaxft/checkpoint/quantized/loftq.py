@@ -18,7 +18,7 @@ from jaxft.checkpoint.tensors import TensorSource
 from jaxft.errors import ModelError
 from jaxft.models.tensor_map import ParamTensors
 from jaxft.nn.decoder import Decoder
-from jaxft.quant import QuantizedArray, dense, is_quantized
+from jaxft.quant import QuantizedArray, dense
 from jaxft.sharding.arrays import to_host
 
 
@@ -32,14 +32,13 @@ def initialize_loftq(module: Decoder, source: TensorSource, init: str, key: jax.
     """
     layers, table = dict(linears(module)), param_tensors(module)
     for path, adapter in adapters(module).items():
-        if path not in layers or not is_quantized(layers[path].kernel.get_value()):
+        kernel: object = layers[path].kernel.get_value() if path in layers else None
+        if not isinstance(kernel, QuantizedArray):
             raise ModelError(
                 f"adapter.init_lora_weights={init!r} corrects quantisation error, but {path} is not a quantised "
                 "Linear: leave it out of adapter.target_modules"
             )
-        a, b = _halves(
-            layers[path].kernel.get_value(), adapter, table[f"{path}/kernel"], source, init, key_of(key, path)
-        )
+        a, b = _halves(kernel, adapter, table[f"{path}/kernel"], source, init, key_of(key, path))
         adapter.lora_a.set_value(jnp.asarray(a))
         adapter.lora_b.set_value(jnp.asarray(b))
 
