@@ -79,8 +79,10 @@ def export(
 
 
 def load_trained(source: str, step: int | None = None, *, quantized: bool = True) -> LoadedModel:
-    """A model of any kind; of a run folder, what a checkpoint holds. quantised: False puts a run's adapter on the base
-    in its own precision.
+    """Loads a model of any kind; of a run folder, the evaluated weights of a checkpoint.
+
+    step: of a run folder, the newest if None. quantized: False puts a run's adapter on its base in the base's original
+    precision. Raises ConfigError for a step of anything but a run folder, and for a run without a checkpoint.
     """
     if not is_run_folder(source):
         if step is not None:
