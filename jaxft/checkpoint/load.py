@@ -4,6 +4,7 @@
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -68,10 +69,10 @@ class LoadedModel:
         return to_host(self._forward(state, tokens.astype(np.int32)))
 
     @cached_property
-    def _forward(self) -> Any:
+    def _forward(self) -> Callable[[nnx.State, np.ndarray], jax.Array]:
         graphdef, _ = nnx.split(self.module)
 
-        def forward(state: Any, tokens_BS: jax.Array) -> jax.Array:
+        def forward(state: nnx.State, tokens_BS: jax.Array) -> jax.Array:
             module = nnx.merge(graphdef, state)
             first = jnp.broadcast_to(
                 jnp.array(virtual_ids(module.virtual_tokens), jnp.int32), (len(tokens_BS), module.virtual_tokens)

@@ -5,9 +5,11 @@ Names, the order of rows and the 1 that is added to norms are those of llama.cpp
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+
+from jaxft.models.dense import DenseConfig
 
 # GGUF's name within `blk.N.` -> Hugging Face's within `model.layers.N.`
 _ATTENTION = {
@@ -166,7 +168,7 @@ def gguf_modules(family: Family, layers: int, experts: int = 0) -> dict[str, GGU
     return modules
 
 
-def shapes(family: Family, config: Any) -> dict[str, tuple[int, ...]]:
+def shapes(family: Family, config: DenseConfig) -> dict[str, tuple[int, ...]]:
     """Shape of each weight by its part. config: the family's Config."""
     width, vocab = config.hidden_size, config.vocab_size
     attention = config.shape().layers[0].attention
@@ -198,12 +200,12 @@ def shapes(family: Family, config: Any) -> dict[str, tuple[int, ...]]:
     return matrices | norms
 
 
-def expert_count(family: Family, config: Any) -> int:
+def expert_count(family: Family, config: DenseConfig) -> int:
     """Experts of a layer, 0 in a dense family. config: the family's Config."""
     return getattr(config, family.experts) if family.experts else 0
 
 
-def heads_interleaved(family: Family, module: str, config: Any) -> int:
+def heads_interleaved(family: Family, module: str, config: DenseConfig) -> int:
     """Number of heads whose halves llama.cpp interleaves in the rows of a module, 0 for none."""
     if family.interleaved and module.endswith(".q_proj"):
         return config.num_attention_heads

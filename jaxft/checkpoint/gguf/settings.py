@@ -18,7 +18,8 @@ from jaxft.checkpoint.gguf.names import (
     expert_count,
 )
 from jaxft.errors import ExportError
-from jaxft.models.dense import FULL, SLIDING
+from jaxft.models.dense import FULL, SLIDING, DenseConfig
+from jaxft.models.families.gemma2 import GemmaConfig
 
 
 def family_of(hf_config: Mapping[str, Any]) -> Family:
@@ -95,7 +96,7 @@ def _rope(rope: Any) -> dict[str, Any]:
     return {}
 
 
-def _refuse(family: Family, config: Any) -> None:
+def _refuse(family: Family, config: DenseConfig) -> None:
     for differs, why in _differences(family, config):
         if differs:
             raise ExportError(
@@ -103,7 +104,7 @@ def _refuse(family: Family, config: Any) -> None:
             )
 
 
-def _differences(family: Family, config: Any) -> list[tuple[bool, str]]:
+def _differences(family: Family, config: DenseConfig) -> list[tuple[bool, str]]:
     """(whether the model differs, how) for everything that llama.cpp does in only one way for a family."""
     arch, rope, heads = family.arch, config.rope, config.num_attention_heads * config.head_dim
     kinds: tuple[str, ...] = ("default", "linear", "longrope" if arch == "phi3" else "llama3")
@@ -131,10 +132,10 @@ def _differences(family: Family, config: Any) -> list[tuple[bool, str]]:
             "norm_topk_prob=False: the weights of a token's experts are normalised to sum to 1",
         ),
     ]
-    return differences + (_gemma(family, config) if family.model_type in GEMMA_PERIODS else _window(config))
+    return differences + (_gemma(family, config) if isinstance(config, GemmaConfig) else _window(config))
 
 
-def _window(config: Any) -> list[tuple[bool, str]]:
+def _window(config: DenseConfig) -> list[tuple[bool, str]]:
     context = config.max_position_embeddings
     window = min((w for layer in config.shape().layers if (w := layer.attention.form.window)), default=context)
     return [
@@ -146,7 +147,7 @@ def _window(config: Any) -> list[tuple[bool, str]]:
     ]
 
 
-def _gemma(family: Family, config: Any) -> list[tuple[bool, str]]:
+def _gemma(family: Family, config: GemmaConfig) -> list[tuple[bool, str]]:
     kind, layers = family.model_type, config.num_hidden_layers
     period = GEMMA_PERIODS[kind]
     usual = tuple(FULL if (i + 1) % period == 0 else SLIDING for i in range(layers))
