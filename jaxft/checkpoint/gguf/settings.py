@@ -18,7 +18,7 @@ from jaxft.checkpoint.gguf.names import (
     expert_count,
 )
 from jaxft.errors import ExportError
-from jaxft.models.dense import FULL, SLIDING
+from jaxft.models.family import FULL, SLIDING
 
 
 def family_of(hf_config: Mapping[str, Any]) -> Family:
