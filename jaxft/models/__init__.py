@@ -1,4 +1,4 @@
-"""Model families, one file each: `Config.from_hf`, `Config.tensors`, `Model`."""
+"""Model families, and how to make a model of one: from its Config, drawn at random or abstract."""
 
 import functools
 import importlib
@@ -13,8 +13,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxft.errors import ModelError, did_you_mean
-from jaxft.models import families as shelf
+from jaxft.models import families as package
 from jaxft.models import freezing, nested
+from jaxft.models.family import FamilyConfig
+from jaxft.nn.decoder import Decoder
 from jaxft.nn.quantized import quantize
 from jaxft.quant import FORMATS, is_quantized
 
@@ -22,33 +24,32 @@ from jaxft.quant import FORMATS, is_quantized
 @functools.cache
 def families() -> dict[str, ModuleType]:
     """The module of every implemented Hugging Face `model_type`."""
-    modules = (
-        importlib.import_module(f"{shelf.__name__}.{found.name}") for found in pkgutil.iter_modules(shelf.__path__)
-    )
+    names = (f"{package.__name__}.{info.name}" for info in pkgutil.iter_modules(package.__path__))
+    modules = map(importlib.import_module, names)
     return {kind: module for module in modules for kind in getattr(module, "MODEL_TYPES", ())}
 
 
-def config_from_hf(hf: Mapping[str, Any]) -> Any:
-    """The family's Config of a parsed `config.json`; of the language model where that is nested in a larger one.
+def config_from_hf(hf: Mapping[str, Any]) -> FamilyConfig:
+    """The family's Config of a parsed `config.json`; of a multimodal model, the Config of its language model.
 
     Raises ModelError for a family that is not implemented.
     """
     hf = nested.text_config(hf)
     kind, inner = hf.get("model_type"), hf.get("text_config")
     if kind not in families() and isinstance(inner, Mapping):
-        raise nested.missing_text_model(kind, inner.get("model_type"))
+        raise nested.unknown_multimodal(kind, inner.get("model_type"))
     if kind not in families():
         hint = did_you_mean(str(kind), families())
-        code = " Code that a folder brings along (auto_map) is never run." if hf.get("auto_map") else ""
+        code = " Code in the model's folder (auto_map) is never run." if hf.get("auto_map") else ""
         known = ", ".join(sorted(families()))
         raise ModelError(f"model_type {kind!r} is not implemented.{hint}{code} Implemented: {known}.")
     return families()[kind].Config.from_hf(hf)
 
 
 def text_config(hf: Mapping[str, Any], *, own_head: bool | None = None) -> dict[str, Any]:
-    """The whole config.json of a nested language model as a model of its own; `hf` where it is not nested.
+    """The complete config.json of a multimodal model's language model; of any other model, `hf` itself.
 
-    own_head: as for `nested.text_config`. Raises ModelError for what is not understood.
+    own_head: as for `nested.text_config`. Raises ModelError for fields that are not implemented.
     """
     if hf.get("model_type") not in nested.MULTIMODAL:
         return dict(hf)
@@ -56,13 +57,13 @@ def text_config(hf: Mapping[str, Any], *, own_head: bool | None = None) -> dict[
     return config_from_hf(inner).to_hf() | {k: v for k, v in inner.items() if k in nested.SHARED}
 
 
-def abstract_model(config: Any, **options: Any) -> Any:
-    """`random_model` with ShapeDtypeStructs for parameters: any size, no memory."""
+def abstract_model(config: FamilyConfig, **options: Any) -> Decoder:
+    """`random_model` with ShapeDtypeStructs as parameters: any size, no memory."""
     return nnx.eval_shape(lambda: random_model(config, seed=0, **options))
 
 
 def random_model(
-    config: Any,
+    config: FamilyConfig,
     *,
     dtype: str = "float32",
     param_dtype: str = "float32",
@@ -70,11 +71,11 @@ def random_model(
     quantization: str | None = None,
     trainable: str | None = None,
     seed: int,
-) -> Any:
-    """The model with freshly drawn parameters.
+) -> Decoder:
+    """A model with freshly drawn parameters.
 
-    quantization: a name of `quant.FORMATS`, for its linear layers. trainable: patterns of the parameters that training
-    moves, which are float32; see `models.freezing`.
+    quantization: format of its linear layers, a name in `quant.FORMATS`. trainable: patterns of the parameters to train
+    (`models.freezing`), which become float32; None for all.
     """
     module = importlib.import_module(type(config).__module__)
     model = module.Model(
@@ -83,16 +84,16 @@ def random_model(
         param_dtype=jnp.dtype(param_dtype),
         remat=remat,
         rngs=nnx.Rngs(params=jax.random.key(seed)),
-        marks=None if trainable is None else freezing.marks(config, trainable),
+        marks=None if trainable is None else freezing.layer_marks(config, trainable),
     )
     if trainable is not None:
-        freezing.mark(model, trainable)
+        freezing.mark_trainable(model, config, trainable)
     if quantization is not None:
         quantize(model, FORMATS[quantization])
     return model
 
 
-def parameter_count(model: Any) -> int:
-    """Numbers in all parameters, adapters included."""
+def parameter_count(model: nnx.Module) -> int:
+    """How many numbers all parameters have together, adapters included."""
     leaves = jax.tree.leaves(nnx.state(model, nnx.Param), is_leaf=is_quantized)
     return sum(math.prod(leaf.shape) for leaf in leaves)

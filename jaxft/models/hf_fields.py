@@ -1,12 +1,12 @@
-"""Reading Hugging Face's `config.json`: every field is understood, known to be harmless, or refused by name."""
+"""Checks of Hugging Face's `config.json`: every field is used, known to be harmless, or refused by name."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxft.errors import ModelError
 
-# Bookkeeping that does not change what the network computes. auto_map names code that the folder brings along: of a
-# family that is implemented here it is never needed, so never run, and left out of what is exported.
+# Bookkeeping that does not change what the network computes. auto_map names code in the model's folder: families
+# implemented here do not need it, so it is never run, and exports leave it out.
 HARMLESS = frozenset(
     "architectures model_type transformers_version torch_dtype dtype use_cache _name_or_path name_or_path "
     "bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id decoder_start_token_id "
@@ -15,7 +15,7 @@ HARMLESS = frozenset(
     "output_attentions output_hidden_states return_dict chunk_size_feed_forward "
     "is_llama_config rope_interleaved transformers.js_config unsloth_version unsloth_fixed".split()
 )
-# Fields that transformers 4 wrote into every config: harmless at these values only.
+# Fields that transformers 4 wrote into every config: harmless only at these values.
 DEFAULTS: dict[str, Any] = {
     "is_decoder": False,
     "is_encoder_decoder": False,
@@ -34,14 +34,14 @@ DEFAULTS: dict[str, Any] = {
 
 
 def check_fields(hf: Mapping[str, Any], *, used: Iterable[str], must_equal: Mapping[str, Any]) -> None:
-    """Raises ModelError naming every field that is neither used, nor harmless, nor at its only known value.
+    """Raises ModelError naming every field that is neither used, nor harmless, nor at its one implemented value.
 
-    used: fields that the family reads. must_equal: fields of the family whose one implemented value is given.
+    used: fields that the family reads. must_equal: fields with only one implemented value, and that value.
     """
-    used, expected = set(used), DEFAULTS | dict(must_equal)
+    known, expected = set(used), DEFAULTS | dict(must_equal)
     refused = []
     for name, value in sorted(hf.items()):
-        if name in used:
+        if name in known:
             continue
         if name in expected:
             if value != expected[name] and value is not None:
@@ -52,7 +52,7 @@ def check_fields(hf: Mapping[str, Any], *, used: Iterable[str], must_equal: Mapp
         raise ModelError(
             f"config.json of model_type {hf.get('model_type')!r} has fields that jaxft does not implement: "
             + "; ".join(refused)
-            + ". Running it regardless would compute something else than the model's authors meant."
+            + ". Ignoring them would compute something other than the model's authors intended."
         )
 
 

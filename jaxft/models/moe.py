@@ -1,27 +1,25 @@
-"""What the families with experts share: the layer's sizes, the table of its tensors, and fields of the router."""
+"""What families with experts share: sizes of the layer, the table of its tensors, fields of the router."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from jaxft.errors import ModelError
-from jaxft.models.dense import DenseConfig, check_window
+from jaxft.models.family import FamilyConfig, check_window
 from jaxft.models.tensor_map import TRANSPOSED, TensorMap
-from jaxft.nn.block import BlockShape
 from jaxft.nn.experts.layer import MoEShape
 
-# The noise is on the router's input, in training alone.
+# router_jitter_noise is on the router's input, in training only.
 MUST_EQUAL = {"hidden_act": "silu", "router_jitter_noise": 0.0}
 PATH = "layers/*/mlp"
 
 
 @dataclass(frozen=True, kw_only=True)
-class MoEConfig(DenseConfig):
-    """Sizes under Hugging Face's names. A family says where its files keep a layer's experts, and its MoEShape.
+class MoEConfig(FamilyConfig):
+    """Sizes under Hugging Face's names. A family adds the names of a layer's experts in files, and its MoEShape.
 
-    num_experts_per_tok: experts that take each token. router_aux_loss_coef: what the load-balancing loss counts where
-    routers train and the run does not say. output_router_logits: whether transformers adds that loss; kept for who
-    reads the file again.
+    num_experts_per_tok: experts chosen for each token. router_aux_loss_coef: default weight of the load-balancing loss
+    if routers are trained. output_router_logits: whether transformers adds that loss; only passed on to exports.
     """
 
     num_experts_per_tok: int
@@ -30,7 +28,7 @@ class MoEConfig(DenseConfig):
     output_router_logits: bool = False
 
     def experts(self, count: int, hidden: int, *, renormalize: bool, **switches: Any) -> MoEShape:
-        """The feed-forward layer of `count` experts with `hidden` inner units each. switches: more of MoEShape."""
+        """The shape of a layer of `count` experts of `hidden` inner units each. switches: other fields of MoEShape."""
         return MoEShape(
             width=self.hidden_size,
             hidden=hidden,
@@ -41,30 +39,30 @@ class MoEConfig(DenseConfig):
         )
 
 
-def expert_tensors(block: BlockShape, module: str, *, gate: str, up: str, down: str) -> tuple[TensorMap, ...]:
-    """The lines of a layer of experts that files keep as one matrix for each of them.
+def expert_tensors(module: str, count: int, *, gate: str, up: str, down: str) -> tuple[TensorMap, ...]:
+    """The table's lines for a layer of `count` experts, if files store every expert's matrices separately.
 
-    module: for example `model.layers.{i}.mlp`. gate, up, down: what files call an expert's three matrices.
+    module: for example `model.layers.{i}.mlp`. gate, up, down: names of an expert's three matrices in files.
     """
     names = {"gate_proj": gate, "up_proj": up, "down_proj": down}
     return (
         TensorMap(f"{module}.gate.weight", f"{PATH}/router/kernel", TRANSPOSED),
         *(
-            TensorMap(f"{module}.experts.{{e}}.{hf}.weight", f"{PATH}/{ours}/kernel", TRANSPOSED, block.mlp.experts)
+            TensorMap(f"{module}.experts.{{e}}.{hf}.weight", f"{PATH}/{ours}/kernel", TRANSPOSED, count)
             for ours, hf in names.items()
         ),
     )
 
 
 def check_experts(hf: Mapping[str, Any], count: Any) -> None:
-    """Raises ModelError unless each token has as many experts to choose as there are."""
+    """Raises ModelError unless num_experts_per_tok is from 1 to `count`."""
     chosen = hf["num_experts_per_tok"]
     if not isinstance(count, int) or not isinstance(chosen, int) or not 1 <= chosen <= count:
         raise ModelError(f"num_experts_per_tok={chosen!r} of {count!r} experts: must be from 1 to all of them")
 
 
 def read_window(window: Any) -> int | None:
-    """A window of all layers, None for none. Raises ModelError for what is no window."""
+    """The window of all layers, None for full attention. Raises ModelError for an invalid window."""
     if window is not None:
         check_window(window)
     return window

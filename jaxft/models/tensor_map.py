@@ -1,4 +1,4 @@
-"""Invertible maps between Hugging Face's tensors and our stacked parameters."""
+"""Maps between Hugging Face's tensors and our stacked parameters, in both directions."""
 
 # L stacked layers, I inputs, O outputs
 
@@ -12,18 +12,18 @@ Index = tuple[slice, ...]
 
 @dataclass(frozen=True)
 class Transform:
-    """How one tensor changes between the two layouts. Here: not at all."""
+    """How a tensor's layout differs between Hugging Face's files and our parameters. The base class: not at all."""
 
     def hf_index(self, index: Index) -> Index:
-        """Which part of the Hugging Face tensor holds our part `index`."""
+        """The part of the Hugging Face tensor that is our part `index`."""
         return index
 
     def our_bounds(self, bounds: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-        """Which part of ours holds the part of the Hugging Face tensor with these (start, stop) along every axis."""
+        """(start, stop) along our axes for a part of the Hugging Face tensor given as (start, stop) along its axes."""
         return tuple(bounds)
 
     def hf_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The Hugging Face shape of our shape."""
+        """The shape of the Hugging Face tensor of our shape."""
         return shape
 
     def from_hf(self, array: np.ndarray) -> np.ndarray:
@@ -63,8 +63,8 @@ TRANSPOSED = Transpose()
 class TensorMap:
     """One line of a family's table.
 
-    hf: for example `model.layers.{i}.mlp.up_proj.weight`. path: `layers/*/mlp/up_proj/kernel`, where
-    `*` is the stack that holds layer i. experts: how many tensors `{e}` in hf stands for in each layer.
+    hf: for example `model.layers.{i}.mlp.up_proj.weight`. path: `layers/*/mlp/up_proj/kernel`, where `*` is the index
+    of the stack with layer i. experts: the number of tensors `{e}` of a layer, None without `{e}` in hf.
     """
 
     hf: str
@@ -79,7 +79,7 @@ class TensorMap:
 
 
 def linear(hf_module: str, path: str, *, bias: bool = False) -> tuple[TensorMap, ...]:
-    """The lines of a linear layer."""
+    """The table's lines for a linear layer."""
     kernel = TensorMap(f"{hf_module}.weight", f"{path}/kernel", TRANSPOSED)
     return (kernel, TensorMap(f"{hf_module}.bias", f"{path}/bias")) if bias else (kernel,)
 
@@ -88,7 +88,8 @@ def linear(hf_module: str, path: str, *, bias: bool = False) -> tuple[TensorMap,
 class Piece:
     """One Hugging Face tensor of one of our parameters.
 
-    at: its place on the leading axes: () where it is the whole, (layer,) in a stack, (layer, expert) among experts.
+    at: its index on the leading axes: () if it is the whole parameter, (index in the stack,) in a stack,
+    (index in the stack, expert) among experts.
     """
 
     hf: str
@@ -96,13 +97,13 @@ class Piece:
 
     @property
     def layer(self) -> int | None:
-        """Its place in the stack, None where there is none."""
+        """Its index in the stack, None for a parameter without one."""
         return self.at[0] if self.at else None
 
 
 @dataclass(frozen=True)
 class ParamTensors:
-    """One of our parameters and the Hugging Face tensors that make it up."""
+    """One of our parameters and the Hugging Face tensors that it consists of."""
 
     path: str
     transform: Transform
@@ -110,19 +111,19 @@ class ParamTensors:
 
 
 def iter_params(tensors: Sequence[TensorMap], groups: Sequence[Sequence[int]]) -> Iterator[ParamTensors]:
-    """Every parameter of a model whose stacks hold the layer numbers `groups`."""
+    """Every parameter of a model with the table `tensors` and the layer numbers `groups` in its stacks."""
     for line in tensors:
         if not line.stacked:
             yield ParamTensors(line.path, line.transform, (Piece(line.hf),))
             continue
         for g, layers in enumerate(groups):
-            pieces = tuple(piece for place, i in enumerate(layers) for piece in _pieces(line, place, i))
+            pieces = tuple(piece for index, i in enumerate(layers) for piece in _pieces(line, index, i))
             yield ParamTensors(line.path.replace("*", str(g)), line.transform, pieces)
 
 
-def _pieces(line: TensorMap, place: int, layer: int) -> Iterator[Piece]:
+def _pieces(line: TensorMap, stack_index: int, layer: int) -> Iterator[Piece]:
     if line.experts is None:
-        yield Piece(line.hf.format(i=layer), (place,))
+        yield Piece(line.hf.format(i=layer), (stack_index,))
         return
     for e in range(line.experts):
-        yield Piece(line.hf.format(i=layer, e=e), (place, e))
+        yield Piece(line.hf.format(i=layer, e=e), (stack_index, e))

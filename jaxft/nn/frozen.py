@@ -1,46 +1,49 @@
-"""Products with weights that do not move and are not kept as the product needs them."""
+"""Matrix products with frozen, quantised weights: dequantised for each product and not kept for the backward pass."""
 
 # I inputs, O outputs
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxft.quant import QuantizedArray
 
-# (x [..., I], dense kernel [..., I, O], *indices) -> [..., O], of which the transposed kernel is the transpose in x.
+# (x [..., I], dense kernel [..., I, O], *indices) -> [..., O]. Linear in x; its transpose is the same product with the
+# transposed kernel.
 Product = Callable[..., jax.Array]
-Lay = Callable[[QuantizedArray], QuantizedArray]
+Layout = Callable[[QuantizedArray], QuantizedArray]
+Residuals = tuple[QuantizedArray, tuple[jax.Array, ...]]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def frozen_product(product: Product, lay: Lay, x: jax.Array, kernel: QuantizedArray, *indices: jax.Array) -> jax.Array:
-    """`product(x, kernel, *indices)` of the kernel, brought to where it is used by `lay` and then made dense.
+def frozen_product(
+    product: Product, layout: Layout, x: jax.Array, kernel: QuantizedArray, *indices: jax.Array
+) -> jax.Array:
+    """`product(x, kernel, *indices)`, of the kernel after `layout` has brought it to the devices and dequantised it.
 
-    Between the passes only the codes are kept, where JAX would keep the dense kernel of every layer; the backward pass
-    makes it once more. The kernel gets no gradient, and neither do the indices.
+    layout: changes the kernel's layout over devices. Only the codes are kept for the backward pass, which dequantises
+    them again; plain JAX would keep the dense kernel of every layer. Neither the kernel nor the indices get a gradient.
     """
-    return product(*_ready(lay, x, kernel), *indices)
+    return product(*_operands(layout, x, kernel), *indices)
 
 
-def _ready(lay: Lay, x: jax.Array, kernel: QuantizedArray) -> tuple[jax.Array, jax.Array]:
-    # The kernel is made dense when x is there, not as early as it could be: else those of a layer pile up.
-    x, laid = jax.lax.optimization_barrier((x, lay(kernel)))
-    return x, laid.dense(x.dtype)
+def _operands(layout: Layout, x: jax.Array, kernel: QuantizedArray) -> tuple[jax.Array, jax.Array]:
+    # The barrier delays dequantising until x is computed: otherwise all dense kernels of a layer exist at once.
+    x, kernel = jax.lax.optimization_barrier((x, layout(kernel)))
+    return x, kernel.dense(x.dtype)
 
 
 def _forward(
-    product: Product, lay: Lay, x: jax.Array, kernel: QuantizedArray, *indices: jax.Array
-) -> tuple[jax.Array, Any]:
-    return product(*_ready(lay, x, kernel), *indices), (kernel, indices)
+    product: Product, layout: Layout, x: jax.Array, kernel: QuantizedArray, *indices: jax.Array
+) -> tuple[jax.Array, Residuals]:
+    return product(*_operands(layout, x, kernel), *indices), (kernel, indices)
 
 
-def _backward(product: Product, lay: Lay, residuals: Any, grad: jax.Array) -> tuple[Any, ...]:
+def _backward(product: Product, layout: Layout, residuals: Residuals, grad: jax.Array) -> tuple[jax.Array | None, ...]:
     kernel, indices = residuals
-    grad, dense = _ready(lay, grad, kernel)
+    grad, dense = _operands(layout, grad, kernel)
     return product(grad, jnp.swapaxes(dense, -1, -2), *indices), None, *(None for _ in indices)
 
 

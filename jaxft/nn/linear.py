@@ -86,7 +86,8 @@ class Linear(nnx.Module):
         param_dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ) -> None:
-        self.kernel = nnx.Param(stddev * jax.random.normal(rngs.params(), (inputs, outputs), param_dtype))
+        kernel_IO = stddev * jax.random.normal(rngs.params(), (inputs, outputs), param_dtype)
+        self.kernel: nnx.Param[jax.Array | QuantizedArray] = nnx.Param(kernel_IO)
         self.bias = nnx.Param(jnp.zeros((outputs,), param_dtype)) if use_bias else None
         self.adapter: Adapter | None = nnx.data(None)
         self.dtype = dtype

@@ -1,9 +1,11 @@
-"""Feed-forward layers."""
+"""Gated feed-forward layers."""
 
 # B batch, S sequence, D model, F inner
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +14,16 @@ from flax import nnx
 from jaxft.nn import partition
 from jaxft.nn.linear import Linear
 
-ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
+Activation = Literal["silu", "gelu_tanh"]
+ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClampedSwiGLU:
-    """`gate sigmoid(alpha gate) (up + 1)`, after gate was held below `limit` and up between -limit and limit.
+    """`gate sigmoid(alpha gate) (up + 1)`, with gate clipped to at most `limit` and up to -limit ... limit.
 
     Source: gpt-oss, arXiv:2508.10925, section 2.2.
     """
@@ -26,7 +32,7 @@ class ClampedSwiGLU:
     limit: float
 
     def __call__(self, gate: jax.Array, up: jax.Array) -> jax.Array:
-        """gate and up of one shape, which the result has too."""
+        """gate, up and the result have the same shape."""
         gate, up = jnp.minimum(gate, self.limit), jnp.clip(up, -self.limit, self.limit)
         return gate * jax.nn.sigmoid(self.alpha * gate) * (up + 1)
 
@@ -37,7 +43,7 @@ class MLPShape:
 
     width: int
     hidden: int
-    activation: str = "silu"
+    activation: Activation = "silu"
     use_bias: bool = False
     fused: bool = False
 
@@ -48,19 +54,19 @@ class GatedMLP(nnx.Module):
     def __init__(
         self, shape: MLPShape, *, stddev: float, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs
     ) -> None:
-        options = {
-            "use_bias": shape.use_bias, "stddev": stddev, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs
-        }  # fmt: skip
+        linear = functools.partial(
+            Linear, use_bias=shape.use_bias, stddev=stddev, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        )
         self.shape = shape
         if shape.fused:
-            self.gate_up_proj = Linear(shape.width, 2 * shape.hidden, keep="dots", **options)
+            self.gate_up_proj = linear(shape.width, 2 * shape.hidden, keep="dots")
         else:
-            self.gate_proj = Linear(shape.width, shape.hidden, keep="dots", **options)
-            self.up_proj = Linear(shape.width, shape.hidden, keep="dots", **options)
-        self.down_proj = Linear(shape.hidden, shape.width, tp_side="inputs", **options)
+            self.gate_proj = linear(shape.width, shape.hidden, keep="dots")
+            self.up_proj = linear(shape.width, shape.hidden, keep="dots")
+        self.down_proj = linear(shape.hidden, shape.width, tp_side="inputs")
 
     def __call__(self, x_BSD: jax.Array, keys: jax.Array | None) -> jax.Array:
-        """`keys` is three PRNG keys or None."""
+        """keys: three PRNG keys for dropout in adapters, or None."""
         key = (None,) * 3 if keys is None else keys
         activation = ACTIVATIONS[self.shape.activation]
         if self.shape.fused:

@@ -1,4 +1,4 @@
-"""Root mean square normalisation (arXiv:1910.07467)."""
+"""Root mean square normalisation, RMSNorm (arXiv:1910.07467)."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from jaxft.nn import partition
 
 @dataclass(frozen=True, kw_only=True)
 class NormShape:
-    """What families differ in. plus_one: the stored scale is an addition to 1 (Gemma)."""
+    """Settings that differ between families. plus_one: the parameter is the scale minus 1 (Gemma)."""
 
     eps: float
     plus_one: bool = False

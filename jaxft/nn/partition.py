@@ -1,7 +1,7 @@
-"""Where activations and gathered weights lie on the ambient mesh, the one that `jax.set_mesh` made current.
+"""Layouts of activations and gathered weights on the ambient mesh, which `jax.set_mesh` sets.
 
-Layers name what a dimension is; this file alone knows which mesh axes split it. Without an ambient mesh, on one device
-and inside `shard_map`, everything here gives its argument back.
+Layers name the dimensions of their arrays; only this file knows which mesh axes split each kind. Without an ambient
+mesh, on one device and inside `shard_map`, every function here returns its argument unchanged.
 """
 
 # B batch, S sequence, D model
@@ -13,11 +13,11 @@ import jax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-# batch: rows. replica: rows, where weights stay split. sequence: positions, where a layer works on its heads or inner
-# units. stream: positions between such layers, which the tensor axis splits as well (arXiv:2205.05198). weight: the
-# side of a matrix that is gathered for use. both: a side that the tensor axis splits and that is gathered. spread: a
-# side of a small matrix, gathered over the tensor axis as well. expert, expert_weight: experts, and the side of theirs
-# that is gathered.
+# batch: rows. replica: rows, for products with weights that stay split. sequence: positions within a layer, whose heads
+# or inner units the tensor axis splits. stream: positions between layers, which the tensor axis splits too
+# (arXiv:2205.05198). weight: the side of a matrix that is gathered for use. both: a side that the tensor axis splits
+# and that is gathered. spread: a side of a small matrix, gathered over the tensor axis too. expert: experts.
+# expert_weight: the side of an expert's matrix that is gathered.
 Dimension = Literal[
     "batch", "replica", "sequence", "stream", "tensor", "weight", "both", "spread", "expert", "expert_weight"
 ]  # fmt: skip
@@ -37,13 +37,13 @@ AXES: dict[Dimension, tuple[str, ...]] = {
 
 
 def platform() -> str:
-    """Of the ambient mesh's devices, which may be those of a machine compiled for ahead of time: cpu, gpu or tpu."""
+    """cpu, gpu or tpu: of the ambient mesh's devices, which may be abstract ones that a program is compiled for."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
 def shards(dimension: Dimension) -> int:
-    """Into how many parts the ambient mesh splits a dimension."""
+    """The number of parts into which the ambient mesh splits a dimension."""
     count = 1
     for axis in axes_of(dimension):
         count *= jax.sharding.get_abstract_mesh().shape[axis]
@@ -51,17 +51,17 @@ def shards(dimension: Dimension) -> int:
 
 
 def axes_of(dimension: Dimension) -> tuple[str, ...]:
-    """The axes of the ambient mesh that split a dimension and that `shard_map` has not taken."""
+    """The axes of the ambient mesh that split a dimension, without axes of size 1 and those that `shard_map` uses."""
     mesh = jax.sharding.get_abstract_mesh()
     free = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Manual}
     return tuple(axis for axis in AXES[dimension] if axis in free and mesh.shape[axis] > 1)
 
 
 def spec(shape: tuple[int, ...], dimensions: Dimensions, *, uneven: Any = P.UNCONSTRAINED) -> P:
-    """The PartitionSpec of an array whose dimensions are these; None: whole. uneven: the entry of one that does not
-    divide, which by default is left to XLA.
+    """The PartitionSpec of an array with these dimensions; None: not split. uneven: the entry for a dimension that its
+    axes do not divide; by default XLA chooses its layout.
     """
-    entries = []
+    entries: list[Any] = []
     for length, dimension in zip(shape, dimensions, strict=True):
         axes = () if dimension is None else axes_of(dimension)
         even = dimension is None or length % shards(dimension) == 0
@@ -75,18 +75,18 @@ def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 
 def split(x: jax.Array, *dimensions: Dimension | None) -> jax.Array:
-    """x, laid out as its dimensions say; its gradient likewise."""
+    """x with the layout of these dimensions; its gradient has the same layout."""
     return x if is_unsharded() else jax.lax.with_sharding_constraint(x, spec(x.shape, dimensions))
 
 
 def split_only(x: jax.Array, dimension: int) -> jax.Array:
-    """x, split along this dimension alone, by the axes that weights are gathered over, where they divide it."""
+    """x split along this dimension only, by the axes that weights are gathered over, if they divide it; else x."""
     axes = axes_of("weight")
     if is_unsharded() or not axes or x.shape[dimension] % shards("weight"):
         return x
-    # In two steps, each of which is one exchange: what the tensor axis splits is joined last.
+    # In two steps, each of which is one collective: dimensions that the tensor axis splits are gathered last.
     for rest in (P.UNCONSTRAINED, None):
-        entries = [axes if place == dimension else rest for place in range(x.ndim)]
+        entries = [axes if index == dimension else rest for index in range(x.ndim)]
         x = jax.lax.with_sharding_constraint(x, P(*entries))
     return x
 
@@ -141,6 +141,6 @@ _scattered.defvjp(_scattered_forward, _scattered_backward)
 
 
 def is_unsharded() -> bool:
-    """Whether there is nothing to lay out: no ambient mesh, one device, or the inside of `shard_map`."""
+    """True without an ambient mesh, on one device, and inside `shard_map`: then there is no layout to choose."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.empty or mesh.size == 1 or all(kind == AxisType.Manual for kind in mesh.axis_types)

@@ -1,30 +1,30 @@
-"""A model whose linear layers keep their kernels quantised."""
+"""Quantises the kernels of a model's linear layers."""
 
 from flax import nnx
 
-from jaxft.errors import ModelError
+from jaxft.errors import ModelError, listed
 from jaxft.nn.experts.layer import ExpertLinear
 from jaxft.nn.linear import Linear
 from jaxft.quant import FORMATS, Format, QuantizedArray
 
-# Layers that stay as they are: the head's rounding would go straight into every probability.
-KEPT = ("lm_head",)
+# Layers that are not quantised: rounding of the LM head would directly change every probability.
+EXCLUDED = ("lm_head",)
 
 
 def kernels(model: nnx.Module) -> dict[str, Linear | ExpertLinear]:
-    """Every layer whose kernel can be quantised, experts included, by its path."""
-    found = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
+    """Every layer whose kernel can be quantised, experts included, by path."""
+    modules = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
     return {
         path: module
-        for path, module in sorted(found.items())
-        if isinstance(module, (Linear, ExpertLinear)) and path.rsplit("/", 1)[-1] not in KEPT
+        for path, module in sorted(modules.items())
+        if isinstance(module, (Linear, ExpertLinear)) and path.rsplit("/", 1)[-1] not in EXCLUDED
     }
 
 
 def quantize(model: nnx.Module, format: Format) -> None:
-    """Puts a quantised value in the place of every such kernel. Works on abstract models under `nnx.eval_shape`.
+    """Replaces every such kernel by a quantised one. Works on abstract models under `nnx.eval_shape`.
 
-    Raises ModelError where a layer's inputs do not divide into blocks.
+    Raises ModelError if a layer's number of inputs is not a multiple of the format's block.
     """
     layers = kernels(model)
     uneven = [
@@ -35,13 +35,13 @@ def quantize(model: nnx.Module, format: Format) -> None:
     if uneven:
         whole = ", ".join(name for name, other in FORMATS.items() if other.block is None)
         raise ModelError(
-            f"{format.name} takes blocks of {format.block} inputs of a layer, which do not divide those of this model: "
-            f"{', '.join(uneven[:6])}. Use {whole}, which has no blocks."
+            f"{format.name} quantises blocks of {format.block} inputs, but the inputs of these layers are no multiple "
+            f"of {format.block}: {listed(uneven)}. Use {whole}, which has no blocks."
         )
     for layer in layers.values():
         layer.kernel.set_value(format.quantize(layer.kernel.get_value()))
 
 
 def has_quantized_kernels(model: nnx.Module) -> bool:
-    """Whether any kernel of a model is."""
+    """Whether any kernel of a model is quantised."""
     return any(isinstance(layer.kernel.get_value(), QuantizedArray) for layer in kernels(model).values())

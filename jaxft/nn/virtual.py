@@ -1,7 +1,7 @@
-"""Virtual tokens: ids of no vocabulary, which stand in a row where an adapter puts vectors of its own.
+"""Virtual tokens: ids outside the vocabulary, at which prompt and prefix tuning insert learnt vectors.
 
-They take positions, segments and places in the cache as other tokens do, so that packing, meshes, windows and
-generation need to know nothing of them: each document begins with them, and none sees another's.
+They have positions, segments and cache slots as other tokens do, so that packing, meshes, windows and generation need
+no special case: each document begins with its own, and none sees another's.
 """
 
 # B batch, S sequence, n virtual tokens
@@ -13,16 +13,16 @@ FIRST = 2**30  # beyond any vocabulary
 
 
 def virtual_ids(count: int) -> tuple[int, ...]:
-    """The ids that stand at the start of every row for a model with so many virtual tokens."""
+    """The ids with which every document begins for a model with `count` virtual tokens."""
     return tuple(range(FIRST, FIRST + count))
 
 
 def replace_virtual(x: jax.Array, own: jax.Array, virtual_BS: jax.Array) -> jax.Array:
-    """x [B, S, ...] with row j of `own` [n, ...] where virtual_BS is j; it is negative for other tokens.
+    """x [B, S, ...] with `own[j]` ([n, ...]) wherever virtual_BS is j; virtual_BS is negative at other tokens.
 
-    As a product: its gradient adds up over rows and devices like that of any weight.
+    Computed as a matrix product, so that its gradient is summed over rows and devices like that of any weight.
     """
-    chosen_BSn = (virtual_BS[..., None] == jnp.arange(len(own))).astype(x.dtype)
+    one_hot_BSn = (virtual_BS[..., None] == jnp.arange(len(own))).astype(x.dtype)
     own = own.astype(x.dtype)
-    put = jnp.einsum("BSn,nX->BSX", chosen_BSn, own.reshape(len(own), -1)).reshape(x.shape)
-    return jnp.where(virtual_BS.reshape(*virtual_BS.shape, *[1] * (x.ndim - 2)) >= 0, put, x)
+    inserted = jnp.einsum("BSn,nX->BSX", one_hot_BSn, own.reshape(len(own), -1)).reshape(x.shape)
+    return jnp.where(virtual_BS.reshape(*virtual_BS.shape, *[1] * (x.ndim - 2)) >= 0, inserted, x)

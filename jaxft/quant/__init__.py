@@ -1,4 +1,4 @@
-"""Frozen weights in fewer bits: values that stand where a kernel stood, and the formats by name."""
+"""Quantised formats for frozen weights, by name, and the values that replace their kernels."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""A quantised weight as one value: what stands where a kernel stood, until a layer needs the kernel itself."""
+"""A quantised weight as one value, which replaces a kernel and is dequantised when a layer needs the kernel."""
 
 # I inputs, O outputs
 
@@ -10,12 +10,12 @@ from typing import Self
 import jax
 import jax.numpy as jnp
 
-# Below every scale that counts: the least float32 that no device takes for zero.
+# Smaller than any meaningful scale: the smallest float32 that no device flushes to zero.
 TINY = float(jnp.finfo(jnp.float32).tiny)
 
 
 class QuantizedArray(ABC):
-    """A pytree of arrays that means one array [..., I, O].
+    """A pytree of arrays that represents one array [..., I, O].
 
     The leading axes are stacks, of layers and of experts; every array inside has them too, so that a scan over layers
     takes one layer's part of each.
@@ -24,32 +24,32 @@ class QuantizedArray(ABC):
     @property
     @abstractmethod
     def shape(self) -> tuple[int, ...]:
-        """Of the array that is meant."""
+        """Shape of the represented array."""
 
     @abstractmethod
     def dense(self, dtype: jnp.dtype) -> jax.Array:
-        """The array that is meant, computed in float32 and rounded to `dtype` once."""
+        """The represented array, dequantised in float32 and rounded to `dtype` once."""
 
     @abstractmethod
     def map_arrays(self, change: Callable[[jax.Array], jax.Array]) -> Self:
-        """With `change` applied to every array inside that has the axes I and O, of however many elements."""
+        """A copy with `change` applied to every array inside that has the axes I and O, whatever their lengths."""
 
     @property
     def ndim(self) -> int:
-        """Of the array that is meant."""
+        """Number of dimensions of the represented array."""
         return len(self.shape)
 
-    def __getitem__(self, at: tuple[int, ...] | int) -> Self:
-        """The part at a place on the leading axes."""
-        return jax.tree.map(lambda part: part[at], self)
+    def __getitem__(self, index: tuple[int, ...] | int) -> Self:
+        """The part at an index on the leading axes."""
+        return jax.tree.map(lambda part: part[index], self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """One way to quantise. name: for users. quantise: of an array [..., I, O], whatever its float type.
+    """A quantised format. name: for users. quantize: quantises an array [..., I, O] of any float dtype.
 
-    bytes_per_weight: what one weight of a large matrix takes, scales included. block: how many inputs share a scale,
-    which must divide I; None: all.
+    bytes_per_weight: of a large matrix, scales included. block: how many inputs share a scale; it must divide I. None:
+    all inputs of an output.
     """
 
     name: str
@@ -59,17 +59,17 @@ class Format:
 
 
 def is_quantized(value: object) -> bool:
-    """For `jax.tree` functions that must not look inside: their is_leaf."""
+    """Whether a value is a QuantizedArray: the is_leaf of `jax.tree` functions that treat one as a leaf."""
     return isinstance(value, QuantizedArray)
 
 
 def dense(kernel: jax.Array | QuantizedArray, dtype: jnp.dtype) -> jax.Array:
-    """The kernel in `dtype`, whichever way it is stored."""
+    """The kernel in `dtype`, dequantised if it is quantised."""
     return kernel.dense(dtype) if isinstance(kernel, QuantizedArray) else kernel.astype(dtype)
 
 
 def kernel_path(path: str) -> str:
-    """The path of a kernel from that of an array inside it that has its axes; any other path as it is."""
+    """The path of the kernel that an array at `path` is a part of and shares the axes of; any other path unchanged."""
     while path.endswith(("/codes", "/scales")):
         path = path.rpartition("/")[0]
     return path

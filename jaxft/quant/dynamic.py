@@ -1,8 +1,8 @@
-"""Numbers in 8 bits with a dynamic exponent (arXiv:1511.04561), as 8-bit optimizers and double quantisation use them.
+"""8-bit numbers with a dynamic exponent (arXiv:1511.04561), for 8-bit optimizers and double quantisation.
 
-Every decade from 1e-6 to 1 has twice as many numbers as the one below, evenly spaced in it, 1, 2, 4, ... 64 with a sign
-and twice that without; besides there are 0 and 1. They are bitsandbytes' dynamic map and code numbers. Code and number
-follow from each other by arithmetic too (`encode`, `decode`): tables of 256 are slow where there is no cheap gather.
+Every decade from 1e-6 to 1 has twice as many values as the one below, evenly spaced: 1, 2, 4, ... 64 with a sign and
+twice as many without; in addition there are 0 and 1. Values and codes are those of bitsandbytes' dynamic map. `encode`
+and `decode` compute one from the other by arithmetic, because tables of 256 are slow on devices without a cheap gather.
 """
 
 import functools
@@ -14,37 +14,37 @@ import numpy as np
 GRID = 65535
 DECADES = 7
 ONE = 255
-ZERO = {True: 127, False: 0}  # its code, by whether there are signs
+ZERO = {True: 127, False: 0}  # the code of 0: signed, unsigned
 
 
 @functools.cache
 def dynamic_map(*, signed: bool) -> np.ndarray:
-    """The values in rising order, float32 [256]. signed: from -1 instead of 0.
+    """The values in ascending order, float32 [256]. signed: from -1 instead of 0.
 
-    A value is a power of ten and a fraction; the more bits the power takes, the fewer are left for the fraction.
+    A value is a power of ten times a fraction; the more bits the power takes, the fewer are left for the fraction.
     """
-    powers, found = 7, [0.0, 1.0]
+    powers, values = 7, [0.0, 1.0]
     for i in range(powers):
         edges = _spaced(2**i + 1 if signed else 2 ** (i + 1) + 1)
         fractions = (edges[:-1] + edges[1:]) / np.float32(2)
         positive = np.float32(10 ** (i - powers + 1)) * fractions
-        found.extend(positive.tolist())
+        values.extend(positive.tolist())
         if signed:
-            found.extend((-positive).tolist())
-    return np.sort(np.array(found, np.float32))
+            values.extend((-positive).tolist())
+    return np.sort(np.array(values, np.float32))
 
 
 def _spaced(count: int) -> np.ndarray:
-    """`count` numbers from 0.1 to 1, float32, each counted from its nearer end in float32 steps and rounded once."""
+    """`count` even float32 numbers from 0.1 to 1, each computed from the nearer end in float32 steps, rounded once."""
     low, high = np.float32(0.1), np.float32(1.0)
     step = np.float64((high - low) / np.float32(count - 1))
-    places = np.arange(count)
-    rising, falling = np.float64(low) + step * places, np.float64(high) - step * places[::-1]
-    return np.where(places < count // 2, rising, falling).astype(np.float32)
+    steps = np.arange(count)
+    rising, falling = np.float64(low) + step * steps, np.float64(high) - step * steps[::-1]
+    return np.where(steps < count // 2, rising, falling).astype(np.float32)
 
 
 def nearest(x: jax.Array, *, signed: bool) -> jax.Array:
-    """The number of the value nearest to each of x, uint8; the lower one where both are as near.
+    """The code, uint8, of the value nearest to each x; of two equally near values, the lower.
 
     x, from -1 to 1, is first rounded to one of 65536 even steps, as bitsandbytes does on CPU with a table.
     """
@@ -57,54 +57,54 @@ def nearest(x: jax.Array, *, signed: bool) -> jax.Array:
 
 
 def encode(x: jax.Array, *, signed: bool) -> jax.Array:
-    """The code, uint8, of the number nearest to x: within [-1, 1] where signed, else [0, 1]."""
+    """The code, uint8, of the value nearest to x, which is within [-1, 1] if signed, else within [0, 1]."""
     size = jnp.abs(x)
-    scale, count = _by_decade(size, _first_of_decade(signed), signed)
+    scale, count = _by_decade(size, _decade_starts(signed), signed)
     within = jnp.clip(jnp.floor((size / scale - 0.1) / 0.9 * count), 0, count - 1)
-    # Decades of 1, 2, 4, ... numbers: the first of one is its count further than the first of the lowest.
-    place = (within + count - _counts(signed)[0]).astype(jnp.int32)
-    place = jnp.where(size < _first_of_decade(signed)[0], -1, place)
-    code = ZERO[signed] + 1 + place
-    code = jnp.where(size >= _last(signed), ONE, code)
+    # Decades have 1, 2, 4, ... values, so the first rank of a decade is its count minus the count of the lowest.
+    rank = (within + count - _counts(signed)[0]).astype(jnp.int32)
+    rank = jnp.where(size < _decade_starts(signed)[0], -1, rank)
+    code = ZERO[signed] + 1 + rank
+    code = jnp.where(size >= _one_start(signed), ONE, code)
     if signed:
-        # -1 is missing: its place is taken by 1.
-        code = jnp.where(x < 0, ZERO[True] - 1 - jnp.where(size >= _last(True), 126, place), code)
+        # There is no code for -1, because 1 takes the 256th: the lowest value has rank 126.
+        code = jnp.where(x < 0, ZERO[True] - 1 - jnp.where(size >= _one_start(True), 126, rank), code)
     return code.astype(jnp.uint8)
 
 
 def decode(code: jax.Array, *, signed: bool) -> jax.Array:
-    """The number of a code, float32."""
+    """The value of a code, float32."""
     code = code.astype(jnp.int32)
-    place = code - ZERO[signed] - 1
+    rank = code - ZERO[signed] - 1
     if signed:
-        place = jnp.where(code < ZERO[True], ZERO[True] - 1 - code, place)
+        rank = jnp.where(code < ZERO[True], ZERO[True] - 1 - code, rank)
     counts = _counts(signed)
-    scale, count = _by_decade(place, counts - counts[0], signed)
-    within = place - (count - counts[0])
+    scale, count = _by_decade(rank, counts - counts[0], signed)
+    within = rank - (count - counts[0])
     size = scale * (0.1 + 0.9 * (within + 0.5) / count)
     size = jnp.where(code == ZERO[signed], 0.0, jnp.where(code == ONE, 1.0, size))
     return jnp.where(code < ZERO[signed], -size, size)
 
 
 def _counts(signed: bool) -> np.ndarray:
-    """How many numbers each decade has."""
+    """How many values each decade has."""
     return np.float32(2.0) ** (np.arange(DECADES, dtype=np.float32) + (0 if signed else 1))
 
 
-def _first_of_decade(signed: bool) -> np.ndarray:
-    """From where on a number is nearest to one of each decade: halfway from the last of the decade below, or from 0."""
+def _decade_starts(signed: bool) -> np.ndarray:
+    """For each decade, the smallest number that rounds into it: halfway from the last value below it, or from 0."""
     counts, tops = _counts(signed).astype(np.float64), 10.0 ** np.arange(1 - DECADES, 1)
     first, last = tops * (0.1 + 0.45 / counts), tops * (1 - 0.45 / counts)
-    return np.float32((first + np.append(0.0, last[:-1])) / 2)
+    return ((first + np.append(0.0, last[:-1])) / 2).astype(np.float32)
 
 
-def _last(signed: bool) -> np.float32:
-    """From where on a number is nearest to 1."""
+def _one_start(signed: bool) -> np.float32:
+    """The smallest number that rounds to 1."""
     return np.float32(1 - 0.225 / float(_counts(signed)[-1]))
 
 
 def _by_decade(x: jax.Array, starts: np.ndarray, signed: bool) -> tuple[jax.Array, jax.Array]:
-    """(upper end of the decade, how many numbers it has), float32, of the last decade whose start x reaches."""
+    """(upper end, number of values), float32, of the last decade whose start x reaches."""
     scale, count = jnp.full(x.shape, 10.0 ** (1 - DECADES), jnp.float32), jnp.full(x.shape, _counts(signed)[0])
     for decade in range(1, DECADES):
         reached = x >= starts[decade]

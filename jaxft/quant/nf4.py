@@ -1,7 +1,8 @@
-"""4-bit NormalFloat: the 16 quantiles of a normal distribution, a scale for every 64 weights (arXiv:2305.14314, 3)."""
+"""NF4, 4-bit NormalFloat: 16 quantiles of a normal distribution, a scale per 64 weights (arXiv:2305.14314, 3)."""
 
 # I inputs, O outputs, N blocks of 64 inputs
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
@@ -29,10 +30,10 @@ MIDDLES = (LEVELS[1:] + LEVELS[:-1]) / np.float32(2)
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class NF4(QuantizedArray):
-    """codes: uint8 [..., I / 2, O], two numbers of LEVELS a byte, as `nibbles` packs them.
+    """codes: uint8 [..., I / 2, O], two indices of LEVELS in a byte, packed by `nibbles`.
 
-    scales: the largest magnitude of every block of 64 consecutive inputs of one output, float32 [..., N, O], or these
-    compressed. Codes and scales are those of bitsandbytes for a weight [O, I].
+    scales: the largest magnitude of every block of 64 consecutive inputs of one output, float32 [..., N, O], or the
+    same compressed. Codes and scales are those of bitsandbytes for a weight [O, I].
     """
 
     codes: jax.Array
@@ -40,39 +41,35 @@ class NF4(QuantizedArray):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """[..., I, O]"""
         *stack, half, outputs = self.codes.shape
         return (*stack, 2 * half, outputs)
 
     def dense(self, dtype: jnp.dtype) -> jax.Array:
-        """[..., I, O]: level times scale."""
-        # Levels that come with the codes of a layer: else XLA would spread each to the size of a kernel before the loop
-        # over layers, and keep it.
+        # The barrier ties the levels to the codes of a layer: otherwise XLA would broadcast each level to the size of a
+        # kernel before the loop over layers, and keep it.
         packed, levels = jax.lax.optimization_barrier((self.codes, jnp.asarray(LEVELS)))
         scales = dense_scales(self.scales)[..., None, None, :]
         return (select(unpack(packed), list(levels)) * scales).astype(dtype).reshape(self.shape)
 
     def map_arrays(self, change: Callable[[jax.Array], jax.Array]) -> Self:
-        """See `QuantizedArray.map_arrays`."""
-        scales = self.scales
-        return NF4(
-            change(self.codes), scales.map_arrays(change) if isinstance(scales, CompressedScales) else change(scales)
-        )
+        codes, scales = change(self.codes), self.scales
+        scales = scales.map_arrays(change) if isinstance(scales, CompressedScales) else change(scales)
+        return dataclasses.replace(self, codes=codes, scales=scales)
 
 
 def quantize(kernel: jax.Array, *, double: bool) -> NF4:
-    """kernel: [..., I, O], I a multiple of 64. double: compress the scales too (the paper's double quantisation)."""
+    """Quantises a kernel [..., I, O]; I is a multiple of 64. double: compress the scales too (double quantisation)."""
     x = blocks(kernel, BLOCK)
     scales = jnp.max(jnp.abs(x), axis=-2)
-    # Times the reciprocal and bounded, as bitsandbytes has it: a quotient would differ in the last bit.
+    # Multiplied by the reciprocal and clipped, as in bitsandbytes: a quotient would differ in the last bit.
     scaled = jnp.clip(x * (1.0 / jnp.maximum(scales, TINY))[..., None, :], -1.0, 1.0).reshape(kernel.shape)
     codes = sum((scaled > middle).astype(jnp.uint8) for middle in MIDDLES)
     return NF4(pack(codes), compress(scales) if double else scales)
 
 
 def select(codes: jax.Array, options: list[jax.Array]) -> jax.Array:
-    """Of 16 arrays that broadcast against `codes`, the one that each code is the number of."""
-    # Bit by bit through a tree of selects: on a TPU, a lookup in a table takes more time and twice the memory.
+    """`options[code]` for every code: options are 16 arrays that broadcast against `codes`."""
+    # A tree of selects, bit by bit: on a TPU, a lookup in a table takes more time and twice the memory.
     for bit in range(4):
         odd = codes >> bit & 1 == 1
         options = [jnp.where(odd, high, low) for low, high in zip(options[::2], options[1::2], strict=True)]

@@ -42,7 +42,11 @@ SMALL = MIXTRAL | {
         (QWEN, {"router_jitter_noise": 0.1}, r"router_jitter_noise=0\.1"),
         (QWEN, {"decoder_sparse_step": 2}, r"decoder_sparse_step=2 \(only 1 is implemented\)"),
         (QWEN, {"mlp_only_layers": [0, 3]}, r"mlp_only_layers=\[0, 3\] \(only \[\] is implemented\)"),
-        (QWEN, {"num_local_experts": 64}, r"num_experts=128 and num_local_experts=64 are two names of one number"),
+        (
+            QWEN,
+            {"num_local_experts": 64},
+            r"num_experts=128 and num_local_experts=64 must be equal",
+        ),
         (QWEN, {"num_experts": 4}, r"num_experts_per_tok=8 of 4 experts"),
     ],
 )

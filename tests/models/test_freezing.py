@@ -115,6 +115,8 @@ def test_some_experts_of_a_layer_are_refused(smoke_config):
     hf = smoke_config | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
     hf = {key: value for key, value in hf.items() if key not in ("attention_bias", "mlp_bias")}
     config = models.config_from_hf(hf)
-    with pytest.raises(ModelError, match="takes 2 of the 4 experts of layers/0/mlp/.*one array and move together"):
+    with pytest.raises(
+        ModelError, match="takes 2 of the 4 experts of layers/0/mlp/.*one array and can only be trained together"
+    ):
         models.abstract_model(config, trainable="experts.0-1")
     assert models.abstract_model(config, trainable="experts").trainable_paths

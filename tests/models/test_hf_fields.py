@@ -156,7 +156,11 @@ LONGROPE = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] 
             {"rope_parameters": {"rope_theta": 1e6}},
             r"nested by kind of layer; unknown: \['rope_theta'\]",
         ),
-        ("phi3", {"rope_scaling": LONGROPE | {"short_factor": [1.0]}}, "short_factor has 1 numbers; 8 turned.* need 4"),
+        (
+            "phi3",
+            {"rope_scaling": LONGROPE | {"short_factor": [1.0]}},
+            "short_factor has 1 numbers, but 8 rotated.* need 4",
+        ),
         (
             "phi3",
             {"rope_scaling": {"type": "linear", "factor": 2.0}},
@@ -169,13 +173,13 @@ LONGROPE = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] 
             {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
             "rope_type='default' with llama_4",
         ),
-        ("ministral3", {"rope_parameters": YARN}, "llama_4_scaling_beta=None; yarn with a number"),
+        ("ministral3", {"rope_parameters": YARN}, "llama_4_scaling_beta=None; implemented: yarn with a number"),
         (
             "mistral",
             {"rope_parameters": YARN | {"llama_4_scaling_beta": 0.1}},
             "llama_4_scaling_beta=0.1 is not implemented for model_type 'mistral'",
         ),
-        ("olmo3", {"rope_theta": 10000.0}, "rope_theta=10000.0 of model_type 'olmo3' means another rope"),
+        ("olmo3", {"rope_theta": 10000.0}, "rope_theta=10000.0 of model_type 'olmo3' is ambiguous: transformers 4"),
         ("olmo3", {"rope_parameters": YARN}, r"'olmo3' are nested by kind of layer; unknown: \['factor'"),
         ("olmo3", {"sliding_window": None}, "sliding_window=None: a window"),
         ("olmo2", {"clip_qkv": 8.0}, r"clip_qkv=8.0 \(unknown\)"),
@@ -203,7 +207,7 @@ def test_the_older_names_of_longrope_mean_the_same():
 def test_code_that_a_folder_brings_along_is_not_needed_or_refused():
     code = {"auto_map": {"AutoModelForCausalLM": "modeling.Model"}}
     assert models.config_from_hf(LLAMA | code) == models.config_from_hf(LLAMA)
-    with pytest.raises(ModelError, match=r"'mine' is not implemented. Code that a folder brings .* is never run"):
+    with pytest.raises(ModelError, match=r"'mine' is not implemented. Code in the model's folder .* is never run"):
         models.config_from_hf(LLAMA | code | {"model_type": "mine"})
 
 

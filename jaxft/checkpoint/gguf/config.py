@@ -12,7 +12,7 @@ import numpy as np
 from jaxft.checkpoint.gguf.names import FAMILIES, LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS, Family
 from jaxft.errors import CheckpointError, ModelError, did_you_mean
 from jaxft.files.gguf_header import GGUFHeader
-from jaxft.models.dense import FULL, SLIDING
+from jaxft.models.family import FULL, SLIDING
 
 # Metadata under the architecture's name that is read here, or that repeats what is read.
 _KNOWN = frozenset(

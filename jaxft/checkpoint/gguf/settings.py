@@ -18,8 +18,9 @@ from jaxft.checkpoint.gguf.names import (
     expert_count,
 )
 from jaxft.errors import ExportError
-from jaxft.models.dense import FULL, SLIDING, DenseConfig
+from jaxft.models.dense import DenseConfig
 from jaxft.models.families.gemma2 import GemmaConfig
+from jaxft.models.family import FULL, SLIDING
 
 
 def family_of(hf_config: Mapping[str, Any]) -> Family:

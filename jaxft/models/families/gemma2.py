@@ -1,13 +1,13 @@
-"""Gemma 2: local and global layers in turn, capped scores and logits, norms around each part (arXiv:2408.00118)."""
+"""Gemma 2: alternating local and global layers, capped scores and logits, norms around each part (arXiv:2408.00118)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jaxft.models.dense import (
+from jaxft.models.family import (
     FULL,
     SLIDING,
-    DenseConfig,
+    FamilyConfig,
     check_window,
     read_layer_types,
     read_rope,
@@ -22,7 +22,7 @@ from jaxft.nn.norm import NormShape
 
 MODEL_TYPES = ("gemma2",)
 GELU = "gelu_pytorch_tanh"
-# For both generations; what they differ in is in their own DEFAULTS.
+# For Gemma 2 and 3; where they differ, each has its own DEFAULTS.
 SHARED_DEFAULTS = {
     "num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096, "query_pre_attn_scalar": 256,
     "attention_bias": False, "tie_word_embeddings": True,
@@ -39,8 +39,8 @@ ONLY = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class GemmaConfig(DenseConfig):
-    """What both generations share. query_pre_attn_scalar: scores are q k^T over the square root of it."""
+class GemmaConfig(FamilyConfig):
+    """What Gemma 2 and 3 share. query_pre_attn_scalar: scores are q k^T divided by its square root."""
 
     sliding_window: int
     layer_types: tuple[str, ...]
@@ -48,8 +48,8 @@ class GemmaConfig(DenseConfig):
     attention_bias: bool
     final_logit_softcapping: float | None
 
-    def around(self, ropes: Mapping[str, Rope], *, softcap: float | None, **attention: Any) -> DecoderShape:
-        """Layers of both kinds with norms around their parts. ropes: of a kind. softcap: of the scores."""
+    def sandwich_norms(self, ropes: Mapping[str, Rope], *, softcap: float | None, **attention: Any) -> DecoderShape:
+        """Layers with norms before and after each part. ropes: by layer type. softcap: of the attention scores."""
         norm, mlp = NormShape(eps=self.rms_norm_eps, plus_one=True), self.mlp(activation="gelu_tanh")
         scale, distinct = self.query_pre_attn_scalar**-0.5, tuple(dict.fromkeys(ropes.values()))
         blocks = {
@@ -77,7 +77,7 @@ class GemmaConfig(DenseConfig):
 
 
 def read_gemma(hf: Mapping[str, Any], period: int) -> dict[str, Any]:
-    """The fields that GemmaConfig adds. period: by default every such layer is global."""
+    """The fields that GemmaConfig adds. period: by default every period-th layer is global."""
     layers = range(hf["num_hidden_layers"])
     types = read_layer_types(hf, [FULL if (i + 1) % period == 0 else SLIDING for i in layers])
     check_window(hf["sliding_window"])
@@ -98,7 +98,6 @@ class Config(GemmaConfig):
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "Config":
-        """Reads `config.json` of transformers 4 or 5. Raises ModelError for fields it does not implement."""
         hf = with_defaults(hf, DEFAULTS)
         sizes = read_sizes(hf, cls, must_equal=ONLY | {"sliding_window_size": hf["sliding_window"]})
         rope = read_rope(hf, sizes["head_dim"])
@@ -106,7 +105,6 @@ class Config(GemmaConfig):
         return cls(**sizes, rope=rope, **read_gemma(hf, period=2), attn_logit_softcapping=softcap)
 
     def to_hf(self) -> dict[str, Any]:
-        """The same as `config.json`, in the dialect that transformers 4 and 5 both read."""
         return {
             "architectures": ["Gemma2ForCausalLM"],
             "model_type": "gemma2",
@@ -115,8 +113,8 @@ class Config(GemmaConfig):
         }
 
     def shape(self) -> DecoderShape:
-        """Both kinds of layers turn alike."""
-        return self.around({SLIDING: self.rope, FULL: self.rope}, softcap=self.attn_logit_softcapping)
+        """Both kinds of layers have the same rope."""
+        return self.sandwich_norms({SLIDING: self.rope, FULL: self.rope}, softcap=self.attn_logit_softcapping)
 
 
 class Model(Decoder):

@@ -1,22 +1,22 @@
-"""Gemma 3, text: five local layers to a global one, each kind with its own rope (arXiv:2503.19786)."""
+"""Gemma 3, text: five local layers per global layer, each kind with its own rope (arXiv:2503.19786)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from jaxft.errors import ModelError
-from jaxft.models.dense import FULL, SLIDING, read_rope, read_sizes, ropes_by_kind, with_defaults
 from jaxft.models.families.gemma2 import GELU, ONLY, SHARED_DEFAULTS, GemmaConfig, read_gemma
+from jaxft.models.family import FULL, SLIDING, read_rope, read_sizes, ropes_by_kind, with_defaults
 from jaxft.nn.attention.rope import Rope
 from jaxft.nn.decoder import Decoder, DecoderShape
 
 MODEL_TYPES = ("gemma3_text",)
-# transformers 4 left out of the text_config of multimodal folders what equals these.
+# transformers 4 left fields with these values out of the text_config of multimodal folders.
 DEFAULTS = SHARED_DEFAULTS | {
     "vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
     "num_attention_heads": 8, "max_position_embeddings": 131072, "final_logit_softcapping": None,
 }  # fmt: skip
-# transformers reads attn_logit_softcapping and then does not use it: with a number its meaning is open.
+# transformers reads attn_logit_softcapping but does not use it, so a number here would have no defined meaning.
 GEMMA3_ONLY = ONLY | {"attn_logit_softcapping": None}
 
 
@@ -28,7 +28,6 @@ class Config(GemmaConfig):
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "Config":
-        """Reads `config.json` of transformers 4 or 5. Raises ModelError for fields it does not implement."""
         hf = with_defaults(hf, DEFAULTS)
         period = hf.get("sliding_window_pattern") or hf.get("_sliding_window_pattern") or 6
         used = ("sliding_window_pattern", "_sliding_window_pattern", "rope_local_base_freq")
@@ -38,7 +37,6 @@ class Config(GemmaConfig):
         return cls(**sizes, rope=rope, local_rope=local, **read_gemma(hf, period))
 
     def to_hf(self) -> dict[str, Any]:
-        """The same as `config.json`, in the dialect that transformers 4 and 5 both read."""
         if self.local_rope.kind != "default":
             raise ModelError(f"transformers 4 has no field for {self.local_rope.kind!r} rope scaling of local layers")
         return {
@@ -51,7 +49,7 @@ class Config(GemmaConfig):
 
     def shape(self) -> DecoderShape:
         """Layers with q and k norms of single heads."""
-        return self.around({SLIDING: self.local_rope, FULL: self.rope}, softcap=None, qk_norm="head")
+        return self.sandwich_norms({SLIDING: self.local_rope, FULL: self.rope}, softcap=None, qk_norm="head")
 
 
 class Model(Decoder):

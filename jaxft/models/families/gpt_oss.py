@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxft.errors import ModelError
-from jaxft.models.dense import FULL, SLIDING, check_window, read_layer_types, read_rope, read_sizes, with_defaults
+from jaxft.models.family import FULL, SLIDING, check_window, read_layer_types, read_rope, read_sizes, with_defaults
 from jaxft.models.moe import MUST_EQUAL, PATH, MoEConfig, check_experts
 from jaxft.models.tensor_map import TensorMap, linear
-from jaxft.nn.attention.blockwise import ScoreForm
+from jaxft.nn.attention.score_form import ScoreForm
 from jaxft.nn.block import BlockShape
 from jaxft.nn.decoder import Decoder, DecoderShape
 from jaxft.nn.mlp import ClampedSwiGLU
@@ -25,7 +25,7 @@ YARN = {
     "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
     "original_max_position_embeddings": 4096,
 }  # fmt: skip
-# Which layers packed files leave out is seen from their tensors; dequantize is what is done here anyway.
+# The layers that packed files leave out are known from their tensors; dequantize is done in any case.
 PACKING_FIELDS = {"quant_method", "modules_to_not_convert", "dequantize"}
 OWN = ("attention_bias", "num_local_experts", "num_experts_per_tok", "swiglu_alpha", "swiglu_limit",
        "router_aux_loss_coef", "output_router_logits")  # fmt: skip
@@ -35,7 +35,7 @@ OWN = ("attention_bias", "num_local_experts", "num_experts_per_tok", "swiglu_alp
 class Config(MoEConfig):
     """Sizes under Hugging Face's names. intermediate_size: of one expert. sliding_window: of the layers of that type.
 
-    A quantization_config of MXFP4 says how files keep the experts, not what the network is, and is not kept.
+    A quantization_config of MXFP4 describes how files store the experts, not the network, so it is not a field.
     """
 
     layer_types: tuple[str, ...]
@@ -46,7 +46,6 @@ class Config(MoEConfig):
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "Config":
-        """Reads `config.json` of transformers 4 or 5. Raises ModelError for fields it does not implement."""
         hf = with_defaults(hf, DEFAULTS)
         if not hf.get("rope_scaling") and not hf.get("rope_parameters"):
             hf["rope_scaling"] = YARN
@@ -68,19 +67,18 @@ class Config(MoEConfig):
         return cls(**sizes, rope=rope, layer_types=types, sliding_window=hf["sliding_window"], **own)
 
     def to_hf(self) -> dict[str, Any]:
-        """The same as `config.json`, in the dialect that transformers 4 and 5 both read."""
         fields = self.hf_fields()
         return {
             "architectures": ["GptOssForCausalLM"],
             "model_type": "gpt_oss",
             "hidden_act": "silu",
             **fields,
-            # Absent would mean yarn.
+            # An absent rope_scaling would mean yarn.
             "rope_scaling": fields["rope_scaling"] or {"rope_type": "default"},
         }
 
     def shape(self) -> DecoderShape:
-        """Pre-norm layers, those with a window and those without in the order of `layer_types`."""
+        """Pre-norm layers, with and without a window in the order of `layer_types`."""
         norm = NormShape(eps=self.rms_norm_eps)
         experts = self.experts(
             self.num_local_experts,
@@ -102,7 +100,7 @@ class Config(MoEConfig):
         return DecoderShape(layers=tuple(blocks[kind] for kind in self.layer_types), ropes=(self.rope,), norm=norm)
 
     def mlp_tensors(self, block: BlockShape) -> tuple[TensorMap, ...]:
-        """The lines of a layer's experts: files keep all of them in one tensor, inputs first, as we do."""
+        """The table's lines for a layer of experts. Files store all experts in one tensor, inputs first, as we do."""
         module = "model.layers.{i}.mlp"
         return (
             *linear(f"{module}.router", f"{PATH}/router", bias=True),

@@ -4,14 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jaxft.models.dense import DenseConfig, read_rope, read_sizes
+from jaxft.models.family import FamilyConfig, read_rope, read_sizes
 from jaxft.nn.decoder import Decoder, DecoderShape
 
 MODEL_TYPES = ("llama",)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(DenseConfig):
+class Config(FamilyConfig):
     """Sizes under Hugging Face's names."""
 
     attention_bias: bool = False
@@ -19,7 +19,6 @@ class Config(DenseConfig):
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "Config":
-        """Reads `config.json` of transformers 4 or 5. Raises ModelError for fields it does not implement."""
         sizes = read_sizes(hf, cls, must_equal={"hidden_act": "silu"})
         return cls(
             **sizes,
@@ -29,7 +28,6 @@ class Config(DenseConfig):
         )
 
     def to_hf(self) -> dict[str, Any]:
-        """The same as `config.json`, in the dialect that transformers 4 and 5 both read."""
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
@@ -40,7 +38,7 @@ class Config(DenseConfig):
     def shape(self) -> DecoderShape:
         """Pre-norm layers, all equal."""
         attention = self.attention(bias=self.attention_bias, output_bias=self.attention_bias)
-        return self.alike(attention, self.mlp(bias=self.mlp_bias))
+        return self.uniform(attention, self.mlp(bias=self.mlp_bias))
 
 
 class Model(Decoder):

@@ -1,10 +1,10 @@
-"""Mistral 7B, Nemo and Small: Llama with a sliding window where the config has one (arXiv:2310.06825)."""
+"""Mistral 7B, Nemo and Small: Llama with an optional sliding window (arXiv:2310.06825)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jaxft.models.dense import DenseConfig, check_window, read_rope, read_sizes, with_defaults
+from jaxft.models.family import FamilyConfig, check_window, read_rope, read_sizes, with_defaults
 from jaxft.nn.attention.score_form import ScoreForm
 from jaxft.nn.decoder import Decoder, DecoderShape
 
@@ -13,14 +13,13 @@ DEFAULTS = {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embe
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(DenseConfig):
-    """Sizes under Hugging Face's names. sliding_window: tokens that one sees, itself included; None for all."""
+class Config(FamilyConfig):
+    """Sizes under Hugging Face's names. sliding_window: tokens that each token sees, itself included; None for all."""
 
     sliding_window: int | None
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "Config":
-        """Reads `config.json` of transformers 4 or 5. Raises ModelError for fields it does not implement."""
         hf = with_defaults(hf, DEFAULTS)
         sizes = read_sizes(hf, cls, must_equal={"hidden_act": "silu"})
         if hf["sliding_window"] is not None:
@@ -28,7 +27,6 @@ class Config(DenseConfig):
         return cls(**sizes, rope=read_rope(hf, sizes["head_dim"]), sliding_window=hf["sliding_window"])
 
     def to_hf(self) -> dict[str, Any]:
-        """The same as `config.json`, in the dialect that transformers 4 and 5 both read."""
         return {
             "architectures": ["MistralForCausalLM"],
             "model_type": "mistral",
@@ -38,7 +36,7 @@ class Config(DenseConfig):
 
     def shape(self) -> DecoderShape:
         """Pre-norm layers, all equal."""
-        return self.alike(self.attention(form=ScoreForm(window=self.sliding_window)), self.mlp())
+        return self.uniform(self.attention(form=ScoreForm(window=self.sliding_window)), self.mlp())
 
 
 class Model(Decoder):

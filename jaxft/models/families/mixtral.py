@@ -1,10 +1,10 @@
-"""Mixtral 8x7B and 8x22B: Mistral whose feed-forward layers are experts, two a token (arXiv:2401.04088)."""
+"""Mixtral 8x7B and 8x22B: Mistral whose feed-forward layers are experts, two per token (arXiv:2401.04088)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jaxft.models.dense import read_rope, read_sizes, with_defaults
+from jaxft.models.family import read_rope, read_sizes, with_defaults
 from jaxft.models.moe import MUST_EQUAL, MoEConfig, check_experts, expert_tensors, read_window
 from jaxft.models.tensor_map import TensorMap
 from jaxft.nn.attention.score_form import ScoreForm
@@ -27,7 +27,6 @@ class Config(MoEConfig):
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "Config":
-        """Reads `config.json` of transformers 4 or 5. Raises ModelError for fields it does not implement."""
         hf = with_defaults(hf, DEFAULTS)
         sizes = read_sizes(hf, cls, must_equal=MUST_EQUAL)
         check_experts(hf, hf["num_local_experts"])
@@ -42,7 +41,6 @@ class Config(MoEConfig):
         )
 
     def to_hf(self) -> dict[str, Any]:
-        """The same as `config.json`, in the dialect that transformers 4 and 5 both read."""
         return {
             "architectures": ["MixtralForCausalLM"],
             "model_type": "mixtral",
@@ -53,11 +51,12 @@ class Config(MoEConfig):
     def shape(self) -> DecoderShape:
         """Pre-norm layers, all equal."""
         experts = self.experts(self.num_local_experts, self.intermediate_size, renormalize=True)
-        return self.alike(self.attention(form=ScoreForm(window=self.sliding_window)), experts)
+        return self.uniform(self.attention(form=ScoreForm(window=self.sliding_window)), experts)
 
     def mlp_tensors(self, block: BlockShape) -> tuple[TensorMap, ...]:
-        """The lines of a layer's experts."""
-        return expert_tensors(block, "model.layers.{i}.block_sparse_moe", gate="w1", up="w3", down="w2")
+        return expert_tensors(
+            "model.layers.{i}.block_sparse_moe", self.num_local_experts, gate="w1", up="w3", down="w2"
+        )
 
 
 class Model(Decoder):

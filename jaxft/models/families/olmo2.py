@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jaxft.models.dense import DenseConfig, read_rope, read_sizes, with_defaults
+from jaxft.models.family import FamilyConfig, read_rope, read_sizes, with_defaults
 from jaxft.nn.decoder import Decoder, DecoderShape
 
 MODEL_TYPES = ("olmo2",)
@@ -12,20 +12,18 @@ DEFAULTS = {"rms_norm_eps": 1e-5, "attention_bias": False}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(DenseConfig):
+class Config(FamilyConfig):
     """Sizes under Hugging Face's names."""
 
     attention_bias: bool
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "Config":
-        """Reads `config.json` of transformers 4 or 5. Raises ModelError for fields it does not implement."""
         hf = with_defaults(hf, DEFAULTS)
         sizes = read_sizes(hf, cls, must_equal={"hidden_act": "silu"})
         return cls(**sizes, rope=read_rope(hf, sizes["head_dim"]), attention_bias=hf["attention_bias"])
 
     def to_hf(self) -> dict[str, Any]:
-        """The same as `config.json`, in the dialect that transformers 4 and 5 both read."""
         return {
             "architectures": ["Olmo2ForCausalLM"],
             "model_type": "olmo2",
@@ -37,7 +35,7 @@ class Config(DenseConfig):
         """Post-norm layers, all equal."""
         bias = self.attention_bias
         attention = self.attention(qk_norm="whole", bias=bias, output_bias=bias)
-        return self.alike(attention, self.mlp(), norms="after")
+        return self.uniform(attention, self.mlp(), norms="after")
 
 
 class Model(Decoder):

@@ -1,14 +1,14 @@
-"""OLMo 3: OLMo 2 with three local layers to a global one, each kind with its own rope (arXiv:2512.13961)."""
+"""OLMo 3: OLMo 2 with three local layers per global layer, each kind with its own rope (arXiv:2512.13961)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from jaxft.errors import ModelError
-from jaxft.models.dense import (
+from jaxft.models.family import (
     FULL,
     SLIDING,
-    DenseConfig,
+    FamilyConfig,
     check_window,
     read_layer_types,
     read_rope,
@@ -16,8 +16,8 @@ from jaxft.models.dense import (
     ropes_by_kind,
     with_defaults,
 )
-from jaxft.nn.attention.blockwise import ScoreForm
 from jaxft.nn.attention.rope import Rope
+from jaxft.nn.attention.score_form import ScoreForm
 from jaxft.nn.block import BlockShape
 from jaxft.nn.decoder import Decoder, DecoderShape
 from jaxft.nn.norm import NormShape
@@ -28,11 +28,11 @@ DEFAULTS = {
     "rms_norm_eps": 1e-5, "attention_bias": False, "sliding_window": 4096, "max_position_embeddings": 2048,
     "rope_theta": THETA,
 }  # fmt: skip
-PERIOD = 4  # by default every such layer is global
+PERIOD = 4  # by default every fourth layer is global
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(DenseConfig):
+class Config(FamilyConfig):
     """Sizes under Hugging Face's names. rope: of global layers. local_rope: of those with a window."""
 
     attention_bias: bool
@@ -42,14 +42,13 @@ class Config(DenseConfig):
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "Config":
-        """Reads `config.json` of transformers 4 or 5. Raises ModelError for fields it does not implement."""
         hf = with_defaults(hf, DEFAULTS)
         sizes = read_sizes(hf, cls, must_equal={"hidden_act": "silu"})
         theta = hf["rope_theta"]
         if theta != THETA and SLIDING not in (hf.get("rope_parameters") or {}):
             raise ModelError(
-                f"rope_theta={theta} of model_type 'olmo3' means another rope of local layers to transformers 4 than "
-                f"to 5, which takes {THETA}: say it in rope_parameters, for {SLIDING} and for {FULL}"
+                f"rope_theta={theta} of model_type 'olmo3' is ambiguous: transformers 4 uses it for local layers too, "
+                f"but transformers 5 uses {THETA}. Give rope_parameters with a rope_theta for {SLIDING} and for {FULL}."
             )
         rope, local = (read_rope(part, sizes["head_dim"]) for part in ropes_by_kind(hf, {FULL: theta, SLIDING: theta}))
         types = read_layer_types(hf, [SLIDING if (i + 1) % PERIOD else FULL for i in range(hf["num_hidden_layers"])])
@@ -59,7 +58,7 @@ class Config(DenseConfig):
         return cls(**sizes, **own, rope=rope, local_rope=local, layer_types=types)
 
     def to_hf(self) -> dict[str, Any]:
-        """The same as `config.json`, in both dialects: transformers 4 reads the rope of global layers outside."""
+        """The same as `config.json`, in both dialects: rope_parameters is of transformers 5 alone."""
         return {
             "architectures": ["Olmo3ForCausalLM"],
             "model_type": "olmo3",

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxft.errors import ModelError
-from jaxft.models.dense import DenseConfig, check_window, read_rope, read_sizes, with_defaults
+from jaxft.models.family import FamilyConfig, check_window, read_rope, read_sizes, with_defaults
 from jaxft.nn.attention.score_form import ScoreForm
 from jaxft.nn.decoder import Decoder, DecoderShape
 
@@ -14,14 +14,13 @@ DEFAULTS = {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "sliding_wind
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(DenseConfig):
-    """Sizes under Hugging Face's names. sliding_window: tokens that one sees, itself included; None for all."""
+class Config(FamilyConfig):
+    """Sizes under Hugging Face's names. sliding_window: tokens that each token sees, itself included; None for all."""
 
     sliding_window: int | None
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "Config":
-        """Reads `config.json` of transformers 4 or 5. Raises ModelError for fields it does not implement."""
         hf = with_defaults(hf, DEFAULTS)
         only = {
             "hidden_act": "silu", "attention_bias": False, "embd_pdrop": 0.0, "resid_pdrop": 0.0,
@@ -33,14 +32,15 @@ class Config(DenseConfig):
             check_window(hf["sliding_window"])
         rope = read_rope(_modern(hf), sizes["head_dim"], partial=True)
         if rope.kind not in ("default", "longrope"):
-            raise ModelError(f"rope scaling {rope.kind!r} is not implemented for model_type 'phi3'; longrope is")
+            raise ModelError(
+                f"rope scaling {rope.kind!r} is not implemented for model_type 'phi3'; implemented: longrope"
+            )
         return cls(**sizes, rope=rope, sliding_window=hf["sliding_window"])
 
     def to_hf(self) -> dict[str, Any]:
-        """The same as `config.json`, in the dialect that transformers 4 and 5 both read."""
         fields = self.hf_fields()
         if self.rope.kind == "longrope":
-            # transformers reads the length from outside the scaling and takes its own default where it is not there.
+            # transformers reads the length outside the scaling, and takes its own default if it is absent there.
             scaling = dict(fields["rope_scaling"])
             fields["original_max_position_embeddings"] = scaling.pop("original_max_position_embeddings")
             fields["rope_scaling"] = scaling | {"type": "longrope"}
@@ -54,11 +54,11 @@ class Config(DenseConfig):
     def shape(self) -> DecoderShape:
         """Pre-norm layers, all equal, with qkv_proj and gate_up_proj."""
         attention = self.attention(form=ScoreForm(window=self.sliding_window), fused=True)
-        return self.alike(attention, self.mlp(fused=True))
+        return self.uniform(attention, self.mlp(fused=True))
 
 
 def _modern(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json with longrope under its present name: it began as `su`, and some files say `yarn` for it."""
+    """config.json with longrope under its present name: it was first called `su`, and some files call it `yarn`."""
     hf = dict(hf)
     for field in ("rope_scaling", "rope_parameters"):
         scaling = dict(hf.get(field) or {})

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jaxft.models.dense import (
+from jaxft.models.family import (
     FULL,
     SLIDING,
-    DenseConfig,
+    FamilyConfig,
     check_window,
     read_layer_types,
     read_rope,
@@ -27,21 +27,20 @@ DEFAULTS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class WindowedConfig(DenseConfig):
-    """What Qwen2 and Qwen3 share: a window on the layers that layer_types says, None where there is none."""
+class WindowedConfig(FamilyConfig):
+    """What Qwen2 and Qwen3 share. sliding_window: of the SLIDING layers in layer_types; None if there are none."""
 
     sliding_window: int | None
     layer_types: tuple[str, ...]
 
     def hf_fields(self) -> dict[str, Any]:
-        """The fields of `config.json`, but for those that name the family."""
         windowed = SLIDING in self.layer_types
-        # transformers 4 reads max_window_layers: how many first layers see everything.
+        # transformers 4 reads max_window_layers: how many of the first layers have full attention.
         first = self.layer_types.index(SLIDING) if windowed else self.num_hidden_layers
         return super().hf_fields() | {"use_sliding_window": windowed, "max_window_layers": first}
 
-    def layered(self, **attention: Any) -> DecoderShape:
-        """Pre-norm layers that differ in their windows alone. attention: as for DenseConfig.attention."""
+    def by_layer_type(self, **attention: Any) -> DecoderShape:
+        """Pre-norm layers that differ only in their windows. attention: options of FamilyConfig.attention."""
         norm, mlp = NormShape(eps=self.rms_norm_eps), self.mlp()
         blocks = {
             kind: BlockShape(attention=self.attention(form=ScoreForm(window=window), **attention), mlp=mlp, norm=norm)
@@ -51,7 +50,7 @@ class WindowedConfig(DenseConfig):
 
 
 def read_windows(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of WindowedConfig as transformers derives them. Raises ModelError for what does not fit."""
+    """The fields of WindowedConfig, derived as in transformers. Raises ModelError for inconsistent ones."""
     window = hf["sliding_window"] if hf["use_sliding_window"] else None
     first = hf["max_window_layers"]
     default = [SLIDING if window is not None and i >= first else FULL for i in range(hf["num_hidden_layers"])]
@@ -67,14 +66,12 @@ class Config(WindowedConfig):
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "Config":
-        """Reads `config.json` of transformers 4 or 5. Raises ModelError for fields it does not implement."""
         hf = with_defaults(hf, DEFAULTS)
         used = ("use_sliding_window", "max_window_layers")
         sizes = read_sizes(hf, cls, used=used, must_equal={"hidden_act": "silu", "use_mrope": False})
         return cls(**sizes, rope=read_rope(hf, sizes["head_dim"]), **read_windows(hf))
 
     def to_hf(self) -> dict[str, Any]:
-        """The same as `config.json`, in the dialect that transformers 4 and 5 both read."""
         return {
             "architectures": ["Qwen2ForCausalLM"],
             "model_type": "qwen2",
@@ -84,7 +81,7 @@ class Config(WindowedConfig):
 
     def shape(self) -> DecoderShape:
         """Pre-norm layers; all but the output projection of attention have biases."""
-        return self.layered(bias=True)
+        return self.by_layer_type(bias=True)
 
 
 class Model(Decoder):

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jaxft.models.dense import read_rope, read_sizes, with_defaults
 from jaxft.models.families.qwen2 import DEFAULTS as QWEN2_DEFAULTS
 from jaxft.models.families.qwen2 import WindowedConfig, read_windows
+from jaxft.models.family import read_rope, read_sizes, with_defaults
 from jaxft.nn.decoder import Decoder, DecoderShape
 
 MODEL_TYPES = ("qwen3",)
@@ -21,7 +21,6 @@ class Config(WindowedConfig):
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "Config":
-        """Reads `config.json` of transformers 4 or 5. Raises ModelError for fields it does not implement."""
         hf = with_defaults(hf, DEFAULTS)
         used = ("use_sliding_window", "max_window_layers")
         sizes = read_sizes(hf, cls, used=used, must_equal={"hidden_act": "silu"})
@@ -29,7 +28,6 @@ class Config(WindowedConfig):
         return cls(**sizes, rope=rope, **read_windows(hf), attention_bias=hf["attention_bias"])
 
     def to_hf(self) -> dict[str, Any]:
-        """The same as `config.json`, in the dialect that transformers 4 and 5 both read."""
         return {
             "architectures": ["Qwen3ForCausalLM"],
             "model_type": "qwen3",
@@ -39,7 +37,7 @@ class Config(WindowedConfig):
 
     def shape(self) -> DecoderShape:
         """Pre-norm layers with q and k norms of single heads."""
-        return self.layered(qk_norm="head", bias=self.attention_bias, output_bias=self.attention_bias)
+        return self.by_layer_type(qk_norm="head", bias=self.attention_bias, output_bias=self.attention_bias)
 
 
 class Model(Decoder):

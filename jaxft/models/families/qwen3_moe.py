@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxft.errors import ModelError
-from jaxft.models.dense import read_rope, read_sizes, with_defaults
+from jaxft.models.family import read_rope, read_sizes, with_defaults
 from jaxft.models.moe import MUST_EQUAL, MoEConfig, check_experts, expert_tensors, read_window
 from jaxft.models.tensor_map import TensorMap
 from jaxft.nn.attention.score_form import ScoreForm
@@ -18,13 +18,13 @@ DEFAULTS = {
     "sliding_window": 4096, "moe_intermediate_size": 768, "num_experts_per_tok": 8, "norm_topk_prob": False,
     "router_aux_loss_coef": 0.001, "output_router_logits": False,
 }  # fmt: skip
-# Layers without experts are what these two would make.
+# Other values of these two would make layers without experts.
 DENSE_LAYERS = {"decoder_sparse_step": 1, "mlp_only_layers": []}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(MoEConfig):
-    """Sizes under Hugging Face's names. intermediate_size: of layers without experts, of which there are none."""
+    """Sizes under Hugging Face's names. intermediate_size is unused: it is that of layers without experts."""
 
     attention_bias: bool
     num_experts: int
@@ -33,7 +33,6 @@ class Config(MoEConfig):
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "Config":
-        """Reads `config.json` of transformers 4 or 5. Raises ModelError for fields it does not implement."""
         hf = with_defaults(hf, DEFAULTS)
         # transformers does not read max_window_layers here: a window is on all layers.
         used = ("use_sliding_window", "max_window_layers", "num_local_experts")
@@ -52,7 +51,6 @@ class Config(MoEConfig):
         )
 
     def to_hf(self) -> dict[str, Any]:
-        """The same as `config.json`, in the dialect that transformers 4 and 5 both read."""
         return {
             "architectures": ["Qwen3MoeForCausalLM"],
             "model_type": "qwen3_moe",
@@ -68,12 +66,11 @@ class Config(MoEConfig):
         form = ScoreForm(window=self.sliding_window)
         attention = self.attention(form=form, qk_norm="head", bias=bias, output_bias=bias)
         experts = self.experts(self.num_experts, self.moe_intermediate_size, renormalize=self.norm_topk_prob)
-        return self.alike(attention, experts)
+        return self.uniform(attention, experts)
 
     def mlp_tensors(self, block: BlockShape) -> tuple[TensorMap, ...]:
-        """The lines of a layer's experts."""
         names = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
-        return expert_tensors(block, "model.layers.{i}.mlp", **names)
+        return expert_tensors("model.layers.{i}.mlp", self.num_experts, **names)
 
 
 class Model(Decoder):
@@ -84,5 +81,7 @@ def _count(hf: Mapping[str, Any]) -> int:
     # transformers 4 writes num_experts, 5 writes num_local_experts.
     given = [hf[name] for name in ("num_experts", "num_local_experts") if hf.get(name) is not None] or [128]
     if given[0] != given[-1]:
-        raise ModelError(f"num_experts={given[0]} and num_local_experts={given[1]} are two names of one number")
+        raise ModelError(
+            f"num_experts={given[0]} and num_local_experts={given[1]} must be equal: they are two names of one number"
+        )
     return given[0]

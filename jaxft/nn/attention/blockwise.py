@@ -1,8 +1,8 @@
-"""Causal attention in blocks of queries, with its own gradient: the form for CPUs and any odd shape.
+"""Causal attention in blocks of queries, with its own gradient: for CPUs, and for shapes that no kernel supports.
 
-No [S, S] scores outlive a block, the backward pass recomputes them from the saved log-sum-exp, and a
-block looks only at the keys before its end, so half of the square is never computed. Source of the
-recurrences: FlashAttention-2, arXiv:2307.08691, sections 2.3 and 3.1.
+Scores exist only within a block; the backward pass recomputes them from the saved log-sum-exp. A block only computes
+scores with the keys before its end, so half of all S x S scores are never computed. Source of the recurrences:
+FlashAttention-2, arXiv:2307.08691, sections 2.3 and 3.1.
 """
 
 # B batch, S sequence, N query heads, K kv heads, G = N / K, H head_dim, C queries of a block, T keys it sees
@@ -20,7 +20,7 @@ BLOCK, MOST_BLOCKS = 128, 8
 
 
 class _Block(NamedTuple):
-    """Queries from start to stop, and the keys that any of them may see."""
+    """The queries from start to stop, and the range of keys that any of them may see."""
 
     start: int
     stop: int
@@ -39,12 +39,11 @@ def attention(
     key_segments_BT: jax.Array | None = None,
     start: jax.Array | None = None,
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(H)) v over the tokens of the same segment that stand no later, [B, S, N, H].
+    """softmax(q k^T / sqrt(H)) v over the tokens of the same segment up to each query, [B, S, N, H].
 
-    Positions must ascend by one within a segment, as they do in any row of text. The softmax is float32
-    whatever the inputs are. sinks_N: for each head a score more, whose share of the softmax goes nowhere.
-    key_segments_BT, start: where the queries are a part of the row, the segments of the whole row and the place of
-    the first query in it.
+    Positions must ascend by one within a segment, as they do in any row of text. The softmax is float32 whatever the
+    inputs are. sinks_N: one more score for each head, whose share of the softmax is discarded. key_segments_BT, start:
+    if the queries are a part of the row, the segments of the whole row and the position of the first query in it.
     """
     part = _Part(segments_BS, segments_BS if key_segments_BT is None else key_segments_BT, start)
     batch, length, heads, head_dim = q_BSNH.shape
@@ -63,7 +62,7 @@ def attention(
 
 
 class _Part(NamedTuple):
-    """Which tokens of the row the queries are."""
+    """The part of the row that the queries are. start: position of the first query; None if they are the whole row."""
 
     segments_BS: jax.Array
     key_segments_BT: jax.Array
@@ -71,7 +70,14 @@ class _Part(NamedTuple):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(form, q_BKGSH, k_BKTH, v_BKTH, part, sinks_KG):
+def _attention(
+    form: ScoreForm,
+    q_BKGSH: jax.Array,
+    k_BKTH: jax.Array,
+    v_BKTH: jax.Array,
+    part: _Part,
+    sinks_KG: jax.Array | None,
+) -> jax.Array:
     return _forward(form, q_BKGSH, k_BKTH, v_BKTH, part, sinks_KG)[0]
 
 
@@ -90,7 +96,7 @@ def _forward(form, q_BKGSH, k_BKTH, v_BKTH, part, sinks_KG):
         out_BKGCH = _rows(weights_BKGCT.astype(seen_BKTH.dtype)) @ seen_BKTH
         outs.append((out_BKGCH.reshape(*total_BKGC1.shape[:-1], -1) / total_BKGC1).astype(q_BKGSH.dtype))
         sums.append((jnp.log(total_BKGC1) + top_BKGC1)[..., 0])
-    # Named, so that rematerialisation that keeps these does not run this pass again.
+    # Named, so that rematerialisation policies that save these do not run this pass again.
     out_BKGSH = checkpoint_name(jnp.concatenate(outs, axis=3), "attention")
     lse_BKGS = checkpoint_name(jnp.concatenate(sums, axis=3), "attention")
     return out_BKGSH, (q_BKGSH, k_BKTH, v_BKTH, part, sinks_KG, out_BKGSH, lse_BKGS)
@@ -100,7 +106,7 @@ def _backward(form, residuals, grad_BKGSH):
     q_BKGSH, k_BKTH, v_BKTH, part, sinks_KG, out_BKGSH, lse_BKGS = residuals
     (batch, kv_heads, group, _, head_dim), keys = q_BKGSH.shape, k_BKTH.shape[2]
     delta_BKGS = jnp.sum(grad_BKGSH.astype(jnp.float32) * out_BKGSH.astype(jnp.float32), axis=-1)
-    # Transposed: the products below then turn only their small operand.
+    # Transposed, so that the products below transpose only their smaller operand.
     dk_BKHT = jnp.zeros((batch, kv_heads, head_dim, keys), jnp.float32)
     dv_BKHT = jnp.zeros((batch, kv_heads, head_dim, keys), jnp.float32)
     dqs = []
@@ -135,13 +141,15 @@ def _blocks(part: _Part, window: int | None) -> list[_Block]:
     size = max(BLOCK, -(-queries // MOST_BLOCKS))
     blocks = [(first, min(first + size, queries)) for first in range(0, queries, size)]
     if part.start is not None:
-        # Known only on the device: any key may be one that these queries see.
+        # The start is known only on the device, so these queries may see any key.
         return [_Block(first, stop, 0, keys) for first, stop in blocks]
     return [_Block(first, stop, 0 if window is None else max(0, first - window + 1), stop) for first, stop in blocks]
 
 
-def _scores(q_BKGSH, k_BKTH, part, block, form):
-    """The masked scores of a block and, where they are capped, the derivative of the cap."""
+def _scores(
+    q_BKGSH: jax.Array, k_BKTH: jax.Array, part: _Part, block: _Block, form: ScoreForm
+) -> tuple[jax.Array, jax.Array | None]:
+    """The masked scores of a block and, if they are capped, the derivative of the cap."""
     q_BKGCH = q_BKGSH[:, :, :, block.start : block.stop]
     k_BKHT = jnp.swapaxes(k_BKTH[:, :, block.first_key : block.last_key], 2, 3)
     scores_BKGCT = _product(_rows(q_BKGCH), k_BKHT).reshape(*q_BKGCH.shape[:-1], -1)

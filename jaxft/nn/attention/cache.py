@@ -1,4 +1,4 @@
-"""The key/value cache of generation: preallocated, one stack of layers a leaf, slots addressed by position."""
+"""The key/value cache of generation: preallocated, one entry per stack of layers, slots addressed by position."""
 
 # R stacked layers, B batch, S new tokens, T slots, K kv heads, H head_dim
 
@@ -9,12 +9,12 @@ import jax.numpy as jnp
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of a stack of layers, and what each slot holds.
+    """Keys and values of a stack of layers, and the position of the token in each slot.
 
-    Keys have the slots innermost and values the head: then neither matmul of a decoding step has to
-    transpose the cache first, which on a CPU costs more than the matmul.
-    positions_BT: int32 position of the token in a slot, -1 where empty. Token p lives in slot p % T,
-    so a sliding-window layer needs only window-many slots.
+    In keys the innermost axis is the slots, in values the head dimension: then neither matmul of a decoding step has to
+    transpose the cache first, which on a CPU costs more than the matmul itself.
+    positions_BT: int32 position of the token in a slot, -1 for an empty slot. Token p is in slot p % T, so a
+    sliding-window layer needs only as many slots as its window is long.
     """
 
     k_RBKHT: jax.Array
@@ -23,7 +23,7 @@ class LayerCache(NamedTuple):
 
     @property
     def slots(self) -> int:
-        """How many tokens a row holds."""
+        """How many tokens of each row fit."""
         return self.v_RBKTH.shape[3]
 
 
@@ -31,21 +31,22 @@ Cache = tuple[LayerCache, ...]
 
 
 def empty(layers: int, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: jnp.dtype) -> LayerCache:
-    """A cache with nothing in it."""
+    """A cache without tokens."""
     keys, values = (layers, batch, kv_heads, head_dim, slots), (layers, batch, kv_heads, slots, head_dim)
     return LayerCache(jnp.zeros(keys, dtype), jnp.zeros(values, dtype), jnp.full((batch, slots), -1, jnp.int32))
 
 
 def slots_for(positions_BS: jax.Array, segments_BS: jax.Array, slots: int) -> jax.Array:
-    """Where each new token goes, [B, S]; `slots` (out of range, so dropped) for padding and for
-    tokens that a later one of the same call would overwrite."""
+    """The slot of each new token, [B, S]; `slots` (out of range, so dropped) for padding and for tokens that a later
+    token of the same call would overwrite.
+    """
     last_B1 = jnp.max(jnp.where(segments_BS > 0, positions_BS, -1), axis=1, keepdims=True)
     keep_BS = (segments_BS > 0) & (positions_BS > last_B1 - slots)
     return jnp.where(keep_BS, positions_BS % slots, slots)
 
 
 def write(cache: LayerCache, layer: jax.Array, slots_BS: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> LayerCache:
-    """The cache with one layer's new keys and values in their slots."""
+    """The cache with new keys and values of one layer in their slots."""
     rows_B1 = jnp.arange(slots_BS.shape[0])[:, None]
     k_RBKHT, v_RBKTH = cache.k_RBKHT, cache.v_RBKTH
     return cache._replace(
@@ -55,16 +56,16 @@ def write(cache: LayerCache, layer: jax.Array, slots_BS: jax.Array, k_BSKH: jax.
 
 
 def write_positions(positions_BT: jax.Array, slots_BS: jax.Array, new_BS: jax.Array) -> jax.Array:
-    """positions_BT with the new tokens' positions in their slots."""
+    """positions_BT with the positions of new tokens in their slots."""
     rows_B1 = jnp.arange(slots_BS.shape[0])[:, None]
     return positions_BT.at[rows_B1, slots_BS].set(new_BS, mode="drop")
 
 
 def store(cache: LayerCache, part: LayerCache, rows: jax.Array | slice) -> LayerCache:
-    """The cache with whole rows replaced by those of `part`, which has at most as many slots.
+    """The cache with whole rows replaced by the rows of `part`, which may have fewer slots.
 
-    rows: [P] int32, out of range for rows of `part` to leave out; or a slice, over which a part of one row is
-    repeated.
+    rows: [P] int32, the row to replace by each row of `part`, out of range to skip it; or a slice, to all rows of which
+    a part of one row is copied.
     """
     n = part.slots
     new_PT = jnp.pad(part.positions_BT, ((0, 0), (0, cache.slots - n)), constant_values=-1)

@@ -1,7 +1,7 @@
-"""Causal attention over whole rows: which kernel computes it, and how the ambient mesh shares it out.
+"""Causal attention over whole rows: chooses the kernel and divides the work over the ambient mesh.
 
-Rows and heads are worked on where they are. Where the context axis splits a row, every device takes its own queries
-and gathers the keys and values of the whole row, which grouped queries make small.
+Every device works on its own rows and heads. If the context axis splits rows, every device has its own queries and
+gathers the keys and values of the whole row, which grouped queries make small.
 """
 
 # B batch, S sequence, T keys, C parts of a row, N query heads, K kv heads, H head_dim
@@ -24,13 +24,13 @@ def causal_attention(
     form: ScoreForm = PLAIN,
     sinks_N: jax.Array | None = None,
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(H)) v over the tokens of the same segment that stand no later, [B, S, N, H].
+    """softmax(q k^T / sqrt(H)) v over the tokens of the same segment up to each query, [B, S, N, H].
 
-    sinks_N: for each head a score more, whose share of the softmax goes nowhere. The splash kernel on TPUs, cuDNN's on
-    GPUs, blocks in plain XLA elsewhere and for what the kernels do not take.
+    sinks_N: one more score for each head, whose share of the softmax is discarded. Computed by the splash kernel on
+    TPUs, cuDNN's on GPUs, and blocks in plain XLA elsewhere and for cases that the kernels do not support.
     """
     length, heads = q_BSNH.shape[1:3]
-    k_BSKH, v_BSKH = _for_each_part(k_BSKH), _for_each_part(v_BSKH)
+    k_BSKH, v_BSKH = _repeat_heads(k_BSKH), _repeat_heads(v_BSKH)
     shards, head_shards = partition.shards("sequence"), partition.shards("tensor")
     kernel = None
     if partition.platform() == "tpu" and splash.fits(length, shards):
@@ -38,15 +38,15 @@ def causal_attention(
             length, length, heads, form, head_dim=q_BSNH.shape[-1], head_shards=head_shards, shards=shards
         )
     if partition.is_unsharded():
-        return _part(kernel, q_BSNH, k_BSKH, v_BSKH, segments_BS, segments_BS, form, sinks_N, None)
+        return _attend(kernel, q_BSNH, k_BSKH, v_BSKH, segments_BS, segments_BS, form, sinks_N, None)
 
-    def part(kernel, q_BSNH, k_BSKH, v_BSKH, query_segments_BS, key_segments_BT, sinks_N):
+    def local(kernel, q_BSNH, k_BSKH, v_BSKH, query_segments_BS, key_segments_BT, sinks_N):
         if shards == 1:
-            return _part(kernel, q_BSNH, k_BSKH, v_BSKH, query_segments_BS, key_segments_BT, form, sinks_N, None)
-        # Gathered here and not on the way in: every device gets its own part of the gradients' sum, not all of it.
+            return _attend(kernel, q_BSNH, k_BSKH, v_BSKH, query_segments_BS, key_segments_BT, form, sinks_N, None)
+        # Gathered here and not by in_specs: then every device gets only its own part of the summed gradient.
         k_BTKH, v_BTKH = _whole_rows(k_BSKH), _whole_rows(v_BSKH)
         start = jax.lax.axis_index("context") * q_BSNH.shape[1]
-        return _part(kernel, q_BSNH, k_BTKH, v_BTKH, query_segments_BS, key_segments_BT, form, sinks_N, start)
+        return _attend(kernel, q_BSNH, k_BTKH, v_BTKH, query_segments_BS, key_segments_BT, form, sinks_N, start)
 
     specs = [
         *(_spec(x, ("batch", "sequence", "tensor", None)) for x in (q_BSNH, k_BSKH, v_BSKH)),
@@ -54,14 +54,25 @@ def causal_attention(
         _spec(segments_BS, ("batch", None)),
     ]
     return jax.shard_map(
-        part,
+        local,
         in_specs=(_kernel_spec(kernel), *specs, None if sinks_N is None else _spec(sinks_N, ("tensor",))),
         out_specs=specs[0],
         check_vma=False,
     )(kernel, q_BSNH, k_BSKH, v_BSKH, segments_BS, segments_BS, sinks_N)
 
 
-def _part(kernel, q_BSNH, k_BTKH, v_BTKH, query_segments_BS, key_segments_BT, form, sinks_N, start):
+def _attend(
+    kernel: splash.Kernel | None,
+    q_BSNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    query_segments_BS: jax.Array,
+    key_segments_BT: jax.Array,
+    form: ScoreForm,
+    sinks_N: jax.Array | None,
+    start: jax.Array | None,
+) -> jax.Array:
+    """One device's part of the attention. start: position in the row of its first query; None for whole rows."""
     if kernel is not None:
         return splash.attention(kernel, q_BSNH, k_BTKH, v_BTKH, query_segments_BS, key_segments_BT, form, sinks_N)
     if partition.platform() == "gpu" and cudnn.fits(q_BSNH, k_BTKH.shape[1], form, sinks_N):
@@ -73,7 +84,7 @@ def _part(kernel, q_BSNH, k_BTKH, v_BTKH, query_segments_BS, key_segments_BT, fo
 
 @jax.custom_vjp
 def _whole_rows(x_BSKH: jax.Array) -> jax.Array:
-    """Gathered along the context axis, to be called under `shard_map`."""
+    """x of whole rows, gathered along the context axis. For use under `shard_map`."""
     return jax.lax.all_gather(x_BSKH, "context", axis=1, tiled=True)
 
 
@@ -85,7 +96,7 @@ def _whole_rows_backward(_: None, grad_BTKH: jax.Array) -> tuple[jax.Array]:
     batch, keys, heads, head_dim = grad_BTKH.shape
     parts = jax.lax.axis_size("context")
     grad_CBSKH = grad_BTKH.reshape(batch, parts, keys // parts, heads, head_dim).swapaxes(0, 1)
-    # In memory too, parts come first: of a sum that is cut along an inner dimension, TPUs send all to everyone.
+    # Parts come first in memory too: TPUs send a whole sum to every device if it is split along an inner dimension.
     grad_CBSKH = with_layout_constraint(grad_CBSKH, Layout(major_to_minor=(0, 1, 2, 3, 4)))
     return (jax.lax.psum_scatter(grad_CBSKH, "context"),)
 
@@ -93,13 +104,15 @@ def _whole_rows_backward(_: None, grad_BTKH: jax.Array) -> tuple[jax.Array]:
 _whole_rows.defvjp(_whole_rows_forward, _whole_rows_backward)
 
 
-def _for_each_part(x_BSKH: jax.Array) -> jax.Array:
-    """Fewer kv heads than the tensor axis has devices are repeated, so that each device has the one that it needs."""
+def _repeat_heads(x_BSKH: jax.Array) -> jax.Array:
+    """If there are fewer kv heads than devices on the tensor axis, repeats them so that each device has the one it
+    needs.
+    """
     ways, kv_heads = partition.shards("tensor"), x_BSKH.shape[2]
     return x_BSKH if kv_heads % ways == 0 else jnp.repeat(x_BSKH, ways // kv_heads, axis=2)
 
 
-def _spec(x: jax.Array, dimensions: tuple[partition.Dimension | None, ...]) -> P:
+def _spec(x: jax.Array, dimensions: partition.Dimensions) -> P:
     return partition.spec(x.shape, dimensions, uneven=None)
 
 

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Primitive
 
 from jaxft.nn.attention.score_form import ScoreForm, score_scale
 
@@ -13,8 +14,8 @@ MOST_HEAD_DIM, HEAD_DIM_STEP = 128, 8
 
 
 def fits(q_BSNH: jax.Array, keys: int, form: ScoreForm, sinks_N: jax.Array | None) -> bool:
-    """Whether the kernel computes this: half precision, heads of its sizes, neither cap nor sinks, and even numbers of
-    queries and keys, without which a mask has no gradient.
+    """Whether the kernel supports this: half precision, its head sizes, neither cap nor sinks, and even numbers of
+    queries and keys (for odd ones it has no gradient with a mask).
     """
     _, queries, _, head_dim = q_BSNH.shape
     right_heads = head_dim <= MOST_HEAD_DIM and head_dim % HEAD_DIM_STEP == 0
@@ -22,8 +23,8 @@ def fits(q_BSNH: jax.Array, keys: int, form: ScoreForm, sinks_N: jax.Array | Non
     return plain and right_heads and queries % 2 == 0 and keys % 2 == 0
 
 
-def save_kernel_results(primitive: Any, *_: Any, **__: Any) -> bool:
-    """A rematerialisation policy: keeps what the kernel gives, whose sums have no name by which others could."""
+def save_kernel_results(primitive: Primitive, *_: Any, **__: Any) -> bool:
+    """A rematerialisation policy that saves the kernel's results; policies by name cannot, as its sums have no name."""
     return primitive.name.startswith("dot_product_attention_fwd")
 
 
@@ -38,10 +39,10 @@ def attention(
     *,
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> jax.Array:
-    """One device's part of the attention, [B, S, N, H] in q's dtype. start: place of the first query in the row.
+    """One device's part of the attention, [B, S, N, H] in q's dtype. start: position in the row of its first query.
 
-    Packed rows need a mask [B, 1, S, T], which the kernel takes as a bias in the type of the scores. Of whole rows it
-    knows besides that they are causal, and leaves out the half that they do not see.
+    Packed rows need a mask [B, 1, S, T], which the kernel takes as a bias in the dtype of the scores. For whole rows
+    (start None) the kernel is also told that they are causal, and skips the half that queries do not see.
     """
     queries_S1 = jnp.arange(q_BSNH.shape[1])[:, None] + (0 if start is None else start)
     keys_T = jnp.arange(k_BTKH.shape[1])

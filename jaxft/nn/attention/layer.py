@@ -1,14 +1,16 @@
-"""Causal grouped-query attention with packed segments, for training and with a cache."""
+"""The attention layer: causal, grouped-query, over packed segments in training or with a KV cache."""
 
 # B batch, S queries, T keys, D model, N query heads, K kv heads, G = N / K, H head_dim, R stacked layers
 
+import functools
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxft.errors import ModelError
 from jaxft.nn import partition
 from jaxft.nn.attention import cache as kv
 from jaxft.nn.attention.causal import causal_attention
@@ -22,8 +24,9 @@ class Tokens(NamedTuple):
     """What every layer needs to know of the tokens besides their vectors.
 
     positions_BS, segments_BS: int32; segment 0 is padding. rotations: one for each of the decoder's ropes.
-    cached_BT: positions in the slots of the layer's cache before these tokens came, -1 where empty.
-    virtual_BS: which virtual token stands there, negative for none; None where the model has no such tokens.
+    cached_BT: positions in the slots of the layer's cache before these tokens, -1 for an empty slot; None without a
+    cache. virtual_BS: the number of the virtual token at each position, negative at other tokens; None if the model has
+    no virtual tokens.
     """
 
     positions_BS: jax.Array
@@ -37,9 +40,9 @@ class Tokens(NamedTuple):
 class AttentionShape:
     """Sizes and switches of one attention layer.
 
-    form: window, scale and cap of the scores. qk_norm: normalises queries and keys before the rotation, each head by
-    itself or the whole projection. fused: q, k and v are one `qkv_proj`, in this order. sinks: a learnt score for each
-    head that takes a share of the softmax (arXiv:2309.17453). rope: which of the decoder's ropes turns this layer.
+    form: window, scale and cap of the scores. qk_norm: normalises queries and keys before the rotation, each head
+    separately or the whole projection. fused: q, k and v are one `qkv_proj`, in this order. sinks: a learnt score for
+    each head that takes a share of the softmax (arXiv:2309.17453). rope: index of this layer's rope in the decoder's.
     """
 
     width: int
@@ -55,10 +58,19 @@ class AttentionShape:
     rope: int = 0
 
 
+class Prefix(Protocol):
+    """A module with learnt keys and values for virtual tokens, for the slot `Attention.prefix`."""
+
+    def __call__(
+        self, k_BSKH: jax.Array, v_BSKH: jax.Array, virtual_BS: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """k_BSKH and v_BSKH with those of the module at virtual tokens. virtual_BS: as in `Tokens`."""
+
+
 class Attention(nnx.Module):
     """q, k, v projections, rotation, softmax(q k / sqrt(H)) v, output projection.
 
-    prefix: an optional slot; `prefix(k_BSKH, v_BSKH, virtual_BS)` puts keys and values where virtual tokens stand.
+    prefix: a slot for a `Prefix`, empty (None) at first.
     """
 
     def __init__(
@@ -71,24 +83,21 @@ class Attention(nnx.Module):
         param_dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ) -> None:
-        def linear(inputs: int, outputs: int, use_bias: bool, tp_side: str = "outputs") -> Linear:
-            types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-            return Linear(inputs, outputs, use_bias=use_bias, tp_side=tp_side, stddev=stddev, **types)
-
+        linear = functools.partial(Linear, stddev=stddev, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.shape = shape
         q_width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         if shape.fused:
-            self.qkv_proj = linear(shape.width, q_width + 2 * kv_width, shape.use_bias)
+            self.qkv_proj = linear(shape.width, q_width + 2 * kv_width, use_bias=shape.use_bias)
         else:
-            self.q_proj = linear(shape.width, q_width, shape.use_bias)
-            self.k_proj = linear(shape.width, kv_width, shape.use_bias)
-            self.v_proj = linear(shape.width, kv_width, shape.use_bias)
-        self.o_proj = linear(q_width, shape.width, shape.use_output_bias, "inputs")
+            self.q_proj = linear(shape.width, q_width, use_bias=shape.use_bias)
+            self.k_proj = linear(shape.width, kv_width, use_bias=shape.use_bias)
+            self.v_proj = linear(shape.width, kv_width, use_bias=shape.use_bias)
+        self.o_proj = linear(q_width, shape.width, use_bias=shape.use_output_bias, tp_side="inputs")
         if shape.qk_norm is not None:
             q_norm, kv_norm = (shape.head_dim,) * 2 if shape.qk_norm == "head" else (q_width, kv_width)
             self.q_norm = RMSNorm(q_norm, norm, dtype=dtype, param_dtype=param_dtype)
             self.k_norm = RMSNorm(kv_norm, norm, dtype=dtype, param_dtype=param_dtype)
-        self.prefix = nnx.data(None)
+        self.prefix: Prefix | None = nnx.data(None)
         self.sinks = nnx.Param(jnp.zeros((shape.heads,), param_dtype)) if shape.sinks else None
 
     def __call__(
@@ -99,10 +108,10 @@ class Attention(nnx.Module):
         layer: jax.Array,
         keys: jax.Array | None,
     ) -> tuple[jax.Array, kv.LayerCache | None]:
-        """`layer` picks this layer's part of the cache stack; `keys` is four PRNG keys or None."""
+        """layer: this layer's index in the cache's stack. keys: four PRNG keys for dropout in adapters, or None."""
         key = (None,) * 4 if keys is None else keys
         form, sinks_N = self.shape.form, None if self.sinks is None else self.sinks.get_value()
-        q_BSNH, k_BSKH, v_BSKH = self._projected(x_BSD, key)
+        q_BSNH, k_BSKH, v_BSKH = self._project(x_BSD, key)
         rotation = tokens.rotations[self.shape.rope]
         q_BSNH, k_BSKH = rotate(q_BSNH, rotation), rotate(k_BSKH, rotation)
         if self.prefix is not None:
@@ -112,20 +121,20 @@ class Attention(nnx.Module):
         if cache is None:
             out_BSNH = causal_attention(q_BSNH, k_BSKH, v_BSKH, tokens.segments_BS, form, sinks_N)
         elif form.window is not None and x_BSD.shape[1] > 1 and cache.slots >= form.window:
-            # Writing first would take keys away that the first of these tokens still sees.
+            # Writing first would overwrite keys that the first of these tokens still sees.
             k_BKHT, v_BKTH, keys_BT = _with_cached(cache, layer, k_BSKH, v_BSKH, tokens)
             mask_BST = causal_mask(tokens.positions_BS, keys_BT, window=form.window)
             out_BSNH = attend_cached(q_BSNH, k_BKHT, v_BKTH, mask_BST, form, sinks_N)
-            cache = self._written(cache, layer, k_BSKH, v_BSKH, tokens)
+            cache = self._write(cache, layer, k_BSKH, v_BSKH, tokens)
         else:
-            cache = self._written(cache, layer, k_BSKH, v_BSKH, tokens)
+            cache = self._write(cache, layer, k_BSKH, v_BSKH, tokens)
             mask_BST = causal_mask(tokens.positions_BS, cache.positions_BT, window=form.window)
             out_BSNH = attend_cached(q_BSNH, cache.k_RBKHT[layer], cache.v_RBKTH[layer], mask_BST, form, sinks_N)
         out_BSX = partition.split(out_BSNH.reshape(*x_BSD.shape[:2], -1), "batch", "sequence", "tensor")
         return self.o_proj(out_BSX, key[3]), cache
 
-    def _projected(self, x_BSD: jax.Array, key: tuple[jax.Array | None, ...] | jax.Array) -> tuple[jax.Array, ...]:
-        """q [B, S, N, H], k and v [B, S, K, H], normalised where the family does so."""
+    def _project(self, x_BSD: jax.Array, key: tuple[jax.Array | None, ...] | jax.Array) -> tuple[jax.Array, ...]:
+        """q [B, S, N, H], k and v [B, S, K, H], normalised as `qk_norm` says."""
         shape = self.shape
         heads = (*x_BSD.shape[:2], -1, shape.head_dim)
         if shape.fused:
@@ -142,13 +151,19 @@ class Attention(nnx.Module):
             q_BSNH, k_BSKH = self.q_norm(q_BSNH), self.k_norm(k_BSKH)
         return q_BSNH, k_BSKH, v_BSKH
 
-    def _written(self, cache, layer, k_BSKH, v_BSKH, tokens: Tokens) -> kv.LayerCache:
+    def _write(
+        self, cache: kv.LayerCache, layer: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, tokens: Tokens
+    ) -> kv.LayerCache:
         slots_BS = kv.slots_for(tokens.positions_BS, tokens.segments_BS, cache.slots)
         return kv.write(cache, layer, slots_BS, k_BSKH, v_BSKH)
 
 
-def _with_cached(cache, layer, k_BSKH, v_BSKH, tokens: Tokens) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Keys, values and positions of what a layer's cache held and, behind it, of the new tokens."""
+def _with_cached(
+    cache: kv.LayerCache, layer: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, tokens: Tokens
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Keys, values and positions of the tokens in a layer's cache followed by those of the new tokens."""
+    if tokens.cached_BT is None:
+        raise ModelError("a layer with a window and a cache needs the positions in the cache: set Tokens.cached_BT")
     k_BKHS, v_BKSH = k_BSKH.transpose(0, 2, 3, 1), v_BSKH.transpose(0, 2, 1, 3)
     k_BKHT = jnp.concatenate([cache.k_RBKHT[layer], k_BKHS.astype(cache.k_RBKHT.dtype)], axis=3)
     v_BKTH = jnp.concatenate([cache.v_RBKTH[layer], v_BKSH.astype(cache.v_RBKTH.dtype)], axis=2)
@@ -164,9 +179,9 @@ def causal_mask(
     *,
     window: int | None = None,
 ) -> jax.Array:
-    """True where a query may look, [B, S, T]: at filled slots no later than itself, in its own segment.
+    """True for the keys that a query sees, [B, S, T]: filled slots, no later than itself, in its own segment.
 
-    window: at most so many tokens back, itself included.
+    window: the number of latest tokens that a query sees, itself included; None for all.
     """
     keys_B1T, queries_BS1 = keys_BT[:, None, :], queries_BS[:, :, None]
     mask_BST = (keys_B1T >= 0) & (keys_B1T <= queries_BS1)
@@ -185,7 +200,7 @@ def attend(
     form: ScoreForm = PLAIN,
     sinks_N: jax.Array | None = None,
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(H)) v with the softmax in float32, [B, S, N, H] in q's dtype."""
+    """softmax(q k^T / sqrt(H)) v with a float32 softmax, [B, S, N, H] in q's dtype."""
     q_BSKGH = _grouped(q_BSNH, k_BTKH.shape[2])
     scores_BKGST = jnp.einsum("BSKGH,BTKH->BKGST", q_BSKGH, k_BTKH, preferred_element_type=jnp.float32)
     weights_BKGST = _weights(scores_BKGST, mask_BST, q_BSNH.shape[-1], form, sinks_N).astype(v_BTKH.dtype)
@@ -203,7 +218,7 @@ def attend_cached(
     """`attend` on keys and values as the cache lays them out."""
     batch, queries, heads, head_dim = q_BSNH.shape
     kv_heads, length = k_BKHT.shape[1], k_BKHT.shape[3]
-    # Q = G * S on the left of both matmuls: in any other order XLA transposes the cache for each layer and token.
+    # Q = G * S is on the left of both matmuls: in any other order XLA transposes the cache for every layer and token.
     q_BKQH = _grouped(q_BSNH, kv_heads).transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, head_dim)
     scores_BKQT = jnp.einsum("BKQH,BKHT->BKQT", q_BKQH, k_BKHT, preferred_element_type=jnp.float32)
     scores_BKGST = scores_BKQT.reshape(batch, kv_heads, heads // kv_heads, queries, length)

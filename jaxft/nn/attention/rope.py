@@ -1,6 +1,6 @@
-"""Rotary position embeddings (arXiv:2104.09864) with the frequency scaling that long-context models use."""
+"""Rotary position embeddings (arXiv:2104.09864) with the frequency scalings of long-context models."""
 
-# B batch, S sequence, N heads, H head_dim, F frequencies: half of the dimensions that are turned
+# B batch, S sequence, N heads, H head_dim, F frequencies: half of the rotated dimensions
 
 import dataclasses
 import math
@@ -37,7 +37,7 @@ _SCALED_FIELDS = {
 class Rotation(NamedTuple):
     """Cosines and sines of every token's angles, each [B, S, F] float32.
 
-    queries_BS: what queries, and not keys, are multiplied by beside it; None for nothing.
+    queries_BS: an additional factor on queries (not on keys); None for 1.
     """
 
     cos_BSF: jax.Array
@@ -50,9 +50,9 @@ class Rope:
     """Frequencies of one rotary embedding.
 
     kind: default, linear (arXiv:2306.15595), llama3, yarn (arXiv:2309.00071) or longrope (arXiv:2402.13753).
-    partial_rotary_factor: share of each head that is turned. llama_4_scaling_beta: how fast queries grow with their
-    position, `1 + beta log(1 + floor(position / original_max_position_embeddings))` (arXiv:2501.19399 has the idea).
-    The other fields bear transformers' names.
+    partial_rotary_factor: the fraction of each head's dimensions that is rotated. llama_4_scaling_beta: beta in the
+    factor on queries, `1 + beta log(1 + floor(position / original_max_position_embeddings))` (idea: arXiv:2501.19399).
+    The other fields have transformers' names and meanings.
     """
 
     theta: float = 10000.0
@@ -77,7 +77,7 @@ class Rope:
     def from_hf(cls, hf: Mapping[str, Any]) -> "Rope":
         """Reads `rope_theta` and `rope_scaling` (transformers 4) or `rope_parameters` (transformers 5).
 
-        Raises ModelError for a scaling kind, or a field of one, that is not implemented.
+        Raises ModelError for a kind of scaling that is not implemented, and for unknown or missing fields of one.
         """
         fields = dict(hf.get("rope_scaling") or {}) | dict(hf.get("rope_parameters") or {})
         fields = {name: value for name, value in fields.items() if value is not None}
@@ -90,7 +90,7 @@ class Rope:
         known = _SCALED_FIELDS[kind]
         context = hf.get("max_position_embeddings")
         if kind in ("yarn", "longrope"):
-            # Where it stands beside the scaling, as in Phi-3, it goes before the one inside.
+            # A value outside the scaling, as in Phi-3, takes precedence over the one inside.
             outside = hf.get("original_max_position_embeddings")
             fields["original_max_position_embeddings"] = (
                 outside or fields.get("original_max_position_embeddings") or context
@@ -105,7 +105,7 @@ class Rope:
         return cls(theta=float(theta), kind=kind, partial_rotary_factor=float(part), **fields)
 
     def to_hf(self) -> dict[str, Any]:
-        """The same in the transformers 4 dialect, which transformers 5 reads too."""
+        """The fields of config.json in the dialect of transformers 4, which transformers 5 reads too."""
         known = _SCALED_FIELDS[self.kind]
         chosen = {name: getattr(self, name) for name in known.required + known.optional}
         scaling = {n: list(v) if isinstance(v, tuple) else v for n, v in chosen.items() if v is not None}
@@ -117,39 +117,40 @@ class Rope:
         }
 
     def to_parameters(self) -> dict[str, Any]:
-        """The same as transformers 5's `rope_parameters`, of one kind of layers."""
+        """The same as `rope_parameters` of transformers 5, for one kind of layers."""
         fields = self.to_hf()
         return (fields.pop("rope_scaling") or {"rope_type": self.kind}) | fields
 
     def for_length(self, length: int) -> "Rope":
-        """The longrope that is fixed to the factors of sequences of `length` tokens; any other kind unchanged."""
+        """A longrope fixed to its factors for sequences of `length` tokens; any other kind unchanged."""
         if self.kind != "longrope":
             return self
         chosen = self.long_factor if length > self.original_max_position_embeddings else self.short_factor
         return dataclasses.replace(self, short_factor=chosen, long_factor=chosen)
 
     def rotated_dims(self, head_dim: int) -> int:
-        """How many dimensions of a head are turned."""
+        """The number of a head's dimensions that are rotated."""
         return int(head_dim * self.partial_rotary_factor)
 
     def check(self, head_dim: int) -> None:
-        """Raises ModelError where the rotation does not fit the heads."""
-        turned = self.rotated_dims(head_dim)
-        if turned % 2 or not 0 < turned <= head_dim:
+        """Raises ModelError if the rotation does not fit the heads."""
+        rotated = self.rotated_dims(head_dim)
+        if rotated % 2 or not 0 < rotated <= head_dim:
             raise ModelError(
-                f"rotary embeddings turn pairs, but partial_rotary_factor={self.partial_rotary_factor} of "
-                f"head_dim={head_dim} is {turned}"
+                f"rotary embeddings rotate pairs of dimensions, but partial_rotary_factor={self.partial_rotary_factor} "
+                f"of head_dim={head_dim} is {rotated}"
             )
         for name in ("short_factor", "long_factor") if self.kind == "longrope" else ():
-            if len(getattr(self, name)) != turned // 2:
+            if len(getattr(self, name)) != rotated // 2:
                 raise ModelError(
-                    f"rope {name} has {len(getattr(self, name))} numbers; {turned} turned dimensions need {turned // 2}"
+                    f"rope {name} has {len(getattr(self, name))} numbers, but {rotated} rotated dimensions need "
+                    f"{rotated // 2}"
                 )
 
     def frequencies(self, head_dim: int, *, long: bool = False) -> np.ndarray:
         """Radians per position, [F] float32. long: longrope's factors for sequences beyond the original length."""
-        turned = self.rotated_dims(head_dim)
-        exponent = np.arange(0, turned, 2, dtype=np.float32) / np.float32(turned)
+        rotated = self.rotated_dims(head_dim)
+        exponent = np.arange(0, rotated, 2, dtype=np.float32) / np.float32(rotated)
         freqs_F = (1.0 / np.power(np.float32(self.theta), exponent)).astype(np.float32)
         if self.kind == "linear":
             freqs_F = freqs_F / np.float32(self.factor)
@@ -163,7 +164,7 @@ class Rope:
 
     @property
     def magnitude(self) -> float:
-        """What cosines and sines are multiplied by, so that attention stays as sharp over longer contexts."""
+        """The factor on cosines and sines, which keeps attention as sharp over longer contexts."""
         if self.kind not in ("yarn", "longrope"):
             return 1.0
         if self.attention_factor is not None:
@@ -177,7 +178,7 @@ class Rope:
         return _sharpness(self.factor, 1.0)
 
     def _llama3(self, freqs_F: np.ndarray) -> np.ndarray:
-        # Long waves are slowed by `factor`, short ones kept, those between interpolated.
+        # Low frequencies are divided by `factor`, high ones kept, those between interpolated.
         # Source: Llama 3.1 reference code, `apply_scaling`.
         wavelength_F = 2 * math.pi / freqs_F
         turns_F = self.original_max_position_embeddings / wavelength_F
@@ -186,8 +187,8 @@ class Rope:
         return (1 - smooth_F) * freqs_F / self.factor + smooth_F * freqs_F
 
     def _yarn(self, freqs_F: np.ndarray) -> np.ndarray:
-        # Frequencies that turn more than beta_fast times in the original context are kept, those that turn
-        # less than beta_slow times are slowed by `factor`, with a ramp over the index between them.
+        # Frequencies with more than beta_fast turns in the original context are kept, those with fewer than beta_slow
+        # turns are divided by `factor`, with a linear ramp over the index between them.
         def index_of(turns: float) -> float:
             wavelength = self.original_max_position_embeddings / (turns * 2 * math.pi)
             return len(freqs_F) * math.log(wavelength) / math.log(self.theta)
@@ -201,15 +202,15 @@ class Rope:
         return ramp_F * freqs_F / self.factor + (1 - ramp_F) * freqs_F
 
 
-def _sharpness(factor: float, mscale: float) -> float:
-    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+def _sharpness(factor: float | None, mscale: float) -> float:
+    return 1.0 if factor is None or factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
 def rotation(rope: Rope, head_dim: int, positions_BS: jax.Array, segments_BS: jax.Array | None = None) -> Rotation:
     """cos and sin of every position's angles, each [B, S, F] float32.
 
-    A longrope takes its long factors for all tokens of a document (a segment of a row) that in this call reaches
-    beyond the original length, as transformers does for a batch of that document; see `Rope.for_length`.
+    A longrope uses its long factors for all tokens of a document (a segment of a row) that reaches beyond the original
+    length in this call, as transformers does for a batch of that document alone; see `Rope.for_length`.
     """
     freqs_F = jnp.asarray(rope.frequencies(head_dim))
     if rope.kind == "longrope" and rope.long_factor != rope.short_factor:
@@ -242,12 +243,12 @@ def _last_position(positions_BS: jax.Array, segments_BS: jax.Array | None) -> ja
 
 
 def rotate(x_BSNH: jax.Array, rotation: Rotation) -> jax.Array:
-    """Turns the pair (x[f], x[f + F]) by its angle, in float32: the half-split layout of Hugging Face.
+    """Rotates the pair (x[f], x[f + F]) by its angle, in float32: the half-split layout of Hugging Face.
 
-    Dimensions from 2 F on stay as they are.
+    Dimensions from 2 F on are unchanged.
     """
     cos, sin = rotation.cos_BSF[:, :, None, :], rotation.sin_BSF[:, :, None, :]
-    turned = 2 * cos.shape[-1]
-    first, second = jnp.split(x_BSNH[..., :turned].astype(jnp.float32), 2, axis=-1)
+    rotated = 2 * cos.shape[-1]
+    first, second = jnp.split(x_BSNH[..., :rotated].astype(jnp.float32), 2, axis=-1)
     out = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BSNH.dtype)
-    return out if turned == x_BSNH.shape[-1] else jnp.concatenate([out, x_BSNH[..., turned:]], axis=-1)
+    return out if rotated == x_BSNH.shape[-1] else jnp.concatenate([out, x_BSNH[..., rotated:]], axis=-1)

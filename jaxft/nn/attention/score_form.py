@@ -1,19 +1,19 @@
-"""What families do to the scores of attention before the softmax."""
+"""Attention scores before the softmax: scale, soft cap and window, which differ between families."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-# Finite, so that a row with nothing to look at (padding) gives numbers and not NaN.
+# Finite, so that a query without visible keys (padding) gives numbers and not NaN.
 MASKED = -1e30
 
 
 class ScoreForm(NamedTuple):
-    """How scores follow from q and k.
+    """How scores are computed from q and k.
 
-    window: at most so many tokens back, itself included. scale: what q k^T is multiplied by, 1 / sqrt(H) where
-    None. softcap: scores s become softcap * tanh(s / softcap).
+    window: the number of latest tokens that a token sees, itself included; None for all. scale: factor on q k^T,
+    None for 1 / sqrt(H). softcap: scores s become softcap * tanh(s / softcap).
     """
 
     window: int | None = None
@@ -25,10 +25,10 @@ PLAIN = ScoreForm()
 
 
 def score_scale(form: ScoreForm, head_dim: int) -> float:
-    """What q k^T is multiplied by."""
+    """The factor on q k^T."""
     return head_dim**-0.5 if form.scale is None else form.scale
 
 
 def cap_scores(scores: jax.Array, softcap: float | None) -> jax.Array:
-    """Scores held between -softcap and softcap."""
+    """softcap * tanh(scores / softcap), between -softcap and softcap; the scores themselves if softcap is None."""
     return scores if softcap is None else softcap * jnp.tanh(scores / softcap)

@@ -1,7 +1,7 @@
 """Causal attention on TPUs: the splash kernel of JAX's Pallas operations, block-sparse over packed rows.
 
-The kernel never holds a square of scores, skips blocks that the mask rules out, and serves grouped queries, windows,
-soft caps and sinks. It comes with its own gradient. Source: FlashAttention-2, arXiv:2307.08691, as a TPU kernel.
+The kernel never stores all S x T scores, skips blocks that the mask hides, and supports grouped queries, windows, soft
+caps and sinks. It has its own gradient. Source: FlashAttention-2, arXiv:2307.08691, as a TPU kernel.
 """
 
 # B batch, S queries, T keys, N query heads, K kv heads, H head_dim
@@ -15,13 +15,13 @@ from jaxft.nn.attention.score_form import ScoreForm, score_scale
 
 Kernel = splash.SplashAttentionKernel
 LANES = 128
-# Rows of queries and keys of a block, at most. Larger ones would compute more of the half that the mask hides.
+# Most queries and keys of a block. Larger blocks would compute more of the half that the mask hides.
 QUERY_BLOCK, KEY_BLOCK = 512, 512
-KEPT = "attention"  # under this name rematerialisation policies find the kernel's results
+RESIDUAL_NAME = "attention"  # the name by which rematerialisation policies save the kernel's results
 
 
 def fits(length: int, shards: int) -> bool:
-    """Whether rows of `length` tokens, in `shards` parts, are whole blocks."""
+    """Whether rows of `length` tokens, divided into `shards` parts, consist of whole blocks."""
     return length % (LANES * shards) == 0
 
 
@@ -36,16 +36,17 @@ def kernel(
     shards: int,
     interpret: bool = False,
 ) -> Kernel:
-    """The kernel for rows of whole length, a pytree whose leaves say which blocks to visit.
+    """The kernel for whole rows, a pytree whose leaves list the blocks to visit.
 
-    head_shards, shards: into how many parts devices split heads and queries. interpret: run it without a TPU.
+    head_shards, shards: into how many parts devices divide heads and queries. interpret: run it without a TPU.
     """
+    mask: masks.CausalMask | masks.LocalMask
     if form.window is None:
         mask = masks.CausalMask((queries, keys), shard_count=shards)
     else:
         mask = masks.LocalMask((queries, keys), window_size=(form.window - 1, 0), offset=0, shard_count=shards)
     query_block, key_block = _block(QUERY_BLOCK, queries // shards), _block(KEY_BLOCK, keys)
-    # Of wider heads, the gradients of keys and values leave less room for scores: a part of the block at a time.
+    # With wider heads, the gradients of keys and values leave less memory for scores: half a block at a time.
     key_part = key_block if head_dim <= LANES else _block(KEY_BLOCK // 2, key_block)
     sizes = splash.BlockSizes(
         block_q=query_block, block_kv=key_block, block_kv_compute=key_block,
@@ -58,7 +59,7 @@ def kernel(
         head_shards=head_shards,
         q_seq_shards=shards,
         attn_logits_soft_cap=form.softcap,
-        residual_checkpoint_name=KEPT,
+        residual_checkpoint_name=RESIDUAL_NAME,
         interpret=interpret,
     )
 
@@ -75,23 +76,23 @@ def attention(
 ) -> jax.Array:
     """One device's part of the attention, [B, S, N, H] in q's dtype. `kernel` is this device's part as well."""
     head_dim = q_BSNH.shape[-1]
-    # Scaled in float32: the factor is no power of two for most head sizes.
+    # Scaled in float32: for most head sizes the factor is no power of two, so bfloat16 would round it.
     q_BSNH = (q_BSNH.astype(jnp.float32) * score_scale(form, head_dim)).astype(q_BSNH.dtype)
     q_BNSH, k_BKTH, v_BKTH = (_lanes(x).transpose(0, 2, 1, 3) for x in (q_BSNH, k_BTKH, v_BTKH))
     sinks = None if sinks_N is None else sinks_N.astype(jnp.float32)
 
-    def of_row(q, k, v, query_segments, key_segments):
+    def attend_row(q, k, v, query_segments, key_segments):
         return kernel(q, k, v, splash.SegmentIds(query_segments, key_segments), sinks)
 
-    out_BNSH = jax.vmap(of_row)(q_BNSH, k_BKTH, v_BKTH, query_segments_BS, key_segments_BT)
+    out_BNSH = jax.vmap(attend_row)(q_BNSH, k_BKTH, v_BKTH, query_segments_BS, key_segments_BT)
     return out_BNSH.transpose(0, 2, 1, 3)[..., :head_dim].astype(q_BSNH.dtype)
 
 
 def _block(most: int, length: int) -> int:
-    """The largest multiple of LANES that divides length and is at most `most`."""
+    """The largest multiple of LANES up to `most` that divides length."""
     return max(size for size in range(LANES, min(most, length) + 1, LANES) if length % size == 0)
 
 
 def _lanes(x: jax.Array) -> jax.Array:
-    """Heads padded with zeros to whole lanes, which changes neither scores nor what is kept of the result."""
+    """Heads padded with zeros to whole lanes. Changes neither the scores nor the first H numbers of the result."""
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % LANES)])

@@ -1,4 +1,4 @@
-"""Mixture of experts: every token is fed forward by the few experts that its router picks (arXiv:1701.06538)."""
+"""Mixture of experts: a router chooses a few feed-forward experts for each token (arXiv:1701.06538)."""
 
 # B batch, S sequence, D model, F inner, E experts, K experts of one token, M tokens of the batch, R rows (M * K)
 
@@ -12,10 +12,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxft.nn.adapter import Adapter
 from jaxft.nn.experts import sharded as moe_sharded
 from jaxft.nn.experts.router_sums import RouterSums
 from jaxft.nn.frozen import frozen_product
-from jaxft.nn.mlp import ACTIVATIONS, ClampedSwiGLU
+from jaxft.nn.mlp import ACTIVATIONS, Activation, ClampedSwiGLU
 from jaxft.quant import QuantizedArray
 
 
@@ -23,9 +24,9 @@ from jaxft.quant import QuantizedArray
 class MoEShape:
     """Sizes and switches of a layer of experts, each a gated feed-forward of `hidden` inner units.
 
-    chosen: how many experts take each token. renormalise: whether the chosen probabilities are scaled to sum to one;
-    they are then the softmax over the chosen logits alone. activation: of the gate, or of gate and up together.
-    fused: gate and up are one `gate_up_proj` whose columns take turns, gate first. use_bias: of router and experts.
+    chosen: the number of experts of each token. renormalize: whether the chosen probabilities are scaled to sum to one,
+    which makes them the softmax over the chosen logits alone. activation: of the gate, or of gate and up together.
+    fused: gate and up are one `gate_up_proj` whose columns alternate, gate first. use_bias: of router and experts.
     """
 
     width: int
@@ -33,30 +34,28 @@ class MoEShape:
     experts: int
     chosen: int
     renormalize: bool
-    activation: str | ClampedSwiGLU = "silu"
+    activation: Activation | ClampedSwiGLU = "silu"
     fused: bool = False
     use_bias: bool = False
 
 
 class Routes(NamedTuple):
-    """Where tokens go. weights_MK: float32, what each expert's answer counts. experts_MK: int32, best first."""
+    """The chosen experts of each token, best first: experts_MK int32; weights_MK float32, weights of their outputs."""
 
     weights_MK: jax.Array
     experts_MK: jax.Array
 
 
 def route(logits_ME: jax.Array, shape: MoEShape) -> Routes:
-    """The most probable experts of each token, the softmax being over all of them."""
+    """The most probable experts of each token; probabilities are the softmax over all experts."""
     weights_MK, experts_MK = jax.lax.top_k(jax.nn.softmax(logits_ME, axis=-1), shape.chosen)
     if shape.renormalize:
         weights_MK = weights_MK / weights_MK.sum(axis=-1, keepdims=True)
     return Routes(weights_MK, experts_MK)
 
 
-class Answer(NamedTuple):
-    """What the layer gives for each token, and why: y [..., D], the router's logits [..., E] (float32) and the experts
-    that it chose, [..., K] int32.
-    """
+class MoEOutput(NamedTuple):
+    """y [..., D]; the router's logits [..., E], float32; the experts that it chose, [..., K] int32."""
 
     y: jax.Array
     logits: jax.Array
@@ -64,7 +63,7 @@ class Answer(NamedTuple):
 
 
 class Router(nnx.Module):
-    """`x @ kernel (+ bias)`, float32 whatever the type of computation: no close call must be rounded away.
+    """Logits `x @ kernel (+ bias)`, float32 whatever the compute dtype, so that rounding decides no close choice.
 
     kernel: [D, E]. Not a Linear, so that no adapter is attached to it.
     """
@@ -86,22 +85,22 @@ class Router(nnx.Module):
 class ExpertLinear(nnx.Module):
     """One linear map for each expert. kernel: [E, I, O], an array or a QuantizedArray. bias: [E, O] or None.
 
-    The adapter's slot is as in Linear, but that an adapter is told which rows are whose,
-    `adapter(x, y, kernel, sizes_E)`, and nothing random.
+    The adapter slot is as in Linear, except for the call: `adapter(x, y, kernel, sizes_E)` gets the number of rows of
+    each expert instead of a random key.
     """
 
     def __init__(
         self, experts: int, inputs: int, outputs: int, *, use_bias: bool, stddev: float, dtype: jnp.dtype,
         param_dtype: jnp.dtype, rngs: nnx.Rngs,
     ) -> None:  # fmt: skip
-        size = (experts, inputs, outputs)
-        self.kernel = nnx.Param(stddev * jax.random.normal(rngs.params(), size, param_dtype))
+        kernel_EIO = stddev * jax.random.normal(rngs.params(), (experts, inputs, outputs), param_dtype)
+        self.kernel: nnx.Param[jax.Array | QuantizedArray] = nnx.Param(kernel_EIO)
         self.bias = nnx.Param(jnp.zeros((experts, outputs), param_dtype)) if use_bias else None
-        self.adapter = nnx.data(None)
+        self.adapter: Adapter | None = nnx.data(None)
         self.dtype = dtype
 
     def __call__(self, x: jax.Array, sizes_E: jax.Array) -> jax.Array:
-        """x: [R, I], the rows of expert 0 first, sizes_E of them, then those of expert 1 and so on -> [R, O]."""
+        """x: [R, I], rows sorted by expert. sizes_E: int32, the number of rows of each expert. Returns [R, O]."""
         x, kernel = x.astype(self.dtype), self.kernel.get_value()
         if isinstance(kernel, QuantizedArray):
             y = frozen_product(jax.lax.ragged_dot, lambda kernel: kernel, x, kernel, sizes_E)
@@ -111,64 +110,68 @@ class ExpertLinear(nnx.Module):
             y = self.adapter(x, y, kernel, sizes_E)
         if self.bias is None:
             return y
-        # As the kernel of one input more that is always 1: the gradient is then a grouped matmul too, not a scatter.
+        # The bias as a kernel with one input that is always 1: its gradient is then a grouped matmul, not a scatter.
         ones_R1, bias_E1O = jnp.ones((len(x), 1), self.dtype), self.bias.get_value().astype(self.dtype)[:, None]
         return y + jax.lax.ragged_dot(ones_R1, bias_E1O, sizes_E)
 
 
 class MoE(nnx.Module):
-    """The weighted sum of what the chosen experts give; no expert has a capacity, so none drops a token.
+    """The weighted sum of the chosen experts' outputs. Experts have no capacity limit, so no token is dropped.
 
-    Every token is worked on by itself: what lies beside it, padding included, changes nothing but the order of rows.
-    Traced under a mesh, each device works on its own rows: `moe_sharded` says what travels.
+    A token's result does not depend on other tokens, padding included; they only change the order of rows. Traced under
+    a mesh, each device works on its own rows; `experts.sharded` describes the communication.
     """
 
     def __init__(
         self, shape: MoEShape, *, stddev: float, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs
     ) -> None:
-        options = {"stddev": stddev, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        linear = functools.partial(
+            ExpertLinear, shape.experts, use_bias=shape.use_bias, stddev=stddev, dtype=dtype, param_dtype=param_dtype,
+            rngs=rngs,
+        )  # fmt: skip
         self.shape = shape
         self.dtype = dtype
-        self.router = Router(shape, **options)
-        options["use_bias"] = shape.use_bias
+        self.router = Router(shape, stddev=stddev, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         if shape.fused:
-            self.gate_up_proj = ExpertLinear(shape.experts, shape.width, 2 * shape.hidden, **options)
+            self.gate_up_proj = linear(shape.width, 2 * shape.hidden)
         else:
-            self.gate_proj = ExpertLinear(shape.experts, shape.width, shape.hidden, **options)
-            self.up_proj = ExpertLinear(shape.experts, shape.width, shape.hidden, **options)
-        self.down_proj = ExpertLinear(shape.experts, shape.hidden, shape.width, **options)
+            self.gate_proj = linear(shape.width, shape.hidden)
+            self.up_proj = linear(shape.width, shape.hidden)
+        self.down_proj = linear(shape.hidden, shape.width)
 
     def __call__(self, x_BSD: jax.Array, keys: jax.Array | None = None) -> jax.Array:
         """`keys` is not used: nothing here is random."""
-        return self._answer(x_BSD).y
+        return self._output(x_BSD).y
 
     def with_router_sums(
         self, x_BSD: jax.Array, segments_BS: jax.Array, routing: RouterSums
     ) -> tuple[jax.Array, RouterSums]:
-        """The same, and `routing` with this layer's tokens besides; those of segment 0 are padding."""
-        answer = self._answer(x_BSD)
-        return answer.y, routing.add(answer.logits, answer.experts, segments_BS > 0)
+        """(the output, `routing` with this layer's tokens added). Segment 0 is padding and not added."""
+        output = self._output(x_BSD)
+        return output.y, routing.add(output.logits, output.experts, segments_BS > 0)
 
-    def _answer(self, x_BSD: jax.Array) -> Answer:
+    def _output(self, x_BSD: jax.Array) -> MoEOutput:
         if not moe_sharded.divides(x_BSD.shape):
-            answer = self._routed(x_BSD.reshape(-1, self.shape.width), self._combine)
-            return jax.tree.map(lambda y: y.reshape(*x_BSD.shape[:2], -1), answer)
-        places = moe_sharded.places()
+            output = self._route_and_combine(x_BSD.reshape(-1, self.shape.width), self._combine)
+            return jax.tree.map(lambda y: y.reshape(*x_BSD.shape[:2], -1), output)
+        shards = moe_sharded.expert_shards()
 
-        def work(layer: "MoE", x_MD: jax.Array) -> Answer:
-            together = functools.partial(moe_sharded.together, layer._experts, self.shape.experts // places)
-            return layer._routed(x_MD, layer._combine if places == 1 else together)
+        def local_output(layer: MoE, x_MD: jax.Array) -> MoEOutput:
+            exchange = functools.partial(moe_sharded.combine_over_shards, layer._experts, self.shape.experts // shards)
+            return layer._route_and_combine(x_MD, layer._combine if shards == 1 else exchange)
 
-        return moe_sharded.on_mesh(work, self, x_BSD)
+        return moe_sharded.on_mesh(local_output, self, x_BSD)
 
-    def _routed(self, x_MD: jax.Array, combine: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]) -> Answer:
+    def _route_and_combine(
+        self, x_MD: jax.Array, combine: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+    ) -> MoEOutput:
         logits_ME = self.router(x_MD)
         weights_MK, experts_MK = route(logits_ME, self.shape)
-        # Kept for the backward pass: rounded otherwise when recomputed, a close call would go to another expert
-        # than the one whose results were kept.
+        # Saved for the backward pass: if recomputed with other rounding, a close choice could fall on another expert
+        # than the one whose results were saved.
         experts_MK = checkpoint_name(experts_MK, "dots")
         y_MD = combine(x_MD.astype(self.dtype), weights_MK, experts_MK)
-        return Answer(y_MD.astype(self.dtype), logits_ME, experts_MK)
+        return MoEOutput(y_MD.astype(self.dtype), logits_ME, experts_MK)
 
     def _combine(self, x_MD: jax.Array, weights_MK: jax.Array, experts_MK: jax.Array) -> jax.Array:
         experts_R = experts_MK.reshape(-1)
@@ -188,5 +191,5 @@ class MoE(nnx.Module):
         return self.down_proj(_gated(self.shape.activation, gate_RF, up_RF), sizes_E)
 
 
-def _gated(activation: str | ClampedSwiGLU, gate: jax.Array, up: jax.Array) -> jax.Array:
+def _gated(activation: Activation | ClampedSwiGLU, gate: jax.Array, up: jax.Array) -> jax.Array:
     return ACTIVATIONS[activation](gate) * up if isinstance(activation, str) else activation(gate, up)

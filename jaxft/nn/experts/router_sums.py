@@ -1,4 +1,4 @@
-"""How the routers of a model spread its tokens: what losses on them need, summed over tokens and layers."""
+"""Sums over tokens and layers of what routers do, as the losses on routers need them."""
 
 # B batch, S sequence, E experts, K experts of one token
 
@@ -9,10 +9,10 @@ import jax.numpy as jnp
 
 
 class RouterSums(NamedTuple):
-    """Sums over all tokens that are no padding, in all layers with experts; float32.
+    """Sums over all tokens except padding and over all layers with experts; float32.
 
-    chosen_E: how many tokens went to each expert. probability_E: the probabilities that the routers gave to each.
-    squared_logz: logsumexp(logits)^2. tokens: how many there were, one token counting once a layer.
+    chosen_E: how many tokens chose each expert. probability_E: router probabilities of each expert. squared_logz:
+    logsumexp(logits)^2. tokens: the number of tokens; a token counts once per layer.
     """
 
     chosen_E: jax.Array
@@ -22,13 +22,13 @@ class RouterSums(NamedTuple):
 
     @staticmethod
     def zero(experts: int) -> "RouterSums":
-        """Nothing counted yet."""
+        """Sums over no tokens."""
         return RouterSums(jnp.zeros(experts), jnp.zeros(experts), jnp.float32(0), jnp.float32(0))
 
     def add(self, logits_BSE: jax.Array, experts_BSK: jax.Array, real_BS: jax.Array) -> "RouterSums":
-        """With the tokens of one layer besides. experts_BSK: int32, where they went. real_BS: bool, False at padding.
+        """These sums plus the tokens of one layer. experts_BSK: int32, the chosen experts. real_BS: False at padding.
 
-        Differentiable in the logits; the choice of an expert, a step function of them, has no gradient.
+        Differentiable in the logits; the choice of an expert is a step function of them and has no gradient.
         """
         weight_BS = real_BS.astype(jnp.float32)
         logz_BS = jax.nn.logsumexp(logits_BSE, axis=-1)

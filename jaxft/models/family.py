@@ -1,6 +1,7 @@
-"""What the dense families share: their sizes under Hugging Face's names, and the table of their tensors."""
+"""The Config that every model family extends: sizes under Hugging Face's names, and the table of its tensors."""
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,20 +12,20 @@ from jaxft.models.tensor_map import TensorMap, linear
 from jaxft.nn.attention.layer import AttentionShape
 from jaxft.nn.attention.rope import Rope
 from jaxft.nn.attention.score_form import PLAIN, ScoreForm
-from jaxft.nn.block import NORMS, BlockShape
+from jaxft.nn.block import NORMS, BlockShape, NormPositions
 from jaxft.nn.decoder import DecoderShape
 from jaxft.nn.experts.layer import MoEShape
-from jaxft.nn.mlp import MLPShape
+from jaxft.nn.mlp import Activation, MLPShape
 from jaxft.nn.norm import NormShape
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_parameters")
-SLIDING, FULL = "sliding_attention", "full_attention"  # Hugging Face's names for kinds of layers
+SLIDING, FULL = "sliding_attention", "full_attention"  # values of Hugging Face's layer_types
 
 
 @dataclass(frozen=True, kw_only=True)
-class DenseConfig:
-    """Sizes under Hugging Face's names. The subclass of a family adds its own fields and methods."""
+class FamilyConfig(ABC):
+    """Sizes under Hugging Face's names. The subclass of a family adds its own fields and the three abstract methods."""
 
     vocab_size: int
     hidden_size: int
@@ -39,6 +40,19 @@ class DenseConfig:
     initializer_range: float = 0.02
     max_position_embeddings: int = 2048
 
+    @classmethod
+    @abstractmethod
+    def from_hf(cls, hf: Mapping[str, Any]) -> "FamilyConfig":
+        """Reads the parsed `config.json` of transformers 4 or 5. Raises ModelError for fields not implemented."""
+
+    @abstractmethod
+    def to_hf(self) -> dict[str, Any]:
+        """The same as `config.json`, in the dialect that transformers 4 and 5 both read."""
+
+    @abstractmethod
+    def shape(self) -> DecoderShape:
+        """The network."""
+
     def attention(
         self,
         *,
@@ -50,7 +64,7 @@ class DenseConfig:
         sinks: bool = False,
         rope: int = 0,
     ) -> AttentionShape:
-        """Attention of these sizes."""
+        """The shape of an attention layer of these sizes."""
         return AttentionShape(
             width=self.hidden_size,
             heads=self.num_attention_heads,
@@ -65,22 +79,24 @@ class DenseConfig:
             rope=rope,
         )
 
-    def mlp(self, *, activation: str = "silu", bias: bool = False, fused: bool = False) -> MLPShape:
-        """A feed-forward layer of these sizes."""
+    def mlp(self, *, activation: Activation = "silu", bias: bool = False, fused: bool = False) -> MLPShape:
+        """The shape of a feed-forward layer of these sizes."""
         return MLPShape(
             width=self.hidden_size, hidden=self.intermediate_size, activation=activation, use_bias=bias, fused=fused
         )
 
-    def alike(self, attention: AttentionShape, mlp: MLPShape | MoEShape, *, norms: str = "before") -> DecoderShape:
-        """A decoder all of whose layers are equal."""
+    def uniform(
+        self, attention: AttentionShape, mlp: MLPShape | MoEShape, *, norms: NormPositions = "before"
+    ) -> DecoderShape:
+        """The shape of a decoder whose layers are all equal."""
         norm = NormShape(eps=self.rms_norm_eps)
         block = BlockShape(attention=attention, mlp=mlp, norm=norm, norms=norms)
         return DecoderShape(layers=(block,) * self.num_hidden_layers, ropes=(self.rope,), norm=norm)
 
     def tensors(self) -> tuple[TensorMap, ...]:
-        """The table of parameters that a model of this config has, read off the shape of its layers.
+        """The table of this model's parameters, derived from the shape of its first layer.
 
-        All layers of a model have the same parameters, whatever their windows and ropes are.
+        All layers of a model have the same parameters; only their windows and ropes may differ.
         """
         block = self.shape().layers[0]
         layer, path = "model.layers.{i}", "layers/*"
@@ -107,7 +123,7 @@ class DenseConfig:
         )
 
     def mlp_tensors(self, block: BlockShape) -> tuple[TensorMap, ...]:
-        """The lines of a layer's feed-forward part."""
+        """The table's lines for the feed-forward part of a layer."""
         inputs = ("gate_up_proj",) if block.mlp.fused else ("gate_proj", "up_proj")
         return tuple(
             line
@@ -116,7 +132,7 @@ class DenseConfig:
         )
 
     def hf_fields(self) -> dict[str, Any]:
-        """The fields of `config.json`, but for those that name the family."""
+        """The fields of `config.json`, except those that name the family."""
         fields = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -126,17 +142,17 @@ class DenseConfig:
 
 
 def with_defaults(hf: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json with what it leaves out as transformers fills it in."""
+    """config.json with absent fields filled in as transformers does."""
     return {**defaults, **hf}
 
 
 def read_sizes(
-    hf: Mapping[str, Any], family: type[DenseConfig], *, used: Iterable[str] = (), must_equal: Mapping[str, Any]
+    hf: Mapping[str, Any], family: type[FamilyConfig], *, used: Iterable[str] = (), must_equal: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The fields of DenseConfig but its rope, after every field of `hf` was found to be understood.
+    """The fields of FamilyConfig except its rope. Checks first that every field of `hf` is understood.
 
-    used: fields that the family reads besides its own dataclass fields. must_equal: fields whose one implemented
-    value is given. Raises ModelError naming what is missing, unknown or does not fit together.
+    used: fields that the family reads besides its own dataclass fields. must_equal: fields with only one implemented
+    value, and that value. Raises ModelError naming fields that are missing, unknown or inconsistent.
     """
     require(hf, SIZES)
     own = (field.name for field in dataclasses.fields(family))
@@ -148,7 +164,7 @@ def read_sizes(
     if not hf.get("head_dim") and width % heads:
         raise ModelError(f"hidden_size={width} is not a multiple of num_attention_heads={heads}")
     if head_dim % 2:
-        raise ModelError(f"head_dim={head_dim} is odd: rotary embeddings turn pairs")
+        raise ModelError(f"head_dim={head_dim} is odd: rotary embeddings rotate pairs of dimensions")
     return {
         **{name: hf[name] for name in SIZES},
         "num_key_value_heads": kv_heads,
@@ -161,10 +177,11 @@ def read_sizes(
 
 
 def read_rope(hf: Mapping[str, Any], head_dim: int, *, partial: bool = False, scaled_queries: bool = False) -> Rope:
-    """The rope of config.json. partial: whether the family turns only part of a head where asked to. scaled_queries:
-    whether it multiplies queries by a factor of their position where asked to.
+    """The rope of config.json.
 
-    Raises ModelError for what is not implemented or does not fit the heads.
+    partial: whether the family implements partial_rotary_factor, which rotates only a part of each head.
+    scaled_queries: whether it implements llama_4_scaling_beta, which scales queries by their position. Raises
+    ModelError for settings that are not implemented or do not fit the heads.
     """
     rope = Rope.from_hf(hf)
     if rope.partial_rotary_factor != 1.0 and not partial:
@@ -182,9 +199,10 @@ def read_rope(hf: Mapping[str, Any], head_dim: int, *, partial: bool = False, sc
 
 
 def ropes_by_kind(hf: Mapping[str, Any], thetas: Mapping[str, float]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What `read_rope` reads for FULL and for SLIDING layers, which have a rope each. thetas: where none is nested.
+    """(config.json for the rope of FULL layers, the same for SLIDING layers), each for `read_rope`.
 
-    A scaling that is not nested is of FULL layers. Raises ModelError for rope_parameters of another form.
+    thetas: rope_theta of each kind, unless nested rope_parameters give one. A scaling that is not nested belongs to
+    FULL layers. Raises ModelError for rope_parameters of another form.
     """
     shared = {"model_type": hf["model_type"], "max_position_embeddings": hf["max_position_embeddings"]}
     nested = hf.get("rope_parameters") or {}
@@ -201,7 +219,7 @@ def ropes_by_kind(hf: Mapping[str, Any], thetas: Mapping[str, float]) -> tuple[d
 
 
 def read_layer_types(hf: Mapping[str, Any], default: Iterable[str]) -> tuple[str, ...]:
-    """`layer_types`, or the default where absent. Raises ModelError for a wrong length or an unknown kind."""
+    """`layer_types`, or the default if absent. Raises ModelError for a wrong length or an unknown type."""
     types = tuple(hf.get("layer_types") or default)
     unknown = sorted(set(types) - {SLIDING, FULL})
     if unknown or len(types) != hf["num_hidden_layers"]:
@@ -213,6 +231,6 @@ def read_layer_types(hf: Mapping[str, Any], default: Iterable[str]) -> tuple[str
 
 
 def check_window(window: Any, where: str = "sliding_window") -> None:
-    """Raises ModelError unless a window is a whole number above zero."""
+    """Raises ModelError unless a window is a whole number, 1 or more."""
     if not isinstance(window, int) or window < 1:
-        raise ModelError(f"{where}={window!r}: a window is a whole number of tokens above zero")
+        raise ModelError(f"{where}={window!r}: a window is a whole number of tokens, 1 or more")
