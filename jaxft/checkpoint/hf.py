@@ -21,7 +21,7 @@ from jaxft.checkpoint.tensors import TensorSource, TensorSpec, block_bounds
 from jaxft.errors import CheckpointError, listed
 from jaxft.files.atomic import write_text
 from jaxft.files.paths import read_json as read_json
-from jaxft.models.dense import DenseConfig
+from jaxft.models.family import FamilyConfig
 from jaxft.models.tensor_map import ParamTensors, Piece, iter_params
 from jaxft.nn.decoder import Decoder
 from jaxft.nn.stack import group_layers
@@ -38,7 +38,7 @@ TIED_HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 def param_tensors(model: Decoder) -> dict[str, ParamTensors]:
     """Every base parameter of a model by path, with the Hugging Face tensors that it consists of."""
-    groups, config = group_layers(model.segments), cast(DenseConfig, model.config)  # the base of every family's
+    groups, config = group_layers(model.segments), cast(FamilyConfig, model.config)  # the base of every family's
     return {param.path: param for param in iter_params(config.tensors(), groups)}
 
 

@@ -30,7 +30,7 @@ from jaxft.checkpoint.tensors import TensorSpec, block_bounds
 from jaxft.errors import CheckpointError, ModelError, did_you_mean, listed
 from jaxft.files.gguf_header import GGUFHeader, GGUFTensor, read_header
 from jaxft.files.paths import pread
-from jaxft.models.dense import DenseConfig
+from jaxft.models.family import FamilyConfig
 
 
 class GGUFFile:
@@ -110,7 +110,7 @@ def _rope_vectors(header: GGUFHeader) -> dict[str, np.ndarray]:
     return {name: _rows(header.path, header.tensors[name], 0, 1)[0] for name in names}
 
 
-def _named_tensors(header: GGUFHeader, family: Family, config: DenseConfig) -> dict[str, GGUFTensor]:
+def _named_tensors(header: GGUFHeader, family: Family, config: FamilyConfig) -> dict[str, GGUFTensor]:
     """Tensors by Hugging Face name, each expert on its own; refuses unknown, missing and misshapen ones."""
     expected: dict[str, tuple[int, ...]] = {}
     names: dict[str, list[str]] = {}  # Hugging Face's names for each tensor of the file: many if it holds experts

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxft.models.dense import DenseConfig
+from jaxft.models.family import FamilyConfig
 
 # GGUF's name within `blk.N.` -> Hugging Face's within `model.layers.N.`
 _ATTENTION = {
@@ -168,7 +168,7 @@ def gguf_modules(family: Family, layers: int, experts: int = 0) -> dict[str, GGU
     return modules
 
 
-def shapes(family: Family, config: DenseConfig) -> dict[str, tuple[int, ...]]:
+def shapes(family: Family, config: FamilyConfig) -> dict[str, tuple[int, ...]]:
     """Shape of each weight by its part. config: the family's Config."""
     width, vocab = config.hidden_size, config.vocab_size
     attention = config.shape().layers[0].attention
@@ -200,12 +200,12 @@ def shapes(family: Family, config: DenseConfig) -> dict[str, tuple[int, ...]]:
     return matrices | norms
 
 
-def expert_count(family: Family, config: DenseConfig) -> int:
+def expert_count(family: Family, config: FamilyConfig) -> int:
     """Experts of a layer, 0 in a dense family. config: the family's Config."""
     return getattr(config, family.experts) if family.experts else 0
 
 
-def heads_interleaved(family: Family, module: str, config: DenseConfig) -> int:
+def heads_interleaved(family: Family, module: str, config: FamilyConfig) -> int:
     """Number of heads whose halves llama.cpp interleaves in the rows of a module, 0 for none."""
     if family.interleaved and module.endswith(".q_proj"):
         return config.num_attention_heads

@@ -18,9 +18,8 @@ from jaxft.checkpoint.gguf.names import (
     expert_count,
 )
 from jaxft.errors import ExportError
-from jaxft.models.dense import DenseConfig
 from jaxft.models.families.gemma2 import GemmaConfig
-from jaxft.models.family import FULL, SLIDING
+from jaxft.models.family import FULL, SLIDING, FamilyConfig
 
 
 def family_of(hf_config: Mapping[str, Any]) -> Family:
@@ -97,7 +96,7 @@ def _rope(rope: Any) -> dict[str, Any]:
     return {}
 
 
-def _refuse(family: Family, config: DenseConfig) -> None:
+def _refuse(family: Family, config: FamilyConfig) -> None:
     for differs, why in _differences(family, config):
         if differs:
             raise ExportError(
@@ -105,7 +104,7 @@ def _refuse(family: Family, config: DenseConfig) -> None:
             )
 
 
-def _differences(family: Family, config: DenseConfig) -> list[tuple[bool, str]]:
+def _differences(family: Family, config: FamilyConfig) -> list[tuple[bool, str]]:
     """(whether the model differs, how) for everything that llama.cpp does in only one way for a family."""
     arch, rope, heads = family.arch, config.rope, config.num_attention_heads * config.head_dim
     kinds: tuple[str, ...] = ("default", "linear", "longrope" if arch == "phi3" else "llama3")
@@ -136,7 +135,7 @@ def _differences(family: Family, config: DenseConfig) -> list[tuple[bool, str]]:
     return differences + (_gemma(family, config) if isinstance(config, GemmaConfig) else _window(config))
 
 
-def _window(config: DenseConfig) -> list[tuple[bool, str]]:
+def _window(config: FamilyConfig) -> list[tuple[bool, str]]:
     context = config.max_position_embeddings
     window = min((w for layer in config.shape().layers if (w := layer.attention.form.window)), default=context)
     return [

@@ -35,7 +35,7 @@ from jaxft.checkpoint.safetensors_writer import LazyTensor
 from jaxft.checkpoint.tensors import TensorSpec
 from jaxft.errors import ExportError, listed
 from jaxft.files.paths import read_json
-from jaxft.models.dense import DenseConfig
+from jaxft.models.family import FamilyConfig
 
 F32, F16, BF16, Q8_0 = (GGMLQuantizationType[name] for name in ("F32", "F16", "BF16", "Q8_0"))
 KINDS = {"float32": F32, "float16": F16, "bfloat16": BF16, "q8_0": Q8_0}
@@ -173,7 +173,7 @@ class _FileTensor:
 
 
 def _file_tensors(
-    family: Family, config: DenseConfig, tensors: Mapping[str, LazyTensor], kind: GGMLQuantizationType
+    family: Family, config: FamilyConfig, tensors: Mapping[str, LazyTensor], kind: GGMLQuantizationType
 ) -> dict[str, _FileTensor]:
     """The tensors of the file by name, from those under Hugging Face names."""
     count = expert_count(family, config)
@@ -202,7 +202,7 @@ def _file_tensors(
 
 
 def _encoder(
-    family: Family, config: DenseConfig, hf: str, make: Callable[[], np.ndarray], kind: GGMLQuantizationType
+    family: Family, config: FamilyConfig, hf: str, make: Callable[[], np.ndarray], kind: GGMLQuantizationType
 ) -> Callable[[], np.ndarray]:
     heads, shifted = heads_interleaved(family, hf.rpartition(".")[0], config), has_shifted_norm(family, hf)
     return functools.partial(_encode, hf, make, heads, kind, add=1.0 if shifted else 0.0)
