@@ -19,7 +19,7 @@ FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute",
                "ragged-all-to-all", "collective-broadcast")  # fmt: skip
 SLICES = ("dynamic-slice", "slice", "gather")
-Channels = set[tuple[int, str]]  # (channel id, kind) of the collectives counted so far
+Channels = set[tuple[int | None, str]]  # (channel id, kind) of the collectives counted so far
 
 
 class Work(NamedTuple):

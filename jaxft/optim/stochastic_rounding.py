@@ -49,7 +49,7 @@ def moments_in_bfloat16(tx: optax.GradientTransformation, seed: int) -> optax.Gr
                 out.append(x.astype(jnp.bfloat16))
             else:
                 out.append(stochastic_round(x, jax.random.fold_in(key, index)))
-        return treedef.unflatten(out)
+        return jax.tree.unflatten(treedef, out)
 
     def init(params: optax.Params) -> RoundedState:
         return RoundedState(jnp.int32(0), shrink(tx.init(params), None))

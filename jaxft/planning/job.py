@@ -5,7 +5,7 @@
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -228,7 +228,8 @@ def _abstract_mesh(config: RunConfig, model: Decoder, topology: Topology) -> Mes
         length = config.data.max_length
         axes = auto_mesh(topology.devices, rows=rows, slices=topology.count, max_length=length, **heads)
     filled = fill_axes(axis_sizes(axes), topology.devices)
-    mesh = MeshPlan(mesh=jax.sharding.AbstractMesh(tuple(filled.values()), tuple(filled)))
+    # Shardings, which are all that an estimate needs, read only what both kinds of mesh have.
+    mesh = MeshPlan(mesh=cast(jax.sharding.Mesh, jax.sharding.AbstractMesh(tuple(filled.values()), tuple(filled))))
     mesh.check_sizes(max_length=config.data.max_length, **heads)
     check_experts(model, mesh)
     return mesh
