@@ -30,16 +30,16 @@ TESTED = {("0.12.0.1", "0.0.52"): "every kind of TPU", ("0.10.2", "0.0.42.1"): "
 
 
 def pairing() -> tuple[str, bool]:
-    """(the installed jax and libtpu and what was tested, in words; whether that pair was)."""
-    found: list[str | None] = []
+    """(installed versions of jax and libtpu and the tested pairs, in words; whether the installed pair is tested)."""
+    installed: list[str | None] = []
     for name in ("jax", "libtpu"):
         try:
-            found.append(importlib.metadata.version(name))
+            installed.append(importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
-            found.append(None)
+            installed.append(None)
     tested = "; ".join(f"jax {jax} with libtpu {libtpu} for {kinds}" for (jax, libtpu), kinds in TESTED.items())
-    words = f"this is jax {found[0]} with libtpu {found[1]}; tested were: {tested}"
-    return words, tuple(found) in TESTED
+    words = f"this is jax {installed[0]} with libtpu {installed[1]}; tested: {tested}"
+    return words, tuple(installed) in TESTED
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,8 @@
-"""Optimizers and learning-rate schedules by name."""
+"""Builds the optimizer and the learning-rate schedule of a config."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
+import jax
 import optax
 from optax.contrib import schedule_free
 
@@ -18,17 +18,18 @@ from jaxft.optim.stochastic_rounding import moments_in_bfloat16
 from jaxft.trees import flatten
 
 
-def make_schedule(config: OptimConfig, total_steps: int) -> Callable[[Any], Any]:
-    """Learning rate of a step counted from 0. Warm-up rises linearly and reaches the peak at its last step.
+def make_schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
+    """Learning rate by step, counted from 0. Warm-up rises linearly and reaches the peak at its last step.
 
-    Raises ConfigError where warm-up leaves no step for the rest.
+    Raises ConfigError if warm-up leaves no step for the rest of the schedule.
     """
     warmup = config.warmup_steps or 0
     if config.warmup_ratio is not None:
         warmup = round(config.warmup_ratio * total_steps)
     if warmup and warmup >= total_steps:
         raise ConfigError(
-            f"warm-up of {warmup} steps leaves nothing of a run of {total_steps}; lower optim.warmup_steps"
+            f"warm-up of {warmup} steps leaves nothing of a run of {total_steps} steps. Lower "
+            f"optim.{'warmup_steps' if config.warmup_ratio is None else 'warmup_ratio'}."
         )
     peak, rest = config.learning_rate, max(1, total_steps - warmup)
     after = {
@@ -38,18 +39,18 @@ def make_schedule(config: OptimConfig, total_steps: int) -> Callable[[Any], Any]
     }[config.schedule]()
     if not warmup:
         return after
-    # Step 0 already moves: (step + 1) / warmup of the peak.
+    # Step 0 has 1 / warmup of the peak, not 0.
     rise = optax.linear_schedule(peak / warmup, peak * (warmup + 1) / warmup, warmup)
     return optax.join_schedules([rise, after], [warmup])
 
 
 def make_optimizer(
-    config: OptimConfig, schedule: Callable[[Any], Any], *, seed: int = 0, stacks: Sequence[Sequence[int]] = ()
+    config: OptimConfig, schedule: optax.Schedule, *, seed: int = 0, stacks: Sequence[Sequence[int]] = ()
 ) -> optax.GradientTransformation:
-    """The optimizer of a config, behind clipping by global norm.
+    """The optimizer of a config, after clipping by global norm.
 
-    seed: for what is drawn: rounding of moments, projections. stacks: the numbers of the layers in each stack, read
-    for optim.layer_decay. docs/optimizers.md has the sources.
+    seed: of rounding and projections. stacks: the numbers of the layers in each stack, for optim.layer_decay.
+    docs/optimizers.md has the sources.
     """
     decay = optax.add_decayed_weights(config.weight_decay, decay_mask)
     after = [decay, *_own_rates(config, stacks), optax.scale_by_learning_rate(schedule)]
@@ -66,20 +67,20 @@ def make_optimizer(
         case "lion":
             tx = optax.chain(optax.scale_by_lion(config.lion.b1, config.lion.b2), *after)
         case "sgd":
-            # As torch has it: decay is part of the gradient, so that momentum carries it on.
+            # As in torch, weight decay is part of the gradient, and so of the momentum.
             tx = optax.chain(decay, optax.trace(config.sgd.momentum), *after[1:])
         case "muon":
             muon = scale_by_orthogonal_momentum(config.muon.momentum)
-            tx = optax.chain(_where(lambda path, x: is_hidden(path, x.ndim), muon, config.muon), *after)
+            tx = optax.chain(_with_adam(muon, lambda path, x: is_hidden(path, x.ndim), config.muon), *after)
         case "apollo":
             own = config.apollo
             apollo = scale_by_apollo(rank=own.rank, b1=own.b1, b2=own.b2, eps=own.eps, seed=seed)
-            takes = lambda path, x: is_hidden(path, x.ndim) and is_projected(x, own.rank)  # noqa: E731
-            tx = optax.chain(_where(takes, apollo, own), *after)
+            selects = lambda path, x: is_hidden(path, x.ndim) and is_projected(x, own.rank)  # noqa: E731
+            tx = optax.chain(_with_adam(apollo, selects, own), *after)
         case "schedule_free_adamw":
             free = config.schedule_free_adamw
             second = optax.scale_by_rms(free.b2, free.eps, eps_in_sqrt=False, bias_correction=True)
-            # Its own counter starts at 1.
+            # schedule_free counts steps from 1.
             tx = schedule_free(optax.chain(second, *after), lambda count: schedule(count - 1), free.b1)
         case _:
             raise ConfigError(f"optim.name={config.name!r} is not known")
@@ -88,26 +89,17 @@ def make_optimizer(
     return tx if config.clip_norm is None else optax.chain(clip(config.clip_norm), tx)
 
 
-def _where(
-    takes: Callable[[str, Any], bool], tx: optax.GradientTransformation, settings: AdamWConfig
+def _with_adam(
+    tx: optax.GradientTransformation, selects: Callable[[str, jax.Array], bool], settings: AdamWConfig
 ) -> optax.GradientTransformation:
-    """`tx` for the parameters that it takes, Adam for the others."""
+    """`tx`, which works on dicts from path to array, for the parameters that `selects` selects; Adam for the others."""
+
+    def labels(params: dict[str, jax.Array]) -> dict[str, str]:
+        return {path: "own" if selects(path, x) else "adam" for path, x in params.items()}
+
+    # The inner by_path drops the placeholders that optax.partition has for the other parameters.
     adam = optax.scale_by_adam(settings.b1, settings.b2, settings.eps)
-
-    def partitioned(tree: dict[str, Any]) -> list[dict[str, Any]]:
-        return [{path: x for path, x in tree.items() if takes(path, x) == wanted} for wanted in (True, False)]
-
-    def init(params: dict[str, Any]) -> dict[str, Any]:
-        own, others = partitioned(params)
-        return {"own": tx.init(own), "adam": adam.init(others)}
-
-    def update(grads: dict[str, Any], state: dict[str, Any], params: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        own, others = partitioned(grads)
-        own, own_state = tx.update(own, state["own"])
-        others, adam_state = adam.update(others, state["adam"])
-        return own | others, {"own": own_state, "adam": adam_state}
-
-    return by_path(optax.GradientTransformation(init, update))
+    return by_path(optax.partition({"own": by_path(tx), "adam": adam}, labels))
 
 
 def _own_rates(config: OptimConfig, stacks: Sequence[Sequence[int]]) -> list[optax.GradientTransformation]:
@@ -118,11 +110,11 @@ def _own_rates(config: OptimConfig, stacks: Sequence[Sequence[int]]) -> list[opt
 
 
 def clip(max_norm: float) -> optax.GradientTransformation:
-    """Scales gradients down to a global norm of at most max_norm, as torch's clip_grad_norm_ does."""
+    """Scales gradients down to a global norm of at most max_norm, as torch's clip_grad_norm_."""
     return optax.clip_by_global_norm(max_norm)
 
 
-def decay_mask(params: Any) -> Any:
-    """True for matrices, False for norms, biases and other vectors, whose stacked form has two axes as well."""
+def decay_mask(params: optax.Params) -> optax.Params:
+    """True for matrices, False for norms, biases and other vectors, even if stacking gives them two axes."""
     flat, treedef = flatten(params)
-    return treedef.unflatten([kind_of(path, x.ndim).matrix for path, x in flat.items()])
+    return jax.tree.unflatten(treedef, [kind_of(path, x.ndim).matrix for path, x in flat.items()])

@@ -61,18 +61,19 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
             if done.returncode < 0:
                 raise errors.ConfigError(_crash(request["topology"], -done.returncode, done.stderr))
             tail = "\n".join(done.stderr.strip().splitlines()[-25:])
-            said = f"the planning process ended with {done.returncode} and no result ({pairing()[0]})"
-            raise RuntimeError(f"{said}:\n{tail}")
+            raise RuntimeError(
+                f"the planning process ended with {done.returncode} and no result ({pairing()[0]}):\n{tail}"
+            )
         answer = json.loads(result.read_text(encoding="utf-8"))
     if "kind" in answer and answer.get("refused"):
         raise getattr(errors, answer["kind"])(answer["refused"])
     return answer
 
 
-def _crash(topology: str, number: int, said: str) -> str:
-    why = [line for line in said.splitlines() if "Check failed" in line or line.startswith("F")]
+def _crash(topology: str, number: int, log: str) -> str:
+    reasons = [line.strip() for line in log.splitlines() if "Check failed" in line or line.startswith("F")]
     return (
-        f"the compiler for {topology} died of signal {number}: {why[-1].strip() if why else 'it does not say why'}. "
-        "That is a fault of libtpu and not of the config, or of too little memory on this machine (signal 9). Use a "
+        f"the compiler for {topology} died of signal {number}: {reasons[-1] if reasons else 'it gives no reason'}. "
+        "The cause is libtpu and not the config, or too little memory on this machine (signal 9). Use a "
         f"jax and a libtpu that were tested together ({pairing()[0]}), or try the other --level or larger shapes."
     )
