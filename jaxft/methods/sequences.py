@@ -19,7 +19,7 @@ from jaxft.evaluation.held_out import held_out_metrics
 from jaxft.methods.method import Run
 from jaxft.nn.decoder import Decoder
 from jaxft.objectives.loss import Loss
-from jaxft.optim.averages import evaluated
+from jaxft.optim.averages import evaluation_params
 from jaxft.sharding.arrays import from_rows
 from jaxft.training.state import TrainState
 from jaxft.training.step import make_eval_step
@@ -90,7 +90,7 @@ def make_evaluator(run: Run, graphdef: nnx.GraphDef[Decoder], loss: Loss) -> Eva
 
 def evaluated_weights(config: RunConfig, state: TrainState) -> nnx.State:
     """The trained parameters that held-out losses, scores and exports of a run use: an average if it keeps one."""
-    return evaluated(state.opt_state, state.trainable, use_average=config.train.use_ema)
+    return evaluation_params(state.opt_state, state.trainable, use_average=config.train.use_ema)
 
 
 def _loader(

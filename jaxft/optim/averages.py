@@ -38,7 +38,7 @@ def with_average(tx: optax.GradientTransformation, decay: float) -> optax.Gradie
     return optax.GradientTransformation(init, update)
 
 
-def evaluated(opt_state: optax.OptState, trainable: optax.Params, *, use_average: bool = True) -> optax.Params:
+def evaluation_params(opt_state: optax.OptState, trainable: optax.Params, *, use_average: bool = True) -> optax.Params:
     """The parameters to evaluate and export: the kept average if there is one, else the trained ones, `trainable`.
 
     The average is that of `with_average`, unless use_average is False, or the averaged sequence x of schedule-free
@@ -47,7 +47,7 @@ def evaluated(opt_state: optax.OptState, trainable: optax.Params, *, use_average
     kinds = (AverageState, ScheduleFreeState)
     for part in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kinds)):
         if isinstance(part, AverageState):
-            return part.average if use_average else evaluated(part.inner, trainable)
+            return part.average if use_average else evaluation_params(part.inner, trainable)
         if isinstance(part, ScheduleFreeState):
             return schedule_free_eval_params(part, trainable)
     return trainable

@@ -10,7 +10,7 @@ from jaxft.checkpoint.resume import RunCheckpoints
 from jaxft.checkpoint.saved_step import SavedStep, find_averages
 from jaxft.config import AdamWConfig, ApolloConfig, OptimConfig, choices
 from jaxft.errors import CheckpointError
-from jaxft.optim.averages import evaluated, with_average
+from jaxft.optim.averages import evaluation_params, with_average
 from jaxft.optim.make import make_optimizer
 from jaxft.optim.stochastic_rounding import moments_in_bfloat16
 
@@ -65,10 +65,10 @@ def same_bits(a, b):
 def test_the_evaluated_weights_are_those_of_the_live_state_bit_for_bit(name, fields, decay, tmp_path):
     state = trained(name, fields, decay)
     saved = opened(tmp_path, state)
-    expected = evaluated(state["opt_state"], state["trainable"])
+    expected = evaluation_params(state["opt_state"], state["trainable"])
     abstract = jax.eval_shape(lambda: state["trainable"])
     same_bits(saved.evaluated_weights(abstract), expected)
-    same_bits(saved.evaluated_weights(abstract, use_average=False), evaluated(*_without_average(state)))
+    same_bits(saved.evaluated_weights(abstract, use_average=False), evaluation_params(*_without_average(state)))
     averages = name.startswith("schedule_free_adamw") or decay is not None
     assert averages == any(bool((x != y).any()) for x, y in _leaves(expected, state["trainable"]))
     assert saved.step == 2 and saved.extra == {"step": 2}

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from jaxft.config import OptimConfig
-from jaxft.optim.averages import evaluated, with_average
+from jaxft.optim.averages import evaluation_params, with_average
 from jaxft.optim.make import make_optimizer
 
 PARAMS = {"a": {"kernel": jnp.arange(6.0).reshape(2, 3)}, "b": {"bias": jnp.ones(2)}}
@@ -49,10 +49,10 @@ def test_training_goes_on_as_without():
 
 def test_what_is_evaluated():
     params, state = run(with_average(optax.adam(0.1), 0.9))[-1]
-    assert evaluated(state, params) is state.average
-    assert evaluated(state, params, use_average=False) is params
+    assert evaluation_params(state, params) is state.average
+    assert evaluation_params(state, params, use_average=False) is params
     params, state = run(optax.adam(0.1))[-1]
-    assert evaluated(state, params) is params
+    assert evaluation_params(state, params) is params
 
 
 @pytest.mark.parametrize("clip_norm", [None, 1.0])
@@ -63,7 +63,9 @@ def test_schedule_free_is_evaluated_at_its_average(clip_norm):
     z = [(state if clip_norm is None else state[1]).z for _, state in seen]
     mean = jax.tree.map(lambda *xs: sum(xs) / len(xs), *z)
     params, state = seen[-1]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), evaluated(state, params), mean)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), evaluation_params(state, params), mean
+    )
 
 
 def test_the_average_is_an_array_of_its_own():

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from jaxft.config import AdafactorConfig, MuonConfig, OptimConfig, ScheduleFreeConfig, SGDConfig
-from jaxft.optim.averages import evaluated
+from jaxft.optim.averages import evaluation_params
 from jaxft.optim.make import make_optimizer, make_schedule
 from jaxft.trees import flatten
 
@@ -226,7 +226,7 @@ def test_schedule_free_is_its_authors(warmup):
     for optimizer in optimizers:
         optimizer.eval()
     averaged = {path: np.stack([p.detach().numpy() for p in ps]) for path, ps in theirs.items()}
-    mine = flatten(evaluated(state, nested(ours[-1])))[0]
+    mine = flatten(evaluation_params(state, nested(ours[-1])))[0]
     assert_close([mine], [averaged])
     assert max(np.abs(mine[path] - ours[-1][path]).max() for path in mine) > 1e-3
 
