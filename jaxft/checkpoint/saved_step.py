@@ -83,7 +83,7 @@ class SavedStep:
             return as_state(checkpointer.restore(self.folder / "state", args=args), dict(parts))
 
     def evaluated_weights(self, trainable: Any, *, use_average: bool = True) -> Any:
-        """The weights that losses, scores and exports are of, as `optim.averages.evaluated` gives them in training.
+        """The weights to evaluate and export, as `optim.averages.evaluation_params` returns them in training.
 
         trainable: abstract or real, of the trained parameters. use_average: whether an average of the weights is taken
         if one was kept. Raises CheckpointError, listing paths, if they differ from what was saved.
