@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jaxft.adapters.attach import AdapterParam
 from jaxft.adapters.low_rank import LoRA, dropped
 from jaxft.nn import partition
-from jaxft.nn.linear import BIAS_STORED, WHOLE, product
+from jaxft.nn.linear import BIAS_DIMS, WHOLE, product
+from jaxft.nn.storage import StorageDims
 from jaxft.quant import dense
 
 
@@ -37,7 +38,7 @@ class DoRA(LoRA):
         gain = magnitude / jax.lax.stop_gradient(self._moved_lengths(dense(kernel, jnp.float32)))
         if self.scales is not None:
             gain = jnp.where(self.scales.get_value() == 0, 1, gain)
-        gain = partition.gathered(gain, BIAS_STORED[self.tp_side], WHOLE[self.tp_side][1:])
+        gain = partition.gathered(gain, BIAS_DIMS[self.tp_side], WHOLE[self.tp_side][1:])
         given = dropped(x, self.settings.dropout, key)
         again = y
         if given is not x:
@@ -46,9 +47,8 @@ class DoRA(LoRA):
         added = (gain - 1) * again.astype(jnp.float32) + gain * self._low_rank(given).astype(jnp.float32)
         return (y.astype(jnp.float32) + added).astype(y.dtype)
 
-    def stored(self) -> dict[str, tuple[partition.Dimension | None, ...]]:
-        """What the dimensions of every parameter are, stack axes left out."""
-        return super().stored() | {"lora_magnitude": BIAS_STORED[self.tp_side]}
+    def storage_dims(self) -> dict[str, StorageDims]:
+        return super().storage_dims() | {"lora_magnitude": StorageDims(BIAS_DIMS[self.tp_side])}
 
     def merged(self, kernel: jax.Array, at: tuple[int, ...] = ()) -> jax.Array:
         """The kernel that does alone what both do together, float32. at: the place in the stack that `kernel` is of."""

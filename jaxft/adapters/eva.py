@@ -17,11 +17,12 @@ from flax import nnx
 
 from jaxft.adapters.attach import adapters, key_of, linears, slots
 from jaxft.adapters.lora_start import EVA
-from jaxft.adapters.low_rank import STORED, WHOLE
+from jaxft.adapters.low_rank import HALF_DIMS, WHOLE, half_storage
 from jaxft.errors import ModelError
 from jaxft.nn import partition
 from jaxft.nn.adapter import Adapter
-from jaxft.sharding.arrays import put_global
+from jaxft.nn.linear import TPSide
+from jaxft.nn.storage import StorageDims
 from jaxft.sharding.mesh import MeshPlan
 
 BATCHES, STEPS = 8, 4
@@ -49,12 +50,16 @@ class Probe(Adapter):
     def enter(self, x: jax.Array) -> jax.Array:
         """x itself."""
         split = self.tp_side == "inputs"
-        a = partition.gathered(self.lora_a.get_value(), STORED[split], WHOLE[split])
+        a = partition.gathered(self.lora_a.get_value(), HALF_DIMS[split], WHOLE[split])
         return _probed(x, self.shared, a, self.total.get_value())
 
-    def stored(self) -> dict[str, tuple[partition.Dimension | None, ...]]:
-        """What the dimensions of every parameter are, stack axes left out."""
-        return {"lora_a": STORED[self.tp_side == "inputs"], "total": (None,)}
+    def storage_dims(self) -> dict[str, StorageDims]:
+        return directions_storage(self.tp_side)
+
+
+def directions_storage(tp_side: TPSide) -> dict[str, StorageDims]:
+    """How Directions are split over devices: lora_a as LoRA's is, total whole."""
+    return {"lora_a": half_storage(tp_side == "inputs"), "total": StorageDims((None,), slight=True)}
 
 
 @jax.custom_vjp
@@ -107,8 +112,13 @@ def begin(module: nnx.Module, init: str, batch: Callable[[int], Any], mesh: Mesh
     check(module, init)
     steps, found = int(EVA.fullmatch(init)[1] or STEPS), adapters(module)
     bases = {f"{path}/adapter": _drawn(adapter, key_of(key, path)) for path, adapter in found.items()}
-    shardings = mesh.shardings(bases)
-    bases = jax.tree.map(put_global, bases, shardings)
+    dims = {
+        f"{path}/adapter/{name}": storage
+        for path, adapter in found.items()
+        for name, storage in directions_storage(adapter.tp_side).items()
+    }
+    bases = mesh.shard(bases, dims)
+    shardings = jax.tree.map(lambda x: x.sharding, bases)
     graphdef, state = nnx.split(module)
 
     def outcome(bases: dict[str, Directions], state: Any, batch: Any) -> jax.Array:

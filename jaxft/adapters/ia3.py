@@ -13,8 +13,10 @@ from jaxft.config import AdapterConfig
 from jaxft.nn import partition
 from jaxft.nn.adapter import Adapter
 from jaxft.nn.linear import Linear
+from jaxft.nn.partition import Dimensions
+from jaxft.nn.storage import StorageDims
 
-STORED = ("both",)
+FACTOR_DIMS: Dimensions = ("both",)
 # Whether the tensor axis splits the side that is scaled.
 WHOLE = {True: ("tensor",), False: (None,)}
 
@@ -39,11 +41,10 @@ class IA3(Adapter):
         return y if self.feedforward else y * self._whole(y.dtype)
 
     def _whole(self, dtype: jnp.dtype) -> jax.Array:
-        return partition.gathered(self.factors.get_value().astype(dtype), STORED, WHOLE[self.tp_side])
+        return partition.gathered(self.factors.get_value().astype(dtype), FACTOR_DIMS, WHOLE[self.tp_side])
 
-    def stored(self) -> dict[str, tuple[partition.Dimension | None, ...]]:
-        """What the dimension of the factors is, stack axes left out."""
-        return {"factors": STORED}
+    def storage_dims(self) -> dict[str, StorageDims]:
+        return {"factors": StorageDims(FACTOR_DIMS)}
 
     def merged(self, kernel: jax.Array, at: tuple[int, ...] = ()) -> jax.Array:
         """As `Adapter.merged`."""

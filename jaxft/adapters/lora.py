@@ -82,11 +82,11 @@ def made(layer: Layer, places: Sequence[LoRASettings | None], key: jax.Array) ->
         _check_form(layer, settings)
     if isinstance(layer, Embedding):
         return EmbeddingLoRA(inputs, outputs, settings, key=key)
-    more = {"stack": tuple(stack), "kernel": kernel, "key": key}
+    more = {"stack": tuple(stack), "kernel": kernel, "tp_side": layer.tp_side, "key": key}
     more["places"] = None if len(set(places)) == 1 else tuple(places)
     if isinstance(layer, ExpertLinear):
         return ExpertLoRA(inputs, outputs, settings, **more)
-    return (DoRA if settings.use_dora else LoRA)(inputs, outputs, settings, tp_side=layer.tp_side, **more)
+    return (DoRA if settings.use_dora else LoRA)(inputs, outputs, settings, **more)
 
 
 def place_names(model: nnx.Module, path: str) -> tuple[str, ...]:

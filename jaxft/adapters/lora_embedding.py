@@ -9,9 +9,11 @@ from jaxft.adapters.attach import AdapterParam
 from jaxft.adapters.low_rank import LoRASettings
 from jaxft.nn import partition
 from jaxft.nn.adapter import Adapter
+from jaxft.nn.partition import Dimensions
+from jaxft.nn.storage import StorageDims
 
 # Small enough to be gathered whole, so that tokens look up where they are.
-STORED = {"lora_embedding_a": ("weight", None), "lora_embedding_b": (None, "weight")}
+TABLE_DIMS: dict[str, Dimensions] = {"lora_embedding_a": ("weight", None), "lora_embedding_b": (None, "weight")}
 
 
 class EmbeddingLoRA(Adapter):
@@ -31,15 +33,14 @@ class EmbeddingLoRA(Adapter):
     def __call__(self, tokens_BS: jax.Array, x_BSD: jax.Array) -> jax.Array:
         """x_BSD: the rows of the table, in the type of computation."""
         a_Vr, b_rD = (
-            partition.gathered(getattr(self, name).get_value().astype(x_BSD.dtype), stored, (None, None))
-            for name, stored in STORED.items()
+            partition.gathered(getattr(self, name).get_value().astype(x_BSD.dtype), dims, (None, None))
+            for name, dims in TABLE_DIMS.items()
         )
         low_BSr = jnp.take(a_Vr, tokens_BS, axis=0)
         return x_BSD + self.settings.scale * (low_BSr @ b_rD)
 
-    def stored(self) -> dict[str, tuple[partition.Dimension | None, ...]]:
-        """What the dimensions of both halves are."""
-        return dict(STORED)
+    def storage_dims(self) -> dict[str, StorageDims]:
+        return {name: StorageDims(dims) for name, dims in TABLE_DIMS.items()}
 
     def merged(self, table: jax.Array, at: tuple[int, ...] = ()) -> jax.Array:
         """The table [V, D] that does alone what both do together, float32."""

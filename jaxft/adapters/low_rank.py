@@ -18,11 +18,13 @@ from jaxft.adapters.attach import AdapterParam, StartParam
 from jaxft.adapters.lora_start import draw, moves_the_start
 from jaxft.nn import partition
 from jaxft.nn.adapter import Adapter
+from jaxft.nn.partition import Dimensions
+from jaxft.nn.storage import StorageDims
 
 # Whether the tensor axis splits the wide side of A or B in use -> how they are stored and how they are multiplied with.
 # Stored, each is split by all axes: beside a quantised base, float32 halves and moments are no small part.
-STORED = {True: (None, "both"), False: (None, "spread")}
-WHOLE = {True: (None, "tensor"), False: (None, None)}
+HALF_DIMS: dict[bool, Dimensions] = {True: (None, "both"), False: (None, "spread")}
+WHOLE: dict[bool, Dimensions] = {True: (None, "tensor"), False: (None, None)}
 HALVES = ("lora_a", "lora_b", "lora_a_start", "lora_b_start")
 
 
@@ -124,9 +126,9 @@ class LoRA(Adapter):
         """x: [..., I]; y: [..., O], what the base layer gave; key: turns dropout on."""
         return y + self._low_rank(dropped(x, self.settings.dropout, key))
 
-    def stored(self) -> dict[str, tuple[partition.Dimension | None, ...]]:
-        """What the dimensions of every parameter are, stack axes left out."""
-        return {name: STORED[_side(name) == self.tp_side] for name in HALVES if getattr(self, name) is not None}
+    def storage_dims(self) -> dict[str, StorageDims]:
+        halves = {name: half_storage(_side(name) == self.tp_side) for name in HALVES}
+        return halves | {"scales": StorageDims(())}
 
     def merged(self, kernel: jax.Array, at: tuple[int, ...] = ()) -> jax.Array:
         """The kernel that does alone what both do together, float32. at: the place in the stack that `kernel` is of."""
@@ -184,7 +186,7 @@ class LoRA(Adapter):
 
     def _low_rank(self, x: jax.Array) -> jax.Array:
         a, b = (
-            partition.gathered(half.astype(x.dtype), STORED[side == self.tp_side], WHOLE[side == self.tp_side])
+            partition.gathered(half.astype(x.dtype), HALF_DIMS[side == self.tp_side], WHOLE[side == self.tp_side])
             for half, side in zip(self._halves(), ("inputs", "outputs"), strict=True)
         )
         scale = self._scale()
@@ -197,6 +199,14 @@ def dropped(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
         return x
     keep = jax.random.bernoulli(key, 1 - rate, x.shape)
     return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+
+
+def half_storage(split: bool) -> StorageDims:
+    """Of A or B, [r, wide side], at rest. split: whether the tensor axis splits the wide side in use.
+
+    If all axes together do not divide the wide side, those of weights alone split it; r stays whole.
+    """
+    return StorageDims(HALF_DIMS[split], fallback=(None, "weight"))
 
 
 def _side(name: str) -> str:

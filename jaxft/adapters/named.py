@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,14 +46,6 @@ class Together(Adapter):
         for part in self.parts:
             bias = part.merged_bias(bias, at)
         return bias
-
-    def stored(self) -> dict[str, tuple[Any, ...]]:
-        """What the dimensions of every parameter are, stack axes left out."""
-        return {
-            f"parts/{number}/{path}": dimensions
-            for number, part in enumerate(self.parts)
-            for path, dimensions in part.stored().items()
-        }
 
 
 @dataclass

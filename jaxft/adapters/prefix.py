@@ -15,10 +15,13 @@ from jaxft.adapters.attach import AdapterParam
 from jaxft.adapters.prompt import refuse_second
 from jaxft.config import AdapterConfig
 from jaxft.nn import partition
+from jaxft.nn.partition import Dimensions
 from jaxft.nn.stack import group_layers
+from jaxft.nn.storage import StorageDims
 from jaxft.nn.virtual import replace_virtual
 
-STORED, WHOLE = (None, "both"), (None, "tensor")
+PREFIX_DIMS: Dimensions = (None, "both")
+WHOLE: Dimensions = (None, "tensor")
 STDDEV = 0.02
 
 
@@ -33,7 +36,7 @@ class Prefix(nnx.Module):
     def __call__(self, k_BSKH: jax.Array, v_BSKH: jax.Array, virtual_BS: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Keys and values with this layer's own where virtual_BS is not negative."""
         own = (
-            partition.gathered(kept.get_value().astype(k_BSKH.dtype), STORED, WHOLE)
+            partition.gathered(kept.get_value().astype(k_BSKH.dtype), PREFIX_DIMS, WHOLE)
             for kept in (self.keys, self.values)
         )
         heads = k_BSKH.shape[2:]
@@ -42,6 +45,9 @@ class Prefix(nnx.Module):
             for x, kept in zip((k_BSKH, v_BSKH), own, strict=True)
         )
         return k_BSKH, v_BSKH
+
+    def storage_dims(self) -> dict[str, StorageDims]:
+        return {"keys": StorageDims(PREFIX_DIMS), "values": StorageDims(PREFIX_DIMS)}
 
 
 def put(model: nnx.Module, config: AdapterConfig, key: jax.Array) -> None:

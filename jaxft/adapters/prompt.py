@@ -12,9 +12,11 @@ from jaxft.adapters.attach import AdapterParam
 from jaxft.config import AdapterConfig
 from jaxft.errors import ModelError
 from jaxft.nn import partition
+from jaxft.nn.partition import Dimensions
+from jaxft.nn.storage import StorageDims
 from jaxft.nn.virtual import replace_virtual
 
-STORED, WHOLE = (None, "weight"), (None, None)
+PROMPT_DIMS: Dimensions = (None, "weight")
 
 
 class Prompt(nnx.Module):
@@ -27,8 +29,11 @@ class Prompt(nnx.Module):
 
     def __call__(self, x_BSD: jax.Array, virtual_BS: jax.Array) -> jax.Array:
         """x_BSD: embedded tokens. virtual_BS: which virtual token stands there, negative for none."""
-        own_nD = partition.gathered(self.embeddings.get_value().astype(x_BSD.dtype), STORED, WHOLE)
+        own_nD = partition.gathered(self.embeddings.get_value().astype(x_BSD.dtype), PROMPT_DIMS, (None, None))
         return replace_virtual(x_BSD, own_nD, virtual_BS)
+
+    def storage_dims(self) -> dict[str, StorageDims]:
+        return {"embeddings": StorageDims(PROMPT_DIMS)}
 
 
 def put(model: nnx.Module, config: AdapterConfig, key: jax.Array) -> None:

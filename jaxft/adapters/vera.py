@@ -16,10 +16,14 @@ from jaxft.config import AdapterConfig
 from jaxft.errors import ModelError
 from jaxft.nn import partition
 from jaxft.nn.adapter import Adapter
-from jaxft.nn.linear import Linear
+from jaxft.nn.linear import Linear, TPSide
+from jaxft.nn.partition import Dimensions
+from jaxft.nn.storage import StorageDims
 
-STORED = ("both",)
-WHOLE = {"outputs": ("tensor",), "inputs": (None,)}
+SHARED_DIMS: Dimensions = (None, "weight")
+D_DIMS: Dimensions = ("weight",)
+B_DIMS: Dimensions = ("both",)
+WHOLE: dict[TPSide, Dimensions] = {"outputs": ("tensor",), "inputs": (None,)}
 D_INITIAL = 0.1  # table 6c of the paper, and PEFT's default
 
 
@@ -40,9 +44,11 @@ class Projections(nnx.Module):
 
     def arrays(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
         """Both, whole on every device: gathered once a step, since every layer uses other parts of them."""
-        stored, whole = (None, "weight"), (None, None)
-        a, b = (partition.gathered(p.get_value().astype(dtype), stored, whole) for p in (self.a, self.b))
+        a, b = (partition.gathered(p.get_value().astype(dtype), SHARED_DIMS, (None, None)) for p in (self.a, self.b))
         return a, b
+
+    def storage_dims(self) -> dict[str, StorageDims]:
+        return {"a": StorageDims(SHARED_DIMS), "b": StorageDims(SHARED_DIMS)}
 
 
 class VeRA(Adapter):
@@ -53,7 +59,7 @@ class VeRA(Adapter):
 
     peft_type = "VERA"
 
-    def __init__(self, outputs: int, settings: VeRASettings, *, stack: tuple[int, ...] = (), tp_side: str) -> None:
+    def __init__(self, outputs: int, settings: VeRASettings, *, stack: tuple[int, ...] = (), tp_side: TPSide) -> None:
         super().__init__()
         self.lambda_d = AdapterParam(jnp.full((*stack, settings.r), D_INITIAL, jnp.float32))
         self.lambda_b = AdapterParam(jnp.zeros((*stack, outputs), jnp.float32))
@@ -63,8 +69,8 @@ class VeRA(Adapter):
     def __call__(self, x: jax.Array, y: jax.Array, kernel: jax.Array, key: jax.Array | None) -> jax.Array:
         """x: [..., I]; y: [..., O], what the base layer gave; key: turns dropout on."""
         a, b = self.shared
-        d = partition.gathered(self.lambda_d.get_value().astype(x.dtype), ("weight",), (None,))
-        factors = partition.gathered(self.lambda_b.get_value().astype(x.dtype), STORED, WHOLE[self.tp_side])
+        d = partition.gathered(self.lambda_d.get_value().astype(x.dtype), D_DIMS, (None,))
+        factors = partition.gathered(self.lambda_b.get_value().astype(x.dtype), B_DIMS, WHOLE[self.tp_side])
         x = dropped(x, self.settings.dropout, key)
         low = jnp.einsum("...i,ri->...r", x, a[:, : x.shape[-1]]) * d
         return y + factors * (low @ b[:, : y.shape[-1]])
@@ -77,9 +83,8 @@ class VeRA(Adapter):
         wide = factors[..., None, :] * b[:, : kernel.shape[-1]]
         return kernel + jnp.einsum("...ri,...ro->...io", low, wide, precision="highest")
 
-    def stored(self) -> dict[str, tuple[partition.Dimension | None, ...]]:
-        """What the dimensions of the factors are, stack axes left out."""
-        return {"lambda_d": ("weight",), "lambda_b": STORED}
+    def storage_dims(self) -> dict[str, StorageDims]:
+        return {"lambda_d": StorageDims(D_DIMS), "lambda_b": StorageDims(B_DIMS)}
 
 
 def drawn(r: int, inputs: int, outputs: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

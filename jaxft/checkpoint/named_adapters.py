@@ -2,15 +2,11 @@
 
 from collections.abc import Mapping
 
-import jax
-from flax import nnx
-
 from jaxft.adapters.named import AdapterSet, take
 from jaxft.adapters.saved import saved_paths
 from jaxft.checkpoint.load import LoadedModel, resolve
 from jaxft.checkpoint.peft import read_adapter, write_adapter
 from jaxft.errors import ModelError
-from jaxft.sharding.arrays import put_global
 from jaxft.sharding.mesh import MeshPlan
 
 
@@ -29,8 +25,7 @@ def load_adapters(model: LoadedModel, folders: Mapping[str, str], *, mesh: MeshP
                 "itself, not as one of several, onto a base that is loaded anew"
             )
         if mesh is not None:
-            state = nnx.state(model.module)
-            nnx.update(model.module, jax.tree.map(put_global, state, mesh.shardings(state)))
+            mesh.shard_module(model.module)
         held.hold(name, take(model.module))
     return held
 

@@ -12,6 +12,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
+from jaxft.trees import is_key
+
 
 def from_rows(make: Callable[[slice], Any], rows: int, sharding: NamedSharding) -> Any:
     """A pytree of global arrays [B, ...], of which this process makes only the rows that its devices hold.
@@ -34,7 +36,7 @@ def put_global(x: jax.Array, sharding: Sharding) -> jax.Array:
     """x on a sharding that may reach over several processes. Where it is not there yet, all hold the same x."""
     if sharding.is_fully_addressable or not x.is_fully_addressable:
         return jax.device_put(x, sharding)
-    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+    if is_key(x):
         data = put_global(jax.random.key_data(x), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
     # device_put would compare the copies of all processes first, through the network.

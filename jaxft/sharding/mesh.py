@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+from flax import nnx
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -16,8 +17,10 @@ from jax.sharding import PartitionSpec as P
 from jaxft.config import MeshConfig
 from jaxft.errors import ConfigError
 from jaxft.nn.partition import AXES
-from jaxft.sharding.rules import RULES, Leaf, Rule, assign, divisors
-from jaxft.trees import path_str
+from jaxft.nn.storage import StorageDims, storage_dims_of
+from jaxft.sharding.arrays import put_global
+from jaxft.sharding.specs import Leaf, divisors, specs_of
+from jaxft.trees import is_key, path_str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,26 +44,30 @@ class MeshPlan:
         kind, count = self.mesh.devices.flat[0].device_kind, self.mesh.devices.size
         return f"{count} {kind} device{'s' * (count > 1)}: {_sizes(self.axes)}"
 
-    def shardings(self, tree: Any, rules: Sequence[Rule | tuple[str, P]] = RULES) -> Any:
+    def shardings(self, tree: Any, dims: Mapping[str, StorageDims]) -> Any:
         """A NamedSharding in the place of every array or ShapeDtypeStruct of a pytree.
 
-        tree: the WHOLE train state, so that optimizer moments are split like their parameters.
-        rules: `(pattern, PartitionSpec)`, first match wins; see `jaxft.sharding.rules`.
-        Raises ConfigError for a rule without effect, a big array whose dimension does not divide by
-        its axis (naming the sizes that would), and a big array left whole although fsdp > 1.
+        tree: parameters of a model, or a whole train state, whose optimizer moments are split like their parameters.
+        dims: how parameters are split at rest, `storage_dims_of(model)`. Raises ConfigError for a big array with a
+        dimension that its axes do not divide, naming the sizes that would, and for a big array that would be whole on
+        every device although axes split weights.
         """
         flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
-        leaves = [Leaf(path_str(path), tuple(x.shape), not _is_key(x)) for path, x in flat]
-        specs = assign(leaves, rules, self.axes)
+        leaves = [Leaf(path_str(path), tuple(x.shape), not is_key(x)) for path, x in flat]
+        specs = specs_of(leaves, dims, self.axes)
         return jax.tree_util.tree_unflatten(treedef, [NamedSharding(self.mesh, spec) for spec in specs])
+
+    def shard(self, tree: Any, dims: Mapping[str, StorageDims]) -> Any:
+        """The pytree on the mesh's devices, laid out as `shardings` says. Every process must pass the same arrays."""
+        return jax.tree.map(put_global, tree, self.shardings(tree, dims))
+
+    def shard_module(self, module: nnx.Module) -> None:
+        """Moves the parameters of a module to the mesh's devices, each as the module declares it."""
+        nnx.update(module, self.shard(nnx.state(module), storage_dims_of(module)))
 
     def batch_sharding(self) -> NamedSharding:
         """Rows over all batch axes, for arrays [B, ...]."""
         return NamedSharding(self.mesh, P(tuple(axis for axis in AXES["batch"] if axis in self.axes)))
-
-    def replicated(self) -> NamedSharding:
-        """The whole array on every device."""
-        return NamedSharding(self.mesh, P())
 
     def within(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """`step`, to be jitted, traced with this mesh in sight of the layers that write their communication out."""
@@ -89,7 +96,7 @@ class MeshPlan:
             fits = divisors(heads, lambda d: kv_heads % d == 0 or d % kv_heads == 0)
             raise ConfigError(
                 f"mesh.tensor={tensor} does not divide {heads} query heads, or neither divides nor is divided by "
-                f"{kv_heads} key-value heads. Set it to one of {fits}."
+                f"{kv_heads} key-value heads. Set it to one of {', '.join(map(str, fits))}."
             )
         if max_length % (context * tensor):
             raise ConfigError(
@@ -131,10 +138,10 @@ def auto_mesh(devices: int, *, rows: int, heads: int, kv_heads: int, max_length:
     rows: of a micro-batch over all devices. Raises ConfigError where devices would be left over.
     """
     each = devices // slices
-    fsdp = max(n for n in _divisors(each) if rows % (n * slices) == 0) if rows % slices == 0 else 0
+    fsdp = max(n for n in divisors(each) if rows % (n * slices) == 0) if rows % slices == 0 else 0
     if fsdp:
         rest = each // fsdp
-        tensor = max(n for n in _divisors(rest) if heads % n == 0 and kv_heads % n == 0 and max_length % n == 0)
+        tensor = max(n for n in divisors(rest) if heads % n == 0 and kv_heads % n == 0 and max_length % n == 0)
         context = rest // tensor
         if max_length % (context * tensor) == 0:
             return MeshConfig(slice=slices, fsdp=fsdp, tensor=tensor, context=context)
@@ -164,17 +171,9 @@ def fill_axes(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
         raise ConfigError(
             f"{fixed} make {given} devices{' for the given axes' if rest else ''}, which "
             f"{'does not divide' if rest else 'are not'} the {devices} of this run. Axis sizes must multiply to "
-            f"{devices}: give each one of {divisors(devices)}, or one of them -1 for the rest."
+            f"{devices}: give each one of {', '.join(map(str, divisors(devices)))}, or one of them -1 for the rest."
         )
     return {axis: devices // given if size == -1 else size for axis, size in sizes.items()}
-
-
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
-
-
-def _is_key(x: Any) -> bool:
-    return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def _sizes(axes: Mapping[str, int]) -> str:

@@ -17,7 +17,7 @@ from jaxft.config import AdapterConfig, MeshConfig
 from jaxft.data.batch import Batch
 from jaxft.errors import ModelError
 from jaxft.runs import train as train_module
-from jaxft.runs.build import abstract_of, shard_tree
+from jaxft.runs.build import abstract_of
 from jaxft.sharding.arrays import put_global
 from jaxft.sharding.mesh import make_mesh_plan
 
@@ -47,8 +47,7 @@ def begun(folder, init="eva_niter_40", mesh=None, **settings):
     loaded = load_model(folder, mesh=mesh)
     adapter = AdapterConfig(**{"r": 4, "target_modules": TARGETS, "init_lora_weights": init} | settings)
     attach_adapter(loaded.module, adapter, 0)
-    state = shard_tree(train_module.nnx.state(loaded.module), mesh)
-    train_module.nnx.update(loaded.module, state)
+    mesh.shard_module(loaded.module)
     eva.begin(loaded.module, init, lambda number: batch(number, mesh), mesh, jax.random.key(1))
     return loaded
 

@@ -17,6 +17,7 @@ from jaxft.generation.tokens import generate_tokens
 from jaxft.models import config_from_hf
 from jaxft.models.tensor_map import iter_params
 from jaxft.nn.stack import group_layers
+from jaxft.nn.storage import storage_dims_of
 from jaxft.sharding.mesh import make_mesh_plan
 
 GREEDY = Sampling(max_new_tokens=32)
@@ -194,7 +195,7 @@ def test_eight_devices_equal_one(model, prompts):
         pytest.skip("needs 8 devices")
     plan = make_mesh_plan(MeshConfig(data=2, fsdp=4))
     graphdef, params = nnx.split(model)
-    split = nnx.merge(graphdef, jax.device_put(params, plan.shardings(params)))
+    split = nnx.merge(graphdef, jax.device_put(params, plan.shardings(params, storage_dims_of(model))))
     one = generate_tokens(model, prompts, sampling=DRAWN, slots=4)
     eight = generate_tokens(split, prompts, sampling=DRAWN, slots=4)
     assert tokens(eight) == tokens(one)

@@ -19,6 +19,7 @@ from jaxft.checkpoint.load import shardings_by_path
 from jaxft.checkpoint.tensors import TensorSpec
 from jaxft.config import MeshConfig
 from jaxft.errors import ConfigError, ModelError
+from jaxft.nn.storage import storage_dims_of
 from jaxft.sharding.mesh import make_mesh_plan
 from jaxft.trees import flatten
 
@@ -85,7 +86,7 @@ def test_experts_are_split_along_their_axis_and_the_model_dimension(mesh, expert
     assert specs["layers/0/self_attn/q_proj/kernel"] == P(None, dense)
 
 
-def test_experts_that_do_not_divide_are_refused_by_the_rules():
+def test_experts_that_do_not_divide_are_refused():
     model = models.abstract_model(models.config_from_hf(MIXTRAL | {"num_local_experts": 6}))
     with pytest.raises(ConfigError, match=r"expert=4 does not divide dimension 1 = 6(.|\n)*one of 1, 2:"):
         shardings_by_path(model, make_mesh_plan(MeshConfig(expert=4)))
@@ -160,7 +161,7 @@ def test_gradients_on_eight_devices_are_those_on_one(wide, remat):
         model = nnx.merge(graphdef, state)
         return jnp.square(model.unembed(model(tokens)[0])).mean()
 
-    split = jax.device_put(state, plan.shardings(state))
+    split = jax.device_put(state, plan.shardings(state, storage_dims_of(wide)))
     rows = jax.device_put(tokens, NamedSharding(plan.mesh, P("fsdp")))
     grads, wanted = (flatten(jax.jit(jax.grad(loss))(*given))[0] for given in ((split, rows), (state, tokens)))
     for path in wanted:

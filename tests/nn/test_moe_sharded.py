@@ -7,14 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from jaxft.config import MeshConfig
 from jaxft.hardware.groups import collectives
 from jaxft.hardware.hlo import parse
 from jaxft.nn.experts.layer import MoE, MoEShape
 from jaxft.nn.experts.sharded import divides
+from jaxft.nn.storage import storage_dims_of
 from jaxft.sharding.mesh import make_mesh_plan
 
 MESHES = {
@@ -44,10 +43,7 @@ def value_and_grads(moe):
 def on_mesh(moe, plan, x_BSD):
     """(compiled value and gradients, its arguments on their devices)."""
     step, state = value_and_grads(moe)
-    stacked = {"mlp": jax.tree.map(lambda x: x[None], state)}  # the rules are for stacks of layers
-    specs = jax.tree.map(lambda sharding: P(*sharding.spec[1:]), plan.shardings(stacked))["mlp"]
-    state = jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(plan.mesh, spec)), state, specs)
-    args = state, jax.device_put(x_BSD, plan.batch_sharding())
+    args = plan.shard(state, storage_dims_of(moe)), jax.device_put(x_BSD, plan.batch_sharding())
     return jax.jit(plan.within(step)).lower(*args).compile(), args
 
 

@@ -15,8 +15,17 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxft.nn.experts import sharded as moe_sharded
 from jaxft.nn.experts.router_sums import RouterSums
 from jaxft.nn.frozen import frozen_product
+from jaxft.nn.linear import TPSide
 from jaxft.nn.mlp import ACTIVATIONS, ClampedSwiGLU
+from jaxft.nn.partition import Dimension
+from jaxft.nn.storage import StorageDims
 from jaxft.quant import QuantizedArray
+
+# What the inputs and the outputs of an expert's kernel are at rest, by the side that the tensor axis splits.
+EXPERT_SIDES: dict[TPSide, tuple[Dimension, Dimension]] = {
+    "outputs": ("expert_weight", "tensor"),
+    "inputs": ("tensor", "expert_weight"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,23 +91,27 @@ class Router(nnx.Module):
         logits_ME = jnp.einsum("MD,DE->ME", x_MD.astype(self.dtype), kernel, preferred_element_type=jnp.float32)
         return logits_ME if self.bias is None else logits_ME + self.bias.get_value().astype(jnp.float32)
 
+    def storage_dims(self) -> dict[str, StorageDims]:
+        return {"kernel": StorageDims(("weight", None)), "bias": StorageDims((None,))}
+
 
 class ExpertLinear(nnx.Module):
     """One linear map for each expert. kernel: [E, I, O], an array or a QuantizedArray. bias: [E, O] or None.
 
     The adapter's slot is as in Linear, but that an adapter is told which rows are whose,
-    `adapter(x, y, kernel, sizes_E)`, and nothing random.
+    `adapter(x, y, kernel, sizes_E)`, and nothing random. tp_side: the side that the tensor axis splits.
     """
 
     def __init__(
-        self, experts: int, inputs: int, outputs: int, *, use_bias: bool, stddev: float, dtype: jnp.dtype,
-        param_dtype: jnp.dtype, rngs: nnx.Rngs,
+        self, experts: int, inputs: int, outputs: int, *, use_bias: bool, tp_side: TPSide = "outputs", stddev: float,
+        dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs,
     ) -> None:  # fmt: skip
         size = (experts, inputs, outputs)
         self.kernel = nnx.Param(stddev * jax.random.normal(rngs.params(), size, param_dtype))
         self.bias = nnx.Param(jnp.zeros((experts, outputs), param_dtype)) if use_bias else None
         self.adapter = nnx.data(None)
         self.dtype = dtype
+        self.tp_side = tp_side
 
     def __call__(self, x: jax.Array, sizes_E: jax.Array) -> jax.Array:
         """x: [R, I], the rows of expert 0 first, sizes_E of them, then those of expert 1 and so on -> [R, O]."""
@@ -114,6 +127,12 @@ class ExpertLinear(nnx.Module):
         # As the kernel of one input more that is always 1: the gradient is then a grouped matmul too, not a scatter.
         ones_R1, bias_E1O = jnp.ones((len(x), 1), self.dtype), self.bias.get_value().astype(self.dtype)[:, None]
         return y + jax.lax.ragged_dot(ones_R1, bias_E1O, sizes_E)
+
+    def storage_dims(self) -> dict[str, StorageDims]:
+        return {
+            "kernel": StorageDims(("expert", *EXPERT_SIDES[self.tp_side])),
+            "bias": StorageDims(("expert", "expert_both")),
+        }
 
 
 class MoE(nnx.Module):
@@ -136,7 +155,7 @@ class MoE(nnx.Module):
         else:
             self.gate_proj = ExpertLinear(shape.experts, shape.width, shape.hidden, **options)
             self.up_proj = ExpertLinear(shape.experts, shape.width, shape.hidden, **options)
-        self.down_proj = ExpertLinear(shape.experts, shape.hidden, shape.width, **options)
+        self.down_proj = ExpertLinear(shape.experts, shape.hidden, shape.width, tp_side="inputs", **options)
 
     def __call__(self, x_BSD: jax.Array, keys: jax.Array | None = None) -> jax.Array:
         """`keys` is not used: nothing here is random."""
