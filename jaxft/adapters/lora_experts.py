@@ -11,7 +11,7 @@ from jaxft.nn.storage import StorageDims
 
 
 class ExpertLoRA(LoRA):
-    """As LoRA, with lora_a [*stack, E, r, I] and lora_b [*stack, E, r, O]; there is no dropout on experts' rows."""
+    """LoRA with lora_a [*stack, E, r, I] and lora_b [*stack, E, r, O]; there is no dropout on experts' rows."""
 
     stacks = False
 

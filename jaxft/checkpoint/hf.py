@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxft.adapters.attach import mergings
+from jaxft.adapters.attach import merge_functions
 from jaxft.checkpoint.finite import Finite
 from jaxft.checkpoint.quantized.bitsandbytes import FourBit
 from jaxft.checkpoint.quantized.on_load import quantized_array
@@ -102,7 +102,7 @@ def hf_tensors(model: nnx.Module, dtype: str | None = None) -> dict[str, LazyTen
     dtype: stored type, the parameters' own where None.
     """
     leaves, _ = flatten(nnx.state(model), is_quantized)
-    merging, out = mergings(model), {}
+    merging, out = merge_functions(model), {}
     for path, placed in param_tensors(model).items():
         leaf = leaves[path]
         # What is quantised is written in the type of computation.

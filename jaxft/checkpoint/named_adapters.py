@@ -26,7 +26,7 @@ def load_adapters(model: LoadedModel, folders: Mapping[str, str], *, mesh: MeshP
             )
         if mesh is not None:
             mesh.shard_module(model.module)
-        held.hold(name, take(model.module))
+        held.add(name, take(model.module))
     return held
 
 

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxft import models
 from jaxft.adapters import eva
 from jaxft.adapters.make import attach_adapter
-from jaxft.adapters.prompt import begin_as
+from jaxft.adapters.prompt import initialize_prompt
 from jaxft.checkpoint import hf
 from jaxft.checkpoint.hf import read_json
 from jaxft.checkpoint.load import LoadedModel, hf_config_of, load_model, open_weights, random_model, resolve
@@ -59,7 +59,9 @@ def build_model(config: RunConfig, mesh: MeshPlan | None = None, *, random_base:
         source = open_weights(resolve(path, model.revision))[1]
         loftq.begin(loaded.module, source, start, jax.random.key(config.seed))
     if config.adapter.prompt_init_text is not None:
-        begin_as(loaded.module, load_tokenizer(path, revision=model.revision).encode(config.adapter.prompt_init_text))
+        initialize_prompt(
+            loaded.module, load_tokenizer(path, revision=model.revision).encode(config.adapter.prompt_init_text)
+        )
     if mesh is not None:
         mesh.shard_module(loaded.module)
     return loaded

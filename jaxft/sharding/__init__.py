@@ -1,4 +1,4 @@
-"""Where arrays live: one mesh for every number of devices, layouts, multi-host start-up."""
+"""The device mesh, how arrays are split over it, and runs of several processes."""
 
 from jaxft.sharding.mesh import MeshPlan, make_mesh_plan
 

@@ -36,7 +36,7 @@ class MeshPlan:
 
     @property
     def batch_shards(self) -> int:
-        """Into how many parts the rows of a batch are split."""
+        """Number of parts that the rows of a batch are split into."""
         return math.prod(self.axes.get(axis, 1) for axis in AXES["batch"])
 
     def describe(self) -> str:
@@ -69,8 +69,8 @@ class MeshPlan:
         """Rows over all batch axes, for arrays [B, ...]."""
         return NamedSharding(self.mesh, P(tuple(axis for axis in AXES["batch"] if axis in self.axes)))
 
-    def within(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """`step`, to be jitted, traced with this mesh in sight of the layers that write their communication out."""
+    def bind(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """`step`, to be jitted, traced under this mesh, so that layers with explicit collectives can read it."""
 
         @functools.wraps(step)
         def traced(*args: Any) -> Any:
@@ -80,17 +80,17 @@ class MeshPlan:
         return traced
 
     def check_batch(self, rows: int, name: str = "train.batch_size / train.accumulation_steps") -> None:
-        """Raises ConfigError where `rows`, known to the user as `name`, does not split evenly over the devices."""
+        """Raises ConfigError if `rows`, named `name` in messages, is not divisible by the devices that share rows."""
         if rows % self.batch_shards:
             below = rows - rows % self.batch_shards
             near = [str(n) for n in (below, below + self.batch_shards) if n]
             raise ConfigError(
-                f"{name} = {rows} rows do not divide over {self.batch_shards} devices ({_sizes(self.axes)}): "
-                f"each takes equally many. Use {' or '.join(near)} rows."
+                f"{name} = {rows} rows are not divisible by {self.batch_shards} devices ({_sizes(self.axes)}), each of "
+                f"which takes as many. Use {' or '.join(near)} rows."
             )
 
     def check_sizes(self, *, heads: int, kv_heads: int, max_length: int) -> None:
-        """Raises ConfigError where heads do not divide over the tensor axis, or positions over the context axis."""
+        """Raises ConfigError if the tensor axis does not divide heads, or context and tensor axis positions."""
         tensor, context = self.axes.get("tensor", 1), self.axes.get("context", 1)
         if heads % tensor or (kv_heads % tensor and tensor % kv_heads):
             fits = divisors(heads, lambda d: kv_heads % d == 0 or d % kv_heads == 0)
@@ -100,7 +100,7 @@ class MeshPlan:
             )
         if max_length % (context * tensor):
             raise ConfigError(
-                f"data.max_length={max_length} does not divide over mesh.context={context} and mesh.tensor={tensor}, "
+                f"data.max_length={max_length} is not divisible by mesh.context={context} times mesh.tensor={tensor}, "
                 f"which split positions. Use {-(-max_length // (context * tensor)) * context * tensor}."
             )
 
@@ -108,9 +108,9 @@ class MeshPlan:
 def make_mesh_plan(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> MeshPlan:
     """The mesh of a config over `devices` (default: all of every process).
 
-    The config's fields are the axes, in order, with the most talkative axis last; a size of -1 takes
-    what remains. Neighbours on the last axes are neighbours in the torus, and the slice axis follows the slices.
-    Raises ConfigError where the sizes do not multiply to the number of devices.
+    The config's fields are the axes, in order; the axis that communicates most is last. A size of -1 takes what
+    remains. Neighbours on the last axes are neighbours in the torus, and the slice axis follows the slices. Raises
+    ConfigError if the sizes do not multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
     axes = fill_axes(axis_sizes(config), len(devices))
@@ -120,22 +120,22 @@ def make_mesh_plan(config: MeshConfig, devices: Sequence[jax.Device] | None = No
             f"these devices are {slices} slices, joined by the data-centre network: set mesh.slice={slices}, so that "
             "only gradients cross it"
         )
-    whole = {"allow_split_physical_axes": True}  # else data=2, fsdp=8 on a 4x4 torus is refused
+    options = {"allow_split_physical_axes": True}  # else data=2, fsdp=8 on a 4x4 torus is refused
     if slices > 1:
         inside = tuple(1 if axis == "slice" else size for axis, size in axes.items())
         across = tuple(size if axis == "slice" else 1 for axis, size in axes.items())
-        grid = mesh_utils.create_hybrid_device_mesh(inside, across, devices, **whole)
+        grid = mesh_utils.create_hybrid_device_mesh(inside, across, devices, **options)
     else:
-        grid = mesh_utils.create_device_mesh(tuple(axes.values()), devices, **whole)
+        grid = mesh_utils.create_device_mesh(tuple(axes.values()), devices, **options)
     # jax.make_mesh would give Explicit axes, under which an embedding lookup wants an out_sharding.
     return MeshPlan(mesh=Mesh(grid, tuple(axes), axis_types=(AxisType.Auto,) * len(axes)))
 
 
 def auto_mesh(devices: int, *, rows: int, heads: int, kv_heads: int, max_length: int, slices: int = 1) -> MeshConfig:
-    """Axis sizes for a run: as many devices as there are rows on fsdp, those left share rows by their heads, and those
-    that are left then by their positions.
+    """Axis sizes for a run: as many devices as rows allow on fsdp, the remaining ones on tensor as far as heads allow,
+    the rest on context.
 
-    rows: of a micro-batch over all devices. Raises ConfigError where devices would be left over.
+    rows: of a micro-batch over all devices. Raises ConfigError if no such sizes use all devices.
     """
     each = devices // slices
     fsdp = max(n for n in divisors(each) if rows % (n * slices) == 0) if rows % slices == 0 else 0
@@ -146,18 +146,18 @@ def auto_mesh(devices: int, *, rows: int, heads: int, kv_heads: int, max_length:
         if max_length % (context * tensor) == 0:
             return MeshConfig(slice=slices, fsdp=fsdp, tensor=tensor, context=context)
     raise ConfigError(
-        f"mesh.auto finds no use for {devices} devices in {slices} slices with {rows} rows of {max_length} positions "
-        f"and {kv_heads} key-value heads: make the batch a multiple of {slices}, or set the axes yourself"
+        f"mesh.auto cannot use all {devices} devices in {slices} slices: no mesh divides {rows} rows of {max_length} "
+        f"positions and {kv_heads} key-value heads. Make the batch a multiple of {slices}, or set the axes yourself."
     )
 
 
 def axis_sizes(config: Any) -> dict[str, int]:
-    """What a config says of its axes, in their order."""
+    """The axes of a config with their sizes, in order."""
     return {name: size for name, size in dataclasses.asdict(config).items() if not isinstance(size, bool)}
 
 
 def fill_axes(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
-    """The same with -1 replaced by what remains. Raises ConfigError where they do not multiply to the devices."""
+    """The same with -1 replaced by what remains. Raises ConfigError if they do not multiply to the devices."""
     for axis, size in sizes.items():
         if size == 0 or size < -1:
             raise ConfigError(f"mesh.{axis}={size} must be a positive number of devices, or -1 for the rest")

@@ -1,8 +1,8 @@
-"""From what the dimensions of arrays are at rest to their PartitionSpecs on a mesh.
+"""PartitionSpecs of arrays on a mesh, from their dimensions at rest.
 
-Modules declare it for their parameters (`jaxft.nn.storage`). An array whose path ends like a parameter's, such as its
-gradient or a moment of its optimizer, is split like the parameter; OPTIMIZER_DIMS has the other arrays of optimizers.
-What is left, all scalars and PRNG keys are whole on every device.
+Modules declare the dimensions of their parameters (`jaxft.nn.storage`). An array whose path ends like a parameter's,
+such as its gradient or a moment of its optimizer, is split like the parameter; OPTIMIZER_DIMS is for the other arrays
+of optimizers. All others, scalars and PRNG keys are whole on every device.
 """
 
 import logging
@@ -55,7 +55,7 @@ class Leaf(NamedTuple):
 def specs_of(leaves: Sequence[Leaf], dims: Mapping[str, StorageDims], axes: Mapping[str, int]) -> list[P]:
     """The PartitionSpec of every array.
 
-    dims: what parameters are at rest, by path, as `storage_dims_of(model)` gives it. axes: mesh axis name -> size.
+    dims: of parameters at rest, by path, from `storage_dims_of(model)`. axes: mesh axis name -> size.
     Raises ConfigError for a big array with a dimension that its axes do not divide and, if axes that split weights are
     larger than one, for a big array that would be whole on every device. Small arrays that do not divide are left whole
     and logged.
@@ -67,7 +67,7 @@ def specs_of(leaves: Sequence[Leaf], dims: Mapping[str, StorageDims], axes: Mapp
 
 
 def storage_of(path: str, dims: Mapping[str, StorageDims]) -> StorageDims | None:
-    """How the array at a path of any state is split: by the longest end of the path that is a parameter's."""
+    """The dimensions of the array at a path of any state: those of the parameter whose path is its longest end."""
     parameter = _parameter(path, dims)
     if parameter is not None:
         return dims[parameter]
@@ -75,7 +75,7 @@ def storage_of(path: str, dims: Mapping[str, StorageDims]) -> StorageDims | None
     parameter = _parameter(owner, dims)
     if parameter is None or name not in OPTIMIZER_DIMS:
         return None
-    return StorageDims(OPTIMIZER_DIMS[name](parameter, dims[parameter]), slight=True)
+    return StorageDims(OPTIMIZER_DIMS[name](parameter, dims[parameter]), may_be_whole=True)
 
 
 def _parameter(path: str, dims: Mapping[str, StorageDims]) -> str | None:
@@ -85,7 +85,7 @@ def _parameter(path: str, dims: Mapping[str, StorageDims]) -> str | None:
 
 @dataclass
 class _Assignment:
-    """Specs on one mesh, and what is wrong with them."""
+    """Specs on one mesh, and the arrays that do not fit it."""
 
     axes: Mapping[str, int]
     misfits: list[str] = field(default_factory=list)
@@ -99,7 +99,7 @@ class _Assignment:
         dims = storage.dims
         if storage.fallback is not None and not self._divides(dims, leaf.shape):
             dims = storage.fallback
-        big = math.prod(leaf.shape) > BIG and not storage.slight
+        big = math.prod(leaf.shape) > BIG and not storage.may_be_whole
         if len(dims) > len(leaf.shape):
             self._misfit(leaf, big, f"has {len(leaf.shape)} dimensions, but is declared as {dims}")
             dims = ()

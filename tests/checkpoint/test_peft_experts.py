@@ -73,7 +73,7 @@ def gradient(mesh=None):
         return jax.jit(compute)(trainable, frozen, TOKENS)
     trainable, frozen = mesh.shard((trainable, frozen), storage_dims_of(module_of()))
     given = trainable, frozen, jax.device_put(TOKENS, mesh.batch_sharding())
-    return jax.jit(mesh.within(compute))(*given)
+    return jax.jit(mesh.bind(compute))(*given)
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def test_resumed_equals_uninterrupted(name, moments_dtype, tmp_path):
         state = {"trainable": optax.apply_updates(state["trainable"], updates), "opt_state": opt_state}
         return jax.lax.with_sharding_constraint(state, shardings)
 
-    step = plan.within(step)
+    step = plan.bind(step)
     for number in (1, 2):
         state = step(state, plan.shard(drawn(number), DIMS))
     with RunCheckpoints(tmp_path, keep=1) as checkpoints:

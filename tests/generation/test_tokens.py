@@ -8,7 +8,7 @@ from flax import nnx
 from jax import monitoring
 
 from jaxft.adapters.attach import adapters, attach, merge
-from jaxft.adapters.lora import LoRASettings, beside
+from jaxft.adapters.lora import LoRASettings, lora_factory
 from jaxft.config import MeshConfig
 from jaxft.errors import ConfigError, DataError
 from jaxft.generation import engine
@@ -156,7 +156,7 @@ def test_callback_sees_every_token_in_order_and_can_end_a_row(model, prompts):
 def test_adapters_take_part(model, prompts):
     base = tokens(generate_tokens(model, prompts, sampling=GREEDY, slots=4))
     adapted, settings = nnx.clone(model), LoRASettings(r=4, alpha=8)
-    attach(adapted, ["all-linear"], beside(settings), jax.random.key(0))
+    attach(adapted, ["all-linear"], lora_factory(settings), jax.random.key(0))
     assert tokens(generate_tokens(adapted, prompts, sampling=GREEDY, slots=4)) == base
     for lora in adapters(adapted).values():
         lora.lora_b.set_value(lora.lora_b.get_value() + 0.1)

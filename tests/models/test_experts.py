@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxft import models
 from jaxft.adapters.attach import attach
-from jaxft.adapters.lora import LoRASettings, beside
+from jaxft.adapters.lora import LoRASettings, lora_factory
 from jaxft.assets import ASSETS
 from jaxft.checkpoint.hf import hf_shape, param_tensors, read_blocks
 from jaxft.checkpoint.load import shardings_by_path
@@ -95,7 +95,7 @@ def test_experts_that_do_not_divide_are_refused():
 def test_all_linear_leaves_experts_and_router_alone():
     model = models.random_model(models.config_from_hf(SMALL), seed=0)
 
-    make = beside(LoRASettings(r=2, alpha=4.0))
+    make = lora_factory(LoRASettings(r=2, alpha=4.0))
 
     names = [f"layers/0/self_attn/{name}_proj" for name in "koqv"]
     assert list(attach(model, ["all-linear"], make, jax.random.key(0))) == names

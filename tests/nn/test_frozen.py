@@ -67,7 +67,7 @@ def gradient(model, mesh=None):
         return jax.jit(compute)(trainable, frozen, batch())
     trainable, frozen = mesh.shard((trainable, frozen), storage_dims_of(model))
     given = trainable, frozen, jax.device_put(batch(), mesh.batch_sharding())
-    return jax.jit(mesh.within(compute))(*given)
+    return jax.jit(mesh.bind(compute))(*given)
 
 
 def assert_alike(found, expected):
@@ -123,7 +123,7 @@ def test_codes_travel_and_not_what_they_mean():
 
     trainable, frozen = mesh.shard((trainable, frozen), storage_dims_of(model))
     given = trainable, frozen, jax.device_put(batch(), mesh.batch_sharding())
-    text = jax.jit(mesh.within(jax.grad(total))).lower(*given).compile().as_text()
+    text = jax.jit(mesh.bind(jax.grad(total))).lower(*given).compile().as_text()
     gathered = [array for array, _ in collectives(parse(text), "all-gather", 8)]
     # Seven kernels forward and seven backward, in one body of a loop each.
     assert sum(array.dtype == "u8" for array in gathered) >= 14

@@ -30,7 +30,7 @@ def test_the_gradient_of_a_wide_kernel_is_not_rounded(tp_side, axes):
         plan = make_mesh_plan(MeshConfig(**axes))
         axes_of = {"weight": "fsdp", "tensor": "tensor"}
         kernel = jax.device_put(kernel, NamedSharding(plan.mesh, P(*map(axes_of.get, KERNEL_DIMS[tp_side]))))
-        step = plan.within(pulled)
+        step = plan.bind(pulled)
     y, grad_x, grad_kernel = jax.jit(step)(kernel)
     assert (y.dtype, grad_x.dtype, grad_kernel.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
     # Products of bfloat16 are exact in float32, so only the order of the sum differs.

@@ -84,7 +84,7 @@ def test_eight_devices_equal_one(loss, vocab):
     expected = with_gradient(lambda *data: by_formula(loss, *data))(*data)
     (head, *rows), whole = data, NamedSharding(plan.mesh, P())
     given = (jax.device_put(head, whole), *jax.device_put(rows, plan.batch_sharding()))
-    assert_close(jax.jit(plan.within(compute))(*given), expected)
+    assert_close(jax.jit(plan.bind(compute))(*given), expected)
 
 
 def test_label_smoothing_is_torch_s():

@@ -60,7 +60,7 @@ def run(name, mesh=None, adapter="none", steps=STEPS, train=None, sft=None):
     else:
         state, batch = mesh.shard(state, storage_dims_of(module)), jax.device_put(batch, mesh.batch_sharding())
         out = jax.tree.map(lambda x: x.sharding, state)
-        step = jax.jit(mesh.within(step), donate_argnums=0, out_shardings=(out, None))
+        step = jax.jit(mesh.bind(step), donate_argnums=0, out_shardings=(out, None))
     losses = []
     for _ in range(steps):
         state, metrics = step(state, batch)

@@ -148,7 +148,7 @@ def test_a_step_on_8_devices_equals_a_step_on_one(config):
 def test_a_batch_that_does_not_divide_is_refused_with_numbers_that_do():
     plan = make_mesh_plan(MeshConfig())
     plan.check_batch(16)
-    with pytest.raises(ConfigError, match=r"batch_size .* = 12 rows do not divide over 8 devices.*Use 8 or 16 rows"):
+    with pytest.raises(ConfigError, match=r"batch_size .* = 12 rows are not divisible by 8 devices.*Use 8 or 16 rows"):
         plan.check_batch(12)
     with pytest.raises(ConfigError, match=r"eval rows = 3 .*Use 8 rows"):
         plan.check_batch(3, "eval rows")
@@ -178,7 +178,9 @@ def test_auto_gives_rows_to_fsdp_and_shares_rows_by_heads_then_positions(devices
 
 
 def test_auto_refuses_what_it_finds_no_use_for():
-    with pytest.raises(ConfigError, match="no use for 16 devices in 1 slices with 1 rows of 1000 positions"):
+    with pytest.raises(
+        ConfigError, match="cannot use all 16 devices in 1 slices: no mesh divides 1 rows of 1000 positions"
+    ):
         auto_mesh(16, rows=1, heads=64, kv_heads=1, max_length=1000)
 
 
@@ -198,5 +200,7 @@ def test_heads_and_positions_must_divide():
     plan.check_sizes(heads=8, kv_heads=2, max_length=64)
     with pytest.raises(ConfigError, match=r"mesh\.tensor=4 does not divide 6 query heads.*one of 1, 3, 6\."):
         plan.check_sizes(heads=6, kv_heads=3, max_length=64)
-    with pytest.raises(ConfigError, match=r"data\.max_length=60 does not divide.*Use 64"):
+    with pytest.raises(
+        ConfigError, match=r"data\.max_length=60 is not divisible by mesh\.context=2 times mesh\.tensor=4.*Use 64"
+    ):
         plan.check_sizes(heads=8, kv_heads=2, max_length=60)

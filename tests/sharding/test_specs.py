@@ -31,7 +31,7 @@ DIMS = {
     "layers/0/o_proj/kernel": StorageDims(("tensor", "weight")),
     "layers/0/norm/scale": StorageDims(("weight",)),
     "layers/0/down_proj/kernel": StorageDims(("expert", "tensor", "expert_weight")),
-    "layers/0/largest": StorageDims((None, "weight"), slight=True),
+    "layers/0/largest": StorageDims((None, "weight"), may_be_whole=True),
     "norm/scale": StorageDims(("weight",)),
 }
 
@@ -250,7 +250,7 @@ def test_experts_and_their_adapters_are_declared():
     assert not flatten(nnx.state(model))[0].keys() - declared.keys()
     assert declared[f"{mlp}/down_proj/kernel"].dims == ("expert", "tensor", "expert_weight")
     assert declared[f"{mlp}/down_proj/kernel/scales/codes"].dims == ("expert", "tensor", "expert_weight")
-    assert declared[f"{mlp}/down_proj/kernel/scales/largest"] == StorageDims(("expert", None), slight=True)
+    assert declared[f"{mlp}/down_proj/kernel/scales/largest"] == StorageDims(("expert", None), may_be_whole=True)
     assert declared[f"{mlp}/down_proj/kernel/scales/mean"].dims == ("expert",)
     assert declared[f"{mlp}/down_proj/adapter/lora_a"].dims == ("expert", None, "tensor")
     assert declared[f"{mlp}/up_proj/adapter/lora_a"].dims == ("expert", None, "expert_weight")

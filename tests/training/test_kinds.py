@@ -60,7 +60,7 @@ def gradient(kind, batch, mesh=None):
         return jax.jit(compute)(trainable, frozen, batch)
     trainable, frozen = mesh.shard((trainable, frozen), storage_dims_of(module_of(kind)))
     given = trainable, frozen, jax.device_put(batch, mesh.batch_sharding())
-    return jax.jit(mesh.within(compute))(*given)
+    return jax.jit(mesh.bind(compute))(*given)
 
 
 def assert_gradients_same(ours, expected):

@@ -93,7 +93,7 @@ def loss_and_gradient(vocab, kind, mesh=None):
         return sums, grad
     trainable, frozen = mesh.shard((trainable, frozen), storage_dims_of(module))
     given = trainable, frozen, jax.device_put(batch, mesh.batch_sharding())
-    (_, sums), grad = jax.jit(mesh.within(compute))(*given)
+    (_, sums), grad = jax.jit(mesh.bind(compute))(*given)
     return sums, grad
 
 

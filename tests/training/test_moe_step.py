@@ -74,7 +74,7 @@ def test_eight_devices_equal_one(mesh, remat):
     step, start = setup(SIZES, remat=remat)
     state = plan.shard(start(), storage_dims_of(models.abstract_model(models.config_from_hf(SIZES))))
     batch = jax.device_put(make_batch(), plan.batch_sharding())
-    out, metrics = jax.jit(plan.within(step))(state, batch)
+    out, metrics = jax.jit(plan.bind(step))(state, batch)
     expected, expected_metrics = on_one_device()
     assert metrics["load_balancing_loss"] > 2
     for name in expected_metrics:
@@ -103,7 +103,7 @@ def test_the_step_compiles_for_a_tpu_slice(monkeypatch):
     batch = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=plan.batch_sharding()), make_batch(length=40)
     )
-    text = jax.jit(plan.within(step), donate_argnums=0).lower(state, batch).compile().as_text()
+    text = jax.jit(plan.bind(step), donate_argnums=0).lower(state, batch).compile().as_text()
     # The rows of four places along `expert`, 40 each, and nothing larger.
     gathered = [array for array, _ in collectives(parse(text), "all-gather", 8)]
     assert any(array.dtype == "bf16" and array.dims[-2:] == (160, 128) for array in gathered)

@@ -37,7 +37,7 @@ def gradient(module, mesh=None):
     if mesh is not None:
         trainable, frozen = mesh.shard((trainable, frozen), storage_dims_of(module))
         batch = jax.device_put(batch, mesh.batch_sharding())
-    compute = jax.jit(jax.grad(total) if mesh is None else mesh.within(jax.grad(total)))
+    compute = jax.jit(jax.grad(total) if mesh is None else mesh.bind(jax.grad(total)))
     grads = flatten(compute(trainable, frozen, batch))[0]
     table = param_tensors(module)
     return {piece.hf: np.asarray(grads[path][piece.at]) for path in grads for piece in table[path].pieces}

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxft.adapters.attach import adapters, virtual
+from jaxft.adapters.attach import adapters, virtual_modules
 from jaxft.adapters.saved import train_whole
 from jaxft.checkpoint.hf import EMBEDDING, TIED_HEAD, param_tensors, read_json
 from jaxft.checkpoint.peft.folder import CONFIG, PREFIX, WEIGHTS, AdapterTensors, PeftTensor, saved
@@ -62,7 +62,7 @@ def check_writable(model: nnx.Module) -> None:
 
 
 def _only_kind(model: nnx.Module) -> ModuleType | None:
-    found = sorted({adapter.peft_type for adapter in (adapters(model) | virtual(model)).values()})
+    found = sorted({adapter.peft_type for adapter in (adapters(model) | virtual_modules(model)).values()})
     if len(found) > 1:
         raise ModelError(f"the model has adapters of {' and '.join(found)}: a PEFT folder holds one kind")
     return kinds()[found[0]] if found else None

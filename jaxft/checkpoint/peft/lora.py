@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from jaxft.adapters.attach import adapters, key_of, slots
-from jaxft.adapters.lora import made, patterned
+from jaxft.adapters.lora import make_lora, settings_for
 from jaxft.adapters.lora_experts import ExpertLoRA
 from jaxft.adapters.low_rank import LoRASettings
 from jaxft.checkpoint.hf import TIED_HEAD
@@ -78,7 +78,7 @@ def read_settings(config: Mapping[str, Any]) -> LoRASettings:
 def settings_of(config: Mapping[str, Any], module: str) -> LoRASettings:
     """The settings of one module, named as in transformers, patterns included."""
     patterns = (config.get("rank_pattern") or {}, config.get("alpha_pattern") or {})
-    return patterned(read_settings(config), module, *patterns)
+    return settings_for(read_settings(config), module, *patterns)
 
 
 def opened(
@@ -97,19 +97,19 @@ def put(model: nnx.Module, config: Mapping[str, Any], specs: Mapping[str, Tensor
     others = [key for key in specs if not is_stacked(key)]
     named = layers_named(model, others, "lora_", folder) if others or not specs else ()
     named = tuple(sorted({*named, *_stacked_layers(model, config)}))
-    places: dict[str, dict[int | None, LoRASettings | None]] = {path: {} for path in named}
+    stack_settings: dict[str, dict[int | None, LoRASettings | None]] = {path: {} for path in named}
     for module, path, piece in modules(model):
-        if path in places:
+        if path in stack_settings:
             module = module.removeprefix(PREFIX)
             stacked = _is_stack(dict(slots(model))[path], piece)
             chosen = _targeted(config, module) if stacked else _selected(config, module)
             found = settings_of(config, module) if chosen else None
-            if places[path].setdefault(piece.layer, found) != found:
+            if stack_settings[path].setdefault(piece.layer, found) != found:
                 raise ModelError(f"{folder}: experts of one layer have other settings than each other: {module}")
     layers = dict(slots(model))
-    for path, found in places.items():
+    for path, found in stack_settings.items():
         if any(found.values()):
-            layers[path].adapter = made(layers[path], tuple(found.values()), key_of(jax.random.key(0), path))
+            layers[path].adapter = make_lora(layers[path], tuple(found.values()), key_of(jax.random.key(0), path))
     return named
 
 
@@ -172,8 +172,8 @@ def fields(model: nnx.Module) -> dict[str, Any]:
         ends.setdefault(module.rsplit(".", 1)[-1], []).append(module)
         adapter = attached.get(path)
         if adapter is not None and adapter.rank(piece.layer):
-            places = getattr(adapter, "places", None)
-            found[module] = adapter.settings if places is None else places[piece.layer]
+            stack_settings = getattr(adapter, "stack_settings", None)
+            found[module] = adapter.settings if stack_settings is None else stack_settings[piece.layer]
             if isinstance(adapter, ExpertLoRA) and len(piece.at) == 1:
                 stacked.add(module)
     (r, alpha), _ = Counter((s.r, s.alpha) for s in found.values()).most_common(1)[0]

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from jaxft.adapters.attach import adapters, key_of, linears
-from jaxft.adapters.lora_start import LOFTQ, leading
+from jaxft.adapters.lora_start import LOFTQ, leading_singular_vectors
 from jaxft.checkpoint.hf import param_tensors
 from jaxft.checkpoint.tensors import TensorSource
 from jaxft.errors import ModelError
@@ -53,7 +53,9 @@ def _halves(
         exact_IO = placed.transform.from_hf(source.read(piece.hf)).astype(np.float32)
         lost_IO = exact_IO - to_host(dense(kernel[piece.at], jnp.float32))
         steps = LOFTQ.fullmatch(init)[1]
-        u_Ir, s_r, v_rO = leading(jnp.asarray(lost_IO), jax.random.fold_in(key, piece.layer or 0), settings.r, steps)
+        u_Ir, s_r, v_rO = leading_singular_vectors(
+            jnp.asarray(lost_IO), jax.random.fold_in(key, piece.layer or 0), settings.r, steps
+        )
         root_r1 = np.sqrt(np.asarray(s_r) / settings.scale)[:, None]
         a[piece.at][: settings.r], b[piece.at][: settings.r] = root_r1 * np.asarray(u_Ir).T, root_r1 * np.asarray(v_rO)
     return a, b
