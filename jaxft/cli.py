@@ -64,7 +64,7 @@ def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     distributed.start(arguments.coordinator, arguments.num_processes, arguments.process_id, arguments.heartbeat_seconds)
     from jaxft.runs.present import print_summary
     from jaxft.runs.train import train
-    from jaxft.sharding.ending import ending_together
+    from jaxft.sharding.ending import end_on_peer_error
     from jaxft.sharding.processes import is_primary
 
     def say(text: str) -> None:
@@ -72,7 +72,7 @@ def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
         os.write(2, f"jaxft train: {text}\n".encode())
 
     console = _console(arguments)
-    with ending_together(say, lambda error: _explained(arguments.verb, error)):
+    with end_on_peer_error(say, lambda error: _explained(arguments.verb, error)):
         summary = train(config, console=console)
     if not is_primary():
         return None

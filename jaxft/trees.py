@@ -17,3 +17,8 @@ def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[di
     """(leaves by path in tree order, treedef). is_leaf: of what not to look inside."""
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     return {path_str(path): leaf for path, leaf in flat}, treedef
+
+
+def is_key(x: jax.Array | jax.ShapeDtypeStruct) -> bool:
+    """Whether an array, abstract or not, is of PRNG keys."""
+    return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)

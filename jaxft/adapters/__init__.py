@@ -1,1 +1,1 @@
-"""Small trainable additions to frozen layers, attached to a slot of `nn.Linear`."""
+"""Adapters: small trainable additions to a frozen model, each kind in a module of its name."""

@@ -1,37 +1,45 @@
-"""Attaching adapters to a model's linear layers by name, and merging them into the base."""
+"""Attaching adapters to layers that are chosen by name, and merging adapters into the base."""
 
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxft.errors import ModelError, did_you_mean
-from jaxft.nn.adapter import bind_shared
+from jaxft.nn.adapter import Adapter, bind_shared
+from jaxft.nn.decoder import Decoder
 from jaxft.nn.experts.layer import ExpertLinear
 from jaxft.nn.linear import Embedding, Linear
 from jaxft.quant import dense, is_quantized
 
 ALL_LINEAR = "all-linear"
-Layer = Linear | Embedding | ExpertLinear  # what has a slot
+Layer = Linear | Embedding | ExpertLinear  # the layers that have a slot for an adapter
+LAYERS: tuple[type[Layer], ...] = (Linear, Embedding, ExpertLinear)
 
 
 class AdapterParam(nnx.Param):
-    """A parameter that moves while the base stands still."""
+    """A trainable parameter of an adapter; the base is frozen beside it."""
 
 
 class SavedParam(AdapterParam):
-    """A parameter of the base that is trained whole beside adapters, and goes where they go."""
+    """A parameter of the base that is trained whole beside adapters, and is saved with them."""
 
 
 class StartParam(nnx.Param):
-    """What an adapter began with and is counted from: it stands still, but is no part of the base on disk."""
+    """The initial value that an adapter's effect is measured from: frozen, but not part of the base on disk."""
+
+
+class VirtualTokens(Protocol):
+    """A prompt or a prefix. peft_type: its name in PEFT."""
+
+    peft_type: str
 
 
 # Called with the layer and a key.
-MakeAdapter = Callable[[Linear, jax.Array], nnx.Module]
+MakeAdapter = Callable[[Layer, jax.Array], Adapter]
 
 
 def linears(model: nnx.Module) -> Iterator[tuple[str, Linear]]:
@@ -41,33 +49,39 @@ def linears(model: nnx.Module) -> Iterator[tuple[str, Linear]]:
 
 def slots(model: nnx.Module) -> Iterator[tuple[str, Layer]]:
     """Every layer that has a slot for an adapter, with its path, in a stable order."""
-    found = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model) if isinstance(module, Layer)}
-    yield from sorted(found.items())
+    layers = {
+        "/".join(map(str, path)): module for path, module in nnx.iter_modules(model) if isinstance(module, LAYERS)
+    }
+    yield from sorted(layers.items())
 
 
 def weight(layer: Layer) -> nnx.Param:
-    """The matrix that a layer's adapter is beside."""
+    """The matrix that a layer's adapter changes."""
     return layer.embedding if isinstance(layer, Embedding) else layer.kernel
 
 
-def attach(model: nnx.Module, targets: Sequence[str], make: MakeAdapter, key: jax.Array) -> tuple[str, ...]:
-    """Puts an adapter into the slot of each target and returns their paths.
+def attach(model: Decoder, targets: Sequence[str], make: MakeAdapter, key: jax.Array) -> tuple[str, ...]:
+    """Puts an adapter into the slot of each target and returns the layers' paths.
 
-    targets: as for `find`. Raises ModelError for a target that matches nothing.
+    targets: as for `find`. Raises ModelError for a target that matches no layer.
     """
-    found = find(model, targets)
-    for path, layer in found.items():
+    layers = find(model, targets)
+    for path, layer in layers.items():
         layer.adapter = make(layer, key_of(key, path))
-    return tuple(found)
+    return tuple(layers)
 
 
 def find(
-    model: nnx.Module, targets: Sequence[str], *, exclude: Sequence[str] = (), kinds: Any = Linear
+    model: Decoder,
+    targets: Sequence[str],
+    *,
+    exclude: Sequence[str] = (),
+    kinds: tuple[type[Layer], ...] = (Linear,),
 ) -> dict[str, Layer]:
-    """The layers of a type that targets name and exclude does not, by path.
+    """The layers of a type that `targets` names and `exclude` does not, by path.
 
     targets, exclude: last names of layers (`q_proj`), path endings (`self_attn/q_proj`), or `all-linear`, every Linear
-    but the LM head. Raises ModelError for one that matches nothing.
+    but the LM head. Raises ModelError for a name that matches no layer.
     """
     layers = {path: layer for path, layer in slots(model) if isinstance(layer, kinds)}
     chosen = {path for target in targets for path in _matching(target, layers, model)}
@@ -76,63 +90,64 @@ def find(
 
 
 def key_of(key: jax.Array, path: str) -> jax.Array:
-    """The key of the adapter at a path: whatever else has one, it is the same."""
+    """The PRNG key of the adapter at a path, which does not depend on where else adapters are."""
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
-def adapters(model: nnx.Module) -> dict[str, Any]:
+def adapters(model: nnx.Module) -> dict[str, Adapter]:
     """The adapter of every layer that has one, by the layer's path."""
     return {path: layer.adapter for path, layer in slots(model) if layer.adapter is not None}
 
 
-def virtual(model: nnx.Module) -> dict[str, Any]:
+def virtual_modules(model: Decoder) -> dict[str, VirtualTokens]:
     """The prompt of a model, or the prefix of every stack of layers, by the path of its slot."""
-    found = {} if model.prompt is None else {"prompt": model.prompt}
+    modules = {} if model.prompt is None else {"prompt": model.prompt}
     for index, group in enumerate(model.layers):
         if group.self_attn.prefix is not None:
-            found[f"layers/{index}/self_attn/prefix"] = group.self_attn.prefix
-    return found
+            modules[f"layers/{index}/self_attn/prefix"] = group.self_attn.prefix
+    return modules
 
 
-def mergeable(model: nnx.Module) -> dict[str, Any]:
-    """`adapters`, each with what the model lends it, ready to be made a part of its layer.
+def mergeable_adapters(model: Decoder) -> dict[str, Adapter]:
+    """`adapters`, each with the arrays that the model shares with it, ready to be merged into its layer.
 
-    Raises ModelError where the model has virtual tokens, which are no change of any weight, and for an adapter on a
-    table that is the LM head too: merged, it would move the head as well.
+    Raises ModelError if the model has virtual tokens, which change no weight, or an adapter on an embedding table that
+    is also the LM head: merging would change the head too.
     """
     if model.lm_head is None and model.embed_tokens.adapter is not None:
         raise ModelError(
-            "the adapter on embed_tokens cannot be merged: in this model the table is the LM head too "
-            "(tie_word_embeddings), which the adapter does not move. Export it as an adapter."
+            "the adapter on embed_tokens cannot be merged: in this model the embedding table is also the LM head "
+            "(tie_word_embeddings), which the adapter does not change. Export it as an adapter."
         )
-    if virtual(model):
+    if virtual_modules(model):
         raise ModelError(
             f"the model begins its rows with {model.virtual_tokens} virtual tokens, which cannot be merged into its "
             "weights: write the adapter by itself (--format=adapter)"
         )
-    found = adapters(model)
+    attached = adapters(model)
     if model.shared is not None:
-        found = {path: nnx.merge(*nnx.split(adapter)) for path, adapter in found.items()}
-        for adapter in found.values():
+        attached = {path: nnx.merge(*nnx.split(adapter)) for path, adapter in attached.items()}
+        for adapter in attached.values():
             bind_shared(adapter, model.shared.arrays(jnp.float32))
-    return found
+    return attached
 
 
-def mergings(model: nnx.Module) -> dict[str, Callable[..., jax.Array]]:
+def merge_functions(model: Decoder) -> dict[str, Callable[..., jax.Array]]:
     """`merged(value, at)` of every parameter that an adapter changes, by the parameter's path.
 
-    at: the place in the stack that `value` is of. Raises ModelError as `mergeable` does.
+    at: the stack index of `value`. Raises ModelError as `mergeable_adapters` does.
     """
-    out, layers = {}, dict(slots(model))
-    for path, adapter in mergeable(model).items():
+    out: dict[str, Callable[..., jax.Array]] = {}
+    layers = dict(slots(model))
+    for path, adapter in mergeable_adapters(model).items():
         out[f"{path}/{'embedding' if isinstance(layers[path], Embedding) else 'kernel'}"] = adapter.merged
         if getattr(layers[path], "bias", None) is not None:
             out[f"{path}/bias"] = adapter.merged_bias
     return out
 
 
-def detach(model: nnx.Module) -> None:
-    """Empties every slot: what is left is the base."""
+def detach(model: Decoder) -> None:
+    """Empties every slot, which leaves the base model."""
     for _, layer in slots(model):
         layer.adapter = nnx.data(None)
     for group in model.layers:
@@ -140,29 +155,32 @@ def detach(model: nnx.Module) -> None:
     model.prompt, model.shared, model.virtual_tokens = nnx.data(None), nnx.data(None), 0
 
 
-def merge(model: nnx.Module) -> None:
-    """Makes every adapter a part of its matrix, computed in float32, and empties the slots.
+def merge(model: Decoder) -> None:
+    """Merges every adapter into its matrix, in float32, and empties the slots.
 
-    A quantised kernel becomes a dense one, in the type of computation.
+    A quantized kernel becomes a dense one in the compute dtype.
     """
     layers = dict(slots(model))
-    for path, adapter in mergeable(model).items():
-        _merge_into(weight(layers[path]), adapter.merged, layers[path].dtype)
-        if getattr(layers[path], "bias", None) is not None:
-            _merge_into(layers[path].bias, adapter.merged_bias, layers[path].dtype)
+    for path, adapter in mergeable_adapters(model).items():
+        layer = layers[path]
+        _merge_into(weight(layer), adapter.merged, layer.dtype)
+        bias = getattr(layer, "bias", None)
+        if bias is not None:
+            _merge_into(bias, adapter.merged_bias, layer.dtype)
     detach(model)
 
 
-def _merge_into(param: nnx.Param, merged: Callable[[jax.Array], jax.Array], computed: jnp.dtype) -> None:
+def _merge_into(param: nnx.Param, merged: Callable[[jax.Array], jax.Array], compute_dtype: jnp.dtype) -> None:
     value = param.get_value()
-    param.set_value(merged(dense(value, jnp.float32)).astype(computed if is_quantized(value) else value.dtype))
+    dtype = compute_dtype if is_quantized(value) else value.dtype
+    param.set_value(merged(dense(value, jnp.float32)).astype(dtype))
 
 
-def _matching(target: str, layers: dict[str, Layer], model: nnx.Module) -> list[str]:
+def _matching(target: str, layers: dict[str, Layer], model: Decoder) -> list[str]:
     if target == ALL_LINEAR:
         return [path for path, layer in layers.items() if isinstance(layer, Linear) and path != "lm_head"]
-    found = [path for path in layers if path == target or path.endswith("/" + target)]
-    if not found:
+    paths = [path for path in layers if path == target or path.endswith("/" + target)]
+    if not paths:
         names = sorted({path.rsplit("/", 1)[-1] for path in layers})
         tied = target == "lm_head" and model.lm_head is None
         why = " Its LM head is embed_tokens (tie_word_embeddings)." if tied else did_you_mean(target, names)
@@ -170,4 +188,4 @@ def _matching(target: str, layers: dict[str, Layer], model: nnx.Module) -> list[
             f"adapter target {target!r} matches no layer.{why} "
             f"This model has {', '.join(names)}; 'all-linear' takes all Linear layers but lm_head."
         )
-    return found
+    return paths

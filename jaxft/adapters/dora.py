@@ -1,4 +1,4 @@
-"""DoRA: the direction of a kernel's columns and their length apart (arXiv:2402.09353)."""
+"""DoRA: the directions of a kernel's columns and their lengths are trained separately (arXiv:2402.09353)."""
 
 # L stacked layers, I inputs, O outputs, r rank
 
@@ -9,20 +9,21 @@ import jax
 import jax.numpy as jnp
 
 from jaxft.adapters.attach import AdapterParam
-from jaxft.adapters.low_rank import LoRA, dropped
+from jaxft.adapters.low_rank import LoRA, dropout
 from jaxft.nn import partition
-from jaxft.nn.linear import BIAS_STORED, WHOLE, product
+from jaxft.nn.linear import BIAS_DIMS, WHOLE, product
+from jaxft.nn.storage import StorageDims
 from jaxft.quant import dense
 
 
 class DoRA(LoRA):
     """`m V / |V|` in place of the kernel W, where V = W + scale A^T B and |V| are the lengths of its columns [O].
 
-    lora_magnitude: m, [*stack, O], begun as |V|, so that a fresh adapter changes nothing. |V| has no gradient (section
-    4.3). With dropout, PEFT sends the dropped inputs through the base once more, for the part that m / |V| adds.
+    lora_magnitude: m, [*stack, O], initially |V|, so that a fresh adapter changes nothing. |V| has no gradient (section
+    4.3). With dropout, as in PEFT, the base also multiplies the dropped inputs, for the part that m / |V| adds.
     """
 
-    # m scales what the kernel gives, not the bias.
+    # m scales the product with the kernel, not the bias.
     on_product = True
     stacks = False
 
@@ -32,34 +33,29 @@ class DoRA(LoRA):
         self.lora_magnitude = AdapterParam(jax.jit(_lengths)(kernel))
 
     def __call__(self, x: jax.Array, y: jax.Array, kernel: jax.Array, key: jax.Array | None) -> jax.Array:
-        """x: [..., I]; y: [..., O], what the kernel gave, without a bias; key: turns dropout on."""
         magnitude = self.lora_magnitude.get_value()
-        gain = magnitude / jax.lax.stop_gradient(self._moved_lengths(dense(kernel, jnp.float32)))
+        gain = magnitude / jax.lax.stop_gradient(self._merged_lengths(dense(kernel, jnp.float32)))
         if self.scales is not None:
             gain = jnp.where(self.scales.get_value() == 0, 1, gain)
-        gain = partition.gathered(gain, BIAS_STORED[self.tp_side], WHOLE[self.tp_side][1:])
-        given = dropped(x, self.settings.dropout, key)
-        again = y
-        if given is not x:
-            again = product(given, kernel, self.tp_side)
+        gain = partition.gathered(gain, BIAS_DIMS[self.tp_side], WHOLE[self.tp_side][1:])
+        x_dropped = dropout(x, self.settings.dropout, key)
+        y_dropped = y if x_dropped is x else product(x_dropped, kernel, self.tp_side)
         # float32: bfloat16 has no number between 1 and 1.0078.
-        added = (gain - 1) * again.astype(jnp.float32) + gain * self._low_rank(given).astype(jnp.float32)
+        added = (gain - 1) * y_dropped.astype(jnp.float32) + gain * self._low_rank(x_dropped).astype(jnp.float32)
         return (y.astype(jnp.float32) + added).astype(y.dtype)
 
-    def stored(self) -> dict[str, tuple[partition.Dimension | None, ...]]:
-        """What the dimensions of every parameter are, stack axes left out."""
-        return super().stored() | {"lora_magnitude": BIAS_STORED[self.tp_side]}
+    def storage_dims(self) -> dict[str, StorageDims]:
+        return super().storage_dims() | {"lora_magnitude": StorageDims(BIAS_DIMS[self.tp_side])}
 
     def merged(self, kernel: jax.Array, at: tuple[int, ...] = ()) -> jax.Array:
-        """The kernel that does alone what both do together, float32. at: the place in the stack that `kernel` is of."""
-        moved = kernel + self.delta(at)
-        gain = self.lora_magnitude.get_value()[at] / jnp.linalg.norm(moved, axis=-2)
+        directions = kernel + self.delta(at)
+        gain = self.lora_magnitude.get_value()[at] / jnp.linalg.norm(directions, axis=-2)
         if self.scales is not None:
             gain = jnp.where(self._scale(at, dimensions=gain.ndim) == 0, 1, gain)
-        return moved * gain[..., None, :]
+        return directions * gain[..., None, :]
 
-    def _moved_lengths(self, kernel: jax.Array) -> jax.Array:
-        """|V|, [..., O], for a float32 kernel [..., I, O], from the small halves without ever making V.
+    def _merged_lengths(self, kernel: jax.Array) -> jax.Array:
+        """|V|, [..., O], for a float32 kernel [..., I, O], computed from the small halves without forming V.
 
         |W + s D|^2 = |W|^2 + 2 s W.D + s^2 |D|^2, column by column, with D = A^T B.
         """

@@ -1,25 +1,25 @@
-"""The LoRA family in a model: which layers get one, of which rank, and of which form.
+"""The LoRA family in a model: which layers get an adapter, with which rank, and in which form.
 
-What a form computes is in `low_rank` (LoRA), `dora`, `lora_embedding` and `lora_experts`.
+The forms are in `low_rank` (LoRA), `dora`, `lora_embedding` and `lora_experts`.
 """
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
-from flax import nnx
 
-from jaxft.adapters.attach import Layer, find, key_of, weight
+from jaxft.adapters.attach import LAYERS, Layer, MakeAdapter, find, key_of, weight
 from jaxft.adapters.dora import DoRA
 from jaxft.adapters.lora_embedding import EmbeddingLoRA
 from jaxft.adapters.lora_experts import ExpertLoRA
-from jaxft.adapters.lora_start import moves_the_start
+from jaxft.adapters.lora_start import starts_nonzero
 from jaxft.adapters.low_rank import LoRA as LoRA
 from jaxft.adapters.low_rank import LoRASettings as LoRASettings
 from jaxft.adapters.low_rank import low_rank as low_rank
 from jaxft.config import AdapterConfig
 from jaxft.errors import ModelError
+from jaxft.nn.decoder import Decoder
 from jaxft.nn.experts.layer import ExpertLinear
 from jaxft.nn.linear import Embedding, Linear
 from jaxft.nn.stack import group_layers
@@ -27,8 +27,12 @@ from jaxft.nn.stack import group_layers
 _LAYER = re.compile(r"model\.layers\.(\d+)\..*")
 
 
-def put(model: nnx.Module, config: AdapterConfig, key: jax.Array) -> None:
-    """Fresh LoRA beside the layers that a run's config names. Raises ModelError for what the model does not have."""
+def attach_to(model: Decoder, config: AdapterConfig, key: jax.Array) -> None:
+    """Attaches fresh LoRA to the layers that a config names.
+
+    Raises ModelError if the model lacks a named layer, for a pattern that fits no module, and for a form or a rank that
+    a layer cannot have.
+    """
     settings = LoRASettings(
         r=config.r,
         alpha=config.alpha,
@@ -37,42 +41,48 @@ def put(model: nnx.Module, config: AdapterConfig, key: jax.Array) -> None:
         use_dora=config.use_dora,
         init=config.init_lora_weights,
     )
-    found = find(model, config.targets, exclude=config.excluded, kinds=Layer)
-    if "embed_tokens" in found and model.lm_head is None:
+    layers = find(model, config.targets, exclude=config.excluded, kinds=LAYERS)
+    if "embed_tokens" in layers and model.lm_head is None:
         raise ModelError(
             "adapter.target_modules names embed_tokens, which is the LM head too (tie_word_embeddings): an adapter "
-            "would move the embeddings alone and could not be merged. "
+            "would change the embeddings alone and could not be merged. "
             "adapter.modules_to_save='embed_tokens' trains both."
         )
     count = sum(map(len, group_layers(model.segments)))
-    beyond = [i for i in config.layers or () if i >= count]
-    if beyond:
-        raise ModelError(f"adapter.layers_to_transform names layer {beyond[0]}; the model has 0 to {count - 1}")
-    names = {path: place_names(model, path) for path in found}
+    absent = [i for i in config.layers or () if i >= count]
+    if absent:
+        raise ModelError(f"adapter.layers_to_transform names layer {absent[0]}; the model has 0 to {count - 1}")
+    names = {path: module_names(model, path) for path in layers}
     check_patterns((*config.ranks, *config.alphas), [name for each in names.values() for name in each])
-    for path, layer in found.items():
-        places = [
-            patterned(settings, name, config.ranks, config.alphas) if in_layers(name, config.layers) else None
+    for path, layer in layers.items():
+        stack_settings = [
+            settings_for(settings, name, config.ranks, config.alphas) if in_layers(name, config.layers) else None
             for name in names[path]
         ]
-        if any(places):
-            layer.adapter = made(layer, places, key_of(key, path))
+        if any(stack_settings):
+            layer.adapter = make_lora(layer, stack_settings, key_of(key, path))
 
 
-def beside(settings: LoRASettings) -> Callable[[Layer, jax.Array], nnx.Module]:
-    """What `attach` makes a LoRA with: `(layer, key) -> LoRA` of the layer's sizes; see `made` for errors."""
-    return lambda layer, key: made(layer, (settings,), key)
+def describe(config: AdapterConfig) -> str:
+    """For people: `LoRA r=16 on all-linear`."""
+    return f"{'DoRA' if config.use_dora else 'LoRA'} r={config.r} on {config.target_modules}"
 
 
-def made(layer: Layer, places: Sequence[LoRASettings | None], key: jax.Array) -> nnx.Module:
-    """A fresh adapter for a layer. places: the settings at each place of its stack, or one for all; None: left out.
+def lora_factory(settings: LoRASettings) -> MakeAdapter:
+    """A function for `attach`: `(layer, key) -> LoRA` of the layer's sizes; raises what `make_lora` raises."""
+    return lambda layer, key: make_lora(layer, (settings,), key)
 
-    Raises ModelError where a rank exceeds the layer's, and for what a form does not have.
+
+def make_lora(layer: Layer, stack_settings: Sequence[LoRASettings | None], key: jax.Array) -> LoRA | EmbeddingLoRA:
+    """A fresh adapter for a layer.
+
+    stack_settings: the settings at each stack index, or one for all; None leaves a layer out. Raises ModelError if the
+    rank exceeds the layer's, and for settings that the layer's form of LoRA does not have.
     """
     kernel = weight(layer).get_value()
     *stack, inputs, outputs = kernel.shape
-    given = [place for place in places if place is not None]
-    settings = dataclasses.replace(given[0], r=max(place.r for place in given))
+    chosen = [settings for settings in stack_settings if settings is not None]
+    settings = dataclasses.replace(chosen[0], r=max(each.r for each in chosen))
     if settings.r > min(inputs, outputs):
         raise ModelError(
             f"adapter.r={settings.r} exceeds a layer of {inputs} x {outputs}: its rank is at most "
@@ -82,27 +92,34 @@ def made(layer: Layer, places: Sequence[LoRASettings | None], key: jax.Array) ->
         _check_form(layer, settings)
     if isinstance(layer, Embedding):
         return EmbeddingLoRA(inputs, outputs, settings, key=key)
-    more = {"stack": tuple(stack), "kernel": kernel, "key": key}
-    more["places"] = None if len(set(places)) == 1 else tuple(places)
-    if isinstance(layer, ExpertLinear):
-        return ExpertLoRA(inputs, outputs, settings, **more)
-    return (DoRA if settings.use_dora else LoRA)(inputs, outputs, settings, tp_side=layer.tp_side, **more)
+    form = ExpertLoRA if isinstance(layer, ExpertLinear) else DoRA if settings.use_dora else LoRA
+    return form(
+        inputs,
+        outputs,
+        settings,
+        stack=tuple(stack),
+        stack_settings=None if len(set(stack_settings)) == 1 else stack_settings,
+        kernel=kernel,
+        tp_side=layer.tp_side,
+        key=key,
+    )
 
 
-def place_names(model: nnx.Module, path: str) -> tuple[str, ...]:
-    """What the layer at a path is called in each layer of the model: `model.layers.3.self_attn.q_proj`."""
+def module_names(model: Decoder, path: str) -> tuple[str, ...]:
+    """The names of the layer at a path in each decoder layer: `model.layers.3.self_attn.q_proj`."""
     if not path.startswith("layers/"):
         return (f"model.{path}" if path == "embed_tokens" else path,)
     _, group, rest = path.split("/", 2)
     return tuple(f"model.layers.{i}.{rest.replace('/', '.')}" for i in group_layers(model.segments)[int(group)])
 
 
-def patterned(settings: LoRASettings, name: str, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> LoRASettings:
-    """The settings of a module of that name, the first pattern that fits its end giving its rank, and its alpha."""
-    r, alpha = (
-        next((value for pattern, value in values.items() if fits(pattern, name)), None) for values in (ranks, alphas)
-    )
-    return dataclasses.replace(settings, r=r or settings.r, alpha=settings.alpha if alpha is None else float(alpha))
+def settings_for(
+    settings: LoRASettings, name: str, ranks: Mapping[str, int], alphas: Mapping[str, float]
+) -> LoRASettings:
+    """The settings of the module of a name: rank and alpha each by the first pattern that fits the name's end."""
+    r = next((r for pattern, r in ranks.items() if fits(pattern, name)), settings.r)
+    alpha = next((alpha for pattern, alpha in alphas.items() if fits(pattern, name)), settings.alpha)
+    return dataclasses.replace(settings, r=r, alpha=float(alpha))
 
 
 def check_patterns(patterns: Sequence[str], names: Sequence[str]) -> None:
@@ -114,21 +131,21 @@ def check_patterns(patterns: Sequence[str], names: Sequence[str]) -> None:
 
 
 def fits(pattern: str, name: str) -> bool:
-    """Whether a regular expression fits a module's name, or its end after a dot, as PEFT has it."""
+    """Whether a regular expression matches a module's name, or its end after a dot, as in PEFT."""
     return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
 def in_layers(name: str, layers: Sequence[int] | None) -> bool:
-    """Whether a module is in one of the layers; what is in no layer is not. None: any module is."""
+    """Whether a module is in one of these decoder layers, which a module outside all layers is not. None: always."""
     layer = _LAYER.fullmatch(name)
     return layers is None or (layer is not None and int(layer[1]) in layers)
 
 
 def _check_form(layer: Layer, settings: LoRASettings) -> None:
-    what = "embed_tokens" if isinstance(layer, Embedding) else "experts"
+    name = "embed_tokens" if isinstance(layer, Embedding) else "experts"
     if settings.use_dora:
-        raise ModelError(f"adapter.use_dora is not for {what}, only for single matrices: leave them out of the targets")
-    if isinstance(layer, Embedding) and moves_the_start(settings.init):
+        raise ModelError(f"adapter.use_dora is not for {name}, only for single matrices: leave them out of the targets")
+    if isinstance(layer, Embedding) and starts_nonzero(settings.init):
         raise ModelError(f"adapter.init_lora_weights={settings.init!r} is for matrices: leave embed_tokens out")
     if isinstance(layer, ExpertLinear) and settings.dropout:
         raise ModelError(f"adapter.dropout={settings.dropout} does not reach experts: set it to 0, or leave them out")

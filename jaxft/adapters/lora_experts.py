@@ -5,11 +5,13 @@
 import jax
 import jax.numpy as jnp
 
-from jaxft.adapters.low_rank import LoRA
+from jaxft.adapters.low_rank import HALVES, LoRA
+from jaxft.nn.experts.layer import EXPERT_SIDES
+from jaxft.nn.storage import StorageDims
 
 
 class ExpertLoRA(LoRA):
-    """As LoRA, with lora_a [*stack, E, r, I] and lora_b [*stack, E, r, O]; there is no dropout on experts' rows."""
+    """LoRA with lora_a [*stack, E, r, I] and lora_b [*stack, E, r, O]; there is no dropout on experts' rows."""
 
     stacks = False
 
@@ -20,3 +22,8 @@ class ExpertLoRA(LoRA):
         scale = self._scale()
         scale = scale if self.scales is None else scale.astype(x.dtype)
         return y + scale * jax.lax.ragged_dot(low_Rr, b_ErO, sizes_E)
+
+    def storage_dims(self) -> dict[str, StorageDims]:
+        wide = dict(zip(("lora_a", "lora_b"), EXPERT_SIDES[self.tp_side], strict=True))
+        halves = {name: StorageDims(("expert", None, wide[name.removesuffix("_start")])) for name in HALVES}
+        return halves | {"scales": StorageDims(())}

@@ -1,4 +1,4 @@
-"""What A and B of a LoRA begin with."""
+"""The initial values of A and B of a LoRA."""
 
 # I inputs, O outputs, r rank
 
@@ -12,22 +12,16 @@ import jax.numpy as jnp
 from jaxft.errors import ModelError
 from jaxft.quant import dense
 
-STARTS = ("default", "gaussian", "pissa", "olora", "loftq", "eva")
 _PISSA = re.compile(r"pissa(?:_niter_(\d+))?")
-# Drawn like the default, and set where the weights are that the base was quantised from.
+# Drawn like the default; set later from the weights that the base was quantized from (`checkpoint/quantized/loftq`).
 LOFTQ = re.compile(r"loftq(?:_niter_(\d+))?")
-# Likewise, and set where the data is.
+# Drawn like the default; set later from data (`eva`).
 EVA = re.compile(r"eva(?:_niter_(\d+))?")
 
 
-def moves_the_start(init: str) -> bool:
-    """Whether A^T B is not zero in the beginning, so that something has to be subtracted."""
+def starts_nonzero(init: str) -> bool:
+    """Whether the initial A^T B is not zero, so that it has to be subtracted."""
     return init == "olora" or _PISSA.fullmatch(init) is not None
-
-
-def understood(init: str) -> bool:
-    """Whether there is a start of that name."""
-    return init in STARTS or any(pattern.fullmatch(init) for pattern in (_PISSA, LOFTQ, EVA))
 
 
 def draw(
@@ -41,12 +35,13 @@ def draw(
     """A [*stack, r, I] and B [*stack, r, O] for kernels of shape [*stack, I, O].
 
     init: `default`, A Kaiming uniform with a = sqrt(5) and B zero; `gaussian`, A normal with deviation 1 / r;
-    `pissa`, the r largest singular values and vectors of the kernel (arXiv:2404.02948); `pissa_niter_N`, nearly so, by
-    N steps of subspace iteration; `olora`, its QR factors (arXiv:2406.01775). scale: of the adapter, one for each of
-    the first axis of the stack or one for all; 0 for what is left out. kernel: the base's, where init reads it.
+    `pissa`, the r largest singular values and vectors of the kernel (arXiv:2404.02948); `pissa_niter_N`, these
+    approximated by N steps of subspace iteration; `olora`, the kernel's QR factors (arXiv:2406.01775). scale: of the
+    adapter, one for each index of the first stack axis or one for all; 0 for layers that are left out. kernel: the
+    base's; only `pissa` and `olora` need it. Raises ModelError if they do not get one.
     """
     *stack, inputs, outputs = shape
-    if not moves_the_start(init):
+    if not starts_nonzero(init):
         size = (*stack, r, inputs)
         bound = 1.0 / math.sqrt(inputs)  # as PEFT draws it: variance 1 / (3 I)
         drawn = (
@@ -56,28 +51,31 @@ def draw(
         )
         return drawn, jnp.zeros((*stack, r, outputs), jnp.float32)
     if kernel is None:
-        raise ModelError(f"init_lora_weights={init!r} is read off a kernel, which this layer does not have")
+        raise ModelError(f"init_lora_weights={init!r} is computed from a kernel, which this layer does not have")
     count = math.prod(stack)
     scales = jnp.broadcast_to(jnp.asarray(scale, jnp.float32), stack[:1] or ())
     scales = jnp.broadcast_to(scales.reshape(*stack[:1], *(1,) * (len(stack) - 1)), tuple(stack)).reshape(count)
-    find = partial(_qr, r=r) if init == "olora" else partial(_svd, r=r, steps=_PISSA.fullmatch(init)[1])
-    # One kernel after the other: a decomposition takes several times the memory of what it is of.
+    pissa = _PISSA.fullmatch(init)
+    halves = partial(_qr, r=r) if pissa is None else partial(_svd, r=r, steps=pissa[1])
+    # One kernel after the other: a decomposition takes several times the memory of its kernel.
     kernels = jax.tree.map(lambda part: part.reshape(count, *part.shape[len(stack) :]), kernel)
-    given = kernels, scales, jax.random.split(key, count)
-    a, b = jax.lax.map(lambda each: find(dense(each[0], jnp.float32), *each[1:]), given)
+    stacked = kernels, scales, jax.random.split(key, count)
+    a, b = jax.lax.map(lambda each: halves(dense(each[0], jnp.float32), *each[1:]), stacked)
     return a.reshape(*stack, r, inputs), b.reshape(*stack, r, outputs)
 
 
 def _svd(kernel_IO: jax.Array, scale: jax.Array, key: jax.Array, *, r: int, steps: str | None) -> tuple[jax.Array, ...]:
-    u_Ir, s_r, v_rO = leading(kernel_IO, key, r, steps)
+    u_Ir, s_r, v_rO = leading_singular_vectors(kernel_IO, key, r, steps)
     root_r1 = jnp.sqrt(s_r / jnp.where(scale == 0, 1, scale))[:, None]
     return root_r1 * u_Ir.T, root_r1 * v_rO
 
 
-def leading(kernel_IO: jax.Array, key: jax.Array, r: int, steps: str | None) -> tuple[jax.Array, ...]:
-    """The r largest singular values [r] between their vectors, [I, r] and [r, O], float32.
+def leading_singular_vectors(
+    kernel_IO: jax.Array, key: jax.Array, r: int, steps: str | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(left vectors [I, r], values [r], right vectors [r, O]) of the r largest singular values, float32.
 
-    steps: of subspace iteration, which finds them nearly so; None: by a whole decomposition.
+    steps: of subspace iteration, an approximation; None: by a full decomposition.
     """
     if steps is None:
         u, s, v = jnp.linalg.svd(kernel_IO, full_matrices=False)
@@ -93,6 +91,6 @@ def leading(kernel_IO: jax.Array, key: jax.Array, r: int, steps: str | None) -> 
 
 
 def _qr(kernel_IO: jax.Array, scale: jax.Array, key: jax.Array, *, r: int) -> tuple[jax.Array, ...]:
-    # PEFT's OLoRA does not divide by the scale: what it takes from the base is `scale` times these factors.
+    # PEFT's OLoRA does not divide by the scale: it subtracts `scale` times the product of these factors from the base.
     q_Ok, r_kI = jnp.linalg.qr(kernel_IO.T)
     return r_kI[:r], q_Ok[:, :r].T

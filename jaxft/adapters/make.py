@@ -1,20 +1,44 @@
-"""From a run's config to the adapters of a model: `kind` is the name of the module here that puts them there."""
+"""From a run's adapter config to the adapters of a model.
+
+`kind` is the name of the module here that implements it, with `attach_to(model, config, key)`, which attaches fresh
+adapters, and `describe(config)`, a short phrase for people.
+"""
 
 import importlib
+from typing import Protocol, cast
 
 import jax
-from flax import nnx
 
 from jaxft.adapters.saved import train_whole
 from jaxft.config import AdapterConfig
+from jaxft.nn.decoder import Decoder
 
 
-def attach_adapter(model: nnx.Module, config: AdapterConfig, seed: int) -> None:
-    """Puts fresh adapters of the configured kind into a model; none for full fine-tuning.
+class AdapterKind(Protocol):
+    """The module of one kind of adapter."""
 
-    Raises ModelError for what the model does not have.
+    def attach_to(self, model: Decoder, config: AdapterConfig, key: jax.Array) -> None:
+        """Attaches fresh adapters. Raises ModelError if the model does not have what the config names."""
+
+    def describe(self, config: AdapterConfig) -> str:
+        """A short phrase for people: `LoRA r=16 on all-linear`."""
+
+
+def attach_adapter(model: Decoder, config: AdapterConfig, seed: int) -> None:
+    """Attaches fresh adapters of the configured kind, and makes `modules_to_save` trainable; nothing for kind `none`.
+
+    Raises ModelError if the model does not have what the config names.
     """
     if config.kind == "none":
         return
-    importlib.import_module(f"jaxft.adapters.{config.kind}").put(model, config, jax.random.key(seed))
+    _kind(config).attach_to(model, config, jax.random.key(seed))
     train_whole(model, config.saved)
+
+
+def describe(config: AdapterConfig) -> str:
+    """The configured adapter in a short phrase for people, such as `LoRA r=16 on all-linear`; `no adapter` for none."""
+    return "no adapter" if config.kind == "none" else _kind(config).describe(config)
+
+
+def _kind(config: AdapterConfig) -> AdapterKind:
+    return cast(AdapterKind, importlib.import_module(f"jaxft.adapters.{config.kind}"))

@@ -1,6 +1,6 @@
-"""Prefix tuning: learnt keys and values before every row, in each layer (arXiv:2101.00190).
+"""Prefix tuning: learned keys and values at the start of every row, in each layer (arXiv:2101.00190).
 
-The published reparameterisation by an MLP is left out: what is kept of it after training are keys and values too.
+The published reparameterisation by an MLP is left out: after training only its keys and values are kept.
 """
 
 # B batch, S sequence, K kv heads, H head_dim, n virtual tokens
@@ -15,15 +15,19 @@ from jaxft.adapters.attach import AdapterParam
 from jaxft.adapters.prompt import refuse_second
 from jaxft.config import AdapterConfig
 from jaxft.nn import partition
+from jaxft.nn.decoder import Decoder
+from jaxft.nn.partition import Dimensions
 from jaxft.nn.stack import group_layers
+from jaxft.nn.storage import StorageDims
 from jaxft.nn.virtual import replace_virtual
 
-STORED, WHOLE = (None, "both"), (None, "tensor")
+PREFIX_DIMS: Dimensions = (None, "both")
+WHOLE: Dimensions = (None, "tensor")
 STDDEV = 0.02
 
 
 class Prefix(nnx.Module):
-    """keys, values: [*stack, n, K * H], float32. Keys are as after the rotation: no position turns them."""
+    """keys, values: [*stack, n, K * H], float32. The keys are not rotated: they take the place of rotated ones."""
 
     peft_type = "PREFIX_TUNING"
 
@@ -31,28 +35,36 @@ class Prefix(nnx.Module):
         self.keys, self.values = AdapterParam(keys), AdapterParam(values)
 
     def __call__(self, k_BSKH: jax.Array, v_BSKH: jax.Array, virtual_BS: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Keys and values with this layer's own where virtual_BS is not negative."""
+        """Keys and values with this layer's own where virtual_BS, the number of the virtual token, is not negative."""
         own = (
-            partition.gathered(kept.get_value().astype(k_BSKH.dtype), STORED, WHOLE)
-            for kept in (self.keys, self.values)
+            partition.gathered(half.get_value().astype(k_BSKH.dtype), PREFIX_DIMS, WHOLE)
+            for half in (self.keys, self.values)
         )
         heads = k_BSKH.shape[2:]
         k_BSKH, v_BSKH = (
-            replace_virtual(x, kept.reshape(-1, *heads), virtual_BS)
-            for x, kept in zip((k_BSKH, v_BSKH), own, strict=True)
+            replace_virtual(x, half.reshape(-1, *heads), virtual_BS)
+            for x, half in zip((k_BSKH, v_BSKH), own, strict=True)
         )
         return k_BSKH, v_BSKH
 
+    def storage_dims(self) -> dict[str, StorageDims]:
+        return {"keys": StorageDims(PREFIX_DIMS), "values": StorageDims(PREFIX_DIMS)}
 
-def put(model: nnx.Module, config: AdapterConfig, key: jax.Array) -> None:
-    """A prefix of as many virtual tokens as a run's config says."""
+
+def attach_to(model: Decoder, config: AdapterConfig, key: jax.Array) -> None:
+    """Attaches a prefix of the configured number of virtual tokens. Raises what `attach_prefix` raises."""
     attach_prefix(model, config.num_virtual_tokens, key)
 
 
-def attach_prefix(model: nnx.Module, count: int, key: jax.Array) -> None:
-    """Gives every layer of a Decoder a prefix of `count` virtual tokens, small and drawn at random.
+def describe(config: AdapterConfig) -> str:
+    """For people: `a prefix of 20 virtual tokens`."""
+    return f"a prefix of {config.num_virtual_tokens} virtual tokens"
 
-    Raises ModelError where the model has virtual tokens already.
+
+def attach_prefix(model: Decoder, count: int, key: jax.Array) -> None:
+    """Gives every layer a prefix of `count` virtual tokens, normal with deviation STDDEV.
+
+    Raises ModelError if the model has virtual tokens already.
     """
     refuse_second(model)
     for index, (group, layers) in enumerate(zip(model.layers, group_layers(model.segments), strict=True)):

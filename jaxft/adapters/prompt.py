@@ -1,4 +1,4 @@
-"""Prompt tuning: learnt vectors in place of a few first tokens (arXiv:2104.08691)."""
+"""Prompt tuning: learned vectors in place of the embeddings of a few first tokens (arXiv:2104.08691)."""
 
 # B batch, S sequence, D model, n virtual tokens
 
@@ -12,13 +12,16 @@ from jaxft.adapters.attach import AdapterParam
 from jaxft.config import AdapterConfig
 from jaxft.errors import ModelError
 from jaxft.nn import partition
+from jaxft.nn.decoder import Decoder
+from jaxft.nn.partition import Dimensions
+from jaxft.nn.storage import StorageDims
 from jaxft.nn.virtual import replace_virtual
 
-STORED, WHOLE = (None, "weight"), (None, None)
+PROMPT_DIMS: Dimensions = (None, "weight")
 
 
 class Prompt(nnx.Module):
-    """embeddings: [n, D], float32. They stand as they are where tokens' embeddings would, scaled ones included."""
+    """embeddings: [n, D], float32, in place of tokens' embeddings, after these are scaled."""
 
     peft_type = "PROMPT_TUNING"
 
@@ -26,20 +29,28 @@ class Prompt(nnx.Module):
         self.embeddings = AdapterParam(embeddings_nD.astype(jnp.float32))
 
     def __call__(self, x_BSD: jax.Array, virtual_BS: jax.Array) -> jax.Array:
-        """x_BSD: embedded tokens. virtual_BS: which virtual token stands there, negative for none."""
-        own_nD = partition.gathered(self.embeddings.get_value().astype(x_BSD.dtype), STORED, WHOLE)
+        """x_BSD: embedded tokens. virtual_BS: the number of the virtual token at each position, negative for none."""
+        own_nD = partition.gathered(self.embeddings.get_value().astype(x_BSD.dtype), PROMPT_DIMS, (None, None))
         return replace_virtual(x_BSD, own_nD, virtual_BS)
 
+    def storage_dims(self) -> dict[str, StorageDims]:
+        return {"embeddings": StorageDims(PROMPT_DIMS)}
 
-def put(model: nnx.Module, config: AdapterConfig, key: jax.Array) -> None:
-    """A prompt that begins as the embeddings of tokens drawn from the vocabulary."""
+
+def attach_to(model: Decoder, config: AdapterConfig, key: jax.Array) -> None:
+    """Attaches a prompt, initially the embeddings of random tokens. Raises what `attach_prompt` raises."""
     attach_prompt(model, jax.random.randint(key, (config.num_virtual_tokens,), 0, model.config.vocab_size))
 
 
-def attach_prompt(model: nnx.Module, tokens_n: jax.Array) -> None:
-    """Gives a Decoder a prompt that begins as the embeddings of these tokens, int32.
+def describe(config: AdapterConfig) -> str:
+    """For people: `a prompt of 20 virtual tokens`."""
+    return f"a prompt of {config.num_virtual_tokens} virtual tokens"
 
-    Raises ModelError where the model has virtual tokens already.
+
+def attach_prompt(model: Decoder, tokens_n: jax.Array) -> None:
+    """Attaches a prompt whose initial values are the embeddings of these tokens, int32.
+
+    Raises ModelError if the model has virtual tokens already.
     """
     refuse_second(model)
     scale = 1.0 if model.embed_scale is None else model.embed_scale
@@ -48,22 +59,24 @@ def attach_prompt(model: nnx.Module, tokens_n: jax.Array) -> None:
     model.virtual_tokens = len(tokens_n)
 
 
-def begin_as(model: nnx.Module, tokens: Sequence[int]) -> None:
-    """Lets a model's prompt begin as the embeddings of a text, whose tokens are repeated or cut to the prompt's length.
+def initialize_prompt(model: Decoder, tokens: Sequence[int]) -> None:
+    """Sets a model's prompt to the embeddings of a text's tokens, repeated or cut to the prompt's length.
 
-    Raises ModelError for a text of no tokens.
+    Raises ModelError for a text without tokens.
     """
     if not len(tokens):
-        raise ModelError("adapter.prompt_init_text has no tokens")
+        raise ModelError(
+            "adapter.prompt_init_text has no tokens: give a text, or None for the embeddings of random tokens"
+        )
     count = model.virtual_tokens
     model.prompt, model.virtual_tokens = nnx.data(None), 0
     attach_prompt(model, jnp.array([tokens[i % len(tokens)] for i in range(count)], jnp.int32))
 
 
-def refuse_second(model: nnx.Module) -> None:
-    """Raises ModelError where a model has virtual tokens already."""
+def refuse_second(model: Decoder) -> None:
+    """Raises ModelError if a model has virtual tokens already."""
     if model.virtual_tokens:
         raise ModelError(
-            f"the model begins its rows with {model.virtual_tokens} virtual tokens already: a prompt or a prefix is "
-            "the only one of its kind"
+            f"the model begins its rows with {model.virtual_tokens} virtual tokens already, and only one prompt "
+            "or prefix can be active: attach the other to the base alone"
         )

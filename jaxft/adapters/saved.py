@@ -7,16 +7,17 @@ from flax import nnx
 
 from jaxft.adapters.attach import SavedParam, adapters
 from jaxft.errors import ModelError, did_you_mean
+from jaxft.nn.decoder import Decoder
 from jaxft.nn.linear import Embedding, Linear
 from jaxft.nn.norm import RMSNorm
 from jaxft.trees import flatten
 
 
-def train_whole(model: nnx.Module, names: Sequence[str]) -> tuple[str, ...]:
+def train_whole(model: Decoder, names: Sequence[str]) -> tuple[str, ...]:
     """Makes the parameters of modules trainable, in float32, and returns the modules' paths.
 
-    names: last names of modules (`lm_head`, `norm`) or path endings. Raises ModelError for one that matches nothing, or
-    matches a module that has an adapter.
+    names: last names of modules (`lm_head`, `norm`) or path endings. Raises ModelError for a name that matches no
+    module, or a module that has an adapter.
     """
     modules = {
         "/".join(map(str, path)): module
@@ -24,9 +25,9 @@ def train_whole(model: nnx.Module, names: Sequence[str]) -> tuple[str, ...]:
         if isinstance(module, Linear | Embedding | RMSNorm) and "adapter" not in path
     }
     chosen = sorted({path for name in names for path in _matching(name, modules, tied=model.lm_head is None)})
-    both = [path for path in chosen if path in adapters(model)]
-    if both:
-        raise ModelError(f"{both[0]} has an adapter and is in modules_to_save: take it out of one of them")
+    adapted = [path for path in chosen if path in adapters(model)]
+    if adapted:
+        raise ModelError(f"{adapted[0]} has an adapter and is in modules_to_save: take it out of one of them")
     for path in chosen:
         module = modules[path]
         for name, param in list(vars(module).items()):
@@ -41,10 +42,10 @@ def saved_paths(model: nnx.Module) -> tuple[str, ...]:
 
 
 def _matching(name: str, modules: dict[str, nnx.Module], *, tied: bool) -> list[str]:
-    found = [path for path in modules if path == name or path.endswith("/" + name)]
-    if not found:
+    paths = [path for path in modules if path == name or path.endswith("/" + name)]
+    if not paths:
         known = sorted({path.rsplit("/", 1)[-1] for path in modules})
         is_head = tied and name == "lm_head"
         why = " The LM head is embed_tokens (tie_word_embeddings)." if is_head else did_you_mean(name, known)
         raise ModelError(f"modules_to_save: {name!r} matches no module.{why} This model has {', '.join(known)}.")
-    return found
+    return paths

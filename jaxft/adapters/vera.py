@@ -1,4 +1,4 @@
-"""VeRA: learnt factors around one pair of random matrices that all layers share (arXiv:2310.11454, eq. 2)."""
+"""VeRA: learned factors around one pair of random matrices that all layers share (arXiv:2310.11454, eq. 2)."""
 
 # L stacked layers, I inputs, O outputs, r rank
 
@@ -10,16 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxft.adapters.attach import AdapterParam, attach, find
-from jaxft.adapters.low_rank import dropped
+from jaxft.adapters.attach import AdapterParam, Layer, attach, find, weight
+from jaxft.adapters.low_rank import dropout
 from jaxft.config import AdapterConfig
 from jaxft.errors import ModelError
 from jaxft.nn import partition
 from jaxft.nn.adapter import Adapter
-from jaxft.nn.linear import Linear
+from jaxft.nn.decoder import Decoder
+from jaxft.nn.linear import Linear, TPSide
+from jaxft.nn.partition import Dimensions
+from jaxft.nn.storage import StorageDims
 
-STORED = ("both",)
-WHOLE = {"outputs": ("tensor",), "inputs": (None,)}
+SHARED_DIMS: Dimensions = (None, "weight")
+D_DIMS: Dimensions = ("weight",)
+B_DIMS: Dimensions = ("both",)
+WHOLE: dict[TPSide, Dimensions] = {"outputs": ("tensor",), "inputs": (None,)}
 D_INITIAL = 0.1  # table 6c of the paper, and PEFT's default
 
 
@@ -33,27 +38,29 @@ class VeRASettings:
 
 
 class Projections(nnx.Module):
-    """The shared matrices, float32, which never move. a: [r, largest I], b: [r, largest O]."""
+    """The shared random matrices, float32 and frozen. a: [r, largest I], b: [r, largest O]."""
 
     def __init__(self, a_rI: np.ndarray, b_rO: np.ndarray) -> None:
         self.a, self.b = nnx.Param(jnp.asarray(a_rI)), nnx.Param(jnp.asarray(b_rO))
 
     def arrays(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-        """Both, whole on every device: gathered once a step, since every layer uses other parts of them."""
-        stored, whole = (None, "weight"), (None, None)
-        a, b = (partition.gathered(p.get_value().astype(dtype), stored, whole) for p in (self.a, self.b))
+        """Both, whole on every device: gathered once a step, since every layer uses the start of all their rows."""
+        a, b = (partition.gathered(p.get_value().astype(dtype), SHARED_DIMS, (None, None)) for p in (self.a, self.b))
         return a, b
+
+    def storage_dims(self) -> dict[str, StorageDims]:
+        return {"a": StorageDims(SHARED_DIMS), "b": StorageDims(SHARED_DIMS)}
 
 
 class VeRA(Adapter):
-    """`y + lambda_b * ((lambda_d * (drop(x) A^T)) B^T)`; lambda_b is zero at first, which changes nothing.
+    """`y + lambda_b * ((lambda_d * (drop(x) A^T)) B^T)`; lambda_b is initially zero, which changes nothing.
 
-    lambda_d: [*stack, r], lambda_b: [*stack, O], float32. A layer uses the first I and O columns of what is shared.
+    lambda_d: [*stack, r], lambda_b: [*stack, O], float32. A layer uses the first I columns of A and O columns of B.
     """
 
     peft_type = "VERA"
 
-    def __init__(self, outputs: int, settings: VeRASettings, *, stack: tuple[int, ...] = (), tp_side: str) -> None:
+    def __init__(self, outputs: int, settings: VeRASettings, *, stack: tuple[int, ...] = (), tp_side: TPSide) -> None:
         super().__init__()
         self.lambda_d = AdapterParam(jnp.full((*stack, settings.r), D_INITIAL, jnp.float32))
         self.lambda_b = AdapterParam(jnp.zeros((*stack, outputs), jnp.float32))
@@ -61,28 +68,25 @@ class VeRA(Adapter):
         self.tp_side = tp_side
 
     def __call__(self, x: jax.Array, y: jax.Array, kernel: jax.Array, key: jax.Array | None) -> jax.Array:
-        """x: [..., I]; y: [..., O], what the base layer gave; key: turns dropout on."""
         a, b = self.shared
-        d = partition.gathered(self.lambda_d.get_value().astype(x.dtype), ("weight",), (None,))
-        factors = partition.gathered(self.lambda_b.get_value().astype(x.dtype), STORED, WHOLE[self.tp_side])
-        x = dropped(x, self.settings.dropout, key)
+        d = partition.gathered(self.lambda_d.get_value().astype(x.dtype), D_DIMS, (None,))
+        factors = partition.gathered(self.lambda_b.get_value().astype(x.dtype), B_DIMS, WHOLE[self.tp_side])
+        x = dropout(x, self.settings.dropout, key)
         low = jnp.einsum("...i,ri->...r", x, a[:, : x.shape[-1]]) * d
         return y + factors * (low @ b[:, : y.shape[-1]])
 
     def merged(self, kernel: jax.Array, at: tuple[int, ...] = ()) -> jax.Array:
-        """As `Adapter.merged`, with the shared matrices lent."""
         a, b = self.shared
         d, factors = self.lambda_d.get_value()[at], self.lambda_b.get_value()[at]
         low = d[..., :, None] * a[:, : kernel.shape[-2]]
         wide = factors[..., None, :] * b[:, : kernel.shape[-1]]
         return kernel + jnp.einsum("...ri,...ro->...io", low, wide, precision="highest")
 
-    def stored(self) -> dict[str, tuple[partition.Dimension | None, ...]]:
-        """What the dimensions of the factors are, stack axes left out."""
-        return {"lambda_d": ("weight",), "lambda_b": STORED}
+    def storage_dims(self) -> dict[str, StorageDims]:
+        return {"lambda_d": StorageDims(D_DIMS), "lambda_b": StorageDims(B_DIMS)}
 
 
-def drawn(r: int, inputs: int, outputs: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def draw_projections(r: int, inputs: int, outputs: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """The shared matrices that PEFT draws from a seed, to the bit: Kaiming uniform, A [r, I] and then B [O, r].
 
     Its numbers are torch's: 24 bits of each draw of a Mersenne twister, scaled with one rounding.
@@ -98,27 +102,33 @@ def drawn(r: int, inputs: int, outputs: int, seed: int) -> tuple[np.ndarray, np.
     return draw(r, inputs), draw(outputs, r)
 
 
-def put(model: nnx.Module, config: AdapterConfig, key: jax.Array) -> None:
-    """Fresh VeRA beside the layers that a run's config names. Raises ModelError for what the model does not have."""
+def attach_to(model: Decoder, config: AdapterConfig, key: jax.Array) -> None:
+    """Attaches fresh VeRA to the layers that a config names. Raises what `attach_vera` raises."""
     attach_vera(model, config.targets, VeRASettings(r=config.r, dropout=config.dropout))
 
 
-def attach_vera(model: nnx.Module, targets: tuple[str, ...], settings: VeRASettings) -> tuple[str, ...]:
-    """Puts VeRA into the slot of each target, and what they share into the model. Returns their paths.
+def describe(config: AdapterConfig) -> str:
+    """For people: `VeRA r=256 on all-linear`."""
+    return f"VeRA r={config.r} on {config.target_modules}"
 
-    Raises ModelError for the LM head, which the loss takes out of the model, and for targets that match nothing.
+
+def attach_vera(model: Decoder, targets: tuple[str, ...], settings: VeRASettings) -> tuple[str, ...]:
+    """Puts VeRA into the slot of each target, and the shared matrices into the model. Returns the layers' paths.
+
+    Raises ModelError for the LM head, which the loss takes out of the model, and for a target that matches no layer.
     """
 
-    def make(layer: Linear, key: jax.Array) -> VeRA:
-        *stack, _, outputs = layer.kernel.get_value().shape
-        return VeRA(outputs, settings, stack=tuple(stack), tp_side=layer.tp_side)
+    def make(layer: Layer, key: jax.Array) -> VeRA:
+        *stack, _, outputs = weight(layer).get_value().shape
+        side = layer.tp_side if isinstance(layer, Linear) else "outputs"
+        return VeRA(outputs, settings, stack=tuple(stack), tp_side=side)
 
-    found = find(model, targets)
-    if "lm_head" in found:
+    layers = find(model, targets)
+    if "lm_head" in layers:
         raise ModelError("adapter.kind='vera' shares its matrices among the layers; leave lm_head out of its targets")
     paths = attach(model, targets, make, jax.random.key(0))
-    shapes = [layer.kernel.get_value().shape[-2:] for layer in found.values()]
+    shapes = [weight(layer).get_value().shape[-2:] for layer in layers.values()]
     inputs, outputs = (max(sizes) for sizes in zip(*shapes, strict=True))
-    a_rI, b_Or = drawn(settings.r, inputs, outputs, settings.seed)
+    a_rI, b_Or = draw_projections(settings.r, inputs, outputs, settings.seed)
     model.shared = Projections(a_rI, b_Or.T)
     return paths

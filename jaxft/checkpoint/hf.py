@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxft.adapters.attach import mergings
+from jaxft.adapters.attach import merge_functions
 from jaxft.checkpoint.finite import FiniteSource
 from jaxft.checkpoint.quantized.bitsandbytes import NF4Source
 from jaxft.checkpoint.quantized.on_load import quantized_array
@@ -105,7 +105,7 @@ def hf_tensors(model: Decoder, dtype: str | None = None) -> dict[str, LazyTensor
     dtype: of the written tensors, the parameters' own if None.
     """
     leaves, _ = flatten(nnx.state(model), is_quantized)
-    merging, out = mergings(model), {}
+    merging, out = merge_functions(model), {}
     for path, param in param_tensors(model).items():
         leaf = leaves[path]
         # A quantised kernel is written in the dtype of computation.

@@ -29,9 +29,10 @@ from jaxft.files.paths import HUB, fetch_hub, is_file, is_remote, open_folder, r
 from jaxft.files.run_folder import ADAPTER, MERGED, MODEL, is_run_folder
 from jaxft.models.nested import MULTIMODAL
 from jaxft.nn.decoder import Decoder
+from jaxft.nn.storage import storage_dims_of
 from jaxft.nn.virtual import virtual_ids
 from jaxft.quant import FORMATS, is_quantized
-from jaxft.sharding.arrays import put_global, to_host
+from jaxft.sharding.arrays import to_host
 from jaxft.sharding.mesh import MeshPlan
 from jaxft.trees import flatten
 
@@ -110,8 +111,7 @@ def load_model(
         loaded = load_model(base, revision=revision, mesh=mesh, **types)
         read_adapter(loaded.module, path)
         if mesh is not None:
-            state = nnx.state(loaded.module)
-            nnx.update(loaded.module, jax.tree.map(put_global, state, mesh.shardings(state)))
+            mesh.shard_module(loaded.module)
         loaded.adapter = path
         return loaded
     hf_config, source, generation = open_weights(path)
@@ -222,4 +222,4 @@ def base_of(folder: str) -> str:
 
 def shardings_by_path(model: Decoder, mesh: MeshPlan) -> dict[str, Any]:
     """The NamedSharding of every parameter by its path."""
-    return flatten(mesh.shardings(nnx.state(model)), is_quantized)[0]
+    return flatten(mesh.shardings(nnx.state(model), storage_dims_of(model)), is_quantized)[0]

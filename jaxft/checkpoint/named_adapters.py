@@ -2,15 +2,11 @@
 
 from collections.abc import Mapping
 
-import jax
-from flax import nnx
-
 from jaxft.adapters.named import AdapterSet, take
 from jaxft.adapters.saved import saved_paths
 from jaxft.checkpoint.load import LoadedModel, resolve
 from jaxft.checkpoint.peft import read_adapter, write_adapter
 from jaxft.errors import ModelError
-from jaxft.sharding.arrays import put_global
 from jaxft.sharding.mesh import MeshPlan
 
 
@@ -29,9 +25,8 @@ def load_adapters(model: LoadedModel, folders: Mapping[str, str], *, mesh: MeshP
                 "alone, with load_model, onto a base of its own"
             )
         if mesh is not None:
-            state = nnx.state(model.module)
-            nnx.update(model.module, jax.tree.map(put_global, state, mesh.shardings(state)))
-        adapter_set.hold(name, take(model.module))
+            mesh.shard_module(model.module)
+        adapter_set.add(name, take(model.module))
     return adapter_set
 
 

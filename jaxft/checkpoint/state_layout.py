@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from jaxft.errors import CheckpointError
-from jaxft.trees import path_str
+from jaxft.trees import is_key, path_str
 
 
 def layout(state: Any) -> dict[str, list[Any]]:
@@ -38,7 +38,7 @@ def as_arrays(state: Any) -> dict[str, jax.Array]:
     for path, leaf in named.items():
         if not isinstance(leaf, jax.Array):
             raise CheckpointError(f"{path} is a {type(leaf).__name__}, not a jax.Array: its dtype would not be kept")
-    return {path: jax.random.key_data(leaf) if _is_key(leaf) else leaf for path, leaf in named.items()}
+    return {path: jax.random.key_data(leaf) if is_key(leaf) else leaf for path, leaf in named.items()}
 
 
 def abstract_arrays(abstract_state: Any) -> dict[str, jax.ShapeDtypeStruct]:
@@ -46,7 +46,7 @@ def abstract_arrays(abstract_state: Any) -> dict[str, jax.ShapeDtypeStruct]:
     out = {}
     for path, leaf in _named(abstract_state).items():
         plain = (
-            jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)) if _is_key(leaf) else leaf
+            jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)) if is_key(leaf) else leaf
         )
         out[path] = jax.ShapeDtypeStruct(plain.shape, plain.dtype, sharding=_sharding(leaf))
     return out
@@ -55,7 +55,7 @@ def abstract_arrays(abstract_state: Any) -> dict[str, jax.ShapeDtypeStruct]:
 def as_state(arrays: Mapping[str, jax.Array], abstract_state: Any) -> Any:
     """Inverse of `as_arrays`: the arrays in the tree of abstract_state, PRNG keys typed again."""
     named = _named(abstract_state)
-    leaves = [_typed(arrays[path], leaf) if _is_key(leaf) else arrays[path] for path, leaf in named.items()]
+    leaves = [_typed(arrays[path], leaf) if is_key(leaf) else arrays[path] for path, leaf in named.items()]
     return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
 
 
@@ -74,10 +74,6 @@ def _named(state: Any) -> dict[str, Any]:
 
 def _sharding(leaf: Any) -> jax.sharding.Sharding:
     return getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
-
-
-def _is_key(leaf: Any) -> bool:
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _show(entry: list[Any]) -> str:

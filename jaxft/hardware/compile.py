@@ -99,7 +99,7 @@ def compile_step(step: Callable[..., Any], state: Any, batch: Any, mesh: "MeshPl
     start, cpu = time.perf_counter(), time.process_time()
     try:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-        jitted = jax.jit(mesh.within(step), donate_argnums=0, out_shardings=(shardings, None))
+        jitted = jax.jit(mesh.bind(step), donate_argnums=0, out_shardings=(shardings, None))
         lowered = jitted.lower(state, batch)
         with tempfile.TemporaryDirectory() as reports:
             compiled = lowered.compile(compiler_options={"xla_dump_to": reports})

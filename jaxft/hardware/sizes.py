@@ -12,6 +12,7 @@ from flax import nnx
 from jaxft.adapters.attach import AdapterParam
 from jaxft.nn.attention.layer import Attention
 from jaxft.nn.decoder import Decoder
+from jaxft.nn.param_kind import in_adapter
 from jaxft.nn.stack import group_layers
 from jaxft.quant import is_quantized
 from jaxft.trees import flatten
@@ -115,13 +116,13 @@ def sizes_of(model: Decoder) -> ModelSizes:
     """Sizes of a model, abstract or not, with or without adapters."""
     leaves, _ = flatten(nnx.state(model, nnx.Param), is_quantized)
     chosen = getattr(model.config, "num_experts_per_tok", 1)
-    config, first = model.config, _first_reached(model, adapted=any(_is_adapter(path) for path in leaves))
+    config, first = model.config, _first_reached(model, adapted=any(in_adapter(path) for path in leaves))
     groups = group_layers(model.segments)
     parameters = active = adapter = trainable = trained = reached = outputs = 0
     tied = "lm_head/kernel" not in leaves
     for path, leaf in leaves.items():
         size = math.prod(leaf.shape)
-        if _is_adapter(path):
+        if in_adapter(path):
             adapter += size
             continue
         is_trained = model.trainable_paths is None or path in model.trainable_paths
@@ -161,7 +162,7 @@ def _experts_of(leaves: dict[str, Any], count: int, chosen: int) -> Experts:
     shapes = [
         leaf.shape
         for path, leaf in leaves.items()
-        if path.endswith("kernel") and len(leaf.shape) == 4 and not _is_adapter(path)
+        if path.endswith("kernel") and len(leaf.shape) == 4 and not in_adapter(path)
     ]
     return Experts(
         count=count,
@@ -173,10 +174,6 @@ def _experts_of(leaves: dict[str, Any], count: int, chosen: int) -> Experts:
 
 def _size(state: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state))
-
-
-def _is_adapter(path: str) -> bool:
-    return not {"adapter", "prompt", "prefix", "shared"}.isdisjoint(path.split("/"))
 
 
 def _first_reached(model: Decoder, *, adapted: bool) -> int:

@@ -75,7 +75,7 @@ def make_evaluator(run: Run, graphdef: nnx.GraphDef[Decoder], loss: Loss) -> Eva
         return None
     config, mesh = run.config, run.mesh
     loader = _loader(run.data.eval_examples, config, run.tokenizer, shuffle=False)
-    eval_step = jax.jit(mesh.within(make_eval_step(graphdef, loss)))
+    eval_step = jax.jit(mesh.bind(make_eval_step(graphdef, loss)))
 
     def batch(number: int) -> Batch[jax.Array]:
         return from_rows(partial(loader.eval_batch, number), loader.batch_size, mesh.batch_sharding())

@@ -1,7 +1,11 @@
 """What may stand in the adapter slot of a layer."""
 
+from collections.abc import Mapping
+
 import jax
 from flax import nnx
+
+from jaxft.nn.storage import StorageDims
 
 
 class Adapter(nnx.Module):
@@ -35,6 +39,10 @@ class Adapter(nnx.Module):
     def merged_bias(self, bias: jax.Array, at: tuple[int, ...] = ()) -> jax.Array:
         """The same of the bias, [*stack, O] or [O]."""
         return bias
+
+    def storage_dims(self) -> Mapping[str, StorageDims]:
+        """How the adapter's parameters are split over devices, by name; see `jaxft.nn.storage`."""
+        return {}
 
 
 def bind_shared(module: nnx.Module, arrays: object) -> None:

@@ -20,10 +20,11 @@ from jaxft.nn.attention.score_form import cap_scores
 from jaxft.nn.block import Block, BlockShape
 from jaxft.nn.experts.layer import MoEShape
 from jaxft.nn.experts.router_sums import RouterSums
-from jaxft.nn.linear import Embedding, Linear
+from jaxft.nn.linear import KERNEL_DIMS, Embedding, Linear
 from jaxft.nn.noise import add_noise
 from jaxft.nn.norm import NormShape, RMSNorm
 from jaxft.nn.partition import Dimensions
+from jaxft.nn.storage import StorageDims, storage_dims_of
 from jaxft.trees import flatten
 
 
@@ -268,8 +269,12 @@ class Decoder(nnx.Module):
                 return cap_scores(module.scores(hidden), softcap)
             return cap_scores(module(hidden).astype(jnp.float32), softcap)
 
-        stored = head.stored()
-        return SplitUnembed(logits, params, [stored[path] for path in flatten(params)[0]])
+        storage = storage_dims_of(head)
+        return SplitUnembed(logits, params, [storage[path].dims for path in flatten(params)[0]])
+
+    def storage_dims(self) -> dict[str, StorageDims]:
+        # By the vocabulary, as the loss uses it; if that does not divide, like any kernel.
+        return {} if self.lm_head is None else {"lm_head/kernel": StorageDims((None, "both"), KERNEL_DIMS["outputs"])}
 
     def init_cache(self, batch: int, length: int) -> kv.Cache:
         """An empty cache for `batch` rows of up to `length` tokens; layers with a window keep only that many."""

@@ -14,14 +14,15 @@ from jaxft.nn import partition
 from jaxft.nn.adapter import Adapter
 from jaxft.nn.frozen import frozen_product
 from jaxft.nn.partition import Dimensions
+from jaxft.nn.storage import StorageDims
 from jaxft.quant import QuantizedArray
 
 TPSide = Literal["inputs", "outputs"]  # the side of a kernel that the tensor axis splits
 # The dimensions of a kernel and a bias at rest and in use, for each side.
-STORED = {"outputs": ("weight", "tensor"), "inputs": ("tensor", "weight")}
+KERNEL_DIMS: dict[TPSide, Dimensions] = {"outputs": ("weight", "tensor"), "inputs": ("tensor", "weight")}
 WHOLE: dict[TPSide, Dimensions] = {"outputs": (None, "tensor"), "inputs": ("tensor", None)}
-BIAS_STORED = {"outputs": ("both",), "inputs": ("weight",)}
-TABLE_STORED, TABLE_WHOLE = ("tensor", "weight"), ("tensor", None)
+BIAS_DIMS: dict[TPSide, Dimensions] = {"outputs": ("both",), "inputs": ("weight",)}
+TABLE_DIMS, TABLE_WHOLE = ("tensor", "weight"), ("tensor", None)
 LOOKED_UP: Dimensions = ("replica", None, "weight")
 
 
@@ -34,13 +35,13 @@ def product(x: jax.Array, kernel: jax.Array | QuantizedArray, tp_side: TPSide) -
     if isinstance(kernel, QuantizedArray):
         return frozen_product(jnp.matmul, partial(_gathered, tp_side), x, kernel)
     if kernel.dtype == x.dtype:
-        return x @ partition.gathered(kernel, STORED[tp_side], WHOLE[tp_side])
+        return x @ partition.gathered(kernel, KERNEL_DIMS[tp_side], WHOLE[tp_side])
     return _wide_product(x, kernel, tp_side)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _wide_product(x: jax.Array, kernel: jax.Array, tp_side: TPSide) -> jax.Array:
-    return x @ partition.gathered(kernel.astype(x.dtype), STORED[tp_side], WHOLE[tp_side])
+    return x @ partition.gathered(kernel.astype(x.dtype), KERNEL_DIMS[tp_side], WHOLE[tp_side])
 
 
 def _wide_forward(x: jax.Array, kernel: jax.Array, tp_side: TPSide) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -51,9 +52,9 @@ def _wide_backward(
     tp_side: TPSide, residuals: tuple[jax.Array, jax.Array], grad: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     x, kernel = residuals
-    whole = partition.gathered(kernel.astype(x.dtype), STORED[tp_side], WHOLE[tp_side])
+    whole = partition.gathered(kernel.astype(x.dtype), KERNEL_DIMS[tp_side], WHOLE[tp_side])
     grad_kernel = jnp.einsum("...i,...o->io", x, grad, preferred_element_type=kernel.dtype)
-    return grad @ whole.T, partition.split(grad_kernel.astype(kernel.dtype), *STORED[tp_side])
+    return grad @ whole.T, partition.split(grad_kernel.astype(kernel.dtype), *KERNEL_DIMS[tp_side])
 
 
 _wide_product.defvjp(_wide_forward, _wide_backward)
@@ -61,7 +62,7 @@ _wide_product.defvjp(_wide_forward, _wide_backward)
 
 def _gathered(tp_side: TPSide, kernel: QuantizedArray) -> QuantizedArray:
     # Codes are sent, not dequantized weights: a quarter of the bytes.
-    return kernel.map_arrays(lambda part: partition.gathered(part, STORED[tp_side], WHOLE[tp_side]))
+    return kernel.map_arrays(lambda part: partition.gathered(part, KERNEL_DIMS[tp_side], WHOLE[tp_side]))
 
 
 class Linear(nnx.Module):
@@ -104,14 +105,13 @@ class Linear(nnx.Module):
             y = adapter(x, y, kernel, key)
         if self.bias is not None:
             bias = self.bias.get_value().astype(self.dtype)
-            y = y + partition.gathered(bias, BIAS_STORED[self.tp_side], WHOLE[self.tp_side][1:])
+            y = y + partition.gathered(bias, BIAS_DIMS[self.tp_side], WHOLE[self.tp_side][1:])
         if adapter is not None and not adapter.on_product:
             y = adapter(x, y, kernel, key)
         return y if self.keep is None else checkpoint_name(y, self.keep)
 
-    def stored(self) -> dict[str, tuple[partition.Dimension | None, ...]]:
-        """What the dimensions of every parameter are, stack axes left out, by its path from here."""
-        return _with_adapter({"kernel": STORED[self.tp_side], "bias": BIAS_STORED[self.tp_side]}, self.adapter)
+    def storage_dims(self) -> dict[str, StorageDims]:
+        return {"kernel": StorageDims(KERNEL_DIMS[self.tp_side]), "bias": StorageDims(BIAS_DIMS[self.tp_side])}
 
 
 class EmbeddingAdapter(Protocol):
@@ -139,16 +139,8 @@ class Embedding(nnx.Module):
 
     def scores(self, hidden: jax.Array) -> jax.Array:
         """hidden: [..., D] -> logits [..., V] float32."""
-        table = partition.gathered(self.embedding.get_value().astype(self.dtype), TABLE_STORED, TABLE_WHOLE)
+        table = partition.gathered(self.embedding.get_value().astype(self.dtype), TABLE_DIMS, TABLE_WHOLE)
         return jnp.einsum("...D,VD->...V", hidden.astype(self.dtype), table, preferred_element_type=jnp.float32)
 
-    def stored(self) -> dict[str, tuple[partition.Dimension | None, ...]]:
-        """What the dimensions of every parameter are, by its path from here."""
-        return _with_adapter({"embedding": TABLE_STORED}, self.adapter)
-
-
-def _with_adapter(
-    own: dict[str, tuple[partition.Dimension | None, ...]], adapter: Adapter | EmbeddingAdapter | None
-) -> dict[str, tuple[partition.Dimension | None, ...]]:
-    beside = {} if adapter is None else adapter.stored()
-    return own | {f"adapter/{path}": dimensions for path, dimensions in beside.items()}
+    def storage_dims(self) -> dict[str, StorageDims]:
+        return {"embedding": StorageDims(TABLE_DIMS)}

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxft.nn import partition
+from jaxft.nn.storage import StorageDims
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,3 +32,6 @@ class RMSNorm(nnx.Module):
         scale = partition.gathered(self.scale.get_value(), ("weight",), (None,)).astype(jnp.float32)
         inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.shape.eps)
         return (x32 * inverse * (1.0 + scale if self.shape.plus_one else scale)).astype(self.dtype)
+
+    def storage_dims(self) -> dict[str, StorageDims]:
+        return {"scale": StorageDims(("weight",))}

@@ -17,9 +17,11 @@ from jax.sharding import PartitionSpec as P
 # or inner units the tensor axis splits. stream: positions between layers, which the tensor axis splits too
 # (arXiv:2205.05198). weight: the side of a matrix that is gathered for use. both: a side that the tensor axis splits
 # and that is gathered. spread: a side of a small matrix, gathered over the tensor axis too. expert: experts.
-# expert_weight: the side of an expert's matrix that is gathered.
+# expert_weight: the side of an expert's matrix that is gathered. expert_both: a side of it that the tensor axis splits
+# and that is gathered.
 Dimension = Literal[
-    "batch", "replica", "sequence", "stream", "tensor", "weight", "both", "spread", "expert", "expert_weight"
+    "batch", "replica", "sequence", "stream", "tensor", "weight", "both", "spread", "expert", "expert_weight",
+    "expert_both",
 ]  # fmt: skip
 Dimensions = tuple[Dimension | None, ...]  # of an array, one a dimension; None: not split
 AXES: dict[Dimension, tuple[str, ...]] = {
@@ -31,6 +33,7 @@ AXES: dict[Dimension, tuple[str, ...]] = {
     "weight": ("fsdp", "expert", "context"),
     "expert": ("expert",),
     "expert_weight": ("fsdp", "context"),
+    "expert_both": ("fsdp", "context", "tensor"),
     "both": ("tensor", "fsdp", "expert", "context"),
     "spread": ("tensor", "fsdp", "expert", "context"),
 }

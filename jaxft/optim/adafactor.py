@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxft.optim.parameters import Kind, kind_of
+from jaxft.nn.param_kind import ParamKind, kind_of
 
 DECAY = 0.8  # at step t, earlier moments have the weight 1 - t^-0.8 (section 7.2)
 LARGEST = 1.0  # the largest root mean square of an update (section 6)
@@ -73,5 +73,5 @@ def _inverse_root(moment: Moment) -> jax.Array:
     return jax.lax.rsqrt(row)[..., None] * jax.lax.rsqrt(col)[..., None, :]
 
 
-def _rms(x: jax.Array, kind: Kind) -> jax.Array:
+def _rms(x: jax.Array, kind: ParamKind) -> jax.Array:
     return jnp.sqrt(jnp.mean(x**2, axis=kind.axes, keepdims=True))

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxft.optim.parameters import kind_of
+from jaxft.nn.param_kind import kind_of
 from jaxft.quant.dynamic import decode, encode
 
 BLOCK = 256
@@ -82,7 +82,7 @@ def scale_by_adam_8bit(*, b1: float, b2: float, eps: float) -> optax.GradientTra
 def uses_8_bits(path: str, x: jax.Array) -> bool:
     """Whether the moments of a parameter are stored in 8 bits."""
     kind = kind_of(path, x.ndim)
-    return kind.matrix and x.shape[-2] * x.shape[-1] >= SMALL and not path.endswith("embedding")
+    return kind.matrix and x.shape[-2] * x.shape[-1] >= SMALL and not kind.embedding
 
 
 def block_axis(path: str) -> int:

@@ -8,11 +8,12 @@ from optax.contrib import schedule_free
 
 from jaxft.config import AdamWConfig, OptimConfig
 from jaxft.errors import ConfigError
+from jaxft.nn.param_kind import kind_of
 from jaxft.optim.adafactor import scale_by_factors
 from jaxft.optim.apollo import is_projected, scale_by_apollo
+from jaxft.optim.by_path import by_path
 from jaxft.optim.eight_bit import scale_by_adam_8bit
 from jaxft.optim.muon import scale_by_orthogonal_momentum
-from jaxft.optim.parameters import by_path, is_hidden, kind_of
 from jaxft.optim.rates import scale_by_parameter
 from jaxft.optim.stochastic_rounding import moments_in_bfloat16
 from jaxft.trees import flatten
@@ -71,11 +72,11 @@ def make_optimizer(
             tx = optax.chain(decay, optax.trace(config.sgd.momentum), *after[1:])
         case "muon":
             muon = scale_by_orthogonal_momentum(config.muon.momentum)
-            tx = optax.chain(_with_adam(muon, lambda path, x: is_hidden(path, x.ndim), config.muon), *after)
+            tx = optax.chain(_with_adam(muon, lambda path, x: kind_of(path, x.ndim).hidden_matrix, config.muon), *after)
         case "apollo":
             own = config.apollo
             apollo = scale_by_apollo(rank=own.rank, b1=own.b1, b2=own.b2, eps=own.eps, seed=seed)
-            selects = lambda path, x: is_hidden(path, x.ndim) and is_projected(x, own.rank)  # noqa: E731
+            selects = lambda path, x: kind_of(path, x.ndim).hidden_matrix and is_projected(x, own.rank)  # noqa: E731
             tx = optax.chain(_with_adam(apollo, selects, own), *after)
         case "schedule_free_adamw":
             free = config.schedule_free_adamw

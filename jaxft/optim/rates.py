@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxft.optim.parameters import by_path, kind_of
+from jaxft.nn.param_kind import kind_of
+from jaxft.optim.by_path import by_path
 
 EMBEDDINGS = ("embed_tokens/", "prompt/")
 Factor = float | np.ndarray

@@ -20,11 +20,13 @@ from jaxft.hardware.sizes import ModelSizes, sizes_of
 from jaxft.hardware.topology import Topology, devices
 from jaxft.methods import method_of
 from jaxft.nn.decoder import Decoder
+from jaxft.nn.storage import storage_dims_of
 from jaxft.optim.make import make_schedule
 from jaxft.runs.build import abstract_of, check_experts, make_mesh, make_step, make_tx, start_state
 from jaxft.sharding.mesh import MeshPlan, auto_mesh, axis_sizes, fill_axes
 from jaxft.training.state import TrainState, divide
 from jaxft.training.step import Step
+from jaxft.trees import is_key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +153,8 @@ def sharded_step_of(
     else:
         mesh = _abstract_mesh(config, abstract_step.model, topology)
     mesh.check_batch(config.train.batch_size // config.train.accumulation_steps)
-    state = jax.tree.map(_with_sharding, abstract_step.state, mesh.shardings(abstract_step.state))
+    shardings = mesh.shardings(abstract_step.state, storage_dims_of(abstract_step.model))
+    state = jax.tree.map(_with_sharding, abstract_step.state, shardings)
     return ShardedStep(
         config=config,
         topology=topology,
@@ -241,10 +244,6 @@ def _with_sharding(leaf: Any, sharding: Any) -> Any:
 
 def _device_bytes(tree: Any) -> int:
     return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * (8 if _is_key(leaf) else leaf.dtype.itemsize)
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * (8 if is_key(leaf) else leaf.dtype.itemsize)
         for leaf in jax.tree.leaves(tree)
     )
-
-
-def _is_key(leaf: Any) -> bool:
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxft import models
 from jaxft.adapters import eva
 from jaxft.adapters.make import attach_adapter
-from jaxft.adapters.prompt import begin_as
+from jaxft.adapters.prompt import initialize_prompt
 from jaxft.checkpoint import hf
 from jaxft.checkpoint.hf import read_json
 from jaxft.checkpoint.load import LoadedModel, hf_config_of, load_model, open_weights, random_model, resolve
@@ -26,12 +26,12 @@ from jaxft.files.run_folder import BASE
 from jaxft.methods import method_of
 from jaxft.nn import stack
 from jaxft.nn.decoder import Decoder
+from jaxft.nn.storage import storage_dims_of
 from jaxft.optim.averages import with_average
 from jaxft.optim.make import make_optimizer
-from jaxft.sharding.arrays import put_global
 from jaxft.sharding.mesh import MeshPlan, auto_mesh, make_mesh_plan
 from jaxft.sharding.processes import on_primary
-from jaxft.sharding.rules import divisors
+from jaxft.sharding.specs import divisors
 from jaxft.training.state import TrainState, create
 from jaxft.training.step import Step, make_train_step
 
@@ -59,9 +59,11 @@ def build_model(config: RunConfig, mesh: MeshPlan | None = None, *, random_base:
         source = open_weights(resolve(path, model.revision))[1]
         loftq.initialize_loftq(loaded.module, source, start, jax.random.key(config.seed))
     if config.adapter.prompt_init_text is not None:
-        begin_as(loaded.module, load_tokenizer(path, revision=model.revision).encode(config.adapter.prompt_init_text))
+        initialize_prompt(
+            loaded.module, load_tokenizer(path, revision=model.revision).encode(config.adapter.prompt_init_text)
+        )
     if mesh is not None:
-        nnx.update(loaded.module, shard_tree(nnx.state(loaded.module), mesh))
+        mesh.shard_module(loaded.module)
     return loaded
 
 
@@ -121,7 +123,7 @@ def check_experts(model: Any, mesh: MeshPlan) -> None:
     if count > 1 and model.experts % count:
         raise ConfigError(
             f"mesh.expert={count} does not divide the model's {model.experts} experts: each device holds equally "
-            f"many. Set it to one of {divisors(model.experts)}."
+            f"many. Set it to one of {', '.join(map(str, divisors(model.experts)))}."
         )
 
 
@@ -154,7 +156,7 @@ def start_state(
     # Copies, because the step donates its state: an array in it twice could not be donated.
     method = jax.tree.map(jnp.copy, method_of(config).initial_state(config, state.trainable))
     state = state._replace(method=method)
-    return graphdef, state if mesh is None else shard_tree(state, mesh)
+    return graphdef, state if mesh is None else mesh.shard(state, storage_dims_of(model))
 
 
 def make_tx(config: RunConfig, model: Decoder, schedule: optax.Schedule) -> optax.GradientTransformation:
@@ -186,8 +188,3 @@ def _storage(config: RunConfig) -> str:
     # Trained weights are float32: full fine-tuning in bfloat16 would lose updates below its rounding.
     whole = config.adapter.kind == "none" and config.model.trainable is None
     return "float32" if whole else config.model.param_dtype
-
-
-def shard_tree(tree: Any, mesh: MeshPlan) -> Any:
-    """A pytree of arrays, put on the mesh's devices by their layouts."""
-    return jax.tree.map(put_global, tree, mesh.shardings(tree))

@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 from rich.console import Console
 
-from jaxft.adapters.attach import StartParam, adapters, virtual
+from jaxft.adapters.attach import StartParam, adapters, virtual_modules
 from jaxft.checkpoint import hf, peft
 from jaxft.checkpoint.load import LoadedModel, load_model
 from jaxft.checkpoint.resume import RunCheckpoints
@@ -114,7 +114,7 @@ def export_run(
     """The exports that a run's config asks for. Returns their folders' names and the checks."""
     out: dict[str, Any] = {}
     wanted = []
-    if adapters(loaded.module) or virtual(loaded.module):
+    if adapters(loaded.module) or virtual_modules(loaded.module):
         wanted += [("adapter", ADAPTER)] if config.export.adapter else []
         wanted += [("merged", MERGED)] if config.export.merged else []
     else:

@@ -153,7 +153,9 @@ def _fit(run: Run, loaded: LoadedModel, console: Console) -> dict[str, float]:
         if config.adapter.by_data and on_primary(checkpoints.latest_step) is None:
             console.print("directions in which the layers' inputs vary ...", highlight=False)
             key = jax.random.key(config.seed)
-            eva.begin(loaded.module, config.adapter.init_lora_weights, partial(device_batch, run), run.mesh, key)
+            eva.initialize_eva(
+                loaded.module, config.adapter.init_lora_weights, partial(device_batch, run), run.mesh, key
+            )
         graphdef, state = start_state(config, loaded.module, tx, run.mesh)
         restored = checkpoints.restore(saved_part(_shapes(state)))
         start, progress, held_out = 0, {}, {}
@@ -205,7 +207,7 @@ def _jitted_step(
     step = make_step(run.config, run.model, graphdef, tx, schedule)
     # Without these shardings XLA could lay the new state out differently, and the next step would be compiled again.
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    return jax.jit(run.mesh.within(step), donate_argnums=0, out_shardings=(shardings, None))
+    return jax.jit(run.mesh.bind(step), donate_argnums=0, out_shardings=(shardings, None))
 
 
 def _saver(

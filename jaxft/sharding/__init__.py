@@ -1,6 +1,5 @@
-"""Where arrays live: one mesh for every number of devices, path rules, multi-host start-up."""
+"""The device mesh, how arrays are split over it, and runs of several processes."""
 
 from jaxft.sharding.mesh import MeshPlan, make_mesh_plan
-from jaxft.sharding.rules import RULES, Rule
 
-__all__ = ["RULES", "MeshPlan", "Rule", "make_mesh_plan"]
+__all__ = ["MeshPlan", "make_mesh_plan"]

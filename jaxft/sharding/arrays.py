@@ -1,4 +1,4 @@
-"""Arrays over devices of several processes: in from each one's part, out to host memory."""
+"""Arrays over the devices of several processes: made from each process's part, and copied to host memory."""
 
 # B batch
 
@@ -12,29 +12,31 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
+from jaxft.trees import is_key
+
 
 def from_rows(make: Callable[[slice], Any], rows: int, sharding: NamedSharding) -> Any:
-    """A pytree of global arrays [B, ...], of which this process makes only the rows that its devices hold.
+    """A pytree of global arrays [B, ...]; this process makes only the rows that are on its own devices.
 
     make(slice): those rows as a pytree of numpy arrays. rows: B. sharding: splits B alone.
     """
-    where = sharding.addressable_devices_indices_map((rows,))
-    cuts = sorted({cut.indices(rows)[:2] for (cut,) in where.values()})
+    indices = sharding.addressable_devices_indices_map((rows,))
+    cuts = sorted({cut.indices(rows)[:2] for (cut,) in indices.values()})
     parts = {cut: make(slice(*cut)) for cut in cuts}
 
     def join(*leaves: np.ndarray) -> jax.Array:
-        held = dict(zip(parts, leaves, strict=True))
+        leaf_of = dict(zip(parts, leaves, strict=True))
         shape = (rows, *leaves[0].shape[1:])
-        return jax.make_array_from_callback(shape, sharding, lambda index: held[index[0].indices(rows)[:2]])
+        return jax.make_array_from_callback(shape, sharding, lambda index: leaf_of[index[0].indices(rows)[:2]])
 
     return jax.tree.map(join, *parts.values())
 
 
 def put_global(x: jax.Array, sharding: Sharding) -> jax.Array:
-    """x on a sharding that may reach over several processes. Where it is not there yet, all hold the same x."""
+    """Puts x on a sharding that may span processes. Every process must pass the same x."""
     if sharding.is_fully_addressable or not x.is_fully_addressable:
         return jax.device_put(x, sharding)
-    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+    if is_key(x):
         data = put_global(jax.random.key_data(x), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
     # device_put would compare the copies of all processes first, through the network.
@@ -43,9 +45,9 @@ def put_global(x: jax.Array, sharding: Sharding) -> jax.Array:
 
 
 def to_host(x: jax.Array) -> np.ndarray:
-    """The whole array in the host memory of every process; all must ask for it, in the same order.
+    """The whole array in the host memory of every process. All must call this, in the same order.
 
-    One that reaches over several processes is for this while whole on every device.
+    An array that spans processes is meanwhile whole on every device.
     """
     if x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)
@@ -55,27 +57,27 @@ def to_host(x: jax.Array) -> np.ndarray:
 def host_parts(
     x: jax.Array, bounds: Sequence[tuple[int, int]], dtype: Any
 ) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
-    """A block of an array in host memory, in as many parts as there are shards of it; each with its place in the block.
+    """A block of an array in host memory, as one part for each shard that has some of it: (index in the block, part).
 
-    bounds: (start, stop) along every axis. dtype: what it is cast to, on the devices. No copy of it stays with `x`.
-    Where the array reaches over several processes, the block is one part, and for a while whole on every device and in
-    every process; all must ask for it, in the same order.
+    bounds: (start, stop) along every axis. dtype: cast to it on the devices. `x` keeps no copy of the block.
+    If the array spans processes, the block is one part, meanwhile whole on every device and in every process; all must
+    call this, in the same order.
     """
     if not x.is_fully_addressable:
-        whole = _gathered(x, bounds, dtype)
+        whole = _gather_block(x, bounds, dtype)
         yield (slice(None),) * x.ndim, np.asarray(whole)
         return
     for shard in x.addressable_shards:
         offsets = [cut.indices(size)[0] for cut, size in zip(shard.index, x.shape, strict=True)]
-        low = [max(start, at) for (start, _), at in zip(bounds, offsets, strict=True)]
-        ends = [at + size for at, size in zip(offsets, shard.data.shape, strict=True)]
+        low = [max(start, offset) for (start, _), offset in zip(bounds, offsets, strict=True)]
+        ends = [offset + size for offset, size in zip(offsets, shard.data.shape, strict=True)]
         high = [min(stop, end) for (_, stop), end in zip(bounds, ends, strict=True)]
         if shard.replica_id or any(a >= b for a, b in zip(low, high, strict=True)):
             continue
-        starts = np.asarray([a - at for a, at in zip(low, offsets, strict=True)], np.int32)
+        starts = np.asarray([a - offset for a, offset in zip(low, offsets, strict=True)], np.int32)
         part = _cut(shard.data, starts, tuple(b - a for a, b in zip(low, high, strict=True)), np.dtype(dtype))
-        place = tuple(slice(a - at, b - at) for a, b, (at, _) in zip(low, high, bounds, strict=True))
-        yield place, np.asarray(part)
+        index = tuple(slice(a - start, b - start) for a, b, (start, _) in zip(low, high, bounds, strict=True))
+        yield index, np.asarray(part)
 
 
 @functools.partial(jax.jit, static_argnames=("sizes", "dtype"))
@@ -83,8 +85,8 @@ def _cut(x: jax.Array, starts: np.ndarray, sizes: tuple[int, ...], dtype: np.dty
     return jax.lax.dynamic_slice(x, starts, sizes).astype(dtype)
 
 
-def _gathered(x: jax.Array, bounds: Sequence[tuple[int, int]], dtype: Any) -> jax.Array:
-    # On an axis that is split the compiler must know the place, or it gathers all of that axis first. On others it need
+def _gather_block(x: jax.Array, bounds: Sequence[tuple[int, int]], dtype: Any) -> jax.Array:
+    # On an axis that is split the compiler must know the start, or it gathers all of that axis first. On others it need
     # not, and one program serves all layers.
     split = [local < size for local, size in zip(x.sharding.shard_shape(x.shape), x.shape, strict=True)]
     starts = np.asarray([0 if known else start for (start, _), known in zip(bounds, split, strict=True)], np.int32)

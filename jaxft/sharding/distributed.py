@@ -1,8 +1,8 @@
-"""jax.distributed: started once per process, even when there is only one, and asked whether it is time to leave.
+"""Start of jax.distributed, once per process and for a single process too, and its check for preemption.
 
-Without it a SIGTERM kills the process and `reached_preemption` is always False. With it JAX
-takes SIGTERM over: the process lives on until the training loop sees `reached_preemption` and
-leaves, so a phase that never asks (an export, say) ends only by SIGKILL.
+Without it a SIGTERM kills the process, and `reached_preemption` is always False. With it JAX handles SIGTERM: the
+process lives on until the training loop sees `reached_preemption` and leaves. A phase that never checks, such as an
+export, ends only by SIGKILL.
 """
 
 import itertools
@@ -17,7 +17,7 @@ from jaxft.errors import ConfigError
 
 HEARTBEAT_SECONDS = 100  # JAX's own default
 
-_times_asked = itertools.count(1)
+_check_numbers = itertools.count(1)
 
 
 def start(
@@ -26,15 +26,15 @@ def start(
     process_id: int | None = None,
     heartbeat_seconds: int = HEARTBEAT_SECONDS,
 ) -> bool:
-    """Initialise jax.distributed; False where that was done before.
+    """Initializes jax.distributed; returns False if it is initialized already.
 
-    coordinator: `host:port` of process 0. Give it with num_processes and process_id, or give none of
-    the three: then JAX finds them out on a TPU pod, SLURM, Open MPI or Kubernetes, and anywhere
-    else the run is a group of one process on a free local port.
-    heartbeat_seconds: after this long without a sign of life a process counts as dead and the
-    others abort (`jaxft.sharding.ending` makes a readable end of that).
-    Call it before anything touches a device. Raises ConfigError when that is too late, when only
-    some of the three are given, or for heartbeat_seconds below 1.
+    coordinator: `host:port` of process 0. Give it with num_processes and process_id, or give none of the three: then
+    JAX detects them on a TPU pod, SLURM, Open MPI or Kubernetes, and anywhere else the run is a single process on a
+    free local port.
+    heartbeat_seconds: after this long without a heartbeat a process counts as dead and the others abort
+    (`jaxft.sharding.ending` explains such an end).
+    Call it before anything uses a device. Raises ConfigError if that is too late, if only some of the three are given,
+    or for heartbeat_seconds below 1.
     """
     if jax.distributed.is_initialized():
         return False
@@ -49,7 +49,7 @@ def start(
     logging.getLogger("jax._src.distributed").setLevel(logging.ERROR)  # it warns of every proxy variable
     try:
         if coordinator is not None:
-            _past_proxies(coordinator.rpartition(":")[0])
+            _bypass_proxies(coordinator.rpartition(":")[0])
             jax.distributed.initialize(
                 coordinator,
                 num_processes,
@@ -58,7 +58,7 @@ def start(
                 heartbeat_timeout_seconds=heartbeat_seconds,
             )
         else:
-            _detect_or_alone(heartbeat_seconds)
+            _detect_or_single(heartbeat_seconds)
     except RuntimeError as error:
         if "must be called before" not in str(error):
             raise
@@ -71,23 +71,23 @@ def start(
 
 
 def reached_preemption() -> bool:
-    """Whether every process has agreed to save now and leave, because SIGTERM reached one of them.
+    """Whether all processes have agreed to save now and leave, because one of them received SIGTERM.
 
-    Ask after every step, on every process. Always False unless `start` ran.
+    Call it after every step, on every process. Always False unless `start` was called.
     """
-    # JAX has the processes agree on the highest number any of them has given, plus one. Before the first
-    # call that is one: a resumed run that gave its steps' numbers would never come to it, and a SIGTERM
-    # during restoring or compiling would be lost. So the calls are numbered, not the steps.
-    return reached_preemption_sync_point(next(_times_asked))
+    # JAX has the processes agree on the highest number that any of them has passed, plus one. Before the first call
+    # that is one: a resumed run that passed its steps' numbers would never come to it, and a SIGTERM during restoring
+    # or compiling would be lost. So the calls are numbered, not the steps.
+    return reached_preemption_sync_point(next(_check_numbers))
 
 
-def _detect_or_alone(heartbeat_seconds: int) -> None:
+def _detect_or_single(heartbeat_seconds: int) -> None:
     try:
         jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat_seconds)
     except ValueError as error:
         if "should be defined" not in str(error):
             raise
-        _past_proxies("127.0.0.1")
+        _bypass_proxies("127.0.0.1")
         address = f"127.0.0.1:{_free_port()}"
         jax.distributed.initialize(
             address,
@@ -99,7 +99,7 @@ def _detect_or_alone(heartbeat_seconds: int) -> None:
         )
 
 
-def _past_proxies(host: str) -> None:
+def _bypass_proxies(host: str) -> None:
     # gRPC sends even loopback through http_proxy, and would wait there for minutes.
     exempt = os.environ.get("no_grpc_proxy") or os.environ.get("no_proxy") or ""
     os.environ["no_grpc_proxy"] = ",".join(filter(None, [exempt, host]))

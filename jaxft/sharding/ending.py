@@ -1,4 +1,4 @@
-"""How several processes end together: none waits for one that is gone, and each says why it ends."""
+"""How several processes end together: none waits for one that is gone, and each reports why it ends."""
 
 import contextlib
 import ctypes
@@ -16,26 +16,27 @@ from jaxft.errors import Preempted
 from jaxft.sharding.processes import is_multi_process, store
 
 EXIT_PEER_LOST = 69  # EX_UNAVAILABLE of sysexits.h
-GRACE_SECONDS = 5.0  # for a process to meet by itself the error that another has told
-LOOK_SECONDS = 0.5  # between two looks at what was told
+GRACE_SECONDS = 5.0  # for a process to meet by itself the error that another has reported
+POLL_SECONDS = 0.5  # between two looks at what others have reported
 FAILED, LEFT = "jaxft/failed/", "jaxft/left/"
-# What the libraries of collective operations say when a connection is gone.
+# In the messages of the libraries of collective operations when a connection is gone.
 LOST = re.compile("Gloo|NCCL|UNAVAILABLE|[Cc]onnection")
-AGAIN = "The same command goes on from the newest checkpoint."
+RESUME_HINT = "The same command goes on from the newest checkpoint."
 
 Say = Callable[[str], None]
 Explain = Callable[[BaseException], int]
 
 
 @contextlib.contextmanager
-def ending_together(say: Say, explain: Explain) -> Iterator[None]:
-    """While it is entered, an error of one process ends all of them.
+def end_on_peer_error(say: Say, explain: Explain) -> Iterator[None]:
+    """Inside this context, an error of one process ends all of them.
 
-    This process's own error is explained and told to the others; one that another told is repeated here, and ends
-    this process with EXIT_PEER_LOST. A process that vanished (killed, out of memory, its machine gone) is noticed by
-    `jax.distributed` within its heartbeat, which aborts: then too a line is said, and the exit code is EXIT_PEER_LOST.
-    say: writes a line for people. explain: writes what an error means and gives the exit code. Preempted passes, since
-    all have agreed on it. With one process nothing of all this happens.
+    This process's own error is explained and reported to the others; an error that another process reported is repeated
+    here and ends this process with EXIT_PEER_LOST. A process that vanished (killed, out of memory, its machine gone) is
+    noticed by `jax.distributed` within its heartbeat, which aborts: then too a line is written, and the exit code is
+    EXIT_PEER_LOST.
+    say: writes a line for people. explain: writes what an error means and returns the exit code. Preempted passes,
+    since all processes have agreed on it. With one process the context does nothing.
     """
     if not is_multi_process():
         yield
@@ -44,7 +45,7 @@ def ending_together(say: Say, explain: Explain) -> Iterator[None]:
     watch = threading.Thread(target=_watch, args=(done, say), name="ending", daemon=True)
     watch.start()
     try:
-        with _speaking_abort(say):
+        with _explain_abort(say):
             try:
                 yield
             except Preempted:
@@ -60,40 +61,40 @@ def ending_together(say: Say, explain: Explain) -> Iterator[None]:
 def _fail(error: BaseException, say: Say, explain: Explain) -> None:
     if not (isinstance(error, jax.errors.JaxRuntimeError) and LOST.search(str(error))):
         _leave(f"{type(error).__name__}: {error}", explain(error))
-    # Another's end broke this process's connection. Where it told why, the watch says so and ends this process.
-    time.sleep(GRACE_SECONDS + 4 * LOOK_SECONDS)
+    # Another process's end broke this one's connection. If it reported why, the watch says so and ends this process.
+    time.sleep(GRACE_SECONDS + 4 * POLL_SECONDS)
     explain(error)
     reason = "it lost its connections, most likely because another process died or is far behind"
-    say(f"process {jax.process_index()} of {jax.process_count()} stops: {reason}. {AGAIN}")
+    say(f"process {jax.process_index()} of {jax.process_count()} stops: {reason}. {RESUME_HINT}")
     _leave(reason, EXIT_PEER_LOST)
 
 
 def _leave(reason: str, code: int) -> None:
-    """Ends this process at once, telling the others why. Process 0, where the store lives, goes last.
+    """Ends this process at once, reporting the reason to the others. Process 0, which has the store, goes last.
 
     The usual way out waits in `jax.distributed` for processes that wait for this one.
     """
     me = jax.process_index()
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # the store went with process 0: nobody is left to be told
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # the store went with process 0: nobody is left to read it
         store().key_value_set(f"{FAILED}{me}", reason)
         store().key_value_set(f"{LEFT}{me}", "")
         until = time.monotonic() + 2 * GRACE_SECONDS
         while me == 0 and time.monotonic() < until and len(store().key_value_dir_get(LEFT)) < jax.process_count():
-            time.sleep(LOOK_SECONDS)
+            time.sleep(POLL_SECONDS)
     _exit(code)
 
 
 def _watch(done: threading.Event, say: Say) -> None:
     me, count = jax.process_index(), jax.process_count()
-    while not done.wait(LOOK_SECONDS):
+    while not done.wait(POLL_SECONDS):
         try:
-            told = [(key.rsplit("/", 1)[-1], reason) for key, reason in store().key_value_dir_get(FAILED)]
+            failures = [(key.rsplit("/", 1)[-1], reason) for key, reason in store().key_value_dir_get(FAILED)]
         except jax.errors.JaxRuntimeError:
             return  # the store is gone, and jax.distributed aborts
-        if any(key == str(me) for key, _ in told):
+        if any(key == str(me) for key, _ in failures):
             return  # this process is on its way out
-        if told and not done.wait(GRACE_SECONDS):
-            who, reason = told[0]
+        if failures and not done.wait(GRACE_SECONDS):
+            who, reason = failures[0]
             say(f"process {me} of {count} stops, because process {who} did: {reason}")
             with contextlib.suppress(jax.errors.JaxRuntimeError):
                 store().key_value_set(f"{LEFT}{me}", "")
@@ -101,8 +102,8 @@ def _watch(done: threading.Event, say: Say) -> None:
 
 
 @contextlib.contextmanager
-def _speaking_abort(say: Say) -> Iterator[None]:
-    """While it is entered, an abort ends with a line and EXIT_PEER_LOST.
+def _explain_abort(say: Say) -> Iterator[None]:
+    """Inside this context, an abort writes a line and exits with EXIT_PEER_LOST.
 
     jax.distributed aborts from a thread of its own, and its callback for that case cannot be given from Python. A
     handler of Python's `signal` would wait for the main thread, which waits for the process that is gone.
@@ -111,7 +112,7 @@ def _speaking_abort(say: Say) -> Iterator[None]:
     def handle(number: int) -> None:
         say(
             f"process {jax.process_index()} of {jax.process_count()} was aborted, most likely because another process "
-            f"died or was cut off: see the lines above, and what the others said. {AGAIN}"
+            f"died or was cut off: see the lines above, and what the others said. {RESUME_HINT}"
         )
         _exit(EXIT_PEER_LOST)
 

@@ -1,7 +1,7 @@
-"""Several processes as one run: what process 0 does for all, and what all agree on.
+"""One run of several processes: work that process 0 does for all, and its result on all of them.
 
-They talk through the key-value store of `jax.distributed`, not through the devices: it waits for hours, needs no
-compiled program, and does not hang on a device that is gone.
+The processes communicate through the key-value store of `jax.distributed`, not through the devices: it can wait for
+hours, needs no compiled program, and does not hang on a device that is gone.
 """
 
 import itertools
@@ -16,11 +16,11 @@ from jaxft.errors import JaxftError
 
 _WAIT_MS = 24 * 3600 * 1000
 
-_calls = itertools.count()  # every process asks the same questions in the same order
+_calls = itertools.count()  # every process makes the same calls in the same order
 
 
 class PeerError(JaxftError):
-    """Process 0 met an error that a user can mend; every process raises it with the same words."""
+    """Process 0 met an error that a user can mend; the other processes raise it with the same message."""
 
 
 def is_multi_process() -> bool:
@@ -29,24 +29,24 @@ def is_multi_process() -> bool:
 
 
 def is_primary() -> bool:
-    """Whether this is process 0, which alone writes what is written once."""
+    """Whether this is process 0, which alone writes the files of a run."""
     return jax.process_index() == 0
 
 
 def on_primary(make: Callable[[], Any]) -> Any:
-    """What `make` gives in process 0 (JSON values), on every process. Only process 0 calls it; the others wait.
+    """Calls `make` in process 0 alone and returns its result, of JSON values, on every process.
 
-    Call it on every process, in the same order; what it does on disk is done when it returns. Raises on every
-    process the JaxftError that process 0 met: there as it was, elsewhere as a PeerError of the same words.
+    Call it on every process, in the same order; the others wait, and what `make` writes is on disk when they return.
+    Raises the JaxftError that process 0 met: there as it was, elsewhere as a PeerError with the same message.
     """
     if not is_multi_process():
         return make()
-    key = f"jaxft/agreed/{next(_calls)}"
+    key = f"jaxft/on_primary/{next(_calls)}"
     if not is_primary():
-        told = json.loads(store().blocking_key_value_get(key, _WAIT_MS))
-        if "error" in told:
-            raise PeerError(told["error"])
-        return told["value"]
+        outcome = json.loads(store().blocking_key_value_get(key, _WAIT_MS))
+        if "error" in outcome:
+            raise PeerError(outcome["error"])
+        return outcome["value"]
     try:
         value = make()
     except JaxftError as error:
@@ -57,5 +57,5 @@ def on_primary(make: Callable[[], Any]) -> Any:
 
 
 def store() -> Any:
-    """The key-value store that all processes share; it lives in process 0. There only where `several()`."""
+    """The key-value store that all processes share, kept by process 0. None before `distributed.start`."""
     return distributed.global_state.client

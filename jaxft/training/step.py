@@ -12,6 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxft.nn.decoder import Decoder
+from jaxft.nn.param_kind import kind_of
 from jaxft.objectives.loss import Loss, LossSums, MethodState
 from jaxft.training.state import TrainState
 from jaxft.trees import path_str
@@ -85,7 +86,7 @@ def rounded(trainable: nnx.State, dtype: DTypeLike) -> nnx.State:
     """Trainable parameters with the matrices of the model itself in `dtype`; norms and adapters stay as they are."""
 
     def cast(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
-        return x.astype(dtype) if path_str(path).rsplit("/", 1)[-1] in ("kernel", "embedding") else x
+        return x.astype(dtype) if kind_of(path_str(path), x.ndim).base_matrix else x
 
     return jax.tree_util.tree_map_with_path(cast, trainable)
 

@@ -7,7 +7,7 @@ from flax import nnx
 
 from jaxft import models
 from jaxft.adapters.attach import AdapterParam, adapters, attach, linears, merge
-from jaxft.adapters.lora import LoRASettings, beside
+from jaxft.adapters.lora import LoRASettings, lora_factory
 from jaxft.errors import ModelError
 from jaxft.trees import flatten
 
@@ -16,7 +16,7 @@ ATTENTION = {f"layers/0/self_attn/{name}_proj" for name in "qkvo"}
 MLP = {f"layers/0/mlp/{name}_proj" for name in ("gate", "up", "down")}
 
 
-make = beside(SETTINGS)
+make = lora_factory(SETTINGS)
 
 
 @pytest.fixture

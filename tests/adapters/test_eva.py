@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from jaxft import config as config_module
 from jaxft.adapters import eva
@@ -17,7 +18,7 @@ from jaxft.config import AdapterConfig, MeshConfig
 from jaxft.data.batch import Batch
 from jaxft.errors import ModelError
 from jaxft.runs import train as train_module
-from jaxft.runs.build import abstract_of, shard_tree
+from jaxft.runs.build import abstract_of
 from jaxft.sharding.arrays import put_global
 from jaxft.sharding.mesh import make_mesh_plan
 
@@ -47,9 +48,8 @@ def begun(folder, init="eva_niter_40", mesh=None, **settings):
     loaded = load_model(folder, mesh=mesh)
     adapter = AdapterConfig(**{"r": 4, "target_modules": TARGETS, "init_lora_weights": init} | settings)
     attach_adapter(loaded.module, adapter, 0)
-    state = shard_tree(train_module.nnx.state(loaded.module), mesh)
-    train_module.nnx.update(loaded.module, state)
-    eva.begin(loaded.module, init, lambda number: batch(number, mesh), mesh, jax.random.key(1))
+    mesh.shard_module(loaded.module)
+    eva.initialize_eva(loaded.module, init, lambda number: batch(number, mesh), mesh, jax.random.key(1))
     return loaded
 
 
@@ -154,16 +154,26 @@ def test_what_is_not_in_the_layers_is_refused_before_weights_are_read(targets, p
     adapter = AdapterConfig(r=4, target_modules=targets, init_lora_weights="eva")
     run = {"model": {"path": "m"}, "data": {"train": "t.jsonl", "max_length": 64}}
     run["adapter"] = dataclasses.asdict(adapter)
-    with pytest.raises(ModelError, match=f"eva' looks at the inputs of matrices within the layers, and {path} is none"):
+    with pytest.raises(ModelError, match=f"eva' needs the inputs of matrices within the layers, and {path} is not one"):
         abstract_of(sizes, config_module.resolve(run))
+
+
+def test_directions_of_a_large_model_fit_a_mesh_that_splits_weights():
+    """The sums of inputs, [32, 4096], are whole on every device although they are a big array."""
+    path = "layers/0/self_attn/q_proj/adapter"
+    dims = {f"{path}/{name}": storage for name, storage in eva.directions_storage("outputs").items()}
+    shapes = eva.Directions(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((32, 24, 4096), (32, 4096))))
+    shardings = make_mesh_plan(MeshConfig(fsdp=8)).shardings({path: shapes}, dims)[path]
+    assert shardings.lora_a.spec == P(None, None, "fsdp")
+    assert shardings.total.spec == P()
 
 
 def test_a_run_begins_so_and_goes_on_without(tmp_path, monkeypatch):
     less = {"eval.metric": None, "export.adapter": False, "export.merged": False, "train.steps": 2}
     more = {"output_dir": str(tmp_path), "adapter.init_lora_weights": "eva"}
     run = config_module.load("configs/quickstart.py:smoke", less | more)
-    looked, begin = [], eva.begin
-    monkeypatch.setattr(eva, "begin", lambda *given: (looked.append(given[1]), begin(*given)))
+    looked, initialize_eva = [], eva.initialize_eva
+    monkeypatch.setattr(eva, "initialize_eva", lambda *given: (looked.append(given[1]), initialize_eva(*given)))
     train_module.train(run)
     assert looked == ["eva"]
     train_module.train(run)

@@ -10,7 +10,7 @@ from flax import nnx
 
 from jaxft import models
 from jaxft.adapters.attach import AdapterParam, adapters, attach, merge
-from jaxft.adapters.lora import LoRA, LoRASettings, beside
+from jaxft.adapters.lora import LoRA, LoRASettings, lora_factory
 from jaxft.trees import flatten
 
 TOKENS = np.random.default_rng(0).integers(0, 259, (2, 12))
@@ -25,7 +25,7 @@ def with_lora(smoke_config, *, targets=("all-linear",), param_dtype="float32", u
     config = models.config_from_hf(smoke_config)
     module = models.random_model(config, seed=0, param_dtype=param_dtype)
     settings = LoRASettings(**{"r": 4, "alpha": 8.0} | settings)
-    attach(module, targets, beside(settings), jax.random.key(1))
+    attach(module, targets, lora_factory(settings), jax.random.key(1))
     for index, adapter in enumerate(adapters(module).values()):
         if not untrained:
             key = jax.random.key(index)

@@ -13,7 +13,7 @@ from jaxft.adapters.attach import adapters
 from jaxft.adapters.ia3 import attach_ia3
 from jaxft.adapters.make import attach_adapter
 from jaxft.adapters.prefix import attach_prefix
-from jaxft.adapters.prompt import attach_prompt, begin_as
+from jaxft.adapters.prompt import attach_prompt, initialize_prompt
 from jaxft.adapters.vera import VeRASettings, attach_vera
 from jaxft.config import AdapterConfig
 from jaxft.data.batch import Example
@@ -32,12 +32,12 @@ def test_a_prompt_begins_as_words(module):
     table = np.asarray(module.embed_tokens.embedding.get_value())
     rows = np.asarray(module.prompt.embeddings.get_value())
     assert len(np.unique(rows, axis=0)) == 5 and all((table == row).all(axis=1).any() for row in rows)
-    begin_as(module, [7, 11])
+    initialize_prompt(module, [7, 11])
     np.testing.assert_array_equal(module.prompt.embeddings.get_value(), table[[7, 11, 7, 11, 7]])
-    begin_as(module, list(range(9)))
+    initialize_prompt(module, list(range(9)))
     np.testing.assert_array_equal(module.prompt.embeddings.get_value(), table[:5])
     with pytest.raises(ModelError, match="adapter.prompt_init_text has no tokens"):
-        begin_as(module, [])
+        initialize_prompt(module, [])
 
 
 def test_a_prompt_of_words_computes_what_the_words_do(module):

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from jaxft.adapters.attach import attach
-from jaxft.adapters.lora import LoRASettings, beside
+from jaxft.adapters.lora import LoRASettings, lora_factory
 from jaxft.checkpoint import peft
 from jaxft.checkpoint.load import load_model
 from jaxft.conversion import targets as convert_targets
@@ -95,7 +95,7 @@ def test_the_same_greedy_answers_with_an_adapter(written, llama_cpp):
     before = ours(model, tokenizer, list(PROMPTS))
 
     def make(layer, key):
-        lora = beside(LoRASettings(r=4, alpha=8, use_rslora=True))(layer, key)
+        lora = lora_factory(LoRASettings(r=4, alpha=8, use_rslora=True))(layer, key)
         lora.lora_b.set_value(0.01 * jax.random.normal(key, lora.lora_b.get_value().shape))
         return lora
 

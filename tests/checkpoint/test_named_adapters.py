@@ -165,7 +165,7 @@ def test_other_kinds_side_by_side(tiny_llama):
         "other prompt": lambda m: attach_prompt(m, np.arange(2)),
     }.items():
         put(loaded.module)
-        named.hold(name, take(loaded.module))
+        named.add(name, take(loaded.module))
     for path in named["vera"].layers:
         named["vera"].layers[path].lambda_b.set_value(0.1 + named["vera"].layers[path].lambda_b.get_value())
     for part in named["ia3"].layers.values():

@@ -19,7 +19,8 @@ from jaxft.checkpoint.peft.lora import adapter_config_fields
 from jaxft.checkpoint.tensors import SafetensorsFolder, TensorSpec
 from jaxft.config import AdapterConfig, MeshConfig, resolve
 from jaxft.errors import CheckpointError, ModelError
-from jaxft.runs.build import abstract_of, shard_tree
+from jaxft.nn.storage import storage_dims_of
+from jaxft.runs.build import abstract_of
 from jaxft.sharding.mesh import make_mesh_plan
 from jaxft.training.state import divide
 
@@ -70,8 +71,9 @@ def gradient(mesh=None):
     compute = jax.value_and_grad(total)
     if mesh is None:
         return jax.jit(compute)(trainable, frozen, TOKENS)
-    given = shard_tree(trainable, mesh), shard_tree(frozen, mesh), jax.device_put(TOKENS, mesh.batch_sharding())
-    return jax.jit(mesh.within(compute))(*given)
+    trainable, frozen = mesh.shard((trainable, frozen), storage_dims_of(module_of()))
+    given = trainable, frozen, jax.device_put(TOKENS, mesh.batch_sharding())
+    return jax.jit(mesh.bind(compute))(*given)
 
 
 @pytest.mark.parametrize(

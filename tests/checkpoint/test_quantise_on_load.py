@@ -15,6 +15,7 @@ from jaxft.checkpoint.quantized import on_load as quantize_on_load
 from jaxft.config import MeshConfig
 from jaxft.errors import CheckpointError, ModelError
 from jaxft.nn.quantized import has_quantized_kernels, kernels, quantize
+from jaxft.nn.storage import storage_dims_of
 from jaxft.quant import FORMATS, dense
 from jaxft.quant.nibbles import unpack
 from jaxft.quant.scales import dense_scales
@@ -74,7 +75,7 @@ def test_eight_devices_hold_what_one_holds(folder, family):
     spread = load_model(folder(family), quantization="nf4-dq", mesh=mesh).module
     assert_same_kernels(spread, load_model(folder(family), quantization="nf4-dq").module)
     lies = jax.tree.map(lambda leaf: leaf.sharding, nnx.state(spread))
-    assert lies == mesh.shardings(nnx.state(spread))
+    assert lies == mesh.shardings(nnx.state(spread), storage_dims_of(spread))
 
 
 def test_no_more_than_one_dense_layer_is_held(folder, monkeypatch):

@@ -8,9 +8,9 @@ import pytest
 
 from jaxft.checkpoint.resume import RunCheckpoints
 from jaxft.config import AdamWConfig, ApolloConfig, MeshConfig, OptimConfig, choices
+from jaxft.nn.storage import StorageDims
 from jaxft.optim.averages import with_average
 from jaxft.optim.make import make_optimizer
-from jaxft.runs.build import shard_tree
 from jaxft.sharding.mesh import make_mesh_plan
 
 SHAPES = {
@@ -19,6 +19,13 @@ SHAPES = {
         "0": {"mlp": {"down_proj": {"kernel": (2, 64, 64)}, "up_proj": {"kernel": (2, 64, 64), "bias": (2, 64)}}}
     },
     "norm": {"scale": (64,)},
+}
+DIMS = {
+    "embed_tokens/embedding": StorageDims(("tensor", "weight")),
+    "layers/0/mlp/down_proj/kernel": StorageDims(("tensor", "weight")),
+    "layers/0/mlp/up_proj/kernel": StorageDims(("weight", "tensor")),
+    "layers/0/mlp/up_proj/bias": StorageDims(("both",)),
+    "norm/scale": StorageDims(("weight",)),
 }
 KINDS = [*((name, "") for name in choices(OptimConfig, "name")), ("adamw", "bfloat16"), ("average", "")]
 
@@ -49,8 +56,8 @@ def bits(tree):
 @pytest.mark.parametrize(("name", "moments_dtype"), KINDS, ids=[" ".join(kind).strip() for kind in KINDS])
 def test_resumed_equals_uninterrupted(name, moments_dtype, tmp_path):
     tx, plan = optimizer(name, moments_dtype), make_mesh_plan(MeshConfig(fsdp=4, tensor=2))
-    params = shard_tree(drawn(0), plan)
-    state = shard_tree({"trainable": params, "opt_state": tx.init(params)}, plan)
+    params = plan.shard(drawn(0), DIMS)
+    state = plan.shard({"trainable": params, "opt_state": tx.init(params)}, DIMS)
     shardings = jax.tree.map(lambda x: x.sharding, state)
 
     @jax.jit
@@ -59,14 +66,14 @@ def test_resumed_equals_uninterrupted(name, moments_dtype, tmp_path):
         state = {"trainable": optax.apply_updates(state["trainable"], updates), "opt_state": opt_state}
         return jax.lax.with_sharding_constraint(state, shardings)
 
-    step = plan.within(step)
+    step = plan.bind(step)
     for number in (1, 2):
-        state = step(state, shard_tree(drawn(number), plan))
+        state = step(state, plan.shard(drawn(number), DIMS))
     with RunCheckpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(2, state, {})
         restored, _ = checkpoints.restore(jax.eval_shape(lambda: state))
     restored = jax.device_put(restored, shardings)
     assert bits(restored) == bits(state)
-    later = shard_tree(drawn(3), plan)
+    later = plan.shard(drawn(3), DIMS)
     assert bits(step(restored, later)) == bits(step(state, later))
     assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(state["trainable"]))

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxft import models
 from jaxft.adapters.attach import adapters, attach
-from jaxft.adapters.lora import LoRASettings, beside
+from jaxft.adapters.lora import LoRASettings, lora_factory
 from jaxft.assets import ASSETS
 from jaxft.checkpoint import peft as peft_format
 from jaxft.checkpoint.gguf.write import write_gguf_adapter
@@ -101,7 +101,7 @@ def trained(folder):
     loaded = load_model(str(folder))
     settings = LoRASettings(r=2, alpha=4.0)
     targets = ["all-linear"] if loaded.module.config.tie_word_embeddings else ["all-linear", "lm_head"]
-    attach(loaded.module, targets, beside(settings), jax.random.key(0))
+    attach(loaded.module, targets, lora_factory(settings), jax.random.key(0))
     for i, adapter in enumerate(adapters(loaded.module).values()):
         adapter.lora_b.set_value(0.1 * jax.random.normal(jax.random.key(i), adapter.lora_b.get_value().shape))
     return loaded

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from jaxft import cli, models
 from jaxft.adapters.attach import attach
-from jaxft.adapters.lora import LoRASettings, beside
+from jaxft.adapters.lora import LoRASettings, lora_factory
 from jaxft.assets import ASSETS
 from jaxft.checkpoint import hf, peft
 from jaxft.checkpoint.gguf import GGUFFile
@@ -53,7 +53,7 @@ def write_adapter(folder: Path, base: Path, *, use_rslora: bool = False) -> Path
     settings = LoRASettings(r=4, alpha=8, use_rslora=use_rslora)
 
     def make(layer, key):
-        lora = beside(settings)(layer, key)
+        lora = lora_factory(settings)(layer, key)
         lora.lora_b.set_value(0.1 * jax.random.normal(key, lora.lora_b.get_value().shape))
         return lora
 

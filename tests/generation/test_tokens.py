@@ -8,7 +8,7 @@ from flax import nnx
 from jax import monitoring
 
 from jaxft.adapters.attach import adapters, attach, merge
-from jaxft.adapters.lora import LoRASettings, beside
+from jaxft.adapters.lora import LoRASettings, lora_factory
 from jaxft.config import MeshConfig
 from jaxft.errors import ConfigError, DataError
 from jaxft.generation import engine
@@ -17,6 +17,7 @@ from jaxft.generation.tokens import generate_tokens
 from jaxft.models import config_from_hf
 from jaxft.models.tensor_map import iter_params
 from jaxft.nn.stack import group_layers
+from jaxft.nn.storage import storage_dims_of
 from jaxft.sharding.mesh import make_mesh_plan
 
 GREEDY = Sampling(max_new_tokens=32)
@@ -155,7 +156,7 @@ def test_callback_sees_every_token_in_order_and_can_end_a_row(model, prompts):
 def test_adapters_take_part(model, prompts):
     base = tokens(generate_tokens(model, prompts, sampling=GREEDY, slots=4))
     adapted, settings = nnx.clone(model), LoRASettings(r=4, alpha=8)
-    attach(adapted, ["all-linear"], beside(settings), jax.random.key(0))
+    attach(adapted, ["all-linear"], lora_factory(settings), jax.random.key(0))
     assert tokens(generate_tokens(adapted, prompts, sampling=GREEDY, slots=4)) == base
     for lora in adapters(adapted).values():
         lora.lora_b.set_value(lora.lora_b.get_value() + 0.1)
@@ -194,7 +195,7 @@ def test_eight_devices_equal_one(model, prompts):
         pytest.skip("needs 8 devices")
     plan = make_mesh_plan(MeshConfig(data=2, fsdp=4))
     graphdef, params = nnx.split(model)
-    split = nnx.merge(graphdef, jax.device_put(params, plan.shardings(params)))
+    split = nnx.merge(graphdef, jax.device_put(params, plan.shardings(params, storage_dims_of(model))))
     one = generate_tokens(model, prompts, sampling=DRAWN, slots=4)
     eight = generate_tokens(split, prompts, sampling=DRAWN, slots=4)
     assert tokens(eight) == tokens(one)

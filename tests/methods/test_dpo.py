@@ -102,7 +102,7 @@ def test_eight_devices_equal_one(rows, tmp_path, kind):
         graphdef, state = start_state(one, module, tx, mesh)
         # Away from the reference, so that the loss has something to say.
         moved = jax.tree.map(lambda x: x + 0.02 * jnp.cos(jnp.arange(x.size)).reshape(x.shape), state.trainable)
-        step = jax.jit(mesh.within(make_step(one, model, graphdef, tx, schedule)))
+        step = jax.jit(mesh.bind(make_step(one, model, graphdef, tx, schedule)))
         outcomes.append(step(state._replace(trainable=moved), jax.device_put(batch, mesh.batch_sharding())))
     (state, metrics), (other, other_metrics) = outcomes
     assert abs(metrics["rewards/margins"]) > 1e-4

@@ -12,7 +12,7 @@ from flax import nnx
 
 from jaxft import models
 from jaxft.adapters.attach import adapters, attach
-from jaxft.adapters.lora import LoRASettings, beside
+from jaxft.adapters.lora import LoRASettings, lora_factory
 from jaxft.checkpoint import peft as peft_format
 from jaxft.checkpoint.hf import param_tensors, write_weights
 from jaxft.checkpoint.load import load_model
@@ -216,7 +216,7 @@ def test_eight_devices_equal_one(case):
         return module.unembed(module(tokens_BS)[0])
 
     rows = np.tile(TOKENS, (4, 1))  # as many as the mesh splits
-    got = jax.jit(mesh.within(logits))(state, jax.device_put(rows, mesh.batch_sharding()))
+    got = jax.jit(mesh.bind(logits))(state, jax.device_put(rows, mesh.batch_sharding()))
     np.testing.assert_allclose(got, np.tile(case.ours.logits(TOKENS), (4, 1, 1)), rtol=0, atol=1e-5)
 
 
@@ -224,7 +224,7 @@ def test_adapters_on_every_linear_layer_mean_the_same_to_peft(case, tmp_path):
     peft = pytest.importorskip("peft")
     loaded = load_model(case.folder)
     settings = LoRASettings(r=2, alpha=4.0)
-    attach(loaded.module, ["all-linear"], beside(settings), jax.random.key(0))
+    attach(loaded.module, ["all-linear"], lora_factory(settings), jax.random.key(0))
     for i, adapter in enumerate(adapters(loaded.module).values()):
         adapter.lora_b.set_value(0.1 * jax.random.normal(jax.random.key(i), adapter.lora_b.get_value().shape))
     peft_format.write_adapter(loaded.module, str(tmp_path), base=case.folder)

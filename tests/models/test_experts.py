@@ -12,13 +12,14 @@ from jax.sharding import PartitionSpec as P
 
 from jaxft import models
 from jaxft.adapters.attach import attach
-from jaxft.adapters.lora import LoRASettings, beside
+from jaxft.adapters.lora import LoRASettings, lora_factory
 from jaxft.assets import ASSETS
 from jaxft.checkpoint.hf import hf_shape, param_tensors, read_blocks
 from jaxft.checkpoint.load import shardings_by_path
 from jaxft.checkpoint.tensors import TensorSpec
 from jaxft.config import MeshConfig
 from jaxft.errors import ConfigError, ModelError
+from jaxft.nn.storage import storage_dims_of
 from jaxft.sharding.mesh import make_mesh_plan
 from jaxft.trees import flatten
 
@@ -89,7 +90,7 @@ def test_experts_are_split_along_their_axis_and_the_model_dimension(mesh, expert
     assert specs["layers/0/self_attn/q_proj/kernel"] == P(None, dense)
 
 
-def test_experts_that_do_not_divide_are_refused_by_the_rules():
+def test_experts_that_do_not_divide_are_refused():
     model = models.abstract_model(models.config_from_hf(MIXTRAL | {"num_local_experts": 6}))
     with pytest.raises(ConfigError, match=r"expert=4 does not divide dimension 1 = 6(.|\n)*one of 1, 2:"):
         shardings_by_path(model, make_mesh_plan(MeshConfig(expert=4)))
@@ -98,7 +99,7 @@ def test_experts_that_do_not_divide_are_refused_by_the_rules():
 def test_all_linear_leaves_experts_and_router_alone():
     model = models.random_model(models.config_from_hf(SMALL), seed=0)
 
-    make = beside(LoRASettings(r=2, alpha=4.0))
+    make = lora_factory(LoRASettings(r=2, alpha=4.0))
 
     names = [f"layers/0/self_attn/{name}_proj" for name in "koqv"]
     assert list(attach(model, ["all-linear"], make, jax.random.key(0))) == names
@@ -164,7 +165,7 @@ def test_gradients_on_eight_devices_are_those_on_one(wide, remat):
         model = nnx.merge(graphdef, state)
         return jnp.square(model.unembed(model(tokens)[0])).mean()
 
-    split = jax.device_put(state, plan.shardings(state))
+    split = jax.device_put(state, plan.shardings(state, storage_dims_of(wide)))
     rows = jax.device_put(tokens, NamedSharding(plan.mesh, P("fsdp")))
     grads, wanted = (flatten(jax.jit(jax.grad(loss))(*given))[0] for given in ((split, rows), (state, tokens)))
     for path in wanted:

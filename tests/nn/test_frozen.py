@@ -14,9 +14,10 @@ from jaxft.hardware.groups import collectives
 from jaxft.hardware.hlo import parse
 from jaxft.nn.linear import Linear
 from jaxft.nn.quantized import has_quantized_kernels, kernels
+from jaxft.nn.storage import storage_dims_of
 from jaxft.objectives.sft import sft_loss
 from jaxft.quant import FORMATS, QuantizedArray, dense
-from jaxft.runs.build import attach_adapter, shard_tree
+from jaxft.runs.build import attach_adapter
 from jaxft.sharding.mesh import make_mesh_plan
 from jaxft.training.state import divide
 
@@ -64,8 +65,9 @@ def gradient(model, mesh=None):
     compute = jax.value_and_grad(total)
     if mesh is None:
         return jax.jit(compute)(trainable, frozen, batch())
-    given = shard_tree(trainable, mesh), shard_tree(frozen, mesh), jax.device_put(batch(), mesh.batch_sharding())
-    return jax.jit(mesh.within(compute))(*given)
+    trainable, frozen = mesh.shard((trainable, frozen), storage_dims_of(model))
+    given = trainable, frozen, jax.device_put(batch(), mesh.batch_sharding())
+    return jax.jit(mesh.bind(compute))(*given)
 
 
 def assert_alike(found, expected):
@@ -102,7 +104,8 @@ def test_one_device_is_eight(family, axes):
 
 def test_codes_and_scales_lie_like_their_kernel():
     mesh = make_mesh_plan(MeshConfig(fsdp=4, tensor=2))
-    plain, coded = (mesh.shardings(nnx.state(model_of("llama", format))) for format in (None, "nf4-dq"))
+    models = [model_of("llama", format) for format in (None, "nf4-dq")]
+    plain, coded = (mesh.shardings(nnx.state(model), storage_dims_of(model)) for model in models)
     for name in ("q_proj", "o_proj"):
         wanted = plain["layers"][0]["self_attn"][name]["kernel"].get_value().spec
         value = coded["layers"][0]["self_attn"][name]["kernel"].get_value()
@@ -112,13 +115,15 @@ def test_codes_and_scales_lie_like_their_kernel():
 def test_codes_travel_and_not_what_they_mean():
     """Of a step split over fsdp, everything gathered with the size of a kernel is whole numbers."""
     mesh = make_mesh_plan(MeshConfig(fsdp=8))
-    graphdef, trainable, frozen = divide(model_of("llama", "nf4", remat="full"))
+    model = model_of("llama", "nf4", remat="full")
+    graphdef, trainable, frozen = divide(model)
 
     def total(trainable, frozen, rows):
         return sft_loss(nnx.merge(graphdef, trainable, frozen), rows, None).total
 
-    given = shard_tree(trainable, mesh), shard_tree(frozen, mesh), jax.device_put(batch(), mesh.batch_sharding())
-    text = jax.jit(mesh.within(jax.grad(total))).lower(*given).compile().as_text()
+    trainable, frozen = mesh.shard((trainable, frozen), storage_dims_of(model))
+    given = trainable, frozen, jax.device_put(batch(), mesh.batch_sharding())
+    text = jax.jit(mesh.bind(jax.grad(total))).lower(*given).compile().as_text()
     gathered = [array for array, _ in collectives(parse(text), "all-gather", 8)]
     # Seven kernels forward and seven backward, in one body of a loop each.
     assert sum(array.dtype == "u8" for array in gathered) >= 14

@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxft.config import MeshConfig
-from jaxft.nn.linear import STORED, product
+from jaxft.nn.linear import KERNEL_DIMS, product
 from jaxft.sharding.mesh import make_mesh_plan
 
 
@@ -29,8 +29,8 @@ def test_the_gradient_of_a_wide_kernel_is_not_rounded(tp_side, axes):
     if axes is not None:
         plan = make_mesh_plan(MeshConfig(**axes))
         axes_of = {"weight": "fsdp", "tensor": "tensor"}
-        kernel = jax.device_put(kernel, NamedSharding(plan.mesh, P(*map(axes_of.get, STORED[tp_side]))))
-        step = plan.within(pulled)
+        kernel = jax.device_put(kernel, NamedSharding(plan.mesh, P(*map(axes_of.get, KERNEL_DIMS[tp_side]))))
+        step = plan.bind(pulled)
     y, grad_x, grad_kernel = jax.jit(step)(kernel)
     assert (y.dtype, grad_x.dtype, grad_kernel.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
     # Products of bfloat16 are exact in float32, so only the order of the sum differs.

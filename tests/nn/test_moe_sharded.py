@@ -7,14 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from jaxft.config import MeshConfig
 from jaxft.hardware.groups import collectives
 from jaxft.hardware.hlo import parse
 from jaxft.nn.experts.layer import MoE, MoEShape
 from jaxft.nn.experts.sharded import divides
+from jaxft.nn.storage import storage_dims_of
 from jaxft.sharding.mesh import make_mesh_plan
 
 MESHES = {
@@ -44,11 +43,8 @@ def value_and_grads(moe):
 def on_mesh(moe, plan, x_BSD):
     """(compiled value and gradients, its arguments on their devices)."""
     step, state = value_and_grads(moe)
-    stacked = {"mlp": jax.tree.map(lambda x: x[None], state)}  # the rules are for stacks of layers
-    specs = jax.tree.map(lambda sharding: P(*sharding.spec[1:]), plan.shardings(stacked))["mlp"]
-    state = jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(plan.mesh, spec)), state, specs)
-    args = state, jax.device_put(x_BSD, plan.batch_sharding())
-    return jax.jit(plan.within(step)).lower(*args).compile(), args
+    args = plan.shard(state, storage_dims_of(moe)), jax.device_put(x_BSD, plan.batch_sharding())
+    return jax.jit(plan.bind(step)).lower(*args).compile(), args
 
 
 def assert_same(got, wanted):
@@ -115,6 +111,6 @@ def test_more_choices_than_experts_of_a_device_and_a_width_that_does_not_divide(
 def test_a_mesh_is_in_sight_only_where_its_devices_get_equal_rows():
     plan = make_mesh_plan(MESHES["expert4_fsdp2"])
     assert not divides((8, 3, 16))
-    assert plan.within(divides)((8, 3, 16))
-    assert not plan.within(divides)((6, 3, 16))
-    assert not make_mesh_plan(MeshConfig(), jax.devices()[:1]).within(divides)((8, 3, 16))
+    assert plan.bind(divides)((8, 3, 16))
+    assert not plan.bind(divides)((6, 3, 16))
+    assert not make_mesh_plan(MeshConfig(), jax.devices()[:1]).bind(divides)((8, 3, 16))

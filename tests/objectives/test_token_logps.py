@@ -70,8 +70,8 @@ def test_eight_devices_equal_one(vocab, argnums):
     head, *rows = data
     everywhere = jax.sharding.NamedSharding(plan.mesh, jax.sharding.PartitionSpec())
     given = (jax.device_put(head, everywhere), *jax.device_put(rows, plan.batch_sharding()))
-    assert_close(jax.jit(plan.within(on_mesh))(*given), by_formula(*data))
-    ours = jax.jit(plan.within(with_gradient(on_mesh, argnums)))(*given)
+    assert_close(jax.jit(plan.bind(on_mesh))(*given), by_formula(*data))
+    ours = jax.jit(plan.bind(with_gradient(on_mesh, argnums)))(*given)
     assert_close(ours, with_gradient(by_formula, argnums)(*data))
 
 

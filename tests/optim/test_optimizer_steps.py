@@ -13,7 +13,8 @@ from jaxft.checkpoint.hf import read_json
 from jaxft.config import AdapterConfig, MeshConfig, OptimConfig, choices, resolve
 from jaxft.data.batch import Batch
 from jaxft.methods.sequences import evaluated_weights
-from jaxft.runs.build import attach_adapter, make_step, make_tx, shard_tree
+from jaxft.nn.storage import storage_dims_of
+from jaxft.runs.build import attach_adapter, make_step, make_tx
 from jaxft.sharding.mesh import make_mesh_plan
 from jaxft.training.state import create
 from jaxft.trees import flatten
@@ -57,9 +58,9 @@ def run(name, mesh=None, adapter="none", steps=STEPS, train=None, sft=None):
     if mesh is None:
         step = jax.jit(step)
     else:
-        state, batch = shard_tree(state, mesh), jax.device_put(batch, mesh.batch_sharding())
+        state, batch = mesh.shard(state, storage_dims_of(module)), jax.device_put(batch, mesh.batch_sharding())
         out = jax.tree.map(lambda x: x.sharding, state)
-        step = jax.jit(mesh.within(step), donate_argnums=0, out_shardings=(out, None))
+        step = jax.jit(mesh.bind(step), donate_argnums=0, out_shardings=(out, None))
     losses = []
     for _ in range(steps):
         state, metrics = step(state, batch)

@@ -197,7 +197,7 @@ def test_the_command_gives_json_and_refuses(capsys):
     assert json.loads(capsys.readouterr().out)["chips"] == 8
     # The process of its own passes its refusals on.
     assert cli.main(["plan", f"--config={FULL}", "--topology=h100:8", "--config.train.batch_size=12"]) == 2
-    assert "do not divide over 8 devices" in capsys.readouterr().err
+    assert "are not divisible by 8 devices" in capsys.readouterr().err
 
 
 def test_tables_show_what_is_known_and_what_is_not():

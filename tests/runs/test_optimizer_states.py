@@ -11,9 +11,10 @@ from jax.sharding import AbstractMesh
 
 from jaxft.assets import ASSETS
 from jaxft.config import OptimConfig, choices, resolve
+from jaxft.nn.storage import storage_dims_of
 from jaxft.runs.build import abstract_of, make_tx
 from jaxft.sharding.mesh import MeshPlan
-from jaxft.sharding.rules import BIG
+from jaxft.sharding.specs import BIG
 from jaxft.training.state import create
 from jaxft.trees import flatten
 
@@ -34,7 +35,7 @@ def plan_of(axes):
 
 @functools.cache
 def state_of(stem, name, adapter="none", r=16, ema_decay=None):
-    """The abstract train state of a run."""
+    """(the abstract train state of a run, how its parameters are split)."""
     hf_config = json.loads((ASSETS / "published" / f"{stem}.json").read_text(encoding="utf-8"))
     config = resolve(
         {
@@ -48,7 +49,7 @@ def state_of(stem, name, adapter="none", r=16, ema_decay=None):
     model = abstract_of(hf_config, config)
     tx = make_tx(config, model, lambda step: 1e-4)
     graphdef, parameters = nnx.split(model)
-    return jax.eval_shape(lambda p: create(nnx.merge(graphdef, p), tx, 0)[1], parameters)
+    return jax.eval_shape(lambda p: create(nnx.merge(graphdef, p), tx, 0)[1], parameters), storage_dims_of(model)
 
 
 @pytest.mark.parametrize("axes", MESHES.values(), ids=MESHES)
@@ -57,8 +58,8 @@ def state_of(stem, name, adapter="none", r=16, ema_decay=None):
 def test_nothing_large_is_whole_on_every_device(model, name, axes):
     if "expert" in axes and model != "MoE":
         pytest.skip("no experts")
-    state = state_of(MODELS[model], name)
-    shardings = flatten(plan_of(axes).shardings(state))[0]
+    state, dims = state_of(MODELS[model], name)
+    shardings = flatten(plan_of(axes).shardings(state, dims))[0]
     shapes = flatten(state)[0]
     whole = {
         path: leaf.shape
@@ -78,8 +79,8 @@ def test_nothing_large_is_whole_on_every_device(model, name, axes):
 @pytest.mark.parametrize("axes", [MESHES["fsdp"], MESHES["fsdp, tensor"]], ids=["fsdp", "fsdp, tensor"])
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "apollo"])
 def test_of_adapters_only_scales_may_be_whole(name, axes):
-    state = state_of(MODELS["8B"], name, "lora", 64)
-    shardings, shapes = flatten(plan_of(axes).shardings(state))[0], flatten(state)[0]
+    state, dims = state_of(MODELS["8B"], name, "lora", 64)
+    shardings, shapes = flatten(plan_of(axes).shardings(state, dims))[0], flatten(state)[0]
     whole = [
         path
         for path, leaf in shapes.items()
@@ -102,11 +103,11 @@ BYTES = {
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_bytes_a_parameter_of_an_8b_model(name):
-    assert kept(state_of(MODELS["8B"], name)) / 8_030_261_248 == pytest.approx(BYTES[name], abs=0.005)
+    assert kept(state_of(MODELS["8B"], name)[0]) / 8_030_261_248 == pytest.approx(BYTES[name], abs=0.005)
 
 
 def test_an_average_is_one_more_copy():
-    plain, averaged = (state_of(MODELS["8B"], "sgd", "lora", ema_decay=decay) for decay in (None, 0.99))
+    plain, averaged = (state_of(MODELS["8B"], "sgd", "lora", ema_decay=decay)[0] for decay in (None, 0.99))
     trained = 4 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(plain.trainable))
     assert kept(averaged) == kept(plain) + trained + 4
 

@@ -231,7 +231,7 @@ def test_a_process_that_fails_tells_the_others_why(victim: int, tmp_path: Path, 
 def test_what_all_refuse_is_refused_by_all(tmp_path: Path, cache: Path) -> None:
     with Group(tmp_path / "run", cache, 2, 2, **{"train.batch_size": 6}) as group:
         assert group.codes() == [EXIT_REFUSED] * 2
-    assert all("rows do not divide over 4 devices" in group.said(index) for index in range(2))
+    assert all("rows are not divisible by 4 devices" in group.said(index) for index in range(2))
 
 
 @pytest.mark.slow

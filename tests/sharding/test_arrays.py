@@ -67,7 +67,7 @@ def test_a_block_comes_to_the_host_from_its_shards_or_through_all_devices(bounds
     np.testing.assert_array_equal(out, wanted)
     assert there._npy_value is None
     # What several processes do.
-    np.testing.assert_array_equal(np.asarray(arrays._gathered(there, bounds, "bfloat16")), wanted)
+    np.testing.assert_array_equal(np.asarray(arrays._gather_block(there, bounds, "bfloat16")), wanted)
 
 
 def test_no_more_than_a_block_is_gathered_where_the_cut_axis_is_split() -> None:

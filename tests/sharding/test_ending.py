@@ -24,14 +24,14 @@ class Store:
 
 me = int(sys.argv[2])
 jax.process_count, jax.process_index = lambda: 2, lambda: me
-ending.store, ending.several = Store, lambda: True
-ending.GRACE_SECONDS, ending.LOOK_SECONDS = 0.3, 0.05
+ending.store, ending.is_multi_process = Store, lambda: True
+ending.GRACE_SECONDS, ending.POLL_SECONDS = 0.3, 0.05
 
 def explain(error):
     print("explained:", error, flush=True)
     return 2
 
-with ending.ending_together(lambda text: os.write(1, (text + "\\n").encode()), explain):
+with ending.end_on_peer_error(lambda text: os.write(1, (text + "\\n").encode()), explain):
     if sys.argv[1] == "abort":  # from a thread, as jax.distributed does, while the main thread waits
         threading.Thread(target=ctypes.CDLL(None).abort).start()
     elif sys.argv[1] == "told":

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxft import sharding
 from jaxft.config import MeshConfig
 from jaxft.errors import ConfigError
+from jaxft.nn.storage import StorageDims
 from jaxft.sharding.mesh import auto_mesh, make_mesh_plan
 
 ONE_EACH = {"slice": 1, "data": 1, "fsdp": 1, "expert": 1, "context": 1, "tensor": 1}
@@ -25,6 +26,13 @@ class State(NamedTuple):
     frozen: dict
     opt_state: tuple
     key: jax.Array
+
+
+DIMS = {
+    "layers/q_proj/kernel": StorageDims(("weight", "tensor")),
+    "layers/norm/scale": StorageDims(("weight",)),
+    "embed/embedding": StorageDims(("tensor", "weight")),
+}
 
 
 def init():
@@ -42,7 +50,7 @@ def test_one_device_is_a_mesh_of_one():
     plan = make_mesh_plan(MeshConfig(), jax.devices()[:1])
     assert plan.axes == ONE_EACH
     assert plan.batch_shards == 1
-    state = jax.device_put(init(), plan.shardings(init()))
+    state = plan.shard(init(), DIMS)
     assert state.trainable["layers"]["q_proj"]["kernel"].devices() == {jax.devices()[0]}
 
 
@@ -76,7 +84,8 @@ def test_any_ordered_axes_are_taken():
     assert plan.axes == {"data": 2, "fsdp": 2, "tensor": 2}
     assert plan.batch_shards == 4
     assert plan.batch_sharding().spec == P(("data", "fsdp"))
-    assert plan.shardings({"w": jnp.ones((4, 4))}, [("w", P("fsdp", "tensor"))])["w"].spec == P("fsdp", "tensor")
+    dims = {"w": StorageDims(("weight", "tensor"))}
+    assert plan.shardings({"w": jnp.ones((4, 4))}, dims)["w"].spec == P("fsdp", "tensor")
 
 
 @pytest.mark.parametrize(
@@ -97,7 +106,7 @@ def test_sizes_that_do_not_fit_are_refused(config, match):
 @pytest.mark.parametrize("concrete", [True, False])
 def test_the_whole_state_is_placed_moments_included(concrete):
     plan = make_mesh_plan(MeshConfig())
-    shardings = plan.shardings(init() if concrete else jax.eval_shape(init))
+    shardings = plan.shardings(init() if concrete else jax.eval_shape(init), DIMS)
     assert jax.tree.structure(shardings) == jax.tree.structure(jax.eval_shape(init))
     kernel = P(None, "fsdp")
     assert shardings.trainable["layers"]["q_proj"]["kernel"].spec == kernel
@@ -105,7 +114,6 @@ def test_the_whole_state_is_placed_moments_included(concrete):
     assert shardings.opt_state[0].nu["layers"]["q_proj"]["kernel"].spec == kernel
     assert shardings.frozen["embed"]["embedding"].spec == P(None, "fsdp")
     assert shardings.step.spec == shardings.key.spec == shardings.opt_state[0].count.spec == P()
-    assert plan.replicated().is_fully_replicated
 
 
 @pytest.mark.parametrize("config", [MeshConfig(), MeshConfig(data=2, fsdp=4), MeshConfig(data=8, fsdp=1)])
@@ -126,10 +134,10 @@ def test_a_step_on_8_devices_equals_a_step_on_one(config):
         return state._replace(trainable=optax.apply_updates(state.trainable, updates), opt_state=opt_state), value
 
     def run(plan):
-        shardings = plan.shardings(jax.eval_shape(init))
+        shardings = plan.shardings(jax.eval_shape(init), DIMS)
         state = jax.device_put(init(), shardings)
         batch = jax.device_put(tokens_BS, plan.batch_sharding())
-        state, value = jax.jit(step, out_shardings=(shardings, plan.replicated()))(state, batch)
+        state, value = jax.jit(step, out_shardings=(shardings, NamedSharding(plan.mesh, P())))(state, batch)
         return jax.device_get(state._replace(key=jax.random.key_data(state.key))), float(value)
 
     one, many = run(make_mesh_plan(MeshConfig(), jax.devices()[:1])), run(make_mesh_plan(config))
@@ -140,17 +148,17 @@ def test_a_step_on_8_devices_equals_a_step_on_one(config):
 def test_a_batch_that_does_not_divide_is_refused_with_numbers_that_do():
     plan = make_mesh_plan(MeshConfig())
     plan.check_batch(16)
-    with pytest.raises(ConfigError, match=r"batch_size .* = 12 rows do not divide over 8 devices.*Use 8 or 16 rows"):
+    with pytest.raises(ConfigError, match=r"batch_size .* = 12 rows are not divisible by 8 devices.*Use 8 or 16 rows"):
         plan.check_batch(12)
     with pytest.raises(ConfigError, match=r"eval rows = 3 .*Use 8 rows"):
         plan.check_batch(3, "eval rows")
 
 
-def test_the_error_of_a_rule_names_the_path_in_the_state():
+def test_the_error_names_the_path_in_the_state():
     plan = make_mesh_plan(MeshConfig())
     tree = {"trainable": {"layers": {"0": {"q_proj": {"kernel": jax.ShapeDtypeStruct((2, 4100, 64), jnp.float32)}}}}}
     with pytest.raises(ConfigError, match=r"trainable/layers/0/q_proj/kernel \[2, 4100, 64\].*fsdp=8"):
-        plan.shardings(tree)
+        plan.shardings(tree, {"layers/0/q_proj/kernel": StorageDims(("weight", "tensor"))})
 
 
 @pytest.mark.parametrize(
@@ -170,7 +178,9 @@ def test_auto_gives_rows_to_fsdp_and_shares_rows_by_heads_then_positions(devices
 
 
 def test_auto_refuses_what_it_finds_no_use_for():
-    with pytest.raises(ConfigError, match="no use for 16 devices in 1 slices with 1 rows of 1000 positions"):
+    with pytest.raises(
+        ConfigError, match="cannot use all 16 devices in 1 slices: no mesh divides 1 rows of 1000 positions"
+    ):
         auto_mesh(16, rows=1, heads=64, kv_heads=1, max_length=1000)
 
 
@@ -190,5 +200,7 @@ def test_heads_and_positions_must_divide():
     plan.check_sizes(heads=8, kv_heads=2, max_length=64)
     with pytest.raises(ConfigError, match=r"mesh\.tensor=4 does not divide 6 query heads.*one of 1, 3, 6\."):
         plan.check_sizes(heads=6, kv_heads=3, max_length=64)
-    with pytest.raises(ConfigError, match=r"data\.max_length=60 does not divide.*Use 64"):
+    with pytest.raises(
+        ConfigError, match=r"data\.max_length=60 is not divisible by mesh\.context=2 times mesh\.tensor=4.*Use 64"
+    ):
         plan.check_sizes(heads=8, kv_heads=2, max_length=60)

@@ -17,6 +17,7 @@ from jaxft.hardware.compile import ENVIRONMENT, compile_step
 from jaxft.hardware.costs import costs_of
 from jaxft.hardware.hlo import parse
 from jaxft.hardware.sizes import sizes_of
+from jaxft.nn.storage import storage_dims_of
 from jaxft.objectives.sft import sft_loss
 from jaxft.optim.make import make_optimizer, make_schedule
 from jaxft.runs.build import attach_adapter
@@ -64,13 +65,14 @@ def received(kind, gradient="bfloat16", family=SIZES, length=LENGTH, **axes):
         module = models.random_model(models.config_from_hf(family), seed=0, **types)
         attach_adapter(module, AdapterConfig(kind=kind, r=8), 0)
         made["graphdef"], state = create(module, tx, 0)
+        made["dims"] = storage_dims_of(module)
         return state
 
     def placed(x, sharding):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     shapes = jax.eval_shape(start)
-    state = jax.tree.map(placed, shapes, plan.shardings(shapes))
+    state = jax.tree.map(placed, shapes, plan.shardings(shapes, made["dims"]))
     whole, weights = np.zeros((ROWS, length), np.int32), np.zeros((ROWS, length), np.float32)
     batch = jax.tree.map(lambda x: placed(x, plan.batch_sharding()), Batch(whole, whole, weights, whole, whole))
     step = make_train_step(made["graphdef"], sft_loss, tx, schedule, gradient_dtype=jnp.dtype(gradient))

@@ -13,12 +13,12 @@ from jaxft.adapters.attach import AdapterParam, merge
 from jaxft.adapters.make import attach_adapter
 from jaxft.config import AdapterConfig, MeshConfig, OptimConfig
 from jaxft.data.loader import Loader
+from jaxft.nn.param_kind import kind_of
+from jaxft.nn.storage import storage_dims_of
 from jaxft.nn.virtual import virtual_ids
 from jaxft.objectives.sft import sft_loss
 from jaxft.optim.make import make_optimizer, make_schedule
-from jaxft.optim.parameters import is_hidden
 from jaxft.optim.rates import scale_by_parameter
-from jaxft.runs.build import shard_tree
 from jaxft.sharding.mesh import make_mesh_plan
 from jaxft.training.state import create, divide
 from jaxft.training.step import make_train_step
@@ -58,8 +58,9 @@ def gradient(kind, batch, mesh=None):
     compute = jax.grad(total, has_aux=True)
     if mesh is None:
         return jax.jit(compute)(trainable, frozen, batch)
-    given = shard_tree(trainable, mesh), shard_tree(frozen, mesh), jax.device_put(batch, mesh.batch_sharding())
-    return jax.jit(mesh.within(compute))(*given)
+    trainable, frozen = mesh.shard((trainable, frozen), storage_dims_of(module_of(kind)))
+    given = trainable, frozen, jax.device_put(batch, mesh.batch_sharding())
+    return jax.jit(mesh.bind(compute))(*given)
 
 
 def assert_gradients_same(ours, expected):
@@ -114,8 +115,9 @@ def test_steps_lower_the_loss_and_leave_the_rest_alone(kind):
 
 
 def test_rows_of_virtual_tokens_are_no_hidden_matrices():
-    assert not is_hidden("prompt/embeddings", 2) and not is_hidden("layers/0/self_attn/prefix/keys", 3)
-    assert is_hidden("layers/0/self_attn/q_proj/kernel", 3)
+    assert not kind_of("prompt/embeddings", 2).hidden_matrix
+    assert not kind_of("layers/0/self_attn/prefix/keys", 3).hidden_matrix
+    assert kind_of("layers/0/self_attn/q_proj/kernel", 3).hidden_matrix
     tx = scale_by_parameter(loraplus_lr_ratio=None, layer_decay=0.5, stacks=((0, 1),))
     updates = {"prompt/embeddings": np.ones((4, 8), np.float32)}
     scaled, _ = tx.update(updates, tx.init(updates), updates)

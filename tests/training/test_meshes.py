@@ -14,9 +14,10 @@ from jaxft.assets import ASSETS
 from jaxft.checkpoint.hf import read_json
 from jaxft.config import AdapterConfig, MeshConfig
 from jaxft.data.batch import Batch
+from jaxft.nn.storage import storage_dims_of
 from jaxft.objectives import vocabulary
 from jaxft.objectives.sft import sft_loss
-from jaxft.runs.build import attach_adapter, shard_tree
+from jaxft.runs.build import attach_adapter
 from jaxft.sharding.mesh import make_mesh_plan
 from jaxft.training.state import divide
 
@@ -78,7 +79,8 @@ def packed_batch(vocab, rows=8, length=16):
 
 
 def loss_and_gradient(vocab, kind, mesh=None):
-    graphdef, trainable, frozen = divide(module_of(vocab, kind))
+    module = module_of(vocab, kind)
+    graphdef, trainable, frozen = divide(module)
     batch = packed_batch(vocab)
 
     def total(trainable, frozen, batch):
@@ -89,8 +91,9 @@ def loss_and_gradient(vocab, kind, mesh=None):
     if mesh is None:
         (_, sums), grad = jax.jit(compute)(trainable, frozen, batch)
         return sums, grad
-    given = shard_tree(trainable, mesh), shard_tree(frozen, mesh), jax.device_put(batch, mesh.batch_sharding())
-    (_, sums), grad = jax.jit(mesh.within(compute))(*given)
+    trainable, frozen = mesh.shard((trainable, frozen), storage_dims_of(module))
+    given = trainable, frozen, jax.device_put(batch, mesh.batch_sharding())
+    (_, sums), grad = jax.jit(mesh.bind(compute))(*given)
     return sums, grad
 
 

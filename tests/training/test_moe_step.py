@@ -13,10 +13,10 @@ from jaxft.config import AdamWConfig, MeshConfig, OptimConfig
 from jaxft.data.batch import Batch
 from jaxft.hardware.groups import collectives
 from jaxft.hardware.hlo import parse
+from jaxft.nn.storage import storage_dims_of
 from jaxft.objectives.router import RouterCoefficients
 from jaxft.objectives.sft import sft_loss
 from jaxft.optim.make import make_optimizer, make_schedule
-from jaxft.runs.build import shard_tree
 from jaxft.sharding.mesh import make_mesh_plan
 from jaxft.training.state import create
 from jaxft.training.step import make_train_step
@@ -72,9 +72,9 @@ def on_one_device():
 def test_eight_devices_equal_one(mesh, remat):
     plan = make_mesh_plan(mesh)
     step, start = setup(SIZES, remat=remat)
-    state = shard_tree(start(), plan)
+    state = plan.shard(start(), storage_dims_of(models.abstract_model(models.config_from_hf(SIZES))))
     batch = jax.device_put(make_batch(), plan.batch_sharding())
-    out, metrics = jax.jit(plan.within(step))(state, batch)
+    out, metrics = jax.jit(plan.bind(step))(state, batch)
     expected, expected_metrics = on_one_device()
     assert metrics["load_balancing_loss"] > 2
     for name in expected_metrics:
@@ -95,14 +95,15 @@ def test_the_step_compiles_for_a_tpu_slice(monkeypatch):
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
     plan = make_mesh_plan(MeshConfig(fsdp=2, expert=4), devices)
     step, start = setup(SIZES | {"hidden_size": 128, "intermediate_size": 128}, dtype="bfloat16", remat="full")
-    shapes = jax.eval_shape(start)
+    shapes, dims = jax.eval_shape(start), storage_dims_of(models.abstract_model(models.config_from_hf(SIZES)))
+    shardings = plan.shardings(shapes, dims)
     state = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, plan.shardings(shapes)
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, shardings
     )
     batch = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=plan.batch_sharding()), make_batch(length=40)
     )
-    text = jax.jit(plan.within(step), donate_argnums=0).lower(state, batch).compile().as_text()
+    text = jax.jit(plan.bind(step), donate_argnums=0).lower(state, batch).compile().as_text()
     # The rows of four places along `expert`, 40 each, and nothing larger.
     gathered = [array for array, _ in collectives(parse(text), "all-gather", 8)]
     assert any(array.dtype == "bf16" and array.dims[-2:] == (160, 128) for array in gathered)

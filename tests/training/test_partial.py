@@ -14,10 +14,10 @@ from jaxft.checkpoint.hf import param_tensors, read_json
 from jaxft.checkpoint.load import load_model
 from jaxft.config import MeshConfig, OptimConfig, resolve
 from jaxft.hardware.topology import parse
+from jaxft.nn.storage import storage_dims_of
 from jaxft.objectives.sft import sft_loss
 from jaxft.optim.make import make_optimizer, make_schedule
 from jaxft.planning.job import abstract_step_of, sharded_step_of
-from jaxft.runs.build import shard_tree
 from jaxft.sharding.mesh import make_mesh_plan
 from jaxft.training.state import create, divide
 from jaxft.training.step import make_train_step
@@ -35,9 +35,9 @@ def gradient(module, mesh=None):
         return sft_loss(nnx.merge(graphdef, trainable, frozen), batch, None).total
 
     if mesh is not None:
-        trainable, frozen = shard_tree(trainable, mesh), shard_tree(frozen, mesh)
+        trainable, frozen = mesh.shard((trainable, frozen), storage_dims_of(module))
         batch = jax.device_put(batch, mesh.batch_sharding())
-    compute = jax.jit(jax.grad(total) if mesh is None else mesh.within(jax.grad(total)))
+    compute = jax.jit(jax.grad(total) if mesh is None else mesh.bind(jax.grad(total)))
     grads = flatten(compute(trainable, frozen, batch))[0]
     table = param_tensors(module)
     return {piece.hf: np.asarray(grads[path][piece.at]) for path in grads for piece in table[path].pieces}

@@ -15,9 +15,10 @@ from jaxft.checkpoint.load import load_model
 from jaxft.config import AdamWConfig, AdapterConfig, MeshConfig, OptimConfig
 from jaxft.data.batch import Example
 from jaxft.data.loader import Loader
+from jaxft.nn.storage import storage_dims_of
 from jaxft.objectives.sft import sft_loss
 from jaxft.optim.make import make_optimizer, make_schedule
-from jaxft.runs.build import attach_adapter, shard_tree
+from jaxft.runs.build import attach_adapter
 from jaxft.sharding.mesh import make_mesh_plan
 from jaxft.training.state import create, divide
 from jaxft.training.step import make_eval_step, make_train_step
@@ -54,6 +55,12 @@ def base_model():
     return models.random_model(models.config_from_hf(hf | sizes), seed=0)
 
 
+def module_of(kind):
+    module = nnx.merge(*nnx.split(base_model()))
+    attach_adapter(module, ADAPTERS[kind], 0)
+    return module
+
+
 def setup(kind, *, accumulation_steps=1, dropout=0.0, optim=OPTIM):
     """(jitted step, state): the same start for the same kind."""
     module = nnx.merge(*nnx.split(base_model()))
@@ -73,9 +80,7 @@ def assert_same(a, b, atol):
 
 def gradient(kind, batch):
     """Sums of the loss and of its gradients over a batch."""
-    module = nnx.merge(*nnx.split(base_model()))
-    attach_adapter(module, ADAPTERS[kind], 0)
-    graphdef, trainable, frozen = divide(module)
+    graphdef, trainable, frozen = divide(module_of(kind))
 
     def total(trainable):
         sums = sft_loss(nnx.merge(graphdef, trainable, frozen), batch, None)
@@ -123,15 +128,16 @@ def test_eight_devices_equal_one(kind):
     batch, optim = make_batch(), OptimConfig(adamw=AdamWConfig(eps=1e-1), schedule="constant")
     step, start = setup(kind, optim=optim)
     expected, expected_metrics = step(start, batch)
+    dims = storage_dims_of(module_of(kind))
     for data, fsdp in {"full": [(2, 4)], "lora": [(8, 1), (1, 8), (2, 4)]}[kind]:
         plan = make_mesh_plan(MeshConfig(data=data, fsdp=fsdp))
         step, state = setup(kind, optim=optim)
-        state = shard_tree(state, plan)
+        state = plan.shard(state, dims)
         out, metrics = step(state, jax.device_put(batch, plan.batch_sharding()))
         assert_same(out.trainable, expected.trainable, 1e-6)
         assert_same(metrics, expected_metrics, 1e-5)
         # The step leaves every array where the plan put it, moments included.
-        wanted = jax.tree.leaves(plan.shardings(state))
+        wanted = jax.tree.leaves(plan.shardings(state, dims))
         for leaf, sharding in zip(jax.tree.leaves(out), wanted, strict=True):
             assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
 
@@ -149,7 +155,7 @@ def test_the_step_is_traced_and_compiled_once(caplog):
     attach_adapter(module, ADAPTERS["lora"], 0)
     plan = make_mesh_plan(MeshConfig(data=2, fsdp=4))
     graphdef, state = create(module, tx, seed=0)
-    state = shard_tree(jax.tree.map(jnp.copy, state), plan)
+    state = plan.shard(jax.tree.map(jnp.copy, state), storage_dims_of(module))
     step = jax.jit(make_train_step(graphdef, counted, tx, schedule), donate_argnums=0)
     losses = []
     with jax.log_compiles(), caplog.at_level("WARNING", logger="jax"):

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxft.adapters.attach import adapters, virtual
+from jaxft.adapters.attach import adapters, virtual_modules
 from jaxft.adapters.saved import train_whole
 from jaxft.checkpoint.hf import EMBEDDING, TIED_HEAD, param_tensors, read_json
 from jaxft.checkpoint.peft.folder import CONFIG, PREFIX, WEIGHTS, AdapterTensors, PeftSource, PeftTensor, saved_tensors
@@ -69,7 +69,7 @@ def check_writable(model: Decoder) -> None:
 
 
 def _only_kind(model: Decoder) -> ModuleType | None:
-    kind_names = sorted({adapter.peft_type for adapter in (adapters(model) | virtual(model)).values()})
+    kind_names = sorted({adapter.peft_type for adapter in (adapters(model) | virtual_modules(model)).values()})
     if len(kind_names) > 1:
         raise ModelError(f"the model has adapters of {' and '.join(kind_names)}: a PEFT folder holds one kind")
     return kinds()[kind_names[0]] if kind_names else None

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from jaxft.adapters.attach import adapters, key_of, slots
-from jaxft.adapters.lora import made, patterned
+from jaxft.adapters.lora import make_lora, settings_for
 from jaxft.adapters.lora_experts import ExpertLoRA
 from jaxft.adapters.low_rank import LoRASettings
 from jaxft.checkpoint.hf import TIED_HEAD
@@ -81,7 +81,7 @@ def read_settings(config: Mapping[str, Any]) -> LoRASettings:
 def settings_of(config: Mapping[str, Any], module: str) -> LoRASettings:
     """The settings of one module, named as in transformers, patterns included."""
     patterns = (config.get("rank_pattern") or {}, config.get("alpha_pattern") or {})
-    return patterned(read_settings(config), module, *patterns)
+    return settings_for(read_settings(config), module, *patterns)
 
 
 def normalize(
@@ -115,7 +115,7 @@ def attach_to(
     layers = dict(slots(model))
     for path, of_path in by_layer.items():
         if any(of_path.values()):
-            layers[path].adapter = made(layers[path], tuple(of_path.values()), key_of(jax.random.key(0), path))
+            layers[path].adapter = make_lora(layers[path], tuple(of_path.values()), key_of(jax.random.key(0), path))
     return named
 
 
@@ -184,8 +184,8 @@ def adapter_config_fields(model: Decoder) -> dict[str, Any]:
         ends.setdefault(module.rsplit(".", 1)[-1], []).append(module)
         adapter = attached.get(path)
         if adapter is not None and adapter.rank(piece.layer):
-            of_layers = getattr(adapter, "places", None)
-            by_module[module] = adapter.settings if of_layers is None else of_layers[piece.layer]
+            stack_settings = getattr(adapter, "stack_settings", None)
+            by_module[module] = adapter.settings if stack_settings is None else stack_settings[piece.layer]
             if isinstance(adapter, ExpertLoRA) and len(piece.at) == 1:
                 stacked.add(module)
     (r, alpha), _ = Counter((s.r, s.alpha) for s in by_module.values()).most_common(1)[0]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxft.adapters.attach import adapters
-from jaxft.adapters.vera import VeRASettings, attach_vera, drawn
+from jaxft.adapters.vera import VeRASettings, attach_vera, draw_projections
 from jaxft.checkpoint.peft.folder import (
     PREFIX,
     MergeBlock,
@@ -91,7 +91,7 @@ def merge_blocks(base: TensorSource, config: Mapping[str, Any], source: PeftSour
     elif config.get("save_projection", True):
         raise CheckpointError(f"the adapter lacks {' or '.join(SHARED)}, though its save_projection is true")
     else:
-        a_rI, b_Or = drawn(settings.r, inputs, outputs, settings.seed)
+        a_rI, b_Or = draw_projections(settings.r, inputs, outputs, settings.seed)
     if a_rI.shape != (settings.r, inputs) or b_Or.shape != (outputs, settings.r):
         raise CheckpointError(
             f"the adapter's shared matrices are {list(a_rI.shape)} and {list(b_Or.shape)}, its layers want "

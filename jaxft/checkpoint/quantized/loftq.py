@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.adapters.attach import adapters, key_of, linears
-from jaxft.adapters.lora_start import LOFTQ, leading
+from jaxft.adapters.lora_start import LOFTQ, leading_singular_vectors
 from jaxft.adapters.low_rank import LoRA
 from jaxft.checkpoint.hf import param_tensors
 from jaxft.checkpoint.tensors import TensorSource
@@ -55,13 +55,13 @@ def _halves(
 ) -> tuple[np.ndarray, np.ndarray]:
     a, b = (np.zeros(half.get_value().shape, np.float32) for half in (adapter.lora_a, adapter.lora_b))
     for piece in param.pieces:
-        settings = adapter.settings if adapter.places is None else adapter.places[piece.at[0]]
+        settings = adapter.settings if adapter.stack_settings is None else adapter.stack_settings[piece.at[0]]
         if settings is None:
             continue
         exact_IO = param.transform.from_hf(source.read(piece.hf)).astype(np.float32)
         error_IO = exact_IO - to_host(dense(kernel[piece.at], jnp.float32))
-        steps = _iterations(init)
-        u_Ir, s_r, v_rO = leading(jnp.asarray(error_IO), jax.random.fold_in(key, piece.layer or 0), settings.r, steps)
+        layer_key = jax.random.fold_in(key, piece.layer or 0)
+        u_Ir, s_r, v_rO = leading_singular_vectors(jnp.asarray(error_IO), layer_key, settings.r, _iterations(init))
         root_r1 = np.sqrt(np.asarray(s_r) / settings.scale)[:, None]
         a[piece.at][: settings.r], b[piece.at][: settings.r] = root_r1 * np.asarray(u_Ir).T, root_r1 * np.asarray(v_rO)
     return a, b

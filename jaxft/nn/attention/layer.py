@@ -18,6 +18,7 @@ from jaxft.nn.attention.rope import Rotation, rotate
 from jaxft.nn.attention.score_form import MASKED, PLAIN, ScoreForm, cap_scores, score_scale
 from jaxft.nn.linear import Linear
 from jaxft.nn.norm import NormShape, RMSNorm
+from jaxft.nn.storage import StorageDims
 
 
 class Tokens(NamedTuple):
@@ -132,6 +133,9 @@ class Attention(nnx.Module):
             out_BSNH = attend_cached(q_BSNH, cache.k_RBKHT[layer], cache.v_RBKTH[layer], mask_BST, form, sinks_N)
         out_BSX = partition.split(out_BSNH.reshape(*x_BSD.shape[:2], -1), "batch", "sequence", "tensor")
         return self.o_proj(out_BSX, key[3]), cache
+
+    def storage_dims(self) -> dict[str, StorageDims]:
+        return {"sinks": StorageDims((None,))}
 
     def _project(self, x_BSD: jax.Array, key: tuple[jax.Array | None, ...] | jax.Array) -> tuple[jax.Array, ...]:
         """q [B, S, N, H], k and v [B, S, K, H], normalised as `qk_norm` says."""

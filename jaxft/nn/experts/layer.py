@@ -16,8 +16,17 @@ from jaxft.nn.adapter import Adapter
 from jaxft.nn.experts import sharded as moe_sharded
 from jaxft.nn.experts.router_sums import RouterSums
 from jaxft.nn.frozen import frozen_product
+from jaxft.nn.linear import TPSide
 from jaxft.nn.mlp import ACTIVATIONS, Activation, ClampedSwiGLU
+from jaxft.nn.partition import Dimension
+from jaxft.nn.storage import StorageDims
 from jaxft.quant import QuantizedArray
+
+# What the inputs and the outputs of an expert's kernel are at rest, by the side that the tensor axis splits.
+EXPERT_SIDES: dict[TPSide, tuple[Dimension, Dimension]] = {
+    "outputs": ("expert_weight", "tensor"),
+    "inputs": ("tensor", "expert_weight"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,23 +90,27 @@ class Router(nnx.Module):
         logits_ME = jnp.einsum("MD,DE->ME", x_MD.astype(self.dtype), kernel, preferred_element_type=jnp.float32)
         return logits_ME if self.bias is None else logits_ME + self.bias.get_value().astype(jnp.float32)
 
+    def storage_dims(self) -> dict[str, StorageDims]:
+        return {"kernel": StorageDims(("weight", None)), "bias": StorageDims((None,))}
+
 
 class ExpertLinear(nnx.Module):
     """One linear map for each expert. kernel: [E, I, O], an array or a QuantizedArray. bias: [E, O] or None.
 
     The adapter slot is as in Linear, except for the call: `adapter(x, y, kernel, sizes_E)` gets the number of rows of
-    each expert instead of a random key.
+    each expert instead of a random key. tp_side: the side that the tensor axis splits.
     """
 
     def __init__(
-        self, experts: int, inputs: int, outputs: int, *, use_bias: bool, stddev: float, dtype: jnp.dtype,
-        param_dtype: jnp.dtype, rngs: nnx.Rngs,
+        self, experts: int, inputs: int, outputs: int, *, use_bias: bool, tp_side: TPSide = "outputs", stddev: float,
+        dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs,
     ) -> None:  # fmt: skip
         kernel_EIO = stddev * jax.random.normal(rngs.params(), (experts, inputs, outputs), param_dtype)
         self.kernel: nnx.Param[jax.Array | QuantizedArray] = nnx.Param(kernel_EIO)
         self.bias = nnx.Param(jnp.zeros((experts, outputs), param_dtype)) if use_bias else None
         self.adapter: Adapter | None = nnx.data(None)
         self.dtype = dtype
+        self.tp_side = tp_side
 
     def __call__(self, x: jax.Array, sizes_E: jax.Array) -> jax.Array:
         """x: [R, I], rows sorted by expert. sizes_E: int32, the number of rows of each expert. Returns [R, O]."""
@@ -113,6 +126,12 @@ class ExpertLinear(nnx.Module):
         # The bias as a kernel with one input that is always 1: its gradient is then a grouped matmul, not a scatter.
         ones_R1, bias_E1O = jnp.ones((len(x), 1), self.dtype), self.bias.get_value().astype(self.dtype)[:, None]
         return y + jax.lax.ragged_dot(ones_R1, bias_E1O, sizes_E)
+
+    def storage_dims(self) -> dict[str, StorageDims]:
+        return {
+            "kernel": StorageDims(("expert", *EXPERT_SIDES[self.tp_side])),
+            "bias": StorageDims(("expert", "expert_both")),
+        }
 
 
 class MoE(nnx.Module):
@@ -137,7 +156,7 @@ class MoE(nnx.Module):
         else:
             self.gate_proj = linear(shape.width, shape.hidden)
             self.up_proj = linear(shape.width, shape.hidden)
-        self.down_proj = linear(shape.hidden, shape.width)
+        self.down_proj = linear(shape.hidden, shape.width, tp_side="inputs")
 
     def __call__(self, x_BSD: jax.Array, keys: jax.Array | None = None) -> jax.Array:
         """`keys` is not used: nothing here is random."""

@@ -30,35 +30,12 @@ from jax.sharding import PartitionSpec as P
 
 from jaxft.nn import partition
 from jaxft.nn.partition import Dimensions
+from jaxft.nn.storage import StorageDims, storage_dims_of
 from jaxft.quant import kernel_path
 from jaxft.trees import path_str
 
 EXPERT = "expert"
 ROWS: Dimensions = ("batch", "stream", None)
-# What the inputs and outputs of a layer of experts are.
-EXPERT_SIDES = {
-    "gate_proj": ("expert_weight", "tensor"),
-    "up_proj": ("expert_weight", "tensor"),
-    "gate_up_proj": ("expert_weight", "tensor"),
-    "down_proj": ("tensor", "expert_weight"),
-}
-# What the dimensions of the layer's parameters are, as `jaxft.sharding.rules` splits them, so that nothing moves on the
-# way in.
-STORED = {
-    "router/kernel": ("weight", None),  # [D, E]
-    "gate_proj/kernel": ("expert", "expert_weight", "tensor"),  # [E, D, F]
-    "up_proj/kernel": ("expert", "expert_weight", "tensor"),  # [E, D, F]
-    "gate_up_proj/kernel": ("expert", "expert_weight", "tensor"),  # [E, D, 2F]
-    "down_proj/kernel": ("expert", "tensor", "expert_weight"),  # [E, F, D]
-    "gate_up_proj/bias": ("expert", None),  # [E, 2F]
-    "down_proj/bias": ("expert", None),  # [E, D]
-    **{
-        f"{name}/adapter/{half}": ("expert", None, wide)  # [E, r, D], [E, r, F]
-        for name, sides in EXPERT_SIDES.items()
-        for side, wide in zip("ab", sides, strict=True)
-        for half in (f"lora_{side}", f"lora_{side}_start")
-    },
-}
 
 
 def divides(shape: tuple[int, ...]) -> bool:
@@ -87,16 +64,18 @@ def on_mesh(compute: Callable[[Layer, jax.Array], Outputs], layer: Layer, x_BSD:
     graphdef, state = nnx.split(layer)
     flat, treedef = jax.tree_util.tree_flatten_with_path(state)
     paths = [path_str(path) for path, _ in flat]
-    stored = [_stored(path, x.ndim) for path, (_, x) in zip(paths, flat, strict=True)]
+    # As they are at rest, so that nothing moves on the way in.
+    declared = storage_dims_of(layer)
+    storage = [_dimensions(declared.get(path), x.ndim) for path, (_, x) in zip(paths, flat, strict=True)]
     types = [layer.dtype if kernel_path(path) == path else x.dtype for path, (_, x) in zip(paths, flat, strict=True)]
-    # Replicated along a dimension that the axes do not divide, as the rules leave small arrays whole.
-    specs = [partition.spec(x.shape, dimensions, uneven=None) for (_, x), dimensions in zip(flat, stored, strict=True)]
+    # A dimension that its axes do not divide is whole, as in small arrays at rest.
+    specs = [partition.spec(x.shape, dimensions, uneven=None) for (_, x), dimensions in zip(flat, storage, strict=True)]
     rows = partition.spec(x_BSD.shape, ROWS)
 
     def local(leaves: list[jax.Array], x_BSD: jax.Array) -> Outputs:
         # Weights are gathered in the compute dtype, codes as they are.
         cast = [x.astype(dtype) for x, dtype in zip(leaves, types, strict=True)]
-        whole = [_gather(x, spec, dimensions) for x, spec, dimensions in zip(cast, specs, stored, strict=True)]
+        whole = [_gather(x, spec, dimensions) for x, spec, dimensions in zip(cast, specs, storage, strict=True)]
         module = nnx.merge(graphdef, jax.tree.unflatten(treedef, whole))
         outputs = compute(module, x_BSD.reshape(-1, x_BSD.shape[-1]))
         return jax.tree.map(lambda y: y.reshape(*x_BSD.shape[:2], *y.shape[1:]), outputs)
@@ -139,14 +118,14 @@ def combine_over_shards(
     return jax.lax.psum_scatter(y_ND, EXPERT, tiled=True)
 
 
-def _stored(path: str, dimensions: int) -> Dimensions:
-    if path.endswith(("/scales/largest", "/scales/mean")):  # of an expert's compressed scales
-        return ("expert",) + (None,) * (dimensions - 1)
-    return STORED.get(kernel_path(path), (None,) * dimensions)
+def _dimensions(storage: StorageDims | None, count: int) -> Dimensions:
+    """Of a parameter of `count` dimensions on its way into the layer. Biases are small: the compiler gathers them."""
+    dims = (None,) * count if storage is None else storage.dims
+    return tuple(None if name == "expert_both" else name for name in dims)
 
 
-def _gather(x: jax.Array, spec: P, stored: Dimensions) -> jax.Array:
-    for dimension, (entry, name) in enumerate(zip(spec, stored, strict=True)):
+def _gather(x: jax.Array, spec: P, dimensions: Dimensions) -> jax.Array:
+    for dimension, (entry, name) in enumerate(zip(spec, dimensions, strict=True)):
         axes = partition.mesh_axes(entry)
         if axes and name != EXPERT:  # a device's experts are its own
             x = jax.lax.all_gather(x, axes, axis=dimension, tiled=True)

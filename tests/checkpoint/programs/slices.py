@@ -20,7 +20,7 @@ mesh = make_mesh_plan(MeshConfig(**json.loads(sys.argv[6])))
 
 read: list[int] = []  # bytes of each call
 gathered: list[int] = []
-plain_read, plain_gathered = LocalFolder.read, arrays._gathered
+plain_read, plain_gathered = LocalFolder.read, arrays._gather_block
 
 
 def counted_read(self, name, ranges):
@@ -35,7 +35,7 @@ def counted_gathered(*args):
     return block
 
 
-LocalFolder.read, arrays._gathered = counted_read, counted_gathered
+LocalFolder.read, arrays._gather_block = counted_read, counted_gathered
 SafetensorsFolder(folder)
 headers = sum(read)
 read.clear()

@@ -1,0 +1,61 @@
+"""What a parameter is, by its path in the model: a matrix or a vector, of a stack, of an adapter, of the vocabulary.
+
+Layers of one kind are stacked along a leading axis; each of them is a parameter of its own.
+"""
+
+from dataclasses import dataclass
+
+VECTORS = ("scale", "bias")  # by the last part of their path, however many axes stacking gives them
+VIRTUAL = frozenset({"prompt", "prefix"})
+ADAPTER = VIRTUAL | {"adapter", "shared"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParamKind:
+    """What `kind_of` finds.
+
+    stacked: the first axis counts layers. matrix: the last two axes are a matrix, not only the last a vector. adapter:
+    it belongs to an adapter, virtual tokens and arrays that adapters share included. virtual: rows of virtual tokens.
+    embedding: the embedding table. head: the LM head's kernel.
+    """
+
+    stacked: bool
+    matrix: bool
+    adapter: bool
+    virtual: bool
+    embedding: bool
+    head: bool
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """The axes of one parameter, counted from the last."""
+        return (-2, -1) if self.matrix else (-1,)
+
+    @property
+    def base_matrix(self) -> bool:
+        """Whether it is a matrix of the base model."""
+        return self.matrix and not self.adapter
+
+    @property
+    def hidden_matrix(self) -> bool:
+        """Whether it is a matrix between hidden vectors: not of the vocabulary or of virtual tokens."""
+        return self.matrix and not (self.embedding or self.head or self.virtual)
+
+
+def kind_of(path: str, dimensions: int) -> ParamKind:
+    """path: as in the model, such as `layers/0/self_attn/q_proj/kernel`. dimensions: of the array there."""
+    parts = path.split("/")
+    stacked = parts[0] == "layers"
+    return ParamKind(
+        stacked=stacked,
+        matrix=dimensions - stacked >= 2 and parts[-1] not in VECTORS,
+        adapter=in_adapter(path),
+        virtual=not VIRTUAL.isdisjoint(parts),
+        embedding=parts[-1] == "embedding",
+        head=path == "lm_head/kernel",
+    )
+
+
+def in_adapter(path: str) -> bool:
+    """Whether the parameter at a path belongs to an adapter; see `ParamKind.adapter`."""
+    return not ADAPTER.isdisjoint(path.split("/"))
