@@ -66,8 +66,16 @@ class CheckpointConfig(Section):
     every: Annotated[int | None, ABOVE_ZERO, FREE_TO_CHANGE, "steps between checkpoints; None: only the last"] = None
     keep: Annotated[int, ABOVE_ZERO, FREE_TO_CHANGE, "number of newest checkpoints that are kept"] = 2
     best_metric: Annotated[
-        Literal["eval_loss", "eval_perplexity", "eval_mean_token_accuracy"] | None,
-        "held-out metric whose best checkpoint is kept as well; None: only the newest are kept",
+        Literal[
+            "eval_loss",
+            "eval_perplexity",
+            "eval_mean_token_accuracy",
+            "eval_rewards/accuracies",
+            "eval_rewards/margins",
+        ]
+        | None,
+        "held-out metric whose best checkpoint is kept as well; perplexity and accuracy of tokens are reported by sft, "
+        "rewards by dpo; None: only the newest are kept",
     ] = None
     best_mode: Annotated[
         Literal["min", "max"],

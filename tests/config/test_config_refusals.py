@@ -1,52 +1,10 @@
-"""Configs: what is refused and in which words, what None means, and that every shipped one builds."""
-
-import dataclasses
-import functools
-import json
-import re
-from pathlib import Path
+"""What is refused in a config, and in which words."""
 
 import pytest
+from config_files import with_fields
 
-from jaxft.config import RunConfig, default_config, from_json, load, resolve
-from jaxft.config.fields import Section, all_fields, own_fields
-from jaxft.errors import ConfigError, JaxftError
-
-ROOT = Path(__file__).parent.parent
-SHIPPED = sorted((ROOT / "configs").glob("*.py"))
-BODY = """
-from jaxft.config import default_config
-
-def get_config(arg=None):
-    config = default_config()
-    config.model.path = "model"
-    config.data.train = "train.jsonl"
-    {line}
-    return config
-"""
-GOOD = {"model": {"path": "model"}, "data": {"train": "train.jsonl"}}
-
-
-def with_fields(fields):
-    nested = json.loads(json.dumps(GOOD))
-    for key, value in fields.items():
-        *sections, name = key.split(".")
-        node = nested
-        for section in sections:
-            node = node.setdefault(section, {})
-        node[name] = value
-    return nested
-
-
-@pytest.fixture
-def file(tmp_path):
-    """file(line) -> a config file with one more line in it."""
-
-    def write(line=""):
-        (tmp_path / "run.py").write_text(BODY.format(line=line))
-        return str(tmp_path / "run.py")
-
-    return write
+from jaxft.config import resolve
+from jaxft.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -183,6 +141,7 @@ def file(tmp_path):
                 "optim.apollo.rank": 0,
                 "optim.loraplus_lr_ratio": 0.0,
                 "method.sft.neftune_noise_alpha": 0.0,
+                "method.dpo.beta": 0.0,
                 "train.batch_size": 0,
                 "train.accumulation_steps": -2,
                 "train.epochs": 0.0,
@@ -243,6 +202,26 @@ def file(tmp_path):
             {"checkpoint.best_metric": "eval_loss", "data.eval": "e", "checkpoint.every": 3, "train.eval_every": 2},
             "checkpoint.every=3 is not a multiple of train.eval_every=2: set train.eval_every to a divisor",
         ),
+        (
+            {"checkpoint.best_metric": "eval_perplexity", "data.eval": "e", "method.name": "dpo"},
+            "best_metric='eval_perplexity' is not reported by method.name='dpo': set it to one of eval_loss, eval_rew",
+        ),
+        (
+            {"checkpoint.best_metric": "eval_rewards/margins", "data.eval": "e"},
+            "best_metric='eval_rewards/margins' is not reported by method.name='sft': set it to one of eval_loss, eval",
+        ),
+        (
+            {"method.dpo.beta": 0.2},
+            "method.dpo.beta=0.2 is read only if method.name is 'dpo', but method.name='sft'. Set method.dpo.beta to",
+        ),
+        (
+            {"method.sft.z_loss": 1e-4, "method.name": "dpo"},
+            "method.sft.z_loss=0.0001 is read only if method.name is 'sft', but method.name='dpo'. Set method.sft.z_lo",
+        ),
+        *(
+            ({"method.name": "dpo", "method.dpo.label_smoothing": value}, f"={value} must be at least 0 and below 0.5$")
+            for value in (0.5, -0.1)
+        ),
         ({"mesh.data": 0}, "mesh.data=0 must be a positive number"),
         ({"mesh.fsdp": -2}, "mesh.fsdp=-2 must be a positive number"),
         ({"mesh.data": -1, "mesh.fsdp": -1}, "only one mesh axis may be -1"),
@@ -252,349 +231,3 @@ def file(tmp_path):
 def test_what_cannot_be_carried_out_is_refused(fields, message):
     with pytest.raises(ConfigError, match=message.replace("?", r"\?").replace("(", r"\(").replace("+", r"\+")):
         resolve(with_fields(fields))
-
-
-# What has to be set as well for a choice to be accepted.
-COMPANIONS = {
-    "optim.name": {"optim.schedule": "constant", "adapter.kind": "none"},
-    "eval.metric": {"data.eval_fraction": 0.1},
-    "checkpoint.best_metric": {"data.eval_fraction": 0.1},
-}
-
-
-def test_every_choice_is_accepted():
-    fields = [field for field in all_fields(RunConfig).values() if field.choices and "NAME" not in field.key]
-    for field in fields:
-        section, _, leaf = field.key.rpartition(".")
-        chosen = {"optim.name": section.split(".")[1]} if section.startswith("optim.") else {}
-        companions = COMPANIONS["optim.name"] | chosen if chosen else COMPANIONS.get(field.key, {})
-        for value in field.choices:
-            config = resolve(with_fields({**companions, field.key: value}))
-            assert functools.reduce(getattr, section.split("."), config).__getattribute__(leaf) == value
-
-
-def test_every_field_has_a_meaning_and_depends_on_fields_that_exist():
-    fields = all_fields(RunConfig)
-    for key, field in fields.items():
-        assert field.meaning and "\n" not in field.meaning and "|" not in field.meaning, key
-        for dependency in field.dependencies:
-            assert dependency.key in fields, f"{key} is read by {dependency.key}"
-            known = fields[dependency.key].choices
-            assert set(dependency.values) <= set(known), f"{key} is read by {dependency.key}={dependency.values}"
-
-
-@pytest.mark.parametrize("section", ["optim", "method"])
-def test_a_section_is_chosen_by_its_name(section):
-    fields = {field.key.removeprefix(f"{section}."): field for field in own_fields(type(getattr(RunConfig(), section)))}
-    sections = [name for name, field in fields.items() if issubclass(field.base, Section)]
-    assert fields["name"].chooses_section and list(fields["name"].choices) == sections
-    for key, field in all_fields(type(getattr(RunConfig(), section)), f"{section}.").items():
-        name = key.split(".")[1]
-        if name in sections:
-            assert (field.dependencies[0].key, field.dependencies[0].values) == (f"{section}.name", (name,))
-
-
-def test_fields_that_may_change_when_a_run_is_resumed():
-    assert {key.split(".")[0] if key.startswith(("mesh.", "export.")) else key for key, field in
-            all_fields(RunConfig).items() if field.free_to_change} == {
-        "output_dir", "model.remat", "mesh", "train.log_every", "train.eval_every", "checkpoint.keep",
-        "checkpoint.every", "export",
-    }  # fmt: skip
-
-
-UNKNOWN = [
-    ("train.batchsize", r"unknown config key 'train.batchsize'. Did you mean 'train.batch_size'\?"),
-    ("train.learning_rate", r"unknown config key 'train.learning_rate'. Did you mean .*'optim.learning_rate'"),
-    ("optm.learning_rate", r"unknown config key 'optm.learning_rate'. Did you mean 'optim.learning_rate'\?"),
-    ("train.loss_type", r"unknown config key 'train.loss_type'. Did you mean 'method.sft.loss_type'\?"),
-    ("train.z_loss", r"unknown config key 'train.z_loss'. Did you mean 'method.sft.z_loss' or 'router.z_loss'\?"),
-    ("train.neftune_noise_alpha", r"Did you mean 'method.sft.neftune_noise_alpha'\?"),
-    ("train.label_smoothing_factor", r"Did you mean 'method.sft.label_smoothing_factor'\?"),
-    ("optim.rank", r"unknown config key 'optim.rank'. Did you mean 'optim.apollo.rank'\?"),
-    ("optim.momentum", r"Did you mean 'optim.sgd.momentum' or 'optim.muon.momentum'\?"),
-    ("optim.b1", r"Did you mean 'optim.adamw.b1', 'optim.adamw_8bit.b1', .* or 'optim.schedule_free_adamw.b1'\?"),
-    ("optim.adamw.epsilon", r"unknown config key 'optim.adamw.epsilon'. Did you mean 'optim.adamw.eps'\?"),
-]
-
-
-@pytest.mark.parametrize(("key", "message"), UNKNOWN)
-def test_unknown_keys_are_refused_wherever_they_stand(file, key, message):
-    with pytest.raises(ConfigError, match=message):
-        load(file(), {key: 4})
-    with pytest.raises(ConfigError, match=message):
-        load(file(), [f"{key}=4"])
-    with pytest.raises(ConfigError, match="unknown config key"):
-        resolve(with_fields({key: 4}))
-    with pytest.raises(ConfigError, match="unknown config key .*Did you mean"):
-        load(file(f"config.{key} = 4"))
-
-
-def test_an_unknown_top_level_key_is_refused(file):
-    for refused in (
-        lambda: load(file(), ["sed=1"]),
-        lambda: resolve(GOOD | {"sed": 1}),
-        lambda: load(file(), {"sed": 1}),
-    ):
-        with pytest.raises(ConfigError, match=r"unknown config key 'sed'. Did you mean 'seed'\?"):
-            refused()
-
-
-@pytest.mark.parametrize(
-    ("key", "text", "message"),
-    [
-        ("train.batch_size", "big", "train.batch_size=big: the field takes int"),
-        ("train.batch_size", "1.5", "train.batch_size=1.5: the field takes int"),
-        ("optim.learning_rate", "fast", "optim.learning_rate=fast: the field takes float"),
-        ("train.batch_size", "None", "train.batch_size=None: the field takes int and cannot be left out"),
-        ("model.path", "None", "model.path=None: the field takes str and cannot be left out"),
-        ("data.packing", "maybe", "data.packing|maybe"),
-    ],
-)
-def test_values_of_another_type_are_refused_on_the_command_line(file, key, text, message):
-    with pytest.raises(ConfigError, match=message):
-        load(file(), [f"{key}={text}"])
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("train.batch_size", 1.5, "'train.batch_size' takes int, got 1.5"),
-        ("train.batch_size", "4", "'train.batch_size' takes int, got '4'"),
-        ("train.batch_size", True, "'train.batch_size' takes int, got True"),
-        ("train.batch_size", None, "'train.batch_size' takes int, got None"),
-        ("optim.learning_rate", True, "'optim.learning_rate' takes float, got True"),
-        ("data.packing", 1, "'data.packing' takes bool, got 1"),
-        ("data.eval", 3, "'data.eval' takes str, got 3"),
-        ("train", 3, "config key 'train' is a section; got 3"),
-    ],
-)
-def test_values_of_another_type_are_refused_in_a_mapping(key, value, message):
-    with pytest.raises(ConfigError, match=message):
-        resolve(with_fields({key: value}))
-
-
-@pytest.mark.parametrize(
-    "line", ["config.train.batch_size = 'four'", "config.train = 3", "config.optim.clip_norm = 'x'"]
-)
-def test_values_of_another_type_are_refused_in_a_file(file, line):
-    with pytest.raises(ConfigError, match="run.py|config key"):
-        load(file(line))
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("train.batch_size", "four"), ("train.batch_size", 1.5), ("optim.clip_norm", "x"), ("data.packing", "yes")],
-)
-def test_values_of_another_type_are_refused_in_overrides_by_mapping(file, key, value):
-    with pytest.raises(ConfigError, match=key):
-        load(file(), {key: value})
-
-
-def test_lists_and_patterns_are_text_that_a_command_line_can_say(file):
-    adapter = load(
-        file(), ["adapter.layers_to_transform=0-2,8", "adapter.rank_pattern=q_proj:8, layers.0.mlp.up_proj:32",
-                 "adapter.alpha_pattern=o_proj:2.5", "adapter.modules_to_save=embed_tokens,norm"]
-    ).adapter  # fmt: skip
-    assert adapter.layers == (0, 1, 2, 8)
-    assert adapter.ranks == {"q_proj": 8, "layers.0.mlp.up_proj": 32}
-    assert adapter.alphas == {"o_proj": 2.5}
-    assert adapter.saved == ("embed_tokens", "norm") and adapter.excluded == ()
-
-
-def test_overrides_by_text_and_by_mapping_agree(file):
-    by_text = load(
-        file(), ["train.batch_size=4", "optim.learning_rate=1e-3", "data.packing=False", "optim.clip_norm=None",
-                 "train.steps=7", "data.eval=a=b.jsonl", "optim.warmup_ratio=0.1", "adapter.alpha=8"]
-    )  # fmt: skip
-    by_mapping = load(
-        file(), {"train.batch_size": 4, "optim.learning_rate": 1e-3, "data.packing": False, "optim.clip_norm": None,
-                 "train.steps": 7, "data.eval": "a=b.jsonl", "optim.warmup_ratio": 0.1, "adapter.alpha": 8}
-    )  # fmt: skip
-    assert by_text == by_mapping
-    assert by_text.optim.clip_norm is None
-    assert (by_text.train.steps, by_text.data.eval) == (7, "a=b.jsonl")
-    assert isinstance(by_text.adapter.alpha, float)
-
-
-def test_none_empties_what_a_file_had_filled(file):
-    path = file("config.train.steps = 9")
-    assert load(path).train.steps == 9
-    assert load(path, ["train.steps=None"]).train.steps is None
-    assert load(path, {"train.steps": None}).train.steps is None
-
-
-@pytest.mark.parametrize("override", ["train.batch_size", "=4", "train batch=3"])
-def test_overrides_of_another_form_are_refused(file, override):
-    with pytest.raises(ConfigError, match="is not of the form section.field=value"):
-        load(file(), [override])
-
-
-def test_a_missing_file_lists_those_that_exist(file):
-    path = file()
-    with pytest.raises(ConfigError, match=r"no config file .*rum.py'. Did you mean 'run.py'\? Files there: run.py"):
-        load(path.replace("run.py", "rum.py"))
-    with pytest.raises(ConfigError, match="Files there: none"):
-        load("/nowhere/run.py")
-
-
-def test_what_a_file_raises_is_told_with_its_name(file):
-    with pytest.raises(ConfigError, match="run.py: invalid literal for int"):
-        load(file("int('four')"))
-    with pytest.raises(ConfigError, match="too few rows"):
-        load(file("from jaxft.errors import ConfigError; raise ConfigError('too few rows')"))
-
-
-def test_an_argument_reaches_the_file(file):
-    path = file("config.seed = int(arg or 0)")
-    assert load(path + ":12").seed == 12
-    assert load(path).seed == 0
-
-
-def test_a_config_survives_json(tmp_path):
-    config = load(str(SHIPPED[0]))
-    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
-    assert from_json(str(tmp_path / "config.json")) == config
-    assert resolve(config.to_dict()) == config
-
-
-def test_defaults_of_files_and_of_dataclasses_are_the_same():
-    assert default_config().to_dict() == RunConfig().to_dict()
-
-
-def test_configs_are_frozen_and_default_ones_locked():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        RunConfig().seed = 3
-    with pytest.raises((AttributeError, KeyError)):
-        default_config().sead = 3
-    assert issubclass(ConfigError, JaxftError)
-
-
-def test_targets_are_split_at_commas():
-    config = resolve(with_fields({"adapter.target_modules": "q_proj, v_proj,"}))
-    assert config.adapter.targets == ("q_proj", "v_proj")
-
-
-@pytest.mark.parametrize("arg", ["", ":smoke"])
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_every_shipped_config_builds(path, arg):
-    plain, config = load(str(path)), load(f"{path}{arg}")
-    assert config.output_dir == plain.output_dir + arg.replace(":", "-")
-    if arg:
-        assert config.model.random_init
-        assert config.train.steps <= 4
-        assert (config.adapter.kind, config.optim.name, config.data.packing) == (
-            plain.adapter.kind, plain.optim.name, plain.data.packing,
-        )  # fmt: skip
-
-
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_another_argument_is_refused(path):
-    with pytest.raises(ConfigError, match=r"config argument 'smok' is not known. Did you mean 'smoke'\?"):
-        load(f"{path}:smok")
-
-
-def test_every_field_is_read_somewhere():
-    text = "\n".join(
-        path.read_text(encoding="utf-8")
-        for path in (ROOT / "jaxft").rglob("*.py")
-        if "config" not in path.relative_to(ROOT / "jaxft").parts
-    )
-    unread = {key for key in all_fields(RunConfig) if not re.search(rf"\.{key.rsplit('.')[-1]}\b", text)}
-    # Read otherwise: `mesh` whole, by axis; lists and patterns of adapters through `targets`, `excluded` and `alphas`;
-    # fields of a mixture's set through `DataConfig.of_set`.
-    assert unread <= {
-        "mesh.data", "mesh.fsdp", "mesh.slice", "mesh.context", "mesh.tensor", "mesh.expert", "adapter.target_modules",
-        "adapter.exclude_modules", "adapter.layers_to_transform", "adapter.rank_pattern", "adapter.alpha_pattern",
-        "adapter.modules_to_save", "adapter.num_virtual_tokens", "data.stages", "data.mixture.NAME.weight",
-    }  # fmt: skip
-
-
-# Mixtures
-
-SETS = {"general": {"path": "a.jsonl", "weight": 0.7, "format": "messages"}, "domain": {"path": "b.jsonl", "limit": 5}}
-
-
-def mixed(**data):
-    return {"model": {"path": "model"}, "data": {"mixture": SETS} | data}
-
-
-@pytest.fixture
-def mixture_file(tmp_path):
-    path = tmp_path / "mixed.py"
-    lines = "config.data.train = ''\n    " + "\n    ".join(
-        f"config.data.mixture.{name} = mixture_set(**{fields!r})" for name, fields in SETS.items()
-    )
-    path.write_text(BODY.format(line=lines).replace("import default_config", "import default_config, mixture_set"))
-    return str(path)
-
-
-def test_a_mixture_is_sections_under_free_names(mixture_file):
-    assert load(mixture_file) == resolve(mixed())
-    changed = load(
-        mixture_file, ["data.mixture.domain.weight=2", "data.mixture.domain.limit=None", "data.mixture.general.split=x"]
-    )
-    assert changed.data.mixture["domain"].weight == 2.0 and changed.data.mixture["domain"].limit is None
-    assert changed.data.mixture["general"].split == "x"
-    assert resolve(json.loads(json.dumps(changed.to_dict()))) == changed
-    whole = load(mixture_file, {"data.mixture": {"only": {"path": "c.jsonl"}}})
-    assert list(whole.data.mixture) == ["only"]
-
-
-def test_a_set_is_read_with_its_own_settings_in_place_of_the_common_ones():
-    data = resolve(mixed(text_field="body", train_split="all", limit=9)).data
-    general, domain = data.of_set("general"), data.of_set("domain")
-    assert (general.train, general.format, general.limit) == ("a.jsonl", "messages", 9)
-    assert (domain.train, domain.format, domain.limit) == ("b.jsonl", "auto", 5)
-    assert {one.text_field for one in (general, domain)} == {"body"} and domain.train_split == "all"
-    assert not general.mixture
-
-
-def test_stages():
-    data = resolve(mixed(stages="0.7: general, domain=2; 0.3: domain")).data
-    assert data.schedule == ((0.7, {"general": 0.7, "domain": 2.0}), (0.3, {"domain": 1.0}))
-    assert resolve(mixed()).data.schedule == ((1.0, {"general": 0.7, "domain": 1.0}),)
-    assert resolve(mixed(stages="1: general, domain=0; 0: domain")).data.schedule[0] == (1.0, {"general": 0.7})
-
-
-@pytest.mark.parametrize(
-    ("fields", "complaint"),
-    [
-        ({"train": "x.jsonl"}, r"data.train='x.jsonl' and data.mixture both name training sets"),
-        ({"mixture": {"a b": {"path": "x"}}}, r"data.mixture.a b: the name of a set must consist of letters"),
-        ({"mixture": {"a": {}}}, r"data.mixture.a.path is empty"),
-        ({"mixture": {"a": {"path": "x", "format": "csv"}}}, r"data.mixture.a.format='csv' is not one of auto"),
-        ({"mixture": {"a": {"path": "x", "train_on": "user"}}}, r"data.mixture.a.train_on='user' is not one of"),
-        ({"mixture": {"a": {"path": "x", "weight": -1}}}, r"data.mixture.a.weight=-1.0 must be zero or more"),
-        ({"mixture": {"a": {"path": "x", "weight": 0.0}}}, r"no set has a weight above zero"),
-        ({"mixture": {"a": {"path": "x", "max_epochs": 0}}}, r"data.mixture.a.max_epochs=0.0 must be above zero"),
-        ({"mixture": {"a": {"path": "x", "waight": 1}}}, r"'data.mixture.a.waight'.*Did you mean"),
-        ({"mixture": {"a": 3}}, r"'data.mixture.a' is a section"),
-        (
-            {"mixture": {}, "train": "x", "stages": "1: a"},
-            r"data.stages='1: a' is read only if data.mixture is set, but it is not. It weighs the sets",
-        ),
-        (
-            {"stages": "1: general, domian"},
-            r"has a set 'domian', which is not in data.mixture. Did you mean 'domain'.* Known: general, domain",
-        ),
-        ({"stages": "0.5: general; 0.4: domain"}, r"add up to 0.9, not to 1"),
-        ({"stages": "x: general; 0.4: domain"}, r"'x' must be a number"),
-        ({"stages": "0.6: general=-1; 0.4: domain"}, r"'-1' must be a number that is not negative"),
-        ({"stages": "0.6: general, general; 0.4: domain"}, r"has 'general' twice"),
-        ({"stages": "0.6: general=0; 0.4: domain"}, r"no set has a weight above zero in the stage of 0.6"),
-        ({"stages": "1: general"}, r"domain would never be trained on"),
-    ],
-)
-def test_mixtures_that_cannot_be(fields, complaint):
-    with pytest.raises(ConfigError, match=complaint):
-        resolve(mixed(**fields))
-
-
-def test_a_misspelt_field_of_a_set_is_refused(mixture_file, tmp_path):
-    with pytest.raises(ConfigError, match=r"data.mixture.domain.wait.*Did you mean 'data.mixture.NAME.weight'"):
-        load(mixture_file, ["data.mixture.domain.wait=2"])
-    with pytest.raises(ConfigError, match=r"unknown config key 'domian'"):
-        load(mixture_file, ["data.mixture.domian.weight=2"])
-    Path(mixture_file).write_text(Path(mixture_file).read_text().replace("'weight'", "'wieght'"))
-    with pytest.raises(ConfigError, match=r"a mixture set has no field 'wieght'.*Did you mean 'weight'"):
-        load(mixture_file)
