@@ -23,6 +23,7 @@ from typing import Any, Literal, TypeVar
 from jaxft.errors import ConfigError, did_you_mean
 
 S = TypeVar("S", bound="Section")
+TYPES = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,11 @@ class Field:
     chooses_section: bool = False
     sections: type[Section] | None = None
 
+    @property
+    def type_words(self) -> str:
+        """The type of its values, None included, for error messages."""
+        return TYPES[self.base] + (" or None" if self.optional else "")
+
     def check(self, value: object) -> None:
         """Raises ConfigError for a value that is none of the choices, or outside of a range."""
         if value is None:
@@ -133,7 +139,7 @@ class Field:
         if self.base is float and isinstance(value, int) and not isinstance(value, bool):
             return float(value)
         if not isinstance(value, self.base) or (isinstance(value, bool) and self.base is not bool):
-            raise ConfigError(f"config key {self.key!r} takes {self.base.__name__}, got {value!r}")
+            raise ConfigError(f"{self.key}={value!r} must be {self.type_words}")
         return value
 
 
@@ -196,9 +202,9 @@ def unknown_key(key: str, cls: type[Section]) -> str:
 
 
 def as_mapping(value: object, key: str) -> Mapping[str, Any]:
-    """The values of a section. Raises ConfigError for a value that is no mapping."""
+    """The values of a section. Raises ConfigError for a value that is not a mapping."""
     if not isinstance(value, Mapping):
-        raise ConfigError(f"config key {key!r} is a section; got {value!r}")
+        raise ConfigError(f"config key {key!r} is a section: set its fields one by one, instead of all to {value!r}")
     return value
 
 
@@ -289,7 +295,8 @@ def _build(cls: type[S], values: Mapping[str, Any], prefix: str, root: type[Sect
 def _unread(field: Field, value: object, dependency: ReadBy, values: Mapping[str, object]) -> str:
     actual = f"{dependency.key}={values[dependency.key]!r}" if dependency.values else "it is not"
     because = f" {dependency.because}" if dependency.because else ""
-    other = f"set {dependency.key}" + (f" to {_either(dependency.values)}" if 0 < len(dependency.values) < 3 else "")
+    few = f" to {_either(dependency.values)}" if 0 < len(dependency.values) < 3 else ""
+    other = f"set {dependency.key}{few or (' to one of those' if dependency.values else '')}"
     # A chooser's sections may all have a field of this name: show the one that is read.
     section, _, leaf = field.key.rpartition(".")
     twin = f"{section.rpartition('.')[0]}.{values[dependency.key]}.{leaf}"

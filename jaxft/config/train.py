@@ -42,8 +42,8 @@ class TrainConfig(Section):
     def check(self) -> None:
         if self.batch_size % self.accumulation_steps:
             raise ConfigError(
-                f"train.batch_size={self.batch_size} does not divide into "
-                f"train.accumulation_steps={self.accumulation_steps} equal micro-batches"
+                f"train.batch_size={self.batch_size} does not divide into train.accumulation_steps="
+                f"{self.accumulation_steps} equal micro-batches: make the former a multiple of the latter"
             )
 
 

@@ -63,13 +63,17 @@ def test_stages():
         ({"mixture": {"a": {"path": "x", "format": "csv"}}}, r"data.mixture.a.format='csv' is not one of auto"),
         ({"mixture": {"a": {"path": "x", "train_on": "user"}}}, r"data.mixture.a.train_on='user' is not one of"),
         ({"mixture": {"a": {"path": "x", "weight": -1}}}, r"data.mixture.a.weight=-1.0 must be zero or more"),
-        ({"mixture": {"a": {"path": "x", "weight": 0.0}}}, r"no set has a weight above zero"),
+        (
+            {"mixture": {"a": {"path": "x", "weight": 0.0}}},
+            r"data.mixture: no set has a weight above zero, so that there are no rows",
+        ),
         ({"mixture": {"a": {"path": "x", "max_epochs": 0}}}, r"data.mixture.a.max_epochs=0.0 must be above zero"),
         ({"mixture": {"a": {"path": "x", "waight": 1}}}, r"'data.mixture.a.waight'.*Did you mean"),
         ({"mixture": {"a": 3}}, r"'data.mixture.a' is a section"),
         (
             {"mixture": {}, "train": "x", "stages": "1: a"},
-            r"data.stages='1: a' is read only if data.mixture is set, but it is not. It weighs the sets",
+            r"data.stages='1: a' is read only if data.mixture is set, but it is not. It weighs the sets of a mixture. "
+            "Set data.stages to None, or set data.mixture.",
         ),
         (
             {"stages": "1: general, domian"},
@@ -79,7 +83,10 @@ def test_stages():
         ({"stages": "x: general; 0.4: domain"}, r"'x' must be a number"),
         ({"stages": "0.6: general=-1; 0.4: domain"}, r"'-1' must be a number that is not negative"),
         ({"stages": "0.6: general, general; 0.4: domain"}, r"has 'general' twice"),
-        ({"stages": "0.6: general=0; 0.4: domain"}, r"no set has a weight above zero in the stage of 0.6"),
+        (
+            {"stages": "0.6: general=0; 0.4: domain"},
+            r"data.stages='0.6.*': in the stage of 0.6: no set has a weight above zero",
+        ),
         ({"stages": "1: general"}, r"domain would never be trained on"),
     ],
 )

@@ -24,9 +24,12 @@ from jaxft.errors import ConfigError
         ),
         ({"adapter.layers_to_transform": "3-0"}, "'3-0' is neither a layer"),
         ({"adapter.layers_to_transform": " "}, "layers_to_transform is empty"),
-        ({"adapter.rank_pattern": "q_proj"}, "rank_pattern='q_proj': 'q_proj' is not of the form pattern:int"),
+        (
+            {"adapter.rank_pattern": "q_proj"},
+            "rank_pattern='q_proj': 'q_proj' is not of the form pattern:number, such as q_proj:8",
+        ),
         ({"adapter.rank_pattern": "q_proj:0"}, "'q_proj:0' needs a pattern and a number above zero"),
-        ({"adapter.alpha_pattern": "q_(proj:2"}, "'q_(proj:2' is not of the form pattern:float"),
+        ({"adapter.alpha_pattern": "q_(proj:2"}, "'q_(proj:2' is not of the form pattern:number, such as q_proj:8"),
         ({"data.format": "mesages"}, "data.format='mesages'.*Did you mean 'messages'?"),
         ({"data.train_on": "user"}, "data.train_on='user' is not one of assistant, last, all"),
         ({"data.truncation": "left"}, "data.truncation='left' is not one of refuse, drop, right"),
@@ -53,7 +56,7 @@ from jaxft.errors import ConfigError
         ({"optim.name": "schedule_free_adamw"}, "so optim.schedule='cosine' would slow it down twice: set optim.sch"),
         (
             {"optim.name": "schedule_free_adamw", "optim.schedule": "constant", "optim.schedule_free_adamw.b1": 0.0},
-            "optim.schedule_free_adamw.b1=0.0 must be above 0 and below 1: without it there is no average; usual are",
+            "optim.schedule_free_adamw.b1=0.0 must be above 0 and below 1: 0 leaves no average, and 0.9 to",
         ),
         (
             {"optim.name": "schedule_free_adamw", "optim.schedule": "constant", "train.ema_decay": 0.9},
@@ -64,7 +67,8 @@ from jaxft.errors import ConfigError
             (
                 {"optim.loraplus_lr_ratio": 16.0, "adapter.kind": kind},
                 f"optim.loraplus_lr_ratio=16.0 is read only if adapter.kind is 'lora', but adapter.kind='{kind}'. It "
-                "scales the learning rate of LoRA's B. Set optim.loraplus_lr_ratio to None, or set adapter.kind to",
+                "scales the learning rate of LoRA's B, which other adapters do not have. Set optim.loraplus_lr_ratio "
+                "to None, or set adapter.kind to 'lora'.",
             )
             for kind in ("none", "vera")
         ),
@@ -89,7 +93,8 @@ from jaxft.errors import ConfigError
         (
             {"model.quantization": "nf4", "adapter.kind": "none"},
             "model.quantization='nf4' is read only if adapter.kind is 'lora', 'vera', 'ia3', 'prompt' or 'prefix', but "
-            "adapter.kind='none'. Quantized weights are frozen, but adapter.kind='none' trains every weight. Set",
+            "adapter.kind='none'. Quantized weights are frozen, but adapter.kind='none' trains every weight. Set "
+            "model.quantization to None, or set adapter.kind to one of those.",
         ),
         ({"adapter.init_lora_weights": "loftq"}, "init_lora_weights='loftq' corrects the error of quantization, but"),
         (
@@ -176,12 +181,12 @@ from jaxft.errors import ConfigError
         ({"data.train": ""}, "data.train is empty"),
         (
             {"optim.warmup_steps": 5, "optim.warmup_ratio": 0.1},
-            "at most one of optim.warmup_steps and optim.warmup_ratio",
+            "optim.warmup_steps=5 and optim.warmup_ratio=0.1 both set the length of warm-up: set one of them to None",
         ),
         ({"optim.warmup_steps": -5}, "optim.warmup_steps=-5 must be zero or more"),
         (
             {"train.batch_size": 10, "train.accumulation_steps": 4},
-            "train.batch_size=10 does not divide into train.accumulation_steps=4",
+            "train.batch_size=10 does not divide into train.accumulation_steps=4 equal micro-batches: make the former",
         ),
         ({"adapter.target_modules": " , "}, "adapter.target_modules is empty"),
         (
@@ -224,7 +229,10 @@ from jaxft.errors import ConfigError
         ),
         ({"mesh.data": 0}, "mesh.data=0 must be a positive number"),
         ({"mesh.fsdp": -2}, "mesh.fsdp=-2 must be a positive number"),
-        ({"mesh.data": -1, "mesh.fsdp": -1}, "only one mesh axis may be -1"),
+        (
+            {"mesh.data": -1, "mesh.fsdp": -1},
+            "mesh.data and mesh.fsdp are -1, but only one axis can take the devices that remain",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )

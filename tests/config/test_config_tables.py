@@ -21,6 +21,7 @@ from jaxft.config.mesh import MeshConfig
 from jaxft.data.formats import READERS
 from jaxft.evaluation import scoring
 from jaxft.hardware import analytic
+from jaxft.hardware.sizes import sizes_of
 from jaxft.methods import method_of
 from jaxft.methods.sft import with_perplexity
 from jaxft.nn.stack import REMAT
@@ -36,6 +37,22 @@ def test_tables_name_the_choices_of_the_config():
     assert tuple(scoring._METRICS) == choices(EvalConfig, "metric")
     assert set(analytic.BYTES) == set(choices(ModelConfig, "dtype"))
     assert set(make_mesh_plan(MeshConfig()).axes) == set(vars(MeshConfig())) - {"auto"}
+
+
+def test_estimates_know_every_choice_of_recomputation_and_of_types():
+    path = {"model.path": str(ASSETS / "smoke"), "model.random_init": True}
+    sizes = sizes_of(abstract_model(resolve(with_fields(path))))
+    kept = {}
+    for remat in choices(ModelConfig, "remat"):
+        for quantization in (None, *choices(ModelConfig, "quantization")):
+            for dtype in choices(ModelConfig, "dtype"):
+                model = {"model.remat": remat, "model.quantization": quantization, "model.dtype": dtype}
+                config = resolve(with_fields(path | model))
+                cut = analytic.cut_of(config, {"fsdp": 2}, kernel=True)
+                kept[remat, dtype] = analytic.memory_of(config, sizes, cut, 0).temporaries
+                assert analytic.costs_of(config, sizes, cut, 0, 10**9).flops > 0
+    for dtype in choices(ModelConfig, "dtype"):
+        assert kept["full", dtype] < kept["attention", dtype] < kept["none", dtype]
 
 
 @pytest.mark.parametrize("name", choices(MethodConfig, "name"))
