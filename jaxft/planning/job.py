@@ -1,7 +1,5 @@
 """The training step of a config on hypothetical devices: built, compiled and costed."""
 
-# B batch, S sequence
-
 import dataclasses
 import math
 from dataclasses import dataclass
