@@ -1,6 +1,6 @@
 """Full fine-tuning of Llama 3.1 8B Instruct: float32 weights and moments, split over all devices.
 
-Meant for accelerators that together hold the weights, their gradients and two moments, all float32; on 16 chips of
+Needs accelerators with memory for the weights, their gradients and two moments, all float32: for example 16 chips of
 16 GiB, one sequence each. Compiled for the slice below and run as `:smoke`, but never run with the real weights
 nor on an accelerator. Access to the weights is granted on the Hugging Face hub; log in first (`hf auth login`).
 Rows: `--config.data.train=...`.
@@ -20,7 +20,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
     config.model.path = "hf://meta-llama/Llama-3.1-8B-Instruct"
     config.model.dtype = "bfloat16"
-    # Says how frozen weights are stored. Here none is frozen: what moves is float32 all the same.
+    # The type of frozen weights. No weight is frozen here, and trained weights are float32 anyway.
     config.model.param_dtype = "bfloat16"
     config.model.remat = "full"
     config.mesh.fsdp = -1

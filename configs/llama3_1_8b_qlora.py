@@ -1,6 +1,6 @@
 """QLoRA on Llama 3.1 8B Instruct: the frozen base as NF4 with double quantisation, on one small chip.
 
-Meant for a single chip or GPU of 16 GB, one sequence at a time, four to an update. Compiled for the slice below and
+Meant for a single chip or GPU of 16 GB, one sequence at a time, four per update. Compiled for the slice below and
 run as `:smoke`, but never run with the real weights nor on an accelerator. Access to the weights is granted on the
 Hugging Face hub; log in first (`hf auth login`). Rows: `--config.data.train=...`.
 

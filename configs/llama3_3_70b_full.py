@@ -19,7 +19,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
     config.model.path = "hf://meta-llama/Llama-3.3-70B-Instruct"
     config.model.dtype = "bfloat16"
-    # Says how frozen weights are stored. Here none is frozen: what moves is float32 all the same.
+    # The type of frozen weights. No weight is frozen here, and trained weights are float32 anyway.
     config.model.param_dtype = "bfloat16"
     config.model.remat = "full"
     config.mesh.fsdp = -1

@@ -1,6 +1,6 @@
 """LoRA on Llama 3.3 70B Instruct, the frozen base in bfloat16, split over all devices.
 
-Meant for 16 chips of 16 GiB: four of them share a sequence, since one alone has no room for a whole one. Compiled
+Meant for 16 chips of 16 GiB: four chips share a sequence, because a whole one does not fit on one chip. Compiled
 for the slice below and run as `:smoke`, but never run with the real weights nor on an accelerator. Access to the
 weights is granted on the Hugging Face hub; log in first (`hf auth login`). Rows: `--config.data.train=...`.
 

@@ -1,6 +1,6 @@
 """QLoRA on Llama 3.3 70B Instruct: the frozen base as NF4 with double quantisation, on four small chips.
 
-Meant for four chips of 16 GiB that share each sequence, four sequences to an update. Compiled for the slice below and
+Meant for four chips of 16 GiB that share each sequence, four sequences per update. Compiled for the slice below and
 run as `:smoke`, but never run with the real weights nor on an accelerator. Access to the weights is granted on the
 Hugging Face hub; log in first (`hf auth login`). Rows: `--config.data.train=...`.
 

@@ -1,8 +1,8 @@
 """LoRA on the attention of Mixtral 8x7B Instruct, the frozen base in bfloat16, split over all devices.
 
-Experts and routers stay as they are. Meant for one TPU host, four sequences a chip: each gathers the experts of a
-layer to use them, which more rows pay back. Compiled for the slice below, but never run with the real weights nor
-on an accelerator. Rows: `--config.data.train=...`.
+Experts and routers are not trained. Meant for one TPU host, four sequences a chip: each chip gathers all experts of a
+layer before it uses them, and with more rows this costs less per token. Compiled for the slice below, but never run
+with the real weights nor on an accelerator. Rows: `--config.data.train=...`.
 
 Planned for v5p:2x2x1: 16 x 4,096 tokens, 34.70 of 95.74 GiB HBM, 3,973 tokens/s a chip; 1,000 steps: 1.15 h, USD 19.25
 """

@@ -1,7 +1,7 @@
 """LoRA on SmolLM2-135M: customer messages to strict JSON, in minutes on two CPU cores.
 
-`make quickstart` runs it. By itself: `jaxft quickstart`, or, once that has written runs/models,
-`jaxft train --config=configs/quickstart.py`.
+`make quickstart` installs jaxft and runs it. `jaxft quickstart` only runs it. Once that has written runs/models,
+`jaxft train --config=configs/quickstart.py` runs it too.
 """
 
 from ml_collections import ConfigDict
@@ -26,7 +26,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.data.max_length = 512
 
     config.optim.learning_rate = 1.5e-3
-    config.optim.adamw.b2 = 0.99  # a run of 80 steps: the default 0.999 averages over more than there are
+    config.optim.adamw.b2 = 0.99  # the default 0.999 averages over more steps than the 80 of this run
     config.optim.warmup_ratio = 0.1
 
     config.train.batch_size = 1

@@ -1,8 +1,8 @@
 """LoRA on the attention of Qwen3 30B-A3B, the frozen base in bfloat16, split over all devices.
 
-Experts and routers stay as they are. Meant for 16 chips of 16 GiB, two sequences each: every chip gathers the
-experts of a layer to use them, which more rows pay back. Compiled for the slice below, but never run with the real
-weights nor on an accelerator. Rows: `--config.data.train=...`.
+Experts and routers are not trained. Meant for 16 chips of 16 GiB, two sequences each: each chip gathers all experts of
+a layer before it uses them, and with more rows this costs less per token. Compiled for the slice below, but never
+run with the real weights nor on an accelerator. Rows: `--config.data.train=...`.
 
 Planned for v5e:4x4: 32 x 4,096 tokens, 7.78 of 15.75 GiB HBM, 3,588 tokens/s a chip; 1,000 steps: 0.63 h, USD 12.18
 """

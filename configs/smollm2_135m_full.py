@@ -1,7 +1,7 @@
-"""Full fine-tuning of SmolLM2-135M-Instruct: every weight moves, so the whole model is what is written.
+"""Full fine-tuning of SmolLM2-135M-Instruct: every weight is trained, so the whole model is written.
 
-The base folder is what `make quickstart` writes. The learning rate is a tenth of LoRA's and less; weight
-decay acts on matrices only.
+`make quickstart` writes the folder of the base model. The learning rate is less than a tenth of LoRA's, and only
+matrices have weight decay.
 """
 
 from ml_collections import ConfigDict
@@ -16,7 +16,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.output_dir = "runs/smollm2-135m-full"
 
     config.model.path = "runs/models/SmolLM2-135M-Instruct"
-    # Moments of every weight are kept as well: recomputing the layers pays for some of that memory.
+    # The optimizer keeps two moments of every weight; recomputing the layers saves some memory in return.
     config.model.remat = "full"
 
     config.adapter.kind = "none"
@@ -35,7 +35,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.train.log_every = 5
     config.train.eval_every = 10
     config.checkpoint.every = 10
-    # A checkpoint holds every weight and two moments of each.
+    # A checkpoint contains every weight and two moments of each.
     config.checkpoint.keep = 1
 
     config.eval.metric = "json_exact"

@@ -1,6 +1,6 @@
-"""LoRA on SmolLM2-135M-Instruct with everyday settings: a start for a config of your own.
+"""LoRA on SmolLM2-135M-Instruct with everyday settings: a starting point for a config of your own.
 
-The base folder is what `make quickstart` writes; any Llama-type folder does. Your rows:
+`make quickstart` writes the folder of the base model; any other model that jaxft reads will do. Your own rows:
 `jaxft train --config=configs/smollm2_135m_lora.py --config.data.train=rows.jsonl --config.data.eval=None
 --config.data.eval_fraction=0.05 --config.eval.metric=exact_match`.
 """

@@ -1,8 +1,8 @@
-"""LoRA on SmolLM2-135M-Instruct on two sets in two stages: general conversation with some of the task, then the task.
+"""LoRA on SmolLM2-135M-Instruct on two sets in two stages: general conversation with a part of the task, then the task.
 
-For 70 % of the steps seven tokens in ten are of `general`, after that all are of `domain`. `jaxft data
---config=configs/smollm2_135m_mixture.py` says how often each set is seen before anything is trained. Put your own
-sets in their place: `--config.data.mixture.general.path=rows.jsonl --config.data.mixture.general.split=None`.
+In the first 70 % of the steps, seven tokens in ten come from `general`; after that all come from `domain`. `jaxft data
+--config=configs/smollm2_135m_mixture.py` shows how often each set is repeated, before anything is trained. To use your
+own sets: `--config.data.mixture.general.path=rows.jsonl --config.data.mixture.general.split=None`.
 """
 
 from ml_collections import ConfigDict

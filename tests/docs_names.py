@@ -6,12 +6,12 @@ import dataclasses
 import functools
 import itertools
 import re
-import typing
 from collections.abc import Iterator
 from pathlib import Path
 
 import jaxft
 from jaxft.config import RunConfig
+from jaxft.config.fields import all_fields
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "jaxft"
@@ -137,21 +137,11 @@ def names() -> Names:
     )
 
 
-def config_fields(cls: type = RunConfig, prefix: str = "") -> Iterator[str]:
-    """The dotted key of every field of a run; `NAME` where users choose a name."""
-    for name, kind in typing.get_type_hints(cls).items():
-        yield prefix + name
-        for section, free in _sections(kind):
-            yield f"{prefix}{name}.{free}".rstrip(".")
-            yield from config_fields(section, f"{prefix}{name}.{free}")
-
-
-def _sections(kind: object) -> Iterator[tuple[type, str]]:
-    if dataclasses.is_dataclass(kind):
-        yield typing.cast(type, kind), ""
-    free = "NAME." if typing.get_origin(kind) is dict else ""
-    for inner in typing.get_args(kind):
-        yield from ((section, free + more) for section, more in _sections(inner))
+def config_fields() -> Iterator[str]:
+    """The dotted key of every field and section of a run; `NAME` where users choose a name."""
+    for key in all_fields(RunConfig):
+        parts = key.split(".")
+        yield from (".".join(parts[:end]) for end in range(1, len(parts) + 1))
 
 
 def is_config_field(key: str) -> bool:

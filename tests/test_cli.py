@@ -136,7 +136,7 @@ def test_data_shows_the_examination(capsys):
     ("arguments", "said"),
     [
         (["train", CONFIG, "--config.train.batch_sise=4"], "Did you mean 'train.batch_size'"),
-        (["train", CONFIG, "--config.train.batch_size=four"], "takes int"),
+        (["train", CONFIG, "--config.train.batch_size=four"], "must be a whole number"),
         (["train", "--config=configs/quickstrat.py"], "Did you mean 'quickstart.py'"),
         (["train", "--config=configs/quickstart.py:smok"], "Did you mean 'smoke'"),
         (

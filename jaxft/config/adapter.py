@@ -171,8 +171,7 @@ def parse_pattern(key: str, text: str | None, kind: Callable[[str], Number]) -> 
             out[pattern.strip()] = kind(value)
             re.compile(pattern)
         except (ValueError, re.error):
-            name = getattr(kind, "__name__", "number")
-            raise ConfigError(f"{key}={text!r}: {part!r} is not of the form pattern:{name}") from None
+            raise ConfigError(f"{key}={text!r}: {part!r} is not of the form pattern:number, such as q_proj:8") from None
         if not pattern.strip() or out[pattern.strip()] <= 0:
             raise ConfigError(f"{key}={text!r}: {part!r} needs a pattern and a number above zero")
     return out

@@ -150,7 +150,8 @@ def parse_stages(text: str | None, weights: Mapping[str, float]) -> tuple[tuple[
             raise ConfigError(f"data.stages={text!r}: the shares of the steps add up to {total:g}, not to 1")
     for share, stage in stages:
         if sum(stage.values()) <= 0:
-            raise ConfigError(f"data.stages={text!r}: no set has a weight above zero in the stage of {share:g}")
+            where = "data.mixture" if text is None else f"data.stages={text!r}: in the stage of {share:g}"
+            raise ConfigError(f"{where}: no set has a weight above zero, so that there are no rows to train on")
     return tuple((share, {name: weight for name, weight in stage.items() if weight > 0}) for share, stage in stages)
 
 

@@ -12,7 +12,6 @@ may differ when a run is resumed.
 
 import dataclasses
 import difflib
-import functools
 import re
 import types
 import typing
@@ -23,6 +22,7 @@ from typing import Any, Literal, TypeVar
 from jaxft.errors import ConfigError, did_you_mean
 
 S = TypeVar("S", bound="Section")
+TYPES = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,11 @@ class Field:
     chooses_section: bool = False
     sections: type[Section] | None = None
 
+    @property
+    def type_words(self) -> str:
+        """The type of its values, None included, for error messages."""
+        return TYPES[self.base] + (" or None" if self.optional else "")
+
     def check(self, value: object) -> None:
         """Raises ConfigError for a value that is none of the choices, or outside of a range."""
         if value is None:
@@ -133,7 +138,7 @@ class Field:
         if self.base is float and isinstance(value, int) and not isinstance(value, bool):
             return float(value)
         if not isinstance(value, self.base) or (isinstance(value, bool) and self.base is not bool):
-            raise ConfigError(f"config key {self.key!r} takes {self.base.__name__}, got {value!r}")
+            raise ConfigError(f"{self.key}={value!r} must be {self.type_words}")
         return value
 
 
@@ -144,12 +149,12 @@ def own_fields(cls: type[Section], prefix: str = "") -> tuple[Field, ...]:
 
 def all_fields(cls: type[Section], prefix: str = "") -> dict[str, Field]:
     """Every field that holds a value, by its dotted key, in the order of declaration."""
-    return {field.key: field for field, _ in _walk(cls, None, prefix)}
+    return {field.key: field for field, _ in _walk(cls(), prefix, template=True)}
 
 
 def field_values(section: Section, prefix: str = "") -> list[tuple[Field, Any]]:
     """Every field of a section and of those within it, with its value. NAME is replaced by the users' own names."""
-    return list(_walk(type(section), section, prefix))
+    return list(_walk(section, prefix))
 
 
 def choices(cls: type[Section], name: str) -> tuple[str, ...]:
@@ -170,7 +175,7 @@ def check_fields(config: Section) -> None:
         for dependency in field.dependencies:
             if dependency.refuse and value != field.default and not dependency.holds(values[dependency.key]):
                 raise ConfigError(_unread(field, value, dependency, values))
-    for section in _sections(config):
+    for section in _iterate_sections(config):
         section.check()
 
 
@@ -196,13 +201,12 @@ def unknown_key(key: str, cls: type[Section]) -> str:
 
 
 def as_mapping(value: object, key: str) -> Mapping[str, Any]:
-    """The values of a section. Raises ConfigError for a value that is no mapping."""
+    """The values of a section. Raises ConfigError for a value that is not a mapping."""
     if not isinstance(value, Mapping):
-        raise ConfigError(f"config key {key!r} is a section; got {value!r}")
+        raise ConfigError(f"config key {key!r} is a section: set its fields one by one, instead of all to {value!r}")
     return value
 
 
-@functools.cache
 def _declared(cls: type[Section]) -> tuple[Field, ...]:
     hints = typing.get_type_hints(cls, include_extras=True)
     return tuple(_declaration(spec, hints[spec.name]) for spec in dataclasses.fields(typing.cast(Any, cls)))
@@ -231,38 +235,33 @@ def _declaration(spec: "dataclasses.Field[Any]", hint: Any) -> Field:
     )
 
 
-def _walk(cls: type[Section], section: Section | None, prefix: str) -> Iterator[tuple[Field, Any]]:
-    fields = own_fields(cls, prefix)
-    chooser = next((field for field in fields if field.chooses_section), None)
+def _walk(section: Section, prefix: str, *, template: bool = False) -> Iterator[tuple[Field, Any]]:
+    """Fields with their values. template: show one section called NAME where users give names, instead of theirs."""
+    fields = own_fields(type(section), prefix)
+    chooser = next((field.key for field in fields if field.chooses_section), None)
     for field in fields:
         name = field.key.removeprefix(prefix)
-        value = field.default if section is None else getattr(section, name)
-        if issubclass(field.base, Section):
-            inner = ReadBy(chooser.key, (name,)) if chooser else None
-            for nested, own in _walk(field.base, None if section is None else value, f"{field.key}."):
-                yield (
-                    dataclasses.replace(
-                        nested,
-                        dependencies=(inner, *nested.dependencies) if inner else nested.dependencies,
-                        free_to_change=nested.free_to_change or field.free_to_change,
-                    ),
-                    own,
-                )
+        value: Any = getattr(section, name)
+        if isinstance(value, Section):
+            chosen = (ReadBy(chooser, (name,)),) if chooser else ()
+            for inner, own in _walk(value, f"{field.key}.", template=template):
+                free = inner.free_to_change or field.free_to_change
+                yield dataclasses.replace(inner, dependencies=chosen + inner.dependencies, free_to_change=free), own
             continue
         yield field, value
-        if field.sections:
-            for entry in ("NAME",) if section is None else value:
-                nested_section = None if section is None else value[entry]
-                yield from _walk(field.sections, nested_section, f"{field.key}.{entry}.")
+        if field.sections is not None:
+            for entry, nested in ({"NAME": field.sections()} if template else value).items():
+                yield from _walk(nested, f"{field.key}.{entry}.", template=template)
 
 
-def _sections(section: Section) -> Iterator[Section]:
+def _iterate_sections(section: Section) -> Iterator[Section]:
     """The sections within a section, innermost first, then the section itself."""
     for field in _declared(type(section)):
-        value = getattr(section, field.key)
-        inner: Iterable[Section] = value.values() if field.sections else [value] if isinstance(value, Section) else []
-        for nested in inner:
-            yield from _sections(nested)
+        value: Any = getattr(section, field.key)
+        nested: Iterable[Any] = value.values() if field.sections is not None else (value,)
+        for inner in nested:
+            if isinstance(inner, Section):
+                yield from _iterate_sections(inner)
     yield section
 
 
@@ -271,7 +270,7 @@ def _build(cls: type[S], values: Mapping[str, Any], prefix: str, root: type[Sect
     for name in values:
         if name not in fields:
             raise ConfigError(unknown_key(prefix + name, root))
-    arguments = {}
+    arguments: dict[str, Any] = {}
     for name, value in values.items():
         field = fields[name]
         if issubclass(field.base, Section):
@@ -289,7 +288,8 @@ def _build(cls: type[S], values: Mapping[str, Any], prefix: str, root: type[Sect
 def _unread(field: Field, value: object, dependency: ReadBy, values: Mapping[str, object]) -> str:
     actual = f"{dependency.key}={values[dependency.key]!r}" if dependency.values else "it is not"
     because = f" {dependency.because}" if dependency.because else ""
-    other = f"set {dependency.key}" + (f" to {_either(dependency.values)}" if 0 < len(dependency.values) < 3 else "")
+    few = f" to {_either(dependency.values)}" if 0 < len(dependency.values) < 3 else ""
+    other = f"set {dependency.key}{few or (' to one of those' if dependency.values else '')}"
     # A chooser's sections may all have a field of this name: show the one that is read.
     section, _, leaf = field.key.rpartition(".")
     twin = f"{section.rpartition('.')[0]}.{values[dependency.key]}.{leaf}"

@@ -33,6 +33,9 @@ class MeshConfig(Section):
     tensor: Annotated[int, DEVICES, "tensor parallelism: different heads and inner units, for the same rows"] = 1
 
     def check(self) -> None:
-        sizes = {axis: size for axis, size in dataclasses.asdict(self).items() if axis != "auto"}
-        if list(sizes.values()).count(-1) > 1:
-            raise ConfigError("only one mesh axis may be -1 (the devices that remain)")
+        rest = [f"mesh.{axis}" for axis, size in dataclasses.asdict(self).items() if axis != "auto" and size == -1]
+        if len(rest) > 1:
+            raise ConfigError(
+                f"{' and '.join(rest)} are -1, but only one axis can take the devices that remain: set the others to a "
+                "number"
+            )

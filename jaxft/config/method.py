@@ -1,7 +1,7 @@
 """The method section: which training method, and one section with the settings of each."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from jaxft.config.fields import ABOVE_ZERO, BELOW_ONE, CHOOSES_SECTION, NOT_NEGATIVE, Range, Section
 from jaxft.errors import ConfigError
@@ -9,9 +9,20 @@ from jaxft.errors import ConfigError
 BELOW_HALF = Range(lambda value: 0 <= value < 0.5, "at least 0 and below 0.5")
 
 
+class MethodSection(Section):
+    """The settings of one method.
+
+    HELD_OUT_METRICS: the names of its held-out metrics, by which `checkpoint.best_metric` may rank.
+    """
+
+    HELD_OUT_METRICS: ClassVar[tuple[str, ...]] = ("eval_loss",)
+
+
 @dataclass(frozen=True, kw_only=True)
-class SFTConfig(Section):
+class SFTConfig(MethodSection):
     """Supervised fine-tuning: the cross-entropy of the trained tokens, and what may be added to it."""
+
+    HELD_OUT_METRICS = ("eval_loss", "eval_perplexity", "eval_mean_token_accuracy")
 
     loss_type: Annotated[
         Literal["nll", "dft"],
@@ -41,8 +52,10 @@ class SFTConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPOConfig(Section):
+class DPOConfig(MethodSection):
     """Direct preference optimization: pairs of a chosen and a rejected answer, against a frozen reference model."""
+
+    HELD_OUT_METRICS = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")
 
     beta: Annotated[
         float,
@@ -65,3 +78,8 @@ class MethodConfig(Section):
     ] = "sft"
     sft: SFTConfig = field(default_factory=SFTConfig)
     dpo: DPOConfig = field(default_factory=DPOConfig)
+
+    @property
+    def chosen(self) -> MethodSection:
+        """The section of the chosen method."""
+        return getattr(self, self.name)

@@ -86,9 +86,7 @@ class ScheduleFreeConfig(AdamW8bitConfig):
 
     b1: Annotated[
         float,
-        Range(
-            lambda value: 0 < value < 1, "above 0 and below 1: without it there is no average; usual are 0.9 to 0.98"
-        ),
+        Range(lambda value: 0 < value < 1, "above 0 and below 1: 0 leaves no average, and 0.9 to 0.98 is usual"),
         "weight of the average in the parameters at which gradients are taken",
     ] = 0.9
 
@@ -105,7 +103,7 @@ class OptimConfig(Section):
     learning_rate: Annotated[float, ABOVE_ZERO, "the peak learning rate, reached at the end of warm-up"] = 2e-4
     schedule: Annotated[Literal["constant", "linear", "cosine"], "course of the learning rate after warm-up"] = "cosine"
     warmup_steps: Annotated[
-        int | None, NOT_NEGATIVE, "steps of warm-up; give at most one of `optim.warmup_steps` and `optim.warmup_ratio`"
+        int | None, NOT_NEGATIVE, "steps of warm-up; at most one of this and `optim.warmup_ratio` may be set"
     ] = None
     warmup_ratio: Annotated[float | None, BELOW_ONE, "share of the run's steps that are warm-up"] = None
     min_ratio: Annotated[float, ZERO_TO_ONE, "the schedule ends at this share of `optim.learning_rate`"] = 0.0
@@ -118,7 +116,11 @@ class OptimConfig(Section):
     loraplus_lr_ratio: Annotated[
         float | None,
         ABOVE_ZERO,
-        ReadBy("adapter.kind", ("lora",), because="It scales the learning rate of LoRA's B."),
+        ReadBy(
+            "adapter.kind",
+            ("lora",),
+            because="It scales the learning rate of LoRA's B, which other adapters do not have.",
+        ),
         "learning rate of LoRA's B, and of the vectors that are trained with it, divided by that of A (LoRA+, "
         "arXiv:2402.12354)",
     ] = None
@@ -144,7 +146,10 @@ class OptimConfig(Section):
 
     def check(self) -> None:
         if self.warmup_steps is not None and self.warmup_ratio is not None:
-            raise ConfigError("give at most one of optim.warmup_steps and optim.warmup_ratio; set the other to None")
+            raise ConfigError(
+                f"optim.warmup_steps={self.warmup_steps} and optim.warmup_ratio={self.warmup_ratio} both set the "
+                "length of warm-up: set one of them to None"
+            )
         if self.name == "schedule_free_adamw" and self.schedule != "constant":
             raise ConfigError(
                 f"optim.name='schedule_free_adamw' averages the weights instead of lowering the learning rate, so "

@@ -1,8 +1,10 @@
 """How configs are read: files, command-line overrides and JSON. The only reader of `ml_collections`."""
 
+import dataclasses
 import json
 import os
 import re
+import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,10 +27,11 @@ def default_config() -> ConfigDict:
 def mixture_set(**fields: Any) -> ConfigDict:
     """A set for `config.data.mixture.NAME`, with every field of MixtureSet. Raises ConfigError for an unknown one."""
     out = ConfigDict(_defaults(MixtureSet)).lock()
+    known = {field.key.rpartition(".")[2]: field for field in own_fields(MixtureSet, "data.mixture.NAME.")}
     for name, value in fields.items():
-        if name not in out:
-            raise ConfigError(f"a mixture set has no field {name!r}.{did_you_mean(name, out)}")
-        _set_value(out, name, value)
+        if name not in known:
+            raise ConfigError(f"a mixture set has no field {name!r}.{did_you_mean(name, known)}")
+        out[name] = known[name].convert(value)
     return out
 
 
@@ -68,13 +71,7 @@ def load_file(path_with_arg: str, assignments: Sequence[str]) -> ConfigDict:
     try:
         values(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        # ml_collections wraps what a config file raises into its own traceback text.
-        first = _first_cause(error)
-        if isinstance(first, ConfigError):
-            raise first from error
-        if isinstance(first, (AttributeError, KeyError)):
-            raise ConfigError(_unknown_in_file(first)) from error
-        raise ConfigError(f"{path_with_arg}: {first}") from error
+        raise _error_of_file(path, error) from error
     for key in emptied:
         _set_value(values.config, key, None)
     return values.config
@@ -114,34 +111,36 @@ def _defaults(cls: type[Section]) -> dict[str, Any]:
 
 
 def _field(key: str) -> Field | None:
-    """The field of a key, which may have the name of a mixture's set in it; None for an unknown key."""
+    """The field of a key, which may have the name of a mixture's set in it; None for an unknown key.
+
+    Raises ConfigError for the key of a section.
+    """
     known, parts = all_fields(RunConfig), key.split(".")
+    within = [name for name in known if name.startswith(f"{key}.")]
+    if within:
+        raise ConfigError(f"config key {key!r} is a section: set its fields one by one, such as {within[0]!r}")
     field = known.get(key) or known.get(".".join([*parts[:-2], "NAME", *parts[-1:]]))
-    return None if field is None or field.sections else field
+    return None if field is None else dataclasses.replace(field, key=key)
 
 
 def _check_assignment(key: str, text: str) -> None:
     field = _field(key)
     if field is None:
         raise ConfigError(unknown_key(key, RunConfig))
-    name = field.base.__name__
     if text == "None":
-        if not field.optional:
-            raise ConfigError(f"{key}=None: the field takes {name} and cannot be left out")
-    elif field.base in (int, float):
-        try:
+        field.convert(None)
+        return
+    try:
+        if field.base in (int, float):
             field.base(text)
-        except ValueError:
-            raise ConfigError(f"{key}={text}: the field takes {name}") from None
-
-
-def _first_cause(error: BaseException) -> BaseException:
-    while error.__context__ is not None:
-        error = error.__context__
-    return error
+    except ValueError:
+        raise ConfigError(f"{key}={text} must be {field.type_words}") from None
+    if field.base is bool and text.lower() not in ("true", "false", "t", "f", "1", "0"):
+        raise ConfigError(f"{key}={text} must be {field.type_words}")
 
 
 def _set_value(values: ConfigDict, key: str, value: Any) -> None:
+    """Sets one field, or all fields of a section that a mapping names. Raises ConfigError as `resolve` does."""
     *sections, name = key.split(".")
     node = values
     for section in sections:
@@ -150,18 +149,45 @@ def _set_value(values: ConfigDict, key: str, value: Any) -> None:
         node = node[section]
     if not isinstance(node, ConfigDict) or name not in node:
         raise ConfigError(unknown_key(key, RunConfig))
-    if isinstance(node.get_ref(name).get_type(), type) and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value) if node.get_ref(name).get_type() is float else value
     if key == "data.mixture":
         sets = {n: mixture_set(**as_mapping(fields, f"{key}.{n}")) for n, fields in as_mapping(value, key).items()}
-        value = ConfigDict(sets)
+        node[name] = ConfigDict(sets)
+    elif isinstance(node[name], ConfigDict):
+        for inner, own in as_mapping(value, key).items():
+            _set_value(values, f"{key}.{inner}", own)
+    else:
+        field = _field(key)
+        node[name] = value if field is None else field.convert(value)
+
+
+def _error_of_file(path: str, error: BaseException) -> ConfigError:
+    """What a config file raised, as an error that names its line and the field.
+
+    ml_collections wraps the exception of the file into others, and tells only the last part of a field's name.
+    """
+    chain = [error]
+    while chain[-1].__context__ is not None:
+        chain.append(chain[-1].__context__)
+    first = chain[-1]
+    if isinstance(first, ConfigError):
+        return first
+    frames = [frame for link in chain for frame in traceback.extract_tb(link.__traceback__)]
+    line = next(
+        (frame for frame in reversed(frames) if os.path.realpath(frame.filename) == os.path.realpath(path)), None
+    )
+    where = f"{path}: " if line is None else f"{path}, line {line.lineno}: "
+    keys = re.findall(r"\bconfig\.([A-Za-z_][\w.]*)", "" if line is None else line.line or "")
+    if isinstance(first, (AttributeError, KeyError)):
+        name = re.search(r"[\"']([\w.]+)[\"']", str(first))
+        if name is None:
+            return ConfigError(f"{where}{first}")
+        parts = next((key.split(".") for key in keys if name[1] in key.split(".")), [name[1]])
+        return ConfigError(where + unknown_key(".".join(parts[: parts.index(name[1]) + 1]), RunConfig))
+    mismatch = re.fullmatch(r"(.*) is of original type <class '(\w+)'> and cannot be casted.*", str(first), re.DOTALL)
     try:
-        node[name] = value
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{key}={value!r}: {error}") from error
-
-
-def _unknown_in_file(error: BaseException) -> str:
-    # The config file itself named a field that does not exist; ml_collections tells only its last part.
-    match = re.search(r"[\"']([\w.]+)[\"']", str(error))
-    return unknown_key(match.group(1), RunConfig) if match else str(error)
+        field = _field(keys[0]) if mismatch and keys else None
+    except ConfigError as section:
+        return ConfigError(f"{where}{section}")
+    if mismatch and field is not None:
+        return ConfigError(f"{where}{field.key} must be {field.type_words}, not {mismatch[1]} ({mismatch[2]})")
+    return ConfigError(f"{where}{first}")

@@ -103,6 +103,12 @@ def _check_held_out(config: RunConfig) -> None:
             f"checkpoint.best_metric={checkpoint.best_metric!r} needs held-out rows: set data.eval or "
             "data.eval_fraction"
         )
+    known = config.method.chosen.HELD_OUT_METRICS
+    if checkpoint.best_metric not in known:
+        raise ConfigError(
+            f"checkpoint.best_metric={checkpoint.best_metric!r} is not reported by method.name={config.method.name!r}: "
+            f"set it to one of {', '.join(known)}"
+        )
     if checkpoint.every is not None and (config.train.eval_every is None or checkpoint.every % config.train.eval_every):
         raise ConfigError(
             f"checkpoint.best_metric={checkpoint.best_metric!r} ranks checkpoints by held-out metrics of the same "

@@ -6,11 +6,11 @@ from jaxft.errors import ConfigError, did_you_mean
 
 
 def with_arg(config: ConfigDict, arg: str | None) -> ConfigDict:
-    """The config as it is for no argument; for `smoke`, shrunk to seconds on any machine.
+    """The unchanged config if there is no argument; for `smoke`, a run of seconds on any machine.
 
-    A smoke run keeps the method (adapter, optimizer, packing, cadence) and replaces what costs: a random
-    two-layer model with a byte tokenizer, 24 rows, 4 steps. It proves that a run goes through from data to
-    report, not that it learns. Raises ConfigError for another argument.
+    A smoke run keeps the method (adapter, optimizer, packing, cadence) and replaces all that is expensive: it has a
+    random two-layer model with a byte tokenizer, 24 rows and 4 steps. It shows that every part of the run works, from
+    data to report, and not that the model learns. Raises ConfigError for another argument.
     """
     if not arg:
         return config

@@ -42,8 +42,8 @@ class TrainConfig(Section):
     def check(self) -> None:
         if self.batch_size % self.accumulation_steps:
             raise ConfigError(
-                f"train.batch_size={self.batch_size} does not divide into "
-                f"train.accumulation_steps={self.accumulation_steps} equal micro-batches"
+                f"train.batch_size={self.batch_size} does not divide into train.accumulation_steps="
+                f"{self.accumulation_steps} equal micro-batches: make the former a multiple of the latter"
             )
 
 
@@ -66,8 +66,16 @@ class CheckpointConfig(Section):
     every: Annotated[int | None, ABOVE_ZERO, FREE_TO_CHANGE, "steps between checkpoints; None: only the last"] = None
     keep: Annotated[int, ABOVE_ZERO, FREE_TO_CHANGE, "number of newest checkpoints that are kept"] = 2
     best_metric: Annotated[
-        Literal["eval_loss", "eval_perplexity", "eval_mean_token_accuracy"] | None,
-        "held-out metric whose best checkpoint is kept as well; None: only the newest are kept",
+        Literal[
+            "eval_loss",
+            "eval_perplexity",
+            "eval_mean_token_accuracy",
+            "eval_rewards/accuracies",
+            "eval_rewards/margins",
+        ]
+        | None,
+        "held-out metric whose best checkpoint is kept as well; perplexity and accuracy of tokens are reported by sft, "
+        "rewards by dpo; None: only the newest are kept",
     ] = None
     best_mode: Annotated[
         Literal["min", "max"],

@@ -172,7 +172,7 @@ def _experts_of(leaves: dict[str, Any], count: int, chosen: int) -> Experts:
     )
 
 
-def _size(state: Any) -> int:
+def _size(state: nnx.State) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state))
 
 

@@ -9,7 +9,7 @@ projections from singular values of the gradient, which is slow on accelerators;
 
 import math
 import zlib
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ def scale_by_apollo(*, rank: int, b1: float, b2: float, eps: float, seed: int) -
         return ApolloState(jnp.int32(0), low(), low(), norms)
 
     def update(
-        grads: dict[str, jax.Array], state: ApolloState, params: Any = None
+        grads: dict[str, jax.Array], state: ApolloState, params: dict[str, jax.Array] | None = None
     ) -> tuple[dict[str, jax.Array], ApolloState]:
         steps = state.steps + 1
         first, second = 1 - b1**steps, jnp.sqrt(1 - b2**steps)

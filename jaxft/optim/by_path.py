@@ -1,5 +1,6 @@
 """Optimizers that work by the paths of parameters."""
 
+import jax
 import optax
 
 from jaxft.trees import flatten
@@ -16,6 +17,6 @@ def by_path(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     ) -> tuple[optax.Updates, optax.OptState]:
         flat, treedef = flatten(grads)
         updates, state = tx.update(flat, state, None if params is None else flatten(params)[0])
-        return treedef.unflatten([updates[path] for path in flat]), state
+        return jax.tree.unflatten(treedef, [updates[path] for path in flat]), state
 
     return optax.GradientTransformation(init, update)

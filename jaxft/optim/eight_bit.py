@@ -8,7 +8,7 @@ the axis is a multiple of 256, the blocks are the ones that bitsandbytes cuts fr
 a block is the largest divisor below 256.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +57,7 @@ def scale_by_adam_8bit(*, b1: float, b2: float, eps: float) -> optax.GradientTra
         return EightBitState(jnp.int32(0), codes, nu_codes, scales, nu_scales)
 
     def update(
-        grads: dict[str, jax.Array], state: EightBitState, params: Any = None
+        grads: dict[str, jax.Array], state: EightBitState, params: dict[str, jax.Array] | None = None
     ) -> tuple[dict[str, jax.Array], EightBitState]:
         steps = state.steps + 1
         first, second = 1 - b1**steps, jnp.sqrt(1 - b2**steps)

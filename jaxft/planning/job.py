@@ -1,7 +1,5 @@
 """The training step of a config on hypothetical devices: built, compiled and costed."""
 
-# B batch, S sequence
-
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -130,7 +128,7 @@ def abstract_step_of(config: RunConfig, hf_config: dict[str, Any], steps: int) -
     tx = make_tx(config, model, schedule)
     whole, parameters = nnx.split(model)
 
-    def start(parameters: Any) -> TrainState:
+    def start(parameters: nnx.State) -> TrainState:
         return start_state(config, nnx.merge(whole, parameters), tx)[1]
 
     graphdef, _, _ = divide(model)
@@ -238,7 +236,7 @@ def _abstract_mesh(config: RunConfig, model: Decoder, topology: Topology) -> Mes
     return mesh
 
 
-def _with_sharding(leaf: Any, sharding: Any) -> Any:
+def _with_sharding(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 

@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+from config_files import SHIPPED
 
 from jaxft import cli
 from jaxft.config import MeshConfig, load
 from jaxft.errors import ConfigError
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
-by_name = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+by_name = pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 
 
 @by_name
@@ -22,9 +22,9 @@ def test_resolves(path: Path) -> None:
 @by_name
 def test_smoke_passes_the_examination(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["data", f"--config={path}:smoke", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (found["rows"], found["eval"]["rows"]) == (24, 4)
-    assert found["trained_tokens"] > 0
+    examination = json.loads(capsys.readouterr().out)
+    assert (examination["rows"], examination["eval"]["rows"]) == (24, 4)
+    assert examination["trained_tokens"] > 0
 
 
 @by_name
@@ -46,5 +46,5 @@ def test_another_argument_is_refused(path: Path) -> None:
 
 
 def test_no_two_configs_share_a_run_folder() -> None:
-    folders = [load(str(path)).output_dir for path in CONFIGS]
+    folders = [load(str(path)).output_dir for path in SHIPPED]
     assert len(folders) == len(set(folders))
