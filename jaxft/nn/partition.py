@@ -94,27 +94,27 @@ def split_only(x: jax.Array, dimension: int) -> jax.Array:
     return x
 
 
-def gathered(x: jax.Array, stored: Dimensions, whole: Dimensions) -> jax.Array:
-    """x, which lies as `stored` says, brought to lie as `whole` says, while its gradient goes back to `stored`.
+def gathered(x: jax.Array, resting: Dimensions, whole: Dimensions) -> jax.Array:
+    """x, moved from the layout `resting` to the layout `whole`; its gradient is moved back to `resting`.
 
     A plain constraint would put itself on the gradient too, so that every device would receive the whole sum of what
     all have computed, and throw all but its own part away.
     """
-    return x if is_unsharded() else _gathered(x, spec(x.shape, stored), spec(x.shape, whole))
+    return x if is_unsharded() else _gathered(x, spec(x.shape, resting), spec(x.shape, whole))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gathered(x: jax.Array, stored: P, whole: P) -> jax.Array:
+def _gathered(x: jax.Array, resting: P, whole: P) -> jax.Array:
     # The first constraint keeps the gathering from moving up to where x still is in a wider type.
-    return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(x, stored), whole)
+    return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(x, resting), whole)
 
 
-def _gathered_forward(x: jax.Array, stored: P, whole: P) -> tuple[jax.Array, None]:
-    return _gathered(x, stored, whole), None
+def _gathered_forward(x: jax.Array, resting: P, whole: P) -> tuple[jax.Array, None]:
+    return _gathered(x, resting, whole), None
 
 
-def _gathered_backward(stored: P, whole: P, _: None, grad: jax.Array) -> tuple[jax.Array]:
-    return (jax.lax.with_sharding_constraint(grad, stored),)
+def _gathered_backward(resting: P, whole: P, _: None, grad: jax.Array) -> tuple[jax.Array]:
+    return (jax.lax.with_sharding_constraint(grad, resting),)
 
 
 _gathered.defvjp(_gathered_forward, _gathered_backward)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +41,16 @@ def export(
 ) -> dict[str, Any]:
     """Writes a model as a PEFT folder (`adapter`) or a whole Hugging Face folder (`merged`).
 
-    source: a run folder, a PEFT folder, a Hugging Face folder or a GGUF file. step: a checkpoint of a
-    run folder, its export or newest where None. dtype: stored type of a merged model. base: what the adapter of a run
-    with a quantised base is merged into: `trained`, the dense form of the quantised kernels, or `original`, the kernels
-    that they were made of, which gives another model than the one that was trained. Returns the
-    folder, how far each reader's logits were from the live model's at most (`checks`) and on average (`mean`), as
-    shares of the largest logit, which for `merged` is what merging changed; and what of a model that takes images
-    too was left out. Of a run with a quantised base also what merging loses: `original_base`, how far a model merged
-    into the original base is from the trained one, or `quantised_again`, how far the merged model would be once
-    quantised like its base. Raises ExportError where a reader differs by more than rounding.
+    source: a run folder, a PEFT folder, a Hugging Face folder or a GGUF file. step: a checkpoint of a run folder; None:
+    its newest. dtype: type of a merged model's tensors in the files. base: for a run with a quantised base, what the
+    adapter is merged into: `trained`, the dequantised kernels, or `original`, the kernels before quantisation, which
+    gives another model than the one that was trained.
+    Returns the folder; the largest (`checks`) and mean (`mean`) difference between the live model's logits and those of
+    each reader of the export, as shares of the largest logit (for `merged` this is the change by merging); and, of a
+    model that takes images too, the parts that were left out. For a run with a quantised base also the loss by merging:
+    `original_base`, the difference between the model merged into the original base and the trained one, or
+    `quantised_again`, the difference once the merged model is quantised like its base. Raises ExportError if a reader
+    differs by more than rounding.
     """
     if base not in BASES:
         raise ConfigError(f"base {base!r} is not one of {', '.join(BASES)}")
@@ -56,26 +58,32 @@ def export(
         raise ConfigError(f"format {format!r} is not one of {', '.join(FORMATS)}")
     target = Path(to)
     if target.exists() and any(target.iterdir()):
-        raise ExportError(f"{to} is not empty: choose a new folder, so that nothing of an older export is mixed in")
+        raise ExportError(f"{to} is not empty: choose a new folder, so that no file of an older export is mixed in")
     loaded = load_trained(source, step)
     quantization = loaded.quantization if format == "merged" else None
     if base == "original" and quantization is None:
-        raise ConfigError("base='original' is for merging a run's adapter whose base is quantised: this is no such run")
+        raise ConfigError("base='original' is for merging an adapter whose base was quantised, and this base was not")
     tokens = probe(loaded.module.config.vocab_size)
-    trained = loaded.logits(tokens) if quantization is not None else None
+    trained = loaded
     if base == "original":
         loaded = load_trained(source, step, quantized=False)
     tokenizer = load_tokenizer(source)
     target.mkdir(parents=True, exist_ok=True)
     checks = write(loaded, tokenizer, target, format=format, dtype=dtype)
-    said = {} if loaded.left_out is None else {"left_out": loaded.left_out}
+    out: dict[str, Any] = {
+        "folder": str(target),
+        "format": format,
+        "checks": {check.reader: check.difference for check in checks},
+        "mean": {check.reader: check.mean for check in checks},
+    }
+    if loaded.left_out is not None:
+        out["left_out"] = loaded.left_out
     if base == "original":
-        said["original_base"] = logit_difference(loaded.logits(tokens), trained)
+        out["original_base"] = logit_difference(loaded.logits(tokens), trained.logits(tokens))
     elif quantization is not None:
         again = load_model(to, dtype=str(loaded.module.dtype), quantization=quantization)
-        said["quantised_again"] = logit_difference(again.logits(tokens), trained)
-    figures = {"checks": {c.reader: c.difference for c in checks}, "mean": {c.reader: c.mean for c in checks}}
-    return {"folder": str(target), "format": format} | figures | said
+        out["quantised_again"] = logit_difference(again.logits(tokens), trained.logits(tokens))
+    return out
 
 
 def load_trained(source: str, step: int | None = None, *, quantized: bool = True) -> LoadedModel:
@@ -120,12 +128,12 @@ def export_run(
     else:
         wanted.append(("merged", MODEL))
     for format, name in wanted:
-        target = Path(on_primary(lambda name=name: str(fresh_subfolder(folder, name))))
+        target = Path(on_primary(partial(_fresh_subfolder, folder, name)))
         checks = write(loaded, tokenizer, target, format=format, mesh=mesh)
         out[name] = name
         out[f"{name}_checks"] = {c.reader: c.difference for c in checks}
         out[f"{name}_mean"] = {c.reader: c.mean for c in checks}
-        console.print(f"{target}: read back by {_said(checks)}", highlight=False, soft_wrap=True)
+        console.print(f"{target}: read back by {_check_text(checks)}", highlight=False, soft_wrap=True)
     return out
 
 
@@ -139,26 +147,30 @@ def write(
     mesh: MeshPlan | None = None,
 ) -> tuple[Check, ...]:
     """Writes one export and checks it. mesh: where the model is. Every process takes part; process 0 writes."""
-    # What partial fine-tuning moved is float32, whatever the rest is stored in.
-    own = jax.tree.leaves(nnx.state(loaded.module.embed_tokens))[0].dtype
-    stored = dtype or str(own if loaded.module.trainable_paths is None else "float32")
+    # Partial fine-tuning trains in float32, whatever type the other parameters have.
+    embedding = jax.tree.leaves(nnx.state(loaded.module.embed_tokens))[0].dtype
+    file_dtype = dtype or str(embedding if loaded.module.trainable_paths is None else "float32")
     if format == "adapter":
         base = loaded.base if "://" in loaded.base else os.path.abspath(loaded.base)
         peft.write_adapter(loaded.module, str(target), base=base, nested=loaded.left_out is not None)
-        stored = "float32"
+        file_dtype = "float32"
     else:
-        hf.write_weights(loaded.module, str(target), dtype=stored)
+        hf.write_weights(loaded.module, str(target), dtype=file_dtype)
 
-    def the_rest() -> None:
+    def write_config_and_tokenizer() -> None:
         if format != "adapter":
             generation = tokenizer.generation_config(loaded.generation)
-            hf.write_config(str(target), loaded.hf_config, dtype=stored, generation=generation)
+            hf.write_config(str(target), loaded.hf_config, dtype=file_dtype, generation=generation)
         tokenizer.save(target)
 
-    on_primary(the_rest)
-    return check_export(loaded, str(target), dtype=stored, mesh=mesh)
+    on_primary(write_config_and_tokenizer)
+    return check_export(loaded, str(target), dtype=file_dtype, mesh=mesh)
 
 
-def _said(checks: tuple[Check, ...]) -> str:
-    # Of a merged model this is what merging changed: the live one has its adapter apart.
+def _fresh_subfolder(folder: Path, name: str) -> str:
+    return str(fresh_subfolder(folder, name))
+
+
+def _check_text(checks: tuple[Check, ...]) -> str:
+    # For a merged model the differences include the change by merging, since the live model's adapter is not merged.
     return ", ".join(f"{c.reader} (logits within {c.difference:.1e}, {c.mean:.1e} on average)" for c in checks)

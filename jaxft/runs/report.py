@@ -1,5 +1,6 @@
 """The run as one page: report.html and loss.png, made from the files of a run folder."""
 
+import dataclasses
 import io
 import json
 import math
@@ -18,6 +19,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 
+from jaxft.adapters.make import describe
+from jaxft.config import AdapterConfig
 from jaxft.errors import DataError
 from jaxft.files.run_folder import CONFIG, DATA, LOSS_PLOT, METRICS, REPORT, SCORES
 from jaxft.training.log import read_metrics
@@ -169,7 +172,7 @@ def _tiles(config: Row, rows: Sequence[Row], scores: Row) -> list[dict[str, str]
         ("Held-out loss", f"{evals[-1]:.3f}" if evals else "—", at_first),
         ("Training loss", f"{losses[-1]:.3f}" if losses else "—", f"{losses[0]:.3f} at first" if losses else ""),
         ("Model", path.rstrip("/").rsplit("/", 1)[-1], f"computes in {model['dtype']}" if "dtype" in model else ""),
-        ("Method", *_method(config.get("adapter") or {}, config.get("model") or {})),
+        ("Method", *_method(config)),
         ("Steps", f"{steps[-1]:,}" if steps else "—", batch),
         ("Tokens seen", f"{tokens[-1]:,.0f}" if tokens else "—", ""),
         ("Throughput", f"{statistics.median(rates):,.0f}" if rates else "—", "tokens per second, median"),
@@ -177,20 +180,16 @@ def _tiles(config: Row, rows: Sequence[Row], scores: Row) -> list[dict[str, str]
     return [{"label": label, "value": value, "detail": detail} for label, value, detail in tiles]
 
 
-def _method(adapter: Row, model: Row) -> tuple[str, str]:
+def _method(config: Row) -> tuple[str, str]:
+    """The training method, and the part of the model that it trains."""
+    adapter, model = config.get("adapter") or {}, config.get("model") or {}
     if not adapter:
         return "—", ""
+    name = str((config.get("method") or {}).get("name") or "sft").upper()
     if adapter.get("kind") == "none":
-        part = model.get("trainable")
-        return ("Partial fine-tuning", str(part)) if part else ("Full fine-tuning", "every weight is trained")
-    kind = str(adapter.get("kind"))
-    if kind in ("prompt", "prefix"):
-        return f"{kind.capitalize()} tuning", f"{adapter.get('num_virtual_tokens')} virtual tokens"
-    if kind == "ia3":
-        return "IA3", str(adapter.get("target_modules") or "")
-    name = {"lora": "DoRA" if adapter.get("use_dora") else "LoRA", "vera": "VeRA"}.get(kind, kind)
-    details = [f"{key} {adapter[key]:g}" for key in ("r", "alpha", "dropout") if _is_number(adapter.get(key))]
-    return name, ", ".join([*details, str(adapter.get("target_modules") or "")]).rstrip(", ")
+        return name, f"training {model['trainable']}" if model.get("trainable") else "every weight is trained"
+    fields = {spec.name for spec in dataclasses.fields(AdapterConfig)}
+    return name, describe(AdapterConfig(**{key: value for key, value in adapter.items() if key in fields}))
 
 
 def _score_value(entry: Mapping[str, Any]) -> str:

@@ -13,10 +13,11 @@ from flax import nnx
 from rich.console import Console
 
 from jaxft.adapters import eva
+from jaxft.adapters import make as adapters
 from jaxft.adapters.attach import detach
 from jaxft.checkpoint.load import LoadedModel
 from jaxft.checkpoint.resume import RunCheckpoints
-from jaxft.config import AdapterConfig, RunConfig
+from jaxft.config import RunConfig
 from jaxft.data import render_rows, tokenizer_of
 from jaxft.files import run_folder
 from jaxft.methods import method_of
@@ -116,7 +117,7 @@ def describe(run: Run) -> str:
         part = str(config.model.trainable)
         size = f"{trained:,} of {fixed + trained:,} parameters are trained ({trained / (fixed + trained):.2%})"
     else:
-        part = describe_adapter(config.adapter)
+        part = adapters.describe(config.adapter)
         size = f"{fixed:,} parameters are frozen, {trained:,} in adapters are trained ({trained / fixed:.2%})"
     return (
         f"{method_of(config).describe(config)} of {config.model.path}: {part}\n"
@@ -126,15 +127,6 @@ def describe(run: Run) -> str:
         f"  {run.total_steps:,} steps of {config.train.batch_size} sequences, "
         f"{run.source.epoch_of(run.total_steps):.2f} epochs -> {run.folder}"
     )
-
-
-def describe_adapter(adapter: AdapterConfig) -> str:
-    """The adapter of a run, in a few words."""
-    if adapter.virtual_tokens:
-        return f"a {adapter.kind} of {adapter.virtual_tokens} virtual tokens"
-    rank = "" if adapter.kind == "ia3" else f" r={adapter.r}"
-    name = {"lora": "DoRA" if adapter.use_dora else "LoRA", "vera": "VeRA", "ia3": "IA3"}[adapter.kind]
-    return f"{name}{rank} on {adapter.target_modules}"
 
 
 def _fit(run: Run, loaded: LoadedModel, console: Console) -> dict[str, float]:

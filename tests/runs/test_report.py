@@ -89,7 +89,7 @@ def test_a_full_folder_tells_the_whole_run(report):
     assert (html_path.name, png_path.name) == ("report.html", "loss.png")
     text = Page(html_path).text
     for words in (
-        "quickstart", "tiny-model", "LoRA", "r 16, alpha 32", "1.7% → 90.8%", "2 of 120", "109 of 120",
+        "quickstart", "tiny-model", "SFT", "LoRA r=16 on all-linear", "1.7% → 90.8%", "2 of 120", "109 of 120",
         "84.3% to 94.8%", "0.625", "3.500 at step 0", "8,000", "142", "500 (25.0% of all tokens)", "p50: 141",
         "messages: 640", "3 rows were <dropped>", "train.batch_size = 16", "Learning rate",
     ):  # fmt: skip
