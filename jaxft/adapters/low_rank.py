@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +17,10 @@ from jaxft.adapters.attach import AdapterParam, StartParam
 from jaxft.adapters.lora_start import draw, starts_nonzero
 from jaxft.nn import partition
 from jaxft.nn.adapter import Adapter
+from jaxft.nn.linear import TPSide
 from jaxft.nn.partition import Dimensions
 from jaxft.nn.storage import StorageDims
+from jaxft.quant import QuantizedArray
 
 # The dimensions of A and B at rest and in use, by whether the tensor axis splits their wide side in use. At rest all
 # axes split them: beside a quantized base, float32 halves and their moments are a large share of the memory.
@@ -49,7 +50,7 @@ class LoRASettings:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def low_rank(x: jax.Array, a: jax.Array, b: jax.Array, tp_side: str = "outputs") -> jax.Array:
+def low_rank(x: jax.Array, a: jax.Array, b: jax.Array, tp_side: TPSide = "outputs") -> jax.Array:
     """x A^T B. x: [..., I], a: [r, I], b: [r, O] -> [..., O]. tp_side: the wide side that the tensor axis splits.
 
     Its gradient is the usual one, written so that only operands with the small axis r are transposed: JAX's own rule
@@ -60,13 +61,13 @@ def low_rank(x: jax.Array, a: jax.Array, b: jax.Array, tp_side: str = "outputs")
 
 
 def _low_rank_forward(
-    x: jax.Array, a: jax.Array, b: jax.Array, tp_side: str
+    x: jax.Array, a: jax.Array, b: jax.Array, tp_side: TPSide
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     low = checkpoint_name(_narrow(jnp.einsum("...i,ri->...r", x, a)), "dots")
     return low @ b, (x, low, a, b)
 
 
-def _low_rank_backward(tp_side: str, residuals: tuple[jax.Array, ...], grad: jax.Array) -> tuple[jax.Array, ...]:
+def _low_rank_backward(tp_side: TPSide, residuals: tuple[jax.Array, ...], grad: jax.Array) -> tuple[jax.Array, ...]:
     x, low, a, b = residuals
     grad_low = _narrow(jnp.einsum("...o,ro->...r", grad, b))
     grad_a = partition.split(jnp.einsum("...r,...i->ri", grad_low, x), *WHOLE[tp_side == "inputs"])
@@ -107,8 +108,8 @@ class LoRA(Adapter):
         *,
         stack: tuple[int, ...] = (),
         stack_settings: Sequence[LoRASettings | None] | None = None,
-        kernel: jax.Array | None = None,
-        tp_side: Literal["inputs", "outputs"] = "outputs",
+        kernel: jax.Array | QuantizedArray | None = None,
+        tp_side: TPSide = "outputs",
         key: jax.Array,
     ) -> None:
         super().__init__()
@@ -209,7 +210,7 @@ def half_storage(split: bool) -> StorageDims:
     return StorageDims(HALF_DIMS[split], fallback=(None, "weight"))
 
 
-def _side(name: str) -> str:
+def _side(name: str) -> TPSide:
     return "inputs" if name.startswith("lora_a") else "outputs"
 
 
