@@ -132,7 +132,8 @@ def initialize_eva(module: Decoder, init: str, batch: Callable[[int], Batch], me
     sums_of_batch = jax.jit(mesh.bind(jax.grad(outcome)), out_shardings=shardings)
     next_directions = jax.jit(_next_directions, static_argnums=3, out_shardings=shardings)
     for step in range(steps):
-        sums, tokens = None, 0
+        sums: dict[str, Directions] | None = None
+        tokens = jnp.int32(0)
         for number in range(BATCHES):
             rows = batch(number)
             added = sums_of_batch(bases, state, rows)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxft.adapters.attach import AdapterParam, StartParam
 from jaxft.adapters.lora_start import draw, starts_nonzero
 from jaxft.nn import partition
-from jaxft.nn.adapter import Adapter
+from jaxft.nn.adapter import Adapter, LayerAdapter
 from jaxft.nn.linear import TPSide
 from jaxft.nn.partition import Dimensions
 from jaxft.nn.storage import StorageDims
@@ -83,8 +84,8 @@ def _narrow(low: jax.Array) -> jax.Array:
     return partition.split(low, "batch", "sequence", None) if low.ndim == 3 else low
 
 
-class LoRA(Adapter):
-    """`y + scale * drop(x) A^T B`, initialized so that a fresh adapter changes nothing.
+class LowRank(LayerAdapter):
+    """The halves A and B of `y + scale * x A^T B`, initialized so that a fresh adapter changes nothing.
 
     lora_a: [*stack, r, I], lora_b: [*stack, r, O], float32 whatever the base's dtype. stack_settings: if the layers of
     a stack differ, the settings of each, None for a layer without the adapter; `settings` then has the largest rank,
@@ -124,9 +125,6 @@ class LoRA(Adapter):
         self.lora_a_start = StartParam(jnp.copy(a)) if nonzero else None
         self.lora_b_start = StartParam(jnp.copy(b)) if nonzero else None
 
-    def __call__(self, x: jax.Array, y: jax.Array, kernel: jax.Array, key: jax.Array | None) -> jax.Array:
-        return y + self._low_rank(dropout(x, self.settings.dropout, key))
-
     def storage_dims(self) -> dict[str, StorageDims]:
         halves = {name: half_storage(_side(name) == self.tp_side) for name in HALVES}
         return halves | {"scales": StorageDims(())}
@@ -146,7 +144,7 @@ class LoRA(Adapter):
         settings = self.stack_settings[stack_index]
         return 0 if settings is None else settings.r
 
-    def plain(self) -> "LoRA":
+    def plain(self) -> Self:
         """The same function as a LoRA without initial values to subtract: itself, or one of twice the rank."""
         if self.lora_a_start is None:
             return self
@@ -180,10 +178,17 @@ class LoRA(Adapter):
     def _halves(self) -> tuple[jax.Array, jax.Array]:
         """A and B, each with the initial values that are subtracted appended along r."""
         a, b = self.lora_a.get_value(), self.lora_b.get_value()
-        if self.lora_a_start is None:
+        if self.lora_a_start is None or self.lora_b_start is None:
             return a, b
         both = jnp.concatenate([a, self.lora_a_start.get_value()], -2)
         return both, jnp.concatenate([b, -self.lora_b_start.get_value()], -2)
+
+
+class LoRA(LowRank, Adapter):
+    """`y + scale * drop(x) A^T B`, for a Linear."""
+
+    def __call__(self, x: jax.Array, y: jax.Array, kernel: jax.Array, key: jax.Array | None) -> jax.Array:
+        return y + self._low_rank(dropout(x, self.settings.dropout, key))
 
     def _low_rank(self, x: jax.Array) -> jax.Array:
         a, b = (
@@ -191,7 +196,7 @@ class LoRA(Adapter):
             for half, side in zip(self._halves(), ("inputs", "outputs"), strict=True)
         )
         scale = self._scale()
-        return (scale if self.scales is None else scale.astype(x.dtype)) * low_rank(x, a, b, self.tp_side)
+        return (scale if isinstance(scale, float) else scale.astype(x.dtype)) * low_rank(x, a, b, self.tp_side)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

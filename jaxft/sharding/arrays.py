@@ -23,8 +23,8 @@ def from_rows(make: Callable[[slice], Tree], rows: int, sharding: NamedSharding)
 
     make(slice): those rows as a pytree of numpy arrays. rows: B. sharding: splits B alone.
     """
-    indices = sharding.addressable_devices_indices_map((rows,))
-    cuts = sorted({cut.indices(rows)[:2] for (cut,) in indices.values()})
+    indices = sharding.addressable_devices_indices_map((rows,)).values()
+    cuts = sorted({index[0].indices(rows)[:2] for index in indices if index is not None})
     parts = {cut: make(slice(*cut)) for cut in cuts}
 
     def join(*leaves: np.ndarray) -> jax.Array:
@@ -95,6 +95,8 @@ def _gather_block(x: jax.Array, bounds: Sequence[tuple[int, int]], dtype: DTypeL
     starts = np.asarray([0 if known else start for (start, _), known in zip(bounds, split, strict=True)], np.int32)
     known = tuple(tuple(cut) if known else None for cut, known in zip(bounds, split, strict=True))
     sizes = tuple(stop - start for start, stop in bounds)
+    if not isinstance(x.sharding, NamedSharding):
+        raise TypeError(f"an array that spans processes needs a NamedSharding, not {type(x.sharding).__name__}")
     return _cut_and_gather(x, starts, known, sizes, np.dtype(dtype), NamedSharding(x.sharding.mesh, P()))
 
 
