@@ -2,15 +2,15 @@
 
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxft.errors import ModelError, did_you_mean
-from jaxft.nn.adapter import Adapter, bind_shared
-from jaxft.nn.decoder import Decoder
+from jaxft.nn.adapter import LayerAdapter, bind_shared
+from jaxft.nn.attention.layer import Prefix
+from jaxft.nn.decoder import Decoder, Prompt
 from jaxft.nn.experts.layer import ExpertLinear
 from jaxft.nn.linear import Embedding, Linear
 from jaxft.quant import dense, is_quantized
@@ -32,14 +32,9 @@ class StartParam(nnx.Param):
     """The initial value that an adapter's effect is measured from: frozen, but not part of the base on disk."""
 
 
-class VirtualTokens(Protocol):
-    """A prompt or a prefix. peft_type: its name in PEFT."""
-
-    peft_type: str
-
-
+VirtualTokens = Prompt | Prefix
 # Called with the layer and a key.
-MakeAdapter = Callable[[Layer, jax.Array], Adapter]
+MakeAdapter = Callable[[Layer, jax.Array], LayerAdapter]
 
 
 def linears(model: nnx.Module) -> Iterator[tuple[str, Linear]]:
@@ -94,21 +89,21 @@ def key_of(key: jax.Array, path: str) -> jax.Array:
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
-def adapters(model: nnx.Module) -> dict[str, Adapter]:
+def adapters(model: nnx.Module) -> dict[str, LayerAdapter]:
     """The adapter of every layer that has one, by the layer's path."""
     return {path: layer.adapter for path, layer in slots(model) if layer.adapter is not None}
 
 
 def virtual_modules(model: Decoder) -> dict[str, VirtualTokens]:
     """The prompt of a model, or the prefix of every stack of layers, by the path of its slot."""
-    modules = {} if model.prompt is None else {"prompt": model.prompt}
+    modules: dict[str, VirtualTokens] = {} if model.prompt is None else {"prompt": model.prompt}
     for index, group in enumerate(model.layers):
         if group.self_attn.prefix is not None:
             modules[f"layers/{index}/self_attn/prefix"] = group.self_attn.prefix
     return modules
 
 
-def mergeable_adapters(model: Decoder) -> dict[str, Adapter]:
+def mergeable_adapters(model: Decoder) -> dict[str, LayerAdapter]:
     """`adapters`, each with the arrays that the model shares with it, ready to be merged into its layer.
 
     Raises ModelError if the model has virtual tokens, which change no weight, or an adapter on an embedding table that

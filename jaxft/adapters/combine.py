@@ -17,7 +17,7 @@ import numpy as np
 from jaxft.adapters.lora import LoRA, LoRASettings
 from jaxft.adapters.named import AdapterModules, AdapterSet
 from jaxft.errors import ConfigError, ModelError, did_you_mean
-from jaxft.nn.adapter import Adapter
+from jaxft.nn.adapter import LayerAdapter
 
 WAYS = ("linear", "cat", "svd", "ties")
 Halves = tuple[np.ndarray, np.ndarray]  # A [*stack, r, I] and B [*stack, r, O]
@@ -52,7 +52,7 @@ def combine(
         differing = ", ".join(f"{each} {r}" for each, r in ranks.items())
         raise ModelError(f"way={way!r} mixes halves of one rank, these differ ({differing}): use 'cat' or 'svd'")
     full = {"cat": sum(ranks.values()), "svd": rank or max(ranks.values())}.get(way, max(ranks.values()))
-    layers: dict[str, Adapter] = {}
+    layers: dict[str, LayerAdapter] = {}
     for path in sorted({path for parts in loras.values() for path in parts}):
         parts = [(loras[each][path], weight) for each, weight in weights.items() if path in loras[each]]
         layers[path] = _lora(parts[0][0], _pad(_combined(parts, way, full, density), full), full)
@@ -95,7 +95,8 @@ def _combined(parts: list[tuple[LoRA, float]], way: str, rank: int, density: flo
 
 
 def _weighted_sum(halves: list[np.ndarray], weights: list[np.float32]) -> np.ndarray:
-    return sum((half * weight for half, weight in zip(halves, weights, strict=True)), start=np.float32(0))
+    terms = (half * weight for half, weight in zip(halves, weights, strict=True))
+    return sum(terms, start=np.zeros((), np.float32))
 
 
 def _best_of_rank(a_RI: np.ndarray, b_RO: np.ndarray, rank: int) -> Halves:

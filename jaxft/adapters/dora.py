@@ -3,17 +3,17 @@
 # L stacked layers, I inputs, O outputs, r rank
 
 import functools
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from jaxft.adapters.attach import AdapterParam
-from jaxft.adapters.low_rank import LoRA, dropout
+from jaxft.adapters.low_rank import LoRA, LoRASettings, dropout
 from jaxft.nn import partition
-from jaxft.nn.linear import BIAS_DIMS, WHOLE, product
+from jaxft.nn.linear import BIAS_DIMS, WHOLE, TPSide, product
 from jaxft.nn.storage import StorageDims
-from jaxft.quant import dense
+from jaxft.quant import QuantizedArray, dense
 
 
 class DoRA(LoRA):
@@ -27,8 +27,22 @@ class DoRA(LoRA):
     on_product = True
     stacks = False
 
-    def __init__(self, inputs: int, outputs: int, *args: Any, kernel: jax.Array, **kwargs: Any) -> None:
-        super().__init__(inputs, outputs, *args, kernel=kernel, **kwargs)
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        settings: LoRASettings,
+        *,
+        stack: tuple[int, ...] = (),
+        stack_settings: Sequence[LoRASettings | None] | None = None,
+        kernel: jax.Array | QuantizedArray,
+        tp_side: TPSide = "outputs",
+        key: jax.Array,
+    ) -> None:
+        super().__init__(
+            inputs, outputs, settings,
+            stack=stack, stack_settings=stack_settings, kernel=kernel, tp_side=tp_side, key=key,
+        )  # fmt: skip
         # A fresh A^T B is zero. Jitted: no float32 copy of a whole stack.
         self.lora_magnitude = AdapterParam(jax.jit(_lengths)(kernel))
 

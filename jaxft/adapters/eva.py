@@ -9,7 +9,7 @@ other part of the paper, which distributes ranks by explained variance, is left 
 # B batch, S sequence, I inputs, r rank, Q directions that are followed
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,16 +63,19 @@ def directions_storage(tp_side: TPSide) -> dict[str, StorageDims]:
     return {"lora_a": half_storage(tp_side == "inputs"), "total": StorageDims((None,), may_be_whole=True)}
 
 
+Residuals = tuple[jax.Array, jax.Array, jax.Array]  # x, which rows are tokens, directions
+
+
 @jax.custom_vjp
 def _probe(x: jax.Array, counts_BS: jax.Array, a_QI: jax.Array, total_I: jax.Array) -> jax.Array:
     return x
 
 
-def _probe_forward(x: jax.Array, counts_BS: jax.Array, a_QI: jax.Array, _: jax.Array) -> tuple[jax.Array, Any]:
+def _probe_forward(x: jax.Array, counts_BS: jax.Array, a_QI: jax.Array, _: jax.Array) -> tuple[jax.Array, Residuals]:
     return x, (x, counts_BS, a_QI)
 
 
-def _probe_backward(residuals: Any, grad: jax.Array) -> tuple[jax.Array, ...]:
+def _probe_backward(residuals: Residuals, grad: jax.Array) -> tuple[jax.Array, ...]:
     x, counts_BS, a_QI = residuals
     rows_BSI = x.astype(jnp.float32) * counts_BS[..., None]
     low_BSQ = jnp.einsum("bsi,qi->bsq", rows_BSI, a_QI, precision="highest")
@@ -129,7 +132,8 @@ def initialize_eva(module: Decoder, init: str, batch: Callable[[int], Batch], me
     sums_of_batch = jax.jit(mesh.bind(jax.grad(outcome)), out_shardings=shardings)
     next_directions = jax.jit(_next_directions, static_argnums=3, out_shardings=shardings)
     for step in range(steps):
-        sums, tokens = None, 0
+        sums: dict[str, Directions] | None = None
+        tokens = jnp.int32(0)
         for number in range(BATCHES):
             rows = batch(number)
             added = sums_of_batch(bases, state, rows)

@@ -16,6 +16,7 @@ from jaxft.adapters.lora_experts import ExpertLoRA
 from jaxft.adapters.lora_start import starts_nonzero
 from jaxft.adapters.low_rank import LoRA as LoRA
 from jaxft.adapters.low_rank import LoRASettings as LoRASettings
+from jaxft.adapters.low_rank import LowRank
 from jaxft.adapters.low_rank import low_rank as low_rank
 from jaxft.config import AdapterConfig
 from jaxft.errors import ModelError
@@ -73,7 +74,7 @@ def lora_factory(settings: LoRASettings) -> MakeAdapter:
     return lambda layer, key: make_lora(layer, (settings,), key)
 
 
-def make_lora(layer: Layer, stack_settings: Sequence[LoRASettings | None], key: jax.Array) -> LoRA | EmbeddingLoRA:
+def make_lora(layer: Layer, stack_settings: Sequence[LoRASettings | None], key: jax.Array) -> LowRank | EmbeddingLoRA:
     """A fresh adapter for a layer.
 
     stack_settings: the settings at each stack index, or one for all; None leaves a layer out. Raises ModelError if the
@@ -92,7 +93,9 @@ def make_lora(layer: Layer, stack_settings: Sequence[LoRASettings | None], key: 
         _check_form(layer, settings)
     if isinstance(layer, Embedding):
         return EmbeddingLoRA(inputs, outputs, settings, key=key)
-    form = ExpertLoRA if isinstance(layer, ExpertLinear) else DoRA if settings.use_dora else LoRA
+    form: type[LoRA | ExpertLoRA] = DoRA if settings.use_dora else LoRA
+    if isinstance(layer, ExpertLinear):
+        form = ExpertLoRA
     return form(
         inputs,
         outputs,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxft.adapters.attach import AdapterParam
 from jaxft.adapters.low_rank import LoRASettings
 from jaxft.nn import partition
-from jaxft.nn.adapter import Adapter
+from jaxft.nn.adapter import EmbeddingAdapter
 from jaxft.nn.partition import Dimensions
 from jaxft.nn.storage import StorageDims
 
@@ -16,7 +16,7 @@ from jaxft.nn.storage import StorageDims
 TABLE_DIMS: dict[str, Dimensions] = {"lora_embedding_a": ("weight", None), "lora_embedding_b": (None, "weight")}
 
 
-class EmbeddingLoRA(Adapter):
+class EmbeddingLoRA(EmbeddingAdapter):
     """`rows + scale * A[tokens] B`, A initially zero and B random, as in PEFT; there is no dropout on tokens.
 
     lora_embedding_a: [V, r], lora_embedding_b: [r, D], float32. A tied LM head uses the table without the adapter.

@@ -5,12 +5,13 @@
 import jax
 import jax.numpy as jnp
 
-from jaxft.adapters.low_rank import HALVES, LoRA
+from jaxft.adapters.low_rank import HALVES, LowRank
+from jaxft.nn.adapter import ExpertAdapter
 from jaxft.nn.experts.layer import EXPERT_SIDES
 from jaxft.nn.storage import StorageDims
 
 
-class ExpertLoRA(LoRA):
+class ExpertLoRA(LowRank, ExpertAdapter):
     """LoRA with lora_a [*stack, E, r, I] and lora_b [*stack, E, r, O]; there is no dropout on experts' rows."""
 
     stacks = False
@@ -20,7 +21,7 @@ class ExpertLoRA(LoRA):
         a_ErI, b_ErO = (half.astype(x.dtype) for half in self._halves())
         low_Rr = jax.lax.ragged_dot(x, jnp.swapaxes(a_ErI, -1, -2), sizes_E)
         scale = self._scale()
-        scale = scale if self.scales is None else scale.astype(x.dtype)
+        scale = scale if isinstance(scale, float) else scale.astype(x.dtype)
         return y + scale * jax.lax.ragged_dot(low_Rr, b_ErO, sizes_E)
 
     def storage_dims(self) -> dict[str, StorageDims]:

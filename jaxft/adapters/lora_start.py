@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxft.errors import ModelError
-from jaxft.quant import dense
+from jaxft.quant import QuantizedArray, dense
 
 _PISSA = re.compile(r"pissa(?:_niter_(\d+))?")
 # Drawn like the default; set later from the weights that the base was quantized from (`checkpoint/quantized/loftq`).
@@ -29,7 +29,7 @@ def draw(
     r: int,
     scale: jax.Array | float,
     shape: tuple[int, ...],
-    kernel: jax.Array | None,
+    kernel: jax.Array | QuantizedArray | None,
     key: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """A [*stack, r, I] and B [*stack, r, O] for kernels of shape [*stack, I, O].

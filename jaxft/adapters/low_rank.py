@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxft.adapters.attach import AdapterParam, StartParam
 from jaxft.adapters.lora_start import draw, starts_nonzero
 from jaxft.nn import partition
-from jaxft.nn.adapter import Adapter
+from jaxft.nn.adapter import Adapter, LayerAdapter
+from jaxft.nn.linear import TPSide
 from jaxft.nn.partition import Dimensions
 from jaxft.nn.storage import StorageDims
+from jaxft.quant import QuantizedArray
 
 # The dimensions of A and B at rest and in use, by whether the tensor axis splits their wide side in use. At rest all
 # axes split them: beside a quantized base, float32 halves and their moments are a large share of the memory.
@@ -49,7 +51,7 @@ class LoRASettings:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def low_rank(x: jax.Array, a: jax.Array, b: jax.Array, tp_side: str = "outputs") -> jax.Array:
+def low_rank(x: jax.Array, a: jax.Array, b: jax.Array, tp_side: TPSide = "outputs") -> jax.Array:
     """x A^T B. x: [..., I], a: [r, I], b: [r, O] -> [..., O]. tp_side: the wide side that the tensor axis splits.
 
     Its gradient is the usual one, written so that only operands with the small axis r are transposed: JAX's own rule
@@ -60,13 +62,13 @@ def low_rank(x: jax.Array, a: jax.Array, b: jax.Array, tp_side: str = "outputs")
 
 
 def _low_rank_forward(
-    x: jax.Array, a: jax.Array, b: jax.Array, tp_side: str
+    x: jax.Array, a: jax.Array, b: jax.Array, tp_side: TPSide
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     low = checkpoint_name(_narrow(jnp.einsum("...i,ri->...r", x, a)), "dots")
     return low @ b, (x, low, a, b)
 
 
-def _low_rank_backward(tp_side: str, residuals: tuple[jax.Array, ...], grad: jax.Array) -> tuple[jax.Array, ...]:
+def _low_rank_backward(tp_side: TPSide, residuals: tuple[jax.Array, ...], grad: jax.Array) -> tuple[jax.Array, ...]:
     x, low, a, b = residuals
     grad_low = _narrow(jnp.einsum("...o,ro->...r", grad, b))
     grad_a = partition.split(jnp.einsum("...r,...i->ri", grad_low, x), *WHOLE[tp_side == "inputs"])
@@ -82,8 +84,8 @@ def _narrow(low: jax.Array) -> jax.Array:
     return partition.split(low, "batch", "sequence", None) if low.ndim == 3 else low
 
 
-class LoRA(Adapter):
-    """`y + scale * drop(x) A^T B`, initialized so that a fresh adapter changes nothing.
+class LowRank(LayerAdapter):
+    """The halves A and B of `y + scale * x A^T B`, initialized so that a fresh adapter changes nothing.
 
     lora_a: [*stack, r, I], lora_b: [*stack, r, O], float32 whatever the base's dtype. stack_settings: if the layers of
     a stack differ, the settings of each, None for a layer without the adapter; `settings` then has the largest rank,
@@ -107,8 +109,8 @@ class LoRA(Adapter):
         *,
         stack: tuple[int, ...] = (),
         stack_settings: Sequence[LoRASettings | None] | None = None,
-        kernel: jax.Array | None = None,
-        tp_side: Literal["inputs", "outputs"] = "outputs",
+        kernel: jax.Array | QuantizedArray | None = None,
+        tp_side: TPSide = "outputs",
         key: jax.Array,
     ) -> None:
         super().__init__()
@@ -122,9 +124,6 @@ class LoRA(Adapter):
         nonzero = starts_nonzero(settings.init)
         self.lora_a_start = StartParam(jnp.copy(a)) if nonzero else None
         self.lora_b_start = StartParam(jnp.copy(b)) if nonzero else None
-
-    def __call__(self, x: jax.Array, y: jax.Array, kernel: jax.Array, key: jax.Array | None) -> jax.Array:
-        return y + self._low_rank(dropout(x, self.settings.dropout, key))
 
     def storage_dims(self) -> dict[str, StorageDims]:
         halves = {name: half_storage(_side(name) == self.tp_side) for name in HALVES}
@@ -145,7 +144,7 @@ class LoRA(Adapter):
         settings = self.stack_settings[stack_index]
         return 0 if settings is None else settings.r
 
-    def plain(self) -> "LoRA":
+    def plain(self) -> Self:
         """The same function as a LoRA without initial values to subtract: itself, or one of twice the rank."""
         if self.lora_a_start is None:
             return self
@@ -179,10 +178,17 @@ class LoRA(Adapter):
     def _halves(self) -> tuple[jax.Array, jax.Array]:
         """A and B, each with the initial values that are subtracted appended along r."""
         a, b = self.lora_a.get_value(), self.lora_b.get_value()
-        if self.lora_a_start is None:
+        if self.lora_a_start is None or self.lora_b_start is None:
             return a, b
         both = jnp.concatenate([a, self.lora_a_start.get_value()], -2)
         return both, jnp.concatenate([b, -self.lora_b_start.get_value()], -2)
+
+
+class LoRA(LowRank, Adapter):
+    """`y + scale * drop(x) A^T B`, for a Linear."""
+
+    def __call__(self, x: jax.Array, y: jax.Array, kernel: jax.Array, key: jax.Array | None) -> jax.Array:
+        return y + self._low_rank(dropout(x, self.settings.dropout, key))
 
     def _low_rank(self, x: jax.Array) -> jax.Array:
         a, b = (
@@ -190,7 +196,7 @@ class LoRA(Adapter):
             for half, side in zip(self._halves(), ("inputs", "outputs"), strict=True)
         )
         scale = self._scale()
-        return (scale if self.scales is None else scale.astype(x.dtype)) * low_rank(x, a, b, self.tp_side)
+        return (scale if isinstance(scale, float) else scale.astype(x.dtype)) * low_rank(x, a, b, self.tp_side)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
@@ -209,7 +215,7 @@ def half_storage(split: bool) -> StorageDims:
     return StorageDims(HALF_DIMS[split], fallback=(None, "weight"))
 
 
-def _side(name: str) -> str:
+def _side(name: str) -> TPSide:
     return "inputs" if name.startswith("lora_a") else "outputs"
 
 

@@ -9,7 +9,7 @@ from flax import nnx
 
 from jaxft.adapters.attach import AdapterParam, VirtualTokens, adapters, detach, slots, virtual_modules
 from jaxft.errors import ModelError, did_you_mean
-from jaxft.nn.adapter import Adapter
+from jaxft.nn.adapter import Adapter, LayerAdapter
 from jaxft.nn.decoder import Decoder, SharedArrays
 
 
@@ -49,14 +49,15 @@ class AdapterSequence(Adapter):
 class AdapterModules:
     """The modules of one adapter, outside a model: by layer, for virtual tokens, and shared by all layers."""
 
-    layers: dict[str, Adapter]
+    layers: dict[str, LayerAdapter]
     virtual: dict[str, VirtualTokens] = field(default_factory=dict)
     shared: SharedArrays | None = None
     virtual_tokens: int = 0
 
-    def trainable(self) -> Iterator[Adapter | VirtualTokens]:
+    def trainable(self) -> Iterator[LayerAdapter | VirtualTokens]:
         """All modules with trainable parameters."""
-        yield from (*self.layers.values(), *self.virtual.values())
+        yield from self.layers.values()
+        yield from self.virtual.values()
 
 
 def take(model: Decoder) -> AdapterModules:
@@ -125,7 +126,7 @@ class AdapterSet:
         for path, layer in slots(self.model):
             parts = [modules.layers[path] for modules in chosen.values() if path in modules.layers]
             if parts:
-                layer.adapter = parts[0] if len(parts) == 1 else AdapterSequence(parts)
+                layer.adapter = parts[0] if len(parts) == 1 else AdapterSequence(_linear_adapters(parts))
         for modules in chosen.values():
             if modules.shared is not None:
                 self.model.shared = modules.shared
@@ -134,13 +135,16 @@ class AdapterSet:
         self.active, self.trained = tuple(names), train
 
 
+def _linear_adapters(parts: list[LayerAdapter]) -> list[Adapter]:
+    # Adapters of embeddings and experts do not stack, and are refused above.
+    return [part for part in parts if isinstance(part, Adapter)]
+
+
 def _attach_virtual(model: Decoder, modules: AdapterModules) -> None:
     model.virtual_tokens = modules.virtual_tokens
     for path, module in modules.virtual.items():
-        if path == "prompt":
-            model.prompt = module
-        else:
-            model.layers[int(path.split("/")[1])].self_attn.prefix = module
+        *parents, slot = path.split("/")
+        setattr(model.layers[int(parents[1])].self_attn if parents else model, slot, module)
 
 
 def _refuse_clash(chosen: Mapping[str, AdapterModules]) -> None:
@@ -163,7 +167,7 @@ def _refuse_clash(chosen: Mapping[str, AdapterModules]) -> None:
         )
 
 
-def _retype(module: Adapter | VirtualTokens, kind: type[nnx.Param]) -> None:
+def _retype(module: LayerAdapter | VirtualTokens, kind: type[nnx.Param]) -> None:
     for name, value in list(vars(module).items()):
         if isinstance(value, (AdapterParam, FrozenAdapterParam)) and type(value) is not kind:
             setattr(module, name, kind(value.get_value()))

@@ -34,8 +34,12 @@ class Prefix(nnx.Module):
     def __init__(self, keys: jax.Array, values: jax.Array) -> None:
         self.keys, self.values = AdapterParam(keys), AdapterParam(values)
 
-    def __call__(self, k_BSKH: jax.Array, v_BSKH: jax.Array, virtual_BS: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(
+        self, k_BSKH: jax.Array, v_BSKH: jax.Array, virtual_BS: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
         """Keys and values with this layer's own where virtual_BS, the number of the virtual token, is not negative."""
+        if virtual_BS is None:
+            return k_BSKH, v_BSKH
         own = (
             partition.gathered(half.get_value().astype(k_BSKH.dtype), PREFIX_DIMS, WHOLE)
             for half in (self.keys, self.values)

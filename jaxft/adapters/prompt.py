@@ -28,8 +28,10 @@ class Prompt(nnx.Module):
     def __init__(self, embeddings_nD: jax.Array) -> None:
         self.embeddings = AdapterParam(embeddings_nD.astype(jnp.float32))
 
-    def __call__(self, x_BSD: jax.Array, virtual_BS: jax.Array) -> jax.Array:
+    def __call__(self, x_BSD: jax.Array, virtual_BS: jax.Array | None) -> jax.Array:
         """x_BSD: embedded tokens. virtual_BS: the number of the virtual token at each position, negative for none."""
+        if virtual_BS is None:
+            return x_BSD
         own_nD = partition.gathered(self.embeddings.get_value().astype(x_BSD.dtype), PROMPT_DIMS, (None, None))
         return replace_virtual(x_BSD, own_nD, virtual_BS)
 

@@ -1,6 +1,6 @@
 """Modules of the base that are trained whole beside adapters: PEFT's modules_to_save."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 from flax import nnx
@@ -41,7 +41,7 @@ def saved_paths(model: nnx.Module) -> tuple[str, ...]:
     return tuple(flatten(nnx.state(model, SavedParam))[0])
 
 
-def _matching(name: str, modules: dict[str, nnx.Module], *, tied: bool) -> list[str]:
+def _matching(name: str, modules: Mapping[str, nnx.Module], *, tied: bool) -> list[str]:
     paths = [path for path in modules if path == name or path.endswith("/" + name)]
     if not paths:
         known = sorted({path.rsplit("/", 1)[-1] for path in modules})

@@ -1,6 +1,8 @@
-"""What may stand in the adapter slot of a layer."""
+"""Adapters of layers: what may be in the adapter slot of a Linear, an Embedding or an ExpertLinear."""
 
+from abc import abstractmethod
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 from flax import nnx
@@ -8,36 +10,26 @@ from flax import nnx
 from jaxft.nn.storage import StorageDims
 
 
-class Adapter(nnx.Module):
-    """Changes what a `Linear` is given, what it gives, or both; by default neither.
+class LayerAdapter(nnx.Module):
+    """An adapter of any layer.
 
-    One for experts is called with the rows of each in place of a key (`ExpertLinear`), one for a table with tokens and
-    their rows alone (`Embedding`); neither is asked to `enter`.
-
-    shared: arrays that all layers share and a model keeps once, put here for the length of a call; None elsewhere.
-    stacks: whether others may stand in the same slot; False for a kind that reckons with the base's own results.
-    on_product: whether it is for what the kernel gives alone, before the bias is added.
+    shared: arrays that the adapters of all layers share and the model keeps once, set for the length of a call; None
+    otherwise. stacks: whether other adapters may be in the same slot; False for a kind that depends on the base's own
+    results. peft_type: its name in PEFT.
     """
 
-    stacks, on_product = True, False
+    peft_type = ""
+    stacks = True
 
     def __init__(self) -> None:
-        self.shared = nnx.data(None)
-
-    def enter(self, x: jax.Array) -> jax.Array:
-        """What the layer is given instead of x [..., I]."""
-        return x
-
-    def __call__(self, x: jax.Array, y: jax.Array, kernel: jax.Array, key: jax.Array | None) -> jax.Array:
-        """What the layer gives instead of y [..., O]. x: [..., I], what it was given. key: turns dropout on."""
-        return y
+        self.shared: Any = nnx.data(None)
 
     def merged(self, kernel: jax.Array, at: tuple[int, ...] = ()) -> jax.Array:
-        """The kernel that does alone what both do together, float32. at: the place in the stack that `kernel` is of."""
+        """The kernel that has the effect of `kernel` and the adapter, float32. at: the stack index of `kernel`."""
         return kernel
 
     def merged_bias(self, bias: jax.Array, at: tuple[int, ...] = ()) -> jax.Array:
-        """The same of the bias, [*stack, O] or [O]."""
+        """The bias that has the effect of `bias`, [*stack, O] or [O], and the adapter."""
         return bias
 
     def storage_dims(self) -> Mapping[str, StorageDims]:
@@ -45,8 +37,44 @@ class Adapter(nnx.Module):
         return {}
 
 
+class Adapter(LayerAdapter):
+    """An adapter of a Linear: may transform its input, its output or both; the base class does neither.
+
+    on_product: whether it transforms the product with the kernel alone, before the bias is added.
+    """
+
+    on_product = False
+
+    def enter(self, x: jax.Array) -> jax.Array:
+        """The layer's input, given x [..., I]."""
+        return x
+
+    def __call__(self, x: jax.Array, y: jax.Array, kernel: jax.Array, key: jax.Array | None) -> jax.Array:
+        """The layer's output, given y [..., O] of the base layer and its input x [..., I]. key: turns dropout on."""
+        return y
+
+
+class EmbeddingAdapter(LayerAdapter):
+    """An adapter of an Embedding."""
+
+    @abstractmethod
+    def __call__(self, tokens_BS: jax.Array, x_BSD: jax.Array) -> jax.Array:
+        """The embedded tokens, given x_BSD, the table's rows of tokens_BS."""
+
+
+class ExpertAdapter(LayerAdapter):
+    """An adapter of an ExpertLinear."""
+
+    @abstractmethod
+    def __call__(self, x: jax.Array, y: jax.Array, kernel: jax.Array, sizes_E: jax.Array) -> jax.Array:
+        """The layer's output, given y [R, O] of the base layer and its input x [R, I].
+
+        sizes_E: numbers of rows; the rows of expert 0 are first, then those of expert 1 and so on.
+        """
+
+
 def bind_shared(module: nnx.Module, arrays: object) -> None:
-    """Puts shared arrays into every adapter inside a module."""
+    """Sets `shared` of every adapter inside a module."""
     for _, part in nnx.iter_modules(module):
-        if isinstance(part, Adapter):
+        if isinstance(part, LayerAdapter):
             part.shared = nnx.data(arrays)

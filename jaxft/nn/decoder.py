@@ -74,7 +74,9 @@ class ModelConfig(Protocol):
 
 
 class Prompt(Protocol):
-    """A module that embeds virtual tokens, for the slot `Decoder.prompt`."""
+    """A module that embeds virtual tokens, for the slot `Decoder.prompt`. peft_type: its name in PEFT."""
+
+    peft_type: str
 
     def __call__(self, x_BSD: jax.Array, virtual_BS: jax.Array | None) -> jax.Array:
         """x_BSD with learnt vectors at virtual tokens. virtual_BS: the number of the virtual token at each position,

@@ -3,7 +3,7 @@
 # B batch, S sequence, I inputs, O outputs, D model, V vocab
 
 from functools import partial
-from typing import Literal, Protocol
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxft.nn import partition
-from jaxft.nn.adapter import Adapter
+from jaxft.nn.adapter import Adapter, EmbeddingAdapter
 from jaxft.nn.frozen import frozen_product
 from jaxft.nn.partition import Dimensions
 from jaxft.nn.storage import StorageDims
@@ -112,13 +112,6 @@ class Linear(nnx.Module):
 
     def storage_dims(self) -> dict[str, StorageDims]:
         return {"kernel": StorageDims(KERNEL_DIMS[self.tp_side]), "bias": StorageDims(BIAS_DIMS[self.tp_side])}
-
-
-class EmbeddingAdapter(Protocol):
-    """An adapter in the slot of an `Embedding`."""
-
-    def __call__(self, tokens_BS: jax.Array, x_BSD: jax.Array) -> jax.Array:
-        """What the embedding gives instead of x_BSD, the table's rows of tokens_BS."""
 
 
 class Embedding(nnx.Module):

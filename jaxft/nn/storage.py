@@ -7,6 +7,7 @@ others may declare their parameters too, by path, and then overrides them.
 from collections.abc import Mapping
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import jax
 from flax import nnx
 
 from jaxft.nn.partition import Dimensions
@@ -41,7 +42,7 @@ def storage_dims_of(module: nnx.Module) -> dict[str, StorageDims]:
     of the matrix (experts).
     """
     modules = [("/".join(map(str, path)), part) for path, part in nnx.iter_modules(module)]
-    declared = {}
+    declared: dict[str, StorageDims] = {}
     # The longest paths first: a module comes after those inside it.
     for path, part in sorted(modules, key=lambda each: len(each[0]), reverse=True):
         if isinstance(part, HasStorageDims):
@@ -54,11 +55,16 @@ def storage_dims_of(module: nnx.Module) -> dict[str, StorageDims]:
 
 
 def _part_dims(value: QuantizedArray, kernel: StorageDims) -> dict[str, StorageDims]:
-    with_axes = object()
-    marks = flatten(value.map_arrays(lambda part: with_axes))[0]
+    with_axes: set[int] = set()
+
+    def note(part: jax.Array) -> jax.Array:
+        with_axes.add(id(part))
+        return part
+
+    value.map_arrays(note)
     before = kernel.dims[:-2]
     out = {}
     for name, part in flatten(value)[0].items():
         rest = (None,) * (part.ndim - (value.ndim - 2))
-        out[name] = kernel if marks[name] is with_axes else StorageDims((*before, *rest), may_be_whole=True)
+        out[name] = kernel if id(part) in with_axes else StorageDims((*before, *rest), may_be_whole=True)
     return out

@@ -4,24 +4,27 @@
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 from jaxft.trees import is_key
 
+Tree = TypeVar("Tree")  # a pytree of arrays
 
-def from_rows(make: Callable[[slice], Any], rows: int, sharding: NamedSharding) -> Any:
+
+def from_rows(make: Callable[[slice], Tree], rows: int, sharding: NamedSharding) -> Tree:
     """A pytree of global arrays [B, ...]; this process makes only the rows that are on its own devices.
 
     make(slice): those rows as a pytree of numpy arrays. rows: B. sharding: splits B alone.
     """
-    indices = sharding.addressable_devices_indices_map((rows,))
-    cuts = sorted({cut.indices(rows)[:2] for (cut,) in indices.values()})
+    indices = sharding.addressable_devices_indices_map((rows,)).values()
+    cuts = sorted({index[0].indices(rows)[:2] for index in indices if index is not None})
     parts = {cut: make(slice(*cut)) for cut in cuts}
 
     def join(*leaves: np.ndarray) -> jax.Array:
@@ -55,7 +58,7 @@ def to_host(x: jax.Array) -> np.ndarray:
 
 
 def host_parts(
-    x: jax.Array, bounds: Sequence[tuple[int, int]], dtype: Any
+    x: jax.Array, bounds: Sequence[tuple[int, int]], dtype: DTypeLike
 ) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
     """A block of an array in host memory, as one part for each shard that has some of it: (index in the block, part).
 
@@ -85,13 +88,15 @@ def _cut(x: jax.Array, starts: np.ndarray, sizes: tuple[int, ...], dtype: np.dty
     return jax.lax.dynamic_slice(x, starts, sizes).astype(dtype)
 
 
-def _gather_block(x: jax.Array, bounds: Sequence[tuple[int, int]], dtype: Any) -> jax.Array:
+def _gather_block(x: jax.Array, bounds: Sequence[tuple[int, int]], dtype: DTypeLike) -> jax.Array:
     # On an axis that is split the compiler must know the start, or it gathers all of that axis first. On others it need
     # not, and one program serves all layers.
     split = [local < size for local, size in zip(x.sharding.shard_shape(x.shape), x.shape, strict=True)]
     starts = np.asarray([0 if known else start for (start, _), known in zip(bounds, split, strict=True)], np.int32)
     known = tuple(tuple(cut) if known else None for cut, known in zip(bounds, split, strict=True))
     sizes = tuple(stop - start for start, stop in bounds)
+    if not isinstance(x.sharding, NamedSharding):
+        raise TypeError(f"an array that spans processes needs a NamedSharding, not {type(x.sharding).__name__}")
     return _cut_and_gather(x, starts, known, sizes, np.dtype(dtype), NamedSharding(x.sharding.mesh, P()))
 
 

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 from flax import nnx
@@ -18,9 +18,12 @@ from jaxft.config import MeshConfig
 from jaxft.errors import ConfigError
 from jaxft.nn.partition import AXES
 from jaxft.nn.storage import StorageDims, storage_dims_of
-from jaxft.sharding.arrays import put_global
+from jaxft.sharding.arrays import Tree, put_global
 from jaxft.sharding.specs import Leaf, divisors, specs_of
 from jaxft.trees import is_key, path_str
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +60,7 @@ class MeshPlan:
         specs = specs_of(leaves, dims, self.axes)
         return jax.tree_util.tree_unflatten(treedef, [NamedSharding(self.mesh, spec) for spec in specs])
 
-    def shard(self, tree: Any, dims: Mapping[str, StorageDims]) -> Any:
+    def shard(self, tree: Tree, dims: Mapping[str, StorageDims]) -> Tree:
         """The pytree on the mesh's devices, laid out as `shardings` says. Every process must pass the same arrays."""
         return jax.tree.map(put_global, tree, self.shardings(tree, dims))
 
@@ -69,13 +72,13 @@ class MeshPlan:
         """Rows over all batch axes, for arrays [B, ...]."""
         return NamedSharding(self.mesh, P(tuple(axis for axis in AXES["batch"] if axis in self.axes)))
 
-    def bind(self, step: Callable[..., Any]) -> Callable[..., Any]:
+    def bind(self, step: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
         """`step`, to be jitted, traced under this mesh, so that layers with explicit collectives can read it."""
 
         @functools.wraps(step)
-        def traced(*args: Any) -> Any:
+        def traced(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
             with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
-                return step(*args)
+                return step(*args, **kwargs)
 
         return traced
 
@@ -151,7 +154,7 @@ def auto_mesh(devices: int, *, rows: int, heads: int, kv_heads: int, max_length:
     )
 
 
-def axis_sizes(config: Any) -> dict[str, int]:
+def axis_sizes(config: MeshConfig) -> dict[str, int]:
     """The axes of a config with their sizes, in order."""
     return {name: size for name, size in dataclasses.asdict(config).items() if not isinstance(size, bool)}
 

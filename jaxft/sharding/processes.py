@@ -7,12 +7,14 @@ hours, needs no compiled program, and does not hang on a device that is gone.
 import itertools
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Protocol, TypeVar
 
 import jax
 from jax._src import distributed  # multihost_utils goes through the devices, and the store has no public name
 
 from jaxft.errors import JaxftError
+
+Value = TypeVar("Value")
 
 _WAIT_MS = 24 * 3600 * 1000
 
@@ -33,7 +35,7 @@ def is_primary() -> bool:
     return jax.process_index() == 0
 
 
-def on_primary(make: Callable[[], Any]) -> Any:
+def on_primary(make: Callable[[], Value]) -> Value:
     """Calls `make` in process 0 alone and returns its result, of JSON values, on every process.
 
     Call it on every process, in the same order; the others wait, and what `make` writes is on disk when they return.
@@ -56,6 +58,22 @@ def on_primary(make: Callable[[], Any]) -> Any:
     return value
 
 
-def store() -> Any:
-    """The key-value store that all processes share, kept by process 0. None before `distributed.start`."""
-    return distributed.global_state.client
+class KeyValueStore(Protocol):
+    """The part of JAX's client of the coordination service that is used here."""
+
+    def key_value_set(self, key: str, value: str) -> None:
+        """Sets a key, once."""
+
+    def key_value_dir_get(self, key: str) -> list[tuple[str, str]]:
+        """All keys that begin so, with their values."""
+
+    def blocking_key_value_get(self, key: str, timeout_in_ms: int) -> str:
+        """The value of a key, once it is set."""
+
+
+def store() -> KeyValueStore:
+    """The store that all processes share, kept by process 0. Raises RuntimeError before `distributed.start`."""
+    client = distributed.global_state.client
+    if client is None:
+        raise RuntimeError("jax.distributed is not initialized: call jaxft.sharding.distributed.start() first")
+    return client

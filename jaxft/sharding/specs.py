@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxft.errors import ConfigError, listed
 from jaxft.nn.param_kind import in_adapter
-from jaxft.nn.partition import AXES, Dimensions
+from jaxft.nn.partition import AXES, Dimension, Dimensions
 from jaxft.nn.storage import StorageDims
 
 BIG = 2**16  # elements; a larger array must be split when fsdp > 1
@@ -122,7 +122,7 @@ class _Assignment:
             entries.pop()  # P() and P(None, None) mean the same but compare unequal
         return P(*entries)
 
-    def _names(self, name: str | None) -> tuple[str, ...]:
+    def _names(self, name: Dimension | None) -> tuple[str, ...]:
         # Axes of one device split nothing, and specs that differ in them alone would compare unequal.
         return () if name is None else tuple(axis for axis in AXES[name] if self.axes.get(axis, 1) > 1)
 

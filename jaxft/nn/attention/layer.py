@@ -60,7 +60,9 @@ class AttentionShape:
 
 
 class Prefix(Protocol):
-    """A module with learnt keys and values for virtual tokens, for the slot `Attention.prefix`."""
+    """A module with learnt keys and values for virtual tokens, for the slot `Attention.prefix`. peft_type: in PEFT."""
+
+    peft_type: str
 
     def __call__(
         self, k_BSKH: jax.Array, v_BSKH: jax.Array, virtual_BS: jax.Array | None

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxft.nn.adapter import Adapter
+from jaxft.nn.adapter import ExpertAdapter
 from jaxft.nn.experts import sharded as moe_sharded
 from jaxft.nn.experts.router_sums import RouterSums
 from jaxft.nn.frozen import frozen_product
@@ -108,7 +108,7 @@ class ExpertLinear(nnx.Module):
         kernel_EIO = stddev * jax.random.normal(rngs.params(), (experts, inputs, outputs), param_dtype)
         self.kernel: nnx.Param[jax.Array | QuantizedArray] = nnx.Param(kernel_EIO)
         self.bias = nnx.Param(jnp.zeros((experts, outputs), param_dtype)) if use_bias else None
-        self.adapter: Adapter | None = nnx.data(None)
+        self.adapter: ExpertAdapter | None = nnx.data(None)
         self.dtype = dtype
         self.tp_side = tp_side
 
