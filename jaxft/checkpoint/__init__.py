@@ -1,1 +1,1 @@
-"""Weights in and out: Hugging Face folders, GGUF, PEFT, and resumable checkpoints."""
+"""Reading and writing weights: Hugging Face folders, GGUF, PEFT, and resumable checkpoints."""

@@ -1,48 +1,46 @@
-"""Weights that are not numbers are refused: what is trained from a NaN is NaN, and nothing says where it came from."""
+"""Refuses weights that are NaN or infinite: training from a NaN gives NaN, and nothing says where it came from."""
 
 import numpy as np
 
 from jaxft.checkpoint.tensors import TensorSource, TensorSpec
 from jaxft.errors import CheckpointError
 
-CHUNK = 2**16  # elements looked at together: they and their copy fit a core's cache
-# Bits without the sign of infinity; whatever is more is NaN. Comparing bits is six times as fast as NumPy's isfinite
+CHUNK = 2**16  # elements checked at a time: they and their copy fit a core's cache
+# The bits of infinity without the sign; larger ones are NaN. Comparing bits is six times as fast as NumPy's isfinite
 # for bfloat16, and faster than a copy.
 INFINITY = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F80_0000, "float64": 0x7FF0_0000_0000_0000}
 
 
-class Finite:
-    """A source whose every block is checked as it is read. Raises CheckpointError naming the tensor, with counts."""
+class FiniteSource:
+    """A source that checks every block it reads. Raises CheckpointError naming the tensor and counting its values."""
 
     def __init__(self, source: TensorSource) -> None:
         self._source = source
 
     def specs(self) -> dict[str, TensorSpec]:
-        """Shape and dtype of every tensor."""
         return self._source.specs()
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
-        """The tensor, or a block of it; see `TensorSource.read`."""
         values = self._source.read(name, index)
         check_finite(name, values)
         return values
 
 
 def check_finite(name: str, values: np.ndarray) -> None:
-    """Raises CheckpointError where values hold NaN or infinity, with how many of each. name: of their tensor."""
+    """Raises CheckpointError, with their numbers, if any value is NaN or infinite. name: of the tensor."""
     if all_finite(values):
         return
-    found = values.astype(np.float32)
-    nan, infinite = int(np.isnan(found).sum()), int(np.isinf(found).sum())
+    values_f32 = values.astype(np.float32)
+    nan, infinite = int(np.isnan(values_f32).sum()), int(np.isinf(values_f32).sum())
     raise CheckpointError(
         f"tensor {name!r} has {nan} NaN and {infinite} infinite values among the {values.size} that were read: the "
-        "file is damaged, or its model had diverged. Tensors after it were not looked at. Fetch the weights again, "
+        "file is damaged, or its model had diverged. Tensors after it were not checked. Fetch the weights again, "
         "or take them from an earlier step."
     )
 
 
 def all_finite(values: np.ndarray) -> bool:
-    """Whether no value is NaN or infinite; true of whole numbers."""
+    """Whether no value is NaN or infinite; True for integers."""
     flat = values.ravel(order="K")
     if values.dtype.name not in INFINITY:
         return values.dtype.kind in "iub" or bool(np.isfinite(flat.astype(np.float32)).all())

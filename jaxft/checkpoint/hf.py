@@ -1,11 +1,11 @@
-"""Hugging Face weights into a model and out of it, at most one tensor in host memory at a time."""
+"""Hugging Face weights read into a model and written from one, at most one tensor in host memory at a time."""
 
 # L stacked layers, I inputs, O outputs
 
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +13,17 @@ import numpy as np
 from flax import nnx
 
 from jaxft.adapters.attach import merge_functions
-from jaxft.checkpoint.finite import Finite
-from jaxft.checkpoint.quantized.bitsandbytes import FourBit
+from jaxft.checkpoint.finite import FiniteSource
+from jaxft.checkpoint.quantized.bitsandbytes import NF4Source
 from jaxft.checkpoint.quantized.on_load import quantized_array
 from jaxft.checkpoint.safetensors_writer import Index, LazyTensor, gather_sharded, write_sharded
 from jaxft.checkpoint.tensors import TensorSource, TensorSpec, block_bounds
-from jaxft.errors import CheckpointError
+from jaxft.errors import CheckpointError, listed
 from jaxft.files.atomic import write_text
 from jaxft.files.paths import read_json as read_json
+from jaxft.models.dense import DenseConfig
 from jaxft.models.tensor_map import ParamTensors, Piece, iter_params
+from jaxft.nn.decoder import Decoder
 from jaxft.nn.stack import group_layers
 from jaxft.quant import Format, QuantizedArray, dense, is_quantized
 from jaxft.sharding.arrays import host_parts
@@ -34,50 +36,51 @@ SQUARE = 256  # of 2-byte elements, 128 KB: two of them fit a core's cache
 TIED_HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
-def param_tensors(model: nnx.Module) -> dict[str, ParamTensors]:
-    """Every base parameter of a model by path, and the Hugging Face tensors that make it up."""
-    groups = group_layers(model.segments)
-    return {placed.path: placed for placed in iter_params(model.config.tensors(), groups)}
+def param_tensors(model: Decoder) -> dict[str, ParamTensors]:
+    """Every base parameter of a model by path, with the Hugging Face tensors that it consists of."""
+    groups, config = group_layers(model.segments), cast(DenseConfig, model.config)  # the base of every family's
+    return {param.path: param for param in iter_params(config.tensors(), groups)}
 
 
 def load_weights(
-    model: nnx.Module,
+    model: Decoder,
     source: TensorSource,
     shardings: Mapping[str, Any] | None = None,
     format: Format | None = None,
-) -> nnx.Module:
+) -> Decoder:
     """The abstract model with the source's weights, cast to the parameter types that the model declares.
 
-    model: from `models.abstract_model`. format: that its quantised kernels have. shardings: NamedSharding by path, of
-    a quantised kernel one for each of its arrays; one device where None. Only
-    the slices that this process's devices hold are read, parameter by parameter: host memory beyond the
-    arrays themselves stays below one parameter's part in this process and one tensor of the source.
-    Raises CheckpointError listing every missing, unexpected and misshapen tensor, before reading any, and for one with
-    NaN or infinite values when it is read.
+    model: from `models.abstract_model`. format: of its quantised kernels. shardings: NamedSharding by path (for a
+    quantised kernel one for each of its arrays); one device if None. Only the slices that this process's devices hold
+    are read, parameter by parameter: host memory beyond the arrays stays below one parameter's part in this process
+    plus one tensor of the source.
+    Raises CheckpointError listing every missing, unexpected and misshapen tensor before any is read, and for a tensor
+    with NaN or infinite values when it is read.
     """
     graphdef, state = nnx.split(model)
     leaves, treedef = flatten(state, is_quantized)
     table = param_tensors(model)
     check_tensors(leaves, table, source)
-    codes, source = source if isinstance(source, FourBit) else None, Finite(source)
+    codes, finite = source if isinstance(source, NF4Source) else None, FiniteSource(source)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    arrays = []
+    arrays: list[jax.Array | QuantizedArray] = []
     for path, leaf in leaves.items():
-        where = jax.tree.map(lambda _: device, leaf) if shardings is None else shardings[path]
-        if isinstance(leaf, QuantizedArray):
-            arrays.append(quantized_array(table[path], source, leaf, where, format, _placed_array, codes))
+        sharding = jax.tree.map(lambda _: device, leaf) if shardings is None else shardings[path]
+        if format is not None and isinstance(leaf, QuantizedArray):
+            arrays.append(quantized_array(table[path], finite, leaf, sharding, format, _load_param, codes))
         else:
-            arrays.append(_placed_array(table[path], source, leaf, where))
+            arrays.append(_load_param(table[path], finite, leaf, sharding))
     return nnx.merge(graphdef, jax.tree.unflatten(treedef, arrays))
 
 
 def check_tensors(leaves: Mapping[str, Any], table: Mapping[str, ParamTensors], source: TensorSource) -> None:
-    """Raises CheckpointError unless the source has exactly the tensors of the table, in the right shapes."""
+    """Raises CheckpointError unless the source has exactly the tensors of the table, in the right shapes.
+
+    leaves: our parameters by path. table: from `param_tensors`.
+    """
     specs = source.specs()
     expected = {
-        piece.hf: hf_shape(placed, piece, leaves[path].shape)
-        for path, placed in table.items()
-        for piece in placed.pieces
+        piece.hf: hf_shape(param, piece, leaves[path].shape) for path, param in table.items() for piece in param.pieces
     }
     missing = [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in specs]
     misshapen = [
@@ -92,35 +95,35 @@ def check_tensors(leaves: Mapping[str, Any], table: Mapping[str, ParamTensors], 
     ]
     problems = missing + misshapen + unexpected
     if problems:
-        shown = "\n  ".join(problems[:40]) + (f"\n  and {len(problems) - 40} more" if len(problems) > 40 else "")
-        raise CheckpointError(f"the weights do not fit config.json ({len(problems)} tensors):\n  {shown}")
+        lines = listed(problems, 40, lines=True)
+        raise CheckpointError(f"the weights do not fit config.json ({len(problems)} tensors):\n{lines}")
 
 
-def hf_tensors(model: nnx.Module, dtype: str | None = None) -> dict[str, LazyTensor]:
+def hf_tensors(model: Decoder, dtype: str | None = None) -> dict[str, LazyTensor]:
     """Every Hugging Face tensor of a model, or a block of it, computed when called; adapters are merged in float32.
 
-    dtype: stored type, the parameters' own where None.
+    dtype: of the written tensors, the parameters' own if None.
     """
     leaves, _ = flatten(nnx.state(model), is_quantized)
     merging, out = merge_functions(model), {}
-    for path, placed in param_tensors(model).items():
+    for path, param in param_tensors(model).items():
         leaf = leaves[path]
-        # What is quantised is written in the type of computation.
+        # A quantised kernel is written in the dtype of computation.
         target = np.dtype(dtype or (model.dtype if is_quantized(leaf) else leaf.dtype))
-        for piece in placed.pieces:
-            shape = hf_shape(placed, piece, leaf.shape)
-            out[piece.hf] = (TensorSpec(shape, target), _maker(leaf, merging.get(path), placed, piece, target))
+        for piece in param.pieces:
+            shape = hf_shape(param, piece, leaf.shape)
+            out[piece.hf] = (TensorSpec(shape, target), _maker(leaf, merging.get(path), param, piece, target))
     return out
 
 
 def write_weights(
-    model: nnx.Module, folder: str, *, dtype: str | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
+    model: Decoder, folder: str, *, dtype: str | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> list[str]:
     """Writes model.safetensors, or shards and their index above max_shard_bytes. Returns the file names.
 
     Host memory beyond the arrays stays below two blocks of a tensor (`safetensors_writer.BLOCK_BYTES`), whatever the
-    model. Where the parameters reach over several processes, every one takes part, and every device holds one block
-    for a while; process 0 writes.
+    model. If the parameters span several processes, every one takes part, and every device holds one block at a time;
+    process 0 writes.
     """
     tensors = hf_tensors(model, dtype)
     if not is_primary():
@@ -132,8 +135,8 @@ def write_config(
     folder: str, hf_config: Mapping[str, Any], *, dtype: str, generation: Mapping[str, Any] | None = None
 ) -> None:
     """Writes config.json and generation_config.json."""
-    # Both names: transformers 4 reads torch_dtype, 5 reads dtype. What was packed in the source is not any more, and
-    # code that auto_map names was never run here.
+    # Both names: transformers 4 reads torch_dtype, 5 reads dtype. Weights that were packed in the source are not packed
+    # any more, and code that auto_map names is never run.
     replaced = ("torch_dtype", "dtype", "quantization_config", "auto_map")
     config = {k: v for k, v in hf_config.items() if k not in replaced} | {"torch_dtype": dtype}
     tokens = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(k) is not None}
@@ -141,13 +144,13 @@ def write_config(
         write_text(os.path.join(folder, name), json.dumps(value, indent=2) + "\n")
 
 
-def hf_shape(placed: ParamTensors, piece: Piece, shape: tuple[int, ...]) -> tuple[int, ...]:
+def hf_shape(param: ParamTensors, piece: Piece, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of one Hugging Face tensor of our parameter of shape `shape`."""
-    return placed.transform.hf_shape(shape[len(piece.at) :])
+    return param.transform.hf_shape(shape[len(piece.at) :])
 
 
 def _tied_copy(name: str, expected: Mapping[str, Any], source: TensorSource) -> bool:
-    # Some writers store the head of a tied model once more; it must then be the embedding.
+    # Some writers also store the head of a tied model; it must then equal the embedding.
     if name != TIED_HEAD or TIED_HEAD in expected or EMBEDDING not in source.specs():
         return False
     head, table = source.specs()[TIED_HEAD], source.specs()[EMBEDDING]
@@ -158,36 +161,36 @@ def _tied_copy(name: str, expected: Mapping[str, Any], source: TensorSource) -> 
     )
 
 
-def _placed_array(placed: ParamTensors, source: TensorSource, leaf: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+def _load_param(param: ParamTensors, source: TensorSource, leaf: Any, sharding: jax.sharding.Sharding) -> jax.Array:
     """One of our parameters on this process's devices."""
-    where = sharding.addressable_devices_indices_map(leaf.shape)
-    cuts = {device: _bounds(index, leaf.shape) for device, index in where.items()}
-    blocks = read_blocks(placed, source, leaf.dtype, set(cuts.values()))
+    indices = sharding.addressable_devices_indices_map(leaf.shape)
+    cuts = {device: _bounds(index or (), leaf.shape) for device, index in indices.items()}
+    blocks = read_blocks(param, source, leaf.dtype, set(cuts.values()))
     arrays, last = [], {cut: device for device, cut in cuts.items()}
     for device, cut in cuts.items():
-        # A block goes as soon as its last device has it.
-        block = blocks.pop(cut) if last[cut] == device else blocks[cut]
+        # A block is freed as soon as its last device has it.
+        block = blocks.pop(cut) if last[cut] is device else blocks[cut]
         arrays.append(jax.device_put(block, device).block_until_ready())
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
 
 
 def read_blocks(
-    placed: ParamTensors, source: TensorSource, dtype: np.dtype, cuts: Iterable[Bounds]
+    param: ParamTensors, source: TensorSource, dtype: np.dtype, cuts: Iterable[Bounds]
 ) -> dict[Bounds, np.ndarray]:
     """Parts of one of our parameters, each given as (start, stop) along every axis.
 
-    Each tensor is read once, even where every part holds other columns of it, and not beyond what the
-    parts span together; where it has more than two axes, a matrix at a time.
+    Each tensor is read once, even if every part has different columns of it, and only the range that the parts span;
+    a tensor of more than two axes is read one matrix at a time.
     """
     blocks = {cut: np.empty([stop - start for start, stop in cut], dtype) for cut in cuts}
-    for piece in placed.pieces:
+    for piece in param.pieces:
         inside = {cut: inner for cut in blocks if (inner := _in_piece(cut, piece)) is not None}
         if not inside:
             continue
         hull = tuple((min(a for a, _ in axis), max(b for _, b in axis)) for axis in zip(*inside.values(), strict=True))
         for slab in _slabs(hull):
-            index = placed.transform.hf_index(tuple(slice(*axis) for axis in slab))
-            values = placed.transform.from_hf(source.read(piece.hf, index))
+            index = param.transform.hf_index(tuple(slice(*axis) for axis in slab))
+            values = param.transform.from_hf(source.read(piece.hf, index))
             for cut, inner in inside.items():
                 common = tuple((max(a, low), min(b, high)) for (a, b), (low, high) in zip(inner, slab, strict=True))
                 if all(a < b for a, b in common):
@@ -197,7 +200,7 @@ def read_blocks(
 
 
 def _slabs(hull: Bounds) -> Iterator[Bounds]:
-    """A vector or matrix whole; of the experts that a file keeps in one tensor, one after the other."""
+    """A vector or matrix as a whole; experts that a file keeps in one tensor one after the other."""
     if len(hull) < 3:
         yield hull
         return
@@ -214,7 +217,7 @@ def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> Bounds:
 
 
 def _in_piece(cut: Bounds, piece: Piece) -> Bounds | None:
-    """The part of a piece that a block wants, None where it wants nothing of it."""
+    """The part of a piece that is in a block, None if there is none."""
     leading = zip(piece.at, cut, strict=False)
     return cut[len(piece.at) :] if all(start <= at < stop for at, (start, stop) in leading) else None
 
@@ -222,8 +225,8 @@ def _in_piece(cut: Bounds, piece: Piece) -> Bounds | None:
 def copy_into(out: np.ndarray, values: np.ndarray) -> None:
     """`out[...] = values`, cast, for matrices of any size and either order of axes.
 
-    Square by square, because a transposed copy in one go misses the cache at every element; equal types
-    as plain bits, because NumPy moves bfloat16 one element at a time.
+    Copied in squares, because a transposed copy in one go misses the cache at every element; equal dtypes as plain
+    bits, because NumPy copies bfloat16 one element at a time.
     """
     if out.dtype == values.dtype and out.dtype.itemsize in (1, 2, 4, 8):
         bits = np.dtype(f"u{out.dtype.itemsize}")
@@ -238,19 +241,19 @@ def copy_into(out: np.ndarray, values: np.ndarray) -> None:
 
 
 def _maker(
-    leaf: jax.Array, merged: Any, placed: ParamTensors, piece: Piece, dtype: np.dtype
+    leaf: jax.Array, merge: Callable[..., jax.Array] | None, param: ParamTensors, piece: Piece, dtype: np.dtype
 ) -> Callable[..., np.ndarray]:
-    shape, transform = hf_shape(placed, piece, leaf.shape), placed.transform
+    shape, transform = hf_shape(param, piece, leaf.shape), param.transform
 
     def make(index: Index | None = None) -> np.ndarray:
         bounds = block_bounds(shape, index)
         out = np.empty([stop - start for start, stop in bounds], dtype)
         whole, at = leaf, piece.at
-        if merged is not None or is_quantized(leaf):
-            # The whole matrix, on the devices: what an adapter adds to a block may depend on all of it.
+        if merge is not None or is_quantized(leaf):
+            # The whole matrix, on the devices: an adapter's change of a block may depend on all of it.
             whole, at = dense(leaf[piece.at], jnp.float32), ()
-        if merged is not None:
-            whole = merged(whole, piece.at)
+        if merge is not None:
+            whole = merge(whole, piece.at)
         leading = [(i, i + 1) for i in at]
         for inside, part in host_parts(whole, (*leading, *transform.our_bounds(bounds)), dtype):
             matrix = part.reshape(part.shape[len(at) :])

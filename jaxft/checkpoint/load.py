@@ -1,9 +1,10 @@
-"""One way in for every kind of model on disk."""
+"""Loading: one function for every kind of model on disk."""
 
 # B batch, S sequence, V vocab
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,13 +21,14 @@ from jaxft.checkpoint.hf import load_weights
 from jaxft.checkpoint.peft import read_adapter
 from jaxft.checkpoint.peft.folder import CONFIG
 from jaxft.checkpoint.quantized import bitsandbytes
-from jaxft.checkpoint.quantized.mxfp4 import Unpacked, is_packed
+from jaxft.checkpoint.quantized.mxfp4 import MXFP4Source, is_packed
 from jaxft.checkpoint.tensors import SafetensorsFolder, TensorSource
 from jaxft.checkpoint.text_part import TextPart
 from jaxft.errors import CheckpointError, ModelError
 from jaxft.files.paths import HUB, fetch_hub, is_file, is_remote, open_folder, read_json
 from jaxft.files.run_folder import ADAPTER, MERGED, MODEL, is_run_folder
 from jaxft.models.nested import MULTIMODAL
+from jaxft.nn.decoder import Decoder
 from jaxft.nn.storage import storage_dims_of
 from jaxft.nn.virtual import virtual_ids
 from jaxft.quant import FORMATS, is_quantized
@@ -39,13 +41,13 @@ from jaxft.trees import flatten
 class LoadedModel:
     """A model in memory and where it came from.
 
-    module: the nnx model. hf_config: its config.json. base: path of the base weights. adapter: path of
-    the PEFT folder that was attached, or None. generation: its generation_config.json, where it has one, or what a
-    GGUF file says of the same. left_out: where the base is nested in a model that takes images too, what of that was
-    left out, in words. quantization: the format of its frozen kernels; None: they are dense.
+    module: the nnx model. hf_config: its config.json. base: path of the base weights. adapter: path of the PEFT folder
+    that was attached, or None. generation: its generation_config.json, or the same settings of a GGUF file, or None.
+    left_out: if the base is the language model of one that takes images too, a sentence on what was left out.
+    quantization: the format of its frozen kernels; None if they are dense.
     """
 
-    module: Any
+    module: Decoder
     hf_config: dict[str, Any]
     base: str
     adapter: str | None = None
@@ -54,23 +56,24 @@ class LoadedModel:
     quantization: str | None = None
 
     def logits(self, tokens_BS: Any) -> np.ndarray:
-        """[B, S, V] float32 for token ids [B, S], virtual ones left out. Raises ModelError for ids outside the
-        vocabulary.
+        """Logits [B, S, V], float32, of token ids [B, S], without those of virtual tokens.
+
+        Raises ModelError for ids outside the vocabulary.
         """
         tokens = np.asarray(tokens_BS)
         vocab = self.module.config.vocab_size
         if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
-            raise ModelError(f"logits takes whole numbers [B, S], got {tokens.dtype} of shape {tokens.shape}")
+            raise ModelError(f"logits takes integers [B, S], got {tokens.dtype} of shape {tokens.shape}")
         if tokens.size and (tokens.min() < 0 or tokens.max() >= vocab):
             raise ModelError(f"token ids run from {tokens.min()} to {tokens.max()}; the vocabulary has {vocab}")
         _, state = nnx.split(self.module)
         return to_host(self._forward(state, tokens.astype(np.int32)))
 
     @cached_property
-    def _forward(self) -> Any:
+    def _forward(self) -> Callable[[nnx.State, np.ndarray], jax.Array]:
         graphdef, _ = nnx.split(self.module)
 
-        def forward(state: Any, tokens_BS: jax.Array) -> jax.Array:
+        def forward(state: nnx.State, tokens_BS: jax.Array) -> jax.Array:
             module = nnx.merge(graphdef, state)
             first = jnp.broadcast_to(
                 jnp.array(virtual_ids(module.virtual_tokens), jnp.int32), (len(tokens_BS), module.virtual_tokens)
@@ -92,16 +95,15 @@ def load_model(
     quantization: str | None = None,
     trainable: str | None = None,
 ) -> LoadedModel:
-    """A Hugging Face, PEFT (with its base), Orbax or run folder, a GGUF file, or hf://owner/name[@revision].
+    """Loads a Hugging Face, PEFT (with its base), Orbax or run folder, a GGUF file, or hf://owner/name[@revision].
 
-    A Hugging Face folder may also be at an address such as gs://bucket/model, of which only what this
-    process needs is read.
-    dtype: of computation. param_dtype: of storage, dtype where None. mesh: where the parameters go,
-    one device where None. quantization: a name of `quant.FORMATS`, in which the kernels of linear layers are kept
-    from the moment that they are read. trainable: patterns of what training is to move, float32 then; see
-    `models.freezing`. Raises CheckpointError or ModelError for what is not understood or damaged.
+    A Hugging Face folder may also be at an address such as gs://bucket/model, of which only what this process needs is
+    read. dtype: of computation. param_dtype: of storage, dtype if None. mesh: for the parameters; one device if None.
+    quantization: a name of `quant.FORMATS`; the kernels of linear layers are quantised to it as they are read.
+    trainable: patterns of the parameters to train, stored in float32; see `models.freezing`.
+    Raises CheckpointError for files that are damaged or do not fit, ModelError for what is not implemented.
     """
-    types = {"dtype": dtype, "param_dtype": param_dtype or dtype, "remat": remat}
+    types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype or dtype, "remat": remat}
     types |= {"quantization": quantization, "trainable": trainable}
     named, path = path, resolve(path, revision)
     if is_file(os.path.join(path, CONFIG)):
@@ -118,12 +120,12 @@ def load_model(
     module = load_weights(model, source, None if mesh is None else shardings_by_path(model, mesh), format)
     base = named if named.startswith(HUB) else path
     return LoadedModel(
-        module, hf_config, base, generation=generation, left_out=left_out(source), quantization=quantization
+        module, hf_config, base, generation=generation, left_out=describe_left_out(source), quantization=quantization
     )
 
 
 def random_model(path: str, *, seed: int, dtype: str, param_dtype: str, remat: str = "none") -> LoadedModel:
-    """The shapes of config.json in `path` with weights drawn from a seed."""
+    """A model of the sizes in config.json of `path`, with weights drawn from a seed."""
     hf_config = read_json(os.path.join(path, "config.json"))
     config = models.config_from_hf(hf_config)
     module = models.random_model(config, dtype=dtype, param_dtype=param_dtype, remat=remat, seed=seed)
@@ -133,7 +135,7 @@ def random_model(path: str, *, seed: int, dtype: str, param_dtype: str, remat: s
 def hf_config_of(path: str) -> dict[str, Any]:
     """config.json of a Hugging Face folder, a PEFT folder's base or a GGUF file, without loading weights.
 
-    Of a model that takes images too, the config.json that its language model would have alone.
+    For a model that takes images too, the config.json of its language model as a text-only model.
     """
     if is_file(os.path.join(path, CONFIG)):
         return hf_config_of(resolve(base_of(path)))
@@ -143,29 +145,33 @@ def hf_config_of(path: str) -> dict[str, Any]:
 def open_weights(path: str) -> tuple[dict[str, Any], TensorSource, dict[str, Any] | None]:
     """(config.json, tensors, generation_config.json or None) of a folder or GGUF file, no tensor read yet.
 
-    Of a model that takes images too, those of its language model, as if it were alone; see `left_out`.
+    For a model that takes images too, those of its language model as a text-only model; see `describe_left_out`.
     """
     if path.endswith(".gguf"):
-        source = GGUFFile(path)
-        return source.hf_config(), source, source.generation_config()
-    hf_config, source = _config_and_part(path)
+        gguf = GGUFFile(path)
+        return gguf.hf_config(), gguf, gguf.generation_config()
+    hf_config, part = _config_and_part(path)
     generation = os.path.join(path, "generation_config.json")
-    if source is None:
-        source = orbax_folder.OrbaxFolder(path) if orbax_folder.is_one(path) else SafetensorsFolder(path)
-    source = Unpacked(source) if is_packed(hf_config) else source
-    source = bitsandbytes.FourBit(source) if bitsandbytes.is_packed(source) else source
-    if fused_experts.is_fused(hf_config.get("model_type"), source):
-        source = fused_experts.SingleExperts(source, hf_config["model_type"])
+    source = _folder_source(path) if part is None else part
+    source = MXFP4Source(source) if is_packed(hf_config) else source
+    source = bitsandbytes.NF4Source(source) if bitsandbytes.is_packed(source) else source
+    model_type = str(hf_config.get("model_type"))
+    if fused_experts.is_fused(model_type, source):
+        source = fused_experts.SingleExperts(source, model_type)
     return hf_config, source, read_json(generation) if is_file(generation) else None
 
 
-def left_out(source: TensorSource) -> str | None:
-    """What `open_weights` left out of a folder, in words; None where it is all there."""
+def _folder_source(path: str) -> TensorSource:
+    return orbax_folder.OrbaxFolder(path) if orbax_folder.is_orbax_folder(path) else SafetensorsFolder(path)
+
+
+def describe_left_out(source: TensorSource) -> str | None:
+    """A sentence on what `open_weights` left out of a folder; None if nothing."""
     return source.left_out if isinstance(source, TextPart) else None
 
 
 def _config_and_part(path: str) -> tuple[dict[str, Any], TextPart | None]:
-    """config.json of a folder; where its language model is nested, that of the language model and its tensors."""
+    """config.json of a folder, and None; for a model that takes images too, both of its language model."""
     config = os.path.join(path, "config.json")
     if not is_file(config):
         there = ", ".join(open_folder(path).names()[:8]) if "://" in path or os.path.isdir(path) else "nothing"
@@ -173,14 +179,14 @@ def _config_and_part(path: str) -> tuple[dict[str, Any], TextPart | None]:
     hf_config = bitsandbytes.without_quantization(read_json(config))
     if hf_config.get("model_type") not in MULTIMODAL:
         return hf_config, None
-    # Before any file of weights is opened.
+    # Refuses an unknown family before any file of weights is opened.
     models.config_from_hf(hf_config)
     part = TextPart(SafetensorsFolder(path), hf_config["model_type"])
     return models.text_config(hf_config, own_head=part.own_head()), part
 
 
 def resolve(path: str, revision: str | None = None) -> str:
-    """A local path: hf:// names through the Hugging Face cache, run folders to what they exported."""
+    """The path to load from: hf:// names are fetched into the Hugging Face cache, run folders become their export."""
     if path.startswith(HUB):
         return fetch_hub(path, revision)
     if is_run_folder(path):
@@ -194,7 +200,10 @@ def resolve(path: str, revision: str | None = None) -> str:
 
 
 def base_of(folder: str) -> str:
-    """The base model that a PEFT folder names: a path that exists, or the address that it names."""
+    """The base model that a PEFT folder names: a path that exists, or an address.
+
+    Raises CheckpointError if it names none, or a local path that does not exist.
+    """
     base = read_json(os.path.join(folder, CONFIG)).get("base_model_name_or_path")
     if not base:
         raise CheckpointError(f"{folder}: adapter_config.json does not say which base model it belongs to")
@@ -211,6 +220,6 @@ def base_of(folder: str) -> str:
     return HUB + base
 
 
-def shardings_by_path(model: nnx.Module, mesh: MeshPlan) -> dict[str, Any]:
+def shardings_by_path(model: Decoder, mesh: MeshPlan) -> dict[str, Any]:
     """The NamedSharding of every parameter by its path."""
     return flatten(mesh.shardings(nnx.state(model), storage_dims_of(model)), is_quantized)[0]

@@ -1,4 +1,4 @@
-"""Checksums of a finished folder, because Orbax restores flipped bits without a word."""
+"""Checksums of a finished folder, because Orbax restores flipped bits without an error."""
 
 import hashlib
 import json
@@ -8,19 +8,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from jaxft.errors import CheckpointError
+from jaxft.errors import CheckpointError, listed
 from jaxft.files.atomic import unfinished_file, write_text
 
 NAME = "manifest.json"
 ALGORITHM = "blake2b"
 THREADS = min(8, os.cpu_count() or 1)  # hashlib and file reads release the GIL
-SHOWN = 8  # problems listed in one error
 
 
 def write(folder: str | os.PathLike[str]) -> Path:
-    """Write `manifest.json` inside a finished folder: size and checksum of every file below it.
+    """Writes `manifest.json` into a finished folder: size and checksum of every file below it.
 
-    The manifest appears whole or not at all. Raises OSError when the disk is full.
+    The manifest appears whole or not at all. Raises OSError if the disk is full.
     """
     folder = Path(folder)
     content = {"algorithm": ALGORITHM, "files": _digests(folder, _digest)}
@@ -30,31 +29,30 @@ def write(folder: str | os.PathLike[str]) -> Path:
 
 
 def exists(folder: str | os.PathLike[str]) -> bool:
-    """Whether the folder was finished."""
+    """Whether the folder has a manifest, so that its writing was finished."""
     return (Path(folder) / NAME).is_file()
 
 
 def verify(folder: str | os.PathLike[str]) -> None:
-    """Read every file again. Raises CheckpointError naming each damaged, missing and extra file."""
+    """Reads every file again. Raises CheckpointError naming each damaged, missing and extra file."""
     folder = Path(folder)
     expected = _read(folder)
-    found = _digests(folder, _digest_or_error)
+    present = _digests(folder, _digest_or_error)
     problems = []
-    for name in sorted(expected.keys() | found.keys()):
-        if name not in found:
+    for name in sorted(expected.keys() | present.keys()):
+        if name not in present:
             problems.append(f"{name}: missing")
         elif name not in expected:
             problems.append(f"{name}: not in the manifest")
-        elif "error" in found[name]:
-            problems.append(f"{name}: cannot be read: {found[name]['error']}")
-        elif found[name]["bytes"] != expected[name]["bytes"]:
-            problems.append(f"{name}: {found[name]['bytes']} bytes, {expected[name]['bytes']} were written")
-        elif found[name] != expected[name]:
+        elif "error" in present[name]:
+            problems.append(f"{name}: cannot be read: {present[name]['error']}")
+        elif present[name]["bytes"] != expected[name]["bytes"]:
+            problems.append(f"{name}: {present[name]['bytes']} bytes, {expected[name]['bytes']} were written")
+        elif present[name] != expected[name]:
             problems.append(f"{name}: damaged, its {expected[name]['bytes']} bytes are not those that were written")
     if problems:
-        more = [f"... and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
-        lines = "".join(f"\n  {line}" for line in problems[:SHOWN] + more)
-        raise CheckpointError(f"{folder} differs from its manifest in {len(problems)} of {len(expected)} files:{lines}")
+        counts = f"{len(problems)} of {len(expected)} files"
+        raise CheckpointError(f"{folder} differs from its manifest in {counts}:\n{listed(problems, lines=True)}")
 
 
 def _read(folder: Path) -> Mapping[str, Mapping[str, Any]]:
@@ -84,8 +82,8 @@ def _digests(folder: Path, digest: Callable[[Path], dict[str, Any]]) -> dict[str
     unlisted = {folder / NAME, unfinished_file(folder / NAME)}
     paths = sorted(p for p in folder.rglob("*") if (p.is_symlink() or not p.is_dir()) and p not in unlisted)
     with ThreadPoolExecutor(THREADS) as pool:
-        found = list(pool.map(digest, paths))
-    return {p.relative_to(folder).as_posix(): d for p, d in zip(paths, found, strict=True)}
+        present = list(pool.map(digest, paths))
+    return {p.relative_to(folder).as_posix(): d for p, d in zip(paths, present, strict=True)}
 
 
 def _digest(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Several PEFT folders on one base, and what becomes of them back to such folders."""
+"""Several adapters on one base, read from PEFT folders and written back to them."""
 
 from collections.abc import Mapping
 
@@ -11,28 +11,28 @@ from jaxft.sharding.mesh import MeshPlan
 
 
 def load_adapters(model: LoadedModel, folders: Mapping[str, str], *, mesh: MeshPlan | None = None) -> AdapterSet:
-    """Reads PEFT or run folders onto a base under names; none is active yet.
+    """Reads PEFT or run folders as named adapters of a base; none is active yet.
 
-    model: a base without adapter. folders: by name. mesh: where the base is, and the adapters go. Raises
-    CheckpointError or ModelError as for one of them alone, and ModelError where the model has an adapter already.
+    model: a base without adapter. folders: by name. mesh: of the base, and for the adapters. Raises CheckpointError or
+    ModelError as `read_adapter` does, and ModelError if the model has an adapter already.
     """
-    held = AdapterSet(model.module)
+    adapter_set = AdapterSet(model.module)
     for name, folder in folders.items():
         read_adapter(model.module, resolve(folder))
         if saved_paths(model.module):
             raise ModelError(
-                f"adapter {name!r} holds modules of the base that were trained whole (modules_to_save): load it by "
-                "itself, not as one of several, onto a base that is loaded anew"
+                f"adapter {name!r} holds modules of the base that were trained in full (modules_to_save): load it "
+                "alone, with load_model, onto a base of its own"
             )
         if mesh is not None:
             mesh.shard_module(model.module)
-        held.add(name, take(model.module))
-    return held
+        adapter_set.add(name, take(model.module))
+    return adapter_set
 
 
-def write_named(held: AdapterSet, name: str, folder: str, *, model: LoadedModel) -> None:
-    """Writes one of them as a PEFT folder, whichever is active. model: the base that it is of."""
-    active, trained = held.active, held.trained
-    held.activate(name)
+def write_named(adapter_set: AdapterSet, name: str, folder: str, *, model: LoadedModel) -> None:
+    """Writes the adapter `name` as a PEFT folder, whichever adapters are active. model: the base of the set."""
+    active, trained = adapter_set.active, adapter_set.trained
+    adapter_set.activate(name)
     write_adapter(model.module, folder, base=model.base, nested=model.left_out is not None)
-    held.activate(*active, train=trained)
+    adapter_set.activate(*active, train=trained)

@@ -1,9 +1,9 @@
-"""A model in Orbax's format: `params/` under our own paths, beside config.json and the tokenizer.
+"""A model in Orbax's format: `params/` under our own paths, with config.json and the tokenizer in the same folder.
 
     orbax.checkpoint.StandardCheckpointer().restore(folder / "params")    # a nested dict of arrays
 
-It is also a source of tensors under Hugging Face names, read piece by piece straight from the arrays
-on disk (zarr, one folder for each parameter), so that everything that reads a model reads this too.
+Such a folder is also a source of tensors under Hugging Face names, read in blocks from the arrays on disk (zarr, one
+folder for each parameter), so that everything that reads a model reads this too.
 """
 
 import json
@@ -23,21 +23,22 @@ from jaxft.checkpoint.tensors import TensorSpec, block_bounds
 from jaxft.errors import CheckpointError, did_you_mean
 from jaxft.files.paths import read_json
 from jaxft.models.tensor_map import ParamTensors, Piece
+from jaxft.nn.decoder import Decoder
 from jaxft.trees import flatten
 
 PARAMS = "params"
 CONCURRENT_GB = 2  # in flight while saving, beyond the arrays themselves
 
 
-def is_one(path: str | os.PathLike[str]) -> bool:
-    """Whether a local folder is an Orbax model as written here."""
+def is_orbax_folder(path: str | os.PathLike[str]) -> bool:
+    """Whether a local folder is an Orbax model that `write_params` wrote."""
     return os.path.isdir(os.path.join(path, PARAMS)) and os.path.isfile(os.path.join(path, "config.json"))
 
 
-def write_params(model: nnx.Module, folder: str | os.PathLike[str]) -> None:
-    """Writes `params/` of a model without adapters, sharded or not; config.json is the caller's.
+def write_params(model: Decoder, folder: str | os.PathLike[str]) -> None:
+    """Writes `params/` of a model without adapters, sharded or not; the caller writes config.json.
 
-    Every process takes part. Host memory beyond the arrays stays below a few GB whatever the size.
+    Every process takes part. Host memory beyond the arrays stays below a few GB, whatever the model's size.
     """
     # Imported here: most commands never write Orbax.
     import orbax.checkpoint as ocp
@@ -48,7 +49,7 @@ def write_params(model: nnx.Module, folder: str | os.PathLike[str]) -> None:
         lambda leaf: ocp.SaveArgs(chunk_byte_size=_chunk_bytes(leaf), shard_axes=tuple(range(max(1, leaf.ndim - 2)))),
         arrays,
     )
-    # One folder for each array, rather than OCDBT's shared database: any zarr reader finds its way.
+    # One folder for each array rather than OCDBT's shared database: any zarr reader can read it.
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, save_concurrent_gb=CONCURRENT_GB)
     with ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(Path(folder).absolute() / PARAMS, ocp.args.PyTreeSave(arrays, save_args=args))
@@ -57,8 +58,8 @@ def write_params(model: nnx.Module, folder: str | os.PathLike[str]) -> None:
 class OrbaxFolder:
     """The parameters in `params/` of a folder, as Hugging Face tensors.
 
-    Raises CheckpointError, before any tensor is read, where files are damaged or missing by the manifest
-    that ends the writing, or where `params/` is not what config.json says; ModelError for its family.
+    Raises CheckpointError, before any tensor is read, if files are damaged or missing by the manifest that is written
+    last, or `params/` does not fit config.json; ModelError for a family that is not implemented.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -69,34 +70,32 @@ class OrbaxFolder:
         self._pieces: dict[str, tuple[ParamTensors, Piece]] = {}
         self._specs: dict[str, TensorSpec] = {}
         self._stores: dict[str, Any] = {}
-        for path, placed in param_tensors(model).items():
+        for path, param in param_tensors(model).items():
             shape, dtype = self._metadata(path)
             if shape != leaves[path].shape:
                 raise CheckpointError(f"{self.path}: {path} has shape {list(shape)}, config {list(leaves[path].shape)}")
-            for piece in placed.pieces:
-                self._pieces[piece.hf] = (placed, piece)
-                self._specs[piece.hf] = TensorSpec(hf_shape(placed, piece, shape), dtype)
+            for piece in param.pieces:
+                self._pieces[piece.hf] = (param, piece)
+                self._specs[piece.hf] = TensorSpec(hf_shape(param, piece, shape), dtype)
 
     def specs(self) -> dict[str, TensorSpec]:
-        """Shape and dtype of every tensor under its Hugging Face name."""
         return dict(self._specs)
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
-        """The tensor, or a block of it; see `TensorSource.read`."""
         if name not in self._pieces:
             raise CheckpointError(f"{self.path}: no tensor {name!r}.{did_you_mean(name, self._pieces)}")
-        placed, piece = self._pieces[name]
+        param, piece = self._pieces[name]
         cuts = tuple(slice(*cut) for cut in block_bounds(self._specs[name].shape, index))
-        # A transform that turns axes around turns an index back in the same way.
-        inner = placed.transform.hf_index(cuts)
-        return placed.transform.to_hf(self._store(placed.path)[(*piece.at, *inner)].read().result())
+        # A transform that reverses axes maps an index back in the same way.
+        inner = param.transform.hf_index(cuts)
+        return param.transform.to_hf(self._store(param.path)[(*piece.at, *inner)].read().result())
 
     def _metadata(self, path: str) -> tuple[tuple[int, ...], np.dtype]:
         file = os.path.join(self.path, PARAMS, _folder_of(path), ".zarray")
         try:
             with open(file, encoding="utf-8") as opened:
-                found = json.load(opened)
-            return tuple(found["shape"]), np.dtype(found["dtype"])
+                metadata = json.load(opened)
+            return tuple(metadata["shape"]), np.dtype(metadata["dtype"])
         except FileNotFoundError:
             raise CheckpointError(f"{self.path}: parameter {path} is missing") from None
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -112,9 +111,9 @@ class OrbaxFolder:
 
 
 def _chunk_bytes(leaf: jax.Array) -> int:
-    """One layer of a stack, or one row of a table, but not less than a file system likes: what is read at least.
+    """Bytes of a chunk, the least that is read: one layer of a stack or one row of a table, but at least 1 MB.
 
-    Of experts it is one matrix, since that is how they are read.
+    For experts it is one matrix, since they are read one at a time.
     """
     part = leaf.addressable_shards[0].data
     return max(part.nbytes // max(1, part.shape[0]), 2**20)

@@ -1,12 +1,12 @@
-"""Checkpoints of a run that goes on: written by Orbax in the background, restored bit for bit.
+"""Checkpoints of a run: written by Orbax in the background, restored bit for bit.
 
-A step is a folder `<step>/` with Orbax's `state/` and `meta/` and, written last, `manifest.json`.
-The manifest is what makes a step whole: a folder without one was interrupted. Old steps go only
-after the manifest of the new one stands, first by a rename, so that no crash leaves half a folder
-under a step's name or fewer whole steps than before.
+A step is a folder `<step>/` with Orbax's `state/` and `meta/` and, written last, `manifest.json`. The manifest makes a
+step whole: the writing of a folder without one was interrupted. Old steps are deleted only after the manifest of the
+new one has been written, and renamed first, so that no crash leaves half a folder under a step's name or fewer whole
+steps than before.
 
-Orbax's AsyncCheckpointer is used without its CheckpointManager, which deletes old steps as soon as
-the new one is renamed into place: before our manifest stands.
+Orbax's AsyncCheckpointer is used without its CheckpointManager, which deletes old steps as soon as the new one has its
+name: before our manifest exists.
 """
 
 import json
@@ -32,7 +32,7 @@ from jaxft.errors import CheckpointError
 from jaxft.sharding.processes import is_primary
 
 LEFTOVER = re.compile(r"\d+\.(orbax-checkpoint-tmp.*|deleted)")
-ORBAX_MARK = "_CHECKPOINT_METADATA"  # without it a folder named like a step is not ours to delete
+ORBAX_MARK = "_CHECKPOINT_METADATA"  # a folder named like a step but without this file is not ours to delete
 
 log = logging.getLogger(__name__)
 
@@ -45,12 +45,9 @@ class _Step(NamedTuple):
 class RunCheckpoints:
     """The checkpoints of one run, in one folder that every process sees.
 
-    keep: how many of the newest steps stay.
-    best_metric: also keep the one step that is best by this entry of `metrics`.
-    best_mode: `min` or `max`.
-    read_only: only restore; nothing in the folder is made or cleaned away, so that it is safe beside
-    a run that is writing.
-    Raises CheckpointError for a bucket address.
+    keep: how many of the newest steps to keep. best_metric: also keep the one step that is best by this entry of
+    `metrics`. best_mode: `min` or `max`. read_only: only restore; nothing in the folder is created or removed, so that
+    it is safe while a run writes there. Raises CheckpointError for a bucket address.
     """
 
     def __init__(
@@ -68,7 +65,8 @@ class RunCheckpoints:
             raise CheckpointError(f"keep={keep} must be at least 1 and best_mode={best_mode!r} be min or max")
         self.folder = Path(folder).absolute()
         self._read_only, self._best_metric = read_only, best_metric
-        self._newest, self._best = policies.LatestN(keep), None
+        self._newest = policies.LatestN(keep)
+        self._best: policies.PreservationPolicy | None = None
         if best_metric is not None:
             self._best = policies.BestN(
                 get_metric_fn=lambda metrics: metrics[best_metric],
@@ -89,12 +87,12 @@ class RunCheckpoints:
         self._metrics = {step: self._meta(step)["metrics"] for step in steps}
 
     def save(self, step: int, state: Any, extra: Mapping[str, Any], metrics: Mapping[str, float] | None = None) -> bool:
-        """Begin to write a step; returns when the arrays are copied from the devices and may be donated.
+        """Begins to write a step; returns when the arrays are copied from the devices and may be donated.
 
-        state: pytree of jax.Arrays, typed PRNG keys included; only what is to be saved. extra: JSON.
-        Returns False where this object has just saved or restored that very step.
-        Raises CheckpointError for an error of the PREVIOUS save (a full disk shows here), a step that is
-        not newer than all that exist, a leaf that is no jax.Array, an extra that is not JSON.
+        state: pytree of jax.Arrays, typed PRNG keys included, without the parts that need no saving. extra: JSON.
+        Returns False if this object has just saved or restored the same step.
+        Raises CheckpointError for an error of the PREVIOUS save (a full disk shows here), a step that is not newer than
+        all that exist, a leaf that is not a jax.Array, an extra that is not JSON.
         """
         self.wait()
         if step == self._last:
@@ -127,10 +125,9 @@ class RunCheckpoints:
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]] | None:
         """The newest whole step (or `step`) and its extra; None if there is none.
 
-        abstract_state: pytree of ShapeDtypeStructs or arrays; each leaf is restored onto its sharding,
-        whatever devices it was saved from.
-        Raises CheckpointError for a damaged step, naming the files, and for a tree, shape or dtype that
-        differs from abstract_state, listing the paths.
+        abstract_state: pytree of ShapeDtypeStructs or arrays; each leaf is restored onto its sharding, whatever devices
+        it was saved from. Raises CheckpointError for a damaged step, naming the files, and for a tree, shape or dtype
+        that differs from abstract_state, listing the paths.
         """
         saved = self.open(step)
         if saved is None:
@@ -147,11 +144,11 @@ class RunCheckpoints:
         Raises CheckpointError for a damaged step, naming the files.
         """
         self.wait()
-        step = self._verified(step)
+        step = self._verify_step(step)
         return None if step is None else SavedStep(self._path(step), self._meta(step))
 
     def all_steps(self) -> tuple[int, ...]:
-        """Whole steps, ascending. A save still under way is not among them."""
+        """Whole steps, ascending, without the one that is being saved."""
         entries = self.folder.iterdir() if self.folder.is_dir() else ()
         return tuple(sorted(int(e.name) for e in entries if e.name.isdecimal() and manifest.exists(e)))
 
@@ -160,7 +157,7 @@ class RunCheckpoints:
         return max(self.all_steps(), default=None)
 
     def wait(self) -> None:
-        """Block until the last save is whole. Raises CheckpointError where it failed."""
+        """Blocks until the last save is whole. Raises CheckpointError if it failed."""
         if self._pending is None:
             return
         (step, future), self._pending = self._pending, None
@@ -173,7 +170,7 @@ class RunCheckpoints:
             _sync("checkpoint_whole")
 
     def close(self) -> None:
-        """`wait`, and release the threads."""
+        """Waits as `wait` does, and releases the threads."""
         try:
             self.wait()
         finally:
@@ -193,37 +190,38 @@ class RunCheckpoints:
         newest = self.latest_step()
         whole = "no earlier step is whole" if newest is None else f"step {newest} is whole and can be resumed from"
         first = str(error).strip().split("\n", 1)[0]
-        if len(first) > 500:  # the cause stands at the end of TensorStore's nested messages
+        if len(first) > 500:  # the cause is at the end of TensorStore's nested messages
             first = f"{first[:100]} ... {first[-300:]}"
         return CheckpointError(
             f"step {step} was not saved to {self.folder}: {type(error).__name__}: {first}. "
-            f"Check that the disk has room and may be written; {whole}."
+            f"Check that the disk has room and is writable; {whole}."
         )
 
     def _finish(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._orbax.wait_until_finished()  # with several processes, a barrier: all have written
+        self._orbax.wait_until_finished()  # with several processes a barrier: all have written
         self._metrics[step] = metrics
         if not is_primary():
             return
         manifest.write(self._path(step))
-        doomed = {s for s, keep in self._ranked(self._newest) if not keep}
-        doomed -= {s for s, keep in self._ranked(self._best) if keep}
-        for old in sorted(doomed):
+        outdated = {s for s, keep in self._rank(self._newest) if not keep}
+        outdated -= {s for s, keep in self._rank(self._best) if keep}
+        for old in sorted(outdated):
             _remove(self._path(old))
 
-    def _ranked(self, policy: policies.PreservationPolicy | None) -> list[tuple[int, bool]]:
+    def _rank(self, policy: policies.PreservationPolicy | None) -> list[tuple[int, bool]]:
+        by_metric = policy is self._best
         if policy is None:
             return []
-        steps = [_Step(step, self._ranking(step)) for step in self.all_steps()]
-        if policy is self._best:
+        steps = [_Step(step, self._ranking_metrics(step)) for step in self.all_steps()]
+        if by_metric:
             steps = [s for s in steps if s.metrics is not None]  # BestN keeps a lone step even without metrics
         kept = policy.should_preserve(steps, context=policies.PreservationContext())
         return [(s.step, keep) for s, keep in zip(steps, kept, strict=True)]
 
-    def _ranking(self, step: int) -> Mapping[str, float] | None:
+    def _ranking_metrics(self, step: int) -> Mapping[str, float] | None:
         metrics = self._metrics.get(step) or {}
         value = metrics.get(self._best_metric, math.nan)
-        return None if math.isnan(value) else metrics  # NaN has no place in an order
+        return None if math.isnan(value) else metrics  # NaN cannot be ranked
 
     def _meta(self, step: int) -> dict[str, Any]:
         try:
@@ -233,12 +231,12 @@ class RunCheckpoints:
                 f"checkpoint {self._path(step)} is damaged: meta: {error}\nDelete the folder {self._path(step)}."
             ) from error
 
-    def _verified(self, step: int | None) -> int | None:
-        # Process 0 chooses and reads; the others follow, so that none restores what another refuses.
+    def _verify_step(self, step: int | None) -> int | None:
+        # Process 0 chooses and verifies; the others follow, so that none restores a step that another refuses.
         problem, chosen = None, -1
         if is_primary():
             try:
-                chosen = self._checked(step)
+                chosen = self._check_step(step)
             except CheckpointError as error:
                 problem = error
         if jax.process_count() > 1:
@@ -250,7 +248,7 @@ class RunCheckpoints:
             raise problem
         return None if chosen < 0 else chosen
 
-    def _checked(self, step: int | None) -> int:
+    def _check_step(self, step: int | None) -> int:
         steps = self.all_steps()
         if step is None:
             if not steps:
@@ -262,7 +260,7 @@ class RunCheckpoints:
             manifest.verify(self._path(step))
         except CheckpointError as error:
             earlier = [s for s in steps if s < step]
-            back = f"go back to step {earlier[-1]}" if earlier else "begin anew: there is no earlier step"
+            back = f"go back to step {earlier[-1]}" if earlier else "start anew: there is no earlier step"
             raise CheckpointError(f"{error}\nDelete the folder {self._path(step)} to {back}.") from error
         return step
 
@@ -275,9 +273,9 @@ class RunCheckpoints:
 
 
 def _remove(folder: Path) -> None:
-    # Renamed first: a crash in the middle of rmtree leaves nothing that looks like a step.
-    doomed = folder if folder.suffix == ".deleted" else folder.rename(folder.parent / f"{folder.name}.deleted")
-    shutil.rmtree(doomed)
+    # Renamed first: a crash in the middle of rmtree leaves nothing under the name of a step.
+    deleted = folder if folder.suffix == ".deleted" else folder.rename(folder.parent / f"{folder.name}.deleted")
+    shutil.rmtree(deleted)
 
 
 def _sync(name: str) -> None:

@@ -1,6 +1,6 @@
-"""Safetensors out: a block of one tensor in memory at a time, files that appear whole or not at all.
+"""Writing safetensors: one block of a tensor in memory at a time, files that appear whole or not at all.
 
-Shard names and the index are those of huggingface_hub, so that transformers and others load them.
+Names of shards and the index are those of huggingface_hub, so that transformers and others load them.
 """
 
 import json
@@ -13,24 +13,24 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from jaxft.checkpoint.tensors import DTYPES, TensorSpec, block_bounds
-from jaxft.errors import ExportError
+from jaxft.errors import ExportError, listed
 from jaxft.files.atomic import unfinished_file, write_file, write_text
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 BLOCK_BYTES = 2**28
 Index = tuple[slice, ...]  # unit-step slices of leading axes, as in `TensorSource.read`
-# What a tensor will be, and what makes it: called without an argument for the whole, with an Index for a block of it.
+# A tensor's spec and the function that makes it: called without an argument for the whole, with an Index for a block.
 LazyTensor = tuple[TensorSpec, Callable[..., np.ndarray]]
 
 
 def write_safetensors(
     path: str | os.PathLike[str], tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors to one file, holding at most BLOCK_BYTES of one of them in memory (or one row of its leading axis).
+    """Writes tensors to one file with at most BLOCK_BYTES of one of them in memory (or one row of its leading axis).
 
-    tensors: name -> (spec, function that gives the array), called in the file's order: widest dtype
-    first, so that every tensor is aligned, else as given. The file appears whole or not at all.
-    Raises ExportError where an array does not match its spec.
+    tensors: name -> (spec, function that gives the array), called in the file's order: widest dtype first, so that
+    every tensor is aligned, else in the given order. The file appears whole or not at all.
+    Raises ExportError if an array does not match its spec.
     """
     raw, order, _ = _header(tensors, metadata)
 
@@ -63,7 +63,7 @@ def _header(tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str] | Non
     for name in order:
         spec, start = tensors[name][0], end
         if spec.dtype not in _NAMES:
-            raise ExportError(f"tensor {name!r} has dtype {spec.dtype}, which safetensors has no name for")
+            raise ExportError(f"tensor {name!r} has dtype {spec.dtype}, which safetensors does not have")
         end += spec.nbytes
         header[name] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
     raw = json.dumps(header, separators=(",", ":")).encode()
@@ -72,14 +72,14 @@ def _header(tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str] | Non
 
 
 def _file_order(tensors: Mapping[str, LazyTensor]) -> list[str]:
-    # The widest first: then every tensor is aligned.
+    # The widest dtype first: then every tensor is aligned.
     return sorted(tensors, key=lambda name: -tensors[name][0].dtype.itemsize)
 
 
 def blocks(spec: TensorSpec) -> Iterator[Index]:
-    """Where to cut a tensor so that its blocks are runs of its bytes: of at most BLOCK_BYTES, but at least one row.
+    """The blocks of a tensor, each a run of its bytes: of at most BLOCK_BYTES, but at least one row.
 
-    One that is small enough stays whole, which is said as ().
+    A tensor that is small enough is one block, ().
     """
     if spec.nbytes <= BLOCK_BYTES:
         yield ()
@@ -91,7 +91,7 @@ def blocks(spec: TensorSpec) -> Iterator[Index]:
 
 
 def make_block(make: Callable[..., np.ndarray], index: Index) -> np.ndarray:
-    """The block of a lazy tensor that `blocks` names."""
+    """The block of a lazy tensor at an index from `blocks`."""
     return make(index) if index else make()
 
 
@@ -106,14 +106,14 @@ def _bytes_of(name: str, spec: TensorSpec, make: Callable[..., np.ndarray], inde
 
 @dataclass(frozen=True, kw_only=True)
 class ShardPlan:
-    """Which tensors go into which file. `index` is None where one file holds all."""
+    """Which tensors go into which file. `index` is None if one file holds all."""
 
     files: dict[str, tuple[str, ...]]
     index: dict[str, Any] | None
 
 
 def plan_shards(specs: Mapping[str, TensorSpec], max_bytes: int, stem: str = "model") -> ShardPlan:
-    """Fill files of at most `max_bytes` of tensor data in the order given; a larger tensor gets its own file.
+    """Fills files of at most `max_bytes` of tensor data in the given order; a larger tensor gets a file of its own.
 
     stem: `model` gives model.safetensors, or model-00001-of-0000N.safetensors and their index.
     """
@@ -147,11 +147,11 @@ def write_sharded(
     stem: str = "model",
     keep_finished: bool = False,
 ) -> list[str]:
-    """Write tensors to `folder` in files of at most `max_bytes`, the index last; returns the file names.
+    """Writes tensors to `folder` in files of at most `max_bytes`, the index last; returns the file names.
 
-    keep_finished: leave files that already have the right header and size, from a call that was
-    interrupted; the caller answers for their being of the same source.
-    Raises ExportError where the folder already holds safetensors of this stem, which a loader could mix in.
+    keep_finished: keep files of an interrupted call that already have the right header and size; the caller makes sure
+    that they come from the same source.
+    Raises ExportError if the folder already holds safetensors with this stem, which a loader could mix in.
     """
     folder = os.fspath(folder)
     plan = plan_shards({name: spec for name, (spec, _) in tensors.items()}, max_bytes, stem)
@@ -161,10 +161,10 @@ def write_sharded(
         own |= {index, *(str(unfinished_file(file)) for file in (*plan.files, index))}
     old = sorted(f for f in os.listdir(folder) if f.startswith(stem) and ".safetensors" in f and f not in own)
     if old:
-        raise ExportError(f"{folder} already holds {', '.join(old[:3])}: remove them or write to an empty folder")
+        raise ExportError(f"{folder} already holds {listed(old, 3)}: remove them or write to an empty folder")
     for file, names in plan.files.items():
         chosen = {name: tensors[name] for name in names}
-        # A file appears whole or not at all, so one with this header is what an interrupted call finished.
+        # A file appears whole or not at all, so one with this header was finished by an interrupted call.
         if not (keep_finished and is_finished(os.path.join(folder, file), chosen, metadata)):
             write_safetensors(os.path.join(folder, file), chosen, metadata)
     if plan.index is None:
@@ -174,9 +174,9 @@ def write_sharded(
 
 
 def gather_sharded(tensors: Mapping[str, LazyTensor], *, max_bytes: int = 2**62) -> list[str]:
-    """What `write_sharded` does, without writing: for the other processes, where arrays reach over several.
+    """Makes every block that `write_sharded` makes, without writing: for the processes other than 0.
 
-    Each block is asked for in the order in which process 0 asks for it.
+    Arrays that span several processes are gathered by all of them, so the order is that of process 0.
     """
     plan = plan_shards({name: spec for name, (spec, _) in tensors.items()}, max_bytes)
     for names in plan.files.values():

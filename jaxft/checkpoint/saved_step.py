@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 from optax.contrib import ScheduleFreeState, schedule_free_eval_params
 
 from jaxft.checkpoint.state_layout import abstract_arrays, as_state, differences, layout
-from jaxft.errors import CheckpointError
+from jaxft.errors import CheckpointError, listed
 from jaxft.optim.averages import AverageState
 from jaxft.trees import path_str
 
@@ -59,11 +59,9 @@ class SavedStep:
         saved = {path: entry for path, entry in self._layout.items() if _inside(path, parts)}
         lines = differences(saved, layout(abstract_state))
         if lines:
-            more = [f"... and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
-            listed = "".join(f"\n  {line}" for line in lines[:SHOWN] + more)
             raise CheckpointError(
-                f"checkpoint {self.folder} does not fit this run:{listed}\nGo on with the model, adapter and "
-                "optimizer settings that it was saved with, or train into another folder."
+                f"checkpoint {self.folder} does not fit this run:\n{listed(lines, SHOWN, lines=True)}\nGo on with the "
+                "model, adapter and optimizer settings that it was saved with, or train into another folder."
             )
 
     def read_parts(self, parts: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A train state as named plain arrays: what is written of it, and whether two states are alike."""
+"""A train state as plain arrays by path, as it is written, and the differences between the layouts of two states."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -30,7 +30,7 @@ def differences(saved: Mapping[str, list[Any]], wanted: Mapping[str, list[Any]])
 
 
 def as_arrays(state: Any) -> dict[str, jax.Array]:
-    """Path -> plain array. PRNG keys become their uint32 data: the format then holds numbers only.
+    """Path -> plain array. PRNG keys become their uint32 data, so that the format holds numbers only.
 
     Raises CheckpointError for a leaf that is not a jax.Array.
     """
@@ -42,7 +42,7 @@ def as_arrays(state: Any) -> dict[str, jax.Array]:
 
 
 def abstract_arrays(abstract_state: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """What `as_arrays` of such a state looks like, each entry with the sharding of its leaf (default: one device)."""
+    """Shapes and dtypes of `as_arrays` of such a state, each with the sharding of its leaf (default: one device)."""
     out = {}
     for path, leaf in _named(abstract_state).items():
         plain = (
@@ -53,7 +53,7 @@ def abstract_arrays(abstract_state: Any) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def as_state(arrays: Mapping[str, jax.Array], abstract_state: Any) -> Any:
-    """Inverse of `as_arrays`: the arrays in the tree of abstract_state, keys typed again."""
+    """Inverse of `as_arrays`: the arrays in the tree of abstract_state, PRNG keys typed again."""
     named = _named(abstract_state)
     leaves = [_typed(arrays[path], leaf) if is_key(leaf) else arrays[path] for path, leaf in named.items()]
     return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)

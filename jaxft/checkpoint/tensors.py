@@ -1,8 +1,7 @@
-"""Tensors on disk by name: what a source of them offers, and the safetensors of a folder.
+"""Named tensors on disk: the protocol of a source of them, and the safetensors of a folder.
 
-A header is checked whole before any tensor is read, because what other loaders let through is a way
-to read other files, or to load half a model without a word. Format:
-https://github.com/huggingface/safetensors#format
+A whole header is checked before any tensor is read: what other loaders let through can read other files, or load half
+a model without an error. Format: https://github.com/huggingface/safetensors#format
 """
 
 import itertools
@@ -15,7 +14,7 @@ from typing import Any, Protocol
 import ml_dtypes
 import numpy as np
 
-from jaxft.errors import CheckpointError, did_you_mean
+from jaxft.errors import CheckpointError, did_you_mean, listed
 from jaxft.files.paths import Folder, folder_json, json_object, open_folder
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -63,15 +62,17 @@ class TensorSource(Protocol):
         ...
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
-        """The tensor, or the block of it that `index` (unit-step slices of leading axes) cuts out.
+        """The tensor, or the block of it that `index` (unit-step slices of leading axes) selects, in fresh memory.
 
-        Only the bytes of the block are touched. Raises CheckpointError for an unknown name.
+        Only the bytes of the block are read. Raises CheckpointError for an unknown name.
         """
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Stored:
+class FileTensor:
+    """Where a tensor is in the files of a folder."""
+
     file: str
     offset: int  # bytes from the start of the file
     spec: TensorSpec
@@ -82,33 +83,30 @@ class SafetensorsFolder:
 
     path: the folder, or an address such as gs://bucket/model. filename: `model.safetensors`, or
     `adapter_model.safetensors` for PEFT.
-    Raises CheckpointError, before any tensor is read, for files that are damaged, that lie outside
-    the folder, that disagree with their index, or that are pickles. Source of the index's form:
-    https://huggingface.co/docs/safetensors/index
+    Raises CheckpointError, before any tensor is read, for files that are damaged, outside the folder, pickles, or
+    different from their index. Source of the index's form: https://huggingface.co/docs/safetensors/index
     """
 
     def __init__(self, path: str | os.PathLike[str], filename: str = "model.safetensors"):
         self._folder, self.path = open_folder(path), os.fspath(path)
         self.files, weight_map = _files_of(self._folder, filename)
-        self._stored: dict[str, _Stored] = {}
+        self._tensors: dict[str, FileTensor] = {}
         for file in self.files:
-            for name, stored in _read_header(self._folder, file).items():
-                if name in self._stored:
-                    raise CheckpointError(f"{self.path}: {name!r} is in both {self._stored[name].file} and {file}")
-                self._stored[name] = stored
+            for name, tensor in _read_header(self._folder, file).items():
+                if name in self._tensors:
+                    raise CheckpointError(f"{self.path}: {name!r} is in both {self._tensors[name].file} and {file}")
+                self._tensors[name] = tensor
         if weight_map is not None:
-            _check_index(self.path, weight_map, self._stored)
+            _check_index(self.path, weight_map, self._tensors)
 
     def specs(self) -> dict[str, TensorSpec]:
-        """Shape and dtype of every tensor in the folder."""
-        return {name: stored.spec for name, stored in self._stored.items()}
+        return {name: tensor.spec for name, tensor in self._tensors.items()}
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
-        """The tensor, or a block of it, in fresh memory; see `TensorSource.read`."""
-        if name not in self._stored:
-            raise CheckpointError(f"{self.path}: no tensor {name!r}.{did_you_mean(name, self._stored)}")
-        stored = self._stored[name]
-        return _read_block(self._folder, stored, block_bounds(stored.spec.shape, index))
+        if name not in self._tensors:
+            raise CheckpointError(f"{self.path}: no tensor {name!r}.{did_you_mean(name, self._tensors)}")
+        tensor = self._tensors[name]
+        return _read_block(self._folder, tensor, block_bounds(tensor.spec.shape, index))
 
 
 def block_bounds(shape: tuple[int, ...], index: tuple[slice, ...] | None) -> list[tuple[int, int]]:
@@ -117,7 +115,7 @@ def block_bounds(shape: tuple[int, ...], index: tuple[slice, ...] | None) -> lis
     if len(index) > len(shape):
         raise ValueError(f"{len(index)} slices for the {len(shape)} axes of shape {shape}")
     bounds = []
-    for cut, length in itertools.zip_longest(index, shape, fillvalue=slice(None)):
+    for cut, length in zip((*index, *(slice(None),) * (len(shape) - len(index))), shape, strict=True):
         start, stop, step = cut.indices(length)
         if step != 1:
             raise ValueError(f"slice {cut} has step {step}; blocks are contiguous along each axis")
@@ -125,18 +123,18 @@ def block_bounds(shape: tuple[int, ...], index: tuple[slice, ...] | None) -> lis
     return bounds
 
 
-def _read_block(folder: Folder, stored: _Stored, bounds: list[tuple[int, int]]) -> np.ndarray:
-    shape, itemsize = stored.spec.shape, stored.spec.dtype.itemsize
+def _read_block(folder: Folder, tensor: FileTensor, bounds: list[tuple[int, int]]) -> np.ndarray:
+    shape, itemsize = tensor.spec.shape, tensor.spec.dtype.itemsize
     partial = [axis for axis, (start, stop) in enumerate(bounds) if (start, stop) != (0, shape[axis])]
     # From the last cut axis inwards the block is one run of bytes per position of the axes before it.
     last = partial[-1] if partial else 0
     strides = [itemsize * math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
     run = math.prod(stop - start for start, stop in bounds[last:]) * itemsize
-    first = stored.offset + sum(start * stride for (start, _), stride in zip(bounds, strides, strict=True))
+    first = tensor.offset + sum(start * stride for (start, _), stride in zip(bounds, strides, strict=True))
     outer = itertools.product(*(range(stop - start) for start, stop in bounds[:last]))
     ranges = [(first + sum(i * stride for i, stride in zip(at, strides, strict=False)), run) for at in outer]
     block_shape = tuple(stop - start for start, stop in bounds)
-    return folder.read(stored.file, ranges).view(stored.spec.dtype).reshape(block_shape)
+    return folder.read(tensor.file, ranges).view(tensor.spec.dtype).reshape(block_shape)
 
 
 def _files_of(folder: Folder, filename: str) -> tuple[list[str], dict[str, str] | None]:
@@ -152,13 +150,13 @@ def _files_of(folder: Folder, filename: str) -> tuple[list[str], dict[str, str] 
     pickles = sorted(entry for entry in entries if entry.endswith(_PICKLES))
     if pickles:
         raise CheckpointError(
-            f"{folder.path} has no {filename}, only {', '.join(pickles[:3])}. jaxft never opens pickle files, which "
-            "can run any code; convert with transformers, where you trust their author: "
+            f"{folder.path} has no {filename}, only {listed(pickles, 3)}. jaxft never opens pickle files, which "
+            "can run any code; convert with transformers, if you trust their author: "
             "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
         )
     shards = sorted(entry for entry in entries if entry.endswith(".safetensors"))
-    found = f"only {', '.join(shards[:3])}" if shards else "no safetensors at all"
-    raise CheckpointError(f"{folder.path} holds neither {filename} nor {index} ({found})")
+    present = f"only {listed(shards, 3)}" if shards else "no safetensors at all"
+    raise CheckpointError(f"{folder.path} holds neither {filename} nor {index} ({present})")
 
 
 def _read_index(folder: Folder, name: str) -> dict[str, str]:
@@ -168,16 +166,16 @@ def _read_index(folder: Folder, name: str) -> dict[str, str]:
     return weight_map
 
 
-def _check_index(folder: str, weight_map: Mapping[str, str], stored: Mapping[str, _Stored]) -> None:
+def _check_index(folder: str, weight_map: Mapping[str, str], tensors: Mapping[str, FileTensor]) -> None:
     for name, file in weight_map.items():
-        if name not in stored or stored[name].file != file:
+        if name not in tensors or tensors[name].file != file:
             raise CheckpointError(f"{folder}: the index places tensor {name!r} in {file}, which does not hold it")
-    extra = sorted(set(stored) - set(weight_map))
+    extra = sorted(set(tensors) - set(weight_map))
     if extra:
-        raise CheckpointError(f"{folder}: {len(extra)} tensors are not in the index, among them {extra[:3]}")
+        raise CheckpointError(f"{folder}: {len(extra)} tensors are not in the index: {listed(extra, 3)}")
 
 
-def _read_header(folder: Folder, file: str) -> dict[str, _Stored]:
+def _read_header(folder: Folder, file: str) -> dict[str, FileTensor]:
     size, path = folder.size(file), f"{folder.path}/{file}"
     length = int(folder.read(file, [(0, 8)]).view("<u8")[0]) if size >= 8 else size
     if length > MAX_HEADER_BYTES or 8 + length > size:
@@ -202,7 +200,7 @@ def _read_header(folder: Folder, file: str) -> dict[str, _Stored]:
     if end != data:
         raise CheckpointError(f"{path}: {data - end} bytes after the last tensor {previous!r} belong to none")
     offsets = {name: 8 + length + start for start, _, name in spans}
-    return {name: _Stored(file=file, offset=offsets[name], spec=_spec(entry)) for name, entry in header.items()}
+    return {name: FileTensor(file=file, offset=offsets[name], spec=_spec(entry)) for name, entry in header.items()}
 
 
 def _spec(entry: Mapping[str, Any]) -> TensorSpec:

@@ -1,56 +1,60 @@
-"""The language model's tensors of a folder whose model takes images too, under the names that it has alone."""
+"""The language model's tensors of a model that takes images too, under their names in a text-only model."""
 
 from collections import Counter
 
 import numpy as np
 
 from jaxft.checkpoint.tensors import TensorSource, TensorSpec
-from jaxft.errors import CheckpointError, did_you_mean
+from jaxft.errors import CheckpointError, did_you_mean, listed
 from jaxft.models.nested import image_part, text_name
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-ROWS = 256  # read at a time to tell a head from the embedding: almost always the first are enough
+ROWS = 256  # read at a time to tell a head from the embedding: almost always the first block is enough
 
 
 class TextPart:
-    """A source without the tensors that only images go through, of which `left_out` tells.
+    """A source without the tensors that only images use. left_out: a sentence that says which those are.
 
-    Raises CheckpointError for tensors that are of neither part, and for two that have one name.
+    Raises CheckpointError for tensors that belong to neither part, and for two that have one name.
     """
 
     def __init__(self, source: TensorSource, model_type: str) -> None:
-        self._source, self._stored = source, {}
-        images, strays = {}, []
-        for stored, spec in source.specs().items():
-            name, part = text_name(stored), image_part(stored)
+        self._source = source
+        self._source_names: dict[str, str] = {}
+        images: dict[str, str] = {}
+        strays: list[str] = []
+        for source_name, spec in source.specs().items():
+            name, part = text_name(source_name), image_part(source_name)
             if part is not None:
-                images[stored] = part
+                images[source_name] = part
             elif name is None:
-                strays.append(f"{stored} {list(spec.shape)}")
-            elif name in self._stored:
-                raise CheckpointError(f"tensor {name!r} is there as {self._stored[name]!r} and as {stored!r}")
+                strays.append(f"{source_name} {list(spec.shape)}")
+            elif name in self._source_names:
+                raise CheckpointError(
+                    f"tensor {name!r} is there as {self._source_names[name]!r} and as {source_name!r}"
+                )
             else:
-                self._stored[name] = stored
+                self._source_names[name] = source_name
         if strays:
             raise CheckpointError(
-                f"{len(strays)} tensors are neither of the language model of {model_type!r} nor of its parts for "
-                "images:\n  " + "\n  ".join(strays[:40])
+                f"{len(strays)} tensors belong neither to the language model of {model_type!r} nor to its parts for "
+                f"images:\n{listed(strays, 40, lines=True)}"
             )
-        self.left_out = _said(model_type, Counter(images.values()), sum(source.specs()[name].size for name in images))
+        self.left_out = _describe(
+            model_type, Counter(images.values()), sum(source.specs()[name].size for name in images)
+        )
 
     def specs(self) -> dict[str, TensorSpec]:
-        """Shape and dtype of every tensor of the language model."""
         specs = self._source.specs()
-        return {name: specs[stored] for name, stored in self._stored.items()}
+        return {name: specs[source_name] for name, source_name in self._source_names.items()}
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
-        """The tensor, or a block of it; see `TensorSource.read`."""
-        if name not in self._stored:
-            raise CheckpointError(f"no tensor {name!r} in the language model.{did_you_mean(name, self._stored)}")
-        return self._source.read(self._stored[name], index)
+        if name not in self._source_names:
+            raise CheckpointError(f"no tensor {name!r} in the language model.{did_you_mean(name, self._source_names)}")
+        return self._source.read(self._source_names[name], index)
 
     def own_head(self) -> bool:
-        """Whether there is an LM head, and it is not the embedding once more."""
+        """Whether there is an LM head that is not a copy of the embedding."""
         specs = self.specs()
         if HEAD not in specs or EMBEDDING not in specs or specs[HEAD] != specs[EMBEDDING]:
             return HEAD in specs
@@ -58,7 +62,7 @@ class TextPart:
         return not all(np.array_equal(self.read(HEAD, cut), self.read(EMBEDDING, cut)) for cut in cuts)
 
 
-def _said(model_type: str, parts: Counter[str], numbers: int) -> str:
+def _describe(model_type: str, parts: Counter[str], numbers: int) -> str:
     if not parts:
         return f"{model_type}: text only; the folder has no tensors for images"
     listed = ", ".join(f"{part} ({count})" for part, count in sorted(parts.items()))

@@ -1,4 +1,4 @@
-"""What was exported is loaded again and compared with the live model, by us and by the libraries it is for."""
+"""Verification of exports: loaded by jaxft and by the libraries they are for, and compared with the live model."""
 
 # B batch, S sequence, V vocab
 
@@ -24,9 +24,9 @@ from jaxft.sharding.processes import on_primary
 PROBE_ROWS, PROBE_LENGTH = 2, 24
 # Largest difference allowed, as a share of the largest logit: rounding of the stored type.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 4e-2}
-# Effects of an adapter below this share of the largest logit drown in float32 rounding between readers.
+# Effects of an adapter below this share of the largest logit are lost in float32 rounding between readers.
 SMALLEST_EFFECT = 2e-5
-# transformers needs the whole model once more in float32; above this it is left out and said so.
+# transformers needs the whole model once more in float32; a larger model is not compared with it.
 PEER_LIMIT = 3_000_000_000
 
 
@@ -40,54 +40,53 @@ class Check:
 
 
 def probe(vocab: int) -> np.ndarray:
-    """Token ids [B, S] that the comparison runs on: the same for every export of a vocabulary."""
+    """Token ids [B, S] that the comparison runs on, the same for every model with a vocabulary of this size."""
     return np.random.default_rng(vocab).integers(0, vocab, (PROBE_ROWS, PROBE_LENGTH))
 
 
-def check_export(live: LoadedModel, folder: str, *, stored: str, mesh: MeshPlan | None = None) -> tuple[Check, ...]:
+def check_export(live: LoadedModel, folder: str, *, dtype: str, mesh: MeshPlan | None = None) -> tuple[Check, ...]:
     """Reloads `folder` and compares logits with the live model.
 
-    stored: element type of the written weights. mesh: where the live model is, and the reloaded one goes; with
-    several processes every one takes part. Raises ExportError where a reader's logits differ by
-    more than that type's rounding, or where an adapter that does something in the live model does
-    nothing when read back.
+    dtype: of the written weights. mesh: of the live model, and of the reloaded one; with several processes every one
+    takes part. Raises ExportError if a reader's logits differ by more than that dtype's rounding, or an adapter that
+    has an effect in the live model has none when it is read back.
     """
     tokens = probe(live.module.config.vocab_size)
     expected = live.logits(tokens)
     largest = np.max(np.abs(expected))
     compute = str(np.dtype(live.module.dtype))
-    tolerance = max(TOLERANCE[stored], TOLERANCE[compute])
+    tolerance = max(TOLERANCE[dtype], TOLERANCE[compute])
     effect = np.max(np.abs(_base_logits(live, tokens) - expected)) / largest if _is_adapter(folder) else 0.0
     if compute == "float32" and effect > SMALLEST_EFFECT:
         tolerance = min(tolerance, effect / 2)
 
-    def checked(reader: str, logits: np.ndarray) -> tuple[float, float]:
-        apart = np.abs(logits - expected) / largest
-        difference = float(np.max(apart))
+    def compare(reader: str, logits: np.ndarray) -> tuple[float, float]:
+        differences = np.abs(logits - expected) / largest
+        difference = float(np.max(differences))
         if not difference <= tolerance:
             raise ExportError(
                 f"{folder} read by {reader} differs from the live model: logits by {difference:.2e} of the largest, "
-                f"allowed {tolerance:.0e} for {stored} weights. Do not use it; "
+                f"allowed {tolerance:.0e} for {dtype} weights. Do not use it; "
                 "what was trained is still in checkpoints/."
             )
-        return difference, float(np.mean(apart))
+        return difference, float(np.mean(differences))
 
     def by_peers() -> dict[str, tuple[float, float]]:
-        return {reader: checked(reader, read(tokens)) for reader, read in _peers(live, folder).items()}
+        return {reader: compare(reader, read(tokens)) for reader, read in _peers(live, folder).items()}
 
     quantization = live.quantization if _is_adapter(folder) else None
     reloaded = load_model(folder, dtype=compute, mesh=mesh, quantization=quantization)
-    ours = {"jaxft": checked("jaxft", reloaded.logits(tokens))}
+    ours = {"jaxft": compare("jaxft", reloaded.logits(tokens))}
     if quantization is not None and _peers(live, folder):
-        # Others read the adapter on the base as it is in its folder: so do we, to compare with them.
+        # The other readers put the adapter on the base in its own precision: what they are compared with does too.
         expected = load_model(folder, dtype=compute, mesh=mesh).logits(tokens)
         largest = np.max(np.abs(expected))
-    return tuple(Check(reader, *apart) for reader, apart in (ours | on_primary(by_peers)).items())
+    return tuple(Check(reader, *differences) for reader, differences in (ours | on_primary(by_peers)).items())
 
 
-def apart(found: np.ndarray, expected: np.ndarray) -> dict[str, float]:
-    """The largest and the mean difference of two sets of logits, as shares of the largest one expected."""
-    difference = np.abs(found - expected) / np.max(np.abs(expected))
+def logit_difference(logits: np.ndarray, expected: np.ndarray) -> dict[str, float]:
+    """The largest and the mean difference of two sets of logits, as shares of the largest expected logit."""
+    difference = np.abs(logits - expected) / np.max(np.abs(expected))
     return {"max": float(np.max(difference)), "mean": float(np.mean(difference))}
 
 
@@ -128,19 +127,19 @@ def _peft_logits(live: LoadedModel, adapter: str, tokens: np.ndarray) -> np.ndar
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    # A base that takes images too is loaded as one: the adapter's keys are those of its modules.
+    # A base that takes images too is loaded as such: the adapter's keys are the names of its modules.
     loader = AutoModelForCausalLM if live.left_out is None else AutoModelForImageTextToText
     with _quiet_transformers():
         base = loader.from_pretrained(resolve(live.base), dtype=torch.float32, local_files_only=True)
         model, given = PeftModel.from_pretrained(base, adapter), torch.from_numpy(tokens)
         with torch.no_grad():
             logits = model.eval()(given, attention_mask=torch.ones_like(given)).logits
-            return logits[:, -tokens.shape[1] :].float().numpy()  # a prompt's own come first
+            return logits[:, -tokens.shape[1] :].float().numpy()  # those of virtual tokens come first
 
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    # Its progress bars and deprecation notes are about its own insides, and would stand between our lines.
+    # Its progress bars and deprecation notes concern its own internals, and would interrupt our output.
     from transformers.utils import logging
 
     bars = logging.is_progress_bar_enabled()

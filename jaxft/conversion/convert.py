@@ -1,4 +1,4 @@
-"""One model file or folder into another format, tensor by tensor."""
+"""Converts a model file or folder into another format, tensor by tensor."""
 
 import contextlib
 import fcntl
@@ -18,10 +18,10 @@ from rich.console import Console
 
 from jaxft import models
 from jaxft.checkpoint import hf
-from jaxft.checkpoint.finite import Finite, all_finite
-from jaxft.checkpoint.gguf.write import written_bytes as gguf_bytes
-from jaxft.checkpoint.load import base_of, left_out, open_weights, resolve
-from jaxft.checkpoint.merged import Merged
+from jaxft.checkpoint.finite import FiniteSource, all_finite
+from jaxft.checkpoint.gguf.write import gguf_bytes as gguf_bytes
+from jaxft.checkpoint.load import base_of, describe_left_out, open_weights, resolve
+from jaxft.checkpoint.merged import MergedSource
 from jaxft.checkpoint.peft.folder import CONFIG, AdapterTensors
 from jaxft.checkpoint.safetensors_writer import Index, LazyTensor
 from jaxft.checkpoint.tensors import TensorSource, TensorSpec
@@ -34,7 +34,7 @@ from jaxft.files.atomic import publish, unfinished_folder
 from jaxft.files.paths import is_file, is_remote, open_folder
 from jaxft.trees import flatten
 
-STATE = "convert.json"  # in an unfinished folder: of what, and how
+STATE = "convert.json"  # in an unfinished folder: source and settings of the conversion
 SMALL_FILES = 64 * 2**20  # bytes for headers, configs and the tokenizer
 DTYPES = {
     "hf": ("float32", "bfloat16", "float16"),
@@ -48,13 +48,13 @@ DTYPES = {
 class Origin:
     """A model that can be read tensor by tensor.
 
-    stored: element type of each tensor in its own files. left_out: as in LoadedModel.
+    dtypes: of each tensor in the source's files. left_out: as in LoadedModel. fingerprint: changes if the source does.
     """
 
     path: str
     hf_config: dict[str, Any]
     source: TensorSource
-    stored: dict[str, np.dtype]
+    dtypes: dict[str, np.dtype]
     generation: dict[str, Any] | None
     tokenizer: Tokenizer | None
     left_out: str | None
@@ -71,31 +71,32 @@ def convert(
     revision: str | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Writes the model in `source` to `to` in another format and compares what was written with the source.
+    """Writes the model in `source` to `to` in another format and compares the result with the source.
 
-    source: a Hugging Face, PEFT (merged on the way), Orbax or run folder, a GGUF file, an address such
-    as gs://bucket/model, or hf://owner/name[@revision]. form: one of DTYPES; by default gguf for a path
-    that ends so, else hf. dtype: stored type, the source's own where None.
-    Everything is written beside the target, in `to`.partial, and renamed when it is whole and compared.
-    After an interruption the same command goes on (hf) or begins again. Returns figures.
-    Raises ConfigError, CheckpointError, ModelError or ExportError.
+    source: a Hugging Face, PEFT (merged while reading), Orbax or run folder, a GGUF file, an address such as
+    gs://bucket/model, or hf://owner/name[@revision]. form: one of DTYPES; by default gguf for a path that ends in
+    .gguf, else hf. dtype: of the written tensors, the source's own if None.
+    Everything is written in `to`.partial and renamed once it is whole and has been compared. After an interruption the
+    same call continues (hf) or starts again. Returns paths, sizes, seconds and the checks.
+    Raises ConfigError for options that do not fit, CheckpointError or ModelError for a source that is damaged or not
+    implemented, ExportError if the target is in the way, the disk is too small or the result differs.
     """
     console = console or Console()
     form = form or ("gguf" if to.endswith(".gguf") else "hf")
     _check_request(form, dtype, to)
     start = time.monotonic()
-    origin = _origin(source, revision, merge=form != "gguf-adapter")
+    origin = _open_origin(source, revision, merge=form != "gguf-adapter")
     if origin.left_out is not None:
         console.print(origin.left_out, highlight=False, soft_wrap=True)
     dtype = dtype or _own_dtype(origin, form)
     _check_space(Path(to), _written_bytes(origin, form, dtype))
     job = origin.fingerprint | {"form": form, "dtype": dtype, "max_shard_bytes": max_shard_bytes}
-    with _unfinished(Path(to), job, resumable=form == "hf") as folder:
-        figures = _write(origin, folder, form, dtype, max_shard_bytes, console)
+    with _locked_folder(Path(to), job, resumable=form == "hf") as folder:
+        report = _write(origin, folder, form, dtype, max_shard_bytes, console)
         whole = folder / targets.GGUF_NAME if form.startswith("gguf") else folder
         publish(whole, to)
-    figures |= {} if origin.left_out is None else {"left_out": origin.left_out}
-    return {"to": to, "form": form, "dtype": dtype, **figures, "seconds": round(time.monotonic() - start, 2)}
+    report |= {} if origin.left_out is None else {"left_out": origin.left_out}
+    return {"to": to, "form": form, "dtype": dtype, **report, "seconds": round(time.monotonic() - start, 2)}
 
 
 def _write(
@@ -116,10 +117,10 @@ def _write(
     )
     write = {"hf": targets.write_hf, "gguf": targets.write_gguf, "orbax": targets.write_orbax}[form]
     with progress(console, "writing", total) as advance:
-        write(target, _watched(lazy, advance))
+        write(target, _count_bytes(lazy, advance))
     check = {"hf": targets.check_hf, "gguf": targets.check_gguf, "orbax": targets.check_orbax}[form]
     with progress(console, "comparing", total) as advance:
-        checks = check(target, _watched(lazy, advance), origin.path)
+        checks = check(target, _count_bytes(lazy, advance), origin.path)
     written = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
     return {"tensors": len(lazy), "bytes": written, "checks": checks}
 
@@ -139,7 +140,7 @@ def _check_request(form: str, dtype: str | None, to: str) -> None:
 
 
 def _written_bytes(origin: Origin, form: str, dtype: str) -> int:
-    """How much a conversion will write, in bytes, but for headers and the tokenizer."""
+    """Bytes that a conversion will write, without headers and the tokenizer."""
     if form == "gguf-adapter":
         return sum(spec.size * np.dtype(dtype).itemsize for spec in AdapterTensors(origin.path).specs().values())
     lazy = _lazy_tensors(origin, "float32" if form == "gguf" else dtype)
@@ -149,7 +150,7 @@ def _written_bytes(origin: Origin, form: str, dtype: str) -> int:
 
 
 def _check_space(to: Path, size: int) -> None:
-    """Raises ExportError where the disk has no room. What an earlier call left there is kept, or goes first."""
+    """Raises ExportError if the disk has no room. Files of an earlier call count as room: they are kept or removed."""
     there = next(p for p in to.absolute().parents if p.exists())
     left = sum(f.stat().st_size for f in unfinished_folder(to).rglob("*") if f.is_file())
     free, needed = shutil.disk_usage(there).free, size + SMALL_FILES - left
@@ -160,7 +161,7 @@ def _check_space(to: Path, size: int) -> None:
         )
 
 
-def _origin(named: str, revision: str | None, *, merge: bool) -> Origin:
+def _open_origin(named: str, revision: str | None, *, merge: bool) -> Origin:
     path = resolve(named, revision)
     adapter = None
     if is_file(os.path.join(path, CONFIG)):
@@ -168,50 +169,50 @@ def _origin(named: str, revision: str | None, *, merge: bool) -> Origin:
     elif not merge:
         raise ConfigError(f"{named} is not a PEFT folder, so there is no adapter to write")
     hf_config, source, generation = open_weights(path)
-    expected, without = _check_against_config(hf_config, source), left_out(source)
+    expected, without = _check_against_config(hf_config, source), describe_left_out(source)
     own = {name: spec.dtype for name, spec in source.specs().items() if name in expected}
-    source = Finite(source if adapter is None or not merge else Merged(source, adapter))
+    source = FiniteSource(source if adapter is None or not merge else MergedSource(source, adapter))
     return Origin(
         path=adapter or path,
         hf_config=hf_config,
         source=source,
-        stored=own,
+        dtypes=own,
         generation=generation,
-        tokenizer=_tokenizer(adapter or path, path),
+        tokenizer=_find_tokenizer(adapter or path, path),
         left_out=without,
         fingerprint={"source": [_files_of(p) for p in (path, adapter) if p]},
     )
 
 
 def _check_against_config(hf_config: dict[str, Any], source: TensorSource) -> set[str]:
-    """Names of the tensors that config.json asks for; the source's others are harmless copies, or it is refused."""
+    """Names of the tensors that config.json asks for. Refuses a source with others, unless they are copies of these."""
     model = models.abstract_model(models.config_from_hf(hf_config))
     table = hf.param_tensors(model)
     hf.check_tensors(flatten(nnx.state(model))[0], table, source)
-    return {piece.hf for placed in table.values() for piece in placed.pieces}
+    return {piece.hf for param in table.values() for piece in param.pieces}
 
 
-def _tokenizer(path: str, base: str) -> Tokenizer | None:
-    for place in (path, base):
-        if place.endswith(".gguf") or any(is_file(os.path.join(place, name)) for name in TOKENIZER_FILES):
-            return load_tokenizer(place)
+def _find_tokenizer(path: str, base: str) -> Tokenizer | None:
+    for folder in (path, base):
+        if folder.endswith(".gguf") or any(is_file(os.path.join(folder, name)) for name in TOKENIZER_FILES):
+            return load_tokenizer(folder)
     return None
 
 
 def _own_dtype(origin: Origin, form: str) -> str:
-    own = str(origin.stored[hf.EMBEDDING])
+    own = str(origin.dtypes[hf.EMBEDDING])
     if form == "gguf-adapter" or own not in DTYPES[form]:
         return "float32"
     return own
 
 
 def _lazy_tensors(origin: Origin, dtype: str) -> dict[str, LazyTensor]:
-    """The source's tensors in its own order, cast as they are read."""
+    """The source's tensors in the source's order, cast when they are read."""
     target = np.dtype(dtype)
 
     def make(name: str, index: Index | None = None) -> np.ndarray:
         value = origin.source.read(name, index)
-        with np.errstate(over="ignore"):  # refused below, by name
+        with np.errstate(over="ignore"):  # overflow is refused below, by name
             cast = value.astype(target, copy=False)
         if target == np.float16 and not all_finite(cast):
             raise ExportError(f"tensor {name!r} has values beyond 65504, the end of float16: use bfloat16")
@@ -221,27 +222,27 @@ def _lazy_tensors(origin: Origin, dtype: str) -> dict[str, LazyTensor]:
     return {
         name: (TensorSpec(specs[name].shape, target), functools.partial(make, name))
         for name in specs
-        if name in origin.stored
+        if name in origin.dtypes
     }
 
 
-def _watched(lazy: dict[str, LazyTensor], advance: Callable[[int], None]) -> dict[str, LazyTensor]:
+def _count_bytes(lazy: dict[str, LazyTensor], advance: Callable[[int], None]) -> dict[str, LazyTensor]:
     def watch(spec: TensorSpec, make: Callable[..., np.ndarray]) -> LazyTensor:
-        def made(index: Index | None = None) -> np.ndarray:
+        def make_and_count(index: Index | None = None) -> np.ndarray:
             array = make(index)
             advance(array.nbytes)
             return array
 
-        return spec, made
+        return spec, make_and_count
 
     return {name: watch(*tensor) for name, tensor in lazy.items()}
 
 
 def _files_of(path: str) -> list[Any]:
-    """What tells this source from another, or from itself after a change."""
+    """Paths, sizes and times of a source's files: they differ for another source, or after a change of this one."""
     if os.path.isfile(path):
-        found = os.stat(path)
-        return [os.path.abspath(path), found.st_size, found.st_mtime_ns]
+        stat = os.stat(path)
+        return [os.path.abspath(path), stat.st_size, stat.st_mtime_ns]
     folder = open_folder(path)
     files = [n for n in folder.names() if is_remote(path) or os.path.isfile(os.path.join(path, n))]
     times = {} if is_remote(path) else {n: os.stat(os.path.join(path, n)).st_mtime_ns for n in files}
@@ -249,11 +250,11 @@ def _files_of(path: str) -> list[Any]:
 
 
 @contextlib.contextmanager
-def _unfinished(to: Path, job: dict[str, Any], *, resumable: bool) -> Iterator[Path]:
-    """The folder `out` in `to`.partial, locked.
+def _locked_folder(to: Path, job: dict[str, Any], *, resumable: bool) -> Iterator[Path]:
+    """The folder `out` in `to`.partial, locked against other conversions.
 
-    It is kept for the next call where that can go on with what is there, else removed when anything
-    goes wrong, and whatever a killed call left is removed first.
+    resumable: keep it after an interruption, so that the next call of the same job continues there. Otherwise it is
+    removed after an error, and files of a killed call are removed first.
     """
     parent = unfinished_folder(to)
     if parent.exists() and not (parent / STATE).is_file():
@@ -275,7 +276,7 @@ def _unfinished(to: Path, job: dict[str, Any], *, resumable: bool) -> Iterator[P
         try:
             yield folder
         except BaseException as error:
-            # What an error of ours says will not get better by going on; a full disk or Ctrl-C may.
+            # Continuing cannot mend an error of ours; after a full disk or Ctrl-C it can.
             if not resumable or isinstance(error, JaxftError):
                 shutil.rmtree(parent)
             raise

@@ -1,4 +1,4 @@
-"""How far a long piece of work is: a bar on a terminal, plain lines elsewhere."""
+"""Progress of long work: a bar on a terminal, plain lines elsewhere."""
 
 import contextlib
 import time
@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-LINES = 10  # off a terminal, over the whole work
-QUIET_SECONDS = 5.0  # work that is done sooner says nothing off a terminal
+LINES = 10  # printed in all, if the console is not a terminal
+QUIET_SECONDS = 5.0  # work that takes less prints no line
 
 
 @contextlib.contextmanager
 def progress(console: Console, label: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
-    """Yields a function that is called with the bytes done since the last call."""
+    """Yields a function to be called with the number of bytes done since its last call."""
     if not console.is_terminal:
         yield _lines(console, label, total_bytes)
         return

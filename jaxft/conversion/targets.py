@@ -1,4 +1,4 @@
-"""The formats that a conversion writes, and how each is compared with its source afterwards."""
+"""The formats that a conversion writes, and the comparison of each with its source afterwards."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from jaxft.checkpoint.verify import check_export
 from jaxft.config import MeshConfig
 from jaxft.data.tokenizers.gguf_write import check_tokenizer, tokenizer_metadata
 from jaxft.data.tokenizers.tokenizer import Tokenizer
-from jaxft.errors import ExportError
+from jaxft.errors import ExportError, listed
 from jaxft.sharding.mesh import make_mesh_plan
 
 GGUF_NAME = "model.gguf"
@@ -28,7 +28,7 @@ LOGITS_LIMIT = 300_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What is written beside the tensors, and how. folder: the unfinished one."""
+    """What a conversion writes besides the tensors, and how. folder: the unfinished one. name: for general.name."""
 
     folder: Path
     hf_config: dict[str, Any]
@@ -40,7 +40,7 @@ class Target:
 
 
 def write_hf(target: Target, tensors: Mapping[str, LazyTensor]) -> None:
-    """A Hugging Face folder; files that an interrupted call finished are kept."""
+    """Writes a Hugging Face folder; files that an interrupted call finished are kept."""
     write_sharded(
         target.folder, tensors, max_bytes=target.max_shard_bytes, metadata={"format": "pt"}, keep_finished=True
     )
@@ -48,65 +48,70 @@ def write_hf(target: Target, tensors: Mapping[str, LazyTensor]) -> None:
 
 
 def check_hf(target: Target, tensors: Mapping[str, LazyTensor], source: str) -> dict[str, Any]:
-    """Every tensor, bit by bit; and logits against the source where the model is small enough."""
+    """Compares every tensor bit by bit, and if the model is small enough its logits with those of the source."""
     _compare(SafetensorsFolder(target.folder), tensors)
     size = sum(spec.size for spec, _ in tensors.values())
     if size > LOGITS_LIMIT:
         return {"tensors": "bitwise", "logits": f"not compared: {size / 1e9:.1f} billion parameters"}
-    # float16 rounds finer than bfloat16, whose allowance is known.
-    stored = "float32" if target.dtype == "float32" else "bfloat16"
-    checks = check_export(load_model(source), str(target.folder), stored=stored)
+    # float16 rounds finer than bfloat16, whose tolerance is known.
+    dtype = "float32" if target.dtype == "float32" else "bfloat16"
+    checks = check_export(load_model(source), str(target.folder), dtype=dtype)
     return {"tensors": "bitwise", "logits": {check.reader: check.difference for check in checks}}
 
 
 def write_gguf(target: Target, tensors: Mapping[str, LazyTensor]) -> None:
-    """A GGUF file with its tokenizer."""
-    if target.tokenizer is None:
-        raise ExportError("a GGUF file needs a tokenizer, and the source has none: copy its tokenizer files there")
+    """Writes a GGUF file with its tokenizer. Raises ExportError if the source has no tokenizer."""
+    tokenizer = _require_tokenizer(target)
     gguf_write.write_gguf(
         str(target.folder / GGUF_NAME),
         target.hf_config,
         tensors,
         dtype=target.dtype,
-        tokenizer=tokenizer_metadata(target.tokenizer, target.hf_config["vocab_size"]),
+        tokenizer=tokenizer_metadata(tokenizer, target.hf_config["vocab_size"]),
         name=target.name,
     )
 
 
 def check_gguf(target: Target, tensors: Mapping[str, LazyTensor], source: str) -> dict[str, Any]:
-    """Every tensor against the library's quantisation of the source, and the tokenizer on difficult texts."""
+    """Compares every tensor with the library's quantisation of the source, and the tokenizer on difficult texts."""
     path = str(target.folder / GGUF_NAME)
     gguf_write.check_gguf(path, tensors, dtype=target.dtype)
-    check_tokenizer(path, target.tokenizer)
+    check_tokenizer(path, _require_tokenizer(target))
     return {"tensors": "bitwise" if target.dtype == "float32" else "equal to the library's quantisation"}
 
 
+def _require_tokenizer(target: Target) -> Tokenizer:
+    if target.tokenizer is None:
+        raise ExportError("a GGUF file needs a tokenizer, and the source has none: copy its tokenizer files there")
+    return target.tokenizer
+
+
 def write_gguf_adapter(adapter: str, hf_config: dict[str, Any], folder: Path, dtype: str) -> dict[str, Any]:
-    """A LoRA adapter alone in GGUF. Returns figures."""
+    """Writes a LoRA adapter alone as GGUF. Returns its size in bytes."""
     path = folder / GGUF_NAME
     gguf_write.write_gguf_adapter(str(path), adapter, hf_config, dtype=dtype)
     return {"bytes": path.stat().st_size}
 
 
 def write_orbax(target: Target, tensors: Mapping[str, LazyTensor]) -> None:
-    """An Orbax folder. The parameters are on the devices while it is written, split over all of them."""
+    """Writes an Orbax folder. Meanwhile the parameters are on the devices, split over all of them."""
     config = models.config_from_hf(target.hf_config)
     model = models.abstract_model(config, dtype=target.dtype, param_dtype=target.dtype)
     mesh = make_mesh_plan(MeshConfig()) if jax.device_count() > 1 else None
-    module = hf.load_weights(model, _Lazy(tensors), None if mesh is None else shardings_by_path(model, mesh))
+    module = hf.load_weights(model, _LazySource(tensors), None if mesh is None else shardings_by_path(model, mesh))
     orbax_folder.write_params(module, target.folder)
     _write_companions(target)
     manifest.write(target.folder)
 
 
 def check_orbax(target: Target, tensors: Mapping[str, LazyTensor], source: str) -> dict[str, Any]:
-    """Every tensor, bit by bit; and every file against the manifest by which later damage is found."""
+    """Compares every tensor bit by bit, and every file with the manifest that later shows damage."""
     _compare(orbax_folder.OrbaxFolder(target.folder), tensors)
     return {"tensors": "bitwise"}
 
 
-class _Lazy:
-    """Lazy tensors as a source."""
+class _LazySource:
+    """Lazy tensors as a `TensorSource`."""
 
     def __init__(self, tensors: Mapping[str, LazyTensor]) -> None:
         self._tensors = tensors
@@ -131,7 +136,8 @@ def _generation(target: Target) -> dict[str, Any] | None:
 def _compare(written: TensorSource, tensors: Mapping[str, LazyTensor]) -> None:
     specs = written.specs()
     if set(specs) != set(tensors):
-        raise ExportError(f"other tensors were written than the source has: {sorted(set(specs) ^ set(tensors))[:3]}")
+        differing = listed(sorted(set(specs) ^ set(tensors)), 3)
+        raise ExportError(f"other tensors were written than the source has: {differing}")
     for name, (spec, make) in tensors.items():
         bits = np.dtype(f"u{spec.dtype.itemsize}")
         same = specs[name] == spec and all(

@@ -1,8 +1,8 @@
-"""Files of a model folder wherever they lie: on this machine, in the Hugging Face cache, or in a bucket.
+"""The files of a model folder on this machine, in the Hugging Face cache, or in a bucket.
 
-`hf://owner/name` (or `hf://owner/name@revision`) is fetched into the Hugging Face cache, where every
-program finds it again. `gs://bucket/folder`, and whatever else fsspec knows, is read in place: only
-the byte ranges that are asked for travel.
+`hf://owner/name` (or `hf://owner/name@revision`) is fetched into the Hugging Face cache, which other programs share.
+`gs://bucket/folder`, and other addresses that fsspec knows, are read in place: only the requested byte ranges are
+transferred.
 """
 
 import json
@@ -19,7 +19,7 @@ HUB = "hf://"
 MAX_JSON_BYTES = 100_000_000  # the format's own limit for a safetensors header; indexes and configs are smaller
 WANTED = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")  # of a repository: no code, no pickles
 SMALL = (".json", ".jinja", "tokenizer.model")
-GAP = 2**20  # bytes between two remote ranges that cost less than a second request
+GAP = 2**20  # bytes; reading a gap of this size between two remote ranges costs less than a second request
 
 Ranges = Sequence[tuple[int, int]]  # (offset, length)
 
@@ -34,37 +34,35 @@ class Folder(Protocol):
         ...
 
     def size(self, name: str) -> int:
-        """Bytes of a file. Raises CheckpointError for one that is not there or not inside the folder."""
+        """Bytes of a file. Raises CheckpointError for one that does not exist or is outside the folder."""
         ...
 
     def read(self, name: str, ranges: Ranges) -> np.ndarray:
-        """The bytes of the ranges, end to end, as uint8 in fresh memory."""
+        """The bytes of the ranges, concatenated, as uint8 in fresh memory."""
         ...
 
 
 class LocalFolder:
-    """A folder of this machine. Its files may be links, but not to places outside it or its cache entry."""
+    """A folder of this machine. Its files may be links, but not to files outside it or its cache entry."""
 
     def __init__(self, path: str) -> None:
         self.path = path
         self._located: dict[str, str] = {}
 
     def names(self) -> list[str]:
-        """See `Folder`."""
         if not os.path.isdir(self.path):
             raise CheckpointError(f"no folder {self.path!r}")
         return sorted(os.listdir(self.path))
 
     def size(self, name: str) -> int:
-        """See `Folder`."""
         return os.path.getsize(self.locate(name))
 
     def read(self, name: str, ranges: Ranges) -> np.ndarray:
-        """See `Folder`. Reads rather than maps, so that what was read does not stay in this process's memory."""
+        # Read rather than mapped, so that the bytes do not stay in this process's memory.
         return pread(self.locate(name), ranges)
 
     def locate(self, name: str) -> str:
-        """Real path of a file of the folder; links may lead elsewhere only within its Hugging Face cache entry."""
+        """The real path of a file of the folder; a link may leave it only within its Hugging Face cache entry."""
         if name not in self._located:
             self._located[name] = _inside(self.path, name)
         return self._located[name]
@@ -94,18 +92,16 @@ class RemoteFolder:
         return {e["name"].rstrip("/").rsplit("/", 1)[-1]: e["size"] for e in entries if e["type"] == "file"}
 
     def names(self) -> list[str]:
-        """See `Folder`."""
         return sorted(self._sizes)
 
     def size(self, name: str) -> int:
-        """See `Folder`."""
         _check_name(self.path, name)
         if name not in self._sizes:
             raise CheckpointError(f"{self.path}: no file {name!r}.{did_you_mean(name, self._sizes)}")
         return self._sizes[name]
 
     def read(self, name: str, ranges: Ranges) -> np.ndarray:
-        """See `Folder`. Ranges that lie close together travel as one."""
+        # Ranges that are close to each other are read in one request.
         size, out, done = self.size(name), [], 0
         while done < len(ranges):
             start, end, last = ranges[done][0], sum(ranges[done]), done + 1
@@ -118,7 +114,7 @@ class RemoteFolder:
             except OSError as error:
                 raise CheckpointError(f"cannot read {self.path}/{name}: {error}") from error
             if raw.size != end - start:
-                raise CheckpointError(f"{self.path}/{name}: {raw.size} bytes came where {end - start} were asked for")
+                raise CheckpointError(f"{self.path}/{name}: {raw.size} bytes came, {end - start} were requested")
             out += [raw[offset - start : offset - start + length] for offset, length in ranges[done:last]]
             done = last
         return np.concatenate(out) if out else np.empty(0, np.uint8)
@@ -158,7 +154,7 @@ def folder_json(folder: Folder, name: str) -> dict[str, Any]:
 
 
 def json_object(raw: bytes, where: str) -> dict[str, Any]:
-    """A JSON object in which no name is there twice."""
+    """A JSON object. where: its name in errors. Raises CheckpointError for other JSON and for duplicate names."""
     try:
         value = json.loads(raw, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
@@ -169,11 +165,11 @@ def json_object(raw: bytes, where: str) -> dict[str, Any]:
 
 
 def fetch_hub(path: str, revision: str | None = None) -> str:
-    """The local copy of hf://owner/name[@revision] in the Hugging Face cache, fetched where it is not there yet.
+    """The local copy of hf://owner/name[@revision] in the Hugging Face cache, fetched if it is not there yet.
 
-    revision: branch, tag or commit; main where neither it nor the path names one. HF_HUB_OFFLINE is
-    honoured. The last part of the result is the commit, so it is pinned by what is returned.
-    Raises CheckpointError where it cannot be had.
+    revision: branch, tag or commit; main if neither it nor the path names one. HF_HUB_OFFLINE is honoured. The last
+    part of the returned path is the commit, so that the path pins it.
+    Raises CheckpointError if it cannot be fetched, or the path and `revision` name different revisions.
     """
     # Imported here: only users of the hub need it.
     from huggingface_hub import snapshot_download
@@ -192,7 +188,7 @@ def fetch_hub(path: str, revision: str | None = None) -> str:
 
 
 def copy_small_files(path: str, target: str) -> None:
-    """Copies a folder's JSON, templates and tokenizer into the local folder `target`."""
+    """Copies the JSON files, templates and tokenizer of a folder or address into the local folder `target`."""
     folder = open_folder(path)
     for name in folder.names():
         if name.endswith(SMALL) and folder.size(name) <= MAX_JSON_BYTES:
@@ -200,9 +196,9 @@ def copy_small_files(path: str, target: str) -> None:
 
 
 def pread(path: str, ranges: Ranges) -> np.ndarray:
-    """The bytes of (offset, length) ranges of a file, end to end, as uint8 in fresh memory."""
+    """The bytes of (offset, length) ranges of a file, concatenated, as uint8 in fresh memory."""
     out = np.empty(sum(length for _, length in ranges), np.uint8)
-    view, done = memoryview(out), 0
+    view, done = out.data, 0
     descriptor = os.open(path, os.O_RDONLY)
     try:
         for offset, length in ranges:

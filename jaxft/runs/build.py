@@ -57,7 +57,7 @@ def build_model(config: RunConfig, mesh: MeshPlan | None = None, *, random_base:
     start = config.adapter.init_lora_weights
     if start.startswith("loftq"):
         source = open_weights(resolve(path, model.revision))[1]
-        loftq.begin(loaded.module, source, start, jax.random.key(config.seed))
+        loftq.initialize_loftq(loaded.module, source, start, jax.random.key(config.seed))
     if config.adapter.prompt_init_text is not None:
         initialize_prompt(
             loaded.module, load_tokenizer(path, revision=model.revision).encode(config.adapter.prompt_init_text)

@@ -13,7 +13,7 @@ from jaxft.adapters.attach import StartParam, adapters, virtual_modules
 from jaxft.checkpoint import hf, peft
 from jaxft.checkpoint.load import LoadedModel, load_model
 from jaxft.checkpoint.resume import RunCheckpoints
-from jaxft.checkpoint.verify import Check, apart, check_export, probe
+from jaxft.checkpoint.verify import Check, check_export, logit_difference, probe
 from jaxft.config import RunConfig
 from jaxft.data.tokenizers.load import load_tokenizer
 from jaxft.data.tokenizers.tokenizer import Tokenizer
@@ -70,17 +70,19 @@ def export(
     checks = write(loaded, tokenizer, target, format=format, dtype=dtype)
     said = {} if loaded.left_out is None else {"left_out": loaded.left_out}
     if base == "original":
-        said["original_base"] = apart(loaded.logits(tokens), trained)
+        said["original_base"] = logit_difference(loaded.logits(tokens), trained)
     elif quantization is not None:
         again = load_model(to, dtype=str(loaded.module.dtype), quantization=quantization)
-        said["quantised_again"] = apart(again.logits(tokens), trained)
+        said["quantised_again"] = logit_difference(again.logits(tokens), trained)
     figures = {"checks": {c.reader: c.difference for c in checks}, "mean": {c.reader: c.mean for c in checks}}
     return {"folder": str(target), "format": format} | figures | said
 
 
 def load_trained(source: str, step: int | None = None, *, quantized: bool = True) -> LoadedModel:
-    """A model of any kind; of a run folder, what a checkpoint holds. quantised: False puts a run's adapter on the base
-    in its own precision.
+    """Loads a model of any kind; of a run folder, the evaluated weights of a checkpoint.
+
+    step: of a run folder, the newest if None. quantized: False puts a run's adapter on its base in the base's original
+    precision. Raises ConfigError for a step of anything but a run folder, and for a run without a checkpoint.
     """
     if not is_run_folder(source):
         if step is not None:
@@ -154,7 +156,7 @@ def write(
         tokenizer.save(target)
 
     on_primary(the_rest)
-    return check_export(loaded, str(target), stored=stored, mesh=mesh)
+    return check_export(loaded, str(target), dtype=stored, mesh=mesh)
 
 
 def _said(checks: tuple[Check, ...]) -> str:

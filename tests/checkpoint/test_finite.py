@@ -7,7 +7,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxft.checkpoint.finite import CHUNK, all_finite, check_finite
 from jaxft.checkpoint.load import load_model
-from jaxft.checkpoint.merged import Merged
+from jaxft.checkpoint.merged import MergedSource
 from jaxft.checkpoint.peft import write_adapter
 from jaxft.checkpoint.peft.folder import PREFIX, WEIGHTS
 from jaxft.checkpoint.tensors import SafetensorsFolder
@@ -66,6 +66,6 @@ def test_an_adapter_with_a_value_that_is_no_number_is_not_read(tiny_llama, tmp_p
     key = f"{PREFIX}model.layers.1.self_attn.q_proj.lora_B.weight"
     tensors[key][0, 0] = np.nan
     save_file(tensors, tmp_path / WEIGHTS)
-    for read in (lambda: load_model(str(tmp_path)), lambda: Merged(SafetensorsFolder(base), str(tmp_path))):
+    for read in (lambda: load_model(str(tmp_path)), lambda: MergedSource(SafetensorsFolder(base), str(tmp_path))):
         with pytest.raises(CheckpointError, match="layers.1.self_attn.q_proj.lora_B.weight' has 1 NaN and 0 infinite"):
             read()

@@ -227,7 +227,7 @@ def test_llama3_rope_factors_are_turned_back_into_settings(path):
         ({"extra": {"llama.rope.dimension_count": 8, "llama.attention.key_length": 16}}, ModelError, "count=8"),
         ({"extra": {"llama.context_length": None}}, CheckpointError, "no metadata 'llama.context_length'"),
         ({"extra": {"llama.block_count": 1}}, ModelError, "'blk.1.*has no place in a llama model of 1 layers"),
-        ({"extra": {"llama.block_count": 3}}, CheckpointError, "9 tensors are missing, among them .'blk.2.attn_norm"),
+        ({"extra": {"llama.block_count": 3}}, CheckpointError, "9 tensors are missing: blk.2.attn_norm"),
         ({"drop": ["token_embd.weight"]}, CheckpointError, "'token_embd.weight' is missing"),
         ({"raw": {"blk.0.attn_sinks.weight": np.ones(4, np.float32)}}, ModelError, "attn_sinks.weight' has no place"),
         ({"extra": {"llama.feed_forward_length": 95}}, CheckpointError, r"has shape \(96, 64\), not \(95, 64\)"),

@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
 def begun(folder, init, **settings):
     loaded = load_model(folder, quantization="int4")
     attach_adapter(loaded.module, AdapterConfig(r=8, alpha=16.0, init_lora_weights=init, **settings), 0)
-    loftq.begin(loaded.module, open_weights(folder)[1], init, jax.random.key(0))
+    loftq.initialize_loftq(loaded.module, open_weights(folder)[1], init, jax.random.key(0))
     return loaded
 
 
@@ -76,8 +76,8 @@ def test_it_wants_a_quantised_linear(folder):
     loaded = load_model(folder)
     attach_adapter(loaded.module, AdapterConfig(r=4), 0)
     assert adapters(loaded.module)
-    with pytest.raises(ModelError, match="is no quantised Linear"):
-        loftq.begin(loaded.module, open_weights(folder)[1], "loftq", jax.random.key(0))
+    with pytest.raises(ModelError, match="is not a quantised Linear"):
+        loftq.initialize_loftq(loaded.module, open_weights(folder)[1], "loftq", jax.random.key(0))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jaxft.checkpoint.merged import Merged
+from jaxft.checkpoint.merged import MergedSource
 from jaxft.checkpoint.peft import folder as peft_folder
 from jaxft.checkpoint.tensors import SafetensorsFolder
 from jaxft.errors import CheckpointError, ModelError
@@ -42,7 +42,7 @@ def halves(name=NAME, a=(2, 5), b=(6, 2)):
 @pytest.mark.parametrize(("settings", "scale"), [({}, 3.0), ({"use_rslora": True}, 6 / np.sqrt(2))])
 def test_adapted_matrices_are_merged_in_float32_whole_or_in_parts(base, tmp_path, settings, scale):
     tensors = halves()
-    source = Merged(base, write(tmp_path / "lora", tensors, **settings))
+    source = MergedSource(base, write(tmp_path / "lora", tensors, **settings))
     a, b = tensors.values()
     wanted = base.read(f"{NAME}.weight").astype(np.float32) + scale * (b @ a)
     assert source.specs()[f"{NAME}.weight"].dtype == np.float32
@@ -54,10 +54,10 @@ def test_adapted_matrices_are_merged_in_float32_whole_or_in_parts(base, tmp_path
 
 def test_the_copy_of_the_head_beside_an_adapter_must_be_the_base(base, tmp_path):
     copy = {f"{peft_folder.PREFIX}{NAME}.base_layer.weight": base.read(f"{NAME}.weight")}
-    assert Merged(base, write(tmp_path / "same", halves() | copy)).specs()
+    assert MergedSource(base, write(tmp_path / "same", halves() | copy)).specs()
     other = {key: value + 1 for key, value in copy.items()}
     with pytest.raises(CheckpointError, match=r"base_layer\.weight names no matrix of the base"):
-        Merged(base, write(tmp_path / "other", halves() | other))
+        MergedSource(base, write(tmp_path / "other", halves() | other))
 
 
 @pytest.mark.parametrize(
@@ -72,12 +72,12 @@ def test_the_copy_of_the_head_beside_an_adapter_must_be_the_base(base, tmp_path)
 )
 def test_adapters_that_do_not_fit_are_refused(base, tmp_path, tensors, match):
     with pytest.raises(CheckpointError, match=match):
-        Merged(base, write(tmp_path / "lora", tensors))
+        MergedSource(base, write(tmp_path / "lora", tensors))
 
 
 def test_settings_that_are_not_implemented_are_refused(base, tmp_path):
     with pytest.raises(ModelError, match=r"lora_bias=True"):
-        Merged(base, write(tmp_path / "lora", halves(), lora_bias=True))
+        MergedSource(base, write(tmp_path / "lora", halves(), lora_bias=True))
 
 
 @pytest.mark.parametrize(
@@ -90,4 +90,4 @@ def test_settings_that_are_not_implemented_are_refused(base, tmp_path):
 )
 def test_what_the_settings_promise_must_be_there(base, tmp_path, settings, match):
     with pytest.raises(CheckpointError, match=match):
-        Merged(base, write(tmp_path / "lora", halves(), **settings))
+        MergedSource(base, write(tmp_path / "lora", halves(), **settings))

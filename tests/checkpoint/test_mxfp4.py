@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from jaxft import models
 from jaxft.checkpoint.hf import hf_shape, param_tensors
 from jaxft.checkpoint.load import load_model, open_weights
-from jaxft.checkpoint.quantized.mxfp4 import Unpacked, unpack
+from jaxft.checkpoint.quantized.mxfp4 import MXFP4Source, unpack
 from jaxft.checkpoint.tensors import TensorSpec
 from jaxft.config import MeshConfig
 from jaxft.conversion.convert import convert
@@ -114,14 +114,14 @@ def test_devices_hold_their_parts(folder):
 
 def test_an_expert_at_a_time_is_read(folder, monkeypatch):
     largest = {}
-    read = Unpacked.read
+    read = MXFP4Source.read
 
     def watched(self, name, index=None):
         block = read(self, name, index)
         largest[name] = max(largest.get(name, 0), block.size)
         return block
 
-    monkeypatch.setattr(Unpacked, "read", watched)
+    monkeypatch.setattr(MXFP4Source, "read", watched)
     load_model(str(folder))
     assert largest[f"{EXPERTS}.gate_up_proj"] == 64 * 64
     assert largest[f"{EXPERTS}.down_proj"] == 32 * 64
@@ -179,13 +179,13 @@ BLOCKS, SCALES = np.zeros((2, 3, 4, 16), np.uint8), np.zeros((2, 3, 4), np.uint8
 )
 def test_parts_that_do_not_fit_are_refused(arrays, message):
     with pytest.raises(CheckpointError, match=message):
-        Unpacked(Memory(**arrays))
+        MXFP4Source(Memory(**arrays))
 
 
 def test_a_scale_that_is_no_number_is_refused():
     scales = SCALES.copy()
     scales[1, 2, 3] = 255
-    source = Unpacked(Memory(x_blocks=BLOCKS, x_scales=scales))
+    source = MXFP4Source(Memory(x_blocks=BLOCKS, x_scales=scales))
     assert not source.read("x", (slice(0, 1),)).any()
     with pytest.raises(CheckpointError, match="x: a scale of expert 1 is 255, which is not a number"):
         source.read("x")

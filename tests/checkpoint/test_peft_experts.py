@@ -12,10 +12,10 @@ from jaxft import models
 from jaxft.adapters.attach import AdapterParam, merge
 from jaxft.adapters.make import attach_adapter
 from jaxft.checkpoint.load import load_model
-from jaxft.checkpoint.merged import Merged
+from jaxft.checkpoint.merged import MergedSource
 from jaxft.checkpoint.peft import write_adapter
-from jaxft.checkpoint.peft.experts import single, targets_of
-from jaxft.checkpoint.peft.lora import fields
+from jaxft.checkpoint.peft.experts import split_stacked, targets_of
+from jaxft.checkpoint.peft.lora import adapter_config_fields
 from jaxft.checkpoint.tensors import SafetensorsFolder, TensorSpec
 from jaxft.config import AdapterConfig, MeshConfig, resolve
 from jaxft.errors import CheckpointError, ModelError
@@ -105,7 +105,7 @@ def test_peft_computes_the_same(tmp_path):
     np.testing.assert_allclose(theirs, expected, rtol=0, atol=1e-4)
     merge(live.module)
     kernel = np.asarray(live.module.layers[0].mlp.up_proj.kernel.get_value())
-    streamed = Merged(SafetensorsFolder(base), adapter)
+    streamed = MergedSource(SafetensorsFolder(base), adapter)
     for layer in range(2):
         for expert in range(4):
             read = streamed.read(f"model.layers.{layer}.block_sparse_moe.experts.{expert}.w3.weight")
@@ -177,15 +177,15 @@ def test_patterns_beside_parameters_and_experts_of_another_rank_are_refused():
         targets_of(config | {"rank_pattern": {"q_proj": 8}})
     names = ["model.layers.0.mlp.experts.0.gate_proj.weight"]
     with pytest.raises(ModelError, match=r"target_parameters beside target_modules='.\*proj'; give a list"):
-        single(config | {"target_modules": ".*proj"}, None, names)
+        split_stacked(config | {"target_modules": ".*proj"}, None, names)
 
     class Source:
         def specs(self):
             key = "base_model.model.model.layers.0.mlp.experts.lora_A.weight"
             return {key: TensorSpec((6, 32), np.dtype(np.float32))}
 
-    with pytest.raises(CheckpointError, match=r"lora_A.weight \[6, 32\] is not of experts of rank 4"):
-        single(config, Source(), names)
+    with pytest.raises(CheckpointError, match=r"lora_A.weight \[6, 32\] does not hold experts of rank 4"):
+        split_stacked(config, Source(), names)
 
 
 def test_ranks_of_their_own_have_no_place_among_experts_in_one_parameter():
@@ -194,7 +194,7 @@ def test_ranks_of_their_own_have_no_place_among_experts_in_one_parameter():
     config = AdapterConfig(r=4, target_modules="q_proj,down_proj", rank_pattern="q_proj:2")
     attach_adapter(module, config, 0)
     with pytest.raises(ModelError, match="one rank for all layers: drop adapter.rank_pattern"):
-        fields(module)
+        adapter_config_fields(module)
     run = {
         "model": {"path": "m"},
         "data": {"train": "t.jsonl", "max_length": 64},

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from jaxft.adapters.attach import detach, merge
 from jaxft.checkpoint.hf import hf_tensors
 from jaxft.checkpoint.load import load_model, open_weights
-from jaxft.checkpoint.merged import Merged
+from jaxft.checkpoint.merged import MergedSource
 from jaxft.checkpoint.peft import write_adapter
 from jaxft.errors import CheckpointError, ModelError
 from jaxft.training.state import divide
@@ -132,7 +132,7 @@ def test_merged_in_memory_and_while_reading_as_peft_merges(by_peft, case):
     loaded = load_model(folder)
     live = loaded.logits(TOKENS)
     ours = {name: make() for name, (_, make) in hf_tensors(loaded.module).items()}
-    streamed = Merged(open_weights(base)[1], folder)
+    streamed = MergedSource(open_weights(base)[1], folder)
     theirs = reference.merge_and_unload().state_dict()
     assert set(theirs) == set(ours) == set(streamed.specs())
     for name, tensor in theirs.items():
@@ -145,7 +145,7 @@ def test_merged_in_memory_and_while_reading_as_peft_merges(by_peft, case):
 def test_a_block_of_a_merged_tensor_is_that_block(by_peft):
     for case in ("vera", "ia3"):
         _, folder, base = by_peft(case)
-        streamed = Merged(open_weights(base)[1], folder)
+        streamed = MergedSource(open_weights(base)[1], folder)
         for name in ("model.layers.1.mlp.down_proj.weight", "model.layers.0.self_attn.k_proj.weight"):
             block = (slice(3, 9), slice(8, 30))
             np.testing.assert_array_equal(streamed.read(name, block), streamed.read(name)[block])
@@ -159,8 +159,8 @@ def test_virtual_tokens_cannot_be_merged(by_peft, case):
     loaded = load_model(folder)
     with pytest.raises(ModelError, match="5 virtual tokens, which cannot be merged"):
         hf_tensors(loaded.module)
-    with pytest.raises(ModelError, match=r"_TUNING, which is no change of the base's weights"):
-        Merged(open_weights(base)[1], folder)
+    with pytest.raises(ModelError, match=r"_TUNING, which does not change the base's weights"):
+        MergedSource(open_weights(base)[1], folder)
     detach(loaded.module)
     np.testing.assert_array_equal(
         loaded.__class__(loaded.module, {}, base).logits(TOKENS), load_model(base).logits(TOKENS)
@@ -234,7 +234,7 @@ def test_what_does_not_fit_is_not_merged(by_peft, case, change, message):
     _, folder, base = by_peft(case)
     edit(folder, change)
     with pytest.raises(CheckpointError, match=message):
-        Merged(open_weights(base)[1], folder)
+        MergedSource(open_weights(base)[1], folder)
 
 
 def test_two_kinds_in_one_model_are_no_peft_folder(by_peft, tmp_path):

@@ -12,7 +12,7 @@ from jaxft.adapters.attach import AdapterParam, adapters
 from jaxft.adapters.make import attach_adapter
 from jaxft.checkpoint.hf import hf_tensors
 from jaxft.checkpoint.load import load_model
-from jaxft.checkpoint.merged import Merged
+from jaxft.checkpoint.merged import MergedSource
 from jaxft.checkpoint.peft import write_adapter
 from jaxft.checkpoint.tensors import SafetensorsFolder
 from jaxft.config import AdapterConfig
@@ -120,7 +120,7 @@ def test_a_folder_of_pefts_computes_trains_merges_and_is_written_as_peft_does(ti
     np.testing.assert_allclose(torch_logits(again), expected, rtol=0, atol=1e-5 * scale)
     # Merged in memory, and while the files are read.
     merged = {key: make() for key, (_, make) in hf_tensors(loaded.module).items()}
-    stream = Merged(SafetensorsFolder(base), tmp_path / "theirs")
+    stream = MergedSource(SafetensorsFolder(base), tmp_path / "theirs")
     assert set(stream.specs()) == set(merged)
     for key, tensor in reference.merge_and_unload().state_dict().items():
         if key in merged:
@@ -242,7 +242,7 @@ def test_layers_that_the_settings_select_must_be_there(tiny_llama, tmp_path):
 def test_a_tied_table_that_peft_would_part_is_refused(tiny_llama, tmp_path):
     written(tiny_llama("tied"), tmp_path, target_modules="q_proj", modules_to_save="embed_tokens")
     edited(tmp_path, ensure_weight_tying=False)
-    for read in (load_model, lambda folder: Merged(SafetensorsFolder(tiny_llama("tied")), folder)):
+    for read in (load_model, lambda folder: MergedSource(SafetensorsFolder(tiny_llama("tied")), folder)):
         with pytest.raises(ModelError, match="trains (lm_head|model.embed_tokens) apart from what it is tied to"):
             read(str(tmp_path))
 
@@ -264,4 +264,4 @@ def test_an_adapter_on_a_tied_table_works_but_does_not_merge(tiny_llama, torch_l
     with pytest.raises(ModelError, match="embed_tokens cannot be merged"):
         hf_tensors(loaded.module)
     with pytest.raises(ModelError, match="embed_tokens.weight cannot be merged"):
-        Merged(SafetensorsFolder(base), tmp_path)
+        MergedSource(SafetensorsFolder(base), tmp_path)

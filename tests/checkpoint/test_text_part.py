@@ -183,7 +183,7 @@ def test_an_adapter_means_the_same_to_peft_on_the_whole_model(nested, tmp_path):
     assert len(found) == len(peft_format.AdapterTensors(str(tmp_path)).specs())
     assert np.abs(logits(model) - before).max() > 1e-2
     np.testing.assert_allclose(live.logits(TOKENS), logits(model), rtol=0, atol=1e-5)
-    assert [check.reader for check in check_export(live, str(tmp_path), stored="float32")] == ["jaxft", "peft"]
+    assert [check.reader for check in check_export(live, str(tmp_path), dtype="float32")] == ["jaxft", "peft"]
 
 
 def test_adapters_are_read_with_the_keys_of_either_generation_and_of_text_only(folder_of, tmp_path):

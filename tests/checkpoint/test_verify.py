@@ -60,16 +60,16 @@ def damaged(exports, tmp_path, name, change):
 def test_a_whole_export_passes_every_reader(live, exports, name, reader):
     pytest.importorskip("torch")
     pytest.importorskip("peft")
-    checks = check_export(live, str(exports / name), stored="float32")
+    checks = check_export(live, str(exports / name), dtype="float32")
     assert [check.reader for check in checks] == ["jaxft", reader]
     assert all(check.difference <= 1e-5 for check in checks)
 
 
 def test_bfloat16_passes_within_its_rounding_only(live, exports, no_peers):
-    (check,) = check_export(live, str(exports / "bfloat16"), stored="bfloat16")
+    (check,) = check_export(live, str(exports / "bfloat16"), dtype="bfloat16")
     assert TOLERANCE["float32"] < check.difference <= TOLERANCE["bfloat16"]
     with pytest.raises(ExportError, match="allowed 1e-04 for float32 weights"):
-        check_export(live, str(exports / "bfloat16"), stored="float32")
+        check_export(live, str(exports / "bfloat16"), dtype="float32")
 
 
 @pytest.fixture
@@ -111,12 +111,12 @@ LORA_B = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
 )
 def test_damaged_weights_are_an_export_error(live, exports, tmp_path, no_peers, name, change):
     with pytest.raises(ExportError, match="read by jaxft differs from the live model"):
-        check_export(live, damaged(exports, tmp_path, name, change), stored="float32")
+        check_export(live, damaged(exports, tmp_path, name, change), dtype="float32")
 
 
 def test_a_merged_export_without_the_adapter_is_an_export_error(live, tiny_llama, no_peers):
     with pytest.raises(ExportError, match="differs from the live model"):
-        check_export(live, tiny_llama("plain"), stored="float32")
+        check_export(live, tiny_llama("plain"), dtype="float32")
 
 
 def test_bfloat16_rounding_does_not_hide_a_lost_layer(live, exports, tmp_path, no_peers):
@@ -126,30 +126,30 @@ def test_bfloat16_rounding_does_not_hide_a_lost_layer(live, exports, tmp_path, n
         assert tensors[name].dtype == ml_dtypes.bfloat16
 
     with pytest.raises(ExportError):
-        check_export(live, damaged(exports, tmp_path, "bfloat16", lose), stored="bfloat16")
+        check_export(live, damaged(exports, tmp_path, "bfloat16", lose), dtype="bfloat16")
 
 
 def test_an_adapter_of_little_effect_that_is_lost_is_noticed(tiny_llama, tmp_path, no_peers):
     # What one small step leaves: within the tolerance of the logits, but not nothing.
     live = live_model(tiny_llama("plain"), size=8e-7)
     write_adapter(live.module, str(tmp_path / "adapter"), base=live.base)
-    assert check_export(live, str(tmp_path / "adapter"), stored="float32")[0].difference == 0
+    assert check_export(live, str(tmp_path / "adapter"), dtype="float32")[0].difference == 0
     tokens = probe(live.module.config.vocab_size)
     effect = live.logits(tokens) - load_model(live.base).logits(tokens)
     assert 2e-5 < np.abs(effect).max() / np.abs(live.logits(tokens)).max() < TOLERANCE["float32"]
     with pytest.raises(ExportError, match="differs from the live model"):
-        check_export(live, damaged(tmp_path, tmp_path / "copy", "adapter", zero_b), stored="float32")
+        check_export(live, damaged(tmp_path, tmp_path / "copy", "adapter", zero_b), dtype="float32")
 
 
 def test_a_fresh_adapter_passes(tiny_llama, tmp_path, no_peers):
     live = live_model(tiny_llama("plain"), size=0.0)
     write_adapter(live.module, str(tmp_path), base=live.base)
-    assert check_export(live, str(tmp_path), stored="float32")[0].difference == 0
+    assert check_export(live, str(tmp_path), dtype="float32")[0].difference == 0
 
 
 def test_an_export_that_holds_a_nan_is_refused(exports, live, tmp_path):
     with pytest.raises(CheckpointError, match="'lm_head.weight' has 1 NaN .* or take them from an earlier step"):
-        check_export(live, damaged(exports, tmp_path, "float32", one_nan), stored="float32")
+        check_export(live, damaged(exports, tmp_path, "float32", one_nan), dtype="float32")
 
 
 def test_an_adapter_with_a_foreign_prefix_is_refused(live, exports, tmp_path):
@@ -158,7 +158,7 @@ def test_an_adapter_with_a_foreign_prefix_is_refused(live, exports, tmp_path):
             tensors[name.removeprefix("base_model.")] = tensors.pop(name)
 
     with pytest.raises(CheckpointError, match="name no layer"):
-        check_export(live, damaged(exports, tmp_path, "adapter", rename), stored="float32")
+        check_export(live, damaged(exports, tmp_path, "adapter", rename), dtype="float32")
 
 
 def test_a_wrong_config_is_noticed_although_the_weights_fit(live, exports, tmp_path, no_peers):
@@ -168,7 +168,7 @@ def test_a_wrong_config_is_noticed_although_the_weights_fit(live, exports, tmp_p
     config["rope_parameters"]["rope_theta"] = 100.0
     path.write_text(json.dumps(config))
     with pytest.raises(ExportError):
-        check_export(live, str(tmp_path / "model"), stored="float32")
+        check_export(live, str(tmp_path / "model"), dtype="float32")
 
 
 def test_the_probe_is_the_same_for_every_export_of_a_vocabulary():

@@ -107,7 +107,8 @@ def test_a_tokenizer_in_a_bucket_is_the_one_on_disk(whole, tmp_path):
 
 
 def test_a_bucket_without_a_tokenizer_is_refused_by_its_address(bucket):
-    with pytest.raises(ModelError, match=f"no tokenizer in '{bucket}': it needs tokenizer.json .* holds config.json"):
+    message = f"no tokenizer in '{bucket}': it needs tokenizer.json .* contains config.json"
+    with pytest.raises(ModelError, match=message):
         load_tokenizer(bucket)
     with pytest.raises(CheckpointError, match="cannot list memory://nowhere"):
         load_tokenizer("memory://nowhere")
@@ -119,7 +120,7 @@ def test_an_adapter_and_its_base_may_both_lie_in_buckets(whole, tmp_path):
     for adapter in adapters(loaded.module).values():
         adapter.lora_b.set_value(adapter.lora_b.get_value() + 0.05)
     write_adapter(loaded.module, str(tmp_path / "lora"), base=whole)
-    assert [check.reader for check in check_export(loaded, str(tmp_path / "lora"), stored="float32")] == ["jaxft"]
+    assert [check.reader for check in check_export(loaded, str(tmp_path / "lora"), dtype="float32")] == ["jaxft"]
     pipe(tmp_path / "lora", "memory://bucket/lora")
     for place in (str(tmp_path / "lora"), "memory://bucket/lora"):
         np.testing.assert_array_equal(load_model(place).logits(TOKENS), loaded.logits(TOKENS))

@@ -1,7 +1,7 @@
-"""GGUF files as a source of tensors under Hugging Face names, with the config.json they amount to.
+"""GGUF files as a source of tensors under Hugging Face names, with the equivalent config.json.
 
-Weights are dequantised to float32 by the `gguf` library as they are read. Names, the order of rows and
-the 1 in Gemma's norms are those of llama.cpp's converter, undone here.
+The `gguf` library dequantises weights to float32 as they are read. Names, the order of rows and the 1 in Gemma's norms
+are those of llama.cpp's converter, undone here.
 """
 
 import dataclasses
@@ -21,22 +21,23 @@ from jaxft.checkpoint.gguf.names import (
     WHOLE,
     Family,
     expert_count,
+    gguf_modules,
     has_shifted_norm,
     heads_interleaved,
-    places,
     shapes,
 )
 from jaxft.checkpoint.tensors import TensorSpec, block_bounds
-from jaxft.errors import CheckpointError, ModelError, did_you_mean
+from jaxft.errors import CheckpointError, ModelError, did_you_mean, listed
 from jaxft.files.gguf_header import GGUFHeader, GGUFTensor, read_header
 from jaxft.files.paths import pread
+from jaxft.models.dense import DenseConfig
 
 
 class GGUFFile:
     """Tensors of a GGUF file under Hugging Face names and shapes, float32, dequantised on demand.
 
-    Raises, before any weight is read: CheckpointError for a damaged or incomplete file; ModelError
-    for an architecture, a tensor, a tensor type or a setting that is not understood, by name.
+    Raises, before any weight is read, CheckpointError for a damaged or incomplete file, and ModelError naming an
+    architecture, a tensor, a tensor type or a setting that is not understood.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -49,24 +50,24 @@ class GGUFFile:
         self._tensors = _named_tensors(self.header, self.family, self._config)
 
     def part(self, name: str) -> str:
-        """What a tensor is called in the file, without the number of its layer and `.weight`."""
+        """A tensor's name in the file, without the number of its layer and `.weight`."""
         return self._tensors[name].name.split(".")[-2]
 
     def hf_config(self) -> dict[str, Any]:
-        """What config.json of the equivalent Hugging Face folder holds."""
+        """config.json of the equivalent Hugging Face folder."""
         return dict(self._hf_config)
 
     def generation_config(self) -> dict[str, Any] | None:
-        """What generation_config.json holds: every token that the file ends an answer at. None where it names none."""
+        """generation_config.json with every token that ends an answer by the file; None if it names none."""
         stops = sorted(self.header.stop_ids())
         return {"eos_token_id": stops[0] if len(stops) == 1 else stops} if stops else None
 
     def specs(self) -> dict[str, TensorSpec]:
-        """Shapes as Hugging Face has them ([out, in] for weights); everything reads as float32."""
+        """Hugging Face's shapes ([out, in] for weights); every tensor is read as float32."""
         return {name: TensorSpec(tensor.shape, np.dtype(np.float32)) for name, tensor in self._tensors.items()}
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
-        """The tensor, or a block of it, float32; see `TensorSource.read`. Whole rows are read and then cut."""
+        """The tensor, or a block of it, float32; see `TensorSource.read`. Whole rows are read, then sliced."""
         if name not in self._tensors:
             raise CheckpointError(f"{self.path}: no tensor {name!r}.{did_you_mean(name, self._tensors)}")
         tensor = self._tensors[name]
@@ -86,7 +87,7 @@ class GGUFFile:
         return rows[:, slice(*bounds[1])]
 
     def _row_order(self, name: str, start: int, stop: int) -> np.ndarray | None:
-        """Rows in the file of Hugging Face's rows start:stop, or None where they are the same."""
+        """The file's rows that are Hugging Face's rows start:stop; None if they are the same."""
         if not heads_interleaved(self.family, name.rpartition(".")[0], self._config):
             return None
         head_dim = self._config.head_dim
@@ -104,23 +105,23 @@ def _rows(path: str, tensor: GGUFTensor, start: int, stop: int) -> np.ndarray:
 
 
 def _rope_vectors(header: GGUFHeader) -> dict[str, np.ndarray]:
-    """The rotary factors, which belong to the settings rather than to the weights."""
+    """The rotary factors, which are settings rather than weights."""
     names = [name for name in (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS) if name in header.tensors]
     return {name: _rows(header.path, header.tensors[name], 0, 1)[0] for name in names}
 
 
-def _named_tensors(header: GGUFHeader, family: Family, config: Any) -> dict[str, GGUFTensor]:
-    """Tensors by Hugging Face name, merged experts one by one; refuses unknown, missing and misshapen ones."""
+def _named_tensors(header: GGUFHeader, family: Family, config: DenseConfig) -> dict[str, GGUFTensor]:
+    """Tensors by Hugging Face name, each expert on its own; refuses unknown, missing and misshapen ones."""
     expected: dict[str, tuple[int, ...]] = {}
-    names: dict[str, list[str]] = {}  # Hugging Face's, of each tensor of the file: several where it holds experts
-    wanted = shapes(family, config)
-    for module, place in places(family, config.num_hidden_layers, expert_count(family, config)).items():
-        shape = wanted[place.part]
-        suffixes = ("weight", "bias") if len(shape) == 2 and place.part not in WHOLE else ("weight",)
+    names: dict[str, list[str]] = {}  # Hugging Face's names for each tensor of the file: many if it holds experts
+    shape_by_part = shapes(family, config)
+    for module, gguf_module in gguf_modules(family, config.num_hidden_layers, expert_count(family, config)).items():
+        shape = shape_by_part[gguf_module.part]
+        suffixes = ("weight", "bias") if len(shape) == 2 and gguf_module.part not in WHOLE else ("weight",)
         for suffix in suffixes:
-            expected[f"{place.name}.{suffix}"] = shape if suffix == "weight" else shape[:1]
-            names.setdefault(f"{place.name}.{suffix}", []).append(f"{module}.{suffix}")
-    named = {}
+            expected[f"{gguf_module.name}.{suffix}"] = shape if suffix == "weight" else shape[:1]
+            names.setdefault(f"{gguf_module.name}.{suffix}", []).append(f"{module}.{suffix}")
+    named: dict[str, GGUFTensor] = {}
     for name, tensor in header.tensors.items():
         if name in (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS):
             continue
@@ -136,12 +137,12 @@ def _named_tensors(header: GGUFHeader, family: Family, config: Any) -> dict[str,
     needed = [name for name in names if name.endswith(".weight") and name != "output.weight"]
     missing = [name for name in needed if name not in header.tensors]
     if missing:
-        raise CheckpointError(f"{header.path}: {len(missing)} tensors are missing, among them {missing[:3]}")
+        raise CheckpointError(f"{header.path}: {len(missing)} tensors are missing: {listed(missing, 3)}")
     return named
 
 
 def _expert(merged: GGUFTensor, e: int) -> GGUFTensor:
-    """One matrix of a tensor that holds those of all experts, one after another."""
+    """The matrix of one expert in a tensor that holds those of all experts."""
     shape = merged.shape[1:]
     return dataclasses.replace(merged, shape=shape, offset=merged.offset + e * shape[0] * merged.row_bytes)
 

@@ -1,6 +1,6 @@
-"""The settings of a GGUF file as the config.json that they amount to.
+"""The settings of a GGUF file as the equivalent config.json.
 
-What llama.cpp knows by the architecture and its number of layers, and no file says, is filled in here.
+Settings that no file holds are added here: llama.cpp takes them from the architecture and the number of layers.
 """
 
 import math
@@ -14,18 +14,18 @@ from jaxft.errors import CheckpointError, ModelError, did_you_mean
 from jaxft.files.gguf_header import GGUFHeader
 from jaxft.models.dense import FULL, SLIDING
 
-# Metadata below the architecture's name that is read here, or that repeats what is.
+# Metadata under the architecture's name that is read here, or that repeats what is read.
 _KNOWN = frozenset(
     "block_count context_length embedding_length feed_forward_length vocab_size attention.head_count "
     "attention.head_count_kv attention.key_length attention.value_length attention.layer_norm_rms_epsilon "
     "rope.dimension_count rope.freq_base rope.scaling.type rope.scaling.factor "
     "rope.scaling.original_context_length rope.scaling.finetuned tensor_data_layout".split()
 )
-# These change what the network computes when they are not zero.
+# These change what the network computes if they are not zero.
 _ZERO = frozenset(("expert_count", "expert_used_count", "attention.sliding_window"))
 # The original context and the two bounds by which Llama 3.1, 3.2 and 3.3 scale their frequencies.
 _LLAMA3_CONTEXT, _LLAMA3_LOW, _LLAMA3_HIGH = 8192, 1.0, 4.0
-# Gemma: every so many layers one is global; the layers of the 27B models, whose scores have a scale of their own.
+# Gemma: one of this many layers is global; the number of layers of the 27B models, which scale scores differently.
 GEMMA_PERIODS = {"gemma2": 2, "gemma3_text": 6}
 GEMMA_27B = {"gemma2": 46, "gemma3_text": 62}
 GEMMA3_LOCAL_THETA = 10000.0
@@ -56,8 +56,8 @@ def read_family(header: GGUFHeader) -> Family:
 def read_config(header: GGUFHeader, family: Family, vectors: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """config.json of the equivalent Hugging Face folder.
 
-    vectors: the rotary factors among the file's tensors. Raises CheckpointError for what is missing, ModelError for
-    what is not implemented.
+    vectors: the rotary factors among the file's tensors. Raises CheckpointError for missing metadata or tensors,
+    ModelError for settings that are not implemented.
     """
     if "token_embd.weight" not in header.tensors:
         raise CheckpointError(f"{header.path}: tensor 'token_embd.weight' is missing; is this part of a split file?")
@@ -83,9 +83,9 @@ def read_config(header: GGUFHeader, family: Family, vectors: Mapping[str, np.nda
 def _sizes(header: GGUFHeader, family: Family) -> dict[str, Any]:
     arch = family.arch
     hidden, heads = _size(header, arch, "embedding_length"), _size(header, arch, "attention.head_count")
-    turned = _size(header, arch, "rope.dimension_count", 0)
-    # Phi-3 turns part of a head, so that does not tell the size of one.
-    default = turned if turned and arch != "phi3" else hidden // heads
+    rotated = _size(header, arch, "rope.dimension_count", 0)
+    # Phi-3 rotates a part of each head only, so its rotary dimension does not give the size of a head.
+    default = rotated if rotated and arch != "phi3" else hidden // heads
     head_dim = _size(header, arch, "attention.key_length", default)
     for key in ("attention.value_length", *(() if arch == "phi3" else ("rope.dimension_count",))):
         if (size := _size(header, arch, key, head_dim)) != head_dim:
@@ -118,12 +118,12 @@ def _size(header: GGUFHeader, arch: str, key: str, default: int | None = None) -
 
 
 def _decimal(value: float) -> float:
-    """1e-05 rather than 9.999999747378752e-06, which is what float32 metadata reads as."""
+    """1e-05 rather than 9.999999747378752e-06, the value of float32 metadata."""
     return float(str(np.float32(value)))
 
 
 def _gemma(header: GGUFHeader, family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Windows, scale of the scores and soft caps. llama.cpp fills in what older files lack as here."""
+    """Windows, scale of the scores and soft caps, with llama.cpp's defaults for older files that lack them."""
     arch, kind, layers = family.arch, family.model_type, config["num_hidden_layers"]
     period = _size(header, arch, "attention.sliding_window_pattern", GEMMA_PERIODS[kind])
     shared = {
@@ -148,7 +148,7 @@ def _gemma(header: GGUFHeader, family: Family, config: Mapping[str, Any]) -> dic
 
 
 def gemma_scalar(kind: str, layers: int, sizes: Mapping[str, Any]) -> int:
-    """query_pre_attn_scalar as llama.cpp knows it: by the number of layers."""
+    """query_pre_attn_scalar, which llama.cpp derives from the number of layers."""
     if layers == GEMMA_27B[kind]:
         return sizes["hidden_size"] // sizes["num_attention_heads"]
     return sizes["head_dim"]
@@ -156,7 +156,7 @@ def gemma_scalar(kind: str, layers: int, sizes: Mapping[str, Any]) -> int:
 
 def _phi3(header: GGUFHeader, config: Mapping[str, Any]) -> dict[str, Any]:
     head_dim, context = config["head_dim"], config["max_position_embeddings"]
-    window = header.metadata.get("phi3.attention.sliding_window") or None  # 0 says that there is none
+    window = header.metadata.get("phi3.attention.sliding_window") or None  # 0: no window
     return {
         "sliding_window": window,
         "partial_rotary_factor": _size(header, "phi3", "rope.dimension_count", head_dim) / head_dim,
@@ -167,7 +167,7 @@ def _phi3(header: GGUFHeader, config: Mapping[str, Any]) -> dict[str, Any]:
 def _experts(header: GGUFHeader, family: Family) -> dict[str, Any]:
     """llama.cpp's router renormalises the chosen weights in both families."""
     sizes = {
-        family.experts: _size(header, family.arch, "expert_count"),
+        str(family.experts): _size(header, family.arch, "expert_count"),
         "num_experts_per_tok": _size(header, family.arch, "expert_used_count"),
     }
     if family.model_type != "qwen3_moe":
@@ -213,13 +213,13 @@ def _longrope(
     }
     scale = config["max_position_embeddings"] / original
     usual = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
-    # The file rounds it to float32; where it is what transformers computes, that is left to be computed.
+    # The file rounds it to float32. If it is the value that transformers computes, config.json leaves it out.
     attention = header.metadata.get("phi3.rope.scaling.attn_factor", 1.0)
     return scaling if np.float32(usual) == np.float32(attention) else scaling | {"attention_factor": attention}
 
 
 def _llama3_scaling(path: str, config: Mapping[str, Any], factors: np.ndarray, context: int) -> dict[str, Any]:
-    """The settings that give the factors in the file, which keeps only the result of Llama 3.1's formula.
+    """The settings behind the factors in the file, which keeps only the result of Llama 3.1's formula.
 
     Source: Llama 3.1's apply_scaling, https://github.com/meta-llama/llama-models.
     """

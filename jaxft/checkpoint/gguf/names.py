@@ -1,13 +1,15 @@
-"""What the tensors of a GGUF file are called, family by family: one table for reading and for writing.
+"""Names of the tensors of a GGUF file by family: one table for reading and for writing.
 
-Names, the order of rows and what is added to norms are those of llama.cpp's converter.
+Names, the order of rows and the 1 that is added to norms are those of llama.cpp's converter.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+
+from jaxft.models.dense import DenseConfig
 
 # GGUF's name within `blk.N.` -> Hugging Face's within `model.layers.N.`
 _ATTENTION = {
@@ -21,7 +23,7 @@ _NORMS_BEFORE = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_lay
 _NORMS_AFTER = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
 _NORMS_AROUND = _NORMS_AFTER | {"attn_norm": "input_layernorm", "ffn_norm": "pre_feedforward_layernorm"}
 _QK_NORM = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
-# GGUF keeps a layer's experts as one tensor [experts, outputs, inputs]; `{e}` stands for each of them.
+# GGUF keeps a layer's experts as one tensor [experts, outputs, inputs]; `{e}` is the number of an expert.
 _MIXTRAL_EXPERTS = {
     "ffn_gate_inp": "block_sparse_moe.gate",
     "ffn_gate_exps": "block_sparse_moe.experts.{e}.w1",
@@ -43,7 +45,7 @@ LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.we
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """What the converter does to one family."""
+    """How llama.cpp's converter names and arranges one family."""
 
     arch: str  # general.architecture
     model_type: str
@@ -52,11 +54,11 @@ class Family:
     activation: Mapping[str, str] = field(default_factory=lambda: {"hidden_act": "silu"})
     # llama.cpp rotates neighbouring pairs in this family, so its converter interleaves the halves of q and k heads.
     interleaved: bool = False
-    # Hugging Face's norms multiply by 1 + weight, llama.cpp's by what the file holds.
+    # Hugging Face's norms multiply by 1 + weight, llama.cpp's by the tensor in the file.
     norm_plus_one: bool = False
     biases: Mapping[str, str] = field(default_factory=dict)  # config field -> GGUF tensor whose bias decides it
-    experts: str | None = None  # config field that counts them
-    settings: frozenset[str] = frozenset()  # metadata that this family has besides what all have
+    experts: str | None = None  # config field with their number
+    settings: frozenset[str] = frozenset()  # metadata of this family beyond that of all families
 
 
 _GELU = {"hidden_activation": "gelu_pytorch_tanh"}
@@ -66,7 +68,7 @@ _GEMMA2_SETTINGS = frozenset(
 )
 _EXPERT_SETTINGS = frozenset(("expert_count", "expert_used_count"))
 
-# By Hugging Face's model_type. `mistral` is written as `llama`, and reads back as that: it computes the same.
+# By Hugging Face's model_type. `mistral` is written as `llama` and read back as `llama`, which computes the same.
 FAMILIES = {
     family.model_type: family
     for family in (
@@ -153,20 +155,20 @@ class GGUFModule(NamedTuple):
     expert: int | None = None
 
 
-def places(family: Family, layers: int, experts: int = 0) -> dict[str, GGUFModule]:
-    """Hugging Face's name of every module -> its place, both without `.weight` or `.bias`; experts in order."""
-    found = {theirs: GGUFModule(ours, ours) for ours, theirs in WHOLE.items()}
+def gguf_modules(family: Family, layers: int, experts: int = 0) -> dict[str, GGUFModule]:
+    """Hugging Face's name of every module -> its module in GGUF, without `.weight` or `.bias`; experts in order."""
+    modules = {theirs: GGUFModule(ours, ours) for ours, theirs in WHOLE.items()}
     for n in range(layers):
         for ours, theirs in family.layer.items():
             name, module = f"blk.{n}.{ours}", f"model.layers.{n}.{theirs}"
             if "{e}" not in theirs:
-                found[module] = GGUFModule(name, ours)
+                modules[module] = GGUFModule(name, ours)
                 continue
-            found |= {module.format(e=e): GGUFModule(name, ours, e) for e in range(experts)}
-    return found
+            modules |= {module.format(e=e): GGUFModule(name, ours, e) for e in range(experts)}
+    return modules
 
 
-def shapes(family: Family, config: Any) -> dict[str, tuple[int, ...]]:
+def shapes(family: Family, config: DenseConfig) -> dict[str, tuple[int, ...]]:
     """Shape of each weight by its part. config: the family's Config."""
     width, vocab = config.hidden_size, config.vocab_size
     attention = config.shape().layers[0].attention
@@ -198,12 +200,12 @@ def shapes(family: Family, config: Any) -> dict[str, tuple[int, ...]]:
     return matrices | norms
 
 
-def expert_count(family: Family, config: Any) -> int:
+def expert_count(family: Family, config: DenseConfig) -> int:
     """Experts of a layer, 0 in a dense family. config: the family's Config."""
     return getattr(config, family.experts) if family.experts else 0
 
 
-def heads_interleaved(family: Family, module: str, config: Any) -> int:
+def heads_interleaved(family: Family, module: str, config: DenseConfig) -> int:
     """Number of heads whose halves llama.cpp interleaves in the rows of a module, 0 for none."""
     if family.interleaved and module.endswith(".q_proj"):
         return config.num_attention_heads

@@ -1,4 +1,4 @@
-"""The settings that a GGUF file has for a config.json, and refusal of what llama.cpp would compute differently."""
+"""The settings of a GGUF file for a config.json, and refusal of models that llama.cpp would compute differently."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -18,12 +18,13 @@ from jaxft.checkpoint.gguf.names import (
     expert_count,
 )
 from jaxft.errors import ExportError
-from jaxft.models.dense import FULL, SLIDING
+from jaxft.models.dense import FULL, SLIDING, DenseConfig
+from jaxft.models.families.gemma2 import GemmaConfig
 
 
 def family_of(hf_config: Mapping[str, Any]) -> Family:
-    """The family as which a model is written. Raises ExportError where there is none."""
-    kind = hf_config.get("model_type")
+    """The family as which a model is written. Raises ExportError if there is none."""
+    kind = str(hf_config.get("model_type"))
     if WRITTEN_AS.get(kind, kind) not in FAMILIES:
         raise ExportError(
             f"model_type {kind!r} is not written to GGUF; {', '.join(sorted({*FAMILIES, *WRITTEN_AS}))} are"
@@ -32,7 +33,7 @@ def family_of(hf_config: Mapping[str, Any]) -> Family:
 
 
 def model_metadata(hf_config: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings under the architecture's name. Raises ExportError for what llama.cpp lacks."""
+    """Settings under the architecture's name. Raises ExportError for settings that llama.cpp does not have."""
     family, config = family_of(hf_config), models.config_from_hf(hf_config)
     _refuse(family, config)
     settings = {
@@ -56,7 +57,7 @@ def model_metadata(hf_config: Mapping[str, Any]) -> dict[str, Any]:
         if getattr(config, cap, None) is not None:
             settings[cap] = float(getattr(config, cap))
     if family.arch == "phi3":
-        # 0: the window, where there is one, is not below the context.
+        # 0, no window: a window that limits attention is refused above.
         settings |= {"attention.sliding_window": 0}
         settings.setdefault("rope.scaling.original_context_length", config.max_position_embeddings)
     if family.experts:
@@ -70,7 +71,7 @@ def model_metadata(hf_config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rope_vectors(hf_config: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Rotary factors that llama.cpp reads as tensors, float32."""
+    """The rotary factors that llama.cpp reads as tensors, float32."""
     config = models.config_from_hf(hf_config)
     rope = config.rope
     if rope.kind == "llama3":
@@ -95,18 +96,18 @@ def _rope(rope: Any) -> dict[str, Any]:
     return {}
 
 
-def _refuse(family: Family, config: Any) -> None:
-    for found, why in _differences(family, config):
-        if found:
+def _refuse(family: Family, config: DenseConfig) -> None:
+    for differs, why in _differences(family, config):
+        if differs:
             raise ExportError(
                 f"{why}. llama.cpp's {family.arch} would compute something else than this model, so no GGUF is written."
             )
 
 
-def _differences(family: Family, config: Any) -> list[tuple[bool, str]]:
-    """(whether it is so, what) of everything that llama.cpp does in one way only in a family."""
+def _differences(family: Family, config: DenseConfig) -> list[tuple[bool, str]]:
+    """(whether the model differs, how) for everything that llama.cpp does in only one way for a family."""
     arch, rope, heads = family.arch, config.rope, config.num_attention_heads * config.head_dim
-    kinds = ("default", "linear", "longrope") if arch == "phi3" else ("default", "linear", "llama3")
+    kinds: tuple[str, ...] = ("default", "linear", "longrope" if arch == "phi3" else "llama3")
     if arch != "llama":
         kinds = tuple(kind for kind in kinds if kind != "llama3")
     whole = arch == "phi3" or rope.partial_rotary_factor == 1.0
@@ -128,25 +129,25 @@ def _differences(family: Family, config: Any) -> list[tuple[bool, str]]:
         (arch == "gemma2" and not config.tie_word_embeddings, "tie_word_embeddings=False: gemma2 has no output matrix"),
         (
             not getattr(config, "norm_topk_prob", True),
-            "norm_topk_prob=False: the weights of a token's experts are made to sum to 1",
+            "norm_topk_prob=False: the weights of a token's experts are normalised to sum to 1",
         ),
     ]
-    return differences + (_gemma(family, config) if family.model_type in GEMMA_PERIODS else _window(config))
+    return differences + (_gemma(family, config) if isinstance(config, GemmaConfig) else _window(config))
 
 
-def _window(config: Any) -> list[tuple[bool, str]]:
+def _window(config: DenseConfig) -> list[tuple[bool, str]]:
     context = config.max_position_embeddings
     window = min((w for layer in config.shape().layers if (w := layer.attention.form.window)), default=context)
     return [
         (
             window < context,
-            f"sliding_window={window} is below max_position_embeddings={context}, and there is no window: it would "
-            "attend further. Set sliding_window to null, or max_position_embeddings to the window",
+            f"sliding_window={window} is below max_position_embeddings={context}, but the architecture has no window "
+            "and would attend further. Set sliding_window to null, or max_position_embeddings to the window",
         )
     ]
 
 
-def _gemma(family: Family, config: Any) -> list[tuple[bool, str]]:
+def _gemma(family: Family, config: GemmaConfig) -> list[tuple[bool, str]]:
     kind, layers = family.model_type, config.num_hidden_layers
     period = GEMMA_PERIODS[kind]
     usual = tuple(FULL if (i + 1) % period == 0 else SLIDING for i in range(layers))
@@ -159,7 +160,7 @@ def _gemma(family: Family, config: Any) -> list[tuple[bool, str]]:
             config.query_pre_attn_scalar != scalar,
             f"query_pre_attn_scalar={config.query_pre_attn_scalar}: in a model of {layers} layers it is {scalar}",
         ),
-        *((getattr(config, cap) is None, f"{cap}=None: logits are capped there at any rate") for cap in caps),
+        *((getattr(config, cap) is None, f"{cap}=None: the architecture always caps its logits") for cap in caps),
         (
             kind == "gemma3_text" and config.final_logit_softcapping is not None,
             f"final_logit_softcapping={config.final_logit_softcapping}: some versions leave it out",

@@ -1,9 +1,10 @@
-"""Models and adapters in GGUF, as llama.cpp reads them: header first, then one tensor at a time.
+"""Writing models and adapters as GGUF for llama.cpp: header first, then one tensor at a time.
 
-Quantisation is the `gguf` library's. Matrices are stored in the wanted type, vectors in float32, as
-llama.cpp's own converter does.
+The `gguf` library quantises. As in llama.cpp's own converter, matrices are stored in the requested type and vectors in
+float32.
 """
 
+import functools
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -22,18 +23,19 @@ from jaxft.checkpoint.gguf.names import (
     Family,
     GGUFModule,
     expert_count,
+    gguf_modules,
     has_shifted_norm,
     heads_interleaved,
     interleave,
-    places,
 )
 from jaxft.checkpoint.gguf.settings import family_of, model_metadata, rope_vectors
 from jaxft.checkpoint.peft.folder import CONFIG, PREFIX, AdapterTensors
 from jaxft.checkpoint.peft.lora import read_settings
 from jaxft.checkpoint.safetensors_writer import LazyTensor
 from jaxft.checkpoint.tensors import TensorSpec
-from jaxft.errors import ExportError
+from jaxft.errors import ExportError, listed
 from jaxft.files.paths import read_json
+from jaxft.models.dense import DenseConfig
 
 F32, F16, BF16, Q8_0 = (GGMLQuantizationType[name] for name in ("F32", "F16", "BF16", "Q8_0"))
 KINDS = {"float32": F32, "float16": F16, "bfloat16": BF16, "q8_0": Q8_0}
@@ -49,12 +51,11 @@ def write_gguf(
     tokenizer: Mapping[str, Any],
     name: str,
 ) -> None:
-    """Writes a whole model; one tensor is in memory at a time, also of the experts that GGUF keeps as one.
+    """Writes a whole model with one tensor in memory at a time; of experts that GGUF keeps in one tensor, one expert.
 
-    tensors: under Hugging Face names, any float type. dtype: one of KINDS. tokenizer: metadata under
-    `tokenizer.`; see `jaxft.data.tokenizers.gguf_write`. name: what general.name says.
-    Raises ExportError for a family or setting that llama.cpp would compute differently, and for values
-    that the wanted type cannot hold.
+    tensors: under Hugging Face names, any float dtype. dtype: one of KINDS. tokenizer: metadata under `tokenizer.`;
+    see `jaxft.data.tokenizers.gguf_write`. name: for general.name. Raises ExportError for a family or setting that
+    llama.cpp would compute differently, and for values beyond the range of the type.
     """
     kind, family = _kind(dtype), family_of(hf_config)
     metadata = model_metadata(hf_config) | {
@@ -63,17 +64,17 @@ def write_gguf(
         "general.file_type": int(LlamaFileType[FILE_TYPES[kind]]),
         "general.quantization_version": 2,
     }
-    merged = _merged(family, models.config_from_hf(hf_config), tensors, kind)
+    merged = _file_tensors(family, models.config_from_hf(hf_config), tensors, kind)
     vectors = {
-        vector: _Merged(kind=F32, shape=values.shape, parts=(lambda values=values: values,))
+        vector: _FileTensor(kind=F32, shape=values.shape, parts=(functools.partial(np.asarray, values),))
         for vector, values in rope_vectors(hf_config).items()
     }
     _write(GGUFWriter(path, family.arch), metadata | dict(tokenizer), merged | vectors)
 
 
-def written_bytes(tensors: Mapping[str, LazyTensor], hf_config: Mapping[str, Any], dtype: str) -> int:
-    """Size of the tensors in a file of that type. Raises ExportError for a family that has no place in one."""
-    merged = _merged(family_of(hf_config), models.config_from_hf(hf_config), tensors, _kind(dtype))
+def gguf_bytes(tensors: Mapping[str, LazyTensor], hf_config: Mapping[str, Any], dtype: str) -> int:
+    """Size of the tensors in a file of that type. Raises ExportError for a family that is not written to GGUF."""
+    merged = _file_tensors(family_of(hf_config), models.config_from_hf(hf_config), tensors, _kind(dtype))
     return sum(tensor.nbytes for tensor in merged.values())
 
 
@@ -85,10 +86,10 @@ def write_gguf_adapter(path: str, folder: str, hf_config: Mapping[str, Any], *, 
     """
     kind = _kind(dtype)
     if kind == Q8_0:
-        raise ExportError("an adapter's ranks do not fill blocks of q8_0; use float32, float16 or bfloat16")
+        raise ExportError("rows of an adapter do not fill blocks of q8_0; use float32, float16 or bfloat16")
     peft_config = read_json(os.path.join(folder, CONFIG))
     if peft_config.get("peft_type") != "LORA":
-        raise ExportError(f"{folder} is of peft_type {peft_config.get('peft_type')!r}; llama.cpp reads LoRA alone")
+        raise ExportError(f"{folder} has peft_type {peft_config.get('peft_type')!r}; llama.cpp reads only LoRA")
     settings = read_settings(peft_config)
     beyond = [
         name for name in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save") if peft_config.get(name)
@@ -96,7 +97,7 @@ def write_gguf_adapter(path: str, folder: str, hf_config: Mapping[str, Any], *, 
     if beyond:
         raise ExportError(f"{folder} has {', '.join(beyond)}, which llama.cpp's adapters do not have: merge it instead")
     source, family, config = AdapterTensors(folder), family_of(hf_config), models.config_from_hf(hf_config)
-    names = places(family, config.num_hidden_layers)
+    names = gguf_modules(family, config.num_hidden_layers)
     # llama.cpp divides alpha by the rank; the rank-stabilised form divides by its root.
     alpha = settings.alpha * (math.sqrt(settings.r) if settings.use_rslora else 1.0)
     lazy, unknown = {}, []
@@ -106,34 +107,35 @@ def write_gguf_adapter(path: str, folder: str, hf_config: Mapping[str, Any], *, 
             unknown.append(key)
             continue
         heads = heads_interleaved(family, module, config) if part == "B" else 0
-        lazy[f"{names[module].name}.weight.lora_{part.lower()}"] = _Merged(
+        lazy[f"{names[module].name}.weight.lora_{part.lower()}"] = _FileTensor(
             kind=kind,
             shape=spec.shape,
-            parts=(lambda key=key, heads=heads: _encode(key, source.read(key), heads, kind),),
+            parts=(functools.partial(_encode, key, functools.partial(source.read, key), heads, kind),),
         )
     if unknown or not lazy:
-        raise ExportError(f"{folder}: tensors that GGUF has no place for, among them {unknown[:3]}")
+        problem = f"GGUF has no name for {listed(unknown, 3)}" if unknown else "it holds no LoRA"
+        raise ExportError(f"{folder} cannot be written as a GGUF adapter: {problem}")
     metadata = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": float(alpha)}
     _write(GGUFWriter(path, family.arch), metadata, lazy)
 
 
 def check_gguf(path: str, tensors: Mapping[str, LazyTensor], *, dtype: str) -> None:
-    """Reads a written model again, tensor by tensor: each is exactly what the library makes of the source.
+    """Reads a written model back and compares every tensor with the library's quantisation of the source, bit by bit.
 
     Gemma's norms are read back as (1 + w) - 1 in float32: w may differ in its last bits, and the layer multiplies by
-    the same number. Raises ExportError naming the first that differs.
+    the same number. Raises ExportError naming the first tensor that differs.
     """
     source, kind = GGUFFile(path), _kind(dtype)
     written = source.specs()
     if set(written) != set(tensors):
         raise ExportError(f"{path} holds other tensors than the source: {sorted(set(written) ^ set(tensors))[:3]}")
     for name, (spec, make) in tensors.items():
-        each = _kind_of(spec, kind, source.part(name))
+        tensor_kind = _kind_of(spec, kind, source.part(name))
         expected = make().astype(np.float32)
         if has_shifted_norm(source.family, name):
             expected = (expected + np.float32(1)) - np.float32(1)
-        if each != F32:
-            expected = dequantize(quantize(expected, each), each)
+        if tensor_kind != F32:
+            expected = dequantize(quantize(expected, tensor_kind), tensor_kind)
         if not np.array_equal(source.read(name).view(np.uint32), expected.view(np.uint32)):
             raise ExportError(f"{path}: tensor {name!r} reads back differently. Do not use the file.")
 
@@ -152,8 +154,8 @@ def _kind_of(spec: TensorSpec, kind: GGMLQuantizationType, part: str) -> GGMLQua
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Merged:
-    """A tensor of the file and what makes the bytes of its parts, one after another: those of experts, or just one."""
+class _FileTensor:
+    """A tensor of the file, and the functions that make the bytes of its parts: one for each expert, or just one."""
 
     kind: GGMLQuantizationType
     shape: tuple[int, ...]
@@ -165,48 +167,51 @@ class _Merged:
         return math.prod(self.shape) // block * block_bytes
 
     def tofile(self, file: BinaryIO) -> None:
-        """What the library's writer calls on the array that it expects here."""
+        """The method that the library's writer calls on the array it expects here."""
         for make in self.parts:
             make().tofile(file)
 
 
-def _merged(
-    family: Family, config: Any, tensors: Mapping[str, LazyTensor], kind: GGMLQuantizationType
-) -> dict[str, _Merged]:
-    """The tensors of the file, by name, of those under Hugging Face names."""
+def _file_tensors(
+    family: Family, config: DenseConfig, tensors: Mapping[str, LazyTensor], kind: GGMLQuantizationType
+) -> dict[str, _FileTensor]:
+    """The tensors of the file by name, from those under Hugging Face names."""
     count = expert_count(family, config)
-    found = places(family, config.num_hidden_layers, count)
-    unknown = [hf for hf in tensors if hf.rpartition(".")[0] not in found]
+    modules = gguf_modules(family, config.num_hidden_layers, count)
+    unknown = [hf for hf in tensors if hf.rpartition(".")[0] not in modules]
     if unknown:
-        raise ExportError(f"{len(unknown)} tensors have no name in GGUF's {family.arch}, among them {unknown[:3]}")
+        raise ExportError(f"{len(unknown)} tensors have no name in GGUF's {family.arch}: {listed(unknown, 3)}")
     groups: dict[str, list[tuple[int, str, GGUFModule]]] = {}
     for hf in tensors:
-        place = found[hf.rpartition(".")[0]]
-        groups.setdefault(f"{place.name}.{hf.rpartition('.')[2]}", []).append((place.expert or 0, hf, place))
+        module, _, suffix = hf.rpartition(".")
+        gguf_module = modules[module]
+        groups.setdefault(f"{gguf_module.name}.{suffix}", []).append((gguf_module.expert or 0, hf, gguf_module))
     merged = {}
     for name, members in groups.items():
         members.sort(key=lambda member: member[0])
-        (_, first, place), spec = members[0], tensors[members[0][1]][0]
-        each = _kind_of(spec, kind, place.part)
-        merged[name] = _Merged(
-            kind=each,
-            shape=spec.shape if place.expert is None else (count, *spec.shape),
-            parts=tuple(_encoder(family, config, hf, tensors[hf][1], each) for _, hf, _ in members),
+        (_, first, gguf_module), spec = members[0], tensors[members[0][1]][0]
+        tensor_kind = _kind_of(spec, kind, gguf_module.part)
+        merged[name] = _FileTensor(
+            kind=tensor_kind,
+            shape=spec.shape if gguf_module.expert is None else (count, *spec.shape),
+            parts=tuple(_encoder(family, config, hf, tensors[hf][1], tensor_kind) for _, hf, _ in members),
         )
-        if place.expert is not None and len(members) != count:
-            raise ExportError(f"{len(members)} of {count} experts are there, among them {first!r}")
+        if gguf_module.expert is not None and len(members) != count:
+            raise ExportError(f"only {len(members)} of {count} experts are there, among them {first!r}")
     return merged
 
 
 def _encoder(
-    family: Family, config: Any, hf: str, make: Callable[[], np.ndarray], kind: GGMLQuantizationType
+    family: Family, config: DenseConfig, hf: str, make: Callable[[], np.ndarray], kind: GGMLQuantizationType
 ) -> Callable[[], np.ndarray]:
     heads, shifted = heads_interleaved(family, hf.rpartition(".")[0], config), has_shifted_norm(family, hf)
-    return lambda: _encode(hf, make(), heads, kind, add=1.0 if shifted else 0.0)
+    return functools.partial(_encode, hf, make, heads, kind, add=1.0 if shifted else 0.0)
 
 
-def _encode(name: str, array: np.ndarray, heads: int, kind: GGMLQuantizationType, *, add: float = 0.0) -> np.ndarray:
-    values = array.astype(np.float32)
+def _encode(
+    name: str, make: Callable[[], np.ndarray], heads: int, kind: GGMLQuantizationType, *, add: float = 0.0
+) -> np.ndarray:
+    values = make().astype(np.float32)
     if add:
         values = values + np.float32(add)
     if heads:
@@ -216,7 +221,8 @@ def _encode(name: str, array: np.ndarray, heads: int, kind: GGMLQuantizationType
     return quantize(np.ascontiguousarray(values), kind)
 
 
-def _write(writer: GGUFWriter, metadata: Mapping[str, Any], tensors: Mapping[str, _Merged]) -> None:
+def _write(writer: GGUFWriter, metadata: Mapping[str, Any], tensors: Mapping[str, _FileTensor]) -> None:
+    add: dict[type, Callable[[str, Any], None]]
     add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
     for key, value in metadata.items():
         add.get(type(value), writer.add_array)(key, value)
@@ -227,8 +233,8 @@ def _write(writer: GGUFWriter, metadata: Mapping[str, Any], tensors: Mapping[str
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for tensor in tensors.values():
-            writer.write_tensor_data(tensor)
-        for file in writer.fout:
+            writer.write_tensor_data(tensor)  # type: ignore[arg-type]  # it calls `tofile` alone
+        for file in writer.fout or ():
             file.flush()
             os.fsync(file.fileno())
     finally:

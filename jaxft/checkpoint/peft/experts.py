@@ -1,9 +1,9 @@
-"""LoRA on the experts of a layer that are one parameter, as PEFT keeps it (target_parameters, PEFT 0.21).
+"""LoRA on experts that are one parameter per layer, as PEFT keeps it (target_parameters, PEFT 0.21).
 
 transformers 5 has all experts of a layer in `gate_up_proj` and `down_proj` of one module. PEFT wraps the module once
-for each of them, gate_up_proj first: with both, `experts.base_layer.lora_A.weight` is of gate_up_proj and
-`experts.lora_A.weight` of down_proj; with one, it is of that one. A is [E r, I], experts outermost; B is [O, r E],
-experts innermost.
+for each of them, gate_up_proj first: with both, `experts.base_layer.lora_A.weight` belongs to gate_up_proj and
+`experts.lora_A.weight` to down_proj; with one, `experts.lora_A.weight` belongs to that one. A is [E r, I], experts
+outermost; B is [O, r E], experts innermost.
 """
 
 # E experts, I inputs, O outputs, r rank, F inner
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from jaxft.checkpoint.fused_experts import SINGLE
-from jaxft.checkpoint.peft.folder import PREFIX, AdapterTensors
+from jaxft.checkpoint.peft.folder import PREFIX, PeftSource
 from jaxft.checkpoint.tensors import TensorSpec
 from jaxft.errors import CheckpointError, ModelError
 from jaxft.models.tensor_map import Transform
@@ -27,50 +27,44 @@ _KEY = re.compile(re.escape(PREFIX) + r"(model\.layers\.\d+)\.mlp\.experts(\.bas
 
 @dataclass(frozen=True)
 class StackedA(Transform):
-    """[E, r, I] as [E r, I]."""
+    """Ours [E, r, I], PEFT's [E r, I]."""
 
     experts: int
 
     def hf_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape in a folder."""
         return (shape[0] * shape[1], shape[2])
 
     def from_hf(self, array: np.ndarray) -> np.ndarray:
-        """Out of a folder."""
         return array.reshape(self.experts, -1, array.shape[-1])
 
     def to_hf(self, array: np.ndarray) -> np.ndarray:
-        """Into a folder."""
         return array.reshape(-1, array.shape[-1])
 
 
 @dataclass(frozen=True)
 class StackedB(Transform):
-    """[E, r, O] as [O, r E]."""
+    """Ours [E, r, O], PEFT's [O, r E]."""
 
     experts: int
 
     def hf_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape in a folder."""
         return (shape[2], shape[0] * shape[1])
 
     def from_hf(self, array: np.ndarray) -> np.ndarray:
-        """Out of a folder."""
         return array.reshape(array.shape[0], -1, self.experts).transpose(2, 1, 0)
 
     def to_hf(self, array: np.ndarray) -> np.ndarray:
-        """Into a folder."""
         return array.transpose(2, 1, 0).reshape(array.shape[2], -1)
 
 
-def wrapper(module: str, adapted: Collection[str]) -> str:
-    """PEFT's module for `<experts>.gate_up_proj` or `<experts>.down_proj`. adapted: which of the two have one."""
+def wrapper_module(module: str, adapted: Collection[str]) -> str:
+    """PEFT's module for `<experts>.gate_up_proj` or `<experts>.down_proj`. adapted: those with an adapter."""
     experts, _, name = module.rpartition(".")
     return f"{experts}.base_layer" if name == INNER and OUTER in adapted else experts
 
 
 def targets_of(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Last names of the parameters that an adapter_config.json targets. Raises ModelError for others than experts."""
+    """Last names of the parameters that an adapter_config.json targets. Raises ModelError unless they are experts."""
     names = {str(target).rsplit(".", 1)[-1] for target in config.get("target_parameters") or ()}
     if names - {INNER, OUTER}:
         raise ModelError(
@@ -83,25 +77,29 @@ def targets_of(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def is_stacked(key: str) -> bool:
-    """Whether a key is of experts in one parameter."""
+    """Whether a key belongs to experts in one parameter."""
     return _KEY.fullmatch(key) is not None
 
 
-def single(config: Mapping[str, Any], source: AdapterTensors, base: Collection[str]) -> tuple[dict[str, Any], Any]:
-    """The config and tensors of a folder as if each expert were a module, where the base's files have them so.
+def split_stacked(
+    config: Mapping[str, Any], source: PeftSource, base: Collection[str]
+) -> tuple[dict[str, Any], PeftSource]:
+    """The config and tensors of a folder as if each expert were a module, if the base's files have one for each.
 
     base: names of the base's tensors. Gate and up share the A of gate_up_proj: each gets a copy.
     """
     targets, kinds = targets_of(config), _kinds_in(base)
     if not targets or kinds is None:
         return dict(config), source
-    listed = config.get("target_modules") or []
-    if isinstance(listed, str):
-        raise ModelError(f"adapter_config.json has target_parameters beside target_modules={listed!r}; give a list")
+    target_modules = config.get("target_modules") or []
+    if isinstance(target_modules, str):
+        raise ModelError(
+            f"adapter_config.json has target_parameters beside target_modules={target_modules!r}; give a list"
+        )
     _, gate, up, down = kinds
     names = [name for target in targets for name in ((gate, up) if target == INNER else (down,))]
     plain = {name: value for name, value in config.items() if name != "target_parameters"}
-    return plain | {"target_modules": [*listed, *names]}, _Single(source, targets, kinds, config["r"])
+    return plain | {"target_modules": [*target_modules, *names]}, _SplitExperts(source, targets, kinds, config["r"])
 
 
 def _kinds_in(base: Collection[str]) -> tuple[str, ...] | None:
@@ -113,66 +111,67 @@ def _kinds_in(base: Collection[str]) -> tuple[str, ...] | None:
 
 @dataclass(frozen=True)
 class _Part:
-    """One expert's half in a stacked tensor: of how many experts, and which rows of B."""
+    """One expert's half of a LoRA in a stacked tensor of `experts` experts; rows: of B, all if None.
 
-    stored: str
+    With experts=0 the whole tensor.
+    """
+
+    source_name: str
     expert: int = 0
     experts: int = 0
     rows: tuple[int, int] | None = None
 
-    def of(self, array: np.ndarray) -> np.ndarray:
+    def cut_from(self, array: np.ndarray) -> np.ndarray:
         if not self.experts:
             return array
-        if ".lora_A." in self.stored:
+        if ".lora_A." in self.source_name:
             return StackedA(self.experts).from_hf(array)[self.expert]
         return StackedB(self.experts).from_hf(array)[self.expert].T[slice(*self.rows) if self.rows else ...]
 
 
-class _Single:
+class _SplitExperts:
     """Adapter tensors with a key for each expert's matrix."""
 
-    def __init__(self, source: AdapterTensors, targets: Collection[str], kinds: tuple[str, ...], r: int) -> None:
-        self._source, self._parts = source, {}
+    def __init__(self, source: PeftSource, targets: Collection[str], kinds: tuple[str, ...], r: int) -> None:
+        self._source = source
+        self._parts: dict[str, _Part] = {}
         for key, spec in source.specs().items():
-            found = _KEY.fullmatch(key)
-            if found is None:
+            match = _KEY.fullmatch(key)
+            if match is None:
                 self._parts[key] = _Part(key)
             else:
-                self._parts |= dict(_single_parts(key, spec, found, targets, kinds, r))
+                self._parts |= dict(_split_parts(key, spec, match, targets, kinds, r))
 
-    def without(self, keys: Collection[str]) -> "_Single":
-        """The others."""
-        others = object.__new__(_Single)
+    def drop(self, keys: Collection[str]) -> "_SplitExperts":
+        others = object.__new__(_SplitExperts)
         others._source, others._parts = self._source, {k: p for k, p in self._parts.items() if k not in keys}
         return others
 
     def specs(self) -> dict[str, TensorSpec]:
-        """Shape and dtype of every tensor."""
         given = self._source.specs()
         out = {}
         for key, part in self._parts.items():
-            spec = given[part.stored]
-            out[key] = TensorSpec(part.of(np.broadcast_to(np.float32(0), spec.shape)).shape, spec.dtype)
+            spec = given[part.source_name]
+            out[key] = TensorSpec(part.cut_from(np.broadcast_to(np.float32(0), spec.shape)).shape, spec.dtype)
         return out
 
     def read(self, key: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
-        """The tensor, or a block of it; see `TensorSource.read`."""
         part = self._parts[key]
-        return part.of(self._source.read(part.stored))[index or ...]
+        return part.cut_from(self._source.read(part.source_name))[index or ...]
 
 
-def _single_parts(
-    key: str, spec: TensorSpec, found: re.Match, targets: Collection[str], kinds: tuple[str, ...], r: int
+def _split_parts(
+    key: str, spec: TensorSpec, match: re.Match, targets: Collection[str], kinds: tuple[str, ...], r: int
 ) -> Iterator[tuple[str, _Part]]:
-    layer, inner, half = found.groups()
+    layer, inner, half = match.groups()
     name = INNER if inner or OUTER not in targets else OUTER
     module, gate, up, down = kinds
     stacked = spec.shape[0 if half == "lora_A" else -1]
     if len(spec.shape) != 2 or stacked % r or (name == INNER and half == "lora_B" and spec.shape[0] % 2):
-        raise CheckpointError(f"{key} {list(spec.shape)} is not of experts of rank {r}")
+        raise CheckpointError(f"{key} {list(spec.shape)} does not hold experts of rank {r}")
     for expert in range(stacked // r):
-        for place, kind in enumerate((gate, up) if name == INNER else (down,)):
+        for position, kind in enumerate((gate, up) if name == INNER else (down,)):
             half_rows = spec.shape[0] // 2
-            rows = (place * half_rows, (place + 1) * half_rows) if name == INNER else None
+            rows = (position * half_rows, (position + 1) * half_rows) if name == INNER else None
             part = _Part(key, expert, stacked // r, rows)
             yield f"{PREFIX}{layer}.{module}.experts.{expert}.{kind}.{half}.weight", part

@@ -1,4 +1,4 @@
-"""IA3 in PEFT's folders: `<module>.ia3_l` [O, 1], or [1, I] where a feed-forward layer's inputs are scaled."""
+"""IA3 in PEFT's folders: `<module>.ia3_l` [O, 1], or [1, I] if a feed-forward layer's inputs are scaled."""
 
 # I inputs, O outputs
 
@@ -8,55 +8,53 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from flax import nnx
 
 from jaxft.adapters.attach import adapters
 from jaxft.adapters.ia3 import attach_ia3
 from jaxft.checkpoint.peft.folder import (
     PREFIX,
-    AdapterTensors,
     MergeBlock,
+    PeftSource,
     PeftTensor,
     ReadBlock,
     layers_named,
+    misfit_error,
     modules,
     refuse_unknown,
 )
 from jaxft.checkpoint.tensors import TensorSource, TensorSpec
-from jaxft.errors import CheckpointError
 from jaxft.models.tensor_map import Index, Transform
+from jaxft.nn.decoder import Decoder
 
 PEFT_TYPE = "IA3"
 READ = ("target_modules", "feedforward_modules", "init_ia3_weights")
 
 
 @dataclass(frozen=True)
-class Lined(Transform):
-    """A vector that PEFT keeps as a column, or as a row of a matrix."""
+class VectorAsMatrix(Transform):
+    """A vector that PEFT keeps as a matrix of one column, or of one row."""
 
     column: bool
 
     def hf_index(self, index: Index) -> Index:
-        """As `Transform.hf_index`."""
         return (*index, slice(None)) if self.column else (slice(None), *index)
 
     def hf_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """As `Transform.hf_shape`."""
         return (*shape, 1) if self.column else (1, *shape)
 
     def from_hf(self, array: np.ndarray) -> np.ndarray:
-        """As `Transform.from_hf`."""
         return array.reshape(-1)
 
     def to_hf(self, array: np.ndarray) -> np.ndarray:
-        """As `Transform.to_hf`."""
         return array.reshape(self.hf_shape(array.shape))
 
 
-def put(model: nnx.Module, config: Mapping[str, Any], specs: Mapping[str, TensorSpec], folder: str) -> tuple[str, ...]:
+def attach_to(
+    model: Decoder, config: Mapping[str, Any], specs: Mapping[str, TensorSpec], folder: str
+) -> tuple[str, ...]:
     """Attaches adapters to the layers that a folder's keys name, values still to be read.
 
-    PEFT goes by the names in feedforward_modules; the shapes of the tensors must say the same.
+    PEFT tells feed-forward layers by feedforward_modules; the shapes of the tensors must agree.
     """
     refuse_unknown(config, lambda name, value: name in READ)
     paths = layers_named(model, specs, "ia3_l", folder)
@@ -67,25 +65,25 @@ def put(model: nnx.Module, config: Mapping[str, Any], specs: Mapping[str, Tensor
     return attach_ia3(model, paths, sorted(inward))
 
 
-def stored(model: nnx.Module) -> Iterator[PeftTensor]:
-    """The tensors that a folder has of a model's adapters."""
+def peft_tensors(model: Decoder) -> Iterator[PeftTensor]:
+    """The folder's tensors for a model's adapters."""
     attached = adapters(model)
     for module, path, piece in modules(model):
         if path in attached:
             column = not attached[path].feedforward
-            yield PeftTensor(f"{module}.ia3_l", f"{path}/adapter/factors", piece.at, Lined(column=column))
+            yield PeftTensor(f"{module}.ia3_l", f"{path}/adapter/factors", piece.at, VectorAsMatrix(column=column))
 
 
-def fields(model: nnx.Module) -> dict[str, Any]:
-    """What adapter_config.json says of a model's adapters."""
+def adapter_config_fields(model: Decoder) -> dict[str, Any]:
+    """The fields of adapter_config.json for a model's adapters."""
     attached = adapters(model)
     inward = {path.rsplit("/", 1)[-1] for path, adapter in attached.items() if adapter.feedforward}
     targets = {path.rsplit("/", 1)[-1] for path in attached}
     return {"target_modules": sorted(targets), "feedforward_modules": sorted(inward), "init_ia3_weights": True}
 
 
-def merging(base: TensorSource, config: Mapping[str, Any], source: AdapterTensors) -> dict[str, MergeBlock]:
-    """How the base's matrices and biases, by name, are merged.
+def merge_blocks(base: TensorSource, config: Mapping[str, Any], source: PeftSource) -> dict[str, MergeBlock]:
+    """How each of the base's matrices and biases is merged, by its name.
 
     Raises ModelError for settings not implemented, and CheckpointError listing tensors that name no matrix of the base
     or have another shape.
@@ -108,8 +106,7 @@ def merging(base: TensorSource, config: Mapping[str, Any], source: AdapterTensor
         if not inward and f"{module}.bias" in specs:
             out[f"{module}.bias"] = _scaled(factors, axis=0)
     if problems or not out:
-        listed = "\n  ".join(problems[:20] or ["it holds no adapter at all"])
-        raise CheckpointError(f"the adapter does not fit its base:\n  {listed}")
+        raise misfit_error(problems)
     return out
 
 
@@ -124,7 +121,7 @@ def _scaled(factors: np.ndarray, *, axis: int) -> MergeBlock:
 
 
 def _is_named(names: Any, module: str) -> bool:
-    """As PEFT finds feed-forward modules: by a pattern of the whole name, or a list of its ends."""
+    """Whether PEFT takes a module for a feed-forward one: by a pattern of its whole name, or a list of name endings."""
     if isinstance(names, str):
         return re.fullmatch(names, module) is not None
     return any(module.endswith(name) for name in names or ())

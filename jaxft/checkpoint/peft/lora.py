@@ -1,8 +1,8 @@
 """The LoRA family in PEFT's folders.
 
-Keys: `<module>.lora_A.weight` [r, I] and `lora_B.weight` [O, r]; of DoRA also `lora_magnitude_vector` [O]; of
-embeddings `lora_embedding_A` [r, V] and `lora_embedding_B` [D, r]. Experts have a module each, as transformers 4 has
-them; PEFT turns those into what its version of transformers has.
+Keys: `<module>.lora_A.weight` [r, I] and `lora_B.weight` [O, r]; with DoRA also `lora_magnitude_vector` [O]; for
+embeddings `lora_embedding_A` [r, V] and `lora_embedding_B` [D, r]. Each expert is a module, as in transformers 4; PEFT
+converts that to the form of its own version of transformers.
 """
 
 # I inputs, O outputs, r rank, V vocab, D model
@@ -21,25 +21,27 @@ from jaxft.adapters.lora import make_lora, settings_for
 from jaxft.adapters.lora_experts import ExpertLoRA
 from jaxft.adapters.low_rank import LoRASettings
 from jaxft.checkpoint.hf import TIED_HEAD
-from jaxft.checkpoint.peft.experts import StackedA, StackedB, is_stacked, single, targets_of, wrapper
+from jaxft.checkpoint.peft.experts import StackedA, StackedB, is_stacked, split_stacked, targets_of, wrapper_module
 from jaxft.checkpoint.peft.folder import (
     PREFIX,
-    AdapterTensors,
     MergeBlock,
+    PeftSource,
     PeftTensor,
     ReadBlock,
     layers_named,
+    misfit_error,
     modules,
     refuse_unknown,
 )
 from jaxft.checkpoint.tensors import TensorSource, TensorSpec
-from jaxft.errors import CheckpointError, ModelError
+from jaxft.errors import ModelError
 from jaxft.models.nested import nested_module
 from jaxft.models.tensor_map import SAME, TRANSPOSED, Piece
+from jaxft.nn.decoder import Decoder
 from jaxft.nn.experts.layer import ExpertLinear
 
 PEFT_TYPE = "LORA"
-# Our parameter, the end of its key, its layout there, and whether its rows are as many as the rank.
+# Our parameter, the end of its key, its layout there, and whether it has one row for each rank.
 PARTS = (
     ("lora_a", "lora_A.weight", SAME, True),
     ("lora_b", "lora_B.weight", TRANSPOSED, True),
@@ -55,13 +57,14 @@ HARMLESS = (
     "loftq_config", "eva_config", "corda_config", "megatron_config", "megatron_core", "arrow_config",
     "lora_ga_config", "qalora_group_size",
 )  # fmt: skip
-# Draws of A and B only. The other kinds (pissa, olora, corda, loftq, ...) change the base's weights as well.
+# Initialisations of A and B only. The other kinds (pissa, olora, corda, loftq, ...) change the base's weights as well.
 DRAWS = (True, False, None, "gaussian", "eva", "orthogonal")
+Index = tuple[int | slice, ...]
 _LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.")
 
 
 def read_settings(config: Mapping[str, Any]) -> LoRASettings:
-    """LoRA settings of an adapter_config.json, patterns left aside. Raises ModelError naming each not implemented."""
+    """LoRA settings of an adapter_config.json without its patterns. Raises ModelError naming each not implemented."""
     refuse_unknown(config, _understood)
     for r in (config.get("r"), *(config.get("rank_pattern") or {}).values()):
         if not isinstance(r, int) or r < 1:
@@ -81,44 +84,47 @@ def settings_of(config: Mapping[str, Any], module: str) -> LoRASettings:
     return settings_for(read_settings(config), module, *patterns)
 
 
-def opened(
-    config: Mapping[str, Any], source: AdapterTensors, base: Collection[str]
-) -> tuple[dict[str, Any], AdapterTensors]:
-    """A folder as the base's files suggest it. base: names of their tensors."""
-    return single(config, source, base)
+def normalize(
+    config: Mapping[str, Any], source: PeftSource, base: Collection[str]
+) -> tuple[dict[str, Any], PeftSource]:
+    """A folder with one module per expert, if the base's files have that. base: names of their tensors."""
+    return split_stacked(config, source, base)
 
 
-def put(model: nnx.Module, config: Mapping[str, Any], specs: Mapping[str, TensorSpec], folder: str) -> tuple[str, ...]:
-    """Attaches adapters of a folder's settings to the layers that its keys name, values still to be read.
+def attach_to(
+    model: Decoder, config: Mapping[str, Any], specs: Mapping[str, TensorSpec], folder: str
+) -> tuple[str, ...]:
+    """Attaches adapters with a folder's settings to the layers that its keys name, values still to be read.
 
-    In a stack, a layer that the settings do not select has none.
+    In a stack, a layer that the settings do not select has none. Raises ModelError if the experts of one layer have
+    different settings.
     """
     read_settings(config)
     others = [key for key in specs if not is_stacked(key)]
     named = layers_named(model, others, "lora_", folder) if others or not specs else ()
     named = tuple(sorted({*named, *_stacked_layers(model, config)}))
-    stack_settings: dict[str, dict[int | None, LoRASettings | None]] = {path: {} for path in named}
+    by_layer: dict[str, dict[int | None, LoRASettings | None]] = {path: {} for path in named}
     for module, path, piece in modules(model):
-        if path in stack_settings:
+        if path in by_layer:
             module = module.removeprefix(PREFIX)
             stacked = _is_stack(dict(slots(model))[path], piece)
             chosen = _targeted(config, module) if stacked else _selected(config, module)
-            found = settings_of(config, module) if chosen else None
-            if stack_settings[path].setdefault(piece.layer, found) != found:
-                raise ModelError(f"{folder}: experts of one layer have other settings than each other: {module}")
+            settings = settings_of(config, module) if chosen else None
+            if by_layer[path].setdefault(piece.layer, settings) != settings:
+                raise ModelError(f"{folder}: the experts of one layer have different settings: {module}")
     layers = dict(slots(model))
-    for path, found in stack_settings.items():
-        if any(found.values()):
-            layers[path].adapter = make_lora(layers[path], tuple(found.values()), key_of(jax.random.key(0), path))
+    for path, of_path in by_layer.items():
+        if any(of_path.values()):
+            layers[path].adapter = make_lora(layers[path], tuple(of_path.values()), key_of(jax.random.key(0), path))
     return named
 
 
 def _is_stack(layer: Any, piece: Piece) -> bool:
-    """Whether a tensor of the base's files holds all experts of a layer."""
+    """Whether one tensor of the base's files holds all experts of a layer."""
     return isinstance(layer, ExpertLinear) and len(piece.at) == 1
 
 
-def _stacked_layers(model: nnx.Module, config: Mapping[str, Any]) -> set[str]:
+def _stacked_layers(model: Decoder, config: Mapping[str, Any]) -> set[str]:
     layers = dict(slots(model))
     return {
         path
@@ -131,54 +137,63 @@ def _targeted(config: Mapping[str, Any], module: str) -> bool:
     return bool(targets_of(config)) and _named(list(config["target_parameters"]), (module, nested_module(module)))
 
 
-def for_writing(model: nnx.Module) -> nnx.Module:
-    """The model with adapters as PEFT can load them beside the base: those with a start of their own as plain LoRA."""
+def plain_model(model: Decoder) -> Decoder:
+    """The model with its adapters as plain LoRA, which PEFT can load: also those that started from the base (PiSSA)."""
     copy = nnx.merge(*nnx.split(model))
-    for _, layer in slots(copy):
-        if layer.adapter is not None:
-            layer.adapter = layer.adapter.plain()
+    attached = adapters(copy)
+    for path, layer in slots(copy):
+        if path in attached:
+            layer.adapter = attached[path].plain()
     return copy
 
 
-def stored(model: nnx.Module) -> Iterator[PeftTensor]:
-    """The tensors that a folder has of a model's adapters."""
+def peft_tensors(model: Decoder) -> Iterator[PeftTensor]:
+    """The folder's tensors for a model's adapters."""
     attached = adapters(model)
     for module, path, piece in modules(model):
         rank = attached[path].rank(piece.layer) if path in attached else 0
         if rank and isinstance(attached[path], ExpertLoRA) and len(piece.at) == 1:
-            yield from _stored_stack(module, path, piece, rank, attached)
+            yield from _stacked_tensors(module, path, piece, rank, attached)
             continue
         for name, end, transform, ranked in PARTS if rank else ():
             if getattr(attached[path], name, None) is not None:
-                index = (*piece.at, slice(0, rank)) if ranked else piece.at
+                index: Index = (*piece.at, slice(0, rank)) if ranked else piece.at
                 yield PeftTensor(f"{module}.{end}", f"{path}/adapter/{name}", index, transform)
 
 
-def _stored_stack(module: str, path: str, piece: Piece, rank: int, attached: Mapping[str, Any]) -> Iterator[PeftTensor]:
+def _stacked_tensors(
+    module: str, path: str, piece: Piece, rank: int, attached: Mapping[str, Any]
+) -> Iterator[PeftTensor]:
     layer, _, _ = path.rpartition("/")
     adapted = {other.rpartition("/")[2] for other in attached if other.rpartition("/")[0] == layer}
     experts = attached[path].lora_a.get_value().shape[1]
-    index = (*piece.at, slice(None), slice(0, rank))
+    index: Index = (*piece.at, slice(None), slice(0, rank))
     for half, transform in (("A", StackedA(experts)), ("B", StackedB(experts))):
-        key = f"{wrapper(module, adapted)}.lora_{half}.weight"
+        key = f"{wrapper_module(module, adapted)}.lora_{half}.weight"
         yield PeftTensor(key, f"{path}/adapter/lora_{half.lower()}", index, transform)
 
 
-def fields(model: nnx.Module) -> dict[str, Any]:
-    """What adapter_config.json says of a model's adapters."""
-    attached, found, ends, stacked = adapters(model), {}, {}, set()
+def adapter_config_fields(model: Decoder) -> dict[str, Any]:
+    """The fields of adapter_config.json for a model's adapters. Raises ModelError if PEFT has no form for them."""
+    attached = adapters(model)
+    by_module: dict[str, LoRASettings] = {}
+    ends: dict[str, list[str]] = {}
+    stacked: set[str] = set()
     for module, path, piece in modules(model):
         module = module.removeprefix(PREFIX)
         ends.setdefault(module.rsplit(".", 1)[-1], []).append(module)
         adapter = attached.get(path)
         if adapter is not None and adapter.rank(piece.layer):
-            stack_settings = getattr(adapter, "stack_settings", None)
-            found[module] = adapter.settings if stack_settings is None else stack_settings[piece.layer]
+            of_layers = getattr(adapter, "stack_settings", None)
+            by_module[module] = adapter.settings if of_layers is None else of_layers[piece.layer]
             if isinstance(adapter, ExpertLoRA) and len(piece.at) == 1:
                 stacked.add(module)
-    (r, alpha), _ = Counter((s.r, s.alpha) for s in found.values()).most_common(1)[0]
-    settings = next(iter(found.values()))
-    patterns = {"rank_pattern": _pattern(found, ends, "r", r), "alpha_pattern": _pattern(found, ends, "alpha", alpha)}
+    (r, alpha), _ = Counter((s.r, s.alpha) for s in by_module.values()).most_common(1)[0]
+    settings = next(iter(by_module.values()))
+    patterns = {
+        "rank_pattern": _pattern(by_module, ends, "r", r),
+        "alpha_pattern": _pattern(by_module, ends, "alpha", alpha),
+    }
     if stacked and patterns["rank_pattern"]:
         raise ModelError(
             "PEFT's form of experts in one parameter has one rank for all layers: drop adapter.rank_pattern"
@@ -193,7 +208,7 @@ def fields(model: nnx.Module) -> dict[str, Any]:
             "lora_dropout": settings.dropout,
             "use_rslora": settings.use_rslora,
             "use_dora": settings.use_dora,
-            "target_modules": _shortest(set(found) - stacked, ends),
+            "target_modules": _shortest(set(by_module) - stacked, ends),
             "bias": "none",
             "init_lora_weights": True,
         }
@@ -201,31 +216,31 @@ def fields(model: nnx.Module) -> dict[str, Any]:
 
 
 def _shortest(modules: set[str], ends: Mapping[str, list[str]]) -> list[str]:
-    """Last names where every module of such a name has an adapter, else each in full."""
+    """The modules by their last names, if every module with such a name has an adapter; else each in full."""
     names = {module.rsplit(".", 1)[-1] for module in modules}
     short = all(module in modules for name in names for module in ends[name])
     return sorted(names if short else modules)
 
 
-def merging(base: TensorSource, config: Mapping[str, Any], source: AdapterTensors) -> dict[str, MergeBlock]:
-    """How the base's matrices, by name, are merged. Only the adapter's small tensors stay in memory.
+def merge_blocks(base: TensorSource, config: Mapping[str, Any], source: PeftSource) -> dict[str, MergeBlock]:
+    """How each of the base's matrices is merged, by its name. Only the adapter's small tensors stay in memory.
 
     Raises ModelError for settings not implemented, and CheckpointError listing tensors that name no matrix of the
     base, lack another that belongs to them or have another shape.
     """
     read_settings(config)
-    found, problems = _by_matrix(base, source)
+    by_matrix, problems = _by_matrix(base, source)
     out = {}
-    for name, keys in found.items():
+    for name, keys in by_matrix.items():
         rows, columns = base.specs()[name].shape
         settings = settings_of(config, name.removesuffix(".weight"))
         r = settings.r
-        shapes = {"A.weight": (r, columns), "B.weight": (rows, r)}
+        shapes: dict[str, tuple[int, ...]] = {"A.weight": (r, columns), "B.weight": (rows, r)}
         shapes |= {"magnitude_vector": (rows,)} if settings.use_dora else {}
         if "embedding_A" in keys or "embedding_B" in keys:
             shapes = {"embedding_A": (r, rows), "embedding_B": (columns, r)}
         misfits = [f"{name} lacks its lora_{part}" for part in shapes if part not in keys]
-        misfits += [f"{name} has a lora_{part} too many" for part in keys if part not in shapes]
+        misfits += [f"{name} has an unexpected lora_{part}" for part in keys if part not in shapes]
         for part, key in keys.items():
             spec = source.specs()[key]
             if part in shapes and spec.shape != shapes[part]:
@@ -233,59 +248,65 @@ def merging(base: TensorSource, config: Mapping[str, Any], source: AdapterTensor
         problems += misfits
         if not misfits:
             parts = {part: source.read(key).astype(np.float32) for part, key in keys.items()}
-            # B A either way, [rows, r] and [r, columns].
+            # B and A either way, [rows, r] and [r, columns].
             b, a = [parts["B.weight"], parts["A.weight"]] if "A.weight" in parts else [
                 parts["embedding_A"].T, parts["embedding_B"].T
             ]  # fmt: skip
-            out[name] = _merge(np.float32(settings.scale), b, a, parts.get("magnitude_vector"))
+            out[name] = _merge_block(np.float32(settings.scale), b, a, parts.get("magnitude_vector"))
     if problems or not out:
-        listed = "\n  ".join(problems[:20] or ["it holds no adapter at all"])
-        raise CheckpointError(f"the adapter does not fit its base:\n  {listed}")
+        raise misfit_error(problems)
     return out
 
 
-def _by_matrix(base: TensorSource, source: AdapterTensors) -> tuple[dict[str, dict[str, str]], list[str]]:
-    matrices, found, problems = base.specs(), {}, []
+def _by_matrix(base: TensorSource, source: PeftSource) -> tuple[dict[str, dict[str, str]], list[str]]:
+    matrices = base.specs()
+    by_matrix: dict[str, dict[str, str]] = {}
+    problems: list[str] = []
     for key in source.specs():
         module, _, part = key.removeprefix(PREFIX).rpartition(".lora_")
         copied = key.removeprefix(PREFIX).removesuffix(".base_layer.weight") + ".weight"
         if copied in matrices and np.array_equal(source.read(key), base.read(copied)):
-            continue  # beside an adapter on the LM head PEFT stores the head itself
+            continue  # for an adapter on the LM head PEFT stores the head itself as well
         name = f"{module}.weight"
         if not key.startswith(PREFIX) or len(matrices[name].shape if name in matrices else ()) != 2:
             problems.append(f"{key} names no matrix of the base")
         else:
-            found.setdefault(name, {})[part] = key
-    tables = [name for name, parts in found.items() if "embedding_A" in parts]
+            by_matrix.setdefault(name, {})[part] = key
+    tables = [name for name, parts in by_matrix.items() if "embedding_A" in parts]
     if tables and TIED_HEAD not in matrices:
         raise ModelError(
             f"the adapter on {tables[0]} cannot be merged: in its base the table is the LM head too, which the adapter "
-            "does not move. Serve the adapter beside its base."
+            "does not change. Serve the adapter unmerged, on its base."
         )
-    return found, problems
+    return by_matrix, problems
 
 
-def _merge(scale: np.float32, b: np.ndarray, a: np.ndarray, magnitude: np.ndarray | None) -> MergeBlock:
-    def moved(read: ReadBlock, rows: tuple[int, int], columns: tuple[int, int]) -> np.ndarray:
+def _merge_block(scale: np.float32, b: np.ndarray, a: np.ndarray, magnitude: np.ndarray | None) -> MergeBlock:
+    def lora(read: ReadBlock, rows: tuple[int, int], columns: tuple[int, int]) -> np.ndarray:
         delta = b[slice(*rows)] @ a[:, slice(*columns)]
         delta *= scale
         delta += read(rows, columns)
         return delta
 
+    if magnitude is None:
+        return lora
+
     def dora(read: ReadBlock, rows: tuple[int, int], columns: tuple[int, int]) -> np.ndarray:
-        whole = moved(read, rows, (0, a.shape[1]))
+        whole = lora(read, rows, (0, a.shape[1]))
         lengths = np.linalg.norm(whole, axis=1, keepdims=True)
         return whole[:, slice(*columns)] * (magnitude[slice(*rows), None] / lengths)
 
-    return moved if magnitude is None else dora
+    return dora
 
 
-def _pattern(found: Mapping[str, LoRASettings], ends: Mapping[str, list[str]], name: str, usual: float) -> dict:
-    # A module in full goes without `model.`: in a model that takes images too it has another name before its layers.
+def _pattern(
+    by_module: Mapping[str, LoRASettings], ends: Mapping[str, list[str]], name: str, usual: float
+) -> dict[str, float]:
+    # A full name is written without `model.`: in a model that takes images too, that prefix is a different one.
     out = {}
-    for module, settings in found.items():
+    for module, settings in by_module.items():
         value, end = getattr(settings, name), module.rsplit(".", 1)[-1]
-        alike = {getattr(found[other], name) for other in ends[end] if other in found} == {value}
+        alike = {getattr(by_module[other], name) for other in ends[end] if other in by_module} == {value}
         if value != usual:
             out[end if alike else re.escape(module.removeprefix("model."))] = value
     return out

@@ -6,38 +6,40 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
-from flax import nnx
 
 from jaxft.adapters.prompt import attach_prompt
 from jaxft.checkpoint.peft.folder import PeftTensor, refuse_unknown
 from jaxft.checkpoint.tensors import TensorSpec
 from jaxft.errors import ModelError
+from jaxft.nn.decoder import Decoder
 
 PEFT_TYPE = "PROMPT_TUNING"
 KEY = "prompt_embeddings"
 READ = ("num_virtual_tokens", "token_dim", "num_layers")
-# How training began.
+# Fields about how training began.
 HARMLESS = (
     "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs",
     "num_attention_heads",
 )  # fmt: skip
 
 
-def put(model: nnx.Module, config: Mapping[str, Any], specs: Mapping[str, TensorSpec], folder: str) -> tuple[str, ...]:
-    """Attaches a prompt of a folder's length, values still to be read."""
+def attach_to(
+    model: Decoder, config: Mapping[str, Any], specs: Mapping[str, TensorSpec], folder: str
+) -> tuple[str, ...]:
+    """Attaches a prompt of the folder's length, values still to be read."""
     refuse_unknown(config, lambda name, value: name in READ or name in HARMLESS or one_submodule(name, value))
     count = virtual_tokens(config, {"token_dim": model.config.hidden_size}, folder)
     attach_prompt(model, jnp.zeros(count, jnp.int32))
     return ()
 
 
-def stored(model: nnx.Module) -> Iterator[PeftTensor]:
-    """The tensor that a folder has of a model's prompt."""
+def peft_tensors(model: Decoder) -> Iterator[PeftTensor]:
+    """The folder's one tensor for a model's prompt."""
     yield PeftTensor(KEY, "prompt/embeddings")
 
 
-def fields(model: nnx.Module) -> dict[str, Any]:
-    """What adapter_config.json says of a model's prompt."""
+def adapter_config_fields(model: Decoder) -> dict[str, Any]:
+    """The fields of adapter_config.json for a model's prompt."""
     return {
         "num_virtual_tokens": model.virtual_tokens,
         "token_dim": model.config.hidden_size,
@@ -54,7 +56,10 @@ def one_submodule(name: str, value: Any) -> bool:
 
 
 def virtual_tokens(config: Mapping[str, Any], own: Mapping[str, Any], folder: str) -> int:
-    """How many there are. own: what fields must say of the model. Raises ModelError where one says something else."""
+    """Number of virtual tokens by an adapter_config.json. own: the model's value of fields that must agree with it.
+
+    Raises ModelError for a number below 1, and if a field has another value than the model.
+    """
     count = config.get("num_virtual_tokens")
     if not isinstance(count, int) or count < 1:
         raise ModelError(f"adapter_config.json has num_virtual_tokens={count!r}; it is a whole number above zero")

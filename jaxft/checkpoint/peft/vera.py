@@ -1,8 +1,8 @@
 """VeRA in PEFT's folders.
 
-Keys: `<module>.vera_lambda_d` [r] and `.vera_lambda_b` [O], and for all layers together `base_model.vera_A` [r, I] and
-`base_model.vera_B` [O, r] of the largest I and O. A folder that leaves these out (`save_projection` false) means what
-PEFT draws from `projection_prng_key`; it is written with them.
+Keys: `<module>.vera_lambda_d` [r] and `.vera_lambda_b` [O], and shared by all layers `base_model.vera_A` [r, I] and
+`base_model.vera_B` [O, r] of the largest I and O. A folder without the shared ones (`save_projection` false) stands for
+those that PEFT draws from `projection_prng_key`; we write them.
 """
 
 # I inputs, O outputs, r rank
@@ -11,23 +11,24 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from flax import nnx
 
 from jaxft.adapters.attach import adapters
 from jaxft.adapters.vera import VeRASettings, attach_vera, draw_projections
 from jaxft.checkpoint.peft.folder import (
     PREFIX,
-    AdapterTensors,
     MergeBlock,
+    PeftSource,
     PeftTensor,
     ReadBlock,
     layers_named,
+    misfit_error,
     modules,
     refuse_unknown,
 )
 from jaxft.checkpoint.tensors import TensorSource, TensorSpec
 from jaxft.errors import CheckpointError, ModelError
 from jaxft.models.tensor_map import TRANSPOSED
+from jaxft.nn.decoder import Decoder
 
 PEFT_TYPE = "VERA"
 FACTORS = ("lambda_d", "lambda_b")
@@ -35,17 +36,19 @@ SHARED = {"base_model.vera_A": "a", "base_model.vera_B": "b"}
 READ = ("r", "vera_dropout", "projection_prng_key", "save_projection", "target_modules", "d_initial", "init_weights")
 
 
-def put(model: nnx.Module, config: Mapping[str, Any], specs: Mapping[str, TensorSpec], folder: str) -> tuple[str, ...]:
+def attach_to(
+    model: Decoder, config: Mapping[str, Any], specs: Mapping[str, TensorSpec], folder: str
+) -> tuple[str, ...]:
     """Attaches adapters to the layers that a folder's keys name, values still to be read.
 
-    What all layers share is drawn from the folder's seed.
+    The matrices that all layers share are drawn from the folder's seed.
     """
     paths = layers_named(model, [key for key in specs if key not in SHARED], "vera_lambda_", folder)
     return attach_vera(model, paths, _settings(config))
 
 
-def stored(model: nnx.Module) -> Iterator[PeftTensor]:
-    """The tensors that a folder has of a model's adapters."""
+def peft_tensors(model: Decoder) -> Iterator[PeftTensor]:
+    """The folder's tensors for a model's adapters."""
     attached = adapters(model)
     for module, path, piece in modules(model):
         if path in attached:
@@ -55,13 +58,13 @@ def stored(model: nnx.Module) -> Iterator[PeftTensor]:
     yield PeftTensor("base_model.vera_B", "shared/b", transform=TRANSPOSED)
 
 
-def may_lack(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Keys that a folder may be without: what `put` gives the model stands for them."""
+def optional_keys(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Keys that a folder may leave out: the model then keeps the values that `attach_to` draws."""
     return () if config.get("save_projection", True) else tuple(SHARED)
 
 
-def fields(model: nnx.Module) -> dict[str, Any]:
-    """What adapter_config.json says of a model's adapters."""
+def adapter_config_fields(model: Decoder) -> dict[str, Any]:
+    """The fields of adapter_config.json for a model's adapters."""
     settings = next(iter(adapters(model).values())).settings
     return {
         "r": settings.r,
@@ -73,15 +76,15 @@ def fields(model: nnx.Module) -> dict[str, Any]:
     }
 
 
-def merging(base: TensorSource, config: Mapping[str, Any], source: AdapterTensors) -> dict[str, MergeBlock]:
-    """How the base's matrices, by name, are merged. Only the adapter's own tensors stay in memory.
+def merge_blocks(base: TensorSource, config: Mapping[str, Any], source: PeftSource) -> dict[str, MergeBlock]:
+    """How each of the base's matrices is merged, by its name. Only the adapter's own tensors stay in memory.
 
     Raises ModelError for settings not implemented, and CheckpointError listing tensors that name no matrix of the
     base, lack their other half or have another shape.
     """
     settings, specs = _settings(config), base.specs()
-    found = _factors(specs, source, settings.r)
-    shapes = [specs[name].shape for name in found]
+    factors = _factors(specs, source, settings.r)
+    shapes = [specs[name].shape for name in factors]
     outputs, inputs = (max(sizes) for sizes in zip(*shapes, strict=True))
     if set(SHARED) <= set(source.specs()):
         a_rI, b_Or = (source.read(key).astype(np.float32) for key in SHARED)
@@ -94,10 +97,10 @@ def merging(base: TensorSource, config: Mapping[str, Any], source: AdapterTensor
             f"the adapter's shared matrices are {list(a_rI.shape)} and {list(b_Or.shape)}, its layers want "
             f"{[settings.r, inputs]} and {[outputs, settings.r]}"
         )
-    return {name: _added(a_rI, b_Or, *factors) for name, factors in found.items()}
+    return {name: _merge_block(a_rI, b_Or, *pair) for name, pair in factors.items()}
 
 
-def _added(a_rI: np.ndarray, b_Or: np.ndarray, lambda_d: np.ndarray, lambda_b: np.ndarray) -> MergeBlock:
+def _merge_block(a_rI: np.ndarray, b_Or: np.ndarray, lambda_d: np.ndarray, lambda_b: np.ndarray) -> MergeBlock:
     def merge(read: ReadBlock, rows: tuple[int, int], columns: tuple[int, int]) -> np.ndarray:
         wide = lambda_b[slice(*rows), None] * b_Or[slice(*rows)]
         return read(rows, columns) + wide @ (lambda_d[:, None] * a_rI[:, slice(*columns)])
@@ -105,10 +108,8 @@ def _added(a_rI: np.ndarray, b_Or: np.ndarray, lambda_d: np.ndarray, lambda_b: n
     return merge
 
 
-def _factors(
-    specs: Mapping[str, TensorSpec], source: AdapterTensors, r: int
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    found: dict[str, dict[str, np.ndarray]] = {}
+def _factors(specs: Mapping[str, TensorSpec], source: PeftSource, r: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    factors: dict[str, dict[str, np.ndarray]] = {}
     problems = []
     for key, spec in source.specs().items():
         module, _, part = key.removeprefix(PREFIX).rpartition(".vera_")
@@ -121,12 +122,11 @@ def _factors(
         expected = (r,) if part == "lambda_d" else (specs[name].shape[0],)
         if spec.shape != expected:
             problems.append(f"{key} is {list(spec.shape)}, the base wants {list(expected)}")
-        found.setdefault(name, {})[part] = source.read(key).astype(np.float32)
-    problems += [f"{name} has {', '.join(parts)} only" for name, parts in found.items() if len(parts) != 2]
-    if problems or not found:
-        listed = "\n  ".join(problems[:20] or ["it holds no adapter at all"])
-        raise CheckpointError(f"the adapter does not fit its base:\n  {listed}")
-    return {name: (parts["lambda_d"], parts["lambda_b"]) for name, parts in found.items()}
+        factors.setdefault(name, {})[part] = source.read(key).astype(np.float32)
+    problems += [f"{name} has {', '.join(parts)} only" for name, parts in factors.items() if len(parts) != 2]
+    if problems or not factors:
+        raise misfit_error(problems)
+    return {name: (parts["lambda_d"], parts["lambda_b"]) for name, parts in factors.items()}
 
 
 def _settings(config: Mapping[str, Any]) -> VeRASettings:

@@ -1,1 +1,1 @@
-"""Quantised weights of other tools, and quantisation while loading."""
+"""Reading weights that other tools quantised, and quantising while loading."""

@@ -1,8 +1,8 @@
-"""Weights that bitsandbytes quantised to NF4, as transformers saves them: read dense, or code for code.
+"""Weights that bitsandbytes quantised to NF4, as transformers saves them: read dense, or their codes taken over.
 
 A tensor NAME of shape [O, I] is kept as the bytes NAME [O I / 2, 1], two codes each, the first in the high bits; its
-scales as NAME.absmax, float32 [O I / 64] or, where they are double-quantised, codes of the dynamic map with a float32
-NAME.nested_absmax for each 256; and NAME.quant_state.bitsandbytes__nf4, JSON that says the rest. Source:
+scales as NAME.absmax, float32 [O I / 64] or, if they are double-quantised, codes of the dynamic map with a float32
+NAME.nested_absmax for each 256; and NAME.quant_state.bitsandbytes__nf4, JSON with the other settings. Source:
 `QuantState.as_dict` of bitsandbytes 0.50.
 """
 
@@ -18,8 +18,9 @@ import numpy as np
 from jax.sharding import NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
+from jaxft.checkpoint.safetensors_writer import Index
 from jaxft.checkpoint.tensors import DTYPES, TensorSource, TensorSpec, block_bounds
-from jaxft.errors import CheckpointError, ModelError
+from jaxft.errors import CheckpointError, ModelError, listed
 from jaxft.quant.dynamic import dynamic_map
 from jaxft.quant.nf4 import BLOCK, LEVELS, NF4
 from jaxft.quant.nibbles import pack
@@ -31,9 +32,9 @@ DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 def without_quantization(hf_config: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json of the model that such a folder stands for; any other as it is.
+    """config.json without bitsandbytes' quantization_config; any other config.json as it is.
 
-    Raises ModelError for what bitsandbytes quantised otherwise than to NF4.
+    Raises ModelError if bitsandbytes quantised the weights to another type than NF4.
     """
     given = hf_config.get("quantization_config")
     if not isinstance(given, Mapping) or given.get("quant_method") != "bitsandbytes":
@@ -42,49 +43,48 @@ def without_quantization(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     if kind != "nf4":
         raise ModelError(
             f"quantization_config says that bitsandbytes kept these weights as {kind}: only nf4 is read. Take the "
-            "model in its own precision, and quantise it while loading (model.quantization)."
+            "model in its original precision, and quantise it while loading (model.quantization)."
         )
     return {name: value for name, value in hf_config.items() if name != "quantization_config"}
 
 
 def is_packed(source: TensorSource) -> bool:
-    """Whether any tensor of a source is kept like this."""
+    """Whether any tensor of a source is in this format."""
     return any(name.endswith(STATE) for name in source.specs())
 
 
-class FourBit:
-    """A source whose packed tensors appear in their own shape and type.
+class NF4Source:
+    """A source whose NF4 tensors appear in their original shape and dtype.
 
-    Raises CheckpointError listing those whose parts are missing or do not fit each other, before any weight is read.
+    Raises CheckpointError listing those with parts that are missing or do not fit each other, before any weight is
+    read.
     """
 
     def __init__(self, source: TensorSource) -> None:
         self._source, specs = source, source.specs()
         self._states: dict[str, dict[str, Any]] = {}
         problems = []
-        for stored in specs:
-            if stored.endswith(STATE):
-                name = stored.removesuffix(STATE)
-                state = _state(source, stored)
+        for state_name in specs:
+            if state_name.endswith(STATE):
+                name = state_name.removesuffix(STATE)
+                state = _state(source, state_name)
                 self._states[name] = state
                 problems += [f"{name}: {problem}" for problem in _problems(name, state, specs)]
         if problems:
-            listed = "\n  ".join(problems[:20])
-            raise CheckpointError(f"{len(problems)} tensors are not whole in bitsandbytes' NF4:\n  {listed}")
+            lines = listed(problems, 20, lines=True)
+            raise CheckpointError(f"{len(problems)} tensors are not whole in bitsandbytes' NF4:\n{lines}")
 
     def specs(self) -> dict[str, TensorSpec]:
-        """Shape and dtype of every tensor, those of packed ones as they are read."""
         out = {}
-        for stored, spec in self._source.specs().items():
-            if stored in self._states:
-                state = self._states[stored]
-                out[stored] = TensorSpec(tuple(state["shape"]), DTYPES[DTYPE_NAMES[state["dtype"]]])
-            elif not any(stored.endswith(part) and stored.removesuffix(part) in self._states for part in PARTS):
-                out[stored] = spec
+        for name, spec in self._source.specs().items():
+            if name in self._states:
+                state = self._states[name]
+                out[name] = TensorSpec(tuple(state["shape"]), DTYPES[DTYPE_NAMES[state["dtype"]]])
+            elif not any(name.endswith(part) and name.removesuffix(part) in self._states for part in PARTS):
+                out[name] = spec
         return out
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
-        """The tensor, or a block of it; see `TensorSource.read`."""
         if name not in self._states:
             return self._source.read(name, index)
         rows, columns = block_bounds(self.specs()[name].shape, index)
@@ -92,23 +92,23 @@ class FourBit:
         values = LEVELS[self.codes(name, rows)].reshape(rows[1] - rows[0], -1, BLOCK) * scales_ON[..., None]
         return values.reshape(rows[1] - rows[0], -1)[:, slice(*columns)].astype(self.specs()[name].dtype)
 
-    def packed(self, name: str) -> bool:
+    def is_nf4(self, name: str) -> bool:
         """Whether a tensor is kept as NF4."""
         return name in self._states
 
     def codes(self, name: str, rows: tuple[int, int]) -> np.ndarray:
         """uint8 [O, I] below 16, of the outputs in `rows`."""
         width = self.specs()[name].shape[1] // 2
-        packed = self._source.read(name, (slice(rows[0] * width, rows[1] * width),)).reshape(-1, width)
-        return np.stack([packed >> 4, packed & 15], axis=-1).reshape(len(packed), -1)
+        pairs = self._source.read(name, (slice(rows[0] * width, rows[1] * width),)).reshape(-1, width)
+        return np.stack([pairs >> 4, pairs & 15], axis=-1).reshape(len(pairs), -1)
 
     def scales(self, name: str, rows: tuple[int, int]) -> np.ndarray:
-        """[O, N] of the outputs in `rows`: float32, or uint8 codes where they are double-quantised."""
+        """[O, N] of the outputs in `rows`: float32, or uint8 codes if they are double-quantised."""
         count = self.specs()[name].shape[1] // BLOCK
         return self._source.read(f"{name}.absmax", (slice(rows[0] * count, rows[1] * count),)).reshape(-1, count)
 
     def nested(self, name: str) -> tuple[np.ndarray, np.float32] | None:
-        """(largest float32 [G], mean) of double-quantised scales; None for others."""
+        """(largest float32 [G], mean) of double-quantised scales; None if they are not double-quantised."""
         if "nested_offset" not in self._states[name]:
             return None
         return self._source.read(f"{name}.nested_absmax"), np.float32(self._states[name]["nested_offset"])
@@ -123,36 +123,38 @@ class FourBit:
         return dynamic_map(signed=True)[scales_ON] * largest[groups].reshape(scales_ON.shape) + mean
 
 
-def stored_nf4(source: FourBit, name: str, lies: Sharding) -> NF4:
-    """A kernel [I, O] code for code as the file has it, on this process's devices. lies: of the kernel."""
+def load_nf4(source: NF4Source, name: str, sharding: Sharding) -> NF4:
+    """A kernel [I, O] with the codes of the file, on this process's devices. sharding: of the kernel."""
     outputs, inputs = source.specs()[name].shape
 
-    def codes(index: tuple[slice, ...]) -> np.ndarray:
+    def codes(index: Index | None) -> np.ndarray:
+        index = index or (slice(None), slice(None))
         rows = index[1].indices(outputs)[:2]
         return np.asarray(pack(jnp.asarray(source.codes(name, rows).T)))[index[0]]
 
-    def scales(index: tuple[slice, ...]) -> np.ndarray:
+    def scales(index: Index | None) -> np.ndarray:
+        index = index or (slice(None), slice(None))
         return np.ascontiguousarray(source.scales(name, index[1].indices(outputs)[:2]).T[index[0]])
 
-    kept = jax.make_array_from_callback((inputs // 2, outputs), lies, codes)
-    block_scales = jax.make_array_from_callback((inputs // BLOCK, outputs), lies, scales)
+    kept = jax.make_array_from_callback((inputs // 2, outputs), sharding, codes)
+    block_scales = jax.make_array_from_callback((inputs // BLOCK, outputs), sharding, scales)
     nested = source.nested(name)
     if nested is None:
         return NF4(kept, block_scales)
-    everywhere = NamedSharding(lies.mesh, P()) if isinstance(lies, NamedSharding) else lies
+    everywhere = NamedSharding(sharding.mesh, P()) if isinstance(sharding, NamedSharding) else sharding
     largest, mean = (
         jax.make_array_from_callback(part.shape, everywhere, part.__getitem__) for part in map(np.asarray, nested)
     )
     return NF4(kept, CompressedScales(block_scales, largest, mean))
 
 
-def _state(source: TensorSource, stored: str) -> dict[str, Any]:
+def _state(source: TensorSource, state_name: str) -> dict[str, Any]:
     try:
-        state = json.loads(source.read(stored).tobytes())
+        state = json.loads(source.read(state_name).tobytes())
     except ValueError as error:
-        raise CheckpointError(f"{stored} is not JSON: {error}") from None
+        raise CheckpointError(f"{state_name} is not JSON: {error}") from None
     if not isinstance(state, dict):
-        raise CheckpointError(f"{stored} is not a JSON object")
+        raise CheckpointError(f"{state_name} is not a JSON object")
     return state
 
 
@@ -160,20 +162,20 @@ def _problems(name: str, state: Mapping[str, Any], specs: Mapping[str, TensorSpe
     shape = state.get("shape")
     if state.get("blocksize") != BLOCK or state.get("nested_blocksize", GROUP) != GROUP:
         sizes = f"{state.get('blocksize')} weights and {state.get('nested_blocksize', GROUP)} scales"
-        return [f"blocks of {sizes}; only {BLOCK} and {GROUP} are read"]
+        return [f"has blocks of {sizes}; only {BLOCK} and {GROUP} are read"]
     if not isinstance(shape, list) or len(shape) != 2 or shape[1] % BLOCK or state.get("dtype") not in DTYPE_NAMES:
         types = ", ".join(DTYPE_NAMES)
-        return [f"shape {shape} of {state.get('dtype')} is no matrix of {types} whose rows divide by {BLOCK}"]
+        return [f"shape {shape} of {state.get('dtype')} is not a matrix of {types} whose rows divide by {BLOCK}"]
     size, nested = shape[0] * shape[1], "nested_offset" in state
     wanted = {"": ((size // 2, 1), "uint8"), ".absmax": ((size // BLOCK,), "uint8" if nested else "float32")}
     if nested:
         wanted[".nested_absmax"] = ((-(-size // BLOCK // GROUP),), "float32")
     return [
-        f"{name}{part} is {_said(specs.get(name + part))}, not {list(shape)} {dtype}"
+        f"{name}{part} is {_describe(specs.get(name + part))}, not {list(shape)} {dtype}"
         for part, (shape, dtype) in wanted.items()
         if specs.get(name + part) != TensorSpec(shape, np.dtype(dtype))
     ]
 
 
-def _said(spec: TensorSpec | None) -> str:
+def _describe(spec: TensorSpec | None) -> str:
     return "missing" if spec is None else f"{list(spec.shape)} {spec.dtype}"

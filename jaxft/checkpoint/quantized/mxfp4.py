@@ -1,7 +1,7 @@
-"""MXFP4 weights, read as the bfloat16 matrices that they stand for.
+"""MXFP4 weights, read as bfloat16 matrices.
 
-A number is four bits: a sign, two bits of exponent and one of mantissa. 32 of them along the inputs share a scale,
-a byte that is a power of two. Source of the format: OCP Microscaling Formats (MX) v1.0, sections 5.3.3 and 5.4. Files
+A number has four bits: a sign, two bits of exponent and one of mantissa. 32 of them along the inputs share a scale, a
+power of two in one byte. Source of the format: OCP Microscaling Formats (MX) v1.0, sections 5.3.3 and 5.4. Files
 of gpt-oss keep a tensor NAME as NAME_blocks, two numbers in a byte, the first in its low bits, and NAME_scales.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxft.checkpoint.hf import copy_into
 from jaxft.checkpoint.tensors import TensorSource, TensorSpec, block_bounds
-from jaxft.errors import CheckpointError
+from jaxft.errors import CheckpointError, listed
 
 GROUP = 32
 BLOCKS, SCALES = "_blocks", "_scales"
@@ -26,17 +26,17 @@ BIAS, NO_NUMBER = 127, 255  # of the scale
 
 
 def is_packed(hf_config: Mapping[str, Any]) -> bool:
-    """Whether a config.json says that its tensors are in this format."""
+    """Whether a config.json says that the tensors are in this format."""
     given = hf_config.get("quantization_config")
     return isinstance(given, Mapping) and given.get("quant_method") == "mxfp4"
 
 
-class Unpacked:
+class MXFP4Source:
     """A source whose packed tensors, [E, O, G, B] and [E, O, G] bytes, appear as one [E, I, O] bfloat16 tensor.
 
-    Every number of the format is one of bfloat16, so nothing is rounded; scales near the end of the range give
-    infinities, as in transformers. One expert's matrix is unpacked at a time. Tensors that are not packed stay as they
-    are. Raises CheckpointError listing blocks and scales that do not fit each other, before any is read.
+    bfloat16 has every number of the format, so nothing is rounded; scales near the end of the range give infinities, as
+    in transformers. One expert's matrix is unpacked at a time. Other tensors stay as they are.
+    Raises CheckpointError listing blocks and scales that do not fit each other, before any is read.
     """
 
     def __init__(self, source: TensorSource) -> None:
@@ -44,26 +44,23 @@ class Unpacked:
         self._shapes: dict[str, tuple[int, ...]] = {}
         problems = []
         for name in dict.fromkeys(_names(specs)):
-            blocks, scales = specs.get(name + BLOCKS), specs.get(name + SCALES)
-            if problem := _problem(blocks, scales):
+            if problem := _problem(specs.get(name + BLOCKS), specs.get(name + SCALES)):
                 problems.append(f"{name}: {problem}")
             else:
-                experts, outputs, groups, _ = blocks.shape
+                experts, outputs, groups, _ = specs[name + BLOCKS].shape
                 self._shapes[name] = (experts, groups * GROUP, outputs)
         if problems:
-            listed = "\n  ".join(problems[:20])
-            raise CheckpointError(f"{len(problems)} tensors are not whole in MXFP4:\n  {listed}")
+            lines = listed(problems, 20, lines=True)
+            raise CheckpointError(f"{len(problems)} tensors are not whole in MXFP4:\n{lines}")
 
     def specs(self) -> dict[str, TensorSpec]:
-        """Shape and dtype of every tensor, those of packed ones as they are read."""
         out = {}
-        for stored, spec in self._source.specs().items():
-            name = stored.removesuffix(BLOCKS).removesuffix(SCALES)
+        for source_name, spec in self._source.specs().items():
+            name = source_name.removesuffix(BLOCKS).removesuffix(SCALES)
             out[name] = TensorSpec(self._shapes[name], BFLOAT16) if name in self._shapes else spec
         return out
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
-        """The tensor, or a block of it; see `TensorSource.read`. Raises CheckpointError for a scale that is NaN."""
         if name not in self._shapes:
             return self._source.read(name, index)
         (first, last), (low, high), outputs = block_bounds(self._shapes[name], index)
@@ -80,15 +77,15 @@ class Unpacked:
 
 
 def unpack(blocks_OGB: np.ndarray, scales_OG: np.ndarray) -> np.ndarray:
-    """The numbers of one matrix, [O, I] bfloat16, of its bytes."""
-    # One look-up for each byte: it and its scale together number a row of the table.
+    """One matrix, [O, I] bfloat16, from its bytes."""
+    # One look-up for each byte: the byte and its scale are the index of a row of the table.
     pairs_OGB = _table()[(scales_OG.astype(np.uint16) << 8)[..., None] | blocks_OGB]
     return pairs_OGB.reshape(len(blocks_OGB), -1).view(BFLOAT16)
 
 
 @functools.cache
 def _table() -> np.ndarray:
-    """[2^16] uint32: the two bfloat16 numbers that a byte stands for under a scale, at 256 scale + byte."""
+    """[2^16] uint32: the two bfloat16 numbers of a byte under a scale, at 256 scale + byte."""
     code = np.array([*POSITIVE, *(-value for value in POSITIVE)], np.float32)
     byte = np.arange(256)
     pairs = np.stack([code[byte & 15], code[byte >> 4]], axis=-1)

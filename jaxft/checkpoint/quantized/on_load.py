@@ -1,4 +1,4 @@
-"""Weights quantised on their way in, one layer's tensor at a time: the whole model is nowhere in its own precision."""
+"""Quantising weights while loading, one layer's tensor at a time: the whole model is never in its own precision."""
 
 # L stacked layers, E experts, I inputs, O outputs
 
@@ -11,50 +11,53 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
-from jaxft.checkpoint.quantized.bitsandbytes import FourBit, stored_nf4
+from jaxft.checkpoint.quantized.bitsandbytes import NF4Source, load_nf4
 from jaxft.checkpoint.tensors import TensorSource
 from jaxft.models.tensor_map import ParamTensors, Piece
 from jaxft.quant import Format, QuantizedArray
 from jaxft.quant.nf4 import NF4
 from jaxft.quant.scales import CompressedScales, compress, dense_scales
 
-# One of our parameters on this process's devices: (placed, source, abstract array, sharding) -> array.
+# One of our parameters on this process's devices: (param, source, abstract array, sharding) -> array.
 Read = Callable[[ParamTensors, TensorSource, jax.ShapeDtypeStruct, Sharding], jax.Array]
 
 
 def quantized_array(
-    placed: ParamTensors,
+    param: ParamTensors,
     source: TensorSource,
     leaf: QuantizedArray,
     shardings: QuantizedArray,
     format: Format,
     read: Read,
-    codes: FourBit | None = None,
+    codes: NF4Source | None = None,
 ) -> QuantizedArray:
-    """One of our kernels, quantised. leaf: abstract. shardings: of every array in it. read: of a dense array.
+    """One of our kernels, quantised.
 
-    codes: the source, where it holds NF4 codes itself: these are then taken as they are.
+    leaf: abstract. shardings: of every array in it. read: reads a dense array. codes: the source, if it has NF4 codes
+    itself, which are then taken as they are.
 
-    A layer's part is read onto the devices that keep it, in the type of the file, quantised there, and written
-    into its place, so that devices hold one dense layer beside the codes. It is the same for any number of devices and
-    processes.
+    A layer's part is read onto the devices that keep it, in the dtype of the file, quantised there, and written into
+    the stack, so that devices hold one dense layer besides the codes. The result is the same for any number of devices
+    and processes.
     """
-    spread = tuple(jax.tree.leaves(shardings))
-    keep = _zeros(leaf, spread)
+    leaf_shardings = tuple(jax.tree.leaves(shardings))
+    keep = _zeros(leaf, leaf_shardings)
     pieces: dict[int | None, list[Piece]] = {}
-    for piece in placed.pieces:
+    for piece in param.pieces:
         pieces.setdefault(piece.layer, []).append(piece)
     for layer, inside in pieces.items():
         stacked = layer is not None
         shape = leaf.shape[1:] if stacked else leaf.shape
-        lies = _of_layer(spread[0], shape, leaf.ndim)
-        if codes is not None and isinstance(leaf, NF4) and len(inside) == 1 and codes.packed(inside[0].hf):
-            found, change = stored_nf4(codes, inside[0].hf, lies), _double if format.name == "nf4-dq" else _single
+        sharding = _of_layer(leaf_shardings[0], shape, leaf.ndim)
+        kernel: jax.Array | QuantizedArray
+        change: Callable[[Any], QuantizedArray]
+        if codes is not None and isinstance(leaf, NF4) and len(inside) == 1 and codes.is_nf4(inside[0].hf):
+            kernel, change = load_nf4(codes, inside[0].hf, sharding), _double if format.name == "nf4-dq" else _single
         else:
-            part = ParamTensors(placed.path, placed.transform, tuple(Piece(piece.hf, piece.at[1:]) for piece in inside))
+            part = ParamTensors(param.path, param.transform, tuple(Piece(piece.hf, piece.at[1:]) for piece in inside))
             dtype = jnp.promote_types(source.specs()[inside[0].hf].dtype, jnp.bfloat16)
-            found, change = read(part, source, jax.ShapeDtypeStruct(shape, dtype), lies), format.quantize
-        keep = _store(keep, found, jnp.int32(layer or 0), change, spread, stacked)
+            kernel, change = read(part, source, jax.ShapeDtypeStruct(shape, dtype), sharding), format.quantize
+        keep = _store(keep, kernel, jnp.int32(layer or 0), change, leaf_shardings, stacked)
         jax.block_until_ready(keep)  # else the dense layers pile up in front of the device
     return keep
 
@@ -68,7 +71,7 @@ def _double(kernel: NF4) -> NF4:
 
 
 def _of_layer(sharding: Sharding, shape: tuple[int, ...], ndim: int) -> Sharding:
-    """How the codes of all layers lie, for a dense layer."""
+    """The sharding of a dense layer, from that of the codes of all layers."""
     if not isinstance(sharding, NamedSharding):
         return sharding
     entries = (*sharding.spec, *(None,) * (ndim - len(sharding.spec)))
@@ -86,10 +89,15 @@ def _zeros(leaf: QuantizedArray, shardings: tuple[Sharding, ...]) -> QuantizedAr
 
 @partial(jax.jit, static_argnums=(3, 4, 5), donate_argnums=(0,))
 def _store(
-    keep: QuantizedArray, found: Any, layer: jax.Array, change: Any, shardings: tuple[Sharding, ...], stacked: bool
+    keep: QuantizedArray,
+    kernel: jax.Array | QuantizedArray,
+    layer: jax.Array,
+    change: Callable[[Any], QuantizedArray],
+    shardings: tuple[Sharding, ...],
+    stacked: bool,
 ) -> QuantizedArray:
-    new = change(found)
+    new = change(kernel)
     if stacked:
         new = jax.tree.map(lambda all_layers, one: all_layers.at[layer].set(one), keep, new)
-    placed = [jax.lax.with_sharding_constraint(x, s) for x, s in zip(jax.tree.leaves(new), shardings, strict=True)]
-    return jax.tree.unflatten(jax.tree.structure(new), placed)
+    arrays = [jax.lax.with_sharding_constraint(x, s) for x, s in zip(jax.tree.leaves(new), shardings, strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(new), arrays)
