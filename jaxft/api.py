@@ -65,4 +65,4 @@ def generate(
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
     )
     done = generate_text(model.module, tokenizer, list(prompts), sampling=sampling, slots=slots, on_text=on_text)
-    return [answer.text for answer in done]
+    return [answer.text or "" for answer in done]

@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -62,8 +63,13 @@ def attach(model: Decoder, targets: Sequence[str], make: MakeAdapter, key: jax.A
     """
     layers = find(model, targets)
     for path, layer in layers.items():
-        layer.adapter = make(layer, key_of(key, path))
+        set_adapter(layer, make(layer, key_of(key, path)))
     return tuple(layers)
+
+
+def set_adapter(layer: Layer, adapter: LayerAdapter) -> None:
+    """Puts an adapter into a layer's slot. It must be of the class for that layer: see `jaxft.nn.adapter`."""
+    layer.adapter = cast(Any, adapter)
 
 
 def find(

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 
-from jaxft.adapters.attach import LAYERS, Layer, MakeAdapter, find, key_of, weight
+from jaxft.adapters.attach import LAYERS, Layer, MakeAdapter, find, key_of, set_adapter, weight
 from jaxft.adapters.dora import DoRA
 from jaxft.adapters.lora_embedding import EmbeddingLoRA
 from jaxft.adapters.lora_experts import ExpertLoRA
@@ -61,7 +61,7 @@ def attach_to(model: Decoder, config: AdapterConfig, key: jax.Array) -> None:
             for name in names[path]
         ]
         if any(stack_settings):
-            layer.adapter = make_lora(layer, stack_settings, key_of(key, path))
+            set_adapter(layer, make_lora(layer, stack_settings, key_of(key, path)))
 
 
 def describe(config: AdapterConfig) -> str:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxft.adapters.attach import AdapterParam, VirtualTokens, adapters, detach, slots, virtual_modules
+from jaxft.adapters.attach import AdapterParam, VirtualTokens, adapters, detach, set_adapter, slots, virtual_modules
 from jaxft.errors import ModelError, did_you_mean
 from jaxft.nn.adapter import Adapter, LayerAdapter
 from jaxft.nn.decoder import Decoder, SharedArrays
@@ -126,7 +126,7 @@ class AdapterSet:
         for path, layer in slots(self.model):
             parts = [modules.layers[path] for modules in chosen.values() if path in modules.layers]
             if parts:
-                layer.adapter = parts[0] if len(parts) == 1 else AdapterSequence(_linear_adapters(parts))
+                set_adapter(layer, parts[0] if len(parts) == 1 else AdapterSequence(_linear_adapters(parts)))
         for modules in chosen.values():
             if modules.shared is not None:
                 self.model.shared = modules.shared

@@ -8,6 +8,8 @@ from jaxft.config.fields import FREE_TO_CHANGE, ReadBy, Section
 
 Dtype = Literal["float32", "bfloat16"]
 
+Remat = Literal["none", "full", "attention", "dots", "offload"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Section):
@@ -30,7 +32,7 @@ class ModelConfig(Section):
         "format to which the frozen linear layers under an adapter are quantized while loading (QLoRA)",
     ] = None
     remat: Annotated[
-        Literal["none", "full", "attention", "dots", "offload"],
+        Remat,
         FREE_TO_CHANGE,
         "what the backward pass recomputes. `none`: nothing; `full`: every layer; `attention`: all but the attention "
         "outputs; `dots`: all but the results of matrix products; `offload`: every layer, whose inputs are kept in "

@@ -141,8 +141,8 @@ class Engine:
                 token_B[slot] = request.tokens[-1]
                 position_B[slot] = len(request.prompt) + len(request.tokens) - 1
                 left_B[slot] = request.sampling.max_new_tokens - len(request.tokens)
-        rows = (_argument(values_B, np.int32) for values_B in (token_B, position_B, left_B))
-        return steps.Rows(*rows, self._knobs(self.slots))
+        tokens, positions, left = (_argument(values_B, np.int32) for values_B in (token_B, position_B, left_B))
+        return steps.Rows(tokens, positions, left, self._knobs(self.slots))
 
     def _knobs(self, requests: Sequence[Request | None]) -> Knobs:
         idle = Sampling(max_new_tokens=1)

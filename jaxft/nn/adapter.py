@@ -49,7 +49,7 @@ class Adapter(LayerAdapter):
         """The layer's input, given x [..., I]."""
         return x
 
-    def __call__(self, x: jax.Array, y: jax.Array, kernel: jax.Array, key: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, y: jax.Array, kernel: Any, key: jax.Array | None) -> jax.Array:
         """The layer's output, given y [..., O] of the base layer and its input x [..., I]. key: turns dropout on."""
         return y
 
@@ -66,7 +66,7 @@ class ExpertAdapter(LayerAdapter):
     """An adapter of an ExpertLinear."""
 
     @abstractmethod
-    def __call__(self, x: jax.Array, y: jax.Array, kernel: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, y: jax.Array, kernel: Any, sizes_E: jax.Array) -> jax.Array:
         """The layer's output, given y [R, O] of the base layer and its input x [R, I].
 
         sizes_E: numbers of rows; the rows of expert 0 are first, then those of expert 1 and so on.

@@ -22,7 +22,8 @@ TPSide = Literal["inputs", "outputs"]  # the side of a kernel that the tensor ax
 KERNEL_DIMS: dict[TPSide, Dimensions] = {"outputs": ("weight", "tensor"), "inputs": ("tensor", "weight")}
 WHOLE: dict[TPSide, Dimensions] = {"outputs": (None, "tensor"), "inputs": ("tensor", None)}
 BIAS_DIMS: dict[TPSide, Dimensions] = {"outputs": ("both",), "inputs": ("weight",)}
-TABLE_DIMS, TABLE_WHOLE = ("tensor", "weight"), ("tensor", None)
+TABLE_DIMS: Dimensions = ("tensor", "weight")
+TABLE_WHOLE: Dimensions = ("tensor", None)
 LOOKED_UP: Dimensions = ("replica", None, "weight")
 
 

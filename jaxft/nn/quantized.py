@@ -1,5 +1,8 @@
 """Quantises the kernels of a model's linear layers."""
 
+from typing import cast
+
+import jax
 from flax import nnx
 
 from jaxft.errors import ModelError, listed
@@ -39,7 +42,7 @@ def quantize(model: nnx.Module, format: Format) -> None:
             f"of {format.block}: {listed(uneven)}. Use {whole}, which has no blocks."
         )
     for layer in layers.values():
-        layer.kernel.set_value(format.quantize(layer.kernel.get_value()))
+        layer.kernel.set_value(format.quantize(cast(jax.Array, layer.kernel.get_value())))
 
 
 def has_quantized_kernels(model: nnx.Module) -> bool:

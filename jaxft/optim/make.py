@@ -60,8 +60,9 @@ def make_optimizer(
             adam = config.adamw
             tx = optax.chain(optax.scale_by_adam(adam.b1, adam.b2, adam.eps), *after)
         case "adamw_8bit":
-            adam = config.adamw_8bit
-            tx = optax.chain(by_path(scale_by_adam_8bit(b1=adam.b1, b2=adam.b2, eps=adam.eps)), *after)
+            eight_bit = config.adamw_8bit
+            scale = scale_by_adam_8bit(b1=eight_bit.b1, b2=eight_bit.b2, eps=eight_bit.eps)
+            tx = optax.chain(by_path(scale), *after)
         case "adafactor":
             scale_parameter = config.adafactor.scale_parameter
             tx = optax.chain(by_path(scale_by_factors(scale_parameter=scale_parameter)), *after)

@@ -5,9 +5,10 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
-from jaxft.config import MeshConfig, ModelConfig, RunConfig, choices
+from jaxft.config import MeshConfig, RunConfig
+from jaxft.config.model import Remat
 from jaxft.errors import ConfigError
 from jaxft.hardware.chips import CHIPS, Chip
 from jaxft.hardware.prices import price_of
@@ -214,7 +215,7 @@ def variants(
         for axes in _meshes(devices, length=length, experts=experts):
             rows = topology.count * axes["data"] * axes["fsdp"] * axes["expert"]
             mesh = dataclasses.replace(config.mesh, auto=False, slice=topology.count, **axes)
-            for remat, steps in itertools.product(choices(ModelConfig, "remat"), (1, 2, 4, 8, 16, 32)):
+            for remat, steps in itertools.product(get_args(Remat), (1, 2, 4, 8, 16, 32)):
                 if batch % steps == 0 and batch // steps % rows == 0:
                     model = dataclasses.replace(config.model, remat=remat)
                     train = dataclasses.replace(config.train, accumulation_steps=steps)

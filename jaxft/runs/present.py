@@ -18,7 +18,9 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
         console.print(f"\nheld-out score ({summary['metric']}, by generation)", style="bold")
         console.print(table)
     if "eval_loss" in summary:
-        console.print(f"held-out loss {summary['eval_loss']:.4f}, perplexity {summary['eval_perplexity']:.2f}\n")
+        # The loss of other methods than supervised fine-tuning has no perplexity.
+        perplexity = f", perplexity {summary['eval_perplexity']:.2f}" if "eval_perplexity" in summary else ""
+        console.print(f"held-out loss {summary['eval_loss']:.4f}{perplexity}\n")
     for name in ("adapter", "model", "merged", "report"):
         if name in summary:
             console.print(f"{name:<8} {os.path.join(folder, summary[name])}", highlight=False, soft_wrap=True)

@@ -4,7 +4,7 @@
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -18,7 +18,7 @@ from jaxft.trees import is_key
 Tree = TypeVar("Tree")  # a pytree of arrays
 
 
-def from_rows(make: Callable[[slice], Tree], rows: int, sharding: NamedSharding) -> Tree:
+def from_rows(make: Callable[[slice], Any], rows: int, sharding: NamedSharding) -> Any:
     """A pytree of global arrays [B, ...]; this process makes only the rows that are on its own devices.
 
     make(slice): those rows as a pytree of numpy arrays. rows: B. sharding: splits B alone.
@@ -30,7 +30,11 @@ def from_rows(make: Callable[[slice], Tree], rows: int, sharding: NamedSharding)
     def join(*leaves: np.ndarray) -> jax.Array:
         leaf_of = dict(zip(parts, leaves, strict=True))
         shape = (rows, *leaves[0].shape[1:])
-        return jax.make_array_from_callback(shape, sharding, lambda index: leaf_of[index[0].indices(rows)[:2]])
+
+        def rows_at(index: tuple[slice, ...] | None) -> np.ndarray:
+            return leaf_of[index[0].indices(rows)[:2] if index else (0, rows)]
+
+        return jax.make_array_from_callback(shape, sharding, rows_at)
 
     return jax.tree.map(join, *parts.values())
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -19,7 +19,9 @@ from jaxft.checkpoint.gguf.names import (
 )
 from jaxft.errors import ExportError
 from jaxft.models.families.gemma2 import GemmaConfig
+from jaxft.models.families.qwen3_moe import Config as Qwen3MoEConfig
 from jaxft.models.family import FULL, SLIDING, FamilyConfig
+from jaxft.models.moe import MoEConfig
 
 
 def family_of(hf_config: Mapping[str, Any]) -> Family:
@@ -52,7 +54,7 @@ def model_metadata(hf_config: Mapping[str, Any]) -> dict[str, Any]:
         **_rope(config.rope),
     }
     if family.model_type in GEMMA_PERIODS:
-        settings["attention.sliding_window"] = config.sliding_window
+        settings["attention.sliding_window"] = cast(GemmaConfig, config).sliding_window
     for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
         if getattr(config, cap, None) is not None:
             settings[cap] = float(getattr(config, cap))
@@ -63,10 +65,10 @@ def model_metadata(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     if family.experts:
         settings |= {
             "expert_count": expert_count(family, config),
-            "expert_used_count": config.num_experts_per_tok,
+            "expert_used_count": cast(MoEConfig, config).num_experts_per_tok,
         }
     if family.arch == "qwen3moe":
-        settings["expert_feed_forward_length"] = config.moe_intermediate_size
+        settings["expert_feed_forward_length"] = cast(Qwen3MoEConfig, config).moe_intermediate_size
     return {f"{family.arch}.{key}": value for key, value in settings.items()}
 
 

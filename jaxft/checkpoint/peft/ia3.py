@@ -5,12 +5,12 @@
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from jaxft.adapters.attach import adapters
-from jaxft.adapters.ia3 import attach_ia3
+from jaxft.adapters.ia3 import IA3, attach_ia3
 from jaxft.checkpoint.peft.folder import (
     PREFIX,
     MergeBlock,
@@ -67,7 +67,7 @@ def attach_to(
 
 def peft_tensors(model: Decoder) -> Iterator[PeftTensor]:
     """The folder's tensors for a model's adapters."""
-    attached = adapters(model)
+    attached = cast(dict[str, IA3], adapters(model))
     for module, path, piece in modules(model):
         if path in attached:
             column = not attached[path].feedforward
@@ -76,7 +76,7 @@ def peft_tensors(model: Decoder) -> Iterator[PeftTensor]:
 
 def adapter_config_fields(model: Decoder) -> dict[str, Any]:
     """The fields of adapter_config.json for a model's adapters."""
-    attached = adapters(model)
+    attached = cast(dict[str, IA3], adapters(model))
     inward = {path.rsplit("/", 1)[-1] for path, adapter in attached.items() if adapter.feedforward}
     targets = {path.rsplit("/", 1)[-1] for path in attached}
     return {"target_modules": sorted(targets), "feedforward_modules": sorted(inward), "init_ia3_weights": True}

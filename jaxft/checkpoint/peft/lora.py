@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxft.adapters.attach import adapters, key_of, slots
+from jaxft.adapters.attach import adapters, key_of, set_adapter, slots
 from jaxft.adapters.lora import make_lora, settings_for
 from jaxft.adapters.lora_experts import ExpertLoRA
 from jaxft.adapters.low_rank import LoRASettings
@@ -115,7 +115,8 @@ def attach_to(
     layers = dict(slots(model))
     for path, of_path in by_layer.items():
         if any(of_path.values()):
-            layers[path].adapter = make_lora(layers[path], tuple(of_path.values()), key_of(jax.random.key(0), path))
+            adapter = make_lora(layers[path], tuple(of_path.values()), key_of(jax.random.key(0), path))
+            set_adapter(layers[path], adapter)
     return named
 
 
@@ -140,16 +141,21 @@ def _targeted(config: Mapping[str, Any], module: str) -> bool:
 def plain_model(model: Decoder) -> Decoder:
     """The model with its adapters as plain LoRA, which PEFT can load: also those that started from the base (PiSSA)."""
     copy = nnx.merge(*nnx.split(model))
-    attached = adapters(copy)
+    attached = _lora_adapters(copy)
     for path, layer in slots(copy):
         if path in attached:
-            layer.adapter = attached[path].plain()
+            set_adapter(layer, attached[path].plain())
     return copy
+
+
+def _lora_adapters(model: Decoder) -> dict[str, Any]:
+    """The adapters of a model by their layers' paths, each a `LowRank` or an `EmbeddingLoRA`."""
+    return dict(adapters(model))
 
 
 def peft_tensors(model: Decoder) -> Iterator[PeftTensor]:
     """The folder's tensors for a model's adapters."""
-    attached = adapters(model)
+    attached = _lora_adapters(model)
     for module, path, piece in modules(model):
         rank = attached[path].rank(piece.layer) if path in attached else 0
         if rank and isinstance(attached[path], ExpertLoRA) and len(piece.at) == 1:
@@ -175,7 +181,7 @@ def _stacked_tensors(
 
 def adapter_config_fields(model: Decoder) -> dict[str, Any]:
     """The fields of adapter_config.json for a model's adapters. Raises ModelError if PEFT has no form for them."""
-    attached = adapters(model)
+    attached = _lora_adapters(model)
     by_module: dict[str, LoRASettings] = {}
     ends: dict[str, list[str]] = {}
     stacked: set[str] = set()

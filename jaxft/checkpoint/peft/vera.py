@@ -8,12 +8,12 @@ those that PEFT draws from `projection_prng_key`; we write them.
 # I inputs, O outputs, r rank
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from jaxft.adapters.attach import adapters
-from jaxft.adapters.vera import VeRASettings, attach_vera, draw_projections
+from jaxft.adapters.vera import VeRA, VeRASettings, attach_vera, draw_projections
 from jaxft.checkpoint.peft.folder import (
     PREFIX,
     MergeBlock,
@@ -65,7 +65,7 @@ def optional_keys(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 def adapter_config_fields(model: Decoder) -> dict[str, Any]:
     """The fields of adapter_config.json for a model's adapters."""
-    settings = next(iter(adapters(model).values())).settings
+    settings = cast(VeRA, next(iter(adapters(model).values()))).settings
     return {
         "r": settings.r,
         "vera_dropout": settings.dropout,

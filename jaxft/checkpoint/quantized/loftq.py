@@ -33,7 +33,7 @@ def initialize_loftq(module: Decoder, source: TensorSource, init: str, key: jax.
     layers, table = dict(linears(module)), param_tensors(module)
     for path, adapter in adapters(module).items():
         kernel: object = layers[path].kernel.get_value() if path in layers else None
-        if not isinstance(kernel, QuantizedArray):
+        if not isinstance(kernel, QuantizedArray) or not isinstance(adapter, LoRA):
             raise ModelError(
                 f"adapter.init_lora_weights={init!r} corrects quantisation error, but {path} is not a quantised "
                 "Linear: leave it out of adapter.target_modules"

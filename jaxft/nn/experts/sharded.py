@@ -21,7 +21,7 @@ It is mostly empty if choices are even, and a grouped matrix product need not co
 # along `expert`, R rows of the buffer
 
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +65,7 @@ def on_mesh(compute: Callable[[Layer, jax.Array], Outputs], layer: Layer, x_BSD:
     flat, treedef = jax.tree_util.tree_flatten_with_path(state)
     paths = [path_str(path) for path, _ in flat]
     # As they are at rest, so that nothing moves on the way in.
-    declared = storage_dims_of(layer)
+    declared = storage_dims_of(cast(nnx.Module, layer))
     storage = [_dimensions(declared.get(path), x.ndim) for path, (_, x) in zip(paths, flat, strict=True)]
     types = [layer.dtype if kernel_path(path) == path else x.dtype for path, (_, x) in zip(paths, flat, strict=True)]
     # A dimension that its axes do not divide is whole, as in small arrays at rest.
