@@ -30,10 +30,12 @@ quickstart: $(VENV)/quickstart.done
 
 test: $(VENV)/test.done
 	$(BIN)/ruff check .
+	$(BIN)/mypy jaxft
 	$(ENV) $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-all: $(VENV)/test.done $(VENV)/quickstart.done $(VENV)/test-all.done
 	$(BIN)/ruff check .
+	$(BIN)/mypy jaxft
 	$(ENV) $(BIN)/python -m pytest
 
 # Without constraints, in an environment of its own that is brought up to date each time.
@@ -47,7 +49,7 @@ constraints:
 	for python in $(PYTHONS); do $$python constraints/make.py || exit 1; done
 
 lint: $(VENV)/test.done
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy jaxft
 
 $(VENV)/installed.done: setup.py $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; sys.exit("jaxft needs Python 3.11 or newer; this is $(VERSION)" if sys.version_info < (3, 11) else 0)'
