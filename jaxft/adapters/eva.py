@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from jaxft.adapters.attach import adapters, key_of, linears
 from jaxft.adapters.lora_start import EVA
@@ -92,7 +93,7 @@ class _TokenCounts:
     def __init__(self, segments_BS: jax.Array) -> None:
         self.counts_BS = (segments_BS > 0).astype(jnp.float32)
 
-    def arrays(self, dtype: jnp.dtype) -> jax.Array:
+    def arrays(self, dtype: DTypeLike) -> jax.Array:
         return self.counts_BS
 
 

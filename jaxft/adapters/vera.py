@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from jaxft.adapters.attach import AdapterParam, Layer, attach, find, weight
 from jaxft.adapters.low_rank import dropout
@@ -43,7 +44,7 @@ class Projections(nnx.Module):
     def __init__(self, a_rI: np.ndarray, b_rO: np.ndarray) -> None:
         self.a, self.b = nnx.Param(jnp.asarray(a_rI)), nnx.Param(jnp.asarray(b_rO))
 
-    def arrays(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    def arrays(self, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
         """Both, whole on every device: gathered once a step, since every layer uses the start of all their rows."""
         a, b = (partition.gathered(p.get_value().astype(dtype), SHARED_DIMS, (None, None)) for p in (self.a, self.b))
         return a, b

@@ -167,7 +167,7 @@ def _fit(
     over = np.flatnonzero(lengths > max_length).tolist()
     if not over:
         return list(examples)
-    longest = int(lengths.argmax())
+    longest = int(np.argmax(lengths))
     if truncation == "refuse":
         raise DataError(
             f"{len(over):,} of {len(examples):,} examples of {source} are longer than data.max_length={max_length}; "

@@ -14,8 +14,8 @@ def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
     the same plan. Raises ValueError if an example is longer than max_length.
     """
     sizes = np.asarray(lengths, np.int64)
-    if len(sizes) and int(sizes.max()) > max_length:
-        longest = int(sizes.argmax())
+    if len(sizes) and int(np.max(sizes)) > max_length:
+        longest = int(np.argmax(sizes))
         raise ValueError(f"example {longest} has {sizes[longest]} tokens, more than max_length={max_length}")
     plan: list[list[int]] = []
     waiting: list[list[int]] = [[] for _ in range(max_length + 1)]  # sequences by the room left in them

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from jaxft.errors import ModelError
 from jaxft.nn import stack, virtual
@@ -87,7 +88,7 @@ class Prompt(Protocol):
 class SharedArrays(Protocol):
     """A module that keeps the arrays which the adapters of all layers have in common, for the slot `Decoder.shared`."""
 
-    def arrays(self, dtype: jnp.dtype) -> Any:
+    def arrays(self, dtype: DTypeLike) -> Any:
         """What `Adapter.shared` is during a call: any pytree of arrays, computed with in `dtype`."""
 
 

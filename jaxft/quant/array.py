@@ -9,6 +9,7 @@ from typing import Self
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 # Smaller than any meaningful scale: the smallest float32 that no device flushes to zero.
 TINY = float(jnp.finfo(jnp.float32).tiny)
@@ -27,7 +28,7 @@ class QuantizedArray(ABC):
         """Shape of the represented array."""
 
     @abstractmethod
-    def dense(self, dtype: jnp.dtype) -> jax.Array:
+    def dense(self, dtype: DTypeLike) -> jax.Array:
         """The represented array, dequantised in float32 and rounded to `dtype` once."""
 
     @abstractmethod
@@ -63,7 +64,7 @@ def is_quantized(value: object) -> bool:
     return isinstance(value, QuantizedArray)
 
 
-def dense(kernel: jax.Array | QuantizedArray, dtype: jnp.dtype) -> jax.Array:
+def dense(kernel: jax.Array | QuantizedArray, dtype: DTypeLike) -> jax.Array:
     """The kernel in `dtype`, dequantised if it is quantised."""
     return kernel.dense(dtype) if isinstance(kernel, QuantizedArray) else kernel.astype(dtype)
 

@@ -9,6 +9,7 @@ from typing import Self
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jaxft.quant.array import TINY, QuantizedArray, blocks
 from jaxft.quant.nibbles import BLOCK, pack, unpack
@@ -30,7 +31,7 @@ class Int8(QuantizedArray):
     def shape(self) -> tuple[int, ...]:
         return self.codes.shape
 
-    def dense(self, dtype: jnp.dtype) -> jax.Array:
+    def dense(self, dtype: DTypeLike) -> jax.Array:
         return (self.codes.astype(jnp.float32) * self.scales).astype(dtype)
 
     def map_arrays(self, change: Callable[[jax.Array], jax.Array]) -> Self:
@@ -54,7 +55,7 @@ class Int4(QuantizedArray):
         *stack, half, outputs = self.codes.shape
         return (*stack, 2 * half, outputs)
 
-    def dense(self, dtype: jnp.dtype) -> jax.Array:
+    def dense(self, dtype: DTypeLike) -> jax.Array:
         codes = unpack(self.codes).astype(jnp.float32) - 8.0
         return (codes * self.scales[..., None, None, :]).astype(dtype).reshape(self.shape)
 

@@ -10,6 +10,7 @@ from typing import Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from jaxft.quant.array import TINY, QuantizedArray, blocks
 from jaxft.quant.nibbles import BLOCK, pack, unpack
@@ -44,7 +45,7 @@ class NF4(QuantizedArray):
         *stack, half, outputs = self.codes.shape
         return (*stack, 2 * half, outputs)
 
-    def dense(self, dtype: jnp.dtype) -> jax.Array:
+    def dense(self, dtype: DTypeLike) -> jax.Array:
         # The barrier ties the levels to the codes of a layer: otherwise XLA would broadcast each level to the size of a
         # kernel before the loop over layers, and keep it.
         packed, levels = jax.lax.optimization_barrier((self.codes, jnp.asarray(LEVELS)))
