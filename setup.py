@@ -56,7 +56,7 @@ setup(
         "datasets": ["datasets>=3"],
         # TensorFlow Datasets as a source of rows, read without TensorFlow.
         "tfds": ["tensorflow-datasets>=4.9.7", "importlib_resources", "array_record"],
-        # The suite; torch, PEFT and bitsandbytes are its oracles, where PyTorch has a CPU build of this size.
+        # The suite; torch, PEFT, TRL and bitsandbytes are its oracles, where PyTorch has a CPU build of this size.
         "test": [
             "pytest>=8",
             "pytest-xdist>=3.7",
@@ -69,6 +69,8 @@ setup(
             *LIBTPU,
             'torch==2.13.0; python_version < "3.12"',
             'peft>=0.17; python_version < "3.12"',
+            # Exactly this one: the DPO tests call its trainer's own functions.
+            'trl==1.16.0; python_version < "3.12"',
             'bitsandbytes>=0.50; python_version < "3.12"',
             # What mistral-common and llama-models, which the Makefile adds, import to encode.
             "tiktoken>=0.9",
