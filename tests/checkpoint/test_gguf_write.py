@@ -214,7 +214,10 @@ def test_a_damaged_value_is_noticed(tmp_path):
             CONFIGS["gemma2"] | {"attn_logit_softcapping": None},
             r"attn_logit_softcapping=None: the architecture always caps",
         ),
-        (CONFIGS["gemma2"] | {"final_logit_softcapping": None}, r"final_logit_softcapping=None: logits are capped"),
+        (
+            CONFIGS["gemma2"] | {"final_logit_softcapping": None},
+            r"final_logit_softcapping=None: the architecture always caps",
+        ),
         (CONFIGS["gemma2"] | {"layer_types": ["full_attention"] * 2}, r"layer_types are not 1 local to one global"),
         (CONFIGS["gemma3"] | {"sliding_window_pattern": 3}, r"layer_types are not 5 local to one global"),
         (CONFIGS["gemma3"] | {"final_logit_softcapping": 30.0}, r"final_logit_softcapping=30.0: some versions leave"),

@@ -188,7 +188,7 @@ def test_a_random_model_takes_only_the_shapes():
     [
         ([[0, 96]], "run from 0 to 96; the vocabulary has 96"),
         ([[-1, 3]], "run from -1 to 3"),
-        ([0, 1], r"whole numbers \[B, S\], got int64 of shape \(2,\)"),
+        ([0, 1], r"integers \[B, S\], got int64 of shape \(2,\)"),
         ([[0.5]], "got float64"),
     ],
 )

@@ -84,7 +84,11 @@ def test_it_wants_a_quantised_linear(folder):
     ("model", "adapter", "said"),
     [
         ({}, {}, "model.quantization is None"),
-        ({"quantization": "nf4"}, {"use_dora": True}, "use_dora takes its lengths"),
+        (
+            {"quantization": "nf4"},
+            {"use_dora": True},
+            "changes the base that the lengths of adapter.use_dora are taken from",
+        ),
     ],
 )
 def test_a_run_that_cannot_be_is_refused(model, adapter, said):

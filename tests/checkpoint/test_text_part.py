@@ -289,7 +289,7 @@ def test_the_head_is_what_the_files_hold(folder_of, tmp_path):
     [
         (
             lambda t: t | {"audio_tower.x": np.zeros(3, np.float32)},
-            r"1 tensors are neither .*'gemma3'.*\n  audio_tower.x",
+            r"1 tensors belong neither to .*'gemma3'.*\n  audio_tower.x",
         ),
         (lambda t: t | {"model.norm.weight": np.zeros(32, np.float32)}, r"neither[\s\S]*model.norm.weight \[32\]"),
         (
