@@ -51,7 +51,7 @@ class DoRA(LoRA):
         gain = magnitude / jax.lax.stop_gradient(self._merged_lengths(dense(kernel, jnp.float32)))
         if self.scales is not None:
             gain = jnp.where(self.scales.get_value() == 0, 1, gain)
-        gain = partition.gathered(gain, BIAS_DIMS[self.tp_side], WHOLE[self.tp_side][1:])
+        gain = partition.gather(gain, BIAS_DIMS[self.tp_side], WHOLE[self.tp_side][1:])
         x_dropped = dropout(x, self.settings.dropout, key)
         y_dropped = y if x_dropped is x else product(x_dropped, kernel, self.tp_side)
         # float32: bfloat16 has no number between 1 and 1.0078.

@@ -52,7 +52,7 @@ class Probe(Adapter):
 
     def enter(self, x: jax.Array) -> jax.Array:
         split = self.tp_side == "inputs"
-        a = partition.gathered(self.lora_a.get_value(), HALF_DIMS[split], WHOLE[split])
+        a = partition.gather(self.lora_a.get_value(), HALF_DIMS[split], WHOLE[split])
         return _probe(x, self.shared, a, self.total.get_value())
 
     def storage_dims(self) -> dict[str, StorageDims]:

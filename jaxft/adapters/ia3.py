@@ -43,7 +43,7 @@ class IA3(Adapter):
         return y if self.feedforward else y * self._whole(y.dtype)
 
     def _whole(self, dtype: jnp.dtype) -> jax.Array:
-        return partition.gathered(self.factors.get_value().astype(dtype), FACTOR_DIMS, WHOLE[self.is_split])
+        return partition.gather(self.factors.get_value().astype(dtype), FACTOR_DIMS, WHOLE[self.is_split])
 
     def storage_dims(self) -> dict[str, StorageDims]:
         return {"factors": StorageDims(FACTOR_DIMS)}

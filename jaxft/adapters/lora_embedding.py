@@ -33,7 +33,7 @@ class EmbeddingLoRA(EmbeddingAdapter):
     def __call__(self, tokens_BS: jax.Array, x_BSD: jax.Array) -> jax.Array:
         """x_BSD: the rows of the table, in the compute dtype."""
         a_Vr, b_rD = (
-            partition.gathered(getattr(self, name).get_value().astype(x_BSD.dtype), dims, (None, None))
+            partition.gather(getattr(self, name).get_value().astype(x_BSD.dtype), dims, (None, None))
             for name, dims in TABLE_DIMS.items()
         )
         low_BSr = jnp.take(a_Vr, tokens_BS, axis=0)

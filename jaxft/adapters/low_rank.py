@@ -25,7 +25,7 @@ from jaxft.quant import QuantizedArray
 
 # The dimensions of A and B at rest and in use, by whether the tensor axis splits their wide side in use. At rest all
 # axes split them: beside a quantized base, float32 halves and their moments are a large share of the memory.
-HALF_DIMS: dict[bool, Dimensions] = {True: (None, "both"), False: (None, "spread")}
+HALF_DIMS: dict[bool, Dimensions] = {True: (None, "both"), False: (None, "all_axes")}
 WHOLE: dict[bool, Dimensions] = {True: (None, "tensor"), False: (None, None)}
 HALVES = ("lora_a", "lora_b", "lora_a_start", "lora_b_start")
 
@@ -192,7 +192,7 @@ class LoRA(LowRank, Adapter):
 
     def _low_rank(self, x: jax.Array) -> jax.Array:
         a, b = (
-            partition.gathered(half.astype(x.dtype), HALF_DIMS[side == self.tp_side], WHOLE[side == self.tp_side])
+            partition.gather(half.astype(x.dtype), HALF_DIMS[side == self.tp_side], WHOLE[side == self.tp_side])
             for half, side in zip(self._halves(), ("inputs", "outputs"), strict=True)
         )
         scale = self._scale()

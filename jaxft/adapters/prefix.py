@@ -41,7 +41,7 @@ class Prefix(nnx.Module):
         if virtual_BS is None:
             return k_BSKH, v_BSKH
         own = (
-            partition.gathered(half.get_value().astype(k_BSKH.dtype), PREFIX_DIMS, WHOLE)
+            partition.gather(half.get_value().astype(k_BSKH.dtype), PREFIX_DIMS, WHOLE)
             for half in (self.keys, self.values)
         )
         heads = k_BSKH.shape[2:]

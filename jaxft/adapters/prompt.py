@@ -32,7 +32,7 @@ class Prompt(nnx.Module):
         """x_BSD: embedded tokens. virtual_BS: the number of the virtual token at each position, negative for none."""
         if virtual_BS is None:
             return x_BSD
-        own_nD = partition.gathered(self.embeddings.get_value().astype(x_BSD.dtype), PROMPT_DIMS, (None, None))
+        own_nD = partition.gather(self.embeddings.get_value().astype(x_BSD.dtype), PROMPT_DIMS, (None, None))
         return replace_virtual(x_BSD, own_nD, virtual_BS)
 
     def storage_dims(self) -> dict[str, StorageDims]:

@@ -46,7 +46,7 @@ class Projections(nnx.Module):
 
     def arrays(self, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
         """Both, whole on every device: gathered once a step, since every layer uses the start of all their rows."""
-        a, b = (partition.gathered(p.get_value().astype(dtype), SHARED_DIMS, (None, None)) for p in (self.a, self.b))
+        a, b = (partition.gather(p.get_value().astype(dtype), SHARED_DIMS, (None, None)) for p in (self.a, self.b))
         return a, b
 
     def storage_dims(self) -> dict[str, StorageDims]:
@@ -70,8 +70,8 @@ class VeRA(Adapter):
 
     def __call__(self, x: jax.Array, y: jax.Array, kernel: jax.Array, key: jax.Array | None) -> jax.Array:
         a, b = self.shared
-        d = partition.gathered(self.lambda_d.get_value().astype(x.dtype), D_DIMS, (None,))
-        factors = partition.gathered(self.lambda_b.get_value().astype(x.dtype), B_DIMS, WHOLE[self.tp_side])
+        d = partition.gather(self.lambda_d.get_value().astype(x.dtype), D_DIMS, (None,))
+        factors = partition.gather(self.lambda_b.get_value().astype(x.dtype), B_DIMS, WHOLE[self.tp_side])
         x = dropout(x, self.settings.dropout, key)
         low = jnp.einsum("...i,ri->...r", x, a[:, : x.shape[-1]]) * d
         return y + factors * (low @ b[:, : y.shape[-1]])

@@ -94,8 +94,8 @@ WHOLE: partition.Dimensions = ("batch", "sequence", None)
 
 def _whole(x_BSD: jax.Array) -> jax.Array:
     """All positions of a device's rows, for matrices that the tensor axis splits."""
-    return partition.gathered(x_BSD, STREAM, WHOLE)
+    return partition.gather(x_BSD, STREAM, WHOLE)
 
 
 def _stream(x_BSD: jax.Array) -> jax.Array:
-    return partition.scattered(x_BSD, STREAM, WHOLE)
+    return partition.reduce_scatter(x_BSD, STREAM, WHOLE)

@@ -34,15 +34,15 @@ def product(x: jax.Array, kernel: jax.Array | QuantizedArray, tp_side: TPSide) -
     devices: float32 if the kernel is float32, the narrower dtype if `training.step` rounded the kernel first.
     """
     if isinstance(kernel, QuantizedArray):
-        return frozen_product(jnp.matmul, partial(_gathered, tp_side), x, kernel)
+        return frozen_product(jnp.matmul, partial(_gather_codes, tp_side), x, kernel)
     if kernel.dtype == x.dtype:
-        return x @ partition.gathered(kernel, KERNEL_DIMS[tp_side], WHOLE[tp_side])
+        return x @ partition.gather(kernel, KERNEL_DIMS[tp_side], WHOLE[tp_side])
     return _wide_product(x, kernel, tp_side)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _wide_product(x: jax.Array, kernel: jax.Array, tp_side: TPSide) -> jax.Array:
-    return x @ partition.gathered(kernel.astype(x.dtype), KERNEL_DIMS[tp_side], WHOLE[tp_side])
+    return x @ partition.gather(kernel.astype(x.dtype), KERNEL_DIMS[tp_side], WHOLE[tp_side])
 
 
 def _wide_forward(x: jax.Array, kernel: jax.Array, tp_side: TPSide) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -53,7 +53,7 @@ def _wide_backward(
     tp_side: TPSide, residuals: tuple[jax.Array, jax.Array], grad: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     x, kernel = residuals
-    whole = partition.gathered(kernel.astype(x.dtype), KERNEL_DIMS[tp_side], WHOLE[tp_side])
+    whole = partition.gather(kernel.astype(x.dtype), KERNEL_DIMS[tp_side], WHOLE[tp_side])
     grad_kernel = jnp.einsum("...i,...o->io", x, grad, preferred_element_type=kernel.dtype)
     return grad @ whole.T, partition.split(grad_kernel.astype(kernel.dtype), *KERNEL_DIMS[tp_side])
 
@@ -61,9 +61,9 @@ def _wide_backward(
 _wide_product.defvjp(_wide_forward, _wide_backward)
 
 
-def _gathered(tp_side: TPSide, kernel: QuantizedArray) -> QuantizedArray:
+def _gather_codes(tp_side: TPSide, kernel: QuantizedArray) -> QuantizedArray:
     # Codes are sent, not dequantized weights: a quarter of the bytes.
-    return kernel.map_arrays(lambda part: partition.gathered(part, KERNEL_DIMS[tp_side], WHOLE[tp_side]))
+    return kernel.map_arrays(lambda part: partition.gather(part, KERNEL_DIMS[tp_side], WHOLE[tp_side]))
 
 
 class Linear(nnx.Module):
@@ -106,7 +106,7 @@ class Linear(nnx.Module):
             y = adapter(x, y, kernel, key)
         if self.bias is not None:
             bias = self.bias.get_value().astype(self.dtype)
-            y = y + partition.gathered(bias, BIAS_DIMS[self.tp_side], WHOLE[self.tp_side][1:])
+            y = y + partition.gather(bias, BIAS_DIMS[self.tp_side], WHOLE[self.tp_side][1:])
         if adapter is not None and not adapter.on_product:
             y = adapter(x, y, kernel, key)
         return y if self.keep is None else checkpoint_name(y, self.keep)
@@ -128,12 +128,12 @@ class Embedding(nnx.Module):
     def __call__(self, tokens_BS: jax.Array) -> jax.Array:
         # Every device looks up all tokens in its part of each row of the table, then passes on what others need.
         x_BSD = jnp.take(self.embedding.get_value(), partition.split(tokens_BS, *LOOKED_UP[:2]), axis=0)
-        x_BSD = partition.gathered(x_BSD.astype(self.dtype), LOOKED_UP, ("batch", "stream", None))
+        x_BSD = partition.gather(x_BSD.astype(self.dtype), LOOKED_UP, ("batch", "stream", None))
         return x_BSD if self.adapter is None else self.adapter(tokens_BS, x_BSD)
 
     def scores(self, hidden: jax.Array) -> jax.Array:
         """hidden: [..., D] -> logits [..., V] float32."""
-        table = partition.gathered(self.embedding.get_value().astype(self.dtype), TABLE_DIMS, TABLE_WHOLE)
+        table = partition.gather(self.embedding.get_value().astype(self.dtype), TABLE_DIMS, TABLE_WHOLE)
         return jnp.einsum("...D,VD->...V", hidden.astype(self.dtype), table, preferred_element_type=jnp.float32)
 
     def storage_dims(self) -> dict[str, StorageDims]:

@@ -29,7 +29,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x32 = x.astype(jnp.float32)
-        scale = partition.gathered(self.scale.get_value(), ("weight",), (None,)).astype(jnp.float32)
+        scale = partition.gather(self.scale.get_value(), ("weight",), (None,)).astype(jnp.float32)
         inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.shape.eps)
         return (x32 * inverse * (1.0 + scale if self.shape.plus_one else scale)).astype(self.dtype)
 

@@ -16,11 +16,11 @@ from jax.sharding import PartitionSpec as P
 # batch: rows. replica: rows, for products with weights that stay split. sequence: positions within a layer, whose heads
 # or inner units the tensor axis splits. stream: positions between layers, which the tensor axis splits too
 # (arXiv:2205.05198). weight: the side of a matrix that is gathered for use. both: a side that the tensor axis splits
-# and that is gathered. spread: a side of a small matrix, gathered over the tensor axis too. expert: experts.
+# and that is gathered. all_axes: a side of a small matrix, gathered over the tensor axis too. expert: experts.
 # expert_weight: the side of an expert's matrix that is gathered. expert_both: a side of it that the tensor axis splits
 # and that is gathered.
 Dimension = Literal[
-    "batch", "replica", "sequence", "stream", "tensor", "weight", "both", "spread", "expert", "expert_weight",
+    "batch", "replica", "sequence", "stream", "tensor", "weight", "both", "all_axes", "expert", "expert_weight",
     "expert_both",
 ]  # fmt: skip
 Dimensions = tuple[Dimension | None, ...]  # of an array, one a dimension; None: not split
@@ -35,7 +35,7 @@ AXES: dict[Dimension, tuple[str, ...]] = {
     "expert_weight": ("fsdp", "context"),
     "expert_both": ("fsdp", "context", "tensor"),
     "both": ("tensor", "fsdp", "expert", "context"),
-    "spread": ("tensor", "fsdp", "expert", "context"),
+    "all_axes": ("tensor", "fsdp", "expert", "context"),
 }
 
 
@@ -94,53 +94,53 @@ def split_only(x: jax.Array, dimension: int) -> jax.Array:
     return x
 
 
-def gathered(x: jax.Array, resting: Dimensions, whole: Dimensions) -> jax.Array:
-    """x, moved from the layout `resting` to the layout `whole`; its gradient is moved back to `resting`.
+def gather(x: jax.Array, storage: Dimensions, whole: Dimensions) -> jax.Array:
+    """x, laid out as `storage`, brought to the layout `whole`; its gradient is brought back to `storage`.
 
-    A plain constraint would put itself on the gradient too, so that every device would receive the whole sum of what
-    all have computed, and throw all but its own part away.
+    A plain constraint would also apply to the gradient: every device would receive the whole sum of all devices'
+    gradients and discard all but its own part.
     """
-    return x if is_unsharded() else _gathered(x, spec(x.shape, resting), spec(x.shape, whole))
+    return x if is_unsharded() else _gather(x, spec(x.shape, storage), spec(x.shape, whole))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gathered(x: jax.Array, resting: P, whole: P) -> jax.Array:
-    # The first constraint keeps the gathering from moving up to where x still is in a wider type.
-    return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(x, resting), whole)
+def _gather(x: jax.Array, storage: P, whole: P) -> jax.Array:
+    # The first constraint keeps the gathering from moving up to where x still has a wider dtype.
+    return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(x, storage), whole)
 
 
-def _gathered_forward(x: jax.Array, resting: P, whole: P) -> tuple[jax.Array, None]:
-    return _gathered(x, resting, whole), None
+def _gather_forward(x: jax.Array, storage: P, whole: P) -> tuple[jax.Array, None]:
+    return _gather(x, storage, whole), None
 
 
-def _gathered_backward(resting: P, whole: P, _: None, grad: jax.Array) -> tuple[jax.Array]:
-    return (jax.lax.with_sharding_constraint(grad, resting),)
+def _gather_backward(storage: P, whole: P, _: None, grad: jax.Array) -> tuple[jax.Array]:
+    return (jax.lax.with_sharding_constraint(grad, storage),)
 
 
-_gathered.defvjp(_gathered_forward, _gathered_backward)
+_gather.defvjp(_gather_forward, _gather_backward)
 
 
-def scattered(x: jax.Array, to: Dimensions, back: Dimensions) -> jax.Array:
-    """x, of which every device has a summand, added up and brought to lie as `to` says; its gradient comes back as
-    `back` says, once for all who need it.
+def reduce_scatter(x: jax.Array, result: Dimensions, gradient: Dimensions) -> jax.Array:
+    """The sum of x over the devices that each have a summand of it, laid out as `result`; its gradient is brought to
+    the layout `gradient`, once for all devices that need it.
     """
-    return x if is_unsharded() else _scattered(x, spec(x.shape, to), spec(x.shape, back))
+    return x if is_unsharded() else _reduce_scatter(x, spec(x.shape, result), spec(x.shape, gradient))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _scattered(x: jax.Array, to: P, back: P) -> jax.Array:
-    return jax.lax.with_sharding_constraint(x, to)
+def _reduce_scatter(x: jax.Array, result: P, gradient: P) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, result)
 
 
-def _scattered_forward(x: jax.Array, to: P, back: P) -> tuple[jax.Array, None]:
-    return _scattered(x, to, back), None
+def _reduce_scatter_forward(x: jax.Array, result: P, gradient: P) -> tuple[jax.Array, None]:
+    return _reduce_scatter(x, result, gradient), None
 
 
-def _scattered_backward(to: P, back: P, _: None, grad: jax.Array) -> tuple[jax.Array]:
-    return (jax.lax.with_sharding_constraint(grad, back),)
+def _reduce_scatter_backward(result: P, gradient: P, _: None, grad: jax.Array) -> tuple[jax.Array]:
+    return (jax.lax.with_sharding_constraint(grad, gradient),)
 
 
-_scattered.defvjp(_scattered_forward, _scattered_backward)
+_reduce_scatter.defvjp(_reduce_scatter_forward, _reduce_scatter_backward)
 
 
 def is_unsharded() -> bool:

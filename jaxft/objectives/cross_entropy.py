@@ -43,7 +43,7 @@ def token_sums(
     """
     # As a plain list: nnx.Variable answers for its value's attributes, which hides where a leaf begins.
     leaves, treedef = jax.tree.flatten(head)
-    hidden_BSD = partition.gathered(hidden_BSD, ("batch", "stream", None), ("batch", "sequence", None))
+    hidden_BSD = partition.gather(hidden_BSD, ("batch", "stream", None), ("batch", "sequence", None))
 
     def unembed_leaves(leaves: Head, hidden_BCD: jax.Array) -> jax.Array:
         return unembed(jax.tree.unflatten(treedef, leaves), hidden_BCD)

@@ -39,7 +39,7 @@ def token_logps(
     that are wanted. dimensions, chunk: as for `cross_entropy.token_sums`. Differentiable in head and hidden_BSD.
     """
     leaves, treedef = jax.tree.flatten(head)
-    hidden_BSD = partition.gathered(hidden_BSD, ("batch", "stream", None), ("batch", "sequence", None))
+    hidden_BSD = partition.gather(hidden_BSD, ("batch", "stream", None), ("batch", "sequence", None))
 
     def unembed_leaves(leaves: Head, hidden_BCD: jax.Array) -> jax.Array:
         return unembed(jax.tree.unflatten(treedef, leaves), hidden_BCD)

@@ -77,11 +77,11 @@ def vocab_layout(
     names: dict[partition.Dimension | None, partition.Dimension | None]
     if vocab % partition.shards("both") == 0 and positions * partition.shards("weight") <= vocab:
         # Fewer numbers are moved, and no device holds more than its part, if positions come to the vocabulary.
-        split, names = "both", {"tensor": "both", "weight": None, "spread": None}
+        split, names = "both", {"tensor": "both", "weight": None, "all_axes": None}
     elif vocab % partition.shards("tensor") == 0:
-        split, names = "tensor", {"spread": "weight"}
+        split, names = "tensor", {"all_axes": "weight"}
     else:
-        split, names = None, {"tensor": None, "both": "weight", "spread": "weight"}
+        split, names = None, {"tensor": None, "both": "weight", "all_axes": "weight"}
     resting = [tuple(names.get(name, name) for name in one) for one in dimensions]
     specs = [partition.spec(x.shape, one, uneven=None) for x, one in zip(leaves, resting, strict=True)]
     vocab_axes = () if split is None else partition.axes_of(split)

@@ -24,9 +24,9 @@ AXES = ONE_EACH | {"fsdp": 8}
 DIMS = {
     "embed_tokens/embedding": StorageDims(("tensor", "weight")),
     "lm_head/kernel": StorageDims((None, "both"), ("weight", "tensor")),
-    "lm_head/adapter/lora_a": StorageDims((None, "spread"), (None, "weight")),
+    "lm_head/adapter/lora_a": StorageDims((None, "all_axes"), (None, "weight")),
     "layers/0/q_proj/kernel": StorageDims(("weight", "tensor")),
-    "layers/0/q_proj/adapter/lora_a": StorageDims((None, "spread"), (None, "weight")),
+    "layers/0/q_proj/adapter/lora_a": StorageDims((None, "all_axes"), (None, "weight")),
     "layers/0/q_proj/adapter/lora_b": StorageDims((None, "both"), (None, "weight")),
     "layers/0/o_proj/kernel": StorageDims(("tensor", "weight")),
     "layers/0/norm/scale": StorageDims(("weight",)),
