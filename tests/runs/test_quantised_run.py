@@ -56,7 +56,7 @@ def test_export_says_what_merging_loses(run, tmp_path):
 
 
 def test_the_original_base_is_for_quantised_runs(run, tmp_path):
-    with pytest.raises(ConfigError, match="no such run"):
+    with pytest.raises(ConfigError, match="whose base was quantised, and this base was not"):
         jaxft.export(str(run[0] / "merged"), str(tmp_path / "x"), base="original")
 
 
