@@ -15,7 +15,7 @@ class ConfigError(JaxftError, ValueError):
 
 
 class DataError(JaxftError, ValueError):
-    """Training or evaluation data that cannot be used as asked."""
+    """Training or evaluation data that cannot be used as the configuration says."""
 
 
 class ModelError(JaxftError, ValueError):
@@ -27,11 +27,11 @@ class CheckpointError(JaxftError, ValueError):
 
 
 class ExportError(JaxftError, RuntimeError):
-    """What was written does not reproduce the live model."""
+    """A written model that does not reproduce the one in memory."""
 
 
 class Preempted(Exception):
-    """The machine is about to be taken away; everything up to `step` is saved."""
+    """The machine is about to be reclaimed; everything up to `step` is saved."""
 
     def __init__(self, step: int) -> None:
         super().__init__(f"stopped by SIGTERM after step {step}, which is saved; run the same command to go on")
@@ -39,7 +39,7 @@ class Preempted(Exception):
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """`" Did you mean 'batch_size'?"` for a near miss of one of the choices, else an empty string."""
+    """`" Did you mean 'batch_size'?"` if the name is close to one of the choices, else an empty string."""
     close = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
     return f" Did you mean {close[0]!r}?" if close else ""
 
