@@ -93,7 +93,10 @@ class SharedArrays(Protocol):
 
 
 class ValueHead(Protocol):
-    """A module that estimates the return from each position, for the slot `Decoder.value`."""
+    """A module that estimates the return from each position, for the slot `Decoder.value`.
+
+    Over a mesh its parameters are whole on every device, unless it declares them (`jaxft.nn.storage`).
+    """
 
     def __call__(self, hidden_BSD: jax.Array) -> jax.Array:
         """values_BS, of hidden vectors after the last norm."""
@@ -120,8 +123,8 @@ class Decoder(nnx.Module):
 
     Three slots are empty (None) until something is attached. prompt: a `Prompt`, which embeds the virtual tokens.
     shared: `SharedArrays`, what the adapters of all layers have in common. value: a `ValueHead`; the decoder itself
-    never calls it: `model.value(hidden_BSD)` is for the losses that need values. What is trained beside adapters are
-    the AdapterParams alone, so a value head that is to train with adapters has its parameters of that type.
+    never calls it: `model.value(hidden_BSD)` is for the losses that need values. With adapters, only AdapterParams are
+    trained, so a value head that is to be trained with them has parameters of that type.
     """
 
     def __init__(
