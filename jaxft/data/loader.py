@@ -16,7 +16,7 @@ from jaxft.data.stream import Stream
 
 
 class Loader:
-    """Batches of packed or single examples, as a pure function of the step.
+    """Batches of packed or single examples: the BatchSource of one set.
 
     Attributes: batch_size, max_length, plan (the examples of each sequence, by index).
     """
@@ -56,7 +56,7 @@ class Loader:
         return step / self.steps_per_epoch
 
     def metrics(self, step: int) -> dict[str, float]:
-        return {}  # one set has no shares to tell
+        return {}  # shares of sets are for a mixture
 
     def batch(self, step: int, rows: slice | None = None) -> Batch[np.ndarray]:
         documents = [self._stream[position] for position in positions(step, self.batch_size, rows)]

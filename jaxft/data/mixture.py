@@ -37,7 +37,7 @@ class Share:
 
 
 class Mixture:
-    """Batches of several sets, as a pure function of the step and of the length of the run.
+    """Batches of several sets: a BatchSource that also depends on the length of the run.
 
     Attributes: batch_size, total_steps, schedule, streams (by name).
     """
