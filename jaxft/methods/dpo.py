@@ -36,6 +36,12 @@ def check(config: RunConfig, model: Decoder) -> None:
             f"{adapter.modules_to_save!r} trains modules of the base itself, which cannot be switched off. Set it to "
             "None, or train all weights (adapter.kind='none'), which keeps a copy as the reference."
         )
+    if adapter.kind == "lora" and adapter.init_lora_weights.startswith("loftq"):
+        raise ConfigError(
+            f"adapter.init_lora_weights={adapter.init_lora_weights!r} starts from an adapter that corrects the "
+            "quantised base. The base without it is another model than the one that training starts from, so it cannot be the "
+            "reference of method.name='dpo'. Set it to 'default'."
+        )
     if adapter.kind != "none" and adapter.dropout:
         raise ConfigError(
             f"adapter.dropout={adapter.dropout} would change the policy's log-probabilities but not the reference's, "

@@ -143,6 +143,10 @@ def test_saved_numbers_of_a_method_go_into_checkpoints(rows, tmp_path):
     [
         ({"adapter.kind": "prompt"}, r"adapter.kind='prompt' puts virtual tokens into every row"),
         ({"adapter.modules_to_save": "norm"}, r"adapter.modules_to_save='norm' trains modules of the base itself"),
+        (
+            {"model.quantization": "nf4", "adapter.init_lora_weights": "loftq"},
+            r"init_lora_weights='loftq' starts from an adapter that corrects the quantised base",
+        ),
         ({"adapter.dropout": 0.1}, r"adapter.dropout=0.1 would change the policy's log-probabilities but not the ref"),
         ({"data.truncation": "right"}, r"data.truncation='right' would cut the rejected answer"),
         ({"data.format": "messages"}, r"data.format='messages' .* reads rows of prompt, chosen and rejected"),
