@@ -39,7 +39,7 @@ def check(config: RunConfig, model: Decoder) -> None:
     if adapter.kind == "lora" and adapter.init_lora_weights.startswith("loftq"):
         raise ConfigError(
             f"adapter.init_lora_weights={adapter.init_lora_weights!r} starts from an adapter that corrects the "
-            "quantised base. The base without it is another model than the one that training starts from, so it cannot be the "
+            "quantised base. Without it the base is not the model that training starts from, so it cannot be the "
             "reference of method.name='dpo'. Set it to 'default'."
         )
     if adapter.kind != "none" and adapter.dropout:
