@@ -32,7 +32,8 @@ class Conversation:
     messages: OpenAI messages, empty for plain text. tools: JSON schemas that the template may show.
     first_trained: index of the first message that may be trained on. untrained: indices of answers marked as not to be
     trained. template_kwargs: variables of the chat template for this row, such as enable_thinking.
-    prompt, completion: plain text; the prompt of a `text` row is empty.
+    prompt, completion: plain text; the prompt of a `text` row is empty. values: numbers of the row that a training
+    method reads, such as a margin or a label, by name.
     """
 
     row: int
@@ -45,6 +46,7 @@ class Conversation:
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     prompt: str = ""
     completion: str = ""
+    values: Mapping[str, float] = field(default_factory=dict)
 
 
 def conversations(rows: Rows, config: DataConfig) -> Iterator[Conversation]:

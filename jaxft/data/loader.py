@@ -60,7 +60,7 @@ class Loader:
 
     def batch(self, step: int, rows: slice | None = None) -> Batch[np.ndarray]:
         documents = [self._stream[position] for position in positions(step, self.batch_size, rows)]
-        return assemble(documents, self.max_length, self.pad_id)
+        return assemble(documents, self.max_length, self.pad_id, self._stream.like)
 
     def eval_batches(self, rows: slice | None = None) -> Iterator[Batch[np.ndarray]]:
         """Every sequence once, in order; the last batch is filled up with empty rows (segment 0)."""
@@ -76,7 +76,7 @@ class Loader:
         sequences = self.plan[number * self.batch_size : (number + 1) * self.batch_size]
         sequences += [[]] * (self.batch_size - len(sequences))
         documents = [self._stream.documents(sequence) for sequence in sequences[rows or slice(None)]]
-        return assemble(documents, self.max_length, self.pad_id)
+        return assemble(documents, self.max_length, self.pad_id, self._stream.like)
 
 
 def steps_for(epochs: float, sequences: int, batch_size: int) -> int:

@@ -90,7 +90,7 @@ class Mixture:
         for position in positions(step, self.batch_size, rows):
             index, number = self.schedule.at(position)
             documents.append(streams[index][number])
-        return assemble(documents, self._data.max_length, self.pad_id)
+        return assemble(documents, self._data.max_length, self.pad_id, streams[0].like)
 
     def metrics(self, step: int) -> dict[str, float]:
         """token_share/NAME of every set: its share of the tokens of the first `step` steps."""

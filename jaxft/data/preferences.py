@@ -29,10 +29,15 @@ class Pair(Example):
     @property
     def documents(self) -> tuple[Example, ...]:
         """The chosen and the rejected document."""
-        cut = self.chosen_length
-        return (
-            Example(tokens=self.tokens[:cut], mask=self.mask[:cut], row=self.row),
-            Example(tokens=self.tokens[cut:], mask=self.mask[cut:], row=self.row),
+        return self._document(0, slice(self.chosen_length)), self._document(1, slice(self.chosen_length, None))
+
+    def _document(self, number: int, tokens: slice) -> Example:
+        return Example(
+            tokens=self.tokens[tokens],
+            mask=self.mask[tokens],
+            row=self.row,
+            values={name: (value[number],) for name, value in self.values.items()},
+            arrays={name: array[tokens] for name, array in self.arrays.items()},
         )
 
 
@@ -88,5 +93,6 @@ def join_pairs(examples: list[Example]) -> list[Example]:
                 "earlier turns. Give answers of one turn, or set data.chat_template to a template that does not."
             )
         tokens, mask = np.concatenate([chosen.tokens, rejected.tokens]), np.concatenate([chosen.mask, rejected.mask])
-        pairs.append(Pair(tokens=tokens, mask=mask, row=chosen.row, chosen_length=len(chosen)))
+        values = {name: (*value, *rejected.values[name]) for name, value in chosen.values.items()}
+        pairs.append(Pair(tokens=tokens, mask=mask, row=chosen.row, values=values, chosen_length=len(chosen)))
     return pairs

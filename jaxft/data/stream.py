@@ -44,6 +44,11 @@ class Stream:
         return [document for index in sequence for document in self.examples[index].documents]
 
     @property
+    def like(self) -> Example:
+        """A document that has all values and arrays which documents of this set carry."""
+        return self.examples[0].documents[0]
+
+    @property
     def tokens(self) -> int:
         """Tokens in an epoch."""
         return int(self._sizes[:, 0].sum())

@@ -11,7 +11,7 @@ from jaxft.config import RunConfig
 from jaxft.data import Prepared, Tokenizer
 from jaxft.data.batch_source import BatchSource
 from jaxft.nn.decoder import Decoder
-from jaxft.objectives.loss import Loss, MethodState
+from jaxft.objectives.loss import BatchSums, Loss, MethodState
 from jaxft.sharding.mesh import MeshPlan
 from jaxft.training.state import TrainState
 
@@ -49,6 +49,10 @@ class Method:
     check(config, model): raises ConfigError for settings that the method cannot train with. model: abstract.
     initial_state(config, trainable): the method's own arrays at step 0, made from the trainable parameters before the
     first step; None if it has none. It is traced by `jax.jit`.
+    precompute(run, base): the run with data that was computed from the base model before the first step, such as
+    cached log-probabilities of a reference. base(): the base with fresh adapters, on the mesh of the run.
+    batch_sums(config, model): sums over the whole batch that the loss of every micro-batch needs; None if it needs
+    none. model: abstract.
     loss(config, model): the loss; evaluated with key=None, it is the held-out loss. model: abstract.
     evaluator(run, graphdef): `state -> held-out metrics`; None if no rows are held out.
     reference_passes: forward passes of a frozen model in each training step, for the work that `jaxft plan` reports.
@@ -65,6 +69,8 @@ class Method:
     evaluator: Callable[[Run, nnx.GraphDef[Decoder]], Callable[[TrainState], dict[str, float]] | None]
     describe: Callable[[RunConfig], str]
     reference_passes: int = 0
+    precompute: Callable[[Run, Callable[[], Decoder]], Run] = lambda run, base: run
+    batch_sums: Callable[[RunConfig, Decoder], BatchSums | None] = lambda config, model: None
 
 
 def no_state(config: RunConfig, trainable: nnx.State) -> None:

@@ -7,22 +7,23 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxft.config import RunConfig
 from jaxft.data import Prepared, Tokenizer
-from jaxft.data.batch import Batch, Example
+from jaxft.data.batch import Batch, Example, most_documents
 from jaxft.data.batch_source import BatchSource
 from jaxft.data.loader import Loader
 from jaxft.data.mixture import Mixture
-from jaxft.evaluation.held_out import held_out_metrics
+from jaxft.evaluation.held_out import added_up, held_out_metrics
 from jaxft.methods.method import Run
 from jaxft.nn.decoder import Decoder
-from jaxft.objectives.loss import Loss
+from jaxft.objectives.loss import BatchSums, Loss, with_batch_sums
 from jaxft.optim.averages import evaluation_params
 from jaxft.sharding.arrays import from_rows
 from jaxft.training.state import TrainState
-from jaxft.training.step import make_eval_step
+from jaxft.training.step import make_eval_step, make_eval_sums
 
 Evaluator = Callable[[TrainState], dict[str, float]]
 
@@ -59,31 +60,45 @@ def device_batch(run: Run, step: int) -> Batch[jax.Array]:
     return from_rows(partial(run.source.batch, step), run.config.train.batch_size, run.mesh.batch_sharding())
 
 
-def batch_shapes(config: RunConfig) -> Batch[jax.ShapeDtypeStruct]:
-    """The shapes of a `Batch`, [B, S]."""
+def batch_shapes(config: RunConfig, values: Sequence[str] = ()) -> Batch[jax.ShapeDtypeStruct]:
+    """The shapes of a `Batch`, [B, S]. values: names of the numbers that its documents carry, [B, P]."""
     shape = (config.train.batch_size, config.data.max_length)
     ids, weights = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.float32)
-    return Batch(tokens_BS=ids, targets_BS=ids, weights_BS=weights, positions_BS=ids, segments_BS=ids)
+    numbers = jax.ShapeDtypeStruct((shape[0], most_documents(shape[1])), jnp.float32)
+    return Batch(
+        tokens_BS=ids,
+        targets_BS=ids,
+        weights_BS=weights,
+        positions_BS=ids,
+        segments_BS=ids,
+        values=dict.fromkeys(values, numbers),
+    )
 
 
-def make_evaluator(run: Run, graphdef: nnx.GraphDef[Decoder], loss: Loss) -> Evaluator | None:
+def make_evaluator(
+    run: Run, graphdef: nnx.GraphDef[Decoder], loss: Loss, batch_sums: BatchSums | None = None
+) -> Evaluator | None:
     """`state -> held-out metrics` by a loss without dropout; None if no rows are held out.
 
-    One evaluator serves one device and many: the mesh of the run says where the batches and the weights are.
+    One evaluator serves one device and many: the mesh of the run says where the batches and the weights are. Sums over
+    the whole batch, if the loss needs them, are those over all held-out rows, so that the batch size does not matter.
     """
     if run.data.eval_examples is None:
         return None
     config, mesh = run.config, run.mesh
     loader = _loader(run.data.eval_examples, config, run.tokenizer, shuffle=False)
     eval_step = jax.jit(mesh.bind(make_eval_step(graphdef, loss)))
+    eval_sums = None if batch_sums is None else jax.jit(mesh.bind(make_eval_sums(graphdef, batch_sums)))
 
     def batch(number: int) -> Batch[jax.Array]:
         return from_rows(partial(loader.eval_batch, number), loader.batch_size, mesh.batch_sharding())
 
     def evaluate(state: TrainState) -> dict[str, float]:
-        weights = evaluated_weights(config, state)
-        step = partial(eval_step, weights, state.frozen, state.method)
-        return held_out_metrics(step, map(batch, range(loader.eval_steps)))
+        weights, method, numbers = evaluated_weights(config, state), state.method, range(loader.eval_steps)
+        if eval_sums is not None:
+            whole = added_up(partial(eval_sums, weights, state.frozen, method), map(batch, numbers))
+            method = with_batch_sums(method, jax.tree.map(np.float32, whole))
+        return held_out_metrics(partial(eval_step, weights, state.frozen, method), map(batch, numbers))
 
     return evaluate
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from jaxft.nn.decoder import Decoder
 
@@ -14,10 +15,12 @@ class MethodState(NamedTuple):
     saved: numbers that change while training, such as an adaptive coefficient; checkpoints hold them.
     rebuilt: arrays that follow from the base weights, such as a frozen reference copy. Checkpoints leave them out; a
     resumed run computes them again from the base.
+    batch: the result of the method's `BatchSums` for the whole batch. Only losses see it; it is never in `TrainState`.
     """
 
     saved: Any = None
     rebuilt: Any = None
+    batch: Any = None
 
 
 class Ratio(NamedTuple):
@@ -55,3 +58,26 @@ class LossSums(NamedTuple):
 # (model, batch, key, method_state) -> LossSums. batch: the pytree that the method's source gives. key: a PRNG key turns
 # dropout and noise on; None is evaluation. method_state: `TrainState.method`, None for methods without one.
 Loss = Callable[[Decoder, Any, jax.Array | None, MethodState | None], LossSums]
+
+# (model, batch, method_state) -> a pytree of float32 sums over the units of a batch. A training step computes it for
+# the whole batch before any gradient, adds it up over micro-batches, and gives it to the loss of each of them as
+# `MethodState.batch`. A loss that adds terms over different units (pairs and tokens) needs the numbers of both, and
+# some losses need an estimate over the whole batch. No gradient passes through it.
+BatchSums = Callable[[Decoder, Any, MethodState | None], Any]
+
+
+def with_batch_sums(state: MethodState | None, sums: Any) -> MethodState | None:
+    """The method's arrays with the sums over the whole batch; unchanged if `sums` is None."""
+    if sums is None:
+        return state
+    return (state or MethodState())._replace(batch=sums)
+
+
+def in_units_of(weight: jax.Array, other: Ratio) -> jax.Array:
+    """The factor that turns a sum over other units into a part of a sum over the units of `weight`.
+
+    weight: units of the loss in the whole batch. other.total, other.weight: a factor of the term, and its own units in
+    the whole batch. `sum(a) + in_units_of(weight, Ratio(c, units)) * sum(b)`, divided by weight, is
+    mean(a) + c * mean(b). A term without any unit counts nothing.
+    """
+    return other.total * weight / jnp.maximum(other.weight, 1)

@@ -135,13 +135,15 @@ def make_step(
     schedule: optax.Schedule,
 ) -> Step:
     """The training step of a run, to be jitted within its mesh. model: from `abstract_model`."""
+    method = method_of(config)
     return make_train_step(
         graphdef,
-        method_of(config).loss(config, model),
+        method.loss(config, model),
         tx,
         schedule,
         accumulation_steps=config.train.accumulation_steps,
         gradient_dtype=jnp.dtype(config.train.gradient_dtype or config.model.dtype),
+        batch_sums=method.batch_sums(config, model),
     )
 
 

@@ -39,6 +39,7 @@ def evaluate(model: LoadedModel, tokenizer: Tokenizer, config: RunConfig) -> dic
         model=model.module,
         source=method.source(config, data, tokenizer),
     )
+    run = method.precompute(run, lambda: build_model(config, run.mesh).module)
     state = TrainState(jnp.int32(0), trainable, frozen, (), jax.random.key(config.seed), _method_state(config, method))
     evaluator = method.evaluator(run, graphdef)
     out: dict[str, Any] = {} if evaluator is None else dict(evaluator(state))

@@ -61,6 +61,7 @@ def train(config: RunConfig, *, console: Console | None = None) -> dict[str, Any
         scores = {"metric": config.eval.metric, "base": score_summary(base, run.data.eval_references)}
         scores["base_answers"] = list(base.texts)
         on_primary(lambda: run_folder.write_json(run.folder / run_folder.SCORES, scores))
+    run = method_of(config).precompute(run, lambda: loaded.module)
     held_out = _fit(run, loaded, console)
     if config.eval.metric:
         console.print(f"tuned model, {len(run.data.eval_prompts)} held-out rows, by generation ...", highlight=False)

@@ -3,6 +3,7 @@
 # B batch, S sequence, A accumulation steps
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from jax.typing import DTypeLike
 
 from jaxft.nn.decoder import Decoder
 from jaxft.nn.param_kind import kind_of
-from jaxft.objectives.loss import Loss, LossSums, MethodState
+from jaxft.objectives.loss import BatchSums, Loss, LossSums, MethodState, with_batch_sums
 from jaxft.training.state import TrainState
 from jaxft.trees import path_str
 
@@ -28,6 +29,7 @@ def make_train_step(
     *,
     accumulation_steps: int = 1,
     gradient_dtype: DTypeLike = jnp.float32,
+    batch_sums: BatchSums | None = None,
 ) -> Step:
     """`train_step(state, batch) -> (state, metrics)`, to be jitted by the caller.
 
@@ -35,6 +37,7 @@ def make_train_step(
     float32. The matrices are rounded to it first, as layers that compute in it do anyway. Gradients of experts'
     matrices and of adapters are summed over devices in the type of computation. Gradients of micro-batches add up in
     float32.
+    batch_sums: sums over the whole batch that the loss of each micro-batch needs (`BatchSums`).
     batch: a pytree of [B, ...] arrays, B a multiple of accumulation_steps. The gradient is that of
     (sum of losses) / (sum of weights) over the whole batch, however it is cut into micro-batches.
     metrics, float32 scalars: loss, grad_norm (before clipping), learning_rate, num_tokens and trained_tokens of this
@@ -46,22 +49,10 @@ def make_train_step(
         return sums.total, sums
 
     def gradients(state: TrainState, batch: Any) -> tuple[Any, LossSums]:
-        key = jax.random.fold_in(state.key, state.step)
-        grad = jax.grad(total, has_aux=True)
         trainable = rounded(state.trainable, gradient_dtype)
-        if accumulation_steps == 1:
-            return grad(trainable, state, batch, jax.random.fold_in(key, 0))
-
-        def add(carry: Any, scanned: Any) -> tuple[Any, None]:
-            index, micro = scanned
-            part = grad(trainable, state, micro, jax.random.fold_in(key, index))
-            return jax.tree.map(lambda whole, x: whole + x.astype(whole.dtype), carry, part), None
-
-        micro_batches = jax.tree.map(lambda x: _cut(x, accumulation_steps), batch)
-        first = jax.tree.map(lambda x: x[0], micro_batches)
-        shapes = jax.eval_shape(grad, state.trainable, state, first, key)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        return jax.lax.scan(add, zeros, (jnp.arange(accumulation_steps), micro_batches))[0]
+        sums = None if batch_sums is None else partial(batch_sums, nnx.merge(graphdef, trainable, state.frozen))
+        grad = partial(jax.grad(total, has_aux=True), trainable)
+        return _added_up(grad, sums, state, batch, accumulation_steps)
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         grads, sums = gradients(state, batch)
@@ -98,6 +89,56 @@ def make_eval_step(graphdef: nnx.GraphDef[Decoder], loss: Loss) -> Callable[...,
         return loss(nnx.merge(graphdef, trainable, frozen), batch, None, method)
 
     return eval_step
+
+
+def make_eval_sums(graphdef: nnx.GraphDef[Decoder], batch_sums: BatchSums) -> Callable[..., Any]:
+    """`eval_sums(trainable, frozen, method_state, batch)`: `batch_sums` of one batch, to be jitted by the caller."""
+
+    def eval_sums(trainable: nnx.State, frozen: nnx.State, method: MethodState | None, batch: Any) -> Any:
+        return batch_sums(nnx.merge(graphdef, trainable, frozen), batch, method)
+
+    return eval_sums
+
+
+def _added_up(
+    grad: Callable[[TrainState, Any, jax.Array], tuple[Any, LossSums]],
+    batch_sums: Callable[[Any, MethodState | None], Any] | None,
+    state: TrainState,
+    batch: Any,
+    parts: int,
+) -> tuple[Any, LossSums]:
+    """`grad(state, micro_batch, key)` added up over `parts` micro-batches, each of which knows the `batch_sums`."""
+    key = jax.random.fold_in(state.key, state.step)
+    if parts == 1:
+        state = state if batch_sums is None else _with_batch_sums(state, batch_sums(batch, state.method))
+        return grad(state, batch, jax.random.fold_in(key, 0))
+    micro_batches = jax.tree.map(lambda x: _cut(x, parts), batch)
+    first = jax.tree.map(lambda x: x[0], micro_batches)
+    if batch_sums is not None:
+        whole = _scanned(lambda _, micro: batch_sums(micro, state.method), micro_batches, first)
+        state = _with_batch_sums(state, whole)
+
+    def part(index: jax.Array, micro: Any) -> tuple[Any, LossSums]:
+        return grad(state, micro, jax.random.fold_in(key, index))
+
+    return _scanned(part, micro_batches, first)
+
+
+def _with_batch_sums(state: TrainState, sums: Any) -> TrainState:
+    # For the loss alone: the state that a step returns never holds them.
+    return state._replace(method=with_batch_sums(state.method, jax.lax.stop_gradient(sums)))
+
+
+def _scanned(part: Callable[[jax.Array, Any], Any], micro_batches: Any, first: Any) -> Any:
+    """`part(index, micro_batch)` added up over micro-batches, in float32."""
+    shapes = jax.eval_shape(part, jnp.int32(0), first)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
+
+    def add(carry: Any, scanned: Any) -> tuple[Any, None]:
+        return jax.tree.map(lambda whole, x: whole + x.astype(whole.dtype), carry, part(*scanned)), None
+
+    count = len(jax.tree.leaves(micro_batches)[0])
+    return jax.lax.scan(add, zeros, (jnp.arange(count), micro_batches))[0]
 
 
 def _cut(x: jax.Array, parts: int) -> jax.Array:

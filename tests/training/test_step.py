@@ -16,6 +16,7 @@ from jaxft.config import AdamWConfig, AdapterConfig, MeshConfig, OptimConfig
 from jaxft.data.batch import Example
 from jaxft.data.loader import Loader
 from jaxft.nn.storage import storage_dims_of
+from jaxft.objectives.loss import MethodState, Ratio, in_units_of
 from jaxft.objectives.sft import sft_loss
 from jaxft.optim.make import make_optimizer, make_schedule
 from jaxft.runs.build import attach_adapter
@@ -204,6 +205,48 @@ def test_dropout_differs_by_step_and_by_micro_batch_and_repeats_by_seed():
     whole, _ = setup("lora", dropout=0.5)
     alone = jax.tree.map(lambda x: x[:4], batch)
     assert float(halves(state, twins)[1]["loss"]) != pytest.approx(float(whole(state, alone)[1]["loss"]), abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_sums_over_the_whole_batch_reach_every_micro_batch(kind):
+    """A loss over two kinds of units, tokens and documents, does not depend on how the batch is cut."""
+    batch, optim = make_batch(16), OptimConfig(adamw=AdamWConfig(eps=1e-1), schedule="constant")
+
+    def units(model, batch, state):
+        assert state is None
+        return {"tokens": jnp.sum(batch.weights_BS), "documents": jnp.sum(jnp.max(batch.segments_BS, axis=1))}
+
+    def loss(model, batch, key, state):
+        sums = sft_loss(model, batch, key)
+        hidden_BSD, _ = model(batch.tokens_BS, batch.positions_BS, batch.segments_BS)
+        starts_BS = (batch.segments_BS > 0) & (batch.positions_BS == 0)
+        other = jnp.sum(jnp.mean(hidden_BSD**2, axis=-1) * starts_BS)
+        factor = in_units_of(state.batch["tokens"], Ratio(jnp.float32(3), state.batch["documents"]))
+        return sums._replace(total=sums.total + factor * other)
+
+    def direct(trainable):
+        sums = loss(
+            nnx.merge(graphdef, trainable, start.frozen), batch, None, MethodState(batch=units(None, batch, None))
+        )
+        return sums.total / sums.weight
+
+    schedule = make_schedule(optim, 10)
+    module = nnx.merge(*nnx.split(base_model()))
+    if kind == "lora":
+        attach_adapter(module, AdapterConfig(r=4), 0)
+    tx = make_optimizer(optim, schedule)
+    graphdef, start = create(module, tx, seed=0)
+    outcomes = []
+    for parts in (1, 4):
+        step = make_train_step(graphdef, loss, tx, schedule, accumulation_steps=parts, batch_sums=units)
+        outcomes.append(jax.jit(step)(start, batch))
+    (one, one_metrics), (four, four_metrics) = outcomes
+    assert one.method is None and four.method is None
+    assert_same(one.trainable, four.trainable, 1e-6)
+    assert_same(one_metrics, four_metrics, 1e-5)
+    value, grads = jax.jit(jax.value_and_grad(direct))(start.trainable)
+    assert float(one_metrics["loss"]) == pytest.approx(float(value), rel=1e-6)
+    assert float(one_metrics["grad_norm"]) == pytest.approx(float(optax.global_norm(grads)), rel=1e-5)
 
 
 def test_evaluation_is_without_dropout():

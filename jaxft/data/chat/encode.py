@@ -97,7 +97,7 @@ def _mark_chat(
     _refuse_double_bos(conversation, ids, tokenizer)
     mask = np.zeros(len(ids), np.uint8)
     if not layout.turns and train_on != "all":
-        return Example(tokens=np.asarray(ids, np.int32), mask=mask, row=conversation.row)
+        return _unchecked(conversation, ids, mask)
     end = 0
     for turn, prompt in zip(layout.turns, prompts, strict=True):
         start = len(prompt)
@@ -140,7 +140,12 @@ def _example(conversation: Conversation, ids: Sequence[int], mask: np.ndarray) -
     mask[:1] = 0
     if not mask.any():
         raise DataError(f"{conversation.where} trains on zero tokens: its answer is empty once it is tokenised")
-    return Example(tokens=np.asarray(ids, np.int32), mask=mask, row=conversation.row)
+    return _unchecked(conversation, ids, mask)
+
+
+def _unchecked(conversation: Conversation, ids: Sequence[int], mask: np.ndarray) -> Example:
+    values = {name: (value,) for name, value in conversation.values.items()}
+    return Example(tokens=np.asarray(ids, np.int32), mask=mask, row=conversation.row, values=values)
 
 
 def _bos(tokenizer: Tokenizer) -> list[int]:
