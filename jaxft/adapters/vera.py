@@ -12,7 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxft.adapters.attach import AdapterParam, Layer, attach, find, weight
-from jaxft.adapters.low_rank import dropout
+from jaxft.adapters.lora.low_rank import dropout
 from jaxft.config import AdapterConfig
 from jaxft.errors import ModelError
 from jaxft.nn import partition

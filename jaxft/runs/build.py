@@ -11,7 +11,7 @@ import optax
 from flax import nnx
 
 from jaxft import models
-from jaxft.adapters import eva
+from jaxft.adapters.lora import eva
 from jaxft.adapters.make import attach_adapter
 from jaxft.adapters.prompt import initialize_prompt
 from jaxft.checkpoint import hf

@@ -12,9 +12,9 @@ import optax
 from flax import nnx
 from rich.console import Console
 
-from jaxft.adapters import eva
 from jaxft.adapters import make as adapters
 from jaxft.adapters.attach import detach
+from jaxft.adapters.lora import eva
 from jaxft.checkpoint.load import LoadedModel
 from jaxft.checkpoint.resume import RunCheckpoints
 from jaxft.config import RunConfig

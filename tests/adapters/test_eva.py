@@ -10,8 +10,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxft import config as config_module
-from jaxft.adapters import eva
 from jaxft.adapters.attach import adapters
+from jaxft.adapters.lora import eva
 from jaxft.adapters.make import attach_adapter
 from jaxft.checkpoint.load import load_model
 from jaxft.config import AdapterConfig, MeshConfig

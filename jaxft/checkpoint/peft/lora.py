@@ -18,8 +18,8 @@ from flax import nnx
 
 from jaxft.adapters.attach import adapters, key_of, set_adapter, slots
 from jaxft.adapters.lora import make_lora, settings_for
-from jaxft.adapters.lora_experts import ExpertLoRA
-from jaxft.adapters.low_rank import LoRASettings
+from jaxft.adapters.lora.experts import ExpertLoRA
+from jaxft.adapters.lora.low_rank import LoRASettings
 from jaxft.checkpoint.hf import TIED_HEAD
 from jaxft.checkpoint.peft.experts import StackedA, StackedB, is_stacked, split_stacked, targets_of, wrapper_module
 from jaxft.checkpoint.peft.folder import (

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.adapters.attach import adapters, key_of, linears
-from jaxft.adapters.lora_start import LOFTQ, leading_singular_vectors
-from jaxft.adapters.low_rank import LoRA
+from jaxft.adapters.lora.low_rank import LoRA
+from jaxft.adapters.lora.start import LOFTQ, leading_singular_vectors
 from jaxft.checkpoint.hf import param_tensors
 from jaxft.checkpoint.tensors import TensorSource
 from jaxft.errors import ModelError

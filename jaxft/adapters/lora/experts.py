@@ -5,7 +5,7 @@
 import jax
 import jax.numpy as jnp
 
-from jaxft.adapters.low_rank import HALVES, LowRank
+from jaxft.adapters.lora.low_rank import HALVES, LowRank
 from jaxft.nn.adapter import ExpertAdapter
 from jaxft.nn.experts.layer import EXPERT_SIDES
 from jaxft.nn.storage import StorageDims

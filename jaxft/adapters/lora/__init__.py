@@ -1,6 +1,6 @@
 """The LoRA family in a model: which layers get an adapter, with which rank, and in which form.
 
-The forms are in `low_rank` (LoRA), `dora`, `lora_embedding` and `lora_experts`.
+The forms are in `low_rank` (LoRA), `dora`, `embedding` and `experts`; `start` and `eva` draw their initial values.
 """
 
 import dataclasses
@@ -10,14 +10,13 @@ from collections.abc import Mapping, Sequence
 import jax
 
 from jaxft.adapters.attach import LAYERS, Layer, MakeAdapter, find, key_of, set_adapter, weight
-from jaxft.adapters.dora import DoRA
-from jaxft.adapters.lora_embedding import EmbeddingLoRA
-from jaxft.adapters.lora_experts import ExpertLoRA
-from jaxft.adapters.lora_start import starts_nonzero
-from jaxft.adapters.low_rank import LoRA as LoRA
-from jaxft.adapters.low_rank import LoRASettings as LoRASettings
-from jaxft.adapters.low_rank import LowRank
-from jaxft.adapters.low_rank import low_rank as low_rank
+from jaxft.adapters.lora.dora import DoRA
+from jaxft.adapters.lora.embedding import EmbeddingLoRA
+from jaxft.adapters.lora.experts import ExpertLoRA
+from jaxft.adapters.lora.low_rank import LoRA as LoRA
+from jaxft.adapters.lora.low_rank import LoRASettings as LoRASettings
+from jaxft.adapters.lora.low_rank import LowRank
+from jaxft.adapters.lora.start import starts_nonzero
 from jaxft.config import AdapterConfig
 from jaxft.errors import ModelError
 from jaxft.nn.decoder import Decoder

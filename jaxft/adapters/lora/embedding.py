@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxft.adapters.attach import AdapterParam
-from jaxft.adapters.low_rank import LoRASettings
+from jaxft.adapters.lora.low_rank import LoRASettings
 from jaxft.nn import partition
 from jaxft.nn.adapter import EmbeddingAdapter
 from jaxft.nn.partition import Dimensions

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxft.adapters.attach import AdapterParam, StartParam
-from jaxft.adapters.lora_start import draw, starts_nonzero
+from jaxft.adapters.lora.start import draw, starts_nonzero
 from jaxft.nn import partition
 from jaxft.nn.adapter import Adapter, LayerAdapter
 from jaxft.nn.linear import TPSide
@@ -34,7 +34,7 @@ HALVES = ("lora_a", "lora_b", "lora_a_start", "lora_b_start")
 class LoRASettings:
     """r: rank. alpha: numerator of the scale. dropout: share of inputs dropped, 0 <= dropout < 1.
 
-    use_dora: see `DoRA`. init: the initial values of A and B; see `lora_start.draw`.
+    use_dora: see `DoRA`. init: the initial values of A and B; see `start.draw`.
     """
 
     r: int

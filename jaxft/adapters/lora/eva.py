@@ -17,8 +17,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxft.adapters.attach import adapters, key_of, linears
-from jaxft.adapters.lora_start import EVA
-from jaxft.adapters.low_rank import HALF_DIMS, WHOLE, LoRA, half_storage
+from jaxft.adapters.lora.low_rank import HALF_DIMS, WHOLE, LoRA, half_storage
+from jaxft.adapters.lora.start import EVA
 from jaxft.data.batch import Batch
 from jaxft.errors import ModelError
 from jaxft.nn import partition
