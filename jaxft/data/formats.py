@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxft.config import DataConfig
 from jaxft.data.chat.reasoning import FIELDS
@@ -62,7 +62,7 @@ def read_row(fields: Mapping[str, Any], config: DataConfig, *, row: int, where: 
     """
     name = config.format if config.format != "auto" else detect(fields, config, where)
     try:
-        read = READERS[name](fields, config)
+        read = READERS[name].read(fields, config)
         if "messages" in read:
             read |= _marks(read["messages"]) | {"tools": tools_of(fields), "template_kwargs": _template_kwargs(fields)}
         return Conversation(row=row, where=where, format=name, **read)
@@ -72,13 +72,7 @@ def read_row(fields: Mapping[str, Any], config: DataConfig, *, row: int, where: 
 
 def detect(row: Mapping[str, Any], config: DataConfig, where: str) -> str:
     """The one format whose fields the row has. Raises DataError if none fits, or more than one."""
-    wanted = {
-        "messages": ("messages",),
-        "sharegpt": ("conversations",),
-        "prompt_completion": (config.prompt_field, config.completion_field),
-        "alpaca": ("instruction", "output"),
-        "text": (config.text_field,),
-    }
+    wanted = {name: reader.keys(config) for name, reader in READERS.items()}
     fitting = [name for name, fields in wanted.items() if all(row.get(field) is not None for field in fields)]
     if len(fitting) == 1:
         return fitting[0]
@@ -156,12 +150,22 @@ def _text(row: Mapping[str, Any], config: DataConfig) -> dict[str, Any]:
     return {"completion": text}
 
 
-READERS: dict[str, Callable[[Mapping[str, Any], DataConfig], dict[str, Any]]] = {
-    "messages": _messages,
-    "prompt_completion": _prompt_completion,
-    "alpaca": _alpaca,
-    "sharegpt": _sharegpt,
-    "text": _text,
+class Reader(NamedTuple):
+    """How rows of one format are read. keys: of a config, those that a row of the format always has.
+
+    read: from a row to the fields of its Conversation.
+    """
+
+    keys: Callable[[DataConfig], tuple[str, ...]]
+    read: Callable[[Mapping[str, Any], DataConfig], dict[str, Any]]
+
+
+READERS = {
+    "messages": Reader(lambda config: ("messages",), _messages),
+    "sharegpt": Reader(lambda config: ("conversations",), _sharegpt),
+    "prompt_completion": Reader(lambda config: (config.prompt_field, config.completion_field), _prompt_completion),
+    "alpaca": Reader(lambda config: ("instruction", "output"), _alpaca),
+    "text": Reader(lambda config: (config.text_field,), _text),
 }
 
 
