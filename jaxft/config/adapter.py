@@ -120,7 +120,7 @@ class AdapterConfig(Section):
     @property
     def virtual_tokens(self) -> int:
         """Number of virtual tokens at the start of every row; 0 for adapters without them."""
-        return self.num_virtual_tokens if self.kind in ("prompt", "prefix") else 0
+        return self.num_virtual_tokens if VIRTUAL_TOKENS.holds(self.kind) else 0
 
     def check(self) -> None:
         if self.kind == "none":

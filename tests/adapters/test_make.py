@@ -40,8 +40,9 @@ def test_a_kind_puts_what_moves_into_a_model(smoke_config, kind):
     assert bool(flatten(nnx.state(module, AdapterParam))[0]) == (kind != "none")
     slots = {"adapter", "prompt", "prefix", "shared"}
     assert all(slots & set(path.split("/")) for path in added)
-    assert bool(adapters(module)) == (kind in ("lora", "vera", "ia3"))
-    assert bool(virtual_modules(module)) == (kind in ("prompt", "prefix"))
+    virtual = AdapterConfig(kind=kind).virtual_tokens > 0
+    assert bool(virtual_modules(module)) == virtual
+    assert bool(adapters(module)) == (kind != "none" and not virtual)
     detach(module)
     assert set(flatten(nnx.state(module))[0]) == before
 

@@ -19,7 +19,7 @@ UNKNOWN = [
     ("train.label_smoothing_factor", r"Did you mean 'method.sft.label_smoothing_factor'\?"),
     ("optim.rank", r"unknown config key 'optim.rank'. Did you mean 'optim.apollo.rank'\?"),
     ("optim.momentum", r"Did you mean 'optim.sgd.momentum' or 'optim.muon.momentum'\?"),
-    ("optim.b1", r"Did you mean 'optim.adamw.b1', 'optim.adamw_8bit.b1', .* or 'optim.schedule_free_adamw.b1'\?"),
+    ("optim.b1", r"Did you mean 'optim.adamw.b1', 'optim.adamw_8bit.b1', 'optim.lion.b1', .* or 'optim.*.b1'\?"),
     ("optim.adamw.epsilon", r"unknown config key 'optim.adamw.epsilon'. Did you mean 'optim.adamw.eps'\?"),
 ]
 

@@ -92,7 +92,7 @@ from jaxft.errors import ConfigError
         ),
         (
             {"model.quantization": "nf4", "adapter.kind": "none"},
-            "model.quantization='nf4' is read only if adapter.kind is 'lora', 'vera', 'ia3', 'prompt' or 'prefix', but "
+            "model.quantization='nf4' is read only if adapter.kind is 'lora', .* or '.*', but "
             "adapter.kind='none'. Quantized weights are frozen, but adapter.kind='none' trains every weight. Set "
             "model.quantization to None, or set adapter.kind to one of those.",
         ),
