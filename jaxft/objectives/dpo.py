@@ -1,30 +1,19 @@
 """Direct preference optimization: the answers that people chose become more likely than those that they rejected."""
 
-# B batch, S sequence, P pairs that a row can hold
-
-from functools import partial
-from typing import NamedTuple
+# B batch, S sequence, D documents that a row can hold, P pairs that a row can hold
 
 import jax
 import jax.numpy as jnp
 
 from jaxft.data.batch import Batch
 from jaxft.nn.decoder import Decoder
+from jaxft.objectives.documents import document_sums, target_logps
 from jaxft.objectives.loss import LossSums, Ratio
+from jaxft.objectives.pairs import Pairs, by_pair, existing_pairs
 from jaxft.objectives.router import RouterCoefficients, hidden_and_routing, with_router_losses
-from jaxft.objectives.token_logps import token_logps
-
-MIN_PAIR_TOKENS = 4
 
 
-class PairLogps(NamedTuple):
-    """Log-probability of each pair's answers, in nats, summed over the answer's tokens, [B, P] float32."""
-
-    chosen: jax.Array
-    rejected: jax.Array
-
-
-def dpo_terms(policy: PairLogps, reference: PairLogps, *, beta: float, label_smoothing: float) -> jax.Array:
+def dpo_terms(policy: Pairs, reference: Pairs, *, beta: float, label_smoothing: float) -> jax.Array:
     """The loss of each pair, [B, P]: -(1 - e) log s(beta (c - r)) - e log s(-beta (c - r)), with s the logistic
     function.
 
@@ -39,7 +28,7 @@ def dpo_terms(policy: PairLogps, reference: PairLogps, *, beta: float, label_smo
 
 def dpo_loss(
     model: Decoder,
-    reference: Decoder,
+    reference_BD: jax.Array,
     batch: Batch[jax.Array],
     key: jax.Array | None,
     *,
@@ -49,20 +38,18 @@ def dpo_loss(
 ) -> LossSums:
     """`dpo_terms` summed over the pairs of a batch; the weight is the number of pairs.
 
-    reference: the frozen model that log-ratios are taken against. batch: [B, S]; in each row the documents 1 and 2, 3
-    and 4, ... are the chosen and the rejected answer of a pair, each after its prompt, and weights are 1 on the
-    answers' tokens. Metrics have TRL's names and are means over pairs: rewards/chosen and rewards/rejected (beta times
-    the log-ratio), rewards/margins, rewards/accuracies, logps/chosen, logps/rejected.
+    reference_BD: the reference's log-probability of each document, summed over its trained tokens, without gradient;
+    see `documents.document_logps`. batch: [B, S]; in each row the documents 1 and 2, 3 and 4, ... are the chosen and
+    the rejected answer of a pair, each after its prompt, and weights are 1 on the answers' tokens. Metrics have TRL's
+    names and are means over pairs: rewards/chosen and rewards/rejected (beta times the log-ratio), rewards/margins,
+    rewards/accuracies, logps/chosen, logps/rejected.
     """
     hidden_BSD, routing = hidden_and_routing(model, batch, key, router)
-    policy = pair_logps(model, hidden_BSD, batch)
-    reference_BSD, _ = reference(batch.tokens_BS, batch.positions_BS, batch.segments_BS)
-    frozen = jax.tree.map(jax.lax.stop_gradient, pair_logps(reference, reference_BSD, batch))
+    logps_BS = target_logps(model, hidden_BSD, batch)
+    policy, frozen = by_pair(document_sums(logps_BS, batch.segments_BS)), by_pair(reference_BD)
     terms_BP = dpo_terms(policy, frozen, beta=beta, label_smoothing=label_smoothing)
     chosen_BP, rejected_BP = beta * (policy.chosen - frozen.chosen), beta * (policy.rejected - frozen.rejected)
-    # A pair exists if its second document does.
-    last_B = jnp.max(batch.segments_BS, axis=1)
-    exists_BP = (2 * jnp.arange(1, terms_BP.shape[1] + 1) <= last_B[:, None]).astype(jnp.float32)
+    exists_BP = existing_pairs(batch.segments_BS)
     pairs = jnp.sum(exists_BP)
     values = {
         "rewards/chosen": chosen_BP,
@@ -80,13 +67,3 @@ def dpo_loss(
         metrics={name: Ratio(jnp.sum(value * exists_BP), pairs) for name, value in values.items()},
     )
     return with_router_losses(sums, router, routing)
-
-
-def pair_logps(model: Decoder, hidden_BSD: jax.Array, batch: Batch[jax.Array]) -> PairLogps:
-    """The summed log-probabilities of the answers of a batch, by row and pair; 0 for pairs that do not exist."""
-    unembed, head, dimensions = model.split_unembed()
-    logps_BS = token_logps(unembed, head, hidden_BSD, batch.targets_BS, batch.weights_BS, dimensions=dimensions)
-    # A document has at least one token of its prompt and one of its answer, so a pair has four.
-    segments = 2 * (logps_BS.shape[1] // MIN_PAIR_TOKENS) + 1
-    by_segment = jax.vmap(partial(jax.ops.segment_sum, num_segments=segments))(logps_BS, batch.segments_BS)
-    return PairLogps(by_segment[:, 1::2], by_segment[:, 2::2])

@@ -15,7 +15,9 @@ from flax import nnx
 from jaxft.checkpoint.hf import hf_tensors
 from jaxft.checkpoint.load import load_model
 from jaxft.data.batch import Example, assemble
-from jaxft.objectives.dpo import PairLogps, dpo_loss, dpo_terms
+from jaxft.objectives.documents import document_logps
+from jaxft.objectives.dpo import dpo_loss, dpo_terms
+from jaxft.objectives.pairs import Pairs
 
 PAIRS = 3
 
@@ -56,7 +58,8 @@ def value_and_grad(policy, reference, batch, **settings):
     graphdef, state = nnx.split(policy)
 
     def total(state):
-        sums = dpo_loss(nnx.merge(graphdef, state), reference, batch, None, **settings)
+        frozen = document_logps(reference, batch)
+        sums = dpo_loss(nnx.merge(graphdef, state), frozen, batch, None, **settings)
         return sums.total / sums.weight, sums
 
     (loss, sums), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(state)
@@ -158,8 +161,8 @@ def test_packed_pairs_equal_pairs_alone(models):
 
 
 def test_the_terms_by_hand():
-    policy = PairLogps(jnp.array([[-1.0, -5.0]]), jnp.array([[-3.0, -2.0]]))
-    reference = PairLogps(jnp.array([[-2.0, -4.0]]), jnp.array([[-2.0, -4.0]]))
+    policy = Pairs(jnp.array([[-1.0, -5.0]]), jnp.array([[-3.0, -2.0]]))
+    reference = Pairs(jnp.array([[-2.0, -4.0]]), jnp.array([[-2.0, -4.0]]))
     margins = np.array([[2.0, -3.0]])
     terms = functools.partial(dpo_terms, policy, reference, beta=0.5)
     sigmoid = 1 / (1 + np.exp(-0.5 * margins))

@@ -1,0 +1,32 @@
+"""Log-probabilities of whole documents: sums over the trained tokens of each document of a packed row."""
+
+# B batch, S sequence, D model, P documents that a row can hold
+
+from functools import partial
+
+import jax
+
+from jaxft.data.batch import Batch, most_documents
+from jaxft.nn.decoder import Decoder
+from jaxft.objectives.token_logps import token_logps
+
+
+def document_sums(values_BS: jax.Array, segments_BS: jax.Array) -> jax.Array:
+    """The values of each document's positions, added up, [B, P]; document p of a row is at p - 1, as in `Batch.values`.
+
+    Places without a document hold 0.
+    """
+    segments = most_documents(segments_BS.shape[1]) + 1  # segment 0 is the padding
+    return jax.vmap(partial(jax.ops.segment_sum, num_segments=segments))(values_BS, segments_BS)[:, 1:]
+
+
+def target_logps(model: Decoder, hidden_BSD: jax.Array, batch: Batch[jax.Array]) -> jax.Array:
+    """The log-probability of every trained target in nats, [B, S] float32; 0 if a position is not trained."""
+    unembed, head, dimensions = model.split_unembed()
+    return token_logps(unembed, head, hidden_BSD, batch.targets_BS, batch.weights_BS, dimensions=dimensions)
+
+
+def document_logps(model: Decoder, batch: Batch[jax.Array]) -> jax.Array:
+    """The log-probability of each document's trained tokens in nats, without dropout, [B, P] float32."""
+    hidden_BSD, _ = model(batch.tokens_BS, batch.positions_BS, batch.segments_BS)
+    return document_sums(target_logps(model, hidden_BSD, batch), batch.segments_BS)
