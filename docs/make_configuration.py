@@ -21,7 +21,7 @@ command line by the name in the tables:
 
 `None` empties a field whose type permits it. Every config in `configs/` also takes the argument `:smoke`
 (`--config=configs/quickstart.py:smoke`), which keeps the method and shrinks the rest to seconds: a random two-layer
-model, 24 rows, 4 steps, `output_dir` with `-smoke` at its end.
+model, 24 rows of the form that the method trains on, 4 steps, `output_dir` with `-smoke` at its end.
 
 An unknown name, a wrong type and a combination that cannot be carried out are refused before anything is loaded, with
 the nearest name that exists. So is a field that nothing reads, if it is set to another value than its default. The

@@ -12,10 +12,13 @@ BELOW_HALF = Range(lambda value: 0 <= value < 0.5, "at least 0 and below 0.5")
 class MethodSection(Section):
     """The settings of one method.
 
-    HELD_OUT_METRICS: the names of its held-out metrics, by which `checkpoint.best_metric` may rank.
+    HELD_OUT_METRICS: the names of its held-out metrics, by which `checkpoint.best_metric` may rank. ROWS: the form of
+    its rows: conversations, pairs (a chosen and a rejected answer), or answers labelled good or bad. `:smoke` runs take
+    rows of this form.
     """
 
     HELD_OUT_METRICS: ClassVar[tuple[str, ...]] = ("eval_loss",)
+    ROWS: ClassVar[Literal["conversations", "pairs", "labelled"]] = "conversations"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +59,7 @@ class DPOConfig(MethodSection):
     """Direct preference optimization: pairs of a chosen and a rejected answer, against a frozen reference model."""
 
     HELD_OUT_METRICS = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")
+    ROWS = "pairs"
 
     beta: Annotated[
         float,

@@ -1,6 +1,7 @@
 """The argument that every shipped config understands: `configs/NAME.py:smoke`."""
 
 from jaxft.assets import ASSETS
+from jaxft.config.method import MethodConfig
 from jaxft.config.reading import ConfigDict
 from jaxft.errors import ConfigError, did_you_mean
 
@@ -9,8 +10,9 @@ def with_arg(config: ConfigDict, arg: str | None) -> ConfigDict:
     """The unchanged config if there is no argument; for `smoke`, a run of seconds on any machine.
 
     A smoke run keeps the method (adapter, optimizer, packing, cadence) and replaces all that is expensive: it has a
-    random two-layer model with a byte tokenizer, 24 rows and 4 steps. It shows that every part of the run works, from
-    data to report, and not that the model learns. Raises ConfigError for another argument.
+    random two-layer model with a byte tokenizer, 24 rows and 4 steps. The rows have the form that the method trains on,
+    its section's ROWS: conversations of the quickstart, or preferences that were made of them. It shows that every part
+    of the run works, from data to report, and not that the model learns. Raises ConfigError for another argument.
     """
     if not arg:
         return config
@@ -21,16 +23,16 @@ def with_arg(config: ConfigDict, arg: str | None) -> ConfigDict:
     config.model.update(path=str(ASSETS / "smoke"), revision=None, random_init=True, dtype="float32")
     config.model.param_dtype = "float32"
     config.adapter.r = min(config.adapter.r, 8)
-    quickstart = ASSETS / "quickstart"
+    train, held_out = _rows(config.method.name)
     for name in config.data.mixture:
         config.data.mixture[name].update(
-            path=str(quickstart / "train.jsonl"), split=None, format=None, limit=24 // len(config.data.mixture),
-            max_epochs=None,
+            path=train, split=None, format=None, prompt_field=None, completion_field=None,
+            limit=24 // len(config.data.mixture), max_epochs=None,
         )  # fmt: skip
     config.data.update(
-        train="" if config.data.mixture else str(quickstart / "train.jsonl"),
-        eval=str(quickstart / "heldout.jsonl"), eval_fraction=None, limit=24, eval_limit=4,
-        format="auto", chat_template=None, max_length=512, truncation="drop",
+        train="" if config.data.mixture else train, eval=held_out, eval_fraction=None, limit=24, eval_limit=4,
+        format="auto", prompt_field="prompt", completion_field="completion", chat_template=None,
+        max_length=512, truncation="drop",
     )  # fmt: skip
     config.train.update(batch_size=8, steps=4, log_every=1)
     # The tiny model has no experts.
@@ -44,3 +46,11 @@ def with_arg(config: ConfigDict, arg: str | None) -> ConfigDict:
         config.checkpoint.every = 2
     config.eval.update(limit=4, max_new_tokens=8, batch_size=4)
     return config
+
+
+def _rows(method: str) -> tuple[str, str]:
+    """Paths of the training and held-out rows for a method; an unknown name is refused when the config is resolved."""
+    form = getattr(getattr(MethodConfig(), method, None), "ROWS", "conversations")
+    if form == "conversations":
+        return str(ASSETS / "quickstart" / "train.jsonl"), str(ASSETS / "quickstart" / "heldout.jsonl")
+    return str(ASSETS / "smoke" / f"{form}.jsonl"), str(ASSETS / "smoke" / f"{form}_heldout.jsonl")

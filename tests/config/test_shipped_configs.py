@@ -39,6 +39,25 @@ def test_smoke_keeps_the_method(path: Path) -> None:
     assert smoke.mesh == MeshConfig()  # which any number of devices takes
 
 
+@pytest.mark.parametrize("mixture", [False, True])
+def test_smoke_has_pairs_for_a_method_of_pairs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], mixture: bool
+) -> None:
+    """Whatever columns the run itself reads."""
+    sets = "config.data.train = ''; config.data.mixture.one = mixture_set(path='p', prompt_field='q')"
+    path = tmp_path / "pairs.py"
+    path.write_text(
+        "from jaxft.config import default_config, mixture_set\nfrom jaxft.config.smoke import with_arg\n"
+        "def get_config(arg=None):\n    config = default_config()\n    config.method.name = 'dpo'\n"
+        "    config.data.train = 'rows.jsonl'\n    config.data.prompt_field = 'question'\n"
+        f"    {sets if mixture else 'pass'}\n    return with_arg(config, arg)\n"
+    )
+    assert cli.main(["data", f"--config={path}:smoke", "--json"]) == 0
+    examination = json.loads(capsys.readouterr().out)
+    assert (examination["rows"], examination["eval"]["rows"]) == (24, 4)
+    assert not examination["dropped"] and examination["formats"] == {"preference": 48}
+
+
 @by_name
 def test_another_argument_is_refused(path: Path) -> None:
     with pytest.raises(ConfigError, match=r"'smok' is not known.*Did you mean 'smoke'"):
