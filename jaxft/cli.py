@@ -324,7 +324,7 @@ def _parser() -> argparse.ArgumentParser:
 
     option = verb("generate", _generate, "answer prompts")
     option("--model", required=True, **model)
-    option("--prompt", action="append", default=[], help="once per prompt; standard input where there is none")
+    option("--prompt", action="append", default=[], help="once per prompt; standard input if there is none")
     option("--chat", action="store_true", help="render each prompt as a user message by the chat template")
     option("--system", help="system message, with --chat")
     _sampling_options(option, max_new_tokens=128)

@@ -1,4 +1,4 @@
-"""Errors that a user can mend. The command line prints them without a traceback and exits with 2."""
+"""Errors that a user can correct. The command line prints them without a traceback and exits with 2."""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -7,7 +7,7 @@ LISTED = 8  # items named in one message, if the caller does not say how many
 
 
 class JaxftError(Exception):
-    """Something outside jaxft is wrong: the message says what, why, and how to mend it."""
+    """Something outside jaxft is wrong. The message says what is wrong, why, and how to correct it."""
 
 
 class ConfigError(JaxftError, ValueError):
@@ -19,7 +19,7 @@ class DataError(JaxftError, ValueError):
 
 
 class ModelError(JaxftError, ValueError):
-    """A model, adapter or tokenizer that jaxft does not understand exactly."""
+    """A model, adapter or tokenizer that jaxft does not fully understand."""
 
 
 class CheckpointError(JaxftError, ValueError):
@@ -45,10 +45,10 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
 
 
 def listed(items: Sequence[object], most: int = LISTED, *, lines: bool = False) -> str:
-    """The first items and how many more there are: `a, b, c and 1,204 more`.
+    """The first items, and the number of the others: `a, b, c and 1,204 more`.
 
-    lines: each item on a line of its own, indented by two spaces, without a line break before the first; then the last
-    line is `  ... and 1,204 more`.
+    lines: each item is on its own line, indented by two spaces, without a line break before the first; the last line is
+    then `  ... and 1,204 more`.
     """
     shown, rest = list(map(str, items[:most])), len(items) - most
     if lines:

@@ -1,1 +1,1 @@
-"""Adapters: small trainable additions to a frozen model, each kind in a module of its name."""
+"""Adapters: small trainable additions to a frozen model. Each kind is in the module of its name."""

@@ -22,15 +22,15 @@ LAYERS: tuple[type[Layer], ...] = (Linear, Embedding, ExpertLinear)
 
 
 class AdapterParam(nnx.Param):
-    """A trainable parameter of an adapter; the base is frozen beside it."""
+    """A trainable parameter of an adapter, whose base is frozen."""
 
 
 class SavedParam(AdapterParam):
-    """A parameter of the base that is trained whole beside adapters, and is saved with them."""
+    """A parameter of the base that is trained in full together with adapters, and is saved with them."""
 
 
 class StartParam(nnx.Param):
-    """The initial value that an adapter's effect is measured from: frozen, but not part of the base on disk."""
+    """The initial value from which an adapter's effect is measured. It is frozen, but not part of the base on disk."""
 
 
 VirtualTokens = Prompt | Prefix
@@ -91,7 +91,7 @@ def find(
 
 
 def key_of(key: jax.Array, path: str) -> jax.Array:
-    """The PRNG key of the adapter at a path, which does not depend on where else adapters are."""
+    """The PRNG key of the adapter at a path. It does not depend on other adapters."""
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
@@ -148,7 +148,7 @@ def merge_functions(model: Decoder) -> dict[str, Callable[..., jax.Array]]:
 
 
 def detach(model: Decoder) -> None:
-    """Empties every slot, which leaves the base model."""
+    """Empties every slot, so that the base model is left."""
     for _, layer in slots(model):
         layer.adapter = nnx.data(None)
     for group in model.layers:

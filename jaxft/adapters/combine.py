@@ -1,4 +1,4 @@
-"""Combining several LoRAs into one with weights, as PEFT's add_weighted_adapter does.
+"""The weighted combination of several LoRAs into one, as in PEFT's add_weighted_adapter.
 
 `linear` sums the halves (a rough approximation), `cat` concatenates them (exact; the ranks add up), `svd` reduces that
 to the best approximation of a smaller rank, and `ties` sums the halves after trimming them and electing signs
@@ -32,11 +32,11 @@ def combine(
     rank: int | None = None,
     density: float | None = None,
 ) -> None:
-    """Adds a new adapter to a set, not active: the weighted sum of others.
+    """Adds a new adapter, the weighted sum of others, to a set. It is not active.
 
     weights: by name; negative ones subtract. rank: of the result of `svd`; None: the largest of the ranks. density:
-    share of numbers that `ties` keeps, 0 < density <= 1. Raises ConfigError for a way or setting that does not fit, and
-    ModelError for adapters that are not LoRA, and for unequal ranks if the way needs equal ones.
+    share of numbers that `ties` keeps, 0 < density <= 1. Raises ConfigError for an unknown way or an unsuitable
+    setting, and ModelError if an adapter is not LoRA, or if ranks differ and the way needs equal ones.
     """
     if way not in WAYS:
         raise ConfigError(f"way={way!r} is not one of {', '.join(WAYS)}.{did_you_mean(way, WAYS)}")
@@ -116,7 +116,7 @@ def _ties(halves: list[np.ndarray], weights: list[np.float32], density: float) -
 
 
 def _trim(half: np.ndarray, density: float) -> np.ndarray:
-    """Each layer's matrix with all but the largest numbers set to zero."""
+    """Each layer's matrix, in which all but the largest numbers are set to zero."""
     flat = half.reshape(-1, half.shape[-2] * half.shape[-1])
     count = int(density * flat.shape[1])
     kept = np.zeros_like(flat, dtype=bool)
@@ -125,6 +125,6 @@ def _trim(half: np.ndarray, density: float) -> np.ndarray:
 
 
 def _pad(halves: Halves, rank: int) -> Halves:
-    """The halves with zero rows up to the rank, for a layer that has fewer adapters than others."""
+    """The halves, filled up to the rank with zero rows, for a layer that has fewer adapters than others."""
     a, b = (np.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, rank - x.shape[-2]), (0, 0)]) for x in halves)
     return a, b

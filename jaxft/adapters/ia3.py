@@ -18,7 +18,7 @@ from jaxft.nn.partition import Dimensions
 from jaxft.nn.storage import StorageDims
 
 FACTOR_DIMS: Dimensions = ("both",)
-# By whether the tensor axis splits the side that is scaled.
+# The layout of the gathered factors. The key: whether the tensor axis splits the side that is scaled.
 WHOLE: dict[bool, Dimensions] = {True: ("tensor",), False: (None,)}
 
 
@@ -69,7 +69,7 @@ def describe(config: AdapterConfig) -> str:
 def attach_ia3(model: Decoder, targets: Sequence[str], feedforward: Sequence[str]) -> tuple[str, ...]:
     """Puts IA3 into the slot of each target and returns the layers' paths.
 
-    feedforward: names like targets; of a target among them, the inputs are scaled instead of the outputs. Raises
+    feedforward: names like targets; if a target is among them, its inputs are scaled instead of its outputs. Raises
     ModelError for a name that matches no layer.
     """
     scaled_at_inputs = set(find(model, feedforward))

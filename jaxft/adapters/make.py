@@ -1,4 +1,4 @@
-"""From a run's adapter config to the adapters of a model.
+"""Attaches the adapters that a run's config names.
 
 `kind` is the name of the module here that implements it, with `attach_to(model, config, key)`, which attaches fresh
 adapters, and `describe(config)`, a short phrase for people.
@@ -36,7 +36,7 @@ def attach_adapter(model: Decoder, config: AdapterConfig, seed: int) -> None:
 
 
 def describe(config: AdapterConfig) -> str:
-    """The configured adapter in a short phrase for people, such as `LoRA r=16 on all-linear`; `no adapter` for none."""
+    """A short phrase for people, about the configured adapter: `LoRA r=16 on all-linear`; `no adapter` for none."""
     return "no adapter" if config.kind == "none" else _kind(config).describe(config)
 
 

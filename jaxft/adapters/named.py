@@ -1,4 +1,4 @@
-"""Several adapters of one base, by name: which of them are active, and which is trained."""
+"""Several adapters of one base, by name. Some of them are active, and one or all of these are trained."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ class FrozenAdapterParam(nnx.Param):
 
 
 class AdapterSequence(Adapter):
-    """Several adapters in one slot; each is applied to the result of those before it."""
+    """Several adapters in one slot; each is applied to the result of the previous ones."""
 
     def __init__(self, parts: list[Adapter]) -> None:
         super().__init__()
@@ -61,17 +61,16 @@ class AdapterModules:
 
 
 def take(model: Decoder) -> AdapterModules:
-    """Empties a model's slots and returns the modules that were in them."""
+    """Empties a model's slots and returns their modules."""
     modules = AdapterModules(adapters(model), virtual_modules(model), model.shared, model.virtual_tokens)
     detach(model)
     return modules
 
 
 class AdapterSet:
-    """Adapters of one model by name. The active ones are in its slots; the others cost only their memory.
-
-    A single active adapter is in the slots itself, as without a set. Training changes the adapters of the set, since
-    they are the model's own modules: `nnx.update(model, state.trainable)`.
+    """Adapters of one model by name. The active ones are in its slots; the others cost only their memory. A single
+    active adapter fills the slots directly, as without a set. `nnx.update(model, state.trainable)` after training
+    changes the adapters of the set, because they are the model's own modules.
     """
 
     def __init__(self, model: Decoder) -> None:
@@ -89,7 +88,7 @@ class AdapterSet:
         return tuple(self._adapters)
 
     def add(self, name: str, modules: AdapterModules) -> None:
-        """Adds an adapter, not active. Raises ModelError for a name that is in use."""
+        """Adds an adapter, which is not active yet. Raises ModelError for a name that is in use."""
         if name in self._adapters:
             raise ModelError(f"there is an adapter {name!r} already: choose another name, or drop that one")
         self._adapters[name] = modules
@@ -110,10 +109,10 @@ class AdapterSet:
         return self._adapters[name]
 
     def activate(self, *names: str, train: str | None = None) -> None:
-        """Puts these adapters, in this order, into the model, and no others; without names the base alone is left.
+        """Puts these adapters, in this order, into the model and removes all others; without names all are removed.
 
-        train: the one of them that is trainable while the others are frozen; None: all are trainable. Raises ModelError
-        for an unknown name, and for adapters that cannot be active at the same time.
+        train: the only trainable one of them; None: all are trainable. Raises ModelError for an unknown name, and for
+        adapters that cannot be active at the same time.
         """
         chosen = {name: self[name] for name in names}
         if train is not None and train not in chosen:

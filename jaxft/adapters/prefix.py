@@ -1,6 +1,6 @@
 """Prefix tuning: learned keys and values at the start of every row, in each layer (arXiv:2101.00190).
 
-The published reparameterisation by an MLP is left out: after training only its keys and values are kept.
+The published reparameterisation by an MLP is left out: only its keys and values are kept after training anyway.
 """
 
 # B batch, S sequence, K kv heads, H head_dim, n virtual tokens
@@ -37,7 +37,7 @@ class Prefix(nnx.Module):
     def __call__(
         self, k_BSKH: jax.Array, v_BSKH: jax.Array, virtual_BS: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
-        """Keys and values with this layer's own where virtual_BS, the number of the virtual token, is not negative."""
+        """Keys and values, at virtual tokens this layer's own. virtual_BS: number of the virtual token, or below 0."""
         if virtual_BS is None:
             return k_BSKH, v_BSKH
         own = (

@@ -21,7 +21,7 @@ PROMPT_DIMS: Dimensions = (None, "weight")
 
 
 class Prompt(nnx.Module):
-    """embeddings: [n, D], float32, in place of tokens' embeddings, after these are scaled."""
+    """embeddings: [n, D], float32. They replace tokens' embeddings after these have been scaled."""
 
     peft_type = "PROMPT_TUNING"
 
@@ -40,7 +40,7 @@ class Prompt(nnx.Module):
 
 
 def attach_to(model: Decoder, config: AdapterConfig, key: jax.Array) -> None:
-    """Attaches a prompt, initially the embeddings of random tokens. Raises what `attach_prompt` raises."""
+    """Attaches a prompt, initialized with the embeddings of random tokens. Raises what `attach_prompt` raises."""
     attach_prompt(model, jax.random.randint(key, (config.num_virtual_tokens,), 0, model.config.vocab_size))
 
 

@@ -1,4 +1,4 @@
-"""Modules of the base that are trained whole beside adapters: PEFT's modules_to_save."""
+"""Modules of the base that are trained in full together with adapters: PEFT's modules_to_save."""
 
 from collections.abc import Mapping, Sequence
 
@@ -37,7 +37,7 @@ def train_whole(model: Decoder, names: Sequence[str]) -> tuple[str, ...]:
 
 
 def saved_paths(model: nnx.Module) -> tuple[str, ...]:
-    """Paths of the parameters that are trained whole beside adapters."""
+    """Paths of the parameters that are trained in full together with adapters."""
     return tuple(flatten(nnx.state(model, SavedParam))[0])
 
 

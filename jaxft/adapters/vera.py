@@ -45,7 +45,9 @@ class Projections(nnx.Module):
         self.a, self.b = nnx.Param(jnp.asarray(a_rI)), nnx.Param(jnp.asarray(b_rO))
 
     def arrays(self, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
-        """Both, whole on every device: gathered once a step, since every layer uses the start of all their rows."""
+        """Both, whole on every device. They are gathered once a step, because every layer uses the start of all their
+        rows.
+        """
         a, b = (partition.gather(p.get_value().astype(dtype), SHARED_DIMS, (None, None)) for p in (self.a, self.b))
         return a, b
 
@@ -88,9 +90,8 @@ class VeRA(Adapter):
 
 
 def draw_projections(r: int, inputs: int, outputs: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The shared matrices that PEFT draws from a seed, to the bit: Kaiming uniform, A [r, I] and then B [O, r].
-
-    Its numbers are torch's: 24 bits of each draw of a Mersenne twister, scaled with one rounding.
+    """The shared matrices that PEFT draws from a seed, exact in every bit: Kaiming uniform, first A [r, I], then B [O,
+    r]. They follow torch: 24 bits of each draw of a Mersenne twister, scaled with one rounding.
     """
     bits = np.random.MT19937()
     bits._legacy_seeding(seed % 2**32)
@@ -116,7 +117,8 @@ def describe(config: AdapterConfig) -> str:
 def attach_vera(model: Decoder, targets: tuple[str, ...], settings: VeRASettings) -> tuple[str, ...]:
     """Puts VeRA into the slot of each target, and the shared matrices into the model. Returns the layers' paths.
 
-    Raises ModelError for the LM head, which the loss takes out of the model, and for a target that matches no layer.
+    Raises ModelError for a target that matches no layer, and for the LM head, because the loss uses it outside the
+    model.
     """
 
     def make(layer: Layer, key: jax.Array) -> VeRA:

@@ -13,8 +13,9 @@ from jaxft.sharding.mesh import MeshPlan
 def load_adapters(model: LoadedModel, folders: Mapping[str, str], *, mesh: MeshPlan | None = None) -> AdapterSet:
     """Reads PEFT or run folders as named adapters of a base; none is active yet.
 
-    model: a base without adapter. folders: by name. mesh: of the base, and for the adapters. Raises CheckpointError or
-    ModelError as `read_adapter` does, and ModelError if the model has an adapter already.
+    model: a base without an adapter. folders: path by name. mesh: the mesh of the base, over which the adapters are
+    split too. Raises CheckpointError or ModelError as `read_adapter` does, and ModelError if the model has an adapter
+    already.
     """
     adapter_set = AdapterSet(model.module)
     for name, folder in folders.items():

@@ -1,6 +1,6 @@
 """Atomic writes: a file or a folder is written under another name, flushed to disk and then renamed.
 
-A kill, a full disk or a crash of the machine leaves what was there before, or the new content whole.
+After a kill, a full disk or a crash of the machine, either the old content is there or all of the new content.
 """
 
 import contextlib
@@ -14,12 +14,12 @@ FilePath = str | os.PathLike[str]
 
 
 def unfinished_file(path: FilePath) -> Path:
-    """The name under which `write_file` writes: the file's own with `.tmp` behind it, in the same folder."""
+    """The name under which `write_file` writes: that of the file with `.tmp` appended, in the same folder."""
     return Path(f"{os.fspath(path)}.tmp")
 
 
 def unfinished_folder(path: FilePath) -> Path:
-    """The name under which a folder, or what needs a folder to be made in, is written: the target's with `.partial`."""
+    """The name under which a folder, or an output that needs one, is written: that of the target with `.partial`."""
     return Path(path).with_name(f"{Path(path).name}.partial")
 
 

@@ -1,4 +1,4 @@
-"""The files of a model folder on this machine, in the Hugging Face cache, or in a bucket.
+"""Access to the files of a model folder on this machine, in the Hugging Face cache, or in a bucket.
 
 `hf://owner/name` (or `hf://owner/name@revision`) is fetched into the Hugging Face cache, which other programs share.
 `gs://bucket/folder`, and other addresses that fsspec knows, are read in place: only the requested byte ranges are
@@ -16,10 +16,10 @@ import numpy as np
 from jaxft.errors import CheckpointError, did_you_mean
 
 HUB = "hf://"
-MAX_JSON_BYTES = 100_000_000  # the format's own limit for a safetensors header; indexes and configs are smaller
-WANTED = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")  # of a repository: no code, no pickles
+MAX_JSON_BYTES = 100_000_000  # the limit of the format for a safetensors header; indexes and configs are smaller
+WANTED = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")  # fetched of a repository: no code, no pickles
 SMALL = (".json", ".jinja", "tokenizer.model")
-GAP = 2**20  # bytes; reading a gap of this size between two remote ranges costs less than a second request
+GAP = 2**20  # bytes; to read a gap of this size between two remote ranges costs less than a second request
 
 Ranges = Sequence[tuple[int, int]]  # (offset, length)
 
@@ -34,7 +34,7 @@ class Folder(Protocol):
         ...
 
     def size(self, name: str) -> int:
-        """Bytes of a file. Raises CheckpointError for one that does not exist or is outside the folder."""
+        """Bytes of a file. Raises CheckpointError if it does not exist or is outside the folder."""
         ...
 
     def read(self, name: str, ranges: Ranges) -> np.ndarray:
@@ -43,7 +43,7 @@ class Folder(Protocol):
 
 
 class LocalFolder:
-    """A folder of this machine. Its files may be links, but not to files outside it or its cache entry."""
+    """A folder of this machine. Its files may be links, but only to files within it or within its cache entry."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -58,11 +58,11 @@ class LocalFolder:
         return os.path.getsize(self.locate(name))
 
     def read(self, name: str, ranges: Ranges) -> np.ndarray:
-        # Read rather than mapped, so that the bytes do not stay in this process's memory.
+        # Read, not mapped, so that the bytes do not stay in the memory of this process.
         return pread(self.locate(name), ranges)
 
     def locate(self, name: str) -> str:
-        """The real path of a file of the folder; a link may leave it only within its Hugging Face cache entry."""
+        """The real path of a file of the folder. A link may leave it only within its Hugging Face cache entry."""
         if name not in self._located:
             self._located[name] = _inside(self.path, name)
         return self._located[name]
@@ -121,7 +121,7 @@ class RemoteFolder:
 
 
 def is_remote(path: str) -> bool:
-    """Whether a path is an address that is read in place, rather than a local path or an hf:// name."""
+    """Whether a path is an address that is read in place, and neither a local path nor an hf:// name."""
     return "://" in path and not path.startswith(HUB)
 
 
@@ -140,7 +140,7 @@ def is_file(path: str) -> bool:
 
 
 def read_json(path: str) -> dict[str, Any]:
-    """The JSON object in a file. Raises CheckpointError for anything else, and for links out of its folder."""
+    """The JSON object in a file. Raises CheckpointError for anything else, and for a link out of its folder."""
     folder, _, name = os.fspath(path).rpartition("/")
     return folder_json(open_folder(folder or ("/" if path.startswith("/") else ".")), name)
 
@@ -168,8 +168,8 @@ def fetch_hub(path: str, revision: str | None = None) -> str:
     """The local copy of hf://owner/name[@revision] in the Hugging Face cache, fetched if it is not there yet.
 
     revision: branch, tag or commit; main if neither it nor the path names one. HF_HUB_OFFLINE is honoured. The last
-    part of the returned path is the commit, so that the path pins it.
-    Raises CheckpointError if it cannot be fetched, or the path and `revision` name different revisions.
+    part of the returned path is the commit, so the path always means the same files. Raises CheckpointError if it
+    cannot be fetched, or the path and `revision` name different revisions.
     """
     # Imported here: only users of the hub need it.
     from huggingface_hub import snapshot_download

@@ -22,7 +22,7 @@ ADAPTER, MERGED, MODEL = "adapter", "merged", "model"  # exports
 
 
 def is_run_folder(path: str | os.PathLike[str]) -> bool:
-    """Whether a local folder has checkpoints/, as a run makes it when training begins."""
+    """Whether a local folder has checkpoints/, which a run makes when training begins."""
     return os.path.isdir(os.path.join(path, CHECKPOINTS))
 
 

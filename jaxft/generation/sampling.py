@@ -74,7 +74,7 @@ def draw(scores_BV: jax.Array, knobs: Knobs, positions_B: jax.Array) -> jax.Arra
 
 
 def repetition_penalty(scores_BV: jax.Array, seen_BV: jax.Array, penalty_B: jax.Array) -> jax.Array:
-    """Scores of seen tokens divided by the penalty where positive, multiplied where negative (arXiv:1909.05858)."""
+    """The scores; those of seen tokens are divided by the penalty if positive, else multiplied (arXiv:1909.05858)."""
     penalty_B1 = penalty_B[:, None]
     punished_BV = jnp.where(scores_BV < 0, scores_BV * penalty_B1, scores_BV / penalty_B1)
     return jnp.where(seen_BV, punished_BV, scores_BV)

@@ -1,1 +1,1 @@
-"""Layers that know no model family."""
+"""Layers, which are independent of the model family."""

@@ -1,4 +1,4 @@
-"""Adapters of layers: what may be in the adapter slot of a Linear, an Embedding or an ExpertLinear."""
+"""Adapters of layers: base classes for the adapter slot of a Linear, an Embedding or an ExpertLinear."""
 
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -13,9 +13,9 @@ from jaxft.nn.storage import StorageDims
 class LayerAdapter(nnx.Module):
     """An adapter of any layer.
 
-    shared: arrays that the adapters of all layers share and the model keeps once, set for the length of a call; None
-    otherwise. stacks: whether other adapters may be in the same slot; False for a kind that depends on the base's own
-    results. peft_type: its name in PEFT.
+    shared: arrays that the adapters of all layers share; the model keeps them once and sets them for the length of a
+    call. None otherwise. stacks: whether other adapters may be in the same slot; False for a kind that depends on the
+    base's own results. peft_type: its name in PEFT.
     """
 
     peft_type = ""
@@ -38,7 +38,7 @@ class LayerAdapter(nnx.Module):
 
 
 class Adapter(LayerAdapter):
-    """An adapter of a Linear: may transform its input, its output or both; the base class does neither.
+    """An adapter of a Linear, which may transform its input, its output or both. The base class transforms neither.
 
     on_product: whether it transforms the product with the kernel alone, before the bias is added.
     """

@@ -19,7 +19,7 @@ from jaxft.nn.mlp import GatedMLP, MLPShape
 from jaxft.nn.norm import NormShape, RMSNorm
 
 NormPositions = Literal["before", "after", "around"]
-# Hugging Face's names of the norms before attention, after it, before the feed-forward, after it.
+# Hugging Face's names of the norms: before attention, after attention, before the feed-forward, after the feed-forward.
 NORMS: dict[NormPositions, tuple[str | None, ...]] = {
     "before": ("input_layernorm", None, "post_attention_layernorm", None),
     "after": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
@@ -31,7 +31,7 @@ NORMS: dict[NormPositions, tuple[str | None, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class BlockShape:
-    """The parts of one layer. norms: which inputs and outputs of attention and feed-forward are normalised."""
+    """The parts of one layer. norms: the inputs and outputs of attention and feed-forward that are normalised."""
 
     attention: AttentionShape
     mlp: MLPShape | MoEShape
@@ -66,9 +66,9 @@ class Block(nnx.Module):
         key: jax.Array | None,
         routing: RouterSums | None = None,
     ) -> tuple[jax.Array, LayerCache | None, RouterSums | None]:
-        """(the residual stream, the cache with these tokens in it, `routing` with this layer's tokens added).
+        """(the residual stream, the cache including these tokens, `routing` including this layer's tokens).
 
-        layer: this layer's index in its stack. key: turns dropout on. routing: None if nobody reads the sums.
+        layer: this layer's index in its stack. key: turns dropout on. routing: None if no loss reads the sums.
         """
         keys = None if key is None else jax.random.split(key, 7)
         attention_keys, mlp_keys = (None, None) if keys is None else (keys[:4], keys[4:])

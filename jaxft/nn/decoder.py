@@ -46,7 +46,7 @@ class DecoderShape:
 
 
 class ModelConfig(Protocol):
-    """What every family's Config offers, under Hugging Face's names. `jaxft.models` has the implementations."""
+    """The attributes of every family's Config, under Hugging Face's names. `jaxft.models` has the implementations."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -86,10 +86,10 @@ class Prompt(Protocol):
 
 
 class SharedArrays(Protocol):
-    """A module that keeps the arrays which the adapters of all layers have in common, for the slot `Decoder.shared`."""
+    """A module with the arrays that the adapters of all layers share, for the slot `Decoder.shared`."""
 
     def arrays(self, dtype: DTypeLike) -> Any:
-        """What `Adapter.shared` is during a call: any pytree of arrays, computed with in `dtype`."""
+        """The value of `Adapter.shared` during a call: a pytree of arrays in `dtype`, the type of computation."""
 
 
 class ValueHead(Protocol):
@@ -99,14 +99,14 @@ class ValueHead(Protocol):
     """
 
     def __call__(self, hidden_BSD: jax.Array) -> jax.Array:
-        """values_BS, of hidden vectors after the last norm."""
+        """values_BS, computed from the hidden vectors after the last norm."""
 
 
 class SplitUnembed(NamedTuple):
     """`Decoder.unembed` split into a pure function and its parameters.
 
     logits(params, hidden [..., D]) -> [..., V] float32. storage_dims: for every leaf of params in tree order, the names
-    of its dimensions at rest (`jaxft.nn.partition`).
+    of its dimensions in storage (`jaxft.nn.partition`).
     """
 
     logits: Callable[[nnx.State, jax.Array], jax.Array]
@@ -118,13 +118,13 @@ class Decoder(nnx.Module):
     """`Model(tokens, positions, segments, cache) -> (hidden, cache)` and `unembed(hidden) -> logits`.
 
     layers[g] is a stack of equal layers; `segments` lists the layer numbers of each stack. experts: the number of
-    experts in each layer that has any, None if no layer has. trainable_paths: paths of the parameters that are trained,
-    None for all. virtual_tokens: how many virtual tokens every row must begin with.
+    experts in each layer that has experts; None if there is no such layer. trainable_paths: paths of the trained
+    parameters; None: all. virtual_tokens: the number of virtual tokens at the start of every row.
 
     Three slots are empty (None) until something is attached. prompt: a `Prompt`, which embeds the virtual tokens.
-    shared: `SharedArrays`, what the adapters of all layers have in common. value: a `ValueHead`; the decoder itself
-    never calls it: `model.value(hidden_BSD)` is for the losses that need values. With adapters, only AdapterParams are
-    trained, so a value head that is to be trained with them has parameters of that type.
+    shared: `SharedArrays` of the adapters of all layers. value: a `ValueHead`, which the decoder itself never calls:
+    losses that need values call `model.value(hidden_BSD)`. Beside adapters only AdapterParams are trained, so the
+    parameters of a value head that is trained with them must have that type.
     """
 
     def __init__(
@@ -182,7 +182,7 @@ class Decoder(nnx.Module):
         key: jax.Array | None = None,
         noise_alpha: float | None = None,
     ) -> tuple[jax.Array, kv.Cache | None]:
-        """(hidden vectors after the last norm, [B, S, D]; the cache with the new tokens in it).
+        """(hidden vectors after the last norm, [B, S, D]; the cache including the new tokens).
 
         tokens_BS: int32; rows of a model with virtual tokens begin with `virtual.virtual_ids`. positions_BS: by default
         0, 1, 2, ... segments_BS: by default one document a row; 0 marks padding. key: turns on dropout and, if
@@ -199,7 +199,7 @@ class Decoder(nnx.Module):
         key: jax.Array | None,
         noise_alpha: float | None = None,
     ) -> tuple[jax.Array, RouterSums]:
-        """(hidden vectors as above; sums over tokens and layers of what the routers did).
+        """(hidden vectors as above; statistics of the routers, summed over tokens and layers).
 
         Raises ModelError if no layer has experts.
         """
@@ -249,11 +249,11 @@ class Decoder(nnx.Module):
         return self.norm(x_BSD), cache, routing
 
     def for_length(self, length: int) -> "Decoder":
-        """The model, on the same parameters, for continuing rows of up to `length` tokens through a cache.
+        """The model, with the same parameters, for generation of rows of up to `length` tokens with a cache.
 
         Only longrope differs: its factors depend on the length of a row, and keys in the cache were rotated by one of
-        the two sets. transformers starts again when a row outgrows the short factors; this takes the long ones from the
-        start.
+        the two sets. transformers starts again when a row becomes too long for the short factors; this model uses the
+        long ones from the start.
         """
         model = nnx.merge(*nnx.split(self))
         model.ropes = tuple(rope.for_length(length) for rope in self.ropes)
@@ -279,11 +279,11 @@ class Decoder(nnx.Module):
         return SplitUnembed(logits, params, [storage[path].dims for path in flatten(params)[0]])
 
     def storage_dims(self) -> dict[str, StorageDims]:
-        # By the vocabulary, as the loss uses it; if that does not divide, like any kernel.
+        # Split along the vocabulary, as the loss uses it; like any kernel if the axes do not divide the vocabulary.
         return {} if self.lm_head is None else {"lm_head/kernel": StorageDims((None, "both"), KERNEL_DIMS["outputs"])}
 
     def init_cache(self, batch: int, length: int) -> kv.Cache:
-        """An empty cache for `batch` rows of up to `length` tokens; layers with a window keep only that many."""
+        """An empty cache for `batch` rows of up to `length` tokens; a layer with a window keeps only so many."""
         shapes = [group.self_attn.shape for group in self.layers]
         counts = [len(group) for group in stack.group_layers(self.segments)]
         return tuple(

@@ -1,4 +1,4 @@
-"""Matrix products with frozen, quantised weights: dequantised for each product and not kept for the backward pass."""
+"""Products with frozen, quantised weights, dequantised for each product and not kept for the backward pass."""
 
 # I inputs, O outputs
 
@@ -30,7 +30,7 @@ def frozen_product(
 
 
 def _operands(layout: Layout, x: jax.Array, kernel: QuantizedArray) -> tuple[jax.Array, jax.Array]:
-    # The barrier delays dequantising until x is computed: otherwise all dense kernels of a layer exist at once.
+    # The barrier delays dequantisation until x is computed. Without it all dense kernels of a layer exist at once.
     x, kernel = jax.lax.optimization_barrier((x, layout(kernel)))
     return x, kernel.dense(x.dtype)
 

@@ -1,4 +1,4 @@
-"""Linear layers and embeddings, each with an optional adapter slot that leaves base parameters at their paths."""
+"""Linear layers and embeddings, with an optional adapter slot that does not change the paths of base parameters."""
 
 # B batch, S sequence, I inputs, O outputs, D model, V vocab
 
@@ -18,7 +18,7 @@ from jaxft.nn.storage import StorageDims
 from jaxft.quant import QuantizedArray
 
 TPSide = Literal["inputs", "outputs"]  # the side of a kernel that the tensor axis splits
-# The dimensions of a kernel and a bias at rest and in use, for each side.
+# The dimensions of a kernel and a bias in storage and in use, for each side.
 KERNEL_DIMS: dict[TPSide, Dimensions] = {"outputs": ("weight", "tensor"), "inputs": ("tensor", "weight")}
 WHOLE: dict[TPSide, Dimensions] = {"outputs": (None, "tensor"), "inputs": ("tensor", None)}
 BIAS_DIMS: dict[TPSide, Dimensions] = {"outputs": ("both",), "inputs": ("weight",)}
@@ -126,7 +126,7 @@ class Embedding(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, tokens_BS: jax.Array) -> jax.Array:
-        # Every device looks up all tokens in its part of each row of the table, then passes on what others need.
+        # Every device looks up all tokens in its part of each row of the table, then sends others their parts.
         x_BSD = jnp.take(self.embedding.get_value(), partition.split(tokens_BS, *LOOKED_UP[:2]), axis=0)
         x_BSD = partition.gather(x_BSD.astype(self.dtype), LOOKED_UP, ("batch", "stream", None))
         return x_BSD if self.adapter is None else self.adapter(tokens_BS, x_BSD)

@@ -1,4 +1,4 @@
-"""Noise on embedded tokens against memorising answers: NEFTune (arXiv:2310.05914)."""
+"""NEFTune: noise on embedded tokens, against the memorisation of answers (arXiv:2310.05914)."""
 
 # B batch, S sequence, D model, K segments of a row
 
@@ -18,6 +18,6 @@ def add_noise(x_BSD: jax.Array, segments_BS: jax.Array, alpha: float, key: jax.A
     rows_BS = jnp.broadcast_to(jnp.arange(batch)[:, None], segments_BS.shape)
     tokens_BK = jnp.zeros((batch, length + 1), jnp.float32).at[rows_BS, segments_BS].add(1.0)
     tokens_BS = jnp.take_along_axis(tokens_BK, segments_BS, axis=1)
-    # A hash, far from the layer numbers that layers fold into the same key.
+    # A hash, which differs from the layer numbers that layers fold into the same key.
     drawn_BSD = jax.random.uniform(jax.random.fold_in(key, zlib.crc32(b"embed_tokens")), x_BSD.shape, minval=-1.0)
     return x_BSD + (drawn_BSD * (alpha / jnp.sqrt(tokens_BS * width))[..., None]).astype(x_BSD.dtype)

@@ -1,22 +1,22 @@
-"""What a parameter is, by its path in the model: a matrix or a vector, of a stack, of an adapter, of the vocabulary.
+"""The kind of a parameter, derived from its path: matrix or vector, stacked, of an adapter, of the vocabulary.
 
 Layers of one kind are stacked along a leading axis; each of them is a parameter of its own.
 """
 
 from dataclasses import dataclass
 
-VECTORS = ("scale", "bias")  # by the last part of their path, however many axes stacking gives them
+VECTORS = ("scale", "bias")  # by the last part of their path, regardless of the axes that stacking adds
 VIRTUAL = frozenset({"prompt", "prefix"})
 ADAPTER = VIRTUAL | {"adapter", "shared"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParamKind:
-    """What `kind_of` finds.
+    """The kind of one parameter, as `kind_of` finds it.
 
     stacked: the first axis counts layers. matrix: the last two axes are a matrix, not only the last a vector. adapter:
-    it belongs to an adapter, virtual tokens and arrays that adapters share included. virtual: rows of virtual tokens.
-    embedding: the embedding table. head: the LM head's kernel.
+    it belongs to an adapter; virtual tokens and arrays that adapters share count as well. virtual: rows of virtual
+    tokens. embedding: the embedding table. head: the LM head's kernel.
     """
 
     stacked: bool
@@ -43,7 +43,9 @@ class ParamKind:
 
 
 def kind_of(path: str, dimensions: int) -> ParamKind:
-    """path: as in the model, such as `layers/0/self_attn/q_proj/kernel`. dimensions: of the array there."""
+    """The kind of the parameter at `path`, such as `layers/0/self_attn/q_proj/kernel`. dimensions: number of axes of
+    its array.
+    """
     parts = path.split("/")
     stacked = parts[0] == "layers"
     return ParamKind(

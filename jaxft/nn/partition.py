@@ -1,6 +1,6 @@
 """Layouts of activations and gathered weights on the ambient mesh, which `jax.set_mesh` sets.
 
-Layers name the dimensions of their arrays; only this file knows which mesh axes split each kind. Without an ambient
+Layers name the dimensions of their arrays; this file alone maps each kind of dimension to mesh axes. Without an ambient
 mesh, on one device and inside `shard_map`, every function here returns its argument unchanged.
 """
 
@@ -40,7 +40,7 @@ AXES: dict[Dimension, tuple[str, ...]] = {
 
 
 def platform() -> str:
-    """cpu, gpu or tpu: of the ambient mesh's devices, which may be abstract ones that a program is compiled for."""
+    """cpu, gpu or tpu: the platform of the ambient mesh. Its devices may be abstract, for compilation ahead of time."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
@@ -105,7 +105,7 @@ def gather(x: jax.Array, storage: Dimensions, whole: Dimensions) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gather(x: jax.Array, storage: P, whole: P) -> jax.Array:
-    # The first constraint keeps the gathering from moving up to where x still has a wider dtype.
+    # The first constraint prevents the compiler from gathering x earlier, while it still has a wider dtype.
     return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(x, storage), whole)
 
 

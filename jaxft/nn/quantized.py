@@ -15,7 +15,7 @@ EXCLUDED = ("lm_head",)
 
 
 def kernels(model: nnx.Module) -> dict[str, Linear | ExpertLinear]:
-    """Every layer whose kernel can be quantised, experts included, by path."""
+    """Every layer whose kernel can be quantised, including experts, by path."""
     modules = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
     return {
         path: module
@@ -25,7 +25,7 @@ def kernels(model: nnx.Module) -> dict[str, Linear | ExpertLinear]:
 
 
 def quantize(model: nnx.Module, format: Format) -> None:
-    """Replaces every such kernel by a quantised one. Works on abstract models under `nnx.eval_shape`.
+    """Replaces every kernel of `kernels` by a quantised one. Works on abstract models under `nnx.eval_shape`.
 
     Raises ModelError if a layer's number of inputs is not a multiple of the format's block.
     """

@@ -31,7 +31,7 @@ def _save(*names: str) -> Callable[..., bool]:
 
 REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    # Saves the results of the layers' matrix products, which bear the name; what is between them is recomputed.
+    # Saves the results of the layers' matrix products, which have this name; everything between them is recomputed.
     "dots": _save("dots", "attention"),
     # Saves the results of attention, so that its kernel runs only once.
     "attention": _save("attention"),
@@ -57,7 +57,7 @@ def layout(kinds: Sequence[Hashable]) -> tuple[Segment, ...]:
     """Divides layers of the given kinds into segments; each group of a segment is one scanned stack of equal layers.
 
     ("a",) * 4 is one group of four. ("l", "l", "g") * 4 + ("l",) is three groups of four, then one of one. The division
-    with the fewest groups is taken, since each group is compiled once.
+    with the fewest groups is used, because each group is compiled once.
     """
     numbers = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
     segments: list[Segment] = []
@@ -112,8 +112,9 @@ def run(
 ) -> tuple[jax.Array, Cache | None, RouterSums | None]:
     """Runs all layers in order; returns the activations, the cache with the new tokens, and the sums over routers.
 
-    key: for dropout; None if nothing is random. routing: sums to which layers with experts add what their routers did,
-    None if nobody reads them. shared: arrays for the adapters of all layers (`Adapter.shared`), None if there are none.
+    key: for dropout; None if nothing is random. routing: sums to which layers with experts add the statistics of their
+    routers; None if no loss reads them. shared: arrays for the adapters of all layers (`Adapter.shared`); None if there
+    are none.
     """
     caches = None if cache is None else _with_positions(cache, tokens)
     for segment in segments:

@@ -1,4 +1,4 @@
-"""How parameters are split over devices at rest: each module declares it for its own parameters, meshes read it here.
+"""How stored parameters are split over devices. Each module declares it for its own parameters; meshes read it here.
 
 A module with parameters has a method `storage_dims() -> {name of the parameter: StorageDims}`. A module that contains
 others may declare their parameters too, by path, and then overrides them.
@@ -16,10 +16,11 @@ from jaxft.trees import flatten
 
 
 class StorageDims(NamedTuple):
-    """The dimensions of a parameter at rest, without those of stacks, which are in front and never split.
+    """The dimensions of a stored parameter, without those of stacks, which are in front and never split.
 
-    fallback: dimensions to use if the mesh cannot split the parameter evenly by `dims`. may_be_whole: an array of any
-    size may be whole on every device, because it is a small part of a larger whole, such as the scales of a kernel.
+    fallback: the dimensions to use if the mesh cannot split the parameter evenly by `dims`. may_be_whole: whether an
+    array of any size may be whole on every device, because it is a small part of a larger object, such as the scales of
+    a kernel.
     """
 
     dims: Dimensions
@@ -32,7 +33,7 @@ class HasStorageDims(Protocol):
     """A module with parameters of its own."""
 
     def storage_dims(self) -> Mapping[str, StorageDims]:
-        """The dimensions of every parameter at rest, by its path from this module."""
+        """The dimensions of every stored parameter, by its path from this module."""
 
 
 def storage_dims_of(module: nnx.Module) -> dict[str, StorageDims]:

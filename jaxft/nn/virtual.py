@@ -1,7 +1,7 @@
 """Virtual tokens: ids outside the vocabulary, at which prompt and prefix tuning insert learnt vectors.
 
-They have positions, segments and cache slots as other tokens do, so that packing, meshes, windows and generation need
-no special case: each document begins with its own, and none sees another's.
+They have positions, segments and cache slots like other tokens, so packing, meshes, windows and generation need no
+special case. Each document begins with its own virtual tokens, and no document sees those of another.
 """
 
 # B batch, S sequence, n virtual tokens
@@ -13,12 +13,12 @@ FIRST = 2**30  # beyond any vocabulary
 
 
 def virtual_ids(count: int) -> tuple[int, ...]:
-    """The ids with which every document begins for a model with `count` virtual tokens."""
+    """The ids at the start of every document, for a model with `count` virtual tokens."""
     return tuple(range(FIRST, FIRST + count))
 
 
 def replace_virtual(x: jax.Array, own: jax.Array, virtual_BS: jax.Array) -> jax.Array:
-    """x [B, S, ...] with `own[j]` ([n, ...]) wherever virtual_BS is j; virtual_BS is negative at other tokens.
+    """x [B, S, ...] with `own[j]` ([n, ...]) at the positions whose virtual_BS is j; it is negative at other tokens.
 
     Computed as a matrix product, so that its gradient is summed over rows and devices like that of any weight.
     """

@@ -37,7 +37,7 @@ def token_sums(
     """Weighted sums of the loss of every target, by default its cross-entropy.
 
     unembed(head, hidden [B, C, D]) -> logits [B, C, V] float32. targets_BS: int32. weights_BS: float32, 0 if a position
-    is not trained. dimensions: of each leaf of the head at rest, in the order of jax.tree.leaves. chunk: positions of
+    is not trained. dimensions: of each stored leaf of the head, in the order of jax.tree.leaves. chunk: positions of
     each row in a chunk; None: as many as CHUNK_BYTES permits. `loss` is differentiable in head and hidden_BSD, and so
     is `nll` if it is the loss; the other sums have no gradient.
     """

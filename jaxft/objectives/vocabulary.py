@@ -66,7 +66,7 @@ def vocab_layout(
 ) -> VocabLayout | None:
     """The layout for a head on the ambient mesh; None on one device, or if rows do not divide over the mesh.
 
-    leaves: of the head, with the dimensions that each has at rest. rows: (B, S). dimensions=None: on one device.
+    leaves: of the head, with the dimensions of each in storage. rows: (B, S). dimensions=None: on one device.
     """
     if dimensions is None or partition.is_unsharded():
         return None

@@ -1,4 +1,4 @@
-"""Arrays over the devices of several processes: made from each process's part, and copied to host memory."""
+"""Arrays over the devices of several processes: made from the parts of each process, and copied to host memory."""
 
 # B batch
 
@@ -19,9 +19,8 @@ Tree = TypeVar("Tree")  # a pytree of arrays
 
 
 def from_rows(make: Callable[[slice], Any], rows: int, sharding: NamedSharding) -> Any:
-    """A pytree of global arrays [B, ...]; this process makes only the rows that are on its own devices.
-
-    make(slice): those rows as a pytree of numpy arrays. rows: B. sharding: splits B alone.
+    """A pytree of global arrays [B, ...]. This process makes only the rows of its own devices. make(slice): these rows
+    as a pytree of numpy arrays. rows: B. sharding: splits only B.
     """
     indices = sharding.addressable_devices_indices_map((rows,)).values()
     cuts = sorted({index[0].indices(rows)[:2] for index in indices if index is not None})
@@ -40,13 +39,13 @@ def from_rows(make: Callable[[slice], Any], rows: int, sharding: NamedSharding) 
 
 
 def put_global(x: jax.Array, sharding: Sharding) -> jax.Array:
-    """Puts x on a sharding that may span processes. Every process must pass the same x."""
+    """Puts x on the devices of a sharding, which may span processes. Every process must pass the same x."""
     if sharding.is_fully_addressable or not x.is_fully_addressable:
         return jax.device_put(x, sharding)
     if is_key(x):
         data = put_global(jax.random.key_data(x), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
-    # device_put would compare the copies of all processes first, through the network.
+    # device_put would first compare the copies of all processes over the network.
     whole = np.asarray(x)
     return jax.make_array_from_callback(x.shape, sharding, lambda index: whole[index])
 
@@ -54,7 +53,7 @@ def put_global(x: jax.Array, sharding: Sharding) -> jax.Array:
 def to_host(x: jax.Array) -> np.ndarray:
     """The whole array in the host memory of every process. All must call this, in the same order.
 
-    An array that spans processes is meanwhile whole on every device.
+    Meanwhile, an array that spans processes is whole on every device.
     """
     if x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)
@@ -64,11 +63,12 @@ def to_host(x: jax.Array) -> np.ndarray:
 def host_parts(
     x: jax.Array, bounds: Sequence[tuple[int, int]], dtype: DTypeLike
 ) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
-    """A block of an array in host memory, as one part for each shard that has some of it: (index in the block, part).
+    """A block of an array in host memory, in parts (index in the block, part): one for each shard that overlaps the
+    block.
 
-    bounds: (start, stop) along every axis. dtype: cast to it on the devices. `x` keeps no copy of the block.
-    If the array spans processes, the block is one part, meanwhile whole on every device and in every process; all must
-    call this, in the same order.
+    bounds: (start, stop) along every axis. dtype: cast to it on the devices. `x` keeps no copy of the block. If the
+    array spans processes, the block is one part, which is meanwhile whole on every device and in every process. All
+    processes must call this, in the same order.
     """
     if not x.is_fully_addressable:
         whole = _gather_block(x, bounds, dtype)
@@ -93,8 +93,8 @@ def _cut(x: jax.Array, starts: np.ndarray, sizes: tuple[int, ...], dtype: np.dty
 
 
 def _gather_block(x: jax.Array, bounds: Sequence[tuple[int, int]], dtype: DTypeLike) -> jax.Array:
-    # On an axis that is split the compiler must know the start, or it gathers all of that axis first. On others it need
-    # not, and one program serves all layers.
+    # If an axis is split, the compiler must know the start; otherwise it gathers the whole axis first. On other axes it
+    # need not know it, so that one program serves all layers.
     split = [local < size for local, size in zip(x.sharding.shard_shape(x.shape), x.shape, strict=True)]
     starts = np.asarray([0 if known else start for (start, _), known in zip(bounds, split, strict=True)], np.int32)
     known = tuple(tuple(cut) if known else None for cut, known in zip(bounds, split, strict=True))
@@ -113,7 +113,7 @@ def _cut_and_gather(
     dtype: np.dtype,
     everywhere: NamedSharding,
 ) -> jax.Array:
-    """The block whole on every device. known: (start, stop) of the axes that are split, None for others."""
+    """The block whole on every device. known: (start, stop) of the split axes, None for others."""
     kept = [n if cut is None else size for n, cut, size in zip(sizes, known, x.shape, strict=True)]
     part = jax.lax.dynamic_slice(x, starts, kept)
     cuts = [cut or (0, n) for n, cut in zip(sizes, known, strict=True)]

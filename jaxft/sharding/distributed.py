@@ -1,8 +1,7 @@
-"""Start of jax.distributed, once per process and for a single process too, and its check for preemption.
-
-Without it a SIGTERM kills the process, and `reached_preemption` is always False. With it JAX handles SIGTERM: the
-process lives on until the training loop sees `reached_preemption` and leaves. A phase that never checks, such as an
-export, ends only by SIGKILL.
+"""The start of jax.distributed, once in each process even if there is only one, and its check for preemption. Without
+it a SIGTERM kills the process, and `reached_preemption` is always False. With it JAX handles SIGTERM: the process
+continues until the training loop sees `reached_preemption` and stops. A phase that never checks, such as an export,
+ends only by SIGKILL.
 """
 
 import itertools
@@ -71,13 +70,12 @@ def start(
 
 
 def reached_preemption() -> bool:
-    """Whether all processes have agreed to save now and leave, because one of them received SIGTERM.
-
-    Call it after every step, on every process. Always False unless `start` was called.
+    """Whether all processes have agreed to save now and stop, because one of them received SIGTERM. Every process must
+    call it after every step. Always False unless `start` was called.
     """
     # JAX has the processes agree on the highest number that any of them has passed, plus one. Before the first call
-    # that is one: a resumed run that passed its steps' numbers would never come to it, and a SIGTERM during restoring
-    # or compiling would be lost. So the calls are numbered, not the steps.
+    # this number is one. A resumed run that passed the numbers of its steps would never reach it, and a SIGTERM during
+    # restoring or compilation would be lost. So the calls are numbered, not the steps.
     return reached_preemption_sync_point(next(_check_numbers))
 
 
@@ -100,7 +98,7 @@ def _detect_or_single(heartbeat_seconds: int) -> None:
 
 
 def _bypass_proxies(host: str) -> None:
-    # gRPC sends even loopback through http_proxy, and would wait there for minutes.
+    # gRPC sends even loopback connections through http_proxy, and would wait for minutes.
     exempt = os.environ.get("no_grpc_proxy") or os.environ.get("no_proxy") or ""
     os.environ["no_grpc_proxy"] = ",".join(filter(None, [exempt, host]))
 

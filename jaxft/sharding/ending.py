@@ -1,4 +1,4 @@
-"""How several processes end together: none waits for one that is gone, and each reports why it ends."""
+"""How several processes end together: no process waits for a lost one, and each reports the reason."""
 
 import contextlib
 import ctypes
@@ -16,10 +16,10 @@ from jaxft.errors import Preempted
 from jaxft.sharding.processes import is_multi_process, store
 
 EXIT_PEER_LOST = 69  # EX_UNAVAILABLE of sysexits.h
-GRACE_SECONDS = 5.0  # for a process to meet by itself the error that another has reported
-POLL_SECONDS = 0.5  # between two looks at what others have reported
+GRACE_SECONDS = 5.0  # time for a process to meet by itself an error that another has reported
+POLL_SECONDS = 0.5  # between two checks of the reports of others
 FAILED, LEFT = "jaxft/failed/", "jaxft/left/"
-# In the messages of the libraries of collective operations when a connection is gone.
+# Parts of the messages of collective libraries about a lost connection.
 LOST = re.compile("Gloo|NCCL|UNAVAILABLE|[Cc]onnection")
 RESUME_HINT = "The same command goes on from the newest checkpoint."
 
@@ -32,11 +32,10 @@ def end_on_peer_error(say: Say, explain: Explain) -> Iterator[None]:
     """Inside this context, an error of one process ends all of them.
 
     This process's own error is explained and reported to the others; an error that another process reported is repeated
-    here and ends this process with EXIT_PEER_LOST. A process that vanished (killed, out of memory, its machine gone) is
-    noticed by `jax.distributed` within its heartbeat, which aborts: then too a line is written, and the exit code is
-    EXIT_PEER_LOST.
-    say: writes a line for people. explain: writes what an error means and returns the exit code. Preempted passes,
-    since all processes have agreed on it. With one process the context does nothing.
+    here and ends this process with EXIT_PEER_LOST. `jax.distributed` notices a lost process (killed, out of memory, its
+    machine gone) within its heartbeat, and aborts. A line is written in this case too, and the exit code is
+    EXIT_PEER_LOST. say: writes a line for people. explain: writes what an error means and returns the exit code.
+    Preempted passes, since all processes have agreed on it. With one process the context does nothing.
     """
     if not is_multi_process():
         yield
@@ -61,7 +60,8 @@ def end_on_peer_error(say: Say, explain: Explain) -> Iterator[None]:
 def _fail(error: BaseException, say: Say, explain: Explain) -> None:
     if not (isinstance(error, jax.errors.JaxRuntimeError) and LOST.search(str(error))):
         _leave(f"{type(error).__name__}: {error}", explain(error))
-    # Another process's end broke this one's connection. If it reported why, the watch says so and ends this process.
+    # The end of another process broke this one's connection. If it reported the reason, the watch repeats it and ends
+    # this process.
     time.sleep(GRACE_SECONDS + 4 * POLL_SECONDS)
     explain(error)
     reason = "it lost its connections, most likely because another process died or is far behind"
@@ -70,12 +70,11 @@ def _fail(error: BaseException, say: Say, explain: Explain) -> None:
 
 
 def _leave(reason: str, code: int) -> None:
-    """Ends this process at once, reporting the reason to the others. Process 0, which has the store, goes last.
-
-    The usual way out waits in `jax.distributed` for processes that wait for this one.
+    """Ends this process at once and reports the reason to the others. Process 0, which has the store, ends last. A
+    usual exit would wait in `jax.distributed` for processes that wait for this one.
     """
     me = jax.process_index()
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # the store went with process 0: nobody is left to read it
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # if the store ended with process 0, nobody can read it
         store().key_value_set(f"{FAILED}{me}", reason)
         store().key_value_set(f"{LEFT}{me}", "")
         until = time.monotonic() + 2 * GRACE_SECONDS
@@ -105,8 +104,8 @@ def _watch(done: threading.Event, say: Say) -> None:
 def _explain_abort(say: Say) -> Iterator[None]:
     """Inside this context, an abort writes a line and exits with EXIT_PEER_LOST.
 
-    jax.distributed aborts from a thread of its own, and its callback for that case cannot be given from Python. A
-    handler of Python's `signal` would wait for the main thread, which waits for the process that is gone.
+    jax.distributed aborts from its own thread, and Python cannot set its callback for this case. A handler of Python's
+    `signal` would wait for the main thread, which waits for the lost process.
     """
 
     def handle(number: int) -> None:
@@ -128,7 +127,7 @@ def _explain_abort(say: Say) -> Iterator[None]:
 
 def _exit(code: int) -> None:
     for stream in (sys.stdout, sys.stderr):
-        # A stream that cannot be flushed must not keep a process alive that has to end.
+        # A stream that cannot be flushed must not keep this process alive.
         with contextlib.suppress(OSError, ValueError, RuntimeError):
             stream.flush()
     os._exit(code)

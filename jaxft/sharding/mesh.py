@@ -1,4 +1,4 @@
-"""The mesh: named axes over the devices. One device is a mesh of 1; nothing else knows how many there are."""
+"""The mesh: named axes over the devices. One device is a mesh of 1; no other code depends on their number."""
 
 # B batch
 import dataclasses
@@ -51,7 +51,7 @@ class MeshPlan:
         """A NamedSharding in the place of every array or ShapeDtypeStruct of a pytree.
 
         tree: parameters of a model, or a whole train state, whose optimizer moments are split like their parameters.
-        dims: how parameters are split at rest, `storage_dims_of(model)`. Raises ConfigError for a big array with a
+        dims: how stored parameters are split, `storage_dims_of(model)`. Raises ConfigError for a big array with a
         dimension that its axes do not divide, naming the sizes that would, and for a big array that would be whole on
         every device although axes split weights.
         """
@@ -61,11 +61,11 @@ class MeshPlan:
         return jax.tree_util.tree_unflatten(treedef, [NamedSharding(self.mesh, spec) for spec in specs])
 
     def shard(self, tree: Tree, dims: Mapping[str, StorageDims]) -> Tree:
-        """The pytree on the mesh's devices, laid out as `shardings` says. Every process must pass the same arrays."""
+        """The pytree on the mesh's devices, in the layout of `shardings`. Every process must pass the same arrays."""
         return jax.tree.map(put_global, tree, self.shardings(tree, dims))
 
     def shard_module(self, module: nnx.Module) -> None:
-        """Moves the parameters of a module to the mesh's devices, each as the module declares it."""
+        """Moves the parameters of a module to the mesh's devices, in the layout that the module declares."""
         nnx.update(module, self.shard(nnx.state(module), storage_dims_of(module)))
 
     def batch_sharding(self) -> NamedSharding:
@@ -73,7 +73,7 @@ class MeshPlan:
         return NamedSharding(self.mesh, P(tuple(axis for axis in AXES["batch"] if axis in self.axes)))
 
     def bind(self, step: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-        """`step`, to be jitted, traced under this mesh, so that layers with explicit collectives can read it."""
+        """`step` for `jax.jit`, traced under this mesh, so that layers with explicit collectives can read it."""
 
         @functools.wraps(step)
         def traced(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
@@ -93,7 +93,7 @@ class MeshPlan:
             )
 
     def check_sizes(self, *, heads: int, kv_heads: int, max_length: int) -> None:
-        """Raises ConfigError if the tensor axis does not divide heads, or context and tensor axis positions."""
+        """Raises ConfigError if the tensor axis does not divide heads, or context and tensor axes positions."""
         tensor, context = self.axes.get("tensor", 1), self.axes.get("context", 1)
         if heads % tensor or (kv_heads % tensor and tensor % kv_heads):
             fits = divisors(heads, lambda d: kv_heads % d == 0 or d % kv_heads == 0)
@@ -123,14 +123,14 @@ def make_mesh_plan(config: MeshConfig, devices: Sequence[jax.Device] | None = No
             f"these devices are {slices} slices, joined by the data-centre network: set mesh.slice={slices}, so that "
             "only gradients cross it"
         )
-    options = {"allow_split_physical_axes": True}  # else data=2, fsdp=8 on a 4x4 torus is refused
+    options = {"allow_split_physical_axes": True}  # otherwise data=2, fsdp=8 on a 4x4 torus is refused
     if slices > 1:
         inside = tuple(1 if axis == "slice" else size for axis, size in axes.items())
         across = tuple(size if axis == "slice" else 1 for axis, size in axes.items())
         grid = mesh_utils.create_hybrid_device_mesh(inside, across, devices, **options)
     else:
         grid = mesh_utils.create_device_mesh(tuple(axes.values()), devices, **options)
-    # jax.make_mesh would give Explicit axes, under which an embedding lookup wants an out_sharding.
+    # jax.make_mesh would give Explicit axes, under which an embedding lookup needs an out_sharding.
     return MeshPlan(mesh=Mesh(grid, tuple(axes), axis_types=(AxisType.Auto,) * len(axes)))
 
 

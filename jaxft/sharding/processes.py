@@ -1,4 +1,4 @@
-"""One run of several processes: work that process 0 does for all, and its result on all of them.
+"""One run of several processes: process 0 does some work for all, and all receive the result.
 
 The processes communicate through the key-value store of `jax.distributed`, not through the devices: it can wait for
 hours, needs no compiled program, and does not hang on a device that is gone.
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 import jax
-from jax._src import distributed  # multihost_utils goes through the devices, and the store has no public name
+from jax._src import distributed  # multihost_utils uses the devices, and the store has no public name
 
 from jaxft.errors import JaxftError
 
@@ -39,7 +39,7 @@ def on_primary(make: Callable[[], Value]) -> Value:
     """Calls `make` in process 0 alone and returns its result, of JSON values, on every process.
 
     Call it on every process, in the same order; the others wait, and what `make` writes is on disk when they return.
-    Raises the JaxftError that process 0 met: there as it was, elsewhere as a PeerError with the same message.
+    Raises the JaxftError that process 0 met; in the other processes it is a PeerError with the same message.
     """
     if not is_multi_process():
         return make()
@@ -65,7 +65,7 @@ class KeyValueStore(Protocol):
         """Sets a key, once."""
 
     def key_value_dir_get(self, key: str) -> list[tuple[str, str]]:
-        """All keys that begin so, with their values."""
+        """All keys with this beginning, and their values."""
 
     def blocking_key_value_get(self, key: str, timeout_in_ms: int) -> str:
         """The value of a key, once it is set."""

@@ -1,4 +1,4 @@
-"""PartitionSpecs of arrays on a mesh, from their dimensions at rest.
+"""PartitionSpecs of arrays on a mesh, from the dimensions of stored parameters.
 
 Modules declare the dimensions of their parameters (`jaxft.nn.storage`). An array whose path ends like a parameter's,
 such as its gradient or a moment of its optimizer, is split like the parameter; OPTIMIZER_DIMS is for the other arrays
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 def _block_scales(path: str, storage: StorageDims) -> Dimensions:
-    # Blocks go along the side that the tensor axis splits (`optim/eight_bit`), which is whole in their scales.
+    # Blocks lie along the side that the tensor axis splits (`optim/eight_bit`); their scales do not split this side.
     if in_adapter(path):
         return ("both",)
     return tuple(None if name == "tensor" else name for name in storage.dims)
@@ -55,10 +55,9 @@ class Leaf(NamedTuple):
 def specs_of(leaves: Sequence[Leaf], dims: Mapping[str, StorageDims], axes: Mapping[str, int]) -> list[P]:
     """The PartitionSpec of every array.
 
-    dims: of parameters at rest, by path, from `storage_dims_of(model)`. axes: mesh axis name -> size.
-    Raises ConfigError for a big array with a dimension that its axes do not divide and, if axes that split weights are
-    larger than one, for a big array that would be whole on every device. Small arrays that do not divide are left whole
-    and logged.
+    dims: of stored parameters, by path, from `storage_dims_of(model)`. axes: mesh axis name -> size. Raises ConfigError
+    for a big array with a dimension that its axes do not divide and, if axes that split weights are larger than one,
+    for a big array that would be whole on every device. Small arrays that do not divide are left whole and logged.
     """
     assignment = _Assignment(axes)
     specs = [assignment.spec(leaf, storage_of(leaf.path, dims)) for leaf in leaves]
@@ -67,7 +66,7 @@ def specs_of(leaves: Sequence[Leaf], dims: Mapping[str, StorageDims], axes: Mapp
 
 
 def storage_of(path: str, dims: Mapping[str, StorageDims]) -> StorageDims | None:
-    """The dimensions of the array at a path of any state: those of the parameter whose path is its longest end."""
+    """The dimensions of the array at a path of any state: those of the parameter with the longest path that ends it."""
     parameter = _parameter(path, dims)
     if parameter is not None:
         return dims[parameter]
@@ -85,7 +84,7 @@ def _parameter(path: str, dims: Mapping[str, StorageDims]) -> str | None:
 
 @dataclass
 class _Assignment:
-    """Specs on one mesh, and the arrays that do not fit it."""
+    """The specs on one mesh, and the arrays that do not fit it."""
 
     axes: Mapping[str, int]
     misfits: list[str] = field(default_factory=list)
@@ -113,7 +112,7 @@ class _Assignment:
                 text = f"{'x'.join(names)}={count} does not divide dimension {axis} = {length}"
                 self._misfit(leaf, big, text, length)
                 names, count = (), 1
-                parts = 0 if big else parts  # an array is named once, as a misfit
+                parts = 0 if big else parts  # an array is reported only once, as a misfit
             entries.append(names or None)
             parts *= count
         if parts == 1 and big and self._count(self._names("weight")) > 1:
@@ -123,7 +122,7 @@ class _Assignment:
         return P(*entries)
 
     def _names(self, name: Dimension | None) -> tuple[str, ...]:
-        # Axes of one device split nothing, and specs that differ in them alone would compare unequal.
+        # Axes of one device split nothing, and specs that differ only in them would compare unequal.
         return () if name is None else tuple(axis for axis in AXES[name] if self.axes.get(axis, 1) > 1)
 
     def _count(self, names: Sequence[str]) -> int:

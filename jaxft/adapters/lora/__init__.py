@@ -1,4 +1,4 @@
-"""The LoRA family in a model: which layers get an adapter, with which rank, and in which form.
+"""The LoRA family: chooses the layers that get an adapter, its rank and its form.
 
 The forms are in `low_rank` (LoRA), `dora`, `embedding` and `experts`; `start` and `eva` draw their initial values.
 """
@@ -30,8 +30,8 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\..*")
 def attach_to(model: Decoder, config: AdapterConfig, key: jax.Array) -> None:
     """Attaches fresh LoRA to the layers that a config names.
 
-    Raises ModelError if the model lacks a named layer, for a pattern that fits no module, and for a form or a rank that
-    a layer cannot have.
+    Raises ModelError if the model lacks a named layer, if a pattern fits no module, and if a layer cannot have the form
+    or the rank.
     """
     settings = LoRASettings(
         r=config.r,
@@ -69,7 +69,7 @@ def describe(config: AdapterConfig) -> str:
 
 
 def lora_factory(settings: LoRASettings) -> MakeAdapter:
-    """A function for `attach`: `(layer, key) -> LoRA` of the layer's sizes; raises what `make_lora` raises."""
+    """A function for `attach`: `(layer, key) -> LoRA` with the layer's sizes. It raises what `make_lora` raises."""
     return lambda layer, key: make_lora(layer, (settings,), key)
 
 
@@ -118,7 +118,7 @@ def module_names(model: Decoder, path: str) -> tuple[str, ...]:
 def settings_for(
     settings: LoRASettings, name: str, ranks: Mapping[str, int], alphas: Mapping[str, float]
 ) -> LoRASettings:
-    """The settings of the module of a name: rank and alpha each by the first pattern that fits the name's end."""
+    """The settings of the module with this name. Rank and alpha come from the first pattern that fits its end."""
     r = next((r for pattern, r in ranks.items() if fits(pattern, name)), settings.r)
     alpha = next((alpha for pattern, alpha in alphas.items() if fits(pattern, name)), settings.alpha)
     return dataclasses.replace(settings, r=r, alpha=float(alpha))
@@ -138,7 +138,7 @@ def fits(pattern: str, name: str) -> bool:
 
 
 def in_layers(name: str, layers: Sequence[int] | None) -> bool:
-    """Whether a module is in one of these decoder layers, which a module outside all layers is not. None: always."""
+    """Whether a module is in one of these decoder layers; False for a module outside all layers. None: always True."""
     layer = _LAYER.fullmatch(name)
     return layers is None or (layer is not None and int(layer[1]) in layers)
 

@@ -17,10 +17,10 @@ from jaxft.quant import QuantizedArray, dense
 
 
 class DoRA(LoRA):
-    """`m V / |V|` in place of the kernel W, where V = W + scale A^T B and |V| are the lengths of its columns [O].
+    """`m V / |V|` in place of the kernel W, with V = W + scale A^T B and the lengths |V| of its columns, [O].
 
     lora_magnitude: m, [*stack, O], initially |V|, so that a fresh adapter changes nothing. |V| has no gradient (section
-    4.3). With dropout, as in PEFT, the base also multiplies the dropped inputs, for the part that m / |V| adds.
+    4.3). With dropout, the part that m / |V| adds uses the product of the base with the dropped inputs, as in PEFT.
     """
 
     # m scales the product with the kernel, not the bias.

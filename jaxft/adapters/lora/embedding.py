@@ -12,12 +12,12 @@ from jaxft.nn.adapter import EmbeddingAdapter
 from jaxft.nn.partition import Dimensions
 from jaxft.nn.storage import StorageDims
 
-# Both halves are small enough to be gathered whole, so that each device looks up its own tokens.
+# Both halves are small enough to be gathered in full, so that each device looks up its own tokens.
 TABLE_DIMS: dict[str, Dimensions] = {"lora_embedding_a": ("weight", None), "lora_embedding_b": (None, "weight")}
 
 
 class EmbeddingLoRA(EmbeddingAdapter):
-    """`rows + scale * A[tokens] B`, A initially zero and B random, as in PEFT; there is no dropout on tokens.
+    """`rows + scale * A[tokens] B`, with A initially zero and B random, as in PEFT. There is no dropout on tokens.
 
     lora_embedding_a: [V, r], lora_embedding_b: [r, D], float32. A tied LM head uses the table without the adapter.
     """
@@ -52,5 +52,5 @@ class EmbeddingLoRA(EmbeddingAdapter):
         return self.settings.r
 
     def plain(self) -> "EmbeddingLoRA":
-        """Itself: nothing is subtracted from it."""
+        """This adapter itself, because nothing is subtracted from it."""
         return self

@@ -1,9 +1,9 @@
-"""EVA: LoRA whose initial A are the directions in which a layer's inputs vary most (arXiv:2410.07170).
+"""EVA: LoRA with an initial A of the directions in which a layer's inputs vary most (arXiv:2410.07170).
 
-These are the principal components of the inputs, which the paper computes by an incremental SVD. Here it is subspace
-iteration (arXiv:0909.4061, algorithm 4.4), whose step takes no more memory than A's gradient: for directions A the sum
-of `(x A^T)^T x` over all tokens is what a layer returns in place of that gradient. Ranks are those of the config: the
-other part of the paper, which distributes ranks by explained variance, is left out (PEFT's `rho=1`).
+These are the principal components of the inputs, which the paper computes by an incremental SVD. Here they come from
+subspace iteration (arXiv:0909.4061, algorithm 4.4), whose step takes no more memory than A's gradient: in place of that
+gradient, a layer with directions A returns the sum of `(x A^T)^T x` over all tokens. Ranks are those of the config. The
+other part of the paper, the distribution of ranks by explained variance, is left out (PEFT's `rho=1`).
 """
 
 # B batch, S sequence, I inputs, r rank, Q directions that are followed
@@ -33,9 +33,10 @@ OVERSAMPLING = 8  # directions beyond the rank: subspace iteration converges fas
 
 
 class Directions(NamedTuple):
-    """Of one layer or a stack of them. lora_a: [*stack, Q, I], split over devices like LoRA's A. total: [*stack, I], 0.
+    """The directions of one layer or of a stack. lora_a: [*stack, Q, I], split over devices like LoRA's A. total:
+    [*stack, I], 0.
 
-    As a gradient, lora_a is the sum of `(x lora_a^T)^T x` over tokens and total that of x.
+    The gradient of lora_a is the sum of `(x lora_a^T)^T x` over tokens, that of total the sum of x.
     """
 
     lora_a: jax.Array
@@ -60,7 +61,7 @@ class Probe(Adapter):
 
 
 def directions_storage(tp_side: TPSide) -> dict[str, StorageDims]:
-    """How Directions are split over devices at rest: lora_a like LoRA's, total not at all."""
+    """How stored Directions are split over devices: lora_a like LoRA's, total not at all."""
     return {"lora_a": half_storage(tp_side == "inputs"), "total": StorageDims((None,), may_be_whole=True)}
 
 
@@ -88,7 +89,7 @@ _probe.defvjp(_probe_forward, _probe_backward)
 
 
 class _TokenCounts:
-    """In the slot `Decoder.shared`: 1 for a token, 0 for padding."""
+    """A module for the slot `Decoder.shared`, whose array is 1 for a token and 0 for padding."""
 
     def __init__(self, segments_BS: jax.Array) -> None:
         self.counts_BS = (segments_BS > 0).astype(jnp.float32)
@@ -167,7 +168,7 @@ def _random_directions(lora: LoRA, key: jax.Array) -> Directions:
 def _next_directions(
     bases: dict[str, Directions], sums: dict[str, Directions], tokens: jax.Array, last: bool
 ) -> dict[str, Directions]:
-    """The directions after one more step; after the last, the same space's principal directions by variance."""
+    """The directions after one more step; after the last, the principal directions of the same space."""
 
     def advance(base: Directions, summed: Directions) -> Directions:
         a_QI, mean_I = base.lora_a, summed.total / tokens

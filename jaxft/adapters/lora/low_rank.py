@@ -23,8 +23,9 @@ from jaxft.nn.partition import Dimensions
 from jaxft.nn.storage import StorageDims
 from jaxft.quant import QuantizedArray
 
-# The dimensions of A and B at rest and in use, by whether the tensor axis splits their wide side in use. At rest all
-# axes split them: beside a quantized base, float32 halves and their moments are a large share of the memory.
+# The dimensions of A and B in storage and in use. The key: whether the tensor axis splits their wide side in use. In
+# storage all axes split them, because beside a quantized base float32 halves and their moments are a large share of the
+# memory.
 HALF_DIMS: dict[bool, Dimensions] = {True: (None, "both"), False: (None, "all_axes")}
 WHOLE: dict[bool, Dimensions] = {True: (None, "tensor"), False: (None, None)}
 HALVES = ("lora_a", "lora_b", "lora_a_start", "lora_b_start")
@@ -54,9 +55,9 @@ class LoRASettings:
 def low_rank(x: jax.Array, a: jax.Array, b: jax.Array, tp_side: TPSide = "outputs") -> jax.Array:
     """x A^T B. x: [..., I], a: [r, I], b: [r, O] -> [..., O]. tp_side: the wide side that the tensor axis splits.
 
-    Its gradient is the usual one, written so that only operands with the small axis r are transposed: JAX's own rule
-    transposes the whole output gradient, which costs a CPU a tenth of the step. Arrays with the small axis are whole on
-    every device, so that no wide array has to be gathered.
+    Its gradient is the usual one, but only operands with the small axis r are transposed. JAX's own rule transposes the
+    whole output gradient, which takes a tenth of the step on a CPU. Arrays with the small axis are whole on every
+    device, so that no wide array has to be gathered.
     """
     return _narrow(jnp.einsum("...i,ri->...r", x, a)) @ b
 
@@ -73,7 +74,8 @@ def _low_rank_backward(tp_side: TPSide, residuals: tuple[jax.Array, ...], grad: 
     grad_low = _narrow(jnp.einsum("...o,ro->...r", grad, b))
     grad_a = partition.split(jnp.einsum("...r,...i->ri", grad_low, x), *WHOLE[tp_side == "inputs"])
     grad_b = partition.split(jnp.einsum("...r,...o->ro", low, grad), *WHOLE[tp_side == "outputs"])
-    # The small gradients come first, before what depends on the large one: else x and grad stay until the layer ends.
+    # The small gradients are computed before all that depends on the large one. Otherwise x and grad stay until the
+    # layer ends.
     return jax.lax.optimization_barrier((grad_low @ a, grad_a, grad_b))
 
 
@@ -87,16 +89,16 @@ def _narrow(low: jax.Array) -> jax.Array:
 class LowRank(LayerAdapter):
     """The halves A and B of `y + scale * x A^T B`, initialized so that a fresh adapter changes nothing.
 
-    lora_a: [*stack, r, I], lora_b: [*stack, r, O], float32 whatever the base's dtype. stack_settings: if the layers of
-    a stack differ, the settings of each, None for a layer without the adapter; `settings` then has the largest rank,
-    and the rows that a layer does not use are zero and remain so, because each half is a factor of the other's
+    lora_a: [*stack, r, I], lora_b: [*stack, r, O], float32 for every dtype of the base. stack_settings: the settings of
+    each layer if the layers of a stack differ, None for a layer without the adapter. `settings` then has the largest
+    rank, and the rows that a layer does not use are zero; they stay zero, because each half is a factor of the other's
     gradient. kernel: the base's, for initial values that depend on it. tp_side: the side of the base layer that the
     tensor axis splits.
 
-    PiSSA and OLoRA subtract the initial product from the base. Here the base is left alone, and the initial values are
-    kept (lora_a_start, lora_b_start) and subtracted instead: `scale * x (A^T B - A_start^T B_start)`. This is the same
-    function with the same gradients; but a fresh adapter is exact in bfloat16 too, the base on disk is the one that
-    the adapter belongs to, and PEFT can load the adapter onto it as a LoRA of twice the rank (`plain`).
+    PiSSA and OLoRA subtract the initial product from the base. Here the base does not change. The initial values are
+    kept (lora_a_start, lora_b_start) and subtracted in use: `scale * x (A^T B - A_start^T B_start)`. This is the same
+    function with the same gradients, and has three advantages: a fresh adapter is exact in bfloat16 too, the adapter
+    belongs to the base on disk, and PEFT can load it onto that base as a LoRA of twice the rank (`plain`).
     """
 
     peft_type = "LORA"
@@ -133,7 +135,7 @@ class LowRank(LayerAdapter):
         return kernel + self.delta(at)
 
     def delta(self, at: tuple[int, ...] = ()) -> jax.Array:
-        """The merged kernel less the kernel, float32: [*stack, I, O], or [I, O] at one stack index."""
+        """The difference of the merged kernel and the kernel, float32: [*stack, I, O], or [I, O] at one stack index."""
         a, b = (half[at] for half in self._halves())
         return self._scale(at, dimensions=a.ndim) * jnp.einsum("...ri,...ro->...io", a, b, precision="highest")
 
@@ -145,7 +147,7 @@ class LowRank(LayerAdapter):
         return 0 if settings is None else settings.r
 
     def plain(self) -> Self:
-        """The same function as a LoRA without initial values to subtract: itself, or one of twice the rank."""
+        """The same function as a LoRA without initial values to subtract: this adapter, or one of twice the rank."""
         if self.lora_a_start is None:
             return self
         a, b = self._halves()
@@ -176,7 +178,7 @@ class LowRank(LayerAdapter):
         return scales.reshape(scales.shape + (1,) * (dimensions - scales.ndim)) if dimensions else scales
 
     def _halves(self) -> tuple[jax.Array, jax.Array]:
-        """A and B, each with the initial values that are subtracted appended along r."""
+        """A and B, each followed along r by the initial values that are subtracted."""
         a, b = self.lora_a.get_value(), self.lora_b.get_value()
         if self.lora_a_start is None or self.lora_b_start is None:
             return a, b
@@ -200,7 +202,7 @@ class LoRA(LowRank, Adapter):
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """x with a share of its numbers dropped and the rest scaled up; x itself without a key."""
+    """x with a share of its numbers set to zero and the others scaled up; x itself without a key."""
     if key is None or rate == 0:
         return x
     keep = jax.random.bernoulli(key, 1 - rate, x.shape)
@@ -208,9 +210,8 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 
 
 def half_storage(split: bool) -> StorageDims:
-    """Of A or B, [r, wide side], at rest. split: whether the tensor axis splits the wide side in use.
-
-    If all axes together do not divide the wide side, those of weights alone split it; r stays whole.
+    """The storage of A or B, [r, wide side]. split: whether the tensor axis splits the wide side in use. If all axes
+    together do not divide the wide side, only those of weights split it; r stays whole.
     """
     return StorageDims(HALF_DIMS[split], fallback=(None, "weight"))
 

@@ -34,11 +34,11 @@ def draw(
 ) -> tuple[jax.Array, jax.Array]:
     """A [*stack, r, I] and B [*stack, r, O] for kernels of shape [*stack, I, O].
 
-    init: `default`, A Kaiming uniform with a = sqrt(5) and B zero; `gaussian`, A normal with deviation 1 / r;
-    `pissa`, the r largest singular values and vectors of the kernel (arXiv:2404.02948); `pissa_niter_N`, these
-    approximated by N steps of subspace iteration; `olora`, the kernel's QR factors (arXiv:2406.01775). scale: of the
-    adapter, one for each index of the first stack axis or one for all; 0 for layers that are left out. kernel: the
-    base's; only `pissa` and `olora` need it. Raises ModelError if they do not get one.
+    init: `default`, A Kaiming uniform with a = sqrt(5) and B zero; `gaussian`, A normal with deviation 1 / r; `pissa`,
+    the r largest singular values and vectors of the kernel (arXiv:2404.02948); `pissa_niter_N`, the same, approximated
+    by N steps of subspace iteration; `olora`, the kernel's QR factors (arXiv:2406.01775). scale: of the adapter, one
+    for each index of the first stack axis or one for all; 0 for layers that are left out. kernel: the base's; only
+    `pissa` and `olora` need it. Raises ModelError if these do not get one.
     """
     *stack, inputs, outputs = shape
     if not starts_nonzero(init):
@@ -75,7 +75,7 @@ def leading_singular_vectors(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(left vectors [I, r], values [r], right vectors [r, O]) of the r largest singular values, float32.
 
-    steps: of subspace iteration, an approximation; None: by a full decomposition.
+    steps: number of steps of subspace iteration, an approximation; None: a full decomposition.
     """
     if steps is None:
         u, s, v = jnp.linalg.svd(kernel_IO, full_matrices=False)

@@ -22,7 +22,7 @@ from jaxft.nn.norm import NormShape
 
 MODEL_TYPES = ("gemma2",)
 GELU = "gelu_pytorch_tanh"
-# For Gemma 2 and 3; where they differ, each has its own DEFAULTS.
+# For Gemma 2 and 3; if they differ, each has its own DEFAULTS.
 SHARED_DEFAULTS = {
     "num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096, "query_pre_attn_scalar": 256,
     "attention_bias": False, "tie_word_embeddings": True,

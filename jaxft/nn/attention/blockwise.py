@@ -1,7 +1,7 @@
 """Causal attention in blocks of queries, with its own gradient: for CPUs, and for shapes that no kernel supports.
 
-Scores exist only within a block; the backward pass recomputes them from the saved log-sum-exp. A block only computes
-scores with the keys before its end, so half of all S x S scores are never computed. Source of the recurrences:
+Scores exist only within a block; the backward pass recomputes them from the saved log-sum-exp. A block computes only
+the scores of keys before its end, so half of all S x S scores are never computed. Source of the recurrences:
 FlashAttention-2, arXiv:2307.08691, sections 2.3 and 3.1.
 """
 
@@ -41,9 +41,10 @@ def attention(
 ) -> jax.Array:
     """softmax(q k^T / sqrt(H)) v over the tokens of the same segment up to each query, [B, S, N, H].
 
-    Positions must ascend by one within a segment, as they do in any row of text. The softmax is float32 whatever the
-    inputs are. sinks_N: one more score for each head, whose share of the softmax is discarded. key_segments_BT, start:
-    if the queries are a part of the row, the segments of the whole row and the position of the first query in it.
+    Positions must ascend by one within a segment, as they do in any row of text. The softmax is float32, independently
+    of the type of the inputs. sinks_N: an additional score for each head, whose share of the softmax is discarded.
+    key_segments_BT, start: the segments of the whole row, and the position of the first query in it; None if the
+    queries are the whole row.
     """
     part = _Part(segments_BS, segments_BS if key_segments_BT is None else key_segments_BT, start)
     batch, length, heads, head_dim = q_BSNH.shape
@@ -62,7 +63,7 @@ def attention(
 
 
 class _Part(NamedTuple):
-    """The part of the row that the queries are. start: position of the first query; None if they are the whole row."""
+    """The part of the row with the queries. start: position of the first query; None if they are the whole row."""
 
     segments_BS: jax.Array
     key_segments_BT: jax.Array

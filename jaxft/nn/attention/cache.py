@@ -11,10 +11,10 @@ import jax.numpy as jnp
 class LayerCache(NamedTuple):
     """Keys and values of a stack of layers, and the position of the token in each slot.
 
-    In keys the innermost axis is the slots, in values the head dimension: then neither matmul of a decoding step has to
-    transpose the cache first, which on a CPU costs more than the matmul itself.
-    positions_BT: int32 position of the token in a slot, -1 for an empty slot. Token p is in slot p % T, so a
-    sliding-window layer needs only as many slots as its window is long.
+    The innermost axis of keys is the slots, that of values the head dimension. So neither matmul of a decoding step has
+    to transpose the cache first, which would cost more on a CPU than the matmul itself. positions_BT: int32 position of
+    the token in a slot, -1 for an empty slot. Token p is in slot p % T, so a sliding-window layer needs only as many
+    slots as its window is long.
     """
 
     k_RBKHT: jax.Array
@@ -23,7 +23,7 @@ class LayerCache(NamedTuple):
 
     @property
     def slots(self) -> int:
-        """How many tokens of each row fit."""
+        """The number of tokens of each row that fit."""
         return self.v_RBKTH.shape[3]
 
 
@@ -64,8 +64,8 @@ def write_positions(positions_BT: jax.Array, slots_BS: jax.Array, new_BS: jax.Ar
 def store(cache: LayerCache, part: LayerCache, rows: jax.Array | slice) -> LayerCache:
     """The cache with whole rows replaced by the rows of `part`, which may have fewer slots.
 
-    rows: [P] int32, the row to replace by each row of `part`, out of range to skip it; or a slice, to all rows of which
-    a part of one row is copied.
+    rows: [P] int32, the row that each row of `part` replaces; a number out of range skips it. Or a slice, if `part` has
+    one row, which is then copied to all rows of the slice.
     """
     n = part.slots
     new_PT = jnp.pad(part.positions_BT, ((0, 0), (0, cache.slots - n)), constant_values=-1)

@@ -26,8 +26,8 @@ def causal_attention(
 ) -> jax.Array:
     """softmax(q k^T / sqrt(H)) v over the tokens of the same segment up to each query, [B, S, N, H].
 
-    sinks_N: one more score for each head, whose share of the softmax is discarded. Computed by the splash kernel on
-    TPUs, cuDNN's on GPUs, and blocks in plain XLA elsewhere and for cases that the kernels do not support.
+    sinks_N: an additional score for each head, whose share of the softmax is discarded. TPUs use the splash kernel,
+    GPUs that of cuDNN; other devices, and cases that the kernels do not support, use blocks in plain XLA.
     """
     length, heads = q_BSNH.shape[1:3]
     k_BSKH, v_BSKH = _repeat_heads(k_BSKH), _repeat_heads(v_BSKH)
@@ -43,7 +43,7 @@ def causal_attention(
     def local(kernel, q_BSNH, k_BSKH, v_BSKH, query_segments_BS, key_segments_BT, sinks_N):
         if shards == 1:
             return _attend(kernel, q_BSNH, k_BSKH, v_BSKH, query_segments_BS, key_segments_BT, form, sinks_N, None)
-        # Gathered here and not by in_specs: then every device gets only its own part of the summed gradient.
+        # Gathered here and not by in_specs, so that every device receives only its own part of the summed gradient.
         k_BTKH, v_BTKH = _whole_rows(k_BSKH), _whole_rows(v_BSKH)
         start = jax.lax.axis_index("context") * q_BSNH.shape[1]
         return _attend(kernel, q_BSNH, k_BTKH, v_BTKH, query_segments_BS, key_segments_BT, form, sinks_N, start)
@@ -72,7 +72,7 @@ def _attend(
     sinks_N: jax.Array | None,
     start: jax.Array | None,
 ) -> jax.Array:
-    """One device's part of the attention. start: position in the row of its first query; None for whole rows."""
+    """One device's part of the attention. start: position of its first query in the row; None for whole rows."""
     if kernel is not None:
         return splash.attention(kernel, q_BSNH, k_BTKH, v_BTKH, query_segments_BS, key_segments_BT, form, sinks_N)
     if partition.platform() == "gpu" and cudnn.fits(q_BSNH, k_BTKH.shape[1], form, sinks_N):
@@ -105,7 +105,7 @@ _whole_rows.defvjp(_whole_rows_forward, _whole_rows_backward)
 
 
 def _repeat_heads(x_BSKH: jax.Array) -> jax.Array:
-    """If there are fewer kv heads than devices on the tensor axis, repeats them so that each device has the one it
+    """Repeats kv heads if there are fewer of them than devices on the tensor axis, so that each device has the one it
     needs.
     """
     ways, kv_heads = partition.shards("tensor"), x_BSKH.shape[2]

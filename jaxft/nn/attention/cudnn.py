@@ -14,8 +14,8 @@ MOST_HEAD_DIM, HEAD_DIM_STEP = 128, 8
 
 
 def fits(q_BSNH: jax.Array, keys: int, form: ScoreForm, sinks_N: jax.Array | None) -> bool:
-    """Whether the kernel supports this: half precision, its head sizes, neither cap nor sinks, and even numbers of
-    queries and keys (for odd ones it has no gradient with a mask).
+    """Whether the kernel supports these arguments. It needs half precision, one of its head sizes, neither cap nor
+    sinks, and even numbers of queries and keys, because with a mask it has no gradient for odd numbers.
     """
     _, queries, _, head_dim = q_BSNH.shape
     right_heads = head_dim <= MOST_HEAD_DIM and head_dim % HEAD_DIM_STEP == 0
@@ -24,7 +24,7 @@ def fits(q_BSNH: jax.Array, keys: int, form: ScoreForm, sinks_N: jax.Array | Non
 
 
 def save_kernel_results(primitive: Primitive, *_: Any, **__: Any) -> bool:
-    """A rematerialisation policy that saves the kernel's results; policies by name cannot, as its sums have no name."""
+    """A rematerialisation policy that saves the kernel's results; policies by name cannot: its sums have no name."""
     return primitive.name.startswith("dot_product_attention_fwd")
 
 
@@ -39,10 +39,10 @@ def attention(
     *,
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> jax.Array:
-    """One device's part of the attention, [B, S, N, H] in q's dtype. start: position in the row of its first query.
+    """One device's part of the attention, [B, S, N, H] in q's dtype. start: position of its first query in the row.
 
     Packed rows need a mask [B, 1, S, T], which the kernel takes as a bias in the dtype of the scores. For whole rows
-    (start None) the kernel is also told that they are causal, and skips the half that queries do not see.
+    (start is None) the kernel is also told that they are causal; it then skips the half that queries do not see.
     """
     queries_S1 = jnp.arange(q_BSNH.shape[1])[:, None] + (0 if start is None else start)
     keys_T = jnp.arange(k_BTKH.shape[1])

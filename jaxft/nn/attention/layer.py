@@ -22,7 +22,7 @@ from jaxft.nn.storage import StorageDims
 
 
 class Tokens(NamedTuple):
-    """What every layer needs to know of the tokens besides their vectors.
+    """Properties of the tokens, besides their vectors, that every layer needs.
 
     positions_BS, segments_BS: int32; segment 0 is padding. rotations: one for each of the decoder's ropes.
     cached_BT: positions in the slots of the layer's cache before these tokens, -1 for an empty slot; None without a
@@ -60,14 +60,14 @@ class AttentionShape:
 
 
 class Prefix(Protocol):
-    """A module with learnt keys and values for virtual tokens, for the slot `Attention.prefix`. peft_type: in PEFT."""
+    """Learnt keys and values for virtual tokens, for the slot `Attention.prefix`. peft_type: its name in PEFT."""
 
     peft_type: str
 
     def __call__(
         self, k_BSKH: jax.Array, v_BSKH: jax.Array, virtual_BS: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
-        """k_BSKH and v_BSKH with those of the module at virtual tokens. virtual_BS: as in `Tokens`."""
+        """k_BSKH and v_BSKH, replaced at virtual tokens by those of the module. virtual_BS: as in `Tokens`."""
 
 
 class Attention(nnx.Module):
@@ -140,7 +140,7 @@ class Attention(nnx.Module):
         return {"sinks": StorageDims((None,))}
 
     def _project(self, x_BSD: jax.Array, key: tuple[jax.Array | None, ...] | jax.Array) -> tuple[jax.Array, ...]:
-        """q [B, S, N, H], k and v [B, S, K, H], normalised as `qk_norm` says."""
+        """q [B, S, N, H], k and v [B, S, K, H], normalised according to `qk_norm`."""
         shape = self.shape
         heads = (*x_BSD.shape[:2], -1, shape.head_dim)
         if shape.fused:
@@ -185,9 +185,9 @@ def causal_mask(
     *,
     window: int | None = None,
 ) -> jax.Array:
-    """True for the keys that a query sees, [B, S, T]: filled slots, no later than itself, in its own segment.
+    """True for the keys that a query sees, [B, S, T]: filled slots of its own segment, up to its own position.
 
-    window: the number of latest tokens that a query sees, itself included; None for all.
+    window: the number of latest tokens that a query sees, including itself; None for all.
     """
     keys_B1T, queries_BS1 = keys_BT[:, None, :], queries_BS[:, :, None]
     mask_BST = (keys_B1T >= 0) & (keys_B1T <= queries_BS1)
@@ -221,7 +221,7 @@ def attend_cached(
     form: ScoreForm = PLAIN,
     sinks_N: jax.Array | None = None,
 ) -> jax.Array:
-    """`attend` on keys and values as the cache lays them out."""
+    """`attend` on keys and values in the layout of the cache."""
     batch, queries, heads, head_dim = q_BSNH.shape
     kv_heads, length = k_BKHT.shape[1], k_BKHT.shape[3]
     # Q = G * S is on the left of both matmuls: in any other order XLA transposes the cache for every layer and token.

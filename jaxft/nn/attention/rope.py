@@ -77,7 +77,7 @@ class Rope:
     def from_hf(cls, hf: Mapping[str, Any]) -> "Rope":
         """Reads `rope_theta` and `rope_scaling` (transformers 4) or `rope_parameters` (transformers 5).
 
-        Raises ModelError for a kind of scaling that is not implemented, and for unknown or missing fields of one.
+        Raises ModelError for a kind of scaling that is not implemented, and for unknown or missing fields of a scaling.
         """
         fields = dict(hf.get("rope_scaling") or {}) | dict(hf.get("rope_parameters") or {})
         fields = {name: value for name, value in fields.items() if value is not None}
@@ -164,7 +164,7 @@ class Rope:
 
     @property
     def magnitude(self) -> float:
-        """The factor on cosines and sines, which keeps attention as sharp over longer contexts."""
+        """The factor on cosines and sines, which keeps attention equally sharp over longer contexts."""
         if self.kind not in ("yarn", "longrope"):
             return 1.0
         if self.attention_factor is not None:
@@ -209,8 +209,8 @@ def _sharpness(factor: float | None, mscale: float) -> float:
 def rotation(rope: Rope, head_dim: int, positions_BS: jax.Array, segments_BS: jax.Array | None = None) -> Rotation:
     """cos and sin of every position's angles, each [B, S, F] float32.
 
-    A longrope uses its long factors for all tokens of a document (a segment of a row) that reaches beyond the original
-    length in this call, as transformers does for a batch of that document alone; see `Rope.for_length`.
+    If a document (a segment of a row) exceeds the original length in this call, a longrope uses its long factors for
+    all of its tokens, as transformers does for a batch with that document alone; see `Rope.for_length`.
     """
     freqs_F = jnp.asarray(rope.frequencies(head_dim))
     if rope.kind == "longrope" and rope.long_factor != rope.short_factor:
@@ -237,7 +237,7 @@ def _last_position(positions_BS: jax.Array, segments_BS: jax.Array | None) -> ja
     if segments_BS is None:
         segments_BS = jnp.ones_like(positions_BS)
     rows_B1 = jnp.arange(positions_BS.shape[0])[:, None]
-    # Segments count from 1, so a row has no more of them than tokens.
+    # Segments count from 1, so a row has at most as many segments as tokens.
     last = jnp.zeros((positions_BS.shape[0], positions_BS.shape[1] + 1), positions_BS.dtype)
     return last.at[rows_B1, segments_BS].max(positions_BS, mode="drop")[rows_B1, segments_BS]
 

@@ -5,15 +5,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-# Finite, so that a query without visible keys (padding) gives numbers and not NaN.
+# Finite, so that a query without visible keys (padding) does not give NaN.
 MASKED = -1e30
 
 
 class ScoreForm(NamedTuple):
     """How scores are computed from q and k.
 
-    window: the number of latest tokens that a token sees, itself included; None for all. scale: factor on q k^T,
-    None for 1 / sqrt(H). softcap: scores s become softcap * tanh(s / softcap).
+    window: the number of latest tokens that a token sees, including itself; None for all. scale: factor on q k^T, None
+    for 1 / sqrt(H). softcap: scores s become softcap * tanh(s / softcap).
     """
 
     window: int | None = None

@@ -17,7 +17,7 @@ Kernel = splash.SplashAttentionKernel
 LANES = 128
 # Most queries and keys of a block. Larger blocks would compute more of the half that the mask hides.
 QUERY_BLOCK, KEY_BLOCK = 512, 512
-RESIDUAL_NAME = "attention"  # the name by which rematerialisation policies save the kernel's results
+RESIDUAL_NAME = "attention"  # the name under which rematerialisation policies save the kernel's results
 
 
 def fits(length: int, shards: int) -> bool:
@@ -38,7 +38,7 @@ def kernel(
 ) -> Kernel:
     """The kernel for whole rows, a pytree whose leaves list the blocks to visit.
 
-    head_shards, shards: into how many parts devices divide heads and queries. interpret: run it without a TPU.
+    head_shards, shards: numbers of parts into which devices divide heads and queries. interpret: run without a TPU.
     """
     mask: masks.CausalMask | masks.LocalMask
     if form.window is None:

@@ -22,7 +22,7 @@ from jaxft.nn.partition import Dimension
 from jaxft.nn.storage import StorageDims
 from jaxft.quant import QuantizedArray
 
-# What the inputs and the outputs of an expert's kernel are at rest, by the side that the tensor axis splits.
+# The dimensions of the inputs and outputs of an expert's stored kernel, by the side that the tensor axis splits.
 EXPERT_SIDES: dict[TPSide, tuple[Dimension, Dimension]] = {
     "outputs": ("expert_weight", "tensor"),
     "inputs": ("tensor", "expert_weight"),
@@ -72,7 +72,7 @@ class MoEOutput(NamedTuple):
 
 
 class Router(nnx.Module):
-    """Logits `x @ kernel (+ bias)`, float32 whatever the compute dtype, so that rounding decides no close choice.
+    """Logits `x @ kernel (+ bias)`, float32 for every compute dtype, so that rounding does not decide a close choice.
 
     kernel: [D, E]. Not a Linear, so that no adapter is attached to it.
     """
@@ -97,8 +97,8 @@ class Router(nnx.Module):
 class ExpertLinear(nnx.Module):
     """One linear map for each expert. kernel: [E, I, O], an array or a QuantizedArray. bias: [E, O] or None.
 
-    The adapter slot is as in Linear, except for the call: `adapter(x, y, kernel, sizes_E)` gets the number of rows of
-    each expert instead of a random key. tp_side: the side that the tensor axis splits.
+    The adapter slot is that of Linear, but the call `adapter(x, y, kernel, sizes_E)` passes the number of rows of each
+    expert instead of a random key. tp_side: the side that the tensor axis splits.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class ExpertLinear(nnx.Module):
             y = self.adapter(x, y, kernel, sizes_E)
         if self.bias is None:
             return y
-        # The bias as a kernel with one input that is always 1: its gradient is then a grouped matmul, not a scatter.
+        # The bias is a kernel with one input that is always 1, so that its gradient is a grouped matmul, no scatter.
         ones_R1, bias_E1O = jnp.ones((len(x), 1), self.dtype), self.bias.get_value().astype(self.dtype)[:, None]
         return y + jax.lax.ragged_dot(ones_R1, bias_E1O, sizes_E)
 
@@ -137,8 +137,8 @@ class ExpertLinear(nnx.Module):
 class MoE(nnx.Module):
     """The weighted sum of the chosen experts' outputs. Experts have no capacity limit, so no token is dropped.
 
-    A token's result does not depend on other tokens, padding included; they only change the order of rows. Traced under
-    a mesh, each device works on its own rows; `experts.sharded` describes the communication.
+    A token's result does not depend on other tokens, nor on padding; they only change the order of rows. Under a mesh
+    each device works on its own rows; `experts.sharded` describes the communication.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class MoE(nnx.Module):
     def with_router_sums(
         self, x_BSD: jax.Array, segments_BS: jax.Array, routing: RouterSums
     ) -> tuple[jax.Array, RouterSums]:
-        """(the output, `routing` with this layer's tokens added). Segment 0 is padding and not added."""
+        """(the output, `routing` including this layer's tokens). Segment 0 is padding and is not counted."""
         output = self._output(x_BSD)
         return output.y, routing.add(output.logits, output.experts, segments_BS > 0)
 
@@ -186,8 +186,8 @@ class MoE(nnx.Module):
     ) -> MoEOutput:
         logits_ME = self.router(x_MD)
         weights_MK, experts_MK = route(logits_ME, self.shape)
-        # Saved for the backward pass: if recomputed with other rounding, a close choice could fall on another expert
-        # than the one whose results were saved.
+        # Saved for the backward pass. If the choice were recomputed with other rounding, a close one could fall on
+        # another expert than the one whose results were saved.
         experts_MK = checkpoint_name(experts_MK, "dots")
         y_MD = combine(x_MD.astype(self.dtype), weights_MK, experts_MK)
         return MoEOutput(y_MD.astype(self.dtype), logits_ME, experts_MK)

@@ -1,4 +1,4 @@
-"""Sums over tokens and layers of what routers do, as the losses on routers need them."""
+"""Statistics of routers, summed over tokens and layers, for the losses on routers."""
 
 # B batch, S sequence, E experts, K experts of one token
 
@@ -11,8 +11,8 @@ import jax.numpy as jnp
 class RouterSums(NamedTuple):
     """Sums over all tokens except padding and over all layers with experts; float32.
 
-    chosen_E: how many tokens chose each expert. probability_E: router probabilities of each expert. squared_logz:
-    logsumexp(logits)^2. tokens: the number of tokens; a token counts once per layer.
+    chosen_E: the number of tokens that chose each expert. probability_E: router probabilities of each expert.
+    squared_logz: logsumexp(logits)^2. tokens: the number of tokens; a token counts once per layer.
     """
 
     chosen_E: jax.Array

@@ -1,7 +1,8 @@
 """Experts on many devices: each device routes its own tokens; weights are gathered, rows go between expert shards.
 
-The collectives are explicit, under `jax.shard_map`: given only a grouped matrix product, the compiler gathers the rows
-of the whole batch on every device. Experts have no capacity limit here either: the result is that of one device.
+The collectives are explicit, under `jax.shard_map`. Left to itself with a grouped matrix product, the compiler gathers
+the rows of the whole batch on every device. Experts have no capacity limit here either, so the result equals that of
+one device.
 
 A device has its part of the batch's tokens, which the context and tensor axes split too, and those of the E experts
 that belong to its index along the axis `expert`; these are split along both sides over the other axes. A layer's
@@ -64,11 +65,11 @@ def on_mesh(compute: Callable[[Layer, jax.Array], Outputs], layer: Layer, x_BSD:
     graphdef, state = nnx.split(layer)
     flat, treedef = jax.tree_util.tree_flatten_with_path(state)
     paths = [path_str(path) for path, _ in flat]
-    # As they are at rest, so that nothing moves on the way in.
+    # In their stored layout, so that nothing moves before the call.
     declared = storage_dims_of(cast(nnx.Module, layer))
     storage = [_dimensions(declared.get(path), x.ndim) for path, (_, x) in zip(paths, flat, strict=True)]
     types = [layer.dtype if kernel_path(path) == path else x.dtype for path, (_, x) in zip(paths, flat, strict=True)]
-    # A dimension that its axes do not divide is whole, as in small arrays at rest.
+    # A dimension that its axes do not divide is whole, as in small stored arrays.
     specs = [partition.spec(x.shape, dimensions, uneven=None) for (_, x), dimensions in zip(flat, storage, strict=True)]
     rows = partition.spec(x_BSD.shape, ROWS)
 
@@ -85,7 +86,7 @@ def on_mesh(compute: Callable[[Layer, jax.Array], Outputs], layer: Layer, x_BSD:
 
 
 def expert_shards() -> int:
-    """How many parts the axis `expert` divides the experts into."""
+    """The number of parts into which the axis `expert` divides the experts."""
     return partition.shards("expert")
 
 
@@ -119,7 +120,7 @@ def combine_over_shards(
 
 
 def _dimensions(storage: StorageDims | None, count: int) -> Dimensions:
-    """Of a parameter of `count` dimensions on its way into the layer. Biases are small: the compiler gathers them."""
+    """The `count` dimensions of a parameter when the layer receives it. The compiler gathers the small biases."""
     dims = (None,) * count if storage is None else storage.dims
     return tuple(None if name == "expert_both" else name for name in dims)
 
