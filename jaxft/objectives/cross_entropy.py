@@ -5,7 +5,7 @@ Each chunk's gradient is computed in the forward pass, where its logits are, so 
 
 # B batch, S sequence, C chunk of a sequence, J chunks, D model, V vocab or a device's part of it
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,9 @@ from jaxft.objectives.vocabulary import Arrays, Dimensions, Unembed, VocabLayout
 
 Head = list[jax.Array]
 Gradients = tuple[Head | None, jax.Array]
+# (logits_BCV, targets_BC, weights of positions [B, C, ...], mesh axes that split V) -> (sums, the gradient by the
+# logits, [B, C, V], of the weighted sum that is differentiated), such as `partial(sums_and_slope, NLL)`.
+SlopeOf = Callable[[jax.Array, jax.Array, jax.Array, tuple[str, ...]], tuple[TokenSums, jax.Array]]
 
 
 def token_sums(
@@ -75,9 +78,8 @@ def _forward(unembed, chunk, layout, loss, head, hidden_BSD, targets_BS, weights
     # symbolic_zeros tells whether the head is trained; a frozen one gets no gradient computed.
     trained = any(leaf.perturbed for leaf in head)
     values = [leaf.value for leaf in head]
-    sums, *gradients = sums_and_gradients(
-        unembed, chunk, layout, loss, trained, values, hidden_BSD.value, targets_BS.value, weights_BS.value
-    )
+    slope_of, arrays = partial(sums_and_slope, loss), (hidden_BSD.value, targets_BS.value, weights_BS.value)
+    sums, *gradients = sums_and_gradients(unembed, chunk, layout, slope_of, trained, values, *arrays)
     return sums, tuple(gradients)
 
 
@@ -102,15 +104,18 @@ def sums_and_gradients(
     unembed: Unembed,
     chunk: int | None,
     layout: VocabLayout | None,
-    loss: TokenLoss,
+    slope_of: SlopeOf,
     trained: bool,
     head: Head,
     hidden_BSD: jax.Array,
     targets_BS: jax.Array,
     weights_BS: jax.Array,
 ) -> tuple[TokenSums, Head | None, jax.Array]:
-    """The sums, and the gradients of `sums.loss` by the head (None unless it is trained) and by hidden_BSD."""
-    compute = partial(_sums_and_gradients, unembed, chunk, layout, loss, trained)
+    """The sums, and the gradients by the head (None unless it is trained) and by hidden_BSD.
+
+    slope_of: the sums and the gradient by the logits. weights_BS: [B, S, ...]; positions without any are left out.
+    """
+    compute = partial(_sums_and_gradients, unembed, chunk, layout, slope_of, trained)
     if layout is not None:
         hidden, rows = P(*layout.rows, None), layout.rows
         out = (P(), list(layout.head) if trained else None, hidden)
@@ -141,7 +146,7 @@ def _sums_and_gradients(
     unembed: Unembed,
     chunk: int | None,
     layout: VocabLayout | None,
-    loss: TokenLoss,
+    slope_of: SlopeOf,
     trained: bool,
     head: Head,
     hidden_BSD: jax.Array,
@@ -158,8 +163,7 @@ def _sums_and_gradients(
         hidden_BCD, targets_BC, weights_BC = vocabulary.chunk_at(chunks, index, layout)
         inputs = (head, hidden_BCD) if trained else (hidden_BCD,)
         logits_BCV, pull = jax.vjp(unembed if trained else partial(unembed, head), *inputs)
-        axes = vocabulary.vocab_axes(layout)
-        sums, slope_BCV = sums_and_slope(loss, logits_BCV, targets_BC, weights_BC, axes)
+        sums, slope_BCV = slope_of(logits_BCV, targets_BC, weights_BC, vocabulary.vocab_axes(layout))
         *part, grad_BCD = pull(slope_BCV)
         if trained:
             head_grad = jax.tree.map(lambda whole, x: whole + x.astype(whole.dtype), head_grad, part[0])

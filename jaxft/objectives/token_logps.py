@@ -4,23 +4,34 @@ A token's log-probability depends on the hidden vector of its own position alone
 pass therefore keeps the gradient of each log-probability by that vector, [B, S, D], and the backward pass only
 multiplies it by the gradient that arrives: two vocabulary products in all, whatever the loss is. A trained head needs
 its logits again in the backward pass, since its own gradient weights the positions by what arrives.
+
+Entropies and log(sum of p squared) come from the same logits. Their values cost no further product; a gradient through
+the entropies costs one more.
 """
 
 # B batch, S sequence, C chunk of a sequence, J chunks, D model, V vocab or a device's part of it
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec as P
 
 from jaxft.nn import partition
 from jaxft.objectives import vocabulary
-from jaxft.objectives.cross_entropy import Head, sums_and_gradients
-from jaxft.objectives.token_loss import NLL, values_and_slope
+from jaxft.objectives.cross_entropy import Head, SlopeOf, sums_and_gradients
+from jaxft.objectives.token_loss import NLL, TokenStatistics, TokenSums, statistics_and_slopes, values_and_slope
 from jaxft.objectives.vocabulary import Dimensions, Unembed, VocabLayout
+
+# What is computed: log-probabilities alone; also the other statistics; also the gradient through the entropies.
+Kind = Literal["logps", "statistics", "entropy_gradient"]
+# logps_BS alone, or all fields of TokenStatistics, [B, S] each.
+Values = tuple[jax.Array, ...]
+# The gradients of the log-probability, and of the entropy if it has one, by the hidden vector, [B, S, D] each.
+Slopes = tuple[jax.Array, ...]
 
 
 def token_logps(
@@ -30,114 +41,204 @@ def token_logps(
     targets_BS: jax.Array,
     mask_BS: jax.Array,
     *,
+    temperature: float = 1.0,
     dimensions: Sequence[Dimensions] | None = None,
     chunk: int | None = None,
 ) -> jax.Array:
     """The log-probability of every target in nats, [B, S] float32; 0 where mask_BS is 0.
 
     unembed(head, hidden [B, C, D]) -> logits [B, C, V] float32. targets_BS: int32. mask_BS: float32, 1 on the targets
-    that are wanted. dimensions, chunk: as for `cross_entropy.token_sums`. Differentiable in head and hidden_BSD.
+    that are wanted. temperature: divides the logits; raises ValueError unless it is above zero. dimensions, chunk: as
+    for `cross_entropy.token_sums`. Differentiable in head and hidden_BSD.
     """
+    (logps_BS,) = _computed("logps", unembed, head, hidden_BSD, targets_BS, mask_BS, temperature, dimensions, chunk)
+    return logps_BS
+
+
+def token_statistics(
+    unembed: Unembed,
+    head: Any,
+    hidden_BSD: jax.Array,
+    targets_BS: jax.Array,
+    mask_BS: jax.Array,
+    *,
+    entropy_gradient: bool = False,
+    temperature: float = 1.0,
+    dimensions: Sequence[Dimensions] | None = None,
+    chunk: int | None = None,
+) -> TokenStatistics:
+    """What `token_logps` gives, and of the same distributions their entropies in nats and log(sum over v of p_v^2).
+
+    All are [B, S] float32, and 0 where mask_BS is 0. entropy_gradient: whether the entropies are differentiable in head
+    and hidden_BSD, as the log-probabilities are; otherwise they are constants. log_sum_squares always is a constant.
+    """
+    kind: Kind = "entropy_gradient" if entropy_gradient else "statistics"
+    return TokenStatistics(
+        *_computed(kind, unembed, head, hidden_BSD, targets_BS, mask_BS, temperature, dimensions, chunk)
+    )
+
+
+def _computed(
+    kind: Kind,
+    unembed: Unembed,
+    head: Any,
+    hidden_BSD: jax.Array,
+    targets_BS: jax.Array,
+    mask_BS: jax.Array,
+    temperature: float,
+    dimensions: Sequence[Dimensions] | None,
+    chunk: int | None,
+) -> Values:
+    if temperature <= 0:
+        raise ValueError(f"temperature={temperature} divides the logits, so it must be above zero")
     leaves, treedef = jax.tree.flatten(head)
     hidden_BSD = partition.gather(hidden_BSD, ("batch", "stream", None), ("batch", "sequence", None))
 
     def unembed_leaves(leaves: Head, hidden_BCD: jax.Array) -> jax.Array:
-        return unembed(jax.tree.unflatten(treedef, leaves), hidden_BCD)
+        logits_BCV = unembed(jax.tree.unflatten(treedef, leaves), hidden_BCD)
+        return logits_BCV if temperature == 1 else logits_BCV / temperature
 
     vocab = jax.eval_shape(unembed, head, hidden_BSD[:, :1]).shape[-1]
     layout = vocabulary.vocab_layout(leaves, targets_BS.shape, vocab, dimensions)
-    return _token_logps(unembed_leaves, chunk, layout, leaves, hidden_BSD, targets_BS, mask_BS)
+    return _with_gradient(unembed_leaves, chunk, layout, kind, leaves, hidden_BSD, targets_BS, mask_BS)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _token_logps(
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _with_gradient(
     unembed: Unembed,
     chunk: int | None,
     layout: VocabLayout | None,
+    kind: Kind,
     head: Head,
     hidden_BSD: jax.Array,
     targets_BS: jax.Array,
     mask_BS: jax.Array,
-) -> jax.Array:
-    return _on_mesh(unembed, chunk, layout, False, head, hidden_BSD, targets_BS, mask_BS)[0]
+) -> Values:
+    return _on_mesh(unembed, chunk, layout, kind, False, head, hidden_BSD, targets_BS, mask_BS)[0]
 
 
-def _forward(unembed, chunk, layout, head, hidden_BSD, targets_BS, mask_BS):  # type: ignore[no-untyped-def]
+def _forward(unembed, chunk, layout, kind, head, hidden_BSD, targets_BS, mask_BS):  # type: ignore[no-untyped-def]
     # symbolic_zeros tells whether the head is trained.
     trained = any(leaf.perturbed for leaf in head)
     values = [leaf.value for leaf in head]
     arrays = (hidden_BSD.value, targets_BS.value, mask_BS.value)
-    logps_BS, slope_BSD = _on_mesh(unembed, chunk, layout, not trained, values, *arrays)
-    return logps_BS, ((values, *arrays) if trained else None, slope_BSD)
+    out, slopes = _on_mesh(unembed, chunk, layout, kind, not trained, values, *arrays)
+    return out, ((values, *arrays) if trained else None, slopes)
 
 
 def _backward(
-    unembed: Unembed, chunk: int | None, layout: VocabLayout | None, residuals: Any, cotangent_BS: jax.Array
+    unembed: Unembed, chunk: int | None, layout: VocabLayout | None, kind: Kind, residuals: Any, cotangents: Any
 ) -> tuple[Head | None, jax.Array, None, None]:
-    inputs, slope_BSD = residuals
+    inputs, slopes = residuals
+    cotangents = [jnp.zeros(c.shape, c.dtype) if isinstance(c, SymbolicZero) else c for c in cotangents]
     if inputs is None:
-        return None, slope_BSD * cotangent_BS[..., None].astype(slope_BSD.dtype), None, None
+        # The slopes of logps and of entropies stand in the order of the values.
+        parts = [slope * c[..., None].astype(slope.dtype) for slope, c in zip(slopes, cotangents, strict=False)]
+        return None, sum(parts[1:], start=parts[0]), None, None
     head, hidden_BSD, targets_BS, mask_BS = inputs
-    # The sum of cotangent * log p is a sum of cross-entropies with weights of the other sign.
-    weights_BS = -cotangent_BS * mask_BS
+    slope_of: SlopeOf = _logp_slope
+    weights = cotangents[0] * mask_BS
+    if kind == "entropy_gradient":
+        slope_of, weights = _entropy_slope, jnp.stack(cotangents[:2], axis=-1) * mask_BS[..., None]
     _, head_grad, grad_BSD = sums_and_gradients(
-        unembed, chunk, layout, NLL, True, head, hidden_BSD, targets_BS, weights_BS
+        unembed, chunk, layout, slope_of, True, head, hidden_BSD, targets_BS, weights
     )
     return head_grad, grad_BSD, None, None
 
 
-_token_logps.defvjp(_forward, _backward, symbolic_zeros=True)
+_with_gradient.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _logp_slope(
+    logits_BCV: jax.Array, targets_BC: jax.Array, weights_BC: jax.Array, vocab: tuple[str, ...]
+) -> tuple[TokenSums, jax.Array]:
+    """`cross_entropy.SlopeOf` of the log-probabilities; the sums are not used."""
+    _, slope_BCV = values_and_slope(NLL, logits_BCV, targets_BC, vocab)
+    return _no_sums(), -slope_BCV * weights_BC[..., None]
+
+
+def _entropy_slope(
+    logits_BCV: jax.Array, targets_BC: jax.Array, weights_BC2: jax.Array, vocab: tuple[str, ...]
+) -> tuple[TokenSums, jax.Array]:
+    """The same with weights of the log-probabilities and of the entropies."""
+    _, slopes = statistics_and_slopes(logits_BCV, targets_BC, vocab)
+    return _no_sums(), slopes[0] * weights_BC2[..., :1] + slopes[1] * weights_BC2[..., 1:]
+
+
+def _no_sums() -> TokenSums:
+    return TokenSums(*(jnp.float32(0) for _ in TokenSums._fields))
 
 
 def _on_mesh(
     unembed: Unembed,
     chunk: int | None,
     layout: VocabLayout | None,
-    slopes: bool,
+    kind: Kind,
+    with_slopes: bool,
     head: Head,
     hidden_BSD: jax.Array,
     targets_BS: jax.Array,
     mask_BS: jax.Array,
-) -> tuple[jax.Array, jax.Array | None]:
-    """(logps_BS, their gradients by hidden_BSD if `slopes`)."""
-    compute = partial(_logps, unembed, chunk, layout, slopes)
+) -> tuple[Values, Slopes]:
+    """(values, their gradients by hidden_BSD; none unless `with_slopes`)."""
+    compute = partial(_values_and_slopes, unembed, chunk, layout, kind, with_slopes)
     if layout is not None:
         hidden, rows = P(*layout.rows, None), layout.rows
-        in_specs, out_specs = (list(layout.head), hidden, rows, rows), (rows, hidden if slopes else None)
-        compute = jax.shard_map(compute, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+        # One spec serves all arrays of a tuple.
+        compute = jax.shard_map(
+            compute, in_specs=(list(layout.head), hidden, rows, rows), out_specs=(rows, hidden), check_vma=False
+        )
     return compute(head, hidden_BSD, targets_BS, mask_BS)
 
 
-def _logps(
+def _values_and_slopes(
     unembed: Unembed,
     chunk: int | None,
     layout: VocabLayout | None,
-    slopes: bool,
+    kind: Kind,
+    with_slopes: bool,
     head: Head,
     hidden_BSD: jax.Array,
     targets_BS: jax.Array,
     mask_BS: jax.Array,
-) -> tuple[jax.Array, jax.Array | None]:
+) -> tuple[Values, Slopes]:
     """The same on one device's rows."""
     head = vocabulary.gathered_head(head, layout, hidden_BSD.dtype)
     chunks, count, order_BS = vocabulary.chunked(unembed, chunk, layout, head, (hidden_BSD, targets_BS, mask_BS))
     axes = vocabulary.vocab_axes(layout)
 
-    def body(index: jax.Array, carry: tuple[jax.Array, jax.Array | None]) -> tuple[jax.Array, jax.Array | None]:
-        logps_JBC, slopes_JBCD = carry
+    def body(index: jax.Array, carry: tuple[Values, Slopes]) -> tuple[Values, Slopes]:
         hidden_BCD, targets_BC, mask_BC = vocabulary.chunk_at(chunks, index, layout)
-        if slopes_JBCD is None:
-            (_, nll_BC, _), _ = values_and_slope(NLL, unembed(head, hidden_BCD), targets_BC, axes)
-        else:
+        if with_slopes:
             logits_BCV, pull = jax.vjp(partial(unembed, head), hidden_BCD)
-            (_, nll_BC, _), slope_BCV = values_and_slope(NLL, logits_BCV, targets_BC, axes)
-            (slope_BCD,) = pull(-slope_BCV * mask_BC[..., None])
-            own_BCD = vocabulary.own_gradient(slope_BCD, layout)
-            slopes_JBCD = jax.lax.dynamic_update_index_in_dim(slopes_JBCD, own_BCD, index, 0)
-        own_BC = vocabulary.own_rows(-nll_BC * mask_BC, layout)
-        return jax.lax.dynamic_update_index_in_dim(logps_JBC, own_BC, index, 0), slopes_JBCD
+        else:
+            logits_BCV = unembed(head, hidden_BCD)
+        values, slopes = _of_logits(kind, logits_BCV, targets_BC, axes)
+        own = tuple(vocabulary.own_rows(value * mask_BC, layout) for value in values)
+        pulled: Slopes = ()
+        if with_slopes:
+            gradients = (pull(slope * mask_BC[..., None])[0] for slope in slopes)
+            pulled = tuple(vocabulary.own_gradient(gradient, layout) for gradient in gradients)
 
-    start = (jnp.zeros(chunks[2].shape, jnp.float32), jnp.zeros_like(chunks[0]) if slopes else None)
-    logps_JBC, slopes_JBCD = vocabulary.over_chunks(chunks, count, body, start)
-    slope_BSD = None if slopes_JBCD is None else vocabulary.unchunked(slopes_JBCD, order_BS)
-    return vocabulary.unchunked(logps_JBC, order_BS), slope_BSD
+        def put(whole: jax.Array, part: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_index_in_dim(whole, part, index, 0)
+
+        return jax.tree.map(put, carry, (own, pulled))
+
+    outputs, gradients = 1 if kind == "logps" else 3, 2 if kind == "entropy_gradient" else 1
+    zeros, zero_slopes = jnp.zeros(chunks[2].shape, jnp.float32), jnp.zeros_like(chunks[0])
+    start = ((zeros,) * outputs, (zero_slopes,) * (gradients if with_slopes else 0))
+    values, slopes = vocabulary.over_chunks(chunks, count, body, start)
+    return jax.tree.map(lambda x: vocabulary.unchunked(x, order_BS), (values, slopes))
+
+
+def _of_logits(
+    kind: Kind, logits_BCV: jax.Array, targets_BC: jax.Array, vocab: tuple[str, ...]
+) -> tuple[Values, Slopes]:
+    """(values of a chunk [B, C], the gradients by its logits [B, C, V] of those that have one)."""
+    if kind == "logps":
+        (_, nll_BC, _), slope_BCV = values_and_slope(NLL, logits_BCV, targets_BC, vocab)
+        return (-nll_BC,), (-slope_BCV,)
+    statistics, (logp_slope_BCV, entropy_slope_BCV) = statistics_and_slopes(logits_BCV, targets_BC, vocab)
+    slopes = (logp_slope_BCV, entropy_slope_BCV) if kind == "entropy_gradient" else (logp_slope_BCV,)
+    return tuple(statistics), slopes

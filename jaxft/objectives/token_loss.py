@@ -63,14 +63,7 @@ def values_and_slope(
     The arguments are those of `sums_and_slope`.
     """
     length = logits_BCV.shape[-1]
-    first = jax.lax.axis_index(vocab) * length if vocab else 0
-    here_BCV = jnp.arange(length) == (targets_BC - first)[..., None]
-    top_BC = jnp.max(logits_BCV, axis=-1)
-    top_BC = jax.lax.pmax(top_BC, vocab) if vocab else top_BC
-    powers_BCV = jnp.exp(logits_BCV - top_BC[..., None])
-    total_BC, picked_BC = jnp.sum(powers_BCV, axis=-1), jnp.sum(jnp.where(here_BCV, logits_BCV, 0), axis=-1)
-    if vocab:
-        total_BC, picked_BC = jax.lax.psum((total_BC, picked_BC), vocab)
+    here_BCV, picked_BC, top_BC, powers_BCV, total_BC = _softmax_parts(logits_BCV, targets_BC, vocab)
     logz_BC, p_BCV = jnp.log(total_BC) + top_BC, powers_BCV / total_BC[..., None]
     nll_BC = jnp.log(total_BC) + top_BC - picked_BC
     loss_BC, slope_BCV = nll_BC, p_BCV - here_BCV
@@ -88,3 +81,51 @@ def values_and_slope(
         slope_BCV = slope_BCV + 2 * loss.z_loss * logz_BC[..., None] * p_BCV
     # A target that reaches the maximum counts as predicted: no second pass for an argmax.
     return (loss_BC, nll_BC, picked_BC >= top_BC), slope_BCV
+
+
+class TokenStatistics(NamedTuple):
+    """Of the distribution at each position, float32: log p of the target and the entropy in nats, log of sum p^2."""
+
+    logps: jax.Array
+    entropies: jax.Array
+    log_sum_squares: jax.Array
+
+
+def statistics_and_slopes(
+    logits_BCV: jax.Array, targets_BC: jax.Array, vocab: tuple[str, ...]
+) -> tuple[TokenStatistics, tuple[jax.Array, jax.Array]]:
+    """(statistics [B, C]; gradients of the log-probability and of the entropy by the logits, [B, C, V] each).
+
+    The arguments are those of `sums_and_slope`.
+    """
+    here_BCV, picked_BC, top_BC, powers_BCV, total_BC = _softmax_parts(logits_BCV, targets_BC, vocab)
+    shifted_BCV = logits_BCV - top_BC[..., None]
+    # Where p is 0 to the last bit, p log p is 0, also for a logit of -inf.
+    terms_BCV = jnp.where(powers_BCV > 0, powers_BCV * shifted_BCV, 0)
+    sums = jnp.sum(terms_BCV, axis=-1), jnp.sum(powers_BCV**2, axis=-1)
+    terms_BC, squares_BC = jax.lax.psum(sums, vocab) if vocab else sums
+    log_total_BC, p_BCV = jnp.log(total_BC), powers_BCV / total_BC[..., None]
+    entropies_BC = log_total_BC - terms_BC / total_BC
+    statistics = TokenStatistics(
+        picked_BC - top_BC - log_total_BC, entropies_BC, jnp.log(squares_BC) - 2 * log_total_BC
+    )
+    # dH/dlogit = -p (log p + H)
+    entropy_slope_BCV = -terms_BCV / total_BC[..., None] + p_BCV * (log_total_BC - entropies_BC)[..., None]
+    return statistics, (here_BCV - p_BCV, entropy_slope_BCV)
+
+
+def _softmax_parts(
+    logits_BCV: jax.Array, targets_BC: jax.Array, vocab: tuple[str, ...]
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+    """(whether a logit is the target's [B, C, V], its logit [B, C], the largest logit [B, C], exp(logit - largest), the
+    sum of these over the whole vocabulary [B, C])."""
+    length = logits_BCV.shape[-1]
+    first = jax.lax.axis_index(vocab) * length if vocab else 0
+    here_BCV = jnp.arange(length) == (targets_BC - first)[..., None]
+    top_BC = jnp.max(logits_BCV, axis=-1)
+    top_BC = jax.lax.pmax(top_BC, vocab) if vocab else top_BC
+    powers_BCV = jnp.exp(logits_BCV - top_BC[..., None])
+    total_BC, picked_BC = jnp.sum(powers_BCV, axis=-1), jnp.sum(jnp.where(here_BCV, logits_BCV, 0), axis=-1)
+    if vocab:
+        total_BC, picked_BC = jax.lax.psum((total_BC, picked_BC), vocab)
+    return here_BCV, picked_BC, top_BC, powers_BCV, total_BC

@@ -98,7 +98,8 @@ def chunked(
 ) -> tuple[Arrays, jax.Array, jax.Array]:
     """((hidden, targets, weights) in chunks, trained positions first; number of chunks that hold any; the order taken).
 
-    arrays: [B, S, ...] of one device. chunk: positions of each row in a chunk; None: as many as CHUNK_BYTES permits.
+    arrays: [B, S, ...] of one device; a position is trained if any of its weights is not 0. chunk: positions of each
+    row in a chunk; None: as many as CHUNK_BYTES permits.
     """
     hidden_BSD, targets_BS, weights_BS = arrays
     if chunk is None:
@@ -108,9 +109,10 @@ def chunked(
         chunk = limit // (4 * vocab * shared * hidden_BSD.shape[0])
         chunk = chunk // LANES * LANES or chunk
     chunk = max(1, min(chunk, hidden_BSD.shape[1]))
-    order_BS = jnp.argsort(weights_BS == 0, axis=1, stable=True)
+    trained_BS = jnp.any(jnp.reshape(weights_BS != 0, (*weights_BS.shape[:2], -1)), axis=-1)
+    order_BS = jnp.argsort(~trained_BS, axis=1, stable=True)
     hidden, targets, weights = (_in_chunks(take(x, order_BS), chunk) for x in (hidden_BSD, targets_BS, weights_BS))
-    trained = jnp.max(jnp.sum(weights_BS != 0, axis=1))
+    trained = jnp.max(jnp.sum(trained_BS, axis=1))
     if layout is not None:
         # The same on every device, so that all of them come to the same exchanges.
         trained = jax.lax.pmax(trained, layout.all_axes)
