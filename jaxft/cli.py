@@ -10,11 +10,9 @@ from typing import Any, TextIO
 
 from jaxft.config import ModelConfig, choices
 from jaxft.config.fields import own_fields
-from jaxft.errors import ConfigError, JaxftError, Preempted, did_you_mean
+from jaxft.errors import ConfigError, ExitCode, JaxftError, Preempted, did_you_mean
 from jaxft.generation.settings import Sampling
 
-EXIT_REFUSED = 2
-EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: run the same command again to go on
 OVERRIDE = "--config."
 # What merging into a quantised base, or into what it was made of, changes.
 MERGED = {
@@ -23,12 +21,8 @@ MERGED = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command.
-
-    Exit codes: 0 done, 2 refused with a message, 69 stopped because another process of the run died, 75 stopped by
-    SIGTERM after saving.
-    """
+def main(argv: Sequence[str] | None = None) -> ExitCode:
+    """Runs one command and returns its exit code. Raises errors that jaxft does not explain."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     try:
@@ -40,19 +34,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _explained(arguments.verb, error)
     if arguments.json and result is not None:
         print(json.dumps(result, indent=2, ensure_ascii=False))
-    return 0
+    return ExitCode.DONE
 
 
-def _explained(verb: str, error: BaseException) -> int:
-    """Says what stopped a command, and gives its exit code."""
+def _explained(verb: str, error: BaseException) -> ExitCode:
+    """Says what stopped a command, and returns its exit code."""
     if isinstance(error, JaxftError | Preempted | KeyboardInterrupt):
         text = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
         print(f"jaxft {verb}: {text}", file=sys.stderr)
     else:
         traceback.print_exception(error)
     if isinstance(error, JaxftError):
-        return EXIT_REFUSED
-    return EXIT_PREEMPTED if isinstance(error, Preempted) else 130 if isinstance(error, KeyboardInterrupt) else 1
+        return ExitCode.REFUSED
+    if isinstance(error, Preempted):
+        return ExitCode.PREEMPTED
+    return ExitCode.INTERRUPTED if isinstance(error, KeyboardInterrupt) else ExitCode.FAILED
 
 
 def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:

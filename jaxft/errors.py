@@ -1,9 +1,29 @@
-"""Errors that a user can correct. The command line prints them without a traceback and exits with 2."""
+"""Errors that a user can correct, which the command line prints without a traceback, and its exit codes."""
 
 import difflib
+import enum
 from collections.abc import Iterable, Sequence
 
 LISTED = 8  # items named in one message, if the caller does not say how many
+
+
+class ExitCode(enum.IntEnum):
+    """How a command ended, for the shell or the program that started it.
+
+    DONE: the command did its work. FAILED: an error that jaxft does not explain, shown with its traceback. REFUSED: a
+    JaxftError, or options that argparse refuses. PEER_LOST: another process of the same run failed or disappeared.
+    PREEMPTED: stopped by SIGTERM after saving; the same command continues the run. INTERRUPTED: stopped by Ctrl-C.
+
+    Sources: 69 and 75 are EX_UNAVAILABLE and EX_TEMPFAIL of sysexits.h. 2 is the code of argparse. 130 is the code of
+    shells for a command that signal 2, SIGINT, ended: 128 + 2.
+    """
+
+    DONE = 0
+    FAILED = 1
+    REFUSED = 2
+    PEER_LOST = 69
+    PREEMPTED = 75
+    INTERRUPTED = 130
 
 
 class JaxftError(Exception):

@@ -19,6 +19,7 @@ import jaxft
 from jaxft import cli
 from jaxft.config import RunConfig
 from jaxft.config.fields import all_fields
+from jaxft.errors import ExitCode
 
 ROOT = Path(__file__).parents[1]
 PATTERNS = ("*.md", "docs/*.md", "tpu_scripts/*.md", "jaxft/assets/*/*.md", "notebooks/*.ipynb")
@@ -258,6 +259,11 @@ def test_fields_that_may_change_on_resume_are_listed() -> None:
     covered = {name: {key for key in all_fields(RunConfig) if fnmatch.fnmatch(key, name)} for name in names}
     free = {key for key, field in all_fields(RunConfig).items() if field.free_to_change}
     assert all(covered.values()) and set().union(*covered.values()) == free
+
+
+def test_the_table_of_exit_codes_is_whole() -> None:
+    table = (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8").split("## Exit codes")[1].split("\n## ")[0]
+    assert {int(code) for code in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)} == set(ExitCode)
 
 
 def test_planned_lines_on_the_pages_are_those_of_the_configs() -> None:

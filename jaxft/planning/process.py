@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxft import config as config_module
 from jaxft.config import RunConfig
-from jaxft.errors import ConfigError, JaxftError
+from jaxft.errors import ConfigError, ExitCode, JaxftError
 from jaxft.hardware.compile import LEVELS
 from jaxft.hardware.prices import price_of
 from jaxft.hardware.topology import Topology, parse
@@ -42,7 +42,7 @@ def plan(config: RunConfig, topology: Topology, *, level: str, prices: str | Non
     return result
 
 
-def main(request: str, result: Path) -> int:
+def main(request: str, result: Path) -> ExitCode:
     """Carries out one request and writes its result: the plan or the search, or `{refused, kind}` for a JaxftError."""
     fields = json.loads(request)
     try:
@@ -58,7 +58,7 @@ def main(request: str, result: Path) -> int:
     except JaxftError as error:
         answer = {"refused": str(error), "kind": type(error).__name__}
     result.write_text(json.dumps(answer), encoding="utf-8")
-    return 0
+    return ExitCode.DONE
 
 
 if __name__ == "__main__":

@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterator
 
 import jax
 
-from jaxft.errors import Preempted
+from jaxft.errors import ExitCode, Preempted
 from jaxft.sharding.processes import is_multi_process, store
 
-EXIT_PEER_LOST = 69  # EX_UNAVAILABLE of sysexits.h
 GRACE_SECONDS = 5.0  # time for a process to meet by itself an error that another has reported
 POLL_SECONDS = 0.5  # between two checks of the reports of others
 FAILED, LEFT = "jaxft/failed/", "jaxft/left/"
@@ -24,7 +23,7 @@ LOST = re.compile("Gloo|NCCL|UNAVAILABLE|[Cc]onnection")
 RESUME_HINT = "The same command goes on from the newest checkpoint."
 
 Say = Callable[[str], None]
-Explain = Callable[[BaseException], int]
+Explain = Callable[[BaseException], ExitCode]
 
 
 @contextlib.contextmanager
@@ -32,9 +31,9 @@ def end_on_peer_error(say: Say, explain: Explain) -> Iterator[None]:
     """Inside this context, an error of one process ends all of them.
 
     This process's own error is explained and reported to the others; an error that another process reported is repeated
-    here and ends this process with EXIT_PEER_LOST. `jax.distributed` notices a lost process (killed, out of memory, its
+    here and ends this process with PEER_LOST. `jax.distributed` notices a lost process (killed, out of memory, its
     machine gone) within its heartbeat, and aborts. A line is written in this case too, and the exit code is
-    EXIT_PEER_LOST. say: writes a line for people. explain: writes what an error means and returns the exit code.
+    PEER_LOST. say: writes a line for people. explain: writes what an error means and returns the exit code.
     Preempted passes, since all processes have agreed on it. With one process the context does nothing.
     """
     if not is_multi_process():
@@ -66,10 +65,10 @@ def _fail(error: BaseException, say: Say, explain: Explain) -> None:
     explain(error)
     reason = "it lost its connections, most likely because another process died or is far behind"
     say(f"process {jax.process_index()} of {jax.process_count()} stops: {reason}. {RESUME_HINT}")
-    _leave(reason, EXIT_PEER_LOST)
+    _leave(reason, ExitCode.PEER_LOST)
 
 
-def _leave(reason: str, code: int) -> None:
+def _leave(reason: str, code: ExitCode) -> None:
     """Ends this process at once and reports the reason to the others. Process 0, which has the store, ends last. A
     usual exit would wait in `jax.distributed` for processes that wait for this one.
     """
@@ -97,12 +96,12 @@ def _watch(done: threading.Event, say: Say) -> None:
             say(f"process {me} of {count} stops, because process {who} did: {reason}")
             with contextlib.suppress(jax.errors.JaxRuntimeError):
                 store().key_value_set(f"{LEFT}{me}", "")
-            _exit(EXIT_PEER_LOST)
+            _exit(ExitCode.PEER_LOST)
 
 
 @contextlib.contextmanager
 def _explain_abort(say: Say) -> Iterator[None]:
-    """Inside this context, an abort writes a line and exits with EXIT_PEER_LOST.
+    """Inside this context, an abort writes a line and exits with PEER_LOST.
 
     jax.distributed aborts from its own thread, and Python cannot set its callback for this case. A handler of Python's
     `signal` would wait for the main thread, which waits for the lost process.
@@ -113,7 +112,7 @@ def _explain_abort(say: Say) -> Iterator[None]:
             f"process {jax.process_index()} of {jax.process_count()} was aborted, most likely because another process "
             f"died or was cut off: see the lines above, and what the others said. {RESUME_HINT}"
         )
-        _exit(EXIT_PEER_LOST)
+        _exit(ExitCode.PEER_LOST)
 
     libc = ctypes.CDLL(None)
     libc.signal.restype, libc.signal.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
@@ -125,7 +124,7 @@ def _explain_abort(say: Say) -> Iterator[None]:
         libc.signal(signal.SIGABRT, before)
 
 
-def _exit(code: int) -> None:
+def _exit(code: ExitCode) -> None:
     for stream in (sys.stdout, sys.stderr):
         # A stream that cannot be flushed must not keep this process alive.
         with contextlib.suppress(OSError, ValueError, RuntimeError):

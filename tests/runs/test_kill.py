@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxft.cli import EXIT_PREEMPTED
+from jaxft.errors import ExitCode
 from jaxft.training.log import TIMING_KEYS
 
 STEPS = 40
@@ -104,7 +104,7 @@ def test_stopped_then_killed_run_ends_like_an_uninterrupted_one(uninterrupted, t
     wait_for_step(process, folder, 3)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=300)
-    assert process.returncode == EXIT_PREEMPTED, output
+    assert process.returncode == ExitCode.PREEMPTED, output
     assert "run the same command to go on" in output
     saved = max(int(step.name) for step in (folder / "checkpoints").iterdir() if step.name.isdigit())
     assert saved == figures(folder)[-1]["step"], "SIGTERM lost steps"

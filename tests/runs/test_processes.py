@@ -19,13 +19,11 @@ import pytest
 from rich.console import Console
 from safetensors.numpy import load_file
 
-from jaxft.cli import EXIT_PREEMPTED, EXIT_REFUSED
 from jaxft.config import load
-from jaxft.errors import ConfigError
+from jaxft.errors import ConfigError, ExitCode
 from jaxft.runs import folder as files
 from jaxft.runs.quickstart import quickstart
 from jaxft.runs.train import train
-from jaxft.sharding.ending import EXIT_PEER_LOST
 from jaxft.training.log import TIMING_KEYS
 
 HEARTBEAT_SECONDS = 10
@@ -210,7 +208,7 @@ def test_a_killed_process_ends_the_others_with_a_word(victim: int, tmp_path: Pat
         group.wait_for_step(2)
         group.members[victim].kill()
         other = 1 - victim
-        assert group.code(other) == EXIT_PEER_LOST, group.said(other)
+        assert group.code(other) == ExitCode.PEER_LOST, group.said(other)
         assert f"jaxft train: process {other} of 2" in group.said(other)
         assert "another process died" in group.said(other)
 
@@ -222,7 +220,7 @@ def test_a_process_that_fails_tells_the_others_why(victim: int, tmp_path: Path, 
     absent = {victim: ["--config.data.train=absent.jsonl"]}
     with Group(tmp_path / "run", cache, 2, 2, own=absent, **LONG) as group:
         codes = group.codes()
-    assert codes[victim] == EXIT_REFUSED and codes[1 - victim] == EXIT_PEER_LOST
+    assert codes[victim] == ExitCode.REFUSED and codes[1 - victim] == ExitCode.PEER_LOST
     assert f"of 2 stops, because process {victim} did: DataError: " in group.said(1 - victim)
     assert "absent.jsonl" in group.said(1 - victim)
 
@@ -230,7 +228,7 @@ def test_a_process_that_fails_tells_the_others_why(victim: int, tmp_path: Path, 
 @pytest.mark.slow
 def test_what_all_refuse_is_refused_by_all(tmp_path: Path, cache: Path) -> None:
     with Group(tmp_path / "run", cache, 2, 2, **{"train.batch_size": 6}) as group:
-        assert group.codes() == [EXIT_REFUSED] * 2
+        assert group.codes() == [ExitCode.REFUSED] * 2
     assert all("rows are not divisible by 4 devices" in group.said(index) for index in range(2))
 
 
@@ -239,7 +237,7 @@ def test_what_process_0_refuses_is_refused_by_all(tmp_path: Path, cache: Path) -
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine.txt").write_text("not a run")
     with Group(tmp_path / "run", cache, 2, 2) as group:
-        assert group.codes() == [EXIT_REFUSED] * 2
+        assert group.codes() == [ExitCode.REFUSED] * 2
     assert all("is not empty and holds no run" in group.said(index) for index in range(2))
 
 
@@ -255,7 +253,7 @@ def test_a_run_goes_on_with_other_counts(
     with Group(tmp_path / "first", cache, *before, **LONG) as group:
         group.wait_for_step(3)
         group.members[-1].send_signal(signal.SIGTERM)
-        assert group.codes() == [EXIT_PREEMPTED] * before[0], group.said(0)
+        assert group.codes() == [ExitCode.PREEMPTED] * before[0], group.said(0)
     saved = figures(tmp_path / "first")[-1]["step"]
     assert (tmp_path / "first" / "checkpoints" / str(saved) / "manifest.json").is_file()
     for processes, devices in after:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxft.sharding.ending import EXIT_PEER_LOST
+from jaxft.errors import ExitCode
 
 PROGRAM = """
 import ctypes, os, sys, threading, time
@@ -63,10 +63,10 @@ def run(how: str, me: int) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("how", "me", "code", "lines"),
     [
-        ("abort", 0, EXIT_PEER_LOST, ["process 0 of 2 was aborted, most likely because another process died"]),
-        ("told", 0, EXIT_PEER_LOST, ["process 0 of 2 stops, because process 1 did: DataError: no rows"]),
+        ("abort", 0, ExitCode.PEER_LOST, ["process 0 of 2 was aborted, most likely because another process died"]),
+        ("told", 0, ExitCode.PEER_LOST, ["process 0 of 2 stops, because process 1 did: DataError: no rows"]),
         ("error", 1, 2, ["explained: no rows"]),
-        ("lost", 1, EXIT_PEER_LOST, ["explained: Gloo", "process 1 of 2 stops: it lost its connections"]),
+        ("lost", 1, ExitCode.PEER_LOST, ["explained: Gloo", "process 1 of 2 stops: it lost its connections"]),
         ("done", 1, 0, ["left"]),
     ],
 )
