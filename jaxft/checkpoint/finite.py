@@ -1,11 +1,11 @@
-"""Refuses weights that are NaN or infinite: training from a NaN gives NaN, and nothing says where it came from."""
+"""Refuses weights that are NaN or infinite: training from a NaN gives only NaN, whose origin nothing shows."""
 
 import numpy as np
 
 from jaxft.checkpoint.tensors import TensorSource, TensorSpec
 from jaxft.errors import CheckpointError
 
-CHUNK = 2**16  # elements checked at a time: they and their copy fit a core's cache
+CHUNK = 2**16  # elements checked at a time: they and their copy fit into the cache of a core
 # The bits of infinity without the sign; larger ones are NaN. Comparing bits is six times as fast as NumPy's isfinite
 # for bfloat16, and faster than a copy.
 INFINITY = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F80_0000, "float64": 0x7FF0_0000_0000_0000}

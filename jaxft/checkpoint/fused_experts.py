@@ -1,6 +1,6 @@
 """Layers of experts that a file keeps in two fused tensors, read as one matrix for each expert.
 
-transformers 5 has them fused in memory, and writes them so with `save_original_format=False`:
+transformers 5 keeps them fused in memory, and writes them in this form with `save_original_format=False`:
 `mlp.experts.gate_up_proj` [E, 2 F, D], the gates before the ups, and `mlp.experts.down_proj` [E, D, F].
 """
 
@@ -26,7 +26,7 @@ _ROUTER = re.compile(r"(model\.layers\.\d+)\.mlp\.gate\.weight")
 
 @dataclass(frozen=True)
 class _Part:
-    """Where a matrix is in a tensor of the source: its expert and first row; the whole tensor if expert is None."""
+    """The place of a matrix in a tensor of the source: its expert and first row; the whole tensor if expert is None."""
 
     source_name: str
     spec: TensorSpec
@@ -42,7 +42,7 @@ def is_fused(model_type: str, source: TensorSource) -> bool:
 class SingleExperts:
     """A source with one matrix for each expert, named as in `model_type`; other tensors stay as they are.
 
-    Raises CheckpointError for a fused tensor of another form, and if a matrix is there twice.
+    Raises CheckpointError for a fused tensor of another form, and for a matrix that occurs twice.
     """
 
     def __init__(self, source: TensorSource, model_type: str) -> None:

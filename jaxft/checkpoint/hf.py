@@ -32,7 +32,7 @@ from jaxft.trees import flatten
 
 MAX_SHARD_BYTES = 5 * 10**9
 Bounds = tuple[tuple[int, int], ...]  # (start, stop) along every axis
-SQUARE = 256  # of 2-byte elements, 128 KB: two of them fit a core's cache
+SQUARE = 256  # of 2-byte elements, 128 KB: two of them fit into the cache of a core
 TIED_HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -121,9 +121,9 @@ def write_weights(
 ) -> list[str]:
     """Writes model.safetensors, or shards and their index above max_shard_bytes. Returns the file names.
 
-    Host memory beyond the arrays stays below two blocks of a tensor (`safetensors_writer.BLOCK_BYTES`), whatever the
-    model. If the parameters span several processes, every one takes part, and every device holds one block at a time;
-    process 0 writes.
+    Host memory beyond the arrays stays below two blocks of a tensor (`safetensors_writer.BLOCK_BYTES`) for every model.
+    If the parameters span several processes, every one takes part, and every device holds one block at a time; process
+    0 writes.
     """
     tensors = hf_tensors(model, dtype)
     if not is_primary():
@@ -135,8 +135,8 @@ def write_config(
     folder: str, hf_config: Mapping[str, Any], *, dtype: str, generation: Mapping[str, Any] | None = None
 ) -> None:
     """Writes config.json and generation_config.json."""
-    # Both names: transformers 4 reads torch_dtype, 5 reads dtype. Weights that were packed in the source are not packed
-    # any more, and code that auto_map names is never run.
+    # Both names: transformers 4 reads torch_dtype, 5 reads dtype. Weights that were packed in the source are no longer
+    # packed, and code that auto_map names is never run.
     replaced = ("torch_dtype", "dtype", "quantization_config", "auto_map")
     config = {k: v for k, v in hf_config.items() if k not in replaced} | {"torch_dtype": dtype}
     tokens = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(k) is not None}
@@ -225,8 +225,8 @@ def _in_piece(cut: Bounds, piece: Piece) -> Bounds | None:
 def copy_into(out: np.ndarray, values: np.ndarray) -> None:
     """`out[...] = values`, cast, for matrices of any size and either order of axes.
 
-    Copied in squares, because a transposed copy in one go misses the cache at every element; equal dtypes as plain
-    bits, because NumPy copies bfloat16 one element at a time.
+    It copies squares, because a transposed copy of the whole misses the cache at every element. If the dtypes are equal
+    it copies plain bits, because NumPy copies bfloat16 one element at a time.
     """
     if out.dtype == values.dtype and out.dtype.itemsize in (1, 2, 4, 8):
         bits = np.dtype(f"u{out.dtype.itemsize}")

@@ -39,7 +39,7 @@ from jaxft.trees import flatten
 
 @dataclass
 class LoadedModel:
-    """A model in memory and where it came from.
+    """A model in memory, and its origin.
 
     module: the nnx model. hf_config: its config.json. base: path of the base weights. adapter: path of the PEFT folder
     that was attached, or None. generation: its generation_config.json, or the same settings of a GGUF file, or None.
@@ -97,11 +97,11 @@ def load_model(
 ) -> LoadedModel:
     """Loads a Hugging Face, PEFT (with its base), Orbax or run folder, a GGUF file, or hf://owner/name[@revision].
 
-    A Hugging Face folder may also be at an address such as gs://bucket/model, of which only what this process needs is
-    read. dtype: of computation. param_dtype: of storage, dtype if None. mesh: for the parameters; one device if None.
-    quantization: a name of `quant.FORMATS`; the kernels of linear layers are quantised to it as they are read.
-    trainable: patterns of the parameters to train, stored in float32; see `models.freezing`.
-    Raises CheckpointError for files that are damaged or do not fit, ModelError for what is not implemented.
+    A Hugging Face folder may also be at an address such as gs://bucket/model, of which only the parts that this process
+    needs are read. dtype: of computation. param_dtype: of storage, dtype if None. mesh: for the parameters; one device
+    if None. quantization: a name of `quant.FORMATS`; the kernels of linear layers are quantised to it as they are read.
+    trainable: patterns of the parameters to train, stored in float32; see `models.freezing`. Raises CheckpointError for
+    files that are damaged or do not fit, and ModelError for models and settings that are not implemented.
     """
     types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype or dtype, "remat": remat}
     types |= {"quantization": quantization, "trainable": trainable}

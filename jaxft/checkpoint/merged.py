@@ -1,4 +1,4 @@
-"""A base model merged with a PEFT folder's adapter, as one source of tensors: merged in float32 while read."""
+"""A base model merged with a PEFT folder's adapter, as one source of tensors, merged in float32 while they are read."""
 
 import functools
 import os
@@ -15,7 +15,7 @@ from jaxft.files.paths import read_json
 
 
 class MergedSource:
-    """The base's tensors with an adapter merged in: those that it changes in float32, the others as they are.
+    """The base's tensors with an adapter merged into them: the changed ones in float32, the others as they are.
 
     base: under Hugging Face names. folder: a PEFT folder.
     Raises ModelError for a kind of adapter that does not change the weights and for settings that are not implemented,

@@ -32,7 +32,7 @@ def load_adapters(model: LoadedModel, folders: Mapping[str, str], *, mesh: MeshP
 
 
 def write_named(adapter_set: AdapterSet, name: str, folder: str, *, model: LoadedModel) -> None:
-    """Writes the adapter `name` as a PEFT folder, whichever adapters are active. model: the base of the set."""
+    """Writes the adapter `name` as a PEFT folder, regardless of the active adapters. model: the base of the set."""
     active, trained = adapter_set.active, adapter_set.trained
     adapter_set.activate(name)
     write_adapter(model.module, folder, base=model.base, nested=model.left_out is not None)

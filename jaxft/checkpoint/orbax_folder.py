@@ -38,7 +38,7 @@ def is_orbax_folder(path: str | os.PathLike[str]) -> bool:
 def write_params(model: Decoder, folder: str | os.PathLike[str]) -> None:
     """Writes `params/` of a model without adapters, sharded or not; the caller writes config.json.
 
-    Every process takes part. Host memory beyond the arrays stays below a few GB, whatever the model's size.
+    Every process takes part. Host memory beyond the arrays stays below a few GB for models of every size.
     """
     # Imported here: most commands never write Orbax.
     import orbax.checkpoint as ocp
@@ -49,7 +49,7 @@ def write_params(model: Decoder, folder: str | os.PathLike[str]) -> None:
         lambda leaf: ocp.SaveArgs(chunk_byte_size=_chunk_bytes(leaf), shard_axes=tuple(range(max(1, leaf.ndim - 2)))),
         arrays,
     )
-    # One folder for each array rather than OCDBT's shared database: any zarr reader can read it.
+    # One folder for each array instead of OCDBT's shared database, so that any zarr reader can read it.
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, save_concurrent_gb=CONCURRENT_GB)
     with ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(Path(folder).absolute() / PARAMS, ocp.args.PyTreeSave(arrays, save_args=args))
@@ -58,8 +58,8 @@ def write_params(model: Decoder, folder: str | os.PathLike[str]) -> None:
 class OrbaxFolder:
     """The parameters in `params/` of a folder, as Hugging Face tensors.
 
-    Raises CheckpointError, before any tensor is read, if files are damaged or missing by the manifest that is written
-    last, or `params/` does not fit config.json; ModelError for a family that is not implemented.
+    Raises CheckpointError, before any tensor is read, if the manifest, which is written last, shows damaged or missing
+    files, or if `params/` does not fit config.json; ModelError for a family that is not implemented.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:

@@ -45,7 +45,7 @@ class _Step(NamedTuple):
 class RunCheckpoints:
     """The checkpoints of one run, in one folder that every process sees.
 
-    keep: how many of the newest steps to keep. best_metric: also keep the one step that is best by this entry of
+    keep: the number of newest steps that are kept. best_metric: also keep the one step that is best by this entry of
     `metrics`. best_mode: `min` or `max`. read_only: only restore; nothing in the folder is created or removed, so that
     it is safe while a run writes there. Raises CheckpointError for a bucket address.
     """
@@ -125,9 +125,9 @@ class RunCheckpoints:
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]] | None:
         """The newest whole step (or `step`) and its extra; None if there is none.
 
-        abstract_state: pytree of ShapeDtypeStructs or arrays; each leaf is restored onto its sharding, whatever devices
-        it was saved from. Raises CheckpointError for a damaged step, naming the files, and for a tree, shape or dtype
-        that differs from abstract_state, listing the paths.
+        abstract_state: pytree of ShapeDtypeStructs or arrays; each leaf is restored onto its sharding, from whichever
+        devices it was saved. Raises CheckpointError for a damaged step, naming the files, and for a tree, shape or
+        dtype that differs from abstract_state, listing the paths.
         """
         saved = self.open(step)
         if saved is None:
@@ -163,7 +163,7 @@ class RunCheckpoints:
         (step, future), self._pending = self._pending, None
         try:
             future.result()
-        except Exception as error:  # whatever the background thread met; nothing is swallowed
+        except Exception as error:  # any error of the background thread; none is swallowed
             self._last = None
             raise self._not_saved(step, error) from error
         finally:

@@ -38,7 +38,7 @@ def write_safetensors(
         file.write(raw)
         for name in order:
             for index in blocks(tensors[name][0]):
-                # No variable holds the array, so that it is gone before the next is made.
+                # No variable holds the array, so that it is freed before the next is made.
                 file.write(_bytes_of(name, *tensors[name], index))
 
     write_file(path, fill)
@@ -106,7 +106,7 @@ def _bytes_of(name: str, spec: TensorSpec, make: Callable[..., np.ndarray], inde
 
 @dataclass(frozen=True, kw_only=True)
 class ShardPlan:
-    """Which tensors go into which file. `index` is None if one file holds all."""
+    """The distribution of tensors over files. `index` is None if one file holds all."""
 
     files: dict[str, tuple[str, ...]]
     index: dict[str, Any] | None

@@ -1,7 +1,7 @@
-"""One whole step of a run on disk: what it holds, all of it restored or only the weights to evaluate.
+"""One complete step of a run on disk: its content, and how all of it or only the weights for evaluation are restored.
 
-The checkpoint describes itself: every path with its shape and dtype, and where averages of the weights are. So a model
-is exported without the optimizer that trained it.
+The checkpoint describes itself: every path with its shape and dtype, and the places of averages of the weights. So a
+model can be exported without the optimizer that trained it.
 """
 
 from collections.abc import Mapping
@@ -40,9 +40,9 @@ def find_averages(state: Any, path: str = "") -> dict[str, str]:
 
 
 class SavedStep:
-    """A step that is whole: its files have been verified.
+    """A complete step, whose files have been verified.
 
-    folder: of the step. meta: what was saved beside the arrays: `layout`, `averages`, `metrics` and `extra`.
+    folder: of the step. meta: the data saved beside the arrays: `layout`, `averages`, `metrics` and `extra`.
     """
 
     def __init__(self, folder: Path, meta: Mapping[str, Any]) -> None:

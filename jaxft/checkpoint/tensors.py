@@ -1,7 +1,7 @@
 """Named tensors on disk: the protocol of a source of them, and the safetensors of a folder.
 
-A whole header is checked before any tensor is read: what other loaders let through can read other files, or load half
-a model without an error. Format: https://github.com/huggingface/safetensors#format
+A whole header is checked before any tensor is read. Headers that other loaders accept can read other files, or load
+half a model without an error. Format: https://github.com/huggingface/safetensors#format
 """
 
 import itertools

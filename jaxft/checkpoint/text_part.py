@@ -13,7 +13,7 @@ ROWS = 256  # read at a time to tell a head from the embedding: almost always th
 
 
 class TextPart:
-    """A source without the tensors that only images use. left_out: a sentence that says which those are.
+    """A source without the tensors that only images use. left_out: a sentence that names them.
 
     Raises CheckpointError for tensors that belong to neither part, and for two that have one name.
     """

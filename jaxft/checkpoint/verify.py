@@ -1,4 +1,4 @@
-"""Verification of exports: loaded by jaxft and by the libraries they are for, and compared with the live model."""
+"""Verification of exports: jaxft and other libraries load them; their logits are compared with the live model's."""
 
 # B batch, S sequence, V vocab
 
@@ -78,7 +78,7 @@ def check_export(live: LoadedModel, folder: str, *, dtype: str, mesh: MeshPlan |
     reloaded = load_model(folder, dtype=compute, mesh=mesh, quantization=quantization)
     ours = {"jaxft": compare("jaxft", reloaded.logits(tokens))}
     if quantization is not None and _peers(live, folder):
-        # The other readers put the adapter on the base in its own precision: what they are compared with does too.
+        # The other readers put the adapter on the base in its own precision. So does their reference.
         expected = load_model(folder, dtype=compute, mesh=mesh).logits(tokens)
         largest = np.max(np.abs(expected))
     return tuple(Check(reader, *differences) for reader, differences in (ours | on_primary(by_peers)).items())

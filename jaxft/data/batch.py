@@ -49,7 +49,7 @@ class Example:
 
     @property
     def documents(self) -> "tuple[Example, ...]":
-        """The documents that it takes up in a sequence: itself, or the parts of an example that is packed as one."""
+        """The documents that it occupies in a sequence: itself, or the parts of an example that is packed as one."""
         return (self,)
 
     def prepend(self, first: Sequence[int]) -> "Example":

@@ -68,7 +68,7 @@ def read_pairs(rows: Rows, config: DataConfig) -> Iterator[Conversation]:
         if fields["chosen"] == fields["rejected"]:
             raise DataError(f"{where}: 'chosen' and 'rejected' are the same, so the row prefers nothing. Remove it.")
         for name in ANSWERS:
-            # The whole of an answer is trained, and nothing else, whichever turns it has.
+            # All turns of an answer are trained, and nothing else.
             one = replace(config, format="prompt_completion", completion_field=name)
             conversation = read_row(fields, one, row=index, where=f"{where}, {name}")
             yield replace(conversation, format="preference")

@@ -19,7 +19,7 @@ def render_rows(
 ) -> None:
     """Prints the first `limit` examples with their trained tokens in colour.
 
-    If the output is no terminal, trained text is in [[double brackets]] instead.
+    If the output is not a terminal, trained text is in [[double brackets]] instead.
     """
     from rich.console import Console
     from rich.text import Text

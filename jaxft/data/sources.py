@@ -244,8 +244,8 @@ def _open_tfds(path: str, split: str, data_dir: str | None) -> Rows:
 def _to_plain(value: Any) -> Any:
     """The value with bytes as str, numpy as Python, and without fields that are None, at every level.
 
-    Objects in a table's column have the fields of all rows, None if absent: a tool call would be rendered with the
-    arguments of all other calls.
+    Objects in a column of a table have the fields of all rows; absent ones are None. With these a tool call would be
+    rendered with the arguments of all other calls.
     """
     if isinstance(value, bytes):
         return value.decode("utf-8")

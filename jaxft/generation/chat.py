@@ -28,7 +28,7 @@ Write = Callable[[str], None]
 
 @dataclass(kw_only=True)
 class Chat:
-    """A model, how it answers, and the conversation so far.
+    """A model, the settings of its answers, and the conversation so far.
 
     turns: messages of user and assistant in turn. The same question after the same turns gets the same answer:
     random draws depend on the seed and the position of a token. cache: the KV cache of the conversation; only the new

@@ -17,8 +17,8 @@ from jaxft.nn.decoder import Decoder
 class ConversationCache:
     """The cache of one conversation between calls of one model; see `generate_text`.
 
-    computed: how many tokens of the last prompt went through the model; the others were in the cache. The cache is
-    dropped, and the next call computes its whole prompt, after an interrupted call and after a change of the model's
+    computed: the number of tokens of the last prompt that the model computed; the others were in the cache. The cache
+    is dropped, and the next call computes its whole prompt, after an interrupted call and after a change of the model's
     weights or active adapters.
     """
 
@@ -35,8 +35,8 @@ class ConversationCache:
     ) -> tuple[steps.Prefix | None, int, int]:
         """(the cached prefix of a prompt, its tokens, the length of its cache); None, 0, 0 if nothing is cached.
 
-        At least the last token of the prompt is left to be computed. The prefix is given away: this object is empty
-        until the next `keep`.
+        At least the last token of the prompt is left to be computed. The caller now owns the prefix; this object is
+        empty until the next `keep`.
         """
         cache, length, self._cache = self._cache, self._length, None
         same_model = graphdef == self._graphdef and _are_same(jax.tree.leaves(params), self._params)
@@ -63,7 +63,7 @@ class ConversationCache:
         tokens: Sequence[int],
         length: int,
     ) -> None:
-        """Keeps the first row of a memory. tokens: those known to be in it. length: the one the memory was made for."""
+        """Keeps the first row of a memory. tokens: those known to be in it. length: that for which it was made."""
         rows = memory.seen_BV.shape[0]
         self._cache = memory.cache if rows == 1 else tuple(steps.first_row(part) for part in memory.cache)
         self._tokens, self._graphdef, self._length = tuple(tokens), graphdef, length
@@ -75,13 +75,13 @@ def _are_same(arrays: Sequence[jax.Array], others: Sequence[jax.Array]) -> bool:
 
 
 def _shared_start(tokens: Sequence[int], prompt: Sequence[int]) -> int:
-    """How many first tokens are the same; at most all but the last one of the prompt."""
+    """The number of equal first tokens; at most all but the last one of the prompt."""
     most = min(len(tokens), len(prompt) - 1)
     return next((i for i in range(most) if tokens[i] != prompt[i]), most)
 
 
 def _reaches_back(cache: Cache, count: int) -> bool:
-    """Whether every layer still has all that the token at `count` attends to.
+    """Whether every layer still has all tokens to which the token at `count` attends.
 
     A layer with a window has overwritten its oldest tokens by those beyond `count`.
     """

@@ -1,4 +1,4 @@
-"""Text from tokens as they come: only whole characters, and no part of a stop string."""
+"""Text from a stream of tokens: only whole characters, and no part of a stop string."""
 
 from collections.abc import Sequence
 

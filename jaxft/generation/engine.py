@@ -52,7 +52,7 @@ class Request:
 
 @dataclass
 class Engine:
-    """The state of one call: the arrays on the devices, and which request has which slot."""
+    """The state of one call: the arrays on the devices, and the request in each slot."""
 
     graphdef: nnx.GraphDef[Decoder]
     params: nnx.State
@@ -126,7 +126,7 @@ class Engine:
         requests = list(enumerate(self.slots))
         for step in range(steps.RUN):
             for slot, request in requests:
-                # A row that its callback ended may have run on to the end of this dispatch.
+                # A row that its callback ended may have continued until the end of this dispatch.
                 if request is not None and request.finish_reason is None and tokens_BC[slot, step] >= 0:
                     self._add(slot, request, int(tokens_BC[slot, step]), float(logprobs_BC[slot, step]), on_token)
 
@@ -207,7 +207,7 @@ def _argument(values: npt.ArrayLike, dtype: npt.DTypeLike) -> jax.Array:
 
 
 def _common_prefix(prompts: Sequence[tuple[int, ...]]) -> int:
-    """How many first tokens all prompts share, or 0 if a pass of their own is not worth it.
+    """The number of first tokens that all prompts share, or 0 if a separate pass for them does not pay.
 
     Each prompt keeps at least one token to continue from.
     """

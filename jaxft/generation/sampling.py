@@ -34,14 +34,14 @@ def choose(
 ) -> tuple[jax.Array, jax.Array]:
     """The next token of each row, [B] int32, and its log-probability in nats, [B] float32.
 
-    logits_BV: float32. seen_BV: which tokens the row has had, prompt included. positions_B: the position of the new
-    token. The log-probability is the model's own: the log-softmax of the given logits, at temperature 1, before any
-    penalty or filter.
+    logits_BV: float32. seen_BV: True for the tokens that the row has had, including its prompt. positions_B: the
+    position of the new token. The log-probability is the model's own: the log-softmax of the given logits, at
+    temperature 1, before any penalty or filter.
     """
     penalty_B = knobs.penalty_B
     scores_BV = _apply_if_any(penalty_B != 1, lambda x: repetition_penalty(x, seen_BV, penalty_B), logits_BV)
     greedy_B = jnp.argmax(scores_BV, axis=-1).astype(jnp.int32)
-    # Greedy rows pay for neither filters nor random numbers unless they share the batch with others.
+    # A batch with only greedy rows computes neither filters nor random numbers.
     chosen_B = jax.lax.cond(
         jnp.any(knobs.temperature_B > 0),
         lambda: jnp.where(knobs.temperature_B > 0, draw(filter_scores(scores_BV, knobs), knobs, positions_B), greedy_B),

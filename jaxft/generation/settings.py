@@ -19,7 +19,7 @@ AT_LEAST_ONE = Range(lambda value: value >= 1, "at least 1")
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling(Section):
-    """How the tokens of one prompt are chosen. Names and meanings are those of transformers and vLLM.
+    """The settings by which the tokens of one prompt are chosen. Names and meanings are those of transformers and vLLM.
 
     Random draws depend on the seed, the row of the prompt in its call and the position of the token, not on what else
     is generated. Raises ConfigError for values outside of a range.

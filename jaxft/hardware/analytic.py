@@ -1,6 +1,6 @@
 """Memory, work and traffic of a step by arithmetic, without compiling: for GPUs, and for the candidates of a search.
 
-An estimate: it counts what has to be kept and moved, but does not know what a compiler makes of it.
+This is an estimate. It counts the data that must be kept and moved, but not the effects of a compiler.
 """
 
 # B batch, S sequence, D model, L layers

@@ -17,15 +17,15 @@ UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # Environment variables with which libtpu compiles without a TPU. They must be set before JAX starts.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",  # else libtpu waits minutes for a metadata server
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else two compiles on one machine wait for each other
+    "TPU_SKIP_MDS_QUERY": "1",  # otherwise libtpu waits for a metadata server for minutes
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # otherwise two compilations on one machine wait for each other
     "TPU_MIN_LOG_LEVEL": "3",
     "TPU_STDERR_LOG_LEVEL": "3",
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
 
-# Pairs of jax and libtpu that compiled steps here, and for which TPUs. The second pair's compiler dies for tpu7x, and
-# that of jax 0.10.2 with libtpu 0.0.52 for v5p and v6e too.
+# Pairs of jax and libtpu that have compiled steps, and the TPUs for which they did. The second pair's compiler dies for
+# tpu7x, and that of jax 0.10.2 with libtpu 0.0.52 for v5p and v6e too.
 TESTED = {("0.12.0.1", "0.0.52"): "every kind of TPU", ("0.10.2", "0.0.42.1"): "all but tpu7x"}
 
 

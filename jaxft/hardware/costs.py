@@ -39,8 +39,8 @@ class Transfer(NamedTuple):
 
 @dataclass
 class Costs:
-    """How often each piece of work and each transfer happens. host_bytes: copied between the memories of chip and host.
-    unknown: costs that could not be counted, in words.
+    """The number of times that each piece of work and each transfer happens. host_bytes: copied between the memories of
+    chip and host. unknown: costs that could not be counted, in words.
     """
 
     work: Counter[Work] = field(default_factory=Counter)
@@ -184,7 +184,7 @@ class _Counter:
         return flops
 
     def _is_reduce_scatter(self, computation: Computation, reduced: Instruction) -> bool:
-        """Whether each device keeps only its part of an all-reduce: so TPU programs express a reduce-scatter."""
+        """Whether each device keeps only its part of an all-reduce, which is a reduce-scatter in TPU programs."""
         if "all-reduce-scatter" in computation.name:
             return True
         users = computation.users[reduced.name]

@@ -1,4 +1,4 @@
-"""Changes that would make a run fit, if it does not: the cheapest first."""
+"""Changes that would make a run fit if it does not, the cheapest first."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ StateKey = tuple[str, str | None, AdapterConfig]
 class Change:
     """One way to need less memory. settings: config fields by path. topology: the new one, or the same.
 
-    kind: only the first change of a kind that fits is shown. alters: whether the run would learn something else.
+    kind: only the first change of a kind that fits is shown. alters: whether it changes what the run learns.
     """
 
     kind: str

@@ -31,10 +31,9 @@ def plan(
     this machine. topology: `v5e:4x4`, `v5p-8`, `v6e:1x1`, or a GPU such as `h100:8`, which is estimated by arithmetic.
     slices: number of slices of that topology, joined by the data-centre network. level: XLA's optimisation level, O1
     (quick) or default. prices: a file that replaces jaxft's table. tokens, examples: size of the training set, if the
-    data is on another machine.
-    search: find the cheapest and the fastest plan instead; topology then names kinds of chips, such as `v5e,v6e`.
-    compiles: candidates that a search compiles at most for each of cheapest and fastest.
-    Raises ConfigError or ModelError for whatever a run would refuse, an unknown topology, and a missing libtpu.
+    data is on another machine. search: find the cheapest and the fastest plan instead; topology then names kinds of
+    chips, such as `v5e,v6e`. compiles: candidates that a search compiles at most for each of cheapest and fastest.
+    Raises ConfigError or ModelError for everything that a run would refuse, an unknown topology, and a missing libtpu.
     """
     request = {
         "config": config.to_dict(), "topology": topology, "slices": slices, "level": level, "prices": prices,

@@ -223,7 +223,7 @@ def variants(
 
 
 def splits_rows(length: int, ways: int) -> bool:
-    """Whether the parts that `ways` devices of the context axis make of a row are long enough and whole blocks."""
+    """Whether rows in `ways` parts, one for each device of the context axis, have long parts of whole blocks."""
     return length >= ways * LONG and kernel_fits(length, ways)
 
 

@@ -150,7 +150,7 @@ def make_step(
 def start_state(
     config: RunConfig, model: Decoder, tx: optax.GradientTransformation, mesh: MeshPlan | None = None
 ) -> tuple[nnx.GraphDef[Decoder], TrainState]:
-    """(graphdef, state at step 0) of a run, with the state of its method. mesh: where the state is put.
+    """(graphdef, state at step 0) of a run, with the state of its method. mesh: the devices of the state.
 
     model: with the base weights and fresh adapters; abstract under `jax.eval_shape`.
     """

@@ -1,4 +1,4 @@
-"""What a run's data are, for data.json and the console: the examination, and what a mixture takes of each set."""
+"""A summary of a run's data for data.json and the console: the examination, and the share of each set in a mixture."""
 
 import dataclasses
 from typing import Any

@@ -11,7 +11,7 @@ from jaxft.runs.data_summary import data_summary, print_mixture
 
 
 def examine(config: RunConfig, console: Console, *, rows: int = 2) -> dict[str, Any]:
-    """Prints the examination of every set, what a mixture takes of each, and `rows` rows with trained tokens marked.
+    """Prints the examination of every set, its share in a mixture, and `rows` rows with marked trained tokens.
 
     Returns the content of a run's data.json. Raises the errors that a run would raise for its data.
     """

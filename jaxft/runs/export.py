@@ -1,4 +1,4 @@
-"""Writing what was trained for others to use, and making sure that they can."""
+"""Writes trained models and adapters for other programs, and checks that these can read them."""
 
 import dataclasses
 import os
@@ -101,7 +101,7 @@ def load_trained(source: str, step: int | None = None, *, quantized: bool = True
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, quantization=None))
     loaded = build_model(config)
     _, trainable, frozen = divide(loaded.module)
-    start = nnx.filter_state(frozen, StartParam)  # what adapters began with: frozen, but saved
+    start = nnx.filter_state(frozen, StartParam)  # initial values of adapters, which are frozen, but saved
     with RunCheckpoints(Path(source) / CHECKPOINTS, keep=1, read_only=True) as checkpoints:
         saved = checkpoints.open(step)
         if saved is None:

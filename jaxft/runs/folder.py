@@ -25,7 +25,7 @@ def open_run(config: RunConfig, data: Mapping[str, Any], template: str | None = 
     """
     folder = Path(config.output_dir)
     if (folder / CONFIG).is_file() and not _has_checkpoint(folder):
-        # Stopped before its first checkpoint, or refused: nothing to lose, and its scores may be of other settings.
+        # Stopped before its first checkpoint, or refused. Nothing is lost, and its scores may be of other settings.
         (folder / SCORES).unlink(missing_ok=True)
     elif (folder / CONFIG).is_file():
         _refuse_other_run(config_module.from_json(str(folder / CONFIG)), config, folder)

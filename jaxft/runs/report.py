@@ -104,7 +104,7 @@ def _template() -> jinja2.Template:
     assets = Path(__file__).parents[1] / "assets"
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(assets),
-        autoescape=True,  # generations are other people's text
+        autoescape=True,  # generated text may contain anything
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -90,7 +90,7 @@ def _base(module: Decoder) -> Decoder:
 
 
 def set_up(config: RunConfig) -> Run:
-    """Sets a run up and refuses what can be refused without weights: settings, data, devices, steps, the run folder."""
+    """Sets a run up and checks everything that needs no weights: settings, data, devices, steps, the run folder."""
     method = method_of(config)
     tokenizer = tokenizer_of(config)
     model = abstract_model(config)

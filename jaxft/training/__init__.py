@@ -1,1 +1,1 @@
-"""The training run: state, optimizer, step, loop, and what it tells."""
+"""The training run: state, optimizer, step, loop and log."""

@@ -24,17 +24,14 @@ TIMING_KEYS = ("tokens_per_second", "step_seconds", "eval_seconds", "elapsed_sec
 class RunLog:
     """Writes the metrics of a run; a context manager.
 
-    folder: the run folder, made if absent. Gets `metrics.jsonl`, one JSON object a line, and
-    `tensorboard/`, where tensorboardX is installed. Both use the keys of `metrics` as they are.
-    total_steps: optimizer steps of the whole run.
-    resume_step: step of the checkpoint from which the run resumes; None starts a new record. Lines of later steps are
-    removed, since those steps will be taken again. So that a kill loses no line, log step N before saving the
-    checkpoint of step N.
-    console: where progress is shown; None is standard output. A terminal gets a live line, anything else (a pipe, CI,
-    nohup) plain lines.
-    quiet: shows nothing on the console.
-    clock: seconds since any origin, for the remaining time on the console.
-    Raises DataError if the metrics.jsonl of a resumed run is damaged before its last line.
+    folder: the run folder, made if absent. It gets `metrics.jsonl`, one JSON object a line, and, if tensorboardX is
+    installed, `tensorboard/`. Both use the keys of `metrics` as they are. total_steps: optimizer steps of the whole
+    run. resume_step: step of the checkpoint from which the run resumes; None starts a new record. Lines of later steps
+    are removed, since those steps will be taken again. So that a kill loses no line, log step N before saving the
+    checkpoint of step N. console: where progress is shown; None is standard output. A terminal gets a live line,
+    anything else (a pipe, CI, nohup) plain lines. quiet: shows nothing on the console. clock: seconds since any origin,
+    for the remaining time on the console. Raises DataError if the metrics.jsonl of a resumed run is damaged before its
+    last line.
     """
 
     def __init__(
@@ -257,7 +254,7 @@ class _PlainScreen:
         self.print("  ".join([f"step {step}/{self._total_steps}", *parts]))
 
     def print(self, text: str) -> None:
-        # Neither wrapped to a width that a file does not have, nor read as markup.
+        # Neither wrapped, because a file has no width, nor read as markup.
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
@@ -273,7 +270,7 @@ class _LiveScreen:
             BarColumn(bar_width=24),
             TextColumn("{task.fields[metrics_text]}", markup=False),
         )
-        # Twice a second: the thread that draws takes its time from the training step.
+        # Only twice a second, because the thread that draws takes time from the training step.
         self._progress = Progress(*columns, console=console, refresh_per_second=2)
         self._task = self._progress.add_task("train", total=total_steps, completed=done_steps, metrics_text="compiling")
         self._progress.start()

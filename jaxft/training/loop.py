@@ -36,12 +36,12 @@ class Cadence:
 
 @dataclass(frozen=True, kw_only=True)
 class Hooks:
-    """The functions that the loop calls, so that it knows neither files nor devices.
+    """The functions that the loop calls. The loop itself uses neither files nor devices.
 
     train_step: jitted. batch(state, step): the batch of step number `step`, counted from 0, on its devices; a method
     that generates its own data reads the weights in `state`. evaluate(state): held-out metrics; None if no rows are
-    held out. save(step, state, progress, metrics): writes a checkpoint. preempted(): asked after every step, whether to
-    save and stop. data_metrics(step): values to log about the data consumed in the first `step` steps.
+    held out. save(step, state, progress, metrics): writes a checkpoint. preempted(): called after every step; whether
+    to save and stop. data_metrics(step): values to log about the data consumed in the first `step` steps.
     """
 
     train_step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]

@@ -31,8 +31,8 @@ class TrainState(NamedTuple):
 def saved_part(state: TrainState) -> dict[str, Any]:
     """The parts of a state that a checkpoint holds, by name.
 
-    The frozen base is left out, since it is on disk already. `start`: frozen arrays that adapters were initialized with
-    and are measured against, if there are any. `method`: the method's saved numbers, if there are any.
+    The frozen base is left out, since it is on disk already. `start`: the frozen initial values from which the effect
+    of adapters is measured, if there are any. `method`: the method's saved numbers, if there are any.
     """
     start = nnx.filter_state(state.frozen, StartParam)
     parts = {"step": state.step, "trainable": state.trainable, "opt_state": state.opt_state, "key": state.key}

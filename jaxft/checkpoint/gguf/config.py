@@ -14,7 +14,7 @@ from jaxft.errors import CheckpointError, ModelError, did_you_mean
 from jaxft.files.gguf_header import GGUFHeader
 from jaxft.models.family import FULL, SLIDING
 
-# Metadata under the architecture's name that is read here, or that repeats what is read.
+# Metadata under the architecture's name that is read here, or that repeats such metadata.
 _KNOWN = frozenset(
     "block_count context_length embedding_length feed_forward_length vocab_size attention.head_count "
     "attention.head_count_kv attention.key_length attention.value_length attention.layer_norm_rms_epsilon "
@@ -118,7 +118,7 @@ def _size(header: GGUFHeader, arch: str, key: str, default: int | None = None) -
 
 
 def _decimal(value: float) -> float:
-    """1e-05 rather than 9.999999747378752e-06, the value of float32 metadata."""
+    """A float32 value as its shortest decimal: 1e-05 instead of 9.999999747378752e-06."""
     return float(str(np.float32(value)))
 
 

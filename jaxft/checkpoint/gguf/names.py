@@ -148,7 +148,7 @@ WRITTEN_AS = {"mistral": "llama"}
 
 
 class GGUFModule(NamedTuple):
-    """Where a module is in a file. part: its name without layer number. expert: its row of a merged tensor."""
+    """The place of a module in a file. part: its name without layer number. expert: its row of a merged tensor."""
 
     name: str
     part: str

@@ -36,7 +36,7 @@ MergeBlock = Callable[..., np.ndarray]
 
 @dataclass(frozen=True)
 class PeftTensor:
-    """One tensor of a folder, or a part of one, and where a model with the adapter keeps it.
+    """One tensor of a folder, or a part of one, and its place in a model with the adapter.
 
     path: of our parameter. index: the part of our parameter. transform: from that part to PEFT's layout and back.
     part: the slices of the folder's tensor, if that tensor holds several of our parameters; else None.

@@ -254,7 +254,7 @@ def merge_blocks(base: TensorSource, config: Mapping[str, Any], source: PeftSour
         problems += misfits
         if not misfits:
             parts = {part: source.read(key).astype(np.float32) for part, key in keys.items()}
-            # B and A either way, [rows, r] and [r, columns].
+            # B and A in both cases, [rows, r] and [r, columns].
             b, a = [parts["B.weight"], parts["A.weight"]] if "A.weight" in parts else [
                 parts["embedding_A"].T, parts["embedding_B"].T
             ]  # fmt: skip

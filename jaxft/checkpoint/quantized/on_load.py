@@ -1,4 +1,4 @@
-"""Quantising weights while loading, one layer's tensor at a time: the whole model is never in its own precision."""
+"""Quantisation while loading, one layer's tensor at a time. The model as a whole is never kept in its own precision."""
 
 # L stacked layers, E experts, I inputs, O outputs
 
@@ -58,7 +58,7 @@ def quantized_array(
             dtype = jnp.promote_types(source.specs()[inside[0].hf].dtype, jnp.bfloat16)
             kernel, change = read(part, source, jax.ShapeDtypeStruct(shape, dtype), sharding), format.quantize
         keep = _store(keep, kernel, jnp.int32(layer or 0), change, leaf_shardings, stacked)
-        jax.block_until_ready(keep)  # else the dense layers pile up in front of the device
+        jax.block_until_ready(keep)  # otherwise the dense layers accumulate before the device has used them
     return keep
 
 

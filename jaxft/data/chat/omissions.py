@@ -1,4 +1,4 @@
-"""Parts of a row that a chat template silently omits: the model would be trained on less than the row contains."""
+"""Parts of a row that a chat template silently omits, so that training would see less than the row contains."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,10 +1,10 @@
 """Which answers of a conversation share a training sequence.
 
-Some templates write an answer differently once more messages follow: they drop its thoughts, move the tools to the
-last question, or end only the last answer. Trained in the rendering of the whole conversation, such an answer would
-follow, or be, text that never occurs at inference. So each answer is first rendered as at inference, with its prompt;
-then answers that read the same in one rendering, up to their end tokens, share it, and the others get sequences of
-their own.
+Some templates write an answer differently once more messages follow: they drop its thoughts, move the tools to the last
+question, or end only the last answer. If such an answer were trained in the rendering of the whole conversation, it
+would follow, or be, text that never occurs at inference. So each answer is first rendered as at inference, with its
+prompt; then answers that read the same in one rendering, up to their end tokens, share it, and the others get sequences
+of their own.
 """
 
 import json
@@ -51,8 +51,8 @@ def layouts(conversation: Conversation, tokenizer: Tokenizer, config: DataConfig
     """The sequences of one row, in order of their last answers.
 
     config.turns: `auto` (the fewest sequences in which every answer reads as at inference), `together` (one), or
-    `split` (one for each answer). notes: counts what deserves a warning. Raises DataError, naming the row, if an
-    answer does not continue its own prompt, or `together` is impossible.
+    `split` (one for each answer). notes: counts of the facts that deserve a warning. Raises DataError, naming the row,
+    if an answer does not continue its own prompt, or `together` is impossible.
     """
     if not conversation.messages:
         text = conversation.prompt + conversation.completion

@@ -14,7 +14,7 @@ from jaxft.data.tokenizers.load import load_tokenizer
 from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import ExportError
 
-# Tokens at which llama.cpp ends a generation by their spelling, whatever the file says.
+# Tokens at which llama.cpp ends a generation because of their spelling, regardless of the file.
 KNOWN_TO_LLAMA_CPP = (
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<|eom_id|>", "<EOT>",
 )  # fmt: skip
@@ -181,7 +181,7 @@ def _special_ids(tokenizer: Tokenizer, model: Mapping[str, Any]) -> dict[str, in
     spelt = {i: tokenizer.token(i) for i in sorted(tokenizer.stop_ids - {tokenizer.eos_id})}
     ids["eom"] = next((i for i, token in spelt.items() if token == "<|eom_id|>"), None)
     rest = {i: token for i, token in spelt.items() if i != ids["eom"]}
-    # The only field for another end token is for one that llama.cpp does not know by itself.
+    # The only field for another end token is meant for one that llama.cpp does not recognize by itself.
     ids["eot"] = next(iter(sorted(rest, key=lambda i: rest[i] in KNOWN_TO_LLAMA_CPP)), None)
     lost = [token for i, token in rest.items() if i != ids["eot"] and token not in KNOWN_TO_LLAMA_CPP]
     if lost:

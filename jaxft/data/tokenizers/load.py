@@ -156,7 +156,7 @@ def _load_hub(path: str, revision: str | None) -> tuple["PreTrainedTokenizerFast
 
 
 def _load_fast(name: str, settings: Mapping[str, Any], **kwargs: Any) -> "PreTrainedTokenizerFast":
-    """The contents of tokenizer.json, whatever class the settings name.
+    """The contents of tokenizer.json, regardless of the class that the settings name.
 
     Some classes of transformers rebuild the pre-tokenizer from the vocabulary; the same folder then gives other ids
     than its model was trained on.
@@ -173,7 +173,7 @@ def _load_fast(name: str, settings: Mapping[str, Any], **kwargs: Any) -> "PreTra
 
 
 def _load_class(name: str, **kwargs: Any) -> "PreTrainedTokenizerFast":
-    # Importing AutoTokenizer imports torch if it is installed, so only files that need it pay for that.
+    # AutoTokenizer imports torch if it is installed, so it is imported only for files that need it.
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     # mistral_format: mistral-common, if it is installed, would otherwise read folders with a tekken.json.
@@ -188,7 +188,7 @@ def _load_class(name: str, **kwargs: Any) -> "PreTrainedTokenizerFast":
 
 
 def _name_special_tokens(backend: "PreTrainedTokenizerFast", by_class: "PreTrainedTokenizerFast") -> None:
-    """Old folders (GPT-2's) leave it to the tokenizer class to name the token that ends a text."""
+    """In old folders (GPT-2's) only the tokenizer class names the token that ends a text."""
     vocabulary = backend.get_vocab()
     for role in SPECIAL_ROLES:
         token = getattr(by_class, role)

@@ -25,7 +25,7 @@ class Tokenizer:
     def __init__(
         self, backend: "PreTrainedTokenizerFast", *, name: str = "", extra_stop_ids: Iterable[int] = ()
     ) -> None:
-        """name: what errors call it. extra_stop_ids: further tokens that end an answer."""
+        """name: its name in errors. extra_stop_ids: further tokens that end an answer."""
         self.backend, self.name = backend, name
         # With the limit from its files the backend would warn of every longer text; jaxft checks lengths itself.
         backend.model_max_length = int(1e30)
