@@ -314,8 +314,8 @@ def _parser() -> argparse.ArgumentParser:
     option("--level", choices=("O1", "default"), default="O1", help="XLA's optimisation: quick, or as a run compiles")
     option("--search", action="store_true", help="the cheapest and fastest way; --topology names kinds: v5e,v6e")
     option("--compiles", type=int, default=2, help="ways that --search compiles, at most, for each of the two")
-    option("--tokens", type=int, help="in the training set, where it is not here")
-    option("--examples", type=int, help="in the training set, where it is not here and not packed")
+    option("--tokens", type=int, help="in the training set, if it is not on this machine")
+    option("--examples", type=int, help="in the training set, if it is not on this machine and rows are not packed")
     option("--prices", metavar="FILE", help="USD per chip-hour in place of jaxft's own table")
 
     option = verb("generate", _generate, "answer prompts")

@@ -129,7 +129,7 @@ class Field:
                 raise ConfigError(f"{self.key}={value} must be {range_.words}")
 
     def convert(self, value: object) -> object:
-        """The value as the field stores it: whole numbers become float where it takes float.
+        """The value as the field stores it: whole numbers become float if it takes float.
 
         Raises ConfigError for a value of another type.
         """

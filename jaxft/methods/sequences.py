@@ -80,8 +80,9 @@ def make_evaluator(
 ) -> Evaluator | None:
     """`state -> held-out metrics` by a loss without dropout; None if no rows are held out.
 
-    One evaluator serves one device and many: the mesh of the run says where the batches and the weights are. Sums over
-    the whole batch, if the loss needs them, are those over all held-out rows, so that the batch size does not matter.
+    One evaluator serves one device and many: the mesh of the run gives the devices of the batches and the weights. Sums
+    over the whole batch, if the loss needs them, are those over all held-out rows, so that the batch size does not
+    matter.
     """
     if run.data.eval_examples is None:
         return None

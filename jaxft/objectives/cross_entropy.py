@@ -44,7 +44,7 @@ def token_sums(
     each row in a chunk; None: as many as CHUNK_BYTES permits. `loss` is differentiable in head and hidden_BSD, and so
     is `nll` if it is the loss; the other sums have no gradient.
     """
-    # As a plain list: nnx.Variable answers for its value's attributes, which hides where a leaf begins.
+    # As a plain list: nnx.Variable passes on the attributes of its value, which hides the boundary of a leaf.
     leaves, treedef = jax.tree.flatten(head)
     hidden_BSD = partition.gather(hidden_BSD, ("batch", "stream", None), ("batch", "sequence", None))
 
