@@ -7,10 +7,18 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from jaxft.config.fields import ABOVE_ZERO, BETWEEN_ZERO_AND_ONE, NOT_NEGATIVE, ReadBy, Section
+from jaxft.config.method import methods_on
 from jaxft.errors import ConfigError, did_you_mean
 
 Format = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text"]
 TrainOn = Literal["assistant", "last", "all"]
+PairsOf = Literal["best_worst", "best_others", "adjacent", "all"]
+# Fields by which the columns of a set are read; every set of a mixture may have its own.
+COLUMNS = (
+    "format", "prompt_field", "completion_field", "text_field", "chosen_field", "rejected_field", "answers_field",
+    "score_field", "pairs",
+)  # fmt: skip
+BY_PAIRS = ReadBy("method.name", methods_on("pairs"), because="It is about rows with several answers to a prompt.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +34,11 @@ class MixtureSet(Section):
     prompt_field: Annotated[str | None, "as `data.prompt_field`"] = None
     completion_field: Annotated[str | None, "as `data.completion_field`"] = None
     text_field: Annotated[str | None, "as `data.text_field`"] = None
+    chosen_field: Annotated[str | None, "as `data.chosen_field`"] = None
+    rejected_field: Annotated[str | None, "as `data.rejected_field`"] = None
+    answers_field: Annotated[str | None, "as `data.answers_field`"] = None
+    score_field: Annotated[str | None, "as `data.score_field`"] = None
+    pairs: Annotated[PairsOf | None, "as `data.pairs`"] = None
     train_on: Annotated[TrainOn | None, "as `data.train_on`"] = None
     limit: Annotated[int | None, ABOVE_ZERO, "number of rows that are used, from the first; None: `data.limit`"] = None
     max_epochs: Annotated[
@@ -62,9 +75,32 @@ class DataConfig(Section):
     format: Annotated[Format, "form of the rows; `auto` goes by the keys of each row; see [formats](formats.md)"] = (
         "auto"
     )
-    prompt_field: Annotated[str, "column of the prompts in prompt_completion rows"] = "prompt"
+    prompt_field: Annotated[str, "column of the prompts in prompt_completion rows, and in rows of preferences"] = (
+        "prompt"
+    )
     completion_field: Annotated[str, "column of the completions in prompt_completion rows"] = "completion"
     text_field: Annotated[str, "column of the text in text rows"] = "text"
+    chosen_field: Annotated[str, BY_PAIRS, "column of the chosen answers in rows of [preferences](preferences.md)"] = (
+        "chosen"
+    )
+    rejected_field: Annotated[str, BY_PAIRS, "column of the rejected answers"] = "rejected"
+    answers_field: Annotated[
+        str | None,
+        BY_PAIRS,
+        "column with a list of ranked answers; None: one of the usual names, such as `completions`",
+    ] = None
+    score_field: Annotated[
+        str | None,
+        BY_PAIRS,
+        "the number by which the answers of a list are ranked, more is better unless its name ends in `rank`; None: "
+        "one of the usual names, such as `overall_score`",
+    ] = None
+    pairs: Annotated[
+        PairsOf,
+        BY_PAIRS,
+        "which pairs are made of a list of ranked answers, always of two that are ranked differently. `best_worst`: "
+        "one; `best_others`: the best with each other one; `adjacent`: each with the next in rank; `all`: any two",
+    ] = "best_worst"
     chat_template: Annotated[str | None, "path of a Jinja file that replaces the tokenizer's chat template"] = None
     train_on: Annotated[
         TrainOn, "which tokens are trained. `assistant`: every assistant turn; `last`: the last one; `all`: all tokens"
@@ -102,8 +138,7 @@ class DataConfig(Section):
         """The settings by which one set of the mixture is read: these, replaced by the set's own."""
         own = dataclasses.asdict(self.mixture[name])
         renamed = {"train": own["path"], "train_split": own["split"]}
-        columns = ("format", "prompt_field", "completion_field", "text_field", "train_on", "limit")
-        given = renamed | {key: own[key] for key in columns}
+        given = renamed | {key: own[key] for key in (*COLUMNS, "train_on", "limit")}
         given = {key: value for key, value in given.items() if value is not None}
         return dataclasses.replace(self, **given, mixture={}, stages=None)
 

@@ -1,6 +1,6 @@
 """The method section: which training method, and one section with the settings of each."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated, ClassVar, Literal
 
 from jaxft.config.fields import ABOVE_ZERO, BELOW_ONE, CHOOSES_SECTION, NOT_NEGATIVE, Range, Section
@@ -87,3 +87,13 @@ class MethodConfig(Section):
     def chosen(self) -> MethodSection:
         """The section of the chosen method."""
         return getattr(self, self.name)
+
+
+def methods_on(rows: str) -> tuple[str, ...]:
+    """The names of the methods whose rows have this form, as their section's ROWS says."""
+    sections = {spec.name: spec.type for spec in fields(MethodConfig)}
+    return tuple(
+        name
+        for name, section in sections.items()
+        if isinstance(section, type) and issubclass(section, MethodSection) and section.ROWS == rows
+    )

@@ -1,6 +1,7 @@
 """The argument that every shipped config understands: `configs/NAME.py:smoke`."""
 
 from jaxft.assets import ASSETS
+from jaxft.config.data import COLUMNS, DataConfig
 from jaxft.config.method import MethodConfig
 from jaxft.config.reading import ConfigDict
 from jaxft.errors import ConfigError, did_you_mean
@@ -25,14 +26,13 @@ def with_arg(config: ConfigDict, arg: str | None) -> ConfigDict:
     config.adapter.r = min(config.adapter.r, 8)
     train, held_out = _rows(config.method.name)
     for name in config.data.mixture:
-        config.data.mixture[name].update(
-            path=train, split=None, format=None, prompt_field=None, completion_field=None,
-            limit=24 // len(config.data.mixture), max_epochs=None,
-        )  # fmt: skip
+        columns = dict.fromkeys(COLUMNS)
+        limit = 24 // len(config.data.mixture)
+        config.data.mixture[name].update(path=train, split=None, limit=limit, max_epochs=None, **columns)
     config.data.update(
         train="" if config.data.mixture else train, eval=held_out, eval_fraction=None, limit=24, eval_limit=4,
-        format="auto", prompt_field="prompt", completion_field="completion", chat_template=None,
-        max_length=512, truncation="drop",
+        chat_template=None, max_length=512, truncation="drop",
+        **{column: getattr(DataConfig, column) for column in COLUMNS},
     )  # fmt: skip
     config.train.update(batch_size=8, steps=4, log_every=1)
     # The tiny model has no experts.

@@ -32,7 +32,8 @@ class Batch(NamedTuple, Generic[Array]):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Example:
-    """One document. tokens: int32[n]. mask: uint8[n], 1 on trained tokens. row: index in its source.
+    """One document. tokens: int32[n]. mask: uint8[n], 1 on trained tokens. row: index in its source. part: index of its
+    conversation among those of the row.
 
     mask[0] is always 0: nothing comes before the first token that could predict it. values: numbers by name, one for
     each of `documents`. arrays: values of tokens by name, [n, ...].
@@ -41,6 +42,7 @@ class Example:
     tokens: np.ndarray
     mask: np.ndarray
     row: int
+    part: int = 0
     values: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
 
@@ -51,6 +53,11 @@ class Example:
     def documents(self) -> "tuple[Example, ...]":
         """The documents that it occupies in a sequence: itself, or the parts of an example that is packed as one."""
         return (self,)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of its documents for people, such as chosen and rejected; that of an only document is empty."""
+        return ("",)
 
     def prepend(self, first: Sequence[int]) -> "Example":
         """The example with tokens before its own that are not trained."""

@@ -10,10 +10,10 @@ import numpy as np
 
 from jaxft.config import DataConfig
 from jaxft.data.batch import Example
+from jaxft.data.examine_pairs import PairExamination, combine_pairs, examine_pairs, length_quantiles, pair_warnings
 from jaxft.data.packing import one_each, pack
 from jaxft.errors import DataError, listed
 
-QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 BINS = 12
 NAMED = 10  # rows named in one error
 
@@ -27,7 +27,7 @@ class Examination:
     examples fill; fill: the share of their positions that is not padding. quantiles: of the lengths of all examples,
     before truncation, by "p0" to "p100". histogram: of the same lengths, as (from, to, examples), bounds inclusive.
     formats: rows of each format. holds: rows with a system message, several answers, tools, tool calls, thoughts,
-    answers that are not trained.
+    answers that are not trained. pairs: what differs between chosen and rejected answers, if the examples are pairs.
     """
 
     source: str
@@ -45,10 +45,25 @@ class Examination:
     formats: dict[str, int]
     holds: dict[str, int] = dataclasses.field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    pairs: PairExamination | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for `data.json` and --json."""
-        return dataclasses.asdict(self)
+        """Plain values, for `data.json` and --json; without `pairs` if there are none."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "pairs" or value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadCounts:
+    """What was counted while a set was read and tokenised.
+
+    formats, holds: rows of each format, and with each kind of part. notes: as `encode_all` counts them. left_out: what
+    the reader left out: `rows`, and pairs of answers by the reason.
+    """
+
+    formats: Counter[str] = dataclasses.field(default_factory=Counter)
+    holds: Counter[str] = dataclasses.field(default_factory=Counter)
+    notes: Counter[str] = dataclasses.field(default_factory=Counter)
+    left_out: Counter[str] = dataclasses.field(default_factory=Counter)
 
 
 def examine(
@@ -58,26 +73,26 @@ def examine(
     stop_ids: frozenset[int],
     where: Callable[[int], str],
     source: str = "the data",
-    formats: Counter[str] | None = None,
-    holds: Counter[str] | None = None,
-    notes: Counter[str] | None = None,
+    counts: ReadCounts | None = None,
+    pairs: bool = False,
 ) -> tuple[list[Example], Examination]:
     """The examples that can be trained on, in order and none longer than max_length, and their examination.
 
     config: its max_length, packing, and truncation: what to do with longer examples (`refuse` to start, `drop` them,
     cut them on the `right`). stop_ids: the tokens that end an answer. where: the name of a row in errors, from its
-    index. formats, holds: how many rows have each format and each kind of part. notes: as `encode_all` counts them.
+    index. counts: of the reading. pairs: whether every example is a chosen and a rejected answer.
     Raises DataError if the set is empty, examples are too long and truncation is `refuse`, rows train on zero tokens,
     or no example trains its end token.
     """
+    counts = counts or ReadCounts()
     if not examples:
-        raise DataError(f"{source} has no rows, so there is nothing to train on")
+        raise DataError(_nothing(source, counts.left_out))
     max_length = config.max_length
     lengths = np.array([len(example) for example in examples])
-    rows = len({example.row for example in examples})
+    rows = len({example.row for example in examples}) + counts.left_out["rows"]
     _refuse_untrained(examples, rows, where, source)
     too_long = int((lengths > max_length).sum())
-    kept = _fit(examples, lengths, config, where, source)
+    kept = _fit(examples, lengths, config, where, source, pairs)
     ended = sum(int(e.mask[-1]) and int(e.tokens[-1]) in stop_ids for e in kept)
     if not ended:
         raise DataError(
@@ -98,12 +113,13 @@ def examine(
         dropped=dropped,
         sequences=len(plan),
         fill=tokens / (len(plan) * max_length),
-        quantiles=_quantiles(lengths),
+        quantiles=length_quantiles(lengths),
         histogram=_histogram(lengths),
-        formats=dict(formats or {}),
-        holds=dict(holds or {}),
+        formats=dict(counts.formats),
+        holds=dict(counts.holds),
+        pairs=examine_pairs(kept, counts.left_out) if pairs else None,
     )
-    warnings = _warnings(examination, len(kept) - ended, notes or Counter())
+    warnings = _warnings(examination, len(kept) - ended, counts.notes)
     return kept, dataclasses.replace(examination, warnings=warnings)
 
 
@@ -130,11 +146,12 @@ def combine_examinations(examinations: Sequence[Examination], examples: Sequence
         source=f"{len(examinations)} {what}",
         max_length=first.max_length,
         fill=sums["tokens"] / (sums["sequences"] * first.max_length),
-        quantiles=_quantiles(lengths),
+        quantiles=length_quantiles(lengths),
         histogram=_histogram(lengths),
         formats=count_by("formats"),
         holds=count_by("holds"),
         warnings=tuple(f"{one.source}: {warning}" for one in examinations for warning in one.warnings),
+        pairs=combine_pairs([one.pairs for one in examinations if one.pairs], examples),
         **sums,
     )
 
@@ -161,6 +178,7 @@ def _fit(
     config: DataConfig,
     where: Callable[[int], str],
     source: str,
+    pairs: bool,
 ) -> list[Example]:
     """The examples within max_length, by `config.truncation`."""
     max_length, truncation = config.max_length, config.truncation
@@ -169,10 +187,11 @@ def _fit(
         return list(examples)
     longest = int(np.argmax(lengths))
     if truncation == "refuse":
+        mends = "'drop'" if pairs else "'drop' or 'right'"  # a cut pair would lose the rejected answer
         raise DataError(
             f"{len(over):,} of {len(examples):,} examples of {source} are longer than data.max_length={max_length}; "
             f"the longest, {where(examples[longest].row)}, has {lengths[longest]:,} tokens. Set "
-            f"data.max_length={lengths[longest]}, or data.truncation to 'drop' or 'right'."
+            f"data.max_length={lengths[longest]}, or data.truncation to {mends}."
         )
     if truncation == "drop":
         kept = [example for example in examples if len(example) <= max_length]
@@ -222,11 +241,19 @@ def _warnings(examination: Examination, unended: int, notes: Counter[str]) -> tu
     if len(examination.formats) > 1:
         mixed = ", ".join(f"{count:,} {name}" for name, count in examination.formats.items())
         warnings.append(f"rows are of several formats ({mixed})")
+    if examination.pairs is not None:
+        warnings += pair_warnings(examination.pairs)
     return tuple(warnings)
 
 
-def _quantiles(lengths: np.ndarray) -> dict[str, int]:
-    return {f"p{q * 100:g}": int(np.quantile(lengths, q, method="higher")) for q in QUANTILES}
+def _nothing(source: str, left_out: Counter[str]) -> str:
+    rows = left_out["rows"]
+    if not rows:
+        return f"{source} has no rows, so there is nothing to train on"
+    return (
+        f"none of the {rows:,} rows of {source} has two answers that differ and are ranked differently, so there is "
+        "nothing to prefer. Check data.answers_field and data.score_field."
+    )
 
 
 def _histogram(lengths: np.ndarray) -> tuple[tuple[int, int, int], ...]:

@@ -1,6 +1,7 @@
 """Readers of the common row formats: each row becomes a `Conversation`."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -28,7 +29,8 @@ RESERVED = ("messages", "tools", "add_generation_prompt", "continue_final_messag
 class Conversation:
     """One row, whatever its format: a chat (messages), or plain text (prompt and completion).
 
-    row: index in its source. where: the row's name in errors. format: the format it was written in.
+    row: index in its source. part: index among the conversations of this row. where: the row's name in errors. format:
+    the format it was written in.
     messages: OpenAI messages, empty for plain text. tools: JSON schemas that the template may show.
     first_trained: index of the first message that may be trained on. untrained: indices of answers marked as not to be
     trained. template_kwargs: variables of the chat template for this row, such as enable_thinking.
@@ -39,6 +41,7 @@ class Conversation:
     row: int
     where: str
     format: str
+    part: int = 0
     messages: tuple[dict[str, Any], ...] = ()
     tools: tuple[dict[str, Any], ...] = ()
     first_trained: int = 0
@@ -49,8 +52,8 @@ class Conversation:
     values: Mapping[str, float] = field(default_factory=dict)
 
 
-def conversations(rows: Rows, config: DataConfig) -> Iterator[Conversation]:
-    """Every row as a Conversation, in order. Raises DataError at the first row that cannot be one."""
+def conversations(rows: Rows, config: DataConfig, left_out: Counter[str]) -> Iterator[Conversation]:
+    """Every row as a Conversation, in order; none is left out. Raises DataError at the first that cannot be one."""
     for index in range(len(rows)):
         yield read_row(rows[index], config, row=index, where=rows.where(index))
 
@@ -66,7 +69,7 @@ def read_row(fields: Mapping[str, Any], config: DataConfig, *, row: int, where: 
         if "messages" in read:
             read |= _marks(read["messages"]) | {"tools": tools_of(fields), "template_kwargs": _template_kwargs(fields)}
         return Conversation(row=row, where=where, format=name, **read)
-    except (_Problem, BadCall) as problem:
+    except (RowProblem, BadCall) as problem:
         raise DataError(f"{where} ({name}): {problem}") from problem
 
 
@@ -88,7 +91,7 @@ def detect(row: Mapping[str, Any], config: DataConfig, where: str) -> str:
     )
 
 
-class _Problem(ValueError):
+class RowProblem(ValueError):
     """A problem with a row; `read_row` adds the row's name."""
 
 
@@ -100,10 +103,10 @@ def _prompt_completion(row: Mapping[str, Any], config: DataConfig) -> dict[str, 
     prompt, completion = _field(row, config.prompt_field), _field(row, config.completion_field)
     if isinstance(prompt, str) and isinstance(completion, str):
         if not completion:
-            raise _Problem(f"{config.completion_field!r} is empty, so there is nothing to train on")
+            raise RowProblem(f"{config.completion_field!r} is empty, so there is nothing to train on")
         return {"prompt": prompt, "completion": completion}
     if isinstance(prompt, str) or isinstance(completion, str):
-        raise _Problem(
+        raise RowProblem(
             f"{config.prompt_field!r} is {type(prompt).__name__} and {config.completion_field!r} is "
             f"{type(completion).__name__}: both must be text, or both lists of messages"
         )
@@ -113,40 +116,53 @@ def _prompt_completion(row: Mapping[str, Any], config: DataConfig) -> dict[str, 
 
 
 def _alpaca(row: Mapping[str, Any], config: DataConfig) -> dict[str, Any]:
+    messages = [*alpaca_prompt(row), {"role": "assistant", "content": _field(row, "output")}]
+    return {"messages": _check_messages(messages, "instruction/output")}
+
+
+def alpaca_prompt(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The messages of an alpaca row before its answer, not yet checked. Raises RowProblem if they cannot be read."""
     messages = []
     if row.get("system"):
         messages.append({"role": "system", "content": row["system"]})
     for pair in row.get("history") or ():
         if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
-            raise _Problem(f"'history' must be a list of [question, answer] pairs; one is {str(pair)[:60]!r}")
+            raise RowProblem(f"'history' must be a list of [question, answer] pairs; one is {str(pair)[:60]!r}")
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     question = _field(row, "instruction")
     if row.get("input"):
         question = f"{question}\n{row['input']}"
-    messages += [{"role": "user", "content": question}, {"role": "assistant", "content": _field(row, "output")}]
-    return {"messages": _check_messages(messages, "instruction/output")}
+    return [*messages, {"role": "user", "content": question}]
 
 
 def _sharegpt(row: Mapping[str, Any], config: DataConfig) -> dict[str, Any]:
+    return {"messages": _check_messages(sharegpt_messages(row), "conversations")}
+
+
+def sharegpt_messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The turns of a sharegpt row as messages, not yet checked. Raises RowProblem if they cannot be read."""
     messages = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    turns = _list(_field(row, "conversations"), "conversations")
-    for number, turn in enumerate(turns, 1):
-        speaker = turn.get("from", turn.get("role"))
-        if speaker not in SPEAKERS:
-            hint = did_you_mean(str(speaker), SPEAKERS)
-            raise _Problem(f"turn {number} is from {speaker!r}; known: {', '.join(SPEAKERS)}.{hint}")
-        value = turn.get("value", turn.get("content"))
-        message = {"role": SPEAKERS[speaker], "content": value}
-        if speaker == "function_call":
-            message = {"role": "assistant", "tool_calls": value}
-        messages.append({name: turn[name] for name in TURN_FIELDS if name in turn} | message)
-    return {"messages": _check_messages(messages, "conversations")}
+    turns = as_list(_field(row, "conversations"), "conversations")
+    return messages + [sharegpt_message(turn, number) for number, turn in enumerate(turns, 1)]
+
+
+def sharegpt_message(turn: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """One turn as a message, not yet checked. number: its place, from 1. Raises RowProblem for an unknown speaker."""
+    speaker = turn.get("from", turn.get("role"))
+    if speaker not in SPEAKERS:
+        hint = did_you_mean(str(speaker), SPEAKERS)
+        raise RowProblem(f"turn {number} is from {speaker!r}; known: {', '.join(SPEAKERS)}.{hint}")
+    value = turn.get("value", turn.get("content"))
+    message = {"role": SPEAKERS[speaker], "content": value}
+    if speaker == "function_call":
+        message = {"role": "assistant", "tool_calls": value}
+    return {name: turn[name] for name in TURN_FIELDS if name in turn} | message
 
 
 def _text(row: Mapping[str, Any], config: DataConfig) -> dict[str, Any]:
     text = _field(row, config.text_field)
     if not isinstance(text, str) or not text:
-        raise _Problem(f"{config.text_field!r} is empty or not text: {str(text)[:60]!r}")
+        raise RowProblem(f"{config.text_field!r} is empty or not text: {str(text)[:60]!r}")
     return {"completion": text}
 
 
@@ -171,28 +187,29 @@ READERS = {
 
 def _field(row: Mapping[str, Any], name: str) -> Any:
     if row.get(name) is None:
-        raise _Problem(f"no field {name!r}; its keys are {', '.join(sorted(row)) or 'none'}")
+        raise RowProblem(f"no field {name!r}; its keys are {', '.join(sorted(row)) or 'none'}")
     return row[name]
 
 
-def _list(value: Any, field: str) -> list[Mapping[str, Any]]:
+def as_list(value: Any, field: str) -> list[Mapping[str, Any]]:
+    """A list of objects, in whichever way a table stores it. Raises RowProblem if it is none, or empty."""
     # Columnar stores return a list of objects as an object of lists.
     if isinstance(value, Mapping) and all(isinstance(column, list) for column in value.values()):
         value = [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
     if not isinstance(value, list) or not value:
-        raise _Problem(f"{field!r} must be a list with at least one message; it is {str(value)[:60]!r}")
+        raise RowProblem(f"{field!r} must be a list with at least one message; it is {str(value)[:60]!r}")
     for number, item in enumerate(value, 1):
         if not isinstance(item, Mapping):
-            raise _Problem(f"{field!r} entry {number} is not a message: {str(item)[:60]!r}")
+            raise RowProblem(f"{field!r} entry {number} is not a message: {str(item)[:60]!r}")
     return value
 
 
 def _check_messages(value: Any, field: str, *, answer: bool = True) -> tuple[dict[str, Any], ...]:
     """Messages that can be rendered. answer: at least one must come from the assistant."""
-    messages = tuple(_message(message, number) for number, message in enumerate(_list(value, field), 1))
+    messages = tuple(_message(message, number) for number, message in enumerate(as_list(value, field), 1))
     if answer and not any(message["role"] == "assistant" for message in messages):
         roles = ", ".join(message["role"] for message in messages)
-        raise _Problem(f"{field!r} has no assistant message to train on (roles: {roles})")
+        raise RowProblem(f"{field!r} has no assistant message to train on (roles: {roles})")
     return messages
 
 
@@ -201,7 +218,7 @@ def _message(message: Mapping[str, Any], number: int) -> dict[str, Any]:
     message = {key: value for key, value in message.items() if value is not None}
     role = message.get("role")
     if role not in ROLES:
-        raise _Problem(
+        raise RowProblem(
             f"message {number} has role {role!r}; known: {', '.join(ROLES)}.{did_you_mean(str(role), ROLES)}"
         )
     calls = calls_of(message, number)
@@ -210,24 +227,24 @@ def _message(message: Mapping[str, Any], number: int) -> dict[str, Any]:
         message["tool_calls"] = calls
     for name in FIELDS:
         if not isinstance(message.get(name, ""), str):
-            raise _Problem(
+            raise RowProblem(
                 f"message {number} ({role}) has {name} of type {type(message[name]).__name__}; it must be text"
             )
     content = message.get("content")
     if isinstance(content, list):
         message["content"] = content = _join_text(content, number)
     if content is not None and not isinstance(content, str):
-        raise _Problem(f"message {number} ({role}) has content of type {type(content).__name__}; it must be text")
+        raise RowProblem(f"message {number} ({role}) has content of type {type(content).__name__}; it must be text")
     may_be_empty = role in ("system", "developer", "tool", "function") or "tool_calls" in message
     if not may_be_empty and not (content or "").strip():
-        raise _Problem(f"message {number} ({role}) has empty content; remove the message or the row")
+        raise RowProblem(f"message {number} ({role}) has empty content; remove the message or the row")
     message.setdefault("content", "")
     return message
 
 
 def _join_text(parts: list[Any], number: int) -> str:
     if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in parts):
-        raise _Problem(f"message {number} has content parts that are not text; only text is trained")
+        raise RowProblem(f"message {number} has content parts that are not text; only text is trained")
     return "".join(part["text"] for part in parts)
 
 
@@ -241,11 +258,11 @@ def _marks(messages: tuple[dict[str, Any], ...]) -> dict[str, Any]:
         marks = {name: message[name] for name in ("train", "weight") if name in message}
         for name, value in marks.items():
             if value not in (0, 1):
-                raise _Problem(f"message {index + 1} has {name}: {value!r}; it may be 0 or 1, or false or true")
+                raise RowProblem(f"message {index + 1} has {name}: {value!r}; it may be 0 or 1, or false or true")
         if len({bool(value) for value in marks.values()}) > 1:
-            raise _Problem(f"message {index + 1} has train: {marks['train']} and weight: {marks['weight']}; keep one")
+            raise RowProblem(f"message {index + 1} has train: {marks['train']} and weight: {marks['weight']}; keep one")
         if any(marks.values()) and message["role"] != "assistant":
-            raise _Problem(
+            raise RowProblem(
                 f"message {index + 1} ({message['role']}) is marked to be trained, but only answers can be: remove its "
                 "train or weight, or train on everything with data.train_on='all'"
             )
@@ -261,9 +278,9 @@ def _template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
         try:
             given = json.loads(given)
         except ValueError as error:
-            raise _Problem(f"'chat_template_kwargs' is text but not JSON: {error}") from error
+            raise RowProblem(f"'chat_template_kwargs' is text but not JSON: {error}") from error
     if not isinstance(given, Mapping) or set(given) & set(RESERVED):
-        raise _Problem(
+        raise RowProblem(
             f"'chat_template_kwargs' must be an object of variables other than {', '.join(RESERVED)}; it is "
             f"{str(given)[:60]!r}"
         )

@@ -5,6 +5,7 @@ into conversations, and pairs the examples up again by `Example.row`.
 """
 
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from jaxft.config import DataConfig, RunConfig
 from jaxft.data.batch import Example
 from jaxft.data.chat.encode import encode_all, prompt_of
 from jaxft.data.chat.reasoning import thoughts_of
-from jaxft.data.examine import Examination, combine_examinations, count_repeated, examine
+from jaxft.data.examine import Examination, ReadCounts, combine_examinations, count_repeated, examine
 from jaxft.data.formats import Conversation, conversations
 from jaxft.data.sources import Rows, held_out_rows, train_and_eval
 from jaxft.data.tokenizers.tokenizer import Tokenizer
@@ -23,9 +24,10 @@ from jaxft.nn.virtual import virtual_ids
 
 ONLY = "train"  # name of the training set of a run without a mixture
 
-# The conversations of a set, in order of its rows; one row may give several, each with the row's index in `row`.
+# The conversations of a set, in order of its rows; one row may give several, each with the row's index in `row` and its
+# place among them in `part`. The counter takes what is left out: `rows` that give none, and others by their names.
 # Raises DataError, naming the row by `rows.where(index)`, if a row cannot be read.
-ReadRows = Callable[[Rows, DataConfig], Iterator[Conversation]]
+ReadRows = Callable[[Rows, DataConfig, Counter[str]], Iterator[Conversation]]
 # The examples of a set, in the order of its conversations -> those that are packed, such as the pairs of two.
 Join = Callable[[list[Example]], list[Example]]
 
@@ -77,15 +79,16 @@ def prepare(
     read: ReadRows = conversations,
     join: Join = list,
     read_answers: ReadRows | None = None,
+    pairs: bool = False,
 ) -> Prepared:
     """Reads, tokenises and examines a run's training and held-out rows, each after the adapter's virtual tokens.
 
-    read, join: see `prepare_set`. read_answers: the held-out conversations whose answers are the references of scores
-    by generation; by default those of `read`. Raises DataError, naming the row, for anything that would train silently
-    wrong; also if eval.metric is set and the held-out rows are plain text, which has no answers to score.
+    read, join, pairs: see `prepare_set`. read_answers: the held-out conversations whose answers are the references of
+    scores by generation; by default those of `read`. Raises DataError, naming the row, for anything that would train
+    silently wrong; also if eval.metric is set and the held-out rows are plain text, which has no answers to score.
     """
     train, held_out = open_sets(config)
-    data = prepare_sets(train, held_out, config, tokenizer, read=read, join=join)
+    data = prepare_sets(train, held_out, config, tokenizer, read=read, join=join, pairs=pairs)
     questions = _questions(held_out, tokenizer, config.eval.limit, read_answers or read)
     if config.eval.metric and held_out and not questions:
         raise DataError("eval.metric compares answers with references, but the held-out rows are plain text")
@@ -121,15 +124,18 @@ def prepare_sets(
     *,
     read: ReadRows = conversations,
     join: Join = list,
+    pairs: bool = False,
 ) -> Prepared:
     """The examples and examinations of opened sets, without eval_prompts and eval_references.
 
-    read, join: see `prepare_set`, which also says what is raised.
+    read, join, pairs: see `prepare_set`, which also says what is raised.
     """
     first = virtual_ids(config.adapter.virtual_tokens)
 
     def prepare_one(one: RowSet) -> TrainSet:
-        examples, examination = prepare_set(one.rows, one.config, tokenizer, first=first, read=read, join=join)
+        examples, examination = prepare_set(
+            one.rows, one.config, tokenizer, first=first, read=read, join=join, pairs=pairs
+        )
         return TrainSet(name=one.name, examples=examples, examination=examination)
 
     sets = [prepare_one(one) for one in train]
@@ -157,32 +163,39 @@ def prepare_set(
     first: Sequence[int] = (),
     read: ReadRows = conversations,
     join: Join = list,
+    pairs: bool = False,
 ) -> tuple[list[Example], Examination]:
     """One set: read, tokenised, and examined.
 
     config: how this set is read. first: token ids at the start of every example, which are not trained. read: turns
-    the rows into conversations. join: makes examples that are packed as one, out of theirs, in the same order. Raises
-    DataError, naming the row, as `read`, `join`, `encode_all` and `examine` do.
+    the rows into conversations. join: makes examples that are packed as one, out of theirs, in the same order. pairs:
+    whether they are pairs of a chosen and a rejected answer, which the examination then compares. Raises DataError,
+    naming the row, as `read`, `join`, `encode_all` and `examine` do.
     """
-    formats: Counter[str] = Counter()
-    holds: Counter[str] = Counter()
-    notes: Counter[str] = Counter()
+    counts = ReadCounts()
 
     def read_and_count() -> Iterator[Conversation]:
-        for conversation in read(rows, config):
-            formats[conversation.format] += 1
-            holds.update(_features(conversation))
-            yield conversation
+        read_rows = read(rows, config, counts.left_out)
+        for _, of_row in itertools.groupby(read_rows, lambda conversation: conversation.row):
+            features: set[str] = set()
+            for number, conversation in enumerate(of_row):
+                if number == 0:
+                    counts.formats[conversation.format] += 1
+                features.update(_features(conversation))
+                yield conversation
+            counts.holds.update(features)
 
+    examples = join(
+        [example.prepend(first) for example in encode_all(read_and_count(), tokenizer, config, counts.notes)]
+    )
     return examine(
-        join([example.prepend(first) for example in encode_all(read_and_count(), tokenizer, config, notes)]),
+        examples,
         config,
         stop_ids=tokenizer.stop_ids,
         where=rows.where,
         source=rows.describe(),
-        formats=formats,
-        holds=holds,
-        notes=notes,
+        counts=counts,
+        pairs=pairs,
     )
 
 
@@ -201,11 +214,11 @@ def _questions(
         return []
     if len(held_out) == 1:  # of mixed rows, the questions among the first `limit`
         (one,) = held_out
-        first = islice(read(one.rows, one.config), limit)
+        first = islice(read(one.rows, one.config, Counter()), limit)
         return [prompt_of(row, tokenizer, one.config) for row in first if row.format != "text"]
 
     def questions_of(one: RowSet) -> Iterator[tuple[list[int], str]]:
-        for conversation in read(one.rows, one.config):
+        for conversation in read(one.rows, one.config, Counter()):
             if conversation.format != "text":
                 yield prompt_of(conversation, tokenizer, one.config)
 

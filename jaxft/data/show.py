@@ -7,17 +7,19 @@ import numpy as np
 
 from jaxft.data.batch import Example
 from jaxft.data.examine import Examination
+from jaxft.data.examine_pairs import describe_pairs
 from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.nn import virtual
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
 
 def render_rows(
     examples: Sequence[Example], tokenizer: Tokenizer, *, limit: int = 2, console: "Console | None" = None
 ) -> None:
-    """Prints the first `limit` examples with their trained tokens in colour.
+    """Prints the first `limit` examples with their trained tokens in colour, each document of an example by its name.
 
     If the output is not a terminal, trained text is in [[double brackets]] instead.
     """
@@ -29,19 +31,30 @@ def render_rows(
     for number, example in enumerate(examples[:limit]):
         trained = int(example.mask.sum())
         first = int((example.tokens >= virtual.FIRST).sum())
-        virtual_tokens = f", the first {first} virtual" if first else ""
+        virtual_tokens = f", the first {first} virtual" if first and len(example.documents) == 1 else ""
         text = Text(f"row {example.row}: {len(example)} tokens{virtual_tokens}, {trained} trained\n", style="bold")
-        shown = example.tokens[first:], example.mask[first:]
-        edges = np.flatnonzero(np.diff(shown[1])) + 1
-        for tokens, mask in zip(*(np.split(part, edges) for part in shown), strict=True):
-            piece = tokenizer.decode(tokens, skip_special_tokens=False)
-            if colored:
-                text.append(piece, style="bold green" if mask[0] else "dim")
-            else:
-                text.append(f"[[{piece}]]" if mask[0] else piece, style="not bold")
+        for name, document in zip(example.names, example.documents, strict=True):
+            if name:
+                text.append(f"{name}: {len(document)} tokens, {int(document.mask.sum())} trained\n", style="not bold")
+            _append_marked(text, document, tokenizer, colored=colored)
+            if name != example.names[-1]:
+                text.append("\n")
         console.print(text, highlight=False, soft_wrap=True)
         if number < limit - 1:
             console.print()
+
+
+def _append_marked(text: "Text", document: Example, tokenizer: Tokenizer, *, colored: bool) -> None:
+    """Appends the text of a document, trained tokens in colour or in double brackets, without virtual tokens."""
+    first = int((document.tokens >= virtual.FIRST).sum())
+    shown = document.tokens[first:], document.mask[first:]
+    edges = np.flatnonzero(np.diff(shown[1])) + 1
+    for tokens, mask in zip(*(np.split(part, edges) for part in shown), strict=True):
+        piece = tokenizer.decode(tokens, skip_special_tokens=False)
+        if colored:
+            text.append(piece, style="bold green" if mask[0] else "dim")
+        else:
+            text.append(f"[[{piece}]]" if mask[0] else piece, style="not bold")
 
 
 def print_examination(examination: Examination, *, console: "Console | None" = None, name: str | None = None) -> None:
@@ -65,6 +78,8 @@ def print_examination(examination: Examination, *, console: "Console | None" = N
         f"{examination.truncated:,} examples cut, {examination.dropped:,} dropped",
         highlight=False,
     )
+    if examination.pairs is not None:
+        console.print(Text(describe_pairs(examination.pairs)), soft_wrap=True)
     table = Table("tokens", "examples", "", box=None, pad_edge=False)
     most = max(count for _, _, count in examination.histogram)
     for low, high, count in examination.histogram:

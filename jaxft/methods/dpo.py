@@ -11,7 +11,7 @@ from jaxft.data.batch import Batch
 from jaxft.data.preferences import prepare_pairs
 from jaxft.methods import sequences
 from jaxft.methods.method import Method, Run
-from jaxft.methods.pairs import check_pairs
+from jaxft.methods.pairs import batch_shapes, check_pairs
 from jaxft.methods.reference import check_reference, reference_logps, reference_state
 from jaxft.methods.router import router_coefficients
 from jaxft.nn.decoder import Decoder
@@ -52,7 +52,7 @@ METHOD = Method(
     prepare=prepare_pairs,
     source=sequences.source,
     feed=sequences.feed,
-    batch_shapes=sequences.batch_shapes,
+    batch_shapes=batch_shapes,
     check=check,
     initial_state=reference_state,
     loss=loss,

@@ -1,7 +1,17 @@
 """What methods that train on pairs of answers share: the settings under which rows are pairs."""
 
+import jax
+
 from jaxft.config import RunConfig
+from jaxft.data.batch import Batch
+from jaxft.data.examine_pairs import MARGIN
 from jaxft.errors import ConfigError
+from jaxft.methods import sequences
+
+
+def batch_shapes(config: RunConfig) -> Batch[jax.ShapeDtypeStruct]:
+    """The shapes of a batch of pairs, whose documents carry the margin of their pair."""
+    return sequences.batch_shapes(config, values=(MARGIN,))
 
 
 def check_pairs(config: RunConfig) -> None:

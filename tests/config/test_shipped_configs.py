@@ -55,7 +55,7 @@ def test_smoke_has_pairs_for_a_method_of_pairs(
     assert cli.main(["data", f"--config={path}:smoke", "--json"]) == 0
     examination = json.loads(capsys.readouterr().out)
     assert (examination["rows"], examination["eval"]["rows"]) == (24, 4)
-    assert not examination["dropped"] and examination["formats"] == {"preference": 48}
+    assert not examination["dropped"] and examination["formats"] == {"preference": 24}
 
 
 @by_name

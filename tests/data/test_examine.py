@@ -9,7 +9,7 @@ from rich.console import Console
 
 from jaxft.config import DataConfig
 from jaxft.data.batch import Example
-from jaxft.data.examine import count_repeated, examine
+from jaxft.data.examine import ReadCounts, count_repeated, examine
 from jaxft.data.show import print_examination, render_rows
 from jaxft.errors import DataError
 
@@ -32,7 +32,7 @@ def look(examples, **config):
         stop_ids=frozenset({END}),
         where=lambda row: f"set line {row + 1}",
         source="the set",
-        formats=Counter(messages=len(examples)),
+        counts=ReadCounts(formats=Counter(messages=len(examples))),
     )
 
 

@@ -145,7 +145,8 @@ def _example(conversation: Conversation, ids: Sequence[int], mask: np.ndarray) -
 
 def _unchecked(conversation: Conversation, ids: Sequence[int], mask: np.ndarray) -> Example:
     values = {name: (value,) for name, value in conversation.values.items()}
-    return Example(tokens=np.asarray(ids, np.int32), mask=mask, row=conversation.row, values=values)
+    tokens = np.asarray(ids, np.int32)
+    return Example(tokens=tokens, mask=mask, row=conversation.row, part=conversation.part, values=values)
 
 
 def _bos(tokenizer: Tokenizer) -> list[int]:
