@@ -14,6 +14,7 @@ COMPANIONS = {
     "optim.name": {"optim.schedule": "constant", "adapter.kind": "none"},
     "eval.metric": {"data.eval_fraction": 0.1},
     "checkpoint.best_metric": {"data.eval_fraction": 0.1},
+    "data.pairs": {"method.name": "dpo"},
 }
 DPO_METRICS = ("eval_rewards/accuracies", "eval_rewards/margins")
 

@@ -73,13 +73,13 @@ def read_pairs(rows: Rows, config: DataConfig, left_out: Counter[str]) -> Iterat
     for index in range(len(rows)):
         where = rows.where(index)
         try:
-            found = preferences_of(rows[index], config, left_out)
+            preferences = preferences_of(rows[index], config, left_out)
         except RowProblem as problem:
             raise DataError(f"{where}: {problem}") from problem
-        if not found:
+        if not preferences:
             left_out["rows"] += 1
             continue
-        has_margin = found[0].margin is not None
+        has_margin = preferences[0].margin is not None
         if first_margin is None:
             first_margin = index, has_margin
         elif first_margin[1] is not has_margin:
@@ -88,7 +88,7 @@ def read_pairs(rows: Rows, config: DataConfig, left_out: Counter[str]) -> Iterat
                 f"{rows.where(with_one)} has a margin, or scores of both answers, and {rows.where(without)} has none. "
                 "Give all rows one, or none."
             )
-        for number, preference in enumerate(found):
+        for number, preference in enumerate(preferences):
             yield from _conversations(preference, config, row=index, number=number, where=where)
 
 

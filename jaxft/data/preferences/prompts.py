@@ -32,14 +32,14 @@ def prompt_in(fields: Mapping[str, Any], config: DataConfig) -> str | list[Messa
             f"it lacks {config.prompt_field!r}, the column of prompts by data.prompt_field.{hint} Its keys: "
             f"{', '.join(sorted(fields))}."
         )
-    found = [name for name in ("instruction", "question", "conversations") if fields.get(name) is not None]
-    if len(found) > 1:
+    names = [name for name in ("instruction", "question", "conversations") if fields.get(name) is not None]
+    if len(names) > 1:
         raise RowProblem(
-            f"the prompt may be in {' or in '.join(map(repr, found))}. Set data.prompt_field to the one that it is in."
+            f"the prompt may be in {' or in '.join(map(repr, names))}. Set data.prompt_field to the one that it is in."
         )
-    if not found:
+    if not names:
         return None
-    (name,) = found
+    (name,) = names
     if name == "conversations":
         return sharegpt_messages(fields)
     if not isinstance(fields[name], str):

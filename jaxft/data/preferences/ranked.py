@@ -93,12 +93,12 @@ def _list_name(fields: Mapping[str, Any], config: DataConfig) -> str | None:
                 f"{did_you_mean(config.answers_field, fields)} Its keys: {', '.join(sorted(fields))}."
             )
         return config.answers_field
-    found = [name for name in LISTS if isinstance(fields.get(name), list | Mapping)]
-    if len(found) > 1:
+    names = [name for name in LISTS if isinstance(fields.get(name), list | Mapping)]
+    if len(names) > 1:
         raise RowProblem(
-            f"the answers may be in {' or in '.join(map(repr, found))}. Set data.answers_field to the one they are in."
+            f"the answers may be in {' or in '.join(map(repr, names))}. Set data.answers_field to the one they are in."
         )
-    return found[0] if found else None
+    return names[0] if names else None
 
 
 def _scored(fields: Mapping[str, Any], name: str, config: DataConfig) -> tuple[list[Any], str, list[Any]]:
@@ -134,16 +134,16 @@ def _one_of(fields: Mapping[str, Any], usual: Sequence[str], config: DataConfig,
             hint = did_you_mean(config.score_field, fields)
             raise RowProblem(f"there is no {config.score_field!r} {where}, as data.score_field says.{hint}")
         return config.score_field
-    found = _in(fields, usual)
-    if len(found) != 1:
-        several = (
-            f"several scores {where}: {', '.join(found)}" if found else f"no score {where}: none of {', '.join(usual)}"
+    names = _in(fields, usual)
+    if len(names) != 1:
+        problem = (
+            f"several scores {where}: {', '.join(names)}" if names else f"no score {where}: none of {', '.join(usual)}"
         )
         raise RowProblem(
-            f"it has {several}. Set data.score_field to the number by which answers are ranked (its keys: "
+            f"it has {problem}. Set data.score_field to the number by which answers are ranked (its keys: "
             f"{', '.join(sorted(fields))})."
         )
-    return found[0]
+    return names[0]
 
 
 def _in(fields: Mapping[str, Any], names: Sequence[str]) -> list[str]:
