@@ -72,16 +72,37 @@ class DPOConfig(MethodSection):
 
 
 @dataclass(frozen=True, kw_only=True)
+class KTOConfig(MethodSection):
+    """Kahneman-Tversky optimization: single answers, each labelled good or bad, against a frozen reference model."""
+
+    HELD_OUT_METRICS = ("eval_loss", "eval_rewards/margins")
+    ROWS = "labelled"
+
+    loss_type: Annotated[
+        Literal["kto", "apo_zero_unpaired"],
+        "`kto`: against an estimate of the KL divergence from the reference (arXiv:2402.01306); `apo_zero_unpaired`: "
+        "without it, for answers that are better than the model's own (arXiv:2408.06266)",
+    ] = "kto"
+    beta: Annotated[
+        float, ABOVE_ZERO, "strength of the tie to the reference model: larger values keep the model closer to it"
+    ] = 0.1
+    desirable_weight: Annotated[float, ABOVE_ZERO, "factor of the losses of answers that are labelled good"] = 1.0
+    undesirable_weight: Annotated[float, ABOVE_ZERO, "factor of the losses of answers that are labelled bad"] = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class MethodConfig(Section):
     """The training method. Settings of one method are in the section of its name."""
 
     name: Annotated[
-        Literal["sft", "dpo"],
+        Literal["sft", "dpo", "kto"],
         CHOOSES_SECTION,
-        "the training method; `sft`: supervised fine-tuning; `dpo`: direct preference optimization",
+        "the training method; `sft`: supervised fine-tuning; `dpo`: direct preference optimization; `kto`: "
+        "learning from answers labelled good or bad",
     ] = "sft"
     sft: SFTConfig = field(default_factory=SFTConfig)
     dpo: DPOConfig = field(default_factory=DPOConfig)
+    kto: KTOConfig = field(default_factory=KTOConfig)
 
     @property
     def chosen(self) -> MethodSection:

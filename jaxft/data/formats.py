@@ -21,6 +21,8 @@ SPEAKERS = {
 
 # Fields that a turn of ShareGPT may have in addition to its text, as OpenAI's messages do.
 TURN_FIELDS = (*FIELDS, "train", "weight", "name", "tool_calls", "tool_call_id")
+# The number of a row whose answer is labelled: 1 if it is good, 0 if it is bad.
+DESIRABLE = "desirable"
 # Variables that every rendering sets, so that a row cannot.
 RESERVED = ("messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize")
 

@@ -16,7 +16,7 @@ from jaxft.data.batch import Example
 from jaxft.data.chat.encode import encode_all, prompt_of
 from jaxft.data.chat.reasoning import thoughts_of
 from jaxft.data.examine import Examination, ReadCounts, combine_examinations, count_repeated, examine
-from jaxft.data.formats import Conversation, conversations
+from jaxft.data.formats import DESIRABLE, Conversation, conversations
 from jaxft.data.sources import Rows, held_out_rows, train_and_eval
 from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import DataError
@@ -242,5 +242,7 @@ def _features(conversation: Conversation) -> list[str]:
         "tool calls": any(message.get("tool_calls") for message in answers),
         "thoughts": any(thoughts_of(message) for message in answers),
         "answers not to be trained": bool(conversation.untrained),
+        "a good label": conversation.values.get(DESIRABLE) == 1,
+        "a bad label": conversation.values.get(DESIRABLE) == 0,
     }
     return [name for name, present in features.items() if present]

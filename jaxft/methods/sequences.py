@@ -3,7 +3,9 @@
 # B batch, S sequence
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,9 +57,13 @@ def feed(run: Run) -> Callable[[TrainState, int], Batch[jax.Array]]:
     return lambda state, step: device_batch(run, step)
 
 
-def device_batch(run: Run, step: int) -> Batch[jax.Array]:
-    """The batch of a step, from 0, on the devices of the mesh; every process makes the rows of its own devices."""
-    return from_rows(partial(run.source.batch, step), run.config.train.batch_size, run.mesh.batch_sharding())
+def device_batch(run: Run, step: int, source: BatchSource | None = None) -> Batch[jax.Array]:
+    """The batch of a step, from 0, on the devices of the mesh; every process makes the rows of its own devices.
+
+    source: by default that of the run.
+    """
+    batch = (source or run.source).batch
+    return from_rows(partial(batch, step), run.config.train.batch_size, run.mesh.batch_sharding())
 
 
 def batch_shapes(config: RunConfig, values: Sequence[str] = ()) -> Batch[jax.ShapeDtypeStruct]:
@@ -75,31 +81,49 @@ def batch_shapes(config: RunConfig, values: Sequence[str] = ()) -> Batch[jax.Sha
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """Held-out batches on the devices of a mesh. count: their number. batch(number): one of them, from 0."""
+
+    count: int
+    batch: Callable[[int], Any]
+
+
+def held_out_batches(run: Run, examples: Sequence[Example]) -> HeldOut:
+    """Batches of the size of training batches, which have every example once."""
+    loader = _loader(examples, run.config, run.tokenizer, shuffle=False)
+
+    def batch(number: int) -> Batch[jax.Array]:
+        return from_rows(partial(loader.eval_batch, number), loader.batch_size, run.mesh.batch_sharding())
+
+    return HeldOut(count=loader.eval_steps, batch=batch)
+
+
 def make_evaluator(
-    run: Run, graphdef: nnx.GraphDef[Decoder], loss: Loss, batch_sums: BatchSums | None = None
+    run: Run,
+    graphdef: nnx.GraphDef[Decoder],
+    loss: Loss,
+    batch_sums: BatchSums | None = None,
+    held_out: HeldOut | None = None,
 ) -> Evaluator | None:
     """`state -> held-out metrics` by a loss without dropout; None if no rows are held out.
 
     One evaluator serves one device and many: the mesh of the run gives the devices of the batches and the weights. Sums
     over the whole batch, if the loss needs them, are those over all held-out rows, so that the batch size does not
-    matter.
+    matter. held_out: by default the `held_out_batches` of the run.
     """
     if run.data.eval_examples is None:
         return None
-    config, mesh = run.config, run.mesh
-    loader = _loader(run.data.eval_examples, config, run.tokenizer, shuffle=False)
-    eval_step = jax.jit(mesh.bind(make_eval_step(graphdef, loss)))
-    eval_sums = None if batch_sums is None else jax.jit(mesh.bind(make_eval_sums(graphdef, batch_sums)))
-
-    def batch(number: int) -> Batch[jax.Array]:
-        return from_rows(partial(loader.eval_batch, number), loader.batch_size, mesh.batch_sharding())
+    rows = held_out or held_out_batches(run, run.data.eval_examples)
+    eval_step = jax.jit(run.mesh.bind(make_eval_step(graphdef, loss)))
+    eval_sums = None if batch_sums is None else jax.jit(run.mesh.bind(make_eval_sums(graphdef, batch_sums)))
 
     def evaluate(state: TrainState) -> dict[str, float]:
-        weights, method, numbers = evaluated_weights(config, state), state.method, range(loader.eval_steps)
+        weights, method, numbers = evaluated_weights(run.config, state), state.method, range(rows.count)
         if eval_sums is not None:
-            whole = added_up(partial(eval_sums, weights, state.frozen, method), map(batch, numbers))
+            whole = added_up(partial(eval_sums, weights, state.frozen, method), map(rows.batch, numbers))
             method = with_batch_sums(method, jax.tree.map(np.float32, whole))
-        return held_out_metrics(partial(eval_step, weights, state.frozen, method), map(batch, numbers))
+        return held_out_metrics(partial(eval_step, weights, state.frozen, method), map(rows.batch, numbers))
 
     return evaluate
 

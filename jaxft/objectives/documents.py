@@ -5,6 +5,7 @@
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 
 from jaxft.data.batch import Batch, most_documents
 from jaxft.nn.decoder import Decoder
@@ -18,6 +19,12 @@ def document_sums(values_BS: jax.Array, segments_BS: jax.Array) -> jax.Array:
     """
     segments = most_documents(segments_BS.shape[1]) + 1  # segment 0 is the padding
     return jax.vmap(partial(jax.ops.segment_sum, num_segments=segments))(values_BS, segments_BS)[:, 1:]
+
+
+def existing_documents(segments_BS: jax.Array) -> jax.Array:
+    """1 where a row has a document, else 0: [B, P] float32, in the places of `document_sums`."""
+    places = jnp.arange(1, most_documents(segments_BS.shape[1]) + 1)
+    return (places <= jnp.max(segments_BS, axis=1)[:, None]).astype(jnp.float32)
 
 
 def target_logps(model: Decoder, hidden_BSD: jax.Array, batch: Batch[jax.Array]) -> jax.Array:

@@ -50,9 +50,10 @@ class LossSums(NamedTuple):
     metrics: dict[str, Ratio]
 
     def means(self) -> dict[str, jax.Array]:
-        """`loss` and every metric, each divided by its own weight."""
-        ratios = {"loss": Ratio(self.total, self.weight)} | self.metrics
-        return {name: ratio.total / ratio.weight for name, ratio in ratios.items()}
+        """`loss` and every metric, each divided by its own weight. A metric is 0 if its weight is."""
+        # A batch may lack the units of a metric, such as answers of a class; a loss without units is an error.
+        means = {name: total / (weight + (weight == 0)) for name, (total, weight) in self.metrics.items()}
+        return {"loss": self.total / self.weight} | means
 
 
 # (model, batch, key, method_state) -> LossSums. batch: the pytree that the method's source gives. key: a PRNG key turns

@@ -1,0 +1,151 @@
+"""KTO: training on single answers that are labelled good or bad, against the model at the start of the run."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Generic, NamedTuple
+
+import jax
+from flax import nnx
+
+from jaxft.config import RunConfig
+from jaxft.data import Prepared
+from jaxft.data.batch import Array, Batch, Example
+from jaxft.data.formats import DESIRABLE
+from jaxft.data.labelled import Labelled, Placed, prepare_labelled
+from jaxft.errors import ConfigError
+from jaxft.methods import sequences
+from jaxft.methods.method import Method, Run
+from jaxft.methods.reference import check_reference, reference_logps, reference_state
+from jaxft.methods.router import router_coefficients
+from jaxft.nn.decoder import Decoder
+from jaxft.objectives.kto import KTOSums, kto_loss, kto_sums, summed_log_ratio
+from jaxft.objectives.loss import BatchSums, Loss, LossSums, MethodState
+from jaxft.training.state import TrainState
+
+
+class KTOBatch(NamedTuple, Generic[Array]):
+    """Two batches whose documents are in the same places.
+
+    answers: the labelled answers, which are trained. mismatched: of each, its prompt with the answer to another one, by
+    which the KL divergence is estimated; None if the loss does not estimate it.
+    """
+
+    answers: Batch[Array]
+    mismatched: Batch[Array] | None
+
+
+def check(config: RunConfig, model: Decoder) -> None:
+    """Raises ConfigError for settings under which the reference would not be the base model, or rows would be cut."""
+    check_reference(config)
+    data = config.data
+    if data.truncation == "right":
+        raise ConfigError(
+            "data.truncation='right' would cut answers, whose label is of the whole answer. Use 'drop' or 'refuse', or "
+            "raise data.max_length."
+        )
+    if data.train_on == "all":
+        raise ConfigError("data.train_on='all' trains prompts too, which nobody labelled. Use 'assistant'.")
+    router_coefficients(config, model)
+
+
+def feed(run: Run) -> Callable[[TrainState, int], KTOBatch[jax.Array]]:
+    """`(state, step) -> batch`: the answers of `run.source`, and their mismatched documents by the same plan."""
+    if not _estimates_kl(run.config):
+        return lambda state, step: KTOBatch(sequences.device_batch(run, step), None)
+    sets = tuple(dataclasses.replace(one, examples=mismatched_of(one.examples)) for one in run.data.sets)
+    data: Prepared = dataclasses.replace(run.data, sets=sets)
+    source = sequences.source(run.config, data, run.tokenizer)
+
+    def batch(state: TrainState, step: int) -> KTOBatch[jax.Array]:
+        return KTOBatch(sequences.device_batch(run, step), sequences.device_batch(run, step, source))
+
+    return batch
+
+
+def mismatched_of(examples: Sequence[Example]) -> list[Example]:
+    """The mismatched documents of labelled examples, each in a place as large as that of its example."""
+    return [_placed(example.mismatched, len(example)) for example in examples if isinstance(example, Labelled)]
+
+
+def batch_shapes(config: RunConfig) -> KTOBatch[jax.ShapeDtypeStruct]:
+    """The shapes of a batch."""
+    mismatched = sequences.batch_shapes(config) if _estimates_kl(config) else None
+    return KTOBatch(sequences.batch_shapes(config, values=[DESIRABLE]), mismatched)
+
+
+def batch_sums(config: RunConfig, model: Decoder) -> BatchSums:
+    """The numbers of answers of either class, and the log-ratio of the mismatched documents."""
+
+    def sums(model: Decoder, batch: KTOBatch[jax.Array], state: MethodState | None) -> KTOSums:
+        if batch.mismatched is None:
+            return kto_sums(batch.answers, None)
+        reference_BP = reference_logps(model, batch.mismatched, state)
+        return kto_sums(batch.answers, summed_log_ratio(model, batch.mismatched, reference_BP))
+
+    return sums
+
+
+def loss(config: RunConfig, model: Decoder) -> Loss:
+    """`kto_loss` with the settings of `method.kto`, against the reference."""
+    settings = config.method.kto
+    compute = partial(
+        kto_loss,
+        beta=settings.beta,
+        loss_type=settings.loss_type,
+        desirable_weight=settings.desirable_weight,
+        undesirable_weight=settings.undesirable_weight,
+        router=router_coefficients(config, model),
+    )
+
+    def kto(model: Decoder, batch: KTOBatch[jax.Array], key: jax.Array | None, state: MethodState | None) -> LossSums:
+        if state is None or state.batch is None:
+            raise ValueError("the loss needs the sums over the whole batch")
+        return compute(model, reference_logps(model, batch.answers, state), batch.answers, key, state.batch)
+
+    return kto
+
+
+def evaluator(run: Run, graphdef: nnx.GraphDef[Decoder]) -> Callable[[TrainState], dict[str, float]] | None:
+    """The held-out loss and its metrics; the KL divergence is estimated once, over all held-out rows."""
+    config, model, examples = run.config, run.model, run.data.eval_examples
+    if examples is None:
+        return None
+    answers = sequences.held_out_batches(run, examples)
+    mismatched = sequences.held_out_batches(run, mismatched_of(examples)) if _estimates_kl(config) else None
+
+    def batch(number: int) -> KTOBatch[jax.Array]:
+        return KTOBatch(answers.batch(number), None if mismatched is None else mismatched.batch(number))
+
+    held_out = sequences.HeldOut(count=answers.count, batch=batch)
+    return sequences.make_evaluator(run, graphdef, loss(config, model), batch_sums(config, model), held_out)
+
+
+def describe(config: RunConfig) -> str:
+    """The loss and its beta."""
+    names = {"kto": "KTO", "apo_zero_unpaired": "APO-zero on single answers"}
+    return f"{names[config.method.kto.loss_type]} with beta={config.method.kto.beta:g}"
+
+
+def _estimates_kl(config: RunConfig) -> bool:
+    return config.method.kto.loss_type == "kto"
+
+
+def _placed(example: Example, room: int) -> Placed:
+    own = {field.name: getattr(example, field.name) for field in dataclasses.fields(Example)}
+    return Placed(**own, room=room)
+
+
+METHOD = Method(
+    prepare=prepare_labelled,
+    source=sequences.source,
+    feed=feed,
+    batch_shapes=batch_shapes,
+    check=check,
+    initial_state=reference_state,
+    batch_sums=batch_sums,
+    loss=loss,
+    evaluator=evaluator,
+    describe=describe,
+    reference_passes=1,
+)
