@@ -16,9 +16,10 @@ PairsOf = Literal["best_worst", "best_others", "adjacent", "all"]
 # Fields by which the columns of a set are read; every set of a mixture may have its own.
 COLUMNS = (
     "format", "prompt_field", "completion_field", "text_field", "chosen_field", "rejected_field", "answers_field",
-    "score_field", "pairs",
+    "score_field", "pairs", "label_field",
 )  # fmt: skip
 BY_PAIRS = ReadBy("method.name", methods_on("pairs"), because="It is about rows with several answers to a prompt.")
+BY_LABELS = ReadBy("method.name", methods_on("labelled"), because="It is about rows with a label.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,7 @@ class MixtureSet(Section):
     answers_field: Annotated[str | None, "as `data.answers_field`"] = None
     score_field: Annotated[str | None, "as `data.score_field`"] = None
     pairs: Annotated[PairsOf | None, "as `data.pairs`"] = None
+    label_field: Annotated[str | None, "as `data.label_field`"] = None
     train_on: Annotated[TrainOn | None, "as `data.train_on`"] = None
     limit: Annotated[int | None, ABOVE_ZERO, "number of rows that are used, from the first; None: `data.limit`"] = None
     max_epochs: Annotated[
@@ -101,6 +103,7 @@ class DataConfig(Section):
         "which pairs are made of a list of ranked answers, always of two that are ranked differently. `best_worst`: "
         "one; `best_others`: the best with each other one; `adjacent`: each with the next in rank; `all`: any two",
     ] = "best_worst"
+    label_field: Annotated[str, BY_LABELS, "column of the labels of answers, true if good and false if bad"] = "label"
     chat_template: Annotated[str | None, "path of a Jinja file that replaces the tokenizer's chat template"] = None
     train_on: Annotated[
         TrainOn, "which tokens are trained. `assistant`: every assistant turn; `last`: the last one; `all`: all tokens"

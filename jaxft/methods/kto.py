@@ -12,7 +12,7 @@ from jaxft.config import RunConfig
 from jaxft.data import Prepared
 from jaxft.data.batch import Array, Batch, Example
 from jaxft.data.formats import DESIRABLE
-from jaxft.data.labelled import Labelled, Placed, prepare_labelled
+from jaxft.data.preferences.labelled import Labelled, Reserved, prepare_labelled
 from jaxft.errors import ConfigError
 from jaxft.methods import sequences
 from jaxft.methods.method import Method, Run
@@ -65,7 +65,7 @@ def feed(run: Run) -> Callable[[TrainState, int], KTOBatch[jax.Array]]:
 
 def mismatched_of(examples: Sequence[Example]) -> list[Example]:
     """The mismatched documents of labelled examples, each in a place as large as that of its example."""
-    return [_placed(example.mismatched, len(example)) for example in examples if isinstance(example, Labelled)]
+    return [_reserved(example.mismatched, len(example)) for example in examples if isinstance(example, Labelled)]
 
 
 def batch_shapes(config: RunConfig) -> KTOBatch[jax.ShapeDtypeStruct]:
@@ -131,9 +131,9 @@ def _estimates_kl(config: RunConfig) -> bool:
     return config.method.kto.loss_type == "kto"
 
 
-def _placed(example: Example, room: int) -> Placed:
+def _reserved(example: Example, room: int) -> Reserved:
     own = {field.name: getattr(example, field.name) for field in dataclasses.fields(Example)}
-    return Placed(**own, room=room)
+    return Reserved(**own, room=room)
 
 
 METHOD = Method(

@@ -23,8 +23,8 @@ def document_sums(values_BS: jax.Array, segments_BS: jax.Array) -> jax.Array:
 
 def existing_documents(segments_BS: jax.Array) -> jax.Array:
     """1 where a row has a document, else 0: [B, P] float32, in the places of `document_sums`."""
-    places = jnp.arange(1, most_documents(segments_BS.shape[1]) + 1)
-    return (places <= jnp.max(segments_BS, axis=1)[:, None]).astype(jnp.float32)
+    numbers = jnp.arange(1, most_documents(segments_BS.shape[1]) + 1)
+    return (numbers <= jnp.max(segments_BS, axis=1)[:, None]).astype(jnp.float32)
 
 
 def target_logps(model: Decoder, hidden_BSD: jax.Array, batch: Batch[jax.Array]) -> jax.Array:

@@ -25,6 +25,8 @@ def test_every_choice_is_accepted():
         section, _, leaf = field.key.rpartition(".")
         chosen = {"optim.name": section.split(".")[1]} if section.startswith("optim.") else {}
         companions = COMPANIONS["optim.name"] | chosen if chosen else COMPANIONS.get(field.key, {})
+        if section.startswith("method."):
+            companions = companions | {"method.name": section.split(".")[1]}
         for value in field.choices:
             if value in DPO_METRICS:
                 companions = companions | {"method.name": "dpo"}

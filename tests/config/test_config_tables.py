@@ -25,6 +25,7 @@ from jaxft.hardware.sizes import sizes_of
 from jaxft.methods import method_of
 from jaxft.methods.sft import with_perplexity
 from jaxft.nn.stack import REMAT
+from jaxft.objectives.loss import with_batch_sums
 from jaxft.quant import FORMATS
 from jaxft.runs.build import abstract_model
 from jaxft.sharding.mesh import make_mesh_plan
@@ -61,7 +62,14 @@ def test_a_method_reports_the_metrics_that_its_section_names(name):
     model, method = abstract_model(config), method_of(config)
     graphdef, arrays = nnx.split(model)
     loss, batch = method.loss(config, model), method.batch_shapes(config)
-    sums = jax.eval_shape(lambda arrays, batch: loss(nnx.merge(graphdef, arrays), batch, None, None), arrays, batch)
+    sums_of = method.batch_sums(config, model)
+
+    def of_batch(arrays, batch):
+        module = nnx.merge(graphdef, arrays)
+        whole = None if sums_of is None else sums_of(module, batch, None)
+        return loss(module, batch, None, with_batch_sums(None, whole))
+
+    sums = jax.eval_shape(of_batch, arrays, batch)
     reported = {"eval_loss", *(f"eval_{metric}" for metric in sums.metrics)}
     if name == "sft":
         reported |= with_perplexity({"eval_loss": 1.0}).keys()

@@ -9,8 +9,8 @@ from jaxft import api
 from jaxft.config import load
 from jaxft.data.batch import Example
 from jaxft.data.formats import DESIRABLE
-from jaxft.data.labelled import Labelled, mismatch, prepare_labelled
 from jaxft.data.loader import Loader
+from jaxft.data.preferences.labelled import Labelled, mismatch, prepare_labelled
 from jaxft.errors import DataError
 
 
@@ -38,16 +38,26 @@ def test_labels_and_forms(tmp_path):
         {"prompt": [{**USER, "content": "Ho"}], "completion": [ANSWER], "label": False},
         {"completion": [USER, ANSWER], "label": 0},
         {"messages": [USER, ANSWER], "label": True},
+        {"question": "Hi", "completion": "Hello", "label": "false"},
         {"messages": [USER, ANSWER, USER, {**ANSWER, "content": "Bye"}], "label": "true"},
     ]
     (one,) = prepared(tmp_path, forms).sets
-    assert [example.values[DESIRABLE] for example in one.examples] == [(1.0,), (0.0,), (0.0,), (1.0,), (1.0,)]
+    assert [example.values[DESIRABLE] for example in one.examples] == [(1.0,), (0.0,), (0.0,), (1.0,), (0.0,), (1.0,)]
     # The form does not matter, and of a conversation the last answer is trained.
-    for other in one.examples[2:4]:
+    for other in one.examples[2:5]:
         np.testing.assert_array_equal(other.tokens, one.examples[0].tokens)
         np.testing.assert_array_equal(other.mask, one.examples[0].mask)
-    assert one.examples[4].mask.sum() < one.examples[0].mask.sum()
-    assert one.examination.holds["a good label"] == 3 and one.examination.holds["a bad label"] == 2
+    assert one.examples[5].mask.sum() < one.examples[0].mask.sum()
+    assert one.examination.holds["a good label"] == 3 and one.examination.holds["a bad label"] == 3
+
+
+def test_labels_of_another_column(tmp_path):
+    rows = [{"q": row["prompt"], "a": row["completion"], "thumbs_up": row["label"]} for row in text_rows()]
+    columns = {"data.prompt_field": "q", "data.completion_field": "a", "data.label_field": "thumbs_up"}
+    examples, expected = prepared(tmp_path, rows, **columns).train_examples, prepared(tmp_path, text_rows())
+    for one, other in zip(examples, expected.train_examples, strict=True):
+        np.testing.assert_array_equal(one.tokens, other.tokens)
+        assert one.values == other.values
 
 
 def examples_of(prompts, lengths, longest=64):
@@ -113,11 +123,12 @@ def test_apo_needs_no_mismatched_documents(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"label": None}, r"line 1 .*has no 'label', which says whether"),
-        ({"label": 2}, r"line 1 .*has the label '2'; it may be true or false, or 1 or 0"),
-        ({"label": "good"}, r"has the label 'good'"),
-        ({"prompt": None}, r"line 1 .*is of no known format"),
-        ({"prompt": None, "completion": None, "text": "all"}, r"is plain text, which has no prompt"),
+        ({"label": None}, r"line 1: it has no 'label', which says whether .*Set data.label_field"),
+        ({"label": 2}, r"line 1: 'label' is '2'; it may be true or false, or 1 or 0"),
+        ({"label": "good"}, r"'label' is 'good'"),
+        ({"prompt": None}, r"line 1: it has no prompt: there is no 'prompt', and 'completion' is text"),
+        ({"prompt": None, "completion": None}, r"is of no known format"),
+        ({"prompt": None, "completion": None, "text": "all"}, r"it is plain text, which has no prompt"),
         ({"completion": ""}, r"'completion' is empty"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,13 +12,14 @@ import numpy as np
 
 from jaxft.config import DataConfig, RunConfig
 from jaxft.data.batch import Example
-from jaxft.data.formats import DESIRABLE, Conversation, read_row
+from jaxft.data.formats import DESIRABLE, Conversation, RowProblem, read_row
+from jaxft.data.preferences.prompts import answer_to, messages_of, prompt_in
+from jaxft.data.preferences.rows import EXTRAS
 from jaxft.data.prepare import Prepared, prepare
 from jaxft.data.sources import Rows
 from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import DataError, did_you_mean
 
-LABEL = "label"  # the column of a row
 # What a label may be, written in small letters.
 LABELS = {"true": 1.0, "false": 0.0, "1": 1.0, "0": 0.0, "1.0": 1.0, "0.0": 0.0}
 # Answers that are tried for a prompt until one fits into a sequence with it.
@@ -27,7 +29,7 @@ BALANCE = (1.0, 4.0 / 3.0)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Placed(Example):
+class Reserved(Example):
     """A document for which a sequence keeps `room` tokens free, so that parallel batches have the same documents."""
 
     room: int
@@ -43,8 +45,8 @@ class Placed(Example):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Labelled(Placed):
-    """A labelled answer and its mismatched document, which holds the same place in a batch of its own.
+class Labelled(Reserved):
+    """A labelled answer and its mismatched document, which stands in the same place in a batch of its own.
 
     room: tokens of the longer of the two. mismatched: the same prompt with the answer to another one.
     """
@@ -78,34 +80,54 @@ def prepare_labelled(config: RunConfig, tokenizer: Tokenizer) -> Prepared:
     return dataclasses.replace(data, examination=examination)
 
 
-def read_labelled(rows: Rows, config: DataConfig) -> Iterator[Conversation]:
-    """Every row as a conversation, of which one answer is trained, with its label in `values`.
+def read_labelled(rows: Rows, config: DataConfig, left_out: Counter[str]) -> Iterator[Conversation]:
+    """Every row as a conversation, of which one answer is trained, with its label in `values`; none is left out.
 
     A row with a prompt and a completion is trained on the completion. Any other row of messages, in one of the formats
-    of `read_row`, is trained on its last answer: the messages before it are the prompt, as they are if `completion` is
-    a conversation and there is no prompt.
+    of `read_row`, is trained on its last answer: the messages before it are the prompt, as they are if the completion
+    is a whole conversation. Raises DataError, naming the row, for a row without a label or of none of these forms.
     """
     for index in range(len(rows)):
         fields, where = dict(rows[index]), rows.where(index)
-        values = {DESIRABLE: _label(fields, where)}
-        implicit = fields.get(config.prompt_field) is None and isinstance(fields.get(config.completion_field), list)
-        if implicit and fields.get("messages") is None:
-            fields["messages"] = fields[config.completion_field]
-        conversation = read_row(fields, config, row=index, where=where)
-        if conversation.format == "text":
-            raise DataError(
-                f"{where} is plain text, which has no prompt. A labelled row needs {config.prompt_field!r}, "
-                f"{config.completion_field!r} and {LABEL!r}, or messages and {LABEL!r}."
-            )
+        try:
+            label = _label(fields, config)
+            fields, one = _with_prompt(fields, config)
+        except RowProblem as problem:
+            raise DataError(f"{where}: {problem}") from problem
+        conversation = read_row(fields, one, row=index, where=where)
         if conversation.format != "prompt_completion":
-            answers = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
-            conversation = dataclasses.replace(conversation, first_trained=answers[-1])
-        yield dataclasses.replace(conversation, values=values)
+            last = max(i for i, message in enumerate(conversation.messages) if message["role"] == "assistant")
+            conversation = dataclasses.replace(conversation, first_trained=last)
+        yield dataclasses.replace(conversation, format="labelled", values={DESIRABLE: label})
 
 
-def desirable_answers(rows: Rows, config: DataConfig) -> Iterator[Conversation]:
+def _with_prompt(fields: Mapping[str, Any], config: DataConfig) -> tuple[dict[str, Any], DataConfig]:
+    """The fields of a row for `read_row`, and how it is to read them."""
+    completion = fields.get(config.completion_field)
+    if config.format not in ("auto", "prompt_completion") or completion is None:
+        if config.format == "text" or fields.get(config.text_field) is not None:
+            raise RowProblem(
+                f"it is plain text, which has no prompt. A labelled row needs {config.prompt_field!r}, "
+                f"{config.completion_field!r} and {config.label_field!r}, or messages and {config.label_field!r}."
+            )
+        return dict(fields), config
+    extras = {name: fields[name] for name in EXTRAS if fields.get(name) is not None}
+    answer, prompt = messages_of(completion, config.completion_field), prompt_in(fields, config)
+    if prompt is not None:
+        answer = answer_to(prompt, answer)
+        row = {**extras, config.prompt_field: prompt, config.completion_field: answer}
+        return row, dataclasses.replace(config, format="prompt_completion")
+    if isinstance(answer, str):
+        raise RowProblem(
+            f"it has no prompt: there is no {config.prompt_field!r}, and {config.completion_field!r} is text. Set "
+            f"data.prompt_field to the column of prompts (its keys: {', '.join(sorted(fields))})."
+        )
+    return {**extras, "messages": answer}, dataclasses.replace(config, format="messages")
+
+
+def desirable_answers(rows: Rows, config: DataConfig, left_out: Counter[str]) -> Iterator[Conversation]:
     """The rows that are labelled good. Raises DataError if there are none."""
-    good = (conversation for conversation in read_labelled(rows, config) if conversation.values[DESIRABLE])
+    good = (conversation for conversation in read_labelled(rows, config, left_out) if conversation.values[DESIRABLE])
     first = next(good, None)
     if first is None:
         raise DataError(
@@ -135,32 +157,28 @@ def mismatch(examples: Sequence[Example], seed: int, max_length: int) -> list[La
     order = np.random.default_rng(seed).permutation(len(examples)).tolist()
     others = _next_other([prompts[index] for index in order])
     out: dict[int, Labelled] = {}
-    for place, index in enumerate(order):
-        start = starts[index]
-        chosen = tried = others[place]
-        for _ in range(TRIED):
-            other = order[tried]
-            if (
-                prompts[other] != prompts[index]
-                and start + _answer_length(examples[other], starts[other]) <= max_length
-            ):
-                chosen = tried
-                break
-            tried = (tried + 1) % len(order)
-        other = order[chosen]
+    for position, index in enumerate(order):
+        start, first = starts[index], others[position]
+        candidates = (order[(first + step) % len(order)] for step in range(TRIED))
+        fitting = (
+            other
+            for other in candidates
+            if prompts[other] != prompts[index] and start + _answer_length(examples[other], starts[other]) <= max_length
+        )
+        other = next(fitting, order[first])
         out[index] = _labelled(examples[index], start, examples[other], starts[other])
     return [out[index] for index in range(len(examples))]
 
 
 def _next_other(prompts: Sequence[bytes]) -> list[int]:
-    """For every place of a circle, the next place that holds another prompt."""
+    """For every position of a circle, the next position with another prompt."""
     count = len(prompts)
     out, following = [0] * count, 0
-    for place in reversed(range(2 * count)):  # twice around, so that the end knows the beginning
-        here, after = place % count, (place + 1) % count
-        if prompts[here] != prompts[after]:
+    for step in reversed(range(2 * count)):  # twice around, so that the end knows the beginning
+        position, after = step % count, (step + 1) % count
+        if prompts[position] != prompts[after]:
             following = after
-        out[here] = following
+        out[position] = following
     return out
 
 
@@ -189,17 +207,16 @@ def _one_each(examples: list[Example], *, seed: int, max_length: int, mismatched
     return list(mismatch(examples, seed, max_length)) if mismatched and examples and trained else examples
 
 
-def _label(fields: Mapping[str, Any], where: str) -> float:
-    if fields.get(LABEL) is None:
-        hint = did_you_mean(LABEL, fields)
-        keys = ", ".join(sorted(fields)) or "none"
-        raise DataError(
-            f"{where} has no {LABEL!r}, which says whether its answer is good (true) or bad (false). Its keys: {keys}."
-            f"{hint}"
+def _label(fields: Mapping[str, Any], config: DataConfig) -> float:
+    name = config.label_field
+    if fields.get(name) is None:
+        raise RowProblem(
+            f"it has no {name!r}, which says whether its answer is good (true) or bad (false). Set data.label_field to "
+            f"the column of labels (its keys: {', '.join(sorted(fields)) or 'none'}).{did_you_mean(name, fields)}"
         )
-    label = LABELS.get(str(fields[LABEL]).lower())
+    label = LABELS.get(str(fields[name]).lower())
     if label is None:
-        raise DataError(f"{where} has the label {str(fields[LABEL])[:60]!r}; it may be true or false, or 1 or 0")
+        raise RowProblem(f"{name!r} is {str(fields[name])[:60]!r}; it may be true or false, or 1 or 0")
     return label
 
 
