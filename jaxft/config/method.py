@@ -1,24 +1,12 @@
 """The method section: which training method, and one section with the settings of each."""
 
 from dataclasses import dataclass, field, fields
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
-from jaxft.config.fields import ABOVE_ZERO, BELOW_ONE, CHOOSES_SECTION, NOT_NEGATIVE, Range, Section
+from jaxft.config.fields import ABOVE_ZERO, BELOW_ONE, CHOOSES_SECTION, NOT_NEGATIVE, Section
+from jaxft.config.method_section import MethodSection
+from jaxft.config.preference import CPOConfig, DPOConfig, ORPOConfig, SimPOConfig
 from jaxft.errors import ConfigError
-
-BELOW_HALF = Range(lambda value: 0 <= value < 0.5, "at least 0 and below 0.5")
-
-
-class MethodSection(Section):
-    """The settings of one method.
-
-    HELD_OUT_METRICS: the names of its held-out metrics, by which `checkpoint.best_metric` may rank. ROWS: the form of
-    its rows: conversations, pairs (a chosen and a rejected answer), or answers labelled good or bad. `:smoke` runs take
-    rows of this form.
-    """
-
-    HELD_OUT_METRICS: ClassVar[tuple[str, ...]] = ("eval_loss",)
-    ROWS: ClassVar[Literal["conversations", "pairs", "labelled"]] = "conversations"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,23 +43,6 @@ class SFTConfig(MethodSection):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPOConfig(MethodSection):
-    """Direct preference optimization: pairs of a chosen and a rejected answer, against a frozen reference model."""
-
-    HELD_OUT_METRICS = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")
-    ROWS = "pairs"
-
-    beta: Annotated[
-        float,
-        ABOVE_ZERO,
-        "strength of the tie to the reference model: larger values keep the model closer to it (arXiv:2305.18290)",
-    ] = 0.1
-    label_smoothing: Annotated[
-        float, BELOW_HALF, "probability that the labels of a pair are swapped: conservative DPO"
-    ] = 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
 class KTOConfig(MethodSection):
     """Kahneman-Tversky optimization: single answers, each labelled good or bad, against a frozen reference model."""
 
@@ -95,13 +66,16 @@ class MethodConfig(Section):
     """The training method. Settings of one method are in the section of its name."""
 
     name: Annotated[
-        Literal["sft", "dpo", "kto"],
+        Literal["sft", "dpo", "orpo", "cpo", "simpo", "kto"],
         CHOOSES_SECTION,
-        "the training method; `sft`: supervised fine-tuning; `dpo`: direct preference optimization; `kto`: "
-        "learning from answers labelled good or bad",
+        "the training method; `sft`: supervised fine-tuning; `dpo`, `orpo`, `cpo` and `simpo`: learning from pairs of "
+        "answers; `kto`: learning from answers labelled good or bad; see [preferences](preferences.md)",
     ] = "sft"
     sft: SFTConfig = field(default_factory=SFTConfig)
     dpo: DPOConfig = field(default_factory=DPOConfig)
+    orpo: ORPOConfig = field(default_factory=ORPOConfig)
+    cpo: CPOConfig = field(default_factory=CPOConfig)
+    simpo: SimPOConfig = field(default_factory=SimPOConfig)
     kto: KTOConfig = field(default_factory=KTOConfig)
 
     @property

@@ -72,10 +72,11 @@ class CheckpointConfig(Section):
             "eval_mean_token_accuracy",
             "eval_rewards/accuracies",
             "eval_rewards/margins",
+            "eval_nll_loss",
         ]
         | None,
         "held-out metric whose best checkpoint is kept as well; perplexity and accuracy of tokens are reported by sft, "
-        "rewards by dpo; None: only the newest are kept",
+        "rewards by methods on pairs, nll_loss by orpo; None: only the newest are kept",
     ] = None
     best_mode: Annotated[
         Literal["min", "max"],

@@ -11,12 +11,13 @@ from jaxft.data.batch import Batch
 from jaxft.data.preferences import prepare_pairs
 from jaxft.methods import sequences
 from jaxft.methods.method import Method, Run
-from jaxft.methods.pairs import batch_shapes, check_pairs
+from jaxft.methods.pairs import batch_shapes, check_pairs, unit_counts
 from jaxft.methods.reference import check_reference, reference_logps, reference_state
 from jaxft.methods.router import router_coefficients
 from jaxft.nn.decoder import Decoder
-from jaxft.objectives.dpo import dpo_loss
-from jaxft.objectives.loss import Loss, LossSums, MethodState
+from jaxft.objectives.dpo import DPOSettings, dpo_loss
+from jaxft.objectives.loss import BatchSums, Loss, LossSums, MethodState
+from jaxft.objectives.pairs import answer_logps
 from jaxft.training.state import TrainState
 
 
@@ -27,25 +28,50 @@ def check(config: RunConfig, model: Decoder) -> None:
     router_coefficients(config, model)
 
 
+def logps_of(config: RunConfig) -> Callable[[Decoder, Batch[jax.Array]], jax.Array]:
+    """What the reference computes of a batch, `(model, batch) -> [B, P]` by document, as `reference_logps` takes it."""
+    return partial(answer_logps, ld_alpha=config.method.dpo.ld_alpha)
+
+
+def batch_sums(config: RunConfig, model: Decoder) -> BatchSums | None:
+    """The pairs and chosen tokens of the whole batch, if there is a loss on tokens."""
+    return unit_counts() if config.method.dpo.nll_weight else None
+
+
 def loss(config: RunConfig, model: Decoder) -> Loss:
     """`dpo_loss` with the settings of `method.dpo`, against the reference."""
-    settings = config.method.dpo
-    compute = partial(
-        dpo_loss,
-        beta=settings.beta,
-        label_smoothing=settings.label_smoothing,
-        router=router_coefficients(config, model),
+    own = config.method.dpo
+    settings = DPOSettings(
+        beta=own.beta,
+        label_smoothing=own.label_smoothing,
+        losses=own.pair_losses,
+        sft_weight=own.nll_weight,
+        ld_alpha=own.ld_alpha,
+        use_weighting=own.use_weighting,
+        divergence=own.f_divergence_type,
+        divergence_alpha=own.f_alpha_divergence_coef,
     )
+    router, logps = router_coefficients(config, model), logps_of(config)
 
     def dpo(model: Decoder, batch: Batch[jax.Array], key: jax.Array | None, state: MethodState | None) -> LossSums:
-        return compute(model, reference_logps(model, batch, state), batch, key)
+        reference_BP = reference_logps(model, batch, state, logps)
+        counts = None if state is None else state.batch
+        return dpo_loss(model, reference_BP, batch, key, settings, counts=counts, router=router)
 
     return dpo
 
 
 def evaluator(run: Run, graphdef: nnx.GraphDef[Decoder]) -> Callable[[TrainState], dict[str, float]] | None:
     """The held-out DPO loss and its metrics."""
-    return sequences.make_evaluator(run, graphdef, loss(run.config, run.model))
+    config, model = run.config, run.model
+    return sequences.make_evaluator(run, graphdef, loss(config, model), batch_sums(config, model))
+
+
+def describe(config: RunConfig) -> str:
+    """`DPO with beta=0.1`, and the losses if they are others than the usual one."""
+    own = config.method.dpo
+    losses = "" if own.loss_type == "sigmoid" else f" and {own.loss_type} losses"
+    return f"DPO with beta={own.beta:g}{losses}"
 
 
 METHOD = Method(
@@ -55,8 +81,9 @@ METHOD = Method(
     batch_shapes=batch_shapes,
     check=check,
     initial_state=reference_state,
+    batch_sums=batch_sums,
     loss=loss,
     evaluator=evaluator,
-    describe=lambda config: f"DPO with beta={config.method.dpo.beta:g}",
+    describe=describe,
     reference_passes=1,
 )

@@ -1,12 +1,22 @@
-"""What methods that train on pairs of answers share: the settings under which rows are pairs."""
+"""What methods that train on pairs of answers share."""
+
+from collections.abc import Callable
 
 import jax
+from flax import nnx
 
 from jaxft.config import RunConfig
 from jaxft.data.batch import Batch
 from jaxft.data.examine_pairs import MARGIN
+from jaxft.data.preferences import prepare_pairs
 from jaxft.errors import ConfigError
 from jaxft.methods import sequences
+from jaxft.methods.method import Method, Run, no_state
+from jaxft.methods.router import router_coefficients
+from jaxft.nn.decoder import Decoder
+from jaxft.objectives.loss import BatchSums, Loss, MethodState
+from jaxft.objectives.pairs import PairCounts, count_units
+from jaxft.training.state import TrainState
 
 
 def batch_shapes(config: RunConfig) -> Batch[jax.ShapeDtypeStruct]:
@@ -33,3 +43,44 @@ def check_pairs(config: RunConfig) -> None:
         raise ConfigError(
             "data.train_on='all' trains prompts too, which are the same in both answers of a pair. Use 'assistant'."
         )
+
+
+def unit_counts(*, with_prompt: bool = False) -> BatchSums:
+    """`Method.batch_sums` of losses that add a mean over chosen tokens to one over pairs: the numbers of both.
+
+    with_prompt: whether the tokens of prompts before chosen answers count too.
+    """
+
+    def counts(model: Decoder, batch: Batch[jax.Array], state: MethodState | None) -> PairCounts:
+        return count_units(batch, with_prompt=with_prompt)
+
+    return counts
+
+
+def pair_method(
+    loss: Callable[[RunConfig, Decoder], Loss],
+    describe: Callable[[RunConfig], str],
+    batch_sums: Callable[[RunConfig, Decoder], BatchSums | None],
+) -> Method:
+    """A method on pairs of answers that has no reference model. The arguments are fields of `Method`."""
+
+    def check(config: RunConfig, model: Decoder) -> None:
+        check_pairs(config)
+        router_coefficients(config, model)
+
+    def evaluator(run: Run, graphdef: nnx.GraphDef[Decoder]) -> Callable[[TrainState], dict[str, float]] | None:
+        config, model = run.config, run.model
+        return sequences.make_evaluator(run, graphdef, loss(config, model), batch_sums(config, model))
+
+    return Method(
+        prepare=prepare_pairs,
+        source=sequences.source,
+        feed=sequences.feed,
+        batch_shapes=batch_shapes,
+        check=check,
+        initial_state=no_state,
+        batch_sums=batch_sums,
+        loss=loss,
+        evaluator=evaluator,
+        describe=describe,
+    )

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from jaxft.data.batch import Batch, most_documents
 from jaxft.nn.decoder import Decoder
-from jaxft.objectives.token_logps import token_logps
+from jaxft.objectives.token_logps import token_logps, token_statistics
+from jaxft.objectives.token_loss import TokenStatistics
 
 
 def document_sums(values_BS: jax.Array, segments_BS: jax.Array) -> jax.Array:
@@ -31,6 +32,12 @@ def target_logps(model: Decoder, hidden_BSD: jax.Array, batch: Batch[jax.Array])
     """The log-probability of every trained target in nats, [B, S] float32; 0 if a position is not trained."""
     unembed, head, dimensions = model.split_unembed()
     return token_logps(unembed, head, hidden_BSD, batch.targets_BS, batch.weights_BS, dimensions=dimensions)
+
+
+def target_statistics(model: Decoder, hidden_BSD: jax.Array, batch: Batch[jax.Array]) -> TokenStatistics:
+    """`target_logps`, and the entropies and sums of squares of the same distributions, which are constants."""
+    unembed, head, dimensions = model.split_unembed()
+    return token_statistics(unembed, head, hidden_BSD, batch.targets_BS, batch.weights_BS, dimensions=dimensions)
 
 
 def document_logps(model: Decoder, batch: Batch[jax.Array]) -> jax.Array:

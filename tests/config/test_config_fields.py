@@ -30,6 +30,8 @@ def test_every_choice_is_accepted():
         for value in field.choices:
             if value in DPO_METRICS:
                 companions = companions | {"method.name": "dpo"}
+            if value == "eval_nll_loss":
+                companions = companions | {"method.name": "orpo"}
             config = resolve(with_fields({**companions, field.key: value}))
             assert functools.reduce(getattr, section.split("."), config).__getattribute__(leaf) == value
 
@@ -71,9 +73,10 @@ def test_every_field_is_read_somewhere():
     )
     unread = {key for key in all_fields(RunConfig) if not re.search(rf"\.{key.rsplit('.')[-1]}\b", text)}
     # Read otherwise: `mesh` whole, by axis; lists and patterns of adapters through `targets`, `excluded` and `alphas`;
-    # fields of a mixture's set through `DataConfig.of_set`.
+    # fields of a mixture's set through `DataConfig.of_set`; weights of losses through `DPOConfig.losses`.
     assert unread <= {
         "mesh.data", "mesh.fsdp", "mesh.slice", "mesh.context", "mesh.tensor", "mesh.expert", "adapter.target_modules",
         "adapter.exclude_modules", "adapter.layers_to_transform", "adapter.rank_pattern", "adapter.alpha_pattern",
         "adapter.modules_to_save", "adapter.num_virtual_tokens", "data.stages", "data.mixture.NAME.weight",
+        "method.dpo.loss_weights",
     }  # fmt: skip

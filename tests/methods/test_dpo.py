@@ -1,115 +1,54 @@
 """DPO as a whole run: it learns, resumes bit for bit, keeps its reference, is the same on 8 devices, and is planned."""
 
-import dataclasses
-import json
 import math
-import shutil
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pair_runs
 import pytest
-from flax import nnx
+from pair_runs import KINDS, SGD, assert_eight_devices_equal_one, train_lose_the_end_and_resume, write_rows
 
 from jaxft import api
-from jaxft.config import RunConfig, load
 from jaxft.errors import ConfigError
 from jaxft.hardware.topology import parse
-from jaxft.methods import dpo, method_of
+from jaxft.methods import dpo
 from jaxft.optim.make import make_schedule
 from jaxft.planning.job import abstract_step_of, measure, sharded_step_of
 from jaxft.planning.shapes import shapes_of
-from jaxft.runs.build import abstract_model, build_model, make_mesh, make_step, make_tx, start_state
-from jaxft.training.log import TIMING_KEYS
+from jaxft.runs.build import abstract_model, build_model, make_tx, start_state
 from jaxft.training.state import saved_part, with_saved
 
-KINDS = {"lora": {}, "full": {"adapter.kind": "none", "export.merged": False}}
-ROWS = [{"prompt": f"Colour {n}?", "chosen": f" {n % 3} red", "rejected": f" {n % 5} blue, or not"} for n in range(24)]
+config_of = partial(pair_runs.config_of, "dpo")
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return str(path)
-
-
-def config_of(rows, output_dir, **overrides) -> RunConfig:
-    settings = {
-        "output_dir": str(output_dir), "method.name": "dpo", "data.train": rows, "data.eval": rows,
-        "data.limit": None, "data.eval_limit": 4, "data.max_length": 128, "train.batch_size": 8, "train.steps": 6,
-        "train.accumulation_steps": 1, "train.eval_every": 3, "train.log_every": 1, "checkpoint.every": 3,
-        "eval.metric": None, "adapter.dropout": 0.0, "export.merged": False, "optim.learning_rate": 1e-2,
-    }  # fmt: skip
-    return load("configs/quickstart.py:smoke", settings | overrides)
-
-
-def metrics_of(folder):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIMING_KEYS} for line in lines]
-
-
-def weights_of(folder):
-    (file,) = [*folder.glob("adapter/*.safetensors"), *folder.glob("model/*.safetensors")]
-    return file.read_bytes()
+    return write_rows(tmp_path_factory.mktemp("pairs"))
 
 
 @pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_a_run_learns_and_resumes_bit_for_bit(rows, tmp_path, kind):
     config = config_of(rows, tmp_path / "run", **KINDS[kind])
-    summary = api.train(config)
-    folder = tmp_path / "run"
-    lines = metrics_of(folder)
-    first, last = lines[0], [line for line in lines if "loss" in line][-1]
+    (first, *_, last), summary = train_lose_the_end_and_resume(config, tmp_path / "run")
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-5) and first["rewards/margins"] == pytest.approx(
         0, abs=1e-4
     )
     assert last["loss"] < 0.6 and last["rewards/accuracies"] > 0.7 and last["rewards/margins"] > 0.1
     assert last["logps/chosen"] < 0 and last["rewards/chosen"] > last["rewards/rejected"]
     assert summary["eval_loss"] < 0.6 and summary["eval_rewards/accuracies"] > 0.5
-    # The state of step 6 is lost; the run goes on from step 3.
-    whole = tmp_path / "whole"
-    shutil.copytree(folder, whole)
-    shutil.rmtree(folder / "checkpoints" / "6")
-    api.train(config)
-    assert weights_of(folder) == weights_of(whole) and metrics_of(folder) == metrics_of(whole)
     # jaxft eval finds the same reference: the base, not the weights that it evaluates.
-    evaluated = api.evaluate(api.load_model(str(folder)), api.load_tokenizer(str(folder)), config)
+    evaluated = api.evaluate(api.load_model(str(tmp_path / "run")), api.load_tokenizer(str(tmp_path / "run")), config)
     for name in ("eval_loss", "eval_rewards/margins", "eval_rewards/accuracies"):
         assert evaluated[name] == pytest.approx(summary[name], rel=1e-4, abs=1e-5), name
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_eight_devices_equal_one(rows, tmp_path, kind):
-    # Plain gradient steps: Adam's first one would be the sign of gradients that are zero but for rounding.
-    sgd = {
-        "optim.name": "sgd", "optim.adamw.b2": 0.999, "optim.sgd.momentum": 0.0, "optim.learning_rate": 1.0,
-        "optim.clip_norm": None,
-    }  # fmt: skip
-    config = config_of(rows, tmp_path / "run", **KINDS[kind] | sgd)
-    method = method_of(config)
-    tokenizer = api.load_tokenizer(config.model.path)
-    batch = method.source(config, method.prepare(config, tokenizer), tokenizer).batch(0)
-    base = build_model(config, random_base=tmp_path / "base").module
-    schedule = make_schedule(config.optim, 6)
-    outcomes = []
-    for axes in ({"fsdp": 1}, {"data": 2, "fsdp": 2, "tensor": 2}):
-        one = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **axes))
-        model = abstract_model(one)
-        mesh = make_mesh(one, model, jax.devices()[: 8 if "tensor" in axes else 1])
-        module = nnx.merge(*nnx.split(base))
-        tx = make_tx(one, module, schedule)
-        graphdef, state = start_state(one, module, tx, mesh)
-        # Away from the reference, so that the loss has something to say.
-        moved = jax.tree.map(lambda x: x + 0.02 * jnp.cos(jnp.arange(x.size)).reshape(x.shape), state.trainable)
-        step = jax.jit(mesh.bind(make_step(one, model, graphdef, tx, schedule)))
-        outcomes.append(step(state._replace(trainable=moved), jax.device_put(batch, mesh.batch_sharding())))
-    (state, metrics), (other, other_metrics) = outcomes
-    assert abs(metrics["rewards/margins"]) > 1e-4
-    for name, value in metrics.items():
-        np.testing.assert_allclose(other_metrics[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
-    for a, b in zip(jax.tree.leaves(state.trainable), jax.tree.leaves(other.trainable), strict=True):
-        np.testing.assert_allclose(b, a, rtol=0, atol=1e-5)
+    more = {"method.dpo.sft_weight": 0.5, "method.dpo.ld_alpha": 0.5} if kind == "lora" else {}
+    config = config_of(rows, tmp_path / "run", **KINDS[kind] | SGD | more)
+    assert abs(assert_eight_devices_equal_one(config, tmp_path)["rewards/margins"]) > 1e-4
 
 
 def test_the_reference_of_full_fine_tuning_is_not_saved_and_comes_from_the_base(rows, tmp_path):
@@ -164,6 +103,49 @@ def test_settings_of_another_method_are_refused(rows, tmp_path):
         config_of(rows, tmp_path, **{"method.name": "sft", "method.dpo.beta": 0.3})
     with pytest.raises(ConfigError, match=r"Did you mean 'dpo'|is not one of sft, dpo"):
         config_of(rows, tmp_path, **{"method.name": "dop"})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"loss_type": "sigmoid,hinje"}, r"'hinje' is not one of sigmoid, robust, hinge.*Did you mean 'hinge'"),
+        ({"loss_type": "sft"}, r"loss_type='sft' must name at least one loss of pairs"),
+        ({"loss_type": "ipo,ipo"}, r"loss_type='ipo,ipo' must name .* none twice"),
+        ({"loss_weights": "1,2"}, r"loss_weights='1,2' has 2 numbers for the 1 losses of method.dpo.loss_type='sigmo"),
+        ({"loss_weights": "much"}, r"loss_weights='much': 'much' is not a number above zero"),
+        ({"loss_weights": "-1"}, r"loss_weights='-1': '-1' is not a number above zero"),
+        ({"loss_type": "hinge,ipo", "label_smoothing": 0.1}, r"label_smoothing=0.1 is read by none .* only by sigmoid"),
+        ({"loss_type": "exo_pair"}, r"'exo_pair' compares with smoothed labels.*must be above 0"),
+        ({"loss_type": "sigmoid,sft", "sft_weight": 0.1}, r"sft_weight=0.1 and 'sft' in .* are the same term twice"),
+        ({"ld_alpha": 0.5, "loss_type": "sigmoid_norm"}, r"ld_alpha=0.5 corrects .*loss_type='sigmoid_norm' divides"),
+        ({"ld_alpha": 0.5, "loss_type": "hinge,ipo"}, r"ld_alpha=0.5 corrects .*loss_type='ipo' divides"),
+        ({"ld_alpha": 1.5}, r"ld_alpha=1.5 must be from 0 to 1"),
+        (
+            {"sft_weight": 1.0, "use_weighting": True},
+            r"use_weighting=True weighs pairs, but the negative log-likelihoo",
+        ),
+        (
+            {"loss_type": "sigmoid,apo_zero,nca_pair", "f_divergence_type": "forward_kl"},
+            r"f_divergence_type='forward_kl' is defined .*loss_type='apo_zero' and 'nca_pair' takes each answer",
+        ),
+        ({"f_alpha_divergence_coef": 0.7}, r"f_alpha_divergence_coef=0.7 is read only if"),
+        (
+            {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1.0},
+            r"f_alpha_divergence_coef=1.0 makes the divergence the reverse KL divergence",
+        ),
+    ],
+)
+def test_losses_that_contradict_each_other_are_refused(rows, tmp_path, fields, message):
+    with pytest.raises(ConfigError, match=message):
+        config_of(rows, tmp_path, **{f"method.dpo.{name}": value for name, value in fields.items()})
+
+
+def test_losses_are_read_from_text(rows, tmp_path):
+    own = config_of(
+        rows, tmp_path, **{"method.dpo.loss_type": "sigmoid, sft", "method.dpo.loss_weights": "0.5,2"}
+    ).method.dpo
+    assert own.losses == (("sigmoid", 0.5), ("sft", 2.0)) and own.pair_losses == (("sigmoid", 0.5),)
+    assert own.nll_weight == 2.0
 
 
 PLANNED = {"sft": {"method.name": "sft"}, "dpo": {}, "full": KINDS["full"]}
