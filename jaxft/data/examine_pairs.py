@@ -22,16 +22,15 @@ STANDARD_ERRORS = 3.0
 class PairExamination:
     """Counts of pairs. Lengths are those of the answers alone, in trained tokens.
 
-    pairs: their number. chosen, rejected: quantiles of the lengths, by "p0" to "p100"; mean_chosen, mean_rejected:
-    their means. chosen_longer, rejected_longer: pairs in which this answer is longer than the other. repeated: pairs
-    that occurred before, token for token. both_orders: pairs that also occur the other way round. margins: quantiles
-    of the margins, None if all are 0, as they are if rows have none. swapped, level: pairs with a margin below and of
-    zero. ties, same: pairs
-    of a list of ranked answers that were left out, because both have the same rank or the same text. rows_left_out:
-    rows that gave no pair.
+    count: the number of pairs. chosen, rejected: quantiles of the lengths, by "p0" to "p100"; mean_chosen,
+    mean_rejected: their means. chosen_longer, rejected_longer: pairs in which this answer is longer than the other.
+    repeated: pairs that occurred before, token for token. both_orders: pairs that also occur the other way round.
+    margins: quantiles of the margins, None if all are 0, as they are if rows have none. swapped, level: pairs with a
+    margin below and of zero. ties, same: pairs of a list of ranked answers that were left out, because both have the
+    same rank or the same text. rows_left_out: rows that gave no pair.
     """
 
-    pairs: int
+    count: int
     chosen: dict[str, int]
     rejected: dict[str, int]
     mean_chosen: float
@@ -69,7 +68,7 @@ def examine_pairs(examples: Sequence[Example], left_out: Mapping[str, int]) -> P
     margins = np.array([first.values.get(MARGIN, (0.0,))[0] for first, _ in sides])
     given = bool(margins.any())
     return PairExamination(
-        pairs=len(sides),
+        count=len(sides),
         chosen=length_quantiles(chosen),
         rejected=length_quantiles(rejected),
         mean_chosen=round(float(chosen.mean()), 2),
@@ -102,8 +101,8 @@ def combine_pairs(parts: Sequence[PairExamination], examples: Sequence[Example])
 def describe_pairs(pairs: PairExamination) -> str:
     """The examination in a few lines for people."""
     lines = [
-        f"{pairs.pairs:,} pairs; the chosen answer is longer in {pairs.chosen_longer / pairs.pairs:.0%} and shorter in "
-        f"{pairs.rejected_longer / pairs.pairs:.0%}, by {pairs.mean_chosen - pairs.mean_rejected:+.1f} tokens on "
+        f"{pairs.count:,} pairs; the chosen answer is longer in {pairs.chosen_longer / pairs.count:.0%} and shorter in "
+        f"{pairs.rejected_longer / pairs.count:.0%}, by {pairs.mean_chosen - pairs.mean_rejected:+.1f} tokens on "
         "average",
         *(
             f"{name} answers: {mean:.1f} tokens on average, {_listed(quantiles)}"
@@ -135,18 +134,18 @@ def pair_warnings(pairs: PairExamination) -> list[str]:
         )
     if pairs.swapped:
         warnings.append(
-            f"in {pairs.swapped:,} of {pairs.pairs:,} pairs the chosen answer has the lower score (a margin below 0): "
+            f"in {pairs.swapped:,} of {pairs.count:,} pairs the chosen answer has the lower score (a margin below 0): "
             "check the labels, or leave these rows out"
         )
     if pairs.level:
-        warnings.append(f"in {pairs.level:,} of {pairs.pairs:,} pairs both answers have the same score (a margin of 0)")
+        warnings.append(f"in {pairs.level:,} of {pairs.count:,} pairs both answers have the same score (a margin of 0)")
     if pairs.both_orders:
         warnings.append(
-            f"{pairs.both_orders:,} of {pairs.pairs:,} pairs also occur the other way round, with the chosen answer "
+            f"{pairs.both_orders:,} of {pairs.count:,} pairs also occur the other way round, with the chosen answer "
             "rejected: they cancel each other. Keep one of them"
         )
     if pairs.repeated:
-        warnings.append(f"{pairs.repeated:,} of {pairs.pairs:,} pairs are repetitions of others")
+        warnings.append(f"{pairs.repeated:,} of {pairs.count:,} pairs are repetitions of others")
     return warnings
 
 

@@ -10,6 +10,7 @@ from jaxft.config import RunConfig
 from jaxft.data.batch import Batch
 from jaxft.data.preferences import prepare_pairs
 from jaxft.methods import sequences
+from jaxft.methods.charts import PAIR_CHARTS
 from jaxft.methods.method import Method, Run
 from jaxft.methods.pairs import batch_shapes, check_pairs, unit_counts
 from jaxft.methods.reference import check_reference, reference_logps, reference_state
@@ -85,5 +86,7 @@ METHOD = Method(
     loss=loss,
     evaluator=evaluator,
     describe=describe,
+    loss_unit="mean over pairs",
+    charts=PAIR_CHARTS,
     reference_passes=1,
 )

@@ -10,6 +10,7 @@ from flax import nnx
 from jaxft.config import RunConfig
 from jaxft.data import Prepared, Tokenizer
 from jaxft.data.batch_source import BatchSource
+from jaxft.methods.charts import Chart
 from jaxft.nn.decoder import Decoder
 from jaxft.objectives.loss import BatchSums, Loss, MethodState
 from jaxft.sharding.mesh import MeshPlan
@@ -55,6 +56,7 @@ class Method:
     none. model: abstract.
     loss(config, model): the loss; evaluated with key=None, it is the held-out loss. model: abstract.
     evaluator(run, graphdef): `state -> held-out metrics`; None if no rows are held out.
+    loss_unit: what the loss is a mean of, for people. charts: the method's own charts in a run's report.
     reference_passes: forward passes of a frozen model in each training step, for the work that `jaxft plan` reports.
     describe(config): what the method does, in a few words for people, such as `DPO with beta=0.1`.
     """
@@ -68,6 +70,8 @@ class Method:
     loss: Callable[[RunConfig, Decoder], Loss]
     evaluator: Callable[[Run, nnx.GraphDef[Decoder]], Callable[[TrainState], dict[str, float]] | None]
     describe: Callable[[RunConfig], str]
+    loss_unit: str = "nats per trained token"
+    charts: tuple[Chart, ...] = ()
     reference_passes: int = 0
     precompute: Callable[[Run, Callable[[], Decoder]], Run] = lambda run, base: run
     batch_sums: Callable[[RunConfig, Decoder], BatchSums | None] = lambda config, model: None

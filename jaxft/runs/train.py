@@ -33,6 +33,7 @@ from jaxft.runs.report import write_report
 from jaxft.runs.scores import answer, samples, score_summary
 from jaxft.sharding import distributed
 from jaxft.sharding.processes import is_primary, on_primary
+from jaxft.training.likelihoods import FallingLikelihoods
 from jaxft.training.log import NoLog, RunLog
 from jaxft.training.loop import Cadence, Hooks, fit
 from jaxft.training.state import TrainState, divide, saved_part, with_saved
@@ -183,7 +184,8 @@ def _fit(run: Run, loaded: LoadedModel, console: Console) -> dict[str, float]:
 def _log(run: Run, resume_step: int | None, console: Console) -> RunLog | NoLog:
     if not is_primary():
         return NoLog()
-    return RunLog(run.folder, total_steps=run.total_steps, resume_step=resume_step, console=console)
+    watch = FallingLikelihoods().add
+    return RunLog(run.folder, total_steps=run.total_steps, resume_step=resume_step, console=console, watch=watch)
 
 
 def _shapes(state: TrainState) -> TrainState:

@@ -41,6 +41,7 @@ class RunLog:
         total_steps: int,
         resume_step: int | None,
         console: Console | None = None,
+        watch: Callable[[Mapping[str, float]], str | None] | None = None,
         quiet: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -48,6 +49,10 @@ class RunLog:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / METRICS
         _cut(path, resume_step)
+        self._watch = watch
+        if watch is not None and resume_step is not None:
+            for row in read_metrics(folder):
+                watch(row)
         # Line buffering: what was logged is with the operating system, and outlives a SIGKILL of this process.
         self._file = open(path, "a", buffering=1, encoding="utf-8", newline="\n")
         self._board = _open_board(folder / TENSORBOARD, 0 if resume_step is None else resume_step + 1)
@@ -67,6 +72,8 @@ class RunLog:
         """
         row = self._record(step, metrics)
         self._screen.show(step, _headline(row) + self._remaining.after(step))
+        if self._watch is not None and (warning := self._watch(row)) is not None:
+            self.note(f"warning: {warning}")
 
     def eval(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record held-out metrics after optimizer step `step` (0: before training). Raises as `step` does."""

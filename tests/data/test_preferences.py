@@ -162,7 +162,7 @@ def test_the_examination_compares_both_answers(jsonl, tokenizer_of):
     rows += [rows[1], text_row(2, " no", " yes" * 4) | {"margin": 0.0}]
     data = prepare_pairs(run(jsonl(rows)), tokenizer_of("chatml"))
     pairs = data.examination.pairs
-    assert (pairs.pairs, pairs.chosen_longer, pairs.rejected_longer) == (32, 31, 1)
+    assert (pairs.count, pairs.chosen_longer, pairs.rejected_longer) == (32, 31, 1)
     assert pairs.chosen["p100"] == pairs.rejected["p100"] > pairs.rejected["p50"] and pairs.length_bias == "chosen"
     assert pairs.mean_chosen - pairs.mean_rejected == pytest.approx(
         30 / 32 * (pairs.chosen["p50"] - pairs.rejected["p50"]), abs=0.01
@@ -193,8 +193,8 @@ def test_sets_of_a_mixture_are_examined_together(jsonl, tokenizer_of):
         ),
     }
     data = prepare_pairs(run("", mixture=sets, max_length=128), tokenizer_of("chatml"))
-    assert [one.examination.pairs.pairs for one in data.sets] == [1, 6]
-    assert (data.examination.pairs.pairs, data.examination.pairs.margins["p100"]) == (7, 3.0)
+    assert [one.examination.pairs.count for one in data.sets] == [1, 6]
+    assert (data.examination.pairs.count, data.examination.pairs.margins["p100"]) == (7, 3.0)
     assert data.sets[0].examination.pairs.margins is None
 
 

@@ -193,6 +193,48 @@ def test_no_folder_is_refused(tmp_path):
         write_report(tmp_path / "absent")
 
 
+def fill_pairs(folder: Path, name: str, falls: bool = False) -> None:
+    """A full folder of a run on pairs."""
+    fill(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["method"]["name"] = name
+    (folder / "config.json").write_text(json.dumps(config))
+    rows = []
+    for step in range(1, 81):
+        lost = step if falls else 0
+        rewards = {"rewards/chosen": 0.1, "rewards/rejected": -0.1, "rewards/margins": 0.2, "rewards/accuracies": 0.8}
+        logps = {"logps/chosen": -50.0 - lost, "logps/rejected": -60.0 - 2 * lost}
+        rows.append({"step": step, "loss": 0.7, **rewards, **logps})
+        rows.append({"step": step, "eval_rewards/accuracies": 0.7})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = json.loads((folder / "data.json").read_text())
+    data["pairs"] = {"count": 7, "chosen": {"p50": 11}, "mean_chosen": 12.5, "margins": None}
+    (folder / "data.json").write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize("falls", [True, False])
+def test_a_run_on_pairs_has_the_curves_of_its_method(tmp_path, falls):
+    fill_pairs(tmp_path, "dpo", falls)
+    html_path, _ = write_report(tmp_path)
+    page, source = Page(html_path), html_path.read_text(encoding="utf-8")
+    for words in (
+        "Loss, mean over pairs", "Rewards of chosen and rejected answers", "Margin between the two rewards",
+        "Share of pairs whose chosen answer has the larger reward", "Log-probabilities of chosen and rejected answers",
+        "accuracies, held out", "DPO", "Pairs, count", "Pairs, mean chosen", "12.5", "p50: 11",
+    ):  # fmt: skip
+        assert words in page.text, words
+    assert source.count("<svg") == 1 + 4 + 1  # loss, the method's, lengths
+    told = "fell from -55.5 to -125.5, and that of logps/rejected from -71 to -211"
+    assert (told in page.text) is falls and ("sft_weight" in page.text) is falls
+
+
+@pytest.mark.parametrize("name", ["sft", "a_method_to_come"])
+def test_methods_without_charts_have_none(tmp_path, name):
+    fill_pairs(tmp_path, name)
+    text = Page(write_report(tmp_path)[0]).text
+    assert "Loss, nats per trained token" in text and "Margin" not in text
+
+
 def colors(png_path: Path) -> int:
     pixels = imread(png_path)
     return len(np.unique(pixels.reshape(-1, pixels.shape[-1]), axis=0))

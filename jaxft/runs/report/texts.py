@@ -1,0 +1,134 @@
+"""The texts and numbers of the page, from the files of a run folder."""
+
+import dataclasses
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxft.adapters.make import describe
+from jaxft.config import AdapterConfig
+from jaxft.runs.report.files import Row, is_number, series
+
+HELD_OUT_COUNTS = ("rows", "tokens", "trained_tokens", "truncated", "dropped")
+
+
+def wilson_interval(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]:
+    """The confidence interval of the share of right answers, given `correct` of `total`; 95% by default.
+
+    Unlike the normal interval it stays inside [0, 1] and has a width at 0 and at total.
+    Source: Wilson 1927, doi:10.1080/01621459.1927.10502953. Raises ValueError unless
+    0 <= correct <= total and total > 0.
+    """
+    if not (0 <= correct <= total and total > 0):
+        raise ValueError(f"{correct} right answers of {total} is no share")
+    share, widening = correct / total, z * z / total
+    center = (share + widening / 2) / (1 + widening)
+    half = z / (1 + widening) * math.sqrt(share * (1 - share) / total + widening / (4 * total))
+    return max(0.0, center - half), min(1.0, center + half)
+
+
+def tiles(config: Row, rows: Sequence[Row], scores: Row) -> list[dict[str, str]]:
+    """Label, value and detail of the figures at the top of the page."""
+    model, train = config.get("model") or {}, config.get("train") or {}
+    path = str(model.get("path") or "—")
+    losses, (eval_steps, evals) = series(rows, "loss")[1], series(rows, "eval_loss")
+    steps, tokens = [row["step"] for row in rows], series(rows, "num_tokens")[1]
+    rates = series(rows, "tokens_per_second")[1]
+    at_first = f"{evals[0]:.3f} at step {eval_steps[0]}" if len(evals) > 1 else ""
+    ends = [_score_value(scores[key]) if isinstance(scores.get(key), Mapping) else "—" for key in ("base", "tuned")]
+    batch = f"sequences in each: {train['batch_size']}" if "batch_size" in train else ""
+    shown = [
+        (
+            "Score before → after",
+            " → ".join(ends) if ends != ["—", "—"] else "—",
+            str(scores.get("metric") or "not scored"),
+        ),
+        ("Held-out loss", f"{evals[-1]:.3f}" if evals else "—", at_first),
+        ("Training loss", f"{losses[-1]:.3f}" if losses else "—", f"{losses[0]:.3f} at first" if losses else ""),
+        ("Model", path.rstrip("/").rsplit("/", 1)[-1], f"computes in {model['dtype']}" if "dtype" in model else ""),
+        ("Method", *_method(config)),
+        ("Steps", f"{steps[-1]:,}" if steps else "—", batch),
+        ("Tokens seen", f"{tokens[-1]:,.0f}" if tokens else "—", ""),
+        ("Throughput", f"{statistics.median(rates):,.0f}" if rates else "—", "tokens per second, median"),
+    ]
+    return [{"label": label, "value": value, "detail": detail} for label, value, detail in shown]
+
+
+def _method(config: Row) -> tuple[str, str]:
+    """The training method, and the part of the model that it trains."""
+    adapter, model = config.get("adapter") or {}, config.get("model") or {}
+    if not adapter:
+        return "—", ""
+    name = str((config.get("method") or {}).get("name") or "sft").upper()
+    if adapter.get("kind") == "none":
+        return name, f"training {model['trainable']}" if model.get("trainable") else "every weight is trained"
+    fields = {spec.name for spec in dataclasses.fields(AdapterConfig)}
+    return name, describe(AdapterConfig(**{key: value for key, value in adapter.items() if key in fields}))
+
+
+def _score_value(entry: Mapping[str, Any]) -> str:
+    value = entry.get("value")
+    if not is_number(value) and _counts(entry):
+        value = entry["correct"] / entry["total"]
+    if not is_number(value):
+        return "—"
+    return f"{value:.1%}" if _counts(entry) else f"{value:.4g}"
+
+
+def _counts(entry: Mapping[str, Any]) -> tuple[int, int] | None:
+    correct, total = entry.get("correct"), entry.get("total")
+    if isinstance(correct, int) and isinstance(total, int) and 0 <= correct <= total and total > 0:
+        return correct, total
+    return None
+
+
+def score_section(scores: Row) -> dict[str, Any] | None:
+    """The metric and the scores before and after training; None if the model has not been scored."""
+    entries = []
+    for key in ("base", "tuned"):
+        if isinstance(scores.get(key), Mapping):
+            counts = _counts(scores[key])
+            interval = wilson_interval(*counts) if counts else None
+            entries.append({"kind": key, "value": _score_value(scores[key]), "counts": counts, "interval": interval})
+    return {"metric": str(scores.get("metric") or "unnamed"), "entries": entries} if entries else None
+
+
+def sample_texts(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """A sample with all that it holds as text, and whether it is correct."""
+    texts = {key: sample.get(key) for key in ("prompt", "reference", "base", "tuned")}
+    texts = {k: v if isinstance(v, str) else "" if v is None else json.dumps(v, indent=2) for k, v in texts.items()}
+    return texts | {"correct": sample.get("correct")}
+
+
+def data_facts(data: Row) -> list[tuple[str, str]]:
+    """Label and text of every count in data.json, whether its key is known here or not."""
+    facts = []
+    for key, value in data.items():
+        label = key.replace("_", " ").capitalize()
+        if key == "trained_tokens" and is_number(value) and is_number(data.get("tokens")) and data["tokens"] > 0:
+            facts.append((label, f"{value:,} ({value / data['tokens']:.1%} of all tokens)"))
+        elif key == "fill" and is_number(value):
+            facts.append((label, f"{value:.1%} of the sequences' tokens"))
+        elif is_number(value):
+            facts.append((label, f"{value:,}"))
+        elif isinstance(value, str):
+            facts.append((label, value))
+        elif key == "eval" and isinstance(value, Mapping):
+            counted = {k: v for k, v in value.items() if is_number(v) and k in HELD_OUT_COUNTS}
+            facts.append(("Held out", ", ".join(f"{k.replace('_', ' ')}: {v:,}" for k, v in counted.items())))
+        elif key == "pairs" and isinstance(value, Mapping):
+            facts += [(f"{label}, {part.lower()}", text) for part, text in data_facts(dict(value))]
+        elif isinstance(value, Mapping) and value:
+            facts.append((label, ", ".join(f"{k}: {v:,}" if is_number(v) else f"{k}: {v}" for k, v in value.items())))
+    return facts
+
+
+def dotted(config: Row, prefix: str = "") -> list[str]:
+    """`train.batch_size = 16`: the names that overrides on the command line use."""
+    lines = []
+    for key, value in config.items():
+        nested = isinstance(value, dict) and value
+        lines += dotted(value, f"{prefix}{key}.") if nested else [f"{prefix}{key} = {json.dumps(value)}"]
+    return lines
