@@ -21,6 +21,13 @@ PAIR_CHARTS = (
     Chart(title="Share of pairs whose chosen answer has the larger reward", metrics=("rewards/accuracies",)),
     Chart(title="Log-probabilities of chosen and rejected answers, nats", metrics=("logps/chosen", "logps/rejected")),
 )
+# Of methods on single answers that are labelled good (chosen) or bad (rejected).
+LABEL_CHARTS = (
+    Chart(title="Rewards of good and bad answers", metrics=("rewards/chosen", "rewards/rejected")),
+    Chart(title="Margin between the two rewards", metrics=("rewards/margins",)),
+    Chart(title="Log-probabilities of good and bad answers, nats", metrics=("logps/chosen", "logps/rejected")),
+    Chart(title="KL divergence from the reference, nats", metrics=("kl",)),
+)
 # Of reward models.
 SCORE_CHARTS = (
     Chart(title="Share of pairs whose chosen answer has the larger score", metrics=("accuracy",)),

@@ -15,6 +15,7 @@ from jaxft.data.formats import DESIRABLE
 from jaxft.data.preferences.labelled import Labelled, Reserved, prepare_labelled
 from jaxft.errors import ConfigError
 from jaxft.methods import sequences
+from jaxft.methods.charts import LABEL_CHARTS
 from jaxft.methods.method import Method, Run
 from jaxft.methods.reference import check_reference, reference_logps, reference_state
 from jaxft.methods.router import router_coefficients
@@ -147,5 +148,7 @@ METHOD = Method(
     loss=loss,
     evaluator=evaluator,
     describe=describe,
+    loss_unit="mean over answers",
+    charts=LABEL_CHARTS,
     reference_passes=1,
 )

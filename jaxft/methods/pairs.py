@@ -11,6 +11,7 @@ from jaxft.data.examine_pairs import MARGIN
 from jaxft.data.preferences import prepare_pairs
 from jaxft.errors import ConfigError
 from jaxft.methods import sequences
+from jaxft.methods.charts import PAIR_CHARTS
 from jaxft.methods.method import Method, Run, no_state
 from jaxft.methods.router import router_coefficients
 from jaxft.nn.decoder import Decoder
@@ -83,4 +84,6 @@ def pair_method(
         loss=loss,
         evaluator=evaluator,
         describe=describe,
+        loss_unit="mean over pairs",
+        charts=PAIR_CHARTS,
     )

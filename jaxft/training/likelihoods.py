@@ -40,7 +40,9 @@ class FallingLikelihoods:
         return run._warning()
 
     def _append(self, metrics: Mapping[str, Any]) -> bool:
+        # 0 is logged for a batch that has no such answer.
         values = {name: metrics[name] for name in self._values if isinstance(metrics.get(name), int | float)}
+        values = {name: value for name, value in values.items() if value != 0}
         if len(values) < len(self._values):
             return False
         for name, value in values.items():
@@ -55,7 +57,8 @@ class FallingLikelihoods:
             "chosen answers become less likely together with rejected ones: between the first and the last "
             f"{WINDOW} logged steps, the mean of {CHOSEN} fell from {chosen[0]:.4g} to {chosen[1]:.4g}, and that of "
             f"{REJECTED} from {rejected[0]:.4g} to {rejected[1]:.4g}. The model moves to answers that nobody judged. "
-            "Add the likelihood of chosen answers to the loss (sft_weight), lower optim.learning_rate, or raise beta."
+            "Add the likelihood of chosen answers to the loss or weigh it more (such as method.dpo.sft_weight), lower "
+            "optim.learning_rate, or raise beta."
         )
 
 

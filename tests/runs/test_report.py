@@ -225,7 +225,7 @@ def test_a_run_on_pairs_has_the_curves_of_its_method(tmp_path, falls):
         assert words in page.text, words
     assert source.count("<svg") == 1 + 4 + 1  # loss, the method's, lengths
     told = "fell from -55.5 to -125.5, and that of logps/rejected from -71 to -211"
-    assert (told in page.text) is falls and ("sft_weight" in page.text) is falls
+    assert (told in page.text) is falls and ("such as method.dpo.sft_weight" in page.text) is falls
 
 
 @pytest.mark.parametrize("name", ["sft", "a_method_to_come"])

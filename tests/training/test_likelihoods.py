@@ -78,3 +78,9 @@ def test_the_log_prints_it_and_a_resumed_run_does_not_repeat_it(tmp_path):
     assert "warning" not in run_log(tmp_path / "whole", rows[30:], resume_step=30)
     lines = (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == rows
+
+
+def test_batches_without_an_answer_of_a_kind_do_not_count():
+    """Their logged value is 0."""
+    rows = logged([0.0] * 10 + falling(0.0), [0.0] * 10 + falling(0.0))
+    assert FallingLikelihoods.warning_of(rows) is None
