@@ -186,13 +186,14 @@ def _export(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
         base=arguments.base,
     )
     if not arguments.json:
-        checks = ", ".join(f"{reader} (logits within {value:.1e})" for reader, value in written["checks"].items())
+        what = written["compared"]
+        checks = ", ".join(f"{reader} ({what} within {value:.1e})" for reader, value in written["checks"].items())
         print(f"{written['folder']}: read back by {checks}")
         _say_left_out(written.get("left_out"), sys.stdout)
-        for name, what in MERGED.items():
+        for name, how in MERGED.items():
             if name in written:
                 change = written[name]
-                print(f"{what}: logits within {change['max']:.1e}, {change['mean']:.1e} on average")
+                print(f"{how}: {what} within {change['max']:.1e}, {change['mean']:.1e} on average")
     return written
 
 

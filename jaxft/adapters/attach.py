@@ -115,7 +115,7 @@ def mergeable_adapters(model: Decoder) -> dict[str, LayerAdapter]:
     Raises ModelError if the model has virtual tokens, which change no weight, or an adapter on an embedding table that
     is also the LM head: merging would change the head too.
     """
-    if model.lm_head is None and model.embed_tokens.adapter is not None:
+    if model.tied and model.embed_tokens.adapter is not None:
         raise ModelError(
             "the adapter on embed_tokens cannot be merged: in this model the embedding table is also the LM head "
             "(tie_word_embeddings), which the adapter does not change. Export it as an adapter."
@@ -183,7 +183,7 @@ def _matching(target: str, layers: dict[str, Layer], model: Decoder) -> list[str
     paths = [path for path in layers if path == target or path.endswith("/" + target)]
     if not paths:
         names = sorted({path.rsplit("/", 1)[-1] for path in layers})
-        tied = target == "lm_head" and model.lm_head is None
+        tied = target == "lm_head" and model.tied
         why = " Its LM head is embed_tokens (tie_word_embeddings)." if tied else did_you_mean(target, names)
         raise ModelError(
             f"adapter target {target!r} matches no layer.{why} "

@@ -25,14 +25,15 @@ class AdapterKind(Protocol):
 
 
 def attach_adapter(model: Decoder, config: AdapterConfig, seed: int) -> None:
-    """Attaches fresh adapters of the configured kind, and makes `modules_to_save` trainable; nothing for kind `none`.
+    """Attaches fresh adapters of the configured kind, and makes `modules_to_save` and a score head trainable; nothing
+    for kind `none`.
 
     Raises ModelError if the model does not have what the config names.
     """
     if config.kind == "none":
         return
     _kind(config).attach_to(model, config, jax.random.key(seed))
-    train_whole(model, config.saved)
+    train_whole(model, config.saved if model.value is None else (*config.saved, "value"))
 
 
 def describe(config: AdapterConfig) -> str:

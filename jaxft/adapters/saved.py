@@ -10,6 +10,7 @@ from jaxft.errors import ModelError, did_you_mean
 from jaxft.nn.decoder import Decoder
 from jaxft.nn.linear import Embedding, Linear
 from jaxft.nn.norm import RMSNorm
+from jaxft.nn.score import ScoreHead
 from jaxft.trees import flatten
 
 
@@ -22,9 +23,9 @@ def train_whole(model: Decoder, names: Sequence[str]) -> tuple[str, ...]:
     modules = {
         "/".join(map(str, path)): module
         for path, module in nnx.iter_modules(model)
-        if isinstance(module, Linear | Embedding | RMSNorm) and "adapter" not in path
+        if isinstance(module, Linear | Embedding | RMSNorm | ScoreHead) and "adapter" not in path
     }
-    chosen = sorted({path for name in names for path in _matching(name, modules, tied=model.lm_head is None)})
+    chosen = sorted({path for name in names for path in _matching(name, modules, tied=model.tied)})
     adapted = [path for path in chosen if path in adapters(model)]
     if adapted:
         raise ModelError(f"{adapted[0]} has an adapter and is in modules_to_save: take it out of one of them")

@@ -4,7 +4,7 @@
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,18 +19,23 @@ from jaxft.checkpoint import fused_experts, orbax_folder
 from jaxft.checkpoint.gguf import GGUFFile
 from jaxft.checkpoint.hf import load_weights
 from jaxft.checkpoint.peft import read_adapter
-from jaxft.checkpoint.peft.folder import CONFIG
+from jaxft.checkpoint.peft.folder import CONFIG, SCORE_TASK
 from jaxft.checkpoint.quantized import bitsandbytes
 from jaxft.checkpoint.quantized.mxfp4 import MXFP4Source, is_packed
+from jaxft.checkpoint.score_head import FreshScoreHead
 from jaxft.checkpoint.tensors import SafetensorsFolder, TensorSource
 from jaxft.checkpoint.text_part import TextPart
+from jaxft.data.batch import Batch, Example, assemble
 from jaxft.errors import CheckpointError, ModelError
 from jaxft.files.paths import HUB, fetch_hub, is_file, is_remote, open_folder, read_json
 from jaxft.files.run_folder import ADAPTER, MERGED, MODEL, is_run_folder
 from jaxft.models.nested import MULTIMODAL
+from jaxft.models.score_model import is_score_model
 from jaxft.nn.decoder import Decoder
+from jaxft.nn.score import Head
 from jaxft.nn.storage import storage_dims_of
 from jaxft.nn.virtual import virtual_ids
+from jaxft.objectives.reward import document_scores
 from jaxft.quant import FORMATS, is_quantized
 from jaxft.sharding.arrays import to_host
 from jaxft.sharding.mesh import MeshPlan
@@ -69,6 +74,25 @@ class LoadedModel:
         _, state = nnx.split(self.module)
         return to_host(self._forward(state, tokens.astype(np.int32)))
 
+    def scores(self, documents: Sequence[Sequence[int]]) -> np.ndarray:
+        """The score of each document of token ids, [N] float32, read at its last token.
+
+        Raises ModelError if the model has no score head.
+        """
+        rows = [[Example(tokens=np.array(d, np.int32), mask=np.zeros(len(d), np.uint8), row=0)] for d in documents]
+        batch = assemble(rows, max(4, *map(len, documents)))
+        _, state = nnx.split(self.module)
+        return to_host(self._scores(state, batch))
+
+    @cached_property
+    def _scores(self) -> Callable[[nnx.State, Batch[np.ndarray]], jax.Array]:
+        graphdef, _ = nnx.split(self.module)
+
+        def scores(state: nnx.State, batch: Batch[jax.Array]) -> jax.Array:
+            return document_scores(nnx.merge(graphdef, state), batch)[:, 0]
+
+        return jax.jit(scores)
+
     @cached_property
     def _forward(self) -> Callable[[nnx.State, np.ndarray], jax.Array]:
         graphdef, _ = nnx.split(self.module)
@@ -94,27 +118,30 @@ def load_model(
     mesh: MeshPlan | None = None,
     quantization: str | None = None,
     trainable: str | None = None,
+    head: Head | None = None,
 ) -> LoadedModel:
     """Loads a Hugging Face, PEFT (with its base), Orbax or run folder, a GGUF file, or hf://owner/name[@revision].
 
     A Hugging Face folder may also be at an address such as gs://bucket/model, of which only the parts that this process
     needs are read. dtype: of computation. param_dtype: of storage, dtype if None. mesh: for the parameters; one device
     if None. quantization: a name of `quant.FORMATS`; the kernels of linear layers are quantised to it as they are read.
-    trainable: patterns of the parameters to train, stored in float32; see `models.freezing`. Raises CheckpointError for
-    files that are damaged or do not fit, and ModelError for models and settings that are not implemented.
+    trainable: patterns of the parameters to train, stored in float32; see `models.freezing`. head: `score` gives a
+    reward model, with a fresh score head unless the folder has one; None: what the folder has. Raises CheckpointError
+    for files that are damaged or do not fit, and ModelError for models and settings that are not implemented.
     """
     types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype or dtype, "remat": remat}
     types |= {"quantization": quantization, "trainable": trainable}
     named, path = path, resolve(path, revision)
     if is_file(os.path.join(path, CONFIG)):
         base = base_of(path)
-        loaded = load_model(base, revision=revision, mesh=mesh, **types)
+        head = "score" if _is_score_adapter(path) else head
+        loaded = load_model(base, revision=revision, mesh=mesh, head=head, **types)
         read_adapter(loaded.module, path)
         if mesh is not None:
             mesh.shard_module(loaded.module)
         loaded.adapter = path
         return loaded
-    hf_config, source, generation = open_weights(path)
+    hf_config, source, generation = open_weights(path, head)
     model = models.abstract_model(models.config_from_hf(hf_config), **types)
     format = None if quantization is None else FORMATS[quantization]
     module = load_weights(model, source, None if mesh is None else shardings_by_path(model, mesh), format)
@@ -138,27 +165,46 @@ def hf_config_of(path: str) -> dict[str, Any]:
     For a model that takes images too, the config.json of its language model as a text-only model.
     """
     if is_file(os.path.join(path, CONFIG)):
-        return hf_config_of(resolve(base_of(path)))
+        base = hf_config_of(resolve(base_of(path)))
+        return models.score_config(base) if _is_score_adapter(path) else base
     return open_weights(path)[0] if path.endswith(".gguf") else _config_and_part(path)[0]
 
 
-def open_weights(path: str) -> tuple[dict[str, Any], TensorSource, dict[str, Any] | None]:
+def open_weights(path: str, head: Head | None = None) -> tuple[dict[str, Any], TensorSource, dict[str, Any] | None]:
     """(config.json, tensors, generation_config.json or None) of a folder or GGUF file, no tensor read yet.
 
     For a model that takes images too, those of its language model as a text-only model; see `describe_left_out`.
+    head: as for `load_model`.
     """
     if path.endswith(".gguf"):
         gguf = GGUFFile(path)
-        return gguf.hf_config(), gguf, gguf.generation_config()
+        return *_with_head(gguf.hf_config(), gguf, head), gguf.generation_config()
     hf_config, part = _config_and_part(path)
     generation = os.path.join(path, "generation_config.json")
-    source = _folder_source(path) if part is None else part
+    hf_config, source = _with_head(hf_config, _folder_source(path) if part is None else part, head)
     source = MXFP4Source(source) if is_packed(hf_config) else source
     source = bitsandbytes.NF4Source(source) if bitsandbytes.is_packed(source) else source
     model_type = str(hf_config.get("model_type"))
     if fused_experts.is_fused(model_type, source):
         source = fused_experts.SingleExperts(source, model_type)
     return hf_config, source, read_json(generation) if is_file(generation) else None
+
+
+def _with_head(
+    hf_config: dict[str, Any], source: TensorSource, head: Head | None
+) -> tuple[dict[str, Any], TensorSource]:
+    if head != "score" or is_score_model(hf_config):
+        return hf_config, source
+    if isinstance(source, TextPart):
+        raise ModelError(
+            "a reward model is made of a text-only model, and this one takes images too. Write its language model by "
+            "itself first: jaxft export --model=PATH --format=merged --to=NEW_FOLDER"
+        )
+    return models.score_config(hf_config), FreshScoreHead(source, hf_config["hidden_size"])
+
+
+def _is_score_adapter(folder: str) -> bool:
+    return bool(read_json(os.path.join(folder, CONFIG)).get("task_type") == SCORE_TASK)
 
 
 def _folder_source(path: str) -> TensorSource:

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxft.checkpoint.hf import TIED_HEAD
 from jaxft.checkpoint.peft import kind_of, saved_modules, whole_keys
-from jaxft.checkpoint.peft.folder import CONFIG, PREFIX, AdapterTensors, PeftSource
+from jaxft.checkpoint.peft.folder import CONFIG, PREFIX, SCORE_TASK, AdapterTensors, PeftSource
 from jaxft.checkpoint.tensors import TensorSource, TensorSpec, block_bounds
 from jaxft.errors import CheckpointError, ModelError
 from jaxft.files.paths import read_json
@@ -25,6 +25,11 @@ class MergedSource:
     def __init__(self, base: TensorSource, folder: str | os.PathLike[str]) -> None:
         self.base, self.path = base, os.fspath(folder)
         config = read_json(os.path.join(self.path, CONFIG))
+        if config.get("task_type") == SCORE_TASK:
+            raise ModelError(
+                f"{self.path} is the adapter of a reward model, whose base has no score head. Merge it with `jaxft "
+                "export --model=FOLDER --format=merged`."
+            )
         kind = kind_of(config)
         if not hasattr(kind, "merge_blocks"):
             raise ModelError(

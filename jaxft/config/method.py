@@ -62,14 +62,35 @@ class KTOConfig(MethodSection):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RewardConfig(MethodSection):
+    """Reward models: a score head learns from pairs which of two answers people prefer."""
+
+    HELD_OUT_METRICS = ("eval_loss", "eval_accuracy", "eval_margin")
+    ROWS = "pairs"
+
+    center_rewards_coefficient: Annotated[
+        float | None,
+        ABOVE_ZERO,
+        "coefficient of the squared sum of a pair's two scores, which keeps scores near 0 (arXiv:2312.09244); TRL "
+        "recommends 0.01; None: scores may drift",
+    ] = None
+    margin_coefficient: Annotated[
+        float,
+        NOT_NEGATIVE,
+        "factor of the rows' margins in the loss, in whose units scores are learned; 0: margins are not used",
+    ] = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class MethodConfig(Section):
     """The training method. Settings of one method are in the section of its name."""
 
     name: Annotated[
-        Literal["sft", "dpo", "orpo", "cpo", "simpo", "kto"],
+        Literal["sft", "dpo", "orpo", "cpo", "simpo", "kto", "reward"],
         CHOOSES_SECTION,
         "the training method; `sft`: supervised fine-tuning; `dpo`, `orpo`, `cpo` and `simpo`: learning from pairs of "
-        "answers; `kto`: learning from answers labelled good or bad; see [preferences](preferences.md)",
+        "answers; `kto`: learning from answers labelled good or bad; `reward`: a reward model; see [preferences](preferences.md) "
+        "and [reward models](reward_models.md)",
     ] = "sft"
     sft: SFTConfig = field(default_factory=SFTConfig)
     dpo: DPOConfig = field(default_factory=DPOConfig)
@@ -77,6 +98,7 @@ class MethodConfig(Section):
     cpo: CPOConfig = field(default_factory=CPOConfig)
     simpo: SimPOConfig = field(default_factory=SimPOConfig)
     kto: KTOConfig = field(default_factory=KTOConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
 
     @property
     def chosen(self) -> MethodSection:

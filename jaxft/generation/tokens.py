@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Sequence
 
-from jaxft.errors import ConfigError, DataError, listed
+from jaxft.errors import ConfigError, DataError, ModelError, listed
 from jaxft.generation import engine
 from jaxft.generation.conversation_cache import ConversationCache
 from jaxft.generation.settings import Generated, Sampling
@@ -89,6 +89,11 @@ def _result(request: engine.Request) -> Generated:
 
 
 def _check(model: Decoder, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling], slots: int) -> None:
+    if model.config.head == "score":
+        raise ModelError(
+            "this is a reward model: it has a score head in place of the LM head, so it generates nothing. Score "
+            "answers with it by `jaxft score`."
+        )
     if slots < 1:
         raise ConfigError(f"slots={slots} must be at least 1")
     empty = [row for row, prompt in enumerate(prompts) if not len(prompt)]

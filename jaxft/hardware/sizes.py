@@ -59,8 +59,8 @@ class ModelSizes:
     parameters: without adapters. active: those that multiply every token: no embedding table, only the chosen experts,
     a tied head once. adapter: parameters of adapters. trainable: adapters alone if there are any, else the trained part
     of `parameters`. trained, reached: active parameters that are trained, and that gradients pass through. outputs: sum
-    of the output widths of all layers' matrix products for one token. width: D. layers: L. experts: None for a dense
-    model.
+    of the output widths of all layers' matrix products for one token. width: D. layers: L. vocab: the width of
+    logits; 0 for a reward model, which has none. experts: None for a dense model.
     """
 
     parameters: int
@@ -119,7 +119,6 @@ def sizes_of(model: Decoder) -> ModelSizes:
     config, first = model.config, _first_reached(model, adapted=any(in_adapter(path) for path in leaves))
     groups = group_layers(model.segments)
     parameters = active = adapter = trainable = trained = reached = outputs = 0
-    tied = "lm_head/kernel" not in leaves
     for path, leaf in leaves.items():
         size = math.prod(leaf.shape)
         if in_adapter(path):
@@ -128,7 +127,7 @@ def sizes_of(model: Decoder) -> ModelSizes:
         is_trained = model.trainable_paths is None or path in model.trainable_paths
         parameters += size
         trainable += is_trained * size
-        if not (path.endswith("kernel") or (tied and path == "embed_tokens/embedding")):
+        if not (path.endswith("kernel") or (model.tied and path == "embed_tokens/embedding")):
             continue
         used = int(size * (chosen / leaf.shape[1] if len(leaf.shape) == 4 else 1))
         active += used
@@ -152,7 +151,7 @@ def sizes_of(model: Decoder) -> ModelSizes:
         outputs=outputs,
         width=config.hidden_size,
         layers=sum(group.layers for group in attention_groups),
-        vocab=config.vocab_size,
+        vocab=config.vocab_size if config.head == "vocabulary" else 0,
         attention=attention_groups,
         experts=None if model.experts is None else _experts_of(leaves, model.experts, chosen),
     )

@@ -12,6 +12,7 @@ from jaxft.data import Prepared, Tokenizer
 from jaxft.data.batch_source import BatchSource
 from jaxft.methods.charts import Chart
 from jaxft.nn.decoder import Decoder
+from jaxft.nn.score import Head
 from jaxft.objectives.loss import BatchSums, Loss, MethodState
 from jaxft.sharding.mesh import MeshPlan
 from jaxft.training.state import TrainState
@@ -57,6 +58,7 @@ class Method:
     loss(config, model): the loss; evaluated with key=None, it is the held-out loss. model: abstract.
     evaluator(run, graphdef): `state -> held-out metrics`; None if no rows are held out.
     loss_unit: what the loss is a mean of, for people. charts: the method's own charts in a run's report.
+    head: what the trained model ends in: an LM head, or a score head in its place.
     reference_passes: forward passes of a frozen model in each training step, for the work that `jaxft plan` reports.
     describe(config): what the method does, in a few words for people, such as `DPO with beta=0.1`.
     """
@@ -72,6 +74,7 @@ class Method:
     describe: Callable[[RunConfig], str]
     loss_unit: str = "nats per trained token"
     charts: tuple[Chart, ...] = ()
+    head: Head = "vocabulary"
     reference_passes: int = 0
     precompute: Callable[[Run, Callable[[], Decoder]], Run] = lambda run, base: run
     batch_sums: Callable[[RunConfig, Decoder], BatchSums | None] = lambda config, model: None

@@ -1,5 +1,6 @@
 """Model families, and how to make a model of one: from its Config, drawn at random or abstract."""
 
+import dataclasses
 import functools
 import importlib
 import math
@@ -16,6 +17,7 @@ from jaxft.errors import ModelError, did_you_mean
 from jaxft.models import families as package
 from jaxft.models import freezing, nested
 from jaxft.models.family import FamilyConfig
+from jaxft.models.score_model import as_score_model, is_score_model
 from jaxft.nn.decoder import Decoder
 from jaxft.nn.quantized import quantize
 from jaxft.quant import FORMATS, is_quantized
@@ -32,7 +34,7 @@ def families() -> dict[str, ModuleType]:
 def config_from_hf(hf: Mapping[str, Any]) -> FamilyConfig:
     """The family's Config of a parsed `config.json`; of a multimodal model, the Config of its language model.
 
-    Raises ModelError for a family that is not implemented.
+    Raises ModelError for a family that is not implemented, and for a classifier of several labels.
     """
     hf = nested.text_config(hf)
     kind, inner = hf.get("model_type"), hf.get("text_config")
@@ -43,7 +45,13 @@ def config_from_hf(hf: Mapping[str, Any]) -> FamilyConfig:
         code = " Code in the model's folder (auto_map) is never run." if hf.get("auto_map") else ""
         known = ", ".join(sorted(families()))
         raise ModelError(f"model_type {kind!r} is not implemented.{hint}{code} Implemented: {known}.")
-    return families()[kind].Config.from_hf(hf)
+    config = families()[kind].Config.from_hf(hf)
+    return dataclasses.replace(config, head="score") if is_score_model(hf) else config
+
+
+def score_config(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of the reward model that a language model becomes; of a reward model, `hf` itself."""
+    return dict(hf) if is_score_model(hf) else as_score_model(hf, config_from_hf(hf).score_architecture())
 
 
 def text_config(hf: Mapping[str, Any], *, own_head: bool | None = None) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from jaxft.errors import ModelError
 from jaxft.models.hf_fields import check_fields, require
-from jaxft.models.tensor_map import TensorMap, linear
+from jaxft.models.score_model import LANGUAGE_MODEL, SCORE_MODEL
+from jaxft.models.tensor_map import ONE_ROW, TensorMap, linear
 from jaxft.nn.attention.layer import AttentionShape
 from jaxft.nn.attention.rope import Rope
 from jaxft.nn.attention.score_form import PLAIN, ScoreForm
@@ -17,6 +18,7 @@ from jaxft.nn.decoder import DecoderShape
 from jaxft.nn.experts.layer import MoEShape
 from jaxft.nn.mlp import Activation, MLPShape
 from jaxft.nn.norm import NormShape
+from jaxft.nn.score import Head
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_parameters")
@@ -25,7 +27,10 @@ SLIDING, FULL = "sliding_attention", "full_attention"  # values of Hugging Face'
 
 @dataclass(frozen=True, kw_only=True)
 class FamilyConfig(ABC):
-    """Sizes under Hugging Face's names. The subclass of a family adds its own fields and the three abstract methods."""
+    """Sizes under Hugging Face's names. The subclass of a family adds its own fields and the three abstract methods.
+
+    head: what the model ends in. No field of config.json: there the name of the architecture says it.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -39,6 +44,7 @@ class FamilyConfig(ABC):
     tie_word_embeddings: bool
     initializer_range: float = 0.02
     max_position_embeddings: int = 2048
+    head: Head = "vocabulary"
 
     @classmethod
     @abstractmethod
@@ -52,6 +58,10 @@ class FamilyConfig(ABC):
     @abstractmethod
     def shape(self) -> DecoderShape:
         """The network."""
+
+    def score_architecture(self) -> str:
+        """The class of a reward model of this family in transformers."""
+        return str(self.to_hf()["architectures"][0]).replace(LANGUAGE_MODEL, SCORE_MODEL)
 
     def attention(
         self,
@@ -111,7 +121,7 @@ class FamilyConfig(ABC):
         return (
             TensorMap("model.embed_tokens.weight", "embed_tokens/embedding"),
             TensorMap("model.norm.weight", "norm/scale"),
-            *(() if self.tie_word_embeddings else linear("lm_head", "lm_head")),
+            *self.head_tensors(),
             *(TensorMap(f"{layer}.{name}.weight", f"{path}/{name.replace('.', '/')}/scale") for name in norms),
             *(
                 line
@@ -121,6 +131,12 @@ class FamilyConfig(ABC):
             *((TensorMap(f"{layer}.self_attn.sinks", f"{path}/self_attn/sinks"),) if attention.sinks else ()),
             *self.mlp_tensors(block),
         )
+
+    def head_tensors(self) -> tuple[TensorMap, ...]:
+        """The table's lines for the LM head or the score head; none for a head that is the embedding table."""
+        if self.head == "score":
+            return (TensorMap("score.weight", "value/weight", ONE_ROW),)
+        return () if self.tie_word_embeddings else linear("lm_head", "lm_head")
 
     def mlp_tensors(self, block: BlockShape) -> tuple[TensorMap, ...]:
         """The table's lines for the feed-forward part of a layer."""
@@ -136,7 +152,7 @@ class FamilyConfig(ABC):
         fields = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if not isinstance(value, Rope):
+            if field.name != "head" and not isinstance(value, Rope):
                 fields[field.name] = list(value) if isinstance(value, tuple) else value
         return fields | self.rope.to_hf()
 
@@ -155,7 +171,7 @@ def read_sizes(
     value, and that value. Raises ModelError naming fields that are missing, unknown or inconsistent.
     """
     require(hf, SIZES)
-    own = (field.name for field in dataclasses.fields(family))
+    own = (field.name for field in dataclasses.fields(family) if field.name != "head")
     check_fields(hf, used=[*own, *ROPE_FIELDS, *used], must_equal=must_equal)
     heads, width = hf["num_attention_heads"], hf["hidden_size"]
     kv_heads, head_dim = hf.get("num_key_value_heads") or heads, hf.get("head_dim") or width // heads

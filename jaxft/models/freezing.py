@@ -45,6 +45,8 @@ def mark_trainable(model: Decoder, config: FamilyConfig, trainable: str) -> None
     trained = _trained_tensors(config, trainable)
     params = iter_params(config.tensors(), group_layers(model.segments))
     paths = frozenset(param.path for param in params if param.pieces[0].hf in trained)
+    if config.head == "score":
+        paths |= {"value/weight"}  # a fresh head is always trained
     model.trainable_paths = paths
     state = nnx.state(model, lambda path, _: "/".join(map(str, path)) in paths)
     # bfloat16 would lose updates below its rounding.
@@ -60,9 +62,10 @@ def _trained_tensors(config: FamilyConfig, trainable: str) -> frozenset[str]:
     """Hugging Face's names of the tensors that the patterns choose."""
     names = [piece.hf for param in _unstacked_params(config) for piece in param.pieces]
     patterns = [part.strip() for part in trainable.split(",") if part.strip()]
+    tied = config.tie_word_embeddings and config.head == "vocabulary"
     trained = set(names) if all(pattern.startswith("-") for pattern in patterns) else set()
     for pattern in patterns:
-        matches = _matching(pattern.removeprefix("-"), names, config.tie_word_embeddings)
+        matches = _matching(pattern.removeprefix("-"), names, tied)
         trained = trained - matches if pattern.startswith("-") else trained | matches
     if not trained or not patterns:
         raise ModelError(f"model.trainable={trainable!r} leaves nothing to train. Set it to None to train everything.")

@@ -55,8 +55,29 @@ class Transpose(Transform):
         return array.T
 
 
+@dataclass(frozen=True)
+class OneRow(Transform):
+    """Hugging Face stores a linear layer with one output as [1, I]; ours is the vector [I]."""
+
+    def hf_index(self, index: Index) -> Index:
+        return (slice(None), *index)
+
+    def our_bounds(self, bounds: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+        return tuple(bounds[1:])
+
+    def hf_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (1, *shape)
+
+    def from_hf(self, array: np.ndarray) -> np.ndarray:
+        return array[0]
+
+    def to_hf(self, array: np.ndarray) -> np.ndarray:
+        return array[None]
+
+
 SAME = Transform()
 TRANSPOSED = Transpose()
+ONE_ROW = OneRow()
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from jaxft.nn.linear import KERNEL_DIMS, Embedding, Linear
 from jaxft.nn.noise import add_noise
 from jaxft.nn.norm import NormShape, RMSNorm
 from jaxft.nn.partition import Dimensions
+from jaxft.nn.score import Head, ScoreHead
 from jaxft.nn.storage import StorageDims, storage_dims_of
 from jaxft.trees import flatten
 
@@ -66,6 +67,8 @@ class ModelConfig(Protocol):
     def initializer_range(self) -> float: ...
     @property
     def tie_word_embeddings(self) -> bool: ...
+    @property
+    def head(self) -> Head: ...
 
     def shape(self) -> DecoderShape:
         """The network."""
@@ -125,6 +128,8 @@ class Decoder(nnx.Module):
     shared: `SharedArrays` of the adapters of all layers. value: a `ValueHead`, which the decoder itself never calls:
     losses that need values call `model.value(hidden_BSD)`. Beside adapters only AdapterParams are trained, so the
     parameters of a value head that is trained with them must have that type.
+
+    If config.head is `score`, the model is a reward model: it has a `ScoreHead` in the slot `value` and no LM head.
     """
 
     def __init__(
@@ -150,7 +155,8 @@ class Decoder(nnx.Module):
         self.virtual_tokens = 0
         self.prompt: Prompt | None = nnx.data(None)
         self.shared: SharedArrays | None = nnx.data(None)
-        self.value: ValueHead | None = nnx.data(None)
+        scored = config.head == "score"
+        self.value: ValueHead | None = ScoreHead(config.hidden_size) if scored else nnx.data(None)
         marks = (None,) * len(shape.layers) if marks is None else marks
         self.segments = stack.layout(tuple(zip(shape.layers, marks, strict=True)))
         self.experts = next((block.mlp.experts for block in shape.layers if isinstance(block.mlp, MoEShape)), None)
@@ -170,8 +176,8 @@ class Decoder(nnx.Module):
             ]
         )
         self.norm = RMSNorm(config.hidden_size, shape.norm, dtype=dtype, param_dtype=param_dtype)
-        tied = config.tie_word_embeddings
-        self.lm_head: Linear | None = nnx.data(None) if tied else draw(config.hidden_size, config.vocab_size)
+        own_head = not (scored or config.tie_word_embeddings)
+        self.lm_head: Linear | None = draw(config.hidden_size, config.vocab_size) if own_head else nnx.data(None)
 
     def __call__(
         self,
@@ -259,13 +265,26 @@ class Decoder(nnx.Module):
         model.ropes = tuple(rope.for_length(length) for rope in self.ropes)
         return model
 
+    @property
+    def tied(self) -> bool:
+        """Whether the embedding table is also the LM head."""
+        return self.lm_head is None and self.config.head == "vocabulary"
+
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """hidden: [..., D] -> logits [..., V] float32."""
         logits, params, _ = self.split_unembed()
         return logits(params, hidden)
 
     def split_unembed(self) -> SplitUnembed:
-        """`unembed` as a pure function, its parameters, and the names of their dimensions."""
+        """`unembed` as a pure function, its parameters, and the names of their dimensions.
+
+        Raises ModelError for a reward model, which has no LM head.
+        """
+        if self.config.head == "score":
+            raise ModelError(
+                "this is a reward model: it has a score head in place of the LM head, so it gives no logits and "
+                "generates nothing. `jaxft score` scores answers with it."
+            )
         head, softcap = self.embed_tokens if self.lm_head is None else self.lm_head, self.logit_softcap
         graphdef, params = nnx.split(head)
 

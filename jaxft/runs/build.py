@@ -24,6 +24,7 @@ from jaxft.data.tokenizers.load import load_tokenizer
 from jaxft.errors import ConfigError
 from jaxft.files.run_folder import BASE
 from jaxft.methods import method_of
+from jaxft.models.score_model import is_score_model
 from jaxft.nn import stack
 from jaxft.nn.decoder import Decoder
 from jaxft.nn.storage import storage_dims_of
@@ -47,7 +48,8 @@ def build_model(config: RunConfig, mesh: MeshPlan | None = None, *, random_base:
     if model.random_init:
         path = str(random_base or Path(config.output_dir) / BASE)
         on_primary(lambda: _draw_weights(config, Path(path)))
-    loaded = load_model(path, revision=model.revision, mesh=mesh, **_types(config))
+    head = method_of(config).head
+    loaded = load_model(path, revision=model.revision, mesh=mesh, head=head, **_types(config))
     if loaded.adapter is not None:
         raise ConfigError(
             f"model.path {model.path} is a PEFT folder. To train it further, merge it first: "
@@ -80,7 +82,7 @@ def abstract_model(config: RunConfig) -> Any:
 
 def abstract_of(hf_config: Any, config: RunConfig) -> Any:
     """`abstract_model` from the content of config.json."""
-    family = models.config_from_hf(hf_config)
+    family = models.config_from_hf(_with_head(hf_config, config))
     limit = family.max_position_embeddings
     if config.data.max_length > limit:
         raise ConfigError(f"data.max_length={config.data.max_length} is beyond the model's {limit} positions")
@@ -95,6 +97,18 @@ def abstract_of(hf_config: Any, config: RunConfig) -> Any:
     if config.adapter.by_data:
         eva.check(model, config.adapter.init_lora_weights)
     return model
+
+
+def _with_head(hf_config: Any, config: RunConfig) -> Any:
+    if method_of(config).head == "score":
+        return models.score_config(hf_config)
+    if is_score_model(hf_config):
+        raise ConfigError(
+            f"model.path {config.model.path} is a reward model: it has a score head in place of the LM head that "
+            f"method.name={config.method.name!r} trains. Give the language model that it was made of, or set "
+            "method.name='reward' to train it further."
+        )
+    return hf_config
 
 
 def make_mesh(config: RunConfig, model: Any, devices: Sequence[jax.Device]) -> MeshPlan:

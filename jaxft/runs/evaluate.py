@@ -23,9 +23,14 @@ from jaxft.training.state import TrainState, divide
 def evaluate(model: LoadedModel, tokenizer: Tokenizer, config: RunConfig) -> dict[str, Any]:
     """The held-out metrics of the config's method and, if eval.metric is set, the score by generation.
 
-    Raises ConfigError if the config holds no rows out.
+    Raises ConfigError if the config holds no rows out, and if the model has another head than the method trains.
     """
     method = method_of(config)
+    if model.module.config.head != method.head:
+        raise ConfigError(
+            f"method.name={config.method.name!r} evaluates models with a {method.head} head, and {model.base} has a "
+            f"{model.module.config.head} head. Evaluate the model of a run with this method, or with another config."
+        )
     data = method.prepare(config, tokenizer)
     if data.eval_examples is None:
         raise ConfigError("nothing is held out: set data.eval or data.eval_fraction")

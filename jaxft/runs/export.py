@@ -14,9 +14,10 @@ from jaxft.adapters.attach import StartParam, adapters, virtual_modules
 from jaxft.checkpoint import hf, peft
 from jaxft.checkpoint.load import LoadedModel, load_model
 from jaxft.checkpoint.resume import RunCheckpoints
-from jaxft.checkpoint.verify import Check, check_export, logit_difference, probe
+from jaxft.checkpoint.verify import Check, check_export, is_score_model, output_difference
 from jaxft.config import RunConfig
 from jaxft.data.tokenizers.load import load_tokenizer
+from jaxft.data.tokenizers.padding import with_separate_pad
 from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import ConfigError, ExportError
 from jaxft.files.run_folder import ADAPTER, CHECKPOINTS, MERGED, MODEL, is_run_folder
@@ -45,8 +46,9 @@ def export(
     its newest. dtype: type of a merged model's tensors in the files. base: for a run with a quantised base, what the
     adapter is merged into: `trained`, the dequantised kernels, or `original`, the kernels before quantisation, which
     gives another model than the one that was trained.
-    Returns the folder; the largest (`checks`) and mean (`mean`) difference between the live model's logits and those of
-    each reader of the export, as shares of the largest logit (for `merged` this is the change by merging); and, of a
+    Returns the folder; what was `compared`, logits or a reward model's scores; the largest (`checks`) and mean (`mean`)
+    difference between those of the live model and of each reader of the export, as shares of the largest (for `merged`
+    this is the change by merging); and, of a
     model that takes images too, the parts that were left out. For a run with a quantised base also the loss by merging:
     `original_base`, the difference between the model merged into the original base and the trained one, or
     `quantised_again`, the difference once the merged model is quantised like its base. Raises ExportError if a reader
@@ -63,7 +65,6 @@ def export(
     quantization = loaded.quantization if format == "merged" else None
     if base == "original" and quantization is None:
         raise ConfigError("base='original' is for merging an adapter whose base was quantised, and this base was not")
-    tokens = probe(loaded.module.config.vocab_size)
     trained = loaded
     if base == "original":
         loaded = load_trained(source, step, quantized=False)
@@ -73,16 +74,17 @@ def export(
     out: dict[str, Any] = {
         "folder": str(target),
         "format": format,
+        "compared": _compared(loaded),
         "checks": {check.reader: check.difference for check in checks},
         "mean": {check.reader: check.mean for check in checks},
     }
     if loaded.left_out is not None:
         out["left_out"] = loaded.left_out
     if base == "original":
-        out["original_base"] = logit_difference(loaded.logits(tokens), trained.logits(tokens))
+        out["original_base"] = output_difference(loaded, trained)
     elif quantization is not None:
         again = load_model(to, dtype=str(loaded.module.dtype), quantization=quantization)
-        out["quantised_again"] = logit_difference(again.logits(tokens), trained.logits(tokens))
+        out["quantised_again"] = output_difference(again, trained)
     return out
 
 
@@ -133,7 +135,8 @@ def export_run(
         out[name] = name
         out[f"{name}_checks"] = {c.reader: c.difference for c in checks}
         out[f"{name}_mean"] = {c.reader: c.mean for c in checks}
-        console.print(f"{target}: read back by {_check_text(checks)}", highlight=False, soft_wrap=True)
+        read_back = _check_text(checks, _compared(loaded))
+        console.print(f"{target}: read back by {read_back}", highlight=False, soft_wrap=True)
     return out
 
 
@@ -150,6 +153,10 @@ def write(
     # Partial fine-tuning trains in float32, whatever type the other parameters have.
     embedding = jax.tree.leaves(nnx.state(loaded.module.embed_tokens))[0].dtype
     file_dtype = dtype or str(embedding if loaded.module.trainable_paths is None else "float32")
+    if is_score_model(loaded):
+        tokenizer = with_separate_pad(tokenizer)
+        ids = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+        loaded = dataclasses.replace(loaded, hf_config=loaded.hf_config | ids)
     if format == "adapter":
         base = loaded.base if "://" in loaded.base else os.path.abspath(loaded.base)
         peft.write_adapter(loaded.module, str(target), base=base, nested=loaded.left_out is not None)
@@ -171,6 +178,10 @@ def _fresh_subfolder(folder: Path, name: str) -> str:
     return str(fresh_subfolder(folder, name))
 
 
-def _check_text(checks: tuple[Check, ...]) -> str:
+def _compared(loaded: LoadedModel) -> str:
+    return "scores" if is_score_model(loaded) else "logits"
+
+
+def _check_text(checks: tuple[Check, ...], what: str) -> str:
     # For a merged model the differences include the change by merging, since the live model's adapter is not merged.
-    return ", ".join(f"{c.reader} (logits within {c.difference:.1e}, {c.mean:.1e} on average)" for c in checks)
+    return ", ".join(f"{c.reader} ({what} within {c.difference:.1e}, {c.mean:.1e} on average)" for c in checks)

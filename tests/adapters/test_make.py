@@ -2,7 +2,7 @@
 
 import pkgutil
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -72,7 +72,7 @@ def test_a_new_kind_needs_only_its_module(monkeypatch):
     monkeypatch.setitem(sys.modules, module.__name__, module)
     config = AdapterConfig(kind="offset")
     assert describe(config) == "an offset on all-linear"
-    attach_adapter(None, config, 0)
+    attach_adapter(SimpleNamespace(value=None), config, 0)
     assert attached == ["offset"]
 
 

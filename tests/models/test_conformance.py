@@ -14,7 +14,7 @@ from jaxft import models
 from jaxft.adapters.attach import adapters, attach
 from jaxft.adapters.lora import LoRASettings, lora_factory
 from jaxft.checkpoint import peft as peft_format
-from jaxft.checkpoint.hf import param_tensors, write_weights
+from jaxft.checkpoint.hf import param_tensors, write_config, write_weights
 from jaxft.checkpoint.load import load_model
 from jaxft.config import MeshConfig
 from jaxft.data.batch import Batch
@@ -134,6 +134,21 @@ def case(request, tmp_path_factory):
     if request.param not in TINY:
         pytest.fail(f"{request.param} has no tiny config in TINY")
     return Case(request.param, str(tmp_path_factory.mktemp(request.param)))
+
+
+def test_scores_of_a_reward_model(case, tmp_path):
+    """It has a score head in place of the LM head, and is a class of transformers."""
+    loaded = load_model(case.folder, head="score")
+    loaded.module.value.weight.set_value(jax.random.normal(jax.random.key(1), (SMALL["hidden_size"],)))
+    write_weights(loaded.module, str(tmp_path))
+    write_config(str(tmp_path), loaded.hf_config, dtype="float32")
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    assert type(theirs).__name__ == loaded.module.config.score_architecture() == loaded.hf_config["architectures"][0]
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(TOKENS)).logits[:, 0].numpy()
+    np.testing.assert_allclose(loaded.scores(TOKENS.tolist()), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_logits(case):

@@ -42,7 +42,7 @@ def attach_to(model: Decoder, config: AdapterConfig, key: jax.Array) -> None:
         init=config.init_lora_weights,
     )
     layers = find(model, config.targets, exclude=config.excluded, kinds=LAYERS)
-    if "embed_tokens" in layers and model.lm_head is None:
+    if "embed_tokens" in layers and model.tied:
         raise ModelError(
             "adapter.target_modules names embed_tokens, which is the LM head too (tie_word_embeddings): an adapter "
             "would change the embeddings alone and could not be merged. "

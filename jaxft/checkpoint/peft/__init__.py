@@ -30,7 +30,16 @@ from flax import nnx
 from jaxft.adapters.attach import adapters, virtual_modules
 from jaxft.adapters.saved import train_whole
 from jaxft.checkpoint.hf import EMBEDDING, TIED_HEAD, param_tensors, read_json
-from jaxft.checkpoint.peft.folder import CONFIG, PREFIX, WEIGHTS, AdapterTensors, PeftSource, PeftTensor, saved_tensors
+from jaxft.checkpoint.peft.folder import (
+    CONFIG,
+    PREFIX,
+    SCORE_TASK,
+    WEIGHTS,
+    AdapterTensors,
+    PeftSource,
+    PeftTensor,
+    saved_tensors,
+)
 from jaxft.checkpoint.safetensors_writer import Index, LazyTensor, gather_sharded, write_safetensors
 from jaxft.checkpoint.tensors import TensorSpec
 from jaxft.errors import CheckpointError, ModelError, did_you_mean, listed
@@ -99,7 +108,7 @@ def write_adapter(model: Decoder, folder: str, *, base: str, nested: bool = Fals
     write_safetensors(os.path.join(folder, WEIGHTS), tensors, {"format": "pt"})
     config = {
         "peft_type": kind.PEFT_TYPE,
-        "task_type": "CAUSAL_LM",
+        "task_type": SCORE_TASK if model.config.head == "score" else "CAUSAL_LM",
         "base_model_name_or_path": base.removeprefix("hf://"),
         "inference_mode": True,
     } | kind.adapter_config_fields(model)
@@ -109,7 +118,7 @@ def write_adapter(model: Decoder, folder: str, *, base: str, nested: bool = Fals
         keys = (_nested_key(part.key) if nested else part.key for part in whole)
         config["modules_to_save"] = sorted({key.removeprefix(PREFIX).rpartition(".")[0] for key in keys})
         # Without it PEFT would train a copy of a tied table and leave the head as it was.
-        config["ensure_weight_tying"] = PREFIX + TIED_HEAD in (part.key for part in whole) and model.lm_head is None
+        config["ensure_weight_tying"] = PREFIX + TIED_HEAD in (part.key for part in whole) and model.tied
     write_text(os.path.join(folder, CONFIG), json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
@@ -125,10 +134,10 @@ def read_adapter(model: Decoder, folder: str) -> tuple[str, ...]:
     if hasattr(kind, "normalize"):
         base = {piece.hf for param in param_tensors(model).values() for piece in param.pieces}
         config, source = kind.normalize(config, source, base)
-    names = saved_modules(config, tied=model.lm_head is None, folder=folder)
+    names = saved_modules(config, tied=model.tied, folder=folder)
     copies = _copies_of_base(model, source)
     specs = {key: spec for key, spec in source.specs().items() if key not in copies}
-    whole = whole_keys(source, names, folder, tied=model.lm_head is None)
+    whole = whole_keys(source, names, folder, tied=model.tied)
 
     def attach(model: Decoder) -> tuple[str, ...]:
         given = {key: spec for key, spec in specs.items() if key not in whole}
@@ -167,6 +176,9 @@ def saved_modules(config: Mapping[str, Any], *, tied: bool, folder: str) -> tupl
     Raises ModelError if PEFT would untie the two: it then trains a copy of the table for one of them alone.
     """
     names = tuple(text_name(name) or name for name in config.get("modules_to_save") or ())
+    if config.get("task_type") == SCORE_TASK:
+        # PEFT names the heads of all families there, whichever the model has.
+        names = (*(name for name in names if name not in ("classifier", "score")), "score")
     tied_names = [name for name in names if name.rsplit(".", 1)[-1] in ("embed_tokens", "lm_head")]
     if tied and tied_names and not config.get("ensure_weight_tying"):
         raise ModelError(
@@ -193,7 +205,7 @@ def whole_keys(source: PeftSource, names: tuple[str, ...], folder: str, *, tied:
 
 
 def _our_module(model: Decoder, module: str, folder: str) -> str:
-    if module == "lm_head" and model.lm_head is None:
+    if module == "lm_head" and model.tied:
         return "embed_tokens"
     for path, param in param_tensors(model).items():
         if any(piece.hf.rpartition(".")[0] == module for piece in param.pieces):

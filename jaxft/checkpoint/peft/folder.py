@@ -23,6 +23,7 @@ from jaxft.nn.decoder import Decoder
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+SCORE_TASK = "SEQ_CLS"  # task_type of a reward model's adapter
 # Fields about training or bookkeeping: they do not change what the adapter computes.
 HARMLESS = (
     "task_type", "inference_mode", "revision", "auto_mapping", "runtime_config", "peft_version",
@@ -120,7 +121,7 @@ def saved_tensors(model: Decoder) -> Iterator[PeftTensor]:
     for path in saved_paths(model):
         for piece in table[path].pieces:
             yield PeftTensor(PREFIX + piece.hf, path, piece.at, table[path].transform)
-            if piece.hf == EMBEDDING and model.lm_head is None:
+            if piece.hf == EMBEDDING and model.tied:
                 yield PeftTensor(PREFIX + TIED_HEAD, path, piece.at, table[path].transform)  # PEFT has it twice
 
 

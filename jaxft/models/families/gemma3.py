@@ -47,6 +47,10 @@ class Config(GemmaConfig):
             "rope_local_base_freq": self.local_rope.theta,
         }
 
+    def score_architecture(self) -> str:
+        """The class for text alone; the one without `Text` in its name takes images too."""
+        return "Gemma3TextForSequenceClassification"
+
     def shape(self) -> DecoderShape:
         """Layers with q and k norms of single heads."""
         return self.sandwich_norms({SLIDING: self.local_rope, FULL: self.rope}, softcap=None, qk_norm="head")

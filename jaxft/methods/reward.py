@@ -1,0 +1,96 @@
+"""Reward models: a score head on a language model learns from pairs which answers people prefer."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+
+from flax import nnx
+
+from jaxft.config import DataConfig, RunConfig
+from jaxft.data import Prepared, Tokenizer, prepare
+from jaxft.data.formats import Conversation
+from jaxft.data.preferences import chosen_answers, join_pairs, read_pairs
+from jaxft.data.sources import Rows
+from jaxft.data.tokenizers.padding import separate_pad_id
+from jaxft.errors import ConfigError, DataError
+from jaxft.methods import sequences
+from jaxft.methods.method import Method, Run, no_state
+from jaxft.methods.pairs import check_pairs
+from jaxft.methods.router import router_coefficients
+from jaxft.nn.decoder import Decoder
+from jaxft.objectives.loss import Loss
+from jaxft.objectives.reward import MARGIN, reward_loss
+from jaxft.training.state import TrainState
+
+
+def check(config: RunConfig, model: Decoder) -> None:
+    """Raises ConfigError for what needs an LM head, for virtual tokens, and for rows that are no pairs."""
+    adapter = config.adapter
+    check_pairs(config)
+    if config.eval.metric is not None:
+        raise ConfigError(
+            f"eval.metric={config.eval.metric!r} has held-out prompts answered, but a reward model has no LM head and "
+            "generates nothing. Set it to None: eval_accuracy says how often the better answer has the larger score."
+        )
+    if adapter.kind in ("prompt", "prefix"):
+        raise ConfigError(
+            f"adapter.kind={adapter.kind!r} puts virtual tokens into every row, which is not implemented for reward "
+            "models. Use adapter.kind='lora'."
+        )
+    if adapter.kind != "none" and "score" in adapter.saved:
+        raise ConfigError(
+            "adapter.modules_to_save names score, which a reward model always trains and saves. Leave it out."
+        )
+    router_coefficients(config, model)
+
+
+def prepare_rewards(config: RunConfig, tokenizer: Tokenizer) -> Prepared:
+    """Pairs as `prepare_pairs` reads them, with their margins.
+
+    Raises DataError besides for a margin that is no number, and for a tokenizer without a token to pad with.
+    """
+    separate_pad_id(tokenizer)
+    return prepare(config, tokenizer, read=read_margins, join=join_pairs, read_answers=chosen_answers)
+
+
+def read_margins(rows: Rows, config: DataConfig) -> Iterator[Conversation]:
+    """The conversations of `read_pairs`, with the column `margin` of each row as a value, 0 if it is not there.
+
+    Raises DataError, naming the row, for a margin that is no number.
+    """
+    for conversation in read_pairs(rows, config):
+        margin = rows[conversation.row].get(MARGIN)
+        if isinstance(margin, bool) or not isinstance(margin, int | float | None):
+            raise DataError(
+                f"{conversation.where}: {MARGIN} is {margin!r}. It is the number by which the score of the chosen "
+                "answer should at least be larger: give a number, or leave it out."
+            )
+        yield replace(conversation, values={MARGIN: float(margin or 0.0)})
+
+
+def loss(config: RunConfig, model: Decoder) -> Loss:
+    """`reward_loss` with the settings of `method.reward`."""
+    return partial(
+        reward_loss,
+        center_rewards_coefficient=config.method.reward.center_rewards_coefficient,
+        router=router_coefficients(config, model),
+    )
+
+
+def evaluator(run: Run, graphdef: nnx.GraphDef[Decoder]) -> Callable[[TrainState], dict[str, float]] | None:
+    """The held-out loss and its metrics."""
+    return sequences.make_evaluator(run, graphdef, loss(run.config, run.model))
+
+
+METHOD = Method(
+    prepare=prepare_rewards,
+    source=sequences.source,
+    feed=sequences.feed,
+    batch_shapes=partial(sequences.batch_shapes, values=(MARGIN,)),
+    check=check,
+    initial_state=no_state,
+    loss=loss,
+    evaluator=evaluator,
+    describe=lambda config: "reward model",
+    head="score",
+)
