@@ -89,8 +89,8 @@ class MethodConfig(Section):
         Literal["sft", "dpo", "orpo", "cpo", "simpo", "kto", "reward"],
         CHOOSES_SECTION,
         "the training method; `sft`: supervised fine-tuning; `dpo`, `orpo`, `cpo` and `simpo`: learning from pairs of "
-        "answers; `kto`: learning from answers labelled good or bad; `reward`: a reward model; see [preferences](preferences.md) "
-        "and [reward models](reward_models.md)",
+        "answers; `kto`: learning from answers labelled good or bad; `reward`: a reward model; see "
+        "[preferences](preferences.md) and [reward models](reward_models.md)",
     ] = "sft"
     sft: SFTConfig = field(default_factory=SFTConfig)
     dpo: DPOConfig = field(default_factory=DPOConfig)

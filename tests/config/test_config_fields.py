@@ -6,7 +6,7 @@ import re
 import pytest
 from config_files import ROOT, with_fields
 
-from jaxft.config import RunConfig, resolve
+from jaxft.config import MethodConfig, RunConfig, choices, resolve
 from jaxft.config.fields import Section, all_fields, own_fields
 
 # What has to be set as well for a choice to be accepted.
@@ -16,7 +16,12 @@ COMPANIONS = {
     "checkpoint.best_metric": {"data.eval_fraction": 0.1},
     "data.pairs": {"method.name": "dpo"},
 }
-DPO_METRICS = ("eval_rewards/accuracies", "eval_rewards/margins")
+# The first method that reports each held-out metric.
+REPORTED_BY = {
+    metric: name
+    for name in reversed(choices(MethodConfig, "name"))
+    for metric in getattr(MethodConfig(), name).HELD_OUT_METRICS
+}
 
 
 def test_every_choice_is_accepted():
@@ -28,10 +33,8 @@ def test_every_choice_is_accepted():
         if section.startswith("method."):
             companions = companions | {"method.name": section.split(".")[1]}
         for value in field.choices:
-            if value in DPO_METRICS:
-                companions = companions | {"method.name": "dpo"}
-            if value == "eval_nll_loss":
-                companions = companions | {"method.name": "orpo"}
+            if value in REPORTED_BY:
+                companions = companions | {"method.name": REPORTED_BY[value]}
             config = resolve(with_fields({**companions, field.key: value}))
             assert functools.reduce(getattr, section.split("."), config).__getattribute__(leaf) == value
 

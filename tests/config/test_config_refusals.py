@@ -3,8 +3,10 @@
 import pytest
 from config_files import with_fields
 
-from jaxft.config import resolve
+from jaxft.config import MethodConfig, choices, resolve
 from jaxft.errors import ConfigError
+
+METHODS = ", ".join(choices(MethodConfig, "name"))
 
 
 @pytest.mark.parametrize(
@@ -110,7 +112,7 @@ from jaxft.errors import ConfigError
             "set method.sft.label_smoothing_factor=0.1 to 0",
         ),
         ({"method.sft.loss_type": "nl"}, "method.sft.loss_type='nl' is not one of nll, dft"),
-        ({"method.name": "sfd"}, "method.name='sfd' is not one of sft, dpo, .*simpo, kto. Did you mean 'sft'?"),
+        ({"method.name": "sfd"}, f"method.name='sfd' is not one of {METHODS}. Did you mean 'sft'?"),
         (
             {"train.use_ema": False},
             "train.use_ema=False is read only if train.ema_decay is set, but it is not. There is no average to leave "

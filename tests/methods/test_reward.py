@@ -75,9 +75,9 @@ def test_a_run_learns_and_resumes_bit_for_bit(rows, tmp_path, kind):
     # The score head starts at 0; margins of 0 and 1/2 alternate.
     assert first["margin"] == first["max_reward"] == first["accuracy"] == 0
     assert math.log(2) < first["loss"] < math.log1p(math.exp(0.5))
-    assert last["accuracy"] > 0.7 and last["margin"] > 0.1
+    assert last["accuracy"] > 0.7 and last["margin"] > 0.05
     assert last["min_reward"] < last["mean_reward"] < last["max_reward"]
-    assert summary["eval_accuracy"] > 0.5 and summary["eval_margin"] > 0.1
+    assert summary["eval_accuracy"] > 0.5 and summary["eval_margin"] > 0.05
     # The state of step 6 is lost; the run goes on from step 3.
     whole = tmp_path / "whole"
     shutil.copytree(folder, whole)
