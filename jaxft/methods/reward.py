@@ -1,25 +1,22 @@
 """Reward models: a score head on a language model learns from pairs which answers people prefer."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
 
 from flax import nnx
 
-from jaxft.config import DataConfig, RunConfig
-from jaxft.data import Prepared, Tokenizer, prepare
-from jaxft.data.formats import Conversation
-from jaxft.data.preferences import chosen_answers, join_pairs, read_pairs
-from jaxft.data.sources import Rows
+from jaxft.config import RunConfig
+from jaxft.data import Prepared, Tokenizer
+from jaxft.data.preferences import prepare_pairs
 from jaxft.data.tokenizers.padding import separate_pad_id
-from jaxft.errors import ConfigError, DataError
+from jaxft.errors import ConfigError
 from jaxft.methods import sequences
 from jaxft.methods.method import Method, Run, no_state
-from jaxft.methods.pairs import check_pairs
+from jaxft.methods.pairs import batch_shapes, check_pairs
 from jaxft.methods.router import router_coefficients
 from jaxft.nn.decoder import Decoder
 from jaxft.objectives.loss import Loss
-from jaxft.objectives.reward import MARGIN, reward_loss
+from jaxft.objectives.reward import reward_loss
 from jaxft.training.state import TrainState
 
 
@@ -45,34 +42,18 @@ def check(config: RunConfig, model: Decoder) -> None:
 
 
 def prepare_rewards(config: RunConfig, tokenizer: Tokenizer) -> Prepared:
-    """Pairs as `prepare_pairs` reads them, with their margins.
-
-    Raises DataError besides for a margin that is no number, and for a tokenizer without a token to pad with.
-    """
+    """Pairs as `prepare_pairs` reads them. Raises DataError also for a tokenizer without a token to pad with."""
     separate_pad_id(tokenizer)
-    return prepare(config, tokenizer, read=read_margins, join=join_pairs, read_answers=chosen_answers)
-
-
-def read_margins(rows: Rows, config: DataConfig) -> Iterator[Conversation]:
-    """The conversations of `read_pairs`, with the column `margin` of each row as a value, 0 if it is not there.
-
-    Raises DataError, naming the row, for a margin that is no number.
-    """
-    for conversation in read_pairs(rows, config):
-        margin = rows[conversation.row].get(MARGIN)
-        if isinstance(margin, bool) or not isinstance(margin, int | float | None):
-            raise DataError(
-                f"{conversation.where}: {MARGIN} is {margin!r}. It is the number by which the score of the chosen "
-                "answer should at least be larger: give a number, or leave it out."
-            )
-        yield replace(conversation, values={MARGIN: float(margin or 0.0)})
+    return prepare_pairs(config, tokenizer)
 
 
 def loss(config: RunConfig, model: Decoder) -> Loss:
     """`reward_loss` with the settings of `method.reward`."""
+    settings = config.method.reward
     return partial(
         reward_loss,
-        center_rewards_coefficient=config.method.reward.center_rewards_coefficient,
+        center_rewards_coefficient=settings.center_rewards_coefficient,
+        margin_coefficient=settings.margin_coefficient,
         router=router_coefficients(config, model),
     )
 
@@ -86,7 +67,7 @@ METHOD = Method(
     prepare=prepare_rewards,
     source=sequences.source,
     feed=sequences.feed,
-    batch_shapes=partial(sequences.batch_shapes, values=(MARGIN,)),
+    batch_shapes=batch_shapes,
     check=check,
     initial_state=no_state,
     loss=loss,

@@ -6,14 +6,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxft.data.batch import Batch
+from jaxft.data.examine_pairs import MARGIN
 from jaxft.errors import ModelError
 from jaxft.nn.decoder import Decoder
 from jaxft.objectives.documents import document_sums
 from jaxft.objectives.loss import LossSums, MethodState, Ratio
 from jaxft.objectives.pairs import Pairs, by_pair, existing_pairs
 from jaxft.objectives.router import RouterCoefficients, hidden_and_routing, with_router_losses
-
-MARGIN = "margin"  # the number of a pair by which its scores should differ, in `Batch.values` of both documents
 
 
 def reward_terms(scores: Pairs, margin_BP: jax.Array | float = 0.0, center: float | None = None) -> jax.Array:
@@ -52,18 +51,21 @@ def reward_loss(
     method_state: MethodState | None = None,
     *,
     center_rewards_coefficient: float | None = None,
+    margin_coefficient: float = 1.0,
     router: RouterCoefficients | None = None,
 ) -> LossSums:
     """`reward_terms` summed over the pairs of a batch; the weight is the number of pairs.
 
     batch: [B, S]; in each row the documents 1 and 2, 3 and 4, ... are the chosen and the rejected answer of a pair,
-    each after its prompt. Margins are read from `values[MARGIN]`, 0 without it. Metrics have TRL's names: accuracy
+    each after its prompt. Margins are margin_coefficient times `values[MARGIN]`, 0 without
+    it. Metrics have TRL's names: accuracy
     (share of pairs whose chosen answer has the larger score), margin (difference of the scores) and mean_reward are
     means over pairs; min_reward and max_reward are those of a batch or micro-batch.
     """
     hidden_BSD, routing = hidden_and_routing(model, batch, key, router)
     scores = by_pair(scores_at_ends(model, hidden_BSD, batch.segments_BS))
-    margin_BP = by_pair(batch.values[MARGIN]).chosen if MARGIN in batch.values else 0.0
+    given = MARGIN in batch.values
+    margin_BP = margin_coefficient * by_pair(batch.values[MARGIN]).chosen if given else 0.0
     terms_BP = reward_terms(scores, margin_BP, center_rewards_coefficient)
     exists_BP = existing_pairs(batch.segments_BS)
     pairs = jnp.sum(exists_BP)

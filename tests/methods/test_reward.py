@@ -12,7 +12,7 @@ from flax import nnx
 
 from jaxft import api
 from jaxft.config import RunConfig, load
-from jaxft.errors import ConfigError, DataError
+from jaxft.errors import ConfigError
 from jaxft.hardware.topology import parse
 from jaxft.methods import method_of, reward
 from jaxft.optim.make import make_schedule
@@ -155,12 +155,19 @@ def test_settings_that_it_cannot_train_with_are_refused(rows, tmp_path, override
         reward.check(config, None)
 
 
-def test_a_margin_that_is_no_number_is_refused(tmp_path):
-    path = tmp_path / "pairs.jsonl"
-    path.write_text(json.dumps(ROWS[0] | {"margin": "large"}) + "\n")
-    config = config_of(str(path), tmp_path / "run")
-    with pytest.raises(DataError, match=r"pairs.jsonl.*: margin is 'large'. It is the number by which"):
-        reward.prepare_rewards(config, api.load_tokenizer(config.model.path))
+def test_margins_of_rows_may_be_scaled_or_left_out(rows, tmp_path):
+    """Rows have margins of 0 and 1/2."""
+    losses = {}
+    for factor in (0.0, 1.0, 2.0):
+        config = config_of(rows, tmp_path, **{"method.reward.margin_coefficient": factor})
+        tokenizer = api.load_tokenizer(config.model.path)
+        batch = reward.METHOD.source(config, reward.METHOD.prepare(config, tokenizer), tokenizer).batch(0)
+        model = build_model(config, random_base=tmp_path / "base").module
+        sums = reward.loss(config, model)(model, jax.tree.map(jax.numpy.asarray, batch), None, None)
+        losses[factor] = float(sums.means()["loss"])
+        margins_BP = batch.values["margin"][:, ::2][batch.segments_BS.max(1)[:, None] > 2 * np.arange(64 // 2)]
+        assert losses[factor] == pytest.approx(np.log1p(np.exp(factor * margins_BP)).mean(), rel=1e-5)
+    assert losses[0.0] == pytest.approx(math.log(2), rel=1e-6) and losses[0.0] < losses[1.0] < losses[2.0]
 
 
 def test_a_plan_has_no_vocabulary_products(rows, tmp_path):
