@@ -11,6 +11,7 @@ from jaxft.data.preferences import prepare_pairs
 from jaxft.data.tokenizers.padding import separate_pad_id
 from jaxft.errors import ConfigError
 from jaxft.methods import sequences
+from jaxft.methods.charts import SCORE_CHARTS
 from jaxft.methods.method import Method, Run, no_state
 from jaxft.methods.pairs import batch_shapes, check_pairs
 from jaxft.methods.router import router_coefficients
@@ -73,5 +74,7 @@ METHOD = Method(
     loss=loss,
     evaluator=evaluator,
     describe=lambda config: "reward model",
+    loss_unit="nats per pair",
+    charts=SCORE_CHARTS,
     head="score",
 )
