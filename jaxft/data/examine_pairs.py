@@ -1,5 +1,6 @@
 """Examines pairs of a chosen and a rejected answer: what a model could learn from them beside the preference."""
 
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -64,7 +65,7 @@ def examine_pairs(examples: Sequence[Example], left_out: Mapping[str, int]) -> P
     sides = [example.documents for example in examples]
     lengths = np.array([[int(document.mask.sum()) for document in documents] for documents in sides])
     chosen, rejected = lengths[:, 0], lengths[:, 1]
-    orders = Counter((first.tokens.tobytes(), second.tokens.tobytes()) for first, second in sides)
+    orders = Counter((_digest(first), _digest(second)) for first, second in sides)
     margins = np.array([first.values.get(MARGIN, (0.0,))[0] for first, _ in sides])
     given = bool(margins.any())
     return PairExamination(
@@ -84,6 +85,11 @@ def examine_pairs(examples: Sequence[Example], left_out: Mapping[str, int]) -> P
         same=left_out.get("same", 0),
         rows_left_out=left_out.get("rows", 0),
     )
+
+
+def _digest(document: Example) -> bytes:
+    # Not the tokens themselves: those of all pairs would fill the memory once more.
+    return hashlib.blake2b(document.tokens.tobytes(), digest_size=16).digest()
 
 
 def combine_pairs(parts: Sequence[PairExamination], examples: Sequence[Example]) -> PairExamination | None:
