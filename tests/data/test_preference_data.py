@@ -1,6 +1,7 @@
 """The script that makes preference data: solutions changed consistently, intents rejected as often as chosen."""
 
 import importlib
+import json
 import random
 from collections import Counter
 from pathlib import Path
@@ -16,7 +17,7 @@ SOLUTION = (
 
 @pytest.fixture
 def script(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
     return importlib.import_module("make_preference_data")
 
 
@@ -70,3 +71,21 @@ def test_no_intent_is_a_sign_of_being_right(script):
     assert script.shortcuts(rows, rows)["oftener chosen"] == 0.5
     labels = [row["label"] for row in script.labelled(rows)]
     assert labels == [True, False] * 6
+
+
+def test_real_pairs_have_no_shortcut(script, shared_data):
+    """No rule that reads the answers alone is right in more than 55% of held-out pairs; one calculation is wrong."""
+    sets = {"banking77": script.banking77(shared_data / "banking77"), "gsm8k": script.gsm8k(shared_data / "gsm8k")}
+    for splits in sets.values():
+        shares = script.shortcuts(splits["train"], splits["heldout"])
+        assert all(0.45 <= share <= 0.55 for share in shares.values()), shares
+    assert len(sets["banking77"]["train"]) == 10_000 and len(sets["gsm8k"]["train"]) > 4_000
+    changed = 0
+    for line in (shared_data / "gsm8k" / "test.jsonl").read_text(encoding="utf-8").splitlines()[:300]:
+        row = json.loads(line)
+        wrong = script.changed_solution(row["question"], row["answer"], random.Random(1), larger=True)
+        if wrong is not None:
+            steps = script.CALCULATION.findall(wrong)
+            assert sum(abs(script._value(expression) - int(value)) > 1e-6 for expression, value in steps) == 1
+            changed += 1
+    assert changed > 100
