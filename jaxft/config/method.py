@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from jaxft.config.fields import ABOVE_ZERO, BELOW_ONE, CHOOSES_SECTION, NOT_NEGATIVE, Section
 from jaxft.config.method_section import MethodSection
-from jaxft.config.preference import CPOConfig, DPOConfig, ORPOConfig, SimPOConfig
+from jaxft.config.preference import CPOConfig, DPOConfig, KTOConfig, ORPOConfig, SimPOConfig
 from jaxft.errors import ConfigError
 
 
@@ -40,25 +40,6 @@ class SFTConfig(MethodSection):
                 "method.sft.loss_type='dft' weighs each target by its own probability, and a smoothed target has none: "
                 f"set method.sft.label_smoothing_factor={self.label_smoothing_factor} to 0"
             )
-
-
-@dataclass(frozen=True, kw_only=True)
-class KTOConfig(MethodSection):
-    """Kahneman-Tversky optimization: single answers, each labelled good or bad, against a frozen reference model."""
-
-    HELD_OUT_METRICS = ("eval_loss", "eval_rewards/margins")
-    ROWS = "labelled"
-
-    loss_type: Annotated[
-        Literal["kto", "apo_zero_unpaired"],
-        "`kto`: against an estimate of the KL divergence from the reference (arXiv:2402.01306); `apo_zero_unpaired`: "
-        "without it, for answers that are better than the model's own (arXiv:2408.06266)",
-    ] = "kto"
-    beta: Annotated[
-        float, ABOVE_ZERO, "strength of the tie to the reference model: larger values keep the model closer to it"
-    ] = 0.1
-    desirable_weight: Annotated[float, ABOVE_ZERO, "factor of the losses of answers that are labelled good"] = 1.0
-    undesirable_weight: Annotated[float, ABOVE_ZERO, "factor of the losses of answers that are labelled bad"] = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)

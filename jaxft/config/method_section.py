@@ -1,6 +1,7 @@
 """What the sections of training methods have in common."""
 
-from typing import ClassVar, Literal
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
 
 from jaxft.config.fields import Section
 
@@ -15,3 +16,15 @@ class MethodSection(Section):
 
     HELD_OUT_METRICS: ClassVar[tuple[str, ...]] = ("eval_loss",)
     ROWS: ClassVar[Literal["conversations", "pairs", "labelled"]] = "conversations"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceSection(MethodSection):
+    """The settings of a method that compares the model with a frozen reference."""
+
+    reference: Annotated[
+        Literal["auto", "cached"],
+        "where the log-probabilities of the frozen reference come from. `auto`: from the model without its adapter, or "
+        "from a frozen copy of all weights, in every step; `cached`: computed once before the first step and kept in "
+        "the run folder",
+    ] = "auto"

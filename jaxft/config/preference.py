@@ -1,4 +1,4 @@
-"""The sections of methods that train on pairs of a chosen and a rejected answer."""
+"""The sections of methods that train on preferences: pairs of answers, or answers labelled good or bad."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from jaxft.config.adapter import split_names
 from jaxft.config.fields import ABOVE_ZERO, NOT_NEGATIVE, ZERO_TO_ONE, Range
-from jaxft.config.method_section import MethodSection
+from jaxft.config.method_section import MethodSection, ReferenceSection
 from jaxft.errors import ConfigError, did_you_mean
 
 BELOW_HALF = Range(lambda value: 0 <= value < 0.5, "at least 0 and below 0.5")
@@ -23,7 +23,7 @@ PAIR_METRICS = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPOConfig(MethodSection):
+class DPOConfig(ReferenceSection):
     """Direct preference optimization: pairs of a chosen and a rejected answer, against a frozen reference model."""
 
     HELD_OUT_METRICS = PAIR_METRICS
@@ -220,6 +220,25 @@ class SimPOConfig(MethodSection):
         "the margin by which beta times the difference is to be above zero (arXiv:2405.14734); TRL's `simpo_gamma`",
     ] = 0.5
     label_smoothing: Annotated[float, BELOW_HALF, "probability that the labels of a pair are swapped"] = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class KTOConfig(ReferenceSection):
+    """Kahneman-Tversky optimization: single answers, each labelled good or bad, against a frozen reference model."""
+
+    HELD_OUT_METRICS = ("eval_loss", "eval_rewards/margins")
+    ROWS = "labelled"
+
+    loss_type: Annotated[
+        Literal["kto", "apo_zero_unpaired"],
+        "`kto`: against an estimate of the KL divergence from the reference (arXiv:2402.01306); `apo_zero_unpaired`: "
+        "without it, for answers that are better than the model's own (arXiv:2408.06266)",
+    ] = "kto"
+    beta: Annotated[
+        float, ABOVE_ZERO, "strength of the tie to the reference model: larger values keep the model closer to it"
+    ] = 0.1
+    desirable_weight: Annotated[float, ABOVE_ZERO, "factor of the losses of answers that are labelled good"] = 1.0
+    undesirable_weight: Annotated[float, ABOVE_ZERO, "factor of the losses of answers that are labelled bad"] = 1.0
 
 
 def _among(names: Iterable[str], some: Iterable[str]) -> str:

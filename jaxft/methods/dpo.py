@@ -13,7 +13,14 @@ from jaxft.methods import sequences
 from jaxft.methods.charts import PAIR_CHARTS
 from jaxft.methods.method import Method, Run
 from jaxft.methods.pairs import batch_shapes, check_pairs, unit_counts
-from jaxft.methods.reference import check_reference, reference_logps, reference_state
+from jaxft.methods.reference import (
+    check_reference,
+    reference_logps,
+    reference_passes,
+    reference_state,
+    reference_values,
+)
+from jaxft.methods.reference_cache import with_reference_logps
 from jaxft.methods.router import router_coefficients
 from jaxft.nn.decoder import Decoder
 from jaxft.objectives.dpo import DPOSettings, dpo_loss
@@ -32,6 +39,12 @@ def check(config: RunConfig, model: Decoder) -> None:
 def logps_of(config: RunConfig) -> Callable[[Decoder, Batch[jax.Array]], jax.Array]:
     """What the reference computes of a batch, `(model, batch) -> [B, P]` by document, as `reference_logps` takes it."""
     return partial(answer_logps, ld_alpha=config.method.dpo.ld_alpha)
+
+
+def precompute(run: Run, base: Callable[[], Decoder]) -> Run:
+    """`Method.precompute`: the pairs with the log-probabilities of the reference, if they are cached."""
+    settings = {"ld_alpha": run.config.method.dpo.ld_alpha}
+    return with_reference_logps(run, base, logps_of(run.config), settings=settings)
 
 
 def batch_sums(config: RunConfig, model: Decoder) -> BatchSums | None:
@@ -79,7 +92,7 @@ METHOD = Method(
     prepare=prepare_pairs,
     source=sequences.source,
     feed=sequences.feed,
-    batch_shapes=batch_shapes,
+    batch_shapes=lambda config: batch_shapes(config, reference_values(config)),
     check=check,
     initial_state=reference_state,
     batch_sums=batch_sums,
@@ -88,5 +101,6 @@ METHOD = Method(
     describe=describe,
     loss_unit="mean over pairs",
     charts=PAIR_CHARTS,
-    reference_passes=1,
+    precompute=precompute,
+    reference_passes=reference_passes,
 )

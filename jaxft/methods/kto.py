@@ -17,9 +17,11 @@ from jaxft.errors import ConfigError
 from jaxft.methods import sequences
 from jaxft.methods.charts import LABEL_CHARTS
 from jaxft.methods.method import Method, Run
-from jaxft.methods.reference import check_reference, reference_logps, reference_state
+from jaxft.methods.reference import check_reference, is_cached, reference_logps, reference_state, reference_values
+from jaxft.methods.reference_cache import with_reference_logps
 from jaxft.methods.router import router_coefficients
 from jaxft.nn.decoder import Decoder
+from jaxft.objectives.documents import document_logps
 from jaxft.objectives.kto import KTOSums, kto_loss, kto_sums, summed_log_ratio
 from jaxft.objectives.loss import BatchSums, Loss, LossSums, MethodState
 from jaxft.training.state import TrainState
@@ -71,8 +73,35 @@ def mismatched_of(examples: Sequence[Example]) -> list[Example]:
 
 def batch_shapes(config: RunConfig) -> KTOBatch[jax.ShapeDtypeStruct]:
     """The shapes of a batch."""
-    mismatched = sequences.batch_shapes(config) if _estimates_kl(config) else None
-    return KTOBatch(sequences.batch_shapes(config, values=[DESIRABLE]), mismatched)
+    values = reference_values(config)
+    mismatched = sequences.batch_shapes(config, values=values) if _estimates_kl(config) else None
+    return KTOBatch(sequences.batch_shapes(config, values=(DESIRABLE, *values)), mismatched)
+
+
+def precompute(run: Run, base: Callable[[], Decoder]) -> Run:
+    """`Method.precompute`: the rows with the log-probabilities of the reference, if they are cached.
+
+    They are those of the answers and of the mismatched documents.
+    """
+
+    def scored(examples: Sequence[Example]) -> list[Example]:
+        return [*examples, *mismatched_of(examples)]
+
+    def joined(examples: Sequence[Example], scored: list[Example]) -> list[Example]:
+        answers, mismatched = scored[: len(examples)], scored[len(examples) :]
+        if not mismatched:
+            return answers
+        labelled = [example for example in answers if isinstance(example, Labelled)]
+        both = zip(labelled, mismatched, strict=True)
+        return [dataclasses.replace(answer, mismatched=other.documents[0]) for answer, other in both]
+
+    return with_reference_logps(run, base, document_logps, scored=scored, joined=joined)
+
+
+def reference_passes(config: RunConfig) -> int:
+    """`Method.reference_passes`: of the reference through the answers, and of both models through other documents."""
+    live = 0 if is_cached(config) else 1
+    return live + (1 + live) * _estimates_kl(config)
 
 
 def batch_sums(config: RunConfig, model: Decoder) -> BatchSums:
@@ -150,5 +179,6 @@ METHOD = Method(
     describe=describe,
     loss_unit="mean over answers",
     charts=LABEL_CHARTS,
-    reference_passes=1,
+    precompute=precompute,
+    reference_passes=reference_passes,
 )

@@ -22,7 +22,9 @@ from jaxft.training.state import TrainState
 class Run:
     """A run that is set up: nothing of it has been loaded or trained.
 
-    folder: the run folder. model: abstract, with its adapters. source: the batches of every step.
+    folder: the run folder. model: abstract, with its adapters. source: the batches of every step. print_line: prints a
+    line for people, such as the progress of long work. held_out_only: whether it is an evaluation, which needs nothing
+    of the training rows and writes nothing into the run folder.
     """
 
     config: RunConfig
@@ -32,6 +34,8 @@ class Run:
     mesh: MeshPlan
     model: Decoder
     source: BatchSource
+    print_line: Callable[[str], None] = lambda line: None
+    held_out_only: bool = False
 
     @property
     def total_steps(self) -> int:
@@ -59,7 +63,8 @@ class Method:
     evaluator(run, graphdef): `state -> held-out metrics`; None if no rows are held out.
     loss_unit: what the loss is a mean of, for people. charts: the method's own charts in a run's report.
     head: what the trained model ends in: an LM head, or a score head in its place.
-    reference_passes: forward passes of a frozen model in each training step, for the work that `jaxft plan` reports.
+    reference_passes(config): forward passes in each training step beside the training pass, such as those of a frozen
+    reference, for the work that `jaxft plan` reports.
     describe(config): what the method does, in a few words for people, such as `DPO with beta=0.1`.
     """
 
@@ -75,7 +80,7 @@ class Method:
     loss_unit: str = "nats per trained token"
     charts: tuple[Chart, ...] = ()
     head: Head = "vocabulary"
-    reference_passes: int = 0
+    reference_passes: Callable[[RunConfig], int] = lambda config: 0
     precompute: Callable[[Run, Callable[[], Decoder]], Run] = lambda run, base: run
     batch_sums: Callable[[RunConfig, Decoder], BatchSums | None] = lambda config, model: None
 

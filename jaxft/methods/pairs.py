@@ -1,6 +1,6 @@
 """What methods that train on pairs of answers share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 from flax import nnx
@@ -20,9 +20,9 @@ from jaxft.objectives.pairs import PairCounts, count_units
 from jaxft.training.state import TrainState
 
 
-def batch_shapes(config: RunConfig) -> Batch[jax.ShapeDtypeStruct]:
-    """The shapes of a batch of pairs, whose documents carry the margin of their pair."""
-    return sequences.batch_shapes(config, values=(MARGIN,))
+def batch_shapes(config: RunConfig, values: Sequence[str] = ()) -> Batch[jax.ShapeDtypeStruct]:
+    """The shapes of a batch of pairs, whose documents carry the margin of their pair, and `values`."""
+    return sequences.batch_shapes(config, values=(MARGIN, *values))
 
 
 def check_pairs(config: RunConfig) -> None:

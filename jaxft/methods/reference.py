@@ -10,6 +10,7 @@ from flax import nnx
 
 from jaxft.adapters.attach import detach
 from jaxft.config import RunConfig
+from jaxft.config.method_section import ReferenceSection
 from jaxft.data.batch import Batch
 from jaxft.errors import ConfigError
 from jaxft.nn.decoder import Decoder
@@ -22,39 +23,61 @@ from jaxft.training.step import rounded
 REFERENCE_LOGPS = "reference_logps"
 
 
+def is_cached(config: RunConfig) -> bool:
+    """Whether the reference's log-probabilities are computed once, before the first step."""
+    section = config.method.chosen
+    return isinstance(section, ReferenceSection) and section.reference == "cached"
+
+
+def reference_passes(config: RunConfig) -> int:
+    """`Method.reference_passes`: 1, or 0 if the log-probabilities are cached."""
+    return 0 if is_cached(config) else 1
+
+
+def reference_values(config: RunConfig) -> tuple[str, ...]:
+    """The names of the numbers that documents carry if the reference's log-probabilities are cached."""
+    return (REFERENCE_LOGPS,) if is_cached(config) else ()
+
+
 def check_reference(config: RunConfig) -> None:
-    """Raises ConfigError for settings under which the base without the adapter is not the model at the start."""
+    """Raises ConfigError for settings under which the reference would not be the model at the start of the run."""
     adapter, method = config.adapter, f"method.name={config.method.name!r}"
     if adapter.virtual_tokens:
         raise ConfigError(
             f"{method} compares the model with its base by switching the adapter off, but adapter.kind="
             f"{adapter.kind!r} puts virtual tokens into every row, which the base cannot read. Use adapter.kind='lora'."
         )
+    if adapter.kind != "none" and adapter.dropout:
+        raise ConfigError(
+            f"adapter.dropout={adapter.dropout} would change the policy's log-probabilities but not the reference's, "
+            "so that their ratio is not 1 at the start. Set it to 0."
+        )
+    if is_cached(config):
+        return
+    cached = f"method.{config.method.name}.reference='cached'"
     if adapter.kind != "none" and adapter.saved:
         raise ConfigError(
             f"{method} takes the model without its adapter as the reference, but adapter.modules_to_save="
             f"{adapter.modules_to_save!r} trains modules of the base itself, which cannot be switched off. Set it to "
-            "None, or train all weights (adapter.kind='none'), which keeps a copy as the reference."
+            "None, or train all weights (adapter.kind='none'), which keeps a copy as the reference. Or set "
+            f"{cached}, which computes the reference before the first step."
         )
     if adapter.kind == "lora" and adapter.init_lora_weights.startswith("loftq"):
         raise ConfigError(
             f"adapter.init_lora_weights={adapter.init_lora_weights!r} starts from an adapter that corrects the "
             "quantised base. Without it the base is not the model that training starts from, so it cannot be the "
-            f"reference of {method}. Set it to 'default'."
-        )
-    if adapter.kind != "none" and adapter.dropout:
-        raise ConfigError(
-            f"adapter.dropout={adapter.dropout} would change the policy's log-probabilities but not the reference's, "
-            "so that their ratio is not 1 at the start. Set it to 0."
+            f"reference of {method}. Set it to 'default'. Or set {cached}: its reference is the model at the start, "
+            "with this adapter."
         )
 
 
 def reference_state(config: RunConfig, trainable: nnx.State) -> MethodState | None:
     """`Method.initial_state`: a frozen copy of the trained parameters, its matrices in the type of computation.
 
-    With an adapter the base itself is the reference, so there is nothing to keep: None.
+    With an adapter the base itself is the reference, and if its log-probabilities are cached no model is needed. Then
+    there is nothing to keep: None.
     """
-    if config.adapter.kind != "none":
+    if config.adapter.kind != "none" or is_cached(config):
         return None
     return MethodState(rebuilt=rounded(trainable, jnp.dtype(config.model.dtype)))
 

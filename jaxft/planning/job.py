@@ -77,8 +77,8 @@ class ShardedStep:
 
     @property
     def reference_passes(self) -> int:
-        """Forward passes of a frozen model in each step, beside the training pass."""
-        return method_of(self.config).reference_passes
+        """Forward passes in each step beside the training pass, such as those of a frozen reference."""
+        return method_of(self.config).reference_passes(self.config)
 
     @property
     def attention_flops(self) -> int:

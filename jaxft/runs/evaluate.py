@@ -43,6 +43,7 @@ def evaluate(model: LoadedModel, tokenizer: Tokenizer, config: RunConfig) -> dic
         mesh=make_mesh_plan(MeshConfig(), jax.devices()[:1]),
         model=model.module,
         source=method.source(config, data, tokenizer),
+        held_out_only=True,
     )
     run = method.precompute(run, lambda: build_model(config, run.mesh).module)
     state = TrainState(jnp.int32(0), trainable, frozen, (), jax.random.key(config.seed), _method_state(config, method))

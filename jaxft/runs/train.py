@@ -2,6 +2,7 @@
 
 # B batch, S sequence
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -47,7 +48,7 @@ def train(config: RunConfig, *, console: Console | None = None) -> dict[str, Any
     after saving. With several processes, every one calls it with the same config; process 0 alone writes and prints.
     """
     console = (console or Console()) if is_primary() else Console(quiet=True)
-    run = set_up(config)
+    run = dataclasses.replace(set_up(config), print_line=partial(console.print, highlight=False))
     console.print(describe(run), highlight=False, soft_wrap=True)
     print_mixture(run.source, console)
     console.print("\ntwo training rows, their trained tokens marked:", highlight=False)

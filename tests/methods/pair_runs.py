@@ -1,4 +1,4 @@
-"""Small runs of methods on pairs of answers, shared by their tests."""
+"""Small runs of methods on preferences, shared by their tests."""
 
 import dataclasses
 import json
@@ -12,6 +12,7 @@ from flax import nnx
 from jaxft import api
 from jaxft.config import RunConfig, load
 from jaxft.methods import method_of
+from jaxft.methods.method import Run
 from jaxft.optim.make import make_schedule
 from jaxft.runs.build import abstract_model, build_model, make_mesh, make_step, make_tx, start_state
 from jaxft.training.log import TIMING_KEYS
@@ -25,10 +26,16 @@ SGD = {
 }  # fmt: skip
 
 
-def write_rows(folder):
+LABELLED = [
+    {"prompt": f"Colour {n}?", "completion": f" {n % 5} {'red' if n % 2 else 'blue, or not'}", "label": n % 2 == 1}
+    for n in range(24)
+]
+
+
+def write_rows(folder, rows=ROWS, name="rows.jsonl"):
     """The rows as a file, whose path is returned."""
-    path = folder / "pairs.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    path = folder / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
 
@@ -71,7 +78,8 @@ def assert_eight_devices_equal_one(config, folder):
     """One plain gradient step on one device and on a mesh of 2 x 2 x 2; returns the metrics."""
     method = method_of(config)
     tokenizer = api.load_tokenizer(config.model.path)
-    batch = method.source(config, method.prepare(config, tokenizer), tokenizer).batch(0)
+    data = method.prepare(config, tokenizer)
+    source = method.source(config, data, tokenizer)
     base = build_model(config, random_base=folder / "base").module
     schedule = make_schedule(config.optim, 6)
     outcomes = []
@@ -85,7 +93,10 @@ def assert_eight_devices_equal_one(config, folder):
         # Away from the start, where a loss against a reference has nothing to say.
         moved = jax.tree.map(lambda x: x + 0.02 * jnp.cos(jnp.arange(x.size)).reshape(x.shape), state.trainable)
         step = jax.jit(mesh.bind(make_step(one, model, graphdef, tx, schedule)))
-        outcomes.append(step(state._replace(trainable=moved), jax.device_put(batch, mesh.batch_sharding())))
+        run = Run(
+            config=one, folder=folder, tokenizer=tokenizer, data=data, mesh=mesh, model=model, source=source
+        )  # fmt: skip
+        outcomes.append(step(state._replace(trainable=moved), method.feed(run)(state, 0)))
     (state, metrics), (other, other_metrics) = outcomes
     for name, value in metrics.items():
         np.testing.assert_allclose(other_metrics[name], value, rtol=1e-4, atol=1e-5, err_msg=name)

@@ -191,6 +191,27 @@ def test_two_processes_score_and_export_as_one(tmp_path: Path, cache: Path) -> N
 
 
 @pytest.mark.slow
+def test_two_processes_cache_a_reference_as_one(tmp_path: Path, cache: Path) -> None:
+    rows = Path(__file__).parents[2] / "jaxft" / "assets" / "smoke"
+    more = {
+        "method.name": "kto", "method.kto.reference": "cached", "adapter.dropout": 0.0, "eval.metric": None,
+        "export.merged": False, "data.train": rows / "labelled.jsonl", "data.eval": rows / "labelled_heldout.jsonl",
+    }  # fmt: skip
+    with Group(tmp_path / "one", cache, 1, 4, **more) as group:
+        group.finish()
+    with Group(tmp_path / "two", cache, 2, 2, **more) as group:
+        group.finish()
+    assert_same(tmp_path / "two", tmp_path / "one", ADAPTER)
+    one, two = (np.load(tmp_path / name / "reference.npz") for name in ("one", "two"))
+    ours, theirs = (
+        {part: file[key] for part, key in json.loads(str(file["hashes"])).items()} for file in (two, one)
+    )  # the hashes differ, since the drawn weights of either run have times of their own
+    assert set(ours) == {"train", "held out"} and len(ours["train"]) == 48
+    for part, values in theirs.items():
+        np.testing.assert_allclose(ours[part], values, rtol=1e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [{"mesh.fsdp": 2, "mesh.context": 4}, {"mesh.tensor": 2, "mesh.fsdp": 4}])
 def test_four_processes_on_other_meshes_train_as_one(mesh: dict[str, int], tmp_path: Path, cache: Path) -> None:
     more = mesh | {"adapter.kind": "none", "eval.metric": None}

@@ -1,0 +1,172 @@
+"""A frozen reference's log-probabilities of all documents, computed once before training and kept in the run folder."""
+
+# B batch, S sequence, P documents that a row can hold
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxft.checkpoint.identity import model_files
+from jaxft.config import RunConfig
+from jaxft.data.batch import Batch, Example
+from jaxft.data.loader import Loader
+from jaxft.files.atomic import write_file
+from jaxft.files.run_folder import BASE, REFERENCE
+from jaxft.methods import sequences
+from jaxft.methods.method import Run
+from jaxft.methods.reference import REFERENCE_LOGPS, is_cached
+from jaxft.nn.decoder import Decoder
+from jaxft.sharding.arrays import from_rows, to_host
+from jaxft.sharding.processes import on_primary
+from jaxft.training.state import divide
+from jaxft.training.step import rounded
+
+HELD_OUT = "held out"  # a name that no training set can have, because of the space
+LINES = 10  # that report the progress of one set
+
+# (model, batch) -> the log-probability of each document, [B, P], as the loss compares it with the policy's.
+LogpsOf = Callable[[Decoder, Batch[jax.Array]], jax.Array]
+# The examples of a set -> those whose documents are scored, in an order of their own.
+Scored = Callable[[Sequence[Example]], list[Example]]
+# (examples of a set, its scored examples, which now carry their sums) -> the examples of the set with their sums.
+Joined = Callable[[Sequence[Example], list[Example]], list[Example]]
+
+
+def with_reference_logps(
+    run: Run,
+    base: Callable[[], Decoder],
+    logps_of: LogpsOf,
+    *,
+    settings: Any = None,
+    scored: Scored = list,
+    joined: Joined = lambda examples, scored: scored,
+) -> Run:
+    """The run, whose documents carry the reference's log-probabilities as values REFERENCE_LOGPS, if they are cached.
+
+    The reference is the model at the start of the run, with its fresh adapter: base(). What was computed is a file of
+    the run folder, under a hash of the model's files, of its precision and quantization, of the tokens, and of
+    `settings`, JSON values that `logps_of` depends on. A set whose hash is another is computed anew. An evaluation
+    computes held-out rows alone and writes nothing. All processes must call this.
+    """
+    if not is_cached(run.config):
+        return run
+    data, file = run.data, run.folder / REFERENCE
+    sets = {} if run.held_out_only else {one.name: scored(one.examples) for one in data.sets}
+    if data.eval_examples is not None:
+        sets[HELD_OUT] = scored(data.eval_examples)
+    hashes = on_primary(lambda: {name: _hash(run, examples, settings) for name, examples in sets.items()})
+    kept = on_primary(lambda: sorted(_read(file, hashes)))
+    sums = {name: values for name, values in _read(file, hashes).items() if name in kept} if kept else {}
+    if len(sums) < len(sets):
+        if on_primary(file.is_file):
+            run.print_line(f"{file} is not of this model and these rows, so it is computed anew")
+        score = _scorer(run, base(), logps_of)
+        sums |= {name: _computed(run, name, rows, score) for name, rows in sets.items() if name not in sums}
+        if not run.held_out_only:
+            on_primary(lambda: _write(file, hashes, sums))
+    with_sums = {name: _with_values(examples, sums[name]) for name, examples in sets.items()}
+    held_out = None if data.eval_examples is None else joined(data.eval_examples, with_sums[HELD_OUT])
+    if run.held_out_only:
+        return replace(run, data=replace(data, eval_examples=held_out))
+    train = tuple(replace(one, examples=joined(one.examples, with_sums[one.name])) for one in data.sets)
+    data = replace(data, sets=train, eval_examples=held_out)
+    return replace(run, data=data, source=sequences.source(run.config, data, run.tokenizer))
+
+
+def _scorer(run: Run, model: Decoder, logps_of: LogpsOf) -> Callable[[Batch[jax.Array]], np.ndarray]:
+    """`batch -> [B, P]` on the host of every process, by the model as the first training step computes with it."""
+    graphdef, trainable, frozen = divide(model)
+    dtype = jnp.dtype(run.config.train.gradient_dtype or run.config.model.dtype)
+
+    def logps(trainable: nnx.State, frozen: nnx.State, batch: Batch[jax.Array]) -> jax.Array:
+        return logps_of(nnx.merge(graphdef, rounded(trainable, dtype), frozen), batch)
+
+    compiled = jax.jit(run.mesh.bind(logps))
+    return lambda batch: to_host(compiled(trainable, frozen, batch))
+
+
+def _computed(
+    run: Run, name: str, examples: Sequence[Example], score: Callable[[Batch[jax.Array]], np.ndarray]
+) -> np.ndarray:
+    """The sums of all documents, example after example, float32."""
+    config = run.config
+    loader = Loader(
+        [replace(example, values={}, arrays={}) for example in examples],  # which need not be alike
+        batch_size=config.train.batch_size // config.train.accumulation_steps,
+        max_length=config.data.max_length,
+        shuffle=False,
+        pad_id=run.tokenizer.pad_id,
+    )
+    counts = [len(example.documents) for example in examples]
+    starts = np.cumsum([0, *counts])
+    out = np.zeros(starts[-1], np.float32)
+    run.print_line(f"reference log-probabilities of {starts[-1]:,} documents ({name}) ...")
+    shown = 0
+    for number in range(loader.eval_steps):
+        batch = from_rows(partial(loader.eval_batch, number), loader.batch_size, run.mesh.batch_sharding())
+        logps_BP = score(batch)
+        for row, sequence in enumerate(loader.plan[number * loader.batch_size :][: loader.batch_size]):
+            first = 0
+            for index in sequence:
+                out[starts[index] : starts[index + 1]] = logps_BP[row, first : first + counts[index]]
+                first += counts[index]
+        if (number + 1) * LINES // loader.eval_steps > shown and loader.eval_steps > LINES:
+            shown = (number + 1) * LINES // loader.eval_steps
+            run.print_line(f"reference log-probabilities ({name}): batch {number + 1:,} of {loader.eval_steps:,}")
+    return out
+
+
+def _with_values(examples: Sequence[Example], sums: np.ndarray) -> list[Example]:
+    out, first = [], 0
+    for example in examples:
+        end = first + len(example.documents)
+        own = tuple(float(value) for value in sums[first:end])
+        out.append(replace(example, values={**example.values, REFERENCE_LOGPS: own}))
+        first = end
+    return out
+
+
+def _hash(run: Run, examples: Iterable[Example], settings: Any) -> str:
+    """Names the sums of a set: what they depend on, without the devices."""
+    known = {"model": _model_of(run.config, run.folder), "settings": settings}
+    digest = hashlib.blake2b(json.dumps(known, sort_keys=True).encode(), digest_size=16)
+    for example in examples:
+        for document in example.documents:
+            for array in (document.tokens, document.mask):
+                digest.update(np.int64(len(array)).tobytes() + np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def _model_of(config: RunConfig, folder: Path) -> dict[str, Any]:
+    """What the model at the start of a run depends on: its files, the section `model`, and a start by LoftQ."""
+    path = str(folder / BASE) if config.model.random_init else config.model.path
+    known = asdict(config.model) | {"path": path, "files": model_files(path, config.model.revision)}
+    known |= {"gradient_dtype": config.train.gradient_dtype}
+    if config.adapter.kind == "lora" and config.adapter.init_lora_weights.startswith("loftq"):
+        known |= {"adapter": asdict(config.adapter), "seed": config.seed}
+    return known
+
+
+def _read(file: Path, hashes: dict[str, str]) -> dict[str, np.ndarray]:
+    """The sums of the sets whose hash is the same; those that cannot be read are computed anew."""
+    try:
+        with np.load(file, allow_pickle=False) as content:
+            known = json.loads(str(content["hashes"]))
+            return {name: content[own] for name, own in hashes.items() if known.get(name) == own and own in content}
+    except (ValueError, KeyError, OSError, zipfile.BadZipFile):
+        return {}
+
+
+def _write(file: Path, hashes: dict[str, str], sums: dict[str, np.ndarray]) -> None:
+    arrays: dict[str, Any] = {hashes[name]: values for name, values in sums.items()}
+    write_file(file, lambda out: np.savez(out, hashes=np.array(json.dumps(hashes)), **arrays))
