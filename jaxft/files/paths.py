@@ -187,6 +187,20 @@ def fetch_hub(path: str, revision: str | None = None) -> str:
         ) from error
 
 
+def sizes_and_times(path: str) -> list[tuple[str, int, int]]:
+    """(name, bytes, time of the last change in nanoseconds) of a file, or of every file below a folder, by name.
+
+    They tell the weights of one model from those of another that has taken its path, without reading them. The time of
+    a file at an address is 0, since not all of them give one.
+    """
+    if is_remote(path):
+        folder = open_folder(path)
+        return [(name, folder.size(name), 0) for name in folder.names()]
+    files = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names] or [path]
+    stats = ((os.path.relpath(file, path), os.stat(file)) for file in files if os.path.exists(file))
+    return sorted((name, status.st_size, status.st_mtime_ns) for name, status in stats)
+
+
 def copy_small_files(path: str, target: str) -> None:
     """Copies the JSON files, templates and tokenizer of a folder or address into the local folder `target`."""
     folder = open_folder(path)

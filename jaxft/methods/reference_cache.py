@@ -16,11 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxft.checkpoint.identity import model_files
+from jaxft.checkpoint.load import resolve
 from jaxft.config import RunConfig
 from jaxft.data.batch import Batch, Example
 from jaxft.data.loader import Loader
 from jaxft.files.atomic import write_file
+from jaxft.files.paths import sizes_and_times
 from jaxft.files.run_folder import BASE, REFERENCE
 from jaxft.methods import sequences
 from jaxft.methods.method import Run
@@ -149,8 +150,8 @@ def _hash(run: Run, examples: Iterable[Example], settings: Any) -> str:
 
 def _model_of(config: RunConfig, folder: Path) -> dict[str, Any]:
     """What the model at the start of a run depends on: its files, the section `model`, and a start by LoftQ."""
-    path = str(folder / BASE) if config.model.random_init else config.model.path
-    known = asdict(config.model) | {"path": path, "files": model_files(path, config.model.revision)}
+    path = str(folder / BASE) if config.model.random_init else resolve(config.model.path, config.model.revision)
+    known = asdict(config.model) | {"files": sizes_and_times(path)}
     known |= {"gradient_dtype": config.train.gradient_dtype}
     if config.adapter.kind == "lora" and config.adapter.init_lora_weights.startswith("loftq"):
         known |= {"adapter": asdict(config.adapter), "seed": config.seed}

@@ -24,7 +24,7 @@ from jaxft.checkpoint.verify import check_export
 from jaxft.config import AdapterConfig
 from jaxft.data.tokenizers.load import load_tokenizer
 from jaxft.errors import CheckpointError, ModelError
-from jaxft.files.paths import RemoteFolder, copy_small_files, fetch_hub, open_folder, read_json
+from jaxft.files.paths import RemoteFolder, copy_small_files, fetch_hub, open_folder, read_json, sizes_and_times
 from jaxft.runs.build import attach_adapter
 
 TOKENS = np.arange(12).reshape(1, 12)
@@ -279,3 +279,17 @@ def test_a_repository_is_fetched_pinned_and_found_again_offline(hub):
 def test_a_revision_that_contradicts_the_path_is_refused():
     with pytest.raises(CheckpointError, match=r"names the revision 'v1', but 'main' is asked for"):
         fetch_hub("hf://me/tiny@v1", "main")
+
+
+def test_sizes_and_times_tell_the_files_of_a_model(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a").write_bytes(b"123")
+    (tmp_path / "b").write_bytes(b"1")
+    (first, one), (second, other) = ((name, rest) for name, *rest in sizes_and_times(str(tmp_path)))
+    assert (first, second) == ("b", "sub/a") and (one[0], other[0]) == (1, 3)
+    assert other[1] == (tmp_path / "sub" / "a").stat().st_mtime_ns
+    assert [entry[1] for entry in sizes_and_times(str(tmp_path / "b"))] == [1]
+    assert sizes_and_times(str(tmp_path / "absent")) == []
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file("/sizes/c", b"12")
+    assert sizes_and_times("memory://sizes") == [("c", 2, 0)]
