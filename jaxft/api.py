@@ -15,6 +15,8 @@ from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.planning.client import plan as plan
 from jaxft.runs.evaluate import evaluate as evaluate
 from jaxft.runs.export import export as export
+from jaxft.runs.rewards import best_of as best_of
+from jaxft.runs.rewards import score as score
 from jaxft.runs.train import train as train
 
 

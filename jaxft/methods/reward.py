@@ -74,7 +74,7 @@ METHOD = Method(
     loss=loss,
     evaluator=evaluator,
     describe=lambda config: "reward model",
-    loss_unit="nats per pair",
+    loss_unit="mean over pairs",
     charts=SCORE_CHARTS,
     head="score",
 )

@@ -6,12 +6,11 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any, TextIO
+from typing import Any
 
+from jaxft.cli import answers
 from jaxft.config import ModelConfig, choices
-from jaxft.config.fields import own_fields
 from jaxft.errors import ConfigError, ExitCode, JaxftError, Preempted, did_you_mean
-from jaxft.generation.settings import Sampling
 
 OVERRIDE = "--config."
 # What merging into a quantised base, or into what it was made of, changes.
@@ -96,53 +95,6 @@ def _data(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     return examine(load(arguments.config, overrides), _console(arguments), rows=arguments.rows)
 
 
-def _generate(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
-    from jaxft import api
-
-    prompts: list[Any] = list(arguments.prompt)
-    if not prompts:
-        prompts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
-    if not prompts:
-        raise ConfigError("no prompt: give --prompt=TEXT (again for more) or lines on standard input")
-    model = api.load_model(arguments.model, dtype=arguments.dtype, quantization=arguments.quantization)
-    tokenizer = api.load_tokenizer(arguments.model)
-    _say_left_out(model.left_out, sys.stderr)
-    if arguments.chat:
-        system = [{"role": "system", "content": arguments.system}] if arguments.system else []
-        prompts = [[*system, {"role": "user", "content": prompt}] for prompt in prompts]
-    # Someone who watches sees the text while it comes.
-    watched = len(prompts) == 1 and not arguments.json and sys.stdout.isatty()
-    show = (lambda row, piece: print(piece, end="", flush=True)) if watched else None
-    answers = api.generate(model, tokenizer, prompts, **_sampling(arguments), on_text=show)
-    if not arguments.json:
-        print("" if watched else "\n---\n".join(answers))
-    return {"answers": answers}
-
-
-def _chat(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
-    from jaxft import api
-    from jaxft.generation import chat as chats
-
-    sampling = Sampling(**_sampling(arguments))
-    tokenizer = api.load_tokenizer(arguments.model, chat_template=arguments.chat_template)
-    chats.check(tokenizer, arguments.system)
-    model = api.load_model(arguments.model, dtype=arguments.dtype, quantization=arguments.quantization)
-    _say_left_out(model.left_out, sys.stderr)
-    chat = chats.Chat(model=model.module, tokenizer=tokenizer, sampling=sampling, system=arguments.system)
-    chats.converse(chat, *chats.terminal(sys.stderr if arguments.json else sys.stdout))
-    return {"messages": chat.messages}
-
-
-def _say_left_out(left_out: str | None, stream: TextIO) -> None:
-    if left_out is not None:
-        print(left_out, file=stream)
-
-
-def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
-    settings = {field.key: getattr(arguments, field.key) for field in own_fields(Sampling)}
-    return settings | {"stop": tuple(arguments.stop)}
-
-
 def _eval(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     from jaxft import api
     from jaxft.runs import folder
@@ -189,7 +141,7 @@ def _export(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
         what = written["compared"]
         checks = ", ".join(f"{reader} ({what} within {value:.1e})" for reader, value in written["checks"].items())
         print(f"{written['folder']}: read back by {checks}")
-        _say_left_out(written.get("left_out"), sys.stdout)
+        answers.say_left_out(written.get("left_out"), sys.stdout)
         for name, how in MERGED.items():
             if name in written:
                 change = written[name]
@@ -319,18 +271,24 @@ def _parser() -> argparse.ArgumentParser:
     option("--examples", type=int, help="in the training set, if it is not on this machine and rows are not packed")
     option("--prices", metavar="FILE", help="USD per chip-hour in place of jaxft's own table")
 
-    option = verb("generate", _generate, "answer prompts")
+    option = verb("generate", answers.generate, "answer prompts")
     option("--model", required=True, **model)
     option("--prompt", action="append", default=[], help="once per prompt; standard input if there is none")
     option("--chat", action="store_true", help="render each prompt as a user message by the chat template")
     option("--system", help="system message, with --chat")
-    _sampling_options(option, max_new_tokens=128)
+    option("--best_of", type=int, metavar="N", help="draw N answers to each prompt; --reward_model chooses one")
+    option("--reward_model", metavar="PATH", help="a reward model: a folder that `method.name=reward` wrote")
+    answers.sampling_options(option, max_new_tokens=128)
 
-    option = verb("chat", _chat, "talk with a model on the terminal")
+    option = verb("score", answers.score, "score answers, or pairs of them, with a reward model")
+    option("--model", required=True, **model)
+    answers.score_options(option)
+
+    option = verb("chat", answers.chat, "talk with a model on the terminal")
     option("--model", required=True, **model)
     option("--system", help="system message")
     option("--chat_template", metavar="FILE", help="a Jinja file in place of the tokenizer's own template")
-    _sampling_options(option, max_new_tokens=512)
+    answers.sampling_options(option, max_new_tokens=512)
 
     option = verb("eval", _eval, "held-out loss, perplexity and score by generation")
     option("--run", metavar="FOLDER", help="a run folder: its tuned model on its held-out rows")
@@ -356,23 +314,3 @@ def _parser() -> argparse.ArgumentParser:
     option("--shard_size", type=_bytes, default="5GB", metavar="SIZE", help="of safetensors files, such as 5GB")
     option("--revision", help="branch, tag or commit of an hf:// source")
     return parser
-
-
-def _sampling_options(option: Callable[..., Any], *, max_new_tokens: int) -> None:
-    defaults = {"max_new_tokens": max_new_tokens}
-    for field in own_fields(Sampling):
-        if field.key == "stop":
-            option("--stop", action="append", default=[], metavar="TEXT", help=f"{field.meaning}; once per text")
-        else:
-            default = defaults.get(field.key, field.default)
-            option(f"--{field.key}", type=field.base, default=default, help=field.meaning)
-    option("--dtype", default="float32", choices=choices(ModelConfig, "dtype"))
-    option(
-        "--quantization",
-        choices=choices(ModelConfig, "quantization"),
-        help="quantise the linear layers on loading and keep them so",
-    )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,8 @@
+"""`python -m jaxft.cli`, the same as `jaxft`."""
+
+import sys
+
+from jaxft.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

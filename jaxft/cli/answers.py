@@ -1,0 +1,171 @@
+"""The verbs that ask a model: generate, chat and score."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TextIO
+
+from jaxft.config import DataConfig, ModelConfig, choices
+from jaxft.config.fields import own_fields
+from jaxft.errors import ConfigError
+from jaxft.files.atomic import write_text
+from jaxft.generation.settings import Sampling
+
+# How rows that are scored are read: fields of `data` in a config.
+COLUMNS = ("format", "prompt_field", "completion_field", "text_field", "chosen_field", "rejected_field", "limit")
+
+
+def generate(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
+    """`jaxft generate`: answers to prompts, or the best of several by a reward model."""
+    from jaxft import api
+
+    prompts: list[Any] = list(arguments.prompt)
+    if not prompts:
+        prompts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if not prompts:
+        raise ConfigError("no prompt: give --prompt=TEXT (again for more) or lines on standard input")
+    model = api.load_model(arguments.model, dtype=arguments.dtype, quantization=arguments.quantization)
+    tokenizer = api.load_tokenizer(arguments.model)
+    say_left_out(model.left_out, sys.stderr)
+    if arguments.chat:
+        system = [{"role": "system", "content": arguments.system}] if arguments.system else []
+        prompts = [[*system, {"role": "user", "content": prompt}] for prompt in prompts]
+    if arguments.best_of is not None or arguments.reward_model is not None:
+        return _best_of(arguments, model, tokenizer, prompts)
+    # Someone who watches sees the text while it comes.
+    watched = len(prompts) == 1 and not arguments.json and sys.stdout.isatty()
+    show = (lambda row, piece: print(piece, end="", flush=True)) if watched else None
+    answers = api.generate(model, tokenizer, prompts, **_sampling(arguments), on_text=show)
+    if not arguments.json:
+        print("" if watched else "\n---\n".join(answers))
+    return {"answers": answers}
+
+
+def _best_of(arguments: argparse.Namespace, model: Any, tokenizer: Any, prompts: list[Any]) -> dict[str, Any]:
+    from jaxft import api
+
+    if arguments.best_of is None or arguments.reward_model is None:
+        raise ConfigError(
+            "--best_of=N and --reward_model=PATH belong together: N answers are drawn, and it chooses one"
+        )
+    reward_model = api.load_model(arguments.reward_model, dtype=arguments.dtype)
+    best = api.best_of(
+        model,
+        tokenizer,
+        reward_model,
+        prompts,
+        n=arguments.best_of,
+        reward_tokenizer=api.load_tokenizer(arguments.reward_model),
+        **_sampling(arguments),
+    )
+    if not arguments.json:
+        print("\n---\n".join(one.text for one in best))
+    return {
+        "answers": [one.text for one in best],
+        "scores": [one.score for one in best],
+        "candidates": [
+            [{"text": text, "score": score} for text, score in zip(one.texts, one.scores, strict=True)] for one in best
+        ],
+    }
+
+
+def score(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
+    """`jaxft score`: the score of every row of a file, one JSON object a line, and a summary."""
+    from jaxft import api
+    from jaxft.config import MeshConfig
+    from jaxft.sharding.mesh import make_mesh_plan
+
+    given = {name: getattr(arguments, name) for name in COLUMNS if getattr(arguments, name) is not None}
+    tokenizer = api.load_tokenizer(arguments.model, chat_template=arguments.chat_template)
+    model = api.load_model(
+        arguments.model,
+        dtype=arguments.dtype,
+        quantization=arguments.quantization,
+        mesh=make_mesh_plan(MeshConfig()),
+    )
+    scored = api.score(
+        model, tokenizer, arguments.data, batch_size=arguments.batch_size, split=arguments.split, **given
+    )
+    lines = "".join(json.dumps(one) + "\n" for one in scored)
+    if arguments.to is not None:
+        write_text(arguments.to, lines)
+    elif not arguments.json:
+        print(lines, end="")
+    summary = summarized(scored)
+    if not arguments.json:
+        text = "  ".join(
+            f"{key} {value:.4f}" if isinstance(value, float) else f"{key} {value}" for key, value in summary.items()
+        )
+        print(text, file=sys.stderr)
+    return summary | ({} if arguments.to is not None else {"scores": scored})
+
+
+def summarized(scored: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Figures of what `api.score` returned: the number of rows or pairs, the mean score, and the accuracy of pairs."""
+    values = [one[key] for one in scored for key in ("score", "chosen", "rejected") if key in one]
+    if any("right" in one for one in scored):
+        right = sum(one["right"] for one in scored)
+        return {"pairs": len(scored), "accuracy": right / len(scored), "mean_score": sum(values) / len(values)}
+    return {"rows": len(scored), "mean_score": sum(values) / len(values)}
+
+
+def chat(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
+    """`jaxft chat`: a conversation on the terminal."""
+    from jaxft import api
+    from jaxft.generation import chat as chats
+
+    sampling = Sampling(**_sampling(arguments))
+    tokenizer = api.load_tokenizer(arguments.model, chat_template=arguments.chat_template)
+    chats.check(tokenizer, arguments.system)
+    model = api.load_model(arguments.model, dtype=arguments.dtype, quantization=arguments.quantization)
+    say_left_out(model.left_out, sys.stderr)
+    session = chats.Chat(model=model.module, tokenizer=tokenizer, sampling=sampling, system=arguments.system)
+    chats.converse(session, *chats.terminal(sys.stderr if arguments.json else sys.stdout))
+    return {"messages": session.messages}
+
+
+def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
+    settings = {field.key: getattr(arguments, field.key) for field in own_fields(Sampling)}
+    return settings | {"stop": tuple(arguments.stop)}
+
+
+def say_left_out(left_out: str | None, stream: TextIO) -> None:
+    """Says what of a model that takes images too was not loaded, if anything."""
+    if left_out is not None:
+        print(left_out, file=stream)
+
+
+def sampling_options(option: Callable[..., Any], *, max_new_tokens: int) -> None:
+    """The options of generation: one for each field of `Sampling`, and how the model is loaded."""
+    defaults = {"max_new_tokens": max_new_tokens}
+    for field in own_fields(Sampling):
+        if field.key == "stop":
+            option("--stop", action="append", default=[], metavar="TEXT", help=f"{field.meaning}; once per text")
+        else:
+            default = defaults.get(field.key, field.default)
+            option(f"--{field.key}", type=field.base, default=default, help=field.meaning)
+    loading_options(option)
+
+
+def score_options(option: Callable[..., Any]) -> None:
+    """The options of `jaxft score`."""
+    option("--data", required=True, metavar="ROWS", help="a .jsonl file, a datasets folder, hf://owner/name, tfds:name")
+    option("--split", default="train", help="which part of a set that has parts")
+    option("--to", metavar="FILE", help="where the scores are written, a JSON object a line; else standard output")
+    option("--batch_size", type=int, default=8, help="sequences at a time")
+    option("--chat_template", metavar="FILE", help="a Jinja file in place of the tokenizer's own template")
+    fields = {field.key: field for field in own_fields(DataConfig)}
+    for name in COLUMNS:
+        option(f"--{name}", type=fields[name].base, help=fields[name].meaning)
+    loading_options(option)
+
+
+def loading_options(option: Callable[..., Any]) -> None:
+    """How a model is loaded."""
+    option("--dtype", default="float32", choices=choices(ModelConfig, "dtype"))
+    option(
+        "--quantization",
+        choices=choices(ModelConfig, "quantization"),
+        help="quantise the linear layers on loading and keep them so",
+    )
