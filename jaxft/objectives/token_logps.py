@@ -20,9 +20,8 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec as P
 
-from jaxft.nn import partition
 from jaxft.objectives import vocabulary
-from jaxft.objectives.cross_entropy import Head, SlopeOf, sums_and_gradients
+from jaxft.objectives.cross_entropy import Head, Products, SlopeOf, sums_and_gradients
 from jaxft.objectives.token_loss import NLL, TokenStatistics, TokenSums, statistics_and_slopes, values_and_slope
 from jaxft.objectives.vocabulary import Dimensions, Unembed, VocabLayout
 
@@ -91,16 +90,13 @@ def _computed(
 ) -> Values:
     if temperature <= 0:
         raise ValueError(f"temperature={temperature} divides the logits, so it must be above zero")
-    leaves, treedef = jax.tree.flatten(head)
-    hidden_BSD = partition.gather(hidden_BSD, ("batch", "stream", None), ("batch", "sequence", None))
+    (unembed, leaves, layout), hidden_BSD = vocabulary.split_head(unembed, head, hidden_BSD, dimensions)
 
-    def unembed_leaves(leaves: Head, hidden_BCD: jax.Array) -> jax.Array:
-        logits_BCV = unembed(jax.tree.unflatten(treedef, leaves), hidden_BCD)
+    def tempered(leaves: Head, hidden_BCD: jax.Array) -> jax.Array:
+        logits_BCV = unembed(leaves, hidden_BCD)
         return logits_BCV if temperature == 1 else logits_BCV / temperature
 
-    vocab = jax.eval_shape(unembed, head, hidden_BSD[:, :1]).shape[-1]
-    layout = vocabulary.vocab_layout(leaves, targets_BS.shape, vocab, dimensions)
-    return _with_gradient(unembed_leaves, chunk, layout, kind, leaves, hidden_BSD, targets_BS, mask_BS)
+    return _with_gradient(tempered, chunk, layout, kind, leaves, hidden_BSD, targets_BS, mask_BS)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
@@ -140,9 +136,8 @@ def _backward(
     weights = cotangents[0] * mask_BS
     if kind == "entropy_gradient":
         slope_of, weights = _entropy_slope, jnp.stack(cotangents[:2], axis=-1) * mask_BS[..., None]
-    _, head_grad, grad_BSD = sums_and_gradients(
-        unembed, chunk, layout, slope_of, True, head, hidden_BSD, targets_BS, weights
-    )
+    products = Products(unembed, chunk, layout, slope_of, TokenSums)
+    _, head_grad, grad_BSD = sums_and_gradients(products, True, head, [], (hidden_BSD, targets_BS, weights))
     return head_grad, grad_BSD, None, None
 
 

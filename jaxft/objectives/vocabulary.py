@@ -15,7 +15,7 @@ position are exchanged besides.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +25,9 @@ from jaxft.nn import partition
 
 # (head, hidden [B, C, D]) -> logits [B, C, V] float32; head: any pytree, or its leaves.
 Unembed = Callable[[Any, jax.Array], jax.Array]
-# A chunk's (hidden_BCD, targets_BC, weights_BC), or all chunks of them with a leading J.
-Arrays = tuple[jax.Array, jax.Array, jax.Array]
+# A chunk's (hidden_BCD, what is given about its positions, weights_BC), or all chunks of them with a leading J. What is
+# given is a pytree of [B, C, ...] arrays, such as targets_BC alone.
+Arrays = tuple[jax.Array, Any, jax.Array]
 Dimensions = tuple[partition.Dimension | None, ...]
 Carry = TypeVar("Carry")
 
@@ -59,6 +60,34 @@ class VocabLayout:
     def all_axes(self) -> tuple[str, ...]:
         """Axes whose devices have different positions or another part of the vocabulary."""
         return tuple(dict.fromkeys((*self.row_axes, *self.vocab)))
+
+
+class SplitHead(NamedTuple):
+    """A head as the functions here take it. unembed: (leaves, hidden [B, C, D]) -> logits [B, C, V] float32."""
+
+    unembed: Unembed
+    leaves: list[jax.Array]
+    layout: VocabLayout | None
+
+
+def split_head(
+    unembed: Unembed, head: Any, hidden_BSD: jax.Array, dimensions: Sequence[Dimensions] | None
+) -> tuple[SplitHead, jax.Array]:
+    """(the head and its layout for these rows; the hidden vectors split by rows alone).
+
+    unembed: takes `head`, any pytree. dimensions: of each stored leaf of the head, in the order of jax.tree.leaves;
+    None: on one device.
+    """
+    # As a plain list: nnx.Variable answers for its value's attributes, which hides where a leaf begins.
+    leaves, treedef = jax.tree.flatten(head)
+    hidden_BSD = partition.gather(hidden_BSD, ("batch", "stream", None), ("batch", "sequence", None))
+
+    def unembed_leaves(leaves: list[jax.Array], hidden_BCD: jax.Array) -> jax.Array:
+        return unembed(jax.tree.unflatten(treedef, leaves), hidden_BCD)
+
+    vocab = jax.eval_shape(unembed, head, hidden_BSD[:, :1]).shape[-1]
+    layout = vocab_layout(leaves, hidden_BSD.shape[:2], vocab, dimensions)
+    return SplitHead(unembed_leaves, leaves, layout), hidden_BSD
 
 
 def vocab_layout(
@@ -96,12 +125,12 @@ def chunked(
     head: Any,
     arrays: Arrays,
 ) -> tuple[Arrays, jax.Array, jax.Array]:
-    """((hidden, targets, weights) in chunks, trained positions first; number of chunks that hold any; the order taken).
+    """((hidden, given, weights) in chunks, trained positions first; number of chunks that hold any; the order taken).
 
     arrays: [B, S, ...] of one device; a position is trained if any of its weights is not 0. chunk: positions of each
     row in a chunk; None: as many as CHUNK_BYTES permits.
     """
-    hidden_BSD, targets_BS, weights_BS = arrays
+    hidden_BSD, _, weights_BS = arrays
     if chunk is None:
         vocab = jax.eval_shape(unembed, head, hidden_BSD[:, :1]).shape[-1]
         shared = 1 if layout is None or not layout.shared else jax.lax.axis_size(layout.shared)
@@ -111,12 +140,12 @@ def chunked(
     chunk = max(1, min(chunk, hidden_BSD.shape[1]))
     trained_BS = jnp.any(jnp.reshape(weights_BS != 0, (*weights_BS.shape[:2], -1)), axis=-1)
     order_BS = jnp.argsort(~trained_BS, axis=1, stable=True)
-    hidden, targets, weights = (_in_chunks(take(x, order_BS), chunk) for x in (hidden_BSD, targets_BS, weights_BS))
+    chunks = jax.tree.map(lambda x: _in_chunks(take(x, order_BS), chunk), arrays)
     trained = jnp.max(jnp.sum(trained_BS, axis=1))
     if layout is not None:
         # The same on every device, so that all of them come to the same exchanges.
         trained = jax.lax.pmax(trained, layout.all_axes)
-    return (hidden, targets, weights), -(-trained // chunk), order_BS
+    return chunks, -(-trained // chunk), order_BS
 
 
 def over_chunks(chunks: Arrays, count: jax.Array, body: Callable[[jax.Array, Carry], Carry], start: Carry) -> Carry:
@@ -128,14 +157,10 @@ def over_chunks(chunks: Arrays, count: jax.Array, body: Callable[[jax.Array, Car
 
 def chunk_at(chunks: Arrays, index: jax.Array, layout: VocabLayout | None) -> Arrays:
     """One chunk, of all rows that come to this device's part of the vocabulary."""
-    hidden, targets, weights = (jax.lax.dynamic_index_in_dim(x, index, keepdims=False) for x in chunks)
+    here = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), chunks)
     if layout is None or not layout.shared:
-        return hidden, targets, weights
-    return (
-        jax.lax.all_gather(hidden, layout.shared, axis=0, tiled=True),
-        jax.lax.all_gather(targets, layout.shared, axis=0, tiled=True),
-        jax.lax.all_gather(weights, layout.shared, axis=0, tiled=True),
-    )
+        return here
+    return jax.tree.map(lambda x: jax.lax.all_gather(x, layout.shared, axis=0, tiled=True), here)
 
 
 def own_rows(x_BC: jax.Array, layout: VocabLayout | None) -> jax.Array:
