@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Literal
 
-from jaxft.config.fields import ABOVE_ZERO, BELOW_ONE, CHOOSES_SECTION, NOT_NEGATIVE, Section
+from jaxft.config.fields import ABOVE_ZERO, BELOW_ONE, CHOOSES_SECTION, NOT_NEGATIVE, ZERO_TO_ONE, Section
 from jaxft.config.method_section import MethodSection
 from jaxft.config.preference import CPOConfig, DPOConfig, KTOConfig, ORPOConfig, SimPOConfig
 from jaxft.errors import ConfigError
@@ -63,15 +63,53 @@ class RewardConfig(MethodSection):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistillConfig(MethodSection):
+    """Distillation on given data: the model learns a teacher's distributions over the next token."""
+
+    HELD_OUT_METRICS = (
+        "eval_loss", "eval_divergence", "eval_nll", "eval_mean_token_accuracy", "eval_teacher_agreement",
+    )  # fmt: skip
+
+    teacher: Annotated[
+        str | None, "the teacher, named like `model.path`; required. Its vocabulary must be that of the trained model"
+    ] = None
+    teacher_revision: Annotated[str | None, "branch, tag or commit of a `hf://` teacher"] = None
+    teacher_random_init: Annotated[
+        bool, "take only the shapes from `teacher`, and draw its weights instead of loading them: for tests"
+    ] = False
+    teacher_quantization: Annotated[
+        Literal["nf4", "nf4-dq", "int8", "int4"] | None,
+        "format to which the teacher's linear layers are quantized while loading",
+    ] = None
+    beta: Annotated[
+        float,
+        ZERO_TO_ONE,
+        "the divergence (arXiv:2306.13649, eq. 1). 0: KL(teacher || student), forward; 1: KL(student || teacher), "
+        "reverse; between: generalised Jensen-Shannon",
+    ] = 0.5
+    temperature: Annotated[float, ABOVE_ZERO, "divides the logits of both models in the divergence"] = 1.0
+    sft_weight: Annotated[
+        float, BELOW_ONE, "share of the cross-entropy of the data's own tokens in the loss; the rest is the divergence"
+    ] = 0.0
+    cache_top_k: Annotated[
+        int | None,
+        ABOVE_ZERO,
+        "compute this many log-probabilities of the teacher at every trained token once, before the first step, and "
+        "then free the teacher; None: the teacher runs in every step",
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class MethodConfig(Section):
     """The training method. Settings of one method are in the section of its name."""
 
     name: Annotated[
-        Literal["sft", "dpo", "orpo", "cpo", "simpo", "kto", "reward"],
+        Literal["sft", "dpo", "orpo", "cpo", "simpo", "kto", "reward", "distill"],
         CHOOSES_SECTION,
         "the training method; `sft`: supervised fine-tuning; `dpo`, `orpo`, `cpo` and `simpo`: learning from pairs of "
-        "answers; `kto`: learning from answers labelled good or bad; `reward`: a reward model; see "
-        "[preferences](preferences.md) and [reward models](reward_models.md)",
+        "answers; `kto`: learning from answers labelled good or bad; `reward`: a reward model; `distill`: "
+        "learning the distributions of a larger model; see [preferences](preferences.md), "
+        "[reward models](reward_models.md) and [distillation](distillation.md)",
     ] = "sft"
     sft: SFTConfig = field(default_factory=SFTConfig)
     dpo: DPOConfig = field(default_factory=DPOConfig)
@@ -80,6 +118,7 @@ class MethodConfig(Section):
     simpo: SimPOConfig = field(default_factory=SimPOConfig)
     kto: KTOConfig = field(default_factory=KTOConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
 
     @property
     def chosen(self) -> MethodSection:

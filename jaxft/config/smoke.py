@@ -24,6 +24,8 @@ def with_arg(config: ConfigDict, arg: str | None) -> ConfigDict:
     config.model.update(path=str(ASSETS / "smoke"), revision=None, random_init=True, dtype="float32")
     config.model.param_dtype = "float32"
     config.adapter.r = min(config.adapter.r, 8)
+    if config.method.distill.teacher is not None:
+        config.method.distill.update(teacher=str(ASSETS / "smoke"), teacher_revision=None, teacher_random_init=True)
     train, held_out = _rows(config.method.name)
     for name in config.data.mixture:
         columns = dict.fromkeys(COLUMNS)

@@ -7,7 +7,7 @@ This is an estimate. It counts the data that must be kept and moved, but not the
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from jaxft.config import RunConfig
@@ -140,24 +140,32 @@ def _keys(group: AttentionGroup, cut: Cut) -> int:
 
 
 def costs_of(
-    config: RunConfig, sizes: ModelSizes, cut: Cut, arguments: int, model_flops: int, *, reference_passes: int = 0
+    config: RunConfig,
+    sizes: ModelSizes,
+    cut: Cut,
+    arguments: int,
+    model_flops: int,
+    *,
+    references: Sequence[ModelSizes] = (),
 ) -> Costs:
     """Work and traffic of one step on one device.
 
-    model_flops: of that device, reference_passes included: forward passes of a frozen model in each step.
+    model_flops: of that device, references included: frozen models that each step runs forward.
     """
     # Share of the forward pass that the backward pass recomputes.
     recomputed = {"full": 0.94, "offload": 0.94, "attention": 0.9, "dots": 0.02, "none": 0.0}[config.model.remat]
     compute = BYTES[config.model.dtype]
     weight = compute if config.model.quantization is None else FORMATS[config.model.quantization].bytes_per_weight
     read = int(sum(size for size, _, _ in _matrices(sizes, cut)) * weight)
-    passes = (reference_passes + (3 if recomputed > 0.5 else 2)) * cut.micro_batches
-    touched = cut.tokens * cut.micro_batches * (sizes.outputs + 8 * sizes.layers * sizes.width) * compute // cut.tensor
-    devices = math.prod(cut.axes.values())
-    references = reference_passes * sizes.forward_flops(config.train.batch_size, config.data.max_length) // devices
-    flops = references + _flops(config, sizes, cut, model_flops - references, recomputed)
-    costs = Costs()
-    costs.work[Work(flops, passes * read + (4 + reference_passes) * touched)] += 1
+    passes = (3 if recomputed > 0.5 else 2) * cut.micro_batches
+    costs, reference_flops = Costs(), 0
+    for reference in references:
+        forward = reference.forward_flops(config.train.batch_size, config.data.max_length)
+        forward //= math.prod(cut.axes.values())
+        reference_flops += forward
+        _add_reference(costs, reference, cut, forward, weight, compute)
+    flops = _flops(config, sizes, cut, model_flops - reference_flops, recomputed)
+    costs.work[Work(flops, passes * read + 4 * _touched(sizes, cut, compute))] += 1
     costs.work[Work(0, 2 * arguments)] += 1  # the optimizer reads and writes the state
     if config.model.remat == "offload":
         residual = cut.tokens * sizes.width * compute // cut.tensor
@@ -166,7 +174,7 @@ def costs_of(
     for size, ways, axes in _matrices(sizes, cut):
         if ways > 1:
             # Weights are gathered for every forward pass and the backward pass; gradients are scattered.
-            share, gathers = (ways - 1) / ways, (2 + reference_passes) * cut.micro_batches
+            share, gathers = (ways - 1) / ways, 2 * cut.micro_batches
             costs.transfers[Transfer("all-gather", axes, int(size * weight * share))] += gathers
             if sizes.trained:
                 received = int(size * trained * compute * share)
@@ -179,6 +187,23 @@ def costs_of(
         axes = tuple(axis for axis in AXES["replica"] if cut.ways(axis) > 1)
         costs.transfers[Transfer("all-reduce", axes, 2 * gradients)] += 1
     return costs
+
+
+def _touched(sizes: ModelSizes, cut: Cut, compute: int) -> int:
+    """Bytes of the activations that one forward pass over all micro-batches writes."""
+    widths = sizes.outputs + 8 * sizes.layers * sizes.width
+    return cut.tokens * cut.micro_batches * widths * compute // cut.tensor
+
+
+def _add_reference(costs: Costs, sizes: ModelSizes, cut: Cut, flops: int, weight: float, compute: int) -> None:
+    """Adds a frozen model's forward pass: `flops` of one device. weight: bytes of one of its parameters."""
+    matrices = _matrices(sizes, cut)
+    read = int(sum(size for size, _, _ in matrices) * weight)
+    costs.work[Work(flops, cut.micro_batches * read + _touched(sizes, cut, compute))] += 1
+    for size, ways, axes in matrices:
+        if ways > 1:
+            received = int(size * weight * (ways - 1) / ways)
+            costs.transfers[Transfer("all-gather", axes, received)] += cut.micro_batches
 
 
 def _flops(config: RunConfig, sizes: ModelSizes, cut: Cut, model_flops: int, recomputed: float) -> int:

@@ -11,6 +11,7 @@ from jaxft.config import RunConfig
 from jaxft.data import Prepared, Tokenizer
 from jaxft.data.batch_source import BatchSource
 from jaxft.methods.charts import Chart
+from jaxft.methods.frozen import FrozenModel
 from jaxft.nn.decoder import Decoder
 from jaxft.nn.score import Head
 from jaxft.objectives.loss import BatchSums, Loss, MethodState
@@ -57,6 +58,9 @@ class Method:
     first step; None if it has none. It is traced by `jax.jit`.
     precompute(run, base): the run with data that was computed from the base model before the first step, such as
     cached log-probabilities of a reference. base(): the base with fresh adapters, on the mesh of the run.
+    frozen(config): a frozen model that the loss compares the trained one with, such as a teacher; None if there is
+    none. Runs load it onto the mesh and plans take its shapes; the loss finds it as `MethodState.rebuilt`, a
+    `FrozenArrays`. Each training step has one forward pass of it.
     batch_sums(config, model): sums over the whole batch that the loss of every micro-batch needs; None if it needs
     none. model: abstract.
     loss(config, model): the loss; evaluated with key=None, it is the held-out loss. model: abstract.
@@ -64,7 +68,7 @@ class Method:
     loss_unit: what the loss is a mean of, for people. charts: the method's own charts in a run's report.
     head: what the trained model ends in: an LM head, or a score head in its place.
     reference_passes(config): forward passes in each training step beside the training pass, such as those of a frozen
-    reference, for the work that `jaxft plan` reports.
+    reference with the shapes of the base, for the work that `jaxft plan` reports.
     describe(config): what the method does, in a few words for people, such as `DPO with beta=0.1`.
     """
 
@@ -83,6 +87,7 @@ class Method:
     reference_passes: Callable[[RunConfig], int] = lambda config: 0
     precompute: Callable[[Run, Callable[[], Decoder]], Run] = lambda run, base: run
     batch_sums: Callable[[RunConfig, Decoder], BatchSums | None] = lambda config, model: None
+    frozen: Callable[[RunConfig], FrozenModel | None] = lambda config: None
 
 
 def no_state(config: RunConfig, trainable: nnx.State) -> None:

@@ -23,7 +23,7 @@ Gradients = tuple[Head | None, jax.Array]
 # A NamedTuple of float32 scalars; the first of them is the loss, which alone is differentiated.
 Sums = Any
 # (logits_BCV, what is given about the positions, such as targets_BC, weights of positions [B, C, ...], mesh axes that
-# split V) -> (sums, the gradient of the weighted loss by the logits, [B, C, V]), such as `partial(sums_and_slope, NLL)`.
+# split V) -> (sums, the gradient of the weighted loss by the logits, [B, C, V]): `partial(sums_and_slope, NLL)`.
 SlopeOf = Callable[[jax.Array, Any, jax.Array, tuple[str, ...]], tuple[Sums, jax.Array]]
 
 

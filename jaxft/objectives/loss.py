@@ -13,8 +13,8 @@ class MethodState(NamedTuple):
     """Arrays of a training method beside the model: pytrees, or None.
 
     saved: numbers that change while training, such as an adaptive coefficient; checkpoints hold them.
-    rebuilt: arrays that follow from the base weights, such as a frozen reference copy. Checkpoints leave them out; a
-    resumed run computes them again from the base.
+    rebuilt: arrays that follow from the base weights, such as a frozen reference copy, or from files, such as a
+    teacher. Checkpoints leave them out; a resumed run computes or loads them again.
     batch: the result of the method's `BatchSums` for the whole batch. Only losses see it; it is never in `TrainState`.
     """
 

@@ -93,6 +93,7 @@ def divergence_sums(
     chunk: as for `cross_entropy.token_sums`.
     """
     split, hidden_BSD = vocabulary.split_head(student.unembed, student.head, student.hidden_BSD, student.dimensions)
+    given: tuple[jax.Array, ...]
     frozen: list[jax.Array] = []
     beside, known = None, False
     if isinstance(teacher, TopLogps):

@@ -18,9 +18,10 @@ from jaxft.hardware.sizes import ModelSizes, sizes_of
 from jaxft.hardware.topology import Topology, devices
 from jaxft.methods import method_of
 from jaxft.nn.decoder import Decoder
-from jaxft.nn.storage import storage_dims_of
+from jaxft.nn.storage import StorageDims, storage_dims_of
 from jaxft.optim.make import make_schedule
-from jaxft.runs.build import abstract_of, check_experts, make_mesh, make_step, make_tx, start_state
+from jaxft.planning.shapes import frozen_shapes_of
+from jaxft.runs.build import abstract_of, check_experts, make_mesh, make_step, make_tx, start_state, with_frozen
 from jaxft.sharding.mesh import MeshPlan, auto_mesh, axis_sizes, fill_axes
 from jaxft.training.state import TrainState, divide
 from jaxft.training.step import Step
@@ -31,11 +32,14 @@ from jaxft.trees import is_key
 class AbstractStep:
     """The parts of a training step that do not depend on the mesh. state: ShapeDtypeStructs without shardings.
 
-    function: `(state, batch) -> (state, metrics)`.
+    function: `(state, batch) -> (state, metrics)`. references: sizes of the frozen models that each step runs forward.
+    dims: of stored parameters of the model, and of the method's frozen model.
     """
 
     model: Decoder
+    dims: dict[str, StorageDims]
     sizes: ModelSizes
+    references: tuple[ModelSizes, ...]
     state: TrainState
     function: Step
 
@@ -58,12 +62,16 @@ class Parts:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardedStep:
-    """A training step on the devices of a topology. state, batch: ShapeDtypeStructs with shardings."""
+    """A training step on the devices of a topology. state, batch: ShapeDtypeStructs with shardings.
+
+    references: sizes of the frozen models that each step runs forward, beside the training pass.
+    """
 
     config: RunConfig
     topology: Topology
     mesh: MeshPlan
     sizes: ModelSizes
+    references: tuple[ModelSizes, ...]
     state: TrainState
     batch: Any
     function: Step
@@ -72,13 +80,9 @@ class ShardedStep:
     def model_flops(self) -> int:
         """FLOPs of one device in one step, recomputation left out."""
         rows, length = self.config.train.batch_size, self.config.data.max_length
-        flops = self.sizes.model_flops(rows, length) + self.reference_passes * self.sizes.forward_flops(rows, length)
+        flops = self.sizes.model_flops(rows, length)
+        flops += sum(reference.forward_flops(rows, length) for reference in self.references)
         return flops // self.topology.devices
-
-    @property
-    def reference_passes(self) -> int:
-        """Forward passes in each step beside the training pass, such as those of a frozen reference."""
-        return method_of(self.config).reference_passes(self.config)
 
     @property
     def attention_flops(self) -> int:
@@ -132,8 +136,29 @@ def abstract_step_of(config: RunConfig, hf_config: dict[str, Any], steps: int) -
         return start_state(config, nnx.merge(whole, parameters), tx)[1]
 
     graphdef, _, _ = divide(model)
-    step = make_step(config, model, graphdef, tx, schedule)
-    return AbstractStep(model=model, sizes=sizes_of(model), state=jax.eval_shape(start, parameters), function=step)
+    step, sizes = make_step(config, model, graphdef, tx, schedule), sizes_of(model)
+    frozen = _abstract_frozen(config, model)
+    dims, references = storage_dims_of(model), (sizes,) * method_of(config).reference_passes(config)
+    if frozen is not None:
+        # The longer path is taken, should the trained model have a parameter of the same name.
+        dims |= {f"rebuilt/arrays/{path}": one for path, one in storage_dims_of(frozen).items()}
+        references = (*references, sizes_of(frozen))
+    return AbstractStep(
+        model=model,
+        dims=dims,
+        sizes=sizes,
+        references=references,
+        state=with_frozen(jax.eval_shape(start, parameters), frozen),
+        function=step,
+    )
+
+
+def _abstract_frozen(config: RunConfig, model: Decoder) -> Decoder | None:
+    """The frozen model of the method without arrays; None if it has none."""
+    frozen = method_of(config).frozen(config)
+    if frozen is None:
+        return None
+    return frozen.abstract(frozen_shapes_of(frozen), student=model, max_length=config.data.max_length)
 
 
 def sharded_step_of(
@@ -151,13 +176,14 @@ def sharded_step_of(
     else:
         mesh = _abstract_mesh(config, abstract_step.model, topology)
     mesh.check_batch(config.train.batch_size // config.train.accumulation_steps)
-    shardings = mesh.shardings(abstract_step.state, storage_dims_of(abstract_step.model))
+    shardings = mesh.shardings(abstract_step.state, abstract_step.dims)
     state = jax.tree.map(_with_sharding, abstract_step.state, shardings)
     return ShardedStep(
         config=config,
         topology=topology,
         mesh=mesh,
         sizes=abstract_step.sizes,
+        references=abstract_step.references,
         state=state,
         batch=jax.tree.map(lambda x: _with_sharding(x, mesh.batch_sharding()), method_of(config).batch_shapes(config)),
         function=abstract_step.function,
@@ -200,9 +226,7 @@ def estimate_step(step: ShardedStep) -> StepCosts:
     arguments = step.parts().total
     return StepCosts(
         memory=analytic.memory_of(step.config, step.sizes, cut, arguments),
-        costs=analytic.costs_of(
-            step.config, step.sizes, cut, arguments, step.model_flops, reference_passes=step.reference_passes
-        ),
+        costs=analytic.costs_of(step.config, step.sizes, cut, arguments, step.model_flops, references=step.references),
     )
 
 

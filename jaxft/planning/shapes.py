@@ -13,6 +13,7 @@ from jaxft.data import tokenizer_of
 from jaxft.errors import ConfigError, did_you_mean
 from jaxft.files.paths import HUB, read_json
 from jaxft.methods import method_of
+from jaxft.methods.frozen import FrozenModel
 
 UNKNOWN_STEPS = 1000
 # Share of a packed sequence that is tokens, if the data is not on this machine.
@@ -34,14 +35,23 @@ def shapes_of(config: RunConfig) -> tuple[dict[str, Any], str]:
     Read from the model's folder or the Hugging Face cache, else from the published shapes that ship with jaxft; nothing
     is fetched. Raises ConfigError for a hub model that is in neither.
     """
-    path = config.model.path
+    return _shapes(config.model.path, config.model.revision, drawn=config.model.random_init)
+
+
+def frozen_shapes_of(model: FrozenModel) -> dict[str, Any]:
+    """config.json of a method's frozen model, from the same places."""
+    return _shapes(model.path, model.revision, drawn=model.random_seed is not None)[0]
+
+
+def _shapes(path: str, revision: str | None, *, drawn: bool) -> tuple[dict[str, Any], str]:
+    """`shapes_of` a model. drawn: whether its weights are drawn, so that only its config.json need be there."""
     if not path.startswith(HUB):
         folder = resolve(path)
-        if config.model.random_init:
+        if drawn:
             return read_json(os.path.join(folder, "config.json")), f"config.json of {path}"
         return hf_config_of(folder), f"config.json of {path}"
-    name, _, revision = path.removeprefix(HUB).strip("/").partition("@")
-    cached = _cached(name, revision or config.model.revision)
+    name, _, pinned = path.removeprefix(HUB).strip("/").partition("@")
+    cached = _cached(name, pinned or revision)
     if cached is not None:
         return read_json(cached), f"config.json of {name} in the Hugging Face cache"
     known = published()

@@ -21,13 +21,16 @@ from jaxft.checkpoint.peft import check_writable
 from jaxft.checkpoint.quantized import loftq
 from jaxft.config import RunConfig
 from jaxft.data.tokenizers.load import load_tokenizer
+from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import ConfigError
 from jaxft.files.run_folder import BASE
 from jaxft.methods import method_of
+from jaxft.methods.frozen import frozen_arrays
 from jaxft.models.score_model import is_score_model
 from jaxft.nn import stack
 from jaxft.nn.decoder import Decoder
 from jaxft.nn.storage import storage_dims_of
+from jaxft.objectives.loss import MethodState
 from jaxft.optim.averages import with_average
 from jaxft.optim.make import make_optimizer
 from jaxft.sharding.mesh import MeshPlan, auto_mesh, make_mesh_plan
@@ -166,13 +169,41 @@ def start_state(
 ) -> tuple[nnx.GraphDef[Decoder], TrainState]:
     """(graphdef, state at step 0) of a run, with the state of its method. mesh: the devices of the state.
 
-    model: with the base weights and fresh adapters; abstract under `jax.eval_shape`.
+    model: with the base weights and fresh adapters; abstract under `jax.eval_shape`. A frozen model of the method is
+    added by `with_frozen`.
     """
     graphdef, state = create(model, tx, config.seed)
     # Copies, because the step donates its state: an array in it twice could not be donated.
     method = jax.tree.map(jnp.copy, method_of(config).initial_state(config, state.trainable))
     state = state._replace(method=method)
     return graphdef, state if mesh is None else mesh.shard(state, storage_dims_of(model))
+
+
+def with_frozen(state: TrainState, frozen: Decoder | None) -> TrainState:
+    """The state with the frozen model of its method, abstract or on the mesh already; unchanged if there is none."""
+    if frozen is None:
+        return state
+    return state._replace(method=(state.method or MethodState())._replace(rebuilt=frozen_arrays(frozen)))
+
+
+def load_frozen(config: RunConfig, mesh: MeshPlan) -> Decoder | None:
+    """The frozen model of the run's method on the mesh; None if it has none."""
+    frozen = method_of(config).frozen(config)
+    return None if frozen is None else frozen.load(mesh)
+
+
+def check_frozen(config: RunConfig, model: Decoder, tokenizer: Tokenizer, mesh: MeshPlan) -> None:
+    """Refuses a frozen model of the method before its weights are read, by its config.json and its tokenizer.
+
+    model: of the run, abstract. Raises ConfigError as `FrozenModel` does, and if the mesh does not fit its heads.
+    """
+    frozen = method_of(config).frozen(config)
+    if frozen is None:
+        return
+    length = config.data.max_length
+    sizes = frozen.abstract(frozen.hf_config(), student=model, max_length=length).config
+    frozen.check_tokenizer(tokenizer)
+    mesh.check_sizes(heads=sizes.num_attention_heads, kv_heads=sizes.num_key_value_heads, max_length=length)
 
 
 def make_tx(config: RunConfig, model: Decoder, schedule: optax.Schedule) -> optax.GradientTransformation:

@@ -14,7 +14,7 @@ from jaxft.errors import ConfigError
 from jaxft.methods import method_of
 from jaxft.methods.method import Method, Run
 from jaxft.objectives.loss import MethodState
-from jaxft.runs.build import abstract_model, build_model
+from jaxft.runs.build import abstract_model, build_model, check_frozen, load_frozen, with_frozen
 from jaxft.runs.scores import answer, score_summary
 from jaxft.sharding.mesh import make_mesh_plan
 from jaxft.training.state import TrainState, divide
@@ -35,18 +35,21 @@ def evaluate(model: LoadedModel, tokenizer: Tokenizer, config: RunConfig) -> dic
     if data.eval_examples is None:
         raise ConfigError("nothing is held out: set data.eval or data.eval_fraction")
     graphdef, trainable, frozen = divide(model.module)
+    mesh = make_mesh_plan(MeshConfig(), jax.devices()[:1])
+    check_frozen(config, model.module, tokenizer, mesh)
     run = Run(
         config=config,
         folder=Path(config.output_dir),
         tokenizer=tokenizer,
         data=data,
-        mesh=make_mesh_plan(MeshConfig(), jax.devices()[:1]),
+        mesh=mesh,
         model=model.module,
         source=method.source(config, data, tokenizer),
         held_out_only=True,
     )
     run = method.precompute(run, lambda: build_model(config, run.mesh).module)
     state = TrainState(jnp.int32(0), trainable, frozen, (), jax.random.key(config.seed), _method_state(config, method))
+    state = with_frozen(state, load_frozen(config, mesh))
     evaluator = method.evaluator(run, graphdef)
     out: dict[str, Any] = {} if evaluator is None else dict(evaluator(state))
     out["eval_rows"] = len(data.eval_examples)

@@ -26,7 +26,17 @@ from jaxft.methods.method import Run
 from jaxft.methods.sequences import device_batch, evaluated_weights
 from jaxft.nn.decoder import Decoder
 from jaxft.optim.make import make_schedule
-from jaxft.runs.build import abstract_model, build_model, make_mesh, make_step, make_tx, start_state
+from jaxft.runs.build import (
+    abstract_model,
+    build_model,
+    check_frozen,
+    load_frozen,
+    make_mesh,
+    make_step,
+    make_tx,
+    start_state,
+    with_frozen,
+)
 from jaxft.runs.data_summary import data_summary, print_mixture
 from jaxft.runs.export import export_run
 from jaxft.runs.folder import check_shared, open_run
@@ -101,6 +111,7 @@ def set_up(config: RunConfig) -> Run:
     micro_batch = config.train.batch_size // config.train.accumulation_steps
     mesh = make_mesh(config, model, jax.devices())
     mesh.check_batch(micro_batch)
+    check_frozen(config, model, tokenizer, mesh)
     source = method.source(config, data, tokenizer)
     make_schedule(config.optim, source.total_steps)
     folder = Path(config.output_dir)
@@ -152,6 +163,7 @@ def _fit(run: Run, loaded: LoadedModel, console: Console) -> dict[str, float]:
                 loaded.module, config.adapter.init_lora_weights, partial(device_batch, run), run.mesh, key
             )
         graphdef, state = start_state(config, loaded.module, tx, run.mesh)
+        state = with_frozen(state, load_frozen(config, run.mesh))
         restored = checkpoints.restore(saved_part(_shapes(state)))
         start, progress, held_out = 0, {}, {}
         if restored is not None:

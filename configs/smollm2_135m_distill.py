@@ -1,0 +1,45 @@
+"""Distillation of SmolLM2-360M-Instruct into SmolLM2-135M-Instruct with LoRA, on given answers.
+
+Both models have one tokenizer. `method.distill.cache_top_k = 64` computes the teacher once, before the first step.
+`make quickstart` writes the folder of the student. The teacher is fetched from the hub, unless a folder is named:
+`jaxft train --config=configs/smollm2_135m_distill.py --config.method.distill.teacher=FOLDER`.
+"""
+
+from ml_collections import ConfigDict
+
+from jaxft.assets import ASSETS
+from jaxft.config import default_config
+from jaxft.config.smoke import with_arg
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    config = default_config()
+    config.output_dir = "runs/smollm2-135m-distill"
+
+    config.model.path = "runs/models/SmolLM2-135M-Instruct"
+
+    config.method.name = "distill"
+    config.method.distill.teacher = "hf://HuggingFaceTB/SmolLM2-360M-Instruct"
+    config.method.distill.beta = 0.5
+
+    config.adapter.r = 16
+    config.adapter.alpha = 32.0
+
+    config.data.train = str(ASSETS / "quickstart" / "train.jsonl")
+    config.data.eval = str(ASSETS / "quickstart" / "heldout.jsonl")
+    config.data.max_length = 512
+
+    config.optim.learning_rate = 1e-3
+    config.optim.warmup_ratio = 0.05
+    config.optim.min_ratio = 0.1
+
+    config.train.batch_size = 8
+    config.train.epochs = 2.0
+    config.train.log_every = 5
+    config.train.eval_every = 10
+    config.checkpoint.every = 10
+    config.checkpoint.best_metric = "eval_loss"
+
+    config.eval.metric = "json_exact"
+    config.eval.max_new_tokens = 64
+    return with_arg(config, arg)

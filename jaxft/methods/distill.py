@@ -1,0 +1,129 @@
+"""Distillation on given data: the model learns the distributions of a larger one, its teacher, over the next token."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxft.config import RunConfig
+from jaxft.data import prepare
+from jaxft.data.batch import Batch
+from jaxft.errors import ConfigError
+from jaxft.methods import sequences
+from jaxft.methods.frozen import FrozenModel
+from jaxft.methods.method import Method, Run, no_state
+from jaxft.methods.router import router_coefficients
+from jaxft.methods.teacher_cache import TEACHER_IDS, TEACHER_LOGPS, with_teacher_logps
+from jaxft.nn.decoder import Decoder
+from jaxft.objectives.distill import as_teacher, distill_loss
+from jaxft.objectives.loss import Loss, LossSums, MethodState
+from jaxft.objectives.token_divergence import Divergence, Teacher, TopLogps
+from jaxft.training.state import TrainState
+
+
+def check(config: RunConfig, model: Decoder) -> None:
+    """Raises ConfigError if no teacher is named, it cannot read the rows, or more tokens are cached than there are."""
+    settings, adapter = config.method.distill, config.adapter
+    if settings.teacher is None:
+        raise ConfigError(
+            "method.name='distill' learns from a teacher, but method.distill.teacher is None: set it to a Hugging Face "
+            "folder, a GGUF file or hf://owner/name, with the vocabulary of model.path"
+        )
+    if adapter.virtual_tokens:
+        raise ConfigError(
+            f"adapter.kind={adapter.kind!r} puts virtual tokens into every row, which the teacher cannot read. Use "
+            "adapter.kind='lora'."
+        )
+    vocab = model.config.vocab_size
+    if settings.cache_top_k is not None and settings.cache_top_k > vocab:
+        raise ConfigError(
+            f"method.distill.cache_top_k={settings.cache_top_k} is more than the {vocab:,} tokens of the vocabulary. "
+            "Set it to 64, for example."
+        )
+    router_coefficients(config, model)
+
+
+def teacher_of(config: RunConfig) -> FrozenModel:
+    """The teacher of a run, whose settings `check` has accepted."""
+    settings = config.method.distill
+    return FrozenModel(
+        setting="method.distill.teacher",
+        path=str(settings.teacher),
+        revision=settings.teacher_revision,
+        # Another seed than the student's, which would draw the same weights for the same shapes.
+        random_seed=config.seed + 1 if settings.teacher_random_init else None,
+        dtype=config.model.dtype,
+        quantization=settings.teacher_quantization,
+    )
+
+
+def live_teacher(config: RunConfig) -> FrozenModel | None:
+    """`Method.frozen`: the teacher, unless its log-probabilities are cached."""
+    return None if config.method.distill.cache_top_k is not None else teacher_of(config)
+
+
+def precompute(run: Run, base: Callable[[], Decoder]) -> Run:
+    """`Method.precompute`: the rows with the teacher's log-probabilities, if they are cached."""
+    if run.config.method.distill.cache_top_k is None:
+        return run
+    return with_teacher_logps(run, teacher_of(run.config))
+
+
+def batch_shapes(config: RunConfig) -> Batch[jax.ShapeDtypeStruct]:
+    """The shapes of a `Batch`, with the cached log-probabilities if there are any."""
+    batch, count = sequences.batch_shapes(config), config.method.distill.cache_top_k
+    if count is None:
+        return batch
+    shape = batch.tokens_BS.shape
+    arrays = {
+        TEACHER_IDS: jax.ShapeDtypeStruct((*shape, count), jnp.int32),
+        TEACHER_LOGPS: jax.ShapeDtypeStruct((*shape, count + 1), jnp.float32),
+    }
+    return batch._replace(arrays=arrays)
+
+
+def loss(config: RunConfig, model: Decoder) -> Loss:
+    """`distill_loss` with the settings of `method.distill`, against the teacher or what is cached of it."""
+    settings = config.method.distill
+    divergence = Divergence(beta=settings.beta, temperature=settings.temperature, sft_weight=settings.sft_weight)
+    router = router_coefficients(config, model)
+
+    def distill(model: Decoder, batch: Batch[jax.Array], key: jax.Array | None, state: MethodState | None) -> LossSums:
+        return distill_loss(model, _teacher(batch, state), batch, key, divergence=divergence, router=router)
+
+    return distill
+
+
+def _teacher(batch: Batch[jax.Array], state: MethodState | None) -> Teacher | TopLogps:
+    if TEACHER_IDS in batch.arrays:
+        return TopLogps(batch.arrays[TEACHER_IDS], batch.arrays[TEACHER_LOGPS])
+    assert state is not None
+    return as_teacher(state.rebuilt.model, batch)
+
+
+def evaluator(run: Run, graphdef: nnx.GraphDef[Decoder]) -> Callable[[TrainState], dict[str, float]] | None:
+    """The held-out loss and its metrics."""
+    return sequences.make_evaluator(run, graphdef, loss(run.config, run.model))
+
+
+def describe(config: RunConfig) -> str:
+    """The teacher and the divergence, in a few words."""
+    settings = config.method.distill
+    cached = "" if settings.cache_top_k is None else f", {settings.cache_top_k} cached log-probabilities of each token"
+    return f"distillation with beta={settings.beta:g} from {settings.teacher}{cached}"
+
+
+METHOD = Method(
+    prepare=prepare,
+    source=sequences.source,
+    feed=sequences.feed,
+    batch_shapes=batch_shapes,
+    check=check,
+    initial_state=no_state,
+    loss=loss,
+    evaluator=evaluator,
+    describe=describe,
+    frozen=live_teacher,
+    precompute=precompute,
+)
