@@ -14,7 +14,16 @@ from jaxft.config import RunConfig, load
 from jaxft.methods import method_of
 from jaxft.methods.method import Run
 from jaxft.optim.make import make_schedule
-from jaxft.runs.build import abstract_model, build_model, make_mesh, make_step, make_tx, start_state
+from jaxft.runs.build import (
+    abstract_model,
+    build_model,
+    load_frozen,
+    make_mesh,
+    make_step,
+    make_tx,
+    start_state,
+    with_frozen,
+)
 from jaxft.training.log import TIMING_KEYS
 
 KINDS = {"lora": {}, "full": {"adapter.kind": "none", "export.merged": False}}
@@ -90,6 +99,7 @@ def assert_eight_devices_equal_one(config, folder):
         module = nnx.merge(*nnx.split(base))
         tx = make_tx(one, module, schedule)
         graphdef, state = start_state(one, module, tx, mesh)
+        state = with_frozen(state, load_frozen(one, mesh))
         # Away from the start, where a loss against a reference has nothing to say.
         moved = jax.tree.map(lambda x: x + 0.02 * jnp.cos(jnp.arange(x.size)).reshape(x.shape), state.trainable)
         step = jax.jit(mesh.bind(make_step(one, model, graphdef, tx, schedule)))
