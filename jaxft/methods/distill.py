@@ -55,12 +55,8 @@ def teacher_of(config: RunConfig) -> FrozenModel:
         random_seed=config.seed + 1 if settings.teacher_random_init else None,
         dtype=config.model.dtype,
         quantization=settings.teacher_quantization,
+        in_step=settings.cache_top_k is None,
     )
-
-
-def live_teacher(config: RunConfig) -> FrozenModel | None:
-    """`Method.frozen`: the teacher, unless its log-probabilities are cached."""
-    return None if config.method.distill.cache_top_k is not None else teacher_of(config)
 
 
 def precompute(run: Run, base: Callable[[], Decoder]) -> Run:
@@ -124,6 +120,6 @@ METHOD = Method(
     loss=loss,
     evaluator=evaluator,
     describe=describe,
-    frozen=live_teacher,
+    frozen=teacher_of,
     precompute=precompute,
 )

@@ -25,7 +25,8 @@ class FrozenModel:
 
     setting: the config field that names it, for messages. path, revision: as in the config section `model`.
     random_seed: to draw the weights from, instead of loading them; None: they are loaded. dtype: of computation.
-    quantization: of its linear layers, a name in `quant.FORMATS`.
+    quantization: of its linear layers, a name in `quant.FORMATS`. in_step: whether every training step computes it; if
+    not, only `Method.precompute` does.
     """
 
     setting: str
@@ -34,6 +35,7 @@ class FrozenModel:
     random_seed: int | None = None
     dtype: str = "float32"
     quantization: str | None = None
+    in_step: bool = True
 
     def hf_config(self) -> dict[str, Any]:
         """Its config.json; a model on the hub is fetched. Raises as `checkpoint.load.hf_config_of` does."""

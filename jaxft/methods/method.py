@@ -57,10 +57,11 @@ class Method:
     initial_state(config, trainable): the method's own arrays at step 0, made from the trainable parameters before the
     first step; None if it has none. It is traced by `jax.jit`.
     precompute(run, base): the run with data that was computed from the base model before the first step, such as
-    cached log-probabilities of a reference. base(): the base with fresh adapters, on the mesh of the run.
+    cached log-probabilities of a reference. base(): the base with fresh adapters, on the mesh of the run. In an
+    evaluation, the data has no training sets.
     frozen(config): a frozen model that the loss compares the trained one with, such as a teacher; None if there is
-    none. Runs load it onto the mesh and plans take its shapes; the loss finds it as `MethodState.rebuilt`, a
-    `FrozenArrays`. Each training step has one forward pass of it.
+    none. If it is `in_step`, each training step has one forward pass of it: runs load it onto the mesh, plans take its
+    shapes, and the loss finds it as `MethodState.rebuilt`, a `FrozenArrays`.
     batch_sums(config, model): sums over the whole batch that the loss of every micro-batch needs; None if it needs
     none. model: abstract.
     loss(config, model): the loss; evaluated with key=None, it is the held-out loss. model: abstract.

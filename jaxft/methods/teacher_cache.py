@@ -2,6 +2,7 @@
 
 # B batch, S sequence, K cached tokens, R those and the remaining probability, n tokens of a document
 
+import functools
 import hashlib
 import json
 import os
@@ -41,17 +42,32 @@ def with_teacher_logps(run: Run, teacher: FrozenModel) -> Run:
     at all; the teacher is loaded only if they are not there, and its memory is freed again. Without a run folder, as in
     an evaluation, they are made anew.
     """
-    data = run.data
-    examples = [*data.train_examples, *(data.eval_examples or [])]
+    load, data = functools.cache(lambda: frozen_arrays(teacher.load(run.mesh))), run.data
+    trained = data.train_examples
+    if trained:
+        trained = _with_files(run, teacher, trained, load)
+        ends = np.cumsum([0, *(len(one.examples) for one in data.sets)])
+        cuts = zip(data.sets, ends, ends[1:], strict=False)
+        data = replace(data, sets=tuple(replace(one, examples=trained[start:end]) for one, start, end in cuts))
+        run = replace(run, source=sequences.source(run.config, data, run.tokenizer))
+    if data.eval_examples:
+        data = replace(data, eval_examples=_with_files(run, teacher, data.eval_examples, load))
+    return replace(run, data=data)
+
+
+def _with_files(
+    run: Run, teacher: FrozenModel, examples: Sequence[Example], load: Callable[[], FrozenArrays]
+) -> list[Example]:
+    """The examples with arrays that are views of files, which are written first if they are not there."""
     folder = run.folder / FOLDER / _hash(run.config, teacher, examples)
     if on_primary(folder.is_dir):
-        return _with_files(run, folder)
+        return _read(folder, examples)
     if on_primary((run.folder / CONFIG).is_file):
-        _write(run, teacher, examples, folder)
-        return _with_files(run, folder)
+        _write(run, examples, load(), folder)
+        return _read(folder, examples)
     with tempfile.TemporaryDirectory() as scratch:
-        _write(run, teacher, examples, Path(scratch) / FOLDER)
-        return _with_files(run, Path(scratch) / FOLDER)
+        _write(run, examples, load(), Path(scratch) / FOLDER)
+        return _read(Path(scratch) / FOLDER, examples)
 
 
 def _hash(config: RunConfig, teacher: FrozenModel, examples: Iterable[Example]) -> str:
@@ -71,10 +87,10 @@ def _hash(config: RunConfig, teacher: FrozenModel, examples: Iterable[Example]) 
     return digest.hexdigest()[:16]
 
 
-def _write(run: Run, teacher: FrozenModel, examples: Sequence[Example], folder: Path) -> None:
+def _write(run: Run, examples: Sequence[Example], teacher: FrozenArrays, folder: Path) -> None:
     """Computes and writes the arrays of all tokens, one example after another. All processes take part."""
     if not is_primary():
-        for _ in _computed(run, teacher, examples):
+        for _ in _computed(run, examples, teacher):
             pass
         on_primary(lambda: None)
         return
@@ -88,7 +104,7 @@ def _write(run: Run, teacher: FrozenModel, examples: Sequence[Example], folder: 
             for name, (shape, dtype) in shapes.items()
         }
         starts = np.cumsum([0, *map(len, examples)])
-        for index, arrays in _computed(run, teacher, examples):
+        for index, arrays in _computed(run, examples, teacher):
             trained = np.flatnonzero(examples[index].mask)
             for name, array in arrays.items():
                 files[name][starts[index] + trained] = array[trained]
@@ -98,7 +114,7 @@ def _write(run: Run, teacher: FrozenModel, examples: Sequence[Example], folder: 
 
 
 def _computed(
-    run: Run, teacher: FrozenModel, examples: Sequence[Example]
+    run: Run, examples: Sequence[Example], teacher: FrozenArrays
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """(index of an example, its arrays by name, [n, ...])."""
     config = run.config
@@ -109,10 +125,10 @@ def _computed(
         packing=config.data.packing,
         pad_id=run.tokenizer.pad_id,
     )
-    top_of, model = jax.jit(run.mesh.bind(_top_of(config))), frozen_arrays(teacher.load(run.mesh))
+    top_of = jax.jit(run.mesh.bind(_top_of(config)))
     for number in range(loader.eval_steps):
         batch = from_rows(partial(loader.eval_batch, number), loader.batch_size, run.mesh.batch_sharding())
-        ids_BSK, logps_BSR = map(to_host, top_of(model, batch))
+        ids_BSK, logps_BSR = map(to_host, top_of(teacher, batch))
         for row, sequence in enumerate(loader.plan[number * loader.batch_size :][: loader.batch_size]):
             start = 0
             for index in sequence:
@@ -133,18 +149,15 @@ def _top_of(config: RunConfig) -> Callable[[FrozenArrays, Batch[jax.Array]], Top
     return top_of
 
 
-def _with_files(run: Run, folder: Path) -> Run:
+def _read(folder: Path, examples: Sequence[Example]) -> list[Example]:
     # The files stay on disk: a batch reads the rows that it needs.
     files = {name: np.load(folder / file, mmap_mode="r") for name, file in FILES.items()}
-    start = 0
+    ends = np.cumsum([0, *map(len, examples)])
 
-    def with_arrays(example: Example) -> Example:
-        nonlocal start
-        first, start = start, start + len(example)
-        return replace(example, arrays={**example.arrays, **{name: x[first:start] for name, x in files.items()}})
+    def arrays(start: int, end: int) -> dict[str, np.ndarray]:
+        return {name: file[start:end] for name, file in files.items()}
 
-    data = run.data
-    sets = tuple(replace(one, examples=[with_arrays(example) for example in one.examples]) for one in data.sets)
-    held_out = None if data.eval_examples is None else [with_arrays(example) for example in data.eval_examples]
-    data = replace(data, sets=sets, eval_examples=held_out)
-    return replace(run, data=data, source=sequences.source(run.config, data, run.tokenizer))
+    return [
+        replace(example, arrays={**example.arrays, **arrays(start, end)})
+        for example, start, end in zip(examples, ends, ends[1:], strict=False)
+    ]

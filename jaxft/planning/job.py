@@ -154,11 +154,12 @@ def abstract_step_of(config: RunConfig, hf_config: dict[str, Any], steps: int) -
 
 
 def _abstract_frozen(config: RunConfig, model: Decoder) -> Decoder | None:
-    """The frozen model of the method without arrays; None if it has none."""
+    """The frozen model that every step computes, without arrays; None if there is none."""
     frozen = method_of(config).frozen(config)
     if frozen is None:
         return None
-    return frozen.abstract(frozen_shapes_of(frozen), student=model, max_length=config.data.max_length)
+    abstract = frozen.abstract(frozen_shapes_of(frozen), student=model, max_length=config.data.max_length)
+    return abstract if frozen.in_step else None
 
 
 def sharded_step_of(

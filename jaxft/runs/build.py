@@ -187,9 +187,9 @@ def with_frozen(state: TrainState, frozen: Decoder | None) -> TrainState:
 
 
 def load_frozen(config: RunConfig, mesh: MeshPlan) -> Decoder | None:
-    """The frozen model of the run's method on the mesh; None if it has none."""
+    """The frozen model that every step of the run computes, on the mesh; None if there is none."""
     frozen = method_of(config).frozen(config)
-    return None if frozen is None else frozen.load(mesh)
+    return frozen.load(mesh) if frozen is not None and frozen.in_step else None
 
 
 def check_frozen(config: RunConfig, model: Decoder, tokenizer: Tokenizer, mesh: MeshPlan) -> None:

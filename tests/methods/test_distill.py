@@ -115,8 +115,17 @@ def test_cached_log_probabilities_of_the_whole_vocabulary_equal_the_teacher(live
     config = run_of(**SETTINGS | {"method.distill.cache_top_k": 259})
     lines, summary = train_lose_the_end_and_resume(config, tmp_path / "run")
     assert len(loads) == 1
-    (folder,) = (tmp_path / "run" / "teacher").iterdir()
-    assert sorted(path.name for path in folder.iterdir()) == ["ids.npy", "logps.npy"]
+    training, held_out = (tmp_path / "run" / "teacher").iterdir()
+    for folder in (training, held_out):
+        assert sorted(path.name for path in folder.iterdir()) == ["ids.npy", "logps.npy"]
+    model, tokenizer = api.load_model(str(tmp_path / "run")), api.load_tokenizer(str(tmp_path / "run"))
+    evaluated = [api.evaluate(model, tokenizer, config)]
+    assert len(loads) == 1
+    # Without a run folder nothing is kept.
+    evaluated.append(api.evaluate(model, tokenizer, dataclasses.replace(config, output_dir=str(tmp_path / "none"))))
+    assert len(loads) == 2 and not (tmp_path / "none").exists()
+    for one in evaluated:
+        assert one["eval_loss"] == pytest.approx(summary["eval_loss"], rel=1e-4)
     _, live_lines, live_summary = live
     for ours, theirs in zip(lines, live_lines, strict=True):
         for name in ("loss", "divergence", "nll", "teacher_agreement"):
@@ -217,12 +226,7 @@ def test_a_teacher_with_another_vocabulary_is_refused_before_its_weights_are_rea
         config = run_of(**{"method.distill.teacher": str(path)} | overrides)
         tokenizer = api.load_tokenizer(config.model.path)
         mesh = make_mesh_plan(config.mesh, jax.devices())
-        for known in (True, False):  # cached or live
-            one = dataclasses.replace(config.method.distill, cache_top_k=4 if known else None)
-            check_frozen(
-                dataclasses.replace(config, method=dataclasses.replace(config.method, distill=one)),
-                abstract_model(config), tokenizer, mesh,
-            )  # fmt: skip
+        check_frozen(config, abstract_model(config), tokenizer, mesh)
 
     checked(teacher)
     other = tmp_path / "other"
@@ -231,6 +235,8 @@ def test_a_teacher_with_another_vocabulary_is_refused_before_its_weights_are_rea
     (other / "config.json").write_text(json.dumps(config | {"vocab_size": 300}))
     with pytest.raises(ConfigError, match=r"vocabulary of 300 tokens and the trained model one of 259.*same family"):
         checked(other)
+    with pytest.raises(ConfigError, match=r"vocabulary of 300 tokens"):
+        checked(other, **{"method.distill.cache_top_k": 4})
     (other / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
     with pytest.raises(ConfigError, match=r"data.max_length=128 is beyond the 64 positions of method.distill.teacher"):
         checked(other)
