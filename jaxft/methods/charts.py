@@ -34,3 +34,9 @@ SCORE_CHARTS = (
     Chart(title="Margin between the two scores", metrics=("margin",)),
     Chart(title="Scores of all answers", metrics=("mean_reward", "min_reward", "max_reward")),
 )
+# Of distillation.
+TEACHER_CHARTS = (
+    Chart(title="Divergence from the teacher, nats", metrics=("divergence",)),
+    Chart(title="Negative log-likelihood of the data's own tokens, nats", metrics=("nll",)),
+    Chart(title="Share of tokens whose likeliest choice is the teacher's", metrics=("teacher_agreement",)),
+)

@@ -11,6 +11,7 @@ from jaxft.data import prepare
 from jaxft.data.batch import Batch
 from jaxft.errors import ConfigError
 from jaxft.methods import sequences
+from jaxft.methods.charts import TEACHER_CHARTS
 from jaxft.methods.frozen import FrozenModel
 from jaxft.methods.method import Method, Run, no_state
 from jaxft.methods.router import router_coefficients
@@ -120,6 +121,7 @@ METHOD = Method(
     loss=loss,
     evaluator=evaluator,
     describe=describe,
+    charts=TEACHER_CHARTS,
     frozen=teacher_of,
     precompute=precompute,
 )

@@ -12,6 +12,7 @@ from jaxft.checkpoint.load import hf_config_of, load_model, resolve
 from jaxft.data import Tokenizer, load_tokenizer
 from jaxft.errors import ConfigError, listed
 from jaxft.files.paths import read_json
+from jaxft.models.score_model import is_score_model
 from jaxft.nn.decoder import Decoder
 from jaxft.objectives.distill import FrozenArrays
 from jaxft.sharding.mesh import MeshPlan
@@ -46,8 +47,13 @@ class FrozenModel:
         """The model without arrays, from the content of its config.json.
 
         student: the trained model, which may be abstract. Raises ConfigError if the sizes of their vocabularies differ,
-        or rows of max_length tokens are longer than its positions.
+        rows of max_length tokens are longer than its positions, or it is a reward model.
         """
+        if is_score_model(hf_config):
+            raise ConfigError(
+                f"{self.setting}={self.path!r} is a reward model: it has a score head and no distribution over tokens. "
+                "Give the language model that it was made of."
+            )
         family = models.config_from_hf(hf_config)
         ours, theirs = student.config.vocab_size, family.vocab_size
         if ours != theirs:
