@@ -84,7 +84,7 @@ class DistillConfig(MethodSection):
     beta: Annotated[
         float,
         ZERO_TO_ONE,
-        "the divergence (arXiv:2306.13649, eq. 1). 0: KL(teacher || student), forward; 1: KL(student || teacher), "
+        "the divergence (arXiv:2306.13649, eq. 1). 0: KL(teacher, student), forward; 1: KL(student, teacher), "
         "reverse; between: generalised Jensen-Shannon",
     ] = 0.5
     temperature: Annotated[float, ABOVE_ZERO, "divides the logits of both models in the divergence"] = 1.0

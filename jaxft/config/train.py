@@ -73,13 +73,16 @@ class CheckpointConfig(Section):
             "eval_rewards/accuracies",
             "eval_rewards/margins",
             "eval_nll_loss",
+            "eval_divergence",
+            "eval_nll",
+            "eval_teacher_agreement",
             "eval_accuracy",
             "eval_margin",
         ]
         | None,
         "held-out metric whose best checkpoint is kept as well; perplexity and accuracy of tokens are reported by sft, "
-        "rewards by methods on pairs, nll_loss by orpo, accuracy and margin of scores by reward; None: only the "
-        "newest are kept",
+        "rewards by methods on pairs, nll_loss by orpo, accuracy and margin of scores by reward, divergence, "
+        "nll, accuracy of tokens and agreement by distill; None: only the newest are kept",
     ] = None
     best_mode: Annotated[
         Literal["min", "max"],

@@ -19,6 +19,7 @@ REPORT, LOSS_PLOT = "report.html", "loss.png"
 CHECKPOINTS = "checkpoints"
 TENSORBOARD = "tensorboard"
 BASE = "base"  # the drawn weights of a run with model.random_init
+TEACHER = "teacher"  # the teacher's log-probabilities of a run with method.distill.cache_top_k
 ADAPTER, MERGED, MODEL = "adapter", "merged", "model"  # exports
 
 

@@ -1,6 +1,7 @@
 """Distillation on given data: the model learns the distributions of a larger one, its teacher, over the next token."""
 
 from collections.abc import Callable
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -95,8 +96,7 @@ def loss(config: RunConfig, model: Decoder) -> Loss:
 def _teacher(batch: Batch[jax.Array], state: MethodState | None) -> Teacher | TopLogps:
     if TEACHER_IDS in batch.arrays:
         return TopLogps(batch.arrays[TEACHER_IDS], batch.arrays[TEACHER_LOGPS])
-    assert state is not None
-    return as_teacher(state.rebuilt.model, batch)
+    return as_teacher(cast(MethodState, state).rebuilt.model, batch)
 
 
 def evaluator(run: Run, graphdef: nnx.GraphDef[Decoder]) -> Callable[[TrainState], dict[str, float]] | None:

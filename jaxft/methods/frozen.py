@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from flax import nnx
@@ -89,18 +88,18 @@ class FrozenModel:
         """The model on the devices of a mesh, with its weights. Raises as `checkpoint.load.load_model` does."""
         types = self._types(self.hf_config())
         if self.random_seed is None:
-            load = partial(load_model, self.path, revision=self.revision, quantization=self.quantization)
-            return load(mesh=mesh, **types).module
+            types |= {"revision": self.revision, "quantization": self.quantization}
+            return load_model(self.path, mesh=mesh, **types).module
         family = models.config_from_hf(self.hf_config())
         module = models.random_model(family, seed=self.random_seed, quantization=self.quantization, **types)
         mesh.shard_module(module)
         return module
 
-    def _types(self, hf_config: dict[str, Any]) -> dict[str, str]:
+    def _types(self, hf_config: dict[str, Any]) -> dict[str, Any]:
         # Weights in bfloat16 stay so, since nothing is gained by widening them; others are rounded to the type of
         # computation, as their layers would do in every step.
-        stored = hf_config.get("dtype") or hf_config.get("torch_dtype")
-        return {"dtype": self.dtype, "param_dtype": "bfloat16" if stored == "bfloat16" else self.dtype}
+        own = hf_config.get("dtype") or hf_config.get("torch_dtype")
+        return {"dtype": self.dtype, "param_dtype": "bfloat16" if own == "bfloat16" else self.dtype}
 
 
 def frozen_arrays(model: Decoder) -> FrozenArrays:

@@ -20,7 +20,7 @@ from jaxft.config import RunConfig
 from jaxft.data.batch import Batch, Example
 from jaxft.data.loader import Loader
 from jaxft.files.atomic import new_folder
-from jaxft.files.run_folder import CONFIG
+from jaxft.files.run_folder import CONFIG, TEACHER
 from jaxft.methods import sequences
 from jaxft.methods.frozen import FrozenModel, frozen_arrays
 from jaxft.methods.method import Run
@@ -31,7 +31,6 @@ from jaxft.sharding.processes import is_primary, on_primary
 
 # Arrays of `Batch.arrays`, [B, S, K] int32 and [B, S, R] float32: the fields of `TopLogps`.
 TEACHER_IDS, TEACHER_LOGPS = "teacher_ids", "teacher_logps"
-FOLDER = "teacher"  # in the run folder
 FILES = {TEACHER_IDS: "ids.npy", TEACHER_LOGPS: "logps.npy"}
 
 
@@ -59,15 +58,15 @@ def _with_files(
     run: Run, teacher: FrozenModel, examples: Sequence[Example], load: Callable[[], FrozenArrays]
 ) -> list[Example]:
     """The examples with arrays that are views of files, which are written first if they are not there."""
-    folder = run.folder / FOLDER / _hash(run.config, teacher, examples)
+    folder = run.folder / TEACHER / _hash(run.config, teacher, examples)
     if on_primary(folder.is_dir):
         return _read(folder, examples)
     if on_primary((run.folder / CONFIG).is_file):
         _write(run, examples, load(), folder)
         return _read(folder, examples)
     with tempfile.TemporaryDirectory() as scratch:
-        _write(run, examples, load(), Path(scratch) / FOLDER)
-        return _read(Path(scratch) / FOLDER, examples)
+        _write(run, examples, load(), Path(scratch) / TEACHER)
+        return _read(Path(scratch) / TEACHER, examples)
 
 
 def _hash(config: RunConfig, teacher: FrozenModel, examples: Iterable[Example]) -> str:

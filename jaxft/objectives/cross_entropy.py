@@ -46,7 +46,7 @@ class Products(NamedTuple):
     layout: VocabLayout | None
     slope_of: SlopeOf
     sums: type[Any]
-    beside: FrozenHead | None = None
+    frozen_head: FrozenHead | None = None
 
     def zero(self) -> Sums:
         """Sums over no positions."""
@@ -81,12 +81,12 @@ def token_sums(
 def differentiable_sums(products: Products, head: Head, frozen: Head, arrays: Arrays) -> Sums:
     """The sums over all rows; the loss is differentiable in head and hidden vectors.
 
-    frozen: leaves of `products.beside`, if there is one. arrays: (hidden_BSD, given, weights_BS); positions without a
-    weight are left out.
+    frozen: leaves of `products.frozen_head`, if there is one. arrays: (hidden_BSD, given, weights_BS); positions without
+    a weight are left out.
     """
-    compute = partial(_sums, products)
-    if products.layout is not None:
-        compute = jax.shard_map(compute, in_specs=_specs(products), out_specs=P(), check_vma=False)
+    compute, layout = partial(_sums, products), products.layout
+    if layout is not None:
+        compute = jax.shard_map(compute, in_specs=_specs(products, layout), out_specs=P(), check_vma=False)
     return compute(head, frozen, arrays)
 
 
@@ -120,25 +120,24 @@ def sums_and_gradients(
     layout = products.layout
     if layout is not None:
         out = (P(), list(layout.head) if trained else None, P(*layout.rows, None))
-        compute = jax.shard_map(compute, in_specs=_specs(products), out_specs=out, check_vma=False)
+        compute = jax.shard_map(compute, in_specs=_specs(products, layout), out_specs=out, check_vma=False)
     return compute(head, frozen, arrays)
 
 
-def _specs(products: Products) -> tuple[Any, ...]:
+def _specs(products: Products, layout: VocabLayout) -> tuple[Any, ...]:
     """Of (head, frozen, arrays)."""
-    layout, beside = products.layout, products.beside
-    assert layout is not None
-    frozen = [] if beside is None or beside.layout is None else list(beside.layout.head)
-    return list(layout.head), frozen, layout.rows
+    other = None if products.frozen_head is None else products.frozen_head.layout
+    return list(layout.head), [] if other is None else list(other.head), layout.rows
 
 
-def _logits_beside(products: Products, frozen: Head, given: Any) -> Any:
+def _with_frozen_logits(products: Products, frozen: Head, given: Any) -> Any:
     """What is given about a chunk's positions, with the logits of the other head in place of its hidden vectors."""
-    return given if products.beside is None else (products.beside.unembed(frozen, given[0]), *given[1:])
+    other = products.frozen_head
+    return given if other is None else (other.unembed(frozen, given[0]), *given[1:])
 
 
 def _gathered(products: Products, head: Head, frozen: Head, dtype: jnp.dtype) -> tuple[Head, Head]:
-    other = None if products.beside is None else products.beside.layout
+    other = None if products.frozen_head is None else products.frozen_head.layout
     return (
         vocabulary.gathered_head(head, products.layout, dtype),
         vocabulary.gathered_head(frozen, other, dtype),
@@ -154,7 +153,7 @@ def _sums(products: Products, head: Head, frozen: Head, arrays: Arrays) -> Sums:
     def body(index: jax.Array, total: Sums) -> Sums:
         hidden_BCD, given, weights_BC = vocabulary.chunk_at(chunks, index, layout)
         logits_BCV = products.unembed(head, hidden_BCD)
-        given = _logits_beside(products, frozen, given)
+        given = _with_frozen_logits(products, frozen, given)
         sums, _ = products.slope_of(logits_BCV, given, weights_BC, vocabulary.vocab_axes(layout))
         return jax.tree.map(jnp.add, total, sums)
 
@@ -174,7 +173,7 @@ def _sums_and_gradients(
         hidden_BCD, given, weights_BC = vocabulary.chunk_at(chunks, index, layout)
         inputs = (head, hidden_BCD) if trained else (hidden_BCD,)
         logits_BCV, pull = jax.vjp(unembed if trained else partial(unembed, head), *inputs)
-        given = _logits_beside(products, frozen, given)
+        given = _with_frozen_logits(products, frozen, given)
         sums, slope_BCV = products.slope_of(logits_BCV, given, weights_BC, vocabulary.vocab_axes(layout))
         *part, grad_BCD = pull(slope_BCV)
         if trained:

@@ -95,17 +95,17 @@ def divergence_sums(
     split, hidden_BSD = vocabulary.split_head(student.unembed, student.head, student.hidden_BSD, student.dimensions)
     given: tuple[jax.Array, ...]
     frozen: list[jax.Array] = []
-    beside, known = None, False
+    frozen_head, known = None, False
     if isinstance(teacher, TopLogps):
         given, known = (teacher.ids_BSK, teacher.logps_BSR, student.targets_BS), True
     else:
         # The teacher's vocabulary is split as the student's, since that depends on its size and on the rows alone.
         unembed, head, rows_BSD, dimensions = teacher
         other, rows_BSD = vocabulary.split_head(unembed, head, rows_BSD, dimensions if split.layout else None)
-        beside, frozen = FrozenHead(other.unembed, other.layout), jax.lax.stop_gradient(other.leaves)
+        frozen_head, frozen = FrozenHead(other.unembed, other.layout), jax.lax.stop_gradient(other.leaves)
         given = (jax.lax.stop_gradient(rows_BSD), student.targets_BS)
     slope_of = partial(_sums_and_slope_of_top if known else _sums_and_slope, divergence)
-    products = Products(split.unembed, chunk, split.layout, slope_of, DivergenceSums, beside)
+    products = Products(split.unembed, chunk, split.layout, slope_of, DivergenceSums, frozen_head)
     return differentiable_sums(products, split.leaves, frozen, (hidden_BSD, given, student.weights_BS))
 
 
@@ -123,16 +123,16 @@ def top_logps(
 
         def body(index: jax.Array, whole: TopLogps) -> TopLogps:
             hidden_BCD, _, mask_BC = vocabulary.chunk_at(chunks, index, layout)
-            found = _top_of(split.unembed(head, hidden_BCD) / temperature, count, axes)
-            own = (vocabulary.own_rows(x * mask_BC[..., None].astype(x.dtype), layout) for x in found)
+            top = _top_of(split.unembed(head, hidden_BCD) / temperature, count, axes)
+            own = (vocabulary.own_rows(x * mask_BC[..., None].astype(x.dtype), layout) for x in top)
             return TopLogps(
                 *(jax.lax.dynamic_update_index_in_dim(x, part, index, 0) for x, part in zip(whole, own, strict=True))
             )
 
         shape = chunks[2].shape
         start = TopLogps(jnp.zeros((*shape, count), jnp.int32), jnp.zeros((*shape, count + 1), jnp.float32))
-        top = vocabulary.over_chunks(chunks, turns, body, start)
-        return TopLogps(*(vocabulary.unchunked(x, order_BS) for x in top))
+        whole = vocabulary.over_chunks(chunks, turns, body, start)
+        return TopLogps(*(vocabulary.unchunked(x, order_BS) for x in whole))
 
     if layout is not None:
         specs = (list(layout.head), layout.rows)

@@ -58,7 +58,10 @@ def test_estimates_know_every_choice_of_recomputation_and_of_types():
 
 @pytest.mark.parametrize("name", choices(MethodConfig, "name"))
 def test_a_method_reports_the_metrics_that_its_section_names(name):
-    config = resolve(with_fields({"model.path": str(ASSETS / "smoke"), "model.random_init": True, "method.name": name}))
+    fields = {"model.path": str(ASSETS / "smoke"), "model.random_init": True, "method.name": name}
+    if name == "distill":
+        fields |= {"method.distill.teacher": str(ASSETS / "smoke"), "method.distill.cache_top_k": 4}
+    config = resolve(with_fields(fields))
     model, method = abstract_model(config), method_of(config)
     graphdef, arrays = nnx.split(model)
     loss, batch = method.loss(config, model), method.batch_shapes(config)
