@@ -81,8 +81,8 @@ def token_sums(
 def differentiable_sums(products: Products, head: Head, frozen: Head, arrays: Arrays) -> Sums:
     """The sums over all rows; the loss is differentiable in head and hidden vectors.
 
-    frozen: leaves of `products.frozen_head`, if there is one. arrays: (hidden_BSD, given, weights_BS); positions without
-    a weight are left out.
+    frozen: leaves of `products.frozen_head`, if there is one. arrays: (hidden_BSD, given, weights_BS); positions
+    without a weight are left out.
     """
     compute, layout = partial(_sums, products), products.layout
     if layout is not None:
