@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxft.checkpoint.frozen import FrozenModel
 from jaxft.config import RunConfig
 from jaxft.data import prepare
 from jaxft.data.batch import Batch
 from jaxft.errors import ConfigError
 from jaxft.methods import sequences
 from jaxft.methods.charts import TEACHER_CHARTS
-from jaxft.methods.frozen import FrozenModel
 from jaxft.methods.method import Method, Run, no_state
 from jaxft.methods.router import router_coefficients
 from jaxft.methods.teacher_cache import TEACHER_IDS, TEACHER_LOGPS, with_teacher_logps

@@ -7,11 +7,11 @@ from typing import Any
 
 from flax import nnx
 
+from jaxft.checkpoint.frozen import FrozenModel
 from jaxft.config import RunConfig
 from jaxft.data import Prepared, Tokenizer
 from jaxft.data.batch_source import BatchSource
 from jaxft.methods.charts import Chart
-from jaxft.methods.frozen import FrozenModel
 from jaxft.nn.decoder import Decoder
 from jaxft.nn.score import Head
 from jaxft.objectives.loss import BatchSums, Loss, MethodState
@@ -57,8 +57,7 @@ class Method:
     initial_state(config, trainable): the method's own arrays at step 0, made from the trainable parameters before the
     first step; None if it has none. It is traced by `jax.jit`.
     precompute(run, base): the run with data that was computed from the base model before the first step, such as
-    cached log-probabilities of a reference. base(): the base with fresh adapters, on the mesh of the run. In an
-    evaluation, the data has no training sets.
+    cached log-probabilities of a reference. base(): the base with fresh adapters, on the mesh of the run.
     frozen(config): a frozen model that the loss compares the trained one with, such as a teacher; None if there is
     none. If it is `in_step`, each training step has one forward pass of it: runs load it onto the mesh, plans take its
     shapes, and the loss finds it as `MethodState.rebuilt`, a `FrozenArrays`.

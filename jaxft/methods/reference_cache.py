@@ -2,12 +2,10 @@
 
 # B batch, S sequence, P documents that a row can hold
 
-import hashlib
 import json
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,6 @@ from flax import nnx
 from jaxft.checkpoint.load import resolve
 from jaxft.config import RunConfig
 from jaxft.data.batch import Batch, Example
-from jaxft.data.loader import Loader
 from jaxft.files.atomic import write_file
 from jaxft.files.paths import sizes_and_times
 from jaxft.files.run_folder import BASE, REFERENCE
@@ -27,13 +24,12 @@ from jaxft.methods import sequences
 from jaxft.methods.method import Run
 from jaxft.methods.reference import REFERENCE_LOGPS, is_cached
 from jaxft.nn.decoder import Decoder
-from jaxft.sharding.arrays import from_rows, to_host
+from jaxft.sharding.arrays import to_host
 from jaxft.sharding.processes import on_primary
 from jaxft.training.state import divide
 from jaxft.training.step import rounded
 
 HELD_OUT = "held out"  # a name that no training set can have, because of the space
-LINES = 10  # that report the progress of one set
 
 # (model, batch) -> the log-probability of each document, [B, P], as the loss compares it with the policy's.
 LogpsOf = Callable[[Decoder, Batch[jax.Array]], jax.Array]
@@ -100,30 +96,17 @@ def _computed(
     run: Run, name: str, examples: Sequence[Example], score: Callable[[Batch[jax.Array]], np.ndarray]
 ) -> np.ndarray:
     """The sums of all documents, example after example, float32."""
-    config = run.config
-    loader = Loader(
-        [replace(example, values={}, arrays={}) for example in examples],  # which need not be alike
-        batch_size=config.train.batch_size // config.train.accumulation_steps,
-        max_length=config.data.max_length,
-        shuffle=False,
-        pad_id=run.tokenizer.pad_id,
-    )
     counts = [len(example.documents) for example in examples]
     starts = np.cumsum([0, *counts])
     out = np.zeros(starts[-1], np.float32)
     run.print_line(f"reference log-probabilities of {starts[-1]:,} documents ({name}) ...")
-    shown = 0
-    for number in range(loader.eval_steps):
-        batch = from_rows(partial(loader.eval_batch, number), loader.batch_size, run.mesh.batch_sharding())
+    for batch, rows in sequences.each_once(run, examples, f"reference log-probabilities ({name})"):
         logps_BP = score(batch)
-        for row, sequence in enumerate(loader.plan[number * loader.batch_size :][: loader.batch_size]):
+        for row, sequence in enumerate(rows):
             first = 0
             for index in sequence:
                 out[starts[index] : starts[index + 1]] = logps_BP[row, first : first + counts[index]]
                 first += counts[index]
-        if (number + 1) * LINES // loader.eval_steps > shown and loader.eval_steps > LINES:
-            shown = (number + 1) * LINES // loader.eval_steps
-            run.print_line(f"reference log-probabilities ({name}): batch {number + 1:,} of {loader.eval_steps:,}")
     return out
 
 
@@ -139,13 +122,7 @@ def _with_values(examples: Sequence[Example], sums: np.ndarray) -> list[Example]
 
 def _hash(run: Run, examples: Iterable[Example], settings: Any) -> str:
     """Names the sums of a set: what they depend on, without the devices."""
-    known = {"model": _model_of(run.config, run.folder), "settings": settings}
-    digest = hashlib.blake2b(json.dumps(known, sort_keys=True).encode(), digest_size=16)
-    for example in examples:
-        for document in example.documents:
-            for array in (document.tokens, document.mask):
-                digest.update(np.int64(len(array)).tobytes() + np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
+    return sequences.digest_of({"model": _model_of(run.config, run.folder), "settings": settings}, examples)
 
 
 def _model_of(config: RunConfig, folder: Path) -> dict[str, Any]:

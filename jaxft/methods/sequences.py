@@ -2,7 +2,9 @@
 
 # B batch, S sequence
 
-from collections.abc import Callable, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,6 +28,8 @@ from jaxft.optim.averages import evaluation_params
 from jaxft.sharding.arrays import from_rows
 from jaxft.training.state import TrainState
 from jaxft.training.step import make_eval_step, make_eval_sums
+
+LINES = 10  # that tell the progress of `each_once`
 
 Evaluator = Callable[[TrainState], dict[str, float]]
 
@@ -126,6 +130,39 @@ def make_evaluator(
         return held_out_metrics(partial(eval_step, weights, state.frozen, method), map(rows.batch, numbers))
 
     return evaluate
+
+
+def each_once(run: Run, examples: Sequence[Example], what: str) -> Iterator[tuple[Batch[jax.Array], list[list[int]]]]:
+    """(batch of the size of a micro-batch, the examples of each of its rows, by index), each example once.
+
+    For what is computed before the first step. The examples need not carry the same values and arrays. what: names the
+    work in the lines that tell its progress.
+    """
+    config = run.config
+    loader = Loader(
+        [replace(example, values={}, arrays={}) for example in examples],
+        batch_size=config.train.batch_size // config.train.accumulation_steps,
+        max_length=config.data.max_length,
+        shuffle=False,
+        pad_id=run.tokenizer.pad_id,
+    )
+    shown = 0
+    for number in range(loader.eval_steps):
+        batch = from_rows(partial(loader.eval_batch, number), loader.batch_size, run.mesh.batch_sharding())
+        yield batch, loader.plan[number * loader.batch_size :][: loader.batch_size]
+        if (number + 1) * LINES // loader.eval_steps > shown and loader.eval_steps > LINES:
+            shown = (number + 1) * LINES // loader.eval_steps
+            run.print_line(f"{what}: batch {number + 1:,} of {loader.eval_steps:,}")
+
+
+def digest_of(known: Any, examples: Iterable[Example]) -> str:
+    """A hash of JSON values and of the tokens and masks of examples, for the name of what is computed from them."""
+    digest = hashlib.blake2b(json.dumps(known, sort_keys=True).encode(), digest_size=16)
+    for example in examples:
+        for document in example.documents:
+            for array in (document.tokens, document.mask):
+                digest.update(np.int64(len(array)).tobytes() + np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 def evaluated_weights(config: RunConfig, state: TrainState) -> nnx.State:

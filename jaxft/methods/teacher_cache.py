@@ -3,30 +3,26 @@
 # B batch, S sequence, K cached tokens, R those and the remaining probability, n tokens of a document
 
 import functools
-import hashlib
-import json
-import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 
+from jaxft.checkpoint.frozen import FrozenModel, frozen_arrays
 from jaxft.checkpoint.load import resolve
 from jaxft.config import RunConfig
 from jaxft.data.batch import Batch, Example
-from jaxft.data.loader import Loader
 from jaxft.files.atomic import new_folder
-from jaxft.files.run_folder import CONFIG, TEACHER
+from jaxft.files.paths import sizes_and_times
+from jaxft.files.run_folder import TEACHER
 from jaxft.methods import sequences
-from jaxft.methods.frozen import FrozenModel, frozen_arrays
 from jaxft.methods.method import Run
 from jaxft.objectives.distill import FrozenArrays, as_teacher
 from jaxft.objectives.token_divergence import TopLogps, top_logps
-from jaxft.sharding.arrays import from_rows, to_host
+from jaxft.sharding.arrays import to_host
 from jaxft.sharding.processes import is_primary, on_primary
 
 # Arrays of `Batch.arrays`, [B, S, K] int32 and [B, S, R] float32: the fields of `TopLogps`.
@@ -38,18 +34,17 @@ def with_teacher_logps(run: Run, teacher: FrozenModel) -> Run:
     """The run with `teacher_ids` and `teacher_logps` in the arrays of every example.
 
     They are files of the run folder under a hash of the teacher, the tokens and the settings, which appear whole or not
-    at all; the teacher is loaded only if they are not there, and its memory is freed again. Without a run folder, as in
-    an evaluation, they are made anew.
+    at all; the teacher is loaded only if they are not there, and its memory is freed again. An evaluation computes
+    held-out rows alone and writes nothing into the run folder.
     """
     load, data = functools.cache(lambda: frozen_arrays(teacher.load(run.mesh))), run.data
-    trained = data.train_examples
-    if trained:
-        trained = _with_files(run, teacher, trained, load)
+    if not run.held_out_only:
+        trained = _with_files(run, teacher, data.train_examples, load)
         ends = np.cumsum([0, *(len(one.examples) for one in data.sets)])
         cuts = zip(data.sets, ends, ends[1:], strict=False)
         data = replace(data, sets=tuple(replace(one, examples=trained[start:end]) for one, start, end in cuts))
         run = replace(run, source=sequences.source(run.config, data, run.tokenizer))
-    if data.eval_examples:
+    if data.eval_examples is not None:
         data = replace(data, eval_examples=_with_files(run, teacher, data.eval_examples, load))
     return replace(run, data=data)
 
@@ -58,10 +53,11 @@ def _with_files(
     run: Run, teacher: FrozenModel, examples: Sequence[Example], load: Callable[[], FrozenArrays]
 ) -> list[Example]:
     """The examples with arrays that are views of files, which are written first if they are not there."""
-    folder = run.folder / TEACHER / _hash(run.config, teacher, examples)
+    folder = run.folder / TEACHER / on_primary(lambda: _hash(run.config, teacher, examples))
     if on_primary(folder.is_dir):
         return _read(folder, examples)
-    if on_primary((run.folder / CONFIG).is_file):
+    run.print_line(f"the teacher's log-probabilities of {len(examples):,} rows ...")
+    if not run.held_out_only:
         _write(run, examples, load(), folder)
         return _read(folder, examples)
     with tempfile.TemporaryDirectory() as scratch:
@@ -70,20 +66,13 @@ def _with_files(
 
 
 def _hash(config: RunConfig, teacher: FrozenModel, examples: Iterable[Example]) -> str:
-    folder = resolve(teacher.path, teacher.revision)
-    files = sorted(os.scandir(folder), key=lambda entry: entry.name) if os.path.isdir(folder) else []
     settings = config.method.distill
     known = asdict(teacher) | {
-        "hf_config": teacher.hf_config(),
-        "files": [(entry.name, entry.stat().st_size) for entry in files if entry.is_file()],
+        "files": sizes_and_times(resolve(teacher.path, teacher.revision)),
         "cache_top_k": settings.cache_top_k,
         "temperature": settings.temperature,
     }
-    digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
-    for example in examples:
-        for array in (example.tokens, example.mask):
-            digest.update(np.int64(len(array)).tobytes() + np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()[:16]
+    return sequences.digest_of(known, examples)
 
 
 def _write(run: Run, examples: Sequence[Example], teacher: FrozenArrays, folder: Path) -> None:
@@ -116,19 +105,10 @@ def _computed(
     run: Run, examples: Sequence[Example], teacher: FrozenArrays
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """(index of an example, its arrays by name, [n, ...])."""
-    config = run.config
-    loader = Loader(
-        examples,
-        batch_size=config.train.batch_size // config.train.accumulation_steps,
-        max_length=config.data.max_length,
-        packing=config.data.packing,
-        pad_id=run.tokenizer.pad_id,
-    )
-    top_of = jax.jit(run.mesh.bind(_top_of(config)))
-    for number in range(loader.eval_steps):
-        batch = from_rows(partial(loader.eval_batch, number), loader.batch_size, run.mesh.batch_sharding())
+    top_of = jax.jit(run.mesh.bind(_top_of(run.config)))
+    for batch, rows in sequences.each_once(run, examples, "the teacher's log-probabilities"):
         ids_BSK, logps_BSR = map(to_host, top_of(teacher, batch))
-        for row, sequence in enumerate(loader.plan[number * loader.batch_size :][: loader.batch_size]):
+        for row, sequence in enumerate(rows):
             start = 0
             for index in sequence:
                 end = start + len(examples[index])

@@ -1,6 +1,5 @@
 """Evaluation of any model on a config's held-out rows."""
 
-import dataclasses
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,8 +47,6 @@ def evaluate(model: LoadedModel, tokenizer: Tokenizer, config: RunConfig) -> dic
         source=method.source(config, data, tokenizer),
         held_out_only=True,
     )
-    # Nothing is computed for rows that are not evaluated.
-    run = dataclasses.replace(run, data=dataclasses.replace(data, sets=()))
     run = method.precompute(run, lambda: build_model(config, run.mesh).module)
     state = TrainState(jnp.int32(0), trainable, frozen, (), jax.random.key(config.seed), _method_state(config, method))
     state = with_frozen(state, load_frozen(config, mesh))

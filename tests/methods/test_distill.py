@@ -15,11 +15,11 @@ from pair_runs import KINDS, SGD, assert_eight_devices_equal_one, config_of, tra
 from jaxft import api, models
 from jaxft.assets import ASSETS
 from jaxft.checkpoint import hf
+from jaxft.checkpoint.frozen import FrozenModel
 from jaxft.config import MeshConfig
 from jaxft.errors import ConfigError
 from jaxft.hardware.topology import parse
 from jaxft.methods import distill, method_of
-from jaxft.methods.frozen import FrozenModel
 from jaxft.optim.make import make_schedule
 from jaxft.planning.job import abstract_step_of, measure, sharded_step_of
 from jaxft.planning.shapes import shapes_of
