@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxft.checkpoint.frozen import FrozenModel
 from jaxft.config import RunConfig
 from jaxft.data import prepare
 from jaxft.data.batch import Batch
@@ -16,7 +15,8 @@ from jaxft.methods import sequences
 from jaxft.methods.charts import TEACHER_CHARTS
 from jaxft.methods.method import Method, Run, no_state
 from jaxft.methods.router import router_coefficients
-from jaxft.methods.teacher_cache import TEACHER_IDS, TEACHER_LOGPS, with_teacher_logps
+from jaxft.methods.teacher.cache import TEACHER_IDS, TEACHER_LOGPS, with_teacher_logps
+from jaxft.methods.teacher.frozen import FrozenModel
 from jaxft.nn.decoder import Decoder
 from jaxft.objectives.distill import as_teacher, distill_loss
 from jaxft.objectives.loss import Loss, LossSums, MethodState

@@ -7,11 +7,11 @@ from typing import Any
 
 from flax import nnx
 
-from jaxft.checkpoint.frozen import FrozenModel
 from jaxft.config import RunConfig
 from jaxft.data import Prepared, Tokenizer
 from jaxft.data.batch_source import BatchSource
 from jaxft.methods.charts import Chart
+from jaxft.methods.teacher.frozen import FrozenModel
 from jaxft.nn.decoder import Decoder
 from jaxft.nn.score import Head
 from jaxft.objectives.loss import BatchSums, Loss, MethodState

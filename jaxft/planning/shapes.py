@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxft.assets import ASSETS
-from jaxft.checkpoint.frozen import FrozenModel
 from jaxft.checkpoint.load import hf_config_of, resolve
 from jaxft.config import RunConfig
 from jaxft.data import tokenizer_of
 from jaxft.errors import ConfigError, did_you_mean
 from jaxft.files.paths import HUB, read_json
 from jaxft.methods import method_of
+from jaxft.methods.teacher.frozen import FrozenModel
 
 UNKNOWN_STEPS = 1000
 # Share of a packed sequence that is tokens, if the data is not on this machine.

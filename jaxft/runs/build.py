@@ -15,7 +15,6 @@ from jaxft.adapters.lora import eva
 from jaxft.adapters.make import attach_adapter
 from jaxft.adapters.prompt import initialize_prompt
 from jaxft.checkpoint import hf
-from jaxft.checkpoint.frozen import frozen_arrays
 from jaxft.checkpoint.hf import read_json
 from jaxft.checkpoint.load import LoadedModel, hf_config_of, load_model, open_weights, random_model, resolve
 from jaxft.checkpoint.peft import check_writable
@@ -26,6 +25,7 @@ from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import ConfigError
 from jaxft.files.run_folder import BASE
 from jaxft.methods import method_of
+from jaxft.methods.teacher.frozen import frozen_arrays
 from jaxft.models.score_model import is_score_model
 from jaxft.nn import stack
 from jaxft.nn.decoder import Decoder

@@ -15,11 +15,11 @@ from pair_runs import KINDS, SGD, assert_eight_devices_equal_one, config_of, tra
 from jaxft import api, models
 from jaxft.assets import ASSETS
 from jaxft.checkpoint import hf
-from jaxft.checkpoint.frozen import FrozenModel
 from jaxft.config import MeshConfig
 from jaxft.errors import ConfigError
 from jaxft.hardware.topology import parse
 from jaxft.methods import distill, method_of
+from jaxft.methods.teacher.frozen import FrozenModel
 from jaxft.optim.make import make_schedule
 from jaxft.planning.job import abstract_step_of, measure, sharded_step_of
 from jaxft.planning.shapes import shapes_of
@@ -136,7 +136,7 @@ def test_cached_log_probabilities_of_the_whole_vocabulary_equal_the_teacher(live
 
 
 def test_other_settings_have_another_cache(run_of, teacher):
-    from jaxft.methods.teacher_cache import _hash
+    from jaxft.methods.teacher.cache import _hash
 
     config = run_of(**{"method.distill.cache_top_k": 4})
     examples = distill.METHOD.prepare(config, api.load_tokenizer(config.model.path)).train_examples

@@ -11,7 +11,6 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxft.checkpoint.frozen import FrozenModel, frozen_arrays
 from jaxft.checkpoint.load import resolve
 from jaxft.config import RunConfig
 from jaxft.data.batch import Batch, Example
@@ -20,6 +19,7 @@ from jaxft.files.paths import sizes_and_times
 from jaxft.files.run_folder import TEACHER
 from jaxft.methods import sequences
 from jaxft.methods.method import Run
+from jaxft.methods.teacher.frozen import FrozenModel, frozen_arrays
 from jaxft.objectives.distill import FrozenArrays, as_teacher
 from jaxft.objectives.token_divergence import TopLogps, top_logps
 from jaxft.sharding.arrays import to_host
