@@ -361,3 +361,8 @@ def test_an_empty_image_part_is_said_too(folder_of, tmp_path):
 
     folder = changed(folder_of("gemma3"), tmp_path / "text", tensors=text_only)
     assert load_model(str(folder)).left_out == "gemma3: text only; the folder has no tensors for images"
+
+
+def test_a_reward_model_is_not_made_of_a_part(folder_of):
+    with pytest.raises(ModelError, match="made of a text-only model, and this one takes images too"):
+        load_model(str(folder_of("gemma3")), head="score")

@@ -1,23 +1,30 @@
 """Scores of rows and the best of several answers, as functions and as commands."""
 
+import dataclasses
 import json
 
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 
 import jaxft
 from jaxft import cli
 from jaxft.assets import ASSETS
 from jaxft.checkpoint.hf import write_config, write_weights
 from jaxft.checkpoint.load import load_model, random_model
+from jaxft.checkpoint.merged import MergedSource
+from jaxft.checkpoint.tensors import SafetensorsFolder
 from jaxft.config import MeshConfig
+from jaxft.conversion.convert import convert
 from jaxft.data.chat.encode import encode
 from jaxft.data.formats import Conversation
-from jaxft.errors import ConfigError, DataError, ModelError
+from jaxft.errors import ConfigError, DataError, ExportError, ModelError
+from jaxft.runs.build import abstract_model, build_model, make_tx, start_state
 from jaxft.runs.export import write
 from jaxft.runs.rewards import _document
 from jaxft.sharding.mesh import make_mesh_plan
+from jaxft.trees import flatten
 
 PAIRS = [json.loads(line) for line in (ASSETS / "smoke" / "pairs.jsonl").read_text().splitlines()][:7]
 
@@ -115,6 +122,54 @@ def test_generate_takes_a_reward_model(folders, capsys):
     assert len(candidates) == 2 and out["scores"] == [max(one["score"] for one in candidates)]
     assert cli.main([*command, "--best_of=2"]) == 2
     assert "--best_of=N and --reward_model=PATH belong together" in capsys.readouterr().err
+
+
+def config_of(folder, method):
+    rows = str(ASSETS / "smoke" / "pairs.jsonl")
+    changes = {"method.name": method, "model.path": folder, "model.random_init": False, "eval.metric": None}
+    return jaxft.get_config("configs/quickstart.py:smoke", changes | {"data.train": rows, "data.eval": rows})
+
+
+def test_a_reward_model_is_trained_further_by_its_own_method_only(folders, models):
+    with pytest.raises(ConfigError, match="is a reward model: it has a score head in place of the LM head that method"):
+        abstract_model(config_of(folders[1], "sft"))
+    further = build_model(config_of(folders[1], "reward")).module
+    np.testing.assert_array_equal(further.value.weight.get_value(), models[1].module.value.weight.get_value())
+    assert not np.any(build_model(config_of(folders[0], "reward")).module.value.weight.get_value())
+
+
+def test_evaluation_wants_the_head_of_the_method(folders, models, tokenizer):
+    for model, method, own in ((models[0], "reward", "vocabulary"), (models[1], "dpo", "score")):
+        with pytest.raises(ConfigError, match=f"method.name='{method}' evaluates .* has a {own} head"):
+            jaxft.evaluate(model, tokenizer, config_of(folders[0], method))
+
+
+def test_a_reward_model_has_no_gguf_file(folders, tmp_path):
+    with pytest.raises(ExportError, match="a reward model has a score head in place of the LM head, and jaxft has no"):
+        convert(folders[1], str(tmp_path / "model.gguf"), console=Console(quiet=True))
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"task_type": "SEQ_CLS", "peft_type": "LORA"}')
+    with pytest.raises(ModelError, match="adapter of a reward model, whose base has no score head. Merge it with"):
+        MergedSource(SafetensorsFolder(folders[0]), adapter)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "muon", "adafactor", "apollo", "lion"])
+def test_every_kind_of_optimizer_trains_a_score_head(folders, optimizer):
+    """It is a vector, whose state is float32 and split like it."""
+    config = config_of(folders[0], "reward")
+    config = dataclasses.replace(
+        config,
+        adapter=dataclasses.replace(config.adapter, kind="none"),
+        optim=dataclasses.replace(config.optim, name=optimizer),
+    )
+    tx = make_tx(config, abstract_model(config), lambda step: 1e-3)
+    _, state = start_state(config, build_model(config).module, tx)
+    key = jax.random.key(0)
+    grads = jax.tree.map(lambda x: jax.random.normal(key, x.shape), state.trainable)
+    updates, _ = tx.update(grads, state.opt_state, state.trainable)
+    moved = flatten(updates)[0]["value/weight"]
+    assert moved.shape == (64,) and np.all(np.isfinite(moved)) and np.any(moved)
 
 
 def test_what_cannot_be_scored_is_refused(models, tokenizer):

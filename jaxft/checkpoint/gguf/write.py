@@ -178,6 +178,11 @@ def _file_tensors(
     """The tensors of the file by name, from those under Hugging Face names."""
     count = expert_count(family, config)
     modules = gguf_modules(family, config.num_hidden_layers, count)
+    if config.head == "score":
+        raise ExportError(
+            "a reward model has a score head in place of the LM head, and jaxft has no form for it in GGUF files. "
+            "Write a Hugging Face folder."
+        )
     unknown = [hf for hf in tensors if hf.rpartition(".")[0] not in modules]
     if unknown:
         raise ExportError(f"{len(unknown)} tensors have no name in GGUF's {family.arch}: {listed(unknown, 3)}")
