@@ -46,9 +46,11 @@ def test_a_run_learns_and_resumes_bit_for_bit(rows, tmp_path, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_eight_devices_equal_one(rows, tmp_path, kind):
-    more = {"method.dpo.sft_weight": 0.5, "method.dpo.ld_alpha": 0.5} if kind == "lora" else {}
+    """Also where a row is split over devices, and with it the tokens that are counted within a pair."""
+    more = {"method.dpo.ld_alpha": 0.5} | ({"method.dpo.sft_weight": 0.5} if kind == "lora" else {})
+    axes = ("fsdp", "context", "tensor") if kind == "lora" else ("data", "fsdp", "tensor")
     config = config_of(rows, tmp_path / "run", **KINDS[kind] | SGD | more)
-    assert abs(assert_eight_devices_equal_one(config, tmp_path)["rewards/margins"]) > 1e-4
+    assert abs(assert_eight_devices_equal_one(config, tmp_path, axes)["rewards/margins"]) > 1e-4
 
 
 def test_the_reference_of_full_fine_tuning_is_not_saved_and_comes_from_the_base(rows, tmp_path):

@@ -42,8 +42,10 @@ def test_a_run_learns_and_resumes_bit_for_bit(rows, tmp_path, method, kind):
     ("method", "kind"), [("orpo", "full"), ("simpo", "lora"), pytest.param("cpo", "full", marks=slow)]
 )
 def test_eight_devices_equal_one(rows, tmp_path, method, kind):
-    config = config_of(method, rows, tmp_path / "run", **KINDS[kind] | SGD)
-    assert float(assert_eight_devices_equal_one(config, tmp_path)["loss"]) > 0
+    more = {"method.orpo.nll_on_prompt": True} if method == "orpo" else {}
+    axes = ("fsdp", "context", "tensor") if method == "orpo" else ("data", "fsdp", "tensor")
+    config = config_of(method, rows, tmp_path / "run", **KINDS[kind] | SGD | more)
+    assert float(assert_eight_devices_equal_one(config, tmp_path, axes)["loss"]) > 0
 
 
 @pytest.mark.parametrize("method", METHODS)
