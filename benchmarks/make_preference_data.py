@@ -152,8 +152,9 @@ def changed_solution(question: str, solution: str, draw: random.Random, *, large
 
     larger: whether its final answer is to be larger than the right one, or smaller.
 
-    None if that cannot be done surely: every result must be a whole number that is not in the question and is no other
-    result, so that its mentions can be told from those of other numbers; every calculation must be annotated.
+    None if that cannot be done surely: every result must be a whole number that is not in the question, is no other
+    result, and is in no calculation before it, so that its mentions can be told from those of other numbers; every
+    calculation must be annotated.
     """
     steps = CALCULATION.findall(solution)
     results = [value for _, value in steps]
@@ -161,6 +162,9 @@ def changed_solution(question: str, solution: str, draw: random.Random, *, large
     if not steps or not plain_results or len(set(results)) < len(results) or _unannotated(solution):
         return None
     given = {number.replace(",", "") for number in NUMBER.findall(question)}
+    for number, (expression, _) in enumerate(steps):
+        if set(NUMBER.findall(expression)) & set(results[number:]):
+            return None
     if given & set(results) or results[-1] != solution.rpartition("#### ")[2].replace(",", "").strip():
         return None
     sizes = draw.sample([size for size in range(-9, 10) if size], 18)

@@ -47,6 +47,7 @@ def test_commas_stay(script):
         (QUESTION, SOLUTION.replace("48+24 = <<48+24=72>>72", "48+24 = 72")),  # not annotated
         (QUESTION, SOLUTION.replace("<<48/2=24>>24", "<<48/2=24.0>>24.0")),  # not written as a whole number
         (QUESTION, SOLUTION.replace("#### 2160", "#### 2161")),
+        (QUESTION, SOLUTION.replace("48/2 = <<48/2", "48-24 = <<48-24")),  # a result that was calculated with before
     ],
 )
 def test_what_cannot_be_changed_surely_is_left_out(script, question, solution):
