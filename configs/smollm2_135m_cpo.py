@@ -1,7 +1,7 @@
 """CPO with LoRA on SmolLM2-135M-Instruct: pairs of answers without a reference, and a loss on the chosen ones.
 
 `make quickstart` writes the folder of the base model. Give your own pairs (docs/preferences.md):
-`jaxft train --config=configs/smollm2_135m_cpo.py --config.data.train=pairs.jsonl`. No figures yet.
+`jaxft train --config=configs/smollm2_135m_cpo.py --config.data.train=pairs.jsonl`.
 """
 
 from ml_collections import ConfigDict

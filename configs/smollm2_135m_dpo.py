@@ -1,7 +1,7 @@
 """DPO with LoRA on SmolLM2-135M-Instruct: pairs of a chosen and a rejected answer, against the base as the reference.
 
 `make quickstart` writes the folder of the base model. Give your own pairs (docs/preferences.md):
-`jaxft train --config=configs/smollm2_135m_dpo.py --config.data.train=pairs.jsonl`. No figures yet.
+`jaxft train --config=configs/smollm2_135m_dpo.py --config.data.train=pairs.jsonl`.
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,7 @@
 """ORPO with LoRA on SmolLM2-135M-Instruct: chosen answers are learned, and preferred to rejected ones; no reference.
 
 `make quickstart` writes the folder of the base model. Give your own pairs (docs/preferences.md):
-`jaxft train --config=configs/smollm2_135m_orpo.py --config.data.train=pairs.jsonl`. No figures yet.
+`jaxft train --config=configs/smollm2_135m_orpo.py --config.data.train=pairs.jsonl`.
 """
 
 from ml_collections import ConfigDict
