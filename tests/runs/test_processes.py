@@ -19,6 +19,7 @@ import pytest
 from rich.console import Console
 from safetensors.numpy import load_file
 
+from jaxft.assets import ASSETS
 from jaxft.config import load
 from jaxft.errors import ConfigError, ExitCode
 from jaxft.runs import folder as files
@@ -209,6 +210,26 @@ def test_two_processes_cache_a_reference_as_one(tmp_path: Path, cache: Path) -> 
     assert set(ours) == {"train", "held out"} and len(ours["train"]) == 48
     for part, values in theirs.items():
         np.testing.assert_allclose(ours[part], values, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [None, 8], ids=["live", "cached"])
+def test_two_processes_distil_a_teacher_as_one(count: int | None, tmp_path: Path, cache: Path) -> None:
+    more = {
+        "method.name": "distill", "method.distill.teacher": ASSETS / "smoke",
+        "method.distill.teacher_random_init": True, "method.distill.cache_top_k": count, "eval.metric": None,
+        "export.merged": False,
+    }  # fmt: skip
+    with Group(tmp_path / "one", cache, 1, 4, **more) as group:
+        group.finish()
+    with Group(tmp_path / "two", cache, 2, 2, **more) as group:
+        group.finish()
+    assert_same(tmp_path / "two", tmp_path / "one", ADAPTER)
+    ours, theirs = (sorted((tmp_path / name).glob("teacher/*/logps.npy")) for name in ("two", "one"))
+    assert [path.parent.name for path in ours] == [path.parent.name for path in theirs]
+    assert len(ours) == (0 if count is None else 2)
+    for path, other in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(np.load(path), np.load(other), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow
