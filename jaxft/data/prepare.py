@@ -185,9 +185,11 @@ def prepare_set(
                 yield conversation
             counts.holds.update(features)
 
-    examples = join(
-        [example.prepend(first) for example in encode_all(read_and_count(), tokenizer, config, counts.notes)]
-    )
+    encoded = [example.prepend(first) for example in encode_all(read_and_count(), tokenizer, config, counts.notes)]
+    try:
+        examples = join(encoded)
+    except DataError as error:  # which knows the examples alone
+        raise DataError(f"{rows.describe()}: {error}") from error
     return examine(
         examples,
         config,

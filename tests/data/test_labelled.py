@@ -2,16 +2,18 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from jaxft import api
-from jaxft.config import load
+from jaxft.config import MeshConfig, load
 from jaxft.data.batch import Example
 from jaxft.data.formats import DESIRABLE
 from jaxft.data.loader import Loader
 from jaxft.data.preferences.labelled import Labelled, mismatch, prepare_labelled
 from jaxft.errors import DataError
+from jaxft.sharding.mesh import make_mesh_plan
 
 
 def prepared(tmp_path, rows, **overrides):
@@ -142,8 +144,36 @@ def test_rows_that_are_refused(tmp_path, change, message):
 def test_data_that_teaches_nothing_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"all 6 training rows have the label True.* Add rows with the label False"):
         prepared(tmp_path, [{**row, "label": True} for row in text_rows()])
-    with pytest.raises(DataError, match=r"all 6 rows have the same prompt, but KTO .*loss_type='apo_zero_unpaired'"):
+    with pytest.raises(DataError, match=r"rows.jsonl .*: all 6 rows have the same prompt, .*'apo_zero_unpaired'"):
         prepared(tmp_path, [{**row, "prompt": "The same?"} for row in text_rows()])
+
+
+def test_a_mixture_may_have_a_set_for_each_label(tmp_path):
+    """The balance is that of all sets; mismatched documents stay within a set, and both batches take the same rows."""
+    from jaxft.methods import kto, sequences
+    from jaxft.methods.method import Run
+
+    for name, label in (("good", True), ("bad", False)):
+        rows = [{**row, "label": label} for row in text_rows()]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    mixture = {name: {"path": str(tmp_path / f"{name}.jsonl"), "weight": 1.0} for name in ("good", "bad")}
+    settings = {
+        "method.name": "kto", "data.train": "", "data.mixture": mixture, "data.eval": None, "eval.metric": None,
+        "data.limit": None, "data.max_length": 96, "train.batch_size": 8,
+    }  # fmt: skip
+    config = load("configs/quickstart.py:smoke", settings)
+    tokenizer = api.load_tokenizer(config.model.path)
+    data = prepare_labelled(config, tokenizer)
+    source = sequences.source(config, data, tokenizer)
+    mesh = make_mesh_plan(MeshConfig(), jax.devices()[:1])
+    run = Run(
+        config=config, folder=tmp_path, tokenizer=tokenizer, data=data, mesh=mesh, model=None, source=source
+    )  # fmt: skip
+    batch = kto.feed(run)(None, 1)
+    assert {0.0, 1.0} == set(np.unique(batch.answers.values[DESIRABLE][:, 0]))
+    np.testing.assert_array_equal(batch.answers.segments_BS.max(axis=1), batch.mismatched.segments_BS.max(axis=1))
+    for own, other in zip(np.asarray(batch.answers.tokens_BS), np.asarray(batch.mismatched.tokens_BS), strict=True):
+        assert np.array_equal(own[:9], other[:9]) and not np.array_equal(own, other)  # the same first prompt
 
 
 def test_references_of_scores_are_answers_labelled_good(tmp_path):
