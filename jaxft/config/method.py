@@ -56,10 +56,11 @@ class RewardConfig(MethodSection):
         "recommends 0.01; None: scores may drift",
     ] = None
     margin_coefficient: Annotated[
-        float,
+        float | None,
         NOT_NEGATIVE,
-        "factor of the rows' margins in the loss, in whose units scores are learned; 0: margins are not used",
-    ] = 1.0
+        "factor of the rows' margins in the loss, in whose units scores are learned; TRL uses 1; 0: margins are not "
+        "used; None: rows with margins are refused",
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)

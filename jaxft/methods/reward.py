@@ -7,9 +7,10 @@ from flax import nnx
 
 from jaxft.config import RunConfig
 from jaxft.data import Prepared, Tokenizer
+from jaxft.data.examine import Examination
 from jaxft.data.preferences import prepare_pairs
 from jaxft.data.tokenizers.padding import separate_pad_id
-from jaxft.errors import ConfigError
+from jaxft.errors import ConfigError, DataError
 from jaxft.methods import sequences
 from jaxft.methods.charts import SCORE_CHARTS
 from jaxft.methods.method import Method, Run, no_state
@@ -43,9 +44,30 @@ def check(config: RunConfig, model: Decoder) -> None:
 
 
 def prepare_rewards(config: RunConfig, tokenizer: Tokenizer) -> Prepared:
-    """Pairs as `prepare_pairs` reads them. Raises DataError also for a tokenizer without a token to pad with."""
+    """Pairs as `prepare_pairs` reads them.
+
+    Raises DataError also for a tokenizer without a token to pad with, and for rows with margins if the config does not
+    say what becomes of them.
+    """
     separate_pad_id(tokenizer)
-    return prepare_pairs(config, tokenizer)
+    data = prepare_pairs(config, tokenizer)
+    for examination in (data.examination, data.eval_examination):
+        if examination is not None and config.method.reward.margin_coefficient is None:
+            _refuse_margins(examination)
+    return data
+
+
+def _refuse_margins(examination: Examination) -> None:
+    pairs = examination.pairs
+    if pairs is None or pairs.margins is None:
+        return
+    low, middle, high = (pairs.margins[name] for name in ("p0", "p50", "p100"))
+    raise DataError(
+        f"rows of {examination.source} have margins ({low:g} to {high:g}, median {middle:g}): a column 'margin', or "
+        "the difference of two scores. In the loss they are differences of scores that the reward model is to reach. "
+        "Set method.reward.margin_coefficient=1 to use them as they are, another factor to scale them, or 0 to leave "
+        "them out."
+    )
 
 
 def loss(config: RunConfig, model: Decoder) -> Loss:
@@ -54,7 +76,7 @@ def loss(config: RunConfig, model: Decoder) -> Loss:
     return partial(
         reward_loss,
         center_rewards_coefficient=settings.center_rewards_coefficient,
-        margin_coefficient=settings.margin_coefficient,
+        margin_coefficient=settings.margin_coefficient or 0.0,
         router=router_coefficients(config, model),
     )
 

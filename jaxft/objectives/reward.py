@@ -57,10 +57,9 @@ def reward_loss(
     """`reward_terms` summed over the pairs of a batch; the weight is the number of pairs.
 
     batch: [B, S]; in each row the documents 1 and 2, 3 and 4, ... are the chosen and the rejected answer of a pair,
-    each after its prompt. Margins are margin_coefficient times `values[MARGIN]`, 0 without
-    it. Metrics have TRL's names: accuracy
-    (share of pairs whose chosen answer has the larger score), margin (difference of the scores) and mean_reward are
-    means over pairs; min_reward and max_reward are those of a batch or micro-batch.
+    each after its prompt. Margins are margin_coefficient times `values[MARGIN]`, 0 without it. Metrics have TRL's
+    names: accuracy (share of pairs whose chosen answer has the larger score), margin (difference of the scores) and
+    mean_reward are means over pairs; min_reward and max_reward are those of a batch or micro-batch.
     """
     hidden_BSD, routing = hidden_and_routing(model, batch, key, router)
     scores = by_pair(scores_at_ends(model, hidden_BSD, batch.segments_BS))

@@ -12,7 +12,7 @@ from flax import nnx
 
 from jaxft import api
 from jaxft.config import RunConfig, load
-from jaxft.errors import ConfigError
+from jaxft.errors import ConfigError, DataError
 from jaxft.hardware.topology import parse
 from jaxft.methods import method_of, reward
 from jaxft.optim.make import make_schedule
@@ -48,6 +48,7 @@ def config_of(rows, output_dir, **overrides) -> RunConfig:
         "data.limit": None, "data.eval_limit": 4, "data.max_length": 128, "train.batch_size": 8, "train.steps": 6,
         "train.accumulation_steps": 1, "train.eval_every": 3, "train.log_every": 1, "checkpoint.every": 3,
         "eval.metric": None, "export.merged": False, "optim.learning_rate": 1e-2,
+        "method.reward.margin_coefficient": 1.0,
     }  # fmt: skip
     return load("configs/quickstart.py:smoke", settings | overrides)
 
@@ -170,11 +171,21 @@ def test_margins_of_rows_may_be_scaled_or_left_out(rows, tmp_path):
     assert losses[0.0] == pytest.approx(math.log(2), rel=1e-6) and losses[0.0] < losses[1.0] < losses[2.0]
 
 
+def test_margins_are_refused_unless_the_config_says_what_becomes_of_them(rows, tmp_path):
+    config = config_of(rows, tmp_path, **{"method.reward.margin_coefficient": None})
+    tokenizer = api.load_tokenizer(config.model.path)
+    with pytest.raises(
+        DataError, match=r"have margins \(0 to 0.5, median .*margin_coefficient=1 to use them as they are"
+    ):
+        reward.METHOD.prepare(config, tokenizer)
+
+
 def test_a_plan_has_no_vocabulary_products(rows, tmp_path):
     """Neither FLOPs nor memory of an LM head."""
     steps = {}
     for name in ("sft", "reward"):
-        config = config_of(rows, tmp_path, **{"method.name": name, "data.train": "x", "data.eval": None})
+        changes = {"method.name": name, "method.reward.margin_coefficient": None, "data.train": "x", "data.eval": None}
+        config = config_of(rows, tmp_path, **changes)
         hf_config, _ = shapes_of(config)
         steps[name] = sharded_step_of(abstract_step_of(config, hf_config, 6), config, parse("h100:1", 1))
     sizes, scored = steps["sft"].sizes, steps["reward"].sizes
