@@ -39,7 +39,7 @@ def batch(number, mesh):
     segments = (positions < np.array(LENGTHS)[:, None]).astype(np.int32)
     tokens = TOKENS[number].astype(np.int32)
     given = Batch(tokens, tokens, segments.astype(np.float32), positions, segments)
-    return Batch(*(put_global(jnp.asarray(x), mesh.batch_sharding()) for x in given))
+    return jax.tree.map(lambda x: put_global(jnp.asarray(x), mesh.batch_sharding()), given)
 
 
 def begun(folder, init="eva_niter_40", mesh=None, **settings):

@@ -34,7 +34,8 @@ def test_a_batch_from_rows_is_the_whole_batch_on_the_mesh(axes: dict[str, int]) 
     found = from_rows(make, ROWS, plan.batch_sharding())
     # Each row once, however many devices hold it.
     assert made == [(i, i + ROWS // plan.batch_shards) for i in range(0, ROWS, ROWS // plan.batch_shards)]
-    for ours, theirs in zip(found, jax.device_put(whole, plan.batch_sharding()), strict=True):
+    put = jax.device_put(whole, plan.batch_sharding())
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(put), strict=True):
         assert ours.sharding == theirs.sharding and ours.dtype == theirs.dtype
         np.testing.assert_array_equal(ours, theirs)
 
