@@ -240,6 +240,10 @@ def test_a_teacher_with_another_vocabulary_is_refused_before_its_weights_are_rea
     (other / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
     with pytest.raises(ConfigError, match=r"data.max_length=128 is beyond the 64 positions of method.distill.teacher"):
         checked(other)
+    scores = {"architectures": ["LlamaForSequenceClassification"], "num_labels": 1}
+    (other / "config.json").write_text(json.dumps(config | scores))
+    with pytest.raises(ConfigError, match=r"method.distill.teacher=.* is a reward model: it has a score head"):
+        checked(other)
     (other / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match=r"mesh.tensor=8 does not divide 4 query heads"):
         checked(other, **{"mesh.tensor": 8, "mesh.fsdp": 1})
