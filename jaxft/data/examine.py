@@ -114,7 +114,7 @@ def examine(
         sequences=len(plan),
         fill=tokens / (len(plan) * max_length),
         quantiles=length_quantiles(lengths),
-        histogram=_histogram(lengths),
+        histogram=histogram(lengths),
         formats=dict(counts.formats),
         holds=dict(counts.holds),
         pairs=examine_pairs(kept, counts.left_out) if pairs else None,
@@ -147,7 +147,7 @@ def combine_examinations(examinations: Sequence[Examination], examples: Sequence
         max_length=first.max_length,
         fill=sums["tokens"] / (sums["sequences"] * first.max_length),
         quantiles=length_quantiles(lengths),
-        histogram=_histogram(lengths),
+        histogram=histogram(lengths),
         formats=count_by("formats"),
         holds=count_by("holds"),
         warnings=tuple(f"{one.source}: {warning}" for one in examinations for warning in one.warnings),
@@ -256,7 +256,7 @@ def _nothing(source: str, left_out: Counter[str]) -> str:
     )
 
 
-def _histogram(lengths: np.ndarray) -> tuple[tuple[int, int, int], ...]:
+def histogram(lengths: np.ndarray) -> tuple[tuple[int, int, int], ...]:
     low, high = int(lengths.min()), int(lengths.max())
     width = max(1, -(-(high - low + 1) // BINS))
     counts = np.bincount((lengths - low) // width)

@@ -69,7 +69,7 @@ def read_row(fields: Mapping[str, Any], config: DataConfig, *, row: int, where: 
     try:
         read = READERS[name].read(fields, config)
         if "messages" in read:
-            read |= _marks(read["messages"]) | {"tools": tools_of(fields), "template_kwargs": _template_kwargs(fields)}
+            read |= _marks(read["messages"]) | {"tools": tools_of(fields), "template_kwargs": template_kwargs_of(fields)}
         return Conversation(row=row, where=where, format=name, **read)
     except (RowProblem, BadCall) as problem:
         raise DataError(f"{where} ({name}): {problem}") from problem
@@ -98,7 +98,7 @@ class RowProblem(ValueError):
 
 
 def _messages(row: Mapping[str, Any], config: DataConfig) -> dict[str, Any]:
-    return {"messages": _check_messages(_field(row, "messages"), "messages")}
+    return {"messages": check_messages(_field(row, "messages"), "messages")}
 
 
 def _prompt_completion(row: Mapping[str, Any], config: DataConfig) -> dict[str, Any]:
@@ -112,14 +112,14 @@ def _prompt_completion(row: Mapping[str, Any], config: DataConfig) -> dict[str, 
             f"{config.prompt_field!r} is {type(prompt).__name__} and {config.completion_field!r} is "
             f"{type(completion).__name__}: both must be text, or both lists of messages"
         )
-    before = _check_messages(prompt, config.prompt_field, answer=False)
-    after = _check_messages(completion, config.completion_field)
+    before = check_messages(prompt, config.prompt_field, answer=False)
+    after = check_messages(completion, config.completion_field)
     return {"messages": before + after, "first_trained": len(before)}
 
 
 def _alpaca(row: Mapping[str, Any], config: DataConfig) -> dict[str, Any]:
     messages = [*alpaca_prompt(row), {"role": "assistant", "content": _field(row, "output")}]
-    return {"messages": _check_messages(messages, "instruction/output")}
+    return {"messages": check_messages(messages, "instruction/output")}
 
 
 def alpaca_prompt(row: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -138,7 +138,7 @@ def alpaca_prompt(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _sharegpt(row: Mapping[str, Any], config: DataConfig) -> dict[str, Any]:
-    return {"messages": _check_messages(sharegpt_messages(row), "conversations")}
+    return {"messages": check_messages(sharegpt_messages(row), "conversations")}
 
 
 def sharegpt_messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -206,7 +206,7 @@ def as_list(value: Any, field: str) -> list[Mapping[str, Any]]:
     return value
 
 
-def _check_messages(value: Any, field: str, *, answer: bool = True) -> tuple[dict[str, Any], ...]:
+def check_messages(value: Any, field: str, *, answer: bool = True) -> tuple[dict[str, Any], ...]:
     """Messages that can be rendered. answer: at least one must come from the assistant."""
     messages = tuple(_message(message, number) for number, message in enumerate(as_list(value, field), 1))
     if answer and not any(message["role"] == "assistant" for message in messages):
@@ -274,7 +274,7 @@ def _marks(messages: tuple[dict[str, Any], ...]) -> dict[str, Any]:
     return {"messages": tuple(bare), "untrained": frozenset(untrained)}
 
 
-def _template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
+def template_kwargs_of(row: Mapping[str, Any]) -> dict[str, Any]:
     given = row.get("chat_template_kwargs") or {}
     if isinstance(given, str):
         try:

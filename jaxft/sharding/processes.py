@@ -58,6 +58,24 @@ def on_primary(make: Callable[[], Value]) -> Value:
     return value
 
 
+def process_share(count: int) -> range:
+    """The indices from 0 to `count` that this process takes, if all processes share them evenly, in order."""
+    index, processes = jax.process_index(), jax.process_count()
+    return range(count * index // processes, count * (index + 1) // processes)
+
+
+def gather(value: Value) -> list[Value]:
+    """The values, of JSON, that every process gives, in the order of processes; on every process.
+
+    Call it on every process, in the same order.
+    """
+    if not is_multi_process():
+        return [value]
+    key = f"jaxft/gather/{next(_calls)}"
+    store().key_value_set(f"{key}/{jax.process_index()}", json.dumps(value))
+    return [json.loads(store().blocking_key_value_get(f"{key}/{i}", _WAIT_MS)) for i in range(jax.process_count())]
+
+
 class KeyValueStore(Protocol):
     """The part of JAX's client of the coordination service that is used here."""
 

@@ -72,7 +72,7 @@ def prompt_of(
         if not conversation.prompt:
             raise DataError(f"{conversation.where}: plain text has no prompt to answer")
         ids = tokenizer.encode(conversation.prompt)
-        return _bos(tokenizer) + ids, conversation.completion
+        return bos_of(tokenizer) + ids, conversation.completion
     conversation = _arrange_thoughts(conversation, tokenizer, config)
     last = (trained_answers(conversation, "last") or [0])[0]
     if last == 0:
@@ -121,7 +121,7 @@ def _mark_plain(
     conversation, prompt = layout.conversation, prompts[0]
     if ids[: len(prompt)] != prompt:
         raise DataError(_prefix_error(conversation, layout.turns[0], ids, prompt, tokenizer))
-    bos = _bos(tokenizer)
+    bos = bos_of(tokenizer)
     if tokenizer.eos_id is None:
         raise DataError(
             f"{conversation.where}: EOS would never be trained, because the tokenizer {tokenizer.name} has none. "
@@ -149,7 +149,8 @@ def _unchecked(conversation: Conversation, ids: Sequence[int], mask: np.ndarray)
     return Example(tokens=tokens, mask=mask, row=conversation.row, part=conversation.part, values=values)
 
 
-def _bos(tokenizer: Tokenizer) -> list[int]:
+def bos_of(tokenizer: Tokenizer) -> list[int]:
+    """The ids that the tokenizer puts before plain text: BOS, or none."""
     return [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
 
 

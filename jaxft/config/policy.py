@@ -1,0 +1,77 @@
+"""The sections of methods that learn from rewards: they sample answers, which are judged while the model trains."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from jaxft.config.fields import ABOVE_ZERO, NOT_NEGATIVE, Range
+from jaxft.config.method_section import MethodSection
+from jaxft.errors import ConfigError
+
+ABOVE_ONE = Range(lambda value: value > 1, "above 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnlineSection(MethodSection):
+    """The settings of a method whose rows are prompts, which the model answers while it trains."""
+
+    HELD_OUT_METRICS = ("eval_reward",)
+    ROWS = "prompts"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPOConfig(OnlineSection):
+    """Group relative policy optimization: each answer is judged by how its reward differs from those of its group."""
+
+    loss_type: Annotated[
+        Literal["grpo", "bnpo", "dapo", "dr_grpo", "cispo", "luspo"],
+        "the loss of a token and what it is divided by. `dapo` and `bnpo`: by the trained tokens of the batch; `grpo`: "
+        "by the tokens of its answer, then by the answers; `dr_grpo`: by answers times "
+        "`rollout.max_completion_length`; `luspo`: by the answers; `cispo`: as `dapo`, with the clipped ratio as a "
+        "constant factor; see [rewards](rewards.md#losses)",
+    ] = "dapo"
+    importance_sampling_level: Annotated[
+        Literal["token", "sequence"],
+        "whether the ratio of the policies is that of each token, or one of the whole answer (GSPO, arXiv:2507.18071)",
+    ] = "token"
+    epsilon: Annotated[float, ABOVE_ZERO, "how far below 1 the ratio of the policies is clipped"] = 0.2
+    epsilon_high: Annotated[
+        float | None,
+        ABOVE_ZERO,
+        "how far above 1 the ratio is clipped; DAPO (arXiv:2503.14476) uses 0.28, CISPO 5; None: `epsilon`",
+    ] = None
+    delta: Annotated[
+        float | None,
+        ABOVE_ONE,
+        "upper limit of the ratio if the advantage is negative (INTELLECT-2, arXiv:2505.07291); None: no limit",
+    ] = None
+    beta: Annotated[
+        float, NOT_NEGATIVE, "coefficient of the KL divergence from the reference, the model at the start; 0: no reference"
+    ] = 0.0
+    kl_estimator: Annotated[
+        Literal["k3_ratio", "k3"],
+        "estimator of the divergence. `k3`: exp(r) - r - 1 with r = reference - policy "
+        "(http://joschu.net/blog/kl-approx.html); `k3_ratio`: the same times the ratio of the policies, whose gradient "
+        "is that of the divergence",
+    ] = "k3_ratio"
+    scale_rewards: Annotated[
+        Literal["group", "batch", "none"],
+        "what the difference to the mean reward of the group is divided by: the deviation of rewards in the `group`, "
+        "that in the `batch`, or nothing (`none`, arXiv:2503.20783)",
+    ] = "group"
+    importance_cap: Annotated[
+        float | None,
+        ABOVE_ZERO,
+        "upper limit of the factor that corrects for tokens whose probability differed when they were sampled "
+        "(truncated importance sampling); None: no correction",
+    ] = 2.0
+    mask_truncated_completions: Annotated[bool, "leave answers out of the loss that were cut off at their length"] = (
+        False
+    )
+    entropy_coef: Annotated[float, NOT_NEGATIVE, "factor of the mean entropy of tokens, which is maximised"] = 0.0
+
+    def check(self) -> None:
+        if self.delta is not None and self.delta <= 1 + (self.epsilon_high or self.epsilon):
+            raise ConfigError(
+                f"method.grpo.delta={self.delta} must be above 1 + epsilon_high={1 + (self.epsilon_high or self.epsilon)}"
+                ": it limits ratios that the clip lets pass. Raise it, or set it to None."
+            )

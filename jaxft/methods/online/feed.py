@@ -1,0 +1,180 @@
+"""The batches of methods that learn from rewards: answers are sampled, judged, and packed into updates."""
+
+# B rows, S sequence
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxft.config import RunConfig
+from jaxft.data.batch import Batch
+from jaxft.data.prompts import Prompt
+from jaxft.methods.method import Run
+from jaxft.methods.online.passes import Passes, rows_of
+from jaxft.nn.decoder import Decoder
+from jaxft.rollouts.completions import CompletionsLog
+from jaxft.rollouts.order import PromptOrder
+from jaxft.rollouts.packed import PackedRollouts, pack_rollouts
+from jaxft.rollouts.rewards import Scores
+from jaxft.rollouts.rollout import Rollout, completion_figures
+from jaxft.rollouts.sample import Sampler, seed_of
+from jaxft.sharding.arrays import from_rows
+from jaxft.sharding.processes import is_primary
+from jaxft.training.state import TrainState
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """The answers of a rollout in groups, with their rewards.
+
+    rewards: [n] float64, the weighted sum of the reward functions; NaN for an answer that none of them scored. groups:
+    int [n], the number of each answer's prompt.
+    """
+
+    rollouts: tuple[Rollout, ...]
+    rewards: np.ndarray
+    scores: Scores | None
+
+    @property
+    def groups(self) -> np.ndarray:
+        return np.array([one.group for one in self.rollouts])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Updates:
+    """The batches of the optimizer steps that train on one rollout, in turn, and what is logged of them.
+
+    numbers: of every answer, by name, for `completions.jsonl`.
+    """
+
+    batches: tuple[Batch[np.ndarray], ...]
+    figures: dict[str, float]
+    numbers: dict[str, np.ndarray]
+
+
+class MakeUpdates(Protocol):
+    """How a method turns judged answers into batches."""
+
+    def __call__(self, run: Run, judged: Judged, state: TrainState, passes: Passes) -> Updates: ...
+
+
+class RolloutFeed:
+    """`(state, step) -> batch`: samples with the weights in `state` if a new rollout is due at `step`.
+
+    The prompts and all random draws are functions of the step, so that a run that resumes at the first step of a
+    rollout goes on with the same answers.
+    """
+
+    def __init__(self, run: Run, graphdef: nnx.GraphDef[Decoder], make_updates: MakeUpdates) -> None:
+        if not isinstance(run.source, PromptOrder):
+            raise TypeError(f"rollouts answer the prompts of a PromptOrder, not of a {type(run.source).__name__}")
+        self._run, self._graphdef, self._make_updates = run, graphdef, make_updates
+        self._order, self._sampler = run.source, sampler_of(run)
+        self._passes = Passes(run, graphdef)
+        self._current: int | None = None
+        self._updates: Updates | None = None
+        self._figures: dict[str, float] = {}
+        self._log: CompletionsLog | None = None
+
+    def __call__(self, state: TrainState, step: int) -> Batch[jax.Array]:
+        number = self._order.rollout_of(step)
+        if self._updates is None or number != self._current:
+            self._updates, self._current = self._rollout(state, number, step), number
+        batches = self._updates.batches
+        batch = batches[step % len(batches)]
+        sharding = self._run.mesh.batch_sharding()
+        return from_rows(partial(rows_of, batch), len(batch.tokens_BS), sharding)
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """The figures of the rollout that the last batch came from."""
+        return self._figures
+
+    def may_stop(self, step: int) -> bool:
+        """Whether a run that stops after `step` steps can go on from there: not in the middle of a rollout."""
+        return step % self._order.updates == 0
+
+    def _rollout(self, state: TrainState, number: int, step: int) -> Updates:
+        started = time.monotonic()
+        judged, redrawn = self._judged(state, number)
+        sampled = time.monotonic()
+        updates = self._make_updates(self._run, judged, state, self._passes)
+        rows = sum(batch.segments_BS.size for batch in updates.batches)
+        filled = sum(int(np.count_nonzero(batch.segments_BS)) for batch in updates.batches)
+        tokens = sum(int(one.sampled.sum()) for one in judged.rollouts)
+        self._figures = {
+            **completion_figures(judged.rollouts),
+            **reward_figures(judged),
+            **({"rollout/redrawn_groups": float(redrawn)} if self._run.config.rollout.max_redraws else {}),
+            **updates.figures,
+            "padding_share": 1 - filled / rows,
+            "rollout_seconds": sampled - started,
+            "rollout_tokens_per_second": tokens / (sampled - started),
+        }
+        self._write(step, judged, updates)
+        return updates
+
+    def _judged(self, state: TrainState, number: int) -> tuple[Judged, int]:
+        """The answers of a rollout, and how many groups were replaced."""
+        config = self._run.config
+        judged = self._answer(state, self._order.prompts_of(number), seed_of(config.seed, number))
+        redrawn = 0
+        for draw in range(config.rollout.max_redraws):
+            alike = alike_groups(judged)
+            if not alike:
+                break
+            spare = self._order.spare_prompts(number, draw, len(alike))
+            again = self._answer(state, spare, seed_of(config.seed, number, draw + 1))
+            judged = with_groups(judged, alike, again)
+            redrawn += len(alike)
+        return judged, redrawn
+
+    def _answer(self, state: TrainState, prompts: Sequence[Prompt], seed: int) -> Judged:
+        temperature = self._run.config.rollout.temperature
+        # The state is donated to the step, so nothing may keep its arrays after this.
+        model = nnx.merge(self._graphdef, state.trainable, state.frozen)
+        return judge(self._run, self._sampler.sample(model, prompts, temperature=temperature, seed=seed))
+
+    def _write(self, step: int, judged: Judged, updates: Updates) -> None:
+        if not is_primary() or not self._run.config.rollout.log_completions:
+            return
+        if self._log is None:
+            self._log = CompletionsLog(self._run.folder, step)
+        rewards = {} if judged.scores is None else judged.scores.by_function
+        self._log.add(step + 1, judged.rollouts, rewards, {"reward": judged.rewards, **updates.numbers})
+
+
+def sampler_of(run: Run, *, group: int | None = None) -> Sampler:
+    """How answers of a run are sampled. group: answers to each prompt; by default those of training."""
+    config = run.config
+    return Sampler(
+        tokenizer=run.tokenizer,
+        group=group or config.rollout.num_generations,
+        max_completion_length=config.rollout.max_completion_length,
+        length=config.data.max_length,
+        slots=config.rollout.slots,
+    )
+
+
+def judge(run: Run, rollouts: Sequence[Rollout]) -> Judged:
+    """The answers with the rewards that the reward functions of the run give them."""
+    if run.rewards is None:
+        return Judged(rollouts=tuple(rollouts), rewards=np.full(len(rollouts), np.nan), scores=None)
+    scores = run.rewards.score(
+        [one.prompt.messages for one in rollouts],
+        [one.text for one in rollouts],
+        [one.tokens.tolist() for one in rollouts],
+        columns_of([one.prompt for one in rollouts]),
+    )
+    return Judged(rollouts=tuple(rollouts), rewards=scores.total, scores=scores)
+
+
+def columns_of(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
+    """The columns that all rows have, each as a list over the prompts."""
+    names = set.intersection(*(set(prompt.columns) for prompt in prompts)) if prompts else set()
+    return {name: [prompt.columns[name] for prompt in prompts] for name in sorted(names)}

@@ -1,0 +1,65 @@
+"""Forward passes over sampled answers that an update needs before its loss: of the policy and of its reference."""
+
+# B rows, S sequence
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxft.data.batch import Batch
+from jaxft.methods.method import Run
+from jaxft.methods.reference import reference_model
+from jaxft.nn.decoder import Decoder
+from jaxft.objectives.loss import MethodState
+from jaxft.objectives.policy.logps import policy_logps
+from jaxft.sharding.arrays import from_rows, to_host
+from jaxft.training.state import TrainState
+
+
+class Passes:
+    """The passes of one run. They have the shapes of micro-batches, so that they need no more memory than a step."""
+
+    def __init__(self, run: Run, graphdef: nnx.GraphDef[Decoder]) -> None:
+        self._run = run
+        temperature = run.config.rollout.temperature
+        logps = partial(policy_logps, temperature=temperature)
+
+        def policy(
+            trainable: nnx.State, frozen: nnx.State, method: MethodState | None, batch: Batch[jax.Array]
+        ) -> jax.Array:
+            return logps(nnx.merge(graphdef, trainable, frozen), batch)
+
+        def reference(
+            trainable: nnx.State, frozen: nnx.State, method: MethodState | None, batch: Batch[jax.Array]
+        ) -> jax.Array:
+            return logps(reference_model(nnx.merge(graphdef, trainable, frozen), method), batch)
+
+        self._policy, self._reference = (jax.jit(run.mesh.bind(one)) for one in (policy, reference))
+
+    def policy_logps(self, state: TrainState, batch: Batch[np.ndarray]) -> np.ndarray:
+        """The log-probability of every trained token under the weights of a state, in nats, [B, S] float32."""
+        return self._by_rows(self._policy, state, batch)
+
+    def reference_logps(self, state: TrainState, batch: Batch[np.ndarray]) -> np.ndarray:
+        """The same under the reference, the model at the start of the run."""
+        return self._by_rows(self._reference, state, batch)
+
+    def _by_rows(
+        self, logps: Callable[..., jax.Array], state: TrainState, batch: Batch[np.ndarray]
+    ) -> np.ndarray:
+        rows = len(batch.tokens_BS)
+        count = rows // self._run.config.train.accumulation_steps
+        parts = []
+        for start in range(0, rows, count):
+            part = rows_of(batch, slice(start, start + count))
+            device = from_rows(partial(rows_of, part), count, self._run.mesh.batch_sharding())
+            parts.append(to_host(logps(state.trainable, state.frozen, state.method, device)))
+        return np.concatenate(parts)
+
+
+def rows_of(batch: Batch[np.ndarray], rows: slice) -> Batch[np.ndarray]:
+    """Some rows of a batch in host memory."""
+    return jax.tree.map(lambda x: x[rows], batch)

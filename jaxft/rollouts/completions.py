@@ -1,0 +1,70 @@
+"""`completions.jsonl` in the run folder: every sampled answer, with what each reward function gave it."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxft.files.atomic import write_text
+from jaxft.files.run_folder import COMPLETIONS
+from jaxft.rollouts.rollout import Rollout
+
+
+class CompletionsLog:
+    """Appends rollouts to the file; those of the steps after `step` are removed first, since they are taken again.
+
+    folder: the run folder.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self._path = folder / COMPLETIONS
+        kept = [row for row in read_completions(folder) if row["step"] <= step]
+        # Atomic, so that a kill in this moment loses nothing.
+        write_text(self._path, "".join(_line(row) for row in kept))
+
+    def add(
+        self,
+        step: int,
+        rollouts: Sequence[Rollout],
+        rewards: Mapping[str, np.ndarray],
+        numbers: Mapping[str, Sequence[float] | np.ndarray],
+    ) -> None:
+        """Appends the answers of a rollout.
+
+        step: the first step, from 1, that trains on them. rewards: by function, NaN for answers that were not scored.
+        numbers: further numbers of the answers, such as their advantages.
+        """
+        with open(self._path, "a", encoding="utf-8", newline="\n") as file:
+            for index, one in enumerate(rollouts):
+                row = {
+                    "step": step,
+                    "group": one.group,
+                    "row": one.prompt.row,
+                    "prompt": one.prompt.messages,
+                    "completion": one.text,
+                    "tokens": int(one.sampled.sum()),
+                    "finish_reason": one.finish_reason,
+                    "rewards": {name: _number(values[index]) for name, values in rewards.items()},
+                    **{name: _number(values[index]) for name, values in numbers.items()},
+                }
+                file.write(_line(row))
+
+
+def read_completions(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run folder's `completions.jsonl`, without an incomplete last line; none if there is no file."""
+    path = folder / COMPLETIONS
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)

@@ -1,0 +1,219 @@
+"""The rewards of sampled answers, by functions that run in processes of their own."""
+
+# n answers
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+
+from jaxft.errors import ConfigError, DataError, JaxftError, did_you_mean
+from jaxft.rollouts.rewards.named import Named, named_functions
+from jaxft.rollouts.rewards.pool import Call, Pool
+from jaxft.sharding.processes import gather, process_share
+
+GIVEN = ("prompts", "completions", "completion_ids")
+Prompt = str | Sequence[Mapping[str, Any]]
+
+
+class RewardError(JaxftError):
+    """A reward function failed: it raised, its process died, or it returned no rewards."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """The rewards of n answers.
+
+    by_function: of each function, float64 [n]; NaN for an answer that it did not score. total: their weighted sum, [n],
+    without those that are NaN; NaN for an answer that no function scored. timeouts: answers that a function did not
+    score because it took too long, by function. seconds: that scoring took.
+    """
+
+    by_function: dict[str, np.ndarray]
+    total: np.ndarray
+    timeouts: dict[str, int]
+    seconds: float
+
+    def figures(self) -> dict[str, float]:
+        """Means and deviations under TRL's names, over the answers that were scored; and the timeouts, if any."""
+        figures: dict[str, float] = {}
+        for name, values in self.by_function.items():
+            scored = values[~np.isnan(values)]
+            figures[f"rewards/{name}/mean"] = float(scored.mean()) if len(scored) else 0.0
+            figures[f"rewards/{name}/std"] = float(scored.std(ddof=1)) if len(scored) > 1 else 0.0
+            figures[f"rewards/{name}/unscored"] = float(len(values) - len(scored))
+            figures[f"rewards/{name}/timeouts"] = float(self.timeouts[name])
+        return figures
+
+
+class RewardFunctions:
+    """The functions of `rewards.functions`, each called in one of `workers` processes; a context manager.
+
+    completions: whether functions get an answer to messages as `text`, or as a list with one assistant message. Raises
+    ConfigError for functions that cannot be imported. The processes start with `check`, or the first answers.
+    """
+
+    def __init__(
+        self,
+        functions: str,
+        *,
+        workers: int = 2,
+        timeout_seconds: float = 60.0,
+        completions: Literal["text", "messages"] = "text",
+    ) -> None:
+        self.functions = named_functions(functions)
+        self._completions, self._workers = completions, workers
+        self._timeout = timeout_seconds
+        self._pool = Pool(workers, timeout_seconds)
+        self._parameters: dict[str, dict[str, Any]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the processes."""
+        self._pool.close()
+
+    def check(self, columns: Sequence[str]) -> None:
+        """Imports every function and compares its parameters with the columns of the rows.
+
+        Raises ConfigError if a function cannot be imported, or needs a column that the rows do not have.
+        """
+        calls = [Call(kind="load", source=one.source, name=one.name) for one in self.functions]
+        self._pool.run(calls)
+        for one, call in zip(self.functions, calls, strict=True):
+            if call.outcome != "ok":
+                why = {"timeout": f"its import took longer than rewards.timeout_seconds={self._timeout:g}"}
+                raise ConfigError(f"reward function {one.name} of {one.source}: {why.get(call.outcome, call.result)}")
+            self._parameters[one.name] = call.result
+            missing = [name for name in call.result["needed"] if name not in (*GIVEN, *columns)]
+            if missing:
+                hints = "".join(did_you_mean(name, columns) for name in missing)
+                raise ConfigError(
+                    f"reward function {one.name} of {one.source} needs {', '.join(map(repr, missing))}, and the rows "
+                    f"have no such column; they have {', '.join(sorted(columns)) or 'none but the prompt'}.{hints} Add "
+                    "the column, or give the parameter a default."
+                )
+
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int]],
+        columns: Mapping[str, Sequence[Any]],
+    ) -> Scores:
+        """The rewards of n answers, in their order.
+
+        prompts: text or messages. completions: text of each answer, without stop tokens. completion_ids: its token ids.
+        columns: of the rows, [n] each. Several processes of a run each score a part of the answers, and then have all
+        rewards. Raises RewardError, naming the function, if it raises, if its process dies twice, or if it returns
+        anything but one number or None for each answer.
+        """
+        started = time.monotonic()
+        if not self._parameters:
+            self.check(list(columns))
+        messages = [self._completion(*pair) for pair in zip(prompts, completions, strict=True)]
+        known = {"prompts": list(prompts), "completions": messages, "completion_ids": [*map(list, completion_ids)]}
+        own = process_share(len(prompts))
+        values, timeouts = self._own_scores({**columns, **known}, own)
+        parts = gather([values, timeouts])
+        by_function = {
+            one.name: np.array([_nan(x) for part, _ in parts for x in part[one.name]], np.float64)
+            for one in self.functions
+        }
+        late = {one.name: sum(part[one.name] for _, part in parts) for one in self.functions}
+        return Scores(
+            by_function=by_function,
+            total=self._total(by_function),
+            timeouts=late,
+            seconds=time.monotonic() - started,
+        )
+
+    def _total(self, by_function: Mapping[str, np.ndarray]) -> np.ndarray:
+        weighted = np.stack([one.weight * by_function[one.name] for one in self.functions])
+        return np.where(np.isnan(weighted).all(axis=0), np.nan, np.nansum(weighted, axis=0))
+
+    def _completion(self, prompt: Prompt, text: str) -> Any:
+        if self._completions == "text" or isinstance(prompt, str):
+            return text
+        return [{"role": "assistant", "content": text}]
+
+    def _own_scores(
+        self, arguments: Mapping[str, Sequence[Any]], rows: range
+    ) -> tuple[dict[str, list[float | None]], dict[str, int]]:
+        """(rewards of these rows, rows that were not scored in time), both by function."""
+        cuts = [cut for cut in np.array_split(np.array(rows, int), self._workers) if len(cut)]
+        calls = [(one, cut, self._call(one, arguments, cut)) for one in self.functions for cut in cuts]
+        self._pool.run([call for _, _, call in calls])
+        values: dict[str, list[float | None]] = {one.name: [] for one in self.functions}
+        timeouts = dict.fromkeys(values, 0)
+        for one, cut, call in calls:
+            if call.outcome == "timeout":
+                timeouts[one.name] += len(cut)
+                values[one.name] += [None] * len(cut)
+            else:
+                values[one.name] += self._rewards(one, call, cut)
+        return values, timeouts
+
+    def _call(self, one: Named, arguments: Mapping[str, Sequence[Any]], rows: np.ndarray) -> Call:
+        takes = self._parameters[one.name]
+        wanted = {
+            name: [values[row] for row in rows] for name, values in arguments.items() if takes["any"] or name in takes["names"]
+        }
+        return Call(source=one.source, name=one.name, arguments=wanted)
+
+    def _rewards(self, one: Named, call: Call, rows: np.ndarray) -> list[float | None]:
+        where = f"reward function {one.name} of {one.source}"
+        if call.outcome == "died":
+            raise RewardError(
+                f"{where}: its process died twice (exit code {call.result}) on the answers {rows[0]} to {rows[-1]} of a "
+                "rollout. A negative code is the number of a signal; -9 may be a lack of memory."
+            )
+        if call.outcome == "error":
+            raise RewardError(f"{where} cannot be called:\n{call.result}")
+        returned, failure = call.result
+        if failure is not None:
+            row, text = failure
+            which = f"on answer {rows[row]} of a rollout" if row >= 0 else "on several answers, but on none of them alone"
+            completion = call.arguments.get("completions", [None])[max(row, 0)]
+            shown = "" if completion is None else f" Its completion is {str(completion)[:200]!r}."
+            raise RewardError(f"{where} raised {which}.{shown}{self._hint(text)}\n{text}")
+        if not isinstance(returned, list | tuple) or len(returned) != len(rows):
+            count = f"{len(returned)} rewards" if isinstance(returned, list | tuple) else f"a {type(returned).__name__}"
+            raise RewardError(
+                f"{where} returned {count} for {len(rows)} answers. It must return a list with one number for each "
+                "answer, or None for an answer that it does not score."
+            )
+        return [self._reward(where, value) for value in returned]
+
+    def _hint(self, text: str) -> str:
+        if self._completions == "text" and "string indices must be integers" in text:
+            return (
+                " Completions are text here. If the function expects a list with a message, as TRL gives it, set "
+                "rewards.completions='messages'."
+            )
+        return ""
+
+    @staticmethod
+    def _reward(where: str, value: Any) -> float | None:
+        if value is None:
+            return None
+        if isinstance(value, str | bytes) or not hasattr(value, "__float__") or not math.isfinite(float(value)):
+            raise RewardError(
+                f"{where} returned {value!r} as a reward. It must be a finite number, or None for an answer that it does "
+                "not score."
+            )
+        return float(value)
+
+
+def _nan(value: float | None) -> float:
+    return math.nan if value is None else value

@@ -1,0 +1,138 @@
+"""Processes that call reward functions, each call with a deadline."""
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from multiprocessing import Pipe
+from pathlib import Path
+from typing import Any, Literal
+
+WORKER = Path(__file__).with_name("worker.py")
+TRIES = 2  # of a call whose process dies
+
+
+@dataclass(eq=False, kw_only=True)
+class Call:
+    """One call of a function. outcome: `ok` with the result, `error` with its text, `timeout`, or `died`."""
+
+    source: str
+    name: str
+    kind: Literal["load", "call"] = "call"
+    arguments: dict[str, list[Any]] = field(default_factory=dict)
+    outcome: Literal["ok", "error", "timeout", "died"] | None = None
+    result: Any = None
+    tries: int = 0
+
+
+@dataclass(eq=False)
+class Worker:
+    """A process, and the call that it is busy with."""
+
+    process: "subprocess.Popen[bytes]"
+    connection: Connection
+    call: Call | None = None
+    deadline: float = 0.0
+
+
+class Pool:
+    """Worker processes, started when they are first needed; a context manager, which ends them.
+
+    size: most processes. timeout: seconds of a call. A process that takes longer is killed, and another takes its
+    place. A call whose process dies is tried once more in another one.
+    """
+
+    def __init__(self, size: int, timeout: float) -> None:
+        self._size, self._timeout = size, timeout
+        self._workers: list[Worker] = []
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends all processes; harmless when called again."""
+        for worker in self._workers:
+            self._end(worker)
+        self._workers = []
+
+    def run(self, calls: Sequence[Call]) -> None:
+        """Makes all calls, several at the same time, and sets their outcomes."""
+        waiting = deque(calls)
+        try:
+            while waiting or any(worker.call for worker in self._workers):
+                self._hand_out(waiting)
+                busy = [worker for worker in self._workers if worker.call]
+                first = min(worker.deadline for worker in busy)
+                ready = wait([worker.connection for worker in busy], max(0.0, first - time.monotonic()))
+                for worker in busy:
+                    if worker.connection in ready:
+                        self._receive(worker, waiting)
+                    elif time.monotonic() >= worker.deadline:
+                        self._drop(worker, "timeout", waiting)
+        except BaseException:
+            # The processes may be in the middle of calls, whose answers nobody waits for.
+            self.close()
+            raise
+
+    def _hand_out(self, waiting: deque[Call]) -> None:
+        while waiting:
+            worker = next((one for one in self._workers if one.call is None), None)
+            if worker is None:
+                if len(self._workers) >= self._size:
+                    return
+                worker = _start()
+                self._workers.append(worker)
+            call = waiting.popleft()
+            call.tries += 1
+            worker.call, worker.deadline = call, time.monotonic() + self._timeout
+            with contextlib.suppress(BrokenPipeError):  # then it has died, and its connection says so
+                worker.connection.send((call.kind, call.source, call.name, call.arguments))
+
+    def _receive(self, worker: Worker, waiting: deque[Call]) -> None:
+        try:
+            outcome, result = worker.connection.recv()
+        except (EOFError, OSError):
+            self._drop(worker, "died", waiting)
+            return
+        assert worker.call is not None
+        worker.call.outcome, worker.call.result, worker.call = outcome, result, None
+
+    def _drop(self, worker: Worker, outcome: Literal["timeout", "died"], waiting: deque[Call]) -> None:
+        """Ends a process whose call is not answered."""
+        call = worker.call
+        assert call is not None
+        self._end(worker)
+        self._workers.remove(worker)
+        if outcome == "died" and call.tries < TRIES:
+            waiting.append(call)
+        else:
+            call.outcome, call.result = outcome, worker.process.returncode
+
+    @staticmethod
+    def _end(worker: Worker) -> None:
+        worker.process.kill()
+        worker.process.wait()
+        worker.connection.close()
+
+
+def _start() -> Worker:
+    ours, theirs = Pipe()
+    # Accelerators belong to the run; and Ctrl-C is for the run, which ends its processes itself.
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen(
+        [sys.executable, str(WORKER), str(theirs.fileno())],
+        pass_fds=[theirs.fileno()],
+        env=env,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    theirs.close()
+    return Worker(process, ours)
