@@ -10,12 +10,12 @@ class MethodSection(Section):
     """The settings of one method.
 
     HELD_OUT_METRICS: the names of its held-out metrics, by which `checkpoint.best_metric` may rank. ROWS: the form of
-    its rows: conversations, pairs (a chosen and a rejected answer), or answers labelled good or bad. `:smoke` runs take
-    rows of this form.
+    its rows: conversations, pairs (a chosen and a rejected answer), answers labelled good or bad, or prompts, which the
+    model answers itself. `:smoke` runs take rows of this form.
     """
 
     HELD_OUT_METRICS: ClassVar[tuple[str, ...]] = ("eval_loss",)
-    ROWS: ClassVar[Literal["conversations", "pairs", "labelled"]] = "conversations"
+    ROWS: ClassVar[Literal["conversations", "pairs", "labelled", "prompts"]] = "conversations"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,7 +45,9 @@ class GRPOConfig(OnlineSection):
         "upper limit of the ratio if the advantage is negative (INTELLECT-2, arXiv:2505.07291); None: no limit",
     ] = None
     beta: Annotated[
-        float, NOT_NEGATIVE, "coefficient of the KL divergence from the reference, the model at the start; 0: no reference"
+        float,
+        NOT_NEGATIVE,
+        "coefficient of the KL divergence from the reference, the model at the start; 0: no reference",
     ] = 0.0
     kl_estimator: Annotated[
         Literal["k3_ratio", "k3"],
@@ -70,8 +72,9 @@ class GRPOConfig(OnlineSection):
     entropy_coef: Annotated[float, NOT_NEGATIVE, "factor of the mean entropy of tokens, which is maximised"] = 0.0
 
     def check(self) -> None:
-        if self.delta is not None and self.delta <= 1 + (self.epsilon_high or self.epsilon):
+        clip = 1 + (self.epsilon_high or self.epsilon)
+        if self.delta is not None and self.delta <= clip:
             raise ConfigError(
-                f"method.grpo.delta={self.delta} must be above 1 + epsilon_high={1 + (self.epsilon_high or self.epsilon)}"
-                ": it limits ratios that the clip lets pass. Raise it, or set it to None."
+                f"method.grpo.delta={self.delta} must be above 1 + epsilon_high={clip}: it limits ratios that the clip "
+                "lets pass. Raise it, or set it to None."
             )

@@ -14,8 +14,9 @@ class RewardsConfig(Section):
     functions: Annotated[
         str | None,
         ONLINE,
-        "reward functions, comma separated, each with its weight if it is not 1: `rewards.py:exact,rewards.py:brief=0.2` "
-        "or a built-in one: `exact_match`, `json_valid`, `json_exact`, `math_answer`, `python_tests`; see "
+        "reward functions, comma separated, each with its weight if it is not 1: "
+        "`rewards.py:exact,rewards.py:brief=0.2`, or a built-in one: `exact_match`, `json_valid`, `json_exact`, "
+        "`math_answer`, `python_tests`; see "
         "[rewards](rewards.md#reward-functions)",
     ] = None
     completions: Annotated[

@@ -33,8 +33,8 @@ class RolloutConfig(Section):
         int,
         Range(lambda value: 0 <= value < MAX_DRAWS, f"at least 0 and below {MAX_DRAWS}"),
         ONLINE,
-        "times that groups whose rewards are all alike are replaced by groups of other prompts (dynamic sampling, DAPO, "
-        "arXiv:2503.14476, section 3.2); 0: they are kept and teach nothing",
+        "times that groups whose rewards are all alike are replaced by groups of other prompts (dynamic sampling, "
+        "DAPO, arXiv:2503.14476, section 3.2); 0: they are kept and teach nothing",
     ] = 0
     slots: Annotated[
         int, ABOVE_ZERO, FREE_TO_CHANGE, ONLINE, "most answers that are decoded at the same time, over all devices"

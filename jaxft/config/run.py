@@ -11,6 +11,8 @@ from jaxft.config.mesh import MeshConfig
 from jaxft.config.method import MethodConfig
 from jaxft.config.model import ModelConfig
 from jaxft.config.optim import OptimConfig
+from jaxft.config.rewards import RewardsConfig
+from jaxft.config.rollout import RolloutConfig
 from jaxft.config.train import CheckpointConfig, EvalConfig, ExportConfig, RouterConfig, TrainConfig
 from jaxft.errors import ConfigError
 
@@ -28,6 +30,8 @@ class RunConfig(Section):
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    rewards: RewardsConfig = field(default_factory=RewardsConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -69,7 +69,10 @@ def read_row(fields: Mapping[str, Any], config: DataConfig, *, row: int, where: 
     try:
         read = READERS[name].read(fields, config)
         if "messages" in read:
-            read |= _marks(read["messages"]) | {"tools": tools_of(fields), "template_kwargs": template_kwargs_of(fields)}
+            read |= _marks(read["messages"]) | {
+                "tools": tools_of(fields),
+                "template_kwargs": template_kwargs_of(fields),
+            }
         return Conversation(row=row, where=where, format=name, **read)
     except (RowProblem, BadCall) as problem:
         raise DataError(f"{where} ({name}): {problem}") from problem

@@ -4,8 +4,8 @@ import jax
 
 from jaxft.config import RunConfig
 from jaxft.data.batch import Batch
-from jaxft.methods.pairs import pair_method, unit_counts
-from jaxft.methods.router import router_coefficients
+from jaxft.methods.parts.pairs import pair_method, unit_counts
+from jaxft.methods.parts.router import router_coefficients
 from jaxft.nn.decoder import Decoder
 from jaxft.objectives.loss import BatchSums, Loss, LossSums, MethodState
 from jaxft.objectives.reference_free import CPOSettings, cpo_loss

@@ -11,10 +11,10 @@ from jaxft.config import RunConfig
 from jaxft.data import prepare
 from jaxft.data.batch import Batch
 from jaxft.errors import ConfigError
-from jaxft.methods import sequences
-from jaxft.methods.charts import TEACHER_CHARTS
 from jaxft.methods.method import Method, Run, no_state
-from jaxft.methods.router import router_coefficients
+from jaxft.methods.parts import sequences
+from jaxft.methods.parts.charts import TEACHER_CHARTS
+from jaxft.methods.parts.router import router_coefficients
 from jaxft.methods.teacher.cache import TEACHER_IDS, TEACHER_LOGPS, with_teacher_logps
 from jaxft.methods.teacher.frozen import FrozenModel
 from jaxft.nn.decoder import Decoder

@@ -9,19 +9,19 @@ from flax import nnx
 from jaxft.config import RunConfig
 from jaxft.data.batch import Batch
 from jaxft.data.preferences import prepare_pairs
-from jaxft.methods import sequences
-from jaxft.methods.charts import PAIR_CHARTS
 from jaxft.methods.method import Method, Run
-from jaxft.methods.pairs import batch_shapes, check_pairs, unit_counts
-from jaxft.methods.reference import (
+from jaxft.methods.parts import sequences
+from jaxft.methods.parts.charts import PAIR_CHARTS
+from jaxft.methods.parts.pairs import batch_shapes, check_pairs, unit_counts
+from jaxft.methods.parts.reference import (
     check_reference,
     reference_logps,
     reference_passes,
     reference_state,
     reference_values,
 )
-from jaxft.methods.reference_cache import with_reference_logps
-from jaxft.methods.router import router_coefficients
+from jaxft.methods.parts.reference_cache import with_reference_logps
+from jaxft.methods.parts.router import router_coefficients
 from jaxft.nn.decoder import Decoder
 from jaxft.objectives.dpo import DPOSettings, dpo_loss
 from jaxft.objectives.loss import BatchSums, Loss, LossSums, MethodState

@@ -14,12 +14,12 @@ from jaxft.data.batch import Array, Batch, Example
 from jaxft.data.formats import DESIRABLE
 from jaxft.data.preferences.labelled import Labelled, Reserved, prepare_labelled
 from jaxft.errors import ConfigError
-from jaxft.methods import sequences
-from jaxft.methods.charts import LABEL_CHARTS
 from jaxft.methods.method import Method, Run
-from jaxft.methods.reference import check_reference, is_cached, reference_logps, reference_state, reference_values
-from jaxft.methods.reference_cache import with_reference_logps
-from jaxft.methods.router import router_coefficients
+from jaxft.methods.parts import sequences
+from jaxft.methods.parts.charts import LABEL_CHARTS
+from jaxft.methods.parts.reference import check_reference, is_cached, reference_logps, reference_state, reference_values
+from jaxft.methods.parts.reference_cache import with_reference_logps
+from jaxft.methods.parts.router import router_coefficients
 from jaxft.nn.decoder import Decoder
 from jaxft.objectives.documents import document_logps
 from jaxft.objectives.kto import KTOSums, kto_loss, kto_sums, summed_log_ratio
@@ -52,18 +52,19 @@ def check(config: RunConfig, model: Decoder) -> None:
     router_coefficients(config, model)
 
 
-def feed(run: Run) -> Callable[[TrainState, int], KTOBatch[jax.Array]]:
-    """`(state, step) -> batch`: the answers of `run.source`, and their mismatched documents by the same plan."""
+def feed(run: Run, graphdef: nnx.GraphDef[Decoder]) -> sequences.SequenceFeed:
+    """`Method.feed`: the answers of `run.source`, and their mismatched documents by the same plan."""
     if not _estimates_kl(run.config):
-        return lambda state, step: KTOBatch(sequences.device_batch(run, step), None)
+        answers = partial(sequences.device_batch, run)
+        return sequences.SequenceFeed(source=run.source, batch=lambda step: KTOBatch(answers(step), None))
     sets = tuple(dataclasses.replace(one, examples=mismatched_of(one.examples)) for one in run.data.sets)
     data: Prepared = dataclasses.replace(run.data, sets=sets)
     source = sequences.source(run.config, data, run.tokenizer)
 
-    def batch(state: TrainState, step: int) -> KTOBatch[jax.Array]:
+    def batch(step: int) -> KTOBatch[jax.Array]:
         return KTOBatch(sequences.device_batch(run, step), sequences.device_batch(run, step, source))
 
-    return batch
+    return sequences.SequenceFeed(source=run.source, batch=batch)
 
 
 def mismatched_of(examples: Sequence[Example]) -> list[Example]:

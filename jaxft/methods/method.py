@@ -1,20 +1,22 @@
 """The contract of a training method, and what a run hands it."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from flax import nnx
 
 from jaxft.config import RunConfig
 from jaxft.data import Prepared, Tokenizer
 from jaxft.data.batch_source import BatchSource
-from jaxft.methods.charts import Chart
+from jaxft.methods.parts.charts import Chart
 from jaxft.methods.teacher.frozen import FrozenModel
 from jaxft.nn.decoder import Decoder
 from jaxft.nn.score import Head
 from jaxft.objectives.loss import BatchSums, Loss, MethodState
+from jaxft.rollouts.rewards import RewardFunctions
 from jaxft.sharding.mesh import MeshPlan
 from jaxft.training.state import TrainState
 
@@ -25,7 +27,8 @@ class Run:
 
     folder: the run folder. model: abstract, with its adapters. source: the batches of every step. print_line: prints a
     line for people, such as the progress of long work. held_out_only: whether it is an evaluation, which needs nothing
-    of the training rows and writes nothing into the run folder.
+    of the training rows and writes nothing into the run folder. rewards: the functions that judge sampled answers, if
+    the method samples any.
     """
 
     config: RunConfig
@@ -37,11 +40,25 @@ class Run:
     source: BatchSource
     print_line: Callable[[str], None] = lambda line: None
     held_out_only: bool = False
+    rewards: RewardFunctions | None = None
 
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
         return self.source.total_steps
+
+
+class Feed(Protocol):
+    """The batches of a run, on the devices of its mesh."""
+
+    def __call__(self, state: TrainState, step: int) -> Any:
+        """The batch of a step, from 0. Methods that sample their own data do so with the weights in `state`."""
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """Values to log about the data of the first `step` steps."""
+
+    def may_stop(self, step: int) -> bool:
+        """Whether a run that stops after `step` steps can go on from there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +67,9 @@ class Method:
 
     prepare(config, tokenizer): the examined rows. Raises DataError, naming the row, for rows that would train wrong.
     source(config, data, tokenizer): the number of steps, and what the data of each step is, without a model.
-    feed(run): `(state, step) -> batch`, the batch of a step from 0, on the devices of the mesh. Methods that generate
-    their own data use the weights in `state`.
+    feed(run, graphdef): the batches, on the devices of the mesh.
+    rewards(config, data): what judges sampled answers, open for as long as the run lasts; None if nothing does. Raises
+    ConfigError if it cannot judge answers to these rows.
     batch_shapes(config): the batch as jax.ShapeDtypeStructs, for `jaxft plan`.
     check(config, model): raises ConfigError for settings that the method cannot train with. model: abstract.
     initial_state(config, trainable): the method's own arrays at step 0, made from the trainable parameters before the
@@ -67,6 +85,7 @@ class Method:
     evaluator(run, graphdef): `state -> held-out metrics`; None if no rows are held out.
     loss_unit: what the loss is a mean of, for people. charts: the method's own charts in a run's report.
     head: what the trained model ends in: an LM head, or a score head in its place.
+    skips_empty: whether a batch in which nothing is trained leaves the model as it is; otherwise it is an error.
     reference_passes(config): forward passes in each training step beside the training pass, such as those of a frozen
     reference with the shapes of the base, for the work that `jaxft plan` reports.
     describe(config): what the method does, in a few words for people, such as `DPO with beta=0.1`.
@@ -74,7 +93,7 @@ class Method:
 
     prepare: Callable[[RunConfig, Tokenizer], Prepared]
     source: Callable[[RunConfig, Prepared, Tokenizer], BatchSource]
-    feed: Callable[[Run], Callable[[TrainState, int], Any]]
+    feed: Callable[[Run, nnx.GraphDef[Decoder]], Feed]
     batch_shapes: Callable[[RunConfig], Any]
     check: Callable[[RunConfig, Decoder], None]
     initial_state: Callable[[RunConfig, nnx.State], MethodState | None]
@@ -88,6 +107,10 @@ class Method:
     precompute: Callable[[Run, Callable[[], Decoder]], Run] = lambda run, base: run
     batch_sums: Callable[[RunConfig, Decoder], BatchSums | None] = lambda config, model: None
     frozen: Callable[[RunConfig], FrozenModel | None] = lambda config: None
+    rewards: Callable[[RunConfig, Prepared], AbstractContextManager[RewardFunctions | None]] = lambda config, data: (
+        nullcontext()
+    )
+    skips_empty: bool = False
 
 
 def no_state(config: RunConfig, trainable: nnx.State) -> None:

@@ -11,11 +11,11 @@ from jaxft.data.examine import Examination
 from jaxft.data.preferences import prepare_pairs
 from jaxft.data.tokenizers.padding import separate_pad_id
 from jaxft.errors import ConfigError, DataError
-from jaxft.methods import sequences
-from jaxft.methods.charts import SCORE_CHARTS
 from jaxft.methods.method import Method, Run, no_state
-from jaxft.methods.pairs import batch_shapes, check_pairs
-from jaxft.methods.router import router_coefficients
+from jaxft.methods.parts import sequences
+from jaxft.methods.parts.charts import SCORE_CHARTS
+from jaxft.methods.parts.pairs import batch_shapes, check_pairs
+from jaxft.methods.parts.router import router_coefficients
 from jaxft.nn.decoder import Decoder
 from jaxft.objectives.loss import Loss
 from jaxft.objectives.reward import reward_loss

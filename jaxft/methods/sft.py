@@ -8,9 +8,9 @@ from flax import nnx
 
 from jaxft.config import RunConfig
 from jaxft.data import prepare
-from jaxft.methods import sequences
 from jaxft.methods.method import Method, Run, no_state
-from jaxft.methods.router import router_coefficients
+from jaxft.methods.parts import sequences
+from jaxft.methods.parts.router import router_coefficients
 from jaxft.nn.decoder import Decoder
 from jaxft.objectives.loss import Loss
 from jaxft.objectives.sft import sft_loss

@@ -34,9 +34,7 @@ def by_position(values_BP: jax.Array, segments_BS: jax.Array) -> jax.Array:
     return jnp.take_along_axis(with_padding, segments_BS, axis=1)
 
 
-def target_logps(
-    model: Decoder, hidden_BSD: jax.Array, batch: Batch[jax.Array], temperature: float = 1.0
-) -> jax.Array:
+def target_logps(model: Decoder, hidden_BSD: jax.Array, batch: Batch[jax.Array], temperature: float = 1.0) -> jax.Array:
     """The log-probability of every trained target in nats, [B, S] float32; 0 if a position is not trained.
 
     temperature: divides the logits.

@@ -39,7 +39,7 @@ class PackedRollouts:
         return out_BP
 
     def by_token(self, values: Sequence[npt.ArrayLike]) -> np.ndarray:
-        """Values of the tokens of each rollout's answer, in the layout of `Batch.arrays`: [B, S] float32, 0 elsewhere."""
+        """Values of the tokens of each answer, in the layout of `Batch.arrays`: [B, S] float32, 0 elsewhere."""
         out_BS = np.zeros(self.batch.tokens_BS.shape, np.float32)
         for one, place, own in zip(self.rollouts, self.places, values, strict=True):
             out_BS[place.row, self._answer(one, place)] = own

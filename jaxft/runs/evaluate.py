@@ -1,5 +1,6 @@
 """Evaluation of any model on a config's held-out rows."""
 
+import dataclasses
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,9 @@ def evaluate(model: LoadedModel, tokenizer: Tokenizer, config: RunConfig) -> dic
     run = method.precompute(run, lambda: build_model(config, run.mesh).module)
     state = TrainState(jnp.int32(0), trainable, frozen, (), jax.random.key(config.seed), _method_state(config, method))
     state = with_frozen(state, load_frozen(config, mesh))
-    evaluator = method.evaluator(run, graphdef)
-    out: dict[str, Any] = {} if evaluator is None else dict(evaluator(state))
+    with method.rewards(config, data) as rewards:
+        evaluator = method.evaluator(dataclasses.replace(run, rewards=rewards), graphdef)
+        out: dict[str, Any] = {} if evaluator is None else dict(evaluator(state))
     out["eval_rows"] = len(data.eval_examples)
     if config.eval.metric:
         answers = answer(model.module, tokenizer, data, config.eval, config.eval.metric)

@@ -23,7 +23,7 @@ from jaxft.data import render_rows, tokenizer_of
 from jaxft.files import run_folder
 from jaxft.methods import method_of
 from jaxft.methods.method import Run
-from jaxft.methods.sequences import device_batch, evaluated_weights
+from jaxft.methods.parts.sequences import device_batch, evaluated_weights
 from jaxft.nn.decoder import Decoder
 from jaxft.optim.make import make_schedule
 from jaxft.runs.build import (
@@ -59,6 +59,12 @@ def train(config: RunConfig, *, console: Console | None = None) -> dict[str, Any
     """
     console = (console or Console()) if is_primary() else Console(quiet=True)
     run = dataclasses.replace(set_up(config), print_line=partial(console.print, highlight=False))
+    with method_of(config).rewards(config, run.data) as rewards:
+        return _train(dataclasses.replace(run, rewards=rewards), console)
+
+
+def _train(run: Run, console: Console) -> dict[str, Any]:
+    config = run.config
     console.print(describe(run), highlight=False, soft_wrap=True)
     print_mixture(run.source, console)
     console.print("\ntwo training rows, their trained tokens marked:", highlight=False)
@@ -148,7 +154,6 @@ def _fit(run: Run, loaded: LoadedModel, console: Console) -> dict[str, float]:
     config, method = run.config, method_of(run.config)
     schedule = make_schedule(config.optim, run.total_steps)
     tx = make_tx(config, loaded.module, schedule)
-    feed = method.feed(run)
     checkpoints = RunCheckpoints(
         run.folder / run_folder.CHECKPOINTS,
         keep=config.checkpoint.keep,
@@ -173,13 +178,15 @@ def _fit(run: Run, loaded: LoadedModel, console: Console) -> dict[str, float]:
         with _log(run, start if restored else None, console) as log:
             if start:
                 log.note(f"going on from step {start} of {run.total_steps}")
+            feed = method.feed(run, graphdef)
             hooks = Hooks(
                 train_step=_jitted_step(run, graphdef, tx, schedule, state),
                 batch=feed,
                 evaluate=method.evaluator(run, graphdef),
                 save=_saver(config, checkpoints),
                 preempted=distributed.reached_preemption,
-                data_metrics=run.source.metrics,
+                may_stop=feed.may_stop,
+                data_metrics=feed.metrics,
             )
             cadence = Cadence(
                 total_steps=run.total_steps,

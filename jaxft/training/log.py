@@ -18,7 +18,10 @@ from jaxft.files.atomic import write_text
 from jaxft.files.run_folder import METRICS, TENSORBOARD
 
 # Keys whose values come from a clock: two runs that are equal in every other key are the same run.
-TIMING_KEYS = ("tokens_per_second", "step_seconds", "eval_seconds", "elapsed_seconds")
+TIMING_KEYS = (
+    "tokens_per_second", "step_seconds", "eval_seconds", "elapsed_seconds", "rollout_seconds", "reward_seconds",
+    "rollout_tokens_per_second",
+)  # fmt: skip
 
 
 class RunLog:

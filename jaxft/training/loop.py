@@ -41,7 +41,8 @@ class Hooks:
     train_step: jitted. batch(state, step): the batch of step number `step`, counted from 0, on its devices; a method
     that generates its own data reads the weights in `state`. evaluate(state): held-out metrics; None if no rows are
     held out. save(step, state, progress, metrics): writes a checkpoint. preempted(): called after every step; whether
-    to save and stop. data_metrics(step): values to log about the data consumed in the first `step` steps.
+    to save and stop. may_stop(step): whether a run can go on from a checkpoint after `step` steps; if not, it saves and
+    stops at the next step that may. data_metrics(step): values to log about the data of the first `step` steps.
     """
 
     train_step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
@@ -49,6 +50,7 @@ class Hooks:
     evaluate: Callable[[TrainState], dict[str, float]] | None
     save: Callable[[int, TrainState, dict[str, float], dict[str, float]], None]
     preempted: Callable[[], bool]
+    may_stop: Callable[[int], bool] = lambda step: True
     data_metrics: Callable[[int], dict[str, float]] = lambda step: {}
 
 
@@ -79,7 +81,8 @@ def fit(
             started = time.monotonic()
             held_out = hooks.evaluate(state)
             log.eval(step, held_out | {"eval_seconds": time.monotonic() - started})
-        stopping = hooks.preempted()
+        # Every process asks after the same steps.
+        stopping = hooks.may_stop(step) and hooks.preempted()
         if stopping or cadence.due(step, cadence.save_every):
             hooks.save(step, state, progress, held_out)
         if stopping and step < cadence.total_steps:

@@ -30,6 +30,7 @@ def make_train_step(
     accumulation_steps: int = 1,
     gradient_dtype: DTypeLike = jnp.float32,
     batch_sums: BatchSums | None = None,
+    skips_empty: bool = False,
 ) -> Step:
     """`train_step(state, batch) -> (state, metrics)`, to be jitted by the caller.
 
@@ -38,6 +39,8 @@ def make_train_step(
     matrices and of adapters are summed over devices in the type of computation. Gradients of micro-batches add up in
     float32.
     batch_sums: sums over the whole batch that the loss of each micro-batch needs (`BatchSums`).
+    skips_empty: whether a batch without any unit of the loss leaves parameters and optimizer as they are, which the
+    metric skipped_updates counts; otherwise its loss is not a number.
     batch: a pytree of [B, ...] arrays, B a multiple of accumulation_steps. The gradient is that of
     (sum of losses) / (sum of weights) over the whole batch, however it is cut into micro-batches.
     metrics, float32 scalars: loss, grad_norm (before clipping), learning_rate, num_tokens and trained_tokens of this
@@ -56,6 +59,9 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         grads, sums = gradients(state, batch)
+        empty = sums.weight == 0
+        if skips_empty:
+            sums = sums._replace(weight=sums.weight + empty)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32) / sums.weight, grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
         means = sums.means()
@@ -68,6 +74,10 @@ def make_train_step(
             **means,
         }
         trainable = optax.apply_updates(state.trainable, updates)
+        if skips_empty:
+            metrics["skipped_updates"] = empty.astype(jnp.float32)
+            old = (state.trainable, state.opt_state)
+            trainable, opt_state = jax.tree.map(partial(jnp.where, empty), old, (trainable, opt_state))
         return state._replace(step=state.step + 1, trainable=trainable, opt_state=opt_state), metrics
 
     return train_step

@@ -150,8 +150,9 @@ def test_data_that_teaches_nothing_is_refused(tmp_path):
 
 def test_a_mixture_may_have_a_set_for_each_label(tmp_path):
     """The balance is that of all sets; mismatched documents stay within a set, and both batches take the same rows."""
-    from jaxft.methods import kto, sequences
+    from jaxft.methods import kto
     from jaxft.methods.method import Run
+    from jaxft.methods.parts import sequences
 
     for name, label in (("good", True), ("bad", False)):
         rows = [{**row, "label": label} for row in text_rows()]
@@ -169,7 +170,7 @@ def test_a_mixture_may_have_a_set_for_each_label(tmp_path):
     run = Run(
         config=config, folder=tmp_path, tokenizer=tokenizer, data=data, mesh=mesh, model=None, source=source
     )  # fmt: skip
-    batch = kto.feed(run)(None, 1)
+    batch = kto.feed(run, None)(None, 1)
     assert {0.0, 1.0} == set(np.unique(batch.answers.values[DESIRABLE][:, 0]))
     np.testing.assert_array_equal(batch.answers.segments_BS.max(axis=1), batch.mismatched.segments_BS.max(axis=1))
     for own, other in zip(np.asarray(batch.answers.tokens_BS), np.asarray(batch.mismatched.tokens_BS), strict=True):

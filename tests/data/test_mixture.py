@@ -10,7 +10,7 @@ from jaxft.data.batch import Example
 from jaxft.data.mixture import Mixture
 from jaxft.data.prepare import TrainSet, prepare
 from jaxft.errors import DataError
-from jaxft.methods import sequences
+from jaxft.methods.parts import sequences
 from jaxft.runs.data_summary import data_summary, print_mixture
 
 LENGTH = 64

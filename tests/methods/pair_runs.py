@@ -107,7 +107,7 @@ def assert_eight_devices_equal_one(config, folder, axes=("data", "fsdp", "tensor
         run = Run(
             config=one, folder=folder, tokenizer=tokenizer, data=data, mesh=mesh, model=model, source=source
         )  # fmt: skip
-        outcomes.append(step(state._replace(trainable=moved), method.feed(run)(state, 0)))
+        outcomes.append(step(state._replace(trainable=moved), method.feed(run, graphdef)(state, 0)))
     (state, metrics), (other, other_metrics) = outcomes
     for name, value in metrics.items():
         np.testing.assert_allclose(other_metrics[name], value, rtol=1e-4, atol=1e-5, err_msg=name)

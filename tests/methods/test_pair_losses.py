@@ -20,7 +20,7 @@ from jaxft.config import load
 from jaxft.data.batch import Example, assemble
 from jaxft.methods import method_of
 from jaxft.methods.dpo import logps_of
-from jaxft.methods.reference import REFERENCE_LOGPS
+from jaxft.methods.parts.reference import REFERENCE_LOGPS
 from jaxft.objectives.loss import MethodState, with_batch_sums
 from jaxft.objectives.pair_losses import PAIR_LOSSES, PairSettings, divergence_scores, odds_ratio
 from jaxft.objectives.pairs import Pairs, answer_sums, existing_pairs

@@ -14,7 +14,7 @@ from pair_runs import KINDS, LABELLED, ROWS, config_of, train_lose_the_end_and_r
 from jaxft import api
 from jaxft.hardware.topology import parse
 from jaxft.methods import method_of
-from jaxft.methods.reference import REFERENCE_LOGPS
+from jaxft.methods.parts.reference import REFERENCE_LOGPS
 from jaxft.objectives.loss import with_batch_sums
 from jaxft.optim.make import make_schedule
 from jaxft.planning.job import abstract_step_of, sharded_step_of
@@ -62,7 +62,7 @@ def test_cached_equals_live(rows, tmp_path, method, fields):
         run = parts.precompute(run, lambda model=model: model)
         graphdef, state = start_state(config, model, make_tx(config, model, make_schedule(config.optim, 6)))
         assert reference == "auto" or state.method is None
-        loss, sums_of, batch = parts.loss(config, run.model), parts.batch_sums(config, run.model), parts.feed(run)
+        loss, sums_of, batch = parts.loss(config, run.model), parts.batch_sums(config, run.model), parts.feed(run, None)
 
         def means(trainable, batch, state=state, graphdef=graphdef, loss=loss, sums_of=sums_of):
             model = nnx.merge(graphdef, trainable, state.frozen)
@@ -170,7 +170,7 @@ def test_the_reference_is_the_model_at_the_start_with_its_adapter(rows, tmp_path
     parts = method_of(config)
     parts.check(config, abstract_model(config))
     run = parts.precompute(run, lambda: model)
-    batch, loss = parts.feed(run)(None, 0), parts.loss(config, run.model)
+    batch, loss = parts.feed(run, None)(None, 0), parts.loss(config, run.model)
     graphdef, arrays = nnx.split(model)
     means = jax.jit(lambda arrays: loss(nnx.merge(graphdef, arrays), batch, None, None).means())(arrays)
     assert float(means["loss"]) == pytest.approx(math.log(2), abs=1e-5)

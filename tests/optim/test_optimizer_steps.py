@@ -12,7 +12,7 @@ from jaxft.assets import ASSETS
 from jaxft.checkpoint.hf import read_json
 from jaxft.config import AdapterConfig, MeshConfig, OptimConfig, choices, resolve
 from jaxft.data.batch import Batch
-from jaxft.methods.sequences import evaluated_weights
+from jaxft.methods.parts.sequences import evaluated_weights
 from jaxft.nn.storage import storage_dims_of
 from jaxft.runs.build import attach_adapter, make_step, make_tx
 from jaxft.sharding.mesh import make_mesh_plan

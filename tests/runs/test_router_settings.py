@@ -8,7 +8,7 @@ from jaxft import models
 from jaxft.assets import ASSETS
 from jaxft.config import resolve
 from jaxft.errors import ConfigError
-from jaxft.methods.router import router_coefficients
+from jaxft.methods.parts.router import router_coefficients
 from jaxft.objectives.router import RouterCoefficients
 from jaxft.runs.build import check_experts
 from jaxft.sharding.mesh import make_mesh_plan

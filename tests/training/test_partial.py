@@ -121,7 +121,7 @@ def test_a_plan_counts_no_moments_and_fewer_flops_for_what_stands_still():
 
 
 def test_routers_that_stand_still_have_no_loss_of_their_own(smoke_config):
-    from jaxft.methods.router import router_coefficients
+    from jaxft.methods.parts.router import router_coefficients
 
     hf = smoke_config | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
     hf = {key: value for key, value in hf.items() if key not in ("attention_bias", "mlp_bias")}

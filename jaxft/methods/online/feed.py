@@ -3,47 +3,29 @@
 # B rows, S sequence
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import numpy as np
 from flax import nnx
 
-from jaxft.config import RunConfig
 from jaxft.data.batch import Batch
 from jaxft.data.prompts import Prompt
 from jaxft.methods.method import Run
 from jaxft.methods.online.passes import Passes, rows_of
 from jaxft.nn.decoder import Decoder
+from jaxft.objectives.policy.credit import alike_groups
 from jaxft.rollouts.completions import CompletionsLog
+from jaxft.rollouts.judged import Judged, judge
 from jaxft.rollouts.order import PromptOrder
-from jaxft.rollouts.packed import PackedRollouts, pack_rollouts
-from jaxft.rollouts.rewards import Scores
-from jaxft.rollouts.rollout import Rollout, completion_figures
+from jaxft.rollouts.rollout import completion_figures
 from jaxft.rollouts.sample import Sampler, seed_of
 from jaxft.sharding.arrays import from_rows
 from jaxft.sharding.processes import is_primary
 from jaxft.training.state import TrainState
-
-
-@dataclass(frozen=True, kw_only=True)
-class Judged:
-    """The answers of a rollout in groups, with their rewards.
-
-    rewards: [n] float64, the weighted sum of the reward functions; NaN for an answer that none of them scored. groups:
-    int [n], the number of each answer's prompt.
-    """
-
-    rollouts: tuple[Rollout, ...]
-    rewards: np.ndarray
-    scores: Scores | None
-
-    @property
-    def groups(self) -> np.ndarray:
-        return np.array([one.group for one in self.rollouts])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +91,7 @@ class RolloutFeed:
         tokens = sum(int(one.sampled.sum()) for one in judged.rollouts)
         self._figures = {
             **completion_figures(judged.rollouts),
-            **reward_figures(judged),
+            **judged.figures(),
             **({"rollout/redrawn_groups": float(redrawn)} if self._run.config.rollout.max_redraws else {}),
             **updates.figures,
             "padding_share": 1 - filled / rows,
@@ -125,28 +107,26 @@ class RolloutFeed:
         judged = self._answer(state, self._order.prompts_of(number), seed_of(config.seed, number))
         redrawn = 0
         for draw in range(config.rollout.max_redraws):
-            alike = alike_groups(judged)
+            alike = alike_groups(judged.rewards, judged.groups)
             if not alike:
                 break
             spare = self._order.spare_prompts(number, draw, len(alike))
             again = self._answer(state, spare, seed_of(config.seed, number, draw + 1))
-            judged = with_groups(judged, alike, again)
-            redrawn += len(alike)
+            judged, redrawn = judged.with_groups(alike, again), redrawn + len(alike)
         return judged, redrawn
 
     def _answer(self, state: TrainState, prompts: Sequence[Prompt], seed: int) -> Judged:
         temperature = self._run.config.rollout.temperature
         # The state is donated to the step, so nothing may keep its arrays after this.
         model = nnx.merge(self._graphdef, state.trainable, state.frozen)
-        return judge(self._run, self._sampler.sample(model, prompts, temperature=temperature, seed=seed))
+        return judge(self._sampler.sample(model, prompts, temperature=temperature, seed=seed), self._run.rewards)
 
     def _write(self, step: int, judged: Judged, updates: Updates) -> None:
         if not is_primary() or not self._run.config.rollout.log_completions:
             return
         if self._log is None:
             self._log = CompletionsLog(self._run.folder, step)
-        rewards = {} if judged.scores is None else judged.scores.by_function
-        self._log.add(step + 1, judged.rollouts, rewards, {"reward": judged.rewards, **updates.numbers})
+        self._log.add(step + 1, judged.rollouts, judged.by_function, {"reward": judged.rewards, **updates.numbers})
 
 
 def sampler_of(run: Run, *, group: int | None = None) -> Sampler:
@@ -159,22 +139,3 @@ def sampler_of(run: Run, *, group: int | None = None) -> Sampler:
         length=config.data.max_length,
         slots=config.rollout.slots,
     )
-
-
-def judge(run: Run, rollouts: Sequence[Rollout]) -> Judged:
-    """The answers with the rewards that the reward functions of the run give them."""
-    if run.rewards is None:
-        return Judged(rollouts=tuple(rollouts), rewards=np.full(len(rollouts), np.nan), scores=None)
-    scores = run.rewards.score(
-        [one.prompt.messages for one in rollouts],
-        [one.text for one in rollouts],
-        [one.tokens.tolist() for one in rollouts],
-        columns_of([one.prompt for one in rollouts]),
-    )
-    return Judged(rollouts=tuple(rollouts), rewards=scores.total, scores=scores)
-
-
-def columns_of(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
-    """The columns that all rows have, each as a list over the prompts."""
-    names = set.intersection(*(set(prompt.columns) for prompt in prompts)) if prompts else set()
-    return {name: [prompt.columns[name] for prompt in prompts] for name in sorted(names)}

@@ -11,10 +11,10 @@ from flax import nnx
 
 from jaxft.data.batch import Batch
 from jaxft.methods.method import Run
-from jaxft.methods.reference import reference_model
+from jaxft.methods.parts.reference import reference_model
 from jaxft.nn.decoder import Decoder
 from jaxft.objectives.loss import MethodState
-from jaxft.objectives.policy.logps import policy_logps
+from jaxft.objectives.policy.loss import policy_logps
 from jaxft.sharding.arrays import from_rows, to_host
 from jaxft.training.state import TrainState
 
@@ -47,9 +47,7 @@ class Passes:
         """The same under the reference, the model at the start of the run."""
         return self._by_rows(self._reference, state, batch)
 
-    def _by_rows(
-        self, logps: Callable[..., jax.Array], state: TrainState, batch: Batch[np.ndarray]
-    ) -> np.ndarray:
+    def _by_rows(self, logps: Callable[..., jax.Array], state: TrainState, batch: Batch[np.ndarray]) -> np.ndarray:
         rows = len(batch.tokens_BS)
         count = rows // self._run.config.train.accumulation_steps
         parts = []

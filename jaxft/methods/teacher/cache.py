@@ -17,8 +17,8 @@ from jaxft.data.batch import Batch, Example
 from jaxft.files.atomic import new_folder
 from jaxft.files.paths import sizes_and_times
 from jaxft.files.run_folder import TEACHER
-from jaxft.methods import sequences
 from jaxft.methods.method import Run
+from jaxft.methods.parts import sequences
 from jaxft.methods.teacher.frozen import FrozenModel, frozen_arrays
 from jaxft.objectives.distill import FrozenArrays, as_teacher
 from jaxft.objectives.token_divergence import TopLogps, top_logps

@@ -71,7 +71,9 @@ def policy_loss(
     logps_BS, mask_BS = statistics.logps, batch.weights_BS
     old_BS = batch.arrays.get(OLD_LOGPS, jax.lax.stop_gradient(logps_BS))
     sampler_BS = batch.arrays[SAMPLER_LOGPS]
-    correction_BS = 1.0 if settings.importance_cap is None else importance_correction(old_BS, sampler_BS, settings.importance_cap)
+    correction_BS = (
+        1.0 if settings.importance_cap is None else importance_correction(old_BS, sampler_BS, settings.importance_cap)
+    )
     terms = policy_terms(
         logps_BS,
         old_BS,

@@ -90,7 +90,9 @@ def policy_terms(
     if reference_BS is not None:
         kl_BS = kl_estimate(logps_BS, reference_BS) * mask_BS
         loss_BS = loss_BS + settings.beta * (kl_BS * ratio_BS if settings.kl_estimator == "k3_ratio" else kl_BS)
-    return PolicyTerms(loss_BS * mask_BS, jax.lax.stop_gradient(ratio_BS), kl_BS, below_BS * mask_BS, above_BS * mask_BS)
+    return PolicyTerms(
+        loss_BS * mask_BS, jax.lax.stop_gradient(ratio_BS), kl_BS, below_BS * mask_BS, above_BS * mask_BS
+    )
 
 
 def kl_estimate(logps: jax.Array, reference: jax.Array) -> jax.Array:

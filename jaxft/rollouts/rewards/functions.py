@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
-from jaxft.errors import ConfigError, DataError, JaxftError, did_you_mean
+from jaxft.errors import ConfigError, JaxftError, did_you_mean
 from jaxft.rollouts.rewards.named import Named, named_functions
 from jaxft.rollouts.rewards.pool import Call, Pool
 from jaxft.sharding.processes import gather, process_share
@@ -92,8 +92,9 @@ class RewardFunctions:
         self._pool.run(calls)
         for one, call in zip(self.functions, calls, strict=True):
             if call.outcome != "ok":
-                why = {"timeout": f"its import took longer than rewards.timeout_seconds={self._timeout:g}"}
-                raise ConfigError(f"reward function {one.name} of {one.source}: {why.get(call.outcome, call.result)}")
+                late = f"its import took longer than rewards.timeout_seconds={self._timeout:g}"
+                why = late if call.outcome == "timeout" else call.result
+                raise ConfigError(f"reward function {one.name} of {one.source} cannot be imported: {why}")
             self._parameters[one.name] = call.result
             missing = [name for name in call.result["needed"] if name not in (*GIVEN, *columns)]
             if missing:
@@ -124,8 +125,7 @@ class RewardFunctions:
         messages = [self._completion(*pair) for pair in zip(prompts, completions, strict=True)]
         known = {"prompts": list(prompts), "completions": messages, "completion_ids": [*map(list, completion_ids)]}
         own = process_share(len(prompts))
-        values, timeouts = self._own_scores({**columns, **known}, own)
-        parts = gather([values, timeouts])
+        parts = [self._checked(part) for part in gather(self._outcome({**columns, **known}, own))]
         by_function = {
             one.name: np.array([_nan(x) for part, _ in parts for x in part[one.name]], np.float64)
             for one in self.functions
@@ -147,6 +147,20 @@ class RewardFunctions:
             return text
         return [{"role": "assistant", "content": text}]
 
+    def _outcome(self, arguments: Mapping[str, Sequence[Any]], rows: range) -> list[Any]:
+        """What `_own_scores` gives, or the message of its error: the other processes wait for either."""
+        try:
+            return [*self._own_scores(arguments, rows), None]
+        except RewardError as error:
+            return [{}, {}, str(error)]
+
+    @staticmethod
+    def _checked(outcome: list[Any]) -> tuple[dict[str, list[float | None]], dict[str, int]]:
+        values, timeouts, error = outcome
+        if error is not None:
+            raise RewardError(error)
+        return values, timeouts
+
     def _own_scores(
         self, arguments: Mapping[str, Sequence[Any]], rows: range
     ) -> tuple[dict[str, list[float | None]], dict[str, int]]:
@@ -166,24 +180,25 @@ class RewardFunctions:
 
     def _call(self, one: Named, arguments: Mapping[str, Sequence[Any]], rows: np.ndarray) -> Call:
         takes = self._parameters[one.name]
-        wanted = {
-            name: [values[row] for row in rows] for name, values in arguments.items() if takes["any"] or name in takes["names"]
-        }
-        return Call(source=one.source, name=one.name, arguments=wanted)
+        wanted = [name for name in arguments if takes["any"] or name in takes["names"]]
+        own = {name: [arguments[name][row] for row in rows] for name in wanted}
+        return Call(source=one.source, name=one.name, arguments=own)
 
     def _rewards(self, one: Named, call: Call, rows: np.ndarray) -> list[float | None]:
         where = f"reward function {one.name} of {one.source}"
         if call.outcome == "died":
             raise RewardError(
-                f"{where}: its process died twice (exit code {call.result}) on the answers {rows[0]} to {rows[-1]} of a "
-                "rollout. A negative code is the number of a signal; -9 may be a lack of memory."
+                f"{where}: its process died twice (exit code {call.result}) on the answers {rows[0]} to {rows[-1]} of "
+                "a rollout. A negative code is the number of a signal; -9 may be a lack of memory."
             )
         if call.outcome == "error":
             raise RewardError(f"{where} cannot be called:\n{call.result}")
         returned, failure = call.result
         if failure is not None:
             row, text = failure
-            which = f"on answer {rows[row]} of a rollout" if row >= 0 else "on several answers, but on none of them alone"
+            which = (
+                f"on answer {rows[row]} of a rollout" if row >= 0 else "on several answers, but on none of them alone"
+            )
             completion = call.arguments.get("completions", [None])[max(row, 0)]
             shown = "" if completion is None else f" Its completion is {str(completion)[:200]!r}."
             raise RewardError(f"{where} raised {which}.{shown}{self._hint(text)}\n{text}")
@@ -209,8 +224,8 @@ class RewardFunctions:
             return None
         if isinstance(value, str | bytes) or not hasattr(value, "__float__") or not math.isfinite(float(value)):
             raise RewardError(
-                f"{where} returned {value!r} as a reward. It must be a finite number, or None for an answer that it does "
-                "not score."
+                f"{where} returned {value!r} as a reward. It must be a finite number, or None for an answer that it "
+                "does not score."
             )
         return float(value)
 

@@ -68,7 +68,9 @@ def load(source: str, name: str) -> Callable[..., Any]:
 def functions_of(module: Any) -> list[str]:
     """The names of the functions that a module defines."""
     return sorted(
-        name for name, value in vars(module).items() if inspect.isfunction(value) and value.__module__ == module.__name__
+        name
+        for name, value in vars(module).items()
+        if inspect.isfunction(value) and value.__module__ == module.__name__
     )
 
 
@@ -83,8 +85,11 @@ def parameters(function: Callable[..., Any]) -> dict[str, Any]:
     }
 
 
-def call(function: Callable[..., Any], arguments: dict[str, list[Any]]) -> tuple[Any, None] | tuple[None, tuple[int, str]]:
-    """(what the function returns, None), or (None, (index of the first row that it fails on, the error))."""
+def call(function: Callable[..., Any], arguments: dict[str, list[Any]]) -> tuple[Any, tuple[int, str] | None]:
+    """(what the function returns, None), or (None, (the first row that it fails on, the error)).
+
+    The row is -1 if the function fails on several rows and on none of them alone.
+    """
     try:
         return run(function, arguments), None
     except Exception:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 
 from jaxft.files.run_folder import METRICS
-from jaxft.methods.charts import Chart
+from jaxft.methods.parts.charts import Chart
 from jaxft.runs.report.files import Row, as_list, is_number, series
 
 # Charts are drawn in the light colours; in the page each becomes a CSS variable of its name, so that a dark

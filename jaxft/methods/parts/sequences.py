@@ -56,9 +56,26 @@ def source(config: RunConfig, data: Prepared, tokenizer: Tokenizer) -> BatchSour
     return mixture
 
 
-def feed(run: Run) -> Callable[[TrainState, int], Batch[jax.Array]]:
-    """`(state, step) -> batch` on the devices of the mesh; the state is not read."""
-    return lambda state, step: device_batch(run, step)
+@dataclass(frozen=True, kw_only=True)
+class SequenceFeed:
+    """The `Feed` of batches that are a function of the step alone. batch(step): on the devices of the mesh."""
+
+    source: BatchSource
+    batch: Callable[[int], Any]
+
+    def __call__(self, state: TrainState, step: int) -> Any:
+        return self.batch(step)
+
+    def metrics(self, step: int) -> dict[str, float]:
+        return self.source.metrics(step)
+
+    def may_stop(self, step: int) -> bool:
+        return True
+
+
+def feed(run: Run, graphdef: nnx.GraphDef[Decoder]) -> SequenceFeed:
+    """`Method.feed` of the batches of the run's source."""
+    return SequenceFeed(source=run.source, batch=partial(device_batch, run))
 
 
 def device_batch(run: Run, step: int, source: BatchSource | None = None) -> Batch[jax.Array]:

@@ -10,10 +10,10 @@ from jaxft.data.batch import Batch
 from jaxft.data.examine_pairs import MARGIN
 from jaxft.data.preferences import prepare_pairs
 from jaxft.errors import ConfigError
-from jaxft.methods import sequences
-from jaxft.methods.charts import PAIR_CHARTS
 from jaxft.methods.method import Method, Run, no_state
-from jaxft.methods.router import router_coefficients
+from jaxft.methods.parts import sequences
+from jaxft.methods.parts.charts import PAIR_CHARTS
+from jaxft.methods.parts.router import router_coefficients
 from jaxft.nn.decoder import Decoder
 from jaxft.objectives.loss import BatchSums, Loss, MethodState
 from jaxft.objectives.pairs import PairCounts, count_units

@@ -40,3 +40,18 @@ TEACHER_CHARTS = (
     Chart(title="Negative log-likelihood of the data's own tokens, nats", metrics=("nll",)),
     Chart(title="Share of tokens whose likeliest choice is the teacher's", metrics=("teacher_agreement",)),
 )
+# Of methods that learn from rewards of sampled answers.
+REWARD_CHARTS = (
+    Chart(title="Reward, and its deviation in a group", metrics=("reward", "reward_std")),
+    Chart(title="Share of groups whose rewards are all alike", metrics=("frac_reward_zero_std",)),
+    Chart(title="Length of answers, tokens", metrics=("completions/mean_length", "completions/max_length")),
+    Chart(title="Share of answers that were cut off", metrics=("completions/clipped_ratio",)),
+    Chart(title="Entropy of the policy, nats a token", metrics=("entropy",)),
+    Chart(title="KL divergence from the reference, nats a token", metrics=("kl",)),
+    Chart(title="Share of tokens whose ratio is clipped", metrics=("clip_ratio/low_mean", "clip_ratio/high_mean")),
+    Chart(
+        title="Difference between sampler and trainer, nats a token",
+        metrics=("sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max"),
+    ),
+    Chart(title="Seconds of a rollout and of its rewards", metrics=("rollout_seconds", "reward_seconds")),
+)

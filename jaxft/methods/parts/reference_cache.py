@@ -20,9 +20,9 @@ from jaxft.data.batch import Batch, Example
 from jaxft.files.atomic import write_file
 from jaxft.files.paths import sizes_and_times
 from jaxft.files.run_folder import BASE, REFERENCE
-from jaxft.methods import sequences
 from jaxft.methods.method import Run
-from jaxft.methods.reference import REFERENCE_LOGPS, is_cached
+from jaxft.methods.parts import sequences
+from jaxft.methods.parts.reference import REFERENCE_LOGPS, is_cached
 from jaxft.nn.decoder import Decoder
 from jaxft.sharding.arrays import to_host
 from jaxft.sharding.processes import on_primary

@@ -1,0 +1,1 @@
+"""What methods share that sample answers while they train."""

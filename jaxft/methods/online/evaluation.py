@@ -1,0 +1,36 @@
+"""The held-out evaluation of methods that learn from rewards: greedy answers, judged by the same functions."""
+
+from collections.abc import Callable
+
+import numpy as np
+from flax import nnx
+
+from jaxft.data.prompts import Prompt
+from jaxft.errors import DataError
+from jaxft.methods.method import Run
+from jaxft.methods.online.feed import sampler_of
+from jaxft.methods.parts.sequences import evaluated_weights
+from jaxft.nn.decoder import Decoder
+from jaxft.rollouts.judged import judge
+from jaxft.rollouts.rollout import completion_figures
+from jaxft.training.state import TrainState
+
+
+def evaluator(run: Run, graphdef: nnx.GraphDef[Decoder]) -> Callable[[TrainState], dict[str, float]] | None:
+    """`state -> held-out metrics`: `eval_reward`, the mean of each function, and the lengths of the answers."""
+    prompts = [prompt for prompt in run.data.eval_examples or [] if isinstance(prompt, Prompt)]
+    if not prompts:
+        return None
+    sampler = sampler_of(run, group=1)
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        model = nnx.merge(graphdef, evaluated_weights(run.config, state), state.frozen)
+        judged = judge(sampler.sample(model, prompts, temperature=0.0, seed=0), run.rewards)
+        scored = judged.rewards[~np.isnan(judged.rewards)]
+        if not len(scored):
+            raise DataError("no reward function scored any answer to a held-out prompt, so there is no held-out reward")
+        means = {name: value for name, value in judged.figures_of_functions.items() if name.endswith("/mean")}
+        figures = {"reward": float(scored.mean()), **means, **completion_figures(judged.rollouts)}
+        return {f"eval_{name}": value for name, value in figures.items()}
+
+    return evaluate

@@ -1,0 +1,101 @@
+"""The parts of `Method` that methods share whose answers are sampled and judged: data, checks and shapes."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, closing
+
+import jax
+import jax.numpy as jnp
+
+from jaxft.config import RunConfig
+from jaxft.data import Prepared, Tokenizer
+from jaxft.data.batch import Batch
+from jaxft.data.prompts import Prompt
+from jaxft.errors import ConfigError
+from jaxft.methods.parts import sequences
+from jaxft.nn.decoder import Decoder
+from jaxft.rollouts.judged import shared_columns
+from jaxft.rollouts.order import PromptOrder
+from jaxft.rollouts.rewards import RewardFunctions
+
+
+def prompts_per_rollout(config: RunConfig) -> int:
+    """The prompts that a rollout answers, each as often as a group has answers."""
+    return config.train.batch_size * config.rollout.steps_per_rollout // config.rollout.num_generations
+
+
+def source(config: RunConfig, data: Prepared, tokenizer: Tokenizer) -> PromptOrder:
+    """The prompts of every rollout. Raises ConfigError for a mixture, which has no order of prompts."""
+    if config.data.mixture:
+        raise ConfigError(
+            f"method.name={config.method.name!r} takes the prompts of one set, but data.mixture has several. Put them "
+            "into one file, as often as they are to be answered, and set data.train to it."
+        )
+    return PromptOrder(
+        prompts=[prompt for prompt in data.train_examples if isinstance(prompt, Prompt)],
+        prompts_per_rollout=prompts_per_rollout(config),
+        updates=config.rollout.updates,
+        shuffle=config.data.shuffle,
+        seed=config.seed,
+        epochs=config.train.epochs,
+        steps=config.train.steps,
+    )
+
+
+def check_online(config: RunConfig, model: Decoder) -> None:
+    """Raises ConfigError for settings under which answers could not be sampled, judged or resumed."""
+    rollout, name = config.rollout, config.method.name
+    if config.rewards.functions is None:
+        raise ConfigError(
+            f"method.name={name!r} learns from rewards, but rewards.functions is None: give functions such as "
+            "rewards.py:exact, or a built-in one such as exact_match"
+        )
+    if config.train.batch_size % rollout.num_generations:
+        raise ConfigError(
+            f"train.batch_size={config.train.batch_size} counts the answers of an optimizer step, and must be a "
+            f"multiple of rollout.num_generations={rollout.num_generations}, so that no group is divided between two steps"
+        )
+    if rollout.max_completion_length >= config.data.max_length:
+        raise ConfigError(
+            f"rollout.max_completion_length={rollout.max_completion_length} leaves no room for prompts in "
+            f"data.max_length={config.data.max_length}: lower the former or raise the latter"
+        )
+    if config.data.truncation == "right":
+        raise ConfigError(
+            "data.truncation='right' would cut prompts, which are then other questions: set it to 'drop' or 'refuse'"
+        )
+    every = config.checkpoint.every
+    if every is not None and every % rollout.updates:
+        raise ConfigError(
+            f"checkpoint.every={every} would save in the middle of a rollout, from where a run cannot go on: make it a "
+            f"multiple of rollout.steps_per_rollout x rollout.num_iterations = {rollout.updates}"
+        )
+    if config.adapter.kind != "none" and config.adapter.dropout:
+        raise ConfigError(
+            f"adapter.dropout={config.adapter.dropout} would change the log-probabilities of answers after they were "
+            "sampled without it. Set it to 0."
+        )
+
+
+def rewards(config: RunConfig, data: Prepared) -> AbstractContextManager[RewardFunctions | None]:
+    """`Method.rewards`: the functions of the config, imported and compared with the columns of all prompts."""
+    settings = config.rewards
+    functions = RewardFunctions(
+        settings.functions or "",
+        workers=settings.workers,
+        timeout_seconds=settings.timeout_seconds,
+        completions=settings.completions,
+    )
+    rows = [*data.train_examples, *(data.eval_examples or [])]
+    try:
+        functions.check(shared_columns([prompt for prompt in rows if isinstance(prompt, Prompt)]))
+    except BaseException:
+        functions.close()
+        raise
+    return closing(functions)
+
+
+def batch_shapes(config: RunConfig, values: Sequence[str], arrays: Sequence[str]) -> Batch[jax.ShapeDtypeStruct]:
+    """The shapes of an update for `jaxft plan`, as if every answer filled a row. values, arrays: names."""
+    batch = sequences.batch_shapes(config, values)
+    of_tokens = jax.ShapeDtypeStruct(batch.tokens_BS.shape, jnp.float32)
+    return batch._replace(arrays=dict.fromkeys(arrays, of_tokens))

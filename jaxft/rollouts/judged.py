@@ -1,0 +1,104 @@
+"""Sampled answers with their rewards."""
+
+# n answers
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from jaxft.data.prompts import Prompt
+from jaxft.objectives.policy.credit import alike_groups
+from jaxft.rollouts.rewards import RewardFunctions
+from jaxft.rollouts.rollout import Rollout
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Judged:
+    """The n answers of a rollout in groups, with their rewards.
+
+    rewards: float64 [n], the weighted sum of the reward functions; NaN for an answer that none of them scored.
+    by_function: float64 [n] of each function. figures_of_functions: what is logged of them. seconds: that scoring took.
+    """
+
+    rollouts: tuple[Rollout, ...]
+    rewards: np.ndarray
+    by_function: dict[str, np.ndarray]
+    figures_of_functions: dict[str, float]
+    seconds: float
+
+    @property
+    def groups(self) -> np.ndarray:
+        """The number of each answer's group, int [n]."""
+        return np.array([one.group for one in self.rollouts])
+
+    def with_groups(self, numbers: Sequence[int], others: "Judged") -> "Judged":
+        """The answers, with those of the groups of these numbers replaced by the groups of `others`, in turn."""
+        new = {group: index for index, group in enumerate(numbers)}
+        groups, places = self.groups, range(len(self.rollouts))
+        size = len(places) // len(set(groups.tolist()))
+        # Indices into the answers of both, one after another.
+        taken = [
+            len(places) + new[group] * size + place % size if group in new else place
+            for place, group in zip(places, groups.tolist(), strict=True)
+        ]
+        both = [*self.rollouts, *others.rollouts]
+        return Judged(
+            rollouts=tuple(
+                replace(both[index], number=place, group=int(groups[place])) for place, index in enumerate(taken)
+            ),
+            rewards=np.concatenate([self.rewards, others.rewards])[taken],
+            by_function={n: np.concatenate([x, others.by_function[n]])[taken] for n, x in self.by_function.items()},
+            figures_of_functions=self.figures_of_functions,
+            seconds=self.seconds + others.seconds,
+        )
+
+    def figures(self) -> dict[str, float]:
+        """Mean and deviation of rewards, and the share of groups whose rewards are all alike, under TRL's names.
+
+        reward_std: the mean over groups of the deviation in the group, as in TRL. Nothing if there are no rewards.
+        """
+        if not self.by_function:
+            return {}
+        groups, known = self.groups, ~np.isnan(self.rewards)
+        own = [self.rewards[(groups == group) & known] for group in np.unique(groups)]
+        deviations = [float(values.std(ddof=1)) for values in own if len(values) > 1]
+        return {
+            "reward": float(self.rewards[known].mean()) if known.any() else 0.0,
+            "reward_std": float(np.mean(deviations)) if deviations else 0.0,
+            "frac_reward_zero_std": len(alike_groups(self.rewards, groups)) / len(own),
+            **self.figures_of_functions,
+            "reward_seconds": self.seconds,
+        }
+
+
+def judge(rollouts: Sequence[Rollout], functions: RewardFunctions | None) -> Judged:
+    """The answers with the rewards that the functions give them; none without functions."""
+    if functions is None:
+        nothing = np.full(len(rollouts), np.nan)
+        return Judged(rollouts=tuple(rollouts), rewards=nothing, by_function={}, figures_of_functions={}, seconds=0.0)
+    scores = functions.score(
+        [one.prompt.messages for one in rollouts],
+        [one.text for one in rollouts],
+        [one.tokens.tolist() for one in rollouts],
+        columns_of([one.prompt for one in rollouts]),
+    )
+    return Judged(
+        rollouts=tuple(rollouts),
+        rewards=scores.total,
+        by_function=scores.by_function,
+        figures_of_functions=scores.figures(),
+        seconds=scores.seconds,
+    )
+
+
+def shared_columns(prompts: Sequence[Prompt]) -> list[str]:
+    """The names of the columns that the rows of all prompts have."""
+    return sorted(set.intersection(*(set(prompt.columns) for prompt in prompts))) if prompts else []
+
+
+def columns_of(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
+    """Every column of any row, as a list over the prompts; None for rows without it."""
+    names = sorted({name for prompt in prompts for name in prompt.columns})
+    return {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
