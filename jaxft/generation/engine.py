@@ -30,11 +30,16 @@ MIN_SPARED = 512  # a common prefix is computed once for all prompts if that spa
 
 @dataclass
 class Request:
-    """One prompt and its answer so far. row: its index in the call, and its stream of random numbers."""
+    """One prompt and its answer so far.
+
+    row: its index in the call, and its stream of random numbers. tempered: whether its log-probabilities are those under
+    the temperature of sampling.
+    """
 
     row: int
     prompt: tuple[int, ...]
     sampling: Sampling
+    tempered: bool = False
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -62,6 +67,7 @@ class Engine:
     memory: steps.Memory
     slots: list[Request | None]
     group: int  # prompts prefilled together
+    answers: int  # most answers to a prompt that are prefilled at once
     prefix: steps.Prefix | None
     prefix_tokens: int
     prefix_length: int  # of its cache; caches it is copied into are at least as long
@@ -71,14 +77,25 @@ class Engine:
         """Works until every request has its finish_reason."""
         # Sorted by length, so that a group prefilled together needs little padding; the longest come first, so that
         # a call that does not fit into memory fails at once.
-        waiting = deque(sorted(requests, key=lambda request: -len(request.prompt)))
+        waiting = deque(sorted(self._bundles(requests), key=lambda bundle: -len(bundle[0].prompt)))
         while waiting or any(self.slots):
-            while waiting and self.slots.count(None) >= min(self.group, len(waiting)):
+            while waiting and self.slots.count(None) >= min(self.group, len(waiting)) * self.answers:
                 self._prefill([waiting.popleft() for _ in range(min(self.group, len(waiting)))], on_token)
             if not waiting:
                 self.prefix = None  # its memory is free for decoding
             if any(self.slots):
-                self._decode(min(self.group, len(waiting)) or len(self.slots), on_token)
+                self._decode(min(self.group, len(waiting)) * self.answers or len(self.slots), on_token)
+
+    def _bundles(self, requests: Sequence[Request]) -> list[list[Request]]:
+        """The requests, those of the same prompt that follow each other together, at most `answers` of them."""
+        bundles: list[list[Request]] = []
+        for request in requests:
+            same = bundles and len(bundles[-1]) < self.answers and bundles[-1][0].prompt == request.prompt
+            if self.answers > 1 and same:
+                bundles[-1].append(request)
+            else:
+                bundles.append([request])
+        return bundles
 
     def save_cache(self, request: Request, cache: ConversationCache) -> None:
         """Gives the KV cache of a single request to a later call. The engine cannot be used after it."""
@@ -86,28 +103,33 @@ class Engine:
         tokens = [*request.prompt, *request.tokens[:-1]]
         cache.keep(self.graphdef, self.params, self.memory, tokens, self.length)
 
-    def _prefill(self, requests: Sequence[Request], on_token: OnToken | None) -> None:
+    def _prefill(self, bundles: Sequence[Sequence[Request]], on_token: OnToken | None) -> None:
         shards = self.rows.num_devices if self.rows is not None else 1
-        size = shards if len(requests) <= shards else self.group
-        longest = max(len(request.prompt) for request in requests)
+        size = shards if len(bundles) <= shards else self.group
+        longest = max(len(bundle[0].prompt) for bundle in bundles)
         tokens_PS = np.full((size, bucket(longest - self.prefix_tokens)), -1, np.int32)
         length = max(bucket(longest), self.prefix_length)
-        free = [i for i, occupant in enumerate(self.slots) if occupant is None][: len(requests)]
-        for p, request in enumerate(requests):
-            suffix = request.prompt[self.prefix_tokens :]
+        free = deque(i for i, occupant in enumerate(self.slots) if occupant is None)
+        slots_PA = np.full((size, self.answers), len(self.slots), np.int32)
+        requests: list[Request | None] = [None] * (size * self.answers)
+        for p, bundle in enumerate(bundles):
+            suffix = bundle[0].prompt[self.prefix_tokens :]
             tokens_PS[p, : len(suffix)] = suffix
+            for a, request in enumerate(bundle):
+                slots_PA[p, a], requests[p * self.answers + a] = free.popleft(), request
         prompts = steps.Prompts(
             tokens_PS=_argument(tokens_PS, np.int32),
             start=_argument(self.prefix_tokens, np.int32),
-            slots_P=_argument(free + [len(self.slots)] * (size - len(free)), np.int32),
-            knobs=self._knobs([*requests, *[None] * (size - len(requests))]),
+            slots_PA=_argument(slots_PA, np.int32),
+            knobs=self._knobs(requests),
         )
-        self.memory, first_P, logprobs_P = steps.prefill(
+        self.memory, first_N, logprobs_N = steps.prefill(
             self.graphdef, self.params, self.memory, self.prefix, prompts, length=length, rows=self.rows
         )
-        firsts = zip(requests, free, *jax.device_get((first_P, logprobs_P)), strict=False)
+        firsts = zip(requests, slots_PA.reshape(-1).tolist(), *jax.device_get((first_N, logprobs_N)), strict=True)
         for request, slot, token, logprob in firsts:
-            self._add(slot, request, int(token), float(logprob), on_token)
+            if request is not None:
+                self._add(slot, request, int(token), float(logprob), on_token)
 
     def _decode(self, idle_enough: int, on_token: OnToken | None) -> None:
         stops = sorted(self.stop_ids)
@@ -155,6 +177,9 @@ class Engine:
             penalty_B=_argument([s.repetition_penalty for s in settings], np.float32),
             seed_B=_argument([s.seed for s in settings], np.uint32),
             stream_B=_argument([request.row if request is not None else 0 for request in requests], np.uint32),
+            logprob_temperature_B=_argument(
+                [r.sampling.temperature or 1.0 if r is not None and r.tempered else 1.0 for r in requests], np.float32
+            ),
         )
 
 
@@ -165,16 +190,20 @@ def start(
     stop_ids: Collection[int],
     slots: int,
     cache: ConversationCache | None = None,
+    answers: int = 1,
+    length: int | None = None,
 ) -> Engine:
     """An engine with memory for the requests, up to `slots` at a time, and their common prefix computed.
 
-    cache: may hold the prefix of a single request.
+    cache: may hold the prefix of a single request. answers: how many requests of the same prompt follow each other; they
+    are prefilled once. length: tokens of a row, if they are to be the same in all calls; by default, of the longest one.
     """
-    longest = max(len(request.prompt) + request.sampling.max_new_tokens for request in requests)
+    longest = length or max(len(request.prompt) + request.sampling.max_new_tokens for request in requests)
     graphdef, params = nnx.split(model.for_length(longest))
     rows = _row_sharding(params)
     shards = rows.num_devices if rows is not None else 1
     slots = math.ceil(min(slots, power_of_two(len(requests))) / shards) * shards
+    answers = min(answers, slots)
     common, prefix_length, prefix = _common_prefix([request.prompt for request in requests]), 0, None
     if cache is not None:
         prefix, common, prefix_length = cache.take(graphdef, params, requests[0].prompt, model.config.vocab_size)
@@ -193,12 +222,19 @@ def start(
         memory=steps.make_memory(graphdef, params, slots=slots, length=length, rows=rows),
         slots=[None] * slots,
         # Small enough that few slots wait for a group to gather, large enough to fill the machine.
-        group=math.ceil(slots / 8 / shards) * shards,
+        group=_group(slots, shards, answers),
+        answers=answers,
         prefix=prefix,
         prefix_tokens=common,
         prefix_length=prefix_length,
         length=length,
     )
+
+
+def _group(slots: int, shards: int, answers: int) -> int:
+    """Prompts prefilled together: a multiple of `shards`, unless their answers would then not fit into the slots."""
+    group = math.ceil(slots / 8 / answers / shards) * shards
+    return group if group * answers <= slots else max(1, slots // answers)
 
 
 def _argument(values: npt.ArrayLike, dtype: npt.DTypeLike) -> jax.Array:

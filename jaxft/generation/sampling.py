@@ -18,6 +18,7 @@ class Knobs(NamedTuple):
 
     temperature, top_p, min_p, penalty: float32; 0, 1, 0 and 1 do nothing (temperature 0 is greedy).
     top_k: int32; V or more does nothing. seed, stream: uint32; with a token's position they give its random key.
+    logprob_temperature: float32, divides the logits of reported log-probabilities, and nothing else.
     """
 
     temperature_B: jax.Array
@@ -27,6 +28,7 @@ class Knobs(NamedTuple):
     penalty_B: jax.Array
     seed_B: jax.Array
     stream_B: jax.Array
+    logprob_temperature_B: jax.Array
 
 
 def choose(
@@ -35,8 +37,8 @@ def choose(
     """The next token of each row, [B] int32, and its log-probability in nats, [B] float32.
 
     logits_BV: float32. seen_BV: True for the tokens that the row has had, including its prompt. positions_B: the
-    position of the new token. The log-probability is the model's own: the log-softmax of the given logits, at
-    temperature 1, before any penalty or filter.
+    position of the new token. The log-probability is that of the given logits, divided by the rows'
+    logprob_temperature, before any penalty or filter.
     """
     penalty_B = knobs.penalty_B
     scores_BV = _apply_if_any(penalty_B != 1, lambda x: repetition_penalty(x, seen_BV, penalty_B), logits_BV)
@@ -47,6 +49,7 @@ def choose(
         lambda: jnp.where(knobs.temperature_B > 0, draw(filter_scores(scores_BV, knobs), knobs, positions_B), greedy_B),
         lambda: greedy_B,
     )
+    logits_BV = logits_BV / knobs.logprob_temperature_B[:, None]
     logits_B = jnp.take_along_axis(logits_BV, chosen_B[:, None], axis=-1)[:, 0]
     return chosen_B, logits_B - jax.nn.logsumexp(logits_BV, axis=-1)
 

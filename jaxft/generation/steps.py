@@ -4,7 +4,7 @@ Both are plain jitted functions of (graph definition, parameters, ...), so that 
 the same model, as in RL, reuse the compiled code. Cache and history are donated: updated in place.
 """
 
-# B slots, P prompts of a group, S suffix tokens of a prompt, V vocab, C steps of a run, T cache
+# B slots, P prompts of a group, A answers to a prompt, S suffix tokens of a prompt, V vocab, C steps of a run, T cache
 
 import functools
 from typing import NamedTuple
@@ -40,15 +40,16 @@ class Prefix(NamedTuple):
 
 
 class Prompts(NamedTuple):
-    """A group of prompts to prefill.
+    """Prompts to prefill together, each for A answers.
 
     tokens_PS: int32, -1 is padding. start: the position of the first token (the length of the prefix).
-    slots_P: the slot of each row; out of range for rows that only fill the group.
+    slots_PA: the slots of each prompt's answers; out of range if there is no such answer. knobs: of all answers, [P * A],
+    prompt after prompt.
     """
 
     tokens_PS: jax.Array
     start: jax.Array
-    slots_P: jax.Array
+    slots_PA: jax.Array
     knobs: Knobs
 
 
@@ -96,12 +97,13 @@ def prefill(
     length: int,
     rows: NamedSharding | None,
 ) -> tuple[Memory, jax.Array, jax.Array]:
-    """The memory with the prompts in their slots, their first new tokens [P] and the log-probabilities of these [P].
+    """The memory with the prompts in their slots, the first tokens of all answers [P * A] and their log-probabilities.
 
     length: slots of the temporary cache that the group is computed in, at least its longest prompt.
     """
     model = nnx.merge(graphdef, params)
-    tokens_PS, slots_P = prompts.tokens_PS, prompts.slots_P
+    tokens_PS, slots_PA = prompts.tokens_PS, prompts.slots_PA
+    answers = slots_PA.shape[1]
     real_PS = tokens_PS >= 0
     count_P = jnp.sum(real_PS, axis=1)
     positions_PS = jnp.broadcast_to(prompts.start + jnp.arange(tokens_PS.shape[1]), tokens_PS.shape)
@@ -113,13 +115,17 @@ def prefill(
     hidden_PSD, cache = _forward(model, jnp.maximum(tokens_PS, 0), positions_PS, real_PS.astype(jnp.int32), cache)
     last_P = jnp.maximum(count_P - 1, 0)
     hidden_PD = jnp.take_along_axis(hidden_PSD, last_P[:, None, None], axis=1)[:, 0]
-    first_P, logprobs_P = choose(model.unembed(hidden_PD), seen_PV, prompts.knobs, prompts.start + count_P)
-    seen_PV = seen_PV.at[jnp.arange(len(first_P)), first_P].set(True)
-    memory = Memory(
-        tuple(store(*parts, slots_P) for parts in zip(memory.cache, cache, strict=True)),
-        memory.seen_BV.at[slots_P].set(seen_PV, mode="drop"),
+    # Every answer of a prompt, A of them, draws its own first token. N = P * A
+    logits_NV, seen_NV, ends_N = (
+        jnp.repeat(x, answers, axis=0) for x in (model.unembed(hidden_PD), seen_PV, prompts.start + count_P)
     )
-    return _shard(memory, rows), *_replicate((first_P, logprobs_P), rows)
+    first_N, logprobs_N = choose(logits_NV, seen_NV, prompts.knobs, ends_N)
+    seen_NV = seen_NV.at[jnp.arange(len(first_N)), first_N].set(True)
+    stored = memory.cache
+    for answer in range(answers):
+        stored = tuple(store(*parts, slots_PA[:, answer]) for parts in zip(stored, cache, strict=True))
+    memory = Memory(stored, memory.seen_BV.at[slots_PA.reshape(-1)].set(seen_NV, mode="drop"))
+    return _shard(memory, rows), *_replicate((first_N, logprobs_N), rows)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "rows"), donate_argnames="memory")

@@ -21,6 +21,9 @@ def generate_tokens(
     slots: int = 32,
     on_token: engine.OnToken | None = None,
     cache: ConversationCache | None = None,
+    answers: int = 1,
+    length: int | None = None,
+    tempered_logprobs: bool = False,
 ) -> list[Generated]:
     """Continues every prompt; results are in the order of the prompts.
 
@@ -29,6 +32,10 @@ def generate_tokens(
     on_token: called with (row, token, logprob) for every token, a few steps after it was made; True ends the row.
     cache: for a single prompt, the KV cache kept between the turns of a conversation: tokens that the prompt shares
     with the last call of the same model and parameters are not computed again.
+    answers: number of answers to each prompt. The results, and rows of `on_token`, are then those of every prompt in
+    turn; a prompt is computed once for all its answers. length: most tokens of a row, prompt and answer: calls with the
+    same length are compiled once, whatever their prompts; by default, of the longest row. tempered_logprobs: whether
+    log-probabilities are those under the temperature of sampling, instead of the model's own at 1.
 
     Row i draws with the seed of its Sampling and stream i. Calls of similar shapes reuse compiled functions, whatever
     the parameters and settings. If the parameters are on a mesh, rows are split over its batch axes.
@@ -36,12 +43,26 @@ def generate_tokens(
     together with max_new_tokens; ConfigError for settings that contradict each other, and for `cache` with several
     prompts.
     """
+    if answers < 1:
+        raise ConfigError(f"answers={answers} must be at least 1")
+    prompts = [prompt for prompt in prompts for _ in range(answers)]
     samplings = one_each(sampling, len(prompts))
     if any(s.stop for s in samplings):
         raise ConfigError(
             "stop strings are searched in text: use generate_text, or an on_token that returns True to end a row"
         )
-    return run(model, prompts, samplings, stop_ids=stop_ids, slots=slots, on_token=on_token, cache=cache)
+    return run(
+        model,
+        prompts,
+        samplings,
+        stop_ids=stop_ids,
+        slots=slots,
+        on_token=on_token,
+        cache=cache,
+        answers=answers,
+        length=length,
+        tempered_logprobs=tempered_logprobs,
+    )
 
 
 def run(
@@ -53,19 +74,22 @@ def run(
     slots: int,
     on_token: engine.OnToken | None,
     cache: ConversationCache | None = None,
+    answers: int = 1,
+    length: int | None = None,
+    tempered_logprobs: bool = False,
 ) -> list[Generated]:
-    """`generate_tokens` for a caller that handles stop strings itself."""
-    _check(model, prompts, samplings, slots)
+    """`generate_tokens` for a caller that handles stop strings itself. prompts: one for each answer."""
+    _check(model, prompts, samplings, slots, length)
     if not prompts:
         return []
     if cache is not None and len(prompts) > 1:
         raise ConfigError(f"cache is for one conversation, and there are {len(prompts)} prompts: leave it out")
     first = virtual_ids(model.virtual_tokens)
     requests = [
-        engine.Request(row=row, prompt=(*first, *map(int, prompt)), sampling=sampling)
+        engine.Request(row=row, prompt=(*first, *map(int, prompt)), sampling=sampling, tempered=tempered_logprobs)
         for row, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True))
     ]
-    running = engine.start(model, requests, stop_ids=stop_ids, slots=slots, cache=cache)
+    running = engine.start(model, requests, stop_ids=stop_ids, slots=slots, cache=cache, answers=answers, length=length)
     running.run(requests, on_token)
     if cache is not None:
         running.save_cache(requests[0], cache)
@@ -88,7 +112,13 @@ def _result(request: engine.Request) -> Generated:
     )
 
 
-def _check(model: Decoder, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling], slots: int) -> None:
+def _check(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    samplings: Sequence[Sampling],
+    slots: int,
+    length: int | None = None,
+) -> None:
     if model.config.head == "score":
         raise ModelError(
             "this is a reward model: it has a score head in place of the LM head, so it generates nothing. Score "
@@ -103,15 +133,16 @@ def _check(model: Decoder, prompts: Sequence[Sequence[int]], samplings: Sequence
             "least one token, such as BOS"
         )
     config = model.config
-    limit = config.max_position_embeddings - model.virtual_tokens
+    limit = min(config.max_position_embeddings, length or config.max_position_embeddings) - model.virtual_tokens
     long = [
         f"row {row}: {len(prompt)} + {s.max_new_tokens} = {len(prompt) + s.max_new_tokens}"
         for row, (prompt, s) in enumerate(zip(prompts, samplings, strict=True))
         if len(prompt) + s.max_new_tokens > limit
     ]
     if long:
+        most = f"the model's {limit} positions" if length is None else f"length={limit}"
         raise DataError(
-            f"{len(long)} of {len(prompts)} prompts with their max_new_tokens exceed the model's {limit} positions "
+            f"{len(long)} of {len(prompts)} prompts with their max_new_tokens exceed {most} "
             f"({listed(long, NAMED)}). Shorten the prompts or lower max_new_tokens."
         )
     strange = [row for row, prompt in enumerate(prompts) if min(prompt) < 0 or max(prompt) >= config.vocab_size]

@@ -36,14 +36,18 @@ class Sampler:
         number of the first group; answers are numbered in the order of groups.
         """
         sampling = Sampling(max_new_tokens=self.max_completion_length, temperature=temperature, seed=seed)
-        rows = [prompt for prompt in prompts for _ in range(self.group)]
         done = generate_tokens(
             model,
-            [prompt.tokens.tolist() for prompt in rows],
+            # Virtual tokens, which prompts begin with, are put there by the generation.
+            [prompt.tokens[model.virtual_tokens :].tolist() for prompt in prompts],
             sampling=sampling,
             stop_ids=self.tokenizer.stop_ids,
             slots=self.slots,
+            answers=self.group,
+            length=self.length,
+            tempered_logprobs=True,
         )
+        rows = [prompt for prompt in prompts for _ in range(self.group)]
         first = first_group * self.group
         return [
             self._rollout(prompt, first + number, one)

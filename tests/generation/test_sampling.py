@@ -11,6 +11,7 @@ ROWS, VOCAB = 5, 300
 
 def knobs(rows=ROWS, **values):
     neutral = {"temperature": 0.0, "top_k": 10**6, "top_p": 1.0, "min_p": 0.0, "penalty": 1.0, "seed": 0, "stream": 0}
+    neutral["logprob_temperature"] = 1.0
     types = {"top_k": jnp.int32, "seed": jnp.uint32, "stream": jnp.uint32}
     merged = neutral | values
     return Knobs(*(jnp.broadcast_to(jnp.array(v, types.get(k, jnp.float32)), (rows,)) for k, v in merged.items()))

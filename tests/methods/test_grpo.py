@@ -70,7 +70,11 @@ def moved(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("changes", "sizes"),
-    [({"train.accumulation_steps": 4}, None), ({"data.packing": False}, None), ({}, {"data": 2, "fsdp": 2, "tensor": 2})],
+    [
+        ({"train.accumulation_steps": 4}, None),
+        ({"data.packing": False}, None),
+        ({}, {"data": 2, "fsdp": 2, "tensor": 2}),
+    ],
     ids=["accumulation", "unpacked", "devices"],
 )
 def test_how_a_batch_is_cut_changes_nothing(moved, changes, sizes):

@@ -52,7 +52,7 @@ def check_online(config: RunConfig, model: Decoder) -> None:
     if config.train.batch_size % rollout.num_generations:
         raise ConfigError(
             f"train.batch_size={config.train.batch_size} counts the answers of an optimizer step, and must be a "
-            f"multiple of rollout.num_generations={rollout.num_generations}, so that no group is divided between two steps"
+            f"multiple of rollout.num_generations={rollout.num_generations}, so that no step gets a part of a group"
         )
     if rollout.max_completion_length >= config.data.max_length:
         raise ConfigError(
