@@ -10,10 +10,10 @@ in a random order that a seed fixes, so that `data.limit` takes rows of all kind
     banking77_labelled_{train,heldout}  prompt, completion, label: one of the two answers of each of these pairs
     gsm8k_{train,heldout}               prompt, chosen, rejected: a solution, against the same with one result changed,
                                         up or down, and carried on to the final answer
-    gsm8k_raised_{train,heldout}        a solution, against the same with every result 1 to 9 too high and nothing carried
-                                        on: an easy task, whose sums are wrong wherever one looks
-    gsm8k_models_{train,heldout}        the same as gsm8k for right and wrong solutions that models wrote, where the source has
-                                        gsm8k/example_model_solutions.jsonl
+    gsm8k_raised_{train,heldout}        a solution, against the same with every result 1 to 9 too high: an easy task,
+                                        in which every sum is wrong
+    gsm8k_models_{train,heldout}        right and wrong solutions that models wrote to the same problem, where the
+                                        source has gsm8k/example_model_solutions.jsonl
 
 A fair task has no shortcut: no rule that reads the answers without the question or the arithmetic should tell them
 apart. So every intent is rejected as often as it is chosen, half of the wrong final answers are larger than the right
