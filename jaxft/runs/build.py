@@ -161,6 +161,7 @@ def make_step(
         accumulation_steps=config.train.accumulation_steps,
         gradient_dtype=jnp.dtype(config.train.gradient_dtype or config.model.dtype),
         batch_sums=method.batch_sums(config, model),
+        skips_empty=method.skips_empty,
     )
 
 
