@@ -10,8 +10,10 @@ in a random order that a seed fixes, so that `data.limit` takes rows of all kind
     banking77_labelled_{train,heldout}  prompt, completion, label: one of the two answers of each of these pairs
     gsm8k_{train,heldout}               prompt, chosen, rejected: a solution, against the same with one result changed,
                                         up or down, and carried on to the final answer
-    gsm8k_models_{train,heldout}        the same for right and wrong solutions that models wrote, where the source has
-                                        gsm8k/example_model_solutions.jsonl
+    gsm8k_raised_{train,heldout}        a solution, against the same with every result 1 to 9 too high: an easy task,
+                                        in which every sum is wrong
+    gsm8k_models_{train,heldout}        right and wrong solutions that models wrote to the same problem, where the
+                                        source has gsm8k/example_model_solutions.jsonl
 
 A fair task has no shortcut: no rule that reads the answers without the question or the arithmetic should tell them
 apart. So every intent is rejected as often as it is chosen, half of the wrong final answers are larger than the right
@@ -125,6 +127,7 @@ def labelled(pairs: list[Row]) -> list[Row]:
 # GSM8K
 
 CALCULATION = re.compile(r"<<([^<>=]+)=([^<>]+)>>")
+RESULT = re.compile(r"<<[^<>=]+=(\d+)>>\1")  # an annotation and the number that it computes
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?|\.\d+")
 
 
@@ -229,6 +232,30 @@ def _value(expression: str) -> float | None:
         return None
 
 
+def gsm8k_raised(folder: Path) -> dict[str, list[Row]]:
+    """Pairs of all problems whose results are whole numbers, the rejected one with every result raised."""
+    pairs: dict[str, list[Row]] = {}
+    for name, file in (("train", "train"), ("heldout", "test")):
+        draw, pairs[name] = random.Random(SEED), []
+        for line in (folder / f"{file}.jsonl").read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            wrong = raised_solution(row["answer"], draw)
+            if wrong is not None:
+                pairs[name].append(pair(row["question"], _plain(row["answer"]), _plain(wrong)))
+    return pairs
+
+
+def raised_solution(solution: str, draw: random.Random) -> str | None:
+    """The solution with every annotated result, and the final answer, 1 to 9 too high; None if they are not whole."""
+    results = [value for _, value in CALCULATION.findall(solution)]
+    if not results or not all(re.fullmatch(r"\d+", value) for value in results):
+        return None
+    body, mark, final = solution.rpartition("#### ")
+    final = final.replace(",", "").strip()
+    raised = RESULT.sub(lambda found: f"{int(found[1]) + draw.randint(1, 9)}", body)
+    return f"{raised}{mark}{int(final) + draw.randint(1, 9)}" if re.fullmatch(r"\d+", final) else None
+
+
 def gsm8k_models(folder: Path) -> dict[str, list[Row]]:
     """A right and a wrong solution of each problem of which models wrote both; a fifth of the problems is held out."""
     path = folder / "example_model_solutions.jsonl"
@@ -281,6 +308,7 @@ def shortcuts(train: list[Row], held_out: list[Row]) -> dict[str, float]:
 def data_sets(source: Path) -> Iterator[tuple[str, dict[str, list[Row]]]]:
     """(name, rows by split) of every set, in random order."""
     sets = {"banking77": banking77(source / "banking77"), "gsm8k": gsm8k(source / "gsm8k")}
+    sets["gsm8k_raised"] = gsm8k_raised(source / "gsm8k")
     if (source / "gsm8k" / "example_model_solutions.jsonl").is_file():
         sets["gsm8k_models"] = gsm8k_models(source / "gsm8k")
     for splits in sets.values():

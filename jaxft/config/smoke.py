@@ -12,7 +12,7 @@ def with_arg(config: ConfigDict, arg: str | None) -> ConfigDict:
 
     A smoke run keeps the method (adapter, optimizer, packing, cadence) and replaces all that is expensive: it has a
     random two-layer model with a byte tokenizer, 24 rows and 4 steps. The rows have the form that the method trains on,
-    its section's ROWS: conversations of the quickstart, or preferences that were made of them. It shows that every part
+    its section's ROWS: conversations of the quickstart, or preferences and prompts that were made of them. It shows that every part
     of the run works, from data to report, and not that the model learns. Raises ConfigError for another argument.
     """
     if not arg:
@@ -46,6 +46,7 @@ def with_arg(config: ConfigDict, arg: str | None) -> ConfigDict:
         config.train.eval_every = 2
     if config.checkpoint.every is not None:
         config.checkpoint.every = 2
+    config.rollout.update(num_generations=min(config.rollout.num_generations, 4), max_completion_length=16)
     config.eval.update(limit=4, max_new_tokens=8, batch_size=4)
     return config
 

@@ -32,8 +32,8 @@ MIN_SPARED = 512  # a common prefix is computed once for all prompts if that spa
 class Request:
     """One prompt and its answer so far.
 
-    row: its index in the call, and its stream of random numbers. tempered: whether its log-probabilities are those under
-    the temperature of sampling.
+    row: its index in the call, and its stream of random numbers. tempered: whether its log-probabilities are those
+    under the temperature of sampling.
     """
 
     row: int
@@ -195,8 +195,9 @@ def start(
 ) -> Engine:
     """An engine with memory for the requests, up to `slots` at a time, and their common prefix computed.
 
-    cache: may hold the prefix of a single request. answers: how many requests of the same prompt follow each other; they
-    are prefilled once. length: tokens of a row, if they are to be the same in all calls; by default, of the longest one.
+    cache: may hold the prefix of a single request. answers: how many requests of the same prompt follow each other;
+    they are prefilled once. length: tokens of a row, if all calls are to have the same; by default, those of the longest
+    request.
     """
     longest = length or max(len(request.prompt) + request.sampling.max_new_tokens for request in requests)
     graphdef, params = nnx.split(model.for_length(longest))

@@ -43,8 +43,8 @@ class Prompts(NamedTuple):
     """Prompts to prefill together, each for A answers.
 
     tokens_PS: int32, -1 is padding. start: the position of the first token (the length of the prefix).
-    slots_PA: the slots of each prompt's answers; out of range if there is no such answer. knobs: of all answers, [P * A],
-    prompt after prompt.
+    slots_PA: the slots of each prompt's answers; out of range if there is no such answer. knobs: of all answers,
+    [P * A], prompt after prompt.
     """
 
     tokens_PS: jax.Array

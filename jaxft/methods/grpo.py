@@ -1,6 +1,5 @@
 """Group relative policy optimization (GRPO) and its relatives: answers learn from how their rewards differ."""
 
-from dataclasses import replace
 from functools import partial
 
 import jax
@@ -16,25 +15,17 @@ from jaxft.methods.online import settings as online
 from jaxft.methods.online.evaluation import evaluator
 from jaxft.methods.online.feed import RolloutFeed, Updates
 from jaxft.methods.online.passes import Passes
+from jaxft.methods.online.updates import pack_part, parts_of, units_of, untrained_if_cut
 from jaxft.methods.parts.charts import REWARD_CHARTS
 from jaxft.methods.parts.reference import check_reference, reference_model, reference_state
 from jaxft.methods.parts.router import router_coefficients
 from jaxft.nn.decoder import Decoder
 from jaxft.objectives.loss import BatchSums, Loss, LossSums, MethodState
-from jaxft.objectives.policy.credit import group_advantages, units_of
-from jaxft.objectives.policy.loss import (
-    ADVANTAGES,
-    OLD_LOGPS,
-    SAMPLER_LOGPS,
-    UNITS,
-    policy_counts,
-    policy_logps,
-    policy_loss,
-)
+from jaxft.objectives.policy.advantages import group_advantages
+from jaxft.objectives.policy.denominators import UNITS, policy_counts
+from jaxft.objectives.policy.loss import ADVANTAGES, OLD_LOGPS, SAMPLER_LOGPS, policy_logps, policy_loss
 from jaxft.objectives.policy.surrogate import PolicySettings
 from jaxft.rollouts.judged import Judged
-from jaxft.rollouts.packed import PackedRollouts, pack_rollouts
-from jaxft.rollouts.rollout import Rollout
 from jaxft.training.state import TrainState
 
 
@@ -45,13 +36,14 @@ def policy_settings(config: RunConfig) -> PolicySettings:
         loss_type=own.loss_type,
         importance_sampling_level=own.importance_sampling_level,
         epsilon=own.epsilon,
-        epsilon_high=own.epsilon if own.epsilon_high is None else own.epsilon_high,
+        epsilon_high=own.epsilon_high,
         delta=own.delta,
         beta=own.beta,
         kl_estimator=own.kl_estimator,
         importance_cap=own.importance_cap,
         entropy_coef=own.entropy_coef,
         temperature=config.rollout.temperature,
+        max_completion_length=config.rollout.max_completion_length,
     )
 
 
@@ -78,11 +70,10 @@ def make_updates(run: Run, judged: Judged, state: TrainState, passes: Passes) ->
     """The batches of one rollout: advantages of all answers, then a part of the groups for each optimizer step."""
     config, own = run.config, run.config.method.grpo
     advantages = group_advantages(judged.rewards, judged.groups, own.scale_rewards)
-    rollouts = [masked(one) if own.mask_truncated_completions else one for one in judged.rollouts]
-    lengths = np.array([int(one.sampled.sum()) for one in rollouts])
-    units = units_of(own.loss_type, lengths, config.rollout.max_completion_length)
+    rollouts = [untrained_if_cut(one) if own.mask_truncated_completions else one for one in judged.rollouts]
+    units = units_of(own.loss_type, rollouts, config.rollout.max_completion_length)
     batches = []
-    for part in np.split(np.arange(len(rollouts)), config.rollout.steps_per_rollout):
+    for part in parts_of(run, rollouts):
         packed = pack_part(run, [rollouts[i] for i in part], advantages[part], units[part], keep_all=own.beta > 0)
         if config.rollout.updates > 1:
             packed = packed.with_arrays(**{OLD_LOGPS: passes.policy_logps(state, packed.batch)})
@@ -91,39 +82,10 @@ def make_updates(run: Run, judged: Judged, state: TrainState, passes: Passes) ->
     return Updates(batches=tuple(batches), figures=figures, numbers={"advantage": advantages})
 
 
-def masked(one: Rollout) -> Rollout:
-    """The answer; nothing of it is trained if it was cut off."""
-    return one if one.finish_reason == "stop" else replace(one, sampled=np.zeros_like(one.sampled))
-
-
-def pack_part(
-    run: Run, rollouts: list[Rollout], advantages: np.ndarray, units: np.ndarray, *, keep_all: bool
-) -> PackedRollouts:
-    """The answers of one optimizer step as a batch. keep_all: whether answers whose advantage is 0 are trained too.
-
-    Otherwise they are left out, which changes nothing but the work: their units stay in the divisor. If all are, the
-    batch has one of them, without units: the step is skipped.
-    """
-    kept = np.flatnonzero((advantages != 0) | keep_all)
-    if len(kept):
-        own = units[kept].copy()
-        own[0] += units.sum() - own.sum()
-    else:
-        kept, own = np.array([0]), np.zeros(1)
-    config = run.config
-    packed = pack_rollouts(
-        [rollouts[i] for i in kept],
-        max_length=config.data.max_length,
-        pad_id=run.tokenizer.pad_id,
-        multiple=config.train.accumulation_steps * run.mesh.batch_shards,
-        packing=config.data.packing,
-    )
-    return packed.with_values(**{ADVANTAGES: packed.by_document(advantages[kept]), UNITS: packed.by_document(own)})
-
-
 def batch_sums(config: RunConfig, model: Decoder) -> BatchSums | None:
     """The counts of the whole batch, if there is an entropy bonus."""
-    return (lambda model, batch, state: policy_counts(batch)) if config.method.grpo.entropy_coef else None
+    settings = policy_settings(config)
+    return (lambda model, batch, state: policy_counts(batch, settings)) if settings.entropy_coef else None
 
 
 def loss(config: RunConfig, model: Decoder) -> Loss:

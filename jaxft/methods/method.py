@@ -85,7 +85,8 @@ class Method:
     evaluator(run, graphdef): `state -> held-out metrics`; None if no rows are held out.
     loss_unit: what the loss is a mean of, for people. charts: the method's own charts in a run's report.
     head: what the trained model ends in: an LM head, or a score head in its place.
-    skips_empty: whether a batch in which nothing is trained leaves the model as it is; otherwise it is an error.
+    skips_empty: whether a batch without a trained token skips the update, see `make_train_step`; otherwise it is an
+    error.
     reference_passes(config): forward passes in each training step beside the training pass, such as those of a frozen
     reference with the shapes of the base, for the work that `jaxft plan` reports.
     describe(config): what the method does, in a few words for people, such as `DPO with beta=0.1`.

@@ -29,12 +29,14 @@ def existing_documents(segments_BS: jax.Array) -> jax.Array:
 
 
 def by_position(values_BP: jax.Array, segments_BS: jax.Array) -> jax.Array:
-    """The value of its document at every position, [B, S]; 0 on padding. values_BP: as `document_sums` gives them."""
+    """At each position the value of its document, [B, S]; 0 on padding. values_BP: in the places of `document_sums`."""
     with_padding = jnp.pad(values_BP, ((0, 0), (1, 0)))  # segment 0 is the padding
     return jnp.take_along_axis(with_padding, segments_BS, axis=1)
 
 
-def target_logps(model: Decoder, hidden_BSD: jax.Array, batch: Batch[jax.Array], temperature: float = 1.0) -> jax.Array:
+def target_logps(
+    model: Decoder, hidden_BSD: jax.Array, batch: Batch[jax.Array], *, temperature: float = 1.0
+) -> jax.Array:
     """The log-probability of every trained target in nats, [B, S] float32; 0 if a position is not trained.
 
     temperature: divides the logits.
@@ -45,10 +47,29 @@ def target_logps(model: Decoder, hidden_BSD: jax.Array, batch: Batch[jax.Array],
     )
 
 
-def target_statistics(model: Decoder, hidden_BSD: jax.Array, batch: Batch[jax.Array]) -> TokenStatistics:
-    """`target_logps`, and the entropies and sums of squares of the same distributions, which are constants."""
+def target_statistics(
+    model: Decoder,
+    hidden_BSD: jax.Array,
+    batch: Batch[jax.Array],
+    *,
+    temperature: float = 1.0,
+    entropy_gradient: bool = False,
+) -> TokenStatistics:
+    """`target_logps`, and the entropies and sums of squares of the same distributions.
+
+    The entropies have a gradient if `entropy_gradient`; otherwise, as the sums of squares always, they are constants.
+    """
     unembed, head, dimensions = model.split_unembed()
-    return token_statistics(unembed, head, hidden_BSD, batch.targets_BS, batch.weights_BS, dimensions=dimensions)
+    return token_statistics(
+        unembed,
+        head,
+        hidden_BSD,
+        batch.targets_BS,
+        batch.weights_BS,
+        entropy_gradient=entropy_gradient,
+        temperature=temperature,
+        dimensions=dimensions,
+    )
 
 
 def document_logps(model: Decoder, batch: Batch[jax.Array]) -> jax.Array:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxft.data.prompts import Prompt
-from jaxft.objectives.policy.credit import alike_groups
+from jaxft.objectives.policy.advantages import reward_metrics
 from jaxft.rollouts.rewards import RewardFunctions
 from jaxft.rollouts.rollout import Rollout
 
@@ -55,22 +55,10 @@ class Judged:
         )
 
     def figures(self) -> dict[str, float]:
-        """Mean and deviation of rewards, and the share of groups whose rewards are all alike, under TRL's names.
-
-        reward_std: the mean over groups of the deviation in the group, as in TRL. Nothing if there are no rewards.
-        """
+        """What is logged of the rewards, under TRL's names; nothing if there are none."""
         if not self.by_function:
             return {}
-        groups, known = self.groups, ~np.isnan(self.rewards)
-        own = [self.rewards[(groups == group) & known] for group in np.unique(groups)]
-        deviations = [float(values.std(ddof=1)) for values in own if len(values) > 1]
-        return {
-            "reward": float(self.rewards[known].mean()) if known.any() else 0.0,
-            "reward_std": float(np.mean(deviations)) if deviations else 0.0,
-            "frac_reward_zero_std": len(alike_groups(self.rewards, groups)) / len(own),
-            **self.figures_of_functions,
-            "reward_seconds": self.seconds,
-        }
+        return reward_metrics(self.rewards, self.groups) | self.figures_of_functions | {"reward_seconds": self.seconds}
 
 
 def judge(rollouts: Sequence[Rollout], functions: RewardFunctions | None) -> Judged:

@@ -39,8 +39,8 @@ def make_train_step(
     matrices and of adapters are summed over devices in the type of computation. Gradients of micro-batches add up in
     float32.
     batch_sums: sums over the whole batch that the loss of each micro-batch needs (`BatchSums`).
-    skips_empty: whether a batch without any unit of the loss leaves parameters and optimizer as they are, which the
-    metric skipped_updates counts; otherwise its loss is not a number.
+    skips_empty: whether a batch without a trained token leaves parameters and optimizer as they are (`_unless`), and
+    the metric skipped_updates is then 1, otherwise 0. Without it, the loss of such a batch is not a number.
     batch: a pytree of [B, ...] arrays, B a multiple of accumulation_steps. The gradient is that of
     (sum of losses) / (sum of weights) over the whole batch, however it is cut into micro-batches.
     metrics, float32 scalars: loss, grad_norm (before clipping), learning_rate, num_tokens and trained_tokens of this
@@ -59,9 +59,9 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         grads, sums = gradients(state, batch)
-        empty = sums.weight == 0
+        empty = sums.trained_tokens == 0
         if skips_empty:
-            sums = sums._replace(weight=sums.weight + empty)
+            sums = sums._replace(weight=sums.weight + (sums.weight == 0))
         grads = jax.tree.map(lambda g: g.astype(jnp.float32) / sums.weight, grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
         means = sums.means()
@@ -74,11 +74,10 @@ def make_train_step(
             **means,
         }
         trainable = optax.apply_updates(state.trainable, updates)
-        if skips_empty:
-            metrics["skipped_updates"] = empty.astype(jnp.float32)
-            old = (state.trainable, state.opt_state)
-            trainable, opt_state = jax.tree.map(partial(jnp.where, empty), old, (trainable, opt_state))
-        return state._replace(step=state.step + 1, trainable=trainable, opt_state=opt_state), metrics
+        after = state._replace(step=state.step + 1, trainable=trainable, opt_state=opt_state)
+        if not skips_empty:
+            return after, metrics
+        return _unless(empty, after, state), metrics | {"skipped_updates": empty.astype(jnp.float32)}
 
     return train_step
 
@@ -132,6 +131,24 @@ def _added_up(
         return grad(state, micro, jax.random.fold_in(key, index))
 
     return _scanned(part, micro_batches, first)
+
+
+def _unless(skipped: jax.Array, after: TrainState, before: TrainState) -> TrainState:
+    """The state after a step; if its update is skipped, with the parameters and the optimizer of the state before.
+
+    Neither momentum nor weight decay moves the parameters then, but the learning rate goes on by a step.
+    """
+
+    def is_schedule(state: Any) -> bool:
+        return isinstance(state, optax.ScaleByScheduleState)
+
+    def chosen(new: Any, old: Any) -> Any:
+        # Otherwise the rate that is used would lag behind the rate of the step, which is logged.
+        return new if is_schedule(new) else jnp.where(skipped, old, new)
+
+    trainable = jax.tree.map(chosen, after.trainable, before.trainable)
+    opt_state = jax.tree.map(chosen, after.opt_state, before.opt_state, is_leaf=is_schedule)
+    return after._replace(trainable=trainable, opt_state=opt_state)
 
 
 def _with_batch_sums(state: TrainState, sums: Any) -> TrainState:

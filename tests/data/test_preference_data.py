@@ -90,3 +90,14 @@ def test_real_pairs_have_no_shortcut(script, shared_data):
             assert sum(abs(script._value(expression) - int(value)) > 1e-6 for expression, value in steps) == 1
             changed += 1
     assert changed > 100
+
+
+def test_every_result_and_the_answer_are_raised(script):
+    for seed in range(20):
+        wrong = script.raised_solution(SOLUTION.replace("2,160", "2160"), random.Random(seed))
+        numbers = [int(number) for number in script.NUMBER.findall(wrong)]
+        right = [48, 2, 24, 48, 24, 72, 72, 30, 2160, 2160]
+        changes = [number - before for number, before in zip(numbers, right, strict=True)]
+        assert [change > 0 for change in changes] == [number in (2, 5, 8, 9) for number in range(10)]
+        assert all(0 <= change <= 9 for change in changes)
+    assert script.raised_solution("Half is 1/2=<<1/2=.5>>.5\n#### .5", random.Random(0)) is None

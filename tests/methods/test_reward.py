@@ -27,7 +27,8 @@ KINDS = {
     "lora": {},
     "full": {"adapter.kind": "none", "export.merged": False},
     "qlora": {"model.quantization": "nf4"},
-    "part": {"adapter.kind": "none", "model.trainable": "layers.1.mlp"},
+    # One layer's MLP moves the scores less in a step than the others do, so it gets more steps.
+    "part": {"adapter.kind": "none", "model.trainable": "layers.1.mlp", "train.steps": 12},
 }
 ROWS = [
     {"prompt": f"Colour {n}?", "chosen": f" {n % 3} red", "rejected": f" {n % 5} blue, or not", "margin": n % 2 / 2}
@@ -76,13 +77,13 @@ def test_a_run_learns_and_resumes_bit_for_bit(rows, tmp_path, kind):
     # The score head starts at 0; margins of 0 and 1/2 alternate.
     assert first["margin"] == first["max_reward"] == first["accuracy"] == 0
     assert math.log(2) < first["loss"] < math.log1p(math.exp(0.5))
-    assert last["accuracy"] > 0.7 and last["margin"] > 0.05
+    assert last["accuracy"] > 0.7 and last["margin"] > 0.1
     assert last["min_reward"] < last["mean_reward"] < last["max_reward"]
-    assert summary["eval_accuracy"] > 0.5 and summary["eval_margin"] > 0.05
-    # The state of step 6 is lost; the run goes on from step 3.
+    assert summary["eval_accuracy"] > 0.5 and summary["eval_margin"] > 0.1
+    # The state of the last step is lost; the run goes on from the checkpoint before it.
     whole = tmp_path / "whole"
     shutil.copytree(folder, whole)
-    shutil.rmtree(folder / "checkpoints" / "6")
+    shutil.rmtree(folder / "checkpoints" / str(config.train.steps))
     api.train(config)
     assert weights_of(folder) == weights_of(whole) and metrics_of(folder) == metrics_of(whole)
     # The export is loaded with its score head.

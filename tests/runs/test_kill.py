@@ -3,14 +3,17 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from jaxft.assets import ASSETS
 from jaxft.errors import ExitCode
 from jaxft.training.log import TIMING_KEYS
 
@@ -30,19 +33,19 @@ def command(folder: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def start(folder: Path, cache: Path) -> subprocess.Popen:
-    """The command as a process; compiled code is shared between the restarts."""
+def start(folder: Path, cache: Path, more: Sequence[str] = ()) -> subprocess.Popen:
+    """The command as a process; compiled code is shared between the restarts. more: further arguments."""
     env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
     env.pop("XLA_FLAGS", None)
     root = Path(__file__).parents[2]
     return subprocess.Popen(
-        command(folder), cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*command(folder), *more], cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
-def finish(folder: Path, cache: Path) -> str:
+def finish(folder: Path, cache: Path, more: Sequence[str] = ()) -> str:
     """Runs the command to its end."""
-    process = start(folder, cache)
+    process = start(folder, cache, more)
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     return output
@@ -77,9 +80,9 @@ def assert_same(folder: Path, whole: Path) -> None:
     assert figures(folder) == figures(whole)
 
 
-def kill(folder: Path, cache: Path, chance: random.Random, steps: range) -> str:
+def kill(folder: Path, cache: Path, chance: random.Random, steps: range, more: Sequence[str] = ()) -> str:
     """Runs the command and kills it some time after a step of these; gives what it said."""
-    process = start(folder, cache)
+    process = start(folder, cache, more)
     wait_for_step(process, folder, chance.choice(steps))
     time.sleep(chance.random() * 0.3)
     process.send_signal(signal.SIGKILL)
@@ -110,4 +113,70 @@ def test_stopped_then_killed_run_ends_like_an_uninterrupted_one(uninterrupted, t
     assert saved == figures(folder)[-1]["step"], "SIGTERM lost steps"
     assert f"going on from step {saved}" in kill(folder, cache, random.Random(1), range(saved + 1, STEPS))
     finish(folder, cache)
+    assert_same(folder, whole)
+
+
+SMOKE = ASSETS / "smoke"
+PAIRS = {"data.train": SMOKE / "pairs.jsonl", "data.eval": SMOKE / "pairs_heldout.jsonl"}
+LABELS = {"data.train": SMOKE / "labelled.jsonl", "data.eval": SMOKE / "labelled_heldout.jsonl"}
+TEACHER = {
+    "method.distill.teacher": SMOKE, "method.distill.teacher_random_init": True, "method.distill.cache_top_k": 8,
+    "data.limit": "None",
+}  # fmt: skip
+METHODS = {
+    "dpo": PAIRS,
+    "reward": PAIRS | {"adapter.dropout": 0.1},
+    "kto": LABELS | {"method.kto.reference": "cached"},
+    "distill": TEACHER,
+}
+
+
+def arguments(method: str) -> list[str]:
+    """What makes the command a run of another method. A reference must be the policy at the start: no dropout."""
+    overrides = {"method.name": method, "adapter.dropout": 0.0, "train.steps": 30, **METHODS[method]}
+    return [f"--config.{key}={value}" for key, value in overrides.items()]
+
+
+@pytest.mark.parametrize(
+    "method", ["dpo", *(pytest.param(name, marks=pytest.mark.slow) for name in METHODS if name != "dpo")]
+)
+def test_a_killed_run_of_another_method_ends_like_an_uninterrupted_one(method, tmp_path):
+    whole, folder, cache, more = tmp_path / "whole", tmp_path / "run", tmp_path / "compiled", arguments(method)
+    finish(whole, cache, more)
+    assert "going on from" not in kill(folder, cache, random.Random(2), range(20, 26), more)
+    # Which checkpoint was whole when the process died depends on the machine.
+    assert re.search(r"going on from step (5|10|15|20|25) of 30", finish(folder, cache, more))
+    assert_same(folder, whole)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_while_it_caches_a_teacher_starts_the_cache_again(tmp_path):
+    whole, folder, cache, more = tmp_path / "whole", tmp_path / "run", tmp_path / "compiled", arguments("distill")
+    finish(whole, cache, more)
+    process = start(folder, cache, more)
+    while not list((folder / "teacher").glob("*.partial")):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (folder / "checkpoints" / "5").exists() and list((folder / "teacher").glob("*.partial"))
+    finish(folder, cache, more)
+    assert_same(folder, whole)
+    assert not list((folder / "teacher").glob("*.partial"))
+    for name in ("ids.npy", "logps.npy"):
+        ours, theirs = (sorted(run.glob(f"teacher/*/{name}")) for run in (folder, whole))
+        assert len(ours) == 2 and sorted(p.read_bytes() for p in ours) == sorted(p.read_bytes() for p in theirs)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_while_it_caches_a_reference_starts_the_cache_again(tmp_path):
+    whole, folder, cache, more = tmp_path / "whole", tmp_path / "run", tmp_path / "compiled", arguments("kto")
+    finish(whole, cache, more)
+    process = start(folder, cache, more)
+    while "reference log-probabilities" not in (line := process.stdout.readline()):
+        assert line, "the run ended without a cache"
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (folder / "reference.npz").exists() and not (folder / "checkpoints" / "5").exists()
+    finish(folder, cache, more)
     assert_same(folder, whole)

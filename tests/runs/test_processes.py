@@ -28,6 +28,7 @@ from jaxft.runs.train import train
 from jaxft.training.log import TIMING_KEYS
 
 HEARTBEAT_SECONDS = 10
+SMOKE_ROWS = ASSETS / "smoke"
 STUCK_SECONDS = 300  # without a tenth of a second of work
 SMOKE = {
     "adapter.dropout": 0.1, "train.log_every": 1, "train.batch_size": 16, "train.accumulation_steps": 2,
@@ -192,11 +193,25 @@ def test_two_processes_score_and_export_as_one(tmp_path: Path, cache: Path) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["dpo", "orpo", "simpo", "reward"])
+def test_two_processes_learn_from_pairs_as_one(method: str, tmp_path: Path, cache: Path) -> None:
+    more = {
+        "method.name": method, "adapter.dropout": 0.0, "eval.metric": None, "export.merged": False,
+        "data.train": SMOKE_ROWS / "pairs.jsonl", "data.eval": SMOKE_ROWS / "pairs_heldout.jsonl",
+    }  # fmt: skip
+    with Group(tmp_path / "one", cache, 1, 4, **more) as group:
+        group.finish()
+    with Group(tmp_path / "two", cache, 2, 2, **more) as group:
+        group.finish()
+    assert_same(tmp_path / "two", tmp_path / "one", ADAPTER)
+
+
+@pytest.mark.slow
 def test_two_processes_cache_a_reference_as_one(tmp_path: Path, cache: Path) -> None:
-    rows = Path(__file__).parents[2] / "jaxft" / "assets" / "smoke"
     more = {
         "method.name": "kto", "method.kto.reference": "cached", "adapter.dropout": 0.0, "eval.metric": None,
-        "export.merged": False, "data.train": rows / "labelled.jsonl", "data.eval": rows / "labelled_heldout.jsonl",
+        "export.merged": False, "data.train": SMOKE_ROWS / "labelled.jsonl",
+        "data.eval": SMOKE_ROWS / "labelled_heldout.jsonl",
     }  # fmt: skip
     with Group(tmp_path / "one", cache, 1, 4, **more) as group:
         group.finish()
@@ -216,7 +231,7 @@ def test_two_processes_cache_a_reference_as_one(tmp_path: Path, cache: Path) -> 
 @pytest.mark.parametrize("count", [None, 8], ids=["live", "cached"])
 def test_two_processes_distil_a_teacher_as_one(count: int | None, tmp_path: Path, cache: Path) -> None:
     more = {
-        "method.name": "distill", "method.distill.teacher": ASSETS / "smoke",
+        "method.name": "distill", "method.distill.teacher": SMOKE_ROWS,
         "method.distill.teacher_random_init": True, "method.distill.cache_top_k": count, "eval.metric": None,
         "export.merged": False,
     }  # fmt: skip

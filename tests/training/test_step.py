@@ -191,6 +191,37 @@ def test_full_fine_tuning_of_a_half_precision_model_moves_float32():
     assert not jax.tree.leaves(state.frozen)
 
 
+def test_a_batch_without_a_trained_token_is_skipped_if_the_step_may():
+    """Neither momentum nor decay moves the parameters, the loss is 0, and the learning rate goes on."""
+    optim = OptimConfig(learning_rate=1e-2, schedule="linear", weight_decay=0.1)
+    schedule = make_schedule(optim, 10)
+    tx = make_optimizer(optim, schedule)
+    graphdef, start = create(module_of("lora"), tx, seed=0)
+    start = jax.tree.map(jnp.copy, start)
+    step = jax.jit(make_train_step(graphdef, sft_loss, tx, schedule, skips_empty=True))
+    plain = jax.jit(make_train_step(graphdef, sft_loss, tx, schedule))
+    batch = make_batch()
+    empty = batch._replace(weights_BS=np.zeros_like(batch.weights_BS))
+    one, metrics = step(start, batch)
+    expected, expected_metrics = plain(start, batch)
+    assert_same(one.trainable, expected.trainable, 1e-7)
+    assert metrics["skipped_updates"] == 0 and metrics["loss"] == expected_metrics["loss"]
+    two, metrics = step(one, empty)
+    assert metrics["skipped_updates"] == 1 and metrics["loss"] == 0 and metrics["grad_norm"] == 0
+    assert int(two.step) == 2 and metrics["trained_tokens"] == 0
+    jax.tree.map(np.testing.assert_array_equal, two.trainable, one.trainable)
+    counts = {name: int(x) for name, x in flatten(two.opt_state)[0].items() if name.endswith("count")}
+    assert sorted(counts.values()) == [1, 2]  # Adam's, and that of the learning rate
+    three, metrics = step(two, batch)
+    assert float(metrics["learning_rate"]) == pytest.approx(float(schedule(2)))
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, two.trainable), two.opt_state, two.trainable)
+    assert any(bool(jnp.any(x)) for x in jax.tree.leaves(updates))  # what an update without gradients would do
+    assert any(
+        bool(jnp.any(a != b)) for a, b in zip(*map(jax.tree.leaves, (three.trainable, two.trainable)), strict=True)
+    )
+    assert np.isnan(plain(one, empty)[1]["loss"])
+
+
 @pytest.mark.slow
 def test_dropout_differs_by_step_and_by_micro_batch_and_repeats_by_seed():
     batch = make_batch()

@@ -17,7 +17,7 @@ from jaxft.data.prompts import Prompt
 from jaxft.methods.method import Run
 from jaxft.methods.online.passes import Passes, rows_of
 from jaxft.nn.decoder import Decoder
-from jaxft.objectives.policy.credit import alike_groups
+from jaxft.objectives.policy.advantages import alike_groups
 from jaxft.rollouts.completions import CompletionsLog
 from jaxft.rollouts.judged import Judged, judge
 from jaxft.rollouts.order import PromptOrder
@@ -107,7 +107,7 @@ class RolloutFeed:
         judged = self._answer(state, self._order.prompts_of(number), seed_of(config.seed, number))
         redrawn = 0
         for draw in range(config.rollout.max_redraws):
-            alike = alike_groups(judged.rewards, judged.groups)
+            alike = alike_groups(judged.rewards, judged.groups).tolist()
             if not alike:
                 break
             spare = self._order.spare_prompts(number, draw, len(alike))

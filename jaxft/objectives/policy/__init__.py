@@ -1,1 +1,1 @@
-"""Losses of methods that learn from rewards: the policy's, and what its answers are credited with."""
+"""Learning from rewards: losses of a policy, of its value predictions, and the advantages of sampled answers."""

@@ -1,42 +1,42 @@
-"""The policy loss of a packed batch of sampled answers."""
+"""The policy loss of a packed batch of sampled answers: GRPO and its relatives, and the policy's part of PPO."""
 
-# B rows, S sequence, P documents that a row can hold
-
-from typing import NamedTuple
+# B batch, S sequence, D model, P documents that a row can hold
 
 import jax
 import jax.numpy as jnp
 
 from jaxft.data.batch import Batch
 from jaxft.nn.decoder import Decoder
-from jaxft.objectives.documents import by_position, document_sums, target_logps
+from jaxft.objectives.documents import by_position, existing_documents, target_logps, target_statistics
 from jaxft.objectives.loss import LossSums, Ratio, in_units_of
-from jaxft.objectives.policy.surrogate import PolicySettings, importance_correction, policy_terms
+from jaxft.objectives.policy.denominators import (
+    PolicyCounts,
+    answer_units,
+    token_scale,
+    without_truncated,
+)
+from jaxft.objectives.policy.surrogate import (
+    PolicySettings,
+    SurrogateTerms,
+    importance_ratios,
+    kl_terms,
+    policy_ratios,
+    surrogate_terms,
+)
 from jaxft.objectives.router import RouterCoefficients, hidden_and_routing, with_router_losses
-from jaxft.objectives.token_logps import token_statistics
+from jaxft.objectives.token_loss import TokenStatistics
 
-# `Batch.values`: of every answer, its advantage (unless tokens have their own), and its part of the divisor.
-ADVANTAGES, UNITS = "advantages", "units"
-# `Batch.arrays`: of every token, its log-probability when it was sampled, and under the policy that it counts for.
-SAMPLER_LOGPS, OLD_LOGPS = "sampler_logps", "old_logps"
-
-
-class PolicyCounts(NamedTuple):
-    """Sums over the whole batch: the divisor of the loss, and the trained tokens."""
-
-    units: jax.Array
-    tokens: jax.Array
+# `Batch.values`: the advantage of each answer. `Batch.arrays`: that of each token, which goes before it (PPO).
+ADVANTAGES = "advantages"
+# `Batch.arrays`, log-probabilities of tokens in nats under the temperature: when they were sampled; under the weights
+# that sampled them, by the trainer; under the reference.
+SAMPLER_LOGPS, OLD_LOGPS, REFERENCE_LOGPS = "sampler_logps", "old_logps", "reference_logps"
 
 
-def policy_counts(batch: Batch[jax.Array]) -> PolicyCounts:
-    """The counts of a batch, for the terms of a loss that are means over other units."""
-    return PolicyCounts(jnp.sum(batch.values[UNITS]), jnp.sum(batch.weights_BS))
-
-
-def policy_logps(model: Decoder, batch: Batch[jax.Array], *, temperature: float) -> jax.Array:
+def policy_logps(model: Decoder, batch: Batch[jax.Array], *, temperature: float = 1.0) -> jax.Array:
     """The log-probability of every trained token in nats, without dropout, [B, S] float32."""
     hidden_BSD, _ = model(batch.tokens_BS, batch.positions_BS, batch.segments_BS)
-    return target_logps(model, hidden_BSD, batch, temperature)
+    return target_logps(model, hidden_BSD, batch, temperature=temperature)
 
 
 def policy_loss(
@@ -49,81 +49,124 @@ def policy_loss(
     counts: PolicyCounts | None = None,
     router: RouterCoefficients | None = None,
 ) -> LossSums:
-    """The surrogate of every trained token, added up; the weight is the sum of the answers' `units`.
+    """`policy_sums` of the model's own log-probabilities and entropies on a batch.
 
-    batch: [B, S], each document a prompt with an answer; `values` and `arrays` as named above. Without `old_logps`, the
-    policy itself is the one that answers count for, so that all ratios are 1. reference_BS: log-probabilities under the
-    reference, if beta is not 0. counts: of the whole batch, if entropy_coef is not 0. Metrics have TRL's names and are
-    means over tokens; `sampling/` compares the sampler's log-probabilities with the trainer's.
+    batch: [B, S]; each document is a prompt with its answer, weights are 1 on sampled tokens, and values and arrays are
+    those which `policy_sums` reads. key: as for every loss.
     """
     hidden_BSD, routing = hidden_and_routing(model, batch, key, router)
-    unembed, head, dimensions = model.split_unembed()
-    statistics = token_statistics(
-        unembed,
-        head,
+    statistics = target_statistics(
+        model,
         hidden_BSD,
-        batch.targets_BS,
-        batch.weights_BS,
-        entropy_gradient=settings.entropy_coef > 0,
+        without_truncated(batch, settings),
         temperature=settings.temperature,
-        dimensions=dimensions,
+        entropy_gradient=settings.entropy_coef != 0,
     )
-    logps_BS, mask_BS = statistics.logps, batch.weights_BS
-    old_BS = batch.arrays.get(OLD_LOGPS, jax.lax.stop_gradient(logps_BS))
-    sampler_BS = batch.arrays[SAMPLER_LOGPS]
-    correction_BS = (
-        1.0 if settings.importance_cap is None else importance_correction(old_BS, sampler_BS, settings.importance_cap)
-    )
-    terms = policy_terms(
-        logps_BS,
-        old_BS,
-        advantages_of(batch),
-        mask_BS,
-        batch.segments_BS,
-        settings,
-        reference_BS=reference_BS,
-        correction_BS=correction_BS,
-    )
-    tokens, units = jnp.sum(mask_BS), jnp.sum(batch.values[UNITS])
-    total = jnp.sum(terms.loss * scale_of(batch, settings))
-    entropies = Ratio(jnp.sum(statistics.entropies), tokens)
-    if settings.entropy_coef:
-        if counts is None:
-            raise ValueError("an entropy bonus needs the counts of the whole batch")
-        total -= in_units_of(counts.units, Ratio(jnp.float32(settings.entropy_coef), counts.tokens)) * entropies.total
-    difference_BS = jnp.abs(old_BS - sampler_BS) * mask_BS
-    metrics = {
-        "entropy": entropies,
-        "clip_ratio/low_mean": Ratio(jnp.sum(terms.low), tokens),
-        "clip_ratio/high_mean": Ratio(jnp.sum(terms.high), tokens),
-        "clip_ratio/region_mean": Ratio(jnp.sum(terms.low + terms.high), tokens),
-        "sampling/sampling_logp_difference/mean": Ratio(jnp.sum(difference_BS), tokens),
-        # Of a micro-batch: the mean over them is reported.
-        "sampling/sampling_logp_difference/max": Ratio(jnp.max(difference_BS), jnp.float32(1)),
-        "sampling/importance_sampling_ratio/mean": Ratio(jnp.sum(correction_BS * mask_BS), tokens),
-    }
-    if reference_BS is not None:
-        metrics["kl"] = Ratio(jnp.sum(terms.kl), tokens)
-    sums = LossSums(
-        total=total,
-        weight=units,
-        tokens=jnp.sum(batch.segments_BS > 0).astype(jnp.float32),
-        trained_tokens=tokens,
-        metrics=jax.lax.stop_gradient(metrics),
-    )
+    sums = policy_sums(statistics, batch, settings, reference_BS=reference_BS, counts=counts)
     return with_router_losses(sums, router, routing)
 
 
-def advantages_of(batch: Batch[jax.Array]) -> jax.Array:
-    """The advantage of every token, [B, S]: its own, or that of its answer."""
+def policy_sums(
+    statistics: TokenStatistics,
+    batch: Batch[jax.Array],
+    settings: PolicySettings,
+    *,
+    reference_BS: jax.Array | None = None,
+    counts: PolicyCounts | None = None,
+) -> LossSums:
+    """The surrogate of all trained tokens plus beta times their KL terms, added up; the weight is their `answer_units`.
+
+    statistics: of every target, [B, S], under the temperature. batch: without arrays[OLD_LOGPS], the old policy is the
+    policy itself and all ratios are 1. arrays[SAMPLER_LOGPS] are needed for importance_cap, and to compare the sampler
+    with the trainer. reference_BS: the reference's log-probabilities, if the batch does not have them; needed if beta
+    is not 0. counts: of the whole batch, for entropy_coef; None if this is the whole batch.
+
+    trained_tokens are those with a gradient: without KL and entropy, tokens whose advantage is 0 have none. Metrics
+    have TRL's names and are means over tokens: entropy, kl, clip_ratio/low_mean, clip_ratio/high_mean and
+    clip_ratio/region_mean (means over answers if the ratio is that of the answer), or cispo_clip_ratio;
+    sampling/sampling_logp_difference/mean, and its max in a batch or micro-batch;
+    sampling/importance_sampling_ratio/mean. Raises ValueError if the batch lacks what the settings need.
+    """
+    batch = without_truncated(batch, settings)
+    mask_BS, logps_BS = batch.weights_BS, statistics.logps
+    old_BS = batch.arrays.get(OLD_LOGPS, jax.lax.stop_gradient(logps_BS))
+    advantages_BS = token_advantages(batch)
+    ratio_BS = policy_ratios(logps_BS, old_BS, mask_BS, batch.segments_BS, settings.importance_sampling_level)
+    terms = surrogate_terms(logps_BS, ratio_BS, advantages_BS, settings)
+    loss_BS = terms.loss
+    tokens = jnp.sum(mask_BS)
+    metrics = {"entropy": Ratio(jnp.sum(statistics.entropies), tokens)} | clip_metrics(terms, batch, settings)
+    if SAMPLER_LOGPS in batch.arrays:
+        metrics |= sampling_metrics(old_BS, batch, settings.importance_cap)
+    if settings.importance_cap is not None:
+        loss_BS = loss_BS * importance_ratios(old_BS, _needed(batch, SAMPLER_LOGPS), settings.importance_cap)
+    if reference_BS is None and (settings.beta or REFERENCE_LOGPS in batch.arrays):
+        reference_BS = _needed(batch, REFERENCE_LOGPS)
+    if reference_BS is not None:
+        kl_BS = kl_terms(logps_BS, jax.lax.stop_gradient(reference_BS), ratio_BS, settings.kl_estimator)
+        metrics["kl"] = Ratio(jnp.sum(kl_BS * mask_BS), tokens)
+        loss_BS = loss_BS + settings.beta * kl_BS
+    whole = PolicyCounts(jnp.sum(answer_units(batch, settings)), tokens)
+    total = jnp.sum(loss_BS * token_scale(batch, settings))
+    trained_BS = mask_BS
+    if settings.entropy_coef:
+        own = whole if counts is None else counts
+        factor = in_units_of(own.units, Ratio(jnp.float32(settings.entropy_coef), own.tokens))
+        total = total - factor * jnp.sum(statistics.entropies * mask_BS)
+    elif not settings.beta:
+        trained_BS = mask_BS * (advantages_BS != 0)
+    return LossSums(
+        total=total,
+        weight=whole.units,
+        tokens=jnp.sum(batch.segments_BS > 0).astype(jnp.float32),
+        trained_tokens=jnp.sum(trained_BS),
+        metrics=metrics,
+    )
+
+
+def token_advantages(batch: Batch[jax.Array]) -> jax.Array:
+    """The advantage of every token, [B, S] float32: its own if the batch has any, otherwise that of its answer."""
     if ADVANTAGES in batch.arrays:
         return batch.arrays[ADVANTAGES]
+    if ADVANTAGES not in batch.values:
+        raise ValueError(f"the batch has no {ADVANTAGES!r}, neither in its values [B, P] nor in its arrays [B, S]")
     return by_position(batch.values[ADVANTAGES], batch.segments_BS)
 
 
-def scale_of(batch: Batch[jax.Array], settings: PolicySettings) -> jax.Array:
-    """The factor of every token's loss, [B, S]: for `grpo`, one by the trained tokens of its answer."""
-    if settings.loss_type != "grpo":
-        return jnp.ones_like(batch.weights_BS)
-    counts_BP = jnp.maximum(document_sums(batch.weights_BS, batch.segments_BS), 1)
-    return by_position(1 / counts_BP, batch.segments_BS)
+def clip_metrics(terms: SurrogateTerms, batch: Batch[jax.Array], settings: PolicySettings) -> dict[str, Ratio]:
+    """The shares of tokens, or of answers if they have one ratio, at which the clip takes the gradient away."""
+    counted_BS = batch.weights_BS
+    units = jnp.sum(counted_BS)
+    if settings.importance_sampling_level != "token" and ADVANTAGES not in batch.arrays:
+        # The first token of an answer stands for it.
+        counted_BS = ((batch.segments_BS > 0) & (batch.positions_BS == 0)).astype(jnp.float32)
+        units = jnp.sum(existing_documents(batch.segments_BS))
+    low, high = (Ratio(jnp.sum(x * counted_BS), units) for x in (terms.low, terms.high))
+    if settings.loss_type == "cispo":
+        return {"cispo_clip_ratio": high}
+    return {
+        "clip_ratio/low_mean": low,
+        "clip_ratio/high_mean": high,
+        "clip_ratio/region_mean": Ratio(low.total + high.total, units),
+    }
+
+
+def sampling_metrics(old_BS: jax.Array, batch: Batch[jax.Array], cap: float | None) -> dict[str, Ratio]:
+    """How the sampler's log-probabilities differ from the trainer's, of the same weights; cap: of the ratio."""
+    mask_BS, sampler_BS = batch.weights_BS, _needed(batch, SAMPLER_LOGPS)
+    tokens = jnp.sum(mask_BS)
+    difference_BS = jnp.abs(old_BS - sampler_BS) * mask_BS
+    ratio_BS = importance_ratios(old_BS, sampler_BS, cap)
+    return {
+        "sampling/sampling_logp_difference/mean": Ratio(jnp.sum(difference_BS), tokens),
+        "sampling/sampling_logp_difference/max": Ratio(jnp.max(difference_BS) * tokens, tokens),
+        "sampling/importance_sampling_ratio/mean": Ratio(jnp.sum(ratio_BS * mask_BS), tokens),
+    }
+
+
+def _needed(batch: Batch[jax.Array], name: str) -> jax.Array:
+    if name not in batch.arrays:
+        raise ValueError(
+            f"the settings of the loss need arrays[{name!r}] of the batch, which has {sorted(batch.arrays)}"
+        )
+    return batch.arrays[name]
