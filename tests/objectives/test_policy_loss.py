@@ -241,11 +241,8 @@ def test_four_micro_batches_equal_one(steps):
     state, one, four = steps
     batch = everything(EIGHT_ROWS)
     (whole, metrics), (cut, others) = one(state, batch), four(state, batch)
-    skip = {"sampling/sampling_logp_difference/max"}  # of a micro-batch
-    assert {k: float(v) for k, v in others.items() if k not in skip} == pytest.approx(
-        {k: float(v) for k, v in metrics.items() if k not in skip}, rel=1e-5
-    )
-    assert metrics["skipped_updates"] == 0
+    assert {k: float(v) for k, v in others.items()} == pytest.approx({k: float(v) for k, v in metrics.items()}, 1e-5)
+    assert metrics["skipped_updates"] == 0 and metrics["sampling/sampling_logp_difference/max"] > 0.5
     moved = jax.tree.map(jnp.subtract, whole.trainable, state.trainable)
     assert_close(jax.tree.map(jnp.subtract, cut.trainable, state.trainable), moved, 1e-4)
 
