@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from jaxft.errors import DataError
-from jaxft.objectives.loss import LossSums
+from jaxft.objectives.loss import LossSums, added
 
 
 def added_up(sums_of: Callable[[Any], Any], batches: Iterable[Any]) -> Any:
@@ -15,7 +15,7 @@ def added_up(sums_of: Callable[[Any], Any], batches: Iterable[Any]) -> Any:
     total = None
     for batch in batches:
         sums = jax.tree.map(np.float64, jax.device_get(sums_of(batch)))
-        total = sums if total is None else jax.tree.map(np.add, total, sums)
+        total = sums if total is None else added(total, sums)
     return total
 
 

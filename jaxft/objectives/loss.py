@@ -1,5 +1,6 @@
 """The contract of a training loss: it returns sums and their weights, never means."""
 
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -41,6 +42,7 @@ class LossSums(NamedTuple):
     tokens: tokens in the batch, padding left out.
     trained_tokens: tokens that the loss is taken on.
     metrics: further values by the name under which they are logged.
+    maxima: metrics that are the largest of some values, none of which is negative. `added` takes the larger ones.
     """
 
     total: jax.Array
@@ -48,12 +50,25 @@ class LossSums(NamedTuple):
     tokens: jax.Array
     trained_tokens: jax.Array
     metrics: dict[str, Ratio]
+    maxima: dict[str, jax.Array] = {}
 
     def means(self) -> dict[str, jax.Array]:
-        """`loss` and every metric, each divided by its own weight. A metric is 0 if its weight is."""
+        """`loss` and every metric, each divided by its own weight, and the maxima. A metric is 0 if its weight is."""
         # A batch may lack the units of a metric, such as answers of a class; a loss without units is an error.
         means = {name: total / (weight + (weight == 0)) for name, (total, weight) in self.metrics.items()}
-        return {"loss": self.total / self.weight} | means
+        return {"loss": self.total / self.weight} | means | self.maxima
+
+
+def added(whole: Any, part: Any) -> Any:
+    """Two pytrees of sums added up; of the maxima of `LossSums` within them, the larger ones."""
+
+    def add(whole: Any, part: Any) -> Any:
+        if not isinstance(whole, LossSums):
+            return whole + part
+        sums = jax.tree.map(operator.add, whole._replace(maxima={}), part._replace(maxima={}))
+        return sums._replace(maxima=jax.tree.map(jnp.maximum, whole.maxima, part.maxima))
+
+    return jax.tree.map(add, whole, part, is_leaf=lambda x: isinstance(x, LossSums))
 
 
 # (model, batch, key, method_state) -> LossSums. batch: the pytree that the method's source gives. key: a PRNG key turns

@@ -14,6 +14,9 @@ from jaxft.errors import JaxftError, Preempted
 from jaxft.training.log import NoLog, RunLog
 from jaxft.training.state import TrainState
 
+# Metrics of a step whose sums since step 0 are logged. Only steps that may skip their update have the last.
+ADDED_UP = ("num_tokens", "trained_tokens", "skipped_updates")
+
 
 class DivergedError(JaxftError):
     """The loss, or another metric of a step, is NaN or infinite."""
@@ -59,7 +62,7 @@ def fit(
 ) -> tuple[TrainState, dict[str, float]]:
     """Trains from step `start` to the last one. Returns the state and the last held-out metrics.
 
-    progress: sums since step 0 (`num_tokens`, `trained_tokens`), as saved. Raises Preempted after saving, and
+    progress: sums since step 0 of the metrics in ADDED_UP, as saved. Raises Preempted after saving, and
     DivergedError at the first loss that is not a number, before it can reach a checkpoint.
     """
     progress = dict(progress)
@@ -71,8 +74,8 @@ def fit(
         metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
         _check_finite(step, metrics)
         window.add(time.monotonic() - started, metrics["num_tokens"])
-        progress["num_tokens"] = progress.get("num_tokens", 0.0) + metrics.pop("num_tokens")
-        progress["trained_tokens"] = progress.get("trained_tokens", 0.0) + metrics.pop("trained_tokens")
+        for name in [name for name in ADDED_UP if name in metrics]:
+            progress[name] = progress.get(name, 0.0) + metrics.pop(name)
         if cadence.due(step, cadence.log_every):
             consumed = progress | {"epoch": step / cadence.steps_per_epoch} | hooks.data_metrics(step)
             log.step(step, metrics | consumed | window.rates())

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from jaxft.nn.decoder import Decoder
 from jaxft.nn.param_kind import kind_of
-from jaxft.objectives.loss import BatchSums, Loss, LossSums, MethodState, with_batch_sums
+from jaxft.objectives.loss import BatchSums, Loss, LossSums, MethodState, added, with_batch_sums
 from jaxft.training.state import TrainState
 from jaxft.trees import path_str
 
@@ -157,12 +157,12 @@ def _with_batch_sums(state: TrainState, sums: Any) -> TrainState:
 
 
 def _scanned(part: Callable[[jax.Array, Any], Any], micro_batches: Any, first: Any) -> Any:
-    """`part(index, micro_batch)` added up over micro-batches, in float32."""
+    """`part(index, micro_batch)` added up over micro-batches (`added`), in float32."""
     shapes = jax.eval_shape(part, jnp.int32(0), first)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
 
     def add(carry: Any, scanned: Any) -> tuple[Any, None]:
-        return jax.tree.map(lambda whole, x: whole + x.astype(whole.dtype), carry, part(*scanned)), None
+        return added(carry, jax.tree.map(lambda x: x.astype(jnp.float32), part(*scanned))), None
 
     count = len(jax.tree.leaves(micro_batches)[0])
     return jax.lax.scan(add, zeros, (jnp.arange(count), micro_batches))[0]

@@ -1,9 +1,15 @@
-"""Advantages by hand, and generalised advantage estimation against its definition, a double sum in float64."""
+"""Advantages against TRL's and by hand; generalised advantage estimation against its definition, in float64.
 
+`tests/oracles/record_advantages.py` recorded what TRL 1.16 computed, in float32.
+"""
+
+import json
 import statistics
+from pathlib import Path
 
 import numpy as np
 import pytest
+from oracles import advantage_cases
 
 from jaxft.objectives.policy.advantages import (
     alike_groups,
@@ -16,9 +22,30 @@ from jaxft.objectives.policy.advantages import (
     whiten,
 )
 
+RECORDS = np.load(Path(__file__).parents[1] / "oracles" / "advantages.npz")
 NAN = float("nan")
 REWARDS = np.array([1.0, 5.0, 2.0, 6.0, NAN, 4.0, 3.0, 3.0])
 GROUPS = np.array([7, 2, 7, 7, 2, 2, 5, 5])  # groups need not be neighbours
+
+
+@pytest.mark.parametrize(("case", "scale"), advantage_cases.GRPO.items())
+def test_group_advantages_are_those_of_trl(case, scale):
+    """Within 1e-6, and metrics within 1e-6 of themselves."""
+    rewards = advantage_cases.REWARDS
+    groups = np.arange(len(rewards)) // advantage_cases.GENERATIONS
+    np.testing.assert_allclose(group_advantages(rewards, groups, scale), RECORDS[f"grpo/{case}"], rtol=0, atol=1e-6)
+    expected, metrics = json.loads(str(RECORDS["metrics"])), reward_metrics(rewards, groups)
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("case", advantage_cases.RLOO)
+def test_leave_one_out_is_that_of_trl(case):
+    """Within 1e-6."""
+    settings = advantage_cases.RLOO[case]
+    groups = np.arange(len(advantage_cases.REWARDS)) // advantage_cases.GENERATIONS
+    rewards = penalized_rewards(advantage_cases.REWARDS, advantage_cases.log_ratios(), settings.get("beta", 0.0))
+    advantages = leave_one_out(rewards, groups, normalize=settings.get("normalize", False))
+    np.testing.assert_allclose(advantages, RECORDS[f"rloo/{case}"], rtol=0, atol=1e-6)
 
 
 def test_group_advantages_by_hand():
@@ -93,6 +120,19 @@ def test_gae_is_its_definition(gamma, lam, length):
     if lam == 1:  # the discounted sum of rewards still to come
         returns = [sum(gamma ** (k - t) * rewards[k] for k in range(t, length)) for t in range(length)]
         np.testing.assert_allclose(out.returns, returns, rtol=0, atol=1e-12)
+
+
+def test_gae_of_full_rows_is_the_recursion_over_columns():
+    """As PPO trainers compute it for rows that all end in the last column."""
+    rng, gamma, lam = np.random.default_rng(1), 0.97, 0.9
+    rewards_BT, values_BT = rng.normal(size=(2, 3, 7))
+    last_B, columns = np.zeros(3), []
+    for t in reversed(range(7)):
+        later_B = values_BT[:, t + 1] if t < 6 else np.zeros(3)
+        last_B = rewards_BT[:, t] + gamma * later_B - values_BT[:, t] + gamma * lam * last_B
+        columns.append(last_B)
+    rows = [gae(rewards_BT[b], values_BT[b], gamma=gamma, lam=lam).advantages for b in range(3)]
+    np.testing.assert_allclose(rows, np.stack(columns[::-1], axis=1), rtol=0, atol=1e-12)
 
 
 def test_whitened_values_have_mean_0_and_variance_1_over_the_whole_batch():

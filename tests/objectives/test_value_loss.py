@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxft.data.batch import Batch
-from jaxft.objectives.loss import LossSums
+from jaxft.objectives.loss import LossSums, added
 from jaxft.objectives.policy.denominators import PolicyCounts
 from jaxft.objectives.policy.value import RETURNS, VALUES, value_terms, with_value_loss
 
@@ -57,5 +57,5 @@ def test_the_mean_over_tokens_is_added_in_the_units_of_the_policy():
         )
         for rows in (slice(0, 2), slice(2, 4))
     ]  # fmt: skip
-    total = jax.tree.map(jnp.add, *parts)
+    total = added(*parts)
     assert float(total.means()["loss"]) == pytest.approx(float(whole.means()["loss"]), rel=1e-6)

@@ -17,6 +17,7 @@ class Recorder:
     def __init__(self, *, losses=None, preempted_at=None, held_out=True):
         self.events, self.saved, self.logged = [], {}, {}
         self.losses, self.preempted_at, self.held_out = losses or {}, preempted_at, held_out
+        self.skipped = None  # the steps whose update is skipped, if the method may skip any
 
     def hooks(self):
         return Hooks(
@@ -32,6 +33,8 @@ class Recorder:
         self.events.append(("train", state, batch[2]))
         loss = self.losses.get(state + 1, 2.0)
         metrics = {"loss": loss, "grad_norm": 1.0, "learning_rate": 1e-3, "num_tokens": 10.0, "trained_tokens": 4.0}
+        if self.skipped is not None:
+            metrics["skipped_updates"] = float(state + 1 in self.skipped)
         return state + 1, {name: jnp.float32(value) for name, value in metrics.items()}
 
     def evaluate(self, state):
@@ -102,6 +105,14 @@ def test_tokens_add_up_over_the_run_and_epochs_follow_the_step():
     assert recorder.logged[3]["epoch"] == 0.75
     assert {"loss", "grad_norm", "learning_rate"} <= set(recorder.logged[1])
     assert recorder.saved[3][0] == {"num_tokens": 30, "trained_tokens": 12}
+
+
+def test_skipped_updates_are_counted_over_the_run():
+    recorder = Recorder()
+    recorder.skipped = {2, 3}
+    run(recorder, total=4)
+    assert [recorder.logged[step]["skipped_updates"] for step in (1, 2, 3, 4)] == [0, 1, 2, 2]
+    assert recorder.saved[4][0]["skipped_updates"] == 2
 
 
 def test_rates_leave_the_first_step_out_since_it_compiled():

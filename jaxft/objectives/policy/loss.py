@@ -84,8 +84,8 @@ def policy_sums(
     trained_tokens are those with a gradient: without KL and entropy, tokens whose advantage is 0 have none. Metrics
     have TRL's names and are means over tokens: entropy, kl, clip_ratio/low_mean, clip_ratio/high_mean and
     clip_ratio/region_mean (means over answers if the ratio is that of the answer), or cispo_clip_ratio;
-    sampling/sampling_logp_difference/mean, and its max in a batch or micro-batch;
-    sampling/importance_sampling_ratio/mean. Raises ValueError if the batch lacks what the settings need.
+    sampling/sampling_logp_difference/mean, and its max over all tokens; sampling/importance_sampling_ratio/mean.
+    Raises ValueError if the batch lacks what the settings need.
     """
     batch = without_truncated(batch, settings)
     mask_BS, logps_BS = batch.weights_BS, statistics.logps
@@ -96,16 +96,17 @@ def policy_sums(
     loss_BS = terms.loss
     tokens = jnp.sum(mask_BS)
     metrics = {"entropy": Ratio(jnp.sum(statistics.entropies), tokens)} | clip_metrics(terms, batch, settings)
-    if SAMPLER_LOGPS in batch.arrays:
-        metrics |= sampling_metrics(old_BS, batch, settings.importance_cap)
+    importance_BS, of_sampler, maxima = sampling_terms(old_BS, batch, settings)
+    metrics |= of_sampler
     if settings.importance_cap is not None:
-        loss_BS = loss_BS * importance_ratios(old_BS, _needed(batch, SAMPLER_LOGPS), settings.importance_cap)
+        loss_BS = loss_BS * importance_BS
     if reference_BS is None and (settings.beta or REFERENCE_LOGPS in batch.arrays):
         reference_BS = _needed(batch, REFERENCE_LOGPS)
     if reference_BS is not None:
         kl_BS = kl_terms(logps_BS, jax.lax.stop_gradient(reference_BS), ratio_BS, settings.kl_estimator)
         metrics["kl"] = Ratio(jnp.sum(kl_BS * mask_BS), tokens)
-        loss_BS = loss_BS + settings.beta * kl_BS
+        if settings.beta:
+            loss_BS = loss_BS + settings.beta * kl_BS
     whole = PolicyCounts(jnp.sum(answer_units(batch, settings)), tokens)
     total = jnp.sum(loss_BS * token_scale(batch, settings))
     trained_BS = mask_BS
@@ -121,6 +122,7 @@ def policy_sums(
         tokens=jnp.sum(batch.segments_BS > 0).astype(jnp.float32),
         trained_tokens=jnp.sum(trained_BS),
         metrics=metrics,
+        maxima=maxima,
     )
 
 
@@ -151,17 +153,23 @@ def clip_metrics(terms: SurrogateTerms, batch: Batch[jax.Array], settings: Polic
     }
 
 
-def sampling_metrics(old_BS: jax.Array, batch: Batch[jax.Array], cap: float | None) -> dict[str, Ratio]:
-    """How the sampler's log-probabilities differ from the trainer's, of the same weights; cap: of the ratio."""
+def sampling_terms(
+    old_BS: jax.Array, batch: Batch[jax.Array], settings: PolicySettings
+) -> tuple[jax.Array, dict[str, Ratio], dict[str, jax.Array]]:
+    """(`importance_ratios` of the tokens, [B, S]; what compares the sampler with the trainer: metrics and maxima).
+
+    Without log-probabilities of the sampler, the ratios are 1 and there is nothing to compare. old_BS: the trainer's.
+    """
+    if SAMPLER_LOGPS not in batch.arrays and settings.importance_cap is None:
+        return jnp.ones_like(old_BS), {}, {}
     mask_BS, sampler_BS = batch.weights_BS, _needed(batch, SAMPLER_LOGPS)
-    tokens = jnp.sum(mask_BS)
-    difference_BS = jnp.abs(old_BS - sampler_BS) * mask_BS
-    ratio_BS = importance_ratios(old_BS, sampler_BS, cap)
-    return {
+    tokens, difference_BS = jnp.sum(mask_BS), jnp.abs(old_BS - sampler_BS) * mask_BS
+    ratio_BS = importance_ratios(old_BS, sampler_BS, settings.importance_cap)
+    metrics = {
         "sampling/sampling_logp_difference/mean": Ratio(jnp.sum(difference_BS), tokens),
-        "sampling/sampling_logp_difference/max": Ratio(jnp.max(difference_BS) * tokens, tokens),
         "sampling/importance_sampling_ratio/mean": Ratio(jnp.sum(ratio_BS * mask_BS), tokens),
     }
+    return ratio_BS, metrics, {"sampling/sampling_logp_difference/max": jnp.max(difference_BS)}
 
 
 def _needed(batch: Batch[jax.Array], name: str) -> jax.Array:
