@@ -2,8 +2,8 @@
 
     python benchmarks/make_people.py --to=jaxft/assets/people
 
-A task that a small model can learn from rewards: it knows what JSON is, and rarely answers in it alone. Names, cities and
-sentences of the held-out rows occur in no training row. The same seed gives the same bytes.
+A task that a small model can learn from rewards: it knows what JSON is, and rarely answers in it alone. Names, cities
+and sentences of the held-out rows occur in no training row. The same seed gives the same bytes.
 """
 
 import argparse
@@ -51,7 +51,11 @@ def rows(split: str) -> list[dict[str, object]]:
     parts, draw = SPLITS[split], random.Random(f"{SEED} {split}")
     out: list[dict[str, object]] = []
     for _ in range(int(str(parts["rows"]))):
-        person = {"name": draw.choice(parts["names"]), "age": draw.randint(18, 79), "city": draw.choice(parts["cities"])}
+        person = {
+            "name": draw.choice(parts["names"]),
+            "age": draw.randint(18, 79),
+            "city": draw.choice(parts["cities"]),
+        }
         sentence = draw.choice(parts["sentences"]).format(**person)
         prompt = [{"role": "user", "content": ASK.format(sentence=sentence)}]
         out.append({"prompt": prompt, "reference": json.dumps(person)})

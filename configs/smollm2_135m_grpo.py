@@ -1,8 +1,9 @@
 """GRPO with LoRA on SmolLM2-135M-Instruct: it learns to answer in JSON from rewards, without being shown an answer.
 
 `make quickstart` writes the folder of the base model. The prompts are sentences about a person; the answers in their
-rows are only compared with. Your own prompts and rewards (docs/rewards.md): `jaxft train --config=configs/smollm2_135m_grpo.py
---config.data.train=prompts.jsonl --config.data.eval=None --config.rewards.functions=rewards.py:exact`.
+rows are only compared with. Your own prompts and rewards (docs/rewards.md): `jaxft train
+--config=configs/smollm2_135m_grpo.py --config.data.train=prompts.jsonl --config.data.eval=None
+--config.rewards.functions=rewards.py:exact`.
 """
 
 from pathlib import Path
@@ -22,7 +23,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model.dtype = "float32"
 
     config.method.name = "grpo"
-    config.rewards.functions = f"{Path(__file__).parent / 'rewards' / 'json_fields.py'}:fields"
+    config.rewards.functions = f"{Path(__file__).parent / 'reward_functions' / 'json_fields.py'}:fields"
 
     config.adapter.r = 16
     config.adapter.alpha = 32.0

@@ -186,10 +186,13 @@ def _is_path(name: str) -> bool:
     return bool(folder) and not FILE.search(last) and _in_module(f"{folder}/{last.split('.')[0]}", last.split(".")[1:])
 
 
-def _is_ours(first: str) -> bool:
-    """Whether this repository defines what begins so, instead of a file that it writes or another program."""
+def _is_ours(first: str, name: str) -> bool:
+    """Whether this repository defines what begins so, instead of a file that it writes or another program.
+
+    A section of the config has fields after a dot; after a slash, its name may begin that of a metric.
+    """
     rooms = {path.stem for path in PACKAGE.iterdir()}
-    return first in rooms | set(FOLDERS) | set(names().classes) or is_config_field(first)
+    return first in rooms | set(FOLDERS) | set(names().classes) or ("/" not in name and is_config_field(first))
 
 
 def _is_name(name: str) -> bool:
@@ -207,7 +210,7 @@ def _is_name(name: str) -> bool:
         known = _is_attribute(first, rest[0])
     else:
         known = is_config_field(name) or first in LIBRARIES or _in_module(first, rest)
-    return known or (not _is_ours(first) and _is_written(name))
+    return known or (not _is_ours(first, name) and _is_written(name))
 
 
 def _is_written(name: str) -> bool:

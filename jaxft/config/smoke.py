@@ -12,8 +12,9 @@ def with_arg(config: ConfigDict, arg: str | None) -> ConfigDict:
 
     A smoke run keeps the method (adapter, optimizer, packing, cadence) and replaces all that is expensive: it has a
     random two-layer model with a byte tokenizer, 24 rows and 4 steps. The rows have the form that the method trains on,
-    its section's ROWS: conversations of the quickstart, or preferences and prompts that were made of them. It shows that every part
-    of the run works, from data to report, and not that the model learns. Raises ConfigError for another argument.
+    its section's ROWS: conversations of the quickstart, or preferences and prompts that were made of them. It shows
+    that every part of the run works, from data to report, and not that the model learns. Raises ConfigError for another
+    argument.
     """
     if not arg:
         return config
@@ -46,14 +47,20 @@ def with_arg(config: ConfigDict, arg: str | None) -> ConfigDict:
         config.train.eval_every = 2
     if config.checkpoint.every is not None:
         config.checkpoint.every = 2
-    config.rollout.update(num_generations=min(config.rollout.num_generations, 4), max_completion_length=16)
+    if _form(config.method.name) == "prompts":
+        config.rollout.update(num_generations=min(config.rollout.num_generations, 4), max_completion_length=16)
     config.eval.update(limit=4, max_new_tokens=8, batch_size=4)
     return config
 
 
+def _form(method: str) -> str:
+    """The form of the rows of a method."""
+    return getattr(getattr(MethodConfig(), method, None), "ROWS", "conversations")
+
+
 def _rows(method: str) -> tuple[str, str]:
     """Paths of the training and held-out rows for a method; an unknown name is refused when the config is resolved."""
-    form = getattr(getattr(MethodConfig(), method, None), "ROWS", "conversations")
+    form = _form(method)
     if form == "conversations":
         return str(ASSETS / "quickstart" / "train.jsonl"), str(ASSETS / "quickstart" / "heldout.jsonl")
     return str(ASSETS / "smoke" / f"{form}.jsonl"), str(ASSETS / "smoke" / f"{form}_heldout.jsonl")

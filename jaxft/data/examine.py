@@ -257,6 +257,7 @@ def _nothing(source: str, left_out: Counter[str]) -> str:
 
 
 def histogram(lengths: np.ndarray) -> tuple[tuple[int, int, int], ...]:
+    """`Examination.histogram` of these lengths, in at most BINS bins."""
     low, high = int(lengths.min()), int(lengths.max())
     width = max(1, -(-(high - low + 1) // BINS))
     counts = np.bincount((lengths - low) // width)

@@ -278,6 +278,7 @@ def _marks(messages: tuple[dict[str, Any], ...]) -> dict[str, Any]:
 
 
 def template_kwargs_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The variables of the chat template that a row gives as `chat_template_kwargs`. Raises RowProblem."""
     given = row.get("chat_template_kwargs") or {}
     if isinstance(given, str):
         try:

@@ -72,19 +72,19 @@ def prepare_prompts(config: RunConfig, tokenizer: Tokenizer) -> Prepared:
     if repeated := count_repeated(prompts, eval_prompts):
         warning = f"{repeated:,} of {len(eval_prompts):,} held-out prompts are in the training set too"
         eval_examination = dataclasses.replace(eval_examination, warnings=(*eval_examination.warnings, warning))
-    asked = eval_prompts[: config.eval.limit]
-    references = [prompt.reference for prompt in asked if isinstance(prompt, Prompt)]
+    questions = eval_prompts[: config.eval.limit]
+    references = [prompt.reference for prompt in questions if isinstance(prompt, Prompt)]
     if config.eval.metric and None in references:
         raise DataError(
             f"eval.metric={config.eval.metric!r} compares answers with references, but {references.count(None)} of "
-            f"the {len(asked)} held-out prompts have none. Give their rows an answer, or set eval.metric to None: the "
-            "rewards score held-out answers too."
+            f"the {len(questions)} held-out prompts have none. Give their rows an answer, or set eval.metric to None: "
+            "the rewards score held-out answers too."
         )
     return Prepared(
         sets=tuple(sets),
         examination=examination,
         eval_examples=eval_prompts,
-        eval_prompts=[prompt.tokens.tolist() for prompt in asked],
+        eval_prompts=[prompt.tokens.tolist() for prompt in questions],
         eval_references=[reference for reference in references if reference is not None],
         eval_examination=eval_examination,
     )

@@ -196,8 +196,8 @@ def start(
     """An engine with memory for the requests, up to `slots` at a time, and their common prefix computed.
 
     cache: may hold the prefix of a single request. answers: how many requests of the same prompt follow each other;
-    they are prefilled once. length: tokens of a row, if all calls are to have the same; by default, those of the longest
-    request.
+    they are prefilled once. length: tokens of a row, if all calls are to have the same; by default, those of the
+    longest request.
     """
     longest = length or max(len(request.prompt) + request.sampling.max_new_tokens for request in requests)
     graphdef, params = nnx.split(model.for_length(longest))

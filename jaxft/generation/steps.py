@@ -121,10 +121,10 @@ def prefill(
     )
     first_N, logprobs_N = choose(logits_NV, seen_NV, prompts.knobs, ends_N)
     seen_NV = seen_NV.at[jnp.arange(len(first_N)), first_N].set(True)
-    stored = memory.cache
+    filled = memory.cache
     for answer in range(answers):
-        stored = tuple(store(*parts, slots_PA[:, answer]) for parts in zip(stored, cache, strict=True))
-    memory = Memory(stored, memory.seen_BV.at[slots_PA.reshape(-1)].set(seen_NV, mode="drop"))
+        filled = tuple(store(*parts, slots_PA[:, answer]) for parts in zip(filled, cache, strict=True))
+    memory = Memory(filled, memory.seen_BV.at[slots_PA.reshape(-1)].set(seen_NV, mode="drop"))
     return _shard(memory, rows), *_replicate((first_N, logprobs_N), rows)
 
 

@@ -78,8 +78,8 @@ def make_updates(run: Run, judged: Judged, state: TrainState, passes: Passes) ->
         if config.rollout.updates > 1:
             packed = packed.with_arrays(**{OLD_LOGPS: passes.policy_logps(state, packed.batch)})
         batches.append(packed.batch)
-    figures = {"advantages/absolute_mean": float(np.mean(np.abs(advantages)))}
-    return Updates(batches=tuple(batches), figures=figures, numbers={"advantage": advantages})
+    metrics = {"advantages/absolute_mean": float(np.mean(np.abs(advantages)))}
+    return Updates(batches=tuple(batches), metrics=metrics, numbers={"advantage": advantages})
 
 
 def batch_sums(config: RunConfig, model: Decoder) -> BatchSums | None:

@@ -16,7 +16,7 @@ from jaxft.methods.teacher.frozen import FrozenModel
 from jaxft.nn.decoder import Decoder
 from jaxft.nn.score import Head
 from jaxft.objectives.loss import BatchSums, Loss, MethodState
-from jaxft.rollouts.rewards import RewardFunctions
+from jaxft.rollouts.reward_functions import RewardFunctions
 from jaxft.sharding.mesh import MeshPlan
 from jaxft.training.state import TrainState
 

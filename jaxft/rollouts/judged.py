@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxft.data.prompts import Prompt
 from jaxft.objectives.policy.advantages import reward_metrics
-from jaxft.rollouts.rewards import RewardFunctions
+from jaxft.rollouts.reward_functions import RewardFunctions
 from jaxft.rollouts.rollout import Rollout
 
 
@@ -19,13 +19,13 @@ class Judged:
     """The n answers of a rollout in groups, with their rewards.
 
     rewards: float64 [n], the weighted sum of the reward functions; NaN for an answer that none of them scored.
-    by_function: float64 [n] of each function. figures_of_functions: what is logged of them. seconds: that scoring took.
+    by_function: float64 [n] of each function. function_metrics: what is logged of them. seconds: that scoring took.
     """
 
     rollouts: tuple[Rollout, ...]
     rewards: np.ndarray
     by_function: dict[str, np.ndarray]
-    figures_of_functions: dict[str, float]
+    function_metrics: dict[str, float]
     seconds: float
 
     @property
@@ -36,36 +36,36 @@ class Judged:
     def with_groups(self, numbers: Sequence[int], others: "Judged") -> "Judged":
         """The answers, with those of the groups of these numbers replaced by the groups of `others`, in turn."""
         new = {group: index for index, group in enumerate(numbers)}
-        groups, places = self.groups, range(len(self.rollouts))
-        size = len(places) // len(set(groups.tolist()))
+        groups, indices = self.groups, range(len(self.rollouts))
+        size = len(indices) // len(set(groups.tolist()))
         # Indices into the answers of both, one after another.
         taken = [
-            len(places) + new[group] * size + place % size if group in new else place
-            for place, group in zip(places, groups.tolist(), strict=True)
+            len(indices) + new[group] * size + index % size if group in new else index
+            for index, group in zip(indices, groups.tolist(), strict=True)
         ]
         both = [*self.rollouts, *others.rollouts]
         return Judged(
             rollouts=tuple(
-                replace(both[index], number=place, group=int(groups[place])) for place, index in enumerate(taken)
+                replace(both[index], number=number, group=int(groups[number])) for number, index in enumerate(taken)
             ),
             rewards=np.concatenate([self.rewards, others.rewards])[taken],
             by_function={n: np.concatenate([x, others.by_function[n]])[taken] for n, x in self.by_function.items()},
-            figures_of_functions=self.figures_of_functions,
+            function_metrics=self.function_metrics,
             seconds=self.seconds + others.seconds,
         )
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """What is logged of the rewards, under TRL's names; nothing if there are none."""
         if not self.by_function:
             return {}
-        return reward_metrics(self.rewards, self.groups) | self.figures_of_functions | {"reward_seconds": self.seconds}
+        return reward_metrics(self.rewards, self.groups) | self.function_metrics | {"reward_seconds": self.seconds}
 
 
 def judge(rollouts: Sequence[Rollout], functions: RewardFunctions | None) -> Judged:
     """The answers with the rewards that the functions give them; none without functions."""
     if functions is None:
         nothing = np.full(len(rollouts), np.nan)
-        return Judged(rollouts=tuple(rollouts), rewards=nothing, by_function={}, figures_of_functions={}, seconds=0.0)
+        return Judged(rollouts=tuple(rollouts), rewards=nothing, by_function={}, function_metrics={}, seconds=0.0)
     scores = functions.score(
         [one.prompt.messages for one in rollouts],
         [one.text for one in rollouts],
@@ -76,7 +76,7 @@ def judge(rollouts: Sequence[Rollout], functions: RewardFunctions | None) -> Jud
         rollouts=tuple(rollouts),
         rewards=scores.total,
         by_function=scores.by_function,
-        figures_of_functions=scores.figures(),
+        function_metrics=scores.metrics(),
         seconds=scores.seconds,
     )
 

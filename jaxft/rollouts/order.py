@@ -77,7 +77,7 @@ class PromptOrder:
         return [self._prompt(self._spare, first + i) for i in range(count)]
 
     def metrics(self, step: int) -> dict[str, float]:
-        """Nothing: the figures of rollouts are those of their answers."""
+        """Nothing: the metrics of rollouts are those of their answers."""
         return {}
 
     def batch(self, step: int, rows: slice | None = None) -> Batch[np.ndarray]:

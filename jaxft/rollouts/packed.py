@@ -1,4 +1,4 @@
-"""Sampled answers packed into the batch of an update, and the places of their tokens in it."""
+"""Sampled answers packed into the batch of an update, and the spans of their tokens in it."""
 
 # B rows, S sequence, P documents that a row can hold
 
@@ -14,7 +14,7 @@ from jaxft.rollouts.rollout import Rollout
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class Span:
     """Where a document is in a batch: its row, its number in the row from 0, and the position of its first token."""
 
     row: int
@@ -24,32 +24,31 @@ class Place:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PackedRollouts:
-    """Rollouts as the documents of one batch, in host memory. places: of each rollout, in their order."""
+    """Rollouts as the documents of one batch, in host memory. spans: of each rollout, in their order."""
 
     rollouts: tuple[Rollout, ...]
-    places: tuple[Place, ...]
+    spans: tuple[Span, ...]
     batch: Batch[np.ndarray]
 
     def by_document(self, numbers: Sequence[float] | np.ndarray) -> np.ndarray:
         """One number for each rollout, in the layout of `Batch.values`: [B, P] float32, 0 elsewhere."""
         rows, length = self.batch.tokens_BS.shape
         out_BP = np.zeros((rows, most_documents(length)), np.float32)
-        for place, number in zip(self.places, numbers, strict=True):
-            out_BP[place.row, place.document] = number
+        for span, number in zip(self.spans, numbers, strict=True):
+            out_BP[span.row, span.document] = number
         return out_BP
 
     def by_token(self, values: Sequence[npt.ArrayLike]) -> np.ndarray:
         """Values of the tokens of each answer, in the layout of `Batch.arrays`: [B, S] float32, 0 elsewhere."""
         out_BS = np.zeros(self.batch.tokens_BS.shape, np.float32)
-        for one, place, own in zip(self.rollouts, self.places, values, strict=True):
-            out_BS[place.row, self._answer(one, place)] = own
+        for one, span, own in zip(self.rollouts, self.spans, values, strict=True):
+            out_BS[span.row, self._answer(one, span)] = own
         return out_BS
 
     def tokens_of(self, values_BS: np.ndarray) -> list[np.ndarray]:
         """The inverse of `by_token`: of an array [B, S], the values of each rollout's answer, [n]."""
         return [
-            values_BS[place.row, self._answer(one, place)]
-            for one, place in zip(self.rollouts, self.places, strict=True)
+            values_BS[span.row, self._answer(one, span)] for one, span in zip(self.rollouts, self.spans, strict=True)
         ]
 
     def with_values(self, **values_BP: np.ndarray) -> "PackedRollouts":
@@ -66,9 +65,9 @@ class PackedRollouts:
         return float(np.mean(self.batch.segments_BS == 0))
 
     @staticmethod
-    def _answer(one: Rollout, place: Place) -> slice:
+    def _answer(one: Rollout, span: Span) -> slice:
         # A token's values stand at the position that predicts it.
-        start = place.start + len(one.prompt) - 1
+        start = span.start + len(one.prompt) - 1
         return slice(start, start + len(one.tokens))
 
 
@@ -83,17 +82,17 @@ def pack_rollouts(
     """
     examples = [one.example({}) for one in rollouts]
     plan = pack([len(example) for example in examples], max_length) if packing else one_each(len(examples))
-    places: dict[int, Place] = {}
+    spans: dict[int, Span] = {}
     for row, indices in enumerate(plan):
         start = 0
         for document, index in enumerate(indices):
-            places[index] = Place(row=row, document=document, start=start)
+            spans[index] = Span(row=row, document=document, start=start)
             start += len(examples[index])
     rows = [[examples[index] for index in indices] for indices in plan]
     rows += [[]] * (_rounded(-(-len(rows) // multiple)) * multiple - len(rows))
     return PackedRollouts(
         rollouts=tuple(rollouts),
-        places=tuple(places[index] for index in range(len(rollouts))),
+        spans=tuple(spans[index] for index in range(len(rollouts))),
         batch=assemble(rows, max_length, pad_id, examples[0]),
     )
 

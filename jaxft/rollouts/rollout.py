@@ -45,11 +45,11 @@ class Rollout:
         )
 
 
-def completion_figures(rollouts: Sequence[Rollout]) -> dict[str, float]:
+def completion_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
     """The lengths of the sampled answers in tokens, and the share that was cut off, under TRL's names."""
     lengths = np.array([int(one.sampled.sum()) for one in rollouts])
     cut = np.array([one.finish_reason == "length" for one in rollouts])
-    figures = {
+    metrics = {
         "completions/mean_length": float(lengths.mean()),
         "completions/min_length": float(lengths.min()),
         "completions/max_length": float(lengths.max()),
@@ -57,5 +57,5 @@ def completion_figures(rollouts: Sequence[Rollout]) -> dict[str, float]:
     }
     ended = lengths[~cut]
     if len(ended):
-        figures["completions/mean_terminated_length"] = float(ended.mean())
-    return figures
+        metrics["completions/mean_terminated_length"] = float(ended.mean())
+    return metrics

@@ -15,6 +15,7 @@ COMPANIONS = {
     "eval.metric": {"data.eval_fraction": 0.1},
     "checkpoint.best_metric": {"data.eval_fraction": 0.1},
     "data.pairs": {"method.name": "dpo"},
+    "rewards.completions": {"method.name": "grpo"},
 }
 # The first method that reports each held-out metric.
 REPORTED_BY = {
@@ -33,6 +34,8 @@ def test_every_choice_is_accepted():
         if section.startswith("method."):
             companions = companions | {"method.name": section.split(".")[1]}
         for value in field.choices:
+            if value == "cispo":
+                companions = companions | {"method.grpo.epsilon_high": 5.0}
             if value in REPORTED_BY:
                 companions = companions | {"method.name": REPORTED_BY[value]}
             config = resolve(with_fields({**companions, field.key: value}))
@@ -64,7 +67,8 @@ def test_fields_that_may_change_when_a_run_is_resumed():
     assert {key.split(".")[0] if key.startswith(("mesh.", "export.")) else key for key, field in
             all_fields(RunConfig).items() if field.free_to_change} == {
         "output_dir", "model.remat", "mesh", "train.log_every", "train.eval_every", "checkpoint.keep",
-        "checkpoint.every", "export",
+        "checkpoint.every", "export", "rollout.slots", "rollout.log_completions", "rewards.workers",
+        "rewards.timeout_seconds",
     }  # fmt: skip
 
 

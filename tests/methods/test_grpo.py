@@ -139,7 +139,7 @@ def test_groups_without_deviation_are_replaced_by_other_prompts(tmp_path):
             feed = method_of(one).feed(run, graphdef)
             outcomes.append((feed._judged(state, 1)[0], feed._judged(state, 1)))
     (plain, _), (_, (judged, redrawn)) = outcomes
-    assert redrawn > 0 and judged.figures()["frac_reward_zero_std"] < plain.figures()["frac_reward_zero_std"]
+    assert redrawn > 0 and judged.metrics()["frac_reward_zero_std"] < plain.metrics()["frac_reward_zero_std"]
     assert [one.group for one in judged.rollouts] == [n // 4 for n in range(24)]
     assert [one.number for one in judged.rollouts] == list(range(24))
     for before, after in zip(plain.rollouts, judged.rollouts, strict=True):

@@ -12,7 +12,7 @@ from jaxft.methods.online.feed import sampler_of
 from jaxft.methods.parts.sequences import evaluated_weights
 from jaxft.nn.decoder import Decoder
 from jaxft.rollouts.judged import judge
-from jaxft.rollouts.rollout import completion_figures
+from jaxft.rollouts.rollout import completion_metrics
 from jaxft.training.state import TrainState
 
 
@@ -29,8 +29,8 @@ def evaluator(run: Run, graphdef: nnx.GraphDef[Decoder]) -> Callable[[TrainState
         scored = judged.rewards[~np.isnan(judged.rewards)]
         if not len(scored):
             raise DataError("no reward function scored any answer to a held-out prompt, so there is no held-out reward")
-        means = {name: value for name, value in judged.figures_of_functions.items() if name.endswith("/mean")}
-        figures = {"reward": float(scored.mean()), **means, **completion_figures(judged.rollouts)}
-        return {f"eval_{name}": value for name, value in figures.items()}
+        means = {name: value for name, value in judged.function_metrics.items() if name.endswith("/mean")}
+        metrics = {"reward": float(scored.mean()), **means, **completion_metrics(judged.rollouts)}
+        return {f"eval_{name}": value for name, value in metrics.items()}
 
     return evaluate

@@ -21,7 +21,7 @@ from jaxft.objectives.policy.advantages import alike_groups
 from jaxft.rollouts.completions import CompletionsLog
 from jaxft.rollouts.judged import Judged, judge
 from jaxft.rollouts.order import PromptOrder
-from jaxft.rollouts.rollout import completion_figures
+from jaxft.rollouts.rollout import completion_metrics
 from jaxft.rollouts.sample import Sampler, seed_of
 from jaxft.sharding.arrays import from_rows
 from jaxft.sharding.processes import is_primary
@@ -36,7 +36,7 @@ class Updates:
     """
 
     batches: tuple[Batch[np.ndarray], ...]
-    figures: dict[str, float]
+    metrics: dict[str, float]
     numbers: dict[str, np.ndarray]
 
 
@@ -61,7 +61,7 @@ class RolloutFeed:
         self._passes = Passes(run, graphdef)
         self._current: int | None = None
         self._updates: Updates | None = None
-        self._figures: dict[str, float] = {}
+        self._metrics: dict[str, float] = {}
         self._log: CompletionsLog | None = None
 
     def __call__(self, state: TrainState, step: int) -> Batch[jax.Array]:
@@ -74,8 +74,8 @@ class RolloutFeed:
         return from_rows(partial(rows_of, batch), len(batch.tokens_BS), sharding)
 
     def metrics(self, step: int) -> dict[str, float]:
-        """The figures of the rollout that the last batch came from."""
-        return self._figures
+        """The metrics of the rollout that the last batch came from."""
+        return self._metrics
 
     def may_stop(self, step: int) -> bool:
         """Whether a run that stops after `step` steps can go on from there: not in the middle of a rollout."""
@@ -89,11 +89,11 @@ class RolloutFeed:
         rows = sum(batch.segments_BS.size for batch in updates.batches)
         filled = sum(int(np.count_nonzero(batch.segments_BS)) for batch in updates.batches)
         tokens = sum(int(one.sampled.sum()) for one in judged.rollouts)
-        self._figures = {
-            **completion_figures(judged.rollouts),
-            **judged.figures(),
+        self._metrics = {
+            **completion_metrics(judged.rollouts),
+            **judged.metrics(),
             **({"rollout/redrawn_groups": float(redrawn)} if self._run.config.rollout.max_redraws else {}),
-            **updates.figures,
+            **updates.metrics,
             "padding_share": 1 - filled / rows,
             "rollout_seconds": sampled - started,
             "rollout_tokens_per_second": tokens / (sampled - started),

@@ -15,7 +15,7 @@ from jaxft.methods.parts import sequences
 from jaxft.nn.decoder import Decoder
 from jaxft.rollouts.judged import shared_columns
 from jaxft.rollouts.order import PromptOrder
-from jaxft.rollouts.rewards import RewardFunctions
+from jaxft.rollouts.reward_functions import RewardFunctions
 
 
 def prompts_per_rollout(config: RunConfig) -> int:

@@ -12,8 +12,8 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from jaxft.errors import ConfigError, JaxftError, did_you_mean
-from jaxft.rollouts.rewards.named import Named, named_functions
-from jaxft.rollouts.rewards.pool import Call, Pool
+from jaxft.rollouts.reward_functions.named import Named, named_functions
+from jaxft.rollouts.reward_functions.pool import Call, Pool
 from jaxft.sharding.processes import gather, process_share
 
 GIVEN = ("prompts", "completions", "completion_ids")
@@ -38,16 +38,16 @@ class Scores:
     timeouts: dict[str, int]
     seconds: float
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Means and deviations under TRL's names, over the answers that were scored; and the timeouts, if any."""
-        figures: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         for name, values in self.by_function.items():
             scored = values[~np.isnan(values)]
-            figures[f"rewards/{name}/mean"] = float(scored.mean()) if len(scored) else 0.0
-            figures[f"rewards/{name}/std"] = float(scored.std(ddof=1)) if len(scored) > 1 else 0.0
-            figures[f"rewards/{name}/unscored"] = float(len(values) - len(scored))
-            figures[f"rewards/{name}/timeouts"] = float(self.timeouts[name])
-        return figures
+            metrics[f"rewards/{name}/mean"] = float(scored.mean()) if len(scored) else 0.0
+            metrics[f"rewards/{name}/std"] = float(scored.std(ddof=1)) if len(scored) > 1 else 0.0
+            metrics[f"rewards/{name}/unscored"] = float(len(values) - len(scored))
+            metrics[f"rewards/{name}/timeouts"] = float(self.timeouts[name])
+        return metrics
 
 
 class RewardFunctions:

@@ -6,7 +6,7 @@ from pathlib import Path
 from jaxft.errors import ConfigError, did_you_mean
 
 BUILT_IN = ("exact_match", "json_valid", "json_exact", "math_answer", "python_tests")
-MODULE = "jaxft.rollouts.rewards.built_in"
+MODULE = "jaxft.evaluation.verifiers"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,17 +24,17 @@ def named_functions(text: str) -> tuple[Named, ...]:
     Raises ConfigError for an entry of another form, a file that is not there, an unknown built-in one, and a name that
     occurs twice.
     """
-    found = [_named(entry.strip()) for entry in text.split(",") if entry.strip()]
-    if not found:
+    functions = [_named(entry.strip()) for entry in text.split(",") if entry.strip()]
+    if not functions:
         raise ConfigError(f"rewards.functions={text!r} names no function: give FILE.py:NAME or {', '.join(BUILT_IN)}")
-    names = [one.name for one in found]
+    names = [one.name for one in functions]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ConfigError(
             f"rewards.functions={text!r} has several functions called {', '.join(twice)}, which would have the same "
             "metrics: rename one of them"
         )
-    return tuple(found)
+    return tuple(functions)
 
 
 def _named(entry: str) -> Named:

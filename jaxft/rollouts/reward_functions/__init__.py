@@ -1,5 +1,5 @@
 """Reward functions: which ones a run has, the processes that call them, and those that ship with jaxft."""
 
-from jaxft.rollouts.rewards.functions import RewardError, RewardFunctions, Scores
+from jaxft.rollouts.reward_functions.functions import RewardError, RewardFunctions, Scores
 
 __all__ = ["RewardError", "RewardFunctions", "Scores"]

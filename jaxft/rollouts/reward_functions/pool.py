@@ -39,6 +39,13 @@ class Worker:
     call: Call | None = None
     deadline: float = 0.0
 
+    def finish(self) -> Call:
+        """The call that it was busy with; it is idle from now on."""
+        call, self.call = self.call, None
+        if call is None:
+            raise RuntimeError("an idle process answered: it was given no call")
+        return call
+
 
 class Pool:
     """Worker processes, started when they are first needed; a context manager, which ends them.
@@ -102,13 +109,12 @@ class Pool:
         except (EOFError, OSError):
             self._drop(worker, "died", waiting)
             return
-        assert worker.call is not None
-        worker.call.outcome, worker.call.result, worker.call = outcome, result, None
+        call = worker.finish()
+        call.outcome, call.result = outcome, result
 
     def _drop(self, worker: Worker, outcome: Literal["timeout", "died"], waiting: deque[Call]) -> None:
         """Ends a process whose call is not answered."""
-        call = worker.call
-        assert call is not None
+        call = worker.finish()
         self._end(worker)
         self._workers.remove(worker)
         if outcome == "died" and call.tries < TRIES:
