@@ -190,9 +190,9 @@ def unknown_key(key: str, cls: type[Section]) -> str:
     sections = {name.rpartition(".")[0] for name in fields} - {""}
     keys = {name: name.rpartition(".")[2] for name in (*fields, *sorted(sections))}
     section, _, leaf = key.rpartition(".")
-    beside = {name.rpartition(".")[2]: name for name in fields if name.rpartition(".")[0] == section}
-    if section and (near := difflib.get_close_matches(leaf, beside, n=1, cutoff=0.6)):
-        return f"unknown config key {key!r}. Did you mean {beside[near[0]]!r}?"
+    siblings = {name.rpartition(".")[2]: name for name in fields if name.rpartition(".")[0] == section}
+    if section and (near := difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.6)):
+        return f"unknown config key {key!r}. Did you mean {siblings[near[0]]!r}?"
     same = [name for name, own in keys.items() if own == leaf]
     hint = "" if same else did_you_mean(key, fields)
     if not same and ("." not in key or not hint):
