@@ -19,6 +19,39 @@ class OnlineSection(MethodSection):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RLOOConfig(OnlineSection):
+    """REINFORCE leave-one-out: each answer is judged by how its reward exceeds the mean of the others in its group."""
+
+    beta: Annotated[
+        float,
+        NOT_NEGATIVE,
+        "coefficient of the KL divergence from the reference, the model at the start, which is taken from the reward "
+        "of each answer; 0: no reference",
+    ] = 0.05
+    epsilon: Annotated[float, ABOVE_ZERO, "how far below 1 the ratio of the policies of an answer is clipped"] = 0.2
+    epsilon_high: Annotated[
+        float | None, ABOVE_ZERO, "how far above 1 the ratio is clipped; None: `method.rloo.epsilon`"
+    ] = None
+    normalize_advantages: Annotated[
+        bool, "shift the advantages of a rollout to mean 0 and divide them by their deviation"
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnlineDPOConfig(OnlineSection):
+    """Online DPO: of the answers to a prompt, the best is learned as preferred to the worst."""
+
+    beta: Annotated[
+        float,
+        ABOVE_ZERO,
+        "strength of the tie to the reference, the model at the start (arXiv:2402.04792)",
+    ] = 0.1
+    loss_type: Annotated[Literal["sigmoid", "ipo"], "the loss of a pair; see [preferences](preferences.md#losses)"] = (
+        "sigmoid"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class GRPOConfig(OnlineSection):
     """Group relative policy optimization: each answer is judged by how its reward differs from those of its group."""
 

@@ -83,7 +83,8 @@ class CheckpointConfig(Section):
         | None,
         "held-out metric whose best checkpoint is kept as well; perplexity and accuracy of tokens are reported by sft, "
         "rewards by methods on pairs, nll_loss by orpo, accuracy and margin of scores by reward, divergence, "
-        "nll, accuracy of tokens and agreement by distill, reward by grpo; None: only the newest are kept",
+        "nll, accuracy of tokens and agreement by distill, reward by methods that sample answers; None: only the "
+        "newest are kept",
     ] = None
     best_mode: Annotated[
         Literal["min", "max"],

@@ -72,16 +72,25 @@ class PackedRollouts:
 
 
 def pack_rollouts(
-    rollouts: Sequence[Rollout], *, max_length: int, pad_id: int, multiple: int = 1, packing: bool = True
+    rollouts: Sequence[Rollout],
+    *,
+    max_length: int,
+    pad_id: int,
+    multiple: int = 1,
+    packing: bool = True,
+    together: int = 1,
 ) -> PackedRollouts:
     """The rollouts as the documents of as few rows as they need, with their `sampler_logps`.
 
     multiple: the number of rows is a multiple of it, rounded up so that few shapes are compiled: 1, 2, 3, 4, 6, 8, 12,
-    16, ... times it. Further rows are empty. packing: whether a row may hold several. Raises ValueError if one is
-    longer than max_length.
+    16, ... times it. Further rows are empty. packing: whether a row may hold several. together: so many rollouts that
+    follow each other, such as pairs, are neighbours in a row. Raises ValueError if they are longer than max_length.
     """
     examples = [one.example({}) for one in rollouts]
-    plan = pack([len(example) for example in examples], max_length) if packing else one_each(len(examples))
+    bundles = [range(start, start + together) for start in range(0, len(examples), together)]
+    lengths = [sum(len(examples[index]) for index in bundle) for bundle in bundles]
+    plan = pack(lengths, max_length) if packing else one_each(len(bundles))
+    plan = [[index for number in row for index in bundles[number]] for row in plan]
     spans: dict[int, Span] = {}
     for row, indices in enumerate(plan):
         start = 0
