@@ -27,7 +27,11 @@ from jaxft.runs.build import (
 )
 from jaxft.training.log import TIMING_KEYS
 
-KINDS = {"lora": {}, "full": {"adapter.kind": "none", "export.merged": False}}
+KINDS = {
+    "lora": {},
+    "full": {"adapter.kind": "none", "export.merged": False},
+    "qlora": {"model.quantization": "nf4"},
+}
 ROWS = [{"prompt": f"Colour {n}?", "chosen": f" {n % 3} red", "rejected": f" {n % 5} blue, or not"} for n in range(24)]
 # Plain gradient steps: Adam's first one would be the sign of gradients that are zero but for rounding.
 SGD = {
@@ -62,6 +66,14 @@ def config_of(method, rows, output_dir, **overrides) -> RunConfig:
 def metrics_of(folder):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in TIMING_KEYS} for line in lines]
+
+
+def evaluate_export(config):
+    """Held-out metrics of the model that a run exported, on a base that is quantised as it was in training."""
+    folder = config.output_dir
+    return api.evaluate(
+        api.load_model(folder, quantization=config.model.quantization), api.load_tokenizer(folder), config
+    )
 
 
 def weights_of(folder):

@@ -103,8 +103,9 @@ def test_a_run_learns_and_resumes_bit_for_bit(live):
 
 
 @slow
-def test_all_weights_learn_and_resume_bit_for_bit(run_of, tmp_path):
-    config = run_of(**KINDS["full"] | SETTINGS)
+@pytest.mark.parametrize("kind", ["full", "qlora"])
+def test_other_kinds_learn_and_resume_bit_for_bit(run_of, tmp_path, kind):
+    config = run_of(**KINDS[kind] | SETTINGS)
     check_learned(config, *train_lose_the_end_and_resume(config, tmp_path / "run"))
 
 
@@ -148,7 +149,7 @@ def test_other_settings_have_another_cache(run_of, teacher):
     assert _hash(config, distill.teacher_of(config), examples[1:]) != base
 
 
-@pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=slow)])
+@pytest.mark.parametrize("kind", ["lora", *(pytest.param(kind, marks=slow) for kind in ("full", "qlora"))])
 def test_eight_devices_equal_one(run_of, tmp_path, kind):
     metrics = assert_eight_devices_equal_one(run_of(**KINDS[kind] | SGD), tmp_path)
     assert float(metrics["loss"]) > 0.05
@@ -256,7 +257,7 @@ def test_a_teacher_with_another_vocabulary_is_refused_before_its_weights_are_rea
         checked(other)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["lora", "full"])
 def test_the_teacher_is_in_estimates_of_plans(run_of, kind):
     """Its memory is the method's and its work is that of its own sizes; a cached one is data alone."""
     steps, costs = {}, {}

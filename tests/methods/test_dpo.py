@@ -8,7 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pair_runs
 import pytest
-from pair_runs import KINDS, SGD, assert_eight_devices_equal_one, train_lose_the_end_and_resume, write_rows
+from pair_runs import (
+    KINDS,
+    SGD,
+    assert_eight_devices_equal_one,
+    evaluate_export,
+    train_lose_the_end_and_resume,
+    write_rows,
+)
 
 from jaxft import api
 from jaxft.errors import ConfigError
@@ -28,7 +35,7 @@ def rows(tmp_path_factory):
     return write_rows(tmp_path_factory.mktemp("pairs"))
 
 
-@pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["lora", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("full", "qlora"))])
 def test_a_run_learns_and_resumes_bit_for_bit(rows, tmp_path, kind):
     config = config_of(rows, tmp_path / "run", **KINDS[kind])
     (first, *_, last), summary = train_lose_the_end_and_resume(config, tmp_path / "run")
@@ -39,12 +46,12 @@ def test_a_run_learns_and_resumes_bit_for_bit(rows, tmp_path, kind):
     assert last["logps/chosen"] < 0 and last["rewards/chosen"] > last["rewards/rejected"]
     assert summary["eval_loss"] < 0.6 and summary["eval_rewards/accuracies"] > 0.5
     # jaxft eval finds the same reference: the base, not the weights that it evaluates.
-    evaluated = api.evaluate(api.load_model(str(tmp_path / "run")), api.load_tokenizer(str(tmp_path / "run")), config)
+    evaluated = evaluate_export(config)
     for name in ("eval_loss", "eval_rewards/margins", "eval_rewards/accuracies"):
         assert evaluated[name] == pytest.approx(summary[name], rel=1e-4, abs=1e-5), name
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["lora", "full", pytest.param("qlora", marks=pytest.mark.slow)])
 def test_eight_devices_equal_one(rows, tmp_path, kind):
     """Also where a row is split over devices, and with it the tokens that are counted within a pair."""
     more = {"method.dpo.ld_alpha": 0.5} | ({"method.dpo.sft_weight": 0.5} if kind == "lora" else {})

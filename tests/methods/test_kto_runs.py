@@ -4,9 +4,16 @@ from functools import partial
 
 import pair_runs
 import pytest
-from pair_runs import KINDS, LABELLED, SGD, assert_eight_devices_equal_one, train_lose_the_end_and_resume, write_rows
+from pair_runs import (
+    KINDS,
+    LABELLED,
+    SGD,
+    assert_eight_devices_equal_one,
+    evaluate_export,
+    train_lose_the_end_and_resume,
+    write_rows,
+)
 
-from jaxft import api
 from jaxft.errors import ConfigError
 from jaxft.hardware.topology import parse
 from jaxft.methods import kto
@@ -23,7 +30,7 @@ def rows(tmp_path_factory):
     return write_rows(tmp_path_factory.mktemp("labelled"), LABELLED)
 
 
-@pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["lora", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("full", "qlora"))])
 def test_a_run_learns_and_resumes_bit_for_bit(rows, tmp_path, kind):
     config = config_of(rows, tmp_path / "run", **KINDS[kind])
     (first, *_, last), summary = train_lose_the_end_and_resume(config, tmp_path / "run")
@@ -33,12 +40,16 @@ def test_a_run_learns_and_resumes_bit_for_bit(rows, tmp_path, kind):
     assert last["rewards/chosen"] > last["rewards/rejected"] and last["logps/chosen"] < 0
     assert summary["eval_rewards/margins"] > 0.05 and summary["eval_count/chosen"] == 2
     # jaxft eval finds the same reference and the same mismatched documents.
-    evaluated = api.evaluate(api.load_model(str(tmp_path / "run")), api.load_tokenizer(str(tmp_path / "run")), config)
+    evaluated = evaluate_export(config)
     for name in ("eval_loss", "eval_rewards/margins", "eval_kl"):
         assert evaluated[name] == pytest.approx(summary[name], rel=1e-4, abs=1e-5), name
 
 
-@pytest.mark.parametrize(("kind", "fields"), [("lora", {}), ("full", APO)], ids=["kto", "apo"])
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [("lora", {}), ("full", APO), pytest.param("qlora", {}, marks=pytest.mark.slow)],
+    ids=["kto", "apo", "kto-qlora"],
+)
 def test_eight_devices_equal_one(rows, tmp_path, kind, fields):
     config = config_of(rows, tmp_path / "run", **KINDS[kind] | SGD | fields)
     metrics = assert_eight_devices_equal_one(config, tmp_path)

@@ -109,6 +109,7 @@ MIXED = [
     ("dpo", {"loss_type": "sigmoid,ipo", "sft_weight": 0.5, "label_smoothing": 0.1}),
     ("dpo", {"ld_alpha": 0.3, "use_weighting": True}),
     ("orpo", {"nll_on_prompt": True}),
+    ("cpo", {"label_smoothing": 0.1}),
     ("simpo", {}),
 ]
 by_mixed = pytest.mark.parametrize(("method", "fields"), MIXED, ids=[f"{m}{i}" for i, (m, _) in enumerate(MIXED)])

@@ -6,6 +6,7 @@ from pair_runs import (
     SGD,
     assert_eight_devices_equal_one,
     config_of,
+    evaluate_export,
     train_lose_the_end_and_resume,
     write_rows,
 )
@@ -28,6 +29,7 @@ def rows(tmp_path_factory):
     [
         ("orpo", "lora"),
         *(pytest.param(*one, marks=slow) for one in (("orpo", "full"), ("cpo", "lora"), ("simpo", "full"))),
+        *(pytest.param(method, "qlora", marks=slow) for method in METHODS),
     ],
 )
 def test_a_run_learns_and_resumes_bit_for_bit(rows, tmp_path, method, kind):
@@ -36,6 +38,10 @@ def test_a_run_learns_and_resumes_bit_for_bit(rows, tmp_path, method, kind):
     assert last["loss"] < first["loss"] and last["rewards/margins"] > first["rewards/margins"]
     assert summary["eval_rewards/accuracies"] > 0.5
     assert set(config.method.chosen.HELD_OUT_METRICS) <= set(summary)
+    if kind == "qlora":
+        evaluated = evaluate_export(config)
+        for name in config.method.chosen.HELD_OUT_METRICS:
+            assert evaluated[name] == pytest.approx(summary[name], rel=1e-4, abs=1e-5), name
 
 
 @pytest.mark.parametrize(

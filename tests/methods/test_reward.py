@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from pair_runs import evaluate_export
 
 from jaxft import api
 from jaxft.config import RunConfig, load
@@ -87,10 +88,9 @@ def test_a_run_learns_and_resumes_bit_for_bit(rows, tmp_path, kind):
     api.train(config)
     assert weights_of(folder) == weights_of(whole) and metrics_of(folder) == metrics_of(whole)
     # The export is loaded with its score head.
-    if kind != "qlora":  # whose base is loaded unquantised here
-        evaluated = api.evaluate(api.load_model(str(folder)), api.load_tokenizer(str(folder)), config)
-        for name in ("eval_loss", "eval_accuracy", "eval_margin"):
-            assert evaluated[name] == pytest.approx(summary[name], rel=1e-4, abs=1e-5), name
+    evaluated = evaluate_export(config)
+    for name in ("eval_loss", "eval_accuracy", "eval_margin"):
+        assert evaluated[name] == pytest.approx(summary[name], rel=1e-4, abs=1e-5), name
 
 
 def first_steps(config, base, meshes):
@@ -113,7 +113,7 @@ def first_steps(config, base, meshes):
         yield step(state, jax.device_put(batch, mesh.batch_sharding()))
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("kind", ["lora", "full", pytest.param("qlora", marks=pytest.mark.slow)])
 def test_eight_devices_and_four_micro_batches_equal_one(rows, tmp_path, kind):
     # Plain gradient steps: Adam's first one would be the sign of gradients that are zero but for rounding.
     sgd = {
