@@ -52,6 +52,8 @@ setup(
         "cuda": ["jax[cuda12]"],
         # `jaxft plan` compiles for TPUs on machines without one.
         "plan": [*LIBTPU],
+        # The reward function math_answer.
+        "math": ["math-verify>=0.8"],
         # Hugging Face datasets as a source of rows.
         "datasets": ["datasets>=3"],
         # TensorFlow Datasets as a source of rows, read without TensorFlow.

@@ -1,11 +1,10 @@
 """Reward functions that ship with jaxft. Each compares the answers with a column of the rows."""
 
 import os
-import resource
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from jaxft.data.chat.reasoning import split_thoughts
@@ -79,31 +78,23 @@ def _by_metric(metric: str, completions: Sequence[Any], references: Sequence[str
 
 
 def _passes(code: str, test: str) -> bool:
+    limits = {"CPU": CPU_SECONDS, "AS": MEMORY_BYTES, "FSIZE": FILE_BYTES, "CORE": 0}
+    program = "import resource, sys\n" + "".join(
+        f"resource.setrlimit(resource.RLIMIT_{name}, ({limit}, {limit}))\n" for name, limit in limits.items()
+    )
+    program += "exec(compile(sys.stdin.read(), 'answer', 'exec'), {'__name__': '__main__'})"
     with tempfile.TemporaryDirectory() as folder:
         try:
             done = subprocess.run(
-                [sys.executable, "-I", "-c", f"{code}\n\n{test}\n"],
+                [sys.executable, "-I", "-c", program],
                 cwd=folder,
                 env={"PATH": os.environ.get("PATH", "")},
-                stdin=subprocess.DEVNULL,
+                input=f"{code}\n\n{test}\n".encode(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 timeout=2 * CPU_SECONDS,
-                preexec_fn=_limited(),
                 start_new_session=True,
             )
         except subprocess.TimeoutExpired:
             return False
     return done.returncode == 0
-
-
-def _limited() -> Callable[[], None]:
-    """What the process does before it runs the code."""
-
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-    return limit

@@ -73,7 +73,7 @@ def make_updates(run: Run, judged: Judged, state: TrainState, passes: Passes) ->
         if not answers:
             # Nothing is trained in these two, so the step is skipped.
             answers = [replace(one, sampled=np.zeros_like(one.sampled)) for one in judged.rollouts[:2]]
-        batches.append(pack(run, answers, together=2).batch)
+        batches.append(pack(run, answers, neighbors=2).batch)
     groups = len(set(judged.groups.tolist()))
     return Updates(
         batches=tuple(batches), metrics={"pairs": float(count), "ties": float(groups - count)},

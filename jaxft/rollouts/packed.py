@@ -78,16 +78,16 @@ def pack_rollouts(
     pad_id: int,
     multiple: int = 1,
     packing: bool = True,
-    together: int = 1,
+    neighbors: int = 1,
 ) -> PackedRollouts:
     """The rollouts as the documents of as few rows as they need, with their `sampler_logps`.
 
     multiple: the number of rows is a multiple of it, rounded up so that few shapes are compiled: 1, 2, 3, 4, 6, 8, 12,
-    16, ... times it. Further rows are empty. packing: whether a row may hold several. together: so many rollouts that
+    16, ... times it. Further rows are empty. packing: whether a row may hold several. neighbors: so many rollouts that
     follow each other, such as pairs, are neighbours in a row. Raises ValueError if they are longer than max_length.
     """
     examples = [one.example({}) for one in rollouts]
-    bundles = [range(start, start + together) for start in range(0, len(examples), together)]
+    bundles = [range(start, start + neighbors) for start in range(0, len(examples), neighbors)]
     lengths = [sum(len(examples[index]) for index in bundle) for bundle in bundles]
     plan = pack(lengths, max_length) if packing else one_each(len(bundles))
     plan = [[index for number in row for index in bundles[number]] for row in plan]

@@ -47,8 +47,8 @@ def pack_part(
     return packed.with_values(**{ADVANTAGES: packed.by_document(advantages[kept]), UNITS: packed.by_document(own)})
 
 
-def pack(run: Run, rollouts: Sequence[Rollout], *, together: int = 1) -> PackedRollouts:
-    """The answers as a batch whose rows divide among micro-batches and devices. together: see `pack_rollouts`."""
+def pack(run: Run, rollouts: Sequence[Rollout], *, neighbors: int = 1) -> PackedRollouts:
+    """The answers as a batch whose rows divide among micro-batches and devices. neighbors: see `pack_rollouts`."""
     config = run.config
     return pack_rollouts(
         rollouts,
@@ -56,5 +56,5 @@ def pack(run: Run, rollouts: Sequence[Rollout], *, together: int = 1) -> PackedR
         pad_id=run.tokenizer.pad_id,
         multiple=config.train.accumulation_steps * run.mesh.batch_shards,
         packing=config.data.packing,
-        together=together,
+        neighbors=together,
     )

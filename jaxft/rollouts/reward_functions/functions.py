@@ -199,8 +199,9 @@ class RewardFunctions:
             which = (
                 f"on answer {rows[row]} of a rollout" if row >= 0 else "on several answers, but on none of them alone"
             )
-            completion = call.arguments.get("completions", [None])[max(row, 0)]
-            shown = "" if completion is None else f" Its completion is {str(completion)[:200]!r}."
+            shown = ""
+            if row >= 0 and "completions" in call.arguments:
+                shown = f" Its completion is {str(call.arguments['completions'][row])[:200]!r}."
             raise RewardError(f"{where} raised {which}.{shown}{self._hint(text)}\n{text}")
         if not isinstance(returned, list | tuple) or len(returned) != len(rows):
             count = f"{len(returned)} rewards" if isinstance(returned, list | tuple) else f"a {type(returned).__name__}"

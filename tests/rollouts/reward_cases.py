@@ -1,0 +1,85 @@
+"""Reward functions of the tests: right ones, and one for each way to fail. Imported in the processes of the pool."""
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+
+def length(completions):
+    return [float(len(one)) for one in completions]
+
+
+def named(prompts, completions, *, answer, weight=1.0):
+    return [weight * float(one == right) for one, right in zip(completions, answer, strict=True)]
+
+
+def everything(completions, **columns):
+    return [float(len(columns))] * len(completions)
+
+
+async def slowly(completions):
+    await asyncio.sleep(0)
+    return [None if not one else 1.0 for one in completions]
+
+
+def talks(completions):
+    print("a line on the standard output")
+    sys.stdout.write("another\n")
+    return [2.0] * len(completions)
+
+
+def hangs_on_b(completions):
+    if "b" in completions:
+        time.sleep(3600)
+    return [1.0] * len(completions)
+
+
+def raises_on_b(completions):
+    if "b" in completions:
+        raise KeyError("no such thing")
+    return [1.0] * len(completions)
+
+
+def raises_on_several(completions):
+    if len(completions) > 1:
+        raise ValueError("one at a time")
+    return [1.0]
+
+
+def one_too_few(completions):
+    return [1.0] * (len(completions) - 1)
+
+
+def text(completions):
+    return ["good"] * len(completions)
+
+
+def not_a_number(completions):
+    return [float("nan")] * len(completions)
+
+
+def one_number(completions):
+    return 1.0
+
+
+def dies(completions):
+    os._exit(7)
+
+
+def dies_once(completions, folder):
+    mark = Path(folder[0]) / "died"
+    if not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [1.0] * len(completions)
+
+
+def expects_messages(completions):
+    return [float(len(one[0]["content"])) for one in completions]
+
+
+def leaves(completions):
+    sys.exit(3)
