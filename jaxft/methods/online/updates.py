@@ -56,5 +56,5 @@ def pack(run: Run, rollouts: Sequence[Rollout], *, neighbors: int = 1) -> Packed
         pad_id=run.tokenizer.pad_id,
         multiple=config.train.accumulation_steps * run.mesh.batch_shards,
         packing=config.data.packing,
-        neighbors=together,
+        neighbors=neighbors,
     )
