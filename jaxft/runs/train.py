@@ -3,7 +3,7 @@
 # B batch, S sequence
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ from jaxft.sharding.processes import is_primary, on_primary
 from jaxft.training.likelihoods import FallingLikelihoods
 from jaxft.training.log import NoLog, RunLog
 from jaxft.training.loop import Cadence, Hooks, fit
+from jaxft.training.reward_watch import RewardWatch
 from jaxft.training.state import TrainState, divide, saved_part, with_saved
 
 
@@ -204,7 +205,11 @@ def _fit(run: Run, loaded: LoadedModel, console: Console) -> dict[str, float]:
 def _log(run: Run, resume_step: int | None, console: Console) -> RunLog | NoLog:
     if not is_primary():
         return NoLog()
-    watch = FallingLikelihoods().add
+    watches = (FallingLikelihoods().add, RewardWatch().add)
+
+    def watch(row: Mapping[str, float]) -> str | None:
+        return " ".join(warning for add in watches if (warning := add(row)) is not None) or None
+
     return RunLog(run.folder, total_steps=run.total_steps, resume_step=resume_step, console=console, watch=watch)
 
 

@@ -75,14 +75,18 @@ class RunLog:
         """
         row = self._record(step, metrics)
         self._screen.show(step, _headline(row) + self._remaining.after(step))
-        if self._watch is not None and (warning := self._watch(row)) is not None:
-            self.note(f"warning: {warning}")
+        self._warn(row)
 
     def eval(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record held-out metrics after optimizer step `step` (0: before training). Raises as `step` does."""
         row = self._record(step, metrics)
         metrics_text = [f"{key} {value:.4f}" for key, value in row.items() if key != "step" and key not in TIMING_KEYS]
         self._screen.print("  ".join([f"eval at step {step}", *metrics_text]))
+        self._warn(row)
+
+    def _warn(self, row: Mapping[str, float]) -> None:
+        if self._watch is not None and (warning := self._watch(row)) is not None:
+            self.note(f"warning: {warning}")
 
     def note(self, text: str) -> None:
         """Print one line on the console; it is not recorded."""
@@ -226,6 +230,8 @@ def _headline(row: Mapping[str, float]) -> list[str]:
     parts = []
     if "loss" in row:
         parts.append(f"loss {row['loss']:.4f}")
+    if "reward" in row:
+        parts.append(f"reward {row['reward']:.3f}")
     if "learning_rate" in row:
         parts.append(f"lr {row['learning_rate']:.1e}")
     if "tokens_per_second" in row:

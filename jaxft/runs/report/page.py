@@ -15,6 +15,7 @@ from jaxft.runs.report.charts import DARK, LIGHT, draw_charts, draw_method_chart
 from jaxft.runs.report.files import Row, as_list, read_json, read_rows
 from jaxft.runs.report.texts import data_facts, dotted, sample_texts, score_section, tiles
 from jaxft.training.likelihoods import FallingLikelihoods
+from jaxft.training.reward_watch import RewardWatch
 
 SAMPLES_SHOWN = 12
 
@@ -45,7 +46,11 @@ def write_report(folder: str | os.PathLike[str]) -> tuple[Path, Path]:
         charts=draw_charts(rows, data),
         loss_title=loss_title,
         charts_of_method=draw_method_charts(rows, method.charts if method else ()),
-        warning_of_training=FallingLikelihoods.warning_of(rows),
+        warnings_of_training=[
+            warning
+            for watch in (FallingLikelihoods, RewardWatch)
+            if (warning := watch.warning_of(rows)) is not None
+        ],
         warnings=[str(w) for w in as_list(data.get("warnings"))],
         facts_of_data=data_facts(data),
         samples=samples[:SAMPLES_SHOWN],
