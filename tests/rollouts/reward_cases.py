@@ -12,6 +12,11 @@ def length(completions):
     return [float(len(one)) for one in completions]
 
 
+def odd(completion_ids, **columns):
+    """The share of odd tokens, which any model can raise."""
+    return [sum(token % 2 for token in ids) / len(ids) for ids in completion_ids]
+
+
 def named(prompts, completions, *, answer, weight=1.0):
     return [weight * float(one == right) for one, right in zip(completions, answer, strict=True)]
 

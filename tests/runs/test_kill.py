@@ -123,7 +123,15 @@ TEACHER = {
     "method.distill.teacher": SMOKE, "method.distill.teacher_random_init": True, "method.distill.cache_top_k": 8,
     "data.limit": "None",
 }  # fmt: skip
+# Every rollout is trained on twice, so that a run may be killed in the middle of one.
+ANSWERS = {
+    "data.train": SMOKE / "prompts.jsonl", "data.eval": SMOKE / "prompts_heldout.jsonl", "rollout.num_iterations": 2,
+    "rollout.num_generations": 4, "rollout.max_completion_length": 12, "checkpoint.every": 6,
+    "rewards.functions": f"{Path(__file__).parents[1] / 'rollouts' / 'reward_cases.py'}:odd", "rewards.workers": 1,
+    "data.max_length": 400, "train.batch_size": 8,
+}  # fmt: skip
 METHODS = {
+    "grpo": ANSWERS,
     "dpo": PAIRS,
     "reward": PAIRS | {"adapter.dropout": 0.1},
     "kto": LABELS | {"method.kto.reference": "cached"},
@@ -147,6 +155,24 @@ def test_a_killed_run_of_another_method_ends_like_an_uninterrupted_one(method, t
     # Which checkpoint was whole when the process died depends on the machine.
     assert re.search(r"going on from step \d+ of 80", finish(folder, cache, more))
     assert_same(folder, whole)
+    if method == "grpo":
+        assert (folder / "completions.jsonl").read_bytes() == (whole / "completions.jsonl").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_in_the_middle_of_a_rollout_first_takes_its_other_steps(tmp_path):
+    whole, folder, cache, more = tmp_path / "whole", tmp_path / "run", tmp_path / "compiled", arguments("grpo")
+    finish(whole, cache, more)
+    process = start(folder, cache, more)
+    wait_for_step(process, folder, 7)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == ExitCode.PREEMPTED, output
+    saved = max(int(step.name) for step in (folder / "checkpoints").iterdir() if step.name.isdigit())
+    assert saved == figures(folder)[-1]["step"] and saved % 2 == 0
+    assert f"going on from step {saved} of 80" in finish(folder, cache, more)
+    assert_same(folder, whole)
+    assert (folder / "completions.jsonl").read_bytes() == (whole / "completions.jsonl").read_bytes()
 
 
 @pytest.mark.slow

@@ -207,6 +207,27 @@ def test_two_processes_learn_from_pairs_as_one(method: str, tmp_path: Path, cach
 
 
 @pytest.mark.slow
+def test_two_processes_learn_from_rewards_as_one(tmp_path: Path, cache: Path) -> None:
+    """They sample the same answers, each scores a half of them, and both have all rewards."""
+    rewards = Path(__file__).parents[1] / "rollouts" / "reward_cases.py"
+    more = {
+        "method.name": "grpo", "adapter.dropout": 0.0, "eval.metric": None, "export.merged": False,
+        "data.train": SMOKE_ROWS / "prompts.jsonl", "data.eval": SMOKE_ROWS / "prompts_heldout.jsonl",
+        "rollout.num_generations": 4, "rollout.max_completion_length": 12, "rewards.functions": f"{rewards}:odd",
+        "rewards.workers": 1, "method.grpo.beta": 0.05,
+    }  # fmt: skip
+    with Group(tmp_path / "one", cache, 1, 4, **more) as group:
+        group.finish()
+    with Group(tmp_path / "two", cache, 2, 2, **more) as group:
+        group.finish()
+    assert_same(tmp_path / "two", tmp_path / "one", ADAPTER)
+    ours, theirs = ((tmp_path / name / "completions.jsonl").read_text().splitlines() for name in ("two", "one"))
+    assert len(ours) == len(theirs) == 4 * 16
+    for line, other in zip(map(json.loads, ours), map(json.loads, theirs), strict=True):
+        assert line["completion"] == other["completion"] and line["rewards"] == other["rewards"]
+
+
+@pytest.mark.slow
 def test_two_processes_cache_a_reference_as_one(tmp_path: Path, cache: Path) -> None:
     more = {
         "method.name": "kto", "method.kto.reference": "cached", "adapter.dropout": 0.0, "eval.metric": None,
