@@ -50,7 +50,7 @@ def plan_result(
         "refused": step_costs.refused,
         "compile_seconds": step_costs.seconds,
         "compile_cpu_seconds": step_costs.cpu_seconds,
-        "unknown": _unknown(step_costs),
+        "unknown": _unknown(step, step_costs),
         "versions": versions(),
         **_work(step, step_costs.costs),
         **_time(step, time, length),
@@ -58,9 +58,11 @@ def plan_result(
     }
 
 
-def _unknown(step_costs: StepCosts) -> list[str]:
+def _unknown(step: ShardedStep, step_costs: StepCosts) -> list[str]:
     """What the plan does not include, in words; the most important first."""
     unknown = [*sorted(step_costs.costs.unknown), *ALWAYS_UNKNOWN]
+    if step.config.method.chosen.ROWS == "prompts":
+        unknown.insert(0, "sampling and its rewards: their time and the KV cache are not counted, only the update")
     if step_costs.costs.host_bytes:
         unknown.insert(0, "time of transfers between the chip and the host's memory: none is in the hours")
     words, tested = pairing()
