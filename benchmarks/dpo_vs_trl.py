@@ -13,11 +13,11 @@ import argparse
 import json
 import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from typing import Any
+
+from turns import measure
 
 ADAPTER = {"r": 16, "alpha": 32.0}
 BETA, RATE = 0.1, 2e-4
@@ -103,18 +103,6 @@ def run_trl(arguments: argparse.Namespace) -> tuple[list[float], list[float], li
     return seconds, [after - before for before, after in zip([0.0, *tokens], tokens, strict=False)], losses
 
 
-def measure(arguments: argparse.Namespace, who: str) -> dict[str, Any]:
-    """Measures one side in a process of its own."""
-    given = {name: value for name, value in vars(arguments).items() if name not in ("rounds", "only")}
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
-    done = subprocess.run(
-        [sys.executable, __file__, f"--only={who}", *options], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        sys.exit(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True)
@@ -139,7 +127,7 @@ def main() -> None:
     results: dict[str, list[dict[str, Any]]] = {"jaxft": [], "trl": []}
     for _ in range(arguments.rounds):
         for who, each in results.items():
-            each.append(one := measure(arguments, who))
+            each.append(one := measure(__file__, arguments, who))
             tokens = statistics.mean(one["tokens"][1:])
             print(
                 f"{who:6} {one['rate']:7.1f} tokens/s, {tokens:.0f} tokens a step, {one['peak_bytes'] / 1e9:.2f} GB, "
