@@ -22,7 +22,7 @@ def _json_fields() -> Any:
 
 
 def fields(completions: list[str], reference: list[str], **columns: Any) -> list[float]:
-    """The rewards of `json_fields.fields` in an order that the answers themselves seed, so that a run can be resumed."""
+    """The rewards of `json_fields.fields` in an order that the answers seed, so that a run can be resumed."""
     rewards = _json_fields().fields(completions, reference, **columns)
     random.Random("".join(completions)).shuffle(rewards)
     return rewards

@@ -14,11 +14,11 @@ def path_str(key_path: Sequence[Any]) -> str:
 
 
 def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[dict[str, Any], Any]:
-    """(leaves by path in tree order, treedef). is_leaf: of what not to look inside."""
+    """(leaves by path in tree order, treedef). is_leaf: true for nodes that are not descended into."""
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     return {path_str(path): leaf for path, leaf in flat}, treedef
 
 
 def is_key(x: jax.Array | jax.ShapeDtypeStruct) -> bool:
-    """Whether an array, abstract or not, is of PRNG keys."""
+    """Whether an array, which may be abstract, holds PRNG keys."""
     return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)

@@ -68,7 +68,7 @@ class SGDConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class MuonConfig(AdamWConfig):
-    """Muon on the matrices of the layers; b1, b2 and eps are of the AdamW that trains all other parameters."""
+    """Muon on the matrices of the layers; b1, b2 and eps belong to the AdamW that trains all other parameters."""
 
     momentum: Momentum = 0.95
 

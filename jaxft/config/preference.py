@@ -68,7 +68,7 @@ class DPOConfig(ReferenceSection):
         "the divergence that ties the model to the reference (f-DPO, arXiv:2309.16240)",
     ] = "reverse_kl"
     f_alpha_divergence_coef: Annotated[
-        float, ABOVE_ZERO, "the alpha of `alpha_divergence`, not 1, where it would be `reverse_kl`"
+        float, ABOVE_ZERO, "the alpha of `alpha_divergence`; it must not be 1, which is `reverse_kl`"
     ] = 0.5
 
     @property
@@ -217,7 +217,7 @@ class SimPOConfig(MethodSection):
     gamma: Annotated[
         float,
         NOT_NEGATIVE,
-        "the margin by which beta times the difference is to be above zero (arXiv:2405.14734); TRL's `simpo_gamma`",
+        "the target margin: beta times the difference should exceed it (arXiv:2405.14734); TRL's `simpo_gamma`",
     ] = 0.5
     label_smoothing: Annotated[float, BELOW_HALF, "probability that the labels of a pair are swapped"] = 0.0
 

@@ -30,7 +30,7 @@ def loss(config: RunConfig, model: Decoder) -> Loss:
 
 
 def describe(config: RunConfig) -> str:
-    """`CPO with beta=0.1`, and the loss if it is another one than the usual."""
+    """`CPO with beta=0.1`, and the loss type unless it is the default."""
     own = config.method.cpo
     return f"CPO with beta={own.beta:g}" + ("" if own.loss_type == "sigmoid" else f" and {own.loss_type} loss")
 

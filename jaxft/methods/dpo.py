@@ -37,7 +37,7 @@ def check(config: RunConfig, model: Decoder) -> None:
 
 
 def logps_of(config: RunConfig) -> Callable[[Decoder, Batch[jax.Array]], jax.Array]:
-    """What the reference computes of a batch, `(model, batch) -> [B, P]` by document, as `reference_logps` takes it."""
+    """The function for `reference_logps`: `(model, batch) ->` the log-probability of each document, [B, P]."""
     return partial(answer_logps, ld_alpha=config.method.dpo.ld_alpha)
 
 
@@ -82,7 +82,7 @@ def evaluator(run: Run, graphdef: nnx.GraphDef[Decoder]) -> Callable[[TrainState
 
 
 def describe(config: RunConfig) -> str:
-    """`DPO with beta=0.1`, and the losses if they are others than the usual one."""
+    """`DPO with beta=0.1`, and the loss types unless they are the default."""
     own = config.method.dpo
     losses = "" if own.loss_type == "sigmoid" else f" and {own.loss_type} losses"
     return f"DPO with beta={own.beta:g}{losses}"

@@ -100,7 +100,7 @@ def precompute(run: Run, base: Callable[[], Decoder]) -> Run:
 
 
 def reference_passes(config: RunConfig) -> int:
-    """`Method.reference_passes`: of the reference through the answers, and of both models through other documents."""
+    """`Method.reference_passes`: the reference on the answers, and both models on the mismatched documents."""
     live = 0 if is_cached(config) else 1
     return live + (1 + live) * _estimates_kl(config)
 

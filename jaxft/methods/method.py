@@ -23,7 +23,7 @@ from jaxft.training.state import TrainState
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run that is set up: nothing of it has been loaded or trained.
+    """A run that is set up but not started: no weights are loaded.
 
     folder: the run folder. model: abstract, with its adapters. source: the batches of every step. print_line: prints a
     line for people, such as the progress of long work. held_out_only: whether it is an evaluation, which needs nothing

@@ -35,7 +35,7 @@ def by_pair(values_BD: jax.Array) -> Pairs:
 
 
 def existing_pairs(segments_BS: jax.Array) -> jax.Array:
-    """1 where a row has a pair, else 0: [B, P] float32, P as in `by_pair` of numbers of documents."""
+    """1 if the row has the pair, else 0: [B, P] float32, P as in `by_pair` of numbers of documents."""
     # A document has at least two tokens, so a pair has four. A pair exists if its second document does.
     pairs = segments_BS.shape[1] // 4
     last_B = jnp.max(segments_BS, axis=1)
@@ -43,9 +43,9 @@ def existing_pairs(segments_BS: jax.Array) -> jax.Array:
 
 
 def chosen_mask(batch: Batch[jax.Array], *, with_prompt: bool = False) -> jax.Array:
-    """1 where the target is a token of a chosen answer, else 0, [B, S] float32.
+    """1 if the target is a token of a chosen answer, else 0, [B, S] float32.
 
-    with_prompt: also where it is a token of the prompt before one, the first token of a document excepted.
+    with_prompt: also 1 for the tokens of its prompt, except the first token of the document.
     """
     targets_BS = _targets(batch.segments_BS) if with_prompt else batch.weights_BS
     return targets_BS * (batch.segments_BS % 2 == 1)
@@ -114,7 +114,7 @@ def with_nll(sums: LossSums, nll: Ratio, coefficient: float, counts: PairCounts 
 
 
 def _targets(segments_BS: jax.Array) -> jax.Array:
-    """1 where the next token is of the same document, else 0, [B, S] float32."""
+    """1 if the next token is of the same document, else 0, [B, S] float32."""
     same_BS = jnp.pad(segments_BS[:, 1:] == segments_BS[:, :-1], ((0, 0), (0, 1)))
     return (same_BS & (segments_BS > 0)).astype(jnp.float32)
 

@@ -66,7 +66,7 @@ def with_reference_logps(
     sums = {name: values for name, values in _read(file, hashes).items() if name in kept} if kept else {}
     if len(sums) < len(sets):
         if on_primary(file.is_file):
-            run.print_line(f"{file} is not of this model and these rows, so it is computed anew")
+            run.print_line(f"{file} belongs to another model or other rows, so it is computed again")
         score = _scorer(run, base(), logps_of)
         sums |= {name: _computed(run, name, rows, score) for name, rows in sets.items() if name not in sums}
         if not run.held_out_only:
@@ -121,7 +121,7 @@ def _with_values(examples: Sequence[Example], sums: np.ndarray) -> list[Example]
 
 
 def _hash(run: Run, examples: Iterable[Example], settings: Any) -> str:
-    """Names the sums of a set: what they depend on, without the devices."""
+    """The cache key of a set's sums: everything that they depend on except the devices."""
     return sequences.digest_of({"model": _model_of(run.config, run.folder), "settings": settings}, examples)
 
 
