@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxft.generation import steps
 from jaxft.generation.buckets import bucket, power_of_two
 from jaxft.generation.conversation_cache import ConversationCache
+from jaxft.generation.layout import for_decoding, mesh_of
 from jaxft.generation.sampling import Knobs
 from jaxft.generation.settings import FinishReason, Sampling
 from jaxft.nn.decoder import Decoder
@@ -24,6 +25,7 @@ from jaxft.nn.partition import AXES
 
 # Called with (row, token, logprob) for every token, a row's own in order; True ends the row.
 OnToken = Callable[[int, int, float], bool | None]
+OnEnd = Callable[["Request"], None]
 STREAM_RUN = 4  # decoding steps between two rounds of callbacks
 MIN_SPARED = 512  # a common prefix is computed once for all prompts if that spares at least this many tokens
 
@@ -72,6 +74,7 @@ class Engine:
     prefix_tokens: int
     prefix_length: int  # of its cache; caches it is copied into are at least as long
     length: int  # of the memory
+    on_end: OnEnd | None = None  # called with every request that has its finish_reason
 
     def run(self, requests: Sequence[Request], on_token: OnToken | None) -> None:
         """Works until every request has its finish_reason."""
@@ -155,6 +158,8 @@ class Engine:
     def _add(self, slot: int, request: Request, token: int, logprob: float, on_token: OnToken | None) -> None:
         request.add(token, logprob, self.stop_ids, on_token)
         self.slots[slot] = request if request.finish_reason is None else None
+        if request.finish_reason is not None and self.on_end is not None:
+            self.on_end(request)
 
     def _rows(self) -> steps.Rows:
         token_B, position_B, left_B = (np.zeros(len(self.slots), np.int32) for _ in range(3))
@@ -200,7 +205,7 @@ def start(
     longest request.
     """
     longest = length or max(len(request.prompt) + request.sampling.max_new_tokens for request in requests)
-    graphdef, params = nnx.split(model.for_length(longest))
+    graphdef, params = nnx.split(for_decoding(model).for_length(longest))
     rows = _row_sharding(params)
     shards = rows.num_devices if rows is not None else 1
     slots = math.ceil(min(slots, power_of_two(len(requests))) / shards) * shards
@@ -212,7 +217,7 @@ def start(
         prefix_length = bucket(common)
         tokens_1S = np.full((1, bucket(common)), -1, np.int32)
         tokens_1S[0, :common] = requests[0].prompt[:common]
-        prefix = steps.encode_prefix(graphdef, params, tokens_1S, length=prefix_length)
+        prefix = steps.encode_prefix(graphdef, params, tokens_1S, length=prefix_length, rows=rows)
     length = max(bucket(longest), prefix_length)
     return Engine(
         graphdef=graphdef,
@@ -256,8 +261,7 @@ def _common_prefix(prompts: Sequence[tuple[int, ...]]) -> int:
 
 def _row_sharding(params: nnx.State) -> NamedSharding | None:
     """Rows over the batch axes of the mesh that the parameters are on; None on a single device."""
-    shardings = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params))
-    mesh = next((s.mesh for s in shardings if isinstance(s, NamedSharding) and s.mesh.size > 1), None)
+    mesh = mesh_of(params)
     if mesh is None:
         return None
     return NamedSharding(mesh, PartitionSpec(tuple(axis for axis in AXES["batch"] if axis in mesh.shape)))

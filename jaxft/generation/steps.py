@@ -7,7 +7,8 @@ the same model, as in RL, reuse the compiled code. Cache and history are donated
 # B slots, P prompts of a group, A answers to a prompt, S suffix tokens of a prompt, V vocab, C steps of a run, T cache
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,10 @@ from jaxft.nn.attention.cache import Cache, LayerCache, store
 from jaxft.nn.decoder import Decoder
 
 RUN = 16  # most decoding steps of one dispatch
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+Arrays = TypeVar("Arrays")
 
 
 class Memory(NamedTuple):
@@ -66,7 +71,22 @@ class Rows(NamedTuple):
     knobs: Knobs
 
 
+def _on_mesh(step: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """`step`, whose argument `rows` is a sharding or None, traced under the mesh of that sharding."""
+
+    @functools.wraps(step)
+    def traced(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        rows = kwargs["rows"]
+        if not isinstance(rows, NamedSharding):
+            return step(*args, **kwargs)
+        with jax.sharding.use_abstract_mesh(rows.mesh.abstract_mesh):
+            return step(*args, **kwargs)
+
+    return traced
+
+
 @functools.partial(jax.jit, static_argnames=("graphdef", "slots", "length", "rows"))
+@_on_mesh
 def make_memory(
     graphdef: nnx.GraphDef[Decoder], params: nnx.State, *, slots: int, length: int, rows: NamedSharding | None
 ) -> Memory:
@@ -76,9 +96,17 @@ def make_memory(
     return _shard(Memory(model.init_cache(slots, length), seen_BV), rows)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "length"))
-def encode_prefix(graphdef: nnx.GraphDef[Decoder], params: nnx.State, tokens_1S: jax.Array, *, length: int) -> Prefix:
-    """The prefix of tokens_1S: int32, padded with -1. length: of its cache."""
+@functools.partial(jax.jit, static_argnames=("graphdef", "length", "rows"))
+@_on_mesh
+def encode_prefix(
+    graphdef: nnx.GraphDef[Decoder],
+    params: nnx.State,
+    tokens_1S: jax.Array,
+    *,
+    length: int,
+    rows: NamedSharding | None,
+) -> Prefix:
+    """The prefix of tokens_1S: int32, padded with -1. length: of its cache. rows: sharding of [B, ...] arrays."""
     model = nnx.merge(graphdef, params)
     real_1S = tokens_1S >= 0
     cache = model.init_cache(1, length)
@@ -87,6 +115,7 @@ def encode_prefix(graphdef: nnx.GraphDef[Decoder], params: nnx.State, tokens_1S:
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "length", "rows"), donate_argnames="memory")
+@_on_mesh
 def prefill(
     graphdef: nnx.GraphDef[Decoder],
     params: nnx.State,
@@ -119,8 +148,8 @@ def prefill(
     logits_NV, seen_NV, ends_N = (
         jnp.repeat(x, answers, axis=0) for x in (model.unembed(hidden_PD), seen_PV, prompts.start + count_P)
     )
-    first_N, logprobs_N = choose(logits_NV, seen_NV, prompts.knobs, ends_N)
-    seen_NV = seen_NV.at[jnp.arange(len(first_N)), first_N].set(True)
+    first_N, logprobs_N = choose(_by_rows(logits_NV, rows), seen_NV, prompts.knobs, ends_N)
+    seen_NV = _also_seen(seen_NV, first_N)
     filled = memory.cache
     for answer in range(answers):
         filled = tuple(store(*parts, slots_PA[:, answer]) for parts in zip(filled, cache, strict=True))
@@ -129,6 +158,7 @@ def prefill(
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "rows"), donate_argnames="memory")
+@_on_mesh
 def decode(
     graphdef: nnx.GraphDef[Decoder],
     params: nnx.State,
@@ -147,7 +177,6 @@ def decode(
     """
     model = nnx.merge(graphdef, params)
     slots = rows_now.token_B.shape[0]
-    every_B = jnp.arange(slots)
 
     def go_on(carry):
         step, _, state, _, _ = carry
@@ -156,14 +185,14 @@ def decode(
 
     def body(carry):
         step, memory, state, tokens_BC, logprobs_BC = carry
-        active_B = state.left_B > 0
+        # Without this the layers would have their rows split as those of `choose` are, and gather them in each layer.
+        token_B, position_B, active_B = _rows_only((state.token_B, state.position_B, state.left_B > 0), rows)
         segments_B1 = active_B.astype(jnp.int32)[:, None]
-        token_B1, position_B1 = state.token_B[:, None], state.position_B[:, None]
-        hidden_B1D, cache = _forward(model, token_B1, position_B1, segments_B1, memory.cache)
-        logits_BV = model.unembed(hidden_B1D[:, 0])
+        hidden_B1D, cache = _forward(model, token_B[:, None], position_B[:, None], segments_B1, memory.cache)
+        logits_BV = _by_rows(model.unembed(hidden_B1D[:, 0]), rows)
         position_B = state.position_B + 1
         chosen_B, logprob_B = choose(logits_BV, memory.seen_BV, state.knobs, position_B)
-        seen_BV = memory.seen_BV.at[every_B, chosen_B].set(True)
+        seen_BV = _also_seen(memory.seen_BV, chosen_B)
         stopped_B = jnp.any(chosen_B[:, None] == stop_ids, axis=1)
         state = state._replace(
             token_B=jnp.where(active_B, chosen_B, state.token_B),
@@ -172,7 +201,7 @@ def decode(
         )
         tokens_BC = tokens_BC.at[:, step].set(jnp.where(active_B, chosen_B, -1))
         logprobs_BC = logprobs_BC.at[:, step].set(logprob_B)
-        return step + 1, Memory(cache, seen_BV), state, tokens_BC, logprobs_BC
+        return step + 1, _shard(Memory(cache, seen_BV), rows), state, tokens_BC, logprobs_BC
 
     tokens_BC = jnp.full((slots, RUN), -1, jnp.int32)
     start = (jnp.int32(0), memory, rows_now, tokens_BC, jnp.zeros((slots, RUN), jnp.float32))
@@ -197,21 +226,52 @@ def _forward(
 
 
 def _shard(memory: Memory, rows: NamedSharding | None) -> Memory:
-    """Keeps the sharding of the memory: with another one the next call would be compiled anew."""
+    """Rows over the batch axes, and heads over the tensor axis if it divides them.
+
+    The layout is the same after every function: with another one the next call would be compiled anew.
+    """
     if rows is None:
         return memory
-    put = jax.lax.with_sharding_constraint
-    stacked = NamedSharding(rows.mesh, P(None, *rows.spec))
-    cache = tuple(
-        LayerCache(put(part.k_RBKHT, stacked), put(part.v_RBKTH, stacked), put(part.positions_BT, rows))
-        for part in memory.cache
-    )
-    return Memory(cache, put(memory.seen_BV, rows))
+    put, mesh = jax.lax.with_sharding_constraint, rows.mesh
+
+    def split(part: LayerCache) -> LayerCache:
+        heads = "tensor" if part.k_RBKHT.shape[2] % mesh.shape.get("tensor", 1) == 0 else None
+        by_heads = NamedSharding(mesh, P(None, *rows.spec, heads if "tensor" in mesh.shape else None))
+        return LayerCache(put(part.k_RBKHT, by_heads), put(part.v_RBKTH, by_heads), put(part.positions_BT, rows))
+
+    return Memory(tuple(map(split, memory.cache)), put(memory.seen_BV, _all_rows(memory.seen_BV, rows)))
 
 
 def _replicate(results: tuple[jax.Array, jax.Array], rows: NamedSharding | None) -> tuple[jax.Array, jax.Array]:
     """The results on every device, so that every process can read them."""
     return results if rows is None else jax.lax.with_sharding_constraint(results, NamedSharding(rows.mesh, P()))
+
+
+def _by_rows(logits_BV: jax.Array, rows: NamedSharding | None) -> jax.Array:
+    """Logits, of which the tensor axis splits the vocabulary, split over it by rows: each device has whole rows, and
+    chooses the tokens of no others.
+    """
+    if rows is None:
+        return logits_BV
+    put, mesh = jax.lax.with_sharding_constraint, rows.mesh
+    tensor = "tensor" if logits_BV.shape[1] % mesh.shape.get("tensor", 1) == 0 else None
+    # Without the first constraint the second would reach back into the layers, which would then exchange more.
+    logits_BV = put(logits_BV, NamedSharding(mesh, P(*rows.spec, tensor if "tensor" in mesh.shape else None)))
+    return put(logits_BV, _all_rows(logits_BV, rows))
+
+
+def _all_rows(x_BV: jax.Array, rows: NamedSharding) -> NamedSharding:
+    """Rows over all axes, if they divide them; otherwise over the batch axes."""
+    return rows if len(x_BV) % rows.mesh.size else NamedSharding(rows.mesh, P(rows.mesh.axis_names))
+
+
+def _rows_only(arrays: Arrays, rows: NamedSharding | None) -> Arrays:
+    """Arrays [B, ...] with rows over the batch axes."""
+    return arrays if rows is None else jax.lax.with_sharding_constraint(arrays, rows)
+
+
+def _also_seen(seen_BV: jax.Array, tokens_B: jax.Array) -> jax.Array:
+    return jax.vmap(lambda seen_V, token: seen_V.at[token].set(True))(seen_BV, tokens_B)
 
 
 def _mark_seen(tokens_PS: jax.Array, vocab: int) -> jax.Array:

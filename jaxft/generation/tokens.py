@@ -1,6 +1,6 @@
 """Generation from token ids to token ids."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from jaxft.errors import ConfigError, DataError, ModelError, listed
 from jaxft.generation import engine
@@ -9,6 +9,8 @@ from jaxft.generation.settings import Generated, Sampling
 from jaxft.nn.decoder import Decoder
 from jaxft.nn.virtual import virtual_ids
 
+# Called with (number of the prompt, its answers) as soon as all answers of a prompt have ended.
+OnGroup = Callable[[int, list[Generated]], None]
 NAMED = 5  # rows named in one error
 
 
@@ -24,6 +26,7 @@ def generate_tokens(
     answers: int = 1,
     length: int | None = None,
     tempered_logprobs: bool = False,
+    on_group: OnGroup | None = None,
 ) -> list[Generated]:
     """Continues every prompt; results are in the order of the prompts.
 
@@ -35,10 +38,14 @@ def generate_tokens(
     answers: number of answers to each prompt. The results, and rows of `on_token`, are then those of every prompt in
     turn; a prompt is computed once for all its answers. length: most tokens of a row, prompt and answer: calls with the
     same length are compiled once, whatever their prompts; by default, of the longest row. tempered_logprobs: whether
-    log-probabilities are those under the temperature of sampling, instead of the model's own at 1.
+    log-probabilities are those under the temperature of sampling, instead of the model's own at 1. on_group: called
+    with (number of the prompt, its answers) once all answers of a prompt have ended, while those of others may not
+    have. Generation waits until it returns, so long work belongs into another thread or process.
 
     Row i draws with the seed of its Sampling and stream i. Calls of similar shapes reuse compiled functions, whatever
-    the parameters and settings. If the parameters are on a mesh, rows are split over its batch axes.
+    the parameters and settings. If the parameters are on a mesh, the call first copies them into the layout for
+    generation (`generation.layout.for_decoding`), in which rows and heads are split, and no token gathers weights.
+    Nothing but `cache` keeps the parameters or their copy after the call.
     Raises DataError for prompts that are empty, contain ids outside the vocabulary, or exceed the model's positions
     together with max_new_tokens; ConfigError for settings that contradict each other, and for `cache` with several
     prompts.
@@ -62,6 +69,7 @@ def generate_tokens(
         answers=answers,
         length=length,
         tempered_logprobs=tempered_logprobs,
+        on_group=on_group,
     )
 
 
@@ -77,6 +85,7 @@ def run(
     answers: int = 1,
     length: int | None = None,
     tempered_logprobs: bool = False,
+    on_group: OnGroup | None = None,
 ) -> list[Generated]:
     """`generate_tokens` for a caller that handles stop strings itself. prompts: one for each answer."""
     _check(model, prompts, samplings, slots, length)
@@ -90,10 +99,26 @@ def run(
         for row, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True))
     ]
     running = engine.start(model, requests, stop_ids=stop_ids, slots=slots, cache=cache, answers=answers, length=length)
+    if on_group is not None:
+        running.on_end = _by_group(requests, answers, on_group)
     running.run(requests, on_token)
     if cache is not None:
         running.save_cache(requests[0], cache)
     return [_result(request) for request in requests]
+
+
+def _by_group(requests: Sequence[engine.Request], answers: int, on_group: OnGroup) -> engine.OnEnd:
+    """Calls on_group when the last of a prompt's requests ends."""
+    left = [answers] * (len(requests) // answers)
+
+    def on_end(request: engine.Request) -> None:
+        group = request.row // answers
+        left[group] -= 1
+        if not left[group]:
+            first = group * answers
+            on_group(group, [_result(one) for one in requests[first : first + answers]])
+
+    return on_end
 
 
 def one_each(sampling: Sampling | Sequence[Sampling], prompts: int) -> list[Sampling]:

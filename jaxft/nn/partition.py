@@ -77,9 +77,9 @@ def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else entry or ()
 
 
-def split(x: jax.Array, *dimensions: Dimension | None) -> jax.Array:
-    """x with the layout of these dimensions; its gradient has the same layout."""
-    return x if is_unsharded() else jax.lax.with_sharding_constraint(x, spec(x.shape, dimensions))
+def split(x: jax.Array, *dimensions: Dimension | None, uneven: Any = P.UNCONSTRAINED) -> jax.Array:
+    """x with the layout of these dimensions; its gradient has the same layout. uneven: as for `spec`."""
+    return x if is_unsharded() else jax.lax.with_sharding_constraint(x, spec(x.shape, dimensions, uneven=uneven))
 
 
 def split_only(x: jax.Array, dimension: int) -> jax.Array:

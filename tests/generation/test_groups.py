@@ -72,6 +72,29 @@ def test_calls_of_one_length_are_compiled_once(model, prompts):
     assert not compiled
 
 
+def test_a_group_is_given_out_when_its_last_answer_ends(model, prompts):
+    limits = [3, 2, 12, 11, 5, 12]
+    events, given = [], {}
+
+    def on_group(number, results):
+        events.append(("group", number))
+        given[number] = results
+
+    results = generate_tokens(
+        model,
+        prompts[:3],
+        sampling=[Sampling(max_new_tokens=n, temperature=1.0) for n in limits],
+        slots=8,
+        answers=2,
+        on_token=lambda row, *_: events.append(("row", row)),
+        on_group=on_group,
+    )
+    assert given == {number: results[2 * number : 2 * number + 2] for number in range(3)}
+    assert [name for name, _ in events].count("group") == 3
+    after = events[events.index(("group", 0)) :]
+    assert {row for name, row in after if name == "row"} == {2, 3, 4, 5}
+
+
 def test_rows_beyond_the_length_and_no_answers_are_refused(model, prompts):
     with pytest.raises(DataError, match="1 of 1 prompts with their max_new_tokens exceed length=20"):
         generate_tokens(model, [prompts[2]], sampling=DRAWN, length=20)

@@ -47,18 +47,38 @@ def slots_for(positions_BS: jax.Array, segments_BS: jax.Array, slots: int) -> ja
 
 def write(cache: LayerCache, layer: jax.Array, slots_BS: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> LayerCache:
     """The cache with new keys and values of one layer in their slots."""
-    rows_B1 = jnp.arange(slots_BS.shape[0])[:, None]
-    k_RBKHT, v_RBKTH = cache.k_RBKHT, cache.v_RBKTH
     return cache._replace(
-        k_RBKHT=k_RBKHT.at[layer, rows_B1, :, :, slots_BS].set(k_BSKH.astype(k_RBKHT.dtype), mode="drop"),
-        v_RBKTH=v_RBKTH.at[layer, rows_B1, :, slots_BS].set(v_BSKH.astype(v_RBKTH.dtype), mode="drop"),
+        k_RBKHT=_scatter(cache.k_RBKHT, 4, layer, slots_BS, k_BSKH),
+        v_RBKTH=_scatter(cache.v_RBKTH, 3, layer, slots_BS, v_BSKH),
     )
+
+
+def _scatter(
+    cache_RBKXY: jax.Array, slot_axis: int, layer: jax.Array, slots_BS: jax.Array, new_BSKH: jax.Array
+) -> jax.Array:
+    """`cache.at[layer, b, ..., slots_BS[b]].set(new_BSKH[b])` for every row b, out of range dropped.
+
+    Rows are a batching dimension of the scatter, so that the compiler knows that no row is written into another: over
+    a mesh each device writes its own, and nothing is exchanged.
+    """
+    at_BS2 = jnp.stack([jnp.broadcast_to(layer, slots_BS.shape), slots_BS], axis=-1)
+    dimensions = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=(2, 3),
+        inserted_window_dims=(0, slot_axis),
+        scatter_dims_to_operand_dims=(0, slot_axis),
+        operand_batching_dims=(1,),
+        scatter_indices_batching_dims=(0,),
+    )
+    return jax.lax.scatter(cache_RBKXY, at_BS2, new_BSKH.astype(cache_RBKXY.dtype), dimensions, mode="drop")
 
 
 def write_positions(positions_BT: jax.Array, slots_BS: jax.Array, new_BS: jax.Array) -> jax.Array:
     """positions_BT with the positions of new tokens in their slots."""
-    rows_B1 = jnp.arange(slots_BS.shape[0])[:, None]
-    return positions_BT.at[rows_B1, slots_BS].set(new_BS, mode="drop")
+
+    def write_row(positions_T: jax.Array, slots_S: jax.Array, new_S: jax.Array) -> jax.Array:
+        return positions_T.at[slots_S].set(new_S, mode="drop")
+
+    return jax.vmap(write_row)(positions_BT, slots_BS, new_BS)
 
 
 def store(cache: LayerCache, part: LayerCache, rows: jax.Array | slice) -> LayerCache:

@@ -161,7 +161,13 @@ class Attention(nnx.Module):
         self, cache: kv.LayerCache, layer: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, tokens: Tokens
     ) -> kv.LayerCache:
         slots_BS = kv.slots_for(tokens.positions_BS, tokens.segments_BS, cache.slots)
-        return kv.write(cache, layer, slots_BS, k_BSKH, v_BSKH)
+        # Heads that the tensor axis does not divide are whole. Otherwise the compiler chooses a layout of its own for
+        # them, and gathers the cache for every token.
+        whole = functools.partial(partition.split, uneven=None)
+        k_BSKH, v_BSKH = (whole(x, "batch", None, "tensor", None) for x in (k_BSKH, v_BSKH))
+        cache = kv.write(cache, layer, slots_BS, k_BSKH, v_BSKH)
+        k_RBKHT, v_RBKTH = (whole(x, None, "batch", "tensor", None, None) for x in (cache.k_RBKHT, cache.v_RBKTH))
+        return cache._replace(k_RBKHT=k_RBKHT, v_RBKTH=v_RBKTH)
 
 
 def _with_cached(
