@@ -106,12 +106,12 @@ def _shardings(
         grid = mesh.devices.reshape(-1, size)  # the axis `tensor` is the last of every mesh, so that its groups stay
         plan = MeshPlan(mesh=Mesh(grid, ("data", "tensor"), axis_types=(AxisType.Auto,) * 2))
         try:
-            found = plan.shardings(tree, dict(dims))
+            shardings = plan.shardings(tree, dict(dims))
         except ConfigError:
             if size == sizes[-1]:
                 raise
             continue
-        return tuple(found[path] for path, _ in shapes)
+        return tuple(shardings[path] for path, _ in shapes)
     raise ValueError("no sizes")
 
 
