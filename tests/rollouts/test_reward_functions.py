@@ -56,7 +56,7 @@ def test_an_answer_that_no_function_scored_has_no_reward():
 
 
 def test_a_function_that_hangs_loses_its_answers_and_no_others():
-    with functions_of("hangs_on_b,length", timeout_seconds=5.0, workers=4) as functions:
+    with functions_of("hangs_on_b,length", timeout_seconds=10.0, workers=4) as functions:
         first = score(functions)
         again = score(functions, ["a", "c", "d", "e"])
     np.testing.assert_array_equal(first.by_function["hangs_on_b"], [1, np.nan, 1, 1])
