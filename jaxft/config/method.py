@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Literal
 
-from jaxft.config.fields import ABOVE_ZERO, BELOW_ONE, CHOOSES_SECTION, NOT_NEGATIVE, ZERO_TO_ONE, Section
+from jaxft.config.fields import ABOVE_ZERO, BELOW_ONE, CHOOSES_SECTION, NOT_NEGATIVE, ZERO_TO_ONE, ReadBy, Section
 from jaxft.config.method_section import MethodSection
 from jaxft.config.policy import GRPOConfig, OnlineDPOConfig, RLOOConfig
 from jaxft.config.preference import CPOConfig, DPOConfig, KTOConfig, ORPOConfig, SimPOConfig
@@ -89,10 +89,26 @@ class DistillConfig(MethodSection):
         "the divergence (arXiv:2306.13649, eq. 1). 0: KL(teacher, student), forward; 1: KL(student, teacher), "
         "reverse; between: generalised Jensen-Shannon",
     ] = 0.5
-    temperature: Annotated[float, ABOVE_ZERO, "divides the logits of both models in the divergence"] = 1.0
+    temperature: Annotated[
+        float,
+        ABOVE_ZERO,
+        "divides the logits of both models in the divergence, and those that answers are sampled from",
+    ] = 1.0
     sft_weight: Annotated[
         float, BELOW_ONE, "share of the cross-entropy of the data's own tokens in the loss; the rest is the divergence"
     ] = 0.0
+    lmbda: Annotated[
+        float,
+        ZERO_TO_ONE,
+        "share of the steps that train on answers which the model samples to the prompts of the rows, instead of the "
+        "answers of the rows (on-policy distillation, arXiv:2306.13649)",
+    ] = 0.0
+    max_new_tokens: Annotated[
+        int,
+        ABOVE_ZERO,
+        ReadBy("method.distill.lmbda", because="Otherwise no answers are sampled."),
+        "length at which a sampled answer is cut off, in tokens",
+    ] = 128
     cache_top_k: Annotated[
         int | None,
         ABOVE_ZERO,

@@ -1,4 +1,4 @@
-"""Distillation on given data: the model learns the distributions of a larger one, its teacher, over the next token."""
+"""Distillation: the model learns the distributions of a larger one, its teacher, over the next token."""
 
 from collections.abc import Callable
 from typing import cast
@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxft.config import RunConfig
-from jaxft.data import prepare
+from jaxft.data import Prepared, Tokenizer, prepare
 from jaxft.data.batch import Batch
 from jaxft.errors import ConfigError
-from jaxft.methods.method import Method, Run, no_state
+from jaxft.methods.method import Feed, Method, Run, no_state
+from jaxft.methods.online.own_answers import OwnAnswersFeed, check_room
 from jaxft.methods.parts import sequences
 from jaxft.methods.parts.charts import TEACHER_CHARTS
 from jaxft.methods.parts.router import router_coefficients
@@ -37,6 +38,17 @@ def check(config: RunConfig, model: Decoder) -> None:
             f"adapter.kind={adapter.kind!r} puts virtual tokens into every row, which the teacher cannot read. Use "
             "adapter.kind='lora'."
         )
+    if settings.lmbda and settings.cache_top_k is not None:
+        raise ConfigError(
+            f"method.distill.cache_top_k={settings.cache_top_k} computes the teacher on the answers of the rows before "
+            f"the first step, but method.distill.lmbda={settings.lmbda} trains on answers that are sampled later: set "
+            "one of them to its default"
+        )
+    if settings.lmbda and settings.sft_weight:
+        raise ConfigError(
+            f"method.distill.sft_weight={settings.sft_weight} would teach the model the tokens that it sampled itself, "
+            f"because method.distill.lmbda={settings.lmbda}: set it to 0"
+        )
     vocab = model.config.vocab_size
     if settings.cache_top_k is not None and settings.cache_top_k > vocab:
         raise ConfigError(
@@ -44,6 +56,28 @@ def check(config: RunConfig, model: Decoder) -> None:
             "Set it to 64, for example."
         )
     router_coefficients(config, model)
+
+
+def prepare_rows(config: RunConfig, tokenizer: Tokenizer) -> Prepared:
+    """`data.prepare`. Raises DataError if answers are sampled and do not fit into a sequence with their prompts."""
+    data, settings = prepare(config, tokenizer), config.method.distill
+    if settings.lmbda:
+        check_room(data, config.data.max_length, settings.max_new_tokens)
+    return data
+
+
+def feed(run: Run, graphdef: nnx.GraphDef[Decoder]) -> Feed:
+    """`Method.feed`: the rows, or in some steps the model's own answers to their prompts."""
+    settings = run.config.method.distill
+    if not settings.lmbda:
+        return sequences.feed(run, graphdef)
+    return OwnAnswersFeed(
+        run,
+        graphdef,
+        share=settings.lmbda,
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+    )
 
 
 def teacher_of(config: RunConfig) -> FrozenModel:
@@ -108,13 +142,14 @@ def describe(config: RunConfig) -> str:
     """The teacher and the divergence, in a few words."""
     settings = config.method.distill
     cached = "" if settings.cache_top_k is None else f", {settings.cache_top_k} cached log-probabilities of each token"
-    return f"distillation with beta={settings.beta:g} from {settings.teacher}{cached}"
+    own = f", {settings.lmbda:.0%} of the steps on answers of its own" if settings.lmbda else ""
+    return f"distillation with beta={settings.beta:g} from {settings.teacher}{cached}{own}"
 
 
 METHOD = Method(
-    prepare=prepare,
+    prepare=prepare_rows,
     source=sequences.source,
-    feed=sequences.feed,
+    feed=feed,
     batch_shapes=batch_shapes,
     check=check,
     initial_state=no_state,
