@@ -95,7 +95,9 @@ def test_how_a_batch_is_cut_changes_nothing(moved, changes, sizes):
         np.testing.assert_allclose(b, a, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
+@pytest.mark.parametrize(
+    "loss_type", ["dapo", pytest.param("grpo", marks=pytest.mark.slow), pytest.param("dr_grpo", marks=pytest.mark.slow)]
+)
 def test_answers_without_an_advantage_are_left_out_and_change_nothing(tmp_path, loss_type):
     overrides = SGD | {"optim.learning_rate": 0.1, "method.grpo.loss_type": loss_type, "train.batch_size": 24}
     config = online_config("grpo", tmp_path, tmp_path / "run", "some", **overrides)

@@ -62,6 +62,7 @@ def test_a_share_of_the_steps_is_on_policy(tmp_path):
     assert not any(map(nothing.is_on_policy, range(50)))
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one(tmp_path):
     outcomes = []
     for sizes in (None, {"data": 2, "fsdp": 2, "tensor": 2}):
