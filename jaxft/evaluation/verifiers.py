@@ -1,6 +1,10 @@
 """Reward functions that ship with jaxft. Each compares the answers with a column of the rows."""
 
+import contextlib
+import json
 import os
+import secrets
+import signal
 import subprocess
 import sys
 import tempfile
@@ -12,6 +16,25 @@ from jaxft.errors import ConfigError
 from jaxft.evaluation.scoring import score
 
 CPU_SECONDS, MEMORY_BYTES, FILE_BYTES = 10, 1 << 30, 1 << 20
+# What the process of `python_tests` runs. On Linux it asks for namespaces of users and of networks of its own
+# (CLONE_NEWUSER | CLONE_NEWNET), which may be refused, and dies with the process that started it (PR_SET_PDEATHSIG).
+PROGRAM = """
+import ctypes, json, os, resource, sys
+if sys.platform == "linux":
+    system = ctypes.CDLL(None)
+    system.unshare(0x10000000 | 0x40000000)
+    system.prctl(1, 9)
+given = json.load(sys.stdin)
+for name, limit in given["limits"].items():
+    resource.setrlimit(getattr(resource, "RLIMIT_" + name), (limit, limit))
+names = {"__name__": "__main__"}
+try:
+    for part in ("code", "test"):
+        exec(compile(given[part], part, "exec"), names)
+except BaseException:
+    os._exit(1)
+os._exit(given["done"])
+"""
 
 
 def exact_match(completions: Sequence[Any], reference: Sequence[str], **_: Any) -> list[float]:
@@ -48,11 +71,13 @@ def math_answer(completions: Sequence[Any], reference: Sequence[str], **_: Any) 
 
 
 def python_tests(completions: Sequence[Any], tests: Sequence[str], **_: Any) -> list[float]:
-    """1 if the Python code of the answer, followed by the row's tests, runs without an error, else 0.
+    """1 if the Python code of the answer and then the row's tests run to their end without an error, else 0.
 
     The code is what stands in the answer's last fenced block, or all of it. It runs in a process with limits on
-    processor time, memory and the size of files, in an empty folder, without the environment of the run. This stops
-    code that is wrong, and not code that attacks: it can read files and reach the network as the run can.
+    processor time, memory and the size of files, in an empty folder, without the environment of the run, and without a
+    network if Linux lets an ordinary process give it up. This stops code that is wrong, and not code that attacks: it
+    can read files as the run can, and change the tests' functions. Code that ends the process fails, whatever its exit
+    code.
     """
     return [float(_passes(code_of(text_of(one)), test)) for one, test in zip(completions, tests, strict=True)]
 
@@ -79,22 +104,26 @@ def _by_metric(metric: str, completions: Sequence[Any], references: Sequence[str
 
 def _passes(code: str, test: str) -> bool:
     limits = {"CPU": CPU_SECONDS, "AS": MEMORY_BYTES, "FSIZE": FILE_BYTES, "CORE": 0}
-    program = "import resource, sys\n" + "".join(
-        f"resource.setrlimit(resource.RLIMIT_{name}, ({limit}, {limit}))\n" for name, limit in limits.items()
-    )
-    program += "exec(compile(sys.stdin.read(), 'answer', 'exec'), {'__name__': '__main__'})"
+    # The exit code of tests that came to their end, which code that only leaves early does not know.
+    done = 64 + secrets.randbelow(64)
+    given = {"code": code, "test": test, "limits": limits, "done": done}
     with tempfile.TemporaryDirectory() as folder:
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-c", PROGRAM],
+            cwd=folder,
+            env={"PATH": os.environ.get("PATH", "")},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         try:
-            done = subprocess.run(
-                [sys.executable, "-I", "-c", program],
-                cwd=folder,
-                env={"PATH": os.environ.get("PATH", "")},
-                input=f"{code}\n\n{test}\n".encode(),
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                timeout=2 * CPU_SECONDS,
-                start_new_session=True,
-            )
+            process.communicate(json.dumps(given).encode(), timeout=2 * CPU_SECONDS)
         except subprocess.TimeoutExpired:
             return False
-    return done.returncode == 0
+        finally:
+            # With the processes that the code started.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return process.returncode == done

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxft.data.prompts import Prompt
 from jaxft.objectives.policy.advantages import reward_metrics
-from jaxft.rollouts.reward_functions import RewardFunctions
+from jaxft.rollouts.reward_functions import RewardFunctions, function_metrics
 from jaxft.rollouts.rollout import Rollout
 
 
@@ -19,19 +19,25 @@ class Judged:
     """The n answers of a rollout in groups, with their rewards.
 
     rewards: float64 [n], the weighted sum of the reward functions; NaN for an answer that none of them scored.
-    by_function: float64 [n] of each function. function_metrics: what is logged of them. seconds: that scoring took.
+    by_function: float64 [n] of each function. timeouts: answers that a function did not score in time, by function,
+    those among them that were replaced. seconds: that scoring took.
     """
 
     rollouts: tuple[Rollout, ...]
     rewards: np.ndarray
     by_function: dict[str, np.ndarray]
-    function_metrics: dict[str, float]
+    timeouts: dict[str, int]
     seconds: float
 
     @property
     def groups(self) -> np.ndarray:
         """The number of each answer's group, int [n]."""
         return np.array([one.group for one in self.rollouts])
+
+    @property
+    def function_metrics(self) -> dict[str, float]:
+        """What is logged of each function."""
+        return function_metrics(self.by_function, self.timeouts)
 
     def with_groups(self, numbers: Sequence[int], others: "Judged") -> "Judged":
         """The answers, with those of the groups of these numbers replaced by the groups of `others`, in turn."""
@@ -50,7 +56,7 @@ class Judged:
             ),
             rewards=np.concatenate([self.rewards, others.rewards])[taken],
             by_function={n: np.concatenate([x, others.by_function[n]])[taken] for n, x in self.by_function.items()},
-            function_metrics=self.function_metrics,
+            timeouts={name: count + others.timeouts[name] for name, count in self.timeouts.items()},
             seconds=self.seconds + others.seconds,
         )
 
@@ -65,7 +71,7 @@ def judge(rollouts: Sequence[Rollout], functions: RewardFunctions | None) -> Jud
     """The answers with the rewards that the functions give them; none without functions."""
     if functions is None:
         nothing = np.full(len(rollouts), np.nan)
-        return Judged(rollouts=tuple(rollouts), rewards=nothing, by_function={}, function_metrics={}, seconds=0.0)
+        return Judged(rollouts=tuple(rollouts), rewards=nothing, by_function={}, timeouts={}, seconds=0.0)
     scores = functions.score(
         [one.prompt.messages for one in rollouts],
         [one.text for one in rollouts],
@@ -76,7 +82,7 @@ def judge(rollouts: Sequence[Rollout], functions: RewardFunctions | None) -> Jud
         rollouts=tuple(rollouts),
         rewards=scores.total,
         by_function=scores.by_function,
-        function_metrics=scores.metrics(),
+        timeouts=scores.timeouts,
         seconds=scores.seconds,
     )
 

@@ -1,5 +1,9 @@
 """The reward functions that ship with jaxft."""
 
+import socket
+import subprocess
+import sys
+
 import pytest
 
 from jaxft.evaluation import verifiers
@@ -25,6 +29,20 @@ def test_code_is_run_with_its_tests():
 @pytest.mark.parametrize(
     "code",
     [
+        "import sys; sys.exit(0)",
+        "import os; os._exit(0)",
+        "def double(x): raise SystemExit(0)",
+        "text = '''",
+    ],
+    ids=["exit", "at once", "in the test", "quote"],
+)
+def test_code_that_leaves_before_the_end_of_the_tests_fails(code):
+    assert verifiers.python_tests([code], ["text = ''''''\nassert double(4) == 8"]) == [0]
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
         "while True: pass",
         "x = 'a' * (1 << 32)",
         "open('f', 'w').write('a' * (1 << 21))",
@@ -42,6 +60,16 @@ def test_code_sees_neither_the_folder_nor_the_environment_of_the_run(monkeypatch
     monkeypatch.setenv("SECRET", "1")
     test = "import os; assert 'SECRET' not in os.environ and os.listdir('.') == []"
     assert verifiers.python_tests(["pass"], [test]) == [1]
+
+
+def test_code_has_no_network_where_linux_allows_it():
+    probe = "import ctypes, sys; sys.exit(ctypes.CDLL(None).unshare(0x50000000) != 0)"
+    if sys.platform != "linux" or subprocess.run([sys.executable, "-c", probe]).returncode:
+        pytest.skip("this system refuses namespaces")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        where = server.getsockname()[:2]
+        socket.create_connection(where, 10).close()
+        assert verifiers.python_tests([f"import socket; socket.create_connection({where}, 10)"], ["pass"]) == [0]
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,14 @@
 
 import asyncio
 import os
+import random
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
+
+from jaxft.evaluation import verifiers
 
 
 def length(completions):
@@ -88,3 +92,57 @@ def expects_messages(completions):
 
 def leaves(completions):
     sys.exit(3)
+
+
+def raises_and_then_hangs(completions):
+    if len(completions) > 1:
+        raise ValueError("before it hangs")
+    time.sleep(3600)
+
+
+class Points:
+    """A number of the function's own, whose class the run does not have."""
+
+    def __float__(self):
+        return 3.0
+
+
+def own_numbers(completions):
+    return [Points() for _ in completions]
+
+
+def beyond_floats(completions):
+    return [10**400] * len(completions)
+
+
+def expects_text(completions):
+    return [float(len(one.strip())) for one in completions]
+
+
+KEPT = {}
+
+
+async def keeps_its_loop(completions):
+    loop = KEPT.setdefault("loop", asyncio.get_running_loop())
+    return [float(loop is asyncio.get_running_loop())] * len(completions)
+
+
+def remembers(completions):
+    KEPT["by another"] = 5.0
+    return [0.0] * len(completions)
+
+
+def recalls(completions):
+    return [KEPT.get("by another", 0.0)] * len(completions)
+
+
+def starts_processes(completions, folder):
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
+    own, tested = (Path(folder[0]) / name for name in ("own", "tested"))
+    own.write_text(str(child.pid))
+    code = f"import os, time; open({str(tested)!r}, 'w').write(str(os.getpid())); time.sleep(3600)"
+    return verifiers.python_tests([code], ["pass"])
+
+
+def throws_dice(completions):
+    return [random.SystemRandom().random() for _ in completions]

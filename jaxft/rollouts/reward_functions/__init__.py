@@ -1,5 +1,5 @@
 """Reward functions: which ones a run has, the processes that call them, and those that ship with jaxft."""
 
-from jaxft.rollouts.reward_functions.functions import RewardError, RewardFunctions, Scores
+from jaxft.rollouts.reward_functions.functions import RewardError, RewardFunctions, Scores, function_metrics
 
-__all__ = ["RewardError", "RewardFunctions", "Scores"]
+__all__ = ["RewardError", "RewardFunctions", "Scores", "function_metrics"]

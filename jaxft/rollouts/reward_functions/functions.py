@@ -40,14 +40,19 @@ class Scores:
 
     def metrics(self) -> dict[str, float]:
         """Means and deviations under TRL's names, over the answers that were scored; and the timeouts, if any."""
-        metrics: dict[str, float] = {}
-        for name, values in self.by_function.items():
-            scored = values[~np.isnan(values)]
-            metrics[f"rewards/{name}/mean"] = float(scored.mean()) if len(scored) else 0.0
-            metrics[f"rewards/{name}/std"] = float(scored.std(ddof=1)) if len(scored) > 1 else 0.0
-            metrics[f"rewards/{name}/unscored"] = float(len(values) - len(scored))
-            metrics[f"rewards/{name}/timeouts"] = float(self.timeouts[name])
-        return metrics
+        return function_metrics(self.by_function, self.timeouts)
+
+
+def function_metrics(by_function: Mapping[str, np.ndarray], timeouts: Mapping[str, int]) -> dict[str, float]:
+    """What is logged of each function's rewards, [n]: see `Scores`."""
+    metrics: dict[str, float] = {}
+    for name, values in by_function.items():
+        scored = values[~np.isnan(values)]
+        metrics[f"rewards/{name}/mean"] = float(scored.mean()) if len(scored) else 0.0
+        metrics[f"rewards/{name}/std"] = float(scored.std(ddof=1)) if len(scored) > 1 else 0.0
+        metrics[f"rewards/{name}/unscored"] = float(len(values) - len(scored))
+        metrics[f"rewards/{name}/timeouts"] = float(timeouts[name])
+    return metrics
 
 
 class RewardFunctions:
@@ -196,15 +201,19 @@ class RewardFunctions:
         returned, failure = call.result
         if failure is not None:
             row, text = failure
-            which = (
-                f"on answer {rows[row]} of a rollout" if row >= 0 else "on several answers, but on none of them alone"
-            )
+            one_answer = row is not None and row >= 0
+            if row is None:
+                which = f"on the answers {rows[0]} to {rows[-1]} of a rollout, or on one of them"
+            elif one_answer:
+                which = f"on answer {rows[row]} of a rollout"
+            else:
+                which = "on several answers, but on none of them alone"
             shown = ""
-            if row >= 0 and "completions" in call.arguments:
+            if one_answer and "completions" in call.arguments:
                 shown = f" Its completion is {str(call.arguments['completions'][row])[:200]!r}."
             raise RewardError(f"{where} raised {which}.{shown}{self._hint(text)}\n{text}")
-        if not isinstance(returned, list | tuple) or len(returned) != len(rows):
-            count = f"{len(returned)} rewards" if isinstance(returned, list | tuple) else f"a {type(returned).__name__}"
+        if not isinstance(returned, list) or len(returned) != len(rows):
+            count = f"{len(returned)} rewards" if isinstance(returned, list) else f"a value of type {returned}"
             raise RewardError(
                 f"{where} returned {count} for {len(rows)} answers. It must return a list with one number for each "
                 "answer, or None for an answer that it does not score."
@@ -217,18 +226,21 @@ class RewardFunctions:
                 " Completions are text here. If the function expects a list with a message, as TRL gives it, set "
                 "rewards.completions='messages'."
             )
+        if self._completions == "messages" and "'list' object has no attribute" in text:
+            return (
+                " Completions are lists with a message here. If the function expects text, set "
+                "rewards.completions='text'."
+            )
         return ""
 
     @staticmethod
-    def _reward(where: str, value: Any) -> float | None:
-        if value is None:
-            return None
-        if isinstance(value, str | bytes) or not hasattr(value, "__float__") or not math.isfinite(float(value)):
+    def _reward(where: str, value: float | str | None) -> float | None:
+        if isinstance(value, str) or (value is not None and not math.isfinite(value)):
             raise RewardError(
-                f"{where} returned {value!r} as a reward. It must be a finite number, or None for an answer that it "
+                f"{where} returned {value} as a reward. It must be a finite number, or None for an answer that it "
                 "does not score."
             )
-        return float(value)
+        return value
 
 
 def _nan(value: float | None) -> float:

@@ -1,6 +1,8 @@
 """The reward functions that `rewards.functions` names."""
 
+import math
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from jaxft.errors import ConfigError, did_you_mean
@@ -21,8 +23,8 @@ class Named:
 def named_functions(text: str) -> tuple[Named, ...]:
     """The functions of `rewards.functions`: `FILE.py:NAME` or the name of a built-in one, each with `=WEIGHT` or not.
 
-    Raises ConfigError for an entry of another form, a file that is not there, an unknown built-in one, and a name that
-    occurs twice.
+    Raises ConfigError for an entry of another form, a file that is not there, an unknown built-in one or one whose
+    library is not installed, and a name that occurs twice.
     """
     functions = [_named(entry.strip()) for entry in text.split(",") if entry.strip()]
     if not functions:
@@ -38,9 +40,11 @@ def named_functions(text: str) -> tuple[Named, ...]:
 
 
 def _named(entry: str) -> Named:
-    function, given, weight_text = entry.partition("=")
-    function = function.strip()
-    weight = _weight(weight_text.strip(), entry) if given else 1.0
+    function, given, weight_text = entry.rpartition("=")
+    if not given or ":" in weight_text:  # then the sign is one of the path
+        function, weight = entry, 1.0
+    else:
+        function, weight = function.strip(), _weight(weight_text.strip(), entry)
     source, colon, name = function.rpartition(":")
     if not colon:
         if function not in BUILT_IN:
@@ -48,6 +52,8 @@ def _named(entry: str) -> Named:
                 f"rewards.functions: {function!r} is not a built-in reward function ({', '.join(BUILT_IN)})."
                 f"{did_you_mean(function, BUILT_IN)} A function of your own is named FILE.py:NAME."
             )
+        if function == "math_answer" and find_spec("math_verify") is None:
+            raise ConfigError("rewards.functions: math_answer needs math-verify: pip install 'jaxft[math]'")
         return Named(name=function, source=MODULE, weight=weight)
     if source.endswith(".py"):
         if not Path(source).is_file():
@@ -61,6 +67,9 @@ def _named(entry: str) -> Named:
 
 def _weight(text: str, entry: str) -> float:
     try:
-        return float(text)
+        weight = float(text)
     except ValueError as error:
         raise ConfigError(f"rewards.functions: the weight in {entry!r} is not a number") from error
+    if not math.isfinite(weight):
+        raise ConfigError(f"rewards.functions: the weight in {entry!r} is not finite, and no reward would be either")
+    return weight

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -19,7 +20,10 @@ TRIES = 2  # of a call whose process dies
 
 @dataclass(eq=False, kw_only=True)
 class Call:
-    """One call of a function. outcome: `ok` with the result, `error` with its text, `timeout`, or `died`."""
+    """One call of a function. outcome: `ok` with the result, `error` with its text, `timeout`, or `died`.
+
+    raised: the error of a function that raised, while its process looks for the answer that is to blame.
+    """
 
     source: str
     name: str
@@ -27,6 +31,7 @@ class Call:
     arguments: dict[str, list[Any]] = field(default_factory=dict)
     outcome: Literal["ok", "error", "timeout", "died"] | None = None
     result: Any = None
+    raised: str | None = None
     tries: int = 0
 
 
@@ -109,6 +114,10 @@ class Pool:
         except (EOFError, OSError):
             self._drop(worker, "died", waiting)
             return
+        if outcome == "raised":
+            if worker.call is not None:
+                worker.call.raised = result
+            return
         call = worker.finish()
         call.outcome, call.result = outcome, result
 
@@ -117,13 +126,18 @@ class Pool:
         call = worker.finish()
         self._end(worker)
         self._workers.remove(worker)
-        if outcome == "died" and call.tries < TRIES:
+        if call.raised is not None:  # it has failed, whatever became of the search
+            call.outcome, call.result = "ok", (None, (None, call.raised))
+        elif outcome == "died" and call.tries < TRIES:
             waiting.append(call)
         else:
             call.outcome, call.result = outcome, worker.process.returncode
 
     @staticmethod
     def _end(worker: Worker) -> None:
+        # With the processes that the function started: they are of the group that the worker leads.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(worker.process.pid, signal.SIGKILL)
         worker.process.kill()
         worker.process.wait()
         worker.connection.close()
@@ -134,7 +148,7 @@ def _start() -> Worker:
     # Accelerators belong to the run; and Ctrl-C is for the run, which ends its processes itself.
     env = os.environ | {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(
-        [sys.executable, str(WORKER), str(theirs.fileno())],
+        [sys.executable, str(WORKER), str(theirs.fileno()), *map(str, sys.path)],
         pass_fds=[theirs.fileno()],
         env=env,
         stdin=subprocess.DEVNULL,

@@ -1,13 +1,16 @@
 """A process that calls reward functions for another one. It is run as a script, and needs no package of its own.
 
-    python worker.py FILE_DESCRIPTOR
+    python worker.py FILE_DESCRIPTOR [FOLDER ...]
 
-It receives (source, name) of a function, a file or a module with it, and answers with the function's parameters. Then
-it receives the keyword arguments of one call after another, and answers with the returned list.
+The folders are those from which modules are imported. It receives (kind, source, name, arguments) of one call after
+another: source is the file or the module of the function. It answers `ok` with the function's parameters if the kind is
+`load`, else with what `call` returns; or `error` with a text. Before `ok` it may say `raised`, with the end of a
+traceback, while it still looks for the answer that is to blame.
 """
 
 import asyncio
 import ctypes
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -22,6 +25,7 @@ from typing import Any
 
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 LINES = 12  # of a traceback
+LONGEST = 200  # characters of a value in an error
 
 
 def main() -> None:
@@ -30,35 +34,44 @@ def main() -> None:
         # A function that hangs must not outlive the run.
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     connection = Connection(int(sys.argv[1]))
-    functions: dict[tuple[str, str], Callable[..., Any]] = {}
+    sys.path[:] = sys.argv[2:]
+    # One for all calls: clients that a function keeps belong to the loop in which they were made.
+    loop = asyncio.new_event_loop()
     while True:
         try:
             kind, source, name, arguments = connection.recv()
         except EOFError:
             return
         try:
-            if (source, name) not in functions:
-                functions[source, name] = load(source, name)
-            function = functions[source, name]
-            connection.send(("ok", parameters(function) if kind == "load" else call(function, arguments)))
+            function = load(source, name)
+            if kind == "load":
+                connection.send(("ok", parameters(function)))
+            else:
+                connection.send(("ok", call(function, arguments, loop, lambda text: connection.send(("raised", text)))))
         except BaseException:  # whatever a user's function raises, SystemExit among them
             connection.send(("error", last_lines()))
 
 
+@functools.cache
+def module_of(source: str) -> Any:
+    """The module in a file, imported once for all of its functions; or of that name, if it does not end in `.py`."""
+    if not source.endswith(".py"):
+        return importlib.import_module(source)
+    path = Path(source)
+    # Files beside it can be imported.
+    sys.path.insert(0, str(path.parent))
+    spec = importlib.util.spec_from_file_location(f"rewards_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{source} cannot be imported")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
 def load(source: str, name: str) -> Callable[..., Any]:
     """The function `name` of a file, or of a module if `source` does not end in `.py`."""
-    if source.endswith(".py"):
-        path = Path(source)
-        # Files beside it can be imported.
-        sys.path.insert(0, str(path.parent))
-        spec = importlib.util.spec_from_file_location(f"rewards_{path.stem}", path)
-        if spec is None or spec.loader is None:
-            raise ImportError(f"{source} cannot be imported")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-    else:
-        module = importlib.import_module(source)
+    module = module_of(source)
     function = getattr(module, name, None)
     if not callable(function):
         raise AttributeError(f"{source} has no function {name!r}; it has {', '.join(functions_of(module))}")
@@ -85,35 +98,63 @@ def parameters(function: Callable[..., Any]) -> dict[str, Any]:
     }
 
 
-def call(function: Callable[..., Any], arguments: dict[str, list[Any]]) -> tuple[Any, tuple[int, str] | None]:
-    """(what the function returns, None), or (None, (the first row that it fails on, the error)).
+def call(
+    function: Callable[..., Any],
+    arguments: dict[str, list[Any]],
+    loop: asyncio.AbstractEventLoop,
+    raised: Callable[[str], None],
+) -> tuple[Any, tuple[int, str] | None]:
+    """(what `plain` makes of the function's result, None), or (None, (the first row that it fails on, the error)).
 
-    The row is -1 if the function fails on several rows and on none of them alone.
+    The row is -1 if the function fails on several rows and on none of them alone. loop: of async functions. raised: is
+    called with the error before the row is looked for.
     """
     try:
-        return run(function, arguments), None
+        return plain(run(function, arguments, loop)), None
     except Exception:
         whole = last_lines()
     count = len(next(iter(arguments.values())))
+    if count > 1:
+        raised(whole)
     for row in range(count if count > 1 else 0):
         try:
-            run(function, {name: values[row : row + 1] for name, values in arguments.items()})
+            run(function, {name: values[row : row + 1] for name, values in arguments.items()}, loop)
         except Exception:
             return None, (row, last_lines())
     return None, (0 if count == 1 else -1, whole)
 
 
-def run(function: Callable[..., Any], arguments: dict[str, list[Any]]) -> Any:
-    """The result of a plain or an async function, as a list if it is one of numbers."""
+def run(function: Callable[..., Any], arguments: dict[str, list[Any]], loop: asyncio.AbstractEventLoop) -> Any:
+    """The result of a plain or an async function."""
     result = function(**arguments)
     if inspect.isawaitable(result):
 
         async def wait() -> Any:
             return await result
 
-        result = asyncio.run(wait())
-    # Arrays of numpy and torch become lists, so that the other process needs neither.
-    return result.tolist() if hasattr(result, "tolist") else result
+        return loop.run_until_complete(wait())
+    return result
+
+
+def plain(result: Any) -> list[float | str | None] | str:
+    """Rewards of Python's own types, so that the other process needs no library and no class of the function's.
+
+    What is neither a number nor None becomes its `repr`, and a result that is no list the name of its type.
+    """
+    result = result.tolist() if hasattr(result, "tolist") else result  # arrays of numpy and torch
+    if not isinstance(result, list | tuple):
+        return type(result).__name__
+    return [None if value is None else number(value) for value in result]
+
+
+def number(value: Any) -> float | str:
+    """The value as a float, or its `repr` if it is none."""
+    if not isinstance(value, str | bytes):
+        try:
+            return float(value)
+        except (TypeError, ValueError, OverflowError):
+            pass
+    return repr(value)[:LONGEST]
 
 
 def last_lines() -> str:
