@@ -284,6 +284,13 @@ def _parser() -> argparse.ArgumentParser:
     option("--model", required=True, **model)
     answers.score_options(option)
 
+    option = verb(
+        "sample", answers.sample, "draw answers to a config's prompts, judge them, and write the best as rows"
+    )
+    option("--config", required=True, **config)
+    option("--model", **model)
+    answers.sample_options(option)
+
     option = verb("chat", answers.chat, "talk with a model on the terminal")
     option("--model", required=True, **model)
     option("--system", help="system message")

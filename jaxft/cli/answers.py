@@ -1,4 +1,4 @@
-"""The verbs that ask a model: generate, chat and score."""
+"""The verbs that ask a model: generate, sample, chat and score."""
 
 import argparse
 import json
@@ -6,10 +6,11 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
-from jaxft.config import DataConfig, ModelConfig, choices
+from jaxft.config import DataConfig, ModelConfig, RunConfig, choices
 from jaxft.config.fields import own_fields
 from jaxft.errors import ConfigError
 from jaxft.files.atomic import write_text
+from jaxft.files.run_folder import is_run_folder
 from jaxft.generation.settings import Sampling
 
 # How rows that are scored are read: fields of `data` in a config.
@@ -101,6 +102,60 @@ def score(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     return summary | ({} if arguments.to is not None else {"scores": scored})
 
 
+def sample(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
+    """`jaxft sample`: the best of several answers to each prompt of a config, as a file of rows."""
+    from jaxft.config import load
+
+    config = load(arguments.config, overrides)
+    from jaxft import api
+
+    model, tokenizer = _sampled_model(config, arguments.model)
+    reward_model = arguments.reward_model and api.load_model(arguments.reward_model, dtype=config.model.dtype)
+    summary = api.sample(
+        model,
+        tokenizer,
+        config,
+        arguments.to,
+        keep=arguments.keep,
+        threshold=arguments.threshold,
+        keep_cut=arguments.keep_cut,
+        pairs=arguments.pairs,
+        reward_model=reward_model or None,
+        reward_tokenizer=api.load_tokenizer(arguments.reward_model) if reward_model else None,
+        overwrite=arguments.overwrite,
+        print_line=lambda line: print(line, file=sys.stderr),
+    )
+    if not arguments.json:
+        for name, value in summary.items():
+            print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
+    return summary
+
+
+def _sampled_model(config: RunConfig, path: str | None) -> tuple[Any, Any]:
+    """(model, tokenizer) that `jaxft sample` uses: those at `path`, or the base of the config."""
+    from jaxft import api
+    from jaxft.config import MeshConfig
+    from jaxft.runs import folder
+    from jaxft.runs.export import load_trained
+    from jaxft.sharding.mesh import make_mesh_plan
+
+    if path is not None and is_run_folder(path):
+        base = folder.run_config(path).model
+        template = folder.chat_template(path)
+        return load_trained(path), api.load_tokenizer(base.path, revision=base.revision, chat_template=template)
+    own, revision = config.model, config.model.revision if path is None else None
+    model = api.load_model(
+        path or own.path,
+        revision=revision,
+        dtype=own.dtype,
+        param_dtype=own.param_dtype,
+        quantization=own.quantization,
+        mesh=make_mesh_plan(MeshConfig()),
+    )
+    template = config.data.chat_template
+    return model, api.load_tokenizer(path or own.path, revision=revision, chat_template=template)
+
+
 def summarized(scored: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Figures of what `api.score` returned: the number of rows or pairs, the mean score, and the accuracy of pairs."""
     values = [one[key] for one in scored for key in ("score", "chosen", "rejected") if key in one]
@@ -159,6 +214,17 @@ def score_options(option: Callable[..., Any]) -> None:
     for name in COLUMNS:
         option(f"--{name}", type=fields[name].base, help=fields[name].meaning)
     loading_options(option)
+
+
+def sample_options(option: Callable[..., Any]) -> None:
+    """The options of `jaxft sample`."""
+    option("--to", required=True, metavar="FILE", help="a new .jsonl file of prompts with the answers that are kept")
+    option("--pairs", metavar="FILE", help="a new .jsonl file of the best and the worst answer to each prompt")
+    option("--keep", default="best", help="best (one answer to each prompt) or all (with --threshold)")
+    option("--threshold", type=float, help="smallest reward of an answer that is kept")
+    option("--keep_cut", action="store_true", help="keep answers too that were cut off at their length")
+    option("--reward_model", metavar="PATH", help="a reward model that judges, beside rewards.functions or alone")
+    option("--overwrite", action="store_true", help="replace finished files")
 
 
 def loading_options(option: Callable[..., Any]) -> None:

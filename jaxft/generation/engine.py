@@ -34,13 +34,14 @@ MIN_SPARED = 512  # a common prefix is computed once for all prompts if that spa
 class Request:
     """One prompt and its answer so far.
 
-    row: its index in the call, and its stream of random numbers. tempered: whether its log-probabilities are those
-    under the temperature of sampling.
+    row: its index in the call. stream: of its random numbers. tempered: whether its log-probabilities are those under
+    the temperature of sampling.
     """
 
     row: int
     prompt: tuple[int, ...]
     sampling: Sampling
+    stream: int = 0
     tempered: bool = False
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -181,7 +182,7 @@ class Engine:
             min_p_B=_argument([s.min_p or 0.0 for s in settings], np.float32),
             penalty_B=_argument([s.repetition_penalty for s in settings], np.float32),
             seed_B=_argument([s.seed for s in settings], np.uint32),
-            stream_B=_argument([request.row if request is not None else 0 for request in requests], np.uint32),
+            stream_B=_argument([request.stream if request is not None else 0 for request in requests], np.uint32),
             logprob_temperature_B=_argument(
                 [r.sampling.temperature or 1.0 if r is not None and r.tempered else 1.0 for r in requests], np.float32
             ),

@@ -27,6 +27,7 @@ def generate_tokens(
     length: int | None = None,
     tempered_logprobs: bool = False,
     on_group: OnGroup | None = None,
+    first_stream: int = 0,
 ) -> list[Generated]:
     """Continues every prompt; results are in the order of the prompts.
 
@@ -42,7 +43,8 @@ def generate_tokens(
     with (number of the prompt, its answers) once all answers of a prompt have ended, while those of others may not
     have. Generation waits until it returns, so long work belongs into another thread or process.
 
-    Row i draws with the seed of its Sampling and stream i. Calls of similar shapes reuse compiled functions, whatever
+    Row i draws with the seed of its Sampling and stream first_stream + i, so that several calls can draw what one
+    would. Calls of similar shapes reuse compiled functions, whatever
     the parameters and settings. If the parameters are on a mesh, the call first copies them into the layout for
     generation (`generation.layout.for_decoding`), in which rows and heads are split, and no token gathers weights.
     Nothing but `cache` keeps the parameters or their copy after the call.
@@ -70,6 +72,7 @@ def generate_tokens(
         length=length,
         tempered_logprobs=tempered_logprobs,
         on_group=on_group,
+        first_stream=first_stream,
     )
 
 
@@ -86,6 +89,7 @@ def run(
     length: int | None = None,
     tempered_logprobs: bool = False,
     on_group: OnGroup | None = None,
+    first_stream: int = 0,
 ) -> list[Generated]:
     """`generate_tokens` for a caller that handles stop strings itself. prompts: one for each answer."""
     _check(model, prompts, samplings, slots, length)
@@ -95,7 +99,13 @@ def run(
         raise ConfigError(f"cache is for one conversation, and there are {len(prompts)} prompts: leave it out")
     first = virtual_ids(model.virtual_tokens)
     requests = [
-        engine.Request(row=row, prompt=(*first, *map(int, prompt)), sampling=sampling, tempered=tempered_logprobs)
+        engine.Request(
+            row=row,
+            prompt=(*first, *map(int, prompt)),
+            sampling=sampling,
+            stream=first_stream + row,
+            tempered=tempered_logprobs,
+        )
         for row, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True))
     ]
     running = engine.start(model, requests, stop_ids=stop_ids, slots=slots, cache=cache, answers=answers, length=length)

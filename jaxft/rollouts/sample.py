@@ -33,7 +33,8 @@ class Sampler:
         """Answers to every prompt, group after group.
 
         temperature: 0 is greedy. seed: of all draws, which also depend on the number of the answer. first_group: the
-        number of the first group; answers are numbered in the order of groups.
+        number of the first group; answers are numbered in the order of groups, so that several calls can draw what one
+        would.
         """
         sampling = Sampling(max_new_tokens=self.max_completion_length, temperature=temperature, seed=seed)
         done = generate_tokens(
@@ -46,6 +47,7 @@ class Sampler:
             answers=self.group,
             length=self.length,
             tempered_logprobs=True,
+            first_stream=first_group * self.group,
         )
         rows = [prompt for prompt in prompts for _ in range(self.group)]
         first = first_group * self.group

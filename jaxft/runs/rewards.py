@@ -81,7 +81,7 @@ def score(
     are read, such as prompt_field="question". A model on a mesh scores on its devices. Raises ModelError if the model
     has no score head, and DataError, naming the row, if one cannot be read or is longer than the model's positions.
     """
-    _check_head(model)
+    check_head(model)
     config = replace(DataConfig(), train_on="last", **columns)
     opened: Rows = open_rows(rows, split=split) if isinstance(rows, str) else GivenRows(rows)
     if limit is not None:
@@ -121,7 +121,7 @@ def best_of(
     is scored with an end token, also if it was cut at max_new_tokens. Raises ConfigError for n below 2 and for a
     temperature of 0, at which all answers are the same; ModelError if the reward model has no score head.
     """
-    _check_head(reward_model)
+    check_head(reward_model)
     settings = Sampling(**{"temperature": 1.0, **sampling})
     if n < 2:
         raise ConfigError(f"the best of {n} answers needs no reward model: draw 2 or more")
@@ -132,11 +132,8 @@ def best_of(
         )
     drawn = [prompt for prompt in prompts for _ in range(n)]
     texts = [done.text or "" for done in generate_text(model.module, tokenizer, drawn, settings, slots=slots)]
-    judge = reward_tokenizer or tokenizer
-    documents = [_document(judge, prompt, text) for prompt, text in zip(drawn, texts, strict=True)]
-    examples = [Example(tokens=np.array(d, np.int32), mask=np.zeros(len(d), np.uint8), row=0) for d in documents]
     names = [f"answer {index % n} to prompt {index // n}" for index in range(len(drawn))]
-    scores = _scores(reward_model, examples, names, batch_size=8).tolist()
+    scores = answer_scores(reward_model, reward_tokenizer or tokenizer, drawn, texts, names).tolist()
     out = []
     for start in range(0, len(drawn), n):
         own_texts, own_scores = tuple(texts[start : start + n]), tuple(scores[start : start + n])
@@ -145,7 +142,24 @@ def best_of(
     return out
 
 
-def _check_head(model: LoadedModel) -> None:
+def answer_scores(
+    reward_model: LoadedModel,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    texts: Sequence[str],
+    names: Sequence[str],
+) -> np.ndarray:
+    """The score of each answer by a reward model, [N] float32. tokenizer: its own. names: of the answers, for errors.
+
+    An answer is scored with an end token, also if it was cut off.
+    """
+    documents = [_document(tokenizer, prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+    examples = [Example(tokens=np.array(d, np.int32), mask=np.zeros(len(d), np.uint8), row=0) for d in documents]
+    return _scores(reward_model, examples, names, batch_size=8)
+
+
+def check_head(model: LoadedModel) -> None:
+    """Raises ModelError unless the model is a reward model."""
     if model.module.config.head != "score":
         raise ModelError(
             f"{model.adapter or model.base} is a language model, which has no score head. Give a reward model: a "

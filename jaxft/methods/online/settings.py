@@ -54,15 +54,7 @@ def check_online(config: RunConfig, model: Decoder) -> None:
             f"train.batch_size={config.train.batch_size} counts the answers of an optimizer step, and must be a "
             f"multiple of rollout.num_generations={rollout.num_generations}, so that no step gets a part of a group"
         )
-    if rollout.max_completion_length >= config.data.max_length:
-        raise ConfigError(
-            f"rollout.max_completion_length={rollout.max_completion_length} leaves no room for prompts in "
-            f"data.max_length={config.data.max_length}: lower the former or raise the latter"
-        )
-    if config.data.truncation == "right":
-        raise ConfigError(
-            "data.truncation='right' would cut prompts, which are then other questions: set it to 'drop' or 'refuse'"
-        )
+    check_lengths(config)
     every = config.checkpoint.every
     if every is not None and every % rollout.updates:
         raise ConfigError(
@@ -73,6 +65,20 @@ def check_online(config: RunConfig, model: Decoder) -> None:
         raise ConfigError(
             f"adapter.dropout={config.adapter.dropout} would change the log-probabilities of answers after they were "
             "sampled without it. Set it to 0."
+        )
+
+
+def check_lengths(config: RunConfig) -> None:
+    """Raises ConfigError if answers leave no room for prompts, or prompts would be cut."""
+    rollout = config.rollout
+    if rollout.max_completion_length >= config.data.max_length:
+        raise ConfigError(
+            f"rollout.max_completion_length={rollout.max_completion_length} leaves no room for prompts in "
+            f"data.max_length={config.data.max_length}: lower the former or raise the latter"
+        )
+    if config.data.truncation == "right":
+        raise ConfigError(
+            "data.truncation='right' would cut prompts, which are then other questions: set it to 'drop' or 'refuse'"
         )
 
 

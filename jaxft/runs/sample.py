@@ -1,0 +1,376 @@
+"""Rejection sampling: several answers to each prompt, of which the best become rows of a data file."""
+
+# n answers to one prompt
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxft.checkpoint.load import LoadedModel
+from jaxft.config import RunConfig
+from jaxft.config.fields import field_values
+from jaxft.data import Tokenizer
+from jaxft.data.prompts import Prompt
+from jaxft.errors import ConfigError, DataError, listed
+from jaxft.files.atomic import unfinished_folder, write_text
+from jaxft.methods import method_of
+from jaxft.methods.online.settings import check_lengths
+from jaxft.nn.decoder import Decoder
+from jaxft.rollouts.judged import judge
+from jaxft.rollouts.reward_functions import RewardFunctions
+from jaxft.rollouts.rollout import Rollout
+from jaxft.rollouts.sample import Sampler, seed_of
+from jaxft.rollouts.selection import Keep, Selection, answer_row, pair_row
+from jaxft.runs.rewards import answer_scores, check_head
+from jaxft.trees import is_key
+
+REWARD_MODEL = "reward_model"  # the name of its score among the rewards of an answer
+# Sections whose values make the answers and their rewards what they are.
+DECISIVE = ("model.", "data.", "rollout.", "rewards.", "seed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judge:
+    """What gives answers their rewards: functions, a reward model with its tokenizer, or both, whose rewards add up."""
+
+    functions: RewardFunctions | None
+    model: LoadedModel | None
+    tokenizer: Tokenizer
+
+    def rewards(self, rollouts: Sequence[Rollout]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """(the rewards of answers, float64, NaN for those that nothing scored; the scores by what gave them)."""
+        judged = judge(rollouts, self.functions)
+        total, by_name = judged.rewards, dict(judged.by_function)
+        if self.model is not None:
+            texts = [one.text for one in rollouts]
+            names = [f"answer {one.number} to {one.prompt.where}" for one in rollouts]
+            scores = answer_scores(self.model, self.tokenizer, [one.prompt.messages for one in rollouts], texts, names)
+            total = np.where(np.isnan(total), scores, total + scores)
+            by_name[REWARD_MODEL] = scores
+        return total, by_name
+
+
+@dataclass
+class Counts:
+    """What a call has done, added up over prompts. cut: answers cut off at their length. tokens: sampled ones."""
+
+    prompts: int = 0
+    answers: int = 0
+    tokens: int = 0
+    cut: int = 0
+    unscored: int = 0
+    reward: float = 0.0
+    kept: int = 0
+    kept_tokens: int = 0
+    prompts_kept: int = 0
+    pairs: int = 0
+    ties: int = 0
+
+    def add(self, other: Mapping[str, float]) -> None:
+        """Adds the counts of one prompt."""
+        for field in fields(self):
+            setattr(self, field.name, getattr(self, field.name) + other[field.name])
+
+    def summary(self) -> dict[str, Any]:
+        """The figures of a finished file. mean_reward is None if nothing was scored."""
+        scored = self.answers - self.unscored
+        return {
+            "prompts": self.prompts,
+            "answers": self.answers,
+            "mean_reward": self.reward / scored if scored else None,
+            "unscored": self.unscored,
+            "cut_off": self.cut,
+            "rows": self.kept,
+            "prompts_with_a_row": self.prompts_kept / self.prompts,
+            "tokens": self.tokens,
+            "tokens_in_rows": self.kept_tokens,
+            "pairs": self.pairs,
+            "ties": self.ties,
+        }
+
+
+def sample(
+    model: LoadedModel,
+    tokenizer: Tokenizer,
+    config: RunConfig,
+    to: str,
+    *,
+    keep: Keep = "best",
+    threshold: float | None = None,
+    keep_cut: bool = False,
+    pairs: str | None = None,
+    reward_model: LoadedModel | None = None,
+    reward_tokenizer: Tokenizer | None = None,
+    overwrite: bool = False,
+    print_line: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Draws `rollout.num_generations` answers to each training prompt of a config and writes the best to a file.
+
+    config: of a method that learns from rewards; its `data` gives the prompts, `rollout` how answers are drawn, and
+    `rewards` the functions that judge them. reward_model: judges them too, or alone if `rewards.functions` is None.
+    reward_tokenizer: its own, by default that of the model. keep, threshold, keep_cut: see `Selection`.
+    to: a new JSONL file of rows with `prompt`, `completion`, `reward`, `rewards` by name, and `row`, the number of the
+    prompt; `jaxft train` reads it as it is. pairs: another one, of the best and the worst answer to each prompt as
+    `chosen` and `rejected`, without ties. overwrite: whether finished files may be replaced.
+
+    The rows are in the order of the prompts, and draws depend on the seed, the row and the place in the answer alone.
+    Until the end they are in a file named like `to` with `.partial` appended, from which the same call goes on after an
+    interruption. Returns the figures of `Counts.summary`. Raises ConfigError for settings that cannot be sampled with,
+    for finished files, and for an unfinished one of other settings; DataError as `prepare_prompts` does.
+    """
+    selection = Selection(keep=keep, threshold=threshold, keep_cut=keep_cut)
+    _check(model, config, to, pairs, reward_model, overwrite)
+    data = method_of(config).prepare(config, tokenizer)
+    prompts = [prompt for prompt in data.train_examples if isinstance(prompt, Prompt)]
+    settings = {
+        "config": _values(config),
+        "selection": [selection.keep, selection.threshold, selection.keep_cut],
+        "pairs": pairs is not None,
+        "prompts": _digest(prompts),
+        "model": fingerprint(model.module),
+        "reward_model": None if reward_model is None else fingerprint(reward_model.module),
+    }
+    unfinished = Unfinished(unfinished_folder(to), settings)
+    if done := unfinished.rows:
+        print_line(f"going on after {done:,} of {len(prompts):,} prompts")
+    with _functions(config, data) as functions:
+        judging = Judge(functions=functions, model=reward_model, tokenizer=reward_tokenizer or tokenizer)
+        sampler = _sampler(config, tokenizer)
+        for first in range(done, len(prompts), _prompts_at_once(config)):
+            part = prompts[first : first + _prompts_at_once(config)]
+            rollouts = sampler.sample(
+                model.module,
+                part,
+                temperature=config.rollout.temperature,
+                seed=seed_of(config.seed, 0),
+                first_group=first,
+            )
+            unfinished.add(_records(rollouts, judging, selection, len(part)))
+            print_line(f"{first + len(part):,} of {len(prompts):,} prompts")
+    return _finish(unfinished, to, pairs)
+
+
+class Unfinished:
+    """The file of a call that is not finished: its settings in the first line, then a record of each prompt done.
+
+    settings: JSON. rows: the number of prompts done. Raises ConfigError if the file is of other settings.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        self.path = path
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+        whole = [line for line in lines if line.endswith("\n")]
+        first = _line({"settings": settings})
+        if whole and whole[0] != first:
+            before = json.loads(whole[0]).get("settings", {})
+            raise ConfigError(
+                f"{path} holds the answers of an interrupted call with other settings ("
+                f"{_changes(before, json.loads(first)['settings'])}). Restore these to go on, or delete the file to "
+                "begin again."
+            )
+        self.rows = max(0, len(whole) - 1)
+        # Atomic, so that a kill in this moment loses nothing; an incomplete last line goes.
+        write_text(path, "".join(whole or [first]))
+
+    def add(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Appends the records of the next prompts."""
+        with open(self.path, "a", encoding="utf-8", newline="\n") as file:
+            file.write("".join(map(_line, records)))
+            file.flush()
+            os.fsync(file.fileno())
+        self.rows += len(records)
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """All records, in the order of the prompts."""
+        with open(self.path, encoding="utf-8") as file:
+            next(file)
+            yield from map(json.loads, file)
+
+
+def fingerprint(module: Decoder) -> str:
+    """A number that tells models apart: sums over their parameters, as text."""
+    leaves = jax.tree.leaves(nnx.state(module))
+    sums = [np.float64(jnp.sum(jnp.abs(leaf.astype(jnp.float32)))) for leaf in leaves if not is_key(leaf)]
+    return hashlib.blake2b(np.array(sums).tobytes(), digest_size=8).hexdigest()
+
+
+def _check(
+    model: LoadedModel,
+    config: RunConfig,
+    to: str,
+    pairs: str | None,
+    reward_model: LoadedModel | None,
+    overwrite: bool,
+) -> None:
+    if jax.process_count() > 1:
+        raise ConfigError(
+            f"this call is one of {jax.process_count()} processes, and sampling into a file is done by one: start it "
+            "in one process, whose devices it uses all"
+        )
+    if config.method.chosen.ROWS != "prompts":
+        raise ConfigError(
+            f"method.name={config.method.name!r} does not sample answers, so its config says neither how they are "
+            "drawn nor how they are judged. Set method.name='grpo', and the sections rollout and rewards."
+        )
+    if config.rewards.functions is None and reward_model is None:
+        raise ConfigError(
+            "nothing judges the answers: set rewards.functions, such as to rewards.py:exact, or give a reward model"
+        )
+    if reward_model is not None:
+        check_head(reward_model)
+    check_lengths(config)
+    if model.module.virtual_tokens != config.adapter.virtual_tokens:
+        raise ConfigError(
+            f"the model begins with {model.module.virtual_tokens} virtual tokens, and the config's adapter with "
+            f"{config.adapter.virtual_tokens}. Use the config of the run that trained the model."
+        )
+    if pairs is not None and Path(pairs).absolute() == Path(to).absolute():
+        raise ConfigError(f"rows and pairs cannot both be written to {to}: name another file for the pairs")
+    existing = [path for path in (to, pairs) if path is not None and Path(path).exists()]
+    if existing and not overwrite:
+        raise ConfigError(
+            f"{listed(existing)} is there already. Choose another name, or set overwrite=True (--overwrite) to "
+            "replace it."
+        )
+    for path in (to, pairs):
+        if path is not None and not Path(path).absolute().parent.is_dir():
+            raise ConfigError(
+                f"{Path(path).absolute().parent} is no folder, so {path} cannot be written: make it first"
+            )
+
+
+def _functions(config: RunConfig, data: Any) -> AbstractContextManager[RewardFunctions | None]:
+    if config.rewards.functions is None:
+        return nullcontext()
+    return method_of(config).rewards(config, data)
+
+
+def _sampler(config: RunConfig, tokenizer: Tokenizer) -> Sampler:
+    return Sampler(
+        tokenizer=tokenizer,
+        group=config.rollout.num_generations,
+        max_completion_length=config.rollout.max_completion_length,
+        length=config.data.max_length,
+        slots=config.rollout.slots,
+    )
+
+
+def _prompts_at_once(config: RunConfig) -> int:
+    """Prompts between two writes: so many that few slots are idle while the last answers end."""
+    return max(1, 4 * config.rollout.slots // config.rollout.num_generations)
+
+
+def _records(rollouts: Sequence[Rollout], judging: Judge, selection: Selection, prompts: int) -> list[dict[str, Any]]:
+    """What is written of each of the prompts: its rows, its pair, and what they add to `Counts`."""
+    rewards, by_name = judging.rewards(rollouts)
+    n = len(rollouts) // prompts
+    return [
+        _record(
+            rollouts[start : start + n],
+            rewards[start : start + n],
+            {name: values[start : start + n] for name, values in by_name.items()},
+            selection,
+        )
+        for start in range(0, len(rollouts), n)
+    ]
+
+
+def _record(
+    own: Sequence[Rollout], rewards: np.ndarray, by_name: Mapping[str, np.ndarray], selection: Selection
+) -> dict[str, Any]:
+    prompt, scored = own[0].prompt, rewards[~np.isnan(rewards)]
+    kept, pair = selection.kept(own, rewards), selection.pair(own, rewards)
+
+    def numbers(index: int) -> dict[str, Any]:
+        by = {name: _number(values[index]) for name, values in by_name.items()}
+        return {"reward": _number(rewards[index]), "rewards": by, "row": prompt.row}
+
+    counts = Counts(
+        prompts=1,
+        answers=len(own),
+        tokens=sum(len(one.tokens) for one in own),
+        cut=sum(one.finish_reason == "length" for one in own),
+        unscored=len(own) - len(scored),
+        reward=float(scored.sum()),
+        kept=len(kept),
+        kept_tokens=sum(len(own[index].tokens) for index in kept),
+        prompts_kept=bool(kept),
+        pairs=pair is not None,
+        ties=pair is None,
+    )
+    out = {
+        "rows": [answer_row(prompt, own[index].text, numbers(index)) for index in kept],
+        "counts": {field.name: getattr(counts, field.name) for field in fields(counts)},
+        "pair": None,
+    }
+    if pair is not None:
+        best, worst = pair
+        scores = {"score_chosen": float(rewards[best]), "score_rejected": float(rewards[worst]), "row": prompt.row}
+        out["pair"] = pair_row(prompt, own[best].text, own[worst].text, scores)
+    return out
+
+
+def _finish(unfinished: Unfinished, to: str, pairs: str | None) -> dict[str, Any]:
+    """Writes the files of a call whose prompts are all done, and returns its figures."""
+    counts, rows, paired = Counts(), [], []
+    for record in unfinished.records():
+        counts.add(record["counts"])
+        rows += [_line(row) for row in record["rows"]]
+        paired += [_line(record["pair"])] if record["pair"] is not None else []
+    if not rows:
+        raise DataError(
+            f"no answer was kept: of {counts.answers:,} answers {counts.cut:,} were cut off at "
+            f"rollout.max_completion_length and {counts.unscored:,} had no reward; the mean reward is "
+            f"{counts.summary()['mean_reward']}. Lower the threshold, let answers be longer, or keep those that were "
+            f"cut off (keep_cut), and delete {unfinished.path}, which has what was drawn."
+        )
+    summary = {"file": str(to)} | counts.summary()
+    if pairs is not None:
+        write_text(pairs, "".join(paired))
+        summary["pairs_file"] = str(pairs)
+    write_text(to, "".join(rows))
+    unfinished.path.unlink()
+    return summary
+
+
+def _values(config: RunConfig) -> dict[str, Any]:
+    """The values that decide about the answers and their rewards, by key."""
+    fixed = [
+        (field.key, value) for field, value in field_values(config) if not (field.free_to_change or field.sections)
+    ]
+    return {key: value for key, value in fixed if key.startswith(DECISIVE)}
+
+
+def _digest(prompts: Sequence[Prompt]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for prompt in prompts:
+        digest.update(np.int64(len(prompt)).tobytes() + np.ascontiguousarray(prompt.tokens).tobytes())
+        digest.update(json.dumps(prompt.columns, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    flat = [
+        {**settings.get("config", {}), **{k: v for k, v in settings.items() if k != "config"}}
+        for settings in (before, now)
+    ]
+    names = [name for name in flat[0] | flat[1] if flat[0].get(name) != flat[1].get(name)]
+    return listed([f"{name}: was {flat[0].get(name)!r}, now {flat[1].get(name)!r}" for name in names])
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
