@@ -12,7 +12,7 @@ import random
 from pathlib import Path
 
 SEED = 7
-ASK = "Read the sentence and answer with JSON only, with the keys name, age and city.\n\n{sentence}"
+ASK = "{sentence}\n\nJSON with name, age and city:"
 SPLITS = {
     "train": {
         "rows": 240,

@@ -31,21 +31,22 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
     config.rollout.num_generations = 8
     config.rollout.max_completion_length = 40
+    config.rollout.slots = 48
 
     config.data.train = str(ASSETS / "people" / "train.jsonl")
     config.data.eval = str(ASSETS / "people" / "heldout.jsonl")
     config.data.eval_limit = 32
-    config.data.max_length = 256
+    config.data.max_length = 384
 
     config.optim.learning_rate = 3e-4
     config.optim.warmup_steps = 0
     config.optim.min_ratio = 1.0
 
     config.train.batch_size = 48
-    config.train.steps = 10
+    config.train.steps = 8
     config.train.log_every = 1
-    config.train.eval_every = 5
-    config.checkpoint.every = 5
+    config.train.eval_every = 4
+    config.checkpoint.every = 4
 
     config.eval.metric = "json_exact"
     config.eval.max_new_tokens = 64

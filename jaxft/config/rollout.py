@@ -36,6 +36,12 @@ class RolloutConfig(Section):
         "times that groups whose rewards are all alike are replaced by groups of other prompts (dynamic sampling, "
         "DAPO, arXiv:2503.14476, section 3.2); 0: they are kept and teach nothing",
     ] = 0
+    share_prompts: Annotated[
+        bool,
+        ONLINE,
+        "whether an update computes the prompt of a group once, and not for each of its answers, if that saves a "
+        "quarter of its sequences",
+    ] = True
     slots: Annotated[
         int, ABOVE_ZERO, FREE_TO_CHANGE, ONLINE, "most answers that are decoded at the same time, over all devices"
     ] = 32

@@ -6,6 +6,8 @@ from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
+from jaxft.nn.whole_documents import WholeDocuments
+
 # np.ndarray on the host, jax.Array on devices, jax.ShapeDtypeStruct in plans.
 Array = TypeVar("Array")
 
@@ -19,6 +21,7 @@ class Batch(NamedTuple, Generic[Array]):
     values: numbers of documents by name, [B, P] float32; the number of document p of a row is at p - 1, and places
     without a document hold 0. arrays: values of positions by name, [B, S, ...], at the position that predicts the
     token which they belong to. Both hold what examples carry, so most methods have none.
+    whole: where attention finds whole documents, if documents of a row share the tokens that they begin with.
     """
 
     tokens_BS: Array
@@ -28,6 +31,7 @@ class Batch(NamedTuple, Generic[Array]):
     segments_BS: Array
     values: dict[str, Array] = {}
     arrays: dict[str, Array] = {}
+    whole: WholeDocuments[Array] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -18,6 +18,7 @@ from jaxft.nn.attention import cache as kv
 from jaxft.nn.attention.layer import Tokens
 from jaxft.nn.attention.rope import Rope, rotation
 from jaxft.nn.attention.score_form import cap_scores
+from jaxft.nn.attention.spread import spread
 from jaxft.nn.block import Block, BlockShape
 from jaxft.nn.experts.layer import MoEShape
 from jaxft.nn.experts.router_sums import RouterSums
@@ -27,6 +28,7 @@ from jaxft.nn.norm import NormShape, RMSNorm
 from jaxft.nn.partition import Dimensions
 from jaxft.nn.score import Head, ScoreHead
 from jaxft.nn.storage import StorageDims, storage_dims_of
+from jaxft.nn.whole_documents import WholeDocuments
 from jaxft.trees import flatten
 
 
@@ -187,14 +189,16 @@ class Decoder(nnx.Module):
         cache: kv.Cache | None = None,
         key: jax.Array | None = None,
         noise_alpha: float | None = None,
+        whole: WholeDocuments[jax.Array] | None = None,
     ) -> tuple[jax.Array, kv.Cache | None]:
         """(hidden vectors after the last norm, [B, S, D]; the cache including the new tokens).
 
         tokens_BS: int32; rows of a model with virtual tokens begin with `virtual.virtual_ids`. positions_BS: by default
         0, 1, 2, ... segments_BS: by default one document a row; 0 marks padding. key: turns on dropout and, if
-        noise_alpha is given, noise of that size on embedded tokens (`add_noise`).
+        noise_alpha is given, noise of that size on embedded tokens (`add_noise`). whole: if documents of a row share
+        the tokens that they begin with.
         """
-        hidden_BSD, cache, _ = self._run(tokens_BS, positions_BS, segments_BS, cache, key, None, noise_alpha)
+        hidden_BSD, cache, _ = self._run(tokens_BS, positions_BS, segments_BS, cache, key, None, noise_alpha, whole)
         return hidden_BSD, cache
 
     def with_router_sums(
@@ -224,12 +228,16 @@ class Decoder(nnx.Module):
         key: jax.Array | None,
         routing: RouterSums | None,
         noise_alpha: float | None,
+        whole: WholeDocuments[jax.Array] | None = None,
     ) -> tuple[jax.Array, kv.Cache | None, RouterSums | None]:
         if positions_BS is None:
             positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1], dtype=jnp.int32), tokens_BS.shape)
         if segments_BS is None:
             segments_BS = jnp.ones_like(tokens_BS)
-        rotations = tuple(rotation(rope, self.config.head_dim, positions_BS, segments_BS) for rope in self.ropes)
+        where = (positions_BS, segments_BS)
+        if whole is not None:
+            where = (spread(positions_BS, whole), whole.segments_BWS.reshape(-1, segments_BS.shape[1]))
+        rotations = tuple(rotation(rope, self.config.head_dim, *where) for rope in self.ropes)
         virtual_BS = None
         if self.virtual_tokens:
             virtual_BS = tokens_BS - virtual.FIRST
@@ -241,11 +249,12 @@ class Decoder(nnx.Module):
             x_BSD = x_BSD * jnp.asarray(self.embed_scale, self.dtype)
         if self.prompt is not None:
             x_BSD = self.prompt(x_BSD, virtual_BS)
+        virtual_of_keys_BS = virtual_BS if whole is None or virtual_BS is None else spread(virtual_BS, whole)
         x_BSD, cache, routing = stack.run(
             self.layers,
             self.segments,
             x_BSD,
-            Tokens(positions_BS, segments_BS, rotations, virtual_BS=virtual_BS),
+            Tokens(positions_BS, segments_BS, rotations, virtual_BS=virtual_of_keys_BS, whole=whole),
             cache=cache,
             key=key,
             remat=self.remat,

@@ -48,10 +48,15 @@ def hidden_and_routing(
     *,
     noise_alpha: float | None = None,
 ) -> tuple[jax.Array, RouterSums | None]:
-    """The model's hidden vectors on a batch, [B, S, D], and the routers' sums if `router` needs them."""
+    """The model's hidden vectors on a batch, [B, S, D], and the routers' sums if `router` needs them.
+
+    Raises ValueError if it does and documents of the batch share tokens, which the sums would count once.
+    """
     inputs = (batch.tokens_BS, batch.positions_BS, batch.segments_BS)
     if router is None:
-        return model(*inputs, key=key, noise_alpha=noise_alpha)[0], None
+        return model(*inputs, key=key, noise_alpha=noise_alpha, whole=batch.whole)[0], None
+    if batch.whole is not None:
+        raise ValueError("the losses of routers count every token of a document, so documents cannot share tokens")
     return model.with_router_sums(*inputs, key=key, noise_alpha=noise_alpha)
 
 

@@ -15,11 +15,16 @@ from jaxft.rollouts.rollout import Rollout
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """Where a document is in a batch: its row, its number in the row from 0, and the position of its first token."""
+    """Where a document is in a batch: its row, its number in the row from 0, and the position of its first token.
+
+    prompt: the number of its prompt's tokens there. If an earlier document has the prompt, only the last of them, which
+    predicts the first token of the answer.
+    """
 
     row: int
     document: int
     start: int
+    prompt: int
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -67,7 +72,7 @@ class PackedRollouts:
     @staticmethod
     def _answer(one: Rollout, span: Span) -> slice:
         # A token's values stand at the position that predicts it.
-        start = span.start + len(one.prompt) - 1
+        start = span.start + span.prompt - 1
         return slice(start, start + len(one.tokens))
 
 
@@ -95,10 +100,10 @@ def pack_rollouts(
     for row, indices in enumerate(plan):
         start = 0
         for document, index in enumerate(indices):
-            spans[index] = Span(row=row, document=document, start=start)
+            spans[index] = Span(row=row, document=document, start=start, prompt=len(rollouts[index].prompt))
             start += len(examples[index])
     rows = [[examples[index] for index in indices] for indices in plan]
-    rows += [[]] * (_rounded(-(-len(rows) // multiple)) * multiple - len(rows))
+    rows += [[]] * (round_up(len(rows), multiple) - len(rows))
     return PackedRollouts(
         rollouts=tuple(rollouts),
         spans=tuple(spans[index] for index in range(len(rollouts))),
@@ -106,11 +111,11 @@ def pack_rollouts(
     )
 
 
-def _rounded(count: int) -> int:
-    """The smallest of 1, 2, 3, 4, 6, 8, 12, 16, ... that is at least `count`."""
+def round_up(count: int, multiple: int = 1) -> int:
+    """The smallest of 1, 2, 3, 4, 6, 8, 12, 16, ... times `multiple` that is at least `count`, for few shapes."""
     size = 1
-    while size < count:
-        if size + size // 2 >= count:
-            return size + size // 2
+    while size * multiple < count:
+        if (size + size // 2) * multiple >= count:
+            return (size + size // 2) * multiple
         size *= 2
-    return size
+    return size * multiple

@@ -18,10 +18,15 @@ from jaxft.checkpoint.hf import param_tensors, write_config, write_weights
 from jaxft.checkpoint.load import load_model
 from jaxft.config import MeshConfig
 from jaxft.data.batch import Batch
+from jaxft.data.prompts import Prompt
 from jaxft.errors import ModelError
 from jaxft.generation.settings import Sampling
 from jaxft.generation.tokens import generate_tokens
+from jaxft.objectives.policy.loss import policy_logps
 from jaxft.objectives.sft import sft_loss
+from jaxft.rollouts.packed import pack_rollouts
+from jaxft.rollouts.rollout import Rollout
+from jaxft.rollouts.shared_prompts import pack_with_shared_prompts
 from jaxft.sharding.mesh import make_mesh_plan
 from jaxft.trees import flatten
 
@@ -197,6 +202,27 @@ def test_greedy_generation(case):
     # Three slots for four prompts: one waits, and takes over a cache that another row has filled.
     ours = generate_tokens(case.ours.module, PROMPTS, sampling=Sampling(max_new_tokens=32), slots=3)
     assert [list(r.tokens) for r in ours] == out[:, longest:].tolist()
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gpt_oss", "phi3"])
+def test_documents_that_share_their_prompt_are_as_if_each_were_alone(kind, tmp_path):
+    """Windows, sinks, softcaps, and rotations that depend on the length of a document."""
+    model = Case(kind, str(tmp_path)).ours.module
+    answers = [TOKENS[0, :n] for n in (9, 4, 12)]
+    rollouts = [
+        Rollout(
+            prompt=Prompt(tokens=TOKENS[1, :11], mask=np.zeros(11, np.uint8), row=0, messages="", where=""),
+            number=n, group=0, tokens=tokens, sampled=np.ones(len(tokens), bool), logprobs=np.zeros(len(tokens)),
+            finish_reason="stop", text="",
+        )
+        for n, tokens in enumerate(answers)
+    ]  # fmt: skip
+    packed = pack_with_shared_prompts(rollouts, max_length=48, pad_id=0)
+    together = packed.tokens_of(np.asarray(policy_logps(model, jax.tree.map(jnp.asarray, packed.batch))))
+    for one, logps in zip(rollouts, together, strict=True):
+        alone = pack_rollouts([one], max_length=48, pad_id=0)
+        expected = alone.tokens_of(np.asarray(policy_logps(model, jax.tree.map(jnp.asarray, alone.batch))))
+        np.testing.assert_allclose(logps, expected[0], rtol=0, atol=1e-5)
 
 
 def test_weights_and_config_survive_the_way_in_and_out(case, tmp_path):

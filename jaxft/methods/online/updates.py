@@ -8,11 +8,16 @@ from dataclasses import replace
 import numpy as np
 
 from jaxft.methods.method import Run
+from jaxft.methods.parts.router import router_coefficients
 from jaxft.objectives.policy.denominators import UNITS
 from jaxft.objectives.policy.loss import ADVANTAGES
 from jaxft.objectives.policy.surrogate import LossType
 from jaxft.rollouts.packed import PackedRollouts, pack_rollouts
 from jaxft.rollouts.rollout import Rollout
+from jaxft.rollouts.shared_prompts import pack_with_shared_prompts
+
+# Sharing prompts costs attention some copies, so it must save this much: the largest share of rows that is left.
+SAVES = 0.75
 
 
 def parts_of(run: Run, rollouts: Sequence[Rollout]) -> list[np.ndarray]:
@@ -48,13 +53,31 @@ def pack_part(
 
 
 def pack(run: Run, rollouts: Sequence[Rollout], *, neighbors: int = 1) -> PackedRollouts:
-    """The answers as a batch whose rows divide among micro-batches and devices. neighbors: see `pack_rollouts`."""
+    """The answers as a batch whose rows divide among micro-batches and devices. neighbors: see `pack_rollouts`.
+
+    Answers to one prompt share it if that saves a quarter of the rows.
+    """
     config = run.config
-    return pack_rollouts(
-        rollouts,
-        max_length=config.data.max_length,
-        pad_id=run.tokenizer.pad_id,
-        multiple=config.train.accumulation_steps * run.mesh.batch_shards,
-        packing=config.data.packing,
-        neighbors=neighbors,
-    )
+    sizes = {
+        "max_length": config.data.max_length,
+        "pad_id": run.tokenizer.pad_id,
+        "multiple": config.train.accumulation_steps * run.mesh.batch_shards,
+    }
+    packed = pack_rollouts(rollouts, **sizes, packing=config.data.packing, neighbors=neighbors)
+    if neighbors > 1 or not shares_prompts(run):
+        return packed
+    shared = pack_with_shared_prompts(rollouts, **sizes)
+    rows, fewer = (len(one.batch.tokens_BS) for one in (packed, shared))
+    return shared if fewer <= SAVES * rows else packed
+
+
+def shares_prompts(run: Run) -> bool:
+    """Whether the answers to a prompt may share it in an update.
+
+    Not if rows are divided over the context axis, as attention needs the rows of whole documents on one device, or if
+    there are losses of routers, which count every token of an answer.
+    """
+    config = run.config
+    if not (config.rollout.share_prompts and config.data.packing):
+        return False
+    return run.mesh.axes.get("context", 1) == 1 and router_coefficients(config, run.model) is None

@@ -16,9 +16,11 @@ from jaxft.nn.attention import cache as kv
 from jaxft.nn.attention.causal import causal_attention
 from jaxft.nn.attention.rope import Rotation, rotate
 from jaxft.nn.attention.score_form import MASKED, PLAIN, ScoreForm, cap_scores, score_scale
+from jaxft.nn.attention.spread import gathered_back, spread_heads
 from jaxft.nn.linear import Linear
 from jaxft.nn.norm import NormShape, RMSNorm
 from jaxft.nn.storage import StorageDims
+from jaxft.nn.whole_documents import WholeDocuments
 
 
 class Tokens(NamedTuple):
@@ -27,7 +29,8 @@ class Tokens(NamedTuple):
     positions_BS, segments_BS: int32; segment 0 is padding. rotations: one for each of the decoder's ropes.
     cached_BT: positions in the slots of the layer's cache before these tokens, -1 for an empty slot; None without a
     cache. virtual_BS: the number of the virtual token at each position, negative at other tokens; None if the model has
-    no virtual tokens.
+    no virtual tokens. whole: where attention finds whole documents, if some share their first tokens; rotations and
+    virtual_BS are then those of its rows.
     """
 
     positions_BS: jax.Array
@@ -35,6 +38,7 @@ class Tokens(NamedTuple):
     rotations: tuple[Rotation, ...]
     cached_BT: jax.Array | None = None
     virtual_BS: jax.Array | None = None
+    whole: WholeDocuments[jax.Array] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +119,10 @@ class Attention(nnx.Module):
         key = (None,) * 4 if keys is None else keys
         form, sinks_N = self.shape.form, None if self.sinks is None else self.sinks.get_value()
         q_BSNH, k_BSKH, v_BSKH = self._project(x_BSD, key)
+        segments_BS = tokens.segments_BS
+        if tokens.whole is not None:
+            q_BSNH, k_BSKH, v_BSKH = (spread_heads(x, tokens.whole) for x in (q_BSNH, k_BSKH, v_BSKH))
+            segments_BS = tokens.whole.segments_BWS.reshape(q_BSNH.shape[:2])
         rotation = tokens.rotations[self.shape.rope]
         q_BSNH, k_BSKH = rotate(q_BSNH, rotation), rotate(k_BSKH, rotation)
         if self.prefix is not None:
@@ -122,7 +130,7 @@ class Attention(nnx.Module):
         if rotation.queries_BS is not None:
             q_BSNH = (q_BSNH * rotation.queries_BS[:, :, None, None]).astype(q_BSNH.dtype)
         if cache is None:
-            out_BSNH = causal_attention(q_BSNH, k_BSKH, v_BSKH, tokens.segments_BS, form, sinks_N)
+            out_BSNH = causal_attention(q_BSNH, k_BSKH, v_BSKH, segments_BS, form, sinks_N)
         elif form.window is not None and x_BSD.shape[1] > 1 and cache.slots >= form.window:
             # Writing first would overwrite keys that the first of these tokens still sees.
             k_BKHT, v_BKTH, keys_BT = _with_cached(cache, layer, k_BSKH, v_BSKH, tokens)
@@ -133,6 +141,8 @@ class Attention(nnx.Module):
             cache = self._write(cache, layer, k_BSKH, v_BSKH, tokens)
             mask_BST = causal_mask(tokens.positions_BS, cache.positions_BT, window=form.window)
             out_BSNH = attend_cached(q_BSNH, cache.k_RBKHT[layer], cache.v_RBKTH[layer], mask_BST, form, sinks_N)
+        if tokens.whole is not None:
+            out_BSNH = gathered_back(out_BSNH, tokens.whole)
         out_BSX = partition.split(out_BSNH.reshape(*x_BSD.shape[:2], -1), "batch", "sequence", "tensor")
         return self.o_proj(out_BSX, key[3]), cache
 

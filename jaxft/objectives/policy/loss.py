@@ -35,7 +35,7 @@ SAMPLER_LOGPS, OLD_LOGPS, REFERENCE_LOGPS = "sampler_logps", "old_logps", "refer
 
 def policy_logps(model: Decoder, batch: Batch[jax.Array], *, temperature: float = 1.0) -> jax.Array:
     """The log-probability of every trained token in nats, without dropout, [B, S] float32."""
-    hidden_BSD, _ = model(batch.tokens_BS, batch.positions_BS, batch.segments_BS)
+    hidden_BSD, _ = model(batch.tokens_BS, batch.positions_BS, batch.segments_BS, whole=batch.whole)
     return target_logps(model, hidden_BSD, batch, temperature=temperature)
 
 
@@ -141,7 +141,8 @@ def clip_metrics(terms: SurrogateTerms, batch: Batch[jax.Array], settings: Polic
     units = jnp.sum(counted_BS)
     if settings.importance_sampling_level != "token" and ADVANTAGES not in batch.arrays:
         # The first token of an answer stands for it.
-        counted_BS = ((batch.segments_BS > 0) & (batch.positions_BS == 0)).astype(jnp.float32)
+        before_BS = jnp.pad(batch.segments_BS, ((0, 0), (1, 0)))[:, :-1]
+        counted_BS = ((batch.segments_BS > 0) & (batch.segments_BS != before_BS)).astype(jnp.float32)
         units = jnp.sum(existing_documents(batch.segments_BS))
     low, high = (Ratio(jnp.sum(x * counted_BS), units) for x in (terms.low, terms.high))
     if settings.loss_type == "cispo":
