@@ -12,6 +12,7 @@ DATA = "data.json"  # the examination of the data
 SCORES = "scores.json"  # scores before and after training, with sample answers
 METRICS = "metrics.jsonl"  # one JSON object for each logged step or held-out evaluation
 COMPLETIONS = "completions.jsonl"  # the answers that the model sampled while it trained, with their rewards
+HELD_OUT_COMPLETIONS = "held_out_completions.jsonl"  # the answers to held-out prompts at every evaluation
 REFERENCE = "reference.npz"  # log-probabilities of a frozen reference, if they are cached
 SUMMARY = "summary.json"  # final metrics, written last
 CHAT_TEMPLATE = "chat_template.jinja"  # transformers gives it this name in model folders too

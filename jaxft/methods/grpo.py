@@ -129,4 +129,5 @@ METHOD = Method(
     reference_passes=lambda config: 1 if config.method.grpo.beta else 0,
     rewards=online.rewards,
     skips_empty=True,
+    evaluates_start=True,
 )

@@ -85,6 +85,7 @@ class Method:
     evaluator(run, graphdef): `state -> held-out metrics`; None if no rows are held out.
     loss_unit: what the loss is a mean of, for people. charts: the method's own charts in a run's report.
     head: what the trained model ends in: an LM head, or a score head in its place.
+    evaluates_start: whether a run is evaluated before its first step too, so that its report shows what changed.
     skips_empty: whether a batch without a trained token skips the update, see `make_train_step`; otherwise it is an
     error.
     reference_passes(config): forward passes in each training step beside the training pass, such as those of a frozen
@@ -112,6 +113,7 @@ class Method:
         nullcontext()
     )
     skips_empty: bool = False
+    evaluates_start: bool = False
 
 
 def no_state(config: RunConfig, trainable: nnx.State) -> None:

@@ -128,4 +128,5 @@ METHOD = Method(
     reference_passes=lambda config: 1,
     rewards=online.rewards,
     skips_empty=True,
+    evaluates_start=True,
 )

@@ -101,4 +101,5 @@ METHOD = Method(
     charts=REWARD_CHARTS,
     rewards=online.rewards,
     skips_empty=True,
+    evaluates_start=True,
 )

@@ -18,7 +18,7 @@ from jaxft.nn.attention import cache as kv
 from jaxft.nn.attention.layer import Tokens
 from jaxft.nn.attention.rope import Rope, rotation
 from jaxft.nn.attention.score_form import cap_scores
-from jaxft.nn.attention.spread import spread
+from jaxft.nn.attention.unshare import unshare
 from jaxft.nn.block import Block, BlockShape
 from jaxft.nn.experts.layer import MoEShape
 from jaxft.nn.experts.router_sums import RouterSums
@@ -236,7 +236,7 @@ class Decoder(nnx.Module):
             segments_BS = jnp.ones_like(tokens_BS)
         where = (positions_BS, segments_BS)
         if whole is not None:
-            where = (spread(positions_BS, whole), whole.segments_BWS.reshape(-1, segments_BS.shape[1]))
+            where = (unshare(positions_BS, whole), whole.segments_BWS.reshape(-1, segments_BS.shape[1]))
         rotations = tuple(rotation(rope, self.config.head_dim, *where) for rope in self.ropes)
         virtual_BS = None
         if self.virtual_tokens:
@@ -249,7 +249,7 @@ class Decoder(nnx.Module):
             x_BSD = x_BSD * jnp.asarray(self.embed_scale, self.dtype)
         if self.prompt is not None:
             x_BSD = self.prompt(x_BSD, virtual_BS)
-        virtual_of_keys_BS = virtual_BS if whole is None or virtual_BS is None else spread(virtual_BS, whole)
+        virtual_of_keys_BS = virtual_BS if whole is None or virtual_BS is None else unshare(virtual_BS, whole)
         x_BSD, cache, routing = stack.run(
             self.layers,
             self.segments,

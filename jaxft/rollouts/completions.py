@@ -1,4 +1,7 @@
-"""`completions.jsonl` in the run folder: every sampled answer, with what each reward function gave it."""
+"""`completions.jsonl` in the run folder: every sampled answer, with what each reward function gave it.
+
+`held_out_completions.jsonl` has the same of the answers to held-out prompts.
+"""
 
 import json
 import math
@@ -16,12 +19,12 @@ from jaxft.rollouts.rollout import Rollout
 class CompletionsLog:
     """Appends rollouts to the file; those of the steps after `step` are removed first, since they are taken again.
 
-    folder: the run folder.
+    folder: the run folder. name: of the file.
     """
 
-    def __init__(self, folder: Path, step: int) -> None:
-        self._path = folder / COMPLETIONS
-        kept = [row for row in read_completions(folder) if row["step"] <= step]
+    def __init__(self, folder: Path, step: int, name: str = COMPLETIONS) -> None:
+        self._path = folder / name
+        kept = [row for row in read_completions(folder, name) if row["step"] <= step]
         # Atomic, so that a kill in this moment loses nothing.
         write_text(self._path, "".join(_line(row) for row in kept))
 
@@ -34,7 +37,8 @@ class CompletionsLog:
     ) -> None:
         """Appends the answers of a rollout.
 
-        step: the first step, from 1, that trains on them. rewards: by function, NaN for answers that were not scored.
+        step: the first step, from 1, that trains on them; of held-out answers, the steps before. rewards: by function,
+        NaN for answers that were not scored.
         numbers: further numbers of the answers, such as their advantages.
         """
         with open(self._path, "a", encoding="utf-8", newline="\n") as file:
@@ -53,9 +57,9 @@ class CompletionsLog:
                 file.write(_line(row))
 
 
-def read_completions(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run folder's `completions.jsonl`, without an incomplete last line; none if there is no file."""
-    path = folder / COMPLETIONS
+def read_completions(folder: Path, name: str = COMPLETIONS) -> list[dict[str, Any]]:
+    """The rows of such a file in a run folder, without an incomplete last line; none if there is no file."""
+    path = folder / name
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)

@@ -188,6 +188,8 @@ def _fit(run: Run, loaded: LoadedModel, console: Console) -> dict[str, float]:
                 preempted=distributed.reached_preemption,
                 may_stop=feed.may_stop,
                 data_metrics=feed.metrics,
+                evaluate_start=method.evaluates_start,
+                evaluated=partial(_show_report, run.folder),
             )
             cadence = Cadence(
                 total_steps=run.total_steps,
@@ -200,6 +202,12 @@ def _fit(run: Run, loaded: LoadedModel, console: Console) -> dict[str, float]:
                 state, held_out = fit(state, hooks, cadence, log, start=start, progress=progress)
     nnx.update(loaded.module, evaluated_weights(config, state), state.frozen)
     return held_out
+
+
+def _show_report(folder: Path) -> None:
+    # So that a run can be watched.
+    if is_primary():
+        write_report(folder)
 
 
 def _log(run: Run, resume_step: int | None, console: Console) -> RunLog | NoLog:

@@ -19,8 +19,8 @@ from jaxft.files.run_folder import METRICS, TENSORBOARD
 
 # Keys whose values come from a clock: two runs that are equal in every other key are the same run.
 TIMING_KEYS = (
-    "tokens_per_second", "step_seconds", "eval_seconds", "elapsed_seconds", "rollout_seconds", "reward_seconds",
-    "rollout_tokens_per_second",
+    "tokens_per_second", "step_seconds", "eval_seconds", "elapsed_seconds", "update_seconds", "rollout_seconds",
+    "reward_seconds", "rollout_tokens_per_second",
 )  # fmt: skip
 
 

@@ -46,6 +46,8 @@ class Hooks:
     held out. save(step, state, progress, metrics): writes a checkpoint. preempted(): called after every step; whether
     to save and stop. may_stop(step): whether a run can go on from a checkpoint after `step` steps; if not, it saves and
     stops at the next step that may. data_metrics(step): values to log about the data of the first `step` steps.
+    evaluate_start: whether a run that has not begun is evaluated before its first step. evaluated(): called after the
+    metrics of an evaluation are logged.
     """
 
     train_step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
@@ -55,6 +57,8 @@ class Hooks:
     preempted: Callable[[], bool]
     may_stop: Callable[[int], bool] = lambda step: True
     data_metrics: Callable[[int], dict[str, float]] = lambda step: {}
+    evaluate_start: bool = False
+    evaluated: Callable[[], None] = lambda: None
 
 
 def fit(
@@ -68,22 +72,24 @@ def fit(
     progress = dict(progress)
     held_out: dict[str, float] = {}
     window = Window()
+    if start == 0 and hooks.evaluate_start:
+        _evaluate(hooks, state, 0, log)
     for step in range(start + 1, cadence.total_steps + 1):
         started = time.monotonic()
-        state, device_metrics = hooks.train_step(state, hooks.batch(state, step - 1))
+        batch = hooks.batch(state, step - 1)
+        ready = time.monotonic()
+        state, device_metrics = hooks.train_step(state, batch)
         metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
         _check_finite(step, metrics)
-        window.add(time.monotonic() - started, metrics["num_tokens"])
+        ended = time.monotonic()
+        window.add(ended - started, ended - ready, metrics["num_tokens"])
         for name in [name for name in ADDED_UP if name in metrics]:
             progress[name] = progress.get(name, 0.0) + metrics.pop(name)
         if cadence.due(step, cadence.log_every):
             consumed = progress | {"epoch": step / cadence.steps_per_epoch} | hooks.data_metrics(step)
             log.step(step, metrics | consumed | window.rates())
-        held_out = {}  # metrics of an earlier step must not rank this step's checkpoint
-        if hooks.evaluate is not None and cadence.due(step, cadence.eval_every):
-            started = time.monotonic()
-            held_out = hooks.evaluate(state)
-            log.eval(step, held_out | {"eval_seconds": time.monotonic() - started})
+        # Metrics of an earlier step must not rank this step's checkpoint.
+        held_out = _evaluate(hooks, state, step, log) if cadence.due(step, cadence.eval_every) else {}
         # Every process asks after the same steps.
         stopping = hooks.may_stop(step) and hooks.preempted()
         if stopping or cadence.due(step, cadence.save_every):
@@ -93,24 +99,48 @@ def fit(
     return state, held_out
 
 
+def _evaluate(hooks: Hooks, state: TrainState, step: int, log: RunLog | NoLog) -> dict[str, float]:
+    """The held-out metrics, which are logged; none if no rows are held out."""
+    if hooks.evaluate is None:
+        return {}
+    started = time.monotonic()
+    held_out = hooks.evaluate(state)
+    log.eval(step, held_out | {"eval_seconds": time.monotonic() - started})
+    hooks.evaluated()
+    return held_out
+
+
 class Window:
     """Training speed since the last call of `rates`. Only steps count, not evaluation or saving."""
 
     def __init__(self) -> None:
-        self._seconds, self._steps, self._tokens = 0.0, 0, 0.0
+        self._seconds, self._update_seconds, self._steps, self._tokens = 0.0, 0.0, 0, 0.0
         self._compiled = False
 
-    def add(self, seconds: float, tokens: float) -> None:
-        """Adds one step. The first step includes compilation, so it is not counted."""
+    def add(self, seconds: float, update_seconds: float, tokens: float) -> None:
+        """Adds one step. The first step includes compilation, so it is not counted.
+
+        update_seconds: the part of its seconds after its batch was made.
+        """
         if self._compiled:
             self._seconds, self._steps, self._tokens = self._seconds + seconds, self._steps + 1, self._tokens + tokens
+            self._update_seconds += update_seconds
         self._compiled = True
 
     def rates(self) -> dict[str, float]:
-        """tokens_per_second and step_seconds, after which the window is empty; {} if no step was counted."""
-        seconds, steps, tokens = self._seconds, self._steps, self._tokens
-        self._seconds, self._steps, self._tokens = 0.0, 0, 0.0
-        return {"tokens_per_second": tokens / seconds, "step_seconds": seconds / steps} if steps else {}
+        """tokens_per_second, step_seconds and update_seconds, after which the window is empty.
+
+        {} if no step was counted.
+        """
+        seconds, update_seconds, steps, tokens = self._seconds, self._update_seconds, self._steps, self._tokens
+        self._seconds, self._update_seconds, self._steps, self._tokens = 0.0, 0.0, 0, 0.0
+        if not steps:
+            return {}
+        return {
+            "tokens_per_second": tokens / seconds,
+            "step_seconds": seconds / steps,
+            "update_seconds": update_seconds / steps,
+        }
 
 
 def _check_finite(step: int, metrics: dict[str, float]) -> None:

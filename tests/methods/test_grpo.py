@@ -41,8 +41,11 @@ def test_a_run_learns_and_resumes_bit_for_bit(tmp_path, kind):
     rows = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [step for step in range(1, 7) for _ in range(8)]
     assert all(row["rewards"]["odd"] == row["reward"] for row in rows)
-    whole = (tmp_path / "whole" / "completions.jsonl").read_text()
-    assert (tmp_path / "run" / "completions.jsonl").read_text() == whole
+    for name in ("completions.jsonl", "held_out_completions.jsonl"):
+        assert (tmp_path / "run" / name).read_text() == (tmp_path / "whole" / name).read_text()
+    held_out = [json.loads(line) for line in (tmp_path / "run" / "held_out_completions.jsonl").read_text().splitlines()]
+    evaluated = {line["step"] for line in metrics_of(tmp_path / "run") if "eval_reward" in line}
+    assert {row["step"] for row in held_out} == evaluated == {0, 3, 6}
 
 
 @pytest.mark.slow

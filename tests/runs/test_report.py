@@ -110,6 +110,33 @@ def test_hostile_generations_are_shown_not_run(report):
     assert page.text.count(HOSTILE) == 4
 
 
+def write_completions(folder, steps, text="{}"):
+    """Answers to eight held-out prompts after each of some steps."""
+    rows = [
+        {
+            "step": step, "group": group, "prompt": [{"role": "user", "content": f"Question {group}?"}],
+            "completion": text if step else HOSTILE, "reward": step / 10, "rewards": {"a": step / 10, "b": None},
+        }
+        for step in steps for group in range(8)
+    ]  # fmt: skip
+    (folder / "held_out_completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_answers_to_the_same_prompts_are_shown_as_they_change(full):
+    write_completions(full, range(0, 9))
+    page = Page(write_report(full)[0])
+    assert page.text.count("Before training") == 6 and "Question 5?" in page.text and "Question 6?" not in page.text
+    assert [page.text.count(f"After step {step} ") for step in range(1, 9)] == [0, 6, 0, 6, 0, 6, 0, 6]
+    assert page.text.count("reward 0.80 (a 0.80)") == 6 and "script" not in page.tags
+    assert page.text.index("Before training") < page.text.index("After step 4") < page.text.index("After step 8")
+
+
+@pytest.mark.parametrize("content", ["not json\n", '{"group": 1}\n', "[]\n"])
+def test_answers_that_cannot_be_read_are_said(full, content):
+    (full / "held_out_completions.jsonl").write_text(content)
+    assert "held_out_completions.jsonl could not be read" in Page(write_report(full)[0]).text
+
+
 def test_both_verdicts_are_told(report):
     source = report[0].read_text(encoding="utf-8")
     assert source.count('class="right"') == 1 and source.count('class="wrong"') == 1

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from jaxft.errors import JaxftError, Preempted
-from jaxft.training.log import RunLog, read_metrics
+from jaxft.training.log import TIMING_KEYS, RunLog, read_metrics
 from jaxft.training.loop import Cadence, DivergedError, Hooks, fit
 
 
@@ -19,13 +19,14 @@ class Recorder:
         self.losses, self.preempted_at, self.held_out = losses or {}, preempted_at, held_out
         self.skipped = None  # the steps whose update is skipped, if the method may skip any
 
-    def hooks(self):
+    def hooks(self, **more):
         return Hooks(
             train_step=self.train_step,
             batch=lambda state, number: ("batch", state, number),
             evaluate=self.evaluate if self.held_out else None,
             save=self.save,
             preempted=lambda: self.of("train")[-1] + 1 == self.preempted_at,
+            **more,
         )
 
     def train_step(self, state, batch):
@@ -39,7 +40,7 @@ class Recorder:
 
     def evaluate(self, state):
         self.events.append(("evaluate", state))
-        return {"eval_loss": 1.0 / state}
+        return {"eval_loss": 1.0 / max(state, 0.5)}
 
     def save(self, step, state, progress, figures):
         assert state == step
@@ -58,11 +59,11 @@ class Recorder:
         return [event[1] for event in self.events if event[0] == kind]
 
 
-def run(recorder, *, total=6, log_every=1, eval_every=None, save_every=None, start=0, progress=None):
+def run(recorder, *, total=6, log_every=1, eval_every=None, save_every=None, start=0, progress=None, **hooks):
     cadence = Cadence(
         total_steps=total, steps_per_epoch=4.0, log_every=log_every, eval_every=eval_every, save_every=save_every
     )
-    return fit(start, recorder.hooks(), cadence, recorder, start=start, progress=progress or {})
+    return fit(start, recorder.hooks(**hooks), cadence, recorder, start=start, progress=progress or {})
 
 
 def test_a_step_is_trained_logged_evaluated_then_saved():
@@ -73,6 +74,18 @@ def test_a_step_is_trained_logged_evaluated_then_saved():
         ("train", 1, 1), ("log", 2), ("evaluate", 2), ("log eval", 2), ("save", 2),
     ]  # fmt: skip
     assert (state, figures) == (2, {"eval_loss": 0.5})
+
+
+@pytest.mark.parametrize(("start", "held_out", "steps"), [(0, True, [0, 2]), (1, True, [2]), (0, False, [])])
+def test_a_run_that_has_not_begun_may_be_evaluated_first(start, held_out, steps):
+    recorder = Recorder(held_out=held_out)
+    run(recorder, total=2, start=start, evaluate_start=True, evaluated=lambda: recorder.events.append(("shown", 0)))
+    assert recorder.of("evaluate") == recorder.of("log eval") == steps
+    # Whoever shows the run finds the evaluation in its log.
+    kinds = [kind for kind, *_ in recorder.events]
+    assert [kinds[at - 1] for at, kind in enumerate(kinds) if kind == "shown"] == ["log eval"] * len(steps)
+    if 0 in steps:
+        assert kinds.index("evaluate") < kinds.index("train")
 
 
 def test_each_thing_has_its_own_cadence_and_all_come_last():
@@ -132,7 +145,7 @@ def test_a_resumed_run_goes_on_where_it_was():
     run(second, total=6, save_every=4, start=4, progress=progress)
     assert first.of("train") + second.of("train") == whole.of("train")
     assert [event[2] for event in second.events if event[0] == "train"] == [4, 5]
-    timeless = {k: v for k, v in whole.logged[6].items() if k not in ("tokens_per_second", "step_seconds")}
+    timeless = {k: v for k, v in whole.logged[6].items() if k not in TIMING_KEYS}
     assert timeless == {k: v for k, v in second.logged[6].items() if k in timeless}
     assert progress == first.saved[4][0]  # the caller's own is not written to
 

@@ -7,25 +7,40 @@ from flax import nnx
 
 from jaxft.data.prompts import Prompt
 from jaxft.errors import DataError
+from jaxft.files.run_folder import HELD_OUT_COMPLETIONS
 from jaxft.methods.method import Run
 from jaxft.methods.online.feed import sampler_of
 from jaxft.methods.parts.sequences import evaluated_weights
 from jaxft.nn.decoder import Decoder
-from jaxft.rollouts.judged import judge
+from jaxft.rollouts.completions import CompletionsLog
+from jaxft.rollouts.judged import Judged, judge
 from jaxft.rollouts.rollout import completion_metrics
+from jaxft.sharding.processes import is_primary
 from jaxft.training.state import TrainState
 
 
 def evaluator(run: Run, graphdef: nnx.GraphDef[Decoder]) -> Callable[[TrainState], dict[str, float]] | None:
-    """`state -> held-out metrics`: `eval_reward`, the mean of each function, and the lengths of the answers."""
+    """`state -> held-out metrics`: `eval_reward`, the mean of each function, and the lengths of the answers.
+
+    The answers of every evaluation of a run are written to `held_out_completions.jsonl`.
+    """
     prompts = [prompt for prompt in run.data.eval_examples or [] if isinstance(prompt, Prompt)]
     if not prompts:
         return None
     sampler = sampler_of(run, group=1)
+    logs: list[CompletionsLog] = []
+
+    def write(step: int, judged: Judged) -> None:
+        if run.held_out_only or not is_primary() or not run.config.rollout.log_completions:
+            return
+        if not logs:
+            logs.append(CompletionsLog(run.folder, step - 1, HELD_OUT_COMPLETIONS))
+        logs[0].add(step, judged.rollouts, judged.by_function, {"reward": judged.rewards})
 
     def evaluate(state: TrainState) -> dict[str, float]:
         model = nnx.merge(graphdef, evaluated_weights(run.config, state), state.frozen)
         judged = judge(sampler.sample(model, prompts, temperature=0.0, seed=0), run.rewards)
+        write(int(state.step), judged)
         scored = judged.rewards[~np.isnan(judged.rewards)]
         if not len(scored):
             raise DataError("no reward function scored any answer to a held-out prompt, so there is no held-out reward")

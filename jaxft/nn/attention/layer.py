@@ -16,7 +16,7 @@ from jaxft.nn.attention import cache as kv
 from jaxft.nn.attention.causal import causal_attention
 from jaxft.nn.attention.rope import Rotation, rotate
 from jaxft.nn.attention.score_form import MASKED, PLAIN, ScoreForm, cap_scores, score_scale
-from jaxft.nn.attention.spread import gathered_back, spread_heads
+from jaxft.nn.attention.unshare import gather_back, unshare_heads
 from jaxft.nn.linear import Linear
 from jaxft.nn.norm import NormShape, RMSNorm
 from jaxft.nn.storage import StorageDims
@@ -121,7 +121,7 @@ class Attention(nnx.Module):
         q_BSNH, k_BSKH, v_BSKH = self._project(x_BSD, key)
         segments_BS = tokens.segments_BS
         if tokens.whole is not None:
-            q_BSNH, k_BSKH, v_BSKH = (spread_heads(x, tokens.whole) for x in (q_BSNH, k_BSKH, v_BSKH))
+            q_BSNH, k_BSKH, v_BSKH = (unshare_heads(x, tokens.whole) for x in (q_BSNH, k_BSKH, v_BSKH))
             segments_BS = tokens.whole.segments_BWS.reshape(q_BSNH.shape[:2])
         rotation = tokens.rotations[self.shape.rope]
         q_BSNH, k_BSKH = rotate(q_BSNH, rotation), rotate(k_BSKH, rotation)
@@ -142,7 +142,7 @@ class Attention(nnx.Module):
             mask_BST = causal_mask(tokens.positions_BS, cache.positions_BT, window=form.window)
             out_BSNH = attend_cached(q_BSNH, cache.k_RBKHT[layer], cache.v_RBKTH[layer], mask_BST, form, sinks_N)
         if tokens.whole is not None:
-            out_BSNH = gathered_back(out_BSNH, tokens.whole)
+            out_BSNH = gather_back(out_BSNH, tokens.whole)
         out_BSX = partition.split(out_BSNH.reshape(*x_BSD.shape[:2], -1), "batch", "sequence", "tensor")
         return self.o_proj(out_BSX, key[3]), cache
 

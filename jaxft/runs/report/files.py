@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxft.errors import DataError
-from jaxft.files.run_folder import CONFIG, DATA, METRICS, SCORES
+from jaxft.files.run_folder import CONFIG, DATA, HELD_OUT_COMPLETIONS, METRICS, SCORES
+from jaxft.rollouts.completions import read_completions
 from jaxft.training.log import read_metrics
 
 Row = dict[str, Any]
@@ -42,6 +43,17 @@ def read_rows(folder: Path) -> tuple[list[Row], str | None]:
     except DataError as error:
         return [], str(error)
     return rows, None if rows else f"{METRICS} is empty: no training step has been logged."
+
+
+def read_held_out_completions(folder: Path) -> tuple[list[Row], str | None]:
+    """The rows of held_out_completions.jsonl, none if there is no such file; and what is wrong with it."""
+    try:
+        rows = read_completions(folder, HELD_OUT_COMPLETIONS)
+    except ValueError as error:
+        return [], f"{HELD_OUT_COMPLETIONS} could not be read: {error}"
+    if not all(isinstance(row, dict) and isinstance(row.get("step"), int) for row in rows):
+        return [], f"{HELD_OUT_COMPLETIONS} could not be read: it has a line without a step"
+    return rows, None
 
 
 def series(rows: Sequence[Row], key: str) -> tuple[list[int], list[float]]:

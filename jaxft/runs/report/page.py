@@ -11,8 +11,9 @@ from jaxft.errors import DataError
 from jaxft.files.run_folder import CONFIG, DATA, LOSS_PLOT, REPORT, SCORES
 from jaxft.methods import find_method
 from jaxft.methods.method import Method
+from jaxft.runs.report.answers import changing_answers
 from jaxft.runs.report.charts import DARK, LIGHT, draw_charts, draw_method_charts, write_png
-from jaxft.runs.report.files import Row, as_list, read_json, read_rows
+from jaxft.runs.report.files import Row, as_list, read_held_out_completions, read_json, read_rows
 from jaxft.runs.report.texts import data_facts, dotted, sample_texts, score_section, tiles
 from jaxft.training.likelihoods import FallingLikelihoods
 from jaxft.training.reward_watch import RewardWatch
@@ -23,9 +24,9 @@ SAMPLES_SHOWN = 12
 def write_report(folder: str | os.PathLike[str]) -> tuple[Path, Path]:
     """Write report.html and loss.png into a run folder and return their paths.
 
-    Reads config.json, metrics.jsonl, data.json and scores.json. A section whose file is missing or unreadable says so.
-    The page is one file without outside references; equal files give equal pages. Raises DataError if the folder does
-    not exist.
+    Reads config.json, metrics.jsonl, data.json, scores.json and held_out_completions.jsonl. A section whose file is
+    missing or unreadable says so. The page is one file without outside references; equal files give equal pages. Raises
+    DataError if the folder does not exist.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -34,6 +35,7 @@ def write_report(folder: str | os.PathLike[str]) -> tuple[Path, Path]:
     data, data_gap = read_json(folder / DATA)
     scores, scores_gap = read_json(folder / SCORES)
     rows, metrics_gap = read_rows(folder)
+    completions, completions_gap = read_held_out_completions(folder)
     samples = [sample_texts(s) for s in as_list(scores.get("samples")) if isinstance(s, Mapping)]
     method = find_method(_method_name(config))
     loss_title = f"Loss, {method.loss_unit if method else Method.loss_unit}"
@@ -53,11 +55,13 @@ def write_report(folder: str | os.PathLike[str]) -> tuple[Path, Path]:
         ],
         warnings=[str(w) for w in as_list(data.get("warnings"))],
         facts_of_data=data_facts(data),
+        answers=changing_answers(completions),
         samples=samples[:SAMPLES_SHOWN],
         more_samples=max(0, len(samples) - SAMPLES_SHOWN),
         config_text="\n".join(dotted(config)),
         gaps={
             "config": config_gap, "data": data_gap, "metrics": metrics_gap, "scores": scores_gap,
+            "answers": completions_gap,
             "samples": scores_gap or f"{SCORES} holds no samples.",
         },
     )  # fmt: skip
