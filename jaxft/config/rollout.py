@@ -18,7 +18,24 @@ class RolloutConfig(Section):
     num_generations: Annotated[
         int, Range(lambda value: value >= 2, "at least 2"), ONLINE, "answers to each prompt: a group"
     ] = 8
-    max_completion_length: Annotated[int, ABOVE_ZERO, ONLINE, "length at which an answer is cut off, in tokens"] = 512
+    max_completion_length: Annotated[
+        int,
+        ABOVE_ZERO,
+        ONLINE,
+        "length at which an answer is cut off, in tokens; with an environment, of all turns and the replies to them",
+    ] = 512
+    environment: Annotated[
+        str | None,
+        ONLINE,
+        "what replies to the model, so that an answer has several turns: a class as `FILE.py:CLASS`, or a built-in "
+        "one: `calculator`, `guess_number`; see [rewards](rewards.md#environments)",
+    ] = None
+    max_turns: Annotated[
+        int,
+        ABOVE_ZERO,
+        ReadBy("rollout.environment"),
+        "turns of the model after which a conversation with an environment ends",
+    ] = 8
     temperature: Annotated[
         float,
         ABOVE_ZERO,

@@ -198,18 +198,19 @@ def start(
     cache: ConversationCache | None = None,
     answers: int = 1,
     length: int | None = None,
+    keep_slots: bool = False,
 ) -> Engine:
     """An engine with memory for the requests, up to `slots` at a time, and their common prefix computed.
 
     cache: may hold the prefix of a single request. answers: how many requests of the same prompt follow each other;
     they are prefilled once. length: tokens of a row, if all calls are to have the same; by default, those of the
-    longest request.
+    longest request. keep_slots: whether there are `slots` slots even if there are fewer requests.
     """
     longest = length or max(len(request.prompt) + request.sampling.max_new_tokens for request in requests)
     graphdef, params = nnx.split(for_decoding(model).for_length(longest))
     rows = _row_sharding(params)
     shards = rows.num_devices if rows is not None else 1
-    slots = math.ceil(min(slots, power_of_two(len(requests))) / shards) * shards
+    slots = math.ceil((slots if keep_slots else min(slots, power_of_two(len(requests)))) / shards) * shards
     answers = min(answers, slots)
     common, prefix_length, prefix = _common_prefix([request.prompt for request in requests]), 0, None
     if cache is not None:

@@ -27,7 +27,8 @@ def generate_tokens(
     length: int | None = None,
     tempered_logprobs: bool = False,
     on_group: OnGroup | None = None,
-    first_stream: int = 0,
+    streams: Sequence[int] | None = None,
+    keep_slots: bool = False,
 ) -> list[Generated]:
     """Continues every prompt; results are in the order of the prompts.
 
@@ -43,11 +44,11 @@ def generate_tokens(
     with (number of the prompt, its answers) once all answers of a prompt have ended, while those of others may not
     have. Generation waits until it returns, so long work belongs into another thread or process.
 
-    Row i draws with the seed of its Sampling and stream first_stream + i, so that several calls can draw what one
-    would. Calls of similar shapes reuse compiled functions, whatever
-    the parameters and settings. If the parameters are on a mesh, the call first copies them into the layout for
-    generation (`generation.layout.for_decoding`), in which rows and heads are split, and no token gathers weights.
-    Nothing but `cache` keeps the parameters or their copy after the call.
+    Row i draws with the seed of its Sampling and stream i, or the i-th of `streams`. keep_slots: whether a call with
+    fewer rows has `slots` too, and so the shape of one with more. Calls of similar shapes reuse compiled functions,
+    whatever the parameters and settings. Parameters on a mesh are first copied into the layout for generation
+    (`generation.layout.for_decoding`), in which rows and heads are split, and no token gathers weights. Nothing but
+    `cache` keeps the parameters or their copy after the call.
     Raises DataError for prompts that are empty, contain ids outside the vocabulary, or exceed the model's positions
     together with max_new_tokens; ConfigError for settings that contradict each other, and for `cache` with several
     prompts.
@@ -72,7 +73,8 @@ def generate_tokens(
         length=length,
         tempered_logprobs=tempered_logprobs,
         on_group=on_group,
-        first_stream=first_stream,
+        streams=streams,
+        keep_slots=keep_slots,
     )
 
 
@@ -89,7 +91,8 @@ def run(
     length: int | None = None,
     tempered_logprobs: bool = False,
     on_group: OnGroup | None = None,
-    first_stream: int = 0,
+    streams: Sequence[int] | None = None,
+    keep_slots: bool = False,
 ) -> list[Generated]:
     """`generate_tokens` for a caller that handles stop strings itself. prompts: one for each answer."""
     _check(model, prompts, samplings, slots, length)
@@ -100,15 +103,22 @@ def run(
     first = virtual_ids(model.virtual_tokens)
     requests = [
         engine.Request(
-            row=row,
-            prompt=(*first, *map(int, prompt)),
-            sampling=sampling,
-            stream=first_stream + row,
-            tempered=tempered_logprobs,
+            row=row, prompt=(*first, *map(int, prompt)), sampling=sampling, tempered=tempered_logprobs, stream=stream
         )
-        for row, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True))
+        for row, (prompt, sampling, stream) in enumerate(
+            zip(prompts, samplings, streams or range(len(prompts)), strict=True)
+        )
     ]
-    running = engine.start(model, requests, stop_ids=stop_ids, slots=slots, cache=cache, answers=answers, length=length)
+    running = engine.start(
+        model,
+        requests,
+        stop_ids=stop_ids,
+        slots=slots,
+        cache=cache,
+        answers=answers,
+        length=length,
+        keep_slots=keep_slots,
+    )
     if on_group is not None:
         running.on_end = _by_group(requests, answers, on_group)
     running.run(requests, on_token)

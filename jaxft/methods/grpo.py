@@ -128,6 +128,7 @@ METHOD = Method(
     charts=REWARD_CHARTS,
     reference_passes=lambda config: 1 if config.method.grpo.beta else 0,
     rewards=online.rewards,
+    environments=online.environments,
     skips_empty=True,
     evaluates_start=True,
 )

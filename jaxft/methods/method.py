@@ -16,6 +16,7 @@ from jaxft.methods.teacher.frozen import FrozenModel
 from jaxft.nn.decoder import Decoder
 from jaxft.nn.score import Head
 from jaxft.objectives.loss import BatchSums, Loss, MethodState
+from jaxft.rollouts.environments.environments import Environments
 from jaxft.rollouts.reward_functions import RewardFunctions
 from jaxft.sharding.mesh import MeshPlan
 from jaxft.training.state import TrainState
@@ -28,7 +29,7 @@ class Run:
     folder: the run folder. model: abstract, with its adapters. source: the batches of every step. print_line: prints a
     line for people, such as the progress of long work. held_out_only: whether it is an evaluation, which needs nothing
     of the training rows and writes nothing into the run folder. rewards: the functions that judge sampled answers, if
-    the method samples any.
+    the method samples any. environments: what replies to the model in them, if anything does.
     """
 
     config: RunConfig
@@ -41,6 +42,7 @@ class Run:
     print_line: Callable[[str], None] = lambda line: None
     held_out_only: bool = False
     rewards: RewardFunctions | None = None
+    environments: Environments | None = None
 
     @property
     def total_steps(self) -> int:
@@ -70,6 +72,7 @@ class Method:
     feed(run, graphdef): the batches, on the devices of the mesh.
     rewards(config, data): what judges sampled answers, open for as long as the run lasts; None if nothing does. Raises
     ConfigError if it cannot judge answers to these rows.
+    environments(config, data, tokenizer): what replies to the model in answers of several turns, as `rewards`.
     batch_shapes(config): the batch as jax.ShapeDtypeStructs, for `jaxft plan`.
     check(config, model): raises ConfigError for settings that the method cannot train with. model: abstract.
     initial_state(config, trainable): the method's own arrays at step 0, made from the trainable parameters before the
@@ -111,6 +114,9 @@ class Method:
     frozen: Callable[[RunConfig], FrozenModel | None] = lambda config: None
     rewards: Callable[[RunConfig, Prepared], AbstractContextManager[RewardFunctions | None]] = lambda config, data: (
         nullcontext()
+    )
+    environments: Callable[[RunConfig, Prepared, Tokenizer], AbstractContextManager[Environments | None]] = (
+        lambda config, data, tokenizer: nullcontext()
     )
     skips_empty: bool = False
     evaluates_start: bool = False

@@ -57,7 +57,7 @@ def prepare(config: RunConfig, tokenizer: Tokenizer) -> Prepared:
 
 def feed(run: Run, graphdef: nnx.GraphDef[Decoder]) -> RolloutFeed:
     """`Method.feed`: the best and the worst answer of each group."""
-    return RolloutFeed(run, graphdef, make_updates)
+    return RolloutFeed(run, graphdef, make_updates, answers_of_sequence=2)
 
 
 def make_updates(run: Run, judged: Judged, state: TrainState, passes: Passes) -> Updates:
@@ -127,6 +127,7 @@ METHOD = Method(
     charts=(*REWARD_CHARTS[:4], *PAIR_CHARTS),
     reference_passes=lambda config: 1,
     rewards=online.rewards,
+    environments=online.environments,
     skips_empty=True,
     evaluates_start=True,
 )

@@ -54,7 +54,8 @@ def make_updates(run: Run, judged: Judged, state: TrainState, passes: Passes) ->
         ]
         log_ratios = [x for one, logps, reference in both for x in one.tokens_of(logps - reference)]
         rewards = penalized_rewards(judged.rewards, log_ratios, own.beta)
-        metrics["kl"] = float(np.concatenate(log_ratios).mean())
+        sampled = np.concatenate([one.sampled for one in judged.rollouts])
+        metrics["kl"] = float(np.concatenate(log_ratios)[sampled].mean())
     advantages = leave_one_out(rewards, judged.groups, normalize=own.normalize_advantages)
     packed = [
         one.with_values(**{ADVANTAGES: one.by_document(advantages[part])})
@@ -100,6 +101,7 @@ METHOD = Method(
     loss_unit="mean over answers",
     charts=REWARD_CHARTS,
     rewards=online.rewards,
+    environments=online.environments,
     skips_empty=True,
     evaluates_start=True,
 )

@@ -51,6 +51,7 @@ class CompletionsLog:
                     "completion": one.text,
                     "tokens": int(one.sampled.sum()),
                     "finish_reason": one.finish_reason,
+                    **_conversation(one),
                     "rewards": {name: _number(values[index]) for name, values in rewards.items()},
                     **{name: _number(values[index]) for name, values in numbers.items()},
                 }
@@ -64,6 +65,17 @@ def read_completions(folder: Path, name: str = COMPLETIONS) -> list[dict[str, An
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _conversation(one: Rollout) -> dict[str, Any]:
+    """The text of all turns with its special tokens, in parts that the model sampled or that it did not."""
+    if one.episode is None:
+        return {}
+    return {
+        "turns": one.episode.turns,
+        "max_turns_reached": one.episode.cut,
+        "conversation": [{"text": part.text, "sampled": part.sampled} for part in one.episode.parts],
+    }
 
 
 def _line(row: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxft.data.prompts import Prompt
 from jaxft.objectives.policy.advantages import reward_metrics
+from jaxft.rollouts.environments.episode import REWARD
 from jaxft.rollouts.reward_functions import RewardFunctions, function_metrics
 from jaxft.rollouts.rollout import Rollout
 
@@ -18,7 +19,8 @@ from jaxft.rollouts.rollout import Rollout
 class Judged:
     """The n answers of a rollout in groups, with their rewards.
 
-    rewards: float64 [n], the weighted sum of the reward functions; NaN for an answer that none of them scored.
+    rewards: float64 [n], the weighted sum of the reward functions, and of the environment with weight 1; NaN for an
+    answer that none of them scored.
     by_function: float64 [n] of each function. timeouts: answers that a function did not score in time, by function,
     those among them that were replaced. seconds: that scoring took.
     """
@@ -68,22 +70,33 @@ class Judged:
 
 
 def judge(rollouts: Sequence[Rollout], functions: RewardFunctions | None) -> Judged:
-    """The answers with the rewards that the functions give them; none without functions."""
-    if functions is None:
-        nothing = np.full(len(rollouts), np.nan)
-        return Judged(rollouts=tuple(rollouts), rewards=nothing, by_function={}, timeouts={}, seconds=0.0)
-    scores = functions.score(
-        [one.prompt.messages for one in rollouts],
-        [one.text for one in rollouts],
-        [one.tokens.tolist() for one in rollouts],
-        columns_of([one.prompt for one in rollouts]),
-    )
+    """The answers with the rewards that the functions, and their environment if they have one, give them."""
+    by_function: dict[str, np.ndarray] = {}
+    timeouts: dict[str, int] = {}
+    totals: list[np.ndarray] = []
+    seconds = 0.0
+    if functions is not None:
+        scores = functions.score(
+            [one.prompt.messages for one in rollouts],
+            [one.text for one in rollouts],
+            [one.tokens.tolist() for one in rollouts],
+            columns_of([one.prompt for one in rollouts]),
+            messages=[None if one.episode is None else one.episode.messages for one in rollouts],
+        )
+        by_function, timeouts, seconds = dict(scores.by_function), dict(scores.timeouts), scores.seconds
+        totals.append(scores.total)
+    episodes = [one.episode for one in rollouts if one.episode is not None]
+    if episodes:
+        by_function[REWARD] = np.array([np.nan if one.reward is None else one.reward for one in episodes], np.float64)
+        timeouts[REWARD] = sum(one.lost for one in episodes)
+        totals.append(by_function[REWARD])
+    both = np.stack(totals) if totals else np.full((1, len(rollouts)), np.nan)
     return Judged(
         rollouts=tuple(rollouts),
-        rewards=scores.total,
-        by_function=scores.by_function,
-        timeouts=scores.timeouts,
-        seconds=scores.seconds,
+        rewards=np.where(np.isnan(both).all(axis=0), np.nan, np.nansum(both, axis=0)),
+        by_function=by_function,
+        timeouts=timeouts,
+        seconds=seconds,
     )
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from jaxft.data.batch import Example
 from jaxft.data.prompts import Prompt
 from jaxft.generation.settings import FinishReason
+from jaxft.rollouts.environments.episode import Episode, episode_metrics
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -17,7 +18,8 @@ class Rollout:
     number: its place in the rollout's answers. group: the number of its prompt there. tokens: int32[n], after the
     prompt, the stop token included. sampled: bool[n], whether the model sampled the token; others come from an
     environment. logprobs: float32[n], of the sampled tokens when they were sampled, in nats, under the temperature; 0
-    of others. finish_reason: `stop`, or `length` if it was cut off. text: its sampled text, without stop tokens.
+    of others. finish_reason: `stop`, or `length` if it was cut off. text: its sampled text, without stop tokens;
+    with an environment that of the last turn. episode: what an environment made of it, None without one.
     """
 
     prompt: Prompt
@@ -28,6 +30,7 @@ class Rollout:
     logprobs: np.ndarray
     finish_reason: FinishReason
     text: str
+    episode: Episode | None = None
 
     def example(self, values: dict[str, float], arrays: dict[str, np.ndarray] | None = None) -> Example:
         """The prompt and the answer as one document, trained on the sampled tokens.
@@ -46,7 +49,10 @@ class Rollout:
 
 
 def completion_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """The lengths of the sampled answers in tokens, and the share that was cut off, under TRL's names."""
+    """The lengths of the sampled answers in tokens, and the share that was cut off, under TRL's names.
+
+    Those of answers with an environment count what the model sampled in all turns, and there are `episode_metrics`.
+    """
     lengths = np.array([int(one.sampled.sum()) for one in rollouts])
     cut = np.array([one.finish_reason == "length" for one in rollouts])
     metrics = {
@@ -58,4 +64,4 @@ def completion_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
     ended = lengths[~cut]
     if len(ended):
         metrics["completions/mean_terminated_length"] = float(ended.mean())
-    return metrics
+    return metrics | episode_metrics([one.episode for one in rollouts])

@@ -51,8 +51,12 @@ def evaluate(model: LoadedModel, tokenizer: Tokenizer, config: RunConfig) -> dic
     run = method.precompute(run, lambda: build_model(config, run.mesh).module)
     state = TrainState(jnp.int32(0), trainable, frozen, (), jax.random.key(config.seed), _method_state(config, method))
     state = with_frozen(state, load_frozen(config, mesh))
-    with method.rewards(config, data) as rewards:
-        evaluator = method.evaluator(dataclasses.replace(run, rewards=rewards), graphdef)
+    with (
+        method.rewards(config, data) as rewards,
+        method.environments(config, data, tokenizer) as environments,
+    ):
+        run = dataclasses.replace(run, rewards=rewards, environments=environments)
+        evaluator = method.evaluator(run, graphdef)
         out: dict[str, Any] = {} if evaluator is None else dict(evaluator(state))
     out["eval_rows"] = len(data.eval_examples)
     if config.eval.metric:

@@ -60,8 +60,12 @@ def train(config: RunConfig, *, console: Console | None = None) -> dict[str, Any
     """
     console = (console or Console()) if is_primary() else Console(quiet=True)
     run = dataclasses.replace(set_up(config), print_line=partial(console.print, highlight=False))
-    with method_of(config).rewards(config, run.data) as rewards:
-        return _train(dataclasses.replace(run, rewards=rewards), console)
+    method = method_of(config)
+    with (
+        method.rewards(config, run.data) as rewards,
+        method.environments(config, run.data, run.tokenizer) as environments,
+    ):
+        return _train(dataclasses.replace(run, rewards=rewards, environments=environments), console)
 
 
 def _train(run: Run, console: Console) -> dict[str, Any]:

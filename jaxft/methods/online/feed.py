@@ -53,11 +53,20 @@ class RolloutFeed:
     rollout goes on with the same answers.
     """
 
-    def __init__(self, run: Run, graphdef: nnx.GraphDef[Decoder], make_updates: MakeUpdates) -> None:
+    def __init__(
+        self,
+        run: Run,
+        graphdef: nnx.GraphDef[Decoder],
+        make_updates: MakeUpdates,
+        *,
+        answers_of_sequence: int = 1,
+    ) -> None:
+        """answers_of_sequence: so many prompts and answers must fit into a sequence of `data.max_length`."""
         if not isinstance(run.source, PromptOrder):
             raise TypeError(f"rollouts answer the prompts of a PromptOrder, not of a {type(run.source).__name__}")
         self._run, self._graphdef, self._make_updates = run, graphdef, make_updates
-        self._order, self._sampler = run.source, sampler_of(run)
+        self._order = run.source
+        self._sampler = sampler_of(run, answers_of_sequence=answers_of_sequence)
         self._passes = Passes(run, graphdef)
         self._current: int | None = None
         self._updates: Updates | None = None
@@ -129,8 +138,11 @@ class RolloutFeed:
         self._log.add(step + 1, judged.rollouts, judged.by_function, {"reward": judged.rewards, **updates.numbers})
 
 
-def sampler_of(run: Run, *, group: int | None = None) -> Sampler:
-    """How answers of a run are sampled. group: answers to each prompt; by default those of training."""
+def sampler_of(run: Run, *, group: int | None = None, answers_of_sequence: int = 1) -> Sampler:
+    """How answers of a run are sampled. group: answers to each prompt; by default those of training.
+
+    answers_of_sequence: so many prompts and answers must fit into a sequence of `data.max_length`.
+    """
     config = run.config
     return Sampler(
         tokenizer=run.tokenizer,
@@ -138,4 +150,7 @@ def sampler_of(run: Run, *, group: int | None = None) -> Sampler:
         max_completion_length=config.rollout.max_completion_length,
         length=config.data.max_length,
         slots=config.rollout.slots,
+        environments=run.environments,
+        max_turns=config.rollout.max_turns,
+        prompt_length=config.data.max_length // answers_of_sequence - config.rollout.max_completion_length,
     )

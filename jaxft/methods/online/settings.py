@@ -1,7 +1,7 @@
 """The parts of `Method` that methods share whose answers are sampled and judged: data, checks and shapes."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, closing, nullcontext
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +10,19 @@ from jaxft.config import RunConfig
 from jaxft.data import Prepared, Tokenizer
 from jaxft.data.batch import Batch
 from jaxft.data.prompts import Prompt
-from jaxft.errors import ConfigError
+from jaxft.errors import ConfigError, DataError
 from jaxft.methods.parts import sequences
 from jaxft.nn.decoder import Decoder
+from jaxft.rollouts.environments.conversation import rendering_of
+from jaxft.rollouts.environments.environments import Environments
+from jaxft.rollouts.environments.episode import REWARD
+from jaxft.rollouts.environments.named import named_environment
+from jaxft.rollouts.environments.template import TurnTemplate
 from jaxft.rollouts.judged import shared_columns
 from jaxft.rollouts.order import PromptOrder
 from jaxft.rollouts.reward_functions import RewardFunctions
+from jaxft.rollouts.reward_functions.named import named_functions
+from jaxft.rollouts.sample import row_of
 
 
 def prompts_per_rollout(config: RunConfig) -> int:
@@ -44,11 +51,14 @@ def source(config: RunConfig, data: Prepared, tokenizer: Tokenizer) -> PromptOrd
 def check_online(config: RunConfig, model: Decoder) -> None:
     """Raises ConfigError for settings under which answers could not be sampled, judged or resumed."""
     rollout, name = config.rollout, config.method.name
-    if config.rewards.functions is None:
+    if config.rewards.functions is None and rollout.environment is None:
         raise ConfigError(
             f"method.name={name!r} learns from rewards, but rewards.functions is None: give functions such as "
-            "rewards.py:exact, or a built-in one such as exact_match"
+            "rewards.py:exact, or a built-in one such as exact_match, or set rollout.environment, which gives rewards "
+            "itself"
         )
+    if rollout.environment is not None:
+        _check_environment(config)
     if config.train.batch_size % rollout.num_generations:
         raise ConfigError(
             f"train.batch_size={config.train.batch_size} counts the answers of an optimizer step, and must be a "
@@ -82,22 +92,65 @@ def check_lengths(config: RunConfig) -> None:
         )
 
 
+def _check_environment(config: RunConfig) -> None:
+    named_environment(config.rollout.environment or "")
+    functions = config.rewards.functions
+    if functions is not None and REWARD in [one.name for one in named_functions(functions)]:
+        raise ConfigError(
+            f"rewards.functions={functions!r} has a function called {REWARD!r}, which is the name of the reward that "
+            "rollout.environment gives: rename the function"
+        )
+
+
 def rewards(config: RunConfig, data: Prepared) -> AbstractContextManager[RewardFunctions | None]:
     """`Method.rewards`: the functions of the config, imported and compared with the columns of all prompts."""
     settings = config.rewards
+    if settings.functions is None:
+        return nullcontext()
     functions = RewardFunctions(
-        settings.functions or "",
+        settings.functions,
         workers=settings.workers,
         timeout_seconds=settings.timeout_seconds,
         completions=settings.completions,
     )
-    rows = [*data.train_examples, *(data.eval_examples or [])]
     try:
-        functions.check(shared_columns([prompt for prompt in rows if isinstance(prompt, Prompt)]))
+        functions.check(shared_columns(_prompts(data)))
     except BaseException:
         functions.close()
         raise
     return closing(functions)
+
+
+def environments(
+    config: RunConfig, data: Prepared, tokenizer: Tokenizer
+) -> AbstractContextManager[Environments | None]:
+    """`Method.environments`: the one of the config, imported, compared with the columns of all prompts, and reset once.
+
+    Raises ConfigError too if the chat template cannot be continued from turn to turn; DataError if it refuses the first
+    prompt.
+    """
+    if config.rollout.environment is None:
+        return nullcontext()
+    template = TurnTemplate(tokenizer)
+    template.check()
+    settings, prompts = config.rewards, _prompts(data)
+    first = prompts[0]
+    ours = Environments(config.rollout.environment, workers=settings.workers, timeout_seconds=settings.timeout_seconds)
+    try:
+        messages = ours.check(shared_columns(prompts), row_of(first), first.where)
+        template.prompt(template.known(messages), **rendering_of(first))
+    except DataError as error:
+        ours.close()
+        raise DataError(f"{first.where}: {error}") from error
+    except BaseException:
+        ours.close()
+        raise
+    return closing(ours)
+
+
+def _prompts(data: Prepared) -> list[Prompt]:
+    rows = [*data.train_examples, *(data.eval_examples or [])]
+    return [prompt for prompt in rows if isinstance(prompt, Prompt)]
 
 
 def batch_shapes(config: RunConfig, values: Sequence[str], arrays: Sequence[str]) -> Batch[jax.ShapeDtypeStruct]:

@@ -116,19 +116,23 @@ class RewardFunctions:
         completions: Sequence[str],
         completion_ids: Sequence[Sequence[int]],
         columns: Mapping[str, Sequence[Any]],
+        *,
+        messages: Sequence[Sequence[Mapping[str, Any]] | None] | None = None,
     ) -> Scores:
         """The rewards of n answers, in their order.
 
         prompts: text or messages. completions: text of each answer, without stop tokens. completion_ids: its token ids.
-        columns: of the rows, [n] each. Several processes of a run each score a part of the answers, and then have all
+        columns: of the rows, [n] each. messages: of answers that are conversations, None of others, which are one
+        message; for functions that get messages. Several processes of a run each score a part of the answers, and then have all
         rewards. Raises RewardError, naming the function, if it raises, if its process dies twice, or if it returns
         anything but one number or None for each answer.
         """
         started = time.monotonic()
         if not self._parameters:
             self.check(list(columns))
-        messages = [self._completion(*pair) for pair in zip(prompts, completions, strict=True)]
-        known = {"prompts": list(prompts), "completions": messages, "completion_ids": [*map(list, completion_ids)]}
+        whole = messages or [None] * len(completions)
+        given = [self._completion(*one) for one in zip(prompts, completions, whole, strict=True)]
+        known = {"prompts": list(prompts), "completions": given, "completion_ids": [*map(list, completion_ids)]}
         own = process_share(len(prompts))
         parts = [self._checked(part) for part in gather(self._outcome({**columns, **known}, own))]
         by_function = {
@@ -147,10 +151,10 @@ class RewardFunctions:
         weighted = np.stack([one.weight * by_function[one.name] for one in self.functions])
         return np.where(np.isnan(weighted).all(axis=0), np.nan, np.nansum(weighted, axis=0))
 
-    def _completion(self, prompt: Prompt, text: str) -> Any:
+    def _completion(self, prompt: Prompt, text: str, messages: Sequence[Mapping[str, Any]] | None) -> Any:
         if self._completions == "text" or isinstance(prompt, str):
             return text
-        return [{"role": "assistant", "content": text}]
+        return [{"role": "assistant", "content": text}] if messages is None else [*map(dict, messages)]
 
     def _outcome(self, arguments: Mapping[str, Sequence[Any]], rows: range) -> list[Any]:
         """What `_own_scores` gives, or the message of its error: the other processes wait for either."""

@@ -1,4 +1,4 @@
-"""Processes that call reward functions, each call with a deadline."""
+"""Processes that call reward functions and environments, each call with a deadline."""
 
 import contextlib
 import os
@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
@@ -22,13 +22,16 @@ TRIES = 2  # of a call whose process dies
 class Call:
     """One call of a function. outcome: `ok` with the result, `error` with its text, `timeout`, or `died`.
 
-    raised: the error of a function that raised, while its process looks for the answer that is to blame.
+    kind: see `worker`. raised: the error of a function that raised, while its process looks for the answer that is to
+    blame. seat: all calls of the same seat go to the same process, for as long as it lives; None: to any. Such calls
+    are not repeated, since what the process knew is lost with it.
     """
 
     source: str
     name: str
-    kind: Literal["load", "call"] = "call"
-    arguments: dict[str, list[Any]] = field(default_factory=dict)
+    kind: Literal["load", "call", "load class", "reset", "step", "reward"] = "call"
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    seat: int | None = None
     outcome: Literal["ok", "error", "timeout", "died"] | None = None
     result: Any = None
     raised: str | None = None
@@ -41,6 +44,7 @@ class Worker:
 
     process: "subprocess.Popen[bytes]"
     connection: Connection
+    seat: int | None = None
     call: Call | None = None
     deadline: float = 0.0
 
@@ -55,8 +59,8 @@ class Worker:
 class Pool:
     """Worker processes, started when they are first needed; a context manager, which ends them.
 
-    size: most processes. timeout: seconds of a call. A process that takes longer is killed, and another takes its
-    place. A call whose process dies is tried once more in another one.
+    size: most processes; seats are numbered below it. timeout: seconds of a call. A process that takes longer is
+    killed, and another takes its place. A call without a seat whose process dies is tried once more in another one.
     """
 
     def __init__(self, size: int, timeout: float) -> None:
@@ -95,18 +99,26 @@ class Pool:
             raise
 
     def _hand_out(self, waiting: deque[Call]) -> None:
-        while waiting:
-            worker = next((one for one in self._workers if one.call is None), None)
+        for call in list(waiting):
+            if len(self._workers) >= self._size and all(worker.call for worker in self._workers):
+                return
+            worker = self._idle(call.seat)
             if worker is None:
-                if len(self._workers) >= self._size:
-                    return
-                worker = _start()
-                self._workers.append(worker)
-            call = waiting.popleft()
+                continue
+            waiting.remove(call)
             call.tries += 1
             worker.call, worker.deadline = call, time.monotonic() + self._timeout
             with contextlib.suppress(BrokenPipeError):  # then it has died, and its connection says so
                 worker.connection.send((call.kind, call.source, call.name, call.arguments))
+
+    def _idle(self, seat: int | None) -> Worker | None:
+        """A process that can take a call of this seat now, started if there is room for another one."""
+        own = [worker for worker in self._workers if seat is None or worker.seat == seat]
+        idle = next((worker for worker in own if worker.call is None), None)
+        if idle is not None or len(self._workers) >= self._size or (own and seat is not None):
+            return idle
+        self._workers.append(_start(seat))
+        return self._workers[-1]
 
     def _receive(self, worker: Worker, waiting: deque[Call]) -> None:
         try:
@@ -128,7 +140,7 @@ class Pool:
         self._workers.remove(worker)
         if call.raised is not None:  # it has failed, whatever became of the search
             call.outcome, call.result = "ok", (None, (None, call.raised))
-        elif outcome == "died" and call.tries < TRIES:
+        elif outcome == "died" and call.tries < TRIES and call.seat is None:
             waiting.append(call)
         else:
             call.outcome, call.result = outcome, worker.process.returncode
@@ -143,7 +155,7 @@ class Pool:
         worker.connection.close()
 
 
-def _start() -> Worker:
+def _start(seat: int | None) -> Worker:
     ours, theirs = Pipe()
     # Accelerators belong to the run; and Ctrl-C is for the run, which ends its processes itself.
     env = os.environ | {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
@@ -155,4 +167,4 @@ def _start() -> Worker:
         start_new_session=True,
     )
     theirs.close()
-    return Worker(process, ours)
+    return Worker(process, ours, seat)

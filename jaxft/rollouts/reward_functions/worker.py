@@ -1,11 +1,14 @@
-"""A process that calls reward functions for another one. It is run as a script, and needs no package of its own.
+"""A process that calls reward functions, and instances of environments, for another one.
+
+It is run as a script, and needs no package of its own.
 
     python worker.py FILE_DESCRIPTOR [FOLDER ...]
 
 The folders are those from which modules are imported. It receives (kind, source, name, arguments) of one call after
 another: source is the file or the module of the function. It answers `ok` with the function's parameters if the kind is
 `load`, else with what `call` returns; or `error` with a text. Before `ok` it may say `raised`, with the end of a
-traceback, while it still looks for the answer that is to blame.
+traceback, while it still looks for the answer that is to blame. With the other kinds, the name is that of a class: see
+`serve`.
 """
 
 import asyncio
@@ -14,18 +17,21 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import json
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
+METHODS = ("reset", "step", "reward")  # of an environment
 LINES = 12  # of a traceback
 LONGEST = 200  # characters of a value in an error
+INSTANCES: dict[int, Any] = {}  # of environments, by key
 
 
 def main() -> None:
@@ -43,6 +49,9 @@ def main() -> None:
         except EOFError:
             return
         try:
+            if kind not in ("load", "call"):
+                connection.send(("ok", serve(source, name, kind, arguments)))
+                continue
             function = load(source, name)
             if kind == "load":
                 connection.send(("ok", parameters(function)))
@@ -155,6 +164,48 @@ def number(value: Any) -> float | str:
         except (TypeError, ValueError, OverflowError):
             pass
     return repr(value)[:LONGEST]
+
+
+def serve(source: str, name: str, kind: str, arguments: Mapping[str, Any]) -> Any:
+    """Calls an instance of the class `name`, an `Environment`; instances are kept by their `key`.
+
+    `load class`: the columns that it needs and the methods that it lacks. One of METHODS: what the method returns, as
+    `["json", value]`, or `["repr", text]` if that is not JSON; `["unknown"]` for a key that this process does not have
+    because it took the place of another one. `reward` forgets the instance.
+    """
+    if kind == "load class":
+        return described(module_of(source), source, name)
+    key = arguments["key"]
+    if kind == "reset":
+        instance = getattr(module_of(source), name)()
+        messages = as_json(instance.reset(arguments["row"]))
+        if arguments["keep"]:
+            INSTANCES[key] = instance
+        return messages
+    if key not in INSTANCES:
+        return ["unknown"]
+    if kind == "step":
+        return as_json(INSTANCES[key].step(arguments["completion"]))
+    reward = INSTANCES.pop(key).reward()
+    return ["json", None if reward is None else number(reward)]
+
+
+def described(module: Any, source: str, name: str) -> dict[str, Any]:
+    """What the process of the run checks of a class before it is used."""
+    one = getattr(module, name, None)
+    if not inspect.isclass(one):
+        classes = sorted(n for n, x in vars(module).items() if inspect.isclass(x) and x.__module__ == module.__name__)
+        raise AttributeError(f"{source} has no class {name!r}; it has {', '.join(classes) or 'none'}")
+    missing = [method for method in METHODS if not callable(getattr(one, method, None))]
+    return {"columns": [str(column) for column in getattr(one, "columns", ())], "missing": missing}
+
+
+def as_json(value: Any) -> list[Any]:
+    """`["json", value]` of plain types, or `["repr", text]` for a value that JSON does not hold."""
+    try:
+        return ["json", json.loads(json.dumps(value, allow_nan=False))]
+    except (TypeError, ValueError):
+        return ["repr", repr(value)[:LONGEST]]
 
 
 def last_lines() -> str:
