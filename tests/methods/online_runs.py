@@ -58,9 +58,12 @@ def started(config, folder, base=None, sizes=None):
     tx = make_tx(config, module, schedule)
     graphdef, state = start_state(config, module, tx, mesh)
     source = method.source(config, data, tokenizer)
-    with method.rewards(config, data) as rewards:
+    with (
+        method.rewards(config, data) as rewards,
+        method.environments(config, data, tokenizer) as environments,
+    ):
         run = Run(
             config=config, folder=folder, tokenizer=tokenizer, data=data, mesh=mesh, model=model, source=source,
-            rewards=rewards,
+            rewards=rewards, environments=environments,
         )  # fmt: skip
         yield run, graphdef, state, jax.jit(mesh.bind(make_step(config, model, graphdef, tx, schedule)))

@@ -45,8 +45,8 @@ class TurnTemplate:
                 what = "an earlier answer" if answer is ANSWER else "an earlier answer that has thoughts"
                 raise ConfigError(
                     f"rollout.environment cannot be used with the chat template of {tokenizer.name!r}: it writes "
-                    f"{what} differently once more messages follow it, or differently from how the model gave it, so that the "
-                    f"tokens of a conversation would change from turn to turn. {MEND}"
+                    f"{what} differently once more messages follow it, or differently from how the model gave it, so "
+                    f"that the tokens of a conversation would change from turn to turn. {MEND}"
                 )
 
     @functools.cached_property

@@ -123,9 +123,9 @@ class RewardFunctions:
 
         prompts: text or messages. completions: text of each answer, without stop tokens. completion_ids: its token ids.
         columns: of the rows, [n] each. messages: of answers that are conversations, None of others, which are one
-        message; for functions that get messages. Several processes of a run each score a part of the answers, and then have all
-        rewards. Raises RewardError, naming the function, if it raises, if its process dies twice, or if it returns
-        anything but one number or None for each answer.
+        message; for functions that get messages. Several processes of a run each score a part of the answers, and then
+        have all rewards. Raises RewardError, naming the function, if it raises, if its process dies twice, or if it
+        returns anything but one number or None for each answer.
         """
         started = time.monotonic()
         if not self._parameters:
