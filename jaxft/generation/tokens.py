@@ -57,10 +57,7 @@ def generate_tokens(
         raise ConfigError(f"answers={answers} must be at least 1")
     prompts = [prompt for prompt in prompts for _ in range(answers)]
     samplings = one_each(sampling, len(prompts))
-    if any(s.stop for s in samplings):
-        raise ConfigError(
-            "stop strings are searched in text: use generate_text, or an on_token that returns True to end a row"
-        )
+    _refuse_stop_strings(samplings)
     return run(
         model,
         prompts,
@@ -147,6 +144,13 @@ def one_each(sampling: Sampling | Sequence[Sampling], prompts: int) -> list[Samp
     if len(samplings) != prompts:
         raise ConfigError(f"{len(samplings)} samplings for {prompts} prompts: give one for all or one for each")
     return samplings
+
+
+def _refuse_stop_strings(samplings: Sequence[Sampling]) -> None:
+    if any(s.stop for s in samplings):
+        raise ConfigError(
+            "stop strings are searched in text: use generate_text, or an on_token that returns True to end a row"
+        )
 
 
 def _result(request: engine.Request) -> Generated:

@@ -222,6 +222,11 @@ def _check(
             f"method.name={config.method.name!r} does not sample answers, so its config says neither how they are "
             "drawn nor how they are judged. Set method.name='grpo', and the sections rollout and rewards."
         )
+    if config.rollout.environment is not None:
+        raise ConfigError(
+            f"rollout.environment={config.rollout.environment!r} makes answers of several turns, and a row that is "
+            "written has a prompt and one answer. Set it to None, and rewards.functions to what judges that answer."
+        )
     if config.rewards.functions is None and reward_model is None:
         raise ConfigError(
             "nothing judges the answers: set rewards.functions, such as to rewards.py:exact, or give a reward model"

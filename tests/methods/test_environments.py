@@ -239,7 +239,7 @@ def test_the_example_of_the_documentation_is_the_shipped_file_and_works():
     path = ROOT / "configs" / "environments" / "shorten.py"
     code = path.read_text(encoding="utf-8")
     shown = textwrap.indent(code[code.index("class ") :], "    ", lambda line: line.strip())
-    assert shown in (ROOT / "docs" / "rewards.md").read_text(encoding="utf-8")
+    assert shown.strip() in (ROOT / "docs" / "rewards.md").read_text(encoding="utf-8")
     row = {"prompt": [{"role": "user", "content": "What is a glacier?"}], "most_words": 3, "index": 0}
     with Environments(f"{path}:Shorten", workers=1) as ours:
         ours.check(["most_words"], row, "a row")
@@ -247,12 +247,13 @@ def test_the_example_of_the_documentation_is_the_shipped_file_and_works():
         reply = {"role": "user", "content": "That has 4 words. Answer in 1 to 3 words."}
         assert ours.step({0: "Ice that moves slowly"}) == {0: (reply,)}
         assert ours.step({0: "Moving ice"}) == {0: ()}
-        assert ours.rewards([0]) == {0: (0.9, False)}
+        assert ours.rewards([0]) == {0: (pytest.approx(0.9), False)}
 
 
 @pytest.mark.slow
 def test_the_shipped_game_runs(tmp_path):
-    config = load(f"{ROOT}/configs/smollm2_135m_guess_number.py:smoke", {"output_dir": str(tmp_path / "run")})
+    overrides = {"output_dir": str(tmp_path / "run"), "rollout.max_completion_length": 160, "data.max_length": 640}
+    config = load(f"{ROOT}/configs/smollm2_135m_guess_number.py:smoke", overrides)
     summary = api.train(config)
     lines = metrics_of(tmp_path / "run")
     assert "eval_reward" in summary and max(line.get("environment/turns", 0) for line in lines) > 1

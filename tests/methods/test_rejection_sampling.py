@@ -158,6 +158,9 @@ def test_what_cannot_be_sampled_is_refused(sampled, tmp_path):
     without = dataclasses.replace(config, rewards=dataclasses.replace(config.rewards, functions=None))
     with pytest.raises(ConfigError, match="nothing judges the answers: set rewards.functions"):
         api.sample(model, tokenizer, without, to)
+    several = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, environment="calculator"))
+    with pytest.raises(ConfigError, match="rollout.environment='calculator' makes answers of several turns"):
+        api.sample(model, tokenizer, several, to)
     sft = config_of("sft", str(folder / "rows.jsonl"), tmp_path / "sft")
     with pytest.raises(ConfigError, match="method.name='sft' does not sample answers.*Set method.name='grpo'"):
         api.sample(model, tokenizer, sft, to)
