@@ -1,15 +1,17 @@
 """Advantages against TRL's and by hand; generalised advantage estimation against its definition, in float64.
 
-`tests/oracles/record_advantages.py` recorded what TRL 1.16 computed, in float32.
+`tests/oracles/record_advantages.py` recorded what TRL 1.16 computed, in float32, and `record_gae.py` what verl 0.8 did.
 """
 
 import json
 import statistics
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import advantage_cases
+from oracles import advantage_cases, gae_cases
 
 from jaxft.objectives.policy.advantages import (
     alike_groups,
@@ -21,8 +23,10 @@ from jaxft.objectives.policy.advantages import (
     token_rewards,
     whiten,
 )
+from jaxft.objectives.policy.value import value_terms
 
-RECORDS = np.load(Path(__file__).parents[1] / "oracles" / "advantages.npz")
+ORACLES = Path(__file__).parents[1] / "oracles"
+RECORDS = np.load(ORACLES / "advantages.npz")
 NAN = float("nan")
 REWARDS = np.array([1.0, 5.0, 2.0, 6.0, NAN, 4.0, 3.0, 3.0])
 GROUPS = np.array([7, 2, 7, 7, 2, 2, 5, 5])  # groups need not be neighbours
@@ -133,6 +137,33 @@ def test_gae_of_full_rows_is_the_recursion_over_columns():
         columns.append(last_B)
     rows = [gae(rewards_BT[b], values_BT[b], gamma=gamma, lam=lam).advantages for b in range(3)]
     np.testing.assert_allclose(rows, np.stack(columns[::-1], axis=1), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", gae_cases.SETTINGS)
+def test_gae_whitening_and_value_loss_are_those_of_verl(name):
+    """Also where an environment wrote some of the tokens: they are left out. Recorded, within 1e-9; the loss 1e-6."""
+    recorded = np.load(ORACLES / "gae.npz")
+    mask_BT = gae_cases.sampled_BT()
+    rewards_BT, values_BT, predicted_BT = gae_cases.arrays()
+    gamma, lam = gae_cases.SETTINGS[name]
+    places = [np.flatnonzero(row) for row in mask_BT]
+    credits = [gae(rewards_BT[b, at], values_BT[b, at], gamma=gamma, lam=lam) for b, at in enumerate(places)]
+    whitened = whiten([credit.advantages for credit in credits])
+    returns_BT = np.zeros_like(mask_BT)
+    for b, (at, credit) in enumerate(zip(places, credits, strict=True)):
+        np.testing.assert_allclose(whitened[b], recorded[f"{name}/advantages"][b, at], rtol=0, atol=1e-9)
+        np.testing.assert_allclose(credit.returns, recorded[f"{name}/returns"][b, at], rtol=0, atol=1e-9)
+        returns_BT[b, at] = credit.returns
+
+    def value_loss(predicted_BT):
+        terms_BT, clipped_BT = value_terms(predicted_BT, values_BT, returns_BT, gae_cases.CLIPRANGE)
+        return jnp.sum(terms_BT * mask_BT) / mask_BT.sum(), jnp.sum(clipped_BT * mask_BT) / mask_BT.sum()
+
+    (loss, clipped), gradient = jax.value_and_grad(value_loss, has_aux=True)(jnp.asarray(predicted_BT))
+    assert 0 < float(clipped) < 1
+    np.testing.assert_allclose(loss, recorded[f"{name}/value_loss"], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(clipped, recorded[f"{name}/clipped"], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(gradient, recorded[f"{name}/value_gradient"], rtol=0, atol=1e-6)
 
 
 def test_whitened_values_have_mean_0_and_variance_1_over_the_whole_batch():
