@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from jaxft.config.fields import ABOVE_ZERO, BELOW_ONE, CHOOSES_SECTION, NOT_NEGATIVE, ZERO_TO_ONE, ReadBy, Section
 from jaxft.config.method_section import MethodSection
-from jaxft.config.policy import GRPOConfig, OnlineDPOConfig, RLOOConfig
+from jaxft.config.policy import GRPOConfig, OnlineDPOConfig, PPOConfig, RLOOConfig
 from jaxft.config.preference import CPOConfig, DPOConfig, KTOConfig, ORPOConfig, SimPOConfig
 from jaxft.errors import ConfigError
 
@@ -122,12 +122,12 @@ class MethodConfig(Section):
     """The training method. Settings of one method are in the section of its name."""
 
     name: Annotated[
-        Literal["sft", "dpo", "orpo", "cpo", "simpo", "kto", "reward", "distill", "grpo", "rloo", "online_dpo"],
+        Literal["sft", "dpo", "orpo", "cpo", "simpo", "kto", "reward", "distill", "grpo", "rloo", "online_dpo", "ppo"],
         CHOOSES_SECTION,
         "the training method; `sft`: supervised fine-tuning; `dpo`, `orpo`, `cpo` and `simpo`: learning from pairs of "
         "answers; `kto`: learning from answers labelled good or bad; `reward`: a reward model; `distill`: "
-        "learning the distributions of a larger model; `grpo`, `rloo` and `online_dpo`: learning from rewards of "
-        "answers that the model samples; see [preferences](preferences.md), "
+        "learning the distributions of a larger model; `grpo`, `rloo`, `online_dpo` and `ppo`: learning from rewards "
+        "of answers that the model samples; see [preferences](preferences.md), "
         "[reward models](reward_models.md), [distillation](distillation.md) and [rewards](rewards.md)",
     ] = "sft"
     sft: SFTConfig = field(default_factory=SFTConfig)
@@ -141,6 +141,7 @@ class MethodConfig(Section):
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
     rloo: RLOOConfig = field(default_factory=RLOOConfig)
     online_dpo: OnlineDPOConfig = field(default_factory=OnlineDPOConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
 
     @property
     def chosen(self) -> MethodSection:

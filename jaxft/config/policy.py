@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from jaxft.config.fields import ABOVE_ZERO, NOT_NEGATIVE, Range
+from jaxft.config.fields import ABOVE_ZERO, NOT_NEGATIVE, ZERO_TO_ONE, Range, ReadBy
 from jaxft.config.method_section import MethodSection
 from jaxft.errors import ConfigError
 
@@ -16,6 +16,60 @@ class OnlineSection(MethodSection):
 
     HELD_OUT_METRICS = ("eval_reward",)
     ROWS = "prompts"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig(OnlineSection):
+    """Proximal policy optimization: a critic, trained beside the model, says how good each token was."""
+
+    gamma: Annotated[float, ZERO_TO_ONE, "discount of a reward for each token until it comes"] = 1.0
+    lam: Annotated[
+        float,
+        ZERO_TO_ONE,
+        "weight of longer estimates of an advantage (arXiv:1506.02438). 1: the rewards that came, less the predicted "
+        "value; 0: the next predicted value stands for all later rewards",
+    ] = 0.95
+    epsilon: Annotated[float, ABOVE_ZERO, "how far from 1 the ratio of the policies of a token is clipped"] = 0.2
+    vf_coef: Annotated[float, NOT_NEGATIVE, "factor of the critic's loss"] = 0.1
+    cliprange_value: Annotated[
+        float | None,
+        ABOVE_ZERO,
+        "how far a prediction of the critic may move from that of the rollout before its loss is clipped; None: no "
+        "limit",
+    ] = 0.2
+    kl_coef: Annotated[
+        float,
+        NOT_NEGATIVE,
+        "coefficient of the KL divergence from the reference, the model at the start, which is taken from the reward "
+        "of each token; 0: no reference",
+    ] = 0.05
+    kl_estimator: Annotated[
+        Literal["k1", "k3"],
+        "estimator of the divergence at a token, with r = reference - policy. `k1`: -r; `k3`: exp(r) - r - 1 "
+        "(http://joschu.net/blog/kl-approx.html)",
+    ] = "k1"
+    kl_target: Annotated[
+        float | None,
+        ABOVE_ZERO,
+        "divergence of an answer, in nats, that `kl_coef` is adapted to after each rollout (arXiv:1909.08593, section "
+        "2.2); None: `kl_coef` stays as it is",
+    ] = None
+    kl_horizon: Annotated[
+        int,
+        ABOVE_ZERO,
+        ReadBy("method.ppo.kl_target", because="Otherwise the coefficient is not adapted."),
+        "answers in which `kl_coef` changes by its own size, were the error 1; errors count up to 0.2",
+    ] = 10_000
+    whiten_rewards: Annotated[
+        bool, "divide the rewards of tokens by their deviation in the rollout; advantages are always whitened"
+    ] = False
+
+    def check(self) -> None:
+        if self.kl_target is not None and not self.kl_coef:
+            raise ConfigError(
+                f"method.ppo.kl_target={self.kl_target} adapts method.ppo.kl_coef by factors, and 0 stays 0: set "
+                "kl_coef above 0, or kl_target to None"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

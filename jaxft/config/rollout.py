@@ -16,7 +16,10 @@ class RolloutConfig(Section):
     """How answers to the training prompts are sampled from the model that is trained."""
 
     num_generations: Annotated[
-        int, Range(lambda value: value >= 2, "at least 2"), ONLINE, "answers to each prompt: a group"
+        int,
+        ABOVE_ZERO,
+        ONLINE,
+        "answers to each prompt: a group; at least 2, except for `ppo`, which compares no answers",
     ] = 8
     max_completion_length: Annotated[
         int,

@@ -63,8 +63,11 @@ def cut_of(config: RunConfig, axes: Mapping[str, int], *, kernel: bool) -> Cut:
     )
 
 
-def memory_of(config: RunConfig, sizes: ModelSizes, cut: Cut, arguments: int) -> Memory:
-    """Memory of one device. arguments: bytes of its part of the state and the batch, which are known exactly."""
+def memory_of(config: RunConfig, sizes: ModelSizes, cut: Cut, arguments: int, *, passes: int = 1) -> Memory:
+    """Memory of one device. arguments: bytes of its part of the state and the batch, which are known exactly.
+
+    passes: of the model, whose results are kept for gradients: 2 if a critic is trained beside the policy.
+    """
     whole = config.adapter.kind == "none"
     compute = BYTES[config.model.dtype]
     residual = cut.tokens * sizes.width * compute // cut.tensor
@@ -86,8 +89,8 @@ def memory_of(config: RunConfig, sizes: ModelSizes, cut: Cut, arguments: int) ->
     # Forward results of one layer and their gradients.
     layer_work = 2 * outputs // max(1, sizes.layers) + 6 * residual
     logits = 3 * min(CHUNK_BYTES["accelerator"], cut.tokens * sizes.vocab * 4 // cut.tensor)
-    temporaries = kept + gradients + gathered + layer_work + logits + _row_work(sizes, cut, compute)
-    host = sizes.layers * residual if config.model.remat == "offload" else 0
+    temporaries = passes * kept + gradients + gathered + layer_work + logits + _row_work(sizes, cut, compute)
+    host = passes * sizes.layers * residual if config.model.remat == "offload" else 0
     return Memory(arguments=arguments, outputs=0, aliased=0, temporaries=temporaries, code=2**24, host=host)
 
 

@@ -15,7 +15,7 @@ from jaxft.methods.parts.charts import Chart
 from jaxft.methods.teacher.frozen import FrozenModel
 from jaxft.nn.decoder import Decoder
 from jaxft.nn.score import Head
-from jaxft.objectives.loss import BatchSums, Loss, MethodState
+from jaxft.objectives.loss import BatchSums, Loss, MethodState, NextSaved
 from jaxft.rollouts.environments.environments import Environments
 from jaxft.rollouts.reward_functions import RewardFunctions
 from jaxft.sharding.mesh import MeshPlan
@@ -84,11 +84,13 @@ class Method:
     shapes, and the loss finds it as `MethodState.rebuilt`, a `FrozenArrays`.
     batch_sums(config, model): sums over the whole batch that the loss of every micro-batch needs; None if it needs
     none. model: abstract.
+    next_saved(config): how `MethodState.saved` goes on after each optimizer step; None if it stays as it is.
     loss(config, model): the loss; evaluated with key=None, it is the held-out loss. model: abstract.
     evaluator(run, graphdef): `state -> held-out metrics`; None if no rows are held out.
     loss_unit: what the loss is a mean of, for people. charts: the method's own charts in a run's report.
     head: what the trained model ends in: an LM head, or a score head in its place.
     evaluates_start: whether a run is evaluated before its first step too, so that its report shows what changed.
+    critic: whether a critic with adapters of its own is trained beside the model (`jaxft.adapters.critic`).
     skips_empty: whether a batch without a trained token skips the update, see `make_train_step`; otherwise it is an
     error.
     reference_passes(config): forward passes in each training step beside the training pass, such as those of a frozen
@@ -118,6 +120,8 @@ class Method:
     environments: Callable[[RunConfig, Prepared, Tokenizer], AbstractContextManager[Environments | None]] = (
         lambda config, data, tokenizer: nullcontext()
     )
+    next_saved: Callable[[RunConfig], NextSaved | None] = lambda config: None
+    critic: bool = False
     skips_empty: bool = False
     evaluates_start: bool = False
 

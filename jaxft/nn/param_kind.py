@@ -8,6 +8,8 @@ from dataclasses import dataclass
 VECTORS = ("scale", "bias")  # by the last part of their path, regardless of the axes that stacking adds
 VIRTUAL = frozenset({"prompt", "prefix"})
 ADAPTER = VIRTUAL | {"adapter", "shared"}
+# A critic's adapters have the paths of the layers that they are for, behind the slot that holds the critic.
+CRITIC = "value/"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +48,7 @@ def kind_of(path: str, dimensions: int) -> ParamKind:
     """The kind of the parameter at `path`, such as `layers/0/self_attn/q_proj/kernel`. dimensions: number of axes of
     its array.
     """
-    parts = path.split("/")
+    parts = path.removeprefix(CRITIC).split("/")
     stacked = parts[0] == "layers"
     return ParamKind(
         stacked=stacked,

@@ -81,6 +81,9 @@ Loss = Callable[[Decoder, Any, jax.Array | None, MethodState | None], LossSums]
 # some losses need an estimate over the whole batch. No gradient passes through it.
 BatchSums = Callable[[Decoder, Any, MethodState | None], Any]
 
+# (saved, step, batch) -> `MethodState.saved` after optimizer step number `step`, int32 from 0, on that batch.
+NextSaved = Callable[[Any, jax.Array, Any], Any]
+
 
 def with_batch_sums(state: MethodState | None, sums: Any) -> MethodState | None:
     """The method's arrays with the sums over the whole batch; unchanged if `sums` is None."""

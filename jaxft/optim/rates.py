@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxft.nn.param_kind import kind_of
+from jaxft.nn.param_kind import CRITIC, kind_of
 from jaxft.optim.by_path import by_path
 
 EMBEDDINGS = ("embed_tokens/", "prompt/")
@@ -27,6 +27,8 @@ def scale_by_parameter(
     """
 
     def factor(path: str, x: jax.Array) -> Factor:
+        # A critic's adapters are at the depth of the layers that they are for.
+        path = path.removeprefix(CRITIC)
         out: Factor = 1.0
         if loraplus_lr_ratio is not None and (path.endswith("lora_b") or _is_vector(path, x)):
             out = loraplus_lr_ratio

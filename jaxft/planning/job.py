@@ -226,7 +226,9 @@ def estimate_step(step: ShardedStep) -> StepCosts:
     cut = analytic.cut_of(step.config, step.mesh.axes, kernel=step.topology.chip.maker == "tpu")
     arguments = step.parts().total
     return StepCosts(
-        memory=analytic.memory_of(step.config, step.sizes, cut, arguments),
+        memory=analytic.memory_of(
+            step.config, step.sizes, cut, arguments, passes=2 if method_of(step.config).critic else 1
+        ),
         costs=analytic.costs_of(step.config, step.sizes, cut, arguments, step.model_flops, references=step.references),
     )
 

@@ -62,11 +62,17 @@ class Judged:
             seconds=self.seconds + others.seconds,
         )
 
-    def metrics(self) -> dict[str, float]:
-        """What is logged of the rewards, under TRL's names; nothing if there are none."""
+    def metrics(self, *, compared: bool = True) -> dict[str, float]:
+        """What is logged of the rewards, under TRL's names; nothing if there are none.
+
+        compared: whether rewards are compared within groups, so that groups without a difference are counted.
+        """
         if not self.by_function:
             return {}
-        return reward_metrics(self.rewards, self.groups) | self.function_metrics | {"reward_seconds": self.seconds}
+        of_rewards = reward_metrics(self.rewards, self.groups)
+        if not compared:
+            of_rewards = {name: x for name, x in of_rewards.items() if name != "frac_reward_zero_std"}
+        return of_rewards | self.function_metrics | {"reward_seconds": self.seconds}
 
 
 def judge(rollouts: Sequence[Rollout], functions: RewardFunctions | None) -> Judged:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from jaxft.adapters.critic import without_critic
 from jaxft.data.prompts import Prompt
 from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import DataError
@@ -54,7 +55,7 @@ class Sampler:
         rows = [prompt for prompt in prompts for _ in range(self.group)]
         first = first_group * self.group
         done = generate_tokens(
-            model,
+            without_critic(model),
             # Virtual tokens, which prompts begin with, are put there by the generation.
             [prompt.tokens[model.virtual_tokens :].tolist() for prompt in prompts],
             sampling=sampling,

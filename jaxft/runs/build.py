@@ -11,6 +11,7 @@ import optax
 from flax import nnx
 
 from jaxft import models
+from jaxft.adapters.critic import attach_critic
 from jaxft.adapters.lora import eva
 from jaxft.adapters.make import attach_adapter
 from jaxft.adapters.prompt import initialize_prompt
@@ -58,7 +59,7 @@ def build_model(config: RunConfig, mesh: MeshPlan | None = None, *, random_base:
             f"model.path {model.path} is a PEFT folder. To train it further, merge it first: "
             f"jaxft export --model={model.path} --format=merged --to=NEW_FOLDER"
         )
-    attach_adapter(loaded.module, config.adapter, config.seed)
+    _attach(loaded.module, config)
     start = config.adapter.init_lora_weights
     if start.startswith("loftq"):
         source = open_weights(resolve(path, model.revision))[1]
@@ -92,7 +93,7 @@ def abstract_of(hf_config: Any, config: RunConfig) -> Any:
 
     def make() -> Any:
         model = models.random_model(family, seed=0, **_types(config))
-        attach_adapter(model, config.adapter, config.seed)
+        _attach(model, config)
         return model
 
     model = nnx.eval_shape(make)
@@ -100,6 +101,13 @@ def abstract_of(hf_config: Any, config: RunConfig) -> Any:
     if config.adapter.by_data:
         eva.check(model, config.adapter.init_lora_weights)
     return model
+
+
+def _attach(model: Decoder, config: RunConfig) -> None:
+    """Attaches fresh adapters, and the critic if the method trains one."""
+    attach_adapter(model, config.adapter, config.seed)
+    if method_of(config).critic and config.adapter.kind != "none":
+        attach_critic(model, config.adapter, config.seed)
 
 
 def _with_head(hf_config: Any, config: RunConfig) -> Any:
@@ -162,6 +170,7 @@ def make_step(
         gradient_dtype=jnp.dtype(config.train.gradient_dtype or config.model.dtype),
         batch_sums=method.batch_sums(config, model),
         skips_empty=method.skips_empty,
+        next_saved=method.next_saved(config),
     )
 
 

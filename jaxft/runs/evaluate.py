@@ -68,6 +68,8 @@ def evaluate(model: LoadedModel, tokenizer: Tokenizer, config: RunConfig) -> dic
 def _method_state(config: RunConfig, method: Method) -> MethodState | None:
     """The method's arrays, made from the base model of the config, whichever model is evaluated."""
     trainable = divide(abstract_model(config))[1]
-    if jax.eval_shape(partial(method.initial_state, config), trainable) is None:
+    shapes = jax.eval_shape(partial(method.initial_state, config), trainable)
+    # Numbers that training adapts are not read by an evaluation.
+    if shapes is None or shapes.rebuilt is None:
         return None
     return method.initial_state(config, divide(build_model(config).module)[1])

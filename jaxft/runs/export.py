@@ -11,6 +11,7 @@ from flax import nnx
 from rich.console import Console
 
 from jaxft.adapters.attach import StartParam, adapters, virtual_modules
+from jaxft.adapters.critic import drop_critic
 from jaxft.checkpoint import hf, peft
 from jaxft.checkpoint.load import LoadedModel, load_model
 from jaxft.checkpoint.resume import RunCheckpoints
@@ -89,7 +90,7 @@ def export(
 
 
 def load_trained(source: str, step: int | None = None, *, quantized: bool = True) -> LoadedModel:
-    """Loads a model of any kind; of a run folder, the evaluated weights of a checkpoint.
+    """Loads a model of any kind; of a run folder, the evaluated weights of a checkpoint, without a critic.
 
     step: of a run folder, the newest if None. quantized: False puts a run's adapter on its base in the base's original
     precision. Raises ConfigError for a step of anything but a run folder, and for a run without a checkpoint.
@@ -110,6 +111,7 @@ def load_trained(source: str, step: int | None = None, *, quantized: bool = True
             raise ConfigError(f"{source} has no whole checkpoint yet")
         weights = saved.evaluated_weights(trainable, use_average=config.train.use_ema)
         nnx.update(loaded.module, weights, saved.read_parts({"start": start})["start"])
+    drop_critic(loaded.module)
     return loaded
 
 

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from jaxft.adapters import make as adapters
 from jaxft.adapters.attach import detach
+from jaxft.adapters.critic import drop_critic
 from jaxft.adapters.lora import eva
 from jaxft.checkpoint.load import LoadedModel
 from jaxft.checkpoint.resume import RunCheckpoints
@@ -205,6 +206,8 @@ def _fit(run: Run, loaded: LoadedModel, console: Console) -> dict[str, float]:
             if start < run.total_steps:
                 state, held_out = fit(state, hooks, cadence, log, start=start, progress=progress)
     nnx.update(loaded.module, evaluated_weights(config, state), state.frozen)
+    # It was needed for training alone, and is in the checkpoints.
+    drop_critic(loaded.module)
     return held_out
 
 

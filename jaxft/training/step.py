@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from jaxft.nn.decoder import Decoder
 from jaxft.nn.param_kind import kind_of
-from jaxft.objectives.loss import BatchSums, Loss, LossSums, MethodState, added, with_batch_sums
+from jaxft.objectives.loss import BatchSums, Loss, LossSums, MethodState, NextSaved, added, with_batch_sums
 from jaxft.training.state import TrainState
 from jaxft.trees import path_str
 
@@ -31,6 +31,7 @@ def make_train_step(
     gradient_dtype: DTypeLike = jnp.float32,
     batch_sums: BatchSums | None = None,
     skips_empty: bool = False,
+    next_saved: NextSaved | None = None,
 ) -> Step:
     """`train_step(state, batch) -> (state, metrics)`, to be jitted by the caller.
 
@@ -41,6 +42,7 @@ def make_train_step(
     batch_sums: sums over the whole batch that the loss of each micro-batch needs (`BatchSums`).
     skips_empty: whether a batch without a trained token leaves parameters and optimizer as they are (`_unless`), and
     the metric skipped_updates is then 1, otherwise 0. Without it, the loss of such a batch is not a number.
+    next_saved: what becomes of the method's saved numbers after the step, also if its update is skipped.
     batch: a pytree of [B, ...] arrays, B a multiple of accumulation_steps. The gradient is that of
     (sum of losses) / (sum of weights) over the whole batch, however it is cut into micro-batches.
     metrics, float32 scalars: loss, grad_norm (before clipping), learning_rate, num_tokens and trained_tokens of this
@@ -74,7 +76,10 @@ def make_train_step(
             **means,
         }
         trainable = optax.apply_updates(state.trainable, updates)
-        after = state._replace(step=state.step + 1, trainable=trainable, opt_state=opt_state)
+        method = state.method
+        if next_saved is not None and method is not None:
+            method = method._replace(saved=next_saved(method.saved, state.step, batch))
+        after = state._replace(step=state.step + 1, trainable=trainable, opt_state=opt_state, method=method)
         if not skips_empty:
             return after, metrics
         return _unless(empty, after, state), metrics | {"skipped_updates": empty.astype(jnp.float32)}

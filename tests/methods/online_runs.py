@@ -23,6 +23,9 @@ def odd(completion_ids, **_):
 def alike(completions):
     return [0.5] * len(completions)
 
+def nothing(completions):
+    return [None] * len(completions)
+
 def some(prompts, completion_ids, reference):
     """Nothing for prompts that end in 1, and the same for all answers to those that end in 2."""
     own = [len(set(ids)) / len(ids) for ids in completion_ids]

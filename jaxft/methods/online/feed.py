@@ -60,12 +60,15 @@ class RolloutFeed:
         make_updates: MakeUpdates,
         *,
         answers_of_sequence: int = 1,
+        compares: bool = True,
     ) -> None:
-        """answers_of_sequence: so many prompts and answers must fit into a sequence of `data.max_length`."""
+        """answers_of_sequence: so many prompts and answers must fit into a sequence of `data.max_length`. compares:
+        whether the method learns from how the rewards of a group differ.
+        """
         if not isinstance(run.source, PromptOrder):
             raise TypeError(f"rollouts answer the prompts of a PromptOrder, not of a {type(run.source).__name__}")
         self._run, self._graphdef, self._make_updates = run, graphdef, make_updates
-        self._order = run.source
+        self._order, self._compares = run.source, compares
         self._sampler = sampler_of(run, answers_of_sequence=answers_of_sequence)
         self._passes = Passes(run, graphdef)
         self._current: int | None = None
@@ -100,7 +103,7 @@ class RolloutFeed:
         tokens = sum(int(one.sampled.sum()) for one in judged.rollouts)
         self._metrics = {
             **completion_metrics(judged.rollouts),
-            **judged.metrics(),
+            **judged.metrics(compared=self._compares),
             **({"rollout/redrawn_groups": float(redrawn)} if self._run.config.rollout.max_redraws else {}),
             **updates.metrics,
             "padding_share": 1 - filled / rows,

@@ -1,4 +1,4 @@
-"""Forward passes over sampled answers that an update needs before its loss: of the policy and of its reference."""
+"""Forward passes over sampled answers that an update needs before its loss: of policy, reference and critic."""
 
 # B rows, S sequence
 
@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from jaxft.adapters.critic import critic_values
 from jaxft.data.batch import Batch
 from jaxft.methods.method import Run
 from jaxft.methods.parts.reference import reference_model
@@ -37,7 +38,15 @@ class Passes:
         ) -> jax.Array:
             return logps(reference_model(nnx.merge(graphdef, trainable, frozen), method), batch)
 
-        self._policy, self._reference = (jax.jit(run.mesh.bind(one)) for one in (policy, reference))
+        def values(
+            trainable: nnx.State, frozen: nnx.State, method: MethodState | None, batch: Batch[jax.Array]
+        ) -> jax.Array:
+            model = nnx.merge(graphdef, trainable, frozen)
+            return critic_values(model, batch.tokens_BS, batch.positions_BS, batch.segments_BS)
+
+        self._policy, self._reference, self._values = (
+            jax.jit(run.mesh.bind(one)) for one in (policy, reference, values)
+        )
 
     def policy_logps(self, state: TrainState, batch: Batch[np.ndarray]) -> np.ndarray:
         """The log-probability of every trained token under the weights of a state, in nats, [B, S] float32."""
@@ -47,14 +56,18 @@ class Passes:
         """The same under the reference, the model at the start of the run."""
         return self._by_rows(self._reference, state, batch)
 
-    def _by_rows(self, logps: Callable[..., jax.Array], state: TrainState, batch: Batch[np.ndarray]) -> np.ndarray:
+    def values(self, state: TrainState, batch: Batch[np.ndarray]) -> np.ndarray:
+        """What the critic predicts at every position, [B, S] float32."""
+        return self._by_rows(self._values, state, batch)
+
+    def _by_rows(self, compute: Callable[..., jax.Array], state: TrainState, batch: Batch[np.ndarray]) -> np.ndarray:
         rows = len(batch.tokens_BS)
         count = rows // self._run.config.train.accumulation_steps
         parts = []
         for start in range(0, rows, count):
             part = rows_of(batch, slice(start, start + count))
             device = from_rows(partial(rows_of, part), count, self._run.mesh.batch_sharding())
-            parts.append(to_host(logps(state.trainable, state.frozen, state.method, device)))
+            parts.append(to_host(compute(state.trainable, state.frozen, state.method, device)))
         return np.concatenate(parts)
 
 

@@ -48,9 +48,17 @@ def source(config: RunConfig, data: Prepared, tokenizer: Tokenizer) -> PromptOrd
     )
 
 
-def check_online(config: RunConfig, model: Decoder) -> None:
-    """Raises ConfigError for settings under which answers could not be sampled, judged or resumed."""
+def check_online(config: RunConfig, model: Decoder, *, compares: bool = True) -> None:
+    """Raises ConfigError for settings under which answers could not be sampled, judged or resumed.
+
+    compares: whether the method learns from how the answers of a group differ, so that it needs at least two.
+    """
     rollout, name = config.rollout, config.method.name
+    if compares and rollout.num_generations < 2:
+        raise ConfigError(
+            f"rollout.num_generations={rollout.num_generations} must be at least 2: method.name={name!r} learns from "
+            "how the answers to a prompt differ"
+        )
     if config.rewards.functions is None and rollout.environment is None:
         raise ConfigError(
             f"method.name={name!r} learns from rewards, but rewards.functions is None: give functions such as "

@@ -55,3 +55,18 @@ REWARD_CHARTS = (
     ),
     Chart(title="Seconds of a rollout and of its rewards", metrics=("rollout_seconds", "reward_seconds")),
 )
+# Of PPO.
+PPO_CHARTS = (
+    REWARD_CHARTS[0],
+    Chart(title="Score of answers, and with the divergence", metrics=("objective/scores", "objective/rlhf_reward")),
+    *REWARD_CHARTS[2:5],
+    Chart(title="KL divergence from the reference, nats an answer", metrics=("objective/kl",)),
+    Chart(title="Coefficient of the divergence", metrics=("objective/kl_coef",)),
+    Chart(title="Losses of policy and critic", metrics=("loss/policy_avg", "loss/value_avg")),
+    Chart(
+        title="Share of tokens at which policy or critic are clipped",
+        metrics=("policy/clipfrac_avg", "val/clipfrac_avg"),
+    ),
+    Chart(title="Ratio of the policy to that which sampled", metrics=("val/ratio",)),
+    *REWARD_CHARTS[7:],
+)

@@ -55,19 +55,20 @@ def check_reference(config: RunConfig) -> None:
     if is_cached(config):
         return
     cached = f"method.{config.method.name}.reference='cached'"
+    has_cache = isinstance(config.method.chosen, ReferenceSection)
     if adapter.kind != "none" and adapter.saved:
         raise ConfigError(
             f"{method} takes the model without its adapter as the reference, but adapter.modules_to_save="
             f"{adapter.modules_to_save!r} trains modules of the base itself, which cannot be switched off. Set it to "
-            "None, or train all weights (adapter.kind='none'), which keeps a copy as the reference. Or set "
-            f"{cached}, which computes the reference before the first step."
+            "None, or train all weights (adapter.kind='none'), which keeps a copy as the reference."
+            + (f" Or set {cached}, which computes the reference before the first step." if has_cache else "")
         )
     if adapter.kind == "lora" and adapter.init_lora_weights.startswith("loftq"):
         raise ConfigError(
             f"adapter.init_lora_weights={adapter.init_lora_weights!r} starts from an adapter that corrects the "
             "quantised base. Without it the base is not the model that training starts from, so it cannot be the "
-            f"reference of {method}. Set it to 'default'. Or set {cached}: its reference is the model at the start, "
-            "with this adapter."
+            f"reference of {method}. Set it to 'default'."
+            + (f" Or set {cached}: its reference is the model at the start, with this adapter." if has_cache else "")
         )
 
 

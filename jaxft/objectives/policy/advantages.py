@@ -91,14 +91,24 @@ def reward_metrics(rewards: np.ndarray, groups: np.ndarray) -> dict[str, float]:
     return {"reward": float(scored.mean()), "reward_std": _deviation(scored)} | shares
 
 
-def token_rewards(score: float, log_ratios: np.ndarray, kl_coef: float) -> np.ndarray:
-    """The reward of each token of an answer, [t]: -kl_coef times its log-ratio, and the score on the last token.
+def token_divergences(log_ratios: np.ndarray, estimator: Literal["k1", "k3"]) -> np.ndarray:
+    """An estimate of KL(policy, reference) at each sampled token in nats, [t] float64.
 
-    log_ratios: policy less reference in nats, [t]. Raises ValueError if the answer has no token or no score.
+    log_ratios: policy less reference, [t]. `k1` is the log-ratio itself; `k3` is exp(r) - r - 1 with r its negative,
+    which is never negative (http://joschu.net/blog/kl-approx.html).
     """
-    if not len(log_ratios) or not np.isfinite(score):
-        raise ValueError(f"an answer of {len(log_ratios)} tokens with score {score} has no rewards: leave it out")
-    rewards = -kl_coef * np.asarray(log_ratios, np.float64)
+    log_ratios = np.asarray(log_ratios, np.float64)
+    return log_ratios if estimator == "k1" else np.expm1(-log_ratios) + log_ratios
+
+
+def token_rewards(score: float, divergences: np.ndarray, kl_coef: float) -> np.ndarray:
+    """The reward of each token of an answer, [t]: -kl_coef times its divergence, and the score on the last token.
+
+    divergences: `token_divergences`, [t]. Raises ValueError if the answer has no token or no score.
+    """
+    if not len(divergences) or not np.isfinite(score):
+        raise ValueError(f"an answer of {len(divergences)} tokens with score {score} has no rewards: leave it out")
+    rewards = -kl_coef * np.asarray(divergences, np.float64)
     rewards[-1] += score
     return rewards
 
