@@ -14,6 +14,7 @@ from flax import nnx
 from jaxft.adapters.attach import AdapterParam, adapters, detach, set_adapter, slots
 from jaxft.adapters.make import attach_adapter
 from jaxft.config import AdapterConfig
+from jaxft.data.batch import Batch
 from jaxft.errors import ModelError
 from jaxft.nn.adapter import LayerAdapter
 from jaxft.nn.decoder import Decoder
@@ -70,7 +71,7 @@ def attach_critic(model: Decoder, config: AdapterConfig, seed: int) -> None:
     model.value = Critic(own, model.config.hidden_size)
 
 
-def critic_values(model: Decoder, tokens_BS: jax.Array, positions_BS: jax.Array, segments_BS: jax.Array) -> jax.Array:
+def critic_values(model: Decoder, batch: Batch[jax.Array]) -> jax.Array:
     """What the critic predicts at every position: the return from the next token on, [B, S] float32.
 
     The model runs with the critic's adapters in the place of its own. Raises ModelError if it has no critic.
@@ -85,7 +86,7 @@ def critic_values(model: Decoder, tokens_BS: jax.Array, positions_BS: jax.Array,
             set_adapter(layer, own[path])
         else:
             layer.adapter = nnx.data(None)
-    hidden_BSD, _ = copy(tokens_BS, positions_BS, segments_BS)
+    hidden_BSD, _ = copy(batch.tokens_BS, batch.positions_BS, batch.segments_BS, whole=batch.whole)
     return copy.value(hidden_BSD)
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxft.adapters.critic import critic_values
 from jaxft.config import RunConfig
 from jaxft.data.batch import Batch
 from jaxft.data.prompts import prepare_prompts
@@ -171,7 +172,14 @@ def loss(config: RunConfig, model: Decoder) -> Loss:
 
     def ppo(model: Decoder, batch: Batch[jax.Array], key: jax.Array | None, state: MethodState | None) -> LossSums:
         return ppo_loss(
-            model, batch, key, settings, vf_coef=own.vf_coef, cliprange_value=own.cliprange_value, router=router
+            model,
+            critic_values(model, batch),
+            batch,
+            key,
+            settings,
+            vf_coef=own.vf_coef,
+            cliprange_value=own.cliprange_value,
+            router=router,
         )
 
     return ppo
@@ -209,4 +217,5 @@ METHOD = Method(
     rewards=online.rewards,
     critic=True,
     skips_empty=True,
+    evaluates_start=True,
 )

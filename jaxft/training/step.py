@@ -66,19 +66,15 @@ def make_train_step(
             sums = sums._replace(weight=sums.weight + (sums.weight == 0))
         grads = jax.tree.map(lambda g: g.astype(jnp.float32) / sums.weight, grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
-        means = sums.means()
         metrics = {
-            "loss": means.pop("loss"),
             "grad_norm": optax.global_norm(grads),
             "learning_rate": jnp.float32(schedule(state.step)),
             "num_tokens": sums.tokens,
             "trained_tokens": sums.trained_tokens,
-            **means,
+            **sums.means(),
         }
         trainable = optax.apply_updates(state.trainable, updates)
-        method = state.method
-        if next_saved is not None and method is not None:
-            method = method._replace(saved=next_saved(method.saved, state.step, batch))
+        method = _with_next_saved(state, batch, next_saved)
         after = state._replace(step=state.step + 1, trainable=trainable, opt_state=opt_state, method=method)
         if not skips_empty:
             return after, metrics
@@ -154,6 +150,13 @@ def _unless(skipped: jax.Array, after: TrainState, before: TrainState) -> TrainS
     trainable = jax.tree.map(chosen, after.trainable, before.trainable)
     opt_state = jax.tree.map(chosen, after.opt_state, before.opt_state, is_leaf=is_schedule)
     return after._replace(trainable=trainable, opt_state=opt_state)
+
+
+def _with_next_saved(state: TrainState, batch: Any, next_saved: NextSaved | None) -> MethodState | None:
+    """The method's arrays after a step."""
+    if next_saved is None or state.method is None:
+        return state.method
+    return state.method._replace(saved=next_saved(state.method.saved, state.step, batch))
 
 
 def _with_batch_sums(state: TrainState, sums: Any) -> TrainState:

@@ -11,6 +11,7 @@ from jaxft.adapters.attach import adapters
 from jaxft.adapters.critic import attach_critic, critic_values, drop_critic, without_critic
 from jaxft.adapters.make import attach_adapter
 from jaxft.config import AdapterConfig
+from jaxft.data.batch import Batch
 from jaxft.errors import ModelError
 from jaxft.nn.param_kind import kind_of
 from jaxft.nn.stack import group_layers
@@ -30,7 +31,7 @@ KINDS = {
 
 
 def values_of(model):
-    return critic_values(model, TOKENS, POSITIONS, SEGMENTS)
+    return critic_values(model, Batch(TOKENS, TOKENS, SEGMENTS, POSITIONS, SEGMENTS))
 
 
 @pytest.fixture(scope="module")

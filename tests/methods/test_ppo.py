@@ -1,4 +1,4 @@
-"""PPO as whole runs: it learns, resumes bit for bit, credits tokens as its sources say, and exports the policy alone."""
+"""PPO as whole runs: it learns, resumes bit for bit, credits tokens as published, and exports the policy alone."""
 
 import json
 import shutil
@@ -35,7 +35,10 @@ REUSED = {
 def test_a_run_learns_resumes_bit_for_bit_and_exports_the_policy_alone(tmp_path):
     config = online_config(
         "ppo", tmp_path, tmp_path / "run",
-        **{"method.ppo.kl_target": 6.0, "method.ppo.kl_horizon": 100, "rollout.num_generations": 1, "method.ppo.lam": 1.0},
+        **{
+            "method.ppo.kl_target": 6.0, "method.ppo.kl_horizon": 100, "method.ppo.lam": 1.0,
+            "rollout.num_generations": 1,
+        },
     )  # fmt: skip
     lines, summary = train_lose_the_end_and_resume(config, tmp_path / "run")
     first = lines[0]
@@ -82,7 +85,7 @@ def rollout(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ppo")
     config = online_config(
         "ppo", folder, folder / "run", "some",
-        **SGD, **{"train.batch_size": 12, "method.ppo.kl_coef": 0.3, "method.ppo.lam": 0.8, "method.ppo.gamma": 0.9},
+        **SGD, **{"train.batch_size": 12, "method.ppo.kl_coef": 0.3, "method.ppo.lam": 0.8, "method.ppo.gamma": 0.9, "rollout.share_prompts": False},
     )  # fmt: skip
     with started(config, folder) as (run, graphdef, state, step):
         state = state._replace(trainable=moved(state.trainable))
@@ -107,7 +110,7 @@ def spans(batch):
 
 def test_tokens_are_credited_as_the_recursion_says(rollout):
     """Against loops over the tokens as in arXiv:1506.02438 and the formulas of TRL's trainer, within 1e-5."""
-    run, _, state, _, passes, judged, updates = rollout
+    _, _, state, _, passes, judged, updates = rollout
     (batch,) = updates.batches
     sampled = {"old": passes.policy_logps(state, batch), "reference": passes.reference_logps(state, batch)}
     values_BS, found = passes.values(state, batch), spans(batch)
@@ -153,7 +156,7 @@ def test_the_loss_and_its_gradient_are_those_of_torch(rollout):
 
     def outputs(trainable):
         model = nnx.merge(graphdef, trainable, state.frozen)
-        values = critic_values(model, batch.tokens_BS, batch.positions_BS, batch.segments_BS)
+        values = critic_values(model, batch)
         return policy_logps(model, batch), values
 
     (value, means), gradient = jax.jit(jax.value_and_grad(ours, has_aux=True))(later)
@@ -185,9 +188,10 @@ def test_the_loss_and_its_gradient_are_those_of_torch(rollout):
     [
         ({"train.accumulation_steps": 4}, None),
         ({"data.packing": False}, None),
+        ({"rollout.share_prompts": False}, None),
         ({}, {"data": 2, "fsdp": 2, "tensor": 2}),
     ],
-    ids=["accumulation", "unpacked", "devices"],
+    ids=["accumulation", "unpacked", "prompts", "devices"],
 )
 def test_how_a_batch_is_cut_changes_nothing(tmp_path, changes, sizes):
     outcomes = []

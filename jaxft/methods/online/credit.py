@@ -75,16 +75,16 @@ def credit_of(
         metrics["objective/scores"] = float(judged.rewards[scored].mean())
         metrics["objective/rlhf_reward"] = float((judged.rewards + penalties)[scored].mean())
     return Credit(
-        trained=_placed(rollouts, scored, [np.ones(len(one)) for one in advantages]),
-        advantages=_placed(rollouts, scored, advantages),
-        returns=_placed(rollouts, scored, [one.returns for one in estimates]),
+        trained=_over_tokens(rollouts, scored, [np.ones(len(one)) for one in advantages]),
+        advantages=_over_tokens(rollouts, scored, advantages),
+        returns=_over_tokens(rollouts, scored, [one.returns for one in estimates]),
         means=means,
         divergence=divergence,
         metrics=metrics,
     )
 
 
-def _placed(rollouts: Sequence[Rollout], chosen: Sequence[int], values: Sequence[np.ndarray]) -> list[np.ndarray]:
+def _over_tokens(rollouts: Sequence[Rollout], chosen: Sequence[int], values: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Values of the sampled tokens of some answers, as arrays over all tokens of every answer; 0 elsewhere."""
     out = [np.zeros(len(one.tokens)) for one in rollouts]
     for index, own in zip(chosen, values, strict=True):

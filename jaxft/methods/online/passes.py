@@ -42,7 +42,7 @@ class Passes:
             trainable: nnx.State, frozen: nnx.State, method: MethodState | None, batch: Batch[jax.Array]
         ) -> jax.Array:
             model = nnx.merge(graphdef, trainable, frozen)
-            return critic_values(model, batch.tokens_BS, batch.positions_BS, batch.segments_BS)
+            return critic_values(model, batch)
 
         self._policy, self._reference, self._values = (
             jax.jit(run.mesh.bind(one)) for one in (policy, reference, values)

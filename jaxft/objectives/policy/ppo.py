@@ -5,7 +5,6 @@
 import jax
 import jax.numpy as jnp
 
-from jaxft.adapters.critic import critic_values
 from jaxft.data.batch import Batch
 from jaxft.nn.decoder import Decoder
 from jaxft.objectives.documents import target_statistics
@@ -18,6 +17,7 @@ from jaxft.objectives.router import RouterCoefficients, hidden_and_routing, with
 
 def ppo_loss(
     model: Decoder,
+    values_BS: jax.Array,
     batch: Batch[jax.Array],
     key: jax.Array | None,
     settings: PolicySettings,
@@ -28,9 +28,10 @@ def ppo_loss(
 ) -> LossSums:
     """The clipped surrogate of every sampled token plus vf_coef times the loss of the critic's prediction there.
 
-    model: with a critic. batch: weights are 1 on sampled tokens; arrays have the old log-probabilities, the advantages,
-    the old values and the returns. Both losses are divided by the trained tokens of the whole batch. settings: with the
-    loss type `dapo`, whose units are tokens, so that micro-batches need to know nothing of each other.
+    values_BS: predictions for the states in which the tokens were sampled. batch: weights are 1 on sampled tokens;
+    arrays have the old log-probabilities, the advantages, the old values and the returns. Both losses are divided by
+    the trained tokens of the whole batch. settings: with the loss type `dapo`, whose units are tokens, so that
+    micro-batches need to know nothing of each other.
 
     Metrics: those of `policy_sums` and `with_value_loss`, and by TRL's names as means over tokens: loss/policy_avg,
     policy/clipfrac_avg (the share of tokens at which the clip takes the gradient away), policy/approxkl_avg (half the
@@ -50,6 +51,5 @@ def ppo_loss(
         "val/ratio": Ratio(jnp.sum(ratio_BS * mask_BS), tokens),
     }
     sums = sums._replace(metrics=sums.metrics | metrics)
-    values_BS = critic_values(model, batch.tokens_BS, batch.positions_BS, batch.segments_BS)
     sums = with_value_loss(sums, values_BS, batch, vf_coef=vf_coef, cliprange_value=cliprange_value)
     return with_router_losses(sums, router, routing)
