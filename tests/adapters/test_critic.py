@@ -31,7 +31,7 @@ KINDS = {
 
 
 def values_of(model):
-    return critic_values(model, Batch(TOKENS, TOKENS, SEGMENTS, POSITIONS, SEGMENTS))
+    return critic_values(model, Batch(TOKENS, TOKENS, SEGMENTS.astype(jnp.float32), POSITIONS, SEGMENTS))
 
 
 @pytest.fixture(scope="module")
