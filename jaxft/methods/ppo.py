@@ -215,6 +215,7 @@ METHOD = Method(
     # The critic's pass forward and back through the frozen base costs as much as two forward passes.
     reference_passes=lambda config: 2,
     rewards=online.rewards,
+    environments=online.environments,
     critic=True,
     skips_empty=True,
     evaluates_start=True,
