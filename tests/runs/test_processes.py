@@ -207,14 +207,19 @@ def test_two_processes_learn_from_pairs_as_one(method: str, tmp_path: Path, cach
 
 
 @pytest.mark.slow
-def test_two_processes_learn_from_rewards_as_one(tmp_path: Path, cache: Path) -> None:
+@pytest.mark.parametrize(
+    "own",
+    [{"method.name": "grpo", "method.grpo.beta": 0.05}, {"method.name": "ppo", "method.ppo.kl_target": 1.0}],
+    ids=["grpo", "ppo"],
+)
+def test_two_processes_learn_from_rewards_as_one(tmp_path: Path, cache: Path, own: dict[str, object]) -> None:
     """They sample the same answers, each scores a half of them, and both have all rewards."""
     rewards = Path(__file__).parents[1] / "rollouts" / "reward_cases.py"
     more = {
-        "method.name": "grpo", "adapter.dropout": 0.0, "eval.metric": None, "export.merged": False,
+        "adapter.dropout": 0.0, "eval.metric": None, "export.merged": False,
         "data.train": SMOKE_ROWS / "prompts.jsonl", "data.eval": SMOKE_ROWS / "prompts_heldout.jsonl",
         "rollout.num_generations": 4, "rollout.max_completion_length": 12, "rewards.functions": f"{rewards}:odd",
-        "rewards.workers": 1, "method.grpo.beta": 0.05,
+        "rewards.workers": 1, **own,
     }  # fmt: skip
     with Group(tmp_path / "one", cache, 1, 4, **more) as group:
         group.finish()
