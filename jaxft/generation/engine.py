@@ -108,7 +108,7 @@ class Engine:
         cache.keep(self.graphdef, self.params, self.memory, tokens, self.length)
 
     def _prefill(self, bundles: Sequence[Sequence[Request]], on_token: OnToken | None) -> None:
-        shards = self.rows.num_devices if self.rows is not None else 1
+        shards = multiple_of(self.rows)
         size = shards if len(bundles) <= shards else self.group
         longest = max(len(bundle[0].prompt) for bundle in bundles)
         tokens_PS = np.full((size, bucket(longest - self.prefix_tokens)), -1, np.int32)
@@ -208,9 +208,9 @@ def start(
     """
     longest = length or max(len(request.prompt) + request.sampling.max_new_tokens for request in requests)
     graphdef, params = nnx.split(for_decoding(model).for_length(longest))
-    rows = _row_sharding(params)
-    shards = rows.num_devices if rows is not None else 1
-    slots = math.ceil((slots if keep_slots else min(slots, power_of_two(len(requests)))) / shards) * shards
+    rows = row_sharding(params)
+    shards = multiple_of(rows)
+    slots = slots_of(slots, slots if keep_slots else len(requests), shards)
     answers = min(answers, slots)
     common, prefix_length, prefix = _common_prefix([request.prompt for request in requests]), 0, None
     if cache is not None:
@@ -230,7 +230,7 @@ def start(
         memory=steps.make_memory(graphdef, params, slots=slots, length=length, rows=rows),
         slots=[None] * slots,
         # Small enough that few slots wait for a group to gather, large enough to fill the machine.
-        group=_group(slots, shards, answers),
+        group=group_of(slots, shards, answers),
         answers=answers,
         prefix=prefix,
         prefix_tokens=common,
@@ -239,7 +239,17 @@ def start(
     )
 
 
-def _group(slots: int, shards: int, answers: int) -> int:
+def multiple_of(rows: NamedSharding | None) -> int:
+    """The number of which slots are a multiple: that of the devices, over all of which tokens are chosen."""
+    return 1 if rows is None else rows.num_devices
+
+
+def slots_of(slots: int, requests: int, shards: int) -> int:
+    """The slots that a call with up to `slots` has: not many more than requests, and as many for every shard."""
+    return math.ceil(min(slots, power_of_two(requests)) / shards) * shards
+
+
+def group_of(slots: int, shards: int, answers: int) -> int:
     """Prompts prefilled together: a multiple of `shards`, unless their answers would then not fit into the slots."""
     group = math.ceil(slots / 8 / answers / shards) * shards
     return group if group * answers <= slots else max(1, slots // answers)
@@ -261,7 +271,7 @@ def _common_prefix(prompts: Sequence[tuple[int, ...]]) -> int:
     return shared if shared * (len(prompts) - 1) >= MIN_SPARED else 0
 
 
-def _row_sharding(params: nnx.State) -> NamedSharding | None:
+def row_sharding(params: nnx.State) -> NamedSharding | None:
     """Rows over the batch axes of the mesh that the parameters are on; None on a single device."""
     mesh = mesh_of(params)
     if mesh is None:

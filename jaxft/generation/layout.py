@@ -9,11 +9,13 @@ over which matrices and the heads of the KV cache are split. The parameters are 
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from jaxft.errors import ConfigError
 from jaxft.nn.decoder import Decoder
@@ -31,6 +33,14 @@ ENOUGH = 2**30
 Shape = tuple[str, tuple[int, ...]]  # path and shape of an array
 
 
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The sharding and the type of every parameter of a model while it generates, in tree order."""
+
+    shardings: tuple[NamedSharding, ...]
+    dtypes: tuple[np.dtype, ...]
+
+
 def for_decoding(model: Decoder, *, tensor: int | None = None) -> Decoder:
     """The model with its parameters in the layout for generation; the model itself if they are in it already, as on one
     device.
@@ -43,14 +53,28 @@ def for_decoding(model: Decoder, *, tensor: int | None = None) -> Decoder:
     the parameters are on. Raises ConfigError for a size that does not divide devices, heads or arrays.
     """
     graphdef, params = nnx.split(model)
+    layout = layout_of(model, tensor=tensor)
+    if layout is None:
+        return model
+    arrays, treedef = jax.tree.flatten(params)
+    return nnx.merge(graphdef, jax.tree.unflatten(treedef, _mover(layout.shardings, layout.dtypes)(arrays)))
+
+
+def layout_of(model: Decoder, *, tensor: int | None = None) -> Layout | None:
+    """The layout that `for_decoding` brings the parameters to; None if they are in it already.
+
+    model: its parameters may be ShapeDtypeStructs with shardings, also on an abstract mesh. tensor, and the errors:
+    those of `for_decoding`.
+    """
+    params = nnx.state(model)
     mesh = mesh_of(params)
     if mesh is None:
-        return model
+        return None
     own = mesh.shape.get("tensor", 1)
     ways = math.prod(size for axis, size in mesh.shape.items() if axis not in AXES["replica"])
     if ways == own and tensor in (None, own):
-        return model
-    arrays, treedef = flatten(params)
+        return None
+    arrays, _ = flatten(params)
     dtypes = _dtypes(model, arrays)
     if tensor is None:
         weights = sum(x.size * dtype.itemsize for x, dtype in zip(arrays.values(), dtypes, strict=True))
@@ -64,15 +88,14 @@ def for_decoding(model: Decoder, *, tensor: int | None = None) -> Decoder:
         )
     shapes = tuple((path, tuple(x.shape)) for path, x in arrays.items())
     shardings = _shardings(mesh, sizes, shapes, tuple(storage_dims_of(model).items()))
-    moved = _mover(shardings, dtypes)(list(arrays.values()))
-    return nnx.merge(graphdef, jax.tree.unflatten(treedef, moved))
+    return Layout(shardings=shardings, dtypes=dtypes)
 
 
 def mesh_of(params: nnx.State) -> Mesh | None:
-    """The mesh that parameters are on; None if that is a single device."""
+    """The mesh that parameters are on; None if that is a single device. Of abstract parameters it may be abstract."""
     shardings = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params))
     meshes = (s.mesh for s in shardings if isinstance(s, NamedSharding))
-    return next((mesh for mesh in meshes if isinstance(mesh, Mesh) and mesh.size > 1), None)
+    return next((cast(Mesh, mesh) for mesh in meshes if mesh.size > 1), None)
 
 
 def _sizes_in_order(model: Decoder, own: int, ways: int, weights: int) -> tuple[int, ...]:
@@ -103,8 +126,7 @@ def _shardings(
     """The sharding of every array on the mesh for generation, with the first size that divides all of them."""
     tree = {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes}
     for size in sizes:
-        grid = mesh.devices.reshape(-1, size)  # the axis `tensor` is the last of every mesh, so that its groups stay
-        plan = MeshPlan(mesh=Mesh(grid, ("data", "tensor"), axis_types=(AxisType.Auto,) * 2))
+        plan = MeshPlan(mesh=_in_two_axes(mesh, size))
         try:
             shardings = plan.shardings(tree, dict(dims))
         except ConfigError:
@@ -113,6 +135,15 @@ def _shardings(
             continue
         return tuple(shardings[path] for path, _ in shapes)
     raise ValueError("no sizes")
+
+
+def _in_two_axes(mesh: Mesh, tensor: int) -> Mesh:
+    """The devices of a mesh, or of an abstract one, along the axes `data` and `tensor`."""
+    names, types = ("data", "tensor"), (AxisType.Auto,) * 2
+    if isinstance(mesh, AbstractMesh):
+        return cast(Mesh, AbstractMesh((mesh.size // tensor, tensor), names, axis_types=types))
+    # The axis `tensor` is the last of every mesh, so that its groups stay.
+    return Mesh(mesh.devices.reshape(-1, tensor), names, axis_types=types)
 
 
 @functools.cache

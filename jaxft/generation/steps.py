@@ -8,7 +8,7 @@ the same model, as in RL, reuse the compiled code. Cache and history are donated
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import NamedTuple, ParamSpec, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -225,21 +225,29 @@ def _forward(
     return hidden_BSD, updated
 
 
-def _shard(memory: Memory, rows: NamedSharding | None) -> Memory:
-    """Rows over the batch axes, and heads over the tensor axis if it divides them.
+def shardings_of(memory: Memory, rows: NamedSharding) -> Memory:
+    """The sharding of every array of a memory: rows over the batch axes, and heads over the tensor axis if it divides
+    them.
 
-    The layout is the same after every function: with another one the next call would be compiled anew.
+    memory: may hold ShapeDtypeStructs. rows: the sharding of [B, ...] arrays.
     """
-    if rows is None:
-        return memory
-    put, mesh = jax.lax.with_sharding_constraint, rows.mesh
+    mesh = rows.mesh
 
     def split(part: LayerCache) -> LayerCache:
         heads = "tensor" if part.k_RBKHT.shape[2] % mesh.shape.get("tensor", 1) == 0 else None
         by_heads = NamedSharding(mesh, P(None, *rows.spec, heads if "tensor" in mesh.shape else None))
-        return LayerCache(put(part.k_RBKHT, by_heads), put(part.v_RBKTH, by_heads), put(part.positions_BT, rows))
+        return LayerCache(cast(jax.Array, by_heads), cast(jax.Array, by_heads), cast(jax.Array, rows))
 
-    return Memory(tuple(map(split, memory.cache)), put(memory.seen_BV, _all_rows(memory.seen_BV, rows)))
+    seen = cast(jax.Array, _all_rows(memory.seen_BV, rows))
+    return Memory(tuple(map(split, memory.cache)), seen)
+
+
+def _shard(memory: Memory, rows: NamedSharding | None) -> Memory:
+    """The memory in the layout of `shardings_of`.
+
+    The layout is the same after every function: with another one the next call would be compiled anew.
+    """
+    return memory if rows is None else jax.lax.with_sharding_constraint(memory, shardings_of(memory, rows))
 
 
 def _replicate(results: tuple[jax.Array, jax.Array], rows: NamedSharding | None) -> tuple[jax.Array, jax.Array]:

@@ -158,7 +158,7 @@ def costs_of(
     # Share of the forward pass that the backward pass recomputes.
     recomputed = {"full": 0.94, "offload": 0.94, "attention": 0.9, "dots": 0.02, "none": 0.0}[config.model.remat]
     compute = BYTES[config.model.dtype]
-    weight = compute if config.model.quantization is None else FORMATS[config.model.quantization].bytes_per_weight
+    weight = _weight_bytes(config)
     read = int(sum(size for size, _, _ in _matrices(sizes, cut)) * weight)
     passes = (3 if recomputed > 0.5 else 2) * cut.micro_batches
     costs, reference_flops = Costs(), 0
@@ -190,6 +190,21 @@ def costs_of(
         axes = tuple(axis for axis in AXES["replica"] if cut.ways(axis) > 1)
         costs.transfers[Transfer("all-reduce", axes, 2 * gradients)] += 1
     return costs
+
+
+def forward_costs(config: RunConfig, sizes: ModelSizes, cut: Cut) -> Costs:
+    """Costs of one forward pass over the batch of a step, on one device."""
+    costs = Costs()
+    flops = sizes.forward_flops(config.train.batch_size, config.data.max_length) // math.prod(cut.axes.values())
+    weight = _weight_bytes(config)
+    _add_reference(costs, sizes, cut, flops, weight, BYTES[config.model.dtype])
+    return costs
+
+
+def _weight_bytes(config: RunConfig) -> float:
+    """Bytes of a weight that is read or gathered."""
+    name = config.model.quantization
+    return BYTES[config.model.dtype] if name is None else FORMATS[name].bytes_per_weight
 
 
 def _touched(sizes: ModelSizes, cut: Cut, compute: int) -> int:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import jax
+
     from jaxft.sharding.mesh import MeshPlan
 
 LEVELS = ("O1", "default")
@@ -94,13 +96,20 @@ def compile_step(step: Callable[..., Any], state: Any, batch: Any, mesh: "MeshPl
     """
     import jax
 
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    jitted = jax.jit(mesh.bind(step), donate_argnums=0, out_shardings=(shardings, None))
+    return compile_lowered(lambda: jitted.lower(state, batch), level)
+
+
+def compile_lowered(lower: "Callable[[], jax.stages.Lowered]", level: str) -> Compiled | TooLarge:
+    """Lowers a program and compiles it. level: O1, which compiles faster, or default."""
+    import jax
+
     before = jax.config.jax_optimization_level  # type: ignore[attr-defined]  # jax declares its options at run time
     jax.config.update("jax_optimization_level", "O1" if level == "O1" else "UNKNOWN")
     start, cpu = time.perf_counter(), time.process_time()
     try:
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-        jitted = jax.jit(mesh.bind(step), donate_argnums=0, out_shardings=(shardings, None))
-        lowered = jitted.lower(state, batch)
+        lowered = lower()
         with tempfile.TemporaryDirectory() as reports:
             compiled = lowered.compile(compiler_options={"xla_dump_to": reports})
             allocated = _allocated_bytes(Path(reports))

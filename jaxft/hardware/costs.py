@@ -1,7 +1,7 @@
 """Costs of a compiled program on one device: FLOPs, bytes of main memory and bytes between devices, loops included."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -81,16 +81,32 @@ class Costs:
         self.unknown |= other.unknown
 
 
+# The costs of the branch of a conditional that counts, of those of all branches.
+ChooseBranch = Callable[[Instruction, Sequence[Costs]], Costs]
+
+
+def costlier(conditional: Instruction, branches: Sequence[Costs]) -> Costs:
+    """The branch with most to compute."""
+    return max(branches, key=lambda costs: (costs.flops, costs.hbm_bytes))
+
+
 def costs_of(
-    module: Module, axes: Mapping[str, int], ids: Sequence[int] | None = None, *, filled: float = 1.0
+    module: Module,
+    axes: Mapping[str, int],
+    ids: Sequence[int] | None = None,
+    *,
+    filled: float = 1.0,
+    trips: int | None = None,
+    branch: ChooseBranch = costlier,
 ) -> Costs:
     """Costs of running the module once.
 
     axes: mesh axis -> size, in the order in which devices are numbered. ids: device ids in that order, which transfers
     between slices use; None for 0, 1, 2, ... filled: share of the rows sorted by expert that belong to an expert; the
-    others are not multiplied.
+    others are not multiplied. trips: of loops whose number of trips depends on the arguments; by default they count
+    once, which the costs name as unknown. branch: chooses the branch of a conditional that counts.
     """
-    return _Counter(module, dict(axes), ids, filled).costs(module.entry)
+    return _Counter(module, dict(axes), ids, filled, trips, branch).costs(module.entry)
 
 
 def _received_bytes(kind: str, sent: int, members: int) -> int:
@@ -111,8 +127,16 @@ def _is_collective(instruction: Instruction) -> bool:
 
 
 class _Counter:
-    def __init__(self, module: Module, axes: dict[str, int], ids: Sequence[int] | None, filled: float) -> None:
-        self.module, self.axes, self.filled = module, axes, filled
+    def __init__(
+        self,
+        module: Module,
+        axes: dict[str, int],
+        ids: Sequence[int] | None,
+        filled: float,
+        trips: int | None,
+        branch: ChooseBranch,
+    ) -> None:
+        self.module, self.axes, self.filled, self.trips, self.branch = module, axes, filled, trips, branch
         self.devices = 1
         for size in axes.values():
             self.devices *= size
@@ -134,11 +158,11 @@ class _Counter:
             return
         if code == "while":
             count = trip_count(self.module, computation, instruction)
-            if count is None:
+            if count is None and self.trips is None:
                 out.unknown.add(f"trips of the loop {instruction.scope or instruction.name}: counted once")
-            out.add(self.costs(self._inner(instruction, "body")), 1 if count is None else count)
+            out.add(self.costs(self._inner(instruction, "body")), (self.trips or 1) if count is None else count)
         elif code == "conditional":
-            out.add(max(self._branches(instruction), key=lambda costs: (costs.flops, costs.hbm_bytes)))
+            out.add(self.branch(instruction, self._branches(instruction)))
         elif code in ("call", "async-start"):
             attribute = "to_apply" if code == "call" else "calls"
             out.add(self.costs(self._inner(instruction, attribute)))

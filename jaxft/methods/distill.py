@@ -22,6 +22,7 @@ from jaxft.nn.decoder import Decoder
 from jaxft.objectives.distill import as_teacher, distill_loss
 from jaxft.objectives.loss import Loss, LossSums, MethodState
 from jaxft.objectives.token_divergence import Divergence, Teacher, TopLogps
+from jaxft.rollouts.size import RolloutSize
 from jaxft.training.state import TrainState
 
 
@@ -138,6 +139,23 @@ def evaluator(run: Run, graphdef: nnx.GraphDef[Decoder]) -> Callable[[TrainState
     return sequences.make_evaluator(run, graphdef, loss(run.config, run.model))
 
 
+def size_of_rollouts(config: RunConfig) -> RolloutSize | None:
+    """One answer to each row of a batch, in the share of the steps that sample; packed rows may hold more prompts."""
+    own = config.method.distill
+    if not own.lmbda:
+        return None
+    return RolloutSize(
+        prompts=config.train.batch_size,
+        group=1,
+        max_completion_length=own.max_new_tokens,
+        length=config.data.max_length,
+        slots=config.eval.batch_size,
+        slots_field="eval.batch_size",
+        length_field="method.distill.max_new_tokens",
+        updates=1 / own.lmbda,
+    )
+
+
 def describe(config: RunConfig) -> str:
     """The teacher and the divergence, in a few words."""
     settings = config.method.distill
@@ -159,4 +177,5 @@ METHOD = Method(
     charts=TEACHER_CHARTS,
     frozen=teacher_of,
     precompute=precompute,
+    rollout_size=size_of_rollouts,
 )

@@ -18,6 +18,7 @@ from jaxft.nn.score import Head
 from jaxft.objectives.loss import BatchSums, Loss, MethodState, NextSaved
 from jaxft.rollouts.environments.environments import Environments
 from jaxft.rollouts.reward_functions import RewardFunctions
+from jaxft.rollouts.size import RolloutSize, rollout_size
 from jaxft.sharding.mesh import MeshPlan
 from jaxft.training.state import TrainState
 
@@ -95,6 +96,8 @@ class Method:
     error.
     reference_passes(config): forward passes in each training step beside the training pass, such as those of a frozen
     reference with the shapes of the base, for the work that `jaxft plan` reports.
+    rollout_size(config): what the method samples for its updates, for `jaxft plan`; None if it samples nothing. By
+    default the rollouts of the section `rollout`, if the rows of the method are prompts.
     describe(config): what the method does, in a few words for people, such as `DPO with beta=0.1`.
     """
 
@@ -111,6 +114,7 @@ class Method:
     charts: tuple[Chart, ...] = ()
     head: Head = "vocabulary"
     reference_passes: Callable[[RunConfig], int] = lambda config: 0
+    rollout_size: Callable[[RunConfig], RolloutSize | None] = rollout_size
     precompute: Callable[[Run, Callable[[], Decoder]], Run] = lambda run, base: run
     batch_sums: Callable[[RunConfig, Decoder], BatchSums | None] = lambda config, model: None
     frozen: Callable[[RunConfig], FrozenModel | None] = lambda config: None

@@ -24,6 +24,7 @@ from jaxft.objectives.policy.advantages import leave_one_out, penalized_rewards
 from jaxft.objectives.policy.loss import ADVANTAGES, OLD_LOGPS, SAMPLER_LOGPS, policy_loss
 from jaxft.objectives.policy.surrogate import rloo_settings
 from jaxft.rollouts.judged import Judged
+from jaxft.rollouts.size import RolloutSize, rollout_size
 from jaxft.training.state import TrainState
 
 
@@ -83,6 +84,13 @@ def initial_state(config: RunConfig, trainable: nnx.State) -> MethodState | None
     return reference_state(config, trainable) if config.method.rloo.beta else None
 
 
+def size_of_rollouts(config: RunConfig) -> RolloutSize | None:
+    """The passes that `make_updates` needs: of the policy, and of the reference if there is one."""
+    own = config.method.rloo
+    policy = bool(own.beta) or config.rollout.updates > 1
+    return rollout_size(config, scoring_passes=int(policy) + int(bool(own.beta)))
+
+
 def describe(config: RunConfig) -> str:
     """`RLOO of 8 answers to each prompt`."""
     return f"RLOO of {config.rollout.num_generations} answers to each prompt"
@@ -102,6 +110,7 @@ METHOD = Method(
     charts=REWARD_CHARTS,
     rewards=online.rewards,
     environments=online.environments,
+    rollout_size=size_of_rollouts,
     skips_empty=True,
     evaluates_start=True,
 )

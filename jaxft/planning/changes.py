@@ -1,14 +1,16 @@
 """Changes that would make a run fit if it does not, the cheapest first."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxft.config import AdapterConfig, RunConfig, resolve
 from jaxft.errors import JaxftError
-from jaxft.hardware.compile import Memory
+from jaxft.generation.buckets import power_of_two
 from jaxft.hardware.topology import Topology, cubic_shape
-from jaxft.planning.job import AbstractStep, estimate_step, sharded_step_of, time_of
+from jaxft.methods import method_of
+from jaxft.planning.job import AbstractStep, sharded_step_of
+from jaxft.planning.rollout import RunCosts, estimate_run
 from jaxft.planning.search import splits_rows
 
 SHOWN = 5
@@ -39,8 +41,11 @@ class Change:
         """The config with the settings. Raises ConfigError if they contradict other fields."""
         sections = config.to_dict()
         for path, value in self.settings.items():
-            section, name = path.split(".")
-            sections[section][name] = value
+            *parents, name = path.split(".")
+            section = sections
+            for parent in parents:
+                section = section[parent]
+            section[name] = value
         return resolve(sections)
 
 
@@ -48,16 +53,16 @@ def changes_of(
     abstract_step_of: Callable[[RunConfig], AbstractStep],
     config: RunConfig,
     topology: Topology,
-    plan: Mapping[str, Any],
-    estimate: Memory,
+    limit: int,
+    measured: RunCosts,
+    estimate: RunCosts,
 ) -> list[dict[str, Any]]:
     """Up to 5 changes that make the run fit: `{what, paste, hbm_peak_bytes, step_seconds}`.
 
     Changes that leave what is learned unchanged come first; among equals, the one whose step costs least. All are
-    estimated by arithmetic. plan: of the config as it is; estimate: its memory by arithmetic. The size of arguments is
-    exact; the rest is scaled by the ratio of plan to estimate.
+    estimated by arithmetic. limit: bytes of one device. measured: the costs of the config as it is; estimate: the same
+    by arithmetic. The size of arguments is exact; the rest is scaled by the ratio of the two.
     """
-    scale = (plan["hbm_peak_bytes"] - plan["argument_bytes"]) / max(1, estimate.peak - estimate.arguments)
     fitting: dict[str, tuple[tuple[bool, float], dict[str, Any]]] = {}
     abstract_steps: dict[StateKey, AbstractStep] = {}
     for change in _changes(config, topology):
@@ -69,14 +74,12 @@ def changes_of(
             key = (changed.model.param_dtype, changed.model.quantization, changed.adapter)
             if key not in abstract_steps:
                 abstract_steps[key] = abstract_step_of(changed)
-            step = sharded_step_of(abstract_steps[key], changed, change.topology, real=False)
+            costs = estimate_run(sharded_step_of(abstract_steps[key], changed, change.topology, real=False))
         except JaxftError:
             continue  # the mesh does not divide the batch or the arrays, or the model cannot be trained in this way
-        step_costs = estimate_step(step)
-        memory = step_costs.memory
-        peak = int(memory.arguments + scale * (memory.peak - memory.arguments))
-        if peak <= MARGIN * plan["hbm_limit_bytes"]:
-            seconds = time_of(step, step_costs.costs).total
+        peak = costs.scaled_peak(measured, estimate)
+        if peak <= MARGIN * limit:
+            seconds = costs.seconds
             entry = {
                 "what": change.what, "paste": change.paste(topology), "hbm_peak_bytes": peak, "step_seconds": seconds,
             }  # fmt: skip
@@ -95,6 +98,7 @@ def _changes(config: RunConfig, topology: Topology) -> Iterator[Change]:
         yield Change(kind="remat", what=what, settings=offload, topology=topology)
     same = Change(kind="micro-batches", what="the same", settings=remat, topology=topology)
     yield from list(_in_micro_batches(same, config))[1:]
+    yield from _smaller_rollouts(config, topology, remat)
     for axis, ways in _axes(config, topology):
         what = {"tensor": "heads and inner units", "context": "positions of a row"}[axis]
         settings = remat | _mesh(**{axis: ways})
@@ -106,6 +110,24 @@ def _changes(config: RunConfig, topology: Topology) -> Iterator[Change]:
     for what, settings in _smaller_states(config):
         change = Change(kind=what, what=what, settings=remat | settings, topology=topology, alters=True)
         yield from _in_micro_batches(change, config)
+
+
+def _smaller_rollouts(config: RunConfig, topology: Topology, remat: dict[str, Any]) -> Iterator[Change]:
+    """Fewer answers that are decoded at a time, then shorter ones; alone, and with every layer recomputed."""
+    size = method_of(config).rollout_size(config)
+    if size is None:
+        return
+    slots = min(size.slots, power_of_two(size.answers))
+    for fewer in (slots // times for times in (2, 4, 8, 16) if slots >= times):
+        what = f"decode {fewer} answers at a time"
+        for more in ({}, remat):
+            yield Change(kind="slots", what=what, settings={size.slots_field: fewer} | more, topology=topology)
+    for times in (2, 4):
+        spared = size.max_completion_length - size.max_completion_length // times
+        settings = {size.length_field: size.max_completion_length // times, "data.max_length": size.length - spared}
+        for more in ({}, remat):
+            what = f"answers of at most {size.max_completion_length // times} tokens"
+            yield Change(kind="answers", what=what, settings=settings | more, topology=topology, alters=True)
 
 
 def _in_micro_batches(change: Change, config: RunConfig) -> Iterator[Change]:

@@ -33,10 +33,12 @@ class AbstractStep:
     """The parts of a training step that do not depend on the mesh. state: ShapeDtypeStructs without shardings.
 
     function: `(state, batch) -> (state, metrics)`. references: sizes of the frozen models that each step runs forward.
-    dims: of stored parameters of the model, and of the method's frozen model.
+    dims: of stored parameters of the model, and of the method's frozen model. graphdef: of the model whose parameters
+    the state holds in two parts.
     """
 
     model: Decoder
+    graphdef: nnx.GraphDef[Decoder]
     dims: dict[str, StorageDims]
     sizes: ModelSizes
     references: tuple[ModelSizes, ...]
@@ -70,6 +72,7 @@ class ShardedStep:
     config: RunConfig
     topology: Topology
     mesh: MeshPlan
+    graphdef: nnx.GraphDef[Decoder]
     sizes: ModelSizes
     references: tuple[ModelSizes, ...]
     state: TrainState
@@ -92,14 +95,14 @@ class ShardedStep:
 
     def parts(self) -> Parts:
         """Bytes of one device's arguments."""
-        frozen, trained = _device_bytes(self.state.frozen), _device_bytes(self.state.trainable)
+        frozen, trained = device_bytes(self.state.frozen), device_bytes(self.state.trainable)
         whole = self.config.adapter.kind == "none"
         return Parts(
             weights=trained + frozen if whole else frozen,
             adapters=0 if whole else trained,
-            optimizer=_device_bytes(self.state.opt_state),
-            method=_device_bytes(self.state.method),
-            batch=_device_bytes(self.batch),
+            optimizer=device_bytes(self.state.opt_state),
+            method=device_bytes(self.state.method),
+            batch=device_bytes(self.batch),
         )
 
 
@@ -145,6 +148,7 @@ def abstract_step_of(config: RunConfig, hf_config: dict[str, Any], steps: int) -
         references = (*references, sizes_of(frozen))
     return AbstractStep(
         model=model,
+        graphdef=graphdef,
         dims=dims,
         sizes=sizes,
         references=references,
@@ -183,6 +187,7 @@ def sharded_step_of(
         config=config,
         topology=topology,
         mesh=mesh,
+        graphdef=abstract_step.graphdef,
         sizes=abstract_step.sizes,
         references=abstract_step.references,
         state=state,
@@ -267,7 +272,8 @@ def _with_sharding(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.NamedShard
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _device_bytes(tree: Any) -> int:
+def device_bytes(tree: Any) -> int:
+    """Bytes of one device's part of ShapeDtypeStructs with shardings."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * (8 if is_key(leaf) else leaf.dtype.itemsize)
         for leaf in jax.tree.leaves(tree)

@@ -16,8 +16,9 @@ from jaxft.hardware.compile import LEVELS
 from jaxft.hardware.prices import price_of
 from jaxft.hardware.topology import Topology, parse
 from jaxft.planning.changes import changes_of
-from jaxft.planning.job import abstract_step_of, estimate_step, measure, sharded_step_of, time_of
+from jaxft.planning.job import abstract_step_of, sharded_step_of
 from jaxft.planning.result import plan_result
+from jaxft.planning.rollout import estimate_run, measure_run
 from jaxft.planning.search import search
 from jaxft.planning.shapes import Length, length_of, shapes_of
 
@@ -28,16 +29,16 @@ def plan(config: RunConfig, topology: Topology, *, level: str, prices: str | Non
     hf_config, shapes_from = shapes_of(config)
     abstract_step = abstract_step_of(config, hf_config, length.steps)
     step = sharded_step_of(abstract_step, config, topology)
-    step_costs = measure(step, level)
-    time = time_of(step, step_costs.costs)
-    result = plan_result(step, step_costs, time, level=level, length=length, shapes_from=shapes_from, prices=prices)
+    costs = measure_run(step, level)
+    result = plan_result(step, costs, level=level, length=length, shapes_from=shapes_from, prices=prices)
     if not result["fits"]:
         result["changes"] = changes_of(
             lambda changed: abstract_step_of(changed, hf_config, length.steps),
             step.config,
             topology,
-            result,
-            estimate_step(sharded_step_of(abstract_step, config, topology, real=False)).memory,
+            result["hbm_limit_bytes"],
+            costs,
+            estimate_run(sharded_step_of(abstract_step, config, topology, real=False)),
         )
     return result
 

@@ -7,8 +7,9 @@ from typing import Any
 from jaxft.hardware.compile import pairing
 from jaxft.hardware.costs import Costs
 from jaxft.hardware.prices import price_of
-from jaxft.hardware.roofline import StepTime, efficiency_of
+from jaxft.hardware.roofline import efficiency_of
 from jaxft.planning.job import ShardedStep, StepCosts
+from jaxft.planning.rollout import RunCosts, rollout_result
 from jaxft.planning.shapes import Length
 
 # Costs that no plan includes.
@@ -21,19 +22,23 @@ ALWAYS_UNKNOWN = (
 
 def plan_result(
     step: ShardedStep,
-    step_costs: StepCosts,
-    time: StepTime,
+    costs: RunCosts,
     *,
     level: str,
     length: Length,
     shapes_from: str,
     prices: str | None,
 ) -> dict[str, Any]:
-    """The plan of a step. length: of the run. shapes_from: where config.json came from, in words. prices: a file, or
-    None for jaxft's table.
+    """The plan of a run with this step. length: of the run. shapes_from: where config.json came from, in words. prices:
+    a file, or None for jaxft's table.
     """
-    chip, config = step.topology.chip, step.config
+    chip, config, step_costs = step.topology.chip, step.config, costs.update
+    limit = step_costs.limit or chip.hbm_bytes // chip.devices
+    sampling = None if costs.rollout is None else costs.rollout.sampling
     return {
+        "fits": costs.refused is None and costs.peak <= limit,
+        "hbm_peak_bytes": costs.peak,
+        "hbm_limit_bytes": limit,
         **_memory(step, step_costs),
         "compiled": step_costs.compiled,
         "optimization_level": level if chip.maker == "tpu" else None,
@@ -47,22 +52,29 @@ def plan_result(
         "batch_size": config.train.batch_size,
         "max_length": config.data.max_length,
         "shapes_from": shapes_from,
-        "refused": step_costs.refused,
-        "compile_seconds": step_costs.seconds,
-        "compile_cpu_seconds": step_costs.cpu_seconds,
-        "unknown": _unknown(step, step_costs),
+        "refused": costs.refused,
+        "compile_seconds": step_costs.seconds + (sampling.seconds if sampling else 0.0),
+        "compile_cpu_seconds": step_costs.cpu_seconds + (sampling.cpu_seconds if sampling else 0.0),
+        "rollout": rollout_result(costs, limit),
+        "unknown": _unknown(step, costs),
         "versions": versions(),
         **_work(step, step_costs.costs),
-        **_time(step, time, length),
-        **_money(step, time, length, prices),
+        **_time(step, costs, length),
+        **_money(step, costs.seconds, length, prices),
     }
 
 
-def _unknown(step: ShardedStep, step_costs: StepCosts) -> list[str]:
+def _unknown(step: ShardedStep, costs: RunCosts) -> list[str]:
     """What the plan does not include, in words; the most important first."""
-    unknown = [*sorted(step_costs.costs.unknown), *ALWAYS_UNKNOWN]
-    if step.config.method.chosen.ROWS == "prompts":
-        unknown.insert(0, "sampling and its rewards: their time and the KV cache are not counted, only the update")
+    step_costs, rollout = costs.update, costs.rollout
+    counted = set(step_costs.costs.unknown)
+    if rollout is not None:
+        counted |= rollout.sampling.prefill.unknown | rollout.sampling.decode.unknown
+    unknown = [*sorted(counted), *ALWAYS_UNKNOWN]
+    if rollout is not None and step.config.method.chosen.ROWS == "prompts":
+        unknown.insert(0, "the time of reward functions: none is in the hours")
+    elif rollout is not None and step.config.data.packing:
+        unknown.insert(0, "the prompts in packed rows: one a row is answered")
     if step_costs.costs.host_bytes:
         unknown.insert(0, "time of transfers between the chip and the host's memory: none is in the hours")
     words, tested = pairing()
@@ -74,12 +86,9 @@ def _unknown(step: ShardedStep, step_costs: StepCosts) -> list[str]:
 
 
 def _memory(step: ShardedStep, step_costs: StepCosts) -> dict[str, Any]:
-    memory, chip = step_costs.memory, step.topology.chip
-    limit = step_costs.limit or chip.hbm_bytes // chip.devices
+    memory = step_costs.memory
     return {
-        "fits": step_costs.refused is None and memory.peak <= limit,
-        "hbm_peak_bytes": memory.peak,
-        "hbm_limit_bytes": limit,
+        "update_peak_bytes": memory.peak,
         "argument_bytes": memory.arguments,
         "argument_parts": asdict(step.parts()),
         "temp_bytes": memory.temporaries,
@@ -103,11 +112,12 @@ def _work(step: ShardedStep, costs: Costs) -> dict[str, Any]:
     }
 
 
-def _time(step: ShardedStep, time: StepTime, length: Length) -> dict[str, Any]:
-    chip, seconds = step.topology.chip, time.total
+def _time(step: ShardedStep, costs: RunCosts, length: Length) -> dict[str, Any]:
+    chip, seconds, time = step.topology.chip, costs.seconds, costs.time
     tokens = step.config.train.batch_size * step.config.data.max_length
     return {
         "step_seconds": seconds,
+        "update_seconds": time.total,
         "step_parts": {
             "products": time.products,
             "memory": time.memory,
@@ -125,9 +135,9 @@ def _time(step: ShardedStep, time: StepTime, length: Length) -> dict[str, Any]:
     }
 
 
-def _money(step: ShardedStep, time: StepTime, length: Length, prices: str | None) -> dict[str, Any]:
+def _money(step: ShardedStep, seconds: float, length: Length, prices: str | None) -> dict[str, Any]:
     price = price_of(step.topology.chip.name, prices)
-    hours = length.steps * time.total / 3600
+    hours = length.steps * seconds / 3600
     return {
         "hours": hours,
         "usd": hours * step.topology.chips * price.on_demand,

@@ -14,16 +14,15 @@ from jaxft.hardware.chips import CHIPS, Chip
 from jaxft.hardware.prices import price_of
 from jaxft.hardware.topology import ALIASES, Topology, cubic_shape, parse
 from jaxft.nn.attention.splash import fits as kernel_fits
+from jaxft.planning.decoding import Decoding
 from jaxft.planning.job import (
     AbstractStep,
     ShardedStep,
     abstract_step_of,
-    estimate_step,
-    measure,
     sharded_step_of,
-    time_of,
 )
 from jaxft.planning.result import plan_result
+from jaxft.planning.rollout import decoding_of_run, estimate_run, measure_run
 from jaxft.planning.shapes import Length, shapes_of
 
 MARGIN = 0.9  # share of the memory limit that an estimate may take; candidates above it are not compiled
@@ -115,7 +114,7 @@ class _Planner:
         self.hf_config, self.shapes_from = shapes_of(config)
         self.abstract_steps: dict[tuple[str, int], AbstractStep] = {}
         self.plans: dict[tuple[str, Topology], dict[str, Any]] = {}
-        self.sharded_steps: dict[tuple[MeshConfig, Topology], ShardedStep | None] = {}
+        self.sharded_steps: dict[tuple[MeshConfig, Topology], tuple[ShardedStep, Decoding | None] | None] = {}
         self.base = self._abstract_step(config)
 
     def _abstract_step(self, config: RunConfig) -> AbstractStep:
@@ -126,37 +125,37 @@ class _Planner:
         return self.abstract_steps[key]
 
     def estimate(self, config: RunConfig, topology: Topology) -> Candidate | None:
-        """The candidate; None if the mesh does not divide the arrays, or if it needs too much memory."""
-        step = self._sharded_step(config, topology)
-        if step is None:
+        """The candidate; None if the mesh does not divide the arrays or the heads, or if it needs too much memory."""
+        found = self._sharded_step(config, topology)
+        if found is None:
             return None
-        step_costs = estimate_step(step)
-        peak = step_costs.memory.peak
+        costs = estimate_run(*found)
+        peak = costs.peak
         if peak > MARGIN * topology.chip.hbm_bytes / topology.chip.devices:
             return None
-        seconds = time_of(step, step_costs.costs).total
+        seconds = costs.seconds
         usd = seconds / 3600 * topology.chips * price_of(topology.chip.name, self.prices).on_demand
         return Candidate(config=config, topology=topology, seconds=seconds, usd=usd, peak=peak)
 
-    def _sharded_step(self, config: RunConfig, topology: Topology) -> ShardedStep | None:
-        """The step on an abstract mesh, by which alone the shardings are determined."""
+    def _sharded_step(self, config: RunConfig, topology: Topology) -> tuple[ShardedStep, Decoding | None] | None:
+        """The step on an abstract mesh, by which alone the shardings are determined, and how answers are decoded."""
         key = (config.mesh, topology)
         if key not in self.sharded_steps:
             try:
-                self.sharded_steps[key] = sharded_step_of(self.base, config, topology, real=False)
+                step = sharded_step_of(self.base, config, topology, real=False)
+                self.sharded_steps[key] = step, decoding_of_run(step)
             except ConfigError:
                 self.sharded_steps[key] = None
-        step = self.sharded_steps[key]
-        return None if step is None else dataclasses.replace(step, config=config)
+        found = self.sharded_steps[key]
+        return None if found is None else (dataclasses.replace(found[0], config=config), found[1])
 
     def plan(self, candidate: Candidate) -> dict[str, Any]:
         """The plan of a candidate, compiled, with its overrides."""
         key = (repr(candidate.config), candidate.topology)
         if key not in self.plans:
             step = sharded_step_of(self._abstract_step(candidate.config), candidate.config, candidate.topology)
-            step_costs = measure(step, self.level)
             result = plan_result(
-                step, step_costs, time_of(step, step_costs.costs),
+                step, measure_run(step, self.level),
                 level=self.level, length=self.length, shapes_from=self.shapes_from, prices=self.prices,
             )  # fmt: skip
             self.plans[key] = result | {"overrides": candidate.overrides}

@@ -10,7 +10,7 @@ GIB = 2**30
 
 def print_plan(plan: dict[str, Any], console: Console) -> None:
     """Prints a plan that `jaxft.plan` returned."""
-    mesh = ", ".join(f"{axis}={size}" for axis, size in plan["mesh"].items() if size > 1) or "one device"
+    mesh = _axes(plan["mesh"])
     chips = f"{plan['chips']} chip{'s' * (plan['chips'] > 1)}"
     slices = f"{plan['slices']} x " if plan["slices"] > 1 else ""
     console.print(
@@ -21,7 +21,11 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
         soft_wrap=True,
     )
     _memory(plan, console)
+    if plan["rollout"] is not None:
+        _rollout_memory(plan, plan["rollout"], console)
     _time(plan, console)
+    if plan["rollout"] is not None:
+        _rollout_time(plan, plan["rollout"], console)
     if plan.get("changes"):
         console.print("\nchanges that would make it fit (by arithmetic from this plan, not compiled):", highlight=False)
         for change in plan["changes"]:
@@ -63,9 +67,8 @@ def _how(plan: dict[str, Any]) -> str:
 
 
 def _memory(plan: dict[str, Any], console: Console) -> None:
-    table = Table(title="memory of one device", title_justify="left", box=None, padding=(0, 2), show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
+    title = "memory of one device" + (", during an update" if plan["rollout"] else "")
+    table = _sizes(title)
     parts = plan["argument_parts"]
     names = {
         "weights": "weights",
@@ -76,22 +79,77 @@ def _memory(plan: dict[str, Any], console: Console) -> None:
     }
     rows = [(name, parts[key]) for key, name in names.items() if parts[key]]
     rows += [("temporaries", plan["temp_bytes"]), ("code", plan["code_bytes"])]
-    largest = max(size for _, size in rows)
-    for name, size in rows:
-        table.add_row(name, _gib(size) + ("  <- most" if size == largest else "        "))
-    share = plan["hbm_peak_bytes"] / plan["hbm_limit_bytes"]
-    verdict = "[green]fits[/green]" if plan["fits"] else "[red]does not fit[/red]"
-    table.add_row(
-        "[bold]peak[/bold]",
-        f"[bold]{_gib(plan['hbm_peak_bytes'])}[/bold] of {_gib(plan['hbm_limit_bytes'])} ({share:.0%}), {verdict}",
+    # With rollouts, the verdict on the larger of the two peaks is below the second table.
+    _add_sizes(
+        table, rows, plan["update_peak_bytes"], plan["hbm_limit_bytes"], None if plan["rollout"] else plan["fits"]
     )
     console.print()
     console.print(table, highlight=False)
 
 
+def _sizes(title: str) -> Table:
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2), show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    return table
+
+
+def _add_sizes(table: Table, rows: list[tuple[str, int]], peak: int, limit: int, fits: bool | None) -> None:
+    """Adds the parts of a device's memory and their peak. fits: None leaves the verdict out."""
+    largest = max(size for _, size in rows)
+    for name, size in rows:
+        table.add_row(name, _gib(size) + ("  <- most" if size == largest else "        "))
+    verdict = {True: ", [green]fits[/green]", False: ", [red]does not fit[/red]", None: ""}[fits]
+    table.add_row("[bold]peak[/bold]", f"[bold]{_gib(peak)}[/bold] of {_gib(limit)} ({peak / limit:.0%}){verdict}")
+
+
+def _rollout_memory(plan: dict[str, Any], rollout: dict[str, Any], console: Console) -> None:
+    table = _sizes("memory of one device, while answers are sampled")
+    copy = _axes(rollout["mesh"])
+    rows = [("state of training", rollout["state_bytes"]), (f"weights for sampling ({copy})", rollout["copy_bytes"])]
+    rows += [
+        (f"cache of {rollout['slots']} slots x {rollout['cache_length']} tokens", rollout["cache_bytes"]),
+        ("temporaries and code", rollout["temp_bytes"]),
+    ]
+    _add_sizes(table, [row for row in rows if row[1]], rollout["hbm_peak_bytes"], plan["hbm_limit_bytes"], None)
+    console.print()
+    console.print(table, highlight=False)
+    most = rollout["slots_that_fit"]
+    slots = f"up to {most:,} slots would fit" if most else "not even one slot for each part of the rows would fit"
+    verdict = "[green]fits[/green]" if plan["fits"] else "[red]does not fit[/red]"
+    console.print(f"  the larger peak {verdict}; {slots} (by arithmetic from this plan)", highlight=False)
+
+
+def _rollout_time(plan: dict[str, Any], rollout: dict[str, Any], console: Console) -> None:
+    title = f"one rollout: {rollout['answers']:,} answers to {rollout['prompts']:,} prompts"
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2), show_header=False)
+    table.add_column()
+    table.add_column()
+    seconds, longest = rollout["seconds"], rollout["longest_part"]
+    total = sum(seconds.values())
+    one = f"{rollout['decode_steps']:,} x {rollout['decode_step_seconds'] * 1000:.2f} ms"
+    names = {
+        "weights": "moving weights", "prefill": "prompts", "decode": f"decoding, {one}",
+        "scoring": "scoring answers", "update": f"updates, {rollout['updates']:g} x {plan['update_seconds']:.2f} s",
+    }  # fmt: skip
+    for part, name in names.items():
+        if seconds.get(part):
+            mark = "  <- longest" if part == longest else ""
+            table.add_row(name, f"{seconds[part]:.2f} s, {seconds[part] / total:.0%}{mark}")
+    table.add_row("sampling", f"at most {rollout['tokens_per_second']:,.0f} tokens a second over all devices")
+    table.add_row("an optimizer step", f"{plan['step_seconds']:.2f} s, if {'; '.join(rollout['assumed'])}")
+    console.print()
+    console.print(table, highlight=False)
+
+
+def _axes(mesh: dict[str, int]) -> str:
+    return ", ".join(f"{axis}={size}" for axis, size in mesh.items() if size > 1) or "one device"
+
+
 def _time(plan: dict[str, Any], console: Console) -> None:
     parts = plan["step_parts"]
-    table = Table(title="one step, a chip", title_justify="left", box=None, padding=(0, 2), show_header=False)
+    title = "one update, a chip" if plan["rollout"] else "one step, a chip"
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2), show_header=False)
     table.add_column()
     table.add_column()
     again = plan["hardware_flops_per_step"] / max(1, plan["model_flops_per_step"])
@@ -110,10 +168,13 @@ def _time(plan: dict[str, Any], console: Console) -> None:
     table.add_row("received", _gib(plan["collective_bytes_per_step"]) + (f": {kinds}\nalong {axes}" if kinds else ""))
     table.add_row(
         "seconds",
-        f"{plan['step_seconds']:.3f}: computing {parts['busy']:.3f}, network not hidden "
+        f"{plan['update_seconds']:.3f}: computing {parts['busy']:.3f}, network not hidden "
         f"{parts['network_exposed']:.3f}; waits for {parts['bound_by']} most",
     )
-    table.add_row("speed", f"{plan['tokens_per_second_per_chip']:,.0f} tokens a second and chip, MFU {plan['mfu']:.1%}")
+    table.add_row(
+        "speed" if plan["rollout"] is None else "speed with rollouts",
+        f"{plan['tokens_per_second_per_chip']:,.0f} tokens a second and chip, MFU {plan['mfu']:.1%}",
+    )
     spot = "" if plan["usd_spot"] is None else f", spot {plan['usd_spot']:,.2f}"
     table.add_row(
         "whole run" if plan["steps_known"] else "a part",

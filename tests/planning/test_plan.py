@@ -213,12 +213,13 @@ def test_a_search_goes_on_until_one_fits(monkeypatch):
     peaks = []
 
     def measure(step, level):
-        known = plan_search.estimate_step(step)
-        peaks.append(known.memory.peak)
-        big = known.memory.peak > 0.5 * step.topology.chip.hbm_bytes
-        return dataclasses.replace(known, refused="RESOURCE_EXHAUSTED" if big else None)
+        known = plan_search.estimate_run(step)
+        peaks.append(known.peak)
+        big = known.peak > 0.5 * step.topology.chip.hbm_bytes
+        update = dataclasses.replace(known.update, refused="RESOURCE_EXHAUSTED" if big else None)
+        return dataclasses.replace(known, update=update)
 
-    monkeypatch.setattr(plan_search, "measure", measure)
+    monkeypatch.setattr(plan_search, "measure_run", measure)
     run = config.load(LORA)
     result = planning.search(run, "h100", 1, compiles=20, level="O1", prices=None, length=length_of(run))
     assert result["cheapest"]["fits"] and result["fastest"]["fits"]
