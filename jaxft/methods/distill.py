@@ -148,6 +148,7 @@ def size_of_rollouts(config: RunConfig) -> RolloutSize | None:
         prompts=config.train.batch_size,
         group=1,
         max_completion_length=own.max_new_tokens,
+        prompt_length=config.data.max_length - own.max_new_tokens,
         length=config.data.max_length,
         slots=config.eval.batch_size,
         slots_field="eval.batch_size",

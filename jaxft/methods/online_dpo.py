@@ -27,6 +27,7 @@ from jaxft.objectives.loss import Loss, LossSums, MethodState
 from jaxft.objectives.pairs import answer_logps
 from jaxft.objectives.policy.loss import SAMPLER_LOGPS
 from jaxft.rollouts.judged import Judged
+from jaxft.rollouts.size import rollout_size
 from jaxft.training.state import TrainState
 
 
@@ -127,6 +128,7 @@ METHOD = Method(
     charts=(*REWARD_CHARTS[:4], *PAIR_CHARTS),
     reference_passes=lambda config: 1,
     rewards=online.rewards,
+    rollout_size=partial(rollout_size, answers_of_sequence=2),
     environments=online.environments,
     skips_empty=True,
     evaluates_start=True,

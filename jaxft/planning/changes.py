@@ -117,7 +117,7 @@ def _smaller_rollouts(config: RunConfig, topology: Topology, remat: dict[str, An
     size = method_of(config).rollout_size(config)
     if size is None:
         return
-    slots = min(size.slots, power_of_two(size.answers))
+    slots = size.slots if size.keep_slots else min(size.slots, power_of_two(size.answers))
     for fewer in (slots // times for times in (2, 4, 8, 16) if slots >= times):
         what = f"decode {fewer} answers at a time"
         for more in ({}, remat):

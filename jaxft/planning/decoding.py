@@ -72,7 +72,7 @@ class Decoding:
     @property
     def prompt_length(self) -> int:
         """Tokens of the longest prompt, with the padding that it is computed with."""
-        return bucket(self.size.length - self.size.max_completion_length)
+        return bucket(self.size.prompt_length)
 
     @cached_property
     def param_bytes(self) -> int:
@@ -86,11 +86,11 @@ class Decoding:
 
     def slots_of(self, slots: int) -> int:
         """The slots that generation has if the config asks for this many."""
-        return engine.slots_of(slots, self.size.answers, self.multiple)
+        return engine.slots_of(slots, slots if self.size.keep_slots else self.size.answers, self.multiple)
 
     def memory_of(self, slots: int) -> steps.Memory:
         """The cache and the history of `slots` rows, as ShapeDtypeStructs with shardings."""
-        return self._placed(slots, self.length)
+        return self._sharded_memory(slots, self.length)
 
     def cache_bytes(self, slots: int) -> int:
         """Bytes of the cache and the history on one device."""
@@ -104,14 +104,14 @@ class Decoding:
     def prefill_cache_bytes(self, slots: int) -> int:
         """Bytes on one device of the cache in which a group of prompts is computed."""
         prompts, _ = self.group(slots)
-        each = device_bytes(self._placed(self.row_parts, self.prompt_length).cache)
+        each = device_bytes(self._sharded_memory(self.row_parts, self.prompt_length).cache)
         return math.ceil(prompts / self.row_parts) * each
 
-    def _placed(self, slots: int, length: int) -> steps.Memory:
+    def _sharded_memory(self, slots: int, length: int) -> steps.Memory:
         if (slots, length) not in self.known:
             memory = jax.eval_shape(partial(self._empty, slots, length))
             rows = self.rows or self.step.mesh.batch_sharding()
-            self.known[slots, length] = jax.tree.map(_placed, memory, steps.shardings_of(memory, rows))
+            self.known[slots, length] = jax.tree.map(_sharded, memory, steps.shardings_of(memory, rows))
         return self.known[slots, length]
 
     def _empty(self, slots: int, length: int) -> steps.Memory:
@@ -149,17 +149,17 @@ def decoding_of(step: ShardedStep, size: RolloutSize) -> Decoding:
     graphdef, params = nnx.split(model)
     if layout is not None:
         arrays, treedef = jax.tree.flatten(params)
-        placed = [
+        sharded = [
             jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding)
             for x, dtype, sharding in zip(arrays, layout.dtypes, layout.shardings, strict=True)
         ]
-        params = jax.tree.unflatten(treedef, placed)
+        params = jax.tree.unflatten(treedef, sharded)
         mesh: Mesh = layout.shardings[0].mesh  # type: ignore[assignment]  # abstract, if the step's mesh is
         step = replace(step, mesh=MeshPlan(mesh=mesh))
     return Decoding(step=step, size=size, graphdef=graphdef, params=params, copied=layout is not None)
 
 
-def _placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+def _sharded(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 

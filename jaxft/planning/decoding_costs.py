@@ -64,7 +64,7 @@ def measure_sampling(decoding: Decoding, slots: int, *, state: int, level: str) 
     decode, prefill = (
         costs_of(hlo.parse(program.text), axes, ids, trips=RUN, branch=without_filters) for program in compiled
     )
-    memories = [_beside(state, decoding, program.memory) for program in compiled]
+    memories = [_memory_of(state, decoding, program.memory) for program in compiled]
     return replace(spent, memory=max(memories, key=lambda one: one.peak), prefill=prefill, decode=decode, compiled=True)
 
 
@@ -76,7 +76,7 @@ def without_filters(conditional: Instruction, branches: Sequence[Costs]) -> Cost
     return branches[0] if nested else costlier(conditional, branches)
 
 
-def _beside(state: int, decoding: Decoding, program: Memory) -> Memory:
+def _memory_of(state: int, decoding: Decoding, program: Memory) -> Memory:
     """The memory of a program beside the state of training, of which parameters that are no copy are a part."""
     own = program.arguments - (0 if decoding.copied else decoding.param_bytes)
     return Memory(
@@ -177,9 +177,9 @@ def _prefill_costs(decoding: Decoding, slots: int) -> Costs:
     flops = rows * length * (2 * sizes.active + scores) // decoding.tensor
     widths = sizes.outputs // decoding.tensor + 8 * sizes.layers * sizes.width
     touched = rows * length * widths * BYTES[decoding.step.config.model.dtype]
-    stored = 2 * decoding.prefill_cache_bytes(slots) * (1 + answers)
+    writes = 2 * decoding.prefill_cache_bytes(slots) * (1 + answers)
     costs = Costs()
-    costs.work[Work(flops, decoding.param_bytes + touched + stored + _logits(decoding, prompts * answers))] += 1
+    costs.work[Work(flops, decoding.param_bytes + touched + writes + _logits(decoding, prompts * answers))] += 1
     for transfer, times in _transfers(decoding, rows * length, rows * answers).items():
         costs.transfers[transfer] += times
     return costs

@@ -73,6 +73,8 @@ def _unknown(step: ShardedStep, costs: RunCosts) -> list[str]:
     unknown = [*sorted(counted), *ALWAYS_UNKNOWN]
     if rollout is not None and step.config.method.chosen.ROWS == "prompts":
         unknown.insert(0, "the time of reward functions: none is in the hours")
+        if step.config.rollout.environment is not None:
+            unknown.insert(0, "the replies of the environment, and computing earlier turns again: none is in the hours")
     elif rollout is not None and step.config.data.packing:
         unknown.insert(0, "the prompts in packed rows: one a row is answered")
     if step_costs.costs.host_bytes:

@@ -194,7 +194,7 @@ def assumptions(rollout: RolloutCosts) -> list[str]:
     size = rollout.decoding.size
     lines = [
         f"every answer has {size.max_completion_length} tokens, the most that the config permits",
-        f"every prompt has {size.length - size.max_completion_length} tokens, the most that leaves room for an answer",
+        f"every prompt has {size.prompt_length} tokens, the most that leaves room for an answer",
         "exchanges between devices take their bytes, and not the delay of each of them",
     ]
     if size.updates != int(size.updates):

@@ -126,10 +126,10 @@ class _Planner:
 
     def estimate(self, config: RunConfig, topology: Topology) -> Candidate | None:
         """The candidate; None if the mesh does not divide the arrays or the heads, or if it needs too much memory."""
-        found = self._sharded_step(config, topology)
-        if found is None:
+        pair = self._sharded_step(config, topology)
+        if pair is None:
             return None
-        costs = estimate_run(*found)
+        costs = estimate_run(*pair)
         peak = costs.peak
         if peak > MARGIN * topology.chip.hbm_bytes / topology.chip.devices:
             return None
@@ -146,8 +146,8 @@ class _Planner:
                 self.sharded_steps[key] = step, decoding_of_run(step)
             except ConfigError:
                 self.sharded_steps[key] = None
-        found = self.sharded_steps[key]
-        return None if found is None else (dataclasses.replace(found[0], config=config), found[1])
+        pair = self.sharded_steps[key]
+        return None if pair is None else (dataclasses.replace(found[0], config=config), found[1])
 
     def plan(self, candidate: Candidate) -> dict[str, Any]:
         """The plan of a candidate, compiled, with its overrides."""

@@ -180,7 +180,8 @@ def test_every_method_that_samples_has_a_rollout_and_others_have_none():
     assert sizes(own | {"method.rloo.beta": 0.0}).scoring_passes == 0
     assert sizes({"rollout.num_iterations": 2}).scoring_passes == 1
     assert sizes({"rollout.num_iterations": 2, "rollout.steps_per_rollout": 3}).updates == 6
-    assert sizes({"method.name": "online_dpo"}).answers == 48
+    pairs = sizes({"method.name": "online_dpo"})
+    assert (pairs.answers, pairs.prompt_length) == (48, 384 // 2 - 40)
     distill = str(CONFIGS / "smollm2_135m_distill.py")
     assert sizes({}, distill) is None
     sampled = sizes({"method.distill.lmbda": 0.25, "method.distill.max_new_tokens": 99}, distill)
@@ -191,6 +192,13 @@ def test_every_method_that_samples_has_a_rollout_and_others_have_none():
 def sizes(overrides, path=SMALL):
     run = config.load(path, {"checkpoint.best_metric": None, "checkpoint.every": None} | overrides)
     return method_of(run).rollout_size(run)
+
+
+def test_turns_keep_their_slots_and_their_replies_are_not_known():
+    turns = {"rollout.environment": "calculator", "rollout.slots": 512}
+    plan = plan_of(LARGE, "h100:8", turns)
+    assert plan["rollout"]["slots"] == 512 > plan["rollout"]["answers"]
+    assert any("replies of the environment" in line for line in plan["unknown"])
 
 
 def test_passes_and_shared_rollouts_are_in_the_time(decode_bound):
