@@ -126,10 +126,10 @@ class _Planner:
 
     def estimate(self, config: RunConfig, topology: Topology) -> Candidate | None:
         """The candidate; None if the mesh does not divide the arrays or the heads, or if it needs too much memory."""
-        pair = self._sharded_step(config, topology)
-        if pair is None:
+        known = self._sharded_step(config, topology)
+        if known is None:
             return None
-        costs = estimate_run(*pair)
+        costs = estimate_run(*known)
         peak = costs.peak
         if peak > MARGIN * topology.chip.hbm_bytes / topology.chip.devices:
             return None
@@ -146,8 +146,8 @@ class _Planner:
                 self.sharded_steps[key] = step, decoding_of_run(step)
             except ConfigError:
                 self.sharded_steps[key] = None
-        pair = self.sharded_steps[key]
-        return None if pair is None else (dataclasses.replace(found[0], config=config), found[1])
+        known = self.sharded_steps[key]
+        return None if known is None else (dataclasses.replace(known[0], config=config), known[1])
 
     def plan(self, candidate: Candidate) -> dict[str, Any]:
         """The plan of a candidate, compiled, with its overrides."""
