@@ -32,6 +32,7 @@ from jaxft.objectives.policy.surrogate import PolicySettings
 from jaxft.objectives.policy.value import RETURNS, VALUES
 from jaxft.rollouts.judged import Judged
 from jaxft.rollouts.packed import PackedRollouts
+from jaxft.rollouts.size import RolloutSize, rollout_size
 from jaxft.sharding.arrays import to_host
 from jaxft.training.state import TrainState
 
@@ -191,6 +192,11 @@ def batch_shapes(config: RunConfig) -> Batch[jax.ShapeDtypeStruct]:
     return online.batch_shapes(config, values, (SAMPLER_LOGPS, OLD_LOGPS, ADVANTAGES, VALUES, RETURNS))
 
 
+def size_of_rollouts(config: RunConfig) -> RolloutSize | None:
+    """The passes that `make_updates` needs: of the policy, of the critic, and of the reference if there is one."""
+    return rollout_size(config, scoring_passes=2 + int(bool(config.method.ppo.kl_coef)))
+
+
 def describe(config: RunConfig) -> str:
     """`PPO with kl_coef=0.05, 2 answers to each prompt`."""
     own, count = config.method.ppo, config.rollout.num_generations
@@ -216,6 +222,7 @@ METHOD = Method(
     reference_passes=lambda config: 2,
     rewards=online.rewards,
     environments=online.environments,
+    rollout_size=size_of_rollouts,
     critic=True,
     skips_empty=True,
     evaluates_start=True,

@@ -180,6 +180,7 @@ def test_every_method_that_samples_has_a_rollout_and_others_have_none():
     assert sizes(own | {"method.rloo.beta": 0.0}).scoring_passes == 0
     assert sizes({"rollout.num_iterations": 2}).scoring_passes == 1
     assert sizes({"rollout.num_iterations": 2, "rollout.steps_per_rollout": 3}).updates == 6
+    assert sizes({"method.name": "ppo"}).scoring_passes == 3
     pairs = sizes({"method.name": "online_dpo"})
     assert (pairs.answers, pairs.prompt_length) == (48, 384 // 2 - 40)
     distill = str(CONFIGS / "smollm2_135m_distill.py")
