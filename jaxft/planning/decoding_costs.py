@@ -61,8 +61,10 @@ def measure_sampling(decoding: Decoding, slots: int, *, state: int, level: str) 
             return replace(spent, refused=program.message)
         compiled.append(program)
     axes, ids = decoding.step.mesh.axes, [device.id for device in decoding.step.mesh.mesh.devices.flat]
+    # The loop of decoding ends when the caller says so, after RUN tokens at most.
     decode, prefill = (
-        costs_of(hlo.parse(program.text), axes, ids, trips=RUN, branch=without_filters) for program in compiled
+        costs_of(hlo.parse(program.text), axes, ids, trips=trips, branch=without_filters)
+        for program, trips in zip(compiled, (RUN, None), strict=True)
     )
     memories = [_memory_of(state, decoding, program.memory) for program in compiled]
     return replace(spent, memory=max(memories, key=lambda one: one.peak), prefill=prefill, decode=decode, compiled=True)

@@ -195,7 +195,7 @@ def assumptions(rollout: RolloutCosts) -> list[str]:
     lines = [
         f"every answer has {size.max_completion_length} tokens, the most that the config permits",
         f"every prompt has {size.prompt_length} tokens, the most that leaves room for an answer",
-        "exchanges between devices take their bytes, and not the delay of each of them",
+        "exchanges between devices and loops over rows take as long as their bytes, without the delay of each of them",
     ]
     if size.updates != int(size.updates):
         lines.append(f"one step of {size.updates:.2f} samples, on average")

@@ -91,6 +91,18 @@ def test_a_conditional_counts_its_costlier_branch():
     assert costs_of(compiled(run, (64, 64)), {"fsdp": 1}).flops == 2 * 2 * 64**3
 
 
+def test_a_caller_who_knows_more_chooses_trips_and_branch():
+    def run(x_MM, bound):
+        def turn(carry):
+            return carry[0] + 1, jax.lax.cond(carry[0] > 2, lambda x: x @ x @ x, lambda x: x @ x, carry[1])
+
+        return jax.lax.while_loop(lambda carry: carry[0] < bound[0], turn, (0.0, x_MM))[1]
+
+    program = compiled(run, (64, 64), (1,))
+    costs = costs_of(program, {"fsdp": 1}, trips=16, branch=lambda conditional, branches: branches[0])
+    assert costs.flops == 16 * 2 * 64**3 and not costs.unknown
+
+
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 def test_collectives_count_received_bytes_by_kind_and_axis():
     def run(x_MK):
