@@ -10,6 +10,7 @@ from jaxft.assets import ASSETS
 from jaxft.checkpoint.load import hf_config_of, resolve
 from jaxft.config import RunConfig
 from jaxft.data import tokenizer_of
+from jaxft.data.loader import steps_for
 from jaxft.errors import ConfigError, did_you_mean
 from jaxft.files.paths import HUB, read_json
 from jaxft.methods import method_of
@@ -87,7 +88,7 @@ def length_of(config: RunConfig, *, tokens: int | None = None, examples: int | N
     """Steps of the run: train.steps, else from `tokens` or `examples` of the training set, else from the data itself.
 
     If none of these is known, 1,000 steps with `known` False. Raises ConfigError for counts below 1, and for `tokens`
-    alone if rows are not packed.
+    alone if rows are not packed or are prompts.
     """
     train, data = config.train, config.data
     if train.steps is not None:
@@ -95,6 +96,8 @@ def length_of(config: RunConfig, *, tokens: int | None = None, examples: int | N
     if tokens is not None or examples is not None:
         if any(count is not None and count < 1 for count in (tokens, examples)):
             raise ConfigError("--tokens and --examples are the size of the training set: give at least 1")
+        if config.method.chosen.ROWS == "prompts":
+            return _length_of_prompts(config, examples)
         if tokens is None or not data.packing:
             if examples is None:
                 raise ConfigError(
@@ -122,3 +125,15 @@ def length_of(config: RunConfig, *, tokens: int | None = None, examples: int | N
         source=f"{UNKNOWN_STEPS} steps, because the data is not on this machine: give --tokens=N or --examples=N",
         known=False,
     )
+
+
+def _length_of_prompts(config: RunConfig, examples: int | None) -> Length:
+    """The length of a run whose rows are prompts, each of which gets several answers."""
+    size = method_of(config).rollout_size(config)
+    if examples is None or size is None:
+        raise ConfigError(
+            f"method.name={config.method.name!r} has as many steps as its prompts need, however long they are: give "
+            "--examples, not --tokens"
+        )
+    steps = int(steps_for(config.train.epochs, examples, size.prompts) * size.updates)
+    return Length(steps=steps, source=f"--examples={examples:,}, {size.prompts:,} prompts a rollout", known=True)

@@ -117,7 +117,9 @@ def _rollout_memory(plan: dict[str, Any], rollout: dict[str, Any], console: Cons
     most = rollout["slots_that_fit"]
     slots = f"up to {most:,} slots would fit" if most else "not even one slot for each part of the rows would fit"
     verdict = "[green]fits[/green]" if plan["fits"] else "[red]does not fit[/red]"
-    console.print(f"  the larger peak {verdict}; {slots} (by arithmetic from this plan)", highlight=False)
+    console.print(
+        f"  the larger peak {verdict}; {slots} (by arithmetic from this plan)", highlight=False, soft_wrap=True
+    )
 
 
 def _rollout_time(plan: dict[str, Any], rollout: dict[str, Any], console: Console) -> None:

@@ -10,6 +10,7 @@ from rich.console import Console
 
 import jaxft
 from jaxft import config
+from jaxft.errors import ConfigError
 from jaxft.generation import engine
 from jaxft.generation.settings import Sampling
 from jaxft.hardware.topology import parse
@@ -201,6 +202,17 @@ def test_turns_keep_their_slots_and_their_replies_are_not_known():
     plan = plan_of(LARGE, "h100:8", turns)
     assert plan["rollout"]["slots"] == 512 > plan["rollout"]["answers"]
     assert any("replies of the environment" in line for line in plan["unknown"])
+
+
+def test_steps_follow_from_the_number_of_prompts_and_not_of_tokens():
+    run = config.load(LARGE, {"train.epochs": 2.0, "rollout.num_iterations": 2})
+    # 16 prompts for each rollout, which serves two steps.
+    assert length_of(run, examples=7473).steps == 935 * 2
+    with pytest.raises(ConfigError, match=r"'grpo' has as many steps as its prompts need.*--examples, not --tokens"):
+        length_of(run, tokens=10**6)
+    smoke = config.load(f"{LARGE}:smoke", {"train.steps": None, "train.epochs": 2.0})
+    size = method_of(smoke).rollout_size(smoke)
+    assert length_of(smoke).steps == length_of(smoke, examples=24).steps == 2 * 24 // size.prompts
 
 
 def test_passes_and_shared_rollouts_are_in_the_time(decode_bound):
