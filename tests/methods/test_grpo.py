@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import re
 import shutil
+from collections import Counter
 
 import jax
 import numpy as np
@@ -98,6 +100,20 @@ def test_how_a_batch_is_cut_changes_nothing(moved, changes, sizes):
         np.testing.assert_allclose(other_metrics[name], metrics[name], rtol=1e-4, atol=1e-5, err_msg=name)
     for a, b in zip(jax.tree.leaves(state.trainable), jax.tree.leaves(other.trainable), strict=True):
         np.testing.assert_allclose(b, a, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_sharing_prompts_moves_nothing_between_devices(tmp_path):
+    collectives = re.compile(r"\b(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
+    counts = []
+    for share in (True, False):
+        overrides = {"rollout.share_prompts": share, "train.batch_size": 32, "rollout.num_generations": 8}
+        config = online_config("grpo", tmp_path, tmp_path / "run", **overrides | {"data.max_length": 128})
+        with started(config, tmp_path, sizes={"data": 2, "fsdp": 2, "tensor": 2}) as (run, graphdef, state, step):
+            batch = method_of(config).feed(run, graphdef)(state, 0)
+            assert (batch.whole is not None) == share
+            counts.append(Counter(collectives.findall(step.lower(state, batch).compile().as_text())))
+    assert counts[0] == counts[1] and counts[0]["all-gather"]
 
 
 @pytest.mark.parametrize(
