@@ -25,11 +25,14 @@ class RewardsConfig(Section):
         "how functions get answers to prompts of messages: as `text`, or as TRL gives them, a list with one assistant "
         "message each",
     ] = "text"
-    workers: Annotated[int, ABOVE_ZERO, FREE_TO_CHANGE, ONLINE, "processes in which reward functions run"] = 2
+    workers: Annotated[
+        int, ABOVE_ZERO, FREE_TO_CHANGE, ONLINE, "processes in which reward functions run, and as many for environments"
+    ] = 2
     timeout_seconds: Annotated[
         float,
         ABOVE_ZERO,
         FREE_TO_CHANGE,
         ONLINE,
-        "longest time of one call; a process that takes longer is ended, and its answers are not scored",
+        "longest time of one call of a reward function or an environment; a process that takes longer is ended, and "
+        "its answers are not scored",
     ] = 60.0

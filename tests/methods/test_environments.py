@@ -13,9 +13,12 @@ from pair_runs import SGD, metrics_of, train_lose_the_end_and_resume
 
 from jaxft import api
 from jaxft.config import load
+from jaxft.config.method import methods_on
 from jaxft.data.tokenizers import tokenizer as tokenizers
 from jaxft.errors import ConfigError, DataError
-from jaxft.methods import method_of
+from jaxft.generation import steps
+from jaxft.methods import find_method, method_of
+from jaxft.methods.online import settings as online
 from jaxft.methods.online.passes import Passes
 from jaxft.methods.online.updates import pack
 from jaxft.rollouts.environments.environments import EnvironmentFailure, Environments
@@ -25,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 # Turns end at every seventh token, so that a random model has several of them. The reward is one that any can raise.
 ENVIRONMENT = '''
 class Letters:
-    """Three turns; the reward is the share of letters before n."""
+    """Two or three turns; the reward is the share of letters before n."""
 
     columns = ("reference",)
 
@@ -35,7 +38,8 @@ class Letters:
 
     def step(self, completion):
         self.said.append(completion)
-        return [{"role": "tool", "content": f"turn {len(self.said)}"}] if len(self.said) < 3 else []
+        done = len(self.said) >= 2 + len(completion) % 2
+        return [] if done else [{"role": "tool", "content": f"turn {len(self.said)}"}]
 
     def reward(self):
         text = "".join(self.said)
@@ -92,7 +96,7 @@ def grpo(tmp_path_factory):
 
 def test_log_probabilities_of_later_turns_are_those_of_the_trainer(grpo):
     run, state, _, judged, passes, _, _ = grpo
-    assert np.mean([one.episode.turns for one in judged.rollouts]) > 2
+    assert np.mean([one.episode.turns for one in judged.rollouts]) > 1.5
     packed = pack(run, judged.rollouts)
     own = packed.tokens_of(passes.policy_logps(state, packed.batch))
     compared = 0
@@ -133,6 +137,21 @@ def test_the_reward_of_the_environment_and_those_of_functions_both_count(grpo):
     assert metrics["rewards/environment/mean"] == pytest.approx(by_function["environment"].mean())
 
 
+def test_later_rollouts_with_fewer_conversations_in_a_turn_decode_in_the_same_program(grpo):
+    _, state, _, judged, _, feed, _ = grpo
+    assert len({one.episode.turns for one in judged.rollouts}) > 1
+    compiled = steps.decode._cache_size()
+    judged = feed._judged(state, 1)[0]
+    assert len({one.episode.turns for one in judged.rollouts}) > 1
+    assert steps.decode._cache_size() == compiled
+
+
+@pytest.mark.parametrize("name", methods_on("prompts"))
+def test_every_method_that_learns_from_rewards_has_environments(name):
+    method = find_method(name)
+    assert method is not None and method.environments is online.environments
+
+
 @pytest.mark.parametrize(
     ("changes", "sizes"),
     [({"data.packing": False}, None), ({}, {"data": 2, "fsdp": 2, "tensor": 2})],
@@ -145,7 +164,8 @@ def test_how_a_batch_is_cut_changes_nothing(grpo, tmp_path, changes, sizes):
     with started(config, run.folder, sizes=sizes) as (other, graphdef, other_state, other_step):
         other_batch = method_of(config).feed(other, graphdef)(other_state, 0)
         other_after, other_metrics = other_step(other_state, other_batch)
-    for name in set(metrics) - {"sampling/sampling_logp_difference/max"}:
+    # Answers that share a prompt have fewer tokens in all.
+    for name in set(metrics) - {"sampling/sampling_logp_difference/max", "num_tokens"}:
         np.testing.assert_allclose(other_metrics[name], metrics[name], rtol=1e-4, atol=1e-5, err_msg=name)
     for a, b in zip(jax.tree.leaves(after.trainable), jax.tree.leaves(other_after.trainable), strict=True):
         np.testing.assert_allclose(b, a, rtol=0, atol=1e-5)

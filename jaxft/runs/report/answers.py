@@ -21,10 +21,16 @@ def changing_answers(rows: Sequence[Row]) -> list[dict[str, Any]]:
         if row["step"] not in steps:
             continue
         known = prompts.setdefault(row.get("group"), {"prompt": prompt_text(row.get("prompt")), "answers": []})
-        known["answers"].append(
-            {"step": row["step"], "text": str(row.get("completion") or ""), "rewards": _rewards(row)}
-        )
+        known["answers"].append({"step": row["step"], "text": _answer_text(row), "rewards": _rewards(row)})
     return list(prompts.values())[:PROMPTS_SHOWN]
+
+
+def _answer_text(row: Row) -> str:
+    """The answer; of a conversation with an environment, all of its turns and the replies to them."""
+    parts = row.get("conversation")
+    if isinstance(parts, list) and all(isinstance(part, Mapping) for part in parts):
+        return "".join(str(part.get("text") or "") for part in parts)
+    return str(row.get("completion") or "")
 
 
 def prompt_text(prompt: Any) -> str:

@@ -1,5 +1,6 @@
 """Conversations token by token: what the template puts between sampled turns, and templates that rewrite them."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -213,6 +214,19 @@ def test_a_prompt_that_is_that_of_the_row_keeps_its_tokens(monkeypatch, make_tok
 def test_a_template_that_rewrites_earlier_turns_is_refused(make_tokenizer, template, message):
     with pytest.raises(ConfigError, match=message):
         TurnTemplate(make_tokenizer(template)).check()
+
+
+def test_the_template_of_the_documentation_is_taken(make_tokenizer):
+    lines = (Path(__file__).parents[3] / "docs" / "rewards.md").read_text(encoding="utf-8").splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("    {% for m in messages %}"))
+    template = TurnTemplate(make_tokenizer("".join(f"{line[4:]}\n" for line in lines[first : first + 4])))
+    template.check()
+    ids = template.prompt(
+        [{"role": "user", "content": "Q"}, {**ANSWER, "content": "A"}, {"role": "tool", "content": "R"}]
+    )
+    text = make_tokenizer().decode(ids, skip_special_tokens=False)
+    user, assistant = "<|im_start|>user\n", "<|im_start|>assistant\n"
+    assert text == f"{user}Q<|im_end|>\n{assistant}A<|im_end|>\n{user}R<|im_end|>\n{assistant}"
 
 
 def test_a_template_that_rewrites_a_conversation_later_is_an_error_of_the_row(make_tokenizer):
