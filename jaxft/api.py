@@ -18,6 +18,7 @@ from jaxft.runs.export import export as export
 from jaxft.runs.rewards import best_of as best_of
 from jaxft.runs.rewards import score as score
 from jaxft.runs.sample import sample as sample
+from jaxft.runs.session import Session as Session
 from jaxft.runs.train import train as train
 
 

@@ -23,7 +23,7 @@ from jaxft.config.optim import (
     ScheduleFreeConfig,
     SGDConfig,
 )
-from jaxft.config.reading import default_config, from_json, load, load_file, mixture_set, resolve
+from jaxft.config.reading import default_config, from_json, load, load_file, mixture_set, resolve, with_overrides
 from jaxft.config.run import RunConfig
 from jaxft.config.train import CheckpointConfig, EvalConfig, ExportConfig, RouterConfig, TrainConfig
 
@@ -32,4 +32,5 @@ __all__ = [
     "DataConfig", "EvalConfig", "ExportConfig", "LionConfig", "MeshConfig", "MethodConfig", "MixtureSet", "ModelConfig",
     "MuonConfig", "OptimConfig", "RouterConfig", "RunConfig", "SFTConfig", "SGDConfig", "ScheduleFreeConfig",
     "TrainConfig", "choices", "default_config", "from_json", "load", "load_file", "mixture_set", "resolve",
+    "with_overrides",
 ]  # fmt: skip

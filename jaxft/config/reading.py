@@ -50,6 +50,14 @@ def load(path_with_arg: str, overrides: Mapping[str, Any] | Sequence[str] = ()) 
     return resolve(load_file(path_with_arg, overrides))
 
 
+def with_overrides(overrides: Mapping[str, Any]) -> RunConfig:
+    """The run with every field at its default but these, such as `{"model.path": "model"}`. Raises ConfigError."""
+    values = default_config()
+    for key, value in overrides.items():
+        _set_value(values, key, value)
+    return resolve(values)
+
+
 def load_file(path_with_arg: str, assignments: Sequence[str]) -> ConfigDict:
     """The file's ConfigDict after `a.b=value` assignments, which ml_collections' config flags read."""
     path = path_with_arg.split(":", 1)[0]

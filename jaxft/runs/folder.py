@@ -28,7 +28,7 @@ def open_run(config: RunConfig, data: Mapping[str, Any], template: str | None = 
         # Stopped before its first checkpoint, or refused. Nothing is lost, and its scores may be of other settings.
         (folder / SCORES).unlink(missing_ok=True)
     elif (folder / CONFIG).is_file():
-        _refuse_other_run(config_module.from_json(str(folder / CONFIG)), config, folder)
+        refuse_other_run(config_module.from_json(str(folder / CONFIG)), config, folder)
         if template != chat_template(folder):
             raise ConfigError(
                 f"{folder} holds a run that was trained with another chat template, {folder / CHAT_TEMPLATE}. Set "
@@ -86,7 +86,8 @@ def _has_checkpoint(folder: Path) -> bool:
     return any(step.name.isdigit() for step in (folder / CHECKPOINTS).glob("*"))
 
 
-def _refuse_other_run(old: RunConfig, new: RunConfig, folder: Path) -> None:
+def refuse_other_run(old: RunConfig, new: RunConfig, folder: Path) -> None:
+    """Raises ConfigError, listing the settings that differ, if the run in a folder is another one."""
     before, after = _fixed_values(old), _fixed_values(new)
     changed = [
         f"{key}: was {before.get(key)!r}, now {after.get(key)!r}"

@@ -19,6 +19,9 @@ from jaxft.training.state import TrainState
 from jaxft.trees import path_str
 
 Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
+# (state, batch, number of the first micro-batch in its step) -> (gradients, sums), neither of them divided.
+Gradients = Callable[[TrainState, Any, jax.Array | int], tuple[Any, LossSums]]
+Update = Callable[[TrainState, Any, LossSums], tuple[TrainState, dict[str, jax.Array]]]
 
 
 def make_train_step(
@@ -48,19 +51,49 @@ def make_train_step(
     metrics, float32 scalars: loss, grad_norm (before clipping), learning_rate, num_tokens and trained_tokens of this
     step, and the metrics of the loss.
     """
+    gradients = make_gradients(
+        graphdef, loss, accumulation_steps=accumulation_steps, gradient_dtype=gradient_dtype, batch_sums=batch_sums
+    )
+    update = make_update(tx, schedule, skips_empty=skips_empty)
+
+    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        after, metrics = update(state, *gradients(state, batch, 0))
+        return after._replace(method=_with_next_saved(state, batch, next_saved)), metrics
+
+    return train_step
+
+
+def make_gradients(
+    graphdef: nnx.GraphDef[Decoder],
+    loss: Loss,
+    *,
+    accumulation_steps: int = 1,
+    gradient_dtype: DTypeLike = jnp.float32,
+    batch_sums: BatchSums | None = None,
+) -> Gradients:
+    """`gradients(state, batch, first)`: the first half of a step; see `make_train_step` for the arguments.
+
+    first: the number of the batch's first micro-batch in its step, from 0, by which dropout differs. Results of several
+    batches of one step may be added up (`added`) before the update.
+    """
 
     def total(trainable: nnx.State, state: TrainState, batch: Any, key: jax.Array) -> tuple[jax.Array, LossSums]:
         sums = loss(nnx.merge(graphdef, trainable, state.frozen), batch, key, state.method)
         return sums.total, sums
 
-    def gradients(state: TrainState, batch: Any) -> tuple[Any, LossSums]:
+    def gradients(state: TrainState, batch: Any, first: jax.Array | int) -> tuple[Any, LossSums]:
         trainable = rounded(state.trainable, gradient_dtype)
         sums = None if batch_sums is None else partial(batch_sums, nnx.merge(graphdef, trainable, state.frozen))
         grad = partial(jax.grad(total, has_aux=True), trainable)
-        return _added_up(grad, sums, state, batch, accumulation_steps)
+        return _added_up(grad, sums, state, batch, accumulation_steps, first)
 
-    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-        grads, sums = gradients(state, batch)
+    return gradients
+
+
+def make_update(tx: optax.GradientTransformation, schedule: optax.Schedule, *, skips_empty: bool = False) -> Update:
+    """`update(state, gradients, sums) -> (state, metrics)`: the second half of a step; see `make_train_step`."""
+
+    def update(state: TrainState, grads: Any, sums: LossSums) -> tuple[TrainState, dict[str, jax.Array]]:
         empty = sums.trained_tokens == 0
         if skips_empty:
             sums = sums._replace(weight=sums.weight + (sums.weight == 0))
@@ -74,13 +107,12 @@ def make_train_step(
             **sums.means(),
         }
         trainable = optax.apply_updates(state.trainable, updates)
-        method = _with_next_saved(state, batch, next_saved)
-        after = state._replace(step=state.step + 1, trainable=trainable, opt_state=opt_state, method=method)
+        after = state._replace(step=state.step + 1, trainable=trainable, opt_state=opt_state)
         if not skips_empty:
             return after, metrics
         return _unless(empty, after, state), metrics | {"skipped_updates": empty.astype(jnp.float32)}
 
-    return train_step
+    return update
 
 
 def rounded(trainable: nnx.State, dtype: DTypeLike) -> nnx.State:
@@ -116,12 +148,13 @@ def _added_up(
     state: TrainState,
     batch: Any,
     parts: int,
+    first_part: jax.Array | int,
 ) -> tuple[Any, LossSums]:
     """`grad(state, micro_batch, key)` added up over `parts` micro-batches, each of which knows the `batch_sums`."""
     key = jax.random.fold_in(state.key, state.step)
     if parts == 1:
         state = state if batch_sums is None else _with_batch_sums(state, batch_sums(batch, state.method))
-        return grad(state, batch, jax.random.fold_in(key, 0))
+        return grad(state, batch, jax.random.fold_in(key, first_part))
     micro_batches = jax.tree.map(lambda x: _cut(x, parts), batch)
     first = jax.tree.map(lambda x: x[0], micro_batches)
     if batch_sums is not None:
@@ -129,7 +162,7 @@ def _added_up(
         state = _with_batch_sums(state, whole)
 
     def part(index: jax.Array, micro: Any) -> tuple[Any, LossSums]:
-        return grad(state, micro, jax.random.fold_in(key, index))
+        return grad(state, micro, jax.random.fold_in(key, index + first_part))
 
     return _scanned(part, micro_batches, first)
 
