@@ -142,11 +142,11 @@ def with_numbers(
         arrays = dict(one.arrays)
         values: dict[str, tuple[float, ...]] = {}
         if of_tokens:
-            arrays[ADVANTAGES] = _spread(one, advantages[number], f"advantages[{number}]")
+            arrays[ADVANTAGES] = _by_token(one, advantages[number], f"advantages[{number}]")
         else:
             values[ADVANTAGES] = (float(np.asarray(advantages[number])),)
         if old_logprobs is not None:
-            arrays[OLD_LOGPS] = _spread(one, old_logprobs[number], f"old_logprobs[{number}]")
+            arrays[OLD_LOGPS] = _by_token(one, old_logprobs[number], f"old_logprobs[{number}]")
         out.append(replace(one, values=values, arrays=arrays))
     return out
 
@@ -155,24 +155,24 @@ def with_numbers(
 class Packed:
     """Documents in batches of equal shape, which are computed one after another.
 
-    places: of each document, its batch, its row there, and the position of its first token.
+    starts: of each document, its batch, its row there, and the position of its first token.
     """
 
     examples: tuple[Example, ...]
     batches: tuple[Batch[np.ndarray], ...]
-    places: tuple[tuple[int, int, int], ...]
+    starts: tuple[tuple[int, int, int], ...]
 
     def trained_values(self, values_BS: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Of the arrays [B, S] of all batches, the values of the trained tokens of each document."""
         return [
             values_BS[batch][row, start : start + len(one) - 1][one.mask[1:] > 0]
-            for one, (batch, row, start) in zip(self.examples, self.places, strict=True)
+            for one, (batch, row, start) in zip(self.examples, self.starts, strict=True)
         ]
 
     def with_trained_values(self, name: str, values: Sequence[np.ndarray]) -> Iterator[Batch[np.ndarray]]:
         """The batches with `arrays[name]`: the values of the trained tokens of each document, 0 elsewhere."""
         arrays = [np.zeros(batch.tokens_BS.shape, np.float32) for batch in self.batches]
-        for one, (batch, row, start), own in zip(self.examples, self.places, values, strict=True):
+        for one, (batch, row, start), own in zip(self.examples, self.starts, values, strict=True):
             arrays[batch][row, start + np.flatnonzero(one.mask[1:])] = own
         for whole, array_BS in zip(self.batches, arrays, strict=True):
             yield whole._replace(arrays={name: array_BS})
@@ -182,11 +182,11 @@ def pack_examples(examples: Sequence[Example], config: RunConfig, pad_id: int) -
     """The documents in batches of the rows of a micro-batch; the last is filled up with empty rows."""
     size, length = config.train.batch_size // config.train.accumulation_steps, config.data.max_length
     plan = pack([len(one) for one in examples], length) if config.data.packing else one_each(len(examples))
-    places: dict[int, tuple[int, int, int]] = {}
+    starts: dict[int, tuple[int, int, int]] = {}
     for number, indices in enumerate(plan):
         start = 0
         for index in indices:
-            places[index] = (number // size, number % size, start)
+            starts[index] = (number // size, number % size, start)
             start += len(examples[index])
     rows = [[examples[index] for index in indices] for indices in plan]
     rows += [[] for _ in range(-len(rows) % size)]
@@ -195,19 +195,19 @@ def pack_examples(examples: Sequence[Example], config: RunConfig, pad_id: int) -
         batches=tuple(
             assemble(rows[first : first + size], length, pad_id, examples[0]) for first in range(0, len(rows), size)
         ),
-        places=tuple(places[index] for index in range(len(examples))),
+        starts=tuple(starts[index] for index in range(len(examples))),
     )
 
 
-def _spread(one: Example, values: npt.ArrayLike, name: str) -> np.ndarray:
-    """Values of the trained tokens of a document, in the places of all its tokens, 0 elsewhere."""
-    given, places = np.asarray(values, np.float32), np.flatnonzero(one.mask)
-    if given.shape != places.shape:
+def _by_token(one: Example, values: npt.ArrayLike, name: str) -> np.ndarray:
+    """Values of the trained tokens of a document, at the positions of all its tokens, 0 elsewhere."""
+    given, positions = np.asarray(values, np.float32), np.flatnonzero(one.mask)
+    if given.shape != positions.shape:
         raise DataError(
-            f"{name} has the shape {given.shape}, and the row has {len(places)} trained tokens: give as many"
+            f"{name} has the shape {given.shape}, and the row has {len(positions)} trained tokens: give as many"
         )
     out = np.zeros(len(one), np.float32)
-    out[places] = given
+    out[positions] = given
     return out
 
 
