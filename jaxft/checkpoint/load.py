@@ -134,7 +134,7 @@ def load_model(
     named, path = path, resolve(path, revision)
     if is_file(os.path.join(path, CONFIG)):
         base = base_of(path)
-        head = "score" if _is_score_adapter(path) else head
+        head = "score" if is_score_adapter(path) else head
         loaded = load_model(base, revision=revision, mesh=mesh, head=head, **types)
         read_adapter(loaded.module, path)
         if mesh is not None:
@@ -166,7 +166,7 @@ def hf_config_of(path: str) -> dict[str, Any]:
     """
     if is_file(os.path.join(path, CONFIG)):
         base = hf_config_of(resolve(base_of(path)))
-        return models.score_config(base) if _is_score_adapter(path) else base
+        return models.score_config(base) if is_score_adapter(path) else base
     return open_weights(path)[0] if path.endswith(".gguf") else _config_and_part(path)[0]
 
 
@@ -203,8 +203,10 @@ def _with_head(
     return models.score_config(hf_config), FreshScoreHead(source, hf_config["hidden_size"])
 
 
-def _is_score_adapter(folder: str) -> bool:
-    return bool(read_json(os.path.join(folder, CONFIG)).get("task_type") == SCORE_TASK)
+def is_score_adapter(folder: str) -> bool:
+    """Whether a folder holds the PEFT adapter of a reward model."""
+    config = os.path.join(folder, CONFIG)
+    return is_file(config) and read_json(config).get("task_type") == SCORE_TASK
 
 
 def _folder_source(path: str) -> TensorSource:

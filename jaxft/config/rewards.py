@@ -1,15 +1,16 @@
-"""The rewards section: the functions that judge sampled answers."""
+"""The rewards section: what judges sampled answers."""
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from jaxft.config.fields import ABOVE_ZERO, FREE_TO_CHANGE, Section
+from jaxft.config.fields import ABOVE_ZERO, FREE_TO_CHANGE, Range, ReadBy, Section
 from jaxft.config.rollout import ONLINE
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardsConfig(Section):
-    """The functions that judge sampled answers, and the processes in which they run."""
+    """The functions and the reward model that judge sampled answers, and the processes in which functions run."""
 
     functions: Annotated[
         str | None,
@@ -18,6 +19,26 @@ class RewardsConfig(Section):
         "`rewards.py:exact,rewards.py:brief=0.2`, or a built-in one: `exact_match`, `json_valid`, `json_exact`, "
         "`math_answer`, `python_tests`; see "
         "[rewards](rewards.md#reward-functions)",
+    ] = None
+    model: Annotated[
+        str | None,
+        ONLINE,
+        "a reward model whose scores are added to the reward: a run or export of `method.name='reward'`, whole or an "
+        "adapter, or a Hugging Face folder of a `*ForSequenceClassification` with one label, or hf://owner/name; see "
+        "[rewards](rewards.md#a-reward-model)",
+    ] = None
+    model_weight: Annotated[
+        float,
+        Range(lambda value: math.isfinite(value) and value != 0, "a finite number other than 0"),
+        ONLINE,
+        ReadBy("rewards.model"),
+        "factor of the reward model's score in the reward",
+    ] = 1.0
+    missing_eos_penalty: Annotated[
+        float | None,
+        ABOVE_ZERO,
+        ONLINE,
+        "taken from the reward of every answer that was cut off before it ended; None: nothing",
     ] = None
     completions: Annotated[
         Literal["text", "messages"],

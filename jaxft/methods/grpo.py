@@ -127,6 +127,7 @@ METHOD = Method(
     loss_unit="by its loss_type",
     charts=REWARD_CHARTS,
     reference_passes=lambda config: 1 if config.method.grpo.beta else 0,
+    frozen=online.reward_model_of,
     rewards=online.rewards,
     environments=online.environments,
     skips_empty=True,

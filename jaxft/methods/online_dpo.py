@@ -127,6 +127,7 @@ METHOD = Method(
     loss_unit="mean over pairs",
     charts=(*REWARD_CHARTS[:4], *PAIR_CHARTS),
     reference_passes=lambda config: 1,
+    frozen=online.reward_model_of,
     rewards=online.rewards,
     rollout_size=partial(rollout_size, answers_of_sequence=2),
     environments=online.environments,

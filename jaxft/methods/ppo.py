@@ -220,6 +220,7 @@ METHOD = Method(
     charts=PPO_CHARTS,
     # The critic's pass forward and back through the frozen base costs as much as two forward passes.
     reference_passes=lambda config: 2,
+    frozen=online.reward_model_of,
     rewards=online.rewards,
     environments=online.environments,
     rollout_size=size_of_rollouts,

@@ -108,6 +108,7 @@ METHOD = Method(
     describe=describe,
     loss_unit="mean over answers",
     charts=REWARD_CHARTS,
+    frozen=online.reward_model_of,
     rewards=online.rewards,
     environments=online.environments,
     rollout_size=size_of_rollouts,

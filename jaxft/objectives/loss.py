@@ -16,11 +16,14 @@ class MethodState(NamedTuple):
     saved: numbers that change while training, such as an adaptive coefficient; checkpoints hold them.
     rebuilt: arrays that follow from the base weights, such as a frozen reference copy, or from files, such as a
     teacher. Checkpoints leave them out; a resumed run computes or loads them again.
+    judge: the arrays of a frozen model that judges sampled answers, from files. No loss sees it, and checkpoints leave
+    it out. It is here so that plans count it and it is on the mesh of the run.
     batch: the result of the method's `BatchSums` for the whole batch. Only losses see it; it is never in `TrainState`.
     """
 
     saved: Any = None
     rebuilt: Any = None
+    judge: Any = None
     batch: Any = None
 
 

@@ -140,30 +140,24 @@ def abstract_step_of(config: RunConfig, hf_config: dict[str, Any], steps: int) -
 
     graphdef, _, _ = divide(model)
     step, sizes = make_step(config, model, graphdef, tx, schedule), sizes_of(model)
-    frozen = _abstract_frozen(config, model)
     dims, references = storage_dims_of(model), (sizes,) * method_of(config).reference_passes(config)
+    frozen, fields = method_of(config).frozen(config), {}
     if frozen is not None:
-        # The longer path is taken, should the trained model have a parameter of the same name.
-        dims |= {f"rebuilt/arrays/{path}": one for path, one in storage_dims_of(frozen).items()}
-        references = (*references, sizes_of(frozen))
+        other = frozen.abstract(frozen_shapes_of(frozen), student=model, max_length=config.data.max_length)
+        if frozen.held:
+            # The longer path is taken, should the trained model have a parameter of the same name.
+            dims |= {f"{frozen.part}/arrays/{path}": one for path, one in storage_dims_of(other).items()}
+            fields[frozen.part] = frozen.abstract_arrays(other, student=model)
+        references = (*references, sizes_of(other)) if frozen.in_step else references
     return AbstractStep(
         model=model,
         graphdef=graphdef,
         dims=dims,
         sizes=sizes,
         references=references,
-        state=with_frozen(jax.eval_shape(start, parameters), frozen),
+        state=with_frozen(jax.eval_shape(start, parameters), fields),
         function=step,
     )
-
-
-def _abstract_frozen(config: RunConfig, model: Decoder) -> Decoder | None:
-    """The frozen model that every step computes, without arrays; None if there is none."""
-    frozen = method_of(config).frozen(config)
-    if frozen is None:
-        return None
-    abstract = frozen.abstract(frozen_shapes_of(frozen), student=model, max_length=config.data.max_length)
-    return abstract if frozen.in_step else None
 
 
 def sharded_step_of(

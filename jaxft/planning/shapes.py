@@ -41,7 +41,7 @@ def shapes_of(config: RunConfig) -> tuple[dict[str, Any], str]:
 
 def frozen_shapes_of(model: FrozenModel) -> dict[str, Any]:
     """config.json of a method's frozen model, from the same places."""
-    return _shapes(model.path, model.revision, drawn=model.random_seed is not None)[0]
+    return _shapes(model.shapes_path, model.revision, drawn=model.random_seed is not None)[0]
 
 
 def _shapes(path: str, revision: str | None, *, drawn: bool) -> tuple[dict[str, Any], str]:

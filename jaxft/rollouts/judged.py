@@ -11,17 +11,31 @@ import numpy as np
 from jaxft.data.prompts import Prompt
 from jaxft.objectives.policy.advantages import reward_metrics
 from jaxft.rollouts.environments.episode import REWARD
-from jaxft.rollouts.reward_functions import RewardFunctions, function_metrics
+from jaxft.rollouts.reward_functions import RewardFunctions, function_metrics, weighted_sum
 from jaxft.rollouts.rollout import Rollout
+
+REWARD_MODEL = "reward_model"  # the name of a reward model among the reward functions
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ModelScores:
+    """The scores of n answers by a reward model, float64 [n], NaN for an answer that it could not read.
+
+    weight: their factor in the reward. seconds: that scoring took.
+    """
+
+    values: np.ndarray
+    weight: float
+    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Judged:
     """The n answers of a rollout in groups, with their rewards.
 
-    rewards: float64 [n], the weighted sum of the reward functions, and of the environment with weight 1; NaN for an
-    answer that none of them scored.
-    by_function: float64 [n] of each function. timeouts: answers that a function did not score in time, by function,
+    rewards: float64 [n], the weighted sum of the scores by functions, by the reward model, and by the environment with
+    weight 1, less the penalty of an answer that was cut off; NaN for an answer that none of them scored. by_function:
+    float64 [n] of each of them. timeouts: answers that a function did not score in time, by function,
     those among them that were replaced. seconds: that scoring took.
     """
 
@@ -75,11 +89,20 @@ class Judged:
         return of_rewards | self.function_metrics | {"reward_seconds": self.seconds}
 
 
-def judge(rollouts: Sequence[Rollout], functions: RewardFunctions | None) -> Judged:
-    """The answers with the rewards that the functions, and their environment if they have one, give them."""
+def judge(
+    rollouts: Sequence[Rollout],
+    functions: RewardFunctions | None,
+    *,
+    model: ModelScores | None = None,
+    missing_eos_penalty: float | None = None,
+) -> Judged:
+    """The answers with the rewards that functions, a reward model and their environment give them, if there are any.
+
+    missing_eos_penalty: taken from the reward of each answer that was cut off.
+    """
     by_function: dict[str, np.ndarray] = {}
     timeouts: dict[str, int] = {}
-    totals: list[np.ndarray] = []
+    weights: dict[str, float] = {}
     seconds = 0.0
     if functions is not None:
         scores = functions.score(
@@ -90,19 +113,19 @@ def judge(rollouts: Sequence[Rollout], functions: RewardFunctions | None) -> Jud
             messages=[None if one.episode is None else one.episode.messages for one in rollouts],
         )
         by_function, timeouts, seconds = dict(scores.by_function), dict(scores.timeouts), scores.seconds
-        totals.append(scores.total)
+        weights = {one.name: one.weight for one in functions.functions}
     episodes = [one.episode for one in rollouts if one.episode is not None]
     if episodes:
         by_function[REWARD] = np.array([np.nan if one.reward is None else one.reward for one in episodes], np.float64)
-        timeouts[REWARD] = sum(one.lost for one in episodes)
-        totals.append(by_function[REWARD])
-    both = np.stack(totals) if totals else np.full((1, len(rollouts)), np.nan)
+        timeouts[REWARD], weights[REWARD] = sum(one.lost for one in episodes), 1.0
+    if model is not None:
+        by_function[REWARD_MODEL], timeouts[REWARD_MODEL] = model.values, 0
+        weights[REWARD_MODEL], seconds = model.weight, seconds + model.seconds
+    rewards = weighted_sum(by_function, weights) if by_function else np.full(len(rollouts), np.nan)
+    if missing_eos_penalty is not None:
+        rewards = rewards - missing_eos_penalty * np.array([one.finish_reason != "stop" for one in rollouts])
     return Judged(
-        rollouts=tuple(rollouts),
-        rewards=np.where(np.isnan(both).all(axis=0), np.nan, np.nansum(both, axis=0)),
-        by_function=by_function,
-        timeouts=timeouts,
-        seconds=seconds,
+        rollouts=tuple(rollouts), rewards=rewards, by_function=by_function, timeouts=timeouts, seconds=seconds
     )
 
 

@@ -1,7 +1,7 @@
 """From a config to the parts of a run: model with adapters, mesh, optimizer, training step and its state."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,6 @@ from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import ConfigError
 from jaxft.files.run_folder import BASE
 from jaxft.methods import method_of
-from jaxft.methods.teacher.frozen import frozen_arrays
 from jaxft.models.score_model import is_score_model
 from jaxft.nn import stack
 from jaxft.nn.decoder import Decoder
@@ -189,17 +188,18 @@ def start_state(
     return graphdef, state if mesh is None else mesh.shard(state, storage_dims_of(model))
 
 
-def with_frozen(state: TrainState, frozen: Decoder | None) -> TrainState:
-    """The state with the frozen model of its method, abstract or on the mesh already; unchanged if there is none."""
-    if frozen is None:
-        return state
-    return state._replace(method=(state.method or MethodState())._replace(rebuilt=frozen_arrays(frozen)))
+def with_frozen(state: TrainState, frozen: Mapping[str, Any]) -> TrainState:
+    """The state with the fields of `MethodState` that hold the method's frozen model; unchanged if there are none."""
+    return state._replace(method=(state.method or MethodState())._replace(**frozen)) if frozen else state
 
 
-def load_frozen(config: RunConfig, mesh: MeshPlan) -> Decoder | None:
-    """The frozen model that every step of the run computes, on the mesh; None if there is none."""
+def load_frozen(config: RunConfig, mesh: MeshPlan, base: Decoder | None = None) -> dict[str, Any]:
+    """The frozen model that is in memory while the run trains, on the mesh, as fields of `MethodState`; {} if none is.
+
+    base: the model that is trained, on the mesh, whose frozen weights a reward model may share; None: it has its own.
+    """
     frozen = method_of(config).frozen(config)
-    return frozen.load(mesh) if frozen is not None and frozen.in_step else None
+    return {frozen.part: frozen.arrays(mesh, base)} if frozen is not None and frozen.held else {}
 
 
 def check_frozen(config: RunConfig, model: Decoder, tokenizer: Tokenizer, mesh: MeshPlan) -> None:

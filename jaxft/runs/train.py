@@ -174,7 +174,7 @@ def _fit(run: Run, loaded: LoadedModel, console: Console) -> dict[str, float]:
                 loaded.module, config.adapter.init_lora_weights, partial(device_batch, run), run.mesh, key
             )
         graphdef, state = start_state(config, loaded.module, tx, run.mesh)
-        state = with_frozen(state, load_frozen(config, run.mesh))
+        state = with_frozen(state, load_frozen(config, run.mesh, loaded.module))
         restored = checkpoints.restore(saved_part(_shapes(state)))
         start, progress, held_out = 0, {}, {}
         if restored is not None:

@@ -12,7 +12,16 @@ from jaxft import api
 from jaxft.methods import method_of
 from jaxft.methods.method import Run
 from jaxft.optim.make import make_schedule
-from jaxft.runs.build import abstract_model, build_model, make_mesh, make_step, make_tx, start_state
+from jaxft.runs.build import (
+    abstract_model,
+    build_model,
+    load_frozen,
+    make_mesh,
+    make_step,
+    make_tx,
+    start_state,
+    with_frozen,
+)
 
 PROMPTS = [{"prompt": f"Colour {n}?", "reference": f"{n % 3}"} for n in range(12)]
 # The share of odd token ids: every model can raise it. `alike` has nothing to teach.
@@ -60,6 +69,7 @@ def started(config, folder, base=None, sizes=None):
     schedule = make_schedule(config.optim, 6)
     tx = make_tx(config, module, schedule)
     graphdef, state = start_state(config, module, tx, mesh)
+    state = with_frozen(state, load_frozen(config, mesh, module))
     source = method.source(config, data, tokenizer)
     with (
         method.rewards(config, data) as rewards,

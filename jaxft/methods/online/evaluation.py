@@ -10,10 +10,11 @@ from jaxft.errors import DataError
 from jaxft.files.run_folder import HELD_OUT_COMPLETIONS
 from jaxft.methods.method import Run
 from jaxft.methods.online.feed import sampler_of
+from jaxft.methods.online.judge import Judge
 from jaxft.methods.parts.sequences import evaluated_weights
 from jaxft.nn.decoder import Decoder
 from jaxft.rollouts.completions import CompletionsLog
-from jaxft.rollouts.judged import Judged, judge
+from jaxft.rollouts.judged import Judged
 from jaxft.rollouts.rollout import completion_metrics
 from jaxft.sharding.processes import is_primary
 from jaxft.training.state import TrainState
@@ -27,7 +28,7 @@ def evaluator(run: Run, graphdef: nnx.GraphDef[Decoder]) -> Callable[[TrainState
     prompts = [prompt for prompt in run.data.eval_examples or [] if isinstance(prompt, Prompt)]
     if not prompts:
         return None
-    sampler = sampler_of(run, group=1)
+    sampler, judge = sampler_of(run, group=1), Judge(run, graphdef)
     logs: list[CompletionsLog] = []
 
     def write(step: int, judged: Judged) -> None:
@@ -39,11 +40,11 @@ def evaluator(run: Run, graphdef: nnx.GraphDef[Decoder]) -> Callable[[TrainState
 
     def evaluate(state: TrainState) -> dict[str, float]:
         model = nnx.merge(graphdef, evaluated_weights(run.config, state), state.frozen)
-        judged = judge(sampler.sample(model, prompts, temperature=0.0, seed=0), run.rewards)
+        judged = judge(state, sampler.sample(model, prompts, temperature=0.0, seed=0))
         write(int(state.step), judged)
         scored = judged.rewards[~np.isnan(judged.rewards)]
         if not len(scored):
-            raise DataError("no reward function scored any answer to a held-out prompt, so there is no held-out reward")
+            raise DataError("nothing scored any answer to a held-out prompt, so there is no held-out reward")
         means = {name: value for name, value in judged.function_metrics.items() if name.endswith("/mean")}
         metrics = {"reward": float(scored.mean()), **means, **completion_metrics(judged.rollouts)}
         return {f"eval_{name}": value for name, value in metrics.items()}

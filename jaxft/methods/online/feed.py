@@ -15,11 +15,12 @@ from flax import nnx
 from jaxft.data.batch import Batch
 from jaxft.data.prompts import Prompt
 from jaxft.methods.method import Run
+from jaxft.methods.online.judge import Judge
 from jaxft.methods.online.passes import Passes, rows_of
 from jaxft.nn.decoder import Decoder
 from jaxft.objectives.policy.advantages import alike_groups
 from jaxft.rollouts.completions import CompletionsLog
-from jaxft.rollouts.judged import Judged, judge
+from jaxft.rollouts.judged import Judged
 from jaxft.rollouts.order import PromptOrder
 from jaxft.rollouts.rollout import completion_metrics
 from jaxft.rollouts.sample import Sampler, seed_of
@@ -70,7 +71,7 @@ class RolloutFeed:
         self._run, self._graphdef, self._make_updates = run, graphdef, make_updates
         self._order, self._compares = run.source, compares
         self._sampler = sampler_of(run, answers_of_sequence=answers_of_sequence)
-        self._passes = Passes(run, graphdef)
+        self._passes, self._judge = Passes(run, graphdef), Judge(run, graphdef)
         self._current: int | None = None
         self._updates: Updates | None = None
         self._metrics: dict[str, float] = {}
@@ -131,7 +132,7 @@ class RolloutFeed:
         temperature = self._run.config.rollout.temperature
         # The state is donated to the step, so nothing may keep its arrays after this.
         model = nnx.merge(self._graphdef, state.trainable, state.frozen)
-        return judge(self._sampler.sample(model, prompts, temperature=temperature, seed=seed), self._run.rewards)
+        return self._judge(state, self._sampler.sample(model, prompts, temperature=temperature, seed=seed))
 
     def _write(self, step: int, judged: Judged, updates: Updates) -> None:
         if not is_primary() or not self._run.config.rollout.log_completions:

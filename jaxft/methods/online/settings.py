@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxft.config import RunConfig
-from jaxft.data import Prepared, Tokenizer
+from jaxft.data import Prepared, Tokenizer, tokenizer_of
 from jaxft.data.batch import Batch
 from jaxft.data.prompts import Prompt
 from jaxft.errors import ConfigError, DataError
+from jaxft.methods.online.reward_model import reward_model_of
 from jaxft.methods.parts import sequences
 from jaxft.nn.decoder import Decoder
 from jaxft.rollouts.environments.conversation import rendering_of
@@ -18,8 +19,9 @@ from jaxft.rollouts.environments.environments import Environments
 from jaxft.rollouts.environments.episode import REWARD
 from jaxft.rollouts.environments.named import named_environment
 from jaxft.rollouts.environments.template import TurnTemplate
-from jaxft.rollouts.judged import shared_columns
+from jaxft.rollouts.judged import REWARD_MODEL, shared_columns
 from jaxft.rollouts.order import PromptOrder
+from jaxft.rollouts.reward_documents import Reader
 from jaxft.rollouts.reward_functions import RewardFunctions
 from jaxft.rollouts.reward_functions.named import named_functions
 from jaxft.rollouts.sample import row_of
@@ -59,11 +61,11 @@ def check_online(config: RunConfig, model: Decoder, *, compares: bool = True) ->
             f"rollout.num_generations={rollout.num_generations} must be at least 2: method.name={name!r} learns from "
             "how the answers to a prompt differ"
         )
-    if config.rewards.functions is None and rollout.environment is None:
+    if config.rewards.functions is None and config.rewards.model is None and rollout.environment is None:
         raise ConfigError(
             f"method.name={name!r} learns from rewards, but rewards.functions is None: give functions such as "
-            "rewards.py:exact, or a built-in one such as exact_match, or set rollout.environment, which gives rewards "
-            "itself"
+            "rewards.py:exact, or a built-in one such as exact_match, a reward model (rewards.model), or set "
+            "rollout.environment, which gives rewards itself"
         )
     if rollout.environment is not None:
         _check_environment(config)
@@ -111,8 +113,13 @@ def _check_environment(config: RunConfig) -> None:
 
 
 def rewards(config: RunConfig, data: Prepared) -> AbstractContextManager[RewardFunctions | None]:
-    """`Method.rewards`: the functions of the config, imported and compared with the columns of all prompts."""
+    """`Method.rewards`: the functions of the config, imported and compared with the columns of all prompts.
+
+    Raises ConfigError also if the reward model cannot render a prompt.
+    """
     settings = config.rewards
+    if settings.model is not None:
+        check_readable(config, _prompts(data))
     if settings.functions is None:
         return nullcontext()
     functions = RewardFunctions(
@@ -122,6 +129,11 @@ def rewards(config: RunConfig, data: Prepared) -> AbstractContextManager[RewardF
         completions=settings.completions,
     )
     try:
+        if settings.model is not None and REWARD_MODEL in (one.name for one in functions.functions):
+            raise ConfigError(
+                f"rewards.functions has a function called {REWARD_MODEL}, which is the name of rewards.model in "
+                "metrics: rename the function"
+            )
         functions.check(shared_columns(_prompts(data)))
     except BaseException:
         functions.close()
@@ -159,6 +171,22 @@ def environments(
 def _prompts(data: Prepared) -> list[Prompt]:
     rows = [*data.train_examples, *(data.eval_examples or [])]
     return [prompt for prompt in rows if isinstance(prompt, Prompt)]
+
+
+def check_readable(config: RunConfig, prompts: Sequence[Prompt]) -> None:
+    """Raises ConfigError, naming the row, if the run's reward model cannot read a prompt and its answer."""
+    model = reward_model_of(config)
+    if model is None:
+        return
+    reader = Reader(tokenizer_of(config), model.tokenizer())
+    for prompt in prompts:
+        reader.check(prompt)
+        if config.rollout.environment is not None and not reader.as_sampled(prompt):
+            raise ConfigError(
+                f"rewards.model={config.rewards.model!r} has another tokenizer or chat template than the trained model, "
+                "so that it would read the text of answers alone, without what rollout.environment says between them. "
+                "Give a reward model with the tokenizer and the template of model.path."
+            )
 
 
 def batch_shapes(config: RunConfig, values: Sequence[str], arrays: Sequence[str]) -> Batch[jax.ShapeDtypeStruct]:

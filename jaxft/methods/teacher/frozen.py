@@ -2,7 +2,7 @@
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from flax import nnx
 
@@ -26,8 +26,10 @@ class FrozenModel:
     setting: the config field that names it, for messages. path, revision: as in the config section `model`.
     random_seed: to draw the weights from, instead of loading them; None: they are loaded. dtype: of computation.
     quantization: of its linear layers, a name in `quant.FORMATS`. in_step: whether every training step computes it; if
-    not, only `Method.precompute` does.
+    not, only `Method.precompute` does. part: the field of `MethodState` that has its arrays while the run trains.
     """
+
+    part: ClassVar[str] = "rebuilt"
 
     setting: str
     path: str
@@ -36,6 +38,16 @@ class FrozenModel:
     dtype: str = "float32"
     quantization: str | None = None
     in_step: bool = True
+
+    @property
+    def held(self) -> bool:
+        """Whether its arrays are in memory while the run trains."""
+        return self.in_step
+
+    @property
+    def shapes_path(self) -> str:
+        """Where the config.json is that its shapes follow from."""
+        return self.path
 
     def hf_config(self) -> dict[str, Any]:
         """Its config.json; a model on the hub is fetched. Raises as `checkpoint.load.hf_config_of` does."""
@@ -94,6 +106,17 @@ class FrozenModel:
         module = models.random_model(family, seed=self.random_seed, quantization=self.quantization, **types)
         mesh.shard_module(module)
         return module
+
+    def arrays(self, mesh: MeshPlan, base: Decoder | None = None) -> Any:
+        """What the field `part` of `MethodState` holds: the loaded model on the devices of a mesh.
+
+        base: the model that is trained, with its weights; None if the base of the run is not in memory.
+        """
+        return frozen_arrays(self.load(mesh))
+
+    def abstract_arrays(self, model: Decoder, *, student: Decoder) -> Any:
+        """The same without arrays. model: from `abstract`."""
+        return frozen_arrays(model)
 
     def _types(self, hf_config: dict[str, Any]) -> dict[str, Any]:
         # Weights in bfloat16 stay so, since nothing is gained by widening them; others are rounded to the type of

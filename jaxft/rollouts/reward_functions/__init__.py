@@ -1,5 +1,11 @@
 """Reward functions: which ones a run has, the processes that call them, and those that ship with jaxft."""
 
-from jaxft.rollouts.reward_functions.functions import RewardError, RewardFunctions, Scores, function_metrics
+from jaxft.rollouts.reward_functions.functions import (
+    RewardError,
+    RewardFunctions,
+    Scores,
+    function_metrics,
+    weighted_sum,
+)
 
-__all__ = ["RewardError", "RewardFunctions", "Scores", "function_metrics"]
+__all__ = ["RewardError", "RewardFunctions", "Scores", "function_metrics", "weighted_sum"]

@@ -55,6 +55,12 @@ def function_metrics(by_function: Mapping[str, np.ndarray], timeouts: Mapping[st
     return metrics
 
 
+def weighted_sum(by_function: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
+    """The rewards of answers, [n]: the weighted sum of the scores without those that are NaN; NaN if all are."""
+    weighted = np.stack([weights[name] * values for name, values in by_function.items()])
+    return np.where(np.isnan(weighted).all(axis=0), np.nan, np.nansum(weighted, axis=0))
+
+
 class RewardFunctions:
     """The functions of `rewards.functions`, each called in one of `workers` processes; a context manager.
 
@@ -142,14 +148,10 @@ class RewardFunctions:
         late = {one.name: sum(part[one.name] for _, part in parts) for one in self.functions}
         return Scores(
             by_function=by_function,
-            total=self._total(by_function),
+            total=weighted_sum(by_function, {one.name: one.weight for one in self.functions}),
             timeouts=late,
             seconds=time.monotonic() - started,
         )
-
-    def _total(self, by_function: Mapping[str, np.ndarray]) -> np.ndarray:
-        weighted = np.stack([one.weight * by_function[one.name] for one in self.functions])
-        return np.where(np.isnan(weighted).all(axis=0), np.nan, np.nansum(weighted, axis=0))
 
     def _completion(self, prompt: Prompt, text: str, messages: Sequence[Mapping[str, Any]] | None) -> Any:
         if self._completions == "text" or isinstance(prompt, str):
