@@ -183,7 +183,7 @@ def check_readable(config: RunConfig, prompts: Sequence[Prompt]) -> None:
         reader.check(prompt)
         if config.rollout.environment is not None and not reader.as_sampled(prompt):
             raise ConfigError(
-                f"rewards.model={config.rewards.model!r} has another tokenizer or chat template than the trained model, "
+                f"rewards.model={config.rewards.model!r} has another tokenizer or chat template than model.path, "
                 "so that it would read the text of answers alone, without what rollout.environment says between them. "
                 "Give a reward model with the tokenizer and the template of model.path."
             )
