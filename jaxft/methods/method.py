@@ -81,8 +81,8 @@ class Method:
     precompute(run, base): the run with data that was computed from the base model before the first step, such as
     cached log-probabilities of a reference. base(): the base with fresh adapters, on the mesh of the run.
     frozen(config): a frozen model beside the trained one, such as a teacher or a reward model; None if there is none.
-    If it is `held`, runs load it onto the mesh, plans count its arrays, and it is in the field `part` of `MethodState`;
-    if it is `in_step`, each training step has one forward pass of it.
+    If it is `in_memory`, runs load it onto the mesh, plans count its arrays, and the field `part` of `MethodState` has
+    it; if it is `in_step`, each training step has one forward pass of it.
     batch_sums(config, model): sums over the whole batch that the loss of every micro-batch needs; None if it needs
     none. model: abstract.
     next_saved(config): how `MethodState.saved` goes on after each optimizer step; None if it stays as it is.

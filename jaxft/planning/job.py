@@ -144,7 +144,7 @@ def abstract_step_of(config: RunConfig, hf_config: dict[str, Any], steps: int) -
     frozen, fields = method_of(config).frozen(config), {}
     if frozen is not None:
         other = frozen.abstract(frozen_shapes_of(frozen), student=model, max_length=config.data.max_length)
-        if frozen.held:
+        if frozen.in_memory:
             # The longer path is taken, should the trained model have a parameter of the same name.
             dims |= {f"{frozen.part}/arrays/{path}": one for path, one in storage_dims_of(other).items()}
             fields[frozen.part] = frozen.abstract_arrays(other, student=model)

@@ -199,7 +199,7 @@ def load_frozen(config: RunConfig, mesh: MeshPlan, base: Decoder | None = None) 
     base: the model that is trained, on the mesh, whose frozen weights a reward model may share; None: it has its own.
     """
     frozen = method_of(config).frozen(config)
-    return {frozen.part: frozen.arrays(mesh, base)} if frozen is not None and frozen.held else {}
+    return {frozen.part: frozen.arrays(mesh, base)} if frozen is not None and frozen.in_memory else {}
 
 
 def check_frozen(config: RunConfig, model: Decoder, tokenizer: Tokenizer, mesh: MeshPlan) -> None:

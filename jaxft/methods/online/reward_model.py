@@ -62,7 +62,7 @@ class RewardModel(FrozenModel):
     shares_base: bool = False
 
     @property
-    def held(self) -> bool:
+    def in_memory(self) -> bool:
         return True
 
     @property

@@ -40,7 +40,7 @@ class FrozenModel:
     in_step: bool = True
 
     @property
-    def held(self) -> bool:
+    def in_memory(self) -> bool:
         """Whether its arrays are in memory while the run trains."""
         return self.in_step
 
