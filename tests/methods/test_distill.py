@@ -187,8 +187,8 @@ def test_a_teacher_is_kept_in_its_own_type_or_quantized(run_of, tmp_path):
         "nf4": {"method.distill.teacher_quantization": "nf4"},
         "drawn": {"method.distill.teacher_random_init": True},
     }.items():  # fmt: skip
-        module = load_frozen(run_of(**changes), mesh)
-        sizes[name] = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(module)))
+        held = load_frozen(run_of(**changes), mesh)
+        sizes[name] = sum(leaf.nbytes for leaf in jax.tree.leaves(held))
     assert sizes["bfloat16"] == sizes["float32"] / 2 and sizes["drawn"] == sizes["float32"]
     assert sizes["nf4"] < 0.6 * sizes["float32"]
 
@@ -271,7 +271,7 @@ def test_the_teacher_is_in_estimates_of_plans(run_of, kind):
         costs[name] = measure(steps[name], "O1")
     mesh = make_mesh_plan(MeshConfig(), jax.devices()[:1])
     loaded = load_frozen(run_of(**KINDS[kind]), mesh)
-    assert steps["live"].parts().method == sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(loaded)))
+    assert steps["live"].parts().method == sum(leaf.nbytes for leaf in jax.tree.leaves(loaded))
     (sizes,) = steps["live"].references
     assert sizes.width == 128 and steps["sft"].sizes.width == 64
     forward = sizes.forward_flops(8, 128)
