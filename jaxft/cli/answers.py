@@ -223,7 +223,7 @@ def sample_options(option: Callable[..., Any]) -> None:
     option("--keep", default="best", help="best (one answer to each prompt) or all (with --threshold)")
     option("--threshold", type=float, help="smallest reward of an answer that is kept")
     option("--keep_cut", action="store_true", help="keep answers too that were cut off at their length")
-    option("--reward_model", metavar="PATH", help="a reward model that judges, beside rewards.functions or alone")
+    option("--reward_model", metavar="PATH", help="a reward model that judges in the place of rewards.model")
     option("--overwrite", action="store_true", help="replace finished files")
 
 

@@ -91,7 +91,8 @@ def best_and_worst(rewards: np.ndarray, groups: np.ndarray) -> list[tuple[int, i
     for group in np.unique(groups):
         members = np.flatnonzero((groups == group) & ~np.isnan(rewards))
         if len(members) and rewards[members].max() > rewards[members].min():
-            pairs.append((int(members[rewards[members].argmax()]), int(members[rewards[members].argmin()])))
+            best, worst = np.argmax(rewards[members]), np.argmin(rewards[members])
+            pairs.append((int(members[best]), int(members[worst])))
     return pairs
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxft.checkpoint.load import LoadedModel
+from jaxft.checkpoint.load import LoadedModel, load_model
 from jaxft.config import RunConfig
 from jaxft.config.fields import field_values
 from jaxft.data import Tokenizer
@@ -24,9 +24,10 @@ from jaxft.data.prompts import Prompt
 from jaxft.errors import ConfigError, DataError, listed
 from jaxft.files.atomic import unfinished_folder, write_text
 from jaxft.methods import method_of
+from jaxft.methods.online.reward_model import reward_model_of
 from jaxft.methods.online.settings import check_lengths
 from jaxft.nn.decoder import Decoder
-from jaxft.rollouts.judged import judge
+from jaxft.rollouts.judged import ModelScores, judge
 from jaxft.rollouts.reward_functions import RewardFunctions
 from jaxft.rollouts.rollout import Rollout
 from jaxft.rollouts.sample import Sampler, seed_of
@@ -34,30 +35,33 @@ from jaxft.rollouts.selection import Keep, Selection, answer_row, pair_row
 from jaxft.runs.rewards import answer_scores, check_head
 from jaxft.trees import is_key
 
-REWARD_MODEL = "reward_model"  # the name of its score among the rewards of an answer
 # Sections whose values make the answers and their rewards what they are.
 DECISIVE = ("model.", "data.", "rollout.", "rewards.", "seed")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Judge:
-    """What gives answers their rewards: functions, a reward model with its tokenizer, or both, whose rewards add up."""
+    """What gives answers their rewards: functions, a reward model with its tokenizer, or both, whose rewards add up.
+
+    model_weight, missing_eos_penalty: as in the config section `rewards`.
+    """
 
     functions: RewardFunctions | None
     model: LoadedModel | None
     tokenizer: Tokenizer
+    model_weight: float = 1.0
+    missing_eos_penalty: float | None = None
 
     def rewards(self, rollouts: Sequence[Rollout]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """(the rewards of answers, float64, NaN for those that nothing scored; the scores by what gave them)."""
-        judged = judge(rollouts, self.functions)
-        total, by_name = judged.rewards, dict(judged.by_function)
+        scores = None
         if self.model is not None:
             texts = [one.text for one in rollouts]
             names = [f"answer {one.number} to {one.prompt.where}" for one in rollouts]
-            scores = answer_scores(self.model, self.tokenizer, [one.prompt.messages for one in rollouts], texts, names)
-            total = np.where(np.isnan(total), scores, total + scores)
-            by_name[REWARD_MODEL] = scores
-        return total, by_name
+            values = answer_scores(self.model, self.tokenizer, [one.prompt.messages for one in rollouts], texts, names)
+            scores = ModelScores(values=values.astype(np.float64), weight=self.model_weight, seconds=0.0)
+        judged = judge(rollouts, self.functions, model=scores, missing_eos_penalty=self.missing_eos_penalty)
+        return judged.rewards, judged.by_function
 
 
 @dataclass
@@ -117,7 +121,7 @@ def sample(
     """Draws `rollout.num_generations` answers to each training prompt of a config and writes the best to a file.
 
     config: of a method that learns from rewards; its `data` gives the prompts, `rollout` how answers are drawn, and
-    `rewards` the functions that judge them. reward_model: judges them too, or alone if `rewards.functions` is None.
+    `rewards` what judges them. reward_model: judges them in the place of `rewards.model`, with `rewards.model_weight`.
     reward_tokenizer: its own, by default that of the model. keep, threshold, keep_cut: see `Selection`.
     to: a new JSONL file of rows with `prompt`, `completion`, `reward`, `rewards` by name, and `row`, the number of the
     prompt; `jaxft train` reads it as it is. pairs: another one, of the best and the worst answer to each prompt as
@@ -132,6 +136,9 @@ def sample(
     _check(model, config, to, pairs, reward_model, overwrite)
     data = method_of(config).prepare(config, tokenizer)
     prompts = [prompt for prompt in data.train_examples if isinstance(prompt, Prompt)]
+    if reward_model is None and (own := reward_model_of(config)) is not None:
+        reward_model, reward_tokenizer = load_model(own.path, dtype=config.model.dtype), own.tokenizer()
+        check_head(reward_model)
     settings = {
         "config": _values(config),
         "selection": [selection.keep, selection.threshold, selection.keep_cut],
@@ -144,7 +151,13 @@ def sample(
     if done := unfinished.rows:
         print_line(f"going on after {done:,} of {len(prompts):,} prompts")
     with _functions(config, data) as functions:
-        judging = Judge(functions=functions, model=reward_model, tokenizer=reward_tokenizer or tokenizer)
+        judging = Judge(
+            functions=functions,
+            model=reward_model,
+            tokenizer=reward_tokenizer or tokenizer,
+            model_weight=config.rewards.model_weight,
+            missing_eos_penalty=config.rewards.missing_eos_penalty,
+        )
         sampler = _sampler(config, tokenizer)
         for first in range(done, len(prompts), _prompts_at_once(config)):
             part = prompts[first : first + _prompts_at_once(config)]
@@ -227,7 +240,7 @@ def _check(
             f"rollout.environment={config.rollout.environment!r} makes answers of several turns, and a row that is "
             "written has a prompt and one answer. Set it to None, and rewards.functions to what judges that answer."
         )
-    if config.rewards.functions is None and reward_model is None:
+    if config.rewards.functions is None and config.rewards.model is None and reward_model is None:
         raise ConfigError(
             "nothing judges the answers: set rewards.functions, such as to rewards.py:exact, or give a reward model"
         )

@@ -10,6 +10,7 @@ from online_runs import PROMPTS, online_config
 from pair_runs import config_of
 
 from jaxft import api, cli
+from jaxft.checkpoint.hf import write_config, write_weights
 from jaxft.checkpoint.load import load_model
 from jaxft.errors import ConfigError, ModelError
 from jaxft.methods import method_of
@@ -144,6 +145,17 @@ def test_messages_and_a_reward_model(sampled, tmp_path):
         assert row["rewards"] == {"reward_model": row["reward"]}
         # The answer is scored as it was sampled, and here as its text is tokenised.
         assert row["reward"] == pytest.approx(one["score"], abs=1e-4)
+    # The config can name the reward model too, with a weight, and with a penalty for answers that were cut off.
+    whole = tmp_path / "reward"
+    whole.mkdir()
+    write_weights(reward_model.module, str(whole))
+    write_config(str(whole), reward_model.hf_config, dtype="float32")
+    tokenizer.save(whole)
+    rewards = dataclasses.replace(config.rewards, model=str(whole), model_weight=2.0, missing_eos_penalty=0.5)
+    api.sample(model, tokenizer, dataclasses.replace(config, rewards=rewards), str(tmp_path / "other.jsonl"), **WHOLE)
+    for row, other in zip(written, lines_of(tmp_path / "other.jsonl"), strict=True):
+        assert other["completion"] == row["completion"]
+        assert other["reward"] == pytest.approx(2 * row["reward"] - 0.5, abs=1e-4)
 
 
 def test_what_cannot_be_sampled_is_refused(sampled, tmp_path):
