@@ -20,7 +20,7 @@ from jaxft.methods.online.credit import Credit, credit_of
 from jaxft.methods.online.evaluation import evaluator
 from jaxft.methods.online.feed import RolloutFeed, Updates
 from jaxft.methods.online.passes import Passes
-from jaxft.methods.online.updates import pack, parts_of
+from jaxft.methods.online.updates import pack_groups, parts_of
 from jaxft.methods.parts.charts import PPO_CHARTS
 from jaxft.methods.parts.reference import check_reference
 from jaxft.methods.parts.router import router_coefficients
@@ -80,7 +80,7 @@ def feed(run: Run, graphdef: nnx.GraphDef[Decoder]) -> RolloutFeed:
 def make_updates(run: Run, judged: Judged, state: TrainState, passes: Passes) -> Updates:
     """The batches of one rollout. An answer without a score is not trained, but counts in the divergence."""
     own, parts = run.config.method.ppo, parts_of(run, judged.rollouts)
-    packed = [pack(run, [judged.rollouts[index] for index in part]) for part in parts]
+    packed = [pack_groups(run, [judged.rollouts[index] for index in part]) for part in parts]
     policy = [passes.policy_logps(state, one.batch) for one in packed]
     values = [passes.values(state, one.batch) for one in packed]
     ratios = None

@@ -14,7 +14,7 @@ from jaxft.methods.online import settings as online
 from jaxft.methods.online.evaluation import evaluator
 from jaxft.methods.online.feed import RolloutFeed, Updates
 from jaxft.methods.online.passes import Passes
-from jaxft.methods.online.updates import pack, parts_of
+from jaxft.methods.online.updates import pack_groups, parts_of
 from jaxft.methods.parts.charts import REWARD_CHARTS
 from jaxft.methods.parts.reference import check_reference, reference_state
 from jaxft.methods.parts.router import router_coefficients
@@ -45,7 +45,7 @@ def make_updates(run: Run, judged: Judged, state: TrainState, passes: Passes) ->
     """The batches of one rollout. The KL penalty of an answer is part of its reward, as it is when it was sampled."""
     config, own = run.config, run.config.method.rloo
     parts = parts_of(run, judged.rollouts)
-    packed = [pack(run, [judged.rollouts[index] for index in part]) for part in parts]
+    packed = [pack_groups(run, [judged.rollouts[index] for index in part]) for part in parts]
     rewards, metrics = judged.rewards, {}
     if own.beta or config.rollout.updates > 1:
         policy = [passes.policy_logps(state, one.batch) for one in packed]

@@ -16,12 +16,14 @@ from jaxft.runs.train import set_up
 ROWS = [{"prompt": f"Colour {n}?", "completion": f" {'red' if n % 2 else 'blue'} {n % 5}"} for n in range(24)]
 
 
+SETTINGS = {
+    "method.distill.teacher": str(ASSETS / "smoke"), "method.distill.teacher_random_init": True,
+    "method.distill.lmbda": 1.0, "method.distill.max_new_tokens": 12, "data.max_length": 64,
+}  # fmt: skip
+
+
 def distil(tmp_path, **overrides):
-    settings = {
-        "method.distill.teacher": str(ASSETS / "smoke"), "method.distill.teacher_random_init": True,
-        "method.distill.lmbda": 1.0, "method.distill.max_new_tokens": 12, "data.max_length": 64,
-    }  # fmt: skip
-    return config_of("distill", write_rows(tmp_path, ROWS), tmp_path / "run", **settings | overrides)
+    return config_of("distill", write_rows(tmp_path, ROWS), tmp_path / "run", **SETTINGS | overrides)
 
 
 def test_a_run_on_its_own_answers_learns_and_resumes_bit_for_bit(tmp_path):
@@ -46,6 +48,18 @@ def test_the_prompts_are_those_of_the_rows_and_nothing_else_is_kept(tmp_path):
     texts = {tuple(row[weights > 0].tolist()) for row, weights in zip(given.targets_BS, given.weights_BS, strict=True)}
     own = jax.tree.map(np.asarray, batch)
     assert not texts & {tuple(t[w > 0].tolist()) for t, w in zip(own.targets_BS, own.weights_BS, strict=True)}
+
+
+def test_rows_with_the_same_prompt_do_not_share_it(tmp_path):
+    """The loss of distillation reads every document as it is in its row."""
+    rows = [row | {"prompt": "Which colour is it?"} for row in ROWS]
+    config = config_of("distill", write_rows(tmp_path, rows), tmp_path / "run", **SETTINGS)
+    with started(config, tmp_path) as (run, graphdef, state, _):
+        batch = method_of(config).feed(run, graphdef)(state, 0)
+        decode = run.tokenizer.decode
+    assert batch.whole is None
+    prompts = prompts_of(jax.tree.map(np.asarray, batch))
+    assert [decode(prompt.tokens) for prompt in prompts] == ["Which colour is it?"] * len(prompts)
 
 
 def test_a_share_of_the_steps_is_on_policy(tmp_path):

@@ -48,27 +48,34 @@ def pack_part(
     kept = np.flatnonzero((advantages != 0) | keep_all).tolist() or [0]
     own = units[kept].copy()
     own[0] += units.sum() - own.sum()
-    packed = pack(run, [rollouts[i] for i in kept])
+    packed = pack_groups(run, [rollouts[i] for i in kept])
     return packed.with_values(**{ADVANTAGES: packed.by_document(advantages[kept]), UNITS: packed.by_document(own)})
 
 
 def pack(run: Run, rollouts: Sequence[Rollout], *, neighbors: int = 1) -> PackedRollouts:
-    """The answers as a batch whose rows divide among micro-batches and devices. neighbors: see `pack_rollouts`.
+    """The answers as a batch whose rows divide among micro-batches and devices. neighbors: see `pack_rollouts`."""
+    return pack_rollouts(rollouts, **_sizes(run), packing=run.config.data.packing, neighbors=neighbors)
 
-    Answers to one prompt share it if that saves a quarter of the rows.
+
+def pack_groups(run: Run, rollouts: Sequence[Rollout]) -> PackedRollouts:
+    """As `pack`, but answers to one prompt share it if that saves a quarter of the rows.
+
+    For losses that hand `Batch.whole` to the model: to others the later answers would have no prompt.
     """
-    config = run.config
-    sizes = {
-        "max_length": config.data.max_length,
-        "pad_id": run.tokenizer.pad_id,
-        "multiple": config.train.accumulation_steps * run.mesh.batch_shards,
-    }
-    packed = pack_rollouts(rollouts, **sizes, packing=config.data.packing, neighbors=neighbors)
-    if neighbors > 1 or not shares_prompts(run):
+    packed = pack(run, rollouts)
+    if not shares_prompts(run):
         return packed
-    shared = pack_with_shared_prompts(rollouts, **sizes)
+    shared = pack_with_shared_prompts(rollouts, **_sizes(run))
     rows, fewer = (len(one.batch.tokens_BS) for one in (packed, shared))
     return shared if fewer <= SAVES * rows else packed
+
+
+def _sizes(run: Run) -> dict[str, int]:
+    return {
+        "max_length": run.config.data.max_length,
+        "pad_id": run.tokenizer.pad_id,
+        "multiple": run.config.train.accumulation_steps * run.mesh.batch_shards,
+    }
 
 
 def shares_prompts(run: Run) -> bool:
