@@ -19,6 +19,7 @@ from flax import nnx
 from jaxft.checkpoint.load import LoadedModel, load_model
 from jaxft.config import RunConfig
 from jaxft.config.fields import field_values
+from jaxft.config.rewards import RewardsConfig
 from jaxft.data import Tokenizer
 from jaxft.data.prompts import Prompt
 from jaxft.errors import ConfigError, DataError, listed
@@ -43,14 +44,13 @@ DECISIVE = ("model.", "data.", "rollout.", "rewards.", "seed")
 class Judge:
     """What gives answers their rewards: functions, a reward model with its tokenizer, or both, whose rewards add up.
 
-    model_weight, missing_eos_penalty: as in the config section `rewards`.
+    settings: the weight of the reward model, and the penalty for answers that were cut off.
     """
 
     functions: RewardFunctions | None
     model: LoadedModel | None
     tokenizer: Tokenizer
-    model_weight: float = 1.0
-    missing_eos_penalty: float | None = None
+    settings: RewardsConfig
 
     def rewards(self, rollouts: Sequence[Rollout]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """(the rewards of answers, float64, NaN for those that nothing scored; the scores by what gave them)."""
@@ -59,8 +59,9 @@ class Judge:
             texts = [one.text for one in rollouts]
             names = [f"answer {one.number} to {one.prompt.where}" for one in rollouts]
             values = answer_scores(self.model, self.tokenizer, [one.prompt.messages for one in rollouts], texts, names)
-            scores = ModelScores(values=values.astype(np.float64), weight=self.model_weight, seconds=0.0)
-        judged = judge(rollouts, self.functions, model=scores, missing_eos_penalty=self.missing_eos_penalty)
+            scores = ModelScores(values=values.astype(np.float64), weight=self.settings.model_weight, seconds=0.0)
+        penalty = self.settings.missing_eos_penalty
+        judged = judge(rollouts, self.functions, model=scores, missing_eos_penalty=penalty)
         return judged.rewards, judged.by_function
 
 
@@ -136,9 +137,7 @@ def sample(
     _check(model, config, to, pairs, reward_model, overwrite)
     data = method_of(config).prepare(config, tokenizer)
     prompts = [prompt for prompt in data.train_examples if isinstance(prompt, Prompt)]
-    if reward_model is None and (own := reward_model_of(config)) is not None:
-        reward_model, reward_tokenizer = load_model(own.path, dtype=config.model.dtype), own.tokenizer()
-        check_head(reward_model)
+    reward_model, own_tokenizer = _reward_model(config, reward_model, reward_tokenizer or tokenizer)
     settings = {
         "config": _values(config),
         "selection": [selection.keep, selection.threshold, selection.keep_cut],
@@ -151,13 +150,7 @@ def sample(
     if done := unfinished.rows:
         print_line(f"going on after {done:,} of {len(prompts):,} prompts")
     with _functions(config, data) as functions:
-        judging = Judge(
-            functions=functions,
-            model=reward_model,
-            tokenizer=reward_tokenizer or tokenizer,
-            model_weight=config.rewards.model_weight,
-            missing_eos_penalty=config.rewards.missing_eos_penalty,
-        )
+        judging = Judge(functions=functions, model=reward_model, tokenizer=own_tokenizer, settings=config.rewards)
         sampler = _sampler(config, tokenizer)
         for first in range(done, len(prompts), _prompts_at_once(config)):
             part = prompts[first : first + _prompts_at_once(config)]
@@ -265,6 +258,18 @@ def _check(
             raise ConfigError(
                 f"{Path(path).absolute().parent} is no folder, so {path} cannot be written: make it first"
             )
+
+
+def _reward_model(
+    config: RunConfig, given: LoadedModel | None, tokenizer: Tokenizer
+) -> tuple[LoadedModel | None, Tokenizer]:
+    """The reward model with its tokenizer: the given ones, or those of `rewards.model`."""
+    named = reward_model_of(config)
+    if given is not None or named is None:
+        return given, tokenizer
+    loaded = load_model(named.path, dtype=config.model.dtype)
+    check_head(loaded)
+    return loaded, named.tokenizer()
 
 
 def _functions(config: RunConfig, data: Any) -> AbstractContextManager[RewardFunctions | None]:
