@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from flax import nnx
 from online_runs import online_config, started
 from pair_runs import SGD, metrics_of, train_lose_the_end_and_resume, weights_of
@@ -148,6 +147,7 @@ def test_tokens_are_credited_as_the_recursion_says(rollout):
 
 def test_the_loss_and_its_gradient_are_those_of_torch(rollout):
     """Clipped surrogate and clipped value loss written out in torch; its slopes are led back through the model."""
+    torch = pytest.importorskip("torch")
     run, graphdef, state, _, _, _, updates = rollout
     batch = jax.tree.map(jnp.asarray, updates.batches[0])
     later = moved(state.trainable, 0.02)

@@ -20,8 +20,8 @@ def test_a_run_learns_and_resumes_bit_for_bit(tmp_path, method):
     config = online_config(method, tmp_path, tmp_path / "run")
     lines, summary = train_lose_the_end_and_resume(config, tmp_path / "run")
     first = lines[0]
-    # At the start the policy is the reference.
-    assert first["kl"] == pytest.approx(0, abs=1e-6) if method == "rloo" else first["rewards/margins"] == 0
+    # At the start the policy is the reference, up to the rounding of two programs.
+    assert first["kl" if method == "rloo" else "rewards/margins"] == pytest.approx(0, abs=1e-6)
     if method == "online_dpo":
         assert first["loss"] == pytest.approx(np.log(2), abs=1e-6)
     assert summary["eval_reward"] > first["reward"] + 0.2
