@@ -72,15 +72,7 @@ class RemoteFolder:
     """A folder that fsspec reads, such as gs://bucket/model (which needs gcsfs)."""
 
     def __init__(self, path: str) -> None:
-        # Imported here: local folders need no fsspec.
-        from fsspec.core import url_to_fs
-
-        if "::" in path:
-            raise CheckpointError(f"{path}: chained addresses are not read")
-        try:
-            self._files, self._root = url_to_fs(path)
-        except (ImportError, ValueError) as error:
-            raise CheckpointError(f"cannot read {path}: {error}. For gs:// addresses: pip install gcsfs") from error
+        self._files, self._root = url_parts(path)
         self.path = path.rstrip("/")
 
     @cached_property
@@ -125,9 +117,31 @@ def is_remote(path: str) -> bool:
     return "://" in path and not path.startswith(HUB)
 
 
+def local_path(path: str | os.PathLike[str]) -> str:
+    """The path with `~` and `~user` replaced by home folders; an address and an `hf://` name as they are.
+
+    Every path that users give goes through it.
+    """
+    path = os.fspath(path)
+    return path if "://" in path else os.path.expanduser(path)
+
+
+def url_parts(path: str) -> tuple[Any, str]:
+    """(fsspec's file system, the path in it) of an address. Raises CheckpointError if fsspec cannot read it."""
+    # Imported here: local folders need no fsspec.
+    from fsspec.core import url_to_fs
+
+    if "::" in path:
+        raise CheckpointError(f"{path}: chained addresses are not read")
+    try:
+        return url_to_fs(path)
+    except (ImportError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}. For gs:// addresses: pip install gcsfs") from error
+
+
 def open_folder(path: str | os.PathLike[str]) -> Folder:
     """The folder at a local path or an address. Raises CheckpointError for an address that cannot be read."""
-    path = os.fspath(path)
+    path = local_path(path)
     return RemoteFolder(path) if is_remote(path) else LocalFolder(path)
 
 
