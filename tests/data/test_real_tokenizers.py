@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
+from whole_prompts import assert_same
 
+from jaxft.config import DataConfig
 from jaxft.data.chat.encode import encode, prompt_of
 from jaxft.data.formats import Conversation
 from jaxft.data.tokenizers.load import load_tokenizer
@@ -254,6 +256,20 @@ def test_text_has_the_official_ids(name, published):
         assert ids == made.text(text), text
         assert made.ours.decode(ids, skip_special_tokens=False) == text
     assert made.ours.encode_batch(TEXTS) == [made.text(text) for text in TEXTS]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_prompts_end_where_they_do_if_each_is_encoded_whole(name, published):
+    chats = [
+        Conversation(row=0, where="row", format="messages", messages=tuple(messages), tools=tools)
+        for messages, tools in _chats(name).values()
+    ]
+    # Ends of lines, spaces and parts of tokens at the ends of turns, over and over.
+    texts = [text for text in [*TEXTS, *LEADING] if text.strip()]
+    talk = [m for text in texts for m in ({"role": "user", "content": text}, {**ANSWER, "content": text.strip()})]
+    system = [SYSTEM] if name == "smollm2" else []
+    long = Conversation(row=0, where="row", format="messages", messages=(*system, *talk, *talk))
+    assert_same([*chats, long], published(name).ours, DataConfig(omissions="warn"))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -2,9 +2,9 @@
 
 How an answer is located: the chat template renders the conversation up to the answer, as a prompt for generation, and
 once more with the answer. The prompt's text must be a prefix of the whole text, and the prompt's tokens a prefix of its
-tokens; the answer is the rest, up to and including the token that ends the turn. So the model is trained on exactly
-the tokens that it continues when it generates, and templates need no generation tags. `turns` decides which answers
-share a sequence.
+tokens (`prompt_ends`); the answer is the rest, up to and including the token that ends the turn. So the model is
+trained on exactly the tokens that it continues when it generates, and templates need no generation tags. `turns`
+decides which answers share a sequence.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxft.config import DataConfig
 from jaxft.data.batch import Example
+from jaxft.data.chat.prompt_ends import PromptEnds
 from jaxft.data.chat.reasoning import arrange_thoughts, split_thoughts
 from jaxft.data.chat.turns import Layout, Turn, layouts, no_end, render, shared_start, trained_answers
 from jaxft.data.formats import Conversation
@@ -49,14 +50,17 @@ def encode_all(
     """
     config = DataConfig() if config is None else config
     notes = Counter() if notes is None else notes
+    prompt_ends = PromptEnds(tokenizer)
     remaining = (_arrange_thoughts(conversation, tokenizer, config) for conversation in conversations)
     while chunk := list(islice(remaining, CHUNK)):
         sequences = [layout for conversation in chunk for layout in layouts(conversation, tokenizer, config, notes)]
-        wholes = tokenizer.encode_batch([layout.text for layout in sequences])
-        prompts = iter(tokenizer.encode_batch([turn.prompt for layout in sequences for turn in layout.turns]))
-        for layout, ids in zip(sequences, wholes, strict=True):
+        for layout, (ids, counts) in zip(sequences, prompt_ends.encode(sequences), strict=True):
+            starts = [
+                _count_prompt(layout, turn, ids, tokenizer) if count is None else count
+                for turn, count in zip(layout.turns, counts, strict=True)
+            ]
             mark = _mark_chat if layout.conversation.messages else _mark_plain
-            yield mark(layout, ids, list(islice(prompts, len(layout.turns))), tokenizer, config.train_on)
+            yield mark(layout, ids, starts, tokenizer, config.train_on)
 
 
 def prompt_of(
@@ -90,8 +94,16 @@ def _arrange_thoughts(conversation: Conversation, tokenizer: Tokenizer, config: 
     return dataclasses.replace(conversation, messages=messages)
 
 
+def _count_prompt(layout: Layout, turn: Turn, ids: Sequence[int], tokenizer: Tokenizer) -> int:
+    """The number of tokens of a prompt, which must be the first ones of its sequence."""
+    prompt = tokenizer.encode(turn.prompt)
+    if ids[: len(prompt)] != prompt:
+        raise DataError(_prefix_error(layout.conversation, turn, ids, prompt, tokenizer))
+    return len(prompt)
+
+
 def _mark_chat(
-    layout: Layout, ids: Sequence[int], prompts: Sequence[Sequence[int]], tokenizer: Tokenizer, train_on: str
+    layout: Layout, ids: Sequence[int], starts: Sequence[int], tokenizer: Tokenizer, train_on: str
 ) -> Example:
     conversation = layout.conversation
     _refuse_double_bos(conversation, ids, tokenizer)
@@ -99,10 +111,7 @@ def _mark_chat(
     if not layout.turns and train_on != "all":
         return _unchecked(conversation, ids, mask)
     end = 0
-    for turn, prompt in zip(layout.turns, prompts, strict=True):
-        start = len(prompt)
-        if ids[:start] != prompt:
-            raise DataError(_prefix_error(conversation, turn, ids, prompt, tokenizer))
+    for turn, start in zip(layout.turns, starts, strict=True):
         end = next((i for i in range(start, len(ids)) if ids[i] in tokenizer.stop_ids), -1)
         if end < 0:
             raise DataError(no_end(conversation, turn.number, tokenizer))
@@ -116,11 +125,9 @@ def _mark_chat(
 
 
 def _mark_plain(
-    layout: Layout, ids: Sequence[int], prompts: Sequence[Sequence[int]], tokenizer: Tokenizer, train_on: str
+    layout: Layout, ids: Sequence[int], starts: Sequence[int], tokenizer: Tokenizer, train_on: str
 ) -> Example:
-    conversation, prompt = layout.conversation, prompts[0]
-    if ids[: len(prompt)] != prompt:
-        raise DataError(_prefix_error(conversation, layout.turns[0], ids, prompt, tokenizer))
+    conversation = layout.conversation
     bos = bos_of(tokenizer)
     if tokenizer.eos_id is None:
         raise DataError(
@@ -132,7 +139,7 @@ def _mark_plain(
     _refuse_double_bos(conversation, ids, tokenizer)
     mask = np.ones(len(ids), np.uint8)
     if train_on != "all":
-        mask[: len(bos) + len(prompt)] = 0
+        mask[: len(bos) + starts[0]] = 0
     return _example(conversation, ids, mask)
 
 

@@ -13,20 +13,39 @@ MENDS = {
 MEND = "Set data.chat_template to one that shows it"
 
 
+class Shown:
+    """Where texts were in the last prompt that was searched. The next one is mostly longer, and has them there too."""
+
+    def __init__(self) -> None:
+        self._at: dict[str, int] = {}
+
+    def __call__(self, text: str, prompt: str) -> bool:
+        """Whether the prompt contains the text."""
+        at = self._at.get(text, -1)
+        if at < 0 or not prompt.startswith(text, at):
+            at = self._at[text] = prompt.find(text)
+        return at >= 0
+
+
 def omissions(
-    messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], index: int, prompt: str, answer: str
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]],
+    index: int,
+    prompt: str,
+    answer: str,
+    shown: Shown,
 ) -> Iterator[tuple[str, int]]:
     """(omitted part, number of its message or 0) for one answer.
 
     messages: of the conversation; index: of the answer. prompt: the rendered text before the answer; answer: the
-    rendered answer up to its end.
+    rendered answer up to its end. shown: of the conversation, kept from one answer to the next.
     """
-    if any(tool["function"]["name"] not in prompt for tool in tools):
+    if any(not shown(tool["function"]["name"], prompt) for tool in tools):
         yield "the tools", 0
     for number, earlier in enumerate(messages[:index], 1):
-        if earlier["role"] in ("system", "developer") and earlier["content"].strip() not in prompt:
+        if earlier["role"] in ("system", "developer") and not shown(earlier["content"].strip(), prompt):
             yield "the system message", number
-        if earlier["role"] in ("tool", "function") and not _is_written(earlier["content"], prompt):
+        if earlier["role"] in ("tool", "function") and not _is_written(earlier["content"], prompt, shown):
             yield "the tool's result", number
     message = messages[index]
     if thoughts_of(message) not in answer:
@@ -39,8 +58,9 @@ def omissions(
             yield "the tool call", index + 1
 
 
-def _is_written(content: str, text: str) -> bool:
-    """Whether a text contains the content, as it is or as JSON spells it."""
+def _is_written(content: str, prompt: str, shown: Shown) -> bool:
+    """Whether a prompt contains the content, as it is or as JSON spells it."""
     content = content.strip()
-    spellings = (content, json.dumps(content)[1:-1], json.dumps(content, ensure_ascii=False)[1:-1])
-    return any(spelling in text for spelling in spellings)
+    if shown(content, prompt):
+        return True
+    return any(shown(json.dumps(content, ensure_ascii=ascii)[1:-1], prompt) for ascii in (True, False))

@@ -7,6 +7,7 @@ prompt; then answers that read the same in one rendering, up to their end tokens
 of their own.
 """
 
+import functools
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxft.config import DataConfig
-from jaxft.data.chat.omissions import MEND, MENDS, omissions
+from jaxft.data.chat.omissions import MEND, MENDS, Shown, omissions
 from jaxft.data.formats import Conversation
 from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import DataError
@@ -33,9 +34,14 @@ class Turn:
     upto: str
     end: int
 
+    @functools.cached_property
+    def text(self) -> str:
+        """The prompt and the answer, up to the end of its end token."""
+        return self.upto[: self.end]
+
     def reads_the_same_in(self, text: str) -> bool:
         """Whether the text of a longer conversation is the same up to the end of this answer."""
-        return text[: self.end] == self.upto[: self.end]
+        return text.startswith(self.text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,9 +161,10 @@ def _refuse_ends_inside(conversation: Conversation, tokenizer: Tokenizer, index:
 
 def _note_omissions(conversation: Conversation, turns: Sequence[Turn], config: DataConfig, notes: Counter[str]) -> None:
     absent: dict[str, int] = {}
+    shown = Shown()
     for turn in turns:
         answer = turn.upto[len(turn.prompt) : turn.end]
-        parts = omissions(conversation.messages, conversation.tools, turn.number - 1, turn.prompt, answer)
+        parts = omissions(conversation.messages, conversation.tools, turn.number - 1, turn.prompt, answer, shown)
         absent = {what: number for what, number in parts} | absent
     for what, number in absent.items():
         if config.omissions == "refuse":
@@ -179,7 +186,7 @@ def _refuse_rewritten(turns: Sequence[Turn], conversation: Conversation, text: s
         else "Set data.turns='auto', which gives such an answer a sequence of its own, or train only on the last "
         "answer (data.train_on='last')"
     )
-    difference = _difference(conversation, turns[0].number, text, turns[0].upto[: turns[0].end])
+    difference = _difference(conversation, turns[0].number, text, turns[0].text)
     raise DataError(f"{difference} {mend}, or set data.chat_template to one that does not.")
 
 

@@ -3,7 +3,7 @@
 import functools
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,9 @@ from jaxft.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+# The index of a token -> the start and the end of its text, in characters.
+Spans = Callable[[int], tuple[int, int]]
 
 
 class Tokenizer:
@@ -60,6 +63,11 @@ class Tokenizer:
         """Token ids of each text, on all cores."""
         encoded = self.backend.backend_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encoded]
+
+    def encode_batch_with_spans(self, texts: Sequence[str]) -> list[tuple[list[int], Spans]]:
+        """(token ids, the characters from which a token came, by its index) of each text, on all cores."""
+        encoded = self.backend.backend_tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [(encoding.ids, encoding.token_to_chars) for encoding in encoded]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of the ids."""
