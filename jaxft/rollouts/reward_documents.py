@@ -27,9 +27,14 @@ class Reader:
         self._same_tokens = embeds_all and sampled.backend.get_vocab() == own.backend.get_vocab()
         self._same_template = sampled.chat_template == own.chat_template
 
+    @property
+    def reads_chats_as_sampled(self) -> bool:
+        """Whether the tokens of every prompt of messages, and of what follows it, are read as they were sampled."""
+        return self._same_tokens and self._same_template
+
     def as_sampled(self, prompt: Prompt) -> bool:
         """Whether the tokens of a prompt and its answer are read as they were sampled."""
-        return self._same_tokens and (self._same_template or isinstance(prompt.messages, str))
+        return self.reads_chats_as_sampled or (self._same_tokens and isinstance(prompt.messages, str))
 
     def document(self, one: Rollout) -> np.ndarray:
         """The token ids of an answer after its prompt, int32."""

@@ -20,6 +20,7 @@ from jaxft.data.formats import Conversation
 from jaxft.data.prompts import Prompt
 from jaxft.errors import ConfigError
 from jaxft.hardware.topology import parse
+from jaxft.methods import method_of
 from jaxft.methods.online.judge import Judge
 from jaxft.methods.online.reward_model import AdapterArrays
 from jaxft.planning.job import abstract_step_of, sharded_step_of
@@ -142,18 +143,27 @@ def test_scores_are_those_of_the_reward_model_and_the_base_is_held_once(folders,
 
 
 def test_a_reward_model_with_another_template_reads_the_text(folders, tmp_path, expected):
+    """And gives no score to a text that is longer than its positions."""
     other = tmp_path / "other"
-    shutil.copytree(folders["adapter"], other)
+    shutil.copytree(folders["whole"], other)
     tokenizer = api.load_tokenizer(str(other))
     tokenizer.backend.chat_template = "Judge this: " + tokenizer.chat_template
     assert tokenizer.backend.chat_template != api.load_tokenizer(folders["base"]).chat_template
     tokenizer.save(other)
-    own = [one["score"] for one in api.score(load_model(str(other)), tokenizer, rows_of_turns())]
+    own = np.array([one["score"] for one in api.score(load_model(str(other)), tokenizer, rows_of_turns())])
     assert np.abs(own - expected).max() > 1e-3
-    config = judged_config(folders, tmp_path, "adapter", **{"rewards.model": str(other)})
+    # What is judged ends before the template's newline.
+    lengths = [len(tokenizer.encode(tokenizer.render(one["messages"]).rstrip())) for one in rows_of_turns()]
+    limit = max(lengths) - 1
+    fields = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(fields | {"max_position_embeddings": limit}))
+    overrides = {"rewards.model": str(other), "data.max_length": limit, "rewards.missing_eos_penalty": 0.5}
+    config = judged_config(folders, tmp_path, "whole", **overrides)
     with started(config, tmp_path, base=build_model(config).module) as (run, graphdef, state, _):
         judged = Judge(run, graphdef)(state, answers_of(run.tokenizer))
-    np.testing.assert_allclose(judged.rewards, own, rtol=1e-4, atol=1e-4)
+    too_long = np.array(lengths) == max(lengths)
+    assert sorted(lengths)[-2] <= limit
+    np.testing.assert_allclose(judged.rewards, np.where(too_long, np.nan, own), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("form", ["adapter", pytest.param("whole", marks=pytest.mark.slow)])
@@ -210,3 +220,53 @@ def test_a_reward_model_that_is_too_short_is_refused(folders, tmp_path):
     (short / "config.json").write_text(json.dumps(fields | {"max_position_embeddings": 32}))
     with pytest.raises(ConfigError, match="data.max_length=64 is beyond the 32 positions of rewards.model="):
         set_up(judged_config(folders, tmp_path, "whole", **{"rewards.model": str(short)}))
+
+
+def open_judges(config):
+    """What a run does with its reward functions and its environment before it loads weights."""
+    method, tokenizer = method_of(config), api.load_tokenizer(config.model.path)
+    data = method.prepare(config, tokenizer)
+    with method.rewards(config, data), method.environments(config, data, tokenizer):
+        pass
+
+
+@pytest.fixture
+def with_template(folders, tmp_path):
+    """A function of a chat template, or None: the path of a copy of the adapter with that template."""
+
+    def copy(template):
+        folder = tmp_path / "other"
+        shutil.copytree(folders["adapter"], folder)
+        tokenizer = api.load_tokenizer(str(folder))
+        tokenizer.backend.chat_template = template
+        (folder / "chat_template.jinja").unlink()
+        tokenizer.save(folder)
+        assert api.load_tokenizer(str(folder)).chat_template == template
+        return str(folder)
+
+    return copy
+
+
+def test_a_reward_model_that_cannot_render_the_prompts_is_refused(folders, tmp_path, with_template):
+    prompts = [{"prompt": [{"role": "user", "content": f"Colour {n}?"}], "reference": "1"} for n in range(12)]
+    rows = write_rows(tmp_path, prompts, "chats.jsonl")
+    overrides = {"rewards.model": with_template(None), "data.train": rows, "data.eval": rows}
+    config = judged_config(folders, tmp_path, "adapter", **overrides)
+    with pytest.raises(ConfigError, match="line 1 is a prompt of messages, but .* Put a chat_template.jinja into its"):
+        open_judges(config)
+
+
+def test_an_environment_with_a_reward_model_of_another_template_is_refused(folders, tmp_path, with_template):
+    template = "Judge this: " + api.load_tokenizer(folders["base"]).chat_template
+    overrides = {"rewards.model": with_template(template), "rollout.environment": "guess_number"}
+    with pytest.raises(ConfigError, match="without what rollout.environment says between them. Give a reward model"):
+        open_judges(judged_config(folders, tmp_path, "adapter", **overrides))
+
+
+def test_a_reward_function_cannot_take_the_name_of_the_reward_model(folders, tmp_path):
+    path = tmp_path / "named.py"
+    path.write_text("def reward_model(completions):\n    return [0.0] * len(completions)\n")
+    with pytest.raises(
+        ConfigError, match="a function called reward_model, which is the name of rewards.model in metrics: rename"
+    ):
+        open_judges(judged_config(folders, tmp_path, "adapter", **{"rewards.functions": str(path) + ":reward_model"}))

@@ -41,6 +41,12 @@ LONG = SMOKE | {
     "export.merged": False, "checkpoint.every": None,
 }  # fmt: skip
 
+ONLINE = {
+    "method.name": "grpo", "adapter.dropout": 0.0, "eval.metric": None, "export.merged": False,
+    "data.train": SMOKE_ROWS / "prompts.jsonl", "data.eval": SMOKE_ROWS / "prompts_heldout.jsonl",
+    "rollout.num_generations": 4, "rollout.max_completion_length": 12, "rewards.workers": 1,
+}  # fmt: skip
+
 
 class Group:
     """`jaxft train` in so many processes of so many fake devices each; ended with the block."""
@@ -215,21 +221,65 @@ def test_two_processes_learn_from_pairs_as_one(method: str, tmp_path: Path, cach
 def test_two_processes_learn_from_rewards_as_one(tmp_path: Path, cache: Path, own: dict[str, object]) -> None:
     """They sample the same answers, each scores a half of them, and both have all rewards."""
     rewards = Path(__file__).parents[1] / "rollouts" / "reward_cases.py"
-    more = {
-        "adapter.dropout": 0.0, "eval.metric": None, "export.merged": False,
-        "data.train": SMOKE_ROWS / "prompts.jsonl", "data.eval": SMOKE_ROWS / "prompts_heldout.jsonl",
-        "rollout.num_generations": 4, "rollout.max_completion_length": 12, "rewards.functions": f"{rewards}:odd",
-        "rewards.workers": 1, **own,
+    assert_same_answers(tmp_path, cache, ONLINE | {"rewards.functions": f"{rewards}:odd"} | own)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["adapter", "whole"])
+def test_two_processes_learn_from_a_reward_model_as_one(tmp_path: Path, cache: Path, form: str) -> None:
+    """An adapter on the base that both train, which they hold once, or a whole model, split over all devices."""
+    judge = tmp_path / "judge"
+    pairs = {
+        "method.name": "reward", "adapter.dropout": 0.0, "eval.metric": None, "export.merged": form == "whole",
+        "data.train": SMOKE_ROWS / "pairs.jsonl", "data.eval": None, "train.steps": 2,
     }  # fmt: skip
-    with Group(tmp_path / "one", cache, 1, 4, **more) as group:
+    with Group(judge, cache, 1, 1, **pairs) as group:
         group.finish()
-    with Group(tmp_path / "two", cache, 2, 2, **more) as group:
+    model = judge / ("adapter" if form == "adapter" else "merged")
+    more = ONLINE | {
+        "model.path": judge / "base", "model.random_init": False, "rewards.model": model,
+        "rewards.missing_eos_penalty": 0.25,
+    }  # fmt: skip
+    rewards = assert_same_answers(tmp_path, cache, more)
+    assert {name for one in rewards for name in one} == {"reward_model"}
+    assert len({one["reward_model"] for one in rewards}) > 16
+
+
+@pytest.mark.slow
+def test_two_processes_learn_in_an_environment_as_one(tmp_path: Path, cache: Path) -> None:
+    """Each keeps a half of the conversations and tells the other their replies."""
+    start = {"adapter.kind": "none", "eval.metric": None, "train.steps": 1, "data.eval": None}
+    with Group(tmp_path / "model", cache, 1, 1, **start) as group:
         group.finish()
-    assert_same(tmp_path / "two", tmp_path / "one", ADAPTER)
-    ours, theirs = ((tmp_path / name / "completions.jsonl").read_text().splitlines() for name in ("two", "one"))
+    base = tmp_path / "model" / "model"
+    # Every seventh token ends a turn, so that a random model has several turns.
+    vocab = json.loads((base / "config.json").read_text())["vocab_size"]
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(3, vocab - 8, 7))}))
+    cases = Path(__file__).parents[1] / "rollouts" / "environments" / "environment_cases.py"
+    more = ONLINE | {
+        "model.path": base, "model.random_init": False, "rollout.environment": f"{cases}:Lengths",
+        "rollout.max_turns": 3, "rollout.max_completion_length": 64,
+    }  # fmt: skip
+    rewards = assert_same_answers(tmp_path, cache, more)
+    assert len({one["environment"] for one in rewards}) > 4
+    assert max(row["environment/turns"] for row in figures(tmp_path / "two") if "environment/turns" in row) > 1.5
+
+
+def assert_same_answers(folder: Path, cache: Path, more: dict[str, object]) -> list[dict[str, float]]:
+    """The rewards by name of every answer, which two processes of two devices and one of four sample alike."""
+    with Group(folder / "one", cache, 1, 4, **more) as group:
+        group.finish()
+    with Group(folder / "two", cache, 2, 2, **more) as group:
+        group.finish()
+    assert_same(folder / "two", folder / "one", ADAPTER)
+    ours, theirs = ((folder / name / "completions.jsonl").read_text().splitlines() for name in ("two", "one"))
     assert len(ours) == len(theirs) == 4 * 16
+    rewards = []
     for line, other in zip(map(json.loads, ours), map(json.loads, theirs), strict=True):
-        assert line["completion"] == other["completion"] and line["rewards"] == other["rewards"]
+        assert line["completion"] == other["completion"]
+        assert line["rewards"] == pytest.approx(other["rewards"], rel=1e-4, abs=1e-4)
+        rewards.append(line["rewards"])
+    return rewards
 
 
 @pytest.mark.slow

@@ -179,14 +179,14 @@ def check_readable(config: RunConfig, prompts: Sequence[Prompt]) -> None:
     if model is None:
         return
     reader = Reader(tokenizer_of(config), model.tokenizer())
+    if config.rollout.environment is not None and not reader.reads_chats_as_sampled:
+        raise ConfigError(
+            f"rewards.model={config.rewards.model!r} has another tokenizer or chat template than model.path, "
+            "so that it would read the text of answers alone, without what rollout.environment says between them. "
+            "Give a reward model with the tokenizer and the template of model.path."
+        )
     for prompt in prompts:
         reader.check(prompt)
-        if config.rollout.environment is not None and not reader.as_sampled(prompt):
-            raise ConfigError(
-                f"rewards.model={config.rewards.model!r} has another tokenizer or chat template than model.path, "
-                "so that it would read the text of answers alone, without what rollout.environment says between them. "
-                "Give a reward model with the tokenizer and the template of model.path."
-            )
 
 
 def batch_shapes(config: RunConfig, values: Sequence[str], arrays: Sequence[str]) -> Batch[jax.ShapeDtypeStruct]:
