@@ -1,4 +1,4 @@
-"""The names of the files in a run folder, and how its JSON is read and written."""
+"""The names of the files in a run folder, the mark by which it is known, and how its JSON is read and written."""
 
 import json
 import os
@@ -7,7 +7,8 @@ from typing import Any
 
 from jaxft.files.atomic import write_text
 
-CONFIG = "config.json"  # the resolved config
+MARK = "jaxft_run.json"  # written first, by no other program: what makes a folder that of a run
+CONFIG = "config.json"  # the resolved config; other programs give this name to files of theirs
 DATA = "data.json"  # the examination of the data
 SCORES = "scores.json"  # scores before and after training, with sample answers
 METRICS = "metrics.jsonl"  # one JSON object for each logged step or held-out evaluation
@@ -25,9 +26,26 @@ TEACHER = "teacher"  # the teacher's log-probabilities of a run with method.dist
 ADAPTER, MERGED, MODEL = "adapter", "merged", "model"  # exports
 
 
+# Sections that the config.json of every run has, and no model's config.json.
+SECTIONS = ("model", "data", "optim", "train", "checkpoint")
+
+
 def is_run_folder(path: str | os.PathLike[str]) -> bool:
-    """Whether a local folder has checkpoints/, which a run makes when training begins."""
-    return os.path.isdir(os.path.join(path, CHECKPOINTS))
+    """Whether a local folder is that of a run: it has the mark, or the config.json of a run from before the mark."""
+    return os.path.isfile(os.path.join(path, MARK)) or is_run_config(os.path.join(path, CONFIG))
+
+
+def is_run_config(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is the config of a run: JSON with its sections, and with the folder that it was written to."""
+    try:
+        values = read_json(path)
+    except (OSError, ValueError, RecursionError):  # a file of another program, which is not read further
+        return False
+    return (
+        isinstance(values, dict)
+        and isinstance(values.get("output_dir"), str)
+        and all(isinstance(values.get(section), dict) for section in SECTIONS)
+    )
 
 
 def read_json(path: str | os.PathLike[str], default: Any = None) -> Any:

@@ -23,7 +23,8 @@ from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import ConfigError, ExportError
 from jaxft.files.run_folder import ADAPTER, CHECKPOINTS, MERGED, MODEL, is_run_folder
 from jaxft.runs.build import build_model
-from jaxft.runs.folder import fresh_subfolder, run_config
+from jaxft.runs.folder import run_config
+from jaxft.runs.record import begin_export, end_export
 from jaxft.sharding.mesh import MeshPlan
 from jaxft.sharding.processes import on_primary
 from jaxft.training.state import divide
@@ -60,8 +61,7 @@ def export(
     if format not in FORMATS:
         raise ConfigError(f"format {format!r} is not one of {', '.join(FORMATS)}")
     target = Path(to)
-    if target.exists() and any(target.iterdir()):
-        raise ExportError(f"{to} is not empty: choose a new folder, so that no file of an older export is mixed in")
+    make_new(target)
     loaded = load_trained(source, step)
     quantization = loaded.quantization if format == "merged" else None
     if base == "original" and quantization is None:
@@ -70,7 +70,6 @@ def export(
     if base == "original":
         loaded = load_trained(source, step, quantized=False)
     tokenizer = load_tokenizer(source)
-    target.mkdir(parents=True, exist_ok=True)
     checks = write(loaded, tokenizer, target, format=format, dtype=dtype)
     out: dict[str, Any] = {
         "folder": str(target),
@@ -87,6 +86,22 @@ def export(
         again = load_model(to, dtype=str(loaded.module.dtype), quantization=quantization)
         out["quantised_again"] = output_difference(again, trained)
     return out
+
+
+def make_new(target: Path) -> None:
+    """Makes the folder of an export. Raises ExportError if it is a file, not empty, or cannot be made."""
+    try:
+        if target.exists() and not target.is_dir():
+            raise ExportError(f"{target} is a file: give a new folder")
+        if target.is_dir() and any(target.iterdir()):
+            raise ExportError(
+                f"{target} is not empty: choose a new folder, so that no file of an older export is mixed in"
+            )
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ExportError(
+            f"{target} cannot be made: {error.strerror or error}. Give a new folder in a place where you may write."
+        ) from error
 
 
 def load_trained(source: str, step: int | None = None, *, quantized: bool = True) -> LoadedModel:
@@ -132,8 +147,9 @@ def export_run(
     else:
         wanted.append(("merged", MODEL))
     for format, name in wanted:
-        target = Path(on_primary(partial(_fresh_subfolder, folder, name)))
+        target = Path(on_primary(partial(begin_export, folder, name)))
         checks = write(loaded, tokenizer, target, format=format, mesh=mesh)
+        on_primary(partial(end_export, folder, name))
         out[name] = name
         out[f"{name}_checks"] = {c.reader: c.difference for c in checks}
         out[f"{name}_mean"] = {c.reader: c.mean for c in checks}
@@ -174,10 +190,6 @@ def write(
 
     on_primary(write_config_and_tokenizer)
     return check_export(loaded, str(target), dtype=file_dtype, mesh=mesh)
-
-
-def _fresh_subfolder(folder: Path, name: str) -> str:
-    return str(fresh_subfolder(folder, name))
 
 
 def _compared(loaded: LoadedModel) -> str:

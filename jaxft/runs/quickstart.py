@@ -3,7 +3,6 @@
 import hashlib
 import importlib.util
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,9 @@ from jaxft.config import load
 from jaxft.data.tokenizers.load import load_tokenizer
 from jaxft.errors import CheckpointError, ConfigError
 from jaxft.files.atomic import new_folder
-from jaxft.files.run_folder import SUMMARY
+from jaxft.files.run_folder import SUMMARY, is_run_folder
+from jaxft.runs.folder import refuse_other_run, run_config
+from jaxft.runs.record import clear
 from jaxft.runs.train import train
 from jaxft.sharding.processes import is_multi_process
 
@@ -28,7 +29,8 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 def quickstart(*, console: Console, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
     """Trains configs/quickstart.py and returns its summary; a finished earlier quickstart is deleted first.
 
-    Raises ConfigError in one of several processes, which would delete and write the same folders.
+    Nothing is deleted but what that run wrote. Raises ConfigError if the folder holds another run, and in one of
+    several processes, which would delete and write the same folders.
     """
     if is_multi_process():
         raise ConfigError(
@@ -38,9 +40,12 @@ def quickstart(*, console: Console, overrides: tuple[str, ...] = ()) -> dict[str
     if not os.path.isdir(config.model.path):
         console.print(f"writing SmolLM2-135M-Instruct as a Hugging Face folder to {config.model.path} ...")
         convert(find_gguf(), Path(config.model.path))
-    if (Path(config.output_dir) / SUMMARY).is_file():
-        console.print(f"{config.output_dir} holds a finished quickstart; starting anew", highlight=False)
-        shutil.rmtree(config.output_dir)
+    folder = Path(config.output_dir)
+    if is_run_folder(folder) and (folder / SUMMARY).is_file():
+        # Of another run nothing is deleted.
+        refuse_other_run(run_config(folder), config, folder)
+        console.print(f"{folder} holds a finished quickstart; starting anew", highlight=False)
+        clear(folder)
     return train(config, console=console)
 
 

@@ -83,14 +83,14 @@ def test_a_base_that_is_not_there_is_an_error_that_says_so(adapter, base, messag
 
 @pytest.mark.parametrize("kind", ["adapter", "model", "merged"])
 def test_a_run_folder_is_what_it_exported(tmp_path, kind):
-    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "jaxft_run.json").write_text("{}")
     (tmp_path / "merged").mkdir()
     (tmp_path / kind).mkdir(exist_ok=True)
     assert resolve(str(tmp_path)) == str(tmp_path / kind)
 
 
 def test_a_run_folder_without_exports_says_how_to_make_one(tmp_path):
-    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "jaxft_run.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"no adapter/ or model/ yet: `jaxft export --run="):
         load_model(str(tmp_path))
 

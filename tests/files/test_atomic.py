@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from jaxft.files import atomic
-from jaxft.files.run_folder import is_run_folder, read_json, write_json
+from jaxft.files.run_folder import read_json, write_json
 
 KILLED_IN_A_FILE = """
 import os, signal, sys
@@ -156,6 +156,3 @@ def test_json_of_a_run_folder_comes_back(tmp_path):
     write_json(tmp_path / "scores.json", {"metric": "accuracy", "text": "ü"})
     assert read_json(tmp_path / "scores.json") == {"metric": "accuracy", "text": "ü"}
     assert (tmp_path / "scores.json").read_text(encoding="utf-8").endswith('"text": "ü"\n}\n')
-    assert not is_run_folder(tmp_path)
-    (tmp_path / "checkpoints").mkdir()
-    assert is_run_folder(tmp_path)

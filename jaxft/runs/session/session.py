@@ -16,13 +16,12 @@ from flax import nnx
 
 from jaxft.adapters.attach import adapters, virtual_modules
 from jaxft.checkpoint.resume import RunCheckpoints
-from jaxft.config import RunConfig, from_json, with_overrides
+from jaxft.config import RunConfig, with_overrides
 from jaxft.data import tokenizer_of
 from jaxft.data.batch import Batch
 from jaxft.data.prompts import Prompt, read_prompts
-from jaxft.errors import ConfigError, DataError, ExportError
+from jaxft.errors import ConfigError, DataError
 from jaxft.files import run_folder
-from jaxft.files.atomic import write_text
 from jaxft.generation.text import Prompt as GivenPrompt
 from jaxft.methods.online.passes import rows_of
 from jaxft.methods.parts.sequences import evaluated_weights
@@ -32,8 +31,8 @@ from jaxft.objectives.policy.loss import policy_logps
 from jaxft.optim.make import make_schedule
 from jaxft.rollouts.sample import Sampler, seed_of
 from jaxft.runs.build import abstract_model, build_model, make_mesh, make_tx, start_state
-from jaxft.runs.export import FORMATS, write
-from jaxft.runs.folder import refuse_other_run
+from jaxft.runs.export import FORMATS, make_new, write
+from jaxft.runs.folder import open_run
 from jaxft.runs.rewards import GivenRows
 from jaxft.runs.session.losses import SLOPES, check_session, linear_loss, loss_of
 from jaxft.runs.session.rows import (
@@ -76,6 +75,8 @@ class Session:
         self.mesh = make_mesh(config, self._model, jax.devices())
         self.mesh.check_batch(config.train.batch_size // config.train.accumulation_steps)
         self._schedule = make_schedule(*_course(config))
+        if config.model.random_init:  # the drawn weights are in the folder of the run
+            on_primary(partial(open_run, config, None, self.tokenizer.chat_template))
         self._loaded = build_model(config, self.mesh, random_base=Path(config.output_dir) / run_folder.BASE)
         tx = make_tx(config, self._loaded.module, self._schedule)
         self._graphdef, self._state = start_state(config, self._loaded.module, tx, self.mesh)
@@ -218,18 +219,10 @@ class Session:
         if self._sums is not None:
             raise ConfigError("gradients wait for their update, and are not saved: call optim_step first")
         path = Path(folder)
-        if (path / run_folder.CONFIG).is_file():
-            refuse_other_run(from_json(str(path / run_folder.CONFIG)), self.config, path)
+        on_primary(partial(open_run, self.config, None, self.tokenizer.chat_template, path))
         with RunCheckpoints(path / run_folder.CHECKPOINTS, keep=self.config.checkpoint.keep) as checkpoints:
             extra = {"step": self.step, "progress": {}, "held_out": {}, "draws": self._draws}
             checkpoints.save(self.step, saved_part(self._state), extra | {"config": self.config.to_dict()})
-
-        def describe() -> None:
-            run_folder.write_json(path / run_folder.CONFIG, self.config.to_dict())
-            if self.tokenizer.chat_template is not None:
-                write_text(path / run_folder.CHAT_TEMPLATE, self.tokenizer.chat_template)
-
-        on_primary(describe)
 
     def load_state(self, folder: str, step: int | None = None) -> None:
         """Goes on from a checkpoint of `save_state`, or of a run of `jaxft train` with the same model and optimizer.
@@ -260,9 +253,7 @@ class Session:
         if format not in FORMATS or (format == "adapter" and not has_adapter):
             raise ConfigError(f"format={format!r} cannot be written of this model: use 'merged'")
         target = Path(folder)
-        if target.exists() and any(target.iterdir()):
-            raise ExportError(f"{folder} is not empty: choose a new folder, so that no file of an older export is left")
-        target.mkdir(parents=True, exist_ok=True)
+        make_new(target)
         nnx.update(module, evaluated_weights(self.config, self._state), self._state.frozen)
         checks = write(self._loaded, self.tokenizer, target, format=format, dtype=dtype, mesh=self.mesh)
         return {"folder": folder, "format": format, "checks": {check.reader: check.difference for check in checks}}

@@ -1,0 +1,131 @@
+"""The mark of a run folder, `jaxft_run.json`: what it records of its run, and which of the files there are the run's.
+
+Nothing is deleted in a run folder but what its run has written.
+"""
+
+import datetime
+import os
+import shutil
+import sys
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from jaxft.errors import CheckpointError, ExportError, listed
+from jaxft.files import run_folder
+from jaxft.files.run_folder import ADAPTER, MARK, MERGED, MODEL, read_json, write_json
+
+FORMAT = 1  # of the file
+EXPORTS = (ADAPTER, MERGED, MODEL)
+# What a run that begins anew in its folder must not find there.
+OF_A_RUN = (
+    run_folder.SCORES, run_folder.METRICS, run_folder.COMPLETIONS, run_folder.HELD_OUT_COMPLETIONS,
+    run_folder.REFERENCE, run_folder.SUMMARY, run_folder.REPORT, run_folder.LOSS_PLOT, run_folder.CHECKPOINTS,
+    run_folder.TENSORBOARD, run_folder.BASE, run_folder.TEACHER,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What a run folder says of its run.
+
+    id: of the run, for ever the same. created: when it began. version: of jaxft then. steps: its length; None if it is
+    not known. reads: what it reads, see `runs/identity.py`. exports: for each export in the folder, the files that were
+    written; None while they are being written. history: what was changed when the run was resumed, oldest first.
+    """
+
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    created: str = field(default_factory=lambda: now())
+    version: str = field(default_factory=lambda: sys.modules["jaxft"].__version__)
+    steps: int | None = None
+    reads: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    exports: Mapping[str, list[str] | None] = field(default_factory=dict)
+    history: tuple[Mapping[str, Any], ...] = ()
+
+
+def now() -> str:
+    """The time, in UTC."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def read_record(folder: Path) -> Record | None:
+    """The record in a folder; None without one. Raises CheckpointError if it cannot be read."""
+    path = folder / MARK
+    if not path.is_file():
+        return None
+    try:
+        values = read_json(path)
+        if values["jaxft_run"] != FORMAT:
+            raise ValueError(f"it has format {values['jaxft_run']!r}, and this version reads {FORMAT}")
+        del values["jaxft_run"]
+        return replace(Record(**values), history=tuple(values["history"]))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error}): it is damaged, or of a newer version of jaxft. Delete it if the folder "
+            "is a run of yours; the run is then recognised by its config.json."
+        ) from error
+
+
+def write_record(folder: Path, record: Record) -> None:
+    """Writes the mark, in one piece."""
+    write_json(folder / MARK, {"jaxft_run": FORMAT, **asdict(record)})
+
+
+def record_of(folder: Path) -> Record:
+    """The record of a run folder. A run from before the mark gets one, with the exports that it has."""
+    record = read_record(folder)
+    return record or Record(exports={name: None for name in EXPORTS if (folder / name).is_dir()})
+
+
+def check_export(folder: Path, record: Record, name: str) -> None:
+    """Raises ExportError if the export `name`, which a new one would replace, has files that the run did not write."""
+    target = folder / name
+    if not target.exists() or (name in record.exports and record.exports[name] is None):
+        return
+    extra = sorted(set(_files(target)) - set(record.exports.get(name) or ())) if target.is_dir() else [name]
+    if extra:
+        raise ExportError(
+            f"{target} has files that this run did not write: {listed(extra)}. Its export would replace them. Move "
+            "them to another folder; the run then goes on."
+        )
+
+
+def begin_export(folder: Path, name: str) -> str:
+    """The path of an empty folder `name` for an export. An earlier one of the run is deleted.
+
+    Raises as `check_export` does.
+    """
+    record, target = record_of(folder), folder / name
+    check_export(folder, record, name)
+    write_record(folder, replace(record, exports={**record.exports, name: None}))
+    if target.exists():
+        shutil.rmtree(target)
+    target.mkdir()
+    return str(target)
+
+
+def end_export(folder: Path, name: str) -> None:
+    """Records the files of an export that is whole."""
+    record = record_of(folder)
+    write_record(folder, replace(record, exports={**record.exports, name: _files(folder / name)}))
+
+
+def clear(folder: Path) -> None:
+    """Deletes what a run has written, and nothing else; the mark stays. Raises as `check_export` does."""
+    record = record_of(folder)
+    for name in EXPORTS:
+        check_export(folder, record, name)
+    write_record(folder, replace(record, exports=dict.fromkeys(record.exports)))
+    for name in (*OF_A_RUN, *record.exports):
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    write_record(folder, Record())
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(os.path.relpath(path, folder) for path in folder.rglob("*") if not path.is_dir())

@@ -1,0 +1,189 @@
+"""The folder of a run: recognised by its mark, never made of what others wrote, and what becomes of its files."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from jaxft.config import RunConfig, with_overrides
+from jaxft.errors import CheckpointError, ConfigError, ExportError
+from jaxft.files.run_folder import is_run_folder
+from jaxft.runs import record
+from jaxft.runs.export import export
+from jaxft.runs.folder import newest_step, open_run, run_config
+from jaxft.runs.quickstart import quickstart
+
+
+def config_of(folder: Path, **overrides) -> RunConfig:
+    return with_overrides({"output_dir": str(folder), "model.path": "model", "data.train": "rows.jsonl"} | overrides)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def checkpoint(folder: Path, step: int = 4) -> None:
+    """A step as `RunCheckpoints` leaves it: the manifest makes it whole."""
+    (folder / "checkpoints" / str(step)).mkdir(parents=True)
+    (folder / "checkpoints" / str(step) / "manifest.json").write_text("{}")
+
+
+FOREIGN = {
+    "a model": {"config.json": '{"model_type": "llama"}', "chat_template.jinja": "x", "data.json": "1"},
+    "an empty config": {"config.json": ""},
+    "a config that is a list": {"config.json": "[]"},
+    "sections of another trainer": {"config.json": '{"model": {}, "data": {}, "train": {}, "output_dir": "x"}'},
+    "a trainer's checkpoints": {"checkpoints/100/optimizer.bin": "x"},
+    "a summary": {"summary.json": "{}"},
+    "exports": {"adapter/adapter_config.json": "{}"},
+    "notes": {"notes.txt": "x"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_what_others_wrote_is_not_overwritten(tmp_path, name):
+    for file, text in FOREIGN[name].items():
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(text)
+    before = contents(tmp_path)
+    assert not is_run_folder(tmp_path)
+    with pytest.raises(ConfigError, match=r"is not empty and holds no run.*Set output_dir to a new folder"):
+        open_run(config_of(tmp_path), {}, "template")
+    with pytest.raises(ConfigError, match="is not a run folder"):
+        run_config(tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_a_new_folder_gets_the_mark_and_keeps_its_id(tmp_path):
+    folder = tmp_path / "a" / "run"
+    open_run(config_of(folder), {"rows": 1}, "template")
+    first = record.read_record(folder)
+    assert is_run_folder(folder) and run_config(folder) == config_of(folder)
+    checkpoint(folder)
+    open_run(config_of(folder, **{"train.log_every": 1}), {"rows": 1}, "template")
+    assert record.read_record(folder) == first and newest_step(folder) == 4
+
+
+def test_a_run_from_before_the_mark_is_known_by_its_config(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config_of(tmp_path).to_dict()))
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "README.md").write_text("ours or not, an earlier version kept no list")
+    checkpoint(tmp_path)
+    assert is_run_folder(tmp_path)
+    with pytest.raises(ConfigError, match="optim.learning_rate: was"):
+        open_run(config_of(tmp_path, **{"optim.learning_rate": 1.0}), {})
+    open_run(config_of(tmp_path), {})
+    assert (tmp_path / "jaxft_run.json").is_file()
+
+
+def test_a_config_that_another_program_wrote_into_a_run_is_refused(tmp_path):
+    open_run(config_of(tmp_path / "run"), {})
+    checkpoint(tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ConfigError, match=r"config\.json is missing or not that of a run.*Restore"):
+        open_run(config_of(tmp_path / "run"), {})
+
+
+def test_a_damaged_mark_is_refused(tmp_path):
+    open_run(config_of(tmp_path), {})
+    (tmp_path / "jaxft_run.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"jaxft_run\.json cannot be read.*Delete it"):
+        open_run(config_of(tmp_path), {})
+
+
+def test_a_run_without_checkpoints_begins_anew_without_what_another_left(tmp_path):
+    open_run(config_of(tmp_path), {})
+    first = record.read_record(tmp_path).id
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("drawn with another seed")
+    (tmp_path / "notes.txt").write_text("mine")
+    open_run(config_of(tmp_path), {})
+    assert (tmp_path / "base").is_dir() and record.read_record(tmp_path).id == first
+    open_run(config_of(tmp_path, seed=1), {})
+    assert not (tmp_path / "base").exists() and (tmp_path / "notes.txt").read_text() == "mine"
+    assert record.read_record(tmp_path).id != first and run_config(tmp_path).seed == 1
+
+
+@pytest.mark.parametrize("left", ["summary.json", "adapter", "model"])
+def test_a_finished_run_whose_checkpoints_are_gone_is_not_overwritten(tmp_path, left):
+    open_run(config_of(tmp_path), {})
+    checkpoint(tmp_path)
+    if left == "summary.json":
+        (tmp_path / left).write_text("{}")
+    else:
+        (Path(record.begin_export(tmp_path, left)) / "weights").write_text("x")
+        record.end_export(tmp_path, left)
+    open_run(config_of(tmp_path), {})
+    shutil.rmtree(tmp_path / "checkpoints")
+    before = contents(tmp_path)
+    with pytest.raises(ConfigError, match=r"has ended, and its checkpoints are gone.*delete this one"):
+        open_run(config_of(tmp_path), {})
+    assert contents(tmp_path) == before
+
+
+def test_an_export_replaces_only_what_the_run_exported(tmp_path):
+    open_run(config_of(tmp_path), {})
+    (Path(record.begin_export(tmp_path, "adapter")) / "half").write_text("killed while it was written")
+    (Path(record.begin_export(tmp_path, "adapter")) / "weights").write_text("x")
+    record.end_export(tmp_path, "adapter")
+    assert os.listdir(tmp_path / "adapter") == ["weights"]
+    (tmp_path / "adapter" / "model-q4.gguf").write_text("mine")
+    checkpoint(tmp_path)
+    for call in (lambda: open_run(config_of(tmp_path), {}), lambda: record.begin_export(tmp_path, "adapter"),
+                 lambda: record.clear(tmp_path)):  # fmt: skip
+        with pytest.raises(ExportError, match=r"did not write: model-q4\.gguf.*Move them"):
+            call()
+    assert sorted(os.listdir(tmp_path / "adapter")) == ["model-q4.gguf", "weights"]
+    (tmp_path / "adapter" / "model-q4.gguf").unlink()
+    assert os.listdir(record.begin_export(tmp_path, "adapter")) == []
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "mine").write_text("never exported")
+    with pytest.raises(ExportError, match="did not write: mine"):
+        open_run(config_of(tmp_path), {})
+
+
+def test_places_where_no_run_can_be_are_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for path, message in {
+        tmp_path / "file": "is a file. Set it to a new folder",
+        tmp_path / "file" / "below": "cannot be written: Not a directory.*place where you may write",
+        "/proc/run": "cannot be written: .*place where you may write",
+        tmp_path / ("x" * 300): "cannot be written: File name too long",
+        "gs://bucket/run": "is an address.*mount the bucket",
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            open_run(config_of(path), {})
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_exports_are_not_written_to_files_and_forbidden_folders(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ExportError, match="is a file: give a new folder"):
+        export("model", str(tmp_path / "file"))
+    with pytest.raises(ExportError, match="cannot be made: .*where you may write"):
+        export("model", "/proc/export")
+
+
+def test_quickstart_deletes_only_a_quickstart_of_its_own(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    settings = (f"model.path={tmp_path / 'model'}", f"output_dir={tmp_path / 'run'}")
+    monkeypatch.setattr("jaxft.runs.quickstart.train", lambda config, console: {"config": config})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "summary.json").write_text("of another program")
+    quickstart(console=Console(quiet=True), overrides=settings)
+    assert (tmp_path / "run" / "summary.json").read_text() == "of another program"
+    (tmp_path / "run" / "summary.json").unlink()
+
+    config = quickstart(console=Console(quiet=True), overrides=settings)["config"]
+    open_run(config, {})
+    checkpoint(tmp_path / "run")
+    (tmp_path / "run" / "summary.json").write_text("{}")
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="holds a run with other settings"):
+        quickstart(console=Console(quiet=True), overrides=(*settings, "adapter.r=4"))
+    assert newest_step(tmp_path / "run") == 4
+    quickstart(console=Console(quiet=True), overrides=settings)
+    assert newest_step(tmp_path / "run") is None and (tmp_path / "run" / "notes.txt").read_text() == "mine"
