@@ -16,7 +16,7 @@ PairsOf = Literal["best_worst", "best_others", "adjacent", "all"]
 # Fields by which the columns of a set are read; every set of a mixture may have its own.
 COLUMNS = (
     "format", "prompt_field", "completion_field", "text_field", "chosen_field", "rejected_field", "answers_field",
-    "score_field", "pairs", "label_field",
+    "score_field", "pairs", "label_field", "rows_field",
 )  # fmt: skip
 BY_PAIRS = ReadBy("method.name", methods_on("pairs"), because="It is about rows with several answers to a prompt.")
 BY_LABELS = ReadBy("method.name", methods_on("labelled"), because="It is about rows with a label.")
@@ -41,6 +41,7 @@ class MixtureSet(Section):
     score_field: Annotated[str | None, "as `data.score_field`"] = None
     pairs: Annotated[PairsOf | None, "as `data.pairs`"] = None
     label_field: Annotated[str | None, "as `data.label_field`"] = None
+    rows_field: Annotated[str | None, "as `data.rows_field`"] = None
     train_on: Annotated[TrainOn | None, "as `data.train_on`"] = None
     limit: Annotated[int | None, ABOVE_ZERO, "number of rows that are used, from the first; None: `data.limit`"] = None
     max_epochs: Annotated[
@@ -52,7 +53,11 @@ class MixtureSet(Section):
 class DataConfig(Section):
     """Where rows come from and how they become token sequences."""
 
-    train: Annotated[str, "training rows: a .jsonl file, a datasets folder, `hf://owner/name`, or `tfds:name`"] = ""
+    train: Annotated[
+        str,
+        "training rows: a file, a folder, `hf://owner/name`, `tfds:name`, a pattern such as `rows/*.jsonl`, or a list "
+        "of these; see [formats](formats.md#where-rows-come-from)",
+    ] = ""
     mixture: Annotated[
         dict[str, MixtureSet],
         "several training sets instead of `data.train`, each under a name; see [mixtures](mixtures.md)",
@@ -66,6 +71,11 @@ class DataConfig(Section):
     eval: Annotated[str | None, "held-out rows, in the same forms as `data.train`"] = None
     train_split: Annotated[str, "which part of a training set that has parts (datasets, tfds)"] = "train"
     eval_split: Annotated[str, "which part of a held-out set that has parts"] = "validation"
+    rows_field: Annotated[
+        str | None,
+        "field of a .json file's object that holds the list of its rows, such as `data`, or `result.rows` within "
+        "another object; None: the file is a list",
+    ] = None
     tfds_data_dir: Annotated[str | None, "folder of the `tfds:` sets; None: the default of TFDS"] = None
     eval_fraction: Annotated[
         float | None, BETWEEN_ZERO_AND_ONE, "share of the training rows that is held out if `data.eval` is None"
@@ -148,8 +158,8 @@ class DataConfig(Section):
     def check(self) -> None:
         if not self.train and not self.mixture:
             raise ConfigError(
-                "data.train is empty: give a .jsonl file, a datasets folder, hf://owner/name or tfds:name, or several "
-                "of them in data.mixture"
+                "data.train is empty: give a file, a folder, hf://owner/name or tfds:name, a list of them, or several with "
+                "weights in data.mixture"
             )
         if self.mixture and self.train:
             raise ConfigError(f"data.train={self.train!r} and data.mixture both name training sets; set data.train=''")

@@ -126,6 +126,11 @@ def local_path(path: str | os.PathLike[str]) -> str:
     return path if "://" in path else os.path.expanduser(path)
 
 
+def file_name(path: str) -> str:
+    """The last part of a local path or an address."""
+    return path.rstrip("/").rpartition("/")[2] or path
+
+
 def url_parts(path: str) -> tuple[Any, str]:
     """(fsspec's file system, the path in it) of an address. Raises CheckpointError if fsspec cannot read it."""
     # Imported here: local folders need no fsspec.

@@ -11,6 +11,7 @@ from jaxft.checkpoint.load import hf_config_of, resolve
 from jaxft.config import RunConfig
 from jaxft.data import tokenizer_of
 from jaxft.data.loader import steps_for
+from jaxft.data.sources import is_here
 from jaxft.errors import ConfigError, did_you_mean
 from jaxft.files.paths import HUB, read_json
 from jaxft.methods import method_of
@@ -110,7 +111,7 @@ def length_of(config: RunConfig, *, tokens: int | None = None, examples: int | N
         steps = max(1, math.ceil(round(train.epochs * sequences / train.batch_size, 6)))
         return Length(steps=steps, source=source, known=True)
     paths = [one.path for one in data.mixture.values()] or [data.train]
-    if all(map(os.path.exists, paths)) and os.path.isdir(config.model.path):
+    if all(map(is_here, paths)) and os.path.isdir(config.model.path):
         tokenizer = tokenizer_of(config)
         method = method_of(config)
         prepared = method.prepare(config, tokenizer)

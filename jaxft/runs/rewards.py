@@ -2,6 +2,8 @@
 
 # B batch, P documents that a row can hold
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -60,6 +62,9 @@ class GivenRows:
 
     def describe(self) -> str:
         return f"{len(self):,} rows"
+
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps([dict(row) for row in self._rows], default=str).encode()).hexdigest()
 
 
 def score(

@@ -1,0 +1,80 @@
+"""Rows that are JSON objects. Only their positions in a file are kept; a row is parsed when it is read."""
+
+import json
+from typing import Any
+
+import numpy as np
+
+from jaxft.data.sources.file_kinds import reencode
+from jaxft.data.sources.text import Text, line_spans, text_of
+from jaxft.errors import DataError
+from jaxft.files.digest import content_digest
+from jaxft.files.paths import file_name
+
+BOM = b"\xef\xbb\xbf"  # of UTF-8, which Windows programs write
+
+
+class JsonRows:
+    """Rows that are JSON objects at known positions of a text.
+
+    path: the file that they come from. starts, ends: bytes in `text`. lines: the line of the file on which each
+    begins. items: whether rows are counted, as those of an array are, rather than lines.
+    """
+
+    def __init__(
+        self, path: str, text: Text, starts: np.ndarray, ends: np.ndarray, lines: np.ndarray, *, items: bool = False
+    ) -> None:
+        self.path = path
+        self._text, self._starts, self._ends, self._lines, self._items = text, starts, ends, lines, items
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        start = int(self._starts[index])
+        raw = self._text.read(start, int(self._ends[index]) - start)
+        text = decode(raw.removeprefix(BOM) if start == 0 else raw, self.path, self.where(index))
+        try:
+            row = json.loads(text)
+        except RecursionError as error:
+            raise DataError(f"{self.where(index)} is nested too deeply to be read") from error
+        except ValueError as error:
+            raise DataError(f"{self.where(index)} is not JSON: {error}. Each line must be one whole object.") from error
+        if not isinstance(row, dict):
+            raise DataError(
+                f"{self.where(index)} is {type(row).__name__}, not an object with fields: {str(row)[:60]!r}"
+            )
+        return row
+
+    def where(self, index: int) -> str:
+        line = f"line {self._lines[index]}"
+        return f"{file_name(self.path)} " + (f"item {index + 1} ({line})" if self._items else line)
+
+    def describe(self) -> str:
+        return f"{self.path} ({len(self):,} rows)"
+
+    def digest(self) -> str:
+        return content_digest(self.path)
+
+
+class JsonlRows(JsonRows):
+    """One JSON object a line; blank lines do not count. text: of the file at path, which is opened if it is None."""
+
+    def __init__(self, path: str, text: Text | None = None) -> None:
+        text = text_of(path) if text is None else text
+        super().__init__(path, text, *line_spans(text))
+
+    def describe(self) -> str:
+        return f"{self.path} ({len(self):,} lines)"
+
+
+def decode(raw: bytes, path: str, where: str) -> str:
+    """The text of UTF-8 bytes. Raises DataError, naming the row and the likely encoding, for others."""
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        around = raw[max(0, error.start - 12) : error.end + 12].decode("cp1252", "replace")
+        raise DataError(
+            f"{where} is not UTF-8 text: byte 0x{raw[error.start]:02x}, in {around!r} if it is Windows-1252 or "
+            f"Latin-1. {reencode(path, 'WINDOWS-1252')}"
+        ) from error

@@ -1,0 +1,158 @@
+"""What users name as data: one source or several, files by patterns, and the files of a folder."""
+
+import glob
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from jaxft.data.sources.file_kinds import kind_by_name
+from jaxft.data.sources.tables import HUB, TFDS, no_split
+from jaxft.errors import CheckpointError, DataError, did_you_mean, listed
+from jaxft.files.paths import file_name, is_remote, local_path, url_parts
+
+# Words in the names of files and folders that say which part of a set they are, as on the Hugging Face hub.
+SPLITS = {
+    "train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
+    "dev": "validation", "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
+}  # fmt: skip
+# Files that describe a set rather than hold its rows.
+NOT_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+PATTERN = re.compile(r"[*?\[]")
+
+
+def names_in(text: str) -> list[str]:
+    """The sources in the text of `data.train`: one, a list in brackets, or several with commas between them.
+
+    The list may be JSON; a shell may have removed the quotation marks of its items. A path with a comma in it is one
+    source if it exists.
+    """
+    text = text.strip()
+    if os.path.exists(local_path(text)):
+        return [text]
+    bracketed = text.startswith("[") and text.endswith("]")
+    try:
+        names = json.loads(text) if bracketed else None
+    except ValueError:
+        names = None
+    if isinstance(names, list) and all(isinstance(name, str) for name in names):
+        return names
+    if bracketed and "]" not in text[1:-1]:  # else it is a pattern such as [ab]*[01]
+        text = text[1:-1]
+    return [name for name in (part.strip(" '\"") for part in text.split(",")) if name]
+
+
+def is_here(text: str) -> bool:
+    """Whether all sources in the text of `data.train` are files or folders of this machine."""
+    return all(
+        glob.glob(local_path(name), recursive=True) if is_pattern(name) else os.path.exists(local_path(name))
+        for name in names_in(text)
+    )
+
+
+def matching(pattern: str) -> list[str]:
+    """The files and folders that a pattern with `*`, `?` or `[...]` matches, sorted by name. `**` crosses folders.
+
+    Raises DataError if it matches none.
+    """
+    try:
+        if is_remote(pattern):
+            files, root = url_parts(pattern)
+            scheme = pattern[: pattern.index("://") + 3]
+            names = [f"{scheme}{name.lstrip('/')}" for name in files.glob(root)]
+        else:
+            names = glob.glob(local_path(pattern), recursive=True)
+    except (OSError, CheckpointError) as error:
+        raise DataError(f"cannot list {pattern!r}: {error}") from error
+    if not names:
+        before = PATTERN.split(pattern)[0]
+        folder = before.rpartition("/")[0] or ("/" if before.startswith("/") else ".")
+        there = "" if is_remote(pattern) else f" {neighbors(os.path.join(folder, '*'))}"
+        raise DataError(f"no file matches {pattern!r}.{there}")
+    return sorted(names)
+
+
+def is_pattern(path: str) -> bool:
+    """Whether a name stands for the files that it matches: it has `*`, `?` or `[` and is no file itself."""
+    return bool(PATTERN.search(path)) and not path.startswith((HUB, TFDS)) and not os.path.exists(local_path(path))
+
+
+def files_of_folder(path: str, split: str) -> list[str]:
+    """The files with rows below a local or remote folder, sorted, of one part of the set.
+
+    A file belongs to the part whose name is in its own or in that of a folder around it, as `train-00000.parquet` or
+    `test/rows.jsonl`; if none is named, to `train`. Raises DataError if there are no such files, or none of that part.
+    """
+    names = [name for name in _below(path) if kind_by_name(name) and file_name(name) not in NOT_ROWS]
+    if not names:
+        others = listed(sorted(_below(path))) or "it is empty"
+        raise DataError(
+            f"the folder {path!r} has no files with rows (.json, .jsonl, .csv, .tsv, .parquet, .arrow, or compressed "
+            f"ones): {others}"
+        )
+    parts: dict[str, list[str]] = {}
+    for name in names:
+        parts.setdefault(_split_of(name), []).append(name)
+    if split not in parts:
+        raise DataError(no_split(path, split, sorted(parts)))
+    return [f"{path.rstrip('/')}/{name}" for name in parts[split]]
+
+
+def described_by_readme(path: str) -> bool:
+    """Whether the README of a folder says, as on the Hugging Face hub, which of its files make which set."""
+    readme = os.path.join(path, "README.md")
+    if not os.path.isfile(readme):
+        return False
+    head = Path(readme).read_text(encoding="utf-8", errors="replace")[:100_000]
+    front = head.split("\n---", 1)[0] if head.startswith("---") else ""
+    return re.search(r"^configs:", front, re.MULTILINE) is not None
+
+
+def no_source(path: str) -> str:
+    """The error message for a name that is neither a file nor a folder."""
+    if is_remote(path):
+        return f"there is nothing at {path!r}"
+    repository = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", path) and not kind_by_name(path)
+    hub = f" If it is a set on the Hugging Face hub, write {HUB}{path}." if repository else ""
+    return f"no data file {path!r}.{hub} {neighbors(path)}"
+
+
+def neighbors(path: str) -> str:
+    """The file nearest to a path that does not exist, or the files of its folder."""
+    folder = Path(local_path(path)).parent
+    if not folder.is_dir():
+        return f"There is no folder {str(folder)!r}."
+    names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    hint = did_you_mean(Path(path).name, [name for name in names if name != Path(path).name])
+    return hint.strip() or f"Files there: {listed(names) or 'none'}."
+
+
+def refuse_doubles(names: Sequence[str], given: str) -> None:
+    """Raises DataError if a file is named twice, by overlapping patterns for example: its rows would count twice."""
+    keys = [name if "://" in name or name.startswith(TFDS) else os.path.realpath(local_path(name)) for name in names]
+    doubled = sorted({name for name, key in zip(names, keys, strict=True) if keys.count(key) > 1})
+    if doubled:
+        raise DataError(
+            f"data {given!r} names the same files more than once: {listed(doubled)}. Name each once; to give some rows "
+            "more weight, use data.mixture."
+        )
+
+
+def _below(path: str) -> list[str]:
+    """The files below a folder, relative to it and sorted, without hidden ones."""
+    if is_remote(path):
+        files, root = url_parts(path)
+        names = [name.removeprefix(root.rstrip("/") + "/") for name in files.find(root)]
+    else:
+        names = [str(file.relative_to(path)) for file in Path(path).rglob("*") if file.is_file()]
+    return sorted(name for name in names if not any(part.startswith(".") for part in Path(name).parts))
+
+
+def _split_of(name: str) -> str:
+    # The file's own name counts before those of the folders around it.
+    for part in reversed(Path(name.lower()).parts):
+        named = [SPLITS[word] for word in re.split(r"[^a-z]+", part) if word in SPLITS]
+        if named:
+            return named[0]
+    return "train"

@@ -1,0 +1,361 @@
+"""Every kind of file gives the rows that were written to it, and what is broken is named with its mend."""
+
+import bz2
+import csv
+import datetime
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import subprocess
+
+import fsspec
+import numpy as np
+import pytest
+
+from jaxft.data.sources import JsonlRows, open_rows, text
+from jaxft.errors import DataError
+
+pa = pytest.importorskip("pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet")
+
+ROWS = [
+    {"prompt": "007", "completion": "NA"},
+    {"prompt": "null", "completion": "1e5"},
+    {"prompt": 'a "quoted", cell\nof two lines', "completion": ""},
+    {"prompt": "2024-01-02", "completion": "é 漢 \u2028 ,;\t"},
+]
+
+
+def jsonl_of(rows, separator="\n"):
+    return separator.join(json.dumps(row) for row in rows).encode()
+
+
+def csv_of(rows, **options):
+    file = io.StringIO(newline="")
+    writer = csv.DictWriter(file, list(rows[0]), **options)
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue().encode()
+
+
+def columns_of(rows, write):
+    sink = pa.BufferOutputStream()
+    write(pa.Table.from_pylist(rows), sink)
+    return sink.getvalue().to_pybytes()
+
+
+def arrow_of(new):
+    def write(table, sink):
+        with new(sink, table.schema) as writer:
+            writer.write_table(table, max_chunksize=3)
+
+    return write
+
+
+def zstd_of(raw):
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as out:
+        out.write(raw)
+    return sink.getvalue().to_pybytes()
+
+
+KINDS = {
+    "a.jsonl": jsonl_of(ROWS),
+    "windows.jsonl": b"\xef\xbb\xbf" + jsonl_of(ROWS, "\r\n"),
+    "mac.jsonl": jsonl_of(ROWS, "\r"),
+    "blank.ndjson": b"\n \n" + jsonl_of(ROWS, "\n\t\n\n") + b"\n\r\n",
+    "UP.JSONL": jsonl_of(ROWS),
+    "a.jsonl.gz": gzip.compress(jsonl_of(ROWS)),
+    "a.JSONL.GZ": gzip.compress(jsonl_of(ROWS[:2]) + b"\n") + gzip.compress(jsonl_of(ROWS[2:])),
+    "a.jsonl.bz2": bz2.compress(jsonl_of(ROWS)),
+    "a.jsonl.xz": lzma.compress(jsonl_of(ROWS)),
+    "a.jsonl.zst": zstd_of(jsonl_of(ROWS)),
+    "a.json": json.dumps(ROWS, indent=2, ensure_ascii=False).encode(),
+    "flat.json": b"\xef\xbb\xbf" + json.dumps(ROWS).encode() + b"\n",
+    "lines.json": jsonl_of(ROWS),
+    "a.json.gz": gzip.compress(json.dumps(ROWS).encode()),
+    "no_ending": json.dumps(ROWS).encode(),
+    "lines.txt": jsonl_of(ROWS),
+    "a.csv": csv_of(ROWS),
+    "bom.csv": b"\xef\xbb\xbf" + csv_of(ROWS),
+    "quoted.csv": csv_of(ROWS, quoting=csv.QUOTE_ALL),
+    "semicolons.csv": csv_of(ROWS, delimiter=";"),
+    "excel.csv": b"sep=;\r\n" + csv_of(ROWS, delimiter=";"),
+    "a.csv.gz": gzip.compress(csv_of(ROWS)),
+    "a.tsv": csv_of(ROWS, delimiter="\t"),
+    "a.parquet": columns_of(ROWS, lambda table, sink: parquet.write_table(table, sink, row_group_size=3)),
+    "parquet_without_ending": columns_of(ROWS, parquet.write_table),
+    "file.arrow": columns_of(ROWS, arrow_of(lambda sink, schema: pa.ipc.new_file(sink, schema))),
+    "stream.arrow": columns_of(ROWS, arrow_of(lambda sink, schema: pa.ipc.new_stream(sink, schema))),
+}
+
+
+def all_of(rows):
+    return [rows[index] for index in range(len(rows))]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_holds_the_same_rows(tmp_path, name):
+    (tmp_path / name).write_bytes(KINDS[name])
+    rows = open_rows(str(tmp_path / name))
+    assert all_of(rows) == ROWS and [rows[i] for i in (3, 0, 2)] == [ROWS[i] for i in (3, 0, 2)]
+    assert name in rows.where(2) and f"(4 {'lines' if rows.__class__ is JsonlRows else 'rows'})" in rows.describe()
+    assert rows.digest() == hashlib.sha256(KINDS[name]).hexdigest()
+    with pytest.raises(IndexError):
+        rows[4]
+    address = f"memory://kinds/{name}"
+    fsspec.filesystem("memory").pipe_file(f"/kinds/{name}", KINDS[name])
+    remote = open_rows(address)
+    assert all_of(remote) == ROWS and (remote.digest(), remote.where(2)) == (rows.digest(), rows.where(2))
+
+
+@pytest.mark.parametrize("block", [1, 2, 7, 64, 10_000])
+def test_lines_are_found_across_blocks(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(text, "BLOCK", block)
+    monkeypatch.setattr(text, "AHEAD", 5)
+    lines = [b"{}", b"", b" {}", b"  ", b'{"a": "' + b"x" * 30 + b'"}', b"\r", b"", b"{}"]
+    for end in (b"", b"\n", b"\n\n"):
+        (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines) + end)
+        rows = open_rows(str(tmp_path / "a.jsonl"))
+        kept = [(number, json.loads(line)) for number, line in enumerate(lines, 1) if line.strip()]
+        assert [(int(rows.where(i).split()[-1]), rows[i]) for i in range(len(rows))] == kept
+
+
+def test_rows_are_named_by_the_line_on_which_they_begin(tmp_path):
+    (tmp_path / "a.csv").write_bytes(KINDS["a.csv"])
+    rows = open_rows(str(tmp_path / "a.csv"))
+    assert [rows.where(i) for i in range(4)] == [f"a.csv line {line}" for line in (2, 3, 4, 6)]
+    (tmp_path / "a.csv").write_bytes(KINDS["excel.csv"])
+    assert open_rows(str(tmp_path / "a.csv")).where(3) == "a.csv line 7"
+    (tmp_path / "a.json").write_text('[\n{},\n\n{"a":\n1},\n7]')
+    rows = open_rows(str(tmp_path / "a.json"))
+    assert [rows.where(i) for i in range(3)] == [
+        f"a.json item {i + 1} (line {line})" for i, line in enumerate((2, 4, 6))
+    ]
+    with pytest.raises(DataError, match=r"a.json item 3 \(line 6\) is int, not an object"):
+        rows[2]
+
+
+def test_rows_within_an_object_are_read_by_their_field(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"version": [1], "data": ROWS, "deep": {"rows": ROWS[:1], "other": 1}}))
+    assert all_of(open_rows(str(path), rows_field="data")) == ROWS
+    assert all_of(open_rows(str(path), rows_field="deep.rows")) == ROWS[:1]
+    with pytest.raises(DataError, match=r"one JSON object, not an array.*set data.rows_field='data'"):
+        open_rows(str(path))
+    with pytest.raises(DataError, match=r"no field 'dta'.*Did you mean 'data'\? Its fields: version, data, deep"):
+        open_rows(str(path), rows_field="dta")
+    with pytest.raises(DataError, match=r"no array of rows in field 'deep'"):
+        open_rows(str(path), rows_field="deep")
+
+
+def test_nulls_of_columns_stay_and_those_of_a_schema_go(tmp_path):
+    rows = [
+        {"text": None, "tools": [{"name": "a", "x": 1}], "at": datetime.datetime(2024, 1, 2, 3, 4), "raw": b"\xc3\xa9"},
+        {"text": "b", "tools": [{"name": "b", "y": 2}], "at": None, "raw": b"b"},
+    ]
+    (tmp_path / "a.parquet").write_bytes(columns_of(rows, parquet.write_table))
+    first, second = all_of(open_rows(str(tmp_path / "a.parquet")))
+    assert first["text"] is None and first["tools"] == [{"name": "a", "x": 1}] and first["raw"] == "é"
+    assert first["at"] == "2024-01-02T03:04:00" and second["at"] is None and second["tools"] == [{"name": "b", "y": 2}]
+
+
+def test_lists_and_patterns(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "b").mkdir()
+    for number, name in enumerate(("a.jsonl", "b/2.csv", "b/1.parquet", "b/10.jsonl", "with, comma.jsonl")):
+        rows = [{"text": f"{number}"}]
+        raw = {"csv": csv_of, "parquet": lambda rows: columns_of(rows, parquet.write_table)}.get(
+            name.rpartition(".")[2]
+        )
+        (tmp_path / name).write_bytes((raw or jsonl_of)(rows))
+
+    def texts(path):
+        return "".join(row["text"] for row in all_of(open_rows(path)))
+
+    assert texts(["a.jsonl", "b/*"]) == texts('["a.jsonl", "b/*"]') == texts("[a.jsonl,b/*]") == "0231"
+    assert texts("b/2.csv, a.jsonl") == "10" and texts("with, comma.jsonl") == "4" and texts("~/b/*.jsonl") == "3"
+    assert texts("**/*.jsonl") == "034" and texts("b/[12]*.*") == "231" and texts("b") == "231"
+    rows = open_rows("b/*")
+    assert [rows.where(i) for i in range(3)] == ["row 0 of 1.parquet", "10.jsonl line 1", "2.csv line 2"]
+    assert rows.describe() == "b/* (3 files, 3 rows)"
+    assert rows.digest() == open_rows(["b/1.parquet", "./b/10.jsonl", str(tmp_path / "b/2.csv")]).digest()
+    assert rows.digest() != open_rows(["b/2.csv", "b/1.parquet", "b/10.jsonl"]).digest()
+    with pytest.raises(IndexError):
+        rows[3]
+    files = fsspec.filesystem("memory")
+    for number in range(2):
+        files.pipe_file(f"/globbed/{number}.jsonl", jsonl_of([{"text": str(number)}]))
+    assert texts("memory://globbed/*.jsonl") == texts("memory://globbed") == "01"
+    with pytest.raises(DataError, match=r"names the same files more than once: .*b/2.csv"):
+        open_rows(["b/*", "./b/2.csv"])
+    with pytest.raises(DataError, match=r"no file matches 'b/\*.json'. Files there: 1.parquet, 10.jsonl, 2.csv"):
+        open_rows("b/*.json")
+    with pytest.raises(DataError, match=r"there is nothing at 'memory://globbed/x.jsonl'"):
+        open_rows("memory://globbed/x.jsonl")
+
+
+def test_a_folder_has_the_parts_that_its_files_name(tmp_path):
+    for name in ("data/train-00001.jsonl", "data/train-00000.jsonl", "dev/a.jsonl", "test_contest.jsonl", ".x.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(jsonl_of([{"text": name}]))
+    (tmp_path / "dataset_info.json").write_text("{}")
+    (tmp_path / "README.md").write_text("# Rows")
+    found = {
+        split: [row["text"] for row in all_of(open_rows(str(tmp_path), split=split))] for split in ("train", "test")
+    }
+    assert found == {"train": ["data/train-00000.jsonl", "data/train-00001.jsonl"], "test": ["test_contest.jsonl"]}
+    assert len(open_rows(str(tmp_path), split="validation")) == 1
+    with pytest.raises(DataError, match=r"no split 'tests'; it has test, train, validation. Did you mean 'test'"):
+        open_rows(str(tmp_path), split="tests")
+
+
+def test_a_folder_whose_readme_names_its_sets_is_read_as_on_the_hub(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "set").mkdir()
+    for name in ("one", "two"):
+        (tmp_path / "set" / f"{name}.jsonl").write_bytes(jsonl_of([{"text": name}]))
+    head = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: two.jsonl\n---\n"
+    (tmp_path / "set" / "README.md").write_text(head)
+    assert all_of(open_rows(str(tmp_path / "set"))) == [{"text": "two"}]
+
+
+BROKEN = {
+    "empty.jsonl": (b"", "is empty: it has 0 bytes"),
+    "empty.csv": (b"", "is empty"),
+    "cut.jsonl.gz": (KINDS["a.jsonl.gz"][:-12], "cut short: its gzip data have no end"),
+    "sum.jsonl.gz": (KINDS["a.jsonl.gz"][:-8] + b"12345678", r"gzip data are damaged.*CRC"),
+    "bytes.jsonl.gz": (KINDS["a.jsonl.gz"][:20] + b"\xff" * 9 + KINDS["a.jsonl.gz"][29:], "gzip data are damaged"),
+    "cut.jsonl.bz2": (KINDS["a.jsonl.bz2"][:-5], "cut short: its bz2 data"),
+    "cut.jsonl.xz": (KINDS["a.jsonl.xz"][:-5], "cut short: its xz data"),
+    "cut.jsonl.zst": (KINDS["a.jsonl.zst"][:-5], "cut short: its zstd data"),
+    "plain.jsonl.gz": (KINDS["a.jsonl"], "ending says that it is gzip data, but its first bytes are not of that"),
+    "packed.jsonl": (
+        KINDS["a.jsonl.gz"],
+        r"uncompressed jsonl file, but .* those of gzip data. Rename it so that it ends",
+    ),
+    "page.parquet": (b"<!DOCTYPE html><html>", "ending says that it is a parquet file, but its first bytes are not"),
+    "csv.parquet": (KINDS["a.csv"], "but its first bytes are not of one"),
+    "arrow.jsonl": (KINDS["file.arrow"], "those of a arrow file. Rename it so that it ends in .arrow"),
+    "cut.parquet": (KINDS["a.parquet"][:-9], r"cannot read '.*cut.parquet'.*if it is damaged or cut short"),
+    "cut.arrow": (KINDS["file.arrow"][:300], r"cannot read '.*cut.arrow'.*if it is damaged or cut short"),
+    "a.parquet.gz": (gzip.compress(KINDS["a.parquet"]), "decompress it first"),
+    "sheet.csv": (b"PK\x03\x04" + bytes(30), "it is a zip file. Unpack it first; the sheets of an .xlsx"),
+    "utf16.jsonl": ("\ufeff".encode("utf-16-le") + b"{\x00}\x00", "is UTF-16 text, as `>` in Windows PowerShell"),
+    "utf16le.csv": ("a,b\r\n1,2".encode("utf-16-le"), "is UTF-16LE text"),
+    "utf16be.json": ("[{}]".encode("utf-16-be"), "is UTF-16BE text"),
+    "utf32.jsonl": ("{}".encode("utf-32"), "is UTF-32 text"),
+    "array.jsonl": (b'[{"text": "a"}]', "begins with '\\[': rename it to .json"),
+    "plain.txt": (b"Once upon a time", r'cannot tell what .*write plain text into a .jsonl file.*\{"text"'),
+    "cut.json": (b'[{"a": 1},\n {"a": 2}', "line 2 has the end of the file where .* cut short"),
+    "cut2.json": (b'[{"a": 1},\n {"a": ', "not valid JSON.*line 2"),
+    "number.json": (b"7", "no array of rows"),
+    "cells.csv": (b"a,b\n1,2\n1,2,3\n", "cells.csv line 3 has 3 cells, but there are 2 columns"),
+    "quote.csv": (b'a,b\n"1,2\n', "quote.csv line 2 is not CSV"),
+    "names.csv": (b"a,b,a\n1,2,3\n", "several columns of the name a"),
+    "latin.csv": ("a\ncafé\n".encode("latin-1"), "latin.csv line 2 is not UTF-8 text: byte 0xe9, in 'café"),
+    "latin.json": ('[\n"café"]'.encode("latin-1"), r"0xe9.*Write it anew: iconv -f WINDOWS-1252"),
+    "deep.json": (b"[" * 100_000, "nested too deeply"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_broken_is_refused_with_its_file(tmp_path, name):
+    raw, message = BROKEN[name]
+    (tmp_path / name).write_bytes(raw)
+    with pytest.raises(DataError, match=message) as refused:
+        open_rows(str(tmp_path / name))
+    assert name in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('"café"'.encode("latin-1"), r"a.jsonl line 2 is not UTF-8 text: byte 0xe9.*WINDOWS-1252 -t UTF-8 a.jsonl"),
+        (b"[" * 100_000, "a.jsonl line 2 is nested too deeply"),
+        (b"9" * 5_000, "a.jsonl line 2 is not JSON"),
+        (b'{"a": "\x00"}', "a.jsonl line 2 is not JSON"),
+    ],
+    ids=["latin", "deep", "digits", "control"],
+)  # fmt: skip
+def test_a_broken_line_is_named_when_it_is_read(tmp_path, line, message):
+    (tmp_path / "a.jsonl").write_bytes(b"{}\n" + line + b"\n{}")
+    rows = open_rows(str(tmp_path / "a.jsonl"))
+    assert rows[0] == rows[2] == {}
+    with pytest.raises(DataError, match=message):
+        rows[1]
+
+
+def test_the_command_that_mends_an_encoding_mends_it(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes('{"text": "é"}'.encode("utf-16"))
+    with pytest.raises(DataError, match="iconv") as refused:
+        open_rows(str(tmp_path / "a.jsonl"))
+    command = str(refused.value).partition("Write it anew: ")[2]
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+    assert all_of(open_rows(str(tmp_path / "utf8-a.jsonl"))) == [{"text": "é"}]
+
+
+def test_damage_within_a_parquet_file_names_the_row(tmp_path):
+    raw = columns_of(
+        [{"text": "x" * 50 + str(i)} for i in range(9)], lambda t, s: parquet.write_table(t, s, row_group_size=4)
+    )
+    damaged = bytearray(raw)
+    damaged[4:300] = bytes(np.random.default_rng(0).integers(0, 256, 296, np.uint8))
+    (tmp_path / "a.parquet").write_bytes(damaged)
+    rows = open_rows(str(tmp_path / "a.parquet"))
+    with pytest.raises(DataError, match=r"row 1 of a.parquet: cannot read '.*a.parquet'"):
+        rows[1]
+
+
+def test_a_file_that_changes_while_it_is_read(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "a"}\n' * 9)
+    rows = open_rows(str(path))
+    path.write_bytes(b'{"text": "longer"}\n' * 9)
+    rows._text._block = (0, b"")
+    with pytest.raises(DataError, match=r"a.jsonl' changed while it was read"):
+        rows[3]
+
+
+def test_names_that_are_no_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.csv").write_bytes(KINDS["a.csv"])
+    with pytest.raises(DataError, match=r"write hf://HuggingFaceH4/ultrachat_200k"):
+        open_rows("HuggingFaceH4/ultrachat_200k")
+    with pytest.raises(DataError, match=r"Did you mean 'rows.csv'\?"):
+        open_rows("rows.cvs")
+    with pytest.raises(DataError, match=r"the list is empty"):
+        open_rows("[]")
+    (tmp_path / "rows.csv").unlink()
+    (tmp_path / "rows.csv").symlink_to("nowhere")
+    with pytest.raises(DataError, match=r"no data file 'rows.csv'. Files there: rows.csv"):
+        open_rows("rows.csv")
+
+
+def test_what_datasets_says_behind_its_error_is_told(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
+    def fail(*_):
+        try:
+            raise KeyError("one file has the columns a, the other b")
+        except KeyError as error:
+            raise datasets.exceptions.DatasetGenerationError("An error occurred") from error
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(DataError, match=r"An error occurred; because: .*the columns a, the other b"):
+        open_rows("hf://owner/name")
+
+
+def test_libraries_that_are_absent_are_named(tmp_path, monkeypatch):
+    import sys
+
+    for name in ("a.parquet", "file.arrow", "a.jsonl.zst"):
+        (tmp_path / name).write_bytes(KINDS[name])
+        with monkeypatch.context() as context:
+            context.setitem(sys.modules, "pyarrow", None)
+            with pytest.raises(DataError, match=rf"{name}' needs pyarrow: pip install 'jaxft\[datasets\]'"):
+                open_rows(str(tmp_path / name))
