@@ -158,8 +158,8 @@ class DataConfig(Section):
     def check(self) -> None:
         if not self.train and not self.mixture:
             raise ConfigError(
-                "data.train is empty: give a file, a folder, hf://owner/name or tfds:name, a list of them, or several with "
-                "weights in data.mixture"
+                "data.train is empty: give a file, a folder, hf://owner/name or tfds:name, a list of them, or several "
+                "with weights in data.mixture"
             )
         if self.mixture and self.train:
             raise ConfigError(f"data.train={self.train!r} and data.mixture both name training sets; set data.train=''")

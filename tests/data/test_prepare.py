@@ -69,7 +69,7 @@ def test_refusals_name_the_line(jsonl, tokenizer_of):
         prepare(run(jsonl([chat("q", "a"), {"messages": [{"role": "user", "content": "q"}]}])), chatml)
     with pytest.raises(DataError, match=r"rows.jsonl .*1 lines.* line 1, has"):
         prepare(run(jsonl([chat("q" * 50, "a")]), max_length=8), chatml)
-    with pytest.raises(DataError, match=r"has no rows"):
+    with pytest.raises(DataError, match=r"rows.jsonl. is empty"):
         prepare(run(jsonl([])), chatml)
     with pytest.raises(DataError, match=r"eval.jsonl line 1 is of no known format"):
         prepare(run(jsonl([chat("q", "a")]), eval=jsonl([{"x": 1}], name="eval.jsonl")), chatml)
