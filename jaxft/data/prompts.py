@@ -123,13 +123,16 @@ def _prompt(
     if isinstance(given, str):
         if not given:
             raise RowProblem("its prompt is empty")
-        return _with_tokens([*bos_of(tokenizer), *tokenizer.encode(given)], first, row, where, given, columns=columns)
+        ids = [*bos_of(tokenizer), *tokenizer.encode(given)]
+        tokenizer.check_rows(ids, where)
+        return _with_tokens(ids, first, row, where, given, columns=columns)
     messages = check_messages(given, config.prompt_field, answer=False)
     if messages[-1]["role"] == "assistant":
         raise RowProblem("its prompt ends in an answer, so that there is nothing to answer: remove the last message")
     tools, kwargs = tools_of(fields), template_kwargs_of(fields)
     chat = Conversation(row=row, where=where, format="prompt", messages=messages, tools=tools, template_kwargs=kwargs)
     ids = tokenizer.encode(render(chat, tokenizer, len(messages), add_generation_prompt=True))
+    tokenizer.check_rows(ids, where)
     return _with_tokens(ids, first, row, where, messages, columns=columns, tools=tools, template_kwargs=kwargs)
 
 

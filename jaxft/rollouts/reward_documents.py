@@ -41,6 +41,7 @@ class Reader:
         if self.as_sampled(one.prompt):
             return np.concatenate([one.prompt.tokens[self._virtual :], one.tokens]).astype(np.int32)
         ids = [*self._prompt(one.prompt), *self._own.encode(one.text)]
+        self._own.check_rows(ids, f"an answer to {one.prompt.where}, as rewards.model reads it")
         end = self._end_of(one.prompt) if one.finish_reason == "stop" else None
         return np.array(ids if end is None else [*ids, end], np.int32)
 

@@ -202,6 +202,13 @@ def _scores(model: LoadedModel, examples: Sequence[Example], names: Sequence[str
             f"{len(long):,} documents have more tokens than the model's {limit} positions: {listed(long, 5)}. "
             "Shorten or remove them."
         )
+    vocab = model.module.config.vocab_size
+    strange = [name for name, one in zip(names, examples, strict=True) if one.tokens.max() >= vocab]
+    if strange:
+        raise DataError(
+            f"{len(strange):,} documents contain token ids beyond the {vocab:,} rows of the model's embedding table: "
+            f"{listed(strange, 5)}. Use the tokenizer files that the model was published with."
+        )
     lengths = [max(2, len(one)) for one in examples]  # a row has at most one document for every two tokens
     length = -(-max(*lengths, min(sum(lengths), FULL_ROW)) // STEP) * STEP
     plan = pack(lengths, length)

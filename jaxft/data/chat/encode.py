@@ -46,7 +46,8 @@ def encode_all(
     cannot change the loss. A conversation whose answers are all marked as not trained gives a mask of zeros.
     Raises DataError, naming the row, if the answers cannot be located exactly: the template writes an answer
     differently from how it prompts for it, a token straddles the start of an answer, an answer has no end token, BOS
-    is doubled, a part of the row is not rendered, or nothing is left to train on.
+    is doubled, a part of the row is not rendered, the embedding table has no row for a token, or nothing is left to
+    train on.
     """
     config = DataConfig() if config is None else config
     notes = Counter() if notes is None else notes
@@ -59,6 +60,7 @@ def encode_all(
                 _count_prompt(layout, turn, ids, tokenizer) if count is None else count
                 for turn, count in zip(layout.turns, counts, strict=True)
             ]
+            tokenizer.check_rows(ids, layout.conversation.where)
             mark = _mark_chat if layout.conversation.messages else _mark_plain
             yield mark(layout, ids, starts, tokenizer, config.train_on)
 
@@ -76,6 +78,7 @@ def prompt_of(
         if not conversation.prompt:
             raise DataError(f"{conversation.where}: plain text has no prompt to answer")
         ids = tokenizer.encode(conversation.prompt)
+        tokenizer.check_rows(ids, conversation.where)
         return bos_of(tokenizer) + ids, conversation.completion
     conversation = _arrange_thoughts(conversation, tokenizer, config)
     last = (trained_answers(conversation, "last") or [0])[0]
@@ -86,7 +89,9 @@ def prompt_of(
     if not reference.strip():  # a tool call is compared with the text that the template writes
         (example,) = encode(conversation, tokenizer, config)
         _, reference = split_thoughts(tokenizer.decode(example.tokens[example.mask == 1]))
-    return tokenizer.encode(prompt), reference
+    ids = tokenizer.encode(prompt)
+    tokenizer.check_rows(ids, conversation.where)
+    return ids, reference
 
 
 def _arrange_thoughts(conversation: Conversation, tokenizer: Tokenizer, config: DataConfig) -> Conversation:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxft.config import RunConfig
+from jaxft.data.tokenizers.table import table_rows
 from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import ModelError, listed
 from jaxft.files.paths import copy_small_files, is_remote
@@ -51,7 +52,7 @@ def load_tokenizer(
     if isinstance(backend.chat_template, str):
         # Other line ends do not survive writing and reading a file; Jinja renders all of them alike.
         backend.chat_template = backend.chat_template.replace("\r\n", "\n").replace("\r", "\n")
-    return Tokenizer(backend, name=path, extra_stop_ids=stop_ids)
+    return Tokenizer(backend, name=path, extra_stop_ids=stop_ids, table_rows=table_rows(path, revision))
 
 
 def tokenizer_of(config: RunConfig) -> Tokenizer:

@@ -16,7 +16,9 @@ def separate_pad_id(tokenizer: Tokenizer) -> int:
     special = [i for i, token in sorted(backend.added_tokens_decoder.items()) if token.special]
     first = [backend.pad_token_id, *(i for i in special if "pad" in tokenizer.token(i).lower()), backend.unk_token_id]
     for token_id in (*first, *reversed(special)):
-        if token_id is not None and token_id not in tokenizer.stop_ids and token_id != tokenizer.bos_id:
+        if token_id is None or token_id in tokenizer.stop_ids or token_id == tokenizer.bos_id:
+            continue
+        if tokenizer.has_row(token_id):
             return int(token_id)
     ends = ", ".join(repr(tokenizer.token(i)) for i in sorted(tokenizer.stop_ids)) or "none"
     raise DataError(
@@ -30,4 +32,6 @@ def with_separate_pad(tokenizer: Tokenizer) -> Tokenizer:
     """The tokenizer with the token of `separate_pad_id` as its pad token."""
     backend = copy.deepcopy(tokenizer.backend)
     backend.pad_token = tokenizer.token(separate_pad_id(tokenizer))
-    return Tokenizer(backend, name=tokenizer.name, extra_stop_ids=tokenizer.stop_ids)
+    return Tokenizer(
+        backend, name=tokenizer.name, extra_stop_ids=tokenizer.stop_ids, table_rows=tokenizer.table_rows
+    )

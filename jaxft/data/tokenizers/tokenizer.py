@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxft.data.chat import template_probes
-from jaxft.errors import DataError
+from jaxft.errors import DataError, listed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -22,25 +22,50 @@ class Tokenizer:
 
     Attributes: vocab_size (highest id + 1), bos_id, eos_id (None if there is none), pad_id
     (falls back to eos_id, then 0), stop_ids (ids that end an answer), chat_template (Jinja text or
-    None), adds_bos (whether plain text begins with bos_id by this tokenizer's own convention).
+    None), adds_bos (whether plain text begins with bos_id by this tokenizer's own convention), table_rows (rows of the
+    model's embedding table; None if it is not known). Every token that a row or a batch contains has one of them.
     """
 
     def __init__(
-        self, backend: "PreTrainedTokenizerFast", *, name: str = "", extra_stop_ids: Iterable[int] = ()
+        self,
+        backend: "PreTrainedTokenizerFast",
+        *,
+        name: str = "",
+        extra_stop_ids: Iterable[int] = (),
+        table_rows: int | None = None,
     ) -> None:
         """name: its name in errors. extra_stop_ids: further tokens that end an answer."""
-        self.backend, self.name = backend, name
+        self.backend, self.name, self.table_rows = backend, name, table_rows
         # With the limit from its files the backend would warn of every longer text; jaxft checks lengths itself.
         backend.model_max_length = int(1e30)
         self.vocab_size: int = max(backend.get_vocab().values()) + 1
         self.bos_id: int | None = backend.bos_token_id
         self.eos_id: int | None = backend.eos_token_id
-        pad = backend.pad_token_id
-        self.pad_id: int = pad if pad is not None else self.eos_id if self.eos_id is not None else 0
+        # Padding is never looked at, so any token will do, but without a row of the table it would be NaN.
+        pads = (backend.pad_token_id, self.eos_id, 0)
+        self.pad_id: int = next(int(i) for i in pads if i is not None and self.has_row(i))
         self.adds_bos: bool = self.bos_id is not None and backend("a")["input_ids"][:1] == [self.bos_id]
         turn_ends = set() if self.chat_template is None else _ends_of_turns(self)
         ends = {*extra_stop_ids, self.eos_id, *turn_ends} - {None}
         self.stop_ids: frozenset[int] = frozenset(int(i) for i in ends)
+
+    def has_row(self, token_id: int) -> bool:
+        """Whether the model's embedding table has a row for a token; True if the size of the table is not known."""
+        return self.table_rows is None or token_id < self.table_rows
+
+    def check_rows(self, ids: Iterable[int], where: str) -> None:
+        """Raises DataError, naming `where`, if a token has no row in the embedding table of the model."""
+        if self.has_row(self.vocab_size - 1):
+            return
+        absent = sorted({int(i) for i in ids if not self.has_row(i)})
+        if absent:
+            tokens = listed([f"{self.token(i)!r} (id {i})" for i in absent])
+            raise DataError(
+                f"{where}: {tokens}: the tokenizer {self.name or 'in use'} has {self.vocab_size:,} tokens, but the "
+                f"embedding table of the model has {self.table_rows:,} rows, and none for "
+                f"{'this token' if len(absent) == 1 else 'these tokens'}. Remove what the tokenizer reads as them from "
+                "the row or the chat template, or use the tokenizer files that the model was published with."
+            )
 
     @property
     def chat_template(self) -> str | None:

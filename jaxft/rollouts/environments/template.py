@@ -66,7 +66,9 @@ class TurnTemplate:
 
     def prompt(self, messages: Sequence[Message], **rendering: Any) -> list[int]:
         """The token ids of a prompt. rendering: tools and variables of the template."""
-        return self._tokenizer.encode(self._tokenizer.render(messages, add_generation_prompt=True, **rendering))
+        ids = self._tokenizer.encode(self._tokenizer.render(messages, add_generation_prompt=True, **rendering))
+        self._tokenizer.check_rows(ids, "a prompt of rollout.environment")
+        return ids
 
     def continuation(
         self, history: Sequence[Message], messages: Sequence[Message], stop: int, rendering: Mapping[str, Any]
@@ -89,4 +91,5 @@ class TurnTemplate:
         first, ids = self._tokenizer.encode(before[:end]), self._tokenizer.encode(whole)
         # A token that would hold both the end of the answer and what follows cannot be kept: the answer is sampled.
         ids = ids[len(first) :] if ids[: len(first)] == first else self._tokenizer.encode(whole[end:])
+        self._tokenizer.check_rows(ids, "a reply of rollout.environment")
         return ids[1:] if ids[:1] == [stop] else ids

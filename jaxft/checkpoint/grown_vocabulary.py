@@ -1,0 +1,101 @@
+"""A model's tensors with rows for tokens that were added to its tokenizer."""
+
+# R rows of a block, D model
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from jaxft.checkpoint.tensors import TensorSource, TensorSpec, block_bounds
+from jaxft.checkpoint.text_part import HEAD
+
+TABLES = ("model.embed_tokens.weight", HEAD)
+CHUNK = 8192  # rows that are read at a time for the mean
+NOISE = 1e-5  # standard deviation of the noise, as a share of each column's
+
+
+@dataclass(frozen=True, kw_only=True)
+class AddedRows:
+    """The rows of the tables of a vocabulary that are drawn instead of read.
+
+    fresh: their ids, in increasing order. rows: of the grown tables. known: the number of rows, from the first, that
+    the tokenizer used before, over which the mean is taken. seed: of the noise.
+    """
+
+    fresh: tuple[int, ...]
+    rows: int
+    known: int
+    seed: int
+
+
+class GrownVocabulary:
+    """A source whose embedding table, and LM head if it has one, have a row for every token of a grown tokenizer.
+
+    A fresh row is the mean of the rows of the tokens that the model knows, with noise of 1e-5 of each column's standard
+    deviation, so that new tokens can be told apart. The noise depends on the seed, the table and the row alone, so
+    every block of a table is the same however a mesh splits it. Rows that stand empty in a padded table, as in Qwen's,
+    are drawn too if a new token takes them. Source of the mean: "Vocabulary Expansion via Mean Initialization",
+    https://nlp.stanford.edu/~johnhew/vocab-expansion.html
+    """
+
+    def __init__(self, source: TensorSource, added: AddedRows) -> None:
+        self._source, self._added, self._fresh = source, added, frozenset(added.fresh)
+        self._statistics = cache(self._mean_and_deviation)
+
+    def specs(self) -> dict[str, TensorSpec]:
+        """Every tensor, the tables with all of their rows."""
+        return {name: self._grown(spec) if name in TABLES else spec for name, spec in self._source.specs().items()}
+
+    def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
+        """As `TensorSource.read`. Fresh rows are rounded to the type of the table."""
+        if name not in TABLES or name not in self._source.specs():
+            return self._source.read(name, index)
+        spec = self._source.specs()[name]
+        (start, stop), (left, right) = block_bounds(self._grown(spec).shape, index)
+        out_RD = np.empty((stop - start, right - left), spec.dtype)
+        there = min(stop, spec.shape[0])
+        if start < there:
+            out_RD[: there - start] = self._source.read(name, (slice(start, there), slice(left, right)))
+        fresh = [row for row in range(start, stop) if row in self._fresh or row >= spec.shape[0]]
+        if fresh:
+            mean_D, deviation_D = self._statistics(name)
+            for row in fresh:
+                noise_D = NOISE * deviation_D * _normal(self._added.seed, name, row, len(mean_D))
+                out_RD[row - start] = (mean_D + noise_D)[left:right].astype(spec.dtype)
+        return out_RD
+
+    def _grown(self, spec: TensorSpec) -> TensorSpec:
+        return TensorSpec((max(spec.shape[0], self._added.rows), *spec.shape[1:]), spec.dtype)
+
+    def _mean_and_deviation(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Of each column of a table over the rows that the model knows, float64 [D]."""
+        known = min(self._added.known, self._source.specs()[name].shape[0])
+        blocks = (
+            self._source.read(name, (slice(start, min(start + CHUNK, known)),)).astype(np.float64)
+            for start in range(0, known, CHUNK)
+        )
+        total_D, squares_D = 0.0, 0.0
+        for block_RD in blocks:
+            total_D, squares_D = total_D + block_RD.sum(0), squares_D + (block_RD**2).sum(0)
+        mean_D = np.asarray(total_D) / known
+        return mean_D, np.sqrt(np.maximum(np.asarray(squares_D) / known - mean_D**2, 0.0))
+
+
+def _normal(seed: int, name: str, row: int, width: int) -> np.ndarray:
+    return np.random.default_rng([seed, zlib.crc32(name.encode()), row]).standard_normal(width)
+
+
+def added_rows(*, tokenizer_size: int, known: int, table_rows: int, fresh: Sequence[int], seed: int) -> AddedRows:
+    """The rows for a tokenizer of `tokenizer_size` tokens, `known` of which the model was trained with.
+
+    table_rows: of the model's tables, which may be padded. fresh: ids of the added tokens.
+    """
+    return AddedRows(
+        fresh=tuple(sorted({*fresh, *range(table_rows, tokenizer_size)})),
+        rows=max(table_rows, tokenizer_size),
+        known=min(known, table_rows),
+        seed=seed,
+    )
