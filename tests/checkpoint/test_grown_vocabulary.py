@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from jaxft.checkpoint.grown_vocabulary import CHUNK, TABLES, AddedRows, GrownVocabulary, added_rows
+from jaxft.checkpoint.derived.grown_vocabulary import CHUNK, TABLES, AddedRows, GrownVocabulary, added_rows
 from jaxft.checkpoint.tensors import TensorSpec, block_bounds
 
 EMBED, HEAD = TABLES

@@ -27,8 +27,8 @@ def table_rows(path: str, revision: str | None = None) -> int | None:
         table = read_header(path).tensors.get(GGUF_TABLE) if os.path.isfile(path) else None
         return None if table is None else table.shape[0]
     folder = path if os.path.isdir(path) else os.path.dirname(path)
-    found = (_rows_in(os.path.join(folder, name)) for name in ("", MERGED, MODEL, ADAPTER))
-    return next((rows for rows in found if rows is not None), None)
+    each = (_rows_in(os.path.join(folder, name)) for name in ("", MERGED, MODEL, ADAPTER))
+    return next((rows for rows in each if rows is not None), None)
 
 
 def _rows_in(folder: str) -> int | None:

@@ -1,0 +1,1 @@
+"""Sources of tensors that are made of the tensors of another source."""
