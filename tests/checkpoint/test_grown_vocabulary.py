@@ -36,7 +36,11 @@ def source_of(rows=50, width=6, head=True, dtype=np.float32):
 def test_fresh_rows_are_the_mean_of_the_known_ones_and_differ():
     source = source_of()
     grown = GrownVocabulary(source, AddedRows(fresh=(50, 51, 52), rows=53, known=40, seed=1))
-    assert {name: spec.shape for name, spec in grown.specs().items()} == {EMBED: (53, 6), HEAD: (53, 6), "other": (2, 3)}
+    assert {name: spec.shape for name, spec in grown.specs().items()} == {
+        EMBED: (53, 6),
+        HEAD: (53, 6),
+        "other": (2, 3),
+    }
     for name in TABLES:
         table = grown.read(name)
         np.testing.assert_array_equal(table[:50], source.arrays[name])

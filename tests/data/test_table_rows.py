@@ -43,7 +43,9 @@ def test_a_row_with_such_a_token_is_refused_with_the_token_and_its_id(folder):
     tokenizer = load_tokenizer(folder)
     rows = tokenizer.table_rows
     assert tokenizer.vocab_size == rows + 2
-    message = rf"line 3: '<call>' \(id {rows}\), '<\|think\|>' \(id {rows + 1}\): .* has {rows + 2} tokens, .* {rows} rows"
+    message = (
+        rf"line 3: '<call>' \(id {rows}\), '<\|think\|>' \(id {rows + 1}\): .* has {rows + 2} tokens, .* {rows} rows"
+    )
     row = read_row(chat("<call>f()<|think|>"), DataConfig(), row=2, where="line 3")
     with pytest.raises(DataError, match=message):
         encode(row, tokenizer)

@@ -59,7 +59,7 @@ def test_fields_of_other_rows_in_a_table_are_absent():
     arguments = {"city": "Oslo", "query": None}
     table = [{"messages": [ASKED, {"role": "assistant", "content": None, "tool_calls": [{"function": {
         "name": "weather", "arguments": arguments}, "id": None}]}]}]  # fmt: skip
-    read = read_row(TableRows(table, "t", "train")[0], DataConfig(), row=0, where="l 1")
+    read = read_row(TableRows(table, "t", "train", ())[0], DataConfig(), row=0, where="l 1")
     assert read.messages[1]["tool_calls"][0] == {
         "type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}},
     }  # fmt: skip

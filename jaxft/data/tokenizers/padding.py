@@ -32,6 +32,4 @@ def with_separate_pad(tokenizer: Tokenizer) -> Tokenizer:
     """The tokenizer with the token of `separate_pad_id` as its pad token."""
     backend = copy.deepcopy(tokenizer.backend)
     backend.pad_token = tokenizer.token(separate_pad_id(tokenizer))
-    return Tokenizer(
-        backend, name=tokenizer.name, extra_stop_ids=tokenizer.stop_ids, table_rows=tokenizer.table_rows
-    )
+    return Tokenizer(backend, name=tokenizer.name, extra_stop_ids=tokenizer.stop_ids, table_rows=tokenizer.table_rows)
