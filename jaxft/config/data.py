@@ -12,6 +12,8 @@ from jaxft.errors import ConfigError, did_you_mean
 
 Format = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text"]
 TrainOn = Literal["assistant", "last", "all"]
+Truncation = Literal["refuse", "drop", "right", "left", "windows"]
+CUTTING = ("right", "left", "windows")  # truncations after which an example is a part of a row
 PairsOf = Literal["best_worst", "best_others", "adjacent", "all"]
 # Fields by which the columns of a set are read; every set of a mixture may have its own.
 COLUMNS = (
@@ -135,10 +137,18 @@ class DataConfig(Section):
     ] = "refuse"
     max_length: Annotated[int, ABOVE_ZERO, "length of a training sequence in tokens"] = 1024
     truncation: Annotated[
-        Literal["refuse", "drop", "right"],
+        Truncation,
         "what happens to rows longer than `data.max_length`. `refuse`: the run does not start; `drop`: they are left "
-        "out; `right`: their right end is cut off",
+        "out; `right`: their right end is cut off; `left`: their beginning is cut off, so that the last answers stay; "
+        "`windows`: plain text becomes several rows, which train each of its tokens once",
     ] = "refuse"
+    window_overlap: Annotated[
+        int | None,
+        ABOVE_ZERO,
+        ReadBy("data.truncation", ("windows",)),
+        "tokens of the window before that the next one shows again, without training them; None: an eighth of "
+        "`data.max_length`",
+    ] = None
     packing: Annotated[bool, "put several rows into a sequence, where none sees another; no row is ever split"] = True
     shuffle: Annotated[bool, "draw a new order of sequences for every epoch, from `seed`"] = True
 
@@ -146,6 +156,11 @@ class DataConfig(Section):
     def schedule(self) -> tuple[tuple[float, dict[str, float]], ...]:
         """The stages of a mixture: (share of the steps, weight by set) each. Raises ConfigError as parse_stages."""
         return parse_stages(self.stages, {name: one.weight for name, one in self.mixture.items()})
+
+    @property
+    def overlap(self) -> int:
+        """Tokens that a window shares with the one before."""
+        return max(1, self.max_length // 8) if self.window_overlap is None else self.window_overlap
 
     def of_set(self, name: str) -> "DataConfig":
         """The settings by which one set of the mixture is read: these, replaced by the set's own."""
@@ -165,6 +180,11 @@ class DataConfig(Section):
             raise ConfigError(f"data.train={self.train!r} and data.mixture both name training sets; set data.train=''")
         if self.eval is not None and self.eval_fraction is not None:
             raise ConfigError("data.eval and data.eval_fraction are two held-out sets; set one of them to None")
+        if self.truncation == "windows" and self.overlap >= self.max_length:
+            raise ConfigError(
+                f"data.window_overlap={self.overlap} must be below data.max_length={self.max_length}: a window shows "
+                "so many tokens again before the first new one"
+            )
         for name, one in self.mixture.items():
             key = f"data.mixture.{name}"
             if not re.fullmatch(r"[A-Za-z_]\w*", name):

@@ -11,6 +11,7 @@ import numpy as np
 from jaxft.config import DataConfig
 from jaxft.data.batch import Example
 from jaxft.data.examine_pairs import PairExamination, combine_pairs, examine_pairs, length_quantiles, pair_warnings
+from jaxft.data.fitting import LengthLimit, ModelLimits
 from jaxft.data.packing import one_each, pack
 from jaxft.errors import DataError, listed
 
@@ -23,8 +24,9 @@ class Examination:
     """Counts of a tokenised set. Lengths are in tokens.
 
     rows: rows read. examples: examples kept; a row has several if its answers cannot share a sequence. truncated,
-    dropped: examples that were longer than max_length. sequences: training sequences of max_length tokens that the
-    examples fill; fill: the share of their positions that is not padding. quantiles: of the lengths of all examples,
+    dropped: examples that were longer than max_length. windowed: examples that were cut into windows; windows: how many
+    these are, counted among the examples. sequences: training sequences of max_length tokens that the examples fill;
+    fill: the share of their positions that is not padding. quantiles: of the lengths of all examples,
     before truncation, by "p0" to "p100". histogram: of the same lengths, as (from, to, examples), bounds inclusive.
     formats: rows of each format. holds: rows with a system message, several answers, tools, tool calls, thoughts,
     answers that are not trained. pairs: what differs between chosen and rejected answers, if the examples are pairs.
@@ -46,6 +48,13 @@ class Examination:
     holds: dict[str, int] = dataclasses.field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     pairs: PairExamination | None = None
+    windowed: int = 0
+    windows: int = 0
+
+    @property
+    def before_fitting(self) -> int:
+        """Examples before the long ones were dropped or cut into windows."""
+        return self.examples + self.dropped - self.windows + self.windowed
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for `data.json` and --json; without `pairs` if there are none."""
@@ -56,21 +65,23 @@ class Examination:
 class ReadCounts:
     """What was counted while a set was read and tokenised.
 
-    formats, holds: rows of each format, and with each kind of part. notes: as `encode_all` counts them. left_out: what
-    the reader left out: `rows`, and pairs of answers by the reason.
+    formats, holds: rows of each format, and with each kind of part. chats: rows of each format that are rendered by a
+    chat template. notes: as `encode_all` counts them. left_out: what the reader left out: `rows`, and pairs of answers
+    by the reason.
     """
 
     formats: Counter[str] = dataclasses.field(default_factory=Counter)
     holds: Counter[str] = dataclasses.field(default_factory=Counter)
     notes: Counter[str] = dataclasses.field(default_factory=Counter)
     left_out: Counter[str] = dataclasses.field(default_factory=Counter)
+    chats: Counter[str] = dataclasses.field(default_factory=Counter)
 
 
 def examine(
     examples: Sequence[Example],
     config: DataConfig,
     *,
-    stop_ids: frozenset[int],
+    model: ModelLimits,
     where: Callable[[int], str],
     source: str = "the data",
     counts: ReadCounts | None = None,
@@ -78,9 +89,9 @@ def examine(
 ) -> tuple[list[Example], Examination]:
     """The examples that can be trained on, in order and none longer than max_length, and their examination.
 
-    config: its max_length, packing, and truncation: what to do with longer examples (`refuse` to start, `drop` them,
-    cut them on the `right`). stop_ids: the tokens that end an answer. where: the name of a row in errors, from its
-    index. counts: of the reading. pairs: whether every example is a chosen and a rejected answer.
+    config: its max_length, packing, and truncation: what to do with longer examples. model: what it says about tokens
+    and lengths. where: the name of a row in errors, from its index. counts: of the reading. pairs: whether every
+    example is a chosen and a rejected answer.
     Raises DataError if the set is empty, examples are too long and truncation is `refuse`, rows train on zero tokens,
     or no example trains its end token.
     """
@@ -91,17 +102,20 @@ def examine(
     lengths = np.array([len(example) for example in examples])
     rows = len({example.row for example in examples}) + counts.left_out["rows"]
     _refuse_untrained(examples, rows, where, source)
-    too_long = int((lengths > max_length).sum())
-    kept = _fit(examples, lengths, config, where, source, pairs)
-    ended = sum(int(e.mask[-1]) and int(e.tokens[-1]) in stop_ids for e in kept)
+    limit = LengthLimit(
+        config=config, model=model, source=source, where=where, pairs=pairs, chats=bool(counts.chats.total())
+    )
+    fitted = limit.fit(examples, lengths)
+    kept = list(fitted.examples)
+    ended = sum(int(e.mask[-1]) and int(e.tokens[-1]) in model.stop_ids for e in kept)
     if not ended:
         raise DataError(
             f"EOS is never trained: none of the {len(kept):,} examples of {source} ends in a trained end token, so "
-            f"the model would not learn to stop. {too_long:,} were cut at data.max_length={max_length}: raise it."
+            f"the model would not learn to stop. {fitted.truncated:,} were cut at data.max_length={max_length}: raise "
+            "it, or set data.truncation to 'left' or 'drop'."
         )
     plan = pack([len(e) for e in kept], max_length) if config.packing else one_each(len(kept))
     tokens = sum(len(e) for e in kept)
-    dropped = len(examples) - len(kept)
     examination = Examination(
         source=source,
         rows=rows,
@@ -109,8 +123,10 @@ def examine(
         tokens=tokens,
         trained_tokens=sum(int(e.mask.sum()) for e in kept),
         max_length=max_length,
-        truncated=too_long if config.truncation == "right" else 0,
-        dropped=dropped,
+        truncated=fitted.truncated,
+        dropped=fitted.dropped,
+        windowed=fitted.windowed,
+        windows=fitted.windows,
         sequences=len(plan),
         fill=tokens / (len(plan) * max_length),
         quantiles=length_quantiles(lengths),
@@ -119,7 +135,7 @@ def examine(
         holds=dict(counts.holds),
         pairs=examine_pairs(kept, counts.left_out) if pairs else None,
     )
-    warnings = _warnings(examination, len(kept) - ended, counts.notes)
+    warnings = _warnings(examination, len(kept) - ended, counts.notes, fitted.headless)
     return kept, dataclasses.replace(examination, warnings=warnings)
 
 
@@ -140,7 +156,9 @@ def combine_examinations(examinations: Sequence[Examination], examples: Sequence
         return dict(sum((Counter(getattr(one, name)) for one in examinations), Counter()))
 
     lengths = np.array([len(example) for example in examples])
-    summed = ("rows", "examples", "tokens", "trained_tokens", "truncated", "dropped", "sequences")
+    summed = (
+        "rows", "examples", "tokens", "trained_tokens", "truncated", "dropped", "windowed", "windows", "sequences"
+    )  # fmt: skip
     sums = {name: total(name) for name in summed}
     return Examination(
         source=f"{len(examinations)} {what}",
@@ -172,52 +190,12 @@ def _refuse_untrained(examples: Sequence[Example], rows: int, where: Callable[[i
         )
 
 
-def _fit(
-    examples: Sequence[Example],
-    lengths: np.ndarray,
-    config: DataConfig,
-    where: Callable[[int], str],
-    source: str,
-    pairs: bool,
-) -> list[Example]:
-    """The examples within max_length, by `config.truncation`."""
-    max_length, truncation = config.max_length, config.truncation
-    over = np.flatnonzero(lengths > max_length).tolist()
-    if not over:
-        return list(examples)
-    longest = int(np.argmax(lengths))
-    if truncation == "refuse":
-        mends = "'drop'" if pairs else "'drop' or 'right'"  # a cut pair would lose the rejected answer
-        raise DataError(
-            f"{len(over):,} of {len(examples):,} examples of {source} are longer than data.max_length={max_length}; "
-            f"the longest, {where(examples[longest].row)}, has {lengths[longest]:,} tokens. Set "
-            f"data.max_length={lengths[longest]}, or data.truncation to {mends}."
-        )
-    if truncation == "drop":
-        kept = [example for example in examples if len(example) <= max_length]
-        if not kept:
-            raise DataError(
-                f"every one of the {len(examples):,} examples of {source} is longer than data.max_length={max_length} "
-                f"and was dropped; the shortest has {lengths.min():,} tokens. Raise data.max_length."
-            )
-        return kept
-    cut = [dataclasses.replace(e, tokens=e.tokens[:max_length], mask=e.mask[:max_length]) for e in examples]
-    empty = [example for example in cut if not example.mask.any()]
-    if empty:
-        raise DataError(
-            f"{len(empty):,} examples of {source} train on zero tokens once they are cut to "
-            f"data.max_length={max_length}: the first is {where(empty[0].row)}, whose prompt alone is that long. Raise "
-            "data.max_length, or set data.truncation='drop'."
-        )
-    return cut
-
-
-def _warnings(examination: Examination, unended: int, notes: Counter[str]) -> tuple[str, ...]:
+def _warnings(examination: Examination, unended: int, notes: Counter[str], headless: int) -> tuple[str, ...]:
     warnings = []
     if notes["split"]:
         warnings.append(
             f"{notes['split']:,} rows are cut into a sequence for each answer that the chat template rewrites later: "
-            f"{examination.rows:,} rows became {examination.examples + examination.dropped:,} examples (data.turns)"
+            f"{examination.rows:,} rows became {examination.before_fitting:,} examples (data.turns)"
         )
     for what, count in notes.items():
         if what != "split":
@@ -230,6 +208,11 @@ def _warnings(examination: Examination, unended: int, notes: Counter[str]) -> tu
         warnings.append(
             f"{examination.truncated:,} examples are longer than {examination.max_length} tokens and were cut"
         )
+    if headless:
+        warnings.append(
+            f"{headless:,} examples begin within an answer, which alone is longer than {examination.max_length} tokens"
+        )
+    unended -= examination.windows - examination.windowed  # only the last window of a text ends as the text does
     if unended:
         warnings.append(f"{unended:,} examples do not end in a trained end token")
     if examination.fill < 0.5 and examination.sequences > 1:

@@ -16,6 +16,7 @@ from jaxft.data.batch import Example
 from jaxft.data.chat.encode import encode_all, prompt_of
 from jaxft.data.chat.reasoning import thoughts_of
 from jaxft.data.examine import Examination, ReadCounts, combine_examinations, count_repeated, examine
+from jaxft.data.fitting import ModelLimits
 from jaxft.data.formats import DESIRABLE, Conversation, conversations
 from jaxft.data.sources import Rows, held_out_rows, train_and_eval
 from jaxft.data.tokenizers.tokenizer import Tokenizer
@@ -181,6 +182,7 @@ def prepare_set(
             for number, conversation in enumerate(of_row):
                 if number == 0:
                     counts.formats[conversation.format] += 1
+                    counts.chats[conversation.format] += bool(conversation.messages)
                 features.update(_features(conversation))
                 yield conversation
             counts.holds.update(features)
@@ -193,7 +195,7 @@ def prepare_set(
     return examine(
         examples,
         config,
-        stop_ids=tokenizer.stop_ids,
+        model=ModelLimits(stop_ids=tokenizer.stop_ids, bos_id=tokenizer.bos_id, path=tokenizer.name),
         where=rows.where,
         source=rows.describe(),
         counts=counts,

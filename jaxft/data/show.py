@@ -65,6 +65,7 @@ def print_examination(examination: Examination, *, console: "Console | None" = N
 
     console = console or Console()
     splits_rows = examination.examples + examination.dropped != examination.rows
+    windows = f", {examination.windowed:,} cut into {examination.windows:,} windows" if examination.windowed else ""
     share = examination.trained_tokens / examination.tokens
     formats = ", ".join(f"{name} {count:,}" for name, count in examination.formats.items())
     holds = ", ".join(f"{name} {count:,}" for name, count in examination.holds.items() if count)
@@ -75,7 +76,7 @@ def print_examination(examination: Examination, *, console: "Console | None" = N
         + f"{examination.tokens:,} tokens, {examination.trained_tokens:,} trained ({share:.0%})\n"
         + (f"rows with {holds}\n" if holds else "")
         + f"{examination.sequences:,} sequences of {examination.max_length:,}, {examination.fill:.0%} full; "
-        f"{examination.truncated:,} examples cut, {examination.dropped:,} dropped",
+        f"{examination.truncated:,} examples cut, {examination.dropped:,} dropped{windows}",
         highlight=False,
     )
     if examination.pairs is not None:

@@ -9,6 +9,7 @@ import jax
 from flax import nnx
 
 from jaxft.config import RunConfig
+from jaxft.config.data import CUTTING
 from jaxft.data import Prepared
 from jaxft.data.batch import Array, Batch, Example
 from jaxft.data.formats import DESIRABLE
@@ -42,10 +43,10 @@ def check(config: RunConfig, model: Decoder) -> None:
     """Raises ConfigError for settings under which the reference would not be the base model, or rows would be cut."""
     check_reference(config)
     data = config.data
-    if data.truncation == "right":
+    if data.truncation in CUTTING:
         raise ConfigError(
-            "data.truncation='right' would cut answers, whose label is of the whole answer. Use 'drop' or 'refuse', or "
-            "raise data.max_length."
+            f"data.truncation={data.truncation!r} would cut answers, whose label is of the whole answer. Use "
+            "'drop' or 'refuse', or raise data.max_length."
         )
     if data.train_on == "all":
         raise ConfigError("data.train_on='all' trains prompts too, which nobody labelled. Use 'assistant'.")

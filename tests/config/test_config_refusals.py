@@ -34,7 +34,12 @@ METHODS = ", ".join(choices(MethodConfig, "name"))
         ({"adapter.alpha_pattern": "q_(proj:2"}, "'q_(proj:2' is not of the form pattern:number, such as q_proj:8"),
         ({"data.format": "mesages"}, "data.format='mesages'.*Did you mean 'messages'?"),
         ({"data.train_on": "user"}, "data.train_on='user' is not one of assistant, last, all"),
-        ({"data.truncation": "left"}, "data.truncation='left' is not one of refuse, drop, right"),
+        ({"data.truncation": "middle"}, "data.truncation='middle' is not one of refuse, drop, right, left, windows"),
+        ({"data.window_overlap": 9}, "data.window_overlap=9 is read only if data.truncation is 'windows'"),
+        (
+            {"data.truncation": "windows", "data.max_length": 16, "data.window_overlap": 16},
+            "data.window_overlap=16 must be below data.max_length=16",
+        ),
         ({"optim.name": "adam"}, "optim.name='adam'.*Did you mean 'adamw'?"),
         ({"optim.name": "adamw8bit"}, "optim.name='adamw8bit'.*Did you mean 'adamw_8bit'?"),
         *(

@@ -10,6 +10,7 @@ from rich.console import Console
 from jaxft.config import DataConfig
 from jaxft.data.batch import Example
 from jaxft.data.examine import ReadCounts, count_repeated, examine
+from jaxft.data.fitting import ModelLimits
 from jaxft.data.show import print_examination, render_rows
 from jaxft.errors import DataError
 
@@ -29,7 +30,7 @@ def look(examples, **config):
     return examine(
         examples,
         config,
-        stop_ids=frozenset({END}),
+        model=ModelLimits(stop_ids=frozenset({END})),
         where=lambda row: f"set line {row + 1}",
         source="the set",
         counts=ReadCounts(formats=Counter(messages=len(examples))),

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import lzma
+import pickle
 import subprocess
 
 import fsspec
@@ -105,6 +106,7 @@ def test_every_kind_holds_the_same_rows(tmp_path, name):
     assert rows.digest() == hashlib.sha256(KINDS[name]).hexdigest()
     with pytest.raises(IndexError):
         rows[4]
+    assert all_of(pickle.loads(pickle.dumps(rows))) == ROWS, "as another process reads it"
     address = f"memory://kinds/{name}"
     fsspec.filesystem("memory").pipe_file(f"/kinds/{name}", KINDS[name])
     remote = open_rows(address)

@@ -27,6 +27,9 @@ class ColumnRows:
         except (OSError, ValueError) as error:  # what pyarrow raises for damaged files
             raise DataError(_damaged(path, error)) from error
 
+    def __reduce__(self) -> tuple[type["ColumnRows"], tuple[str]]:
+        return type(self), (self.path,)
+
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 

@@ -48,6 +48,9 @@ class LocalText:
             self._block = (first, block)
         return block[start - first : start - first + length]
 
+    def __reduce__(self) -> tuple[type["LocalText"], tuple[str]]:
+        return LocalText, (self.path,)
+
     def _status(self) -> tuple[int, int]:
         status = os.stat(self.path)
         return status.st_size, status.st_mtime_ns
@@ -65,11 +68,18 @@ class LocalText:
 
 
 class Spool:
-    """Bytes on disk, without a name, until nothing refers to them: what compressed and remote files hold."""
+    """Bytes in a temporary file, until nothing refers to them: what compressed and remote files hold.
+
+    Another process to which it is sent reads the same file, as long as this one keeps it.
+    """
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()
+        self._file = tempfile.NamedTemporaryFile(prefix="jaxft-rows-")
         self.size = 0
+
+    def __reduce__(self) -> tuple[type[LocalText], tuple[str]]:
+        self._file.flush()
+        return LocalText, (self._file.name,)
 
     def append(self, raw: bytes) -> tuple[int, int]:
         """Adds bytes at the end. Returns where they begin and end. Raises DataError if the disk is full."""

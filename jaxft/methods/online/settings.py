@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxft.config import RunConfig
+from jaxft.config.data import CUTTING
 from jaxft.data import Prepared, Tokenizer, tokenizer_of
 from jaxft.data.batch import Batch
 from jaxft.data.prompts import Prompt
@@ -96,9 +97,10 @@ def check_lengths(config: RunConfig) -> None:
             f"rollout.max_completion_length={rollout.max_completion_length} leaves no room for prompts in "
             f"data.max_length={config.data.max_length}: lower the former or raise the latter"
         )
-    if config.data.truncation == "right":
+    if config.data.truncation in CUTTING:
         raise ConfigError(
-            "data.truncation='right' would cut prompts, which are then other questions: set it to 'drop' or 'refuse'"
+            f"data.truncation={config.data.truncation!r} would cut prompts, which are then other questions: set it to "
+            "'drop' or 'refuse'"
         )
 
 

@@ -6,6 +6,7 @@ import jax
 from flax import nnx
 
 from jaxft.config import RunConfig
+from jaxft.config.data import CUTTING
 from jaxft.data.batch import Batch
 from jaxft.data.examine_pairs import MARGIN
 from jaxft.data.preferences import prepare_pairs
@@ -28,10 +29,10 @@ def batch_shapes(config: RunConfig, values: Sequence[str] = ()) -> Batch[jax.Sha
 def check_pairs(config: RunConfig) -> None:
     """Raises ConfigError for settings of data that would cut a pair or read rows that are none."""
     data, method = config.data, f"method.name={config.method.name!r}"
-    if data.truncation == "right":
+    if data.truncation in CUTTING:
         raise ConfigError(
-            "data.truncation='right' would cut the rejected answer of a pair and leave the chosen one whole. Use "
-            "'drop' or 'refuse', or raise data.max_length: it must hold both answers, each with its prompt."
+            f"data.truncation={data.truncation!r} would cut the rejected answer of a pair and leave the chosen one "
+            "whole. Use 'drop' or 'refuse', or raise data.max_length: it must hold both answers, each with its prompt."
         )
     formats = {f"data.mixture.{name}.format": one.format for name, one in data.mixture.items()}
     for field, value in {"data.format": data.format, **formats}.items():

@@ -1,0 +1,215 @@
+"""What happens to examples that are longer than a training sequence: `data.truncation`."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from jaxft.config import DataConfig
+from jaxft.data.batch import Example
+from jaxft.errors import CheckpointError, DataError
+from jaxft.files.paths import HUB, local_path, read_json
+from jaxft.nn.virtual import FIRST
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelLimits:
+    """What the model and its tokenizer say about sequences.
+
+    stop_ids: the tokens that end an answer. bos_id: the token that may begin a document; None if there is none. path:
+    the model's folder, or its `hf://` name; empty if there is none.
+    """
+
+    stop_ids: frozenset[int]
+    bos_id: int | None = None
+    path: str = ""
+
+    @property
+    def positions(self) -> int | None:
+        """The longest sequence for which the model was made, by its config.json; None if that cannot be read here."""
+        fields = _config_of(self.path)
+        nested = fields.get("text_config") or {}
+        value = fields.get("max_position_embeddings", nested.get("max_position_embeddings"))
+        return value if isinstance(value, int) and value > 0 else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitted:
+    """Examples of at most `data.max_length` tokens.
+
+    truncated: examples that lost tokens. dropped: examples left out. windowed: examples that were cut into windows, and
+    windows: how many these are. headless: examples that begin within an answer, because it is longer than a sequence.
+    """
+
+    examples: Sequence[Example]
+    truncated: int = 0
+    dropped: int = 0
+    windowed: int = 0
+    windows: int = 0
+    headless: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthLimit:
+    """The rule for the length of the examples of one set.
+
+    source: the set in errors. where: the name of a row in errors, from its index. pairs: whether each example is a
+    chosen and a rejected answer. chats: whether some are rendered by a chat template.
+    """
+
+    config: DataConfig
+    model: ModelLimits
+    source: str
+    where: Callable[[int], str]
+    pairs: bool = False
+    chats: bool = False
+
+    def fit(self, examples: Sequence[Example], lengths: np.ndarray) -> Fitted:
+        """The examples within the limit, by `data.truncation`. lengths: theirs, in tokens.
+
+        Raises DataError, naming the longest or the first row, if truncation is `refuse`, if nothing is left, if a cut
+        example trains nothing, and for windows over chats.
+        """
+        over = np.flatnonzero(lengths > self.config.max_length)
+        if not len(over):
+            return Fitted(examples=examples)
+        truncation = self.config.truncation
+        if truncation == "refuse":
+            raise DataError(self._too_long(examples, lengths, len(over)))
+        if truncation == "drop":
+            kept = [example for example in examples if len(example) <= self.config.max_length]
+            if not kept:
+                raise DataError(self._all_too_long(lengths))
+            return Fitted(examples=kept, dropped=len(over))
+        if truncation == "right":
+            return Fitted(examples=self._cut_right(examples), truncated=len(over))
+        if truncation == "left":
+            cut = [self._cut_left(example) for example in examples]
+            headless = sum(self._begins_in_answer(examples[index]) for index in over.tolist())
+            return Fitted(examples=cut, truncated=len(over), headless=headless)
+        if self.chats:
+            raise DataError(
+                f"{len(over):,} of {len(examples):,} examples of {self.source} are longer than data.max_length="
+                f"{self.config.max_length}, and some are chats: a window of a chat would train answers without the "
+                "questions and the system prompt before them. The longest is "
+                f"{self.where(examples[int(np.argmax(lengths))].row)}. Set data.truncation to 'left', which keeps the "
+                "last answers, or to 'drop'; long texts of the same set go into a set of their own in data.mixture."
+            )
+        pieces = [piece for example in examples for piece in self._windows(example)]
+        return Fitted(examples=pieces, windowed=len(over), windows=len(pieces) - (len(examples) - len(over)))
+
+    def _windows(self, example: Example) -> list[Example]:
+        max_length, overlap = self.config.max_length, self.config.overlap
+        if len(example) <= max_length:
+            return [example]
+        lead = self._lead(example)
+        if overlap >= max_length - lead:
+            raise DataError(
+                f"windows of data.max_length={max_length} begin with {lead} tokens that every document has, and then "
+                f"repeat data.window_overlap={overlap}, which leaves no room for new ones: lower it or raise the former"
+            )
+        return windows_of(example, max_length, overlap, lead)
+
+    def _cut_right(self, examples: Sequence[Example]) -> list[Example]:
+        max_length = self.config.max_length
+        cut = [
+            _take(example, np.arange(min(len(example), max_length)), example.mask[:max_length]) for example in examples
+        ]
+        empty = [example for example in cut if not example.mask.any()]
+        if empty:
+            raise DataError(
+                f"{len(empty):,} examples of {self.source} train on zero tokens once they are cut to "
+                f"data.max_length={max_length}: the first is {self.where(empty[0].row)}, whose prompt alone is that "
+                "long. Set data.truncation to 'left', which keeps answers, or to 'drop'; or raise data.max_length."
+            )
+        return cut
+
+    def _cut_left(self, example: Example) -> Example:
+        if len(example) <= self.config.max_length:
+            return example
+        return last_tokens_of(example, self.config.max_length, self._lead(example))
+
+    def _begins_in_answer(self, example: Example) -> bool:
+        """Whether a cut on the left goes through an answer to a prompt; plain text has no prompt."""
+        cut, lead = len(example) - (self.config.max_length - self._lead(example)), max(1, self._lead(example))
+        return bool(example.mask[cut] and example.mask[cut - 1] and not example.mask[lead:cut].all())
+
+    def _lead(self, example: Example) -> int:
+        """The number of tokens at the start that every document has: virtual tokens and BOS."""
+        virtual = int((example.tokens >= FIRST).sum())
+        bos = self.model.bos_id is not None and example.tokens[virtual] == self.model.bos_id
+        return virtual + int(bos)
+
+    def _too_long(self, examples: Sequence[Example], lengths: np.ndarray, over: int) -> str:
+        longest = int(np.argmax(lengths))
+        length, limit = int(lengths[longest]), self.model.positions
+        # A cut pair would lose the rejected answer.
+        others = "'drop'" if self.pairs else "'drop', 'left' or 'right'" + ("" if self.chats else ", or to 'windows'")
+        mend = f"Set data.max_length={length}, or data.truncation to {others}."
+        if limit is not None and length > limit:
+            mend = f"The model was made for {limit:,} positions, so set data.truncation to {others}."
+        return (
+            f"{over:,} of {len(examples):,} examples of {self.source} are longer than "
+            f"data.max_length={self.config.max_length}; the longest, {self.where(examples[longest].row)}, has "
+            f"{length:,} tokens. {mend}"
+        )
+
+    def _all_too_long(self, lengths: np.ndarray) -> str:
+        shortest, limit = int(lengths.min()), self.model.positions
+        mend = "Raise data.max_length."
+        if limit is not None and shortest > limit and not self.pairs:
+            mend = f"The model was made for {limit:,} positions: cut the rows, or set data.truncation='left'."
+        return (
+            f"every one of the {len(lengths):,} examples of {self.source} is longer than "
+            f"data.max_length={self.config.max_length} and was dropped; the shortest has {shortest:,} tokens. {mend}"
+        )
+
+
+def windows_of(example: Example, max_length: int, overlap: int, lead: int = 0) -> list[Example]:
+    """Windows over an example, each of at most max_length tokens, that train every trained token exactly once.
+
+    Each begins with the first `lead` tokens of the example, which are not trained again. A window after the first shows
+    `overlap` tokens, at least one, before the first token that it trains, and ends with the last one that it trains.
+    """
+    trained, room = np.flatnonzero(example.mask), max_length - lead
+    windows, done = [], 0
+    while done < len(trained):
+        first = int(trained[done])
+        start = lead if first < max_length else first - overlap
+        after = int(np.searchsorted(trained, start + room))
+        own = trained[done:after]
+        indices = np.concatenate([np.arange(lead), np.arange(start, int(own[-1]) + 1)])
+        windows.append(_take(example, indices, np.isin(indices, own).astype(example.mask.dtype)))
+        done = after
+    return windows
+
+
+def last_tokens_of(example: Example, max_length: int, lead: int = 0) -> Example:
+    """The end of an example after its first `lead` tokens, max_length tokens in all.
+
+    The first token of the end is not trained if nothing is before it that could predict it.
+    """
+    indices = np.concatenate([np.arange(lead), np.arange(len(example) - max_length + lead, len(example))])
+    mask = example.mask[indices]
+    mask[:1] = 0
+    return _take(example, indices, mask)
+
+
+def _config_of(path: str) -> dict[str, Any]:
+    """The content of a model's config.json; empty if there is none that can be read, which is for others to tell."""
+    try:
+        if path.startswith(HUB):
+            from transformers.utils import cached_file
+
+            name, _, revision = path.removeprefix(HUB).strip("/").partition("@")
+            file = cached_file(name, "config.json", revision=revision or None)
+            return {} if file is None else read_json(file)
+        return read_json(f"{local_path(path).rstrip('/')}/config.json")
+    except (OSError, CheckpointError):
+        return {}
+
+
+def _take(example: Example, indices: np.ndarray, mask: np.ndarray) -> Example:
+    arrays = {name: array[indices] for name, array in example.arrays.items()}
+    return replace(example, tokens=example.tokens[indices], mask=mask, arrays=arrays)
