@@ -45,6 +45,7 @@ def generate(
     seed: int = 0,
     slots: int = 32,
     on_text: Callable[[int, str], None] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """The answer to each prompt, without the prompt and without special tokens.
 
@@ -52,8 +53,9 @@ def generate(
     max_new_tokens to seed: see `jaxft.generation.settings.Sampling`. temperature: 0 is greedy. min_p: drop tokens less
     probable than min_p times the most probable one. repetition_penalty: values above 1 penalise tokens already used.
     stop: texts that end an answer and are cut off. slots: most prompts decoded at a time. on_text: called with (index
-    of the prompt, piece) whenever an answer has grown. Raises ConfigError for a setting outside of its range, DataError
-    for a prompt that the model cannot take.
+    of the prompt, piece) whenever an answer has grown. chat_template_kwargs: variables of the chat template, such as
+    `{"enable_thinking": False}`; a run's own by default. Raises ConfigError for a setting outside of its range,
+    DataError for a prompt that the model cannot take.
     """
     from jaxft.generation.settings import Sampling
     from jaxft.generation.text import generate_text
@@ -68,5 +70,13 @@ def generate(
         seed=seed,
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
     )
-    done = generate_text(model.module, tokenizer, list(prompts), sampling=sampling, slots=slots, on_text=on_text)
+    done = generate_text(
+        model.module,
+        tokenizer,
+        list(prompts),
+        sampling=sampling,
+        slots=slots,
+        on_text=on_text,
+        chat_template_kwargs=chat_template_kwargs,
+    )
     return [answer.text or "" for answer in done]

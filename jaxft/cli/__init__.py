@@ -1,6 +1,7 @@
 """The command line: parses one verb and calls one function."""
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -97,6 +98,7 @@ def _data(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
 
 def _eval(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     from jaxft import api
+    from jaxft.data import tokenizer_of
     from jaxft.runs import folder
     from jaxft.runs.export import load_trained
 
@@ -111,11 +113,17 @@ def _eval(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     else:
         config = load(arguments.config, overrides)
         model_path = arguments.model or config.model.path
-    template = folder.chat_template(arguments.run) if arguments.run is not None else config.data.chat_template
-    if arguments.model is not None:
-        tokenizer = api.load_tokenizer(arguments.model, chat_template=template)
+    values = answers.template_values(arguments)
+    if arguments.run is None:
+        data = dataclasses.replace(config.data, chat_template_kwargs=config.data.chat_template_kwargs | values)
+        tokenizer = tokenizer_of(dataclasses.replace(config, data=data), arguments.model)
     else:
-        tokenizer = api.load_tokenizer(config.model.path, revision=config.model.revision, chat_template=template)
+        tokenizer = api.load_tokenizer(
+            arguments.model or config.model.path,
+            revision=None if arguments.model else config.model.revision,
+            chat_template=folder.chat_template(arguments.run),
+            chat_template_kwargs=values,
+        )
     result = api.evaluate(load_trained(model_path), tokenizer, config)
     if not arguments.json:
         for name, value in result.items():
@@ -276,6 +284,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--prompt", action="append", default=[], help="once per prompt; standard input if there is none")
     option("--chat", action="store_true", help="render each prompt as a user message by the chat template")
     option("--system", help="system message, with --chat")
+    answers.template_options(option)
     option("--best_of", type=int, metavar="N", help="draw N answers to each prompt; --reward_model chooses one")
     option("--reward_model", metavar="PATH", help="a reward model: a folder that `method.name=reward` wrote")
     answers.sampling_options(option, max_new_tokens=128)
@@ -294,13 +303,14 @@ def _parser() -> argparse.ArgumentParser:
     option = verb("chat", answers.chat, "talk with a model on the terminal")
     option("--model", required=True, **model)
     option("--system", help="system message")
-    option("--chat_template", metavar="FILE", help="a Jinja file in place of the tokenizer's own template")
+    answers.template_options(option)
     answers.sampling_options(option, max_new_tokens=512)
 
     option = verb("eval", _eval, "held-out loss, perplexity and score by generation")
     option("--run", metavar="FOLDER", help="a run folder: its tuned model on its held-out rows")
     option("--config", **config)
     option("--model", **model)
+    answers.values_option(option)
 
     option = verb("export", _export, "write an adapter or a whole model for other tools, and read it back")
     option("--run", metavar="FOLDER", help="a run folder")

@@ -20,14 +20,23 @@ COLUMNS = ("format", "prompt_field", "completion_field", "text_field", "chosen_f
 def generate(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     """`jaxft generate`: answers to prompts, or the best of several by a reward model."""
     from jaxft import api
+    from jaxft.generation import chat as chats
 
     prompts: list[Any] = list(arguments.prompt)
     if not prompts:
         prompts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not prompts:
         raise ConfigError("no prompt: give --prompt=TEXT (again for more) or lines on standard input")
+    values = template_values(arguments)
+    if not arguments.chat and (values or arguments.chat_template or arguments.system):
+        raise ConfigError(
+            "--chat_template, --chat_template_kwargs and --system are for chats, and a plain prompt is continued as it "
+            "is: add --chat"
+        )
+    tokenizer = api.load_tokenizer(arguments.model, chat_template=arguments.chat_template, chat_template_kwargs=values)
+    if arguments.chat:
+        chats.check(tokenizer, arguments.system)
     model = api.load_model(arguments.model, dtype=arguments.dtype, quantization=arguments.quantization)
-    tokenizer = api.load_tokenizer(arguments.model)
     say_left_out(model.left_out, sys.stderr)
     if arguments.chat:
         system = [{"role": "system", "content": arguments.system}] if arguments.system else []
@@ -135,6 +144,7 @@ def _sampled_model(config: RunConfig, path: str | None) -> tuple[Any, Any]:
     """(model, tokenizer) that `jaxft sample` uses: those at `path`, or the base of the config."""
     from jaxft import api
     from jaxft.config import MeshConfig
+    from jaxft.data import tokenizer_of
     from jaxft.runs import folder
     from jaxft.runs.export import load_trained
     from jaxft.sharding.mesh import make_mesh_plan
@@ -142,7 +152,13 @@ def _sampled_model(config: RunConfig, path: str | None) -> tuple[Any, Any]:
     if path is not None and is_run_folder(path):
         base = folder.run_config(path).model
         template = folder.chat_template(path)
-        return load_trained(path), api.load_tokenizer(base.path, revision=base.revision, chat_template=template)
+        tokenizer = api.load_tokenizer(
+            base.path,
+            revision=base.revision,
+            chat_template=template,
+            chat_template_kwargs=config.data.chat_template_kwargs,
+        )
+        return load_trained(path), tokenizer
     own, revision = config.model, config.model.revision if path is None else None
     model = api.load_model(
         path or own.path,
@@ -152,8 +168,7 @@ def _sampled_model(config: RunConfig, path: str | None) -> tuple[Any, Any]:
         quantization=own.quantization,
         mesh=make_mesh_plan(MeshConfig()),
     )
-    template = config.data.chat_template
-    return model, api.load_tokenizer(path or own.path, revision=revision, chat_template=template)
+    return model, tokenizer_of(config, path)
 
 
 def summarized(scored: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -171,7 +186,11 @@ def chat(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     from jaxft.generation import chat as chats
 
     sampling = Sampling(**_sampling(arguments))
-    tokenizer = api.load_tokenizer(arguments.model, chat_template=arguments.chat_template)
+    tokenizer = api.load_tokenizer(
+        arguments.model,
+        chat_template=arguments.chat_template,
+        chat_template_kwargs=template_values(arguments),
+    )
     chats.check(tokenizer, arguments.system)
     model = api.load_model(arguments.model, dtype=arguments.dtype, quantization=arguments.quantization)
     say_left_out(model.left_out, sys.stderr)
@@ -183,6 +202,36 @@ def chat(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
 def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     settings = {field.key: getattr(arguments, field.key) for field in own_fields(Sampling)}
     return settings | {"stop": tuple(arguments.stop)}
+
+
+def template_values(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The variables of the chat template that the command line gives. Raises ConfigError for other than JSON."""
+    given = arguments.chat_template_kwargs
+    try:
+        values = {} if given is None else json.loads(given)
+    except ValueError as error:
+        values = str(error)
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"--chat_template_kwargs={given} must be a JSON object, such as '{{\"enable_thinking\": false}}'"
+            + (f": {values}" if isinstance(values, str) else "")
+        )
+    return values
+
+
+def template_options(option: Callable[..., Any]) -> None:
+    """The chat template, and values of its variables."""
+    option("--chat_template", metavar="FILE", help="a Jinja file in place of the tokenizer's own template")
+    values_option(option)
+
+
+def values_option(option: Callable[..., Any]) -> None:
+    """Values of the chat template's variables."""
+    option(
+        "--chat_template_kwargs",
+        metavar="JSON",
+        help="variables of the chat template, such as '{\"enable_thinking\": false}'; a run's own by default",
+    )
 
 
 def say_left_out(left_out: str | None, stream: TextIO) -> None:

@@ -1,12 +1,13 @@
 """The data section: where rows come from, how they are read, and in which mixture."""
 
 import dataclasses
+import datetime
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from jaxft.config.fields import ABOVE_ZERO, BETWEEN_ZERO_AND_ONE, NOT_NEGATIVE, ReadBy, Section
+from jaxft.config.fields import ABOVE_ZERO, BETWEEN_ZERO_AND_ONE, NOT_NEGATIVE, ReadBy, Section, Spelling
 from jaxft.config.method import methods_on
 from jaxft.errors import ConfigError, did_you_mean
 
@@ -117,6 +118,17 @@ class DataConfig(Section):
     ] = "best_worst"
     label_field: Annotated[str, BY_LABELS, "column of the labels of answers, true if good and false if bad"] = "label"
     chat_template: Annotated[str | None, "path of a Jinja file that replaces the tokenizer's chat template"] = None
+    chat_template_kwargs: Annotated[
+        dict[str, Any],
+        "variables of the chat template, such as `{'enable_thinking': False}`; those of a row come first. They are "
+        "written into the template of the run and of its exports, so that these render in the same way",
+    ] = field(default_factory=dict)
+    template_date: Annotated[
+        str | None,
+        Spelling(r"\d{4}-\d\d-\d\d", ("a date such as 2026-11-29",)),
+        "the date that a chat template which reads the clock shows, in training, evaluation and exports; None: the "
+        "day on which the run started",
+    ] = None
     train_on: Annotated[
         TrainOn, "which tokens are trained. `assistant`: every assistant turn; `last`: the last one; `all`: all tokens"
     ] = "assistant"
@@ -171,6 +183,11 @@ class DataConfig(Section):
         return dataclasses.replace(self, **given, mixture={}, stages=None)
 
     def check(self) -> None:
+        if self.template_date is not None:
+            try:
+                datetime.date.fromisoformat(self.template_date)
+            except ValueError as error:
+                raise ConfigError(f"data.template_date={self.template_date!r} is no date: {error}") from error
         if not self.train and not self.mixture:
             raise ConfigError(
                 "data.train is empty: give a file, a folder, hf://owner/name or tfds:name, a list of them, or several "

@@ -22,7 +22,9 @@ from typing import Any, Literal, TypeVar
 from jaxft.errors import ConfigError, did_you_mean
 
 S = TypeVar("S", bound="Section")
-TYPES = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
+TYPES = {
+    bool: "True or False", int: "a whole number", float: "a number", str: "text", dict: "an object of names and values",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,8 @@ class Field:
     """What is known about one field.
 
     key: its dotted name; fields of `dict[str, Section]` have NAME in it for the names that users give. base: bool, int,
-    float, str, dict for sections under names of the user's own, or a Section class. optional: whether it takes None.
+    float, str, dict for values or sections under names of the user's own, or a Section class. optional: whether it
+    takes None.
     """
 
     key: str
@@ -221,6 +224,7 @@ def _declaration(spec: "dataclasses.Field[Any]", hint: Any) -> Field:
     if optional:
         (hint,) = (kind for kind in typing.get_args(hint) if kind is not type(None))
     literal, mapping = typing.get_origin(hint) is Literal, typing.get_origin(hint) is dict
+    named = typing.get_args(hint)[1] if mapping else None
     has_default = spec.default is not dataclasses.MISSING
     return Field(
         key=spec.name,
@@ -234,7 +238,7 @@ def _declaration(spec: "dataclasses.Field[Any]", hint: Any) -> Field:
         dependencies=tuple(note for note in notes if isinstance(note, ReadBy)),
         free_to_change=FREE_TO_CHANGE in notes,
         chooses_section=CHOOSES_SECTION in notes,
-        sections=typing.get_args(hint)[1] if mapping else None,
+        sections=named if isinstance(named, type) and issubclass(named, Section) else None,
     )
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import traceback
+import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,11 +17,15 @@ from jaxft.config.fields import Field, Section, all_fields, as_mapping, build, c
 from jaxft.config.run import RunConfig
 from jaxft.errors import ConfigError, did_you_mean
 
+# Fields whose values stand under names that users choose.
+FREE_NAMES = tuple(field.key for field in all_fields(RunConfig).values() if field.base is dict)
+
 
 def default_config() -> ConfigDict:
     """A locked ConfigDict with every field of `RunConfig` at its default, for config files to fill."""
     config = ConfigDict(_defaults(RunConfig)).lock()
-    config.data.mixture.unlock()  # users choose the names in it
+    for key in FREE_NAMES:
+        _node(config, key).unlock()
     return config
 
 
@@ -72,7 +77,8 @@ def load_file(path_with_arg: str, assignments: Sequence[str]) -> ConfigDict:
         _check_assignment(*assignment.split("=", 1))
     # ml_collections has no way to say None for a field whose type is a number.
     emptied = [a.split("=", 1)[0] for a in assignments if a.endswith("=None")]
-    kept = [a for a in assignments if not a.endswith("=None")]
+    named = [a.split("=", 1) for a in assignments if _free_names(a.split("=", 1)[0])]
+    kept = [a for a in assignments if not a.endswith("=None") and a.split("=", 1) not in named]
     values = flags.FlagValues()
     argv = ["jaxft", f"--config={path_with_arg}", *(f"--config.{a}" for a in kept)]
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
@@ -80,7 +86,9 @@ def load_file(path_with_arg: str, assignments: Sequence[str]) -> ConfigDict:
         values(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise _error_of_file(path, error) from error
-    for key in emptied:
+    for key, text in named:
+        _set_named(values.config, key, text)
+    for key in set(emptied) - {key for key, _ in named}:
         _set_value(values.config, key, None)
     return values.config
 
@@ -107,7 +115,7 @@ def _defaults(cls: type[Section]) -> dict[str, Any]:
     for field in own_fields(cls):
         if issubclass(field.base, Section):
             out[field.key] = _defaults(field.base)
-        elif field.sections:
+        elif field.base is dict:
             out[field.key] = ConfigDict()
         elif field.optional:
             # A placeholder keeps the type of a field whose default is None.
@@ -132,6 +140,8 @@ def _field(key: str) -> Field | None:
 
 
 def _check_assignment(key: str, text: str) -> None:
+    if _free_names(key):
+        return
     field = _field(key)
     if field is None:
         raise ConfigError(unknown_key(key, RunConfig))
@@ -147,6 +157,33 @@ def _check_assignment(key: str, text: str) -> None:
         raise ConfigError(f"{key}={text} must be {field.type_words}")
 
 
+def _free_names(key: str) -> str | None:
+    """The field of plain values under free names that a key is, or that it names a value of; None for other keys."""
+    plain = (name for name in FREE_NAMES if all_fields(RunConfig)[name].sections is None)
+    return next((name for name in plain if key == name or key.startswith(f"{name}.")), None)
+
+
+def _set_named(values: ConfigDict, key: str, text: str) -> None:
+    """Sets all values under free names, from a JSON object, or one of them, from JSON or else from its text."""
+    field = typing.cast(str, _free_names(key))
+    try:
+        value = json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
+    except ValueError:
+        value = text
+    if key == field:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{key}={text} must be a JSON object, such as {key}='{{\"enable_thinking\": false}}'")
+        _set_value(values, key, value)
+    else:
+        _node(values, field)[key.removeprefix(f"{field}.")] = value
+
+
+def _node(values: ConfigDict, key: str) -> ConfigDict:
+    for name in key.split("."):
+        values = values[name]
+    return values
+
+
 def _set_value(values: ConfigDict, key: str, value: Any) -> None:
     """Sets one field, or all fields of a section that a mapping names. Raises ConfigError as `resolve` does."""
     *sections, name = key.split(".")
@@ -160,6 +197,8 @@ def _set_value(values: ConfigDict, key: str, value: Any) -> None:
     if key == "data.mixture":
         sets = {n: mixture_set(**as_mapping(fields, f"{key}.{n}")) for n, fields in as_mapping(value, key).items()}
         node[name] = ConfigDict(sets)
+    elif key in FREE_NAMES:
+        node[name] = ConfigDict(dict(as_mapping(value, key))).unlock()
     elif isinstance(node[name], ConfigDict):
         for inner, own in as_mapping(value, key).items():
             _set_value(values, f"{key}.{inner}", own)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from jaxft.config import DataConfig
 from jaxft.data.chat.reasoning import FIELDS
+from jaxft.data.chat.template_text import RESERVED
 from jaxft.data.chat.tool_calls import BadCall, calls_of, tools_of
 from jaxft.data.sources import Rows
 from jaxft.errors import DataError, did_you_mean
@@ -23,8 +24,6 @@ SPEAKERS = {
 TURN_FIELDS = (*FIELDS, "train", "weight", "name", "tool_calls", "tool_call_id")
 # The number of a row whose answer is labelled: 1 if it is good, 0 if it is bad.
 DESIRABLE = "desirable"
-# Variables that every rendering sets, so that a row cannot.
-RESERVED = ("messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize")
 
 
 @dataclass(frozen=True, kw_only=True)

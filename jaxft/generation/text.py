@@ -25,12 +25,14 @@ def generate_text(
     slots: int = 32,
     on_text: OnText | None = None,
     cache: ConversationCache | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[Generated]:
     """Continues every prompt until a stop token of the tokenizer, a stop string, or max_new_tokens.
 
     prompts: a string is encoded with what the tokenizer adds to plain text, such as BOS; a list of messages is
-    rendered by the chat template with its generation prompt. The other arguments are those of `generate_tokens`. The
-    tokens and logprobs of the results include those of a stop string, the text does not.
+    rendered by the chat template with its generation prompt. chat_template_kwargs: variables of the template. The
+    other arguments are those of `generate_tokens`. The tokens and logprobs of the results include those of a stop
+    string, the text does not.
     Raises DataError for messages that the template refuses, and as `generate_tokens` does.
     """
     samplings = tokens.one_each(sampling, len(prompts))
@@ -48,7 +50,7 @@ def generate_text(
     watched = on_text is not None or any(s.stop for s in samplings)
     results = tokens.run(
         model,
-        [encode_prompt(tokenizer, prompt) for prompt in prompts],
+        [encode_prompt(tokenizer, prompt, **(chat_template_kwargs or {})) for prompt in prompts],
         samplings,
         stop_ids=tokenizer.stop_ids,
         slots=slots,
@@ -66,9 +68,12 @@ def generate_text(
     return [dataclasses.replace(r, text=stream.text) for r, stream in zip(results, streams, strict=True)]
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
-    """Token ids of a string or of a list of messages, as the model expects them before its answer."""
+def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, **variables: Any) -> list[int]:
+    """Token ids of a string or of a list of messages, as the model expects them before its answer.
+
+    variables: of the chat template. Raises DataError for messages that the template refuses.
+    """
     if isinstance(prompt, str):
         return tokenizer.encode(prompt, add_special_tokens=True)
     # The template has already written BOS and the like.
-    return tokenizer.encode(tokenizer.render(prompt, add_generation_prompt=True))
+    return tokenizer.encode(tokenizer.render(prompt, add_generation_prompt=True, **variables))

@@ -8,6 +8,7 @@ from jaxft.config import RunConfig
 from jaxft.data import print_examination, render_rows, tokenizer_of
 from jaxft.methods import method_of
 from jaxft.runs.data_summary import data_summary, print_mixture
+from jaxft.runs.folder import dated
 
 
 def examine(config: RunConfig, console: Console, *, rows: int = 2) -> dict[str, Any]:
@@ -15,10 +16,16 @@ def examine(config: RunConfig, console: Console, *, rows: int = 2) -> dict[str, 
 
     Returns the content of a run's data.json. Raises the errors that a run would raise for its data.
     """
-    tokenizer = tokenizer_of(config)
+    config, tokenizer = dated(config, tokenizer_of(config))
     method = method_of(config)
     data = method.prepare(config, tokenizer)
     source = method.source(config, data, tokenizer)
+    if tokenizer.template_date is not None:
+        console.print(
+            f"the chat template shows the current date, which stays {tokenizer.template_date} (data.template_date)",
+            highlight=False,
+            soft_wrap=True,
+        )
     for one in data.sets:
         print_examination(one.examination, console=console, name=one.name if config.data.mixture else None)
     print_mixture(source, console)

@@ -1,5 +1,6 @@
 """Opens the folder of a run, or refuses one that holds another run."""
 
+import dataclasses
 import os
 import re
 import time
@@ -13,6 +14,7 @@ from jaxft import config as config_module
 from jaxft.checkpoint import manifest
 from jaxft.config import RunConfig
 from jaxft.config.fields import field_values
+from jaxft.data import Tokenizer, tokenizer_of
 from jaxft.errors import ConfigError, listed
 from jaxft.files.atomic import write_text
 from jaxft.files.run_folder import (
@@ -28,6 +30,7 @@ from jaxft.files.run_folder import (
     write_json,
 )
 from jaxft.runs.record import EXPORTS, Record, check_export, clear, record_of, write_record
+from jaxft.sharding.processes import on_primary
 
 
 def open_run(
@@ -130,6 +133,22 @@ def chat_template(folder: str | os.PathLike[str]) -> str | None:
     """The chat template that a run was trained with, or None."""
     path = Path(folder) / CHAT_TEMPLATE
     return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def dated(config: RunConfig, tokenizer: Tokenizer) -> tuple[RunConfig, Tokenizer]:
+    """A run's config and tokenizer, with the date that a chat template which reads the clock shows from now on.
+
+    It is `data.template_date`, or that of the run in the folder, or today's; the same in all processes.
+    """
+    if config.data.template_date is not None or tokenizer.template_date is None:
+        return config, tokenizer
+
+    def date() -> str | None:
+        before = _config_in(Path(config.output_dir))
+        return (before and before.data.template_date) or tokenizer.template_date
+
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, template_date=on_primary(date)))
+    return config, tokenizer_of(config)
 
 
 def check_shared(folder: Path, seconds: float = 30.0) -> None:

@@ -40,7 +40,7 @@ from jaxft.runs.build import (
 )
 from jaxft.runs.data_summary import data_summary, print_mixture
 from jaxft.runs.export import export_run
-from jaxft.runs.folder import check_shared, open_run
+from jaxft.runs.folder import check_shared, dated, open_run
 from jaxft.runs.report import write_report
 from jaxft.runs.scores import answer, samples, score_summary
 from jaxft.sharding import distributed
@@ -61,7 +61,7 @@ def train(config: RunConfig, *, console: Console | None = None) -> dict[str, Any
     """
     console = (console or Console()) if is_primary() else Console(quiet=True)
     run = dataclasses.replace(set_up(config), print_line=partial(console.print, highlight=False))
-    method = method_of(config)
+    config, method = run.config, method_of(config)
     with (
         method.rewards(config, run.data) as rewards,
         method.environments(config, run.data, run.tokenizer) as environments,
@@ -116,7 +116,7 @@ def _base(module: Decoder) -> Decoder:
 def set_up(config: RunConfig) -> Run:
     """Sets a run up and checks everything that needs no weights: settings, data, devices, steps, the run folder."""
     method = method_of(config)
-    tokenizer = tokenizer_of(config)
+    config, tokenizer = dated(config, tokenizer_of(config))
     model = abstract_model(config)
     method.check(config, model)
     data = method.prepare(config, tokenizer)

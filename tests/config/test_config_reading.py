@@ -219,3 +219,25 @@ def test_configs_are_frozen_and_default_ones_locked():
 def test_targets_are_split_at_commas():
     config = resolve(with_fields({"adapter.target_modules": "q_proj, v_proj,"}))
     assert config.adapter.targets == ("q_proj", "v_proj")
+
+
+def test_variables_of_templates_are_given_under_names_of_their_own(file):
+    key = "data.chat_template_kwargs"
+    wanted = {"enable_thinking": False, "reasoning_effort": "low", "limit": 3}
+    dotted = [f"{key}.enable_thinking=false", f"{key}.reasoning_effort=low", f"{key}.limit=3"]
+    for line, overrides in (
+        (f"config.{key} = {wanted!r}", ()),
+        (f"config.{key}.update(enable_thinking=False, reasoning_effort='low', limit=3)", []),
+        ("", {key: wanted}),
+        ("", [f"{key}={json.dumps(wanted)}"]),
+        ("", dotted),
+        (f"config.{key}.limit = 7", dotted),
+    ):
+        config = load(file(line), overrides)
+        assert config.data.chat_template_kwargs == wanted
+        assert resolve(json.loads(json.dumps(config.to_dict()))) == config
+    assert load(file(), [f"{key}.enable_thinking=None"]).data.chat_template_kwargs == {"enable_thinking": None}
+    with pytest.raises(ConfigError, match="must be a JSON object, such as"):
+        load(file(), [f"{key}=false"])
+    with pytest.raises(ConfigError, match="must be an object of names and values"):
+        resolve(with_fields({key: "low"}))

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxft.config import RunConfig
+from jaxft.data.chat import template_text
 from jaxft.data.tokenizers.table import table_rows
 from jaxft.data.tokenizers.tokenizer import Tokenizer
-from jaxft.errors import ModelError, listed
+from jaxft.errors import ConfigError, ModelError, listed
 from jaxft.files.paths import copy_small_files, is_remote
 from jaxft.files.run_folder import ADAPTER, CHAT_TEMPLATE, MERGED, MODEL
 
@@ -33,7 +34,12 @@ COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.
 
 
 def load_tokenizer(
-    path: str | os.PathLike[str], *, revision: str | None = None, chat_template: str | None = None
+    path: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    chat_template: str | None = None,
+    template_date: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Tokenizer:
     """The tokenizer of a model.
 
@@ -42,8 +48,12 @@ def load_tokenizer(
     the address of a folder such as gs://bucket/model, whose small files are fetched.
     revision: branch, tag or commit of an hf:// path.
     chat_template: path of a Jinja file, or Jinja text, that replaces the tokenizer's own.
+    template_date: the date, such as 2026-11-29, that the template shows if it reads the clock; None: today's, or the
+    one that a run has fixed in it. chat_template_kwargs: values of the template's variables, for every rendering that
+    does not give others. Both become part of the template, and so of what `Tokenizer.save` writes.
     Raises ModelError if there is no tokenizer, or it needs code from its own folder; CheckpointError for an address
-    that cannot be read.
+    that cannot be read; ConfigError for a variable that the template does not read, and for a date that it does not
+    show.
     """
     path = os.fspath(path)
     backend, stop_ids = _load_any(path, revision)
@@ -52,16 +62,49 @@ def load_tokenizer(
     if isinstance(backend.chat_template, str):
         # Other line ends do not survive writing and reading a file; Jinja renders all of them alike.
         backend.chat_template = backend.chat_template.replace("\r\n", "\n").replace("\r", "\n")
+    if template_date is not None or chat_template_kwargs:
+        backend.chat_template = _fixed(backend.chat_template, template_date, chat_template_kwargs or {}, path)
     return Tokenizer(backend, name=path, extra_stop_ids=stop_ids, table_rows=table_rows(path, revision))
 
 
-def tokenizer_of(config: RunConfig) -> Tokenizer:
-    """The tokenizer of a run: its model's, with the chat template of `data.chat_template` if there is one.
+def tokenizer_of(config: RunConfig, path: str | None = None) -> Tokenizer:
+    """The tokenizer of a run, with the chat template that the `data` section of its config describes.
 
-    Raises as `load_tokenizer` does.
+    path: of another model than the config's, whose tokenizer it is. A template that reads the clock shows
+    `data.template_date`, or today's date, and then as long as the tokenizer lives. Raises as `load_tokenizer` does.
     """
-    model = config.model
-    return load_tokenizer(model.path, revision=model.revision, chat_template=config.data.chat_template)
+    model, data = config.model, config.data
+    tokenizer = load_tokenizer(
+        path or model.path,
+        revision=model.revision if path is None else None,
+        chat_template=data.chat_template,
+        template_date=data.template_date,
+        chat_template_kwargs=data.chat_template_kwargs,
+    )
+    if tokenizer.chat_template is not None and data.template_date is None:
+        tokenizer.fix_date(template_text.today())
+    return tokenizer
+
+
+def _fixed(given: Any, date: str | None, values: Mapping[str, Any], path: str) -> Any:
+    """The templates of a tokenizer with a date and values of variables in their text."""
+    templates = dict(given) if isinstance(given, Mapping) else {"": given}
+    if None in templates.values():
+        raise ConfigError(
+            f"the tokenizer of {path!r} has no chat template, so nothing reads data.chat_template_kwargs or "
+            "data.template_date: leave them out, or set data.chat_template"
+        )
+    known = frozenset().union(*(template_text.reads_of(text).variables for text in templates.values()))
+    if problem := template_text.unread(values, known):
+        raise ConfigError(f"chat_template_kwargs: {problem}")
+    for name, text in templates.items():
+        fixed = template_text.with_defaults(text, values)
+        templates[name] = template_text.with_date(fixed, date) if date is not None else fixed
+    dates = {template_text.date_in(text) for text in templates.values()} - {None}
+    if date is not None and dates != {date}:
+        shown = f"shows the fixed date {', '.join(map(str, dates))}" if dates else "does not read the clock"
+        raise ConfigError(f"data.template_date={date!r}: the chat template {shown}. Set data.template_date to None.")
+    return templates if isinstance(given, Mapping) else templates[""]
 
 
 def _load_any(path: str, revision: str | None) -> tuple["PreTrainedTokenizerFast", list[int]]:
@@ -118,7 +161,11 @@ def _load_named_base(folder: Path) -> tuple["PreTrainedTokenizerFast", list[int]
     backend, stops = _load_any(base if "://" in base or os.path.exists(base) else HUB + base, revision)
     if template.is_file():  # the template that a run was trained with
         text, own = template.read_text(encoding="utf-8"), backend.chat_template
-        if not isinstance(own, Mapping) or own.get("default") != text:
+        bare = template_text.own_text(text)
+        if isinstance(own, Mapping) and own.get("default") == bare:
+            added = text[: len(text) - len(bare)]
+            backend.chat_template = {name: added + one for name, one in own.items()}
+        else:
             backend.chat_template = text
     return backend, stops
 

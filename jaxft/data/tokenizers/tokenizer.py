@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxft.data.chat import template_probes
+from jaxft.data.chat import template_probes, template_text
 from jaxft.errors import DataError, listed
 
 if TYPE_CHECKING:
@@ -80,6 +80,26 @@ class Tokenizer:
             return dict(template)
         return {} if template is None else {"default": template}
 
+    @functools.cached_property
+    def template_variables(self) -> frozenset[str]:
+        """The variables that the chat templates read, those that every rendering sets among them."""
+        texts = self.chat_templates.values()
+        return frozenset().union(*(template_text.reads_of(text).variables for text in texts))
+
+    @property
+    def template_date(self) -> str | None:
+        """The date that the chat template shows in the place of today's, such as 2026-11-29; None if none is fixed."""
+        return template_text.date_in(self.chat_template)
+
+    def fix_date(self, date: str) -> None:
+        """Fixes the date that the chat templates show, if they read the clock and no date is fixed in them yet.
+
+        date: such as 2026-11-29. Raises ConfigError if a template computes the format in which it wants the date.
+        """
+        fixed = {name: template_text.with_date(text, date) for name, text in self.chat_templates.items()}
+        if fixed != self.chat_templates:
+            self.backend.chat_template = fixed if isinstance(self.backend.chat_template, Mapping) else fixed["default"]
+
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Token ids of text. add_special_tokens: add the tokenizer's own special tokens, such as BOS."""
         return self.backend.encode(text, add_special_tokens=add_special_tokens)
@@ -116,8 +136,14 @@ class Tokenizer:
 
         messages: arguments of tool calls may be objects or JSON text; the template gets the form that it can print.
         kwargs are variables of the template, such as `enable_thinking`.
-        Raises DataError if there is no template or it refuses the messages.
+        Raises DataError if there is no template, it refuses the messages, or it does not read one of the variables.
         """
+        if (
+            kwargs
+            and self.chat_template is not None
+            and (what := template_text.unread(kwargs, self.template_variables))
+        ):
+            raise DataError(f"chat_template_kwargs: {what}")
         if any(message.get("tool_calls") for message in messages):
             messages = template_probes.with_arguments(messages, as_text=self._arguments_as_text)
         return self.apply_template(messages, tools=tools, add_generation_prompt=add_generation_prompt, **kwargs)
@@ -132,12 +158,23 @@ class Tokenizer:
                 f"the tokenizer {self.name or 'in use'} has no chat template, so it cannot render messages. "
                 "Set data.chat_template to a Jinja file, or use prompt/completion or text rows."
             )
+        if self._random is not None:
+            raise DataError(
+                f"the chat template writes something else at every rendering ({self._random}), so that the model would "
+                "be asked otherwise than it was trained. Set data.chat_template to a template without it."
+            )
         plain, tools = [dict(message) for message in messages], list(tools) if tools else None
         try:
             return str(self.backend.apply_chat_template(plain, tools=tools, tokenize=False, **kwargs))
         except (TemplateError, TypeError) as error:
             roles = ", ".join(str(m.get("role")) for m in messages)
             raise DataError(f"the chat template refuses these messages ({roles}): {error}") from error
+
+    @functools.cached_property
+    def _random(self) -> str | None:
+        return next(
+            (one for text in self.chat_templates.values() if (one := template_text.reads_of(text).random)), None
+        )
 
     @functools.cached_property
     def _arguments_as_text(self) -> bool:

@@ -32,7 +32,7 @@ from jaxft.optim.make import make_schedule
 from jaxft.rollouts.sample import Sampler, seed_of
 from jaxft.runs.build import abstract_model, build_model, make_mesh, make_tx, start_state
 from jaxft.runs.export import FORMATS, make_new, write
-from jaxft.runs.folder import open_run
+from jaxft.runs.folder import dated, open_run
 from jaxft.runs.rewards import GivenRows
 from jaxft.runs.session.losses import SLOPES, check_session, linear_loss, loss_of
 from jaxft.runs.session.rows import (
@@ -68,9 +68,10 @@ class Session:
     """
 
     def __init__(self, model: RunConfig | str, overrides: Mapping[str, Any] | None = None) -> None:
-        self.config = config = _config(model, overrides or {})
+        config = _config(model, overrides or {})
         check_session(config)
-        self.tokenizer = tokenizer_of(config)
+        config, self.tokenizer = dated(config, tokenizer_of(config))
+        self.config = config
         self._model = abstract_model(config)
         self.mesh = make_mesh(config, self._model, jax.devices())
         self.mesh.check_batch(config.train.batch_size // config.train.accumulation_steps)
