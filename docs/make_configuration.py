@@ -8,7 +8,7 @@ from jaxft.config import RunConfig
 from jaxft.config.fields import Field, ReadBy, Section, own_fields
 
 TARGET = Path(__file__).with_name("configuration.md")
-RESUME = "↻"
+RESUME, CONTENT = "↻", "≡"
 HEAD = f"""\
 # Configuration
 
@@ -26,7 +26,8 @@ model, 24 rows of the form that the method trains on, 4 steps, `output_dir` with
 An unknown name, a wrong type and a combination that cannot be carried out are refused before anything is loaded, with
 the nearest name that exists. So is a field that nothing reads, if it is set to another value than its default. The
 resolved config is written to `config.json` in the run folder. When a run is resumed, only the fields with {RESUME} may
-differ from it.
+differ from it, and those with {CONTENT} may be spelt otherwise as long as what they name holds the same; see
+[resume](checkpoints.md#resume).
 """
 
 
@@ -52,7 +53,7 @@ def row(field: Field) -> str:
         raise SystemExit(f"{field.key} has no meaning: write one into its annotation in jaxft/config/")
     conditions = "; ".join(condition(dependency) for dependency in field.dependencies)
     meaning = f"{field.meaning} *({conditions})*" if conditions else field.meaning
-    mark = f" {RESUME}" if field.free_to_change else ""
+    mark = f" {RESUME}" if field.free_to_change else f" {CONTENT}" if field.by_content else ""
     return f"| `{field.key}`{mark} | {takes(field)} | `{field.default!r}` | {meaning} |"
 
 

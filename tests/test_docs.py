@@ -114,7 +114,7 @@ def test_configuration_page_shows_every_field_with_its_choices_and_ranges(make_c
         expected = [*field.choices, *(range_.words for range_ in field.ranges), repr(field.default)]
         expected += [*(field.spelling.words if field.spelling else ()), *(["↻"] if field.free_to_change else [])]
         assert all(text in rows[key] for text in [*expected, field.meaning]), key
-        assert ("↻" in rows[key]) == field.free_to_change, key
+        assert ("↻" in rows[key]) == field.free_to_change and ("≡" in rows[key]) == field.by_content, key
 
 
 @every_page
@@ -259,6 +259,10 @@ def test_fields_that_may_change_on_resume_are_listed() -> None:
     covered = {name: {key for key in all_fields(RunConfig) if fnmatch.fnmatch(key, name)} for name in names}
     free = {key for key, field in all_fields(RunConfig).items() if field.free_to_change}
     assert all(covered.values()) and set().union(*covered.values()) == free
+    by_content = re.search(r"These fields are compared by content.*?\n\n", page, re.DOTALL).group()
+    assert set(re.findall(r"`([\w.*]+)`", by_content)) == {
+        key for key, field in all_fields(RunConfig).items() if field.by_content
+    }
 
 
 def test_the_table_of_exit_codes_is_whole() -> None:

@@ -46,7 +46,8 @@ class RunCheckpoints:
     """The checkpoints of one run, in one folder that every process sees.
 
     keep: the number of newest steps that are kept. best_metric: also keep the one step that is best by this entry of
-    `metrics`. best_mode: `min` or `max`. read_only: only restore; nothing in the folder is created or removed, so that
+    `metrics`. best_mode: `min` or `max`. ranked_after: the steps up to this one are not ranked, because they were
+    evaluated on other rows. read_only: only restore; nothing in the folder is created or removed, so that
     it is safe while a run writes there. Raises CheckpointError for a bucket address.
     """
 
@@ -57,6 +58,7 @@ class RunCheckpoints:
         keep: int,
         best_metric: str | None = None,
         best_mode: str = "min",
+        ranked_after: int = 0,
         read_only: bool = False,
     ) -> None:
         if "://" in str(folder):
@@ -64,7 +66,7 @@ class RunCheckpoints:
         if keep < 1 or best_mode not in ("min", "max"):
             raise CheckpointError(f"keep={keep} must be at least 1 and best_mode={best_mode!r} be min or max")
         self.folder = Path(folder).absolute()
-        self._read_only, self._best_metric = read_only, best_metric
+        self._read_only, self._best_metric, self._ranked_after = read_only, best_metric, ranked_after
         self._newest = policies.LatestN(keep)
         self._best: policies.PreservationPolicy | None = None
         if best_metric is not None:
@@ -221,7 +223,7 @@ class RunCheckpoints:
     def _ranking_metrics(self, step: int) -> Mapping[str, float] | None:
         metrics = self._metrics.get(step) or {}
         value = metrics.get(self._best_metric, math.nan)
-        return None if math.isnan(value) else metrics  # NaN cannot be ranked
+        return None if math.isnan(value) or step <= self._ranked_after else metrics  # NaN cannot be ranked
 
     def _meta(self, step: int) -> dict[str, Any]:
         try:

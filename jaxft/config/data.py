@@ -7,7 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from jaxft.config.fields import ABOVE_ZERO, BETWEEN_ZERO_AND_ONE, NOT_NEGATIVE, ReadBy, Section, Spelling
+from jaxft.config.fields import (
+    ABOVE_ZERO,
+    BETWEEN_ZERO_AND_ONE,
+    BY_CONTENT,
+    FREE_TO_CHANGE,
+    NOT_NEGATIVE,
+    ReadBy,
+    Section,
+    Spelling,
+)
 from jaxft.config.method import methods_on
 from jaxft.errors import ConfigError, did_you_mean
 
@@ -29,7 +38,7 @@ BY_LABELS = ReadBy("method.name", methods_on("labelled"), because="It is about r
 class MixtureSet(Section):
     """One of the sets of `data.mixture`, under a name of your choice. None: as the field of that name in `data`."""
 
-    path: Annotated[str, "where its rows come from, as `data.train`"] = ""
+    path: Annotated[str, BY_CONTENT, "where its rows come from, as `data.train`"] = ""
     weight: Annotated[
         float, NOT_NEGATIVE, "share of the tokens of training, relative to the weights of the other sets"
     ] = 1.0
@@ -58,6 +67,7 @@ class DataConfig(Section):
 
     train: Annotated[
         str,
+        BY_CONTENT,
         "training rows: a file, a folder, `hf://owner/name`, `tfds:name`, a pattern such as `rows/*.jsonl`, or a list "
         "of these; see [formats](formats.md#where-rows-come-from)",
     ] = ""
@@ -71,21 +81,21 @@ class DataConfig(Section):
         "`0.7: general, domain=2; 0.3: domain`: shares of the steps, and the sets of each share with their weights; "
         "None: all sets for the whole run",
     ] = None
-    eval: Annotated[str | None, "held-out rows, in the same forms as `data.train`"] = None
+    eval: Annotated[str | None, FREE_TO_CHANGE, "held-out rows, in the same forms as `data.train`"] = None
     train_split: Annotated[str, "which part of a training set that has parts (datasets, tfds)"] = "train"
-    eval_split: Annotated[str, "which part of a held-out set that has parts"] = "validation"
+    eval_split: Annotated[str, FREE_TO_CHANGE, "which part of a held-out set that has parts"] = "validation"
     rows_field: Annotated[
         str | None,
         "field of a .json file's object that holds the list of its rows, such as `data`, or `result.rows` within "
         "another object; None: the file is a list",
     ] = None
-    tfds_data_dir: Annotated[str | None, "folder of the `tfds:` sets; None: the default of TFDS"] = None
+    tfds_data_dir: Annotated[str | None, BY_CONTENT, "folder of the `tfds:` sets; None: the default of TFDS"] = None
     eval_fraction: Annotated[
         float | None, BETWEEN_ZERO_AND_ONE, "share of the training rows that is held out if `data.eval` is None"
     ] = None
     limit: Annotated[int | None, ABOVE_ZERO, "number of training rows that are used, from the first; None: all"] = None
     eval_limit: Annotated[
-        int | None, ABOVE_ZERO, "number of held-out rows that are used, from the first; None: all"
+        int | None, ABOVE_ZERO, FREE_TO_CHANGE, "number of held-out rows that are used, from the first; None: all"
     ] = None
     format: Annotated[Format, "form of the rows; `auto` goes by the keys of each row; see [formats](formats.md)"] = (
         "auto"
@@ -117,7 +127,9 @@ class DataConfig(Section):
         "one; `best_others`: the best with each other one; `adjacent`: each with the next in rank; `all`: any two",
     ] = "best_worst"
     label_field: Annotated[str, BY_LABELS, "column of the labels of answers, true if good and false if bad"] = "label"
-    chat_template: Annotated[str | None, "path of a Jinja file that replaces the tokenizer's chat template"] = None
+    chat_template: Annotated[
+        str | None, BY_CONTENT, "path of a Jinja file that replaces the tokenizer's chat template"
+    ] = None
     chat_template_kwargs: Annotated[
         dict[str, Any],
         "variables of the chat template, such as `{'enable_thinking': False}`; those of a row come first. They are "

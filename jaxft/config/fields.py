@@ -7,7 +7,8 @@ A section is a frozen dataclass. The annotation of a field holds all that is kno
 The text is the field's meaning. A `Literal` type lists its choices, a `Spelling` describes choices with a number in
 them, a `Range` limits a number, and a `ReadBy` names the field that it depends on. `CHOOSES_SECTION` marks a field
 whose value is the name of the nested section that is read. `FREE_TO_CHANGE` marks a field, or a whole section, that
-may differ when a run is resumed.
+may differ when a run is resumed. `BY_CONTENT` marks a field that names a file or a model, or a part of one: when a run
+is resumed it may be spelt otherwise, but what it names must hold the same.
 """
 
 import dataclasses
@@ -81,6 +82,7 @@ class Mark:
 
 
 CHOOSES_SECTION, FREE_TO_CHANGE = Mark("chooses section"), Mark("free to change")
+BY_CONTENT = Mark("compared by content")
 
 
 class Section:
@@ -109,6 +111,7 @@ class Field:
     ranges: tuple[Range, ...] = ()
     dependencies: tuple[ReadBy, ...] = ()
     free_to_change: bool = False
+    by_content: bool = False
     chooses_section: bool = False
     sections: type[Section] | None = None
 
@@ -237,6 +240,7 @@ def _declaration(spec: "dataclasses.Field[Any]", hint: Any) -> Field:
         ranges=tuple(note for note in notes if isinstance(note, Range)),
         dependencies=tuple(note for note in notes if isinstance(note, ReadBy)),
         free_to_change=FREE_TO_CHANGE in notes,
+        by_content=BY_CONTENT in notes,
         chooses_section=CHOOSES_SECTION in notes,
         sections=named if isinstance(named, type) and issubclass(named, Section) else None,
     )

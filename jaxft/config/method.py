@@ -3,7 +3,16 @@
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Literal
 
-from jaxft.config.fields import ABOVE_ZERO, BELOW_ONE, CHOOSES_SECTION, NOT_NEGATIVE, ZERO_TO_ONE, ReadBy, Section
+from jaxft.config.fields import (
+    ABOVE_ZERO,
+    BELOW_ONE,
+    BY_CONTENT,
+    CHOOSES_SECTION,
+    NOT_NEGATIVE,
+    ZERO_TO_ONE,
+    ReadBy,
+    Section,
+)
 from jaxft.config.method_section import MethodSection
 from jaxft.config.policy import GRPOConfig, OnlineDPOConfig, PPOConfig, RLOOConfig
 from jaxft.config.preference import CPOConfig, DPOConfig, KTOConfig, ORPOConfig, SimPOConfig
@@ -73,9 +82,11 @@ class DistillConfig(MethodSection):
     )  # fmt: skip
 
     teacher: Annotated[
-        str | None, "the teacher, named like `model.path`; required. Its vocabulary must be that of the trained model"
+        str | None,
+        BY_CONTENT,
+        "the teacher, named like `model.path`; required. Its vocabulary must be that of the trained model",
     ] = None
-    teacher_revision: Annotated[str | None, "branch, tag or commit of a `hf://` teacher"] = None
+    teacher_revision: Annotated[str | None, BY_CONTENT, "branch, tag or commit of a `hf://` teacher"] = None
     teacher_random_init: Annotated[
         bool, "take only the shapes from `teacher`, and draw its weights instead of loading them: for tests"
     ] = False

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from jaxft.config.fields import ABOVE_ZERO, FREE_TO_CHANGE, Range, ReadBy, Section
+from jaxft.config.fields import ABOVE_ZERO, BY_CONTENT, FREE_TO_CHANGE, Range, ReadBy, Section
 from jaxft.config.rollout import ONLINE
 
 
@@ -14,6 +14,7 @@ class RewardsConfig(Section):
 
     functions: Annotated[
         str | None,
+        BY_CONTENT,
         ONLINE,
         "reward functions, comma separated, each with its weight if it is not 1: "
         "`rewards.py:exact,rewards.py:brief=0.2`, or a built-in one: `exact_match`, `json_valid`, `json_exact`, "
@@ -22,6 +23,7 @@ class RewardsConfig(Section):
     ] = None
     model: Annotated[
         str | None,
+        BY_CONTENT,
         ONLINE,
         "a reward model whose scores are added to the reward: a run or export of `method.name='reward'`, whole or an "
         "adapter, or a Hugging Face folder of a `*ForSequenceClassification` with one label, or hf://owner/name; see "

@@ -36,7 +36,7 @@ class RunConfig(Section):
     router: RouterConfig = field(default_factory=RouterConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     mesh: Annotated[MeshConfig, FREE_TO_CHANGE] = field(default_factory=MeshConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
+    eval: Annotated[EvalConfig, FREE_TO_CHANGE] = field(default_factory=EvalConfig)
     export: Annotated[ExportConfig, FREE_TO_CHANGE] = field(default_factory=ExportConfig)
 
     def to_dict(self) -> dict[str, Any]:

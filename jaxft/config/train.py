@@ -18,8 +18,10 @@ class TrainConfig(Section):
         ABOVE_ZERO,
         "micro-batches that each step's batch is divided into, one after another; the result is the same",
     ] = 1
-    epochs: Annotated[float, ABOVE_ZERO, "passes over the training sequences; may be a fraction"] = 1.0
-    steps: Annotated[int | None, ABOVE_ZERO, "length of the run in steps; None: `train.epochs` decides"] = None
+    epochs: Annotated[float, ABOVE_ZERO, FREE_TO_CHANGE, "passes over the training sequences; may be a fraction"] = 1.0
+    steps: Annotated[
+        int | None, ABOVE_ZERO, FREE_TO_CHANGE, "length of the run in steps; None: `train.epochs` decides"
+    ] = None
     gradient_dtype: Annotated[
         Dtype | None, "number type in which gradients of matrices are summed over devices; None: `model.dtype`"
     ] = None
@@ -81,6 +83,7 @@ class CheckpointConfig(Section):
             "eval_reward",
         ]
         | None,
+        FREE_TO_CHANGE,
         "held-out metric whose best checkpoint is kept as well; perplexity and accuracy of tokens are reported by sft, "
         "rewards by methods on pairs, nll_loss by orpo, accuracy and margin of scores by reward, divergence, "
         "nll, accuracy of tokens and agreement by distill, reward by methods that sample answers; None: only the "
@@ -88,6 +91,7 @@ class CheckpointConfig(Section):
     ] = None
     best_mode: Annotated[
         Literal["min", "max"],
+        FREE_TO_CHANGE,
         ReadBy("checkpoint.best_metric", refuse=False),
         "whether the smallest or the largest value is the best",
     ] = "min"

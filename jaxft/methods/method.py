@@ -30,7 +30,8 @@ class Run:
     folder: the run folder. model: abstract, with its adapters. source: the batches of every step. print_line: prints a
     line for people, such as the progress of long work. held_out_only: whether it is an evaluation, which needs nothing
     of the training rows and writes nothing into the run folder. rewards: the functions that judge sampled answers, if
-    the method samples any. environments: what replies to the model in them, if anything does.
+    the method samples any. environments: what replies to the model in them, if anything does. notes: what people should
+    know before it starts, such as what has changed since it was stopped.
     """
 
     config: RunConfig
@@ -44,6 +45,7 @@ class Run:
     held_out_only: bool = False
     rewards: RewardFunctions | None = None
     environments: Environments | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def total_steps(self) -> int:

@@ -5,6 +5,7 @@ import os
 import re
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ import jax
 from jaxft import config as config_module
 from jaxft.checkpoint import manifest
 from jaxft.config import RunConfig
-from jaxft.config.fields import field_values
 from jaxft.data import Tokenizer, tokenizer_of
 from jaxft.errors import ConfigError, listed
 from jaxft.files.atomic import write_text
@@ -23,29 +23,39 @@ from jaxft.files.run_folder import (
     CONFIG,
     DATA,
     MARK,
-    SCORES,
     SUMMARY,
     is_run_config,
     is_run_folder,
     write_json,
 )
-from jaxft.runs.record import EXPORTS, Record, check_export, clear, record_of, write_record
+from jaxft.runs.identity import Reads, other_reads
+from jaxft.runs.record import EXPORTS, Record, check_export, clear, read_record, record_of, write_record
+from jaxft.runs.resume import Start, go_on, other_values, refuse_other_run
 from jaxft.sharding.processes import on_primary
 
 
 def open_run(
-    config: RunConfig, data: Mapping[str, Any] | None, template: str | None = None, folder: Path | None = None
-) -> None:
+    config: RunConfig,
+    *,
+    reads: Reads,
+    steps: int | None = None,
+    data: Mapping[str, Any] | None = None,
+    template: str | None = None,
+    folder: Path | None = None,
+) -> list[str]:
     """Makes the run's folder, with its mark, config.json, data.json (`data`) and chat_template.jinja (`template`).
 
-    folder: in place of the config's output_dir. Raises ConfigError for a folder that is not that of a run and not
-    empty; for one that holds a run with other settings, listing them, or with another chat template, since resuming it
-    would mix two runs; for a run whose checkpoints are gone, which would be lost; and for a folder that cannot be
-    written.
+    reads: what the run reads, from `identity.reads_of`. steps: its length; None for a `Session`. folder: in place of
+    the config's output_dir. Returns, in sentences, what is otherwise than before if the run is resumed.
+
+    Raises ConfigError for a folder that is not that of a run and not empty; for one that holds a run with other
+    settings, listing them, or that read other contents, naming them, since resuming it would mix two runs; for a run
+    that has trained more steps than these, or whose checkpoints are gone; and for a folder that cannot be written.
     """
     folder = Path(config.output_dir) if folder is None else folder
+    now = Start(config=config, reads=reads, steps=steps, template=template)
     try:
-        record = _occupy(folder, config, template)
+        record, notes = _occupy(folder, now)
         folder.mkdir(parents=True, exist_ok=True)
         write_record(folder, record)
         write_json(folder / CONFIG, config.to_dict())
@@ -58,37 +68,40 @@ def open_run(
             f"output_dir {folder} cannot be written: {error.strerror or error}. Set output_dir to a new folder in a "
             "place where you may write."
         ) from error
+    return notes
 
 
-def _occupy(folder: Path, config: RunConfig, template: str | None) -> Record:
-    """The record of the run in a folder, or a new one. Raises ConfigError as `open_run` does."""
+def _occupy(folder: Path, now: Start) -> tuple[Record, list[str]]:
+    """(the record of the run in a folder, or a new one; what has changed). Raises ConfigError as `open_run` does."""
+    new = Record(steps=now.steps, reads=now.reads)
     if not is_run_folder(folder):
         refuse_occupied(folder)
-        return Record()
+        return new, []
     record = record_of(folder)
     for name in EXPORTS:
         check_export(folder, record, name)
-    before = _config_in(folder)
-    if newest_step(folder) is not None:
+    before, newest = _config_in(folder), newest_step(folder)
+    if newest is not None:
         if before is None:
             raise ConfigError(
                 f"{folder / CONFIG} is missing or not that of a run, but the folder has checkpoints of one. Restore "
                 "the file to resume that run, or set output_dir to a new folder."
             )
-        refuse_other_run(before, config, folder)
-        _refuse_other_template(folder, template)
-        return record
+        refuse_other_run(folder, record, before, now, chat_template(folder))
+        record, notes = go_on(record, before, now, newest)
+        if now.steps is not None and now.steps > newest:  # it is written last
+            (folder / SUMMARY).unlink(missing_ok=True)
+        return record, notes
     if (folder / SUMMARY).is_file() or any((folder / name).exists() for name in EXPORTS):
         raise ConfigError(
             f"{folder} holds a run that has ended, and its checkpoints are gone: training would begin anew and replace "
             "its results. Set output_dir to a new folder, or delete this one if you do not need it."
         )
     # Stopped before its first checkpoint, or refused: nothing is lost.
-    if before is None or other_values(before, config):
+    if before is None or other_values(before, now.config, spelling=False) or other_reads(record.reads, now.reads):
         clear(folder)
-        return Record()
-    (folder / SCORES).unlink(missing_ok=True)
-    return record
+        return new, []
+    return replace(record, steps=now.steps, reads=now.reads), []
 
 
 def refuse_occupied(folder: Path) -> None:
@@ -109,6 +122,17 @@ def refuse_occupied(folder: Path) -> None:
         )
 
 
+def refuse_other_base(folder: Path, reads: Reads) -> None:
+    """Raises ConfigError if the run in a folder was trained on another base than that of `reads`, as recorded there."""
+    record = read_record(folder)
+    before = record.reads.get("model.path") if record else None
+    if before and before["digest"] != reads["model.path"]["digest"]:
+        raise ConfigError(
+            f"{folder} was trained on {before['path']}, and the weights of {reads['model.path']['path']} are others: "
+            "what was trained would not fit to them. Give the base that it was trained on."
+        )
+
+
 def newest_step(folder: Path) -> int | None:
     """The newest whole checkpoint of a run folder."""
     steps = (step for step in (folder / CHECKPOINTS).glob("*") if step.name.isdecimal() and manifest.exists(step))
@@ -119,14 +143,6 @@ def _config_in(folder: Path) -> RunConfig | None:
     """The config in a run folder; None if there is none, or a file of another program has taken its name."""
     path = str(folder / CONFIG)
     return config_module.from_json(path) if is_run_config(path) else None
-
-
-def _refuse_other_template(folder: Path, template: str | None) -> None:
-    if template != chat_template(folder):
-        raise ConfigError(
-            f"{folder} holds a run that was trained with another chat template, {folder / CHAT_TEMPLATE}. Set "
-            "output_dir to a new folder, or data.chat_template to that file's text to resume that run."
-        )
 
 
 def chat_template(folder: str | os.PathLike[str]) -> str | None:
@@ -173,31 +189,3 @@ def run_config(folder: str | os.PathLike[str]) -> RunConfig:
     if not is_run_folder(folder) or not is_run_config(path):
         raise ConfigError(f"{folder} is not a run folder: it lacks {MARK}, or the {CONFIG} of a run")
     return config_module.from_json(str(path))
-
-
-def refuse_other_run(old: RunConfig, new: RunConfig, folder: Path) -> None:
-    """Raises ConfigError, listing the settings that differ, if the run in a folder is another one."""
-    changed = other_values(old, new)
-    if changed:
-        raise ConfigError(
-            f"{folder} holds a run with other settings:\n  "
-            + "\n  ".join(changed)
-            + "\nSet output_dir to a new folder, or restore the old settings to resume that run."
-        )
-
-
-def other_values(old: RunConfig, new: RunConfig) -> list[str]:
-    """The settings that differ among those that may not change when a run is resumed, with both values."""
-    before, after = _fixed_values(old), _fixed_values(new)
-    return [
-        f"{key}: was {before.get(key)!r}, now {after.get(key)!r}"
-        for key in sorted(before | after)
-        if before.get(key) != after.get(key)
-    ]
-
-
-def _fixed_values(config: RunConfig) -> dict[str, Any]:
-    """The fields that may not change when a run is resumed, by key."""
-    return {
-        field.key: value for field, value in field_values(config) if not field.free_to_change and not field.sections
-    }

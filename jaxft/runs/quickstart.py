@@ -16,8 +16,9 @@ from jaxft.data.tokenizers.load import load_tokenizer
 from jaxft.errors import CheckpointError, ConfigError
 from jaxft.files.atomic import new_folder
 from jaxft.files.run_folder import SUMMARY, is_run_folder
-from jaxft.runs.folder import refuse_other_run, run_config
+from jaxft.runs.folder import run_config
 from jaxft.runs.record import clear
+from jaxft.runs.resume import other_values
 from jaxft.runs.train import train
 from jaxft.sharding.processes import is_multi_process
 
@@ -43,7 +44,12 @@ def quickstart(*, console: Console, overrides: tuple[str, ...] = ()) -> dict[str
     folder = Path(config.output_dir)
     if is_run_folder(folder) and (folder / SUMMARY).is_file():
         # Of another run nothing is deleted.
-        refuse_other_run(run_config(folder), config, folder)
+        if changed := other_values(run_config(folder), config, spelling=True):
+            raise ConfigError(
+                f"{folder} holds a finished run with other settings:\n  "
+                + "\n  ".join(changed)
+                + "\nIt is not deleted. Set output_dir to another folder, or delete this one."
+            )
         console.print(f"{folder} holds a finished quickstart; starting anew", highlight=False)
         clear(folder)
     return train(config, console=console)

@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,9 @@ class Record:
 
     id: of the run, for ever the same. created: when it began. version: of jaxft then. steps: its length; None if it is
     not known. reads: what it reads, see `runs/identity.py`. exports: for each export in the folder, the files that were
-    written; None while they are being written. history: what was changed when the run was resumed, oldest first.
+    written; None while they are being written. ranked_after: the step after which held-out metrics can be compared
+    with each other, because the held-out rows have stayed the same. history: what was changed when the run was resumed,
+    oldest first, as `time`, `step` and `change`.
     """
 
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -42,6 +44,7 @@ class Record:
     steps: int | None = None
     reads: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     exports: Mapping[str, list[str] | None] = field(default_factory=dict)
+    ranked_after: int = 0
     history: tuple[Mapping[str, Any], ...] = ()
 
 
@@ -71,6 +74,12 @@ def read_record(folder: Path) -> Record | None:
 def write_record(folder: Path, record: Record) -> None:
     """Writes the mark, in one piece."""
     write_json(folder / MARK, {"jaxft_run": FORMAT, **asdict(record)})
+
+
+def resumed(record: Record, step: int, changes: Sequence[str]) -> Record:
+    """The record with what was changed at a step."""
+    entries = ({"time": now(), "step": step, "change": change} for change in changes)
+    return replace(record, history=(*record.history, *entries))
 
 
 def record_of(folder: Path) -> Record:

@@ -30,9 +30,11 @@ from jaxft.methods.online.settings import check_lengths
 from jaxft.nn.decoder import Decoder
 from jaxft.rollouts.judged import ModelScores, judge
 from jaxft.rollouts.reward_functions import RewardFunctions
+from jaxft.rollouts.reward_functions.named import named_functions
 from jaxft.rollouts.rollout import Rollout
 from jaxft.rollouts.sample import Sampler, seed_of
 from jaxft.rollouts.selection import Keep, Selection, answer_row, pair_row
+from jaxft.runs.identity import code_digest, rows_read
 from jaxft.runs.rewards import answer_scores, check_head
 from jaxft.trees import is_key
 
@@ -142,7 +144,7 @@ def sample(
         "config": _values(config),
         "selection": [selection.keep, selection.threshold, selection.keep_cut],
         "pairs": pairs is not None,
-        "prompts": _digest(prompts),
+        "prompts": rows_read(prompts)["digest"],
         "model": fingerprint(model.module),
         "reward_model": None if reward_model is None else fingerprint(reward_model.module),
     }
@@ -367,19 +369,15 @@ def _finish(unfinished: Unfinished, to: str, pairs: str | None) -> dict[str, Any
 
 
 def _values(config: RunConfig) -> dict[str, Any]:
-    """The values that decide about the answers and their rewards, by key."""
-    fixed = [
-        (field.key, value) for field, value in field_values(config) if not (field.free_to_change or field.sections)
+    """The values that decide about answers and rewards, by key; of reward functions, their code."""
+    named = [
+        (field.key, value)
+        for field, value in field_values(config)
+        if not (field.free_to_change or field.by_content or field.sections)
     ]
-    return {key: value for key, value in fixed if key.startswith(DECISIVE)}
-
-
-def _digest(prompts: Sequence[Prompt]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for prompt in prompts:
-        digest.update(np.int64(len(prompt)).tobytes() + np.ascontiguousarray(prompt.tokens).tobytes())
-        digest.update(json.dumps(prompt.columns, sort_keys=True, default=str).encode())
-    return digest.hexdigest()
+    functions = config.rewards.functions
+    code = {"rewards.functions": functions and code_digest(named_functions(functions))}
+    return {key: value for key, value in named if key.startswith(DECISIVE)} | code
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

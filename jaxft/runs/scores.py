@@ -1,5 +1,7 @@
 """Scores by generation on held-out rows, with samples."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +36,12 @@ def answer(module: Decoder, tokenizer: Tokenizer, data: Prepared, config: EvalCo
     )
     texts = tuple(split_thoughts(tokenizer.decode(row.tokens))[1] for row in done)
     return Answers(score(metric, texts, data.eval_references), texts)
+
+
+def scores_key(data: Prepared, config: EvalConfig) -> str:
+    """A digest of all that scores depend on beside the model: the held-out prompts and the settings."""
+    request = [data.eval_prompts, data.eval_references, config.metric, config.max_new_tokens]
+    return hashlib.sha256(json.dumps(request).encode()).hexdigest()
 
 
 def score_summary(answers: Answers, references: Sequence[str]) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def fit(
     held_out: dict[str, float] = {}
     window = Window()
     if start == 0 and hooks.evaluate_start:
-        _evaluate(hooks, state, 0, log)
+        evaluate(hooks, state, 0, log)
     for step in range(start + 1, cadence.total_steps + 1):
         started = time.monotonic()
         batch = hooks.batch(state, step - 1)
@@ -89,7 +89,7 @@ def fit(
             consumed = progress | {"epoch": step / cadence.steps_per_epoch} | hooks.data_metrics(step)
             log.step(step, metrics | consumed | window.rates())
         # Metrics of an earlier step must not rank this step's checkpoint.
-        held_out = _evaluate(hooks, state, step, log) if cadence.due(step, cadence.eval_every) else {}
+        held_out = evaluate(hooks, state, step, log) if cadence.due(step, cadence.eval_every) else {}
         # Every process asks after the same steps.
         stopping = hooks.may_stop(step) and hooks.preempted()
         if stopping or cadence.due(step, cadence.save_every):
@@ -99,7 +99,7 @@ def fit(
     return state, held_out
 
 
-def _evaluate(hooks: Hooks, state: TrainState, step: int, log: RunLog | NoLog) -> dict[str, float]:
+def evaluate(hooks: Hooks, state: TrainState, step: int, log: RunLog | NoLog) -> dict[str, float]:
     """The held-out metrics, which are logged; none if no rows are held out."""
     if hooks.evaluate is None:
         return {}

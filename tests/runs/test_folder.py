@@ -21,6 +21,10 @@ def config_of(folder: Path, **overrides) -> RunConfig:
     return with_overrides({"output_dir": str(folder), "model.path": "model", "data.train": "rows.jsonl"} | overrides)
 
 
+def start(config: RunConfig) -> list[str]:
+    return open_run(config, reads={"data.train": {"path": "rows.jsonl", "digest": "0"}}, steps=8, data={"rows": 1})
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -51,7 +55,7 @@ def test_what_others_wrote_is_not_overwritten(tmp_path, name):
     before = contents(tmp_path)
     assert not is_run_folder(tmp_path)
     with pytest.raises(ConfigError, match=r"is not empty and holds no run.*Set output_dir to a new folder"):
-        open_run(config_of(tmp_path), {}, "template")
+        start(config_of(tmp_path))
     with pytest.raises(ConfigError, match="is not a run folder"):
         run_config(tmp_path)
     assert contents(tmp_path) == before
@@ -59,11 +63,11 @@ def test_what_others_wrote_is_not_overwritten(tmp_path, name):
 
 def test_a_new_folder_gets_the_mark_and_keeps_its_id(tmp_path):
     folder = tmp_path / "a" / "run"
-    open_run(config_of(folder), {"rows": 1}, "template")
+    start(config_of(folder))
     first = record.read_record(folder)
     assert is_run_folder(folder) and run_config(folder) == config_of(folder)
     checkpoint(folder)
-    open_run(config_of(folder, **{"train.log_every": 1}), {"rows": 1}, "template")
+    start(config_of(folder, **{"train.log_every": 1}))
     assert record.read_record(folder) == first and newest_step(folder) == 4
 
 
@@ -74,65 +78,65 @@ def test_a_run_from_before_the_mark_is_known_by_its_config(tmp_path):
     checkpoint(tmp_path)
     assert is_run_folder(tmp_path)
     with pytest.raises(ConfigError, match="optim.learning_rate: was"):
-        open_run(config_of(tmp_path, **{"optim.learning_rate": 1.0}), {})
-    open_run(config_of(tmp_path), {})
+        start(config_of(tmp_path, **{"optim.learning_rate": 1.0}))
+    start(config_of(tmp_path))
     assert (tmp_path / "jaxft_run.json").is_file()
 
 
 def test_a_config_that_another_program_wrote_into_a_run_is_refused(tmp_path):
-    open_run(config_of(tmp_path / "run"), {})
+    start(config_of(tmp_path / "run"))
     checkpoint(tmp_path / "run")
     (tmp_path / "run" / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ConfigError, match=r"config\.json is missing or not that of a run.*Restore"):
-        open_run(config_of(tmp_path / "run"), {})
+        start(config_of(tmp_path / "run"))
 
 
 def test_a_damaged_mark_is_refused(tmp_path):
-    open_run(config_of(tmp_path), {})
+    start(config_of(tmp_path))
     (tmp_path / "jaxft_run.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"jaxft_run\.json cannot be read.*Delete it"):
-        open_run(config_of(tmp_path), {})
+        start(config_of(tmp_path))
 
 
 def test_a_run_without_checkpoints_begins_anew_without_what_another_left(tmp_path):
-    open_run(config_of(tmp_path), {})
+    start(config_of(tmp_path))
     first = record.read_record(tmp_path).id
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text("drawn with another seed")
     (tmp_path / "notes.txt").write_text("mine")
-    open_run(config_of(tmp_path), {})
+    start(config_of(tmp_path))
     assert (tmp_path / "base").is_dir() and record.read_record(tmp_path).id == first
-    open_run(config_of(tmp_path, seed=1), {})
+    start(config_of(tmp_path, seed=1))
     assert not (tmp_path / "base").exists() and (tmp_path / "notes.txt").read_text() == "mine"
     assert record.read_record(tmp_path).id != first and run_config(tmp_path).seed == 1
 
 
 @pytest.mark.parametrize("left", ["summary.json", "adapter", "model"])
 def test_a_finished_run_whose_checkpoints_are_gone_is_not_overwritten(tmp_path, left):
-    open_run(config_of(tmp_path), {})
-    checkpoint(tmp_path)
+    start(config_of(tmp_path))
+    checkpoint(tmp_path, 8)
     if left == "summary.json":
         (tmp_path / left).write_text("{}")
     else:
         (Path(record.begin_export(tmp_path, left)) / "weights").write_text("x")
         record.end_export(tmp_path, left)
-    open_run(config_of(tmp_path), {})
+    start(config_of(tmp_path))
     shutil.rmtree(tmp_path / "checkpoints")
     before = contents(tmp_path)
     with pytest.raises(ConfigError, match=r"has ended, and its checkpoints are gone.*delete this one"):
-        open_run(config_of(tmp_path), {})
+        start(config_of(tmp_path))
     assert contents(tmp_path) == before
 
 
 def test_an_export_replaces_only_what_the_run_exported(tmp_path):
-    open_run(config_of(tmp_path), {})
+    start(config_of(tmp_path))
     (Path(record.begin_export(tmp_path, "adapter")) / "half").write_text("killed while it was written")
     (Path(record.begin_export(tmp_path, "adapter")) / "weights").write_text("x")
     record.end_export(tmp_path, "adapter")
     assert os.listdir(tmp_path / "adapter") == ["weights"]
     (tmp_path / "adapter" / "model-q4.gguf").write_text("mine")
     checkpoint(tmp_path)
-    for call in (lambda: open_run(config_of(tmp_path), {}), lambda: record.begin_export(tmp_path, "adapter"),
+    for call in (lambda: start(config_of(tmp_path)), lambda: record.begin_export(tmp_path, "adapter"),
                  lambda: record.clear(tmp_path)):  # fmt: skip
         with pytest.raises(ExportError, match=r"did not write: model-q4\.gguf.*Move them"):
             call()
@@ -142,7 +146,7 @@ def test_an_export_replaces_only_what_the_run_exported(tmp_path):
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "mine").write_text("never exported")
     with pytest.raises(ExportError, match="did not write: mine"):
-        open_run(config_of(tmp_path), {})
+        start(config_of(tmp_path))
 
 
 def test_places_where_no_run_can_be_are_refused(tmp_path):
@@ -155,7 +159,7 @@ def test_places_where_no_run_can_be_are_refused(tmp_path):
         "gs://bucket/run": "is an address.*mount the bucket",
     }.items():
         with pytest.raises(ConfigError, match=message):
-            open_run(config_of(path), {})
+            start(config_of(path))
     assert os.listdir(tmp_path) == ["file"]
 
 
@@ -178,11 +182,13 @@ def test_quickstart_deletes_only_a_quickstart_of_its_own(tmp_path, monkeypatch):
     (tmp_path / "run" / "summary.json").unlink()
 
     config = quickstart(console=Console(quiet=True), overrides=settings)["config"]
-    open_run(config, {})
+    start(config)
     checkpoint(tmp_path / "run")
     (tmp_path / "run" / "summary.json").write_text("{}")
     (tmp_path / "run" / "notes.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="holds a run with other settings"):
+    with pytest.raises(
+        ConfigError, match="holds a finished run with other settings.*\n  adapter.r: was 16, now 4\nIt is not deleted"
+    ):
         quickstart(console=Console(quiet=True), overrides=(*settings, "adapter.r=4"))
     assert newest_step(tmp_path / "run") == 4
     quickstart(console=Console(quiet=True), overrides=settings)

@@ -32,7 +32,8 @@ from jaxft.optim.make import make_schedule
 from jaxft.rollouts.sample import Sampler, seed_of
 from jaxft.runs.build import abstract_model, build_model, make_mesh, make_tx, start_state
 from jaxft.runs.export import FORMATS, make_new, write
-from jaxft.runs.folder import dated, open_run
+from jaxft.runs.folder import dated, open_run, refuse_other_base
+from jaxft.runs.identity import reads_of
 from jaxft.runs.rewards import GivenRows
 from jaxft.runs.session.losses import SLOPES, check_session, linear_loss, loss_of
 from jaxft.runs.session.rows import (
@@ -77,7 +78,7 @@ class Session:
         self.mesh.check_batch(config.train.batch_size // config.train.accumulation_steps)
         self._schedule = make_schedule(*_course(config))
         if config.model.random_init:  # the drawn weights are in the folder of the run
-            on_primary(partial(open_run, config, None, self.tokenizer.chat_template))
+            self._open(Path(config.output_dir))
         self._loaded = build_model(config, self.mesh, random_base=Path(config.output_dir) / run_folder.BASE)
         tx = make_tx(config, self._loaded.module, self._schedule)
         self._graphdef, self._state = start_state(config, self._loaded.module, tx, self.mesh)
@@ -220,7 +221,7 @@ class Session:
         if self._sums is not None:
             raise ConfigError("gradients wait for their update, and are not saved: call optim_step first")
         path = Path(folder)
-        on_primary(partial(open_run, self.config, None, self.tokenizer.chat_template, path))
+        self._open(path)
         with RunCheckpoints(path / run_folder.CHECKPOINTS, keep=self.config.checkpoint.keep) as checkpoints:
             extra = {"step": self.step, "progress": {}, "held_out": {}, "draws": self._draws}
             checkpoints.save(self.step, saved_part(self._state), extra | {"config": self.config.to_dict()})
@@ -229,8 +230,10 @@ class Session:
         """Goes on from a checkpoint of `save_state`, or of a run of `jaxft train` with the same model and optimizer.
 
         step: the newest if None. Gradients that wait for their update are forgotten. Raises CheckpointError if the
-        checkpoint is damaged or of another model, adapter or optimizer, and ConfigError if there is none.
+        checkpoint is damaged or of another model, adapter or optimizer, and ConfigError if there is none, or if it was
+        trained on a base with other weights.
         """
+        on_primary(partial(refuse_other_base, Path(folder), reads_of(self.config, self.tokenizer)))
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self._state)
         with RunCheckpoints(Path(folder) / run_folder.CHECKPOINTS, keep=1, read_only=True) as checkpoints:
             restored = checkpoints.restore(saved_part(shapes), step)
@@ -258,6 +261,11 @@ class Session:
         nnx.update(module, evaluated_weights(self.config, self._state), self._state.frozen)
         checks = write(self._loaded, self.tokenizer, target, format=format, dtype=dtype, mesh=self.mesh)
         return {"folder": folder, "format": format, "checks": {check.reader: check.difference for check in checks}}
+
+    def _open(self, folder: Path) -> None:
+        """Makes a run folder of a path, or refuses it, as for a whole run."""
+        reads, template = reads_of(self.config, self.tokenizer), self.tokenizer.chat_template
+        on_primary(partial(open_run, self.config, reads=reads, template=template, folder=folder))
 
     def _forget(self) -> None:
         self._kind: str | None = None

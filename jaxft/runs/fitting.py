@@ -1,0 +1,160 @@
+"""The training of a run: from its newest checkpoint, if there is one, to its last step."""
+
+# B batch, S sequence
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+import jax
+import optax
+from flax import nnx
+from rich.console import Console
+
+from jaxft.adapters.critic import drop_critic
+from jaxft.adapters.lora import eva
+from jaxft.checkpoint.load import LoadedModel
+from jaxft.checkpoint.resume import RunCheckpoints
+from jaxft.config import RunConfig
+from jaxft.files import run_folder
+from jaxft.methods import method_of
+from jaxft.methods.method import Feed, Run
+from jaxft.methods.parts.sequences import device_batch, evaluated_weights
+from jaxft.nn.decoder import Decoder
+from jaxft.optim.make import make_schedule
+from jaxft.runs.build import load_frozen, make_step, make_tx, start_state, with_frozen
+from jaxft.runs.record import record_of
+from jaxft.runs.report import write_report
+from jaxft.sharding import distributed
+from jaxft.sharding.processes import is_primary, on_primary
+from jaxft.training.likelihoods import FallingLikelihoods
+from jaxft.training.log import NoLog, RunLog
+from jaxft.training.loop import Cadence, Hooks, evaluate, fit
+from jaxft.training.reward_watch import RewardWatch
+from jaxft.training.state import TrainState, saved_part, with_saved
+
+
+def fit_run(run: Run, loaded: LoadedModel, console: Console) -> dict[str, float]:
+    """Trains `loaded` in place, from the newest checkpoint if there is one. Returns the last held-out metrics."""
+    config, method = run.config, method_of(run.config)
+    schedule = make_schedule(config.optim, run.total_steps)
+    tx = make_tx(config, loaded.module, schedule)
+    ranked_after = on_primary(lambda: record_of(run.folder).ranked_after)
+    with _checkpoints(run, ranked_after) as checkpoints:
+        if config.adapter.by_data and on_primary(checkpoints.latest_step) is None:
+            _initialize_by_data(run, loaded, console)
+        graphdef, state = start_state(config, loaded.module, tx, run.mesh)
+        state = with_frozen(state, load_frozen(config, run.mesh, loaded.module))
+        restored = checkpoints.restore(saved_part(_shapes(state)))
+        start, progress, held_out = 0, {}, {}
+        if restored is not None:
+            saved, extra = restored
+            state = with_saved(state, saved)
+            start, progress, held_out = int(extra["step"]), extra["progress"], extra["held_out"]
+        with _log(run, start if restored else None, console) as log:
+            if start:
+                log.note(f"going on from step {start} of {run.total_steps}")
+            feed = method.feed(run, graphdef)
+            step = _jitted_step(run, graphdef, tx, schedule, state)
+            hooks = _hooks(run, graphdef, feed, step, _saver(config, checkpoints))
+            if start < run.total_steps:
+                state, held_out = fit(state, hooks, _cadence(run), log, start=start, progress=progress)
+            elif start == ranked_after:  # other rows are held out than those of its metrics
+                held_out = evaluate(hooks, state, start, log)
+    nnx.update(loaded.module, evaluated_weights(config, state), state.frozen)
+    # It was needed for training alone, and is in the checkpoints.
+    drop_critic(loaded.module)
+    return held_out
+
+
+def _checkpoints(run: Run, ranked_after: int) -> RunCheckpoints:
+    settings = run.config.checkpoint
+    return RunCheckpoints(
+        run.folder / run_folder.CHECKPOINTS,
+        keep=settings.keep,
+        best_metric=settings.best_metric,
+        best_mode=settings.best_mode,
+        ranked_after=ranked_after,
+    )
+
+
+def _initialize_by_data(run: Run, loaded: LoadedModel, console: Console) -> None:
+    console.print("directions in which the layers' inputs vary ...", highlight=False)
+    key = jax.random.key(run.config.seed)
+    kind = run.config.adapter.init_lora_weights
+    eva.initialize_eva(loaded.module, kind, partial(device_batch, run), run.mesh, key)
+
+
+def _hooks(
+    run: Run,
+    graphdef: nnx.GraphDef[Decoder],
+    feed: Feed,
+    step: Callable[..., tuple[TrainState, dict[str, jax.Array]]],
+    save: Callable[[int, TrainState, dict[str, float], dict[str, float]], None],
+) -> Hooks:
+    method = method_of(run.config)
+    return Hooks(
+        train_step=step,
+        batch=feed,
+        evaluate=method.evaluator(run, graphdef),
+        save=save,
+        preempted=distributed.reached_preemption,
+        may_stop=feed.may_stop,
+        data_metrics=feed.metrics,
+        evaluate_start=method.evaluates_start,
+        evaluated=partial(_show_report, run.folder),
+    )
+
+
+def _cadence(run: Run) -> Cadence:
+    return Cadence(
+        total_steps=run.total_steps,
+        steps_per_epoch=run.source.steps_per_epoch,
+        log_every=run.config.train.log_every,
+        eval_every=run.config.train.eval_every,
+        save_every=run.config.checkpoint.every,
+    )
+
+
+def _show_report(folder: Path) -> None:
+    # So that a run can be watched.
+    if is_primary():
+        write_report(folder)
+
+
+def _log(run: Run, resume_step: int | None, console: Console) -> RunLog | NoLog:
+    if not is_primary():
+        return NoLog()
+    watches = (FallingLikelihoods().add, RewardWatch().add)
+
+    def watch(row: Mapping[str, float]) -> str | None:
+        return " ".join(warning for add in watches if (warning := add(row)) is not None) or None
+
+    return RunLog(run.folder, total_steps=run.total_steps, resume_step=resume_step, console=console, watch=watch)
+
+
+def _shapes(state: TrainState) -> TrainState:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+def _jitted_step(
+    run: Run,
+    graphdef: nnx.GraphDef[Decoder],
+    tx: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    state: TrainState,
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    step = make_step(run.config, run.model, graphdef, tx, schedule)
+    # Without these shardings XLA could lay the new state out differently, and the next step would be compiled again.
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(run.mesh.bind(step), donate_argnums=0, out_shardings=(shardings, None))
+
+
+def _saver(
+    config: RunConfig, checkpoints: RunCheckpoints
+) -> Callable[[int, TrainState, dict[str, float], dict[str, float]], None]:
+    def save(step: int, state: TrainState, progress: dict[str, float], held_out: dict[str, float]) -> None:
+        extra = {"step": step, "progress": progress, "held_out": held_out, "config": config.to_dict()}
+        checkpoints.save(step, saved_part(state), extra, held_out or None)
+
+    return save
