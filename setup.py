@@ -22,8 +22,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["jaxft", "jaxft.*"]),
-    package_data={"jaxft": ["assets/**/*", "assets/*"]},
+    # The configs stay at the root of a checkout; an installed package has them as jaxft.configs.
+    packages=[*find_packages(include=["jaxft", "jaxft.*"]), "jaxft.configs"],
+    package_dir={"jaxft.configs": "configs"},
+    package_data={"jaxft": ["assets/**/*", "assets/*"], "jaxft.configs": ["*/*.py", "*/*.jsonl"]},
     entry_points={"console_scripts": ["jaxft=jaxft.cli:main"]},
     install_requires=[
         # Minor releases of jax break: 0.12 changed the text of compiled programs, which `jaxft plan` reads.
@@ -36,6 +38,7 @@ setup(
         "numpy>=1.26",
         "ml_dtypes>=0.5",
         "safetensors>=0.4.5",
+        "pyyaml>=6",
         # Major releases of transformers break: 5 renamed fields of config.json and arguments of tokenizers.
         "transformers>=5,<6",
         "tokenizers>=0.20",

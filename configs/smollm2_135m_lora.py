@@ -1,8 +1,8 @@
 """LoRA on SmolLM2-135M-Instruct with everyday settings: a starting point for a config of your own.
 
 `make quickstart` writes the folder of the base model; any other model that jaxft reads will do. Your own rows:
-`jaxft train --config=configs/smollm2_135m_lora.py --config.data.train=rows.jsonl --config.data.eval=None
---config.data.eval_fraction=0.05 --config.eval.metric=exact_match`.
+`jaxft train --config=smollm2_135m_lora --data=rows.jsonl --data.eval=None --data.eval_fraction=0.05
+--eval.metric=exact_match --output=runs/mine`.
 """
 
 from ml_collections import ConfigDict

@@ -14,14 +14,27 @@ HEAD = f"""\
 
 <!-- Written by docs/make_configuration.py from jaxft/config/; do not edit. -->
 
-A config file is Python: `get_config(arg)` fills the defaults below and returns them. Any field can be set from the
-command line by the name in the tables:
+A run needs no config file. `jaxft train --model=PATH --data=ROWS` takes the defaults below; the settings that most runs
+change have flags of their own (`jaxft train --help`), and every field can be set by its name in the tables:
 
-    jaxft train --config=configs/quickstart.py --config.train.batch_size=8 --config.data.eval=None
+    jaxft train --model=hf://owner/name --data=rows.jsonl --batch_size=8 --optim.schedule=linear
 
-`None` empties a field whose type permits it. Every config in `configs/` also takes the argument `:smoke`
-(`--config=configs/quickstart.py:smoke`), which keeps the method and shrinks the rest to seconds: a random two-layer
-model, 24 rows of the form that the method trains on, 4 steps, `output_dir` with `-smoke` at its end.
+`--config` names what the settings are laid over:
+
+- a config that ships with jaxft: `--config=llama3_1_8b_lora`. A wrong name lists them all. `configs/NAME.py` means the
+  same, in a checkout and outside of one.
+- a Python file with a function `get_config(arg)`, which fills `jaxft.config.default_config()` and returns it.
+- a YAML file (`.yaml` or `.yml`) of the sections below. The fields say what a text means, so `1e-4` is a number and `no`
+  is False, and `null` empties a field.
+- the folder of a run, whose `config.json` is read, or any such JSON file.
+
+A flag goes over the file, the file over the defaults. `None` or `null` empties a field whose type permits it. In fields
+that list names, separated by commas, a list does as well: `[q_proj, v_proj]`. Configs and options of other programs
+(axolotl, LLaMA-Factory, torchtune, TRL, ...) are answered with the fields that theirs correspond to.
+
+Every config also takes the argument `:smoke` (`--config=quickstart:smoke`), which keeps the method and shrinks the rest
+to seconds: a random two-layer model, 24 rows of the form that the method trains on, 4 steps, `output_dir` with `-smoke`
+at its end.
 
 An unknown name, a wrong type and a combination that cannot be carried out are refused before anything is loaded, with
 the nearest name that exists. So is a field that nothing reads, if it is set to another value than its default. The

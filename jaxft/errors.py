@@ -11,8 +11,9 @@ class ExitCode(enum.IntEnum):
     """How a command ended, for the shell or the program that started it.
 
     DONE: the command did its work. FAILED: an error that jaxft does not explain, shown with its traceback. REFUSED: a
-    JaxftError, or options that argparse refuses. PEER_LOST: another process of the same run failed or disappeared.
-    PREEMPTED: stopped by SIGTERM after saving; the same command continues the run. INTERRUPTED: stopped by Ctrl-C.
+    JaxftError, options that argparse refuses, or an error of the operating system, such as a full disk. PEER_LOST:
+    another process of the same run failed or disappeared. PREEMPTED: stopped by SIGTERM after saving; the same command
+    continues the run. INTERRUPTED: stopped by Ctrl-C.
 
     Sources: 69 and 75 are EX_UNAVAILABLE and EX_TEMPFAIL of sysexits.h. 2 is the code of argparse. 130 is the code of
     shells for a command that signal 2, SIGINT, ended: 128 + 2.

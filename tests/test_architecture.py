@@ -96,7 +96,7 @@ def test_only_one_module_reads_config_dicts():
     for path in MODULES:
         imports = {node.module for node in ast.walk(parsed(path)) if isinstance(node, ast.ImportFrom)}
         if "ml_collections" in imports:
-            assert path == PACKAGE / "config" / "reading.py", path
+            assert path == PACKAGE / "config" / "reading" / "python_file.py", path
     smoke = parsed(PACKAGE / "config" / "smoke.py")
     assert not [n for n in ast.walk(smoke) if isinstance(n, ast.Attribute) and n.attr == "get"]
     for path in (PACKAGE.parent / "configs").glob("*.py"):

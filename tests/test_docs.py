@@ -17,6 +17,7 @@ from test_architecture import FLOORS
 
 import jaxft
 from jaxft import cli
+from jaxft.cli.settings import FLAGS
 from jaxft.config import RunConfig
 from jaxft.config.fields import all_fields
 from jaxft.errors import ExitCode
@@ -28,7 +29,7 @@ README = ROOT / "README.md"
 PACKAGE = ROOT / "jaxft"
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 # Shown as mistakes, or as the form of an override.
-NOT_FIELDS = {"a.b", "train.batchsize"}
+NOT_FIELDS = {"section.field", "train.batchsize"}
 MAXTEXT_PAGE = "docs/reference/models/tiering.md"  # in MaxText's repository
 OTHER_PROGRAMS = {"--lora": "llama.cpp", "--ntasks-per-node": "srun", "--worker": "gcloud"}
 
@@ -174,7 +175,12 @@ def test_every_message_on_a_page_is_one_of_ours(page: Path) -> None:
 
 @every_page
 def test_every_field_that_a_page_sets_exists(page: Path) -> None:
-    forms = r"--config\.([\w.]+)=", r"^ *config\.([\w.]+) =", r"\"([a-z]+\.[\w.]+)\": "
+    forms = (
+        r"--config\.([\w.]+)=",
+        r"(?<![\w-])--(?!config\.)([a-z]+\.[\w.]+)=",
+        r"^ *config\.([\w.]+) =",
+        r"\"([a-z]+\.[\w.]+)\": ",
+    )
     keys = [key for form in forms for key in re.findall(form, text_of(page), re.MULTILINE)]
     assert not [key for key in keys if not is_config_field(key) and key not in NOT_FIELDS]
 
@@ -184,7 +190,7 @@ def test_every_option_on_a_page_exists(page: Path) -> None:
     for command in commands_in(text_of(page)):
         before, _, after = command.partition("  # ")[0].partition(" -- ")
         known = options_of(before) | (options_of("jaxft train") if after else set())
-        options = set(re.findall(r"(?<![\w=-])--[a-zA-Z][\w-]*", f"{before} {after}"))
+        options = set(re.findall(r"(?<![\w=-])--[a-zA-Z][\w-]*+(?!\.\w)", f"{before} {after}"))
         assert options <= known, f"{command}: {options - known}"
 
 
@@ -208,12 +214,19 @@ def test_an_option_of_another_program_is_seen(command: str) -> None:
 def test_the_readme_shows_every_command_and_every_option() -> None:
     usage = README.read_text(encoding="utf-8").split("## Commands")[1].split("All commands take `--json`")[0]
     usage, _, sampling = re.sub(r"\n +(?=\[)", " ", usage).partition("SAMPLING: ")
-    lines = dict(re.findall(r"^    jaxft (\w+)(.*)$", usage.replace("[SAMPLING]", sampling), re.MULTILINE))
-    shown = {verb: set(re.findall(r"--[a-z_]+", line.replace("--config.", ""))) for verb, line in lines.items()}
+    usage, _, settings = usage.partition("SETTINGS: ")
+    usage = usage.replace("[SAMPLING]", sampling).replace("[SETTINGS]", settings.strip())
+    lines = dict(re.findall(r"^    jaxft (\w+)(.*)$", usage, re.MULTILINE))
+    named = {verb: re.sub(r"--(?:config|section)\.", "", line) for verb, line in lines.items()}
+    shown = {verb: set(re.findall(r"--[a-z_]+", line)) for verb, line in named.items()}
     assert shown == {verb: options - {"-h", "--help", "--json"} for verb, options in options_of_verbs().items()}
     for verb, line in lines.items():
         for option, default in re.findall(r"\[(--[a-z_]+)=(\d\w*)\]", line):
-            assert str(defaults_of_verbs()[verb][option]).removesuffix(".0") == default, f"{verb} {option}"
+            own = defaults_of_verbs()[verb][option]
+            if own is None:  # a setting of a run, whose default is the config's
+                field = next(flag.fields[0] for flag in FLAGS if f"--{flag.name}" == option)
+                own = all_fields(RunConfig)[field].default
+            assert str(own).removesuffix(".0") == default, f"{verb} {option}"
 
 
 def test_a_look_at_the_data_reads_as_the_readme_shows(capsys: pytest.CaptureFixture[str]) -> None:

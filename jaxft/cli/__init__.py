@@ -7,13 +7,14 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from typing import Any
 
-from jaxft.cli import answers
-from jaxft.config import ModelConfig, choices
-from jaxft.errors import ConfigError, ExitCode, JaxftError, Preempted, did_you_mean
+from jaxft.cli import answers, settings
+from jaxft.config import ModelConfig, RunConfig, choices
+from jaxft.errors import ConfigError, ExitCode, JaxftError, Preempted
 
-OVERRIDE = "--config."
+HELD_OUT = ("eval_data", "max_length", "chat_template")  # flags that an evaluation without a config reads
 # What merging into a quantised base, or into what it was made of, changes.
 MERGED = {
     "original_base": "against the trained model, merged into the base in its own precision",
@@ -24,13 +25,12 @@ MERGED = {
 def main(argv: Sequence[str] | None = None) -> ExitCode:
     """Runs one command and returns its exit code. Raises errors that jaxft does not explain."""
     parser = _parser()
-    arguments, rest = parser.parse_known_args(argv)
+    arguments, rest = parser.parse_known_args(settings.underscored(sys.argv[1:] if argv is None else argv))
     try:
-        overrides = _overrides(rest, parser)
-        if overrides and not hasattr(arguments, "config") and arguments.verb != "quickstart":
-            raise ConfigError(f"--config.{overrides[0]} changes a config, and {arguments.verb} reads none")
-        result = arguments.call(arguments, overrides)
-    except (JaxftError, Preempted, KeyboardInterrupt) as error:
+        takes_config = hasattr(arguments, "config") or arguments.verb == "quickstart"
+        overrides = settings.read_overrides(rest, arguments.options, arguments.verb, takes_config=takes_config)
+        result = arguments.call(arguments, settings.with_flags(arguments, overrides))
+    except (JaxftError, Preempted, KeyboardInterrupt, OSError) as error:
         return _explained(arguments.verb, error)
     if arguments.json and result is not None:
         print(json.dumps(result, indent=2, ensure_ascii=False))
@@ -39,22 +39,42 @@ def main(argv: Sequence[str] | None = None) -> ExitCode:
 
 def _explained(verb: str, error: BaseException) -> ExitCode:
     """Says what stopped a command, and returns its exit code."""
-    if isinstance(error, JaxftError | Preempted | KeyboardInterrupt):
+    if isinstance(error, BrokenPipeError):
+        # Whoever read the output, such as `head`, has read enough; Python must not try to flush the rest.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitCode.DONE
+    refused = isinstance(error, JaxftError) or (isinstance(error, OSError) and error.strerror is not None)
+    if refused or isinstance(error, Preempted | KeyboardInterrupt):
         text = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
+        if isinstance(error, OSError):
+            text = ": ".join(str(part) for part in (error.filename, error.strerror) if part is not None)
         print(f"jaxft {verb}: {text}", file=sys.stderr)
     else:
         traceback.print_exception(error)
-    if isinstance(error, JaxftError):
+    if refused:
         return ExitCode.REFUSED
     if isinstance(error, Preempted):
         return ExitCode.PREEMPTED
     return ExitCode.INTERRUPTED if isinstance(error, KeyboardInterrupt) else ExitCode.FAILED
 
 
-def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
+def _config(arguments: argparse.Namespace, overrides: Sequence[str]) -> RunConfig:
+    """The config of a command: that of --config, or the defaults, and over them its flags and overrides."""
     from jaxft.config import load
+    from jaxft.config.reading import shipped_names
 
-    config = load(arguments.config, overrides)
+    if arguments.config is not None:
+        return load(arguments.config, overrides)
+    if not any(override.startswith("model.path=") for override in overrides):
+        raise ConfigError(
+            f"{arguments.verb} needs a model and rows: --model=PATH --data=ROWS, or a config: --config=NAME. "
+            f"Shipped configs: {', '.join(shipped_names())}"
+        )
+    return load(None, settings.default_output(overrides))
+
+
+def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
+    config = _config(arguments, overrides)
     from jaxft.sharding import distributed
 
     distributed.start(arguments.coordinator, arguments.num_processes, arguments.process_id, arguments.heartbeat_seconds)
@@ -90,10 +110,9 @@ def _quickstart(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
 
 
 def _data(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
-    from jaxft.config import load
     from jaxft.runs.examine import examine
 
-    return examine(load(arguments.config, overrides), _console(arguments), rows=arguments.rows)
+    return examine(_config(arguments, overrides), _console(arguments), rows=arguments.rows)
 
 
 def _eval(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
@@ -102,17 +121,7 @@ def _eval(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     from jaxft.runs import folder
     from jaxft.runs.export import load_trained
 
-    if (arguments.run is None) == (arguments.config is None):
-        raise ConfigError("give either --run=FOLDER or --config=FILE (with --model=PATH to score another model)")
-    from jaxft.config import load
-
-    if arguments.run is not None:
-        if overrides:
-            raise ConfigError("--run evaluates with the run's own config; use --config and --model to change it")
-        config, model_path = folder.run_config(arguments.run), arguments.model or arguments.run
-    else:
-        config = load(arguments.config, overrides)
-        model_path = arguments.model or config.model.path
+    config, model_path = _evaluated(arguments, overrides)
     values = answers.template_values(arguments)
     if arguments.run is None:
         data = dataclasses.replace(config.data, chat_template_kwargs=config.data.chat_template_kwargs | values)
@@ -129,6 +138,29 @@ def _eval(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
         for name, value in result.items():
             print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
     return result
+
+
+def _evaluated(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[RunConfig, str]:
+    """(config, path of the model) of `jaxft eval`: of a run, of a config, or of a model and held-out rows alone."""
+    from jaxft.config import load
+
+    if arguments.run is not None and arguments.config is not None:
+        raise ConfigError("--run and --config both name a config: give one of them")
+    if arguments.run is not None:
+        others = [override for override in overrides if not override.startswith(("eval.", "data.eval"))]
+        if others:
+            raise ConfigError(
+                f"--{others[0]} would evaluate another run: with --run=FOLDER only eval.* and data.eval* may differ. "
+                "Use --config and --model for the others"
+            )
+        return load(arguments.run, overrides), arguments.model or arguments.run
+    if arguments.config is not None:
+        config = load(arguments.config, overrides)
+        return config, arguments.model or config.model.path
+    rows = next((text.partition("=")[2] for text in overrides if text.startswith("data.eval=")), None)
+    if arguments.model is None or rows is None:
+        raise ConfigError("give either --run=FOLDER or --config=FILE, or --model=PATH with --eval_data=ROWS")
+    return load(None, [f"model.path={arguments.model}", f"data.train={rows}", *overrides]), arguments.model
 
 
 def _export(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
@@ -178,12 +210,11 @@ def _convert(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
 
 def _plan(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     # A plan runs in a process of its own; this one needs no JAX.
-    from jaxft.config import load
     from jaxft.planning.client import plan
     from jaxft.planning.tables import print_plan, print_search
 
     result = plan(
-        load(arguments.config, overrides),
+        _config(arguments, overrides),
         arguments.topology,
         slices=arguments.slices,
         level=arguments.level,
@@ -211,50 +242,40 @@ def _console(arguments: argparse.Namespace) -> Any:
     return Console(stderr=arguments.json)
 
 
-def _overrides(rest: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
-    out, waiting = [], None
-    for item in rest:
-        if waiting is not None:
-            out.append(f"{waiting}={item}")
-            waiting = None
-        elif item.startswith(OVERRIDE) and "=" in item:
-            out.append(item.removeprefix(OVERRIDE))
-        elif item.startswith(OVERRIDE):
-            waiting = item.removeprefix(OVERRIDE)
-        else:
-            known = [option for action in parser._actions for option in action.option_strings]
-            raise ConfigError(f"unknown argument {item!r}.{did_you_mean(item.split('=')[0], [*known, *_OPTIONS])}")
-    if waiting is not None:
-        raise ConfigError(f"--config.{waiting} has no value")
-    return out
+class _Version(argparse.Action):
+    """Prints the versions and ends; JAX's is looked up only then."""
 
-
-_OPTIONS: list[str] = []
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        python = ".".join(map(str, sys.version_info[:3]))
+        print(f"jaxft {sys.modules['jaxft'].__version__}, jax {version('jax')}, Python {python}")
+        parser.exit()
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="jaxft", description=sys.modules["jaxft"].__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="jaxft",
+        description=sys.modules["jaxft"].__doc__,
+        epilog="`jaxft VERB --help` lists the options of a verb. `jaxft quickstart` is a first run.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="versions of jaxft, jax and Python")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(name: str, run: Callable[..., Any], about: str) -> Callable[..., Any]:
         sub = verbs.add_parser(name, help=about, description=about, allow_abbrev=False)
         sub.add_argument("--json", action="store_true", help="figures as JSON, alone on standard output")
-        sub.set_defaults(call=run)
+        sub.set_defaults(call=run, options=sub._option_string_actions)
+        return sub.add_argument
 
-        def option(flag: str, **kwargs: Any) -> None:
-            _OPTIONS.append(flag)
-            sub.add_argument(flag, **kwargs)
-
-        return option
-
-    config = {"metavar": "FILE[:ARG]", "help": "configs/NAME.py; :smoke shrinks it; --config.a.b=value overrides"}
+    config = {"metavar": "NAME[:ARG]", "help": "a shipped config, a .py or .yaml file, a run folder; :smoke shrinks it"}
     model = {
         "metavar": "PATH",
         "help": "Hugging Face, PEFT or run folder, GGUF file, hf://owner/name, gs://bucket/folder",
     }
 
-    option = verb("train", _train, "fine-tune as a config says; the same command goes on after an interruption")
-    option("--config", required=True, **config)
+    option = verb("train", _train, "fine-tune a model on rows; the same command goes on after an interruption")
+    option("--config", **config)
+    settings.add_flags(verbs.choices["train"])
     option("--coordinator", metavar="HOST:PORT", help="process 0, when processes are started by hand")
     option("--num_processes", type=int, help="how many there are; with --coordinator")
     option("--process_id", type=int, help="which one this is, from 0; with --coordinator")
@@ -262,14 +283,16 @@ def _parser() -> argparse.ArgumentParser:
         "--heartbeat_seconds", type=int, default=100, help="a process without a sign of life for so long ends the run"
     )
 
-    verb("quickstart", _quickstart, "LoRA on SmolLM2-135M, a small real task, on this machine (from a checkout)")
+    verb("quickstart", _quickstart, "LoRA on SmolLM2-135M, a small real task, on this machine")
 
-    option = verb("data", _data, "examine a config's data as training would see it")
-    option("--config", required=True, **config)
+    option = verb("data", _data, "examine rows as training would see them")
+    option("--config", **config)
+    settings.add_flags(verbs.choices["data"])
     option("--rows", type=int, default=2, help="how many rows to show with their trained tokens marked")
 
-    option = verb("plan", _plan, "compile a config's training step for a slice that is not here: memory, time, money")
-    option("--config", required=True, **config)
+    option = verb("plan", _plan, "compile a training step for a slice that is not here: memory, time, money")
+    option("--config", **config)
+    settings.add_flags(verbs.choices["plan"])
     option("--topology", required=True, metavar="NAME", help="v5e:4x4, v5p-8, v6e:1x1, ..., or a GPU such as h100:8")
     option("--slices", type=int, default=1, help="of this topology, joined by the data-centre network")
     option("--level", choices=("O1", "default"), default="O1", help="XLA's optimisation: quick, or as a run compiles")
@@ -310,6 +333,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--run", metavar="FOLDER", help="a run folder: its tuned model on its held-out rows")
     option("--config", **config)
     option("--model", **model)
+    settings.add_flags(verbs.choices["eval"], HELD_OUT)
     answers.values_option(option)
 
     option = verb("export", _export, "write an adapter or a whole model for other tools, and read it back")

@@ -1,9 +1,8 @@
 """The configuration of a run: frozen dataclasses, their checks, and how config files are read.
 
-A config file (`configs/NAME.py`) fills a ConfigDict made from these dataclasses and returns it from `get_config(arg)`.
-`load` imports the file and applies overrides; `resolve` turns the result into a `RunConfig`. Unknown keys, wrong types
-and combinations that cannot be carried out are refused before anything is loaded or compiled. `fields` declares what a
-field is.
+`reading` makes a `RunConfig` of Python, YAML and JSON files, run folders, shipped configs and overrides. Unknown keys,
+wrong types and combinations that cannot be carried out are refused before anything is loaded or compiled. `fields`
+declares what a field is, and `peer_names` knows what other programs call it.
 """
 
 from jaxft.config.adapter import AdapterConfig
@@ -23,7 +22,7 @@ from jaxft.config.optim import (
     ScheduleFreeConfig,
     SGDConfig,
 )
-from jaxft.config.reading import default_config, from_json, load, load_file, mixture_set, resolve, with_overrides
+from jaxft.config.reading import default_config, from_json, load, mixture_set, resolve, with_overrides
 from jaxft.config.run import RunConfig
 from jaxft.config.train import CheckpointConfig, EvalConfig, ExportConfig, RouterConfig, TrainConfig
 
@@ -31,6 +30,6 @@ __all__ = [
     "AdafactorConfig", "AdamW8bitConfig", "AdamWConfig", "AdapterConfig", "ApolloConfig", "CheckpointConfig",
     "DataConfig", "EvalConfig", "ExportConfig", "LionConfig", "MeshConfig", "MethodConfig", "MixtureSet", "ModelConfig",
     "MuonConfig", "OptimConfig", "RouterConfig", "RunConfig", "SFTConfig", "SGDConfig", "ScheduleFreeConfig",
-    "TrainConfig", "choices", "default_config", "from_json", "load", "load_file", "mixture_set", "resolve",
+    "TrainConfig", "choices", "default_config", "from_json", "load", "mixture_set", "resolve",
     "with_overrides",
 ]  # fmt: skip

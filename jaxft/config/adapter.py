@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeVar, get_args
 
-from jaxft.config.fields import ABOVE_ZERO, BELOW_ONE, ReadBy, Section, Spelling
+from jaxft.config.fields import ABOVE_ZERO, BELOW_ONE, COMMA_SEPARATED, ReadBy, Section, Spelling
 from jaxft.errors import ConfigError
 
 Kind = Literal["none", "lora", "vera", "ia3", "prompt", "prefix"]
@@ -35,6 +35,7 @@ class AdapterConfig(Section):
     target_modules: Annotated[
         str,
         LINEAR_LAYERS,
+        COMMA_SEPARATED,
         "layers that get an adapter: `all-linear` (all but the LM head), or names, comma separated: `q_proj,v_proj`",
     ] = "all-linear"
     use_rslora: Annotated[bool, LORA, "scale by alpha / sqrt(r) (rsLoRA, arXiv:2312.03732)"] = False
@@ -53,24 +54,32 @@ class AdapterConfig(Section):
         "initial values of A and B; see [adapters](adapters.md)",
     ] = "default"
     exclude_modules: Annotated[
-        str | None, LORA, "layers of `adapter.target_modules` that get no adapter: names, comma separated"
+        str | None,
+        LORA,
+        COMMA_SEPARATED,
+        "layers of `adapter.target_modules` that get no adapter: names, comma separated",
     ] = None
     layers_to_transform: Annotated[
-        str | None, LORA, "numbers of the decoder layers that get adapters: `0-3,8`; None: all"
+        str | None, LORA, COMMA_SEPARATED, "numbers of the decoder layers that get adapters: `0-3,8`; None: all"
     ] = None
     rank_pattern: Annotated[
         str | None,
         LORA,
+        COMMA_SEPARATED,
         "ranks of single layers, by PEFT's patterns: `q_proj:8,layers.0.mlp.down_proj:32`",
     ] = None
-    alpha_pattern: Annotated[str | None, LORA, "alphas of single layers, in the form of `adapter.rank_pattern`"] = None
+    alpha_pattern: Annotated[
+        str | None, LORA, COMMA_SEPARATED, "alphas of single layers, in the form of `adapter.rank_pattern`"
+    ] = None
     modules_to_save: Annotated[
         str | None,
+        COMMA_SEPARATED,
         "modules that are trained whole, in float32, beside the adapter: names, comma separated: `embed_tokens,norm`",
     ] = None
     feedforward_modules: Annotated[
         str,
         ReadBy("adapter.kind", ("ia3",)),
+        COMMA_SEPARATED,
         "layers of `adapter.target_modules` whose inputs are scaled instead of their outputs: names, comma separated",
     ] = "down_proj"
     num_virtual_tokens: Annotated[

@@ -12,6 +12,7 @@ from jaxft.config.fields import (
     BETWEEN_ZERO_AND_ONE,
     BY_CONTENT,
     FREE_TO_CHANGE,
+    JSON_LIST,
     NOT_NEGATIVE,
     ReadBy,
     Section,
@@ -38,7 +39,7 @@ BY_LABELS = ReadBy("method.name", methods_on("labelled"), because="It is about r
 class MixtureSet(Section):
     """One of the sets of `data.mixture`, under a name of your choice. None: as the field of that name in `data`."""
 
-    path: Annotated[str, BY_CONTENT, "where its rows come from, as `data.train`"] = ""
+    path: Annotated[str, BY_CONTENT, JSON_LIST, "where its rows come from, as `data.train`"] = ""
     weight: Annotated[
         float, NOT_NEGATIVE, "share of the tokens of training, relative to the weights of the other sets"
     ] = 1.0
@@ -68,6 +69,7 @@ class DataConfig(Section):
     train: Annotated[
         str,
         BY_CONTENT,
+        JSON_LIST,
         "training rows: a file, a folder, `hf://owner/name`, `tfds:name`, a pattern such as `rows/*.jsonl`, or a list "
         "of these; see [formats](formats.md#where-rows-come-from)",
     ] = ""
@@ -81,7 +83,7 @@ class DataConfig(Section):
         "`0.7: general, domain=2; 0.3: domain`: shares of the steps, and the sets of each share with their weights; "
         "None: all sets for the whole run",
     ] = None
-    eval: Annotated[str | None, FREE_TO_CHANGE, "held-out rows, in the same forms as `data.train`"] = None
+    eval: Annotated[str | None, FREE_TO_CHANGE, JSON_LIST, "held-out rows, in the same forms as `data.train`"] = None
     train_split: Annotated[str, "which part of a training set that has parts (datasets, tfds)"] = "train"
     eval_split: Annotated[str, FREE_TO_CHANGE, "which part of a held-out set that has parts"] = "validation"
     rows_field: Annotated[

@@ -13,6 +13,9 @@ is resumed it may be spelt otherwise, but what it names must hold the same.
 
 import dataclasses
 import difflib
+import functools
+import json
+import math
 import re
 import types
 import typing
@@ -20,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+from jaxft.config.peer_names import correspondence
 from jaxft.errors import ConfigError, did_you_mean
 
 S = TypeVar("S", bound="Section")
@@ -83,6 +87,12 @@ class Mark:
 
 CHOOSES_SECTION, FREE_TO_CHANGE = Mark("chooses section"), Mark("free to change")
 BY_CONTENT = Mark("compared by content")
+# Text that lists names, or `name:value` pairs, separated by commas; lists and mappings of a file are joined so.
+COMMA_SEPARATED = Mark("comma separated")
+# Text that is one path, or a JSON list of them, which a list of a file is written as.
+JSON_LIST = Mark("JSON list")
+NONE_WORDS = ("none", "null", "~", "")
+TRUE_WORDS, FALSE_WORDS = ("true", "yes", "on", "t", "1"), ("false", "no", "off", "f", "0")
 
 
 class Section:
@@ -113,6 +123,8 @@ class Field:
     free_to_change: bool = False
     by_content: bool = False
     chooses_section: bool = False
+    comma_separated: bool = False
+    json_list: bool = False
     sections: type[Section] | None = None
 
     @property
@@ -141,11 +153,46 @@ class Field:
         """
         if value is None and self.optional:
             return None
+        if self.comma_separated and isinstance(value, list | tuple | Mapping):
+            pairs = value.items() if isinstance(value, Mapping) else [(one,) for one in value]
+            return ",".join(":".join(map(str, pair)) for pair in pairs)
+        if self.json_list and isinstance(value, list | tuple) and all(isinstance(one, str) for one in value):
+            return json.dumps(value, ensure_ascii=False)
         if self.base is float and isinstance(value, int) and not isinstance(value, bool):
             return float(value)
         if not isinstance(value, self.base) or (isinstance(value, bool) and self.base is not bool):
             raise ConfigError(f"{self.key}={value!r} must be {self.type_words}")
         return value
+
+    def parse(self, text: str) -> object:
+        """The value that a text means, from a command line or a file without types: 1e-4, no, null, [q_proj, v_proj].
+
+        Raises ConfigError for a text of another type.
+        """
+        word, refusal = text.strip().lower(), ConfigError(f"{self.key}={text} must be {self.type_words}")
+        if self.choices and word in self.choices:
+            return word
+        if self.optional and word in NONE_WORDS:
+            return None
+        if self.base is bool and word in TRUE_WORDS + FALSE_WORDS:
+            return word in TRUE_WORDS
+        if self.base is str:
+            if word in ("none", "null") and not self.choices:
+                raise refusal
+            return _without_brackets(text) if self.comma_separated else text
+        try:
+            number = float(text) if self.base in (int, float) else math.nan
+        except ValueError:
+            raise refusal from None
+        if not math.isfinite(number) or (self.base is int and not number.is_integer()):
+            raise refusal
+        return self.base(number) if self.base is float or "e" in word or "." in word else int(text)
+
+
+def _without_brackets(text: str) -> str:
+    """`q_proj,v_proj` of `[q_proj, "v_proj"]`, the form of a list in Python and YAML; another text as it is."""
+    inner = re.fullmatch(r"\s*\[(.*)\]\s*", text, re.DOTALL)
+    return text if inner is None else ",".join(part.strip().strip("\"'") for part in inner[1].split(","))
 
 
 def own_fields(cls: type[Section], prefix: str = "") -> tuple[Field, ...]:
@@ -155,6 +202,11 @@ def own_fields(cls: type[Section], prefix: str = "") -> tuple[Field, ...]:
 
 def all_fields(cls: type[Section], prefix: str = "") -> dict[str, Field]:
     """Every field that holds a value, by its dotted key, in the order of declaration."""
+    return dict(_all_fields(typing.cast(Any, cls), prefix))
+
+
+@functools.cache
+def _all_fields(cls: Any, prefix: str) -> dict[str, Field]:
     return {field.key: field for field, _ in _walk(cls(), prefix, template=True)}
 
 
@@ -199,6 +251,8 @@ def unknown_key(key: str, cls: type[Section]) -> str:
     siblings = {name.rpartition(".")[2]: name for name in fields if name.rpartition(".")[0] == section}
     if section and (near := difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.6)):
         return f"unknown config key {key!r}. Did you mean {siblings[near[0]]!r}?"
+    if (other := correspondence(leaf)) is not None:
+        return f"unknown config key {key!r}: {other}"
     same = [name for name, own in keys.items() if own == leaf]
     hint = "" if same else did_you_mean(key, fields)
     if not same and ("." not in key or not hint):
@@ -217,8 +271,13 @@ def as_mapping(value: object, key: str) -> Mapping[str, Any]:
 
 
 def _declared(cls: type[Section]) -> tuple[Field, ...]:
+    return _declarations(typing.cast(Any, cls))
+
+
+@functools.cache
+def _declarations(cls: Any) -> tuple[Field, ...]:
     hints = typing.get_type_hints(cls, include_extras=True)
-    return tuple(_declaration(spec, hints[spec.name]) for spec in dataclasses.fields(typing.cast(Any, cls)))
+    return tuple(_declaration(spec, hints[spec.name]) for spec in dataclasses.fields(cls))
 
 
 def _declaration(spec: "dataclasses.Field[Any]", hint: Any) -> Field:
@@ -242,6 +301,8 @@ def _declaration(spec: "dataclasses.Field[Any]", hint: Any) -> Field:
         free_to_change=FREE_TO_CHANGE in notes,
         by_content=BY_CONTENT in notes,
         chooses_section=CHOOSES_SECTION in notes,
+        comma_separated=COMMA_SEPARATED in notes,
+        json_list=JSON_LIST in notes,
         sections=named if isinstance(named, type) and issubclass(named, Section) else None,
     )
 

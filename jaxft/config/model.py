@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from jaxft.config.adapter import ADAPTERS
-from jaxft.config.fields import BY_CONTENT, FREE_TO_CHANGE, ReadBy, Section
+from jaxft.config.fields import BY_CONTENT, COMMA_SEPARATED, FREE_TO_CHANGE, ReadBy, Section
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -40,6 +40,7 @@ class ModelConfig(Section):
     ] = "none"
     trainable: Annotated[
         str | None,
+        COMMA_SEPARATED,
         ReadBy(
             "adapter.kind",
             ("none",),

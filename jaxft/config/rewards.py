@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from jaxft.config.fields import ABOVE_ZERO, BY_CONTENT, FREE_TO_CHANGE, Range, ReadBy, Section
+from jaxft.config.fields import ABOVE_ZERO, BY_CONTENT, COMMA_SEPARATED, FREE_TO_CHANGE, Range, ReadBy, Section
 from jaxft.config.rollout import ONLINE
 
 
@@ -16,6 +16,7 @@ class RewardsConfig(Section):
         str | None,
         BY_CONTENT,
         ONLINE,
+        COMMA_SEPARATED,
         "reward functions, comma separated, each with its weight if it is not 1: "
         "`rewards.py:exact,rewards.py:brief=0.2`, or a built-in one: `exact_match`, `json_valid`, `json_exact`, "
         "`math_answer`, `python_tests`; see "

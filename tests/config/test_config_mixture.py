@@ -98,7 +98,7 @@ def test_mixtures_that_cannot_be(fields, complaint):
 def test_a_misspelt_field_of_a_set_is_refused(mixture_file, tmp_path):
     with pytest.raises(ConfigError, match=r"data.mixture.domain.wait.*Did you mean 'data.mixture.NAME.weight'"):
         load(mixture_file, ["data.mixture.domain.wait=2"])
-    with pytest.raises(ConfigError, match=r"unknown config key 'domian'"):
+    with pytest.raises(ConfigError, match=r"no set 'domian'. Did you mean 'domain'\?"):
         load(mixture_file, ["data.mixture.domian.weight=2"])
     Path(mixture_file).write_text(Path(mixture_file).read_text().replace("'weight'", "'wieght'"))
     with pytest.raises(ConfigError, match=r"a mixture set has no field 'wieght'.*Did you mean 'weight'"):

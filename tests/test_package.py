@@ -1,0 +1,48 @@
+"""What an installed package holds: shipped configs with their files, found outside of a checkout."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = """
+import json, os, jaxft
+from jaxft.config import load
+from jaxft.config.reading import shipped_names
+configs = {name: load(name) for name in shipped_names()}
+functions = [c.rewards.functions.partition(":")[0] for c in configs.values() if c.rewards.functions]
+print(json.dumps({
+    "package": jaxft.__file__, "names": list(configs), "smoke": load("configs/quickstart.py:smoke").train.steps,
+    "files": [os.path.isfile(path) for path in functions if os.sep in path],
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what a wheel installs."""
+    folder = tmp_path_factory.mktemp("site")
+    build = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(folder)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    return folder
+
+
+def test_the_shipped_configs_are_in_the_package_and_found_by_name(package: Path, tmp_path: Path) -> None:
+    env = os.environ | {"PYTHONPATH": str(package)}
+    done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=tmp_path, env=env, capture_output=True, check=True)
+    told = json.loads(done.stdout)
+    assert told["package"].startswith(str(package)) and told["smoke"] == 4
+    assert told["names"] == sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+    assert len(told["files"]) > 3 and all(told["files"])
+
+
+def test_every_file_beside_the_configs_is_in_the_package(package: Path) -> None:
+    shipped = {path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.*") if "__pycache__" not in path.parts}
+    assert shipped == {
+        Path("configs") / path.relative_to(package / "jaxft" / "configs")
+        for path in (package / "jaxft" / "configs").rglob("*.*")
+    }
