@@ -12,16 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxft import models
 from jaxft.adapters.attach import merge_functions
 from jaxft.checkpoint.finite import FiniteSource
-from jaxft.checkpoint.quantized.bitsandbytes import NF4Source
+from jaxft.checkpoint.folders.weights import nf4_codes
 from jaxft.checkpoint.quantized.on_load import quantized_array
 from jaxft.checkpoint.safetensors_writer import Index, LazyTensor, gather_sharded, write_sharded
 from jaxft.checkpoint.tensors import TensorSource, TensorSpec, block_bounds
+from jaxft.data.tokenizers.end_tokens import with_end_tokens
 from jaxft.errors import CheckpointError, listed
 from jaxft.files.atomic import write_text
 from jaxft.files.paths import read_json as read_json
-from jaxft.models.family import FamilyConfig
+from jaxft.models.family import ROPE_FIELDS, FamilyConfig
+from jaxft.models.hf_fields import DENSE_TENSORS
 from jaxft.models.tensor_map import ParamTensors, Piece, iter_params
 from jaxft.nn.decoder import Decoder
 from jaxft.nn.stack import group_layers
@@ -61,7 +64,7 @@ def load_weights(
     leaves, treedef = flatten(state, is_quantized)
     table = param_tensors(model)
     check_tensors(leaves, table, source)
-    codes, finite = source if isinstance(source, NF4Source) else None, FiniteSource(source)
+    codes, finite = nf4_codes(source), FiniteSource(source)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     arrays: list[jax.Array | QuantizedArray] = []
     for path, leaf in leaves.items():
@@ -134,13 +137,17 @@ def write_weights(
 def write_config(
     folder: str, hf_config: Mapping[str, Any], *, dtype: str, generation: Mapping[str, Any] | None = None
 ) -> None:
-    """Writes config.json and generation_config.json."""
+    """Writes config.json, its rope in the dialects of transformers 4 and 5, and generation_config.json."""
     # Both names: transformers 4 reads torch_dtype, 5 reads dtype. Weights that were packed in the source are no longer
     # packed, and code that auto_map names is never run.
-    replaced = ("torch_dtype", "dtype", "quantization_config", "auto_map")
+    replaced = ("torch_dtype", "dtype", "quantization_config", DENSE_TENSORS, "auto_map")
     config = {k: v for k, v in hf_config.items() if k not in replaced} | {"torch_dtype": dtype}
-    tokens = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(k) is not None}
-    for name, value in (("config.json", config), ("generation_config.json", generation or tokens)):
+    if any(config.get(name) is not None for name in ROPE_FIELDS):
+        config |= models.config_from_hf(hf_config).rope_fields()
+    for name, value in (
+        ("config.json", config),
+        ("generation_config.json", generation or with_end_tokens(None, config)),
+    ):
         write_text(os.path.join(folder, name), json.dumps(value, indent=2) + "\n")
 
 

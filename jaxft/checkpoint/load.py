@@ -15,22 +15,16 @@ import numpy as np
 from flax import nnx
 
 from jaxft import models
-from jaxft.checkpoint import fused_experts, orbax_folder
-from jaxft.checkpoint.gguf import GGUFFile
-from jaxft.checkpoint.hf import load_weights
+from jaxft.checkpoint.folders.opening import folder_config
+from jaxft.checkpoint.folders.opening import open_weights as open_weights
+from jaxft.checkpoint.hf import EMBEDDING, load_weights
 from jaxft.checkpoint.peft import read_adapter
 from jaxft.checkpoint.peft.folder import CONFIG, SCORE_TASK
-from jaxft.checkpoint.quantized import bitsandbytes
-from jaxft.checkpoint.quantized.mxfp4 import MXFP4Source, is_packed
-from jaxft.checkpoint.score_head import FreshScoreHead
-from jaxft.checkpoint.tensors import SafetensorsFolder, TensorSource
-from jaxft.checkpoint.text_part import TextPart
+from jaxft.checkpoint.tensors import TensorSource
 from jaxft.data.batch import Batch, Example, assemble
 from jaxft.errors import CheckpointError, ModelError
-from jaxft.files.paths import HUB, fetch_hub, is_file, is_remote, open_folder, read_json
+from jaxft.files.paths import HUB, fetch_hub, is_file, is_remote, read_json
 from jaxft.files.run_folder import ADAPTER, MERGED, MODEL, is_run_folder
-from jaxft.models.nested import MULTIMODAL
-from jaxft.models.score_model import is_score_model
 from jaxft.nn.decoder import Decoder
 from jaxft.nn.score import Head
 from jaxft.nn.storage import storage_dims_of
@@ -49,7 +43,8 @@ class LoadedModel:
     module: the nnx model. hf_config: its config.json. base: path of the base weights. adapter: path of the PEFT folder
     that was attached, or None. generation: its generation_config.json, or the same settings of a GGUF file, or None.
     left_out: if the base is the language model of one that takes images too, a sentence on what was left out.
-    quantization: the format of its frozen kernels; None if they are dense.
+    quantization: the format of its frozen kernels; None if they are dense. file_dtype: the type of the tensors of a
+    merged export: that of the base's own files, or float32 if all of it is trained.
     """
 
     module: Decoder
@@ -59,6 +54,7 @@ class LoadedModel:
     generation: dict[str, Any] | None = None
     left_out: str | None = None
     quantization: str | None = None
+    file_dtype: str = "float32"
 
     def logits(self, tokens_BS: Any) -> np.ndarray:
         """Logits [B, S, V], float32, of token ids [B, S], without those of virtual tokens.
@@ -141,14 +137,25 @@ def load_model(
             mesh.shard_module(loaded.module)
         loaded.adapter = path
         return loaded
-    hf_config, source, generation = open_weights(path, head)
+    hf_config, weights, generation = open_weights(path, head)
     model = models.abstract_model(models.config_from_hf(hf_config), **types)
     format = None if quantization is None else FORMATS[quantization]
-    module = load_weights(model, source, None if mesh is None else shardings_by_path(model, mesh), format)
-    base = named if named.startswith(HUB) else path
+    module = load_weights(model, weights, None if mesh is None else shardings_by_path(model, mesh), format)
     return LoadedModel(
-        module, hf_config, base, generation=generation, left_out=describe_left_out(source), quantization=quantization
+        module,
+        hf_config,
+        named if named.startswith(HUB) else path,
+        generation=generation,
+        left_out=weights.left_out,
+        quantization=quantization,
+        file_dtype=file_dtype_of(weights),
     )
+
+
+def file_dtype_of(weights: TensorSource) -> str:
+    """The type of a model's tensors in its files, as far as models are written in it; float32 for others."""
+    own = str(weights.specs()[EMBEDDING].dtype)
+    return own if own in ("float32", "bfloat16", "float16") else "float32"
 
 
 def random_model(path: str, *, seed: int, dtype: str, param_dtype: str, remat: str = "none") -> LoadedModel:
@@ -167,70 +174,13 @@ def hf_config_of(path: str) -> dict[str, Any]:
     if is_file(os.path.join(path, CONFIG)):
         base = hf_config_of(resolve(base_of(path)))
         return models.score_config(base) if is_score_adapter(path) else base
-    return open_weights(path)[0] if path.endswith(".gguf") else _config_and_part(path)[0]
-
-
-def open_weights(path: str, head: Head | None = None) -> tuple[dict[str, Any], TensorSource, dict[str, Any] | None]:
-    """(config.json, tensors, generation_config.json or None) of a folder or GGUF file, no tensor read yet.
-
-    For a model that takes images too, those of its language model as a text-only model; see `describe_left_out`.
-    head: as for `load_model`.
-    """
-    if path.endswith(".gguf"):
-        gguf = GGUFFile(path)
-        return *_with_head(gguf.hf_config(), gguf, head), gguf.generation_config()
-    hf_config, part = _config_and_part(path)
-    generation = os.path.join(path, "generation_config.json")
-    hf_config, source = _with_head(hf_config, _folder_source(path) if part is None else part, head)
-    source = MXFP4Source(source) if is_packed(hf_config) else source
-    source = bitsandbytes.NF4Source(source) if bitsandbytes.is_packed(source) else source
-    model_type = str(hf_config.get("model_type"))
-    if fused_experts.is_fused(model_type, source):
-        source = fused_experts.SingleExperts(source, model_type)
-    return hf_config, source, read_json(generation) if is_file(generation) else None
-
-
-def _with_head(
-    hf_config: dict[str, Any], source: TensorSource, head: Head | None
-) -> tuple[dict[str, Any], TensorSource]:
-    if head != "score" or is_score_model(hf_config):
-        return hf_config, source
-    if isinstance(source, TextPart):
-        raise ModelError(
-            "a reward model is made of a text-only model, and this one takes images too. Write its language model by "
-            "itself first: jaxft export --model=PATH --format=merged --to=NEW_FOLDER"
-        )
-    return models.score_config(hf_config), FreshScoreHead(source, hf_config["hidden_size"])
+    return folder_config(path)
 
 
 def is_score_adapter(folder: str) -> bool:
     """Whether a folder holds the PEFT adapter of a reward model."""
     config = os.path.join(folder, CONFIG)
     return is_file(config) and read_json(config).get("task_type") == SCORE_TASK
-
-
-def _folder_source(path: str) -> TensorSource:
-    return orbax_folder.OrbaxFolder(path) if orbax_folder.is_orbax_folder(path) else SafetensorsFolder(path)
-
-
-def describe_left_out(source: TensorSource) -> str | None:
-    """A sentence on what `open_weights` left out of a folder; None if nothing."""
-    return source.left_out if isinstance(source, TextPart) else None
-
-
-def _config_and_part(path: str) -> tuple[dict[str, Any], TextPart | None]:
-    """config.json of a folder, and None; for a model that takes images too, both of its language model."""
-    config = os.path.join(path, "config.json")
-    if not is_file(config):
-        there = ", ".join(open_folder(path).names()[:8]) if "://" in path or os.path.isdir(path) else "nothing"
-        raise CheckpointError(f"{path} is not a model: no config.json and not a .gguf file (there: {there})")
-    hf_config = bitsandbytes.without_quantization(read_json(config))
-    if hf_config.get("model_type") not in MULTIMODAL:
-        return hf_config, None
-    # Refuses an unknown family before any file of weights is opened.
-    models.config_from_hf(hf_config)
-    part = TextPart(SafetensorsFolder(path), hf_config["model_type"])
-    return models.text_config(hf_config, own_head=part.own_head()), part
 
 
 def resolve(path: str, revision: str | None = None) -> str:

@@ -20,7 +20,7 @@ from jaxft import models
 from jaxft.checkpoint import hf
 from jaxft.checkpoint.finite import FiniteSource, all_finite
 from jaxft.checkpoint.gguf.write import gguf_bytes as gguf_bytes
-from jaxft.checkpoint.load import base_of, describe_left_out, open_weights, resolve
+from jaxft.checkpoint.load import base_of, open_weights, resolve
 from jaxft.checkpoint.merged import MergedSource
 from jaxft.checkpoint.peft.folder import CONFIG, AdapterTensors
 from jaxft.checkpoint.safetensors_writer import Index, LazyTensor
@@ -48,10 +48,12 @@ DTYPES = {
 class Origin:
     """A model that can be read tensor by tensor.
 
-    dtypes: of each tensor in the source's files. left_out: as in LoadedModel. fingerprint: changes if the source does.
+    base: path of the weights, of which a PEFT folder in `path` changes some. dtypes: of each tensor in the source's
+    files. left_out: as in LoadedModel. fingerprint: changes if the source does.
     """
 
     path: str
+    base: str
     hf_config: dict[str, Any]
     source: TensorSource
     dtypes: dict[str, np.dtype]
@@ -114,6 +116,7 @@ def _write(
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
         name=os.path.basename(os.path.normpath(origin.path)),
+        base=origin.base,
     )
     write = {"hf": targets.write_hf, "gguf": targets.write_gguf, "orbax": targets.write_orbax}[form]
     with progress(console, "writing", total) as advance:
@@ -168,18 +171,19 @@ def _open_origin(named: str, revision: str | None, *, merge: bool) -> Origin:
         adapter, path = path, resolve(base_of(path), revision)
     elif not merge:
         raise ConfigError(f"{named} is not a PEFT folder, so there is no adapter to write")
-    hf_config, source, generation = open_weights(path)
-    expected, without = _check_against_config(hf_config, source), describe_left_out(source)
-    own = {name: spec.dtype for name, spec in source.specs().items() if name in expected}
-    source = FiniteSource(source if adapter is None or not merge else MergedSource(source, adapter))
+    hf_config, weights, generation = open_weights(path)
+    expected = _check_against_config(hf_config, weights)
+    own = {name: spec.dtype for name, spec in weights.specs().items() if name in expected}
+    source = FiniteSource(weights if adapter is None or not merge else MergedSource(weights, adapter))
     return Origin(
         path=adapter or path,
+        base=path,
         hf_config=hf_config,
         source=source,
         dtypes=own,
         generation=generation,
         tokenizer=_find_tokenizer(adapter or path, path),
-        left_out=without,
+        left_out=weights.left_out,
         fingerprint={"source": [_files_of(p) for p in (path, adapter) if p]},
     )
 

@@ -16,9 +16,11 @@ from jaxft.checkpoint.safetensors_writer import LazyTensor, blocks, make_block, 
 from jaxft.checkpoint.tensors import SafetensorsFolder, TensorSource, TensorSpec
 from jaxft.checkpoint.verify import check_export
 from jaxft.config import MeshConfig
+from jaxft.data.tokenizers.end_tokens import with_end_tokens
 from jaxft.data.tokenizers.gguf_write import check_tokenizer, tokenizer_metadata
 from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import ExportError, listed
+from jaxft.files.companions import copy_companions
 from jaxft.sharding.mesh import make_mesh_plan
 
 GGUF_NAME = "model.gguf"
@@ -28,7 +30,10 @@ LOGITS_LIMIT = 300_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What a conversion writes besides the tensors, and how. folder: the unfinished one. name: for general.name."""
+    """What a conversion writes besides the tensors, and how.
+
+    folder: the unfinished one. name: for general.name. base: the folder with the weights, whose license goes with them.
+    """
 
     folder: Path
     hf_config: dict[str, Any]
@@ -37,6 +42,7 @@ class Target:
     dtype: str
     max_shard_bytes: int
     name: str
+    base: str
 
 
 def write_hf(target: Target, tensors: Mapping[str, LazyTensor]) -> None:
@@ -127,10 +133,13 @@ def _write_companions(target: Target) -> None:
     if target.tokenizer is not None:
         target.tokenizer.save(target.folder)
     hf.write_config(str(target.folder), target.hf_config, dtype=target.dtype, generation=_generation(target))
+    copy_companions(target.base, str(target.folder))
 
 
-def _generation(target: Target) -> dict[str, Any] | None:
-    return target.generation if target.tokenizer is None else target.tokenizer.generation_config(target.generation)
+def _generation(target: Target) -> dict[str, Any]:
+    if target.tokenizer is None:
+        return with_end_tokens(target.generation, target.hf_config)
+    return target.tokenizer.generation_config(target.generation)
 
 
 def _compare(written: TensorSource, tensors: Mapping[str, LazyTensor]) -> None:

@@ -50,6 +50,15 @@ class GGUFTensor:
         return self.row_bytes * math.prod(self.shape[:-1])
 
 
+CONTROL = 3  # a value of tokenizer.ggml.token_type
+# Tokens at which llama.cpp ends a generation because of their spelling, whatever the keys of the file say.
+ENDS = frozenset(
+    "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <end_of_turn> <|endoftext|> <|end_of_text|> <|eom_id|> <EOT> "
+    "_<EOT> <end_of_utterance>".split()
+)
+HARMONY_ENDS = {"<|return|>", "<|call|>"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class GGUFHeader:
     """All that precedes the weights. Metadata arrays are numpy arrays, or lists of str."""
@@ -65,9 +74,19 @@ class GGUFHeader:
         return self.metadata[key]
 
     def stop_ids(self) -> frozenset[int]:
-        """Ids of the tokens that end an answer: of a text (eos), a turn (eot) or a message (eom)."""
+        """Ids of the tokens that end an answer: of a text (eos), a turn (eot) or a message (eom).
+
+        Control tokens that llama.cpp knows by their spelling are among them, because files leave them out of the keys.
+        """
         keys = (f"tokenizer.ggml.{end}_token_id" for end in ("eos", "eot", "eom"))
-        return frozenset(self.metadata[key] for key in keys if self.metadata.get(key) is not None)
+        named = {self.metadata[key] for key in keys if self.metadata.get(key) is not None}
+        tokens = self.metadata.get("tokenizer.ggml.tokens", [])
+        types = self.metadata.get("tokenizer.ggml.token_type", [])
+        control = (i for i, kind in enumerate(types) if kind == CONTROL and i < len(tokens))
+        spelt = {tokens[i]: i for i in control if tokens[i] in ENDS}
+        if HARMONY_ENDS <= spelt.keys():
+            spelt.pop("<|end|>", None)  # there it ends a message, after which the answer goes on
+        return frozenset(named | set(spelt.values()))
 
 
 def read_header(path: str | os.PathLike[str]) -> GGUFHeader:

@@ -17,7 +17,12 @@ from jaxft.errors import CheckpointError, did_you_mean
 
 HUB = "hf://"
 MAX_JSON_BYTES = 100_000_000  # the limit of the format for a safetensors header; indexes and configs are smaller
-WANTED = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")  # fetched of a repository: no code, no pickles
+# Fetched of a repository: no code, no pickles.
+WANTED = (
+    "*.json", "*.safetensors", "tokenizer.model", "*.jinja",
+    "[Ll][Ii][Cc][Ee][Nn][CcSs][Ee]*", "[Nn][Oo][Tt][Ii][Cc][Ee]*", "COPYING*",
+    "*[Uu][Ss][Ee]_[Pp][Oo][Ll][Ii][Cc][Yy]*",
+)  # fmt: skip
 SMALL = (".json", ".jinja", "tokenizer.model")
 GAP = 2**20  # bytes; to read a gap of this size between two remote ranges costs less than a second request
 

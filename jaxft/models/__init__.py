@@ -15,11 +15,13 @@ from flax import nnx
 
 from jaxft.errors import ModelError, did_you_mean
 from jaxft.models import families as package
-from jaxft.models import freezing, nested
+from jaxft.models import freezing, kept_dense, nested
 from jaxft.models.family import FamilyConfig
+from jaxft.models.hf_fields import DENSE_TENSORS
 from jaxft.models.score_model import as_score_model, is_score_model
 from jaxft.nn.decoder import Decoder
 from jaxft.nn.quantized import quantize
+from jaxft.nn.score import Head
 from jaxft.quant import FORMATS, is_quantized
 
 
@@ -46,7 +48,8 @@ def config_from_hf(hf: Mapping[str, Any]) -> FamilyConfig:
         known = ", ".join(sorted(families()))
         raise ModelError(f"model_type {kind!r} is not implemented.{hint}{code} Implemented: {known}.")
     config = families()[kind].Config.from_hf(hf)
-    return dataclasses.replace(config, head="score") if is_score_model(hf) else config
+    head: Head = "score" if is_score_model(hf) else "vocabulary"
+    return dataclasses.replace(config, head=head, dense_tensors=frozenset(hf.get(DENSE_TENSORS) or ()))
 
 
 def score_config(hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,22 +85,26 @@ def random_model(
 ) -> Decoder:
     """A model with freshly drawn parameters.
 
-    quantization: format of its linear layers, a name in `quant.FORMATS`. trainable: patterns of the parameters to train
+    quantization: format of its linear layers, a name in `quant.FORMATS`; those with tensors in `config.dense_tensors`
+    stay dense. trainable: patterns of the parameters to train
     (`models.freezing`), which become float32; None for all.
     """
     module = importlib.import_module(type(config).__module__)
+    marks = None if trainable is None else freezing.layer_marks(config, trainable)
+    if quantization is not None:
+        marks = kept_dense.layer_marks(config)
     model = module.Model(
         config,
         dtype=jnp.dtype(dtype),
         param_dtype=jnp.dtype(param_dtype),
         remat=remat,
         rngs=nnx.Rngs(params=jax.random.key(seed)),
-        marks=None if trainable is None else freezing.layer_marks(config, trainable),
+        marks=marks,
     )
     if trainable is not None:
         freezing.mark_trainable(model, config, trainable)
     if quantization is not None:
-        quantize(model, FORMATS[quantization])
+        quantize(model, FORMATS[quantization], dense=kept_dense.dense_layers(model, config))
     return model
 
 

@@ -22,6 +22,9 @@ from jaxft.nn.score import Head
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_parameters")
+# Fields of config.json that describe ropes in the dialects of transformers 4 and 5.
+ROPE_DIALECTS = (*ROPE_FIELDS, "rope_local_base_freq", "partial_rotary_factor", "original_max_position_embeddings")
+NOT_IN_FILES = ("head", "dense_tensors")  # fields of FamilyConfig that are none of config.json
 SLIDING, FULL = "sliding_attention", "full_attention"  # values of Hugging Face's layer_types
 
 
@@ -29,7 +32,8 @@ SLIDING, FULL = "sliding_attention", "full_attention"  # values of Hugging Face'
 class FamilyConfig(ABC):
     """Sizes under Hugging Face's names. The subclass of a family adds its own fields and the three abstract methods.
 
-    head: what the model ends in. No field of config.json: there the name of the architecture says it.
+    head: what the model ends in. No field of config.json: there the name of the architecture says it. dense_tensors:
+    Hugging Face's names of the tensors that stay dense if the model is quantised while it is loaded; no field either.
     """
 
     vocab_size: int
@@ -45,6 +49,7 @@ class FamilyConfig(ABC):
     initializer_range: float = 0.02
     max_position_embeddings: int = 2048
     head: Head = "vocabulary"
+    dense_tensors: frozenset[str] = frozenset()
 
     @classmethod
     @abstractmethod
@@ -58,6 +63,15 @@ class FamilyConfig(ABC):
     @abstractmethod
     def shape(self) -> DecoderShape:
         """The network."""
+
+    def rope_fields(self) -> dict[str, Any]:
+        """The ropes as config.json has them in both dialects, since readers of one do not see the other's fields.
+
+        transformers 4 reads rope_theta and rope_scaling, transformers 5 also rope_parameters.
+        """
+        own = self.to_hf()
+        fields = {name: own[name] for name in ROPE_DIALECTS if name in own}
+        return {"rope_parameters": self.rope.to_parameters()} | fields
 
     def score_architecture(self) -> str:
         """The class of a reward model of this family in transformers."""
@@ -152,7 +166,7 @@ class FamilyConfig(ABC):
         fields = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name != "head" and not isinstance(value, Rope):
+            if field.name not in NOT_IN_FILES and not isinstance(value, Rope):
                 fields[field.name] = list(value) if isinstance(value, tuple) else value
         return fields | self.rope.to_hf()
 
@@ -171,7 +185,7 @@ def read_sizes(
     value, and that value. Raises ModelError naming fields that are missing, unknown or inconsistent.
     """
     require(hf, SIZES)
-    own = (field.name for field in dataclasses.fields(family) if field.name != "head")
+    own = (field.name for field in dataclasses.fields(family) if field.name not in NOT_IN_FILES)
     check_fields(hf, used=[*own, *ROPE_FIELDS, *used], must_equal=must_equal)
     heads, width = hf["num_attention_heads"], hf["hidden_size"]
     kv_heads, head_dim = hf.get("num_key_value_heads") or heads, hf.get("head_dim") or width // heads

@@ -15,7 +15,7 @@ from flax import nnx
 
 from jaxft.errors import ModelError, did_you_mean
 from jaxft.models.family import FamilyConfig
-from jaxft.models.tensor_map import ParamTensors, iter_params
+from jaxft.models.tensor_map import iter_params, unstacked_params
 from jaxft.nn.decoder import Decoder
 from jaxft.nn.stack import group_layers
 
@@ -30,7 +30,7 @@ def layer_marks(config: FamilyConfig, trainable: str) -> tuple[frozenset[str], .
     """
     trained = _trained_tensors(config, trainable)
     marks: list[set[str]] = [set() for _ in range(config.num_hidden_layers)]
-    for param in _unstacked_params(config):
+    for param in unstacked_params(config.tensors(), config.num_hidden_layers):
         layer = param.path.split("/")[1]
         if layer.isdecimal() and param.pieces[0].hf in trained:
             marks[int(layer)].add(param.path.split("/", 2)[2])
@@ -53,14 +53,10 @@ def mark_trainable(model: Decoder, config: FamilyConfig, trainable: str) -> None
     nnx.update(model, jax.tree.map(lambda x: x.astype(jnp.float32), state))
 
 
-def _unstacked_params(config: FamilyConfig) -> Iterator[ParamTensors]:
-    """Every parameter as if each layer were a stack of its own."""
-    return iter_params(config.tensors(), [(layer,) for layer in range(config.num_hidden_layers)])
-
-
 def _trained_tensors(config: FamilyConfig, trainable: str) -> frozenset[str]:
     """Hugging Face's names of the tensors that the patterns choose."""
-    names = [piece.hf for param in _unstacked_params(config) for piece in param.pieces]
+    params = list(unstacked_params(config.tensors(), config.num_hidden_layers))
+    names = [piece.hf for param in params for piece in param.pieces]
     patterns = [part.strip() for part in trainable.split(",") if part.strip()]
     tied = config.tie_word_embeddings and config.head == "vocabulary"
     trained = set(names) if all(pattern.startswith("-") for pattern in patterns) else set()
@@ -69,7 +65,7 @@ def _trained_tensors(config: FamilyConfig, trainable: str) -> frozenset[str]:
         trained = trained - matches if pattern.startswith("-") else trained | matches
     if not trained or not patterns:
         raise ModelError(f"model.trainable={trainable!r} leaves nothing to train. Set it to None to train everything.")
-    for param in _unstacked_params(config):
+    for param in params:
         taken = [piece.hf for piece in param.pieces if piece.hf in trained]
         if taken and len(taken) < len(param.pieces):
             raise ModelError(

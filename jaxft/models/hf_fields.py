@@ -5,6 +5,9 @@ from typing import Any
 
 from jaxft.errors import ModelError
 
+# Not a field of files: `checkpoint.folders` adds it to the config.json of a model that is quantised in its files. The
+# tensors that the files keep dense.
+DENSE_TENSORS = "dense_tensors"
 # Bookkeeping that does not change what the network computes. auto_map names code in the model's folder: families
 # implemented here do not need it, so it is never run, and exports leave it out.
 HARMLESS = frozenset(
@@ -46,7 +49,7 @@ def check_fields(hf: Mapping[str, Any], *, used: Iterable[str], must_equal: Mapp
         if name in expected:
             if value != expected[name] and value is not None:
                 refused.append(f"{name}={value!r} (only {expected[name]!r} is implemented)")
-        elif name not in HARMLESS and value is not None:
+        elif name not in HARMLESS and name != DENSE_TENSORS and value is not None:
             refused.append(f"{name}={value!r} (unknown)")
     if refused:
         raise ModelError(

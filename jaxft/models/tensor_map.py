@@ -142,6 +142,11 @@ def iter_params(tensors: Sequence[TensorMap], groups: Sequence[Sequence[int]]) -
             yield ParamTensors(line.path.replace("*", str(g)), line.transform, pieces)
 
 
+def unstacked_params(tensors: Sequence[TensorMap], layers: int) -> Iterator[ParamTensors]:
+    """Every parameter of a model of `layers` layers as if each layer were a stack of its own."""
+    return iter_params(tensors, [(layer,) for layer in range(layers)])
+
+
 def _pieces(line: TensorMap, stack_index: int, layer: int) -> Iterator[Piece]:
     if line.experts is None:
         yield Piece(line.hf.format(i=layer), (stack_index,))

@@ -1,5 +1,6 @@
 """Quantises the kernels of a model's linear layers."""
 
+from collections.abc import Collection
 from typing import cast
 
 import jax
@@ -24,12 +25,13 @@ def kernels(model: nnx.Module) -> dict[str, Linear | ExpertLinear]:
     }
 
 
-def quantize(model: nnx.Module, format: Format) -> None:
+def quantize(model: nnx.Module, format: Format, *, dense: Collection[str] = ()) -> None:
     """Replaces every kernel of `kernels` by a quantised one. Works on abstract models under `nnx.eval_shape`.
 
-    Raises ModelError if a layer's number of inputs is not a multiple of the format's block.
+    dense: paths of layers that are left as they are. Raises ModelError if a layer's number of inputs is not a multiple
+    of the format's block.
     """
-    layers = kernels(model)
+    layers = {path: layer for path, layer in kernels(model).items() if path not in dense}
     uneven = [
         f"{path} has {layer.kernel.get_value().shape[-2]}"
         for path, layer in layers.items()

@@ -58,6 +58,8 @@ def build_model(config: RunConfig, mesh: MeshPlan | None = None, *, random_base:
             f"model.path {model.path} is a PEFT folder. To train it further, merge it first: "
             f"jaxft export --model={model.path} --format=merged --to=NEW_FOLDER"
         )
+    if config.adapter.kind == "none":
+        loaded.file_dtype = "float32"  # the type in which all of it, or a part, is trained
     _attach(loaded.module, config)
     start = config.adapter.init_lora_weights
     if start.startswith("loftq"):

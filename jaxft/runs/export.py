@@ -6,14 +6,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 from flax import nnx
 from rich.console import Console
 
 from jaxft.adapters.attach import StartParam, adapters, virtual_modules
 from jaxft.adapters.critic import drop_critic
 from jaxft.checkpoint import hf, peft
-from jaxft.checkpoint.load import LoadedModel, load_model
+from jaxft.checkpoint.load import LoadedModel, load_model, resolve
 from jaxft.checkpoint.resume import RunCheckpoints
 from jaxft.checkpoint.verify import Check, check_export, is_score_model, output_difference
 from jaxft.config import RunConfig
@@ -21,6 +20,7 @@ from jaxft.data.tokenizers.load import load_tokenizer
 from jaxft.data.tokenizers.padding import with_separate_pad
 from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import ConfigError, ExportError
+from jaxft.files.companions import copy_companions
 from jaxft.files.run_folder import ADAPTER, CHECKPOINTS, MERGED, MODEL, is_run_folder
 from jaxft.runs.build import build_model
 from jaxft.runs.folder import run_config
@@ -45,9 +45,10 @@ def export(
     """Writes a model as a PEFT folder (`adapter`) or a whole Hugging Face folder (`merged`).
 
     source: a run folder, a PEFT folder, a Hugging Face folder or a GGUF file. step: a checkpoint of a run folder; None:
-    its newest. dtype: type of a merged model's tensors in the files. base: for a run with a quantised base, what the
-    adapter is merged into: `trained`, the dequantised kernels, or `original`, the kernels before quantisation, which
-    gives another model than the one that was trained.
+    its newest. dtype: type of a merged model's tensors in the files; None: that of its base's own files, or float32 if
+    a run trained all of it. base: for a run with a quantised base, what the adapter is merged into: `trained`, the
+    dequantised kernels, or `original`, the kernels before quantisation, which gives another model than the one that was
+    trained.
     Returns the folder; what was `compared`, logits or a reward model's scores; the largest (`checks`) and mean (`mean`)
     difference between those of the live model and of each reader of the export, as shares of the largest (for `merged`
     this is the change by merging); and, of a
@@ -167,10 +168,11 @@ def write(
     dtype: str | None = None,
     mesh: MeshPlan | None = None,
 ) -> tuple[Check, ...]:
-    """Writes one export and checks it. mesh: where the model is. Every process takes part; process 0 writes."""
-    # Partial fine-tuning trains in float32, whatever type the other parameters have.
-    embedding = jax.tree.leaves(nnx.state(loaded.module.embed_tokens))[0].dtype
-    file_dtype = dtype or str(embedding if loaded.module.trainable_paths is None else "float32")
+    """Writes one export and checks it. Every process takes part; process 0 writes.
+
+    dtype: of a merged model's tensors in the files; that of the base's own files if None. mesh: where the model is.
+    """
+    file_dtype = dtype or loaded.file_dtype
     if is_score_model(loaded):
         tokenizer = with_separate_pad(tokenizer)
         ids = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
@@ -187,6 +189,9 @@ def write(
             generation = tokenizer.generation_config(loaded.generation)
             hf.write_config(str(target), loaded.hf_config, dtype=file_dtype, generation=generation)
         tokenizer.save(target)
+
+        if format != "adapter":
+            copy_companions(resolve(loaded.base), str(target))
 
     on_primary(write_config_and_tokenizer)
     return check_export(loaded, str(target), dtype=file_dtype, mesh=mesh)

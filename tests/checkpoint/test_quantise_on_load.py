@@ -16,7 +16,7 @@ from jaxft.config import MeshConfig
 from jaxft.errors import CheckpointError, ModelError
 from jaxft.nn.quantized import has_quantized_kernels, kernels, quantize
 from jaxft.nn.storage import storage_dims_of
-from jaxft.quant import FORMATS, dense
+from jaxft.quant import FORMATS, dense, is_quantized
 from jaxft.quant.nibbles import unpack
 from jaxft.quant.scales import dense_scales
 from jaxft.sharding.mesh import make_mesh_plan
@@ -104,7 +104,10 @@ def test_generation_and_export_take_quantised_state(folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def packed(folder, tmp_path_factory, request):
-    """packed(double) -> a folder that transformers saved after bitsandbytes quantised it, and the model that it has."""
+    """packed(double, skip, storage) -> a folder that transformers saved after bitsandbytes quantised it, and its model.
+
+    skip: modules that stay dense. storage: torch's name of the type whose elements hold the codes.
+    """
     torch = pytest.importorskip("torch")
     pytest.importorskip("bitsandbytes")
     transformers = pytest.importorskip("transformers")
@@ -114,10 +117,11 @@ def packed(folder, tmp_path_factory, request):
     request.addfinalizer(monkeypatch.undo)
 
     @functools.cache
-    def make(double):
+    def make(double, skip=(), storage="uint8"):
         settings = transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double,
-            bnb_4bit_compute_dtype=torch.float32,
+            bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=list(skip) or None,
+            bnb_4bit_quant_storage=getattr(torch, storage),
         )  # fmt: skip
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder(), quantization_config=settings, dtype=torch.float32, attn_implementation="eager"
@@ -146,6 +150,28 @@ def test_a_folder_of_bitsandbytes_gives_its_logits(packed, double, format):
     else:
         # Scales that the file has whole are compressed here: another model, by a little.
         assert 0 < np.abs(logits - theirs(model)).max() < 0.05 * np.abs(logits).max()
+
+
+@pytest.mark.parametrize("format", ["nf4-dq", "int8"])
+def test_what_the_folder_keeps_dense_stays_dense(packed, format):
+    skipped = ("lm_head", "model.layers.1.mlp", "model.layers.0.self_attn.q_proj")
+    path, model = packed(True, skipped)
+    loaded = load_model(path, quantization=format)
+    dense_paths = [path for path, layer in kernels(loaded.module).items() if not is_quantized(layer.kernel.get_value())]
+    assert dense_paths == [
+        "layers/0/self_attn/q_proj",
+        *(f"layers/1/mlp/{name}_proj" for name in ("down", "gate", "up")),
+    ]
+    if format == "nf4-dq":
+        logits = loaded.logits(TOKENS)
+        np.testing.assert_allclose(logits, theirs(model), atol=1e-5 * np.abs(logits).max())
+
+
+def test_the_type_that_stores_the_codes_changes_nothing(packed):
+    same = load_model(packed(True)[0]).module
+    for storage in ("bfloat16", "float32"):
+        path, _ = packed(True, storage=storage)
+        assert_same_kernels(load_model(path).module, same)
 
 
 @pytest.mark.parametrize("double", [False, True])

@@ -345,7 +345,7 @@ def test_an_adapter_that_names_one_layer_twice_or_an_image_layer_is_refused(fold
 
 
 def test_nothing_of_the_image_parts_is_read(folder_of, monkeypatch):
-    _, source, _ = open_weights(str(folder_of("gemma3")))
+    source = open_weights(str(folder_of("gemma3")))[1].source
     read = []
     monkeypatch.setattr(type(source._source), "read", lambda self, name, index=None: read.append(name))
     for name in source.specs():

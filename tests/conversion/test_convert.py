@@ -27,6 +27,7 @@ from jaxft.conversion import targets as convert_targets
 from jaxft.conversion.convert import convert
 from jaxft.data.tokenizers.load import load_tokenizer
 from jaxft.errors import CheckpointError, ConfigError, ExportError, ModelError
+from jaxft.runs import export as exports
 
 QUIET = Console(quiet=True)
 TOKENS = np.arange(24).reshape(2, 12) + 3
@@ -104,6 +105,52 @@ def test_an_orbax_folder_loads_like_any_model_and_restores_with_orbax_alone(mode
     params = ocp.StandardCheckpointer().restore(tmp_path / "orbax" / "params")
     embedding = SafetensorsFolder(model).read("model.embed_tokens.weight")
     np.testing.assert_array_equal(params["embed_tokens"]["embedding"], embedding)
+
+
+def test_license_tokenizer_model_and_every_end_token_go_along(model, adapter, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(model, source)
+    names = [
+        "LICENSE.txt",
+        "USE_POLICY.md",
+        "Notice",
+        "tokenizer.model",
+        "added_tokens.json",
+        "special_tokens_map.json",
+    ]
+    for name in names:
+        (source / name).write_text("{}" if name.endswith(".json") else name)
+    for name in ("train.py", "licensed.bin", "pytorch_model.bin"):
+        (source / name).write_text("stays behind")
+    (source / "generation_config.json").unlink()
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"eos_token_id": [256, 257]}))
+    shutil.copytree(adapter, tmp_path / "lora")
+    settings = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = str(source)
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(settings))
+    convert(str(source), str(tmp_path / "plain"), console=QUIET)
+    convert(str(tmp_path / "lora"), str(tmp_path / "merged"), console=QUIET)
+    exports.export(str(tmp_path / "lora"), str(tmp_path / "exported"))
+    for folder in ("plain", "merged", "exported"):
+        there = set(os.listdir(tmp_path / folder))
+        assert set(names) <= there and not there & {"train.py", "licensed.bin", "pytorch_model.bin"}
+        assert (tmp_path / folder / "Notice").read_text() == "Notice"
+        ends = json.loads((tmp_path / folder / "generation_config.json").read_text())["eos_token_id"]
+        assert {256, 257} <= set(ends)
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32"])
+def test_an_export_has_the_type_of_its_source(tmp_path, stored):
+    source = write_model(tmp_path / "source", dtype="float32")
+    convert(str(source), str(tmp_path / "stored"), dtype=stored, console=QUIET)
+    exports.export(str(tmp_path / "stored"), str(tmp_path / "exported"))
+    written = SafetensorsFolder(tmp_path / "exported")
+    assert {str(spec.dtype) for spec in written.specs().values()} == {stored}
+    assert_same(tensors_of(tmp_path / "exported"), tensors_of(tmp_path / "stored"))
+    assert json.loads((tmp_path / "exported" / "config.json").read_text())["torch_dtype"] == stored
+    exports.export(str(tmp_path / "stored"), str(tmp_path / "wide"), dtype="float32")
+    assert {str(spec.dtype) for spec in SafetensorsFolder(tmp_path / "wide").specs().values()} == {"float32"}
 
 
 def test_experts_go_through_orbax_and_into_gguf(tmp_path):

@@ -251,6 +251,17 @@ def test_every_token_that_ends_an_answer_is_a_stop_token(tmp_path):
         load_tokenizer(path)
 
 
+def test_tokens_at_which_llama_cpp_ends_by_their_spelling(tmp_path):
+    path, fields = tmp_path / "t.gguf", {"eos_token_id": 0, "merges": ["a b"], "pre": "gpt-2"}
+    tokens = ["<|endoftext|>", "<|im_end|>", "<|end|>", "a", "b", "ab", "<end_of_turn>"]
+    write(path, "gpt2", tokens, [CONTROL] * 3 + [NORMAL] * 4, **fields)  # the last is a word that looks like one
+    assert load_tokenizer(path).stop_ids == {0, 1, 2}
+    # gpt-oss: <|end|> ends a message within the answer.
+    tokens[:3] = ["<|return|>", "<|call|>", "<|end|>"]
+    write(path, "gpt2", tokens, [CONTROL] * 3 + [NORMAL] * 4, **fields)
+    assert load_tokenizer(path).stop_ids == {0, 1}
+
+
 def test_refusals(tmp_path, sentencepiece_model):
     def refuse(error, match, path):
         with pytest.raises(error, match=match):

@@ -1,6 +1,7 @@
 """Weights that bitsandbytes quantised to NF4, as transformers saves them: read dense, or their codes taken over.
 
-A tensor NAME of shape [O, I] is kept as the bytes NAME [O I / 2, 1], two codes each, the first in the high bits; its
+A tensor NAME of shape [O, I] is kept as the bytes NAME [O I / 2, 1], two codes each, the first in the high bits. The
+bytes may be stored as elements of a wider type, bnb_4bit_quant_storage, so that FSDP can split them with others. Its
 scales as NAME.absmax, float32 [O I / 64] or, if they are double-quantised, codes of the dynamic map with a float32
 NAME.nested_absmax for each 256; and NAME.quant_state.bitsandbytes__nf4, JSON with the other settings. Source:
 `QuantState.as_dict` of bitsandbytes 0.50.
@@ -28,6 +29,7 @@ from jaxft.quant.scales import GROUP, CompressedScales
 
 STATE = ".quant_state.bitsandbytes__nf4"
 PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", STATE)
+STORAGE = tuple(DTYPES[name] for name in ("U8", "I8", "BF16", "F16", "F32"))
 DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
@@ -99,7 +101,10 @@ class NF4Source:
     def codes(self, name: str, rows: tuple[int, int]) -> np.ndarray:
         """uint8 [O, I] below 16, of the outputs in `rows`."""
         width = self.specs()[name].shape[1] // 2
-        pairs = self._source.read(name, (slice(rows[0] * width, rows[1] * width),)).reshape(-1, width)
+        # A row is a multiple of 32 bytes, so it consists of whole elements of every storage type.
+        size = self._source.specs()[name].dtype.itemsize
+        cut = slice(rows[0] * width // size, rows[1] * width // size)
+        pairs = self._source.read(name, (cut,)).view(np.uint8).reshape(-1, width)
         return np.stack([pairs >> 4, pairs & 15], axis=-1).reshape(len(pairs), -1)
 
     def scales(self, name: str, rows: tuple[int, int]) -> np.ndarray:
@@ -167,7 +172,9 @@ def _problems(name: str, state: Mapping[str, Any], specs: Mapping[str, TensorSpe
         types = ", ".join(DTYPE_NAMES)
         return [f"shape {shape} of {state.get('dtype')} is not a matrix of {types} whose rows divide by {BLOCK}"]
     size, nested = shape[0] * shape[1], "nested_offset" in state
-    wanted = {"": ((size // 2, 1), "uint8"), ".absmax": ((size // BLOCK,), "uint8" if nested else "float32")}
+    storage = specs[name].dtype if name in specs and specs[name].dtype in STORAGE else np.dtype(np.uint8)
+    codes = ((size // 2 // storage.itemsize, 1), str(storage))
+    wanted = {"": codes, ".absmax": ((size // BLOCK,), "uint8" if nested else "float32")}
     if nested:
         wanted[".nested_absmax"] = ((-(-size // BLOCK // GROUP),), "float32")
     return [

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from jaxft.errors import CheckpointError, ModelError, did_you_mean
-from jaxft.files.gguf_header import GGUFHeader, read_header
+from jaxft.files.gguf_header import CONTROL, GGUFHeader, read_header
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 # Values of tokenizer.ggml.token_type.
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+NORMAL, UNKNOWN, USER_DEFINED, UNUSED, BYTE = 1, 2, 4, 5, 6
 
 _DIGIT = r"\p{N}"
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"

@@ -9,15 +9,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxft.data.tokenizers.gguf import BYTE, CONTROL, NORMAL, PRE_TOKENIZERS, UNKNOWN, UNUSED, USER_DEFINED, WORDS
+from jaxft.data.tokenizers.gguf import BYTE, NORMAL, PRE_TOKENIZERS, UNKNOWN, UNUSED, USER_DEFINED, WORDS
 from jaxft.data.tokenizers.load import load_tokenizer
 from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import ExportError
+from jaxft.files.gguf_header import CONTROL, ENDS
 
-# Tokens at which llama.cpp ends a generation because of their spelling, regardless of the file.
-KNOWN_TO_LLAMA_CPP = (
-    "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<|eom_id|>", "<EOT>",
-)  # fmt: skip
 PROBES = (
     "Hello, world!", "  two  spaces", "tabs\tand\nlines\n\n", "naïve 漢字 ☃ 🙂", "x1234567 = 3.14;", "it's I'LL we'd",
     "def f(a):\n    return a**2  # why?\r\n", "ÀÉÎ straße ½ ٣٤٥", "",
@@ -182,11 +179,11 @@ def _special_ids(tokenizer: Tokenizer, model: Mapping[str, Any]) -> dict[str, in
     ids["eom"] = next((i for i, token in spelt.items() if token == "<|eom_id|>"), None)
     rest = {i: token for i, token in spelt.items() if i != ids["eom"]}
     # The only field for another end token is meant for one that llama.cpp does not recognize by itself.
-    ids["eot"] = next(iter(sorted(rest, key=lambda i: rest[i] in KNOWN_TO_LLAMA_CPP)), None)
-    lost = [token for i, token in rest.items() if i != ids["eot"] and token not in KNOWN_TO_LLAMA_CPP]
+    ids["eot"] = next(iter(sorted(rest, key=lambda i: rest[i] in ENDS)), None)
+    lost = [token for i, token in rest.items() if i != ids["eot"] and token not in ENDS]
     if lost:
         raise ExportError(
             f"answers end at {', '.join(spelt.values())}, but GGUF has no field for {', '.join(lost)}: llama.cpp would "
-            "continue after it. Leave it out of eos_token_id in generation_config.json."
+            "continue after it. Leave it out of eos_token_id in config.json and generation_config.json."
         )
     return {f"tokenizer.ggml.{name}_token_id": int(i) for name, i in ids.items() if i is not None}

@@ -4,16 +4,17 @@ Files: Hugging Face folders (`tokenizer.json`), SentencePiece `tokenizer.model` 
 `hf://owner/name`, addresses such as gs://bucket/model, and run or PEFT folders that hold one of these.
 """
 
-import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxft.config import RunConfig
 from jaxft.data.chat import template_text
+from jaxft.data.tokenizers.end_tokens import end_tokens_at
+from jaxft.data.tokenizers.files import hub_file, json_in
 from jaxft.data.tokenizers.table import table_rows
 from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import ConfigError, ModelError, listed
@@ -128,28 +129,31 @@ def _load_local(path: Path) -> tuple["PreTrainedTokenizerFast", list[int]]:
 
         return tokenizer_from_gguf(str(path))
     if path.is_file() and path.suffix == ".model":
-        return _load_sentencepiece(path), _stops(path.parent / "generation_config.json")
+        backend = _load_sentencepiece(path)
+        return backend, end_tokens_at(str(path.parent), None, _is_added(backend))
     if path.is_file():
         path = path.parent if path.name in TOKENIZER_FILES else path
     if not path.is_dir():
         raise ModelError(f"no tokenizer at {str(path)!r}: it is neither a folder nor a .model or .gguf file")
     for folder in (path, *(path / name for name in EXPORTS)):
-        settings = _json(folder / "tokenizer_config.json")
+        settings = json_in(folder / "tokenizer_config.json")
         _refuse_code(settings, str(folder))
         if (folder / "tokenizer.json").is_file():
-            return _load_fast(str(folder), settings, local_files_only=True), _stops(folder / "generation_config.json")
+            backend = _load_fast(str(folder), settings, local_files_only=True)
+            return backend, end_tokens_at(str(folder), None, _is_added(backend))
         if (folder / "tokenizer.model").is_file():
-            return _load_sentencepiece(folder / "tokenizer.model"), _stops(folder / "generation_config.json")
+            backend = _load_sentencepiece(folder / "tokenizer.model")
+            return backend, end_tokens_at(str(folder), None, _is_added(backend))
     return _load_named_base(path)
 
 
 def _load_named_base(folder: Path) -> tuple["PreTrainedTokenizerFast", list[int]]:
     """A PEFT folder without tokenizer files, or an unexported run, has the tokenizer of its base."""
     template = folder / CHAT_TEMPLATE
-    base = _json(folder / "adapter_config.json").get("base_model_name_or_path")
-    revision = _json(folder / "adapter_config.json").get("revision")
+    base = json_in(folder / "adapter_config.json").get("base_model_name_or_path")
+    revision = json_in(folder / "adapter_config.json").get("revision")
     if base is None:
-        model = _json(folder / "config.json").get("model")
+        model = json_in(folder / "config.json").get("model")
         if isinstance(model, Mapping):
             base, revision = model.get("path"), model.get("revision")
     if not base or Path(base).resolve() == folder.resolve():
@@ -171,36 +175,28 @@ def _load_named_base(folder: Path) -> tuple["PreTrainedTokenizerFast", list[int]
 
 
 def _load_hub(path: str, revision: str | None) -> tuple["PreTrainedTokenizerFast", list[int]]:
-    from transformers.utils import cached_file
-
     repo, _, pinned = path.removeprefix(HUB).strip("/").partition("@")
     if pinned and revision and pinned != revision:
         raise ModelError(f"{path} names the revision {pinned!r}, but revision={revision!r}: give only one of them")
     revision = pinned or revision
 
-    def find(name: str) -> Path:
-        path_in_cache = cached_file(
-            repo,
-            name,
-            revision=revision,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-        return Path(path_in_cache or os.devnull)
-
     try:
-        settings = _json(find("tokenizer_config.json"))
+        settings = json_in(hub_file(repo, "tokenizer_config.json", revision))
         _refuse_code(settings, path)
-        if find("tokenizer.json").is_file():
+        if hub_file(repo, "tokenizer.json", revision).is_file():
             backend = _load_fast(repo, settings, revision=revision)
         else:
             backend = _load_class(repo, revision=revision)
-        return backend, _stops(find("generation_config.json"))
+        return backend, end_tokens_at(path, revision, _is_added(backend))
     except OSError as error:
         raise ModelError(
             f"cannot get a tokenizer from {path!r}: {str(error).rstrip('.')}. Check the name and revision; "
             "without a network it must be in the Hugging Face cache already (HF_HOME), or give a local folder."
         ) from error
+
+
+def _is_added(backend: "PreTrainedTokenizerFast") -> Callable[[int], bool]:
+    return backend.added_tokens_decoder.__contains__
 
 
 def _load_fast(name: str, settings: Mapping[str, Any], **kwargs: Any) -> "PreTrainedTokenizerFast":
@@ -260,7 +256,7 @@ def _load_sentencepiece(file: Path) -> "PreTrainedTokenizerFast":
             f"{str(file)!r} is not a SentencePiece model. Llama 3 ships a tiktoken file under this name: "
             "use a folder with its tokenizer.json."
         ) from error
-    settings = _json(file.parent / "tokenizer_config.json")
+    settings = json_in(file.parent / "tokenizer_config.json")
     _refuse_code(settings, str(file.parent))
     # Unless the settings say otherwise, BOS is added: the convention of Llama, Mistral and Gemma models.
     add_bos = settings.get("add_bos_token", reference.bos_id() >= 0)
@@ -297,20 +293,3 @@ def _refuse_code(settings: Mapping[str, Any], where: str) -> None:
             f"the tokenizer of {where!r} needs Python code from its own folder (auto_map in tokenizer_config.json), "
             "and jaxft runs none. Convert it to a tokenizer.json folder with a class that transformers knows."
         )
-
-
-def _stops(file: Path) -> list[int]:
-    """The end tokens that a generation_config.json names."""
-    eos = _json(file).get("eos_token_id")
-    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-
-
-def _json(file: Path) -> dict[str, Any]:
-    """The JSON object in a file; an empty one if there is no such file."""
-    if not file.is_file():
-        return {}
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{str(file)!r} is not JSON: {error}") from error
-    return value if isinstance(value, dict) else {}

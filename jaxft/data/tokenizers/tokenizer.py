@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxft.data.chat import template_probes, template_text
+from jaxft.data.tokenizers.end_tokens import end_tokens, eos_field
 from jaxft.errors import DataError, listed
 
 if TYPE_CHECKING:
@@ -182,12 +183,11 @@ class Tokenizer:
 
     def generation_config(self, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """generation_config.json for a model with this tokenizer: the tokens that ended answers in training end them
-        in serving too. given: further fields to keep."""
-        stops = sorted(self.stop_ids)
+        in serving too. given: that of the model, whose further fields and end tokens are kept."""
         return {
             **(given or {}),
             **({"bos_token_id": self.bos_id} if self.bos_id is not None else {}),
-            **({"eos_token_id": stops[0] if len(stops) == 1 else stops} if stops else {}),
+            **eos_field(sorted({*self.stop_ids, *end_tokens(given)})),
             "pad_token_id": self.pad_id,
         }
 

@@ -47,6 +47,11 @@ class Config(GemmaConfig):
             "rope_local_base_freq": self.local_rope.theta,
         }
 
+    def rope_fields(self) -> dict[str, Any]:
+        """The ropes in both dialects; for local layers transformers 4 has no field but their theta."""
+        nested = {FULL: self.rope.to_parameters(), SLIDING: self.local_rope.to_parameters()}
+        return (super().rope_fields() if self.local_rope.kind == "default" else {}) | {"rope_parameters": nested}
+
     def score_architecture(self) -> str:
         """The class for text alone; the one without `Text` in its name takes images too."""
         return "Gemma3TextForSequenceClassification"

@@ -43,7 +43,8 @@ class Config(FamilyConfig):
             # transformers reads the length outside the scaling, and takes its own default if it is absent there.
             scaling = dict(fields["rope_scaling"])
             fields["original_max_position_embeddings"] = scaling.pop("original_max_position_embeddings")
-            fields["rope_scaling"] = scaling | {"type": "longrope"}
+            # transformers 4 wants three fields exactly, one of which is `type`.
+            fields["rope_scaling"] = {"type": scaling.pop("rope_type")} | scaling
         return {
             "architectures": ["Phi3ForCausalLM"],
             "model_type": "phi3",

@@ -1,0 +1,96 @@
+"""The tokens that end an answer, as the files of a model name them.
+
+transformers reads `eos_token_id` of generation_config.json, and of config.json if the first is absent. Many folders
+have the whole list in one of the two only.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from jaxft.data.tokenizers.files import hub_file, json_at, json_in
+from jaxft.errors import ModelError
+from jaxft.files.gguf_header import read_header
+from jaxft.files.paths import HUB, is_remote
+from jaxft.files.run_folder import ADAPTER, MERGED
+from jaxft.files.run_folder import MODEL as FULL
+
+ReadJson = Callable[[str], Mapping[str, Any]]
+GENERATION, MODEL = "generation_config.json", "config.json"
+
+
+def end_tokens(config: Mapping[str, Any] | None) -> list[int]:
+    """The ids under `eos_token_id` of a parsed generation_config.json or config.json.
+
+    The field of a model that takes images too may be in its text_config. Negative ids stand for no token.
+    Raises ModelError for anything but ids.
+    """
+    config = config or {}
+    inner = config.get("text_config")
+    given = config.get("eos_token_id")
+    if given is None and isinstance(inner, Mapping):
+        given = inner.get("eos_token_id")
+    ids = given if isinstance(given, list) else [] if given is None else [given]
+    if not all(type(i) is int for i in ids):
+        raise ModelError(f"eos_token_id={given!r} is neither a token id nor a list of ids: correct it in the folder")
+    return [i for i in dict.fromkeys(ids) if i >= 0]
+
+
+def end_tokens_at(path: str, revision: str | None, is_special: Callable[[int], bool]) -> list[int]:
+    """The end tokens that a model's files name; for an adapter also those of its base.
+
+    path, revision: as for `load_tokenizer`. is_special: whether an id is that of an added token of the tokenizer. Files
+    that cannot be reached name none: whoever loads the model tells of them.
+    """
+    if path.startswith(HUB):
+        repo, _, pinned = path.removeprefix(HUB).strip("/").partition("@")
+        try:
+            files = {name: hub_file(repo, name, pinned or revision) for name in (GENERATION, MODEL)}
+        except (OSError, ValueError):
+            return []
+        return _end_tokens_of_folder(lambda name: json_in(files[name]), is_special)
+    if is_remote(path):
+        return _end_tokens_of_folder(lambda name: json_at(f"{path.rstrip('/')}/{name}"), is_special)
+    if path.endswith(".gguf"):
+        return sorted(read_header(path).stop_ids()) if os.path.isfile(path) else []
+    ends: list[int] = []
+    for folder in (Path(path), *(Path(path) / name for name in (MERGED, FULL, ADAPTER))):
+        ends += _end_tokens_of_folder(partial(_json_of, folder), is_special)
+        adapter = json_in(folder / "adapter_config.json")
+        base = adapter.get("base_model_name_or_path")
+        if isinstance(base, str) and base and Path(base).resolve() != folder.resolve():
+            known = "://" in base or os.path.exists(base)
+            ends += end_tokens_at(base if known else HUB + base, adapter.get("revision"), is_special)
+    return list(dict.fromkeys(ends))
+
+
+def _json_of(folder: Path, name: str) -> dict[str, Any]:
+    return json_in(folder / name)
+
+
+def _end_tokens_of_folder(read: ReadJson, is_special: Callable[[int], bool]) -> list[int]:
+    """The end tokens of one folder. read: the JSON object of a file by its name, empty if there is none.
+
+    If generation_config.json names end tokens, config.json adds only those that are added tokens: some folders have a
+    default of another vocabulary there, which is the id of a word.
+    """
+    generation, config = end_tokens(read(GENERATION)), end_tokens(read(MODEL))
+    return generation + [i for i in config if i not in generation and (not generation or is_special(i))]
+
+
+def with_end_tokens(generation: Mapping[str, Any] | None, config: Mapping[str, Any]) -> dict[str, Any]:
+    """generation_config.json for a model of this config.json, which names every end token that either of them has.
+
+    Readers take the end tokens of generation_config.json alone. generation: the one that the model came with.
+    """
+    generation = dict(generation or {})
+    ends = list(dict.fromkeys([*end_tokens(generation), *end_tokens(config)]))
+    tokens = {name: config[name] for name in ("bos_token_id", "pad_token_id") if config.get(name) is not None}
+    return tokens | generation | eos_field(ends)
+
+
+def eos_field(ends: list[int]) -> dict[str, Any]:
+    """`eos_token_id` as readers expect it: one id, a list of several, or no field."""
+    return {"eos_token_id": ends[0] if len(ends) == 1 else ends} if ends else {}

@@ -1,0 +1,40 @@
+"""Small files of a model, from a local folder, an address or the Hugging Face cache."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from jaxft.errors import ModelError
+from jaxft.files.paths import is_file, read_json
+
+
+def json_in(file: Path) -> dict[str, Any]:
+    """The JSON object in a local file; an empty one if there is no such file. Raises ModelError for other content."""
+    if not file.is_file():
+        return {}
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{str(file)!r} is not JSON: {error}") from error
+    return value if isinstance(value, dict) else {}
+
+
+def json_at(address: str) -> dict[str, Any]:
+    """The JSON object at an address; an empty one if there is no such file."""
+    return read_json(address) if is_file(address) else {}
+
+
+def hub_file(repo: str, name: str, revision: str | None) -> Path:
+    """A file of a repository in the cache, fetched if need be; a path that is no file if the repository has none."""
+    # Imported here: only users of the hub need it.
+    from transformers.utils import cached_file
+
+    path_in_cache = cached_file(
+        repo,
+        name,
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return Path(path_in_cache or os.devnull)
