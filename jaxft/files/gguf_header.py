@@ -7,18 +7,21 @@ here 0.1 s. Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, v
 
 import math
 import os
+import re
 import struct
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
-from jaxft.errors import CheckpointError, did_you_mean
+from jaxft.errors import CheckpointError, did_you_mean, listed
 
 MAX_HEADER_BYTES = 2**28  # vocabularies of 262,144 tokens take about 10 MB
 _DEFAULT_ALIGNMENT = 32
+MAX_PARTS = 65_535  # split.count has 16 bits
+_PART_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.gguf")
 
 _SCALARS: dict[int, str] = {
     GGUFValueType.UINT8: "<u1",
@@ -37,8 +40,12 @@ _SCALARS: dict[int, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class GGUFTensor:
-    """A tensor and its location in the file. `shape`: outermost dimension first, the reverse of the file's order."""
+    """A tensor and its location. `shape`: outermost dimension first, the reverse of the file's order. `file`: its path.
 
+    A model may be split into several files.
+    """
+
+    file: str
     name: str
     shape: tuple[int, ...]
     type: GGMLQuantizationType
@@ -61,7 +68,10 @@ HARMONY_ENDS = {"<|return|>", "<|call|>"}
 
 @dataclass(frozen=True, kw_only=True)
 class GGUFHeader:
-    """All that precedes the weights. Metadata arrays are numpy arrays, or lists of str."""
+    """All that precedes the weights. Metadata arrays are numpy arrays, or lists of str.
+
+    path: of the file, or of the first part of a model that is split into several.
+    """
 
     path: str
     metadata: dict[str, Any]
@@ -90,12 +100,72 @@ class GGUFHeader:
 
 
 def read_header(path: str | os.PathLike[str]) -> GGUFHeader:
-    """The header of the GGUF file at `path`, little-endian, version 2 or 3.
+    """The header of the GGUF file at `path`, little-endian, version 2 or 3; of all files if it is a part of a model.
 
     Raises CheckpointError for a file that is not GGUF, is truncated, names a tensor twice, or has tensors that overlap
-    or end beyond the file.
+    or end beyond the file; and for a part whose siblings are missing or do not belong to it.
     """
     path = os.fspath(path)
+    header = _read_one(path)
+    count = header.metadata.get("split.count", 1)
+    if not isinstance(count, int) or not 1 <= count <= MAX_PARTS:
+        raise CheckpointError(f"{path}: split.count is {count!r}, not a number of parts from 1 to {MAX_PARTS}")
+    return header if count == 1 else _join(part_files(path, count), path, header)
+
+
+def part_files(path: str, count: int | None = None) -> list[str]:
+    """The files of a model that is split into several, in order, given any of them; the file alone if it is whole.
+
+    They are named NAME-00001-of-00003.gguf and so on. count: their number by the header. Raises CheckpointError if the
+    name of a part has another form, or files are missing.
+    """
+    folder, name = os.path.split(path)
+    match = _PART_NAME.fullmatch(name)
+    if match is None:
+        if count is None:
+            return [path]
+        raise CheckpointError(
+            f"{path} is a part of a model of {count} files, but its name does not end in -NNNNN-of-{count:05d}.gguf, "
+            "so that the others cannot be told. Give all of them the names that they had."
+        )
+    stem, total = match["stem"], int(match["total"])
+    if count is not None and total != count:
+        raise CheckpointError(f"{path} is a part of a model of {count} files by its header, but of {total} by its name")
+    files = [os.path.join(folder, f"{stem}-{part:05d}-of-{total:05d}.gguf") for part in range(1, total + 1)]
+    missing = [os.path.basename(file) for file in files if not os.path.isfile(file)]
+    if missing:
+        raise CheckpointError(
+            f"{path} is a part of a model of {total} files, and {len(missing)} of them are missing: {listed(missing)}. "
+            "Put all of them into one folder."
+        )
+    return files
+
+
+def _join(files: Sequence[str], path: str, given: GGUFHeader) -> GGUFHeader:
+    """One header of all parts: the metadata of the first, the tensors of all. given: the header of `path`."""
+    headers = [given if file == path else _read_one(file) for file in files]
+    tensors: dict[str, GGUFTensor] = {}
+    for index, header in enumerate(headers):
+        own = {key: header.metadata.get(f"split.{key}") for key in ("no", "count")}
+        if own != {"no": index, "count": len(files)}:
+            raise CheckpointError(
+                f"{header.path} should be part {index} of {len(files)}, counted from 0, but its header says part "
+                f"{own['no']} of {own['count']}: it belongs to another model, or was renamed"
+            )
+        for name, tensor in header.tensors.items():
+            if name in tensors:
+                raise CheckpointError(f"tensor {name!r} is in {tensors[name].file} and in {header.path}")
+            tensors[name] = tensor
+    expected = headers[0].metadata.get("split.tensors.count")
+    if expected is not None and expected != len(tensors):
+        raise CheckpointError(
+            f"{files[0]}: the {len(files)} parts have {len(tensors)} tensors, but there should be {expected}: they are "
+            "parts of different models"
+        )
+    return GGUFHeader(path=headers[0].path, metadata=headers[0].metadata, tensors=tensors)
+
+
+def _read_one(path: str) -> GGUFHeader:
     if not os.path.isfile(path):
         raise CheckpointError(f"no GGUF file at {path!r}")
     with open(path, "rb") as file:
@@ -177,7 +247,14 @@ class _Parser:
                 f"{GGMLQuantizationType(kind).name}, which stores rows in blocks of {block}"
             )
         row_bytes = shape[-1] // block * block_bytes
-        return GGUFTensor(name=name, shape=shape, type=GGMLQuantizationType(kind), offset=offset, row_bytes=row_bytes)
+        return GGUFTensor(
+            file=self.path,
+            name=name,
+            shape=shape,
+            type=GGMLQuantizationType(kind),
+            offset=offset,
+            row_bytes=row_bytes,
+        )
 
     def locate(self, infos: Iterable[GGUFTensor], metadata: dict[str, Any]) -> dict[str, GGUFTensor]:
         """Tensors by name, with offsets from the start of the file. Refuses overlaps and an end beyond the file."""
@@ -188,9 +265,7 @@ class _Parser:
         tensors: dict[str, GGUFTensor] = {}
         end, previous = start, "the header"
         for info in sorted(infos, key=lambda info: info.offset):
-            tensor = GGUFTensor(
-                name=info.name, shape=info.shape, type=info.type, offset=start + info.offset, row_bytes=info.row_bytes
-            )
+            tensor = replace(info, offset=start + info.offset)
             if tensor.name in tensors:
                 raise CheckpointError(f"{self.path}: tensor {tensor.name!r} is there twice")
             if tensor.offset < end:

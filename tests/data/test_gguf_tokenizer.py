@@ -154,6 +154,22 @@ def byte_bpe(path, pre, **fields):
         ("qwen2", "it's IT'S  123!?\n\n x", ["it", "'s", " IT", "'S", " ", " ", "1", "2", "3", "!?\n\n", " x"]),
         ("tekken", "HTMLParser aB it's 12", ["HTMLParser", " a", "B", " it", "'s", " ", "1", "2"]),
         ("gpt-4o", "myVar it's 1234", ["my", "Var", " it's", " ", "123", "4"]),
+        ("deepseek-r1-qwen", "it's IT'S  123!?", ["it", "'s", " IT", "'S", " ", " ", "1", "2", "3", "!?"]),
+        ("falcon3", "it's IT'S  12345!?", ["it", "'s", " IT", "'S", " ", " ", "123", "45", "!?"]),
+        ("llama4", "myVar it's 1234", ["my", "Var", " it's", " ", "123", "4"]),
+        ("minerva-7b", "a  123 b", ["a", "  ", "1", "2", "3", " b"]),
+        ("a.x-4.0", "it's  12345!?", ["it", "'s", " ", " 12345", "!?"]),
+        ("qwen35", "e\u0301t\u0301 1", ["e\u0301t\u0301", " ", "1"]),
+        (
+            "deepseek-v3",
+            "(word x, 你好abc 1234 !?\n\n b",
+            ["(word", " x", ",", " ", "你好", "abc", " ", "123", "4", " !?\n\n", " b"],
+        ),
+        ("deepseek-coder", "f(x) = 12\n y", ["f", "(", "x", ")", " = ", "1", "2", "\n", " y"]),
+        ("deepseek-llm", "Ab cd 你好, 123\nя", ["Ab", " cd", " ", "你好", ",", " ", "123", "\n", "я"]),
+        ("seed-coder", "a !?\n\nb 12", ["a", " !?", "\n\n", "b", " ", "1", "2"]),
+        ("minicpm5", "it's 12345!", ["it", "'s", " ", "123", "45", "!"]),
+        ("command-r", "a  123 b", ["a", "  ", "1", "2", "3", " b"]),
         ("default", "a+b 12345 it's", ["a", "+", "b", " ", "123", "45", " it", "'", "s"]),
     ],
 )
@@ -185,6 +201,18 @@ def test_bos_and_eos_are_added_as_the_file_says(tmp_path):
     assert ids("llama3", "llama-bpe") == [256, a]
     assert ids("no", "llama-bpe", add_bos_token=False) == [a]
     assert ids("yes", "gpt-2", add_bos_token=True, add_eos_token=True) == [256, a, 257]
+
+
+def test_rows_of_padding_that_have_the_type_of_the_unknown_token_are_not_tokens_of_text(tmp_path):
+    """As in the files of Phi-3 from before 2024-06."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", "a", "[PAD261]", "[PAD262]"]
+    types = [CONTROL, CONTROL, CONTROL, *[BYTE] * 256, NORMAL, NORMAL, UNKNOWN, UNKNOWN]
+    fields = {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0, "scores": [0.0] * len(tokens)}
+    tokenizer = tokenizer_from_gguf(write(tmp_path / "t.gguf", "llama", tokens, types, **fields))[0]
+    assert tokenizer.unk_token == "<unk>"
+    bytes_of_text = [3 + byte for byte in b"[PAD261]"]
+    bytes_of_text[2] = 3 + ord("A")
+    assert tokenizer.encode("[PAD261]", add_special_tokens=False) == [259, *bytes_of_text]
 
 
 def test_user_defined_tokens_are_whole_but_not_special(tmp_path):

@@ -75,15 +75,15 @@ class GGUFFile:
         start, stop = bounds[0]
         order = self._row_order(name, start, stop)
         if len(tensor.shape) == 1:
-            values = _rows(self.path, tensor, 0, 1)[0]
+            values = _rows(tensor, 0, 1)[0]
             if has_shifted_norm(self.family, name):
                 values = values - np.float32(1)
             return values[start:stop] if order is None else values[order]
         if order is None or start == stop:
-            rows = _rows(self.path, tensor, start, stop)
+            rows = _rows(tensor, start, stop)
         else:
             low = int(order.min())
-            rows = _rows(self.path, tensor, low, int(order.max()) + 1)[order - low]
+            rows = _rows(tensor, low, int(order.max()) + 1)[order - low]
         return rows[:, slice(*bounds[1])]
 
     def _row_order(self, name: str, start: int, stop: int) -> np.ndarray | None:
@@ -96,18 +96,18 @@ class GGUFFile:
         return head * head_dim + 2 * pair + half
 
 
-def _rows(path: str, tensor: GGUFTensor, start: int, stop: int) -> np.ndarray:
+def _rows(tensor: GGUFTensor, start: int, stop: int) -> np.ndarray:
     """Rows start:stop as float32 [stop - start, innermost]."""
     if start == stop:
         return np.empty((0, tensor.shape[-1]), np.float32)
-    raw = pread(path, [(tensor.offset + start * tensor.row_bytes, (stop - start) * tensor.row_bytes)])
+    raw = pread(tensor.file, [(tensor.offset + start * tensor.row_bytes, (stop - start) * tensor.row_bytes)])
     return dequantize(raw.reshape(stop - start, tensor.row_bytes), tensor.type)
 
 
 def _rope_vectors(header: GGUFHeader) -> dict[str, np.ndarray]:
     """The rotary factors, which are settings rather than weights."""
     names = [name for name in (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS) if name in header.tensors]
-    return {name: _rows(header.path, header.tensors[name], 0, 1)[0] for name in names}
+    return {name: _rows(header.tensors[name], 0, 1)[0] for name in names}
 
 
 def _named_tensors(header: GGUFHeader, family: Family, config: FamilyConfig) -> dict[str, GGUFTensor]:

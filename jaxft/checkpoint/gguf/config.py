@@ -60,7 +60,7 @@ def read_config(header: GGUFHeader, family: Family, vectors: Mapping[str, np.nda
     ModelError for settings that are not implemented.
     """
     if "token_embd.weight" not in header.tensors:
-        raise CheckpointError(f"{header.path}: tensor 'token_embd.weight' is missing; is this part of a split file?")
+        raise CheckpointError(f"{header.path}: tensor 'token_embd.weight' is missing")
     config = _sizes(header, family)
     scaling = _rope_scaling(header, family, config, vectors)
     if scaling:

@@ -26,6 +26,9 @@ WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)
 _CASED = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# Qwen 3.5: as Qwen 2, but combining marks belong to words.
+_MARKS_IN_WORDS = (_CASED % "").replace(r"\p{L}+", r"[\p{L}\p{M}]+", 1).replace(r"[^\s\p{L}", r"[^\s\p{L}\p{M}")
+_SEED_CODER = (_CASED % "").replace(r"[^\s\p{L}\p{N}]+[\r\n]*", r"[^\s\p{L}\p{N}\r\n]+")
 _HEAD, _UPPER, _LOWER = r"[^\r\n\p{L}\p{N}]?", r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _CAMEL = (
     f"{_HEAD}{_UPPER}*{_LOWER}+%(tail)s|{_HEAD}{_UPPER}+{_LOWER}*%(tail)s|"
@@ -44,27 +47,48 @@ class _PreTokenizer:
     nfc: bool = False
 
 
+# DeepSeek: words behind one mark or symbol; Chinese and Japanese characters are pieces of their own.
+_CJK = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
+_EAST_ASIAN = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
+_MARKED = (
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|"
+    r" ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
 _GPT2 = _PreTokenizer(patterns=(WORDS,))
 _DIGITS = _PreTokenizer(patterns=(_DIGIT, WORDS))
 _LLAMA3 = _PreTokenizer(patterns=(_CASED % "{1,3}",), ignore_merges=True, add_bos=True)
+_QWEN2 = _PreTokenizer(patterns=(_CASED % "",), nfc=True)
+_GPT4O = _PreTokenizer(patterns=(_CAMEL % {"tail": _CONTRACTIONS, "digits": "{1,3}"},))
 
 # Source: the tokenizer.json files of the models that llama.cpp's converter gave these names.
 PRE_TOKENIZERS = {
-    "gpt-2": _GPT2,
-    "phi-2": _GPT2,
-    "olmo": _GPT2,
-    "mpt": _GPT2,
-    "smollm": _DIGITS,
-    "starcoder": _DIGITS,
-    "refact": _DIGITS,
-    "codeshell": _DIGITS,
-    "llama-bpe": _LLAMA3,
-    "llama3": _LLAMA3,
-    "llama-v3": _LLAMA3,
+    **dict.fromkeys(
+        ("gpt-2", "phi-2", "olmo", "mpt", "gigachat", "a.x-4.0", "mellum", "trillion", "exaone4", "jais"), _GPT2
+    ),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "codeshell", "exaone", "minerva-7b"), _DIGITS),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "midm-2.0", "lfm2"), _LLAMA3),
+    # DeepSeek's distillations of Qwen have Qwen's vocabulary with other special tokens.
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), _QWEN2),
+    **dict.fromkeys(("gpt-4o", "llama4"), _GPT4O),
+    "qwen35": _PreTokenizer(patterns=(_MARKS_IN_WORDS,)),
+    "command-r": _PreTokenizer(patterns=(_DIGIT, WORDS), nfc=True, add_bos=True),
     "dbrx": _PreTokenizer(patterns=(_CASED % "{1,3}",)),
-    "qwen2": _PreTokenizer(patterns=(_CASED % "",), nfc=True),
     "tekken": _PreTokenizer(patterns=(_CAMEL % {"tail": "", "digits": ""},), ignore_merges=True, add_bos=True),
-    "gpt-4o": _PreTokenizer(patterns=(_CAMEL % {"tail": _CONTRACTIONS, "digits": "{1,3}"},)),
+    "deepseek-v3": _PreTokenizer(patterns=(r"\p{N}{1,3}", _CJK, _MARKED)),
+    "deepseek-coder": _PreTokenizer(patterns=(r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _EAST_ASIAN, r"\p{N}")),
+    "deepseek-llm": _PreTokenizer(
+        patterns=(
+            r"[\r\n]",
+            r"\s?[\p{Lu}\p{Ll}\p{Lt}]+",
+            r"\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
+            r"\s+$",
+            _EAST_ASIAN,
+            r"\p{N}+",
+        )
+    ),
+    "seed-coder": _PreTokenizer(patterns=(_SEED_CODER,)),
+    "minicpm5": _PreTokenizer(patterns=(r"\p{N}{1,3}", _CASED % "+"), ignore_merges=True),
     "default": _PreTokenizer(patterns=(r"[\p{P}\$\+<=>\^~\|]+", WORDS, r"\p{N}+", "[0-9][0-9][0-9]")),
 }
 
@@ -99,7 +123,8 @@ def tokenizer_from_gguf(path: str | os.PathLike[str]) -> tuple["PreTrainedTokeni
             "Load the tokenizer from the original Hugging Face folder."
         )
     tokenizer, add_bos = kinds[kind](header, vocab)
-    special = [AddedToken(t, special=True, normalized=False) for t in vocab.of_type(CONTROL, UNKNOWN)]
+    controls = dict.fromkeys([*vocab.of_type(CONTROL), *_unknown(header, vocab)])
+    special = [AddedToken(t, special=True, normalized=False) for t in sorted(controls, key=vocab.ids.__getitem__)]
     plain = [AddedToken(t, special=False, normalized=False) for t in vocab.of_type(USER_DEFINED)]
     tokenizer.add_special_tokens(special)
     tokenizer.add_tokens(plain)
@@ -149,6 +174,15 @@ def _named_tokens(header: GGUFHeader, vocab: _Vocab) -> dict[str, str]:
     return named
 
 
+def _unknown(header: GGUFHeader, vocab: _Vocab) -> list[str]:
+    """The token for unknown text: the one that the file names, else those of this type.
+
+    In Gemma's files it has the type of a control token. In older files of Phi-3, rows of padding have this type too.
+    """
+    named = _named_tokens(header, vocab).get("unk_token")
+    return vocab.of_type(UNKNOWN) if named is None else [named]
+
+
 def _stop_ids(header: GGUFHeader, vocab: _Vocab) -> list[int]:
     stops = sorted(header.stop_ids())
     if stops and stops[-1] >= len(vocab.tokens):
@@ -187,9 +221,7 @@ def _sentencepiece_bpe(header: GGUFHeader, vocab: _Vocab) -> tuple[Tokenizer, bo
             f"{header.path}: tokenizer.ggml.remove_extra_whitespaces is set, which is not supported. "
             "Load the tokenizer from the original tokenizer.model."
         )
-    # In Gemma's files <unk> has the type of a control token, and only its id says what it is.
-    named = _named_tokens(header, vocab).get("unk_token")
-    unknown = vocab.of_type(UNKNOWN) or ([] if named is None else [named])
+    unknown = _unknown(header, vocab)
     if len(unknown) != 1:
         raise CheckpointError(f"{header.path}: {len(unknown)} tokens of the type unknown; SentencePiece has one")
     scores = header.require("tokenizer.ggml.scores")
