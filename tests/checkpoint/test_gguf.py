@@ -220,7 +220,9 @@ def test_llama3_rope_factors_are_turned_back_into_settings(path):
     [
         ({"arch": "falcon", "hf": {}}, ModelError, "architecture 'falcon' is not supported; supported: gemma2, gemma3"),
         ({"extra": {"llama.expert_count": 8}}, CheckpointError, "no metadata 'llama.expert_used_count'"),
-        ({"extra": {"llama.expert_weights_scale": 2.5}}, ModelError, "llama.expert_weights_scale=2.5 is not"),
+        ({"extra": {"llama.residual_scale": 2.5}}, ModelError, "llama.residual_scale=2.5 is not"),
+        ({"extra": {"llama.attention.causal": False}}, ModelError, "llama.attention.causal=False is not"),
+        ({"extra": {"llama.some_new_setting": 0}}, ModelError, "llama.some_new_setting=0 is not"),
         ({"extra": {"llama.attention.sliding_window": 9}}, ModelError, "llama.attention.sliding_window=9 is not"),
         ({"extra": {"llama.attention.scale": 0.1}}, ModelError, "llama.attention.scale=0.1.* is not implemented"),
         ({"extra": {"llama.attention.head_count_kv": [2, 1]}}, ModelError, "one whole number for all layers"),
@@ -238,6 +240,24 @@ def test_refuses_what_it_does_not_understand(path, change, error, match):
     write(path, **change)
     with pytest.raises(error, match=match):
         GGUFFile(path)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"pooling_type": 3, "attention.causal": True, "attention.layer_norm_epsilon": 1e-5},
+        {"attention.scale": HEAD_DIM**-0.5, "attention.sliding_window": 256, "rope.freq_base_swa": 5e5},
+        {"expert_count": 0, "expert_feed_forward_length": 96, "expert_weights_scale": 2.5, "expert_gating_func": 2},
+        {"logit_scale": 1.0, "residual_scale": 0.0, "final_logit_softcapping": 0.0, "nextn_predict_layers": 0},
+        {"rope.scaling.attn_factor": 1.0, "rope.scaling.yarn_beta_fast": 32.0, "rope.scaling.yarn_beta_slow": 1.0},
+    ],
+)
+def test_settings_that_change_nothing_are_read(path, extra):
+    write(path)
+    expected = GGUFFile(path).hf_config()
+    more = {"general.url": "https://example.org", "quantize.imatrix.file": "m.dat", "tokenizer.ggml.normalizer": "x"}
+    write(path, extra={f"llama.{key}": value for key, value in extra.items()} | more)
+    assert GGUFFile(path).hf_config() == expected
 
 
 def test_unknown_tensor_name(path):

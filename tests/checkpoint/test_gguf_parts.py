@@ -62,7 +62,9 @@ def test_missing_parts_are_named(parts, tmp_path):
     files, _ = parts
     (tmp_path / "model-00002-of-00003.gguf").unlink()
     for file in (files[0], files[2]):
-        with pytest.raises(CheckpointError, match=r"3 files, and 1 of them are missing: model-00002-of-00003.gguf\. Put"):
+        with pytest.raises(
+            CheckpointError, match=r"3 files, and 1 of them are missing: model-00002-of-00003.gguf\. Put"
+        ):
             read_header(file)
 
 

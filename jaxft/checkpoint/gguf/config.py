@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxft.checkpoint.gguf.names import FAMILIES, LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS, Family
+from jaxft.checkpoint.gguf.neutral import is_neutral
 from jaxft.errors import CheckpointError, ModelError, did_you_mean
 from jaxft.files.gguf_header import GGUFHeader
 from jaxft.models.family import FULL, SLIDING
@@ -21,8 +22,6 @@ _KNOWN = frozenset(
     "rope.dimension_count rope.freq_base rope.scaling.type rope.scaling.factor "
     "rope.scaling.original_context_length rope.scaling.finetuned tensor_data_layout".split()
 )
-# These change what the network computes if they are not zero.
-_ZERO = frozenset(("expert_count", "expert_used_count", "attention.sliding_window"))
 # The original context and the two bounds by which Llama 3.1, 3.2 and 3.3 scale their frequencies.
 _LLAMA3_CONTEXT, _LLAMA3_LOW, _LLAMA3_HIGH = 8192, 1.0, 4.0
 # Gemma: one of this many layers is global; the number of layers of the 27B models, which scale scores differently.
@@ -42,12 +41,12 @@ def read_family(header: GGUFHeader) -> Family:
     alike = [family for family in FAMILIES.values() if family.arch == arch]
     sparse = [family for family in alike if family.experts and header.metadata.get(f"{arch}.expert_count")]
     family = (sparse or alike)[0]
-    for key, value in header.metadata.items():
-        name = key.removeprefix(f"{arch}.")
-        known_here = not key.startswith(f"{arch}.") or name in _KNOWN or name in family.settings
-        if not known_here and not (name in _ZERO and value == 0):
+    prefix = f"{arch}."
+    settings = {key.removeprefix(prefix): value for key, value in header.metadata.items() if key.startswith(prefix)}
+    for name, value in settings.items():
+        if name not in _KNOWN and name not in family.settings and not is_neutral(name, value, settings):
             raise ModelError(
-                f"{header.path}: {key}={value!r} is not implemented, and without it the model would compute "
+                f"{header.path}: {prefix}{name}={value!r} is not implemented, and without it the model would compute "
                 f"something else than its authors meant.{did_you_mean(name, _KNOWN | family.settings)}"
             )
     return family
