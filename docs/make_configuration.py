@@ -24,8 +24,8 @@ change have flags of their own (`jaxft train --help`), and every field can be se
 - a config that ships with jaxft: `--config=llama3_1_8b_lora`. A wrong name lists them all. `configs/NAME.py` means the
   same, in a checkout and outside of one.
 - a Python file with a function `get_config(arg)`, which fills `jaxft.config.default_config()` and returns it.
-- a YAML file (`.yaml` or `.yml`) of the sections below. The fields say what a text means, so `1e-4` is a number and `no`
-  is False, and `null` empties a field.
+- a YAML file (`.yaml` or `.yml`) of the sections below. The fields say what a text means, so `1e-4` is a number and
+  `no` is False, and `null` empties a field.
 - the folder of a run, whose `config.json` is read, or any such JSON file.
 
 A flag goes over the file, the file over the defaults. `None` or `null` empties a field whose type permits it. In fields

@@ -25,6 +25,7 @@ from jaxft.data.batch import Batch, Example, assemble
 from jaxft.errors import CheckpointError, ModelError
 from jaxft.files.paths import HUB, fetch_hub, is_file, is_remote, read_json
 from jaxft.files.run_folder import ADAPTER, MERGED, MODEL, is_run_folder
+from jaxft.home import local_path
 from jaxft.nn.decoder import Decoder
 from jaxft.nn.score import Head
 from jaxft.nn.storage import storage_dims_of
@@ -127,7 +128,8 @@ def load_model(
     """
     types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype or dtype, "remat": remat}
     types |= {"quantization": quantization, "trainable": trainable}
-    named, path = path, resolve(path, revision)
+    named = local_path(path)
+    path = resolve(named, revision)
     if is_file(os.path.join(path, CONFIG)):
         base = base_of(path)
         head = "score" if is_score_adapter(path) else head
@@ -187,6 +189,7 @@ def resolve(path: str, revision: str | None = None) -> str:
     """The path to load from: hf:// names are fetched into the Hugging Face cache, run folders become their export."""
     if path.startswith(HUB):
         return fetch_hub(path, revision)
+    path = local_path(path)
     if is_run_folder(path):
         for kind in (ADAPTER, MODEL, MERGED):
             if os.path.isdir(os.path.join(path, kind)):

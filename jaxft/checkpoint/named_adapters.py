@@ -7,6 +7,7 @@ from jaxft.adapters.saved import saved_paths
 from jaxft.checkpoint.load import LoadedModel, resolve
 from jaxft.checkpoint.peft import read_adapter, write_adapter
 from jaxft.errors import ModelError
+from jaxft.home import local_path
 from jaxft.sharding.mesh import MeshPlan
 
 
@@ -35,5 +36,5 @@ def write_named(adapter_set: AdapterSet, name: str, folder: str, *, model: Loade
     """Writes the adapter `name` as a PEFT folder, regardless of the active adapters. model: the base of the set."""
     active, trained = adapter_set.active, adapter_set.trained
     adapter_set.activate(name)
-    write_adapter(model.module, folder, base=model.base, nested=model.left_out is not None)
+    write_adapter(model.module, local_path(folder), base=model.base, nested=model.left_out is not None)
     adapter_set.activate(*active, train=trained)

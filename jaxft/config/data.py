@@ -14,6 +14,7 @@ from jaxft.config.fields import (
     FREE_TO_CHANGE,
     JSON_LIST,
     NOT_NEGATIVE,
+    PATH,
     ReadBy,
     Section,
     Spelling,
@@ -91,7 +92,9 @@ class DataConfig(Section):
         "field of a .json file's object that holds the list of its rows, such as `data`, or `result.rows` within "
         "another object; None: the file is a list",
     ] = None
-    tfds_data_dir: Annotated[str | None, BY_CONTENT, "folder of the `tfds:` sets; None: the default of TFDS"] = None
+    tfds_data_dir: Annotated[str | None, BY_CONTENT, PATH, "folder of the `tfds:` sets; None: the default of TFDS"] = (
+        None
+    )
     eval_fraction: Annotated[
         float | None, BETWEEN_ZERO_AND_ONE, "share of the training rows that is held out if `data.eval` is None"
     ] = None
@@ -130,7 +133,7 @@ class DataConfig(Section):
     ] = "best_worst"
     label_field: Annotated[str, BY_LABELS, "column of the labels of answers, true if good and false if bad"] = "label"
     chat_template: Annotated[
-        str | None, BY_CONTENT, "path of a Jinja file that replaces the tokenizer's chat template"
+        str | None, BY_CONTENT, PATH, "path of a Jinja file that replaces the tokenizer's chat template"
     ] = None
     chat_template_kwargs: Annotated[
         dict[str, Any],

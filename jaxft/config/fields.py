@@ -8,7 +8,8 @@ The text is the field's meaning. A `Literal` type lists its choices, a `Spelling
 them, a `Range` limits a number, and a `ReadBy` names the field that it depends on. `CHOOSES_SECTION` marks a field
 whose value is the name of the nested section that is read. `FREE_TO_CHANGE` marks a field, or a whole section, that
 may differ when a run is resumed. `BY_CONTENT` marks a field that names a file or a model, or a part of one: when a run
-is resumed it may be spelt otherwise, but what it names must hold the same.
+is resumed it may be spelt otherwise, but what it names must hold the same. `PATH` marks the path of a file or folder,
+in which `~` is the home folder.
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ from typing import Any, Literal, TypeVar
 
 from jaxft.config.peer_names import correspondence
 from jaxft.errors import ConfigError, did_you_mean
+from jaxft.home import local_path
 
 S = TypeVar("S", bound="Section")
 TYPES = {
@@ -86,7 +88,7 @@ class Mark:
 
 
 CHOOSES_SECTION, FREE_TO_CHANGE = Mark("chooses section"), Mark("free to change")
-BY_CONTENT = Mark("compared by content")
+BY_CONTENT, PATH = Mark("compared by content"), Mark("path")
 # Text that lists names, or `name:value` pairs, separated by commas; lists and mappings of a file are joined so.
 COMMA_SEPARATED = Mark("comma separated")
 # Text that is one path, or a JSON list of them, which a list of a file is written as.
@@ -122,6 +124,7 @@ class Field:
     dependencies: tuple[ReadBy, ...] = ()
     free_to_change: bool = False
     by_content: bool = False
+    is_path: bool = False
     chooses_section: bool = False
     comma_separated: bool = False
     json_list: bool = False
@@ -147,7 +150,7 @@ class Field:
                 raise ConfigError(f"{self.key}={value} must be {range_.words}")
 
     def convert(self, value: object) -> object:
-        """The value as the field stores it: whole numbers become float if it takes float.
+        """The value as the field stores it: whole numbers become float if it takes float, and paths lose their `~`.
 
         Raises ConfigError for a value of another type.
         """
@@ -162,7 +165,7 @@ class Field:
             return float(value)
         if not isinstance(value, self.base) or (isinstance(value, bool) and self.base is not bool):
             raise ConfigError(f"{self.key}={value!r} must be {self.type_words}")
-        return value
+        return local_path(value) if self.is_path and isinstance(value, str) else value
 
     def parse(self, text: str) -> object:
         """The value that a text means, from a command line or a file without types: 1e-4, no, null, [q_proj, v_proj].
@@ -300,6 +303,7 @@ def _declaration(spec: "dataclasses.Field[Any]", hint: Any) -> Field:
         dependencies=tuple(note for note in notes if isinstance(note, ReadBy)),
         free_to_change=FREE_TO_CHANGE in notes,
         by_content=BY_CONTENT in notes,
+        is_path=PATH in notes,
         chooses_section=CHOOSES_SECTION in notes,
         comma_separated=COMMA_SEPARATED in notes,
         json_list=JSON_LIST in notes,

@@ -9,6 +9,7 @@ from jaxft.config.fields import (
     BY_CONTENT,
     CHOOSES_SECTION,
     NOT_NEGATIVE,
+    PATH,
     ZERO_TO_ONE,
     ReadBy,
     Section,
@@ -84,6 +85,7 @@ class DistillConfig(MethodSection):
     teacher: Annotated[
         str | None,
         BY_CONTENT,
+        PATH,
         "the teacher, named like `model.path`; required. Its vocabulary must be that of the trained model",
     ] = None
     teacher_revision: Annotated[str | None, BY_CONTENT, "branch, tag or commit of a `hf://` teacher"] = None

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from jaxft.config.adapter import ADAPTERS
-from jaxft.config.fields import BY_CONTENT, COMMA_SEPARATED, FREE_TO_CHANGE, ReadBy, Section
+from jaxft.config.fields import BY_CONTENT, COMMA_SEPARATED, FREE_TO_CHANGE, PATH, ReadBy, Section
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -15,7 +15,9 @@ Remat = Literal["none", "full", "attention", "dots", "offload"]
 class ModelConfig(Section):
     """Which pretrained model, and in which number types it computes and is stored."""
 
-    path: Annotated[str, BY_CONTENT, "a Hugging Face folder, a GGUF file, a run folder, or `hf://owner/name`"] = ""
+    path: Annotated[str, BY_CONTENT, PATH, "a Hugging Face folder, a GGUF file, a run folder, or `hf://owner/name`"] = (
+        ""
+    )
     revision: Annotated[str | None, BY_CONTENT, "branch, tag or commit of a `hf://` path"] = None
     random_init: Annotated[
         bool, "take only the shapes from `model.path`, and draw the weights from `seed` instead of loading them"

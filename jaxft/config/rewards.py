@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from jaxft.config.fields import ABOVE_ZERO, BY_CONTENT, COMMA_SEPARATED, FREE_TO_CHANGE, Range, ReadBy, Section
+from jaxft.config.fields import ABOVE_ZERO, BY_CONTENT, COMMA_SEPARATED, FREE_TO_CHANGE, PATH, Range, ReadBy, Section
 from jaxft.config.rollout import ONLINE
 
 
@@ -26,6 +26,7 @@ class RewardsConfig(Section):
         str | None,
         BY_CONTENT,
         ONLINE,
+        PATH,
         "a reward model whose scores are added to the reward: a run or export of `method.name='reward'`, whole or an "
         "adapter, or a Hugging Face folder of a `*ForSequenceClassification` with one label, or hf://owner/name; see "
         "[rewards](rewards.md#a-reward-model)",

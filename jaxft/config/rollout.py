@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from jaxft.config.fields import ABOVE_ZERO, BY_CONTENT, FREE_TO_CHANGE, Range, ReadBy, Section
+from jaxft.config.fields import ABOVE_ZERO, BY_CONTENT, FREE_TO_CHANGE, PATH, Range, ReadBy, Section
 from jaxft.config.method import methods_on
 
 # Replacements of a rollout's prompts have places in an order of their own: this many for each rollout.
@@ -31,6 +31,7 @@ class RolloutConfig(Section):
         str | None,
         BY_CONTENT,
         ONLINE,
+        PATH,
         "what replies to the model, so that an answer has several turns: a class as `FILE.py:CLASS`, or a built-in "
         "one: `calculator`, `guess_number`; see [rewards](rewards.md#environments)",
     ] = None

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from jaxft.config.adapter import AdapterConfig
 from jaxft.config.data import DataConfig
-from jaxft.config.fields import FREE_TO_CHANGE, Section
+from jaxft.config.fields import FREE_TO_CHANGE, PATH, Section
 from jaxft.config.mesh import MeshConfig
 from jaxft.config.method import MethodConfig
 from jaxft.config.model import ModelConfig
@@ -21,7 +21,7 @@ from jaxft.errors import ConfigError
 class RunConfig(Section):
     """One training run, whole."""
 
-    output_dir: Annotated[str, FREE_TO_CHANGE, "the run folder"] = "runs/unnamed"
+    output_dir: Annotated[str, FREE_TO_CHANGE, PATH, "the run folder"] = "runs/unnamed"
     seed: Annotated[
         int, "seed of initial adapters, drawn weights, shuffling, dropout and the choice of `data.eval_fraction`"
     ] = 0

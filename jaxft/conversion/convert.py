@@ -32,6 +32,7 @@ from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import ConfigError, ExportError, JaxftError
 from jaxft.files.atomic import publish, unfinished_folder
 from jaxft.files.paths import is_file, is_remote, open_folder
+from jaxft.home import local_path
 from jaxft.trees import flatten
 
 STATE = "convert.json"  # in an unfinished folder: source and settings of the conversion
@@ -85,6 +86,7 @@ def convert(
     """
     console = console or Console()
     form = form or ("gguf" if to.endswith(".gguf") else "hf")
+    source, to = local_path(source), local_path(to)
     _check_request(form, dtype, to)
     start = time.monotonic()
     origin = _open_origin(source, revision, merge=form != "gguf-adapter")

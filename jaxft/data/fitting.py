@@ -9,7 +9,8 @@ import numpy as np
 from jaxft.config import DataConfig
 from jaxft.data.batch import Example
 from jaxft.errors import CheckpointError, DataError
-from jaxft.files.paths import HUB, local_path, read_json
+from jaxft.files.paths import HUB, read_json
+from jaxft.home import local_path
 from jaxft.nn.virtual import FIRST
 
 

@@ -15,7 +15,8 @@ from typing import Any, BinaryIO
 
 from jaxft.errors import CheckpointError
 from jaxft.files.atomic import write_file
-from jaxft.files.paths import is_remote, local_path, url_parts
+from jaxft.files.paths import is_remote, url_parts
+from jaxft.home import local_path
 
 BLOCK = 2**20  # bytes that are read at a time
 LARGE = 2**24  # bytes; smaller files are hashed again in less time than it takes to look after a note on them
@@ -54,8 +55,9 @@ def user_cache() -> Path:
 
 
 def _digest_of(path: str) -> str:
+    path = local_path(path)
     try:
-        return _remote_digest(path) if is_remote(path) else _local_digest(local_path(path))
+        return _remote_digest(path) if is_remote(path) else _local_digest(path)
     except OSError as error:
         raise CheckpointError(f"cannot read {path!r}: {error.strerror or error}") from error
 

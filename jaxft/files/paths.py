@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from jaxft.errors import CheckpointError, did_you_mean
+from jaxft.home import local_path
 
 HUB = "hf://"
 MAX_JSON_BYTES = 100_000_000  # the limit of the format for a safetensors header; indexes and configs are smaller
@@ -120,15 +121,6 @@ class RemoteFolder:
 def is_remote(path: str) -> bool:
     """Whether a path is an address that is read in place, and neither a local path nor an hf:// name."""
     return "://" in path and not path.startswith(HUB)
-
-
-def local_path(path: str | os.PathLike[str]) -> str:
-    """The path with `~` and `~user` replaced by home folders; an address and an `hf://` name as they are.
-
-    Every path that users give goes through it.
-    """
-    path = os.fspath(path)
-    return path if "://" in path else os.path.expanduser(path)
 
 
 def file_name(path: str) -> str:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from jaxft.assets import ASSETS
 from jaxft.errors import ConfigError, did_you_mean
+from jaxft.home import local_path
 
 FILE = ASSETS / "prices.json"
 FORM = '{"date": "2030-01-31", "chips": {"v5e": {"on_demand": 1.2, "spot": null}}}'
@@ -26,7 +27,7 @@ def price_of(chip: str, path: str | None = None) -> Price:
     path: a file `{"date": ..., "chips": {"v5e": {"on_demand": 1.2, "spot": 0.5}}}`; None for jaxft's own.
     Raises ConfigError if the file cannot be read, has another form or does not list the chip.
     """
-    source = str(path or FILE)
+    source = local_path(path or FILE)
     try:
         with open(source, encoding="utf-8") as file:
             table = json.load(file)

@@ -22,6 +22,7 @@ from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import ConfigError, ExportError
 from jaxft.files.companions import copy_companions
 from jaxft.files.run_folder import ADAPTER, CHECKPOINTS, MERGED, MODEL, is_run_folder
+from jaxft.home import local_path
 from jaxft.runs.build import build_model
 from jaxft.runs.folder import run_config
 from jaxft.runs.record import begin_export, end_export
@@ -61,7 +62,7 @@ def export(
         raise ConfigError(f"base {base!r} is not one of {', '.join(BASES)}")
     if format not in FORMATS:
         raise ConfigError(f"format {format!r} is not one of {', '.join(FORMATS)}")
-    target = Path(to)
+    source, target = local_path(source), Path(local_path(to))
     make_new(target)
     loaded = load_trained(source, step)
     quantization = loaded.quantization if format == "merged" else None
@@ -111,6 +112,7 @@ def load_trained(source: str, step: int | None = None, *, quantized: bool = True
     step: of a run folder, the newest if None. quantized: False puts a run's adapter on its base in the base's original
     precision. Raises ConfigError for a step of anything but a run folder, and for a run without a checkpoint.
     """
+    source = local_path(source)
     if not is_run_folder(source):
         if step is not None:
             raise ConfigError(f"{source} is not a run folder, so it has no step {step}")

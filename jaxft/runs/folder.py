@@ -28,6 +28,7 @@ from jaxft.files.run_folder import (
     is_run_folder,
     write_json,
 )
+from jaxft.home import local_path
 from jaxft.runs.identity import Reads, other_reads
 from jaxft.runs.record import EXPORTS, Record, check_export, clear, read_record, record_of, write_record
 from jaxft.runs.resume import Start, go_on, other_values, refuse_other_run
@@ -147,7 +148,7 @@ def _config_in(folder: Path) -> RunConfig | None:
 
 def chat_template(folder: str | os.PathLike[str]) -> str | None:
     """The chat template that a run was trained with, or None."""
-    path = Path(folder) / CHAT_TEMPLATE
+    path = Path(local_path(folder)) / CHAT_TEMPLATE
     return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
@@ -185,6 +186,7 @@ def check_shared(folder: Path, seconds: float = 30.0) -> None:
 
 def run_config(folder: str | os.PathLike[str]) -> RunConfig:
     """The config of a run folder. Raises ConfigError if it is not one."""
+    folder = local_path(folder)
     path = Path(folder) / CONFIG
     if not is_run_folder(folder) or not is_run_config(path):
         raise ConfigError(f"{folder} is not a run folder: it lacks {MARK}, or the {CONFIG} of a run")

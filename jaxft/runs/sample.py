@@ -24,6 +24,7 @@ from jaxft.data import Tokenizer
 from jaxft.data.prompts import Prompt
 from jaxft.errors import ConfigError, DataError, listed
 from jaxft.files.atomic import unfinished_folder, write_text
+from jaxft.home import local_path
 from jaxft.methods import method_of
 from jaxft.methods.online.reward_model import reward_model_of
 from jaxft.methods.online.settings import check_lengths
@@ -136,6 +137,7 @@ def sample(
     for finished files, and for an unfinished one of other settings; DataError as `prepare_prompts` does.
     """
     selection = Selection(keep=keep, threshold=threshold, keep_cut=keep_cut)
+    to, pairs = local_path(to), None if pairs is None else local_path(pairs)
     _check(model, config, to, pairs, reward_model, overwrite)
     data = method_of(config).prepare(config, tokenizer)
     prompts = [prompt for prompt in data.train_examples if isinstance(prompt, Prompt)]
@@ -156,13 +158,12 @@ def sample(
         sampler = _sampler(config, tokenizer)
         for first in range(done, len(prompts), _prompts_at_once(config)):
             part = prompts[first : first + _prompts_at_once(config)]
-            rollouts = sampler.sample(
-                model.module,
-                part,
-                temperature=config.rollout.temperature,
-                seed=seed_of(config.seed, 0),
-                first_group=first,
-            )
+            how: dict[str, Any] = {
+                "temperature": config.rollout.temperature,
+                "seed": seed_of(config.seed, 0),
+                "first_group": first,
+            }
+            rollouts = sampler.sample(model.module, part, **how)
             unfinished.add(_records(rollouts, judging, selection, len(part)))
             print_line(f"{first + len(part):,} of {len(prompts):,} prompts")
     return _finish(unfinished, to, pairs)

@@ -11,7 +11,6 @@ import pytest
 from jaxft.errors import CheckpointError
 from jaxft.files import digest
 from jaxft.files.digest import content_digest, user_cache
-from jaxft.files.paths import local_path
 
 
 @pytest.fixture(autouse=True)
@@ -110,10 +109,8 @@ def test_paths_that_are_not_there(tmp_path):
             content_digest(path)
 
 
-def test_home_folders_are_expanded_and_addresses_are_not(monkeypatch):
+def test_the_cache_of_the_user(monkeypatch):
     monkeypatch.setenv("HOME", "/home/ada")
-    assert local_path("~/rows.jsonl") == "/home/ada/rows.jsonl"
-    assert [local_path(path) for path in ("hf://~/x", "gs://a/~", "a~")] == ["hf://~/x", "gs://a/~", "a~"]
     monkeypatch.delenv("JAXFT_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
     assert str(user_cache()) == "/cache/jaxft"

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from jaxft.errors import ConfigError, did_you_mean
+from jaxft.home import local_path
 
 ENDINGS = (".py", ".yaml", ".yml", ".json")
 RUN_CONFIG = "config.json"  # in a run folder
@@ -28,10 +29,10 @@ def locate(source: str) -> tuple[str, str | None]:
     source: a path or a shipped config's name, with `:ARG` behind it or not. Raises ConfigError if there is none.
     """
     path, arg = source, None
-    if not os.path.exists(os.path.expanduser(source)):
+    if not os.path.exists(local_path(source)):
         path, colon, text = source.rpartition(":")
         path, arg = (path, text) if colon else (source, None)
-    full = os.path.expanduser(path)
+    full = local_path(path)
     if os.path.isdir(full):
         return _in_folder(full), arg
     if os.path.isfile(full):

@@ -10,7 +10,8 @@ from pathlib import Path
 from jaxft.data.sources.file_kinds import kind_by_name
 from jaxft.data.sources.tables import HUB, TFDS, no_split
 from jaxft.errors import CheckpointError, DataError, did_you_mean, listed
-from jaxft.files.paths import file_name, is_remote, local_path, url_parts
+from jaxft.files.paths import file_name, is_remote, url_parts
+from jaxft.home import local_path
 
 # Words in the names of files and folders that say which part of a set they are, as on the Hugging Face hub.
 SPLITS = {

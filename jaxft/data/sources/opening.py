@@ -24,7 +24,8 @@ from jaxft.data.sources.rows import Concatenation, Rows, Subset
 from jaxft.data.sources.tables import HUB, TFDS, is_saved, open_hub, open_repository, open_saved, open_tfds
 from jaxft.data.sources.text import open_raw, text_of
 from jaxft.errors import CheckpointError, DataError
-from jaxft.files.paths import is_remote, local_path, url_parts
+from jaxft.files.paths import is_remote, url_parts
+from jaxft.home import local_path
 
 DELIMITERS = {"csv": ",", "tsv": "\t"}
 

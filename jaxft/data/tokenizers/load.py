@@ -20,6 +20,7 @@ from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import ConfigError, ModelError, listed
 from jaxft.files.paths import copy_small_files, is_remote
 from jaxft.files.run_folder import ADAPTER, CHAT_TEMPLATE, MERGED, MODEL
+from jaxft.home import local_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -56,7 +57,7 @@ def load_tokenizer(
     that cannot be read; ConfigError for a variable that the template does not read, and for a date that it does not
     show.
     """
-    path = os.fspath(path)
+    path = local_path(path)
     backend, stop_ids = _load_any(path, revision)
     if chat_template is not None:
         backend.chat_template = _template_text(chat_template)
@@ -281,7 +282,7 @@ def _template_text(template: str) -> str:
     if "{{" in template or "{%" in template:
         return template
     try:
-        return Path(template).read_text(encoding="utf-8")
+        return Path(local_path(template)).read_text(encoding="utf-8")
     except OSError as error:
         raise ModelError(f"cannot read the chat template {template!r}: {error.strerror}") from error
 

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from jaxft.errors import ConfigError, did_you_mean
+from jaxft.home import local_path
 
 BUILT_IN = ("exact_match", "json_valid", "json_exact", "math_answer", "python_tests")
 MODULE = "jaxft.evaluation.verifiers"
@@ -56,6 +57,7 @@ def _named(entry: str) -> Named:
             raise ConfigError("rewards.functions: math_answer needs math-verify: pip install 'jaxft[math]'")
         return Named(name=function, source=MODULE, weight=weight)
     if source.endswith(".py"):
+        source = local_path(source)
         if not Path(source).is_file():
             raise ConfigError(
                 f"rewards.functions: there is no file {source!r}. A path is relative to the folder in which the run is "

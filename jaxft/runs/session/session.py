@@ -23,6 +23,7 @@ from jaxft.data.prompts import Prompt, read_prompts
 from jaxft.errors import ConfigError, DataError
 from jaxft.files import run_folder
 from jaxft.generation.text import Prompt as GivenPrompt
+from jaxft.home import local_path
 from jaxft.methods.online.passes import rows_of
 from jaxft.methods.parts.sequences import evaluated_weights
 from jaxft.nn.virtual import virtual_ids
@@ -220,7 +221,7 @@ class Session:
         """
         if self._sums is not None:
             raise ConfigError("gradients wait for their update, and are not saved: call optim_step first")
-        path = Path(folder)
+        path = Path(local_path(folder))
         self._open(path)
         with RunCheckpoints(path / run_folder.CHECKPOINTS, keep=self.config.checkpoint.keep) as checkpoints:
             extra = {"step": self.step, "progress": {}, "held_out": {}, "draws": self._draws}
@@ -233,6 +234,7 @@ class Session:
         checkpoint is damaged or of another model, adapter or optimizer, and ConfigError if there is none, or if it was
         trained on a base with other weights.
         """
+        folder = local_path(folder)
         on_primary(partial(refuse_other_base, Path(folder), reads_of(self.config, self.tokenizer)))
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self._state)
         with RunCheckpoints(Path(folder) / run_folder.CHECKPOINTS, keep=1, read_only=True) as checkpoints:
@@ -256,7 +258,7 @@ class Session:
         format = format or ("adapter" if has_adapter else "merged")
         if format not in FORMATS or (format == "adapter" and not has_adapter):
             raise ConfigError(f"format={format!r} cannot be written of this model: use 'merged'")
-        target = Path(folder)
+        target = Path(local_path(folder))
         make_new(target)
         nnx.update(module, evaluated_weights(self.config, self._state), self._state.frozen)
         checks = write(self._loaded, self.tokenizer, target, format=format, dtype=dtype, mesh=self.mesh)

@@ -1,0 +1,99 @@
+"""`~` is the home folder wherever a path is taken: in every field of a config and every public function."""
+
+import inspect
+import re
+
+import pytest
+
+from jaxft import api
+from jaxft.checkpoint.load import resolve
+from jaxft.config import RunConfig, with_overrides
+from jaxft.config.fields import all_fields
+from jaxft.data.sources import open_rows
+from jaxft.errors import JaxftError
+from jaxft.files.digest import content_digest
+from jaxft.hardware.prices import price_of
+from jaxft.home import local_path
+from jaxft.rollouts.environments.named import named_environment
+from jaxft.rollouts.reward_functions.named import named_functions
+from jaxft.runs.folder import chat_template, run_config
+
+# Texts that may hold several paths; what opens them expands each.
+LISTS = {"data.train", "data.eval", "data.mixture.NAME.path", "rewards.functions"}
+# Texts whose meaning speaks of files or folders, without being a path.
+NO_PATHS = {"data.rows_field", "model.revision"}
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_home_folders_are_expanded_and_addresses_are_not(home):
+    assert local_path("~/rows.jsonl") == f"{home}/rows.jsonl" and local_path("~") == str(home)
+    assert [local_path(path) for path in ("hf://~/x", "gs://a/~", "a~", "")] == ["hf://~/x", "gs://a/~", "a~", ""]
+
+
+def test_every_field_with_a_path_expands_it(home):
+    texts = {key: field for key, field in all_fields(RunConfig).items() if field.base is str and not field.choices}
+    about_paths = re.compile(r"folder|\bfile|FILE|\bpath\b|model\.path|data\.train`")
+    speaking = {key for key, field in texts.items() if about_paths.search(field.meaning)} - NO_PATHS
+    marked = {key for key, field in texts.items() if field.is_path}
+    assert speaking <= marked | LISTS, "mark them as PATH, or enter them into a table above"
+    assert len(marked) >= 7
+    for key in marked:
+        assert texts[key].convert("~/x") == f"{home}/x"
+    config = with_overrides({"model.path": "~/m", "output_dir": "~/runs/a", "data.train": "~/a.jsonl"})
+    assert (config.model.path, config.output_dir) == (f"{home}/m", f"{home}/runs/a")
+
+
+def test_what_opens_lists_of_paths_expands_each(home):
+    for name in ("a.jsonl", "b.jsonl"):
+        (home / name).write_text("{}")
+    assert len(open_rows("~/a.jsonl, ~/b.jsonl")) == len(open_rows("~/*.jsonl")) == len(open_rows("~")) == 2
+    (home / "r.py").write_text("def one(completions, **_): return [0.0]\n")
+    (named,) = named_functions("~/r.py:one=2")
+    assert named.source == str(home / "r.py")
+
+
+# A call of each public function that takes a path, which refuses one that is not there by its expanded name.
+CALLS = {
+    ("export", "source"): lambda: api.export("~/none", "~/out"),
+    ("export", "to"): lambda: api.export("~/none", "~/full"),
+    ("load_model", "path"): lambda: api.load_model("~/none"),
+    ("load_tokenizer", "path"): lambda: api.load_tokenizer("~/none"),
+    ("score", "rows"): lambda: open_rows("~/none"),
+    ("plan", "prices"): lambda: price_of("v5e", "~/none"),
+    ("digest", "paths"): lambda: content_digest("~/none"),
+    ("run", "folder"): lambda: run_config("~/none"),
+    ("environment", "text"): lambda: named_environment(with_overrides({"model.path": "m", "data.train": "x"} | {
+        "method.name": "grpo", "rewards.functions": "exact_match", "rollout.environment": "~/none.py:C"
+    }).rollout.environment),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=map("-".join, CALLS))
+def test_public_functions_name_the_expanded_path(home, call):
+    (home / "full").mkdir()
+    (home / "full" / "file").touch()
+    with pytest.raises((JaxftError, OSError), match=rf"{home}/(none|full)"):
+        call()
+
+
+def test_paths_that_are_read_without_an_error(home):
+    assert resolve("~/model") == f"{home}/model"
+    (home / "chat_template.jinja").write_text("{{ messages }}")
+    assert chat_template("~") == "{{ messages }}"
+
+
+def test_no_public_function_with_a_path_is_forgotten():
+    known = {"path", "source", "to", "prices", "rows", "folder", "folders", "pairs", "path_with_arg"}
+    functions = [getattr(api, name) for name in dir(api) if inspect.isfunction(getattr(api, name))]
+    taken = {(f.__name__, name) for f in functions for name in inspect.signature(f).parameters if name in known}
+    # Opened by functions that are called above: `resolve`, and the paths that `export` and `sample` write to.
+    others = {
+        ("load_adapters", "folders"), ("write_named", "folder"), ("sample", "to"), ("sample", "pairs"),
+        ("get_config", "path_with_arg"),
+    }  # fmt: skip
+    assert taken - others <= set(CALLS)
