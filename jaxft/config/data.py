@@ -2,7 +2,9 @@
 
 import dataclasses
 import datetime
+import functools
 import re
+import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -22,15 +24,18 @@ from jaxft.config.fields import (
 from jaxft.config.method import methods_on
 from jaxft.errors import ConfigError, did_you_mean
 
-Format = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text"]
+Format = Literal["auto", "messages", "prompt_completion", "alpaca", "qa", "sharegpt", "text"]
 TrainOn = Literal["assistant", "last", "all"]
 Truncation = Literal["refuse", "drop", "right", "left", "windows"]
 CUTTING = ("right", "left", "windows")  # truncations after which an example is a part of a row
+# Roles of messages.
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 PairsOf = Literal["best_worst", "best_others", "adjacent", "all"]
 # Fields by which the columns of a set are read; every set of a mixture may have its own.
 COLUMNS = (
     "format", "prompt_field", "completion_field", "text_field", "chosen_field", "rejected_field", "answers_field",
-    "score_field", "pairs", "label_field", "rows_field",
+    "score_field", "pairs", "label_field", "rows_field", "messages_field", "system_field", "context_field", "roles",
+    "marks", "ignored_columns",
 )  # fmt: skip
 BY_PAIRS = ReadBy("method.name", methods_on("pairs"), because="It is about rows with several answers to a prompt.")
 BY_LABELS = ReadBy("method.name", methods_on("labelled"), because="It is about rows with a label.")
@@ -56,6 +61,12 @@ class MixtureSet(Section):
     pairs: Annotated[PairsOf | None, "as `data.pairs`"] = None
     label_field: Annotated[str | None, "as `data.label_field`"] = None
     rows_field: Annotated[str | None, "as `data.rows_field`"] = None
+    messages_field: Annotated[str | None, "as `data.messages_field`"] = None
+    system_field: Annotated[str | None, "as `data.system_field`"] = None
+    context_field: Annotated[str | None, "as `data.context_field`"] = None
+    roles: Annotated[str | None, "as `data.roles`"] = None
+    marks: Annotated[str | None, "as `data.marks`"] = None
+    ignored_columns: Annotated[str | None, "as `data.ignored_columns`"] = None
     train_on: Annotated[TrainOn | None, "as `data.train_on`"] = None
     limit: Annotated[int | None, ABOVE_ZERO, "number of rows that are used, from the first; None: `data.limit`"] = None
     max_epochs: Annotated[
@@ -110,6 +121,38 @@ class DataConfig(Section):
     )
     completion_field: Annotated[str, "column of the completions in prompt_completion rows"] = "completion"
     text_field: Annotated[str, "column of the text in text rows"] = "text"
+    messages_field: Annotated[
+        str | None, "column of the messages; None: `messages`, `conversations` or another of the usual names"
+    ] = None
+    system_field: Annotated[
+        str | None, "column of a system prompt; None: one of the usual names, such as `system` and `system_prompt`"
+    ] = None
+    context_field: Annotated[
+        str | None,
+        "column of a text that belongs to the question of alpaca and qa rows; None: one of the usual names, such as "
+        "`input` and `context`",
+    ] = None
+    roles: Annotated[
+        str | None, "roles under names of your own: `customer=user, clerk=assistant`; None: the usual names alone"
+    ] = None
+    marks: Annotated[
+        str | None,
+        "marks of messages under names of your own, which say that 1 means `trained` or `untrained`: `learn=trained`; "
+        "see [formats](formats.md#what-a-row-looks-like)",
+    ] = None
+    ignored_columns: Annotated[
+        str | None,
+        "columns that are not read, such as `notes, messages.rating`; `*`: all that nothing reads. None: a column that "
+        "may carry meaning and that nothing reads is refused",
+    ] = None
+    bad_rows: Annotated[
+        Literal["refuse", "skip"],
+        "what happens to rows that cannot be trained on. `refuse`: all of them are named, and the run does not start; "
+        "`skip`: they are left out and counted",
+    ] = "refuse"
+    merge_turns: Annotated[
+        bool, "join consecutive messages of the same role, a blank line between them, for templates that refuse them"
+    ] = False
     chosen_field: Annotated[str, BY_PAIRS, "column of the chosen answers in rows of [preferences](preferences.md)"] = (
         "chosen"
     )
@@ -164,6 +207,11 @@ class DataConfig(Section):
         "what happens if the chat template leaves out a part of a row. `refuse`: an error; `warn`: training on what "
         "the template shows",
     ] = "refuse"
+    boundary: Annotated[
+        Literal["refuse", "separate"],
+        "what happens if a token of plain text spans the end of a prompt and the start of its completion. `refuse`: "
+        "an error that says where to cut; `separate`: each is encoded alone, as a prompt is at inference",
+    ] = "refuse"
     max_length: Annotated[int, ABOVE_ZERO, "length of a training sequence in tokens"] = 1024
     truncation: Annotated[
         Truncation,
@@ -180,6 +228,21 @@ class DataConfig(Section):
     ] = None
     packing: Annotated[bool, "put several rows into a sequence, where none sees another; no row is ever split"] = True
     shuffle: Annotated[bool, "draw a new order of sequences for every epoch, from `seed`"] = True
+
+    @property
+    def ignored_names(self) -> frozenset[str]:
+        """The names and patterns of `ignored_columns`."""
+        return _names(self.ignored_columns)
+
+    @property
+    def role_names(self) -> Mapping[str, str]:
+        """The role by each name of `roles`."""
+        return _pairs("data.roles", self.roles, ROLES)
+
+    @property
+    def mark_names(self) -> Mapping[str, str]:
+        """`trained` or `untrained`, whichever 1 means, by each name of `marks`."""
+        return _pairs("data.marks", self.marks, ("trained", "untrained"))
 
     @property
     def schedule(self) -> tuple[tuple[float, dict[str, float]], ...]:
@@ -205,6 +268,8 @@ class DataConfig(Section):
                 datetime.date.fromisoformat(self.template_date)
             except ValueError as error:
                 raise ConfigError(f"data.template_date={self.template_date!r} is no date: {error}") from error
+        for data in (self, *map(self.of_set, self.mixture)):
+            _ = data.role_names, data.mark_names
         if not self.train and not self.mixture:
             raise ConfigError(
                 "data.train is empty: give a file, a folder, hf://owner/name or tfds:name, a list of them, or several "
@@ -233,6 +298,25 @@ class DataConfig(Section):
             raise ConfigError(
                 f"data.mixture: {', '.join(idle)} would never be trained on; remove it, or give it a weight"
             )
+
+
+@functools.cache
+def _names(text: str | None) -> frozenset[str]:
+    return frozenset(name for part in (text or "").split(",") if (name := part.strip()))
+
+
+@functools.cache
+def _pairs(key: str, text: str | None, choices: tuple[str, ...]) -> Mapping[str, str]:
+    """The pairs of a text such as `a=user, b=assistant`. Raises ConfigError for another form, or an unknown choice."""
+    pairs = {}
+    for part in _names(text):
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        if not (name and equals) or value not in choices:
+            raise ConfigError(
+                f"{key}={text!r}: {part!r} is not of the form NAME={'|'.join(choices)}.{did_you_mean(value, choices)}"
+            )
+        pairs[name] = value
+    return types.MappingProxyType(pairs)
 
 
 def parse_stages(text: str | None, weights: Mapping[str, float]) -> tuple[tuple[float, dict[str, float]], ...]:

@@ -10,9 +10,12 @@ import numpy as np
 
 from jaxft.config import DataConfig
 from jaxft.data.batch import Example
+from jaxft.data.chat.arrange import CHANGES
 from jaxft.data.examine_pairs import PairExamination, combine_pairs, examine_pairs, length_quantiles, pair_warnings
 from jaxft.data.fitting import LengthLimit, ModelLimits
 from jaxft.data.packing import one_each, pack
+from jaxft.data.rows.bad_rows import BadRows
+from jaxft.data.rows.columns import UnreadColumn, UnreadColumns, combine_unread
 from jaxft.errors import DataError, listed
 
 BINS = 12
@@ -30,6 +33,8 @@ class Examination:
     before truncation, by "p0" to "p100". histogram: of the same lengths, as (from, to, examples), bounds inclusive.
     formats: rows of each format. holds: rows with a system message, several answers, tools, tool calls, thoughts,
     answers that are not trained. pairs: what differs between chosen and rejected answers, if the examples are pairs.
+    skipped: rows that cannot be trained on and were left out (data.bad_rows); bad_rows: what is wrong with the first.
+    unread: columns, and keys of messages, that nothing reads.
     """
 
     source: str
@@ -50,6 +55,9 @@ class Examination:
     pairs: PairExamination | None = None
     windowed: int = 0
     windows: int = 0
+    skipped: int = 0
+    bad_rows: tuple[str, ...] = ()
+    unread: tuple[UnreadColumn, ...] = ()
 
     @property
     def before_fitting(self) -> int:
@@ -67,7 +75,7 @@ class ReadCounts:
 
     formats, holds: rows of each format, and with each kind of part. chats: rows of each format that are rendered by a
     chat template. notes: as `encode_all` counts them. left_out: what the reader left out: `rows`, and pairs of answers
-    by the reason.
+    by the reason. bad: rows that cannot be trained on. unread: columns that nothing reads.
     """
 
     formats: Counter[str] = dataclasses.field(default_factory=Counter)
@@ -75,6 +83,18 @@ class ReadCounts:
     notes: Counter[str] = dataclasses.field(default_factory=Counter)
     left_out: Counter[str] = dataclasses.field(default_factory=Counter)
     chats: Counter[str] = dataclasses.field(default_factory=Counter)
+    bad: BadRows = dataclasses.field(default_factory=BadRows)
+    unread: UnreadColumns = dataclasses.field(default_factory=UnreadColumns)
+
+    def fields(self) -> dict[str, Any]:
+        """What an Examination says of it too."""
+        return {
+            "formats": dict(self.formats),
+            "holds": dict(self.holds),
+            "skipped": len(self.bad),
+            "bad_rows": self.bad.messages,
+            "unread": self.unread.listed,
+        }
 
 
 def examine(
@@ -131,9 +151,8 @@ def examine(
         fill=tokens / (len(plan) * max_length),
         quantiles=length_quantiles(lengths),
         histogram=histogram(lengths),
-        formats=dict(counts.formats),
-        holds=dict(counts.holds),
         pairs=examine_pairs(kept, counts.left_out) if pairs else None,
+        **counts.fields(),
     )
     warnings = _warnings(examination, len(kept) - ended, counts.notes, fitted.headless)
     return kept, dataclasses.replace(examination, warnings=warnings)
@@ -157,7 +176,8 @@ def combine_examinations(examinations: Sequence[Examination], examples: Sequence
 
     lengths = np.array([len(example) for example in examples])
     summed = (
-        "rows", "examples", "tokens", "trained_tokens", "truncated", "dropped", "windowed", "windows", "sequences"
+        "rows", "examples", "tokens", "trained_tokens", "truncated", "dropped", "windowed", "windows", "sequences",
+        "skipped",
     )  # fmt: skip
     sums = {name: total(name) for name in summed}
     return Examination(
@@ -170,6 +190,8 @@ def combine_examinations(examinations: Sequence[Examination], examples: Sequence
         holds=count_by("holds"),
         warnings=tuple(f"{one.source}: {warning}" for one in examinations for warning in one.warnings),
         pairs=combine_pairs([one.pairs for one in examinations if one.pairs], examples),
+        bad_rows=tuple(message for one in examinations for message in one.bad_rows),
+        unread=combine_unread([one.unread for one in examinations]),
         **sums,
     )
 
@@ -197,8 +219,9 @@ def _warnings(examination: Examination, unended: int, notes: Counter[str], headl
             f"{notes['split']:,} rows are cut into a sequence for each answer that the chat template rewrites later: "
             f"{examination.rows:,} rows became {examination.before_fitting:,} examples (data.turns)"
         )
+    warnings += changes(notes, examination.skipped)
     for what, count in notes.items():
-        if what != "split":
+        if what not in ("split", *CHANGES):
             warnings.append(f"in {count:,} rows the chat template leaves {what} out (data.omissions)")
     if examination.dropped:
         warnings.append(
@@ -227,6 +250,12 @@ def _warnings(examination: Examination, unended: int, notes: Counter[str], headl
     if examination.pairs is not None:
         warnings += pair_warnings(examination.pairs)
     return tuple(warnings)
+
+
+def changes(notes: Counter[str], skipped: int) -> list[str]:
+    """Warnings of rows that were left out, and of those whose messages were changed for the chat template."""
+    warnings = [f"{skipped:,} rows cannot be trained on and are left out (data.bad_rows)"] if skipped else []
+    return warnings + [f"in {notes[change]:,} rows {change}" for change in CHANGES if notes[change]]
 
 
 def _nothing(source: str, left_out: Counter[str]) -> str:

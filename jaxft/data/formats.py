@@ -1,29 +1,34 @@
-"""Readers of the common row formats: each row becomes a `Conversation`."""
+"""Readers of the common row formats: each row becomes a `Conversation`.
 
-import json
+A reader returns the columns that it read, so that no other column is dropped without a word (`rows/columns`).
+"""
+
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from jaxft.config import DataConfig
-from jaxft.data.chat.reasoning import FIELDS
 from jaxft.data.chat.template_text import RESERVED
-from jaxft.data.chat.tool_calls import BadCall, calls_of, tools_of
+from jaxft.data.chat.tool_calls import BadCall, tools_of
+from jaxft.data.rows.bad_rows import OnBadRow, refuse
+from jaxft.data.rows.columns import Unread, is_empty, split_ignored, treatment_of, unread_columns
+from jaxft.data.rows.questions import question_columns
+from jaxft.data.rows.readers import READERS
+from jaxft.data.rows.values import (
+    RowProblem,
+    is_absent,
+    parse_json,
+    refuse_half_characters,
+    sample,
+)
 from jaxft.data.sources import Rows
-from jaxft.errors import DataError, did_you_mean
+from jaxft.errors import DataError
 
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-# ShareGPT's names of speakers; function_call is an assistant turn that calls a tool.
-SPEAKERS = {
-    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
-    "model": "assistant", "system": "system", "observation": "tool", "tool": "tool", "function_call": "assistant",
-}  # fmt: skip
-
-# Fields that a turn of ShareGPT may have in addition to its text, as OpenAI's messages do.
-TURN_FIELDS = (*FIELDS, "train", "weight", "name", "tool_calls", "tool_call_id")
 # The number of a row whose answer is labelled: 1 if it is good, 0 if it is bad.
 DESIRABLE = "desirable"
+# Columns that a rendering reads beside the messages.
+EXTRAS = ("tools", "functions", "documents", "chat_template_kwargs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +41,7 @@ class Conversation:
     first_trained: index of the first message that may be trained on. untrained: indices of answers marked as not to be
     trained. template_kwargs: variables of the chat template for this row, such as enable_thinking.
     prompt, completion: plain text; the prompt of a `text` row is empty. values: numbers of the row that a training
-    method reads, such as a margin or a label, by name.
+    method reads, such as a margin or a label, by name. unread: columns and keys of the row that no reader reads.
     """
 
     row: int
@@ -51,12 +56,46 @@ class Conversation:
     prompt: str = ""
     completion: str = ""
     values: Mapping[str, float] = field(default_factory=dict)
+    unread: tuple[Unread, ...] = ()
 
 
-def conversations(rows: Rows, config: DataConfig, left_out: Counter[str]) -> Iterator[Conversation]:
-    """Every row as a Conversation, in order; none is left out. Raises DataError at the first that cannot be one."""
+# The conversations of one row, by its fields, its index and its name in errors. One row may give several, each with its
+# place among them in `part`. The counter takes what is left out: `rows` that give none, and others by their names.
+# Raises DataError, naming the row, if it cannot be read.
+ReadRow = Callable[[Mapping[str, Any], DataConfig, int, str, Counter[str]], Sequence[Conversation]]
+
+
+def conversation_of(
+    fields: Mapping[str, Any], config: DataConfig, row: int, where: str, left_out: Counter[str]
+) -> list[Conversation]:
+    """`ReadRow` of rows that are one conversation each."""
+    return [read_row(fields, config, row=row, where=where)]
+
+
+def conversations(
+    rows: Rows,
+    config: DataConfig,
+    read: ReadRow = conversation_of,
+    *,
+    left_out: Counter[str] | None = None,
+    on_bad: OnBadRow = refuse,
+) -> Iterator[Conversation]:
+    """The conversations of every row, in order.
+
+    read: what becomes of a row. left_out: takes what `read` leaves out. on_bad: takes the rows that cannot be read and
+    what is wrong with them; by default the first of them raises DataError.
+    """
+    left_out = Counter[str]() if left_out is None else left_out
     for index in range(len(rows)):
-        yield read_row(rows[index], config, row=index, where=rows.where(index))
+        try:
+            of_row = list(read(rows[index], config, index, rows.where(index), left_out))
+        except DataError as error:
+            on_bad(index, rows.where(index), error)
+        except RecursionError:
+            where = rows.where(index)
+            on_bad(index, where, DataError(f"{where} is nested too deeply to be read"))
+        else:
+            yield from of_row
 
 
 def read_row(fields: Mapping[str, Any], config: DataConfig, *, row: int, where: str) -> Conversation:
@@ -64,229 +103,100 @@ def read_row(fields: Mapping[str, Any], config: DataConfig, *, row: int, where: 
 
     row: its index. where: its name in errors. Raises DataError if it cannot be one.
     """
+    fields, ignored = split_ignored(fields, config)
     name = config.format if config.format != "auto" else detect(fields, config, where)
     try:
-        read = READERS[name].read(fields, config)
+        read, columns = READERS[name].read(fields, config)
+        unread = [*ignored, *read.pop("unread", ())]
         if "messages" in read:
-            read |= _marks(read["messages"]) | {
-                "tools": tools_of(fields),
-                "template_kwargs": template_kwargs_of(fields),
-            }
-        return Conversation(row=row, where=where, format=name, **read)
+            read |= extras_of(fields)
+            columns |= {*EXTRAS}
+            if documents := read["template_kwargs"].get("documents"):
+                unread.append(Unread("documents", sample(documents), treatment_of("documents", config), "documents"))
+        conversation = Conversation(row=row, where=where, format=name, **read)
+        _refuse_half_characters(conversation)
+        if any(column not in columns and not is_empty(value) for column, value in fields.items()):
+            unread += unread_columns(fields, columns, config, texts_of(conversation), _other_columns(config))
+        return replace(conversation, unread=tuple(unread)) if unread else conversation
     except (RowProblem, BadCall) as problem:
         raise DataError(f"{where} ({name}): {problem}") from problem
 
 
+def _refuse_half_characters(conversation: Conversation) -> None:
+    for name in ("prompt", "completion", "tools"):
+        refuse_half_characters(getattr(conversation, name), name)
+    for number, message in enumerate(conversation.messages, 1):
+        refuse_half_characters(message, f"message {number}")
+
+
+def texts_of(conversation: Conversation) -> list[str]:
+    """The text of a row that is read, in order."""
+    if not conversation.messages:
+        return [text for text in (conversation.prompt, conversation.completion) if text.strip()]
+    return [message["content"] for message in conversation.messages if message["content"].strip()]
+
+
+def extras_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The tools and the variables of the template that a row gives, as the fields of a Conversation.
+
+    `functions` is OpenAI's older name of `tools`. Raises RowProblem and BadCall.
+    """
+    given = {name: row[name] for name in ("tools", "functions") if not is_absent(row.get(name)) and row[name]}
+    if len(given) > 1:
+        raise RowProblem("it has both 'tools' and 'functions': keep one")
+    kwargs = template_kwargs_of(row)
+    if not is_empty(documents := row.get("documents")):
+        kwargs["documents"] = parse_json(documents, "'documents'") if isinstance(documents, str) else documents
+    return {"tools": tools_of({"tools": next(iter(given.values()), None)}), "template_kwargs": kwargs}
+
+
 def detect(row: Mapping[str, Any], config: DataConfig, where: str) -> str:
-    """The one format whose fields the row has. Raises DataError if none fits, or more than one."""
-    wanted = {name: reader.keys(config) for name, reader in READERS.items()}
-    fitting = [name for name, fields in wanted.items() if all(row.get(field) is not None for field in fields)]
+    """The one format whose fields the row has. Raises DataError if none fits, or more than one.
+
+    A question and an answer in columns of their own are read only if nothing else fits.
+    """
+    fitting = [name for name, reader in READERS.items() if name != "qa" and reader.fits(row, config)]
+    if not fitting and question_columns(row, config):
+        return "qa"
     if len(fitting) == 1:
         return fitting[0]
-    keys = ", ".join(sorted(row)) or "none"
+    keys = ", ".join(sorted(map(str, row))) or "none"
     if fitting:
         raise DataError(
             f"{where} can be read as {' or as '.join(fitting)} (its keys: {keys}). Set data.format to the one you mean."
         )
-    known = "; ".join(f"{name}: {' + '.join(fields)}" for name, fields in wanted.items())
+    for name, reader in READERS.items():
+        wanted = reader.keys(config)
+        if nulls := [key for key in wanted if key in row and is_absent(row[key])]:
+            if all(key in row for key in wanted):
+                raise DataError(
+                    f"{where} ({name}): {' and '.join(nulls)} {'is' if len(nulls) == 1 else 'are'} null, and a row "
+                    f"of this format needs {' and '.join(wanted)}. Fill it, or remove the row."
+                )
+    known = "; ".join(f"{name}: {' + '.join(reader.keys(config))}" for name, reader in READERS.items())
     raise DataError(
         f"{where} is of no known format: its keys are {keys}. Known formats and the keys they need: {known}. "
-        "Set data.prompt_field, data.completion_field or data.text_field to your column names."
+        "Set data.messages_field, data.prompt_field, data.completion_field or data.text_field to your column names."
     )
 
 
-class RowProblem(ValueError):
-    """A problem with a row; `read_row` adds the row's name."""
-
-
-def _messages(row: Mapping[str, Any], config: DataConfig) -> dict[str, Any]:
-    return {"messages": check_messages(_field(row, "messages"), "messages")}
-
-
-def _prompt_completion(row: Mapping[str, Any], config: DataConfig) -> dict[str, Any]:
-    prompt, completion = _field(row, config.prompt_field), _field(row, config.completion_field)
-    if isinstance(prompt, str) and isinstance(completion, str):
-        if not completion:
-            raise RowProblem(f"{config.completion_field!r} is empty, so there is nothing to train on")
-        return {"prompt": prompt, "completion": completion}
-    if isinstance(prompt, str) or isinstance(completion, str):
-        raise RowProblem(
-            f"{config.prompt_field!r} is {type(prompt).__name__} and {config.completion_field!r} is "
-            f"{type(completion).__name__}: both must be text, or both lists of messages"
-        )
-    before = check_messages(prompt, config.prompt_field, answer=False)
-    after = check_messages(completion, config.completion_field)
-    return {"messages": before + after, "first_trained": len(before)}
-
-
-def _alpaca(row: Mapping[str, Any], config: DataConfig) -> dict[str, Any]:
-    messages = [*alpaca_prompt(row), {"role": "assistant", "content": _field(row, "output")}]
-    return {"messages": check_messages(messages, "instruction/output")}
-
-
-def alpaca_prompt(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The messages of an alpaca row before its answer, not yet checked. Raises RowProblem if they cannot be read."""
-    messages = []
-    if row.get("system"):
-        messages.append({"role": "system", "content": row["system"]})
-    for pair in row.get("history") or ():
-        if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
-            raise RowProblem(f"'history' must be a list of [question, answer] pairs; one is {str(pair)[:60]!r}")
-        messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    question = _field(row, "instruction")
-    if row.get("input"):
-        question = f"{question}\n{row['input']}"
-    return [*messages, {"role": "user", "content": question}]
-
-
-def _sharegpt(row: Mapping[str, Any], config: DataConfig) -> dict[str, Any]:
-    return {"messages": check_messages(sharegpt_messages(row), "conversations")}
-
-
-def sharegpt_messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The turns of a sharegpt row as messages, not yet checked. Raises RowProblem if they cannot be read."""
-    messages = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    turns = as_list(_field(row, "conversations"), "conversations")
-    return messages + [sharegpt_message(turn, number) for number, turn in enumerate(turns, 1)]
-
-
-def sharegpt_message(turn: Mapping[str, Any], number: int) -> dict[str, Any]:
-    """One turn as a message, not yet checked. number: its place, from 1. Raises RowProblem for an unknown speaker."""
-    speaker = turn.get("from", turn.get("role"))
-    if speaker not in SPEAKERS:
-        hint = did_you_mean(str(speaker), SPEAKERS)
-        raise RowProblem(f"turn {number} is from {speaker!r}; known: {', '.join(SPEAKERS)}.{hint}")
-    value = turn.get("value", turn.get("content"))
-    message = {"role": SPEAKERS[speaker], "content": value}
-    if speaker == "function_call":
-        message = {"role": "assistant", "tool_calls": value}
-    return {name: turn[name] for name in TURN_FIELDS if name in turn} | message
-
-
-def _text(row: Mapping[str, Any], config: DataConfig) -> dict[str, Any]:
-    text = _field(row, config.text_field)
-    if not isinstance(text, str) or not text:
-        raise RowProblem(f"{config.text_field!r} is empty or not text: {str(text)[:60]!r}")
-    return {"completion": text}
-
-
-class Reader(NamedTuple):
-    """How rows of one format are read. keys: of a config, those that a row of the format always has.
-
-    read: from a row to the fields of its Conversation.
-    """
-
-    keys: Callable[[DataConfig], tuple[str, ...]]
-    read: Callable[[Mapping[str, Any], DataConfig], dict[str, Any]]
-
-
-READERS = {
-    "messages": Reader(lambda config: ("messages",), _messages),
-    "sharegpt": Reader(lambda config: ("conversations",), _sharegpt),
-    "prompt_completion": Reader(lambda config: (config.prompt_field, config.completion_field), _prompt_completion),
-    "alpaca": Reader(lambda config: ("instruction", "output"), _alpaca),
-    "text": Reader(lambda config: (config.text_field,), _text),
-}
-
-
-def _field(row: Mapping[str, Any], name: str) -> Any:
-    if row.get(name) is None:
-        raise RowProblem(f"no field {name!r}; its keys are {', '.join(sorted(row)) or 'none'}")
-    return row[name]
-
-
-def as_list(value: Any, field: str) -> list[Mapping[str, Any]]:
-    """A list of objects, in whichever way a table stores it. Raises RowProblem if it is none, or empty."""
-    # Columnar stores return a list of objects as an object of lists.
-    if isinstance(value, Mapping) and all(isinstance(column, list) for column in value.values()):
-        value = [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
-    if not isinstance(value, list) or not value:
-        raise RowProblem(f"{field!r} must be a list with at least one message; it is {str(value)[:60]!r}")
-    for number, item in enumerate(value, 1):
-        if not isinstance(item, Mapping):
-            raise RowProblem(f"{field!r} entry {number} is not a message: {str(item)[:60]!r}")
-    return value
-
-
-def check_messages(value: Any, field: str, *, answer: bool = True) -> tuple[dict[str, Any], ...]:
-    """Messages that can be rendered. answer: at least one must come from the assistant."""
-    messages = tuple(_message(message, number) for number, message in enumerate(as_list(value, field), 1))
-    if answer and not any(message["role"] == "assistant" for message in messages):
-        roles = ", ".join(message["role"] for message in messages)
-        raise RowProblem(f"{field!r} has no assistant message to train on (roles: {roles})")
-    return messages
-
-
-def _message(message: Mapping[str, Any], number: int) -> dict[str, Any]:
-    # Tables fill absent fields with None; templates test whether a field exists.
-    message = {key: value for key, value in message.items() if value is not None}
-    role = message.get("role")
-    if role not in ROLES:
-        raise RowProblem(
-            f"message {number} has role {role!r}; known: {', '.join(ROLES)}.{did_you_mean(str(role), ROLES)}"
-        )
-    calls = calls_of(message, number)
-    message = {k: v for k, v in message.items() if k not in ("tool_calls", "function_call")}
-    if calls:
-        message["tool_calls"] = calls
-    for name in FIELDS:
-        if not isinstance(message.get(name, ""), str):
-            raise RowProblem(
-                f"message {number} ({role}) has {name} of type {type(message[name]).__name__}; it must be text"
-            )
-    content = message.get("content")
-    if isinstance(content, list):
-        message["content"] = content = _join_text(content, number)
-    if content is not None and not isinstance(content, str):
-        raise RowProblem(f"message {number} ({role}) has content of type {type(content).__name__}; it must be text")
-    may_be_empty = role in ("system", "developer", "tool", "function") or "tool_calls" in message
-    if not may_be_empty and not (content or "").strip():
-        raise RowProblem(f"message {number} ({role}) has empty content; remove the message or the row")
-    message.setdefault("content", "")
-    return message
-
-
-def _join_text(parts: list[Any], number: int) -> str:
-    if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in parts):
-        raise RowProblem(f"message {number} has content parts that are not text; only text is trained")
-    return "".join(part["text"] for part in parts)
-
-
-def _marks(messages: tuple[dict[str, Any], ...]) -> dict[str, Any]:
-    """The messages without their `train` and `weight` fields, and the answers that these exclude from training.
-
-    `train: true/false` and OpenAI's `weight: 0/1` mean the same; a message without either is trained.
-    """
-    untrained, bare = set(), []
-    for index, message in enumerate(messages):
-        marks = {name: message[name] for name in ("train", "weight") if name in message}
-        for name, value in marks.items():
-            if value not in (0, 1):
-                raise RowProblem(f"message {index + 1} has {name}: {value!r}; it may be 0 or 1, or false or true")
-        if len({bool(value) for value in marks.values()}) > 1:
-            raise RowProblem(f"message {index + 1} has train: {marks['train']} and weight: {marks['weight']}; keep one")
-        if any(marks.values()) and message["role"] != "assistant":
-            raise RowProblem(
-                f"message {index + 1} ({message['role']}) is marked to be trained, but only answers can be: remove its "
-                "train or weight, or train on everything with data.train_on='all'"
-            )
-        if marks and not any(marks.values()) and message["role"] == "assistant":
-            untrained.add(index)
-        bare.append({name: value for name, value in message.items() if name not in marks})
-    return {"messages": tuple(bare), "untrained": frozenset(untrained)}
+def _other_columns(config: DataConfig) -> frozenset[str]:
+    """Columns of other formats than the one that the config names, which are left alone on purpose."""
+    if config.format == "auto":
+        return frozenset()
+    return frozenset(key for reader in READERS.values() for key in reader.keys(config))
 
 
 def template_kwargs_of(row: Mapping[str, Any]) -> dict[str, Any]:
     """The variables of the chat template that a row gives as `chat_template_kwargs`. Raises RowProblem."""
-    given = row.get("chat_template_kwargs") or {}
+    given = row.get("chat_template_kwargs")
+    if is_absent(given) or not given:
+        return {}
     if isinstance(given, str):
-        try:
-            given = json.loads(given)
-        except ValueError as error:
-            raise RowProblem(f"'chat_template_kwargs' is text but not JSON: {error}") from error
+        given = parse_json(given, "'chat_template_kwargs'")
     if not isinstance(given, Mapping) or set(given) & set(RESERVED):
         raise RowProblem(
             f"'chat_template_kwargs' must be an object of variables other than {', '.join(RESERVED)}; it is "
-            f"{str(given)[:60]!r}"
+            f"{sample(given)!r}"
         )
-    return dict(given)
+    return {str(name): value for name, value in given.items()}

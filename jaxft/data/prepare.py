@@ -1,36 +1,38 @@
 """From a run's config to examined examples: one training set or several, and the held-out rows.
 
-A training method with rows of its own reuses all of this: it passes `prepare_sets` a `ReadRows` that turns its rows
-into conversations, and pairs the examples up again by `Example.row`.
+A training method with rows of its own reuses all of this: it passes `prepare_sets` a `ReadRow` that turns a row into
+conversations, and pairs the examples up again by `Example.row`.
 """
 
 import dataclasses
 import itertools
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
 from jaxft.config import DataConfig, RunConfig
 from jaxft.data.batch import Example
+from jaxft.data.chat.arrange import names_of
 from jaxft.data.chat.encode import encode_all, prompt_of
 from jaxft.data.chat.reasoning import thoughts_of
 from jaxft.data.examine import Examination, ReadCounts, combine_examinations, count_repeated, examine
 from jaxft.data.fitting import ModelLimits
-from jaxft.data.formats import DESIRABLE, Conversation, conversations
+from jaxft.data.formats import DESIRABLE, Conversation, ReadRow, conversation_of, conversations
+from jaxft.data.rows.columns import UnreadColumns
 from jaxft.data.sources import Rows, held_out_rows, train_and_eval
 from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import DataError
 from jaxft.nn.virtual import virtual_ids
 
+UNTRAINED = (
+    "trains on zero tokens: every answer in it is empty or marked not to be trained (train: false, weight: 0). Remove "
+    "the row, or the marks."
+)
 ONLY = "train"  # name of the training set of a run without a mixture
 
-# The conversations of a set, in order of its rows; one row may give several, each with the row's index in `row` and its
-# place among them in `part`. The counter takes what is left out: `rows` that give none, and others by their names.
-# Raises DataError, naming the row by `rows.where(index)`, if a row cannot be read.
-ReadRows = Callable[[Rows, DataConfig, Counter[str]], Iterator[Conversation]]
-# The examples of a set, in the order of its conversations -> those that are packed, such as the pairs of two.
-Join = Callable[[list[Example]], list[Example]]
+# From the examples of a set, in the order of its conversations, and the names of rows in errors, by their indices, to
+# the examples that are packed, such as the pairs of two.
+Join = Callable[[Sequence[Example], Callable[[int], str]], list[Example]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +59,8 @@ class Prepared:
 
     sets: in order of their names. examination: of all sets together. eval_examples and eval_examination are None if
     nothing is held out. eval_prompts and eval_references are the first `eval.limit` held-out prompts (token ids) and
-    right answers (text), to score by generation, taken from the sets in turn; plain text has none.
+    right answers (text), to score by generation, taken from the sets in turn; plain text has none. eval_sets: the
+    held-out sets, of which eval_examples has the examples.
     """
 
     sets: tuple[TrainSet, ...]
@@ -65,6 +68,7 @@ class Prepared:
     eval_examples: list[Example] | None = None
     eval_prompts: list[list[int]] = field(default_factory=list)
     eval_references: list[str] = field(default_factory=list)
+    eval_sets: tuple[TrainSet, ...] = ()
     eval_examination: Examination | None = None
 
     @property
@@ -77,22 +81,25 @@ def prepare(
     config: RunConfig,
     tokenizer: Tokenizer,
     *,
-    read: ReadRows = conversations,
-    join: Join = list,
-    read_answers: ReadRows | None = None,
+    read: ReadRow = conversation_of,
+    join: Join | None = None,
+    read_answers: ReadRow | None = None,
+    no_answers: str = "the held-out rows are plain text",
     pairs: bool = False,
 ) -> Prepared:
     """Reads, tokenises and examines a run's training and held-out rows, each after the adapter's virtual tokens.
 
     read, join, pairs: see `prepare_set`. read_answers: the held-out conversations whose answers are the references of
-    scores by generation; by default those of `read`. Raises DataError, naming the row, for anything that would train
-    silently wrong; also if eval.metric is set and the held-out rows are plain text, which has no answers to score.
+    scores by generation; by default those of `read`. no_answers: why there may be none, for an error. Raises DataError,
+    naming the row, for anything that would train silently wrong; also if eval.metric is set and the held-out rows have
+    no answers to score.
     """
     train, held_out = open_sets(config)
     data = prepare_sets(train, held_out, config, tokenizer, read=read, join=join, pairs=pairs)
-    questions = _questions(held_out, tokenizer, config.eval.limit, read_answers or read)
+    kept = [{example.row for example in one.examples} for one in data.eval_sets]
+    questions = _questions(held_out, kept, tokenizer, config.eval.limit, read_answers or read)
     if config.eval.metric and held_out and not questions:
-        raise DataError("eval.metric compares answers with references, but the held-out rows are plain text")
+        raise DataError(f"eval.metric compares answers with references, but {no_answers}")
     return dataclasses.replace(
         data,
         eval_prompts=[prompt for prompt, _ in questions],
@@ -123,8 +130,8 @@ def prepare_sets(
     config: RunConfig,
     tokenizer: Tokenizer,
     *,
-    read: ReadRows = conversations,
-    join: Join = list,
+    read: ReadRow = conversation_of,
+    join: Join | None = None,
     pairs: bool = False,
 ) -> Prepared:
     """The examples and examinations of opened sets, without eval_prompts and eval_references.
@@ -152,7 +159,11 @@ def prepare_sets(
         warning = f"{repeated:,} of {len(eval_examples):,} held-out examples are in the training set too"
         eval_examination = dataclasses.replace(eval_examination, warnings=(*eval_examination.warnings, warning))
     return Prepared(
-        sets=tuple(sets), examination=examination, eval_examples=eval_examples, eval_examination=eval_examination
+        sets=tuple(sets),
+        examination=examination,
+        eval_examples=eval_examples,
+        eval_sets=tuple(eval_sets),
+        eval_examination=eval_examination,
     )
 
 
@@ -162,8 +173,8 @@ def prepare_set(
     tokenizer: Tokenizer,
     *,
     first: Sequence[int] = (),
-    read: ReadRows = conversations,
-    join: Join = list,
+    read: ReadRow = conversation_of,
+    join: Join | None = None,
     pairs: bool = False,
 ) -> tuple[list[Example], Examination]:
     """One set: read, tokenised, and examined.
@@ -173,23 +184,31 @@ def prepare_set(
     whether they are pairs of a chosen and a rejected answer, which the examination then compares. Raises DataError,
     naming the row, as `read`, `join`, `encode_all` and `examine` do.
     """
-    counts = ReadCounts()
+    counts = ReadCounts(unread=UnreadColumns(template_names=names_of(tokenizer)))
 
     def read_and_count() -> Iterator[Conversation]:
-        read_rows = read(rows, config, counts.left_out)
+        read_rows = conversations(rows, config, read, left_out=counts.left_out, on_bad=counts.bad.add)
         for _, of_row in itertools.groupby(read_rows, lambda conversation: conversation.row):
             features: set[str] = set()
             for number, conversation in enumerate(of_row):
                 if number == 0:
                     counts.formats[conversation.format] += 1
                     counts.chats[conversation.format] += bool(conversation.messages)
+                    counts.unread.add(conversation.unread)
                 features.update(_features(conversation))
                 yield conversation
             counts.holds.update(features)
 
-    encoded = [example.prepend(first) for example in encode_all(read_and_count(), tokenizer, config, counts.notes)]
+    all_read = encode_all(read_and_count(), tokenizer, config, counts.notes, counts.bad.add)
+    encoded = [example.prepend(first) for example in all_read]
+    for example in encoded:
+        if not example.mask.any():
+            counts.bad.add(example.row, rows.where(example.row), DataError(f"{rows.where(example.row)} {UNTRAINED}"))
+    counts.bad.check(config.bad_rows, len(rows), rows.describe())
+    counts.unread.check(rows.describe())
+    encoded = [example for example in encoded if example.row not in counts.bad]
     try:
-        examples = join(encoded)
+        examples = encoded if join is None else join(encoded, rows.where)
     except DataError as error:  # which knows the examples alone
         raise DataError(f"{rows.describe()}: {error}") from error
     return examine(
@@ -211,23 +230,34 @@ def _set_configs(data: DataConfig) -> dict[str, DataConfig]:
 
 
 def _questions(
-    held_out: Sequence[RowSet], tokenizer: Tokenizer, limit: int | None, read: ReadRows
+    held_out: Sequence[RowSet],
+    kept: Sequence[Collection[int]],
+    tokenizer: Tokenizer,
+    limit: int | None,
+    read: ReadRow,
 ) -> list[tuple[list[int], str]]:
-    """(prompt, reference) of up to `limit` held-out rows, one set after another in turn; none for plain text."""
-    if not held_out:
-        return []
-    if len(held_out) == 1:  # of mixed rows, the questions among the first `limit`
-        (one,) = held_out
-        first = islice(read(one.rows, one.config, Counter()), limit)
-        return [prompt_of(row, tokenizer, one.config) for row in first if row.format != "text"]
+    """(prompt, reference) of up to `limit` held-out rows, one set after another in turn; none for plain text.
 
-    def questions_of(one: RowSet) -> Iterator[tuple[list[int], str]]:
-        for conversation in read(one.rows, one.config, Counter()):
+    kept: of each set, the indices of the rows that are evaluated: those that were left out are not scored either.
+    """
+
+    def conversations_of(one: RowSet, rows: Collection[int]) -> Iterator[Conversation]:
+        # What is wrong with rows that were left out has been told.
+        read_rows = conversations(one.rows, one.config, read, on_bad=lambda row, where, error: None)
+        return (conversation for conversation in read_rows if conversation.row in rows)
+
+    read_sets = [conversations_of(one, rows) for one, rows in zip(held_out, kept, strict=True)]
+    if len(held_out) == 1:  # of mixed rows, the questions among the first `limit`
+        first = islice(read_sets[0], limit)
+        return [prompt_of(row, tokenizer, held_out[0].config) for row in first if row.format != "text"]
+
+    def questions_of(one: RowSet, read_set: Iterator[Conversation]) -> Iterator[tuple[list[int], str]]:
+        for conversation in read_set:
             if conversation.format != "text":
                 yield prompt_of(conversation, tokenizer, one.config)
 
     questions: list[tuple[list[int], str]] = []
-    waiting = [questions_of(one) for one in held_out]
+    waiting = [questions_of(one, read_set) for one, read_set in zip(held_out, read_sets, strict=True)]
     while waiting and (limit is None or len(questions) < limit):
         round_of_each = [next(one, None) for one in waiting]
         waiting = [one for one, question in zip(waiting, round_of_each, strict=True) if question is not None]

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,15 +10,21 @@ import numpy as np
 
 from jaxft.config import DataConfig, RunConfig
 from jaxft.data.batch import Example
+from jaxft.data.chat.arrange import arrange, names_of
 from jaxft.data.chat.encode import bos_of
 from jaxft.data.chat.reasoning import split_thoughts
-from jaxft.data.chat.tool_calls import BadCall, tools_of
+from jaxft.data.chat.tool_calls import BadCall
 from jaxft.data.chat.turns import render
-from jaxft.data.examine import Examination, combine_examinations, count_repeated, histogram
+from jaxft.data.examine import Examination, changes, combine_examinations, count_repeated, histogram
 from jaxft.data.examine_pairs import length_quantiles
-from jaxft.data.formats import Conversation, RowProblem, check_messages, template_kwargs_of
-from jaxft.data.preferences.prompts import Message, messages_of, prompt_in
+from jaxft.data.formats import Conversation, extras_of
+from jaxft.data.preferences.prompts import messages_of, prompt_in
 from jaxft.data.prepare import Prepared, RowSet, TrainSet, open_sets
+from jaxft.data.rows.bad_rows import BadRows, OnBadRow, refuse
+from jaxft.data.rows.columns import Unread, UnreadColumns
+from jaxft.data.rows.messages import as_list, check_messages
+from jaxft.data.rows.questions import Message, with_system
+from jaxft.data.rows.values import RowProblem, present, refuse_half_characters
 from jaxft.data.sources import Rows
 from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import DataError, listed
@@ -27,8 +33,6 @@ from jaxft.nn.virtual import virtual_ids
 NAMED = 10  # rows named in one error
 # The column under which reward functions find the answer of a row, whatever its column is called.
 REFERENCE = "reference"
-# Columns that are the prompt if there is no `data.prompt_field`, and then not given to reward functions.
-PROMPT_COLUMNS = ("messages", "conversations", "instruction", "input", "system", "history")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -36,8 +40,8 @@ class Prompt(Example):
     """The tokens of a prompt, none of which is trained.
 
     messages: the prompt as reward functions see it, text or messages. tools, template_kwargs: what its rendering reads
-    beside the messages. columns: the other columns of its row, and its answer as REFERENCE if it has one. where: the
-    name of the row in errors.
+    beside the messages. columns: the other columns of its row, and its answer as REFERENCE if it has one. unread: keys
+    of its messages that nothing reads. where: the name of the row in errors.
     """
 
     messages: str | tuple[Message, ...]
@@ -45,6 +49,7 @@ class Prompt(Example):
     tools: tuple[dict[str, Any], ...] = ()
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     columns: Mapping[str, Any] = field(default_factory=dict)
+    unread: tuple[Unread, ...] = ()
 
     @property
     def reference(self) -> str | None:
@@ -90,50 +95,78 @@ def prepare_prompts(config: RunConfig, tokenizer: Tokenizer) -> Prepared:
     )
 
 
-def read_prompts(rows: Rows, config: DataConfig, tokenizer: Tokenizer, first: Sequence[int] = ()) -> Iterator[Prompt]:
+def read_prompts(
+    rows: Rows,
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    first: Sequence[int] = (),
+    *,
+    notes: Counter[str] | None = None,
+    on_bad: OnBadRow = refuse,
+) -> Iterator[Prompt]:
     """The prompt of every row, in order. first: token ids at the start of each, such as those of virtual tokens.
 
     The prompt is in `data.prompt_field`, or where preferences have it, as text or messages; or it is the messages of a
     conversation before its last answer, which is then the row's REFERENCE. So are the columns `data.completion_field`
-    and `output`. Raises DataError, naming the row, if it has no prompt.
+    and `output`. notes: as `encode_all` counts them. on_bad: takes rows that have no prompt; by default the first of
+    them raises DataError.
     """
+    notes = Counter[str]() if notes is None else notes
     for index in range(len(rows)):
-        fields = {name: value for name, value in rows[index].items() if value is not None}
         where = rows.where(index)
         try:
-            yield _prompt(fields, config, tokenizer, row=index, where=where, first=first)
+            fields = {k: v for k, v in present(rows[index]).items() if k not in config.ignored_names}
+            prompt = _prompt(fields, config, tokenizer, notes, row=index, where=where, first=first)
+        except DataError as error:
+            on_bad(index, where, error)
         except (RowProblem, BadCall) as problem:
-            raise DataError(f"{where}: {problem}") from problem
+            on_bad(index, where, DataError(f"{where}: {problem}"))
+        except RecursionError:
+            on_bad(index, where, DataError(f"{where} is nested too deeply to be read"))
+        else:
+            yield prompt
 
 
 def _prompt(
     fields: Mapping[str, Any],
     config: DataConfig,
     tokenizer: Tokenizer,
+    notes: Counter[str],
     *,
     row: int,
     where: str,
     first: Sequence[int],
 ) -> Prompt:
-    given, answer = _prompt_and_answer(fields, config)
-    used = (config.prompt_field,) if config.prompt_field in fields else PROMPT_COLUMNS
+    given, answer, used = _prompt_and_answer(fields, config)
     columns = {name: value for name, value in fields.items() if name not in used}
     if answer is not None:
         columns.setdefault(REFERENCE, answer)
     if isinstance(given, str):
         if not given:
             raise RowProblem("its prompt is empty")
+        refuse_half_characters(given, "its prompt")
         ids = [*bos_of(tokenizer), *tokenizer.encode(given)]
         tokenizer.check_rows(ids, where)
         return _with_tokens(ids, first, row, where, given, columns=columns)
-    messages = check_messages(given, config.prompt_field, answer=False)
+    messages, _, unread = check_messages(given, config.prompt_field, config, answer=False)
     if messages[-1]["role"] == "assistant":
         raise RowProblem("its prompt ends in an answer, so that there is nothing to answer: remove the last message")
-    tools, kwargs = tools_of(fields), template_kwargs_of(fields)
-    chat = Conversation(row=row, where=where, format="prompt", messages=messages, tools=tools, template_kwargs=kwargs)
-    ids = tokenizer.encode(render(chat, tokenizer, len(messages), add_generation_prompt=True))
+    refuse_half_characters(messages, "its prompt")
+    chat = Conversation(row=row, where=where, format="prompt", messages=messages, **extras_of(fields))
+    chat = arrange(chat, tokenizer, config, notes)
+    ids = tokenizer.encode(render(chat, tokenizer, len(chat.messages), add_generation_prompt=True))
     tokenizer.check_rows(ids, where)
-    return _with_tokens(ids, first, row, where, messages, columns=columns, tools=tools, template_kwargs=kwargs)
+    return _with_tokens(
+        ids,
+        first,
+        row,
+        where,
+        chat.messages,
+        columns=columns,
+        tools=chat.tools,
+        template_kwargs=chat.template_kwargs,
+        unread=unread,
+    )
 
 
 def _with_tokens(
@@ -143,11 +176,20 @@ def _with_tokens(
     return Prompt(tokens=tokens, mask=np.zeros(len(tokens), np.uint8), row=row, where=where, messages=messages, **more)
 
 
-def _prompt_and_answer(fields: Mapping[str, Any], config: DataConfig) -> tuple[str | list[Message], str | None]:
-    """The prompt of a row, and the answer that it gives, if any."""
-    given = fields.get("messages") if fields.get(config.prompt_field) is None else None
-    conversation = given is not None or (fields.get(config.prompt_field) is None and "conversations" in fields)
-    prompt = messages_of(given, "messages") if given is not None else prompt_in(fields, config)
+def _prompt_and_answer(
+    fields: Mapping[str, Any], config: DataConfig
+) -> tuple[str | list[Message], str | None, Collection[str]]:
+    """The prompt of a row, the answer that it gives, if any, and the columns that the prompt is from."""
+    turns = next((name for name in (config.messages_field, "messages") if name and name in fields), None)
+    if config.prompt_field in fields or turns is None:
+        prompt, used = prompt_in(fields, config)
+        conversation = "conversations" in used
+    else:
+        prompt, conversation = messages_of(as_list(fields[turns], turns), turns), True
+        if isinstance(prompt, str):
+            raise RowProblem(f"{turns!r} is no list of messages")
+        prompt, of_system = with_system(fields, prompt, config)
+        used = {turns, *of_system}
     if prompt is None:
         raise RowProblem(
             f"it has no prompt. A row needs {config.prompt_field!r}, or messages. Set data.prompt_field to the column "
@@ -157,24 +199,29 @@ def _prompt_and_answer(fields: Mapping[str, Any], config: DataConfig) -> tuple[s
         answers = [number for number, message in enumerate(prompt) if message.get("role") == "assistant"]
         if answers and answers[-1] == len(prompt) - 1:
             content = prompt[-1].get("content")
-            return prompt[:-1], split_thoughts(content)[1] if isinstance(content, str) else None
-        return prompt, None
+            return prompt[:-1], split_thoughts(content)[1] if isinstance(content, str) else None, used
+        return prompt, None, used
     answer = fields.get(config.completion_field, fields.get("output"))
     if isinstance(answer, list) and answer and isinstance(answer[-1], Mapping):
         answer = answer[-1].get("content")
-    return prompt, answer if isinstance(answer, str) else None
+    return prompt, answer if isinstance(answer, str) else None, used
 
 
 def _prepare_set(one: RowSet, config: RunConfig, tokenizer: Tokenizer) -> TrainSet:
     first = virtual_ids(config.adapter.virtual_tokens)
-    prompts = list(read_prompts(one.rows, one.config, tokenizer, first))
     source = one.rows.describe()
+    bad, unread, notes = BadRows(), UnreadColumns(template_names=names_of(tokenizer)), Counter[str]()
+    prompts = list(read_prompts(one.rows, one.config, tokenizer, first, notes=notes, on_bad=bad.add))
+    for prompt in prompts:
+        unread.add(prompt.unread)
+    bad.check(one.config.bad_rows, len(one.rows), source)
+    unread.check(source)
     if not prompts:
         raise DataError(f"{source} has no rows, so there is nothing to train on")
     lengths = np.array([len(prompt) for prompt in prompts])
     kept = _fitting(prompts, lengths, config, source)
     tokens = sum(len(prompt) for prompt in kept)
-    warnings = []
+    warnings = changes(notes, len(bad))
     if dropped := len(prompts) - len(kept):
         warnings.append(f"{dropped:,} prompts are too long for their answers and were dropped")
     if alike := len(kept) - len({prompt.tokens.tobytes() for prompt in kept}):
@@ -195,6 +242,9 @@ def _prepare_set(one: RowSet, config: RunConfig, tokenizer: Tokenizer) -> TrainS
         formats={"prompt": len(prompts)},
         holds=dict(Counter(feature for prompt in prompts for feature in _features(prompt))),
         warnings=tuple(warnings),
+        skipped=len(bad),
+        bad_rows=bad.messages,
+        unread=unread.listed,
     )
     return TrainSet(name=one.name, examples=list(kept), examination=examination)
 

@@ -79,6 +79,12 @@ def print_examination(examination: Examination, *, console: "Console | None" = N
         f"{examination.truncated:,} examples cut, {examination.dropped:,} dropped{windows}",
         highlight=False,
     )
+    if examination.unread:
+        columns = "".join(f"\n  {column}: {column.treatment}" for column in examination.unread)
+        console.print(Text(f"columns that nothing reads:{columns}"), soft_wrap=True)
+    if examination.bad_rows:
+        shown = "".join(f"\n  {message}" for message in examination.bad_rows)
+        console.print(Text(f"rows that are left out, {examination.skipped:,} in all:{shown}"), soft_wrap=True)
     if examination.pairs is not None:
         console.print(Text(describe_pairs(examination.pairs)), soft_wrap=True)
     table = Table("tokens", "examples", "", box=None, pad_edge=False)

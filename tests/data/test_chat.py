@@ -209,7 +209,7 @@ def test_user_turns_end_token_is_not_the_answers(tokenizer_of):
 def test_tokens_that_straddle_the_start_of_an_answer(tokenizer_of):
     with pytest.raises(DataError, match=r"line 9: the tokens of the prompt are not a prefix .*Remove white space"):
         encode(conversation("Hi", "\n\nHello"), tokenizer_of("chatml", None))
-    with pytest.raises(DataError, match=r"line 9: the tokens of the prompt are not a prefix .*Move the white space"):
+    with pytest.raises(DataError, match=r"line 9: the tokens of the prompt are not a prefix .*Move ' ' from the end"):
         encode(plain(prompt="two plus two is ", completion="four"), tokenizer_of("plain"))
 
 

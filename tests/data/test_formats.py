@@ -92,7 +92,7 @@ def test_tools_and_calls_become_objects():
         ({"messages": [U, {"role": "asistant", "content": "a"}]}, r"role 'asistant'.*Did you mean 'assistant'"),
         ({"messages": [U, {"role": "assistant", "content": " "}]}, r"message 2 \(assistant\) has empty content"),
         ({"messages": [{"role": "user", "content": None}, A]}, r"message 1 \(user\) has empty content"),
-        ({"messages": [{"role": "user", "content": 3}, A]}, r"content of type int"),
+        ({"messages": [{"role": "user", "content": True}, A]}, r"the content of message 1 \(user\) is true, which is"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}, A]}, r"not text"),
         ({"messages": [U, {"role": "assistant", "tool_calls": ["x"]}]}, r"tool call that is not an object"),
         ({"messages": [U, A], "tools": "{"}, r"'tools' is text but not JSON"),

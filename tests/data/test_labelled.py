@@ -129,7 +129,7 @@ def test_apo_needs_no_mismatched_documents(tmp_path):
         ({"label": 2}, r"line 1: 'label' is '2'; it may be true or false, or 1 or 0"),
         ({"label": "good"}, r"'label' is 'good'"),
         ({"prompt": None}, r"line 1: it has no prompt: there is no 'prompt', and 'completion' is text"),
-        ({"prompt": None, "completion": None}, r"is of no known format"),
+        ({"prompt": None, "completion": None}, r"line 1 .*prompt and completion are null"),
         ({"prompt": None, "completion": None, "text": "all"}, r"it is plain text, which has no prompt"),
         ({"completion": ""}, r"'completion' is empty"),
     ],

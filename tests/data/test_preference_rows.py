@@ -5,9 +5,9 @@ from collections import Counter
 import pytest
 
 from jaxft.config import DataConfig
-from jaxft.data.formats import RowProblem
 from jaxft.data.preferences.prompts import prompt_in, shared_prompt, transcript
 from jaxft.data.preferences.rows import preferences_of
+from jaxft.data.rows.values import RowProblem
 
 USER = {"role": "user", "content": "What colour is the sky?"}
 BLUE, GREEN = {"role": "assistant", "content": "It is blue."}, {"role": "assistant", "content": "It is green."}
@@ -290,5 +290,5 @@ def test_refusals(row, data, message):
 
 def test_a_prompt_is_found_for_other_rows_too():
     """Rows of one labelled answer have their prompts in the same columns."""
-    assert prompt_in({"prompt": "q"}, DataConfig()) == "q"
-    assert prompt_in({"completion": "q"}, DataConfig()) is None
+    assert prompt_in({"prompt": "q"}, DataConfig()).given == "q"
+    assert prompt_in({"completion": "q"}, DataConfig()).given is None

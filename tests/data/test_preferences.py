@@ -153,7 +153,7 @@ def test_an_answer_that_is_cut_into_several_sequences_is_refused(jsonl, tokenize
     thought = {"role": "assistant", "content": "<think>so</think>Yes."}
     turns = [thought, {"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Yes."}]
     row = {"prompt": [{"role": "user", "content": "q"}], "chosen": turns, "rejected": turns[:1]}
-    with pytest.raises(DataError, match="an answer of row 0 was cut into several sequences"):
+    with pytest.raises(DataError, match=r"an answer of rows.jsonl line 1 was cut into several sequences"):
         prepare_pairs(run(jsonl([row])), tokenizer_of("thinking"))
 
 

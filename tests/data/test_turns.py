@@ -15,6 +15,7 @@ from chat_templates import (
 
 from jaxft.config import DataConfig
 from jaxft.data.chat import encode as chat
+from jaxft.data.chat.arrange import arrange
 from jaxft.data.formats import read_row
 from jaxft.errors import DataError
 
@@ -233,7 +234,7 @@ def test_channels(tokenizer_of):
         '<|channel|>analysis<|message|>ask<|end|><|start|>assistant to=weather<|message|>{"city": "Oslo"}<|call|>',
         "<|channel|>analysis<|message|>t<|end|><|start|>assistant<|channel|>final<|message|>b<|return|>",
     ]
-    arranged = chat._arrange_thoughts(conversation, tokenizer, DataConfig())
+    arranged = arrange(conversation, tokenizer, DataConfig(), Counter())
     check_as_inference(arranged, examples, tokenizer)
 
 
@@ -316,7 +317,7 @@ def test_a_row_without_a_trained_answer_has_an_empty_mask(tokenizer_of):
     [
         ([user("a"), said("b", weight=0.5)], r"message 2 has weight: 0.5; it may be 0 or 1"),
         ([user("a"), said("b", train="no")], r"message 2 has train: 'no'"),
-        ([user("a"), said("b", train=True, weight=0)], r"message 2 has train: True and weight: 0; keep one"),
+        ([user("a"), said("b", train=True, weight=0)], r"message 2 has train: true and weight: 0, which contradict"),
         ([{**user("a"), "train": True}, said("b")], r"message 1 \(user\) is marked to be trained"),
     ],
 )

@@ -16,15 +16,19 @@ import numpy as np
 
 from jaxft.config import DataConfig
 from jaxft.data.batch import Example
+from jaxft.data.chat.arrange import arrange
 from jaxft.data.chat.prompt_ends import PromptEnds
-from jaxft.data.chat.reasoning import arrange_thoughts, split_thoughts
+from jaxft.data.chat.reasoning import split_thoughts
 from jaxft.data.chat.turns import Layout, Turn, layouts, no_end, render, shared_start, trained_answers
 from jaxft.data.formats import Conversation
+from jaxft.data.rows.bad_rows import OnBadRow, refuse
 from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import DataError
 
 # Conversations tokenised in one batch: enough to keep every core busy, few enough to fit in memory.
 CHUNK = 512
+# Tokens before the end of a prompt at which another end is tried.
+TRIED = 16
 
 
 def encode(conversation: Conversation, tokenizer: Tokenizer, config: DataConfig | None = None) -> list[Example]:
@@ -37,32 +41,78 @@ def encode_all(
     tokenizer: Tokenizer,
     config: DataConfig | None = None,
     notes: Counter[str] | None = None,
+    on_bad: OnBadRow = refuse,
 ) -> Iterator[Example]:
     """Tokens and mask of every conversation, in order: one sequence each, or several if `data.turns` splits it.
 
     config: its train_on (`assistant`: every assistant turn, or the completion; `last`: only the last assistant turn;
-    `all`: every token but the first), turns, reasoning and omissions. notes: counts the conversations that were
-    `split`, and those from which the template omits something. Tokens after the last trained one are cut off: they
-    cannot change the loss. A conversation whose answers are all marked as not trained gives a mask of zeros.
-    Raises DataError, naming the row, if the answers cannot be located exactly: the template writes an answer
-    differently from how it prompts for it, a token straddles the start of an answer, an answer has no end token, BOS
-    is doubled, a part of the row is not rendered, the embedding table has no row for a token, or nothing is left to
-    train on.
+    `all`: every token but the first), turns, merge_turns, reasoning, omissions and boundary. notes: counts the
+    conversations that were `split` or changed, and those from which the template omits something. Tokens after the last
+    trained one are cut off: they cannot change the loss. A conversation whose answers are all marked as not trained
+    gives a mask of zeros. on_bad: takes rows that cannot be encoded, some sequences of which may have been given; by
+    default the first of them raises DataError. A row is bad if the answers cannot be located exactly: the template
+    writes an answer differently from how it prompts for it, a token straddles the start of an answer, an answer has no
+    end token, BOS is doubled, a part of the row is not rendered, the embedding table has no row for a token, or nothing
+    is left to train on.
     """
     config = DataConfig() if config is None else config
     notes = Counter() if notes is None else notes
     prompt_ends = PromptEnds(tokenizer)
-    remaining = (_arrange_thoughts(conversation, tokenizer, config) for conversation in conversations)
+    remaining = iter(conversations)
     while chunk := list(islice(remaining, CHUNK)):
-        sequences = [layout for conversation in chunk for layout in layouts(conversation, tokenizer, config, notes)]
+        sequences: list[Layout] = []
+        for conversation in chunk:
+            try:
+                sequences += layouts(arrange(conversation, tokenizer, config, notes), tokenizer, config, notes)
+            except (DataError, RecursionError) as error:
+                on_bad(conversation.row, conversation.where, _explained(error, conversation))
         for layout, (ids, counts) in zip(sequences, prompt_ends.encode(sequences), strict=True):
-            starts = [
-                _count_prompt(layout, turn, ids, tokenizer) if count is None else count
-                for turn, count in zip(layout.turns, counts, strict=True)
-            ]
-            tokenizer.check_rows(ids, layout.conversation.where)
-            mark = _mark_chat if layout.conversation.messages else _mark_plain
-            yield mark(layout, ids, starts, tokenizer, config.train_on)
+            try:
+                example = _mark(layout, ids, counts, tokenizer, config)
+            except DataError as error:
+                on_bad(layout.conversation.row, layout.conversation.where, error)
+            else:
+                yield example
+
+
+def _explained(error: Exception, conversation: Conversation) -> Exception:
+    if isinstance(error, RecursionError):
+        return DataError(f"{conversation.where} is nested too deeply to be rendered")
+    return error
+
+
+def _mark(
+    layout: Layout, ids: Sequence[int], counts: Sequence[int | None], tokenizer: Tokenizer, config: DataConfig
+) -> Example:
+    """One sequence with its mask. counts: tokens of the prompt of each turn, None where they are not known yet."""
+    plain = not layout.conversation.messages
+    if plain and config.boundary == "separate" and counts == [None]:
+        ids, count = _encode_separately(layout, ids, tokenizer)
+        counts = [count]
+    starts = [
+        _count_prompt(layout, turn, ids, tokenizer) if count is None else count
+        for turn, count in zip(layout.turns, counts, strict=True)
+    ]
+    tokenizer.check_rows(ids, layout.conversation.where)
+    return (_mark_plain if plain else _mark_chat)(layout, ids, starts, tokenizer, config.train_on)
+
+
+def _encode_separately(layout: Layout, ids: Sequence[int], tokenizer: Tokenizer) -> tuple[list[int], int]:
+    """(tokens of the prompt and of the completion, each encoded alone; how many are the prompt's).
+
+    ids: of both at once. Raises DataError if they spell another text, as they do if the tokenizer begins every text
+    with a space.
+    """
+    start = len(layout.turns[0].prompt)
+    prompt, completion = tokenizer.encode_batch([layout.text[:start], layout.text[start:]])
+    separate = [*prompt, *completion]
+    if tokenizer.decode(separate, skip_special_tokens=False) != tokenizer.decode(ids, skip_special_tokens=False):
+        raise DataError(
+            f"{layout.conversation.where}: the prompt and the completion cannot be encoded separately, because this "
+            "tokenizer writes white space before every text. Move the end of the prompt to the completion, or set "
+            "data.boundary='refuse' to be told where."
+        )
+    return separate, len(prompt)
 
 
 def prompt_of(
@@ -80,7 +130,7 @@ def prompt_of(
         ids = tokenizer.encode(conversation.prompt)
         tokenizer.check_rows(ids, conversation.where)
         return bos_of(tokenizer) + ids, conversation.completion
-    conversation = _arrange_thoughts(conversation, tokenizer, config)
+    conversation = arrange(conversation, tokenizer, config, Counter())
     last = (trained_answers(conversation, "last") or [0])[0]
     if last == 0:
         raise DataError(f"{conversation.where}: the answer is the first message, so it has no prompt")
@@ -92,11 +142,6 @@ def prompt_of(
     ids = tokenizer.encode(prompt)
     tokenizer.check_rows(ids, conversation.where)
     return ids, reference
-
-
-def _arrange_thoughts(conversation: Conversation, tokenizer: Tokenizer, config: DataConfig) -> Conversation:
-    messages = arrange_thoughts(conversation.messages, config.reasoning, tokenizer.chat_template)
-    return dataclasses.replace(conversation, messages=messages)
 
 
 def _count_prompt(layout: Layout, turn: Turn, ids: Sequence[int], tokenizer: Tokenizer) -> int:
@@ -185,7 +230,7 @@ def _prefix_error(
     mend = (
         "Remove white space from the start of the answer, or change the template's generation prompt."
         if conversation.messages
-        else "Move the white space between them from the end of the prompt to the start of the completion."
+        else _boundary_mend(turn, ids, at, tokenizer)
     )
     return (
         f"{conversation.where}: the tokens of the prompt are not a prefix of those of prompt + answer (message "
@@ -193,6 +238,23 @@ def _prefix_error(
         f"{_token_at(ids, at, tokenizer)} before the answer, so the model would be trained on a prompt that it never "
         f"sees. {mend}"
     )
+
+
+def _boundary_mend(turn: Turn, ids: Sequence[int], at: int, tokenizer: Tokenizer) -> str:
+    """How to cut a text in two so that the tokens of the prompt are the first ones of the whole.
+
+    at: the number of first tokens that both have now.
+    """
+    _, spans = tokenizer.encode_batch_with_spans([turn.upto])[0]
+    for count in range(min(at, len(ids) - 1), max(0, at - TRIED), -1):
+        start = spans(count)[0]
+        if start < len(turn.prompt) and tokenizer.encode(turn.upto[:start]) == list(ids[:count]):
+            moved = turn.prompt[start:]
+            return (
+                f"Move {moved!r} from the end of the prompt to the start of the completion, or set "
+                "data.boundary='separate', which encodes each of them alone."
+            )
+    return "Set data.boundary='separate', which encodes the prompt and the completion each alone."
 
 
 def _token_at(ids: Sequence[int], at: int, tokenizer: Tokenizer) -> str:

@@ -61,7 +61,7 @@ def layouts(conversation: Conversation, tokenizer: Tokenizer, config: DataConfig
     if an answer does not continue its own prompt, or `together` is impossible.
     """
     if not conversation.messages:
-        text = conversation.prompt + conversation.completion
+        text = _to_last_end(conversation.prompt + conversation.completion, len(conversation.prompt), tokenizer)
         turn = Turn(number=1, prompt=conversation.prompt, upto=text, end=len(text))
         return [Layout(conversation=conversation, text=text, turns=(turn,))]
     whole = config.train_on == "all"
@@ -83,6 +83,16 @@ def layouts(conversation: Conversation, tokenizer: Tokenizer, config: DataConfig
     if len(sequences) > 1 and config.turns == "auto":
         notes["split"] += 1
     return sequences[::-1]
+
+
+def _to_last_end(text: str, start: int, tokenizer: Tokenizer) -> str:
+    """A plain text without the white space behind an end token that it ends in, which is no part of the answer.
+
+    start: of the completion.
+    """
+    bare = text.rstrip()
+    ends = (tokenizer.token(stop) for stop in tokenizer.stop_ids)
+    return bare if len(bare) > start and bare != text and any(bare.endswith(end) for end in ends) else text
 
 
 def trained_answers(conversation: Conversation, train_on: str) -> list[int]:

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,16 +12,21 @@ import numpy as np
 
 from jaxft.config import DataConfig, RunConfig
 from jaxft.data.batch import Example
-from jaxft.data.formats import DESIRABLE, Conversation, RowProblem, read_row
+from jaxft.data.formats import DESIRABLE, EXTRAS, Conversation, read_row, texts_of
 from jaxft.data.preferences.prompts import answer_to, messages_of, prompt_in
-from jaxft.data.preferences.rows import EXTRAS
 from jaxft.data.prepare import Prepared, prepare
-from jaxft.data.sources import Rows
+from jaxft.data.rows.columns import split_ignored, unread_columns
+from jaxft.data.rows.questions import with_system
+from jaxft.data.rows.values import RowProblem
 from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import DataError, did_you_mean
 
 # What a label may be, written in small letters.
 LABELS = {"true": 1.0, "false": 0.0, "1": 1.0, "0": 0.0, "1.0": 1.0, "0.0": 0.0}
+NONE_GOOD = (
+    "no held-out row is labelled good, so that there are no right answers to compare generated ones with. Hold out "
+    "rows with the label true, or set eval.metric=None"
+)
 # Answers that are tried for a prompt until one fits into a sequence with it.
 TRIED = 64
 # KTO, arXiv:2402.01306, on imbalanced data: desirable to undesirable rows, each times its weight, where it works best.
@@ -64,7 +69,9 @@ def prepare_labelled(config: RunConfig, tokenizer: Tokenizer) -> Prepared:
     """
     mismatched = config.method.kto.loss_type == "kto"
     join = partial(_one_each, seed=config.seed, max_length=config.data.max_length, mismatched=mismatched)
-    data = prepare(config, tokenizer, read=read_labelled, join=join, read_answers=desirable_answers)
+    data = prepare(
+        config, tokenizer, read=read_labelled, join=join, read_answers=desirable_answers, no_answers=NONE_GOOD
+    )
     desirable = int(sum(example.values[DESIRABLE][0] for example in data.train_examples))
     undesirable = len(data.train_examples) - desirable
     if not desirable or not undesirable:
@@ -80,29 +87,32 @@ def prepare_labelled(config: RunConfig, tokenizer: Tokenizer) -> Prepared:
     return dataclasses.replace(data, examination=examination)
 
 
-def read_labelled(rows: Rows, config: DataConfig, left_out: Counter[str]) -> Iterator[Conversation]:
-    """Every row as a conversation, of which one answer is trained, with its label in `values`; none is left out.
+def read_labelled(
+    fields: Mapping[str, Any], config: DataConfig, row: int, where: str, left_out: Counter[str]
+) -> list[Conversation]:
+    """A row as one conversation, of which one answer is trained, with its label in `values`.
 
     A row with a prompt and a completion is trained on the completion. Any other row of messages, in one of the formats
     of `read_row`, is trained on its last answer: the messages before it are the prompt, as they are if the completion
     is a whole conversation. Raises DataError, naming the row, for a row without a label or of none of these forms.
     """
-    for index in range(len(rows)):
-        fields, where = dict(rows[index]), rows.where(index)
-        try:
-            label = _label(fields, config)
-            fields, one = _with_prompt(fields, config)
-        except RowProblem as problem:
-            raise DataError(f"{where}: {problem}") from problem
-        conversation = read_row(fields, one, row=index, where=where)
-        if conversation.format != "prompt_completion":
-            last = max(i for i, message in enumerate(conversation.messages) if message["role"] == "assistant")
-            conversation = dataclasses.replace(conversation, first_trained=last)
-        yield dataclasses.replace(conversation, format="labelled", values={DESIRABLE: label})
+    kept, ignored = split_ignored(fields, config)
+    try:
+        label = _label(kept, config)
+        rest = {name: value for name, value in kept.items() if name != config.label_field}
+        given, one, columns = _with_prompt(rest, config)
+    except RowProblem as problem:
+        raise DataError(f"{where}: {problem}") from problem
+    conversation = read_row(given, one, row=row, where=where)
+    if conversation.format != "prompt_completion":
+        last = max(i for i, message in enumerate(conversation.messages) if message["role"] == "assistant")
+        conversation = dataclasses.replace(conversation, first_trained=last)
+    unread = (*ignored, *conversation.unread, *unread_columns(rest, {*columns, *given}, config, texts_of(conversation)))
+    return [dataclasses.replace(conversation, format="labelled", values={DESIRABLE: label}, unread=unread)]
 
 
-def _with_prompt(fields: Mapping[str, Any], config: DataConfig) -> tuple[dict[str, Any], DataConfig]:
-    """The fields of a row for `read_row`, and how it is to read them."""
+def _with_prompt(fields: Mapping[str, Any], config: DataConfig) -> tuple[dict[str, Any], DataConfig, set[str]]:
+    """The fields of a row for `read_row`, how it is to read them, and the columns that were read to make them."""
     completion = fields.get(config.completion_field)
     if config.format not in ("auto", "prompt_completion") or completion is None:
         if config.format == "text" or fields.get(config.text_field) is not None:
@@ -110,32 +120,28 @@ def _with_prompt(fields: Mapping[str, Any], config: DataConfig) -> tuple[dict[st
                 f"it is plain text, which has no prompt. A labelled row needs {config.prompt_field!r}, "
                 f"{config.completion_field!r} and {config.label_field!r}, or messages and {config.label_field!r}."
             )
-        return dict(fields), config
+        return dict(fields), config, set()
     extras = {name: fields[name] for name in EXTRAS if fields.get(name) is not None}
     answer, prompt = messages_of(completion, config.completion_field), prompt_in(fields, config)
-    if prompt is not None:
-        answer = answer_to(prompt, answer)
-        row = {**extras, config.prompt_field: prompt, config.completion_field: answer}
-        return row, dataclasses.replace(config, format="prompt_completion")
+    if prompt.given is not None:
+        answer = answer_to(prompt.given, answer)
+        row = {**extras, config.prompt_field: prompt.given, config.completion_field: answer}
+        return row, dataclasses.replace(config, format="prompt_completion"), set(prompt.columns)
     if isinstance(answer, str):
         raise RowProblem(
             f"it has no prompt: there is no {config.prompt_field!r}, and {config.completion_field!r} is text. Set "
             f"data.prompt_field to the column of prompts (its keys: {', '.join(sorted(fields))})."
         )
-    return {**extras, "messages": answer}, dataclasses.replace(config, format="messages")
+    whole, columns = with_system(fields, answer, config)
+    own = dataclasses.replace(config, format="messages", messages_field="messages")
+    return {**extras, "messages": whole}, own, {config.completion_field, *columns}
 
 
-def desirable_answers(rows: Rows, config: DataConfig, left_out: Counter[str]) -> Iterator[Conversation]:
-    """The rows that are labelled good. Raises DataError if there are none."""
-    good = (conversation for conversation in read_labelled(rows, config, left_out) if conversation.values[DESIRABLE])
-    first = next(good, None)
-    if first is None:
-        raise DataError(
-            f"{rows.describe()}: no held-out row is labelled good, so that there are no right answers to compare "
-            "generated ones with. Hold out rows with the label true, or set eval.metric=None."
-        )
-    yield first
-    yield from good
+def desirable_answers(
+    fields: Mapping[str, Any], config: DataConfig, row: int, where: str, left_out: Counter[str]
+) -> list[Conversation]:
+    """The conversation of a row that is labelled good; none for another."""
+    return [one for one in read_labelled(fields, config, row, where, left_out) if one.values[DESIRABLE]]
 
 
 def mismatch(examples: Sequence[Example], seed: int, max_length: int) -> list[Labelled]:
@@ -194,17 +200,19 @@ def _labelled(example: Example, start: int, other: Example, other_start: int) ->
     return Labelled(**own, room=max(len(example.tokens), len(tokens)), mismatched=mismatched)
 
 
-def _one_each(examples: list[Example], *, seed: int, max_length: int, mismatched: bool) -> list[Example]:
+def _one_each(
+    examples: Sequence[Example], where: Callable[[int], str], *, seed: int, max_length: int, mismatched: bool
+) -> list[Example]:
     """`Join` of labelled rows. Raises DataError for an answer that is cut into several sequences, and as `mismatch`."""
     rows = [example.row for example in examples]
     for before, row in itertools.pairwise(rows):
         if before == row:
             raise DataError(
-                f"the answer of row {row} was cut into several sequences, because the chat template rewrites its "
+                f"the answer of {where(row)} was cut into several sequences, because the chat template rewrites its "
                 "earlier turns. Give answers of one turn, or set data.chat_template to a template that does not."
             )
     trained = all(example.mask.any() for example in examples)  # rows without are refused by the examination, by name
-    return list(mismatch(examples, seed, max_length)) if mismatched and examples and trained else examples
+    return list(mismatch(examples, seed, max_length)) if mismatched and examples and trained else list(examples)
 
 
 def _label(fields: Mapping[str, Any], config: DataConfig) -> float:

@@ -4,63 +4,87 @@ A prompt is text, which the answers continue as it is, or a list of messages.
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from jaxft.config import DataConfig
-from jaxft.data.formats import RowProblem, alpaca_prompt, as_list, sharegpt_message, sharegpt_messages
+from jaxft.data.rows.messages import CALLERS, SPEAKERS, as_list, is_chat
+from jaxft.data.rows.questions import Message, question_messages, with_system
+from jaxft.data.rows.values import RowProblem, is_absent, text_of
 from jaxft.errors import did_you_mean
 
-Message = dict[str, Any]
 SPEECH = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 WORD = re.compile(r"\w")
 ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
-def prompt_in(fields: Mapping[str, Any], config: DataConfig) -> str | list[Message] | None:
-    """The prompt that a row has in a column of its own; None if it has none.
+class PromptIn(NamedTuple):
+    """The prompt of a row, None if it has none, and the columns that were read for it."""
+
+    given: str | list[Message] | None
+    columns: Collection[str]
+
+
+def prompt_in(fields: Mapping[str, Any], config: DataConfig) -> PromptIn:
+    """The prompt that a row has in a column of its own, with a system prompt in another column before it.
 
     It is in `data.prompt_field`; or, if that is left at `prompt`, in `instruction` (an alpaca row) or `question`, which
-    are a user's message, with `system` before it; or in `conversations` (ShareGPT). Raises RowProblem if it could be
-    several of these, or if `data.prompt_field` names a column that the row does not have.
+    are a user's message; or in a list of messages such as `conversations`. Raises RowProblem if it could be several of
+    these, if `data.prompt_field` names a column that the row does not have, and for a system prompt before text.
     """
-    if (given := fields.get(config.prompt_field)) is not None:
-        return messages_of(given, config.prompt_field)
+    prompt, columns = _prompt_alone(fields, config)
+    if prompt is None or isinstance(prompt, str):
+        return PromptIn(prompt, columns)
+    prompt, of_system = with_system(fields, prompt, config)
+    return PromptIn(prompt, {*columns, *of_system})
+
+
+def _prompt_alone(fields: Mapping[str, Any], config: DataConfig) -> tuple[str | list[Message] | None, set[str]]:
+    if not is_absent(given := fields.get(config.prompt_field)):
+        return messages_of(given, config.prompt_field), {config.prompt_field}
     if config.prompt_field != "prompt":
         hint = did_you_mean(config.prompt_field, fields)
         raise RowProblem(
             f"it lacks {config.prompt_field!r}, the column of prompts by data.prompt_field.{hint} Its keys: "
             f"{', '.join(sorted(fields))}."
         )
-    names = [name for name in ("instruction", "question", "conversations") if fields.get(name) is not None]
+    turns = config.messages_field or "conversations"
+    names = [name for name in ("instruction", "question", turns) if not is_absent(fields.get(name))]
     if len(names) > 1:
         raise RowProblem(
             f"the prompt may be in {' or in '.join(map(repr, names))}. Set data.prompt_field to the one that it is in."
         )
     if not names:
-        return None
+        return None, set()
     (name,) = names
-    if name == "conversations":
-        return sharegpt_messages(fields)
-    if not isinstance(fields[name], str):
-        return messages_of(fields[name], name)
-    return alpaca_prompt(
-        fields if name == "instruction" else {"system": fields.get("system"), "instruction": fields[name]}
-    )
+    if name == turns or is_chat(fields[name]):
+        return messages_of(fields[name], name), {name}
+    return question_messages(fields, name, config)
 
 
 def messages_of(value: Any, field: str) -> str | list[Message]:
     """A prompt or an answer as text or as messages: lists, single messages, ShareGPT's turns, and transcripts.
 
-    A transcript is text of the turns `Human:` and `Assistant:`, as in Anthropic's sets. Raises RowProblem if it is
-    none of these.
+    A transcript is text of the turns `Human:` and `Assistant:`, as in Anthropic's sets. A value that is neither text
+    nor messages is text as `text_of` writes it. Raises RowProblem if there is no such text.
     """
     if isinstance(value, str):
         return transcript(value) or value
-    if isinstance(value, Mapping) and ("content" in value or "value" in value or "tool_calls" in value):
-        value = [value]
-    turns = [{key: item for key, item in turn.items() if item is not None} for turn in as_list(value, field)]
-    return [sharegpt_message(turn, number) if "from" in turn else turn for number, turn in enumerate(turns, 1)]
+    if isinstance(value, Mapping) and any(key in value for key in ("content", "value", "tool_calls")):
+        value = value if all(isinstance(column, list) for column in value.values()) else [value]
+    if value == [] or is_chat(value) or (isinstance(value, list) and isinstance(value[0], Mapping)):
+        turns = [{key: item for key, item in turn.items() if item is not None} for turn in as_list(value, field)]
+        return [_in_openai_form(turn) for turn in turns]
+    return text_of(value, repr(field))
+
+
+def _in_openai_form(turn: Message) -> Message:
+    """A turn of ShareGPT under the keys that messages have, so that turns of both forms compare as equal."""
+    speaker = str(turn.get("from", "")).lower()
+    if speaker not in SPEAKERS or speaker in CALLERS:
+        return turn
+    renamed = {"role": SPEAKERS[speaker], **({"content": turn["value"]} if "value" in turn else {})}
+    return renamed | {key: item for key, item in turn.items() if key not in ("from", "value")}
 
 
 def transcript(text: str) -> list[Message] | None:
@@ -130,8 +154,11 @@ def answer_to(prompt: str | list[Message], answer: str | list[Message]) -> str |
         return answer
     if isinstance(answer, str):
         return [{"role": "assistant", "content": answer.lstrip()}]
-    count = len(prompt)
-    return answer[count:] if prompt == answer[:count] and len(answer) > count else answer
+    # A system prompt from a column of its own is not in the answer's conversation.
+    for start in (prompt, prompt[1:] if prompt[0].get("role") == "system" else prompt):
+        if start and start == answer[: len(start)] and len(answer) > len(start):
+            return answer[len(start) :]
+    return answer
 
 
 def _parting(first: Sequence[Any], second: Sequence[Any]) -> int:

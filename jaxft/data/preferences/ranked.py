@@ -8,8 +8,10 @@ from itertools import combinations, pairwise
 from typing import Any
 
 from jaxft.config import DataConfig
-from jaxft.data.formats import RowProblem, as_list
-from jaxft.data.preferences.prompts import Message, answer_to, messages_of, prompt_in
+from jaxft.data.preferences.prompts import answer_to, messages_of, prompt_in
+from jaxft.data.rows.messages import as_list
+from jaxft.data.rows.questions import Message
+from jaxft.data.rows.values import RowProblem
 from jaxft.errors import did_you_mean
 
 # The usual names: of the list, of an answer in it, and of its score, in the list or in a list beside it.
@@ -21,9 +23,13 @@ SCORE_LISTS = ("scores", "ratings", "ranks")
 
 @dataclass(frozen=True, kw_only=True)
 class Ranked:
-    """Answers to one prompt. name: of their column. texts: text or messages, as the prompt. scores: more is better."""
+    """Answers to one prompt.
+
+    name: of their column. columns: that were read. texts: text or messages, as the prompt. scores: more is better.
+    """
 
     name: str
+    columns: frozenset[str]
     prompt: str | list[Message]
     texts: tuple[str | list[Message], ...]
     scores: tuple[float, ...]
@@ -38,7 +44,7 @@ def ranked_answers(fields: Mapping[str, Any], config: DataConfig) -> Ranked | No
     name = _list_name(fields, config)
     if name is None:
         return None
-    prompt = prompt_in(fields, config)
+    prompt, columns = prompt_in(fields, config)
     if prompt is None:
         raise RowProblem(
             f"it has {name!r}, but no prompt in {config.prompt_field!r}, 'instruction' or 'question'. Set "
@@ -49,6 +55,7 @@ def ranked_answers(fields: Mapping[str, Any], config: DataConfig) -> Ranked | No
     sign = -1.0 if score.endswith(("rank", "ranks")) else 1.0
     return Ranked(
         name=name,
+        columns=frozenset((*columns, name, score)),
         prompt=prompt,
         texts=tuple(answer_to(prompt, messages_of(text, name)) for text in texts),
         scores=tuple(sign * _number(value, f"{name} {number}: {score}") for number, value in enumerate(values, 1)),

@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxft.config import DataConfig
-from jaxft.data.formats import RowProblem
-from jaxft.data.preferences.prompts import Message, answer_to, messages_of, prompt_in, shared_prompt
+from jaxft.data.formats import EXTRAS
+from jaxft.data.preferences.prompts import answer_to, messages_of, prompt_in, shared_prompt
 from jaxft.data.preferences.ranked import ranked_answers, ranked_pairs
+from jaxft.data.rows.questions import Message, with_system
+from jaxft.data.rows.values import RowProblem
 from jaxft.errors import did_you_mean
 
 OPENAI = ("preferred_output", "non_preferred_output")
@@ -21,8 +23,6 @@ SCORES = (
     ("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"),
     ("chosen-rating", "rejected-rating"),
 )  # fmt: skip
-# Columns that a rendering reads beside the messages.
-EXTRAS = ("tools", "chat_template_kwargs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class Preference:
     """A prompt with a chosen and a rejected answer: all of them text, or all of them messages, not yet checked.
 
     margin: by how much the chosen answer is better, None if the row does not say. form: that of the row. names: of
-    both answers in the row. extras: columns that a rendering reads beside the messages.
+    both answers in the row. columns: that were read. extras: columns that a rendering reads beside the messages.
     """
 
     prompt: str | list[Message]
@@ -38,6 +38,7 @@ class Preference:
     rejected: str | list[Message]
     form: str
     names: tuple[str, str]
+    columns: frozenset[str]
     margin: float | None = None
     extras: Mapping[str, Any] = field(default_factory=dict)
 
@@ -63,6 +64,7 @@ def preferences_of(row: Mapping[str, Any], config: DataConfig, left_out: Counter
                 margin=answers.scores[better] - answers.scores[worse],
                 form="ranked",
                 names=(f"{answers.name} {better + 1}", f"{answers.name} {worse + 1}"),
+                columns=answers.columns | frozenset(EXTRAS),
                 extras=extras,
             )
             for better, worse in ranked_pairs(answers, config.pairs, left_out)
@@ -75,7 +77,7 @@ def preferences_of(row: Mapping[str, Any], config: DataConfig, left_out: Counter
 def _pair(
     fields: Mapping[str, Any], names: tuple[str, str], config: DataConfig, extras: Mapping[str, Any]
 ) -> Preference:
-    prompt = prompt_in(fields, config)
+    prompt, columns = prompt_in(fields, config)
     chosen, rejected = (messages_of(fields[name], name) for name in names)
     form = "preference"
     if prompt is None or _begins_with(prompt, chosen):
@@ -83,13 +85,18 @@ def _pair(
             _refuse_other_prompt(fields)
         form = "implicit_prompt"
         prompt, chosen, rejected = shared_prompt(chosen, rejected)
+        if not isinstance(prompt, str):
+            prompt, of_system = with_system(fields, prompt, config)
+            columns = {*columns, *of_system}
+    margin, of_margin = _margin(fields)
     return Preference(
         prompt=prompt,
         chosen=answer_to(prompt, chosen),
         rejected=answer_to(prompt, rejected),
-        margin=_margin(fields),
+        margin=margin,
         form=form,
         names=names,
+        columns=frozenset((*columns, *names, *of_margin, *EXTRAS)),
         extras=extras,
     )
 
@@ -124,15 +131,17 @@ def _openai(fields: Mapping[str, Any], extras: Mapping[str, Any]) -> Preference:
             f'"non_preferred_output": [...]}}: it lacks {" and ".join(map(repr, missing)) or "input.messages"}'
         )
     prompt = messages_of(given["messages"], "input.messages")
+    margin, of_margin = _margin(fields)
     chosen, rejected = (answer_to(prompt, messages_of(fields[name], name)) for name in OPENAI)
     own = {name: given[name] for name in EXTRAS if given.get(name) is not None}
     return Preference(
         prompt=prompt,
         chosen=chosen,
         rejected=rejected,
-        margin=_margin(fields),
+        margin=margin,
         form="openai_preference",
         names=OPENAI,
+        columns=frozenset(("input", *OPENAI, *of_margin, *EXTRAS)),
         extras={**extras, **own},
     )
 
@@ -160,13 +169,14 @@ def _no_preference(fields: Mapping[str, Any], config: DataConfig) -> str:
     )
 
 
-def _margin(fields: Mapping[str, Any]) -> float | None:
+def _margin(fields: Mapping[str, Any]) -> tuple[float | None, tuple[str, ...]]:
+    """(the margin of a row, None if it has none; the columns that were read for it)."""
     if "margin" in fields:
-        return _number(fields, "margin")
+        return _number(fields, "margin"), ("margin",)
     for better, worse in SCORES:
         if better in fields and worse in fields:
-            return _number(fields, better) - _number(fields, worse)
-    return None
+            return _number(fields, better) - _number(fields, worse), (better, worse)
+    return None, ()
 
 
 def _number(fields: Mapping[str, Any], name: str) -> float:

@@ -2,7 +2,6 @@
 
 # B rows of a batch, S sequence, n tokens of an answer
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -74,7 +73,7 @@ def examples_of(rows: Sequence[Row], config: RunConfig, tokenizer: Tokenizer) ->
     if not len(rows):
         raise DataError("there are no rows: give at least one")
     given = [(number, row) for number, row in enumerate(rows) if isinstance(row, Mapping)]
-    read = list(conversations(GivenRows([row for _, row in given]), config.data, Counter()))
+    read = list(conversations(GivenRows([row for _, row in given]), config.data))
     encoded = list(encode_all(read, tokenizer, config.data))
     if len(encoded) != len(read):
         raise DataError(

@@ -1,0 +1,162 @@
+"""How rows of each format are read: from the columns of a row to the fields of its Conversation.
+
+A reader returns the columns that it read too, so that no other column is dropped without a word.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jaxft.config import DataConfig
+from jaxft.data.rows.messages import check_messages, holds_turns, is_chat
+from jaxft.data.rows.questions import QUESTIONS, question_columns, question_messages, with_system
+from jaxft.data.rows.values import RowProblem, is_absent, text_of
+
+# Columns of lists of messages that are found by themselves, if they hold any.
+TURNS = (
+    "messages", "conversation", "dialog", "dialogue", "dialogs", "chat", "chat_messages", "turns", "contents",
+)  # fmt: skip
+
+# From a row: the fields of its Conversation, and the columns that were read.
+Read = tuple[dict[str, Any], set[str]]
+
+
+def _messages(row: Mapping[str, Any], config: DataConfig) -> Read:
+    names = _turn_columns(row, config)
+    if len(names) > 1:
+        raise RowProblem(
+            f"its messages may be in {' or in '.join(map(repr, names))}. Set data.messages_field to the one they are in"
+        )
+    return _turns(row, names[0] if names else config.messages_field or "messages", config)
+
+
+def _sharegpt(row: Mapping[str, Any], config: DataConfig) -> Read:
+    return _turns(row, config.messages_field or "conversations", config)
+
+
+def _turns(row: Mapping[str, Any], name: str, config: DataConfig) -> Read:
+    messages, untrained, unread = check_messages(_field(row, name), name, config)
+    messages, shift, columns = _system_first(row, messages, config)
+    untrained = frozenset(index + shift for index in untrained)
+    return {"messages": messages, "untrained": untrained, "unread": unread}, {name, *columns}
+
+
+def _prompt_completion(row: Mapping[str, Any], config: DataConfig) -> Read:
+    names = config.prompt_field, config.completion_field
+    prompt, completion = (_field(row, name) for name in names)
+    chats = [is_chat(prompt), is_chat(completion)]
+    if not any(chats) and not (holds_turns(prompt) and holds_turns(completion)):
+        prompt, completion = text_of(prompt, repr(names[0])), text_of(completion, repr(names[1]))
+        if not completion:
+            raise RowProblem(f"{names[1]!r} is empty, so there is nothing to train on")
+        return {"prompt": prompt, "completion": completion}, set(names)
+    if any(chats) and not all(chats):
+        raise RowProblem(
+            f"{names[0]!r} is {type(prompt).__name__} and {names[1]!r} is {type(completion).__name__}: both must be "
+            "text, or both lists of messages"
+        )
+    before, _, unread = check_messages(prompt, names[0], config, answer=False)
+    after, untrained, unread_after = check_messages(completion, names[1], config)
+    before, _, columns = _system_first(row, before, config)
+    return {
+        "messages": before + after,
+        "first_trained": len(before),
+        "untrained": frozenset(len(before) + index for index in untrained),
+        "unread": unread + unread_after,
+    }, {*names, *columns}
+
+
+def _alpaca(row: Mapping[str, Any], config: DataConfig) -> Read:
+    _field(row, "instruction")
+    return _question_and_answer(row, "instruction", "output", config)
+
+
+def _qa(row: Mapping[str, Any], config: DataConfig) -> Read:
+    pairs = question_columns(row, config)
+    if len(pairs) != 1:
+        either = " or ".join(f"{question} + {answer}" for question, answer in pairs or QUESTIONS)
+        raise RowProblem(
+            f"its question and answer may be in {either} (its keys: {', '.join(sorted(row))}). Set data.prompt_field "
+            "and data.completion_field to the columns that they are in"
+        )
+    return _question_and_answer(row, *pairs[0], config)
+
+
+def _question_and_answer(row: Mapping[str, Any], question: str, answer: str, config: DataConfig) -> Read:
+    given, columns = question_messages(row, question, config)
+    given.append({"role": "assistant", "content": text_of(_field(row, answer), repr(answer))})
+    messages, _, _ = check_messages(given, f"{question}/{answer}", config)
+    messages, _, of_system = _system_first(row, messages, config)
+    return {"messages": messages}, {answer, *columns, *of_system}
+
+
+def _text(row: Mapping[str, Any], config: DataConfig) -> Read:
+    text = text_of(_field(row, config.text_field), repr(config.text_field))
+    if not text:
+        raise RowProblem(f"{config.text_field!r} is empty")
+    return {"completion": text}, {config.text_field}
+
+
+def _system_first(
+    row: Mapping[str, Any], messages: Sequence[dict[str, Any]], config: DataConfig
+) -> tuple[tuple[dict[str, Any], ...], int, set[str]]:
+    """(messages with the row's own system prompt, how many were added, the columns that were read for it)."""
+    out, columns = with_system(row, messages, config)
+    return tuple(out), len(out) - len(messages), columns
+
+
+class Reader(NamedTuple):
+    """How rows of one format are read. keys: of a config, those that a row of the format always has.
+
+    read: from a row to the fields of its Conversation, and the columns that were read. fits: whether a row has the
+    format.
+    """
+
+    keys: Callable[[DataConfig], tuple[str, ...]]
+    read: Callable[[Mapping[str, Any], DataConfig], Read]
+    fits: Callable[[Mapping[str, Any], DataConfig], bool]
+
+
+def _has(keys: Callable[[DataConfig], tuple[str, ...]]) -> Callable[[Mapping[str, Any], DataConfig], bool]:
+    return lambda row, config: all(not is_absent(row.get(key)) for key in keys(config))
+
+
+def _turn_columns(row: Mapping[str, Any], config: DataConfig) -> list[str]:
+    """The columns that may hold the messages of a row."""
+    if config.messages_field is not None:
+        return [config.messages_field] if not is_absent(row.get(config.messages_field)) else []
+    return [
+        name for name in TURNS if holds_turns(row.get(name)) or (name == "messages" and not is_absent(row.get(name)))
+    ]
+
+
+def _keys_of_sharegpt(config: DataConfig) -> tuple[str, ...]:
+    return (config.messages_field or "conversations",)
+
+
+def _prompt_and_completion(config: DataConfig) -> tuple[str, ...]:
+    return config.prompt_field, config.completion_field
+
+
+READERS = {
+    "messages": Reader(
+        lambda config: (config.messages_field or "messages",),
+        _messages,
+        lambda row, config: bool(_turn_columns(row, config)),
+    ),
+    "sharegpt": Reader(
+        _keys_of_sharegpt,
+        _sharegpt,
+        lambda row, config: config.messages_field is None and _has(_keys_of_sharegpt)(row, config),
+    ),
+    "prompt_completion": Reader(_prompt_and_completion, _prompt_completion, _has(_prompt_and_completion)),
+    "alpaca": Reader(lambda config: ("instruction", "output"), _alpaca, _has(lambda config: ("instruction", "output"))),
+    "qa": Reader(lambda config: QUESTIONS[0], _qa, lambda row, config: len(question_columns(row, config)) == 1),
+    "text": Reader(lambda config: (config.text_field,), _text, _has(lambda config: (config.text_field,))),
+}
+
+
+def _field(row: Mapping[str, Any], name: str) -> Any:
+    if is_absent(row.get(name)):
+        problem = f"{name} is null" if name in row else f"no field {name!r}"
+        raise RowProblem(f"{problem}; its keys are {', '.join(sorted(row)) or 'none'}")
+    return row[name]

@@ -1,0 +1,96 @@
+"""Values of rows: which are absent, how those that are not text are written as text, and which text is none."""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+SHOWN = 60  # characters of a value that a message shows
+HALF = re.compile("[\ud800-\udfff]")
+
+
+class RowProblem(ValueError):
+    """A problem with a row; the reader of the row adds the row's name."""
+
+
+def is_absent(value: Any) -> bool:
+    """Whether a cell is empty: null, or the NaN that tables write in place of it."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def present(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that are not absent."""
+    return {name: value for name, value in fields.items() if not is_absent(value)}
+
+
+def sample(value: Any) -> str:
+    """A value for a message: as JSON spells it, shortened."""
+    try:
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    except (ValueError, TypeError, RecursionError):
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def text_of(value: Any, what: str) -> str:
+    """A value as text: text as it is; numbers, lists and objects as JSON spells them.
+
+    what: the name of the value in errors, such as `'output'`. Raises RowProblem for values that JSON does not have
+    (NaN, infinite numbers, dates, bytes), and for true and false, which rows mean in too many ways.
+    """
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        raise RowProblem(
+            f"{what} is {str(value).lower()}, which is not text: write the text that is meant, such as "
+            f'"{"yes" if value else "no"}" or "{str(value).lower()}"'
+        )
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        raise RowProblem(
+            f"{what} holds NaN or an infinite number, which JSON cannot spell: {sample(value)!r}. Write null, or text"
+        ) from error
+    except TypeError as error:
+        raise RowProblem(f"{what} holds a value that is neither text nor JSON ({error}): write it as text") from error
+
+
+def parse_json(text: str, what: str) -> Any:
+    """The value that JSON text spells. Raises RowProblem if it is none, is nested too deeply, or holds NaN."""
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise RowProblem(f"{what} is text but not JSON: {reason}") from error
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON value: write null")
+
+
+def refuse_half_characters(value: Any, what: str) -> None:
+    """Raises RowProblem if text within the value holds half of a character, as a cut emoji does.
+
+    what: the name of the value in errors.
+    """
+    for path, text in texts_in(value, what):
+        if not text.isascii() and (half := HALF.search(text)):
+            raise RowProblem(
+                f"{path} holds half of a character (the surrogate {half[0]!r} at position {half.start()}), such as a "
+                "cut emoji, which no tokenizer can read: remove it, or write the whole character"
+            )
+
+
+def texts_in(value: Any, what: str) -> Iterator[tuple[str, str]]:
+    """(name, text) of all text within a value, names of fields among them."""
+    if isinstance(value, str):
+        yield what, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            if isinstance(key, str):
+                yield f"the name of a field in {what}", key
+            yield from texts_in(item, f"{what}.{key}" if what else repr(key))
+    elif isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
+        for number, item in enumerate(value, 1):
+            yield from texts_in(item, f"{what} entry {number}")
