@@ -2,7 +2,8 @@
 
 `make quickstart` writes the folder of the base model; any other model that jaxft reads will do. Your own rows:
 `jaxft train --config=smollm2_135m_lora --data=rows.jsonl --data.eval=None --data.eval_fraction=0.05
---eval.metric=exact_match --output=runs/mine`.
+--eval.metric=exact_match --output=runs/mine`. For less
+than about 500 rows add `--no_packing --batch_size=4 --epochs=3`, so that there are enough steps.
 """
 
 from ml_collections import ConfigDict

@@ -9,7 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from jaxft.errors import ConfigError, DataError, did_you_mean
+from jaxft.errors import ConfigError, DataError, did_you_mean, listed
+
+NAMED = 20  # rows named in one error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,41 +38,53 @@ def score(metric: str, answers: Sequence[str], references: Sequence[str]) -> Sco
         json_exact: strict JSON equal to the reference's: the same keys and values. The order of keys, white space, and
             1 for 1.0 do not matter; 1 for true or "1" does.
 
-    Raises ConfigError for an unknown metric; DataError if there are no answers, if the two lengths differ and, for
-    json_exact, if a reference is not JSON.
+    Raises ConfigError for an unknown metric; DataError if there are no answers, if the two lengths differ, and for
+    references as `check_references` does.
     """
-    passes = _METRICS.get(metric)
-    if passes is None:
-        known = ", ".join(_METRICS)
-        raise ConfigError(f"unknown metric {metric!r}: the metrics are {known}.{did_you_mean(metric, _METRICS)}")
+    passes = _metric(metric)
     _check_pairs(answers, references)
-    if metric == "json_exact":
-        for row in range(len(references)):
-            _parse_reference(references, row)
+    check_references(metric, references)
     per_row = tuple(passes(answer, reference) for answer, reference in zip(answers, references, strict=True))
     return Score(metric=metric, correct=sum(per_row), total=len(per_row), per_row=per_row)
+
+
+def check_references(metric: str, references: Sequence[str], names: Sequence[str] = ()) -> None:
+    """Raises DataError, with all of them, if no answer could be compared with some references.
+
+    An empty one has nothing to be compared with, and one that is not strict JSON cannot be scored by json_exact;
+    json_valid reads no reference. names: of their rows, in messages. Raises ConfigError for an unknown metric.
+    """
+    _metric(metric)
+    wrong: list[str] = []
+    for row, text in enumerate(references):
+        where = names[row] if names else f"reference {row + 1} of {len(references)}"
+        if metric != "json_valid" and not text.strip():
+            wrong.append(f"{where} is empty")
+        elif metric == "json_exact" and (problem := _not_json(text)) is not None:
+            wrong.append(f"{where} is not JSON ({problem}): {_quote(text)}")
+    if wrong:
+        raise DataError(
+            f"{len(wrong):,} of {len(references):,} held-out answers cannot be scored by {metric}:\n"
+            f"{listed(wrong, NAMED, lines=True)}\nMend these rows, remove them from the held-out set, or set "
+            f"eval.metric to {'exact_match, which compares text, or to ' if metric == 'json_exact' else ''}None."
+        )
 
 
 def json_fields(answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:
     """For each key of the references, the share of the rows with this key in which the answer has the same value.
 
-    Keys are in the order of their first appearance. An answer that is not a strict JSON object has no field right.
-    Keys that only the answer has are not counted, so 1.0 for every key does not imply a json_exact of 1.0.
+    Keys are in the order of their first appearance. An answer that is not a strict JSON object has no field right, and
+    a reference that is none has no keys. Keys that only the answer has are not counted, so 1.0 for every key does not
+    imply a json_exact of 1.0.
 
-    Raises DataError if there are no answers, the two lengths differ, or a reference is not a JSON object.
+    Raises DataError if there are no answers, or the two lengths differ.
     """
     _check_pairs(answers, references)
     right: dict[str, int] = {}
     total: dict[str, int] = {}
     for row, answer in enumerate(answers):
-        reference = _parse_reference(references, row)
-        if not isinstance(reference, dict):
-            raise DataError(
-                f"reference {row + 1} of {len(references)} is not a JSON object, so it has no fields to compare: "
-                f"{_quote(references[row])}. Score it with json_exact instead."
-            )
         fields = _object_or_empty(answer)
-        for key, value in reference.items():
+        for key, value in _object_or_empty(references[row]).items():
             total[key] = total.get(key, 0) + 1
             right[key] = right.get(key, 0) + (key in fields and _equal(fields[key], value))
     return {key: right[key] / total[key] for key in total}
@@ -86,6 +100,13 @@ def _json_valid(answer: str, reference: str) -> bool:
 
 def _json_exact(answer: str, reference: str) -> bool:
     return _is_json(answer) and _equal(_parse(answer), _parse(reference))
+
+
+def _metric(name: str) -> Callable[[str, str], bool]:
+    if name not in _METRICS:
+        known = ", ".join(_METRICS)
+        raise ConfigError(f"unknown metric {name!r}: the metrics are {known}.{did_you_mean(name, _METRICS)}")
+    return _METRICS[name]
 
 
 _METRICS: dict[str, Callable[[str, str], bool]] = {
@@ -123,27 +144,22 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def _is_json(text: str) -> bool:
+def _not_json(text: str) -> str | None:
+    """Why a text is not strict JSON; None if it is."""
     try:
         _parse(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
+    except (ValueError, RecursionError) as error:
+        return str(error)
+    return None
+
+
+def _is_json(text: str) -> bool:
+    return _not_json(text) is None
 
 
 def _object_or_empty(text: str) -> dict[str, Any]:
     value = _parse(text) if _is_json(text) else None
     return value if isinstance(value, dict) else {}
-
-
-def _parse_reference(references: Sequence[str], row: int) -> Any:
-    try:
-        return _parse(references[row])
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"reference {row + 1} of {len(references)} is not JSON ({error}): {_quote(references[row])}. "
-            "Mend the row, or score with exact_match."
-        ) from error
 
 
 def _quote(text: str) -> str:

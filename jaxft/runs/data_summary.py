@@ -1,6 +1,7 @@
 """A summary of a run's data for data.json and the console: the examination, and the share of each set in a mixture."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -9,15 +10,17 @@ from rich.table import Table
 from jaxft.data import Prepared
 from jaxft.data.batch_source import BatchSource
 from jaxft.data.mixture import Mixture, Share
+from jaxft.runs.course import Course
 
 
-def data_summary(data: Prepared, source: BatchSource) -> dict[str, Any]:
-    """What data.json and --json say of a run's data.
+def data_summary(data: Prepared, source: BatchSource, course: Course, warnings: Sequence[str] = ()) -> dict[str, Any]:
+    """What data.json and --json say of a run's data. warnings: beside those of the examination.
 
-    Of a mixture, `mixture` says in words what the run takes of each set, `sets` holds their examinations, and `stages`
-    the counts of every stage.
+    `course` has the steps of the run. Of a mixture, `mixture` says in words what the run takes of each set, `sets`
+    holds their examinations, and `stages` the counts of every stage.
     """
-    summary = data.examination.to_dict()
+    summary = data.examination.to_dict() | {"course": course.to_dict()}
+    summary["warnings"] = [*summary["warnings"], *warnings]
     if isinstance(source, Mixture):
         shares = source.shares(0, source.total_steps)
         summary["mixture"] = {share.name: _sentence(share) for share in shares}

@@ -16,7 +16,7 @@ from jaxft.methods import method_of
 from jaxft.methods.method import Method, Run
 from jaxft.objectives.loss import MethodState
 from jaxft.runs.build import abstract_model, build_model, check_frozen, load_frozen, with_frozen
-from jaxft.runs.scores import answer, score_summary
+from jaxft.runs.scores import answer, check_scores, score_summary
 from jaxft.sharding.mesh import make_mesh_plan
 from jaxft.training.state import TrainState, divide
 
@@ -35,6 +35,7 @@ def evaluate(model: LoadedModel, tokenizer: Tokenizer, config: RunConfig) -> dic
     data = method.prepare(config, tokenizer)
     if data.eval_examples is None:
         raise ConfigError("nothing is held out: set data.eval or data.eval_fraction")
+    check_scores(config, data, tokenizer, model.module)
     graphdef, trainable, frozen = divide(model.module)
     mesh = make_mesh_plan(MeshConfig(), jax.devices()[:1])
     check_frozen(config, model.module, tokenizer, mesh)

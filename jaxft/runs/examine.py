@@ -2,13 +2,16 @@
 
 from typing import Any
 
+import jax
 from rich.console import Console
 
 from jaxft.config import RunConfig
 from jaxft.data import print_examination, render_rows, tokenizer_of
 from jaxft.methods import method_of
+from jaxft.runs.course import course_of, warnings_of
 from jaxft.runs.data_summary import data_summary, print_mixture
 from jaxft.runs.folder import dated
+from jaxft.runs.scores import check_scores
 
 
 def examine(config: RunConfig, console: Console, *, rows: int = 2) -> dict[str, Any]:
@@ -29,10 +32,17 @@ def examine(config: RunConfig, console: Console, *, rows: int = 2) -> dict[str, 
     for one in data.sets:
         print_examination(one.examination, console=console, name=one.name if config.data.mixture else None)
     print_mixture(source, console)
+    course = course_of(config, data, source)
+    # The devices of the run may be others, but settings that suit more of them suit fewer too.
+    unit = config.train.accumulation_steps * jax.device_count()
+    warnings = [*warnings_of(course, config, data, unit), *check_scores(config, data, tokenizer)]
     if data.eval_examination is not None:
         print_examination(data.eval_examination, console=console, name="held out")
+    console.print(course.sentence(), highlight=False, soft_wrap=True)
+    for warning in warnings:
+        console.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
     for one in data.sets:
         if config.data.mixture and rows:
             console.print(f"\n{one.name}:", style="bold", highlight=False)
         render_rows(one.examples, tokenizer, limit=rows, console=console)
-    return data_summary(data, source)
+    return data_summary(data, source, course, warnings)

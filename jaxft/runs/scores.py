@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxft.config import EvalConfig
+from jaxft.config import EvalConfig, RunConfig
 from jaxft.data import Prepared, Tokenizer
 from jaxft.data.chat.reasoning import split_thoughts
-from jaxft.evaluation.scoring import Score, json_fields, score
+from jaxft.errors import DataError
+from jaxft.evaluation.scoring import Score, check_references, json_fields, score
 from jaxft.generation.settings import Sampling
 from jaxft.generation.tokens import generate_tokens
 from jaxft.nn.decoder import Decoder
@@ -38,6 +39,39 @@ def answer(module: Decoder, tokenizer: Tokenizer, data: Prepared, config: EvalCo
     return Answers(score(metric, texts, data.eval_references), texts)
 
 
+def check_scores(config: RunConfig, data: Prepared, tokenizer: Tokenizer, model: Decoder | None = None) -> list[str]:
+    """What is to be said about scores by generation before the model answers; nothing if there are none.
+
+    model: the model that will answer, which may be abstract. Raises DataError for references that the metric cannot
+    score, and for prompts that leave no room for `eval.max_new_tokens` among the model's positions.
+    """
+    if config.eval.metric is None or data.eval_examples is None:
+        return []
+    check_references(config.eval.metric, data.eval_references)
+    most = config.eval.max_new_tokens
+    if model is not None:
+        room = model.config.max_position_embeddings - model.virtual_tokens - max(map(len, data.eval_prompts), default=0)
+        if room < most:
+            raise DataError(
+                f"the longest of {len(data.eval_prompts):,} held-out prompts leaves room for {room:,} tokens among the "
+                f"model's {model.config.max_position_embeddings:,} positions, and eval.max_new_tokens={most}. "
+                + (f"Set it to at most {room}, or remove" if room > 0 else "Remove")
+                + " the long rows from the held-out set (data.truncation='drop' leaves out those beyond "
+                "data.max_length)."
+            )
+    if config.eval.metric == "json_valid":  # another valid answer may be shorter
+        return []
+    lengths = [len(ids) for ids in tokenizer.encode_batch([text.strip() for text in data.eval_references])]
+    long = sum(length > most for length in lengths)
+    if not long:
+        return []
+    count = "all" if long == len(lengths) else f"{long:,} of"
+    return [
+        f"{count} {len(lengths):,} held-out answers are longer than eval.max_new_tokens={most}: what the model answers "
+        f"is cut off there, so they can never be right. Set eval.max_new_tokens={max(lengths) + 1}."
+    ]
+
+
 def scores_key(data: Prepared, config: EvalConfig) -> str:
     """A digest of all that scores depend on beside the model: the held-out prompts and the settings."""
     request = [data.eval_prompts, data.eval_references, config.metric, config.max_new_tokens]
@@ -47,8 +81,8 @@ def scores_key(data: Prepared, config: EvalConfig) -> str:
 def score_summary(answers: Answers, references: Sequence[str]) -> dict[str, Any]:
     """The entry of one set of answers in scores.json and --json."""
     out: dict[str, Any] = {"correct": answers.score.correct, "total": answers.score.total, "value": answers.score.value}
-    if answers.score.metric.startswith("json"):
-        out["fields"] = json_fields(answers.texts, references)
+    if answers.score.metric.startswith("json") and (fields := json_fields(answers.texts, references)):
+        out["fields"] = fields
     return out
 
 

@@ -26,13 +26,14 @@ from jaxft.runs.build import (
     check_frozen,
     make_mesh,
 )
+from jaxft.runs.course import course_of, warnings_of
 from jaxft.runs.data_summary import data_summary, print_mixture
 from jaxft.runs.export import export_run
 from jaxft.runs.fitting import fit_run
 from jaxft.runs.folder import check_shared, dated, open_run
 from jaxft.runs.identity import check_processes, reads_of
 from jaxft.runs.report import write_report
-from jaxft.runs.scores import answer, samples, score_summary, scores_key
+from jaxft.runs.scores import answer, check_scores, samples, score_summary, scores_key
 from jaxft.sharding.processes import is_primary, on_primary
 from jaxft.training.state import divide
 
@@ -59,7 +60,7 @@ def _train(run: Run, console: Console) -> dict[str, Any]:
     console.print(describe(run), highlight=False, soft_wrap=True)
     print_mixture(run.source, console)
     for note in run.notes:
-        console.print(note, highlight=False, soft_wrap=True)
+        console.print(note, style="yellow", highlight=False, soft_wrap=True)
     console.print("\ntwo training rows, their trained tokens marked:", highlight=False)
     render_rows(run.data.train_examples, run.tokenizer, limit=2, console=console)
     loaded = build_model(config, run.mesh, random_base=run.folder / run_folder.BASE)
@@ -114,6 +115,9 @@ def set_up(config: RunConfig) -> Run:
     check_frozen(config, model, tokenizer, mesh)
     source = method.source(config, data, tokenizer)
     make_schedule(config.optim, source.total_steps)
+    course = course_of(config, data, source)
+    unit = config.train.accumulation_steps * mesh.batch_shards
+    warnings = [*warnings_of(course, config, data, unit), *check_scores(config, data, tokenizer, model)]
     reads = reads_of(config, tokenizer, data)
     check_processes(reads)
     notes = on_primary(
@@ -121,7 +125,7 @@ def set_up(config: RunConfig) -> Run:
             config,
             reads=reads,
             steps=source.total_steps,
-            data=data_summary(data, source),
+            data=data_summary(data, source, course, warnings),
             template=tokenizer.chat_template,
         )
     )
@@ -135,7 +139,7 @@ def set_up(config: RunConfig) -> Run:
         mesh=mesh,
         model=model,
         source=source,
-        notes=tuple(notes),
+        notes=(*notes, *(f"warning: {warning}" for warning in warnings)),
     )
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from jaxft.config import EvalConfig, choices
 from jaxft.errors import ConfigError, DataError
-from jaxft.evaluation.scoring import Score, json_fields, score
+from jaxft.evaluation.scoring import Score, check_references, json_fields, score
 
 REFERENCE = '{"intent":"refund","order":null}'
 
@@ -127,14 +127,28 @@ def test_lengths(call) -> None:
         call([], [])
 
 
-@pytest.mark.parametrize("call", [lambda a, r: score("json_exact", a, r), json_fields])
-def test_a_reference_that_is_not_json_is_named(call) -> None:
-    with pytest.raises(DataError, match=r"reference 2 of 3 is not JSON \(.*\): 'refund, please'"):
-        call(["{}", "{}", "{}"], ["{}", "refund, please", "{}"])
-    with pytest.raises(DataError, match=r"reference 1 of 1 .*aaa\.\.\.'\. Mend the row"):
-        call(["{}"], ["a" * 500])
+def test_references_that_cannot_be_scored_are_all_named() -> None:
+    references = ["{}", "refund, please", "[1, 2]", " ", "{'a': 1}", '{"a": NaN}', '{"a": 1, "a": 1}', "a" * 500]
+    with pytest.raises(DataError, match=r"^6 of 8 held-out answers cannot be scored by json_exact") as error:
+        score("json_exact", ["{}"] * 8, references)
+    assert "reference 2 of 8 is not JSON (Expecting value" in str(error.value) and "'refund, please'" in str(
+        error.value
+    )
+    assert "reference 4 of 8 is empty" in str(error.value) and "aaa...'" in str(error.value)
+    assert "exact_match, which compares text" in str(error.value)
+    with pytest.raises(DataError, match="row 7 of a.jsonl is empty"):
+        check_references("exact_match", [""], ["row 7 of a.jsonl"])
+    check_references("json_valid", references)
+    check_references("exact_match", ["a", "{"])
 
 
-def test_fields_want_objects() -> None:
-    with pytest.raises(DataError, match=r"reference 1 of 1 is not a JSON object.*\[1\].*json_exact"):
-        json_fields(["[1]"], ["[1]"])
+@pytest.mark.parametrize("reference", ["[1, {}]", "3", '"text"', "null", "true"])
+@pytest.mark.parametrize("metric", ["json_exact", "json_valid"])
+def test_every_json_value_is_scored_and_only_objects_have_fields(metric: str, reference: str) -> None:
+    assert score(metric, [reference, "{"], [reference, '{"a": 1}']).per_row == (True, False)
+    assert json_fields([reference, '{"a": 1}'], [reference, '{"a": 1}']) == {"a": 1.0}
+    assert json_fields([reference], [reference]) == {}
+
+
+def test_json_valid_reads_no_reference() -> None:
+    assert score("json_valid", ["{}"], ["not JSON"]).correct == 1 and json_fields(["{}"], ["not JSON"]) == {}
