@@ -25,7 +25,7 @@ from jaxft.files.run_folder import ADAPTER, CHECKPOINTS, MERGED, MODEL, is_run_f
 from jaxft.home import local_path
 from jaxft.runs.build import build_model
 from jaxft.runs.folder import run_config
-from jaxft.runs.record import begin_export, end_export
+from jaxft.runs.identity.record import begin_export, end_export
 from jaxft.sharding.mesh import MeshPlan
 from jaxft.sharding.processes import on_primary
 from jaxft.training.state import divide

@@ -23,7 +23,7 @@ from jaxft.methods.parts.sequences import device_batch, evaluated_weights
 from jaxft.nn.decoder import Decoder
 from jaxft.optim.make import make_schedule
 from jaxft.runs.build import load_frozen, make_step, make_tx, start_state, with_frozen
-from jaxft.runs.record import record_of
+from jaxft.runs.identity.record import record_of
 from jaxft.runs.report import write_report
 from jaxft.sharding import distributed
 from jaxft.sharding.processes import is_primary, on_primary

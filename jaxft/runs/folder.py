@@ -29,9 +29,9 @@ from jaxft.files.run_folder import (
     write_json,
 )
 from jaxft.home import local_path
-from jaxft.runs.identity import Reads, other_reads
-from jaxft.runs.record import EXPORTS, Record, check_export, clear, read_record, record_of, write_record
-from jaxft.runs.resume import Start, go_on, other_values, refuse_other_run
+from jaxft.runs.identity.changes import Start, go_on, other_values, refuse_other_run
+from jaxft.runs.identity.contents import Reads, other_reads
+from jaxft.runs.identity.record import EXPORTS, Record, check_export, clear, read_record, record_of, write_record
 from jaxft.sharding.processes import on_primary
 
 
@@ -46,7 +46,7 @@ def open_run(
 ) -> list[str]:
     """Makes the run's folder, with its mark, config.json, data.json (`data`) and chat_template.jinja (`template`).
 
-    reads: what the run reads, from `identity.reads_of`. steps: its length; None for a `Session`. folder: in place of
+    reads: what the run reads, from `reads_of`. steps: its length; None for a `Session`. folder: in place of
     the config's output_dir. Returns, in sentences, what is otherwise than before if the run is resumed.
 
     Raises ConfigError for a folder that is not that of a run and not empty; for one that holds a run with other

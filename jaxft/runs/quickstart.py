@@ -17,8 +17,8 @@ from jaxft.errors import CheckpointError, ConfigError
 from jaxft.files.atomic import new_folder
 from jaxft.files.run_folder import SUMMARY, is_run_folder
 from jaxft.runs.folder import run_config
-from jaxft.runs.record import clear
-from jaxft.runs.resume import other_values
+from jaxft.runs.identity.changes import other_values
+from jaxft.runs.identity.record import clear
 from jaxft.runs.train import train
 from jaxft.sharding.processes import is_multi_process
 

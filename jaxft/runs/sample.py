@@ -35,7 +35,7 @@ from jaxft.rollouts.reward_functions.named import named_functions
 from jaxft.rollouts.rollout import Rollout
 from jaxft.rollouts.sample import Sampler, seed_of
 from jaxft.rollouts.selection import Keep, Selection, answer_row, pair_row
-from jaxft.runs.identity import code_digest, rows_read
+from jaxft.runs.identity.contents import code_digest, rows_read
 from jaxft.runs.rewards import answer_scores, check_head
 from jaxft.trees import is_key
 

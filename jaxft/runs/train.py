@@ -31,7 +31,7 @@ from jaxft.runs.data_summary import data_summary, print_mixture
 from jaxft.runs.export import export_run
 from jaxft.runs.fitting import fit_run
 from jaxft.runs.folder import check_shared, dated, open_run
-from jaxft.runs.identity import check_processes, reads_of
+from jaxft.runs.identity.contents import check_processes, reads_of
 from jaxft.runs.report import write_report
 from jaxft.runs.scores import answer, check_scores, samples, score_summary, scores_key
 from jaxft.sharding.processes import is_primary, on_primary

@@ -11,9 +11,9 @@ from rich.console import Console
 from jaxft.config import RunConfig, with_overrides
 from jaxft.errors import CheckpointError, ConfigError, ExportError
 from jaxft.files.run_folder import is_run_folder
-from jaxft.runs import record
 from jaxft.runs.export import export
 from jaxft.runs.folder import newest_step, open_run, run_config
+from jaxft.runs.identity import record
 from jaxft.runs.quickstart import quickstart
 
 

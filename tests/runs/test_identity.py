@@ -18,8 +18,8 @@ from jaxft.data.tokenizers.load import load_tokenizer
 from jaxft.errors import ConfigError
 from jaxft.files import weights_digest as weights
 from jaxft.files.weights_digest import weights_digest
-from jaxft.runs import identity
-from jaxft.runs.record import read_record
+from jaxft.runs.identity import contents as identity
+from jaxft.runs.identity.record import read_record
 from jaxft.runs.train import set_up
 
 ROOT = Path(__file__).parents[2]

@@ -34,7 +34,7 @@ from jaxft.rollouts.sample import Sampler, seed_of
 from jaxft.runs.build import abstract_model, build_model, make_mesh, make_tx, start_state
 from jaxft.runs.export import FORMATS, make_new, write
 from jaxft.runs.folder import dated, open_run, refuse_other_base
-from jaxft.runs.identity import reads_of
+from jaxft.runs.identity.contents import reads_of
 from jaxft.runs.rewards import GivenRows
 from jaxft.runs.session.losses import SLOPES, check_session, linear_loss, loss_of
 from jaxft.runs.session.rows import (

@@ -9,8 +9,8 @@ from jaxft.config.fields import field_values
 from jaxft.errors import ConfigError
 from jaxft.files.run_folder import CHAT_TEMPLATE
 from jaxft.optim.make import make_schedule
-from jaxft.runs.identity import HELD_OUT, Reads, other_reads
-from jaxft.runs.record import Record, resumed
+from jaxft.runs.identity.contents import HELD_OUT, Reads, other_reads
+from jaxft.runs.identity.record import Record, resumed
 
 
 @dataclass(frozen=True, kw_only=True)

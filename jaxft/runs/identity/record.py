@@ -32,7 +32,7 @@ class Record:
     """What a run folder says of its run.
 
     id: of the run, for ever the same. created: when it began. version: of jaxft then. steps: its length; None if it is
-    not known. reads: what it reads, see `runs/identity.py`. exports: for each export in the folder, the files that were
+    not known. reads: what it reads, see `contents.py`. exports: for each export in the folder, the files that were
     written; None while they are being written. ranked_after: the step after which held-out metrics can be compared
     with each other, because the held-out rows have stayed the same. history: what was changed when the run was resumed,
     oldest first, as `time`, `step` and `change`.
