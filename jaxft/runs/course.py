@@ -125,6 +125,8 @@ def _mend(course: Course, config: RunConfig, data: Prepared, unit: int) -> str:
         epochs=config.train.epochs,
         unit=unit,
     )
+    if config.train.steps is not None:
+        settings.pop("train.epochs", None)  # not read
     words = " ".join(f"{key}={value}" for key, value in settings.items())
     if config.train.steps is not None:
         return f"With {words} no batch holds a row twice."

@@ -61,7 +61,7 @@ def start(tmp_path, model):
         settings = {
             "output_dir": str(tmp_path / "run"), "model.path": model, "model.random_init": False,
             "data.train": str(tmp_path / "rows.jsonl"), "data.eval": None, "data.limit": None, "data.max_length": 64,
-            "data.chat_template": str(template), "train.batch_size": 8, "train.steps": 20, "eval.metric": None,
+            "data.chat_template": str(template), "train.batch_size": 8, "train.steps": 20, "eval.metric": None, "data.packing": False,
             "train.eval_every": None, "checkpoint.every": None, "optim.warmup_ratio": None,
         }  # fmt: skip
         return set_up(load(str(ROOT / "configs" / "quickstart.py") + ":smoke", settings | overrides)).notes
@@ -139,7 +139,7 @@ def test_a_run_may_be_longer_but_not_shorter_than_it_is(start, tmp_path):
     cosine = {steps: 1.5e-3 * (1 + np.cos(np.pi * step / steps)) / 2 for step, steps in ((7, 20), (8, 40))}
     assert f"it was {cosine[20]:.3g} at step 8 and is {cosine[40]:.3g} at step 9" in note
     assert start(**{"train.steps": 40}) == ()
-    assert start(**{"train.steps": None, "train.epochs": 160.0}) == ()  # a quarter of a step each
+    assert start(**{"train.steps": None, "train.epochs": 40.0}) == ()  # of one step each
     assert "10 steps in place of 40" in start(**{"train.steps": 10})[0]
     assert "trained already" in start(**{"train.steps": 8})[0]
     with pytest.raises(ConfigError, match=r"has trained 8 steps.*end it after 7\. Raise train\.steps"):
