@@ -57,6 +57,8 @@ setup(
         "plan": [*LIBTPU],
         # The reward function math_answer.
         "math": ["math-verify>=0.8"],
+        # GGUF files as q4_k_m and q5_k_m. A young package: exactly the release that was compared with llama.cpp.
+        "k-quants": ["libgguf==0.2.2"],
         # Hugging Face datasets as a source of rows.
         "datasets": ["datasets>=3"],
         # TensorFlow Datasets as a source of rows, read without TensorFlow.
@@ -81,6 +83,7 @@ setup(
             "tiktoken>=0.9",
             "pydantic>=2.12",
             "pydantic-extra-types[pycountry]>=2.10.5",
+            "libgguf==0.2.2",
             "jsonschema>=4.21",
             "pillow>=10.3",
             "requests>=2.31",

@@ -351,7 +351,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     option("target", metavar="DST", help="a new folder, or a new file that ends in .gguf")
     option("--to", choices=("hf", "gguf", "gguf-adapter", "orbax"), help="gguf for a .gguf target, else hf")
-    option("--dtype", help="float32, bfloat16, float16 (hf, gguf) or q8_0 (gguf); the source's own by default")
+    option("--dtype", help="float32, bfloat16, float16; q8_0, q4_k_m, q5_k_m (gguf); the source's own by default")
     option("--shard_size", type=_bytes, default="5GB", metavar="SIZE", help="of safetensors files, such as 5GB")
     option("--revision", help="branch, tag or commit of an hf:// source")
     return parser

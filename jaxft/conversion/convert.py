@@ -40,7 +40,7 @@ SMALL_FILES = 64 * 2**20  # bytes for headers, configs and the tokenizer
 DTYPES = {
     "hf": ("float32", "bfloat16", "float16"),
     "orbax": ("float32", "bfloat16"),
-    "gguf": ("float32", "float16", "bfloat16", "q8_0"),
+    "gguf": ("float32", "float16", "bfloat16", "q8_0", "q4_k_m", "q5_k_m"),
     "gguf-adapter": ("float32", "float16", "bfloat16"),
 }
 

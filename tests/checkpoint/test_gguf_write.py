@@ -14,7 +14,8 @@ from jaxft import models
 from jaxft.checkpoint.gguf import GGUFFile
 from jaxft.checkpoint.gguf import write as gguf_write
 from jaxft.checkpoint.gguf.names import interleave
-from jaxft.checkpoint.gguf.write import KINDS, check_gguf, model_metadata, write_gguf, write_gguf_adapter
+from jaxft.checkpoint.gguf.kinds import KINDS
+from jaxft.checkpoint.gguf.write import check_gguf, model_metadata, write_gguf, write_gguf_adapter
 from jaxft.checkpoint.hf import hf_tensors
 from jaxft.checkpoint.peft import folder as peft_folder
 from jaxft.checkpoint.tensors import TensorSpec
@@ -92,7 +93,7 @@ def stored(hf: str, array: np.ndarray, kind, config) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("dtype", ("float32", "float16", "bfloat16", "q8_0"))
 def test_what_is_written_reads_back_as_the_library_quantises_it(tmp_path, name, dtype):
     config, tensors = made(name)
     path = str(tmp_path / "model.gguf")

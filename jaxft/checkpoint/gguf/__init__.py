@@ -14,12 +14,14 @@ from gguf.quants import dequantize
 
 from jaxft import models
 from jaxft.checkpoint.gguf.config import read_config, read_family
+from jaxft.checkpoint.gguf.kinds import FileKinds, file_kinds
 from jaxft.checkpoint.gguf.names import (
     LONG_FACTORS,
     ROPE_FACTORS,
     SHORT_FACTORS,
     WHOLE,
     Family,
+    GGUFModule,
     expert_count,
     gguf_modules,
     has_shifted_norm,
@@ -49,9 +51,13 @@ class GGUFFile:
         self._config = models.config_from_hf(self._hf_config)
         self._tensors = _named_tensors(self.header, self.family, self._config)
 
-    def part(self, name: str) -> str:
-        """A tensor's name in the file, without the number of its layer and `.weight`."""
-        return self._tensors[name].name.split(".")[-2]
+    def modules(self) -> dict[str, GGUFModule]:
+        """The place of every module in the file, by its Hugging Face name."""
+        return gguf_modules(self.family, self._config.num_hidden_layers, expert_count(self.family, self._config))
+
+    def kinds(self, dtype: str) -> FileKinds:
+        """The types of the tensors of a file of this model that is written as `dtype`."""
+        return file_kinds(dtype, self.family, self._config)
 
     def hf_config(self) -> dict[str, Any]:
         """config.json of the equivalent Hugging Face folder."""

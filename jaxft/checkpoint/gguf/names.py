@@ -148,10 +148,15 @@ WRITTEN_AS = {"mistral": "llama"}
 
 
 class GGUFModule(NamedTuple):
-    """The place of a module in a file. part: its name without layer number. expert: its row of a merged tensor."""
+    """The place of a module in a file.
+
+    part: its name without layer number. layer: that number, -1 outside of the layers. expert: its row of a merged
+    tensor.
+    """
 
     name: str
     part: str
+    layer: int = -1
     expert: int | None = None
 
 
@@ -162,9 +167,9 @@ def gguf_modules(family: Family, layers: int, experts: int = 0) -> dict[str, GGU
         for ours, theirs in family.layer.items():
             name, module = f"blk.{n}.{ours}", f"model.layers.{n}.{theirs}"
             if "{e}" not in theirs:
-                modules[module] = GGUFModule(name, ours)
+                modules[module] = GGUFModule(name, ours, n)
                 continue
-            modules |= {module.format(e=e): GGUFModule(name, ours, e) for e in range(experts)}
+            modules |= {module.format(e=e): GGUFModule(name, ours, n, e) for e in range(experts)}
     return modules
 
 

@@ -14,12 +14,12 @@ from typing import Any, BinaryIO
 import numpy as np
 from gguf import GGUFWriter
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
-from gguf.quants import dequantize, quantize
+from gguf.quants import dequantize
 
 from jaxft import models
 from jaxft.checkpoint.gguf import GGUFFile
+from jaxft.checkpoint.gguf.kinds import F16, F32, FILE_TYPES, FileKinds, file_kinds, kind_of, quantize
 from jaxft.checkpoint.gguf.names import (
-    ROUTER,
     Family,
     GGUFModule,
     expert_count,
@@ -32,14 +32,11 @@ from jaxft.checkpoint.gguf.settings import family_of, model_metadata, rope_vecto
 from jaxft.checkpoint.peft.folder import CONFIG, PREFIX, AdapterTensors
 from jaxft.checkpoint.peft.lora import read_settings
 from jaxft.checkpoint.safetensors_writer import LazyTensor
-from jaxft.checkpoint.tensors import TensorSpec
 from jaxft.errors import ExportError, listed
 from jaxft.files.paths import read_json
 from jaxft.models.family import FamilyConfig
 
-F32, F16, BF16, Q8_0 = (GGMLQuantizationType[name] for name in ("F32", "F16", "BF16", "Q8_0"))
-KINDS = {"float32": F32, "float16": F16, "bfloat16": BF16, "q8_0": Q8_0}
-FILE_TYPES = {F32: "ALL_F32", F16: "MOSTLY_F16", BF16: "MOSTLY_BF16", Q8_0: "MOSTLY_Q8_0"}
+ADAPTER_TYPES = ("float32", "float16", "bfloat16")
 
 
 def write_gguf(
@@ -53,18 +50,19 @@ def write_gguf(
 ) -> None:
     """Writes a whole model with one tensor in memory at a time; of experts that GGUF keeps in one tensor, one expert.
 
-    tensors: under Hugging Face names, any float dtype. dtype: one of KINDS. tokenizer: metadata under `tokenizer.`;
-    see `jaxft.data.tokenizers.gguf_write`. name: for general.name. Raises ExportError for a family or setting that
-    llama.cpp would compute differently, and for values beyond the range of the type.
+    tensors: under Hugging Face names, any float dtype. dtype: a name of `kinds.KINDS`. tokenizer: metadata under
+    `tokenizer.`; see `jaxft.data.tokenizers.gguf_write`. name: for general.name. Raises ExportError for a family or
+    setting that llama.cpp would compute differently, and for values beyond the range of the type.
     """
-    kind, family = _kind(dtype), family_of(hf_config)
+    family, config = family_of(hf_config), models.config_from_hf(hf_config)
+    kinds = file_kinds(dtype, family, config)
     metadata = model_metadata(hf_config) | {
         "general.type": "model",
         "general.name": name,
-        "general.file_type": int(LlamaFileType[FILE_TYPES[kind]]),
+        "general.file_type": int(LlamaFileType[FILE_TYPES[dtype]]),
         "general.quantization_version": 2,
     }
-    merged = _file_tensors(family, models.config_from_hf(hf_config), tensors, kind)
+    merged = _file_tensors(kinds, tensors)
     vectors = {
         vector: _FileTensor(kind=F32, shape=values.shape, parts=(functools.partial(np.asarray, values),))
         for vector, values in rope_vectors(hf_config).items()
@@ -74,7 +72,8 @@ def write_gguf(
 
 def gguf_bytes(tensors: Mapping[str, LazyTensor], hf_config: Mapping[str, Any], dtype: str) -> int:
     """Size of the tensors in a file of that type. Raises ExportError for a family that is not written to GGUF."""
-    merged = _file_tensors(family_of(hf_config), models.config_from_hf(hf_config), tensors, _kind(dtype))
+    kinds = file_kinds(dtype, family_of(hf_config), models.config_from_hf(hf_config))
+    merged = _file_tensors(kinds, tensors)
     return sum(tensor.nbytes for tensor in merged.values())
 
 
@@ -84,9 +83,9 @@ def write_gguf_adapter(path: str, folder: str, hf_config: Mapping[str, Any], *, 
     hf_config: config.json of the base. dtype: float32, float16 or bfloat16.
     Raises ExportError for tensors that name no linear layer, ModelError for settings not implemented.
     """
-    kind = _kind(dtype)
-    if kind == Q8_0:
-        raise ExportError("rows of an adapter do not fill blocks of q8_0; use float32, float16 or bfloat16")
+    kind = kind_of(dtype)
+    if dtype not in ADAPTER_TYPES:
+        raise ExportError(f"rows of an adapter do not fill blocks of {dtype}; use float32, float16 or bfloat16")
     peft_config = read_json(os.path.join(folder, CONFIG))
     if peft_config.get("peft_type") != "LORA":
         raise ExportError(f"{folder} has peft_type {peft_config.get('peft_type')!r}; llama.cpp reads only LoRA")
@@ -125,12 +124,13 @@ def check_gguf(path: str, tensors: Mapping[str, LazyTensor], *, dtype: str) -> N
     Gemma's norms are read back as (1 + w) - 1 in float32: w may differ in its last bits, and the layer multiplies by
     the same number. Raises ExportError naming the first tensor that differs.
     """
-    source, kind = GGUFFile(path), _kind(dtype)
+    source = GGUFFile(path)
+    kinds, modules = source.kinds(dtype), source.modules()
     written = source.specs()
     if set(written) != set(tensors):
         raise ExportError(f"{path} holds other tensors than the source: {sorted(set(written) ^ set(tensors))[:3]}")
     for name, (spec, make) in tensors.items():
-        tensor_kind = _kind_of(spec, kind, source.part(name))
+        tensor_kind = kinds.kind(spec.shape, modules[name.rpartition(".")[0]])
         expected = make().astype(np.float32)
         if has_shifted_norm(source.family, name):
             expected = (expected + np.float32(1)) - np.float32(1)
@@ -138,19 +138,6 @@ def check_gguf(path: str, tensors: Mapping[str, LazyTensor], *, dtype: str) -> N
             expected = dequantize(quantize(expected, tensor_kind), tensor_kind)
         if not np.array_equal(source.read(name).view(np.uint32), expected.view(np.uint32)):
             raise ExportError(f"{path}: tensor {name!r} reads back differently. Do not use the file.")
-
-
-def _kind(dtype: str) -> GGMLQuantizationType:
-    if dtype not in KINDS:
-        raise ExportError(f"GGUF files are written as {', '.join(KINDS)}, not {dtype!r}")
-    return KINDS[dtype]
-
-
-def _kind_of(spec: TensorSpec, kind: GGMLQuantizationType, part: str) -> GGMLQuantizationType:
-    """Vectors and routers stay float32; rows that do not fill blocks fall back to float16, as in llama.cpp."""
-    if len(spec.shape) == 1 or part == ROUTER:
-        return F32
-    return kind if spec.shape[-1] % GGML_QUANT_SIZES[kind][0] == 0 else F16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,10 +159,9 @@ class _FileTensor:
             make().tofile(file)
 
 
-def _file_tensors(
-    family: Family, config: FamilyConfig, tensors: Mapping[str, LazyTensor], kind: GGMLQuantizationType
-) -> dict[str, _FileTensor]:
+def _file_tensors(kinds: FileKinds, tensors: Mapping[str, LazyTensor]) -> dict[str, _FileTensor]:
     """The tensors of the file by name, from those under Hugging Face names."""
+    family, config = kinds.family, kinds.config
     count = expert_count(family, config)
     modules = gguf_modules(family, config.num_hidden_layers, count)
     if config.head == "score":
@@ -195,7 +181,7 @@ def _file_tensors(
     for name, members in groups.items():
         members.sort(key=lambda member: member[0])
         (_, first, gguf_module), spec = members[0], tensors[members[0][1]][0]
-        tensor_kind = _kind_of(spec, kind, gguf_module.part)
+        tensor_kind = kinds.kind(spec.shape, gguf_module)
         merged[name] = _FileTensor(
             kind=tensor_kind,
             shape=spec.shape if gguf_module.expert is None else (count, *spec.shape),
