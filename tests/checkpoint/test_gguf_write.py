@@ -13,8 +13,8 @@ from gguf.quants import dequantize, quantize
 from jaxft import models
 from jaxft.checkpoint.gguf import GGUFFile
 from jaxft.checkpoint.gguf import write as gguf_write
-from jaxft.checkpoint.gguf.names import interleave
 from jaxft.checkpoint.gguf.kinds import KINDS
+from jaxft.checkpoint.gguf.names import interleave
 from jaxft.checkpoint.gguf.write import check_gguf, model_metadata, write_gguf, write_gguf_adapter
 from jaxft.checkpoint.hf import hf_tensors
 from jaxft.checkpoint.peft import folder as peft_folder
