@@ -12,6 +12,7 @@ from jaxft.checkpoint.named_adapters import write_named as write_adapter  # noqa
 from jaxft.config import RunConfig
 from jaxft.data.tokenizers.load import load_tokenizer as load_tokenizer
 from jaxft.data.tokenizers.tokenizer import Tokenizer
+from jaxft.generation.text import Answer, Prompt, as_prompts, generate_text
 from jaxft.planning.client import plan as plan
 from jaxft.runs.evaluate import evaluate as evaluate
 from jaxft.runs.export import export as export
@@ -33,7 +34,7 @@ def get_config(path_with_arg: str, overrides: Mapping[str, Any] | Sequence[str] 
 def generate(
     model: LoadedModel,
     tokenizer: Tokenizer,
-    prompts: Sequence[str | Sequence[Mapping[str, Any]]],
+    prompts: Prompt | Sequence[Prompt],
     *,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
@@ -46,10 +47,12 @@ def generate(
     slots: int = 32,
     on_text: Callable[[int, str], None] | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
-) -> list[str]:
-    """The answer to each prompt, without the prompt and without special tokens.
+) -> Answer | list[Answer]:
+    """The answer to each prompt, without the prompt and without special tokens; of a single prompt, its answer.
 
-    prompts: plain text, continued as it is, or lists of chat messages, rendered by the chat template.
+    prompts: a text, continued as it is, or a conversation, a list of chat messages that the chat template renders; or a
+    list of texts and conversations. An answer is a string with the attributes `reasoning_content`, the thoughts before
+    an answer in a chat, which are no part of it, and `finish_reason`, `stop` or `length`.
     max_new_tokens to seed: see `jaxft.generation.settings.Sampling`. temperature: 0 is greedy. min_p: drop tokens less
     probable than min_p times the most probable one. repetition_penalty: values above 1 penalise tokens already used.
     stop: texts that end an answer and are cut off. slots: most prompts decoded at a time. on_text: called with (index
@@ -58,7 +61,6 @@ def generate(
     DataError for a prompt that the model cannot take.
     """
     from jaxft.generation.settings import Sampling
-    from jaxft.generation.text import generate_text
 
     sampling = Sampling(
         max_new_tokens=max_new_tokens,
@@ -70,13 +72,15 @@ def generate(
         seed=seed,
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
     )
+    several, single = as_prompts(prompts)
     done = generate_text(
         model.module,
         tokenizer,
-        list(prompts),
+        several,
         sampling=sampling,
         slots=slots,
         on_text=on_text,
         chat_template_kwargs=chat_template_kwargs,
     )
-    return [answer.text or "" for answer in done]
+    answers = [Answer.of(one) for one in done]
+    return answers[0] if single else answers

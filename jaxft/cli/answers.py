@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
@@ -21,6 +22,7 @@ def generate(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     """`jaxft generate`: answers to prompts, or the best of several by a reward model."""
     from jaxft import api
     from jaxft.generation import chat as chats
+    from jaxft.generation.text import Answer
 
     prompts: list[Any] = list(arguments.prompt)
     if not prompts:
@@ -46,10 +48,17 @@ def generate(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     # Someone who watches sees the text while it comes.
     watched = len(prompts) == 1 and not arguments.json and sys.stdout.isatty()
     show = (lambda row, piece: print(piece, end="", flush=True)) if watched else None
-    answers = api.generate(model, tokenizer, prompts, **_sampling(arguments), on_text=show)
+    answers = typing.cast(list[Answer], api.generate(model, tokenizer, prompts, **_sampling(arguments), on_text=show))
     if not arguments.json:
         print("" if watched else "\n---\n".join(answers))
-    return {"answers": answers}
+    for number, one in enumerate(answers, 1):
+        if one.reasoning_content and not one:
+            print(
+                f"answer {number} ended in its thoughts, at --max_new_tokens={arguments.max_new_tokens}: raise it",
+                file=sys.stderr,
+            )
+    thoughts = [one.reasoning_content for one in answers]
+    return {"answers": answers} | ({"reasoning_content": thoughts} if any(thoughts) else {})
 
 
 def _best_of(arguments: argparse.Namespace, model: Any, tokenizer: Any, prompts: list[Any]) -> dict[str, Any]:
@@ -60,7 +69,7 @@ def _best_of(arguments: argparse.Namespace, model: Any, tokenizer: Any, prompts:
             "--best_of=N and --reward_model=PATH belong together: N answers are drawn, and it chooses one"
         )
     reward_model = api.load_model(arguments.reward_model, dtype=arguments.dtype)
-    best = api.best_of(
+    results = api.best_of(
         model,
         tokenizer,
         reward_model,
@@ -69,6 +78,7 @@ def _best_of(arguments: argparse.Namespace, model: Any, tokenizer: Any, prompts:
         reward_tokenizer=api.load_tokenizer(arguments.reward_model),
         **_sampling(arguments),
     )
+    best = results if isinstance(results, list) else [results]
     if not arguments.json:
         print("\n---\n".join(one.text for one in best))
     return {

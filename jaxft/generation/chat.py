@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TextIO
 
+from jaxft.data.chat.reasoning import field_of
 from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import DataError, ModelError, did_you_mean
 from jaxft.generation.conversation_cache import ConversationCache
@@ -14,6 +15,7 @@ from jaxft.generation.text import encode_prompt, generate_text
 from jaxft.nn.decoder import Decoder
 
 PROMPT = "> "
+THOUGHTS, ANSWER = "(thoughts)", "(answer)"  # what is written above each, if a model thinks
 COMMANDS = {
     "/reset": "forget the conversation; the system message stays",
     "/system": "start a new conversation with the text after it as system message, or with none",
@@ -50,28 +52,49 @@ class Chat:
     def ask(self, text: str, write: Write) -> Generated | None:
         """Writes the answer while it is generated, and adds question and answer to the conversation.
 
-        None if Ctrl-C stopped it: the text shown so far is then the answer; if there is none, the question is
-        forgotten too. Raises DataError, and leaves the conversation as it was, for messages that the template refuses
+        Thoughts before it are shown apart, and are no part of what is remembered as the answer. None if Ctrl-C stopped
+        it: the text shown so far is then the answer. If there is nothing but thoughts, the question is forgotten too.
+        Raises DataError, and leaves the conversation as it was, for messages that the template refuses
         or that exceed the model's positions.
         """
         question = {"role": "user", "content": text}
         conversation = [*self.messages, question]
         self._check_room(conversation)
         shown: list[str] = []
+        thoughts: list[str] = []
 
         def show(row: int, piece: str) -> None:
+            if thoughts and not shown:
+                write(f"\n{ANSWER}\n")
             shown.append(piece)
+            write(piece)
+
+        def show_thoughts(row: int, piece: str) -> None:
+            if not thoughts:
+                write(f"{THOUGHTS}\n")
+            thoughts.append(piece)
             write(piece)
 
         try:
             (answer,) = generate_text(
-                self.model, self.tokenizer, [conversation], self.sampling, on_text=show, cache=self.cache
+                self.model,
+                self.tokenizer,
+                [conversation],
+                self.sampling,
+                on_text=show,
+                on_thoughts=show_thoughts,
+                cache=self.cache,
             )
         except KeyboardInterrupt:
             answer = None
-        if answer is not None or shown:
-            self.turns += [question, {"role": "assistant", "content": "".join(shown)}]
+        if shown or (answer is not None and not thoughts):
+            self.turns += [question, self._said("".join(shown), "".join(thoughts).strip())]
         return answer
+
+    def _said(self, answer: str, thoughts: str) -> dict[str, str]:
+        """An answer as a message. The template decides what becomes of thoughts, if it reads them from a field."""
+        field = field_of(self.tokenizer.chat_template)
+        return {"role": "assistant", "content": answer} | ({field: thoughts} if field and thoughts else {})
 
     def _check_room(self, conversation: list[dict[str, str]]) -> None:
         tokens, most = len(encode_prompt(self.tokenizer, conversation)), self.sampling.max_new_tokens
@@ -126,6 +149,11 @@ def _answer(chat: Chat, text: str, write: Write) -> None:
         return
     if answer is None:
         write("\n(stopped)")
+    elif answer.thoughts and not answer.text:
+        write(
+            f"\n(it ended in its thoughts: there is no answer, and your message is forgotten. Give more room by "
+            f"--max_new_tokens, now {chat.sampling.max_new_tokens})"
+        )
     elif answer.finish_reason == "length":
         write(f"\n(cut off at --max_new_tokens={chat.sampling.max_new_tokens})")
     write("\n")

@@ -7,47 +7,32 @@ from jaxft.data.tokenizers.tokenizer import Tokenizer
 UNFINISHED = "\ufffd"  # decoders give this for bytes that are not a whole character yet
 
 
-class TextStream:
-    """Takes tokens one by one and returns text that will not change any more.
+class UntilStop:
+    """Takes pieces of text and returns those that are certainly before a stop string.
 
-    Attributes: text (all decoded text, cut before a stop string), stopped (whether there was a stop string).
+    Attributes: text (all text, cut before a stop string), stopped (whether there was one).
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(self, stop: Sequence[str] = ()) -> None:
         self.text = ""
         self.stopped = False
-        self._tokenizer, self._stop = tokenizer, tuple(stop)
-        self._ids: list[int] = []
-        self._context = 0  # decoding starts here: a token's text can depend on the one before it
-        self._decoded = 0  # tokens that are in `text`
+        self._stop = tuple(stop)
         self._shown = 0  # characters that were returned
 
-    def push(self, token: int) -> str:
-        """The text that is certain after this token: often empty, sometimes more than the token's own."""
-        self._ids.append(token)
-        piece = self._tail()
-        if piece and not piece.endswith(UNFINISHED):
-            self._add(piece)
+    def push(self, piece: str) -> str:
+        """The text that is certain after this piece."""
+        if piece and not self.stopped:
+            search_from = max(0, len(self.text) - max(map(len, self._stop), default=0))
+            self.text += piece
+            starts = [at for stop in self._stop if (at := self.text.find(stop, search_from)) >= 0]
+            if starts:
+                self.text, self.stopped = self.text[: min(starts)], True
         # Text that may be the start of a stop string is not returned yet.
         return self._show(len(self.text) - (0 if self.stopped else self._half_stop()))
 
     def finish(self) -> str:
-        """The rest of the text; an unfinished last character is dropped."""
-        if not self.stopped:
-            self._add(self._tail().rstrip(UNFINISHED))
+        """The rest of the text."""
         return self._show(len(self.text))
-
-    def _tail(self) -> str:
-        known = self._tokenizer.decode(self._ids[self._context : self._decoded])
-        return self._tokenizer.decode(self._ids[self._context :])[len(known) :]
-
-    def _add(self, piece: str) -> None:
-        search_from = max(0, len(self.text) - max(map(len, self._stop), default=0))
-        self.text += piece
-        self._context, self._decoded = self._decoded, len(self._ids)
-        starts = [at for stop in self._stop if (at := self.text.find(stop, search_from)) >= 0]
-        if starts:
-            self.text, self.stopped = self.text[: min(starts)], True
 
     def _half_stop(self) -> int:
         lengths = (n for stop in self._stop for n in range(1, len(stop)) if self.text.endswith(stop[:n]))
@@ -57,3 +42,41 @@ class TextStream:
         piece = self.text[self._shown : end]
         self._shown = max(self._shown, end)
         return piece
+
+
+class TextStream:
+    """Takes tokens one by one and returns text that will not change any more."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        self._tokenizer, self._until = tokenizer, UntilStop(stop)
+        self._ids: list[int] = []
+        self._context = 0  # decoding starts here: a token's text can depend on the one before it
+        self._decoded = 0  # tokens that are in `text`
+
+    @property
+    def text(self) -> str:
+        """All decoded text, cut before a stop string."""
+        return self._until.text
+
+    @property
+    def stopped(self) -> bool:
+        """Whether there was a stop string."""
+        return self._until.stopped
+
+    def push(self, token: int) -> str:
+        """The text that is certain after this token: often empty, sometimes more than the token's own."""
+        self._ids.append(token)
+        piece = self._tail()
+        if not piece or piece.endswith(UNFINISHED):
+            return self._until.push("")
+        self._context, self._decoded = self._decoded, len(self._ids)
+        return self._until.push(piece)
+
+    def finish(self) -> str:
+        """The rest of the text; an unfinished last character is dropped."""
+        piece = "" if self.stopped else self._until.push(self._tail().rstrip(UNFINISHED))
+        return piece + self._until.finish()
+
+    def _tail(self) -> str:
+        known = self._tokenizer.decode(self._ids[self._context : self._decoded])
+        return self._tokenizer.decode(self._ids[self._context :])[len(known) :]

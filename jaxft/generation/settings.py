@@ -60,10 +60,12 @@ class Generated:
     tokens: all new token ids, the stop token included. logprobs: of each token, in nats, by the model at temperature 1
     without penalty or filters. finish_reason: "stop" for a stop token, a stop string or a callback that ended the row;
     "length" at max_new_tokens. text: None from `generate_tokens`; from `generate_text` the decoded tokens without
-    special tokens, stop string or an unfinished last character.
+    special tokens, stop string or an unfinished last character, and in a chat without thoughts. thoughts: those before
+    the answer in a chat; empty if there are none.
     """
 
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish_reason: FinishReason
     text: str | None = None
+    thoughts: str = ""

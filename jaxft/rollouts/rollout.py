@@ -19,7 +19,8 @@ class Rollout:
     prompt, the stop token included. sampled: bool[n], whether the model sampled the token; others come from an
     environment. logprobs: float32[n], of the sampled tokens when they were sampled, in nats, under the temperature; 0
     of others. finish_reason: `stop`, or `length` if it was cut off. text: its sampled text, without stop tokens;
-    with an environment that of the last turn. episode: what an environment made of it, None without one.
+    with an environment that of the last turn. episode: what an environment made of it, None without one. parts:
+    thoughts and answer of the text, if it answers a chat.
     """
 
     prompt: Prompt
@@ -31,6 +32,17 @@ class Rollout:
     finish_reason: FinishReason
     text: str
     episode: Episode | None = None
+    parts: tuple[str, str] | None = None
+
+    @property
+    def thoughts(self) -> str:
+        """What the model thought before its answer to a chat; empty if there is nothing, or it is not known."""
+        return self.parts[0] if self.parts else ""
+
+    @property
+    def answer(self) -> str:
+        """The text without thoughts."""
+        return self.parts[1] if self.parts else self.text
 
     def example(self, values: dict[str, float], arrays: dict[str, np.ndarray] | None = None) -> Example:
         """The prompt and the answer as one document, trained on the sampled tokens.

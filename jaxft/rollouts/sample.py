@@ -12,6 +12,7 @@ from jaxft.errors import DataError
 from jaxft.generation.buckets import power_of_two
 from jaxft.generation.layout import for_decoding
 from jaxft.generation.settings import Generated, Sampling
+from jaxft.generation.thoughts import parts_of, sampled_text
 from jaxft.generation.tokens import generate_tokens
 from jaxft.nn.decoder import Decoder
 from jaxft.rollouts.environments.conversation import Conversation, rendering_of
@@ -73,6 +74,8 @@ class Sampler:
 
     def _rollout(self, prompt: Prompt, number: int, one: Generated) -> Rollout:
         tokens = np.array(one.tokens, np.int32)
+        is_chat = not isinstance(prompt.messages, str)
+        parts = parts_of(self.tokenizer, prompt.tokens.tolist(), one.tokens) if is_chat else None
         return Rollout(
             prompt=prompt,
             number=number,
@@ -81,7 +84,8 @@ class Sampler:
             sampled=np.ones(len(tokens), bool),
             logprobs=np.array(one.logprobs, np.float32),
             finish_reason=one.finish_reason,
-            text=self.tokenizer.decode(one.tokens),
+            text=sampled_text(self.tokenizer, one.tokens, parts),
+            parts=parts,
         )
 
     def _with_environments(

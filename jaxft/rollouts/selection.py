@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from jaxft.data.chat.reasoning import FIELDS
 from jaxft.data.prompts import Prompt
 from jaxft.errors import ConfigError
 from jaxft.rollouts.rollout import Rollout
@@ -67,16 +68,19 @@ class Selection:
         return [
             index
             for index, one in enumerate(rollouts)
-            if not np.isnan(rewards[index]) and one.text.strip() and (self.keep_cut or one.finish_reason == "stop")
+            if not np.isnan(rewards[index]) and one.answer.strip() and (self.keep_cut or one.finish_reason == "stop")
         ]
 
 
-def answer_row(prompt: Prompt, answer: str, numbers: Mapping[str, Any]) -> dict[str, Any]:
-    """A row that supervised fine-tuning reads: the prompt and its answer as text, or as messages, and `numbers`."""
+def answer_row(prompt: Prompt, answer: Rollout, numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """A row that supervised fine-tuning reads: the prompt and its answer as text, or as messages, and `numbers`.
+
+    Thoughts before the answer are a field of its message.
+    """
     return {"prompt": _question(prompt), "completion": _answer(prompt, answer), **_rendering(prompt), **numbers}
 
 
-def pair_row(prompt: Prompt, best: str, worst: str, numbers: Mapping[str, Any]) -> dict[str, Any]:
+def pair_row(prompt: Prompt, best: Rollout, worst: Rollout, numbers: Mapping[str, Any]) -> dict[str, Any]:
     """A row that methods of preferences read: a prompt with a chosen and a rejected answer, and `numbers`."""
     answers = {"chosen": _answer(prompt, best), "rejected": _answer(prompt, worst)}
     return {"prompt": _question(prompt), **answers, **_rendering(prompt), **numbers}
@@ -86,8 +90,11 @@ def _question(prompt: Prompt) -> Any:
     return prompt.messages if isinstance(prompt.messages, str) else list(prompt.messages)
 
 
-def _answer(prompt: Prompt, answer: str) -> Any:
-    return answer if isinstance(prompt.messages, str) else [{"role": "assistant", "content": answer}]
+def _answer(prompt: Prompt, answer: Rollout) -> Any:
+    if isinstance(prompt.messages, str):
+        return answer.text
+    message = {"role": "assistant", "content": answer.answer}
+    return [message | ({FIELDS[0]: answer.thoughts} if answer.thoughts else {})]
 
 
 def _rendering(prompt: Prompt) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from jaxft.data.rows.values import RowProblem
 from jaxft.data.sources import Rows, Subset, open_rows
 from jaxft.errors import ConfigError, DataError, ModelError, listed
 from jaxft.generation.settings import Sampling
-from jaxft.generation.text import Prompt, encode_prompt, generate_text
+from jaxft.generation.text import Prompt, as_prompts, encode_prompt, generate_text
 from jaxft.objectives.reward import document_scores
 from jaxft.sharding.arrays import to_host
 from jaxft.sharding.mesh import MeshPlan, make_mesh_plan
@@ -113,16 +113,17 @@ def best_of(
     model: LoadedModel,
     tokenizer: Tokenizer,
     reward_model: LoadedModel,
-    prompts: Sequence[Prompt],
+    prompts: Prompt | Sequence[Prompt],
     *,
     n: int,
     reward_tokenizer: Tokenizer | None = None,
     slots: int = 32,
     **sampling: Any,
-) -> list[Best]:
+) -> Best | list[Best]:
     """The best of n answers that the model draws to each prompt, by the scores of a reward model.
 
-    prompts: as for `generate`. n: 2 or more. reward_tokenizer: of the reward model, which may have another vocabulary
+    prompts: as for `generate`; a single one gives a single result. Thoughts before an answer in a chat are no part of
+    it, and are not scored. n: 2 or more. reward_tokenizer: of the reward model, which may have another vocabulary
     and chat template; `tokenizer` if None. sampling: fields of `Sampling`; the temperature is 1 by default. An answer
     is scored with an end token, also if it was cut at max_new_tokens. Raises ConfigError for n below 2 and for a
     temperature of 0, at which all answers are the same; ModelError if the reward model has no score head.
@@ -136,7 +137,8 @@ def best_of(
             "temperature=0 takes the most probable token, so that all answers to a prompt are the same. Set it to 1, "
             "or to another number above 0."
         )
-    drawn = [prompt for prompt in prompts for _ in range(n)]
+    several, single = as_prompts(prompts)
+    drawn = [prompt for prompt in several for _ in range(n)]
     texts = [done.text or "" for done in generate_text(model.module, tokenizer, drawn, settings, slots=slots)]
     names = [f"answer {index % n} to prompt {index // n}" for index in range(len(drawn))]
     scores = answer_scores(reward_model, reward_tokenizer or tokenizer, drawn, texts, names).tolist()
@@ -145,7 +147,7 @@ def best_of(
         own_texts, own_scores = tuple(texts[start : start + n]), tuple(scores[start : start + n])
         best = int(np.argmax(own_scores))
         out.append(Best(text=own_texts[best], score=own_scores[best], texts=own_texts, scores=own_scores))
-    return out
+    return out[0] if single else out
 
 
 def answer_scores(

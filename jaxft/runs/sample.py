@@ -335,14 +335,14 @@ def _record(
         ties=pair is None,
     )
     out = {
-        "rows": [answer_row(prompt, own[index].text, numbers(index)) for index in kept],
+        "rows": [answer_row(prompt, own[index], numbers(index)) for index in kept],
         "counts": {field.name: getattr(counts, field.name) for field in fields(counts)},
         "pair": None,
     }
     if pair is not None:
         best, worst = pair
         scores = {"score_chosen": float(rewards[best]), "score_rejected": float(rewards[worst]), "row": prompt.row}
-        out["pair"] = pair_row(prompt, own[best].text, own[worst].text, scores)
+        out["pair"] = pair_row(prompt, own[best], own[worst], scores)
     return out
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from jaxft.config import EvalConfig, RunConfig
 from jaxft.data import Prepared, Tokenizer
-from jaxft.data.chat.reasoning import split_thoughts
 from jaxft.errors import DataError
 from jaxft.evaluation.scoring import Score, check_references, json_fields, score
 from jaxft.generation.settings import Sampling
+from jaxft.generation.thoughts import parts_of
 from jaxft.generation.tokens import generate_tokens
 from jaxft.nn.decoder import Decoder
 
@@ -35,7 +35,9 @@ def answer(module: Decoder, tokenizer: Tokenizer, data: Prepared, config: EvalCo
         stop_ids=tokenizer.stop_ids,
         slots=min(config.batch_size, len(data.eval_prompts)),
     )
-    texts = tuple(split_thoughts(tokenizer.decode(row.tokens))[1] for row in done)
+    texts = tuple(
+        parts_of(tokenizer, prompt, row.tokens)[1] for prompt, row in zip(data.eval_prompts, done, strict=True)
+    )
     return Answers(score(metric, texts, data.eval_references), texts)
 
 

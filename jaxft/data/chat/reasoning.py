@@ -50,10 +50,10 @@ def _arrange(message: dict[str, Any], how: str, template: str | None) -> dict[st
     if how == "inline":
         block = f"{OPEN}\n{thoughts.strip()}\n{CLOSE}\n\n" if thoughts.strip() else ""
         return rest | {"content": block + message["content"]}
-    return rest | {_field_of(template) or fields[0]: thoughts}
+    return rest | {field_of(template) or fields[0]: thoughts}
 
 
-def _field_of(template: str | None) -> str | None:
+def field_of(template: str | None) -> str | None:
     """The field from which a template reads thoughts: `message.thinking` or `message['thinking']`."""
     read = (name for name in FIELDS if re.search(rf"(\.|\[['\"]|get\(['\"]){name}\b", template or ""))
     return next(read, None)

@@ -23,6 +23,7 @@ from jaxft.data.prompts import Prompt, read_prompts
 from jaxft.errors import ConfigError, DataError
 from jaxft.files import run_folder
 from jaxft.generation.text import Prompt as GivenPrompt
+from jaxft.generation.text import as_prompts
 from jaxft.home import local_path
 from jaxft.methods.online.passes import rows_of
 from jaxft.methods.parts.sequences import evaluated_weights
@@ -159,7 +160,7 @@ class Session:
 
     def sample(
         self,
-        prompts: Sequence[GivenPrompt],
+        prompts: GivenPrompt | Sequence[GivenPrompt],
         n: int = 1,
         *,
         temperature: float | None = None,
@@ -168,16 +169,17 @@ class Session:
     ) -> list[list[Answer]]:
         """n answers to each prompt, with their tokens and log-probabilities, by the weights as they are now.
 
-        prompts: text, which is continued, or lists of chat messages. temperature: by default `rollout.temperature`; 0
-        is greedy. max_new_tokens: by default `rollout.max_completion_length`, or as many as fit into
-        `data.max_length`. seed: of the draws; by default one that follows from `seed` of the config and the number of
-        such calls, which `save_state` saves. Raises DataError for a prompt that cannot be read or is too long.
+        prompts: text, which is continued, or lists of chat messages; one, or a list of them. temperature: by default
+        `rollout.temperature`; 0 is greedy. max_new_tokens: by default `rollout.max_completion_length`, or as many as
+        fit into `data.max_length`. seed: of the draws; by default one that follows from `seed` of the config and the
+        number of such calls, which `save_state` saves. Raises DataError for a prompt that cannot be read or is too
+        long.
         """
         if n < 1:
             raise ConfigError(f"n={n} must be at least 1")
         config = self.config
         temperature = config.rollout.temperature if temperature is None else temperature
-        given = [{config.data.prompt_field: prompt} for prompt in prompts]
+        given = [{config.data.prompt_field: prompt} for prompt in as_prompts(prompts)[0]]
         first = virtual_ids(config.adapter.virtual_tokens)
         read = list(read_prompts(GivenRows(given), config.data, self.tokenizer, first))
         if seed is None:
