@@ -72,11 +72,11 @@ def generate(
         seed=seed,
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
     )
-    several, single = as_prompts(prompts)
+    prompt_list, single = as_prompts(prompts)
     done = generate_text(
         model.module,
         tokenizer,
-        several,
+        prompt_list,
         sampling=sampling,
         slots=slots,
         on_text=on_text,

@@ -231,7 +231,9 @@ def template_values(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def template_options(option: Callable[..., Any]) -> None:
     """The chat template, and values of its variables."""
-    option("--chat_template", metavar="FILE", help="a Jinja file in place of the tokenizer's own template")
+    option(
+        "--chat_template", metavar="NAME|FILE", help="a built-in template or a Jinja file in place of the tokenizer's"
+    )
     values_option(option)
 
 
@@ -268,7 +270,9 @@ def score_options(option: Callable[..., Any]) -> None:
     option("--split", default="train", help="which part of a set that has parts")
     option("--to", metavar="FILE", help="where the scores are written, a JSON object a line; else standard output")
     option("--batch_size", type=int, default=8, help="sequences at a time")
-    option("--chat_template", metavar="FILE", help="a Jinja file in place of the tokenizer's own template")
+    option(
+        "--chat_template", metavar="NAME|FILE", help="a built-in template or a Jinja file in place of the tokenizer's"
+    )
     fields = {field.key: field for field in own_fields(DataConfig)}
     for name in COLUMNS:
         option(f"--{name}", type=fields[name].base, help=fields[name].meaning)

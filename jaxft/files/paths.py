@@ -7,6 +7,7 @@ transferred.
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Protocol
@@ -121,6 +122,12 @@ class RemoteFolder:
 def is_remote(path: str) -> bool:
     """Whether a path is an address that is read in place, and neither a local path nor an hf:// name."""
     return "://" in path and not path.startswith(HUB)
+
+
+def hub_hint(path: str) -> str:
+    """For a path where nothing is, and that has the form of a model's name on the Hugging Face hub, how to write it."""
+    named = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]*[A-Za-z0-9]", path) and not os.path.exists(path)
+    return f" For the model of this name on the Hugging Face hub, write hf://{path}." if named else ""
 
 
 def file_name(path: str) -> str:

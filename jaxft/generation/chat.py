@@ -88,10 +88,10 @@ class Chat:
         except KeyboardInterrupt:
             answer = None
         if shown or (answer is not None and not thoughts):
-            self.turns += [question, self._said("".join(shown), "".join(thoughts).strip())]
+            self.turns += [question, self._message("".join(shown), "".join(thoughts).strip())]
         return answer
 
-    def _said(self, answer: str, thoughts: str) -> dict[str, str]:
+    def _message(self, answer: str, thoughts: str) -> dict[str, str]:
         """An answer as a message. The template decides what becomes of thoughts, if it reads them from a field."""
         field = field_of(self.tokenizer.chat_template)
         return {"role": "assistant", "content": answer} | ({field: thoughts} if field and thoughts else {})

@@ -87,11 +87,9 @@ def generate_text(
         on_token=on_token if watched else None,
         cache=cache,
     )
-    if not watched:
-        for row, result in enumerate(results):
-            for token in result.tokens:
-                on_token(row, token, 0.0)
-    for row, stream in enumerate(streams):
+    for row, (stream, result) in enumerate(zip(streams, results, strict=True)):
+        for token in () if watched else result.tokens:
+            on_token(row, token, 0.0)
         show(row, stream.finish())
     return [
         dataclasses.replace(result, text=stream.text, thoughts=stream.thoughts)
@@ -108,11 +106,12 @@ def as_prompts(given: Any) -> tuple[list[Prompt], bool]:
         return [given], True
     if isinstance(given, Mapping) or not isinstance(given, Iterable):
         raise DataError(f"prompts is {_kind(given)}: {WANTED}")
-    several = list(given)
-    if several and all(isinstance(one, Mapping) for one in several):
-        return [_conversation(several, "the conversation")], True
+    listed_prompts = list(given)
+    if listed_prompts and all(isinstance(one, Mapping) for one in listed_prompts):
+        return [_conversation(listed_prompts, "the conversation")], True
     return [
-        one if isinstance(one, str) else _conversation(one, f"prompt {number}") for number, one in enumerate(several)
+        one if isinstance(one, str) else _conversation(one, f"prompt {number}")
+        for number, one in enumerate(listed_prompts)
     ], False
 
 

@@ -96,7 +96,7 @@ class AnswerStream:
         self._stream, self._answer = TextStream(tokenizer), UntilStop(stop)
         self._in_thoughts = False
         self._header: list[int] | None = None  # the tokens of a message's header, while they come
-        self._held = ""  # text that may be the beginning of a tag
+        self._pending = ""  # text that may be the beginning of a tag
         self._strip = False  # whether white space comes off: at the start of a part that follows thoughts, or is them
         if self._form.channels:
             self._header = []
@@ -130,7 +130,7 @@ class AnswerStream:
     def finish(self) -> Piece:
         """The rest of the text."""
         piece = Piece() if self._header is not None else self._written(self._stream.finish())
-        rest, self._held = self._held, ""
+        rest, self._pending = self._pending, ""
         piece = self._joined(self._joined(piece, self._add(rest)), Piece(answer=self._answer.finish()))
         self.thoughts = self.thoughts.strip()
         return piece
@@ -166,14 +166,14 @@ class AnswerStream:
         """The pieces of decoded text, in which tags may stand as text."""
         if self._form.channels or self._form.open_id is not None:
             return self._add(text)
-        self._held += text
+        self._pending += text
         tag = self._form.closes if self._in_thoughts else self._form.opens
         if not self._in_thoughts and self.text.strip():  # thoughts come first, or not at all
-            text, self._held = self._held, ""
+            text, self._pending = self._pending, ""
             return self._add(text)
-        before, tagged, after = self._held.partition(tag)
+        before, tagged, after = self._pending.partition(tag)
         if tagged and (self._in_thoughts or not before.strip()):
-            self._held = ""
+            self._pending = ""
             piece = self._add(before) if self._in_thoughts else Piece()
             self._in_thoughts, self._strip = not self._in_thoughts, True
             return self._joined(piece, self._written(after))
@@ -181,11 +181,11 @@ class AnswerStream:
 
     def _without_half_tag(self, tag: str) -> str:
         """Takes what is held up to the possible beginning of a tag."""
-        half = max((n for n in range(1, len(tag)) if self._held.endswith(tag[:n])), default=0)
-        at = len(self._held) - half
-        if not self._in_thoughts and not self._held[:at].strip():
+        half = max((n for n in range(1, len(tag)) if self._pending.endswith(tag[:n])), default=0)
+        at = len(self._pending) - half
+        if not self._in_thoughts and not self._pending[:at].strip():
             at = 0  # white space before a tag that may still come
-        text, self._held = self._held[:at], self._held[at:]
+        text, self._pending = self._pending[:at], self._pending[at:]
         return text
 
     def _add(self, text: str) -> Piece:

@@ -137,8 +137,8 @@ def best_of(
             "temperature=0 takes the most probable token, so that all answers to a prompt are the same. Set it to 1, "
             "or to another number above 0."
         )
-    several, single = as_prompts(prompts)
-    drawn = [prompt for prompt in several for _ in range(n)]
+    prompt_list, single = as_prompts(prompts)
+    drawn = [prompt for prompt in prompt_list for _ in range(n)]
     texts = [done.text or "" for done in generate_text(model.module, tokenizer, drawn, settings, slots=slots)]
     names = [f"answer {index % n} to prompt {index // n}" for index in range(len(drawn))]
     scores = answer_scores(reward_model, reward_tokenizer or tokenizer, drawn, texts, names).tolist()

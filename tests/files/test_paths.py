@@ -24,7 +24,15 @@ from jaxft.checkpoint.verify import check_export
 from jaxft.config import AdapterConfig
 from jaxft.data.tokenizers.load import load_tokenizer
 from jaxft.errors import CheckpointError, ModelError
-from jaxft.files.paths import RemoteFolder, copy_small_files, fetch_hub, open_folder, read_json, sizes_and_times
+from jaxft.files.paths import (
+    RemoteFolder,
+    copy_small_files,
+    fetch_hub,
+    hub_hint,
+    open_folder,
+    read_json,
+    sizes_and_times,
+)
 from jaxft.runs.build import attach_adapter
 
 TOKENS = np.arange(12).reshape(1, 12)
@@ -293,3 +301,21 @@ def test_sizes_and_times_tell_the_files_of_a_model(tmp_path):
     memory = fsspec.filesystem("memory")
     memory.pipe_file("/sizes/c", b"12")
     assert sizes_and_times("memory://sizes") == [("c", 2, 0)]
+
+
+@pytest.mark.parametrize("path", ["HuggingFaceTB/SmolLM2-135M-Instruct", "gpt2org/gpt2", "a/B_c.d-7"])
+def test_names_of_the_hub_are_recognised(path):
+    assert hub_hint(path) == f" For the model of this name on the Hugging Face hub, write hf://{path}."
+    with pytest.raises(ModelError, match=f"write hf://{path}"):
+        load_tokenizer(path)
+    with pytest.raises(CheckpointError, match=f"write hf://{path}"):
+        load_model(path)
+
+
+@pytest.mark.parametrize(
+    "path", ["model", "./owner/name", "/owner/name", "hf://owner/name", "a/b/c", "runs/", "{here}"]
+)
+def test_other_paths_are_no_names_of_the_hub(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own" / "folder").mkdir(parents=True)
+    assert hub_hint(path.format(here="own/folder")) == ""

@@ -125,14 +125,14 @@ def test_a_conversation_goes_on_as_if_it_was_templated_by_the_makers(harmony, qw
     """What Chat keeps of an answer, rendered by published templates, has the answer and no earlier thoughts."""
     for tokenizer, end in ((harmony, "<|end|>"), (qwen3, "<|im_end|>")):
         chat = Chat(model=None, tokenizer=tokenizer, sampling=Sampling())
-        said = chat._said("Four.", "A sum.")
+        said = chat._message("Four.", "A sum.")
         prompt = tokenizer.render([USER, said, USER], add_generation_prompt=True)
         assert f"Four.{end}" in prompt and "A sum." not in prompt
         assert prompt == tokenizer.render(
             [USER, {"role": "assistant", "content": "Four."}, USER], add_generation_prompt=True
         )
     r1 = bytes_with(["<|im_end|>"], published("deepseek_r1_distill"), eos="<|im_end|>")
-    assert Chat(model=None, tokenizer=r1, sampling=Sampling())._said("4", "Hm.") == {
+    assert Chat(model=None, tokenizer=r1, sampling=Sampling())._message("4", "Hm.") == {
         "role": "assistant",
         "content": "4",
     }

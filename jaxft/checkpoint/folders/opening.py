@@ -14,7 +14,7 @@ from jaxft.checkpoint.score_head import FreshScoreHead
 from jaxft.checkpoint.tensors import SafetensorsFolder, TensorSource
 from jaxft.checkpoint.text_part import TextPart
 from jaxft.errors import CheckpointError, ModelError
-from jaxft.files.paths import is_file, open_folder, read_json
+from jaxft.files.paths import hub_hint, is_file, open_folder, read_json
 from jaxft.models.hf_fields import DENSE_TENSORS
 from jaxft.models.nested import MULTIMODAL
 from jaxft.models.score_model import is_score_model
@@ -58,7 +58,9 @@ def _read_config(path: str) -> dict[str, Any]:
     config = os.path.join(path, "config.json")
     if not is_file(config):
         there = ", ".join(open_folder(path).names()[:8]) if "://" in path or os.path.isdir(path) else "nothing"
-        raise CheckpointError(f"{path} is not a model: no config.json and not a .gguf file (there: {there})")
+        raise CheckpointError(
+            f"{path} is not a model: no config.json and not a .gguf file (there: {there}).{hub_hint(path)}"
+        )
     return read_json(config)
 
 

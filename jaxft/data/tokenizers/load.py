@@ -16,9 +16,10 @@ from jaxft.data.chat import template_text
 from jaxft.data.tokenizers.end_tokens import end_tokens_at
 from jaxft.data.tokenizers.files import hub_file, json_in
 from jaxft.data.tokenizers.table import table_rows
+from jaxft.data.tokenizers.templates import fixed_template, read_template
 from jaxft.data.tokenizers.tokenizer import Tokenizer
-from jaxft.errors import ConfigError, ModelError, listed
-from jaxft.files.paths import copy_small_files, is_remote
+from jaxft.errors import ModelError, listed
+from jaxft.files.paths import copy_small_files, hub_hint, is_remote
 from jaxft.files.run_folder import ADAPTER, CHAT_TEMPLATE, MERGED, MODEL
 from jaxft.home import local_path
 
@@ -49,7 +50,8 @@ def load_tokenizer(
     folder, `hf://owner/name[@revision]` (through the transformers cache; HF_HUB_OFFLINE is honoured), or
     the address of a folder such as gs://bucket/model, whose small files are fetched.
     revision: branch, tag or commit of an hf:// path.
-    chat_template: path of a Jinja file, or Jinja text, that replaces the tokenizer's own.
+    chat_template: replaces the tokenizer's own: the name of a built-in template, the path of a Jinja file, or Jinja
+    text.
     template_date: the date, such as 2026-11-29, that the template shows if it reads the clock; None: today's, or the
     one that a run has fixed in it. chat_template_kwargs: values of the template's variables, for every rendering that
     does not give others. Both become part of the template, and so of what `Tokenizer.save` writes.
@@ -60,12 +62,12 @@ def load_tokenizer(
     path = local_path(path)
     backend, stop_ids = _load_any(path, revision)
     if chat_template is not None:
-        backend.chat_template = _template_text(chat_template)
+        backend.chat_template = read_template(chat_template, backend, path)
     if isinstance(backend.chat_template, str):
         # Other line ends do not survive writing and reading a file; Jinja renders all of them alike.
         backend.chat_template = backend.chat_template.replace("\r\n", "\n").replace("\r", "\n")
     if template_date is not None or chat_template_kwargs:
-        backend.chat_template = _fixed(backend.chat_template, template_date, chat_template_kwargs or {}, path)
+        backend.chat_template = fixed_template(backend.chat_template, template_date, chat_template_kwargs or {}, path)
     return Tokenizer(backend, name=path, extra_stop_ids=stop_ids, table_rows=table_rows(path, revision))
 
 
@@ -86,27 +88,6 @@ def tokenizer_of(config: RunConfig, path: str | None = None) -> Tokenizer:
     if tokenizer.chat_template is not None and data.template_date is None:
         tokenizer.fix_date(template_text.today())
     return tokenizer
-
-
-def _fixed(given: Any, date: str | None, values: Mapping[str, Any], path: str) -> Any:
-    """The templates of a tokenizer with a date and values of variables in their text."""
-    templates = dict(given) if isinstance(given, Mapping) else {"": given}
-    if None in templates.values():
-        raise ConfigError(
-            f"the tokenizer of {path!r} has no chat template, so nothing reads data.chat_template_kwargs or "
-            "data.template_date: leave them out, or set data.chat_template"
-        )
-    known = frozenset().union(*(template_text.reads_of(text).variables for text in templates.values()))
-    if problem := template_text.unread(values, known):
-        raise ConfigError(f"chat_template_kwargs: {problem}")
-    for name, text in templates.items():
-        fixed = template_text.with_defaults(text, values)
-        templates[name] = template_text.with_date(fixed, date) if date is not None else fixed
-    dates = {template_text.date_in(text) for text in templates.values()} - {None}
-    if date is not None and dates != {date}:
-        shown = f"shows the fixed date {', '.join(map(str, dates))}" if dates else "does not read the clock"
-        raise ConfigError(f"data.template_date={date!r}: the chat template {shown}. Set data.template_date to None.")
-    return templates if isinstance(given, Mapping) else templates[""]
 
 
 def _load_any(path: str, revision: str | None) -> tuple["PreTrainedTokenizerFast", list[int]]:
@@ -135,7 +116,9 @@ def _load_local(path: Path) -> tuple["PreTrainedTokenizerFast", list[int]]:
     if path.is_file():
         path = path.parent if path.name in TOKENIZER_FILES else path
     if not path.is_dir():
-        raise ModelError(f"no tokenizer at {str(path)!r}: it is neither a folder nor a .model or .gguf file")
+        raise ModelError(
+            f"no tokenizer at {str(path)!r}: it is neither a folder nor a .model or .gguf file.{hub_hint(str(path))}"
+        )
     for folder in (path, *(path / name for name in EXPORTS)):
         settings = json_in(folder / "tokenizer_config.json")
         _refuse_code(settings, str(folder))
@@ -276,15 +259,6 @@ def _load_sentencepiece(file: Path) -> "PreTrainedTokenizerFast":
                 f"gives {theirs}. Use a folder with tokenizer.json."
             )
     return backend
-
-
-def _template_text(template: str) -> str:
-    if "{{" in template or "{%" in template:
-        return template
-    try:
-        return Path(local_path(template)).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ModelError(f"cannot read the chat template {template!r}: {error.strerror}") from error
 
 
 def _refuse_code(settings: Mapping[str, Any], where: str) -> None:
