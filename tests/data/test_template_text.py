@@ -82,7 +82,7 @@ def test_a_run_keeps_the_day_on_which_it_began(folder, tmp_path, monkeypatch):
     set_today(monkeypatch, "2026-11-29")
     config, tokenizer = dated(with_overrides(given), load.tokenizer_of(with_overrides(given)))
     assert config.data.template_date == "2026-11-29"
-    open_run(config, template=tokenizer.chat_template)
+    open_run(config, reads={}, template=tokenizer.chat_template)
     set_today(monkeypatch, "2027-01-02")
     again, tokenizer_again = dated(with_overrides(given), load.tokenizer_of(with_overrides(given)))
     assert again == config
