@@ -39,6 +39,7 @@ setup(
         "ml_dtypes>=0.5",
         "safetensors>=0.4.5",
         "pyyaml>=6",
+        "huggingface_hub>=1",
         # Major releases of transformers break: 5 renamed fields of config.json and arguments of tokenizers.
         "transformers>=5,<6",
         "tokenizers>=0.20",

@@ -9,6 +9,7 @@ from jaxft.files.atomic import write_text
 
 MARK = "jaxft_run.json"  # written first, by no other program: what makes a folder that of a run
 CONFIG = "config.json"  # the resolved config; other programs give this name to files of theirs
+COMMAND = "command.txt"  # the command that repeats the run
 DATA = "data.json"  # the examination of the data
 SCORES = "scores.json"  # scores before and after training, with sample answers
 METRICS = "metrics.jsonl"  # one JSON object for each logged step or held-out evaluation

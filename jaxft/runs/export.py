@@ -12,6 +12,7 @@ from rich.console import Console
 from jaxft.adapters.attach import StartParam, adapters, virtual_modules
 from jaxft.adapters.critic import drop_critic
 from jaxft.checkpoint import hf, peft
+from jaxft.checkpoint.hub.card import write_card
 from jaxft.checkpoint.load import LoadedModel, load_model, resolve
 from jaxft.checkpoint.resume import RunCheckpoints
 from jaxft.checkpoint.verify import Check, check_export, is_score_model, output_difference
@@ -24,6 +25,7 @@ from jaxft.files.companions import copy_companions
 from jaxft.files.run_folder import ADAPTER, CHECKPOINTS, MERGED, MODEL, is_run_folder
 from jaxft.home import local_path
 from jaxft.runs.build import build_model
+from jaxft.runs.cards.run_card import card_of
 from jaxft.runs.folder import run_config
 from jaxft.runs.identity.record import begin_export, end_export
 from jaxft.sharding.mesh import MeshPlan
@@ -73,6 +75,8 @@ def export(
         loaded = load_trained(source, step, quantized=False)
     tokenizer = load_tokenizer(source)
     checks = write(loaded, tokenizer, target, format=format, dtype=dtype)
+    run = Path(source) if is_run_folder(source) else None
+    write_card(target, card_of(loaded, tokenizer, checks, form=format, run=run, step=step))
     out: dict[str, Any] = {
         "folder": str(target),
         "format": format,
@@ -152,6 +156,7 @@ def export_run(
     for format, name in wanted:
         target = Path(on_primary(partial(begin_export, folder, name)))
         checks = write(loaded, tokenizer, target, format=format, mesh=mesh)
+        on_primary(partial(_write_run_card, target, loaded, tokenizer, checks, format, folder))
         on_primary(partial(end_export, folder, name))
         out[name] = name
         out[f"{name}_checks"] = {c.reader: c.difference for c in checks}
@@ -197,6 +202,12 @@ def write(
 
     on_primary(write_config_and_tokenizer)
     return check_export(loaded, str(target), dtype=file_dtype, mesh=mesh)
+
+
+def _write_run_card(
+    target: Path, loaded: LoadedModel, tokenizer: Tokenizer, checks: tuple[Check, ...], format: str, run: Path
+) -> bool:
+    return write_card(target, card_of(loaded, tokenizer, checks, form=format, run=run))
 
 
 def _compared(loaded: LoadedModel) -> str:

@@ -20,6 +20,7 @@ from jaxft.files.atomic import write_text
 from jaxft.files.run_folder import (
     CHAT_TEMPLATE,
     CHECKPOINTS,
+    COMMAND,
     CONFIG,
     DATA,
     MARK,
@@ -29,9 +30,13 @@ from jaxft.files.run_folder import (
     write_json,
 )
 from jaxft.home import local_path
+from jaxft.runs.cards.command import command_of
+from jaxft.runs.identity import Reads, other_reads
 from jaxft.runs.identity.changes import Start, go_on, other_values, refuse_other_run
 from jaxft.runs.identity.contents import Reads, other_reads
 from jaxft.runs.identity.record import EXPORTS, Record, check_export, clear, read_record, record_of, write_record
+from jaxft.runs.record import EXPORTS, Record, check_export, clear, read_record, record_of, write_record
+from jaxft.runs.resume import Start, go_on, other_values, refuse_other_run
 from jaxft.sharding.processes import on_primary
 
 
@@ -60,6 +65,8 @@ def open_run(
         folder.mkdir(parents=True, exist_ok=True)
         write_record(folder, record)
         write_json(folder / CONFIG, config.to_dict())
+        if steps is not None:
+            write_text(folder / COMMAND, command_of(config) + "\n")
         if data is not None:
             write_json(folder / DATA, data)
         if template is not None:
