@@ -31,12 +31,9 @@ from jaxft.files.run_folder import (
 )
 from jaxft.home import local_path
 from jaxft.runs.cards.command import command_of
-from jaxft.runs.identity import Reads, other_reads
 from jaxft.runs.identity.changes import Start, go_on, other_values, refuse_other_run
 from jaxft.runs.identity.contents import Reads, other_reads
 from jaxft.runs.identity.record import EXPORTS, Record, check_export, clear, read_record, record_of, write_record
-from jaxft.runs.record import EXPORTS, Record, check_export, clear, read_record, record_of, write_record
-from jaxft.runs.resume import Start, go_on, other_values, refuse_other_run
 from jaxft.sharding.processes import on_primary
 
 

@@ -16,7 +16,7 @@ from jaxft.config import RunConfig, load, with_overrides
 from jaxft.files.run_folder import DATA, METRICS, SCORES
 from jaxft.runs.cards import run_card
 from jaxft.runs.cards.command import changed_fields, command_of, public_text
-from jaxft.runs.record import Record, write_record
+from jaxft.runs.identity.record import Record, write_record
 
 SETTINGS = {
     "model.path": "/home/someone/models/Some-1B", "data.train": '["hf://owner/rows", "/home/someone/more, rows.jsonl"]',

@@ -21,7 +21,7 @@ from jaxft.files.run_folder import CHECKPOINTS, DATA, METRICS, SCORES, read_json
 from jaxft.methods import method_of
 from jaxft.runs.cards.command import changed_fields, command_of, public_text
 from jaxft.runs.folder import run_config
-from jaxft.runs.record import record_of
+from jaxft.runs.identity.record import record_of
 from jaxft.runs.report import wilson_interval
 from jaxft.training.log import read_metrics
 
