@@ -47,6 +47,7 @@ setup(
         "protobuf>=4",
         "gguf>=0.17",
         "jinja2>=3.1",
+        "pyarrow>=15",
         "matplotlib>=3.8",
         "rich>=13",
         "tensorboardX>=2.6",

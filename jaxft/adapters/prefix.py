@@ -13,13 +13,13 @@ from flax import nnx
 
 from jaxft.adapters.attach import AdapterParam
 from jaxft.adapters.prompt import refuse_second
+from jaxft.adapters.virtual_vectors import replace_virtual
 from jaxft.config import AdapterConfig
 from jaxft.nn import partition
 from jaxft.nn.decoder import Decoder
 from jaxft.nn.partition import Dimensions
 from jaxft.nn.stack import group_layers
 from jaxft.nn.storage import StorageDims
-from jaxft.nn.virtual import replace_virtual
 
 PREFIX_DIMS: Dimensions = (None, "both")
 WHOLE: Dimensions = (None, "tensor")

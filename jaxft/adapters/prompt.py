@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxft.adapters.attach import AdapterParam
+from jaxft.adapters.virtual_vectors import replace_virtual
 from jaxft.config import AdapterConfig
 from jaxft.errors import ModelError
 from jaxft.nn import partition
 from jaxft.nn.decoder import Decoder
 from jaxft.nn.partition import Dimensions
 from jaxft.nn.storage import StorageDims
-from jaxft.nn.virtual import replace_virtual
 
 PROMPT_DIMS: Dimensions = (None, "weight")
 

@@ -227,6 +227,14 @@ class DataConfig(Section):
         "`data.max_length`",
     ] = None
     packing: Annotated[bool, "put several rows into a sequence, where none sees another; no row is ever split"] = True
+    num_proc: Annotated[
+        int | None, ABOVE_ZERO, "number of processes that tokenise rows; None: as many as cores, one for few rows"
+    ] = None
+    cache: Annotated[
+        str,
+        "where tokenised rows are kept for the next run. `auto`: the cache of the user, if there are many rows; "
+        "`none`: nowhere; else a folder; see [formats](formats.md#many-rows)",
+    ] = "auto"
     shuffle: Annotated[bool, "draw a new order of sequences for every epoch, from `seed`"] = True
 
     @property

@@ -11,11 +11,12 @@ import numpy as np
 from jaxft.config import DataConfig
 from jaxft.data.batch import Example
 from jaxft.data.chat.arrange import CHANGES
+from jaxft.data.encoded.table import Facts, facts_of, hashes_of
+from jaxft.data.encoded.work import ReadCounts
 from jaxft.data.examine_pairs import PairExamination, combine_pairs, examine_pairs, length_quantiles, pair_warnings
 from jaxft.data.fitting import LengthLimit, ModelLimits
 from jaxft.data.packing import one_each, pack
-from jaxft.data.rows.bad_rows import BadRows
-from jaxft.data.rows.columns import UnreadColumn, UnreadColumns, combine_unread
+from jaxft.data.rows.columns import UnreadColumn, combine_unread
 from jaxft.errors import DataError, listed
 
 BINS = 12
@@ -69,34 +70,6 @@ class Examination:
         return {name: value for name, value in dataclasses.asdict(self).items() if name != "pairs" or value is not None}
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReadCounts:
-    """What was counted while a set was read and tokenised.
-
-    formats, holds: rows of each format, and with each kind of part. chats: rows of each format that are rendered by a
-    chat template. notes: as `encode_all` counts them. left_out: what the reader left out: `rows`, and pairs of answers
-    by the reason. bad: rows that cannot be trained on. unread: columns that nothing reads.
-    """
-
-    formats: Counter[str] = dataclasses.field(default_factory=Counter)
-    holds: Counter[str] = dataclasses.field(default_factory=Counter)
-    notes: Counter[str] = dataclasses.field(default_factory=Counter)
-    left_out: Counter[str] = dataclasses.field(default_factory=Counter)
-    chats: Counter[str] = dataclasses.field(default_factory=Counter)
-    bad: BadRows = dataclasses.field(default_factory=BadRows)
-    unread: UnreadColumns = dataclasses.field(default_factory=UnreadColumns)
-
-    def fields(self) -> dict[str, Any]:
-        """What an Examination says of it too."""
-        return {
-            "formats": dict(self.formats),
-            "holds": dict(self.holds),
-            "skipped": len(self.bad),
-            "bad_rows": self.bad.messages,
-            "unread": self.unread.listed,
-        }
-
-
 def examine(
     examples: Sequence[Example],
     config: DataConfig,
@@ -106,7 +79,7 @@ def examine(
     source: str = "the data",
     counts: ReadCounts | None = None,
     pairs: bool = False,
-) -> tuple[list[Example], Examination]:
+) -> tuple[Sequence[Example], Examination]:
     """The examples that can be trained on, in order and none longer than max_length, and their examination.
 
     config: its max_length, packing, and truncation: what to do with longer examples. model: what it says about tokens
@@ -118,30 +91,30 @@ def examine(
     counts = counts or ReadCounts()
     if not examples:
         raise DataError(_nothing(source, counts.left_out))
-    max_length = config.max_length
-    lengths = np.array([len(example) for example in examples])
-    rows = len({example.row for example in examples}) + counts.left_out["rows"]
-    _refuse_untrained(examples, rows, where, source)
+    max_length, facts = config.max_length, facts_of(examples)
+    rows = len(np.unique(facts.rows)) + counts.left_out["rows"]
+    _refuse_untrained(facts, rows, where, source)
     limit = LengthLimit(
         config=config, model=model, source=source, where=where, pairs=pairs, chats=bool(counts.chats.total())
     )
-    fitted = limit.fit(examples, lengths)
-    kept = list(fitted.examples)
-    ended = sum(int(e.mask[-1]) and int(e.tokens[-1]) in model.stop_ids for e in kept)
+    fitted = limit.fit(examples, facts.lengths)
+    kept = fitted.examples
+    kept_facts = facts if kept is examples else facts_of(kept)
+    ended = int(np.isin(kept_facts.ends, sorted(model.stop_ids)).sum())
     if not ended:
         raise DataError(
             f"EOS is never trained: none of the {len(kept):,} examples of {source} ends in a trained end token, so "
             f"the model would not learn to stop. {fitted.truncated:,} were cut at data.max_length={max_length}: raise "
             "it, or set data.truncation to 'left' or 'drop'."
         )
-    plan = pack([len(e) for e in kept], max_length) if config.packing else one_each(len(kept))
-    tokens = sum(len(e) for e in kept)
+    plan = pack(kept_facts.lengths, max_length) if config.packing else one_each(len(kept))
+    tokens = int(kept_facts.lengths.sum())
     examination = Examination(
         source=source,
         rows=rows,
         examples=len(kept),
         tokens=tokens,
-        trained_tokens=sum(int(e.mask.sum()) for e in kept),
+        trained_tokens=int(kept_facts.trained.sum()),
         max_length=max_length,
         truncated=fitted.truncated,
         dropped=fitted.dropped,
@@ -149,8 +122,8 @@ def examine(
         windows=fitted.windows,
         sequences=len(plan),
         fill=tokens / (len(plan) * max_length),
-        quantiles=length_quantiles(lengths),
-        histogram=histogram(lengths),
+        quantiles=length_quantiles(facts.lengths),
+        histogram=histogram(facts.lengths),
         pairs=examine_pairs(kept, counts.left_out) if pairs else None,
         **counts.fields(),
     )
@@ -174,7 +147,7 @@ def combine_examinations(examinations: Sequence[Examination], examples: Sequence
     def count_by(name: str) -> dict[str, int]:
         return dict(sum((Counter(getattr(one, name)) for one in examinations), Counter()))
 
-    lengths = np.array([len(example) for example in examples])
+    lengths = facts_of(examples).lengths
     summed = (
         "rows", "examples", "tokens", "trained_tokens", "truncated", "dropped", "windowed", "windows", "sequences",
         "skipped",
@@ -198,12 +171,11 @@ def combine_examinations(examinations: Sequence[Examination], examples: Sequence
 
 def count_repeated(train: Sequence[Example], held_out: Sequence[Example]) -> int:
     """How many held-out examples are in train too, token for token."""
-    seen = {example.tokens.tobytes() for example in train}
-    return sum(example.tokens.tobytes() in seen for example in held_out)
+    return int(np.isin(hashes_of(held_out), hashes_of(train)).sum())
 
 
-def _refuse_untrained(examples: Sequence[Example], rows: int, where: Callable[[int], str], source: str) -> None:
-    silent = [where(example.row) for example in examples if not example.mask.any()]
+def _refuse_untrained(facts: Facts, rows: int, where: Callable[[int], str], source: str) -> None:
+    silent = [where(row) for row in facts.rows[facts.trained == 0].tolist()]
     if silent:
         raise DataError(
             f"{len(silent):,} of {rows:,} rows of {source} train on zero tokens: {listed(silent, NAMED)}. "

@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxft.config import DataConfig
 from jaxft.data.batch import Example
+from jaxft.data.encoded.table import take, with_pieces
 from jaxft.errors import CheckpointError, DataError
 from jaxft.files.paths import HUB, read_json
 from jaxft.home import local_path
@@ -79,14 +80,15 @@ class LengthLimit:
         if truncation == "refuse":
             raise DataError(self._too_long(examples, lengths, len(over)))
         if truncation == "drop":
-            kept = [example for example in examples if len(example) <= self.config.max_length]
-            if not kept:
+            if len(over) == len(examples):
                 raise DataError(self._all_too_long(lengths))
+            kept = take(examples, np.flatnonzero(lengths <= self.config.max_length))
             return Fitted(examples=kept, dropped=len(over))
         if truncation == "right":
-            return Fitted(examples=self._cut_right(examples), truncated=len(over))
+            shorter = self._cut_right([examples[index] for index in over.tolist()])
+            return Fitted(examples=with_pieces(examples, over, [[one] for one in shorter]), truncated=len(over))
         if truncation == "left":
-            cut = [self._cut_left(example) for example in examples]
+            cut = with_pieces(examples, over, [[self._cut_left(examples[index])] for index in over.tolist()])
             headless = sum(self._begins_in_answer(examples[index]) for index in over.tolist())
             return Fitted(examples=cut, truncated=len(over), headless=headless)
         if self.chats:
@@ -97,13 +99,11 @@ class LengthLimit:
                 f"{self.where(examples[int(np.argmax(lengths))].row)}. Set data.truncation to 'left', which keeps the "
                 "last answers, or to 'drop'; long texts of the same set go into a set of their own in data.mixture."
             )
-        pieces = [piece for example in examples for piece in self._windows(example)]
-        return Fitted(examples=pieces, windowed=len(over), windows=len(pieces) - (len(examples) - len(over)))
+        pieces = [self._windows(examples[index]) for index in over.tolist()]
+        return Fitted(examples=with_pieces(examples, over, pieces), windowed=len(over), windows=sum(map(len, pieces)))
 
     def _windows(self, example: Example) -> list[Example]:
         max_length, overlap = self.config.max_length, self.config.overlap
-        if len(example) <= max_length:
-            return [example]
         lead = self._lead(example)
         if overlap >= max_length - lead:
             raise DataError(
@@ -114,9 +114,7 @@ class LengthLimit:
 
     def _cut_right(self, examples: Sequence[Example]) -> list[Example]:
         max_length = self.config.max_length
-        cut = [
-            _take(example, np.arange(min(len(example), max_length)), example.mask[:max_length]) for example in examples
-        ]
+        cut = [_take(example, np.arange(max_length), example.mask[:max_length]) for example in examples]
         empty = [example for example in cut if not example.mask.any()]
         if empty:
             raise DataError(
@@ -127,8 +125,6 @@ class LengthLimit:
         return cut
 
     def _cut_left(self, example: Example) -> Example:
-        if len(example) <= self.config.max_length:
-            return example
         return last_tokens_of(example, self.config.max_length, self._lead(example))
 
     def _begins_in_answer(self, example: Example) -> bool:

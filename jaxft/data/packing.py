@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
+def pack(lengths: Sequence[int] | np.ndarray, max_length: int) -> list[list[int]]:
     """Sequences as lists of example indices; the examples of each have at most max_length tokens together.
 
     Best-fit decreasing: the longest example first, each into the fullest sequence that still has

@@ -5,29 +5,24 @@ conversations, and pairs the examples up again by `Example.row`.
 """
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
 from jaxft.config import DataConfig, RunConfig
 from jaxft.data.batch import Example
-from jaxft.data.chat.arrange import names_of
-from jaxft.data.chat.encode import encode_all, prompt_of
-from jaxft.data.chat.reasoning import thoughts_of
-from jaxft.data.examine import Examination, ReadCounts, combine_examinations, count_repeated, examine
+from jaxft.data.chat.encode import prompt_of
+from jaxft.data.encoded.encoding import encode_set
+from jaxft.data.encoded.table import facts_of
+from jaxft.data.encoded.table import join as join_sequences
+from jaxft.data.examine import Examination, combine_examinations, count_repeated, examine
 from jaxft.data.fitting import ModelLimits
-from jaxft.data.formats import DESIRABLE, Conversation, ReadRow, conversation_of, conversations
-from jaxft.data.rows.columns import UnreadColumns
+from jaxft.data.formats import Conversation, ReadRow, conversation_of, conversations
 from jaxft.data.sources import Rows, held_out_rows, train_and_eval
 from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import DataError
 from jaxft.nn.virtual import virtual_ids
 
-UNTRAINED = (
-    "trains on zero tokens: every answer in it is empty or marked not to be trained (train: false, weight: 0). Remove "
-    "the row, or the marks."
-)
 ONLY = "train"  # name of the training set of a run without a mixture
 
 # From the examples of a set, in the order of its conversations, and the names of rows in errors, by their indices, to
@@ -49,7 +44,7 @@ class TrainSet:
     """One training set. name: its name in the mixture."""
 
     name: str
-    examples: list[Example]
+    examples: Sequence[Example]
     examination: Examination
 
 
@@ -65,16 +60,16 @@ class Prepared:
 
     sets: tuple[TrainSet, ...]
     examination: Examination
-    eval_examples: list[Example] | None = None
+    eval_examples: Sequence[Example] | None = None
     eval_prompts: list[list[int]] = field(default_factory=list)
     eval_references: list[str] = field(default_factory=list)
     eval_sets: tuple[TrainSet, ...] = ()
     eval_examination: Examination | None = None
 
     @property
-    def train_examples(self) -> list[Example]:
+    def train_examples(self) -> Sequence[Example]:
         """The examples of all sets, one set after another."""
-        return [example for one in self.sets for example in one.examples]
+        return join_sequences([one.examples for one in self.sets])
 
 
 def prepare(
@@ -96,7 +91,7 @@ def prepare(
     """
     train, held_out = open_sets(config)
     data = prepare_sets(train, held_out, config, tokenizer, read=read, join=join, pairs=pairs)
-    kept = [{example.row for example in one.examples} for one in data.eval_sets]
+    kept = [set(facts_of(one.examples).rows.tolist()) for one in data.eval_sets]
     questions = _questions(held_out, kept, tokenizer, config.eval.limit, read_answers or read)
     if config.eval.metric and held_out and not questions:
         raise DataError(f"eval.metric compares answers with references, but {no_answers}")
@@ -147,12 +142,12 @@ def prepare_sets(
         return TrainSet(name=one.name, examples=examples, examination=examination)
 
     sets = [prepare_one(one) for one in train]
-    trained = [example for one in sets for example in one.examples]
+    trained = join_sequences([one.examples for one in sets])
     examination = combine_examinations([one.examination for one in sets], trained, "training sets")
     if not held_out:
         return Prepared(sets=tuple(sets), examination=examination)
     eval_sets = [prepare_one(one) for one in held_out]
-    eval_examples = [example for one in eval_sets for example in one.examples]
+    eval_examples = join_sequences([one.examples for one in eval_sets])
     eval_examination = combine_examinations([one.examination for one in eval_sets], eval_examples, "held-out sets")
     repeated = count_repeated(trained, eval_examples)
     if repeated:
@@ -176,7 +171,7 @@ def prepare_set(
     read: ReadRow = conversation_of,
     join: Join | None = None,
     pairs: bool = False,
-) -> tuple[list[Example], Examination]:
+) -> tuple[Sequence[Example], Examination]:
     """One set: read, tokenised, and examined.
 
     config: how this set is read. first: token ids at the start of every example, which are not trained. read: turns
@@ -184,31 +179,12 @@ def prepare_set(
     whether they are pairs of a chosen and a rejected answer, which the examination then compares. Raises DataError,
     naming the row, as `read`, `join`, `encode_all` and `examine` do.
     """
-    counts = ReadCounts(unread=UnreadColumns(template_names=names_of(tokenizer)))
-
-    def read_and_count() -> Iterator[Conversation]:
-        read_rows = conversations(rows, config, read, left_out=counts.left_out, on_bad=counts.bad.add)
-        for _, of_row in itertools.groupby(read_rows, lambda conversation: conversation.row):
-            features: set[str] = set()
-            for number, conversation in enumerate(of_row):
-                if number == 0:
-                    counts.formats[conversation.format] += 1
-                    counts.chats[conversation.format] += bool(conversation.messages)
-                    counts.unread.add(conversation.unread)
-                features.update(_features(conversation))
-                yield conversation
-            counts.holds.update(features)
-
-    all_read = encode_all(read_and_count(), tokenizer, config, counts.notes, counts.bad.add)
-    encoded = [example.prepend(first) for example in all_read]
-    for example in encoded:
-        if not example.mask.any():
-            counts.bad.add(example.row, rows.where(example.row), DataError(f"{rows.where(example.row)} {UNTRAINED}"))
+    encoded, counts = encode_set(rows, config, tokenizer, read)
     counts.bad.check(config.bad_rows, len(rows), rows.describe())
     counts.unread.check(rows.describe())
-    encoded = [example for example in encoded if example.row not in counts.bad]
+    examples: Sequence[Example] = encoded.prepend(first)
     try:
-        examples = encoded if join is None else join(encoded, rows.where)
+        examples = examples if join is None else join(examples, rows.where)
     except DataError as error:  # which knows the examples alone
         raise DataError(f"{rows.describe()}: {error}") from error
     return examine(
@@ -263,20 +239,3 @@ def _questions(
         waiting = [one for one, question in zip(waiting, round_of_each, strict=True) if question is not None]
         questions += [question for question in round_of_each if question is not None]
     return questions[:limit]
-
-
-def _features(conversation: Conversation) -> list[str]:
-    """What a row has beside a question and an answer."""
-    messages = conversation.messages
-    answers = [message for message in messages if message["role"] == "assistant"]
-    features = {
-        "a system message": any(message["role"] in ("system", "developer") for message in messages),
-        "several answers": len(answers) > 1,
-        "tools": bool(conversation.tools),
-        "tool calls": any(message.get("tool_calls") for message in answers),
-        "thoughts": any(thoughts_of(message) for message in answers),
-        "answers not to be trained": bool(conversation.untrained),
-        "a good label": conversation.values.get(DESIRABLE) == 1,
-        "a bad label": conversation.values.get(DESIRABLE) == 0,
-    }
-    return [name for name, present in features.items() if present]

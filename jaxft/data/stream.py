@@ -7,6 +7,7 @@ import grain
 import numpy as np
 
 from jaxft.data.batch import Example
+from jaxft.data.encoded.table import facts_of
 from jaxft.data.packing import one_each, pack
 
 
@@ -23,8 +24,8 @@ class Stream:
         if not examples:
             raise ValueError("a Loader needs at least one example")
         self.examples = examples
-        lengths = [len(example) for example in examples]
-        self.plan = pack(lengths, max_length) if packing else one_each(len(examples))
+        self._facts = facts_of(examples)
+        self.plan = pack(self._facts.lengths, max_length) if packing else one_each(len(examples))
         order = grain.MapDataset.range(len(self.plan))
         # Grain's shuffle computes each index by itself, with another seed in each epoch: seeking is O(1).
         order = (order.shuffle(seed=seed % 2**32) if shuffle else order).repeat()
@@ -62,8 +63,10 @@ class Stream:
     @functools.cached_property
     def _sizes(self) -> np.ndarray:
         """Tokens, trained tokens and rows of every sequence of the plan, [sequences, 3]."""
-        own = np.array([(len(example), int(example.mask.sum()), 1) for example in self.examples], np.int64)
-        return np.array([own[sequence].sum(axis=0) for sequence in self.plan])
+        own = np.stack([self._facts.lengths, self._facts.trained, np.ones_like(self._facts.lengths)], axis=1)
+        order = np.concatenate([np.array(sequence, np.int64) for sequence in self.plan])
+        starts = np.cumsum([0, *(len(sequence) for sequence in self.plan[:-1])])
+        return np.add.reduceat(own[order], starts, axis=0)
 
     def _partial(self, epoch: int) -> np.ndarray:
         """`_sizes` summed over the first n sequences of an epoch, for n from 0, [sequences + 1, 3]."""

@@ -34,7 +34,7 @@ from jaxft.runs.folder import check_shared, dated, open_run
 from jaxft.runs.identity.contents import check_processes, reads_of
 from jaxft.runs.report import write_report
 from jaxft.runs.scores import answer, check_scores, samples, score_summary, scores_key
-from jaxft.sharding.processes import is_primary, on_primary
+from jaxft.sharding.processes import is_primary, on_primary, primary_first
 from jaxft.training.state import divide
 
 
@@ -108,7 +108,7 @@ def set_up(config: RunConfig) -> Run:
     config, tokenizer = dated(config, tokenizer_of(config))
     model = abstract_model(config)
     method.check(config, model)
-    data = method.prepare(config, tokenizer)
+    data = primary_first(partial(method.prepare, config, tokenizer))  # the others find the rows that it kept
     micro_batch = config.train.batch_size // config.train.accumulation_steps
     mesh = make_mesh(config, model, jax.devices())
     mesh.check_batch(micro_batch)

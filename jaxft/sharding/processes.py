@@ -58,6 +58,17 @@ def on_primary(make: Callable[[], Value]) -> Value:
     return value
 
 
+def primary_first(make: Callable[[], Value]) -> Value:
+    """Calls `make` on every process, on the others once process 0 has its result, and returns each one's own.
+
+    For what process 0 leaves on disk so that the others find it there. Call it on every process, in the same order.
+    Raises what `make` raises; the others raise a PeerError for a JaxftError of process 0.
+    """
+    values: list[Value] = []
+    on_primary(lambda: values.append(make()))
+    return values[0] if values else make()
+
+
 def process_share(count: int) -> range:
     """The indices from 0 to `count` that this process takes, if all processes share them evenly, in order."""
     index, processes = jax.process_index(), jax.process_count()

@@ -15,11 +15,12 @@ from jaxft.adapters.make import attach_adapter
 from jaxft.adapters.prefix import attach_prefix
 from jaxft.adapters.prompt import attach_prompt, initialize_prompt
 from jaxft.adapters.vera import VeRASettings, attach_vera
+from jaxft.adapters.virtual_vectors import replace_virtual
 from jaxft.config import AdapterConfig
 from jaxft.data.batch import Example
 from jaxft.data.show import render_rows
 from jaxft.errors import ModelError
-from jaxft.nn.virtual import replace_virtual, virtual_ids
+from jaxft.nn.virtual import virtual_ids
 
 
 @pytest.fixture

@@ -1,10 +1,13 @@
 """What a source of rows is, and the sources that are made of others."""
 
 import hashlib
+import json
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
+
+from jaxft.errors import DataError
 
 
 class Rows(Protocol):
@@ -22,9 +25,9 @@ class Rows(Protocol):
         """A short description of the set, with its number of rows."""
 
     def digest(self) -> str:
-        """A digest of what the set is read from, in hexadecimal; it does not depend on paths.
+        """A digest of what the set is read from and of which rows it has, in hexadecimal, whatever the paths.
 
-        Equal contents have the same one; it may be that of a whole file from which some rows are taken.
+        Files that are read in other ways, such as parts of one file, may have the same one.
         """
 
 
@@ -47,7 +50,44 @@ class Subset:
         return f"{self._note} of {self._rows.describe()}"
 
     def digest(self) -> str:
-        return self._rows.digest()
+        indices = np.asarray(self._indices, np.int64).tobytes()
+        return hashlib.sha256(self._rows.digest().encode() + indices).hexdigest()
+
+
+class Listed:
+    """Rows that were read before, with their names; a row that could not be read is the error that it raised."""
+
+    def __init__(self, rows: Sequence[dict[str, Any] | DataError], names: Sequence[str]) -> None:
+        self._rows, self._names = rows, names
+
+    @classmethod
+    def of(cls, rows: Rows, start: int, stop: int) -> "Listed":
+        """The rows from start to stop - 1 of another set."""
+        read: list[dict[str, Any] | DataError] = []
+        for index in range(start, stop):
+            try:
+                read.append(rows[index])
+            except DataError as error:
+                read.append(error)
+        return cls(read, [rows.where(index) for index in range(start, stop)])
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self._rows[index]
+        if isinstance(row, DataError):
+            raise row
+        return row
+
+    def where(self, index: int) -> str:
+        return self._names[index]
+
+    def describe(self) -> str:
+        return f"{len(self):,} rows"
+
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(self._rows, default=str).encode()).hexdigest()
 
 
 class Concatenation:

@@ -12,7 +12,6 @@ from typing import Any
 
 from jaxft.data.tokenizers.files import hub_file, json_at, json_in
 from jaxft.errors import ModelError
-from jaxft.files.gguf_header import read_header
 from jaxft.files.paths import HUB, is_remote
 from jaxft.files.run_folder import ADAPTER, MERGED
 from jaxft.files.run_folder import MODEL as FULL
@@ -54,6 +53,9 @@ def end_tokens_at(path: str, revision: str | None, is_special: Callable[[int], b
     if is_remote(path):
         return _end_tokens_of_folder(lambda name: json_at(f"{path.rstrip('/')}/{name}"), is_special)
     if path.endswith(".gguf"):
+        # The package gguf imports much, which processes that tokenise rows do without.
+        from jaxft.files.gguf_header import read_header
+
         return sorted(read_header(path).stop_ids()) if os.path.isfile(path) else []
     ends: list[int] = []
     for folder in (Path(path), *(Path(path) / name for name in (MERGED, FULL, ADAPTER))):

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from jaxft.errors import CheckpointError
-from jaxft.files.gguf_header import read_header
 from jaxft.files.paths import HUB, is_file, is_remote, read_json
 from jaxft.files.run_folder import ADAPTER, MERGED, MODEL
 
@@ -24,6 +23,9 @@ def table_rows(path: str, revision: str | None = None) -> int | None:
     if is_remote(path):
         return _rows_in(path)
     if path.endswith(".gguf"):
+        # The package gguf imports much, which processes that tokenise rows do without.
+        from jaxft.files.gguf_header import read_header
+
         table = read_header(path).tensors.get(GGUF_TABLE) if os.path.isfile(path) else None
         return None if table is None else table.shape[0]
     folder = path if os.path.isdir(path) else os.path.dirname(path)

@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxft.checkpoint.load import base_of, resolve
 from jaxft.config import RunConfig
 from jaxft.data import Prepared, Tokenizer
 from jaxft.data.batch import Example
+from jaxft.data.encoded.table import ExampleTable, end_to_end
 from jaxft.data.prompts import Prompt
 from jaxft.errors import ConfigError
 from jaxft.files.digest import content_digest
@@ -132,13 +132,10 @@ def rows_read(examples: Sequence[Example]) -> dict[str, Any]:
     digest, tokens = hashlib.sha256(), 0
     for start in range(0, len(examples), BLOCK):
         block = examples[start : start + BLOCK]
-        documents = [document for example in block for document in example.documents]
-        lengths = np.array([len(document) for document in documents], np.int64)
-        tokens += int(lengths.sum())
-        digest.update(lengths.tobytes())
-        digest.update(np.concatenate([document.tokens for document in documents]).astype(np.int32).tobytes())
-        digest.update(np.concatenate([document.mask for document in documents]).astype(np.uint8).tobytes())
-        for example in block:
+        lengths, tokens_n, mask_n = end_to_end(block)
+        tokens += len(tokens_n)
+        digest.update(lengths.tobytes() + tokens_n.tobytes() + mask_n.tobytes())
+        for example in () if isinstance(block, ExampleTable) and not block.values else block:
             if example.values:
                 digest.update(json.dumps(sorted(example.values.items())).encode())
             if isinstance(example, Prompt):
