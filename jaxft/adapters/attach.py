@@ -29,6 +29,10 @@ class SavedParam(AdapterParam):
     """A parameter of the base that is trained in full together with adapters, and is saved with them."""
 
 
+class CarriedParam(nnx.Param):
+    """A parameter of the base that an adapter's folder replaces. It is frozen, and written with the adapter."""
+
+
 class StartParam(nnx.Param):
     """The initial value from which an adapter's effect is measured. It is frozen, but not part of the base on disk."""
 
@@ -112,8 +116,8 @@ def virtual_modules(model: Decoder) -> dict[str, VirtualTokens]:
 def mergeable_adapters(model: Decoder) -> dict[str, LayerAdapter]:
     """`adapters`, each with the arrays that the model shares with it, ready to be merged into its layer.
 
-    Raises ModelError if the model has virtual tokens, which change no weight, or an adapter on an embedding table that
-    is also the LM head: merging would change the head too.
+    Raises ModelError if the model has virtual tokens, which change no weight, an adapter on an embedding table that is
+    also the LM head (merging would change the head too), or one with a bias on a layer without.
     """
     if model.tied and model.embed_tokens.adapter is not None:
         raise ModelError(
@@ -125,7 +129,13 @@ def mergeable_adapters(model: Decoder) -> dict[str, LayerAdapter]:
             f"the model begins its rows with {model.virtual_tokens} virtual tokens, which cannot be merged into its "
             "weights: write the adapter by itself (--format=adapter)"
         )
-    attached = adapters(model)
+    attached, layers = adapters(model), dict(slots(model))
+    added = [path for path, one in attached.items() if one.adds_bias and getattr(layers[path], "bias", None) is None]
+    if added:
+        raise ModelError(
+            f"the adapter on {added[0]} has a bias (lora_bias), but the layer has none, so the adapter cannot be "
+            "merged: write it by itself (--format=adapter)"
+        )
     if model.shared is not None:
         attached = {path: nnx.merge(*nnx.split(adapter)) for path, adapter in attached.items()}
         for adapter in attached.values():
@@ -139,6 +149,8 @@ def merge_functions(model: Decoder) -> dict[str, Callable[..., jax.Array]]:
     at: the stack index of `value`. Raises ModelError as `mergeable_adapters` does.
     """
     out: dict[str, Callable[..., jax.Array]] = {}
+    if model.token_rows is not None:
+        out |= model.token_rows.merges()
     layers = dict(slots(model))
     for path, adapter in mergeable_adapters(model).items():
         out[f"{path}/{'embedding' if isinstance(layers[path], Embedding) else 'kernel'}"] = adapter.merged
@@ -154,6 +166,7 @@ def detach(model: Decoder) -> None:
     for group in model.layers:
         group.self_attn.prefix = nnx.data(None)
     model.prompt, model.shared, model.virtual_tokens = nnx.data(None), nnx.data(None), 0
+    model.token_rows = nnx.data(None)
 
 
 def merge(model: Decoder) -> None:
@@ -162,7 +175,11 @@ def merge(model: Decoder) -> None:
     A quantized kernel becomes a dense one in the compute dtype.
     """
     layers = dict(slots(model))
-    for path, adapter in mergeable_adapters(model).items():
+    attached = mergeable_adapters(model)
+    for path, merged in ({} if model.token_rows is None else model.token_rows.merges()).items():
+        table = model.embed_tokens if model.lm_head is None or path.startswith("embed_tokens") else model.lm_head
+        _merge_into(weight(table), merged, model.dtype)
+    for path, adapter in attached.items():
         layer = layers[path]
         _merge_into(weight(layer), adapter.merged, layer.dtype)
         bias = getattr(layer, "bias", None)

@@ -5,12 +5,13 @@ from collections.abc import Mapping, Sequence
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxft.adapters.attach import SavedParam, adapters
+from jaxft.adapters.attach import CarriedParam, SavedParam, adapters
 from jaxft.errors import ModelError, did_you_mean
 from jaxft.nn.decoder import Decoder
 from jaxft.nn.linear import Embedding, Linear
 from jaxft.nn.norm import RMSNorm
 from jaxft.nn.score import ScoreHead
+from jaxft.quant import is_quantized
 from jaxft.trees import flatten
 
 
@@ -37,9 +38,31 @@ def train_whole(model: Decoder, names: Sequence[str]) -> tuple[str, ...]:
     return tuple(chosen)
 
 
+def mark(model: Decoder, kinds: Mapping[str, type[nnx.Param]]) -> None:
+    """Gives parameters another kind: SavedParam, which is trained in float32, or CarriedParam, which is not.
+
+    kinds: by the parameter's path. Raises ModelError for a parameter that is quantized, and would be trained.
+    """
+    modules = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
+    for path, kind in kinds.items():
+        module, _, name = path.rpartition("/")
+        value = getattr(modules[module], name).get_value()
+        if kind is SavedParam and is_quantized(value):
+            raise ModelError(
+                f"{path} was trained in full (modules_to_save), which a quantized parameter cannot be: load the model "
+                "without quantization"
+            )
+        setattr(modules[module], name, kind(value.astype(jnp.float32) if kind is SavedParam else value))
+
+
 def saved_paths(model: nnx.Module) -> tuple[str, ...]:
     """Paths of the parameters that are trained in full together with adapters."""
     return tuple(flatten(nnx.state(model, SavedParam))[0])
+
+
+def carried_paths(model: nnx.Module) -> tuple[str, ...]:
+    """Paths of the parameters that an adapter's folder replaces without training them."""
+    return tuple(flatten(nnx.state(model, CarriedParam), is_quantized)[0])
 
 
 def _matching(name: str, modules: Mapping[str, nnx.Module], *, tied: bool) -> list[str]:

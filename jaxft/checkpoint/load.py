@@ -2,8 +2,8 @@
 
 # B batch, S sequence, V vocab
 
+import dataclasses
 import os
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,16 +15,22 @@ import numpy as np
 from flax import nnx
 
 from jaxft import models
-from jaxft.checkpoint.folders.opening import folder_config
+from jaxft.checkpoint.folders.opening import Generation, folder_config
 from jaxft.checkpoint.folders.opening import open_weights as open_weights
+from jaxft.checkpoint.folders.weights import Weights
 from jaxft.checkpoint.hf import EMBEDDING, load_weights
-from jaxft.checkpoint.peft import read_adapter
-from jaxft.checkpoint.peft.folder import CONFIG, SCORE_TASK
+from jaxft.checkpoint.merged import MergedSource
+from jaxft.checkpoint.origin import base_of as base_of
+from jaxft.checkpoint.origin import is_adapter as is_adapter
+from jaxft.checkpoint.origin import is_score_adapter as is_score_adapter
+from jaxft.checkpoint.origin import refuse_base as refuse_base
+from jaxft.checkpoint.origin import resolve as resolve
+from jaxft.checkpoint.origin import resolve_base as resolve_base
+from jaxft.checkpoint.peft import attach_folder, open_adapter
 from jaxft.checkpoint.tensors import TensorSource
 from jaxft.data.batch import Batch, Example, assemble
-from jaxft.errors import CheckpointError, ModelError
-from jaxft.files.paths import HUB, fetch_hub, is_file, is_remote, read_json
-from jaxft.files.run_folder import ADAPTER, MERGED, MODEL, is_run_folder
+from jaxft.errors import ModelError
+from jaxft.files.paths import HUB, read_json
 from jaxft.home import local_path
 from jaxft.nn.decoder import Decoder
 from jaxft.nn.score import Head
@@ -45,7 +51,8 @@ class LoadedModel:
     that was attached, or None. generation: its generation_config.json, or the same settings of a GGUF file, or None.
     left_out: if the base is the language model of one that takes images too, a sentence on what was left out.
     quantization: the format of its frozen kernels; None if they are dense. file_dtype: the type of the tensors of a
-    merged export: that of the base's own files, or float32 if all of it is trained.
+    merged export: that of the base's own files, or float32 if all of it is trained. notes: sentences on what a PEFT
+    folder changes in its base besides its adapters.
     """
 
     module: Decoder
@@ -56,6 +63,7 @@ class LoadedModel:
     left_out: str | None = None
     quantization: str | None = None
     file_dtype: str = "float32"
+    notes: tuple[str, ...] = ()
 
     def logits(self, tokens_BS: Any) -> np.ndarray:
         """Logits [B, S, V], float32, of token ids [B, S], without those of virtual tokens.
@@ -116,6 +124,7 @@ def load_model(
     quantization: str | None = None,
     trainable: str | None = None,
     head: Head | None = None,
+    base: str | None = None,
 ) -> LoadedModel:
     """Loads a Hugging Face, PEFT (with its base), Orbax or run folder, a GGUF file, or hf://owner/name[@revision].
 
@@ -123,35 +132,71 @@ def load_model(
     needs are read. dtype: of computation. param_dtype: of storage, dtype if None. mesh: for the parameters; one device
     if None. quantization: a name of `quant.FORMATS`; the kernels of linear layers are quantised to it as they are read.
     trainable: patterns of the parameters to train, stored in float32; see `models.freezing`. head: `score` gives a
-    reward model, with a fresh score head unless the folder has one; None: what the folder has. Raises CheckpointError
-    for files that are damaged or do not fit, and ModelError for models and settings that are not implemented.
+    reward model, with a fresh score head unless the folder has one; None: what the folder has. base: of a PEFT folder,
+    where its base is, in place of the path that the folder names. Raises CheckpointError for files that are damaged or
+    do not fit, and ModelError for models and settings that are not implemented.
     """
     types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype or dtype, "remat": remat}
     types |= {"quantization": quantization, "trainable": trainable}
     named = local_path(path)
     path = resolve(named, revision)
-    if is_file(os.path.join(path, CONFIG)):
-        base = base_of(path)
-        head = "score" if is_score_adapter(path) else head
-        loaded = load_model(base, revision=revision, mesh=mesh, head=head, **types)
-        read_adapter(loaded.module, path)
-        if mesh is not None:
-            mesh.shard_module(loaded.module)
-        loaded.adapter = path
-        return loaded
+    if is_adapter(path):
+        return _load_adapted(path, base, head, mesh, types)
+    refuse_base(named, base)
     hf_config, weights, generation = open_weights(path, head)
+    module = _load_module(hf_config, weights, mesh, types)
+    origin = named if named.startswith(HUB) else path
+    return _loaded(module, hf_config, origin, weights, generation, quantization)
+
+
+def _load_adapted(
+    path: str, base: str | None, head: Head | None, mesh: MeshPlan | None, types: dict[str, Any]
+) -> LoadedModel:
+    """`load_model` of a PEFT folder."""
+    opened, origin = open_adapter(path), base_of(path, base)
+    before, weights, generation = open_merged(resolve_base(path, base), "score" if opened.is_score else head)
+    change = opened.change(weights, before)
+    hf_config = change.hf_config(before)
+    module = _load_module(hf_config, dataclasses.replace(weights, source=change.source), mesh, types)
+    attach_folder(module, opened, change)
+    if mesh is not None:
+        mesh.shard_module(module)
+    loaded = _loaded(module, hf_config, origin, weights, generation, types["quantization"])
+    return dataclasses.replace(loaded, adapter=path, notes=change.notes)
+
+
+def _load_module(hf_config: dict[str, Any], weights: Weights, mesh: MeshPlan | None, types: dict[str, Any]) -> Decoder:
     model = models.abstract_model(models.config_from_hf(hf_config), **types)
-    format = None if quantization is None else FORMATS[quantization]
-    module = load_weights(model, weights, None if mesh is None else shardings_by_path(model, mesh), format)
+    format = None if types["quantization"] is None else FORMATS[types["quantization"]]
+    return load_weights(model, weights, None if mesh is None else shardings_by_path(model, mesh), format)
+
+
+def _loaded(
+    module: Decoder,
+    hf_config: dict[str, Any],
+    base: str,
+    weights: Weights,
+    generation: dict[str, Any] | None,
+    quantization: str | None,
+) -> LoadedModel:
     return LoadedModel(
         module,
         hf_config,
-        named if named.startswith(HUB) else path,
+        base,
         generation=generation,
         left_out=weights.left_out,
         quantization=quantization,
         file_dtype=file_dtype_of(weights),
     )
+
+
+def open_merged(path: str, head: Head | None = None) -> tuple[dict[str, Any], Weights, Generation]:
+    """`open_weights`, also of a PEFT folder, whose tensors are those of its base with the adapter merged."""
+    if not is_adapter(path):
+        return open_weights(path, head)
+    of_base, base, generation = open_merged(resolve_base(path), head)
+    merged = MergedSource(base, path, of_base)
+    return merged.hf_config or of_base, Weights(source=merged, left_out=base.left_out), generation
 
 
 def file_dtype_of(weights: TensorSource) -> str:
@@ -168,57 +213,26 @@ def random_model(path: str, *, seed: int, dtype: str, param_dtype: str, remat: s
     return LoadedModel(module, models.text_config(hf_config), path)
 
 
-def hf_config_of(path: str) -> dict[str, Any]:
-    """config.json of a Hugging Face folder, a PEFT folder's base or a GGUF file, without loading weights.
+def hf_config_of(path: str, base: str | None = None) -> dict[str, Any]:
+    """config.json of a Hugging Face folder, a GGUF file or the model of a PEFT folder, without loading weights.
 
-    For a model that takes images too, the config.json of its language model as a text-only model.
+    For a model that takes images too, the config.json of its language model as a text-only model. base: as for
+    `load_model`.
     """
-    if is_file(os.path.join(path, CONFIG)):
-        base = hf_config_of(resolve(base_of(path)))
-        return models.score_config(base) if is_score_adapter(path) else base
+    if is_adapter(path):
+        return adapted_config(path, hf_config_of(resolve_base(path, base)))
     return folder_config(path)
 
 
-def is_score_adapter(folder: str) -> bool:
-    """Whether a folder holds the PEFT adapter of a reward model."""
-    config = os.path.join(folder, CONFIG)
-    return is_file(config) and read_json(config).get("task_type") == SCORE_TASK
+def adapted_config(folder: str, of_base: dict[str, Any]) -> dict[str, Any]:
+    """config.json of the model of a PEFT folder, whose tables may be untied or have other sizes than the base's.
 
-
-def resolve(path: str, revision: str | None = None) -> str:
-    """The path to load from: hf:// names are fetched into the Hugging Face cache, run folders become their export."""
-    if path.startswith(HUB):
-        return fetch_hub(path, revision)
-    path = local_path(path)
-    if is_run_folder(path):
-        for kind in (ADAPTER, MODEL, MERGED):
-            if os.path.isdir(os.path.join(path, kind)):
-                return os.path.join(path, kind)
-        raise CheckpointError(
-            f"run folder {path} has no adapter/ or model/ yet: `jaxft export --run={path} --to=FOLDER` writes one"
-        )
-    return path
-
-
-def base_of(folder: str) -> str:
-    """The base model that a PEFT folder names: a path that exists, or an address.
-
-    Raises CheckpointError if it names none, or a local path that does not exist.
+    of_base: config.json of its base.
     """
-    base = read_json(os.path.join(folder, CONFIG)).get("base_model_name_or_path")
-    if not base:
-        raise CheckpointError(f"{folder}: adapter_config.json does not say which base model it belongs to")
-    for candidate in (base, os.path.join(folder, base)):
-        if os.path.exists(candidate):
-            return os.path.normpath(candidate)
-    if base.startswith(HUB) or is_remote(base):
-        return base
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", base):
-        raise CheckpointError(
-            f"{folder} belongs to the base model {base!r}, which is not there. Set base_model_name_or_path in its "
-            "adapter_config.json to the folder that holds it, or to owner/name on the Hugging Face hub."
-        )
-    return HUB + base
+    opened = open_adapter(folder)
+    hf_config = models.score_config(of_base) if opened.is_score else of_base
+    model = models.abstract_model(models.config_from_hf(hf_config))
+    return opened.change_of(model).hf_config(hf_config)
 
 
 def shardings_by_path(model: Decoder, mesh: MeshPlan) -> dict[str, Any]:

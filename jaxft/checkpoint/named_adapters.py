@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from jaxft.adapters.named import AdapterSet, take
-from jaxft.adapters.saved import saved_paths
+from jaxft.adapters.saved import carried_paths, saved_paths
 from jaxft.checkpoint.load import LoadedModel, resolve
 from jaxft.checkpoint.peft import read_adapter, write_adapter
 from jaxft.errors import ModelError
@@ -21,10 +21,11 @@ def load_adapters(model: LoadedModel, folders: Mapping[str, str], *, mesh: MeshP
     adapter_set = AdapterSet(model.module)
     for name, folder in folders.items():
         read_adapter(model.module, resolve(folder))
-        if saved_paths(model.module):
+        whole = saved_paths(model.module) + carried_paths(model.module)
+        if whole or model.module.token_rows is not None:
             raise ModelError(
-                f"adapter {name!r} holds modules of the base that were trained in full (modules_to_save): load it "
-                "alone, with load_model, onto a base of its own"
+                f"adapter {name!r} holds modules of the base that were trained in full (modules_to_save), or rows of "
+                "its tables: load it alone, with load_model, onto a base of its own"
             )
         if mesh is not None:
             mesh.shard_module(model.module)

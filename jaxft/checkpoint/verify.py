@@ -176,6 +176,8 @@ def _peft_logits(live: LoadedModel, adapter: str, tokens: np.ndarray) -> np.ndar
     loader = AutoModelForCausalLM if live.left_out is None else AutoModelForImageTextToText
     with _quiet_transformers():
         base = loader.from_pretrained(resolve(live.base), dtype=torch.float32, local_files_only=True)
+        if base.get_input_embeddings().num_embeddings != live.module.config.vocab_size:
+            base.resize_token_embeddings(live.module.config.vocab_size, mean_resizing=False)
         model, given = PeftModel.from_pretrained(base, adapter), torch.from_numpy(tokens)
         with torch.no_grad():
             logits = model.eval()(given, attention_mask=torch.ones_like(given)).logits

@@ -20,9 +20,9 @@ from jaxft import models
 from jaxft.checkpoint import hf
 from jaxft.checkpoint.finite import FiniteSource, all_finite
 from jaxft.checkpoint.gguf.write import gguf_bytes as gguf_bytes
-from jaxft.checkpoint.load import base_of, open_weights, resolve
+from jaxft.checkpoint.load import is_adapter, open_merged, refuse_base, resolve, resolve_base
 from jaxft.checkpoint.merged import MergedSource
-from jaxft.checkpoint.peft.folder import CONFIG, AdapterTensors
+from jaxft.checkpoint.peft.folder import AdapterTensors
 from jaxft.checkpoint.safetensors_writer import Index, LazyTensor
 from jaxft.checkpoint.tensors import TensorSource, TensorSpec
 from jaxft.conversion import targets
@@ -50,7 +50,7 @@ class Origin:
     """A model that can be read tensor by tensor.
 
     base: path of the weights, of which a PEFT folder in `path` changes some. dtypes: of each tensor in the source's
-    files. left_out: as in LoadedModel. fingerprint: changes if the source does.
+    files. left_out, notes: as in LoadedModel. fingerprint: changes if the source does.
     """
 
     path: str
@@ -61,6 +61,7 @@ class Origin:
     generation: dict[str, Any] | None
     tokenizer: Tokenizer | None
     left_out: str | None
+    notes: tuple[str, ...]
     fingerprint: dict[str, Any]
 
 
@@ -72,13 +73,14 @@ def convert(
     dtype: str | None = None,
     max_shard_bytes: int = hf.MAX_SHARD_BYTES,
     revision: str | None = None,
+    base: str | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Writes the model in `source` to `to` in another format and compares the result with the source.
 
     source: a Hugging Face, PEFT (merged while reading), Orbax or run folder, a GGUF file, an address such as
     gs://bucket/model, or hf://owner/name[@revision]. form: one of DTYPES; by default gguf for a path that ends in
-    .gguf, else hf. dtype: of the written tensors, the source's own if None.
+    .gguf, else hf. dtype: of the written tensors, the source's own if None. base: of a PEFT folder, where its base is.
     Everything is written in `to`.partial and renamed once it is whole and has been compared. After an interruption the
     same call continues (hf) or starts again. Returns paths, sizes, seconds and the checks.
     Raises ConfigError for options that do not fit, CheckpointError or ModelError for a source that is damaged or not
@@ -89,9 +91,9 @@ def convert(
     source, to = local_path(source), local_path(to)
     _check_request(form, dtype, to)
     start = time.monotonic()
-    origin = _open_origin(source, revision, merge=form != "gguf-adapter")
-    if origin.left_out is not None:
-        console.print(origin.left_out, highlight=False, soft_wrap=True)
+    origin = _open_origin(source, revision, base, merge=form != "gguf-adapter")
+    for line in (*([] if origin.left_out is None else [origin.left_out]), *origin.notes):
+        console.print(line, highlight=False, soft_wrap=True)
     dtype = dtype or _own_dtype(origin, form)
     _check_space(Path(to), _written_bytes(origin, form, dtype))
     job = origin.fingerprint | {"form": form, "dtype": dtype, "max_shard_bytes": max_shard_bytes}
@@ -166,26 +168,34 @@ def _check_space(to: Path, size: int) -> None:
         )
 
 
-def _open_origin(named: str, revision: str | None, *, merge: bool) -> Origin:
+def _open_origin(named: str, revision: str | None, base: str | None, *, merge: bool) -> Origin:
     path = resolve(named, revision)
     adapter = None
-    if is_file(os.path.join(path, CONFIG)):
-        adapter, path = path, resolve(base_of(path), revision)
+    if is_adapter(path):
+        adapter, path = path, resolve_base(path, base)
     elif not merge:
         raise ConfigError(f"{named} is not a PEFT folder, so there is no adapter to write")
-    hf_config, weights, generation = open_weights(path)
-    expected = _check_against_config(hf_config, weights)
-    own = {name: spec.dtype for name, spec in weights.specs().items() if name in expected}
-    source = FiniteSource(weights if adapter is None or not merge else MergedSource(weights, adapter))
+    else:
+        refuse_base(named, base)
+    hf_config, weights, generation = open_merged(path)
+    own, source = weights.specs(), weights.source
+    notes: tuple[str, ...] = ()
+    _check_against_config(hf_config, weights)
+    if adapter is not None and merge:
+        merged = MergedSource(weights, adapter, hf_config)
+        hf_config, source, notes = merged.hf_config or hf_config, merged, merged.notes
+    expected = _check_against_config(hf_config, source)
     return Origin(
         path=adapter or path,
         base=path,
         hf_config=hf_config,
-        source=source,
-        dtypes=own,
+        source=FiniteSource(source),
+        # A head that an adapter unties has the type of the table that it was.
+        dtypes={name: own.get(name, own[hf.EMBEDDING]).dtype for name in source.specs() if name in expected},
         generation=generation,
         tokenizer=_find_tokenizer(adapter or path, path),
         left_out=weights.left_out,
+        notes=notes,
         fingerprint={"source": [_files_of(p) for p in (path, adapter) if p]},
     )
 

@@ -11,7 +11,7 @@ import numpy as np
 from jaxft import models
 from jaxft.checkpoint import hf, manifest, orbax_folder
 from jaxft.checkpoint.gguf import write as gguf_write
-from jaxft.checkpoint.load import load_model, shardings_by_path
+from jaxft.checkpoint.load import is_adapter, load_model, shardings_by_path
 from jaxft.checkpoint.safetensors_writer import LazyTensor, blocks, make_block, write_sharded
 from jaxft.checkpoint.tensors import SafetensorsFolder, TensorSource, TensorSpec
 from jaxft.checkpoint.verify import check_export
@@ -61,7 +61,9 @@ def check_hf(target: Target, tensors: Mapping[str, LazyTensor], source: str) -> 
         return {"tensors": "bitwise", "logits": f"not compared: {size / 1e9:.1f} billion parameters"}
     # float16 rounds finer than bfloat16, whose tolerance is known.
     dtype = "float32" if target.dtype == "float32" else "bfloat16"
-    checks = check_export(load_model(source), str(target.folder), dtype=dtype)
+    checks = check_export(
+        load_model(source, base=target.base if is_adapter(source) else None), str(target.folder), dtype=dtype
+    )
     return {"tensors": "bitwise", "logits": {check.reader: check.difference for check in checks}}
 
 

@@ -24,6 +24,11 @@ class LayerAdapter(nnx.Module):
     def __init__(self) -> None:
         self.shared: Any = nnx.data(None)
 
+    @property
+    def adds_bias(self) -> bool:
+        """Whether the adapter adds a bias of its own to the layer's output."""
+        return False
+
     def merged(self, kernel: jax.Array, at: tuple[int, ...] = ()) -> jax.Array:
         """The kernel that has the effect of `kernel` and the adapter, float32. at: the stack index of `kernel`."""
         return kernel

@@ -3,7 +3,7 @@
 # B batch, S sequence, D model, H head_dim, V vocab
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -90,6 +90,19 @@ class Prompt(Protocol):
         """
 
 
+class TokenRows(Protocol):
+    """A module with rows that take the place of those of the tables, for the slot `Decoder.token_rows`."""
+
+    def embedded(self, tokens_BS: jax.Array, x_BSD: jax.Array) -> jax.Array:
+        """The embedded tokens, given x_BSD, the table's rows of tokens_BS."""
+
+    def head(self, head: Embedding | Linear) -> Embedding | Linear:
+        """The LM head with its rows. head: a Linear, or the embedding table that it is tied to."""
+
+    def merges(self) -> Mapping[str, Callable[..., jax.Array]]:
+        """For the path of each table, the table with its rows, float32, given the table and its stack index ()."""
+
+
 class SharedArrays(Protocol):
     """A module with the arrays that the adapters of all layers share, for the slot `Decoder.shared`."""
 
@@ -126,7 +139,8 @@ class Decoder(nnx.Module):
     experts in each layer that has experts; None if there is no such layer. trainable_paths: paths of the trained
     parameters; None: all. virtual_tokens: the number of virtual tokens at the start of every row.
 
-    Three slots are empty (None) until something is attached. prompt: a `Prompt`, which embeds the virtual tokens.
+    Four slots are empty (None) until something is attached. prompt: a `Prompt`, which embeds the virtual tokens.
+    token_rows: `TokenRows`, which take the place of rows of the embedding table and of the LM head.
     shared: `SharedArrays` of the adapters of all layers. value: a `ValueHead`, which the decoder itself never calls:
     losses that need values call `model.value(hidden_BSD)`. Beside adapters only AdapterParams are trained, so the
     parameters of a value head that is trained with them must have that type.
@@ -156,6 +170,7 @@ class Decoder(nnx.Module):
         self.trainable_paths: frozenset[str] | None = None
         self.virtual_tokens = 0
         self.prompt: Prompt | None = nnx.data(None)
+        self.token_rows: TokenRows | None = nnx.data(None)
         self.shared: SharedArrays | None = nnx.data(None)
         scored = config.head == "score"
         self.value: ValueHead | None = ScoreHead(config.hidden_size) if scored else nnx.data(None)
@@ -243,6 +258,8 @@ class Decoder(nnx.Module):
             virtual_BS = tokens_BS - virtual.FIRST
             tokens_BS = jnp.where(virtual_BS >= 0, 0, tokens_BS)
         x_BSD = self.embed_tokens(tokens_BS)
+        if self.token_rows is not None:
+            x_BSD = self.token_rows.embedded(tokens_BS, x_BSD)
         if noise_alpha is not None and key is not None:
             x_BSD = add_noise(x_BSD, segments_BS, noise_alpha, key)
         if self.embed_scale is not None:
@@ -295,6 +312,8 @@ class Decoder(nnx.Module):
                 "generates nothing. `jaxft score` scores answers with it."
             )
         head, softcap = self.embed_tokens if self.lm_head is None else self.lm_head, self.logit_softcap
+        if self.token_rows is not None:
+            head = self.token_rows.head(head)
         graphdef, params = nnx.split(head)
 
         def logits(params: nnx.State, hidden: jax.Array) -> jax.Array:

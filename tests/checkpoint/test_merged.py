@@ -19,6 +19,7 @@ def base(tmp_path):
     rng = np.random.default_rng(0)
     (tmp_path / "base").mkdir()
     tensors = {f"{NAME}.weight": rng.normal(size=(6, 5)), "model.norm.weight": rng.normal(size=5)}
+    tensors["model.embed_tokens.weight"] = rng.normal(size=(7, 5))
     save_file({k: v.astype(np.float16) for k, v in tensors.items()}, tmp_path / "base" / "model.safetensors")
     return SafetensorsFolder(tmp_path / "base")
 
@@ -52,12 +53,14 @@ def test_adapted_matrices_are_merged_in_float32_whole_or_in_parts(base, tmp_path
     assert source.read("model.norm.weight").dtype == np.float16, "what has no adapter is left alone"
 
 
-def test_the_copy_of_the_head_beside_an_adapter_must_be_the_base(base, tmp_path):
+def test_the_copy_of_the_base_beside_an_adapter_replaces_it(base, tmp_path):
     copy = {f"{peft_folder.PREFIX}{NAME}.base_layer.weight": base.read(f"{NAME}.weight")}
     assert MergedSource(base, write(tmp_path / "same", halves() | copy)).specs()
     other = {key: value + 1 for key, value in copy.items()}
-    with pytest.raises(CheckpointError, match=r"base_layer\.weight names no matrix of the base"):
-        MergedSource(base, write(tmp_path / "other", halves() | other))
+    source = MergedSource(base, write(tmp_path / "other", halves() | other))
+    assert f"has other values of {NAME}.weight than its base" in source.notes[0]
+    same = MergedSource(base, tmp_path / "same").read(f"{NAME}.weight")
+    np.testing.assert_allclose(source.read(f"{NAME}.weight"), same + 1, rtol=0, atol=5e-3)
 
 
 @pytest.mark.parametrize(
@@ -76,8 +79,14 @@ def test_adapters_that_do_not_fit_are_refused(base, tmp_path, tensors, match):
 
 
 def test_settings_that_are_not_implemented_are_refused(base, tmp_path):
-    with pytest.raises(ModelError, match=r"lora_bias=True"):
-        MergedSource(base, write(tmp_path / "lora", halves(), lora_bias=True))
+    with pytest.raises(ModelError, match=r"twist=True"):
+        MergedSource(base, write(tmp_path / "lora", halves(), twist=True))
+
+
+def test_a_bias_needs_a_layer_with_a_bias(base, tmp_path):
+    bias = {f"{peft_folder.PREFIX}{NAME}.lora_B.bias": np.ones(6, np.float32)}
+    with pytest.raises(ModelError, match=r"adds a bias .* which has none in its base"):
+        MergedSource(base, write(tmp_path / "lora", halves() | bias, lora_bias=True))
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,7 @@ def edit_config(folder, **fields):
 A, B = (f"base_model.model.model.layers.1.self_attn.q_proj.lora_{side}.weight" for side in "AB")
 DAMAGE = {
     "wrong prefix": (lambda t: {k.replace("base_model.model.", "model."): v for k, v in t.items()}, "6 of 6 tensors"),
-    "one foreign key": (lambda t: t | {"base_model.model.lm_head.weight": t[A]}, "1 of 7 tensors name no layer"),
+    "one foreign key": (lambda t: t | {"base_model.model.lm_head.weight": t[A]}, r"rows and lm_head.weight 4"),
     "layer that is not there": (
         lambda t: t | {A.replace("layers.1", "layers.9"): t[A]}, "name no layer .*among them.*layers.9"
     ),
@@ -160,8 +160,12 @@ DAMAGE = {
     "missing half": (lambda t: {k: v for k, v in t.items() if k != B}, r"missing .*layers.1.*lora_B.weight \[32, 4\]"),
     "missing layer": (lambda t: {k: v for k, v in t.items() if k not in (A, B)}, r"missing .*layers.1.*lora_A"),
     "misshapen": (lambda t: t | {A: t[A][:3].copy()}, r"misshapen .*: file \[3, 32\], model \[4, 32\]"),
-    "another head": (
-        lambda t: t | {"base_model.model.lm_head.base_layer.weight": np.zeros((96, 32), np.float32)}, "1 of 7 tensors"
+    "a tensor of another model": (
+        lambda t: t | {"base_model.model.model.rotary.weight": t[A]}, r"unexpected model\.rotary\.weight \[4, 32\]"
+    ),
+    "a misshapen norm": (
+        lambda t: t | {"base_model.model.model.norm.weight": np.zeros(31, np.float32)},
+        r"misshapen model\.norm\.weight: file \[31\], base \[32\]",
     ),
     "nothing": (lambda t: {}, "0 of 0 tensors"),
 }  # fmt: skip
@@ -186,10 +190,10 @@ def test_all_misfits_are_listed_at_once(folder, tiny_llama):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"bias": "all"}, "bias='all'"),
+        ({"bias": "some"}, "bias='some'"),
         ({"rank_pattern": {"q_proj": "8"}}, "r='8'; a rank is a whole number"),
         ({"layers_to_transform": [0], "layers_pattern": "h"}, "layers_pattern='h'"),
-        ({"fan_in_fan_out": True, "lora_bias": True}, "fan_in_fan_out=True, lora_bias=True"),
+        ({"lora_bias": True, "use_dora": True}, "lora_bias beside use_dora"),
         ({"twist": 3}, "twist=3"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
         ({"init_lora_weights": "loftq"}, "init_lora_weights='loftq'"),

@@ -16,7 +16,7 @@ from jaxft.checkpoint.merged import MergedSource
 from jaxft.checkpoint.peft import write_adapter
 from jaxft.checkpoint.tensors import SafetensorsFolder
 from jaxft.config import AdapterConfig
-from jaxft.errors import CheckpointError, ModelError
+from jaxft.errors import CheckpointError
 from jaxft.training.state import divide
 
 torch = pytest.importorskip("torch")
@@ -239,14 +239,6 @@ def test_layers_that_the_settings_select_must_be_there(tiny_llama, tmp_path):
         load_model(str(tmp_path))
 
 
-def test_a_tied_table_that_peft_would_part_is_refused(tiny_llama, tmp_path):
-    written(tiny_llama("tied"), tmp_path, target_modules="q_proj", modules_to_save="embed_tokens")
-    edited(tmp_path, ensure_weight_tying=False)
-    for read in (load_model, lambda folder: MergedSource(SafetensorsFolder(tiny_llama("tied")), folder)):
-        with pytest.raises(ModelError, match="trains (lm_head|model.embed_tokens) apart from what it is tied to"):
-            read(str(tmp_path))
-
-
 def test_a_tied_table_that_is_there_twice_must_be_one(tiny_llama, tmp_path):
     written(tiny_llama("tied"), tmp_path, target_modules="q_proj", modules_to_save="embed_tokens")
     tensors = load_file(tmp_path / WEIGHTS)
@@ -254,14 +246,3 @@ def test_a_tied_table_that_is_there_twice_must_be_one(tiny_llama, tmp_path):
     save_file(tensors, tmp_path / WEIGHTS)
     with pytest.raises(CheckpointError, match="differ, but in the base they are one"):
         load_model(str(tmp_path))
-
-
-def test_an_adapter_on_a_tied_table_works_but_does_not_merge(tiny_llama, torch_llama, tmp_path):
-    base = tiny_llama("tied")
-    reference = by_peft(torch_llama, base, tmp_path, target_modules=["embed_tokens", "q_proj"])
-    loaded = load_model(str(tmp_path))
-    np.testing.assert_allclose(loaded.logits(TOKENS), torch_logits(reference), rtol=0, atol=1e-3)
-    with pytest.raises(ModelError, match="embed_tokens cannot be merged"):
-        hf_tensors(loaded.module)
-    with pytest.raises(ModelError, match="embed_tokens.weight cannot be merged"):
-        MergedSource(SafetensorsFolder(base), tmp_path)

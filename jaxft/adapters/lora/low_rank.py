@@ -18,7 +18,8 @@ from jaxft.adapters.attach import AdapterParam, StartParam
 from jaxft.adapters.lora.start import draw, starts_nonzero
 from jaxft.nn import partition
 from jaxft.nn.adapter import Adapter, LayerAdapter
-from jaxft.nn.linear import TPSide
+from jaxft.nn.linear import BIAS_DIMS, TPSide
+from jaxft.nn.linear import WHOLE as LAYER_WHOLE
 from jaxft.nn.partition import Dimensions
 from jaxft.nn.storage import StorageDims
 from jaxft.quant import QuantizedArray
@@ -35,7 +36,8 @@ HALVES = ("lora_a", "lora_b", "lora_a_start", "lora_b_start")
 class LoRASettings:
     """r: rank. alpha: numerator of the scale. dropout: share of inputs dropped, 0 <= dropout < 1.
 
-    use_dora: see `DoRA`. init: the initial values of A and B; see `start.draw`.
+    use_dora: see `DoRA`. use_bias: whether B has a bias, which is scaled with it. init: the initial values of A and B;
+    see `start.draw`.
     """
 
     r: int
@@ -43,6 +45,7 @@ class LoRASettings:
     dropout: float = 0.0
     use_rslora: bool = False
     use_dora: bool = False
+    use_bias: bool = False
     init: str = "default"
 
     @property
@@ -89,11 +92,11 @@ def _narrow(low: jax.Array) -> jax.Array:
 class LowRank(LayerAdapter):
     """The halves A and B of `y + scale * x A^T B`, initialized so that a fresh adapter changes nothing.
 
-    lora_a: [*stack, r, I], lora_b: [*stack, r, O], float32 for every dtype of the base. stack_settings: the settings of
-    each layer if the layers of a stack differ, None for a layer without the adapter. `settings` then has the largest
-    rank, and the rows that a layer does not use are zero; they stay zero, because each half is a factor of the other's
-    gradient. kernel: the base's, for initial values that depend on it. tp_side: the side of the base layer that the
-    tensor axis splits.
+    lora_a: [*stack, r, I], lora_b: [*stack, r, O], float32 for every dtype of the base. lora_bias: [*stack, O] or None.
+    stack_settings: the settings of each layer if the layers of a stack differ, None for a layer without the adapter.
+    `settings` then has the largest rank, and the rows that a layer does not use are zero; they stay zero, because each
+    half is a factor of the other's gradient. kernel: the base's, for initial values that depend on it. tp_side: the
+    side of the base layer that the tensor axis splits.
 
     PiSSA and OLoRA subtract the initial product from the base. Here the base does not change. The initial values are
     kept (lora_a_start, lora_b_start) and subtracted in use: `scale * x (A^T B - A_start^T B_start)`. This is the same
@@ -123,13 +126,24 @@ class LowRank(LayerAdapter):
         a, b = draw(settings.init, settings.r, self._scale(), (*stack, inputs, outputs), kernel, key)
         a, b = self._mask_unused(a), self._mask_unused(b)
         self.lora_a, self.lora_b = AdapterParam(a), AdapterParam(b)
+        self.lora_bias = AdapterParam(jnp.zeros((*stack, outputs), jnp.float32)) if settings.use_bias else None
         nonzero = starts_nonzero(settings.init)
         self.lora_a_start = StartParam(jnp.copy(a)) if nonzero else None
         self.lora_b_start = StartParam(jnp.copy(b)) if nonzero else None
 
     def storage_dims(self) -> dict[str, StorageDims]:
         halves = {name: half_storage(_side(name) == self.tp_side) for name in HALVES}
-        return halves | {"scales": StorageDims(())}
+        return halves | {"scales": StorageDims(()), "lora_bias": StorageDims(BIAS_DIMS[self.tp_side])}
+
+    @property
+    def adds_bias(self) -> bool:
+        return self.lora_bias is not None
+
+    def merged_bias(self, bias: jax.Array, at: tuple[int, ...] = ()) -> jax.Array:
+        if self.lora_bias is None:
+            return bias
+        added = self.lora_bias.get_value()[at]
+        return bias + self._scale(at, dimensions=added.ndim) * added
 
     def merged(self, kernel: jax.Array, at: tuple[int, ...] = ()) -> jax.Array:
         return kernel + self.delta(at)
@@ -190,7 +204,11 @@ class LoRA(LowRank, Adapter):
     """`y + scale * drop(x) A^T B`, for a Linear."""
 
     def __call__(self, x: jax.Array, y: jax.Array, kernel: jax.Array, key: jax.Array | None) -> jax.Array:
-        return y + self._low_rank(dropout(x, self.settings.dropout, key))
+        y = y + self._low_rank(dropout(x, self.settings.dropout, key))
+        if self.lora_bias is None:
+            return y
+        added = self._scale() * self.lora_bias.get_value()
+        return y + partition.gather(added.astype(y.dtype), BIAS_DIMS[self.tp_side], LAYER_WHOLE[self.tp_side][1:])
 
     def _low_rank(self, x: jax.Array) -> jax.Array:
         a, b = (

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from jaxft.checkpoint.fused_experts import SINGLE
-from jaxft.checkpoint.peft.folder import PREFIX, PeftSource
-from jaxft.checkpoint.tensors import TensorSpec
+from jaxft.checkpoint.peft.folder import PREFIX
+from jaxft.checkpoint.tensors import TensorSource, TensorSpec
 from jaxft.errors import CheckpointError, ModelError
 from jaxft.models.tensor_map import Transform
 
@@ -82,8 +82,8 @@ def is_stacked(key: str) -> bool:
 
 
 def split_stacked(
-    config: Mapping[str, Any], source: PeftSource, base: Collection[str]
-) -> tuple[dict[str, Any], PeftSource]:
+    config: Mapping[str, Any], source: TensorSource, base: Collection[str]
+) -> tuple[dict[str, Any], TensorSource]:
     """The config and tensors of a folder as if each expert were a module, if the base's files have one for each.
 
     base: names of the base's tensors. Gate and up share the A of gate_up_proj: each gets a copy.
@@ -132,7 +132,7 @@ class _Part:
 class _SplitExperts:
     """Adapter tensors with a key for each expert's matrix."""
 
-    def __init__(self, source: PeftSource, targets: Collection[str], kinds: tuple[str, ...], r: int) -> None:
+    def __init__(self, source: TensorSource, targets: Collection[str], kinds: tuple[str, ...], r: int) -> None:
         self._source = source
         self._parts: dict[str, _Part] = {}
         for key, spec in source.specs().items():
@@ -141,11 +141,6 @@ class _SplitExperts:
                 self._parts[key] = _Part(key)
             else:
                 self._parts |= dict(_split_parts(key, spec, match, targets, kinds, r))
-
-    def drop(self, keys: Collection[str]) -> "_SplitExperts":
-        others = object.__new__(_SplitExperts)
-        others._source, others._parts = self._source, {k: p for k, p in self._parts.items() if k not in keys}
-        return others
 
     def specs(self) -> dict[str, TensorSpec]:
         given = self._source.specs()

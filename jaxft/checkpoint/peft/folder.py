@@ -4,17 +4,17 @@ Format: adapter_config.json and adapter_model.safetensors, whose keys are `base_
 (PEFT 0.21).
 """
 
-import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from jaxft.adapters.attach import slots
-from jaxft.adapters.saved import saved_paths
 from jaxft.checkpoint.finite import FiniteSource
-from jaxft.checkpoint.hf import EMBEDDING, TIED_HEAD, param_tensors
+from jaxft.checkpoint.hf import param_tensors
+from jaxft.checkpoint.peft.keys import PREFIX as PREFIX
+from jaxft.checkpoint.peft.keys import Key, check_one_adapter, read_key
 from jaxft.checkpoint.tensors import SafetensorsFolder, TensorSource, TensorSpec
 from jaxft.errors import CheckpointError, ModelError, listed
 from jaxft.models.nested import text_name
@@ -22,12 +22,11 @@ from jaxft.models.tensor_map import SAME, Piece, Transform
 from jaxft.nn.decoder import Decoder
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."
 SCORE_TASK = "SEQ_CLS"  # task_type of a reward model's adapter
 # Fields about training or bookkeeping: they do not change what the adapter computes.
 HARMLESS = (
     "task_type", "inference_mode", "revision", "auto_mapping", "runtime_config", "peft_version",
-    "base_model_name_or_path", "peft_type", "modules_to_save", "ensure_weight_tying",
+    "base_model_name_or_path", "peft_type", "modules_to_save", "ensure_weight_tying", "trainable_token_indices",
 )  # fmt: skip
 # `read(rows, columns)` gives a block of a matrix of the base, `read(rows)` of a vector: Hugging Face's layout, float32.
 ReadBlock = Callable[..., np.ndarray]
@@ -50,44 +49,38 @@ class PeftTensor:
     part: tuple[slice, ...] | None = None
 
 
-class PeftSource(TensorSource, Protocol):
-    """The tensors of a PEFT folder by key."""
-
-    def drop(self, keys: Collection[str]) -> "PeftSource":
-        """The same source without the tensors of these keys."""
-        ...
-
-
 class AdapterTensors:
-    """The tensors of a PEFT folder, under the keys that they have with a text-only base.
+    """The tensors of a PEFT folder. As a source it has the adapter's own, its halves, under one form of their keys.
 
-    PEFT's keys follow transformers' module names, which are nested one level deeper in a base that takes images too.
-    Raises CheckpointError if two keys mean one tensor, and for NaN or infinite values when they are read.
+    Keys have the modules of a text-only model: transformers nests them one level deeper in a base that takes images
+    too. files: all tensors under the keys that they have in the file. keys: what each of these names.
+    Raises CheckpointError if two keys mean one tensor or belong to two adapters, and for NaN or infinite values when
+    they are read.
     """
 
     def __init__(self, folder: str) -> None:
-        self._source = FiniteSource(SafetensorsFolder(folder, WEIGHTS))
-        self._source_names: dict[str, str] = {}
-        for source_name in self._source.specs():
-            module = source_name.removeprefix(PREFIX)
-            key = source_name if module == source_name else PREFIX + (text_name(module) or module)
-            if key in self._source_names:
-                raise CheckpointError(
-                    f"{folder}: {self._source_names[key]} and {source_name} are the same tensor of the base"
-                )
-            self._source_names[key] = source_name
-
-    def drop(self, keys: Collection[str]) -> "AdapterTensors":
-        others = copy.copy(self)
-        others._source_names = {key: source_name for key, source_name in self._source_names.items() if key not in keys}
-        return others
+        self.files: TensorSource = FiniteSource(SafetensorsFolder(folder, WEIGHTS))
+        self.keys: dict[str, Key] = {key: read_key(key) for key in self.files.specs()}
+        check_one_adapter(self.keys.values(), folder)
+        self._halves: dict[str, str] = {}
+        taken: dict[tuple[str, str], str] = {}
+        for key, what in self.keys.items():
+            other = taken.setdefault((what.role, what.name), key)
+            if other != key:
+                raise CheckpointError(f"{folder}: {other} and {key} are the same tensor of the base")
+            if what.role == "half":
+                self._halves[what.name] = key
 
     def specs(self) -> dict[str, TensorSpec]:
-        specs = self._source.specs()
-        return {key: specs[source_name] for key, source_name in self._source_names.items()}
+        specs = self.files.specs()
+        return {name: specs[key] for name, key in self._halves.items()}
 
     def read(self, key: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
-        return self._source.read(self._source_names[key], index)
+        return self.files.read(self._halves[key], index)
+
+    def of_role(self, *roles: str) -> dict[str, Key]:
+        """The keys in the file that have one of these roles."""
+        return {key: what for key, what in self.keys.items() if what.role in roles}
 
 
 def refuse_unknown(config: Mapping[str, Any], understood: Callable[[str, Any], bool]) -> None:
@@ -105,6 +98,28 @@ def refuse_unknown(config: Mapping[str, Any], understood: Callable[[str, Any], b
         raise ModelError(f"adapter_config.json has settings that are not implemented: {', '.join(refused)}")
 
 
+def saved_names(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """modules_to_save of an adapter_config.json, under the names of a text-only model."""
+    names = tuple(text_name(name) or name for name in config.get("modules_to_save") or ())
+    if config.get("task_type") == SCORE_TASK:
+        # PEFT names the heads of all families there, whichever the model has.
+        names = (*(name for name in names if name not in ("classifier", "score")), "score")
+    return names
+
+
+def token_indices(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """trainable_token_indices of an adapter_config.json: the tokens whose rows it has, by the table's name.
+
+    Raises ModelError if they are no whole numbers.
+    """
+    given = config.get("trainable_token_indices") or {}
+    by_table = given if isinstance(given, Mapping) else {"embed_tokens": given}
+    for name, indices in by_table.items():
+        if not isinstance(indices, list) or not all(type(i) is int and i >= 0 for i in indices):
+            raise ModelError(f"adapter_config.json has trainable_token_indices={given!r}: {name} needs token ids")
+    return {text_name(name) or name: tuple(indices) for name, indices in by_table.items() if indices}
+
+
 def modules(model: Decoder) -> Iterator[tuple[str, str, Piece]]:
     """(PEFT's module, path of our layer, position in that layer) of every matrix that may have an adapter."""
     layers = dict(slots(model))
@@ -113,16 +128,6 @@ def modules(model: Decoder) -> Iterator[tuple[str, str, Piece]]:
         if layer in layers and name in ("kernel", "embedding"):
             for piece in param.pieces:
                 yield PREFIX + piece.hf.removesuffix(".weight"), layer, piece
-
-
-def saved_tensors(model: Decoder) -> Iterator[PeftTensor]:
-    """The folder's tensors of modules that were trained in full alongside the adapters (modules_to_save)."""
-    table = param_tensors(model)
-    for path in saved_paths(model):
-        for piece in table[path].pieces:
-            yield PeftTensor(PREFIX + piece.hf, path, piece.at, table[path].transform)
-            if piece.hf == EMBEDDING and model.tied:
-                yield PeftTensor(PREFIX + TIED_HEAD, path, piece.at, table[path].transform)  # PEFT has it twice
 
 
 def misfit_error(problems: Sequence[str]) -> CheckpointError:

@@ -14,7 +14,6 @@ from jaxft.adapters.ia3 import IA3, attach_ia3
 from jaxft.checkpoint.peft.folder import (
     PREFIX,
     MergeBlock,
-    PeftSource,
     PeftTensor,
     ReadBlock,
     layers_named,
@@ -82,7 +81,7 @@ def adapter_config_fields(model: Decoder) -> dict[str, Any]:
     return {"target_modules": sorted(targets), "feedforward_modules": sorted(inward), "init_ia3_weights": True}
 
 
-def merge_blocks(base: TensorSource, config: Mapping[str, Any], source: PeftSource) -> dict[str, MergeBlock]:
+def merge_blocks(base: TensorSource, config: Mapping[str, Any], source: TensorSource) -> dict[str, MergeBlock]:
     """How each of the base's matrices and biases is merged, by its name.
 
     Raises ModelError for settings not implemented, and CheckpointError listing tensors that name no matrix of the base

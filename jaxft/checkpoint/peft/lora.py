@@ -17,25 +17,22 @@ import numpy as np
 from flax import nnx
 
 from jaxft.adapters.attach import adapters, key_of, set_adapter, slots
-from jaxft.adapters.lora import make_lora, settings_for
+from jaxft.adapters.lora import make_lora
 from jaxft.adapters.lora.experts import ExpertLoRA
 from jaxft.adapters.lora.low_rank import LoRASettings
-from jaxft.checkpoint.hf import TIED_HEAD
-from jaxft.checkpoint.peft.experts import StackedA, StackedB, is_stacked, split_stacked, targets_of, wrapper_module
+from jaxft.checkpoint.peft.experts import StackedA, StackedB, is_stacked, split_stacked, wrapper_module
 from jaxft.checkpoint.peft.folder import (
     PREFIX,
     MergeBlock,
-    PeftSource,
     PeftTensor,
     ReadBlock,
     layers_named,
     misfit_error,
     modules,
-    refuse_unknown,
 )
+from jaxft.checkpoint.peft.lora_config import read_settings, selected, settings_of, targeted
 from jaxft.checkpoint.tensors import TensorSource, TensorSpec
 from jaxft.errors import ModelError
-from jaxft.models.nested import nested_module
 from jaxft.models.tensor_map import SAME, TRANSPOSED, Piece
 from jaxft.nn.decoder import Decoder
 from jaxft.nn.experts.layer import ExpertLinear
@@ -45,48 +42,17 @@ PEFT_TYPE = "LORA"
 PARTS = (
     ("lora_a", "lora_A.weight", SAME, True),
     ("lora_b", "lora_B.weight", TRANSPOSED, True),
+    ("lora_bias", "lora_B.bias", SAME, False),
     ("lora_magnitude", "lora_magnitude_vector", SAME, False),
     ("lora_embedding_a", "lora_embedding_A", TRANSPOSED, False),
     ("lora_embedding_b", "lora_embedding_B", TRANSPOSED, False),
 )
-READ = (
-    "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules", "exclude_modules",
-    "layers_to_transform", "rank_pattern", "alpha_pattern", "target_parameters",
-)  # fmt: skip
-HARMLESS = (
-    "loftq_config", "eva_config", "corda_config", "megatron_config", "megatron_core", "arrow_config",
-    "lora_ga_config", "qalora_group_size",
-)  # fmt: skip
-# Initialisations of A and B only. The other kinds (pissa, olora, corda, loftq, ...) change the base's weights as well.
-DRAWS = (True, False, None, "gaussian", "eva", "orthogonal")
 Index = tuple[int | slice, ...]
-_LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.")
-
-
-def read_settings(config: Mapping[str, Any]) -> LoRASettings:
-    """LoRA settings of an adapter_config.json without its patterns. Raises ModelError naming each not implemented."""
-    refuse_unknown(config, _understood)
-    for r in (config.get("r"), *(config.get("rank_pattern") or {}).values()):
-        if not isinstance(r, int) or r < 1:
-            raise ModelError(f"adapter_config.json has r={r!r}; a rank is a whole number above zero")
-    return LoRASettings(
-        r=config["r"],
-        alpha=float(config.get("lora_alpha", 8)),
-        dropout=float(config.get("lora_dropout", 0.0)),
-        use_rslora=bool(config.get("use_rslora", False)),
-        use_dora=bool(config.get("use_dora", False)),
-    )
-
-
-def settings_of(config: Mapping[str, Any], module: str) -> LoRASettings:
-    """The settings of one module, named as in transformers, patterns included."""
-    patterns = (config.get("rank_pattern") or {}, config.get("alpha_pattern") or {})
-    return settings_for(read_settings(config), module, *patterns)
 
 
 def normalize(
-    config: Mapping[str, Any], source: PeftSource, base: Collection[str]
-) -> tuple[dict[str, Any], PeftSource]:
+    config: Mapping[str, Any], source: TensorSource, base: Collection[str]
+) -> tuple[dict[str, Any], TensorSource]:
     """A folder with one module per expert, if the base's files have that. base: names of their tensors."""
     return split_stacked(config, source, base)
 
@@ -108,7 +74,7 @@ def attach_to(
         if path in by_layer:
             module = module.removeprefix(PREFIX)
             stacked = _is_stack(dict(slots(model))[path], piece)
-            chosen = _targeted(config, module) if stacked else _selected(config, module)
+            chosen = targeted(config, module) if stacked else selected(config, module)
             settings = settings_of(config, module) if chosen else None
             if by_layer[path].setdefault(piece.layer, settings) != settings:
                 raise ModelError(f"{folder}: the experts of one layer have different settings: {module}")
@@ -130,12 +96,8 @@ def _stacked_layers(model: Decoder, config: Mapping[str, Any]) -> set[str]:
     return {
         path
         for module, path, piece in modules(model)
-        if _is_stack(layers[path], piece) and _targeted(config, module.removeprefix(PREFIX))
+        if _is_stack(layers[path], piece) and targeted(config, module.removeprefix(PREFIX))
     }
-
-
-def _targeted(config: Mapping[str, Any], module: str) -> bool:
-    return bool(targets_of(config)) and _named(list(config["target_parameters"]), (module, nested_module(module)))
 
 
 def plain_model(model: Decoder) -> Decoder:
@@ -194,6 +156,10 @@ def adapter_config_fields(model: Decoder) -> dict[str, Any]:
             by_module[module] = adapter.settings if stack_settings is None else stack_settings[piece.layer]
             if isinstance(adapter, ExpertLoRA) and len(piece.at) == 1:
                 stacked.add(module)
+    if not by_module:
+        raise ModelError(
+            "PEFT has rows of single tokens only beside LoRA on some layers: choose adapter.target_modules"
+        )
     (r, alpha), _ = Counter((s.r, s.alpha) for s in by_module.values()).most_common(1)[0]
     settings = next(iter(by_module.values()))
     patterns = {
@@ -214,6 +180,7 @@ def adapter_config_fields(model: Decoder) -> dict[str, Any]:
             "lora_dropout": settings.dropout,
             "use_rslora": settings.use_rslora,
             "use_dora": settings.use_dora,
+            "lora_bias": settings.use_bias,
             "target_modules": _shortest(set(by_module) - stacked, ends),
             "bias": "none",
             "init_lora_weights": True,
@@ -228,7 +195,7 @@ def _shortest(modules: set[str], ends: Mapping[str, list[str]]) -> list[str]:
     return sorted(names if short else modules)
 
 
-def merge_blocks(base: TensorSource, config: Mapping[str, Any], source: PeftSource) -> dict[str, MergeBlock]:
+def merge_blocks(base: TensorSource, config: Mapping[str, Any], source: TensorSource) -> dict[str, MergeBlock]:
     """How each of the base's matrices is merged, by its name. Only the adapter's small tensors stay in memory.
 
     Raises ModelError for settings not implemented, and CheckpointError listing tensors that name no matrix of the
@@ -243,6 +210,7 @@ def merge_blocks(base: TensorSource, config: Mapping[str, Any], source: PeftSour
         r = settings.r
         shapes: dict[str, tuple[int, ...]] = {"A.weight": (r, columns), "B.weight": (rows, r)}
         shapes |= {"magnitude_vector": (rows,)} if settings.use_dora else {}
+        shapes |= {"B.bias": (rows,)} if settings.use_bias else {}
         if "embedding_A" in keys or "embedding_B" in keys:
             shapes = {"embedding_A": (r, rows), "embedding_B": (columns, r)}
         misfits = [f"{name} lacks its lora_{part}" for part in shapes if part not in keys]
@@ -259,31 +227,38 @@ def merge_blocks(base: TensorSource, config: Mapping[str, Any], source: PeftSour
                 parts["embedding_A"].T, parts["embedding_B"].T
             ]  # fmt: skip
             out[name] = _merge_block(np.float32(settings.scale), b, a, parts.get("magnitude_vector"))
+            if settings.use_bias:
+                bias = f"{name.removesuffix('.weight')}.bias"
+                _check_has_bias(base, bias)
+                out[bias] = _merge_bias(np.float32(settings.scale), parts["B.bias"])
     if problems or not out:
         raise misfit_error(problems)
     return out
 
 
-def _by_matrix(base: TensorSource, source: PeftSource) -> tuple[dict[str, dict[str, str]], list[str]]:
+def _check_has_bias(base: TensorSource, bias: str) -> None:
+    if bias not in base.specs():
+        raise ModelError(
+            f"the adapter adds a bias (lora_bias) to {bias.removesuffix('.bias')}, which has none in its base, so it "
+            "cannot be merged. Serve the adapter on its base."
+        )
+
+
+def _merge_bias(scale: np.float32, added: np.ndarray) -> MergeBlock:
+    return lambda read, rows: read(rows) + scale * added[slice(*rows)]
+
+
+def _by_matrix(base: TensorSource, source: TensorSource) -> tuple[dict[str, dict[str, str]], list[str]]:
     matrices = base.specs()
     by_matrix: dict[str, dict[str, str]] = {}
     problems: list[str] = []
     for key in source.specs():
         module, _, part = key.removeprefix(PREFIX).rpartition(".lora_")
-        copied = key.removeprefix(PREFIX).removesuffix(".base_layer.weight") + ".weight"
-        if copied in matrices and np.array_equal(source.read(key), base.read(copied)):
-            continue  # for an adapter on the LM head PEFT stores the head itself as well
         name = f"{module}.weight"
         if not key.startswith(PREFIX) or len(matrices[name].shape if name in matrices else ()) != 2:
             problems.append(f"{key} names no matrix of the base")
         else:
             by_matrix.setdefault(name, {})[part] = key
-    tables = [name for name, parts in by_matrix.items() if "embedding_A" in parts]
-    if tables and TIED_HEAD not in matrices:
-        raise ModelError(
-            f"the adapter on {tables[0]} cannot be merged: in its base the table is the LM head too, which the adapter "
-            "does not change. Serve the adapter unmerged, on its base."
-        )
     return by_matrix, problems
 
 
@@ -316,34 +291,3 @@ def _pattern(
         if value != usual:
             out[end if alike else re.escape(module.removeprefix("model."))] = value
     return out
-
-
-def _selected(config: Mapping[str, Any], module: str) -> bool:
-    """Whether PEFT would put an adapter on a module, by its name in transformers."""
-    names = (module, nested_module(module))
-    targets, layers = config.get("target_modules"), config.get("layers_to_transform")
-    if _named(config.get("exclude_modules"), names):
-        return False
-    if targets is None or targets == "all-linear":
-        return True
-    if isinstance(targets, str) or layers is None or layers == []:
-        return _named(targets, names)
-    layer = _LAYER.match(module)
-    layers = [layers] if isinstance(layers, int) else layers
-    return _named(targets, names) and layer is not None and int(layer[1]) in layers
-
-
-def _named(listed: Any, names: tuple[str, ...]) -> bool:
-    if not listed:
-        return False
-    if isinstance(listed, str):
-        return any(re.fullmatch(listed, name) for name in names)
-    return any(name == end or name.endswith(f".{end}") for name in names for end in listed)
-
-
-def _understood(name: str, value: Any) -> bool:
-    if name == "init_lora_weights":
-        return value in DRAWS
-    if name == "layers_pattern":
-        return value in ("layers", ["layers"])
-    return name in READ or name in HARMLESS or (name, value) == ("bias", "none")

@@ -17,7 +17,6 @@ from jaxft.adapters.vera import VeRA, VeRASettings, attach_vera, draw_projection
 from jaxft.checkpoint.peft.folder import (
     PREFIX,
     MergeBlock,
-    PeftSource,
     PeftTensor,
     ReadBlock,
     layers_named,
@@ -76,7 +75,7 @@ def adapter_config_fields(model: Decoder) -> dict[str, Any]:
     }
 
 
-def merge_blocks(base: TensorSource, config: Mapping[str, Any], source: PeftSource) -> dict[str, MergeBlock]:
+def merge_blocks(base: TensorSource, config: Mapping[str, Any], source: TensorSource) -> dict[str, MergeBlock]:
     """How each of the base's matrices is merged, by its name. Only the adapter's own tensors stay in memory.
 
     Raises ModelError for settings not implemented, and CheckpointError listing tensors that name no matrix of the
@@ -108,7 +107,7 @@ def _merge_block(a_rI: np.ndarray, b_Or: np.ndarray, lambda_d: np.ndarray, lambd
     return merge
 
 
-def _factors(specs: Mapping[str, TensorSpec], source: PeftSource, r: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def _factors(specs: Mapping[str, TensorSpec], source: TensorSource, r: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     factors: dict[str, dict[str, np.ndarray]] = {}
     problems = []
     for key, spec in source.specs().items():

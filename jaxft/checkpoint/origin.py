@@ -1,0 +1,74 @@
+"""Where a model comes from: names on the hub, run folders, PEFT folders and the base that belongs to one."""
+
+import os
+import re
+
+from jaxft.checkpoint.peft.folder import CONFIG, SCORE_TASK
+from jaxft.checkpoint.peft.kinds import check_form
+from jaxft.errors import CheckpointError, ModelError
+from jaxft.files.paths import HUB, fetch_hub, is_file, is_remote, read_json
+from jaxft.files.run_folder import ADAPTER, MERGED, MODEL, is_run_folder
+from jaxft.home import local_path
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a path is a PEFT folder. A run folder and a name on the hub are none before they are resolved."""
+    return is_file(os.path.join(path, CONFIG))
+
+
+def is_score_adapter(folder: str) -> bool:
+    """Whether a folder holds the PEFT adapter of a reward model."""
+    return is_adapter(folder) and read_json(os.path.join(folder, CONFIG)).get("task_type") == SCORE_TASK
+
+
+def resolve(path: str, revision: str | None = None) -> str:
+    """The path to load from: hf:// names are fetched into the Hugging Face cache, run folders become their export."""
+    if path.startswith(HUB):
+        return fetch_hub(path, revision)
+    path = local_path(path)
+    if is_run_folder(path):
+        for kind in (ADAPTER, MODEL, MERGED):
+            if os.path.isdir(os.path.join(path, kind)):
+                return os.path.join(path, kind)
+        raise CheckpointError(
+            f"run folder {path} has no adapter/ or model/ yet: `jaxft export --run={path} --to=FOLDER` writes one"
+        )
+    return path
+
+
+def base_of(folder: str, base: str | None = None) -> str:
+    """The base model of a PEFT folder: a path that exists, or an address.
+
+    base: where it is, in place of what the folder names. Raises CheckpointError if neither names one, or a local path
+    that does not exist; ModelError if the folder is not in PEFT's form.
+    """
+    config = read_json(os.path.join(folder, CONFIG))
+    check_form(config, folder)
+    named = local_path(base) if base else config.get("base_model_name_or_path")
+    mend = (
+        "Give the folder that holds it, or owner/name on the Hugging Face hub, with --base (in a config: model.base), "
+        "or set base_model_name_or_path in adapter_config.json."
+    )
+    if not named:
+        raise CheckpointError(f"{folder}: adapter_config.json does not say which base model it belongs to. {mend}")
+    for candidate in (named, os.path.join(folder, named)):
+        if os.path.exists(candidate):
+            return os.path.normpath(candidate)
+    if named.startswith(HUB) or is_remote(named):
+        return str(named)
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", named):
+        raise CheckpointError(f"{folder} belongs to the base model {named!r}, which is not there. {mend}")
+    return HUB + named
+
+
+def resolve_base(folder: str, base: str | None = None) -> str:
+    """The path to load a PEFT folder's base from; see `base_of` and `resolve`."""
+    origin = base_of(folder, base)
+    revision = read_json(os.path.join(folder, CONFIG)).get("revision") if base is None else None
+    return resolve(origin, revision if origin.startswith(HUB) and "@" not in origin else None)
+
+
+def refuse_base(path: str, base: str | None) -> None:
+    """Raises ModelError if a base is given for a model that is no PEFT folder."""
+    if base is not None:
+        raise ModelError(f"{path} is not a PEFT folder, so it has no base: leave out --base={base} (model.base)")

@@ -1,0 +1,56 @@
+"""The kinds of adapter that are implemented, each a module of this room that has a PEFT_TYPE."""
+
+import functools
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+from jaxft.adapters.attach import adapters, virtual_modules
+from jaxft.errors import ModelError, did_you_mean
+from jaxft.nn.decoder import Decoder
+
+PACKAGE = __name__.rpartition(".")[0]
+MLX = ("fine_tune_type", "lora_parameters", "lora_layers")  # fields that only MLX's adapter_config.json has
+
+
+@functools.cache
+def kinds() -> dict[str, ModuleType]:
+    """The module of every implemented `peft_type`."""
+    path = importlib.import_module(PACKAGE).__path__
+    modules = (importlib.import_module(f"{PACKAGE}.{info.name}") for info in pkgutil.iter_modules(path))
+    return {module.PEFT_TYPE: module for module in modules if hasattr(module, "PEFT_TYPE")}
+
+
+def check_form(config: Mapping[str, Any], folder: str) -> None:
+    """Raises ModelError if an adapter_config.json is not PEFT's."""
+    if "peft_type" not in config and any(name in config for name in MLX):
+        raise ModelError(
+            f"{folder} holds an adapter of MLX, not of PEFT: its adapter_config.json has fine_tune_type="
+            f"{config.get('fine_tune_type', 'lora')!r}, and its tensors have MLX's own names. "
+            f"Fuse it into its model and load that: mlx_lm.fuse --model BASE --adapter-path {folder} --save-path FOLDER"
+        )
+
+
+def kind_of(config: Mapping[str, Any]) -> ModuleType:
+    """The module for an adapter_config.json. Raises ModelError for a peft_type that is not implemented."""
+    kind = config.get("peft_type")
+    if kind not in kinds():
+        known = ", ".join(sorted(kinds()))
+        raise ModelError(
+            f"adapter_config.json has peft_type {kind!r}, which is not implemented."
+            f"{did_you_mean(str(kind), kinds())} Implemented: {known}. Merge it into its base with PEFT, if it can be: "
+            "PeftModel.from_pretrained(BASE, FOLDER).merge_and_unload().save_pretrained(NEW_FOLDER)"
+        )
+    return kinds()[kind]
+
+
+def only_kind(model: Decoder) -> ModuleType | None:
+    """The module for the adapters of a model; None if it has none. Raises ModelError if they are of several kinds."""
+    kind_names = {adapter.peft_type for adapter in (adapters(model) | virtual_modules(model)).values()}
+    if model.token_rows is not None:
+        kind_names.add("LORA")  # PEFT has rows of single tokens beside LoRA
+    if len(kind_names) > 1:
+        raise ModelError(f"the model has adapters of {' and '.join(sorted(kind_names))}: a PEFT folder holds one kind")
+    return kinds()[next(iter(kind_names))] if kind_names else None
