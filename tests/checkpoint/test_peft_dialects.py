@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxft import models
 from jaxft.checkpoint.hf import hf_tensors
-from jaxft.checkpoint.load import hf_config_of, load_model, open_weights
+from jaxft.checkpoint.load import hf_config_of, load_model, open_merged
 from jaxft.checkpoint.peft import write_adapter
 from jaxft.errors import CheckpointError, ModelError
 
@@ -88,7 +88,7 @@ def read_by_peft(torch_llama, base, folder, grow=0):
 
 def merged_logits(folder):
     """transformers on the merged tensors, as a folder of the merged config would hold them."""
-    hf_config, source, _ = open_weights(str(folder))
+    hf_config, source, _ = open_merged(str(folder))
     config = models.config_from_hf(hf_config)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**hf_config))
     assert model.get_input_embeddings().num_embeddings == config.vocab_size == hf_config_of(str(folder))["vocab_size"]
@@ -99,7 +99,7 @@ def merged_logits(folder):
     return torch_logits(model), {name: value.numpy() for name, value in state.items()}
 
 
-def each_case():
+def cases():
     for name, settings in CASES.items():
         yield pytest.param(
             name, False, marks=[pytest.mark.slow] if name in ONLY_TIED_QUICK else [], id=f"{name}-untied"
@@ -109,7 +109,7 @@ def each_case():
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("name", "tied"), each_case())
+@pytest.mark.parametrize(("name", "tied"), [*cases()])
 def test_what_peft_reads_is_read(tiny_llama, torch_llama, tmp_path, name, tied):
     settings = dict(CASES[name])
     variant = settings.pop("variant", "plain")
