@@ -17,15 +17,15 @@ from flax import nnx
 from jaxft import models
 from jaxft.checkpoint.folders.opening import Generation, folder_config
 from jaxft.checkpoint.folders.opening import open_weights as open_weights
-from jaxft.checkpoint.folders.weights import Weights
-from jaxft.checkpoint.hf import EMBEDDING, load_weights
-from jaxft.checkpoint.merged import MergedSource
 from jaxft.checkpoint.folders.origin import base_of as base_of
 from jaxft.checkpoint.folders.origin import is_adapter as is_adapter
 from jaxft.checkpoint.folders.origin import is_score_adapter as is_score_adapter
 from jaxft.checkpoint.folders.origin import refuse_base as refuse_base
 from jaxft.checkpoint.folders.origin import resolve as resolve
 from jaxft.checkpoint.folders.origin import resolve_base as resolve_base
+from jaxft.checkpoint.folders.weights import Weights
+from jaxft.checkpoint.hf import EMBEDDING, load_weights
+from jaxft.checkpoint.merged import MergedSource
 from jaxft.checkpoint.peft import attach_folder, open_adapter
 from jaxft.checkpoint.tensors import TensorSource
 from jaxft.data.batch import Batch, Example, assemble
