@@ -5,12 +5,12 @@ import re
 
 import pytest
 
-from jaxft import api
+from jaxft import api, cli
 from jaxft.checkpoint.load import resolve
 from jaxft.config import RunConfig, with_overrides
 from jaxft.config.fields import all_fields
 from jaxft.data.sources import open_rows
-from jaxft.errors import JaxftError
+from jaxft.errors import ExitCode, JaxftError
 from jaxft.files.digest import content_digest
 from jaxft.hardware.prices import price_of
 from jaxft.home import local_path
@@ -79,6 +79,49 @@ def test_public_functions_name_the_expanded_path(home, call):
     (home / "full" / "file").touch()
     with pytest.raises((JaxftError, OSError), match=rf"{home}/(none|full)"):
         call()
+
+
+# What each command is given, and refuses by its expanded name before it loads anything.
+COMMANDS = {
+    ("train", "config"): "--config=~/none.yaml",
+    ("data", "set_model"): "--model=~/none --data=x",
+    ("data", "config"): "--config=~/none.py",
+    ("eval", "run"): "--run=~/none",
+    ("eval", "model"): "--model=~/none --eval_data=x",
+    ("export", "run"): "--run=~/none --to=x",
+    ("export", "model"): "--model=~/none --to=x",
+    ("export", "to"): "--model=x --to=~/full",
+    ("generate", "model"): "--model=~/none --prompt=x",
+    ("chat", "model"): "--model=~/none",
+    ("score", "model"): "--model=~/none --data=x",
+    ("convert", "source"): "~/none x",
+    ("convert", "target"): "x ~/full",
+}
+
+
+@pytest.mark.parametrize(("command", "text"), COMMANDS.items(), ids=map("-".join, COMMANDS))
+def test_options_are_expanded(home, capsys, command, text):
+    (home / "full").mkdir()
+    (home / "full" / "file").touch()
+    assert cli.main([command[0], *text.split()]) == ExitCode.REFUSED
+    assert re.search(rf"{home}/(none|full)", capsys.readouterr().err)
+
+
+def test_no_option_with_a_path_is_forgotten():
+    (verbs,) = (action for action in cli._parser()._actions if action.choices)
+    paths = re.compile(r"PATH|FILE|FOLDER|SRC|DST|ROWS|NAME\[:ARG\]")
+    taken = {
+        (verb, action.dest)
+        for verb, parser in verbs.choices.items()
+        for action in parser._actions
+        if paths.fullmatch(str(action.metavar))
+    }
+    # The same code as in a command above, or a function of the first table reads them.
+    others = {
+        "config", "set_data", "set_eval_data", "set_output", "set_chat_template", "set_model", "chat_template", "model",
+        "reward_model", "prices", "data", "to", "pairs",
+    }  # fmt: skip
+    assert {(verb, dest) for verb, dest in taken if dest not in others} <= set(COMMANDS)
 
 
 def test_paths_that_are_read_without_an_error(home):

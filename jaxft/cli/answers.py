@@ -13,6 +13,7 @@ from jaxft.errors import ConfigError
 from jaxft.files.atomic import write_text
 from jaxft.files.run_folder import is_run_folder
 from jaxft.generation.settings import Sampling
+from jaxft.home import local_path
 
 # How rows that are scored are read: fields of `data` in a config.
 COLUMNS = ("format", "prompt_field", "completion_field", "text_field", "chosen_field", "rejected_field", "limit")
@@ -109,7 +110,7 @@ def score(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     )
     lines = "".join(json.dumps(one) + "\n" for one in scored)
     if arguments.to is not None:
-        write_text(arguments.to, lines)
+        write_text(local_path(arguments.to), lines)
     elif not arguments.json:
         print(lines, end="")
     summary = summarized(scored)

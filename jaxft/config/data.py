@@ -232,6 +232,7 @@ class DataConfig(Section):
     ] = None
     cache: Annotated[
         str,
+        PATH,
         "where tokenised rows are kept for the next run. `auto`: the cache of the user, if there are many rows; "
         "`none`: nowhere; else a folder; see [formats](formats.md#many-rows)",
     ] = "auto"

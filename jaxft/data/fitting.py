@@ -9,6 +9,7 @@ import numpy as np
 from jaxft.config import DataConfig
 from jaxft.data.batch import Example
 from jaxft.data.encoded.table import take, with_pieces
+from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import CheckpointError, DataError
 from jaxft.files.paths import HUB, read_json
 from jaxft.home import local_path
@@ -26,6 +27,11 @@ class ModelLimits:
     stop_ids: frozenset[int]
     bos_id: int | None = None
     path: str = ""
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> "ModelLimits":
+        """Those of the model that a tokenizer is named after."""
+        return cls(stop_ids=tokenizer.stop_ids, bos_id=tokenizer.bos_id, path=tokenizer.name)
 
     @property
     def positions(self) -> int | None:
@@ -78,10 +84,10 @@ class LengthLimit:
             return Fitted(examples=examples)
         truncation = self.config.truncation
         if truncation == "refuse":
-            raise DataError(self._too_long(examples, lengths, len(over)))
+            raise DataError(self._too_long(examples, lengths, over))
         if truncation == "drop":
             if len(over) == len(examples):
-                raise DataError(self._all_too_long(lengths))
+                raise DataError(self._all_too_long(examples, lengths))
             kept = take(examples, np.flatnonzero(lengths <= self.config.max_length))
             return Fitted(examples=kept, dropped=len(over))
         if truncation == "right":
@@ -97,7 +103,7 @@ class LengthLimit:
                 f"{self.config.max_length}, and some are chats: a window of a chat would train answers without the "
                 "questions and the system prompt before them. The longest is "
                 f"{self.where(examples[int(np.argmax(lengths))].row)}. Set data.truncation to 'left', which keeps the "
-                "last answers, or to 'drop'; long texts of the same set go into a set of their own in data.mixture."
+                "last answers; long texts of the same set go into a set of their own in data.mixture."
             )
         pieces = [self._windows(examples[index]) for index in over.tolist()]
         return Fitted(examples=with_pieces(examples, over, pieces), windowed=len(over), windows=sum(map(len, pieces)))
@@ -120,7 +126,7 @@ class LengthLimit:
             raise DataError(
                 f"{len(empty):,} examples of {self.source} train on zero tokens once they are cut to "
                 f"data.max_length={max_length}: the first is {self.where(empty[0].row)}, whose prompt alone is that "
-                "long. Set data.truncation to 'left', which keeps answers, or to 'drop'; or raise data.max_length."
+                "long. Set data.truncation to 'left', which keeps answers."
             )
         return cut
 
@@ -138,29 +144,47 @@ class LengthLimit:
         bos = self.model.bos_id is not None and example.tokens[virtual] == self.model.bos_id
         return virtual + int(bos)
 
-    def _too_long(self, examples: Sequence[Example], lengths: np.ndarray, over: int) -> str:
+    def _too_long(self, examples: Sequence[Example], lengths: np.ndarray, over: np.ndarray) -> str:
         longest = int(np.argmax(lengths))
-        length, limit = int(lengths[longest]), self.model.positions
-        # A cut pair would lose the rejected answer.
-        others = "'drop'" if self.pairs else "'drop', 'left' or 'right'" + ("" if self.chats else ", or to 'windows'")
-        mend = f"Set data.max_length={length}, or data.truncation to {others}."
-        if limit is not None and length > limit:
-            mend = f"The model was made for {limit:,} positions, so set data.truncation to {others}."
         return (
-            f"{over:,} of {len(examples):,} examples of {self.source} are longer than "
+            f"{len(over):,} of {len(examples):,} examples of {self.source} are longer than "
             f"data.max_length={self.config.max_length}; the longest, {self.where(examples[longest].row)}, has "
-            f"{length:,} tokens. {mend}"
+            f"{lengths[longest]:,} tokens. {self._mend(int(lengths[longest]), examples, over)}"
         )
 
-    def _all_too_long(self, lengths: np.ndarray) -> str:
-        shortest, limit = int(lengths.min()), self.model.positions
-        mend = "Raise data.max_length."
-        if limit is not None and shortest > limit and not self.pairs:
-            mend = f"The model was made for {limit:,} positions: cut the rows, or set data.truncation='left'."
+    def _all_too_long(self, examples: Sequence[Example], lengths: np.ndarray) -> str:
         return (
             f"every one of the {len(lengths):,} examples of {self.source} is longer than "
-            f"data.max_length={self.config.max_length} and was dropped; the shortest has {shortest:,} tokens. {mend}"
+            f"data.max_length={self.config.max_length} and was dropped; the shortest has {lengths.min():,} tokens. "
+            f"{self._mend(int(lengths.min()), examples, np.arange(len(examples)))}"
         )
+
+    def _mend(self, length: int, examples: Sequence[Example], over: np.ndarray) -> str:
+        return mend_for_length(length, self.model.positions, self._truncations(examples, over))
+
+    def _truncations(self, examples: Sequence[Example], over: np.ndarray) -> list[str]:
+        """The values of data.truncation with which these examples can be trained."""
+        max_length, some_fit = self.config.max_length, len(over) < len(examples)
+        ways = ["drop"] if some_fit else []
+        if self.pairs:
+            return ways  # a cut pair would lose the rejected answer
+        ways += ["left"]
+        # If all are cut on the right, none ends in its end token.
+        if some_fit and all(examples[index].mask[:max_length].any() for index in over.tolist()):
+            ways += ["right"]
+        return ways if self.chats else [*ways, "windows"]
+
+
+def mend_for_length(length: int, positions: int | None, truncations: Sequence[str]) -> str:
+    """What to set so that a sequence of some length fits.
+
+    positions: of the model, beyond which no length is suggested. truncations: values of data.truncation that would do.
+    """
+    *most, last = [repr(value) for value in truncations] or [""]
+    ways = f"data.truncation to {', '.join(most)}{' or ' if most else ''}{last}" if last else ""
+    if positions is None or length <= positions:
+        return f"Set data.max_length={length}{', or ' if ways else ''}{ways}."
+    return f"The model was made for {positions:,} positions, so {f'set {ways}' if ways else 'shorten the rows'}."
 
 
 def windows_of(example: Example, max_length: int, overlap: int, lead: int = 0) -> list[Example]:

@@ -190,7 +190,7 @@ def prepare_set(
     return examine(
         examples,
         config,
-        model=ModelLimits(stop_ids=tokenizer.stop_ids, bos_id=tokenizer.bos_id, path=tokenizer.name),
+        model=ModelLimits.of(tokenizer),
         where=rows.where,
         source=rows.describe(),
         counts=counts,

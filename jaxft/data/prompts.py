@@ -17,6 +17,7 @@ from jaxft.data.chat.tool_calls import BadCall
 from jaxft.data.chat.turns import render
 from jaxft.data.examine import Examination, changes, combine_examinations, count_repeated, histogram
 from jaxft.data.examine_pairs import length_quantiles
+from jaxft.data.fitting import ModelLimits, mend_for_length
 from jaxft.data.formats import Conversation, extras_of
 from jaxft.data.preferences.prompts import messages_of, prompt_in
 from jaxft.data.prepare import Prepared, RowSet, TrainSet, open_sets
@@ -219,7 +220,7 @@ def _prepare_set(one: RowSet, config: RunConfig, tokenizer: Tokenizer) -> TrainS
     if not prompts:
         raise DataError(f"{source} has no rows, so there is nothing to train on")
     lengths = np.array([len(prompt) for prompt in prompts])
-    kept = _fitting(prompts, lengths, config, source)
+    kept = _fitting(prompts, lengths, config, source, ModelLimits.of(tokenizer))
     tokens = sum(len(prompt) for prompt in kept)
     warnings = changes(notes, len(bad))
     if dropped := len(prompts) - len(kept):
@@ -249,24 +250,26 @@ def _prepare_set(one: RowSet, config: RunConfig, tokenizer: Tokenizer) -> TrainS
     return TrainSet(name=one.name, examples=list(kept), examination=examination)
 
 
-def _fitting(prompts: list[Prompt], lengths: np.ndarray, config: RunConfig, source: str) -> list[Prompt]:
+def _fitting(
+    prompts: list[Prompt], lengths: np.ndarray, config: RunConfig, source: str, model: ModelLimits
+) -> list[Prompt]:
     """The prompts that leave room for an answer, by `data.truncation`."""
     answer = config.rollout.max_completion_length
     most = config.data.max_length - answer
     over = [prompt for prompt in prompts if len(prompt) > most]
+    kept = [prompt for prompt in prompts if len(prompt) <= most]
     if over and config.data.truncation == "refuse":
         raise DataError(
             f"{len(over):,} of {len(prompts):,} prompts of {source} do not fit into "
             f"data.max_length={config.data.max_length} with answers of rollout.max_completion_length={answer} tokens: "
-            f"{listed([prompt.where for prompt in over], NAMED)}. The longest has {int(lengths.max()):,} tokens. Set "
-            f"data.max_length={int(lengths.max()) + answer}, or data.truncation='drop'."
+            f"{listed([prompt.where for prompt in over], NAMED)}. The longest has {int(lengths.max()):,} tokens. "
+            + mend_for_length(int(lengths.max()) + answer, model.positions, ["drop"] if kept else [])
         )
-    kept = [prompt for prompt in prompts if len(prompt) <= most]
     if not kept:
         raise DataError(
             f"none of the {len(prompts):,} prompts of {source} fits into data.max_length={config.data.max_length} with "
-            f"answers of rollout.max_completion_length={answer} tokens; the shortest has {int(lengths.min()):,}. Raise "
-            "data.max_length."
+            f"answers of rollout.max_completion_length={answer} tokens; the shortest has {int(lengths.min()):,}. "
+            + mend_for_length(int(lengths.min()) + answer, model.positions, [])
         )
     return kept
 

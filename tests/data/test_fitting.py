@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from jaxft.config import DataConfig, with_overrides
 from jaxft.data.batch import Example
 from jaxft.data.examine import ReadCounts, combine_examinations, examine
-from jaxft.data.fitting import LengthLimit, ModelLimits, last_tokens_of, windows_of
+from jaxft.data.fitting import LengthLimit, ModelLimits, last_tokens_of, mend_for_length, windows_of
 from jaxft.data.prepare import prepare
 from jaxft.errors import DataError
 from jaxft.nn.virtual import virtual_ids
@@ -126,11 +127,11 @@ def test_no_length_beyond_the_model_is_suggested(tmp_path, nested):
     own = {"max_position_embeddings": 20}
     (tmp_path / "config.json").write_text(json.dumps({"text_config": own} if nested else own))
     model = ModelLimits(stop_ids=frozenset({END}), path=str(tmp_path))
-    with pytest.raises(DataError, match=r"has 20 tokens. Set data.max_length=20, or data.truncation to 'drop', 'left'"):
+    with pytest.raises(DataError, match=r"has 20 tokens. Set data.max_length=20, or data.truncation to 'left'"):
         look([document(20, 4)], model=model)
     with pytest.raises(DataError, match=r"has 21 tokens. The model was made for 20 positions, so set data.truncation"):
         look([document(21, 4)], model=model)
-    with pytest.raises(DataError, match=r"shortest has 21 tokens. The model was made for 20 .*data.truncation='left'"):
+    with pytest.raises(DataError, match=r"shortest has 21 tokens. The model was made for 20 positions, .*'left'"):
         look([document(21, 4)], model=model, truncation="drop")
     for text in ("[]", "{", '{"max_position_embeddings": null}'):
         (tmp_path / "config.json").write_text(text)
@@ -138,11 +139,38 @@ def test_no_length_beyond_the_model_is_suggested(tmp_path, nested):
     assert ModelLimits(stop_ids=frozenset(), path=str(tmp_path / "none")).positions is None
 
 
+@pytest.mark.parametrize("trained", [4, 20, 29], ids=["question", "long answer", "text"])
+@pytest.mark.parametrize("others", [0, 1])
+@pytest.mark.parametrize("chats", [0, 1])
+def test_every_setting_that_is_suggested_works(trained, others, chats):
+    examples = [document(30, trained), *[document(10, 4, row=1)] * others]
+    with pytest.raises(DataError, match=r"has 30 tokens\. Set data.max_length=30, or data.truncation to") as refused:
+        look(examples, chats=chats)
+    ways = re.findall(r"'(\w+)'", str(refused.value).partition("truncation")[2])
+    assert ways
+    for way in ("drop", "left", "right", "windows"):
+        if way in ways:
+            assert look(examples, chats=chats, truncation=way)[1].trained_tokens
+        else:
+            with pytest.raises(DataError):
+                look(examples, chats=chats, truncation=way)
+    assert look(examples, chats=chats, max_length=30)[1].truncated == 0
+
+
+def test_mends_without_any_truncation():
+    assert mend_for_length(9, None, []) == "Set data.max_length=9."
+    assert mend_for_length(9, 8, []) == "The model was made for 8 positions, so shorten the rows."
+    assert mend_for_length(9, 8, ["drop"]).endswith("so set data.truncation to 'drop'.")
+    assert mend_for_length(9, 9, ["drop", "left", "right"]).endswith("or data.truncation to 'drop', 'left' or 'right'.")
+
+
 def test_pairs_are_only_dropped():
     limit = LengthLimit(
         config=DataConfig(max_length=4), model=ModelLimits(stop_ids=frozenset()), source="s", where=str, pairs=True
     )
     with pytest.raises(DataError, match=r"data.max_length=9, or data.truncation to 'drop'\.$"):
+        limit.fit([document(9, 2), document(4, 2)], np.array([9, 4]))
+    with pytest.raises(DataError, match=r"data.max_length=9\.$"):
         limit.fit([document(9, 2)], np.array([9]))
 
 

@@ -46,7 +46,7 @@ def locate(source: str) -> tuple[str, str | None]:
     name = re.fullmatch(r"(?:configs/)?([\w-]+?)(?:\.py)?", path)
     if name is not None and name[1] in shipped_names():
         return str(shipped_folder() / f"{name[1]}.py"), arg
-    raise ConfigError(_missing(path))
+    raise ConfigError(_missing(full))
 
 
 def _in_folder(folder: str) -> str:

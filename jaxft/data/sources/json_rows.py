@@ -33,9 +33,12 @@ class JsonRows:
     def __getitem__(self, index: int) -> dict[str, Any]:
         start = int(self._starts[index])
         raw = self._text.read(start, int(self._ends[index]) - start)
-        text = decode(raw.removeprefix(BOM) if start == 0 else raw, self.path, self.where(index))
+        if start == 0:
+            raw = raw.removeprefix(BOM)
         try:
-            row = json.loads(text)
+            row = json.loads(raw.decode())
+        except UnicodeDecodeError as error:
+            raise not_utf8(error, raw, self.path, self.where(index)) from error
         except RecursionError as error:
             raise DataError(f"{self.where(index)} is nested too deeply to be read") from error
         except ValueError as error:
@@ -73,8 +76,13 @@ def decode(raw: bytes, path: str, where: str) -> str:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        around = raw[max(0, error.start - 12) : error.end + 12].decode("cp1252", "replace")
-        raise DataError(
-            f"{where} is not UTF-8 text: byte 0x{raw[error.start]:02x}, in {around!r} if it is Windows-1252 or "
-            f"Latin-1. {reencode(path, 'WINDOWS-1252')}"
-        ) from error
+        raise not_utf8(error, raw, path, where) from error
+
+
+def not_utf8(error: UnicodeDecodeError, raw: bytes, path: str, where: str) -> DataError:
+    """The error for bytes of a text file that are not UTF-8."""
+    around = raw[max(0, error.start - 12) : error.end + 12].decode("cp1252", "replace")
+    return DataError(
+        f"{where} is not UTF-8 text: byte 0x{raw[error.start]:02x}, in {around!r} if it is Windows-1252 or Latin-1. "
+        f"{reencode(path, 'WINDOWS-1252')}"
+    )

@@ -17,6 +17,7 @@ from jaxft.files.paths import is_remote, url_parts
 
 BLOCK = 2**23  # bytes of a block that is searched for the ends of lines
 AHEAD = 2**18  # bytes read at once if pieces are read in order
+GAP = 2**12  # bytes that may lie between two pieces in order
 NEWLINE, RETURN = b"\n", b"\r"
 BLANK = np.isin(np.arange(256), list(b" \t\r\n\v\f"))
 
@@ -42,8 +43,9 @@ class LocalText:
     def read(self, start: int, length: int) -> bytes:
         first, block = self._block
         if not first <= start <= start + length <= first + len(block):
-            # More is read only behind what was read last, so that rows in random order cost no more than themselves.
-            in_order = start == first + len(block) or first <= start < first + len(block)
+            # More is read only shortly behind what was read last, so that rows in random order cost no more than
+            # themselves. Between the bytes of two rows are the end of a line and blank lines.
+            in_order = first <= start <= first + len(block) + GAP
             first, block = start, self._pread(start, max(length, AHEAD) if in_order else length)
             self._block = (first, block)
         return block[start - first : start - first + length]

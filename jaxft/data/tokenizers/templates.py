@@ -59,8 +59,9 @@ def read_template(given: str, backend: "PreTrainedTokenizerFast", path: str) -> 
         return built_in(given)
     if "{{" in given or "{%" in given:
         return given
+    given = local_path(given)
     try:
-        return Path(local_path(given)).read_text(encoding="utf-8")
+        return Path(given).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ModelError(
