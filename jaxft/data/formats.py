@@ -19,7 +19,7 @@ from jaxft.data.rows.values import (
     RowProblem,
     is_absent,
     parse_json,
-    refuse_half_characters,
+    refuse_unwritable,
     sample,
 )
 from jaxft.data.sources import Rows
@@ -114,7 +114,7 @@ def read_row(fields: Mapping[str, Any], config: DataConfig, *, row: int, where: 
             if documents := read["template_kwargs"].get("documents"):
                 unread.append(Unread("documents", sample(documents), treatment_of("documents", config), "documents"))
         conversation = Conversation(row=row, where=where, format=name, **read)
-        _refuse_half_characters(conversation)
+        _refuse_unwritable(conversation)
         if any(column not in columns and not is_empty(value) for column, value in fields.items()):
             unread += unread_columns(fields, columns, config, texts_of(conversation), _other_columns(config))
         return replace(conversation, unread=tuple(unread)) if unread else conversation
@@ -122,11 +122,11 @@ def read_row(fields: Mapping[str, Any], config: DataConfig, *, row: int, where: 
         raise DataError(f"{where} ({name}): {problem}") from problem
 
 
-def _refuse_half_characters(conversation: Conversation) -> None:
-    for name in ("prompt", "completion", "tools"):
-        refuse_half_characters(getattr(conversation, name), name)
+def _refuse_unwritable(conversation: Conversation) -> None:
+    for name in ("prompt", "completion", "tools", "template_kwargs"):
+        refuse_unwritable(getattr(conversation, name), name)
     for number, message in enumerate(conversation.messages, 1):
-        refuse_half_characters(message, f"message {number}")
+        refuse_unwritable(message, f"message {number}")
 
 
 def texts_of(conversation: Conversation) -> list[str]:

@@ -11,6 +11,7 @@ from itertools import islice
 
 from jaxft.config import DataConfig, RunConfig
 from jaxft.data.batch import Example
+from jaxft.data.chat.arrange import names_of
 from jaxft.data.chat.encode import prompt_of
 from jaxft.data.encoded.encoding import encode_set
 from jaxft.data.encoded.table import facts_of
@@ -18,6 +19,7 @@ from jaxft.data.encoded.table import join as join_sequences
 from jaxft.data.examine import Examination, combine_examinations, count_repeated, examine
 from jaxft.data.fitting import ModelLimits
 from jaxft.data.formats import Conversation, ReadRow, conversation_of, conversations
+from jaxft.data.rows.columns import UnreadColumns
 from jaxft.data.sources import Rows, held_out_rows, train_and_eval
 from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import DataError
@@ -196,6 +198,18 @@ def prepare_set(
         counts=counts,
         pairs=pairs,
     )
+
+
+def read_all(
+    rows: Rows, config: DataConfig, tokenizer: Tokenizer, read: ReadRow = conversation_of
+) -> list[Conversation]:
+    """All conversations of rows that are few. Raises DataError for a row that cannot be read, and unread columns."""
+    out = list(conversations(rows, config, read))
+    unread = UnreadColumns(template_names=names_of(tokenizer))
+    for conversation in out:
+        unread.add(conversation.unread)
+    unread.check(rows.describe())
+    return out
 
 
 def _set_configs(data: DataConfig) -> dict[str, DataConfig]:

@@ -24,8 +24,8 @@ from jaxft.data.prepare import Prepared, RowSet, TrainSet, open_sets
 from jaxft.data.rows.bad_rows import BadRows, OnBadRow, refuse
 from jaxft.data.rows.columns import Unread, UnreadColumns
 from jaxft.data.rows.messages import as_list, check_messages
-from jaxft.data.rows.questions import Message, with_system
-from jaxft.data.rows.values import RowProblem, present, refuse_half_characters
+from jaxft.data.rows.questions import Message, system_of, with_system
+from jaxft.data.rows.values import RowProblem, present, refuse_unwritable
 from jaxft.data.sources import Rows
 from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import DataError, listed
@@ -145,14 +145,21 @@ def _prompt(
     if isinstance(given, str):
         if not given:
             raise RowProblem("its prompt is empty")
-        refuse_half_characters(given, "its prompt")
+        refuse_unwritable(given, "its prompt")
+        text, of_system = system_of(fields, config)
+        if text is not None:
+            name = next(iter(sorted(of_system)))
+            raise RowProblem(
+                f"its prompt is plain text, which has no room for the system prompt in {name!r}. Write the prompt as "
+                f"messages, or leave the column out by data.ignored_columns={name!r}"
+            )
         ids = [*bos_of(tokenizer), *tokenizer.encode(given)]
         tokenizer.check_rows(ids, where)
         return _with_tokens(ids, first, row, where, given, columns=columns)
     messages, _, unread = check_messages(given, config.prompt_field, config, answer=False)
     if messages[-1]["role"] == "assistant":
         raise RowProblem("its prompt ends in an answer, so that there is nothing to answer: remove the last message")
-    refuse_half_characters(messages, "its prompt")
+    refuse_unwritable(messages, "its prompt")
     chat = Conversation(row=row, where=where, format="prompt", messages=messages, **extras_of(fields))
     chat = arrange(chat, tokenizer, config, notes)
     ids = tokenizer.encode(render(chat, tokenizer, len(chat.messages), add_generation_prompt=True))

@@ -35,6 +35,18 @@ def data_summary(data: Prepared, source: BatchSource, course: Course, warnings: 
     return summary
 
 
+def data_notes(data: Prepared) -> list[str]:
+    """What of a run's rows is not trained on, for its start: rows that are left out, and columns that are ignored."""
+    notes = []
+    for one in (data.examination, data.eval_examination):
+        if one is not None and one.skipped:
+            notes.append(f"{one.skipped:,} rows of {one.source} cannot be trained on and are left out (data.bad_rows)")
+    ignored = [column.name for column in data.examination.unread if column.treatment == "ignored"]
+    if ignored:
+        notes.append(f"columns that are not read, as data.ignored_columns says: {', '.join(ignored)}")
+    return notes
+
+
 def print_mixture(source: BatchSource, console: Console) -> None:
     """Prints a table of what a run takes of each set, by stage and in all; nothing if there is one set."""
     if not isinstance(source, Mixture):

@@ -19,10 +19,11 @@ from jaxft.config import DataConfig, MeshConfig
 from jaxft.data import Tokenizer
 from jaxft.data.batch import Batch, Example, assemble
 from jaxft.data.chat.encode import encode, encode_all
-from jaxft.data.formats import Conversation, conversation_of, conversations
+from jaxft.data.formats import Conversation, conversation_of
 from jaxft.data.packing import pack
 from jaxft.data.preferences import read_pairs
 from jaxft.data.preferences.rows import preferences_of
+from jaxft.data.prepare import read_all
 from jaxft.data.rows.values import RowProblem
 from jaxft.data.sources import Rows, Subset, open_rows
 from jaxft.errors import ConfigError, DataError, ModelError, listed
@@ -95,7 +96,7 @@ def score(
     if not len(opened):
         raise DataError(f"{opened.describe()}: there is nothing to score")
     pairs = _is_preference(opened[0], config)
-    read = list(conversations(opened, config, read_pairs if pairs else conversation_of))
+    read = read_all(opened, config, tokenizer, read_pairs if pairs else conversation_of)
     examples = list(encode_all(read, tokenizer, config))
     if len(examples) != len(read):
         raise DataError("the chat template cuts an answer into several sequences, which have no single score")

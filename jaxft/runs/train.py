@@ -27,7 +27,7 @@ from jaxft.runs.build import (
     make_mesh,
 )
 from jaxft.runs.course import course_of, warnings_of
-from jaxft.runs.data_summary import data_summary, print_mixture
+from jaxft.runs.data_summary import data_notes, data_summary, print_mixture
 from jaxft.runs.export import export_run
 from jaxft.runs.fitting import fit_run
 from jaxft.runs.folder import check_shared, dated, open_run
@@ -139,7 +139,7 @@ def set_up(config: RunConfig) -> Run:
         mesh=mesh,
         model=model,
         source=source,
-        notes=(*notes, *(f"warning: {warning}" for warning in warnings)),
+        notes=(*notes, *(f"warning: {warning}" for warning in [*data_notes(data), *warnings])),
     )
 
 

@@ -68,6 +68,10 @@ def test_an_empty_cell_of_an_optional_column_is_absent(empty):
         ({"prompt": "q", "completion": NAN}, r"set line 5 \(prompt_completion\): completion is null"),
         ({"instruction": None, "output": "a"}, r"\(alpaca\): instruction is null.*Fill it, or remove the row"),
         ({"text": None}, r"\(text\): text is null"),
+        (
+            {"messages": [U, {**A, "tool_calls": [{"name": "f", "arguments": {"x": [NAN]}}]}]},
+            r"message 2.tool_calls entry 1.function.arguments.x entry 1 is nan, which JSON cannot spell",
+        ),
         ({"system": {"a": 1}, "messages": [U, A]}, r"'system' is no system prompt"),
         ({"system": 3, "messages": [U, A]}, r"'system' is no system prompt: it is '3'"),
     ],
@@ -83,6 +87,7 @@ def test_half_of_a_character_is_refused_wherever_it_is():
         ({"messages": [{**U, "content": half}, A]}, "message 1.content"),
         ({"prompt": "q", "completion": half}, "completion"),
         ({"text": half}, "text|completion"),
+        ({"messages": [U, A], "chat_template_kwargs": {"x": [half]}}, "template_kwargs.x entry 1"),
         ({"messages": [U, A], "tools": [{"name": "f", "description": half}]}, "tools entry 1.function.description"),
         ({"messages": [U, {**A, "tool_calls": [{"name": "f", "arguments": {half: 1}}]}]}, "the name of a field in"),
     ):

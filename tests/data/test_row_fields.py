@@ -1,6 +1,7 @@
 """No field of a row is dropped in silence: what means something is read, all else is listed, ignored or refused."""
 
 import json
+from collections import Counter
 
 import pytest
 
@@ -10,6 +11,8 @@ from jaxft.data import prepare
 from jaxft.data.chat.encode import encode
 from jaxft.data.formats import read_row
 from jaxft.data.preferences import prepare_pairs
+from jaxft.data.preferences.rows import preferences_of
+from jaxft.data.prompts import prepare_prompts
 from jaxft.errors import ConfigError, DataError
 
 U, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -170,6 +173,36 @@ def test_columns_of_other_formats_are_left_alone_if_the_format_is_named():
     assert read(row, ignored_columns="text").format == "alpaca"
 
 
+def test_messages_as_json_text_are_never_read_as_plain_text():
+    prompt = json.dumps([SYSTEM, U])
+    for completion in (json.dumps([A]), "a", [A]):
+        assert texts({"prompt": prompt, "completion": completion}) == [
+            ("system", "Be brief."),
+            ("user", "q"),
+            ("assistant", "a"),
+        ]
+    pair = preferences_of({"prompt": prompt, "chosen": "a", "rejected": json.dumps([A])}, DataConfig(), Counter())[0]
+    assert pair.prompt == [SYSTEM, U] and pair.chosen == pair.rejected == [A]
+    assert read({"prompt": "[1, 2]", "completion": "[3]"}).prompt == "[1, 2]"
+
+
+def test_prompts_read_or_refuse_a_system_prompt(tmp_path, jsonl, tokenizer_of):
+    chatml = tokenizer_of("chatml")
+    data = prepare_prompts(run(jsonl([{"prompt": [U], "system": "Be brief.", "level": 3}])), chatml)
+    (prompt,) = data.train_examples
+    assert "Be brief." in chatml.decode(prompt.tokens) and prompt.columns == {"level": 3}
+    path = jsonl([{"prompt": "q", "system": "Be brief."}])
+    with pytest.raises(DataError, match=r"no room for the system prompt in 'system'.*data.ignored_columns='system'"):
+        prepare_prompts(run(path), chatml)
+    assert len(prepare_prompts(run(path, ignored_columns="system"), chatml).train_examples) == 1
+    with pytest.raises(DataError, match=r"messages.prefix \(1 row"):
+        prepare_prompts(run(jsonl([{"prompt": [{**U, "prefix": True}]}])), chatml)
+
+
+def test_the_answer_of_a_question_loses_the_space_of_a_completion():
+    assert texts({"question": "q", "answer": " a "})[1] == ("assistant", "a ")
+
+
 def test_plain_text_has_no_room_for_a_system_prompt(jsonl, tokenizer_of):
     path = jsonl([{"prompt": "q", "completion": " a", "system": "Be brief.", "context": "In 1903."}])
     with pytest.raises(DataError, match=r"system \(1 row(.|\n)*context \(1 row(.|\n)*data.format='qa' renders text"):
@@ -301,7 +334,7 @@ def test_a_column_of_messages_of_any_name():
 
 def test_roles_of_ones_own():
     turns = [{"role": "Customer", "content": "q"}, {"role": "clerk", "content": "a"}]
-    with pytest.raises(DataError, match=r"message 1 has role 'Customer'.*data.roles, such as 'Customer=user'"):
+    with pytest.raises(DataError, match=r"message 1 has role 'Customer'.*data.roles, such as 'Customer=assistant'"):
         read({"messages": turns})
     roles = "Customer=user, clerk=assistant"
     assert texts({"messages": turns}, roles=roles) == [("user", "q"), ("assistant", "a")]

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxft.config import DataConfig
-from jaxft.data.rows.messages import CALLERS, SPEAKERS, as_list, is_chat
+from jaxft.data.rows.messages import CALLERS, SPEAKERS, as_list, holds_turns, is_chat
 from jaxft.data.rows.questions import Message, question_messages, with_system
 from jaxft.data.rows.values import RowProblem, is_absent, text_of
 from jaxft.errors import did_you_mean
@@ -65,11 +65,13 @@ def _prompt_alone(fields: Mapping[str, Any], config: DataConfig) -> tuple[str | 
 def messages_of(value: Any, field: str) -> str | list[Message]:
     """A prompt or an answer as text or as messages: lists, single messages, ShareGPT's turns, and transcripts.
 
-    A transcript is text of the turns `Human:` and `Assistant:`, as in Anthropic's sets. A value that is neither text
-    nor messages is text as `text_of` writes it. Raises RowProblem if there is no such text.
+    Messages may be JSON text. A transcript is text of the turns `Human:` and `Assistant:`, as in Anthropic's sets. A
+    value that is neither text nor messages is text as `text_of` writes it. Raises RowProblem if there is no such text.
     """
     if isinstance(value, str):
-        return transcript(value) or value
+        if not holds_turns(value):
+            return transcript(value) or value
+        value = as_list(value, field)
     if isinstance(value, Mapping) and any(key in value for key in ("content", "value", "tool_calls")):
         value = value if all(isinstance(column, list) for column in value.values()) else [value]
     if value == [] or is_chat(value) or (isinstance(value, list) and isinstance(value[0], Mapping)):

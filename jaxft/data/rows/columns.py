@@ -21,6 +21,7 @@ Treatment = Literal["listed", "ignored", "refused"]
 BOOKKEEPING = frozenset("""
     id ids _id uid guid uuid idx index row row_id hash sha sha256 md5 key number
     source sources src origin original_source dataset dataset_name data_source subset subset_name collection url urls
+    title dump hexsha ext
     link links uri path file file_name filename file_path repo provenance license licence copyright author authors
     user_name username annotator annotator_type annotation_type translator
     category categories subcategory topic topics tag tags domain field_of_study genre theme difficulty level grade

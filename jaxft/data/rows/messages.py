@@ -103,7 +103,7 @@ def role_of(given: Any, key: str, number: int, config: DataConfig) -> tuple[str,
         hint = did_you_mean(speaker, SPEAKERS)
         raise RowProblem(
             f"{is_from} {given!r}; known: {', '.join(SPEAKERS)}.{hint} To use names of your own, set data.roles, such "
-            f"as '{given}=user'."
+            f"as '{given}=assistant'."
         )
     return SPEAKERS[speaker], speaker in CALLERS
 

@@ -43,13 +43,15 @@ def _turns(row: Mapping[str, Any], name: str, config: DataConfig) -> Read:
 def _prompt_completion(row: Mapping[str, Any], config: DataConfig) -> Read:
     names = config.prompt_field, config.completion_field
     prompt, completion = (_field(row, name) for name in names)
-    chats = [is_chat(prompt), is_chat(completion)]
-    if not any(chats) and not (holds_turns(prompt) and holds_turns(completion)):
+    chats = [is_chat(value) or holds_turns(value) for value in (prompt, completion)]
+    if not any(chats):
         prompt, completion = text_of(prompt, repr(names[0])), text_of(completion, repr(names[1]))
         if not completion:
             raise RowProblem(f"{names[1]!r} is empty, so there is nothing to train on")
         return {"prompt": prompt, "completion": completion}, set(names)
-    if any(chats) and not all(chats):
+    if chats[0] and not chats[1]:
+        completion = [{"role": "assistant", "content": completion}]
+    elif not chats[0]:
         raise RowProblem(
             f"{names[0]!r} is {type(prompt).__name__} and {names[1]!r} is {type(completion).__name__}: both must be "
             "text, or both lists of messages"
@@ -83,7 +85,9 @@ def _qa(row: Mapping[str, Any], config: DataConfig) -> Read:
 
 def _question_and_answer(row: Mapping[str, Any], question: str, answer: str, config: DataConfig) -> Read:
     given, columns = question_messages(row, question, config)
-    given.append({"role": "assistant", "content": text_of(_field(row, answer), repr(answer))})
+    # White space before an answer is meant for plain text, which is continued as it is.
+    text = text_of(_field(row, answer), repr(answer)).lstrip()
+    given.append({"role": "assistant", "content": text})
     messages, _, _ = check_messages(given, f"{question}/{answer}", config)
     messages, _, of_system = _system_first(row, messages, config)
     return {"messages": messages}, {answer, *columns, *of_system}

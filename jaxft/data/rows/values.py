@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 SHOWN = 60  # characters of a value that a message shows
@@ -69,28 +69,24 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON value: write null")
 
 
-def refuse_half_characters(value: Any, what: str) -> None:
-    """Raises RowProblem if text within the value holds half of a character, as a cut emoji does.
+def refuse_unwritable(value: Any, what: str) -> None:
+    """Raises RowProblem for half of a character in text within a value, as in a cut emoji, and for NaN.
 
     what: the name of the value in errors.
     """
-    for path, text in texts_in(value, what):
-        if not text.isascii() and (half := HALF.search(text)):
+    if isinstance(value, str):
+        if not value.isascii() and (half := HALF.search(value)):
             raise RowProblem(
-                f"{path} holds half of a character (the surrogate {half[0]!r} at position {half.start()}), such as a "
+                f"{what} holds half of a character (the surrogate {half[0]!r} at position {half.start()}), such as a "
                 "cut emoji, which no tokenizer can read: remove it, or write the whole character"
             )
-
-
-def texts_in(value: Any, what: str) -> Iterator[tuple[str, str]]:
-    """(name, text) of all text within a value, names of fields among them."""
-    if isinstance(value, str):
-        yield what, value
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise RowProblem(f"{what} is {value}, which JSON cannot spell. Write null, or text")
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            if isinstance(key, str):
-                yield f"the name of a field in {what}", key
-            yield from texts_in(item, f"{what}.{key}" if what else repr(key))
-    elif isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
+            refuse_unwritable(key, f"the name of a field in {what}")
+            refuse_unwritable(item, f"{what}.{key}")
+    elif isinstance(value, list | tuple):
         for number, item in enumerate(value, 1):
-            yield from texts_in(item, f"{what} entry {number}")
+            refuse_unwritable(item, f"{what} entry {number}")

@@ -13,8 +13,8 @@ from jaxft.config import RunConfig
 from jaxft.data import Tokenizer
 from jaxft.data.batch import Batch, Example, assemble
 from jaxft.data.chat.encode import encode_all
-from jaxft.data.formats import conversations
 from jaxft.data.packing import one_each, pack
+from jaxft.data.prepare import read_all
 from jaxft.errors import ConfigError, DataError, listed
 from jaxft.generation.settings import FinishReason
 from jaxft.nn.virtual import virtual_ids
@@ -73,7 +73,7 @@ def examples_of(rows: Sequence[Row], config: RunConfig, tokenizer: Tokenizer) ->
     if not len(rows):
         raise DataError("there are no rows: give at least one")
     given = [(number, row) for number, row in enumerate(rows) if isinstance(row, Mapping)]
-    read = list(conversations(GivenRows([row for _, row in given]), config.data))
+    read = read_all(GivenRows([row for _, row in given]), config.data, tokenizer)
     encoded = list(encode_all(read, tokenizer, config.data))
     if len(encoded) != len(read):
         raise DataError(
