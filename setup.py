@@ -61,6 +61,10 @@ setup(
         "math": ["math-verify>=0.8"],
         # GGUF files as q4_k_m and q5_k_m. A young package: exactly the release that was compared with llama.cpp.
         "k-quants": ["libgguf==0.2.2"],
+        # Trackers of experiments, named by train.report_to.
+        "wandb": ["wandb>=0.19"],
+        "mlflow": ["mlflow>=3"],
+        "trackio": ["trackio>=0.4"],
         # Hugging Face datasets as a source of rows.
         "datasets": ["datasets>=3"],
         # TensorFlow Datasets as a source of rows, read without TensorFlow.

@@ -36,14 +36,16 @@ def test_flags_set_what_they_name_and_leave_the_rest_at_its_default(config_of):
     flags = {
         "model": "m", "data": "r.jsonl", "eval_data": "h.jsonl", "output": "o", "epochs": "2.5", "steps": "7",
         "learning_rate": "1e-4", "batch_size": "8", "accumulation": "2", "max_length": "64", "chat_template": "t.jinja",
-        "lora_r": "4", "lora_alpha": "8", "dtype": "bfloat16", "eval_every": "3", "save_every": "5", "seed": "9",
+        "lora_r": "4", "lora_alpha": "8", "dtype": "bfloat16", "eval_every": "3", "save_every": "5",
+        "report_to": "wandb", "seed": "9",
     }  # fmt: skip
     config = config_of(*(f"--{name}={value}" for name, value in flags.items()), "--no_packing", "--qlora")
     expected = load(None, [
         "model.path=m", "data.train=r.jsonl", "data.eval=h.jsonl", "output_dir=o", "train.epochs=2.5", "train.steps=7",
         "optim.learning_rate=1e-4", "train.batch_size=8", "train.accumulation_steps=2", "data.max_length=64",
         "data.chat_template=t.jinja", "adapter.r=4", "adapter.alpha=8", "model.dtype=bfloat16",
-        "model.param_dtype=bfloat16", "train.eval_every=3", "checkpoint.every=5", "seed=9", "data.packing=False",
+        "model.param_dtype=bfloat16", "train.eval_every=3", "checkpoint.every=5", "train.report_to=wandb",
+        "seed=9", "data.packing=False",
         "model.quantization=nf4",
     ])  # fmt: skip
     assert config == expected

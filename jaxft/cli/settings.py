@@ -56,6 +56,7 @@ FLAGS = (
     Flag("dtype", ("model.dtype", "model.param_dtype"), "float32 (the default) or bfloat16", "TYPE"),
     Flag("eval_every", ("train.eval_every",), "steps between held-out losses"),
     Flag("save_every", ("checkpoint.every",), "steps between checkpoints"),
+    Flag("report_to", ("train.report_to",), "trackers that get the metrics: wandb, mlflow, trackio", "NAMES"),
     Flag("seed", ("seed",), "of everything that is drawn (0)"),
 )
 BY_FIELD = {flag.fields[0]: flag for flag in reversed(FLAGS) if flag.value is None}

@@ -83,6 +83,7 @@ FIELDS: dict[str, tuple[str, str]] = {
     "train.eval_every": (
         "eval_steps evals_per_epoch eval_strategy evaluation_strategy steps_per_eval eval_interval", "in steps",
     ),
+    "train.report_to": ("wandb_project wandb mlflow use_wandb logger_name", "such as wandb"),
     "checkpoint.every": ("save_steps save_strategy saves_per_epoch save_interval", "in steps"),
     "checkpoint.keep": ("save_total_limit", ""),
     "checkpoint.best_metric": ("metric_for_best_model load_best_model_at_end", ""),

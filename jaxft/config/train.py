@@ -3,7 +3,17 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from jaxft.config.fields import ABOVE_ZERO, BELOW_ONE, FREE_TO_CHANGE, NOT_NEGATIVE, ReadBy, Section
+from jaxft.config.adapter import split_names
+from jaxft.config.fields import (
+    ABOVE_ZERO,
+    BELOW_ONE,
+    COMMA_SEPARATED,
+    FREE_TO_CHANGE,
+    NOT_NEGATIVE,
+    ReadBy,
+    Section,
+    Spelling,
+)
 from jaxft.config.model import Dtype
 from jaxft.errors import ConfigError
 
@@ -40,6 +50,22 @@ class TrainConfig(Section):
     eval_every: Annotated[
         int | None, ABOVE_ZERO, FREE_TO_CHANGE, "steps between held-out losses; None: only at the end"
     ] = None
+
+    report_to: Annotated[
+        str | None,
+        FREE_TO_CHANGE,
+        COMMA_SEPARATED,
+        Spelling(
+            r"(wandb|mlflow|trackio)( *, *(wandb|mlflow|trackio))*", ("wandb", "mlflow", "trackio", "a list of these")
+        ),
+        "trackers of experiments that get the metrics too, comma separated: `wandb,mlflow`; see "
+        "[trackers](checkpoints.md#trackers)",
+    ] = None
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """The names in report_to, each once."""
+        return tuple(dict.fromkeys(split_names(self.report_to)))
 
     def check(self) -> None:
         if self.batch_size % self.accumulation_steps:

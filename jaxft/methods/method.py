@@ -1,6 +1,6 @@
 """The contract of a training method, and what a run hands it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,8 @@ class Run:
     line for people, such as the progress of long work. held_out_only: whether it is an evaluation, which needs nothing
     of the training rows and writes nothing into the run folder. rewards: the functions that judge sampled answers, if
     the method samples any. environments: what replies to the model in them, if anything does. notes: what people should
-    know before it starts, such as what has changed since it was stopped.
+    know before it starts, such as what has changed since it was stopped. track: gets every row of metrics,
+    in process 0.
     """
 
     config: RunConfig
@@ -46,6 +47,7 @@ class Run:
     rewards: RewardFunctions | None = None
     environments: Environments | None = None
     notes: tuple[str, ...] = ()
+    track: Callable[[Mapping[str, float]], None] | None = None
 
     @property
     def total_steps(self) -> int:

@@ -130,7 +130,14 @@ def _log(run: Run, resume_step: int | None, console: Console) -> RunLog | NoLog:
     def watch(row: Mapping[str, float]) -> str | None:
         return " ".join(warning for add in watches if (warning := add(row)) is not None) or None
 
-    return RunLog(run.folder, total_steps=run.total_steps, resume_step=resume_step, console=console, watch=watch)
+    return RunLog(
+        run.folder,
+        total_steps=run.total_steps,
+        resume_step=resume_step,
+        console=console,
+        watch=watch,
+        track=run.track,
+    )
 
 
 def _shapes(state: TrainState) -> TrainState:

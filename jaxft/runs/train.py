@@ -34,8 +34,10 @@ from jaxft.runs.folder import check_shared, dated, open_run
 from jaxft.runs.identity.contents import check_processes, reads_of
 from jaxft.runs.report import write_report
 from jaxft.runs.scores import answer, check_scores, samples, score_summary, scores_key
+from jaxft.runs.tracking import trackers_of
 from jaxft.sharding.processes import is_primary, on_primary, primary_first
 from jaxft.training.state import divide
+from jaxft.training.trackers import require
 
 
 def train(config: RunConfig, *, console: Console | None = None) -> dict[str, Any]:
@@ -51,8 +53,12 @@ def train(config: RunConfig, *, console: Console | None = None) -> dict[str, Any
     with (
         method.rewards(config, run.data) as rewards,
         method.environments(config, run.data, run.tokenizer) as environments,
+        trackers_of(run) as trackers,
     ):
-        return _train(dataclasses.replace(run, rewards=rewards, environments=environments), console)
+        run = dataclasses.replace(run, rewards=rewards, environments=environments, track=trackers.log)
+        summary = _train(run, console)
+        trackers.summarize(summary)
+        return summary
 
 
 def _train(run: Run, console: Console) -> dict[str, Any]:
@@ -105,6 +111,7 @@ def _base(module: Decoder) -> Decoder:
 def set_up(config: RunConfig) -> Run:
     """Sets a run up and checks everything that needs no weights: settings, data, devices, steps, the run folder."""
     method = method_of(config)
+    on_primary(lambda: require(config.train.trackers))
     config, tokenizer = dated(config, tokenizer_of(config))
     model = abstract_model(config)
     method.check(config, model)

@@ -32,9 +32,9 @@ class RunLog:
     run. resume_step: step of the checkpoint from which the run resumes; None starts a new record. Lines of later steps
     are removed, since those steps will be taken again. So that a kill loses no line, log step N before saving the
     checkpoint of step N. console: where progress is shown; None is standard output. A terminal gets a live line,
-    anything else (a pipe, CI, nohup) plain lines. quiet: shows nothing on the console. clock: seconds since any origin,
-    for the remaining time on the console. Raises DataError if the metrics.jsonl of a resumed run is damaged before its
-    last line.
+    anything else (a pipe, CI, nohup) plain lines. track: gets every row too. quiet: shows nothing on the console.
+    clock: seconds since any origin, for the remaining time on the console. Raises DataError if the metrics.jsonl of a
+    resumed run is damaged before its last line.
     """
 
     def __init__(
@@ -45,6 +45,7 @@ class RunLog:
         resume_step: int | None,
         console: Console | None = None,
         watch: Callable[[Mapping[str, float]], str | None] | None = None,
+        track: Callable[[Mapping[str, float]], None] | None = None,
         quiet: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -52,7 +53,7 @@ class RunLog:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / METRICS
         _cut(path, resume_step)
-        self._watch = watch
+        self._watch, self._track = watch, track
         if watch is not None and resume_step is not None:
             for row in read_metrics(folder):
                 watch(row)
@@ -113,6 +114,8 @@ class RunLog:
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         if self._board is not None:
             self._board.write(row)
+        if self._track is not None:
+            self._track(row)
         return row
 
 
