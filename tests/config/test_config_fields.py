@@ -66,7 +66,7 @@ def test_a_section_is_chosen_by_its_name(section):
 def test_fields_that_may_change_when_a_run_is_resumed():
     free = [key for key, field in all_fields(RunConfig).items() if field.free_to_change]
     assert {key.split(".")[0] if key.startswith(("mesh.", "export.", "eval.")) else key for key in free} == {
-        "output_dir", "model.remat", "mesh", "train.epochs", "train.steps", "train.log_every", "train.eval_every",
+        "output_dir", "model.remat", "mesh", "train.epochs", "train.steps", "train.log_every", "train.report_to", "train.eval_every",
         "checkpoint.keep", "checkpoint.every", "checkpoint.best_metric", "checkpoint.best_mode", "export", "eval",
         "data.eval", "data.eval_split", "data.eval_limit", "rollout.slots", "rollout.log_completions",
         "rewards.workers", "rewards.timeout_seconds",
