@@ -24,7 +24,7 @@ from jaxft.errors import CheckpointError, listed
 from jaxft.files.atomic import write_text
 from jaxft.files.paths import read_json as read_json
 from jaxft.models.family import ROPE_FIELDS, FamilyConfig
-from jaxft.models.hf_fields import DENSE_TENSORS
+from jaxft.models.hf_fields import DENSE_TENSORS, without_allowed
 from jaxft.models.tensor_map import ParamTensors, Piece, iter_params
 from jaxft.nn.decoder import Decoder
 from jaxft.nn.stack import group_layers
@@ -141,7 +141,7 @@ def write_config(
     # Both names: transformers 4 reads torch_dtype, 5 reads dtype. Weights that were packed in the source are no longer
     # packed, and code that auto_map names is never run.
     replaced = ("torch_dtype", "dtype", "quantization_config", DENSE_TENSORS, "auto_map")
-    config = {k: v for k, v in hf_config.items() if k not in replaced} | {"torch_dtype": dtype}
+    config = {k: v for k, v in without_allowed(hf_config).items() if k not in replaced} | {"torch_dtype": dtype}
     if any(config.get(name) is not None for name in ROPE_FIELDS):
         config |= models.config_from_hf(hf_config).rope_fields()
     for name, value in (

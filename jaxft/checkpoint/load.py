@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from jaxft import models
-from jaxft.checkpoint.folders.opening import Generation, folder_config
+from jaxft.checkpoint.folders.opening import Opened, folder_config
 from jaxft.checkpoint.folders.opening import open_weights as open_weights
 from jaxft.checkpoint.folders.origin import base_of as base_of
 from jaxft.checkpoint.folders.origin import is_adapter as is_adapter
@@ -27,11 +27,13 @@ from jaxft.checkpoint.folders.weights import Weights
 from jaxft.checkpoint.hf import EMBEDDING, load_weights
 from jaxft.checkpoint.merged import MergedSource
 from jaxft.checkpoint.peft import attach_folder, open_adapter
+from jaxft.checkpoint.peft.reading import PeftFolder
 from jaxft.checkpoint.tensors import TensorSource
 from jaxft.data.batch import Batch, Example, assemble
 from jaxft.errors import ModelError
 from jaxft.files.paths import HUB, read_json
 from jaxft.home import local_path
+from jaxft.models.hf_fields import with_allowed
 from jaxft.nn.decoder import Decoder
 from jaxft.nn.score import Head
 from jaxft.nn.storage import storage_dims_of
@@ -51,8 +53,8 @@ class LoadedModel:
     that was attached, or None. generation: its generation_config.json, or the same settings of a GGUF file, or None.
     left_out: if the base is the language model of one that takes images too, a sentence on what was left out.
     quantization: the format of its frozen kernels; None if they are dense. file_dtype: the type of the tensors of a
-    merged export: that of the base's own files, or float32 if all of it is trained. notes: sentences on what a PEFT
-    folder changes in its base besides its adapters.
+    merged export: that of the base's own files, or float32 if all of it is trained. notes: sentences for the user on
+    what is read otherwise than the files say, and on what a PEFT folder changes in its base besides its adapters.
     """
 
     module: Decoder
@@ -125,6 +127,7 @@ def load_model(
     trainable: str | None = None,
     head: Head | None = None,
     base: str | None = None,
+    allow_unknown: Sequence[str] = (),
 ) -> LoadedModel:
     """Loads a Hugging Face, PEFT (with its base), Orbax or run folder, a GGUF file, or hf://owner/name[@revision].
 
@@ -133,28 +136,30 @@ def load_model(
     if None. quantization: a name of `quant.FORMATS`; the kernels of linear layers are quantised to it as they are read.
     trainable: patterns of the parameters to train, stored in float32; see `models.freezing`. head: `score` gives a
     reward model, with a fresh score head unless the folder has one; None: what the folder has. base: of a PEFT folder,
-    where its base is, in place of the path that the folder names. Raises CheckpointError for files that are damaged or
-    do not fit, and ModelError for models and settings that are not implemented.
+    where its base is, in place of the path that the folder names. allow_unknown: fields of config.json that are ignored
+    although jaxft does not know what they mean. Raises CheckpointError for files that are damaged or do not fit, and
+    ModelError for models and settings that are not implemented.
     """
     types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype or dtype, "remat": remat}
     types |= {"quantization": quantization, "trainable": trainable}
     named = local_path(path)
     path = resolve(named, revision)
     if is_adapter(path):
-        return _load_adapted(path, base, head, mesh, types)
+        opened = open_adapter(path)
+        of_base = open_merged(resolve_base(path, base), "score" if opened.is_score else head, allow_unknown)
+        return _load_adapted(path, opened, of_base, base_of(path, base), mesh, types)
     refuse_base(named, base)
-    hf_config, weights, generation = open_weights(path, head)
+    hf_config, weights, generation = open_weights(path, head, allow_unknown)
     module = _load_module(hf_config, weights, mesh, types)
     origin = named if named.startswith(HUB) else path
     return _loaded(module, hf_config, origin, weights, generation, quantization)
 
 
 def _load_adapted(
-    path: str, base: str | None, head: Head | None, mesh: MeshPlan | None, types: dict[str, Any]
+    path: str, opened: PeftFolder, of_base: Opened, origin: str, mesh: MeshPlan | None, types: dict[str, Any]
 ) -> LoadedModel:
-    """`load_model` of a PEFT folder."""
-    opened, origin = open_adapter(path), base_of(path, base)
-    before, weights, generation = open_merged(resolve_base(path, base), "score" if opened.is_score else head)
+    """`load_model` of a PEFT folder. of_base: what `open_merged` gives of its base, whose path is `origin`."""
+    before, weights, generation = of_base
     change = opened.change(weights, before)
     hf_config = change.hf_config(before)
     module = _load_module(hf_config, dataclasses.replace(weights, source=change.source), mesh, types)
@@ -162,7 +167,7 @@ def _load_adapted(
     if mesh is not None:
         mesh.shard_module(module)
     loaded = _loaded(module, hf_config, origin, weights, generation, types["quantization"])
-    return dataclasses.replace(loaded, adapter=path, notes=change.notes)
+    return dataclasses.replace(loaded, adapter=path, notes=(*loaded.notes, *change.notes))
 
 
 def _load_module(hf_config: dict[str, Any], weights: Weights, mesh: MeshPlan | None, types: dict[str, Any]) -> Decoder:
@@ -187,16 +192,17 @@ def _loaded(
         left_out=weights.left_out,
         quantization=quantization,
         file_dtype=file_dtype_of(weights),
+        notes=weights.notes,
     )
 
 
-def open_merged(path: str, head: Head | None = None) -> tuple[dict[str, Any], Weights, Generation]:
+def open_merged(path: str, head: Head | None = None, allow_unknown: Sequence[str] = ()) -> Opened:
     """`open_weights`, also of a PEFT folder, whose tensors are those of its base with the adapter merged."""
     if not is_adapter(path):
-        return open_weights(path, head)
-    of_base, base, generation = open_merged(resolve_base(path), head)
+        return open_weights(path, head, allow_unknown)
+    of_base, base, generation = open_merged(resolve_base(path), head, allow_unknown)
     merged = MergedSource(base, path, of_base)
-    return merged.hf_config or of_base, Weights(source=merged, left_out=base.left_out), generation
+    return merged.hf_config or of_base, dataclasses.replace(base, source=merged, nf4=None), generation
 
 
 def file_dtype_of(weights: TensorSource) -> str:
@@ -205,23 +211,25 @@ def file_dtype_of(weights: TensorSource) -> str:
     return own if own in ("float32", "bfloat16", "float16") else "float32"
 
 
-def random_model(path: str, *, seed: int, dtype: str, param_dtype: str, remat: str = "none") -> LoadedModel:
+def random_model(
+    path: str, *, seed: int, dtype: str, param_dtype: str, remat: str = "none", allow_unknown: Sequence[str] = ()
+) -> LoadedModel:
     """A model of the sizes in config.json of `path`, with weights drawn from a seed."""
-    hf_config = read_json(os.path.join(path, "config.json"))
+    hf_config = with_allowed(read_json(os.path.join(path, "config.json")), allow_unknown)
     config = models.config_from_hf(hf_config)
     module = models.random_model(config, dtype=dtype, param_dtype=param_dtype, remat=remat, seed=seed)
     return LoadedModel(module, models.text_config(hf_config), path)
 
 
-def hf_config_of(path: str, base: str | None = None) -> dict[str, Any]:
+def hf_config_of(path: str, base: str | None = None, *, allow_unknown: Sequence[str] = ()) -> dict[str, Any]:
     """config.json of a Hugging Face folder, a GGUF file or the model of a PEFT folder, without loading weights.
 
-    For a model that takes images too, the config.json of its language model as a text-only model. base: as for
-    `load_model`.
+    For a model that takes images too, the config.json of its language model as a text-only model. base,
+    allow_unknown: as for `load_model`.
     """
     if is_adapter(path):
-        return adapted_config(path, hf_config_of(resolve_base(path, base)))
-    return folder_config(path)
+        return adapted_config(path, hf_config_of(resolve_base(path, base), allow_unknown=allow_unknown))
+    return folder_config(path, allow_unknown)
 
 
 def adapted_config(folder: str, of_base: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from jaxft.checkpoint.peft.folder import CONFIG
 from jaxft.errors import ExportError
 from jaxft.files.paths import is_remote
 from jaxft.models import parameter_count
+from jaxft.models.hf_fields import ALLOWED
 from jaxft.sharding.arrays import to_host
 from jaxft.sharding.mesh import MeshPlan
 from jaxft.sharding.processes import on_primary
@@ -116,11 +117,12 @@ def check_export(live: LoadedModel, folder: str, *, dtype: str, mesh: MeshPlan |
         return {reader: compare(reader, read()) for reader, read in _peers(live, folder).items()}
 
     quantization = live.quantization if _is_adapter(folder) else None
-    reloaded = load_model(folder, dtype=compute, mesh=mesh, quantization=quantization)
+    allowed = live.hf_config.get(ALLOWED, ()) if _is_adapter(folder) else ()
+    reloaded = load_model(folder, dtype=compute, mesh=mesh, quantization=quantization, allow_unknown=allowed)
     ours = {"jaxft": compare("jaxft", probe_outputs(reloaded, live))}
     if quantization is not None and _peers(live, folder):
         # The other readers put the adapter on the base in its own precision. So does their reference.
-        expected = probe_outputs(load_model(folder, dtype=compute, mesh=mesh), live)
+        expected = probe_outputs(load_model(folder, dtype=compute, mesh=mesh, allow_unknown=allowed), live)
         largest = _size(live, expected)
     return tuple(Check(reader, *differences) for reader, differences in (ours | on_primary(by_peers)).items())
 

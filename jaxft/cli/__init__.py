@@ -176,12 +176,13 @@ def _export(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
         dtype=arguments.dtype,
         step=arguments.step,
         base=arguments.base,
+        allow_unknown=arguments.allow_unknown,
     )
     if not arguments.json:
         what = written["compared"]
         checks = ", ".join(f"{reader} ({what} within {value:.1e})" for reader, value in written["checks"].items())
         print(f"{written['folder']}: read back by {checks}")
-        answers.say_left_out(written.get("left_out"), sys.stdout)
+        answers.say_notes(written.get("left_out"), written.get("notes", []), sys.stdout)
         for name, how in MERGED.items():
             if name in written:
                 change = written[name]
@@ -200,6 +201,7 @@ def _convert(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
         max_shard_bytes=arguments.shard_size,
         revision=arguments.revision,
         console=_console(arguments),
+        allow_unknown=arguments.allow_unknown,
     )
     if not arguments.json:
         checks = "".join(f"\n  {name}: {figure}" for name, figure in done.get("checks", {}).items())
@@ -344,6 +346,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--dtype", choices=choices(ModelConfig, "dtype"), help="stored type of a merged model")
     option("--step", type=int, help="a checkpoint of the run; the newest by default")
     option("--base", choices=("trained", "original"), default="trained", help="of a quantised run: what to merge into")
+    answers.unknown_option(option)
 
     option = verb("convert", _convert, "one model format into another, tensor by tensor, compared at the end")
     option(
@@ -354,4 +357,5 @@ def _parser() -> argparse.ArgumentParser:
     option("--dtype", help="float32, bfloat16, float16; q8_0, q4_k_m, q5_k_m (gguf); the source's own by default")
     option("--shard_size", type=_bytes, default="5GB", metavar="SIZE", help="of safetensors files, such as 5GB")
     option("--revision", help="branch, tag or commit of an hf:// source")
+    answers.unknown_option(option)
     return parser

@@ -18,6 +18,8 @@ from jaxft.home import local_path
 # How rows that are scored are read: fields of `data` in a config.
 COLUMNS = ("format", "prompt_field", "completion_field", "text_field", "chosen_field", "rejected_field", "limit")
 
+ALLOW_UNKNOWN = "a field of config.json to ignore although jaxft does not know what it means; once per field"
+
 
 def generate(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     """`jaxft generate`: answers to prompts, or the best of several by a reward model."""
@@ -39,8 +41,8 @@ def generate(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     tokenizer = api.load_tokenizer(arguments.model, chat_template=arguments.chat_template, chat_template_kwargs=values)
     if arguments.chat:
         chats.check(tokenizer, arguments.system)
-    model = api.load_model(arguments.model, dtype=arguments.dtype, quantization=arguments.quantization)
-    say_left_out(model.left_out, sys.stderr)
+    model = api.load_model(arguments.model, **_loading(arguments))
+    say_notes(model.left_out, model.notes, sys.stderr)
     if arguments.chat:
         system = [{"role": "system", "content": arguments.system}] if arguments.system else []
         prompts = [[*system, {"role": "user", "content": prompt}] for prompt in prompts]
@@ -101,8 +103,7 @@ def score(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     tokenizer = api.load_tokenizer(arguments.model, chat_template=arguments.chat_template)
     model = api.load_model(
         arguments.model,
-        dtype=arguments.dtype,
-        quantization=arguments.quantization,
+        **_loading(arguments),
         mesh=make_mesh_plan(MeshConfig()),
     )
     scored = api.score(
@@ -177,6 +178,7 @@ def _sampled_model(config: RunConfig, path: str | None) -> tuple[Any, Any]:
         dtype=own.dtype,
         param_dtype=own.param_dtype,
         quantization=own.quantization,
+        allow_unknown=own.allowed if path is None else (),
         mesh=make_mesh_plan(MeshConfig()),
     )
     return model, tokenizer_of(config, path)
@@ -203,8 +205,8 @@ def chat(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
         chat_template_kwargs=template_values(arguments),
     )
     chats.check(tokenizer, arguments.system)
-    model = api.load_model(arguments.model, dtype=arguments.dtype, quantization=arguments.quantization)
-    say_left_out(model.left_out, sys.stderr)
+    model = api.load_model(arguments.model, **_loading(arguments))
+    say_notes(model.left_out, model.notes, sys.stderr)
     session = chats.Chat(model=model.module, tokenizer=tokenizer, sampling=sampling, system=arguments.system)
     chats.converse(session, *chats.terminal(sys.stderr if arguments.json else sys.stdout))
     return {"messages": session.messages}
@@ -247,10 +249,10 @@ def values_option(option: Callable[..., Any]) -> None:
     )
 
 
-def say_left_out(left_out: str | None, stream: TextIO) -> None:
-    """Says what of a model that takes images too was not loaded, if anything."""
-    if left_out is not None:
-        print(left_out, file=stream)
+def say_notes(left_out: str | None, notes: Sequence[str], stream: TextIO) -> None:
+    """Says what of a model's files was not loaded, or read otherwise than they say, if anything."""
+    for line in (*([] if left_out is None else [left_out]), *notes):
+        print(line, file=stream)
 
 
 def sampling_options(option: Callable[..., Any], *, max_new_tokens: int) -> None:
@@ -291,6 +293,11 @@ def sample_options(option: Callable[..., Any]) -> None:
     option("--overwrite", action="store_true", help="replace finished files")
 
 
+def _loading(arguments: argparse.Namespace) -> dict[str, Any]:
+    names = ("dtype", "quantization", "allow_unknown")
+    return {name: getattr(arguments, name) for name in names}
+
+
 def loading_options(option: Callable[..., Any]) -> None:
     """How a model is loaded."""
     option("--dtype", default="float32", choices=choices(ModelConfig, "dtype"))
@@ -299,3 +306,9 @@ def loading_options(option: Callable[..., Any]) -> None:
         choices=choices(ModelConfig, "quantization"),
         help="quantise the linear layers on loading and keep them so",
     )
+    unknown_option(option)
+
+
+def unknown_option(option: Callable[..., Any]) -> None:
+    """Fields of config.json that are ignored."""
+    option("--allow_unknown", action="append", default=[], metavar="NAME", help=ALLOW_UNKNOWN)

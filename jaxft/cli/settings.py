@@ -25,7 +25,8 @@ DOTTED = re.compile(r"--((?:\w+\.)+\w+|seed|output_dir)(?:=(.*))?", re.DOTALL)
 class Flag:
     """A flag for fields of a config.
 
-    fields: what its value is set to; `value`: of a switch, the value that it sets. about: its help.
+    fields: what its value is set to; `value`: of a switch, the value that it sets. about: its help. repeats: whether it
+    may be given several times, which joins the values by commas.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Flag:
     about: str
     metavar: str = "N"
     value: str | None = None
+    repeats: bool = False
     aliases: tuple[str, ...] = ()
 
 
@@ -57,6 +59,7 @@ FLAGS = (
     Flag("eval_every", ("train.eval_every",), "steps between held-out losses"),
     Flag("save_every", ("checkpoint.every",), "steps between checkpoints"),
     Flag("report_to", ("train.report_to",), "trackers that get the metrics: wandb, mlflow, trackio", "NAMES"),
+    Flag("allow_unknown", ("model.allow_unknown",), "a field of config.json to ignore", "NAME", repeats=True),
     Flag("seed", ("seed",), "of everything that is drawn (0)"),
 )
 BY_FIELD = {flag.fields[0]: flag for flag in reversed(FLAGS) if flag.value is None}
@@ -70,6 +73,7 @@ def add_flags(parser: argparse.ArgumentParser, only: Sequence[str] = ()) -> None
             continue
         names = [f"--{name}" for name in (flag.name, *flag.aliases)]
         how: dict[str, Any] = {"action": "store_true"} if flag.value is not None else {"metavar": flag.metavar}
+        how |= {"action": "append"} if flag.repeats else {}
         group.add_argument(*names, dest=f"set_{flag.name}", help=flag.about, **how)
 
 
@@ -80,7 +84,7 @@ def with_flags(arguments: argparse.Namespace, overrides: Sequence[str]) -> list[
         value = getattr(arguments, f"set_{flag.name}", None)
         if value is None or value is False:
             continue
-        text = value if flag.value is None else flag.value
+        text = ",".join(value) if flag.repeats else value if flag.value is None else flag.value
         given |= {field: (text, f"--{flag.name}") for field in flag.fields}
     for override in overrides:
         key, _, text = override.partition("=")

@@ -19,6 +19,10 @@ class ModelConfig(Section):
         ""
     )
     revision: Annotated[str | None, BY_CONTENT, "branch, tag or commit of a `hf://` path"] = None
+    allow_unknown: Annotated[
+        str | None,
+        "fields of config.json, separated by commas, that are ignored although jaxft does not know what they mean",
+    ] = None
     random_init: Annotated[
         bool, "take only the shapes from `model.path`, and draw the weights from `seed` instead of loading them"
     ] = False
@@ -50,3 +54,8 @@ class ModelConfig(Section):
         ),
         "which parameters of the model are trained; None: all",
     ] = None
+
+    @property
+    def allowed(self) -> tuple[str, ...]:
+        """The names in `allow_unknown`."""
+        return tuple(name.strip() for name in (self.allow_unknown or "").split(",") if name.strip())

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,12 +75,14 @@ def convert(
     revision: str | None = None,
     base: str | None = None,
     console: Console | None = None,
+    allow_unknown: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Writes the model in `source` to `to` in another format and compares the result with the source.
 
     source: a Hugging Face, PEFT (merged while reading), Orbax or run folder, a GGUF file, an address such as
     gs://bucket/model, or hf://owner/name[@revision]. form: one of DTYPES; by default gguf for a path that ends in
     .gguf, else hf. dtype: of the written tensors, the source's own if None. base: of a PEFT folder, where its base is.
+    allow_unknown: as for `load_model`.
     Everything is written in `to`.partial and renamed once it is whole and has been compared. After an interruption the
     same call continues (hf) or starts again. Returns paths, sizes, seconds and the checks.
     Raises ConfigError for options that do not fit, CheckpointError or ModelError for a source that is damaged or not
@@ -91,7 +93,7 @@ def convert(
     source, to = local_path(source), local_path(to)
     _check_request(form, dtype, to)
     start = time.monotonic()
-    origin = _open_origin(source, revision, base, merge=form != "gguf-adapter")
+    origin = _open_origin(source, revision, base, allow_unknown, merge=form != "gguf-adapter")
     for line in (*([] if origin.left_out is None else [origin.left_out]), *origin.notes):
         console.print(line, highlight=False, soft_wrap=True)
     dtype = dtype or _own_dtype(origin, form)
@@ -168,7 +170,9 @@ def _check_space(to: Path, size: int) -> None:
         )
 
 
-def _open_origin(named: str, revision: str | None, base: str | None, *, merge: bool) -> Origin:
+def _open_origin(
+    named: str, revision: str | None, base: str | None, allow_unknown: Sequence[str], *, merge: bool
+) -> Origin:
     path = resolve(named, revision)
     adapter = None
     if is_adapter(path):
@@ -177,13 +181,13 @@ def _open_origin(named: str, revision: str | None, base: str | None, *, merge: b
         raise ConfigError(f"{named} is not a PEFT folder, so there is no adapter to write")
     else:
         refuse_base(named, base)
-    hf_config, weights, generation = open_merged(path)
+    hf_config, weights, generation = open_merged(path, allow_unknown=allow_unknown)
     own, source = weights.specs(), weights.source
-    notes: tuple[str, ...] = ()
+    notes = weights.notes
     _check_against_config(hf_config, weights)
     if adapter is not None and merge:
         merged = MergedSource(weights, adapter, hf_config)
-        hf_config, source, notes = merged.hf_config or hf_config, merged, merged.notes
+        hf_config, source, notes = merged.hf_config or hf_config, merged, (*notes, *merged.notes)
     expected = _check_against_config(hf_config, source)
     return Origin(
         path=adapter or path,

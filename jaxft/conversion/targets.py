@@ -21,6 +21,7 @@ from jaxft.data.tokenizers.gguf_write import check_tokenizer, tokenizer_metadata
 from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import ExportError, listed
 from jaxft.files.companions import copy_companions
+from jaxft.models.hf_fields import ALLOWED
 from jaxft.sharding.mesh import make_mesh_plan
 
 GGUF_NAME = "model.gguf"
@@ -61,9 +62,8 @@ def check_hf(target: Target, tensors: Mapping[str, LazyTensor], source: str) -> 
         return {"tensors": "bitwise", "logits": f"not compared: {size / 1e9:.1f} billion parameters"}
     # float16 rounds finer than bfloat16, whose tolerance is known.
     dtype = "float32" if target.dtype == "float32" else "bfloat16"
-    checks = check_export(
-        load_model(source, base=target.base if is_adapter(source) else None), str(target.folder), dtype=dtype
-    )
+    base, allowed = target.base if is_adapter(source) else None, target.hf_config.get(ALLOWED, ())
+    checks = check_export(load_model(source, base=base, allow_unknown=allowed), str(target.folder), dtype=dtype)
     return {"tensors": "bitwise", "logits": {check.reader: check.difference for check in checks}}
 
 

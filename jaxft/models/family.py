@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from jaxft.errors import ModelError
-from jaxft.models.hf_fields import check_fields, require
+from jaxft.models.hf_fields import ALLOWED, check_fields, require
 from jaxft.models.score_model import LANGUAGE_MODEL, SCORE_MODEL
 from jaxft.models.tensor_map import ONE_ROW, TensorMap, linear
 from jaxft.nn.attention.layer import AttentionShape
@@ -187,6 +187,9 @@ def read_sizes(
     require(hf, SIZES)
     own = (field.name for field in dataclasses.fields(family) if field.name not in NOT_IN_FILES)
     check_fields(hf, used=[*own, *ROPE_FIELDS, *used], must_equal=must_equal)
+    for name in (*SIZES, "num_key_value_heads", "head_dim"):
+        if hf.get(name) is not None and (type(hf[name]) is not int or hf[name] < 1):
+            raise ModelError(f"{name}={hf[name]!r} in config.json must be a whole number, 1 or more")
     heads, width = hf["num_attention_heads"], hf["hidden_size"]
     kv_heads, head_dim = hf.get("num_key_value_heads") or heads, hf.get("head_dim") or width // heads
     if heads % kv_heads:
@@ -234,7 +237,8 @@ def ropes_by_kind(hf: Mapping[str, Any], thetas: Mapping[str, float]) -> tuple[d
     thetas: rope_theta of each kind, unless nested rope_parameters give one. A scaling that is not nested belongs to
     FULL layers. Raises ModelError for rope_parameters of another form.
     """
-    shared = {"model_type": hf["model_type"], "max_position_embeddings": hf["max_position_embeddings"]}
+    names = ("model_type", "max_position_embeddings", ALLOWED)
+    shared = {name: hf[name] for name in names if name in hf}
     nested = hf.get("rope_parameters") or {}
     unknown = sorted(set(nested) - {FULL, SLIDING})
     if unknown:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxft.errors import ModelError
-from jaxft.models.hf_fields import check_fields, require
+from jaxft.models.hf_fields import ALLOWED, check_fields, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ def text_config(hf: Mapping[str, Any], *, own_head: bool | None = None) -> dict[
     if not isinstance(hf["text_config"], Mapping):
         raise ModelError(f"text_config of model_type {hf['model_type']!r} must be an object, not {hf['text_config']!r}")
     inner: dict[str, Any] = {"model_type": outer.text_type, **hf["text_config"]}
-    shared = {name: hf[name] for name in SHARED if hf.get(name) is not None}
+    shared = {name: hf[name] for name in (*SHARED, ALLOWED) if hf.get(name) is not None}
     # The head belongs to the outer model, which ties it by default; transformers does not if the file has a head.
     tied = hf.get("tie_word_embeddings", True) and not own_head
     return inner | shared | {"tie_word_embeddings": bool(tied)}

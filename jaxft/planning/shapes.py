@@ -16,6 +16,7 @@ from jaxft.errors import ConfigError, did_you_mean
 from jaxft.files.paths import HUB, read_json
 from jaxft.methods import method_of
 from jaxft.methods.teacher.frozen import FrozenModel
+from jaxft.models.hf_fields import with_allowed
 
 UNKNOWN_STEPS = 1000
 # Share of a packed sequence that is tokens, if the data is not on this machine.
@@ -37,7 +38,8 @@ def shapes_of(config: RunConfig) -> tuple[dict[str, Any], str]:
     Read from the model's folder or the Hugging Face cache, else from the published shapes that ship with jaxft; nothing
     is fetched. Raises ConfigError for a hub model that is in neither.
     """
-    return _shapes(config.model.path, config.model.revision, drawn=config.model.random_init)
+    hf_config, where = _shapes(config.model.path, config.model.revision, drawn=config.model.random_init)
+    return with_allowed(hf_config, config.model.allowed), where
 
 
 def frozen_shapes_of(model: FrozenModel) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import ConfigError
 from jaxft.files.run_folder import BASE
 from jaxft.methods import method_of
+from jaxft.models.hf_fields import with_allowed
 from jaxft.models.score_model import is_score_model
 from jaxft.nn import stack
 from jaxft.nn.decoder import Decoder
@@ -52,7 +53,8 @@ def build_model(config: RunConfig, mesh: MeshPlan | None = None, *, random_base:
         path = str(random_base or Path(config.output_dir) / BASE)
         on_primary(lambda: _draw_weights(config, Path(path)))
     head = method_of(config).head
-    loaded = load_model(path, revision=model.revision, mesh=mesh, head=head, **_types(config))
+    allowed = () if model.random_init else model.allowed
+    loaded = load_model(path, revision=model.revision, mesh=mesh, head=head, allow_unknown=allowed, **_types(config))
     if loaded.adapter is not None:
         raise ConfigError(
             f"model.path {model.path} is a PEFT folder. To train it further, merge it first: "
@@ -63,7 +65,7 @@ def build_model(config: RunConfig, mesh: MeshPlan | None = None, *, random_base:
     _attach(loaded.module, config)
     start = config.adapter.init_lora_weights
     if start.startswith("loftq"):
-        source = open_weights(resolve(path, model.revision))[1]
+        source = open_weights(resolve(path, model.revision), allow_unknown=model.allowed)[1]
         loftq.initialize_loftq(loaded.module, source, start, jax.random.key(config.seed))
     if config.adapter.prompt_init_text is not None:
         initialize_prompt(
@@ -81,7 +83,10 @@ def abstract_model(config: RunConfig) -> Any:
     nothing, and a rank or sequence length that does not fit; and an error for adapters that PEFT cannot represent.
     """
     path = resolve(config.model.path, config.model.revision)
-    hf_config = read_json(os.path.join(path, "config.json")) if config.model.random_init else hf_config_of(path)
+    if config.model.random_init:
+        hf_config = with_allowed(read_json(os.path.join(path, "config.json")), config.model.allowed)
+    else:
+        hf_config = hf_config_of(path, allow_unknown=config.model.allowed)
     return abstract_of(hf_config, config)
 
 
@@ -229,7 +234,8 @@ def _draw_weights(config: RunConfig, folder: Path) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     dtype = _storage(config)
-    drawn = random_model(config.model.path, seed=config.seed, dtype=dtype, param_dtype=dtype)
+    types = {"dtype": dtype, "param_dtype": dtype}
+    drawn = random_model(config.model.path, seed=config.seed, allow_unknown=config.model.allowed, **types)
     hf.write_weights(drawn.module, str(folder))
     load_tokenizer(config.model.path).save(folder)
     # Last: its presence says that the folder is whole.

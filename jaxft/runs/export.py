@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ def export(
     dtype: str | None = None,
     step: int | None = None,
     base: str = "trained",
+    allow_unknown: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Writes a model as a PEFT folder (`adapter`) or a whole Hugging Face folder (`merged`).
 
@@ -51,7 +53,7 @@ def export(
     its newest. dtype: type of a merged model's tensors in the files; None: that of its base's own files, or float32 if
     a run trained all of it. base: for a run with a quantised base, what the adapter is merged into: `trained`, the
     dequantised kernels, or `original`, the kernels before quantisation, which gives another model than the one that was
-    trained.
+    trained. allow_unknown: as for `load_model`, if the source is not a run folder, which has its own.
     Returns the folder; what was `compared`, logits or a reward model's scores; the largest (`checks`) and mean (`mean`)
     difference between those of the live model and of each reader of the export, as shares of the largest (for `merged`
     this is the change by merging); and, of a
@@ -66,7 +68,7 @@ def export(
         raise ConfigError(f"format {format!r} is not one of {', '.join(FORMATS)}")
     source, target = local_path(source), Path(local_path(to))
     make_new(target)
-    loaded = load_trained(source, step)
+    loaded = load_trained(source, step, allow_unknown=allow_unknown)
     quantization = loaded.quantization if format == "merged" else None
     if base == "original" and quantization is None:
         raise ConfigError("base='original' is for merging an adapter whose base was quantised, and this base was not")
@@ -86,6 +88,8 @@ def export(
     }
     if loaded.left_out is not None:
         out["left_out"] = loaded.left_out
+    if loaded.notes:
+        out["notes"] = list(loaded.notes)
     if base == "original":
         out["original_base"] = output_difference(loaded, trained)
     elif quantization is not None:
@@ -110,17 +114,20 @@ def make_new(target: Path) -> None:
         ) from error
 
 
-def load_trained(source: str, step: int | None = None, *, quantized: bool = True) -> LoadedModel:
+def load_trained(
+    source: str, step: int | None = None, *, quantized: bool = True, allow_unknown: Sequence[str] = ()
+) -> LoadedModel:
     """Loads a model of any kind; of a run folder, the evaluated weights of a checkpoint, without a critic.
 
     step: of a run folder, the newest if None. quantized: False puts a run's adapter on its base in the base's original
-    precision. Raises ConfigError for a step of anything but a run folder, and for a run without a checkpoint.
+    precision. allow_unknown: as for `export`. Raises ConfigError for a step of anything but a run folder, and for a run
+    without a checkpoint.
     """
     source = local_path(source)
     if not is_run_folder(source):
         if step is not None:
             raise ConfigError(f"{source} is not a run folder, so it has no step {step}")
-        return load_model(source)
+        return load_model(source, allow_unknown=allow_unknown)
     config = run_config(source)
     if not quantized:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, quantization=None))

@@ -70,8 +70,11 @@ def _train(run: Run, console: Console) -> dict[str, Any]:
     console.print("\ntwo training rows, their trained tokens marked:", highlight=False)
     render_rows(run.data.train_examples, run.tokenizer, limit=2, console=console)
     loaded = build_model(config, run.mesh, random_base=run.folder / run_folder.BASE)
-    if loaded.left_out is not None:
-        console.print(loaded.left_out, highlight=False, soft_wrap=True)
+    for note in (*filter(None, [loaded.left_out]), *loaded.notes):
+        console.print(note, highlight=False, soft_wrap=True)
+    if config.model.allowed:
+        names = ", ".join(config.model.allowed)
+        console.print(f"config.json of the model: ignored by model.allow_unknown: {names}", highlight=False)
     scores = on_primary(lambda: run_folder.read_json(run.folder / run_folder.SCORES, {}))
     key = scores_key(run.data, config.eval)
     if config.eval.metric and scores.get("key") != key:

@@ -137,7 +137,7 @@ def test_a_bias_that_the_config_does_not_announce_is_refused(tiny_llama, tmp_pat
         load_model(broken)
 
 
-def test_a_tied_head_stored_again_must_be_the_embedding(tiny_llama, tmp_path):
+def test_a_tied_head_stored_again_is_the_embedding_or_a_head_of_its_own(tiny_llama, tmp_path):
     folder = tiny_llama("tied")
     tensors, config = tensors_in(folder), read_json(os.path.join(folder, "config.json"))
     assert "lm_head.weight" not in tensors
@@ -145,8 +145,8 @@ def test_a_tied_head_stored_again_must_be_the_embedding(tiny_llama, tmp_path):
     same = load_model(save(tmp_path / "same", copy, config))
     np.testing.assert_array_equal(same.logits(TOKENS), load_model(folder).logits(TOKENS))
     copy["lm_head.weight"][-1, -1] += 1e-3
-    with pytest.raises(CheckpointError, match=r"unexpected lm_head.weight \[96, 32\]"):
-        load_model(save(tmp_path / "other", copy, config))
+    other = load_model(save(tmp_path / "other", copy, config))
+    assert other.module.lm_head is not None and "differs from the embedding" in other.notes[0]
 
 
 def test_an_untied_model_without_a_head_is_refused(tiny_llama, tmp_path):

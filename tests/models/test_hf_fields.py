@@ -1,11 +1,16 @@
 """config.json: both dialects of transformers, every refusal, and published sizes without memory."""
 
+import json
+
+import numpy as np
 import pytest
 
 from jaxft import models
+from jaxft.checkpoint.hf import write_config
 from jaxft.errors import ModelError
 from jaxft.models.families.llama import Config
-from jaxft.nn.attention.rope import Rope
+from jaxft.models.hf_fields import with_allowed
+from jaxft.nn.attention.rope import Rope, rotation
 
 LLAMA = {
     "model_type": "llama",
@@ -102,7 +107,9 @@ def test_null_and_harmless_fields_are_let_through():
         ({"attention_dropout": 0.1}, r"attention_dropout=0.1 \(only 0.0 is implemented\)"),
         ({"quantization_config": {"bits": 4}}, "quantization_config="),
         ({"window_scale": 3, "hidden_act": "gelu"}, "hidden_act.*; window_scale"),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope scaling 'dynamic' is not implemented"),
+        ({"rope_scaling": {"rope_type": "spiral", "factor": 2.0}}, "rope scaling 'spiral' is not implemented"),
+        ({"rope_scaling": {"rope_type": "dynamic"}}, r"missing fields \['factor'\]"),
+        ({"window_scale": 3}, "--allow-unknown=window_scale"),
         ({"rope_scaling": {"rope_type": "linear"}}, r"missing fields \['factor'\]"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "twist": 1}}, r"unknown fields \['twist'\]"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
@@ -115,6 +122,76 @@ def test_null_and_harmless_fields_are_let_through():
 def test_what_is_not_understood_is_refused_by_name(fields, message):
     with pytest.raises(ModelError, match=message):
         models.config_from_hf(LLAMA | fields)
+
+
+ATTENTION = {
+    "_attn_implementation": "eager", "_attn_implementation_autoset": True, "attn_implementation": "flash_attention_2",
+    "use_flash_attention_2": True,
+}  # fmt: skip
+NEUTRAL = {
+    "qwen3_moe": {
+        "use_qk_norm": True, "qkv_bias": False, "shared_expert_intermediate_size": 0, "num_experts": 4,
+        "moe_intermediate_size": 16,
+    },
+    "llama": {"use_qk_norm": False, "qkv_bias": True, "attention_bias": True, "n_shared_experts": 0},
+    "qwen2": {"qkv_bias": True, "attention_bias": True},
+    "mistral": {"attention_bias": False, "mlp_bias": False},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NEUTRAL)
+def test_what_changes_no_number_is_read(kind):
+    """Also what transformers 4 wrote of generation, by its own list."""
+    transformers = pytest.importorskip("transformers")
+    generation = {
+        "temperature": 0.6, "top_k": 50, "top_p": 1.0, "num_beams": 1, "max_length": 20, "do_sample": False,
+        "early_stopping": False, "length_penalty": 1.0, "repetition_penalty": 1.0, "min_length": 0,
+    }  # fmt: skip
+    assert set(generation) <= set(transformers.GenerationConfig().to_dict())
+    plain = SHARED | {"model_type": kind, "num_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2}
+    plain |= {"attention_bias": True} if kind == "llama" else {}
+    plain = plain if kind == "qwen3_moe" else {k: v for k, v in plain.items() if "expert" not in k and "moe" not in k}
+    assert models.config_from_hf(plain | generation | ATTENTION | NEUTRAL[kind]) == models.config_from_hf(plain)
+
+
+def test_fields_that_the_user_allows_are_ignored_and_left_out_of_exports(tmp_path):
+    yarn = YARN | {"attn_factor": 0.8}
+    strange = {"window_scale": 3, "attention_dropout": 0.1, "rope_scaling": yarn, "max_position_embeddings": 256}
+    names = ["window_scale", "attention_dropout", "attn_factor"]
+    allowed = with_allowed(LLAMA | strange, names)
+    plain = LLAMA | {"rope_scaling": YARN, "max_position_embeddings": 256}
+    assert models.config_from_hf(allowed) == models.config_from_hf(plain)
+    write_config(str(tmp_path), allowed, dtype="float32")
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert not {*names, "allow_unknown"} & {*written, *written["rope_scaling"], *written["rope_parameters"]}
+    assert models.config_from_hf(written) == models.config_from_hf(plain)
+    # A field that is understood is read all the same.
+    assert models.config_from_hf(with_allowed(plain, ["rms_norm_eps", "rope_scaling"])) == models.config_from_hf(plain)
+    with pytest.raises(
+        ModelError, match="'window_scal', which is no field of config.json. Did you mean 'window_scale'"
+    ):
+        with_allowed(LLAMA | strange, ["window_scal"])
+
+
+def test_dynamic_rope_is_that_of_transformers_in_and_beyond_the_trained_positions():
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    hf = LLAMA | {"max_position_embeddings": 16, "rope_scaling": {"type": "dynamic", "factor": 2.0}}
+    config = models.config_from_hf(hf)
+    for length in (4, 16, 17, 40):
+        theirs = LlamaRotaryEmbedding(transformers.LlamaConfig(**{k: v for k, v in hf.items() if k != "model_type"}))
+        cos, sin = theirs(torch.zeros(1, length, 32), torch.arange(length)[None])
+        ours = rotation(config.rope, config.head_dim, np.arange(length)[None])
+        np.testing.assert_allclose(ours.cos_BSF, cos.numpy()[..., :4], atol=2e-6)
+        np.testing.assert_allclose(ours.sin_BSF, sin.numpy()[..., :4], atol=2e-6)
+    # A short document beside a long one is rotated as if it were alone.
+    segments = np.array([[1] * 40 + [2] * 8])
+    positions = np.concatenate([np.arange(40), np.arange(8)])[None]
+    packed = rotation(config.rope, config.head_dim, positions, segments)
+    alone = rotation(config.rope, config.head_dim, np.arange(8)[None])
+    np.testing.assert_allclose(packed.cos_BSF[:, 40:], alone.cos_BSF, atol=1e-7)
 
 
 def test_an_unknown_family_lists_those_that_exist():
@@ -138,7 +215,18 @@ LONGROPE = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] 
     ("kind", "fields", "message"),
     [
         ("mistral", {"sliding_window": 0}, "sliding_window=0: a window is a whole number"),
-        ("mistral", {"attention_bias": True}, r"attention_bias=True \(unknown\)"),
+        ("mistral", {"attention_bias": True}, r"attention_bias=True \(only False is implemented\)"),
+        ("qwen2", {"qkv_bias": False}, r"qkv_bias=False \(only True is implemented\)"),
+        ("qwen3", {"use_qk_norm": False}, r"use_qk_norm=False \(only True is implemented\)"),
+        ("llama", {"use_qk_norm": True}, r"use_qk_norm=True \(only False is implemented\)"),
+        ("llama", {"qkv_bias": True}, r"qkv_bias=True \(only False is implemented\)"),
+        ("qwen3", {"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size=64"),
+        (
+            "qwen3",
+            {"rope_scaling": YARN | {"attn_factor": 0.5}},
+            r"multiply yarn's own factor, 1.13863, by it.*.attention_factor.: 0.569315; to compute as transformers, .*"
+            "--allow-unknown=attn_factor",
+        ),
         (
             "qwen2",
             {"use_sliding_window": True, "sliding_window": 0, "max_window_layers": 1},

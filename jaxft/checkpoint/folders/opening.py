@@ -1,11 +1,13 @@
 """Opens a folder or GGUF file: its config.json and its tensors, dense and under the names of one of our models."""
 
+import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxft import models
 from jaxft.checkpoint import fused_experts, orbax_folder
+from jaxft.checkpoint.folders.names import with_own_head, with_usual_names, without_value_head
 from jaxft.checkpoint.folders.weights import Weights
 from jaxft.checkpoint.gguf import GGUFFile
 from jaxft.checkpoint.quantized import bitsandbytes
@@ -15,43 +17,48 @@ from jaxft.checkpoint.tensors import SafetensorsFolder, TensorSource
 from jaxft.checkpoint.text_part import TextPart
 from jaxft.errors import CheckpointError, ModelError
 from jaxft.files.paths import hub_hint, is_file, open_folder, read_json
-from jaxft.models.hf_fields import DENSE_TENSORS
+from jaxft.models.hf_fields import DENSE_TENSORS, with_allowed
 from jaxft.models.nested import MULTIMODAL
 from jaxft.models.score_model import is_score_model
 from jaxft.nn.score import Head
 
-Generation = dict[str, Any] | None
+# config.json, tensors, and generation_config.json or None.
+Opened = tuple[dict[str, Any], Weights, dict[str, Any] | None]
 
 
-def open_weights(path: str, head: Head | None = None) -> tuple[dict[str, Any], Weights, Generation]:
+def open_weights(path: str, head: Head | None = None, allow_unknown: Sequence[str] = ()) -> Opened:
     """(config.json, tensors, generation_config.json or None) of a folder or GGUF file, no tensor read yet.
 
     For a model that takes images too, those of its language model as a text-only model. Weights that are quantised in
-    the files appear dense; `dense_tensors` of the returned config names those that the files keep dense. head: as for
-    `load_model`.
+    the files appear dense; `dense_tensors` of the returned config names those that the files keep dense. head,
+    allow_unknown: as for `load_model`.
     """
     if path.endswith(".gguf"):
         gguf = GGUFFile(path)
         hf_config, source = _with_head(gguf.hf_config(), gguf, head, images=False)
         return hf_config, Weights(source=source), gguf.generation_config()
-    hf_config, weights = _open_folder(path)
+    hf_config, weights = _open_folder(path, allow_unknown, head)
     hf_config, source = _with_head(hf_config, weights.source, head, images=weights.left_out is not None)
     generation = os.path.join(path, "generation_config.json")
-    opened = Weights(source=source, nf4=weights.nf4, left_out=weights.left_out)
+    opened = dataclasses.replace(weights, source=source)
     return hf_config, opened, read_json(generation) if is_file(generation) else None
 
 
-def folder_config(path: str) -> dict[str, Any]:
+def folder_config(path: str, allow_unknown: Sequence[str] = ()) -> dict[str, Any]:
     """config.json of a folder or GGUF file as `open_weights` returns it. Weights are opened only if it takes them.
 
-    It does for GGUF files, for models that take images too, and for those that are quantised in the files.
+    It does for GGUF files, for models that take images too, for those that are quantised in the files, and for those
+    whose head is tied, unless the files hold another one.
     """
     if path.endswith(".gguf"):
         return open_weights(path)[0]
-    hf_config = _read_config(path)
-    if hf_config.get("model_type") in MULTIMODAL or hf_config.get("quantization_config") is not None:
-        return _open_folder(path)[0]
-    return hf_config
+    hf_config = with_allowed(_read_config(path), allow_unknown)
+    if hf_config.get("model_type") in MULTIMODAL:
+        return _open_folder(path, allow_unknown)[0]
+    if hf_config.get("quantization_config") is None and not models.config_from_hf(hf_config).tie_word_embeddings:
+        return hf_config
+    has_weights = any(name.endswith((".safetensors", ".safetensors.index.json")) for name in open_folder(path).names())
+    return _open_folder(path, allow_unknown)[0] if has_weights else hf_config
 
 
 def _read_config(path: str) -> dict[str, Any]:
@@ -64,21 +71,23 @@ def _read_config(path: str) -> dict[str, Any]:
     return read_json(config)
 
 
-def _open_folder(path: str) -> tuple[dict[str, Any], Weights]:
-    given = _read_config(path)
+def _open_folder(path: str, allow_unknown: Sequence[str], head: Head | None = None) -> tuple[dict[str, Any], Weights]:
+    given = with_allowed(_read_config(path), allow_unknown)
     hf_config = bitsandbytes.without_quantization(given)
     source: TensorSource
     left_out = None
     if hf_config.get("model_type") in MULTIMODAL:
         # Refuses an unknown family before any file of weights is opened.
         models.config_from_hf(hf_config)
-        part = TextPart(SafetensorsFolder(path), hf_config["model_type"])
+        part = TextPart(with_usual_names(SafetensorsFolder(path)), hf_config["model_type"])
         hf_config, left_out = models.text_config(hf_config, own_head=part.own_head()), part.left_out
         source = part
     elif orbax_folder.is_orbax_folder(path):
         source = orbax_folder.OrbaxFolder(path)
     else:
-        source = SafetensorsFolder(path)
+        source = with_usual_names(SafetensorsFolder(path))
+    source, note = without_value_head(source)
+    notes = [note] if note else []
     source = MXFP4Source(source) if is_packed(hf_config) else source
     nf4 = bitsandbytes.NF4Source(source) if bitsandbytes.is_packed(source) else None
     if nf4 is not None:
@@ -87,7 +96,12 @@ def _open_folder(path: str) -> tuple[dict[str, Any], Weights]:
     model_type = str(hf_config.get("model_type"))
     if fused_experts.is_fused(model_type, source):
         source = fused_experts.SingleExperts(source, model_type)
-    return hf_config, Weights(source=source, nf4=nf4, left_out=left_out)
+    if not (head == "score" or is_score_model(hf_config)):
+        tied = models.config_from_hf(hf_config).tie_word_embeddings
+        tied_in_files, source, note = with_own_head(tied, source)
+        notes += [note] if note else []
+        hf_config = hf_config if tied_in_files == tied else hf_config | {"tie_word_embeddings": tied_in_files}
+    return hf_config, Weights(source=source, nf4=nf4, left_out=left_out, notes=tuple(notes))
 
 
 def _with_head(

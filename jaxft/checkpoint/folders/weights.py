@@ -13,12 +13,14 @@ class Weights:
     """A `TensorSource`, with what else is known about it.
 
     nf4: the part of it with bitsandbytes' codes, which a quantised model can take over; None if there are none.
-    left_out: if it is the language model of one that takes images too, a sentence on what was left out.
+    left_out: if it is the language model of one that takes images too, a sentence on what was left out. notes:
+    sentences for the user on what is read otherwise than the files say.
     """
 
     source: TensorSource
     nf4: NF4Source | None = None
     left_out: str | None = None
+    notes: tuple[str, ...] = ()
 
     def specs(self) -> dict[str, TensorSpec]:
         return self.source.specs()

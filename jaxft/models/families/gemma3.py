@@ -17,7 +17,7 @@ DEFAULTS = SHARED_DEFAULTS | {
     "num_attention_heads": 8, "max_position_embeddings": 131072, "final_logit_softcapping": None,
 }  # fmt: skip
 # transformers reads attn_logit_softcapping but does not use it, so a number here would have no defined meaning.
-GEMMA3_ONLY = ONLY | {"attn_logit_softcapping": None}
+GEMMA3_ONLY = ONLY | {"attn_logit_softcapping": None, "use_qk_norm": True}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ class Config(FamilyConfig):
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "Config":
         hf = with_defaults(hf, DEFAULTS)
-        sizes = read_sizes(hf, cls, must_equal={"hidden_act": "silu"})
+        sizes = read_sizes(hf, cls, must_equal={"hidden_act": "silu", "use_qk_norm": True})
         return cls(**sizes, rope=read_rope(hf, sizes["head_dim"]), attention_bias=hf["attention_bias"])
 
     def to_hf(self) -> dict[str, Any]:

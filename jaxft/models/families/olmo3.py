@@ -43,7 +43,7 @@ class Config(FamilyConfig):
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "Config":
         hf = with_defaults(hf, DEFAULTS)
-        sizes = read_sizes(hf, cls, must_equal={"hidden_act": "silu"})
+        sizes = read_sizes(hf, cls, must_equal={"hidden_act": "silu", "use_qk_norm": True})
         theta = hf["rope_theta"]
         if theta != THETA and SLIDING not in (hf.get("rope_parameters") or {}):
             raise ModelError(

@@ -20,6 +20,8 @@ from jaxft.nn.decoder import Decoder, DecoderShape
 from jaxft.nn.norm import NormShape
 
 MODEL_TYPES = ("qwen2",)
+# Queries, keys and values always have biases here, whatever these fields are called.
+ONLY = {"hidden_act": "silu", "use_mrope": False, "attention_bias": True, "qkv_bias": True}
 DEFAULTS = {
     "num_key_value_heads": 32, "max_position_embeddings": 32768, "use_sliding_window": False,
     "sliding_window": 4096, "max_window_layers": 28,
@@ -68,7 +70,7 @@ class Config(WindowedConfig):
     def from_hf(cls, hf: Mapping[str, Any]) -> "Config":
         hf = with_defaults(hf, DEFAULTS)
         used = ("use_sliding_window", "max_window_layers")
-        sizes = read_sizes(hf, cls, used=used, must_equal={"hidden_act": "silu", "use_mrope": False})
+        sizes = read_sizes(hf, cls, used=used, must_equal=ONLY)
         return cls(**sizes, rope=read_rope(hf, sizes["head_dim"]), **read_windows(hf))
 
     def to_hf(self) -> dict[str, Any]:

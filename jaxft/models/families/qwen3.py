@@ -23,7 +23,7 @@ class Config(WindowedConfig):
     def from_hf(cls, hf: Mapping[str, Any]) -> "Config":
         hf = with_defaults(hf, DEFAULTS)
         used = ("use_sliding_window", "max_window_layers")
-        sizes = read_sizes(hf, cls, used=used, must_equal={"hidden_act": "silu"})
+        sizes = read_sizes(hf, cls, used=used, must_equal={"hidden_act": "silu", "use_qk_norm": True})
         rope = read_rope(hf, sizes["head_dim"])
         return cls(**sizes, rope=rope, **read_windows(hf), attention_bias=hf["attention_bias"])
 

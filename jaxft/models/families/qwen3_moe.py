@@ -36,7 +36,7 @@ class Config(MoEConfig):
         hf = with_defaults(hf, DEFAULTS)
         # transformers does not read max_window_layers here: a window is on all layers.
         used = ("use_sliding_window", "max_window_layers", "num_local_experts")
-        sizes = read_sizes(hf, cls, used=used, must_equal=MUST_EQUAL | DENSE_LAYERS)
+        sizes = read_sizes(hf, cls, used=used, must_equal=MUST_EQUAL | DENSE_LAYERS | {"use_qk_norm": True})
         experts = _count(hf)
         check_experts(hf, experts)
         return cls(

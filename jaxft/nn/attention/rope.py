@@ -4,6 +4,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ class _Fields(NamedTuple):
 _SCALED_FIELDS = {
     "default": _Fields(),
     "linear": _Fields(("factor",)),
+    "dynamic": _Fields(("factor",)),
     "llama3": _Fields(("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")),
     "yarn": _Fields(
         ("factor", "original_max_position_embeddings"),
@@ -49,9 +51,10 @@ class Rotation(NamedTuple):
 class Rope:
     """Frequencies of one rotary embedding.
 
-    kind: default, linear (arXiv:2306.15595), llama3, yarn (arXiv:2309.00071) or longrope (arXiv:2402.13753).
-    partial_rotary_factor: the fraction of each head's dimensions that is rotated. llama_4_scaling_beta: beta in the
-    factor on queries, `1 + beta log(1 + floor(position / original_max_position_embeddings))` (idea: arXiv:2501.19399).
+    kind: default, linear (arXiv:2306.15595), dynamic (theta grows with the length of a document beyond
+    max_position_embeddings), llama3, yarn (arXiv:2309.00071) or longrope (arXiv:2402.13753). partial_rotary_factor: the
+    fraction of each head's dimensions that is rotated. llama_4_scaling_beta: beta in the factor on queries,
+    `1 + beta log(1 + floor(position / original_max_position_embeddings))` (idea: arXiv:2501.19399).
     The other fields have transformers' names and meanings.
     """
 
@@ -95,13 +98,23 @@ class Rope:
             fields["original_max_position_embeddings"] = (
                 outside or fields.get("original_max_position_embeddings") or context
             )
+        for name in set(fields) & set(hf.get("allow_unknown") or ()) - set(known.required + known.optional):
+            del fields[name]
         extra = sorted(set(fields) - set(known.required + known.optional))
         missing = sorted(name for name in known.required if fields.get(name) is None)
         if extra or missing:
-            raise ModelError(f"rope scaling {kind!r}: unknown fields {extra}, missing fields {missing}")
+            raise ModelError(
+                f"rope scaling {kind!r}: unknown fields {extra}, missing fields {missing}.{_mend(fields, kind, extra)}"
+            )
+        if kind == "dynamic":
+            fields["max_position_embeddings"] = context or 2048
         if kind == "longrope":
             fields["max_position_embeddings"] = context or fields["original_max_position_embeddings"]
         fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+        numbers = {"rope_theta": theta, "partial_rotary_factor": part}
+        for name, value in (numbers | fields).items():
+            if not _is_number(value) and not (isinstance(value, tuple) and all(map(_is_number, value))):
+                raise ModelError(f"rope {name}={value!r} in config.json is not a number")
         return cls(theta=float(theta), kind=kind, partial_rotary_factor=float(part), **fields)
 
     def to_hf(self) -> dict[str, Any]:
@@ -202,6 +215,28 @@ class Rope:
         return ramp_F * freqs_F / self.factor + (1 - ramp_F) * freqs_F
 
 
+def _is_number(value: object) -> bool:
+    if isinstance(value, str):  # some files have rope_theta as text
+        return re.fullmatch(r"\d+(\.\d*)?(e\+?\d+)?", value) is not None
+    return isinstance(value, (int, float))
+
+
+def _mend(fields: Mapping[str, Any], kind: str, extra: list[str]) -> str:
+    """What to do about unknown fields of a scaling, as a sentence."""
+    if not extra:
+        return ""
+    out = ""
+    if "attn_factor" in extra and kind == "yarn" and isinstance(fields.get("factor"), (int, float)):
+        own = _sharpness(fields["factor"], 1.0)
+        out = (
+            f" attn_factor is read in two ways: vLLM and llama.cpp multiply yarn's own factor, {own:.6g}, by it, and "
+            "transformers ignores it. To compute as the former, replace it in config.json by "
+            f'"attention_factor": {own * float(fields["attn_factor"]):.6g}; to compute as transformers, allow it.'
+        )
+    flags = " ".join(f"--allow-unknown={name}" for name in extra)
+    return f"{out} Fields that are to be ignored are named by {flags} (model.allow_unknown in a config)."
+
+
 def _sharpness(factor: float | None, mscale: float) -> float:
     return 1.0 if factor is None or factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
@@ -217,12 +252,27 @@ def rotation(rope: Rope, head_dim: int, positions_BS: jax.Array, segments_BS: ja
         last_BS1 = _last_position(positions_BS, segments_BS)[..., None]
         long_F = jnp.asarray(rope.frequencies(head_dim, long=True))
         freqs_F = jnp.where(last_BS1 >= rope.original_max_position_embeddings, long_F, freqs_F)
+    if rope.kind == "dynamic":
+        freqs_F = _grown(rope, rope.rotated_dims(head_dim), freqs_F, _last_position(positions_BS, segments_BS))
     # float32: bfloat16 rounds position 257 to 256.
     angles_BSF = positions_BS.astype(jnp.float32)[..., None] * freqs_F
     cos_BSF, sin_BSF = jnp.cos(angles_BSF), jnp.sin(angles_BSF)
     if rope.magnitude != 1.0:
         cos_BSF, sin_BSF = cos_BSF * rope.magnitude, sin_BSF * rope.magnitude
     return Rotation(cos_BSF, sin_BSF, _query_scale(rope, positions_BS))
+
+
+def _grown(rope: Rope, rotated: int, freqs_F: jax.Array, last_BS: jax.Array) -> jax.Array:
+    """Frequencies [B, S, F] of a dynamic rope: theta grows with the length of a document beyond the model's positions.
+
+    transformers takes the longest row of a batch; here every document has its own length. Source: transformers,
+    `_compute_dynamic_ntk_parameters`.
+    """
+    factor, positions = rope.factor or 1.0, rope.max_position_embeddings
+    length_BS1 = jnp.maximum(last_BS + 1, positions)[..., None].astype(jnp.float32)
+    growth_BS1 = factor * length_BS1 / positions - (factor - 1)
+    powers_F = jnp.arange(0, rotated, 2, dtype=jnp.float32) / (rotated - 2)
+    return freqs_F * growth_BS1**-powers_F
 
 
 def _query_scale(rope: Rope, positions_BS: jax.Array) -> jax.Array | None:
