@@ -76,9 +76,9 @@ def with_own_head(tied: bool, source: TensorSource) -> tuple[bool, TensorSource,
     if not tied:
         if HEAD not in specs and EMBEDDING in specs:
             raise CheckpointError(
-                f"missing lm_head.weight {list(specs[EMBEDDING].shape)}: config.json does not tie it to the embedding. If "
-                "they are one table, set tie_word_embeddings to true in config.json; if this is the body of a model without "
-                "its head, take the whole model. A reward model (method.name='reward') needs no LM head"
+                f"missing lm_head.weight {list(specs[EMBEDDING].shape)}: config.json does not tie it to the embedding. "
+                "If they are one table, set tie_word_embeddings to true in config.json; if this is the body of a model "
+                "without its head, take the whole model. A reward model (method.name='reward') needs no LM head"
             )
         return False, source, None
     if HEAD not in specs:
