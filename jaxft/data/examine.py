@@ -11,6 +11,7 @@ import numpy as np
 from jaxft.config import DataConfig
 from jaxft.data.batch import Example
 from jaxft.data.chat.arrange import CHANGES
+from jaxft.data.chat.encode import SPLIT_FROM, SPLIT_TO, WHOLE_WITH
 from jaxft.data.encoded.table import Facts, facts_of, hashes_of
 from jaxft.data.encoded.work import ReadCounts
 from jaxft.data.examine_pairs import PairExamination, combine_pairs, examine_pairs, length_quantiles, pair_warnings
@@ -187,13 +188,10 @@ def _refuse_untrained(facts: Facts, rows: int, where: Callable[[int], str], sour
 def _warnings(examination: Examination, unended: int, notes: Counter[str], headless: int) -> tuple[str, ...]:
     warnings = []
     if notes["split"]:
-        warnings.append(
-            f"{notes['split']:,} rows are cut into a sequence for each answer that the chat template rewrites later: "
-            f"{examination.rows:,} rows became {examination.before_fitting:,} examples (data.turns)"
-        )
+        warnings.append(_cost_of_splits(examination, notes))
     warnings += changes(notes, examination.skipped)
     for what, count in notes.items():
-        if what not in ("split", *CHANGES):
+        if what not in ("split", SPLIT_FROM, SPLIT_TO, *CHANGES) and not what.startswith(WHOLE_WITH):
             warnings.append(f"in {count:,} rows the chat template leaves {what} out (data.omissions)")
     if examination.dropped:
         warnings.append(
@@ -222,6 +220,17 @@ def _warnings(examination: Examination, unended: int, notes: Counter[str], headl
     if examination.pairs is not None:
         warnings += pair_warnings(examination.pairs)
     return tuple(warnings)
+
+
+def _cost_of_splits(examination: Examination, notes: Counter[str]) -> str:
+    before, after = notes[SPLIT_FROM], notes[SPLIT_TO]
+    names = [note.removeprefix(WHOLE_WITH) for note in notes if note.startswith(WHOLE_WITH)]
+    mend = f"; data.chat_template={names[0]!r} keeps such rows whole" if names else ""
+    return (
+        f"{notes['split']:,} rows are cut into a sequence for each answer that the chat template rewrites later: "
+        f"{examination.rows:,} rows became {examination.before_fitting:,} examples, and the {before:,} tokens of those "
+        f"that are cut {after:,}, {after / max(before, 1):.1f} times as many (data.turns){mend}"
+    )
 
 
 def changes(notes: Counter[str], skipped: int) -> list[str]:

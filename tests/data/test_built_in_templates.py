@@ -30,15 +30,16 @@ TOOL = {"type": "function", "function": {"name": "add", "description": "Adds.", 
 CHAT = [SYSTEM, ONE, PLAIN, TWO, LAST]
 
 
-def bytes_with(name, template=None):
-    """A tokenizer of single bytes with the tokens of a built-in template, and that template or another one."""
+def bytes_with(name, template=None, *more):
+    """A tokenizer of single bytes with the tokens of a built-in template, `more`, and that template or another one."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Backend(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     own = [token for token in BUILT_IN.get(name, ()) if token != EOS]
-    tokens = ["<bos>", "<eos>", *own]
-    backend.add_tokens([AddedToken(one, normalized=False, special="think" not in one) for one in tokens])
+    special = {"<bos>", "<eos>", *own} - {"<think>", "</think>"}
+    tokens = ["<bos>", "<eos>", *own, *more]
+    backend.add_tokens([AddedToken(one, normalized=False, special=one in special) for one in tokens])
     eos = "<eos>" if EOS in BUILT_IN.get(name, (EOS,)) else own[-1]
     fast = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token=eos)
     fast.chat_template = template or built_in(name)

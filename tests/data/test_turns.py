@@ -112,7 +112,7 @@ def test_turns_that_are_rewritten_get_sequences_of_their_own(tokenizer_of):
         ["<think>\n\n</think>\n\n2<|im_end|>"],
         ["<think>\ntres\n</think>\n\n3<|im_end|>"],
     ]
-    assert "uno" not in tokenizer.decode(examples[1].tokens) and notes == {"split": 1}
+    assert "uno" not in tokenizer.decode(examples[1].tokens) and notes["split"] == 1
     assert {example.row for example in examples} == {4}
     check_as_inference(conversation, examples, tokenizer)
     with pytest.raises(DataError, match=r"line 5: .*message 3 .*rewrites earlier text.*data.turns='auto'"):

@@ -9,6 +9,7 @@ from typing import Any
 
 from jaxft.config import DataConfig
 from jaxft.data.chat.reasoning import arrange_thoughts
+from jaxft.data.chat.tool_calls import with_short_ids
 from jaxft.data.formats import Conversation
 from jaxft.data.rows.messages import merged
 from jaxft.data.tokenizers.tokenizer import Tokenizer
@@ -17,7 +18,8 @@ from jaxft.errors import DataError
 # The notes of rows whose messages are changed, as warnings tell them.
 DEVELOPER = "the developer's message is given to the chat template as the system message, the only one that it knows"
 MERGED = "consecutive messages of the same role are joined (data.merge_turns)"
-CHANGES = (DEVELOPER, MERGED)
+SHORT_IDS = "the ids of tool calls are replaced by ids of nine letters, the only ones that the chat template takes"
+CHANGES = (DEVELOPER, MERGED, SHORT_IDS)
 NAME = re.compile(r"[A-Za-z_]\w*$")
 
 
@@ -25,8 +27,9 @@ def arrange(conversation: Conversation, tokenizer: Tokenizer, config: DataConfig
     """The conversation with its messages as the template reads them.
 
     A developer is the system if the template knows no developer; turns are joined by data.merge_turns; documents stay
-    if the template reads them; thoughts are where data.reasoning says. notes: counts the rows that were changed. Raises
-    DataError, naming the row, if joined messages would be trained in part.
+    if the template reads them; tool calls have ids that the template takes; thoughts are where data.reasoning says.
+    notes: counts the rows that were changed. Raises DataError, naming the row, if joined messages would be trained in
+    part.
     """
     if not conversation.messages:
         return conversation
@@ -42,6 +45,10 @@ def arrange(conversation: Conversation, tokenizer: Tokenizer, config: DataConfig
         # They are counted as unread, which is refused or ignored by a setting.
         kwargs = {name: value for name, value in conversation.template_kwargs.items() if name != "documents"}
         conversation = replace(conversation, template_kwargs=kwargs)
+    if any(message.get("tool_calls") for message in conversation.messages) and tokenizer.wants_short_ids:
+        shortened = tuple(with_short_ids(conversation.messages))
+        notes[SHORT_IDS] += shortened != conversation.messages
+        conversation = replace(conversation, messages=shortened)
     messages = arrange_thoughts(conversation.messages, config.reasoning, tokenizer.chat_template)
     return replace(conversation, messages=messages)
 

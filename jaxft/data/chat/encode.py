@@ -10,13 +10,14 @@ decides which answers share a sequence.
 import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import groupby, islice
 
 import numpy as np
 
 from jaxft.config import DataConfig
 from jaxft.data.batch import Example
 from jaxft.data.chat.arrange import arrange
+from jaxft.data.chat.mends import LEAVE_OUT, Mends, TemplateProblem
 from jaxft.data.chat.prompt_ends import PromptEnds
 from jaxft.data.chat.reasoning import split_thoughts
 from jaxft.data.chat.turns import Layout, Turn, layouts, no_end, render, shared_start, trained_answers
@@ -27,6 +28,9 @@ from jaxft.errors import DataError
 
 # Conversations tokenised in one batch: enough to keep every core busy, few enough to fit in memory.
 CHUNK = 512
+# Notes of rows that become several sequences: their tokens as one, and as several; and before the name of a built-in
+# template with which the first of them is one.
+SPLIT_FROM, SPLIT_TO, WHOLE_WITH = "tokens of split rows", "tokens of their sequences", "whole with "
 # Tokens before the end of a prompt at which another end is tried.
 TRIED = 16
 
@@ -57,28 +61,61 @@ def encode_all(
     """
     config = DataConfig() if config is None else config
     notes = Counter() if notes is None else notes
-    prompt_ends = PromptEnds(tokenizer)
+    prompt_ends, mends = PromptEnds(tokenizer), Mends(tokenizer, config, _encode)
     remaining = iter(conversations)
     while chunk := list(islice(remaining, CHUNK)):
         sequences: list[Layout] = []
+        given: list[Conversation] = []  # of each of the sequences, as it was read
         for conversation in chunk:
             try:
-                sequences += layouts(arrange(conversation, tokenizer, config, notes), tokenizer, config, notes)
+                of_row = layouts(arrange(conversation, tokenizer, config, notes), tokenizer, config, notes)
             except (DataError, RecursionError) as error:
-                on_bad(conversation.row, conversation.where, _explained(error, conversation))
-        for layout, (ids, counts) in zip(sequences, prompt_ends.encode(sequences), strict=True):
+                on_bad(conversation.row, conversation.where, _explained(error, conversation, mends))
+                continue
+            sequences += of_row
+            given += [conversation] * len(of_row)
+        encoded = list(prompt_ends.encode(sequences))
+        _note_splits(given, [len(ids) for ids, _ in encoded], mends, config, notes)
+        for layout, (ids, counts), conversation in zip(sequences, encoded, given, strict=True):
             try:
                 example = _mark(layout, ids, counts, tokenizer, config)
             except DataError as error:
-                on_bad(layout.conversation.row, layout.conversation.where, error)
+                on_bad(conversation.row, conversation.where, mends.explained(error, conversation))
             else:
                 yield example
 
 
-def _explained(error: Exception, conversation: Conversation) -> Exception:
+def _encode(conversation: Conversation, tokenizer: Tokenizer, config: DataConfig) -> list[Example]:
+    """The sequences of one conversation. Raises DataError without looking for what would help."""
+    notes: Counter[str] = Counter()
+    sequences = layouts(arrange(conversation, tokenizer, config, notes), tokenizer, config, notes)
+    encoded = PromptEnds(tokenizer).encode(sequences)
+    return [_mark(layout, *one, tokenizer, config) for layout, one in zip(sequences, encoded, strict=True)]
+
+
+def _note_splits(
+    given: Sequence[Conversation], lengths: Sequence[int], mends: Mends, config: DataConfig, notes: Counter[str]
+) -> None:
+    """Counts the tokens of the rows that became several sequences, and of what they would be as one.
+
+    given: the row of each sequence; lengths: in tokens. The longest sequence of a row has all of its turns.
+    """
+    if config.turns != "auto":
+        return
+    for _, group in groupby(zip(given, lengths, strict=True), key=lambda pair: id(pair[0])):
+        pairs = list(group)
+        if len(pairs) == 1:
+            continue
+        if not notes[SPLIT_TO] and (name := mends.whole_with(pairs[0][0])):
+            notes[f"{WHOLE_WITH}{name}"] = 1
+        notes[SPLIT_FROM] += max(length for _, length in pairs)
+        notes[SPLIT_TO] += sum(length for _, length in pairs)
+
+
+def _explained(error: DataError | RecursionError, conversation: Conversation, mends: Mends) -> DataError:
     if isinstance(error, RecursionError):
         return DataError(f"{conversation.where} is nested too deeply to be rendered")
-    return error
+    return mends.explained(error, conversation)
 
 
 def _mark(
@@ -148,7 +185,7 @@ def _count_prompt(layout: Layout, turn: Turn, ids: Sequence[int], tokenizer: Tok
     """The number of tokens of a prompt, which must be the first ones of its sequence."""
     prompt = tokenizer.encode(turn.prompt)
     if ids[: len(prompt)] != prompt:
-        raise DataError(_prefix_error(layout.conversation, turn, ids, prompt, tokenizer))
+        raise _prefix_error(layout.conversation, turn, ids, prompt, tokenizer)
     return len(prompt)
 
 
@@ -164,12 +201,12 @@ def _mark_chat(
     for turn, start in zip(layout.turns, starts, strict=True):
         end = next((i for i in range(start, len(ids)) if ids[i] in tokenizer.stop_ids), -1)
         if end < 0:
-            raise DataError(no_end(conversation, turn.number, tokenizer))
+            raise no_end(conversation, turn.number, tokenizer)
         mask[start : end + 1] = 1
     if train_on == "all":
         end = max((i for i, token in enumerate(ids) if token in tokenizer.stop_ids), default=0)
         if end == 0:
-            raise DataError(no_end(conversation, len(conversation.messages), tokenizer))
+            raise no_end(conversation, len(conversation.messages), tokenizer)
         mask[1 : end + 1] = 1
     return _example(conversation, ids[: end + 1], mask[: end + 1])
 
@@ -225,19 +262,18 @@ def _refuse_double_bos(conversation: Conversation, ids: Sequence[int], tokenizer
 
 def _prefix_error(
     conversation: Conversation, turn: Turn, ids: Sequence[int], prompt: Sequence[int], tokenizer: Tokenizer
-) -> str:
+) -> DataError:
     at = shared_start(ids, prompt)
-    mend = (
-        "Remove white space from the start of the answer, or change the template's generation prompt."
-        if conversation.messages
-        else _boundary_mend(turn, ids, at, tokenizer)
-    )
-    return (
+    what = (
         f"{conversation.where}: the tokens of the prompt are not a prefix of those of prompt + answer (message "
         f"{turn.number}): token {at} is {_token_at(prompt, at, tokenizer)} in the prompt alone and "
         f"{_token_at(ids, at, tokenizer)} before the answer, so the model would be trained on a prompt that it never "
-        f"sees. {mend}"
+        "sees."
     )
+    if not conversation.messages:
+        return DataError(f"{what} {_boundary_mend(turn, ids, at, tokenizer)}")
+    mend = f"Set data.chat_template to one whose prompt ends where a token ends; {LEAVE_OUT}."
+    return TemplateProblem(what, mend, kind="tokens")
 
 
 def _boundary_mend(turn: Turn, ids: Sequence[int], at: int, tokenizer: Tokenizer) -> str:

@@ -44,6 +44,14 @@ def wants_text(render: Render) -> bool:
     return written is not None and f'"{NAME}"' in written
 
 
+def wants_short_ids(render: Render) -> bool:
+    """Whether a template refuses calls with the ids that OpenAI gives, and takes those of nine letters and digits."""
+    return any(
+        _call(render, as_text) is not None and _call(render, as_text, call_id=f"call_{'x' * 24}") is None
+        for as_text in (False, True)
+    )
+
+
 def with_arguments(messages: Sequence[Mapping[str, Any]], *, as_text: bool) -> list[dict[str, Any]]:
     """The messages with the arguments of every tool call as objects, or as JSON text.
 
@@ -70,9 +78,9 @@ def _with_arguments(call: Mapping[str, Any], as_text: bool) -> dict[str, Any]:
     return {**call, "function": function} if function else dict(call)
 
 
-def _call(render: Render, as_text: bool) -> str | None:
+def _call(render: Render, as_text: bool, call_id: str = "abcdefghi") -> str | None:
     # Nine letters: Mistral's templates refuse any other id.
-    call = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": {NAME: VALUE}}}
+    call = {"id": call_id, "type": "function", "function": {"name": "f", "arguments": {NAME: VALUE}}}
     properties = {NAME: {"type": "string", "description": "p"}}
     parameters = {"type": "object", "properties": properties, "required": [NAME]}
     tool = {"type": "function", "function": {"name": "f", "description": "f", "parameters": parameters}}

@@ -1,7 +1,10 @@
 """Tools and tool calls in one form, OpenAI's, from the various forms that rows have."""
 
+import hashlib
 import json
-from collections.abc import Mapping
+import re
+import string
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -47,6 +50,40 @@ def tools_of(row: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise BadCall(f"'tools' must be a list of JSON schemas; it is {str(tools)[:60]!r}")
     return tuple(_tool(tool) for tool in tools)
+
+
+def with_short_ids(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with ids of nine letters and digits in tool calls and their results.
+
+    Such ids stay; others become the same short one wherever they stand, and calls without an id get one. A result
+    without an id is that of the next call that has none yet.
+    """
+    out: list[dict[str, Any]] = []
+    waiting: list[str] = []  # ids of calls without a result
+    for index, message in enumerate(messages):
+        if message.get("tool_calls"):
+            calls = [
+                {**call, "id": _short(str(call.get("id") or f"{index}.{number}"))}
+                for number, call in enumerate(message["tool_calls"])
+            ]
+            waiting = [call["id"] for call in calls]
+            out.append({**message, "tool_calls": calls})
+        elif message.get("role") in ("tool", "function"):
+            given = message.get("tool_call_id") or message.get("id")
+            short = _short(str(given)) if given else waiting[0] if waiting else _short(str(index))
+            waiting = [one for one in waiting if one != short]
+            out.append({**message, "tool_call_id": short})
+        else:
+            out.append(dict(message))
+    return out
+
+
+def _short(call_id: str) -> str:
+    if re.fullmatch(r"[A-Za-z0-9]{9}", call_id):
+        return call_id
+    number = int.from_bytes(hashlib.sha256(call_id.encode("utf-8", "surrogatepass")).digest()[:8])
+    letters = string.digits + string.ascii_letters
+    return "".join(letters[number // len(letters) ** digit % len(letters)] for digit in range(9))
 
 
 def _call(call: Any, number: int) -> dict[str, Any]:

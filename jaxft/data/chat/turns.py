@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxft.config import DataConfig
+from jaxft.data.chat.mends import LEAVE_OUT, TemplateProblem
 from jaxft.data.chat.omissions import MEND, MENDS, Shown, omissions
 from jaxft.data.formats import Conversation
-from jaxft.data.tokenizers.tokenizer import Tokenizer
+from jaxft.data.tokenizers.tokenizer import TemplateRefusal, Tokenizer
 from jaxft.errors import DataError
 
 
@@ -112,10 +113,14 @@ def trained_answers(conversation: Conversation, train_on: str) -> list[int]:
 
 
 def render(conversation: Conversation, tokenizer: Tokenizer, upto: int, **kwargs: Any) -> str:
-    """The first `upto` messages as text. Raises DataError, naming the row."""
+    """The first `upto` messages as text. Raises DataError, naming the row; TemplateProblem if the template refuses."""
     kwargs = {**conversation.template_kwargs, **kwargs}
     try:
         return tokenizer.render(conversation.messages[:upto], tools=conversation.tools, **kwargs)
+    except TemplateRefusal as error:
+        mend = f"Set data.chat_template to a template that takes them, or change the row; {LEAVE_OUT}."
+        what = f"{conversation.where}: {str(error).rstrip('.')}."
+        raise TemplateProblem(what, mend, kind=str(error.__cause__)) from error
     except DataError as error:
         raise DataError(f"{conversation.where}: {error}") from error
 
@@ -126,13 +131,14 @@ def shared_start(a: Sequence[Any], b: Sequence[Any]) -> int:
     return next((i for i in range(shorter) if a[i] != b[i]), shorter)
 
 
-def no_end(conversation: Conversation, number: int, tokenizer: Tokenizer) -> str:
-    """The error message for an answer without an end token."""
+def no_end(conversation: Conversation, number: int, tokenizer: Tokenizer) -> TemplateProblem:
+    """The error for an answer without an end token."""
     ends = ", ".join(repr(tokenizer.token(i)) for i in sorted(tokenizer.stop_ids)) or "none known"
-    return (
+    return TemplateProblem(
         f"{conversation.where}: EOS would never be trained: the template puts no end token ({ends}) after message "
-        f"{number} (assistant), so the model would not learn to stop. Set data.chat_template to one that writes "
-        "eos_token after each answer."
+        f"{number} (assistant), so the model would not learn to stop.",
+        f"Set data.chat_template to one that writes eos_token after each answer; {LEAVE_OUT}.",
+        kind="no end",
     )
 
 
@@ -147,14 +153,16 @@ def _turn(conversation: Conversation, tokenizer: Tokenizer, index: int) -> Turn:
     prompt = render(conversation, tokenizer, index, add_generation_prompt=True)
     upto = render(conversation, tokenizer, number)
     if not upto.startswith(prompt):
-        raise DataError(
+        raise TemplateProblem(
             f"{_difference(conversation, number, upto, prompt)} This template writes even the last answer differently "
-            "from how it prompts for it: set data.chat_template to one that does not."
+            "from how it prompts for it.",
+            f"Set data.chat_template to one that does not; {LEAVE_OUT}.",
+            kind="another answer",
         )
     ends = [tokenizer.token(stop) for stop in tokenizer.stop_ids]
     spans = [(at, at + len(end)) for end in ends if (at := upto.find(end, len(prompt))) >= 0]
     if not spans:
-        raise DataError(no_end(conversation, number, tokenizer))
+        raise no_end(conversation, number, tokenizer)
     return Turn(number=number, prompt=prompt, upto=upto, end=min(spans)[1])
 
 
@@ -179,9 +187,11 @@ def _note_omissions(conversation: Conversation, turns: Sequence[Turn], config: D
     for what, number in absent.items():
         if config.omissions == "refuse":
             of_message = f" of message {number}" if number else ""
-            raise DataError(
+            raise TemplateProblem(
                 f"{conversation.where}: the chat template leaves {what}{of_message} out, so the model would be trained "
-                f"without it. {MENDS.get(what, MEND)}; data.omissions='warn' trains on what the template shows."
+                "without it; data.omissions='warn' trains on what the template shows.",
+                f"{MENDS.get(what, MEND)}; {LEAVE_OUT}.",
+                kind=f"without {what}",
             )
         notes[what] += 1
 

@@ -1,5 +1,6 @@
 """One tokenizer for text and chat: encoding, decoding, rendering by the chat template, saving."""
 
+import copy
 import functools
 import json
 import os
@@ -8,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxft.data.chat import template_probes, template_text
+from jaxft.data.chat.tool_calls import with_short_ids
 from jaxft.data.tokenizers.end_tokens import end_tokens, eos_field
+from jaxft.data.tokenizers.templates import fitting
 from jaxft.errors import DataError, listed
 
 if TYPE_CHECKING:
@@ -16,6 +19,10 @@ if TYPE_CHECKING:
 
 # The index of a token -> the start and the end of its text, in characters.
 Spans = Callable[[int], tuple[int, int]]
+
+
+class TemplateRefusal(DataError):
+    """A chat template that raises an error for messages."""
 
 
 class Tokenizer:
@@ -37,6 +44,7 @@ class Tokenizer:
     ) -> None:
         """name: its name in errors. extra_stop_ids: further tokens that end an answer."""
         self.backend, self.name, self.table_rows = backend, name, table_rows
+        self._extra_stop_ids = tuple(extra_stop_ids)
         # With the limit from its files the backend would warn of every longer text; jaxft checks lengths itself.
         backend.model_max_length = int(1e30)
         self.vocab_size: int = max(backend.get_vocab().values()) + 1
@@ -47,7 +55,7 @@ class Tokenizer:
         self.pad_id: int = next(int(i) for i in pads if i is not None and self.has_row(i))
         self.adds_bos: bool = self.bos_id is not None and backend("a")["input_ids"][:1] == [self.bos_id]
         turn_ends = set() if self.chat_template is None else _ends_of_turns(self)
-        ends = {*extra_stop_ids, self.eos_id, *turn_ends} - {None}
+        ends = {*self._extra_stop_ids, self.eos_id, *turn_ends} - {None}
         self.stop_ids: frozenset[int] = frozenset(int(i) for i in ends)
 
     def has_row(self, token_id: int) -> bool:
@@ -101,6 +109,12 @@ class Tokenizer:
         if fixed != self.chat_templates:
             self.backend.chat_template = fixed if isinstance(self.backend.chat_template, Mapping) else fixed["default"]
 
+    def with_template(self, text: str) -> "Tokenizer":
+        """The same tokenizer with another chat template. text: Jinja."""
+        backend = copy.copy(self.backend)
+        backend.chat_template = text
+        return Tokenizer(backend, name=self.name, extra_stop_ids=self._extra_stop_ids, table_rows=self.table_rows)
+
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Token ids of text. add_special_tokens: add the tokenizer's own special tokens, such as BOS."""
         return self.backend.encode(text, add_special_tokens=add_special_tokens)
@@ -137,7 +151,8 @@ class Tokenizer:
 
         messages: arguments of tool calls may be objects or JSON text; the template gets the form that it can print.
         kwargs are variables of the template, such as `enable_thinking`.
-        Raises DataError if there is no template, it refuses the messages, or it does not read one of the variables.
+        Raises TemplateRefusal if the template refuses the messages; DataError if there is none, or it does not read one
+        of the variables.
         """
         if (
             kwargs
@@ -147,6 +162,7 @@ class Tokenizer:
             raise DataError(f"chat_template_kwargs: {what}")
         if any(message.get("tool_calls") for message in messages):
             messages = template_probes.with_arguments(messages, as_text=self._arguments_as_text)
+            messages = with_short_ids(messages) if self.wants_short_ids else messages
         return self.apply_template(messages, tools=tools, add_generation_prompt=add_generation_prompt, **kwargs)
 
     def apply_template(self, messages: Sequence[Mapping[str, Any]], *, tools: Any = None, **kwargs: Any) -> str:
@@ -155,9 +171,11 @@ class Tokenizer:
         from jinja2 import TemplateError
 
         if self.backend.chat_template is None:
+            fit = ", ".join(fitting(self.backend)) or "none"
             raise DataError(
                 f"the tokenizer {self.name or 'in use'} has no chat template, so it cannot render messages. "
-                "Set data.chat_template to a Jinja file, or use prompt/completion or text rows."
+                f"Set data.chat_template to a Jinja file, or to a built-in template that fits this tokenizer ({fit}), "
+                "or use prompt/completion or text rows."
             )
         if self._random is not None:
             raise DataError(
@@ -167,9 +185,14 @@ class Tokenizer:
         plain, tools = [dict(message) for message in messages], list(tools) if tools else None
         try:
             return str(self.backend.apply_chat_template(plain, tools=tools, tokenize=False, **kwargs))
-        except (TemplateError, TypeError) as error:
+        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
             roles = ", ".join(str(m.get("role")) for m in messages)
-            raise DataError(f"the chat template refuses these messages ({roles}): {error}") from error
+            raise TemplateRefusal(f"the chat template refuses these messages ({roles}): {error}") from error
+
+    @functools.cached_property
+    def wants_short_ids(self) -> bool:
+        """Whether the chat template takes ids of tool calls of nine letters and digits alone, as Mistral's do."""
+        return template_probes.wants_short_ids(self.apply_template)
 
     @functools.cached_property
     def _random(self) -> str | None:
