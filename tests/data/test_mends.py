@@ -12,9 +12,10 @@ from jaxft.config import DataConfig
 from jaxft.data.chat.arrange import SHORT_IDS
 from jaxft.data.chat.encode import encode, encode_all
 from jaxft.data.chat.tool_calls import with_short_ids
+from jaxft.data.encoded.work import ReadCounts
 from jaxft.data.examine import examine
+from jaxft.data.fitting import ModelLimits
 from jaxft.data.formats import Conversation
-from jaxft.data.prepare import ReadCounts
 from jaxft.data.tokenizers.templates import built_in
 from jaxft.errors import DataError
 
@@ -132,10 +133,15 @@ def test_the_cost_of_splitting_is_told_with_what_saves_it():
     chat = [message for _ in range(5) for message in (ONE, PLAIN)]
     notes = Counter()
     examples = list(encode_all([row_of(chat)], tokenizer, notes=notes))
-    after, before = sum(len(e) for e in examples), len(examples[-1])
+    # With the newline behind the last end token, which is not trained.
+    after, before = sum(len(e) + 1 for e in examples), len(examples[-1]) + 1
     assert len(examples) == 5 and after > 2 * before
     _, examination = examine(
-        examples, DataConfig(packing=False), stop_ids=tokenizer.stop_ids, where=str, counts=ReadCounts(notes=notes)
+        examples,
+        DataConfig(packing=False),
+        model=ModelLimits(stop_ids=tokenizer.stop_ids),
+        where=str,
+        counts=ReadCounts(notes=notes),
     )
     (told,) = [warning for warning in examination.warnings if "are cut into a sequence" in warning]
     assert f"the {before:,} tokens of those that are cut {after:,}, {after / before:.1f} times as many" in told
