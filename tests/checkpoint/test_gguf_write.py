@@ -31,6 +31,16 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }  # fmt: skip
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.5] * 6, "long_factor": [2.0, 3.25] * 6}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+MINISTRAL = YARN | {
+    "rope_theta": 1e6, "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.125,
+}  # fmt: skip
+OLMO3 = {
+    "head_dim": 16, "sliding_window": 16, "rope_parameters": {
+        "full_attention": YARN | {"rope_theta": 5e5}, "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
+    },
+}  # fmt: skip
 CONFIGS = {
     "llama": {"model_type": "llama"},
     "llama_tied": {"model_type": "llama", "tie_word_embeddings": True},
@@ -55,6 +65,12 @@ CONFIGS = {
         "original_max_position_embeddings": 64, "partial_rotary_factor": 0.75,
     },
     "olmo2": {"model_type": "olmo2", "head_dim": 16},
+    "qwen3_yarn": {"model_type": "qwen3", "rope_scaling": YARN},
+    "llama_yarn": {"model_type": "llama", "rope_scaling": YARN | {"attention_factor": 0.75}},
+    "ministral3": {"model_type": "ministral3", "rope_parameters": MINISTRAL},
+    "ministral3_scales": {"model_type": "ministral3", "rope_parameters": MINISTRAL | {"mscale_all_dim": 0.5}},
+    "olmo3": {"model_type": "olmo3", **OLMO3},
+    "olmo3_order": {"model_type": "olmo3", **OLMO3, "layer_types": ["full_attention", "sliding_attention"]},
     "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {
         "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
@@ -63,6 +79,7 @@ CONFIGS = {
 }  # fmt: skip
 ARCHS = {
     "mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe",
+    "ministral3": "mistral3", "olmo3": "olmo2",
 }  # fmt: skip
 
 
@@ -223,9 +240,16 @@ def test_a_damaged_value_is_noticed(tmp_path):
         (CONFIGS["gemma3"] | {"sliding_window_pattern": 3}, r"layer_types are not 5 local to one global"),
         (CONFIGS["gemma3"] | {"final_logit_softcapping": 30.0}, r"final_logit_softcapping=30.0: some versions leave"),
         (CONFIGS["gemma3"] | {"rope_local_base_freq": 5e3}, r"rope of local layers 'default' with base 5000.0"),
+        (CONFIGS["gemma3"] | {"rope_scaling": YARN}, r"rope scaling 'yarn'"),
+        ({"rope_scaling": YARN | {"beta_fast": 16.0}}, r"yarn with beta_fast=16.0, .* its ramp runs from 32 to 1 turns"),
+        ({"rope_scaling": YARN | {"truncate": False}}, r"truncate=False: its ramp .* rounded to whole dimensions"),
         (
-            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}},
-            r"rope scaling 'yarn'",
+            CONFIGS["olmo3"]
+            | {
+                "rope_parameters": OLMO3["rope_parameters"]
+                | {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+            },
+            r"rope of local layers 'default' with base 10000.0: it is 'default' with the base of global layers, 500000",
         ),
     ],
 )

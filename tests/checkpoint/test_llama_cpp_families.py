@@ -25,6 +25,16 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }  # fmt: skip
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.5] * 3, "long_factor": [2.0, 3.25] * 3}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+MINISTRAL = YARN | {
+    "rope_theta": 1e4, "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.5, "original_max_position_embeddings": 16,
+}  # fmt: skip
+OLMO3 = {
+    "sliding_window": 16, "rope_parameters": {
+        "full_attention": YARN | {"rope_theta": 1e4}, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    },
+}  # fmt: skip
 GEMMA = {"sliding_window": 16, "query_pre_attn_scalar": 16, "tie_word_embeddings": True}
 CONFIGS = {
     "llama": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
@@ -48,6 +58,12 @@ CONFIGS = {
         "original_max_position_embeddings": 32,
     },
     "olmo2": {"model_type": "olmo2"},
+    "qwen3_yarn": {"model_type": "qwen3", "rope_scaling": YARN},
+    "llama_yarn": {"model_type": "llama", "rope_scaling": YARN | {"attention_factor": 0.75}},
+    "ministral3": {"model_type": "ministral3", "rope_parameters": MINISTRAL},
+    "ministral3_scales": {"model_type": "ministral3", "rope_parameters": MINISTRAL | {"mscale_all_dim": 0.5}},
+    "olmo3": {"model_type": "olmo3", **OLMO3, "num_hidden_layers": 5},
+    "olmo3_order": {"model_type": "olmo3", **OLMO3, "layer_types": ["full_attention", "sliding_attention"]},
     "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {
         "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,

@@ -59,13 +59,13 @@ class Family:
     biases: Mapping[str, str] = field(default_factory=dict)  # config field -> GGUF tensor whose bias decides it
     experts: str | None = None  # config field with their number
     settings: frozenset[str] = frozenset()  # metadata of this family beyond that of all families
+    mark: str | None = None  # metadata that other families of the same architecture do not have, or have as 0
 
 
 _GELU = {"hidden_activation": "gelu_pytorch_tanh"}
-_WINDOW = "attention.sliding_window"
-_GEMMA2_SETTINGS = frozenset(
-    (_WINDOW, "attention.sliding_window_pattern", "attn_logit_softcapping", "final_logit_softcapping")
-)
+_WINDOW, WINDOW_PATTERN = "attention.sliding_window", "attention.sliding_window_pattern"
+TEMPERATURE, YARN_LOG = "attention.temperature_scale", "rope.scaling.yarn_log_multiplier"
+_GEMMA2_SETTINGS = frozenset((_WINDOW, WINDOW_PATTERN, "attn_logit_softcapping", "final_logit_softcapping"))
 _EXPERT_SETTINGS = frozenset(("expert_count", "expert_used_count"))
 
 # By Hugging Face's model_type. `mistral` is written as `llama` and read back as `llama`, which computes the same.
@@ -88,6 +88,20 @@ FAMILIES = {
             interleaved=True,
             experts="num_local_experts",
             settings=_EXPERT_SETTINGS,
+            mark="expert_count",
+        ),
+        # Mistral Small 3.1 and its like, which llama.cpp's converter does not write as `llama`.
+        Family(
+            arch="mistral3", model_type="mistral", architecture="MistralForCausalLM", layer=_DENSE, interleaved=True
+        ),
+        Family(
+            arch="mistral3",
+            model_type="ministral3",
+            architecture="Ministral3ForCausalLM",
+            layer=_DENSE,
+            interleaved=True,
+            settings=frozenset((TEMPERATURE, YARN_LOG)),
+            mark=TEMPERATURE,
         ),
         Family(arch="qwen2", model_type="qwen2", architecture="Qwen2ForCausalLM", layer=_DENSE),
         Family(
@@ -141,6 +155,14 @@ FAMILIES = {
             model_type="olmo2",
             architecture="Olmo2ForCausalLM",
             layer=_NORMS_AFTER | _ATTENTION | _QK_NORM | _MLP,
+        ),
+        Family(
+            arch="olmo2",
+            model_type="olmo3",
+            architecture="Olmo3ForCausalLM",
+            layer=_NORMS_AFTER | _ATTENTION | _QK_NORM | _MLP,
+            settings=frozenset((_WINDOW, WINDOW_PATTERN)),
+            mark=_WINDOW,
         ),
     )
 }

@@ -8,6 +8,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from jaxft.checkpoint.gguf.ropes import ATTENTION_FACTOR, yarn_magnitude
+
 # Keys that no graph of a loaded architecture reads: of embeddings, of other kinds of norms, of an encoder.
 UNREAD = frozenset(
     "pooling_type embedding_length_out decoder_start_token_id attention.layer_norm_epsilon "
@@ -54,6 +56,8 @@ def is_neutral(name: str, value: Any, settings: Mapping[str, Any]) -> bool:
     """Whether a setting changes nothing. name: without the architecture. settings: all of them, by such names."""
     if name in UNREAD or (name in OF_EXPERTS and not settings.get("expert_count")):
         return True
+    if name == ATTENTION_FACTOR and settings.get("rope.scaling.type") == "yarn":
+        return True  # it is read with the scaling
     if not isinstance(value, int | float):
         return False
     if any(math.isclose(value, neutral, rel_tol=1e-6) for neutral in VALUES.get(name, ())):
@@ -67,7 +71,7 @@ def is_neutral(name: str, value: Any, settings: Mapping[str, Any]) -> bool:
 def _equal_settings(settings: Mapping[str, Any]) -> dict[str, float]:
     """The value with which a key repeats what other keys say; a window is neutral from the context's length on."""
     heads, width = settings.get("attention.head_count"), settings.get("embedding_length")
-    size = settings.get("attention.key_length")
+    size, factor = settings.get("attention.key_length"), settings.get("rope.scaling.factor")
     if size is None and isinstance(heads, int) and isinstance(width, int) and heads:
         size = width // heads
     out = {
@@ -76,6 +80,8 @@ def _equal_settings(settings: Mapping[str, Any]) -> dict[str, float]:
         "attention.scale": size**-0.5 if isinstance(size, int) and size > 0 else None,
         "rope.dimension_count_swa": settings.get("rope.dimension_count", size),
         "rope.freq_base_swa": settings.get("rope.freq_base"),
+        # llama.cpp computes it from the factor, whatever the file says.
+        "rope.scaling.yarn_attn_factor": yarn_magnitude(factor) if isinstance(factor, int | float) else None,
         "attention.sliding_window": settings.get("context_length"),
     }
     return {name: value for name, value in out.items() if isinstance(value, int | float)}

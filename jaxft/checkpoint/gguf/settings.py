@@ -1,6 +1,7 @@
 """The settings of a GGUF file for a config.json, and refusal of models that llama.cpp would compute differently."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -13,15 +14,24 @@ from jaxft.checkpoint.gguf.names import (
     LONG_FACTORS,
     ROPE_FACTORS,
     SHORT_FACTORS,
+    TEMPERATURE,
+    WINDOW_PATTERN,
     WRITTEN_AS,
+    YARN_LOG,
     Family,
     expert_count,
 )
+from jaxft.checkpoint.gguf.ropes import ATTENTION_FACTOR, YARN_FAST, YARN_SLOW, yarn_magnitude
 from jaxft.errors import ExportError
 from jaxft.models.families.gemma2 import GemmaConfig
+from jaxft.models.families.olmo3 import Config as Olmo3Config
 from jaxft.models.families.qwen3_moe import Config as Qwen3MoEConfig
 from jaxft.models.family import FULL, SLIDING, FamilyConfig
 from jaxft.models.moe import MoEConfig
+from jaxft.nn.attention.rope import Rope
+
+# Scalings of rope that are written beyond none and linear; in other architectures yarn.
+MORE_ROPES = {"phi3": ("longrope",), "llama": ("llama3", "yarn"), "gemma2": (), "gemma3": ()}
 
 
 def family_of(hf_config: Mapping[str, Any]) -> Family:
@@ -51,7 +61,7 @@ def model_metadata(hf_config: Mapping[str, Any]) -> dict[str, Any]:
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
         "rope.dimension_count": config.rope.rotated_dims(config.head_dim),
         "rope.freq_base": float(config.rope.theta),
-        **_rope(config.rope),
+        **_rope(family, config.rope),
     }
     if family.model_type in GEMMA_PERIODS:
         settings["attention.sliding_window"] = cast(GemmaConfig, config).sliding_window
@@ -67,6 +77,9 @@ def model_metadata(hf_config: Mapping[str, Any]) -> dict[str, Any]:
             "expert_count": expert_count(family, config),
             "expert_used_count": cast(MoEConfig, config).num_experts_per_tok,
         }
+    if isinstance(config, Olmo3Config) and SLIDING in config.layer_types:
+        pattern = [kind == SLIDING for kind in config.layer_types]
+        settings |= {"attention.sliding_window": config.sliding_window, WINDOW_PATTERN: pattern}
     if family.arch == "qwen3moe":
         settings["expert_feed_forward_length"] = cast(Qwen3MoEConfig, config).moe_intermediate_size
     return {f"{family.arch}.{key}": value for key, value in settings.items()}
@@ -85,9 +98,11 @@ def rope_vectors(hf_config: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return {}
 
 
-def _rope(rope: Any) -> dict[str, Any]:
+def _rope(family: Family, rope: Rope) -> dict[str, Any]:
+    if rope.kind == "yarn":
+        return _yarn(family, rope)
     if rope.kind == "linear":
-        return {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope.factor)}
+        return {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope.factor or 1.0)}
     if rope.kind == "llama3":
         return {"rope.scaling.original_context_length": int(rope.original_max_position_embeddings)}
     if rope.kind == "longrope":
@@ -96,6 +111,24 @@ def _rope(rope: Any) -> dict[str, Any]:
             "rope.scaling.attn_factor": float(rope.magnitude),
         }
     return {}
+
+
+def _yarn(family: Family, rope: Rope) -> dict[str, Any]:
+    factor = float(rope.factor or 1.0)
+    settings: dict[str, Any] = {
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": factor,
+        "rope.scaling.original_context_length": int(rope.original_max_position_embeddings),
+    }
+    usual = yarn_magnitude(factor)
+    if family.model_type == "ministral3":
+        settings[TEMPERATURE] = float(rope.llama_4_scaling_beta or 0.0)
+        if rope.mscale and rope.mscale_all_dim:
+            settings[YARN_LOG] = float(rope.mscale_all_dim)
+            usual /= yarn_magnitude(factor, rope.mscale_all_dim)
+    if not math.isclose(rope.magnitude, usual, rel_tol=1e-6):
+        settings[ATTENTION_FACTOR] = rope.magnitude / usual
+    return settings
 
 
 def _refuse(family: Family, config: FamilyConfig) -> None:
@@ -109,9 +142,7 @@ def _refuse(family: Family, config: FamilyConfig) -> None:
 def _differences(family: Family, config: FamilyConfig) -> list[tuple[bool, str]]:
     """(whether the model differs, how) for everything that llama.cpp does in only one way for a family."""
     arch, rope, heads = family.arch, config.rope, config.num_attention_heads * config.head_dim
-    kinds: tuple[str, ...] = ("default", "linear", "longrope" if arch == "phi3" else "llama3")
-    if arch != "llama":
-        kinds = tuple(kind for kind in kinds if kind != "llama3")
+    kinds = ("default", "linear", *MORE_ROPES.get(arch, ("yarn",)))
     whole = arch == "phi3" or rope.partial_rotary_factor == 1.0
     differences = [
         (
@@ -127,6 +158,13 @@ def _differences(family: Family, config: FamilyConfig) -> list[tuple[bool, str]]
             arch in ("phi3", "olmo2") and heads != config.hidden_size,
             f"num_attention_heads x head_dim = {heads} is not hidden_size={config.hidden_size}",
         ),
+        (
+            rope.kind == "yarn"
+            and (rope.beta_fast or YARN_FAST, rope.beta_slow or YARN_SLOW, rope.truncate)
+            != (YARN_FAST, YARN_SLOW, True),
+            f"yarn with beta_fast={rope.beta_fast}, beta_slow={rope.beta_slow}, truncate={rope.truncate}: its ramp "
+            f"runs from {YARN_FAST:g} to {YARN_SLOW:g} turns there, rounded to whole dimensions",
+        ),
         (arch == "olmo2" and config.tie_word_embeddings, "tie_word_embeddings=True: olmo2 has an output matrix"),
         (arch == "gemma2" and not config.tie_word_embeddings, "tie_word_embeddings=False: gemma2 has no output matrix"),
         (
@@ -134,7 +172,20 @@ def _differences(family: Family, config: FamilyConfig) -> list[tuple[bool, str]]
             "norm_topk_prob=False: the weights of a token's experts are normalised to sum to 1",
         ),
     ]
+    if isinstance(config, Olmo3Config):
+        return differences + _olmo3(config)
     return differences + (_gemma(family, config) if isinstance(config, GemmaConfig) else _window(config))
+
+
+def _olmo3(config: Olmo3Config) -> list[tuple[bool, str]]:
+    local = config.local_rope
+    return [
+        (
+            SLIDING in config.layer_types and (local.kind != "default" or local.theta != config.rope.theta),
+            f"rope of local layers {local.kind!r} with base {local.theta}: it is 'default' with the base of global "
+            f"layers, {config.rope.theta}",
+        )
+    ]
 
 
 def _window(config: FamilyConfig) -> list[tuple[bool, str]]:
