@@ -36,6 +36,10 @@ MINISTRAL = YARN | {
     "rope_theta": 1e6, "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
     "llama_4_scaling_beta": 0.125,
 }  # fmt: skip
+GPT_OSS = {
+    "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16, "intermediate_size": 64,
+    "rope_scaling": YARN | {"truncate": False, "beta_fast": 32.0, "beta_slow": 1.0}, "swiglu_limit": 7.0,
+}  # fmt: skip
 OLMO3 = {
     "head_dim": 16, "sliding_window": 16, "rope_parameters": {
         "full_attention": YARN | {"rope_theta": 5e5}, "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
@@ -71,6 +75,7 @@ CONFIGS = {
     "ministral3_scales": {"model_type": "ministral3", "rope_parameters": MINISTRAL | {"mscale_all_dim": 0.5}},
     "olmo3": {"model_type": "olmo3", **OLMO3},
     "olmo3_order": {"model_type": "olmo3", **OLMO3, "layer_types": ["full_attention", "sliding_attention"]},
+    "gpt_oss": {"model_type": "gpt_oss", **GPT_OSS},
     "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {
         "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
@@ -79,14 +84,14 @@ CONFIGS = {
 }  # fmt: skip
 ARCHS = {
     "mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe",
-    "ministral3": "mistral3", "olmo3": "olmo2",
+    "gpt_oss": "gpt-oss", "ministral3": "mistral3", "olmo3": "olmo2",
 }  # fmt: skip
 
 
 def made(name: str):
     """(config.json, tensors) of a random model."""
     config, arrays = drawn(name)
-    return dict(config), {k: (TensorSpec(a.shape, a.dtype), lambda a=a: a) for k, a in arrays.items()}
+    return dict(config), {k: (TensorSpec(a.shape, a.dtype), lambda at=(), a=a: a[at]) for k, a in arrays.items()}
 
 
 @functools.cache
@@ -105,7 +110,14 @@ def stored(hf: str, array: np.ndarray, kind, config) -> np.ndarray:
     """The array as a file of this kind keeps it, in Hugging Face's terms."""
     if hf.endswith("norm.weight") and config["model_type"].startswith("gemma"):
         return (array + np.float32(1)) - np.float32(1)
-    router = hf.endswith("gate.weight") and "expert" not in hf and config["model_type"] in ("mixtral", "qwen3_moe")
+    if config["model_type"] == "gpt_oss" and ".experts." in hf:
+        if hf.endswith("_bias") or kind == KINDS["float32"]:
+            return array
+        # Inputs are first here and last in GGUF, where they fill the blocks; gates and ups are rows of their own.
+        return dequantize(quantize(np.ascontiguousarray(array.swapaxes(1, 2)), kind), kind).swapaxes(1, 2)
+    router = hf.endswith("router.weight") or (
+        hf.endswith("gate.weight") and "expert" not in hf and config["model_type"] in ("mixtral", "qwen3_moe")
+    )
     return array if array.ndim == 1 or router or kind == KINDS["float32"] else dequantize(quantize(array, kind), kind)
 
 
@@ -115,13 +127,14 @@ def test_what_is_written_reads_back_as_the_library_quantises_it(tmp_path, name, 
     config, tensors = made(name)
     path = str(tmp_path / "model.gguf")
     write_gguf(path, config, tensors, dtype=dtype, tokenizer={"tokenizer.ggml.eos_token_id": 2}, name="a name")
-    source, kind = GGUFFile(path), KINDS[dtype]
+    file, kind = GGUFFile(path), KINDS[dtype]
+    source = file.tensors()
     assert set(source.specs()) == set(tensors)
     for hf, (spec, make) in tensors.items():
         assert source.specs()[hf].shape == spec.shape
         np.testing.assert_array_equal(source.read(hf), stored(hf, make(), kind, config), err_msg=hf)
     check_gguf(path, tensors, dtype=dtype)
-    ours, back = models.config_from_hf(config), models.config_from_hf(source.hf_config())
+    ours, back = models.config_from_hf(config), models.config_from_hf(file.hf_config())
     if config["model_type"] == "mistral":
         assert back == models.config_from_hf(config | {"model_type": "llama"} | {"sliding_window": None})
     elif config["model_type"] == "phi3":
@@ -241,7 +254,10 @@ def test_a_damaged_value_is_noticed(tmp_path):
         (CONFIGS["gemma3"] | {"final_logit_softcapping": 30.0}, r"final_logit_softcapping=30.0: some versions leave"),
         (CONFIGS["gemma3"] | {"rope_local_base_freq": 5e3}, r"rope of local layers 'default' with base 5000.0"),
         (CONFIGS["gemma3"] | {"rope_scaling": YARN}, r"rope scaling 'yarn'"),
-        ({"rope_scaling": YARN | {"beta_fast": 16.0}}, r"yarn with beta_fast=16.0, .* its ramp runs from 32 to 1 turns"),
+        (
+            {"rope_scaling": YARN | {"beta_fast": 16.0}},
+            r"yarn with beta_fast=16.0, .* its ramp runs from 32 to 1 turns",
+        ),
         ({"rope_scaling": YARN | {"truncate": False}}, r"truncate=False: its ramp .* rounded to whole dimensions"),
         (
             CONFIGS["olmo3"]
@@ -338,3 +354,37 @@ def test_one_tensor_at_a_time_is_in_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(gguf_write.GGUFWriter, "write_tensor_data", counted)
     lazy = {k: (spec, lambda f=f: make(f())) for k, (spec, f) in tensors.items()}
     write_gguf(str(tmp_path / "m.gguf"), config, lazy, dtype="float32", tokenizer={}, name="x")
+
+
+def test_blocks_of_fused_experts_are_parts_of_the_whole(tmp_path):
+    config, tensors = made("gpt_oss")
+    path = str(tmp_path / "model.gguf")
+    write_gguf(path, config, tensors, dtype="float32", tokenizer={}, name="x")
+    source, layer = GGUFFile(path).tensors(), "model.layers.1.mlp.experts."
+    indices = [
+        (slice(1, 3),),
+        (slice(0, 4), slice(5, 9)),
+        (slice(2, 4), slice(0, 64), slice(3, 8)),
+        (slice(0, 1), slice(0, 0)),
+    ]
+    for part in ("gate_up_proj", "down_proj"):
+        whole = tensors[layer + part][1]()
+        for index in indices:
+            np.testing.assert_array_equal(source.read(layer + part, index), whole[index])
+    for part in ("gate_up_proj_bias", "down_proj_bias"):
+        whole = tensors[layer + part][1]()
+        for index in ((slice(1, 3),), (slice(0, 4), slice(5, 12))):
+            np.testing.assert_array_equal(source.read(layer + part, index), whole[index])
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"swiglu_limit": 5.0}, r"swiglu_alpha, swiglu_limit=\(1.702, 5.0\): they are"),
+        ({"attention_bias": False}, "attention_bias=False: every projection has a bias"),
+        ({"layer_types": ["full_attention"] * 2}, "no layer has a window"),
+    ],
+)
+def test_other_forms_of_gpt_oss_are_refused(changes, match):
+    with pytest.raises(ExportError, match=match):
+        model_metadata(SIZES | CONFIGS["gpt_oss"] | changes)

@@ -5,6 +5,7 @@ are those of llama.cpp's converter, undone here.
 """
 
 import dataclasses
+import math
 import os
 from typing import Any
 
@@ -28,7 +29,8 @@ from jaxft.checkpoint.gguf.names import (
     heads_interleaved,
     shapes,
 )
-from jaxft.checkpoint.tensors import TensorSpec, block_bounds
+from jaxft.checkpoint.gguf.oss_experts import FusedExperts
+from jaxft.checkpoint.tensors import TensorSource, TensorSpec, block_bounds
 from jaxft.errors import CheckpointError, ModelError, did_you_mean, listed
 from jaxft.files.gguf_header import GGUFHeader, GGUFTensor, read_header
 from jaxft.files.paths import pread
@@ -36,7 +38,7 @@ from jaxft.models.family import FamilyConfig
 
 
 class GGUFFile:
-    """Tensors of a GGUF file under Hugging Face names and shapes, float32, dequantised on demand.
+    """Tensors of a GGUF file under Hugging Face names and shapes, float32, dequantised on demand; experts single.
 
     Raises, before any weight is read, CheckpointError for a damaged or incomplete file, and ModelError naming an
     architecture, a tensor, a tensor type or a setting that is not understood.
@@ -58,6 +60,11 @@ class GGUFFile:
     def kinds(self, dtype: str) -> FileKinds:
         """The types of the tensors of a file of this model that is written as `dtype`."""
         return file_kinds(dtype, self.family, self._config)
+
+    def tensors(self) -> TensorSource:
+        """The tensors under the names and shapes of Hugging Face's files, which keep gpt-oss's experts fused."""
+        experts = expert_count(self.family, self._config)
+        return FusedExperts(self, experts) if self.family.model_type == "gpt_oss" else self
 
     def hf_config(self) -> dict[str, Any]:
         """config.json of the equivalent Hugging Face folder."""
@@ -119,13 +126,17 @@ def _rope_vectors(header: GGUFHeader) -> dict[str, np.ndarray]:
 def _named_tensors(header: GGUFHeader, family: Family, config: FamilyConfig) -> dict[str, GGUFTensor]:
     """Tensors by Hugging Face name, each expert on its own; refuses unknown, missing and misshapen ones."""
     expected: dict[str, tuple[int, ...]] = {}
+    merged: set[str] = set()  # names of tensors that hold all experts of a layer
     names: dict[str, list[str]] = {}  # Hugging Face's names for each tensor of the file: many if it holds experts
     shape_by_part = shapes(family, config)
     for module, gguf_module in gguf_modules(family, config.num_hidden_layers, expert_count(family, config)).items():
         shape = shape_by_part[gguf_module.part]
-        suffixes = ("weight", "bias") if len(shape) == 2 and gguf_module.part not in WHOLE else ("weight",)
+        has_bias = family.expert_biases if gguf_module.expert is not None else len(shape) == 2
+        suffixes = ("weight", "bias") if has_bias and gguf_module.part not in WHOLE else ("weight",)
         for suffix in suffixes:
-            expected[f"{gguf_module.name}.{suffix}"] = shape if suffix == "weight" else shape[:1]
+            expected[f"{gguf_module.name}.{suffix}"] = shape if suffix == "weight" else shape[:-1]
+            if gguf_module.expert is not None:
+                merged.add(f"{gguf_module.name}.{suffix}")
             names.setdefault(f"{gguf_module.name}.{suffix}", []).append(f"{module}.{suffix}")
     named: dict[str, GGUFTensor] = {}
     for name, tensor in header.tensors.items():
@@ -138,8 +149,7 @@ def _named_tensors(header: GGUFHeader, family: Family, config: FamilyConfig) -> 
             )
         if tensor.shape != expected[name]:
             raise CheckpointError(f"{header.path}: tensor {name!r} has shape {tensor.shape}, not {expected[name]}")
-        merged = len(tensor.shape) == 3
-        named |= {hf: _expert(tensor, e) if merged else tensor for e, hf in enumerate(names[name])}
+        named |= {hf: _expert(tensor, e) if name in merged else tensor for e, hf in enumerate(names[name])}
     needed = [name for name in names if name.endswith(".weight") and name != "output.weight"]
     missing = [name for name in needed if name not in header.tensors]
     if missing:
@@ -148,9 +158,10 @@ def _named_tensors(header: GGUFHeader, family: Family, config: FamilyConfig) -> 
 
 
 def _expert(merged: GGUFTensor, e: int) -> GGUFTensor:
-    """The matrix of one expert in a tensor that holds those of all experts."""
+    """The matrix or the bias of one expert in a tensor that holds those of all experts."""
     shape = merged.shape[1:]
-    return dataclasses.replace(merged, shape=shape, offset=merged.offset + e * shape[0] * merged.row_bytes)
+    rows = math.prod(shape[:-1])
+    return dataclasses.replace(merged, shape=shape, offset=merged.offset + e * rows * merged.row_bytes)
 
 
 def _check_types(header: GGUFHeader) -> None:

@@ -26,7 +26,7 @@ _KNOWN = frozenset(
 GEMMA_PERIODS = {"gemma2": 2, "gemma3_text": 6}
 GEMMA_27B = {"gemma2": 46, "gemma3_text": 62}
 GEMMA3_LOCAL_THETA = 10000.0
-OLMO3_PERIOD = 4  # by default every fourth layer is global
+OLMO3_PERIOD, OSS_PERIOD = 4, 2  # by default every fourth layer is global, or every second
 
 
 def read_family(header: GGUFHeader) -> Family:
@@ -73,7 +73,9 @@ def read_config(header: GGUFHeader, family: Family, vectors: Mapping[str, np.nda
         config |= {"sliding_window": None, **_ministral3(header, config)}
     if family.model_type == "olmo3":
         config |= _olmo3(header, config)
-    if family.experts:
+    if family.model_type == "gpt_oss":
+        config |= _gpt_oss(header, config)
+    elif family.experts:
         config |= _experts(header, family)
     for field, ours in family.biases.items():
         config[field] = f"blk.0.{ours}.bias" in header.tensors
@@ -170,22 +172,43 @@ def _ministral3(header: GGUFHeader, config: dict[str, Any]) -> dict[str, Any]:
 
 def _olmo3(header: GGUFHeader, config: dict[str, Any]) -> dict[str, Any]:
     """llama.cpp's local layers have the same base and no scaling."""
-    layers, theta = config["num_hidden_layers"], config["rope_theta"]
-    pattern = header.metadata.get(f"olmo2.{WINDOW_PATTERN}", OLMO3_PERIOD)
-    if isinstance(pattern, int):
-        pattern = [(i + 1) % pattern != 0 for i in range(layers)]
-    if len(pattern) != layers:
-        raise CheckpointError(f"{header.path}: olmo2.{WINDOW_PATTERN} has {len(pattern)} entries for {layers} layers")
+    theta = config["rope_theta"]
     ropes = {
         FULL: (config.pop("rope_scaling", None) or {"rope_type": "default"}) | {"rope_theta": theta},
         SLIDING: {"rope_type": "default", "rope_theta": theta},
     }
     return {
         "sliding_window": size_of(header, "olmo2", "attention.sliding_window"),
-        "layer_types": [SLIDING if local else FULL for local in pattern],
+        "layer_types": _layer_types(header, "olmo2", config["num_hidden_layers"], OLMO3_PERIOD),
         "attention_bias": False,
         "rope_parameters": ropes,
     }
+
+
+def _gpt_oss(header: GGUFHeader, config: Mapping[str, Any]) -> dict[str, Any]:
+    scaling = config.get("rope_scaling") or {"rope_type": "default"}
+    if scaling["rope_type"] == "yarn":
+        # As its makers compute it. llama.cpp rounds the ends of the ramp to whole dimensions.
+        scaling = scaling | {"beta_fast": YARN_FAST, "beta_slow": YARN_SLOW, "truncate": False}
+    return {
+        "rope_scaling": scaling,
+        "sliding_window": size_of(header, "gpt-oss", "attention.sliding_window"),
+        "layer_types": _layer_types(header, "gpt-oss", config["num_hidden_layers"], OSS_PERIOD),
+        "intermediate_size": size_of(header, "gpt-oss", "expert_feed_forward_length"),
+        "num_local_experts": size_of(header, "gpt-oss", "expert_count"),
+        "num_experts_per_tok": size_of(header, "gpt-oss", "expert_used_count"),
+        "attention_bias": True,
+    }
+
+
+def _layer_types(header: GGUFHeader, arch: str, layers: int, period: int) -> list[str]:
+    """The kinds of the layers: one for each in the file, or by a period, whose last layer is global."""
+    pattern = header.metadata.get(f"{arch}.{WINDOW_PATTERN}", period)
+    if isinstance(pattern, int):
+        pattern = [(i + 1) % pattern != 0 for i in range(layers)]
+    if len(pattern) != layers:
+        raise CheckpointError(f"{header.path}: {arch}.{WINDOW_PATTERN} has {len(pattern)} entries for {layers} layers")
+    return [SLIDING if local else FULL for local in pattern]
 
 
 def _experts(header: GGUFHeader, family: Family) -> dict[str, Any]:

@@ -36,9 +36,15 @@ _QWEN_EXPERTS = {
     "ffn_up_exps": "mlp.experts.{e}.up_proj",
     "ffn_down_exps": "mlp.experts.{e}.down_proj",
 }
+_OSS_EXPERTS = {
+    "ffn_gate_inp": "mlp.router",
+    "ffn_gate_exps": "mlp.experts.{e}.gate_proj",
+    "ffn_up_exps": "mlp.experts.{e}.up_proj",
+    "ffn_down_exps": "mlp.experts.{e}.down_proj",
+}
 _DENSE = _NORMS_BEFORE | _ATTENTION | _MLP
 WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-ROUTER = "ffn_gate_inp"
+ROUTER, SINKS = "ffn_gate_inp", "attn_sinks"
 ROPE_FACTORS = "rope_freqs.weight"  # Llama 3.1: a divisor for each rotary frequency, [head_dim / 2]
 LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"  # Phi-3: the same, two sets
 
@@ -59,6 +65,7 @@ class Family:
     biases: Mapping[str, str] = field(default_factory=dict)  # config field -> GGUF tensor whose bias decides it
     experts: str | None = None  # config field with their number
     settings: frozenset[str] = frozenset()  # metadata of this family beyond that of all families
+    expert_biases: bool = False
     mark: str | None = None  # metadata that other families of the same architecture do not have, or have as 0
 
 
@@ -164,6 +171,21 @@ FAMILIES = {
             settings=frozenset((_WINDOW, WINDOW_PATTERN)),
             mark=_WINDOW,
         ),
+        Family(
+            arch="gpt-oss",
+            model_type="gpt_oss",
+            architecture="GptOssForCausalLM",
+            layer={
+                "attn_norm": "input_layernorm",
+                "post_attention_norm": "post_attention_layernorm",
+                SINKS: "self_attn.sinks",
+                **_ATTENTION,
+                **_OSS_EXPERTS,
+            },
+            experts="num_local_experts",
+            expert_biases=True,
+            settings=_EXPERT_SETTINGS | {"expert_feed_forward_length", _WINDOW, WINDOW_PATTERN},
+        ),
     )
 }
 WRITTEN_AS = {"mistral": "llama"}
@@ -223,6 +245,7 @@ def shapes(family: Family, config: FamilyConfig) -> dict[str, tuple[int, ...]]:
     norms |= {
         "attn_q_norm": (attention.head_dim if each else q,),
         "attn_k_norm": (attention.head_dim if each else kv,),
+        SINKS: (attention.heads,),
     }
     return matrices | norms
 

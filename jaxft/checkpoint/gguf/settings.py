@@ -24,12 +24,14 @@ from jaxft.checkpoint.gguf.names import (
 from jaxft.checkpoint.gguf.ropes import ATTENTION_FACTOR, YARN_FAST, YARN_SLOW, yarn_magnitude
 from jaxft.errors import ExportError
 from jaxft.models.families.gemma2 import GemmaConfig
+from jaxft.models.families.gpt_oss import Config as GptOssConfig
 from jaxft.models.families.olmo3 import Config as Olmo3Config
 from jaxft.models.families.qwen3_moe import Config as Qwen3MoEConfig
 from jaxft.models.family import FULL, SLIDING, FamilyConfig
 from jaxft.models.moe import MoEConfig
 from jaxft.nn.attention.rope import Rope
 
+OSS_ACTIVATION = (1.702, 7.0)
 # Scalings of rope that are written beyond none and linear; in other architectures yarn.
 MORE_ROPES = {"phi3": ("longrope",), "llama": ("llama3", "yarn"), "gemma2": (), "gemma3": ()}
 
@@ -77,11 +79,13 @@ def model_metadata(hf_config: Mapping[str, Any]) -> dict[str, Any]:
             "expert_count": expert_count(family, config),
             "expert_used_count": cast(MoEConfig, config).num_experts_per_tok,
         }
-    if isinstance(config, Olmo3Config) and SLIDING in config.layer_types:
+    if isinstance(config, Olmo3Config | GptOssConfig) and SLIDING in config.layer_types:
         pattern = [kind == SLIDING for kind in config.layer_types]
         settings |= {"attention.sliding_window": config.sliding_window, WINDOW_PATTERN: pattern}
     if family.arch == "qwen3moe":
         settings["expert_feed_forward_length"] = cast(Qwen3MoEConfig, config).moe_intermediate_size
+    if family.arch == "gpt-oss":
+        settings["expert_feed_forward_length"] = config.intermediate_size
     return {f"{family.arch}.{key}": value for key, value in settings.items()}
 
 
@@ -151,7 +155,7 @@ def _differences(family: Family, config: FamilyConfig) -> list[tuple[bool, str]]
             f"GGUF; {', '.join(kinds)} of whole heads are",
         ),
         (
-            bool(getattr(config, "attention_bias", False)) and arch != "llama",
+            bool(getattr(config, "attention_bias", False)) and arch not in ("llama", "gpt-oss"),
             "attention_bias=True: there are no such biases",
         ),
         (
@@ -160,6 +164,7 @@ def _differences(family: Family, config: FamilyConfig) -> list[tuple[bool, str]]
         ),
         (
             rope.kind == "yarn"
+            and arch != "gpt-oss"  # llama.cpp rounds the ramp of its makers' own files too
             and (rope.beta_fast or YARN_FAST, rope.beta_slow or YARN_SLOW, rope.truncate)
             != (YARN_FAST, YARN_SLOW, True),
             f"yarn with beta_fast={rope.beta_fast}, beta_slow={rope.beta_slow}, truncate={rope.truncate}: its ramp "
@@ -174,6 +179,8 @@ def _differences(family: Family, config: FamilyConfig) -> list[tuple[bool, str]]
     ]
     if isinstance(config, Olmo3Config):
         return differences + _olmo3(config)
+    if isinstance(config, GptOssConfig):
+        return differences + _gpt_oss(config)
     return differences + (_gemma(family, config) if isinstance(config, GemmaConfig) else _window(config))
 
 
@@ -185,6 +192,16 @@ def _olmo3(config: Olmo3Config) -> list[tuple[bool, str]]:
             f"rope of local layers {local.kind!r} with base {local.theta}: it is 'default' with the base of global "
             f"layers, {config.rope.theta}",
         )
+    ]
+
+
+def _gpt_oss(config: GptOssConfig) -> list[tuple[bool, str]]:
+    activation = (config.swiglu_alpha, config.swiglu_limit)
+    return [
+        (not config.attention_bias, "attention_bias=False: every projection has a bias"),
+        (config.tie_word_embeddings, "tie_word_embeddings=True: gpt-oss has an output matrix"),
+        (activation != OSS_ACTIVATION, f"swiglu_alpha, swiglu_limit={activation}: they are {OSS_ACTIVATION}"),
+        (SLIDING not in config.layer_types, "no layer has a window: some have in gpt-oss"),
     ]
 
 

@@ -28,6 +28,7 @@ from jaxft.checkpoint.gguf.names import (
     heads_interleaved,
     interleave,
 )
+from jaxft.checkpoint.gguf.oss_experts import single_experts
 from jaxft.checkpoint.gguf.settings import family_of, model_metadata, rope_vectors
 from jaxft.checkpoint.peft.folder import CONFIG, PREFIX, AdapterTensors
 from jaxft.checkpoint.peft.lora import read_settings
@@ -125,6 +126,8 @@ def check_gguf(path: str, tensors: Mapping[str, LazyTensor], *, dtype: str) -> N
     the same number. Raises ExportError naming the first tensor that differs.
     """
     source = GGUFFile(path)
+    if source.family.model_type == "gpt_oss":
+        tensors = single_experts(tensors)
     kinds, modules = source.kinds(dtype), source.modules()
     written = source.specs()
     if set(written) != set(tensors):
@@ -162,6 +165,8 @@ class _FileTensor:
 def _file_tensors(kinds: FileKinds, tensors: Mapping[str, LazyTensor]) -> dict[str, _FileTensor]:
     """The tensors of the file by name, from those under Hugging Face names."""
     family, config = kinds.family, kinds.config
+    if family.model_type == "gpt_oss":
+        tensors = single_experts(tensors)
     count = expert_count(family, config)
     modules = gguf_modules(family, config.num_hidden_layers, count)
     if config.head == "score":
