@@ -79,6 +79,25 @@ def test_lists_of_paths_are_the_lists_that_the_sources_of_rows_read(written):
     assert names_in(config.data.train) == ["a.jsonl", "b, c.jsonl"]
 
 
+def test_lists_in_python_are_taken_where_yaml_takes_them(written):
+    text = (
+        "from jaxft.config import default_config, mixture_set\n"
+        "def get_config(arg=None):\n"
+        "    config = default_config()\n"
+        "    config.model.path, config.data.train, config.data.eval = 'm', ['a.jsonl', 'b, c.jsonl'], ('d.jsonl',)\n"
+        "    config.adapter.target_modules = ['q_proj', 'v_proj']\n"
+        "    %s\n"
+        "    return config\n"
+    )
+    config = load(written("lists.py", text % ""))
+    assert json.loads(config.data.train) == ["a.jsonl", "b, c.jsonl"] and json.loads(config.data.eval) == ["d.jsonl"]
+    assert config.adapter.target_modules == "q_proj,v_proj"
+    sets = "config.data.train = ''; config.data.mixture.one = mixture_set(path=['a.jsonl', 'b.jsonl'])"
+    assert json.loads(load(written("mixed.py", text % sets)).data.mixture["one"].path) == ["a.jsonl", "b.jsonl"]
+    with pytest.raises(ConfigError, match=r"data.train=5 must be text"):
+        load(written("number.py", text % "config.data.train = 5"))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

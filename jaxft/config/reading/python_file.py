@@ -118,6 +118,9 @@ def _defaults(cls: type[Section]) -> dict[str, Any]:
             out[field.key] = _defaults(field.base)
         elif field.base is dict:
             out[field.key] = ConfigDict()
+        elif field.comma_separated or field.json_list:
+            # Lists are taken too, and become text when the fields are built, where other types are refused.
+            out[field.key] = config_dict.FieldReference(field.default, field_type=object)
         elif field.optional:
             # A placeholder keeps the type of a field whose default is None.
             out[field.key] = config_dict.placeholder(field.base)
