@@ -15,7 +15,7 @@ import fsspec
 import numpy as np
 import pytest
 
-from jaxft.data.sources import JsonlRows, open_rows, text
+from jaxft.data.sources import JsonlRows, TableRows, open_rows, text
 from jaxft.errors import DataError
 
 pa = pytest.importorskip("pyarrow")
@@ -76,6 +76,7 @@ KINDS = {
     "a.json": json.dumps(ROWS, indent=2, ensure_ascii=False).encode(),
     "flat.json": b"\xef\xbb\xbf" + json.dumps(ROWS).encode() + b"\n",
     "lines.json": jsonl_of(ROWS),
+    "objects.json": "\n".join(json.dumps(row, indent=1) for row in ROWS).encode(),
     "a.json.gz": gzip.compress(json.dumps(ROWS).encode()),
     "no_ending": json.dumps(ROWS).encode(),
     "lines.txt": jsonl_of(ROWS),
@@ -256,6 +257,11 @@ BROKEN = {
     "cut.json": (b'[{"a": 1},\n {"a": 2}', "line 2 has the end of the file where .* cut short"),
     "cut2.json": (b'[{"a": 1},\n {"a": ', "not valid JSON.*line 2"),
     "number.json": (b"7", "no array of rows"),
+    "doubles.parquet": (
+        columns_of(ROWS, lambda table, sink: parquet.write_table(table.rename_columns(["a", "a"]), sink)),
+        "several columns of the name a",
+    ),
+    "objects.json": (b'{"a": \n1}\n{"a": \n', "objects.json' is not valid JSON"),
     "cells.csv": (b"a,b\n1,2\n1,2,3\n", "cells.csv line 3 has 3 cells, but there are 2 columns"),
     "quote.csv": (b'a,b\n"1,2\n', "quote.csv line 2 is not CSV"),
     "names.csv": (b"a,b,a\n1,2,3\n", "several columns of the name a"),
@@ -281,8 +287,10 @@ def test_what_is_broken_is_refused_with_its_file(tmp_path, name):
         (b"[" * 100_000, "a.jsonl line 2 is nested too deeply"),
         (b"9" * 5_000, "a.jsonl line 2 is not JSON"),
         (b'{"a": "\x00"}', "a.jsonl line 2 is not JSON"),
+        (b'{"a": 1, "b": {"c": 1, "c": 2}}', "a.jsonl line 2 is not JSON: the name 'c' is there twice"),
+        (b"{", "Each line must be one whole object; a file whose objects span lines must end in .json"),
     ],
-    ids=["latin", "deep", "digits", "control"],
+    ids=["latin", "deep", "digits", "control", "double", "pretty"],
 )  # fmt: skip
 def test_a_broken_line_is_named_when_it_is_read(tmp_path, line, message):
     (tmp_path / "a.jsonl").write_bytes(b"{}\n" + line + b"\n{}")
@@ -350,6 +358,33 @@ def test_what_datasets_says_behind_its_error_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(DataError, match=r"An error occurred; because: .*the columns a, the other b"):
         open_rows("hf://owner/name")
+
+
+@pytest.mark.parametrize("method", ["open", "isdir", "glob", "find"])
+def test_errors_of_stores_are_explained_whatever_library_raises_them(monkeypatch, method):
+    class Refused(Exception):
+        pass
+
+    def fail(*_, **__):
+        raise Refused("no permission for bucket")
+
+    files = fsspec.filesystem("memory")
+    files.pipe_file("/refused/a.jsonl", b"{}")
+    monkeypatch.setattr(type(files), method, fail)
+    path = {"glob": "memory://refused/*", "find": "memory://refused"}.get(method, "memory://refused/a.jsonl")
+    with pytest.raises(DataError, match=r"cannot read 'memory://refused.*': no permission for bucket"):
+        open_rows(path)
+
+
+def test_columns_that_need_another_library_name_it():
+    class Sounds:
+        cache_files = ()
+
+        def __getitem__(self, index):
+            raise ImportError("To support decoding audio data, please install 'torchcodec'.")
+
+    with pytest.raises(DataError, match=r"row 3 of set .* a column that is no text: .*torchcodec.*remove_columns"):
+        TableRows(Sounds(), "set", "train", [])[3]
 
 
 def test_libraries_that_are_absent_are_named(tmp_path, monkeypatch):

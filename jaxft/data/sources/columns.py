@@ -2,7 +2,7 @@
 
 import datetime
 import decimal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,8 @@ class ColumnRows:
         self._converted: tuple[int, list[dict[str, Any]]] = (-1, [])
         try:
             self._ends = np.cumsum(self._group_sizes())
+        except DataError:
+            raise
         except (OSError, ValueError) as error:  # what pyarrow raises for damaged files
             raise DataError(_damaged(path, error)) from error
 
@@ -80,6 +82,7 @@ class ParquetRows(ColumnRows):
     def _group_sizes(self) -> list[int]:
         with self._open() as file:
             self._metadata = file.metadata
+            _refuse_doubles(file.schema_arrow.names, self.path)
         return [self._metadata.row_group(number).num_rows for number in range(self._metadata.num_row_groups)]
 
     def _read_group(self, number: int) -> Any:
@@ -105,6 +108,7 @@ class ArrowRows(ColumnRows):
             if not is_remote(self.path):
                 source.seek(0)
             table = pyarrow.ipc.open_stream(source).read_all()
+        _refuse_doubles(table.column_names, self.path)
         self._batches = table.to_batches()
         return [batch.num_rows for batch in self._batches]
 
@@ -138,6 +142,12 @@ def _plain(value: Any) -> Any:
     if isinstance(value, decimal.Decimal | datetime.timedelta):
         return str(value)
     return value
+
+
+def _refuse_doubles(names: Sequence[str], path: str) -> None:
+    doubled = sorted({name for name in names if names.count(name) > 1})
+    if doubled:
+        raise DataError(f"{path!r} has several columns of the name {', '.join(doubled)}: rename all but one of each")
 
 
 def _damaged(path: str, error: BaseException) -> str:

@@ -17,7 +17,7 @@ WHITESPACE = " \t\r\n"
 def rows_of_array(path: str, text: Text, field: str | None) -> JsonRows:
     """The items of the array in a .json file, or of the one in `field` of its object.
 
-    field: a name, or names joined by dots. A file with several objects one after another is read as one object a line.
+    field: a name, or names joined by dots. Several objects one after another are rows too, as those of a .jsonl file.
     Raises DataError for other JSON, and for an object without a field to read.
     """
     raw = text.read(0, text.size)
@@ -29,13 +29,19 @@ def rows_of_array(path: str, text: Text, field: str | None) -> JsonRows:
     elif content[start : start + 1] == "{":
         _, end = _value(content, start, path)
         if _skip(content, end) < len(content):
-            return JsonlRows(path, text)
+            on_one_line = "\n" not in content[start:end]
+            return JsonlRows(path, text) if on_one_line else _spooled(path, content, _objects(content, start, path))
         raise DataError(_one_object(json.loads(content), path))
     if content[start : start + 1] != "[":
         what = "" if field is None else f" in field {field!r}"
         raise DataError(f"{path!r} has no array of rows{what}: it has {content[start : start + 40]!r} there")
+    return _spooled(path, content, _items(content, start, path))
+
+
+def _spooled(path: str, content: str, items: Iterator[tuple[int, int]]) -> JsonRows:
+    """Rows of the items of a file. items: (start, end) of each in its content."""
     spool, spans, lines, line, counted = Spool(), [], [], 1, 0
-    for first, end in _items(content, start, path):
+    for first, end in items:
         line, counted = line + content.count("\n", counted, first), first
         spans.append(spool.append(content[first:end].encode()))
         lines.append(line)
@@ -70,6 +76,14 @@ def _items(content: str, at: int, path: str) -> Iterator[tuple[int, int]]:
             at = _skip(content, at + 1)
         elif content[at : at + 1] != "]":
             raise DataError(_no_comma(content, at, path))
+
+
+def _objects(content: str, at: int, path: str) -> Iterator[tuple[int, int]]:
+    """(start, end) of every value from a position on, one after another without commas."""
+    while at < len(content):
+        _, end = _value(content, at, path)
+        yield at, end
+        at = _skip(content, end)
 
 
 def _seek(content: str, at: int, field: str, path: str) -> int:

@@ -11,6 +11,7 @@ from jaxft.errors import DataError
 from jaxft.files.digest import content_digest
 from jaxft.files.paths import file_name
 
+WHOLE = "Each line must be one whole object; a file whose objects span lines must end in .json."
 BOM = b"\xef\xbb\xbf"  # of UTF-8, which Windows programs write
 
 
@@ -36,13 +37,13 @@ class JsonRows:
         if start == 0:
             raw = raw.removeprefix(BOM)
         try:
-            row = json.loads(raw.decode())
+            row = json.loads(raw.decode(), object_pairs_hook=unique)
         except UnicodeDecodeError as error:
             raise not_utf8(error, raw, self.path, self.where(index)) from error
         except RecursionError as error:
             raise DataError(f"{self.where(index)} is nested too deeply to be read") from error
         except ValueError as error:
-            raise DataError(f"{self.where(index)} is not JSON: {error}. Each line must be one whole object.") from error
+            raise DataError(f"{self.where(index)} is not JSON: {error}. {WHOLE}") from error
         if not isinstance(row, dict):
             raise DataError(
                 f"{self.where(index)} is {type(row).__name__}, not an object with fields: {str(row)[:60]!r}"
@@ -77,6 +78,15 @@ def decode(raw: bytes, path: str, where: str) -> str:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise not_utf8(error, raw, path, where) from error
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Raises ValueError if a name is there twice: one of its values would be lost."""
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the name {next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return out
 
 
 def not_utf8(error: UnicodeDecodeError, raw: bytes, path: str, where: str) -> DataError:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from jaxft.data.sources.file_kinds import kind_by_name
 from jaxft.data.sources.tables import HUB, TFDS, no_split
-from jaxft.errors import CheckpointError, DataError, did_you_mean, listed
-from jaxft.files.paths import file_name, is_remote, url_parts
+from jaxft.data.sources.text import in_store
+from jaxft.errors import DataError, did_you_mean, listed
+from jaxft.files.paths import file_name, is_remote
 from jaxft.home import local_path
 
 # Words in the names of files and folders that say which part of a set they are, as on the Hugging Face hub.
@@ -57,15 +58,12 @@ def matching(pattern: str) -> list[str]:
 
     Raises DataError if it matches none.
     """
-    try:
-        if is_remote(pattern):
-            files, root = url_parts(pattern)
-            scheme = pattern[: pattern.index("://") + 3]
-            names = [f"{scheme}{name.lstrip('/')}" for name in files.glob(root)]
-        else:
-            names = glob.glob(local_path(pattern), recursive=True)
-    except (OSError, CheckpointError) as error:
-        raise DataError(f"cannot list {pattern!r}: {error}") from error
+    if is_remote(pattern):
+        scheme = pattern[: pattern.index("://") + 3]
+        in_scheme = in_store(pattern, lambda files, root: files.glob(root))
+        names = [f"{scheme}{name.lstrip('/')}" for name in in_scheme]
+    else:
+        names = glob.glob(local_path(pattern), recursive=True)
     if not names:
         before = PATTERN.split(pattern)[0]
         folder = before.rpartition("/")[0] or ("/" if before.startswith("/") else ".")
@@ -143,8 +141,7 @@ def refuse_doubles(names: Sequence[str], given: str) -> None:
 def _below(path: str) -> list[str]:
     """The files below a folder, relative to it and sorted, without hidden ones."""
     if is_remote(path):
-        files, root = url_parts(path)
-        names = [name.removeprefix(root.rstrip("/") + "/") for name in files.find(root)]
+        names = in_store(path, lambda files, root: [n.removeprefix(root.rstrip("/") + "/") for n in files.find(root)])
     else:
         names = [str(file.relative_to(path)) for file in Path(path).rglob("*") if file.is_file()]
     return sorted(name for name in names if not any(part.startswith(".") for part in Path(name).parts))

@@ -22,9 +22,9 @@ from jaxft.data.sources.listing import (
 )
 from jaxft.data.sources.rows import Concatenation, Rows, Subset
 from jaxft.data.sources.tables import HUB, TFDS, is_saved, open_hub, open_repository, open_saved, open_tfds
-from jaxft.data.sources.text import open_raw, text_of
-from jaxft.errors import CheckpointError, DataError
-from jaxft.files.paths import is_remote, url_parts
+from jaxft.data.sources.text import in_store, open_raw, text_of
+from jaxft.errors import DataError
+from jaxft.files.paths import is_remote
 from jaxft.home import local_path
 
 DELIMITERS = {"csv": ",", "tsv": "\t"}
@@ -99,14 +99,10 @@ def _is_folder(path: str) -> bool:
         if not os.path.exists(path):
             raise DataError(no_source(path))
         return os.path.isdir(path)
-    try:
-        files, name = url_parts(path)
-        if files.isdir(name):
-            return True
-        if files.exists(name):
-            return False
-    except (OSError, CheckpointError) as error:
-        raise DataError(f"cannot read {path!r}: {error}") from error
+    if in_store(path, lambda files, name: files.isdir(name)):
+        return True
+    if in_store(path, lambda files, name: files.exists(name)):
+        return False
     raise DataError(no_source(path))
 
 

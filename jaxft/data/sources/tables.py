@@ -29,6 +29,11 @@ class TableRows:
             return to_plain(self._table[int(index)])
         except UnicodeDecodeError as error:
             raise DataError(f"{self.where(index)} holds bytes that are not UTF-8 text: {error}") from error
+        except ImportError as error:  # for a column of images or sounds
+            raise DataError(
+                f"{self.where(index)} has a column that is no text: {error}. Save the set without it, by "
+                "remove_columns of datasets, and give that folder."
+            ) from error
 
     def where(self, index: int) -> str:
         return f"row {index} of {self.name} [{self.split}]"
@@ -58,7 +63,7 @@ def open_repository(name: str, split: str, path: str, *, config: str | None = No
     datasets = _datasets(path)
     try:
         loaded = datasets.load_dataset(name, config)
-    except (OSError, ValueError, TypeError, LookupError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:  # of whatever library fetches or reads the files
         raise DataError(
             f"datasets cannot load {path!r}: {_causes(error)}. Check the name, which may have one of its sets behind "
             "it, as in hf://owner/name:set; without a network the set must be in the cache already, or give a local "
@@ -77,7 +82,7 @@ def open_saved(path: str, split: str) -> TableRows:
     datasets = _datasets(path)
     try:
         loaded = datasets.load_from_disk(path)
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except Exception as error:
         raise DataError(f"datasets cannot load the folder {path!r}: {_causes(error)}. Write it again.") from error
     if isinstance(loaded, datasets.DatasetDict):
         return _table(loaded, split, path)

@@ -6,8 +6,8 @@ import lzma
 import os
 import tempfile
 import zlib
-from collections.abc import Iterator
-from typing import IO, Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import IO, Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from jaxft.files.paths import is_remote, url_parts
 BLOCK = 2**23  # bytes of a block that is searched for the ends of lines
 AHEAD = 2**18  # bytes read at once if pieces are read in order
 GAP = 2**12  # bytes that may lie between two pieces in order
+Result = TypeVar("Result")
 NEWLINE, RETURN = b"\n", b"\r"
 BLANK = np.isin(np.arange(256), list(b" \t\r\n\v\f"))
 
@@ -99,15 +100,26 @@ class Spool:
 
 def open_raw(path: str) -> Any:
     """A file of this machine or at an address, opened for bytes. Raises DataError if it cannot be opened."""
+    if is_remote(path):
+        return in_store(path, lambda files, name: files.open(name, "rb"))
     try:
-        if not is_remote(path):
-            return open(path, "rb")
-        files, name = url_parts(path)
-        return files.open(name, "rb")
+        return open(path, "rb")
     except OSError as error:
         raise unreadable(path, error) from error
+
+
+def in_store(path: str, action: Callable[[Any, str], Result]) -> Result:
+    """What an action does with fsspec's file system of an address and the path in it.
+
+    Raises DataError for whatever goes wrong: stores raise errors of many libraries, for want of a permission or a
+    network.
+    """
+    try:
+        return action(*url_parts(path))
     except CheckpointError as error:
         raise DataError(str(error)) from error
+    except Exception as error:
+        raise unreadable(path, error) from error
 
 
 def unreadable(path: str, error: BaseException) -> DataError:
@@ -124,9 +136,13 @@ def text_of(path: str) -> Text:
         compression = compression_of(path, _head(file))
         if compression is None and not is_remote(path):
             return LocalText(path)
-        spool = Spool()
-        for block in decompressed(file, compression, path):
-            spool.append(block)
+        return _spooled(decompressed(file, compression, path))
+
+
+def _spooled(blocks: Iterator[bytes]) -> Spool:
+    spool = Spool()
+    for block in blocks:
+        spool.append(block)
     return spool
 
 
