@@ -13,6 +13,7 @@ from jaxft.config.fields import (
     ABOVE_ZERO,
     BETWEEN_ZERO_AND_ONE,
     BY_CONTENT,
+    COMMA_SEPARATED,
     FREE_TO_CHANGE,
     JSON_LIST,
     NOT_NEGATIVE,
@@ -64,9 +65,9 @@ class MixtureSet(Section):
     messages_field: Annotated[str | None, "as `data.messages_field`"] = None
     system_field: Annotated[str | None, "as `data.system_field`"] = None
     context_field: Annotated[str | None, "as `data.context_field`"] = None
-    roles: Annotated[str | None, "as `data.roles`"] = None
-    marks: Annotated[str | None, "as `data.marks`"] = None
-    ignored_columns: Annotated[str | None, "as `data.ignored_columns`"] = None
+    roles: Annotated[str | None, COMMA_SEPARATED, "as `data.roles`"] = None
+    marks: Annotated[str | None, COMMA_SEPARATED, "as `data.marks`"] = None
+    ignored_columns: Annotated[str | None, COMMA_SEPARATED, "as `data.ignored_columns`"] = None
     train_on: Annotated[TrainOn | None, "as `data.train_on`"] = None
     limit: Annotated[int | None, ABOVE_ZERO, "number of rows that are used, from the first; None: `data.limit`"] = None
     max_epochs: Annotated[
@@ -133,15 +134,19 @@ class DataConfig(Section):
         "`input` and `context`",
     ] = None
     roles: Annotated[
-        str | None, "roles under names of your own: `customer=user, clerk=assistant`; None: the usual names alone"
+        str | None,
+        COMMA_SEPARATED,
+        "roles under names of your own: `customer=user, clerk=assistant`; None: the usual names alone",
     ] = None
     marks: Annotated[
         str | None,
+        COMMA_SEPARATED,
         "marks of messages under names of your own, which say that 1 means `trained` or `untrained`: `learn=trained`; "
         "see [formats](formats.md#what-a-row-looks-like)",
     ] = None
     ignored_columns: Annotated[
         str | None,
+        COMMA_SEPARATED,
         "columns that are not read, such as `notes, messages.rating`; `*`: all that nothing reads. None: a column that "
         "may carry meaning and that nothing reads is refused",
     ] = None
@@ -319,8 +324,9 @@ def _pairs(key: str, text: str | None, choices: tuple[str, ...]) -> Mapping[str,
     """The pairs of a text such as `a=user, b=assistant`. Raises ConfigError for another form, or an unknown choice."""
     pairs = {}
     for part in _names(text):
-        name, equals, value = (piece.strip() for piece in part.partition("="))
-        if not (name and equals) or value not in choices:
+        # A mapping of a file is written with colons.
+        name, _, value = (piece.strip() for piece in part.partition("=" if "=" in part else ":"))
+        if not name or value not in choices:
             raise ConfigError(
                 f"{key}={text!r}: {part!r} is not of the form NAME={'|'.join(choices)}.{did_you_mean(value, choices)}"
             )

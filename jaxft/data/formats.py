@@ -12,7 +12,7 @@ from jaxft.config import DataConfig
 from jaxft.data.chat.template_text import RESERVED
 from jaxft.data.chat.tool_calls import BadCall, tools_of
 from jaxft.data.rows.bad_rows import OnBadRow, refuse
-from jaxft.data.rows.columns import Unread, is_empty, split_ignored, treatment_of, unread_columns
+from jaxft.data.rows.columns import Unread, is_empty, is_rendering, split_ignored, treatment_of, unread_columns
 from jaxft.data.rows.questions import question_columns
 from jaxft.data.rows.readers import READERS
 from jaxft.data.rows.values import (
@@ -158,6 +158,8 @@ def detect(row: Mapping[str, Any], config: DataConfig, where: str) -> str:
     fitting = [name for name, reader in READERS.items() if name != "qa" and reader.fits(row, config)]
     if not fitting and question_columns(row, config):
         return "qa"
+    if len(fitting) == 2 and "text" in fitting:
+        fitting = _without_rendering(row, fitting, config)
     if len(fitting) == 1:
         return fitting[0]
     keys = ", ".join(sorted(map(str, row))) or "none"
@@ -178,6 +180,19 @@ def detect(row: Mapping[str, Any], config: DataConfig, where: str) -> str:
         f"{where} is of no known format: its keys are {keys}. Known formats and the keys they need: {known}. "
         "Set data.messages_field, data.prompt_field, data.completion_field or data.text_field to your column names."
     )
+
+
+def _without_rendering(row: Mapping[str, Any], fitting: Sequence[str], config: DataConfig) -> list[str]:
+    """The other format alone, if the text of a row renders what the row has in that format, as in tatsu-lab/alpaca."""
+    (other,) = (name for name in fitting if name != "text")
+    try:
+        read, _ = READERS[other].read(row, config)
+    except (RowProblem, BadCall):
+        return [*fitting]
+    messages = read.get("messages", ())
+    texts = [message["content"] for message in messages] or [read.get("prompt", ""), read.get("completion", "")]
+    text = row[config.text_field]
+    return [other] if isinstance(text, str) and is_rendering(text, texts) else [*fitting]
 
 
 def _other_columns(config: DataConfig) -> frozenset[str]:

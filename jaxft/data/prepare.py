@@ -19,7 +19,9 @@ from jaxft.data.encoded.table import join as join_sequences
 from jaxft.data.examine import Examination, combine_examinations, count_repeated, examine
 from jaxft.data.fitting import ModelLimits
 from jaxft.data.formats import Conversation, ReadRow, conversation_of, conversations
+from jaxft.data.rows.bad_rows import BadRows
 from jaxft.data.rows.columns import UnreadColumns
+from jaxft.data.rows.refusals import check_rows
 from jaxft.data.sources import Rows, held_out_rows, train_and_eval
 from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import DataError
@@ -182,8 +184,7 @@ def prepare_set(
     naming the row, as `read`, `join`, `encode_all` and `examine` do.
     """
     encoded, counts = encode_set(rows, config, tokenizer, read)
-    counts.bad.check(config.bad_rows, len(rows), rows.describe())
-    counts.unread.check(rows.describe())
+    check_rows(counts.bad, counts.unread, config, len(rows), rows.describe())
     examples: Sequence[Example] = encoded.prepend(first)
     try:
         examples = examples if join is None else join(examples, rows.where)
@@ -208,7 +209,7 @@ def read_all(
     unread = UnreadColumns(template_names=names_of(tokenizer))
     for conversation in out:
         unread.add(conversation.unread)
-    unread.check(rows.describe())
+    check_rows(BadRows(), unread, config, len(rows), rows.describe())
     return out
 
 

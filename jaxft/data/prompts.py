@@ -25,6 +25,7 @@ from jaxft.data.rows.bad_rows import BadRows, OnBadRow, refuse
 from jaxft.data.rows.columns import Unread, UnreadColumns
 from jaxft.data.rows.messages import as_list, check_messages
 from jaxft.data.rows.questions import Message, system_of, with_system
+from jaxft.data.rows.refusals import check_rows
 from jaxft.data.rows.values import RowProblem, present, refuse_unwritable
 from jaxft.data.sources import Rows
 from jaxft.data.tokenizers.tokenizer import Tokenizer
@@ -222,8 +223,7 @@ def _prepare_set(one: RowSet, config: RunConfig, tokenizer: Tokenizer) -> TrainS
     prompts = list(read_prompts(one.rows, one.config, tokenizer, first, notes=notes, on_bad=bad.add))
     for prompt in prompts:
         unread.add(prompt.unread)
-    bad.check(one.config.bad_rows, len(one.rows), source)
-    unread.check(source)
+    check_rows(bad, unread, one.config, len(one.rows), source)
     if not prompts:
         raise DataError(f"{source} has no rows, so there is nothing to train on")
     lengths = np.array([len(prompt) for prompt in prompts])

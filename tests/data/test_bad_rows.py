@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from collections import Counter
 
 import pytest
@@ -115,16 +116,19 @@ def write(path, rows):
 
 def test_all_bad_rows_are_told_at_once_and_can_be_skipped(tmp_path, tokenizer_of):
     tokenizer = tokenizer_of("chatml")
-    path = write(tmp_path / "rows.jsonl", [GOOD, *BAD, GOOD, {"messages": [U]}])
+    path = write(tmp_path / "rows.jsonl", [GOOD, *BAD, {**GOOD, "notes": "x"}, {"messages": [U]}])
     with pytest.raises(DataError) as refusal:
         prepare(run(path), tokenizer)
-    message = str(refusal.value)
+    message, columns = str(refusal.value).split("\ncolumns of ")
+    assert "notes (1 row" in columns
+    path = write(tmp_path / "rows.jsonl", [GOOD, *BAD, GOOD, {"messages": [U]}])
     assert message.startswith("7 of 9 rows of ") and message.endswith("data.bad_rows='skip'.")
     for line in range(2, 8):
         assert f"rows.jsonl line {line}" in message
     assert "(the same in 1 more: rows.jsonl line 9)" in message
     data = prepare(run(path, bad_rows="skip", eval=path, metric="exact_match"), tokenizer)
     assert [example.row for example in data.train_examples] == [0, 7]
+    assert data.examination.formats == {"messages": 2} and not data.examination.holds
     assert (data.examination.rows, data.examination.skipped, len(data.examination.bad_rows)) == (2, 7, 6)
     assert any("7 rows cannot be trained on and are left out" in warning for warning in data.examination.warnings)
     assert data.eval_references == ["a", "a"]  # bad rows are not scored either
@@ -181,10 +185,10 @@ def test_many_problems_are_counted():
         part.add(100 + row, f"line {100 + row}", DataError(f"line {100 + row}: the same"))
     part.add(129, "line 129", DataError("line 129: another"))
     bad.update(part)
-    with pytest.raises(DataError, match=r"^60 of 99 rows(.|\n)*and \d+ rows with other problems\n") as refusal:
-        bad.check("refuse", 99, "a set")
-    assert "line 100: the same (the same in 29 more: line 101, " in str(refusal.value)
-    assert str(refusal.value).count("\n  ") == 21
+    refusal = bad.refusal("refuse", 99, "a set")
+    assert refusal.startswith("60 of 99 rows") and re.search(r"\n  and \d+ rows with other problems\n", refusal)
+    assert "line 100: the same (the same in 29 more: line 101, " in refusal and refusal.count("\n  ") == 21
+    assert bad.refusal("skip", 99, "a set") is None and bad.refusal("skip", 60, "a set") is not None
 
 
 # Boundaries and ends

@@ -11,6 +11,7 @@ from jaxft.data.mixture import Mixture
 from jaxft.data.prepare import TrainSet, prepare
 from jaxft.errors import DataError
 from jaxft.methods.parts import sequences
+from jaxft.runs.course import course_of
 from jaxft.runs.data_summary import data_summary, print_mixture
 
 LENGTH = 64
@@ -168,7 +169,7 @@ def test_each_set_has_its_own_format(jsonl, tokenizer_of):
     assert len(data.eval_examples) == 4 + 3 and data.eval_examination.rows == 7
     assert data.eval_references[0].startswith(" ") and data.eval_references[1].startswith("a")  # in turn
     batches = sequences.source(config, data, tokenizer)
-    found, steps = data_summary(data, batches), batches.total_steps
+    found, steps = data_summary(data, batches, course_of(config, data, batches)), batches.total_steps
     assert found["stages"][0]["steps"] == [0, steps]
     assert list(found["mixture"]) == ["sums", "talk"] and "% of tokens" in found["mixture"]["talk"]
     assert [one["rows"] for one in found["sets"]] == [36, 20]
@@ -200,7 +201,8 @@ def test_warnings_name_the_set_and_tables_are_printed(jsonl, tokenizer_of):
     out = io.StringIO()
     print_mixture(batches, Console(file=out, width=120))
     assert "warning: the set 'two' is never seen" in out.getvalue()
-    assert any("never seen" in warning for warning in data_summary(data, batches)["warnings"])
+    summary = data_summary(data, batches, course_of(config, data, batches))
+    assert any("never seen" in warning for warning in summary["warnings"])
     assert out.getvalue().count("\n") > 8
 
 
@@ -236,4 +238,4 @@ def test_split_rows_are_told(jsonl, tokenizer_of):
     config = RunConfig(model=ModelConfig(path="x"), data=DataConfig(train=jsonl([{"messages": talk}]), max_length=512))
     found = prepare(config, tokenizer_of("qwen3")).examination
     assert (found.rows, found.examples) == (1, 3)
-    assert any("1 rows became 3 examples (data.turns)" in warning for warning in found.warnings)
+    assert any("1 rows became 3 examples, " in warning for warning in found.warnings)

@@ -167,6 +167,20 @@ def test_a_column_that_repeats_what_is_read_is_listed(jsonl, tokenizer_of):
         examined(jsonl(other), tokenizer_of("chatml"))
 
 
+def test_a_text_that_renders_the_row_decides_nothing():
+    """So it is in tatsu-lab/alpaca."""
+    row = {"instruction": "Name the three primary colours.", "input": "", "output": "Red, blue and yellow."}
+    text = f"Below is an instruction.\n\n### Instruction:\n{row['instruction']}\n\n### Response:\n{row['output']}"
+    assert read(row | {"text": text}).format == "alpaca"
+    with pytest.raises(DataError, match=r"can be read as alpaca or as text"):
+        read(row | {"text": "Something else entirely."})
+
+
+def test_what_jaxft_itself_writes_is_read():
+    sampled = {"prompt": [U], "completion": [A], "reward": 1.0, "rewards": {"exact": 1.0}, "row": 3}
+    assert {one.treatment for one in read(sampled).unread} == {"listed"}
+
+
 def test_columns_of_other_formats_are_left_alone_if_the_format_is_named():
     row = {"instruction": "q", "output": "a", "text": "Below is something else."}
     assert [one.treatment for one in read(row, format="alpaca").unread] == ["listed"]
@@ -341,6 +355,18 @@ def test_roles_of_ones_own():
     assert texts({"messages": [{**U, "role": "Human"}, {**A, "role": "GPT"}]}) == [("user", "q"), ("assistant", "a")]
     with pytest.raises(ConfigError, match=r"data.roles='clerk=asistant'.*Did you mean 'assistant'"):
         resolve({"model": {"path": "x"}, "data": {"train": "x", "roles": "clerk=asistant"}})
+
+
+def test_lists_and_mappings_of_config_files():
+    data = {
+        "train": "x",
+        "ignored_columns": ["a", "messages.b"],
+        "roles": {"boss": "user"},
+        "marks": {"mask": "trained"},
+    }
+    config = resolve({"model": {"path": "x"}, "data": data}).data
+    assert config.ignored_names == {"a", "messages.b"}
+    assert (config.role_names, config.mark_names) == ({"boss": "user"}, {"mask": "trained"})
 
 
 def test_tool_calls_as_turns_of_their_own():

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import itertools
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from jaxft.data.chat.reasoning import thoughts_of
 from jaxft.data.encoded.table import ExampleTable, Facts, Part, facts_of, hashes_of
 from jaxft.data.formats import DESIRABLE, Conversation, ReadRow, conversations
 from jaxft.data.rows.bad_rows import BadRows
-from jaxft.data.rows.columns import UnreadColumn, UnreadColumns
+from jaxft.data.rows.columns import Unread, UnreadColumn, UnreadColumns
 from jaxft.data.sources import Listed, Rows, Subset
 from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import DataError
@@ -105,28 +104,39 @@ class Work:
             counts.bad.add(start + row, where, error)
 
         read = conversations(rows, self.config, self.read, left_out=counts.left_out, on_bad=on_bad)
-        counted = _counted(read, counts)
-        examples = list(encode_all(counted, self.tokenizer, self.config, counts.notes, on_bad))
+        contents: dict[int, _RowContents] = {}
+        examples = list(encode_all(_with_contents(read, contents), self.tokenizer, self.config, counts.notes, on_bad))
         for example in examples:
             if not example.mask.any():
                 where = rows.where(example.row)
                 on_bad(example.row, where, DataError(f"{where} {UNTRAINED}"))
+        for row, own in contents.items():
+            if start + row not in counts.bad:
+                counts.formats[own.format] += 1
+                counts.chats[own.format] += own.is_chat
+                counts.unread.add(own.unread)
+                counts.holds.update(list(own.features))
         moved = (dataclasses.replace(example, row=start + example.row) for example in examples)
         return to_arrow([one for one in moved if one.row not in counts.bad], self.tokenizer.vocab_size), counts
 
 
-def _counted(read: Iterable[Conversation], counts: ReadCounts) -> Iterator[Conversation]:
-    """The conversations, while what their rows contain is counted."""
-    for _, of_row in itertools.groupby(read, lambda conversation: conversation.row):
-        features: dict[str, None] = {}  # in a fixed order, unlike a set
-        for number, conversation in enumerate(of_row):
-            if number == 0:
-                counts.formats[conversation.format] += 1
-                counts.chats[conversation.format] += bool(conversation.messages)
-                counts.unread.add(conversation.unread)
-            features.update(dict.fromkeys(_features(conversation)))
-            yield conversation
-        counts.holds.update(list(features))
+@dataclass
+class _RowContents:
+    """What a row contains. features: in a fixed order, unlike a set."""
+
+    format: str
+    is_chat: bool
+    unread: tuple[Unread, ...]
+    features: dict[str, None] = field(default_factory=dict)
+
+
+def _with_contents(read: Iterable[Conversation], contents: dict[int, _RowContents]) -> Iterator[Conversation]:
+    """The conversations, while what their rows contain is added to `contents`, by the index of the row."""
+    for one in read:
+        if one.row not in contents:
+            contents[one.row] = _RowContents(one.format, bool(one.messages), one.unread)
+        contents[one.row].features.update(dict.fromkeys(_features(one)))
+        yield one
 
 
 def to_arrow(examples: Sequence[Example], vocab_size: int) -> pa.RecordBatch:

@@ -4,8 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxft.errors import DataError
-
 NAMED = 20  # problems that a message shows, and rows that it names under one problem
 
 # Takes the index of a row, its name in errors, and what is wrong with it.
@@ -87,13 +85,13 @@ class BadRows:
         """What is wrong, the first 20 problems, each with its rows."""
         return tuple(map(str, sorted(self.problems.values(), key=lambda problem: problem.row)))
 
-    def check(self, policy: str, total: int, source: str) -> None:
-        """Raises DataError for all bad rows if there are any and `policy`, data.bad_rows, is `refuse`, or all are bad.
+    def refusal(self, policy: str, total: int, source: str) -> str | None:
+        """The error message for all bad rows if there are any and `policy`, data.bad_rows, is `refuse`, or all are bad.
 
-        total: rows of the set.
+        total: rows of the set. None: there is nothing to refuse.
         """
         if not self.rows or (policy == "skip" and len(self) < total):
-            return
+            return None
         hidden = len(self) - sum(problem.rows for problem in self.problems.values())
         shown: Sequence[str] = [*self.messages, *([f"and {hidden:,} rows with other problems"] if hidden else [])]
         mend = (
@@ -101,6 +99,6 @@ class BadRows:
             if len(self) == total
             else "Correct or remove them, or train without them by data.bad_rows='skip'."
         )
-        raise DataError(
+        return (
             f"{len(self):,} of {total:,} rows of {source} cannot be trained on:\n  " + "\n  ".join(shown) + f"\n{mend}"
         )

@@ -14,7 +14,6 @@ from jaxft.config import DataConfig
 from jaxft.data.rows.marks import NAMES as MARKS
 from jaxft.data.rows.marks import changes_nothing
 from jaxft.data.rows.values import is_absent, sample
-from jaxft.errors import DataError
 
 Treatment = Literal["listed", "ignored", "refused"]
 # Names of columns that tell of a row and are not part of it: where it is from, what it is about, how it was made.
@@ -24,10 +23,12 @@ BOOKKEEPING = frozenset("""
     title dump hexsha ext
     link links uri path file file_name filename file_path repo provenance license licence copyright author authors
     user_name username annotator annotator_type annotation_type translator
-    category categories subcategory topic topics tag tags domain field_of_study genre theme difficulty level grade
+    category categories subcategory topic topics full_topic intent
+    tag tags domain field_of_study genre theme difficulty level grade
     task task_type task_name task_category task_id type kind skill skills ability cot_type problem_type question_type
     language lang languages locale language_code country
     split fold partition
+    reward rewards advantage
     score scores rating ratings rank quality quality_score toxicity confidence likes views upvotes downvotes votes
     perplexity similarity
     timestamp time date created created_at created_on updated updated_at modified year month version revision
@@ -35,7 +36,9 @@ BOOKKEEPING = frozenset("""
     parallel_tool_calls skip_prompt_formatting avatar_name custom_instruction
     tokens num_tokens n_tokens token_count length lengths size char_count word_count num_turns n_turns turn turns_count
     metadata meta meta_data annotations extra_info info statistics stats features_version
-    name tool_call_id cache_control logprobs
+    redacted toxic synthetic deleted review_count review_result tree_state emojis hashed_ip header turn_identifier
+    openai_moderation detoxify_moderation gen_input_configs original_question is_reasoning_complete schema_version
+    name tool_call_id cache_control logprobs finish_reason step
 """.split())  # fmt: skip
 ENDINGS = re.compile(
     r"_(id|ids|uuid|url|hash|index|count|tokens|length|model|score|scores|rating|timestamp|date|lang)$"
@@ -106,14 +109,14 @@ class UnreadColumns:
         """The columns, those in most rows first."""
         return tuple(sorted(self.columns.values(), key=lambda column: (-column.rows, column.name)))
 
-    def check(self, source: str) -> None:
-        """Raises DataError if there are columns that may carry meaning and are not ignored by a setting."""
+    def refusal(self, source: str) -> str | None:
+        """The error message for columns that may carry meaning and are not ignored by a setting; None without any."""
         refused = [column for column in self.columns.values() if column.treatment == "refused"]
         if not refused:
-            return
+            return None
         listed = "".join(f"\n  {column}" for column in refused)
         names = ", ".join(column.name for column in refused)
-        raise DataError(
+        return (
             f"columns of {source} would be dropped, because nothing reads them:{listed}\n"
             f"Set data.ignored_columns={names!r} to train without them, or '*' for all columns that nothing reads."
             f"{_mends(refused)}"
@@ -227,10 +230,10 @@ def _repeats(value: Any, texts: Sequence[str]) -> bool:
     own = [text.strip() for text in _contents(value)]
     if own and all(any(_within(text, other) for other in texts) for text in own):
         return True
-    return isinstance(value, str) and _renders(value, texts)
+    return isinstance(value, str) and is_rendering(value, texts)
 
 
-def _renders(value: str, texts: Sequence[str]) -> bool:
+def is_rendering(value: str, texts: Sequence[str]) -> bool:
     """Whether a text holds all that is read of its row, in the same order, as a rendering of it does."""
     at = 0
     for text in texts:
