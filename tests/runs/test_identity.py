@@ -61,8 +61,8 @@ def start(tmp_path, model):
         settings = {
             "output_dir": str(tmp_path / "run"), "model.path": model, "model.random_init": False,
             "data.train": str(tmp_path / "rows.jsonl"), "data.eval": None, "data.limit": None, "data.max_length": 64,
-            "data.chat_template": str(template), "train.batch_size": 8, "train.steps": 20, "eval.metric": None, "data.packing": False,
-            "train.eval_every": None, "checkpoint.every": None, "optim.warmup_ratio": None,
+            "data.chat_template": str(template), "train.batch_size": 8, "train.steps": 20, "eval.metric": None,
+            "data.packing": False, "train.eval_every": None, "checkpoint.every": None, "optim.warmup_ratio": None,
         }  # fmt: skip
         return set_up(load(str(ROOT / "configs" / "quickstart.py") + ":smoke", settings | overrides)).notes
 
@@ -122,7 +122,7 @@ def test_another_base_template_or_tokenizer_is_refused_by_name(start, tmp_path, 
 
 def test_held_out_rows_and_settings_of_evaluation_may_change(start, tmp_path):
     held_out = write_rows(tmp_path / "held_out.jsonl", ROWS[:2])
-    assert start(**{"data.eval": held_out, "eval.metric": "exact_match", "eval.max_new_tokens": 3}) == (
+    assert start(**{"data.eval": held_out, "eval.metric": "exact_match", "eval.max_new_tokens": 9}) == (
         "from step 8 on rows are held out",
     )
     write_rows(tmp_path / "held_out.jsonl", ROWS[2:])
