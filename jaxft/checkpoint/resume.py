@@ -158,6 +158,10 @@ class RunCheckpoints:
         """The newest whole step."""
         return max(self.all_steps(), default=None)
 
+    def best_step(self) -> int | None:
+        """The whole step that is best by best_metric; None if none of them has the metric."""
+        return max((step for step, keep in self._rank(self._best) if keep), default=None)
+
     def wait(self) -> None:
         """Blocks until the last save is whole. Raises CheckpointError if it failed."""
         if self._pending is None:

@@ -344,7 +344,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--to", required=True, metavar="FOLDER", help="a new folder")
     option("--format", default="merged", help="merged (a whole Hugging Face folder) or adapter (PEFT)")
     option("--dtype", choices=choices(ModelConfig, "dtype"), help="stored type of a merged model")
-    option("--step", type=int, help="a checkpoint of the run; the newest by default")
+    option("--step", type=int, help="a checkpoint of the run; by default the one that it exported, or the newest")
     option("--base", choices=("trained", "original"), default="trained", help="of a quantised run: what to merge into")
     answers.unknown_option(option)
 

@@ -101,6 +101,7 @@ def _check_held_out(config: RunConfig) -> None:
             "answers: set eval.metric to None"
         )
     if checkpoint.best_metric is None:
+        _check_unranked(config)
         return
     if not held_out:
         raise ConfigError(
@@ -113,9 +114,46 @@ def _check_held_out(config: RunConfig) -> None:
             f"checkpoint.best_metric={checkpoint.best_metric!r} is not reported by method.name={config.method.name!r}: "
             f"set it to one of {', '.join(known)}"
         )
-    if checkpoint.every is not None and (config.train.eval_every is None or checkpoint.every % config.train.eval_every):
+    _check_cadence(config)
+
+
+def _check_unranked(config: RunConfig) -> None:
+    """Refuses settings that need a metric by which checkpoints are compared."""
+    if config.export.checkpoint == "best":
+        raise ConfigError(
+            "export.checkpoint='best' needs a metric by which checkpoints are compared: set checkpoint.best_metric, "
+            "such as to 'eval_loss'"
+        )
+    if config.train.early_stopping_patience is not None:
+        raise ConfigError(
+            f"train.early_stopping_patience={config.train.early_stopping_patience} needs a metric that is watched: set "
+            "checkpoint.best_metric, such as to 'eval_loss'"
+        )
+
+
+def _check_cadence(config: RunConfig) -> None:
+    """Checkpoints are ranked by held-out metrics of the same step, so they are saved when the rows are evaluated."""
+    train, checkpoint = config.train, config.checkpoint
+    if train.early_stopping_patience is not None and train.eval_every is None and train.eval_every_epochs is None:
+        raise ConfigError(
+            f"train.early_stopping_patience={train.early_stopping_patience} counts evaluations, and there is only one, "
+            "at the end: set train.eval_every or train.eval_every_epochs"
+        )
+    if checkpoint.every is not None and (train.eval_every is None or checkpoint.every % train.eval_every):
         raise ConfigError(
             f"checkpoint.best_metric={checkpoint.best_metric!r} ranks checkpoints by held-out metrics of the same "
             f"step, but checkpoint.every={checkpoint.every} is not a multiple of "
-            f"train.eval_every={config.train.eval_every}: set train.eval_every to a divisor of checkpoint.every"
+            f"train.eval_every={train.eval_every}: set train.eval_every to a divisor of checkpoint.every"
+        )
+    every, evaluated = checkpoint.every_epochs, train.eval_every_epochs
+    if every is not None and (evaluated is None or abs(every / evaluated - round(every / evaluated)) > 1e-9):
+        raise ConfigError(
+            f"checkpoint.best_metric={checkpoint.best_metric!r} ranks checkpoints by held-out metrics of the same "
+            f"step, but checkpoint.every_epochs={every} is not a multiple of train.eval_every_epochs={evaluated}: set "
+            "the latter to the same, or to a part of it"
+        )
+    if config.export.checkpoint == "best" and checkpoint.every is None and every is None:
+        raise ConfigError(
+            "export.checkpoint='best' chooses among checkpoints, and there is only one, at the end: set "
+            "checkpoint.every or checkpoint.every_epochs"
         )

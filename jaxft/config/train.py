@@ -47,9 +47,32 @@ class TrainConfig(Section):
         "whether the average is evaluated and exported instead of the trained weights",
     ] = True
     log_every: Annotated[int, ABOVE_ZERO, FREE_TO_CHANGE, "steps between logged metrics"] = 10
+    log_every_epochs: Annotated[
+        float | None, ABOVE_ZERO, FREE_TO_CHANGE, "epochs between logged metrics, in place of `train.log_every`"
+    ] = None
     eval_every: Annotated[
         int | None, ABOVE_ZERO, FREE_TO_CHANGE, "steps between held-out losses; None: only at the end"
     ] = None
+    eval_every_epochs: Annotated[
+        float | None,
+        ABOVE_ZERO,
+        FREE_TO_CHANGE,
+        "epochs between held-out losses, in place of `train.eval_every`; may be a fraction",
+    ] = None
+    early_stopping_patience: Annotated[
+        int | None,
+        ABOVE_ZERO,
+        FREE_TO_CHANGE,
+        "training ends early after so many evaluations in a row in which `checkpoint.best_metric` did not get better "
+        "than ever before; None: never",
+    ] = None
+    early_stopping_threshold: Annotated[
+        float,
+        NOT_NEGATIVE,
+        FREE_TO_CHANGE,
+        ReadBy("train.early_stopping_patience"),
+        "a change of the metric by no more than this is not better",
+    ] = 0.0
 
     report_to: Annotated[
         str | None,
@@ -68,6 +91,11 @@ class TrainConfig(Section):
         return tuple(dict.fromkeys(split_names(self.report_to)))
 
     def check(self) -> None:
+        if self.eval_every is not None and self.eval_every_epochs is not None:
+            raise ConfigError(
+                f"train.eval_every={self.eval_every} counts steps and train.eval_every_epochs={self.eval_every_epochs} "
+                "epochs: set one of them to None"
+            )
         if self.batch_size % self.accumulation_steps:
             raise ConfigError(
                 f"train.batch_size={self.batch_size} does not divide into train.accumulation_steps="
@@ -92,6 +120,12 @@ class CheckpointConfig(Section):
     """Which checkpoints are written and kept."""
 
     every: Annotated[int | None, ABOVE_ZERO, FREE_TO_CHANGE, "steps between checkpoints; None: only the last"] = None
+    every_epochs: Annotated[
+        float | None,
+        ABOVE_ZERO,
+        FREE_TO_CHANGE,
+        "epochs between checkpoints, in place of `checkpoint.every`; may be a fraction",
+    ] = None
     keep: Annotated[int, ABOVE_ZERO, FREE_TO_CHANGE, "number of newest checkpoints that are kept"] = 2
     best_metric: Annotated[
         Literal[
@@ -122,6 +156,13 @@ class CheckpointConfig(Section):
         "whether the smallest or the largest value is the best",
     ] = "min"
 
+    def check(self) -> None:
+        if self.every is not None and self.every_epochs is not None:
+            raise ConfigError(
+                f"checkpoint.every={self.every} counts steps and checkpoint.every_epochs={self.every_epochs} epochs: "
+                "set one of them to None"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig(Section):
@@ -143,4 +184,8 @@ class ExportConfig(Section):
     """What is written when training ends, for other programs to read."""
 
     adapter: Annotated[bool, "write a PEFT folder if an adapter was trained"] = True
+    checkpoint: Annotated[
+        Literal["last", "best"],
+        "which checkpoint is scored and exported when training ends; `best`: by `checkpoint.best_metric`",
+    ] = "last"
     merged: Annotated[bool, "write a whole Hugging Face folder, with the adapter merged into the weights"] = False

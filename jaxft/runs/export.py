@@ -28,7 +28,7 @@ from jaxft.home import local_path
 from jaxft.runs.build import build_model
 from jaxft.runs.cards.run_card import card_of
 from jaxft.runs.folder import run_config
-from jaxft.runs.identity.record import begin_export, end_export
+from jaxft.runs.identity.record import begin_export, end_export, record_of
 from jaxft.sharding.mesh import MeshPlan
 from jaxft.sharding.processes import on_primary
 from jaxft.training.state import divide
@@ -50,10 +50,11 @@ def export(
     """Writes a model as a PEFT folder (`adapter`) or a whole Hugging Face folder (`merged`).
 
     source: a run folder, a PEFT folder, a Hugging Face folder or a GGUF file. step: a checkpoint of a run folder; None:
-    its newest. dtype: type of a merged model's tensors in the files; None: that of its base's own files, or float32 if
-    a run trained all of it. base: for a run with a quantised base, what the adapter is merged into: `trained`, the
-    dequantised kernels, or `original`, the kernels before quantisation, which gives another model than the one that was
-    trained. allow_unknown: as for `load_model`, if the source is not a run folder, which has its own.
+    the one that the run has exported, or its newest. dtype: type of a merged model's tensors in the files; None: that
+    of its base's own files, or float32 if a run trained all of it. base: for a run with a quantised base, what the
+    adapter is merged into: `trained`, the dequantised kernels, or `original`, the kernels before quantisation, which
+    gives another model than the one that was trained. allow_unknown: as for `load_model`, if the source is not a run
+    folder, which has its own.
     Returns the folder; what was `compared`, logits or a reward model's scores; the largest (`checks`) and mean (`mean`)
     difference between those of the live model and of each reader of the export, as shares of the largest (for `merged`
     this is the change by merging); and, of a
@@ -119,9 +120,9 @@ def load_trained(
 ) -> LoadedModel:
     """Loads a model of any kind; of a run folder, the evaluated weights of a checkpoint, without a critic.
 
-    step: of a run folder, the newest if None. quantized: False puts a run's adapter on its base in the base's original
-    precision. allow_unknown: as for `export`. Raises ConfigError for a step of anything but a run folder, and for a run
-    without a checkpoint.
+    step: of a run folder; None: the one that the run has exported, or the newest if training has not ended. quantized:
+    False puts a run's adapter on its base in the base's original precision. allow_unknown: as for `export`. Raises
+    ConfigError for a step of anything but a run folder, and for a run without a checkpoint.
     """
     source = local_path(source)
     if not is_run_folder(source):
@@ -135,6 +136,8 @@ def load_trained(
     _, trainable, frozen = divide(loaded.module)
     start = nnx.filter_state(frozen, StartParam)  # initial values of adapters, which are frozen, but saved
     with RunCheckpoints(Path(source) / CHECKPOINTS, keep=1, read_only=True) as checkpoints:
+        exported = record_of(Path(source)).exported
+        step = exported if step is None and exported in checkpoints.all_steps() else step
         saved = checkpoints.open(step)
         if saved is None:
             raise ConfigError(f"{source} has no whole checkpoint yet")

@@ -3,8 +3,10 @@
 # B batch, S sequence
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import optax
@@ -23,19 +25,31 @@ from jaxft.methods.parts.sequences import device_batch, evaluated_weights
 from jaxft.nn.decoder import Decoder
 from jaxft.optim.make import make_schedule
 from jaxft.runs.build import load_frozen, make_step, make_tx, start_state, with_frozen
-from jaxft.runs.identity.record import record_of
+from jaxft.runs.identity.record import record_of, write_record
 from jaxft.runs.report import write_report
 from jaxft.sharding import distributed
 from jaxft.sharding.processes import is_primary, on_primary
+from jaxft.training.early_stopping import EarlyStopping
 from jaxft.training.likelihoods import FallingLikelihoods
 from jaxft.training.log import NoLog, RunLog
-from jaxft.training.loop import Cadence, Hooks, evaluate, fit
+from jaxft.training.loop import Cadence, Epochs, Hooks, Period, evaluate, fit
 from jaxft.training.reward_watch import RewardWatch
 from jaxft.training.state import TrainState, saved_part, with_saved
 
 
-def fit_run(run: Run, loaded: LoadedModel, console: Console) -> dict[str, float]:
-    """Trains `loaded` in place, from the newest checkpoint if there is one. Returns the last held-out metrics."""
+class Fitted(NamedTuple):
+    """A run whose training has ended. held_out: metrics of the weights that are exported. steps: that were trained.
+
+    exported: the step whose weights are exported.
+    """
+
+    held_out: dict[str, float]
+    steps: int
+    exported: int
+
+
+def fit_run(run: Run, loaded: LoadedModel, console: Console) -> Fitted:
+    """Trains `loaded` in place, from the newest checkpoint if there is one, and puts the exported weights into it."""
     config, method = run.config, method_of(run.config)
     schedule = make_schedule(config.optim, run.total_steps)
     tx = make_tx(config, loaded.module, schedule)
@@ -51,20 +65,53 @@ def fit_run(run: Run, loaded: LoadedModel, console: Console) -> dict[str, float]
             saved, extra = restored
             state = with_saved(state, saved)
             start, progress, held_out = int(extra["step"]), extra["progress"], extra["held_out"]
+        if start <= ranked_after:  # what was seen on other held-out rows says nothing of these
+            progress = {name: value for name, value in progress.items() if not name.startswith(EarlyStopping.PREFIX)}
         with _log(run, start if restored else None, console) as log:
             if start:
                 log.note(f"going on from step {start} of {run.total_steps}")
             feed = method.feed(run, graphdef)
             step = _jitted_step(run, graphdef, tx, schedule, state)
             hooks = _hooks(run, graphdef, feed, step, _saver(config, checkpoints))
-            if start < run.total_steps:
+            ended = hooks.early_stopping is not None and hooks.early_stopping.ends(progress)
+            if start < run.total_steps and not ended:
                 state, held_out = fit(state, hooks, _cadence(run), log, start=start, progress=progress)
             elif start == ranked_after:  # other rows are held out than those of its metrics
                 held_out = evaluate(hooks, state, start, log)
+            last = int(state.step)
+            if last < run.total_steps:
+                log.note(_ended_early(config, last))
+            state, held_out, exported = _exported(config, checkpoints, state, held_out)
+            if exported != last:
+                log.note(f"step {exported} is exported, the best by {config.checkpoint.best_metric}")
+    on_primary(lambda: write_record(run.folder, replace(record_of(run.folder), exported=exported)))
     nnx.update(loaded.module, evaluated_weights(config, state), state.frozen)
     # It was needed for training alone, and is in the checkpoints.
     drop_critic(loaded.module)
-    return held_out
+    return Fitted(held_out, last, exported)
+
+
+def _ended_early(config: RunConfig, step: int) -> str:
+    return (
+        f"training ended at step {step}: {config.checkpoint.best_metric} did not get better in "
+        f"{config.train.early_stopping_patience} evaluations. It goes on if train.early_stopping_patience is raised."
+    )
+
+
+def _exported(
+    config: RunConfig, checkpoints: RunCheckpoints, state: TrainState, held_out: dict[str, float]
+) -> tuple[TrainState, dict[str, float], int]:
+    """(the state that is scored and exported, its held-out metrics, its step), by `export.checkpoint`."""
+    last = int(state.step)
+    checkpoints.wait()
+    best = on_primary(checkpoints.best_step) if config.export.checkpoint == "best" else None
+    if best is None or best == last:
+        return state, held_out, last
+    restored = checkpoints.restore(saved_part(_shapes(state)), best)
+    if restored is None:
+        raise RuntimeError(f"step {best} has gone")
+    saved, extra = restored
+    return with_saved(state, saved), extra["held_out"], best
 
 
 def _checkpoints(run: Run, ranked_after: int) -> RunCheckpoints:
@@ -100,6 +147,7 @@ def _hooks(
         save=save,
         preempted=distributed.reached_preemption,
         may_stop=feed.may_stop,
+        early_stopping=_early_stopping(run),
         data_metrics=feed.metrics,
         evaluate_start=method.evaluates_start,
         evaluated=partial(_show_report, run.folder),
@@ -107,12 +155,29 @@ def _hooks(
 
 
 def _cadence(run: Run) -> Cadence:
+    train, checkpoint = run.config.train, run.config.checkpoint
+
+    def period(steps: int | None, epochs: float | None) -> Period:
+        return steps if epochs is None else Epochs(epochs)
+
     return Cadence(
         total_steps=run.total_steps,
         steps_per_epoch=run.source.steps_per_epoch,
-        log_every=run.config.train.log_every,
-        eval_every=run.config.train.eval_every,
-        save_every=run.config.checkpoint.every,
+        log_every=period(train.log_every, train.log_every_epochs),
+        eval_every=period(train.eval_every, train.eval_every_epochs),
+        save_every=period(checkpoint.every, checkpoint.every_epochs),
+    )
+
+
+def _early_stopping(run: Run) -> EarlyStopping | None:
+    train, checkpoint = run.config.train, run.config.checkpoint
+    if train.early_stopping_patience is None or checkpoint.best_metric is None:
+        return None
+    return EarlyStopping(
+        metric=checkpoint.best_metric,
+        mode=checkpoint.best_mode,
+        patience=train.early_stopping_patience,
+        threshold=train.early_stopping_threshold,
     )
 
 

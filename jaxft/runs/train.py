@@ -29,7 +29,7 @@ from jaxft.runs.build import (
 from jaxft.runs.course import course_of, warnings_of
 from jaxft.runs.data_summary import data_notes, data_summary, print_mixture
 from jaxft.runs.export import export_run
-from jaxft.runs.fitting import fit_run
+from jaxft.runs.fitting import Fitted, fit_run
 from jaxft.runs.folder import check_shared, dated, open_run
 from jaxft.runs.identity.contents import check_processes, reads_of
 from jaxft.runs.report import write_report
@@ -84,7 +84,7 @@ def _train(run: Run, console: Console) -> dict[str, Any]:
         scores["base_answers"] = list(base.texts)
         on_primary(lambda: run_folder.write_json(run.folder / run_folder.SCORES, scores))
     run = method_of(config).precompute(run, lambda: loaded.module)
-    held_out = fit_run(run, loaded, console)
+    fitted = fit_run(run, loaded, console)
     if config.eval.metric:
         console.print(f"tuned model, {len(run.data.eval_prompts)} held-out rows, by generation ...", highlight=False)
         tuned = answer(loaded.module, run.tokenizer, run.data, config.eval, config.eval.metric)
@@ -95,7 +95,7 @@ def _train(run: Run, console: Console) -> dict[str, Any]:
 
     def finish() -> dict[str, Any]:
         html, png = write_report(run.folder)
-        summary = _summary(run, held_out, scores, exports) | {"report": html.name, "loss_plot": png.name}
+        summary = _summary(run, fitted, scores, exports) | {"report": html.name, "loss_plot": png.name}
         run_folder.write_json(run.folder / run_folder.SUMMARY, summary)
         return summary
 
@@ -176,8 +176,10 @@ def describe(run: Run) -> str:
     )
 
 
-def _summary(run: Run, held_out: dict[str, float], scores: dict[str, Any], exports: dict[str, Any]) -> dict[str, Any]:
-    summary: dict[str, Any] = {"output_dir": str(run.folder), "steps": run.total_steps, **held_out}
+def _summary(run: Run, fitted: Fitted, scores: dict[str, Any], exports: dict[str, Any]) -> dict[str, Any]:
+    summary: dict[str, Any] = {"output_dir": str(run.folder), "steps": fitted.steps, **fitted.held_out}
+    if fitted.exported != fitted.steps:
+        summary["exported_step"] = fitted.exported
     if run.config.eval.metric:
         summary |= {
             "metric": scores["metric"],

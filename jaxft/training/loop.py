@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from jaxft.errors import JaxftError, Preempted
+from jaxft.training.early_stopping import EarlyStopping
 from jaxft.training.log import NoLog, RunLog
 from jaxft.training.state import TrainState
 
@@ -22,18 +23,34 @@ class DivergedError(JaxftError):
     """The loss, or another metric of a step, is NaN or infinite."""
 
 
+@dataclass(frozen=True)
+class Epochs:
+    """A period in epochs, or in a part of one: it ends with the step in which so many are completed."""
+
+    count: float
+
+
+Period = int | Epochs | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cadence:
-    """Periods in steps; None means only after the last step."""
+    """Periods in steps or epochs; None means only after the last step."""
 
     total_steps: int
     steps_per_epoch: float
-    log_every: int
-    eval_every: int | None
-    save_every: int | None
+    log_every: Period
+    eval_every: Period
+    save_every: Period
 
-    def due(self, step: int, every: int | None) -> bool:
+    def due(self, step: int, every: Period) -> bool:
         """Whether an event with this period is due after `step` steps."""
+        if isinstance(every, Epochs):
+            # Rounded: a third of 30 steps is a hair below 10.
+            before, after = (
+                math.floor(round(done / (self.steps_per_epoch * every.count), 6)) for done in (step - 1, step)
+            )
+            return step == self.total_steps or after > before
         return step == self.total_steps or (every is not None and step % every == 0)
 
 
@@ -45,7 +62,8 @@ class Hooks:
     that generates its own data reads the weights in `state`. evaluate(state): held-out metrics; None if no rows are
     held out. save(step, state, progress, metrics): writes a checkpoint. preempted(): called after every step; whether
     to save and stop. may_stop(step): whether a run can go on from a checkpoint after `step` steps; if not, it saves and
-    stops at the next step that may. data_metrics(step): values to log about the data of the first `step` steps.
+    stops at the next step that may. early_stopping: ends training before the last step; None: nothing does.
+    data_metrics(step): values to log about the data of the first `step` steps.
     evaluate_start: whether a run that has not begun is evaluated before its first step. evaluated(): called after the
     metrics of an evaluation are logged.
     """
@@ -56,6 +74,7 @@ class Hooks:
     save: Callable[[int, TrainState, dict[str, float], dict[str, float]], None]
     preempted: Callable[[], bool]
     may_stop: Callable[[int], bool] = lambda step: True
+    early_stopping: EarlyStopping | None = None
     data_metrics: Callable[[int], dict[str, float]] = lambda step: {}
     evaluate_start: bool = False
     evaluated: Callable[[], None] = lambda: None
@@ -64,9 +83,10 @@ class Hooks:
 def fit(
     state: TrainState, hooks: Hooks, cadence: Cadence, log: RunLog | NoLog, *, start: int, progress: dict[str, float]
 ) -> tuple[TrainState, dict[str, float]]:
-    """Trains from step `start` to the last one. Returns the state and the last held-out metrics.
+    """Trains from step `start` to the last one. Returns the state and the held-out metrics of the last step.
 
-    progress: sums since step 0 of the metrics in ADDED_UP, as saved. Raises Preempted after saving, and
+    progress: sums since step 0 of the metrics in ADDED_UP, and what `hooks.early_stopping` has seen, as saved. If that
+    ends training, the last step is an earlier one, and is saved. Raises Preempted after saving, and
     DivergedError at the first loss that is not a number, before it can reach a checkpoint.
     """
     progress = dict(progress)
@@ -86,17 +106,32 @@ def fit(
         for name in [name for name in ADDED_UP if name in metrics]:
             progress[name] = progress.get(name, 0.0) + metrics.pop(name)
         if cadence.due(step, cadence.log_every):
-            consumed = progress | {"epoch": step / cadence.steps_per_epoch} | hooks.data_metrics(step)
+            consumed = {name: progress[name] for name in ADDED_UP if name in progress}
+            consumed |= {"epoch": step / cadence.steps_per_epoch} | hooks.data_metrics(step)
             log.step(step, metrics | consumed | window.rates())
         # Metrics of an earlier step must not rank this step's checkpoint.
         held_out = evaluate(hooks, state, step, log) if cadence.due(step, cadence.eval_every) else {}
+        ending = _ends_early(hooks, step, held_out, progress)
+        if ending and not held_out:
+            held_out = evaluate(hooks, state, step, log)
         # Every process asks after the same steps.
         stopping = hooks.may_stop(step) and hooks.preempted()
-        if stopping or cadence.due(step, cadence.save_every):
+        if stopping or ending or cadence.due(step, cadence.save_every):
             hooks.save(step, state, progress, held_out)
-        if stopping and step < cadence.total_steps:
+        if stopping and not ending and step < cadence.total_steps:
             raise Preempted(step)
+        if ending:
+            break
     return state, held_out
+
+
+def _ends_early(hooks: Hooks, step: int, held_out: dict[str, float], progress: dict[str, float]) -> bool:
+    """Whether training ends after a step. held_out: its metrics, which are added to `progress`; none if not due."""
+    if hooks.early_stopping is None:
+        return False
+    if held_out:
+        hooks.early_stopping.add(held_out, progress)
+    return hooks.early_stopping.ends(progress) and hooks.may_stop(step)
 
 
 def evaluate(hooks: Hooks, state: TrainState, step: int, log: RunLog | NoLog) -> dict[str, float]:

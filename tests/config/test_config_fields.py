@@ -14,6 +14,12 @@ COMPANIONS = {
     "optim.name": {"optim.schedule": "constant", "adapter.kind": "none"},
     "eval.metric": {"data.eval_fraction": 0.1},
     "checkpoint.best_metric": {"data.eval_fraction": 0.1},
+    "export.checkpoint": {
+        "data.eval_fraction": 0.1,
+        "checkpoint.best_metric": "eval_loss",
+        "checkpoint.every": 2,
+        "train.eval_every": 2,
+    },
     "data.pairs": {"method.name": "dpo"},
     "rewards.completions": {"method.name": "grpo"},
 }
@@ -66,8 +72,10 @@ def test_a_section_is_chosen_by_its_name(section):
 def test_fields_that_may_change_when_a_run_is_resumed():
     free = [key for key, field in all_fields(RunConfig).items() if field.free_to_change]
     assert {key.split(".")[0] if key.startswith(("mesh.", "export.", "eval.")) else key for key in free} == {
-        "output_dir", "model.remat", "mesh", "train.epochs", "train.steps", "train.log_every", "train.report_to", "train.eval_every",
-        "checkpoint.keep", "checkpoint.every", "checkpoint.best_metric", "checkpoint.best_mode", "export", "eval",
+        "output_dir", "model.remat", "mesh", "train.epochs", "train.steps", "train.log_every", "train.eval_every",
+        "train.log_every_epochs", "train.report_to", "train.eval_every_epochs", "train.early_stopping_patience",
+        "train.early_stopping_threshold", "checkpoint.keep", "checkpoint.every", "checkpoint.every_epochs",
+        "checkpoint.best_metric", "checkpoint.best_mode", "export", "eval",
         "data.eval", "data.eval_split", "data.eval_limit", "rollout.slots", "rollout.log_completions",
         "rewards.workers", "rewards.timeout_seconds",
     }  # fmt: skip

@@ -215,6 +215,42 @@ METHODS = ", ".join(choices(MethodConfig, "name"))
             "checkpoint.every=3 is not a multiple of train.eval_every=2: set train.eval_every to a divisor",
         ),
         (
+            {"checkpoint.best_metric": "eval_loss", "data.eval": "e", "checkpoint.every": 3},
+            "checkpoint.every=3 is not a multiple of train.eval_every=None",
+        ),
+        (
+            {
+                "checkpoint.best_metric": "eval_loss",
+                "data.eval": "e",
+                "checkpoint.every_epochs": 1.0,
+                "train.eval_every_epochs": 0.4,
+            },
+            "checkpoint.every_epochs=1.0 is not a multiple of train.eval_every_epochs=0.4: set the latter to the same",
+        ),
+        (
+            {"checkpoint.best_metric": "eval_loss", "data.eval": "e", "checkpoint.every_epochs": 1.0},
+            "checkpoint.every_epochs=1.0 is not a multiple of train.eval_every_epochs=None",
+        ),
+        (
+            {"train.eval_every": 3, "train.eval_every_epochs": 1.0},
+            "counts steps and train.eval_every_epochs=1.0 epochs",
+        ),
+        (
+            {"checkpoint.every": 3, "checkpoint.every_epochs": 1.0},
+            "counts steps and checkpoint.every_epochs=1.0 epochs",
+        ),
+        ({"export.checkpoint": "best"}, "needs a metric by which checkpoints are compared: set checkpoint.best_metric"),
+        (
+            {"export.checkpoint": "best", "checkpoint.best_metric": "eval_loss", "data.eval": "e"},
+            "there is only one, at the end: set checkpoint.every or checkpoint.every_epochs",
+        ),
+        ({"train.early_stopping_patience": 3}, "needs a metric that is watched: set checkpoint.best_metric"),
+        (
+            {"train.early_stopping_patience": 3, "checkpoint.best_metric": "eval_loss", "data.eval": "e"},
+            "counts evaluations, and there is only one, at the end: set train.eval_every or train.eval_every_epochs",
+        ),
+        ({"train.early_stopping_threshold": 0.1}, "is read only if train.early_stopping_patience is set"),
+        (
             {"checkpoint.best_metric": "eval_perplexity", "data.eval": "e", "method.name": "dpo"},
             "best_metric='eval_perplexity' is not reported by method.name='dpo': set it to one of eval_loss, eval_rew",
         ),

@@ -7,8 +7,9 @@ import pytest
 from rich.console import Console
 
 from jaxft.errors import JaxftError, Preempted
+from jaxft.training.early_stopping import EarlyStopping
 from jaxft.training.log import TIMING_KEYS, RunLog, read_metrics
-from jaxft.training.loop import Cadence, DivergedError, Hooks, fit
+from jaxft.training.loop import Cadence, DivergedError, Epochs, Hooks, fit
 
 
 class Recorder:
@@ -95,6 +96,72 @@ def test_each_thing_has_its_own_cadence_and_all_come_last():
     assert recorder.of("evaluate") == recorder.of("log eval") == [3, 6, 9, 10]
     assert recorder.of("save") == [5, 10]
     assert len(recorder.of("train")) == 10
+
+
+@pytest.mark.parametrize(
+    ("epochs", "due"),
+    # Of an epoch of 4 steps, of 3 1/3 and of 1/2.
+    [
+        (4.0, {1: [4, 8, 10], 0.5: [2, 4, 6, 8, 10], 2.5: [10], 0.1: list(range(1, 11))}),
+        (10 / 3, {1: [4, 7, 10], 1 / 3: [2, 3, 4, 5, 6, 7, 8, 9, 10], 1.5: [5, 10]}),
+        (0.5, {1: list(range(1, 11)), 4: [2, 4, 6, 8, 10], 100: [10]}),
+    ],
+)
+def test_a_period_in_epochs_ends_with_the_step_that_completes_them(epochs, due):
+    for count, steps in due.items():
+        cadence = Cadence(total_steps=10, steps_per_epoch=epochs, log_every=1, eval_every=None, save_every=None)
+        assert [step for step in range(1, 11) if cadence.due(step, Epochs(count))] == steps, (epochs, count)
+
+
+def test_periods_of_thirds_miss_no_step_to_rounding():
+    cadence = Cadence(total_steps=900, steps_per_epoch=30.0, log_every=1, eval_every=None, save_every=None)
+    due = [step for step in range(1, 901) if cadence.due(step, Epochs(1 / 3))]
+    assert due == list(range(10, 901, 10))
+
+
+@pytest.mark.parametrize(
+    ("values", "settings", "last"),
+    [
+        ([5, 4, 4.5, 4.2, 3, 9], {"patience": 2}, 4),
+        ([5, 4, 4.5, 3, 3.5, 9], {"patience": 2}, 6),
+        ([5, 5, 5], {"patience": 2}, 3),
+        ([5, 4.9, 4.8, 4.7, 4.6], {"patience": 2, "threshold": 0.15}, None),
+        ([5, 4.95, 4.9, 4], {"patience": 2, "threshold": 0.15}, 3),
+        ([1, 2, 1.5, 1.9, 3], {"patience": 2, "mode": "max"}, 4),
+        ([float("nan"), 3, float("nan"), float("nan")], {"patience": 2}, 4),
+        ([5, 4, 3, 2, 1], {"patience": 1}, None),
+    ],
+)
+@pytest.mark.parametrize("killed_after", [0, 1, 3])
+def test_training_ends_once_the_metric_stops_getting_better(values, settings, last, killed_after):
+    stopping = EarlyStopping(**({"metric": "eval_loss", "mode": "min"} | settings))
+    recorder = Recorder()
+    recorder.evaluate = lambda state: {"eval_loss": values[state - 1]}
+    start, progress = 0, {}
+    if killed_after:
+        run(recorder, total=killed_after, eval_every=1, save_every=1, early_stopping=stopping)
+        start = max(recorder.saved)
+        progress = recorder.saved[start][0]
+        if stopping.ends(progress):
+            assert start == last
+            return
+    total = len(values)
+    state, held_out = run(
+        recorder, total=total, start=start, progress=progress, eval_every=1, save_every=1, early_stopping=stopping
+    )
+    assert state == (last or total) == max(recorder.saved) and held_out == pytest.approx(
+        {"eval_loss": values[state - 1]}, nan_ok=True
+    )
+    assert stopping.ends(recorder.saved[state][0]) == (last is not None)
+    assert not any(name.startswith("early") for row in recorder.logged.values() for name in row)
+
+
+def test_a_run_ends_early_only_where_it_can_go_on():
+    recorder = Recorder()
+    recorder.evaluate = lambda state: {"eval_loss": float(state)}
+    stopping = EarlyStopping(metric="eval_loss", mode="min", patience=1)
+    state, _ = run(recorder, total=20, eval_every=2, may_stop=lambda step: step % 3 == 0, early_stopping=stopping)
+    assert state == 6 and recorder.of("save") == [6]
 
 
 def test_without_periods_everything_comes_once_at_the_end():

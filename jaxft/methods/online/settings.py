@@ -82,6 +82,11 @@ def check_online(config: RunConfig, model: Decoder, *, compares: bool = True) ->
             f"checkpoint.every={every} would save in the middle of a rollout, from where a run cannot go on: make it a "
             f"multiple of rollout.steps_per_rollout x rollout.num_iterations = {rollout.updates}"
         )
+    if config.checkpoint.every_epochs is not None and rollout.updates > 1:
+        raise ConfigError(
+            f"checkpoint.every_epochs={config.checkpoint.every_epochs} may save in the middle of a rollout, from where "
+            f"a run cannot go on: set checkpoint.every to a multiple of {rollout.updates} steps instead"
+        )
     if config.adapter.kind != "none" and config.adapter.dropout:
         raise ConfigError(
             f"adapter.dropout={config.adapter.dropout} would change the log-probabilities of answers after they were "

@@ -43,7 +43,7 @@ def card_of(
     """The card of an export that was written and read back.
 
     form: `adapter` or `merged`. run: the folder of the run that trained the model; None for a model that is only
-    written in another form. step: that of its weights; None: its newest checkpoint.
+    written in another form. step: that of its weights; None: the one that it exports, or its newest checkpoint.
     """
     base = _base(loaded)
     sections: list[tuple[str, str]] = []
@@ -51,7 +51,7 @@ def card_of(
     kind = "lora"
     if run is not None:
         config = run_config(run)
-        step = step or newest_step(run)
+        step = step or record_of(run).exported or newest_step(run)
         results, kind = _results(run, step), config.adapter.kind
         sections = [("Training", _training(_named(config, base), run, step)), *_results_section(results)]
         facts = {"results": results, "datasets": _datasets(config), "tags": (config.method.name,)}
@@ -144,7 +144,8 @@ def _results(folder: Path, step: int) -> tuple[Result, ...]:
             if name.startswith("eval_") and name not in skipped:
                 out.append(Result(metric=name.removeprefix("eval_"), value=value, rows=rows))
     scores = read_json(folder / SCORES, {})
-    if record_of(folder).steps in (None, step) and "tuned" in scores:
+    record = record_of(folder)
+    if (record.exported or record.steps) in (None, step) and "tuned" in scores:
         out.append(_score(scores, "tuned"))
     return tuple(out)
 

@@ -86,7 +86,9 @@ def go_on(record: Record, before: RunConfig, now: Start, newest: int) -> tuple[R
         else:
             notes.append(f"from step {newest} on " + ("rows are held out" if new else "no rows are held out"))
     record = resumed(record, newest, notes)
-    return replace(record, steps=now.steps, reads=now.reads, ranked_after=ranked_after), notes
+    # A run that trains on has not been exported as it will be.
+    exported = record.exported if now.steps == record.steps else None
+    return replace(record, steps=now.steps, reads=now.reads, ranked_after=ranked_after, exported=exported), notes
 
 
 def _other_length(record: Record, before: RunConfig, now: Start, steps: int, newest: int) -> list[str]:

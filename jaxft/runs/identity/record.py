@@ -34,7 +34,8 @@ class Record:
     id: of the run, for ever the same. created: when it began. version: of jaxft then. steps: its length; None if it is
     not known. reads: what it reads, see `contents.py`. exports: for each export in the folder, the files that were
     written; None while they are being written. ranked_after: the step after which held-out metrics can be compared
-    with each other, because the held-out rows have stayed the same. history: what was changed when the run was resumed,
+    with each other, because the held-out rows have stayed the same. exported: the step whose weights were scored and
+    exported when training ended; None before. history: what was changed when the run was resumed,
     oldest first, as `time`, `step` and `change`.
     """
 
@@ -45,6 +46,7 @@ class Record:
     reads: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     exports: Mapping[str, list[str] | None] = field(default_factory=dict)
     ranked_after: int = 0
+    exported: int | None = None
     history: tuple[Mapping[str, Any], ...] = ()
 
 
