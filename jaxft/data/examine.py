@@ -16,7 +16,7 @@ from jaxft.data.encoded.table import Facts, facts_of, hashes_of
 from jaxft.data.encoded.work import ReadCounts
 from jaxft.data.examine_pairs import PairExamination, combine_pairs, examine_pairs, length_quantiles, pair_warnings
 from jaxft.data.fitting import LengthLimit, ModelLimits
-from jaxft.data.packing import one_each, pack
+from jaxft.data.packing import plan_of
 from jaxft.data.rows.columns import UnreadColumn, combine_unread
 from jaxft.errors import DataError, listed
 
@@ -93,7 +93,7 @@ def examine(
     if not examples:
         raise DataError(_nothing(source, counts.left_out))
     max_length, facts = config.max_length, facts_of(examples)
-    rows = len(np.unique(facts.rows)) + counts.left_out["rows"]
+    rows = int(np.count_nonzero(np.diff(np.sort(facts.rows)))) + 1 + counts.left_out["rows"]
     _refuse_untrained(facts, rows, where, source)
     limit = LengthLimit(
         config=config, model=model, source=source, where=where, pairs=pairs, chats=bool(counts.chats.total())
@@ -108,7 +108,7 @@ def examine(
             f"the model would not learn to stop. {fitted.truncated:,} were cut at data.max_length={max_length}: raise "
             "it, or set data.truncation to 'left' or 'drop'."
         )
-    plan = pack(kept_facts.lengths, max_length) if config.packing else one_each(len(kept))
+    plan = plan_of(kept, max_length, packing=config.packing)
     tokens = int(kept_facts.lengths.sum())
     examination = Examination(
         source=source,

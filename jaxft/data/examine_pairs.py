@@ -174,4 +174,5 @@ def length_quantiles(lengths: np.ndarray) -> dict[str, int]:
 
 
 def _quantiles(values: np.ndarray) -> dict[str, float]:
-    return {f"p{q * 100:g}": float(np.quantile(values, q, method="higher")) for q in QUANTILES}
+    of_each = np.quantile(values, QUANTILES, method="higher").tolist()
+    return {f"p{q * 100:g}": float(value) for q, value in zip(QUANTILES, of_each, strict=True)}

@@ -4,6 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jaxft.data.batch import Example
+from jaxft.data.encoded.table import ExampleTable, facts_of
+
 
 def pack(lengths: Sequence[int] | np.ndarray, max_length: int) -> list[list[int]]:
     """Sequences as lists of example indices; the examples of each have at most max_length tokens together.
@@ -35,6 +38,17 @@ def pack(lengths: Sequence[int] | np.ndarray, max_length: int) -> list[list[int]
         waiting[room - length].append(sequence)
         rooms |= 1 << (room - length)
     return sorted(sorted(sequence) for sequence in plan)
+
+
+def plan_of(examples: Sequence[Example], max_length: int, *, packing: bool) -> list[list[int]]:
+    """The sequences of examples, by index: packed, or one for each. That of a table is computed once."""
+    if not packing:
+        return one_each(len(examples))
+    if not isinstance(examples, ExampleTable):
+        return pack(facts_of(examples).lengths, max_length)
+    if max_length not in examples.plans:
+        examples.plans[max_length] = pack(examples.facts.lengths, max_length)
+    return examples.plans[max_length]
 
 
 def one_each(count: int) -> list[list[int]]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxft.data.batch import Example
 from jaxft.data.encoded.table import facts_of
-from jaxft.data.packing import one_each, pack
+from jaxft.data.packing import plan_of
 
 
 class Stream:
@@ -25,7 +25,7 @@ class Stream:
             raise ValueError("a Loader needs at least one example")
         self.examples = examples
         self._facts = facts_of(examples)
-        self.plan = pack(self._facts.lengths, max_length) if packing else one_each(len(examples))
+        self.plan = plan_of(examples, max_length, packing=packing)
         order = grain.MapDataset.range(len(self.plan))
         # Grain's shuffle computes each index by itself, with another seed in each epoch: seeking is O(1).
         order = (order.shuffle(seed=seed % 2**32) if shuffle else order).repeat()

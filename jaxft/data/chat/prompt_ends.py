@@ -6,6 +6,7 @@ such tokens are encoded alone. So the tokens up to an anchor are the same in a p
 those of the tail have to be compared. The tails of most prompts are the same few characters, which are encoded once.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,7 +24,9 @@ class PromptEnds:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._anchors = anchors_of(tokenizer)
+        anchors = anchors_of(tokenizer)
+        self._spelling = {number: tokenizer.token(number) for number in anchors.tolist()}
+        self._is_anchor = np.isin(np.arange(tokenizer.vocab_size), anchors)
         self._kept: dict[str, list[int]] = {}
 
     def encode(self, layouts: Sequence[Layout]) -> list[tuple[list[int], list[int | None]]]:
@@ -49,16 +52,16 @@ class PromptEnds:
 
     def _tails(self, layout: Layout, ids: list[int], spans: Spans) -> list[tuple[int, str]]:
         """(index of the first token, text) of the tail of each prompt; the whole prompt if no anchor is in it."""
-        at = np.flatnonzero(np.isin(np.asarray(ids), self._anchors)).tolist() if len(self._anchors) else []
+        at = np.flatnonzero(self._is_anchor[np.asarray(ids, np.int64)]).tolist()
         starts, ends, indices = [0], [0], [0]
         for index in at:
             start, end = spans(index)
             # A model may have the id of an added token for other text; only the token itself is cut out.
-            if layout.text[start:end].lstrip() == self._tokenizer.token(ids[index]):
+            if layout.text[start:end].lstrip() == self._spelling[ids[index]]:
                 starts.append(start)
                 ends.append(end)
                 indices.append(index)
-        lasts = np.searchsorted(ends, [len(turn.prompt) for turn in layout.turns], side="right") - 1
+        lasts = [bisect_right(ends, len(turn.prompt)) - 1 for turn in layout.turns]
         return [(indices[last], turn.prompt[starts[last] :]) for last, turn in zip(lasts, layout.turns, strict=True)]
 
     def _encode_tails(self, texts: set[str]) -> dict[str, list[int]]:

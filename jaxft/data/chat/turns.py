@@ -92,8 +92,8 @@ def _to_last_end(text: str, start: int, tokenizer: Tokenizer) -> str:
     start: of the completion.
     """
     bare = text.rstrip()
-    ends = (tokenizer.token(stop) for stop in tokenizer.stop_ids)
-    return bare if len(bare) > start and bare != text and any(bare.endswith(end) for end in ends) else text
+    ends = tuple(tokenizer.stop_tokens.values())
+    return bare if len(bare) > start and bare != text and bare.endswith(ends) else text
 
 
 def trained_answers(conversation: Conversation, train_on: str) -> list[int]:
@@ -133,7 +133,7 @@ def shared_start(a: Sequence[Any], b: Sequence[Any]) -> int:
 
 def no_end(conversation: Conversation, number: int, tokenizer: Tokenizer) -> TemplateProblem:
     """The error for an answer without an end token."""
-    ends = ", ".join(repr(tokenizer.token(i)) for i in sorted(tokenizer.stop_ids)) or "none known"
+    ends = ", ".join(map(repr, tokenizer.stop_tokens.values())) or "none known"
     return TemplateProblem(
         f"{conversation.where}: EOS would never be trained: the template puts no end token ({ends}) after message "
         f"{number} (assistant), so the model would not learn to stop.",
@@ -159,8 +159,7 @@ def _turn(conversation: Conversation, tokenizer: Tokenizer, index: int) -> Turn:
             f"Set data.chat_template to one that does not; {LEAVE_OUT}.",
             kind="another answer",
         )
-    ends = [tokenizer.token(stop) for stop in tokenizer.stop_ids]
-    spans = [(at, at + len(end)) for end in ends if (at := upto.find(end, len(prompt))) >= 0]
+    spans = [(at, at + len(end)) for end in tokenizer.stop_tokens.values() if (at := upto.find(end, len(prompt))) >= 0]
     if not spans:
         raise no_end(conversation, number, tokenizer)
     return Turn(number=number, prompt=prompt, upto=upto, end=min(spans)[1])
@@ -168,11 +167,11 @@ def _turn(conversation: Conversation, tokenizer: Tokenizer, index: int) -> Turn:
 
 def _refuse_ends_inside(conversation: Conversation, tokenizer: Tokenizer, index: int) -> None:
     written = json.dumps(conversation.messages[index], ensure_ascii=False)
-    for stop in tokenizer.stop_ids:
-        if tokenizer.token(stop) in written:
+    for stop in tokenizer.stop_tokens.values():
+        if stop in written:
             raise DataError(
                 f"{conversation.where}: the content of message {index + 1} (assistant) holds "
-                f"{tokenizer.token(stop)!r}, which ends a turn. Remove it: the chat template writes it where "
+                f"{stop!r}, which ends a turn. Remove it: the chat template writes it where "
                 "it belongs."
             )
 

@@ -158,6 +158,11 @@ class ExampleTable(Sequence[Example]):
         return self.parts[at], number - int(self._starts[at])
 
     @functools.cached_property
+    def plans(self) -> dict[int, list[list[int]]]:
+        """Plans of sequences of these examples by the length of sequences, for `packing.plan_of`."""
+        return {}
+
+    @functools.cached_property
     def _starts(self) -> np.ndarray:
         return np.cumsum([0, *map(len, self.parts)])
 

@@ -139,6 +139,11 @@ class Tokenizer:
         """The token's own spelling, such as `<|im_end|>`."""
         return self.backend.convert_ids_to_tokens([int(token_id)])[0]
 
+    @functools.cached_property
+    def stop_tokens(self) -> dict[int, str]:
+        """The spelling of each of `stop_ids`."""
+        return {stop: self.token(stop) for stop in sorted(self.stop_ids)}
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
