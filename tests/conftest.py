@@ -1,6 +1,7 @@
 """Eight fake CPU devices, one thread, no network; and tiny models as transformers writes them."""
 
 import os
+import tempfile
 from importlib.metadata import version
 
 # Before JAX is imported anywhere.
@@ -26,6 +27,7 @@ for name, value in {
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
     "TF_CPP_MIN_LOG_LEVEL": "3",
+    "JAXFT_CACHE": os.path.join(tempfile.gettempdir(), f"jaxft-tests-{os.getuid()}"),
 }.items():
     os.environ.setdefault(name, value)
 

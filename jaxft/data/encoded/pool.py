@@ -20,7 +20,7 @@ from jaxft.errors import DataError
 
 WORKER = Path(__file__).with_name("worker.py")
 # Rows in one order are divided by this number alone, so that files do not depend on the number of processes.
-PART_ROWS = 4096
+PART_ROWS = 2048
 
 # (first row, row after the last, path of the file) of a part.
 Part = tuple[int, int, str]
