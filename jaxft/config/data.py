@@ -233,11 +233,15 @@ class DataConfig(Section):
     ] = None
     packing: Annotated[bool, "put several rows into a sequence, where none sees another; no row is ever split"] = True
     num_proc: Annotated[
-        int | None, ABOVE_ZERO, "number of processes that tokenise rows; None: as many as cores, one for few rows"
+        int | None,
+        ABOVE_ZERO,
+        FREE_TO_CHANGE,
+        "number of processes that tokenise rows; None: as many as cores, one for few rows",
     ] = None
     cache: Annotated[
         str,
         PATH,
+        FREE_TO_CHANGE,
         "where tokenised rows are kept for the next run. `auto`: the cache of the user, if there are many rows; "
         "`none`: nowhere; else a folder; see [formats](formats.md#many-rows)",
     ] = "auto"

@@ -76,7 +76,8 @@ def test_fields_that_may_change_when_a_run_is_resumed():
         "train.log_every_epochs", "train.report_to", "train.eval_every_epochs", "train.early_stopping_patience",
         "train.early_stopping_threshold", "checkpoint.keep", "checkpoint.every", "checkpoint.every_epochs",
         "checkpoint.best_metric", "checkpoint.best_mode", "export", "eval",
-        "data.eval", "data.eval_split", "data.eval_limit", "rollout.slots", "rollout.log_completions",
+        "data.eval", "data.eval_split", "data.eval_limit", "data.num_proc", "data.cache",
+        "rollout.slots", "rollout.log_completions",
         "rewards.workers", "rewards.timeout_seconds",
     }  # fmt: skip
 
