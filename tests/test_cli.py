@@ -4,9 +4,11 @@ import json
 
 import numpy as np
 import pytest
+from huggingface_hub import ModelCard
 
 import jaxft
 from jaxft import cli
+from jaxft.checkpoint.hub.push import Push
 
 CONFIG = "--config=configs/quickstart.py:smoke"
 
@@ -65,10 +67,22 @@ def test_eval_of_a_run_equals_its_own_figures(run, capsys):
     assert figures["value"] == summary["tuned_score"]
 
 
-def test_exports_of_a_run_and_of_its_adapter_agree(run, tmp_path, capsys):
+def test_exports_of_a_run_and_of_its_adapter_agree(run, tmp_path, capsys, monkeypatch):
     folder, _ = run
-    assert cli.main(["export", f"--run={folder}", f"--to={tmp_path / 'a'}", "--format=merged"]) == 0
-    assert "read back by jaxft" in capsys.readouterr().out
+    pushed = []
+    monkeypatch.setattr(Push, "check", lambda self: pushed.append(self))
+    monkeypatch.setattr(Push, "push", lambda self, to, base: pushed.append((to, base)) or "https://hub/owner/mine")
+    command = ["export", f"--run={folder}", f"--to={tmp_path / 'a'}", "--format=merged", "--push=owner/mine"]
+    assert cli.main([*command, "--hub_base=owner/base", "--public"]) == 0
+    out = capsys.readouterr().out
+    assert "read back by jaxft" in out and out.endswith("pushed to https://hub/owner/mine\n")
+    assert pushed == [Push(name="owner/mine", public=True, base="owner/base"), (tmp_path / "a", "owner/base")]
+    card = ModelCard.load(tmp_path / "a" / "README.md")
+    assert card.data.base_model == "owner/base" and "--model=hf://owner/base" in card.text
+    # Nothing that is uploaded names a folder of this machine.
+    texts = [path for path in (tmp_path / "a").iterdir() if path.suffix in (".json", ".md", ".jinja")]
+    assert len(texts) > 3
+    assert not [path for path in texts if str(folder.parent) in path.read_text() or str(tmp_path) in path.read_text()]
     assert cli.main(["export", f"--model={folder / 'adapter'}", f"--to={tmp_path / 'b'}", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["checks"]["jaxft"] < 1e-5
     tokens = np.arange(40).reshape(2, 20)
@@ -148,6 +162,7 @@ def test_data_shows_the_examination(capsys):
         (["generate", "--model=x", "--config.seed=1"], "generate reads none"),
         (["eval"], "either --run=FOLDER or --config=FILE"),
         (["export", "--to=x"], "either --run=FOLDER or --model=PATH"),
+        (["export", "--model=m", "--to=x", "--public"], "--public says how --push uploads"),
         (["generate", "--model=no/such/model", "--prompt=x"], "no/such/model"),
         (["chat", "--model=no/such/model"], "no/such/model"),
     ],

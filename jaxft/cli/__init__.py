@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any
 
-from jaxft.cli import answers, settings
+from jaxft.cli import answers, pushing, settings
 from jaxft.config import ModelConfig, RunConfig, choices
 from jaxft.errors import ConfigError, ExitCode, JaxftError, Preempted
 
@@ -177,6 +177,7 @@ def _export(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
         step=arguments.step,
         base=arguments.base,
         allow_unknown=arguments.allow_unknown,
+        push=pushing.push_of(arguments),
     )
     if not arguments.json:
         what = written["compared"]
@@ -187,6 +188,8 @@ def _export(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
             if name in written:
                 change = written[name]
                 print(f"{how}: {what} within {change['max']:.1e}, {change['mean']:.1e} on average")
+        if "pushed" in written:
+            print(f"pushed to {written['pushed']}")
     return written
 
 
@@ -347,6 +350,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--step", type=int, help="a checkpoint of the run; by default the one that it exported, or the newest")
     option("--base", choices=("trained", "original"), default="trained", help="of a quantised run: what to merge into")
     answers.unknown_option(option)
+    pushing.push_options(option)
 
     option = verb("convert", _convert, "one model format into another, tensor by tensor, compared at the end")
     option(

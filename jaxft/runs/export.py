@@ -14,6 +14,7 @@ from jaxft.adapters.attach import StartParam, adapters, virtual_modules
 from jaxft.adapters.critic import drop_critic
 from jaxft.checkpoint import hf, peft
 from jaxft.checkpoint.hub.card import write_card
+from jaxft.checkpoint.hub.push import Push
 from jaxft.checkpoint.load import LoadedModel, load_model, resolve
 from jaxft.checkpoint.resume import RunCheckpoints
 from jaxft.checkpoint.verify import Check, check_export, is_score_model, output_difference
@@ -26,7 +27,7 @@ from jaxft.files.companions import copy_companions
 from jaxft.files.run_folder import ADAPTER, CHECKPOINTS, MERGED, MODEL, is_run_folder
 from jaxft.home import local_path
 from jaxft.runs.build import build_model
-from jaxft.runs.cards.run_card import card_of
+from jaxft.runs.cards.run_card import base_of_export, card_of
 from jaxft.runs.folder import run_config
 from jaxft.runs.identity.record import begin_export, end_export, record_of
 from jaxft.sharding.mesh import MeshPlan
@@ -46,6 +47,7 @@ def export(
     step: int | None = None,
     base: str = "trained",
     allow_unknown: Sequence[str] = (),
+    push: Push | None = None,
 ) -> dict[str, Any]:
     """Writes a model as a PEFT folder (`adapter`) or a whole Hugging Face folder (`merged`).
 
@@ -61,15 +63,21 @@ def export(
     model that takes images too, the parts that were left out. For a run with a quantised base also the loss by merging:
     `original_base`, the difference between the model merged into the original base and the trained one, or
     `quantised_again`, the difference once the merged model is quantised like its base. Raises ExportError if a reader
-    differs by more than rounding.
+    differs by more than rounding. push: the repository on the Hugging Face Hub to which the folder is uploaded once it
+    was read back, whose address is then returned as `pushed`.
     """
     if base not in BASES:
         raise ConfigError(f"base {base!r} is not one of {', '.join(BASES)}")
     if format not in FORMATS:
         raise ConfigError(f"format {format!r} is not one of {', '.join(FORMATS)}")
+    if push is not None:
+        push.check()
     source, target = local_path(source), Path(local_path(to))
     make_new(target)
     loaded = load_trained(source, step, allow_unknown=allow_unknown)
+    known = base_of_export(loaded)
+    if push is not None:
+        known = push.with_base(known, loaded.base, adapter=format == "adapter")
     quantization = loaded.quantization if format == "merged" else None
     if base == "original" and quantization is None:
         raise ConfigError("base='original' is for merging an adapter whose base was quantised, and this base was not")
@@ -79,7 +87,7 @@ def export(
     tokenizer = load_tokenizer(source)
     checks = write(loaded, tokenizer, target, format=format, dtype=dtype)
     run = Path(source) if is_run_folder(source) else None
-    write_card(target, card_of(loaded, tokenizer, checks, form=format, run=run, step=step))
+    write_card(target, card_of(loaded, tokenizer, checks, form=format, base=known, run=run, step=step))
     out: dict[str, Any] = {
         "folder": str(target),
         "format": format,
@@ -96,6 +104,8 @@ def export(
     elif quantization is not None:
         again = load_model(to, dtype=str(loaded.module.dtype), quantization=quantization)
         out["quantised_again"] = output_difference(again, trained)
+    if push is not None:
+        out["pushed"] = push.push(target, known.name)
     return out
 
 
@@ -217,7 +227,8 @@ def write(
 def _write_run_card(
     target: Path, loaded: LoadedModel, tokenizer: Tokenizer, checks: tuple[Check, ...], format: str, run: Path
 ) -> bool:
-    return write_card(target, card_of(loaded, tokenizer, checks, form=format, run=run))
+    base = base_of_export(loaded)
+    return write_card(target, card_of(loaded, tokenizer, checks, form=format, base=base, run=run))
 
 
 def _compared(loaded: LoadedModel) -> str:

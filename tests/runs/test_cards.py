@@ -108,7 +108,9 @@ def card_of(run, monkeypatch, tmp_path):
 
     def make(base: str = "/home/someone/models/Some-1B", form: str = "adapter", **options):
         options.setdefault("run", run)
-        card = run_card.card_of(Loaded(base), Tokens(), (), form=form, **options)
+        loaded = Loaded(base)
+        known = run_card.base_of_export(loaded)
+        card = run_card.card_of(loaded, Tokens(), (), form=form, base=known, **options)
         folder = tmp_path / "export"
         folder.mkdir(exist_ok=True)
         assert write_card(folder, card)

@@ -37,15 +37,16 @@ def card_of(
     checks: Sequence[Check],
     *,
     form: str,
+    base: BaseFacts,
     run: Path | None = None,
     step: int | None = None,
 ) -> Card:
     """The card of an export that was written and read back.
 
-    form: `adapter` or `merged`. run: the folder of the run that trained the model; None for a model that is only
-    written in another form. step: that of its weights; None: the one that it exports, or its newest checkpoint.
+    form: `adapter` or `merged`. base: from `base_of_export`. run: the folder of the run that trained the model; None
+    for a model that is only written in another form. step: that of its weights; None: the one that the run exports, or
+    its newest checkpoint.
     """
-    base = _base(loaded)
     sections: list[tuple[str, str]] = []
     facts: dict[str, Any] = {}
     kind = "lora"
@@ -74,7 +75,8 @@ def newest_step(run: Path) -> int:
     return max((int(one.name) for one in (run / CHECKPOINTS).glob("*") if one.name.isdigit()), default=0)
 
 
-def _base(loaded: LoadedModel) -> BaseFacts:
+def base_of_export(loaded: LoadedModel) -> BaseFacts:
+    """What is known of the base of a model in memory."""
     try:
         return base_facts(loaded.base, resolve(loaded.base) if loaded.base.startswith(HUB) else None)
     except JaxftError:  # the base is not there any more, and nothing of it is needed
