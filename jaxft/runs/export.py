@@ -66,12 +66,7 @@ def export(
     differs by more than rounding. push: the repository on the Hugging Face Hub to which the folder is uploaded once it
     was read back, whose address is then returned as `pushed`.
     """
-    if base not in BASES:
-        raise ConfigError(f"base {base!r} is not one of {', '.join(BASES)}")
-    if format not in FORMATS:
-        raise ConfigError(f"format {format!r} is not one of {', '.join(FORMATS)}")
-    if push is not None:
-        push.check()
+    _check_request(base, format, push)
     source, target = local_path(source), Path(local_path(to))
     make_new(target)
     loaded = load_trained(source, step, allow_unknown=allow_unknown)
@@ -88,15 +83,7 @@ def export(
     checks = write(loaded, tokenizer, target, format=format, dtype=dtype)
     run = Path(source) if is_run_folder(source) else None
     write_card(target, card_of(loaded, tokenizer, checks, form=format, base=known, run=run, step=step))
-    out: dict[str, Any] = {
-        "folder": str(target),
-        "format": format,
-        "compared": _compared(loaded),
-        "checks": {check.reader: check.difference for check in checks},
-        "mean": {check.reader: check.mean for check in checks},
-    }
-    if loaded.left_out is not None:
-        out["left_out"] = loaded.left_out
+    out = _report(loaded, target, format, checks)
     if loaded.notes:
         out["notes"] = list(loaded.notes)
     if base == "original":
@@ -107,6 +94,26 @@ def export(
     if push is not None:
         out["pushed"] = push.push(target, known.name)
     return out
+
+
+def _check_request(base: str, format: str, push: Push | None) -> None:
+    if base not in BASES:
+        raise ConfigError(f"base {base!r} is not one of {', '.join(BASES)}")
+    if format not in FORMATS:
+        raise ConfigError(f"format {format!r} is not one of {', '.join(FORMATS)}")
+    if push is not None:
+        push.check()
+
+
+def _report(loaded: LoadedModel, target: Path, format: str, checks: Sequence[Check]) -> dict[str, Any]:
+    out: dict[str, Any] = {
+        "folder": str(target),
+        "format": format,
+        "compared": _compared(loaded),
+        "checks": {check.reader: check.difference for check in checks},
+        "mean": {check.reader: check.mean for check in checks},
+    }
+    return out if loaded.left_out is None else out | {"left_out": loaded.left_out}
 
 
 def make_new(target: Path) -> None:

@@ -73,9 +73,9 @@ class Push:
         """
         with _explained(self.name, folder):
             api = _api()
-            made = api.create_repo(self.name, private=not self.public, exist_ok=self.update)
+            address = api.create_repo(self.name, private=not self.public, exist_ok=self.update)
             api.create_commit(self.name, list(_operations(folder, base)), commit_message="Export by jaxft")
-        return str(made)
+        return str(address)
 
 
 def _api() -> HfApi:
