@@ -269,7 +269,9 @@ def sampling_options(option: Callable[..., Any], *, max_new_tokens: int) -> None
 
 def score_options(option: Callable[..., Any]) -> None:
     """The options of `jaxft score`."""
-    option("--data", required=True, metavar="ROWS", help="a .jsonl file, a datasets folder, hf://owner/name, tfds:name")
+    option(
+        "--data", required=True, metavar="ROWS", help="a file, a folder, a pattern, a list; hf://owner/name, tfds:name"
+    )
     option("--split", default="train", help="which part of a set that has parts")
     option("--to", metavar="FILE", help="where the scores are written, a JSON object a line; else standard output")
     option("--batch_size", type=int, default=8, help="sequences at a time")

@@ -40,7 +40,12 @@ class Flag:
 
 FLAGS = (
     Flag("model", ("model.path",), "Hugging Face folder, GGUF file, or hf://owner/name", "PATH"),
-    Flag("data", ("data.train",), "training rows: a file, a datasets folder, hf://owner/name, tfds:name", "ROWS"),
+    Flag(
+        "data",
+        ("data.train",),
+        "training rows: a file, a folder, a pattern, a list; hf://owner/name, tfds:name",
+        "ROWS",
+    ),
     Flag("eval_data", ("data.eval",), "held-out rows", "ROWS"),
     Flag("output", ("output_dir",), "the run folder; by default runs/ with the names of model and data", "FOLDER"),
     Flag("epochs", ("train.epochs",), "passes over the rows (1)", "X"),

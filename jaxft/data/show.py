@@ -78,6 +78,7 @@ def print_examination(examination: Examination, *, console: "Console | None" = N
         + f"{examination.sequences:,} sequences of {examination.max_length:,}, {examination.fill:.0%} full; "
         f"{examination.truncated:,} examples cut, {examination.dropped:,} dropped{windows}",
         highlight=False,
+        soft_wrap=True,
     )
     if examination.unread:
         columns = "".join(f"\n  {column}: {column.treatment}" for column in examination.unread)

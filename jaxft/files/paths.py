@@ -145,7 +145,9 @@ def url_parts(path: str) -> tuple[Any, str]:
     try:
         return url_to_fs(path)
     except (ImportError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}. For gs:// addresses: pip install gcsfs") from error
+        raise CheckpointError(
+            f"cannot read {path}: {error}. For gs:// addresses: pip install gcsfs; s3:// needs s3fs"
+        ) from error
 
 
 def open_folder(path: str | os.PathLike[str]) -> Folder:

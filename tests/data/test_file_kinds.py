@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import lzma
+import os
 import pickle
 import subprocess
 
@@ -16,6 +17,8 @@ import numpy as np
 import pytest
 
 from jaxft.data.sources import JsonlRows, TableRows, open_rows, text
+from jaxft.data.sources.file_kinds import FileKind, kind_by_name
+from jaxft.data.sources.listing import is_pattern
 from jaxft.errors import DataError
 
 pa = pytest.importorskip("pyarrow")
@@ -344,6 +347,18 @@ def test_names_that_are_no_paths(tmp_path, monkeypatch):
     (tmp_path / "rows.csv").symlink_to("nowhere")
     with pytest.raises(DataError, match=r"no data file 'rows.csv'. Files there: rows.csv"):
         open_rows("rows.csv")
+
+
+def test_a_pipe_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(DataError, match=r"pipe.jsonl' is a pipe or a device.*write them to a file first"):
+        open_rows(str(tmp_path / "pipe.jsonl"))
+
+
+def test_a_query_in_an_address_is_no_pattern():
+    assert not is_pattern("https://example.org/a.jsonl.gz?download=true")
+    assert kind_by_name("https://example.org/a.JSONL.gz?download=true") == FileKind("jsonl", "gzip")
+    assert is_pattern("gs://bucket/?.jsonl") and is_pattern("a?.jsonl") and not is_pattern("hf://owner/name")
 
 
 def test_what_datasets_says_behind_its_error_is_told(tmp_path, monkeypatch):

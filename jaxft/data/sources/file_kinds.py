@@ -40,6 +40,8 @@ class FileKind:
 def kind_by_name(path: str) -> FileKind | None:
     """What a file is by the ending of its name, in upper or lower case; None if the ending says nothing."""
     name, compression = path.lower(), None
+    if name.startswith(("http://", "https://")):
+        name = name.partition("?")[0]
     for ending, packed in COMPRESSIONS.items():
         if name.endswith(ending):
             name, compression = name.removesuffix(ending), packed

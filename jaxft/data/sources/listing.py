@@ -73,7 +73,12 @@ def matching(pattern: str) -> list[str]:
 
 
 def is_pattern(path: str) -> bool:
-    """Whether a name stands for the files that it matches: it has `*`, `?` or `[` and is no file itself."""
+    """Whether a name stands for the files that it matches: it has `*`, `?` or `[` and is no file itself.
+
+    What follows a `?` in the address of a web page is a query.
+    """
+    if path.startswith(("http://", "https://")):
+        return "*" in path
     return bool(PATTERN.search(path)) and not path.startswith((HUB, TFDS)) and not os.path.exists(local_path(path))
 
 

@@ -107,6 +107,11 @@ def _is_folder(path: str) -> bool:
 
 
 def _open_file(path: str, rows_field: str | None) -> Rows:
+    if not is_remote(path) and not os.path.isfile(path):
+        raise DataError(
+            f"{path!r} is a pipe or a device, which can be read only once, and rows are read several times: write them "
+            "to a file first"
+        )
     by_name = kind_by_name(path)
     with open_raw(path) as file:
         head = file.read(HEAD)
