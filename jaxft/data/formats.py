@@ -5,7 +5,7 @@ A reader returns the columns that it read, so that no other column is dropped wi
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from jaxft.config import DataConfig
@@ -113,27 +113,33 @@ def read_row(fields: Mapping[str, Any], config: DataConfig, *, row: int, where: 
             columns |= {*EXTRAS}
             if documents := read["template_kwargs"].get("documents"):
                 unread.append(Unread("documents", sample(documents), treatment_of("documents", config), "documents"))
-        conversation = Conversation(row=row, where=where, format=name, **read)
-        _refuse_unwritable(conversation)
+        _refuse_unwritable(read)
         if any(column not in columns and not is_empty(value) for column, value in fields.items()):
-            unread += unread_columns(fields, columns, config, texts_of(conversation), _other_columns(config))
-        return replace(conversation, unread=tuple(unread)) if unread else conversation
+            unread += unread_columns(fields, columns, config, _texts_in(read), _other_columns(config))
+        return Conversation(row=row, where=where, format=name, unread=tuple(unread), **read)
     except (RowProblem, BadCall) as problem:
         raise DataError(f"{where} ({name}): {problem}") from problem
 
 
-def _refuse_unwritable(conversation: Conversation) -> None:
-    for name in ("prompt", "completion", "tools", "template_kwargs"):
-        refuse_unwritable(getattr(conversation, name), name)
-    for number, message in enumerate(conversation.messages, 1):
-        refuse_unwritable(message, f"message {number}")
-
-
 def texts_of(conversation: Conversation) -> list[str]:
     """The text of a row that is read, in order."""
-    if not conversation.messages:
-        return [text for text in (conversation.prompt, conversation.completion) if text.strip()]
-    return [message["content"] for message in conversation.messages if message["content"].strip()]
+    return _texts_in(vars(conversation))
+
+
+def _texts_in(read: Mapping[str, Any]) -> list[str]:
+    """The text in the fields of a Conversation, in order."""
+    messages = read.get("messages")
+    texts = [message["content"] for message in messages] if messages else [read.get("prompt", ""), read["completion"]]
+    return [text for text in texts if text.strip()]
+
+
+def _refuse_unwritable(read: Mapping[str, Any]) -> None:
+    for name in ("prompt", "completion", "tools", "template_kwargs"):
+        if value := read.get(name):
+            refuse_unwritable(value, name)
+    for number, message in enumerate(read.get("messages", ()), 1):
+        if len(message) > 2 or not message["content"].isascii():  # else it has a role and plain text
+            refuse_unwritable(message, f"message {number}")
 
 
 def extras_of(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -189,10 +195,8 @@ def _without_rendering(row: Mapping[str, Any], fitting: Sequence[str], config: D
         read, _ = READERS[other].read(row, config)
     except (RowProblem, BadCall):
         return [*fitting]
-    messages = read.get("messages", ())
-    texts = [message["content"] for message in messages] or [read.get("prompt", ""), read.get("completion", "")]
     text = row[config.text_field]
-    return [other] if isinstance(text, str) and is_rendering(text, texts) else [*fitting]
+    return [other] if isinstance(text, str) and is_rendering(text, _texts_in(read)) else [*fitting]
 
 
 def _other_columns(config: DataConfig) -> frozenset[str]:

@@ -16,6 +16,7 @@ from jaxft.data.preferences.rows import preferences_of
 from jaxft.data.prompts import prepare_prompts
 from jaxft.data.rows.bad_rows import BadRows
 from jaxft.errors import DataError
+from jaxft.runs.data_summary import data_notes
 
 U, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 NAN = float("nan")
@@ -138,7 +139,11 @@ def test_all_bad_rows_are_told_at_once_and_can_be_skipped(tmp_path, tokenizer_of
 
 def test_what_is_left_out_is_shown(tmp_path, tokenizer_of, capsys):
     path = write(tmp_path / "rows.jsonl", [{**GOOD, "id": 5}, BAD[1]])
-    examination = prepare(run(path, bad_rows="skip"), tokenizer_of("chatml")).examination
+    data = prepare(run(path, bad_rows="skip"), tokenizer_of("chatml"))
+    examination = data.examination
+    assert len(data_notes(data)) == 1 and data_notes(data)[0].startswith("1 rows of ")
+    ignoring = prepare(run(path, bad_rows="skip", ignored_columns="*"), tokenizer_of("chatml"))
+    assert data_notes(ignoring)[1] == "columns that are not read, as data.ignored_columns says: id"
     print_examination(examination)
     shown = capsys.readouterr().out
     assert "rows that are left out, 1 in all:" in shown and "rows.jsonl line 2 (messages): 'messages' has no" in shown

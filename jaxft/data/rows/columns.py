@@ -5,6 +5,7 @@ content, whatever the column of the messages is called.
 """
 
 import fnmatch
+import functools
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -208,6 +209,7 @@ def treatment_of(name: str, config: DataConfig, *, harmless: bool = False) -> Tr
     return "listed" if harmless else "refused"
 
 
+@functools.lru_cache(maxsize=4096)
 def is_bookkeeping(name: str) -> bool:
     """Whether a column or key of this name tells of a row, and is not part of it."""
     name = re.sub(r"(?<=[a-z])(?=[A-Z])|[\s-]", "_", name.strip()).lower()

@@ -12,6 +12,7 @@ from jaxft.data.rows.marks import split_marks
 from jaxft.data.rows.values import RowProblem, parse_json, present, sample, text_of
 from jaxft.errors import did_you_mean
 
+PLAIN_ROLES = frozenset(("system", "user", "assistant"))
 # Names of speakers in the files of other trainers.
 SPEAKERS = {
     **{role: role for role in ROLES}, "human": "user", "prompter": "user", "gpt": "assistant",
@@ -112,6 +113,11 @@ def _message(
     given: Mapping[str, Any], number: int, config: DataConfig
 ) -> tuple[dict[str, Any], bool | None, list[Unread]]:
     """(message, whether it is marked to be trained, the keys that jaxft does not read)."""
+    role, content = given.get("role"), given.get("content")
+    if len(given) == 2 and isinstance(role, str) and isinstance(content, str) and role in PLAIN_ROLES:
+        # Most messages are so, and need no closer look.
+        if content.strip() and not config.role_names and not config.ignored_names:
+            return dict(given), None, []
     # Tables fill absent fields with None; templates test whether a field exists.
     given, ignored = split_ignored(present(given), config, "messages.")
     role_key = next((key for key in ROLE_KEYS if key in given), "role")

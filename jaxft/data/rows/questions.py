@@ -59,7 +59,9 @@ def system_of(row: Mapping[str, Any], config: DataConfig) -> tuple[str | None, s
     differ, or it is none of these.
     """
     names = (config.system_field,) if config.system_field else SYSTEMS
-    texts = {name: _system_text(row[name], name) for name in names if not is_absent(row.get(name))}
+    texts = {name: _system_text(row[name], name) for name in names if name in row and not is_absent(row[name])}
+    if not texts:
+        return None, set()
     given = {name: text for name, text in texts.items() if text.strip()}
     if len(set(given.values())) > 1:
         raise RowProblem(

@@ -129,7 +129,9 @@ def _turn_columns(row: Mapping[str, Any], config: DataConfig) -> list[str]:
     if config.messages_field is not None:
         return [config.messages_field] if not is_absent(row.get(config.messages_field)) else []
     return [
-        name for name in TURNS if holds_turns(row.get(name)) or (name == "messages" and not is_absent(row.get(name)))
+        name
+        for name in TURNS
+        if name in row and (holds_turns(row[name]) or (name == "messages" and not is_absent(row[name])))
     ]
 
 

@@ -75,7 +75,9 @@ def refuse_unwritable(value: Any, what: str) -> None:
     what: the name of the value in errors.
     """
     if isinstance(value, str):
-        if not value.isascii() and (half := HALF.search(value)):
+        if value.isascii():
+            return
+        if half := HALF.search(value):
             raise RowProblem(
                 f"{what} holds half of a character (the surrogate {half[0]!r} at position {half.start()}), such as a "
                 "cut emoji, which no tokenizer can read: remove it, or write the whole character"
