@@ -1,6 +1,10 @@
 """The commands, as a user types them: one small run, then everything that can be done with it."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -172,3 +176,54 @@ def test_refusals_exit_with_2_and_say_why(arguments, said, capsys, tmp_path):
     assert cli.main([*arguments[:2], *extra, *arguments[2:]] if extra else arguments) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "r").exists()
+
+
+def test_no_library_speaks_beside_a_command(tmp_path):
+    """Nothing is said where torch is absent. Here it may be installed, so another process does not find it."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.util\nfind = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *a: None if name.partition('.')[0] == 'torch' else find(name, *a)\n"
+    )
+    command = [sys.executable, "-m", "jaxft.cli", "data", CONFIG, f"--config.output_dir={tmp_path / 'run'}"]
+    env = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(jaxft.__file__).parents[1]}"}
+    env = {key: value for key, value in env.items() if key not in cli.QUIET}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "<|im_start|>assistant" in done.stdout
+
+
+SMOKE = "--model=jaxft/assets/smoke"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", SMOKE, "--chat", '--chat_template_kwargs={"think": 1}'], "no variable 'think'"),
+        (["generate", SMOKE, "--chat", "--chat_template_kwargs=think"], "must be a JSON object, such as"),
+        (["generate", SMOKE, '--chat_template_kwargs={"think": 1}'], "add --chat"),
+        (["generate", SMOKE, "--chat", "--chat_template=lama3"], "Did you mean 'llama3'"),
+        (["chat", SMOKE, '--chat_template_kwargs={"messages": 1}'], "'messages' is what every rendering gives itself"),
+        (["generate", "--model=HuggingFaceTB/SmolLM2-135M"], "write hf://HuggingFaceTB/SmolLM2-135M."),
+        (["data", CONFIG, "--config.model.path=a/b"], "write hf://a/b."),
+        (["data", CONFIG, '--config.data.chat_template_kwargs={"think": 1}'], "no variable 'think'"),
+    ],
+)
+def test_templates_and_names_that_do_not_fit_are_refused_before_weights_are_read(
+    arguments, message, capsys, monkeypatch
+):
+    monkeypatch.setattr("jaxft.checkpoint.load.load_weights", lambda *a, **k: pytest.fail("weights were read"))
+    prompt = ["--prompt=Hi"] if arguments[0] == "generate" else []
+    assert cli.main([*arguments, *prompt]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_data_says_which_date_the_template_shows(tmp_path, capsys):
+    template = tmp_path / "dated.jinja"
+    template.write_text(
+        "{{ strftime_now('%d %b %Y') }}\n{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    given = [f"--config.data.chat_template={template}", "--config.data.template_date=2024-02-29"]
+    assert cli.main(["data", CONFIG, *given, "--json"]) == 0
+    shown = capsys.readouterr().err
+    assert "the current date, which stays 2024-02-29 (data.template_date)" in shown and "29 Feb 2024\n" in shown

@@ -14,6 +14,7 @@ from jaxft.cli import answers, pushing, settings
 from jaxft.config import ModelConfig, RunConfig, choices
 from jaxft.errors import ConfigError, ExitCode, JaxftError, Preempted
 
+QUIET = {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 HELD_OUT = ("eval_data", "max_length", "chat_template")  # flags that an evaluation without a config reads
 # What merging into a quantised base, or into what it was made of, changes.
 MERGED = {
@@ -24,6 +25,9 @@ MERGED = {
 
 def main(argv: Sequence[str] | None = None) -> ExitCode:
     """Runs one command and returns its exit code. Raises errors that jaxft does not explain."""
+    # transformers would say that torch is absent, which jaxft does not use. Other programs' settings come first.
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     parser = _parser()
     arguments, rest = parser.parse_known_args(settings.underscored(sys.argv[1:] if argv is None else argv))
     try:
