@@ -46,6 +46,7 @@ def generate(
     seed: int = 0,
     slots: int = 32,
     on_text: Callable[[int, str], None] | None = None,
+    on_thoughts: Callable[[int, str], None] | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Answer | list[Answer]:
     """The answer to each prompt, without the prompt and without special tokens; of a single prompt, its answer.
@@ -56,9 +57,9 @@ def generate(
     max_new_tokens to seed: see `jaxft.generation.settings.Sampling`. temperature: 0 is greedy. min_p: drop tokens less
     probable than min_p times the most probable one. repetition_penalty: values above 1 penalise tokens already used.
     stop: texts that end an answer and are cut off. slots: most prompts decoded at a time. on_text: called with (index
-    of the prompt, piece) whenever an answer has grown. chat_template_kwargs: variables of the chat template, such as
-    `{"enable_thinking": False}`; a run's own by default. Raises ConfigError for a setting outside of its range,
-    DataError for a prompt that the model cannot take.
+    of the prompt, piece) whenever an answer has grown; on_thoughts: likewise for the thoughts before it.
+    chat_template_kwargs: variables of the chat template, such as `{"enable_thinking": False}`; a run's own by default.
+    Raises ConfigError for a setting outside of its range, DataError for a prompt that the model cannot take.
     """
     from jaxft.generation.settings import Sampling
 
@@ -80,6 +81,7 @@ def generate(
         sampling=sampling,
         slots=slots,
         on_text=on_text,
+        on_thoughts=on_thoughts,
         chat_template_kwargs=chat_template_kwargs,
     )
     answers = [Answer.of(one) for one in done]

@@ -51,7 +51,9 @@ def generate(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     # Someone who watches sees the text while it comes.
     watched = len(prompts) == 1 and not arguments.json and sys.stdout.isatty()
     show = (lambda row, piece: print(piece, end="", flush=True)) if watched else None
-    answers = typing.cast(list[Answer], api.generate(model, tokenizer, prompts, **_sampling(arguments), on_text=show))
+    show_thoughts = (lambda row, piece: print(piece, end="", flush=True, file=sys.stderr)) if watched else None
+    results = api.generate(model, tokenizer, prompts, **_sampling(arguments), on_text=show, on_thoughts=show_thoughts)
+    answers = typing.cast(list[Answer], results)
     if not arguments.json:
         print("" if watched else "\n---\n".join(answers))
     for number, one in enumerate(answers, 1):

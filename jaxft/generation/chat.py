@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TextIO
 
 from jaxft.data.chat.reasoning import field_of
+from jaxft.data.tokenizers.templates import fitting
 from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import DataError, ModelError, did_you_mean
 from jaxft.generation.conversation_cache import ConversationCache
@@ -115,8 +116,9 @@ def check(tokenizer: Tokenizer, system: str | None = None) -> None:
     if tokenizer.chat_template is None:
         raise ModelError(
             f"the tokenizer of {tokenizer.name!r} has no chat template, so how the model expects a conversation is "
-            "not known. Pass the template that it was trained with as --chat_template=FILE, or let it continue plain "
-            "text: jaxft generate --prompt=TEXT"
+            "not known. Pass the template that it was trained with as --chat_template=FILE, or a built-in one that "
+            f"fits its tokenizer ({', '.join(fitting(tokenizer.backend)) or 'none'}), or let it continue plain text: "
+            "jaxft generate --prompt=TEXT"
         )
     tokenizer.render([*_system(system), {"role": "user", "content": "?"}], add_generation_prompt=True)
 

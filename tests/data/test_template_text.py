@@ -141,6 +141,25 @@ def test_variables_of_a_run_are_those_of_its_exports(folder, tmp_path):
     assert "<think>" not in tokenizer.decode(encode(row, tokenizer)[0].tokens)
 
 
+def test_a_tokenizer_with_several_templates_keeps_them(tokenizer_of, tmp_path):
+    """The run folder keeps the default one, by which an evaluation must find the others fixed too."""
+    tools = "{{ tools | length }}" + CLOCK
+    tokenizer_of("chatml").save(tmp_path)
+    backend = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    backend.chat_template = {"default": SWITCH, "tool_use": tools}
+    backend.save_pretrained(tmp_path)
+    given = {"data.chat_template_kwargs": {"enable_thinking": False}, "data.template_date": "2024-02-29"}
+    trained = load.tokenizer_of(with_overrides({"model.path": str(tmp_path), "data.train": "rows.jsonl"} | given))
+    assert trained.template_date == "2024-02-29"
+    later = load_tokenizer(tmp_path, chat_template=trained.chat_template)
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    assert later.render(CHAT, add_generation_prompt=True) == trained.render(CHAT, add_generation_prompt=True)
+    assert later.chat_templates.keys() == trained.chat_templates.keys() == {"default", "tool_use"}
+    assert "On 2024-02-29" in trained.render(CHAT, tools=[tool])
+    # Another template takes the place of all of them.
+    assert load_tokenizer(tmp_path, chat_template="chatml").chat_templates.keys() == {"default"}
+
+
 def test_any_value_can_stand_in_a_template(tokenizer_of):
     values = {"a": "'\"\\ \n{{ %} #} é 🙂", "b": None, "c": [1, -2.5, True], "d": {"x": {"y": "z"}}}
     shown = "{{ [a, b, c, d] | tojson }}"

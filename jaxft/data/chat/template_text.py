@@ -140,7 +140,7 @@ def unread(names: Mapping[str, Any], known: frozenset[str]) -> str | None:
     """
     taken = sorted(set(names) & set(RESERVED))
     if taken:
-        return f"{taken[0]!r} is what every rendering gives itself"
+        return f"{taken[0]!r} is what every rendering gives itself."
     free = sorted(name for name in known - set(RESERVED) if not name.endswith("_token"))
     for name in names:
         if name not in known:

@@ -119,7 +119,7 @@ def render(conversation: Conversation, tokenizer: Tokenizer, upto: int, **kwargs
         return tokenizer.render(conversation.messages[:upto], tools=conversation.tools, **kwargs)
     except TemplateRefusal as error:
         mend = f"Set data.chat_template to a template that takes them, or change the row; {LEAVE_OUT}."
-        what = f"{conversation.where}: {str(error).rstrip('.')}."
+        what = f"{conversation.where}: {error}{'' if str(error).endswith('.') else '.'}"
         raise TemplateProblem(what, mend, kind=str(error.__cause__)) from error
     except DataError as error:
         raise DataError(f"{conversation.where}: {error}") from error

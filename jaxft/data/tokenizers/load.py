@@ -16,7 +16,7 @@ from jaxft.data.chat import template_text
 from jaxft.data.tokenizers.end_tokens import end_tokens_at
 from jaxft.data.tokenizers.files import hub_file, json_in
 from jaxft.data.tokenizers.table import table_rows
-from jaxft.data.tokenizers.templates import fixed_template, read_template
+from jaxft.data.tokenizers.templates import fixed_template, read_template, replaced
 from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import ModelError, listed
 from jaxft.files.paths import copy_small_files, hub_hint, is_remote
@@ -62,7 +62,7 @@ def load_tokenizer(
     path = local_path(path)
     backend, stop_ids = _load_any(path, revision)
     if chat_template is not None:
-        backend.chat_template = read_template(chat_template, backend, path)
+        backend.chat_template = replaced(backend.chat_template, read_template(chat_template, backend, path))
     if isinstance(backend.chat_template, str):
         # Other line ends do not survive writing and reading a file; Jinja renders all of them alike.
         backend.chat_template = backend.chat_template.replace("\r\n", "\n").replace("\r", "\n")
@@ -148,13 +148,7 @@ def _load_named_base(folder: Path) -> tuple["PreTrainedTokenizerFast", list[int]
         )
     backend, stops = _load_any(base if "://" in base or os.path.exists(base) else HUB + base, revision)
     if template.is_file():  # the template that a run was trained with
-        text, own = template.read_text(encoding="utf-8"), backend.chat_template
-        bare = template_text.own_text(text)
-        if isinstance(own, Mapping) and own.get("default") == bare:
-            added = text[: len(text) - len(bare)]
-            backend.chat_template = {name: added + one for name, one in own.items()}
-        else:
-            backend.chat_template = text
+        backend.chat_template = replaced(backend.chat_template, template.read_text(encoding="utf-8"))
     return backend, stops
 
 

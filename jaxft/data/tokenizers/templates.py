@@ -70,6 +70,19 @@ def read_template(given: str, backend: "PreTrainedTokenizerFast", path: str) -> 
         ) from error
 
 
+def replaced(own: Any, text: str) -> Any:
+    """The template of a tokenizer, or its templates by name, after another one took the place of `own`.
+
+    A tokenizer with several keeps them all if the other one is its default with values that a run has fixed in it,
+    which then stand in all of them.
+    """
+    bare = template_text.own_text(text)
+    if isinstance(own, Mapping) and own.get("default") == bare:
+        fixed = text[: len(text) - len(bare)]
+        return {name: fixed + template for name, template in own.items()}
+    return text
+
+
 def fixed_template(given: Any, date: str | None, values: Mapping[str, Any], path: str) -> Any:
     """The template of a tokenizer, or its templates by name, with a date and values of variables in their text.
 

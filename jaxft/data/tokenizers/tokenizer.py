@@ -98,7 +98,7 @@ class Tokenizer:
     @property
     def template_date(self) -> str | None:
         """The date that the chat template shows in the place of today's, such as 2026-11-29; None if none is fixed."""
-        return template_text.date_in(self.chat_template)
+        return next((date for text in self.chat_templates.values() if (date := template_text.date_in(text))), None)
 
     def fix_date(self, date: str) -> None:
         """Fixes the date that the chat templates show, if they read the clock and no date is fixed in them yet.
@@ -164,7 +164,7 @@ class Tokenizer:
             and self.chat_template is not None
             and (what := template_text.unread(kwargs, self.template_variables))
         ):
-            raise DataError(f"chat_template_kwargs: {what}")
+            raise DataError(f"chat_template_kwargs: {what} Leave it out.")
         if any(message.get("tool_calls") for message in messages):
             messages = template_probes.with_arguments(messages, as_text=self._arguments_as_text)
             messages = with_short_ids(messages) if self.wants_short_ids else messages
