@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import NamedTuple
 
 from jaxft.config import DataConfig, RunConfig
 from jaxft.data.batch import Example
@@ -43,6 +44,14 @@ class RowSet:
     config: DataConfig
 
 
+class Question(NamedTuple):
+    """What is asked of a model by a held-out row: token ids, the right answer, and the row's name in errors."""
+
+    prompt: list[int]
+    reference: str
+    name: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainSet:
     """One training set. name: its name in the mixture."""
@@ -58,8 +67,8 @@ class Prepared:
 
     sets: in order of their names. examination: of all sets together. eval_examples and eval_examination are None if
     nothing is held out. eval_prompts and eval_references are the first `eval.limit` held-out prompts (token ids) and
-    right answers (text), to score by generation, taken from the sets in turn; plain text has none. eval_sets: the
-    held-out sets, of which eval_examples has the examples.
+    right answers (text), to score by generation, taken from the sets in turn; plain text has none. eval_names: of their
+    rows, in errors. eval_sets: the held-out sets, of which eval_examples has the examples.
     """
 
     sets: tuple[TrainSet, ...]
@@ -67,6 +76,7 @@ class Prepared:
     eval_examples: Sequence[Example] | None = None
     eval_prompts: list[list[int]] = field(default_factory=list)
     eval_references: list[str] = field(default_factory=list)
+    eval_names: list[str] = field(default_factory=list)
     eval_sets: tuple[TrainSet, ...] = ()
     eval_examination: Examination | None = None
 
@@ -101,8 +111,9 @@ def prepare(
         raise DataError(f"eval.metric compares answers with references, but {no_answers}")
     return dataclasses.replace(
         data,
-        eval_prompts=[prompt for prompt, _ in questions],
-        eval_references=[reference for _, reference in questions],
+        eval_prompts=[one.prompt for one in questions],
+        eval_references=[one.reference for one in questions],
+        eval_names=[one.name for one in questions],
     )
 
 
@@ -226,11 +237,14 @@ def _questions(
     tokenizer: Tokenizer,
     limit: int | None,
     read: ReadRow,
-) -> list[tuple[list[int], str]]:
-    """(prompt, reference) of up to `limit` held-out rows, one set after another in turn; none for plain text.
+) -> list[Question]:
+    """What is asked of up to `limit` held-out rows, one set after another in turn; nothing for plain text.
 
     kept: of each set, the indices of the rows that are evaluated: those that were left out are not scored either.
     """
+
+    def question_of(one: RowSet, conversation: Conversation) -> Question:
+        return Question(*prompt_of(conversation, tokenizer, one.config), one.rows.where(conversation.row))
 
     def conversations_of(one: RowSet, rows: Collection[int]) -> Iterator[Conversation]:
         # What is wrong with rows that were left out has been told.
@@ -240,14 +254,14 @@ def _questions(
     read_sets = [conversations_of(one, rows) for one, rows in zip(held_out, kept, strict=True)]
     if len(held_out) == 1:  # of mixed rows, the questions among the first `limit`
         first = islice(read_sets[0], limit)
-        return [prompt_of(row, tokenizer, held_out[0].config) for row in first if row.format != "text"]
+        return [question_of(held_out[0], row) for row in first if row.format != "text"]
 
-    def questions_of(one: RowSet, read_set: Iterator[Conversation]) -> Iterator[tuple[list[int], str]]:
+    def questions_of(one: RowSet, read_set: Iterator[Conversation]) -> Iterator[Question]:
         for conversation in read_set:
             if conversation.format != "text":
-                yield prompt_of(conversation, tokenizer, one.config)
+                yield question_of(one, conversation)
 
-    questions: list[tuple[list[int], str]] = []
+    questions: list[Question] = []
     waiting = [questions_of(one, read_set) for one, read_set in zip(held_out, read_sets, strict=True)]
     while waiting and (limit is None or len(questions) < limit):
         round_of_each = [next(one, None) for one in waiting]

@@ -93,6 +93,9 @@ def prepare_prompts(config: RunConfig, tokenizer: Tokenizer) -> Prepared:
         eval_examples=eval_prompts,
         eval_prompts=[prompt.tokens.tolist() for prompt in questions],
         eval_references=[reference for reference in references if reference is not None],
+        eval_names=[
+            prompt.where for prompt in questions if isinstance(prompt, Prompt) and prompt.reference is not None
+        ],
         eval_examination=eval_examination,
     )
 

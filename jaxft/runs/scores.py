@@ -49,7 +49,7 @@ def check_scores(config: RunConfig, data: Prepared, tokenizer: Tokenizer, model:
     """
     if config.eval.metric is None or data.eval_examples is None:
         return []
-    check_references(config.eval.metric, data.eval_references)
+    check_references(config.eval.metric, data.eval_references, data.eval_names)
     most = config.eval.max_new_tokens
     if model is not None:
         room = model.config.max_position_embeddings - model.virtual_tokens - max(map(len, data.eval_prompts), default=0)

@@ -14,6 +14,8 @@ from jaxft import models
 from jaxft.assets import ASSETS
 from jaxft.checkpoint import hf
 from jaxft.config import load
+from jaxft.data.batch import Example
+from jaxft.data.encoded.table import table_of
 from jaxft.data.tokenizers.load import load_tokenizer
 from jaxft.errors import ConfigError
 from jaxft.files import weights_digest as weights
@@ -169,6 +171,22 @@ def test_processes_that_read_other_rows_are_refused(monkeypatch):
         identity.check_processes(reads)
     monkeypatch.setattr(identity, "gather", lambda value: [value, dict(value)])
     identity.check_processes(reads)
+
+
+def test_rows_have_the_same_digest_as_columns_and_one_by_one():
+    random = np.random.default_rng(0)
+    examples = [
+        Example(
+            tokens=random.integers(0, 99, 3 + row % 7).astype(np.int32),
+            mask=np.r_[0, random.integers(0, 2, 2 + row % 7)].astype(np.uint8),
+            row=row,
+        )
+        for row in range(5000)
+    ]
+    digest = identity.rows_read(examples)
+    assert identity.rows_read(table_of(examples)) == digest and digest["tokens"] == sum(map(len, examples))
+    examples[4999].mask[2] ^= 1
+    assert identity.rows_read(examples)["digest"] != digest["digest"]
 
 
 def test_code_of_rewards_counts_by_content(tmp_path):
