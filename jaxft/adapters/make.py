@@ -4,14 +4,17 @@
 adapters, and `describe(config)`, a short phrase for people.
 """
 
+import dataclasses
 import importlib
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import jax
 
+from jaxft.adapters.attach import AdapterParam, adapters
 from jaxft.adapters.saved import train_whole
 from jaxft.config import AdapterConfig
 from jaxft.nn.decoder import Decoder
+from jaxft.nn.score import ScoreHead
 
 
 class AdapterKind(Protocol):
@@ -34,6 +37,18 @@ def attach_adapter(model: Decoder, config: AdapterConfig, seed: int) -> None:
         return
     _kind(config).attach_to(model, config, jax.random.key(seed))
     train_whole(model, config.saved if model.value is None else (*config.saved, "value"))
+
+
+def go_on_with(model: Decoder, config: AdapterConfig) -> None:
+    """Prepares a model whose adapters were read from a folder for training: dropout is that of the config, and a fresh
+    score head is trained too.
+    """
+    for adapter in adapters(model).values():
+        settings = getattr(adapter, "settings", None)
+        if settings is not None and settings.dropout != config.dropout:
+            cast(Any, adapter).settings = dataclasses.replace(settings, dropout=config.dropout)
+    if isinstance(model.value, ScoreHead) and not isinstance(model.value.weight, AdapterParam):
+        train_whole(model, ("value",))
 
 
 def describe(config: AdapterConfig) -> str:

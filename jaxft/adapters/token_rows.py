@@ -85,10 +85,11 @@ class TokenRows(nnx.Module):
         if rows is None:
             return head
         copy = cast(Embedding | Linear, nnx.merge(*nnx.split(head)))
+        # New variables: within a loss those of the model belong to the trace around it.
         if isinstance(copy, Embedding):
-            copy.embedding.set_value(rows.in_table(copy.embedding.get_value()))
+            copy.embedding = nnx.Param(rows.in_table(copy.embedding.get_value()))
         else:
-            copy.kernel.set_value(rows.in_kernel(cast(jax.Array, copy.kernel.get_value())))
+            copy.kernel = nnx.Param(rows.in_kernel(cast(jax.Array, copy.kernel.get_value())))
         return copy
 
 

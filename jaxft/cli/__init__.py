@@ -129,15 +129,18 @@ def _eval(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     values = answers.template_values(arguments)
     if arguments.run is None:
         data = dataclasses.replace(config.data, chat_template_kwargs=config.data.chat_template_kwargs | values)
-        tokenizer = tokenizer_of(dataclasses.replace(config, data=data), arguments.model)
+        model = dataclasses.replace(config.model, base=arguments.base or config.model.base)
+        tokenizer = tokenizer_of(dataclasses.replace(config, data=data, model=model), arguments.model)
     else:
         tokenizer = api.load_tokenizer(
             arguments.model or config.model.path,
             revision=None if arguments.model else config.model.revision,
+            base=arguments.base if arguments.model else config.model.base,
             chat_template=folder.chat_template(arguments.run),
             chat_template_kwargs=values,
         )
-    result = api.evaluate(load_trained(model_path), tokenizer, config)
+    base = arguments.base or (config.model.base if model_path == config.model.path else None)
+    result = api.evaluate(load_trained(model_path, base=base), tokenizer, config)
     if not arguments.json:
         for name, value in result.items():
             print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
@@ -207,6 +210,7 @@ def _convert(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
         dtype=arguments.dtype,
         max_shard_bytes=arguments.shard_size,
         revision=arguments.revision,
+        base=arguments.base,
         console=_console(arguments),
         allow_unknown=arguments.allow_unknown,
     )
@@ -342,6 +346,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--run", metavar="FOLDER", help="a run folder: its tuned model on its held-out rows")
     option("--config", **config)
     option("--model", **model)
+    option("--base", metavar="PATH", help=answers.BASE)
     settings.add_flags(verbs.choices["eval"], HELD_OUT)
     answers.values_option(option)
 
@@ -352,7 +357,12 @@ def _parser() -> argparse.ArgumentParser:
     option("--format", default="merged", help="merged (a whole Hugging Face folder) or adapter (PEFT)")
     option("--dtype", choices=choices(ModelConfig, "dtype"), help="stored type of a merged model")
     option("--step", type=int, help="a checkpoint of the run; by default the one that it exported, or the newest")
-    option("--base", choices=("trained", "original"), default="trained", help="of a quantised run: what to merge into")
+    option(
+        "--base",
+        default="trained",
+        metavar="PATH",
+        help=f"{answers.BASE}; of a quantised run: what to merge into, trained or original",
+    )
     answers.unknown_option(option)
     pushing.push_options(option)
 
@@ -366,4 +376,5 @@ def _parser() -> argparse.ArgumentParser:
     option("--shard_size", type=_bytes, default="5GB", metavar="SIZE", help="of safetensors files, such as 5GB")
     option("--revision", help="branch, tag or commit of an hf:// source")
     answers.unknown_option(option)
+    option("--base", metavar="PATH", help=answers.BASE)
     return parser

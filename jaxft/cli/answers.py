@@ -15,6 +15,7 @@ from jaxft.files.run_folder import is_run_folder
 from jaxft.generation.settings import Sampling
 from jaxft.home import local_path
 
+BASE = "of a PEFT folder: where its base is, in place of the path that it names"
 # How rows that are scored are read: fields of `data` in a config.
 COLUMNS = ("format", "prompt_field", "completion_field", "text_field", "chosen_field", "rejected_field", "limit")
 
@@ -38,7 +39,9 @@ def generate(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
             "--chat_template, --chat_template_kwargs and --system are for chats, and a plain prompt is continued as it "
             "is: add --chat"
         )
-    tokenizer = api.load_tokenizer(arguments.model, chat_template=arguments.chat_template, chat_template_kwargs=values)
+    tokenizer = api.load_tokenizer(
+        arguments.model, base=arguments.base, chat_template=arguments.chat_template, chat_template_kwargs=values
+    )
     if arguments.chat:
         chats.check(tokenizer, arguments.system)
     model = api.load_model(arguments.model, **_loading(arguments))
@@ -102,7 +105,7 @@ def score(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     from jaxft.sharding.mesh import make_mesh_plan
 
     given = {name: getattr(arguments, name) for name in COLUMNS if getattr(arguments, name) is not None}
-    tokenizer = api.load_tokenizer(arguments.model, chat_template=arguments.chat_template)
+    tokenizer = api.load_tokenizer(arguments.model, base=arguments.base, chat_template=arguments.chat_template)
     model = api.load_model(
         arguments.model,
         **_loading(arguments),
@@ -169,6 +172,7 @@ def _sampled_model(config: RunConfig, path: str | None) -> tuple[Any, Any]:
         tokenizer = api.load_tokenizer(
             base.path,
             revision=base.revision,
+            base=base.base,
             chat_template=template,
             chat_template_kwargs=config.data.chat_template_kwargs,
         )
@@ -177,6 +181,7 @@ def _sampled_model(config: RunConfig, path: str | None) -> tuple[Any, Any]:
     model = api.load_model(
         path or own.path,
         revision=revision,
+        base=own.base if path is None else None,
         dtype=own.dtype,
         param_dtype=own.param_dtype,
         quantization=own.quantization,
@@ -203,6 +208,7 @@ def chat(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     sampling = Sampling(**_sampling(arguments))
     tokenizer = api.load_tokenizer(
         arguments.model,
+        base=arguments.base,
         chat_template=arguments.chat_template,
         chat_template_kwargs=template_values(arguments),
     )
@@ -298,12 +304,13 @@ def sample_options(option: Callable[..., Any]) -> None:
 
 
 def _loading(arguments: argparse.Namespace) -> dict[str, Any]:
-    names = ("dtype", "quantization", "allow_unknown")
+    names = ("base", "dtype", "quantization", "allow_unknown")
     return {name: getattr(arguments, name) for name in names}
 
 
 def loading_options(option: Callable[..., Any]) -> None:
     """How a model is loaded."""
+    option("--base", metavar="PATH", help=BASE)
     option("--dtype", default="float32", choices=choices(ModelConfig, "dtype"))
     option(
         "--quantization",

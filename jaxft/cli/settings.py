@@ -39,7 +39,8 @@ class Flag:
 
 
 FLAGS = (
-    Flag("model", ("model.path",), "Hugging Face folder, GGUF file, or hf://owner/name", "PATH"),
+    Flag("model", ("model.path",), "Hugging Face or PEFT folder, GGUF file, or hf://owner/name", "PATH"),
+    Flag("base", ("model.base",), "of a PEFT folder: where its base is", "PATH"),
     Flag(
         "data",
         ("data.train",),

@@ -15,14 +15,22 @@ Remat = Literal["none", "full", "attention", "dots", "offload"]
 class ModelConfig(Section):
     """Which pretrained model, and in which number types it computes and is stored."""
 
-    path: Annotated[str, BY_CONTENT, PATH, "a Hugging Face folder, a GGUF file, a run folder, or `hf://owner/name`"] = (
-        ""
-    )
+    path: Annotated[
+        str, BY_CONTENT, PATH, "a Hugging Face or PEFT folder, a GGUF file, a run folder, or `hf://owner/name`"
+    ] = ""
     revision: Annotated[str | None, BY_CONTENT, "branch, tag or commit of a `hf://` path"] = None
     allow_unknown: Annotated[
         str | None,
         "fields of config.json, separated by commas, that are ignored although jaxft does not know what they mean",
     ] = None
+    base: Annotated[
+        str | None, BY_CONTENT, PATH, "of a PEFT folder in `model.path`: where its base is; None: what the folder names"
+    ] = None
+    adapter: Annotated[
+        Literal["continue", "merge"],
+        "of a PEFT folder in `model.path`: `continue` trains its adapter on; `merge` merges it into its base, and what "
+        "`adapter` describes is trained on that",
+    ] = "continue"
     random_init: Annotated[
         bool, "take only the shapes from `model.path`, and draw the weights from `seed` instead of loading them"
     ] = False

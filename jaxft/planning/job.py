@@ -22,6 +22,7 @@ from jaxft.nn.storage import StorageDims, storage_dims_of
 from jaxft.optim.make import make_schedule
 from jaxft.planning.shapes import frozen_shapes_of
 from jaxft.runs.build import abstract_of, check_experts, make_mesh, make_step, make_tx, start_state, with_frozen
+from jaxft.runs.going_on import going_on
 from jaxft.sharding.mesh import MeshPlan, auto_mesh, axis_sizes, fill_axes
 from jaxft.training.state import TrainState, divide
 from jaxft.training.step import Step
@@ -129,6 +130,7 @@ def abstract_step_of(config: RunConfig, hf_config: dict[str, Any], steps: int) -
 
     Raises the errors that a run would raise before it loads weights.
     """
+    config = going_on(config, hf_config)
     model = abstract_of(hf_config, config)
     method_of(config).check(config, model)
     schedule = make_schedule(config.optim, steps)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxft.assets import ASSETS
-from jaxft.checkpoint.load import hf_config_of, resolve
+from jaxft.checkpoint.load import adapted_config, base_of, hf_config_of, is_adapter, resolve
 from jaxft.config import RunConfig
 from jaxft.data import tokenizer_of
 from jaxft.data.loader import steps_for
@@ -38,8 +38,13 @@ def shapes_of(config: RunConfig) -> tuple[dict[str, Any], str]:
     Read from the model's folder or the Hugging Face cache, else from the published shapes that ship with jaxft; nothing
     is fetched. Raises ConfigError for a hub model that is in neither.
     """
-    hf_config, where = _shapes(config.model.path, config.model.revision, drawn=config.model.random_init)
-    return with_allowed(hf_config, config.model.allowed), where
+    model = config.model
+    folder = model.path if model.path.startswith(HUB) else resolve(model.path)
+    if model.random_init or not is_adapter(folder):
+        hf_config, where = _shapes(model.path, model.revision, drawn=model.random_init)
+        return with_allowed(hf_config, model.allowed), where
+    of_base, where = _shapes(base_of(folder, model.base), None, drawn=False)
+    return adapted_config(folder, with_allowed(of_base, model.allowed)), f"{where}, the base of {model.path}"
 
 
 def frozen_shapes_of(model: FrozenModel) -> dict[str, Any]:

@@ -13,12 +13,13 @@ from flax import nnx
 from jaxft import models
 from jaxft.adapters.critic import attach_critic
 from jaxft.adapters.lora import eva
-from jaxft.adapters.make import attach_adapter
+from jaxft.adapters.make import attach_adapter, go_on_with
 from jaxft.adapters.prompt import initialize_prompt
 from jaxft.checkpoint import hf
+from jaxft.checkpoint.folders.origin import continued_adapter
 from jaxft.checkpoint.hf import read_json
 from jaxft.checkpoint.load import LoadedModel, hf_config_of, load_model, open_weights, random_model, resolve
-from jaxft.checkpoint.peft import check_writable
+from jaxft.checkpoint.peft import attach_structure, check_writable, open_adapter
 from jaxft.checkpoint.quantized import loftq
 from jaxft.config import RunConfig
 from jaxft.data.tokenizers.load import load_tokenizer
@@ -34,6 +35,7 @@ from jaxft.nn.storage import storage_dims_of
 from jaxft.objectives.loss import MethodState
 from jaxft.optim.averages import with_average
 from jaxft.optim.make import make_optimizer
+from jaxft.runs.going_on import going_on, merged_base
 from jaxft.sharding.mesh import MeshPlan, auto_mesh, make_mesh_plan
 from jaxft.sharding.processes import on_primary
 from jaxft.sharding.specs import divisors
@@ -42,24 +44,23 @@ from jaxft.training.step import Step, make_train_step
 
 
 def build_model(config: RunConfig, mesh: MeshPlan | None = None, *, random_base: Path | None = None) -> LoadedModel:
-    """The base model of a run with fresh adapters.
+    """The base model of a run with fresh adapters, or with those that it goes on from.
 
-    random_base: the folder in which model.random_init writes the weights that it draws, so that the exported adapter
-    has a base to be loaded onto. Raises ConfigError, ModelError or CheckpointError.
+    random_base: the folder in which model.random_init writes the weights that it draws, and model.adapter='merge' those
+    that it merges, so that the exported adapter has a base to be loaded onto. Raises ConfigError, ModelError or
+    CheckpointError.
     """
     model = config.model
     path = model.path
     if model.random_init:
         path = str(random_base or Path(config.output_dir) / BASE)
         on_primary(lambda: _draw_weights(config, Path(path)))
-    head = method_of(config).head
-    allowed = () if model.random_init else model.allowed
-    loaded = load_model(path, revision=model.revision, mesh=mesh, head=head, allow_unknown=allowed, **_types(config))
-    if loaded.adapter is not None:
-        raise ConfigError(
-            f"model.path {model.path} is a PEFT folder. To train it further, merge it first: "
-            f"jaxft export --model={model.path} --format=merged --to=NEW_FOLDER"
-        )
+    elif model.adapter == "merge":
+        path = merged_base(config, random_base or Path(config.output_dir) / BASE)
+    given: dict[str, Any] = {"revision": model.revision, "mesh": mesh, "head": method_of(config).head}
+    if path == model.path:
+        given |= {"base": model.base, "allow_unknown": model.allowed}
+    config, loaded = going_on(config), load_model(path, **given, **_types(config))
     if config.adapter.kind == "none":
         loaded.file_dtype = "float32"  # the type in which all of it, or a part, is trained
     _attach(loaded.module, config)
@@ -82,11 +83,12 @@ def abstract_model(config: RunConfig) -> Any:
     Raises, before any weight is read, the errors of `build_model` for an unknown family, an adapter target that matches
     nothing, and a rank or sequence length that does not fit; and an error for adapters that PEFT cannot represent.
     """
-    path = resolve(config.model.path, config.model.revision)
-    if config.model.random_init:
-        hf_config = with_allowed(read_json(os.path.join(path, "config.json")), config.model.allowed)
+    model = config.model
+    path = resolve(model.path, model.revision)
+    if model.random_init:
+        hf_config = with_allowed(read_json(os.path.join(path, "config.json")), model.allowed)
     else:
-        hf_config = hf_config_of(path, allow_unknown=config.model.allowed)
+        hf_config = hf_config_of(path, model.base, allow_unknown=model.allowed)
     return abstract_of(hf_config, config)
 
 
@@ -97,8 +99,14 @@ def abstract_of(hf_config: Any, config: RunConfig) -> Any:
     if config.data.max_length > limit:
         raise ConfigError(f"data.max_length={config.data.max_length} is beyond the model's {limit} positions")
 
+    folder = continued_adapter(config.model)
+    config = going_on(config, hf_config)
+
     def make() -> Any:
         model = models.random_model(family, seed=0, **_types(config))
+        if folder is not None:
+            opened = open_adapter(folder)
+            attach_structure(model, opened, opened.change_of(model))
         _attach(model, config)
         return model
 
@@ -110,8 +118,11 @@ def abstract_of(hf_config: Any, config: RunConfig) -> Any:
 
 
 def _attach(model: Decoder, config: RunConfig) -> None:
-    """Attaches fresh adapters, and the critic if the method trains one."""
-    attach_adapter(model, config.adapter, config.seed)
+    """Attaches fresh adapters unless the run goes on from one, and the critic if the method trains one."""
+    if continued_adapter(config.model) is None:
+        attach_adapter(model, config.adapter, config.seed)
+    else:
+        go_on_with(model, config.adapter)
     if method_of(config).critic and config.adapter.kind != "none":
         attach_critic(model, config.adapter, config.seed)
 

@@ -16,6 +16,7 @@ from jaxft.methods import method_of
 from jaxft.methods.method import Method, Run
 from jaxft.objectives.loss import MethodState
 from jaxft.runs.build import abstract_model, build_model, check_frozen, load_frozen, with_frozen
+from jaxft.runs.going_on import going_on
 from jaxft.runs.scores import answer, check_scores, score_summary
 from jaxft.sharding.mesh import make_mesh_plan
 from jaxft.training.state import TrainState, divide
@@ -26,6 +27,7 @@ def evaluate(model: LoadedModel, tokenizer: Tokenizer, config: RunConfig) -> dic
 
     Raises ConfigError if the config holds no rows out, and if the model has another head than the method trains.
     """
+    config = going_on(config)
     method = method_of(config)
     if model.module.config.head != method.head:
         raise ConfigError(

@@ -11,6 +11,7 @@ from jaxft.methods import method_of
 from jaxft.runs.course import course_of, warnings_of
 from jaxft.runs.data_summary import data_summary, print_mixture
 from jaxft.runs.folder import dated
+from jaxft.runs.going_on import going_on
 from jaxft.runs.scores import check_scores
 
 
@@ -19,6 +20,7 @@ def examine(config: RunConfig, console: Console, *, rows: int = 2) -> dict[str, 
 
     Returns the content of a run's data.json. Raises the errors that a run would raise for its data.
     """
+    config = going_on(config)
     config, tokenizer = dated(config, tokenizer_of(config))
     method = method_of(config)
     data = method.prepare(config, tokenizer)

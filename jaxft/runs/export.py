@@ -53,10 +53,10 @@ def export(
 
     source: a run folder, a PEFT folder, a Hugging Face folder or a GGUF file. step: a checkpoint of a run folder; None:
     the one that the run has exported, or its newest. dtype: type of a merged model's tensors in the files; None: that
-    of its base's own files, or float32 if a run trained all of it. base: for a run with a quantised base, what the
-    adapter is merged into: `trained`, the dequantised kernels, or `original`, the kernels before quantisation, which
-    gives another model than the one that was trained. allow_unknown: as for `load_model`, if the source is not a run
-    folder, which has its own.
+    of its base's own files, or float32 if a run trained all of it. base: of a PEFT folder, where its base is; for a run
+    with a quantised base, what the adapter is merged into: `trained`, the dequantised kernels, or `original`, the
+    kernels before quantisation, which gives another model than the one that was trained. allow_unknown: as for
+    `load_model`, if the source is not a run folder, which has its own.
     Returns the folder; what was `compared`, logits or a reward model's scores; the largest (`checks`) and mean (`mean`)
     difference between those of the live model and of each reader of the export, as shares of the largest (for `merged`
     this is the change by merging); and, of a
@@ -66,10 +66,10 @@ def export(
     differs by more than rounding. push: the repository on the Hugging Face Hub to which the folder is uploaded once it
     was read back, whose address is then returned as `pushed`.
     """
-    _check_request(base, format, push)
+    elsewhere = _check_request(source, base, format, push)
     source, target = local_path(source), Path(local_path(to))
     make_new(target)
-    loaded = load_trained(source, step, allow_unknown=allow_unknown)
+    loaded = load_trained(source, step, base=elsewhere, allow_unknown=allow_unknown)
     known = base_of_export(loaded)
     if push is not None:
         known = push.with_base(known, loaded.base, adapter=format == "adapter")
@@ -79,7 +79,7 @@ def export(
     trained = loaded
     if base == "original":
         loaded = load_trained(source, step, quantized=False)
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source, base=elsewhere)
     checks = write(loaded, tokenizer, target, format=format, dtype=dtype)
     run = Path(source) if is_run_folder(source) else None
     write_card(target, card_of(loaded, tokenizer, checks, form=format, base=known, run=run, step=step))
@@ -96,13 +96,19 @@ def export(
     return out
 
 
-def _check_request(base: str, format: str, push: Push | None) -> None:
-    if base not in BASES:
-        raise ConfigError(f"base {base!r} is not one of {', '.join(BASES)}")
+def _check_request(source: str, base: str, format: str, push: Push | None) -> str | None:
+    """Refuses what cannot be exported, and returns where the base of a PEFT folder is, if `base` says so."""
+    elsewhere = None if base in BASES else base
+    if elsewhere is not None and is_run_folder(local_path(source)):
+        raise ConfigError(
+            f"base {base!r} is not one of {', '.join(BASES)}, and a path is for PEFT folders: a run's base is in its "
+            "config (model.path)"
+        )
     if format not in FORMATS:
         raise ConfigError(f"format {format!r} is not one of {', '.join(FORMATS)}")
     if push is not None:
         push.check()
+    return elsewhere
 
 
 def _report(loaded: LoadedModel, target: Path, format: str, checks: Sequence[Check]) -> dict[str, Any]:
@@ -133,7 +139,12 @@ def make_new(target: Path) -> None:
 
 
 def load_trained(
-    source: str, step: int | None = None, *, quantized: bool = True, allow_unknown: Sequence[str] = ()
+    source: str,
+    step: int | None = None,
+    *,
+    quantized: bool = True,
+    base: str | None = None,
+    allow_unknown: Sequence[str] = (),
 ) -> LoadedModel:
     """Loads a model of any kind; of a run folder, the evaluated weights of a checkpoint, without a critic.
 
@@ -145,7 +156,7 @@ def load_trained(
     if not is_run_folder(source):
         if step is not None:
             raise ConfigError(f"{source} is not a run folder, so it has no step {step}")
-        return load_model(source, allow_unknown=allow_unknown)
+        return load_model(source, base=base, allow_unknown=allow_unknown)
     config = run_config(source)
     if not quantized:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, quantization=None))

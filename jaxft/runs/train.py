@@ -13,6 +13,7 @@ from rich.console import Console
 
 from jaxft.adapters import make as adapters
 from jaxft.adapters.attach import detach
+from jaxft.checkpoint.load import LoadedModel
 from jaxft.config import RunConfig
 from jaxft.data import render_rows, tokenizer_of
 from jaxft.files import run_folder
@@ -31,6 +32,8 @@ from jaxft.runs.data_summary import data_notes, data_summary, print_mixture
 from jaxft.runs.export import export_run
 from jaxft.runs.fitting import Fitted, fit_run
 from jaxft.runs.folder import check_shared, dated, open_run
+from jaxft.runs.going_on import describe as describe_start
+from jaxft.runs.going_on import going_on
 from jaxft.runs.identity.contents import check_processes, reads_of
 from jaxft.runs.report import write_report
 from jaxft.runs.scores import answer, check_scores, samples, score_summary, scores_key
@@ -79,7 +82,7 @@ def _train(run: Run, console: Console) -> dict[str, Any]:
     key = scores_key(run.data, config.eval)
     if config.eval.metric and scores.get("key") != key:
         console.print(f"base model, {len(run.data.eval_prompts)} held-out rows, by generation ...", highlight=False)
-        base = answer(_base(loaded.module), run.tokenizer, run.data, config.eval, config.eval.metric)
+        base = answer(_base(loaded), run.tokenizer, run.data, config.eval, config.eval.metric)
         scores = {"key": key, "metric": config.eval.metric, "base": score_summary(base, run.data.eval_references)}
         scores["base_answers"] = list(base.texts)
         on_primary(lambda: run_folder.write_json(run.folder / run_folder.SCORES, scores))
@@ -102,9 +105,10 @@ def _train(run: Run, console: Console) -> dict[str, Any]:
     return on_primary(finish)
 
 
-def _base(module: Decoder) -> Decoder:
-    """A model that answers as the base does. Fresh adapters change nothing, but a prompt or a prefix does."""
-    if not module.virtual_tokens:
+def _base(loaded: LoadedModel) -> Decoder:
+    """A model that answers as before training. Fresh adapters change nothing, but a prompt or a prefix does."""
+    module = loaded.module
+    if not module.virtual_tokens or loaded.adapter is not None:
         return module
     base = nnx.merge(*nnx.split(module))
     detach(base)
@@ -113,6 +117,7 @@ def _base(module: Decoder) -> Decoder:
 
 def set_up(config: RunConfig) -> Run:
     """Sets a run up and checks everything that needs no weights: settings, data, devices, steps, the run folder."""
+    config = going_on(config)
     method = method_of(config)
     on_primary(lambda: require(config.train.trackers))
     config, tokenizer = dated(config, tokenizer_of(config))
@@ -149,7 +154,7 @@ def set_up(config: RunConfig) -> Run:
         mesh=mesh,
         model=model,
         source=source,
-        notes=(*notes, *(f"warning: {warning}" for warning in [*data_notes(data), *warnings])),
+        notes=(*describe_start(config), *notes, *(f"warning: {warning}" for warning in [*data_notes(data), *warnings])),
     )
 
 

@@ -5,6 +5,7 @@ import re
 
 from jaxft.checkpoint.peft.folder import CONFIG, SCORE_TASK
 from jaxft.checkpoint.peft.kinds import check_form
+from jaxft.config import ModelConfig
 from jaxft.errors import CheckpointError, ModelError
 from jaxft.files.paths import HUB, fetch_hub, is_file, is_remote, read_json
 from jaxft.files.run_folder import ADAPTER, MERGED, MODEL, is_run_folder
@@ -66,6 +67,20 @@ def resolve_base(folder: str, base: str | None = None) -> str:
     origin = base_of(folder, base)
     revision = read_json(os.path.join(folder, CONFIG)).get("revision") if base is None else None
     return resolve(origin, revision if origin.startswith(HUB) and "@" not in origin else None)
+
+
+def continued_adapter(model: ModelConfig) -> str | None:
+    """The PEFT folder whose adapter a run trains on; None if the run begins with a fresh one. Nothing is fetched."""
+    if model.random_init or model.adapter == "merge":
+        return None
+    if model.path.startswith(HUB):
+        from huggingface_hub import try_to_load_from_cache
+
+        name, _, pinned = model.path.removeprefix(HUB).strip("/").partition("@")
+        cached = try_to_load_from_cache(name, CONFIG, revision=pinned or model.revision or "main")
+        return os.path.dirname(cached) if isinstance(cached, str) else None
+    path = resolve(model.path)
+    return path if is_adapter(path) else None
 
 
 def refuse_base(path: str, base: str | None) -> None:

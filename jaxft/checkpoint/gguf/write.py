@@ -92,10 +92,25 @@ def write_gguf_adapter(path: str, folder: str, hf_config: Mapping[str, Any], *, 
         raise ExportError(f"{folder} has peft_type {peft_config.get('peft_type')!r}; llama.cpp reads only LoRA")
     settings = read_settings(peft_config)
     beyond = [
-        name for name in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save") if peft_config.get(name)
+        name
+        for name in (
+            "use_dora",
+            "rank_pattern",
+            "alpha_pattern",
+            "modules_to_save",
+            "trainable_token_indices",
+            "lora_bias",
+        )
+        if peft_config.get(name)
     ]
     if beyond:
         raise ExportError(f"{folder} has {', '.join(beyond)}, which llama.cpp's adapters do not have: merge it instead")
+    whole = AdapterTensors(folder).of_role("trained", "base", "plain", "rows")
+    if whole:
+        raise ExportError(
+            f"{folder} holds tensors of its base, which llama.cpp's adapters do not have: {listed(list(whole), 3)}. "
+            "Merge it instead: jaxft convert with --to=gguf"
+        )
     source, family, config = AdapterTensors(folder), family_of(hf_config), models.config_from_hf(hf_config)
     names = gguf_modules(family, config.num_hidden_layers)
     # llama.cpp divides alpha by the rank; the rank-stabilised form divides by its root.

@@ -18,6 +18,7 @@ the tensors that a folder may leave out.
 
 from jaxft.checkpoint.peft.reading import PeftFolder as PeftFolder
 from jaxft.checkpoint.peft.reading import attach_folder as attach_folder
+from jaxft.checkpoint.peft.reading import attach_structure as attach_structure
 from jaxft.checkpoint.peft.reading import open_adapter as open_adapter
 from jaxft.checkpoint.peft.reading import read_adapter as read_adapter
 from jaxft.checkpoint.peft.writing import check_writable as check_writable

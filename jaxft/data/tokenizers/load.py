@@ -40,6 +40,7 @@ def load_tokenizer(
     path: str | os.PathLike[str],
     *,
     revision: str | None = None,
+    base: str | None = None,
     chat_template: str | None = None,
     template_date: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -49,7 +50,8 @@ def load_tokenizer(
     path: Hugging Face folder, `tokenizer.model` file or folder with one, GGUF file, run or PEFT
     folder, `hf://owner/name[@revision]` (through the transformers cache; HF_HUB_OFFLINE is honoured), or
     the address of a folder such as gs://bucket/model, whose small files are fetched.
-    revision: branch, tag or commit of an hf:// path.
+    revision: branch, tag or commit of an hf:// path. base: of a PEFT folder, where its base is, whose tokenizer it has
+    if it comes without one.
     chat_template: replaces the tokenizer's own: the name of a built-in template, the path of a Jinja file, or Jinja
     text.
     template_date: the date, such as 2026-11-29, that the template shows if it reads the clock; None: today's, or the
@@ -60,7 +62,8 @@ def load_tokenizer(
     show.
     """
     path = local_path(path)
-    backend, stop_ids = _load_any(path, revision)
+    own = path if base is None or is_remote(path) or _has_tokenizer(Path(path)) else local_path(base)
+    backend, stop_ids = _load_any(own, revision if own == path else None)
     if chat_template is not None:
         backend.chat_template = replaced(backend.chat_template, read_template(chat_template, backend, path))
     if isinstance(backend.chat_template, str):
@@ -68,7 +71,7 @@ def load_tokenizer(
         backend.chat_template = backend.chat_template.replace("\r\n", "\n").replace("\r", "\n")
     if template_date is not None or chat_template_kwargs:
         backend.chat_template = fixed_template(backend.chat_template, template_date, chat_template_kwargs or {}, path)
-    return Tokenizer(backend, name=path, extra_stop_ids=stop_ids, table_rows=table_rows(path, revision))
+    return Tokenizer(backend, name=path, extra_stop_ids=stop_ids, table_rows=table_rows(own, revision))
 
 
 def tokenizer_of(config: RunConfig, path: str | None = None) -> Tokenizer:
@@ -81,6 +84,7 @@ def tokenizer_of(config: RunConfig, path: str | None = None) -> Tokenizer:
     tokenizer = load_tokenizer(
         path or model.path,
         revision=model.revision if path is None else None,
+        base=model.base,
         chat_template=data.chat_template,
         template_date=data.template_date,
         chat_template_kwargs=data.chat_template_kwargs,
@@ -88,6 +92,11 @@ def tokenizer_of(config: RunConfig, path: str | None = None) -> Tokenizer:
     if tokenizer.chat_template is not None and data.template_date is None:
         tokenizer.fix_date(template_text.today())
     return tokenizer
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    names = [Path(name) for name in ("", *EXPORTS)]
+    return any((folder / name / file).is_file() for name in names for file in TOKENIZER_FILES)
 
 
 def _load_any(path: str, revision: str | None) -> tuple["PreTrainedTokenizerFast", list[int]]:

@@ -8,7 +8,7 @@ from flax import nnx
 
 from jaxft import models
 from jaxft.adapters.attach import AdapterParam, detach
-from jaxft.checkpoint.load import base_of, is_score_adapter, resolve
+from jaxft.checkpoint.load import adapted_config, base_of, is_score_adapter, resolve
 from jaxft.checkpoint.peft import read_adapter
 from jaxft.checkpoint.peft.folder import CONFIG
 from jaxft.config import RunConfig
@@ -80,7 +80,8 @@ class RewardModel(FrozenModel):
                 f"{self.setting}={self.path!r} is a language model, which has no score head and gives no scores. Give "
                 "a run with method.name='reward', its export, or a `*ForSequenceClassification` with one label."
             )
-        family = models.config_from_hf(models.score_config(hf_config))
+        own = adapted_config(self._folder, hf_config) if self._is_adapter else hf_config
+        family = models.config_from_hf(models.score_config(own))
         if max_length > family.max_position_embeddings:
             raise ConfigError(
                 f"data.max_length={max_length} is beyond the {family.max_position_embeddings} positions of "

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxft.adapters.attach import detach
+from jaxft.checkpoint.folders.origin import continued_adapter
 from jaxft.config import RunConfig
 from jaxft.config.method_section import ReferenceSection
 from jaxft.data.batch import Batch
@@ -42,7 +43,8 @@ def reference_values(config: RunConfig) -> tuple[str, ...]:
 def check_reference(config: RunConfig) -> None:
     """Raises ConfigError for settings under which the reference would not be the model at the start of the run."""
     adapter, method = config.adapter, f"method.name={config.method.name!r}"
-    if adapter.virtual_tokens:
+    continued = continued_adapter(config.model) is not None  # a copy of the adapter at the start is the reference
+    if adapter.virtual_tokens and not continued:
         raise ConfigError(
             f"{method} compares the model with its base by switching the adapter off, but adapter.kind="
             f"{adapter.kind!r} puts virtual tokens into every row, which the base cannot read. Use adapter.kind='lora'."
@@ -52,7 +54,7 @@ def check_reference(config: RunConfig) -> None:
             f"adapter.dropout={adapter.dropout} would change the policy's log-probabilities but not the reference's, "
             "so that their ratio is not 1 at the start. Set it to 0."
         )
-    if is_cached(config):
+    if is_cached(config) or continued:
         return
     cached = f"method.{config.method.name}.reference='cached'"
     has_cache = isinstance(config.method.chosen, ReferenceSection)
@@ -75,10 +77,11 @@ def check_reference(config: RunConfig) -> None:
 def reference_state(config: RunConfig, trainable: nnx.State) -> MethodState | None:
     """`Method.initial_state`: a frozen copy of the trained parameters, its matrices in the type of computation.
 
-    With an adapter the base itself is the reference, and if its log-probabilities are cached no model is needed. Then
-    there is nothing to keep: None.
+    With a fresh adapter the base itself is the reference, and if its log-probabilities are cached no model is needed.
+    Then there is nothing to keep: None. If the run goes on from an adapter, this is a copy of it.
     """
-    if config.adapter.kind != "none" or is_cached(config):
+    fresh = config.adapter.kind != "none" and continued_adapter(config.model) is None
+    if fresh or is_cached(config):
         return None
     return MethodState(rebuilt=rounded(trainable, jnp.dtype(config.model.dtype)))
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxft.checkpoint.load import resolve
+from jaxft.checkpoint.load import is_adapter, resolve, resolve_base
 from jaxft.config import RunConfig
 from jaxft.data.batch import Batch, Example
 from jaxft.files.atomic import write_file
@@ -129,6 +129,8 @@ def _model_of(config: RunConfig, folder: Path) -> dict[str, Any]:
     """What the model at the start of a run depends on: its files, the section `model`, and a start by LoftQ."""
     path = str(folder / BASE) if config.model.random_init else resolve(config.model.path, config.model.revision)
     known = asdict(config.model) | {"files": sizes_and_times(path)}
+    if is_adapter(path):
+        known["base"] = sizes_and_times(resolve_base(path, config.model.base))
     known |= {"gradient_dtype": config.train.gradient_dtype}
     if config.adapter.kind == "lora" and config.adapter.init_lora_weights.startswith("loftq"):
         known |= {"adapter": asdict(config.adapter), "seed": config.seed}

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from jaxft.checkpoint.load import base_of, resolve
+from jaxft.checkpoint.load import resolve, resolve_base
 from jaxft.config import RunConfig
 from jaxft.data import Prepared, Tokenizer
 from jaxft.data.batch import Example
@@ -45,7 +45,7 @@ def reads_of(config: RunConfig, tokenizer: Tokenizer, data: Prepared | None = No
     reads: Reads = {
         "model.path": {
             "path": model.path,
-            "digest": _model_digest(model.path, model.revision, drawn=model.random_init),
+            "digest": _model_digest(model.path, model.revision, drawn=model.random_init, base=model.base),
         },
         TOKENIZER: {"path": model.path, "digest": _tokenizer_digest(tokenizer)},
     }
@@ -105,11 +105,13 @@ def other_reads(before: Mapping[str, Mapping[str, Any]], now: Reads) -> list[str
     return out
 
 
-def _model_digest(path: str, revision: str | None, *, drawn: bool) -> str:
+def _model_digest(path: str, revision: str | None, *, drawn: bool, base: str | None = None) -> str:
     folder = resolve(path, revision)
     digest = weights_digest(folder, weights=not drawn)
     if not folder.endswith(".gguf") and is_file(f"{folder}/{PEFT_CONFIG}"):
-        digest = hashlib.sha256(f"{digest} {_model_digest(base_of(folder), None, drawn=False)}".encode()).hexdigest()
+        digest = hashlib.sha256(
+            f"{digest} {_model_digest(resolve_base(folder, base), None, drawn=False)}".encode()
+        ).hexdigest()
     return digest
 
 

@@ -35,6 +35,7 @@ from jaxft.rollouts.sample import Sampler, seed_of
 from jaxft.runs.build import abstract_model, build_model, make_mesh, make_tx, start_state
 from jaxft.runs.export import FORMATS, make_new, write
 from jaxft.runs.folder import dated, open_run, refuse_other_base
+from jaxft.runs.going_on import going_on
 from jaxft.runs.identity.contents import reads_of
 from jaxft.runs.rewards import GivenRows
 from jaxft.runs.session.losses import SLOPES, check_session, linear_loss, loss_of
@@ -71,7 +72,7 @@ class Session:
     """
 
     def __init__(self, model: RunConfig | str, overrides: Mapping[str, Any] | None = None) -> None:
-        config = _config(model, overrides or {})
+        config = going_on(_config(model, overrides or {}))
         check_session(config)
         config, self.tokenizer = dated(config, tokenizer_of(config))
         self.config = config
