@@ -105,8 +105,11 @@ class Entry:
     @contextlib.contextmanager
     def new(self) -> Iterator[Path]:
         """A folder to write the files of the set to. Raises NotKept."""
-        own = self.path.with_name(f"{self.path.name}{UNFINISHED}{socket.gethostname()}-{os.getpid()}")
-        shutil.rmtree(own, ignore_errors=True)
+        of_host = f"{self.path.name}{UNFINISHED}{socket.gethostname()}-"
+        for left in self.path.parent.glob(f"{of_host}*"):  # by a run that was killed
+            if not _is_alive(left.name.removeprefix(of_host)):
+                shutil.rmtree(left, ignore_errors=True)
+        own = self.path.with_name(f"{of_host}{os.getpid()}")
         with keeping(own):
             own.mkdir(parents=True)
         try:
@@ -199,6 +202,19 @@ def _code_digest() -> str:
 
 def _plain(value: Any) -> Any:
     return sorted(value) if isinstance(value, set | frozenset) else str(value)
+
+
+def _is_alive(pid: str) -> bool:
+    """Whether there is a process of this number, other than this one."""
+    if not pid.isdigit() or int(pid) == os.getpid():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # of another user
+        return True
+    return True
 
 
 def _sync(folder: Path) -> None:

@@ -36,6 +36,8 @@ def encode_set(rows: Rows, config: DataConfig, tokenizer: Tokenizer, read: ReadR
         return _in_memory(work)
     try:
         entry = Entry(folder, key_of(work))
+        if (kept := entry.open()) is not None:  # without a lock, for folders that others wrote
+            return kept
         with entry.lock():
             return entry.open() or _make(entry, work)
     except NotKept as error:

@@ -244,6 +244,22 @@ def test_a_run_that_was_killed_leaves_nothing_that_is_read(path, tokenizer_of, t
         with pytest.raises(KeyboardInterrupt):
             encode_set(open_rows(path), config, tokenizer_of("chatml"), conversation_of)
     assert not [name for name in (tmp_path / "kept").iterdir() if name.is_dir() and cache.UNFINISHED not in name.name]
+    (left,) = (name for name in (tmp_path / "kept").iterdir() if name.is_dir())
+    of_another = left.rename(f"{str(left).rpartition('-')[0]}-{os.getppid()}")
+    shutil.copytree(of_another, f"{str(left).rpartition('-')[0]}-4194999")  # no process has so high a number
+    table, _ = encode_set(open_rows(path), config, tokenizer_of("chatml"), conversation_of)
+    assert _plain(table) == _one_by_one(path, tokenizer_of("chatml"))
+    assert sorted(name for name in (tmp_path / "kept").iterdir() if cache.UNFINISHED in name.name) == [of_another]
+
+
+def test_a_folder_that_others_wrote_is_read(path, tokenizer_of, tmp_path, monkeypatch):
+    config = DataConfig(num_proc=1, cache=str(tmp_path / "kept"))
+    encode_set(open_rows(path), config, tokenizer_of("chatml"), conversation_of)
+
+    def read_only(self):
+        pytest.fail("a file was written")
+
+    monkeypatch.setattr(cache.Entry, "lock", read_only)
     table, _ = encode_set(open_rows(path), config, tokenizer_of("chatml"), conversation_of)
     assert _plain(table) == _one_by_one(path, tokenizer_of("chatml"))
 
@@ -257,6 +273,7 @@ def test_two_runs_may_make_the_same_rows_at_once(locks, path, tokenizer_of, tmp_
         monkeypatch.setattr(cache.fcntl, "flock", no_lock)
         # Two threads of one process are two runs here, with folders of their own.
         monkeypatch.setattr(cache.os, "getpid", threading.get_ident)
+        monkeypatch.setattr(cache, "_is_alive", lambda _: True)
     config = DataConfig(num_proc=1, cache=str(tmp_path / "kept"))
     made, both = [], threading.Barrier(2)
 
