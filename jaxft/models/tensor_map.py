@@ -147,6 +147,11 @@ def unstacked_params(tensors: Sequence[TensorMap], layers: int) -> Iterator[Para
     return iter_params(tensors, [(layer,) for layer in range(layers)])
 
 
+def tensor_names(tensors: Sequence[TensorMap], layers: int) -> frozenset[str]:
+    """Hugging Face's names of all tensors of a model of `layers` layers."""
+    return frozenset(piece.hf for param in unstacked_params(tensors, layers) for piece in param.pieces)
+
+
 def _pieces(line: TensorMap, stack_index: int, layer: int) -> Iterator[Piece]:
     if line.experts is None:
         yield Piece(line.hf.format(i=layer), (stack_index,))

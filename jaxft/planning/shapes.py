@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxft.assets import ASSETS
 from jaxft.checkpoint.load import adapted_config, base_of, hf_config_of, is_adapter, resolve
+from jaxft.checkpoint.quantized import dialects
 from jaxft.config import RunConfig
 from jaxft.data import tokenizer_of
 from jaxft.data.loader import steps_for
@@ -62,7 +63,9 @@ def _shapes(path: str, revision: str | None, *, drawn: bool) -> tuple[dict[str, 
     name, _, pinned = path.removeprefix(HUB).strip("/").partition("@")
     cached = _cached(name, pinned or revision)
     if cached is not None:
-        return read_json(cached), f"config.json of {name} in the Hugging Face cache"
+        hf_config = read_json(cached)
+        dialects.quantization_of(hf_config, name)
+        return dialects.without_quantization(hf_config), f"config.json of {name} in the Hugging Face cache"
     known = published()
     if name not in known:
         lower = {candidate.lower(): candidate for candidate in known}

@@ -10,7 +10,7 @@ from jaxft.checkpoint import fused_experts, orbax_folder
 from jaxft.checkpoint.folders.names import with_own_head, with_usual_names, without_value_head
 from jaxft.checkpoint.folders.weights import Weights
 from jaxft.checkpoint.gguf import GGUFFile
-from jaxft.checkpoint.quantized import bitsandbytes
+from jaxft.checkpoint.quantized import bitsandbytes, dialects
 from jaxft.checkpoint.quantized.mxfp4 import MXFP4Source, is_packed
 from jaxft.checkpoint.score_head import FreshScoreHead
 from jaxft.checkpoint.tensors import SafetensorsFolder, TensorSource
@@ -20,6 +20,7 @@ from jaxft.files.paths import hub_hint, is_file, open_folder, read_json
 from jaxft.models.hf_fields import DENSE_TENSORS, with_allowed
 from jaxft.models.nested import MULTIMODAL
 from jaxft.models.score_model import is_score_model
+from jaxft.models.tensor_map import tensor_names
 from jaxft.nn.score import Head
 
 # config.json, tensors, and generation_config.json or None.
@@ -55,7 +56,9 @@ def folder_config(path: str, allow_unknown: Sequence[str] = ()) -> dict[str, Any
     hf_config = with_allowed(_read_config(path), allow_unknown)
     if hf_config.get("model_type") in MULTIMODAL:
         return _open_folder(path, allow_unknown)[0]
-    if hf_config.get("quantization_config") is None and not models.config_from_hf(hf_config).tie_word_embeddings:
+    quantised = dialects.quantization_of(hf_config, path) is not None
+    hf_config = dialects.without_quantization(hf_config)
+    if not quantised and not models.config_from_hf(hf_config).tie_word_embeddings:
         return hf_config
     has_weights = any(name.endswith((".safetensors", ".safetensors.index.json")) for name in open_folder(path).names())
     return _open_folder(path, allow_unknown)[0] if has_weights else hf_config
@@ -73,7 +76,8 @@ def _read_config(path: str) -> dict[str, Any]:
 
 def _open_folder(path: str, allow_unknown: Sequence[str], head: Head | None = None) -> tuple[dict[str, Any], Weights]:
     given = with_allowed(_read_config(path), allow_unknown)
-    hf_config = bitsandbytes.without_quantization(given)
+    settings = dialects.quantization_of(given, path)
+    hf_config = dialects.without_quantization(given)
     source: TensorSource
     left_out = None
     if hf_config.get("model_type") in MULTIMODAL:
@@ -88,11 +92,16 @@ def _open_folder(path: str, allow_unknown: Sequence[str], head: Head | None = No
         source = with_usual_names(SafetensorsFolder(path))
     source, note = without_value_head(source)
     notes = [note] if note else []
+    source, dense = dialects.dequantized(settings, source)
     source = MXFP4Source(source) if is_packed(hf_config) else source
     nf4 = bitsandbytes.NF4Source(source) if bitsandbytes.is_packed(source) else None
     if nf4 is not None:
-        dense = [name for name in nf4.specs() if not nf4.is_nf4(name)]
-        hf_config, source = hf_config | {DENSE_TENSORS: dense}, nf4
+        dense, source = [name for name in nf4.specs() if not nf4.is_nf4(name)], nf4
+    if dense is not None:
+        hf_config = hf_config | {DENSE_TENSORS: dense}
+        config = models.config_from_hf(hf_config)
+        expected = tensor_names(config.tensors(), config.num_hidden_layers)
+        source = dialects.without_empty_biases(source, expected)
     model_type = str(hf_config.get("model_type"))
     if fused_experts.is_fused(model_type, source):
         source = fused_experts.SingleExperts(source, model_type)
