@@ -56,9 +56,9 @@ def folder_config(path: str, allow_unknown: Sequence[str] = ()) -> dict[str, Any
     hf_config = with_allowed(_read_config(path), allow_unknown)
     if hf_config.get("model_type") in MULTIMODAL:
         return _open_folder(path, allow_unknown)[0]
-    quantised = dialects.quantization_of(hf_config, path) is not None
+    quantized = dialects.quantization_of(hf_config, path) is not None
     hf_config = dialects.without_quantization(hf_config)
-    if not quantised and not models.config_from_hf(hf_config).tie_word_embeddings:
+    if not quantized and not models.config_from_hf(hf_config).tie_word_embeddings:
         return hf_config
     has_weights = any(name.endswith((".safetensors", ".safetensors.index.json")) for name in open_folder(path).names())
     return _open_folder(path, allow_unknown)[0] if has_weights else hf_config

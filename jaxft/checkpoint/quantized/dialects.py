@@ -139,10 +139,10 @@ def _problem_of_compressed(given: Mapping[str, Any]) -> str | None:
 
 def _block(given: Mapping[str, Any]) -> tuple[int, int] | None:
     """The outputs and inputs of a block that share a scale, if the settings name one size for all."""
-    found = [given.get("weight_block_size")]
+    sizes = [given.get("weight_block_size")]
     for group in (given.get("config_groups") or {}).values():
-        found.append(((group or {}).get("weights") or {}).get("block_structure"))
-    for block in found:
+        sizes.append(((group or {}).get("weights") or {}).get("block_structure"))
+    for block in sizes:
         if isinstance(block, str):
             block = block.lower().split("x")
         if isinstance(block, (list, tuple)) and len(block) == 2:

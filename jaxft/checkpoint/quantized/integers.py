@@ -55,8 +55,8 @@ class GPTQMatrix:
         else:
             groups_I = np.arange(self.shape[1]) // self.group
         scales_GO = source.read(f"{self.module}.scales", columns).astype(np.float32)
-        centred_IO = codes_IO.astype(np.float32) - (zeros_GO.astype(np.float32) + self.added)[groups_I]
-        return np.ascontiguousarray((centred_IO * scales_GO[groups_I]).T)
+        centered_IO = codes_IO.astype(np.float32) - (zeros_GO.astype(np.float32) + self.added)[groups_I]
+        return np.ascontiguousarray((centered_IO * scales_GO[groups_I]).T)
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ class AWQMatrix:
         )
         scales_GO = source.read(f"{self.module}.scales", (slice(None), slice(start, stop))).astype(np.float32)
         groups_I = np.arange(self.shape[1]) // self.group
-        centred_IO = codes_IO.astype(np.float32) - zeros_GO.astype(np.float32)[groups_I]
-        return np.ascontiguousarray((centred_IO * scales_GO[groups_I]).T)
+        centered_IO = codes_IO.astype(np.float32) - zeros_GO.astype(np.float32)[groups_I]
+        return np.ascontiguousarray((centered_IO * scales_GO[groups_I]).T)
 
     @staticmethod
     def _unpack(words: np.ndarray) -> np.ndarray:
