@@ -152,7 +152,10 @@ def extras_of(row: Mapping[str, Any]) -> dict[str, Any]:
         raise RowProblem("it has both 'tools' and 'functions': keep one")
     kwargs = template_kwargs_of(row)
     if not is_empty(documents := row.get("documents")):
-        kwargs["documents"] = parse_json(documents, "'documents'") if isinstance(documents, str) else documents
+        documents = parse_json(documents, "'documents'") if isinstance(documents, str) else documents
+        if not isinstance(documents, list):
+            raise RowProblem(f"'documents' must be a list; it is {sample(documents)!r}")
+        kwargs["documents"] = documents
     return {"tools": tools_of({"tools": next(iter(given.values()), None)}), "template_kwargs": kwargs}
 
 

@@ -75,6 +75,8 @@ def test_an_empty_cell_of_an_optional_column_is_absent(empty):
             r"message 2.tool_calls entry 1.function.arguments.x entry 1 is nan, which JSON cannot spell",
         ),
         ({"system": {"a": 1}, "messages": [U, A]}, r"'system' is no system prompt"),
+        ({"messages": [U, A], "documents": 3}, r"'documents' must be a list; it is '3'"),
+        ({"prompt": [], "completion": []}, r"'prompt' is list and 'completion' is list"),
         ({"system": 3, "messages": [U, A]}, r"'system' is no system prompt: it is '3'"),
     ],
 )

@@ -213,7 +213,8 @@ def treatment_of(name: str, config: DataConfig, *, harmless: bool = False) -> Tr
 def is_bookkeeping(name: str) -> bool:
     """Whether a column or key of this name tells of a row, and is not part of it."""
     name = re.sub(r"(?<=[a-z])(?=[A-Z])|[\s-]", "_", name.strip()).lower()
-    return name in BOOKKEEPING or bool(ENDINGS.search(name) or PANDAS.match(name))
+    # Tables of pandas have an index without a name.
+    return not name or name in BOOKKEEPING or bool(ENDINGS.search(name) or PANDAS.match(name))
 
 
 def is_empty(value: Any) -> bool:

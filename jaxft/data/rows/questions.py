@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxft.config import DataConfig
+from jaxft.data.rows.columns import is_empty
 from jaxft.data.rows.values import RowProblem, is_absent, parse_json, sample, text_of
 
 Message = dict[str, Any]
@@ -41,7 +42,7 @@ def question_messages(row: Mapping[str, Any], question: str, config: DataConfig)
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     text = text_of(row[question], repr(question))
     contexts = (config.context_field,) if config.context_field else CONTEXTS
-    names = [name for name in contexts if name != question and not is_absent(row.get(name)) and row[name] != ""]
+    names = [name for name in contexts if name != question and not is_empty(row.get(name))]
     if len(names) > 1:
         raise RowProblem(
             f"the text that belongs to {question!r} may be in {' or in '.join(map(repr, names))}. Set "
@@ -97,8 +98,9 @@ def _system_text(value: Any, name: str) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, Mapping):
-        inner = next((value[key] for key in ("content", "parts", "text") if key in value), None)
-        return "" if inner is None and not value else _system_text(inner, name)
+        inner = next((value[key] for key in ("content", "parts", "text") if not is_absent(value.get(key))), None)
+        if inner is not None or not value:
+            return "" if inner is None else _system_text(inner, name)
     if isinstance(value, list) and all(isinstance(item, str | Mapping) for item in value):
         return "".join(_system_text(item, name) for item in value)
     raise RowProblem(f"{name!r} is no system prompt: it is {sample(value)!r}, and must be text or a list of texts")

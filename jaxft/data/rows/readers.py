@@ -44,6 +44,7 @@ def _prompt_completion(row: Mapping[str, Any], config: DataConfig) -> Read:
     names = config.prompt_field, config.completion_field
     prompt, completion = (_field(row, name) for name in names)
     chats = [is_chat(value) or holds_turns(value) for value in (prompt, completion)]
+    chats[0] = chats[0] or prompt == []  # of completions, a list may be the text of the answer
     if not any(chats):
         prompt, completion = text_of(prompt, repr(names[0])), text_of(completion, repr(names[1]))
         if not completion:
