@@ -53,6 +53,30 @@ def test_values_are_text_as_json_spells_them(value, text):
     assert pair.prompt == pair.chosen == text
 
 
+# As the templates of Qwen3-Coder and Qwen3.5 do it.
+PARAMETERS = (
+    "{% for t in tools or [] %}{{ t | tojson }}\n{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<{{ c.function.name }}>{% for k, v in c.function.arguments.items() %}<{{ k }}>"
+    "{{ v | tojson if v is mapping else v | string }}</{{ k }}>{% endfor %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_arguments_of_calls_are_written_as_json(tmp_path, tokenizer_of):
+    tokenizer = tokenizer_of("chatml", PARAMETERS)
+    given = {"deep": True, "none": None, "off": False, "n": 3, "in": {"x": None}, "text": "True"}
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": given}]}
+    path = write(tmp_path / "rows.jsonl", [{"messages": [U, call], "tools": [{"name": "f", "parameters": {}}]}])
+    data = prepare(run(path), tokenizer)
+    (example,) = data.train_examples
+    assert tokenizer.decode(example.tokens[example.mask == 1]) == (
+        '<f><deep>true</deep><none>null</none><off>false</off><n>3</n><in>{"x": null}</in><text>True</text>'
+    )
+    assert any("as text, since it would write them as Python does" in one for one in data.examination.warnings)
+    assert not tokenizer_of("llama3_tools").writes_python_values and not tokenizer_of("qwen3").writes_python_values
+
+
 @pytest.mark.parametrize("empty", [None, NAN, ""])
 def test_an_empty_cell_of_an_optional_column_is_absent(empty):
     row = {"instruction": "q", "input": empty, "output": "a", "system": empty, "history": empty, "tools": empty}
@@ -76,7 +100,7 @@ def test_an_empty_cell_of_an_optional_column_is_absent(empty):
         ),
         ({"system": {"a": 1}, "messages": [U, A]}, r"'system' is no system prompt"),
         ({"messages": [U, A], "documents": 3}, r"'documents' must be a list; it is '3'"),
-        ({"prompt": [], "completion": []}, r"'prompt' is list and 'completion' is list"),
+        ({"prompt": [], "completion": []}, r"'prompt' must be a list with at least one message"),
         ({"system": 3, "messages": [U, A]}, r"'system' is no system prompt: it is '3'"),
     ],
 )

@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxft.config import DataConfig
 from jaxft.data.chat.reasoning import arrange_thoughts
-from jaxft.data.chat.tool_calls import with_short_ids
+from jaxft.data.chat.tool_calls import with_json_values, with_short_ids
 from jaxft.data.formats import Conversation
 from jaxft.data.rows.messages import merged
 from jaxft.data.tokenizers.tokenizer import Tokenizer
@@ -19,7 +19,11 @@ from jaxft.errors import DataError
 DEVELOPER = "the developer's message is given to the chat template as the system message, the only one that it knows"
 MERGED = "consecutive messages of the same role are joined (data.merge_turns)"
 SHORT_IDS = "the ids of tool calls are replaced by ids of nine letters, the only ones that the chat template takes"
-CHANGES = (DEVELOPER, MERGED, SHORT_IDS)
+JSON_VALUES = (
+    "true, false and null among the arguments of tool calls are given to the chat template as text, since it would "
+    "write them as Python does"
+)
+CHANGES = (DEVELOPER, MERGED, SHORT_IDS, JSON_VALUES)
 NAME = re.compile(r"[A-Za-z_]\w*$")
 
 
@@ -45,11 +49,21 @@ def arrange(conversation: Conversation, tokenizer: Tokenizer, config: DataConfig
         # They are counted as unread, which is refused or ignored by a setting.
         kwargs = {name: value for name, value in conversation.template_kwargs.items() if name != "documents"}
         conversation = replace(conversation, template_kwargs=kwargs)
-    if any(message.get("tool_calls") for message in conversation.messages) and tokenizer.wants_short_ids:
-        shortened = tuple(with_short_ids(conversation.messages))
-        notes[SHORT_IDS] += shortened != conversation.messages
-        conversation = replace(conversation, messages=shortened)
+    if any(message.get("tool_calls") for message in conversation.messages):
+        conversation = _with_calls(conversation, tokenizer, notes)
     messages = arrange_thoughts(conversation.messages, config.reasoning, tokenizer.chat_template)
+    return replace(conversation, messages=messages)
+
+
+def _with_calls(conversation: Conversation, tokenizer: Tokenizer, notes: Counter[str]) -> Conversation:
+    messages = conversation.messages
+    if tokenizer.wants_short_ids:
+        messages = tuple(with_short_ids(messages))
+        notes[SHORT_IDS] += messages != conversation.messages
+    if tokenizer.writes_python_values:
+        written = tuple(with_json_values(messages))
+        notes[JSON_VALUES] += written != messages
+        messages = written
     return replace(conversation, messages=messages)
 
 

@@ -52,6 +52,12 @@ def wants_short_ids(render: Render) -> bool:
     )
 
 
+def writes_python(render: Render) -> bool:
+    """Whether a template writes true, false and null of a call's arguments as Python does: True, False, None."""
+    text, usual = (_call(render, as_text=False, value=value) for value in (True, VALUE))
+    return text is not None and usual is not None and text.count("True") > usual.count("True")
+
+
 def with_arguments(messages: Sequence[Mapping[str, Any]], *, as_text: bool) -> list[dict[str, Any]]:
     """The messages with the arguments of every tool call as objects, or as JSON text.
 
@@ -78,9 +84,9 @@ def _with_arguments(call: Mapping[str, Any], as_text: bool) -> dict[str, Any]:
     return {**call, "function": function} if function else dict(call)
 
 
-def _call(render: Render, as_text: bool, call_id: str = "abcdefghi") -> str | None:
+def _call(render: Render, as_text: bool, call_id: str = "abcdefghi", value: str | bool = VALUE) -> str | None:
     # Nine letters: Mistral's templates refuse any other id.
-    call = {"id": call_id, "type": "function", "function": {"name": "f", "arguments": {NAME: VALUE}}}
+    call = {"id": call_id, "type": "function", "function": {"name": "f", "arguments": {NAME: value}}}
     properties = {NAME: {"type": "string", "description": "p"}}
     parameters = {"type": "object", "properties": properties, "required": [NAME]}
     tool = {"type": "function", "function": {"name": "f", "description": "f", "parameters": parameters}}

@@ -52,6 +52,24 @@ def tools_of(row: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     return tuple(_tool(tool) for tool in tools)
 
 
+def with_json_values(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with true, false and null among the arguments of tool calls as the text that JSON has for them."""
+
+    def spelt(call: Mapping[str, Any]) -> dict[str, Any]:
+        arguments = call["function"].get("arguments")
+        if not isinstance(arguments, Mapping):
+            return dict(call)
+        own = {k: json.dumps(v) if v is None or isinstance(v, bool) else v for k, v in arguments.items()}
+        return {**call, "function": {**call["function"], "arguments": own}}
+
+    return [
+        {**message, "tool_calls": [spelt(call) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else dict(message)
+        for message in messages
+    ]
+
+
 def with_short_ids(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The messages with ids of nine letters and digits in tool calls and their results.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxft.data.chat import template_probes, template_text
-from jaxft.data.chat.tool_calls import with_short_ids
+from jaxft.data.chat.tool_calls import with_json_values, with_short_ids
 from jaxft.data.tokenizers.end_tokens import end_tokens, eos_field
 from jaxft.data.tokenizers.templates import fitting
 from jaxft.errors import DataError, listed
@@ -168,6 +168,7 @@ class Tokenizer:
         if any(message.get("tool_calls") for message in messages):
             messages = template_probes.with_arguments(messages, as_text=self._arguments_as_text)
             messages = with_short_ids(messages) if self.wants_short_ids else messages
+            messages = with_json_values(messages) if self.writes_python_values else messages
         return self.apply_template(messages, tools=tools, add_generation_prompt=add_generation_prompt, **kwargs)
 
     def apply_template(self, messages: Sequence[Mapping[str, Any]], *, tools: Any = None, **kwargs: Any) -> str:
@@ -198,6 +199,11 @@ class Tokenizer:
     def wants_short_ids(self) -> bool:
         """Whether the chat template takes ids of tool calls of nine letters and digits alone, as Mistral's do."""
         return template_probes.wants_short_ids(self.apply_template)
+
+    @functools.cached_property
+    def writes_python_values(self) -> bool:
+        """Whether the chat template writes true, false and null of a call as Python does, if they are not text."""
+        return not self._arguments_as_text and template_probes.writes_python(self.apply_template)
 
     @functools.cached_property
     def _random(self) -> str | None:
