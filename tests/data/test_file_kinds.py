@@ -265,7 +265,6 @@ BROKEN = {
         "several columns of the name a",
     ),
     "objects.json": (b'{"a": \n1}\n{"a": \n', "objects.json' is not valid JSON"),
-    "cells.csv": (b"a,b\n1,2\n1,2,3\n", "cells.csv line 3 has 3 cells, but there are 2 columns"),
     "quote.csv": (b'a,b\n"1,2\n', "quote.csv line 2 is not CSV"),
     "names.csv": (b"a,b,a\n1,2,3\n", "several columns of the name a"),
     "latin.csv": ("a\ncafé\n".encode("latin-1"), "latin.csv line 2 is not UTF-8 text: byte 0xe9, in 'café"),
@@ -283,6 +282,15 @@ def test_what_is_broken_is_refused_with_its_file(tmp_path, name):
     assert name in str(refused.value)
 
 
+def test_rows_of_csv_with_other_numbers_of_cells_are_named_one_by_one(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"a,b\n1,2\n1,2,3\n4,5\n6\n")
+    rows = open_rows(str(tmp_path / "a.csv"))
+    assert (rows[0], rows[2]) == ({"a": "1", "b": "2"}, {"a": "4", "b": "5"})
+    for index, (line, cells) in {1: (3, 3), 3: (5, 1)}.items():
+        with pytest.raises(DataError, match=rf"a.csv line {line} has {cells} cells, but there are 2 columns \(a, b\)"):
+            rows[index]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -291,7 +299,7 @@ def test_what_is_broken_is_refused_with_its_file(tmp_path, name):
         (b"9" * 5_000, "a.jsonl line 2 is not JSON"),
         (b'{"a": "\x00"}', "a.jsonl line 2 is not JSON"),
         (b'{"a": 1, "b": {"c": 1, "c": 2}}', "a.jsonl line 2 is not JSON: the name 'c' is there twice"),
-        (b"{", "Each line must be one whole object; a file whose objects span lines must end in .json"),
+        (b"{", "a.jsonl line 2 is not JSON: Expecting .* at column 2. .* objects span lines must end in .json"),
     ],
     ids=["latin", "deep", "digits", "control", "double", "pretty"],
 )  # fmt: skip

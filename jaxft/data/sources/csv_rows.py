@@ -3,7 +3,8 @@
 import csv
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -13,12 +14,32 @@ from jaxft.errors import DataError, listed
 from jaxft.files.paths import file_name
 
 
-def rows_of_csv(path: str, text: Text, delimiter: str) -> JsonRows:
+class CsvRows(JsonRows):
+    """Rows of cells, each of which is a JSON list in a text. names: of the columns."""
+
+    def __init__(
+        self, path: str, text: Text, starts: np.ndarray, ends: np.ndarray, lines: np.ndarray, names: Sequence[str]
+    ) -> None:
+        super().__init__(path, text, starts, ends, lines)
+        self._names = names
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        cells = json.loads(self._bytes_at(index))
+        if len(cells) != len(self._names):
+            raise DataError(
+                f"{self.where(index)} has {len(cells)} cells, but there are {len(self._names)} columns "
+                f"({listed(self._names)}). A cell that holds a separator, a quotation mark or a line break must be in "
+                "quotation marks."
+            )
+        return dict(zip(self._names, cells, strict=True))
+
+
+def rows_of_csv(path: str, text: Text, delimiter: str) -> CsvRows:
     """The rows of a file with comma- or tab-separated columns, whose first row names them. Every value is text.
 
     delimiter: what stands between columns. If the first row has no comma but semicolons, as spreadsheets of many
-    countries write it, these are read in place of commas. Raises DataError, naming the line, for a row that has not as
-    many cells as there are names, and for quotes that do not close.
+    countries write it, these are read in place of commas. A row that has not as many cells as there are names raises
+    DataError when it is read. Raises DataError, naming the line, for quotes that do not close.
     """
     csv.field_size_limit(sys.maxsize)
     lines = _lines(path, text)
@@ -37,9 +58,7 @@ def rows_of_csv(path: str, text: Text, delimiter: str) -> JsonRows:
             if not names:
                 names = _column_names(cells, path)
             elif cells:
-                if len(cells) != len(names):
-                    raise DataError(_wrong_cells(path, line, cells, names))
-                spans.append(spool.append(json.dumps(dict(zip(names, cells, strict=True))).encode()))
+                spans.append(spool.append(json.dumps(cells).encode()))
                 numbers.append(line)
     except csv.Error as error:
         raise DataError(
@@ -47,7 +66,7 @@ def rows_of_csv(path: str, text: Text, delimiter: str) -> JsonRows:
             "quotation mark, and those within it are doubled."
         ) from error
     positions = np.array(spans, np.int64).reshape(-1, 2)
-    return JsonRows(path, spool, positions[:, 0], positions[:, 1], np.array(numbers, np.int64))
+    return CsvRows(path, spool, positions[:, 0], positions[:, 1], np.array(numbers, np.int64), names)
 
 
 def _lines(path: str, text: Text) -> Iterator[str]:
@@ -73,10 +92,3 @@ def _column_names(cells: list[str], path: str) -> list[str]:
     if doubled:
         raise DataError(f"{path!r} has several columns of the name {listed(doubled)}: rename all but one of each")
     return names
-
-
-def _wrong_cells(path: str, line: int, cells: list[str], names: list[str]) -> str:
-    return (
-        f"{file_name(path)} line {line} has {len(cells)} cells, but there are {len(names)} columns ({listed(names)}). "
-        "A cell that holds a separator, a quotation mark or a line break must be in quotation marks."
-    )

@@ -32,10 +32,7 @@ class JsonRows:
         return len(self._starts)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        start = int(self._starts[index])
-        raw = self._text.read(start, int(self._ends[index]) - start)
-        if start == 0:
-            raw = raw.removeprefix(BOM)
+        raw = self._bytes_at(index)
         try:
             row = json.loads(raw.decode(), object_pairs_hook=unique)
         except UnicodeDecodeError as error:
@@ -43,12 +40,21 @@ class JsonRows:
         except RecursionError as error:
             raise DataError(f"{self.where(index)} is nested too deeply to be read") from error
         except ValueError as error:
-            raise DataError(f"{self.where(index)} is not JSON: {error}. {WHOLE}") from error
+            if not isinstance(error, json.JSONDecodeError):
+                raise DataError(f"{self.where(index)} is not JSON: {error}") from error
+            # A row is one line to JSON, so that the line in its own message is always the first.
+            reason = f"{error.msg} at column {error.colno}"
+            raise DataError(f"{self.where(index)} is not JSON: {reason}. {WHOLE}") from error
         if not isinstance(row, dict):
             raise DataError(
                 f"{self.where(index)} is {type(row).__name__}, not an object with fields: {str(row)[:60]!r}"
             )
         return row
+
+    def _bytes_at(self, index: int) -> bytes:
+        start = int(self._starts[index])
+        raw = self._text.read(start, int(self._ends[index]) - start)
+        return raw.removeprefix(BOM) if start == 0 else raw
 
     def where(self, index: int) -> str:
         line = f"line {self._lines[index]}"
