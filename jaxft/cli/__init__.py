@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import logging
 import os
 import sys
 import traceback
@@ -28,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> ExitCode:
     # transformers would say that torch is absent, which jaxft does not use. Other programs' settings come first.
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    # It misses kernels that the checks of exports do not need.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     parser = _parser()
     arguments, rest = parser.parse_known_args(settings.underscored(sys.argv[1:] if argv is None else argv))
     try:
