@@ -1,8 +1,6 @@
 """Commands without a config: flags, overrides, other programs' spellings, versions, and errors without a traceback."""
 
 import json
-import os
-import subprocess
 import sys
 from importlib.metadata import version
 
@@ -152,19 +150,3 @@ def test_an_error_of_the_operating_system_has_no_traceback(config_of, capsys, mo
     monkeypatch.setattr(examine, "examine", fail)
     assert cli.main(["data", "--model=m", "--data=r"]) == ExitCode.REFUSED
     assert capsys.readouterr().err == "jaxft data: rows.jsonl: Permission denied\n"
-
-
-WITHOUT_TORCH = """
-import importlib.util, sys
-own = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *rest: None if name.split(".")[0] == "torch" else own(name, *rest)
-from jaxft import cli
-sys.exit(cli.main(sys.argv[1:]))
-"""
-
-
-def test_no_library_speaks_of_itself_on_the_terminal():
-    command = [sys.executable, "-c", WITHOUT_TORCH, "data", *MODEL, *DATA, "--max_length=512", "--rows=0"]
-    env = {name: value for name, value in os.environ.items() if not name.startswith("TRANSFORMERS_")}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "") and "402 rows" in done.stdout
