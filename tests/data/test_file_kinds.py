@@ -14,15 +14,14 @@ import subprocess
 
 import fsspec
 import numpy as np
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from jaxft.data.sources import JsonlRows, TableRows, open_rows, text
 from jaxft.data.sources.file_kinds import FileKind, kind_by_name
 from jaxft.data.sources.listing import is_pattern
 from jaxft.errors import DataError
-
-pa = pytest.importorskip("pyarrow")
-parquet = pytest.importorskip("pyarrow.parquet")
 
 ROWS = [
     {"prompt": "007", "completion": "NA"},
@@ -408,14 +407,3 @@ def test_columns_that_need_another_library_name_it():
 
     with pytest.raises(DataError, match=r"row 3 of set .* a column that is no text: .*torchcodec.*remove_columns"):
         TableRows(Sounds(), "set", "train", [])[3]
-
-
-def test_libraries_that_are_absent_are_named(tmp_path, monkeypatch):
-    import sys
-
-    for name in ("a.parquet", "file.arrow", "a.jsonl.zst"):
-        (tmp_path / name).write_bytes(KINDS[name])
-        with monkeypatch.context() as context:
-            context.setitem(sys.modules, "pyarrow", None)
-            with pytest.raises(DataError, match=rf"{name}' needs pyarrow: pip install 'jaxft\[datasets\]'"):
-                open_rows(str(tmp_path / name))

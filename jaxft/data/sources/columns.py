@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow
 
-from jaxft.data.sources.text import bytes_of, open_raw, pyarrow_for
+from jaxft.data.sources.text import bytes_of, open_raw
 from jaxft.errors import DataError
 from jaxft.files.digest import content_digest
 from jaxft.files.paths import file_name, is_remote
@@ -90,8 +91,7 @@ class ParquetRows(ColumnRows):
             return file.read_row_group(number)
 
     def _open(self, metadata: Any = None) -> Any:
-        pyarrow_for(self.path)
-        from pyarrow import parquet
+        from pyarrow import parquet  # takes longer to import than all else of a set without such files
 
         return parquet.ParquetFile(open_raw(self.path) if is_remote(self.path) else self.path, metadata=metadata)
 
@@ -100,7 +100,6 @@ class ArrowRows(ColumnRows):
     """Rows of an Arrow file or stream, as `datasets` and pandas' Feather write them. A local file is mapped."""
 
     def _group_sizes(self) -> list[int]:
-        pyarrow = pyarrow_for(self.path)
         source = pyarrow.py_buffer(bytes_of(self.path)) if is_remote(self.path) else pyarrow.memory_map(self.path)
         try:
             table = pyarrow.ipc.open_file(source).read_all()

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import IO, Any, Protocol, TypeVar
 
 import numpy as np
+import pyarrow
 
 from jaxft.data.sources.file_kinds import HEAD, compression_of
 from jaxft.errors import CheckpointError, DataError
@@ -228,14 +229,5 @@ def _decompressor(file: IO[bytes], compression: str | None, path: str) -> Any:
     if compression == "xz":
         return lzma.LZMAFile(file)
     if compression == "zstd":
-        return pyarrow_for(path).CompressedInputStream(file, "zstd")
+        return pyarrow.CompressedInputStream(file, "zstd")
     return file
-
-
-def pyarrow_for(path: str) -> Any:
-    """The library pyarrow. Raises DataError, naming the file that needs it, if it is not installed."""
-    try:
-        import pyarrow
-    except ImportError as error:
-        raise DataError(f"{path!r} needs pyarrow: pip install 'jaxft[datasets]'. {error}") from error
-    return pyarrow
