@@ -53,8 +53,7 @@ def generate(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
         return _best_of(arguments, model, tokenizer, prompts)
     # Someone who watches sees the text while it comes.
     watched = len(prompts) == 1 and not arguments.json and sys.stdout.isatty()
-    show = (lambda row, piece: print(piece, end="", flush=True)) if watched else None
-    show_thoughts = (lambda row, piece: print(piece, end="", flush=True, file=sys.stderr)) if watched else None
+    show, show_thoughts = _writers() if watched else (None, None)
     results = api.generate(model, tokenizer, prompts, **_sampling(arguments), on_text=show, on_thoughts=show_thoughts)
     answers = typing.cast(list[Answer], results)
     if not arguments.json:
@@ -67,6 +66,23 @@ def generate(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
             )
     thoughts = [one.reasoning_content for one in answers]
     return {"answers": answers} | ({"reasoning_content": thoughts} if any(thoughts) else {})
+
+
+def _writers() -> tuple[Callable[[int, str], None], Callable[[int, str], None]]:
+    """What writes an answer to standard output, and its thoughts above it to standard error, piece by piece."""
+    parts: list[bool] = []  # whether each piece was of the answer
+
+    def show(row: int, piece: str) -> None:
+        if parts and not parts[-1]:
+            print("\n", file=sys.stderr)
+        parts.append(True)
+        print(piece, end="", flush=True)
+
+    def show_thoughts(row: int, piece: str) -> None:
+        parts.append(False)
+        print(piece, end="", flush=True, file=sys.stderr)
+
+    return show, show_thoughts
 
 
 def _best_of(arguments: argparse.Namespace, model: Any, tokenizer: Any, prompts: list[Any]) -> dict[str, Any]:
