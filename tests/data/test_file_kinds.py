@@ -10,6 +10,7 @@ import json
 import lzma
 import os
 import pickle
+import shutil
 import subprocess
 
 import fsspec
@@ -18,7 +19,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from jaxft.data.sources import JsonlRows, TableRows, open_rows, text
+from jaxft.data.sources import JsonlRows, TableRows, is_here, open_rows, text
 from jaxft.data.sources.file_kinds import FileKind, kind_by_name
 from jaxft.data.sources.listing import is_pattern
 from jaxft.errors import DataError
@@ -184,6 +185,8 @@ def test_lists_and_patterns(tmp_path, monkeypatch):
     assert texts(["a.jsonl", "b/*"]) == texts('["a.jsonl", "b/*"]') == texts("[a.jsonl,b/*]") == "0231"
     assert texts("b/2.csv, a.jsonl") == "10" and texts("with, comma.jsonl") == "4" and texts("~/b/*.jsonl") == "3"
     assert texts("**/*.jsonl") == "034" and texts("b/[12]*.*") == "231" and texts("b") == "231"
+    assert is_here("b/*") and is_here("[a.jsonl, ~/b/2.csv]")
+    assert not any(map(is_here, ("b/*.json", "a.jsonl, hf://owner/name", "tfds:x", "none.jsonl")))
     rows = open_rows("b/*")
     assert [rows.where(i) for i in range(3)] == ["row 0 of 1.parquet", "10.jsonl line 1", "2.csv line 2"]
     assert rows.describe() == "b/* (3 files, 3 rows)"
@@ -310,6 +313,7 @@ def test_a_broken_line_is_named_when_it_is_read(tmp_path, line, message):
         rows[1]
 
 
+@pytest.mark.skipif(shutil.which("iconv") is None, reason="no iconv here")
 def test_the_command_that_mends_an_encoding_mends_it(tmp_path):
     (tmp_path / "a.jsonl").write_bytes('{"text": "é"}'.encode("utf-16"))
     with pytest.raises(DataError, match="iconv") as refused:
