@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from jaxft import models
+from jaxft.checkpoint.derived.grown_vocabulary import GrownVocabulary
 from jaxft.checkpoint.folders.opening import Opened, folder_config
 from jaxft.checkpoint.folders.opening import open_weights as open_weights
 from jaxft.checkpoint.folders.origin import base_of as base_of
@@ -30,6 +31,7 @@ from jaxft.checkpoint.peft import attach_folder, open_adapter
 from jaxft.checkpoint.peft.reading import PeftFolder
 from jaxft.checkpoint.tensors import TensorSource
 from jaxft.data.batch import Batch, Example, assemble
+from jaxft.data.tokenizers.table import AddedRows
 from jaxft.errors import ModelError
 from jaxft.files.paths import HUB, read_json
 from jaxft.home import local_path
@@ -128,6 +130,8 @@ def load_model(
     head: Head | None = None,
     base: str | None = None,
     allow_unknown: Sequence[str] = (),
+    added: AddedRows | None = None,
+    seed: int = 0,
 ) -> LoadedModel:
     """Loads a Hugging Face, PEFT (with its base), Orbax or run folder, a GGUF file, or hf://owner/name[@revision].
 
@@ -137,7 +141,8 @@ def load_model(
     trainable: patterns of the parameters to train, stored in float32; see `models.freezing`. head: `score` gives a
     reward model, with a fresh score head unless the folder has one; None: what the folder has. base: of a PEFT folder,
     where its base is, in place of the path that the folder names. allow_unknown: fields of config.json that are ignored
-    although jaxft does not know what they mean. Raises CheckpointError for files that are damaged or do not fit, and
+    although jaxft does not know what they mean. added: rows of the tables that are drawn from `seed`; see
+    `GrownVocabulary`. Raises CheckpointError for files that are damaged or do not fit, and
     ModelError for models and settings that are not implemented.
     """
     types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype or dtype, "remat": remat}
@@ -150,6 +155,10 @@ def load_model(
         return _load_adapted(path, opened, of_base, base_of(path, base), mesh, types)
     refuse_base(named, base)
     hf_config, weights, generation = open_weights(path, head, allow_unknown)
+    if added is not None:
+        grown = GrownVocabulary(weights.source, added, seed)
+        weights = dataclasses.replace(weights, source=grown, notes=(*weights.notes, grown.describe()))
+        hf_config = {**hf_config, "vocab_size": added.rows}
     module = _load_module(hf_config, weights, mesh, types)
     origin = named if named.startswith(HUB) else path
     return _loaded(module, hf_config, origin, weights, generation, quantization)

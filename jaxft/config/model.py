@@ -31,6 +31,12 @@ class ModelConfig(Section):
         "of a PEFT folder in `model.path`: `continue` trains its adapter on; `merge` merges it into its base, and what "
         "`adapter` describes is trained on that",
     ] = "continue"
+    add_tokens: Annotated[
+        str | None,
+        COMMA_SEPARATED,
+        ReadBy("adapter.kind", ("none", "lora"), because="PEFT has trained rows of tokens beside LoRA alone."),
+        "texts that become tokens, with new rows in the embedding table and the LM head, which are trained",
+    ] = None
     random_init: Annotated[
         bool, "take only the shapes from `model.path`, and draw the weights from `seed` instead of loading them"
     ] = False
@@ -62,6 +68,11 @@ class ModelConfig(Section):
         ),
         "which parameters of the model are trained; None: all",
     ] = None
+
+    @property
+    def added_tokens(self) -> tuple[str, ...]:
+        """The texts in `add_tokens`."""
+        return tuple(text.strip() for text in (self.add_tokens or "").split(",") if text.strip())
 
     @property
     def allowed(self) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ import optax
 from flax import nnx
 
 from jaxft import models
+from jaxft.adapters.added_tokens import check_added_tokens, train_added_tokens
 from jaxft.adapters.critic import attach_critic
 from jaxft.adapters.lora import eva
 from jaxft.adapters.make import attach_adapter, go_on_with
@@ -22,7 +23,8 @@ from jaxft.checkpoint.load import LoadedModel, hf_config_of, load_model, open_we
 from jaxft.checkpoint.peft import attach_structure, check_writable, open_adapter
 from jaxft.checkpoint.quantized import loftq
 from jaxft.config import RunConfig
-from jaxft.data.tokenizers.load import load_tokenizer
+from jaxft.data.tokenizers.load import load_tokenizer, tokenizer_of
+from jaxft.data.tokenizers.table import AddedRows, added_rows
 from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import ConfigError
 from jaxft.files.run_folder import BASE
@@ -60,10 +62,11 @@ def build_model(config: RunConfig, mesh: MeshPlan | None = None, *, random_base:
     given: dict[str, Any] = {"revision": model.revision, "mesh": mesh, "head": method_of(config).head}
     if path == model.path:
         given |= {"base": model.base, "allow_unknown": model.allowed}
-    config, loaded = going_on(config), load_model(path, **given, **_types(config))
+    added = added_of(config)
+    config, loaded = going_on(config), load_model(path, added=added, seed=config.seed, **given, **_types(config))
     if config.adapter.kind == "none":
         loaded.file_dtype = "float32"  # the type in which all of it, or a part, is trained
-    _attach(loaded.module, config)
+    _attach(loaded.module, config, added)
     start = config.adapter.init_lora_weights
     if start.startswith("loftq"):
         source = open_weights(resolve(path, model.revision), allow_unknown=model.allowed)[1]
@@ -89,11 +92,34 @@ def abstract_model(config: RunConfig) -> Any:
         hf_config = with_allowed(read_json(os.path.join(path, "config.json")), model.allowed)
     else:
         hf_config = hf_config_of(path, model.base, allow_unknown=model.allowed)
-    return abstract_of(hf_config, config)
+    return abstract_of(hf_config, config, added_of(config))
 
 
-def abstract_of(hf_config: Any, config: RunConfig) -> Any:
-    """`abstract_model` from the content of config.json."""
+def added_of(config: RunConfig) -> AddedRows | None:
+    """The rows of the tokens that `model.add_tokens` names; None if it names none.
+
+    Raises ConfigError as `Tokenizer.add_tokens`, and for a model that a run goes on from, whose tokens are known.
+    """
+    if not config.model.added_tokens:
+        return None
+    if continued_adapter(config.model) is not None:
+        raise ConfigError(
+            f"model.add_tokens: the adapter in {config.model.path} was trained with the tokens that it has. Set "
+            "model.adapter='merge' to merge it first, and to train another with more tokens."
+        )
+    return tokenizer_of(config).added
+
+
+def abstract_of(hf_config: Any, config: RunConfig, added: AddedRows | None = None) -> Any:
+    """`abstract_model` from the content of config.json.
+
+    added: the rows of added tokens; if None, those that a tokenizer without spare rows would need.
+    """
+    if config.model.added_tokens:
+        before = models.config_from_hf(hf_config).vocab_size
+        size = before + len(config.model.added_tokens)
+        added = added or added_rows(tokens=range(before, size), size=size, before=before)
+        hf_config = {**models.text_config(hf_config), "vocab_size": added.rows}
     family = models.config_from_hf(_with_head(hf_config, config))
     limit = family.max_position_embeddings
     if config.data.max_length > limit:
@@ -107,22 +133,26 @@ def abstract_of(hf_config: Any, config: RunConfig) -> Any:
         if folder is not None:
             opened = open_adapter(folder)
             attach_structure(model, opened, opened.change_of(model))
-        _attach(model, config)
+        _attach(model, config, added)
         return model
 
     model = nnx.eval_shape(make)
+    if added is not None:
+        check_added_tokens(model, config.model.trainable)
     check_writable(model)
     if config.adapter.by_data:
         eva.check(model, config.adapter.init_lora_weights)
     return model
 
 
-def _attach(model: Decoder, config: RunConfig) -> None:
+def _attach(model: Decoder, config: RunConfig, added: AddedRows | None) -> None:
     """Attaches fresh adapters unless the run goes on from one, and the critic if the method trains one."""
     if continued_adapter(config.model) is None:
         attach_adapter(model, config.adapter, config.seed)
     else:
         go_on_with(model, config.adapter)
+    if added is not None and config.adapter.kind != "none":
+        train_added_tokens(model, added)
     if method_of(config).critic and config.adapter.kind != "none":
         attach_critic(model, config.adapter, config.seed)
 

@@ -5,8 +5,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from jaxft.checkpoint.derived.grown_vocabulary import CHUNK, TABLES, AddedRows, GrownVocabulary, added_rows
+from jaxft.checkpoint.derived.grown_vocabulary import CHUNK, TABLES, GrownVocabulary
 from jaxft.checkpoint.tensors import TensorSpec, block_bounds
+from jaxft.data.tokenizers.table import AddedRows, added_rows
+from jaxft.errors import CheckpointError
 
 EMBED, HEAD = TABLES
 
@@ -35,7 +37,7 @@ def source_of(rows=50, width=6, head=True, dtype=np.float32):
 
 def test_fresh_rows_are_the_mean_of_the_known_ones_and_differ():
     source = source_of()
-    grown = GrownVocabulary(source, AddedRows(fresh=(50, 51, 52), rows=53, known=40, seed=1))
+    grown = GrownVocabulary(source, AddedRows(fresh=(50, 51, 52), tokens=(50, 51), rows=53, before=50, known=40), 1)
     assert {name: spec.shape for name, spec in grown.specs().items()} == {
         EMBED: (53, 6),
         HEAD: (53, 6),
@@ -58,9 +60,9 @@ def test_the_mean_is_that_of_transformers():
     )
     tables = {EMBED: model.get_input_embeddings(), HEAD: model.get_output_embeddings()}
     source = Arrays(**{name: module.weight.detach().numpy().copy() for name, module in tables.items()})
-    grown = GrownVocabulary(source, added_rows(tokenizer_size=42, known=40, table_rows=40, fresh=(40, 41), seed=0))
+    grown = GrownVocabulary(source, added_rows(tokens=(40, 41), size=42, before=40), 0)
     torch.manual_seed(0)
-    model.resize_token_embeddings(42, mean_resizing=True)
+    model.resize_token_embeddings(64, mean_resizing=True)
     for name, module in (EMBED, model.get_input_embeddings()), (HEAD, model.get_output_embeddings()):
         # Both add noise; theirs has the variance of the rows times 1e-9, ours their deviation times 1e-5.
         np.testing.assert_allclose(grown.read(name), module.weight.detach().numpy(), atol=1e-5)
@@ -68,20 +70,21 @@ def test_the_mean_is_that_of_transformers():
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_every_block_is_a_part_of_the_whole(dtype):
-    added = added_rows(tokenizer_size=56, known=44, table_rows=50, fresh=range(44, 56), seed=3)
-    assert added.fresh == tuple(range(44, 56)) and added.rows == 56
-    whole = GrownVocabulary(source_of(dtype=dtype), added).read(EMBED)
+    added = added_rows(tokens=range(44, 56), size=56, before=50)
+    assert added.fresh == tuple(range(44, 64)) and added.rows == 64 and added.known == 44 and added.grows
+    whole = GrownVocabulary(source_of(dtype=dtype), added, 3).read(EMBED)
     assert whole.dtype == dtype
-    for rows in (slice(0, 20), slice(40, 47), slice(48, 53), slice(50, 56), slice(55, 56)):
+    for rows in (slice(0, 20), slice(40, 47), slice(48, 53), slice(50, 56), slice(63, 64)):
         for columns in (slice(0, 6), slice(2, 3), slice(3, 6)):
-            block = GrownVocabulary(source_of(dtype=dtype), added).read(EMBED, (rows, columns))
+            block = GrownVocabulary(source_of(dtype=dtype), added, 3).read(EMBED, (rows, columns))
             np.testing.assert_array_equal(block, whole[rows, columns])
 
 
 def test_padded_rows_that_a_token_takes_are_drawn_and_others_stay():
     source = source_of(rows=50)
-    added = added_rows(tokenizer_size=46, known=44, table_rows=50, fresh=(44, 45), seed=0)
-    table = GrownVocabulary(source, added).read(EMBED)
+    added = added_rows(tokens=(44, 45), size=46, before=50)
+    assert not added.grows
+    table = GrownVocabulary(source, added, 0).read(EMBED)
     assert table.shape == (50, 6)
     assert (table[44:46] != source.arrays[EMBED][44:46]).all()
     np.testing.assert_array_equal(np.delete(table, (44, 45), 0), np.delete(source.arrays[EMBED], (44, 45), 0))
@@ -89,10 +92,18 @@ def test_padded_rows_that_a_token_takes_are_drawn_and_others_stay():
 
 def test_the_statistics_are_read_once_and_in_parts():
     source = source_of(rows=CHUNK + 100, head=False)
-    grown = GrownVocabulary(source, added_rows(tokenizer_size=9000, known=8250, table_rows=8292, fresh=(), seed=0))
+    grown = GrownVocabulary(source, added_rows(tokens=range(8250, 9000), size=9000, before=CHUNK + 100), 0)
     first = grown.read(EMBED, (slice(8990, 9000),))
     assert source.read_rows == 8250
     np.testing.assert_array_equal(grown.read(EMBED, (slice(8990, 9000),)), first)
     assert source.read_rows == 8250
     np.testing.assert_allclose(first, np.tile(source.arrays[EMBED][:8250].mean(0), (10, 1)), atol=1e-4)
     assert set(grown.specs()) == {EMBED, "other"}
+
+
+def test_a_table_of_another_size_than_the_config_says_is_refused():
+    grown = GrownVocabulary(source_of(rows=50), added_rows(tokens=(48,), size=49, before=48), 0)
+    with pytest.raises(
+        CheckpointError, match="model.embed_tokens.weight has 50 rows, but vocab_size of config.json is 48"
+    ):
+        grown.read(EMBED)

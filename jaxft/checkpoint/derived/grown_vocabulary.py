@@ -3,32 +3,18 @@
 # R rows of a block, D model
 
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 
 from jaxft.checkpoint.tensors import TensorSource, TensorSpec, block_bounds
 from jaxft.checkpoint.text_part import HEAD
+from jaxft.data.tokenizers.table import AddedRows
+from jaxft.errors import CheckpointError
 
 TABLES = ("model.embed_tokens.weight", HEAD)
 CHUNK = 8192  # rows that are read at a time for the mean
 NOISE = 1e-5  # standard deviation of the noise, as a share of each column's
-
-
-@dataclass(frozen=True, kw_only=True)
-class AddedRows:
-    """The rows of the tables of a vocabulary that are drawn instead of read.
-
-    fresh: their ids, in increasing order. rows: of the grown tables. known: the number of rows, from the first, that
-    the tokenizer used before, over which the mean is taken. seed: of the noise.
-    """
-
-    fresh: tuple[int, ...]
-    rows: int
-    known: int
-    seed: int
 
 
 class GrownVocabulary:
@@ -41,8 +27,10 @@ class GrownVocabulary:
     https://nlp.stanford.edu/~johnhew/vocab-expansion.html
     """
 
-    def __init__(self, source: TensorSource, added: AddedRows) -> None:
-        self._source, self._added, self._fresh = source, added, frozenset(added.fresh)
+    def __init__(self, source: TensorSource, added: AddedRows, seed: int) -> None:
+        """seed: of the noise."""
+        self._source, self._added, self._seed = source, added, seed
+        self._fresh = frozenset(added.fresh)
         self._statistics = cache(self._mean_and_deviation)
 
     def specs(self) -> dict[str, TensorSpec]:
@@ -54,6 +42,10 @@ class GrownVocabulary:
         if name not in TABLES or name not in self._source.specs():
             return self._source.read(name, index)
         spec = self._source.specs()[name]
+        if spec.shape[0] != self._added.before:
+            raise CheckpointError(
+                f"{name} has {spec.shape[0]} rows, but vocab_size of config.json is {self._added.before}"
+            )
         (start, stop), (left, right) = block_bounds(self._grown(spec).shape, index)
         out_RD = np.empty((stop - start, right - left), spec.dtype)
         there = min(stop, spec.shape[0])
@@ -63,9 +55,17 @@ class GrownVocabulary:
         if fresh:
             mean_D, deviation_D = self._statistics(name)
             for row in fresh:
-                noise_D = NOISE * deviation_D * _normal(self._added.seed, name, row, len(mean_D))
+                noise_D = NOISE * deviation_D * _normal(self._seed, name, row, len(mean_D))
                 out_RD[row - start] = (mean_D + noise_D)[left:right].astype(spec.dtype)
         return out_RD
+
+    def describe(self) -> str:
+        """A sentence for the user."""
+        added = self._added
+        tokens = f"{len(added.tokens):,} tokens were added"
+        if not added.grows:
+            return f"{tokens}, on rows that stood empty in the model's tables"
+        return f"{tokens}, and the model's tables grew from {added.before:,} to {added.rows:,} rows"
 
     def _grown(self, spec: TensorSpec) -> TensorSpec:
         return TensorSpec((max(spec.shape[0], self._added.rows), *spec.shape[1:]), spec.dtype)
@@ -86,16 +86,3 @@ class GrownVocabulary:
 
 def _normal(seed: int, name: str, row: int, width: int) -> np.ndarray:
     return np.random.default_rng([seed, zlib.crc32(name.encode()), row]).standard_normal(width)
-
-
-def added_rows(*, tokenizer_size: int, known: int, table_rows: int, fresh: Sequence[int], seed: int) -> AddedRows:
-    """The rows for a tokenizer of `tokenizer_size` tokens, `known` of which the model was trained with.
-
-    table_rows: of the model's tables, which may be padded. fresh: ids of the added tokens.
-    """
-    return AddedRows(
-        fresh=tuple(sorted({*fresh, *range(table_rows, tokenizer_size)})),
-        rows=max(table_rows, tokenizer_size),
-        known=min(known, table_rows),
-        seed=seed,
-    )

@@ -89,6 +89,8 @@ def tokenizer_of(config: RunConfig, path: str | None = None) -> Tokenizer:
         template_date=data.template_date,
         chat_template_kwargs=data.chat_template_kwargs,
     )
+    if model.added_tokens and path is None:
+        tokenizer = tokenizer.add_tokens(model.added_tokens)
     if tokenizer.chat_template is not None and data.template_date is None:
         tokenizer.fix_date(template_text.today())
     return tokenizer

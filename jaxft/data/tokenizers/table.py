@@ -1,7 +1,9 @@
-"""The number of rows in the embedding table of the model that a tokenizer comes with."""
+"""The rows in the embedding table of the model that a tokenizer comes with, and rows for tokens that are added."""
 
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,45 @@ from jaxft.errors import CheckpointError
 from jaxft.files.paths import HUB, is_file, is_remote, read_json
 from jaxft.files.run_folder import ADAPTER, MERGED, MODEL
 
+MULTIPLE = 64  # to which a table grows, so that meshes split it evenly and its products fill whole tiles
 CONFIG, ADAPTER_CONFIG, GGUF_TABLE = "config.json", "adapter_config.json", "token_embd.weight"
+ADAPTER_WEIGHTS, ADAPTER_TABLE = "adapter_model.safetensors", "embed_tokens."
+
+
+@dataclass(frozen=True, kw_only=True)
+class AddedRows:
+    """The rows of a model's tables for tokens that were added to its tokenizer.
+
+    fresh: the ids of the rows that are drawn instead of read, in increasing order; some may stand for no token yet.
+    tokens: the ids of the added tokens. rows: of the tables, which have `before` rows on disk. known: the number of
+    tokens, from the first, that the model was trained with.
+    """
+
+    fresh: tuple[int, ...]
+    tokens: tuple[int, ...]
+    rows: int
+    before: int
+    known: int
+
+    @property
+    def grows(self) -> bool:
+        """Whether the tables get longer; otherwise the tokens take rows that stand empty in padded tables."""
+        return self.rows > self.before
+
+
+def added_rows(*, tokens: Sequence[int], size: int, before: int) -> AddedRows:
+    """The rows for added tokens. size: of the tokenizer, with them. before: rows of the tables on disk.
+
+    If the tables grow, they do so to a multiple of 64.
+    """
+    rows = before if size <= before else -(-size // MULTIPLE) * MULTIPLE
+    return AddedRows(
+        fresh=tuple(sorted({*tokens, *range(before, rows)})),
+        tokens=tuple(tokens),
+        rows=rows,
+        before=before,
+        known=min(*tokens, before),
+    )
 
 
 def table_rows(path: str, revision: str | None = None) -> int | None:
@@ -44,11 +84,28 @@ def _rows_in(folder: str) -> int | None:
         adapter = read_json(f"{folder}/{ADAPTER_CONFIG}")
     except CheckpointError:
         return None
+    if (own := _rows_of_adapter(f"{folder}/{ADAPTER_WEIGHTS}")) is not None:
+        return own
     base = adapter.get("base_model_name_or_path")
     if not isinstance(base, str) or not base or Path(base).resolve() == Path(folder).resolve():
         return None
     known = "://" in base or os.path.exists(base)
     return table_rows(base if known else HUB + base, adapter.get("revision"))
+
+
+def _rows_of_adapter(file: str) -> int | None:
+    """The rows of the table that an adapter's file has in the place of its base's; None if it has none."""
+    if not os.path.isfile(file):
+        return None
+    with open(file, "rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(min(size, os.path.getsize(file))) or b"{}")
+    tables = [
+        entry["shape"]
+        for name, entry in header.items()
+        if ADAPTER_TABLE in name and name.endswith(".weight") and ".lora_" not in name and "modules_to_save" not in name
+    ]
+    return max((shape[0] for shape in tables if len(shape) == 2), default=None)
 
 
 def _rows_on_hub(path: str, revision: str | None) -> int | None:

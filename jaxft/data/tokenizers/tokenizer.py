@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 from jaxft.data.chat import template_probes, template_text
 from jaxft.data.chat.tool_calls import with_json_values, with_short_ids
 from jaxft.data.tokenizers.end_tokens import end_tokens, eos_field
+from jaxft.data.tokenizers.table import AddedRows, added_rows
 from jaxft.data.tokenizers.templates import fitting
-from jaxft.errors import DataError, listed
+from jaxft.errors import ConfigError, DataError, listed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+SHOWN = 5  # tokens that an error suggests to add
 # The index of a token -> the start and the end of its text, in characters.
 Spans = Callable[[int], tuple[int, int]]
 
@@ -31,7 +33,8 @@ class Tokenizer:
     Attributes: vocab_size (highest id + 1), bos_id, eos_id (None if there is none), pad_id
     (falls back to eos_id, then 0), stop_ids (ids that end an answer), chat_template (Jinja text or
     None), adds_bos (whether plain text begins with bos_id by this tokenizer's own convention), table_rows (rows of the
-    model's embedding table; None if it is not known). Every token that a row or a batch contains has one of them.
+    model's embedding table; None if it is not known), added (the rows of tokens that were added; None if none were).
+    Every token that a row or a batch contains has a row of the table.
     """
 
     def __init__(
@@ -41,9 +44,10 @@ class Tokenizer:
         name: str = "",
         extra_stop_ids: Iterable[int] = (),
         table_rows: int | None = None,
+        added: AddedRows | None = None,
     ) -> None:
-        """name: its name in errors. extra_stop_ids: further tokens that end an answer."""
-        self.backend, self.name, self.table_rows = backend, name, table_rows
+        """name: its name in errors. extra_stop_ids: further tokens that end an answer. added: see `add_tokens`."""
+        self.backend, self.name, self.table_rows, self.added = backend, name, table_rows, added
         self._extra_stop_ids = tuple(extra_stop_ids)
         # With the limit from its files the backend would warn of every longer text; jaxft checks lengths itself.
         backend.model_max_length = int(1e30)
@@ -73,8 +77,40 @@ class Tokenizer:
                 f"{where}: {tokens}: the tokenizer {self.name or 'in use'} has {self.vocab_size:,} tokens, but the "
                 f"embedding table of the model has {self.table_rows:,} rows, and none for "
                 f"{'this token' if len(absent) == 1 else 'these tokens'}. Remove what the tokenizer reads as them from "
-                "the row or the chat template, or use the tokenizer files that the model was published with."
+                "the row or the chat template, use the tokenizer files that the model was published with, or give the "
+                f"tokens rows that are trained: model.add_tokens={','.join(self.token(i) for i in absent[:SHOWN])!r}."
             )
+
+    def add_tokens(self, texts: Sequence[str]) -> "Tokenizer":
+        """This tokenizer with further tokens, for a model whose tables get a row for each of them.
+
+        texts: what the tokens stand for. Of a token that the tokenizer has, but no row of the table, only the row is
+        added. Raises ConfigError for a text that is empty, named twice, or a token with a row already, and if the size
+        of the model's table is not known.
+        """
+        from tokenizers import AddedToken  # imported only where a tokenizer is used
+
+        before, vocabulary = self.table_rows, self.backend.get_vocab()
+        if before is None:
+            raise ConfigError(
+                f"model.add_tokens: the size of the embedding table of {self.name} is not known, because its "
+                "config.json has no vocab_size"
+            )
+        for text in texts:
+            if not text or texts.count(text) > 1:
+                raise ConfigError(f"model.add_tokens: {text!r} is {'named twice' if text else 'no text'}")
+            if text in vocabulary and vocabulary[text] < before:
+                raise ConfigError(
+                    f"model.add_tokens: {text!r} is a token of {self.name} already, with the id {vocabulary[text]} and "
+                    "a row in the embedding table: take it out of the list"
+                )
+        backend = copy.deepcopy(self.backend)
+        backend.add_tokens([AddedToken(text, normalized=False, special=False) for text in texts])
+        tokens = [int(backend.convert_tokens_to_ids(text)) for text in texts]
+        added = added_rows(tokens=tokens, size=max(backend.get_vocab().values()) + 1, before=before)
+        return Tokenizer(
+            backend, name=self.name, extra_stop_ids=self._extra_stop_ids, table_rows=added.rows, added=added
+        )
 
     @property
     def chat_template(self) -> str | None:
