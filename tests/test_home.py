@@ -6,7 +6,7 @@ import re
 import pytest
 
 from jaxft import api, cli
-from jaxft.checkpoint.load import resolve
+from jaxft.checkpoint.load import base_of, resolve
 from jaxft.config import RunConfig, with_overrides
 from jaxft.config.fields import all_fields
 from jaxft.data.sources import open_rows
@@ -119,9 +119,15 @@ def test_no_option_with_a_path_is_forgotten():
     # The same code as in a command above, or a function of the first table reads them.
     others = {
         "config", "set_data", "set_eval_data", "set_output", "set_chat_template", "set_model", "chat_template", "model",
-        "reward_model", "prices", "data", "to", "pairs",
+        "reward_model", "prices", "data", "to", "pairs", "base", "set_base",
     }  # fmt: skip
     assert {(verb, dest) for verb, dest in taken if dest not in others} <= set(COMMANDS)
+
+
+def test_the_base_of_an_adapter_is_expanded(home):
+    (home / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(JaxftError, match=rf"the base model '{home}/none', which is not there"):
+        base_of(str(home), "~/none")
 
 
 def test_paths_that_are_read_without_an_error(home):
