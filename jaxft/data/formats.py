@@ -12,7 +12,7 @@ from jaxft.config import DataConfig
 from jaxft.data.chat.template_text import RESERVED
 from jaxft.data.chat.tool_calls import BadCall, tools_of
 from jaxft.data.rows.bad_rows import OnBadRow, refuse
-from jaxft.data.rows.columns import Unread, is_empty, is_rendering, split_ignored, treatment_of, unread_columns
+from jaxft.data.rows.columns import Form, Unread, is_empty, is_rendering, split_ignored, treatment_of, unread_columns
 from jaxft.data.rows.questions import question_columns
 from jaxft.data.rows.readers import READERS
 from jaxft.data.rows.values import (
@@ -115,10 +115,19 @@ def read_row(fields: Mapping[str, Any], config: DataConfig, *, row: int, where: 
                 unread.append(Unread("documents", sample(documents), treatment_of("documents", config), "documents"))
         _refuse_unwritable(read)
         if any(column not in columns and not is_empty(value) for column, value in fields.items()):
-            unread += unread_columns(fields, columns, config, _texts_in(read), _other_columns(config))
+            form = _form(name, read)
+            unread += unread_columns(fields, columns, config, _texts_in(read), _other_columns(config), form)
         return Conversation(row=row, where=where, format=name, unread=tuple(unread), **read)
     except (RowProblem, BadCall) as problem:
         raise DataError(f"{where} ({name}): {problem}") from problem
+
+
+def _form(name: str, read: Mapping[str, Any]) -> Form | None:
+    if name in ("alpaca", "qa"):
+        return "question"
+    if "messages" in read:
+        return "chat"
+    return "plain" if "prompt" in read else None
 
 
 def texts_of(conversation: Conversation) -> list[str]:

@@ -91,6 +91,15 @@ def test_a_context_is_read_with_its_question(name, question, answer):
             read(row | {"input": "more"})
 
 
+def test_the_settings_that_a_refusal_names_read_the_column(jsonl, tokenizer_of):
+    chatml, path = tokenizer_of("chatml"), jsonl([{"question": "q", "answer": "a", "facts": "In 1903."}])
+    with pytest.raises(DataError, match=r"facts \(1 row.*\n.*data.context_field names a column"):
+        examined(path, chatml)
+    assert examined(path, chatml, context_field="facts").unread == ()
+    plain = jsonl([{"prompt": "q", "completion": " a", "facts": "In 1903."}])
+    assert examined(plain, chatml, format="qa", context_field="facts").unread == ()
+
+
 def test_questions_and_answers_are_a_chat():
     row = {"question": "q", "answer": "a"}
     assert read(row).format == "qa" and texts(row) == [("user", "q"), ("assistant", "a")]
@@ -148,6 +157,7 @@ def test_bookkeeping_is_listed_and_what_may_mean_something_is_refused(jsonl, tok
     message = str(refusal.value)
     assert "notes (1 row, such as 'Answer as a pirate.')" in message and "label (1 row, such as '0')" in message
     assert "id" not in message.split("Set data")[0].split("nothing reads them")[1]
+    assert "data.system_field" in message and "context_field" not in message and "qa" not in message
     # Both mends of the message work.
     assert "data.ignored_columns='notes, label'" in message and "'*'" in message
     for mend in ("notes, label", "*"):
@@ -219,7 +229,7 @@ def test_the_answer_of_a_question_loses_the_space_of_a_completion():
 
 def test_plain_text_has_no_room_for_a_system_prompt(jsonl, tokenizer_of):
     path = jsonl([{"prompt": "q", "completion": " a", "system": "Be brief.", "context": "In 1903."}])
-    with pytest.raises(DataError, match=r"system \(1 row(.|\n)*context \(1 row(.|\n)*data.format='qa' renders text"):
+    with pytest.raises(DataError, match=r"system \(1 row(.|\n)*context \(1 row(.|\n)*data.format='qa' renders prompts"):
         examined(path, tokenizer_of("chatml"))
     assert examined(path, tokenizer_of("chatml"), format="qa").holds == {"a system message": 1}
 

@@ -15,7 +15,7 @@ from jaxft.data.examine_pairs import MARGIN
 from jaxft.data.formats import Conversation, read_row, texts_of
 from jaxft.data.preferences.rows import Preference, preferences_of
 from jaxft.data.prepare import Prepared, prepare
-from jaxft.data.rows.columns import Unread, split_ignored, unread_columns
+from jaxft.data.rows.columns import Form, Unread, split_ignored, unread_columns
 from jaxft.data.rows.values import RowProblem
 from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import DataError
@@ -110,7 +110,13 @@ def _conversations(
         conversation = read_row(given, one, row=row, where=f"{where}, {name}")
         out.append(replace(conversation, format=preference.form, part=2 * number + side, values=values))
     texts = [text for conversation in out for text in texts_of(conversation)]
-    unread = [*ignored, *out[0].unread, *out[1].unread, *unread_columns(fields, preference.columns, config, texts)]
+    form: Form | None = None if isinstance(preference.prompt, str) else "chat"
+    unread = [
+        *ignored,
+        *out[0].unread,
+        *out[1].unread,
+        *unread_columns(fields, preference.columns, config, texts, form=form),
+    ]
     return [replace(conversation, unread=tuple(unread)) for conversation in out]
 
 

@@ -4,6 +4,7 @@ A name with a dot is a key within messages: `messages.KEY` of a message, `messag
 content, whatever the column of the messages is called.
 """
 
+import dataclasses
 import fnmatch
 import functools
 import re
@@ -16,6 +17,16 @@ from jaxft.data.rows.marks import NAMES as MARKS
 from jaxft.data.rows.marks import changes_nothing
 from jaxft.data.rows.values import is_absent, sample
 
+# Rows of a question and an answer in columns, of messages, and of a prompt and a completion as plain text.
+Form = Literal["question", "chat", "plain"]
+# Settings by which more columns are read, by the form of a row.
+SETTINGS: Mapping[Form, str] = {
+    "question": " data.context_field names a column with a text that belongs to the question, and data.system_field one "
+    "with a system prompt.",
+    "chat": " data.system_field names a column with a system prompt.",
+    "plain": " data.format='qa' renders prompts and completions as a chat, with the columns data.context_field and "
+    "data.system_field.",
+}
 Treatment = Literal["listed", "ignored", "refused"]
 # Names of columns that tell of a row and are not part of it: where it is from, what it is about, how it was made.
 BOOKKEEPING = frozenset("""
@@ -55,23 +66,29 @@ LONG = 16
 class Unread(NamedTuple):
     """A field of one row that nothing reads. name: dotted. value: shortened, for messages.
 
-    template_name: the variable or key under which the chat template could read it; None if it could not.
+    template_name: the variable or key under which the chat template could read it; None if it could not. form: of the
+    row, if its format has settings that could make the field read.
     """
 
     name: str
     value: str
     treatment: Treatment
     template_name: str | None = None
+    form: Form | None = None
 
 
 @dataclass
 class UnreadColumn:
-    """A column or a key of messages that nothing reads. rows: that have it. sample: its value in the first of them."""
+    """A column or a key of messages that nothing reads. rows: that have it. sample: its value in the first of them.
+
+    form: of the first of them.
+    """
 
     name: str
     rows: int
     sample: str
     treatment: Treatment
+    form: Form | None = None
 
     def __str__(self) -> str:
         return f"{self.name} ({self.rows:,} row{'s' if self.rows != 1 else ''}, such as {self.sample!r})"
@@ -91,19 +108,19 @@ class UnreadColumns:
             if one.name in counted or one.template_name in self.template_names:
                 continue
             counted.add(one.name)
-            column = self.columns.setdefault(one.name, UnreadColumn(one.name, 0, one.value, one.treatment))
+            column = self.columns.setdefault(one.name, UnreadColumn(one.name, 0, one.value, one.treatment, one.form))
             column.rows += 1
             # Listed in some rows, such as a repetition of the messages, and refused in others.
             if one.treatment == "refused" and column.treatment == "listed":
-                column.treatment, column.sample = one.treatment, one.value
+                column.treatment, column.sample, column.form = one.treatment, one.value, one.form
 
     def update(self, other: "UnreadColumns") -> None:
         """Adds the counts of further rows."""
         for name, column in other.columns.items():
-            own = self.columns.setdefault(name, UnreadColumn(name, 0, column.sample, column.treatment))
+            own = self.columns.setdefault(name, dataclasses.replace(column, rows=0))
             own.rows += column.rows
             if column.treatment == "refused" and own.treatment == "listed":
-                own.treatment, own.sample = column.treatment, column.sample
+                own.treatment, own.sample, own.form = column.treatment, column.sample, column.form
 
     @property
     def listed(self) -> tuple[UnreadColumn, ...]:
@@ -134,12 +151,7 @@ def combine_unread(sets: Iterable[Sequence[UnreadColumn]]) -> tuple[UnreadColumn
 
 def _mends(refused: Sequence[UnreadColumn]) -> str:
     names = [column.name for column in refused]
-    mends = []
-    if any("." not in name for name in names):
-        mends.append(
-            " A text that belongs to the question is read from the column data.context_field, a system prompt from "
-            "data.system_field, and data.format='qa' renders text rows as a chat with them."
-        )
+    mends = [SETTINGS[form] for form in dict.fromkeys(column.form for column in refused) if form is not None]
     if "documents" in names:
         mends.append(" The chat template does not read documents: data.chat_template may be one that does.")
     if any(name in MARKS for name in names):
@@ -173,10 +185,11 @@ def unread_columns(
     config: DataConfig,
     texts: Sequence[str],
     others: Collection[str] = (),
+    form: Form | None = None,
 ) -> Iterator[Unread]:
     """The columns of a row that nothing reads, and that hold something.
 
-    read: the columns that are read. texts: what is read of the row, as text. others: columns that are listed too: those
+    read: the columns that are read. form: of the row. texts: what is read of the row, as text. others: columns that are listed too: those
     of other formats, if the config names the one that the rows have.
     """
     for name, value in row.items():
@@ -187,7 +200,7 @@ def unread_columns(
             if name in MARKS
             else name in others or is_bookkeeping(name) or _repeats(value, texts)
         )
-        yield Unread(name, sample(value), treatment_of(name, config, harmless=harmless))
+        yield Unread(name, sample(value), treatment_of(name, config, harmless=harmless), None, form)
 
 
 def unread_keys(item: Mapping[str, Any], read: Collection[str], prefix: str, config: DataConfig) -> Iterator[Unread]:
