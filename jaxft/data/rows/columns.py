@@ -21,8 +21,8 @@ from jaxft.data.rows.values import is_absent, sample
 Form = Literal["question", "chat", "plain"]
 # Settings by which more columns are read, by the form of a row.
 SETTINGS: Mapping[Form, str] = {
-    "question": " data.context_field names a column with a text that belongs to the question, and data.system_field one "
-    "with a system prompt.",
+    "question": " data.context_field names a column with a text that belongs to the question, and data.system_field "
+    "one with a system prompt.",
     "chat": " data.system_field names a column with a system prompt.",
     "plain": " data.format='qa' renders prompts and completions as a chat, with the columns data.context_field and "
     "data.system_field.",
@@ -189,8 +189,8 @@ def unread_columns(
 ) -> Iterator[Unread]:
     """The columns of a row that nothing reads, and that hold something.
 
-    read: the columns that are read. form: of the row. texts: what is read of the row, as text. others: columns that are listed too: those
-    of other formats, if the config names the one that the rows have.
+    read: the columns that are read. texts: what is read of the row, as text. others: columns that are listed too: those
+    of other formats, if the config names the one that the rows have. form: of the row.
     """
     for name, value in row.items():
         if name in read or is_empty(value):
