@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from jaxft.data.chat.arrange import with_known_roles
 from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import DataError
 from jaxft.generation import tokens
@@ -136,4 +137,5 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, **variables: Any) -> lis
     if isinstance(prompt, str):
         return tokenizer.encode(prompt, add_special_tokens=True)
     # The template has already written BOS and the like.
-    return tokenizer.encode(tokenizer.render(prompt, add_generation_prompt=True, **variables))
+    messages = with_known_roles(prompt, tokenizer)
+    return tokenizer.encode(tokenizer.render(messages, add_generation_prompt=True, **variables))

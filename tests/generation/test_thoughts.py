@@ -190,6 +190,18 @@ def test_what_is_no_prompt_is_refused(given, message):
         as_prompts(given)
 
 
+def test_a_developer_is_the_system_for_templates_that_know_no_developer():
+    """As in training: these templates leave the message out, or refuse it."""
+    template = (
+        "{% for m in messages %}{% if m.role in ['system', 'user'] %}{{ m.role }}:{{ m.content }};{% endif %}"
+        "{% endfor %}"
+    )
+    tokenizer = bytes_with(["<|im_end|>"], template, eos="<|im_end|>")
+    prompt = [{"role": "developer", "content": "Be brief."}, USER]
+    assert tokenizer.decode(encode_prompt(tokenizer, prompt)) == "system:Be brief.;user:2+2?;"
+    assert prompt[0]["role"] == "developer"
+
+
 def test_answers_are_strings_with_their_thoughts(scripted, tokenizer):
     model = scripted("user:2+2?assistant:" + "." * 2 + "<think>Hm.</think>4", 258)
     (result,) = generate_text(model, tokenizer, [[USER]], Sampling(max_new_tokens=60))

@@ -3,7 +3,7 @@
 import functools
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -38,11 +38,9 @@ def arrange(conversation: Conversation, tokenizer: Tokenizer, config: DataConfig
     if not conversation.messages:
         return conversation
     if any(message["role"] == "developer" for message in conversation.messages):
-        names = names_in(tokenizer.chat_template)
-        if "developer" not in names and "system" in names:
-            notes[DEVELOPER] += 1
-            renamed = [m | {"role": "system"} if m["role"] == "developer" else m for m in conversation.messages]
-            conversation = replace(conversation, messages=tuple(renamed))
+        renamed = with_known_roles(conversation.messages, tokenizer)
+        notes[DEVELOPER] += renamed != conversation.messages
+        conversation = replace(conversation, messages=renamed)
     if config.merge_turns:
         conversation = _merge(conversation, notes)
     if "documents" in conversation.template_kwargs and "documents" not in tokenizer.template_variables:
@@ -65,6 +63,16 @@ def _with_calls(conversation: Conversation, tokenizer: Tokenizer, notes: Counter
         notes[JSON_VALUES] += written != messages
         messages = written
     return replace(conversation, messages=messages)
+
+
+def with_known_roles(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> tuple[dict[str, Any], ...]:
+    """The messages, those of a developer as the system's if the template knows a system and no developer."""
+    names = names_in(tokenizer.chat_template)
+    renames = "developer" not in names and "system" in names
+    return tuple(
+        {**message, "role": "system"} if renames and message.get("role") == "developer" else dict(message)
+        for message in messages
+    )
 
 
 def _merge(conversation: Conversation, notes: Counter[str]) -> Conversation:
