@@ -221,6 +221,16 @@ def test_a_folder_has_the_parts_that_its_files_name(tmp_path):
         open_rows(str(tmp_path), split="tests")
 
 
+def test_a_file_of_a_folder_without_rows_is_named_with_a_way_out(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(jsonl_of(ROWS))
+    (tmp_path / "settings.json").write_text('{"version": 1}')
+    with pytest.raises(
+        DataError, match=r"settings.json' is one JSON object.*name the files that do, as in folder/\*.jsonl"
+    ):
+        open_rows(str(tmp_path))
+    assert all_of(open_rows(f"{tmp_path}/*.jsonl")) == ROWS
+
+
 def test_a_folder_whose_readme_names_its_sets_is_read_as_on_the_hub(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")

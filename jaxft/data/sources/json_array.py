@@ -126,5 +126,5 @@ def _one_object(value: dict[str, Any], path: str) -> str:
     return (
         f"{path!r} is one JSON object, not an array of rows (its fields: {listed(list(value)) or 'none'}). If its rows "
         f"are a list in one of them, {mend}. If the object is itself the only row, rename the file to .jsonl and write "
-        "it on one line, or put [ ] around it."
+        "it on one line, or put [ ] around it. If it holds no rows, name the files that do, as in folder/*.jsonl."
     )
