@@ -1,14 +1,17 @@
 """Several adapters on one base, read from PEFT folders and written back to them."""
 
 from collections.abc import Mapping
+from functools import partial
 
 from jaxft.adapters.named import AdapterSet, take
 from jaxft.adapters.saved import carried_paths, saved_paths
 from jaxft.checkpoint.load import LoadedModel, resolve
 from jaxft.checkpoint.peft import read_adapter, write_adapter
 from jaxft.errors import ModelError
+from jaxft.files.targets import make_new_folder
 from jaxft.home import local_path
 from jaxft.sharding.mesh import MeshPlan
+from jaxft.sharding.processes import on_primary
 
 
 def load_adapters(model: LoadedModel, folders: Mapping[str, str], *, mesh: MeshPlan | None = None) -> AdapterSet:
@@ -34,7 +37,11 @@ def load_adapters(model: LoadedModel, folders: Mapping[str, str], *, mesh: MeshP
 
 
 def write_named(adapter_set: AdapterSet, name: str, folder: str, *, model: LoadedModel) -> None:
-    """Writes the adapter `name` as a PEFT folder, regardless of the active adapters. model: the base of the set."""
+    """Writes the adapter `name` as a PEFT folder, regardless of the active adapters. model: the base of the set.
+
+    Raises ExportError if the folder is a file, is not empty or cannot be made.
+    """
+    on_primary(partial(make_new_folder, local_path(folder)))
     active, trained = adapter_set.active, adapter_set.trained
     adapter_set.activate(name)
     write_adapter(model.module, local_path(folder), base=model.base, nested=model.left_out is not None)

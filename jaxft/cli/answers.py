@@ -12,6 +12,7 @@ from jaxft.config.fields import own_fields
 from jaxft.errors import ConfigError
 from jaxft.files.atomic import write_text
 from jaxft.files.run_folder import is_run_folder
+from jaxft.files.targets import check_new_file
 from jaxft.generation.settings import Sampling
 from jaxft.home import local_path
 
@@ -120,6 +121,8 @@ def score(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     from jaxft.config import MeshConfig
     from jaxft.sharding.mesh import make_mesh_plan
 
+    if arguments.to is not None:
+        check_new_file(local_path(arguments.to))
     given = {name: getattr(arguments, name) for name in COLUMNS if getattr(arguments, name) is not None}
     tokenizer = api.load_tokenizer(arguments.model, base=arguments.base, chat_template=arguments.chat_template)
     model = api.load_model(

@@ -279,7 +279,12 @@ def _locked_folder(to: Path, job: dict[str, Any], *, resumable: bool) -> Iterato
     parent = unfinished_folder(to)
     if parent.exists() and not (parent / STATE).is_file():
         raise ExportError(f"{parent} is in the way and is not an unfinished conversion: remove it")
-    parent.mkdir(parents=True, exist_ok=True)
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ExportError(
+            f"{parent} cannot be made: {error.strerror or error}. Give a target in a place where you may write."
+        ) from error
     folder = parent / "out"
     with open(parent / STATE, "a+", encoding="utf-8") as state:
         try:

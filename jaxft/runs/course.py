@@ -68,8 +68,8 @@ def warnings_of(course: Course, config: RunConfig, data: Prepared, unit: int) ->
     mend, problems = _mend(course, config, data, unit), []
     if course.crowded:
         sets = "; ".join(
-            f"{'' if name == 'train' else f'of the set {name!r} '}{sequences:,} {_plural(sequences, 'sequence')} fill "
-            f"{taken:,} places"
+            f"{'' if name == 'train' else f'of the set {name!r} '}{taken:,} places for "
+            f"{sequences:,} {_plural(sequences, 'sequence')}"
             for name, (sequences, taken) in course.crowded.items()
         )
         problems.append(f"every batch holds the same rows several times ({sets}), which teach no more than once")

@@ -22,13 +22,15 @@ from jaxft.config import RunConfig
 from jaxft.data.tokenizers.load import load_tokenizer
 from jaxft.data.tokenizers.padding import with_separate_pad
 from jaxft.data.tokenizers.tokenizer import Tokenizer
-from jaxft.errors import ConfigError, ExportError
+from jaxft.errors import ConfigError
 from jaxft.files.companions import copy_companions
-from jaxft.files.run_folder import ADAPTER, CHECKPOINTS, MERGED, MODEL, is_run_folder
+from jaxft.files.run_folder import ADAPTER, BASE, CHECKPOINTS, MERGED, MODEL, is_run_folder
+from jaxft.files.targets import make_new_folder
 from jaxft.home import local_path
 from jaxft.runs.build import build_model
 from jaxft.runs.cards.run_card import base_of_export, card_of
-from jaxft.runs.folder import run_config
+from jaxft.runs.folder import refuse_other_base, run_config
+from jaxft.runs.identity.contents import base_read
 from jaxft.runs.identity.record import begin_export, end_export, record_of
 from jaxft.sharding.mesh import MeshPlan
 from jaxft.sharding.processes import on_primary
@@ -68,7 +70,7 @@ def export(
     """
     elsewhere = _check_request(source, base, format, push)
     source, target = local_path(source), Path(local_path(to))
-    make_new(target)
+    make_new_folder(target)
     loaded = load_trained(source, step, base=elsewhere, allow_unknown=allow_unknown)
     known = base_of_export(loaded)
     if push is not None:
@@ -122,22 +124,6 @@ def _report(loaded: LoadedModel, target: Path, format: str, checks: Sequence[Che
     return out if loaded.left_out is None else out | {"left_out": loaded.left_out}
 
 
-def make_new(target: Path) -> None:
-    """Makes the folder of an export. Raises ExportError if it is a file, not empty, or cannot be made."""
-    try:
-        if target.exists() and not target.is_dir():
-            raise ExportError(f"{target} is a file: give a new folder")
-        if target.is_dir() and any(target.iterdir()):
-            raise ExportError(
-                f"{target} is not empty: choose a new folder, so that no file of an older export is mixed in"
-            )
-        target.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ExportError(
-            f"{target} cannot be made: {error.strerror or error}. Give a new folder in a place where you may write."
-        ) from error
-
-
 def load_trained(
     source: str,
     step: int | None = None,
@@ -150,7 +136,8 @@ def load_trained(
 
     step: of a run folder; None: the one that the run has exported, or the newest if training has not ended. quantized:
     False puts a run's adapter on its base in the base's original precision. allow_unknown: as for `export`. Raises
-    ConfigError for a step of anything but a run folder, and for a run without a checkpoint.
+    ConfigError for a step of anything but a run folder, for a run without a checkpoint, and for a run whose base has
+    other weights than it was trained on.
     """
     source = local_path(source)
     if not is_run_folder(source):
@@ -160,7 +147,8 @@ def load_trained(
     config = run_config(source)
     if not quantized:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, quantization=None))
-    loaded = build_model(config)
+    refuse_other_base(Path(source), {"model.path": base_read(config)})
+    loaded = build_model(config, random_base=Path(source) / BASE)
     _, trainable, frozen = divide(loaded.module)
     start = nnx.filter_state(frozen, StartParam)  # initial values of adapters, which are frozen, but saved
     with RunCheckpoints(Path(source) / CHECKPOINTS, keep=1, read_only=True) as checkpoints:

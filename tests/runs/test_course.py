@@ -71,7 +71,7 @@ def test_forty_short_rows_are_told_which_settings_suit_them(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "the run: 1 step of 8 sequences" in printed and data["course"]["steps"] == 1
     (warning,) = [one for one in data["warnings"] if "whole run" in one]
-    assert warning in printed and "the same rows several times (2 sequences fill 8 places)" in warning
+    assert warning in printed and "the same rows several times (8 places for 2 sequences)" in warning
     found = dict(re.findall(r"([\w.]+)=(\S+)", warning))
     changes = {key: json.loads(value.lower()) for key, value in found.items()}
     better = examine(smoke(tmp_path, **changes), Console(quiet=True), rows=0)
@@ -91,7 +91,7 @@ def test_a_set_that_a_mixture_repeats_within_a_batch_is_told(tmp_path):
     mixture = {"small": {"path": small, "weight": 1.0}, "large": {"path": large, "weight": 1.0}}
     config = smoke(tmp_path, **{"data.train": "", "data.mixture": mixture, "train.steps": 30})
     (note,) = set_up(config).notes
-    assert re.search(r"of the set 'small' 1 sequence fill \d places", note) and "large" not in note
+    assert re.search(r"of the set 'small' \d places for 1 sequence", note) and "large" not in note
 
 
 def test_the_command_of_the_quickstart_suits_forty_rows(tmp_path, monkeypatch, capsys):

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+import jaxft
 from jaxft.config import RunConfig, with_overrides
 from jaxft.errors import CheckpointError, ConfigError, ExportError
 from jaxft.files.run_folder import is_run_folder
+from jaxft.files.targets import check_new_file
 from jaxft.runs.export import export
-from jaxft.runs.folder import newest_step, open_run, run_config
+from jaxft.runs.folder import newest_step, open_run, refuse_other_base, run_config
 from jaxft.runs.identity import record
 from jaxft.runs.quickstart import quickstart
 
@@ -193,3 +195,27 @@ def test_quickstart_deletes_only_a_quickstart_of_its_own(tmp_path, monkeypatch):
     assert newest_step(tmp_path / "run") == 4
     quickstart(console=Console(quiet=True), overrides=settings)
     assert newest_step(tmp_path / "run") is None and (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+def test_an_adapter_and_scores_are_not_written_over_others(tmp_path):
+    (tmp_path / "config.json").write_text("a model")
+    with pytest.raises(ExportError, match="is not empty: choose a new folder"):
+        jaxft.write_adapter(None, "name", str(tmp_path), model=None)
+    (tmp_path / "rows.jsonl").write_text("mine")
+    for path, message in {
+        "rows.jsonl": "is there already, and is not overwritten",
+        "absent/scores.jsonl": "is no folder, so .*make it first",
+    }.items():
+        with pytest.raises(ExportError, match=message):
+            check_new_file(tmp_path / path)
+    check_new_file(tmp_path / "scores.jsonl")
+    assert contents(tmp_path) == {"config.json": b"a model", "rows.jsonl": b"mine"}
+
+
+def test_a_run_is_not_read_onto_a_base_with_other_weights(tmp_path):
+    start(config_of(tmp_path / "run"))
+    reads = {"model.path": {"path": "model", "digest": "a"}}
+    record.write_record(tmp_path / "run", record.Record(reads=reads))
+    refuse_other_base(tmp_path / "run", {"model.path": {"path": "moved", "digest": "a"}})
+    with pytest.raises(ConfigError, match="was trained on model, and the weights of other are others.*Give the base"):
+        refuse_other_base(tmp_path / "run", {"model.path": {"path": "other", "digest": "b"}})

@@ -41,13 +41,9 @@ def reads_of(config: RunConfig, tokenizer: Tokenizer, data: Prepared | None = No
     The digest of rows is that of the tokens, masks and numbers that training sees, after reading, rendering and
     tokenising, so that it does not depend on the form of the file. Raises CheckpointError for a file that is not there.
     """
-    model = config.model
     reads: Reads = {
-        "model.path": {
-            "path": model.path,
-            "digest": _model_digest(model.path, model.revision, drawn=model.random_init, base=model.base),
-        },
-        TOKENIZER: {"path": model.path, "digest": _tokenizer_digest(tokenizer)},
+        "model.path": base_read(config),
+        TOKENIZER: {"path": config.model.path, "digest": _tokenizer_digest(tokenizer)},
     }
     for one in data.sets if data else ():
         key, path = ("data.train", config.data.train)
@@ -64,6 +60,13 @@ def reads_of(config: RunConfig, tokenizer: Tokenizer, data: Prepared | None = No
     if (environment := config.rollout.environment) is not None:
         reads["rollout.environment"] = {"path": environment, "digest": code_digest([named_environment(environment)])}
     return reads
+
+
+def base_read(config: RunConfig) -> dict[str, Any]:
+    """The path and the digest of the model that a run trains."""
+    model = config.model
+    digest = _model_digest(model.path, model.revision, drawn=model.random_init, base=model.base)
+    return {"path": model.path, "digest": digest}
 
 
 def check_processes(reads: Reads) -> None:

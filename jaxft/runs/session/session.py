@@ -22,6 +22,7 @@ from jaxft.data.batch import Batch
 from jaxft.data.prompts import Prompt, read_prompts
 from jaxft.errors import ConfigError, DataError
 from jaxft.files import run_folder
+from jaxft.files.targets import make_new_folder
 from jaxft.generation.text import Prompt as GivenPrompt
 from jaxft.generation.text import as_prompts
 from jaxft.home import local_path
@@ -33,7 +34,7 @@ from jaxft.objectives.policy.loss import policy_logps
 from jaxft.optim.make import make_schedule
 from jaxft.rollouts.sample import Sampler, seed_of
 from jaxft.runs.build import abstract_model, build_model, make_mesh, make_tx, start_state
-from jaxft.runs.export import FORMATS, make_new, write
+from jaxft.runs.export import FORMATS, write
 from jaxft.runs.folder import dated, open_run, refuse_other_base
 from jaxft.runs.going_on import going_on
 from jaxft.runs.identity.contents import reads_of
@@ -262,7 +263,7 @@ class Session:
         if format not in FORMATS or (format == "adapter" and not has_adapter):
             raise ConfigError(f"format={format!r} cannot be written of this model: use 'merged'")
         target = Path(local_path(folder))
-        make_new(target)
+        make_new_folder(target)
         nnx.update(module, evaluated_weights(self.config, self._state), self._state.frozen)
         checks = write(self._loaded, self.tokenizer, target, format=format, dtype=dtype, mesh=self.mesh)
         return {"folder": folder, "format": format, "checks": {check.reader: check.difference for check in checks}}
