@@ -103,6 +103,9 @@ def convert(
         report = _write(origin, folder, form, dtype, max_shard_bytes, console)
         whole = folder / targets.GGUF_NAME if form.startswith("gguf") else folder
         publish(whole, to)
+    if form == "hf":
+        chats = origin.tokenizer is not None and origin.tokenizer.chat_template is not None
+        targets.write_hf_card(Path(to), origin.path, origin.base, origin.hf_config, chats=chats)
     report |= {} if origin.left_out is None else {"left_out": origin.left_out}
     return {"to": to, "form": form, "dtype": dtype, **report, "seconds": round(time.monotonic() - start, 2)}
 

@@ -1,5 +1,6 @@
 """The formats that a conversion writes, and the comparison of each with its source afterwards."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,9 @@ import numpy as np
 from jaxft import models
 from jaxft.checkpoint import hf, manifest, orbax_folder
 from jaxft.checkpoint.gguf import write as gguf_write
+from jaxft.checkpoint.gguf.names import FAMILIES
+from jaxft.checkpoint.hub.base import base_facts
+from jaxft.checkpoint.hub.card import Card, write_card
 from jaxft.checkpoint.load import is_adapter, load_model, shardings_by_path
 from jaxft.checkpoint.safetensors_writer import LazyTensor, blocks, make_block, write_sharded
 from jaxft.checkpoint.tensors import SafetensorsFolder, TensorSource, TensorSpec
@@ -22,6 +26,7 @@ from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import ExportError, listed
 from jaxft.files.companions import copy_companions
 from jaxft.models.hf_fields import ALLOWED
+from jaxft.models.score_model import is_score_model
 from jaxft.sharding.mesh import make_mesh_plan
 
 GGUF_NAME = "model.gguf"
@@ -116,6 +121,22 @@ def check_orbax(target: Target, tensors: Mapping[str, LazyTensor], source: str) 
     """Compares every tensor bit by bit, and every file with the manifest that later shows damage."""
     _compare(orbax_folder.OrbaxFolder(target.folder), tensors)
     return {"tensors": "bitwise"}
+
+
+def write_hf_card(folder: Path, origin: str, base: str, hf_config: Mapping[str, Any], *, chats: bool) -> None:
+    """Writes the model card of a Hugging Face folder. origin: path of the source. base: of its weights."""
+    known = base_facts(base)
+    card = Card(
+        title=(known.name or os.path.abspath(origin)).rpartition("/")[2],
+        form="merged",
+        base=known,
+        classifies=is_score_model(hf_config),
+        chats=chats,
+        gguf=hf_config.get("model_type") in FAMILIES and not is_score_model(hf_config),
+        trained=is_adapter(origin),
+        sections=(("Checks", "Every tensor was compared with the one that it was made of, after it was written."),),
+    )
+    write_card(folder, card)
 
 
 class _LazySource:

@@ -138,6 +138,8 @@ def test_license_tokenizer_model_and_every_end_token_go_along(model, adapter, tm
         assert (tmp_path / folder / "Notice").read_text() == "Notice"
         ends = json.loads((tmp_path / folder / "generation_config.json").read_text())["eos_token_id"]
         assert {256, 257} <= set(ends)
+        card = (tmp_path / folder / "README.md").read_text()
+        assert "library_name: transformers" in card and str(tmp_path) not in card
 
 
 @pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32"])

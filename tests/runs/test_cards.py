@@ -93,6 +93,7 @@ def run(tmp_path) -> Path:
 @dataclasses.dataclass
 class Loaded:
     base: str
+    adapter: str | None = None
     hf_config: dict = dataclasses.field(default_factory=lambda: {"model_type": "llama"})
 
 
@@ -159,6 +160,7 @@ def test_an_older_step_has_the_figures_of_that_step(card_of):
 def test_a_model_without_a_run_has_a_card_too(card_of):
     card = card_of("hf://owner/Some-1B", "merged", run=None)
     assert card.data.base_model == "owner/Some-1B" and card.data.eval_results is None
+    assert "base_model_relation" not in card.data.to_dict()
     assert "Training" not in card.text and "AutoModelForCausalLM" in card.text
 
 

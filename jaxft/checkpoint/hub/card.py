@@ -35,7 +35,8 @@ class Card:
 
     title: the name of the model. form: `adapter` (PEFT) or `merged` (a whole model). base: what was trained.
     peft_type: of an adapter, in lower case. classifies: whether it has a score head. chats: whether it has a chat
-    template. gguf: whether `jaxft convert` writes a GGUF file of it. datasets: names on the hub. tags: those that
+    template. gguf: whether `jaxft convert` writes a GGUF file of it. trained: whether its weights are other than those of
+    the base. datasets: names on the hub. tags: those that
     do not follow from the other fields. evaluated_on: what the results were measured on. sections: more text, as
     pairs of heading and Markdown.
     """
@@ -47,6 +48,7 @@ class Card:
     classifies: bool = False
     chats: bool = False
     gguf: bool = False
+    trained: bool = False
     datasets: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
     results: tuple[Result, ...] = ()
@@ -69,9 +71,8 @@ class Card:
         if adapter and self.base.name:
             own.append(f"base_model:adapter:{self.base.name}")
         kind = "text-classification" if self.classifies else "text-generation"
-        extra: dict[str, Any] = (
-            {} if self.base.name is None else {"base_model_relation": "adapter" if adapter else "finetune"}
-        )
+        related = self.base.name is not None and (self.trained or adapter)
+        extra: dict[str, Any] = {"base_model_relation": "adapter" if adapter else "finetune"} if related else {}
         return ModelCardData(
             base_model=self.base.name,
             license=self.base.license,

@@ -64,6 +64,7 @@ def card_of(
         peft_type={"prompt": "prompt-tuning", "prefix": "prefix-tuning"}.get(kind, kind),
         classifies=is_score_model(loaded),
         chats=tokenizer.chat_template is not None,
+        trained=run is not None or loaded.adapter is not None,
         gguf=_has_gguf(loaded) and (form == "merged" or kind == "lora"),
         sections=tuple(sections),
         **facts,
