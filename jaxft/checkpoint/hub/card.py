@@ -35,10 +35,9 @@ class Card:
 
     title: the name of the model. form: `adapter` (PEFT) or `merged` (a whole model). base: what was trained.
     peft_type: of an adapter, in lower case. classifies: whether it has a score head. chats: whether it has a chat
-    template. gguf: whether `jaxft convert` writes a GGUF file of it. trained: whether its weights are other than those of
-    the base. datasets: names on the hub. tags: those that
-    do not follow from the other fields. evaluated_on: what the results were measured on. sections: more text, as
-    pairs of heading and Markdown.
+    template. gguf: whether `jaxft convert` writes a GGUF file of it. trained: whether its weights are other than those
+    of the base. datasets: names on the hub. tags: those that do not follow from the other fields. evaluated_on: what
+    the results were measured on. sections: more text, as pairs of heading and Markdown.
     """
 
     title: str
