@@ -12,8 +12,10 @@ from jaxft.data.chat.encode import encode
 from jaxft.data.formats import read_row
 from jaxft.data.preferences import prepare_pairs
 from jaxft.data.preferences.rows import preferences_of
+from jaxft.data.prepare import read_all
 from jaxft.data.prompts import prepare_prompts
 from jaxft.errors import ConfigError, DataError
+from jaxft.runs.rewards import GivenRows
 
 U, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -247,6 +249,14 @@ def test_preferences_read_or_list_all_columns(jsonl, tokenizer_of):
         prepare_pairs(run(jsonl([pair | {"hint": "Say yes."}])), chatml)
     with pytest.raises(DataError, match=r"system \(1 row"):
         prepare_pairs(run(jsonl([{"prompt": "q", "chosen": " a", "rejected": " b", "system": "s"}])), chatml)
+
+
+def test_rows_that_are_given_to_functions_are_read_alike(tokenizer_of):
+    chatml = tokenizer_of("chatml")
+    rows = GivenRows([{"messages": [U, A], "id": 1}, {"messages": [U, A], "notes": "x"}])
+    with pytest.raises(DataError, match=r"columns of 2 rows .*\n  notes \(1 row, such as 'x'\)"):
+        read_all(rows, DataConfig(), chatml)
+    assert len(read_all(rows, DataConfig(ignored_columns="notes"), chatml)) == 2
 
 
 # Keys of messages, and of parts of their content
