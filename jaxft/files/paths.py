@@ -126,8 +126,9 @@ def is_remote(path: str) -> bool:
 
 def hub_hint(path: str) -> str:
     """For a path where nothing is, and that has the form of a model's name on the Hugging Face hub, how to write it."""
-    named = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]*[A-Za-z0-9]", path) and not os.path.exists(path)
-    return f" For the model of this name on the Hugging Face hub, write hf://{path}." if named else ""
+    name = path.rstrip("/")
+    named = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]*[A-Za-z0-9](@[\w./-]+)?", name) and not os.path.exists(path)
+    return f" For the model of this name on the Hugging Face hub, write hf://{name}." if named else ""
 
 
 def file_name(path: str) -> str:
@@ -140,6 +141,8 @@ def url_parts(path: str) -> tuple[Any, str]:
     # Imported here: local folders need no fsspec.
     from fsspec.core import url_to_fs
 
+    if page := re.match(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)", path):
+        raise CheckpointError(f"{path} is a page of the Hugging Face hub: write hf://{page[1]}")
     if "::" in path:
         raise CheckpointError(f"{path}: chained addresses are not read")
     try:

@@ -303,7 +303,7 @@ def test_sizes_and_times_tell_the_files_of_a_model(tmp_path):
     assert sizes_and_times("memory://sizes") == [("c", 2, 0)]
 
 
-@pytest.mark.parametrize("path", ["HuggingFaceTB/SmolLM2-135M-Instruct", "gpt2org/gpt2", "a/B_c.d-7"])
+@pytest.mark.parametrize("path", ["HuggingFaceTB/SmolLM2-135M-Instruct", "gpt2org/gpt2", "a/B_c.d-7", "a/b@v1.0"])
 def test_names_of_the_hub_are_recognised(path):
     assert hub_hint(path) == f" For the model of this name on the Hugging Face hub, write hf://{path}."
     with pytest.raises(ModelError, match=f"write hf://{path}"):
