@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,10 +43,9 @@ def shapes_of(config: RunConfig) -> tuple[dict[str, Any], str]:
     model = config.model
     folder = model.path if model.path.startswith(HUB) else resolve(model.path)
     if model.random_init or not is_adapter(folder):
-        hf_config, where = _shapes(model.path, model.revision, drawn=model.random_init)
-        return with_allowed(hf_config, model.allowed), where
-    of_base, where = _shapes(base_of(folder, model.base), None, drawn=False)
-    return adapted_config(folder, with_allowed(of_base, model.allowed)), f"{where}, the base of {model.path}"
+        return _shapes(model.path, model.revision, drawn=model.random_init, allowed=model.allowed)
+    of_base, where = _shapes(base_of(folder, model.base), None, drawn=False, allowed=model.allowed)
+    return adapted_config(folder, of_base), f"{where}, the base of {model.path}"
 
 
 def frozen_shapes_of(model: FrozenModel) -> dict[str, Any]:
@@ -53,17 +53,20 @@ def frozen_shapes_of(model: FrozenModel) -> dict[str, Any]:
     return _shapes(model.shapes_path, model.revision, drawn=model.random_seed is not None)[0]
 
 
-def _shapes(path: str, revision: str | None, *, drawn: bool) -> tuple[dict[str, Any], str]:
-    """`shapes_of` a model. drawn: whether its weights are drawn, so that only its config.json need be there."""
+def _shapes(path: str, revision: str | None, *, drawn: bool, allowed: Sequence[str] = ()) -> tuple[dict[str, Any], str]:
+    """`shapes_of` a model. drawn: whether its weights are drawn, so that only its config.json need be there.
+
+    allowed: unknown fields that are ignored.
+    """
     if not path.startswith(HUB):
         folder = resolve(path)
         if drawn:
-            return read_json(os.path.join(folder, "config.json")), f"config.json of {path}"
-        return hf_config_of(folder), f"config.json of {path}"
+            return with_allowed(read_json(os.path.join(folder, "config.json")), allowed), f"config.json of {path}"
+        return hf_config_of(folder, allow_unknown=allowed), f"config.json of {path}"
     name, _, pinned = path.removeprefix(HUB).strip("/").partition("@")
     cached = _cached(name, pinned or revision)
     if cached is not None:
-        hf_config = read_json(cached)
+        hf_config = with_allowed(read_json(cached), allowed)
         dialects.quantization_of(hf_config, name)
         return dialects.without_quantization(hf_config), f"config.json of {name} in the Hugging Face cache"
     known = published()

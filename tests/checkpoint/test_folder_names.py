@@ -9,8 +9,10 @@ from jaxft import models
 from jaxft.checkpoint import hf
 from jaxft.checkpoint.folders.opening import folder_config
 from jaxft.checkpoint.load import load_model
-from jaxft.errors import CheckpointError
+from jaxft.config import load
+from jaxft.errors import CheckpointError, ModelError
 from jaxft.models.hf_fields import with_allowed
+from jaxft.planning.shapes import shapes_of
 
 CONFIG = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 40, "hidden_size": 16,
@@ -133,6 +135,14 @@ def test_fields_that_are_allowed_reach_the_model(tensors, tmp_path):
     assert load_model(folder, allow_unknown=["window_scale"]).hf_config == with_allowed(
         CONFIG | {"window_scale": 3}, ["window_scale"]
     )
+
+
+def test_fields_that_are_allowed_reach_plans_too(tensors, tmp_path):
+    folder = save(tmp_path / "strange", tensors(True), window_scale=3, tie_word_embeddings=True)
+    given = [f"model.path={folder}", "data.train=rows.jsonl", f"output_dir={tmp_path}/run"]
+    with pytest.raises(ModelError, match=r"window_scale=3 \(unknown\)"):
+        shapes_of(load(None, given))
+    assert shapes_of(load(None, [*given, "model.allow_unknown=window_scale"]))[0]["tie_word_embeddings"] is True
 
 
 def test_null_means_absent_where_it_can_mean_nothing_else(tensors, tmp_path):
