@@ -24,9 +24,10 @@ from jaxft.runs.train import train as train
 
 
 def get_config(path_with_arg: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> RunConfig:
-    """The checked run that `configs/NAME.py[:arg]` describes.
+    """The checked run that a config describes: a Python or YAML file, a run folder, or the name of a shipped config.
 
-    overrides: `{"train.batch_size": 4}` or `["train.batch_size=4"]`. Raises ConfigError.
+    path_with_arg: with `:smoke` behind it if wanted. overrides: `{"train.batch_size": 4}` or `["train.batch_size=4"]`.
+    Raises ConfigError.
     """
     return config_module.load(path_with_arg, overrides)
 
