@@ -119,7 +119,7 @@ def test_no_option_with_a_path_is_forgotten():
     # The same code as in a command above, or a function of the first table reads them.
     others = {
         "config", "set_data", "set_eval_data", "set_output", "set_chat_template", "set_model", "chat_template", "model",
-        "reward_model", "prices", "data", "to", "pairs", "base", "set_base",
+        "reward_model", "prices", "data", "to", "pairs", "base", "set_base", "tokenizer",
     }  # fmt: skip
     assert {(verb, dest) for verb, dest in taken if dest not in others} <= set(COMMANDS)
 

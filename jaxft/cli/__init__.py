@@ -214,6 +214,7 @@ def _convert(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
         max_shard_bytes=arguments.shard_size,
         revision=arguments.revision,
         base=arguments.base,
+        tokenizer=arguments.tokenizer,
         console=_console(arguments),
         allow_unknown=arguments.allow_unknown,
     )
@@ -380,4 +381,5 @@ def _parser() -> argparse.ArgumentParser:
     option("--revision", help="branch, tag or commit of an hf:// source")
     answers.unknown_option(option)
     option("--base", metavar="PATH", help=answers.BASE)
+    option("--tokenizer", metavar="PATH", help="folder of the tokenizer, if the source has none that can be read")
     return parser

@@ -31,6 +31,9 @@ class ModelConfig(Section):
         "of a PEFT folder in `model.path`: `continue` trains its adapter on; `merge` merges it into its base, and what "
         "`adapter` describes is trained on that",
     ] = "continue"
+    tokenizer: Annotated[
+        str | None, BY_CONTENT, PATH, "where the tokenizer is, in the forms of `model.path`; None: in `model.path`"
+    ] = None
     add_tokens: Annotated[
         str | None,
         COMMA_SEPARATED,

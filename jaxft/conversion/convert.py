@@ -74,6 +74,7 @@ def convert(
     max_shard_bytes: int = hf.MAX_SHARD_BYTES,
     revision: str | None = None,
     base: str | None = None,
+    tokenizer: str | None = None,
     console: Console | None = None,
     allow_unknown: Sequence[str] = (),
 ) -> dict[str, Any]:
@@ -82,7 +83,7 @@ def convert(
     source: a Hugging Face, PEFT (merged while reading), Orbax or run folder, a GGUF file, an address such as
     gs://bucket/model, or hf://owner/name[@revision]. form: one of DTYPES; by default gguf for a path that ends in
     .gguf, else hf. dtype: of the written tensors, the source's own if None. base: of a PEFT folder, where its base is.
-    allow_unknown: as for `load_model`.
+    tokenizer: where the tokenizer is, if not in the source. allow_unknown: as for `load_model`.
     Everything is written in `to`.partial and renamed once it is whole and has been compared. After an interruption the
     same call continues (hf) or starts again. Returns paths, sizes, seconds and the checks.
     Raises ConfigError for options that do not fit, CheckpointError or ModelError for a source that is damaged or not
@@ -93,7 +94,7 @@ def convert(
     source, to = local_path(source), local_path(to)
     _check_request(form, dtype, to)
     start = time.monotonic()
-    origin = _open_origin(source, revision, base, allow_unknown, merge=form != "gguf-adapter")
+    origin = _open_origin(source, revision, base, allow_unknown, tokenizer=tokenizer, merge=form != "gguf-adapter")
     for line in (*([] if origin.left_out is None else [origin.left_out]), *origin.notes):
         console.print(line, highlight=False, soft_wrap=True)
     dtype = dtype or _own_dtype(origin, form)
@@ -174,7 +175,13 @@ def _check_space(to: Path, size: int) -> None:
 
 
 def _open_origin(
-    named: str, revision: str | None, base: str | None, allow_unknown: Sequence[str], *, merge: bool
+    named: str,
+    revision: str | None,
+    base: str | None,
+    allow_unknown: Sequence[str],
+    *,
+    tokenizer: str | None,
+    merge: bool,
 ) -> Origin:
     path = resolve(named, revision)
     adapter = None
@@ -200,7 +207,7 @@ def _open_origin(
         # A head that an adapter unties has the type of the table that it was.
         dtypes={name: own.get(name, own[hf.EMBEDDING]).dtype for name in source.specs() if name in expected},
         generation=generation,
-        tokenizer=_find_tokenizer(adapter or path, path),
+        tokenizer=_find_tokenizer(adapter or path, path, tokenizer),
         left_out=weights.left_out,
         notes=notes,
         fingerprint={"source": [_files_of(p) for p in (path, adapter) if p]},
@@ -215,7 +222,9 @@ def _check_against_config(hf_config: dict[str, Any], source: TensorSource) -> se
     return {piece.hf for param in table.values() for piece in param.pieces}
 
 
-def _find_tokenizer(path: str, base: str) -> Tokenizer | None:
+def _find_tokenizer(path: str, base: str, elsewhere: str | None) -> Tokenizer | None:
+    if elsewhere is not None:
+        return load_tokenizer(elsewhere, model=path)
     for folder in (path, base):
         if folder.endswith(".gguf") or any(is_file(os.path.join(folder, name)) for name in TOKENIZER_FILES):
             return load_tokenizer(folder)

@@ -5,13 +5,15 @@ import io
 import itertools
 import os
 import unicodedata
+from pathlib import Path
 
 import gguf
 import pytest
 from transformers import AutoTokenizer, LlamaConfig, MistralConfig, Qwen2Config
 
+from jaxft.config import load
 from jaxft.data.tokenizers.gguf import tokenizer_from_gguf
-from jaxft.data.tokenizers.load import load_tokenizer
+from jaxft.data.tokenizers.load import load_tokenizer, tokenizer_of
 from jaxft.errors import CheckpointError, ModelError
 
 TEXTS = [
@@ -313,3 +315,20 @@ def test_refusals(tmp_path, sentencepiece_model):
     refuse(ModelError, "remove_extra_whitespaces is set", collapsing)
     refuse(CheckpointError, "1 scores for", sentencepiece_gguf(path, sentencepiece_model, scores=[0.5]))
     refuse(CheckpointError, "0 tokens of the type unknown", write(path, "llama", ["a"], [1], scores=[0.5]))
+
+
+def test_an_unknown_pre_tokenizer_is_mended_by_a_tokenizer_from_elsewhere(smollm2, tokenizer, tmp_path):
+    """With the settings that the error names: of a run, and of a conversion."""
+    folder = tmp_path / "original"
+    tokenizer.save_pretrained(folder)
+    other = tmp_path / "other.gguf"
+    content = Path(smollm2).read_bytes()
+    at = content.index(b"smollm", content.index(b"tokenizer.ggml.pre"))
+    other.write_bytes(content[:at] + b"smollx" + content[at + 6 :])
+    with pytest.raises(
+        ModelError, match=r"config.model.tokenizer=FOLDER trains with it, and `jaxft convert .* --tokenizer"
+    ):
+        load_tokenizer(other)
+    config = load("configs/quickstart.py:smoke", {"model.path": str(other), "model.tokenizer": str(folder)})
+    found = tokenizer_of(config)
+    assert found.encode("Hello 12") == tokenizer.encode("Hello 12") and found.table_rows == 49152

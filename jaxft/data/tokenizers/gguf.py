@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 # Values of tokenizer.ggml.token_type.
 NORMAL, UNKNOWN, USER_DEFINED, UNUSED, BYTE = 1, 2, 4, 5, 6
 
+ELSEWHERE = (
+    "Take the tokenizer from the model's original folder: --config.model.tokenizer=FOLDER trains with it, and `jaxft "
+    "convert FILE.gguf NEW_FOLDER --tokenizer=FOLDER` writes a folder that every command reads."
+)
 _DIGIT = r"\p{N}"
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CASED = (
@@ -118,10 +122,7 @@ def tokenizer_from_gguf(path: str | os.PathLike[str]) -> tuple["PreTrainedTokeni
     kinds = {"gpt2": _byte_level_bpe, "llama": _sentencepiece_bpe}
     kind = header.require("tokenizer.ggml.model")
     if kind not in kinds:
-        raise ModelError(
-            f"{header.path}: tokenizer.ggml.model={kind!r} is not one of {', '.join(kinds)}. "
-            "Load the tokenizer from the original Hugging Face folder."
-        )
+        raise ModelError(f"{header.path}: tokenizer.ggml.model={kind!r} is not one of {', '.join(kinds)}. {ELSEWHERE}")
     tokenizer, add_bos = kinds[kind](header, vocab)
     controls = dict.fromkeys([*vocab.of_type(CONTROL), *_unknown(header, vocab)])
     special = [AddedToken(t, special=True, normalized=False) for t in sorted(controls, key=vocab.ids.__getitem__)]
@@ -196,7 +197,7 @@ def _byte_level_bpe(header: GGUFHeader, vocab: _Vocab) -> tuple[Tokenizer, bool]
         hint = did_you_mean(name, PRE_TOKENIZERS) if name else ""
         raise ModelError(
             f"{header.path}: the pre-tokenizer tokenizer.ggml.pre={name!r} is not known.{hint} Known: "
-            f"{', '.join(PRE_TOKENIZERS)}. Load the tokenizer from the original Hugging Face folder."
+            f"{', '.join(PRE_TOKENIZERS)}. {ELSEWHERE}"
         )
     pre = PRE_TOKENIZERS[name]
     merges = [tuple(line.split(" ")) for line in header.require("tokenizer.ggml.merges")]
@@ -218,8 +219,7 @@ def _byte_level_bpe(header: GGUFHeader, vocab: _Vocab) -> tuple[Tokenizer, bool]
 def _sentencepiece_bpe(header: GGUFHeader, vocab: _Vocab) -> tuple[Tokenizer, bool]:
     if header.metadata.get("tokenizer.ggml.remove_extra_whitespaces", False):
         raise ModelError(
-            f"{header.path}: tokenizer.ggml.remove_extra_whitespaces is set, which is not supported. "
-            "Load the tokenizer from the original tokenizer.model."
+            f"{header.path}: tokenizer.ggml.remove_extra_whitespaces is set, which is not supported. {ELSEWHERE}"
         )
     unknown = _unknown(header, vocab)
     if len(unknown) != 1:

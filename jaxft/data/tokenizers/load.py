@@ -44,6 +44,7 @@ def load_tokenizer(
     chat_template: str | None = None,
     template_date: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    model: str | None = None,
 ) -> Tokenizer:
     """The tokenizer of a model.
 
@@ -57,6 +58,7 @@ def load_tokenizer(
     template_date: the date, such as 2026-11-29, that the template shows if it reads the clock; None: today's, or the
     one that a run has fixed in it. chat_template_kwargs: values of the template's variables, for every rendering that
     does not give others. Both become part of the template, and so of what `Tokenizer.save` writes.
+    model: the path of the model, if its tokenizer is elsewhere.
     Raises ModelError if there is no tokenizer, or it needs code from its own folder; CheckpointError for an address
     that cannot be read; ConfigError for a variable that the template does not read, and for a date that it does not
     show.
@@ -71,7 +73,8 @@ def load_tokenizer(
         backend.chat_template = backend.chat_template.replace("\r\n", "\n").replace("\r", "\n")
     if template_date is not None or chat_template_kwargs:
         backend.chat_template = fixed_template(backend.chat_template, template_date, chat_template_kwargs or {}, path)
-    return Tokenizer(backend, name=path, extra_stop_ids=stop_ids, table_rows=table_rows(own, revision))
+    rows = table_rows(own, revision) if model is None else table_rows(local_path(model))
+    return Tokenizer(backend, name=path, extra_stop_ids=stop_ids, table_rows=rows)
 
 
 def tokenizer_of(config: RunConfig, path: str | None = None) -> Tokenizer:
@@ -81,10 +84,12 @@ def tokenizer_of(config: RunConfig, path: str | None = None) -> Tokenizer:
     `data.template_date`, or today's date, and then as long as the tokenizer lives. Raises as `load_tokenizer` does.
     """
     model, data = config.model, config.data
+    elsewhere = model.tokenizer if path is None else None
     tokenizer = load_tokenizer(
-        path or model.path,
-        revision=model.revision if path is None else None,
-        base=model.base,
+        path or elsewhere or model.path,
+        revision=model.revision if path is None and elsewhere is None else None,
+        base=None if elsewhere else model.base,
+        model=model.path if elsewhere else None,
         chat_template=data.chat_template,
         template_date=data.template_date,
         chat_template_kwargs=data.chat_template_kwargs,
