@@ -143,7 +143,8 @@ def write_config(
     replaced = ("torch_dtype", "dtype", "quantization_config", DENSE_TENSORS, "auto_map")
     config = {k: v for k, v in without_allowed(hf_config).items() if k not in replaced} | {"torch_dtype": dtype}
     if any(config.get(name) is not None for name in ROPE_FIELDS):
-        config |= models.config_from_hf(hf_config).rope_fields()
+        # Without the architecture, whose head says nothing of ropes.
+        config |= models.config_from_hf({**hf_config, "architectures": None}).rope_fields()
     for name, value in (
         ("config.json", config),
         ("generation_config.json", generation or with_end_tokens(None, config)),
