@@ -151,6 +151,10 @@ def load_model(
     path = resolve(named, revision)
     if is_adapter(path):
         opened = open_adapter(path)
+        if opened.only_merged:
+            hf_config, weights, generation = open_merged(path, head, allow_unknown, base)
+            module = _load_module(hf_config, weights, mesh, types)
+            return _loaded(module, hf_config, path, weights, generation, quantization)
         of_base = open_merged(resolve_base(path, base), "score" if opened.is_score else head, allow_unknown)
         return _load_adapted(path, opened, of_base, base_of(path, base), mesh, types)
     refuse_base(named, base)
@@ -205,13 +209,19 @@ def _loaded(
     )
 
 
-def open_merged(path: str, head: Head | None = None, allow_unknown: Sequence[str] = ()) -> Opened:
-    """`open_weights`, also of a PEFT folder, whose tensors are those of its base with the adapter merged."""
+def open_merged(
+    path: str, head: Head | None = None, allow_unknown: Sequence[str] = (), base: str | None = None
+) -> Opened:
+    """`open_weights`, also of a PEFT folder, whose tensors are those of its base with the adapter merged.
+
+    base: of a PEFT folder, as for `load_model`.
+    """
     if not is_adapter(path):
         return open_weights(path, head, allow_unknown)
-    of_base, base, generation = open_merged(resolve_base(path), head, allow_unknown)
-    merged = MergedSource(base, path, of_base)
-    return merged.hf_config or of_base, dataclasses.replace(base, source=merged, nf4=None), generation
+    of_base, weights, generation = open_merged(resolve_base(path, base), head, allow_unknown)
+    merged = MergedSource(weights, path, of_base)
+    notes = (*weights.notes, *merged.notes)
+    return merged.hf_config or of_base, dataclasses.replace(weights, source=merged, nf4=None, notes=notes), generation
 
 
 def file_dtype_of(weights: TensorSource) -> str:

@@ -22,7 +22,7 @@ from jaxft.methods.online.feed import RolloutFeed, Updates
 from jaxft.methods.online.passes import Passes
 from jaxft.methods.online.updates import pack_groups, parts_of
 from jaxft.methods.parts.charts import PPO_CHARTS
-from jaxft.methods.parts.reference import check_reference
+from jaxft.methods.parts.reference import check_reference, reference_state
 from jaxft.methods.parts.router import router_coefficients
 from jaxft.nn.decoder import Decoder
 from jaxft.objectives.loss import Loss, LossSums, MethodState, NextSaved
@@ -141,9 +141,11 @@ def kl_coefficient(config: RunConfig, state: TrainState) -> float:
 
 
 def initial_state(config: RunConfig, trainable: nnx.State) -> MethodState | None:
-    """The coefficient of the divergence, if it is adapted."""
-    own = config.method.ppo
-    return None if own.kl_target is None else MethodState(saved={KL_COEF: jnp.float32(own.kl_coef)})
+    """The coefficient of the divergence, if it is adapted, and the reference, if it is no bare base."""
+    own, reference = config.method.ppo, reference_state(config, trainable)
+    if own.kl_target is None:
+        return reference
+    return (reference or MethodState())._replace(saved={KL_COEF: jnp.float32(own.kl_coef)})
 
 
 def next_saved(config: RunConfig) -> NextSaved | None:

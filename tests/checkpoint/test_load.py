@@ -70,7 +70,7 @@ def test_a_base_may_be_named_relative_to_its_adapter(adapter, tiny_llama):
     ("base", "message"),
     [
         (None, "does not say which base model"),
-        ("/gone/base", "base model '/gone/base', which is not there. Set base_model_name_or_path"),
+        ("/gone/base", "base model '/gone/base', which is not there. Give the folder that holds it"),
         ("../gone", "base model '../gone', which is not there"),
         ("owner/name", "cannot get hf://owner/name"),
     ],

@@ -134,6 +134,17 @@ def test_what_peft_reads_is_read(tiny_llama, torch_llama, tmp_path, name, tied):
     np.testing.assert_allclose(merged_logits(ours)[0], logits, rtol=0, atol=1e-6 * size)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_dora_on_the_embeddings_is_merged(tiny_llama, torch_llama, tmp_path):
+    base = tiny_llama("plain")
+    by_peft(torch_llama, base, tmp_path, use_dora=True, target_modules=["q_proj", "embed_tokens"])
+    expected = read_by_peft(torch_llama, base, tmp_path)
+    np.testing.assert_allclose(merged_logits(tmp_path)[0], expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+    loaded = load_model(str(tmp_path))
+    assert loaded.adapter is None, "it is merged"
+    np.testing.assert_allclose(loaded.logits(TOKENS), expected, rtol=0, atol=5e-6 * np.abs(expected).max())
+
+
 @pytest.fixture(scope="module")
 def plain_folder(tiny_llama, torch_llama, tmp_path_factory):
     """A folder of PEFT's with DoRA on two layers and a saved norm, and what its model computes merged."""

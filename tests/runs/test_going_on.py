@@ -23,6 +23,7 @@ from jaxft.checkpoint.peft import write_adapter
 from jaxft.config import AdapterConfig, with_overrides
 from jaxft.data.tokenizers.load import load_tokenizer
 from jaxft.errors import ConfigError
+from jaxft.methods import method_of
 from jaxft.methods.parts.reference import check_reference, reference_model, reference_state
 from jaxft.planning.shapes import shapes_of
 from jaxft.runs.build import abstract_model, build_model
@@ -138,6 +139,20 @@ def test_a_fresh_score_head_is_trained_beside_the_adapter(base, tmp_path):
     config = going_on(config_of(folder, **{"method.name": "reward"}))
     for module in (build_model(config).module, abstract_model(config)):
         assert "value/weight" in flatten(divide(module)[1])[0]
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto", "grpo", "rloo", "ppo", "online_dpo"])
+def test_every_method_with_a_reference_keeps_the_start(base, tmp_path, method):
+    folder = trained_folder(base, tmp_path, r=2, target_modules="q_proj")
+    settings = {"method.name": method} | ({} if method in ("dpo", "kto") else {"rewards.functions": "rewards.py:exact"})
+    settings |= {"method.grpo.beta": 0.1} if method == "grpo" else {}
+    config = going_on(config_of(folder, **settings))
+    shapes = divide(abstract_model(config))[1]
+    state = jax.eval_shape(lambda x: method_of(config).initial_state(config, x), shapes)
+    assert set(flatten(state.rebuilt)[0]) == set(flatten(shapes)[0])
+    fresh = config_of(base, **settings)
+    state = jax.eval_shape(lambda x: method_of(fresh).initial_state(fresh, x), divide(abstract_model(fresh))[1])
+    assert state is None or state.rebuilt is None, "the reference of a fresh adapter is the base itself"
 
 
 def test_the_reference_is_the_start_of_the_adapter(lora):

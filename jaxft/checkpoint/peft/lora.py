@@ -65,7 +65,10 @@ def attach_to(
     In a stack, a layer that the settings do not select has none. Raises ModelError if the experts of one layer have
     different settings.
     """
-    read_settings(config)
+    if read_settings(config).use_dora and any(".lora_embedding_" in key for key in specs):
+        raise ModelError(
+            f"{folder} has DoRA on the embeddings, which is not trained. Train on top of it: model.adapter='merge'"
+        )
     others = [key for key in specs if not is_stacked(key)]
     named = layers_named(model, others, "lora_", folder) if others or not specs else ()
     named = tuple(sorted({*named, *_stacked_layers(model, config)}))
@@ -213,6 +216,7 @@ def merge_blocks(base: TensorSource, config: Mapping[str, Any], source: TensorSo
         shapes |= {"B.bias": (rows,)} if settings.use_bias else {}
         if "embedding_A" in keys or "embedding_B" in keys:
             shapes = {"embedding_A": (r, rows), "embedding_B": (columns, r)}
+            shapes |= {"magnitude_vector": (columns,)} if settings.use_dora else {}
         misfits = [f"{name} lacks its lora_{part}" for part in shapes if part not in keys]
         misfits += [f"{name} has an unexpected lora_{part}" for part in keys if part not in shapes]
         for part, key in keys.items():
@@ -226,7 +230,8 @@ def merge_blocks(base: TensorSource, config: Mapping[str, Any], source: TensorSo
             b, a = [parts["B.weight"], parts["A.weight"]] if "A.weight" in parts else [
                 parts["embedding_A"].T, parts["embedding_B"].T
             ]  # fmt: skip
-            out[name] = _merge_block(np.float32(settings.scale), b, a, parts.get("magnitude_vector"))
+            lengths_of = 0 if "embedding_A" in parts else 1
+            out[name] = _merge_block(np.float32(settings.scale), b, a, parts.get("magnitude_vector"), lengths_of)
             if settings.use_bias:
                 bias = f"{name.removesuffix('.weight')}.bias"
                 _check_has_bias(base, bias)
@@ -262,7 +267,11 @@ def _by_matrix(base: TensorSource, source: TensorSource) -> tuple[dict[str, dict
     return by_matrix, problems
 
 
-def _merge_block(scale: np.float32, b: np.ndarray, a: np.ndarray, magnitude: np.ndarray | None) -> MergeBlock:
+def _merge_block(
+    scale: np.float32, b: np.ndarray, a: np.ndarray, magnitude: np.ndarray | None, axis: int
+) -> MergeBlock:
+    """axis: along which DoRA takes lengths: the inputs of a linear layer, the tokens of a table."""
+
     def lora(read: ReadBlock, rows: tuple[int, int], columns: tuple[int, int]) -> np.ndarray:
         delta = b[slice(*rows)] @ a[:, slice(*columns)]
         delta *= scale
@@ -273,6 +282,10 @@ def _merge_block(scale: np.float32, b: np.ndarray, a: np.ndarray, magnitude: np.
         return lora
 
     def dora(read: ReadBlock, rows: tuple[int, int], columns: tuple[int, int]) -> np.ndarray:
+        if axis == 0:
+            whole = lora(read, (0, b.shape[0]), columns)
+            lengths = np.linalg.norm(whole, axis=0, keepdims=True)
+            return whole[slice(*rows)] * (magnitude[None, slice(*columns)] / lengths)
         whole = lora(read, rows, (0, a.shape[1]))
         lengths = np.linalg.norm(whole, axis=1, keepdims=True)
         return whole[:, slice(*columns)] * (magnitude[slice(*rows), None] / lengths)

@@ -48,6 +48,11 @@ class PeftFolder:
         """Whether it is the adapter of a reward model."""
         return self.config.get("task_type") == SCORE_TASK
 
+    @property
+    def only_merged(self) -> bool:
+        """Whether its adapter is implemented merged into the base, and not beside it: DoRA on the embeddings."""
+        return bool(self.config.get("use_dora")) and any(".lora_embedding_" in key for key in self.tensors.specs())
+
     def change(self, base: TensorSource, hf_config: Mapping[str, Any] | None) -> BaseChange:
         """Its base with the whole tensors of the folder; see `changed_base`.
 
