@@ -159,6 +159,13 @@ def test_a_wrong_token_and_a_lacking_permission_are_told_with_their_mend(hub, fo
         Push(name="owner/mine").check()
 
 
+def test_a_missing_token_is_told(hub, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nowhere/token")
+    with pytest.raises(ExportError, match="there is no token: set HF_TOKEN"):
+        Push(name="owner/mine").check()
+
+
 def test_an_end_that_cannot_be_reached_is_told(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")

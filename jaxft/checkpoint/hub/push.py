@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from jaxft.checkpoint.hub.base import BaseFacts
@@ -111,6 +111,8 @@ def _explained(name: str, folder: Path | None = None) -> Iterator[None]:
         }
         mend = mends.get(status or 0, f"the Hub answered {status}")
         raise ExportError(f"--push={name}: {mend} ({_first_line(error)}).{kept}") from error
+    except LocalTokenNotFoundError as error:
+        raise ExportError(f"--push={name}: there is no token: set HF_TOKEN, or run `hf auth login`.{kept}") from error
     except (HTTPError, OSError) as error:
         raise ExportError(
             f"--push={name}: cannot reach the Hub: {_first_line(error)}. Check the network, HF_ENDPOINT, "
