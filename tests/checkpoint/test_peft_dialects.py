@@ -11,6 +11,7 @@ from jaxft import models
 from jaxft.checkpoint.hf import hf_tensors
 from jaxft.checkpoint.load import hf_config_of, load_model, open_merged
 from jaxft.checkpoint.peft import write_adapter
+from jaxft.data.tokenizers.table import table_rows
 from jaxft.errors import CheckpointError, ModelError
 
 torch = pytest.importorskip("torch")
@@ -132,6 +133,15 @@ def test_what_peft_reads_is_read(tiny_llama, torch_llama, tmp_path, name, tied):
     write_adapter(loaded.module, str(ours), base=base)
     np.testing.assert_allclose(read_by_peft(torch_llama, base, ours, grow), expected, rtol=0, atol=1e-6 * size)
     np.testing.assert_allclose(merged_logits(ours)[0], logits, rtol=0, atol=1e-6 * size)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tokens_of_a_resized_table_have_rows(tiny_llama, torch_llama, tmp_path):
+    for grow, settings in enumerate(({}, {"trainable_token_indices": [96]}, {"target_modules": ["lm_head"]}), start=1):
+        by_peft(torch_llama, tiny_llama("tied"), tmp_path / str(grow), grow=grow, **settings)
+        assert table_rows(str(tmp_path / str(grow))) == 96 + grow
+    by_peft(torch_llama, tiny_llama("tied"), tmp_path / "same", grow=0)
+    assert table_rows(str(tmp_path / "same")) == 96
 
 
 @pytest.mark.filterwarnings("ignore")
