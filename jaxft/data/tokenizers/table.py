@@ -14,7 +14,7 @@ from jaxft.files.run_folder import ADAPTER, MERGED, MODEL
 MULTIPLE = 64  # to which a table grows, so that meshes split it evenly and its products fill whole tiles
 CONFIG, ADAPTER_CONFIG, GGUF_TABLE = "config.json", "adapter_config.json", "token_embd.weight"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ADAPTER_WEIGHTS, ADAPTER_TABLE = "adapter_model.safetensors", "embed_tokens."
+ADAPTER_TABLES = ("embed_tokens.", "lm_head.")  # of a tied base either may be there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +56,8 @@ def added_rows(*, tokens: Sequence[int], size: int, before: int) -> AddedRows:
 def table_rows(path: str, revision: str | None = None) -> int | None:
     """The rows of the table of a model, by its config.json or its GGUF header alone.
 
-    path, revision: as for `load_tokenizer`; an adapter has the table of its base, or a resized one of its own. None if
-    no file names a number, or the files cannot be reached, which is told where the model is loaded.
+    path, revision: as for `load_tokenizer`; an adapter has the table of its base. None if no file names a number, or
+    the files cannot be reached, which is told where the model is loaded.
     """
     if path.startswith(HUB):
         return _rows_on_hub(path, revision)
@@ -87,9 +87,6 @@ def _rows_in(folder: str) -> int | None:
         return None
     if (own := _rows_of_adapter(f"{folder}/{ADAPTER_WEIGHTS}")) is not None:
         return own
-    own = _rows_of_adapter(f"{folder}/{ADAPTER_WEIGHTS}")
-    if own is not None:
-        return own
     base = adapter.get("base_model_name_or_path")
     if not isinstance(base, str) or not base or Path(base).resolve() == Path(folder).resolve():
         return None
@@ -107,27 +104,12 @@ def _rows_of_adapter(file: str) -> int | None:
     tables = [
         entry["shape"]
         for name, entry in header.items()
-        if ADAPTER_TABLE in name and name.endswith(".weight") and ".lora_" not in name and "modules_to_save" not in name
+        if any(table in name for table in ADAPTER_TABLES)
+        and name.endswith(".weight")
+        and ".lora_" not in name
+        and "modules_to_save" not in name
     ]
     return max((shape[0] for shape in tables if len(shape) == 2), default=None)
-
-
-def _rows_of_adapter(path: str) -> int | None:
-    """The rows of the tables that an adapter's file holds whole, by its header; None if it has none, or is remote."""
-    if not os.path.isfile(path):
-        return None
-    with open(path, "rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = file.read(size) if size <= os.path.getsize(path) else b""
-    try:
-        tensors = json.loads(header)
-    except ValueError:
-        return None  # a damaged file is told where the adapter is read
-    for key, tensor in tensors.items():
-        parts = key.split(".")
-        if parts[-1] == "weight" and ("embed_tokens" in parts or "lm_head" in parts) and not key.count("lora_"):
-            return int(tensor["shape"][0])
-    return None
 
 
 def _rows_on_hub(path: str, revision: str | None) -> int | None:
