@@ -16,6 +16,7 @@ from jaxft.assets import ASSETS
 from jaxft.checkpoint import peft as peft_format
 from jaxft.checkpoint.gguf.write import write_gguf_adapter
 from jaxft.checkpoint.load import hf_config_of, load_model, open_weights, random_model
+from jaxft.checkpoint.peft import folder as peft_folder
 from jaxft.checkpoint.verify import check_export
 from jaxft.conversion.convert import convert
 from jaxft.data.tokenizers.load import load_tokenizer
@@ -180,7 +181,7 @@ def test_an_adapter_means_the_same_to_peft_on_the_whole_model(nested, tmp_path):
     model = peft.PeftModel.from_pretrained(base, str(tmp_path))
     assert not [n for n, _ in model.named_modules() if "lora_A.default" in n and "vision" in n]
     found = {n for n, _ in model.named_parameters() if "lora_" in n}
-    assert len(found) == len(peft_format.AdapterTensors(str(tmp_path)).specs())
+    assert len(found) == len(peft_folder.AdapterTensors(str(tmp_path)).specs())
     assert np.abs(logits(model) - before).max() > 1e-2
     np.testing.assert_allclose(live.logits(TOKENS), logits(model), rtol=0, atol=1e-5)
     assert [check.reader for check in check_export(live, str(tmp_path), dtype="float32")] == ["jaxft", "peft"]
@@ -197,9 +198,9 @@ def test_adapters_are_read_with_the_keys_of_either_generation_and_of_text_only(f
         return {keys[key].replace("model.lm_head", "model.language_model.lm_head"): tensors[key] for key in tensors}
 
     shutil.copytree(tmp_path / "now", tmp_path / "before")
-    file = tmp_path / "before" / peft_format.WEIGHTS
+    file = tmp_path / "before" / peft_folder.WEIGHTS
     save_file(older(load_file(file)), file)
-    assert not set(load_file(file)) & set(load_file(tmp_path / "now" / peft_format.WEIGHTS))
+    assert not set(load_file(file)) & set(load_file(tmp_path / "now" / peft_folder.WEIGHTS))
     expected = live.logits(TOKENS)
     for kind in ("now", "before", "text"):
         np.testing.assert_array_equal(load_model(str(tmp_path / kind)).logits(TOKENS), expected)
@@ -211,10 +212,10 @@ def test_an_adapter_that_peft_saved_of_the_whole_model_is_read_and_merged(folder
     config = peft.LoraConfig(r=2, target_modules=r".*language_model.*\.(q|down)_proj", init_lora_weights=False)
     model = peft.get_peft_model(theirs(folder), config)
     model.save_pretrained(tmp_path / "lora")
-    settings = json.loads((tmp_path / "lora" / peft_format.CONFIG).read_text()) | {
+    settings = json.loads((tmp_path / "lora" / peft_folder.CONFIG).read_text()) | {
         "base_model_name_or_path": str(folder)
     }
-    (tmp_path / "lora" / peft_format.CONFIG).write_text(json.dumps(settings))
+    (tmp_path / "lora" / peft_folder.CONFIG).write_text(json.dumps(settings))
     expected = logits(model.eval())
     np.testing.assert_allclose(load_model(str(tmp_path / "lora")).logits(TOKENS), expected, rtol=0, atol=1e-5)
     convert(str(tmp_path / "lora"), str(tmp_path / "merged"), console=QUIET)
@@ -331,7 +332,7 @@ def test_fields_of_either_part_that_are_not_understood_are_refused(folder_of, tm
 
 def test_an_adapter_that_names_one_layer_twice_or_an_image_layer_is_refused(folder_of, tmp_path):
     peft_format.write_adapter(trained(folder_of("gemma3")).module, str(tmp_path), base=str(folder_of("gemma3")))
-    file = tmp_path / peft_format.WEIGHTS
+    file = tmp_path / peft_folder.WEIGHTS
     tensors = load_file(file)
     key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     inside = key.replace("model.layers", "model.language_model.layers")

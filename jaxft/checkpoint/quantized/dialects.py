@@ -117,7 +117,7 @@ def _problem(given: Mapping[str, Any]) -> str | None:
     if method == "modelopt" and str(given.get("quant_algo", "")).upper() == "FP8":
         return None
     what = "MLX" if method is None and "group_size" in given else repr(method)
-    return f"the form {what} is not read (read are {READ})"
+    return f"the form {what} (quantization_config={dict(given)!r}) is not read (read are {READ})"
 
 
 def _problem_of_compressed(given: Mapping[str, Any]) -> str | None:
