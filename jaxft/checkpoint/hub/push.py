@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
+from huggingface_hub import CommitOperationAdd, HfApi, errors
 from huggingface_hub.utils import validate_repo_id
 
 from jaxft.checkpoint.hub.base import BaseFacts
@@ -39,9 +38,9 @@ class Push:
         for flag, name in (("--push", self.name), ("--hub_base", self.base)):
             try:
                 if name is not None and not re.fullmatch(r"[^/]+/[^/]+", name):
-                    raise HFValidationError("it must have the form owner/name")
+                    raise errors.HFValidationError("it must have the form owner/name")
                 validate_repo_id(name or "owner/name")
-            except HFValidationError as error:
+            except errors.HFValidationError as error:
                 raise ConfigError(f"{flag}={name}: {error}") from error
         with _explained(self.name):
             api = _api()
@@ -100,7 +99,7 @@ def _explained(name: str, folder: Path | None = None) -> Iterator[None]:
     kept = "" if folder is None else f" The export is whole in {folder}."
     try:
         yield
-    except HfHubHTTPError as error:
+    except errors.HfHubHTTPError as error:
         status = getattr(error.response, "status_code", None)
         mends = {
             401: "no token, or one that the Hub does not know: set HF_TOKEN, or run `hf auth login`",
@@ -111,9 +110,9 @@ def _explained(name: str, folder: Path | None = None) -> Iterator[None]:
         }
         mend = mends.get(status or 0, f"the Hub answered {status}")
         raise ExportError(f"--push={name}: {mend} ({_first_line(error)}).{kept}") from error
-    except LocalTokenNotFoundError as error:
+    except errors.LocalTokenNotFoundError as error:
         raise ExportError(f"--push={name}: there is no token: set HF_TOKEN, or run `hf auth login`.{kept}") from error
-    except (HTTPError, OSError) as error:
+    except (errors.HTTPError, OSError) as error:
         raise ExportError(
             f"--push={name}: cannot reach the Hub: {_first_line(error)}. Check the network, HF_ENDPOINT, "
             f"HF_HUB_OFFLINE and the token (HF_TOKEN, or `hf auth login`).{kept}"
