@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi, errors
+from huggingface_hub import CommitOperationAdd, HfApi, errors, get_token
 from huggingface_hub.utils import validate_repo_id
 
 from jaxft.checkpoint.hub.base import BaseFacts
@@ -110,9 +110,11 @@ def _explained(name: str, folder: Path | None = None) -> Iterator[None]:
         }
         mend = mends.get(status or 0, f"the Hub answered {status}")
         raise ExportError(f"--push={name}: {mend} ({_first_line(error)}).{kept}") from error
-    except errors.LocalTokenNotFoundError as error:
-        raise ExportError(f"--push={name}: there is no token: set HF_TOKEN, or run `hf auth login`.{kept}") from error
     except (errors.HTTPError, OSError) as error:
+        if get_token() is None:
+            raise ExportError(
+                f"--push={name}: there is no token: set HF_TOKEN, or run `hf auth login`.{kept}"
+            ) from error
         raise ExportError(
             f"--push={name}: cannot reach the Hub: {_first_line(error)}. Check the network, HF_ENDPOINT, "
             f"HF_HUB_OFFLINE and the token (HF_TOKEN, or `hf auth login`).{kept}"
