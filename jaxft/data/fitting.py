@@ -11,6 +11,7 @@ from jaxft.data.batch import Example
 from jaxft.data.encoded.table import take, with_pieces
 from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import CheckpointError, DataError
+from jaxft.files.hub import hub_path
 from jaxft.files.paths import HUB, read_json
 from jaxft.home import local_path
 from jaxft.nn.virtual import FIRST
@@ -223,8 +224,8 @@ def _config_of(path: str) -> dict[str, Any]:
         if path.startswith(HUB):
             from transformers.utils import cached_file
 
-            name, _, revision = path.removeprefix(HUB).strip("/").partition("@")
-            file = cached_file(name, "config.json", revision=revision or None)
+            asked = hub_path(path)
+            file = None if asked.file else cached_file(asked.repo, "config.json", revision=asked.revision)
             return {} if file is None else read_json(file)
         return read_json(f"{local_path(path).rstrip('/')}/config.json")
     except (OSError, CheckpointError):

@@ -7,7 +7,6 @@ here 0.1 s. Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, v
 
 import math
 import os
-import re
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -17,11 +16,11 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from jaxft.errors import CheckpointError, did_you_mean, listed
+from jaxft.files.gguf_parts import is_part, part_names
 
 MAX_HEADER_BYTES = 2**28  # vocabularies of 262,144 tokens take about 10 MB
 _DEFAULT_ALIGNMENT = 32
 MAX_PARTS = 65_535  # split.count has 16 bits
-_PART_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.gguf")
 
 _SCALARS: dict[int, str] = {
     GGUFValueType.UINT8: "<u1",
@@ -116,22 +115,20 @@ def read_header(path: str | os.PathLike[str]) -> GGUFHeader:
 def part_files(path: str, count: int | None = None) -> list[str]:
     """The files of a model that is split into several, in order, given any of them; the file alone if it is whole.
 
-    They are named NAME-00001-of-00003.gguf and so on. count: their number by the header. Raises CheckpointError if the
-    name of a part has another form, or files are missing.
+    count: their number by the header. Raises CheckpointError if the name of a part has another form, or files are
+    missing.
     """
-    folder, name = os.path.split(path)
-    match = _PART_NAME.fullmatch(name)
-    if match is None:
+    if not is_part(path):
         if count is None:
             return [path]
         raise CheckpointError(
             f"{path} is a part of a model of {count} files, but its name does not end in -NNNNN-of-{count:05d}.gguf, "
             "so that the others cannot be told. Give all of them the names that they had."
         )
-    stem, total = match["stem"], int(match["total"])
+    files = part_names(path)
+    total = len(files)
     if count is not None and total != count:
         raise CheckpointError(f"{path} is a part of a model of {count} files by its header, but of {total} by its name")
-    files = [os.path.join(folder, f"{stem}-{part:05d}-of-{total:05d}.gguf") for part in range(1, total + 1)]
     missing = [os.path.basename(file) for file in files if not os.path.isfile(file)]
     if missing:
         raise CheckpointError(

@@ -19,12 +19,6 @@ from jaxft.home import local_path
 
 HUB = "hf://"
 MAX_JSON_BYTES = 100_000_000  # the limit of the format for a safetensors header; indexes and configs are smaller
-# Fetched of a repository: no code, no pickles.
-WANTED = (
-    "*.json", "*.safetensors", "tokenizer.model", "*.jinja",
-    "[Ll][Ii][Cc][Ee][Nn][CcSs][Ee]*", "[Nn][Oo][Tt][Ii][Cc][Ee]*", "COPYING*",
-    "*[Uu][Ss][Ee]_[Pp][Oo][Ll][Ii][Cc][Yy]*",
-)  # fmt: skip
 SMALL = (".json", ".jinja", "tokenizer.model")
 GAP = 2**20  # bytes; to read a gap of this size between two remote ranges costs less than a second request
 
@@ -190,29 +184,6 @@ def json_object(raw: bytes, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{where} is not a JSON object")
     return value
-
-
-def fetch_hub(path: str, revision: str | None = None) -> str:
-    """The local copy of hf://owner/name[@revision] in the Hugging Face cache, fetched if it is not there yet.
-
-    revision: branch, tag or commit; main if neither it nor the path names one. HF_HUB_OFFLINE is honoured. The last
-    part of the returned path is the commit, so the path always means the same files. Raises CheckpointError if it
-    cannot be fetched, or the path and `revision` name different revisions.
-    """
-    # Imported here: only users of the hub need it.
-    from huggingface_hub import snapshot_download
-
-    name, _, pinned = path.removeprefix(HUB).strip("/").partition("@")
-    if pinned and revision and pinned != revision:
-        raise CheckpointError(f"{path} names the revision {pinned!r}, but {revision!r} is asked for")
-    revision = pinned or revision
-    try:
-        return snapshot_download(name, revision=revision, allow_patterns=list(WANTED))
-    except (OSError, ValueError) as error:  # no network, no such repository, no permission, a bad name
-        raise CheckpointError(
-            f"cannot get {path} (revision {revision or 'main'}): {error}. Check the name and the revision; without a "
-            "network it must be in the Hugging Face cache already (HF_HOME)."
-        ) from error
 
 
 def sizes_and_times(path: str) -> list[tuple[str, int, int]]:

@@ -15,6 +15,8 @@ from jaxft.data import tokenizer_of
 from jaxft.data.loader import steps_for
 from jaxft.data.sources import is_here
 from jaxft.errors import ConfigError, did_you_mean
+from jaxft.files.gguf_parts import part_names
+from jaxft.files.hub import HubPath, cached_hub_file, hub_path
 from jaxft.files.paths import HUB, read_json
 from jaxft.methods import method_of
 from jaxft.methods.teacher.frozen import FrozenModel
@@ -63,8 +65,10 @@ def _shapes(path: str, revision: str | None, *, drawn: bool, allowed: Sequence[s
         if drawn:
             return with_allowed(read_json(os.path.join(folder, "config.json")), allowed), f"config.json of {path}"
         return hf_config_of(folder, allow_unknown=allowed), f"config.json of {path}"
-    name, _, pinned = path.removeprefix(HUB).strip("/").partition("@")
-    cached = _cached(name, pinned or revision)
+    asked = hub_path(path, revision)
+    if asked.file is not None:
+        return _gguf_shapes(path, asked)
+    name, cached = asked.repo, cached_hub_file(asked, "config.json")
     if cached is not None:
         hf_config = with_allowed(read_json(cached), allowed)
         dialects.quantization_of(hf_config, name)
@@ -90,12 +94,16 @@ def published() -> dict[str, str]:
     return {name: stem for stem, names in table.items() for name in names}
 
 
-def _cached(name: str, revision: str | None) -> str | None:
-    # Imported here: only users of the hub need it.
-    from huggingface_hub import try_to_load_from_cache
-
-    path = try_to_load_from_cache(name, "config.json", revision=revision or "main")
-    return path if isinstance(path, str) else None
+def _gguf_shapes(path: str, asked: HubPath) -> tuple[dict[str, Any], str]:
+    """`_shapes` of a GGUF file of the Hub. Raises ConfigError if it is not in the cache."""
+    copies = [cached_hub_file(asked, name) for name in part_names(asked.file or "")]
+    if None in copies:
+        raise ConfigError(
+            f"the shapes of {path} are not known, because a plan fetches nothing and the file is not in the Hugging "
+            f"Face cache. Fetch it once (hf download {asked.repo} {asked.file}), or give a folder with the model's "
+            "config.json: --config.model.path=FOLDER"
+        )
+    return hf_config_of(str(copies[0])), f"{asked.file} of {asked.repo} in the Hugging Face cache"
 
 
 def length_of(config: RunConfig, *, tokens: int | None = None, examples: int | None = None) -> Length:

@@ -24,10 +24,10 @@ from jaxft.checkpoint.verify import check_export
 from jaxft.config import AdapterConfig
 from jaxft.data.tokenizers.load import load_tokenizer
 from jaxft.errors import CheckpointError, ModelError
+from jaxft.files.hub import HubPath, fetch_hub, hub_path
 from jaxft.files.paths import (
     RemoteFolder,
     copy_small_files,
-    fetch_hub,
     hub_hint,
     open_folder,
     read_json,
@@ -199,7 +199,7 @@ def test_a_config_that_names_a_field_twice_is_refused(tmp_path):
 COMMITS = {"main": "a" * 40, "v1": "b" * 40}
 FETCH = """
 import sys
-from jaxft.files.paths import fetch_hub
+from jaxft.files.hub import fetch_hub
 from jaxft.errors import CheckpointError
 try:
     print(fetch_hub(sys.argv[1]))
@@ -213,6 +213,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     FILES = {"config.json", "model.safetensors", "modeling_evil.py", "pytorch_model.bin"}
+    QUANTS = {"tiny-Q4_0.gguf", "big-00001-of-00002.gguf", "big-00002-of-00002.gguf", "README.md"}
     asked: list[str] = []
 
     def do_HEAD(self):
@@ -224,10 +225,11 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def answer(self, body):
         Hub.asked.append(self.path)
         parts = self.path.split("?")[0].strip("/").split("/")
-        if parts[:4] == ["api", "models", "me", "tiny"]:
+        of_repo = {"tiny": self.FILES, "quants": self.QUANTS}
+        if parts[:3] == ["api", "models", "me"] and parts[3] in of_repo:
             name = parts[5] if len(parts) > 5 else "main"
-            return self.api(COMMITS.get(name, name), tree="tree" in parts, body=body)
-        if parts[:3] == ["me", "tiny", "resolve"] and parts[4] in self.FILES:
+            return self.api(COMMITS.get(name, name), of_repo[parts[3]], tree="tree" in parts, body=body)
+        if parts[0] == "me" and parts[2] == "resolve" and parts[4] in of_repo.get(parts[1], ()):
             commit = COMMITS.get(parts[3], parts[3])
             content = json.dumps({"commit": commit, "file": parts[4]}).encode()
             tag = hashlib.sha1(content).hexdigest()
@@ -235,8 +237,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
             return self.send(200, content, body, headers)
         self.send(404, b"{}", body, {"X-Error-Code": "EntryNotFound"})
 
-    def api(self, commit, *, tree, body):
-        files = [{"rfilename": f, "path": f, "type": "file", "oid": "0" * 40, "size": 1} for f in sorted(self.FILES)]
+    def api(self, commit, names, *, tree, body):
+        files = [{"rfilename": f, "path": f, "type": "file", "oid": "0" * 40, "size": 1} for f in sorted(names)]
         answer = files if tree else {"id": "me/tiny", "sha": commit, "siblings": files}
         self.send(200, json.dumps(answer).encode(), body, {"Content-Type": "application/json"})
 
@@ -284,8 +286,44 @@ def test_a_repository_is_fetched_pinned_and_found_again_offline(hub):
     assert hub("hf://me/other", offline=True).startswith("refused: cannot get hf://me/other (revision main)")
 
 
+def test_a_gguf_file_is_fetched_by_its_name_with_all_of_its_parts(hub):
+    one = hub("hf://me/quants/tiny-Q4_0.gguf@v1")
+    assert one.endswith(f"{COMMITS['v1']}/tiny-Q4_0.gguf") and os.listdir(os.path.dirname(one)) == ["tiny-Q4_0.gguf"]
+    part = hub("hf://me/quants/big-00002-of-00002.gguf")
+    assert os.path.basename(part) == "big-00002-of-00002.gguf"
+    assert sorted(os.listdir(os.path.dirname(part))) == ["big-00001-of-00002.gguf", "big-00002-of-00002.gguf"]
+    assert hub("hf://me/quants/big-00002-of-00002.gguf", offline=True) == part
+    assert hub("hf://me/quants/absent.gguf").startswith("refused: cannot get hf://me/quants/absent.gguf")
+
+
+def test_a_repository_of_gguf_files_alone_is_refused_with_their_names(hub):
+    said = hub("hf://me/quants")
+    assert said.startswith(
+        "refused: hf://me/quants has no config.json, and these GGUF files: big-00001-of-00002.gguf, "
+    )
+    assert said.endswith("Name one of them, such as hf://me/quants/big-00001-of-00002.gguf")
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("hf://me/tiny", HubPath(repo="me/tiny")),
+        ("hf://me/tiny@v1", HubPath(repo="me/tiny", revision="v1")),
+        ("hf://me/tiny/sub/a.gguf@v1", HubPath(repo="me/tiny", file="sub/a.gguf", revision="v1")),
+        ("hf://gpt2", HubPath(repo="gpt2")),
+    ],
+)
+def test_paths_of_the_hub(path, expected):
+    assert hub_path(path) == expected
+
+
+def test_other_files_of_the_hub_are_refused():
+    with pytest.raises(CheckpointError, match="only a GGUF file may be named, such as hf://owner/name/model.gguf"):
+        hub_path("hf://me/tiny/model.safetensors")
+
+
 def test_a_revision_that_contradicts_the_path_is_refused():
-    with pytest.raises(CheckpointError, match=r"names the revision 'v1', but 'main' is asked for"):
+    with pytest.raises(CheckpointError, match=r"names the revision 'v1', but revision='main': give only one"):
         fetch_hub("hf://me/tiny@v1", "main")
 
 

@@ -7,7 +7,8 @@ from jaxft.checkpoint.peft.folder import CONFIG, SCORE_TASK
 from jaxft.checkpoint.peft.kinds import check_form
 from jaxft.config import ModelConfig
 from jaxft.errors import CheckpointError, ModelError
-from jaxft.files.paths import HUB, fetch_hub, is_file, is_remote, read_json
+from jaxft.files.hub import cached_hub_file, fetch_hub, hub_path
+from jaxft.files.paths import HUB, is_file, is_remote, read_json
 from jaxft.files.run_folder import ADAPTER, MERGED, MODEL, is_run_folder
 from jaxft.home import local_path
 
@@ -74,11 +75,9 @@ def continued_adapter(model: ModelConfig) -> str | None:
     if model.random_init or model.adapter == "merge":
         return None
     if model.path.startswith(HUB):
-        from huggingface_hub import try_to_load_from_cache
-
-        name, _, pinned = model.path.removeprefix(HUB).strip("/").partition("@")
-        cached = try_to_load_from_cache(name, CONFIG, revision=pinned or model.revision or "main")
-        return os.path.dirname(cached) if isinstance(cached, str) else None
+        asked = hub_path(model.path, model.revision)
+        cached = None if asked.file else cached_hub_file(asked, CONFIG)
+        return None if cached is None else os.path.dirname(cached)
     path = resolve(model.path)
     return path if is_adapter(path) else None
 

@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard
 
 from jaxft.errors import CheckpointError
 from jaxft.files.gguf_header import read_header
+from jaxft.files.hub import hub_path
 from jaxft.files.paths import HUB, folder_json, is_remote, open_folder
 
 NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -49,7 +50,7 @@ def base_facts(path: str, files: str | None = None) -> BaseFacts:
 
 def _name(path: str, folder: str | None) -> str | None:
     if path.startswith(HUB):
-        return path.removeprefix(HUB).strip("/").partition("@")[0]
+        return hub_path(path).repo
     if (cached := CACHED.search(path)) is not None:
         return cached[1].replace("--", "/", 1)
     if folder is None:

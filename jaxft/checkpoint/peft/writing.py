@@ -65,7 +65,8 @@ def write_adapter(model: Decoder, folder: str, *, base: str, nested: bool = Fals
     config = {
         "peft_type": kind.PEFT_TYPE,
         "task_type": SCORE_TASK if model.config.head == "score" else "CAUSAL_LM",
-        "base_model_name_or_path": base.removeprefix("hf://"),
+        # transformers knows repositories by owner/name, and no single file of one.
+        "base_model_name_or_path": base if base.endswith(".gguf") else base.removeprefix("hf://"),
         "inference_mode": True,
     } | kind.adapter_config_fields(model)
     if nested and "target_modules" in config:

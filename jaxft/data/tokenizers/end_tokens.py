@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxft.data.tokenizers.files import hub_file, json_at, json_in
-from jaxft.errors import ModelError
+from jaxft.errors import CheckpointError, ModelError
+from jaxft.files.hub import fetch_hub, hub_path
 from jaxft.files.paths import HUB, is_remote
 from jaxft.files.run_folder import ADAPTER, MERGED
 from jaxft.files.run_folder import MODEL as FULL
@@ -44,10 +45,12 @@ def end_tokens_at(path: str, revision: str | None, is_special: Callable[[int], b
     that cannot be reached name none: whoever loads the model tells of them.
     """
     if path.startswith(HUB):
-        repo, _, pinned = path.removeprefix(HUB).strip("/").partition("@")
         try:
-            files = {name: hub_file(repo, name, pinned or revision) for name in (GENERATION, MODEL)}
-        except (OSError, ValueError):
+            asked = hub_path(path, revision)
+            if asked.file is not None:
+                return end_tokens_at(fetch_hub(path, revision), None, is_special)
+            files = {name: hub_file(asked.repo, name, asked.revision) for name in (GENERATION, MODEL)}
+        except (OSError, ValueError, CheckpointError):
             return []
         return _end_tokens_of_folder(lambda name: json_in(files[name]), is_special)
     if is_remote(path):

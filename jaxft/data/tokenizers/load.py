@@ -19,6 +19,7 @@ from jaxft.data.tokenizers.table import table_rows
 from jaxft.data.tokenizers.templates import fixed_template, read_template, replaced
 from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import ModelError, listed
+from jaxft.files.hub import fetch_hub, hub_path
 from jaxft.files.paths import copy_small_files, hub_hint, is_remote
 from jaxft.files.run_folder import ADAPTER, CHAT_TEMPLATE, MERGED, MODEL
 from jaxft.home import local_path
@@ -169,11 +170,10 @@ def _load_named_base(folder: Path) -> tuple["PreTrainedTokenizerFast", list[int]
 
 
 def _load_hub(path: str, revision: str | None) -> tuple["PreTrainedTokenizerFast", list[int]]:
-    repo, _, pinned = path.removeprefix(HUB).strip("/").partition("@")
-    if pinned and revision and pinned != revision:
-        raise ModelError(f"{path} names the revision {pinned!r}, but revision={revision!r}: give only one of them")
-    revision = pinned or revision
-
+    asked = hub_path(path, revision)
+    if asked.file is not None:
+        return _load_local(Path(fetch_hub(path, revision)))
+    repo, revision = asked.repo, asked.revision
     try:
         settings = json_in(hub_file(repo, "tokenizer_config.json", revision))
         _refuse_code(settings, path)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxft.errors import CheckpointError
+from jaxft.files.hub import fetch_hub, hub_path
 from jaxft.files.paths import HUB, is_file, is_remote, read_json
 from jaxft.files.run_folder import ADAPTER, MERGED, MODEL
 
@@ -116,10 +117,12 @@ def _rows_on_hub(path: str, revision: str | None) -> int | None:
     # Imported here: only users of the hub need it.
     from transformers.utils import cached_file
 
-    name, _, pinned = path.removeprefix(HUB).strip("/").partition("@")
     try:
-        file = cached_file(name, CONFIG, revision=pinned or revision)
-    except (OSError, ValueError):
+        asked = hub_path(path, revision)
+        if asked.file is not None:
+            return table_rows(fetch_hub(path, revision))
+        file = cached_file(asked.repo, CONFIG, revision=asked.revision)
+    except (OSError, ValueError, CheckpointError):
         return None
     return rows_by_config(read_json(file)) if file else None
 
