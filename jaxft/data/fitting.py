@@ -224,8 +224,8 @@ def _config_of(path: str) -> dict[str, Any]:
         if path.startswith(HUB):
             from transformers.utils import cached_file
 
-            asked = hub_path(path)
-            file = None if asked.file else cached_file(asked.repo, "config.json", revision=asked.revision)
+            location = hub_path(path)
+            file = None if location.file else cached_file(location.repo, "config.json", revision=location.revision)
             return {} if file is None else read_json(file)
         return read_json(f"{local_path(path).rstrip('/')}/config.json")
     except (OSError, CheckpointError):

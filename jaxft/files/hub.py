@@ -54,42 +54,42 @@ def fetch_hub(path: str, revision: str | None = None) -> str:
     # Imported here: only users of the hub need it.
     from huggingface_hub import hf_hub_download, snapshot_download
 
-    asked = hub_path(path, revision)
+    location = hub_path(path, revision)
     try:
-        if asked.file is not None:
-            names = part_names(asked.file)
-            copies = [hf_hub_download(asked.repo, name, revision=asked.revision) for name in names]
-            return copies[names.index(asked.file)]
-        folder = snapshot_download(asked.repo, revision=asked.revision, allow_patterns=list(WANTED))
+        if location.file is not None:
+            names = part_names(location.file)
+            copies = [hf_hub_download(location.repo, name, revision=location.revision) for name in names]
+            return copies[names.index(location.file)]
+        folder = snapshot_download(location.repo, revision=location.revision, allow_patterns=list(WANTED))
     except (OSError, ValueError) as error:  # no network, no such repository, no permission, a bad name
         raise CheckpointError(
-            f"cannot get {path} (revision {asked.revision or 'main'}): {error}. Check the name and the revision; "
+            f"cannot get {path} (revision {location.revision or 'main'}): {error}. Check the name and the revision; "
             "without a network it must be in the Hugging Face cache already (HF_HOME)."
         ) from error
     if not any(os.path.isfile(os.path.join(folder, name)) for name in CONFIGS):
-        _refuse_gguf_alone(path, asked)
+        _refuse_gguf_alone(path, location)
     return folder
 
 
-def cached_hub_file(asked: HubPath, name: str) -> str | None:
+def cached_hub_file(location: HubPath, name: str) -> str | None:
     """The path of a file in the Hugging Face cache; None if it is not there. Nothing is fetched."""
     from huggingface_hub import try_to_load_from_cache
 
-    path = try_to_load_from_cache(asked.repo, name, revision=asked.revision or "main")
+    path = try_to_load_from_cache(location.repo, name, revision=location.revision or "main")
     return path if isinstance(path, str) else None
 
 
-def _refuse_gguf_alone(path: str, asked: HubPath) -> None:
+def _refuse_gguf_alone(path: str, location: HubPath) -> None:
     """Raises CheckpointError, listing the GGUF files of a repository, if it has any."""
     from huggingface_hub import HfApi
 
     try:
-        names = HfApi(endpoint=os.environ.get("HF_ENDPOINT")).list_repo_files(asked.repo, revision=asked.revision)
+        names = HfApi(endpoint=os.environ.get("HF_ENDPOINT")).list_repo_files(location.repo, revision=location.revision)
     except OSError:
         return  # the folder itself is then refused, with the files that are there
     files = sorted(name for name in names if name.endswith(GGUF))
     if files:
         raise CheckpointError(
             f"{path} has no config.json, and these GGUF files: {listed(files)}. Name one of them, such as "
-            f"{HUB}{asked.repo}/{files[0]}"
+            f"{HUB}{location.repo}/{files[0]}"
         )

@@ -65,10 +65,10 @@ def _shapes(path: str, revision: str | None, *, drawn: bool, allowed: Sequence[s
         if drawn:
             return with_allowed(read_json(os.path.join(folder, "config.json")), allowed), f"config.json of {path}"
         return hf_config_of(folder, allow_unknown=allowed), f"config.json of {path}"
-    asked = hub_path(path, revision)
-    if asked.file is not None:
-        return _gguf_shapes(path, asked)
-    name, cached = asked.repo, cached_hub_file(asked, "config.json")
+    location = hub_path(path, revision)
+    if location.file is not None:
+        return _gguf_shapes(path, location)
+    name, cached = location.repo, cached_hub_file(location, "config.json")
     if cached is not None:
         hf_config = with_allowed(read_json(cached), allowed)
         dialects.quantization_of(hf_config, name)
@@ -94,16 +94,16 @@ def published() -> dict[str, str]:
     return {name: stem for stem, names in table.items() for name in names}
 
 
-def _gguf_shapes(path: str, asked: HubPath) -> tuple[dict[str, Any], str]:
+def _gguf_shapes(path: str, location: HubPath) -> tuple[dict[str, Any], str]:
     """`_shapes` of a GGUF file of the Hub. Raises ConfigError if it is not in the cache."""
-    copies = [cached_hub_file(asked, name) for name in part_names(asked.file or "")]
+    copies = [cached_hub_file(location, name) for name in part_names(location.file or "")]
     if None in copies:
         raise ConfigError(
             f"the shapes of {path} are not known, because a plan fetches nothing and the file is not in the Hugging "
-            f"Face cache. Fetch it once (hf download {asked.repo} {asked.file}), or give a folder with the model's "
+            f"Face cache. Fetch it once (hf download {location.repo} {location.file}), or give a folder with the model's "
             "config.json: --config.model.path=FOLDER"
         )
-    return hf_config_of(str(copies[0])), f"{asked.file} of {asked.repo} in the Hugging Face cache"
+    return hf_config_of(str(copies[0])), f"{location.file} of {location.repo} in the Hugging Face cache"
 
 
 def length_of(config: RunConfig, *, tokens: int | None = None, examples: int | None = None) -> Length:

@@ -75,8 +75,8 @@ def continued_adapter(model: ModelConfig) -> str | None:
     if model.random_init or model.adapter == "merge":
         return None
     if model.path.startswith(HUB):
-        asked = hub_path(model.path, model.revision)
-        cached = None if asked.file else cached_hub_file(asked, CONFIG)
+        location = hub_path(model.path, model.revision)
+        cached = None if location.file else cached_hub_file(location, CONFIG)
         return None if cached is None else os.path.dirname(cached)
     path = resolve(model.path)
     return path if is_adapter(path) else None

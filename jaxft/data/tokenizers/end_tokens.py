@@ -46,10 +46,10 @@ def end_tokens_at(path: str, revision: str | None, is_special: Callable[[int], b
     """
     if path.startswith(HUB):
         try:
-            asked = hub_path(path, revision)
-            if asked.file is not None:
+            location = hub_path(path, revision)
+            if location.file is not None:
                 return end_tokens_at(fetch_hub(path, revision), None, is_special)
-            files = {name: hub_file(asked.repo, name, asked.revision) for name in (GENERATION, MODEL)}
+            files = {name: hub_file(location.repo, name, location.revision) for name in (GENERATION, MODEL)}
         except (OSError, ValueError, CheckpointError):
             return []
         return _end_tokens_of_folder(lambda name: json_in(files[name]), is_special)

@@ -170,10 +170,10 @@ def _load_named_base(folder: Path) -> tuple["PreTrainedTokenizerFast", list[int]
 
 
 def _load_hub(path: str, revision: str | None) -> tuple["PreTrainedTokenizerFast", list[int]]:
-    asked = hub_path(path, revision)
-    if asked.file is not None:
+    location = hub_path(path, revision)
+    if location.file is not None:
         return _load_local(Path(fetch_hub(path, revision)))
-    repo, revision = asked.repo, asked.revision
+    repo, revision = location.repo, location.revision
     try:
         settings = json_in(hub_file(repo, "tokenizer_config.json", revision))
         _refuse_code(settings, path)

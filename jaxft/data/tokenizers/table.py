@@ -118,10 +118,10 @@ def _rows_on_hub(path: str, revision: str | None) -> int | None:
     from transformers.utils import cached_file
 
     try:
-        asked = hub_path(path, revision)
-        if asked.file is not None:
+        location = hub_path(path, revision)
+        if location.file is not None:
             return table_rows(fetch_hub(path, revision))
-        file = cached_file(asked.repo, CONFIG, revision=asked.revision)
+        file = cached_file(location.repo, CONFIG, revision=location.revision)
     except (OSError, ValueError, CheckpointError):
         return None
     return rows_by_config(read_json(file)) if file else None
