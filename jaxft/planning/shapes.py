@@ -100,8 +100,8 @@ def _gguf_shapes(path: str, location: HubPath) -> tuple[dict[str, Any], str]:
     if None in copies:
         raise ConfigError(
             f"the shapes of {path} are not known, because a plan fetches nothing and the file is not in the Hugging "
-            f"Face cache. Fetch it once (hf download {location.repo} {location.file}), or give a folder with the model's "
-            "config.json: --config.model.path=FOLDER"
+            f"Face cache. Fetch it once (hf download {location.repo} {location.file}), or give a folder with the "
+            "model's config.json: --config.model.path=FOLDER"
         )
     return hf_config_of(str(copies[0])), f"{location.file} of {location.repo} in the Hugging Face cache"
 
