@@ -132,6 +132,12 @@ class AnswerStream:
         piece = Piece() if self._header is not None else self._written(self._stream.finish())
         rest, self._pending = self._pending, ""
         piece = self._joined(self._joined(piece, self._add(rest)), Piece(answer=self._answer.finish()))
+        before, closed, after = self.text.partition(self._form.closes)
+        if closed and not self._form.channels and not self.thoughts:
+            # Written as text, the end of thoughts without a beginning is seen only now.
+            self.thoughts, self._answer = before, UntilStop(self._stop)
+            self._answer.push(after.lstrip())
+            self._answer.finish()
         self.thoughts = self.thoughts.strip()
         return piece
 
