@@ -133,7 +133,8 @@ class AnswerStream:
         rest, self._pending = self._pending, ""
         piece = self._joined(self._joined(piece, self._add(rest)), Piece(answer=self._answer.finish()))
         before, closed, after = self.text.partition(self._form.closes)
-        if closed and not self._form.channels and not self.thoughts:
+        opened = self.thoughts or self._form.opens in before
+        if closed and not opened and not self._form.channels:
             # Written as text, the end of thoughts without a beginning is seen only now.
             self.thoughts, self._answer = before, UntilStop(self._stop)
             self._answer.push(after.lstrip())
