@@ -77,11 +77,13 @@ class GrownVocabulary:
             self._source.read(name, (slice(start, min(start + CHUNK, known)),)).astype(np.float64)
             for start in range(0, known, CHUNK)
         )
-        total_D, squares_D = 0.0, 0.0
+        width = self._source.specs()[name].shape[1]
+        total_D, squares_D = np.zeros(width), np.zeros(width)
         for block_RD in blocks:
-            total_D, squares_D = total_D + block_RD.sum(0), squares_D + (block_RD**2).sum(0)
-        mean_D = np.asarray(total_D) / known
-        return mean_D, np.sqrt(np.maximum(np.asarray(squares_D) / known - mean_D**2, 0.0))
+            total_D += block_RD.sum(0)
+            squares_D += (block_RD**2).sum(0)
+        mean_D = total_D / known
+        return mean_D, np.sqrt(np.maximum(squares_D / known - mean_D**2, 0.0))
 
 
 def _normal(seed: int, name: str, row: int, width: int) -> np.ndarray:
