@@ -112,10 +112,15 @@ def test_hub_names_go_through_the_cache(monkeypatch, tiny_llama):
     assert not any("bin" in pattern for pattern in asked["allow_patterns"])
 
 
-@pytest.mark.parametrize("name", ["hf://owner/name", "hf://a/b/c"])
+@pytest.mark.parametrize("name", ["hf://owner/name", "hf://owner/name/model.gguf", "hf://no such name"])
 def test_a_hub_name_that_cannot_be_had_is_an_error_that_says_so(name):
     with pytest.raises(CheckpointError, match=f"cannot get {name}"):
         load_model(name)
+
+
+def test_a_path_of_the_hub_with_more_parts_is_refused():
+    with pytest.raises(CheckpointError, match="hf://a/b/c: after hf://owner/name only a GGUF file may be named"):
+        load_model("hf://a/b/c")
 
 
 def test_what_is_no_model_is_refused(tmp_path):
