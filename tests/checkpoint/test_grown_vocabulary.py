@@ -2,8 +2,7 @@
 
 import numpy as np
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 
 from jaxft.checkpoint.derived.grown_vocabulary import CHUNK, TABLES, GrownVocabulary
 from jaxft.checkpoint.tensors import TensorSpec, block_bounds
@@ -55,6 +54,9 @@ def test_fresh_rows_are_the_mean_of_the_known_ones_and_differ():
 
 
 def test_the_mean_is_that_of_transformers():
+    torch = pytest.importorskip("torch")
+    from transformers import LlamaForCausalLM
+
     model = LlamaForCausalLM(
         LlamaConfig(vocab_size=40, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
     )

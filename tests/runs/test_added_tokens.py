@@ -7,12 +7,10 @@ import shutil
 import jax
 import numpy as np
 import pytest
-import torch
 from flax import nnx
-from peft import PeftModel
 from rich.console import Console
 from safetensors.numpy import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from jaxft import api
 from jaxft.assets import ASSETS
@@ -84,6 +82,9 @@ PROMPT = "Call 1 <call>f(1)</call>"
 
 @pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["untied", "tied"])
 def test_lora_trains_the_new_rows_alone_and_peft_reads_them(base_of, tmp_path, tied):
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
     base = base_of(tied)
     folder = run(base, tmp_path)
     before, after = tables(base), tables(folder / "merged")
@@ -102,7 +103,7 @@ def test_lora_trains_the_new_rows_alone_and_peft_reads_them(base_of, tmp_path, t
     assert ids[-1] == rows + 1 and rows in ids
     theirs = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     theirs.resize_token_embeddings(grown)
-    theirs = PeftModel.from_pretrained(theirs, folder / "adapter").eval()
+    theirs = peft.PeftModel.from_pretrained(theirs, folder / "adapter").eval()
     with torch.no_grad():
         expected = theirs(torch.tensor([ids])).logits.numpy()
     live = api.load_model(str(folder))
@@ -117,6 +118,9 @@ def test_lora_trains_the_new_rows_alone_and_peft_reads_them(base_of, tmp_path, t
 
 @pytest.mark.slow
 def test_full_fine_tuning_trains_the_grown_tables(base_of, tmp_path):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
     base = base_of(False)
     folder = run(base, tmp_path, **{"adapter.kind": "none", "export.merged": False})
     before, after = tables(base), tables(folder / "model")
