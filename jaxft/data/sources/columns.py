@@ -2,6 +2,7 @@
 
 import datetime
 import decimal
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from jaxft.files.paths import file_name, is_remote
 CONVERTED = 256  # rows that become Python objects at once
 
 
-class ColumnRows:
+class ColumnRows(ABC):
     """Rows of a file with columns. `groups` of rows are read one at a time, and only the last one is kept."""
 
     def __init__(self, path: str) -> None:
@@ -70,11 +71,13 @@ class ColumnRows:
         except (OSError, ValueError) as error:
             raise DataError(f"{self.where(index)}: {_damaged(self.path, error)}") from error
 
+    @abstractmethod
     def _group_sizes(self) -> list[int]:
-        raise NotImplementedError
+        """The number of rows of every group."""
 
+    @abstractmethod
     def _read_group(self, number: int) -> Any:
-        raise NotImplementedError
+        """The rows of one group, as a table of pyarrow."""
 
 
 class ParquetRows(ColumnRows):
