@@ -191,7 +191,7 @@ def test_the_loss_and_its_gradient_are_those_of_torch(rollout):
     [
         ({"train.accumulation_steps": 4}, None),
         ({"data.packing": False}, None),
-        ({"rollout.share_prompts": False}, None),
+        pytest.param({"rollout.share_prompts": False}, None, marks=pytest.mark.slow),
         ({}, {"data": 2, "fsdp": 2, "tensor": 2}),
     ],
     ids=["accumulation", "unpacked", "prompts", "devices"],

@@ -86,7 +86,8 @@ def test_cached_equals_live(rows, tmp_path, method, fields):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(1.0, float(jnp.max(jnp.abs(b)))))
 
 
-@pytest.mark.parametrize("method", ["dpo", pytest.param("kto", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["dpo", "kto"])
 def test_a_resumed_run_reads_the_file_and_ends_bit_for_bit(rows, tmp_path, method):
     config = settings_of(method, rows, tmp_path / "run")
     (first, *_, last), summary = train_lose_the_end_and_resume(config, tmp_path / "run")

@@ -24,12 +24,12 @@ def rows(tmp_path_factory):
     return write_rows(tmp_path_factory.mktemp("pairs"))
 
 
+@slow
 @pytest.mark.parametrize(
     ("method", "kind"),
     [
-        ("orpo", "lora"),
-        *(pytest.param(*one, marks=slow) for one in (("orpo", "full"), ("cpo", "lora"), ("simpo", "full"))),
-        *(pytest.param(method, "qlora", marks=slow) for method in METHODS),
+        *(("orpo", "lora"), ("orpo", "full"), ("cpo", "lora"), ("simpo", "full")),
+        *((method, "qlora") for method in METHODS),
     ],
 )
 def test_a_run_learns_and_resumes_bit_for_bit(rows, tmp_path, method, kind):

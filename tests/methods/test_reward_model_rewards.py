@@ -166,7 +166,8 @@ def test_a_reward_model_with_another_template_reads_the_text(folders, tmp_path, 
     np.testing.assert_allclose(judged.rewards, np.where(too_long, np.nan, own), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("form", ["adapter", pytest.param("whole", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["adapter", "whole"])
 def test_a_run_learns_from_it_and_resumes_bit_for_bit(folders, tmp_path, form):
     config = judged_config(folders, tmp_path, form, **LEARNS)
     lines, summary = train_lose_the_end_and_resume(config, tmp_path / "run")

@@ -29,7 +29,8 @@ def test_a_run_learns_and_resumes_bit_for_bit(tmp_path, method):
     assert whole == run
 
 
-@pytest.mark.parametrize("method", ["rloo", pytest.param("online_dpo", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
 def test_eight_devices_and_four_micro_batches_equal_one(tmp_path, method):
     outcomes = []
     for changes, sizes in (({}, None), ({"train.accumulation_steps": 4}, {"data": 2, "fsdp": 2, "tensor": 2})):

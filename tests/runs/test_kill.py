@@ -146,9 +146,8 @@ def arguments(method: str) -> list[str]:
     return [f"--config.{key}={value}" for key, value in overrides.items()]
 
 
-@pytest.mark.parametrize(
-    "method", ["dpo", *(pytest.param(name, marks=pytest.mark.slow) for name in METHODS if name != "dpo")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
 def test_a_killed_run_of_another_method_ends_like_an_uninterrupted_one(method, tmp_path):
     whole, folder, cache, more = tmp_path / "whole", tmp_path / "run", tmp_path / "compiled", arguments(method)
     finish(whole, cache, more)
