@@ -62,7 +62,7 @@ def commands_in(text: str) -> list[str]:
 @functools.cache
 def defaults_of_verbs() -> dict[str, dict[str, object]]:
     """The options of every command of the command line, with their defaults."""
-    verbs = next(action.choices for action in cli._parser()._actions if isinstance(action.choices, dict))
+    verbs = next(action.choices for action in cli.make_parser()._actions if isinstance(action.choices, dict))
     return {
         verb: {option: action.default for option, action in parser._option_string_actions.items()}
         for verb, parser in verbs.items()

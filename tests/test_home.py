@@ -108,7 +108,7 @@ def test_options_are_expanded(home, capsys, command, text):
 
 
 def test_no_option_with_a_path_is_forgotten():
-    (verbs,) = (action for action in cli._parser()._actions if action.choices)
+    (verbs,) = (action for action in cli.make_parser()._actions if action.choices)
     paths = re.compile(r"PATH|FILE|FOLDER|SRC|DST|ROWS|NAME\[:ARG\]")
     taken = {
         (verb, action.dest)

@@ -89,7 +89,7 @@ def test_every_metric_that_may_be_the_best_is_reported_by_a_method():
 
 
 def test_options_of_the_command_line_take_the_choices_of_the_config():
-    verbs = next(action.choices for action in cli._parser()._actions if isinstance(action.choices, dict))
+    verbs = next(action.choices for action in cli.make_parser()._actions if isinstance(action.choices, dict))
     options = {
         (verb, name): tuple(action.choices)
         for verb, parser in verbs.items()

@@ -35,7 +35,7 @@ def parsed(command: str) -> RunConfig:
     assert words[:2] == ["jaxft", "train"]
     from jaxft import cli
 
-    arguments, rest = cli._parser().parse_known_args(settings.underscored(words[1:]))
+    arguments, rest = cli.make_parser().parse_known_args(settings.underscored(words[1:]))
     overrides = settings.read_overrides(rest, arguments.options, "train", takes_config=True)
     return load(None, settings.with_flags(arguments, overrides))
 

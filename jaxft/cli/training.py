@@ -1,0 +1,101 @@
+"""The verbs that read a config of training: train, quickstart, data and plan."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from jaxft.cli import settings
+from jaxft.cli.errors import explained
+from jaxft.config import RunConfig
+from jaxft.errors import ConfigError
+
+
+def config_of(arguments: argparse.Namespace, overrides: Sequence[str]) -> RunConfig:
+    """The config of a command: that of --config, or the defaults, and over them its flags and overrides."""
+    from jaxft.config import load
+    from jaxft.config.reading import shipped_names
+
+    if arguments.config is not None:
+        return load(arguments.config, overrides)
+    if not any(override.startswith("model.path=") for override in overrides):
+        raise ConfigError(
+            f"{arguments.verb} needs a model and rows: --model=PATH --data=ROWS, or a config: --config=NAME. "
+            f"Shipped configs: {', '.join(shipped_names())}"
+        )
+    return load(None, settings.default_output(overrides))
+
+
+def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
+    """`jaxft train`: the summary of the run; None in processes other than the first."""
+    config = config_of(arguments, overrides)
+    from jaxft.sharding import distributed
+
+    distributed.start(arguments.coordinator, arguments.num_processes, arguments.process_id, arguments.heartbeat_seconds)
+    from jaxft.runs.present import print_summary
+    from jaxft.runs.train import train
+    from jaxft.sharding.ending import end_on_peer_error
+    from jaxft.sharding.processes import is_primary
+
+    def say(text: str) -> None:
+        # Past Python's buffers, whose locks another thread may hold when this process is aborted.
+        os.write(2, f"jaxft train: {text}\n".encode())
+
+    console = console_of(arguments)
+    with end_on_peer_error(say, lambda error: explained(arguments.verb, error)):
+        summary = train(config, console=console)
+    if not is_primary():
+        return None
+    print_summary(summary, console)
+    return summary
+
+
+def quickstart(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
+    """`jaxft quickstart`: the summary of its run."""
+    from jaxft.sharding import distributed
+
+    distributed.start()
+    from jaxft.runs.present import print_summary
+    from jaxft.runs.quickstart import quickstart
+
+    console = console_of(arguments)
+    summary = quickstart(console=console, overrides=tuple(overrides))
+    print_summary(summary, console)
+    return summary
+
+
+def data(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
+    """`jaxft data`: what training would see of the rows."""
+    from jaxft.runs.examine import examine
+
+    return examine(config_of(arguments, overrides), console_of(arguments), rows=arguments.rows)
+
+
+def plan(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
+    """`jaxft plan`: costs of a step on hardware that need not be present."""
+    # A plan runs in a process of its own; this one needs no JAX.
+    from jaxft.planning.client import plan
+    from jaxft.planning.tables import print_plan, print_search
+
+    result = plan(
+        config_of(arguments, overrides),
+        arguments.topology,
+        slices=arguments.slices,
+        level=arguments.level,
+        prices=arguments.prices,
+        tokens=arguments.tokens,
+        examples=arguments.examples,
+        search=arguments.search,
+        compiles=arguments.compiles,
+    )
+    if not arguments.json:
+        (print_search if arguments.search else print_plan)(result, console_of(arguments))
+    return result
+
+
+def console_of(arguments: argparse.Namespace) -> Any:
+    """The terminal of a command's tables and progress."""
+    from rich.console import Console
+
+    # With --json, standard output carries the JSON alone.
+    return Console(stderr=arguments.json)
