@@ -1,9 +1,12 @@
 """The argument that every shipped config understands: `configs/NAME.py:smoke`."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from jaxft.assets import ASSETS
 from jaxft.config.data import COLUMNS, DataConfig
 from jaxft.config.method import MethodConfig
-from jaxft.config.reading import ConfigDict
+from jaxft.config.reading.python_file import ConfigDict, default_config, mixture_set
 from jaxft.errors import ConfigError, did_you_mean
 
 
@@ -51,6 +54,16 @@ def with_arg(config: ConfigDict, arg: str | None) -> ConfigDict:
         config.rollout.update(num_generations=min(config.rollout.num_generations, 4), max_completion_length=16)
     config.eval.update(limit=4, max_new_tokens=8, batch_size=4)
     return config
+
+
+def smoke_values(values: Mapping[str, Any], arg: str) -> dict[str, Any]:
+    """The values of a config that is no Python file, changed by the argument that every shipped config understands."""
+    config = default_config()
+    with config.unlocked():
+        config.update({**values, "data": {**values["data"], "mixture": {}}})
+        for name, fields in values["data"]["mixture"].items():
+            config.data.mixture[name] = mixture_set(**fields)
+    return with_arg(config, arg).to_dict()
 
 
 def _form(method: str) -> str:

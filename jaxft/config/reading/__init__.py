@@ -12,9 +12,10 @@ from jaxft.config.fields import build, check_fields
 from jaxft.config.peer_names import refuse_peer_config
 from jaxft.config.reading.locating import locate, shipped_names
 from jaxft.config.reading.overrides import default_values, merge, parse_assignment, set_value
-from jaxft.config.reading.python_file import ConfigDict, default_config, mixture_set, read_python, smoke_values
+from jaxft.config.reading.python_file import ConfigDict, default_config, mixture_set, read_python
 from jaxft.config.reading.text_files import read_json, read_yaml
 from jaxft.config.run import RunConfig
+from jaxft.config.smoke import smoke_values
 
 __all__ = [
     "ConfigDict", "default_config", "from_json", "load", "mixture_set", "read_values", "resolve", "shipped_names",

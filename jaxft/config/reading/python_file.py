@@ -62,18 +62,6 @@ def read_python(path: str, arg: str | None) -> dict[str, Any]:
         raise _error_of_file(path, error) from error
 
 
-def smoke_values(values: Mapping[str, Any], arg: str) -> dict[str, Any]:
-    """The values of a config that is no Python file, changed by the argument that every shipped config understands."""
-    from jaxft.config.smoke import with_arg
-
-    config = default_config()
-    with config.unlocked():
-        config.update({**values, "data": {**values["data"], "mixture": {}}})
-        for name, fields in values["data"]["mixture"].items():
-            config.data.mixture[name] = mixture_set(**fields)
-    return _nested(with_arg(config, arg), "the config")
-
-
 def _source(path: str) -> str:
     try:
         with open(path, encoding="utf-8") as file:
