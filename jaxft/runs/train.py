@@ -34,7 +34,8 @@ from jaxft.runs.fitting import Fitted, fit_run
 from jaxft.runs.folder import check_shared, dated, open_run
 from jaxft.runs.going_on import describe as describe_start
 from jaxft.runs.going_on import going_on
-from jaxft.runs.identity.contents import check_processes, reads_of
+from jaxft.runs.identity.agreement import check_contents, check_settings
+from jaxft.runs.identity.contents import reads_of
 from jaxft.runs.report import write_report
 from jaxft.runs.scores import answer, check_scores, samples, score_summary, scores_key
 from jaxft.runs.tracking import trackers_of
@@ -117,6 +118,7 @@ def _base(loaded: LoadedModel) -> Decoder:
 
 def set_up(config: RunConfig) -> Run:
     """Sets a run up and checks everything that needs no weights: settings, data, devices, steps, the run folder."""
+    check_settings(config)
     config = going_on(config)
     method = method_of(config)
     on_primary(lambda: require(config.train.trackers))
@@ -134,7 +136,7 @@ def set_up(config: RunConfig) -> Run:
     unit = config.train.accumulation_steps * mesh.batch_shards
     warnings = [*warnings_of(course, config, data, unit), *check_scores(config, data, tokenizer, model)]
     reads = reads_of(config, tokenizer, data)
-    check_processes(reads)
+    check_contents(reads, tokenizer)
     notes = on_primary(
         lambda: open_run(
             config,

@@ -162,17 +162,6 @@ def test_a_run_from_before_contents_were_recorded_is_compared_by_spelling(start,
     assert start(**{"data.train": str(tmp_path / "copy.jsonl")}) == ()
 
 
-def test_processes_that_read_other_rows_are_refused(monkeypatch):
-    reads = {"data.train": {"path": "rows.jsonl", "digest": "a"}, "tokenizer": {"path": "m", "digest": "t"}}
-    monkeypatch.setattr(identity, "gather", lambda value: [value, {**value, "data.train": "b"}])
-    with pytest.raises(
-        ConfigError, match=r"process 1 of .* than process 0 in data\.train \(rows\.jsonl\)\. Give every"
-    ):
-        identity.check_processes(reads)
-    monkeypatch.setattr(identity, "gather", lambda value: [value, dict(value)])
-    identity.check_processes(reads)
-
-
 def test_rows_have_the_same_digest_as_columns_and_one_by_one():
     random = np.random.default_rng(0)
     examples = [

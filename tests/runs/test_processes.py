@@ -359,6 +359,27 @@ def test_a_process_that_fails_tells_the_others_why(victim: int, tmp_path: Path, 
 
 
 @pytest.mark.slow
+def test_processes_with_other_settings_are_refused_by_all(tmp_path: Path, cache: Path) -> None:
+    """Before the first step, in whichever process they differ; also where a sound run would be resumed."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join((ASSETS / "quickstart" / "train.jsonl").read_text().splitlines(keepends=True)[::-1]))
+    own = {
+        0: ["--config.train.steps=20", f"--config.data.train={rows}"],
+        1: ["--config.optim.learning_rate=0.5", "--config.seed=7", "--config.checkpoint.every=7"],
+    }
+    with Group(tmp_path / "run", cache, 2, 2, own=own, **LONG) as group:
+        assert group.codes() == [ExitCode.REFUSED] * 2
+    for index in range(2):
+        assert "\n  train.steps: 20 in process 0, 40 in process 1\n" in group.said(index)
+        assert "\n  optim.learning_rate: " in group.said(index) and "\n  seed: 0 in process 0, 7" in group.said(index)
+        assert "checkpoint.every: None in process 0, 7 in process 1" in group.said(index)
+    with Group(tmp_path / "run", cache, 2, 2, own={0: own[0][1:]}, **LONG) as group:
+        assert group.codes() == [ExitCode.REFUSED] * 2
+    assert all("\n  data.train: " in group.said(index) for index in range(2))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
 def test_what_all_refuse_is_refused_by_all(tmp_path: Path, cache: Path) -> None:
     with Group(tmp_path / "run", cache, 2, 2, **{"train.batch_size": 6}) as group:
         assert group.codes() == [ExitCode.REFUSED] * 2

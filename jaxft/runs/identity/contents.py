@@ -9,22 +9,18 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-
 from jaxft.checkpoint.load import resolve, resolve_base
 from jaxft.config import RunConfig
 from jaxft.data import Prepared, Tokenizer
 from jaxft.data.batch import Example
 from jaxft.data.encoded.table import ExampleTable, end_to_end
 from jaxft.data.prompts import Prompt
-from jaxft.errors import ConfigError
 from jaxft.files.digest import content_digest
 from jaxft.files.paths import is_file
 from jaxft.files.weights_digest import PEFT_CONFIG, weights_digest
 from jaxft.methods import method_of
 from jaxft.rollouts.environments.named import named_environment
 from jaxft.rollouts.reward_functions.named import Named, named_functions
-from jaxft.sharding.processes import gather
 
 HELD_OUT = "data.eval"
 TOKENIZER = "tokenizer"
@@ -67,20 +63,6 @@ def base_read(config: RunConfig) -> dict[str, Any]:
     model = config.model
     digest = _model_digest(model.path, model.revision, drawn=model.random_init, base=model.base)
     return {"path": model.path, "digest": digest}
-
-
-def check_processes(reads: Reads) -> None:
-    """Raises ConfigError if processes of a run read different contents, as if a disk of one host had another file."""
-    digests = {key: str(one["digest"]) for key, one in reads.items()}
-    every = gather(digests)
-    for number, other in enumerate(every):
-        wrong = [key for key in {**every[0], **other} if every[0].get(key) != other.get(key)]
-        if wrong:
-            paths = ", ".join(f"{key} ({reads.get(key, {}).get('path')})" for key in wrong)
-            raise ConfigError(
-                f"process {number} of {jax.process_count()} reads other contents than process 0 in {paths}. Give every "
-                "host the same files, under the same paths or on storage that all of them mount."
-            )
 
 
 def other_reads(before: Mapping[str, Mapping[str, Any]], now: Reads) -> list[str]:

@@ -37,6 +37,7 @@ from jaxft.runs.build import abstract_model, build_model, make_mesh, make_tx, st
 from jaxft.runs.export import FORMATS, write
 from jaxft.runs.folder import dated, open_run, refuse_other_base
 from jaxft.runs.going_on import going_on
+from jaxft.runs.identity.agreement import check_contents, check_settings
 from jaxft.runs.identity.contents import reads_of
 from jaxft.runs.rewards import GivenRows
 from jaxft.runs.session.losses import SLOPES, check_session, linear_loss, loss_of
@@ -51,7 +52,7 @@ from jaxft.runs.session.rows import (
     with_numbers,
 )
 from jaxft.sharding.arrays import from_rows, to_host
-from jaxft.sharding.processes import on_primary
+from jaxft.sharding.processes import is_multi_process, on_primary
 from jaxft.training.state import TrainState, saved_part, with_saved
 from jaxft.training.step import make_gradients, make_update
 
@@ -73,9 +74,13 @@ class Session:
     """
 
     def __init__(self, model: RunConfig | str, overrides: Mapping[str, Any] | None = None) -> None:
-        config = going_on(_config(model, overrides or {}))
+        config = _config(model, overrides or {})
+        check_settings(config)
+        config = going_on(config)
         check_session(config)
         config, self.tokenizer = dated(config, tokenizer_of(config))
+        if is_multi_process():
+            check_contents(reads_of(config, self.tokenizer), self.tokenizer)
         self.config = config
         self._model = abstract_model(config)
         self.mesh = make_mesh(config, self._model, jax.devices())
