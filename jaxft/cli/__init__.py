@@ -1,6 +1,5 @@
 """The command line: parses one verb and calls one function."""
 
-import json
 import logging
 import os
 import sys
@@ -10,6 +9,7 @@ from jaxft.cli import settings
 from jaxft.cli.errors import explained
 from jaxft.cli.parser import make_parser
 from jaxft.errors import ExitCode, JaxftError, Preempted
+from jaxft.terminal import text as terminal
 
 QUIET = {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
@@ -21,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> ExitCode:
         os.environ.setdefault(name, value)
     # It misses kernels that the checks of exports do not need.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    terminal.protect_logs()
     parser = make_parser()
     arguments, rest = parser.parse_known_args(settings.underscored(sys.argv[1:] if argv is None else argv))
     try:
@@ -30,5 +31,5 @@ def main(argv: Sequence[str] | None = None) -> ExitCode:
     except (JaxftError, Preempted, KeyboardInterrupt, OSError) as error:
         return explained(arguments.verb, error)
     if arguments.json and result is not None:
-        print(json.dumps(result, indent=2, ensure_ascii=False))
+        print(terminal.safe_json(result))
     return ExitCode.DONE

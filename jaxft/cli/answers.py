@@ -15,6 +15,7 @@ from jaxft.files.run_folder import is_run_folder
 from jaxft.files.targets import check_new_file
 from jaxft.generation.settings import Sampling
 from jaxft.home import local_path
+from jaxft.terminal import text as terminal
 
 BASE = "of a PEFT folder: where its base is, in place of the path that it names"
 # How rows that are scored are read: fields of `data` in a config.
@@ -54,11 +55,12 @@ def generate(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
         return _best_of(arguments, model, tokenizer, prompts)
     # Someone who watches sees the text while it comes.
     watched = len(prompts) == 1 and not arguments.json and sys.stdout.isatty()
-    show, show_thoughts = _writers() if watched else (None, None)
+    shown = _shown(arguments)
+    show, show_thoughts = _writers(shown) if watched else (None, None)
     results = api.generate(model, tokenizer, prompts, **_sampling(arguments), on_text=show, on_thoughts=show_thoughts)
     answers = typing.cast(list[Answer], results)
     if not arguments.json:
-        print("" if watched else "\n---\n".join(answers))
+        print("" if watched else shown("\n---\n".join(answers)))
     for number, one in enumerate(answers, 1):
         if one.reasoning_content and not one:
             print(
@@ -69,7 +71,12 @@ def generate(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     return {"answers": answers} | ({"reasoning_content": thoughts} if any(thoughts) else {})
 
 
-def _writers() -> tuple[Callable[[int, str], None], Callable[[int, str], None]]:
+def _shown(arguments: argparse.Namespace) -> Callable[[str], str]:
+    """What is printed of a model's text: as it is into a file or a pipe or with --raw, else escaped for a terminal."""
+    return str if arguments.raw or not sys.stdout.isatty() else terminal.safe_text
+
+
+def _writers(shown: Callable[[str], str]) -> tuple[Callable[[int, str], None], Callable[[int, str], None]]:
     """What writes an answer to standard output, and its thoughts above it to standard error, piece by piece."""
     parts: list[bool] = []  # whether each piece was of the answer
 
@@ -77,11 +84,11 @@ def _writers() -> tuple[Callable[[int, str], None], Callable[[int, str], None]]:
         if parts and not parts[-1]:
             print("\n", file=sys.stderr)
         parts.append(True)
-        print(piece, end="", flush=True)
+        print(shown(piece), end="", flush=True)
 
     def show_thoughts(row: int, piece: str) -> None:
         parts.append(False)
-        print(piece, end="", flush=True, file=sys.stderr)
+        print(shown(piece), end="", flush=True, file=sys.stderr)
 
     return show, show_thoughts
 
@@ -105,7 +112,7 @@ def _best_of(arguments: argparse.Namespace, model: Any, tokenizer: Any, prompts:
     )
     best = results if isinstance(results, list) else [results]
     if not arguments.json:
-        print("\n---\n".join(one.text for one in best))
+        print(_shown(arguments)("\n---\n".join(one.text for one in best)))
     return {
         "answers": [one.text for one in best],
         "scores": [one.score for one in best],
@@ -143,7 +150,7 @@ def score(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
         text = "  ".join(
             f"{key} {value:.4f}" if isinstance(value, float) else f"{key} {value}" for key, value in summary.items()
         )
-        print(text, file=sys.stderr)
+        terminal.write(text, error=True)
     return summary | ({} if arguments.to is not None else {"scores": scored})
 
 
@@ -168,11 +175,11 @@ def sample(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
         reward_model=reward_model or None,
         reward_tokenizer=api.load_tokenizer(arguments.reward_model) if reward_model else None,
         overwrite=arguments.overwrite,
-        print_line=lambda line: print(line, file=sys.stderr),
+        print_line=lambda line: terminal.write(line, error=True),
     )
     if not arguments.json:
         for name, value in summary.items():
-            print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
+            terminal.write(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
     return summary
 
 
@@ -235,7 +242,8 @@ def chat(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     model = api.load_model(arguments.model, **_loading(arguments))
     say_notes(model.left_out, model.notes, sys.stderr)
     session = chats.Chat(model=model.module, tokenizer=tokenizer, sampling=sampling, system=arguments.system)
-    chats.converse(session, *chats.terminal(sys.stderr if arguments.json else sys.stdout))
+    out = sys.stderr if arguments.json else sys.stdout
+    chats.converse(session, *chats.terminal(out, raw=arguments.raw or not out.isatty()))
     return {"messages": session.messages}
 
 
@@ -279,7 +287,12 @@ def values_option(option: Callable[..., Any]) -> None:
 def say_notes(left_out: str | None, notes: Sequence[str], stream: TextIO) -> None:
     """Says what of a model's files was not loaded, or read otherwise than they say, if anything."""
     for line in (*([] if left_out is None else [left_out]), *notes):
-        print(line, file=stream)
+        print(terminal.safe_message(line), file=stream)
+
+
+def raw_option(option: Callable[..., Any]) -> None:
+    """Whether a model's text reaches a terminal as it is."""
+    option("--raw", action="store_true", help="print control characters of answers as they are on a terminal too")
 
 
 def sampling_options(option: Callable[..., Any], *, max_new_tokens: int) -> None:

@@ -5,6 +5,7 @@ import sys
 import traceback
 
 from jaxft.errors import ExitCode, JaxftError, Preempted
+from jaxft.terminal import text as terminal
 
 
 def explained(verb: str, error: BaseException) -> ExitCode:
@@ -18,9 +19,9 @@ def explained(verb: str, error: BaseException) -> ExitCode:
         text = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
         if isinstance(error, OSError):
             text = ": ".join(str(part) for part in (error.filename, error.strerror) if part is not None)
-        print(f"jaxft {verb}: {text}", file=sys.stderr)
+        terminal.write(f"jaxft {verb}: {text}", error=True)
     else:
-        traceback.print_exception(error)
+        print(terminal.safe_text("".join(traceback.format_exception(error))), end="", file=sys.stderr)
     if refused:
         return ExitCode.REFUSED
     if isinstance(error, Preempted):

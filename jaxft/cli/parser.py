@@ -105,6 +105,7 @@ def _add_answers(verbs: Any) -> None:
     option("--best_of", type=int, metavar="N", help="draw N answers to each prompt; --reward_model chooses one")
     option("--reward_model", metavar="PATH", help="a reward model: a folder that `method.name=reward` wrote")
     answers.sampling_options(option, max_new_tokens=128)
+    answers.raw_option(option)
 
     option = _verb(verbs, "score", answers.score, "score answers, or pairs of them, with a reward model")
     option("--model", required=True, **MODEL)
@@ -122,6 +123,7 @@ def _add_answers(verbs: Any) -> None:
     option("--system", help="system message")
     answers.template_options(option)
     answers.sampling_options(option, max_new_tokens=512)
+    answers.raw_option(option)
 
 
 def _add_written(verbs: Any) -> None:

@@ -9,6 +9,7 @@ from jaxft.cli import settings
 from jaxft.cli.errors import explained
 from jaxft.config import RunConfig
 from jaxft.errors import ConfigError
+from jaxft.terminal import text as terminal
 
 
 def config_of(arguments: argparse.Namespace, overrides: Sequence[str]) -> RunConfig:
@@ -39,7 +40,7 @@ def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
 
     def say(text: str) -> None:
         # Past Python's buffers, whose locks another thread may hold when this process is aborted.
-        os.write(2, f"jaxft train: {text}\n".encode())
+        os.write(2, f"jaxft train: {terminal.safe_message(text)}\n".encode())
 
     console = console_of(arguments)
     with end_on_peer_error(say, lambda error: explained(arguments.verb, error)):
@@ -95,7 +96,7 @@ def plan(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
 
 def console_of(arguments: argparse.Namespace) -> Any:
     """The terminal of a command's tables and progress."""
-    from rich.console import Console
+    from jaxft.terminal.console import SafeConsole
 
     # With --json, standard output carries the JSON alone.
-    return Console(stderr=arguments.json)
+    return SafeConsole(stderr=arguments.json)

@@ -10,6 +10,7 @@ from jaxft.cli import answers, pushing
 from jaxft.cli.training import console_of
 from jaxft.config import RunConfig
 from jaxft.errors import ConfigError
+from jaxft.terminal import text as terminal
 
 # What merging into a quantised base, or into what it was made of, changes.
 MERGED = {
@@ -43,7 +44,7 @@ def evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     result = api.evaluate(load_trained(model_path, base=base), tokenizer, config)
     if not arguments.json:
         for name, value in result.items():
-            print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
+            terminal.write(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
     return result
 
 
@@ -90,14 +91,14 @@ def export(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     if not arguments.json:
         what = written["compared"]
         checks = ", ".join(f"{reader} ({what} within {value:.1e})" for reader, value in written["checks"].items())
-        print(f"{written['folder']}: read back by {checks}")
+        terminal.write(f"{written['folder']}: read back by {checks}")
         answers.say_notes(written.get("left_out"), written.get("notes", []), sys.stdout)
         for name, how in MERGED.items():
             if name in written:
                 change = written[name]
-                print(f"{how}: {what} within {change['max']:.1e}, {change['mean']:.1e} on average")
+                terminal.write(f"{how}: {what} within {change['max']:.1e}, {change['mean']:.1e} on average")
         if "pushed" in written:
-            print(f"pushed to {written['pushed']}")
+            terminal.write(f"pushed to {written['pushed']}")
     return written
 
 
@@ -119,6 +120,7 @@ def convert(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     )
     if not arguments.json:
         checks = "".join(f"\n  {name}: {figure}" for name, figure in done.get("checks", {}).items())
-        print(f"{done['to']}: {done['form']}, {done['dtype']}, {done['bytes'] / 1e9:.2f} GB in {done['seconds']:.0f} s")
-        print(f"compared with the source:{checks}" if checks else "")
+        size = f"{done['bytes'] / 1e9:.2f} GB in {done['seconds']:.0f} s"
+        terminal.write(f"{done['to']}: {done['form']}, {done['dtype']}, {size}")
+        terminal.write(f"compared with the source:{checks}" if checks else "")
     return done

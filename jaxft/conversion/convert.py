@@ -33,6 +33,7 @@ from jaxft.errors import ConfigError, ExportError, JaxftError
 from jaxft.files.atomic import publish, unfinished_folder
 from jaxft.files.paths import is_file, is_remote, open_folder
 from jaxft.home import local_path
+from jaxft.terminal.console import SafeConsole, say
 from jaxft.trees import flatten
 
 STATE = "convert.json"  # in an unfinished folder: source and settings of the conversion
@@ -89,14 +90,14 @@ def convert(
     Raises ConfigError for options that do not fit, CheckpointError or ModelError for a source that is damaged or not
     implemented, ExportError if the target is in the way, the disk is too small or the result differs.
     """
-    console = console or Console()
+    console = console or SafeConsole()
     form = form or ("gguf" if to.endswith(".gguf") else "hf")
     source, to = local_path(source), local_path(to)
     _check_request(form, dtype, to)
     start = time.monotonic()
     origin = _open_origin(source, revision, base, allow_unknown, tokenizer=tokenizer, merge=form != "gguf-adapter")
     for line in (*([] if origin.left_out is None else [origin.left_out]), *origin.notes):
-        console.print(line, highlight=False, soft_wrap=True)
+        say(console, line)
     dtype = dtype or _own_dtype(origin, form)
     _check_space(Path(to), _written_bytes(origin, form, dtype))
     job = origin.fingerprint | {"form": form, "dtype": dtype, "max_shard_bytes": max_shard_bytes}

@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from jaxft.terminal.console import say
+from jaxft.terminal.text import safe_line
+
 LINES = 10  # printed in all, if the console is not a terminal
 QUIET_SECONDS = 5.0  # work that takes less prints no line
 
@@ -17,9 +20,15 @@ def progress(console: Console, label: str, total_bytes: int) -> Iterator[Callabl
     if not console.is_terminal:
         yield _lines(console, label, total_bytes)
         return
-    columns = (TextColumn(label), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task(label, total=total_bytes)
+        task = bar.add_task(safe_line(label), total=total_bytes)
         yield lambda count: bar.advance(task, count)
 
 
@@ -33,6 +42,6 @@ def _lines(console: Console, label: str, total: int) -> Callable[[int], None]:
         if share > shown and seconds > QUIET_SECONDS:
             shown = share
             speed = f"{done / 1e9 / seconds:.2f} GB/s"
-            console.print(f"{label}: {done / 1e9:.1f} of {total / 1e9:.1f} GB, {speed}", highlight=False)
+            say(console, f"{label}: {done / 1e9:.1f} of {total / 1e9:.1f} GB, {speed}")
 
     return advance

@@ -10,6 +10,7 @@ from jaxft.data.examine import Examination
 from jaxft.data.examine_pairs import describe_pairs
 from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.nn import virtual
+from jaxft.terminal.text import safe_line, safe_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,10 +24,11 @@ def render_rows(
 
     If the output is not a terminal, trained text is in [[double brackets]] instead.
     """
-    from rich.console import Console
     from rich.text import Text
 
-    console = console or Console()
+    from jaxft.terminal.console import SafeConsole
+
+    console = console or SafeConsole()
     colored = console.is_terminal and console.color_system is not None
     for number, example in enumerate(examples[:limit]):
         trained = int(example.mask.sum())
@@ -35,7 +37,9 @@ def render_rows(
         text = Text(f"row {example.row}: {len(example)} tokens{virtual_tokens}, {trained} trained\n", style="bold")
         for name, document in zip(example.names, example.documents, strict=True):
             if name:
-                text.append(f"{name}: {len(document)} tokens, {int(document.mask.sum())} trained\n", style="not bold")
+                text.append(
+                    f"{safe_line(name)}: {len(document)} tokens, {int(document.mask.sum())} trained\n", style="not bold"
+                )
             _append_marked(text, document, tokenizer, colored=colored)
             if name != example.names[-1]:
                 text.append("\n")
@@ -50,7 +54,7 @@ def _append_marked(text: "Text", document: Example, tokenizer: Tokenizer, *, col
     shown = document.tokens[first:], document.mask[first:]
     edges = np.flatnonzero(np.diff(shown[1])) + 1
     for tokens, mask in zip(*(np.split(part, edges) for part in shown), strict=True):
-        piece = tokenizer.decode(tokens, skip_special_tokens=False)
+        piece = safe_text(tokenizer.decode(tokens, skip_special_tokens=False))
         if colored:
             text.append(piece, style="bold green" if mask[0] else "dim")
         else:
@@ -59,35 +63,35 @@ def _append_marked(text: "Text", document: Example, tokenizer: Tokenizer, *, col
 
 def print_examination(examination: Examination, *, console: "Console | None" = None, name: str | None = None) -> None:
     """Prints the counts, the length histogram as bars, and the warnings. name: printed before the source."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = console or Console()
+    from jaxft.terminal.console import SafeConsole, say
+
+    console = console or SafeConsole()
     splits_rows = examination.examples + examination.dropped != examination.rows
     windows = f", {examination.windowed:,} cut into {examination.windows:,} windows" if examination.windowed else ""
     share = examination.trained_tokens / examination.tokens
     formats = ", ".join(f"{name} {count:,}" for name, count in examination.formats.items())
     holds = ", ".join(f"{name} {count:,}" for name, count in examination.holds.items() if count)
-    console.print(Text(f"{name}: {examination.source}" if name else examination.source, style="bold"), soft_wrap=True)
-    console.print(
+    say(console, f"{name}: {examination.source}" if name else examination.source, style="bold")
+    say(
+        console,
         f"{examination.rows:,} rows ({formats or 'unknown format'}), "
         + (f"{examination.examples:,} examples, " if splits_rows else "")
         + f"{examination.tokens:,} tokens, {examination.trained_tokens:,} trained ({share:.0%})\n"
         + (f"rows with {holds}\n" if holds else "")
         + f"{examination.sequences:,} sequences of {examination.max_length:,}, {examination.fill:.0%} full; "
         f"{examination.truncated:,} examples cut, {examination.dropped:,} dropped{windows}",
-        highlight=False,
-        soft_wrap=True,
     )
     if examination.unread:
         columns = "".join(f"\n  {column}: {column.treatment}" for column in examination.unread)
-        console.print(Text(f"columns that nothing reads:{columns}"), soft_wrap=True)
+        say(console, f"columns that nothing reads:{columns}")
     if examination.bad_rows:
         shown = "".join(f"\n  {message}" for message in examination.bad_rows)
-        console.print(Text(f"rows that are left out, {examination.skipped:,} in all:{shown}"), soft_wrap=True)
+        say(console, f"rows that are left out, {examination.skipped:,} in all:{shown}")
     if examination.pairs is not None:
-        console.print(Text(describe_pairs(examination.pairs)), soft_wrap=True)
+        say(console, describe_pairs(examination.pairs))
     table = Table("tokens", "examples", "", box=None, pad_edge=False)
     most = max(count for _, _, count in examination.histogram)
     for low, high, count in examination.histogram:
@@ -96,4 +100,4 @@ def print_examination(examination: Examination, *, console: "Console | None" = N
         table.add_row(f"{low:,}-{high:,}", f"{count:,}", Text(bar, style=over))
     console.print(table)
     for warning in examination.warnings:
-        console.print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
+        say(console, f"warning: {warning}", style="yellow")

@@ -14,6 +14,7 @@ from jaxft.generation.conversation_cache import ConversationCache
 from jaxft.generation.settings import Generated, Sampling
 from jaxft.generation.text import encode_prompt, generate_text
 from jaxft.nn.decoder import Decoder
+from jaxft.terminal.text import safe_text
 
 PROMPT = "> "
 THOUGHTS, ANSWER = "(thoughts)", "(answer)"  # what is written above each, if a model thinks
@@ -184,13 +185,16 @@ def _command(chat: Chat, line: str, write: Write) -> None:
         write(f"(new conversation, {'with this' if text else 'without'} system message)\n")
 
 
-def terminal(out: TextIO) -> tuple[Read, Write]:
-    """read and write for a conversation on standard input and `out`, with line editing if readline is installed."""
+def terminal(out: TextIO, *, raw: bool = False) -> tuple[Read, Write]:
+    """read and write for a conversation on standard input and `out`, with line editing if readline is installed.
+
+    raw: characters that a terminal obeys are written as they are, not as escapes.
+    """
     with contextlib.suppress(ImportError):  # not on Windows
         import readline  # noqa: F401  importing it gives input() its keys
 
     def write(text: str) -> None:
-        out.write(text)
+        out.write(text if raw else safe_text(text))
         out.flush()
 
     def read(prompt: str) -> str:

@@ -4,6 +4,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from jaxft.terminal.console import say
 
 GIB = 2**30
 
@@ -13,12 +16,11 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
     mesh = _axes(plan["mesh"])
     chips = f"{plan['chips']} chip{'s' * (plan['chips'] > 1)}"
     slices = f"{plan['slices']} x " if plan["slices"] > 1 else ""
-    console.print(
+    say(
+        console,
         f"{plan['parameters']:,} parameters, {plan['adapter_parameters']:,} in adapters; "
         f"{plan['batch_size']} sequences of {plan['max_length']} a step\n"
         f"{slices}{plan['topology']}, {chips}, {mesh}; {_how(plan)}",
-        highlight=False,
-        soft_wrap=True,
     )
     _memory(plan, console)
     if plan["rollout"] is not None:
@@ -27,32 +29,34 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
     if plan["rollout"] is not None:
         _rollout_time(plan, plan["rollout"], console)
     if plan.get("changes"):
-        console.print("\nchanges that would make it fit (by arithmetic from this plan, not compiled):", highlight=False)
+        console.print()
+        say(console, "changes that would make it fit (by arithmetic from this plan, not compiled):")
         for change in plan["changes"]:
             needs = f"about {_gib(change['hbm_peak_bytes'])}, {change['step_seconds']:.2f} s a step"
-            console.print(f"  {change['what']}: {needs}", highlight=False)
-            console.print(f"    {change['paste']}", highlight=False, soft_wrap=True)
-    console.print("\nnot known:", highlight=False)
+            say(console, f"  {change['what']}: {needs}")
+            say(console, f"    {change['paste']}")
+    console.print()
+    say(console, "not known:")
     for line in plan["unknown"]:
-        console.print(f"  {line}", highlight=False, soft_wrap=True)
+        say(console, f"  {line}")
 
 
 def print_search(result: dict[str, Any], console: Console) -> None:
     """Prints the result of `jaxft.plan(..., search=True)`."""
-    console.print(f"{result['tried']:,} candidates estimated by arithmetic, {result['fitting']:,} fit", highlight=False)
+    say(console, f"{result['tried']:,} candidates estimated by arithmetic, {result['fitting']:,} fit")
     for name in ("cheapest", "fastest"):
         plan = result[name]
-        console.print(f"\n[bold]{name}[/bold]")
+        console.print()
+        say(console, name, style="bold")
         if plan is None:
-            console.print("  no candidate that was compiled fits; --compiles=N compiles more", highlight=False)
+            say(console, "  no candidate that was compiled fits; --compiles=N compiles more")
             continue
-        console.print(f"  --topology={plan['topology']} {plan['overrides']}", highlight=False, soft_wrap=True)
-        console.print(
+        say(console, f"  --topology={plan['topology']} {plan['overrides']}")
+        say(
+            console,
             f"  {_gib(plan['hbm_peak_bytes'])} of {_gib(plan['hbm_limit_bytes'])}; {plan['step_seconds']:.2f} s, "
             f"{plan['tokens_per_second_per_chip']:,.0f} tokens a second and chip, MFU {plan['mfu']:.1%}; "
             f"{plan['steps']:,} steps: {plan['hours']:.2f} hours, USD {plan['usd']:,.2f} ({_how(plan)})",
-            highlight=False,
-            soft_wrap=True,
         )
 
 
@@ -99,8 +103,14 @@ def _add_sizes(table: Table, rows: list[tuple[str, int]], peak: int, limit: int,
     largest = max(size for _, size in rows)
     for name, size in rows:
         table.add_row(name, _gib(size) + ("  <- most" if size == largest else "        "))
-    verdict = {True: ", [green]fits[/green]", False: ", [red]does not fit[/red]", None: ""}[fits]
-    table.add_row("[bold]peak[/bold]", f"[bold]{_gib(peak)}[/bold] of {_gib(limit)} ({peak / limit:.0%}){verdict}")
+    sum_text = Text.assemble((_gib(peak), "bold"), f" of {_gib(limit)} ({peak / limit:.0%})")
+    if fits is not None:
+        sum_text.append(", ").append_text(_verdict(fits))
+    table.add_row(Text("peak", style="bold"), sum_text)
+
+
+def _verdict(fits: bool) -> Text:
+    return Text("fits", style="green") if fits else Text("does not fit", style="red")
 
 
 def _rollout_memory(plan: dict[str, Any], rollout: dict[str, Any], console: Console) -> None:
@@ -116,10 +126,8 @@ def _rollout_memory(plan: dict[str, Any], rollout: dict[str, Any], console: Cons
     console.print(table, highlight=False)
     most = rollout["slots_that_fit"]
     slots = f"up to {most:,} slots would fit" if most else "not even one slot for each part of the rows would fit"
-    verdict = "[green]fits[/green]" if plan["fits"] else "[red]does not fit[/red]"
-    console.print(
-        f"  the larger peak {verdict}; {slots} (by arithmetic from this plan)", highlight=False, soft_wrap=True
-    )
+    text = Text.assemble("  the larger peak ", _verdict(plan["fits"]), f"; {slots} (by arithmetic from this plan)")
+    console.print(text, soft_wrap=True)
 
 
 def _rollout_time(plan: dict[str, Any], rollout: dict[str, Any], console: Console) -> None:

@@ -11,6 +11,7 @@ from jaxft.data import Prepared
 from jaxft.data.batch_source import BatchSource
 from jaxft.data.mixture import Mixture, Share
 from jaxft.runs.course import Course
+from jaxft.terminal.console import cell, say
 
 
 def data_summary(data: Prepared, source: BatchSource, course: Course, warnings: Sequence[str] = ()) -> dict[str, Any]:
@@ -62,13 +63,14 @@ def print_mixture(source: BatchSource, console: Console) -> None:
             weight = f"{weights.get(share.name, 0.0) / total:.1%}" if total else ""
             steps = f"{start + 1:,}-{end:,}" if weights else "all"
             table.add_row(
-                steps, share.name, weight, f"{share.rows:,}", f"{share.sequences:,}",
+                steps, cell(share.name), weight, f"{share.rows:,}", f"{share.sequences:,}",
                 f"{share.epochs:.2f}", f"{share.token_share:.1%}", f"{share.trained_share:.1%}",
             )  # fmt: skip
-    console.print("\nwhat training takes of each set (weights are shares of tokens):", highlight=False)
+    console.print()
+    say(console, "what training takes of each set (weights are shares of tokens):")
     console.print(table)
     for warning in _unused_sets(source.shares(0, source.total_steps)):
-        console.print(f"warning: {warning}", style="yellow", highlight=False)
+        say(console, f"warning: {warning}", style="yellow")
 
 
 def _unused_sets(shares: list[Share]) -> list[str]:

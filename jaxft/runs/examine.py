@@ -13,6 +13,7 @@ from jaxft.runs.data_summary import data_summary, print_mixture
 from jaxft.runs.folder import dated
 from jaxft.runs.going_on import going_on
 from jaxft.runs.scores import check_scores
+from jaxft.terminal.console import say
 
 
 def examine(config: RunConfig, console: Console, *, rows: int = 2) -> dict[str, Any]:
@@ -26,10 +27,9 @@ def examine(config: RunConfig, console: Console, *, rows: int = 2) -> dict[str, 
     data = method.prepare(config, tokenizer)
     source = method.source(config, data, tokenizer)
     if tokenizer.template_date is not None:
-        console.print(
+        say(
+            console,
             f"the chat template shows the current date, which stays {tokenizer.template_date} (data.template_date)",
-            highlight=False,
-            soft_wrap=True,
         )
     for one in data.sets:
         print_examination(one.examination, console=console, name=one.name if config.data.mixture else None)
@@ -40,11 +40,12 @@ def examine(config: RunConfig, console: Console, *, rows: int = 2) -> dict[str, 
     warnings = [*warnings_of(course, config, data, unit), *check_scores(config, data, tokenizer)]
     if data.eval_examination is not None:
         print_examination(data.eval_examination, console=console, name="held out")
-    console.print(course.sentence(), highlight=False, soft_wrap=True)
+    say(console, course.sentence())
     for warning in warnings:
-        console.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
+        say(console, f"warning: {warning}", style="yellow")
     for one in data.sets:
         if config.data.mixture and rows:
-            console.print(f"\n{one.name}:", style="bold", highlight=False)
+            console.print()
+            say(console, f"{one.name}:", style="bold")
         render_rows(one.examples, tokenizer, limit=rows, console=console)
     return data_summary(data, source, course, warnings)

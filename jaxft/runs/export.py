@@ -34,6 +34,7 @@ from jaxft.runs.identity.contents import base_read
 from jaxft.runs.identity.record import begin_export, end_export, record_of
 from jaxft.sharding.mesh import MeshPlan
 from jaxft.sharding.processes import on_primary
+from jaxft.terminal.console import say
 from jaxft.training.state import divide
 
 FORMATS = ("adapter", "merged")
@@ -188,7 +189,7 @@ def export_run(
         out[f"{name}_checks"] = {c.reader: c.difference for c in checks}
         out[f"{name}_mean"] = {c.reader: c.mean for c in checks}
         read_back = _check_text(checks, _compared(loaded))
-        console.print(f"{target}: read back by {read_back}", highlight=False, soft_wrap=True)
+        say(console, f"{target}: read back by {read_back}")
     return out
 
 

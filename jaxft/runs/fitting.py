@@ -29,6 +29,7 @@ from jaxft.runs.identity.record import record_of, write_record
 from jaxft.runs.report import write_report
 from jaxft.sharding import distributed
 from jaxft.sharding.processes import is_primary, on_primary
+from jaxft.terminal.console import say
 from jaxft.training.early_stopping import EarlyStopping
 from jaxft.training.likelihoods import FallingLikelihoods
 from jaxft.training.log import NoLog, RunLog
@@ -126,7 +127,7 @@ def _checkpoints(run: Run, ranked_after: int) -> RunCheckpoints:
 
 
 def _initialize_by_data(run: Run, loaded: LoadedModel, console: Console) -> None:
-    console.print("directions in which the layers' inputs vary ...", highlight=False)
+    say(console, "directions in which the layers' inputs vary ...")
     key = jax.random.key(run.config.seed)
     kind = run.config.adapter.init_lora_weights
     eva.initialize_eva(loaded.module, kind, partial(device_batch, run), run.mesh, key)

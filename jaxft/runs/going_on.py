@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from flax import nnx
-from rich.console import Console
 
 from jaxft import models
 from jaxft.adapters.attach import adapters
@@ -19,6 +18,7 @@ from jaxft.errors import ConfigError
 from jaxft.methods import method_of
 from jaxft.nn.decoder import Decoder
 from jaxft.sharding.processes import on_primary
+from jaxft.terminal.console import SafeConsole
 
 KINDS = {"LORA": "lora", "VERA": "vera", "IA3": "ia3", "PROMPT_TUNING": "prompt", "PREFIX_TUNING": "prefix"}
 # Fields of `adapter` by those of adapter_config.json. Dropout is a setting of the run that trains.
@@ -83,7 +83,7 @@ def merged_base(config: RunConfig, folder: Path) -> str:
                 revision=model.revision,
                 base=model.base,
                 allow_unknown=model.allowed,
-                console=Console(quiet=True),
+                console=SafeConsole(quiet=True),
             )
 
     on_primary(write)

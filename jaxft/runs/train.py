@@ -40,6 +40,7 @@ from jaxft.runs.report import write_report
 from jaxft.runs.scores import answer, check_scores, samples, score_summary, scores_key
 from jaxft.runs.tracking import trackers_of
 from jaxft.sharding.processes import is_primary, on_primary, primary_first
+from jaxft.terminal.console import SafeConsole, say
 from jaxft.training.state import divide
 from jaxft.training.trackers import require
 
@@ -51,8 +52,8 @@ def train(config: RunConfig, *, console: Console | None = None) -> dict[str, Any
     weight is loaded for a config or data that would train silently wrong, and errors.Preempted if SIGTERM stopped it
     after saving. With several processes, every one calls it with the same config; process 0 alone writes and prints.
     """
-    console = (console or Console()) if is_primary() else Console(quiet=True)
-    run = dataclasses.replace(set_up(config), print_line=partial(console.print, highlight=False))
+    console = (console or SafeConsole()) if is_primary() else SafeConsole(quiet=True)
+    run = dataclasses.replace(set_up(config), print_line=partial(say, console))
     config, method = run.config, method_of(config)
     with (
         method.rewards(config, run.data) as rewards,
@@ -67,22 +68,23 @@ def train(config: RunConfig, *, console: Console | None = None) -> dict[str, Any
 
 def _train(run: Run, console: Console) -> dict[str, Any]:
     config = run.config
-    console.print(describe(run), highlight=False, soft_wrap=True)
+    say(console, describe(run))
     print_mixture(run.source, console)
     for note in run.notes:
-        console.print(note, style="yellow", highlight=False, soft_wrap=True)
-    console.print("\ntwo training rows, their trained tokens marked:", highlight=False)
+        say(console, note, style="yellow")
+    console.print()
+    say(console, "two training rows, their trained tokens marked:")
     render_rows(run.data.train_examples, run.tokenizer, limit=2, console=console)
     loaded = build_model(config, run.mesh, random_base=run.folder / run_folder.BASE)
     for note in (*filter(None, [loaded.left_out]), *loaded.notes):
-        console.print(note, highlight=False, soft_wrap=True)
+        say(console, note)
     if config.model.allowed:
         names = ", ".join(config.model.allowed)
-        console.print(f"config.json of the model: ignored by model.allow_unknown: {names}", highlight=False)
+        say(console, f"config.json of the model: ignored by model.allow_unknown: {names}")
     scores = on_primary(lambda: run_folder.read_json(run.folder / run_folder.SCORES, {}))
     key = scores_key(run.data, config.eval)
     if config.eval.metric and scores.get("key") != key:
-        console.print(f"base model, {len(run.data.eval_prompts)} held-out rows, by generation ...", highlight=False)
+        say(console, f"base model, {len(run.data.eval_prompts)} held-out rows, by generation ...")
         base = answer(_base(loaded), run.tokenizer, run.data, config.eval, config.eval.metric)
         scores = {"key": key, "metric": config.eval.metric, "base": score_summary(base, run.data.eval_references)}
         scores["base_answers"] = list(base.texts)
@@ -90,7 +92,7 @@ def _train(run: Run, console: Console) -> dict[str, Any]:
     run = method_of(config).precompute(run, lambda: loaded.module)
     fitted = fit_run(run, loaded, console)
     if config.eval.metric:
-        console.print(f"tuned model, {len(run.data.eval_prompts)} held-out rows, by generation ...", highlight=False)
+        say(console, f"tuned model, {len(run.data.eval_prompts)} held-out rows, by generation ...")
         tuned = answer(loaded.module, run.tokenizer, run.data, config.eval, config.eval.metric)
         scores["tuned"] = score_summary(tuned, run.data.eval_references)
         scores["samples"] = samples(run.tokenizer, run.data, scores["base_answers"], tuned)

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from jaxft.errors import DataError, JaxftError
 from jaxft.files.atomic import write_text
 from jaxft.files.run_folder import METRICS, TENSORBOARD
+from jaxft.terminal.console import SafeConsole, say
 
 # Keys whose values come from a clock: two runs that are equal in every other key are the same run.
 TIMING_KEYS = (
@@ -62,7 +63,7 @@ class RunLog:
         self._board = _open_board(folder / TENSORBOARD, 0 if resume_step is None else resume_step + 1)
         self._remaining = _Remaining(total_steps, clock)
         if console is None or quiet:
-            console = Console(quiet=quiet)
+            console = SafeConsole(quiet=quiet)
         screen = _LiveScreen if console.is_interactive and not console.quiet else _PlainScreen
         self._screen = screen(console, total_steps, resume_step or 0)
         if self._board is None:
@@ -273,8 +274,7 @@ class _PlainScreen:
         self.print("  ".join([f"step {step}/{self._total_steps}", *parts]))
 
     def print(self, text: str) -> None:
-        # Neither wrapped, because a file has no width, nor read as markup.
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(self._console, text)
 
     def close(self) -> None:
         pass
@@ -298,7 +298,7 @@ class _LiveScreen:
         self._progress.update(self._task, completed=step, metrics_text="  ".join(parts))
 
     def print(self, text: str) -> None:
-        self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(self._progress.console, text)
 
     def close(self) -> None:
         self._progress.stop()
