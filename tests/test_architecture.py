@@ -62,8 +62,8 @@ FORBIDDEN = {"tensorflow", "tensorboard"}
 ORACLES = {"torch": {"checkpoint/verify.py"}, "peft": {"checkpoint/verify.py"}}
 # It hands every exception of a user's function to the process of the run, which raises it there.
 HANDS_ON_ERRORS = {"rollouts/reward_functions/worker.py", "data/encoded/worker.py"}
-# Whatever a tracker's library raises is printed, and no reason to end a run.
-REPORTS_ERRORS = {"training/trackers.py"}
+# Whatever the libraries of trackers, event files and charts raise is printed, and no reason to end a run.
+REPORTS_ERRORS = {"training/trackers.py", "training/tensorboard.py", "runs/report/keeping.py"}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from jaxft.cli import settings
 from jaxft.cli.errors import explained
 from jaxft.cli.parser import make_parser
+from jaxft.cli.streams import only_ascii, prepare_streams
 from jaxft.errors import ExitCode, JaxftError, Preempted
 from jaxft.terminal import text as terminal
 
@@ -16,6 +17,7 @@ QUIET = {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", "TRANSFORMERS_VERBOSITY": "er
 
 def main(argv: Sequence[str] | None = None) -> ExitCode:
     """Runs one command and returns its exit code. Raises errors that jaxft does not explain."""
+    prepare_streams()
     # transformers would say that torch is absent, which jaxft does not use. Other programs' settings come first.
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -31,5 +33,5 @@ def main(argv: Sequence[str] | None = None) -> ExitCode:
     except (JaxftError, Preempted, KeyboardInterrupt, OSError) as error:
         return explained(arguments.verb, error)
     if arguments.json and result is not None:
-        print(terminal.safe_json(result))
+        print(terminal.safe_json(result, only_ascii=only_ascii()))
     return ExitCode.DONE

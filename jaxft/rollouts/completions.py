@@ -5,13 +5,14 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxft.files.atomic import write_text
+from jaxft.files.lines import LineFile
 from jaxft.files.run_folder import COMPLETIONS
 from jaxft.rollouts.rollout import Rollout
 
@@ -19,14 +20,14 @@ from jaxft.rollouts.rollout import Rollout
 class CompletionsLog:
     """Appends rollouts to the file; those of the steps after `step` are removed first, since they are taken again.
 
-    folder: the run folder. name: of the file.
+    folder: the run folder. name: of the file. say: told of a disk that does not take the lines, which ends nothing.
     """
 
-    def __init__(self, folder: Path, step: int, name: str = COMPLETIONS) -> None:
-        self._path = folder / name
+    def __init__(self, folder: Path, step: int, name: str = COMPLETIONS, *, say: Callable[[str], None]) -> None:
         kept = [row for row in read_completions(folder, name) if row["step"] <= step]
         # Atomic, so that a kill in this moment loses nothing.
-        write_text(self._path, "".join(_line(row) for row in kept))
+        write_text(folder / name, "".join(_line(row) for row in kept))
+        self._file = LineFile(folder / name, say)
 
     def add(
         self,
@@ -41,21 +42,26 @@ class CompletionsLog:
         NaN for answers that were not scored.
         numbers: further numbers of the answers, such as their advantages.
         """
-        with open(self._path, "a", encoding="utf-8", newline="\n") as file:
-            for index, one in enumerate(rollouts):
-                row = {
-                    "step": step,
-                    "group": one.group,
-                    "row": one.prompt.row,
-                    "prompt": one.prompt.messages,
-                    "completion": one.text,
-                    "tokens": int(one.sampled.sum()),
-                    "finish_reason": one.finish_reason,
-                    **_conversation(one),
-                    "rewards": {name: _number(values[index]) for name, values in rewards.items()},
-                    **{name: _number(values[index]) for name, values in numbers.items()},
-                }
-                file.write(_line(row))
+        rows = (
+            {
+                "step": step,
+                "group": one.group,
+                "row": one.prompt.row,
+                "prompt": one.prompt.messages,
+                "completion": one.text,
+                "tokens": int(one.sampled.sum()),
+                "finish_reason": one.finish_reason,
+                **_conversation(one),
+                "rewards": {name: _number(values[index]) for name, values in rewards.items()},
+                **{name: _number(values[index]) for name, values in numbers.items()},
+            }
+            for index, one in enumerate(rollouts)
+        )
+        self._file.add([_line(row) for row in rows])
+
+    def flush(self) -> None:
+        """Tries to write lines that the disk has not taken."""
+        self._file.flush()
 
 
 def read_completions(folder: Path, name: str = COMPLETIONS) -> list[dict[str, Any]]:

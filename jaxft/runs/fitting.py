@@ -5,7 +5,6 @@
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -26,7 +25,7 @@ from jaxft.nn.decoder import Decoder
 from jaxft.optim.make import make_schedule
 from jaxft.runs.build import load_frozen, make_step, make_tx, start_state, with_frozen
 from jaxft.runs.identity.record import record_of, write_record
-from jaxft.runs.report import write_report
+from jaxft.runs.report import KeptReport
 from jaxft.sharding import distributed
 from jaxft.sharding.processes import is_primary, on_primary
 from jaxft.terminal.console import say
@@ -151,7 +150,7 @@ def _hooks(
         early_stopping=_early_stopping(run),
         data_metrics=feed.metrics,
         evaluate_start=method.evaluates_start,
-        evaluated=partial(_show_report, run.folder),
+        evaluated=_report_of(run),
     )
 
 
@@ -182,10 +181,9 @@ def _early_stopping(run: Run) -> EarlyStopping | None:
     )
 
 
-def _show_report(folder: Path) -> None:
-    # So that a run can be watched.
-    if is_primary():
-        write_report(folder)
+def _report_of(run: Run) -> Callable[[], object]:
+    """Makes the report anew, so that a run can be watched; in process 0."""
+    return KeptReport(run.folder, run.print_line).write if is_primary() else lambda: None
 
 
 def _log(run: Run, resume_step: int | None, console: Console) -> RunLog | NoLog:

@@ -36,11 +36,12 @@ from jaxft.runs.going_on import describe as describe_start
 from jaxft.runs.going_on import going_on
 from jaxft.runs.identity.agreement import check_contents, check_settings
 from jaxft.runs.identity.contents import reads_of
-from jaxft.runs.report import write_report
+from jaxft.runs.report import KeptReport
 from jaxft.runs.scores import answer, check_scores, samples, score_summary, scores_key
 from jaxft.runs.tracking import trackers_of
 from jaxft.sharding.processes import is_primary, on_primary, primary_first
 from jaxft.terminal.console import SafeConsole, say
+from jaxft.terminal.output import lasting
 from jaxft.training.state import divide
 from jaxft.training.trackers import require
 
@@ -52,7 +53,7 @@ def train(config: RunConfig, *, console: Console | None = None) -> dict[str, Any
     weight is loaded for a config or data that would train silently wrong, and errors.Preempted if SIGTERM stopped it
     after saving. With several processes, every one calls it with the same config; process 0 alone writes and prints.
     """
-    console = (console or SafeConsole()) if is_primary() else SafeConsole(quiet=True)
+    console = lasting((console or SafeConsole()) if is_primary() else SafeConsole(quiet=True))
     run = dataclasses.replace(set_up(config), print_line=partial(say, console))
     config, method = run.config, method_of(config)
     with (
@@ -100,8 +101,8 @@ def _train(run: Run, console: Console) -> dict[str, Any]:
     exports = export_run(loaded, run.tokenizer, config, run.folder, console, run.mesh)
 
     def finish() -> dict[str, Any]:
-        html, png = write_report(run.folder)
-        summary = _summary(run, fitted, scores, exports) | {"report": html.name, "loss_plot": png.name}
+        report = KeptReport(run.folder, run.print_line).write()
+        summary = _summary(run, fitted, scores, exports) | report
         run_folder.write_json(run.folder / run_folder.SUMMARY, summary)
         return summary
 

@@ -49,9 +49,12 @@ def safe_message(text: object) -> str:
     return "\n".join([first, *(line if not line or line[0] == " " else f"  {line}" for line in others)])
 
 
-def safe_json(value: Any) -> str:
-    """JSON on indented lines; a character that a terminal would obey or hide is written as JSON's own escape."""
-    return _IN_TEXT.sub(_json_escape, json.dumps(value, indent=2, ensure_ascii=False))
+def safe_json(value: Any, *, only_ascii: bool = False) -> str:
+    """JSON on indented lines; a character that a terminal would obey or hide is written as JSON's own escape.
+
+    only_ascii: so is every character that ASCII lacks.
+    """
+    return _IN_TEXT.sub(_json_escape, json.dumps(value, indent=2, ensure_ascii=only_ascii))
 
 
 def protect_logs() -> None:

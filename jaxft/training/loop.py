@@ -77,7 +77,7 @@ class Hooks:
     early_stopping: EarlyStopping | None = None
     data_metrics: Callable[[int], dict[str, float]] = lambda step: {}
     evaluate_start: bool = False
-    evaluated: Callable[[], None] = lambda: None
+    evaluated: Callable[[], object] = lambda: None
 
 
 def fit(

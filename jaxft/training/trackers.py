@@ -168,7 +168,7 @@ class Trackers:
     def _try(self, name: str, call: Callable[[], None]) -> None:
         try:
             call()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self._failures[name] += 1
             if self._failures[name] == 1:
                 self._warn(f"warning: {name} failed and the run goes on: {type(error).__name__}: {error}")

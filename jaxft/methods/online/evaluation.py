@@ -35,7 +35,7 @@ def evaluator(run: Run, graphdef: nnx.GraphDef[Decoder]) -> Callable[[TrainState
         if run.held_out_only or not is_primary() or not run.config.rollout.log_completions:
             return
         if not logs:
-            logs.append(CompletionsLog(run.folder, step - 1, HELD_OUT_COMPLETIONS))
+            logs.append(CompletionsLog(run.folder, step - 1, HELD_OUT_COMPLETIONS, say=run.print_line))
         logs[0].add(step, judged.rollouts, judged.by_function, {"reward": judged.rewards})
 
     def evaluate(state: TrainState) -> dict[str, float]:

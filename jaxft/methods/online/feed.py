@@ -88,6 +88,8 @@ class RolloutFeed:
 
     def metrics(self, step: int) -> dict[str, float]:
         """The metrics of the rollout that the last batch came from."""
+        if self._log is not None:
+            self._log.flush()
         return self._metrics
 
     def may_stop(self, step: int) -> bool:
@@ -138,7 +140,7 @@ class RolloutFeed:
         if not is_primary() or not self._run.config.rollout.log_completions:
             return
         if self._log is None:
-            self._log = CompletionsLog(self._run.folder, step)
+            self._log = CompletionsLog(self._run.folder, step, say=self._run.print_line)
         self._log.add(step + 1, judged.rollouts, judged.by_function, {"reward": judged.rewards, **updates.numbers})
 
 
