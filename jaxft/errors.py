@@ -65,6 +65,12 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
+def counted(count: int, noun: str, verb: str = "", verb_of_many: str = "") -> str:
+    """`1 row`, or `1,204 rows are`: a number with a noun whose plural ends in s, and a verb if one is given."""
+    ending, form = ("", verb) if count == 1 else ("s", verb_of_many)
+    return f"{count:,} {noun}{ending} {form}".rstrip()
+
+
 def listed(items: Sequence[object], most: int = LISTED, *, lines: bool = False) -> str:
     """The first items, and the number of the others: `a, b, c and 1,204 more`.
 

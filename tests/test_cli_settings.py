@@ -65,6 +65,12 @@ def test_every_spelling_of_an_option_means_the_same(config_of):
         assert config_of(*base, *spelling) == reference
 
 
+def test_a_switch_needs_no_value(config_of):
+    for rest in ([], ["--seed=1"], ["--data.bad_rows=skip"]):
+        assert config_of("--data.merge_turns", *rest).data.merge_turns
+    assert not config_of("--data.merge_turns", "False").data.merge_turns
+
+
 def test_flags_go_over_a_config_and_the_run_folder_is_named_after_model_and_rows(config_of, tmp_path):
     (tmp_path / "run.yaml").write_text("model: {path: m}\ndata: {train: r.jsonl}\ntrain: {steps: 4, batch_size: 2}\n")
     config = config_of(f"--config={tmp_path / 'run.yaml'}", "--steps=9")

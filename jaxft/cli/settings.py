@@ -126,16 +126,19 @@ def underscored(argv: Sequence[str]) -> list[str]:
 def read_overrides(rest: Sequence[str], options: Sequence[str], verb: str, *, takes_config: bool) -> list[str]:
     """The `section.field=value` of arguments that argparse did not know.
 
-    options: those of the command, for hints. takes_config: whether it reads a config. Raises ConfigError for anything
-    else, with the right spelling if one is known.
+    A switch, a field that is true or false, may stand without a value. options: those of the command, for hints.
+    takes_config: whether it reads a config. Raises ConfigError for anything else, with the right spelling if one is
+    known.
     """
     out: list[str] = []
     waiting: str | None = None
     for item in rest:
         if waiting is not None:
-            out.append(f"{waiting}={item}")
+            alone = item.startswith("--")
+            out.append(_switched_on(waiting) if alone else f"{waiting}={item}")
             waiting = None
-            continue
+            if not alone:
+                continue
         match = DOTTED.fullmatch(item)
         if match is not None and not takes_config:
             raise ConfigError(f"{item} changes a config, and {verb} reads none")
@@ -147,9 +150,15 @@ def read_overrides(rest: Sequence[str], options: Sequence[str], verb: str, *, ta
             waiting = key
         else:
             out.append(f"{key}={match[2]}")
-    if waiting is not None:
-        raise ConfigError(f"--{waiting} has no value")
-    return out
+    return out if waiting is None else [*out, _switched_on(waiting)]
+
+
+def _switched_on(key: str) -> str:
+    """The override of a field without a value, which is a switch. Raises ConfigError for a field of another type."""
+    field = all_fields(RunConfig).get(key)
+    if field is None or field.base is not bool:
+        raise ConfigError(f"--{key} has no value: write --{key}=VALUE")
+    return f"{key}=True"
 
 
 def _spelled_here(item: str, options: Sequence[str]) -> str:

@@ -26,6 +26,7 @@ from jaxft.config.method import methods_on
 from jaxft.errors import ConfigError, did_you_mean
 
 Format = Literal["auto", "messages", "prompt_completion", "alpaca", "qa", "sharegpt", "text"]
+SampleBy = Literal["document", "paragraph", "line"]
 TrainOn = Literal["assistant", "last", "all"]
 Truncation = Literal["refuse", "drop", "right", "left", "windows"]
 CUTTING = ("right", "left", "windows")  # truncations after which an example is a part of a row
@@ -35,8 +36,8 @@ PairsOf = Literal["best_worst", "best_others", "adjacent", "all"]
 # Fields by which the columns of a set are read; every set of a mixture may have its own.
 COLUMNS = (
     "format", "prompt_field", "completion_field", "text_field", "chosen_field", "rejected_field", "answers_field",
-    "score_field", "pairs", "label_field", "rows_field", "messages_field", "system_field", "context_field", "roles",
-    "marks", "ignored_columns",
+    "score_field", "pairs", "label_field", "rows_field", "sample_by", "messages_field", "system_field", "context_field",
+    "roles", "marks", "ignored_columns",
 )  # fmt: skip
 BY_PAIRS = ReadBy("method.name", methods_on("pairs"), because="It is about rows with several answers to a prompt.")
 BY_LABELS = ReadBy("method.name", methods_on("labelled"), because="It is about rows with a label.")
@@ -62,6 +63,7 @@ class MixtureSet(Section):
     pairs: Annotated[PairsOf | None, "as `data.pairs`"] = None
     label_field: Annotated[str | None, "as `data.label_field`"] = None
     rows_field: Annotated[str | None, "as `data.rows_field`"] = None
+    sample_by: Annotated[SampleBy | None, "as `data.sample_by`"] = None
     messages_field: Annotated[str | None, "as `data.messages_field`"] = None
     system_field: Annotated[str | None, "as `data.system_field`"] = None
     context_field: Annotated[str | None, "as `data.context_field`"] = None
@@ -104,6 +106,11 @@ class DataConfig(Section):
         "field of a .json file's object that holds the list of its rows, such as `data`, or `result.rows` within "
         "another object; None: the file is a list",
     ] = None
+    sample_by: Annotated[
+        SampleBy,
+        "what a row of a text file (.txt) is. `document`: the whole file; `paragraph`: text up to a blank line; "
+        "`line`: a line",
+    ] = "document"
     tfds_data_dir: Annotated[str | None, BY_CONTENT, PATH, "folder of the `tfds:` sets; None: the default of TFDS"] = (
         None
     )

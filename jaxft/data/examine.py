@@ -15,10 +15,10 @@ from jaxft.data.chat.encode import SPLIT_FROM, SPLIT_TO, WHOLE_WITH
 from jaxft.data.encoded.table import Facts, facts_of, hashes_of
 from jaxft.data.encoded.work import ReadCounts
 from jaxft.data.examine_pairs import PairExamination, combine_pairs, examine_pairs, length_quantiles, pair_warnings
-from jaxft.data.fitting import LengthLimit, ModelLimits
 from jaxft.data.packing import plan_of
 from jaxft.data.rows.columns import UnreadColumn, combine_unread
-from jaxft.errors import DataError, listed
+from jaxft.data.truncation import LengthLimit, ModelLimits
+from jaxft.errors import DataError, counted, listed
 
 BINS = 12
 NAMED = 10  # rows named in one error
@@ -104,9 +104,9 @@ def examine(
     ended = int(np.isin(kept_facts.ends, sorted(model.stop_ids)).sum())
     if not ended:
         raise DataError(
-            f"EOS is never trained: none of the {len(kept):,} examples of {source} ends in a trained end token, so "
-            f"the model would not learn to stop. {fitted.truncated:,} were cut at data.max_length={max_length}: raise "
-            "it, or set data.truncation to 'left' or 'drop'."
+            f"EOS is never trained: {source} gives {counted(len(kept), 'example')}, and none ends in a trained end "
+            f"token, so the model would not learn to stop. {fitted.truncated:,} were cut at "
+            f"data.max_length={max_length}: raise it, or set data.truncation to 'left' or 'drop'."
         )
     plan = plan_of(kept, max_length, packing=config.packing)
     tokens = int(kept_facts.lengths.sum())
@@ -179,7 +179,7 @@ def _refuse_untrained(facts: Facts, rows: int, where: Callable[[int], str], sour
     silent = [where(row) for row in facts.rows[facts.trained == 0].tolist()]
     if silent:
         raise DataError(
-            f"{len(silent):,} of {rows:,} rows of {source} train on zero tokens: {listed(silent, NAMED)}. "
+            f"{len(silent):,} of {counted(rows, 'row')} of {source} train on zero tokens: {listed(silent, NAMED)}. "
             "Every answer in them is empty or marked not to be trained (train: false, weight: 0): remove these rows, "
             "or the marks."
         )
@@ -192,22 +192,25 @@ def _warnings(examination: Examination, unended: int, notes: Counter[str], headl
     warnings += changes(notes, examination.skipped)
     for what, count in notes.items():
         if what not in ("split", SPLIT_FROM, SPLIT_TO, *CHANGES) and not what.startswith(WHOLE_WITH):
-            warnings.append(f"in {count:,} rows the chat template leaves {what} out (data.omissions)")
+            warnings.append(f"in {counted(count, 'row')} the chat template leaves {what} out (data.omissions)")
     if examination.dropped:
         warnings.append(
-            f"{examination.dropped:,} examples are longer than {examination.max_length} tokens and were dropped"
+            f"{counted(examination.dropped, 'example', 'is', 'are')} longer than {examination.max_length} tokens and "
+            "dropped"
         )
     if examination.truncated:
         warnings.append(
-            f"{examination.truncated:,} examples are longer than {examination.max_length} tokens and were cut"
+            f"{counted(examination.truncated, 'example', 'is', 'are')} longer than {examination.max_length} tokens and "
+            "cut"
         )
     if headless:
         warnings.append(
-            f"{headless:,} examples begin within an answer, which alone is longer than {examination.max_length} tokens"
+            f"{counted(headless, 'example', 'begins', 'begin')} within an answer, which alone is longer than "
+            f"{examination.max_length} tokens"
         )
     unended -= examination.windows - examination.windowed  # only the last window of a text ends as the text does
     if unended:
-        warnings.append(f"{unended:,} examples do not end in a trained end token")
+        warnings.append(f"{counted(unended, 'example', 'does', 'do')} not end in a trained end token")
     if examination.fill < 0.5 and examination.sequences > 1:
         longest = examination.quantiles["p100"]
         warnings.append(
@@ -227,16 +230,17 @@ def _cost_of_splits(examination: Examination, notes: Counter[str]) -> str:
     names = [note.removeprefix(WHOLE_WITH) for note in notes if note.startswith(WHOLE_WITH)]
     mend = f"; data.chat_template={names[0]!r} keeps such rows whole" if names else ""
     return (
-        f"{notes['split']:,} rows are cut into a sequence for each answer that the chat template rewrites later: "
-        f"{examination.rows:,} rows became {examination.before_fitting:,} examples, and the {before:,} tokens of those "
-        f"that are cut {after:,}, {after / max(before, 1):.1f} times as many (data.turns){mend}"
+        f"{counted(notes['split'], 'row', 'is', 'are')} cut into a sequence for each answer that the chat template "
+        f"rewrites later: {counted(examination.rows, 'row')} became {examination.before_fitting:,} examples, and the "
+        f"{before:,} tokens of those that are cut {after:,}, {after / max(before, 1):.1f} times as many "
+        f"(data.turns){mend}"
     )
 
 
 def changes(notes: Counter[str], skipped: int) -> list[str]:
     """Warnings of rows that were left out, and of those whose messages were changed for the chat template."""
-    warnings = [f"{skipped:,} rows cannot be trained on and are left out (data.bad_rows)"] if skipped else []
-    return warnings + [f"in {notes[change]:,} rows {change}" for change in CHANGES if notes[change]]
+    warnings = [f"left out, as data.bad_rows says: {counted(skipped, 'row')}"] if skipped else []
+    return warnings + [f"in {counted(notes[change], 'row')} {change}" for change in CHANGES if notes[change]]
 
 
 def _nothing(source: str, left_out: Counter[str]) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxft.config import DataConfig
+from jaxft.config.method import methods_on
 from jaxft.data.chat.template_text import RESERVED
 from jaxft.data.chat.tool_calls import BadCall, tools_of
 from jaxft.data.rows.bad_rows import OnBadRow, refuse
@@ -23,7 +24,7 @@ from jaxft.data.rows.values import (
     sample,
 )
 from jaxft.data.sources import Rows
-from jaxft.errors import DataError
+from jaxft.errors import DataError, listed
 
 # The number of a row whose answer is labelled: 1 if it is good, 0 if it is bad.
 DESIRABLE = "desirable"
@@ -197,7 +198,17 @@ def detect(row: Mapping[str, Any], config: DataConfig, where: str) -> str:
     raise DataError(
         f"{where} is of no known format: its keys are {keys}. Known formats and the keys they need: {known}. "
         "Set data.messages_field, data.prompt_field, data.completion_field or data.text_field to your column names."
+        f"{_of_another_method(row, config)}"
     )
+
+
+def _of_another_method(row: Mapping[str, Any], config: DataConfig) -> str:
+    """A sentence on the methods that read a row of answers that are compared; empty for any other row."""
+    compared = {config.chosen_field, config.rejected_field}, {"preferred_output"}, {"completions"}, {"responses"}
+    if not any(columns <= row.keys() for columns in compared):
+        return ""
+    names = listed(methods_on("pairs"), len(methods_on("pairs")))
+    return f" Rows of preferences, as this one seems to be, are trained on by method.name={names}."
 
 
 def _without_rendering(row: Mapping[str, Any], fitting: Sequence[str], config: DataConfig) -> list[str]:

@@ -18,13 +18,13 @@ from jaxft.data.encoded.encoding import encode_set
 from jaxft.data.encoded.table import facts_of
 from jaxft.data.encoded.table import join as join_sequences
 from jaxft.data.examine import Examination, combine_examinations, count_repeated, examine
-from jaxft.data.fitting import ModelLimits
 from jaxft.data.formats import Conversation, ReadRow, conversation_of, conversations
 from jaxft.data.rows.bad_rows import BadRows
 from jaxft.data.rows.columns import UnreadColumns
 from jaxft.data.rows.refusals import check_rows
 from jaxft.data.sources import Rows, held_out_rows, train_and_eval
 from jaxft.data.tokenizers.tokenizer import Tokenizer
+from jaxft.data.truncation import ModelLimits
 from jaxft.errors import DataError
 from jaxft.nn.virtual import virtual_ids
 

@@ -17,18 +17,19 @@ from jaxft.data.chat.tool_calls import BadCall
 from jaxft.data.chat.turns import render
 from jaxft.data.examine import Examination, changes, combine_examinations, count_repeated, histogram
 from jaxft.data.examine_pairs import length_quantiles
-from jaxft.data.fitting import ModelLimits, mend_for_length
 from jaxft.data.formats import Conversation, extras_of
 from jaxft.data.preferences.prompts import messages_of, prompt_in
 from jaxft.data.prepare import Prepared, RowSet, TrainSet, open_sets
 from jaxft.data.rows.bad_rows import BadRows, OnBadRow, refuse
 from jaxft.data.rows.columns import Unread, UnreadColumns
-from jaxft.data.rows.messages import as_list, check_messages
+from jaxft.data.rows.messages import check_messages
 from jaxft.data.rows.questions import Message, system_of, with_system
 from jaxft.data.rows.refusals import check_rows
+from jaxft.data.rows.turn_lists import as_list
 from jaxft.data.rows.values import RowProblem, present, refuse_unwritable
 from jaxft.data.sources import Rows
 from jaxft.data.tokenizers.tokenizer import Tokenizer
+from jaxft.data.truncation import ModelLimits, mend_for_length
 from jaxft.errors import DataError, listed
 from jaxft.nn.virtual import virtual_ids
 

@@ -9,6 +9,7 @@ from jaxft.data.batch import Example
 from jaxft.data.examine import Examination
 from jaxft.data.examine_pairs import describe_pairs
 from jaxft.data.tokenizers.tokenizer import Tokenizer
+from jaxft.errors import counted
 from jaxft.nn import virtual
 from jaxft.terminal.text import safe_line, safe_text
 
@@ -34,7 +35,9 @@ def render_rows(
         trained = int(example.mask.sum())
         first = int((example.tokens >= virtual.FIRST).sum())
         virtual_tokens = f", the first {first} virtual" if first and len(example.documents) == 1 else ""
-        text = Text(f"row {example.row}: {len(example)} tokens{virtual_tokens}, {trained} trained\n", style="bold")
+        text = Text(
+            f"row {example.row}: {counted(len(example), 'token')}{virtual_tokens}, {trained} trained\n", style="bold"
+        )
         for name, document in zip(example.names, example.documents, strict=True):
             if name:
                 text.append(
@@ -70,19 +73,21 @@ def print_examination(examination: Examination, *, console: "Console | None" = N
 
     console = console or SafeConsole()
     splits_rows = examination.examples + examination.dropped != examination.rows
-    windows = f", {examination.windowed:,} cut into {examination.windows:,} windows" if examination.windowed else ""
+    windows = (
+        f", {examination.windowed:,} cut into {counted(examination.windows, 'window')}" if examination.windowed else ""
+    )
     share = examination.trained_tokens / examination.tokens
     formats = ", ".join(f"{name} {count:,}" for name, count in examination.formats.items())
     holds = ", ".join(f"{name} {count:,}" for name, count in examination.holds.items() if count)
     say(console, f"{name}: {examination.source}" if name else examination.source, style="bold")
     say(
         console,
-        f"{examination.rows:,} rows ({formats or 'unknown format'}), "
-        + (f"{examination.examples:,} examples, " if splits_rows else "")
-        + f"{examination.tokens:,} tokens, {examination.trained_tokens:,} trained ({share:.0%})\n"
+        f"{counted(examination.rows, 'row')} ({formats or 'unknown format'}), "
+        + (f"{counted(examination.examples, 'example')}, " if splits_rows else "")
+        + f"{counted(examination.tokens, 'token')}, {examination.trained_tokens:,} trained ({share:.0%})\n"
         + (f"rows with {holds}\n" if holds else "")
-        + f"{examination.sequences:,} sequences of {examination.max_length:,}, {examination.fill:.0%} full; "
-        f"{examination.truncated:,} examples cut, {examination.dropped:,} dropped{windows}",
+        + f"{counted(examination.sequences, 'sequence')} of {examination.max_length:,}, {examination.fill:.0%} full; "
+        f"{counted(examination.truncated, 'example')} cut, {examination.dropped:,} dropped{windows}",
     )
     if examination.unread:
         columns = "".join(f"\n  {column}: {column.treatment}" for column in examination.unread)

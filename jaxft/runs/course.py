@@ -9,6 +9,7 @@ from jaxft.data import Prepared
 from jaxft.data.batch_source import BatchSource
 from jaxft.data.loader import Loader, steps_for
 from jaxft.data.mixture import Mixture
+from jaxft.errors import counted
 
 FEW = 10  # steps; a run of fewer is announced
 ENOUGH = 20  # steps that the recommended settings give at least
@@ -37,12 +38,13 @@ class Course:
 
     def sentence(self) -> str:
         """The length of the run, for people."""
-        steps = f"the run: {self.steps:,} {_plural(self.steps, 'step')}"
+        steps = f"the run: {counted(self.steps, 'step')}"
         if self.prompts is not None:
-            return f"{steps}, {self.epochs:.2f} epochs of {self.prompts:,} prompts"
+            return f"{steps}, {self.epochs:.2f} epochs of {counted(self.prompts, 'prompt')}"
+        sequences = counted(self.sequences, "sequence")
         return (
-            f"{steps} of {self.batch_size:,} sequences, {self.epochs:.2f} epochs of {self.sequences:,} sequences "
-            f"({self.tokens:,} tokens)"
+            f"{steps} of {counted(self.batch_size, 'sequence')}, {self.epochs:.2f} epochs of {sequences} "
+            f"({counted(self.tokens, 'token')})"
         )
 
 
@@ -68,13 +70,13 @@ def warnings_of(course: Course, config: RunConfig, data: Prepared, unit: int) ->
     mend, problems = _mend(course, config, data, unit), []
     if course.crowded:
         sets = "; ".join(
-            f"{'' if name == 'train' else f'of the set {name!r} '}{taken:,} places for "
-            f"{sequences:,} {_plural(sequences, 'sequence')}"
+            f"{'' if name == 'train' else f'of the set {name!r} '}{counted(taken, 'place')} for "
+            f"{counted(sequences, 'sequence')}"
             for name, (sequences, taken) in course.crowded.items()
         )
         problems.append(f"every batch holds the same rows several times ({sets}), which teach no more than once")
     if course.steps < FEW:
-        problems.append(f"the whole run is {course.steps} {_plural(course.steps, 'step')}, so that little is learned")
+        problems.append(f"the whole run is {counted(course.steps, 'step')}, so that little is learned")
     return [f"{'; '.join(problems)}. {mend}"] if problems else []
 
 
@@ -130,7 +132,7 @@ def _mend(course: Course, config: RunConfig, data: Prepared, unit: int) -> str:
     words = " ".join(f"{key}={value}" for key, value in settings.items())
     if config.train.steps is not None:
         return f"With {words} no batch holds a row twice."
-    return f"With {words} the run has {steps:,} steps."
+    return f"With {words} the run has {counted(steps, 'step')}."
 
 
 def _crowded(source: BatchSource, batch_size: int) -> dict[str, tuple[int, int]]:
@@ -145,7 +147,3 @@ def _crowded(source: BatchSource, batch_size: int) -> dict[str, tuple[int, int]]
                 if last - first > len(stream):
                     crowded[name] = (len(stream), last - first)
     return crowded
-
-
-def _plural(count: int, noun: str) -> str:
-    return noun if count == 1 else f"{noun}s"

@@ -10,6 +10,7 @@ from rich.table import Table
 from jaxft.data import Prepared
 from jaxft.data.batch_source import BatchSource
 from jaxft.data.mixture import Mixture, Share
+from jaxft.errors import counted
 from jaxft.runs.course import Course
 from jaxft.terminal.console import cell, say
 
@@ -41,7 +42,7 @@ def data_notes(data: Prepared) -> list[str]:
     notes = []
     for one in (data.examination, data.eval_examination):
         if one is not None and one.skipped:
-            notes.append(f"{one.skipped:,} rows of {one.source} cannot be trained on and are left out (data.bad_rows)")
+            notes.append(f"left out, as data.bad_rows says: {counted(one.skipped, 'row')} of {one.source}")
     ignored = [column.name for column in data.examination.unread if column.treatment == "ignored"]
     if ignored:
         notes.append(f"columns that are not read, as data.ignored_columns says: {', '.join(ignored)}")
@@ -83,6 +84,6 @@ def _unused_sets(shares: list[Share]) -> list[str]:
 
 def _sentence(share: Share) -> str:
     return (
-        f"{share.rows:,} rows in {share.sequences:,} sequences, {share.epochs:.2f} epochs, {share.token_share:.1%} of "
-        f"tokens, {share.trained_share:.1%} of trained tokens"
+        f"{counted(share.rows, 'row')} in {counted(share.sequences, 'sequence')}, {share.epochs:.2f} epochs, "
+        f"{share.token_share:.1%} of tokens, {share.trained_share:.1%} of trained tokens"
     )

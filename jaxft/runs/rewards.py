@@ -26,7 +26,7 @@ from jaxft.data.preferences.rows import preferences_of
 from jaxft.data.prepare import read_all
 from jaxft.data.rows.values import RowProblem
 from jaxft.data.sources import Rows, Subset, open_rows
-from jaxft.errors import ConfigError, DataError, ModelError, listed
+from jaxft.errors import ConfigError, DataError, ModelError, counted, listed
 from jaxft.generation.settings import Sampling
 from jaxft.generation.text import Prompt, as_prompts, encode_prompt, generate_text
 from jaxft.objectives.reward import document_scores
@@ -63,7 +63,7 @@ class GivenRows:
         return f"row {index}"
 
     def describe(self) -> str:
-        return f"{len(self):,} rows"
+        return counted(len(self), "row")
 
     def digest(self) -> str:
         return hashlib.sha256(json.dumps([dict(row) for row in self._rows], default=str).encode()).hexdigest()
@@ -92,7 +92,7 @@ def score(
     config = replace(DataConfig(), train_on="last", **columns)
     opened: Rows = open_rows(rows, split=split) if isinstance(rows, str) else GivenRows(rows)
     if limit is not None:
-        opened = Subset(opened, range(min(limit, len(opened))), f"first {limit:,} rows")
+        opened = Subset(opened, range(min(limit, len(opened))), f"first {counted(limit, 'row')}")
     if not len(opened):
         raise DataError(f"{opened.describe()}: there is nothing to score")
     pairs = _is_preference(opened[0], config)

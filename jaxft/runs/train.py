@@ -16,6 +16,7 @@ from jaxft.adapters.attach import detach
 from jaxft.checkpoint.load import LoadedModel
 from jaxft.config import RunConfig
 from jaxft.data import render_rows, tokenizer_of
+from jaxft.errors import counted
 from jaxft.files import run_folder
 from jaxft.methods import method_of
 from jaxft.methods.method import Run
@@ -179,9 +180,9 @@ def describe(run: Run) -> str:
     return (
         f"{method_of(config).describe(config)} of {config.model.path}: {part}\n"
         f"  {size}; {config.model.dtype} on {run.mesh.describe()}\n"
-        f"  {data.examples:,} rows, {data.tokens:,} tokens ({data.trained_tokens:,} trained) in {data.sequences:,} "
-        f"sequences of {config.data.max_length}\n"
-        f"  {run.total_steps:,} steps of {config.train.batch_size} sequences, "
+        f"  {counted(data.examples, 'row')}, {counted(data.tokens, 'token')} ({data.trained_tokens:,} trained) in "
+        f"{counted(data.sequences, 'sequence')} of {config.data.max_length}\n"
+        f"  {counted(run.total_steps, 'step')} of {counted(config.train.batch_size, 'sequence')}, "
         f"{run.source.epoch_of(run.total_steps):.2f} epochs -> {run.folder}"
     )
 

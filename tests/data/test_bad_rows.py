@@ -157,7 +157,7 @@ def test_all_bad_rows_are_told_at_once_and_can_be_skipped(tmp_path, tokenizer_of
     assert [example.row for example in data.train_examples] == [0, 7]
     assert data.examination.formats == {"messages": 2} and not data.examination.holds
     assert (data.examination.rows, data.examination.skipped, len(data.examination.bad_rows)) == (2, 7, 6)
-    assert any("7 rows cannot be trained on and are left out" in warning for warning in data.examination.warnings)
+    assert any("left out, as data.bad_rows says: 7 rows" in warning for warning in data.examination.warnings)
     assert data.eval_references == ["a", "a"]  # bad rows are not scored either
     with pytest.raises(DataError, match=r"6 of 6 rows(.|\n)*Correct the rows, or how they are read.$"):
         prepare(run(write(tmp_path / "bad.jsonl", BAD), bad_rows="skip"), tokenizer)
@@ -167,7 +167,7 @@ def test_what_is_left_out_is_shown(tmp_path, tokenizer_of, capsys):
     path = write(tmp_path / "rows.jsonl", [{**GOOD, "id": 5}, BAD[1]])
     data = prepare(run(path, bad_rows="skip"), tokenizer_of("chatml"))
     examination = data.examination
-    assert len(data_notes(data)) == 1 and data_notes(data)[0].startswith("1 rows of ")
+    assert len(data_notes(data)) == 1 and "left out, as data.bad_rows says: 1 row of" in data_notes(data)[0]
     ignoring = prepare(run(path, bad_rows="skip", ignored_columns="*"), tokenizer_of("chatml"))
     assert data_notes(ignoring)[1] == "columns that are not read, as data.ignored_columns says: id"
     print_examination(examination)

@@ -10,8 +10,8 @@ from rich.console import Console
 from jaxft.config import DataConfig
 from jaxft.data.batch import Example
 from jaxft.data.examine import ReadCounts, count_repeated, examine
-from jaxft.data.fitting import ModelLimits
 from jaxft.data.show import print_examination, render_rows
+from jaxft.data.truncation import ModelLimits
 from jaxft.errors import DataError
 
 END = 2
@@ -57,7 +57,7 @@ def test_longer_than_max_length():
         look(examples)
     kept, found = look(examples, truncation="drop")
     assert len(kept) == 1 and (found.dropped, found.truncated, found.rows) == (2, 0, 3)
-    assert any("2 examples are longer than 16 tokens and were dropped" in w for w in found.warnings)
+    assert any("2 examples are longer than 16 tokens and dropped" in w for w in found.warnings)
     kept, found = look(examples, truncation="right")
     assert [len(e) for e in kept] == [4, 16, 16] and (found.dropped, found.truncated) == (0, 2)
     assert found.trained_tokens == 1 + 6 + 4 and found.quantiles["p100"] == 24
@@ -70,11 +70,11 @@ def test_refusals():
     silent = Example(tokens=np.arange(3, dtype=np.int32), mask=np.zeros(3, np.uint8), row=6)
     with pytest.raises(DataError, match=r"1 of 2 rows of the set train on zero tokens: set line 7\. .*train: false"):
         look([example(4), silent])
-    with pytest.raises(DataError, match=r"1 examples of the set train on zero tokens once .* first is set line 2"):
+    with pytest.raises(DataError, match=r"1 example of the set would train on zero tokens, .* first is set line 2"):
         look([example(4), example(20, trained=2, row=1)], truncation="right")
-    with pytest.raises(DataError, match=r"every one of the 1 examples .* shortest has 20 tokens"):
+    with pytest.raises(DataError, match=r"1 example .* shortest has 20 tokens"):
         look([example(20)], truncation="drop")
-    with pytest.raises(DataError, match=r"EOS is never trained: none of the 1 examples"):
+    with pytest.raises(DataError, match=r"EOS is never trained: the set gives 1 example, and none"):
         look([example(20, trained=10)], truncation="right")
     with pytest.raises(DataError, match=r"EOS is never trained"):
         look([example(4, end=5)])
@@ -84,7 +84,7 @@ def test_warnings():
     _, found = look([example(3), example(3)], packing=False)
     assert any("81% of every batch is padding" in w for w in found.warnings)
     _, found = look([example(16), example(16, end=5)])
-    assert found.warnings == ("1 examples do not end in a trained end token",)
+    assert found.warnings == ("1 example does not end in a trained end token",)
 
 
 def test_repeated_rows():
@@ -114,4 +114,4 @@ def test_examination_is_printed():
     _, found = look([example(n, row=i) for i, n in enumerate((4, 4, 4, 9, 20))], truncation="drop")
     text = printed(print_examination, found)
     assert "5 rows (messages 5), 21 tokens, 4 trained (19%)" in text and "1 dropped" in text
-    assert "################################" in text and "warning: 1 examples" in text
+    assert "################################" in text and "warning: 1 example is" in text

@@ -13,6 +13,7 @@ import pickle
 import shutil
 import subprocess
 
+import datasets
 import fsspec
 import numpy as np
 import pyarrow as pa
@@ -268,7 +269,7 @@ BROKEN = {
     "utf16be.json": ("[{}]".encode("utf-16-be"), "is UTF-16BE text"),
     "utf32.jsonl": ("{}".encode("utf-32"), "is UTF-32 text"),
     "array.jsonl": (b'[{"text": "a"}]', "begins with '\\[': rename it to .json"),
-    "plain.txt": (b"Once upon a time", r'cannot tell what .*write plain text into a .jsonl file.*\{"text"'),
+    "plain": (b"Once upon a time", r"cannot tell what .*plain text ends in .txt"),
     "cut.json": (b'[{"a": 1},\n {"a": 2}', "line 2 has the end of the file where .* cut short"),
     "cut2.json": (b'[{"a": 1},\n {"a": ', "not valid JSON.*line 2"),
     "number.json": (b"7", "no array of rows"),
@@ -421,3 +422,28 @@ def test_columns_that_need_another_library_name_it():
 
     with pytest.raises(DataError, match=r"row 3 of set .* a column that is no text: .*torchcodec.*remove_columns"):
         TableRows(Sounds(), "set", "train", [])[3]
+
+
+def test_text_files_are_rows_as_datasets_reads_them(tmp_path):
+    """The oracle is the `text` builder of datasets, which keeps empty lines and the end of a document."""
+    raw = "\nOne line.\nTwo, é 漢.\n\n\nA paragraph\nof two lines.\n"
+    (tmp_path / "a.txt").write_text(raw, encoding="utf-8")
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(raw.replace("\n", "\r\n").encode()))
+    for kind in ("document", "paragraph", "line"):
+        oracle = datasets.load_dataset("text", data_files=str(tmp_path / "a.txt"), split="train", sample_by=kind)
+        expected = [text for row in oracle if (text := row["text"].strip("\n"))]
+        for name in ("a.txt", "b.txt.gz"):
+            assert [row["text"] for row in all_of(open_rows(str(tmp_path / name), sample_by=kind))] == expected
+    assert len(open_rows(str(tmp_path / "*.txt*"))) == 2
+    assert open_rows(str(tmp_path / "a.txt"), sample_by="line").where(2) == "a.txt line 6"
+
+
+def test_text_files_of_a_folder(tmp_path):
+    for name in ("the test of time.txt", "dev-notes.md", "test.txt", "README.md", "LICENSE.txt"):
+        (tmp_path / name).write_text(name)
+    assert [row["text"] for row in all_of(open_rows(str(tmp_path)))] == ["dev-notes.md", "the test of time.txt"]
+    assert [row["text"] for row in all_of(open_rows(str(tmp_path), split="test"))] == ["test.txt"]
+    (tmp_path / "rows.jsonl").write_text('{"text": "row"}')
+    assert [row["text"] for row in all_of(open_rows(str(tmp_path)))] == ["row"], "notes beside rows are no rows"
+    (tmp_path / "objects.txt").write_text('\n{"text": "a"}\n{"text": "b"}\n')
+    assert len(open_rows(str(tmp_path / "objects.txt"))) == 2, "JSON under the name of a text"

@@ -87,7 +87,7 @@ def test_tools_and_calls_become_objects():
         ({"question": "q", "reply": "a"}, r"set line 5 is of no known format: its keys are question, reply"),
         ({"messages": [U, A], "text": "t"}, r"messages or as text .*Set data.format"),
         ({"messages": []}, r"set line 5 \(messages\): .*at least one message"),
-        ({"messages": ["hello"]}, r"entry 1 is not a message"),
+        ({"messages": ["hello", 7]}, r"entry 1 is not a message: .*role and content"),
         ({"messages": [U]}, r"no assistant message to train on \(roles: user\)"),
         ({"messages": [U, {"role": "asistant", "content": "a"}]}, r"role 'asistant'.*Did you mean 'assistant'"),
         ({"messages": [U, {"role": "assistant", "content": " "}]}, r"message 2 \(assistant\) has empty content"),

@@ -14,9 +14,9 @@ from jaxft.data.chat.encode import encode, encode_all
 from jaxft.data.chat.tool_calls import with_short_ids
 from jaxft.data.encoded.work import ReadCounts
 from jaxft.data.examine import examine
-from jaxft.data.fitting import ModelLimits
 from jaxft.data.formats import Conversation
 from jaxft.data.tokenizers.templates import built_in
+from jaxft.data.truncation import ModelLimits
 from jaxft.errors import DataError
 
 # Begins every prompt for an answer with thoughts, as QwQ and Qwen3-Thinking do.
@@ -143,7 +143,7 @@ def test_the_cost_of_splitting_is_told_with_what_saves_it():
         where=str,
         counts=ReadCounts(notes=notes),
     )
-    (told,) = [warning for warning in examination.warnings if "are cut into a sequence" in warning]
+    (told,) = [warning for warning in examination.warnings if "cut into a sequence" in warning]
     assert f"the {before:,} tokens of those that are cut {after:,}, {after / before:.1f} times as many" in told
     assert told.endswith("data.chat_template='qwen3' keeps such rows whole")
     assert len(encode(row_of(chat), tokenizer.with_template(built_in("qwen3")))) == 1

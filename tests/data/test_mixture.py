@@ -238,4 +238,4 @@ def test_split_rows_are_told(jsonl, tokenizer_of):
     config = RunConfig(model=ModelConfig(path="x"), data=DataConfig(train=jsonl([{"messages": talk}]), max_length=512))
     found = prepare(config, tokenizer_of("qwen3")).examination
     assert (found.rows, found.examples) == (1, 3)
-    assert any("1 rows became 3 examples, " in warning for warning in found.warnings)
+    assert any("1 row became 3 examples, " in warning for warning in found.warnings)

@@ -74,7 +74,7 @@ def test_a_pair_is_packed_as_one(jsonl, tokenizer_of):
 def test_a_pair_that_is_too_long_is_dropped_whole_or_refused(jsonl, tokenizer_of):
     path = jsonl([text_row(0), text_row(1, rejected=" no" * 80)])
     with pytest.raises(
-        DataError, match=r"1 of 2 examples .* are longer than data.max_length=64; the longest, .*line 2.* 'drop'"
+        DataError, match=r"1 of 2 examples .* is longer than data.max_length=64; the longest, .*line 2.* 'drop'"
     ):
         prepare_pairs(run(path), tokenizer_of("chatml"))
     data = prepare_pairs(run(path, truncation="drop"), tokenizer_of("chatml"))
@@ -211,6 +211,6 @@ def test_both_answers_are_printed_with_their_names(jsonl, tokenizer_of):
         r"row 0: \d+ tokens, \d+ trained\nchosen: \d+ tokens, \d+ trained\nquestion 0:\[\[ yes" + re.escape(end), text
     )
     assert re.search(r"\nrejected: \d+ tokens, \d+ trained\nquestion 0:\[\[ no indeed" + re.escape(end), text)
-    assert "1 rows (preference 1)" in text
+    assert "1 row (preference 1)" in text
     assert "1 pairs; the chosen answer is longer in 0% and shorter in 100%, by -" in text
     assert "chosen answers: " in text and "margins" not in text

@@ -67,7 +67,7 @@ def test_refusals_name_the_line(jsonl, tokenizer_of):
     chatml = tokenizer_of("chatml")
     with pytest.raises(DataError, match=r"rows.jsonl line 2 .*no assistant message"):
         prepare(run(jsonl([chat("q", "a"), {"messages": [{"role": "user", "content": "q"}]}])), chatml)
-    with pytest.raises(DataError, match=r"rows.jsonl .*1 lines.* line 1, has"):
+    with pytest.raises(DataError, match=r"rows.jsonl .*1 line.* line 1, has"):
         prepare(run(jsonl([chat("q" * 50, "a")]), max_length=8), chatml)
     with pytest.raises(DataError, match=r"rows.jsonl. is empty"):
         prepare(run(jsonl([])), chatml)

@@ -54,7 +54,7 @@ def test_saved_datasets_folder(tmp_path):
         rows = open_rows(str(tmp_path / name))
         assert rows[0] == {"messages": [{"role": "user", "content": "q"}], "n": 1}
         assert rows.digest() == open_rows(str(tmp_path / "both"), split="test").digest(), "of equal contents"
-    assert "row 0 of" in rows.where(0) and "1 rows" in rows.describe()
+    assert "row 0 of" in rows.where(0) and "1 row)" in rows.describe()
     with pytest.raises(DataError, match=r"no split 'tests'; it has train, test. Did you mean 'test'"):
         open_rows(str(tmp_path / "both"), split="tests")
 

@@ -8,8 +8,9 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxft.config import DataConfig
-from jaxft.data.rows.messages import CALLERS, SPEAKERS, as_list, holds_turns, is_chat
+from jaxft.data.rows.messages import CALLERS
 from jaxft.data.rows.questions import Message, question_messages, with_system
+from jaxft.data.rows.turn_lists import SPEAKERS, as_list, holds_messages, is_chat
 from jaxft.data.rows.values import RowProblem, is_absent, text_of
 from jaxft.errors import did_you_mean
 
@@ -69,7 +70,7 @@ def messages_of(value: Any, field: str) -> str | list[Message]:
     value that is neither text nor messages is text as `text_of` writes it. Raises RowProblem if there is no such text.
     """
     if isinstance(value, str):
-        if not holds_turns(value):
+        if not holds_messages(value):
             return transcript(value) or value
         value = as_list(value, field)
     if isinstance(value, Mapping) and any(key in value for key in ("content", "value", "tool_calls")):

@@ -9,8 +9,8 @@ from typing import Any
 
 from jaxft.config import DataConfig
 from jaxft.data.preferences.prompts import answer_to, messages_of, prompt_in
-from jaxft.data.rows.messages import as_list
 from jaxft.data.rows.questions import Message
+from jaxft.data.rows.turn_lists import as_list
 from jaxft.data.rows.values import RowProblem
 from jaxft.errors import did_you_mean
 

@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from jaxft.errors import counted
+
 NAMED = 20  # problems that a message shows, and rows that it names under one problem
 
 # Takes the index of a row, its name in errors, and what is wrong with it.
@@ -93,12 +95,17 @@ class BadRows:
         if not self.rows or (policy == "skip" and len(self) < total):
             return None
         hidden = len(self) - sum(problem.rows for problem in self.problems.values())
-        shown: Sequence[str] = [*self.messages, *([f"and {hidden:,} rows with other problems"] if hidden else [])]
+        shown: Sequence[str] = [
+            *self.messages,
+            *([f"and {counted(hidden, 'row')} with other problems"] if hidden else []),
+        ]
         mend = (
             "Correct the rows, or how they are read."
             if len(self) == total
             else "Correct or remove them, or train without them by data.bad_rows='skip'."
         )
         return (
-            f"{len(self):,} of {total:,} rows of {source} cannot be trained on:\n  " + "\n  ".join(shown) + f"\n{mend}"
+            f"{len(self):,} of {counted(total, 'row')} of {source} cannot be trained on:\n  "
+            + "\n  ".join(shown)
+            + f"\n{mend}"
         )

@@ -16,6 +16,7 @@ from jaxft.config import DataConfig
 from jaxft.data.rows.marks import NAMES as MARKS
 from jaxft.data.rows.marks import changes_nothing
 from jaxft.data.rows.values import is_absent, sample
+from jaxft.errors import counted
 
 # Rows of a question and an answer in columns, of messages, and of a prompt and a completion as plain text.
 Form = Literal["question", "chat", "plain"]
@@ -91,7 +92,7 @@ class UnreadColumn:
     form: Form | None = None
 
     def __str__(self) -> str:
-        return f"{self.name} ({self.rows:,} row{'s' if self.rows != 1 else ''}, such as {self.sample!r})"
+        return f"{self.name} ({counted(self.rows, 'row')}, such as {self.sample!r})"
 
 
 @dataclass
@@ -154,6 +155,10 @@ def _mends(refused: Sequence[UnreadColumn]) -> str:
     mends = [SETTINGS[form] for form in dict.fromkeys(column.form for column in refused) if form is not None]
     if "documents" in names:
         mends.append(" The chat template does not read documents: data.chat_template may be one that does.")
+    if "label" in names:
+        mends.append(" Labels of good and bad answers are read by method.name='kto'.")
+    if {"rejected", "rejected_response"} & set(names):
+        mends.append(" Rejected answers are read by methods of preferences, such as method.name='dpo'.")
     if any(name in MARKS for name in names):
         mends.append(" A whole row cannot be weighted or left untrained: remove the rows that are not to be trained.")
     if any(name.startswith("messages.") for name in names):

@@ -4,26 +4,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxft.config import DataConfig
-from jaxft.config.data import ROLES
 from jaxft.data.chat.reasoning import FIELDS
 from jaxft.data.chat.tool_calls import calls_of
 from jaxft.data.rows.columns import Unread, split_ignored, unread_keys
 from jaxft.data.rows.marks import split_marks
-from jaxft.data.rows.values import RowProblem, parse_json, present, sample, text_of
+from jaxft.data.rows.turn_lists import CALL_KEYS, CONTENT_KEYS, ROLE_KEYS, SPEAKERS, as_list
+from jaxft.data.rows.values import RowProblem, present, sample, text_of
 from jaxft.errors import did_you_mean
 
 PLAIN_ROLES = frozenset(("system", "user", "assistant"))
-# Names of speakers in the files of other trainers.
-SPEAKERS = {
-    **{role: role for role in ROLES}, "human": "user", "prompter": "user", "gpt": "assistant",
-    "chatgpt": "assistant", "model": "assistant",
-    "observation": "tool", "tool_response": "tool", "tool_result": "tool", "function_response": "tool",
-    "ipython": "tool", "function_call": "assistant", "tool_call": "assistant",
-}  # fmt: skip
 CALLERS = ("function_call", "tool_call")  # speakers whose text is the JSON of one call, or of a list of them
-ROLE_KEYS = ("role", "from", "speaker")
-CONTENT_KEYS = ("content", "value", "parts", "text")
-CALL_KEYS = ("tool_calls", "function_call")
 PART_KEYS = frozenset(("type", "text"))
 
 
@@ -51,44 +41,6 @@ def check_messages(
         roles = ", ".join(message["role"] for message in messages)
         raise RowProblem(f"{field!r} has no assistant message to train on (roles: {roles})")
     return tuple(messages), frozenset(untrained), tuple(unread)
-
-
-def as_list(value: Any, field: str) -> list[Mapping[str, Any]]:
-    """A list of objects, in whichever way a table stores it. Raises RowProblem if it is none, or empty."""
-    if isinstance(value, str):
-        value = parse_json(value, repr(field))
-    # Columnar stores return a list of objects as an object of lists.
-    if isinstance(value, Mapping) and all(isinstance(column, list) for column in value.values()):
-        if len({len(column) for column in value.values()}) > 1:
-            raise RowProblem(f"{field!r} holds lists of different lengths: {sample(value)!r}")
-        value = [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
-    if not isinstance(value, list) or not value:
-        raise RowProblem(f"{field!r} must be a list with at least one message; it is {sample(value)!r}")
-    for number, item in enumerate(value, 1):
-        if not isinstance(item, Mapping):
-            raise RowProblem(f"{field!r} entry {number} is not a message: {sample(item)!r}")
-    return value
-
-
-def holds_turns(value: Any) -> bool:
-    """Whether a cell looks like a list of messages, or like JSON text of one."""
-    if isinstance(value, str):
-        if not value.lstrip().startswith("["):
-            return False
-        try:
-            value = parse_json(value, "")
-        except RowProblem:
-            return False
-    first = value[0] if isinstance(value, list) and value else value
-    if not isinstance(first, Mapping):
-        return False
-    return any(key in first for key in ROLE_KEYS) and any(key in first for key in (*CONTENT_KEYS, *CALL_KEYS))
-
-
-def is_chat(value: Any) -> bool:
-    """Whether a cell is a list of messages, possibly a damaged one: not text, and not just any list."""
-    first = value[0] if isinstance(value, list) and value else value
-    return isinstance(first, Mapping) and any(key in first for key in ("role", "from", "content"))
 
 
 def role_of(given: Any, key: str, number: int, config: DataConfig) -> tuple[str, bool]:
@@ -120,7 +72,9 @@ def _message(
             return dict(given), None, []
     # Tables fill absent fields with None; templates test whether a field exists.
     given, ignored = split_ignored(present(given), config, "messages.")
-    role_key = next((key for key in ROLE_KEYS if key in given), "role")
+    role_key = next((key for key in ROLE_KEYS if key in given), None)
+    if role_key is None:
+        raise RowProblem(f"message {number} has no role; its keys are {', '.join(sorted(given)) or 'none'}")
     role, is_call = role_of(given.get(role_key), role_key, number, config)
     what = f"message {number} ({role})"
     given, trained = split_marks(given, f"message {number}", config)

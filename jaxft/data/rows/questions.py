@@ -16,6 +16,8 @@ CONTEXTS = ("input", "inputs", "context", "passage", "background")
 QUESTIONS = (
     ("question", "answer"), ("question", "response"), ("instruction", "response"), ("query", "response"),
     ("query", "answer"), ("problem", "solution"), ("inputs", "targets"), ("input", "output"), ("prompt", "response"),
+    ("user", "assistant"), ("input_text", "output_text"), ("Question", "Answer"), ("Question", "Response"),
+    ("Instruction", "Response"),
 )  # fmt: skip
 
 

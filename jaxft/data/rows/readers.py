@@ -7,14 +7,22 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxft.config import DataConfig
-from jaxft.data.rows.messages import check_messages, holds_turns, is_chat
+from jaxft.data.chat.reasoning import FIELDS
+from jaxft.data.rows.columns import is_empty
+from jaxft.data.rows.messages import check_messages
 from jaxft.data.rows.questions import QUESTIONS, question_columns, question_messages, with_system
+from jaxft.data.rows.turn_lists import holds_messages, holds_turns, is_chat
 from jaxft.data.rows.values import RowProblem, is_absent, text_of
 
 # Columns of lists of messages that are found by themselves, if they hold any.
 TURNS = (
-    "messages", "conversation", "dialog", "dialogue", "dialogs", "chat", "chat_messages", "turns", "contents",
+    "messages", "conversation", "dialog", "dialogue", "dialogs", "chat", "chat_messages", "turns", "contents", "data",
 )  # fmt: skip
+# A list of texts here may be the questions of several turns, as in MT-Bench, so only messages are read by themselves.
+QUESTIONS_ALONE = ("turns",)
+
+# Columns of the thoughts before the answer of a question in a column of its own.
+THOUGHTS = (*FIELDS, "thoughts", "cot", "chain_of_thought", "Complex_CoT")
 
 # From a row: the fields of its Conversation, and the columns that were read.
 Read = tuple[dict[str, Any], set[str]]
@@ -43,7 +51,7 @@ def _turns(row: Mapping[str, Any], name: str, config: DataConfig) -> Read:
 def _prompt_completion(row: Mapping[str, Any], config: DataConfig) -> Read:
     names = config.prompt_field, config.completion_field
     prompt, completion = (_field(row, name) for name in names)
-    chats = [is_chat(value) or holds_turns(value) for value in (prompt, completion)]
+    chats = [is_chat(value) or holds_messages(value) for value in (prompt, completion)]
     chats[0] = chats[0] or prompt == []  # of completions, a list may be the text of the answer
     if not any(chats):
         prompt, completion = text_of(prompt, repr(names[0])), text_of(completion, repr(names[1]))
@@ -88,10 +96,16 @@ def _question_and_answer(row: Mapping[str, Any], question: str, answer: str, con
     given, columns = question_messages(row, question, config)
     # White space before an answer is meant for plain text, which is continued as it is.
     text = text_of(_field(row, answer), repr(answer)).lstrip()
-    given.append({"role": "assistant", "content": text})
+    answered = {"role": "assistant", "content": text}
+    names = [name for name in THOUGHTS if name not in columns and not is_empty(row.get(name))]
+    if len(names) > 1:
+        raise RowProblem(f"its thoughts may be in {' or in '.join(names)}: leave one out by data.ignored_columns")
+    if names:
+        answered[FIELDS[0]] = row[names[0]]
+    given.append(answered)
     messages, _, _ = check_messages(given, f"{question}/{answer}", config)
     messages, _, of_system = _system_first(row, messages, config)
-    return {"messages": messages}, {answer, *columns, *of_system}
+    return {"messages": messages}, {answer, *names, *columns, *of_system}
 
 
 def _text(row: Mapping[str, Any], config: DataConfig) -> Read:
@@ -129,11 +143,13 @@ def _turn_columns(row: Mapping[str, Any], config: DataConfig) -> list[str]:
     """The columns that may hold the messages of a row."""
     if config.messages_field is not None:
         return [config.messages_field] if not is_absent(row.get(config.messages_field)) else []
-    return [
-        name
-        for name in TURNS
-        if name in row and (holds_turns(row[name]) or (name == "messages" and not is_absent(row[name])))
-    ]
+    return [name for name in TURNS if name in row and _holds_turns(name, row[name])]
+
+
+def _holds_turns(name: str, value: Any) -> bool:
+    if name in QUESTIONS_ALONE and isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return False
+    return holds_turns(value) or (name == "messages" and not is_absent(value))
 
 
 def _keys_of_sharegpt(config: DataConfig) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow
 
 from jaxft.data.sources.text import bytes_of, open_raw
-from jaxft.errors import DataError
+from jaxft.errors import DataError, counted
 from jaxft.files.digest import content_digest
 from jaxft.files.paths import file_name, is_remote
 
@@ -53,7 +53,7 @@ class ColumnRows(ABC):
         return f"row {index} of {file_name(self.path)}"
 
     def describe(self) -> str:
-        return f"{self.path} ({len(self):,} rows)"
+        return f"{self.path} ({counted(len(self), 'row')})"
 
     def digest(self) -> str:
         return content_digest(self.path)

@@ -1,5 +1,6 @@
 """What a file of rows is: by the ending of its name, and by the bytes that it begins with."""
 
+import re
 from dataclasses import dataclass
 
 from jaxft.errors import DataError
@@ -7,7 +8,8 @@ from jaxft.errors import DataError
 HEAD = 4096  # bytes of a file that are looked at
 KINDS = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".jsonlines": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv",
-    ".parquet": "parquet", ".pq": "parquet", ".arrow": "arrow", ".feather": "arrow",
+    ".parquet": "parquet", ".pq": "parquet", ".arrow": "arrow", ".feather": "arrow", ".txt": "text", ".text": "text",
+    ".md": "text",
 }  # fmt: skip
 COMPRESSIONS = {".gz": "gzip", ".gzip": "gzip", ".zst": "zstd", ".zstd": "zstd", ".bz2": "bz2", ".xz": "xz"}
 # First bytes, and what a file with them is.
@@ -24,14 +26,16 @@ OTHERS = {
     "pickle": "Loading it would run code. Write its rows into a .jsonl or .parquet file",
     "NumPy": "Write its rows into a .jsonl or .parquet file",
 }  # fmt: skip
-READ = ".json, .jsonl, .csv or .tsv (also .gz, .zst, .bz2, .xz), .parquet or .arrow"
+READ = ".json, .jsonl, .csv, .tsv or .txt (also .gz, .zst, .bz2, .xz), .parquet or .arrow"
+# How a file of JSON objects begins, whatever its name.
+OBJECT = re.compile(rb'(\xef\xbb\xbf)?\s*(\[\s*)?\{\s*"[^"\n]*"\s*:')
 UTF_16 = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 UTF_32 = {b"\xff\xfe\x00\x00": "UTF-32", b"\x00\x00\xfe\xff": "UTF-32"}
 
 
 @dataclass(frozen=True)
 class FileKind:
-    """What a file is: `jsonl`, `json`, `csv`, `tsv`, `parquet` or `arrow`; and the compression around it, if any."""
+    """What a file is: one of the values of KINDS; and the compression around it, if any."""
 
     name: str
     compression: str | None = None
@@ -90,6 +94,8 @@ def kind_of(path: str, head: bytes) -> str:
     check_encoding(path, head)
     first = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
     if by_name is not None:
+        if by_name.name == "text" and OBJECT.match(head):
+            return "json"
         if by_name.name == "jsonl" and first == b"[":
             raise DataError(
                 f"cannot read {path!r}: its ending says one JSON object a line, but it begins with '[': rename it to "
@@ -100,7 +106,7 @@ def kind_of(path: str, head: bytes) -> str:
         return "json"
     raise DataError(
         f"cannot tell what {path!r} is from its name or its first bytes {head[:16]!r}. Rename it if it is a file with "
-        f'rows ({READ}); write plain text into a .jsonl file, one object such as {{"text": ...}} a line.'
+        f"rows ({READ}); plain text ends in .txt."
     )
 
 

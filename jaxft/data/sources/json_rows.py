@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxft.data.sources.file_kinds import reencode
 from jaxft.data.sources.text import Text, line_spans, text_of
-from jaxft.errors import DataError
+from jaxft.errors import DataError, counted
 from jaxft.files.digest import content_digest
 from jaxft.files.paths import file_name
 
@@ -61,7 +61,7 @@ class JsonRows:
         return f"{file_name(self.path)} " + (f"item {index + 1} ({line})" if self._items else line)
 
     def describe(self) -> str:
-        return f"{self.path} ({len(self):,} rows)"
+        return f"{self.path} ({counted(len(self), 'row')})"
 
     def digest(self) -> str:
         return content_digest(self.path)
@@ -75,7 +75,7 @@ class JsonlRows(JsonRows):
         super().__init__(path, text, *line_spans(text))
 
     def describe(self) -> str:
-        return f"{self.path} ({len(self):,} lines)"
+        return f"{self.path} ({counted(len(self), 'line')})"
 
 
 def decode(raw: bytes, path: str, where: str) -> str:

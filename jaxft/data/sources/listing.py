@@ -21,6 +21,9 @@ SPLITS = {
 }  # fmt: skip
 # Files that describe a set rather than hold its rows.
 NOT_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+# Text files that tell of the files around them.
+ABOUT = re.compile(r"(readme|licen[cs]e|copying|changelog|requirements)\b", re.IGNORECASE)
+TITLED = re.compile(r"(.*?)[-_.\d]*\.(txt|text|md)\b")
 PATTERN = re.compile(r"[*?\[]")
 
 
@@ -86,14 +89,16 @@ def files_of_folder(path: str, split: str) -> list[str]:
     """The files with rows below a local or remote folder, sorted, of one part of the set.
 
     A file belongs to the part whose name is in its own or in that of a folder around it, as `train-00000.parquet` or
-    `test/rows.jsonl`; if none is named, to `train`. Raises DataError if there are no such files, or none of that part.
+    `test/rows.jsonl`; if none is named, to `train`. Text files count if there are no others, without a README and the
+    like. Raises DataError if there are no such files, or none of that part.
     """
-    names = [name for name in _below(path) if kind_by_name(name) and file_name(name) not in NOT_ROWS]
+    kinds = {name: kind.name for name in _below(path) if (kind := kind_by_name(name)) and _may_hold_rows(name)}
+    names = [name for name, kind in kinds.items() if kind != "text"] or list(kinds)
     if not names:
         others = listed(sorted(_below(path))) or "it is empty"
         raise DataError(
-            f"the folder {path!r} has no files with rows (.json, .jsonl, .csv, .tsv, .parquet, .arrow, or compressed "
-            f"ones): {others}"
+            f"the folder {path!r} has no files with rows (.json, .jsonl, .csv, .tsv, .txt, .parquet, .arrow, or "
+            f"compressed ones): {others}"
         )
     parts: dict[str, list[str]] = {}
     for name in names:
@@ -152,10 +157,18 @@ def _below(path: str) -> list[str]:
     return sorted(name for name in names if not any(part.startswith(".") for part in Path(name).parts))
 
 
+def _may_hold_rows(name: str) -> bool:
+    own = file_name(name)
+    return own not in NOT_ROWS and not ABOUT.match(own)
+
+
 def _split_of(name: str) -> str:
     # The file's own name counts before those of the folders around it.
     for part in reversed(Path(name.lower()).parts):
-        named = [SPLITS[word] for word in re.split(r"[^a-z]+", part) if word in SPLITS]
+        words = re.split(r"[^a-z]+", part)
+        # Texts have titles for names, of which only the whole names a part.
+        title = TITLED.match(part)
+        named = [SPLITS[word] for word in (words if title is None else [title[1]]) if word in SPLITS]
         if named:
             return named[0]
     return "train"

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -23,24 +24,40 @@ from jaxft.data.sources.listing import (
 from jaxft.data.sources.rows import Concatenation, Rows, Subset
 from jaxft.data.sources.tables import HUB, TFDS, is_saved, open_hub, open_repository, open_saved, open_tfds
 from jaxft.data.sources.text import in_store, open_raw, text_of
-from jaxft.errors import DataError
+from jaxft.data.sources.text_rows import TextRows
+from jaxft.errors import DataError, counted
 from jaxft.files.paths import is_remote
 from jaxft.home import local_path
 
 DELIMITERS = {"csv": ",", "tsv": "\t"}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How sources are read, by the fields of these names in `open_rows`."""
+
+    split: str
+    tfds_data_dir: str | None
+    rows_field: str | None
+    sample_by: str
+
+
 def open_rows(
-    path: str | Sequence[str], *, split: str = "train", tfds_data_dir: str | None = None, rows_field: str | None = None
+    path: str | Sequence[str],
+    *,
+    split: str = "train",
+    tfds_data_dir: str | None = None,
+    rows_field: str | None = None,
+    sample_by: str = "document",
 ) -> Rows:
     """The rows at path.
 
     path: a file, a folder written by `datasets`' save_to_disk or with files in it, `hf://owner/name[:config]`, or
     `tfds:name[/config][:version]`; a pattern with `*`; a list of these, also as JSON or with commas between them. Files
-    are .json (an array), .jsonl, .csv, .tsv (each also .gz, .zst, .bz2 or .xz), .parquet and .arrow, here or at an
-    address that fsspec reads.
+    are .json (an array), .jsonl, .csv, .tsv, .txt (each also .gz, .zst, .bz2 or .xz), .parquet and .arrow, here or at
+    an address that fsspec reads.
     split: the part to read of a set that has parts; a file has none. rows_field: the field of a .json file's object
-    that holds its rows.
+    that holds its rows. sample_by: what a row of a .txt file is: the `document`, a `paragraph` or a `line`.
     Raises DataError if there is no such set or split, and for a file that is damaged or not what its name says.
     """
     given = names_in(path) if isinstance(path, str) else list(path)
@@ -49,7 +66,8 @@ def open_rows(
     if not names:
         raise DataError("data names no files: the list is empty")
     refuse_doubles(names, shown)
-    parts = [part for name in names for part in _open_one(name, split, tfds_data_dir, rows_field)]
+    how = Reading(split=split, tfds_data_dir=tfds_data_dir, rows_field=rows_field, sample_by=sample_by)
+    parts = [part for name in names for part in _open_one(name, how)]
     return parts[0] if len(parts) == 1 else Concatenation(parts, shown)
 
 
@@ -74,23 +92,30 @@ def held_out_rows(config: DataConfig) -> Rows | None:
 
 
 def _open(config: DataConfig, path: str, split: str) -> Rows:
-    return open_rows(path, split=split, tfds_data_dir=config.tfds_data_dir, rows_field=config.rows_field)
+    return open_rows(
+        path,
+        split=split,
+        tfds_data_dir=config.tfds_data_dir,
+        rows_field=config.rows_field,
+        sample_by=config.sample_by,
+    )
 
 
-def _open_one(path: str, split: str, tfds_data_dir: str | None, rows_field: str | None) -> list[Rows]:
+def _open_one(path: str, how: Reading) -> list[Rows]:
     """The rows of one source, as one set for each of its files."""
     if path.startswith(TFDS):
-        return [open_tfds(path, split, None if tfds_data_dir is None else local_path(tfds_data_dir))]
+        folder = None if how.tfds_data_dir is None else local_path(how.tfds_data_dir)
+        return [open_tfds(path, how.split, folder)]
     if path.startswith(HUB):
-        return [open_hub(path, split)]
+        return [open_hub(path, how.split)]
     path = local_path(path)
     if not _is_folder(path):
-        return [_open_file(path, rows_field)]
+        return [_open_file(path, how)]
     if is_saved(path):
-        return [open_saved(path, split)]
+        return [open_saved(path, how.split)]
     if described_by_readme(path):
-        return [open_repository(path, split, path)]
-    return [_open_file(name, rows_field) for name in files_of_folder(path, split)]
+        return [open_repository(path, how.split, path)]
+    return [_open_file(name, how) for name in files_of_folder(path, how.split)]
 
 
 def _is_folder(path: str) -> bool:
@@ -106,7 +131,7 @@ def _is_folder(path: str) -> bool:
     raise DataError(no_source(path))
 
 
-def _open_file(path: str, rows_field: str | None) -> Rows:
+def _open_file(path: str, how: Reading) -> Rows:
     if not is_remote(path) and not os.path.isfile(path):
         raise DataError(
             f"{path!r} is a pipe or a device, which can be read only once, and rows are read several times: write them "
@@ -129,7 +154,9 @@ def _open_file(path: str, rows_field: str | None) -> Rows:
         return JsonlRows(path, text)
     if kind in DELIMITERS:
         return rows_of_csv(path, text, DELIMITERS[kind])
-    return rows_of_array(path, text, rows_field)
+    if kind == "text":
+        return TextRows(path, text, how.sample_by)
+    return rows_of_array(path, text, how.rows_field)
 
 
 def _split_off(rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:
@@ -137,14 +164,17 @@ def _split_off(rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:
     count = max(1, round(total * fraction))
     if count >= total:
         raise DataError(
-            f"data.eval_fraction={fraction} of {total} rows leaves no row to train on; give more rows or set data.eval"
+            f"data.eval_fraction={fraction} of {counted(total, 'row')} leaves no row to train on; give more rows "
+            "or set data.eval"
         )
     order = np.random.default_rng(seed).permutation(total)
     held_out, rest = np.sort(order[:count]), np.sort(order[count:])
-    return Subset(rows, rest, f"{len(rest):,} rows"), Subset(rows, held_out, f"{count:,} rows held out by seed {seed}")
+    return Subset(rows, rest, counted(len(rest), "row")), Subset(
+        rows, held_out, f"{counted(count, 'row')} held out by seed {seed}"
+    )
 
 
 def _limit(rows: Rows, limit: int | None) -> Rows:
     if limit is None or limit >= len(rows):
         return rows
-    return Subset(rows, range(limit), f"first {limit:,} rows")
+    return Subset(rows, range(limit), f"first {counted(limit, 'row')}")

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from jaxft.errors import DataError
+from jaxft.errors import DataError, counted
 
 
 class Rows(Protocol):
@@ -84,7 +84,7 @@ class Listed:
         return self._names[index]
 
     def describe(self) -> str:
-        return f"{len(self):,} rows"
+        return counted(len(self), "row")
 
     def digest(self) -> str:
         return hashlib.sha256(json.dumps(self._rows, default=str).encode()).hexdigest()
@@ -109,7 +109,7 @@ class Concatenation:
         return part.where(own)
 
     def describe(self) -> str:
-        return f"{self.name} ({len(self._parts):,} files, {len(self):,} rows)"
+        return f"{self.name} ({counted(len(self._parts), 'file')}, {counted(len(self), 'row')})"
 
     def digest(self) -> str:
         return hashlib.sha256("\n".join(part.digest() for part in self._parts).encode()).hexdigest()

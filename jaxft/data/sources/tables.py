@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxft.data.sources.columns import to_plain
-from jaxft.errors import DataError, did_you_mean
+from jaxft.errors import DataError, counted, did_you_mean
 from jaxft.files.digest import content_digest
 
 HUB = "hf://"
@@ -39,7 +39,7 @@ class TableRows:
         return f"row {index} of {self.name} [{self.split}]"
 
     def describe(self) -> str:
-        return f"{self.name} [{self.split}] ({len(self):,} rows)"
+        return f"{self.name} [{self.split}] ({counted(len(self), 'row')})"
 
     def digest(self) -> str:
         if self._files:

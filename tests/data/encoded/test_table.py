@@ -11,8 +11,8 @@ from jaxft.data.batch import Example
 from jaxft.data.encoded.table import Joined, end_to_end, facts_of, hashes_of, join, take, with_pieces
 from jaxft.data.encoded.work import from_arrow, map_arrow, to_arrow, write_arrow
 from jaxft.data.examine import count_repeated, examine
-from jaxft.data.fitting import ModelLimits
 from jaxft.data.loader import Loader
+from jaxft.data.truncation import ModelLimits
 from jaxft.errors import DataError
 from jaxft.nn.virtual import virtual_ids
 

@@ -10,7 +10,7 @@ from jaxft.config import DataConfig
 from jaxft.data.batch import Example
 from jaxft.data.encoded.table import take, with_pieces
 from jaxft.data.tokenizers.tokenizer import Tokenizer
-from jaxft.errors import CheckpointError, DataError
+from jaxft.errors import CheckpointError, DataError, counted
 from jaxft.files.hub import hub_path
 from jaxft.files.paths import HUB, read_json
 from jaxft.home import local_path
@@ -100,9 +100,9 @@ class LengthLimit:
             return Fitted(examples=cut, truncated=len(over), headless=headless)
         if self.chats:
             raise DataError(
-                f"{len(over):,} of {len(examples):,} examples of {self.source} are longer than data.max_length="
-                f"{self.config.max_length}, and some are chats: a window of a chat would train answers without the "
-                "questions and the system prompt before them. The longest is "
+                f"{len(over):,} of {counted(len(examples), 'example')} of {self.source} {_is(over)} longer than "
+                f"data.max_length={self.config.max_length}, and some are chats: a window of a chat would train "
+                "answers without the questions and the system prompt before them. The longest is "
                 f"{self.where(examples[int(np.argmax(lengths))].row)}. Set data.truncation to 'left', which keeps the "
                 "last answers; long texts of the same set go into a set of their own in data.mixture."
             )
@@ -125,7 +125,7 @@ class LengthLimit:
         empty = [example for example in cut if not example.mask.any()]
         if empty:
             raise DataError(
-                f"{len(empty):,} examples of {self.source} train on zero tokens once they are cut to "
+                f"{counted(len(empty), 'example')} of {self.source} would train on zero tokens, cut to "
                 f"data.max_length={max_length}: the first is {self.where(empty[0].row)}, whose prompt alone is that "
                 "long. Set data.truncation to 'left', which keeps answers."
             )
@@ -148,15 +148,16 @@ class LengthLimit:
     def _too_long(self, examples: Sequence[Example], lengths: np.ndarray, over: np.ndarray) -> str:
         longest = int(np.argmax(lengths))
         return (
-            f"{len(over):,} of {len(examples):,} examples of {self.source} are longer than "
+            f"{len(over):,} of {counted(len(examples), 'example')} of {self.source} {_is(over)} longer than "
             f"data.max_length={self.config.max_length}; the longest, {self.where(examples[longest].row)}, has "
             f"{lengths[longest]:,} tokens. {self._mend(int(lengths[longest]), examples, over)}"
         )
 
     def _all_too_long(self, examples: Sequence[Example], lengths: np.ndarray) -> str:
+        examples_were = counted(len(lengths), "example", "was", "were")
         return (
-            f"every one of the {len(lengths):,} examples of {self.source} is longer than "
-            f"data.max_length={self.config.max_length} and was dropped; the shortest has {lengths.min():,} tokens. "
+            f"{examples_were} longer than data.max_length={self.config.max_length} and dropped, which leaves none of "
+            f"{self.source}; the shortest has {lengths.min():,} tokens. "
             f"{self._mend(int(lengths.min()), examples, np.arange(len(examples)))}"
         )
 
@@ -174,6 +175,10 @@ class LengthLimit:
         if some_fit and all(examples[index].mask[:max_length].any() for index in over.tolist()):
             ways += ["right"]
         return ways if self.chats else [*ways, "windows"]
+
+
+def _is(over: np.ndarray) -> str:
+    return "is" if len(over) == 1 else "are"
 
 
 def mend_for_length(length: int, positions: int | None, truncations: Sequence[str]) -> str:

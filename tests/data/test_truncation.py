@@ -10,8 +10,8 @@ import pytest
 from jaxft.config import DataConfig, with_overrides
 from jaxft.data.batch import Example
 from jaxft.data.examine import ReadCounts, combine_examinations, examine
-from jaxft.data.fitting import LengthLimit, ModelLimits, last_tokens_of, mend_for_length, windows_of
 from jaxft.data.prepare import prepare
+from jaxft.data.truncation import LengthLimit, ModelLimits, last_tokens_of, mend_for_length, windows_of
 from jaxft.errors import DataError
 from jaxft.nn.virtual import virtual_ids
 
@@ -97,15 +97,15 @@ def test_windows_are_counted_and_begin_as_documents_do():
 def test_left_keeps_answers_where_right_loses_them():
     examples = [document(30, 4), document(10, 4, row=1)]
     with pytest.raises(
-        DataError, match=r"1 examples .* train on zero tokens .* set line 1.*Set data.truncation to 'left'"
+        DataError, match=r"1 example .* train on zero tokens.* set line 1.*Set data.truncation to 'left'"
     ):
         look(examples, truncation="right")
     kept, seen = look(examples, truncation="left")
     assert [len(one) for one in kept] == [16, 10] and all(one.tokens[0] == BOS for one in kept)
     assert (seen.truncated, seen.trained_tokens, seen.examples) == (1, 8, 2)
-    assert seen.warnings == ("1 examples are longer than 16 tokens and were cut",)
+    assert seen.warnings == ("1 example is longer than 16 tokens and cut",)
     _, seen = look([document(30, 20)], truncation="left")
-    assert any("1 examples begin within an answer, which alone is longer than 16 tokens" in w for w in seen.warnings)
+    assert any("1 example begins within an answer, which alone is longer than 16 tokens" in w for w in seen.warnings)
     _, seen = look([document(30, 29)], truncation="left")
     assert not any("begin within an answer" in w for w in seen.warnings), "plain text has no answer"
 
