@@ -67,8 +67,8 @@ def test_every_spelling_of_an_option_means_the_same(config_of):
 
 def test_a_switch_needs_no_value(config_of):
     for rest in ([], ["--seed=1"], ["--data.bad_rows=skip"]):
-        assert config_of("--data.merge_turns", *rest).data.merge_turns
-    assert not config_of("--data.merge_turns", "False").data.merge_turns
+        assert config_of("--model=m", "--data=r.jsonl", "--data.merge_turns", *rest).data.merge_turns
+    assert not config_of("--model=m", "--data=r.jsonl", "--data.merge_turns", "False").data.merge_turns
 
 
 def test_flags_go_over_a_config_and_the_run_folder_is_named_after_model_and_rows(config_of, tmp_path):

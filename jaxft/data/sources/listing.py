@@ -92,7 +92,7 @@ def files_of_folder(path: str, split: str) -> list[str]:
     `test/rows.jsonl`; if none is named, to `train`. Text files count if there are no others, without a README and the
     like. Raises DataError if there are no such files, or none of that part.
     """
-    kinds = {name: kind.name for name in _below(path) if (kind := kind_by_name(name)) and _may_hold_rows(name)}
+    kinds = {name: kind.name for name in _below(path) if (kind := kind_by_name(name)) and _is_data(name)}
     names = [name for name, kind in kinds.items() if kind != "text"] or list(kinds)
     if not names:
         others = listed(sorted(_below(path))) or "it is empty"
@@ -157,7 +157,7 @@ def _below(path: str) -> list[str]:
     return sorted(name for name in names if not any(part.startswith(".") for part in Path(name).parts))
 
 
-def _may_hold_rows(name: str) -> bool:
+def _is_data(name: str) -> bool:
     own = file_name(name)
     return own not in NOT_ROWS and not ABOUT.match(own)
 
