@@ -219,7 +219,9 @@ def test_the_readme_shows_every_command_and_every_option() -> None:
     lines = dict(re.findall(r"^    jaxft (\w+)(.*)$", usage, re.MULTILINE))
     named = {verb: re.sub(r"--(?:config|section)\.", "", line) for verb, line in lines.items()}
     shown = {verb: set(re.findall(r"--[a-z_]+", line)) for verb, line in named.items()}
-    assert shown == {verb: options - {"-h", "--help", "--json"} for verb, options in options_of_verbs().items()}
+    assert shown == {
+        verb: options - {"-h", "--help", "--json", "--debug"} for verb, options in options_of_verbs().items()
+    }
     for verb, line in lines.items():
         for option, default in re.findall(r"\[(--[a-z_]+)=(\d\w*)\]", line):
             own = defaults_of_verbs()[verb][option]

@@ -9,14 +9,14 @@ from jaxft.cli import settings
 from jaxft.cli.errors import explained
 from jaxft.cli.parser import make_parser
 from jaxft.cli.streams import only_ascii, prepare_streams
-from jaxft.errors import ExitCode, JaxftError, Preempted
+from jaxft.errors import ExitCode
 from jaxft.terminal import text as terminal
 
 QUIET = {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 
 def main(argv: Sequence[str] | None = None) -> ExitCode:
-    """Runs one command and returns its exit code. Raises errors that jaxft does not explain."""
+    """Runs one command and returns its exit code, also if an error ended it."""
     prepare_streams()
     # transformers would say that torch is absent, which jaxft does not use. Other programs' settings come first.
     for name, value in QUIET.items():
@@ -25,13 +25,19 @@ def main(argv: Sequence[str] | None = None) -> ExitCode:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     terminal.protect_logs()
     parser = make_parser()
-    arguments, rest = parser.parse_known_args(settings.underscored(sys.argv[1:] if argv is None else argv))
+    given = settings.underscored(sys.argv[1:] if argv is None else argv)
+    arguments, rest = parser.parse_known_args(given)
     try:
+        settings.refuse_undecoded(given)
         takes_config = hasattr(arguments, "config") or arguments.verb == "quickstart"
         overrides = settings.read_overrides(rest, arguments.options, arguments.verb, takes_config=takes_config)
         result = arguments.call(arguments, settings.with_flags(arguments, overrides))
-    except (JaxftError, Preempted, KeyboardInterrupt, OSError) as error:
-        return explained(arguments.verb, error)
-    if arguments.json and result is not None:
-        print(terminal.safe_json(result, only_ascii=only_ascii()))
+        if arguments.json and result is not None:
+            print(terminal.safe_json(result, only_ascii=only_ascii()))
+        if sys.stdout is not None:
+            sys.stdout.flush()  # so that a full disk behind it is known here
+    except BaseException as error:  # also panics of libraries in Rust, whose class is no Exception
+        if isinstance(error, SystemExit | GeneratorExit):
+            raise
+        return explained(arguments.verb, error, debug=arguments.debug)
     return ExitCode.DONE

@@ -7,6 +7,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
+from jaxft.cli.standard_input import prompt_lines, standard_input
 from jaxft.config import DataConfig, ModelConfig, RunConfig, choices
 from jaxft.config.fields import own_fields
 from jaxft.errors import ConfigError
@@ -32,7 +33,7 @@ def generate(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
 
     prompts: list[Any] = list(arguments.prompt)
     if not prompts:
-        prompts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
+        prompts = prompt_lines()
     if not prompts:
         raise ConfigError("no prompt: give --prompt=TEXT (again for more) or lines on standard input")
     values = template_values(arguments)
@@ -232,6 +233,7 @@ def chat(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     from jaxft.generation import chat as chats
 
     sampling = Sampling(**_sampling(arguments))
+    standard_input("chat", "start it on a terminal, or give it a file of messages, one on each line")
     tokenizer = api.load_tokenizer(
         arguments.model,
         base=arguments.base,

@@ -4,26 +4,41 @@ import os
 import sys
 import traceback
 
-from jaxft.errors import ExitCode, JaxftError, Preempted
+from jaxft.cli.causes import cause_of
+from jaxft.errors import ExitCode, Preempted
 from jaxft.terminal import text as terminal
 
+REPORT = "This is an error of jaxft or of a library. Please report it, with the lines above and `jaxft --version`."
 
-def explained(verb: str, error: BaseException) -> ExitCode:
-    """Says what stopped a command, and returns its exit code."""
-    if isinstance(error, BrokenPipeError):
-        # Whoever read the output, such as `head`, has read enough; Python must not try to flush the rest.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+def explained(verb: str, error: BaseException, *, debug: bool = False) -> ExitCode:
+    """Says what stopped a command, and returns its exit code.
+
+    debug: show the traceback also of what a user, a disk, a network or a machine caused.
+    """
+    if isinstance(error, BrokenPipeError) and _output_is_closed():
         return ExitCode.DONE
-    refused = isinstance(error, JaxftError) or (isinstance(error, OSError) and error.strerror is not None)
-    if refused or isinstance(error, Preempted | KeyboardInterrupt):
+    if isinstance(error, Preempted | KeyboardInterrupt):
         text = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
-        if isinstance(error, OSError):
-            text = ": ".join(str(part) for part in (error.filename, error.strerror) if part is not None)
-        terminal.write(f"jaxft {verb}: {text}", error=True)
+        code = ExitCode.PREEMPTED if isinstance(error, Preempted) else ExitCode.INTERRUPTED
     else:
+        cause = cause_of(error, verb)
+        text = REPORT if cause is None else " ".join([cause, *getattr(error, "__notes__", ())])
+        code = ExitCode.FAILED if cause is None else ExitCode.REFUSED
+    if debug or code == ExitCode.FAILED:
         print(terminal.safe_text("".join(traceback.format_exception(error))), end="", file=sys.stderr)
-    if refused:
-        return ExitCode.REFUSED
-    if isinstance(error, Preempted):
-        return ExitCode.PREEMPTED
-    return ExitCode.INTERRUPTED if isinstance(error, KeyboardInterrupt) else ExitCode.FAILED
+    terminal.write(f"jaxft {verb}: {text}", error=True)
+    return code
+
+
+def _output_is_closed() -> bool:
+    """Whether the reader of standard output, such as `head`, has read enough, so that nothing of it is missed."""
+    if sys.stdout is None:
+        return False
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python must not try to flush the rest when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False

@@ -56,6 +56,7 @@ def _verb(verbs: Any, name: str, run: Callable[..., Any], about: str) -> Callabl
     """Adds a verb; returns what adds an option to it."""
     sub = verbs.add_parser(name, help=about, description=about, allow_abbrev=False)
     sub.add_argument("--json", action="store_true", help="figures as JSON, alone on standard output")
+    sub.add_argument("--debug", action="store_true", help="show the traceback of any error")
     sub.set_defaults(call=run, options=sub._option_string_actions)
     return typing.cast(Callable[..., Any], sub.add_argument)
 

@@ -16,6 +16,7 @@ from jaxft.config import RunConfig
 from jaxft.config.fields import all_fields
 from jaxft.config.peer_names import field_for
 from jaxft.errors import ConfigError, did_you_mean
+from jaxft.files.utf8 import undecoded
 
 PREFIX = "config."
 DOTTED = re.compile(r"--((?:\w+\.)+\w+|seed|output_dir)(?:=(.*))?", re.DOTALL)
@@ -111,6 +112,13 @@ def default_output(overrides: Sequence[str]) -> list[str]:
 def _stem(path: str) -> str:
     name = re.split(r"[/:\\]", path.split(",")[0].rstrip("/").split("@")[0])[-1]
     return re.sub(r"[^\w.-]", "_", re.sub(r"(\.(jsonl?|csv|parquet|txt|gguf|gz|zst|arrow))+$", "", name)) or "rows"
+
+
+def refuse_undecoded(given: Sequence[str]) -> None:
+    """Raises ConfigError for an argument whose bytes are not UTF-8: paths and texts in files of a run are UTF-8."""
+    for item in given:
+        if (problem := undecoded(item)) is not None:
+            raise ConfigError(f"the argument {item!a} {problem}: write it in UTF-8, or rename the file")
 
 
 def underscored(argv: Sequence[str]) -> list[str]:

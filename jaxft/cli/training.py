@@ -43,7 +43,7 @@ def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
         os.write(2, f"jaxft train: {terminal.safe_message(text)}\n".encode())
 
     console = console_of(arguments)
-    with end_on_peer_error(say, lambda error: explained(arguments.verb, error)):
+    with end_on_peer_error(say, lambda error: explained(arguments.verb, error, debug=arguments.debug)):
         summary = train(config, console=console)
     if not is_primary():
         return None

@@ -32,7 +32,9 @@ from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import ConfigError, ExportError, JaxftError
 from jaxft.files.atomic import publish, unfinished_folder
 from jaxft.files.paths import is_file, is_remote, open_folder
+from jaxft.files.targets import refused_target
 from jaxft.home import local_path
+from jaxft.system import described
 from jaxft.terminal.console import SafeConsole, say
 from jaxft.trees import flatten
 
@@ -149,6 +151,8 @@ def _check_request(form: str, dtype: str | None, to: str) -> None:
     if form.startswith("gguf") != to.endswith(".gguf"):
         raise ConfigError(f"--to={form} writes {'a file that ends in .gguf' if 'gguf' in form else 'a folder'}: {to}")
     target = Path(to)
+    if (problem := refused_target(target)) is not None:
+        raise ExportError(f"{to} cannot be written: {problem}")
     if target.is_file() or target.is_symlink() or (target.is_dir() and any(target.iterdir())):
         raise ExportError(f"{to} is already there: choose a new path, or remove it first")
 
@@ -295,9 +299,7 @@ def _locked_folder(to: Path, job: dict[str, Any], *, resumable: bool) -> Iterato
     try:
         parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ExportError(
-            f"{parent} cannot be made: {error.strerror or error}. Give a target in a place where you may write."
-        ) from error
+        raise ExportError(f"{parent} cannot be made. {described(error)}") from error
     folder = parent / "out"
     with open(parent / STATE, "a+", encoding="utf-8") as state:
         try:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from jaxft.system import naming
+
 FilePath = str | os.PathLike[str]
 
 
@@ -30,7 +32,7 @@ def write_file(path: FilePath, fill: Callable[[BinaryIO], object]) -> None:
     """
     unfinished = unfinished_file(path)
     try:
-        with open(unfinished, "wb") as file:
+        with naming(path), open(unfinished, "wb") as file:
             fill(file)
             file.flush()
             os.fsync(file.fileno())  # a rename may reach the disk before the bytes do

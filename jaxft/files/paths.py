@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxft.errors import CheckpointError, did_you_mean
 from jaxft.home import local_path
+from jaxft.system import naming
 
 HUB = "hf://"
 MAX_JSON_BYTES = 100_000_000  # the limit of the format for a safetensors header; indexes and configs are smaller
@@ -217,7 +218,8 @@ def pread(path: str, ranges: Ranges) -> np.ndarray:
         for offset, length in ranges:
             end = done + length
             while done < end:
-                count = os.preadv(descriptor, [view[done:end]], offset)
+                with naming(path):
+                    count = os.preadv(descriptor, [view[done:end]], offset)
                 if count == 0:
                     raise CheckpointError(f"{path}: ends at byte {offset}; it was longer when it was opened")
                 done, offset = done + count, offset + count

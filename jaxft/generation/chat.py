@@ -10,6 +10,7 @@ from jaxft.data.chat.reasoning import field_of
 from jaxft.data.tokenizers.templates import fitting
 from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import DataError, ModelError, did_you_mean
+from jaxft.files.utf8 import undecoded
 from jaxft.generation.conversation_cache import ConversationCache
 from jaxft.generation.settings import Generated, Sampling
 from jaxft.generation.text import encode_prompt, generate_text
@@ -136,6 +137,9 @@ def converse(chat: Chat, read: Read, write: Write) -> None:
         except EOFError:
             write("\n")
             return
+        if (problem := undecoded(line)) is not None:
+            write(f"(this line {problem}, and was not sent)\n")
+            continue
         if line.rstrip() == "/exit":
             return
         if line.startswith("/"):

@@ -17,6 +17,7 @@ from jaxft.errors import ModelError, did_you_mean
 from jaxft.models import families as package
 from jaxft.models import freezing, kept_dense, nested
 from jaxft.models.family import FamilyConfig
+from jaxft.models.field_kinds import check_config
 from jaxft.models.hf_fields import DENSE_TENSORS, NULL_IS_ABSENT
 from jaxft.models.score_model import as_score_model, is_score_model
 from jaxft.nn.decoder import Decoder
@@ -36,8 +37,10 @@ def families() -> dict[str, ModuleType]:
 def config_from_hf(hf: Mapping[str, Any]) -> FamilyConfig:
     """The family's Config of a parsed `config.json`; of a multimodal model, the Config of its language model.
 
-    Raises ModelError for a family that is not implemented, and for a classifier of several labels.
+    Raises ModelError for a family that is not implemented, for a field of the wrong kind, and for a classifier of
+    several labels.
     """
+    check_config(hf)
     hf = {k: v for k, v in nested.text_config(hf).items() if v is not None or k not in NULL_IS_ABSENT}
     kind, inner = hf.get("model_type"), hf.get("text_config")
     if kind not in families() and isinstance(inner, Mapping):

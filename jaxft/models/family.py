@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from jaxft.errors import ModelError
+from jaxft.files.json_fields import OBJECT, check_kinds
 from jaxft.models.hf_fields import ALLOWED, check_fields, require
 from jaxft.models.score_model import LANGUAGE_MODEL, SCORE_MODEL
 from jaxft.models.tensor_map import ONE_ROW, TensorMap, linear
@@ -187,9 +188,6 @@ def read_sizes(
     require(hf, SIZES)
     own = (field.name for field in dataclasses.fields(family) if field.name not in NOT_IN_FILES)
     check_fields(hf, used=[*own, *ROPE_FIELDS, *used], must_equal=must_equal)
-    for name in (*SIZES, "num_key_value_heads", "head_dim"):
-        if hf.get(name) is not None and (type(hf[name]) is not int or hf[name] < 1):
-            raise ModelError(f"{name}={hf[name]!r} in config.json must be a whole number, 1 or more")
     heads, width = hf["num_attention_heads"], hf["hidden_size"]
     kv_heads, head_dim = hf.get("num_key_value_heads") or heads, hf.get("head_dim") or width // heads
     if heads % kv_heads:
@@ -245,6 +243,7 @@ def ropes_by_kind(hf: Mapping[str, Any], thetas: Mapping[str, float]) -> tuple[d
         raise ModelError(
             f"rope_parameters of model_type {hf['model_type']!r} are nested by kind of layer; unknown: {unknown}"
         )
+    check_kinds(nested, {FULL: OBJECT, SLIDING: OBJECT}, "rope_parameters of config.json")
     flat = {"rope_scaling": hf.get("rope_scaling"), "rope_theta": thetas[FULL]}
     return (
         shared | (flat if FULL not in nested else {"rope_parameters": {"rope_theta": thetas[FULL], **nested[FULL]}}),

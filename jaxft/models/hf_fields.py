@@ -121,20 +121,20 @@ def allowing(names: Iterable[str]) -> str:
 
 
 def with_allowed(hf: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """config.json with the unknown fields that the user allows to be ignored.
+    """config.json with the unknown fields that the user allows to be ignored; a file cannot allow any itself.
 
     Raises ModelError for a name that occurs nowhere in it.
     """
-    names = list(names)
+    names, hf = list(names), {name: value for name, value in hf.items() if name not in (DENSE_TENSORS, ALLOWED)}
     if not names:
-        return dict(hf)
+        return hf
     there = {name for fields in _objects(hf) for name in fields}
     for name in names:
         if name not in there:
             raise ModelError(
                 f"allow_unknown names {name!r}, which is no field of config.json.{did_you_mean(name, there)}"
             )
-    return dict(hf) | {ALLOWED: names}
+    return hf | {ALLOWED: names}
 
 
 def without_allowed(hf: Mapping[str, Any]) -> dict[str, Any]:

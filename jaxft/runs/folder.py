@@ -29,12 +29,14 @@ from jaxft.files.run_folder import (
     is_run_folder,
     write_json,
 )
+from jaxft.files.targets import refused_target
 from jaxft.home import local_path
 from jaxft.runs.cards.command import command_of
 from jaxft.runs.identity.changes import Start, go_on, other_values, refuse_other_run
 from jaxft.runs.identity.contents import Reads, other_reads
 from jaxft.runs.identity.record import EXPORTS, Record, check_export, clear, read_record, record_of, write_record
 from jaxft.sharding.processes import on_primary
+from jaxft.system import described
 
 
 def open_run(
@@ -70,8 +72,8 @@ def open_run(
             write_text(folder / CHAT_TEMPLATE, template)
     except OSError as error:
         raise ConfigError(
-            f"output_dir {folder} cannot be written: {error.strerror or error}. Set output_dir to a new folder in a "
-            "place where you may write."
+            f"output_dir {folder} cannot be written. {described(error)} Set it to a new folder in a place where you "
+            "may write."
         ) from error
     return notes
 
@@ -116,6 +118,8 @@ def refuse_occupied(folder: Path) -> None:
             f"output_dir {folder} is an address. Runs write to a local or mounted folder: mount the bucket, and give "
             "the path of the mount."
         )
+    if (problem := refused_target(folder)) is not None:
+        raise ConfigError(f"output_dir {folder} cannot be written: {problem}")
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output_dir {folder} is a file. Set it to a new folder.")
     if folder.is_dir() and any(folder.iterdir()):

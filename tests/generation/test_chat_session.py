@@ -1,6 +1,7 @@
 """Conversations: scripted ones in this process, and one over a pseudo-terminal with a real process."""
 
 import dataclasses
+import io
 import json
 import os
 import select
@@ -15,6 +16,7 @@ from jaxft import cli
 from jaxft.assets import ASSETS
 from jaxft.checkpoint import hf
 from jaxft.checkpoint.load import LoadedModel, load_model, random_model
+from jaxft.cli.standard_input import prompt_lines, standard_input
 from jaxft.data import load_tokenizer
 from jaxft.errors import ConfigError, DataError, ModelError
 from jaxft.generation.chat import HELP, Chat, check, converse
@@ -90,6 +92,23 @@ def test_each_answer_follows_from_the_whole_conversation(chat):
     before = encode_prompt(chat.tokenizer, messages[:2])
     assert chat.cache.computed <= len(encode_prompt(chat.tokenizer, messages[:-1])) - len(before) - 7
     assert out == expected + "\n"
+
+
+def test_a_line_that_is_not_utf8_does_not_end_a_conversation(chat, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n/reset\n"), encoding="utf-8"))
+    lines = list(standard_input("chat", "give lines"))
+    out = play(chat, *lines)
+    assert "bytes that are not UTF-8, from character 4 on" in out and "(new conversation)" in out
+    assert chat.messages == []
+
+
+def test_closed_standard_input_is_refused_and_a_prompt_that_is_not_utf8_is_named_by_its_line(monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(ConfigError, match="it is closed: give --prompt=TEXT"):
+        prompt_lines()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"one\n\n\xff\n"), encoding="utf-8"))
+    with pytest.raises(DataError, match="line 3 of standard input has bytes that are not UTF-8"):
+        prompt_lines()
 
 
 def test_a_template_that_retells_what_was_said_gets_the_same_answers(chat):

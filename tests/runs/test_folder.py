@@ -155,9 +155,9 @@ def test_places_where_no_run_can_be_are_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     for path, message in {
         tmp_path / "file": "is a file. Set it to a new folder",
-        tmp_path / "file" / "below": "cannot be written: Not a directory.*place where you may write",
-        "/proc/run": "cannot be written: .*place where you may write",
-        tmp_path / ("x" * 300): "cannot be written: File name too long",
+        tmp_path / "file" / "below": "cannot be written: .*file is a file, not a folder",
+        "/proc/run": "cannot be written. .*/proc/run: .*place where you may write",
+        tmp_path / ("x" * 300): "cannot be written: its part x+... has 300 bytes",
         "gs://bucket/run": "is an address.*mount the bucket",
     }.items():
         with pytest.raises(ConfigError, match=message):
@@ -169,7 +169,7 @@ def test_exports_are_not_written_to_files_and_forbidden_folders(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(ExportError, match="is a file: give a new folder"):
         export("model", str(tmp_path / "file"))
-    with pytest.raises(ExportError, match="cannot be made: .*where you may write"):
+    with pytest.raises(ExportError, match="cannot be made. /proc/export: .*where you may write"):
         export("model", "/proc/export")
 
 

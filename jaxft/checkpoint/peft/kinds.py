@@ -3,15 +3,31 @@
 import functools
 import importlib
 import pkgutil
+import re
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
 from jaxft.adapters.attach import adapters, virtual_modules
 from jaxft.errors import ModelError, did_you_mean
+from jaxft.files.json_fields import FLAG, INDEX, NUMBER, TEXT, TEXTS, check_kinds, listing, mapping
 from jaxft.nn.decoder import Decoder
 
 PACKAGE = __name__.rpartition(".")[0]
+NAMES = TEXT | TEXTS
+KINDS = {
+    **dict.fromkeys(("base_model_name_or_path", "revision", "task_type", "bias"), TEXT),
+    **dict.fromkeys(("target_modules", "exclude_modules", "feedforward_modules"), NAMES),
+    **dict.fromkeys(("modules_to_save", "target_parameters"), TEXTS),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), mapping(NUMBER, "an object of numbers")),
+    **dict.fromkeys(("lora_alpha", "lora_dropout", "vera_dropout"), NUMBER),
+    **dict.fromkeys(
+        ("use_rslora", "use_dora", "lora_bias", "save_projection", "ensure_weight_tying", "fan_in_fan_out"), FLAG
+    ),
+    "layers_to_transform": INDEX | listing(INDEX, "a list of them"),
+    "projection_prng_key": INDEX,
+}
+PATTERNS = ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern")
 MLX = ("fine_tune_type", "lora_parameters", "lora_layers")  # fields that only MLX's adapter_config.json has
 
 
@@ -24,19 +40,32 @@ def kinds() -> dict[str, ModuleType]:
 
 
 def check_form(config: Mapping[str, Any], folder: str) -> None:
-    """Raises ModelError if an adapter_config.json is not PEFT's."""
+    """Raises ModelError if an adapter_config.json is not PEFT's, or a field that is read is of the wrong kind."""
     if "peft_type" not in config and any(name in config for name in MLX):
         raise ModelError(
             f"{folder} holds an adapter of MLX, not of PEFT: its adapter_config.json has fine_tune_type="
             f"{config.get('fine_tune_type', 'lora')!r}, and its tensors have MLX's own names. "
             f"Fuse it into its model and load that: mlx_lm.fuse --model BASE --adapter-path {folder} --save-path FOLDER"
         )
+    where = f"{folder}/adapter_config.json"
+    check_kinds(config, KINDS, where)
+    for name in PATTERNS:
+        for pattern in _patterns(config.get(name)):
+            try:
+                re.compile(pattern)
+            except (re.error, RecursionError, OverflowError) as error:
+                raise ModelError(f"{where}: {pattern!r} in {name} is no regular expression: {error}") from error
+
+
+def _patterns(value: Any) -> tuple[str, ...]:
+    """The regular expressions in a field: a text is one, a list has names of modules, an object has them as names."""
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Mapping) else ()
 
 
 def kind_of(config: Mapping[str, Any]) -> ModuleType:
     """The module for an adapter_config.json. Raises ModelError for a peft_type that is not implemented."""
     kind = config.get("peft_type")
-    if kind not in kinds():
+    if not isinstance(kind, str) or kind not in kinds():
         known = ", ".join(sorted(kinds()))
         raise ModelError(
             f"adapter_config.json has peft_type {kind!r}, which is not implemented."

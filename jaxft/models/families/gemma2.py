@@ -14,6 +14,7 @@ from jaxft.models.family import (
     read_sizes,
     with_defaults,
 )
+from jaxft.models.hf_fields import require
 from jaxft.nn.attention.rope import Rope
 from jaxft.nn.attention.score_form import ScoreForm
 from jaxft.nn.block import BlockShape
@@ -78,6 +79,7 @@ class GemmaConfig(FamilyConfig):
 
 def read_gemma(hf: Mapping[str, Any], period: int) -> dict[str, Any]:
     """The fields that GemmaConfig adds. period: by default every period-th layer is global."""
+    require(hf, ["query_pre_attn_scalar"])
     layers = range(hf["num_hidden_layers"])
     types = read_layer_types(hf, [FULL if (i + 1) % period == 0 else SLIDING for i in layers])
     check_window(hf["sliding_window"])

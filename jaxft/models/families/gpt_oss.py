@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxft.errors import ModelError
 from jaxft.models.family import FULL, SLIDING, check_window, read_layer_types, read_rope, read_sizes, with_defaults
+from jaxft.models.hf_fields import require
 from jaxft.models.moe import MUST_EQUAL, PATH, MoEConfig, check_experts
 from jaxft.models.tensor_map import TensorMap, linear
 from jaxft.nn.attention.score_form import ScoreForm
@@ -49,6 +50,7 @@ class Config(MoEConfig):
         hf = with_defaults(hf, DEFAULTS)
         if not hf.get("rope_scaling") and not hf.get("rope_parameters"):
             hf["rope_scaling"] = YARN
+        require(hf, ["head_dim"])
         rope = read_rope(hf, hf["head_dim"])
         # Older names, which transformers does not read.
         aliases = {

@@ -15,6 +15,8 @@ import numpy as np
 
 from jaxft.errors import ModelError
 
+MOST = 1e15  # of any number of a rope; larger ones leave float32's range in the formulas
+
 
 class _Fields(NamedTuple):
     required: tuple[str, ...] = ()
@@ -88,7 +90,7 @@ class Rope:
         kind = fields.pop("rope_type", fields.pop("type", "default"))
         fields.pop("type", None)
         part = fields.pop("partial_rotary_factor", hf.get("partial_rotary_factor") or 1.0)
-        if kind not in _SCALED_FIELDS:
+        if not isinstance(kind, str) or kind not in _SCALED_FIELDS:
             raise ModelError(f"rope scaling {kind!r} is not implemented; known: {', '.join(_SCALED_FIELDS)}")
         known = _SCALED_FIELDS[kind]
         context = hf.get("max_position_embeddings")
@@ -111,11 +113,13 @@ class Rope:
         if kind == "longrope":
             fields["max_position_embeddings"] = context or fields["original_max_position_embeddings"]
         fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-        numbers = {"rope_theta": theta, "partial_rotary_factor": part}
-        for name, value in (numbers | fields).items():
-            if not _is_number(value) and not (isinstance(value, tuple) and all(map(_is_number, value))):
-                raise ModelError(f"rope {name}={value!r} in config.json is not a number")
-        return cls(theta=float(theta), kind=kind, partial_rotary_factor=float(part), **fields)
+        numbers = {name: _number(name, value) for name, value in fields.items()}
+        return cls(
+            theta=float(_number("rope_theta", theta)),
+            kind=kind,
+            partial_rotary_factor=float(_number("partial_rotary_factor", part)),
+            **numbers,
+        )
 
     def to_hf(self) -> dict[str, Any]:
         """The fields of config.json in the dialect of transformers 4, which transformers 5 reads too."""
@@ -159,6 +163,13 @@ class Rope:
                     f"rope {name} has {len(getattr(self, name))} numbers, but {rotated} rotated dimensions need "
                     f"{rotated // 2}"
                 )
+        try:
+            with np.errstate(all="ignore"):
+                numbers = [*self.frequencies(head_dim), *self.frequencies(head_dim, long=True), self.magnitude]
+        except (ArithmeticError, ValueError) as error:
+            raise ModelError(f"the numbers of the rope {self} have no result: {error}. Correct config.json.") from error
+        if not np.all(np.isfinite(numbers)):
+            raise ModelError(f"the numbers of the rope {self} give angles that are not finite. Correct config.json.")
 
     def frequencies(self, head_dim: int, *, long: bool = False) -> np.ndarray:
         """Radians per position, [F] float32. long: longrope's factors for sequences beyond the original length."""
@@ -215,10 +226,20 @@ class Rope:
         return ramp_F * freqs_F / self.factor + (1 - ramp_F) * freqs_F
 
 
-def _is_number(value: object) -> bool:
-    if isinstance(value, str):  # some files have rope_theta as text
-        return re.fullmatch(r"\d+(\.\d*)?(e\+?\d+)?", value) is not None
-    return isinstance(value, (int, float))
+def _number(name: str, value: Any) -> Any:
+    """A field of a rope as a number, a tuple of numbers, or the one that is a switch. Raises ModelError for others."""
+    if name == "truncate" and isinstance(value, bool):
+        return value
+    if name in ("short_factor", "long_factor"):
+        if not isinstance(value, tuple):
+            raise ModelError(f"rope {name}={value!r} in config.json is not a list of numbers")
+        return tuple(_number(f"a number in {name}", one) for one in value)
+    if isinstance(value, str) and re.fullmatch(r"\d+(\.\d*)?(e\+?\d+)?", value):  # some files have rope_theta as text
+        value = float(value)
+    whole = name.endswith("position_embeddings")
+    if type(value) not in (int, float) or not 0 <= value < MOST or (whole and value != int(value)):
+        raise ModelError(f"rope {name}={value!r} in config.json is not a {'whole ' * whole}number from 0 to {MOST:.0e}")
+    return int(value) if whole else value
 
 
 def _mend(fields: Mapping[str, Any], kind: str, extra: list[str]) -> str:
