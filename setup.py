@@ -73,6 +73,8 @@ setup(
         "test": [
             "pytest>=8",
             "pytest-xdist>=3.7",
+            # The inputs of tests/fuzz.
+            "hypothesis>=6.150",
             "ruff>=0.8",
             "mypy>=1.18",
             "datasets>=3",
