@@ -6,7 +6,6 @@ Such a folder is also a source of tensors under Hugging Face names, read in bloc
 folder for each parameter), so that everything that reads a model reads this too.
 """
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from jaxft.checkpoint.hf import hf_shape, param_tensors
 from jaxft.checkpoint.tensors import TensorSpec, block_bounds
 from jaxft.errors import CheckpointError, did_you_mean
 from jaxft.files.paths import read_json
+from jaxft.files.strict_json import parse_json
 from jaxft.models.tensor_map import ParamTensors, Piece
 from jaxft.nn.decoder import Decoder
 from jaxft.trees import flatten
@@ -93,8 +93,8 @@ class OrbaxFolder:
     def _metadata(self, path: str) -> tuple[tuple[int, ...], np.dtype]:
         file = os.path.join(self.path, PARAMS, _folder_of(path), ".zarray")
         try:
-            with open(file, encoding="utf-8") as opened:
-                metadata = json.load(opened)
+            with open(file, "rb") as opened:
+                metadata = parse_json(opened.read())
             return tuple(metadata["shape"]), np.dtype(metadata["dtype"])
         except FileNotFoundError:
             raise CheckpointError(f"{self.path}: parameter {path} is missing") from None

@@ -13,6 +13,7 @@ from jaxft.config.fields import own_fields
 from jaxft.errors import ConfigError
 from jaxft.files.atomic import write_text
 from jaxft.files.run_folder import is_run_folder
+from jaxft.files.strict_json import parse_json
 from jaxft.files.targets import check_new_file
 from jaxft.generation.settings import Sampling
 from jaxft.home import local_path
@@ -258,7 +259,7 @@ def template_values(arguments: argparse.Namespace) -> dict[str, Any]:
     """The variables of the chat template that the command line gives. Raises ConfigError for other than JSON."""
     given = arguments.chat_template_kwargs
     try:
-        values = {} if given is None else json.loads(given)
+        values = {} if given is None else parse_json(given)
     except ValueError as error:
         values = str(error)
     if not isinstance(values, dict):

@@ -4,12 +4,12 @@ Every metric strips the white space around both texts and tolerates nothing else
 remark after it, is not JSON, because a program that parses it would fail.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 from jaxft.errors import ConfigError, DataError, did_you_mean, listed
+from jaxft.files.strict_json import parse_json
 
 NAMED = 20  # rows named in one error
 
@@ -127,21 +127,8 @@ def _check_pairs(answers: Sequence[str], references: Sequence[str]) -> None:
 
 
 def _parse(text: str) -> Any:
-    """The value of strict JSON text. Raises ValueError, or RecursionError if it is nested too deeply."""
-    return json.loads(text.strip(), parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    # Python's parser accepts NaN and Infinity, which are not JSON.
-    raise ValueError(f"{name} is not JSON")
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    # Python's parser keeps the last of two equal keys, so a right value could hide a wrong one.
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        raise ValueError("an object has the same key twice")
-    return fields
+    """The value of strict JSON text. Raises ValueError."""
+    return parse_json(text.strip(), finite=True)
 
 
 def _not_json(text: str) -> str | None:

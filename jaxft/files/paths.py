@@ -5,7 +5,6 @@
 transferred.
 """
 
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from jaxft.errors import CheckpointError, did_you_mean
+from jaxft.files.strict_json import parse_json
 from jaxft.home import local_path
 from jaxft.system import naming
 
@@ -179,12 +179,17 @@ def folder_json(folder: Folder, name: str) -> dict[str, Any]:
 def json_object(raw: bytes, where: str) -> dict[str, Any]:
     """A JSON object. where: its name in errors. Raises CheckpointError for other JSON and for duplicate names."""
     try:
-        value = json.loads(raw, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(raw)
+    except ValueError as error:
         raise CheckpointError(f"{where} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{where} is not a JSON object")
+        raise CheckpointError(f"{where} is not a JSON object, but {_kind(value)}")
     return value
+
+
+def _kind(value: Any) -> str:
+    names = {list: "a list", str: "a text", bool: "true or false", int: "a number", float: "a number"}
+    return names.get(type(value), "null")
 
 
 def sizes_and_times(path: str) -> list[tuple[str, int, int]]:
@@ -225,13 +230,6 @@ def pread(path: str, ranges: Ranges) -> np.ndarray:
                 done, offset = done + count, offset + count
     finally:
         os.close(descriptor)
-    return out
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out = dict(pairs)
-    if len(out) != len(pairs):
-        raise ValueError("a name is there twice")
     return out
 
 

@@ -1,10 +1,10 @@
 """Hourly prices of chips, from the dated file that ships with jaxft or from a user's file of the same form."""
 
-import json
 from dataclasses import dataclass
 
 from jaxft.assets import ASSETS
 from jaxft.errors import ConfigError, did_you_mean
+from jaxft.files.strict_json import parse_json
 from jaxft.home import local_path
 
 FILE = ASSETS / "prices.json"
@@ -29,8 +29,8 @@ def price_of(chip: str, path: str | None = None) -> Price:
     """
     source = local_path(path or FILE)
     try:
-        with open(source, encoding="utf-8") as file:
-            table = json.load(file)
+        with open(source, "rb") as file:
+            table = parse_json(file.read())
     except (OSError, ValueError) as error:
         raise ConfigError(f"prices in {source} cannot be read: {error}") from error
     chips = table.get("chips") if isinstance(table, dict) else None

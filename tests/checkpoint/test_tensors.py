@@ -276,7 +276,7 @@ def test_refuses_a_file_shorter_than_its_prefix(tmp_path):
         ({"a": {"dtype": "F32"}}, 0, "not dtype, shape and data_offsets"),
         ({"a": entry([2], 0, 8) | {"extra": 1}}, 8, "not dtype, shape and data_offsets"),
         ({"a": 3}, 0, "not dtype, shape and data_offsets"),
-        (b'{"a":1,"a":2}', 0, "a name is there twice"),
+        (b'{"a":1,"a":2}', 0, "the name .a. is there twice"),
         (b"[1]", 0, "not a JSON object"),
         (b"[" * 100_000, 0, "not valid JSON"),
     ],

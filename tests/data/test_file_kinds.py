@@ -308,7 +308,7 @@ def test_rows_of_csv_with_other_numbers_of_cells_are_named_one_by_one(tmp_path):
     ("line", "message"),
     [
         ('"café"'.encode("latin-1"), r"a.jsonl line 2 is not UTF-8 text: byte 0xe9.*WINDOWS-1252 -t UTF-8 a.jsonl"),
-        (b"[" * 100_000, "a.jsonl line 2 is nested too deeply"),
+        (b"[" * 100_000, "a.jsonl line 2 is not JSON: it is nested deeper than"),
         (b"9" * 5_000, "a.jsonl line 2 is not JSON"),
         (b'{"a": "\x00"}', "a.jsonl line 2 is not JSON"),
         (b'{"a": 1, "b": {"c": 1, "c": 2}}', "a.jsonl line 2 is not JSON: the name 'c' is there twice"),

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from transformers import AutoTokenizer
 
 from jaxft.data.tokenizers.load import load_tokenizer
-from jaxft.errors import DataError, ModelError
+from jaxft.errors import CheckpointError, DataError, ModelError
 
 TEXTS = ["Hello there", "  two  spaces\n\n", "naïve 漢字 ☃", "<s>a</s> b", '{"a": 1}']
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -185,7 +185,7 @@ def test_refusals(folder_of, tmp_path):
     with pytest.raises(ModelError, match=r"needs Python code from its own folder"):
         load_tokenizer(folder)
     (folder / "tokenizer_config.json").write_text("{")
-    with pytest.raises(ModelError, match=r"tokenizer_config.json' is not JSON"):
+    with pytest.raises(CheckpointError, match=r"tokenizer_config.json is not valid JSON"):
         load_tokenizer(folder)
 
 

@@ -9,7 +9,6 @@ NAME.nested_absmax for each 256; and NAME.quant_state.bitsandbytes__nf4, JSON wi
 
 # O outputs, I inputs, N blocks of 64 inputs, G groups of 256 scales
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 from jaxft.checkpoint.safetensors_writer import Index
 from jaxft.checkpoint.tensors import DTYPES, TensorSource, TensorSpec, block_bounds
 from jaxft.errors import CheckpointError, ModelError, listed
+from jaxft.files.paths import json_object
 from jaxft.quant.dynamic import dynamic_map
 from jaxft.quant.nf4 import BLOCK, LEVELS, NF4
 from jaxft.quant.nibbles import pack
@@ -154,13 +154,7 @@ def load_nf4(source: NF4Source, name: str, sharding: Sharding) -> NF4:
 
 
 def _state(source: TensorSource, state_name: str) -> dict[str, Any]:
-    try:
-        state = json.loads(source.read(state_name).tobytes())
-    except ValueError as error:
-        raise CheckpointError(f"{state_name} is not JSON: {error}") from None
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{state_name} is not a JSON object")
-    return state
+    return json_object(source.read(state_name).tobytes(), state_name)
 
 
 def _problems(name: str, state: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> list[str]:

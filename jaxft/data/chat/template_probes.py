@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxft.errors import DataError
+from jaxft.files.strict_json import parse_json
 
 # (messages, tools) -> text; raises DataError if the template refuses them.
 Render = Callable[..., str]
@@ -78,7 +79,7 @@ def _with_arguments(call: Mapping[str, Any], as_text: bool) -> dict[str, Any]:
         function["arguments"] = json.dumps(arguments, ensure_ascii=False)
     if not as_text and isinstance(arguments, str):
         try:
-            function["arguments"] = json.loads(arguments)
+            function["arguments"] = parse_json(arguments)
         except ValueError as error:
             raise DataError(f"the arguments of a call of {function.get('name')!r} are not JSON: {error}") from error
     return {**call, "function": function} if function else dict(call)

@@ -7,6 +7,8 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxft.files.strict_json import parse_json
+
 
 class BadCall(ValueError):
     """A problem with a tool or a call; the reader of the row adds the row's name."""
@@ -44,7 +46,7 @@ def tools_of(row: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     tools = row.get("tools") or []
     if isinstance(tools, str):
         try:
-            tools = json.loads(tools) if tools.strip() else []
+            tools = parse_json(tools, whole_characters=False) if tools.strip() else []
         except ValueError as error:
             raise BadCall(f"'tools' is text but not JSON: {error}") from error
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
@@ -129,6 +131,6 @@ def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:
 
 def _parse(value: Any, number: int) -> Any:
     try:
-        return json.loads(value) if isinstance(value, str) else value
+        return parse_json(value, whole_characters=False) if isinstance(value, str) else value
     except ValueError as error:
         raise BadCall(f"message {number} calls a tool with something that is not JSON: {error}") from error

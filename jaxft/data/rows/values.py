@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from jaxft.files import strict_json
+
 SHOWN = 60  # characters of a value that a message shows
 HALF = re.compile("[\ud800-\udfff]")
 
@@ -59,14 +61,9 @@ def text_of(value: Any, what: str) -> str:
 def parse_json(text: str, what: str) -> Any:
     """The value that JSON text spells. Raises RowProblem if it is none, is nested too deeply, or holds NaN."""
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
-        raise RowProblem(f"{what} is text but not JSON: {reason}") from error
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON value: write null")
+        return strict_json.parse_json(text, finite=True, whole_characters=False)
+    except ValueError as error:
+        raise RowProblem(f"{what} is text but not JSON: {error}") from error
 
 
 def refuse_unwritable(value: Any, what: str) -> None:

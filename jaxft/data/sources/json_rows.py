@@ -10,6 +10,7 @@ from jaxft.data.sources.text import Text, line_spans, text_of
 from jaxft.errors import DataError, counted
 from jaxft.files.digest import content_digest
 from jaxft.files.paths import file_name
+from jaxft.files.strict_json import parse_json
 
 WHOLE = "Each line must be one whole object; a file whose objects span lines must end in .json."
 BOM = b"\xef\xbb\xbf"  # of UTF-8, which Windows programs write
@@ -34,12 +35,10 @@ class JsonRows:
     def __getitem__(self, index: int) -> dict[str, Any]:
         raw = self._bytes_at(index)
         try:
-            row = json.loads(raw.decode(), object_pairs_hook=unique)
-        except UnicodeDecodeError as error:
-            raise not_utf8(error, raw, self.path, self.where(index)) from error
-        except RecursionError as error:
-            raise DataError(f"{self.where(index)} is nested too deeply to be read") from error
+            row = parse_json(raw, whole_characters=False)
         except ValueError as error:
+            if isinstance(error.__cause__, UnicodeDecodeError):
+                raise not_utf8(error.__cause__, raw, self.path, self.where(index)) from error
             if not isinstance(error, json.JSONDecodeError):
                 raise DataError(f"{self.where(index)} is not JSON: {error}") from error
             # A row is one line to JSON, so that the line in its own message is always the first.
@@ -84,15 +83,6 @@ def decode(raw: bytes, path: str, where: str) -> str:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise not_utf8(error, raw, path, where) from error
-
-
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON. Raises ValueError if a name is there twice: one of its values would be lost."""
-    out = dict(pairs)
-    if len(out) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the name {next(name for name in names if names.count(name) > 1)!r} is there twice")
-    return out
 
 
 def not_utf8(error: UnicodeDecodeError, raw: bytes, path: str, where: str) -> DataError:

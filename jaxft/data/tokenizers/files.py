@@ -1,23 +1,18 @@
 """Small files of a model, from a local folder, an address or the Hugging Face cache."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
-from jaxft.errors import ModelError
 from jaxft.files.paths import is_file, read_json
 
 
 def json_in(file: Path) -> dict[str, Any]:
-    """The JSON object in a local file; an empty one if there is no such file. Raises ModelError for other content."""
-    if not file.is_file():
-        return {}
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{str(file)!r} is not JSON: {error}") from error
-    return value if isinstance(value, dict) else {}
+    """The JSON object in a local file; an empty one if there is no such file.
+
+    Raises CheckpointError for other content, and for a link out of the file's folder.
+    """
+    return read_json(str(file)) if file.is_file() else {}
 
 
 def json_at(address: str) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """The rows in the embedding table of the model that a tokenizer comes with, and rows for tokens that are added."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from typing import Any
 
 from jaxft.errors import CheckpointError
 from jaxft.files.hub import fetch_hub, hub_path
-from jaxft.files.paths import HUB, is_file, is_remote, read_json
+from jaxft.files.paths import HUB, MAX_JSON_BYTES, is_file, is_remote, json_object, read_json
 from jaxft.files.run_folder import ADAPTER, MERGED, MODEL
 
 MULTIPLE = 64  # to which a table grows, so that meshes split it evenly and its products fill whole tiles
@@ -101,10 +100,11 @@ def _rows_of_adapter(file: str) -> int | None:
         return None
     with open(file, "rb") as opened:
         size = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(min(size, os.path.getsize(file))) or b"{}")
+        header = json_object(opened.read(min(size, MAX_JSON_BYTES)) or b"{}", f"the header of {file}")
     tables = [
         entry["shape"]
         for name, entry in header.items()
+        if isinstance(entry, dict) and isinstance(entry.get("shape"), list)
         if any(table in name for table in ADAPTER_TABLES)
         and name.endswith(".weight")
         and ".lora_" not in name

@@ -1,13 +1,13 @@
 """Questions with a calculator: the model may call it, and is rewarded if its last turn ends in the right number."""
 
 import ast
-import json
 import math
 import operator
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jaxft.files.strict_json import parse_json
 from jaxft.rollouts.environments.messages import last_number, with_instructions, without_thoughts
 
 CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
@@ -56,7 +56,7 @@ class Calculator:
 def result_of(call: str) -> str:
     """What the calculator answers to the text of a call; errors are text too, from which the model can learn."""
     try:
-        given = json.loads(call)
+        given = parse_json(call)
         if given["name"] != "calculator":
             return f"Error: there is no tool {given['name']!r}, only 'calculator'."
         return written(evaluate(given["arguments"]["expression"]))
