@@ -37,6 +37,13 @@ CASES = {
     "rows of both": {"trainable_token_indices": {"embed_tokens": [5, 9], "lm_head": [5, 9]}},
     "rows that differ": {"trainable_token_indices": {"embed_tokens": [5, 9, 17], "lm_head": [9, 5]}},
     "rows of the head": {"trainable_token_indices": {"lm_head": [5, 9]}},
+    "rows alone": {"kind": "TrainableTokensConfig", "token_indices": [5, 17, 9]},
+    "rows of both alone": {
+        "kind": "TrainableTokensConfig",
+        "token_indices": [5, 9],
+        "target_modules": r".*(embed_tokens|lm_head)",
+        "variant": "plain",
+    },
     "tables beside": {"save": {"save_embedding_layers": True}},
     "grown": {"grow": 3},
     "shrunk": {"grow": -3},
@@ -68,10 +75,11 @@ def resized(model, rows, seed=0):
     return model
 
 
-def by_peft(torch_llama, base, folder, *, grow=0, save=None, **settings):
+def by_peft(torch_llama, base, folder, *, grow=0, save=None, kind="LoraConfig", **settings):
     """A folder of PEFT's whose trained parameters were moved."""
-    settings = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", "target_modules": Q} | settings
-    model = peft.get_peft_model(resized(torch_llama(base), 96 + grow), peft.LoraConfig(**settings))
+    usual = {"r": 4, "lora_alpha": 8, "target_modules": Q} if kind == "LoraConfig" else {}
+    settings = {"task_type": "CAUSAL_LM"} | usual | settings
+    model = peft.get_peft_model(resized(torch_llama(base), 96 + grow), getattr(peft, kind)(**settings))
     torch.manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():

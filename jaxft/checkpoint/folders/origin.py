@@ -1,14 +1,14 @@
 """Where a model comes from: names on the hub, run folders, PEFT folders and the base that belongs to one."""
 
 import os
-import re
 
 from jaxft.checkpoint.peft.folder import CONFIG, SCORE_TASK
-from jaxft.checkpoint.peft.kinds import check_form
 from jaxft.config import ModelConfig
 from jaxft.errors import CheckpointError, ModelError
+from jaxft.files.adapter_base import base_of as base_of
+from jaxft.files.adapter_base import base_revision
 from jaxft.files.hub import cached_hub_file, fetch_hub, hub_path
-from jaxft.files.paths import HUB, is_file, is_remote, read_json
+from jaxft.files.paths import HUB, is_file, read_json
 from jaxft.files.run_folder import ADAPTER, MERGED, MODEL, is_run_folder
 from jaxft.home import local_path
 
@@ -38,36 +38,10 @@ def resolve(path: str, revision: str | None = None) -> str:
     return path
 
 
-def base_of(folder: str, base: str | None = None) -> str:
-    """The base model of a PEFT folder: a path that exists, or an address.
-
-    base: where it is, in place of what the folder names. Raises CheckpointError if neither names one, or a local path
-    that does not exist; ModelError if the folder is not in PEFT's form.
-    """
-    config = read_json(os.path.join(folder, CONFIG))
-    check_form(config, folder)
-    named = local_path(base) if base else config.get("base_model_name_or_path")
-    mend = (
-        "Give the folder that holds it, or owner/name on the Hugging Face hub, with --base (in a config: model.base), "
-        "or set base_model_name_or_path in adapter_config.json."
-    )
-    if not named:
-        raise CheckpointError(f"{folder}: adapter_config.json does not say which base model it belongs to. {mend}")
-    for candidate in (named, os.path.join(folder, named)):
-        if os.path.exists(candidate):
-            return os.path.normpath(candidate)
-    if named.startswith(HUB) or is_remote(named):
-        return str(named)
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", named):
-        raise CheckpointError(f"{folder} belongs to the base model {named!r}, which is not there. {mend}")
-    return HUB + named
-
-
 def resolve_base(folder: str, base: str | None = None) -> str:
     """The path to load a PEFT folder's base from; see `base_of` and `resolve`."""
     origin = base_of(folder, base)
-    revision = read_json(os.path.join(folder, CONFIG)).get("revision") if base is None else None
-    return resolve(origin, revision if origin.startswith(HUB) and "@" not in origin else None)
+    return resolve(origin, base_revision(folder, origin, base))
 
 
 def continued_adapter(model: ModelConfig) -> str | None:

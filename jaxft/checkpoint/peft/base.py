@@ -122,6 +122,7 @@ def changed_base(
     carried = frozenset(origins) - trained.keys() - ({TIED_HEAD, EMBEDDING} - plain.keys() if untied else set())
     _check_shapes(source, base, origins, untied=untied, folder=folder)
     vocab = source.specs()[EMBEDDING].shape[0]
+    _check_rows(tensors, rows, source, folder)
     return BaseChange(
         source=source,
         vocab_size=vocab,
@@ -181,6 +182,24 @@ def _rows(tensors: AdapterTensors, config: Mapping[str, Any], folder: str, *, ti
     if missing and not (tied and missing == ["lm_head"] and EMBEDDING in out):
         raise CheckpointError(f"{folder}: trainable_token_indices names {missing[0]}, which has no rows there")
     return out
+
+
+def _check_rows(tensors: AdapterTensors, rows: Mapping[str, TokenRows], source: TensorSource, folder: str) -> None:
+    """Raises CheckpointError for rows that the tables of the changed base do not have."""
+    for name, each in rows.items():
+        # Before a tied table is made two, the head is the embeddings.
+        table = source.specs().get(name, source.specs()[EMBEDDING]).shape
+        beyond = [token for token in each.indices if token >= table[0]]
+        width = tensors.files.specs()[each.key].shape[1:]
+        if beyond or len(set(each.indices)) < len(each.indices) or width != table[1:]:
+            problem = (
+                f"token {beyond[0]} is beyond the {table[0]} of {name}. {MEND_GROWN}"
+                if beyond
+                else f"{each.key} has rows of the shape {list(width)}, and {name} {list(table[1:])}"
+                if width != table[1:]
+                else f"{name} has a token that is named twice"
+            )
+            raise CheckpointError(f"{folder}: {problem}")
 
 
 def _has_two_tables(

@@ -4,6 +4,7 @@ Format: adapter_config.json and adapter_model.safetensors, whose keys are `base_
 (PEFT 0.21).
 """
 
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +18,12 @@ from jaxft.checkpoint.peft.keys import PREFIX as PREFIX
 from jaxft.checkpoint.peft.keys import Key, check_one_adapter, read_key
 from jaxft.checkpoint.tensors import SafetensorsFolder, TensorSource, TensorSpec
 from jaxft.errors import CheckpointError, ModelError, listed
-from jaxft.models.nested import text_name
+from jaxft.models.nested import nested_module, text_name
 from jaxft.models.tensor_map import SAME, Piece, Transform
 from jaxft.nn.decoder import Decoder
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+TRAINABLE_TOKENS = "TRAINABLE_TOKENS"  # peft_type of rows of tables without other adapters
 SCORE_TASK = "SEQ_CLS"  # task_type of a reward model's adapter
 # Fields about training or bookkeeping: they do not change what the adapter computes.
 HARMLESS = (
@@ -108,16 +110,35 @@ def saved_names(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def token_indices(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """trainable_token_indices of an adapter_config.json: the tokens whose rows it has, by the table's name.
+    """The tokens whose rows an adapter_config.json says that the folder has, by the table's name.
 
     Raises ModelError if they are no whole numbers.
     """
-    given = config.get("trainable_token_indices") or {}
-    by_table = given if isinstance(given, Mapping) else {"embed_tokens": given}
+    field = "token_indices" if config.get("peft_type") == TRAINABLE_TOKENS else "trainable_token_indices"
+    given = config.get(field) or {}
+    by_table = given if isinstance(given, Mapping) else dict.fromkeys(_tables_of_rows(config), given)
     for name, indices in by_table.items():
         if not isinstance(indices, list) or not all(type(i) is int and i >= 0 for i in indices):
-            raise ModelError(f"adapter_config.json has trainable_token_indices={given!r}: {name} needs token ids")
+            raise ModelError(f"adapter_config.json has {field}={given!r}: {name} needs token ids")
     return {text_name(name) or name: tuple(indices) for name, indices in by_table.items() if indices}
+
+
+def _tables_of_rows(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The tables whose tokens are named without a table: the embeddings, or those that TRAINABLE_TOKENS targets."""
+    targets = config.get("target_modules")
+    if config.get("peft_type") != TRAINABLE_TOKENS or not targets:
+        return ("embed_tokens",)
+    tables = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}
+    return tuple(name for name, module in tables.items() if named(targets, (module, nested_module(module))))
+
+
+def named(listed: Any, names: tuple[str, ...]) -> bool:
+    """Whether a field of names, or of one regular expression, has one of a module's names."""
+    if not listed:
+        return False
+    if isinstance(listed, str):
+        return any(re.fullmatch(listed, name) for name in names)
+    return any(name == end or name.endswith(f".{end}") for name in names for end in listed)
 
 
 def modules(model: Decoder) -> Iterator[tuple[str, str, Piece]]:

@@ -9,7 +9,10 @@ from types import ModuleType
 from typing import Any
 
 from jaxft.adapters.attach import adapters, virtual_modules
+from jaxft.adapters.saved import saved_paths
+from jaxft.checkpoint.peft.folder import TRAINABLE_TOKENS
 from jaxft.errors import ModelError, did_you_mean
+from jaxft.files.adapter_base import refuse_mlx
 from jaxft.files.json_fields import FLAG, INDEX, NUMBER, TEXT, TEXTS, check_kinds, listing, mapping
 from jaxft.nn.decoder import Decoder
 
@@ -28,7 +31,6 @@ KINDS = {
     "projection_prng_key": INDEX,
 }
 PATTERNS = ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern")
-MLX = ("fine_tune_type", "lora_parameters", "lora_layers")  # fields that only MLX's adapter_config.json has
 
 
 @functools.cache
@@ -41,12 +43,7 @@ def kinds() -> dict[str, ModuleType]:
 
 def check_form(config: Mapping[str, Any], folder: str) -> None:
     """Raises ModelError if an adapter_config.json is not PEFT's, or a field that is read is of the wrong kind."""
-    if "peft_type" not in config and any(name in config for name in MLX):
-        raise ModelError(
-            f"{folder} holds an adapter of MLX, not of PEFT: its adapter_config.json has fine_tune_type="
-            f"{config.get('fine_tune_type', 'lora')!r}, and its tensors have MLX's own names. "
-            f"Fuse it into its model and load that: mlx_lm.fuse --model BASE --adapter-path {folder} --save-path FOLDER"
-        )
+    refuse_mlx(config, folder)
     where = f"{folder}/adapter_config.json"
     check_kinds(config, KINDS, where)
     for name in PATTERNS:
@@ -78,8 +75,10 @@ def kind_of(config: Mapping[str, Any]) -> ModuleType:
 def only_kind(model: Decoder) -> ModuleType | None:
     """The module for the adapters of a model; None if it has none. Raises ModelError if they are of several kinds."""
     kind_names = {adapter.peft_type for adapter in (adapters(model) | virtual_modules(model)).values()}
-    if model.token_rows is not None:
-        kind_names.add("LORA")  # PEFT has rows of single tokens beside LoRA
+    if model.token_rows is not None and (kind_names or saved_paths(model)):
+        kind_names.add("LORA")  # the only kind beside which PEFT has rows of single tokens, or modules in full
+    elif model.token_rows is not None:
+        kind_names.add(TRAINABLE_TOKENS)
     if len(kind_names) > 1:
         raise ModelError(f"the model has adapters of {' and '.join(sorted(kind_names))}: a PEFT folder holds one kind")
     return kinds()[next(iter(kind_names))] if kind_names else None

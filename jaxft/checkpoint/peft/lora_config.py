@@ -7,7 +7,7 @@ from typing import Any
 from jaxft.adapters.lora import settings_for
 from jaxft.adapters.lora.low_rank import LoRASettings
 from jaxft.checkpoint.peft.experts import targets_of
-from jaxft.checkpoint.peft.folder import refuse_unknown
+from jaxft.checkpoint.peft.folder import named, refuse_unknown
 from jaxft.errors import ModelError
 from jaxft.models.nested import nested_module
 
@@ -100,15 +100,6 @@ def selected(config: Mapping[str, Any], module: str) -> bool:
     layer = _LAYER.match(module)
     layers = [layers] if isinstance(layers, int) else layers
     return named(targets, names) and layer is not None and int(layer[1]) in layers
-
-
-def named(listed: Any, names: tuple[str, ...]) -> bool:
-    """Whether a field of names, or of one regular expression, has one of a module's names."""
-    if not listed:
-        return False
-    if isinstance(listed, str):
-        return any(re.fullmatch(listed, name) for name in names)
-    return any(name == end or name.endswith(f".{end}") for name in names for end in listed)
 
 
 def _understood(name: str, value: Any) -> bool:

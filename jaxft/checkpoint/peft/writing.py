@@ -14,7 +14,7 @@ from jaxft.adapters.attach import adapters
 from jaxft.adapters.saved import carried_paths, saved_paths
 from jaxft.adapters.token_rows import TokenRows
 from jaxft.checkpoint.hf import EMBEDDING, TIED_HEAD, param_tensors
-from jaxft.checkpoint.peft.folder import CONFIG, PREFIX, SCORE_TASK, WEIGHTS, PeftTensor
+from jaxft.checkpoint.peft.folder import CONFIG, PREFIX, SCORE_TASK, TRAINABLE_TOKENS, WEIGHTS, PeftTensor
 from jaxft.checkpoint.peft.kinds import only_kind
 from jaxft.checkpoint.peft.reading import shape_of
 from jaxft.checkpoint.safetensors_writer import Index, LazyTensor, gather_sharded, write_safetensors
@@ -52,10 +52,11 @@ def write_adapter(model: Decoder, folder: str, *, base: str, nested: bool = Fals
     os.makedirs(folder, exist_ok=True)
     model = kind.plain_model(model) if hasattr(kind, "plain_model") else model
     leaves, _ = flatten(nnx.state(model), is_quantized)
-    whole = tuple(_whole_tensors(model, saved_paths(model)))
-    carried = tuple(_whole_tensors(model, carried_paths(model)))
+    wrapper = "" if kind.PEFT_TYPE == TRAINABLE_TOKENS else "token_adapter."
+    whole = tuple(_whole_tensors(model, saved_paths(model), wrapper))
+    carried = tuple(_whole_tensors(model, carried_paths(model), wrapper))
     parts: dict[str, list[PeftTensor]] = {}
-    for part in (*kind.peft_tensors(model), *whole, *carried, *_row_tensors(model)):
+    for part in (*kind.peft_tensors(model), *whole, *carried, *_row_tensors(model, wrapper)):
         parts.setdefault(_nested_key(part.key) if nested else part.key, []).append(part)
     tensors = {key: _lazy(leaves, of_key) for key, of_key in parts.items()}
     if not is_primary():
@@ -71,21 +72,25 @@ def write_adapter(model: Decoder, folder: str, *, base: str, nested: bool = Fals
     } | kind.adapter_config_fields(model)
     if nested and "target_modules" in config:
         config["target_modules"] = _nested_targets(config["target_modules"])
-    config |= _whole_fields(model, whole, nested=nested) | _row_fields(model, nested=nested)
+    config |= _whole_fields(model, whole, nested=nested) | _row_fields(model, kind.PEFT_TYPE)
     write_text(os.path.join(folder, CONFIG), json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def _whole_tensors(model: Decoder, paths: Iterable[str]) -> Iterator[PeftTensor]:
-    """The folder's tensors of parameters of the base that it holds whole."""
+def _whole_tensors(model: Decoder, paths: Iterable[str], wrapper: str) -> Iterator[PeftTensor]:
+    """The folder's tensors of parameters of the base that it holds whole.
+
+    wrapper: what PEFT has between the module of a table and the rows of it that are trained.
+    """
     table = param_tensors(model)
     for path in paths:
         for piece in table[path].pieces:
             names = (EMBEDDING, TIED_HEAD) if piece.hf == EMBEDDING and model.tied else (piece.hf,)  # PEFT has it twice
             for name in names:
-                yield PeftTensor(PREFIX + _wrapped(model, name, path, piece), path, piece.at, table[path].transform)
+                key = PREFIX + _wrapped(model, name, path, piece, wrapper)
+                yield PeftTensor(key, path, piece.at, table[path].transform)
 
 
-def _wrapped(model: Decoder, name: str, path: str, piece: Piece) -> str:
+def _wrapped(model: Decoder, name: str, path: str, piece: Piece, wrapper: str) -> str:
     """The name of a tensor of the base in PEFT's model, which wraps a module that has an adapter."""
     module, _, parameter = name.rpartition(".")
     layer = path.rpartition("/")[0]
@@ -93,19 +98,19 @@ def _wrapped(model: Decoder, name: str, path: str, piece: Piece) -> str:
     if adapter is not None and (not hasattr(adapter, "rank") or adapter.rank(piece.layer)):
         return f"{module}.base_layer.{parameter}"
     if model.token_rows is not None and layer in cast(TokenRows, model.token_rows).by_table():
-        return f"{module}.token_adapter.base_layer.{parameter}"
+        return f"{module}.{wrapper}base_layer.{parameter}"
     return name
 
 
-def _row_tensors(model: Decoder) -> Iterator[PeftTensor]:
+def _row_tensors(model: Decoder, wrapper: str) -> Iterator[PeftTensor]:
     if model.token_rows is not None:
         for name in cast(TokenRows, model.token_rows).by_table():
-            key = f"{PREFIX}{MODULE_OF[name]}.token_adapter.trainable_tokens_delta"
+            key = f"{PREFIX}{MODULE_OF[name]}.{wrapper}trainable_tokens_delta"
             yield PeftTensor(key, f"token_rows/{name}/values")
 
 
-def _row_fields(model: Decoder, *, nested: bool) -> dict[str, Any]:
-    if model.token_rows is None:
+def _row_fields(model: Decoder, peft_type: str) -> dict[str, Any]:
+    if model.token_rows is None or peft_type == TRAINABLE_TOKENS:  # whose own fields name the tokens
         return {}
     indices = {name: list(rows.indices) for name, rows in cast(TokenRows, model.token_rows).by_table().items()}
     only_embeddings = list(indices) == ["embed_tokens"]

@@ -12,6 +12,8 @@ from typing import Any
 
 from jaxft.data.tokenizers.files import hub_file, json_at, json_in
 from jaxft.errors import CheckpointError, ModelError
+from jaxft.files.adapter_base import CONFIG as ADAPTER_CONFIG
+from jaxft.files.adapter_base import known_base
 from jaxft.files.hub import fetch_hub, hub_path
 from jaxft.files.paths import HUB, is_remote
 from jaxft.files.run_folder import ADAPTER, MERGED
@@ -38,23 +40,28 @@ def end_tokens(config: Mapping[str, Any] | None) -> list[int]:
     return [i for i in dict.fromkeys(ids) if i >= 0]
 
 
-def end_tokens_at(path: str, revision: str | None, is_special: Callable[[int], bool]) -> list[int]:
+def end_tokens_at(
+    path: str, revision: str | None, is_special: Callable[[int], bool], base: str | None = None
+) -> list[int]:
     """The end tokens that a model's files name; for an adapter also those of its base.
 
-    path, revision: as for `load_tokenizer`. is_special: whether an id is that of an added token of the tokenizer. Files
-    that cannot be reached name none: whoever loads the model tells of them.
+    path, revision, base: as for `load_tokenizer`. is_special: whether an id is that of an added token of the tokenizer.
+    Files that cannot be reached name none: whoever loads the model tells of them.
     """
     if path.startswith(HUB):
         try:
             location = hub_path(path, revision)
             if location.file is not None:
                 return end_tokens_at(fetch_hub(path, revision), None, is_special)
-            files = {name: hub_file(location.repo, name, location.revision) for name in (GENERATION, MODEL)}
+            names = (GENERATION, MODEL, ADAPTER_CONFIG)
+            files = {name: hub_file(location.repo, name, location.revision) for name in names}
         except (OSError, ValueError, CheckpointError):
             return []
-        return _end_tokens_of_folder(lambda name: json_in(files[name]), is_special)
+        own = _end_tokens_of_folder(lambda name: json_in(files[name]), is_special)
+        return own + _of_base(str(files[ADAPTER_CONFIG].parent), base, is_special)
     if is_remote(path):
-        return _end_tokens_of_folder(lambda name: json_at(f"{path.rstrip('/')}/{name}"), is_special)
+        own = _end_tokens_of_folder(lambda name: json_at(f"{path.rstrip('/')}/{name}"), is_special)
+        return own + _of_base(path, base, is_special)
     if path.endswith(".gguf"):
         # The package gguf imports much, which processes that tokenise rows do without.
         from jaxft.files.gguf_header import read_header
@@ -63,12 +70,14 @@ def end_tokens_at(path: str, revision: str | None, is_special: Callable[[int], b
     ends: list[int] = []
     for folder in (Path(path), *(Path(path) / name for name in (MERGED, FULL, ADAPTER))):
         ends += _end_tokens_of_folder(partial(_json_of, folder), is_special)
-        adapter = json_in(folder / "adapter_config.json")
-        base = adapter.get("base_model_name_or_path")
-        if isinstance(base, str) and base and Path(base).resolve() != folder.resolve():
-            known = "://" in base or os.path.exists(base)
-            ends += end_tokens_at(base if known else HUB + base, adapter.get("revision"), is_special)
+        ends += _of_base(str(folder), base, is_special)
     return list(dict.fromkeys(ends))
+
+
+def _of_base(folder: str, base: str | None, is_special: Callable[[int], bool]) -> list[int]:
+    """The end tokens of the base of a PEFT folder; none for other folders."""
+    known = known_base(folder, base)
+    return [] if known is None else end_tokens_at(*known, is_special)
 
 
 def _json_of(folder: Path, name: str) -> dict[str, Any]:

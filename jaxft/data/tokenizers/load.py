@@ -19,6 +19,8 @@ from jaxft.data.tokenizers.table import table_rows
 from jaxft.data.tokenizers.templates import fixed_template, read_template, replaced
 from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import ModelError, listed
+from jaxft.files.adapter_base import CONFIG as ADAPTER_CONFIG
+from jaxft.files.adapter_base import base_of, base_revision
 from jaxft.files.hub import fetch_hub, hub_path
 from jaxft.files.paths import copy_small_files, hub_hint, is_remote
 from jaxft.files.run_folder import ADAPTER, CHAT_TEMPLATE, MERGED, MODEL
@@ -65,8 +67,7 @@ def load_tokenizer(
     show.
     """
     path = local_path(path)
-    own = path if base is None or is_remote(path) or _has_tokenizer(Path(path)) else local_path(base)
-    backend, stop_ids = _load_any(own, revision if own == path else None)
+    backend, stop_ids = _load_any(path, revision, base)
     if chat_template is not None:
         backend.chat_template = replaced(backend.chat_template, read_template(chat_template, backend, path))
     if isinstance(backend.chat_template, str):
@@ -74,7 +75,7 @@ def load_tokenizer(
         backend.chat_template = backend.chat_template.replace("\r\n", "\n").replace("\r", "\n")
     if template_date is not None or chat_template_kwargs:
         backend.chat_template = fixed_template(backend.chat_template, template_date, chat_template_kwargs or {}, path)
-    rows = table_rows(own, revision) if model is None else table_rows(local_path(model))
+    rows = table_rows(path, revision, base) if model is None else table_rows(local_path(model), None, base)
     return Tokenizer(backend, name=path, extra_stop_ids=stop_ids, table_rows=rows)
 
 
@@ -102,27 +103,22 @@ def tokenizer_of(config: RunConfig, path: str | None = None) -> Tokenizer:
     return tokenizer
 
 
-def _has_tokenizer(folder: Path) -> bool:
-    names = [Path(name) for name in ("", *EXPORTS)]
-    return any((folder / name / file).is_file() for name in names for file in TOKENIZER_FILES)
-
-
-def _load_any(path: str, revision: str | None) -> tuple["PreTrainedTokenizerFast", list[int]]:
+def _load_any(path: str, revision: str | None, base: str | None = None) -> tuple["PreTrainedTokenizerFast", list[int]]:
     if path.startswith(HUB):
-        return _load_hub(path, revision)
-    return _load_remote(path) if is_remote(path) else _load_local(Path(path))
+        return _load_hub(path, revision, base)
+    return _load_remote(path, base) if is_remote(path) else _load_local(Path(path), base)
 
 
-def _load_remote(address: str) -> tuple["PreTrainedTokenizerFast", list[int]]:
+def _load_remote(address: str, base: str | None) -> tuple["PreTrainedTokenizerFast", list[int]]:
     with tempfile.TemporaryDirectory() as folder:
         copy_small_files(address, folder)
         try:
-            return _load_local(Path(folder))
+            return _load_local(Path(folder), base)
         except ModelError as error:
             raise ModelError(str(error).replace(folder, address)) from error
 
 
-def _load_local(path: Path) -> tuple["PreTrainedTokenizerFast", list[int]]:
+def _load_local(path: Path, base: str | None = None) -> tuple["PreTrainedTokenizerFast", list[int]]:
     if path.suffix == ".gguf" and path.is_file():
         from jaxft.data.tokenizers.gguf import tokenizer_from_gguf
 
@@ -141,35 +137,35 @@ def _load_local(path: Path) -> tuple["PreTrainedTokenizerFast", list[int]]:
         _refuse_code(settings, str(folder))
         if (folder / "tokenizer.json").is_file():
             backend = _load_fast(str(folder), settings, local_files_only=True)
-            return backend, end_tokens_at(str(folder), None, _is_added(backend))
+            return backend, end_tokens_at(str(folder), None, _is_added(backend), base)
         if (folder / "tokenizer.model").is_file():
             backend = _load_sentencepiece(folder / "tokenizer.model")
-            return backend, end_tokens_at(str(folder), None, _is_added(backend))
-    return _load_named_base(path)
+            return backend, end_tokens_at(str(folder), None, _is_added(backend), base)
+    return _load_named_base(path, base)
 
 
-def _load_named_base(folder: Path) -> tuple["PreTrainedTokenizerFast", list[int]]:
+def _load_named_base(folder: Path, base: str | None) -> tuple["PreTrainedTokenizerFast", list[int]]:
     """A PEFT folder without tokenizer files, or an unexported run, has the tokenizer of its base."""
     template = folder / CHAT_TEMPLATE
-    base = json_in(folder / "adapter_config.json").get("base_model_name_or_path")
-    revision = json_in(folder / "adapter_config.json").get("revision")
-    if base is None:
+    if (folder / ADAPTER_CONFIG).is_file():
+        origin = base_of(str(folder), base)
+        backend, stops = _load_any(origin, base_revision(str(folder), origin, base))
+    else:
         model = json_in(folder / "config.json").get("model")
-        if isinstance(model, Mapping):
-            base, revision = model.get("path"), model.get("revision")
-    if not base or Path(base).resolve() == folder.resolve():
-        files = listed(sorted(os.listdir(folder))) or "nothing"
-        raise ModelError(
-            f"no tokenizer in {str(folder)!r}: it needs tokenizer.json or tokenizer.model, and contains {files}. "
-            "Copy the tokenizer files of the base model there."
-        )
-    backend, stops = _load_any(base if "://" in base or os.path.exists(base) else HUB + base, revision)
+        named = model.get("path") if isinstance(model, Mapping) else None
+        if not isinstance(model, Mapping) or not isinstance(named, str) or Path(named).resolve() == folder.resolve():
+            files = listed(sorted(os.listdir(folder))) or "nothing"
+            raise ModelError(
+                f"no tokenizer in {str(folder)!r}: it needs tokenizer.json or tokenizer.model, and contains {files}. "
+                "Copy the tokenizer files of the base model there."
+            )
+        backend, stops = _load_any(named, model.get("revision"), model.get("base"))
     if template.is_file():  # the template that a run was trained with
         backend.chat_template = replaced(backend.chat_template, template.read_text(encoding="utf-8"))
     return backend, stops
 
 
-def _load_hub(path: str, revision: str | None) -> tuple["PreTrainedTokenizerFast", list[int]]:
+def _load_hub(path: str, revision: str | None, base: str | None) -> tuple["PreTrainedTokenizerFast", list[int]]:
     location = hub_path(path, revision)
     if location.file is not None:
         return _load_local(Path(fetch_hub(path, revision)))
@@ -177,11 +173,14 @@ def _load_hub(path: str, revision: str | None) -> tuple["PreTrainedTokenizerFast
     try:
         settings = json_in(hub_file(repo, "tokenizer_config.json", revision))
         _refuse_code(settings, path)
+        adapter = hub_file(repo, ADAPTER_CONFIG, revision)
         if hub_file(repo, "tokenizer.json", revision).is_file():
             backend = _load_fast(repo, settings, revision=revision)
+        elif adapter.is_file() and not settings:
+            return _load_named_base(adapter.parent, base)
         else:
             backend = _load_class(repo, revision=revision)
-        return backend, end_tokens_at(path, revision, _is_added(backend))
+        return backend, end_tokens_at(path, revision, _is_added(backend), base)
     except OSError as error:
         raise ModelError(
             f"cannot get a tokenizer from {path!r}: {str(error).rstrip('.')}. Check the name and revision; "

@@ -3,16 +3,18 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from jaxft.data.tokenizers.files import hub_file
 from jaxft.errors import CheckpointError
+from jaxft.files.adapter_base import CONFIG as ADAPTER_CONFIG
+from jaxft.files.adapter_base import known_base
 from jaxft.files.hub import fetch_hub, hub_path
 from jaxft.files.paths import HUB, MAX_JSON_BYTES, is_file, is_remote, json_object, read_json
 from jaxft.files.run_folder import ADAPTER, MERGED, MODEL
 
 MULTIPLE = 64  # to which a table grows, so that meshes split it evenly and its products fill whole tiles
-CONFIG, ADAPTER_CONFIG, GGUF_TABLE = "config.json", "adapter_config.json", "token_embd.weight"
+CONFIG, GGUF_TABLE = "config.json", "token_embd.weight"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_TABLES = ("embed_tokens.", "lm_head.")  # of a tied base either may be there
 
@@ -53,16 +55,16 @@ def added_rows(*, tokens: Sequence[int], size: int, before: int) -> AddedRows:
     )
 
 
-def table_rows(path: str, revision: str | None = None) -> int | None:
+def table_rows(path: str, revision: str | None = None, base: str | None = None) -> int | None:
     """The rows of the table of a model, by its config.json or its GGUF header alone.
 
-    path, revision: as for `load_tokenizer`; an adapter has the table of its base. None if no file names a number, or
-    the files cannot be reached, which is told where the model is loaded.
+    path, revision, base: as for `load_tokenizer`; an adapter has the table of its base. None if no file names a number,
+    or the files cannot be reached, which is told where the model is loaded.
     """
     if path.startswith(HUB):
-        return _rows_on_hub(path, revision)
+        return _rows_on_hub(path, revision, base)
     if is_remote(path):
-        return _rows_in(path)
+        return _rows_in(path, base)
     if path.endswith(".gguf"):
         # The package gguf imports much, which processes that tokenise rows do without.
         from jaxft.files.gguf_header import read_header
@@ -70,11 +72,11 @@ def table_rows(path: str, revision: str | None = None) -> int | None:
         table = read_header(path).tensors.get(GGUF_TABLE) if os.path.isfile(path) else None
         return None if table is None else table.shape[0]
     folder = path if os.path.isdir(path) else os.path.dirname(path)
-    each = (_rows_in(os.path.join(folder, name)) for name in ("", MERGED, MODEL, ADAPTER))
+    each = (_rows_in(os.path.join(folder, name), base) for name in ("", MERGED, MODEL, ADAPTER))
     return next((rows for rows in each if rows is not None), None)
 
 
-def _rows_in(folder: str) -> int | None:
+def _rows_in(folder: str, base: str | None) -> int | None:
     """The rows by the files of a local folder or an address."""
     folder = folder.rstrip("/")
     try:
@@ -82,16 +84,12 @@ def _rows_in(folder: str) -> int | None:
             return rows_by_config(read_json(f"{folder}/{CONFIG}"))
         if not is_file(f"{folder}/{ADAPTER_CONFIG}"):
             return None
-        adapter = read_json(f"{folder}/{ADAPTER_CONFIG}")
     except CheckpointError:
         return None
     if (own := _rows_of_adapter(f"{folder}/{ADAPTER_WEIGHTS}")) is not None:
         return own
-    base = adapter.get("base_model_name_or_path")
-    if not isinstance(base, str) or not base or Path(base).resolve() == Path(folder).resolve():
-        return None
-    known = "://" in base or os.path.exists(base)
-    return table_rows(base if known else HUB + base, adapter.get("revision"))
+    known = known_base(folder, base)
+    return None if known is None else table_rows(*known)
 
 
 def _rows_of_adapter(file: str) -> int | None:
@@ -113,18 +111,16 @@ def _rows_of_adapter(file: str) -> int | None:
     return max((shape[0] for shape in tables if len(shape) == 2), default=None)
 
 
-def _rows_on_hub(path: str, revision: str | None) -> int | None:
-    # Imported here: only users of the hub need it.
-    from transformers.utils import cached_file
-
+def _rows_on_hub(path: str, revision: str | None, base: str | None) -> int | None:
     try:
         location = hub_path(path, revision)
         if location.file is not None:
             return table_rows(fetch_hub(path, revision))
-        file = cached_file(location.repo, CONFIG, revision=location.revision)
+        files = [hub_file(location.repo, name, location.revision) for name in (CONFIG, ADAPTER_CONFIG)]
     except (OSError, ValueError, CheckpointError):
         return None
-    return rows_by_config(read_json(file)) if file else None
+    there = next((file for file in files if file.is_file()), None)
+    return None if there is None else _rows_in(str(there.parent), base)
 
 
 def rows_by_config(hf_config: Mapping[str, Any]) -> int | None:
