@@ -1,10 +1,20 @@
-"""Refuses weights that are NaN or infinite: training from a NaN gives only NaN, whose origin nothing shows."""
+"""Refuses numbers that are NaN or infinite, in weights that are read or written and in states that are saved: training
+from a NaN gives only NaN, whose origin nothing shows.
+"""
 
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxft.checkpoint.tensors import TensorSource, TensorSpec
-from jaxft.errors import CheckpointError
+from jaxft.errors import CheckpointError, listed
 
+REMEDY = (
+    "The same command with train.on_spike='skip' goes on and leaves out the updates that would cause this; or train "
+    "into another output_dir with a lower optim.learning_rate, with optim.clip_norm, or in float32."
+)
 CHUNK = 2**16  # elements checked at a time: they and their copy fit into the cache of a core
 # The bits of infinity without the sign; larger ones are NaN. Comparing bits is six times as fast as NumPy's isfinite
 # for bfloat16, and faster than a copy.
@@ -55,3 +65,30 @@ def all_finite(values: np.ndarray) -> bool:
         np.bitwise_and(part, unsigned, out=room[: part.size]).max() < infinity
         for part in (flat[start : start + CHUNK] for start in range(0, flat.size, CHUNK))
     )
+
+
+def check_state(step: int, arrays: Mapping[str, jax.Array], whole: str) -> None:
+    """Refuses a state that is to be saved if an array of it is not finite, weights, optimizer and averages alike.
+
+    The devices look at their own parts and answer with one number, so that no array leaves them. arrays: by path.
+    whole: the newest whole step, for people. All processes call this. Raises CheckpointError naming the arrays.
+    """
+    groups: dict[frozenset[jax.Device], dict[str, jax.Array]] = {}
+    for path, array in arrays.items():
+        if jnp.issubdtype(array.dtype, jnp.inexact):
+            groups.setdefault(frozenset(array.sharding.device_set), {})[path] = array
+    answers = [_finite(group) for group in groups.values()]
+    if all(bool(whole_group) for whole_group, _ in answers):
+        return
+    bad = [path for _, each in answers for path, finite in each.items() if not finite]
+    raise CheckpointError(
+        f"step {step} is not saved: {len(bad)} of the {len(arrays)} arrays of its state have NaN or infinite values "
+        f"({listed(bad, 4)}), so training has diverged although the loss was finite; {whole}. {REMEDY}"
+    )
+
+
+@jax.jit
+def _finite(arrays: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """(whether all are finite, whether each is)."""
+    each = {path: jnp.isfinite(array).all() for path, array in arrays.items()}
+    return jnp.stack(list(each.values())).all(), each

@@ -26,6 +26,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from jaxft.checkpoint import manifest
+from jaxft.checkpoint.finite import check_state
 from jaxft.checkpoint.saved_step import SavedStep, find_averages
 from jaxft.checkpoint.state_layout import abstract_arrays, as_arrays, as_state, layout
 from jaxft.errors import CheckpointError
@@ -94,7 +95,7 @@ class RunCheckpoints:
         state: pytree of jax.Arrays, typed PRNG keys included, without the parts that need no saving. extra: JSON.
         Returns False if this object has just saved or restored the same step.
         Raises CheckpointError for an error of the PREVIOUS save (a full disk shows here), a step that is not newer than
-        all that exist, a leaf that is not a jax.Array, an extra that is not JSON.
+        all that exist, a leaf that is not a jax.Array, an array that is not finite, an extra that is not JSON.
         """
         self.wait()
         if step == self._last:
@@ -107,6 +108,7 @@ class RunCheckpoints:
                 "newer steps."
             )
         arrays = as_arrays(state)
+        check_state(step, arrays, self._whole())
         metrics = {name: float(value) for name, value in (metrics or {}).items()}
         meta = {
             "layout": layout(state), "averages": find_averages(state), "metrics": metrics, "extra": dict(extra),
@@ -193,15 +195,17 @@ class RunCheckpoints:
         return self.folder / str(step)
 
     def _not_saved(self, step: int, error: Exception) -> CheckpointError:
-        newest = self.latest_step()
-        whole = "no earlier step is whole" if newest is None else f"step {newest} is whole and can be resumed from"
         first = str(error).strip().split("\n", 1)[0]
         if len(first) > 500:  # the cause is at the end of TensorStore's nested messages
             first = f"{first[:100]} ... {first[-300:]}"
         return CheckpointError(
             f"step {step} was not saved to {self.folder}: {type(error).__name__}: {first}. "
-            f"Check that the disk has room and is writable; {whole}."
+            f"Check that the disk has room and is writable; {self._whole()}."
         )
+
+    def _whole(self) -> str:
+        newest = self.latest_step()
+        return "no earlier step is whole" if newest is None else f"step {newest} is whole and can be resumed from"
 
     def _finish(self, step: int, metrics: Mapping[str, float]) -> None:
         self._orbax.wait_until_finished()  # with several processes a barrier: all have written

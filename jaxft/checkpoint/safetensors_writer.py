@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from jaxft.checkpoint.finite import all_finite
 from jaxft.checkpoint.tensors import DTYPES, TensorSpec, block_bounds
 from jaxft.errors import ExportError, listed
 from jaxft.files.atomic import unfinished_file, write_file, write_text
@@ -101,6 +102,11 @@ def _bytes_of(name: str, spec: TensorSpec, make: Callable[..., np.ndarray], inde
     if array.shape != shape or array.dtype != spec.dtype:
         part = f"rows {index[0].start} to {index[0].stop} are" if index else "is"
         raise ExportError(f"tensor {name!r} was declared {spec}, but {part} {array.shape} {array.dtype}")
+    if not all_finite(array):
+        raise ExportError(
+            f"tensor {name!r} has NaN or infinite values as {spec.dtype}, and is not written: the model has diverged, "
+            "or its values are too large for that type. Export an earlier step, or use a wider type, such as float32."
+        )
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 

@@ -34,7 +34,7 @@ def make_state(seed=0, mesh=None):
             "0": {"kernel": jax.random.normal(keys[0], (2, 16, 8)), "lora_a": jax.random.normal(keys[1], (2, 16, 4))},
         },
         "half": jax.random.normal(keys[2], (8, 8), jnp.bfloat16),
-        "odd": jnp.array([jnp.nan, jnp.inf, -0.0, 1e-42], jnp.float32),
+        "odd": jnp.array([3.4028235e38, -1e-38, -0.0, 1e-42], jnp.float32),
         "ids": jnp.arange(-4, 4, dtype=jnp.int8),
     }
     opt_state = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)).init(trainable)

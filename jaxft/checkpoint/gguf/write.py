@@ -17,6 +17,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 from gguf.quants import dequantize
 
 from jaxft import models
+from jaxft.checkpoint.finite import all_finite
 from jaxft.checkpoint.gguf import GGUFFile
 from jaxft.checkpoint.gguf.kinds import F16, F32, FILE_TYPES, FileKinds, file_kinds, kind_of, quantize
 from jaxft.checkpoint.gguf.names import (
@@ -227,6 +228,8 @@ def _encode(
         values = values + np.float32(add)
     if heads:
         values = interleave(values, heads)
+    if not all_finite(values):
+        raise ExportError(f"tensor {name!r} has NaN or infinite values, and is not written: export an earlier step")
     if kind == F16 and values.size and (largest := float(np.max(np.abs(values)))) > float(np.finfo(np.float16).max):
         raise ExportError(f"tensor {name!r} has values up to {largest:.3g}, float16 ends at 65504; use bfloat16")
     return quantize(np.ascontiguousarray(values), kind)

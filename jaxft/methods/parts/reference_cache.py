@@ -17,6 +17,7 @@ from flax import nnx
 from jaxft.checkpoint.load import is_adapter, resolve, resolve_base
 from jaxft.config import RunConfig
 from jaxft.data.batch import Batch, Example
+from jaxft.errors import ModelError
 from jaxft.files.atomic import write_file
 from jaxft.files.paths import sizes_and_times
 from jaxft.files.run_folder import BASE, REFERENCE
@@ -105,9 +106,19 @@ def _computed(
         for row, sequence in enumerate(rows):
             first = 0
             for index in sequence:
+                _check_finite(name, index, logps_BP[row, first : first + counts[index]])
                 out[starts[index] : starts[index + 1]] = logps_BP[row, first : first + counts[index]]
                 first += counts[index]
     return out
+
+
+def _check_finite(name: str, index: int, logps: np.ndarray) -> None:
+    if not np.isfinite(logps).all():
+        raise ModelError(
+            f"the reference gives row {index + 1} of the training sequences ({name}) the log-probabilities "
+            f"{logps.tolist()}, which are not all finite, and every loss on them would not be a number. Set "
+            "model.dtype='float32'; if it stays so, the base model is damaged: fetch it again."
+        )
 
 
 def _with_values(examples: Sequence[Example], sums: np.ndarray) -> list[Example]:
@@ -142,7 +153,8 @@ def _read(file: Path, hashes: dict[str, str]) -> dict[str, np.ndarray]:
     try:
         with np.load(file, allow_pickle=False) as content:
             known = json.loads(str(content["hashes"]))
-            return {name: content[own] for name, own in hashes.items() if known.get(name) == own and own in content}
+            sums = {name: content[own] for name, own in hashes.items() if known.get(name) == own and own in content}
+            return {name: values for name, values in sums.items() if np.isfinite(values).all()}
     except (ValueError, KeyError, OSError, zipfile.BadZipFile):
         return {}
 

@@ -14,6 +14,7 @@ import numpy as np
 from jaxft.checkpoint.load import resolve
 from jaxft.config import RunConfig
 from jaxft.data.batch import Batch, Example
+from jaxft.errors import ModelError
 from jaxft.files.atomic import new_folder
 from jaxft.files.paths import sizes_and_times
 from jaxft.files.run_folder import TEACHER
@@ -113,9 +114,19 @@ def _computed(
             for index in sequence:
                 end = start + len(examples[index])
                 arrays = {TEACHER_IDS: ids_BSK[row, start:end], TEACHER_LOGPS: logps_BSR[row, start:end]}
+                _check_finite(index, logps_BSR[row, start:end][examples[index].mask[1:].nonzero()[0]])
                 # What a position predicts belongs to the token after it.
                 yield index, {name: np.roll(array, 1, axis=0) for name, array in arrays.items()}
                 start = end
+
+
+def _check_finite(index: int, logps: np.ndarray) -> None:
+    # The remaining probability may be 0, whose logarithm is -inf.
+    if np.isnan(logps).any() or np.isposinf(logps).any():
+        raise ModelError(
+            f"the teacher gives training sequence {index + 1} log-probabilities that are not numbers, and no loss on "
+            "them would be one. Set model.dtype='float32'; if it stays so, the teacher is damaged: fetch it again."
+        )
 
 
 def _top_of(config: RunConfig) -> Callable[[FrozenArrays, Batch[jax.Array]], TopLogps]:
