@@ -10,12 +10,16 @@ from jaxft.config.fields import (
     COMMA_SEPARATED,
     FREE_TO_CHANGE,
     NOT_NEGATIVE,
+    Range,
     ReadBy,
     Section,
     Spelling,
 )
 from jaxft.config.model import Dtype
 from jaxft.errors import ConfigError
+
+ON_SPIKE = ReadBy("train.on_spike", ("warn", "skip", "stop"))
+FEWEST = Range(lambda value: value >= 8, "8 or more")  # of fewer steps, the median deviation says little
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +77,22 @@ class TrainConfig(Section):
         ReadBy("train.early_stopping_patience"),
         "a change of the metric by no more than this is not better",
     ] = 0.0
+    on_spike: Annotated[
+        Literal["off", "warn", "skip", "stop"],
+        FREE_TO_CHANGE,
+        "what is done about a step whose loss or gradient norm is far above those before, or not finite: `warn` says "
+        "so, `skip` leaves its update out, `stop` saves the step before and ends; see [spikes](checkpoints.md#spikes)",
+    ] = "off"
+    spike_threshold: Annotated[
+        float,
+        ABOVE_ZERO,
+        FREE_TO_CHANGE,
+        ON_SPIKE,
+        "how far above the median of the last steps a spike is, in robust standard deviations",
+    ] = 10.0
+    spike_window: Annotated[
+        int, FEWEST, FREE_TO_CHANGE, ON_SPIKE, "number of last steps that the next one is compared with"
+    ] = 50
 
     report_to: Annotated[
         str | None,

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import jax
@@ -24,6 +25,7 @@ from jaxft.planning.shapes import frozen_shapes_of
 from jaxft.runs.build import abstract_of, check_experts, make_mesh, make_step, make_tx, start_state, with_frozen
 from jaxft.runs.going_on import going_on
 from jaxft.sharding.mesh import MeshPlan, auto_mesh, axis_sizes, fill_axes
+from jaxft.training.spikes import MEASURED
 from jaxft.training.state import TrainState, divide
 from jaxft.training.step import Step
 from jaxft.trees import is_key
@@ -142,6 +144,8 @@ def abstract_step_of(config: RunConfig, hf_config: dict[str, Any], steps: int) -
 
     graphdef, _, _ = divide(model)
     step, sizes = make_step(config, model, graphdef, tx, schedule), sizes_of(model)
+    if config.train.on_spike != "off":
+        step = partial(step, limits=np.full(len(MEASURED), np.inf, np.float32))
     dims, references = storage_dims_of(model), (sizes,) * method_of(config).reference_passes(config)
     frozen, fields = method_of(config).frozen(config), {}
     if frozen is not None:

@@ -218,6 +218,7 @@ def make_step(
         batch_sums=method.batch_sums(config, model),
         skips_empty=method.skips_empty,
         next_saved=method.next_saved(config),
+        on_spike=config.train.on_spike,
     )
 
 

@@ -77,7 +77,13 @@ def warnings_of(course: Course, config: RunConfig, data: Prepared, unit: int) ->
         problems.append(f"every batch holds the same rows several times ({sets}), which teach no more than once")
     if course.steps < FEW:
         problems.append(f"the whole run is {counted(course.steps, 'step')}, so that little is learned")
-    return [f"{'; '.join(problems)}. {mend}"] if problems else []
+    warnings = [f"{'; '.join(problems)}. {mend}"] if problems else []
+    if config.train.on_spike != "off" and config.train.spike_window >= course.steps:
+        warnings.append(
+            f"train.spike_window={config.train.spike_window} is not shorter than the run of {course.steps} steps, so "
+            "that only numbers that are not finite are spikes. Lower train.spike_window."
+        )
+    return warnings
 
 
 def recommended(

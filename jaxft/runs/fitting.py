@@ -5,7 +5,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -34,6 +34,7 @@ from jaxft.training.likelihoods import FallingLikelihoods
 from jaxft.training.log import NoLog, RunLog
 from jaxft.training.loop import Cadence, Epochs, Hooks, Period, evaluate, fit
 from jaxft.training.reward_watch import RewardWatch
+from jaxft.training.spikes import SpikeGuard
 from jaxft.training.state import TrainState, saved_part, with_saved
 
 
@@ -67,6 +68,8 @@ def fit_run(run: Run, loaded: LoadedModel, console: Console) -> Fitted:
             start, progress, held_out = int(extra["step"]), extra["progress"], extra["held_out"]
         if start <= ranked_after:  # what was seen on other held-out rows says nothing of these
             progress = {name: value for name, value in progress.items() if not name.startswith(EarlyStopping.PREFIX)}
+        if config.train.on_spike == "off":  # what was seen is out of date when spikes are told again
+            progress.pop(SpikeGuard.SEEN, None)
         with _log(run, start if restored else None, console) as log:
             if start:
                 log.note(f"going on from step {start} of {run.total_steps}")
@@ -137,7 +140,7 @@ def _hooks(
     graphdef: nnx.GraphDef[Decoder],
     feed: Feed,
     step: Callable[..., tuple[TrainState, dict[str, jax.Array]]],
-    save: Callable[[int, TrainState, dict[str, float], dict[str, float]], None],
+    save: Callable[[int, TrainState, dict[str, Any], dict[str, float]], None],
 ) -> Hooks:
     method = method_of(run.config)
     return Hooks(
@@ -148,6 +151,7 @@ def _hooks(
         preempted=distributed.reached_preemption,
         may_stop=feed.may_stop,
         early_stopping=_early_stopping(run),
+        spikes=_spikes(run),
         data_metrics=feed.metrics,
         evaluate_start=method.evaluates_start,
         evaluated=_report_of(run),
@@ -178,6 +182,18 @@ def _early_stopping(run: Run) -> EarlyStopping | None:
         mode=checkpoint.best_mode,
         patience=train.early_stopping_patience,
         threshold=train.early_stopping_threshold,
+    )
+
+
+def _spikes(run: Run) -> SpikeGuard | None:
+    train = run.config.train
+    if train.on_spike == "off":
+        return None
+    return SpikeGuard(
+        mode=train.on_spike,
+        threshold=train.spike_threshold,
+        window=train.spike_window,
+        by_loss=run.config.method.chosen.ROWS != "prompts",
     )
 
 
@@ -223,8 +239,8 @@ def _jitted_step(
 
 def _saver(
     config: RunConfig, checkpoints: RunCheckpoints
-) -> Callable[[int, TrainState, dict[str, float], dict[str, float]], None]:
-    def save(step: int, state: TrainState, progress: dict[str, float], held_out: dict[str, float]) -> None:
+) -> Callable[[int, TrainState, dict[str, Any], dict[str, float]], None]:
+    def save(step: int, state: TrainState, progress: dict[str, Any], held_out: dict[str, float]) -> None:
         extra = {"step": step, "progress": progress, "held_out": held_out, "config": config.to_dict()}
         checkpoints.save(step, saved_part(state), extra, held_out or None)
 

@@ -13,10 +13,11 @@ import jax
 from jaxft.errors import JaxftError, Preempted
 from jaxft.training.early_stopping import EarlyStopping
 from jaxft.training.log import NoLog, RunLog
+from jaxft.training.spikes import SpikeGuard
 from jaxft.training.state import TrainState
 
-# Metrics of a step whose sums since step 0 are logged. Only steps that may skip their update have the last.
-ADDED_UP = ("num_tokens", "trained_tokens", "skipped_updates")
+# Metrics of a step whose sums since step 0 are logged. Steps that may skip their update, or tell spikes, have the last.
+ADDED_UP = ("num_tokens", "trained_tokens", "skipped_updates", "spikes")
 
 
 class DivergedError(JaxftError):
@@ -62,32 +63,35 @@ class Hooks:
     that generates its own data reads the weights in `state`. evaluate(state): held-out metrics; None if no rows are
     held out. save(step, state, progress, metrics): writes a checkpoint. preempted(): called after every step; whether
     to save and stop. may_stop(step): whether a run can go on from a checkpoint after `step` steps; if not, it saves and
-    stops at the next step that may. early_stopping: ends training before the last step; None: nothing does.
+    stops at the next step that may. early_stopping: ends training before the last step; None: nothing does. spikes:
+    tells spikes, for which the step is given their limits; None: it is called without them.
     data_metrics(step): values to log about the data of the first `step` steps.
     evaluate_start: whether a run that has not begun is evaluated before its first step. evaluated(): called after the
     metrics of an evaluation are logged.
     """
 
-    train_step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
+    train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
     batch: Callable[[TrainState, int], Any]
     evaluate: Callable[[TrainState], dict[str, float]] | None
-    save: Callable[[int, TrainState, dict[str, float], dict[str, float]], None]
+    save: Callable[[int, TrainState, dict[str, Any], dict[str, float]], None]
     preempted: Callable[[], bool]
     may_stop: Callable[[int], bool] = lambda step: True
     early_stopping: EarlyStopping | None = None
+    spikes: SpikeGuard | None = None
     data_metrics: Callable[[int], dict[str, float]] = lambda step: {}
     evaluate_start: bool = False
     evaluated: Callable[[], object] = lambda: None
 
 
 def fit(
-    state: TrainState, hooks: Hooks, cadence: Cadence, log: RunLog | NoLog, *, start: int, progress: dict[str, float]
+    state: TrainState, hooks: Hooks, cadence: Cadence, log: RunLog | NoLog, *, start: int, progress: dict[str, Any]
 ) -> tuple[TrainState, dict[str, float]]:
     """Trains from step `start` to the last one. Returns the state and the held-out metrics of the last step.
 
-    progress: sums since step 0 of the metrics in ADDED_UP, and what `hooks.early_stopping` has seen, as saved. If that
-    ends training, the last step is an earlier one, and is saved. Raises Preempted after saving, and
-    DivergedError at the first loss that is not a number, before it can reach a checkpoint.
+    progress: sums since step 0 of the metrics in ADDED_UP, and what `hooks.early_stopping` and `hooks.spikes` have
+    seen, as saved. If the former ends training, the last step is an earlier one, and is saved. Raises Preempted after
+    saving, SpikeError for a spike that ends training, after saving the step before it, and DivergedError at the first
+    loss that is not a number and whose update is made, before it can reach a checkpoint.
     """
     progress = dict(progress)
     held_out: dict[str, float] = {}
@@ -98,8 +102,11 @@ def fit(
         started = time.monotonic()
         batch = hooks.batch(state, step - 1)
         ready = time.monotonic()
-        state, device_metrics = hooks.train_step(state, batch)
+        limits = () if hooks.spikes is None else (hooks.spikes.limits(progress),)
+        state, device_metrics = hooks.train_step(state, batch, *limits)
         metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
+        if hooks.spikes is not None:
+            metrics = _watched(hooks, hooks.spikes, step, state, metrics, progress, log)
         _check_finite(step, metrics)
         ended = time.monotonic()
         window.add(ended - started, ended - ready, metrics["num_tokens"])
@@ -123,6 +130,31 @@ def fit(
         if ending:
             break
     return state, held_out
+
+
+def _watched(
+    hooks: Hooks,
+    guard: SpikeGuard,
+    step: int,
+    state: TrainState,
+    metrics: dict[str, float],
+    progress: dict[str, Any],
+    log: RunLog | NoLog,
+) -> dict[str, float]:
+    """The metrics of a step after the guard has seen them: of a step without its update, those that are finite."""
+    described = guard.describe(step, metrics, progress) if metrics["spikes"] else ""
+    if described and guard.mode == "stop":
+        may_save = step > 1 and hooks.may_stop(step - 1)
+        if may_save:
+            hooks.save(step - 1, state, progress, {})
+        raise guard.stopped(step, described, f"step {step - 1} is saved" if may_save else "earlier steps are untouched")
+    guard.add(step, metrics, progress)
+    if not described:
+        return metrics
+    log.note(f"warning: {described}{'; its update is left out' if guard.mode == 'skip' else ''}")
+    if guard.mode == "skip":
+        return {name: value for name, value in metrics.items() if math.isfinite(value)}
+    return metrics
 
 
 def _ends_early(hooks: Hooks, step: int, held_out: dict[str, float], progress: dict[str, float]) -> bool:
@@ -183,6 +215,7 @@ def _check_finite(step: int, metrics: dict[str, float]) -> None:
     if bad:
         raise DivergedError(
             f"{', '.join(bad)} is not finite at step {step} (loss {metrics['loss']}, grad_norm "
-            f"{metrics['grad_norm']}): lower optim.learning_rate, set optim.clip_norm, or train in float32. "
-            "Earlier checkpoints are untouched."
+            f"{metrics['grad_norm']}), and nothing of this step is saved. Earlier checkpoints are untouched. The same "
+            "command with train.on_spike='skip' goes on from the newest and leaves such updates out; or train into "
+            "another output_dir with a lower optim.learning_rate, with optim.clip_norm, or in float32."
         )

@@ -4,10 +4,11 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.typing import DTypeLike
@@ -15,13 +16,29 @@ from jax.typing import DTypeLike
 from jaxft.nn.decoder import Decoder
 from jaxft.nn.param_kind import kind_of
 from jaxft.objectives.loss import BatchSums, Loss, LossSums, MethodState, NextSaved, added, with_batch_sums
+from jaxft.training.spikes import MEASURED, OnSpike
 from jaxft.training.state import TrainState
 from jaxft.trees import path_str
 
-Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
+Limits = jax.Array | np.ndarray
 # (state, batch, number of the first micro-batch in its step) -> (gradients, sums), neither of them divided.
 Gradients = Callable[[TrainState, Any, jax.Array | int], tuple[Any, LossSums]]
-Update = Callable[[TrainState, Any, LossSums], tuple[TrainState, dict[str, jax.Array]]]
+
+
+class Step(Protocol):
+    """One optimizer step."""
+
+    def __call__(
+        self, state: TrainState, batch: Any, limits: Limits | None = None
+    ) -> tuple[TrainState, dict[str, jax.Array]]: ...
+
+
+class Update(Protocol):
+    """The second half of a step."""
+
+    def __call__(
+        self, state: TrainState, grads: Any, sums: LossSums, limits: Limits | None = None
+    ) -> tuple[TrainState, dict[str, jax.Array]]: ...
 
 
 def make_train_step(
@@ -35,8 +52,9 @@ def make_train_step(
     batch_sums: BatchSums | None = None,
     skips_empty: bool = False,
     next_saved: NextSaved | None = None,
+    on_spike: OnSpike = "off",
 ) -> Step:
-    """`train_step(state, batch) -> (state, metrics)`, to be jitted by the caller.
+    """`train_step(state, batch, limits) -> (state, metrics)`, to be jitted by the caller.
 
     gradient_dtype: the type of matrices' gradients while they are summed over devices and until the update, which is in
     float32. The matrices are rounded to it first, as layers that compute in it do anyway. Gradients of experts'
@@ -46,6 +64,9 @@ def make_train_step(
     skips_empty: whether a batch without a trained token leaves parameters and optimizer as they are (`_unless`), and
     the metric skipped_updates is then 1, otherwise 0. Without it, the loss of such a batch is not a number.
     next_saved: what becomes of the method's saved numbers after the step, also if its update is skipped.
+    on_spike: what is done about a loss or gradient norm above limits, float32 [2] (`SpikeGuard.limits`), or one that is
+    not finite, or an update after which the state would not be. `warn` makes the update; `skip` leaves it out, as of an
+    empty batch; after `stop` the state is that before the step. The metric `spikes` is then 1, otherwise 0.
     batch: a pytree of [B, ...] arrays, B a multiple of accumulation_steps. The gradient is that of
     (sum of losses) / (sum of weights) over the whole batch, however it is cut into micro-batches.
     metrics, float32 scalars: loss, grad_norm (before clipping), learning_rate, num_tokens and trained_tokens of this
@@ -54,11 +75,16 @@ def make_train_step(
     gradients = make_gradients(
         graphdef, loss, accumulation_steps=accumulation_steps, gradient_dtype=gradient_dtype, batch_sums=batch_sums
     )
-    update = make_update(tx, schedule, skips_empty=skips_empty)
+    update = make_update(tx, schedule, skips_empty=skips_empty, on_spike=on_spike)
 
-    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-        after, metrics = update(state, *gradients(state, batch, 0))
-        return after._replace(method=_with_next_saved(state, batch, next_saved)), metrics
+    def train_step(
+        state: TrainState, batch: Any, limits: Limits | None = None
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        after, metrics = update(state, *gradients(state, batch, 0), limits)
+        after = after._replace(method=_with_next_saved(state, batch, next_saved))
+        if on_spike == "stop" and limits is not None:
+            after = _undone(metrics["spikes"] > 0, after, state)
+        return after, metrics
 
     return train_step
 
@@ -90,10 +116,18 @@ def make_gradients(
     return gradients
 
 
-def make_update(tx: optax.GradientTransformation, schedule: optax.Schedule, *, skips_empty: bool = False) -> Update:
-    """`update(state, gradients, sums) -> (state, metrics)`: the second half of a step; see `make_train_step`."""
+def make_update(
+    tx: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    *,
+    skips_empty: bool = False,
+    on_spike: OnSpike = "off",
+) -> Update:
+    """`update(state, gradients, sums, limits) -> (state, metrics)`: the second half of `make_train_step`."""
 
-    def update(state: TrainState, grads: Any, sums: LossSums) -> tuple[TrainState, dict[str, jax.Array]]:
+    def update(
+        state: TrainState, grads: Any, sums: LossSums, limits: Limits | None = None
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         empty = sums.trained_tokens == 0
         if skips_empty:
             sums = sums._replace(weight=sums.weight + (sums.weight == 0))
@@ -108,11 +142,26 @@ def make_update(tx: optax.GradientTransformation, schedule: optax.Schedule, *, s
         }
         trainable = optax.apply_updates(state.trainable, updates)
         after = state._replace(step=state.step + 1, trainable=trainable, opt_state=opt_state)
-        if not skips_empty:
+        skipped = jnp.bool_(False)
+        if skips_empty:
+            skipped = empty
+        if on_spike != "off" and limits is not None:
+            spike = _is_spike(metrics, limits, after)
+            metrics["spikes"] = spike.astype(jnp.float32)
+            skipped = skipped | (spike & (on_spike == "skip"))
+        if not (skips_empty or on_spike == "skip"):
             return after, metrics
-        return _unless(empty, after, state), metrics | {"skipped_updates": empty.astype(jnp.float32)}
+        return _unless(skipped, after, state), metrics | {"skipped_updates": skipped.astype(jnp.float32)}
 
     return update
+
+
+def _is_spike(metrics: dict[str, jax.Array], limits: Limits, after: TrainState) -> jax.Array:
+    """Whether a metric is above its limit or not finite, or the state after the update is not finite."""
+    measured = jnp.stack([metrics[name] for name in MEASURED])
+    arrays = [x for x in jax.tree.leaves((after.trainable, after.opt_state)) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    finite = jnp.stack([jnp.isfinite(x).all() for x in (measured, *arrays)])
+    return ~(finite.all() & (measured <= limits).all())
 
 
 def rounded(trainable: nnx.State, dtype: DTypeLike) -> nnx.State:
@@ -183,6 +232,23 @@ def _unless(skipped: jax.Array, after: TrainState, before: TrainState) -> TrainS
     trainable = jax.tree.map(chosen, after.trainable, before.trainable)
     opt_state = jax.tree.map(chosen, after.opt_state, before.opt_state, is_leaf=is_schedule)
     return after._replace(trainable=trainable, opt_state=opt_state)
+
+
+def _undone(undone: jax.Array, after: TrainState, before: TrainState) -> TrainState:
+    """The state after a step; if that is undone, the state before it, in all that a checkpoint has."""
+
+    def chosen(new: Any, old: Any) -> Any:
+        return jax.tree.map(lambda x, y: jnp.where(undone, y, x), new, old)
+
+    method = after.method
+    if method is not None and before.method is not None and method.saved is not None:
+        method = method._replace(saved=chosen(method.saved, before.method.saved))
+    return after._replace(
+        step=chosen(after.step, before.step),
+        trainable=chosen(after.trainable, before.trainable),
+        opt_state=chosen(after.opt_state, before.opt_state),
+        method=method,
+    )
 
 
 def _with_next_saved(state: TrainState, batch: Any, next_saved: NextSaved | None) -> MethodState | None:

@@ -42,8 +42,10 @@ def spoiled(whole, part, value):
     return jax.tree_util.tree_map_with_path(spoil, whole)
 
 
-@pytest.mark.parametrize("value", [jnp.nan, jnp.inf, -jnp.inf])
-@pytest.mark.parametrize("part", ["kernel", "half", ".mu", ".nu", ".average"])
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [("kernel", jnp.nan), ("half", jnp.inf), (".mu", -jnp.inf), (".nu", jnp.inf), (".average", jnp.nan)],
+)
 def test_a_state_that_is_not_finite_is_not_saved(tmp_path, part, value):
     # Small, in one folder: what is refused leaves nothing behind.
     with RunCheckpoints(tmp_path, keep=2) as checkpoints:

@@ -12,9 +12,12 @@ from flax import nnx
 from pair_runs import KINDS, LABELLED, ROWS, config_of, train_lose_the_end_and_resume, write_rows
 
 from jaxft import api
+from jaxft.errors import ModelError
 from jaxft.hardware.topology import parse
 from jaxft.methods import method_of
+from jaxft.methods.parts import reference_cache
 from jaxft.methods.parts.reference import REFERENCE_LOGPS
+from jaxft.methods.teacher import cache as teacher_cache
 from jaxft.objectives.loss import with_batch_sums
 from jaxft.optim.make import make_schedule
 from jaxft.planning.job import abstract_step_of, sharded_step_of
@@ -194,3 +197,16 @@ def test_the_file_is_plain_arrays(rows, tmp_path):
     with np.load(tmp_path / "run" / "reference.npz") as content:
         hashes = json.loads(str(content["hashes"]))
         assert set(hashes) == {"train", "held out"} and content[hashes["train"]].shape == (48,)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_log_probabilities_that_are_no_numbers_are_refused(value):
+    logps = np.array([-1.5, value, -2.0], np.float32)
+    with pytest.raises(ModelError, match=r"the reference gives row 8 .*\(held out\).*not all finite"):
+        reference_cache._check_finite("held out", 7, logps)
+    reference_cache._check_finite("held out", 7, logps[:1])
+    if value == -np.inf:  # of a teacher: nothing remains beside the likeliest tokens
+        teacher_cache._check_finite(7, logps)
+    else:
+        with pytest.raises(ModelError, match="the teacher gives training sequence 8"):
+            teacher_cache._check_finite(7, logps)

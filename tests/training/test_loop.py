@@ -1,5 +1,6 @@
 """The loop with stand-ins for devices and files: what happens, in which order, and what must not."""
 
+import json
 import math
 
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from jaxft.errors import JaxftError, Preempted
 from jaxft.training.early_stopping import EarlyStopping
 from jaxft.training.log import TIMING_KEYS, RunLog, read_metrics
 from jaxft.training.loop import Cadence, DivergedError, Epochs, Hooks, fit
+from jaxft.training.spikes import SpikeError, SpikeGuard
 
 
 class Recorder:
@@ -18,6 +20,7 @@ class Recorder:
     def __init__(self, *, losses=None, preempted_at=None, held_out=True):
         self.events, self.saved, self.logged = [], {}, {}
         self.losses, self.preempted_at, self.held_out = losses or {}, preempted_at, held_out
+        self.norms, self.undoes = {}, False  # undoes: whether a step that is a spike is not taken
         self.skipped = None  # the steps whose update is skipped, if the method may skip any
 
     def hooks(self, **more):
@@ -30,13 +33,18 @@ class Recorder:
             **more,
         )
 
-    def train_step(self, state, batch):
+    def train_step(self, state, batch, limits=None):
         assert batch[1] == state, "a source that generates sees the weights of the step"
         self.events.append(("train", state, batch[2]))
         loss = self.losses.get(state + 1, 2.0)
-        metrics = {"loss": loss, "grad_norm": 1.0, "learning_rate": 1e-3, "num_tokens": 10.0, "trained_tokens": 4.0}
+        metrics = {"loss": loss, "grad_norm": self.norms.get(state + 1, 1.0), "learning_rate": 1e-3}
+        metrics |= {"num_tokens": 10.0, "trained_tokens": 4.0}
         if self.skipped is not None:
             metrics["skipped_updates"] = float(state + 1 in self.skipped)
+        if limits is not None:
+            metrics["spikes"] = float(not (loss <= limits[0] and metrics["grad_norm"] <= limits[1]))
+            if metrics["spikes"] and self.undoes:
+                return state, {name: jnp.float32(value) for name, value in metrics.items()}
         return state + 1, {name: jnp.float32(value) for name, value in metrics.items()}
 
     def evaluate(self, state):
@@ -51,6 +59,9 @@ class Recorder:
     def step(self, step, metrics):
         self.events.append(("log", step))
         self.logged[step] = dict(metrics)
+
+    def note(self, text):
+        self.events.append(("note", text))
 
     def eval(self, step, metrics):
         assert set(metrics) == {"eval_loss", "eval_seconds"}
@@ -235,7 +246,7 @@ def test_preemption_at_the_last_step_is_the_end_of_the_run():
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
 def test_a_loss_that_is_no_number_stops_before_it_is_logged_or_saved(loss):
     recorder = Recorder(losses={4: loss})
-    with pytest.raises(DivergedError, match=r"loss is not finite at step 4 \(loss .*lower optim.learning_rate"):
+    with pytest.raises(DivergedError, match=r"loss is not finite at step 4 \(loss .*train.on_spike='skip'"):
         run(recorder, eval_every=1, save_every=1)
     assert recorder.events[-1] == ("train", 3, 3)
     assert recorder.of("save") == [1, 2, 3]
@@ -257,3 +268,50 @@ def test_what_the_loop_logs_is_what_the_record_takes(tmp_path):
     rows = read_metrics(tmp_path)
     assert [row["step"] for row in rows] == [2, 4, 4]
     assert (rows[1]["epoch"], rows[1]["num_tokens"], rows[2]["eval_loss"]) == (2.0, 40.0, 0.25)
+
+
+def guard(mode, window=8):
+    return SpikeGuard(mode=mode, threshold=5.0, window=window)
+
+
+def noted(recorder):
+    return [text for kind, text, *_ in recorder.events if kind == "note"]
+
+
+@pytest.mark.parametrize("mode", ["warn", "skip"])
+def test_spikes_are_told_counted_and_kept_for_a_resumed_run(mode):
+    losses = {step: 2.0 + 0.01 * (step % 3) for step in range(1, 30)} | {12: 2.5, 20: 9.0}
+    whole, first, second = (Recorder(losses=losses) for _ in range(3))
+    for recorder in (whole, first, second):
+        recorder.norms = {15: 40.0}
+    run(whole, total=24, save_every=4, spikes=guard(mode))
+    assert [whole.logged[step]["spikes"] for step in (11, 12, 15, 20, 24)] == [0, 1, 2, 3, 3]
+    assert len(noted(whole)) == 3 and "spike at step 15: grad_norm 40, at most" in noted(whole)[1]
+    assert all(text.endswith("left out") == (mode == "skip") for text in noted(whole))
+    run(first, total=12, save_every=4, spikes=guard(mode))
+    progress = json.loads(json.dumps(first.saved[8][0]))  # as a checkpoint keeps it
+    run(second, total=24, start=8, progress=progress, spikes=guard(mode))
+    assert noted(second) == noted(whole) and second.logged[24]["spikes"] == 3
+    assert second.saved[24] == whole.saved[24]
+
+
+def test_stop_saves_the_step_before_and_says_how_to_go_on():
+    recorder = Recorder(losses={12: 7.0})
+    recorder.undoes = True
+    with pytest.raises(SpikeError, match=r"step 12: loss 7, at most 2.1 expected.*step 11 is saved.*='skip' goes on"):
+        run(recorder, total=20, spikes=guard("stop"))
+    assert recorder.events[-1] == ("save", 11) and 12 not in recorder.logged
+    recorder = Recorder(losses={12: 7.0})
+    with pytest.raises(SpikeError, match="earlier steps are untouched"):
+        run(recorder, total=20, spikes=guard("stop"), may_stop=lambda step: step % 4 == 0)
+    assert not recorder.saved
+
+
+def test_numbers_that_are_not_finite_are_left_out_of_the_log_and_end_the_run_if_they_stay():
+    recorder = Recorder(losses={3: math.nan, **dict.fromkeys(range(20, 40), math.inf)})
+    with pytest.raises(SpikeError, match="not finite in 10 steps in a row, up to step 29"):
+        run(recorder, total=40, spikes=guard("skip"))
+    assert "loss" not in recorder.logged[3] and recorder.logged[3]["spikes"] == 1
+    assert recorder.logged[4]["loss"] == 2.0
+    with pytest.raises(DivergedError, match="loss is not finite at step 3"):
+        run(Recorder(losses={3: math.nan}), spikes=guard("warn"))

@@ -29,6 +29,11 @@ def check_session(config: RunConfig) -> None:
             f"method.name={config.method.name!r} has rows or arrays of its own, which a Session does not make. Set it "
             f"to one of {', '.join(LOSSES)}; losses on pairs can be given as functions of log-probabilities."
         )
+    if config.train.on_spike != "off":
+        raise ConfigError(
+            f"train.on_spike={config.train.on_spike!r} compares the steps of a whole run: leave it out, and look at "
+            "the loss and grad_norm that forward_backward and optim_step return"
+        )
     if config.adapter.by_data:
         raise ConfigError(
             f"adapter.init_lora_weights={config.adapter.init_lora_weights!r} is made from the rows of a run, which a "
