@@ -13,7 +13,7 @@ OnSpike = Literal["off", "warn", "skip", "stop"]
 MEASURED = ("loss", "grad_norm")
 # Standard deviation of normally distributed values, in units of their median absolute deviation.
 NORMAL = 1.4826
-LEAST_SPREAD = 0.01  # of the median: steps that are nearly equal do not make the next one a spike
+LEAST_DEVIATION = 0.01  # of the median: steps that are nearly equal do not make the next one a spike
 MOST_LOST = 10  # updates that are not finite, in a row
 
 
@@ -90,14 +90,14 @@ class SpikeGuard:
 
 
 def limit(values: Sequence[float], threshold: float, window: int) -> float:
-    """The largest value that is no spike after these: their median + threshold * spread.
+    """The largest value that is no spike after these: their median + threshold * deviation.
 
-    spread: 1.4826 times the median absolute deviation from the median, but at least 1% of the median's size. Infinite
-    for fewer than `window` values, and if most of them are 0.
+    deviation: 1.4826 times the median absolute deviation from the median, but at least 1% of the median's size.
+    Infinite for fewer than `window` values, and if most of them are 0.
     """
     if len(values) < window:
         return math.inf
     median = float(np.median(values))
-    spread = NORMAL * float(np.median(np.abs(np.asarray(values) - median)))
-    spread = max(spread, LEAST_SPREAD * abs(median))
-    return median + threshold * spread if spread else math.inf
+    deviation = NORMAL * float(np.median(np.abs(np.asarray(values) - median)))
+    deviation = max(deviation, LEAST_DEVIATION * abs(median))
+    return median + threshold * deviation if deviation else math.inf

@@ -73,6 +73,7 @@ def test_fields_that_may_change_when_a_run_is_resumed():
     free = [key for key, field in all_fields(RunConfig).items() if field.free_to_change]
     assert {key.split(".")[0] if key.startswith(("mesh.", "export.", "eval.")) else key for key in free} == {
         "output_dir", "model.remat", "mesh", "train.epochs", "train.steps", "train.log_every", "train.eval_every",
+        "train.on_spike", "train.spike_threshold", "train.spike_window",
         "train.log_every_epochs", "train.report_to", "train.eval_every_epochs", "train.early_stopping_patience",
         "train.early_stopping_threshold", "checkpoint.keep", "checkpoint.every", "checkpoint.every_epochs",
         "checkpoint.best_metric", "checkpoint.best_mode", "export", "eval",
