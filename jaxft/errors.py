@@ -51,6 +51,10 @@ class ExportError(JaxftError, RuntimeError):
     """A written model that does not reproduce the one in memory."""
 
 
+class FolderInUseError(JaxftError, RuntimeError):
+    """A folder or a file that another process is writing."""
+
+
 class Preempted(Exception):
     """The machine is about to be reclaimed; everything up to `step` is saved."""
 

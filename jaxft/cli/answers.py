@@ -14,7 +14,7 @@ from jaxft.errors import ConfigError
 from jaxft.files.atomic import write_text
 from jaxft.files.run_folder import is_run_folder
 from jaxft.files.strict_json import parse_json
-from jaxft.files.targets import check_new_file
+from jaxft.files.targets import check_new_file, locked_output
 from jaxft.generation.settings import Sampling
 from jaxft.home import local_path
 from jaxft.terminal import text as terminal
@@ -126,12 +126,18 @@ def _best_of(arguments: argparse.Namespace, model: Any, tokenizer: Any, prompts:
 
 def score(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     """`jaxft score`: the score of every row of a file, one JSON object a line, and a summary."""
+    if arguments.to is None:
+        return _score(arguments)
+    check_new_file(local_path(arguments.to))
+    with locked_output(arguments.to, "jaxft score"):
+        return _score(arguments)
+
+
+def _score(arguments: argparse.Namespace) -> Any:
     from jaxft import api
     from jaxft.config import MeshConfig
     from jaxft.sharding.mesh import make_mesh_plan
 
-    if arguments.to is not None:
-        check_new_file(local_path(arguments.to))
     given = {name: getattr(arguments, name) for name in COLUMNS if getattr(arguments, name) is not None}
     tokenizer = api.load_tokenizer(arguments.model, base=arguments.base, chat_template=arguments.chat_template)
     model = api.load_model(
@@ -158,6 +164,11 @@ def score(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
 
 def sample(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     """`jaxft sample`: the best of several answers to each prompt of a config, as a file of rows."""
+    with locked_output(arguments.to, "jaxft sample", exclusive=False):  # before the model is loaded
+        return _sample(arguments, overrides)
+
+
+def _sample(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     from jaxft.config import load
 
     config = load(arguments.config, overrides)

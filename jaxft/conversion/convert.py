@@ -1,7 +1,6 @@
 """Converts a model file or folder into another format, tensor by tensor."""
 
 import contextlib
-import fcntl
 import functools
 import json
 import os
@@ -32,7 +31,7 @@ from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import ConfigError, ExportError, JaxftError
 from jaxft.files.atomic import publish, unfinished_folder
 from jaxft.files.paths import is_file, is_remote, open_folder
-from jaxft.files.targets import refused_target
+from jaxft.files.targets import locked_output, refused_target
 from jaxft.home import local_path
 from jaxft.system import described
 from jaxft.terminal.console import SafeConsole, say
@@ -96,6 +95,22 @@ def convert(
     form = form or ("gguf" if to.endswith(".gguf") else "hf")
     source, to = local_path(source), local_path(to)
     _check_request(form, dtype, to)
+    with locked_output(to, "jaxft convert"):
+        return _convert(source, to, form, dtype, max_shard_bytes, revision, base, tokenizer, console, allow_unknown)
+
+
+def _convert(
+    source: str,
+    to: str,
+    form: str,
+    dtype: str | None,
+    max_shard_bytes: int,
+    revision: str | None,
+    base: str | None,
+    tokenizer: str | None,
+    console: Console,
+    allow_unknown: Sequence[str],
+) -> dict[str, Any]:
     start = time.monotonic()
     origin = _open_origin(source, revision, base, allow_unknown, tokenizer=tokenizer, merge=form != "gguf-adapter")
     for line in (*([] if origin.left_out is None else [origin.left_out]), *origin.notes):
@@ -103,7 +118,7 @@ def convert(
     dtype = dtype or _own_dtype(origin, form)
     _check_space(Path(to), _written_bytes(origin, form, dtype))
     job = origin.fingerprint | {"form": form, "dtype": dtype, "max_shard_bytes": max_shard_bytes}
-    with _locked_folder(Path(to), job, resumable=form == "hf") as folder:
+    with _unfinished(Path(to), job, resumable=form == "hf") as folder:
         report = _write(origin, folder, form, dtype, max_shard_bytes, console)
         whole = folder / targets.GGUF_NAME if form.startswith("gguf") else folder
         publish(whole, to)
@@ -287,8 +302,8 @@ def _files_of(path: str) -> list[Any]:
 
 
 @contextlib.contextmanager
-def _locked_folder(to: Path, job: dict[str, Any], *, resumable: bool) -> Iterator[Path]:
-    """The folder `out` in `to`.partial, locked against other conversions.
+def _unfinished(to: Path, job: dict[str, Any], *, resumable: bool) -> Iterator[Path]:
+    """The folder `out` in `to`.partial.
 
     resumable: keep it after an interruption, so that the next call of the same job continues there. Otherwise it is
     removed after an error, and files of a killed call are removed first.
@@ -302,10 +317,6 @@ def _locked_folder(to: Path, job: dict[str, Any], *, resumable: bool) -> Iterato
         raise ExportError(f"{parent} cannot be made. {described(error)}") from error
     folder = parent / "out"
     with open(parent / STATE, "a+", encoding="utf-8") as state:
-        try:
-            fcntl.flock(state, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ExportError(f"another conversion is writing {parent}") from error
         state.seek(0)
         if not resumable or state.read() != json.dumps(job):
             shutil.rmtree(folder, ignore_errors=True)

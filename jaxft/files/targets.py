@@ -1,14 +1,18 @@
 """Where something new is written: never over what is there already, and refused before the work if it cannot be."""
 
+import contextlib
 import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from jaxft.errors import ExportError
+from jaxft.files.lock import lock
 from jaxft.files.utf8 import undecoded
+from jaxft.home import local_path
 from jaxft.system import REMEDIES, described
 
-MOST_PART = 240  # bytes of one part of a path: 255 less the endings of unfinished files and folders
+MOST_PART = 238  # bytes of one part of a path: 255 less the endings of unfinished files and locks
 MOST_PATH = 3800  # bytes of a whole path: 4,095 less what is made beneath it, such as the files of a checkpoint
 
 
@@ -49,6 +53,37 @@ def _refused_folder(target: Path) -> str | None:
     if nearest.is_dir() and not os.access(nearest, os.W_OK | os.X_OK):
         return f"{nearest} may not be written: {REMEDIES[errno.EACCES]}"
     return None
+
+
+def refuse_address(path: str | os.PathLike[str]) -> None:
+    """Raises ExportError for an address such as gs://bucket/folder, to which nothing is written."""
+    if "://" in os.fspath(path):
+        raise ExportError(
+            f"{os.fspath(path)} is an address, and outputs are written to a local or mounted folder: mount the bucket "
+            "and give the path of the mount, or copy the output there afterwards"
+        )
+
+
+@contextlib.contextmanager
+def locked_output(target: str | os.PathLike[str], what: str, *, exclusive: bool = True) -> Iterator[None]:
+    """Keeps other writers from an output until the block ends. what, exclusive: as for `files.lock.lock`.
+
+    Raises FolderInUseError, naming who writes there; ExportError for an address, and if it cannot be written.
+    """
+    refuse_address(target)
+    path = Path(local_path(target))
+    if (problem := refused_target(path)) is not None:
+        raise ExportError(f"{target} cannot be written: {problem}")
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(lock(path, what, exclusive=exclusive))
+        except OSError as error:
+            # A folder that was mounted, in one that only its owner may write: that it is empty is its only lock.
+            if error.errno not in (errno.EACCES, errno.EROFS, errno.EPERM) or not path.is_dir():
+                raise ExportError(
+                    f"{target} cannot be made. {described(error)} Give a new path in a place where you may write."
+                ) from error
+        yield
 
 
 def make_new_folder(path: str | os.PathLike[str]) -> None:

@@ -25,7 +25,7 @@ from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import ConfigError
 from jaxft.files.companions import copy_companions
 from jaxft.files.run_folder import ADAPTER, BASE, CHECKPOINTS, MERGED, MODEL, is_run_folder
-from jaxft.files.targets import make_new_folder
+from jaxft.files.targets import locked_output, make_new_folder
 from jaxft.home import local_path
 from jaxft.runs.build import build_model
 from jaxft.runs.cards.run_card import base_of_export, card_of
@@ -70,8 +70,23 @@ def export(
     was read back, whose address is then returned as `pushed`.
     """
     elsewhere = _check_request(source, base, format, push)
-    source, target = local_path(source), Path(local_path(to))
-    make_new_folder(target)
+    with locked_output(to, "jaxft export"):
+        make_new_folder(local_path(to))
+        return _export(local_path(source), to, format, dtype, step, base, elsewhere, allow_unknown, push)
+
+
+def _export(
+    source: str,
+    to: str,
+    format: str,
+    dtype: str | None,
+    step: int | None,
+    base: str,
+    elsewhere: str | None,
+    allow_unknown: Sequence[str],
+    push: Push | None,
+) -> dict[str, Any]:
+    target = Path(local_path(to))
     loaded = load_trained(source, step, base=elsewhere, allow_unknown=allow_unknown)
     known = base_of_export(loaded)
     if push is not None:

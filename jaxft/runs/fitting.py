@@ -17,7 +17,7 @@ from jaxft.adapters.lora import eva
 from jaxft.checkpoint.load import LoadedModel
 from jaxft.checkpoint.resume import RunCheckpoints
 from jaxft.config import RunConfig
-from jaxft.files import run_folder
+from jaxft.files import lock, run_folder
 from jaxft.methods import method_of
 from jaxft.methods.method import Feed, Run
 from jaxft.methods.parts.sequences import device_batch, evaluated_weights
@@ -241,6 +241,7 @@ def _saver(
     config: RunConfig, checkpoints: RunCheckpoints
 ) -> Callable[[int, TrainState, dict[str, Any], dict[str, float]], None]:
     def save(step: int, state: TrainState, progress: dict[str, Any], held_out: dict[str, float]) -> None:
+        on_primary(partial(lock.check, checkpoints.folder.parent, inside=True))
         extra = {"step": step, "progress": progress, "held_out": held_out, "config": config.to_dict()}
         checkpoints.save(step, saved_part(state), extra, held_out or None)
 

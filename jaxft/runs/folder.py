@@ -1,10 +1,11 @@
 """Opens the folder of a run, or refuses one that holds another run."""
 
+import contextlib
 import dataclasses
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ from jaxft.config import RunConfig
 from jaxft.data import Tokenizer, tokenizer_of
 from jaxft.errors import ConfigError, listed
 from jaxft.files.atomic import write_text
+from jaxft.files.lock import lock
 from jaxft.files.run_folder import (
     CHAT_TEMPLATE,
     CHECKPOINTS,
     COMMAND,
     CONFIG,
     DATA,
+    LOCK,
     MARK,
     SUMMARY,
     is_run_config,
@@ -71,11 +74,36 @@ def open_run(
         if template is not None:
             write_text(folder / CHAT_TEMPLATE, template)
     except OSError as error:
-        raise ConfigError(
-            f"output_dir {folder} cannot be written. {described(error)} Set it to a new folder in a place where you "
-            "may write."
-        ) from error
+        raise _unwritable(folder, error) from error
     return notes
+
+
+@contextlib.contextmanager
+def locked_run(folder: str | os.PathLike[str], what: str, *, exclusive: bool = True) -> Iterator[None]:
+    """Keeps other writers from the folder of a run until the block ends. Every process of the run calls it.
+
+    what, exclusive: as for `files.lock.lock`. Raises FolderInUseError, naming who writes there; ConfigError for a
+    folder that is not that of a run and not empty, and for one that cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def take() -> None:
+            if not is_run_folder(folder):
+                refuse_occupied(Path(folder))
+            try:
+                stack.enter_context(lock(folder, what, inside=True, exclusive=exclusive))
+            except OSError as error:
+                raise _unwritable(Path(folder), error) from error
+
+        on_primary(take)
+        yield
+
+
+def _unwritable(folder: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"output_dir {folder} cannot be written. {described(error)} Set it to a new folder in a place where you may "
+        "write."
+    )
 
 
 def _occupy(folder: Path, now: Start) -> tuple[Record, list[str]]:
@@ -122,8 +150,8 @@ def refuse_occupied(folder: Path) -> None:
         raise ConfigError(f"output_dir {folder} cannot be written: {problem}")
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output_dir {folder} is a file. Set it to a new folder.")
-    if folder.is_dir() and any(folder.iterdir()):
-        there = sorted(path.name for path in folder.iterdir())
+    there = sorted({path.name for path in folder.iterdir()} - {LOCK}) if folder.is_dir() else []
+    if there:
         model = " It seems to be a model." if CONFIG in there else ""
         raise ConfigError(
             f"output_dir {folder} is not empty and holds no run: {MARK} is not there, but {listed(there)}.{model} "

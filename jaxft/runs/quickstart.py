@@ -11,12 +11,13 @@ from rich.console import Console
 
 from jaxft.checkpoint import hf
 from jaxft.checkpoint.load import load_model
-from jaxft.config import load
+from jaxft.config import RunConfig, load
 from jaxft.data.tokenizers.load import load_tokenizer
 from jaxft.errors import CheckpointError, ConfigError
 from jaxft.files.atomic import new_folder
+from jaxft.files.lock import lock
 from jaxft.files.run_folder import SUMMARY, is_run_folder
-from jaxft.runs.folder import run_config
+from jaxft.runs.folder import locked_run, run_config
 from jaxft.runs.identity.changes import other_values
 from jaxft.runs.identity.record import clear
 from jaxft.runs.train import train
@@ -39,9 +40,15 @@ def quickstart(*, console: Console, overrides: tuple[str, ...] = ()) -> dict[str
             f"quickstart is for one process, not {jax.process_count()}: use `jaxft train --config={CONFIG}`"
         )
     config = load(CONFIG, overrides)
+    with locked_run(config.output_dir, "jaxft quickstart", exclusive=False):
+        return _quickstart(config, console)
+
+
+def _quickstart(config: RunConfig, console: Console) -> dict[str, Any]:
     if not os.path.isdir(config.model.path):
         say(console, f"writing SmolLM2-135M-Instruct as a Hugging Face folder to {config.model.path} ...")
-        convert(find_gguf(), Path(config.model.path))
+        with lock(config.model.path, "jaxft quickstart"):
+            convert(find_gguf(), Path(config.model.path))
     folder = Path(config.output_dir)
     if is_run_folder(folder) and (folder / SUMMARY).is_file():
         # Of another run nothing is deleted.

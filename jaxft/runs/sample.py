@@ -24,6 +24,7 @@ from jaxft.data import Tokenizer
 from jaxft.data.prompts import Prompt
 from jaxft.errors import ConfigError, DataError, listed
 from jaxft.files.atomic import unfinished_folder, write_text
+from jaxft.files.targets import locked_output
 from jaxft.home import local_path
 from jaxft.methods import method_of
 from jaxft.methods.online.reward_model import reward_model_of
@@ -150,10 +151,10 @@ def sample(
         "model": fingerprint(model.module),
         "reward_model": None if reward_model is None else fingerprint(reward_model.module),
     }
-    unfinished = Unfinished(unfinished_folder(to), settings)
-    if done := unfinished.rows:
-        print_line(f"going on after {done:,} of {len(prompts):,} prompts")
-    with _functions(config, data) as functions:
+    with locked_output(to, "jaxft sample"), _functions(config, data) as functions:
+        unfinished = Unfinished(unfinished_folder(to), settings)
+        if done := unfinished.rows:
+            print_line(f"going on after {done:,} of {len(prompts):,} prompts")
         judging = Judge(functions=functions, model=reward_model, tokenizer=own_tokenizer, settings=config.rewards)
         sampler = _sampler(config, tokenizer)
         for first in range(done, len(prompts), _prompts_at_once(config)):
@@ -166,7 +167,7 @@ def sample(
             rollouts = sampler.sample(model.module, part, **how)
             unfinished.add(_records(rollouts, judging, selection, len(part)))
             print_line(f"{first + len(part):,} of {len(prompts):,} prompts")
-    return _finish(unfinished, to, pairs)
+        return _finish(unfinished, to, pairs)
 
 
 class Unfinished:

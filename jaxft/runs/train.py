@@ -32,7 +32,7 @@ from jaxft.runs.course import course_of, warnings_of
 from jaxft.runs.data_summary import data_notes, data_summary, print_mixture
 from jaxft.runs.export import export_run
 from jaxft.runs.fitting import Fitted, fit_run
-from jaxft.runs.folder import check_shared, dated, open_run
+from jaxft.runs.folder import check_shared, dated, locked_run, open_run
 from jaxft.runs.going_on import describe as describe_start
 from jaxft.runs.going_on import going_on
 from jaxft.runs.identity.agreement import check_contents, check_settings
@@ -51,10 +51,16 @@ def train(config: RunConfig, *, console: Console | None = None) -> dict[str, Any
     """Trains, evaluates, exports and reports. The same call after an interruption resumes the run.
 
     Returns the content of `summary.json` in the run folder, with paths relative to it. Raises a JaxftError before any
-    weight is loaded for a config or data that would train silently wrong, and errors.Preempted if SIGTERM stopped it
-    after saving. With several processes, every one calls it with the same config; process 0 alone writes and prints.
+    weight is loaded for a config or data that would train silently wrong, FolderInUseError if another process writes in
+    the run folder, and errors.Preempted if SIGTERM stopped it after saving. With several processes, every one calls it
+    with the same config; process 0 alone writes and prints.
     """
     console = lasting((console or SafeConsole()) if is_primary() else SafeConsole(quiet=True))
+    with locked_run(config.output_dir, "jaxft train"):
+        return _train_locked(config, console)
+
+
+def _train_locked(config: RunConfig, console: Console) -> dict[str, Any]:
     run = dataclasses.replace(set_up(config), print_line=partial(say, console))
     config, method = run.config, method_of(config)
     with (

@@ -26,7 +26,8 @@ from jaxft.conversion import convert as conversions
 from jaxft.conversion import targets as convert_targets
 from jaxft.conversion.convert import convert
 from jaxft.data.tokenizers.load import load_tokenizer
-from jaxft.errors import CheckpointError, ConfigError, ExportError, ModelError
+from jaxft.errors import CheckpointError, ConfigError, ExportError, FolderInUseError, ModelError
+from jaxft.files.lock import lock
 from jaxft.runs import export as exports
 
 QUIET = Console(quiet=True)
@@ -304,19 +305,16 @@ def test_an_interrupted_gguf_is_cleaned_up(model, tmp_path):
     interrupt(model, to, signal.SIGINT, when=begun)
     assert os.listdir(tmp_path) == []
     interrupt(model, to, signal.SIGKILL, when=begun)
-    assert os.listdir(tmp_path) == ["out.gguf.partial"]
+    assert sorted(os.listdir(tmp_path)) == ["out.gguf.jaxft.lock", "out.gguf.partial"]
     convert(str(model), str(to), console=QUIET)
     assert os.listdir(tmp_path) == ["out.gguf"]
 
 
 def test_two_conversions_to_one_target_do_not_mix(model, tmp_path):
-    import fcntl
-
-    (tmp_path / "out.partial").mkdir()
-    with open(tmp_path / "out.partial" / "convert.json", "w") as state:
-        fcntl.flock(state, fcntl.LOCK_EX)
-        with pytest.raises(ExportError, match=r"another conversion is writing .*out\.partial"):
+    with lock(tmp_path / "out", "jaxft convert"):
+        with pytest.raises(FolderInUseError, match=r"out is being written by `jaxft convert`"):
             convert(str(model), str(tmp_path / "out"), console=QUIET)
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_comparison_that_fails_leaves_nothing(model, tmp_path, monkeypatch):

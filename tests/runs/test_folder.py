@@ -179,7 +179,8 @@ def test_quickstart_deletes_only_a_quickstart_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr("jaxft.runs.quickstart.train", lambda config, console: {"config": config})
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "summary.json").write_text("of another program")
-    quickstart(console=Console(quiet=True), overrides=settings)
+    with pytest.raises(ConfigError, match="is not empty and holds no run"):
+        quickstart(console=Console(quiet=True), overrides=settings)
     assert (tmp_path / "run" / "summary.json").read_text() == "of another program"
     (tmp_path / "run" / "summary.json").unlink()
 

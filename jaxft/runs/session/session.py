@@ -22,7 +22,6 @@ from jaxft.data.batch import Batch
 from jaxft.data.prompts import Prompt, read_prompts
 from jaxft.errors import ConfigError, DataError
 from jaxft.files import run_folder
-from jaxft.files.targets import make_new_folder
 from jaxft.generation.text import Prompt as GivenPrompt
 from jaxft.generation.text import as_prompts
 from jaxft.home import local_path
@@ -35,11 +34,12 @@ from jaxft.optim.make import make_schedule
 from jaxft.rollouts.sample import Sampler, seed_of
 from jaxft.runs.build import abstract_model, build_model, make_mesh, make_tx, start_state
 from jaxft.runs.export import FORMATS, write
-from jaxft.runs.folder import dated, open_run, refuse_other_base
+from jaxft.runs.folder import dated, refuse_other_base
 from jaxft.runs.going_on import going_on
 from jaxft.runs.identity.agreement import check_contents, check_settings
 from jaxft.runs.identity.contents import reads_of
 from jaxft.runs.rewards import GivenRows
+from jaxft.runs.session.folders import SessionFolders, new_export
 from jaxft.runs.session.losses import SLOPES, check_session, linear_loss, loss_of
 from jaxft.runs.session.rows import (
     Answer,
@@ -86,6 +86,7 @@ class Session:
         self.mesh = make_mesh(config, self._model, jax.devices())
         self.mesh.check_batch(config.train.batch_size // config.train.accumulation_steps)
         self._schedule = make_schedule(*_course(config))
+        self._folders = SessionFolders()
         if config.model.random_init:  # the drawn weights are in the folder of the run
             self._open(Path(config.output_dir))
         self._loaded = build_model(config, self.mesh, random_base=Path(config.output_dir) / run_folder.BASE)
@@ -226,7 +227,8 @@ class Session:
 
         `jaxft export --run`, `jaxft sample --model` and others read the folder. It may hold earlier steps of this
         session, of which the newest `checkpoint.keep` stay. Raises ConfigError if gradients wait for their update or
-        the folder holds a run with other settings; CheckpointError if the step exists or cannot be written.
+        the folder holds a run with other settings; FolderInUseError if another process writes there, as this one may
+        until the session is deleted; CheckpointError if the step exists or cannot be written.
         """
         if self._sums is not None:
             raise ConfigError("gradients wait for their update, and are not saved: call optim_step first")
@@ -268,15 +270,15 @@ class Session:
         if format not in FORMATS or (format == "adapter" and not has_adapter):
             raise ConfigError(f"format={format!r} cannot be written of this model: use 'merged'")
         target = Path(local_path(folder))
-        make_new_folder(target)
-        nnx.update(module, evaluated_weights(self.config, self._state), self._state.frozen)
-        checks = write(self._loaded, self.tokenizer, target, format=format, dtype=dtype, mesh=self.mesh)
+        with new_export(folder):
+            nnx.update(module, evaluated_weights(self.config, self._state), self._state.frozen)
+            checks = write(self._loaded, self.tokenizer, target, format=format, dtype=dtype, mesh=self.mesh)
         return {"folder": folder, "format": format, "checks": {check.reader: check.difference for check in checks}}
 
     def _open(self, folder: Path) -> None:
         """Makes a run folder of a path, or refuses it, as for a whole run."""
         reads, template = reads_of(self.config, self.tokenizer), self.tokenizer.chat_template
-        on_primary(partial(open_run, self.config, reads=reads, template=template, folder=folder))
+        self._folders.open(folder, self.config, reads, template)
 
     def _forget(self) -> None:
         self._kind: str | None = None
