@@ -55,7 +55,7 @@ _guard = threading.RLock()  # again by the same thread, where the end of an obje
 
 
 def lock_file(target: str | os.PathLike[str], *, inside: bool = False) -> Path:
-    """The lock file of `out`: `out.jaxft.lock` in the same folder; or `inside`, as for runs, `out/jaxft.lock`."""
+    """The lock file of `out`: `out.jaxft_lock.json` in the same folder, or, if `inside`, `out/jaxft_lock.json`."""
     path = Path(target).absolute()
     return path / LOCK if inside else path.with_name(f"{path.name}.{LOCK}")
 

@@ -8,7 +8,7 @@ from typing import Any
 from jaxft.files.atomic import write_text
 
 MARK = "jaxft_run.json"  # written first, by no other program: what makes a folder that of a run
-LOCK = "jaxft.lock"  # who writes in the folder, while somebody does
+LOCK = "jaxft_lock.json"  # who writes in the folder, while somebody does
 CONFIG = "config.json"  # the resolved config; other programs give this name to files of theirs
 COMMAND = "command.txt"  # the command that repeats the run
 DATA = "data.json"  # the examination of the data

@@ -305,7 +305,7 @@ def test_an_interrupted_gguf_is_cleaned_up(model, tmp_path):
     interrupt(model, to, signal.SIGINT, when=begun)
     assert os.listdir(tmp_path) == []
     interrupt(model, to, signal.SIGKILL, when=begun)
-    assert sorted(os.listdir(tmp_path)) == ["out.gguf.jaxft.lock", "out.gguf.partial"]
+    assert sorted(os.listdir(tmp_path)) == ["out.gguf.jaxft_lock.json", "out.gguf.partial"]
     convert(str(model), str(to), console=QUIET)
     assert os.listdir(tmp_path) == ["out.gguf"]
 

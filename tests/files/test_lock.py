@@ -105,7 +105,7 @@ def test_another_process_is_refused_until_the_first_is_killed(tmp_path, inside):
 
 def test_nothing_is_left_of_a_lock_and_of_folders_made_for_it(tmp_path):
     with lock(tmp_path / "a" / "run", "jaxft train", inside=True):
-        assert (tmp_path / "a" / "run" / "jaxft.lock").is_file()
+        assert (tmp_path / "a" / "run" / "jaxft_lock.json").is_file()
     assert os.listdir(tmp_path) == []
     with lock(tmp_path / "a" / "run", "jaxft train", inside=True):
         (tmp_path / "a" / "run" / "work").write_text("x")
