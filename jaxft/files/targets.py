@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jaxft.errors import ExportError
-from jaxft.files.lock import lock
+from jaxft.files.locks.lock import lock
 from jaxft.files.utf8 import undecoded
 from jaxft.home import local_path
 from jaxft.system import REMEDIES, described
@@ -66,7 +66,7 @@ def refuse_address(path: str | os.PathLike[str]) -> None:
 
 @contextlib.contextmanager
 def locked_output(target: str | os.PathLike[str], what: str, *, exclusive: bool = True) -> Iterator[None]:
-    """Keeps other writers from an output until the block ends. what, exclusive: as for `files.lock.lock`.
+    """Keeps other writers from an output until the block ends. what, exclusive: as for `files.locks.lock.lock`.
 
     Raises FolderInUseError, naming who writes there; ExportError for an address, and if it cannot be written.
     """

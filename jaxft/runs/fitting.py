@@ -17,7 +17,8 @@ from jaxft.adapters.lora import eva
 from jaxft.checkpoint.load import LoadedModel
 from jaxft.checkpoint.resume import RunCheckpoints
 from jaxft.config import RunConfig
-from jaxft.files import lock, run_folder
+from jaxft.files import run_folder
+from jaxft.files.locks import lock
 from jaxft.methods import method_of
 from jaxft.methods.method import Feed, Run
 from jaxft.methods.parts.sequences import device_batch, evaluated_weights

@@ -18,7 +18,7 @@ from jaxft.config import RunConfig
 from jaxft.data import Tokenizer, tokenizer_of
 from jaxft.errors import ConfigError, listed
 from jaxft.files.atomic import write_text
-from jaxft.files.lock import lock
+from jaxft.files.locks.lock import lock
 from jaxft.files.run_folder import (
     CHAT_TEMPLATE,
     CHECKPOINTS,
@@ -82,7 +82,7 @@ def open_run(
 def locked_run(folder: str | os.PathLike[str], what: str, *, exclusive: bool = True) -> Iterator[None]:
     """Keeps other writers from the folder of a run until the block ends. Every process of the run calls it.
 
-    what, exclusive: as for `files.lock.lock`. Raises FolderInUseError, naming who writes there; ConfigError for a
+    what, exclusive: as for `files.locks.lock.lock`. Raises FolderInUseError, naming who writes there; ConfigError for a
     folder that is not that of a run and not empty, and for one that cannot be written.
     """
     with contextlib.ExitStack() as stack:

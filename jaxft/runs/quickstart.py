@@ -15,7 +15,7 @@ from jaxft.config import RunConfig, load
 from jaxft.data.tokenizers.load import load_tokenizer
 from jaxft.errors import CheckpointError, ConfigError
 from jaxft.files.atomic import new_folder
-from jaxft.files.lock import lock
+from jaxft.files.locks.lock import lock
 from jaxft.files.run_folder import SUMMARY, is_run_folder
 from jaxft.runs.folder import locked_run, run_config
 from jaxft.runs.identity.changes import other_values

@@ -27,7 +27,7 @@ from jaxft.conversion import targets as convert_targets
 from jaxft.conversion.convert import convert
 from jaxft.data.tokenizers.load import load_tokenizer
 from jaxft.errors import CheckpointError, ConfigError, ExportError, FolderInUseError, ModelError
-from jaxft.files.lock import lock
+from jaxft.files.locks.lock import lock
 from jaxft.runs import export as exports
 
 QUIET = Console(quiet=True)

@@ -17,16 +17,16 @@ from pathlib import Path
 import pytest
 
 from jaxft.errors import ExportError, FolderInUseError
-from jaxft.files import lock as locks
-from jaxft.files.lock import check, lock, lock_file, owner_now
-from jaxft.files.owner import Owner, is_of_one_machine, owner_of
+from jaxft.files.locks import lock as locks
+from jaxft.files.locks.lock import check, lock, lock_file, owner_now
+from jaxft.files.locks.owner import Owner, is_of_one_machine, owner_of
 from jaxft.files.targets import locked_output
 
 ROOT = Path(__file__).parents[2]
 # A process that takes a lock, says so, and keeps it until its standard input ends.
 KEEPER = """
 import sys
-from jaxft.files.lock import lock
+from jaxft.files.locks.lock import lock
 with lock(sys.argv[1], "jaxft train", inside=sys.argv[2] == "inside"):
     print("locked", flush=True)
     sys.stdin.read()

@@ -13,7 +13,7 @@ import pytest
 from jaxft import cli
 from jaxft.config import with_overrides
 from jaxft.errors import ConfigError, FolderInUseError
-from jaxft.files.lock import lock, owner_now
+from jaxft.files.locks.lock import lock, owner_now
 from jaxft.runs.folder import locked_run
 from jaxft.runs.session.folders import SessionFolders
 

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from jaxft.config import RunConfig
-from jaxft.files import lock
+from jaxft.files.locks import lock
 from jaxft.files.targets import locked_output, make_new_folder
 from jaxft.home import local_path
 from jaxft.runs.folder import locked_run, open_run

@@ -19,7 +19,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from jaxft.errors import FolderInUseError
-from jaxft.files.owner import MARK, MOST_BYTES, NO_LOCKS, Owner, is_alive, is_of_one_machine, owner_of, running_kernel
+from jaxft.files.locks.owner import (
+    MARK,
+    MOST_BYTES,
+    NO_LOCKS,
+    Owner,
+    is_alive,
+    is_of_one_machine,
+    owner_of,
+    running_kernel,
+)
 from jaxft.files.run_folder import LOCK
 
 RENEW_SECONDS = 10.0

@@ -1,0 +1,1 @@
+"""Locks: one writer of a folder or file at a time."""
