@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from jaxft.cli import settings
 from jaxft.cli.errors import explained
 from jaxft.cli.parser import make_parser
-from jaxft.cli.streams import only_ascii, prepare_streams
+from jaxft.cli.streams import only_ascii, prepare_streams, show_progress
 from jaxft.errors import ExitCode
 from jaxft.terminal import text as terminal
 
@@ -24,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> ExitCode:
     # It misses kernels that the checks of exports do not need.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     terminal.protect_logs()
+    show_progress()
     parser = make_parser()
     given = settings.underscored(sys.argv[1:] if argv is None else argv)
     arguments, rest = parser.parse_known_args(given)

@@ -2,8 +2,11 @@
 
 import contextlib
 import io
+import logging
 import os
 import sys
+
+PROGRESS = "jaxft.data.encoded.progress"  # the log
 
 
 def prepare_streams() -> None:
@@ -22,6 +25,14 @@ def prepare_streams() -> None:
         if isinstance(stream, io.TextIOWrapper):
             with contextlib.suppress(OSError, ValueError):  # a pipe that is closed already
                 stream.reconfigure(errors="backslashreplace")
+
+
+def show_progress() -> None:
+    """Shows the lines in which long work says how far it is."""
+    log = logging.getLogger(PROGRESS)
+    if not log.handlers:
+        log.addHandler(logging.StreamHandler())
+        log.setLevel(logging.INFO)
 
 
 def only_ascii() -> bool:

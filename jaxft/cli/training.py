@@ -8,7 +8,7 @@ from typing import Any
 from jaxft.cli import settings
 from jaxft.cli.errors import explained
 from jaxft.config import RunConfig
-from jaxft.errors import ConfigError
+from jaxft.errors import ConfigError, counted
 from jaxft.terminal import text as terminal
 
 
@@ -67,9 +67,32 @@ def quickstart(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
 
 def data(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     """`jaxft data`: what training would see of the rows."""
+    if arguments.clear_cache:
+        return _clear_cache(arguments, overrides)
     from jaxft.runs.examine import examine
 
     return examine(config_of(arguments, overrides), console_of(arguments), rows=arguments.rows)
+
+
+def _clear_cache(arguments: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any]:
+    """Removes what was kept of tokenised rows: in data.cache of the config or the options, else in the user's cache."""
+    from jaxft.config import DataConfig
+    from jaxft.data.encoded.cache import clear
+    from jaxft.data.encoded.encoding import cache_folder
+
+    given = dict(override.partition("=")[::2] for override in overrides)
+    if arguments.config is not None:
+        data = config_of(arguments, overrides).data
+    else:
+        data = DataConfig(train="-", cache=given.get("data.cache", "auto"))
+    folder = cache_folder(data)
+    if folder is None:
+        raise ConfigError("data.cache is 'none', so nothing was kept. Leave it out for the cache of the user")
+    entries, size = clear(folder)
+    console_of(arguments).print(
+        f"removed the tokenised rows of {counted(entries, 'set')} ({size / 1e6:,.1f} MB) from {folder}"
+    )
+    return {"folder": str(folder), "sets": entries, "bytes": size}
 
 
 def plan(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:

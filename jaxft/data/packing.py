@@ -20,24 +20,50 @@ def pack(lengths: Sequence[int] | np.ndarray, max_length: int) -> list[list[int]
     if len(sizes) and int(np.max(sizes)) > max_length:
         longest = int(np.argmax(sizes))
         raise ValueError(f"example {longest} has {sizes[longest]} tokens, more than max_length={max_length}")
-    plan: list[list[int]] = []
+    order = np.argsort(-sizes, kind="stable")
+    sequence_of = np.empty(len(sizes), np.int64)  # by example
     waiting: list[list[int]] = [[] for _ in range(max_length + 1)]  # sequences by the room left in them
     rooms = 0  # bit r is set if waiting[r] is not empty: the lowest set bit from `length` up is the fullest fit
-    for index in np.argsort(-sizes, kind="stable").tolist():
-        length = int(sizes[index])
-        fitting = rooms >> length
-        if fitting:
-            room = length + (fitting & -fitting).bit_length() - 1
-            sequence = waiting[room].pop()
-            if not waiting[room]:
-                rooms ^= 1 << room
-        else:
-            room, sequence = max_length, len(plan)
-            plan.append([])
-        plan[sequence].append(index)
-        waiting[room - length].append(sequence)
-        rooms |= 1 << (room - length)
-    return sorted(sorted(sequence) for sequence in plan)
+    count = 0
+    done = 0
+    for length, examples in _runs(sizes[order]):
+        end = done + examples
+        while done < end:
+            fitting = rooms >> length
+            room = length + (fitting & -fitting).bit_length() - 1 if fitting else max_length
+            # A sequence takes examples of this length while it has room for them: then it is the fullest fit.
+            each = min(room // length, end - done) if length else end - done
+            wanted = (end - done) // each
+            if fitting:
+                taken = waiting[room][-wanted:][::-1]
+                del waiting[room][-wanted:]
+                if not waiting[room]:
+                    rooms ^= 1 << room
+            else:
+                taken = list(range(count, count + wanted))
+                count += wanted
+            stop = done + len(taken) * each
+            sequence_of[order[done:stop]] = np.repeat(taken, each)
+            waiting[room - each * length] += taken
+            rooms |= 1 << (room - each * length)
+            done = stop
+    return _sequences(sequence_of, count)
+
+
+def _runs(values: np.ndarray) -> list[tuple[int, int]]:
+    """(value, how often it is repeated) of a sorted array."""
+    starts = np.flatnonzero(np.diff(values, prepend=-1)) if len(values) else np.zeros(0, np.int64)
+    return list(zip(values[starts].tolist(), np.diff(starts, append=len(values)).tolist(), strict=True))
+
+
+def _sequences(sequence_of: np.ndarray, count: int) -> list[list[int]]:
+    """The examples of each sequence in order of index, and the sequences in order of their first example."""
+    flat = np.argsort(sequence_of, kind="stable")
+    ends = np.cumsum(np.bincount(sequence_of, minlength=count)) if count else np.zeros(0, np.int64)
+    starts = ends - np.diff(ends, prepend=0)
+    firsts = np.argsort(flat[starts])
+    examples = flat.tolist()
+    return [examples[start:end] for start, end in zip(starts[firsts].tolist(), ends[firsts].tolist(), strict=True)]
 
 
 def plan_of(examples: Sequence[Example], max_length: int, *, packing: bool) -> list[list[int]]:

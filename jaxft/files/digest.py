@@ -45,6 +45,24 @@ def content_digest(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[st
     return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
+def digests_of_files(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
+    """The digest of each of many local files of one folder, which are remembered in a single note.
+
+    Raises OSError for a file that is not there or cannot be read.
+    """
+    real = [os.path.realpath(path) for path in paths]
+    versions = [_version_of(path) for path in real]
+    folder, version = os.path.commonpath(real), [sum(one[0] for one in versions), *versions]
+    known = _recall(folder, version)
+    if known is not None:
+        return known.split()
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # hashing releases the interpreter's lock
+        digests = list(threads.map(_hash_file, real))
+    if all(map(_is_settled, versions)):
+        _remember(folder, version, " ".join(digests))
+    return digests
+
+
 def user_cache() -> Path:
     """The folder in which jaxft keeps what it can make again: $JAXFT_CACHE, by default ~/.cache/jaxft.
 
@@ -77,15 +95,28 @@ def _local_digest(path: str) -> str:
 
 def _file_digest(path: str) -> str:
     real = os.path.realpath(path)
-    status = os.stat(real)
-    version = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev]
+    version = _version_of(real)
     digest = _recall(real, version)
     if digest is None:
-        with open(real, "rb") as file:
-            digest = _hash(file)
-        if time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > SETTLED_NS:
+        digest = _hash_file(real)
+        if _is_settled(version):
             _remember(real, version, digest)
     return digest
+
+
+def _version_of(path: str) -> list[int]:
+    """What changes if a file does: its size, both times, and the inode on its device."""
+    status = os.stat(path)
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev]
+
+
+def _is_settled(version: Sequence[int]) -> bool:
+    return time.time_ns() - max(version[1:3]) > SETTLED_NS
+
+
+def _hash_file(path: str) -> str:
+    with open(path, "rb") as file:
+        return _hash(file)
 
 
 def _remote_digest(path: str) -> str:

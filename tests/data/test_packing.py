@@ -35,3 +35,25 @@ def test_too_long_is_refused():
 
 def test_without_packing():
     assert one_each(3) == [[0], [1], [2]]
+
+
+def best_fit_decreasing(lengths, max_length):
+    """One example after another, the longest first, into the fullest sequence that fits, the latest of several."""
+    sequences, rooms, arrival = [], [], []
+    for time, index in enumerate(sorted(range(len(lengths)), key=lambda i: -lengths[i])):
+        fits = [s for s, room in enumerate(rooms) if room >= lengths[index]]
+        if not fits:
+            sequences, rooms, arrival = [*sequences, []], [*rooms, max_length], [*arrival, time]
+        s = min(fits, key=lambda s: (rooms[s], -arrival[s]), default=len(sequences) - 1)
+        sequences[s].append(index)
+        rooms[s] -= lengths[index]
+        arrival[s] = time
+    return sorted(sorted(sequence) for sequence in sequences)
+
+
+def test_runs_of_equal_lengths_are_packed_as_one_after_another():
+    random = np.random.default_rng(0)
+    for _ in range(300):
+        max_length = int(random.integers(1, 60))
+        lengths = random.integers(random.integers(0, 2), max_length + 1, size=int(random.integers(0, 80))).tolist()
+        assert pack(lengths, max_length) == best_fit_decreasing(lengths, max_length)

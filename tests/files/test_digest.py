@@ -10,7 +10,7 @@ import pytest
 
 from jaxft.errors import CheckpointError
 from jaxft.files import digest
-from jaxft.files.digest import content_digest, user_cache
+from jaxft.files.digest import content_digest, digests_of_files, user_cache
 
 
 @pytest.fixture(autouse=True)
@@ -81,6 +81,31 @@ def test_a_large_file_is_read_once_until_it_changes(tmp_path, cache, monkeypatch
     for note in (cache / "digests").iterdir():
         note.write_text("{")
     assert later_start() == hashlib.sha256(b"b" * 100).hexdigest()
+
+
+def test_files_of_a_folder_are_read_once_until_one_changes(tmp_path, monkeypatch):
+    read, paths = [], [tmp_path / "a", tmp_path / "b"]
+    hash_of = digest._hash
+    monkeypatch.setattr(digest, "_hash", lambda file: read.append(file.name) or hash_of(file))
+    monkeypatch.setattr(digest, "LARGE", 10)
+    monkeypatch.setattr(digest, "SETTLED_NS", -1)
+    for path in paths:
+        path.write_bytes(path.name.encode() * 9)
+
+    def later_start():
+        digest._remembered.clear()
+        return digests_of_files(paths) == [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+
+    assert later_start() and later_start() and len(read) == 2
+    kept = paths[1].stat()
+    paths[1].write_bytes(b"c" * 9)
+    os.utime(paths[1], ns=(kept.st_atime_ns, kept.st_mtime_ns))
+    assert later_start() and len(read) == 4
+    monkeypatch.setattr(digest, "SETTLED_NS", 10**15)
+    paths[0].write_bytes(b"d" * 9)
+    assert later_start() and later_start() and len(read) == 8, "just written: another write may keep its time"
+    with pytest.raises(FileNotFoundError):
+        digests_of_files([tmp_path / "a", tmp_path / "none"])
 
 
 def test_a_remote_file_is_read_again_if_its_store_says_that_it_changed(monkeypatch):

@@ -14,11 +14,11 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import socket
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -32,12 +32,13 @@ from jaxft.data.encoded.work import ReadCounts, Work, from_arrow, keeping, map_a
 from jaxft.data.sources import Rows
 from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import DataError
-from jaxft.files.digest import content_digest
+from jaxft.files.digest import content_digest, digests_of_files
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 UNFINISHED = ".tmp-"  # in the name of a folder that is being written
+ENTRY = re.compile(r"([0-9a-f]{40})(\.lock|\.tmp-.+)?")  # names of entries, and of what belongs to them
 KEPT_DAYS = 30  # since an entry of the user's cache was last used
 KEPT_BYTES = 50 * 2**30  # of the user's cache, after which those that were not used for longest are removed
 LIBRARIES = ("transformers", "tokenizers", "jinja2")
@@ -85,8 +86,7 @@ class Entry:
         try:
             manifest = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
             files = [self.path / part["file"] for part in manifest["parts"]]
-            with ThreadPoolExecutor(os.cpu_count()) as threads:  # hashing releases the interpreter's lock
-                digests = list(threads.map(content_digest, files))
+            digests = digests_of_files(files)
             damaged = [f.name for f, d, p in zip(files, digests, manifest["parts"], strict=True) if d != p["sha256"]]
             if damaged:
                 raise ValueError(f"{damaged[0]} is not what was written")
@@ -171,6 +171,28 @@ def prune(folder: Path) -> None:
         if time.time() - used > KEPT_DAYS * 86400 or kept > KEPT_BYTES:
             with contextlib.suppress(OSError):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def clear(folder: Path) -> tuple[int, int]:
+    """Removes the entries of a folder, and nothing else that is in it: how many they were, and their bytes.
+
+    A run that has opened an entry goes on; one that writes an entry is left alone.
+    """
+    entries = size = 0
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        name = ENTRY.fullmatch(path.name)
+        if name is None or _is_written(name[2] or ""):
+            continue
+        if name[2] is None:
+            entries, size = entries + 1, size + sum(file.stat().st_size for file in path.iterdir())
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return entries, size
+
+
+def _is_written(ending: str) -> bool:
+    """Whether a run writes what has a name with this ending; of the runs of other machines it is not known."""
+    own = f"{UNFINISHED}{socket.gethostname()}-"
+    return ending.startswith(UNFINISHED) and (not ending.startswith(own) or _is_alive(ending.removeprefix(own)))
 
 
 def _describe(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from jaxft.config import DataConfig
 from jaxft.data.encoded.cache import Entry, key_of, prune
 from jaxft.data.encoded.pool import PART_ROWS, can_leave, encode_parts
+from jaxft.data.encoded.progress import Progress
 from jaxft.data.encoded.table import ExampleTable
 from jaxft.data.encoded.work import NotKept, ReadCounts, Work, from_arrow, read_arrow, write_arrow
 from jaxft.data.formats import ReadRow
@@ -81,10 +82,12 @@ def _in_memory(work: Work) -> tuple[ExampleTable, ReadCounts]:
     ranges = _ranges(work)
     if _processes(work) == 1 or len(ranges) < 2:
         counts, batches = ReadCounts(), []
+        progress = Progress(len(work.rows), work.rows.describe())
         for start, stop in ranges:
             batch, own = work.encode(start, stop)
             batches.append(batch)
             counts.add(own)
+            progress.add(stop - start)
         return from_arrow(batches), counts
     with tempfile.TemporaryDirectory(prefix="jaxft-") as folder:
         paths = [Path(folder, str(number)) for number in range(len(ranges))]
@@ -98,15 +101,16 @@ def _in_memory(work: Work) -> tuple[ExampleTable, ReadCounts]:
 def _write(work: Work, paths: list[Path]) -> ReadCounts:
     """Encodes all rows into files, one for each of `_ranges`, which are the same for any number of processes."""
     counts, ranges = ReadCounts(), _ranges(work)
-    processes = min(_processes(work), len(ranges))
+    processes, progress = min(_processes(work), len(ranges)), Progress(len(work.rows), work.rows.describe())
     if processes <= 1 or not can_leave(work):
         for (start, stop), path in zip(ranges, paths, strict=True):
             batch, own = work.encode(start, stop)
             write_arrow(batch, path)
             counts.add(own)
+            progress.add(stop - start)
         return counts
     parts = [(start, stop, str(path)) for (start, stop), path in zip(ranges, paths, strict=True)]
-    for own in encode_parts(work, parts, processes):
+    for own in encode_parts(work, parts, processes, progress):
         counts.add(own)
     return counts
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock
 
+from jaxft.data.encoded.progress import Progress
 from jaxft.data.encoded.work import NotKept, ReadCounts, Work
 from jaxft.data.sources import Listed
 from jaxft.errors import DataError
@@ -31,8 +32,8 @@ def can_leave(work: Work) -> bool:
     return _pickled(replace(work, rows=Listed([], []))) is not None
 
 
-def encode_parts(work: Work, parts: Sequence[Part], count: int) -> list[ReadCounts]:
-    """Encodes the parts in `count` processes; the counts of each, in order.
+def encode_parts(work: Work, parts: Sequence[Part], count: int, progress: Progress) -> list[ReadCounts]:
+    """Encodes the parts in `count` processes; the counts of each, in order. progress: is told of every part.
 
     Each process opens the rows itself; rows that only this one can read are sent. Raises DataError, that of the first
     row that has one, and if a process dies; and NotKept if a file cannot be written. The processes have ended when it
@@ -54,7 +55,9 @@ def encode_parts(work: Work, parts: Sequence[Part], count: int) -> list[ReadCoun
             if reading is not None:
                 with reading:
                     listed = Listed.of(work.rows, part[0], part[1])
-            return worker.encode(part, listed)
+            counts = worker.encode(part, listed)
+            progress.add(part[1] - part[0])
+            return counts
         finally:
             idle.put(worker)
 

@@ -166,14 +166,14 @@ def from_arrow(batches: Iterable[pa.RecordBatch]) -> ExampleTable:
     parts = [_part(batch) for batch in batches]
 
     def column(name: str, dtype: Any) -> np.ndarray:
-        columns = [batch.column(name).to_numpy() for batch in batches]
+        columns = [_view(batch.column(name)) for batch in batches]
         return np.concatenate([np.zeros(0, dtype), *columns]).astype(dtype)
 
     names = sorted({name for batch in batches for name in batch.schema.names if name.startswith(VALUE)})
     values = {
         name.removeprefix(VALUE): np.concatenate(
             [
-                batch.column(name).to_numpy() if name in batch.schema.names else np.full(len(batch), np.nan)
+                _view(batch.column(name)) if name in batch.schema.names else np.full(len(batch), np.nan)
                 for batch in batches
             ]
         )
@@ -228,10 +228,18 @@ def read_arrow(path: str | os.PathLike[str]) -> pa.RecordBatch:
 def _part(batch: pa.RecordBatch) -> Part:
     tokens, mask = batch.column("tokens"), batch.column("mask")
     return Part(
-        tokens=tokens.values.to_numpy(zero_copy_only=True),
-        mask=mask.values.to_numpy(zero_copy_only=True),
-        offsets=tokens.offsets.to_numpy(zero_copy_only=True),
+        tokens=_view(tokens.values),
+        mask=_view(mask.values),
+        offsets=_view(tokens.offsets),
     )
+
+
+def _view(array: pa.Array) -> np.ndarray:
+    """The numbers of an Arrow array, where they lie. Its own `to_numpy` imports pandas, which takes longer than all."""
+    dtype, (*_, buffer) = np.dtype(str(array.type)), array.buffers()
+    if not len(array) or buffer is None:
+        return np.zeros(0, dtype)
+    return np.frombuffer(buffer, dtype, len(array), array.offset * dtype.itemsize)
 
 
 def _features(conversation: Conversation) -> list[str]:

@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,6 +17,9 @@ import pytest
 import jaxft.data.encoded.cache as cache
 import jaxft.data.encoded.encoding as encoding
 import jaxft.data.encoded.pool as pool
+import jaxft.data.encoded.progress as progress
+from jaxft import cli
+from jaxft.cli.streams import PROGRESS
 from jaxft.config import AdapterConfig, DataConfig, RunConfig
 from jaxft.data import prepare
 from jaxft.data.chat.encode import encode_all
@@ -373,3 +378,33 @@ def test_rows_are_read_without_jax():
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_only_kept_rows_are_cleared(path, tokenizer_of, tmp_path, capsys):
+    folder = tmp_path / "kept"
+    encode_set(open_rows(path), DataConfig(num_proc=1, cache=str(folder)), tokenizer_of("chatml"), conversation_of)
+    (key,) = (file.parent.name for file in folder.rglob("manifest.json"))
+    others = ["notes.txt", f"{key}.tmp-other-1/rows", f"{key[:-1]}/rows", "a/b"]
+    for name in others:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("x")
+    dead = folder / f"{key}.tmp-{socket.gethostname()}-999999999"
+    dead.mkdir()
+    (tmp_path / "bytes").write_bytes(b"".join(_files(folder / key).values()))
+    size = (tmp_path / "bytes").stat().st_size
+    assert cli.main(["data", "--clear_cache", f"--data.cache={folder}", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"folder": str(folder), "sets": 1, "bytes": size}
+    assert sorted(_files(folder)) == sorted(others)
+    assert cli.main(["data", "--clear_cache"]) == 0, "of the user, which has none"
+    assert "removed the tokenised rows of 0 sets" in capsys.readouterr().out
+    assert cli.main(["data", "--clear_cache", "--data.cache=none"]) == 2
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_long_work_says_how_far_it_is(processes, path, tokenizer_of, monkeypatch, caplog):
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    caplog.set_level("INFO", logger=PROGRESS)
+    encode_set(open_rows(path), DataConfig(num_proc=processes), tokenizer_of("chatml"), conversation_of)
+    lines = [record.getMessage() for record in caplog.records if record.name == PROGRESS]
+    assert [line.split(" of ")[0] for line in lines] == [f"tokenised {rows}" for rows in (8, 16, 24, 32, 40, 48)]
+    assert all(re.search(r"of 50 rows of .*rows.jsonl.*; about 0:\d\d minutes more", line) for line in lines)
