@@ -27,7 +27,7 @@ class Progress:
                 return
             self._told = now
             seconds = round((now - self._began) * left / self._done)
-        log.info(
-            "tokenised %s of %s of %s; about %d:%02d minutes more",
-            f"{self._done:,}", counted(self._total, "row"), self._source, *divmod(seconds, 60),
-        )  # fmt: skip
+            log.info(
+                "tokenised %s of %s of %s; about %d:%02d minutes more",
+                f"{self._done:,}", counted(self._total, "row"), self._source, *divmod(seconds, 60),
+            )  # fmt: skip
