@@ -12,8 +12,8 @@ class ExitCode(enum.IntEnum):
 
     DONE: the command did its work. FAILED: an error that jaxft does not explain, shown with its traceback. REFUSED: a
     JaxftError, options that argparse refuses, or an error of the operating system, such as a full disk. PEER_LOST:
-    another process of the same run failed or disappeared. PREEMPTED: stopped by SIGTERM after saving; the same command
-    continues the run. INTERRUPTED: stopped by Ctrl-C.
+    another process of the same run failed or disappeared. PREEMPTED: stopped by SIGTERM or SIGHUP after saving; the
+    same command continues the run. INTERRUPTED: stopped by Ctrl-C.
 
     Sources: 69 and 75 are EX_UNAVAILABLE and EX_TEMPFAIL of sysexits.h. 2 is the code of argparse. 130 is the code of
     shells for a command that signal 2, SIGINT, ended: 128 + 2.
@@ -56,10 +56,11 @@ class FolderInUseError(JaxftError, RuntimeError):
 
 
 class Preempted(Exception):
-    """The machine is about to be reclaimed; everything up to `step` is saved."""
+    """The machine is about to be reclaimed, or the terminal was closed; everything up to `step` is saved."""
 
     def __init__(self, step: int) -> None:
-        super().__init__(f"stopped by SIGTERM after step {step}, which is saved; run the same command to go on")
+        when = f"after step {step}, which is saved" if step else "before the first step"
+        super().__init__(f"stopped by SIGTERM or SIGHUP {when}; run the same command to go on")
         self.step = step
 
 

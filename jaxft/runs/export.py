@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -186,8 +186,12 @@ def export_run(
     folder: Path,
     console: Console,
     mesh: MeshPlan | None = None,
+    between: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """The exports that a run's config asks for. Returns their folders' names and the checks."""
+    """The exports that a run's config asks for. Returns their folders' names and the checks.
+
+    between: called before each of them; it may raise, to stop there.
+    """
     out: dict[str, Any] = {}
     wanted = []
     if adapters(loaded.module) or virtual_modules(loaded.module):
@@ -196,6 +200,7 @@ def export_run(
     else:
         wanted.append(("merged", MODEL))
     for format, name in wanted:
+        between()
         target = Path(on_primary(partial(begin_export, folder, name)))
         checks = write(loaded, tokenizer, target, format=format, mesh=mesh)
         on_primary(partial(_write_run_card, target, loaded, tokenizer, checks, format, folder))

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from jaxft.generation.tokens import generate_tokens
 from jaxft.nn.decoder import Decoder
 
 SAMPLES = 6
+ROUNDS = 16  # times the answers that are generated at the same time; after so many a run may stop
 
 
 @dataclass(frozen=True)
@@ -26,15 +27,28 @@ class Answers:
     texts: tuple[str, ...]
 
 
-def answer(module: Decoder, tokenizer: Tokenizer, data: Prepared, config: EvalConfig, metric: str) -> Answers:
-    """Greedy answers to the held-out prompts, scored by a metric without their thoughts."""
-    done = generate_tokens(
-        module,
-        data.eval_prompts,
-        sampling=Sampling(max_new_tokens=config.max_new_tokens),
-        stop_ids=tokenizer.stop_ids,
-        slots=min(config.batch_size, len(data.eval_prompts)),
-    )
+def answer(
+    module: Decoder,
+    tokenizer: Tokenizer,
+    data: Prepared,
+    config: EvalConfig,
+    metric: str,
+    between: Callable[[], None] = lambda: None,
+) -> Answers:
+    """Greedy answers to the held-out prompts, scored by a metric without their thoughts.
+
+    between: called now and then; it may raise, to stop there.
+    """
+    slots, done = min(config.batch_size, len(data.eval_prompts)), []
+    for start in range(0, len(data.eval_prompts), ROUNDS * max(slots, 1)):
+        between()
+        done += generate_tokens(
+            module,
+            data.eval_prompts[start : start + ROUNDS * slots],
+            sampling=Sampling(max_new_tokens=config.max_new_tokens),
+            stop_ids=tokenizer.stop_ids,
+            slots=slots,
+        )
     texts = tuple(
         parts_of(tokenizer, prompt, row.tokens)[1] for prompt, row in zip(data.eval_prompts, done, strict=True)
     )

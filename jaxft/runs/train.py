@@ -41,6 +41,7 @@ from jaxft.runs.report import KeptReport
 from jaxft.runs.scores import answer, check_scores, samples, score_summary, scores_key
 from jaxft.runs.tracking import trackers_of
 from jaxft.sharding.processes import is_primary, on_primary, primary_first
+from jaxft.sharding.stopping import hangups_answered, stop_if_asked
 from jaxft.terminal.console import SafeConsole, say
 from jaxft.terminal.output import lasting
 from jaxft.training.state import divide
@@ -52,8 +53,8 @@ def train(config: RunConfig, *, console: Console | None = None) -> dict[str, Any
 
     Returns the content of `summary.json` in the run folder, with paths relative to it. Raises a JaxftError before any
     weight is loaded for a config or data that would train silently wrong, FolderInUseError if another process writes in
-    the run folder, and errors.Preempted if SIGTERM stopped it after saving. With several processes, every one calls it
-    with the same config; process 0 alone writes and prints.
+    the run folder, and errors.Preempted if SIGTERM or SIGHUP stopped it after saving. With several processes, every one
+    calls it with the same config; process 0 alone writes and prints.
     """
     console = lasting((console or SafeConsole()) if is_primary() else SafeConsole(quiet=True))
     with locked_run(config.output_dir, "jaxft train"):
@@ -64,6 +65,7 @@ def _train_locked(config: RunConfig, console: Console) -> dict[str, Any]:
     run = dataclasses.replace(set_up(config), print_line=partial(say, console))
     config, method = run.config, method_of(config)
     with (
+        hangups_answered(),
         method.rewards(config, run.data) as rewards,
         method.environments(config, run.data, run.tokenizer) as environments,
         trackers_of(run) as trackers,
@@ -93,19 +95,22 @@ def _train(run: Run, console: Console) -> dict[str, Any]:
     key = scores_key(run.data, config.eval)
     if config.eval.metric and scores.get("key") != key:
         say(console, f"base model, {len(run.data.eval_prompts)} held-out rows, by generation ...")
-        base = answer(_base(loaded), run.tokenizer, run.data, config.eval, config.eval.metric)
+        between = partial(stop_if_asked, 0)
+        base = answer(_base(loaded), run.tokenizer, run.data, config.eval, config.eval.metric, between)
         scores = {"key": key, "metric": config.eval.metric, "base": score_summary(base, run.data.eval_references)}
         scores["base_answers"] = list(base.texts)
         on_primary(lambda: run_folder.write_json(run.folder / run_folder.SCORES, scores))
     run = method_of(config).precompute(run, lambda: loaded.module)
     fitted = fit_run(run, loaded, console)
+    between = partial(stop_if_asked, fitted.steps)
+    between()
     if config.eval.metric:
         say(console, f"tuned model, {len(run.data.eval_prompts)} held-out rows, by generation ...")
-        tuned = answer(loaded.module, run.tokenizer, run.data, config.eval, config.eval.metric)
+        tuned = answer(loaded.module, run.tokenizer, run.data, config.eval, config.eval.metric, between)
         scores["tuned"] = score_summary(tuned, run.data.eval_references)
         scores["samples"] = samples(run.tokenizer, run.data, scores["base_answers"], tuned)
         on_primary(lambda: run_folder.write_json(run.folder / run_folder.SCORES, scores))
-    exports = export_run(loaded, run.tokenizer, config, run.folder, console, run.mesh)
+    exports = export_run(loaded, run.tokenizer, config, run.folder, console, run.mesh, between)
 
     def finish() -> dict[str, Any]:
         report = KeptReport(run.folder, run.print_line).write()

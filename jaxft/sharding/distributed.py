@@ -1,7 +1,7 @@
 """The start of jax.distributed, once in each process even if there is only one, and its check for preemption. Without
 it a SIGTERM kills the process, and `reached_preemption` is always False. With it JAX handles SIGTERM: the process
 continues until the training loop sees `reached_preemption` and stops. A phase that never checks, such as an export,
-ends only by SIGKILL.
+ends only by SIGKILL. `jaxft.sharding.stopping` has what phases call that are not training.
 """
 
 import itertools
@@ -17,6 +17,7 @@ from jaxft.errors import ConfigError
 HEARTBEAT_SECONDS = 100  # JAX's own default
 
 _check_numbers = itertools.count(1)
+_reached = False
 
 
 def start(
@@ -71,12 +72,14 @@ def start(
 
 def reached_preemption() -> bool:
     """Whether all processes have agreed to save now and stop, because one of them received SIGTERM. Every process must
-    call it after every step. Always False unless `start` was called.
+    call it after every step. Always False unless `start` was called; once True, it stays so.
     """
+    global _reached
     # JAX has the processes agree on the highest number that any of them has passed, plus one. Before the first call
     # this number is one. A resumed run that passed the numbers of its steps would never reach it, and a SIGTERM during
     # restoring or compilation would be lost. So the calls are numbered, not the steps.
-    return reached_preemption_sync_point(next(_check_numbers))
+    _reached = reached_preemption_sync_point(next(_check_numbers)) or _reached
+    return _reached
 
 
 def _detect_or_single(heartbeat_seconds: int) -> None:

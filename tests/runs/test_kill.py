@@ -33,13 +33,21 @@ def command(folder: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def start(folder: Path, cache: Path, more: Sequence[str] = ()) -> subprocess.Popen:
-    """The command as a process; compiled code is shared between the restarts. more: further arguments."""
+def start(folder: Path, cache: Path, more: Sequence[str] = (), before: Sequence[str] = ()) -> subprocess.Popen:
+    """The command as a process; compiled code is shared between the restarts.
+
+    more: further arguments. before: a command that runs it.
+    """
     env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
     env.pop("XLA_FLAGS", None)
     root = Path(__file__).parents[2]
     return subprocess.Popen(
-        [*command(folder), *more], cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*before, *command(folder), *more],
+        cwd=root,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
@@ -100,12 +108,13 @@ def test_five_times_killed_run_ends_like_an_uninterrupted_one(uninterrupted, tmp
     assert_same(folder, whole)
 
 
-def test_stopped_then_killed_run_ends_like_an_uninterrupted_one(uninterrupted, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
+def test_stopped_then_killed_run_ends_like_an_uninterrupted_one(uninterrupted, tmp_path, number):
     whole, cache = uninterrupted
     folder = tmp_path / "run"
     process = start(folder, cache)
     wait_for_step(process, folder, 3)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == ExitCode.PREEMPTED, output
     assert "run the same command to go on" in output
@@ -114,6 +123,44 @@ def test_stopped_then_killed_run_ends_like_an_uninterrupted_one(uninterrupted, t
     assert f"going on from step {saved}" in kill(folder, cache, random.Random(1), range(saved + 1, STEPS))
     finish(folder, cache)
     assert_same(folder, whole)
+
+
+@pytest.mark.slow
+def test_a_signal_after_the_last_step_is_answered_before_scores_and_exports(uninterrupted, tmp_path):
+    whole, cache = uninterrupted
+    folder = tmp_path / "run"
+    process = start(folder, cache)
+    wait_for_step(process, folder, STEPS)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == ExitCode.PREEMPTED, output
+    assert f"after step {STEPS}, which is saved" in output and not (folder / "summary.json").exists()
+    finish(folder, cache)
+    assert_same(folder, whole)
+
+
+@pytest.mark.slow
+def test_nohup_ignores_a_closed_terminal(uninterrupted, tmp_path):
+    whole, cache = uninterrupted
+    process = start(tmp_path / "run", cache, before=["nohup"])
+    wait_for_step(process, tmp_path / "run", 3)
+    process.send_signal(signal.SIGHUP)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert_same(tmp_path / "run", whole)
+
+
+@pytest.mark.slow
+def test_a_machine_that_slept_for_longer_than_a_heartbeat_goes_on(uninterrupted, tmp_path):
+    whole, cache = uninterrupted
+    process = start(tmp_path / "run", cache)
+    wait_for_step(process, tmp_path / "run", 5)
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(115)
+    process.send_signal(signal.SIGCONT)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert_same(tmp_path / "run", whole)
 
 
 SMOKE = ASSETS / "smoke"

@@ -230,7 +230,7 @@ def test_a_resumed_run_goes_on_where_it_was():
 
 def test_preemption_saves_the_step_and_stops():
     recorder = Recorder(preempted_at=3)
-    with pytest.raises(Preempted, match="stopped by SIGTERM after step 3, which is saved") as stopped:
+    with pytest.raises(Preempted, match="stopped by SIGTERM or SIGHUP after step 3, which is saved") as stopped:
         run(recorder, save_every=100)
     assert stopped.value.step == 3
     assert recorder.of("train") == [0, 1, 2]
