@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from jaxft.rollouts.environments.environments import Environments
 from jaxft.rollouts.reward_functions import RewardFunctions
 from jaxft.rollouts.size import RolloutSize, rollout_size
 from jaxft.sharding.mesh import MeshPlan
+from jaxft.training.goodput import TimeUse
 from jaxft.training.state import TrainState
 
 
@@ -32,7 +33,7 @@ class Run:
     of the training rows and writes nothing into the run folder. rewards: the functions that judge sampled answers, if
     the method samples any. environments: what replies to the model in them, if anything does. notes: what people should
     know before it starts, such as what has changed since it was stopped. track: gets every row of metrics,
-    in process 0.
+    in process 0. times: what takes the time of the run.
     """
 
     config: RunConfig
@@ -48,6 +49,7 @@ class Run:
     environments: Environments | None = None
     notes: tuple[str, ...] = ()
     track: Callable[[Mapping[str, float]], None] | None = None
+    times: TimeUse = field(default_factory=TimeUse)
 
     @property
     def total_steps(self) -> int:

@@ -3,6 +3,7 @@
 # B batch, S sequence
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -32,7 +33,7 @@ from jaxft.sharding.processes import is_primary, on_primary
 from jaxft.terminal.console import say
 from jaxft.training.early_stopping import EarlyStopping
 from jaxft.training.likelihoods import FallingLikelihoods
-from jaxft.training.log import NoLog, RunLog
+from jaxft.training.log import NoLog, RunLog, read_metrics
 from jaxft.training.loop import Cadence, Epochs, Hooks, Period, evaluate, fit
 from jaxft.training.reward_watch import RewardWatch
 from jaxft.training.spikes import SpikeGuard
@@ -56,7 +57,8 @@ def fit_run(run: Run, loaded: LoadedModel, console: Console) -> Fitted:
     schedule = make_schedule(config.optim, run.total_steps)
     tx = make_tx(config, loaded.module, schedule)
     ranked_after = on_primary(lambda: record_of(run.folder).ranked_after)
-    with _checkpoints(run, ranked_after) as checkpoints:
+    with _checkpoints(run, ranked_after) as checkpoints, ExitStack() as setup:
+        setup.enter_context(run.times.during("setup"))
         if config.adapter.by_data and on_primary(checkpoints.latest_step) is None:
             _initialize_by_data(run, loaded, console)
         graphdef, state = start_state(config, loaded.module, tx, run.mesh)
@@ -71,6 +73,8 @@ def fit_run(run: Run, loaded: LoadedModel, console: Console) -> Fitted:
             progress = {name: value for name, value in progress.items() if not name.startswith(EarlyStopping.PREFIX)}
         if config.train.on_spike == "off":  # what was seen is out of date when spikes are told again
             progress.pop(SpikeGuard.SEEN, None)
+        setup.close()
+        on_primary(lambda: _count_earlier_starts(run, start))
         with _log(run, start if restored else None, console) as log:
             if start:
                 log.note(f"going on from step {start} of {run.total_steps}")
@@ -156,6 +160,8 @@ def _hooks(
         data_metrics=feed.metrics,
         evaluate_start=method.evaluates_start,
         evaluated=_report_of(run),
+        times=run.times,
+        batch_part="input" if method.rollout_size(run.config) is None else "rollouts",
     )
 
 
@@ -184,6 +190,13 @@ def _early_stopping(run: Run) -> EarlyStopping | None:
         patience=train.early_stopping_patience,
         threshold=train.early_stopping_threshold,
     )
+
+
+def _count_earlier_starts(run: Run, start: int) -> None:
+    """Adds the time of earlier starts to that of this one, before the rows of steps after `start` are removed."""
+    rows = read_metrics(run.folder) if (run.folder / run_folder.METRICS).is_file() else []
+    record = record_of(run.folder)
+    write_record(run.folder, replace(record, times=run.times.go_on(record.times, rows, start)))
 
 
 def _spikes(run: Run) -> SpikeGuard | None:

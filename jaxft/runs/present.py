@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxft.terminal.console import say
+from jaxft.training.goodput import sentence
 
 
 def print_summary(summary: dict[str, Any], console: Console) -> None:
@@ -25,6 +26,8 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
         perplexity = f", perplexity {summary['eval_perplexity']:.2f}" if "eval_perplexity" in summary else ""
         say(console, f"held-out loss {summary['eval_loss']:.4f}{perplexity}")
         console.print()
+    if "seconds" in summary:
+        say(console, sentence(summary["seconds"]))
     for name in ("adapter", "model", "merged", "report"):
         if name in summary:
             say(console, f"{name:<8} {os.path.join(folder, summary[name])}")

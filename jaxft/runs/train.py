@@ -44,6 +44,8 @@ from jaxft.sharding.processes import is_primary, on_primary, primary_first
 from jaxft.sharding.stopping import hangups_answered, stop_if_asked
 from jaxft.terminal.console import SafeConsole, say
 from jaxft.terminal.output import lasting
+from jaxft.training.goodput import TimeUse, goodput
+from jaxft.training.log import read_metrics
 from jaxft.training.state import divide
 from jaxft.training.trackers import require
 
@@ -62,7 +64,9 @@ def train(config: RunConfig, *, console: Console | None = None) -> dict[str, Any
 
 
 def _train_locked(config: RunConfig, console: Console) -> dict[str, Any]:
-    run = dataclasses.replace(set_up(config), print_line=partial(say, console))
+    times = TimeUse()
+    with times.during("setup"):
+        run = dataclasses.replace(set_up(config), print_line=partial(say, console), times=times)
     config, method = run.config, method_of(config)
     with (
         hangups_answered(),
@@ -85,7 +89,8 @@ def _train(run: Run, console: Console) -> dict[str, Any]:
     console.print()
     say(console, "two training rows, their trained tokens marked:")
     render_rows(run.data.train_examples, run.tokenizer, limit=2, console=console)
-    loaded = build_model(config, run.mesh, random_base=run.folder / run_folder.BASE)
+    with run.times.during("setup"):
+        loaded = build_model(config, run.mesh, random_base=run.folder / run_folder.BASE)
     for note in (*filter(None, [loaded.left_out]), *loaded.notes):
         say(console, note)
     if config.model.allowed:
@@ -96,25 +101,29 @@ def _train(run: Run, console: Console) -> dict[str, Any]:
     if config.eval.metric and scores.get("key") != key:
         say(console, f"base model, {len(run.data.eval_prompts)} held-out rows, by generation ...")
         between = partial(stop_if_asked, 0)
-        base = answer(_base(loaded), run.tokenizer, run.data, config.eval, config.eval.metric, between)
+        with run.times.during("scoring"):
+            base = answer(_base(loaded), run.tokenizer, run.data, config.eval, config.eval.metric, between)
         scores = {"key": key, "metric": config.eval.metric, "base": score_summary(base, run.data.eval_references)}
         scores["base_answers"] = list(base.texts)
         on_primary(lambda: run_folder.write_json(run.folder / run_folder.SCORES, scores))
-    run = method_of(config).precompute(run, lambda: loaded.module)
+    with run.times.during("setup"):
+        run = method_of(config).precompute(run, lambda: loaded.module)
     fitted = fit_run(run, loaded, console)
     between = partial(stop_if_asked, fitted.steps)
     between()
     if config.eval.metric:
         say(console, f"tuned model, {len(run.data.eval_prompts)} held-out rows, by generation ...")
-        tuned = answer(loaded.module, run.tokenizer, run.data, config.eval, config.eval.metric, between)
+        with run.times.during("scoring"):
+            tuned = answer(loaded.module, run.tokenizer, run.data, config.eval, config.eval.metric, between)
         scores["tuned"] = score_summary(tuned, run.data.eval_references)
         scores["samples"] = samples(run.tokenizer, run.data, scores["base_answers"], tuned)
         on_primary(lambda: run_folder.write_json(run.folder / run_folder.SCORES, scores))
-    exports = export_run(loaded, run.tokenizer, config, run.folder, console, run.mesh, between)
+    with run.times.during("export"):
+        exports = export_run(loaded, run.tokenizer, config, run.folder, console, run.mesh, between)
 
     def finish() -> dict[str, Any]:
         report = KeptReport(run.folder, run.print_line).write()
-        summary = _summary(run, fitted, scores, exports) | report
+        summary = _summary(run, fitted, scores, exports) | report | _times(run)
         run_folder.write_json(run.folder / run_folder.SUMMARY, summary)
         return summary
 
@@ -196,6 +205,14 @@ def describe(run: Run) -> str:
         f"  {counted(run.total_steps, 'step')} of {counted(config.train.batch_size, 'sequence')}, "
         f"{run.source.epoch_of(run.total_steps):.2f} epochs -> {run.folder}"
     )
+
+
+def _times(run: Run) -> dict[str, Any]:
+    """What took the time of the run, and how many updates were left out."""
+    seconds = run.times.seconds()
+    counted = [row for row in read_metrics(run.folder) if "learning_rate" in row][-1:]
+    counts = {name: int(row[name]) for row in counted for name in ("spikes", "skipped_updates") if name in row}
+    return counts | {"goodput": goodput(seconds), "seconds": seconds}
 
 
 def _summary(run: Run, fitted: Fitted, scores: dict[str, Any], exports: dict[str, Any]) -> dict[str, Any]:

@@ -18,13 +18,14 @@ from jaxft.files.lines import LineFile
 from jaxft.files.run_folder import METRICS, TENSORBOARD
 from jaxft.terminal.console import SafeConsole
 from jaxft.terminal.output import lasting
+from jaxft.training import goodput
 from jaxft.training.screens import LiveScreen, PlainScreen, Remaining, headline
 from jaxft.training.tensorboard import TensorBoard
 
 # Keys whose values come from a clock: two runs that are equal in every other key are the same run.
 TIMING_KEYS = (
     "tokens_per_second", "step_seconds", "eval_seconds", "elapsed_seconds", "update_seconds", "rollout_seconds",
-    "reward_seconds", "rollout_tokens_per_second",
+    "reward_seconds", "rollout_tokens_per_second", *goodput.KEYS,
 )  # fmt: skip
 
 

@@ -3,15 +3,15 @@
 # B batch, S sequence
 
 import math
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 
 from jaxft.errors import JaxftError, Preempted
 from jaxft.training.early_stopping import EarlyStopping
+from jaxft.training.goodput import Part, TimeUse
 from jaxft.training.log import NoLog, RunLog
 from jaxft.training.spikes import SpikeGuard
 from jaxft.training.state import TrainState
@@ -67,7 +67,7 @@ class Hooks:
     tells spikes, for which the step is given their limits; None: it is called without them.
     data_metrics(step): values to log about the data of the first `step` steps.
     evaluate_start: whether a run that has not begun is evaluated before its first step. evaluated(): called after the
-    metrics of an evaluation are logged.
+    metrics of an evaluation are logged. times: is told what takes time. batch_part: what `batch` counts for there.
     """
 
     train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
@@ -81,6 +81,8 @@ class Hooks:
     data_metrics: Callable[[int], dict[str, float]] = lambda step: {}
     evaluate_start: bool = False
     evaluated: Callable[[], object] = lambda: None
+    times: TimeUse = field(default_factory=TimeUse)
+    batch_part: Part = "input"
 
 
 def fit(
@@ -99,32 +101,36 @@ def fit(
     if start == 0 and hooks.evaluate_start:
         evaluate(hooks, state, 0, log)
     for step in range(start + 1, cadence.total_steps + 1):
-        started = time.monotonic()
-        batch = hooks.batch(state, step - 1)
-        ready = time.monotonic()
+        started = hooks.times.clock()
+        with hooks.times.during(hooks.batch_part):
+            batch = hooks.batch(state, step - 1)
+        ready = hooks.times.clock()
         limits = () if hooks.spikes is None else (hooks.spikes.limits(progress),)
-        state, device_metrics = hooks.train_step(state, batch, *limits)
-        metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
+        with hooks.times.during("compile" if step == start + 1 else "steps"):
+            state, device_metrics = hooks.train_step(state, batch, *limits)
+            metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
+        ended = hooks.times.clock()
         if hooks.spikes is not None:
             metrics = _watched(hooks, hooks.spikes, step, state, metrics, progress, log)
         _check_finite(step, metrics)
-        ended = time.monotonic()
         window.add(ended - started, ended - ready, metrics["num_tokens"])
         for name in [name for name in ADDED_UP if name in metrics]:
             progress[name] = progress.get(name, 0.0) + metrics.pop(name)
         if cadence.due(step, cadence.log_every):
             consumed = {name: progress[name] for name in ADDED_UP if name in progress}
             consumed |= {"epoch": step / cadence.steps_per_epoch} | hooks.data_metrics(step)
-            log.step(step, metrics | consumed | window.rates())
+            log.step(step, metrics | consumed | window.rates() | hooks.times.metrics())
         # Metrics of an earlier step must not rank this step's checkpoint.
         held_out = evaluate(hooks, state, step, log) if cadence.due(step, cadence.eval_every) else {}
         ending = _ends_early(hooks, step, held_out, progress)
         if ending and not held_out:
             held_out = evaluate(hooks, state, step, log)
         # Every process asks after the same steps.
-        stopping = hooks.may_stop(step) and hooks.preempted()
+        with hooks.times.during("peers"):
+            stopping = hooks.may_stop(step) and hooks.preempted()
         if stopping or ending or cadence.due(step, cadence.save_every):
-            hooks.save(step, state, progress, held_out)
+            with hooks.times.during("save"):
+                hooks.save(step, state, progress, held_out)
         if stopping and not ending and step < cadence.total_steps:
             raise Preempted(step)
         if ending:
@@ -170,9 +176,10 @@ def evaluate(hooks: Hooks, state: TrainState, step: int, log: RunLog | NoLog) ->
     """The held-out metrics, which are logged; none if no rows are held out."""
     if hooks.evaluate is None:
         return {}
-    started = time.monotonic()
-    held_out = hooks.evaluate(state)
-    log.eval(step, held_out | {"eval_seconds": time.monotonic() - started})
+    started = hooks.times.clock()
+    with hooks.times.during("evaluation"):
+        held_out = hooks.evaluate(state)
+    log.eval(step, held_out | {"eval_seconds": hooks.times.clock() - started})
     hooks.evaluated()
     return held_out
 
@@ -197,11 +204,11 @@ class Window:
     def rates(self) -> dict[str, float]:
         """tokens_per_second, step_seconds and update_seconds, after which the window is empty.
 
-        {} if no step was counted.
+        {} if no step was counted, or the clock has not moved.
         """
         seconds, update_seconds, steps, tokens = self._seconds, self._update_seconds, self._steps, self._tokens
         self._seconds, self._update_seconds, self._steps, self._tokens = 0.0, 0.0, 0, 0.0
-        if not steps:
+        if not steps or not seconds:
             return {}
         return {
             "tokens_per_second": tokens / seconds,

@@ -111,7 +111,7 @@ class RolloutFeed:
             **updates.metrics,
             "padding_share": 1 - filled / rows,
             "rollout_seconds": sampled - started,
-            "rollout_tokens_per_second": tokens / (sampled - started),
+            **({"rollout_tokens_per_second": tokens / (sampled - started)} if sampled > started else {}),
         }
         self._write(step, judged, updates)
         return updates

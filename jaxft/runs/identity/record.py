@@ -35,7 +35,8 @@ class Record:
     not known. reads: what it reads, see `contents.py`. exports: for each export in the folder, the files that were
     written; None while they are being written. ranked_after: the step after which held-out metrics can be compared
     with each other, because the held-out rows have stayed the same. exported: the step whose weights were scored and
-    exported when training ended; None before. history: what was changed when the run was resumed,
+    exported when training ended; None before. times: seconds of earlier starts, by part (`training/goodput.py`), when
+    the run was last resumed. history: what was changed when the run was resumed,
     oldest first, as `time`, `step` and `change`.
     """
 
@@ -47,6 +48,7 @@ class Record:
     exports: Mapping[str, list[str] | None] = field(default_factory=dict)
     ranked_after: int = 0
     exported: int | None = None
+    times: Mapping[str, float] = field(default_factory=dict)
     history: tuple[Mapping[str, Any], ...] = ()
 
 

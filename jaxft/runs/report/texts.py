@@ -10,6 +10,7 @@ from typing import Any
 from jaxft.adapters.make import describe
 from jaxft.config import AdapterConfig
 from jaxft.runs.report.files import Row, is_number, series
+from jaxft.training.goodput import goodput, seconds_of_rows, sentence
 
 HELD_OUT_COUNTS = ("rows", "tokens", "trained_tokens", "truncated", "dropped")
 
@@ -52,8 +53,21 @@ def tiles(config: Row, rows: Sequence[Row], scores: Row) -> list[dict[str, str]]
         ("Steps", f"{steps[-1]:,}" if steps else "—", batch),
         ("Tokens seen", f"{tokens[-1]:,.0f}" if tokens else "—", ""),
         ("Throughput", f"{statistics.median(rates):,.0f}" if rates else "—", "tokens per second, median"),
+        *_time_tile(rows),
+        *_spike_tile(rows),
     ]
     return [{"label": label, "value": value, "detail": detail} for label, value, detail in shown]
+
+
+def _time_tile(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
+    seconds = seconds_of_rows(rows)
+    return [] if seconds is None else [("Goodput", f"{goodput(seconds):.0%}", sentence(seconds).partition(": ")[2])]
+
+
+def _spike_tile(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
+    spikes, skipped = series(rows, "spikes")[1], series(rows, "skipped_updates")[1]
+    shown = [("Spikes", f"{spikes[-1]:,.0f}", "of loss or gradient")] if spikes else []
+    return shown + ([("Updates left out", f"{skipped[-1]:,.0f}", "spikes, or nothing to train")] if skipped else [])
 
 
 def _method(config: Row) -> tuple[str, str]:
