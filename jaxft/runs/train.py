@@ -41,7 +41,7 @@ from jaxft.runs.report import KeptReport
 from jaxft.runs.scores import answer, check_scores, samples, score_summary, scores_key
 from jaxft.runs.tracking import trackers_of
 from jaxft.sharding.processes import is_primary, on_primary, primary_first
-from jaxft.sharding.stopping import hangups_answered, stop_if_asked
+from jaxft.sharding.stopping import hangups_answered, stop_if_requested
 from jaxft.terminal.console import SafeConsole, say
 from jaxft.terminal.output import lasting
 from jaxft.training.goodput import TimeUse, goodput
@@ -100,7 +100,7 @@ def _train(run: Run, console: Console) -> dict[str, Any]:
     key = scores_key(run.data, config.eval)
     if config.eval.metric and scores.get("key") != key:
         say(console, f"base model, {len(run.data.eval_prompts)} held-out rows, by generation ...")
-        between = partial(stop_if_asked, 0)
+        between = partial(stop_if_requested, 0)
         with run.times.during("scoring"):
             base = answer(_base(loaded), run.tokenizer, run.data, config.eval, config.eval.metric, between)
         scores = {"key": key, "metric": config.eval.metric, "base": score_summary(base, run.data.eval_references)}
@@ -109,7 +109,7 @@ def _train(run: Run, console: Console) -> dict[str, Any]:
     with run.times.during("setup"):
         run = method_of(config).precompute(run, lambda: loaded.module)
     fitted = fit_run(run, loaded, console)
-    between = partial(stop_if_asked, fitted.steps)
+    between = partial(stop_if_requested, fitted.steps)
     between()
     if config.eval.metric:
         say(console, f"tuned model, {len(run.data.eval_prompts)} held-out rows, by generation ...")

@@ -35,7 +35,7 @@ def hangups_answered() -> Iterator[None]:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-def stop_if_asked(step: int) -> None:
+def stop_if_requested(step: int) -> None:
     """Raises Preempted(step) if any process was asked to stop. Every process calls it, at the same places.
 
     step: the newest that is saved; 0 before training.

@@ -59,7 +59,7 @@ def test_a_phase_stops_at_its_next_safe_place_and_the_run_remembers(monkeypatch,
     # JAX answers True for one call alone: that on whose number the processes agreed.
     monkeypatch.setattr(distributed, "reached_preemption_sync_point", lambda number: next(numbers) == agreed_on)
     with pytest.raises(Preempted, match=match):
-        stopping.stop_if_asked(step)
+        stopping.stop_if_requested(step)
     assert distributed.reached_preemption()
     monkeypatch.setattr(distributed, "_reached", False)
-    stopping.stop_if_asked(step)
+    stopping.stop_if_requested(step)
