@@ -1,4 +1,4 @@
-"""Errors of the operating system in words: which file, what happened, and how to mend it."""
+"""What the operating system gives in words: its errors, with the file and the mend, and texts that are not UTF-8."""
 
 import contextlib
 import errno
@@ -63,3 +63,12 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
         if error.errno is not None and error.filename is None:
             error.filename = os.fspath(path)
         raise
+
+
+def undecoded(text: str) -> str | None:
+    """What is wrong with a text that was not UTF-8, as the end of a sentence; None if it is text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"has bytes that are not UTF-8, from character {error.start + 1} on ({text[error.start]!a})"
+    return None

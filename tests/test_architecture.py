@@ -61,7 +61,7 @@ FORBIDDEN = {"tensorflow", "tensorboard"}
 # Read back by the library that an export is for, where it is installed.
 ORACLES = {"torch": {"checkpoint/verify.py"}, "peft": {"checkpoint/verify.py"}}
 # It hands every exception of a user's function to the process of the run, which raises it there.
-HANDS_ON_ERRORS = {"rollouts/reward_functions/worker.py", "data/encoded/worker.py"}
+HANDS_ON_ERRORS = {"rollouts/reward_functions/worker.py", "data/encoded/worker.py", "files/deadlines.py"}
 # Whatever the libraries of trackers, event files and charts raise is printed, and no reason to end a run.
 REPORTS_ERRORS = {"training/trackers.py", "training/tensorboard.py", "runs/report/keeping.py"}
 

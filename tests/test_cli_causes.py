@@ -16,7 +16,7 @@ import jaxft
 from jaxft import cli
 from jaxft.cli.causes import cause_of
 from jaxft.cli.errors import explained
-from jaxft.errors import ExitCode
+from jaxft.errors import ConfigError, ExitCode
 from jaxft.files.atomic import write_text
 from jaxft.system import REMEDIES, naming
 
@@ -135,6 +135,27 @@ def test_an_argument_that_is_not_utf8_is_refused_before_anything_is_read(capsys,
     path = os.fsdecode(os.fsencode(tmp_path) + b"/r\xff")
     assert cli.main(["train", "--config=configs/quickstart.py:smoke", f"--output={path}"]) == 2
     assert "has bytes that are not UTF-8" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("cannot list ftp://me:pass@host/x", "cannot list ftp://...@host/x"),
+        ("https://host/x?X-Amz-Signature=abc123&part=2", "https://host/x?X-Amz-Signature=...&part=2"),
+        ("https://host/x?access_token=abc123", "https://host/x?access_token=..."),
+        ("Authorization: Bearer abcdefgh12345", "Authorization: Bearer ..."),
+        ("the token hf_abcdefgh12345 is wrong", "the token hf_... is wrong"),
+        ("hf://owner/name@main, gs://bucket/a:b@c, hf_home", "hf://owner/name@main, gs://bucket/a:b@c, hf_home"),
+    ],
+)
+def test_no_message_shows_a_password_or_a_token(text, shown, capsys):
+    assert explained("train", ConfigError(text)) == ExitCode.REFUSED
+    assert capsys.readouterr().err == f"jaxft train: {shown}\n"
+    try:
+        raise TypeError(text)
+    except TypeError as error:
+        explained("train", error)
+    assert shown in capsys.readouterr().err
 
 
 @pytest.mark.slow

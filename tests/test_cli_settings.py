@@ -155,4 +155,5 @@ def test_an_error_of_the_operating_system_has_no_traceback(config_of, capsys, mo
 
     monkeypatch.setattr(examine, "examine", fail)
     assert cli.main(["data", "--model=m", "--data=r"]) == ExitCode.REFUSED
-    assert capsys.readouterr().err == "jaxft data: rows.jsonl: Permission denied\n"
+    said = capsys.readouterr().err
+    assert said.startswith("jaxft data: rows.jsonl: Permission denied. Give yourself permission")

@@ -32,6 +32,11 @@ class FiniteSource:
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
         values = self._source.read(name, index)
+        if values.dtype.kind in "iubc":
+            raise CheckpointError(
+                f"tensor {name!r} is stored as {values.dtype}, and weights have a type with fractions: the file was "
+                "quantised, or cast by mistake. Take the weights in their own precision."
+            )
         check_finite(name, values)
         return values
 

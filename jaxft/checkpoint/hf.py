@@ -34,6 +34,7 @@ from jaxft.sharding.processes import is_primary
 from jaxft.trees import flatten
 
 MAX_SHARD_BYTES = 5 * 10**9
+NOT_WEIGHTS = "iubc"  # kinds of NumPy types: whole numbers, truth values, complex numbers
 Bounds = tuple[tuple[int, int], ...]  # (start, stop) along every axis
 SQUARE = 256  # of 2-byte elements, 128 KB: two of them fit into the cache of a core
 TIED_HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -79,7 +80,7 @@ def load_weights(
 def check_tensors(leaves: Mapping[str, Any], table: Mapping[str, ParamTensors], source: TensorSource) -> None:
     """Raises CheckpointError unless the source has exactly the tensors of the table, in the right shapes.
 
-    leaves: our parameters by path. table: from `param_tensors`.
+    A tensor of whole numbers is refused too. leaves: our parameters by path. table: from `param_tensors`.
     """
     specs = source.specs()
     expected = {
@@ -96,7 +97,12 @@ def check_tensors(leaves: Mapping[str, Any], table: Mapping[str, ParamTensors], 
         for name, spec in specs.items()
         if name not in expected and not name.endswith("rotary_emb.inv_freq") and not _tied_copy(name, expected, source)
     ]
-    problems = missing + misshapen + unexpected
+    whole = [
+        f"no weights in {name}: the file has {specs[name].dtype}, and weights have a type with fractions"
+        for name in expected
+        if name in specs and specs[name].dtype.kind in NOT_WEIGHTS
+    ]
+    problems = missing + misshapen + unexpected + whole
     if problems:
         lines = listed(problems, 40, lines=True)
         raise CheckpointError(f"the weights do not fit config.json ({len(problems)} tensors):\n{lines}")

@@ -1,6 +1,7 @@
 """How a command ends that an error stopped: what it says, and its exit code."""
 
 import os
+import re
 import sys
 import traceback
 
@@ -8,6 +9,14 @@ from jaxft.cli.causes import cause_of
 from jaxft.errors import ExitCode, Preempted
 from jaxft.terminal import text as terminal
 
+SECRETS = (
+    (re.compile(r"(\w+://)[^/\s@:]*:[^/\s@]*@"), r"\1...@"),  # user:password@ of an address
+    (
+        re.compile(r"([?&](?:[\w-]*(?:token|key|secret|signature|sig|password)[\w-]*)=)[^&\s'\"]+", re.IGNORECASE),
+        r"\1...",
+    ),
+    (re.compile(r"\b(hf_|Bearer\s+)[A-Za-z0-9._-]{8,}"), r"\1..."),
+)
 REPORT = "This is an error of jaxft or of a library. Please report it, with the lines above and `jaxft --version`."
 
 
@@ -26,9 +35,16 @@ def explained(verb: str, error: BaseException, *, debug: bool = False) -> ExitCo
         text = REPORT if cause is None else " ".join([cause, *getattr(error, "__notes__", ())])
         code = ExitCode.FAILED if cause is None else ExitCode.REFUSED
     if debug or code == ExitCode.FAILED:
-        print(terminal.safe_text("".join(traceback.format_exception(error))), end="", file=sys.stderr)
-    terminal.write(f"jaxft {verb}: {text}", error=True)
+        print(terminal.safe_text(without_secrets("".join(traceback.format_exception(error)))), end="", file=sys.stderr)
+    terminal.write(without_secrets(f"jaxft {verb}: {text}"), error=True)
     return code
+
+
+def without_secrets(text: str) -> str:
+    """A message without the passwords and tokens that addresses, headers and answers of servers may hold."""
+    for pattern, shown in SECRETS:
+        text = pattern.sub(shown, text)
+    return text
 
 
 def _output_is_closed() -> bool:

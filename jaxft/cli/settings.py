@@ -16,7 +16,7 @@ from jaxft.config import RunConfig
 from jaxft.config.fields import all_fields
 from jaxft.config.peer_names import field_for
 from jaxft.errors import ConfigError, did_you_mean
-from jaxft.files.utf8 import undecoded
+from jaxft.system import undecoded
 
 PREFIX = "config."
 DOTTED = re.compile(r"--((?:\w+\.)+\w+|seed|output_dir)(?:=(.*))?", re.DOTALL)

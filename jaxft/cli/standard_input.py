@@ -5,7 +5,7 @@ import sys
 from typing import TextIO
 
 from jaxft.errors import ConfigError, DataError
-from jaxft.files.utf8 import undecoded
+from jaxft.system import undecoded
 
 
 def standard_input(verb: str, instead: str) -> TextIO:

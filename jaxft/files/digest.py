@@ -15,7 +15,8 @@ from typing import Any, BinaryIO
 
 from jaxft.errors import CheckpointError
 from jaxft.files.atomic import write_file
-from jaxft.files.paths import is_remote, url_parts
+from jaxft.files.deadlines import TimedFile
+from jaxft.files.paths import is_remote, of_store, url_parts
 from jaxft.home import local_path
 
 BLOCK = 2**20  # bytes that are read at a time
@@ -121,9 +122,9 @@ def _hash_file(path: str) -> str:
 
 def _remote_digest(path: str) -> str:
     files, root = url_parts(path)
-    if not files.isdir(root):
+    if not of_store(lambda: files.isdir(root), f"cannot read {path!r}"):
         return _remote_file_digest(files, root, path)
-    paths = sorted(files.find(root))
+    paths = sorted(of_store(lambda: files.find(root), f"cannot read {path!r}"))
     names = [name.removeprefix(root.rstrip("/") + "/") for name in paths]
     shown = [at for at, name in enumerate(names) if not any(part.startswith(".") for part in name.split("/"))]
     digests = [_remote_file_digest(files, paths[at], f"{path.rstrip('/')}/{names[at]}") for at in shown]
@@ -131,11 +132,11 @@ def _remote_digest(path: str) -> str:
 
 
 def _remote_file_digest(files: Any, name: str, path: str) -> str:
-    info = files.info(name)
+    info = of_store(lambda: files.info(name), f"cannot read {path!r}")
     version = [info["size"], *(f"{key}={info[key]}" for key in STORE_VERSIONS if info.get(key))]
     digest = _recall(path, version) if len(version) > 1 else None
     if digest is None:
-        with files.open(name, "rb") as file:
+        with TimedFile(of_store(lambda: files.open(name, "rb"), f"cannot read {path!r}")) as file:
             digest = _hash(file)
         if len(version) > 1:
             _remember(path, version, digest)
@@ -147,7 +148,7 @@ def _folder_digest(names: Sequence[str], digests: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _hash(file: BinaryIO) -> str:
+def _hash(file: BinaryIO | TimedFile) -> str:
     state = hashlib.sha256()
     while block := file.read(BLOCK):
         state.update(block)

@@ -1,6 +1,8 @@
 """Paths of the Hugging Face Hub, `hf://owner/name`, and the local copies of what they name."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from jaxft.errors import CheckpointError, listed
@@ -44,6 +46,25 @@ def hub_path(path: str, revision: str | None = None) -> HubPath:
     return HubPath(repo="/".join(parts[:2]), file=file, revision=pinned or revision or None)
 
 
+@contextlib.contextmanager
+def reaching_hub() -> Iterator[None]:
+    """Inside this context, an error of the library that carries requests to the hub is raised as a ConnectionError.
+
+    Its own class is none of the operating system's errors, as those of other failures of a network are. The hub's
+    library gives each read HF_HUB_DOWNLOAD_TIMEOUT seconds, 10 by default, and repeats it up to five times.
+    """
+    # Imported here: only users of the hub need it.
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.HTTPError as error:
+        if isinstance(error, OSError):
+            raise
+        endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+        raise ConnectionError(f"{endpoint} did not answer: {str(error) or type(error).__name__}") from error
+
+
 def fetch_hub(path: str, revision: str | None = None) -> str:
     """The local copy of a folder or GGUF file in the Hugging Face cache, fetched if it is not there yet.
 
@@ -56,11 +77,12 @@ def fetch_hub(path: str, revision: str | None = None) -> str:
 
     location = hub_path(path, revision)
     try:
-        if location.file is not None:
-            names = part_names(location.file)
-            copies = [hf_hub_download(location.repo, name, revision=location.revision) for name in names]
-            return copies[names.index(location.file)]
-        folder = snapshot_download(location.repo, revision=location.revision, allow_patterns=list(WANTED))
+        with reaching_hub():
+            if location.file is not None:
+                names = part_names(location.file)
+                copies = [hf_hub_download(location.repo, name, revision=location.revision) for name in names]
+                return copies[names.index(location.file)]
+            folder = snapshot_download(location.repo, revision=location.revision, allow_patterns=list(WANTED))
     except (OSError, ValueError) as error:  # no network, no such repository, no permission, a bad name
         raise CheckpointError(
             f"cannot get {path} (revision {location.revision or 'main'}): {error}. Check the name and the revision; "
@@ -84,7 +106,10 @@ def _refuse_gguf_alone(path: str, location: HubPath) -> None:
     from huggingface_hub import HfApi
 
     try:
-        names = HfApi(endpoint=os.environ.get("HF_ENDPOINT")).list_repo_files(location.repo, revision=location.revision)
+        with reaching_hub():
+            names = HfApi(endpoint=os.environ.get("HF_ENDPOINT")).list_repo_files(
+                location.repo, revision=location.revision
+            )
     except OSError:
         return  # the folder itself is then refused, with the files that are there
     files = sorted(name for name in names if name.endswith(GGUF))

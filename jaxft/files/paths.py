@@ -7,13 +7,14 @@ transferred.
 
 import os
 import re
-from collections.abc import Sequence
-from functools import cached_property
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from jaxft.errors import CheckpointError, did_you_mean
+from jaxft.files.deadlines import PIECE, repeated
 from jaxft.files.strict_json import parse_json
 from jaxft.home import local_path
 from jaxft.system import naming
@@ -21,8 +22,21 @@ from jaxft.system import naming
 HUB = "hf://"
 MAX_JSON_BYTES = 100_000_000  # the limit of the format for a safetensors header; indexes and configs are smaller
 SMALL = (".json", ".jinja", "tokenizer.model")
+WRAPPERS = (
+    "zip",
+    "tar",
+    "libarchive",
+    "reference",
+    "dir",
+    "simplecache",
+    "filecache",
+    "blockcache",
+    "cached",
+    "generic",
+)
 GAP = 2**20  # bytes; to read a gap of this size between two remote ranges costs less than a second request
 
+Result = TypeVar("Result")
 Ranges = Sequence[tuple[int, int]]  # (offset, length)
 
 
@@ -79,10 +93,7 @@ class RemoteFolder:
 
     @cached_property
     def _sizes(self) -> dict[str, int]:
-        try:
-            entries = self._files.ls(self._root, detail=True)
-        except OSError as error:
-            raise CheckpointError(f"cannot list {self.path}: {error}") from error
+        entries = of_store(lambda: self._files.ls(self._root, detail=True), f"cannot list {self.path}")
         return {e["name"].rstrip("/").rsplit("/", 1)[-1]: e["size"] for e in entries if e["type"] == "file"}
 
     def names(self) -> list[str]:
@@ -103,15 +114,22 @@ class RemoteFolder:
                 end, last = sum(ranges[last]), last + 1
             if end > size:
                 raise CheckpointError(f"{self.path}/{name}: ends at byte {size}; bytes up to {end} were expected")
-            try:
-                raw = np.frombuffer(self._files.cat_file(f"{self._root}/{name}", start=start, end=end), np.uint8)
-            except OSError as error:
-                raise CheckpointError(f"cannot read {self.path}/{name}: {error}") from error
-            if raw.size != end - start:
-                raise CheckpointError(f"{self.path}/{name}: {raw.size} bytes came, {end - start} were requested")
+            raw = self._fetch(name, start, end)
             out += [raw[offset - start : offset - start + length] for offset, length in ranges[done:last]]
             done = last
         return np.concatenate(out) if out else np.empty(0, np.uint8)
+
+    def _fetch(self, name: str, start: int, end: int) -> np.ndarray:
+        """The bytes from start to end, in pieces that each have a deadline."""
+        out = []
+        for first in range(start, end, PIECE):
+            last = min(first + PIECE, end)
+            read = partial(self._files.cat_file, f"{self._root}/{name}", start=first, end=last)
+            raw = np.frombuffer(of_store(read, f"cannot read {self.path}/{name}"), np.uint8)
+            if raw.size != last - first:
+                raise CheckpointError(f"{self.path}/{name}: {raw.size} bytes came, {last - first} were requested")
+            out.append(raw)
+        return np.concatenate(out) if len(out) > 1 else out[0] if out else np.empty(0, np.uint8)
 
 
 def is_remote(path: str) -> bool:
@@ -140,12 +158,30 @@ def url_parts(path: str) -> tuple[Any, str]:
         raise CheckpointError(f"{path} is a page of the Hugging Face hub: write hf://{page[1]}")
     if "::" in path:
         raise CheckpointError(f"{path}: chained addresses are not read")
+    if path.partition("://")[0] in WRAPPERS:
+        raise CheckpointError(f"{path} is no address of a folder: unpack what it names, and give the folder itself")
     try:
-        return url_to_fs(path)
+        return repeated(lambda: url_to_fs(path))  # some connect at once
     except (ImportError, ValueError) as error:
         raise CheckpointError(
             f"cannot read {path}: {error}. For gs:// addresses: pip install gcsfs; s3:// needs s3fs"
         ) from error
+    except OSError as error:
+        raise CheckpointError(f"cannot reach {path}: {error}") from error
+    except Exception as error:
+        raise CheckpointError(f"{path} is no address of a folder that can be read: {error}") from error
+
+
+def of_store(action: Callable[[], Result], failure: str) -> Result:
+    """What an action on fsspec's file system returns; see `deadlines.repeated`.
+
+    failure: what could not be done, for messages. Raises CheckpointError for whatever goes wrong: stores raise errors
+    of many libraries, for want of a permission or a network.
+    """
+    try:
+        return repeated(action)
+    except Exception as error:
+        raise CheckpointError(f"{failure}: {error or type(error).__name__}") from error
 
 
 def open_folder(path: str | os.PathLike[str]) -> Folder:

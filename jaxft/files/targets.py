@@ -8,9 +8,8 @@ from pathlib import Path
 
 from jaxft.errors import ExportError
 from jaxft.files.locks.lock import lock
-from jaxft.files.utf8 import undecoded
 from jaxft.home import local_path
-from jaxft.system import REMEDIES, described
+from jaxft.system import REMEDIES, described, undecoded
 
 MOST_PART = 238  # bytes of one part of a path: 255 less the endings of unfinished files and locks
 MOST_PATH = 3800  # bytes of a whole path: 4,095 less what is made beneath it, such as the files of a checkpoint

@@ -10,11 +10,11 @@ from jaxft.data.chat.reasoning import field_of
 from jaxft.data.tokenizers.templates import fitting
 from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import DataError, ModelError, did_you_mean
-from jaxft.files.utf8 import undecoded
 from jaxft.generation.conversation_cache import ConversationCache
 from jaxft.generation.settings import Generated, Sampling
 from jaxft.generation.text import encode_prompt, generate_text
 from jaxft.nn.decoder import Decoder
+from jaxft.system import undecoded
 from jaxft.terminal.text import safe_text
 
 PROMPT = "> "

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxft.checkpoint.finite import CHUNK, all_finite, check_finite
+from jaxft.checkpoint.finite import CHUNK, FiniteSource, all_finite, check_finite
 from jaxft.checkpoint.load import load_model
 from jaxft.checkpoint.merged import MergedSource
 from jaxft.checkpoint.peft import write_adapter
@@ -69,3 +69,16 @@ def test_an_adapter_with_a_value_that_is_no_number_is_not_read(tiny_llama, tmp_p
     for read in (lambda: load_model(str(tmp_path)), lambda: MergedSource(SafetensorsFolder(base), str(tmp_path))):
         with pytest.raises(CheckpointError, match="layers.1.self_attn.q_proj.lora_B.weight' has 1 NaN and 0 infinite"):
             read()
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.bool_, np.uint8])
+def test_whole_numbers_are_no_weights(tiny_llama, tmp_path, dtype):
+    folder = tiny_llama("plain")
+    tensors = load_file(f"{folder}/model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(dtype)
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes(open(f"{folder}/config.json", "rb").read())
+    with pytest.raises(CheckpointError, match=f"no weights in model.norm.weight: the file has {np.dtype(dtype)}"):
+        load_model(str(tmp_path))
+    with pytest.raises(CheckpointError, match=f"'model.norm.weight' is stored as {np.dtype(dtype)}"):
+        FiniteSource(SafetensorsFolder(tmp_path)).read("model.norm.weight")

@@ -146,6 +146,8 @@ def test_the_command_answers_from_a_bucket(whole, capsys):
         ("nonsense://x/y", r"cannot read nonsense://x/y"),
         ("simplecache::memory://bucket/model", r"chained addresses are not read"),
         ("memory://nowhere", r"memory://nowhere"),
+        ("zip://x", r"zip://x is no address of a folder: unpack"),
+        ("reference://x", r"reference://x is no address of a folder"),
     ],
 )
 def test_addresses_that_cannot_be_read_are_refused(path, match):

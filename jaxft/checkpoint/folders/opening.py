@@ -16,7 +16,9 @@ from jaxft.checkpoint.score_head import FreshScoreHead
 from jaxft.checkpoint.tensors import SafetensorsFolder, TensorSource
 from jaxft.checkpoint.text_part import TextPart
 from jaxft.errors import CheckpointError, ModelError
+from jaxft.files.json_fields import TOKEN_IDS, check_kinds
 from jaxft.files.paths import hub_hint, is_file, open_folder, read_json
+from jaxft.models.field_kinds import check_config
 from jaxft.models.hf_fields import DENSE_TENSORS, with_allowed
 from jaxft.models.nested import MULTIMODAL
 from jaxft.models.score_model import is_score_model
@@ -42,7 +44,7 @@ def open_weights(path: str, head: Head | None = None, allow_unknown: Sequence[st
     hf_config, source = _with_head(hf_config, weights.source, head, images=weights.left_out is not None)
     generation = os.path.join(path, "generation_config.json")
     opened = dataclasses.replace(weights, source=source)
-    return hf_config, opened, read_json(generation) if is_file(generation) else None
+    return hf_config, opened, _read_generation(generation) if is_file(generation) else None
 
 
 def folder_config(path: str, allow_unknown: Sequence[str] = ()) -> dict[str, Any]:
@@ -71,7 +73,15 @@ def _read_config(path: str) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} is not a model: no config.json and not a .gguf file (there: {there}).{hub_hint(path)}"
         )
-    return read_json(config)
+    hf_config = read_json(config)
+    check_config(hf_config, config)
+    return hf_config
+
+
+def _read_generation(path: str) -> dict[str, Any]:
+    generation = read_json(path)
+    check_kinds(generation, dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), TOKEN_IDS), path)
+    return generation
 
 
 def _open_folder(path: str, allow_unknown: Sequence[str], head: Head | None = None) -> tuple[dict[str, Any], Weights]:

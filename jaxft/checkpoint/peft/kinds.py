@@ -30,7 +30,7 @@ KINDS = {
     "layers_to_transform": INDEX | listing(INDEX, "a list of them"),
     "projection_prng_key": INDEX,
 }
-PATTERNS = ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern")
+PATTERNS = ("target_modules", "exclude_modules", "feedforward_modules", "rank_pattern", "alpha_pattern")
 
 
 @functools.cache

@@ -54,8 +54,8 @@ def read_settings(config: Mapping[str, Any]) -> LoRASettings:
             raise ModelError(f"adapter_config.json has r={r!r}; a rank is a whole number above zero")
     return LoRASettings(
         r=config["r"],
-        alpha=float(config.get("lora_alpha", 8)),
-        dropout=float(config.get("lora_dropout", 0.0)),
+        alpha=float(8 if config.get("lora_alpha") is None else config["lora_alpha"]),
+        dropout=float(config.get("lora_dropout") or 0.0),
         use_rslora=bool(config.get("use_rslora", False)),
         use_dora=bool(config.get("use_dora", False)),
         use_bias=bool(config.get("lora_bias", False)),

@@ -133,5 +133,7 @@ def _settings(config: Mapping[str, Any]) -> VeRASettings:
     if not isinstance(config.get("r"), int) or config["r"] < 1:
         raise ModelError(f"adapter_config.json has r={config.get('r')!r}; a rank is a whole number above zero")
     return VeRASettings(
-        r=config["r"], dropout=float(config.get("vera_dropout", 0.0)), seed=int(config.get("projection_prng_key") or 0)
+        r=config["r"],
+        dropout=float(config.get("vera_dropout") or 0.0),
+        seed=int(config.get("projection_prng_key") or 0),
     )

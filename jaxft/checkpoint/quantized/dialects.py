@@ -13,10 +13,25 @@ from jaxft.checkpoint.quantized.integers import find_awq, find_gptq, find_packed
 from jaxft.checkpoint.quantized.matrices import Dequantized, QuantizedMatrix
 from jaxft.checkpoint.tensors import TensorSource, TensorSpec
 from jaxft.errors import CheckpointError, ModelError, listed
+from jaxft.files.json_fields import COUNT, FLAG, OBJECT, TEXT, FieldKind, check_kinds, listing, mapping
 
 FIELDS = ("quantization_config", "compression_config", "quantization")
 FLOAT8 = ("fp8", "mxfp8", "fbgemm_fp8")
 READ = "FP8, MXFP8, GPTQ and AWQ in 4 bits, compressed-tensors in FP8 and packed 4 or 8 bits, bitsandbytes' NF4, MXFP4"
+BLOCK = FieldKind(
+    text="two numbers above zero, as a list or a text such as 128x128",
+    fits=lambda value: isinstance(value, str) and re.fullmatch(r"[1-9]\d*[xX][1-9]\d*", value) is not None,
+) | listing(COUNT, "a list")
+KINDS: dict[str, FieldKind] = {
+    **dict.fromkeys(
+        ("quant_method", "checkpoint_format", "quant_algo", "format", "version", "bnb_4bit_quant_type"), TEXT
+    ),
+    **dict.fromkeys(("bits", "w_bit"), COUNT),
+    **dict.fromkeys(("zero_point", "load_in_4bit"), FLAG),
+    "config_groups": mapping(OBJECT, "an object of objects"),
+    "sparsity_config": OBJECT,
+    "weight_block_size": BLOCK,
+}
 # What dense models are called from which quantised ones have their names.
 SUFFIX = re.compile(
     r"[-_.](?:unsloth|bnb|fp8|mxfp8|nvfp4|fp4|w[48]a\d+|gptq|awq|hqq|torchao|int[48]|[248]-?bit|mlx|quantized|autoround"
@@ -37,10 +52,21 @@ def quantization_of(hf_config: Mapping[str, Any], path: str) -> dict[str, Any] |
         return None
     if not isinstance(given, Mapping):
         raise ModelError(f"quantization_config={given!r} in config.json is not an object of settings")
+    _check_kinds(given)
     problem = _problem(given)
     if problem is not None:
         raise ModelError(f"{path} is quantised: {problem}. {_mend(path)}")
     return dict(given)
+
+
+def _check_kinds(given: Mapping[str, Any]) -> None:
+    """Raises ModelError for a setting of the wrong kind among those that are read."""
+    where = "quantization_config of config.json"
+    check_kinds(given, KINDS, where)
+    for name, group in (given.get("config_groups") or {}).items():
+        check_kinds(group, {"format": TEXT, "weights": OBJECT}, f"{name} in {where}")
+        check_kinds(group.get("weights") or {}, {"type": TEXT, "block_structure": BLOCK}, f"{name} in {where}")
+    check_kinds(given.get("sparsity_config") or {}, {"format": TEXT}, f"sparsity_config in {where}")
 
 
 def without_quantization(hf_config: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import pyarrow
 
 from jaxft.data.sources.file_kinds import HEAD, compression_of
 from jaxft.errors import CheckpointError, DataError
+from jaxft.files.deadlines import TimedFile, repeated
 from jaxft.files.paths import is_remote, url_parts
 
 BLOCK = 2**23  # bytes of a block that is searched for the ends of lines
@@ -102,7 +103,7 @@ class Spool:
 def open_raw(path: str) -> Any:
     """A file of this machine or at an address, opened for bytes. Raises DataError if it cannot be opened."""
     if is_remote(path):
-        return in_store(path, lambda files, name: files.open(name, "rb"))
+        return in_store(path, lambda files, name: TimedFile(files.open(name, "rb")))
     try:
         return open(path, "rb")
     except OSError as error:
@@ -112,11 +113,12 @@ def open_raw(path: str) -> Any:
 def in_store(path: str, action: Callable[[Any, str], Result]) -> Result:
     """What an action does with fsspec's file system of an address and the path in it.
 
-    Raises DataError for whatever goes wrong: stores raise errors of many libraries, for want of a permission or a
-    network.
+    An action that is not answered is repeated, see `files.deadlines`. Raises DataError for whatever goes wrong: stores
+    raise errors of many libraries, for want of a permission or a network.
     """
     try:
-        return action(*url_parts(path))
+        files, name = url_parts(path)
+        return repeated(lambda: action(files, name))
     except CheckpointError as error:
         raise DataError(str(error)) from error
     except Exception as error:

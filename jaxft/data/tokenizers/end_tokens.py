@@ -15,6 +15,7 @@ from jaxft.errors import CheckpointError, ModelError
 from jaxft.files.adapter_base import CONFIG as ADAPTER_CONFIG
 from jaxft.files.adapter_base import known_base
 from jaxft.files.hub import fetch_hub, hub_path
+from jaxft.files.json_fields import LARGEST
 from jaxft.files.paths import HUB, is_remote
 from jaxft.files.run_folder import ADAPTER, MERGED
 from jaxft.files.run_folder import MODEL as FULL
@@ -35,7 +36,7 @@ def end_tokens(config: Mapping[str, Any] | None) -> list[int]:
     if given is None and isinstance(inner, Mapping):
         given = inner.get("eos_token_id")
     ids = given if isinstance(given, list) else [] if given is None else [given]
-    if not all(type(i) is int for i in ids):
+    if not all(type(i) is int and abs(i) <= LARGEST for i in ids):
         raise ModelError(f"eos_token_id={given!r} is neither a token id nor a list of ids: correct it in the folder")
     return [i for i in dict.fromkeys(ids) if i >= 0]
 

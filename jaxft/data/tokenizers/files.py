@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from jaxft.files.hub import reaching_hub
 from jaxft.files.paths import is_file, read_json
 
 
@@ -25,11 +26,12 @@ def hub_file(repo: str, name: str, revision: str | None) -> Path:
     # Imported here: only users of the hub need it.
     from transformers.utils import cached_file
 
-    path_in_cache = cached_file(
-        repo,
-        name,
-        revision=revision,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    with reaching_hub():
+        path_in_cache = cached_file(
+            repo,
+            name,
+            revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
     return Path(path_in_cache or os.devnull)

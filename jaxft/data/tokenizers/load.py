@@ -21,7 +21,7 @@ from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import ModelError, listed
 from jaxft.files.adapter_base import CONFIG as ADAPTER_CONFIG
 from jaxft.files.adapter_base import base_of, base_revision
-from jaxft.files.hub import fetch_hub, hub_path
+from jaxft.files.hub import fetch_hub, hub_path, reaching_hub
 from jaxft.files.paths import copy_small_files, hub_hint, is_remote
 from jaxft.files.run_folder import ADAPTER, CHAT_TEMPLATE, MERGED, MODEL
 from jaxft.home import local_path
@@ -174,12 +174,13 @@ def _load_hub(path: str, revision: str | None, base: str | None) -> tuple["PreTr
         settings = json_in(hub_file(repo, "tokenizer_config.json", revision))
         _refuse_code(settings, path)
         adapter = hub_file(repo, ADAPTER_CONFIG, revision)
-        if hub_file(repo, "tokenizer.json", revision).is_file():
-            backend = _load_fast(repo, settings, revision=revision)
-        elif adapter.is_file() and not settings:
-            return _load_named_base(adapter.parent, base)
-        else:
-            backend = _load_class(repo, revision=revision)
+        with reaching_hub():
+            if hub_file(repo, "tokenizer.json", revision).is_file():
+                backend = _load_fast(repo, settings, revision=revision)
+            elif adapter.is_file() and not settings:
+                return _load_named_base(adapter.parent, base)
+            else:
+                backend = _load_class(repo, revision=revision)
         return backend, end_tokens_at(path, revision, _is_added(backend), base)
     except OSError as error:
         raise ModelError(
