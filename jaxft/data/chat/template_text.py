@@ -41,8 +41,10 @@ class Reads:
 def reads_of(template: str) -> Reads:
     """What a template takes from outside; nothing, if it is not Jinja, which rendering says better."""
     from jinja2 import TemplateError, meta, nodes
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.ext import Extension
+
+    from jaxft.data.chat.budget import budget_for
+    from jaxft.data.chat.sandbox import CountingEnvironment
 
     class Marks(Extension):
         """The tags around trained text that transformers knows; what is within them is read as if they were absent."""
@@ -53,12 +55,16 @@ def reads_of(template: str) -> Reads:
             next(parser.stream)
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Marks, loopcontrols])
+    environment = CountingEnvironment()
+    for given in (CLOCK, "raise_exception"):
+        del environment.globals[given]  # else it would not count as read
+    environment.add_extension(Marks)  # in the place of the one that would hide what is set within the tags
     try:
-        tree = environment.parse(template)
+        with budget_for():  # Jinja computes constants on the way
+            tree = environment.parse(template)
+            names = meta.find_undeclared_variables(tree)
     except (TemplateError, RecursionError):
         return Reads(variables=frozenset(), formats=(), computed_format=False, random=None)
-    names = meta.find_undeclared_variables(tree)
     optional = ("defined", "undefined", "default", "d")  # tests and filters for what may not be given
     tested = {
         one.node.name

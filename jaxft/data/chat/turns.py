@@ -18,7 +18,7 @@ from jaxft.config import DataConfig
 from jaxft.data.chat.mends import LEAVE_OUT, TemplateProblem
 from jaxft.data.chat.omissions import MEND, MENDS, Shown, omissions
 from jaxft.data.formats import Conversation
-from jaxft.data.tokenizers.tokenizer import TemplateRefusal, Tokenizer
+from jaxft.data.tokenizers.tokenizer import TemplateLimit, TemplateRefusal, Tokenizer
 from jaxft.errors import DataError
 
 
@@ -121,6 +121,8 @@ def render(conversation: Conversation, tokenizer: Tokenizer, upto: int, **kwargs
         mend = f"Set data.chat_template to a template that takes them, or change the row; {LEAVE_OUT}."
         what = f"{conversation.where}: {error}{'' if str(error).endswith('.') else '.'}"
         raise TemplateProblem(what, mend, kind=str(error.__cause__)) from error
+    except TemplateLimit as error:
+        raise TemplateLimit(f"{conversation.where}: {error}") from error
     except DataError as error:
         raise DataError(f"{conversation.where}: {error}") from error
 

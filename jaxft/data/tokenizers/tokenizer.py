@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from jaxft.data.chat import template_probes, template_text
 from jaxft.data.chat.tool_calls import with_json_values, with_short_ids
+from jaxft.data.rows.values import HALF
 from jaxft.data.tokenizers.end_tokens import end_tokens, eos_field
 from jaxft.data.tokenizers.table import AddedRows, added_rows
 from jaxft.data.tokenizers.templates import fitting
-from jaxft.errors import ConfigError, DataError, listed
+from jaxft.errors import ConfigError, DataError, ModelError, listed
+from jaxft.terminal.text import safe_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -25,6 +27,10 @@ Spans = Callable[[int], tuple[int, int]]
 
 class TemplateRefusal(DataError):
     """A chat template that raises an error for messages."""
+
+
+class TemplateLimit(ModelError):
+    """A chat template that was stopped because it does more than rendering messages can need."""
 
 
 class Tokenizer:
@@ -153,16 +159,16 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Token ids of text. add_special_tokens: add the tokenizer's own special tokens, such as BOS."""
-        return self.backend.encode(text, add_special_tokens=add_special_tokens)
+        return self.backend.encode(_whole(text), add_special_tokens=add_special_tokens)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, on all cores."""
-        encoded = self.backend.backend_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        encoded = self.backend.backend_tokenizer.encode_batch_fast([*map(_whole, texts)], add_special_tokens=False)
         return [encoding.ids for encoding in encoded]
 
     def encode_batch_with_spans(self, texts: Sequence[str]) -> list[tuple[list[int], Spans]]:
         """(token ids, the characters from which a token came, by its index) of each text, on all cores."""
-        encoded = self.backend.backend_tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        encoded = self.backend.backend_tokenizer.encode_batch([*map(_whole, texts)], add_special_tokens=False)
         return [(encoding.ids, encoding.token_to_chars) for encoding in encoded]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -210,7 +216,8 @@ class Tokenizer:
     def apply_template(self, messages: Sequence[Mapping[str, Any]], *, tools: Any = None, **kwargs: Any) -> str:
         """`render` for messages whose tool calls are already in the form that the template prints."""
         # jinja2 comes with transformers; both are imported only when a tokenizer is used.
-        from jinja2 import TemplateError
+        from jaxft.data.chat.budget import BudgetExceeded, budget_for
+        from jaxft.data.chat.sandbox import limit_transformers
 
         if self.backend.chat_template is None:
             fit = ", ".join(fitting(self.backend)) or "none"
@@ -225,11 +232,20 @@ class Tokenizer:
                 "be asked otherwise than it was trained. Set data.chat_template to a template without it."
             )
         plain, tools = [dict(message) for message in messages], list(tools) if tools else None
+        limit_transformers()
         try:
-            return str(self.backend.apply_chat_template(plain, tools=tools, tokenize=False, **kwargs))
-        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
-            roles = ", ".join(str(m.get("role")) for m in messages)
-            raise TemplateRefusal(f"the chat template refuses these messages ({roles}): {error}") from error
+            with budget_for(plain, tools, kwargs):
+                text = str(self.backend.apply_chat_template(plain, tools=tools, tokenize=False, **kwargs))
+        except BudgetExceeded as error:
+            raise TemplateLimit(
+                f"the chat template of {self.name or 'the tokenizer'} was stopped: {error}. No conversation needs "
+                "that, so the template is broken or hostile. Set data.chat_template to another one."
+            ) from error
+        except Exception as error:  # a template is a program, which may fail in any way
+            roles = safe_line(", ".join(str(m.get("role")) for m in messages))
+            reason = "it calls itself without end" if isinstance(error, RecursionError) else error
+            raise TemplateRefusal(f"the chat template refuses these messages ({roles}): {reason}") from error
+        return text
 
     @functools.cached_property
     def wants_short_ids(self) -> bool:
@@ -267,6 +283,16 @@ class Tokenizer:
         written = self.backend.save_pretrained(os.fspath(folder))
         _write_for_transformers_4(Path(folder) / "tokenizer_config.json")
         return sorted(os.path.basename(path) for path in written if os.path.isfile(path))
+
+
+def _whole(text: str) -> str:
+    """The text. Raises DataError for half of a character, which no tokenizer can read."""
+    if not text.isascii() and (half := HALF.search(text)):
+        raise DataError(
+            f"the text holds half of a character ({half[0]!r} at position {half.start():,}), such as a cut emoji or a "
+            "byte that is not UTF-8, which no tokenizer can read: remove it, or write the whole character"
+        )
+    return text
 
 
 def _write_for_transformers_4(path: Path) -> None:
