@@ -56,8 +56,8 @@ def reads_of(template: str) -> Reads:
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
     environment = CountingEnvironment()
-    for given in (CLOCK, "raise_exception"):
-        del environment.globals[given]  # else it would not count as read
+    for name in (CLOCK, "raise_exception"):
+        del environment.globals[name]  # else it would not count as read
     environment.add_extension(Marks)  # in the place of the one that would hide what is set within the tags
     try:
         with budget_for():  # Jinja computes constants on the way
