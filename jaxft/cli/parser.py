@@ -7,7 +7,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
-from jaxft.cli import answers, pushing, settings, training, written
+from jaxft.cli import answers, pushing, settings, survey, training, written
 from jaxft.config import ModelConfig, choices
 
 HELD_OUT = ("eval_data", "max_length", "chat_template")  # flags that an evaluation without a config reads
@@ -49,6 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_training(verbs)
     _add_answers(verbs)
     _add_written(verbs)
+    _add_survey(verbs)
     return parser
 
 
@@ -169,3 +170,8 @@ def _add_written(verbs: Any) -> None:
     answers.unknown_option(option)
     option("--base", metavar="PATH", help=answers.BASE)
     option("--tokenizer", metavar="PATH", help="folder of the tokenizer, if the source has none that can be read")
+
+
+def _add_survey(verbs: Any) -> None:
+    option = _verb(verbs, "runs", survey.runs, "the runs below a folder: running, interrupted, finished or broken")
+    option("folder", nargs="?", default="runs", metavar="FOLDER", help="where runs are; by default runs")
