@@ -5,6 +5,7 @@ from functools import partial
 
 from jaxft.adapters.named import AdapterSet, take
 from jaxft.adapters.saved import carried_paths, saved_paths
+from jaxft.checkpoint.folders.sums import write_sums
 from jaxft.checkpoint.load import LoadedModel, resolve
 from jaxft.checkpoint.peft import read_adapter, write_adapter
 from jaxft.errors import ModelError
@@ -46,3 +47,4 @@ def write_named(adapter_set: AdapterSet, name: str, folder: str, *, model: Loade
     adapter_set.activate(name)
     write_adapter(model.module, local_path(folder), base=model.base, nested=model.left_out is not None)
     adapter_set.activate(*active, train=trained)
+    on_primary(partial(write_sums, local_path(folder)))

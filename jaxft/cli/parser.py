@@ -175,3 +175,7 @@ def _add_written(verbs: Any) -> None:
 def _add_survey(verbs: Any) -> None:
     option = _verb(verbs, "runs", survey.runs, "the runs below a folder: running, interrupted, finished or broken")
     option("folder", nargs="?", default="runs", metavar="FOLDER", help="where runs are; by default runs")
+
+    option = _verb(verbs, "verify", survey.verify, "whether a run, an export or another model on disk is whole")
+    option("path", metavar="PATH", help="a run folder, a model folder or a GGUF file")
+    option("--no_rows", action="store_true", help="do not read and tokenise the rows of a run again")

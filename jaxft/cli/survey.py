@@ -1,9 +1,11 @@
-"""The verbs that look at what was written: runs."""
+"""The verbs that look at what was written: runs and verify."""
 
 import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from jaxft.cli.streams import only_ascii
+from jaxft.errors import CheckpointError, counted
 from jaxft.terminal import text as terminal
 
 
@@ -19,3 +21,26 @@ def runs(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
             terminal.write(f"{run.state:<{width}}  {folder}  {listing.describe(run)}")
         terminal.write(listing.summarize(states))
     return {"folder": arguments.folder, "runs": [run.to_json() for run in states]}
+
+
+def verify(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
+    """`jaxft verify`: what is whole and what is broken. Raises CheckpointError if anything is broken."""
+    from jaxft.runs.survey.findings import BROKEN
+    from jaxft.runs.survey.verify import verify
+
+    findings = verify(arguments.path, rows=not arguments.no_rows)
+    result = {"path": arguments.path, "whole": findings.is_whole, "parts": findings.to_json()}
+    if not arguments.json:
+        for one in findings.all:
+            terminal.write(f"{one.state:<11}  {terminal.safe_line(one.part)}: {one.text}")
+            if one.mend is not None:
+                terminal.write(f"{'':<11}    {one.mend}")
+    if findings.is_whole:
+        return result
+    if arguments.json:
+        print(terminal.safe_json(result, only_ascii=only_ascii()))
+    broken = sum(one.state == BROKEN for one in findings.all)
+    raise CheckpointError(
+        f"{arguments.path} is not whole: {counted(broken, 'finding')} of {len(findings.all)} "
+        f"{'is' if broken == 1 else 'are'} damage, each with how to mend it on standard output"
+    )

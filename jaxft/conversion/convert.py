@@ -18,6 +18,7 @@ from rich.console import Console
 from jaxft import models
 from jaxft.checkpoint import hf
 from jaxft.checkpoint.finite import FiniteSource, all_finite
+from jaxft.checkpoint.folders.sums import write_sums
 from jaxft.checkpoint.gguf.write import gguf_bytes as gguf_bytes
 from jaxft.checkpoint.load import is_adapter, open_merged, refuse_base, resolve, resolve_base
 from jaxft.checkpoint.merged import MergedSource
@@ -120,6 +121,8 @@ def _convert(
     job = origin.fingerprint | {"form": form, "dtype": dtype, "max_shard_bytes": max_shard_bytes}
     with _unfinished(Path(to), job, resumable=form == "hf") as folder:
         report = _write(origin, folder, form, dtype, max_shard_bytes, console)
+        if form == "hf":
+            write_sums(folder)
         whole = folder / targets.GGUF_NAME if form.startswith("gguf") else folder
         publish(whole, to)
     if form == "hf":
@@ -214,11 +217,11 @@ def _open_origin(
     hf_config, weights, generation = open_merged(path, allow_unknown=allow_unknown)
     own, source = weights.specs(), weights.source
     notes = weights.notes
-    _check_against_config(hf_config, weights)
+    check_against_config(hf_config, weights)
     if adapter is not None and merge:
         merged = MergedSource(weights, adapter, hf_config)
         hf_config, source, notes = merged.hf_config or hf_config, merged, (*notes, *merged.notes)
-    expected = _check_against_config(hf_config, source)
+    expected = check_against_config(hf_config, source)
     return Origin(
         path=adapter or path,
         base=path,
@@ -234,7 +237,7 @@ def _open_origin(
     )
 
 
-def _check_against_config(hf_config: dict[str, Any], source: TensorSource) -> set[str]:
+def check_against_config(hf_config: dict[str, Any], source: TensorSource) -> set[str]:
     """Names of the tensors that config.json asks for. Refuses a source with others, unless they are copies of these."""
     model = models.abstract_model(models.config_from_hf(hf_config))
     table = hf.param_tensors(model)

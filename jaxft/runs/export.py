@@ -13,6 +13,7 @@ from rich.console import Console
 from jaxft.adapters.attach import StartParam, adapters, virtual_modules
 from jaxft.adapters.critic import drop_critic
 from jaxft.checkpoint import hf, peft
+from jaxft.checkpoint.folders.sums import write_sums
 from jaxft.checkpoint.hub.card import write_card
 from jaxft.checkpoint.hub.push import Push
 from jaxft.checkpoint.load import LoadedModel, load_model, resolve
@@ -248,7 +249,9 @@ def write(
             copy_companions(resolve(loaded.base), str(target))
 
     on_primary(write_config_and_tokenizer)
-    return check_export(loaded, str(target), dtype=file_dtype, mesh=mesh)
+    checks = check_export(loaded, str(target), dtype=file_dtype, mesh=mesh)
+    on_primary(partial(write_sums, target))
+    return checks
 
 
 def _write_run_card(

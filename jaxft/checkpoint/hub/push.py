@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, HfApi, errors, get_token
 from huggingface_hub.utils import validate_repo_id
 
+from jaxft.checkpoint.folders.sums import NAME as SUMS
 from jaxft.checkpoint.hub.base import BaseFacts
 from jaxft.errors import ConfigError, ExportError
 
@@ -85,7 +86,7 @@ def _api() -> HfApi:
 def _operations(folder: Path, base: str | None) -> Iterator[CommitOperationAdd]:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_dir() or any(part.startswith(".") for part in Path(name).parts):
+        if path.is_dir() or name == SUMS or any(part.startswith(".") for part in Path(name).parts):
             continue
         content: Any = path
         if name == ADAPTER_CONFIG and base is not None:
