@@ -96,6 +96,8 @@ COMMANDS = {
     ("score", "model"): "--model=~/none --data=x",
     ("convert", "source"): "~/none x",
     ("convert", "target"): "x ~/full",
+    ("runs", "folder"): "~/none",
+    ("verify", "path"): "~/none",
 }
 
 
