@@ -8,6 +8,7 @@ import traceback
 from jaxft.cli.causes import cause_of
 from jaxft.errors import ExitCode, Preempted
 from jaxft.terminal import text as terminal
+from jaxft.terminal.output import settle
 
 SECRETS = (
     (re.compile(r"(\w+://)[^/\s@:]*:[^/\s@]*@"), r"\1...@"),  # user:password@ of an address
@@ -37,6 +38,8 @@ def explained(verb: str, error: BaseException, *, debug: bool = False) -> ExitCo
     if debug or code == ExitCode.FAILED:
         print(terminal.safe_text(without_secrets("".join(traceback.format_exception(error)))), end="", file=sys.stderr)
     terminal.write(without_secrets(f"jaxft {verb}: {text}"), error=True)
+    for stream in (sys.stdout, sys.stderr):
+        settle(stream)
     return code
 
 

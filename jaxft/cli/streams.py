@@ -6,6 +6,8 @@ import logging
 import os
 import sys
 
+from jaxft.terminal.output import LastingOutput
+
 PROGRESS = "jaxft.data.encoded.progress"  # the log
 
 
@@ -25,6 +27,9 @@ def prepare_streams() -> None:
         if isinstance(stream, io.TextIOWrapper):
             with contextlib.suppress(OSError, ValueError):  # a pipe that is closed already
                 stream.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stderr, io.TextIOWrapper):
+        # Whether a message can be read must not change how a command ends, and with which exit code.
+        sys.stderr = LastingOutput(sys.stderr)  # type: ignore[assignment]
 
 
 def show_progress() -> None:

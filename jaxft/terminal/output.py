@@ -45,11 +45,7 @@ class LastingOutput:
 
     def _lose(self, error: Exception) -> None:
         self._lost = True
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            # What the stream has kept back is flushed when Python ends, and must not fail again then.
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, self._stream.fileno())
-            os.close(null)
+        give_up(self._stream)
         reason = getattr(error, "strerror", None) or str(error)
         with contextlib.suppress(OSError, ValueError, AttributeError):  # standard error may be gone too
             if sys.stderr is not None and not self._is_stderr():
@@ -61,6 +57,26 @@ class LastingOutput:
             return self._stream is sys.stderr or self._stream.fileno() == 2
         except (OSError, ValueError):  # a closed stream, or one of no file
             return False
+
+
+def give_up(stream: Any) -> None:
+    """Lets a stream that failed write to the null device from now on.
+
+    What it has kept back is flushed when Python ends, and would fail again then, and change the exit code.
+    """
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # it may be closed, or one of no file
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+
+
+def settle(stream: Any) -> None:
+    """Flushes a stream before the program ends, and gives it up if that fails."""
+    if stream is not None:
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            give_up(stream)
 
 
 def lasting(console: Console) -> Console:

@@ -6,12 +6,16 @@ import pty
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from jaxft import cli
 from jaxft.cli import streams
+from jaxft.cli.errors import explained
 from jaxft.cli.streams import only_ascii, prepare_streams
+from jaxft.errors import ExitCode
 from jaxft.terminal.output import lasting
 from jaxft.training.log import RunLog, read_metrics
 
@@ -79,6 +83,7 @@ def test_what_the_encoding_lacks_is_escaped(encoding, shown, monkeypatch):
 def test_no_file_gets_the_number_of_a_closed_stream(tmp_path):
     program = (
         "import os, runpy, sys\n"
+        f"sys.path.insert(0, {str(Path(streams.__file__).parents[2])!r})\n"
         f"runpy.run_path({streams.__file__!r})['prepare_streams']()\n"
         f"number = os.open({str(tmp_path / 'data')!r}, os.O_WRONLY | os.O_CREAT)\n"
         "os.write(2, b'of a library')\n"
@@ -87,6 +92,23 @@ def test_no_file_gets_the_number_of_a_closed_stream(tmp_path):
     shell = f'exec {sys.executable} -c "$PROGRAM" <&- >&- 2>&-'
     assert subprocess.run(["sh", "-c", shell], env={"PROGRAM": program}, check=False).returncode == 0
     assert (tmp_path / "data").read_bytes() == b""
+
+
+@pytest.mark.parametrize("broken", [closed_pipe, gone_terminal, full_disk])
+def test_nobody_who_reads_the_message_does_not_change_the_exit_code(monkeypatch, broken):
+    monkeypatch.setattr(cli, "show_progress", lambda: None)  # which would keep this stream
+    monkeypatch.setattr(sys, "stderr", broken())
+    assert cli.main(["train"]) == ExitCode.REFUSED  # without a model
+    sys.stderr.close()  # as Python does when it ends
+
+
+def test_standard_output_that_cannot_be_flushed_fails_once(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", full_disk())
+    print("kept back until the end")
+    with pytest.raises(OSError, match="No space left") as full:
+        sys.stdout.flush()
+    assert explained("data", full.value) == ExitCode.REFUSED
+    sys.stdout.close()
 
 
 class Failing:
