@@ -108,13 +108,13 @@ def test_five_times_killed_run_ends_like_an_uninterrupted_one(uninterrupted, tmp
     assert_same(folder, whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
-def test_stopped_then_killed_run_ends_like_an_uninterrupted_one(uninterrupted, tmp_path, number):
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGHUP", marks=pytest.mark.slow)])
+def test_stopped_then_killed_run_ends_like_an_uninterrupted_one(uninterrupted, tmp_path, name):
     whole, cache = uninterrupted
     folder = tmp_path / "run"
     process = start(folder, cache)
     wait_for_step(process, folder, 3)
-    process.send_signal(number)
+    process.send_signal(getattr(signal, name))
     output, _ = process.communicate(timeout=300)
     assert process.returncode == ExitCode.PREEMPTED, output
     assert "run the same command to go on" in output
