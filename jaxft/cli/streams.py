@@ -29,7 +29,7 @@ def prepare_streams() -> None:
                 stream.reconfigure(errors="backslashreplace")
     if isinstance(sys.stderr, io.TextIOWrapper):
         # Whether a message can be read must not change how a command ends, and with which exit code.
-        sys.stderr = LastingOutput(sys.stderr)  # type: ignore[assignment]
+        sys.stderr = LastingOutput(sys.stderr, silent=True)  # type: ignore[assignment]
 
 
 def show_progress() -> None:

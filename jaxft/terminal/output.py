@@ -11,11 +11,11 @@ from rich.console import Console
 class LastingOutput:
     """A text stream like `stream`, whose errors are told once on standard error and end nothing.
 
-    What is written after the first error is discarded. Characters that its encoding lacks are escaped.
+    silent: nothing is told, as of standard error itself. What is written after the first error is discarded. Characters that its encoding lacks are escaped.
     """
 
-    def __init__(self, stream: Any) -> None:
-        self._stream, self._lost = stream, False
+    def __init__(self, stream: Any, *, silent: bool = False) -> None:
+        self._stream, self._lost, self._silent = stream, False, silent
 
     def write(self, text: str) -> int:
         """Writes text, or discards it."""
@@ -48,7 +48,7 @@ class LastingOutput:
         give_up(self._stream)
         reason = getattr(error, "strerror", None) or str(error)
         with contextlib.suppress(OSError, ValueError, AttributeError):  # standard error may be gone too
-            if sys.stderr is not None and not self._is_stderr():
+            if sys.stderr is not None and not self._silent and not self._is_stderr():
                 sys.stderr.write(f"jaxft: the output cannot be written ({reason}); the run goes on without it\n")
                 sys.stderr.flush()
 
