@@ -11,7 +11,8 @@ from rich.console import Console
 class LastingOutput:
     """A text stream like `stream`, whose errors are told once on standard error and end nothing.
 
-    silent: nothing is told, as of standard error itself. What is written after the first error is discarded. Characters that its encoding lacks are escaped.
+    silent: nothing is told, as of standard error itself. What is written after the first error is discarded. Characters
+    that its encoding lacks are escaped.
     """
 
     def __init__(self, stream: Any, *, silent: bool = False) -> None:

@@ -21,6 +21,7 @@ SMALL = {
     "train.accumulation_steps": 1, "checkpoint.every": 1, "checkpoint.keep": 50, "eval.metric": None,
     "optim.schedule": "constant", "optim.warmup_ratio": None, "optim.min_ratio": 0.0, "optim.weight_decay": 0.0,
     "export.merged": False, "mesh.fsdp": 1, "mesh.data": -1, "data.eval": None, "data.limit": None,
+    "checkpoint.best_metric": None,
 }  # fmt: skip
 
 
