@@ -94,6 +94,11 @@ def check_export(live: LoadedModel, folder: str, *, dtype: str, mesh: MeshPlan |
     has an effect in the live model has none when it is read back.
     """
     expected = probe_outputs(live)
+    if not np.isfinite(expected).all():
+        raise ExportError(
+            f"{folder} is not finished: the trained model's own outputs are not all finite, so its weights have become "
+            "too large. Export an earlier step: jaxft export --run=RUN --step=N --to=FOLDER."
+        )
     largest = _size(live, expected)
     compute = str(np.dtype(live.module.dtype))
     what = "scores" if is_score_model(live) else "logits"
