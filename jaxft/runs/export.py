@@ -32,7 +32,8 @@ from jaxft.runs.build import build_model
 from jaxft.runs.cards.run_card import base_of_export, card_of
 from jaxft.runs.folder import refuse_other_base, run_config
 from jaxft.runs.identity.contents import base_read
-from jaxft.runs.identity.record import begin_export, end_export, record_of
+from jaxft.runs.identity.exports import begin_export, end_export
+from jaxft.runs.identity.record import record_of
 from jaxft.sharding.mesh import MeshPlan
 from jaxft.sharding.processes import on_primary
 from jaxft.terminal.console import say
@@ -210,7 +211,7 @@ def export_run(
         out[f"{name}_checks"] = {c.reader: c.difference for c in checks}
         out[f"{name}_mean"] = {c.reader: c.mean for c in checks}
         read_back = _check_text(checks, _compared(loaded))
-        say(console, f"{target}: read back by {read_back}")
+        say(console, f"{folder / name}: read back by {read_back}")
     return out
 
 

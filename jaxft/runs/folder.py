@@ -37,7 +37,8 @@ from jaxft.home import local_path
 from jaxft.runs.cards.command import command_of
 from jaxft.runs.identity.changes import Start, go_on, other_values, refuse_other_run
 from jaxft.runs.identity.contents import Reads, other_reads
-from jaxft.runs.identity.record import EXPORTS, Record, check_export, clear, read_record, record_of, write_record
+from jaxft.runs.identity.exports import clear
+from jaxft.runs.identity.record import EXPORTS, Record, read_record, record_of, write_record
 from jaxft.sharding.processes import on_primary
 from jaxft.system import described
 
@@ -113,8 +114,6 @@ def _occupy(folder: Path, now: Start) -> tuple[Record, list[str]]:
         refuse_occupied(folder)
         return new, []
     record = record_of(folder)
-    for name in EXPORTS:
-        check_export(folder, record, name)
     before, newest = _config_in(folder), newest_step(folder)
     if newest is not None:
         if before is None:

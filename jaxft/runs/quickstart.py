@@ -19,7 +19,7 @@ from jaxft.files.locks.lock import lock
 from jaxft.files.run_folder import SUMMARY, is_run_folder
 from jaxft.runs.folder import locked_run, run_config
 from jaxft.runs.identity.changes import other_values
-from jaxft.runs.identity.record import clear
+from jaxft.runs.identity.exports import clear
 from jaxft.runs.train import train
 from jaxft.sharding.processes import is_multi_process
 from jaxft.terminal.console import say

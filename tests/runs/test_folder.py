@@ -9,13 +9,15 @@ import pytest
 from rich.console import Console
 
 import jaxft
+from jaxft.checkpoint.folders.sums import write_sums
+from jaxft.checkpoint.hub.card import MARK as CARD_MARK
 from jaxft.config import RunConfig, with_overrides
 from jaxft.errors import CheckpointError, ConfigError, ExportError
 from jaxft.files.run_folder import is_run_folder
 from jaxft.files.targets import check_new_file
 from jaxft.runs.export import export
 from jaxft.runs.folder import newest_step, open_run, refuse_other_base, run_config
-from jaxft.runs.identity import record
+from jaxft.runs.identity import exports, record
 from jaxft.runs.quickstart import quickstart
 
 
@@ -120,8 +122,8 @@ def test_a_finished_run_whose_checkpoints_are_gone_is_not_overwritten(tmp_path, 
     if left == "summary.json":
         (tmp_path / left).write_text("{}")
     else:
-        (Path(record.begin_export(tmp_path, left)) / "weights").write_text("x")
-        record.end_export(tmp_path, left)
+        (Path(exports.begin_export(tmp_path, left)) / "weights").write_text("x")
+        exports.end_export(tmp_path, left)
     start(config_of(tmp_path))
     shutil.rmtree(tmp_path / "checkpoints")
     before = contents(tmp_path)
@@ -130,25 +132,75 @@ def test_a_finished_run_whose_checkpoints_are_gone_is_not_overwritten(tmp_path, 
     assert contents(tmp_path) == before
 
 
-def test_an_export_replaces_only_what_the_run_exported(tmp_path):
+def export_of(folder: Path, name: str, **files: str) -> None:
+    """An export as a run writes it, with its checksums and a card."""
+    target = Path(exports.begin_export(folder, name))
+    for file, text in files.items():
+        (target / file).write_text(text)
+    write_sums(target)
+    (target / "README.md").write_text(f"{CARD_MARK} card")
+    exports.end_export(folder, name)
+
+
+def test_an_export_replaces_what_the_run_exported(tmp_path):
     start(config_of(tmp_path))
-    (Path(record.begin_export(tmp_path, "adapter")) / "half").write_text("killed while it was written")
-    (Path(record.begin_export(tmp_path, "adapter")) / "weights").write_text("x")
-    record.end_export(tmp_path, "adapter")
-    assert os.listdir(tmp_path / "adapter") == ["weights"]
-    (tmp_path / "adapter" / "model-q4.gguf").write_text("mine")
+    export_of(tmp_path, "adapter", weights="first", other="x")
+    export_of(tmp_path, "adapter", weights="second")
+    assert sorted(os.listdir(tmp_path / "adapter")) == ["README.md", "SHA256SUMS", "weights"]
+    assert (tmp_path / "adapter" / "weights").read_text() == "second"
+    assert not [name for name in os.listdir(tmp_path) if "before" in name or "partial" in name or "deleted" in name]
+
+
+def test_an_export_that_was_interrupted_leaves_the_earlier_one_and_is_cleaned_up(tmp_path):
+    start(config_of(tmp_path))
+    export_of(tmp_path, "adapter", weights="first")
+    (Path(exports.begin_export(tmp_path, "adapter")) / "half").write_text("killed while it was written")
+    assert (tmp_path / "adapter" / "weights").read_text() == "first"
+    assert os.listdir(exports.begin_export(tmp_path, "adapter")) == [".jaxft_unfinished"]
+
+
+OTHERS = {
+    "a file of the user": lambda export: (export / "model-q4.gguf").write_text("mine"),
+    "a file that the user changed": lambda export: (export / "weights").write_text("mine"),
+    "an export of which nothing is recorded": lambda export: record.write_record(export.parent, record.Record()),
+    "a link": lambda export: (export.rename(export.parent / "x"), export.symlink_to(export.parent / "x")),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("replace", ["export", "clear"])
+def test_what_is_not_the_runs_own_is_set_aside_and_told(tmp_path, name, replace, caplog):
+    start(config_of(tmp_path))
+    export_of(tmp_path, "adapter", weights="first")
+    OTHERS[name](tmp_path / "adapter")
+    before = contents(tmp_path / "adapter")
     checkpoint(tmp_path)
-    for call in (lambda: start(config_of(tmp_path)), lambda: record.begin_export(tmp_path, "adapter"),
-                 lambda: record.clear(tmp_path)):  # fmt: skip
-        with pytest.raises(ExportError, match=r"did not write: model-q4\.gguf.*Move them"):
-            call()
-    assert sorted(os.listdir(tmp_path / "adapter")) == ["model-q4.gguf", "weights"]
-    (tmp_path / "adapter" / "model-q4.gguf").unlink()
-    assert os.listdir(record.begin_export(tmp_path, "adapter")) == []
-    (tmp_path / "merged").mkdir()
-    (tmp_path / "merged" / "mine").write_text("never exported")
-    with pytest.raises(ExportError, match="did not write: mine"):
-        start(config_of(tmp_path))
+    start(config_of(tmp_path))  # it is no reason to refuse the run
+    export_of(tmp_path, "adapter", weights="second") if replace == "export" else exports.clear(tmp_path)
+    assert contents(tmp_path / "adapter.before-1") == before
+    assert "is kept as" in caplog.text and "adapter.before-1" in caplog.text
+    if replace == "export":
+        assert (tmp_path / "adapter" / "weights").read_text() == "second"
+        (tmp_path / "adapter" / "model-q4.gguf").write_text("mine too")
+        export_of(tmp_path, "adapter", weights="third")
+        assert (tmp_path / "adapter.before-2" / "model-q4.gguf").read_text() == "mine too"
+
+
+def test_a_folder_under_the_name_of_an_unfinished_export_is_set_aside(tmp_path):
+    start(config_of(tmp_path))
+    (tmp_path / "adapter.partial").mkdir()
+    (tmp_path / "adapter.partial" / "mine").write_text("mine")
+    export_of(tmp_path, "adapter", weights="first")
+    assert contents(tmp_path / "adapter.partial.before-1") == {"mine": b"mine"}
+
+
+def test_a_card_of_the_user_is_kept(tmp_path):
+    start(config_of(tmp_path))
+    export_of(tmp_path, "adapter", weights="first")
+    (tmp_path / "adapter" / "README.md").write_text("my card")
+    export_of(tmp_path, "adapter", weights="second")
+    assert (tmp_path / "adapter" / "README.md").read_text() == "my card"
+    assert not (tmp_path / "adapter.before-1").exists()
 
 
 def test_places_where_no_run_can_be_are_refused(tmp_path):

@@ -14,7 +14,7 @@ from jaxft.errors import CheckpointError
 from jaxft.files.atomic import write_text
 
 NAME = "SHA256SUMS"
-FREE = {NAME, "README.md"}  # files without a checksum
+FREE = {NAME, "README.md", ".jaxft_unfinished"}  # files without a checksum
 THREADS = min(8, os.cpu_count() or 1)  # hashlib and file reads release the interpreter's lock
 LINE = re.compile(r"([0-9a-f]{64})  ([^\0\n]+)")
 
@@ -33,13 +33,18 @@ def has_sums(folder: str | os.PathLike[str]) -> bool:
     return (Path(folder) / NAME).is_file()
 
 
-def check_sums(folder: str | os.PathLike[str]) -> list[str]:
+def check_sums(folder: str | os.PathLike[str], *, most_bytes: int | None = None) -> list[str]:
     """What differs from the checksums of a folder, a sentence for each file; every file is read.
 
-    Files without a checksum are no difference: people add some. Raises CheckpointError if SHA256SUMS itself is damaged.
+    most_bytes: larger files are passed over. Files without a checksum are no difference: people add some. Raises
+    CheckpointError if SHA256SUMS itself is damaged.
     """
     folder = Path(folder)
-    expected = _read(folder)
+    expected = {
+        name: digest
+        for name, digest in _read(folder).items()
+        if most_bytes is None or _size(folder / name) <= most_bytes
+    }
     with ThreadPoolExecutor(THREADS) as threads:
         problems = threads.map(lambda item: _problem(folder / item[0], *item), sorted(expected.items()))
         return [problem for problem in problems if problem is not None]
@@ -68,6 +73,10 @@ def _read(folder: Path) -> dict[str, str]:
     if any(Path(name).is_absolute() or ".." in Path(name).parts for name in sums):
         raise CheckpointError(f"{path} is damaged: it names files outside of the folder")
     return sums
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
 
 
 def _names(folder: Path) -> list[str]:

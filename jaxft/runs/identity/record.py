@@ -4,8 +4,6 @@ Nothing is deleted in a run folder but what its run has written.
 """
 
 import datetime
-import os
-import shutil
 import sys
 import uuid
 from collections.abc import Mapping, Sequence
@@ -13,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from jaxft.errors import CheckpointError, ExportError, listed
+from jaxft.errors import CheckpointError
 from jaxft.files import run_folder
 from jaxft.files.run_folder import ADAPTER, MARK, MERGED, MODEL, read_json, write_json
 
@@ -90,55 +88,3 @@ def record_of(folder: Path) -> Record:
     """The record of a run folder. A run from before the mark gets one, with the exports that it has."""
     record = read_record(folder)
     return record or Record(exports={name: None for name in EXPORTS if (folder / name).is_dir()})
-
-
-def check_export(folder: Path, record: Record, name: str) -> None:
-    """Raises ExportError if the export `name`, which a new one would replace, has files that the run did not write."""
-    target = folder / name
-    if not target.exists() or (name in record.exports and record.exports[name] is None):
-        return
-    extra = sorted(set(_files(target)) - set(record.exports.get(name) or ())) if target.is_dir() else [name]
-    if extra:
-        raise ExportError(
-            f"{target} has files that this run did not write: {listed(extra)}. Its export would replace them. Move "
-            "them to another folder; the run then goes on."
-        )
-
-
-def begin_export(folder: Path, name: str) -> str:
-    """The path of an empty folder `name` for an export. An earlier one of the run is deleted.
-
-    Raises as `check_export` does.
-    """
-    record, target = record_of(folder), folder / name
-    check_export(folder, record, name)
-    write_record(folder, replace(record, exports={**record.exports, name: None}))
-    if target.exists():
-        shutil.rmtree(target)
-    target.mkdir()
-    return str(target)
-
-
-def end_export(folder: Path, name: str) -> None:
-    """Records the files of an export that is whole."""
-    record = record_of(folder)
-    write_record(folder, replace(record, exports={**record.exports, name: _files(folder / name)}))
-
-
-def clear(folder: Path) -> None:
-    """Deletes what a run has written, and nothing else; the mark stays. Raises as `check_export` does."""
-    record = record_of(folder)
-    for name in EXPORTS:
-        check_export(folder, record, name)
-    write_record(folder, replace(record, exports=dict.fromkeys(record.exports)))
-    for name in (*OF_A_RUN, *record.exports):
-        path = folder / name
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-    write_record(folder, Record())
-
-
-def _files(folder: Path) -> list[str]:
-    return sorted(os.path.relpath(path, folder) for path in folder.rglob("*") if not path.is_dir())

@@ -16,7 +16,7 @@ from jaxft.config import load
 from jaxft.data.tokenizers.load import load_tokenizer
 from jaxft.errors import CheckpointError, ConfigError
 from jaxft.files.locks.lock import lock
-from jaxft.runs.identity import record
+from jaxft.runs.identity import exports, record
 from jaxft.runs.survey.verify import verify
 from jaxft.runs.train import set_up
 
@@ -45,10 +45,10 @@ def whole(tmp_path_factory) -> Path:
         manifest.write(folder / "run" / "checkpoints" / str(step))
     lines = [json.dumps({"step": step, "loss": 1.0}) for step in range(1, 9)]
     (folder / "run" / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    target = Path(record.begin_export(folder / "run", "model"))
+    target = Path(exports.begin_export(folder / "run", "model"))
     shutil.copytree(folder / "base", target, dirs_exist_ok=True)
     write_sums(target)
-    record.end_export(folder / "run", "model")
+    exports.end_export(folder / "run", "model")
     (folder / "run" / "summary.json").write_text('{"steps": 8}')
     return folder
 
