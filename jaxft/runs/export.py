@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from flax import nnx
 from rich.console import Console
@@ -23,7 +23,7 @@ from jaxft.config import RunConfig
 from jaxft.data.tokenizers.load import load_tokenizer
 from jaxft.data.tokenizers.padding import with_separate_pad
 from jaxft.data.tokenizers.tokenizer import Tokenizer
-from jaxft.errors import ConfigError
+from jaxft.errors import CheckpointError, ConfigError
 from jaxft.files.companions import copy_companions
 from jaxft.files.run_folder import ADAPTER, BASE, CHECKPOINTS, MERGED, MODEL, is_run_folder
 from jaxft.files.targets import locked_output, make_new_folder
@@ -35,10 +35,12 @@ from jaxft.runs.identity.contents import base_read
 from jaxft.runs.identity.exports import begin_export, end_export
 from jaxft.runs.identity.record import record_of
 from jaxft.sharding.mesh import MeshPlan
-from jaxft.sharding.processes import on_primary
+from jaxft.sharding.processes import is_multi_process, on_primary
 from jaxft.terminal.console import say
 from jaxft.training.state import divide
 
+READS = 5  # of steps that a run deletes while they are read
+Value = TypeVar("Value")
 FORMATS = ("adapter", "merged")
 BASES = ("trained", "original")
 
@@ -169,16 +171,50 @@ def load_trained(
     loaded = build_model(config, random_base=Path(source) / BASE)
     _, trainable, frozen = divide(loaded.module)
     start = nnx.filter_state(frozen, StartParam)  # initial values of adapters, which are frozen, but saved
-    with RunCheckpoints(Path(source) / CHECKPOINTS, keep=1, read_only=True) as checkpoints:
-        exported = record_of(Path(source)).exported
-        step = exported if step is None and exported in checkpoints.all_steps() else step
+
+    def read(checkpoints: RunCheckpoints, step: int) -> None:
         saved = checkpoints.open(step)
         if saved is None:
-            raise ConfigError(f"{source} has no whole checkpoint yet")
+            raise RuntimeError(f"step {step} is None")
         weights = saved.evaluated_weights(trainable, use_average=config.train.use_ema)
         nnx.update(loaded.module, weights, saved.read_parts({"start": start})["start"])
+
+    read_step(Path(source), step, read, preferred=record_of(Path(source)).exported)
     drop_critic(loaded.module)
     return loaded
+
+
+def read_step(
+    folder: Path, step: int | None, read: Callable[[RunCheckpoints, int], Value], *, preferred: int | None = None
+) -> Value:
+    """What `read` returns of a whole step of a run that may be running: again of a newer one, if the run deletes it.
+
+    step: None: the `preferred` one if it is there, else the newest. Raises ConfigError for a run without a whole step,
+    and for a given step that is deleted meanwhile; CheckpointError if READS steps in a row are deleted while they are
+    read; and as `read` does.
+    """
+    with RunCheckpoints(folder / CHECKPOINTS, keep=1, read_only=True) as checkpoints:
+        for _ in range(READS):
+            steps = on_primary(checkpoints.all_steps)
+            if not steps:
+                raise ConfigError(f"{folder} has no whole checkpoint yet")
+            chosen = preferred if step is None and preferred in steps else max(steps) if step is None else step
+            try:
+                return read(checkpoints, chosen)
+            except Exception as error:  # whatever a library says of files that have gone
+                # Several processes would have to agree that it is read again.
+                if is_multi_process() or chosen not in steps or (folder / CHECKPOINTS / str(chosen)).exists():
+                    raise
+                if step is not None:
+                    raise ConfigError(
+                        f"step {step} of {folder} was deleted while it was read: the run that writes there keeps its "
+                        f"newest steps alone. It has {list(checkpoints.all_steps())} now: name one of them, or none "
+                        "for the newest, or raise checkpoint.keep of the run."
+                    ) from error
+        raise CheckpointError(
+            f"{READS} steps of {folder} in a row were deleted while they were read: the run saves faster than they can "
+            "be read. Wait until it ends, or give it a larger checkpoint.keep or checkpoint.every."
+        )
 
 
 def export_run(

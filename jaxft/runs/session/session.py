@@ -33,7 +33,7 @@ from jaxft.objectives.policy.loss import policy_logps
 from jaxft.optim.make import make_schedule
 from jaxft.rollouts.sample import Sampler, seed_of
 from jaxft.runs.build import abstract_model, build_model, make_mesh, make_tx, start_state
-from jaxft.runs.export import FORMATS, write
+from jaxft.runs.export import FORMATS, read_step, write
 from jaxft.runs.folder import dated, refuse_other_base
 from jaxft.runs.going_on import going_on
 from jaxft.runs.identity.agreement import check_contents, check_settings
@@ -248,11 +248,7 @@ class Session:
         folder = local_path(folder)
         on_primary(partial(refuse_other_base, Path(folder), reads_of(self.config, self.tokenizer)))
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self._state)
-        with RunCheckpoints(Path(folder) / run_folder.CHECKPOINTS, keep=1, read_only=True) as checkpoints:
-            restored = checkpoints.restore(saved_part(shapes), step)
-        if restored is None:
-            raise ConfigError(f"{folder} has no whole checkpoint: give the folder that save_state wrote")
-        saved, extra = restored
+        saved, extra = read_step(Path(folder), step, partial(_restored, saved_part(shapes)))
         self._state = with_saved(self._state, saved)
         self._draws = int(extra.get("draws", 0))
         self._forget()
@@ -373,6 +369,13 @@ class Session:
             return policy_logps(nnx.merge(self._graphdef, trainable, frozen), batch, temperature=temperature)
 
         return jax.jit(self.mesh.bind(logps))
+
+
+def _restored(shapes: Any, checkpoints: RunCheckpoints, step: int) -> tuple[Any, dict[str, Any]]:
+    restored = checkpoints.restore(shapes, step)
+    if restored is None:
+        raise RuntimeError(f"there is no step {step}")
+    return restored
 
 
 def _metrics(sums: LossSums) -> dict[str, float]:
