@@ -89,9 +89,10 @@ def _clear_cache(arguments: argparse.Namespace, overrides: Sequence[str]) -> dic
     if folder is None:
         raise ConfigError("data.cache is 'none', so nothing was kept. Leave it out for the cache of the user")
     entries, size = clear(folder)
-    console_of(arguments).print(
-        f"removed the tokenised rows of {counted(entries, 'set')} ({size / 1e6:,.1f} MB) from {folder}"
-    )
+    from jaxft.terminal.console import say
+
+    megabytes = f"{size / 1e6:,.1f} MB"
+    say(console_of(arguments), f"removed the tokenised rows of {counted(entries, 'set')} ({megabytes}) from {folder}")
     return {"folder": str(folder), "sets": entries, "bytes": size}
 
 

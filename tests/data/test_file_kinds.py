@@ -447,3 +447,19 @@ def test_text_files_of_a_folder(tmp_path):
     assert [row["text"] for row in all_of(open_rows(str(tmp_path)))] == ["row"], "notes beside rows are no rows"
     (tmp_path / "objects.txt").write_text('\n{"text": "a"}\n{"text": "b"}\n')
     assert len(open_rows(str(tmp_path / "objects.txt"))) == 2, "JSON under the name of a text"
+
+
+@pytest.mark.parametrize("name", ["a\0.jsonl", "a\ud83d.jsonl", "*/" + "a" * 5000 + "/*", "a" * 5000])
+def test_names_that_no_file_can_have(name):
+    with pytest.raises(DataError, match=r"no (data )?file|There is no folder"):
+        open_rows(name)
+
+
+def test_what_cannot_be_looked_into_is_told(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    (tmp_path / "a.jsonl").write_text("{}")
+    monkeypatch.setattr(type(tmp_path), "is_file", refuse)  # root may look into everything
+    with pytest.raises(DataError, match=r"cannot read '.*a\.jsonl': Permission denied"):
+        open_rows(str(tmp_path))

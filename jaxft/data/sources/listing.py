@@ -9,7 +9,7 @@ from pathlib import Path
 
 from jaxft.data.sources.file_kinds import kind_by_name
 from jaxft.data.sources.tables import HUB, TFDS, no_split
-from jaxft.data.sources.text import in_store
+from jaxft.data.sources.text import in_store, unreadable
 from jaxft.errors import DataError, did_you_mean, listed
 from jaxft.files.paths import file_name, is_remote
 from jaxft.home import local_path
@@ -46,6 +46,20 @@ def names_in(text: str) -> list[str]:
     if bracketed and "]" not in text[1:-1]:  # else it is a pattern such as [ab]*[01]
         text = text[1:-1]
     return [name for name in (part.strip(" '\"") for part in text.split(",")) if name]
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raises DataError for a name that no file can have."""
+    for name in names:
+        try:
+            raw = os.fsencode(name)
+        except UnicodeEncodeError:
+            raw = b"\0"
+        if b"\0" in raw:
+            raise DataError(
+                f"no file can have the name {name!r}: it holds a zero byte, or half of a character, as after a damaged "
+                "copy. Type the name anew."
+            )
 
 
 def is_here(text: str) -> bool:
@@ -130,7 +144,7 @@ def no_source(path: str) -> str:
 def neighbors(path: str) -> str:
     """The file nearest to a path that does not exist, or the files of its folder."""
     folder = Path(local_path(path)).parent
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # False too for a name that is too long
         return f"There is no folder {str(folder)!r}."
     names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
     hint = did_you_mean(Path(path).name, [name for name in names if name != Path(path).name])
@@ -153,7 +167,10 @@ def _below(path: str) -> list[str]:
     if is_remote(path):
         names = in_store(path, lambda files, root: [n.removeprefix(root.rstrip("/") + "/") for n in files.find(root)])
     else:
-        names = [str(file.relative_to(path)) for file in Path(path).rglob("*") if file.is_file()]
+        try:
+            names = [str(file.relative_to(path)) for file in Path(path).rglob("*") if file.is_file()]
+        except OSError as error:  # of a folder or a link in it, whose rows would be left out
+            raise unreadable(error.filename or path, error) from error
     return sorted(name for name in names if not any(part.startswith(".") for part in Path(name).parts))
 
 

@@ -13,6 +13,7 @@ from jaxft.data.sources.file_kinds import HEAD, compression_of, kind_by_name, ki
 from jaxft.data.sources.json_array import rows_of_array
 from jaxft.data.sources.json_rows import JsonlRows
 from jaxft.data.sources.listing import (
+    check_names,
     described_by_readme,
     files_of_folder,
     is_pattern,
@@ -61,6 +62,7 @@ def open_rows(
     Raises DataError if there is no such set or split, and for a file that is damaged or not what its name says.
     """
     given = names_in(path) if isinstance(path, str) else list(path)
+    check_names(given)
     names = [name for one in given for name in (matching(one) if is_pattern(one) else [one])]
     shown = path if isinstance(path, str) else ", ".join(given)
     if not names:
