@@ -29,6 +29,7 @@ from jaxft.errors import ConfigError, did_you_mean
 from jaxft.home import local_path
 
 S = TypeVar("S", bound="Section")
+LARGEST = 2**63 - 1  # whole number that arrays hold
 TYPES = {
     bool: "True or False", int: "a whole number", float: "a number", str: "text", dict: "an object of names and values",
 }  # fmt: skip
@@ -136,7 +137,7 @@ class Field:
         return TYPES[self.base] + (" or None" if self.optional else "")
 
     def check(self, value: object) -> None:
-        """Raises ConfigError for a value that is none of the choices, or outside of a range."""
+        """Raises ConfigError for a value that is none of the choices, outside of a range, or too large for arrays."""
         if value is None:
             return
         choices = self.choices
@@ -148,6 +149,12 @@ class Field:
         for range_ in self.ranges:
             if not range_.fits(typing.cast(float, value)):
                 raise ConfigError(f"{self.key}={value} must be {range_.words}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{self.key}={value} must be a number that is finite")
+        if isinstance(value, int) and not -LARGEST - 1 <= value <= LARGEST:
+            raise ConfigError(
+                f"{self.key}={str(value)[:20]}... is beyond the whole numbers of 64 bits: give a smaller one"
+            )
 
     def convert(self, value: object) -> object:
         """The value as the field stores it: whole numbers become float if it takes float, and paths lose their `~`.
@@ -162,7 +169,10 @@ class Field:
         if self.json_list and isinstance(value, list | tuple) and all(isinstance(one, str) for one in value):
             return json.dumps(value, ensure_ascii=False)
         if self.base is float and isinstance(value, int) and not isinstance(value, bool):
-            return float(value)
+            try:
+                return float(value)
+            except OverflowError as error:
+                raise ConfigError(f"{self.key}={str(value)[:20]}... is beyond the numbers of 64 bits") from error
         if not isinstance(value, self.base) or (isinstance(value, bool) and self.base is not bool):
             raise ConfigError(f"{self.key}={value!r} must be {self.type_words}")
         return local_path(value) if self.is_path and isinstance(value, str) else value

@@ -67,7 +67,7 @@ FILES = st.one_of(
 )
 
 
-@fixed(2_000)
+@fixed(20_000)
 @given(file=FILES, arg=st.one_of(st.just(""), st.sampled_from([":smoke", ":", ":a:b"])))
 def files_of_configs(file: tuple[str, bytes], arg: str) -> None:
     path = Path(f"config.{file[0]}")
@@ -86,7 +86,7 @@ OVERRIDES = st.one_of(
 )
 
 
-@fixed(2_000)
+@fixed(20_000)
 @given(arguments=st.lists(OVERRIDES, min_size=1, max_size=3))
 def arguments_of_commands(arguments: list[str]) -> None:
     with one_input():

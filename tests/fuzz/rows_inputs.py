@@ -115,7 +115,7 @@ def _cell(value: Any) -> str:
     return json.dumps(value) if not isinstance(value, str) else value
 
 
-@fixed(2_000)
+@fixed(20_000)
 @given(
     rows=st.lists(ROWS, min_size=1, max_size=4),
     data=SETTINGS,
@@ -136,7 +136,7 @@ def files(draw: st.DrawFn) -> tuple[str, bytes]:
     return ending, draw(damaged(st.just(written(rows, ending))))
 
 
-@fixed(2_000)
+@fixed(20_000)
 @given(file=st.one_of(files(), st.tuples(st.sampled_from(FILES), st.binary(max_size=60))), data=SETTINGS)
 def files_of_every_kind(file: tuple[str, bytes], data: dict[str, Any]) -> None:
     shutil.rmtree("set", ignore_errors=True)
@@ -147,7 +147,7 @@ def files_of_every_kind(file: tuple[str, bytes], data: dict[str, Any]) -> None:
         prepare(_config(str(path), data), SMOKE)
 
 
-@fixed(2_000)
+@fixed(20_000)
 @given(source=st.lists(st.one_of(st.sampled_from([*NASTY, "set", "*", "**", "?", "rows"]), TEXTS), max_size=4))
 def names_of_sources(source: list[str]) -> None:
     with one_input():
