@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from jaxft.errors import ModelError
 from jaxft.files.json_fields import (
     COUNT,
     FLAG,
@@ -18,16 +19,32 @@ from jaxft.files.json_fields import (
     check_kinds,
 )
 
+# A model is described layer by layer and expert by expert before its tensors are looked at.
+MOST_LAYERS, MOST_EXPERTS, MOST_TOGETHER = 1_000, 10_000, 200_000
+MOST_WIDTH = 2**20
+
+
+def _at_most(most: int, of_what: str) -> FieldKind:
+    return FieldKind(
+        text=f"a whole number from 1 to {most:,}, which no known model comes near in {of_what}",
+        fits=lambda value: COUNT.fits(value) and value <= most,
+    )
+
+
 KINDS: dict[str, FieldKind] = {
     **dict.fromkeys(
         (
-            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "num_key_value_heads", "head_dim", "max_position_embeddings", "original_max_position_embeddings",
-            "num_experts", "num_local_experts", "moe_intermediate_size", "sliding_window_pattern",
-            "_sliding_window_pattern",
+            "vocab_size", "num_attention_heads",
+            "num_key_value_heads", "max_position_embeddings", "original_max_position_embeddings",
+            "sliding_window_pattern", "_sliding_window_pattern",
         ),
         COUNT,
     ),
+    **dict.fromkeys(
+        ("hidden_size", "intermediate_size", "moe_intermediate_size", "head_dim"), _at_most(MOST_WIDTH, "width")
+    ),
+    "num_hidden_layers": _at_most(MOST_LAYERS, "layers"),
+    **dict.fromkeys(("num_experts", "num_local_experts"), _at_most(MOST_EXPERTS, "experts")),
     **dict.fromkeys(("max_window_layers", "num_labels"), INDEX),
     # Their families have more to say of 0 and below.
     **dict.fromkeys(("sliding_window", "num_experts_per_tok"), WHOLE),
@@ -58,7 +75,18 @@ KINDS: dict[str, FieldKind] = {
 
 def check_config(hf: Mapping[str, Any], where: str = "config.json") -> None:
     """Raises ModelError for a field of the wrong kind in a config.json, or in the one of a language model inside it."""
-    check_kinds(hf, KINDS, where)
+    _check_one(hf, where)
     inner = hf.get("text_config")
     if inner is not None:
-        check_kinds(inner, KINDS, f"text_config of {where}")
+        _check_one(inner, f"text_config of {where}")
+
+
+def _check_one(hf: Mapping[str, Any], where: str) -> None:
+    check_kinds(hf, KINDS, where)
+    layers, experts = hf.get("num_hidden_layers") or 1, hf.get("num_experts") or hf.get("num_local_experts") or 1
+    if layers * experts > MOST_TOGETHER:
+        raise ModelError(
+            f"{where} claims {experts:,} experts in {layers:,} layers, {layers * experts:,} in all; at most "
+            f"{MOST_TOGETHER:,} are read, which no known model comes near. Take the file again from where the model "
+            "was published."
+        )

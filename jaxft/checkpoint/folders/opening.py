@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from jaxft.models.score_model import is_score_model
 from jaxft.models.tensor_map import tensor_names
 from jaxft.nn.score import Head
 
+LAYER = re.compile(r"(?:model\.)?layers\.(\d{1,9})\.")
 # config.json, tensors, and generation_config.json or None.
 Opened = tuple[dict[str, Any], Weights, dict[str, Any] | None]
 
@@ -100,6 +102,7 @@ def _open_folder(path: str, allow_unknown: Sequence[str], head: Head | None = No
         source = orbax_folder.OrbaxFolder(path)
     else:
         source = with_usual_names(SafetensorsFolder(path))
+    _check_layers(hf_config, source, path)
     source, note = without_value_head(source)
     notes = [note] if note else []
     source, dense = dialects.dequantized(settings, source)
@@ -121,6 +124,18 @@ def _open_folder(path: str, allow_unknown: Sequence[str], head: Head | None = No
         notes += [note] if note else []
         hf_config = hf_config if tied_in_files == tied else hf_config | {"tie_word_embeddings": tied_in_files}
     return hf_config, Weights(source=source, nf4=nf4, left_out=left_out, notes=tuple(notes))
+
+
+def _check_layers(hf_config: Mapping[str, Any], source: TensorSource, path: str) -> None:
+    """Raises CheckpointError for a number of layers that the files have not, before work in proportion to it."""
+    numbers = {int(layer[1]) for name in source.specs() if (layer := LAYER.match(name))}
+    claimed = hf_config.get("num_hidden_layers") or 0
+    if numbers and claimed != max(numbers) + 1:
+        raise CheckpointError(
+            f"{path}: config.json claims {claimed:,} layers, and the weights have those from {min(numbers):,} to "
+            f"{max(numbers):,}: they are of different models, or damaged. Take both again from where the model was "
+            "published."
+        )
 
 
 def _with_head(

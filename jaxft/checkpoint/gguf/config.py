@@ -96,13 +96,19 @@ def _sizes(header: GGUFHeader, family: Family) -> dict[str, Any]:
     for key in ("attention.value_length", *(() if arch == "phi3" else ("rope.dimension_count",))):
         if (size := size_of(header, arch, key, head_dim)) != head_dim:
             raise ModelError(f"{header.path}: {arch}.{key}={size} differs from the head size {head_dim}")
+    layers = size_of(header, arch, "block_count")
+    if layers > len(header.tensors):
+        raise ModelError(
+            f"{header.path}: {arch}.block_count={layers:,}, but the file has only {len(header.tensors):,} tensors: "
+            "it is damaged or hostile. Fetch it again."
+        )
     return {
         "architectures": [family.architecture],
         "model_type": family.model_type,
         "vocab_size": header.tensors["token_embd.weight"].shape[0],
         "hidden_size": hidden,
         "intermediate_size": size_of(header, arch, "feed_forward_length"),
-        "num_hidden_layers": size_of(header, arch, "block_count"),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": size_of(header, arch, "attention.head_count_kv", heads),
         "head_dim": head_dim,
