@@ -20,7 +20,7 @@ from jaxft.checkpoint import manifest
 from jaxft.checkpoint.hf import hf_shape, param_tensors
 from jaxft.checkpoint.tensors import TensorSpec, block_bounds
 from jaxft.errors import CheckpointError, did_you_mean
-from jaxft.files.paths import read_json
+from jaxft.files.paths import check_links, read_json
 from jaxft.files.strict_json import parse_json
 from jaxft.models.tensor_map import ParamTensors, Piece
 from jaxft.nn.decoder import Decoder
@@ -64,6 +64,7 @@ class OrbaxFolder:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
+        check_links(self.path)  # tensorstore opens the files by itself
         manifest.verify(self.path)
         model = models.abstract_model(models.config_from_hf(read_json(os.path.join(self.path, "config.json"))))
         leaves, _ = flatten(nnx.state(model))

@@ -17,6 +17,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from jaxft.errors import CheckpointError, did_you_mean, listed
 from jaxft.files.gguf_parts import is_part, part_names
+from jaxft.files.paths import check_link
 
 MAX_HEADER_BYTES = 2**28  # vocabularies of 262,144 tokens take about 10 MB
 _DEFAULT_ALIGNMENT = 32
@@ -135,6 +136,9 @@ def part_files(path: str, count: int | None = None) -> list[str]:
             f"{path} is a part of a model of {total} files, and {len(missing)} of them are missing: {listed(missing)}. "
             "Put all of them into one folder."
         )
+    if total > 1:
+        for file in files:
+            check_link(file, os.path.dirname(path) or ".")
     return files
 
 

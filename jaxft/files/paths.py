@@ -274,16 +274,43 @@ def _check_name(folder: str, name: str) -> None:
         raise CheckpointError(f"{folder}: the index names {name!r}, which is not a file name in that folder")
 
 
+def check_links(path: str) -> None:
+    """Raises CheckpointError for a link anywhere below a local folder that leads out of it, or of its cache entry.
+
+    For libraries that open the files of a folder themselves.
+    """
+    for folder, folders, files in os.walk(path):
+        for name in (*folders, *files):
+            check_link(os.path.join(folder, name), path)
+
+
+def check_link(entry: str, folder: str) -> str:
+    """The real path of an entry of a local folder. Raises CheckpointError if it is outside, or outside its cache entry.
+
+    A folder that is a snapshot of the Hugging Face cache has links to the files of its cache entry.
+    """
+    root, path = _root(folder), os.path.realpath(entry)
+    if os.path.commonpath([root, path]) != root:
+        raise CheckpointError(
+            f"{entry} is a link to {path}, outside {root}: a stranger's folder could name any file of yours so. Copy "
+            "the file into the folder if you trust it."
+        )
+    return path
+
+
 def _inside(folder: str, name: str) -> str:
     _check_name(folder, name)
+    path = check_link(os.path.join(folder, name), folder)
+    if not os.path.isfile(path):
+        raise CheckpointError(f"{folder}: no file {name!r}, though its index or a link names it")
+    return path
+
+
+def _root(folder: str) -> str:
+    """The real folder that files of a folder may be in: itself, or the cache entry that it is a snapshot of."""
     root = os.path.realpath(folder)
     snapshots = os.path.dirname(root)
     repository = os.path.dirname(snapshots)
     if os.path.basename(snapshots) == "snapshots" and os.path.basename(repository).startswith("models--"):
-        root = repository
-    path = os.path.realpath(os.path.join(folder, name))
-    if os.path.commonpath([root, path]) != root:
-        raise CheckpointError(f"{os.path.join(folder, name)} is a link to {path}, outside {root}")
-    if not os.path.isfile(path):
-        raise CheckpointError(f"{folder}: no file {name!r}, though its index or a link names it")
-    return path
+        return repository
+    return root

@@ -20,6 +20,7 @@ from jaxft.data.chat.arrange import arrange
 from jaxft.data.chat.mends import LEAVE_OUT, Mends, TemplateProblem
 from jaxft.data.chat.prompt_ends import PromptEnds
 from jaxft.data.chat.reasoning import split_thoughts
+from jaxft.data.chat.row_limits import check_length
 from jaxft.data.chat.turns import Layout, Turn, layouts, no_end, render, shared_start, trained_answers
 from jaxft.data.formats import Conversation
 from jaxft.data.rows.bad_rows import OnBadRow, refuse
@@ -69,6 +70,8 @@ def encode_all(
         for conversation in chunk:
             try:
                 of_row = layouts(arrange(conversation, tokenizer, config, notes), tokenizer, config, notes)
+                for layout in of_row:
+                    check_length(layout, tokenizer, config)
             except (DataError, RecursionError) as error:
                 on_bad(conversation.row, conversation.where, _explained(error, conversation, mends))
                 continue

@@ -13,6 +13,7 @@ from jaxft.files.paths import file_name
 from jaxft.files.strict_json import parse_json
 
 WHOLE = "Each line must be one whole object; a file whose objects span lines must end in .json."
+MOST_BYTES = 2**27  # of a row, which takes several times its size in memory while it is parsed
 BOM = b"\xef\xbb\xbf"  # of UTF-8, which Windows programs write
 
 
@@ -52,7 +53,13 @@ class JsonRows:
 
     def _bytes_at(self, index: int) -> bytes:
         start = int(self._starts[index])
-        raw = self._text.read(start, int(self._ends[index]) - start)
+        size = int(self._ends[index]) - start
+        if size > MOST_BYTES:
+            raise DataError(
+                f"{self.where(index)} has {size:,} bytes, and rows of at most {MOST_BYTES:,} are read: split it into "
+                "several rows, or remove it"
+            )
+        raw = self._text.read(start, size)
         return raw.removeprefix(BOM) if start == 0 else raw
 
     def where(self, index: int) -> str:

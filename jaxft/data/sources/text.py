@@ -20,6 +20,8 @@ from jaxft.files.paths import is_remote, url_parts
 BLOCK = 2**23  # bytes of a block that is searched for the ends of lines
 AHEAD = 2**18  # bytes read at once if pieces are read in order
 GAP = 2**12  # bytes that may lie between two pieces in order
+# Text is compressed 3 to 30 times; what grows more than this is made to fill a disk.
+EXPANDED, MOST_EXPANSION = 2**28, 200
 Result = TypeVar("Result")
 NEWLINE, RETURN = b"\n", b"\r"
 BLANK = np.isin(np.arange(256), list(b" \t\r\n\v\f"))
@@ -162,6 +164,7 @@ def decompressed(file: IO[bytes], compression: str | None, path: str) -> Iterato
         stream = _decompressor(file, compression, path)
         while block := stream.read(BLOCK):
             done += len(block)
+            _check_expansion(done, compression and file.tell(), path)
             yield block
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         if compression is None:
@@ -172,6 +175,15 @@ def decompressed(file: IO[bytes], compression: str | None, path: str) -> Iterato
             f"cannot read {path!r}: {what}, after {done:,} bytes of text ({str(error).rstrip('.')}). Fetch or write it "
             "again."
         ) from error
+
+
+def _check_expansion(size: int, compressed: int | str | None, path: str) -> None:
+    """Raises DataError if a file grows as no text does while it is decompressed. compressed: bytes read of it."""
+    if isinstance(compressed, int) and size > EXPANDED and size > MOST_EXPANSION * max(1, compressed):
+        raise DataError(
+            f"cannot read {path!r}: its first {compressed:,} bytes are {size:,} bytes of text, more than "
+            f"{MOST_EXPANSION} times as many, which no text is. Decompress it yourself if it is meant so."
+        )
 
 
 def line_spans(text: Text) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

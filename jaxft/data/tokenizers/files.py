@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxft.files.hub import reaching_hub
-from jaxft.files.paths import is_file, read_json
+from jaxft.files.paths import check_link, is_file, read_json
+
+READ = (".json", ".jinja", ".model", ".txt", ".vocab")
 
 
 def json_in(file: Path) -> dict[str, Any]:
@@ -14,6 +16,14 @@ def json_in(file: Path) -> dict[str, Any]:
     Raises CheckpointError for other content, and for a link out of the file's folder.
     """
     return read_json(str(file)) if file.is_file() else {}
+
+
+def check_tokenizer_links(folder: Path) -> None:
+    """Raises CheckpointError for a link out of a folder whose files transformers opens by itself."""
+    templates = folder / "additional_chat_templates"
+    for entry in (*folder.iterdir(), *(templates.iterdir() if templates.is_dir() else ())):
+        if entry.is_symlink() and (entry.name.endswith(READ) or entry == templates):
+            check_link(str(entry), str(folder))
 
 
 def json_at(address: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from jaxft.config import RunConfig
 from jaxft.data.chat import template_text
 from jaxft.data.tokenizers.end_tokens import end_tokens_at
-from jaxft.data.tokenizers.files import hub_file, json_in
+from jaxft.data.tokenizers.files import check_tokenizer_links, hub_file, json_in
 from jaxft.data.tokenizers.table import table_rows
 from jaxft.data.tokenizers.templates import fixed_template, read_template, replaced
 from jaxft.data.tokenizers.tokenizer import Tokenizer
@@ -124,6 +124,7 @@ def _load_local(path: Path, base: str | None = None) -> tuple["PreTrainedTokeniz
 
         return tokenizer_from_gguf(str(path))
     if path.is_file() and path.suffix == ".model":
+        check_tokenizer_links(path.parent)
         backend = _load_sentencepiece(path)
         return backend, end_tokens_at(str(path.parent), None, _is_added(backend))
     if path.is_file():
@@ -133,6 +134,8 @@ def _load_local(path: Path, base: str | None = None) -> tuple["PreTrainedTokeniz
             f"no tokenizer at {str(path)!r}: it is neither a folder nor a .model or .gguf file.{hub_hint(str(path))}"
         )
     for folder in (path, *(path / name for name in EXPORTS)):
+        if folder.is_dir():
+            check_tokenizer_links(folder)
         settings = json_in(folder / "tokenizer_config.json")
         _refuse_code(settings, str(folder))
         if (folder / "tokenizer.json").is_file():

@@ -10,7 +10,7 @@ from jaxft.errors import CheckpointError
 from jaxft.files.adapter_base import CONFIG as ADAPTER_CONFIG
 from jaxft.files.adapter_base import known_base
 from jaxft.files.hub import fetch_hub, hub_path
-from jaxft.files.paths import HUB, MAX_JSON_BYTES, is_file, is_remote, json_object, read_json
+from jaxft.files.paths import HUB, MAX_JSON_BYTES, check_link, is_file, is_remote, json_object, read_json
 from jaxft.files.run_folder import ADAPTER, MERGED, MODEL
 
 MULTIPLE = 64  # to which a table grows, so that meshes split it evenly and its products fill whole tiles
@@ -96,7 +96,7 @@ def _rows_of_adapter(file: str) -> int | None:
     """The rows of the table that an adapter's file has in the place of its base's; None if it has none."""
     if not os.path.isfile(file):
         return None
-    with open(file, "rb") as opened:
+    with open(check_link(file, os.path.dirname(file)), "rb") as opened:
         size = int.from_bytes(opened.read(8), "little")
         header = json_object(opened.read(min(size, MAX_JSON_BYTES)) or b"{}", f"the header of {file}")
     tables = [

@@ -182,6 +182,11 @@ class Tokenizer:
         return self.backend.convert_ids_to_tokens([int(token_id)])[0]
 
     @functools.cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token, as the vocabulary spells it: one for each of its bytes at least."""
+        return max(map(len, self.backend.get_vocab()))
+
+    @functools.cached_property
     def stop_tokens(self) -> dict[int, str]:
         """The spelling of each of `stop_ids`."""
         return {stop: self.token(stop) for stop in sorted(self.stop_ids)}
