@@ -20,7 +20,7 @@ from jaxft.files.json_fields import (
 )
 
 # A model is described layer by layer and expert by expert before its tensors are looked at.
-MOST_LAYERS, MOST_EXPERTS, MOST_TOGETHER = 1_000, 10_000, 200_000
+MOST_LAYERS, MOST_EXPERTS, MOST_IN_ALL = 1_000, 10_000, 200_000
 MOST_WIDTH = 2**20
 
 
@@ -84,9 +84,9 @@ def check_config(hf: Mapping[str, Any], where: str = "config.json") -> None:
 def _check_one(hf: Mapping[str, Any], where: str) -> None:
     check_kinds(hf, KINDS, where)
     layers, experts = hf.get("num_hidden_layers") or 1, hf.get("num_experts") or hf.get("num_local_experts") or 1
-    if layers * experts > MOST_TOGETHER:
+    if layers * experts > MOST_IN_ALL:
         raise ModelError(
             f"{where} claims {experts:,} experts in {layers:,} layers, {layers * experts:,} in all; at most "
-            f"{MOST_TOGETHER:,} are read, which no known model comes near. Take the file again from where the model "
+            f"{MOST_IN_ALL:,} are read, which no known model comes near. Take the file again from where the model "
             "was published."
         )
