@@ -32,13 +32,19 @@ def write_file(path: FilePath, fill: Callable[[BinaryIO], object]) -> None:
     """
     unfinished = unfinished_file(path)
     try:
-        with naming(path), open(unfinished, "wb") as file:
+        with naming(path), _open_new(unfinished) as file:
             fill(file)
             file.flush()
             os.fsync(file.fileno())  # a rename may reach the disk before the bytes do
         _rename(unfinished, Path(path))
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _open_new(path: Path) -> BinaryIO:
+    """A file that did not exist, opened for bytes: no link that somebody put there is followed."""
+    path.unlink(missing_ok=True)  # what a killed process left
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb")
 
 
 def write_text(path: FilePath, text: str) -> None:

@@ -156,3 +156,19 @@ def test_json_of_a_run_folder_comes_back(tmp_path):
     write_json(tmp_path / "scores.json", {"metric": "accuracy", "text": "ü"})
     assert read_json(tmp_path / "scores.json") == {"metric": "accuracy", "text": "ü"}
     assert (tmp_path / "scores.json").read_text(encoding="utf-8").endswith('"text": "ü"\n}\n')
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "leftover"])
+def test_a_file_is_made_anew_and_no_link_in_its_place_is_followed(tmp_path, kind):
+    outside, path = tmp_path / "outside", tmp_path / "config.json"
+    unfinished = atomic.unfinished_file(path)
+    if kind != "dangling link":
+        outside.write_text("mine")
+    if kind == "leftover":
+        unfinished.write_text("left")
+    else:
+        unfinished.symlink_to(outside)
+        path.symlink_to(outside)
+    atomic.write_text(path, "new")
+    assert path.read_text() == "new" and not path.is_symlink() and not os.path.lexists(unfinished)
+    assert not outside.exists() if kind == "dangling link" else outside.read_text() == "mine"

@@ -10,7 +10,7 @@ from huggingface_hub.repocard_data import EvalResult
 from scipy.stats import binomtest
 
 from jaxft.checkpoint.hub.base import BaseFacts, base_facts
-from jaxft.checkpoint.hub.card import MARK, Card, Result, write_card
+from jaxft.checkpoint.hub.card import MARK, Card, Result, markdown_code, write_card
 from jaxft.cli import settings
 from jaxft.config import RunConfig, load, with_overrides
 from jaxft.files.run_folder import DATA, METRICS, SCORES
@@ -219,3 +219,21 @@ def test_a_base_in_the_hubs_cache_is_known_by_its_name(tmp_path):
     folder.mkdir(parents=True)
     assert base_facts(str(folder)).name == "owner/Some-1B--it"
     assert base_facts("hf://owner/Some-1B@main", str(folder)).name == "owner/Some-1B"
+
+
+def test_names_of_others_are_no_markdown_and_no_html():
+    hostile = "a`b|c<script>[x](http://y)\x1b[2J\n# Forged"
+    card = Card(title=hostile, form="adapter", base=BaseFacts(name="owner/name", license="mit"))
+    lines = card.text().splitlines()
+    assert [line for line in lines if line.startswith("# ")] == [
+        r"# a\`b\|c\<script\>\[x\](http://y)\\x1b\[2J\\n# Forged"
+    ]
+    code = markdown_code(hostile)
+    assert code.startswith("`` ") and code.endswith(" ``") and r"b\|c" in code and "\n" not in code
+    assert markdown_code("plain/path") == "`plain/path`"
+
+
+@pytest.mark.parametrize("license", ["<script>x</script>", "a\nb", "x" * 200])
+def test_a_license_that_is_no_name_is_not_written_into_a_page(tmp_path, license):
+    (tmp_path / "README.md").write_text(f"---\nlicense: {json.dumps(license)}\n---\n")
+    assert base_facts(str(tmp_path)).license == "other"

@@ -28,6 +28,8 @@ LICENSES = {
     r"bsd 3-clause": "bsd-3-clause",
 }
 
+IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9 .+-]{0,79}")
+
 
 @dataclass(frozen=True)
 class BaseFacts:
@@ -42,10 +44,10 @@ def base_facts(path: str, files: str | None = None) -> BaseFacts:
     at the path itself, such as the local copy of `hf://owner/name`."""
     folder = files or path
     if folder.endswith(".gguf"):
-        return BaseFacts(_name(path, None), _license_of_gguf(folder))
+        return BaseFacts(_name(path, None), _identifier(_license_of_gguf(folder)))
     if is_remote(folder) or not os.path.isdir(folder):
         return BaseFacts(_name(path, None))
-    return BaseFacts(_name(path, folder), _license_of_card(folder) or _license_of_text(folder))
+    return BaseFacts(_name(path, folder), _identifier(_license_of_card(folder)) or _license_of_text(folder))
 
 
 def _name(path: str, folder: str | None) -> str | None:
@@ -64,6 +66,11 @@ def _name(path: str, folder: str | None) -> str | None:
     if not isinstance(recorded, str) or not NAME.fullmatch(recorded) or os.path.exists(recorded):
         return None
     return recorded if recorded.partition("/")[2].lower() == own.lower() else None
+
+
+def _identifier(license: str | None) -> str | None:
+    """A license as somebody named it; `other` if that is no name, since it is written into a page."""
+    return license if license is None or IDENTIFIER.fullmatch(license) else "other"
 
 
 def _license_of_card(folder: str) -> str | None:

@@ -1,6 +1,7 @@
 """Model cards: the README.md of an export, with the metadata that the Hugging Face Hub reads."""
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from jaxft.checkpoint.hub.base import BaseFacts
 from jaxft.files.atomic import write_text
+from jaxft.terminal.text import safe_line
 
 README = "README.md"
 # Tells our cards from those that somebody has written: only ours are replaced.
@@ -59,7 +61,7 @@ class Card:
         head = f"---\n{self._metadata().to_yaml(line_break=chr(10))}\n---\n"
         kind = f"An adapter ({self.peft_type})" if self.form == "adapter" else "A model"
         base = f" of [{self.base.name}](https://huggingface.co/{self.base.name})" if self.base.name else ""
-        parts = [MARK, f"# {self.title}", f"{kind}{base}, written by jaxft."]
+        parts = [MARK, f"# {markdown_text(self.title)}", f"{kind}{base}, written by jaxft."]
         for heading, body in (*self.sections, ("Loading", self._loading()), ("License", self._license())):
             parts += [f"## {heading}", body]
         return head + "\n\n".join(parts) + "\n"
@@ -79,7 +81,7 @@ class Card:
             pipeline_tag=kind,
             tags=[*own, *self.tags],
             datasets=list(self.datasets) or None,
-            model_name=self.title if self.results else None,
+            model_name=safe_line(self.title) if self.results else None,
             eval_results=[self._eval_result(one, kind) for one in self.results] or None,
             **extra,
         )
@@ -89,7 +91,7 @@ class Card:
         return EvalResult(
             task_type=task,
             dataset_type="held-out",
-            dataset_name=self.evaluated_on,
+            dataset_name=safe_line(self.evaluated_on),
             metric_type=result.metric,
             metric_value=result.value,
             metric_args=arguments or None,  # the hub keeps one set of arguments for all metrics of a dataset
@@ -132,6 +134,19 @@ class Card:
         if self.base.license is None:
             return UNKNOWN_LICENSE
         return f"As the base model: {self.base.license}."
+
+
+def markdown_text(text: str) -> str:
+    """A text in Markdown, in which nothing is read as a link, an image, code or HTML."""
+    return re.sub(r"([\\`*\[\]<>&|])", r"\\\1", safe_line(text))
+
+
+def markdown_code(text: str) -> str:
+    """A text as code within a line or a table of Markdown."""
+    shown = safe_line(text, most=2_000).replace("|", "\\|")
+    fence = "`" * (1 + max(map(len, re.findall("`+", shown)), default=0))
+    space = " " if "`" in shown else ""
+    return f"{fence}{space}{shown}{space}{fence}"
 
 
 def write_card(folder: str | os.PathLike[str], card: Card) -> bool:

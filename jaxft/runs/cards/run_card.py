@@ -9,7 +9,7 @@ from typing import Any
 from jaxft.adapters.make import describe as describe_adapter
 from jaxft.checkpoint.gguf.names import FAMILIES
 from jaxft.checkpoint.hub.base import BaseFacts, base_facts
-from jaxft.checkpoint.hub.card import Card, Result
+from jaxft.checkpoint.hub.card import Card, Result, markdown_code
 from jaxft.checkpoint.load import LoadedModel, resolve
 from jaxft.checkpoint.verify import Check, is_score_model
 from jaxft.config import RunConfig
@@ -23,6 +23,7 @@ from jaxft.runs.cards.command import changed_fields, command_of, public_text
 from jaxft.runs.folder import run_config
 from jaxft.runs.identity.record import record_of
 from jaxft.runs.report import wilson_interval
+from jaxft.terminal.text import safe_line
 from jaxft.training.log import read_metrics
 
 COUNTS = {
@@ -111,21 +112,26 @@ def _training(config: RunConfig, folder: Path, step: int) -> str:
         ("steps", f"{step:,}" + ("" if record.steps in (None, step) else f" of {record.steps:,}")),
         ("batch", f"{train.batch_size} sequences of at most {config.data.max_length} tokens"),
         *((label, f"{data[name]:,}") for name, label in COUNTS.items() if isinstance(data.get(name), int)),
-        *((f"data, `{key}`", _source(one)) for key, one in record.reads.items() if key.startswith("data.")),
+        *(
+            (f"data, {markdown_code(key)}", _source(one))
+            for key, one in record.reads.items()
+            if key.startswith("data.")
+        ),
     ]
     given = changed_fields(config, public=True)
-    shown = "\n".join(f"| `{key}` | `{text}` |" for key, text in given.items())
+    shown = "\n".join(f"| `{key}` | {markdown_code(text)} |" for key, text in given.items())
     return (
         "| | |\n|---|---|\n" + "\n".join(f"| {label} | {text} |" for label, text in rows)
         + "\n\nThe settings that are not jaxft's defaults:\n\n| setting | value |\n|---|---|\n" + shown
         + "\n\nThe run is repeated by this command, where local paths are shortened to their last part:\n\n    "
-        + command_of(config, public=True)
+        + safe_line(command_of(config, public=True), most=20_000)
     )  # fmt: skip
 
 
 def _source(read: Mapping[str, Any]) -> str:
     counts = f", {read['examples']:,} examples of {read['tokens']:,} tokens" if "tokens" in read else ""
-    return f"`{public_text(str(read['path']))}`{counts}, SHA-256 of the token sequences `{str(read['digest'])[:16]}`"
+    source = markdown_code(public_text(str(read["path"])))
+    return f"{source}{counts}, SHA-256 of the token sequences `{str(read['digest'])[:16]}`"
 
 
 def _datasets(config: RunConfig) -> tuple[str, ...]:

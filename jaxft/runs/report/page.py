@@ -8,6 +8,7 @@ import jinja2
 
 from jaxft.assets import ASSETS
 from jaxft.errors import DataError
+from jaxft.files.atomic import write_text
 from jaxft.files.run_folder import CONFIG, DATA, LOSS_PLOT, REPORT, SCORES
 from jaxft.methods import find_method
 from jaxft.methods.method import Method
@@ -15,6 +16,7 @@ from jaxft.runs.report.answers import changing_answers
 from jaxft.runs.report.charts import DARK, LIGHT, draw_charts, draw_method_charts, write_png
 from jaxft.runs.report.files import Row, as_list, read_held_out_completions, read_json, read_rows
 from jaxft.runs.report.texts import data_facts, dotted, sample_texts, score_section, tiles
+from jaxft.terminal.text import safe_text
 from jaxft.training.likelihoods import FallingLikelihoods
 from jaxft.training.reward_watch import RewardWatch
 
@@ -66,7 +68,7 @@ def write_report(folder: str | os.PathLike[str]) -> tuple[Path, Path]:
         },
     )  # fmt: skip
     html_path, png_path = folder / REPORT, folder / LOSS_PLOT
-    html_path.write_text(page, encoding="utf-8")
+    write_text(html_path, safe_text(page))
     write_png(png_path, rows, metrics_gap, loss_title)
     return html_path, png_path
 
