@@ -1,14 +1,14 @@
 """How a command ends that an error stopped: what it says, and its exit code."""
 
-import os
 import re
+import select
 import sys
 import traceback
 
 from jaxft.cli.causes import cause_of
 from jaxft.errors import ExitCode, Preempted
 from jaxft.terminal import text as terminal
-from jaxft.terminal.output import settle
+from jaxft.terminal.output import give_up, settle
 
 SECRETS = (
     (re.compile(r"(\w+://)[^/\s@:]*:[^/\s@]*@"), r"\1...@"),  # user:password@ of an address
@@ -52,12 +52,13 @@ def without_secrets(text: str) -> str:
 
 def _output_is_closed() -> bool:
     """Whether the reader of standard output, such as `head`, has read enough, so that nothing of it is missed."""
-    if sys.stdout is None:
-        return False
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Python must not try to flush the rest when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+        number = sys.stdout.fileno()
+    except (AttributeError, OSError, ValueError):  # no stream, or one of no file
+        return False
+    poll = select.poll()
+    poll.register(number, 0)
+    if not any(events & select.POLLERR for _, events in poll.poll(0)):
+        return False
+    give_up(sys.stdout)
+    return True

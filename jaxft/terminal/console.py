@@ -1,5 +1,7 @@
 """The console of jaxft: rich's, on which text of others is neither markup nor a command to the terminal."""
 
+import errno
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,6 +17,10 @@ class SafeConsole(Console):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(markup=False, emoji=False, highlight=False, **settings)
+
+    def on_broken_pipe(self) -> None:
+        """Raises BrokenPipeError, where rich would end the program with an exit code of its own."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """The segments of a renderable, their text escaped; those by which rich moves the cursor are its own."""

@@ -16,6 +16,7 @@ from jaxft.cli import streams
 from jaxft.cli.errors import explained
 from jaxft.cli.streams import only_ascii, prepare_streams
 from jaxft.errors import ExitCode
+from jaxft.terminal.console import SafeConsole
 from jaxft.terminal.output import lasting
 from jaxft.training.log import RunLog, read_metrics
 
@@ -100,6 +101,20 @@ def test_nobody_who_reads_the_message_does_not_change_the_exit_code(monkeypatch,
     monkeypatch.setattr(sys, "stderr", broken())
     assert cli.main(["train"]) == ExitCode.REFUSED  # without a model
     sys.stderr.close()  # as Python does when it ends
+
+
+def test_a_reader_who_has_read_enough_ends_a_command_with_0(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", closed_pipe())
+    for write in (print, SafeConsole().print):
+        with pytest.raises(BrokenPipeError) as closed:
+            write("a line that nobody reads")
+            sys.stdout.flush()
+        assert explained("data", closed.value) == ExitCode.DONE
+        sys.stdout.close()  # as Python does when it ends
+        monkeypatch.setattr(sys, "stdout", closed_pipe())
+    # A connection that broke is not standard output.
+    monkeypatch.setattr(sys, "stdout", open(os.devnull, "w", encoding="utf-8"))
+    assert explained("data", BrokenPipeError(32, "Broken pipe")) == ExitCode.REFUSED
 
 
 def test_standard_output_that_cannot_be_flushed_fails_once(monkeypatch, capsys):
