@@ -164,6 +164,10 @@ def _score(arguments: argparse.Namespace) -> Any:
 
 def sample(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     """`jaxft sample`: the best of several answers to each prompt of a config, as a file of rows."""
+    from jaxft.runs.sample import check_outputs
+
+    pairs = None if arguments.pairs is None else local_path(arguments.pairs)
+    check_outputs(local_path(arguments.to), pairs, overwrite=arguments.overwrite)
     with locked_output(arguments.to, "jaxft sample", exclusive=False):  # before the model is loaded
         return _sample(arguments, overrides)
 

@@ -18,6 +18,7 @@ from jaxft.adapters.make import attach_adapter, go_on_with
 from jaxft.adapters.prompt import initialize_prompt
 from jaxft.checkpoint import hf
 from jaxft.checkpoint.folders.origin import continued_adapter
+from jaxft.checkpoint.folders.sums import write_sums
 from jaxft.checkpoint.hf import read_json
 from jaxft.checkpoint.load import LoadedModel, hf_config_of, load_model, open_weights, random_model, resolve
 from jaxft.checkpoint.peft import attach_structure, check_writable, open_adapter
@@ -282,6 +283,7 @@ def _draw_weights(config: RunConfig, folder: Path) -> None:
     load_tokenizer(config.model.path).save(folder)
     # Last: its presence says that the folder is whole.
     hf.write_config(str(folder), drawn.hf_config, dtype=dtype)
+    write_sums(folder)
 
 
 def _types(config: RunConfig) -> dict[str, Any]:

@@ -3,9 +3,7 @@
 # n answers to one prompt
 
 import hashlib
-import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -36,6 +34,7 @@ from jaxft.rollouts.reward_functions.named import named_functions
 from jaxft.rollouts.rollout import Rollout
 from jaxft.rollouts.sample import Sampler, seed_of
 from jaxft.rollouts.selection import Keep, Selection, answer_row, pair_row
+from jaxft.rollouts.unfinished import Unfinished, as_line
 from jaxft.runs.identity.contents import code_digest, rows_read
 from jaxft.runs.rewards import answer_scores, check_head
 from jaxft.trees import is_key
@@ -139,7 +138,8 @@ def sample(
     """
     selection = Selection(keep=keep, threshold=threshold, keep_cut=keep_cut)
     to, pairs = local_path(to), None if pairs is None else local_path(pairs)
-    _check(model, config, to, pairs, reward_model, overwrite)
+    _check(model, config, reward_model)
+    check_outputs(to, pairs, overwrite=overwrite)
     data = method_of(config).prepare(config, tokenizer)
     prompts = [prompt for prompt in data.train_examples if isinstance(prompt, Prompt)]
     reward_model, own_tokenizer = _reward_model(config, reward_model, reward_tokenizer or tokenizer)
@@ -159,52 +159,11 @@ def sample(
         sampler = _sampler(config, tokenizer)
         for first in range(done, len(prompts), _prompts_at_once(config)):
             part = prompts[first : first + _prompts_at_once(config)]
-            how: dict[str, Any] = {
-                "temperature": config.rollout.temperature,
-                "seed": seed_of(config.seed, 0),
-                "first_group": first,
-            }
-            rollouts = sampler.sample(model.module, part, **how)
+            how: dict[str, Any] = {"temperature": config.rollout.temperature, "seed": seed_of(config.seed, 0)}
+            rollouts = sampler.sample(model.module, part, first_group=first, **how)
             unfinished.add(_records(rollouts, judging, selection, len(part)))
             print_line(f"{first + len(part):,} of {len(prompts):,} prompts")
         return _finish(unfinished, to, pairs)
-
-
-class Unfinished:
-    """The file of a call that is not finished: its settings in the first line, then a record of each prompt done.
-
-    settings: JSON. rows: the number of prompts done. Raises ConfigError if the file is of other settings.
-    """
-
-    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
-        self.path = path
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-        whole = [line for line in lines if line.endswith("\n")]
-        first = _line({"settings": settings})
-        if whole and whole[0] != first:
-            before = json.loads(whole[0]).get("settings", {})
-            raise ConfigError(
-                f"{path} holds the answers of an interrupted call with other settings ("
-                f"{_changes(before, json.loads(first)['settings'])}). Restore these to go on, or delete the file to "
-                "begin again."
-            )
-        self.rows = max(0, len(whole) - 1)
-        # Atomic, so that a kill in this moment loses nothing; an incomplete last line goes.
-        write_text(path, "".join(whole or [first]))
-
-    def add(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Appends the records of the next prompts."""
-        with open(self.path, "a", encoding="utf-8", newline="\n") as file:
-            file.write("".join(map(_line, records)))
-            file.flush()
-            os.fsync(file.fileno())
-        self.rows += len(records)
-
-    def records(self) -> Iterator[dict[str, Any]]:
-        """All records, in the order of the prompts."""
-        with open(self.path, encoding="utf-8") as file:
-            next(file)
-            yield from map(json.loads, file)
 
 
 def fingerprint(module: Decoder) -> str:
@@ -214,14 +173,7 @@ def fingerprint(module: Decoder) -> str:
     return hashlib.blake2b(np.array(sums).tobytes(), digest_size=8).hexdigest()
 
 
-def _check(
-    model: LoadedModel,
-    config: RunConfig,
-    to: str,
-    pairs: str | None,
-    reward_model: LoadedModel | None,
-    overwrite: bool,
-) -> None:
+def _check(model: LoadedModel, config: RunConfig, reward_model: LoadedModel | None) -> None:
     if jax.process_count() > 1:
         raise ConfigError(
             f"this call is one of {jax.process_count()} processes, and sampling into a file is done by one: start it "
@@ -249,9 +201,15 @@ def _check(
             f"the model begins with {model.module.virtual_tokens} virtual tokens, and the config's adapter with "
             f"{config.adapter.virtual_tokens}. Use the config of the run that trained the model."
         )
+
+
+def check_outputs(to: str, pairs: str | None, *, overwrite: bool) -> None:
+    """Raises ConfigError if the files of `sample` cannot be written, or are there and may not be replaced."""
     if pairs is not None and Path(pairs).absolute() == Path(to).absolute():
         raise ConfigError(f"rows and pairs cannot both be written to {to}: name another file for the pairs")
     existing = [path for path in (to, pairs) if path is not None and Path(path).exists()]
+    if folders := [path for path in existing if Path(path).is_dir()]:
+        raise ConfigError(f"{listed(folders)} is a folder, and a file is written: name a file in it")
     if existing and not overwrite:
         raise ConfigError(
             f"{listed(existing)} is there already. Choose another name, or set overwrite=True (--overwrite) to "
@@ -352,8 +310,8 @@ def _finish(unfinished: Unfinished, to: str, pairs: str | None) -> dict[str, Any
     counts, rows, paired = Counts(), [], []
     for record in unfinished.records():
         counts.add(record["counts"])
-        rows += [_line(row) for row in record["rows"]]
-        paired += [_line(record["pair"])] if record["pair"] is not None else []
+        rows += [as_line(row) for row in record["rows"]]
+        paired += [as_line(record["pair"])] if record["pair"] is not None else []
     if not rows:
         raise DataError(
             f"no answer was kept: of {counts.answers:,} answers {counts.cut:,} were cut off at "
@@ -380,19 +338,6 @@ def _values(config: RunConfig) -> dict[str, Any]:
     functions = config.rewards.functions
     code = {"rewards.functions": functions and code_digest(named_functions(functions))}
     return {key: value for key, value in named if key.startswith(DECISIVE)} | code
-
-
-def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    flat = [
-        {**settings.get("config", {}), **{k: v for k, v in settings.items() if k != "config"}}
-        for settings in (before, now)
-    ]
-    names = [name for name in flat[0] | flat[1] if flat[0].get(name) != flat[1].get(name)]
-    return listed([f"{name}: was {flat[0].get(name)!r}, now {flat[1].get(name)!r}" for name in names])
-
-
-def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _number(value: float) -> float | None:

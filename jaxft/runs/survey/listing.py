@@ -30,6 +30,8 @@ from jaxft.runs.identity.record import Record, read_record
 DEPTH = 6  # folders within each other that are looked into
 TAIL_BYTES = 2**16  # of metrics.jsonl that are read: its last rows
 OUTPUT = "--output="
+GONE = "its checkpoints were deleted: it is kept as it is, and can neither go on nor be exported again"
+SESSION = "go on: Session.load_state"
 RUNNING, INTERRUPTED, FINISHED, BROKEN = "running", "interrupted", "finished", "broken"
 # Final metrics that are told, if the summary has them.
 TOLD = ("tuned_score", "base_score", "eval_loss", "eval_accuracy", "eval_reward")
@@ -42,8 +44,8 @@ class RunState:
     state: `running`, `interrupted`, `finished` or `broken`. step: the last one in the log of a running run, the newest
     whole checkpoint of an interrupted one, the last one of a finished one; None if there is none. steps: the length of
     the run, if it is known. owner: who writes there. metrics: the newest row of the log, or the final ones of a
-    finished run. command: what goes on with an interrupted run. problem: what is broken, and how to mend it. created:
-    when it began.
+    finished run. command: what goes on with an interrupted run. problem: what is broken, and how to mend it. note:
+    what else is to say. created: when it began.
     """
 
     folder: str
@@ -54,6 +56,7 @@ class RunState:
     metrics: dict[str, Any] = field(default_factory=dict)
     command: str | None = None
     problem: str | None = None
+    note: str | None = None
     created: str | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -106,6 +109,7 @@ def state_of(folder: Path) -> RunState:
             step=summary.get("steps"),
             steps=steps,
             metrics={key: value for key, value in summary.items() if isinstance(value, int | float)},
+            note=None if newest is not None else GONE,
             created=created,
         )
     return RunState(
@@ -115,6 +119,7 @@ def state_of(folder: Path) -> RunState:
         steps=steps,
         metrics=_last_row(folder),
         command=_command(folder),
+        note=SESSION if steps is None and newest is not None else None,
         created=created,
     )
 
@@ -133,9 +138,9 @@ def describe(run: RunState) -> str:
     if run.state == FINISHED:
         told = [f"{name} {run.metrics[name]:.4f}" for name in TOLD if name in run.metrics]
         steps = f"{run.step:,} steps" if isinstance(run.step, int) else "its last step is not known"
-        return ", ".join([steps, *told])
+        return ", ".join([steps, *told, *filter(None, [run.note])])
     done = "before its first checkpoint" if run.step is None else f"at step {run.step:,}{of}"
-    how = f"go on: {run.command}" if run.command else "go on: give the same command again"
+    how = f"go on: {run.command}" if run.command else run.note or "go on: give the same command again"
     return f"{done}; {how}"
 
 

@@ -92,6 +92,8 @@ def _verify_steps(folder: Path, findings: Findings, *, live: bool) -> None:
     checkpoints = folder / run_folder.CHECKPOINTS
     entries = sorted(checkpoints.iterdir(), key=lambda entry: entry.name) if checkpoints.is_dir() else []
     steps = sorted((entry for entry in entries if entry.name.isdecimal()), key=lambda entry: int(entry.name))
+    if not steps and (folder / run_folder.SUMMARY).exists():
+        findings.unchecked(run_folder.CHECKPOINTS, "they were deleted: the run can neither go on nor be exported again")
     for step in steps:
         part = f"{run_folder.CHECKPOINTS}/{step.name}"
         if not manifest.exists(step):

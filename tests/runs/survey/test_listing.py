@@ -1,6 +1,7 @@
 """`jaxft runs`: the state of each run, what goes on with it, and names of others on a terminal."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -100,6 +101,18 @@ def test_a_broken_run_says_what_is_broken_and_how_to_mend_it(tmp_path, damage, m
     assert run.state == "broken"
     with pytest.raises(ValueError, match=message):
         raise ValueError(run.problem)
+
+
+def test_a_finished_run_without_checkpoints_and_a_session_say_so(tmp_path, capsys):
+    shutil.rmtree(finish(tmp_path / "done") / "checkpoints")
+    reads = {"model.path": {"path": "m", "digest": "0"}}
+    open_run(config_of(tmp_path / "session"), reads=reads)
+    (tmp_path / "session" / "checkpoints" / "3").mkdir(parents=True)
+    (tmp_path / "session" / "checkpoints" / "3" / "manifest.json").write_text("{}")
+    assert cli.main(["runs", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "eval_loss 0.5000, its checkpoints were deleted" in text
+    assert "at step 3; go on: Session.load_state" in text
 
 
 def test_names_of_others_do_not_reach_the_terminal(tmp_path, capsys):
