@@ -65,8 +65,8 @@ setup(
         "wandb": ["wandb>=0.19"],
         "mlflow": ["mlflow>=3"],
         "trackio": ["trackio>=0.4"],
-        # Hugging Face datasets as a source of rows.
-        "datasets": ["datasets>=3"],
+        # Hugging Face datasets as a source of rows. Before release 4 it could run scripts of a set.
+        "datasets": ["datasets>=4"],
         # TensorFlow Datasets as a source of rows, read without TensorFlow.
         "tfds": ["tensorflow-datasets>=4.9.7", "importlib_resources", "array_record"],
         # The suite; torch, PEFT, TRL and bitsandbytes are its oracles, where PyTorch has a CPU build of this size.
@@ -77,7 +77,7 @@ setup(
             "hypothesis>=6.150",
             "ruff>=0.8",
             "mypy>=1.18",
-            "datasets>=3",
+            "datasets>=4",
             "tensorflow-datasets>=4.9.7",
             "importlib_resources",
             "array_record",

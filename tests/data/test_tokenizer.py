@@ -264,3 +264,13 @@ def test_hub_name_offline(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match=r"cannot get a tokenizer from 'hf://nobody/nothing'.*cache"):
         load_tokenizer("hf://nobody/nothing", revision="main")
+
+
+@pytest.mark.parametrize(
+    "content", ['{"a":' * 100_000, "[1]", '{"version": "1.0"}', '{"model": {"type": "BPE"', "null"]
+)
+def test_a_damaged_tokenizer_file_is_refused_whatever_is_wrong_with_it(folder_of, content):
+    folder = folder_of("plain")
+    (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(ModelError, match=r"cannot load the tokenizer of .* Take its files again"):
+        load_tokenizer(folder)

@@ -23,10 +23,11 @@ def check_length(layout: Layout, tokenizer: Tokenizer, config: DataConfig) -> No
     if config.truncation in ("refuse", "drop"):
         most = config.max_length * tokenizer.longest_token * SHORTENED
         if size > most:
+            cuts = "'right' or 'left'" if layout.conversation.messages else "'right', 'left' or 'windows'"
+            ways = f", or set data.truncation to {cuts}" if size <= MOST else ""
             raise DataError(
                 f"{where} has {size:,} characters, more than data.max_length={config.max_length:,} tokens can hold. "
-                "Remove the row, or split it into several; data.truncation='windows' cuts texts, and 'right' or 'left' "
-                "keep one end."
+                f"Split the row into several, or remove it{ways}."
             )
     if size > MOST:
         raise DataError(

@@ -206,8 +206,10 @@ def _load_fast(name: str, settings: Mapping[str, Any], **kwargs: Any) -> "PreTra
 
     try:
         backend = PreTrainedTokenizerFast.from_pretrained(name, **kwargs)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"transformers cannot load the tokenizer of {name!r}: {error}") from error
+    except OSError:
+        raise
+    except Exception as error:  # of a stranger's file, in whatever part of transformers or tokenizers
+        raise _unreadable(name, error) from error
     if "eos_token" not in settings and settings.get("tokenizer_class") not in PLAIN_CLASSES:
         _name_special_tokens(backend, _load_class(name, **kwargs))
     return backend
@@ -221,11 +223,21 @@ def _load_class(name: str, **kwargs: Any) -> "PreTrainedTokenizerFast":
     kwargs |= {"use_fast": True, "trust_remote_code": False, "mistral_format": False}
     try:
         backend = AutoTokenizer.from_pretrained(name, **kwargs)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"transformers cannot load the tokenizer of {name!r}: {error}") from error
+    except OSError:
+        raise
+    except Exception as error:  # of a stranger's file, in whatever part of transformers or tokenizers
+        raise _unreadable(name, error) from error
     if not isinstance(backend, PreTrainedTokenizerFast):
         raise ModelError(f"{name!r} has only a slow tokenizer; convert it to tokenizer.json with transformers first")
     return backend
+
+
+def _unreadable(name: str, error: Exception) -> ModelError:
+    reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error) or type(error).__name__
+    return ModelError(
+        f"transformers cannot load the tokenizer of {name!r}: {reason.rstrip('.')}. Take its files again from where "
+        "the model was published."
+    )
 
 
 def _name_special_tokens(backend: "PreTrainedTokenizerFast", by_class: "PreTrainedTokenizerFast") -> None:
