@@ -9,4 +9,7 @@ def local_path(path: str | os.PathLike[str]) -> str:
     Every path that users give goes through it, in a config, an option of a command or an argument of a function.
     """
     path = os.fspath(path)
-    return path if "://" in path else os.path.expanduser(path)
+    try:
+        return path if "://" in path else os.path.expanduser(path)
+    except ValueError:  # `~` before a zero byte or half of a character: no user has such a name
+        return path

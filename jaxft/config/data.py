@@ -25,7 +25,7 @@ from jaxft.config.fields import (
 from jaxft.config.method import methods_on
 from jaxft.errors import ConfigError, did_you_mean
 
-Format = Literal["auto", "messages", "prompt_completion", "alpaca", "qa", "sharegpt", "text"]
+Format = Literal["auto", "messages", "prompt_completion", "alpaca", "qa", "sharegpt", "segments", "text"]
 SampleBy = Literal["document", "paragraph", "line"]
 TrainOn = Literal["assistant", "last", "all"]
 Truncation = Literal["refuse", "drop", "right", "left", "windows"]

@@ -140,6 +140,8 @@ class Field:
         """Raises ConfigError for a value that is none of the choices, outside of a range, or too large for arrays."""
         if value is None:
             return
+        if self.is_path and "\0" in str(value):
+            raise ConfigError(f"{self.key}={value!r} holds a zero byte, which no name of a file has")
         choices = self.choices
         if self.spelling and not re.fullmatch(self.spelling.pattern, str(value)):
             choices = self.spelling.words

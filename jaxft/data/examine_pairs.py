@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxft.data.batch import Example
+from jaxft.errors import counted
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 # The name under which a document carries the margin of its pair.
@@ -107,9 +108,9 @@ def combine_pairs(parts: Sequence[PairExamination], examples: Sequence[Example])
 def describe_pairs(pairs: PairExamination) -> str:
     """The examination in a few lines for people."""
     lines = [
-        f"{pairs.count:,} pairs; the chosen answer is longer in {pairs.chosen_longer / pairs.count:.0%} and shorter in "
-        f"{pairs.rejected_longer / pairs.count:.0%}, by {pairs.mean_chosen - pairs.mean_rejected:+.1f} tokens on "
-        "average",
+        f"{counted(pairs.count, 'pair')}; the chosen answer is longer in {pairs.chosen_longer / pairs.count:.0%} and "
+        f"shorter in {pairs.rejected_longer / pairs.count:.0%}, by {pairs.mean_chosen - pairs.mean_rejected:+.1f} "
+        "tokens on average",
         *(
             f"{name} answers: {mean:.1f} tokens on average, {_listed(quantiles)}"
             for name, mean, quantiles in (

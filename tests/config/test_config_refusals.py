@@ -12,6 +12,7 @@ METHODS = ", ".join(choices(MethodConfig, "name"))
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"output_dir": "runs/a\0b"}, "output_dir='runs/a.x00b' holds a zero byte"),
         ({"model.dtype": "float16"}, "model.dtype='float16' is not one of float32, bfloat16"),
         ({"model.param_dtype": "bf16"}, "model.param_dtype='bf16' is not one of"),
         (

@@ -449,7 +449,7 @@ def test_text_files_of_a_folder(tmp_path):
     assert len(open_rows(str(tmp_path / "objects.txt"))) == 2, "JSON under the name of a text"
 
 
-@pytest.mark.parametrize("name", ["a\0.jsonl", "a\ud83d.jsonl", "*/" + "a" * 5000 + "/*", "a" * 5000])
+@pytest.mark.parametrize("name", ["a\0.jsonl", "~\0", "~\ud83d", "a\ud83d.jsonl", "*/" + "a" * 5000 + "/*", "a" * 5000])
 def test_names_that_no_file_can_have(name):
     with pytest.raises(DataError, match=r"no (data )?file|There is no folder"):
         open_rows(name)

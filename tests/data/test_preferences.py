@@ -212,5 +212,5 @@ def test_both_answers_are_printed_with_their_names(jsonl, tokenizer_of):
     )
     assert re.search(r"\nrejected: \d+ tokens, \d+ trained\nquestion 0:\[\[ no indeed" + re.escape(end), text)
     assert "1 row (preference 1)" in text
-    assert "1 pairs; the chosen answer is longer in 0% and shorter in 100%, by -" in text
+    assert "1 pair; the chosen answer is longer in 0% and shorter in 100%, by -" in text
     assert "chosen answers: " in text and "margins" not in text

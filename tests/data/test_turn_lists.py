@@ -7,6 +7,7 @@ import pytest
 from jaxft.config import DataConfig
 from jaxft.data.formats import read_row
 from jaxft.data.preferences.rows import preferences_of
+from jaxft.data.rows.values import RowProblem
 from jaxft.errors import DataError
 
 
@@ -96,3 +97,37 @@ def test_thoughts_in_a_column_of_their_own():
 def test_rows_of_other_methods_are_told_by_their_methods(fields):
     with pytest.raises(DataError, match=r"Rows of preferences.*method\.name=dpo"):
         read(fields)
+
+
+def test_a_rejected_answer_to_messages_that_end_in_the_chosen_one():
+    """ms-swift's form of preferences."""
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    row = {"messages": messages, "rejected_response": "b", "system": "Be brief."}
+    (pair,) = preferences_of(row, DataConfig(), {})
+    assert [message["content"] for message in pair.prompt] == ["Be brief.", "q"]
+    assert (pair.chosen, pair.rejected) == (messages[1:], [{"role": "assistant", "content": "b"}])
+    assert pair.columns >= {"messages", "rejected_response", "system"}
+    with pytest.raises(RowProblem, match="no messages that end in the chosen answer"):
+        preferences_of({"messages": messages[:1], "rejected_response": "b"}, DataConfig(), {})
+
+
+def test_segments_are_a_prompt_and_what_continues_it():
+    segments = [{"label": False, "text": "Q: "}, {"label": False, "text": "q\n"}, {"label": True, "text": "A: a"}]
+    row = read({"segments": segments})
+    assert (row.prompt, row.completion, row.messages) == ("Q: q\n", "A: a", ())
+    assert read({"segments": json.dumps(segments[2:])}).prompt == ""
+
+
+@pytest.mark.parametrize(
+    ("segments", "complaint"),
+    [
+        ([{"label": True, "text": "a"}, {"label": False, "text": "b"}], r"segment 2 is not trained, but follows one"),
+        ([{"label": False, "text": "a"}], r"no segment has the label true"),
+        ([{"label": 1, "text": "a"}], r"segment 1 must have text, a label that is true or false"),
+        ([{"label": True, "text": "a", "weight": 2}], r"segment 1 must have .* and nothing else"),
+        (["a"], r"'segments' must be a list of objects"),
+    ],
+)
+def test_segments_that_cannot_be_trained_alone_are_refused(segments, complaint):
+    with pytest.raises(DataError, match=complaint):
+        read({"segments": segments})

@@ -16,6 +16,8 @@ from jaxft.errors import did_you_mean
 OPENAI = ("preferred_output", "non_preferred_output")
 # Columns that mean chosen and rejected and nothing else, where data.chosen_field and data.rejected_field are default.
 SPELLINGS = (("preferred", "dispreferred"), ("chosen_response", "rejected_response"))
+# The rejected answer to the messages that end in the chosen one (ms-swift).
+REJECTED_RESPONSE = "rejected_response"
 # Columns that may hold the prompt of text rows; which, a setting must say.
 PROMPT_LIKE = ("query", "input", "context", "problem", "post", "user", "user_input", "message", "history", "request")
 # The scores of both answers, of which the difference is the margin.
@@ -55,6 +57,8 @@ def preferences_of(row: Mapping[str, Any], config: DataConfig, left_out: Counter
     if any(name in fields for name in OPENAI):
         return [_openai(fields, extras)]
     names = _names(fields, config)
+    if names is None and REJECTED_RESPONSE in fields:
+        return [_last_answer_chosen(fields, config, extras)]
     if names is None and (answers := ranked_answers(fields, config)) is not None:
         return [
             Preference(
@@ -72,6 +76,26 @@ def preferences_of(row: Mapping[str, Any], config: DataConfig, left_out: Counter
     if names is None:
         raise RowProblem(_no_preference(fields, config))
     return [_pair(fields, names, config, extras)]
+
+
+def _last_answer_chosen(fields: Mapping[str, Any], config: DataConfig, extras: Mapping[str, Any]) -> Preference:
+    """A row in ms-swift's form: messages that end in the chosen answer, and the rejected one in a column of its own."""
+    name = next((name for name in (config.messages_field, "messages") if name and name in fields), None)
+    messages = messages_of(fields[name], name) if name else ""
+    if name is None or isinstance(messages, str) or messages[-1].get("role") != "assistant":
+        raise RowProblem(f"it has {REJECTED_RESPONSE!r}, but no messages that end in the chosen answer")
+    prompt, of_system = with_system(fields, messages[:-1], config)
+    margin, of_margin = _margin(fields)
+    return Preference(
+        prompt=prompt,
+        chosen=messages[-1:],
+        rejected=answer_to(prompt, messages_of(fields[REJECTED_RESPONSE], REJECTED_RESPONSE)),
+        margin=margin,
+        form="preference",
+        names=(name, REJECTED_RESPONSE),
+        columns=frozenset((name, REJECTED_RESPONSE, *of_system, *of_margin, *EXTRAS)),
+        extras=extras,
+    )
 
 
 def _pair(

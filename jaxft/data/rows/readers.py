@@ -12,7 +12,7 @@ from jaxft.data.rows.columns import is_empty
 from jaxft.data.rows.messages import check_messages
 from jaxft.data.rows.questions import QUESTIONS, question_columns, question_messages, with_system
 from jaxft.data.rows.turn_lists import holds_messages, holds_turns, is_chat
-from jaxft.data.rows.values import RowProblem, is_absent, text_of
+from jaxft.data.rows.values import RowProblem, is_absent, parse_json, sample, text_of
 
 # Columns of lists of messages that are found by themselves, if they hold any.
 TURNS = (
@@ -108,6 +108,30 @@ def _question_and_answer(row: Mapping[str, Any], question: str, answer: str, con
     return {"messages": messages}, {answer, *names, *columns, *of_system}
 
 
+def _segments(row: Mapping[str, Any], config: DataConfig) -> Read:
+    """Texts of which each says whether it is trained (axolotl's input_output): a prompt, and what continues it."""
+    segments = _field(row, "segments")
+    segments = parse_json(segments, "'segments'") if isinstance(segments, str) else segments
+    if not isinstance(segments, list) or not all(isinstance(one, Mapping) and "text" in one for one in segments):
+        raise RowProblem(f"'segments' must be a list of objects with text and label; it is {sample(segments)!r}")
+    texts = {False: "", True: ""}
+    for number, one in enumerate(segments, 1):
+        label = one.get("label")
+        if not isinstance(label, bool) or set(one) - {"text", "label"}:
+            raise RowProblem(f"segment {number} must have text, a label that is true or false, and nothing else")
+        text = text_of(one["text"], f"segment {number}")
+        if texts[True] and not label and text:
+            raise RowProblem(
+                f"segment {number} is not trained, but follows one that is: only a text that ends in all that is "
+                "trained can be read. Write it as messages, in which any answer may have train: false, or as several "
+                "rows"
+            )
+        texts[label] += text
+    if not texts[True]:
+        raise RowProblem("no segment has the label true, so there is nothing to train on")
+    return {"prompt": texts[False], "completion": texts[True]}, {"segments"}
+
+
 def _text(row: Mapping[str, Any], config: DataConfig) -> Read:
     text = text_of(_field(row, config.text_field), repr(config.text_field))
     if not text:
@@ -174,6 +198,7 @@ READERS = {
     "prompt_completion": Reader(_prompt_and_completion, _prompt_completion, _has(_prompt_and_completion)),
     "alpaca": Reader(lambda config: ("instruction", "output"), _alpaca, _has(lambda config: ("instruction", "output"))),
     "qa": Reader(lambda config: QUESTIONS[0], _qa, lambda row, config: len(question_columns(row, config)) == 1),
+    "segments": Reader(lambda config: ("segments",), _segments, _has(lambda config: ("segments",))),
     "text": Reader(lambda config: (config.text_field,), _text, _has(lambda config: (config.text_field,))),
 }
 
