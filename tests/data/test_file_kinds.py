@@ -463,3 +463,14 @@ def test_what_cannot_be_looked_into_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(type(tmp_path), "is_file", refuse)  # root may look into everything
     with pytest.raises(DataError, match=r"cannot read '.*a\.jsonl': Permission denied"):
         open_rows(str(tmp_path))
+
+
+def test_a_damaged_arrow_file_points_nowhere(tmp_path):
+    table = pa.Table.from_pylist([{"text": "abcdef"}, {"text": "ghi"}])
+    raw = bytearray(columns_of(table.to_pylist(), arrow_of(pa.ipc.new_file)))
+    at = bytes(raw).index((6).to_bytes(4, "little") + (9).to_bytes(4, "little"))  # offsets of the two texts
+    for wrong in (2**31 - 1, -7):
+        raw[at : at + 4] = wrong.to_bytes(4, "little", signed=True)
+        (tmp_path / "a.arrow").write_bytes(raw)
+        with pytest.raises(DataError, match=r"row 0 of a.arrow: cannot read .*Fetch or write it again"):
+            _ = open_rows(str(tmp_path / "a.arrow"))[0]

@@ -115,7 +115,9 @@ class ArrowRows(ColumnRows):
         return [batch.num_rows for batch in self._batches]
 
     def _read_group(self, number: int) -> Any:
-        return self._batches[number]
+        batch = self._batches[number]
+        batch.validate(full=True)  # else offsets of a damaged file would point anywhere in memory
+        return batch
 
 
 def to_plain(row: Mapping[str, Any]) -> dict[str, Any]:
