@@ -22,7 +22,7 @@ class LineFile:
         self._waiting: list[bytes] = []
         self._late = 0  # lines that the disk has not taken at first
         self._file: int | None = self._open()
-        self._size = os.fstat(self._file).st_size  # up to the end of the last whole line
+        self._torn: int | None = None  # the size up to the last whole line, after a write that failed
         self._closed = False
 
     @property
@@ -69,13 +69,14 @@ class LineFile:
     def _write(self) -> None:
         if self._file is None:
             self._file = self._open()
-        os.ftruncate(self._file, self._size)  # a full disk takes a part of a line
-        content = b"".join(self._waiting)
-        left = memoryview(content)
+        if self._torn is None:
+            self._torn = os.fstat(self._file).st_size
+        else:
+            os.ftruncate(self._file, self._torn)  # a full disk takes a part of a line
+        left = memoryview(b"".join(self._waiting))
         while left:
             left = left[os.write(self._file, left) :]
-        self._size += len(content)
-        self._waiting = []
+        self._torn, self._waiting = None, []
 
     def _open(self) -> int:
         return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -83,8 +84,9 @@ class LineFile:
     def _abandon(self) -> None:
         """Closes the file: another descriptor may work where this one does not, as on a network's file system."""
         if self._file is not None:
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._file, self._size)
+            if self._torn is not None:
+                with contextlib.suppress(OSError):  # whoever reads ignores a part of a line at the end
+                    os.ftruncate(self._file, self._torn)
             with contextlib.suppress(OSError):
                 os.close(self._file)
         self._file = None

@@ -184,7 +184,8 @@ def _plain(key: str, value: Any, step: int) -> int | float:
         return int(value)
     if not math.isfinite(value):
         raise JaxftError(
-            f"metric {key!r} is {float(value)} at step {step}: training has diverged. "
-            "Lower optim.learning_rate, set optim.clip_norm, or look at the rows of that step."
+            f"metric {key!r} is {float(value)} at step {step}: training has diverged. Earlier checkpoints are "
+            "untouched. Look at the rows of that step; or train into another output_dir with a lower "
+            "optim.learning_rate, with optim.clip_norm, or in float32."
         )
     return float(value)
