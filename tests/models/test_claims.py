@@ -9,6 +9,7 @@ import pytest
 from gguf import GGUFWriter
 
 from jaxft import models
+from jaxft.checkpoint import hf
 from jaxft.checkpoint.folders.opening import open_weights
 from jaxft.errors import CheckpointError, ModelError
 from jaxft.files.gguf_header import read_header
@@ -77,3 +78,23 @@ def test_what_is_printed_of_a_name_or_a_shape_has_an_end(tmp_path, smoke_config,
     with pytest.raises(CheckpointError, match="do not fit config.json") as error:
         load_model(str(tmp_path))
     assert len(str(error.value)) > 1_000_000 > 10_000 > len(safe_message(error.value))
+
+
+def test_the_rank_of_an_adapter_is_compared_with_its_arrays(tmp_path, smoke_config):
+    from safetensors.numpy import save_file
+
+    from jaxft.checkpoint.load import load_model
+
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    base.mkdir()
+    adapter.mkdir()
+    hf.write_weights(models.random_model(models.config_from_hf(smoke_config), seed=0), str(base))
+    hf.write_config(str(base), smoke_config, dtype="float32", generation={})
+    fields = {"peft_type": "VERA", "r": 10**9, "target_modules": ["q_proj"], "save_projection": False}
+    fields |= {"projection_prng_key": 0, "base_model_name_or_path": str(base), "task_type": "CAUSAL_LM"}
+    (adapter / "adapter_config.json").write_text(json.dumps(fields))
+    keys = [f"base_model.model.model.layers.{layer}.self_attn.q_proj.vera_lambda_" for layer in range(2)]
+    arrays = {f"{key}{part}": np.zeros(size, np.float32) for key in keys for part, size in (("d", 8), ("b", 64))}
+    save_file(arrays, adapter / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"claims r=1,000,000,000, and .*vera_lambda_d has shape \[8\]"):
+        load_model(str(adapter))

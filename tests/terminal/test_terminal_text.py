@@ -1,13 +1,18 @@
 """Text of others: no character that a terminal obeys or hides reaches it, and none of it is endless."""
 
+import io
 import json
 import logging
 import sys
 import unicodedata
 import warnings
+from argparse import Namespace
 
 import pytest
 
+from jaxft.cli import answers
+from jaxft.cli.parser import make_parser
+from jaxft.generation import chat
 from jaxft.terminal.text import protect_logs, safe_json, safe_line, safe_message, safe_text
 
 EVERYTHING = "".join(map(chr, range(sys.maxunicode + 1)))
@@ -75,3 +80,28 @@ def test_logs_and_warnings_of_libraries_are_escaped(caplog, monkeypatch):
         assert "\x1b" not in warnings.formatwarning(UserWarning("\x1b[2J"), UserWarning, "file.py", 1)
     finally:
         logging.setLogRecordFactory(factory)
+
+
+@pytest.mark.parametrize(("terminal", "raw"), [(True, False), (True, True), (False, False)])
+def test_answers_are_escaped_on_a_terminal_alone(terminal, raw, monkeypatch, capsys):
+    piece = "tab\t\n\x1b[2J\u202e"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    show, show_thoughts = answers._writers(answers._shown(Namespace(raw=raw)))
+    show_thoughts(0, piece)
+    show(0, piece)
+    out, err = capsys.readouterr()
+    expected = "tab\t\n" + r"\x1b[2J\u202e" if terminal and not raw else piece
+    assert out == expected and err.startswith(expected)
+
+
+@pytest.mark.parametrize("raw", [True, False])
+def test_a_conversation_is_escaped_unless_raw(raw):
+    out = io.StringIO()
+    _, write = chat.terminal(out, raw=raw)
+    write("\x1b]0;owned\x07\n")
+    assert ("\x1b" in out.getvalue()) is raw and out.getvalue().endswith("\n")
+
+
+def test_the_options_of_answers_have_raw():
+    for verb in ("generate", "chat"):
+        assert "--raw" in make_parser()._subparsers._group_actions[0].choices[verb].format_help()

@@ -19,6 +19,7 @@ from jaxft.adapters.lora.low_rank import LowRank
 from jaxft.adapters.lora.start import starts_nonzero
 from jaxft.config import AdapterConfig
 from jaxft.errors import ModelError
+from jaxft.files.patterns import matches
 from jaxft.nn.decoder import Decoder
 from jaxft.nn.experts.layer import ExpertLinear
 from jaxft.nn.linear import Embedding, Linear
@@ -134,7 +135,7 @@ def check_patterns(patterns: Sequence[str], names: Sequence[str]) -> None:
 
 def fits(pattern: str, name: str) -> bool:
     """Whether a regular expression matches a module's name, or its end after a dot, as in PEFT."""
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+    return matches(rf"(.*\.)?({pattern})$", name, whole=False)
 
 
 def in_layers(name: str, layers: Sequence[int] | None) -> bool:

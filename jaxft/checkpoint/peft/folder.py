@@ -4,7 +4,6 @@ Format: adapter_config.json and adapter_model.safetensors, whose keys are `base_
 (PEFT 0.21).
 """
 
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from jaxft.checkpoint.peft.keys import PREFIX as PREFIX
 from jaxft.checkpoint.peft.keys import Key, check_one_adapter, read_key
 from jaxft.checkpoint.tensors import SafetensorsFolder, TensorSource, TensorSpec
 from jaxft.errors import CheckpointError, ModelError, listed
+from jaxft.files.patterns import matches
 from jaxft.models.nested import nested_module, text_name
 from jaxft.models.tensor_map import SAME, Piece, Transform
 from jaxft.nn.decoder import Decoder
@@ -137,7 +137,7 @@ def named(listed: Any, names: tuple[str, ...]) -> bool:
     if not listed:
         return False
     if isinstance(listed, str):
-        return any(re.fullmatch(listed, name) for name in names)
+        return any(matches(listed, name) for name in names)
     return any(name == end or name.endswith(f".{end}") for name in names for end in listed)
 
 

@@ -2,7 +2,6 @@
 
 # I inputs, O outputs
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -22,6 +21,7 @@ from jaxft.checkpoint.peft.folder import (
     refuse_unknown,
 )
 from jaxft.checkpoint.tensors import TensorSource, TensorSpec
+from jaxft.files.patterns import matches
 from jaxft.models.tensor_map import Index, Transform
 from jaxft.nn.decoder import Decoder
 
@@ -122,5 +122,5 @@ def _scaled(factors: np.ndarray, *, axis: int) -> MergeBlock:
 def _is_named(names: Any, module: str) -> bool:
     """Whether PEFT takes a module for a feed-forward one: by a pattern of its whole name, or a list of name endings."""
     if isinstance(names, str):
-        return re.fullmatch(names, module) is not None
+        return matches(names, module)
     return any(module.endswith(name) for name in names or ())

@@ -43,7 +43,14 @@ def attach_to(
     The matrices that all layers share are drawn from the folder's seed.
     """
     paths = layers_named(model, [key for key in specs if key not in SHARED], "vera_lambda_", folder)
-    return attach_vera(model, paths, _settings(config))
+    settings = _settings(config)
+    for key, spec in specs.items():  # before matrices of the claimed rank are drawn
+        if key.endswith("vera_lambda_d") and spec.shape != (settings.r,):
+            raise CheckpointError(
+                f"{folder}: adapter_config.json claims r={settings.r:,}, and {key} has shape {list(spec.shape)}: they are "
+                "of different adapters"
+            )
+    return attach_vera(model, paths, settings)
 
 
 def peft_tensors(model: Decoder) -> Iterator[PeftTensor]:
