@@ -47,8 +47,8 @@ def attach_to(
     for key, spec in specs.items():  # before matrices of the claimed rank are drawn
         if key.endswith("vera_lambda_d") and spec.shape != (settings.r,):
             raise CheckpointError(
-                f"{folder}: adapter_config.json claims r={settings.r:,}, and {key} has shape {list(spec.shape)}: they are "
-                "of different adapters"
+                f"{folder}: adapter_config.json claims r={settings.r:,}, and {key} has shape {list(spec.shape)}: they "
+                "are of different adapters"
             )
     return attach_vera(model, paths, settings)
 
