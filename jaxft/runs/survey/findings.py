@@ -55,6 +55,8 @@ class Findings:
             self.broken(part, str(error), mend)
         except OSError as error:
             self.broken(part, described(error), mend)
+        except (ValueError, RecursionError) as error:  # of JSON that is cut, or nested deep
+            self.broken(part, f"it is damaged: {error}", mend)
 
     @property
     def is_whole(self) -> bool:

@@ -16,6 +16,7 @@ from jaxft.files.run_folder import (
     CHECKPOINTS,
     COMMAND,
     CONFIG,
+    MARK,
     MERGED,
     METRICS,
     MODEL,
@@ -81,7 +82,7 @@ def state_of(folder: Path) -> RunState:
     """The state of one run folder."""
     owner = owner_now(folder, inside=True)
     try:
-        record = read_record(folder) or Record(created="")
+        record = record_in(folder) or Record(created="")
     except CheckpointError as error:
         return RunState(folder=str(folder), state=BROKEN, problem=str(error))
     created, steps = record.created or None, record.steps
@@ -122,6 +123,32 @@ def state_of(folder: Path) -> RunState:
         note=SESSION if steps is None and newest is not None else None,
         created=created,
     )
+
+
+def record_in(folder: Path) -> Record | None:
+    """The record in a run folder; None if it has none. Raises CheckpointError if it is damaged or has wrong types."""
+    try:
+        record = read_record(folder)
+    except RecursionError as error:
+        raise CheckpointError(f"{folder / MARK} is damaged: it is nested too deep. Restore it from a copy.") from error
+    wrong = [] if record is None else _wrong_types(record)
+    if wrong:
+        raise CheckpointError(f"{folder / MARK} is damaged: {listed(wrong)} of wrong types. Restore it from a copy.")
+    return record
+
+
+def _wrong_types(record: Record) -> list[str]:
+    wrong = [] if isinstance(record.created, str) and isinstance(record.id, str) else ["id or created"]
+    wrong += [] if record.steps is None or type(record.steps) is int else ["steps"]
+    exports = record.exports.values() if isinstance(record.exports, dict) else [0]
+    if not all(
+        files is None or (isinstance(files, list) and all(isinstance(file, str) for file in files)) for files in exports
+    ):
+        wrong.append("exports")
+    reads = record.reads.values() if isinstance(record.reads, dict) else [0]
+    if not all(isinstance(one, dict) and {"path", "digest"} <= set(one) for one in reads):
+        wrong.append("reads")
+    return wrong
 
 
 def describe(run: RunState) -> str:

@@ -11,9 +11,9 @@ from jaxft.files import run_folder
 from jaxft.files.locks.lock import owner_now
 from jaxft.home import local_path
 from jaxft.runs.folder import run_config
-from jaxft.runs.identity.record import Record, read_record
+from jaxft.runs.identity.record import Record
 from jaxft.runs.survey.findings import Findings
-from jaxft.runs.survey.listing import state_of
+from jaxft.runs.survey.listing import record_in, state_of
 from jaxft.runs.survey.models import verify_model
 
 # Small files of a run that are JSON, and how each is made anew.
@@ -51,7 +51,7 @@ def _verify_run(folder: Path, findings: Findings, *, rows: bool) -> None:
         findings.unchecked("the folder", f"{owner.describe()} writes there: what it writes now is not examined")
     record = None
     with findings.part(run_folder.MARK):
-        record = read_record(folder)
+        record = record_in(folder)
         if record is None:
             findings.unchecked(run_folder.MARK, "it is not there: the run is of an earlier version of jaxft")
         else:
@@ -106,7 +106,7 @@ def _verify_steps(folder: Path, findings: Findings, *, live: bool) -> None:
             continue
         try:
             manifest.verify(step)
-        except (CheckpointError, OSError) as error:
+        except (CheckpointError, OSError, RecursionError) as error:
             if live and not step.exists():
                 continue  # its run has deleted it meanwhile
             findings.broken(part, str(error), _mend_of(step))

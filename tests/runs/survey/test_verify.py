@@ -1,6 +1,7 @@
 """`jaxft verify`: every kind of damage is told with its mend, whole things are whole, and nothing is written."""
 
 import json
+import random
 import re
 import shutil
 import subprocess
@@ -131,6 +132,65 @@ def test_damage_is_told_with_its_mend(run, name, capsys):
     assert broken and any(text in one["text"] for one in broken)
     assert mend is None or any(mend in one.get("mend", "") for one in broken)
     assert contents(run) == before
+
+
+FILES = (
+    "jaxft_run.json", "config.json", "summary.json", "data.json", "metrics.jsonl", "command.txt", "jaxft_lock.json",
+    "checkpoints/8/manifest.json", "model/config.json", "model/SHA256SUMS", "model/tokenizer.json",
+)  # fmt: skip
+CONTENTS = (
+    b"",
+    b"null",
+    b"3",
+    b'"x"',
+    b"[" * 200_000,
+    b'{"a":' * 100_000,
+    b"\xff\xfe",
+    b"\0" * 50,
+    b'{"jaxft_run": 1}',
+)
+
+
+@pytest.mark.parametrize("file", [FILES[0], *(pytest.param(file, marks=pytest.mark.slow) for file in FILES[1:])])
+def test_no_content_of_a_file_is_a_traceback(run, file, capsys):
+    for content in CONTENTS:
+        (run / file).write_bytes(content)
+        assert cli.main(["verify", str(run), "--no_rows"]) in (0, 2)
+        assert cli.main(["runs", str(run)]) == 0
+        assert "Traceback" not in capsys.readouterr().err
+
+
+def damaged(content: bytes, draw: random.Random) -> bytes:
+    """JSON with another value somewhere, or any file with other bytes."""
+    values = [None, True, -1, 1.5, 10**400, float("nan"), "x", [], ["x"], {}, {"a": 1}, [None]]
+
+    def other(value):
+        if isinstance(value, dict) and value and draw.random() < 0.7:
+            name = draw.choice(list(value))
+            return {key: other(one) if key == name else one for key, one in value.items()}
+        if isinstance(value, list) and value and draw.random() < 0.5:
+            return [other(value[0]), *value[1:]]
+        return draw.choice(values)
+
+    try:
+        return json.dumps(other(json.loads(content))).encode()
+    except ValueError:
+        raw = bytearray(content)
+        raw[draw.randrange(len(raw))] = draw.randrange(256)
+        return bytes(raw)
+
+
+@pytest.mark.slow
+def test_a_thousand_damages_are_no_tracebacks(run, capsys):
+    draw = random.Random(16)
+    for number in range(1000):
+        path = run / draw.choice([file for file in FILES if (run / file).exists()])
+        content = path.read_bytes()
+        path.write_bytes(damaged(content, draw))
+        assert cli.main(["verify", str(run), "--no_rows"]) in (0, 2), (number, path)
+        assert cli.main(["runs", str(run)]) == 0, (number, path)
+        path.write_bytes(content)
+        capsys.readouterr()
 
 
 def test_what_the_run_reads_is_compared_with_its_record(whole, run):
