@@ -281,6 +281,9 @@ def test_keys_of_messages_that_nothing_reads(jsonl, tokenizer_of):
 def test_parts_that_are_not_text_are_refused(part):
     with pytest.raises(DataError, match=r"part 2 of message 1 \(user\)"):
         read({"messages": [{**U, "content": [{"type": "text", "text": "q"}, part]}, A]})
+    called = {"type": "tool_use", "id": "t", "name": "tide", "input": {}}
+    with pytest.raises(DataError, match=r"Calls of tools belong into tool_calls"):
+        read({"messages": [U, {**A, "content": [called]}]})
 
 
 def test_different_thoughts_of_one_answer_are_refused():
