@@ -44,7 +44,7 @@ class Outside(BaseException):
 
 
 def run_limited(
-    function: str, folder: Path, *, memory_mb: int = 768, seconds_each: float = 20.0, seconds: float = 3000.0
+    function: str, folder: Path, *, memory_mb: int = 1536, seconds_each: float = 20.0, seconds: float = 3000.0
 ) -> dict[str, int]:
     """Calls `module:function` in a process with limits. Returns how many inputs were `tried` and `refused`.
 

@@ -66,7 +66,12 @@ ROWS = st.one_of(
 FILES = sorted(
     [*KINDS, *(kind + packed for kind in (".jsonl", ".json", ".csv", ".txt") for packed in COMPRESSIONS), ""]
 )
-PACK = {".gz": gzip.compress, ".gzip": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+PACK = {
+    ".gz": gzip.compress,
+    ".gzip": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lambda raw: lzma.compress(raw, preset=0),
+}
 CHOICES = {
     "format": ["auto", "messages", "sharegpt", "prompt_completion", "alpaca", "qa", "text"],
     "bad_rows": ["refuse", "skip"], "turns": ["auto", "together", "split"], "train_on": ["assistant", "last", "all"],

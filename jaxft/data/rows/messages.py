@@ -127,8 +127,8 @@ def _join_parts(
         kind = part.get("type", "text")
         if kind not in ("text", "input_text", "output_text") or not isinstance(part.get("text"), str):
             raise RowProblem(
-                f"{of_part} has the type {kind!r}, or no text: {sample(part)!r}; only text can be trained on. "
-                "Calls of tools belong into tool_calls of the message, their results into a message with the role tool, "
+                f"{of_part} has the type {kind!r}, or no text: {sample(part)!r}; it is not text to train on. "
+                "Calls of tools belong into tool_calls, their results into messages with the role tool, "
                 "thoughts into reasoning_content"
             )
         texts.append(part["text"])
