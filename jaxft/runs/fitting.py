@@ -193,10 +193,12 @@ def _early_stopping(run: Run) -> EarlyStopping | None:
 
 
 def _count_earlier_starts(run: Run, start: int) -> None:
-    """Adds the time of earlier starts to that of this one, before the rows of steps after `start` are removed."""
+    """Adds the time of earlier starts to that of this one, and records it if the rows that tell it will be removed."""
     rows = read_metrics(run.folder) if (run.folder / run_folder.METRICS).is_file() else []
     record = record_of(run.folder)
-    write_record(run.folder, replace(record, times=run.times.go_on(record.times, rows, start)))
+    times = run.times.go_on(record.times, rows, start)
+    if any(row["step"] > start for row in rows):
+        write_record(run.folder, replace(record, times=times))
 
 
 def _spikes(run: Run) -> SpikeGuard | None:
