@@ -244,7 +244,8 @@ class Tokenizer:
         except BudgetExceeded as error:
             raise TemplateLimit(
                 f"the chat template that is used with the tokenizer {self.name} was stopped: {error}. No conversation "
-                "needs that, so the template is broken or hostile. Set data.chat_template (--chat_template) to another one."
+                "needs that, so the template is broken or hostile. Set data.chat_template (--chat_template) to another "
+                "one."
             ) from error
         except Exception as error:  # a template is a program, which may fail in any way
             roles = safe_line(", ".join(str(m.get("role")) for m in messages))
