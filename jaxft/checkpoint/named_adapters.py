@@ -9,7 +9,7 @@ from jaxft.checkpoint.folders.sums import write_sums
 from jaxft.checkpoint.load import LoadedModel, resolve
 from jaxft.checkpoint.peft import read_adapter, write_adapter
 from jaxft.errors import ModelError
-from jaxft.files.targets import make_new_folder
+from jaxft.files.targets import begin_folder, end_folder
 from jaxft.home import local_path
 from jaxft.sharding.mesh import MeshPlan
 from jaxft.sharding.processes import on_primary
@@ -42,9 +42,10 @@ def write_named(adapter_set: AdapterSet, name: str, folder: str, *, model: Loade
 
     Raises ExportError if the folder is a file, is not empty or cannot be made.
     """
-    on_primary(partial(make_new_folder, local_path(folder)))
+    unfinished = on_primary(partial(begin_folder, local_path(folder)))
     active, trained = adapter_set.active, adapter_set.trained
     adapter_set.activate(name)
-    write_adapter(model.module, local_path(folder), base=model.base, nested=model.left_out is not None)
+    write_adapter(model.module, unfinished, base=model.base, nested=model.left_out is not None)
     adapter_set.activate(*active, train=trained)
+    on_primary(partial(end_folder, unfinished, local_path(folder)))
     on_primary(partial(write_sums, local_path(folder)))

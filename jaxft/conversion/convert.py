@@ -32,14 +32,13 @@ from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import ConfigError, ExportError, JaxftError
 from jaxft.files.atomic import publish, unfinished_folder
 from jaxft.files.paths import is_file, is_remote, open_folder
-from jaxft.files.targets import locked_output, refused_target
+from jaxft.files.targets import check_space, locked_output, refused_target
 from jaxft.home import local_path
 from jaxft.system import described
 from jaxft.terminal.console import SafeConsole, say
 from jaxft.trees import flatten
 
 STATE = "convert.json"  # in an unfinished folder: source and settings of the conversion
-SMALL_FILES = 64 * 2**20  # bytes for headers, configs and the tokenizer
 DTYPES = {
     "hf": ("float32", "bfloat16", "float16"),
     "orbax": ("float32", "bfloat16"),
@@ -187,14 +186,7 @@ def _written_bytes(origin: Origin, form: str, dtype: str) -> int:
 
 def _check_space(to: Path, size: int) -> None:
     """Raises ExportError if the disk has no room. Files of an earlier call count as room: they are kept or removed."""
-    there = next(p for p in to.absolute().parents if p.exists())
-    left = sum(f.stat().st_size for f in unfinished_folder(to).rglob("*") if f.is_file())
-    free, needed = shutil.disk_usage(there).free, size + SMALL_FILES - left
-    if needed > free:
-        raise ExportError(
-            f"{to} needs {needed / 1e9:.2f} GB and the disk of {there} has {free / 1e9:.2f} GB left: make room, or "
-            "choose another disk or a smaller --dtype. Nothing was written."
-        )
+    check_space(to, size, sum(f.stat().st_size for f in unfinished_folder(to).rglob("*") if f.is_file()))
 
 
 def _open_origin(

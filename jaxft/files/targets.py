@@ -3,15 +3,19 @@
 import contextlib
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from jaxft.errors import ExportError
+from jaxft.files.atomic import publish
 from jaxft.files.locks.lock import lock
 from jaxft.home import local_path
 from jaxft.system import REMEDIES, described, undecoded
 
 MOST_PART = 238  # bytes of one part of a path: 255 less the endings of unfinished files and locks
+UNFINISHED = ".jaxft.partial"  # the ending of a folder that is being written
+SMALL_FILES = 64 * 2**20  # bytes for headers, configs and the tokenizer
 MOST_PATH = 3800  # bytes of a whole path: 4,095 less what is made beneath it, such as the files of a checkpoint
 
 
@@ -50,7 +54,8 @@ def _refused_folder(target: Path) -> str | None:
         nearest.stat()  # says which links point at each other
         return f"{nearest} is a file, not a folder: {REMEDIES[errno.ENOTDIR]}"
     if nearest.is_dir() and not os.access(nearest, os.W_OK | os.X_OK):
-        return f"{nearest} may not be written: {REMEDIES[errno.EACCES]}"
+        only_read = os.statvfs(nearest).f_flag & os.ST_RDONLY
+        return f"{nearest} may not be written: {REMEDIES[errno.EROFS if only_read else errno.EACCES]}"
     return None
 
 
@@ -95,6 +100,84 @@ def make_new_folder(path: str | os.PathLike[str]) -> None:
         raise ExportError(
             f"{target} cannot be made. {described(error)} Give a new folder in a place where you may write."
         ) from error
+
+
+def begin_folder(path: str | os.PathLike[str]) -> str:
+    """The empty folder in which a new folder is written, until `end_folder` gives it its name.
+
+    It stands in the same folder; it is `path` itself where that is mounted, or its parent may not be written. What a
+    killed process left there is deleted. Raises ExportError as `make_new_folder` does. Call it within `locked_output`.
+    """
+    target = Path(path)
+    if target.is_dir() and (os.path.ismount(target) or not os.access(target.absolute().parent, os.W_OK)):
+        check_new_folder(target)
+        return str(target)
+    make_new_folder(target)
+    unfinished = target.with_name(f"{target.name}{UNFINISHED}")
+    try:
+        _remove(unfinished)
+        unfinished.mkdir()
+    except OSError as error:
+        raise ExportError(f"{target} cannot be made. {described(error)}") from error
+    return str(unfinished)
+
+
+def end_folder(unfinished: str, path: str | os.PathLike[str]) -> None:
+    """Flushes a folder of `begin_folder` to the disk and gives it its name."""
+    if Path(unfinished) != Path(path):
+        publish(unfinished, path)
+
+
+@contextlib.contextmanager
+def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields the folder in which a new folder is written: it appears whole under its name, or not at all.
+
+    An error of the operating system says that nothing stays. Raises ExportError as `make_new_folder` does.
+    """
+    there = Path(path).is_dir()
+    unfinished = begin_folder(path)
+    try:
+        yield Path(unfinished)
+        end_folder(unfinished, path)
+    except BaseException as error:
+        remove_unfinished(unfinished, path)
+        if not there:
+            with contextlib.suppress(OSError):  # another program has put something there
+                Path(path).rmdir()
+        error.add_note(f"Nothing of {path} was kept.")
+        raise
+
+
+def remove_unfinished(unfinished: str, path: str | os.PathLike[str]) -> None:
+    """Deletes what was written into a folder of `begin_folder`."""
+    if Path(unfinished) != Path(path):
+        _remove(Path(unfinished))
+        return
+    for entry in Path(path).iterdir():
+        _remove(entry)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def check_space(path: str | os.PathLike[str], size: int, there: int = 0) -> None:
+    """Raises ExportError if a disk has no room for an output.
+
+    path: of the output. size: its bytes without small files. there: bytes that are on the disk already, and are kept
+    or removed.
+    """
+    target = Path(os.fspath(path).removesuffix(UNFINISHED))
+    folder = next(parent for parent in (target, *target.absolute().parents) if parent.is_dir())
+    free, needed = shutil.disk_usage(folder).free, size + SMALL_FILES - there
+    if needed > free:
+        raise ExportError(
+            f"{target} needs {needed / 1e9:.2f} GB and the disk of {folder} has {free / 1e9:.2f} GB left: make room, "
+            "or choose another disk or a smaller --dtype. Nothing was written."
+        )
 
 
 def check_new_folder(path: str | os.PathLike[str]) -> None:

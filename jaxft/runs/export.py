@@ -26,7 +26,7 @@ from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import CheckpointError, ConfigError
 from jaxft.files.companions import copy_companions
 from jaxft.files.run_folder import ADAPTER, BASE, CHECKPOINTS, MERGED, MODEL, is_run_folder
-from jaxft.files.targets import locked_output, make_new_folder
+from jaxft.files.targets import check_space, locked_output, whole_folder
 from jaxft.home import local_path
 from jaxft.runs.build import build_model
 from jaxft.runs.cards.run_card import base_of_export, card_of
@@ -75,13 +75,19 @@ def export(
     """
     elsewhere = _check_request(source, base, format, push)
     with locked_output(to, "jaxft export"):
-        make_new_folder(local_path(to))
-        return _export(local_path(source), to, format, dtype, step, base, elsewhere, allow_unknown, push)
+        with whole_folder(local_path(to)) as unfinished:
+            out, hub_base = _export(
+                local_path(source), unfinished, format, dtype, step, base, elsewhere, allow_unknown, push
+            )
+        out["folder"] = local_path(to)
+        if push is not None:
+            out["pushed"] = push.push(Path(local_path(to)), hub_base)
+        return out
 
 
 def _export(
     source: str,
-    to: str,
+    target: Path,
     format: str,
     dtype: str | None,
     step: int | None,
@@ -89,8 +95,8 @@ def _export(
     elsewhere: str | None,
     allow_unknown: Sequence[str],
     push: Push | None,
-) -> dict[str, Any]:
-    target = Path(local_path(to))
+) -> tuple[dict[str, Any], str | None]:
+    """`export` into an empty folder: what it returns, and the base's name on the Hub."""
     loaded = load_trained(source, step, base=elsewhere, allow_unknown=allow_unknown)
     known = base_of_export(loaded)
     if push is not None:
@@ -111,11 +117,9 @@ def _export(
     if base == "original":
         out["original_base"] = output_difference(loaded, trained)
     elif quantization is not None:
-        again = load_model(to, dtype=str(loaded.module.dtype), quantization=quantization)
+        again = load_model(str(target), dtype=str(loaded.module.dtype), quantization=quantization)
         out["quantised_again"] = output_difference(again, trained)
-    if push is not None:
-        out["pushed"] = push.push(target, known.name)
-    return out
+    return out, known.name
 
 
 def _check_request(source: str, base: str, format: str, push: Push | None) -> str | None:
@@ -274,6 +278,7 @@ def write(
         peft.write_adapter(loaded.module, str(target), base=base, nested=loaded.left_out is not None)
         file_dtype = "float32"
     else:
+        on_primary(partial(_check_room, loaded, target, file_dtype))
         hf.write_weights(loaded.module, str(target), dtype=file_dtype)
 
     def write_config_and_tokenizer() -> None:
@@ -289,6 +294,10 @@ def write(
     checks = check_export(loaded, str(target), dtype=file_dtype, mesh=mesh)
     on_primary(partial(write_sums, target))
     return checks
+
+
+def _check_room(loaded: LoadedModel, target: Path, dtype: str) -> None:
+    check_space(target, sum(spec.nbytes for spec, _ in hf.hf_tensors(loaded.module, dtype).values()))
 
 
 def _write_run_card(

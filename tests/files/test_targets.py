@@ -1,12 +1,15 @@
 """Paths where nothing can be written are refused before the work, with what is in the way."""
 
+import errno
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from jaxft.errors import ConfigError, ExportError
-from jaxft.files.targets import check_new_file, make_new_folder, refused_target
+from jaxft.files.atomic import write_file
+from jaxft.files.targets import UNFINISHED, check_new_file, check_space, make_new_folder, refused_target, whole_folder
 from jaxft.runs.folder import refuse_occupied
 
 
@@ -65,3 +68,58 @@ def test_a_strange_path_that_can_be_made_is_made(name, tmp_path):
     assert refused_target(tmp_path / name) is None
     make_new_folder(tmp_path / name)
     assert (tmp_path / name).is_dir()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 64 KB, mounted in a folder."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_an_output_on_a_full_disk_leaves_nothing_that_blocks_the_same_command(small_disk, there):
+    target = small_disk / "export"
+    if there:
+        target.mkdir()
+    with pytest.raises(OSError, match="No space left") as caught, whole_folder(target) as folder:
+        (folder / "config.json").write_text("{}")
+        write_file(folder / "model.safetensors", lambda file: file.write(b"x" * 2**20))
+    assert caught.value.errno == errno.ENOSPC and "model.safetensors" in caught.value.filename
+    assert caught.value.__notes__ == [f"Nothing of {target} was kept."]
+    assert os.listdir(small_disk) == (["export"] if there else []) and not list(small_disk.rglob("*.json"))
+    with whole_folder(target) as folder:
+        (folder / "config.json").write_text("{}")
+    assert os.listdir(small_disk) == ["export"] and os.listdir(target) == ["config.json"]
+
+
+def test_an_output_into_a_mounted_folder_is_written_there(small_disk):
+    with pytest.raises(ValueError, match="wrong"), whole_folder(small_disk) as folder:
+        (folder / "part").mkdir()
+        (folder / "part" / "file").write_text("x")
+        raise ValueError("wrong")
+    assert os.listdir(small_disk) == []
+    with whole_folder(small_disk) as folder:
+        (folder / "file").write_text("x")
+    assert os.listdir(small_disk) == ["file"]
+
+
+def test_what_a_killed_process_left_is_replaced_and_files_of_others_stay(tmp_path):
+    left = tmp_path / f"export{UNFINISHED}"
+    left.mkdir()
+    (left / "half").write_text("x")
+    (tmp_path / "export.partial").write_text("mine")
+    with whole_folder(tmp_path / "export") as folder:
+        (folder / "whole").write_text("x")
+    assert sorted(os.listdir(tmp_path)) == ["export", "export.partial"]
+    assert os.listdir(tmp_path / "export") == ["whole"]
+
+
+def test_an_output_that_does_not_fit_is_refused_before_it_is_written(small_disk):
+    with pytest.raises(ExportError, match="needs 0.07 GB and the disk of .*disk has 0.00 GB left.*Nothing was written"):
+        check_space(small_disk / "export", 10**6)

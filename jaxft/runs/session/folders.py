@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jaxft.config import RunConfig
 from jaxft.files.locks import lock
-from jaxft.files.targets import locked_output, make_new_folder
+from jaxft.files.targets import locked_output, whole_folder
 from jaxft.home import local_path
 from jaxft.runs.folder import locked_run, open_run
 from jaxft.runs.identity.contents import Reads
@@ -40,16 +40,16 @@ class SessionFolders:
 
 
 @contextlib.contextmanager
-def new_export(folder: str) -> Iterator[None]:
-    """Makes the folder of an export, and keeps other writers from it until the block ends.
+def new_export(folder: str) -> Iterator[Path]:
+    """Yields where an export is written: it appears whole as `folder`, or not at all. Other writers are kept from it.
 
     Every process of the run calls it. Raises FolderInUseError, and ExportError if it is not new.
     """
     with contextlib.ExitStack() as stack:
 
-        def take() -> None:
+        def begin() -> str:
             stack.enter_context(locked_output(folder, WHAT))
-            make_new_folder(local_path(folder))
+            return str(stack.enter_context(whole_folder(local_path(folder))))
 
-        on_primary(take)
-        yield
+        yield Path(on_primary(begin))
+        on_primary(stack.close)  # the others wait until it has its name

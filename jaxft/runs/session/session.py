@@ -265,8 +265,7 @@ class Session:
         format = format or ("adapter" if has_adapter else "merged")
         if format not in FORMATS or (format == "adapter" and not has_adapter):
             raise ConfigError(f"format={format!r} cannot be written of this model: use 'merged'")
-        target = Path(local_path(folder))
-        with new_export(folder):
+        with new_export(folder) as target:
             nnx.update(module, evaluated_weights(self.config, self._state), self._state.frozen)
             checks = write(self._loaded, self.tokenizer, target, format=format, dtype=dtype, mesh=self.mesh)
         return {"folder": folder, "format": format, "checks": {check.reader: check.difference for check in checks}}
