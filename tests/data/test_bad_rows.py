@@ -199,7 +199,7 @@ def test_deep_nesting_and_long_integers_are_bad_rows(tmp_path, tokenizer_of):
     lines = [
         json.dumps(GOOD),
         '{"messages": ' + "[" * 100_000 + "]" * 100_000 + "}",
-        '{"text": ' + "[" * 400 + "1" + "]" * 400 + "}",
+        '{"text": ' + "[" * 150 + "1" + "]" * 150 + "}",
         json.dumps({"messages": [U, A], "tools": "[" * 100_000}),
         '{"instruction": ' + "9" * 5000 + ', "output": "a"}',
     ]
