@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -108,3 +109,24 @@ def test_a_killed_run_locks_nothing(tmp_path):
         time.sleep(0.1)
     second.kill()
     second.communicate()
+
+
+@pytest.mark.slow
+def test_a_second_group_of_processes_is_refused(tmp_path):
+    def group() -> list[subprocess.Popen]:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            address = f"localhost:{free.getsockname()[1]}"
+        flags = ("--train.steps=60", f"--coordinator={address}", "--num_processes=2")
+        return [start(tmp_path / "run", *flags, f"--process_id={number}") for number in range(2)]
+
+    first = group()
+    while owner_now(tmp_path / "run", inside=True) is None:
+        assert first[0].poll() is None, first[0].communicate()[0]
+        time.sleep(0.1)
+    second = group()
+    texts = [process.communicate(timeout=300)[0] for process in second]
+    assert [process.returncode for process in second] == [2, 2], texts
+    assert all(f"is being written by `jaxft train` on host {os.uname().nodename}" in text for text in texts)
+    texts = [process.communicate(timeout=300)[0] for process in first]
+    assert [process.returncode for process in first] == [0, 0], texts

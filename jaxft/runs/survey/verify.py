@@ -22,6 +22,7 @@ SMALL = {
     run_folder.SCORES: "Delete it: the command of the run computes the scores again.",
     run_folder.SUMMARY: "Delete it: the command of the run writes it again.",
 }
+LEFTOVERS = (".partial", ".tmp", ".deleted")  # what is written, or about to be deleted
 EXPORT = "Move the folder away and give the command of the run again, which writes it anew from the checkpoint."
 
 
@@ -68,6 +69,9 @@ def _verify_run(folder: Path, findings: Findings, *, rows: bool) -> None:
     for name in ("adapter", "merged", "model"):
         if (folder / name).is_dir():
             _verify_export(folder / name, record, findings, live=owner is not None)
+    for path in () if owner is not None else sorted(folder.iterdir()):
+        if path.suffix in LEFTOVERS:
+            findings.unchecked(path.name, "a process that was stopped left it; nothing reads it")
     if (folder / run_folder.BASE).is_dir():
         verify_model(folder / run_folder.BASE, run_folder.BASE, findings)
     if config is not None and record is not None and record.reads:

@@ -210,6 +210,14 @@ def test_what_the_run_reads_is_compared_with_its_record(whole, run):
     assert {"model.path", "what the run reads"} <= unchecked and verify(run).is_whole
 
 
+def test_leftovers_are_told_and_are_no_damage(run):
+    (run / "adapter.partial").mkdir()
+    (run / "config.json.tmp").write_text("{")
+    findings = verify(run, rows=False)
+    assert findings.is_whole
+    assert {"adapter.partial", "config.json.tmp"} <= {one.part for one in findings.all if one.state == "not checked"}
+
+
 def test_a_run_that_is_being_written_is_not_called_broken(run):
     (run / "checkpoints/8/manifest.json").unlink()
     with lock(run, "jaxft train", inside=True):
