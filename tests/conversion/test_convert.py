@@ -28,6 +28,7 @@ from jaxft.conversion.convert import convert
 from jaxft.data.tokenizers.load import load_tokenizer
 from jaxft.errors import CheckpointError, ConfigError, ExportError, FolderInUseError, ModelError
 from jaxft.files.locks.lock import lock
+from jaxft.files.targets import SMALL_FILES
 from jaxft.runs import export as exports
 
 QUIET = Console(quiet=True)
@@ -432,11 +433,11 @@ def test_what_an_interrupted_call_left_needs_no_more_room(model, tmp_path, monke
     left.mkdir(parents=True)
     (tmp_path / "out.partial" / conversions.STATE).write_text("")
     (left / "model-00001-of-00002.safetensors").write_bytes(bytes(size // 2))
-    free(monkeypatch, size + conversions.SMALL_FILES - size // 2 - 1)
+    free(monkeypatch, size + SMALL_FILES - size // 2 - 1)
     with pytest.raises(ExportError, match="make room"):
         convert(str(model), str(tmp_path / "out"), console=QUIET)
     assert (left / "model-00001-of-00002.safetensors").is_file()
-    free(monkeypatch, size + conversions.SMALL_FILES - size // 2)
+    free(monkeypatch, size + SMALL_FILES - size // 2)
     convert(str(model), str(tmp_path / "out"), console=QUIET)
 
 
