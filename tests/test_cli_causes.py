@@ -111,6 +111,14 @@ def test_a_library_that_is_missing_or_cannot_read_is_named(tmp_path):
     assert "Look at the files that were given" in cause_of(damaged.value)
 
 
+def test_an_error_of_the_system_that_a_library_in_rust_met_has_its_mend(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    with pytest.raises(Exception, match="os error") as caught:
+        tokenizers.Tokenizer(tokenizers.models.BPE()).save(str(tmp_path / "absent" / "tokenizer.json"))
+    assert type(caught.value) is Exception
+    assert REMEDIES[errno.ENOENT] in cause_of(caught.value)
+
+
 def test_the_error_that_another_was_raised_from_counts():
     try:
         try:

@@ -7,6 +7,7 @@ named here.
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Iterator
 
@@ -42,6 +43,7 @@ LIMITED = (
     "If `ulimit -v`, a container or a job's request sets the limit, raise it; else end other programs, or load the "
     "model in fewer bits."
 )
+OS_ERROR = re.compile(r"\(os error (\d+)\)")  # as Rust writes an error of the operating system
 LIBRARY = "a library that jaxft uses could not read or write a file"
 
 
@@ -145,6 +147,9 @@ def _of_missing_package(error: BaseException, verb: str) -> str | None:
 def _of_library(error: BaseException, verb: str) -> str | None:
     """Errors of libraries that read files or speak with servers; Rust's panics are not even of class Exception."""
     root = type(error).__module__.partition(".")[0]
+    number = OS_ERROR.search(str(error))
+    if number is not None and (type(error) is Exception or root in FILE_LIBRARIES):
+        return f"{LIBRARY}: {error}. {REMEDIES.get(int(number[1]), '')}".rstrip()
     if type(error).__name__ == "PanicException":
         return f"{LIBRARY}, and stopped: {error}. Look at the tokenizer, the rows and the weights that were given."
     if root in FILE_LIBRARIES:
