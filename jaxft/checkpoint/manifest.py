@@ -1,8 +1,13 @@
-"""Checksums of a finished folder, because Orbax restores flipped bits without an error."""
+"""Checksums of a finished folder, because Orbax restores flipped bits without an error.
+
+They show accidents. Whoever changes a file on purpose can write a manifest that fits.
+"""
 
 import hashlib
 import json
+import logging
 import os
+import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,10 +15,19 @@ from typing import Any
 
 from jaxft.errors import CheckpointError, listed
 from jaxft.files.atomic import unfinished_file, write_text
+from jaxft.files.paths import json_object
 
 NAME = "manifest.json"
 ALGORITHM = "blake2b"
 THREADS = min(8, os.cpu_count() or 1)  # hashlib and file reads release the GIL
+# What desktops and network file systems leave in folders that they show; nothing reads it.
+OF_SYSTEMS = re.compile(r"\.DS_Store|\._.*|\.nfs.*|\.fuse_hidden.*|Thumbs\.db|desktop\.ini|\.directory|Icon\r")
+
+log = logging.getLogger(__name__)
+
+
+class StrayFiles(CheckpointError):
+    """Files were added to a folder whose own files are whole."""
 
 
 def write(folder: str | os.PathLike[str]) -> Path:
@@ -34,23 +48,34 @@ def exists(folder: str | os.PathLike[str]) -> bool:
 
 
 def verify(folder: str | os.PathLike[str]) -> None:
-    """Reads every file again. Raises CheckpointError naming each damaged, missing and extra file."""
+    """Reads every file again. Raises CheckpointError naming each damaged, missing and extra file.
+
+    If nothing but extra files is wrong, it is StrayFiles. Files that operating systems leave in folders are ignored,
+    with a warning.
+    """
     folder = Path(folder)
     expected = _read(folder)
     present = _digests(folder, _digest_or_error)
-    problems = []
-    for name in sorted(expected.keys() | present.keys()):
+    problems, strays = [], sorted(present.keys() - expected.keys())
+    if ignored := [name for name in strays if OF_SYSTEMS.fullmatch(name.rpartition("/")[2])]:
+        log.warning("%s: ignored, since the system put it there: %s", folder, listed(ignored))
+        strays = [name for name in strays if name not in ignored]
+    for name in sorted(expected):
         if name not in present:
             problems.append(f"{name}: missing")
-        elif name not in expected:
-            problems.append(f"{name}: not in the manifest")
         elif "error" in present[name]:
             problems.append(f"{name}: cannot be read: {present[name]['error']}")
         elif present[name]["bytes"] != expected[name]["bytes"]:
             problems.append(f"{name}: {present[name]['bytes']} bytes, {expected[name]['bytes']} were written")
         elif present[name] != expected[name]:
             problems.append(f"{name}: damaged, its {expected[name]['bytes']} bytes are not those that were written")
+    if strays and not problems:
+        raise StrayFiles(
+            f"{folder} has files that it was not written with:\n{listed(strays, lines=True)}\nIts own files are whole. "
+            f"Move these files elsewhere: {strays[0]!r} for example is {folder / strays[0]}"
+        )
     if problems:
+        problems += [f"{name}: not in the manifest" for name in strays]
         counts = f"{len(problems)} of {len(expected)} files"
         raise CheckpointError(f"{folder} differs from its manifest in {counts}:\n{listed(problems, lines=True)}")
 
@@ -58,7 +83,7 @@ def verify(folder: str | os.PathLike[str]) -> None:
 def _read(folder: Path) -> Mapping[str, Mapping[str, Any]]:
     path = folder / NAME
     try:
-        content = json.loads(path.read_bytes())
+        content = json_object(path.read_bytes(), str(path))
         claimed = content.pop("checksum")
         files, algorithm = content["files"], content["algorithm"]
     except FileNotFoundError:

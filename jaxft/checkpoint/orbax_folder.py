@@ -8,7 +8,6 @@ folder for each parameter), so that everything that reads a model reads this too
 
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +20,7 @@ from jaxft.checkpoint.hf import hf_shape, param_tensors
 from jaxft.checkpoint.tensors import TensorSpec, block_bounds
 from jaxft.errors import CheckpointError, did_you_mean
 from jaxft.files.paths import check_links, read_json
+from jaxft.files.plain_path import PlainFolder
 from jaxft.files.strict_json import parse_json
 from jaxft.models.tensor_map import ParamTensors, Piece
 from jaxft.nn.decoder import Decoder
@@ -49,10 +49,11 @@ def write_params(model: Decoder, folder: str | os.PathLike[str]) -> None:
         lambda leaf: ocp.SaveArgs(chunk_byte_size=_chunk_bytes(leaf), shard_axes=tuple(range(max(1, leaf.ndim - 2)))),
         arrays,
     )
+    plain = PlainFolder(folder)
     # One folder for each array instead of OCDBT's shared database, so that any zarr reader can read it.
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, save_concurrent_gb=CONCURRENT_GB)
     with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(Path(folder).absolute() / PARAMS, ocp.args.PyTreeSave(arrays, save_args=args))
+        checkpointer.save(plain.path / PARAMS, ocp.args.PyTreeSave(arrays, save_args=args))
 
 
 class OrbaxFolder:
@@ -65,6 +66,7 @@ class OrbaxFolder:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         check_links(self.path)  # tensorstore opens the files by itself
+        self._plain = PlainFolder(self.path)
         manifest.verify(self.path)
         model = models.abstract_model(models.config_from_hf(read_json(os.path.join(self.path, "config.json"))))
         leaves, _ = flatten(nnx.state(model))
@@ -89,7 +91,14 @@ class OrbaxFolder:
         cuts = tuple(slice(*cut) for cut in block_bounds(self._specs[name].shape, index))
         # A transform that reverses axes maps an index back in the same way.
         inner = param.transform.hf_index(cuts)
-        return param.transform.to_hf(self._store(param.path)[(*piece.at, *inner)].read().result())
+        try:
+            block = self._store(param.path)[(*piece.at, *inner)].read().result()
+        except (ValueError, OSError) as error:  # TensorStore's errors
+            raise CheckpointError(
+                f"{self.path}: parameter {param.path} cannot be read: {self._plain.own_names(str(error))[:500]}. Write "
+                "the folder anew."
+            ) from error
+        return param.transform.to_hf(block)
 
     def _metadata(self, path: str) -> tuple[tuple[int, ...], np.dtype]:
         file = os.path.join(self.path, PARAMS, _folder_of(path), ".zarray")
@@ -106,7 +115,7 @@ class OrbaxFolder:
         if path not in self._stores:
             import tensorstore
 
-            store = {"driver": "file", "path": os.path.join(os.path.abspath(self.path), PARAMS, _folder_of(path))}
+            store = {"driver": "file", "path": str(self._plain.path / PARAMS / _folder_of(path))}
             self._stores[path] = tensorstore.open({"driver": "zarr", "kvstore": store}, read=True).result()
         return self._stores[path]
 

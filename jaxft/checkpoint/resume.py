@@ -1,21 +1,21 @@
 """Checkpoints of a run: written by Orbax in the background, restored bit for bit.
 
-A step is a folder `<step>/` with Orbax's `state/` and `meta/` and, written last, `manifest.json`. The manifest makes a
-step whole: the writing of a folder without one was interrupted. Old steps are deleted only after the manifest of the
-new one has been written, and renamed first, so that no crash leaves half a folder under a step's name or fewer whole
-steps than before.
+A step is a folder `<step>/` with Orbax's `state/` and `meta/` and, written last, `manifest.json`. It becomes
+whole in this order: Orbax writes it under another name; all processes flush its files and the entries of its folders to
+the disk; the first step that a run saves is read back; the manifest is written and flushed; the folder gets its name,
+and that entry is flushed. Only then are old steps deleted, and renamed first. So no crash and no power cut leaves half
+a folder under a step's name, or fewer whole steps than before (`steps/folders.py` has the names).
 
 Orbax's AsyncCheckpointer is used without its CheckpointManager, which deletes old steps as soon as the new one has its
 name: before our manifest exists.
 """
 
+import contextlib
+import itertools
 import json
-import logging
 import math
 import os
-import re
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -27,15 +27,17 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from jaxft.checkpoint import manifest
 from jaxft.checkpoint.finite import check_state
-from jaxft.checkpoint.saved_step import SavedStep, find_averages
-from jaxft.checkpoint.state_layout import abstract_arrays, as_arrays, as_state, layout
+from jaxft.checkpoint.steps import folders, read_back
+from jaxft.checkpoint.steps.flushing import flush_in_all
+from jaxft.checkpoint.steps.layout import abstract_arrays, as_arrays, as_state, layout
+from jaxft.checkpoint.steps.quiet import quiet_libraries
+from jaxft.checkpoint.steps.saved_step import SavedStep, find_averages
 from jaxft.errors import CheckpointError
+from jaxft.files.atomic import FilePath, flush, make_folder
+from jaxft.files.plain_path import PlainFolder
 from jaxft.sharding.processes import is_primary
 
-LEFTOVER = re.compile(r"\d+\.(orbax-checkpoint-tmp.*|deleted)")
-ORBAX_MARK = "_CHECKPOINT_METADATA"  # a folder named like a step but without this file is not ours to delete
-
-log = logging.getLogger(__name__)
+_saves = itertools.count()  # every process makes the same saves in the same order
 
 
 class _Step(NamedTuple):
@@ -49,7 +51,8 @@ class RunCheckpoints:
     keep: the number of newest steps that are kept. best_metric: also keep the one step that is best by this entry of
     `metrics`. best_mode: `min` or `max`. ranked_after: the steps up to this one are not ranked, because they were
     evaluated on other rows. read_only: only restore; nothing in the folder is created or removed, so that
-    it is safe while a run writes there. Raises CheckpointError for a bucket address.
+    it is safe while a run writes there. logs: files, such as the metrics, that reach the disk with every step if they
+    are there. Raises CheckpointError for a bucket address, and for steps that are links or were renamed.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class RunCheckpoints:
         best_mode: str = "min",
         ranked_after: int = 0,
         read_only: bool = False,
+        logs: Iterable[FilePath] = (),
     ) -> None:
         if "://" in str(folder):
             raise CheckpointError(f"{folder}: checkpoints go to a local or mounted folder; mount the bucket first")
@@ -68,6 +72,7 @@ class RunCheckpoints:
             raise CheckpointError(f"keep={keep} must be at least 1 and best_mode={best_mode!r} be min or max")
         self.folder = Path(folder).absolute()
         self._read_only, self._best_metric, self._ranked_after = read_only, best_metric, ranked_after
+        self._logs, self._read_back = tuple(Path(path) for path in logs), False
         self._newest = policies.LatestN(keep)
         self._best: policies.PreservationPolicy | None = None
         if best_metric is not None:
@@ -77,17 +82,21 @@ class RunCheckpoints:
                 n=1,
                 keep_checkpoints_without_metrics=False,
             )
+        self._plain: PlainFolder | None = None
+        quiet_libraries()
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: tuple[int, Future[None]] | None = None
         self._last: int | None = None  # saved or restored by this object
+        self._failed = False  # a save
         if not read_only:
             if is_primary():
-                self.folder.mkdir(parents=True, exist_ok=True)
-                self._clean()
+                folders.check_names(self.folder)
+                make_folder(self.folder)
+                folders.tidy(self.folder)
             _sync("checkpoints_cleaned")
         steps = self.all_steps() if best_metric is not None else ()
-        self._metrics = {step: self._meta(step)["metrics"] for step in steps}
+        self._metrics = {step: folders.read_meta(self._path(step))["metrics"] for step in steps}
 
     def save(self, step: int, state: Any, extra: Mapping[str, Any], metrics: Mapping[str, float] | None = None) -> bool:
         """Begins to write a step; returns when the arrays are copied from the devices and may be donated.
@@ -111,18 +120,21 @@ class RunCheckpoints:
         check_state(step, arrays, self._whole())
         metrics = {name: float(value) for name, value in (metrics or {}).items()}
         meta = {
-            "layout": layout(state), "averages": find_averages(state), "metrics": metrics, "extra": dict(extra),
+            "step": step, "layout": layout(state), "averages": find_averages(state), "metrics": metrics,
+            "extra": dict(extra),
         }  # fmt: skip
         try:
             json.dumps(meta)
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"extra of step {step} is not JSON: {error}") from error
         items = ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
+        expected = {} if self._read_back or not is_primary() else read_back.copies(arrays)
         try:
-            self._orbax.save(self._path(step), args=items)
+            self._orbax.save(self._for_orbax(folders.saving_name(step)), args=items)
         except Exception as error:  # Orbax promises no types; nothing is swallowed
+            self._failed = True
             raise self._not_saved(step, error) from error
-        self._pending = (step, self._background.submit(self._finish, step, metrics))
+        self._pending = (step, self._background.submit(self._finish, step, next(_saves), metrics, expected))
         self._last = step
         return True
 
@@ -138,7 +150,7 @@ class RunCheckpoints:
             return None
         saved.check_fits(abstract_state)
         wanted = ocp.args.StandardRestore(abstract_arrays(abstract_state))
-        arrays = self._orbax.restore(saved.folder, args=ocp.args.Composite(state=wanted)).state
+        arrays = saved.read(lambda folder: self._orbax.restore(folder, args=ocp.args.Composite(state=wanted)).state)
         self._last = saved.step
         return as_state(arrays, abstract_state), saved.extra
 
@@ -149,16 +161,19 @@ class RunCheckpoints:
         """
         self.wait()
         step = self._verify_step(step)
-        return None if step is None else SavedStep(self._path(step), self._meta(step))
+        if step is None:
+            return None
+        meta = folders.read_meta(self._path(step))
+        folders.check_number(self._path(step), meta)
+        return SavedStep(self._path(step), meta)
 
     def all_steps(self) -> tuple[int, ...]:
         """Whole steps, ascending, without the one that is being saved."""
-        entries = self.folder.iterdir() if self.folder.is_dir() else ()
-        return tuple(sorted(int(e.name) for e in entries if e.name.isdecimal() and manifest.exists(e)))
+        return folders.whole_steps(self.folder)
 
     def latest_step(self) -> int | None:
         """The newest whole step."""
-        return max(self.all_steps(), default=None)
+        return folders.newest_step(self.folder)
 
     def best_step(self) -> int | None:
         """The whole step that is best by best_metric; None if none of them has the metric."""
@@ -172,18 +187,19 @@ class RunCheckpoints:
         try:
             future.result()
         except Exception as error:  # any error of the background thread; none is swallowed
-            self._last = None
+            self._last, self._failed = None, True
             raise self._not_saved(step, error) from error
         finally:
             _sync("checkpoint_whole")
 
     def close(self) -> None:
-        """Waits as `wait` does, and releases the threads."""
+        """Waits as `wait` does, and releases the threads. Raises CheckpointError if the last save failed."""
         try:
             self.wait()
         finally:
             self._background.shutdown()
-            self._orbax.close()
+            with contextlib.suppress(Exception) if self._failed else contextlib.nullcontext():
+                self._orbax.close()  # it raises the error again that has been reported
 
     def __enter__(self) -> Self:
         return self
@@ -194,29 +210,51 @@ class RunCheckpoints:
     def _path(self, step: int) -> Path:
         return self.folder / str(step)
 
+    def _for_orbax(self, name: str) -> Path:
+        if self._plain is None:
+            self._plain = PlainFolder(self.folder)
+        return self._plain.path / name
+
     def _not_saved(self, step: int, error: Exception) -> CheckpointError:
-        first = str(error).strip().split("\n", 1)[0]
+        first = f"{type(error).__name__}: {error}".strip().split("\n", 1)[0]
+        if isinstance(error, OSError) and error.strerror:
+            first = ": ".join(str(part) for part in (error.filename, error.strerror) if part)
+        elif isinstance(error, CheckpointError):
+            first = str(error)
         if len(first) > 500:  # the cause is at the end of TensorStore's nested messages
             first = f"{first[:100]} ... {first[-300:]}"
+        if self._plain is not None:
+            first = self._plain.own_names(first)
         return CheckpointError(
-            f"step {step} was not saved to {self.folder}: {type(error).__name__}: {first}. "
-            f"Check that the disk has room and is writable; {self._whole()}."
+            f"step {step} was not saved to {self.folder}: {first}. "
+            f"Check that the disk has room and is writable; {self._whole()}. Then run the same command again."
         )
 
     def _whole(self) -> str:
         newest = self.latest_step()
         return "no earlier step is whole" if newest is None else f"step {newest} is whole and can be resumed from"
 
-    def _finish(self, step: int, metrics: Mapping[str, float]) -> None:
+    def _finish(self, step: int, number: int, metrics: Mapping[str, float], expected: read_back.Copies) -> None:
         self._orbax.wait_until_finished()  # with several processes a barrier: all have written
-        self._metrics[step] = metrics
+        written = self.folder / folders.saving_name(step)
+        flush_in_all(written, number)
         if not is_primary():
+            self._metrics[step] = metrics
             return
-        manifest.write(self._path(step))
+        for path in self._logs:
+            with contextlib.suppress(OSError):  # a log that is not there, or fails, does not make the step less whole
+                flush(path)
+        if expected:
+            read_back.compare(self._for_orbax(written.name) / "state", expected)
+            self._read_back = True
+        manifest.write(written)
+        written.rename(self._path(step))
+        flush(self.folder)
+        self._metrics[step] = metrics
         outdated = {s for s, keep in self._rank(self._newest) if not keep}
         outdated -= {s for s, keep in self._rank(self._best) if keep}
         for old in sorted(outdated):
-            _remove(self._path(old))
+            folders.remove_step(self._path(old))
 
     def _rank(self, policy: policies.PreservationPolicy | None) -> list[tuple[int, bool]]:
         by_metric = policy is self._best
@@ -232,14 +270,6 @@ class RunCheckpoints:
         metrics = self._metrics.get(step) or {}
         value = metrics.get(self._best_metric, math.nan)
         return None if math.isnan(value) or step <= self._ranked_after else metrics  # NaN cannot be ranked
-
-    def _meta(self, step: int) -> dict[str, Any]:
-        try:
-            return self._orbax.restore(self._path(step), args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-        except (ValueError, OSError, KeyError) as error:
-            raise CheckpointError(
-                f"checkpoint {self._path(step)} is damaged: meta: {error}\nDelete the folder {self._path(step)}."
-            ) from error
 
     def _verify_step(self, step: int | None) -> int | None:
         # Process 0 chooses and verifies; the others follow, so that none restores a step that another refuses.
@@ -268,24 +298,13 @@ class RunCheckpoints:
             raise CheckpointError(f"{self.folder} has no whole step {step}; it has {list(steps) or 'none'}")
         try:
             manifest.verify(self._path(step))
+        except manifest.StrayFiles:  # the step itself is whole
+            raise
         except CheckpointError as error:
             earlier = [s for s in steps if s < step]
             back = f"go back to step {earlier[-1]}" if earlier else "start anew: there is no earlier step"
             raise CheckpointError(f"{error}\nDelete the folder {self._path(step)} to {back}.") from error
         return step
-
-    def _clean(self) -> None:
-        for entry in sorted(self.folder.iterdir()):
-            unfinished = entry.name.isdecimal() and not manifest.exists(entry) and (entry / ORBAX_MARK).exists()
-            if unfinished or LEFTOVER.fullmatch(entry.name):
-                log.warning("removing %s: writing or deleting it was interrupted", entry)
-                _remove(entry)
-
-
-def _remove(folder: Path) -> None:
-    # Renamed first: a crash in the middle of rmtree leaves nothing under the name of a step.
-    deleted = folder if folder.suffix == ".deleted" else folder.rename(folder.parent / f"{folder.name}.deleted")
-    shutil.rmtree(deleted)
 
 
 def _sync(name: str) -> None:

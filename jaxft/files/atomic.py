@@ -1,9 +1,12 @@
 """Atomic writes: a file or a folder is written under another name, flushed to disk and then renamed.
 
-After a kill, a full disk or a crash of the machine, either the old content is there or all of the new content.
+After a kill, a full disk, a crash of the machine or a power cut, either the old content is there or all of the new
+content. A rename may reach the disk before the bytes that it names, and a file before the folder entry that leads to
+it, so both are flushed, in this order.
 """
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -13,6 +16,9 @@ from typing import BinaryIO
 from jaxft.system import naming
 
 FilePath = str | os.PathLike[str]
+
+# What fsync answers where a file system has nothing to flush, or cannot flush a folder, as some mounted buckets.
+CANNOT_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 def unfinished_file(path: FilePath) -> Path:
@@ -28,17 +34,19 @@ def unfinished_folder(path: FilePath) -> Path:
 def write_file(path: FilePath, fill: Callable[[BinaryIO], object]) -> None:
     """Writes a file by calling `fill` with it, opened for bytes. The file appears whole, or the old one stays.
 
-    Raises whatever `fill` raises, and OSError if the disk is full; the unfinished file is then removed.
+    A link at `path` is replaced, not followed. Raises whatever `fill` raises, and OSError, with the name of the file,
+    if the disk is full; the unfinished file is then removed.
     """
     unfinished = unfinished_file(path)
     try:
         with naming(path), _open_new(unfinished) as file:
             fill(file)
             file.flush()
-            os.fsync(file.fileno())  # a rename may reach the disk before the bytes do
+            os.fsync(file.fileno())
         _rename(unfinished, Path(path))
     finally:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it would hide the first error
+            unfinished.unlink(missing_ok=True)
 
 
 def _open_new(path: Path) -> BinaryIO:
@@ -52,6 +60,18 @@ def write_text(path: FilePath, text: str) -> None:
     write_file(path, lambda file: file.write(text.encode()))
 
 
+def make_folder(path: FilePath) -> None:
+    """Makes a folder and its parents, unless they are there, and flushes the entries of those that were made."""
+    absent = []
+    at = Path(path).absolute()
+    while not at.is_dir():
+        absent.append(at)
+        at = at.parent
+    Path(path).mkdir(parents=True, exist_ok=True)
+    for folder in reversed(absent):
+        flush(folder.parent)
+
+
 @contextlib.contextmanager
 def new_folder(path: FilePath) -> Iterator[Path]:
     """Yields an empty folder that takes the name `path` when the block ends, and is removed if the block raises.
@@ -61,7 +81,7 @@ def new_folder(path: FilePath) -> Iterator[Path]:
     """
     unfinished = unfinished_folder(path)
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
+    make_folder(unfinished)
     try:
         yield unfinished
         publish(unfinished, path)
@@ -74,21 +94,31 @@ def publish(unfinished: FilePath, path: FilePath) -> None:
 
     Both names are on one file system.
     """
-    unfinished = Path(unfinished)
-    for entry in (unfinished, *unfinished.rglob("*")):
+    flush_tree(unfinished)
+    _rename(Path(unfinished), Path(path))
+
+
+def flush_tree(path: FilePath) -> None:
+    """Flushes a file, or a folder and all files and folders below it. Links are not followed."""
+    path = Path(path)
+    for entry in (*path.rglob("*"), path):
         if not entry.is_symlink():
-            _sync(entry)
-    _rename(unfinished, Path(path))
+            flush(entry)
+
+
+def flush(path: FilePath) -> None:
+    """Flushes a file, or the entries of a folder, to the disk. Raises OSError, with the path, if the disk refuses."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in CANNOT_FLUSH:
+            error.filename = os.fspath(path)
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def _rename(source: Path, target: Path) -> None:
     os.replace(source, target)
-    _sync(target.parent)  # so that the new name outlives a crash of the machine
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush(target.parent)  # so that the new name outlives a crash of the machine

@@ -1,10 +1,12 @@
 """The names of the files in a run folder, the mark by which it is known, and how its JSON is read and written."""
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
+from jaxft.errors import CheckpointError
 from jaxft.files.atomic import write_text
 
 MARK = "jaxft_run.json"  # written first, by no other program: what makes a folder that of a run
@@ -28,6 +30,8 @@ TEACHER = "teacher"  # the teacher's log-probabilities of a run with method.dist
 ADAPTER, MERGED, MODEL = "adapter", "merged", "model"  # exports
 
 
+log = logging.getLogger(__name__)
+
 # Sections that the config.json of every run has, and no model's config.json.
 SECTIONS = ("model", "data", "optim", "train", "checkpoint")
 
@@ -41,7 +45,7 @@ def is_run_config(path: str | os.PathLike[str]) -> bool:
     """Whether a file is the config of a run: JSON with its sections, and with the folder that it was written to."""
     try:
         values = read_json(path)
-    except (OSError, ValueError, RecursionError):  # a file of another program, which is not read further
+    except (OSError, CheckpointError):  # damaged, or a file of another program, which is not read further
         return False
     return (
         isinstance(values, dict)
@@ -51,8 +55,26 @@ def is_run_config(path: str | os.PathLike[str]) -> bool:
 
 
 def read_json(path: str | os.PathLike[str], default: Any = None) -> Any:
-    """The JSON in a file, or `default` if there is no file."""
-    return json.loads(Path(path).read_text(encoding="utf-8")) if os.path.isfile(path) else default
+    """The JSON in a file, or `default` if there is no file. Raises CheckpointError if it is damaged."""
+    if not os.path.isfile(path):
+        return default
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{os.fspath(path)} is damaged, and not valid JSON: {error}") from error
+
+
+def read_if_whole(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The JSON object in a file that only informs: empty if there is none, and, with a warning, if it is damaged."""
+    try:
+        value = read_json(path, {})
+    except (OSError, CheckpointError) as error:
+        log.warning("%s, so it is left out", error)
+        return {}
+    if not isinstance(value, dict):
+        log.warning("%s is damaged, and holds no JSON object, so it is left out", os.fspath(path))
+        return {}
+    return value
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

@@ -18,8 +18,8 @@ from jaxft.adapters.lora import eva
 from jaxft.checkpoint.load import LoadedModel
 from jaxft.checkpoint.resume import RunCheckpoints
 from jaxft.config import RunConfig
+from jaxft.errors import listed
 from jaxft.files import run_folder
-from jaxft.files.locks import lock
 from jaxft.methods import method_of
 from jaxft.methods.method import Feed, Run
 from jaxft.methods.parts.sequences import device_batch, evaluated_weights
@@ -33,11 +33,14 @@ from jaxft.sharding.processes import is_primary, on_primary
 from jaxft.terminal.console import say
 from jaxft.training.early_stopping import EarlyStopping
 from jaxft.training.likelihoods import FallingLikelihoods
-from jaxft.training.log import NoLog, RunLog, read_metrics
+from jaxft.training.log import NoLog, RunLog, read_metrics, spans
 from jaxft.training.loop import Cadence, Epochs, Hooks, Period, evaluate, fit
 from jaxft.training.reward_watch import RewardWatch
 from jaxft.training.spikes import SpikeGuard
 from jaxft.training.state import TrainState, saved_part, with_saved
+
+# What a step's metrics and answers are logged in. A power cut must not take what a whole step has seen.
+LOGS = (run_folder.METRICS, run_folder.COMPLETIONS, run_folder.HELD_OUT_COMPLETIONS)
 
 
 class Fitted(NamedTuple):
@@ -65,9 +68,10 @@ def fit_run(run: Run, loaded: LoadedModel, console: Console) -> Fitted:
         state = with_frozen(state, load_frozen(config, run.mesh, loaded.module))
         restored = checkpoints.restore(saved_part(_shapes(state)))
         start, progress, held_out = 0, {}, {}
+        logged = None
         if restored is not None:
             saved, extra = restored
-            state = with_saved(state, saved)
+            state, logged = with_saved(state, saved), extra.get("logged")
             start, progress, held_out = int(extra["step"]), extra["progress"], extra["held_out"]
         if start <= ranked_after:  # what was seen on other held-out rows says nothing of these
             progress = {name: value for name, value in progress.items() if not name.startswith(EarlyStopping.PREFIX)}
@@ -78,9 +82,10 @@ def fit_run(run: Run, loaded: LoadedModel, console: Console) -> Fitted:
         with _log(run, start if restored else None, console) as log:
             if start:
                 log.note(f"going on from step {start} of {run.total_steps}")
+                _tell_missing(run, log, start, logged)
             feed = method.feed(run, graphdef)
             step = _jitted_step(run, graphdef, tx, schedule, state)
-            hooks = _hooks(run, graphdef, feed, step, _saver(config, checkpoints))
+            hooks = _hooks(run, graphdef, feed, step, _saver(config, checkpoints, log))
             ended = hooks.early_stopping is not None and hooks.early_stopping.ends(progress)
             if start < run.total_steps and not ended:
                 state, held_out = fit(state, hooks, _cadence(run), log, start=start, progress=progress)
@@ -130,6 +135,7 @@ def _checkpoints(run: Run, ranked_after: int) -> RunCheckpoints:
         best_metric=settings.best_metric,
         best_mode=settings.best_mode,
         ranked_after=ranked_after,
+        logs=[run.folder / name for name in LOGS],
     )
 
 
@@ -253,12 +259,26 @@ def _jitted_step(
     return jax.jit(run.mesh.bind(step), donate_argnums=0, out_shardings=(shardings, None))
 
 
+def _tell_missing(run: Run, log: RunLog | NoLog, step: int, logged: int | None) -> None:
+    """Says which rows of the metrics are missing that had been logged when `step` was saved. logged: their number."""
+    if not is_primary() or logged is None or log.rows >= logged:
+        return
+    cadence, there = _cadence(run), {row["step"] for row in read_metrics(run.folder)}
+    steps = [n for n in range(1, step + 1) if cadence.due(n, cadence.log_every) and n not in there]
+    which = f": of steps {listed(spans(steps))}" if steps else ""
+    log.note(
+        f"warning: {logged - log.rows} of the {logged} rows that {run_folder.METRICS} had at step {step} are missing"
+        f"{which}. The run goes on, and its weights are the same; the report and the summary lack these rows. If you "
+        "have a copy of the file, stop, put it back and run the same command again."
+    )
+
+
 def _saver(
-    config: RunConfig, checkpoints: RunCheckpoints
+    config: RunConfig, checkpoints: RunCheckpoints, log: RunLog | NoLog
 ) -> Callable[[int, TrainState, dict[str, Any], dict[str, float]], None]:
     def save(step: int, state: TrainState, progress: dict[str, Any], held_out: dict[str, float]) -> None:
-        on_primary(partial(lock.check, checkpoints.folder.parent, inside=True))
         extra = {"step": step, "progress": progress, "held_out": held_out, "config": config.to_dict()}
+        extra["logged"] = log.rows
         checkpoints.save(step, saved_part(state), extra, held_out or None)
 
     return save

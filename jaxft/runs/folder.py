@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 import os
 import re
 import time
@@ -13,12 +14,13 @@ from typing import Any
 import jax
 
 from jaxft import config as config_module
-from jaxft.checkpoint import manifest
+from jaxft.checkpoint.steps import folders
 from jaxft.config import RunConfig
 from jaxft.data import Tokenizer, tokenizer_of
-from jaxft.errors import ConfigError, listed
-from jaxft.files.atomic import write_text
+from jaxft.errors import CheckpointError, ConfigError, listed
+from jaxft.files.atomic import make_folder, write_text
 from jaxft.files.locks.lock import lock
+from jaxft.files.plain_path import check_path
 from jaxft.files.run_folder import (
     CHAT_TEMPLATE,
     CHECKPOINTS,
@@ -41,6 +43,8 @@ from jaxft.runs.identity.exports import clear
 from jaxft.runs.identity.record import EXPORTS, Record, read_record, record_of, write_record
 from jaxft.sharding.processes import on_primary
 from jaxft.system import described
+
+log = logging.getLogger(__name__)
 
 
 def open_run(
@@ -65,7 +69,7 @@ def open_run(
     now = Start(config=config, reads=reads, steps=steps, template=template)
     try:
         record, notes = _occupy(folder, now)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         write_record(folder, record)
         write_json(folder / CONFIG, config.to_dict())
         if steps is not None:
@@ -110,16 +114,20 @@ def _unwritable(folder: Path, error: OSError) -> ConfigError:
 def _occupy(folder: Path, now: Start) -> tuple[Record, list[str]]:
     """(the record of the run in a folder, or a new one; what has changed). Raises ConfigError as `open_run` does."""
     new = Record(steps=now.steps, reads=now.reads)
+    check_path(folder)
     if not is_run_folder(folder):
         refuse_occupied(folder)
         return new, []
     record = record_of(folder)
+    folders.check_names(folder / CHECKPOINTS)
+    folders.refuse_without_whole(folder / CHECKPOINTS)
     before, newest = _config_in(folder), newest_step(folder)
     if newest is not None:
         if before is None:
             raise ConfigError(
-                f"{folder / CONFIG} is missing or not that of a run, but the folder has checkpoints of one. Restore "
-                "the file to resume that run, or set output_dir to a new folder."
+                f"{folder / CONFIG} is missing or not that of a run, and step {newest} of the checkpoints does not say "
+                "which settings it was trained with. Restore the file to resume that run, or set output_dir to a new "
+                "folder."
             )
         refuse_other_run(folder, record, before, now, chat_template(folder))
         record, notes = go_on(record, before, now, newest)
@@ -171,20 +179,44 @@ def refuse_other_base(folder: Path, reads: Reads) -> None:
 
 def newest_step(folder: Path) -> int | None:
     """The newest whole checkpoint of a run folder."""
-    steps = (step for step in (folder / CHECKPOINTS).glob("*") if step.name.isdecimal() and manifest.exists(step))
-    return max((int(step.name) for step in steps), default=None)
+    return folders.newest_step(folder / CHECKPOINTS)
 
 
 def _config_in(folder: Path) -> RunConfig | None:
-    """The config in a run folder; None if there is none, or a file of another program has taken its name."""
-    path = str(folder / CONFIG)
-    return config_module.from_json(path) if is_run_config(path) else None
+    """The config in a run folder; if its file is missing or damaged, that of the newest checkpoint, with a warning.
+
+    None if there is neither.
+    """
+    path = folder / CONFIG
+    if is_run_config(path):
+        return config_module.from_json(str(path))
+    newest = newest_step(folder)
+    values = None if newest is None else _config_saved(folder / CHECKPOINTS / str(newest))
+    if values is None:
+        return None
+    log.warning("%s is missing or damaged; the settings are those that step %d was saved with", path, newest)
+    return config_module.resolve(values)
+
+
+def _config_saved(step_folder: Path) -> dict[str, Any] | None:
+    """The settings that a step was saved with; None if it does not say."""
+    try:
+        values = folders.read_meta(step_folder)["extra"].get("config")
+    except CheckpointError:  # it is refused when it is restored
+        return None
+    return values if isinstance(values, dict) else None
 
 
 def chat_template(folder: str | os.PathLike[str]) -> str | None:
     """The chat template that a run was trained with, or None."""
     path = Path(local_path(folder)) / CHAT_TEMPLATE
-    return path.read_text(encoding="utf-8") if path.is_file() else None
+    try:
+        return path.read_text(encoding="utf-8") if path.is_file() else None
+    except UnicodeDecodeError as error:
+        raise CheckpointError(
+            f"{path} is damaged, and not text in UTF-8: {error}. Write the chat template of the run into it again, or "
+            "delete it if the run has the template of its model."
+        ) from error
 
 
 def dated(config: RunConfig, tokenizer: Tokenizer) -> tuple[RunConfig, Tokenizer]:
@@ -222,7 +254,7 @@ def check_shared(folder: Path, seconds: float = 30.0) -> None:
 def run_config(folder: str | os.PathLike[str]) -> RunConfig:
     """The config of a run folder. Raises ConfigError if it is not one."""
     folder = local_path(folder)
-    path = Path(folder) / CONFIG
-    if not is_run_folder(folder) or not is_run_config(path):
+    config = _config_in(Path(folder)) if is_run_folder(folder) else None
+    if config is None:
         raise ConfigError(f"{folder} is not a run folder: it lacks {MARK}, or the {CONFIG} of a run")
-    return config_module.from_json(str(path))
+    return config

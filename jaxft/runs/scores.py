@@ -2,14 +2,17 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from jaxft.config import EvalConfig, RunConfig
 from jaxft.data import Prepared, Tokenizer
 from jaxft.errors import DataError
 from jaxft.evaluation.scoring import Score, check_references, json_fields, score
+from jaxft.files.run_folder import SCORES, read_if_whole
 from jaxft.generation.settings import Sampling
 from jaxft.generation.thoughts import parts_of
 from jaxft.generation.tokens import generate_tokens
@@ -17,6 +20,8 @@ from jaxft.nn.decoder import Decoder
 
 SAMPLES = 6
 ROUNDS = 16  # times the answers that are generated at the same time; after so many a run may stop
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,21 @@ def check_scores(config: RunConfig, data: Prepared, tokenizer: Tokenizer, model:
         f"{count} {len(lengths):,} held-out answers are longer than eval.max_new_tokens={most}: what the model answers "
         f"is cut off there, so they can never be right. Set eval.max_new_tokens={max(lengths) + 1}."
     ]
+
+
+def scores_of(folder: Path) -> dict[str, Any]:
+    """What scores.json of a run folder says. Empty if there is no such file, and, with a warning, if it is damaged."""
+    scores = read_if_whole(folder / SCORES)
+    values = [scores[name] for name in ("base", "tuned") if name in scores]
+    answers = scores.get("base_answers", [])
+    if not (
+        all(isinstance(one, dict) and isinstance(one.get("total"), int) and "value" in one for one in values)
+        and isinstance(answers, list)
+        and all(isinstance(text, str) for text in answers)
+    ):
+        log.warning("%s is damaged: values in it have wrong types, so it is left out", folder / SCORES)
+        return {}
+    return scores
 
 
 def scores_key(data: Prepared, config: EvalConfig) -> str:

@@ -38,7 +38,7 @@ from jaxft.runs.going_on import going_on
 from jaxft.runs.identity.agreement import check_contents, check_settings
 from jaxft.runs.identity.contents import reads_of
 from jaxft.runs.report import KeptReport
-from jaxft.runs.scores import answer, check_scores, samples, score_summary, scores_key
+from jaxft.runs.scores import answer, check_scores, samples, score_summary, scores_key, scores_of
 from jaxft.runs.tracking import trackers_of
 from jaxft.sharding.processes import is_primary, on_primary, primary_first
 from jaxft.sharding.stopping import hangups_answered, stop_if_requested
@@ -96,7 +96,7 @@ def _train(run: Run, console: Console) -> dict[str, Any]:
     if config.model.allowed:
         names = ", ".join(config.model.allowed)
         say(console, f"config.json of the model: ignored by model.allow_unknown: {names}")
-    scores = on_primary(lambda: run_folder.read_json(run.folder / run_folder.SCORES, {}))
+    scores = on_primary(lambda: scores_of(run.folder))
     key = scores_key(run.data, config.eval)
     if config.eval.metric and scores.get("key") != key:
         say(console, f"base model, {len(run.data.eval_prompts)} held-out rows, by generation ...")

@@ -5,7 +5,7 @@ import math
 import numbers
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -57,7 +57,7 @@ class RunLog:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / METRICS
-        _cut(path, resume_step)
+        self.rows = _cut(path, resume_step)  # in the file
         self._watch, self._track = watch, track
         if watch is not None and resume_step is not None:
             for row in read_metrics(folder):
@@ -113,6 +113,7 @@ class RunLog:
     def _record(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
         row = {"step": int(step)} | {key: _plain(key, value, step) for key, value in metrics.items()}
         self._file.add([json.dumps(row, allow_nan=False) + "\n"])
+        self.rows += 1
         self._board.write(row)
         if self._track is not None:
             self._track(row)
@@ -121,6 +122,8 @@ class RunLog:
 
 class NoLog:
     """The log of all processes but the first: it records nothing."""
+
+    rows = 0
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         pass
@@ -155,25 +158,44 @@ def _read(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-            readable = isinstance(row, dict) and isinstance(row.get("step"), int)
-        except ValueError:
+            readable = isinstance(row, dict) and isinstance(row.get("step"), int) and all(map(_is_finite, row.values()))
+        except (ValueError, RecursionError):
             readable = False
         if readable:
             rows.append(row)
         elif number < len(lines):
             raise DataError(
-                f"{path} line {number} of {len(lines)} is not a JSON object with a step: the file is damaged. "
-                "Mend or delete that line, or move the file away."
+                f"{path} line {number} of {len(lines)} is not a JSON object with a step and finite numbers: the file "
+                "is damaged. Mend or delete that line, or move the file away."
             )
     return rows
 
 
-def _cut(path: Path, resume_step: int | None) -> None:
-    """Removes the lines of steps after the checkpoint at resume_step."""
+def spans(steps: Sequence[int]) -> list[str]:
+    """Ascending numbers in short: those with equal distances as `10 to 90 by 10`, `3 to 7`, a single one as `12`."""
+    out, at = [], 0
+    while at < len(steps):
+        stop = at + 1
+        stride = steps[stop] - steps[at] if stop < len(steps) else 1
+        while stop < len(steps) and steps[stop] - steps[stop - 1] == stride:
+            stop += 1
+        by = "" if stride == 1 else f" by {stride}"
+        out.append(str(steps[at]) if stop == at + 1 else f"{steps[at]} to {steps[stop - 1]}{by}")
+        at = stop
+    return out
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _cut(path: Path, resume_step: int | None) -> int:
+    """Removes the lines of steps after the checkpoint at resume_step; returns the number of those that stay."""
     rows = _read(path) if path.exists() else []
     kept = [] if resume_step is None else [row for row in rows if row["step"] <= resume_step]
     # Atomic, so that a kill in this moment loses nothing.
     write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept))
+    return len(kept)
 
 
 def _plain(key: str, value: Any, step: int) -> int | float:

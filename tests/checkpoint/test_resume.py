@@ -2,7 +2,9 @@
 
 import os
 import random
+import shlex
 import shutil
+import subprocess
 from typing import NamedTuple
 
 import jax
@@ -15,7 +17,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxft.checkpoint.resume import RunCheckpoints
+from jaxft.checkpoint.steps import read_back
+from jaxft.checkpoint.steps.layout import as_arrays
 from jaxft.errors import CheckpointError
+from jaxft.files.plain_path import check_path
 
 EXTRA = {"data": {"epoch": 1, "row": 17}, "config": {"seed": 0, "name": "Ω"}}
 
@@ -227,19 +232,152 @@ def test_a_damaged_newest_step_is_never_skipped_silently_and_mended_as_told(tmp_
         assert_same(checkpoints.restore(target)[0], make_state(1))
 
 
-def test_without_a_manifest_a_step_is_ignored_and_cleaned_at_the_next_start(tmp_path, caplog):
-    saved(tmp_path, (1, 2))
-    (tmp_path / "2" / "manifest.json").unlink()
-    (tmp_path / "3.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
-    (tmp_path / "0.deleted" / "state").mkdir(parents=True)
+def test_what_an_interrupted_save_left_is_removed_at_the_next_start(tmp_path, caplog):
+    saved(tmp_path)
+    left = ["3.saving", "4.saving.orbax-checkpoint-tmp", "3.orbax-checkpoint-tmp", "0.deleted"]
+    for name in left:
+        (tmp_path / name / "state").mkdir(parents=True)
     (tmp_path / "2024").mkdir()  # looks like a step, but Orbax never wrote it
     with RunCheckpoints(tmp_path, keep=10, read_only=True) as reader:
         assert reader.all_steps() == (1,)
-        assert len(os.listdir(tmp_path)) == 5
+        assert len(os.listdir(tmp_path)) == 6
+    RunCheckpoints(tmp_path, keep=10).close()
+    assert sorted(os.listdir(tmp_path)) == ["1", "2024"]
+    assert caplog.text.count("was interrupted") == len(left)
+
+
+def test_a_step_without_a_manifest_is_set_aside_and_usable_again_as_told(tmp_path, caplog, monkeypatch):
+    saved(tmp_path, (1, 2))
+    manifest = tmp_path / "2" / "manifest.json"
+    kept = manifest.read_bytes()
+    manifest.unlink()
+    target = abstract(make_state())
+    with RunCheckpoints(tmp_path, keep=10) as checkpoints:
+        assert_same(checkpoints.restore(target)[0], make_state(1))
+    (aside,) = tmp_path.glob("2.unexplained-*")
+    assert f"set aside as {aside}" in caplog.text
+    RunCheckpoints(tmp_path, keep=10).close()
+    assert aside.is_dir()
+    command = next(line for line in caplog.text.splitlines() if line.strip().startswith("python -c"))
+    program, folder = shlex.split(command)[2:]
+    monkeypatch.setattr("sys.argv", ["-c", folder])
+    exec(program)
+    assert f"Then rename the folder to {tmp_path / '2'}" in caplog.text
+    aside.rename(tmp_path / "2")
+    assert (tmp_path / "2" / "manifest.json").read_bytes() == kept
+    with RunCheckpoints(tmp_path, keep=10) as checkpoints:
+        assert_same(checkpoints.restore(target)[0], make_state(2))
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "state/._x", "meta/.nfs0001", "Thumbs.db", "desktop.ini"])
+def test_a_file_of_the_system_in_a_step_is_told_of_and_ignored(tmp_path, caplog, name):
+    (saved(tmp_path) / "1" / name).write_text("x")
     with RunCheckpoints(tmp_path, keep=10) as checkpoints:
         assert_same(checkpoints.restore(abstract(make_state()))[0], make_state(1))
-    assert sorted(os.listdir(tmp_path)) == ["1", "2024"]
-    assert caplog.text.count("was interrupted") == 3
+    assert name in caplog.text
+
+
+def test_the_remedy_for_a_stray_file_is_to_move_the_file_and_not_the_step(tmp_path):
+    stray = saved(tmp_path, (1, 2)) / "2" / "state" / "notes.txt"
+    stray.write_text("x")
+    target = abstract(make_state())
+    with RunCheckpoints(tmp_path, keep=10) as checkpoints:
+        with pytest.raises(CheckpointError, match="Its own files are whole. Move these files") as caught:
+            checkpoints.restore(target)
+        assert str(stray) in str(caught.value) and "Delete" not in str(caught.value)
+        stray.unlink()
+        assert_same(checkpoints.restore(target)[0], make_state(2))
+
+
+def test_a_step_that_was_renamed_or_is_a_link_is_refused_at_the_start_with_the_mend(tmp_path):
+    saved(tmp_path)
+    (tmp_path / "1").rename(tmp_path / "24")
+    with pytest.raises(CheckpointError, match=r"24 holds step 1, so its folder was renamed. Rename it back to .*/1"):
+        RunCheckpoints(tmp_path, keep=1)
+    with RunCheckpoints(tmp_path, keep=1, read_only=True) as reader:
+        with pytest.raises(CheckpointError, match="24 holds step 1"):
+            reader.open()
+    (tmp_path / "24").rename(tmp_path / "elsewhere")
+    (tmp_path / "1").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=r"/1 is a link to .*/elsewhere.*Remove the link and copy the folder"):
+        RunCheckpoints(tmp_path, keep=1)
+    (tmp_path / "1").unlink()
+    shutil.copytree(tmp_path / "elsewhere", tmp_path / "1")
+    with RunCheckpoints(tmp_path, keep=1) as checkpoints:
+        assert checkpoints.open().step == 1
+
+
+@pytest.mark.parametrize("name", ["x[1]", "a\\b", "[!a]", "run*", "{a,b}", "50%|#"])
+def test_a_path_that_a_library_would_read_as_a_pattern_is_read_as_it_is(tmp_path, name):
+    folder = tmp_path / name / "run"
+    (tmp_path / "run1" / "run" / "1.saving").mkdir(parents=True)  # what a pattern would find
+    saved(folder)
+    with RunCheckpoints(folder, keep=10) as checkpoints:
+        assert_same(checkpoints.restore(abstract(make_state()))[0], make_state(1))
+        parts = checkpoints.open().read_parts({"trainable": abstract(make_state()).trainable})
+    assert_same(parts["trainable"], make_state(1).trainable)
+    assert sorted(os.listdir(tmp_path)) == sorted(["run1", name])
+    assert not os.listdir(tmp_path / "run1" / "run" / "1.saving")
+
+
+def test_where_a_path_cannot_be_given_another_name_it_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr("jaxft.files.plain_path.PROC", tmp_path / "absent")
+    with pytest.raises(CheckpointError, match=r"has \[ \] in its path.*Choose a folder"):
+        check_path("runs/x[1]")
+    check_path("runs/x")
+
+
+def test_the_first_step_is_read_back_and_not_whole_if_it_differs(tmp_path, monkeypatch):
+    saved(tmp_path)
+    read = []
+    compare = read_back.compare
+    monkeypatch.setattr(read_back, "compare", lambda folder, expected: read.append(compare(folder, expected)))
+    saved(tmp_path, (2, 3))
+    assert len(read) == 1
+    copies = read_back.copies
+
+    def other(arrays):
+        return {path: [(index, np.ones_like(part)) for index, part in parts] for path, parts in copies(arrays).items()}
+
+    monkeypatch.setattr(read_back, "copies", other)
+    with pytest.raises(CheckpointError, match=r"step 4 was not saved.*arrays read back differently.*step 3 is whole"):
+        saved(tmp_path, (4,))
+    assert RunCheckpoints(tmp_path, keep=5, read_only=True).all_steps() == (1, 2, 3)
+
+
+def test_all_of_a_small_state_and_a_part_of_a_large_one_is_read_back(tmp_path):
+    state = make_state(1, mesh_of(8))
+    arrays = as_arrays(state)
+    whole = read_back.copies(arrays)
+    assert {path: sum(part.nbytes for _, part in parts) for path, parts in whole.items()} == {
+        path: array.nbytes for path, array in arrays.items()
+    }
+    few = read_back.copies(arrays, budget=100)
+    assert 0 < sum(arrays[path].nbytes for path in few) <= 100
+    largest = {"x": jnp.ones(1000)}
+    assert list(read_back.copies(largest, budget=1)) == ["x"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_not_one_byte_free_is_said_once_without_tracebacks_and_goes_on_with_room(tmp_path, capfd):
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", tmp_path]).returncode:
+        pytest.skip("no mounts are allowed here")
+    try:
+        saved(tmp_path / "run")
+        with open(tmp_path / "filler", "wb", buffering=0) as filler, pytest.raises(OSError, match="No space"):
+            while True:
+                filler.write(bytes(4096))
+        for _ in range(2):  # raised by the next call, or by the end
+            with pytest.raises(CheckpointError, match=r"step 2 was not saved to .*No space left.*step 1 is whole"):
+                saved(tmp_path / "run", (2,))
+        (tmp_path / "filler").unlink()
+        saved(tmp_path / "run", (2,))
+        with RunCheckpoints(tmp_path / "run", keep=10) as checkpoints:
+            assert_same(checkpoints.restore(abstract(make_state()))[0], make_state(2))
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+    printed = capfd.readouterr()
+    assert "Traceback" not in printed.out + printed.err
 
 
 def test_an_unreadable_metric_is_named_at_the_start(tmp_path):

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from jaxft.checkpoint.resume import RunCheckpoints
-from jaxft.checkpoint.saved_step import SavedStep, find_averages
+from jaxft.checkpoint.steps.saved_step import SavedStep, find_averages
 from jaxft.config import AdamWConfig, ApolloConfig, OptimConfig, choices
 from jaxft.errors import CheckpointError
 from jaxft.optim.averages import evaluation_params, with_average

@@ -17,12 +17,13 @@ from jaxft.data.sources.listing import names_in
 from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import JaxftError
 from jaxft.files.paths import HUB
-from jaxft.files.run_folder import CHECKPOINTS, DATA, METRICS, SCORES, read_json
+from jaxft.files.run_folder import CHECKPOINTS, DATA, METRICS, read_if_whole
 from jaxft.methods import method_of
 from jaxft.runs.cards.command import changed_fields, command_of, public_text
 from jaxft.runs.folder import run_config
 from jaxft.runs.identity.record import record_of
 from jaxft.runs.report import wilson_interval
+from jaxft.runs.scores import scores_of
 from jaxft.terminal.text import safe_line
 from jaxft.training.log import read_metrics
 
@@ -103,7 +104,7 @@ def _named(config: RunConfig, base: BaseFacts) -> RunConfig:
 
 
 def _training(config: RunConfig, folder: Path, step: int) -> str:
-    record, data = record_of(folder), read_json(folder / DATA, {})
+    record, data = record_of(folder), read_if_whole(folder / DATA)
     train = config.train
     what = "all weights" if config.model.trainable is None else config.model.trainable
     rows = [
@@ -145,14 +146,15 @@ def _datasets(config: RunConfig) -> tuple[str, ...]:
 def _results(folder: Path, step: int) -> tuple[Result, ...]:
     """The held-out metrics that were measured after `step`, and the scores of the finished run."""
     out: list[Result] = []
-    rows = read_json(folder / DATA, {}).get("eval", {}).get("rows")
+    held_out = read_if_whole(folder / DATA).get("eval")
+    rows = held_out.get("rows") if isinstance(held_out, dict) else None
     if (folder / METRICS).is_file():
         measured = [row for row in read_metrics(folder) if row["step"] == step and "eval_loss" in row]
         skipped = ("eval_seconds", "eval_tokens", "eval_rows")
         for name, value in (measured[-1] if measured else {}).items():
             if name.startswith("eval_") and name not in skipped:
                 out.append(Result(metric=name.removeprefix("eval_"), value=value, rows=rows))
-    scores = read_json(folder / SCORES, {})
+    scores = scores_of(folder)
     record = record_of(folder)
     if (record.exported or record.steps) in (None, step) and "tuned" in scores:
         out.append(_score(scores, "tuned"))

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from jaxft.errors import CheckpointError
+from jaxft.errors import CheckpointError, listed
 from jaxft.files import run_folder
 from jaxft.files.run_folder import ADAPTER, MARK, MERGED, MODEL, read_json, write_json
 
@@ -65,12 +65,37 @@ def read_record(folder: Path) -> Record | None:
         if values["jaxft_run"] != FORMAT:
             raise ValueError(f"it has format {values['jaxft_run']!r}, and this version reads {FORMAT}")
         del values["jaxft_run"]
-        return replace(Record(**values), history=tuple(values["history"]))
+        record = replace(Record(**values), history=tuple(values["history"]))
+        _check_types(record)
+        return record
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
             f"{path} cannot be read ({error}): it is damaged, or of a newer version of jaxft. Delete it if the folder "
             "is a run of yours; the run is then recognised by its config.json."
         ) from error
+
+
+def _check_types(record: Record) -> None:
+    """Raises TypeError naming a field whose value is of another type than is written."""
+    number, mapping = int | None, Mapping
+    types: dict[str, Any] = {
+        "id": str, "created": str, "version": str, "steps": number, "reads": mapping, "exports": mapping,
+        "ranked_after": int, "exported": number,
+    }  # fmt: skip
+    wrong = [name for name, kind in types.items() if not isinstance(getattr(record, name), kind)]
+    wrong += [f"reads.{key}" for key, one in _items(record.reads) if not _is_read(one)]
+    wrong += [f"exports.{key}" for key, one in _items(record.exports) if not isinstance(one, list | None)]
+    wrong += ["history"] if not all(isinstance(one, Mapping) for one in record.history) else []
+    if wrong:
+        raise TypeError(f"wrong types in {listed(wrong)}")
+
+
+def _items(value: Any) -> list[tuple[str, Any]]:
+    return list(value.items()) if isinstance(value, Mapping) else []
+
+
+def _is_read(one: Any) -> bool:
+    return isinstance(one, Mapping) and isinstance(one.get("digest"), str) and "path" in one
 
 
 def write_record(folder: Path, record: Record) -> None:

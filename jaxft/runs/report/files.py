@@ -1,12 +1,12 @@
 """What a report reads: the files of a run folder, some of which may be absent or damaged."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxft.errors import DataError
+from jaxft.errors import CheckpointError, DataError
+from jaxft.files import run_folder
 from jaxft.files.run_folder import CONFIG, DATA, HELD_OUT_COMPLETIONS, METRICS, SCORES
 from jaxft.rollouts.completions import read_completions
 from jaxft.training.log import read_metrics
@@ -26,8 +26,8 @@ def read_json(path: Path) -> tuple[dict[str, Any], str | None]:
     if not path.is_file():
         return {}, ABSENT[path.name]
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        value = run_folder.read_json(path)
+    except CheckpointError as error:
         return {}, f"{path.name} could not be read: {error}"
     if not isinstance(value, dict):
         return {}, f"{path.name} could not be read: it holds a {type(value).__name__}, not an object"

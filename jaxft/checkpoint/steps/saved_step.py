@@ -4,7 +4,7 @@ The checkpoint describes itself: every path with its shape and dtype, and the pl
 model can be exported without the optimizer that trained it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ import jax
 import orbax.checkpoint as ocp
 from optax.contrib import ScheduleFreeState, schedule_free_eval_params
 
-from jaxft.checkpoint.state_layout import abstract_arrays, as_state, differences, layout
+from jaxft.checkpoint import manifest
+from jaxft.checkpoint.steps.layout import abstract_arrays, as_state, differences, layout
 from jaxft.errors import CheckpointError, listed
+from jaxft.files.plain_path import PlainFolder
 from jaxft.optim.averages import AverageState
 from jaxft.trees import path_str
 
@@ -47,6 +49,7 @@ class SavedStep:
 
     def __init__(self, folder: Path, meta: Mapping[str, Any]) -> None:
         self.folder, self.step = folder, int(folder.name)
+        self._plain = PlainFolder(folder)
         self.extra: dict[str, Any] = meta["extra"]
         self._layout: Mapping[str, list[Any]] = meta["layout"]
         self._averages: Mapping[str, str] | None = meta.get("averages")
@@ -78,7 +81,19 @@ class SavedStep:
             abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True
         )
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            return as_state(checkpointer.restore(self.folder / "state", args=args), dict(parts))
+            arrays = self.read(lambda folder: checkpointer.restore(folder / "state", args=args))
+            return as_state(arrays, dict(parts))
+
+    def read(self, restore: Callable[[Path], Any]) -> Any:
+        """What `restore` returns for a path of this folder. Raises CheckpointError for any error of the library."""
+        try:
+            return restore(self._plain.path)
+        except Exception as error:  # Orbax and TensorStore promise no types
+            text = self._plain.own_names(str(error).strip())
+            raise CheckpointError(
+                f"checkpoint {self.folder} cannot be read, though its files are those of its {manifest.NAME}: "
+                f"{type(error).__name__}: {text[:500]}\nGo back to an earlier step: move {self.folder} elsewhere."
+            ) from error
 
     def evaluated_weights(self, trainable: Any, *, use_average: bool = True) -> Any:
         """The weights to evaluate and export, as `optim.averages.evaluation_params` returns them in training.
