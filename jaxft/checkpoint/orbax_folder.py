@@ -17,10 +17,10 @@ from flax import nnx
 from jaxft import models
 from jaxft.checkpoint import manifest
 from jaxft.checkpoint.hf import hf_shape, param_tensors
+from jaxft.checkpoint.plain_path import PlainFolder
 from jaxft.checkpoint.tensors import TensorSpec, block_bounds
 from jaxft.errors import CheckpointError, did_you_mean
 from jaxft.files.paths import check_links, read_json
-from jaxft.files.plain_path import PlainFolder
 from jaxft.files.strict_json import parse_json
 from jaxft.models.tensor_map import ParamTensors, Piece
 from jaxft.nn.decoder import Decoder

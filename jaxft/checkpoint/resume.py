@@ -27,6 +27,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from jaxft.checkpoint import manifest
 from jaxft.checkpoint.finite import check_state
+from jaxft.checkpoint.plain_path import PlainFolder
 from jaxft.checkpoint.steps import folders, read_back
 from jaxft.checkpoint.steps.flushing import flush_in_all
 from jaxft.checkpoint.steps.layout import abstract_arrays, as_arrays, as_state, layout
@@ -34,7 +35,6 @@ from jaxft.checkpoint.steps.quiet import quiet_libraries
 from jaxft.checkpoint.steps.saved_step import SavedStep, find_averages
 from jaxft.errors import CheckpointError
 from jaxft.files.atomic import FilePath, flush, make_folder
-from jaxft.files.plain_path import PlainFolder
 from jaxft.sharding.processes import is_primary
 
 _saves = itertools.count()  # every process makes the same saves in the same order

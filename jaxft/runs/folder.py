@@ -14,13 +14,13 @@ from typing import Any
 import jax
 
 from jaxft import config as config_module
+from jaxft.checkpoint.plain_path import check_path
 from jaxft.checkpoint.steps import folders
 from jaxft.config import RunConfig
 from jaxft.data import Tokenizer, tokenizer_of
 from jaxft.errors import CheckpointError, ConfigError, listed
 from jaxft.files.atomic import make_folder, write_text
 from jaxft.files.locks.lock import lock
-from jaxft.files.plain_path import check_path
 from jaxft.files.run_folder import (
     CHAT_TEMPLATE,
     CHECKPOINTS,

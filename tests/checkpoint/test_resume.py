@@ -16,11 +16,11 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxft.checkpoint.plain_path import check_path
 from jaxft.checkpoint.resume import RunCheckpoints
 from jaxft.checkpoint.steps import read_back
 from jaxft.checkpoint.steps.layout import as_arrays
 from jaxft.errors import CheckpointError
-from jaxft.files.plain_path import check_path
 
 EXTRA = {"data": {"epoch": 1, "row": 17}, "config": {"seed": 0, "name": "Ω"}}
 
@@ -321,7 +321,7 @@ def test_a_path_that_a_library_would_read_as_a_pattern_is_read_as_it_is(tmp_path
 
 
 def test_where_a_path_cannot_be_given_another_name_it_is_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr("jaxft.files.plain_path.PROC", tmp_path / "absent")
+    monkeypatch.setattr("jaxft.checkpoint.plain_path.PROC", tmp_path / "absent")
     with pytest.raises(CheckpointError, match=r"has \[ \] in its path.*Choose a folder"):
         check_path("runs/x[1]")
     check_path("runs/x")

@@ -13,9 +13,9 @@ import orbax.checkpoint as ocp
 from optax.contrib import ScheduleFreeState, schedule_free_eval_params
 
 from jaxft.checkpoint import manifest
+from jaxft.checkpoint.plain_path import PlainFolder
 from jaxft.checkpoint.steps.layout import abstract_arrays, as_state, differences, layout
 from jaxft.errors import CheckpointError, listed
-from jaxft.files.plain_path import PlainFolder
 from jaxft.optim.averages import AverageState
 from jaxft.trees import path_str
 
