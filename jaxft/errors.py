@@ -55,6 +55,10 @@ class FolderInUseError(JaxftError, RuntimeError):
     """A folder or a file that another process is writing."""
 
 
+class PeerLostError(JaxftError):
+    """Another process of the same run did not come, or has ended. Commands end with ExitCode.PEER_LOST."""
+
+
 class Preempted(Exception):
     """The machine is about to be reclaimed, or the terminal was closed; everything up to `step` is saved."""
 

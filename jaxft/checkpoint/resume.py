@@ -33,9 +33,11 @@ from jaxft.checkpoint.steps.flushing import flush_in_all
 from jaxft.checkpoint.steps.layout import abstract_arrays, as_arrays, as_state, layout
 from jaxft.checkpoint.steps.quiet import quiet_libraries
 from jaxft.checkpoint.steps.saved_step import SavedStep, find_averages
-from jaxft.errors import CheckpointError
+from jaxft.errors import CheckpointError, Preempted
 from jaxft.files.atomic import FilePath, flush, make_folder
 from jaxft.sharding.processes import is_primary
+
+UNSHARED_SECONDS = 60  # for a save under way, after an error of one process of several
 
 _saves = itertools.count()  # every process makes the same saves in the same order
 
@@ -204,8 +206,13 @@ class RunCheckpoints:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or issubclass(kind, Preempted) or jax.process_count() == 1:
+            self.close()
+        elif self._pending is not None:
+            # The other processes do not know of this error, and do not wait here for each other as `wait` does.
+            with contextlib.suppress(Exception):  # the error that is under way came first
+                self._pending[1].result(UNSHARED_SECONDS)
 
     def _path(self, step: int) -> Path:
         return self.folder / str(step)

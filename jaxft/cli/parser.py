@@ -74,6 +74,7 @@ def _add_training(verbs: Any) -> None:
     option(
         "--heartbeat_seconds", type=int, default=100, help="a process without a sign of life for so long ends the run"
     )
+    option("--start_seconds", type=int, default=300, help="how long processes wait for each other at the start")
 
     _verb(verbs, "quickstart", training.quickstart, "LoRA on SmolLM2-135M, a small real task, on this machine")
 

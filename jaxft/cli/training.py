@@ -1,6 +1,7 @@
 """The verbs that read a config of training: train, quickstart, data and plan."""
 
 import argparse
+import contextlib
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -31,20 +32,28 @@ def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     """`jaxft train`: the summary of the run; None in processes other than the first."""
     config = config_of(arguments, overrides)
     from jaxft.sharding import distributed
-
-    distributed.start(arguments.coordinator, arguments.num_processes, arguments.process_id, arguments.heartbeat_seconds)
-    from jaxft.runs.present import print_summary
-    from jaxft.runs.train import train
     from jaxft.sharding.ending import end_on_peer_error
-    from jaxft.sharding.processes import is_primary
 
     def say(text: str) -> None:
         # Past Python's buffers, whose locks another thread may hold when this process is aborted.
-        os.write(2, f"jaxft train: {terminal.safe_message(text)}\n".encode())
+        with contextlib.suppress(OSError):
+            os.write(2, f"jaxft train: {terminal.safe_message(text)}\n".encode())
 
-    console = console_of(arguments)
     with end_on_peer_error(say, lambda error: explained(arguments.verb, error, debug=arguments.debug)):
+        distributed.start(
+            arguments.coordinator,
+            arguments.num_processes,
+            arguments.process_id,
+            heartbeat_seconds=arguments.heartbeat_seconds,
+            start_seconds=arguments.start_seconds,
+        )
+        from jaxft.runs.train import train
+
+        console = console_of(arguments)
         summary = train(config, console=console)
+    from jaxft.runs.present import print_summary
+    from jaxft.sharding.processes import is_primary
+
     if not is_primary():
         return None
     print_summary(summary, console)

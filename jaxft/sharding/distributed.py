@@ -4,17 +4,27 @@ continues until the training loop sees `reached_preemption` and stops. A phase t
 ends only by SIGKILL. `jaxft.sharding.stopping` has what phases call that are not training.
 """
 
+import ipaddress
 import itertools
 import logging
 import os
 import socket
+from collections.abc import Sequence
 
 import jax
+from jax._src import xla_bridge
+from jax._src.clusters import ClusterEnv  # what jax.distributed detects has no public name
 from jax.experimental.multihost_utils import reached_preemption_sync_point
 
-from jaxft.errors import ConfigError
+from jaxft.errors import ConfigError, PeerLostError
+from jaxft.sharding import ending
+from jaxft.sharding.links import Links, set_current
+from jaxft.sharding.meeting import BIND_VARIABLE, EVERY, Group, joined, meet, parse_address
 
 HEARTBEAT_SECONDS = 100  # JAX's own default
+START_SECONDS = 300
+# Nobody watches a process that is alone. JAX would take a machine that slept, or a clock that was set, for its death.
+ALONE_SECONDS = 10**7
 
 _check_numbers = itertools.count(1)
 _reached = False
@@ -24,49 +34,42 @@ def start(
     coordinator: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
+    *,
     heartbeat_seconds: int = HEARTBEAT_SECONDS,
+    start_seconds: int = START_SECONDS,
 ) -> bool:
-    """Initializes jax.distributed; returns False if it is initialized already.
+    """Initializes jax.distributed once all processes have met; returns False if it is initialized already.
 
-    coordinator: `host:port` of process 0. Give it with num_processes and process_id, or give none of the three: then
-    JAX detects them on a TPU pod, SLURM, Open MPI or Kubernetes, and anywhere else the run is a single process on a
-    free local port.
-    heartbeat_seconds: after this long without a heartbeat a process counts as dead and the others abort
-    (`jaxft.sharding.ending` explains such an end).
-    Call it before anything uses a device. Raises ConfigError if that is too late, if only some of the three are given,
-    or for heartbeat_seconds below 1.
+    coordinator: `host:port` of process 0, which listens on that interface alone. Give it with num_processes and
+    process_id, or give none of the three: then JAX detects them on a TPU pod, SLURM, Open MPI or Kubernetes, and
+    anywhere else the run is a single process. heartbeat_seconds: after this long without a sign of life a process
+    counts as dead. start_seconds: how long process 0 waits for the others, and they for it. From then on
+    `jaxft.sharding.ending` ends this process if another one dies.
+
+    Call it before anything uses a device. Raises ConfigError if that is too late, for an address or a number that
+    cannot be right, and if only some of the three are given; PeerLostError if a process did not come.
     """
     if jax.distributed.is_initialized():
         return False
-    given = (coordinator, num_processes, process_id)
-    if any(x is None for x in given) and any(x is not None for x in given):
-        raise ConfigError(
-            f"give all of coordinator={coordinator!r}, num_processes={num_processes}, process_id={process_id}, "
-            "or none of them"
-        )
-    if heartbeat_seconds < 1:
-        raise ConfigError(f"heartbeat_seconds={heartbeat_seconds}: give a whole number of seconds, such as 100")
+    for name, seconds in (("heartbeat_seconds", heartbeat_seconds), ("start_seconds", start_seconds)):
+        if seconds < 1:
+            raise ConfigError(f"{name}={seconds}: give a whole number of seconds, such as 100")
     logging.getLogger("jax._src.distributed").setLevel(logging.ERROR)  # it warns of every proxy variable
-    try:
-        if coordinator is not None:
-            _bypass_proxies(coordinator.rpartition(":")[0])
-            jax.distributed.initialize(
-                coordinator,
-                num_processes,
-                process_id,
-                cluster_detection_method="deactivate",
-                heartbeat_timeout_seconds=heartbeat_seconds,
-            )
-        else:
-            _detect_or_single(heartbeat_seconds)
-    except RuntimeError as error:
-        if "must be called before" not in str(error):
-            raise
-        raise ConfigError(
-            "jax.distributed must start before JAX touches a device, and something has used one already "
-            "(jax.devices(), an array, a random key). Call jaxft.sharding.distributed.start() first; in a notebook, "
-            "restart the kernel. Without it SIGTERM cannot be answered with a checkpoint."
-        ) from error
+    _refuse_late_start()
+    group, devices = _group(coordinator, num_processes, process_id, start_seconds)
+    if group is None:
+        address = joined("127.0.0.1", _free_port())
+        _bypass_proxies("127.0.0.1")
+        _initialize(address, 1, 0, address, devices, ALONE_SECONDS)
+        return True
+    peers, hosts, bound = meet(group, start_seconds, ending.say)
+    _bypass_proxies(group.host)
+    if group.count > 1:
+        set_current(Links(group.me, peers, hosts, heartbeat_seconds, ending.end_with))
+        ending.watch_aborts()
+    else:
+        heartbeat_seconds = ALONE_SECONDS
+    _initialize(group.address, group.count, group.me, bound, devices, heartbeat_seconds)
     return True
 
 
@@ -82,21 +85,85 @@ def reached_preemption() -> bool:
     return _reached
 
 
-def _detect_or_single(heartbeat_seconds: int) -> None:
+def _group(
+    coordinator: str | None, num_processes: int | None, process_id: int | None, start_seconds: int
+) -> tuple[Group | None, Sequence[int] | None]:
+    """(the processes of this run, None if this one is alone; the devices that a cluster gives to it)."""
+    given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
+    if all(value is not None for value in given.values()):
+        return _checked(str(coordinator), num_processes, process_id, "--coordinator"), None
+    if any(value is not None for value in given.values()):
+        told = ", ".join(f"{name}={value!r}" for name, value in given.items())
+        raise ConfigError(f"give all of {told}, or none of them")
     try:
-        jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat_seconds)
-    except ValueError as error:
-        if "should be defined" not in str(error):
-            raise
-        _bypass_proxies("127.0.0.1")
-        address = f"127.0.0.1:{_free_port()}"
-        jax.distributed.initialize(
-            address,
-            1,
-            0,
-            cluster_detection_method="deactivate",
-            coordinator_bind_address=address,  # the default listens on every network interface
-            heartbeat_timeout_seconds=heartbeat_seconds,
+        address, count, me, devices = ClusterEnv.auto_detect_unset_distributed_params(
+            None, None, None, None, None, start_seconds
+        )
+    except RuntimeError as error:  # a coordinator whose name stays unknown
+        raise PeerLostError(f"process 0 of the cluster could not be reached: {error}") from error
+    except (ValueError, KeyError, IndexError, TypeError, OSError) as error:
+        raise ConfigError(
+            f"the environment looks like that of a cluster, and its processes cannot be read from it ({error}). Give "
+            "--coordinator, --num_processes and --process_id, or unset its variables, such as SLURM_* or OMPI_*."
+        ) from error
+    if count is None or count == 1:
+        return None, devices
+    return _checked(str(address), count, me, "the coordinator of the cluster"), devices
+
+
+def _checked(address: str, count: int | None, me: int | None, option: str) -> Group:
+    """The group of these numbers. Raises ConfigError if they cannot be right."""
+    host, port = parse_address(address, option)
+    if not isinstance(count, int) or count < 1:
+        raise ConfigError(f"num_processes={count!r}: give the number of processes of the run, one or more")
+    if not isinstance(me, int) or not 0 <= me < count:
+        raise ConfigError(
+            f"process_id={me!r} with num_processes={count}: processes are counted from 0 to {count - 1}, and each has "
+            "a number of its own"
+        )
+    if own := os.environ.get(BIND_VARIABLE):
+        return Group(host=host, port=port, bind=parse_address(own, BIND_VARIABLE), count=count, me=me)
+    bind = host if option.startswith("--") else _interface(host)
+    return Group(host=host, port=port, bind=(bind, port), count=count, me=me)
+
+
+def _interface(host: str) -> str:
+    """The address of this machine that has the name by which a cluster calls process 0; EVERY if that is not clear.
+
+    Many systems give a machine's own name an address of its loopback interface, which others cannot reach.
+    """
+    try:
+        for *_, own in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM):
+            address = ipaddress.ip_address(str(own[0]).partition("%")[0])
+            if not address.is_loopback or host == str(address):
+                with socket.socket(socket.AF_INET6 if address.version == 6 else socket.AF_INET) as probe:
+                    probe.bind((str(own[0]), 0))
+                return str(own[0])
+    except (OSError, ValueError):
+        return EVERY
+    return EVERY
+
+
+def _initialize(
+    address: str, count: int, me: int, bound: str, devices: Sequence[int] | None, heartbeat_seconds: int
+) -> None:
+    jax.distributed.initialize(
+        address,
+        count,
+        me,
+        local_device_ids=devices,
+        cluster_detection_method="deactivate",
+        coordinator_bind_address=bound,  # the default listens on every network interface
+        heartbeat_timeout_seconds=heartbeat_seconds,
+    )
+
+
+def _refuse_late_start() -> None:
+    if xla_bridge.backends_are_initialized():
+        raise ConfigError(
+            "jax.distributed must start before JAX touches a device, and something has used one already "
+            "(jax.devices(), an array, a random key). Call jaxft.sharding.distributed.start() first; in a notebook, "
+            "restart the kernel. Without it SIGTERM cannot be answered with a checkpoint."
         )
 
 

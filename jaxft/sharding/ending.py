@@ -1,130 +1,155 @@
-"""How several processes end together: no process waits for a lost one, and each reports the reason."""
+"""How several processes end together: no process waits for a lost one, and each reports the reason.
 
+Whether an error is the fault of another process is decided by asking who is still there (`links`), never by the class
+or the words of the error: a lost connection has another class in each library.
+"""
+
+import atexit
 import contextlib
 import ctypes
 import os
-import re
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
-import jax
-
-from jaxft.errors import ExitCode, Preempted
-from jaxft.sharding.processes import is_multi_process, store
+from jaxft.errors import ExitCode, JaxftError, Preempted
+from jaxft.sharding.links import Links, Loss, current
 
 GRACE_SECONDS = 5.0  # time for a process to meet by itself an error that another has reported
-POLL_SECONDS = 0.5  # between two checks of the reports of others
-FAILED, LEFT = "jaxft/failed/", "jaxft/left/"
-# Parts of the messages of collective libraries about a lost connection.
-LOST = re.compile("Gloo|NCCL|UNAVAILABLE|[Cc]onnection")
+NEWS_SECONDS = 7.0  # in which the loss of a process that breaks a library below is known here
+ABORT_SECONDS = 2.0  # the same, if the program was aborted and cannot go on
 RESUME_HINT = "The same command goes on from the newest checkpoint."
+INTERRUPTED, DID = "was interrupted", "did: "  # beginnings of reasons
 
 Say = Callable[[str], None]
 Explain = Callable[[BaseException], ExitCode]
 
 
+def _write(text: str) -> None:
+    # Past Python's buffers, whose locks another thread may hold when this process is aborted.
+    with contextlib.suppress(OSError):
+        os.write(2, f"jaxft: {text}\n".encode())
+
+
+_say: list[Say] = [_write]
+_ending = threading.Lock()  # whoever has it ends this process
+
+
+def say(text: str) -> None:
+    """Writes a line for people, as `end_on_peer_error` was told to."""
+    _say[-1](text)
+
+
 @contextlib.contextmanager
-def end_on_peer_error(say: Say, explain: Explain) -> Iterator[None]:
-    """Inside this context, an error of one process ends all of them.
+def end_on_peer_error(write: Say, explain: Explain) -> Iterator[None]:
+    """Inside this context, an error of one process of a run ends all of them.
 
-    This process's own error is explained and reported to the others; an error that another process reported is repeated
-    here and ends this process with PEER_LOST. `jax.distributed` notices a lost process (killed, out of memory, its
-    machine gone) within its heartbeat, and aborts. A line is written in this case too, and the exit code is
-    PEER_LOST. say: writes a line for people. explain: writes what an error means and returns the exit code.
-    Preempted passes, since all processes have agreed on it. With one process the context does nothing.
+    This process's own error is explained and reported to the others. What another process reported, or its death, is
+    said here and ends this process with PEER_LOST; so is an error of a library that the end of another process caused.
+    write: writes a line for people. explain: writes what an error means and returns the exit code. Preempted passes,
+    since all processes have agreed on it. With one process, and before `distributed.start`, errors pass.
     """
-    if not is_multi_process():
-        yield
-        return
-    done = threading.Event()
-    watch = threading.Thread(target=_watch, args=(done, say), name="ending", daemon=True)
-    watch.start()
+    _say.append(write)
     try:
-        with _explain_abort(say):
-            try:
-                yield
-            except Preempted:
-                raise
-            except BaseException as error:
-                _fail(error, say, explain)
-                raise
+        yield
+    except Preempted:
+        _finish()
+        raise
+    except BaseException as error:
+        links = current()
+        if links is None:
+            raise
+        _fail(error, links, explain)
+    else:
+        _finish()
     finally:
-        done.set()
-        watch.join()
+        _say.pop()
 
 
-def _fail(error: BaseException, say: Say, explain: Explain) -> None:
-    if not (isinstance(error, jax.errors.JaxRuntimeError) and LOST.search(str(error))):
-        _leave(f"{type(error).__name__}: {error}", explain(error))
-    # The end of another process broke this one's connection. If it reported the reason, the watch repeats it and ends
-    # this process.
-    time.sleep(GRACE_SECONDS + 4 * POLL_SECONDS)
-    explain(error)
-    reason = "it lost its connections, most likely because another process died or is far behind"
-    say(f"process {jax.process_index()} of {jax.process_count()} stops: {reason}. {RESUME_HINT}")
-    _leave(reason, ExitCode.PEER_LOST)
+def end_with(loss: Loss) -> None:
+    """Ends this process because another one has ended; for `Links`."""
+    if loss.reported:
+        time.sleep(GRACE_SECONDS)
+    _end_lost(loss)
 
 
-def _leave(reason: str, code: ExitCode) -> None:
-    """Ends this process at once and reports the reason to the others. Process 0, which has the store, ends last. A
-    usual exit would wait in `jax.distributed` for processes that wait for this one.
+def watch_aborts() -> None:
+    """From now on an abort says what it means, and exits with PEER_LOST if another process is its cause.
+
+    jax.distributed aborts from its own thread if it loses its connections. A handler of Python's `signal` would wait
+    for the main thread, which may wait for the lost process.
     """
-    me = jax.process_index()
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # if the store ended with process 0, nobody can read it
-        store().key_value_set(f"{FAILED}{me}", reason)
-        store().key_value_set(f"{LEFT}{me}", "")
-        until = time.monotonic() + 2 * GRACE_SECONDS
-        while me == 0 and time.monotonic() < until and len(store().key_value_dir_get(LEFT)) < jax.process_count():
-            time.sleep(POLL_SECONDS)
+    libc = ctypes.CDLL(None)
+    libc.signal.restype, libc.signal.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(_aborted)
+    _handlers.append(handler)
+    libc.signal(signal.SIGABRT, ctypes.cast(handler, ctypes.c_void_p))
+    atexit.register(_finish_at_exit)
+
+
+_handlers: list[Any] = []  # they must live as long as the process
+
+
+def _aborted(_: int) -> None:
+    links = current()
+    loss = links and (links.wait(ABORT_SECONDS) or links.silent())
+    if links and loss:
+        links.report(loss)
+        _end_lost(loss)
+    _take_over()
+    say(f"{_me(links)} was aborted by a library; see the lines above. The other processes are still there.")
+    if links:
+        links.fail("was aborted by a library", 2 * GRACE_SECONDS)
+    _exit(ExitCode.FAILED)
+
+
+def _fail(error: BaseException, links: Links, explain: Explain) -> None:
+    own = isinstance(error, JaxftError | KeyboardInterrupt)
+    if not own and (loss := links.wait(NEWS_SECONDS)):
+        _end_lost(loss)
+    _take_over()
+    code = explain(error)
+    interrupted = isinstance(error, KeyboardInterrupt)
+    with contextlib.suppress(KeyboardInterrupt):
+        links.fail(INTERRUPTED if interrupted else f"{DID}{type(error).__name__}: {error}", 2 * GRACE_SECONDS)
     _exit(code)
 
 
-def _watch(done: threading.Event, say: Say) -> None:
-    me, count = jax.process_index(), jax.process_count()
-    while not done.wait(POLL_SECONDS):
-        try:
-            failures = [(key.rsplit("/", 1)[-1], reason) for key, reason in store().key_value_dir_get(FAILED)]
-        except jax.errors.JaxRuntimeError:
-            return  # the store is gone, and jax.distributed aborts
-        if any(key == str(me) for key, _ in failures):
-            return  # this process is on its way out
-        if failures and not done.wait(GRACE_SECONDS):
-            who, reason = failures[0]
-            say(f"process {me} of {count} stops, because process {who} did: {reason}")
-            with contextlib.suppress(jax.errors.JaxRuntimeError):
-                store().key_value_set(f"{LEFT}{me}", "")
-            _exit(ExitCode.PEER_LOST)
+def _end_lost(loss: Loss) -> None:
+    _take_over()
+    # After an error it goes on only once that is mended, which the reason says.
+    hint = "" if loss.reason.startswith(DID) else f". {RESUME_HINT}"
+    say(f"{_me(current())} stops, because process {loss.process} {loss.reason}{hint}")
+    _exit(ExitCode.PEER_LOST)
 
 
-@contextlib.contextmanager
-def _explain_abort(say: Say) -> Iterator[None]:
-    """Inside this context, an abort writes a line and exits with PEER_LOST.
+def _take_over() -> None:
+    """Returns if this thread may end the process; else another one is about to."""
+    if not _ending.acquire(blocking=False):
+        while True:
+            time.sleep(GRACE_SECONDS)
 
-    jax.distributed aborts from its own thread, and Python cannot set its callback for this case. A handler of Python's
-    `signal` would wait for the main thread, which waits for the lost process.
-    """
 
-    def handle(number: int) -> None:
-        say(
-            f"process {jax.process_index()} of {jax.process_count()} was aborted, most likely because another process "
-            f"died or was cut off: see the lines above, and what the others said. {RESUME_HINT}"
-        )
-        _exit(ExitCode.PEER_LOST)
+def _me(links: Links | None) -> str:
+    return "this process" if links is None else f"process {links.me} of {links.count}"
 
-    libc = ctypes.CDLL(None)
-    libc.signal.restype, libc.signal.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
-    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(handle)
-    before = libc.signal(signal.SIGABRT, ctypes.cast(handler, ctypes.c_void_p))
-    try:
-        yield
-    finally:
-        libc.signal(signal.SIGABRT, before)
+
+def _finish() -> None:
+    if links := current():
+        links.finish()
+
+
+def _finish_at_exit() -> None:
+    # An error that nobody caught is no end of the run; the others then see the connection break.
+    if getattr(sys, "last_value", None) is None:
+        _finish()
 
 
 def _exit(code: ExitCode) -> None:
+    """Ends this process at once. A usual exit would wait in `jax.distributed` for processes that wait for this one."""
     for stream in (sys.stdout, sys.stderr):
         # A stream that cannot be flushed must not keep this process alive.
         with contextlib.suppress(OSError, ValueError, RuntimeError):

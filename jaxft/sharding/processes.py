@@ -16,7 +16,7 @@ from jaxft.errors import JaxftError
 
 Value = TypeVar("Value")
 
-_WAIT_MS = 24 * 3600 * 1000
+_SLICE_MS = 2000
 
 _calls = itertools.count()  # every process makes the same calls in the same order
 
@@ -45,7 +45,7 @@ def on_primary(make: Callable[[], Value]) -> Value:
         return make()
     key = f"jaxft/on_primary/{next(_calls)}"
     if not is_primary():
-        outcome = json.loads(store().blocking_key_value_get(key, _WAIT_MS))
+        outcome = json.loads(_wait_for(key))
         if "error" in outcome:
             raise PeerError(outcome["error"])
         return outcome["value"]
@@ -84,7 +84,17 @@ def gather(value: Value) -> list[Value]:
         return [value]
     key = f"jaxft/gather/{next(_calls)}"
     store().key_value_set(f"{key}/{jax.process_index()}", json.dumps(value))
-    return [json.loads(store().blocking_key_value_get(f"{key}/{i}", _WAIT_MS)) for i in range(jax.process_count())]
+    return [json.loads(_wait_for(f"{key}/{i}")) for i in range(jax.process_count())]
+
+
+def _wait_for(key: str) -> str:
+    """The value of a key, once another process has set it; however long that takes, Ctrl-C is answered."""
+    while True:
+        try:
+            return store().blocking_key_value_get(key, _SLICE_MS)
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
 
 
 class KeyValueStore(Protocol):
@@ -92,9 +102,6 @@ class KeyValueStore(Protocol):
 
     def key_value_set(self, key: str, value: str) -> None:
         """Sets a key, once."""
-
-    def key_value_dir_get(self, key: str) -> list[tuple[str, str]]:
-        """All keys with this beginning, and their values."""
 
     def blocking_key_value_get(self, key: str, timeout_in_ms: int) -> str:
         """The value of a key, once it is set."""
