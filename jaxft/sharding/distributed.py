@@ -55,8 +55,8 @@ def start(
         if seconds < 1:
             raise ConfigError(f"{name}={seconds}: give a whole number of seconds, such as 100")
     logging.getLogger("jax._src.distributed").setLevel(logging.ERROR)  # it warns of every proxy variable
-    _refuse_late_start()
     group, devices = _group(coordinator, num_processes, process_id, start_seconds)
+    _refuse_late_start()
     if group is None:
         address = joined("127.0.0.1", _free_port())
         _bypass_proxies("127.0.0.1")

@@ -62,6 +62,8 @@ class Connection:
     def watch_host(self, seconds: int) -> None:
         """Has the system notice within `seconds` that the machine of the other side cannot be reached any more."""
         options = {"TCP_KEEPIDLE": seconds // 3, "TCP_KEEPINTVL": seconds // 6, "TCP_KEEPCNT": 4}
+        if self._socket.family not in (socket.AF_INET, socket.AF_INET6):
+            return
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in options.items():
             if hasattr(socket, name):  # not on every system

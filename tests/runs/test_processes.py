@@ -343,7 +343,19 @@ def test_a_killed_process_ends_the_others_with_a_word(victim: int, tmp_path: Pat
         other = 1 - victim
         assert group.code(other) == ExitCode.PEER_LOST, group.said(other)
         assert f"jaxft train: process {other} of 2" in group.said(other)
-        assert "another process died" in group.said(other)
+        assert f"because process {victim} (on " in group.said(other) and "is gone" in group.said(other)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_an_interrupted_process_ends_the_others_with_a_word(victim: int, tmp_path: Path, cache: Path) -> None:
+    """Also with a save under way, for which it does not wait with the others."""
+    more = LONG | {"train.steps": 2000, "checkpoint.every": 2}
+    with Group(tmp_path / "run", cache, 2, 2, **more) as group:
+        group.wait_for_step(5)
+        group.members[victim].send_signal(signal.SIGINT)
+        assert group.codes() == [ExitCode.INTERRUPTED if i == victim else ExitCode.PEER_LOST for i in range(2)]
+        assert f"because process {victim} was interrupted" in group.said(1 - victim)
 
 
 @pytest.mark.slow
