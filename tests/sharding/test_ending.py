@@ -63,8 +63,9 @@ class Peer:
         assert self.process.stdout.readline() == "ready\n"
 
     def result(self) -> tuple[int, list[str]]:
-        output, _ = self.process.communicate(timeout=60)
-        return self.process.returncode, output.splitlines()
+        assert self.process.stdout is not None
+        output = self.process.stdout.read()  # not `communicate`, which would lose what came with the first line
+        return self.process.wait(), output.splitlines()
 
 
 def tell(peer: Peer, reason: str) -> None:
