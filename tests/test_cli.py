@@ -21,7 +21,7 @@ CONFIG = "--config=configs/quickstart.py:smoke"
 def one_process():
     """jax.distributed starts before any device is used, and pytest has used them; tests/runs/test_kill.py starts it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jaxft.sharding.distributed.start", lambda *a: True)
+        patch.setattr("jaxft.sharding.distributed.start", lambda *a, **k: True)
         yield
 
 

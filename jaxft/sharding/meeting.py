@@ -141,13 +141,12 @@ def _admit(connection: Connection, group: Group, came: dict[int, Connection], ho
             f"process {number} (on {where}) was started with num_processes={count}, and process 0 with {group.count}: "
             "give all the same number"
         )
-    elif not isinstance(number, int) or isinstance(number, bool) or not 0 < number < group.count:
+    elif not isinstance(number, int) or not 0 < number < group.count:
         wrong = f"process_id={number} was given to a process on {where}, and another process is number 0: count them up"
-    if wrong is not None:
+    if wrong is not None or not isinstance(number, int):
         connection.send({"refused": wrong})
         connection.close()
         raise ConfigError(wrong)
-    assert isinstance(number, int)
     if number in came:
         twice = (
             f"process_id={number} was given to two processes, on {hosts[number]} and on {where}: each needs its own, "

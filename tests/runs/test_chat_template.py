@@ -60,7 +60,7 @@ def run(tmp_path_factory):
     }  # fmt: skip
     config = jaxft.get_config("configs/smollm2_135m_mixture.py:smoke", settings)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jaxft.sharding.distributed.start", lambda *a: True)
+        patch.setattr("jaxft.sharding.distributed.start", lambda *a, **k: True)
         jaxft.train(config, console=Console(quiet=True))
     return config
 

@@ -36,7 +36,7 @@ SMOKE = ["train", "--config=configs/quickstart.py:smoke", "--config.eval.metric=
 )
 def test_every_command_that_writes_is_refused_while_another_writes(tmp_path, capsys, monkeypatch, command):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("jaxft.sharding.distributed.start", lambda *processes: None)  # JAX runs here already
+    monkeypatch.setattr("jaxft.sharding.distributed.start", lambda *_, **__: None)  # JAX runs here already
     inside = command[0] in ("train", "quickstart")
     with lock(tmp_path / "run", "jaxft train", inside=inside):
         before = sorted(path.name for path in tmp_path.rglob("*"))
