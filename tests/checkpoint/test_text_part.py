@@ -319,7 +319,7 @@ def test_tensors_of_neither_part_and_misfits_are_refused(folder_of, tmp_path, ch
         ({"window_scale": 3}, r"'gemma3' has fields .*window_scale=3 \(unknown\)"),
         ({"quantization_config": {"bits": 4}}, "quantization_config="),
         ({"text_config": None}, "'gemma3' lacks text_config"),
-        ({"text_config": "gemma3_text"}, "text_config of model_type 'gemma3' must be an object, not 'gemma3_text'"),
+        ({"text_config": "gemma3_text"}, "text_config='gemma3_text' must be an object"),
         ({"text_config": TEXT | {"window_scale": 3}}, r"'gemma3_text' has fields .*window_scale=3 \(unknown\)"),
         ({"text_config": TEXT | {"model_type": "gemma9"}}, "model_type 'gemma9' is not implemented"),
     ],
