@@ -16,6 +16,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from jaxft.errors import CheckpointError, did_you_mean, listed
+from jaxft.files.gguf_kinds import check_metadata
 from jaxft.files.gguf_parts import is_part, part_names
 from jaxft.files.paths import check_link
 
@@ -194,6 +195,7 @@ class _Parser:
             if key in metadata:
                 raise CheckpointError(f"{self.path}: metadata {key!r} is there twice")
             metadata[key] = self.value(self.number("<I"), key)
+        check_metadata(metadata, self.path)
         infos = [self.tensor_info() for _ in range(tensor_count)]
         return GGUFHeader(path=self.path, metadata=metadata, tensors=self.locate(infos, metadata))
 

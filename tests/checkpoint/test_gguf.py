@@ -243,6 +243,24 @@ def test_refuses_what_it_does_not_understand(path, change, error, match):
 
 
 @pytest.mark.parametrize(
+    ("extra", "must_be"),
+    [
+        ({"llama.rope.freq_base": "1e4"}, "llama.rope.freq_base='1e4' must be a finite number above zero"),
+        ({"llama.rope.scaling.type": 3}, "llama.rope.scaling.type=3 must be a text"),
+        ({"llama.block_count": 10**6}, "block_count|num_hidden_layers"),
+        ({"tokenizer.ggml.tokens": 3.5}, "tokenizer.ggml.tokens=3.5 must be a list of texts"),
+        ({"tokenizer.ggml.token_type": "x"}, "token_type='x' must be a list of numbers"),
+        ({"tokenizer.ggml.eos_token_id": "</s>"}, "eos_token_id='</s>' must be a whole number"),
+        ({"tokenizer.chat_template": 5}, "tokenizer.chat_template=5 must be a text"),
+    ],
+)
+def test_values_of_a_wrong_kind_are_refused_by_key(path, extra, must_be):
+    write(path, extra=extra)
+    with pytest.raises(ModelError, match=must_be):
+        GGUFFile(path)
+
+
+@pytest.mark.parametrize(
     "extra",
     [
         {"pooling_type": 3, "attention.causal": True, "attention.layer_norm_epsilon": 1e-5},

@@ -242,8 +242,8 @@ def test_a_folder_that_is_not_whole_is_refused(packed, tmp_path, change, said):
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "as int8: only nf4"),
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, "as fp4: only nf4"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "as int8, and only nf4"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, "as fp4, and only nf4"),
     ],
 )
 def test_other_ways_of_bitsandbytes_are_refused(folder, tmp_path, config, said):

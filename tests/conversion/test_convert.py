@@ -18,7 +18,7 @@ from jaxft import cli, models
 from jaxft.adapters.attach import attach
 from jaxft.adapters.lora import LoRASettings, lora_factory
 from jaxft.assets import ASSETS
-from jaxft.checkpoint import hf, peft
+from jaxft.checkpoint import hf, manifest, peft
 from jaxft.checkpoint.gguf import GGUFFile
 from jaxft.checkpoint.load import load_model
 from jaxft.checkpoint.tensors import SafetensorsFolder
@@ -107,6 +107,15 @@ def test_an_orbax_folder_loads_like_any_model_and_restores_with_orbax_alone(mode
     params = ocp.StandardCheckpointer().restore(tmp_path / "orbax" / "params")
     embedding = SafetensorsFolder(model).read("model.embed_tokens.weight")
     np.testing.assert_array_equal(params["embed_tokens"]["embedding"], embedding)
+    # Damage whose checksums are right, in an array's values and in its description.
+    array = tmp_path / "orbax" / "params" / "norm.scale"
+    for file in (array / "0", array / ".zarray"):
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+        manifest.write(tmp_path / "orbax")
+        with pytest.raises(CheckpointError, match=r"norm\.scale"):
+            load_model(str(tmp_path / "orbax"))
+        file.write_bytes(whole)
 
 
 def test_license_tokenizer_model_and_every_end_token_go_along(model, adapter, tmp_path):

@@ -190,9 +190,10 @@ def test_refusals(folder_of, tmp_path):
 
 
 @pytest.mark.parametrize("plain", [True, False])
-def test_damaged_tokenizer_json(plain, folder_of):
+@pytest.mark.parametrize("content", [b"{}", b"\xff", b"[" * 10000])
+def test_damaged_tokenizer_json(plain, content, folder_of):
     folder = folder_of("plain")
-    (folder / "tokenizer.json").write_text("{}")
+    (folder / "tokenizer.json").write_bytes(content)
     if not plain:
         (folder / "tokenizer_config.json").unlink()
     with pytest.raises(ModelError, match=r"cannot load the tokenizer"):

@@ -14,6 +14,7 @@ from jaxft.checkpoint.gguf.ropes import YARN_FAST, YARN_SLOW, decimal_of, rope_s
 from jaxft.errors import CheckpointError, ModelError, did_you_mean
 from jaxft.files.gguf_header import GGUFHeader
 from jaxft.models.family import FULL, SLIDING
+from jaxft.models.field_kinds import check_config
 
 # Metadata under the architecture's name that is read here, or that repeats such metadata.
 _KNOWN = frozenset(
@@ -60,6 +61,7 @@ def read_config(header: GGUFHeader, family: Family, vectors: Mapping[str, np.nda
     if "token_embd.weight" not in header.tensors:
         raise CheckpointError(f"{header.path}: tensor 'token_embd.weight' is missing")
     config = _sizes(header, family)
+    check_config(config, header.path)  # before work in proportion to the number of layers
     scaling = rope_scaling(header, family, config, vectors)
     if scaling:
         config["rope_scaling"] = scaling

@@ -76,6 +76,8 @@ def _longrope(
     if SHORT_FACTORS not in vectors:
         raise CheckpointError(f"{header.path}: {LONG_FACTORS} is there without {SHORT_FACTORS}")
     original = size_of(header, "phi3", "rope.scaling.original_context_length")
+    if original == 1:
+        raise ModelError(f"{header.path}: phi3.rope.scaling.original_context_length=1 is no context to scale")
     scaling = {
         "rope_type": "longrope",
         "long_factor": [decimal_of(x) for x in vectors[LONG_FACTORS]],

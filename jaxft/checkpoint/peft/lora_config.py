@@ -49,6 +49,9 @@ def read_settings(config: Mapping[str, Any]) -> LoRASettings:
     refuse_unknown(config, _understood)
     if config.get("lora_bias") and config.get("use_dora"):
         raise ModelError("adapter_config.json has lora_bias beside use_dora, which PEFT does not have either")
+    for name in ("lora_alpha", "lora_dropout"):
+        if name in config and config[name] is None:
+            raise ModelError(f"adapter_config.json has {name}=null, which is no number: leave it out, or give one")
     for r in (config.get("r"), *(config.get("rank_pattern") or {}).values()):
         if not isinstance(r, int) or r < 1:
             raise ModelError(f"adapter_config.json has r={r!r}; a rank is a whole number above zero")

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxft.checkpoint.safetensors_writer import Index
 from jaxft.checkpoint.tensors import DTYPES, TensorSource, TensorSpec, block_bounds
-from jaxft.errors import CheckpointError, ModelError, listed
+from jaxft.errors import CheckpointError, listed
 from jaxft.files.paths import json_object
 from jaxft.quant.dynamic import dynamic_map
 from jaxft.quant.nf4 import BLOCK, LEVELS, NF4
@@ -33,21 +33,10 @@ STORAGE = tuple(DTYPES[name] for name in ("U8", "I8", "BF16", "F16", "F32"))
 DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
-def without_quantization(hf_config: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json without bitsandbytes' quantization_config; any other config.json as it is.
-
-    Raises ModelError if bitsandbytes quantised the weights to another type than NF4.
-    """
-    given = hf_config.get("quantization_config")
-    if not isinstance(given, Mapping) or given.get("quant_method") != "bitsandbytes":
-        return dict(hf_config)
+def problem_of(given: Mapping[str, Any]) -> str | None:
+    """Why the weights under a quantization_config of bitsandbytes are not read; None if they are."""
     kind = given.get("bnb_4bit_quant_type") if given.get("load_in_4bit") else "int8"
-    if kind != "nf4":
-        raise ModelError(
-            f"quantization_config says that bitsandbytes kept these weights as {kind}: only nf4 is read. Take the "
-            "model in its original precision, and quantise it while loading (model.quantization)."
-        )
-    return {name: value for name, value in hf_config.items() if name != "quantization_config"}
+    return None if kind == "nf4" else f"bitsandbytes kept its weights as {kind}, and only nf4 is read"
 
 
 def is_packed(source: TensorSource) -> bool:

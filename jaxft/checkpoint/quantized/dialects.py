@@ -51,7 +51,9 @@ def quantization_of(hf_config: Mapping[str, Any], path: str) -> dict[str, Any] |
     if given is None:
         return None
     if not isinstance(given, Mapping):
-        raise ModelError(f"quantization_config={given!r} in config.json is not an object of settings")
+        raise ModelError(
+            f"{path}: quantization_config={given!r} in config.json is not an object of settings. {_mend(path)}"
+        )
     _check_kinds(given)
     problem = _problem(given)
     if problem is not None:
@@ -124,8 +126,7 @@ def _problem(given: Mapping[str, Any]) -> str | None:
     """Why a form is not read; None if it is."""
     method = given.get("quant_method")
     if method == "bitsandbytes":
-        bitsandbytes.without_quantization({"quantization_config": given})  # has its own refusals
-        return None
+        return bitsandbytes.problem_of(given)
     if method in ("mxfp4", *FLOAT8):
         return None
     if method == "gptq":
