@@ -230,7 +230,7 @@ def with_state(tensors, **changes):
         (lambda t: t.pop(NAME + ".nested_absmax"), r"nested_absmax is missing, not \[2\] float32"),
         (lambda t: with_state(t, blocksize=128), "blocks of 128 weights and 256 scales"),
         (lambda t: with_state(t, shape=[256, 100]), "whose rows divide by 64"),
-        (lambda t: t.update({STATE: np.frombuffer(b"{not json", np.uint8)}), "is not JSON"),
+        (lambda t: t.update({STATE: np.frombuffer(b"{not json", np.uint8)}), "is not valid JSON"),
         (lambda t: t.update({NAME: t[NAME][:-1]}), r"up_proj.weight is \[16383, 1\] uint8, not \[16384, 1\] uint8"),
     ],
 )
