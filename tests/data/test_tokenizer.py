@@ -189,6 +189,16 @@ def test_refusals(folder_of, tmp_path):
         load_tokenizer(folder)
 
 
+def test_a_tokenizer_that_fails_on_unknown_text_is_refused(folder_of):
+    folder = folder_of("plain")
+    own = json.loads((folder / "tokenizer.json").read_text())
+    own["model"] |= {"unk_token": "not there", "vocab": {"a": 0}, "merges": []}
+    own |= {"added_tokens": [], "pre_tokenizer": None, "normalizer": None, "post_processor": None}
+    (folder / "tokenizer.json").write_text(json.dumps(own))
+    with pytest.raises(ModelError, match="not there"):
+        load_tokenizer(folder)
+
+
 @pytest.mark.parametrize("plain", [True, False])
 @pytest.mark.parametrize("content", [b"{}", b"\xff", b"[" * 10000])
 def test_damaged_tokenizer_json(plain, content, folder_of):

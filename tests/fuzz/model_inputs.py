@@ -400,7 +400,7 @@ def orbax() -> Files:
     return Files(folder, ("*.json", "params/*", "params/*/*", "params/*/.z*"))
 
 
-@inputs(1500, **CHANGE)
+@inputs(500, **CHANGE)
 def orbax_folders(which: int, how: int, json_ones: Any, byte_ones: Any) -> None:
     def read() -> None:
         if how % 5:

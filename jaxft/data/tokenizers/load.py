@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 HUB = "hf://"
+UNUSUAL = "a \u6f22\u00df\x00\U0001f642"  # of several scripts, so that small vocabularies have no token for some of it
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 SPECIAL_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -75,6 +76,7 @@ def load_tokenizer(
         backend.chat_template = backend.chat_template.replace("\r\n", "\n").replace("\r", "\n")
     if template_date is not None or chat_template_kwargs:
         backend.chat_template = fixed_template(backend.chat_template, template_date, chat_template_kwargs or {}, path)
+    _check_encodes(backend, path)
     rows = table_rows(path, revision, base) if model is None else table_rows(local_path(model), None, base)
     return Tokenizer(backend, name=path, extra_stop_ids=stop_ids, table_rows=rows)
 
@@ -230,6 +232,14 @@ def _load_class(name: str, **kwargs: Any) -> "PreTrainedTokenizerFast":
     if not isinstance(backend, PreTrainedTokenizerFast):
         raise ModelError(f"{name!r} has only a slow tokenizer; convert it to tokenizer.json with transformers first")
     return backend
+
+
+def _check_encodes(backend: "PreTrainedTokenizerFast", path: str) -> None:
+    """Raises ModelError for a tokenizer that fails on text, such as one whose unknown token is not in its table."""
+    try:
+        backend.encode(UNUSUAL, add_special_tokens=False)
+    except Exception as error:  # of a stranger's file, in whatever part of tokenizers
+        raise _unreadable(path, error) from error
 
 
 def _unreadable(name: str, error: Exception) -> ModelError:
