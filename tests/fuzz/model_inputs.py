@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from jaxft import assets, models
-from jaxft.checkpoint import manifest
 from jaxft.checkpoint.folders.opening import folder_config, open_weights
 from jaxft.checkpoint.gguf import GGUFFile
 from jaxft.checkpoint.load import open_merged
@@ -383,31 +382,6 @@ def read_merged(path: str) -> None:
 @inputs(12000, kind=st.sampled_from(["lora", "dora", "saved", "rows", "tokens", "ia3", "vera"]), **CHANGE)
 def peft_folders(kind: str, which: int, how: int, json_ones: Any, byte_ones: Any) -> None:
     adapters()[kind].try_change(which, how, json_ones, byte_ones, lambda: read_merged(kind))
-
-
-# Orbax folders. Their checksums are made anew, as whoever meant to change a file would do.
-@functools.cache
-def orbax() -> Files:
-    import jax  # noqa: F401
-
-    from jaxft.checkpoint.orbax_folder import write_params
-
-    folder = Path("orbax")
-    folder.mkdir()
-    write_params(models.random_model(models.config_from_hf(LLAMA), seed=0), folder)
-    (folder / "config.json").write_text(json.dumps(LLAMA))
-    manifest.write(folder)
-    return Files(folder, ("*.json", "params/*", "params/*/*", "params/*/.z*"))
-
-
-@inputs(500, **CHANGE)
-def orbax_folders(which: int, how: int, json_ones: Any, byte_ones: Any) -> None:
-    def read() -> None:
-        if how % 5:
-            manifest.write("orbax")
-        read_model("orbax")
-
-    orbax().try_change(which, how, json_ones, byte_ones, read)
 
 
 # Tokenizers, and all small files beside them.

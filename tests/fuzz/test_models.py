@@ -18,7 +18,6 @@ INPUTS = {
     "quantised_folders": (8000, 0.5),
     "gguf": (16000, 0.5),
     "peft_folders": (12000, 0.5),
-    "orbax_folders": (500, 0.3),
     "tokenizers": (4000, 0.1),
 }
 
