@@ -180,3 +180,11 @@ def test_a_back_end_that_is_absent_is_refused_with_the_mend(platform, said, tmp_
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
     assert said in done.stderr and "JAX_PLATFORMS=cpu" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_limit_that_jax_would_abort_under_is_refused(tmp_path):
+    command = [sys.executable, "-m", "jaxft.cli", "generate", "--model", str(tmp_path), "--prompt", "hello"]
+    limited = ["sh", "-c", 'ulimit -v 1500000 && exec "$@"', "sh", *command]
+    done = subprocess.run(limited, capture_output=True, text=True)
+    assert done.returncode == ExitCode.REFUSED
+    assert "limited to 1.5 GB (ulimit -v), and JAX needs 3.0 GB" in done.stderr and "ulimit -v unlimited" in done.stderr

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from jaxft.cli import settings
 from jaxft.cli.errors import explained
+from jaxft.cli.limits import check_address_space
 from jaxft.cli.parser import make_parser
 from jaxft.cli.streams import only_ascii, prepare_streams, show_progress
 from jaxft.errors import ExitCode
@@ -30,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> ExitCode:
     arguments, rest = parser.parse_known_args(given)
     try:
         settings.refuse_undecoded(given)
+        check_address_space(arguments.verb)
         takes_config = hasattr(arguments, "config") or arguments.verb == "quickstart"
         overrides = settings.read_overrides(rest, arguments.options, arguments.verb, takes_config=takes_config)
         result = arguments.call(arguments, settings.with_flags(arguments, overrides))
