@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from jaxft.errors import CheckpointError, listed
-from jaxft.files.gguf_parts import part_names
+from jaxft.files.gguf.parts import part_names
 from jaxft.files.paths import HUB
 
 # Files of a repository that are fetched: no code, and no pickles.

@@ -15,7 +15,7 @@ from jaxft.data import tokenizer_of
 from jaxft.data.loader import steps_for
 from jaxft.data.sources import is_here
 from jaxft.errors import ConfigError, did_you_mean
-from jaxft.files.gguf_parts import part_names
+from jaxft.files.gguf.parts import part_names
 from jaxft.files.hub import HubPath, cached_hub_file, hub_path
 from jaxft.files.paths import HUB, read_json
 from jaxft.methods import method_of

@@ -12,7 +12,7 @@ from gguf.quants import dequantize, quantize
 from jaxft.checkpoint.gguf import GGUFFile
 from jaxft.checkpoint.tensors import TensorSpec
 from jaxft.errors import CheckpointError, ModelError
-from jaxft.files.gguf_header import read_header
+from jaxft.files.gguf.header import read_header
 
 HIDDEN, INNER, VOCAB, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 64, 96, 32, 4, 2, 16, 2
 F32, F16, Q8_0, Q4_0 = (gguf.GGMLQuantizationType[name] for name in ("F32", "F16", "Q8_0", "Q4_0"))

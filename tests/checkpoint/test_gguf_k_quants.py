@@ -19,7 +19,7 @@ from jaxft.checkpoint.gguf.write import check_gguf, write_gguf, write_gguf_adapt
 from jaxft.checkpoint.hf import hf_tensors
 from jaxft.checkpoint.tensors import TensorSpec
 from jaxft.errors import ExportError
-from jaxft.files.gguf_header import read_header
+from jaxft.files.gguf.header import read_header
 
 pytest.importorskip("libgguf")
 LLAMA = {

@@ -9,7 +9,7 @@ from test_gguf import LAYERS, hf_tensors, interleave, settings
 
 from jaxft.checkpoint.gguf import GGUFFile
 from jaxft.errors import CheckpointError
-from jaxft.files.gguf_header import part_files, read_header
+from jaxft.files.gguf.header import part_files, read_header
 
 
 def write(folder, most, values=0.0, name="model.gguf"):

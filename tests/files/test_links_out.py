@@ -14,7 +14,7 @@ from jaxft.data.tokenizers.load import load_tokenizer
 from jaxft.data.tokenizers.table import table_rows
 from jaxft.errors import CheckpointError, JaxftError
 from jaxft.files.companions import copy_companions
-from jaxft.files.gguf_header import part_files
+from jaxft.files.gguf.header import part_files
 from jaxft.files.paths import check_links, open_folder, read_json
 
 LINKED = "is a link to .*outside.*Copy the file into the folder"

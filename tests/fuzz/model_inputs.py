@@ -26,7 +26,7 @@ from jaxft.checkpoint.gguf import GGUFFile
 from jaxft.checkpoint.load import open_merged
 from jaxft.checkpoint.tensors import SafetensorsFolder, TensorSource
 from jaxft.data.tokenizers.load import load_tokenizer
-from jaxft.files.gguf_header import read_header
+from jaxft.files.gguf.header import read_header
 from jaxft.models.tensor_map import tensor_names
 
 SEED = 16

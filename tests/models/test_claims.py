@@ -12,7 +12,7 @@ from jaxft import models
 from jaxft.checkpoint import hf
 from jaxft.checkpoint.folders.opening import open_weights
 from jaxft.errors import CheckpointError, ModelError
-from jaxft.files.gguf_header import read_header
+from jaxft.files.gguf.header import read_header
 from jaxft.terminal.text import safe_message
 
 

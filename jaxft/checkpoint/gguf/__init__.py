@@ -32,7 +32,7 @@ from jaxft.checkpoint.gguf.names import (
 from jaxft.checkpoint.gguf.oss_experts import FusedExperts
 from jaxft.checkpoint.tensors import TensorSource, TensorSpec, block_bounds
 from jaxft.errors import CheckpointError, ModelError, did_you_mean, listed
-from jaxft.files.gguf_header import GGUFHeader, GGUFTensor, read_header
+from jaxft.files.gguf.header import GGUFHeader, GGUFTensor, read_header
 from jaxft.files.paths import pread
 from jaxft.models.family import FamilyConfig
 

@@ -12,7 +12,7 @@ from jaxft.checkpoint.gguf.names import FAMILIES, TEMPERATURE, WINDOW_PATTERN, Y
 from jaxft.checkpoint.gguf.neutral import is_neutral
 from jaxft.checkpoint.gguf.ropes import YARN_FAST, YARN_SLOW, decimal_of, rope_scaling, size_of, yarn_magnitude
 from jaxft.errors import CheckpointError, ModelError, did_you_mean
-from jaxft.files.gguf_header import GGUFHeader
+from jaxft.files.gguf.header import GGUFHeader
 from jaxft.models.family import FULL, SLIDING
 from jaxft.models.field_kinds import check_config
 

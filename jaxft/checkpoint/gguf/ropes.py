@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxft.checkpoint.gguf.names import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS, Family
 from jaxft.errors import CheckpointError, ModelError
-from jaxft.files.gguf_header import GGUFHeader
+from jaxft.files.gguf.header import GGUFHeader
 
 # The original context and the two bounds by which Llama 3.1, 3.2 and 3.3 scale their frequencies.
 _LLAMA3_CONTEXT, _LLAMA3_LOW, _LLAMA3_HIGH = 8192, 1.0, 4.0

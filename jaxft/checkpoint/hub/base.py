@@ -8,7 +8,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from jaxft.errors import CheckpointError
-from jaxft.files.gguf_header import read_header
+from jaxft.files.gguf.header import read_header
 from jaxft.files.hub import hub_path
 from jaxft.files.paths import HUB, folder_json, is_remote, open_folder
 

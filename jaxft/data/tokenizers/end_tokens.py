@@ -65,7 +65,7 @@ def end_tokens_at(
         return own + _of_base(path, base, is_special)
     if path.endswith(".gguf"):
         # The package gguf imports much, which processes that tokenise rows do without.
-        from jaxft.files.gguf_header import read_header
+        from jaxft.files.gguf.header import read_header
 
         return sorted(read_header(path).stop_ids()) if os.path.isfile(path) else []
     ends: list[int] = []

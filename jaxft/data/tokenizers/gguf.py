@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from jaxft.errors import CheckpointError, ModelError, did_you_mean
-from jaxft.files.gguf_header import CONTROL, GGUFHeader, read_header
+from jaxft.files.gguf.header import CONTROL, GGUFHeader, read_header
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -13,7 +13,7 @@ from jaxft.data.tokenizers.gguf import BYTE, NORMAL, PRE_TOKENIZERS, UNKNOWN, UN
 from jaxft.data.tokenizers.load import load_tokenizer
 from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import ExportError
-from jaxft.files.gguf_header import CONTROL, ENDS
+from jaxft.files.gguf.header import CONTROL, ENDS
 
 PROBES = (
     "Hello, world!", "  two  spaces", "tabs\tand\nlines\n\n", "naïve 漢字 ☃ 🙂", "x1234567 = 3.14;", "it's I'LL we'd",

@@ -67,7 +67,7 @@ def table_rows(path: str, revision: str | None = None, base: str | None = None) 
         return _rows_in(path, base)
     if path.endswith(".gguf"):
         # The package gguf imports much, which processes that tokenise rows do without.
-        from jaxft.files.gguf_header import read_header
+        from jaxft.files.gguf.header import read_header
 
         table = read_header(path).tensors.get(GGUF_TABLE) if os.path.isfile(path) else None
         return None if table is None else table.shape[0]

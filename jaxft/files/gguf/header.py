@@ -16,8 +16,8 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from jaxft.errors import CheckpointError, did_you_mean, listed
-from jaxft.files.gguf_kinds import check_metadata
-from jaxft.files.gguf_parts import is_part, part_names
+from jaxft.files.gguf.kinds import check_metadata
+from jaxft.files.gguf.parts import is_part, part_names
 from jaxft.files.paths import check_link
 
 MAX_HEADER_BYTES = 2**28  # vocabularies of 262,144 tokens take about 10 MB

@@ -1,0 +1,1 @@
+"""The file format GGUF: its header, the kinds of its metadata, and files in parts."""
