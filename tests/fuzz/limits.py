@@ -58,6 +58,8 @@ def run_limited(
     own = {
         "HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp"), "JAXFT_CACHE": str(folder / "home" / "cache"),
         "HF_HOME": str(folder / "home" / "hf"), "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1",
+        # Arrow's own pool reserves a gigabyte of addresses at once, which would count as memory.
+        "ARROW_DEFAULT_MEMORY_POOL": "system",
         "TOKENIZERS_PARALLELISM": "false", "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0",
         "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
     }  # fmt: skip
