@@ -191,7 +191,8 @@ def test_all_misfits_are_listed_at_once(folder, tiny_llama):
     ("fields", "message"),
     [
         ({"bias": "some"}, "bias='some'"),
-        ({"rank_pattern": {"q_proj": "8"}}, "r='8'; a rank is a whole number"),
+        ({"rank_pattern": {"q_proj": "8"}}, "'q_proj': '8'.* must be an object of numbers"),
+        ({"rank_pattern": {"q_proj": 2.5}}, "r=2.5; a rank is a whole number"),
         ({"layers_to_transform": [0], "layers_pattern": "h"}, "layers_pattern='h'"),
         ({"lora_bias": True, "use_dora": True}, "lora_bias beside use_dora"),
         ({"twist": 3}, "twist=3"),
