@@ -9,6 +9,7 @@ import sys
 from jaxft.terminal.output import LastingOutput
 
 PROGRESS = "jaxft.data.encoded.progress"  # the log
+SHOWN = (PROGRESS, "jaxft.models.hf_fields")
 
 
 def prepare_streams() -> None:
@@ -33,11 +34,12 @@ def prepare_streams() -> None:
 
 
 def show_progress() -> None:
-    """Shows the lines in which long work says how far it is."""
-    log = logging.getLogger(PROGRESS)
-    if not log.handlers:
-        log.addHandler(logging.StreamHandler())
-        log.setLevel(logging.INFO)
+    """Shows the lines in which long work says how far it is, and what of a model's config.json is passed over."""
+    for name in SHOWN:
+        log = logging.getLogger(name)
+        if not log.handlers:
+            log.addHandler(logging.StreamHandler())
+            log.setLevel(logging.INFO)
 
 
 def only_ascii() -> bool:

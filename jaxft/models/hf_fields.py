@@ -1,9 +1,13 @@
 """Checks of Hugging Face's `config.json`: every field is used, known to change no number, or refused by name."""
 
+import functools
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxft.errors import ModelError, did_you_mean
+
+log = logging.getLogger(__name__)
 
 # Not fields of files: `checkpoint.folders` adds them to a config.json that it opens. The tensors that a model which is
 # quantised in its files keeps dense; the unknown fields that the user allows to be ignored.
@@ -42,7 +46,27 @@ GENERATION = (
     "epsilon_cutoff eta_cutoff renormalize_logits guidance_scale cache_implementation prefix stop_strings"
 )
 HARMLESS = frozenset(f"{BOOKKEEPING} {ATTENTION} {GENERATION} {DENSE_TENSORS} {ALLOWED}".split())
-# Fields of other architectures, or of trainers, that are harmless only at these values.
+# Fields of other architectures that change nothing at these values.
+OTHER_ARCHITECTURES: dict[str, Any] = {
+    "attention_out_bias": False,
+    "o_bias": False,
+    "use_bias": False,
+    "bias": False,
+    "lm_head_bias": False,
+    "use_qk_norm": False,
+    "qk_layernorm": False,
+    "shared_expert_intermediate_size": 0,
+    "n_shared_experts": 0,
+    "num_shared_experts": 0,
+    "first_k_dense_replace": 0,
+    "num_nextn_predict_layers": 0,
+    "residual_multiplier": 1.0,
+    "embedding_multiplier": 1.0,
+    "logits_scaling": 1.0,
+    "logit_scale": 1.0,
+    "use_mrope": False,
+}
+# Fields that transformers writes for many architectures, and those above: harmless only at these values.
 DEFAULTS: dict[str, Any] = {
     "is_decoder": False,
     "is_encoder_decoder": False,
@@ -64,32 +88,18 @@ DEFAULTS: dict[str, Any] = {
     "quantization_config": None,
     "compression_config": None,
     "attention_bias": False,
-    "attention_out_bias": False,
-    "o_bias": False,
     "mlp_bias": False,
-    "use_bias": False,
-    "bias": False,
-    "lm_head_bias": False,
-    "use_qk_norm": False,
-    "qk_layernorm": False,
-    "shared_expert_intermediate_size": 0,
-    "n_shared_experts": 0,
-    "num_shared_experts": 0,
-    "first_k_dense_replace": 0,
-    "num_nextn_predict_layers": 0,
-    "residual_multiplier": 1.0,
-    "embedding_multiplier": 1.0,
-    "logits_scaling": 1.0,
-    "logit_scale": 1.0,
-    "use_mrope": False,
+    **OTHER_ARCHITECTURES,
 }
+TOLD = frozenset(f"{ATTENTION} {GENERATION} qkv_bias".split()) | OTHER_ARCHITECTURES.keys()
 
 
 def check_fields(hf: Mapping[str, Any], *, used: Iterable[str], must_equal: Mapping[str, Any]) -> None:
     """Raises ModelError naming every field that is neither used, nor harmless, nor at its one implemented value.
 
     used: fields that the family reads. must_equal: fields with only one implemented value, and that value. Fields that
-    the user allows (`ALLOWED`) are passed over.
+    the user allows (`ALLOWED`) are passed over. Fields that usually mean something, but change nothing for this model,
+    such as an attention implementation, are named in the log.
     """
     known, expected = {*used, *(hf.get(ALLOWED) or ())}, DEFAULTS | _biases(hf) | dict(must_equal)
     refused = {}
@@ -108,6 +118,14 @@ def check_fields(hf: Mapping[str, Any], *, used: Iterable[str], must_equal: Mapp
             + ". Ignoring them would compute something other than the model's authors intended. "
             + allowing(refused)
         )
+    neutral = [name for name in sorted(hf) if name in TOLD - known and hf[name] is not None]
+    if neutral:
+        _tell(tuple(neutral))
+
+
+@functools.cache  # once in a process, however often the file is read
+def _tell(names: tuple[str, ...]) -> None:
+    log.info("config.json: fields that change nothing for this model are passed over: %s", ", ".join(names))
 
 
 def allowing(names: Iterable[str]) -> str:

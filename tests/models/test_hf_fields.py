@@ -154,6 +154,21 @@ def test_what_changes_no_number_is_read(kind):
     assert models.config_from_hf(plain | generation | ATTENTION | NEUTRAL[kind]) == models.config_from_hf(plain)
 
 
+def test_what_changes_no_number_is_told_once(caplog):
+    caplog.set_level("INFO", logger="jaxft.models.hf_fields")
+    strange = {
+        "temperature": 0.25,
+        "num_shared_experts": 0,
+        "use_sdpa": True,
+        "torchscript": False,
+        "n_shared_experts": None,
+    }
+    for _ in range(2):
+        models.config_from_hf(LLAMA | strange)
+    [line] = [record.getMessage() for record in caplog.records]
+    assert line.endswith("are passed over: num_shared_experts, temperature, use_sdpa")
+
+
 def test_fields_that_the_user_allows_are_ignored_and_left_out_of_exports(tmp_path):
     yarn = YARN | {"attn_factor": 0.8}
     strange = {"window_scale": 3, "attention_dropout": 0.1, "rope_scaling": yarn, "max_position_embeddings": 256}
