@@ -40,6 +40,7 @@ def show_progress() -> None:
         if not log.handlers:
             log.addHandler(logging.StreamHandler())
             log.setLevel(logging.INFO)
+            log.propagate = False  # libraries give the root logger a handler too
 
 
 def only_ascii() -> bool:

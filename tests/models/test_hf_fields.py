@@ -1,6 +1,7 @@
 """config.json: both dialects of transformers, every refusal, and published sizes without memory."""
 
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -154,7 +155,8 @@ def test_what_changes_no_number_is_read(kind):
     assert models.config_from_hf(plain | generation | ATTENTION | NEUTRAL[kind]) == models.config_from_hf(plain)
 
 
-def test_what_changes_no_number_is_told_once(caplog):
+def test_what_changes_no_number_is_told_once(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("jaxft.models.hf_fields"), "propagate", True)
     caplog.set_level("INFO", logger="jaxft.models.hf_fields")
     strange = {
         "temperature": 0.25,
