@@ -1,7 +1,6 @@
 """config.json: both dialects of transformers, every refusal, and published sizes without memory."""
 
 import json
-import logging
 
 import numpy as np
 import pytest
@@ -155,8 +154,7 @@ def test_what_changes_no_number_is_read(kind):
     assert models.config_from_hf(plain | generation | ATTENTION | NEUTRAL[kind]) == models.config_from_hf(plain)
 
 
-def test_what_changes_no_number_is_told_once(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("jaxft.models.hf_fields"), "propagate", True)
+def test_what_changes_no_number_is_told_once(caplog):
     caplog.set_level("INFO", logger="jaxft.models.hf_fields")
     strange = {
         "temperature": 0.25,

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import logging
 import os
 import re
 import shutil
@@ -405,7 +404,6 @@ def test_only_kept_rows_are_cleared(path, tokenizer_of, tmp_path, capsys):
 def test_long_work_says_how_far_it_is(processes, path, tokenizer_of, monkeypatch, caplog):
     monkeypatch.setattr(progress, "EVERY", 0.0)
     caplog.set_level("INFO", logger=PROGRESS)
-    monkeypatch.setattr(logging.getLogger(PROGRESS), "propagate", True)
     encode_set(open_rows(path), DataConfig(num_proc=processes), tokenizer_of("chatml"), conversation_of)
     lines = [record.getMessage() for record in caplog.records if record.name == PROGRESS]
     done = [int(line.split(" of ")[0].removeprefix("tokenised ")) for line in lines]
