@@ -141,3 +141,9 @@ def test_importing_the_package_does_not_wait_for_jax():
 def test_modules_are_found_without_a_registry():
     assert len(MODULES) > 50
     assert {room_of(path) for path in MODULES} == set(FLOORS)
+
+
+def test_test_files_have_names_of_their_own():
+    # pytest imports them as top-level modules, so that the second of two with one name is not run.
+    names = [path.name for path in (PACKAGE.parent / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
