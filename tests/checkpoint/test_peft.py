@@ -210,6 +210,20 @@ def test_settings_that_are_not_implemented_are_refused(folder, fields, message):
         load_model(str(folder))
 
 
+def test_the_refusal_of_an_unknown_setting_says_what_to_do_and_that_works(folder):
+    edit_config(folder, twist=3)
+    with pytest.raises(
+        ModelError, match=r"twist=3(.|\n)*merge_and_unload(.|\n)*can be removed from adapter_config.json"
+    ):
+        load_model(str(folder))
+    path = os.path.join(folder, "adapter_config.json")
+    with open(path, encoding="utf-8") as file:
+        config = {name: value for name, value in json.load(file).items() if name != "twist"}
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(config, file)
+    load_model(str(folder))
+
+
 def test_five_keys_are_a_config_and_absent_ones_have_pefts_defaults():
     bare = {
         "peft_type": "LORA",

@@ -97,7 +97,12 @@ def refuse_unknown(config: Mapping[str, Any], understood: Callable[[str, Any], b
         if value and name not in HARMLESS and not understood(name, value)
     ]
     if refused:
-        raise ModelError(f"adapter_config.json has settings that are not implemented: {', '.join(refused)}")
+        raise ModelError(
+            f"adapter_config.json has settings that are not implemented: {', '.join(refused)}. Without them the "
+            "adapter may compute something else. If PEFT reads the folder, merge the adapter into its base there "
+            "(merge_and_unload) and take the merged model. A setting that changes nothing for this adapter can be "
+            "removed from adapter_config.json."
+        )
 
 
 def saved_names(config: Mapping[str, Any]) -> tuple[str, ...]:
