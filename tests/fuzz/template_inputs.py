@@ -93,7 +93,7 @@ def mutated(draw: st.DrawFn) -> str:
     return text
 
 
-@fixed(20_000)
+@fixed(2_000)
 @given(template=st.one_of(STATEMENTS, mutated()), config=st.sampled_from([DataConfig(), DataConfig(omissions="warn")]))
 def templates_of_any_kind(template: str, config: DataConfig) -> None:
     for conversation in CONVERSATIONS:

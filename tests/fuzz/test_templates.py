@@ -11,4 +11,4 @@ pytestmark = pytest.mark.slow
 
 def test_templates_render_or_are_refused(tmp_path):
     report = run_limited("fuzz.template_inputs:templates_of_any_kind", tmp_path)
-    assert report["tried"] >= 20_000 and 0 < report["refused"] < report["tried"]
+    assert report["tried"] >= 2_000 and 0 < report["refused"] < report["tried"]
