@@ -1,5 +1,6 @@
 """RunCheckpoints: exact, verified, and bounded in number."""
 
+import logging
 import os
 import random
 import shlex
@@ -18,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxft.checkpoint.plain_path import check_path
 from jaxft.checkpoint.resume import RunCheckpoints
-from jaxft.checkpoint.steps import read_back
+from jaxft.checkpoint.steps import folders, read_back
 from jaxft.checkpoint.steps.layout import as_arrays
 from jaxft.errors import CheckpointError
 
@@ -432,3 +433,19 @@ def test_what_cannot_be_saved_is_refused(tmp_path):
         RunCheckpoints("gs://bucket/run", keep=1)
     with pytest.raises(CheckpointError, match="keep=0"):
         RunCheckpoints(tmp_path, keep=0)
+
+
+def test_of_several_steps_without_a_manifest_the_mend_is_for_the_newest(tmp_path):
+    for step in ("4", "8", "12"):
+        (tmp_path / step).mkdir()
+        (tmp_path / step / "_CHECKPOINT_METADATA").write_text("{}")
+    with pytest.raises(CheckpointError, match=rf"but 4, 8, 12 without(?s:.*)manifest.write.* {tmp_path}/12\n"):
+        folders.refuse_without_whole(tmp_path)
+
+
+def test_errors_of_orbax_alone_are_kept_from_the_console(tmp_path, caplog):
+    RunCheckpoints(tmp_path, keep=1).close()
+    cause = (ValueError, ValueError("x"), None)
+    logging.getLogger("asyncio").error("Task exception of site-packages/orbax/checkpoint/x.py", exc_info=cause)
+    logging.getLogger("asyncio").error("Task exception of mine.py", exc_info=cause)
+    assert [record.getMessage() for record in caplog.records] == ["Task exception of mine.py"]

@@ -39,9 +39,10 @@ def newest_step(folder: Path) -> int | None:
 
 
 def unexplained_steps(folder: Path) -> tuple[Path, ...]:
-    """Folders that are named like steps and hold what Orbax wrote, but have no manifest."""
-    entries = sorted(folder.iterdir()) if folder.is_dir() else ()
-    return tuple(e for e in entries if _is_step_name(e) and not manifest.exists(e) and (e / ORBAX_MARK).exists())
+    """Folders that are named like steps and hold what Orbax wrote, but have no manifest; ascending."""
+    steps = [entry for entry in folder.iterdir() if _is_step_name(entry)] if folder.is_dir() else []
+    steps.sort(key=lambda entry: int(entry.name))
+    return tuple(step for step in steps if not manifest.exists(step) and (step / ORBAX_MARK).exists())
 
 
 def saving_name(step: int) -> str:

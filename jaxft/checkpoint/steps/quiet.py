@@ -6,18 +6,21 @@ from types import TracebackType
 
 
 class _Reported(logging.Filter):
-    """Leaves out the tracebacks that Orbax logs before it raises the error."""
+    """Leaves out the tracebacks of errors in Orbax: of those that it logs before it raises them, and of its tasks that
+    nobody awaits any more when another one has failed.
+    """
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return not (record.exc_info and "orbax" in record.pathname)
+        return not (record.exc_info and ("orbax" in record.pathname or "/orbax/" in record.getMessage()))
 
 
 def quiet_libraries() -> None:
     """Keeps these tracebacks from standard error, for the rest of the process. Everything else is printed as before."""
-    logger = logging.getLogger("absl")
-    if any(isinstance(each, _Reported) for each in logger.filters):
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    if any(isinstance(each, _Reported) for each in loggers[0].filters):
         return
-    logger.addFilter(_Reported())
+    for logger in loggers:
+        logger.addFilter(_Reported())
     before = sys.unraisablehook
 
     def hook(unraisable: "sys.UnraisableHookArgs") -> None:
