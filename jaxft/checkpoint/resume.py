@@ -131,12 +131,14 @@ class RunCheckpoints:
             raise CheckpointError(f"extra of step {step} is not JSON: {error}") from error
         items = ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
         expected = {} if self._read_back or not is_primary() else read_back.copies(arrays)
+        number = next(_saves)
+        name = folders.saving_name(step, number)
         try:
-            self._orbax.save(self._for_orbax(folders.saving_name(step)), args=items)
+            self._orbax.save(self._for_orbax(name), args=items)
         except Exception as error:  # Orbax promises no types; nothing is swallowed
             self._failed = True
             raise self._not_saved(step, error) from error
-        self._pending = (step, self._background.submit(self._finish, step, next(_saves), metrics, expected))
+        self._pending = (step, self._background.submit(self._finish, step, number, metrics, expected))
         self._last = step
         return True
 
@@ -243,7 +245,7 @@ class RunCheckpoints:
 
     def _finish(self, step: int, number: int, metrics: Mapping[str, float], expected: read_back.Copies) -> None:
         self._orbax.wait_until_finished()  # with several processes a barrier: all have written
-        written = self.folder / folders.saving_name(step)
+        written = self.folder / folders.saving_name(step, number)
         flush_in_all(written, number)
         if not is_primary():
             self._metrics[step] = metrics

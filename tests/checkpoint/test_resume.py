@@ -1,11 +1,14 @@
 """RunCheckpoints: exact, verified, and bounded in number."""
 
+import contextlib
+import itertools
 import logging
 import os
 import random
 import shlex
 import shutil
 import subprocess
+import threading
 from typing import NamedTuple
 
 import jax
@@ -235,7 +238,7 @@ def test_a_damaged_newest_step_is_never_skipped_silently_and_mended_as_told(tmp_
 
 def test_what_an_interrupted_save_left_is_removed_at_the_next_start(tmp_path, caplog):
     saved(tmp_path)
-    left = ["3.saving", "4.saving.orbax-checkpoint-tmp", "3.orbax-checkpoint-tmp", "0.deleted"]
+    left = ["3.saving-0", "4.saving-12.orbax-checkpoint-tmp", "3.orbax-checkpoint-tmp", "0.deleted"]
     for name in left:
         (tmp_path / name / "state").mkdir(parents=True)
     (tmp_path / "2024").mkdir()  # looks like a step, but Orbax never wrote it
@@ -309,16 +312,17 @@ def test_a_step_that_was_renamed_or_is_a_link_is_refused_at_the_start_with_the_m
 
 
 @pytest.mark.parametrize("name", ["x[1]", "a\\b", "[!a]", "run*", "{a,b}", "50%|#"])
-def test_a_path_that_a_library_would_read_as_a_pattern_is_read_as_it_is(tmp_path, name):
+def test_a_path_that_a_library_would_read_as_a_pattern_is_read_as_it_is(tmp_path, name, monkeypatch):
+    monkeypatch.setattr("jaxft.checkpoint.resume._saves", itertools.count())
     folder = tmp_path / name / "run"
-    (tmp_path / "run1" / "run" / "1.saving").mkdir(parents=True)  # what a pattern would find
+    (tmp_path / "run1" / "run" / "1.saving-0").mkdir(parents=True)  # what a pattern would find
     saved(folder)
     with RunCheckpoints(folder, keep=10) as checkpoints:
         assert_same(checkpoints.restore(abstract(make_state()))[0], make_state(1))
         parts = checkpoints.open().read_parts({"trainable": abstract(make_state()).trainable})
     assert_same(parts["trainable"], make_state(1).trainable)
     assert sorted(os.listdir(tmp_path)) == sorted(["run1", name])
-    assert not os.listdir(tmp_path / "run1" / "run" / "1.saving")
+    assert not os.listdir(tmp_path / "run1" / "run" / "1.saving-0")
 
 
 def test_where_a_path_cannot_be_given_another_name_it_is_refused(monkeypatch, tmp_path):
@@ -449,3 +453,34 @@ def test_errors_of_orbax_alone_are_kept_from_the_console(tmp_path, caplog):
     logging.getLogger("asyncio").error("Task exception of site-packages/orbax/checkpoint/x.py", exc_info=cause)
     logging.getLogger("asyncio").error("Task exception of mine.py", exc_info=cause)
     assert [record.getMessage() for record in caplog.records] == ["Task exception of mine.py"]
+
+
+def test_a_step_whose_save_failed_is_saved_again_while_its_threads_still_write(tmp_path, monkeypatch):
+    saved(tmp_path)
+    over, begun = threading.Event(), threading.Event()
+
+    def write_on(folder):
+        while not over.is_set():
+            with contextlib.suppress(FileNotFoundError):  # the folder above it was removed in between
+                os.makedirs(folder / "state", exist_ok=True)
+            begun.set()
+
+    def fail(path, **values):
+        late.append(threading.Thread(target=write_on, args=(tmp_path / f"{path.name}.orbax-checkpoint-tmp",)))
+        late[0].start()
+        begun.wait()
+        raise OSError(28, "No space left on device", str(path))
+
+    late = []
+    try:
+        with RunCheckpoints(tmp_path, keep=10) as checkpoints:
+            with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="step 2 was not .*No space left"):
+                patch.setattr(checkpoints._orbax, "save", fail)
+                checkpoints.save(2, make_state(2), EXTRA)
+            checkpoints.save(2, make_state(2), EXTRA)
+    finally:
+        over.set()
+        late[0].join()
+    with RunCheckpoints(tmp_path, keep=10) as checkpoints:
+        assert_same(checkpoints.restore(abstract(make_state()))[0], make_state(2))
+    assert sorted(os.listdir(tmp_path)) == ["1", "2"]

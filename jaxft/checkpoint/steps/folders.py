@@ -1,8 +1,8 @@
 """The names in a checkpoint folder: which of them are whole steps, which are the rest of something, which are neither.
 
-A step is written under the name `<step>.saving`, gets its manifest there and is then renamed to `<step>`; an old step
-is renamed to `<step>.deleted` before its files go. Only these names are ever deleted. A folder that is named like a
-step and has no manifest was not left by an interrupted save: it is set aside.
+A step is written under the name `<step>.saving-<number>`, gets its manifest there and is then renamed to `<step>`; an
+old step is renamed to `<step>.deleted` before its files go. Only these names are ever deleted. A folder that is named
+like a step and has no manifest was not left by an interrupted save: it is set aside.
 """
 
 import logging
@@ -20,7 +20,7 @@ from jaxft.errors import CheckpointError, listed
 from jaxft.files.atomic import flush
 from jaxft.files.paths import json_object
 
-LEFTOVER = re.compile(r"\d+\.(saving(\.orbax-checkpoint-tmp.*)?|orbax-checkpoint-tmp.*|deleted)")
+LEFTOVER = re.compile(r"\d+\.(saving-\d+(\.orbax-checkpoint-tmp.*)?|orbax-checkpoint-tmp.*|deleted)")
 ORBAX_MARK = "_CHECKPOINT_METADATA"  # a folder named like a step but without this file is not one
 META = ("meta", "metadata")  # the JSON that is saved with the arrays
 
@@ -45,9 +45,12 @@ def unexplained_steps(folder: Path) -> tuple[Path, ...]:
     return tuple(step for step in steps if not manifest.exists(step) and (step / ORBAX_MARK).exists())
 
 
-def saving_name(step: int) -> str:
-    """The name of a step's folder while it is written."""
-    return f"{step}.saving"
+def saving_name(step: int, number: int) -> str:
+    """The name of a step's folder while it is written. number: of the save in this process, equal in all processes.
+
+    The number keeps two saves of one step apart: of one that failed, threads of TensorStore may still be writing.
+    """
+    return f"{step}.saving-{number}"
 
 
 def read_meta(step_folder: Path) -> dict[str, Any]:
