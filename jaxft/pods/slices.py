@@ -69,7 +69,11 @@ class Slices(Protocol):
         ...
 
     def copy(self, worker: Worker, source: Path, target: str) -> Done:
-        """Copies a file of this machine to a path on one host."""
+        """Copies a file of this machine to a path on one host, below the home folder there if it is relative."""
+        ...
+
+    def fetch(self, worker: Worker, source: str, target: Path) -> Done:
+        """Copies a file of one host, below the home folder there if `source` is relative, to a path of this machine."""
         ...
 
     def delete(self) -> None:
