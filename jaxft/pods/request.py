@@ -30,7 +30,8 @@ class Request:
     tpu, or auto for the one to prefer. max_hours: of all attempts together, in which machines exist. max_usd: refuse
     what could cost more. queue_hours: how long the request may wait for machines. retries: attempts after the first.
     stall_minutes: without a log line, after which a run counts as hung. keep_minutes: in which machines stay after an
-    error. env: names of environment variables that the hosts get. internal_ip, iap: how hosts are reached. network,
+    error. env: names of environment variables that the hosts get. shared: whether `to` is a folder that every host and
+    this machine mount under the same path. internal_ip, iap: how hosts are reached. network,
     subnetwork, service_account: of the machines, None for the project's defaults. disk_gb: of a boot disk of
     Compute Engine. prices: a file in place of jaxft's table. skip_plan: do not compile the step first. detach: leave
     once training has started. dry_run: print the commands alone.
@@ -53,6 +54,7 @@ class Request:
     stall_minutes: float = 30.0
     keep_minutes: float = 15.0
     env: tuple[str, ...] = ()
+    shared: bool = False
     internal_ip: bool = False
     iap: bool = False
     network: str | None = None
@@ -71,12 +73,7 @@ class Request:
         _check_ways(self)
         chips_of_host(self.shape)
         self.provider  # noqa: B018 - refuses an API that does not have the kind
-        if not self.is_remote and self.hosts * self.slices > 1:
-            raise ConfigError(
-                f"--to={self.to}: {self.shape.describe()} has {self.hosts * self.slices} hosts, which all write the "
-                "run and share no folder of this machine. Give a bucket: --to=gs://BUCKET/RUN, and `jaxft pod fetch` "
-                "brings the run here."
-            )
+        _check_folder(self)
 
     @property
     def shape(self) -> Topology:
@@ -186,6 +183,28 @@ def _check_numbers(request: Request) -> None:
     if request.flex_start and request.max_hours > FLEX_START_HOURS:
         raise ConfigError(
             f"--max_hours={request.max_hours:g}: flex-start machines live at most {FLEX_START_HOURS:g} hours. Lower it"
+        )
+
+
+def _check_folder(request: Request) -> None:
+    """Refuses a folder of this machine where the run would be lost, or its hosts would not find each other's files."""
+    if request.shared and (request.is_remote or not request.to.startswith("/")):
+        raise ConfigError(
+            f"--to={request.to}: --shared says that every host mounts this folder, so give its absolute path there, "
+            "such as --to=/mnt/filestore/RUN, or leave out --shared"
+        )
+    if request.is_remote or request.shared:
+        return
+    if request.hosts * request.slices > 1:
+        raise ConfigError(
+            f"--to={request.to}: {request.shape.describe()} has {request.hosts * request.slices} hosts, which all "
+            "write the run and share no folder of this machine. Give a bucket: --to=gs://BUCKET/RUN, and `jaxft pod "
+            "fetch` brings the run here."
+        )
+    if request.detach:
+        raise ConfigError(
+            f"--to={request.to}: with --detach nobody is here to bring the run from the disk of its machine, with "
+            "which it would be deleted. Leave out --detach, or give a bucket: --to=gs://BUCKET/RUN."
         )
 
 

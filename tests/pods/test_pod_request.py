@@ -129,3 +129,16 @@ def test_no_spot_price_is_refused(tmp_path):
     file.write_text('{"date": "2026-01-01", "chips": {"v6e": {"on_demand": 3.0, "spot": null}}}')
     with pytest.raises(ConfigError, match="no spot price of v6e"):
         rate_of(changed(spot=True, prices=str(file)))
+
+
+def test_a_folder_that_hosts_share_takes_several(tmp_path):
+    shared = changed(topology="v6e:4x4", to=str(tmp_path), shared=True, detach=True)
+    assert shared.hosts == 4 and Request.from_json(shared.to_json()) == shared
+    for to in ("gs://bucket/run", "runs/here"):
+        with pytest.raises(ConfigError, match="absolute path there"):
+            changed(to=to, shared=True)
+
+
+def test_nobody_would_bring_the_run_of_a_detached_start_home():
+    with pytest.raises(ConfigError, match="Leave out --detach, or give a bucket"):
+        changed(topology="v6e:2x2", to="runs/here", detach=True)
