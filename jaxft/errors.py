@@ -30,6 +30,10 @@ class ExitCode(enum.IntEnum):
 class JaxftError(Exception):
     """Something outside jaxft is wrong. The message says what is wrong, why, and how to correct it."""
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows of it, which is no traceback, as on the command line. IPython calls this."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class ConfigError(JaxftError, ValueError):
     """A run configuration that cannot be carried out."""

@@ -1,12 +1,12 @@
-"""Notebooks are valid, carry no outputs, and their code runs."""
+"""Notebooks are valid, carry no outputs, share their first cell, and run as they are written."""
 
 import ast
+import importlib.util
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,8 +16,12 @@ import jaxft
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-CONFIG_LINE = 'CONFIG = "configs/quickstart.py"'
-DISPLAY_LINE = "from IPython.display import Image"
+# Notebooks that run in the quick suite; the others are slow.
+QUICK: set[str] = set()
+# What each notebook says at smoke size, in the first run and after a restart.
+FACTS: dict[str, tuple[str, ...]] = {
+    "quickstart": (r"base: 0 of 4 right \(json_exact\)", r"tuned: \d of 4 right", r"notebook-merged"),
+}
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -40,6 +44,43 @@ def test_is_a_notebook_of_format_4_5(path: Path) -> None:
         wanted |= {"outputs", "execution_count"} if cell["cell_type"] == "code" else set()
         assert set(cell) == wanted and cell["cell_type"] in ("code", "markdown")
         assert cell["source"] and all(isinstance(line, str) for line in cell["source"])
+
+
+@pytest.fixture(scope="module")
+def make() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_notebooks", ROOT / "notebooks" / "make.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_is_as_the_generator_writes_it(path: Path, make: ModuleType) -> None:
+    mend = f"run: python notebooks/make.py {path.stem}"
+    assert path.read_text(encoding="utf-8") == make.as_text(make.remade(read(path), path.stem)), mend
+    assert code_cells(path)[0] == make.first_cell(make.RUNTIMES[path.stem][1])
+
+
+def test_the_generator_removes_what_jupyter_adds_and_keeps_the_rest(make: ModuleType) -> None:
+    written = read(ROOT / "notebooks" / "quickstart.ipynb")
+    touched = json.loads(json.dumps(written))
+    for number, cell in enumerate(touched["cells"]):
+        cell["metadata"]["execution"] = {"start": "2026-01-01"}
+        if cell["cell_type"] == "code":
+            cell |= {"execution_count": number, "outputs": [{"output_type": "stream", "name": "stdout", "text": "x"}]}
+    touched["metadata"]["widgets"] = {"state": {}}
+    touched["cells"][3]["source"] = ["old = True"]
+    assert make.remade(touched, "quickstart") == written
+    touched["cells"][-1]["source"] = ["own = 1"]
+    assert make.remade(touched, "quickstart")["cells"][-1]["source"] == ["own = 1"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_the_readme_opens_it_in_a_browser(path: Path, make: ModuleType) -> None:
+    badges = make.badges(path.stem)
+    assert badges in (ROOT / "README.md").read_text(encoding="utf-8")
+    addresses = re.findall(r"\]\((https://[^)]+ipynb)\)", badges)
+    assert len(addresses) == 2 and all(one.endswith(f"/notebooks/{path.name}") for one in addresses)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
@@ -69,24 +110,31 @@ def test_imports_and_calls_only_what_the_package_has(path: Path) -> None:
             assert is_config_field(node.value), node.value
 
 
-@pytest.mark.slow
-def test_quickstart_runs_as_smoke(tmp_path: Path) -> None:
-    cells = code_cells(ROOT / "notebooks" / "quickstart.ipynb")
-    source = "\n\n".join(cells)
-    assert source.count(CONFIG_LINE) == 1
-    source = source.replace(CONFIG_LINE, 'CONFIG = "configs/quickstart.py:smoke"')
-    # As when Jupyter was started in the notebooks folder.
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    (tmp_path / "notebooks").mkdir()
-    # A notebook's kernel has IPython, a plain Python need not.
-    assert source.count(DISPLAY_LINE) == 1
-    source = source.replace(DISPLAY_LINE, "def Image(filename): open(filename, 'rb').close()")
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", source],
-        cwd=tmp_path / "notebooks", env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "base: 0 of 4 right (json_exact)" in done.stdout
-    assert (tmp_path / "runs" / "notebook-merged" / "model.safetensors").is_file()
-    assert (tmp_path / "runs" / "notebook" / "adapter" / "adapter_config.json").is_file()
+def execute(path: Path, folder: Path) -> str:
+    """All that a notebook prints, executed in a fresh kernel that starts in a folder; it fails as the notebook does."""
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    notebook = nbformat.read(path, as_version=4)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "SMOKE": "1", "JAX_PLATFORMS": "cpu"}
+    client = nbclient.NotebookClient(
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+    )
+    client.execute(env=environment)
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert not [output for output in outputs if "Traceback" in output.get("text", "")]
+    return "".join(output.get("text", "") or output.get("data", {}).get("text/plain", "") for output in outputs)
+
+
+def only_quick(path: Path) -> Any:
+    return pytest.param(path, id=path.name, marks=() if path.stem in QUICK else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("path", [only_quick(path) for path in NOTEBOOKS])
+def test_runs_from_an_empty_folder_and_again_after_a_restart(path: Path, tmp_path: Path) -> None:
+    first = execute(path, tmp_path)
+    assert f"working in {tmp_path}, on " in first
+    left = {file.relative_to(tmp_path).parts[0] for file in tmp_path.rglob("*")}
+    assert left <= {"runs"}, "a notebook writes below runs/ alone"
+    again = execute(path, tmp_path)
+    for fact in FACTS[path.stem]:
+        assert re.search(fact, first), f"{fact}\n{first}"
+        assert re.search(fact, again), f"{fact}\n{again}"
