@@ -16,6 +16,7 @@ ZONE = re.compile(r"[a-z]+-[a-z]+\d+-[a-z]")
 PROJECT = re.compile(r"([a-z][-a-z0-9.]*:)?[a-z][-a-z0-9]{4,28}[a-z0-9]")
 KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 LABEL = "jaxft-run"  # of everything that is created; its value is the name of the run
+TUPLES = ("zones", "overrides", "env")  # fields that are lists in JSON
 APIS = ("auto", "compute", "tpu")
 FLEX_START_HOURS = 168.0  # the longest life of a flex-start machine, by Google's rule
 
@@ -24,23 +25,26 @@ FLEX_START_HOURS = 168.0  # the longest life of a flex-start machine, by Google'
 class Request:
     """The options of one run on Google Cloud. Every value is plain, so that it can be kept as JSON.
 
-    name: of the run, and of all that is made for it. topology: of one slice, such as `v6e:4x4`. slices: their number.
-    zones: where to try, in this order. to: where the run goes, gs:// or a folder of this machine. project: None for
-    gcloud's own. spot, flex_start, reservation: how the machines are bought; on demand if none is set. api: compute or
-    tpu, or auto for the one to prefer. max_hours: of all attempts together, in which machines exist. max_usd: refuse
-    what could cost more. queue_hours: how long the request may wait for machines. retries: attempts after the first.
-    stall_minutes: without a log line, after which a run counts as hung. keep_minutes: in which machines stay after an
-    error. env: names of environment variables that the hosts get. shared: whether `to` is a folder that every host and
-    this machine mount under the same path. internal_ip, iap: how hosts are reached. network,
-    subnetwork, service_account: of the machines, None for the project's defaults. disk_gb: of a boot disk of
-    Compute Engine. prices: a file in place of jaxft's table. skip_plan: do not compile the step first. detach: leave
-    once training has started. dry_run: print the commands alone.
+    name: of the run, and of all that is made for it. topology: of one slice, such as `v6e:4x4`. slices: their
+    number. zones: where to try, in this order. to: where the run goes, gs:// or a folder of this machine. config,
+    overrides: of the training, as its command line takes them. project: None for gcloud's own. spot, flex_start,
+    reservation: how the machines are bought; on demand if none is set. api: compute or tpu, or auto for the one to
+    prefer. max_hours: of all attempts together, in which machines exist. max_usd: refuse what could cost more.
+    queue_hours: how long the request may wait for machines. retries: attempts after the first. stall_minutes:
+    without a log line, after which a run counts as hung. keep_minutes: in which machines stay after an error. env:
+    names of environment variables that the hosts get. shared: whether `to` is a folder that every host and this
+    machine mount under the same path. internal_ip, iap: how hosts are reached. network, subnetwork,
+    service_account: of the machines, None for the project's defaults. disk_gb: of a boot disk of Compute Engine.
+    prices: a file in place of jaxft's table. skip_plan: do not compile the step first. detach: leave once training
+    has started. dry_run: print the commands alone.
     """
 
     name: str
     topology: str
     zones: tuple[str, ...]
     to: str
+    config: str | None = None
+    overrides: tuple[str, ...] = ()
     slices: int = 1
     project: str | None = None
     spot: bool = False
@@ -86,6 +90,11 @@ class Request:
         return hosts_of_slice(self.shape)
 
     @property
+    def chips(self) -> int:
+        """The number of chips of all slices."""
+        return self.shape.chips
+
+    @property
     def provider(self) -> str:
         """`compute` or `tpu`: the API that creates the machines. Raises ConfigError if it does not have the kind."""
         kind, apis = self.shape.chip.name, machine_of(self.shape).apis
@@ -115,12 +124,12 @@ class Request:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, from which `from_json` makes an equal request."""
-        return dataclasses.asdict(self) | {"zones": list(self.zones), "env": list(self.env)}
+        return dataclasses.asdict(self) | {name: list(getattr(self, name)) for name in TUPLES}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Request":
         """The request of which `to_json` made the values. Raises ConfigError as a new request does."""
-        return cls(**{**values, "zones": tuple(values["zones"]), "env": tuple(values["env"])})
+        return cls(**{**values, **{name: tuple(values[name]) for name in TUPLES}})
 
     def check_config(self, config: RunConfig) -> None:
         """Raises ConfigError for a config that would lose its work on these machines."""
@@ -199,7 +208,7 @@ def _check_folder(request: Request) -> None:
         raise ConfigError(
             f"--to={request.to}: {request.shape.describe()} has {request.hosts * request.slices} hosts, which all "
             "write the run and share no folder of this machine. Give a bucket: --to=gs://BUCKET/RUN, and `jaxft pod "
-            "fetch` brings the run here."
+            "fetch` brings the run here. Or say --shared if every host and this machine mount that folder."
         )
     if request.detach:
         raise ConfigError(

@@ -1,0 +1,93 @@
+"""A cloud on paper: prints the commands that a run would issue, and answers them as if all went well."""
+
+import json
+import shlex
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jaxft.pods.command import Done, quoted
+from jaxft.pods.request import Request
+
+POLICIES = "resource-policies"
+
+
+class DryRun:
+    """A `Run` without effects. Every machine is ready as soon as it is created, and nothing fails.
+
+    print_line: gets each command as a line that can be pasted. host_answer: how a command on a host ends, by its argv.
+    """
+
+    def __init__(
+        self, request: Request, print_line: Callable[[str], None], host_answer: Callable[[Sequence[str]], Done]
+    ) -> None:
+        self.request = request
+        self.print_line = print_line
+        self.host_answer = host_answer
+        self.created: dict[tuple[str, str], dict[str, Any]] = {}
+
+    def __call__(self, argv: Sequence[str], *, stdin: bytes = b"", seconds: float | None = None) -> Done:
+        """Prints the command, and answers it."""
+        self.print_line(quoted(argv) + ("  # and something on its standard input" if stdin else ""))
+        words = [word for word in argv[1:] if not word.startswith("--")]
+        flags = dict(word[2:].partition("=")[::2] for word in argv if word.startswith("--"))
+        for verb in ("ssh", "scp", "create", "describe", "delete", "list-instances", "list"):
+            if verb in words:
+                at = words.index(verb)
+                return self._answer(verb, words[at - 1], words[at + 1 :], flags)
+        return Done(0, "", "")
+
+    def _answer(self, verb: str, kind: str, names: list[str], flags: dict[str, str]) -> Done:
+        if verb == "ssh":
+            return self.host_answer(tuple(shlex.split(flags["command"])))
+        if verb == "create":
+            kind, names = (POLICIES, names[1:]) if kind == POLICIES else (kind, names)
+            for name in names:
+                self._create(kind, name, flags)
+        if verb == "delete":
+            self._delete(kind, names[0])
+        if verb == "describe":
+            return self._described(self.created.get((kind, names[0])))
+        if verb == "list-instances":
+            return self._described([] if (kind, names[0]) in self.created else None)
+        if verb == "list":
+            return self._described([one for (what, _), one in self.created.items() if what == kind])
+        return Done(0, "", "")
+
+    def _described(self, answer: Any) -> Done:
+        return Done(1, "", "ERROR: NOT_FOUND: not found") if answer is None else Done(0, json.dumps(answer), "")
+
+    def _create(self, kind: str, name: str, flags: dict[str, str]) -> None:
+        labels = dict(pair.partition("=")[::2] for pair in flags.get("labels", "").split(",") if pair)
+        one: dict[str, Any] = {"name": name, "labels": labels, "description": flags.get("description", "")}
+        self.created[kind, name] = one
+        if kind == "tpu-vm":
+            hosts = range(self.request.hosts)
+            one |= {"state": "READY", "networkEndpoints": [{"ipAddress": f"<{name} worker {host}>"} for host in hosts]}
+        if kind == "queued-resources":
+            one |= {"state": {"state": "ACTIVE"}}
+            prefix, count = flags.get("node-prefix"), int(flags.get("node-count", 1))
+            nodes = [flags["node-id"]] if prefix is None else [f"{prefix}-{number}" for number in range(count)]
+            for node in nodes:
+                self._create("tpu-vm", node, flags)
+                self.created["tpu-vm", node]["group"] = name
+        if kind == "instances":
+            one |= self._running(name, 0)
+        if kind == "managed":
+            labels = self.created["instance-templates", flags["template"]]["labels"]
+            for host in range(int(flags["size"])):
+                instance = f"{name}-{host:04d}"
+                self.created["instances", instance] = {
+                    "name": instance, "labels": labels, "group": name, **self._running(instance, host),
+                }  # fmt: skip
+
+    def _running(self, name: str, host: int) -> dict[str, Any]:
+        return {
+            "status": "RUNNING", "networkInterfaces": [{"networkIP": f"<address of {name}>"}],
+            "metadata": {"items": [{"key": "worker-id", "value": str(host)}]},
+        }  # fmt: skip
+
+    def _delete(self, kind: str, name: str) -> None:
+        self.created.pop((kind, name), None)
+        own = [key for key, one in self.created.items() if one.get("group") == name]
+        for key in own:
+            self.created.pop(key, None)
