@@ -75,6 +75,8 @@ def _add_training(verbs: Any) -> None:
         "--heartbeat_seconds", type=int, default=100, help="a process without a sign of life for so long ends the run"
     )
     option("--start_seconds", type=int, default=300, help="how long processes wait for each other at the start")
+    option("--expect_processes", type=int, metavar="N", help="refuse to start with another number of processes")
+    option("--expect_platform", choices=("tpu", "gpu", "cpu"), help="refuse to start on other devices")
 
     _verb(verbs, "quickstart", training.quickstart, "LoRA on SmolLM2-135M, a small real task, on this machine")
 
@@ -180,3 +182,8 @@ def _add_survey(verbs: Any) -> None:
     option = _verb(verbs, "verify", survey.verify, "whether a run, an export or another model on disk is whole")
     option("path", metavar="PATH", help="a run folder, a model folder or a GGUF file")
     option("--no_rows", action="store_true", help="do not read and tokenise the rows of a run again")
+
+    option = _verb(verbs, "doctor", survey.doctor, "whether this machine can train: versions, chips, slice, disk")
+    option("--output_dir", metavar="FOLDER", help="write a file there too; a folder, or gs://bucket/folder")
+    option("--seconds", type=float, default=60, help="how long JAX may take to show its devices")
+    option("--no_devices", action="store_true", help="do not start JAX, as on a machine where a run uses the chips")

@@ -33,6 +33,7 @@ def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     config = config_of(arguments, overrides)
     from jaxft.sharding import distributed
     from jaxft.sharding.ending import end_on_peer_error
+    from jaxft.sharding.expectations import Expected
 
     def say(text: str) -> None:
         # Past Python's buffers, whose locks another thread may hold when this process is aborted.
@@ -46,6 +47,7 @@ def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
             arguments.process_id,
             heartbeat_seconds=arguments.heartbeat_seconds,
             start_seconds=arguments.start_seconds,
+            expected=Expected(processes=arguments.expect_processes, platform=arguments.expect_platform),
         )
         from jaxft.runs.train import train
 

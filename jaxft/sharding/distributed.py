@@ -12,17 +12,21 @@ import socket
 from collections.abc import Sequence
 
 import jax
-from jax._src import xla_bridge
+from jax._src import cloud_tpu_init, xla_bridge
 from jax._src.clusters import ClusterEnv  # what jax.distributed detects has no public name
 from jax.experimental.multihost_utils import reached_preemption_sync_point
 
 from jaxft.errors import ConfigError, PeerLostError
 from jaxft.sharding import ending
+from jaxft.sharding.expectations import Expected, check_platform, check_processes, refuse_lonely_worker
 from jaxft.sharding.links import Links, set_current
 from jaxft.sharding.meeting import BIND_VARIABLE, EVERY, Group, joined, meet, parse_address
 
 HEARTBEAT_SECONDS = 100  # JAX's own default
 START_SECONDS = 300
+ANY = Expected()
+PORT_VARIABLE = "JAX_COORDINATOR_PORT"  # JAX's own
+TPU_PORT = "8476"  # users reported that firewall rules of TPU slices do not open 8482, JAX's default since 0.8.1
 # Nobody watches a process that is alone. JAX would take a machine that slept, or a clock that was set, for its death.
 ALONE_SECONDS = 10**7
 
@@ -37,6 +41,7 @@ def start(
     *,
     heartbeat_seconds: int = HEARTBEAT_SECONDS,
     start_seconds: int = START_SECONDS,
+    expected: Expected = ANY,
 ) -> bool:
     """Initializes jax.distributed once all processes have met; returns False if it is initialized already.
 
@@ -44,10 +49,12 @@ def start(
     process_id, or give none of the three: then JAX detects them on a TPU pod, SLURM, Open MPI or Kubernetes, and
     anywhere else the run is a single process. heartbeat_seconds: after this long without a sign of life a process
     counts as dead. start_seconds: how long process 0 waits for the others, and they for it. From then on
-    `jaxft.sharding.ending` ends this process if another one dies.
+    `jaxft.sharding.ending` ends this process if another one dies. expected: what the run must find. On a TPU slice
+    process 0 listens at JAX_COORDINATOR_PORT, by default 8476.
 
     Call it before anything uses a device. Raises ConfigError if that is too late, for an address or a number that
-    cannot be right, and if only some of the three are given; PeerLostError if a process did not come.
+    cannot be right, if only some of the three are given, and if something else is found than was expected;
+    PeerLostError if a process did not come.
     """
     if jax.distributed.is_initialized():
         return False
@@ -55,12 +62,17 @@ def start(
         if seconds < 1:
             raise ConfigError(f"{name}={seconds}: give a whole number of seconds, such as 100")
     logging.getLogger("jax._src.distributed").setLevel(logging.ERROR)  # it warns of every proxy variable
+    if cloud_tpu_init.running_in_cloud_tpu_vm:
+        os.environ.setdefault(PORT_VARIABLE, TPU_PORT)
     group, devices = _group(coordinator, num_processes, process_id, start_seconds)
+    check_processes(expected, 1 if group is None else group.count)
     _refuse_late_start()
     if group is None:
+        refuse_lonely_worker()
         address = joined("127.0.0.1", _free_port())
         _bypass_proxies("127.0.0.1")
         _initialize(address, 1, 0, address, devices, ALONE_SECONDS)
+        check_platform(expected, 0, 1)
         return True
     peers, hosts, bound = meet(group, start_seconds, ending.say)
     _bypass_proxies(group.host)
@@ -70,6 +82,7 @@ def start(
     else:
         heartbeat_seconds = ALONE_SECONDS
     _initialize(group.address, group.count, group.me, bound, devices, heartbeat_seconds)
+    check_platform(expected, group.me, group.count)
     return True
 
 
@@ -104,7 +117,7 @@ def _group(
     except (ValueError, KeyError, IndexError, TypeError, OSError) as error:
         raise ConfigError(
             f"the environment looks like that of a cluster, and its processes cannot be read from it ({error}). Give "
-            "--coordinator, --num_processes and --process_id, or unset its variables, such as SLURM_* or OMPI_*."
+            "--coordinator, --num_processes and --process_id, or unset its variables, such as SLURM_*, OMPI_* or TPU_*."
         ) from error
     if count is None or count == 1:
         return None, devices

@@ -82,9 +82,15 @@ def gather(value: Value) -> list[Value]:
     """
     if not is_multi_process():
         return [value]
-    key = f"jaxft/gather/{next(_calls)}"
-    store().key_value_set(f"{key}/{jax.process_index()}", json.dumps(value))
-    return [json.loads(_wait_for(f"{key}/{i}")) for i in range(jax.process_count())]
+    return exchange(f"jaxft/gather/{next(_calls)}", value, jax.process_index(), jax.process_count())
+
+
+def exchange(key: str, value: Value, me: int, count: int) -> list[Value]:
+    """`gather` under a key that is used once, for process `me` of `count`. It needs no device."""
+    if count == 1:
+        return [value]
+    store().key_value_set(f"{key}/{me}", json.dumps(value))
+    return [json.loads(_wait_for(f"{key}/{i}")) for i in range(count)]
 
 
 def _wait_for(key: str) -> str:
