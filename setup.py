@@ -22,10 +22,15 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    # The configs stay at the root of a checkout; an installed package has them as jaxft.configs.
-    packages=[*find_packages(include=["jaxft", "jaxft.*"]), "jaxft.configs"],
-    package_dir={"jaxft.configs": "configs"},
-    package_data={"jaxft": ["assets/**/*", "assets/*"], "jaxft.configs": ["*/*.py", "*/*.jsonl"]},
+    # Configs and scripts stay at the root of a checkout; an installed package has them as jaxft.configs and
+    # jaxft.tpu_scripts.
+    packages=[*find_packages(include=["jaxft", "jaxft.*"]), "jaxft.configs", "jaxft.tpu_scripts"],
+    package_dir={"jaxft.configs": "configs", "jaxft.tpu_scripts": "tpu_scripts"},
+    package_data={
+        "jaxft": ["assets/**/*", "assets/*"],
+        "jaxft.configs": ["*/*.py", "*/*.jsonl"],
+        "jaxft.tpu_scripts": ["*.sh", "worker/*.sh"],
+    },
     entry_points={"console_scripts": ["jaxft=jaxft.cli:main"]},
     install_requires=[
         # Minor releases of jax break: 0.12 changed the text of compiled programs, which `jaxft plan` reads.
@@ -52,6 +57,7 @@ setup(
         "matplotlib>=3.8",
         "rich>=13",
         "tensorboardX>=2.6",
+        "packaging>=24",
     ],
     extras_require={
         "tpu": ["jax[tpu]"],

@@ -23,10 +23,11 @@ class StubSlices:
     """Implements jaxft.pods.slices.Slices with folders under `folder`, one for each worker.
 
     hosts: the number of hosts of each slice. states: what `state` answers, call by call; the last one stays. After
-    `delete` it is ABSENT, whatever they say. breaks: called with ("ssh", "copy" or "fetch", worker, argv) before each call; it
-    returns how the connection breaks, or None. Unlike gcloud, a broken `ssh` is not repeated here: it returns 255.
+    `delete` it is ABSENT, whatever they say. breaks: called with ("ssh", "copy" or "fetch", worker, argv) before each
+    call; it returns how the connection breaks, or None. Unlike gcloud, a broken `ssh` is not repeated here: it returns
+    255.
     env: added to the environment of every command on a worker; None as a value takes a variable out. chips: the number
-    of device files that a worker has, which a process may open.
+    of device files that a worker has, which a process may open. guard: what `guard_flags` answers.
     events: every call that reached the cloud or a worker, such as "create", "ssh 0 start.sh r1 1" and "delete".
     """
 
@@ -39,9 +40,10 @@ class StubSlices:
         breaks: Break = lambda kind, worker, argv: None,
         env: Mapping[str, str | None] | None = None,
         chips: int = 0,
+        guard: Sequence[str] = (),
     ) -> None:
         self.folder, self.hosts, self.states, self.breaks = folder, tuple(hosts), list(states), breaks
-        self.env, self.chips = env or {}, chips
+        self.env, self.chips, self.guard = env or {}, chips, tuple(guard)
         self.events: list[str] = []
         self.incarnation = 0  # each creation has new, empty disks
         self.alive = False
@@ -115,6 +117,9 @@ class StubSlices:
         else:
             shutil.copyfile(path, target)
         return BROKEN if broken else Done(0, "", "")
+
+    def guard_flags(self) -> tuple[str, ...]:
+        return self.guard
 
     def delete(self) -> None:
         self.events.append("delete")
