@@ -22,5 +22,5 @@ umask 022
 code=0
 env --default-signal=TERM,HUP,INT "$@" || code=$?
 umask 077
-write "$FOLDER/exit" "$code"
 note_activity "$RUN"
+write "$FOLDER/exit" "$code"

@@ -25,8 +25,12 @@ age_of() { if [[ -f "$1" ]]; then echo $(($(date +%s) - $(stat -c %Y "$1"))); el
 truth() { if "$@"; then echo true; else echo false; fi; }
 
 group="$(group_of "$FOLDER/pid")"
-# attempt.sh is there for a moment after it has written the exit code.
-if [[ -n "$group" && -f "$FOLDER/exit" && "$(members "$group")" == "$group" ]]; then group=""; fi
+# After the exit code, attempt.sh itself is gone in a moment; whatever stays longer was left behind by the command.
+for ((i = 0; i < 20; i++)); do
+  [[ -n "$group" && -f "$FOLDER/exit" ]] || break
+  sleep 0.05
+  group="$(group_of "$FOLDER/pid")"
+done
 pid=null
 [[ ! -f "$FOLDER/pid" ]] || pid="$(cut -d ' ' -f 1 "$FOLDER/pid")"
 line="" bytes=0

@@ -3,15 +3,15 @@
 import base64
 import hashlib
 import io
+import sys
 import zipfile
 from collections.abc import Mapping
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
-import jaxft
 from jaxft.errors import PodError
 
-PACKAGE = Path(jaxft.__file__).parent
+PACKAGE = Path(__file__).parents[2]
 OLDEST = (1980, 1, 1, 0, 0, 0)  # the first time that a zip file can name
 MEND = "Install jaxft again where this command runs: pip install --editable . in a checkout, or pip install jaxft"
 # Folders that are at the root of a checkout, and inside an installed package.
@@ -42,8 +42,9 @@ def installed() -> Distribution:
         raise PodError(
             f"pip does not know the jaxft in {PACKAGE}, so its dependencies are not known. {MEND}"
         ) from error
-    if known.version != jaxft.__version__:
-        raise PodError(f"pip knows jaxft {known.version}, but {jaxft.__version__} runs, from {PACKAGE}. {MEND}")
+    running: str = sys.modules["jaxft"].__version__
+    if known.version != running:
+        raise PodError(f"pip knows jaxft {known.version}, but {running} runs, from {PACKAGE}. {MEND}")
     return known
 
 
