@@ -1,5 +1,6 @@
 """The documents are true: generated pages are fresh, and links, paths, names, fields and options in them exist."""
 
+import argparse
 import ast
 import dataclasses
 import fnmatch
@@ -62,11 +63,16 @@ def commands_in(text: str) -> list[str]:
 @functools.cache
 def defaults_of_verbs() -> dict[str, dict[str, object]]:
     """The options of every command of the command line, with their defaults."""
-    verbs = next(action.choices for action in cli.make_parser()._actions if isinstance(action.choices, dict))
+    verbs = sub_parsers(cli.make_parser())
+    verbs |= {f"pod {verb}": parser for verb, parser in sub_parsers(verbs.pop("pod")).items()}
     return {
         verb: {option: action.default for option, action in parser._option_string_actions.items()}
         for verb, parser in verbs.items()
     }
+
+
+def sub_parsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    return dict(next(action.choices for action in parser._actions if isinstance(action.choices, dict)))
 
 
 @functools.cache
@@ -78,7 +84,7 @@ def options_of_verbs() -> dict[str, set[str]]:
 def options_of(command: str) -> set[str]:
     """The options that a line of code may use: those of its program, or of all if it names none."""
     scripts = [ROOT / path for path in re.findall(r"(?:benchmarks|docs|tpu_scripts)/\w+\.(?:py|sh)", command)]
-    verbs = [verb for verb in re.findall(r"\bjaxft (\w+)", command) if verb in options_of_verbs()]
+    verbs = [verb for verb in re.findall(r"\bjaxft (pod \w+|\w+)", command) if verb in options_of_verbs()]
     if verbs and not scripts:
         return options_of_verbs()[verbs[0]] | {"--config"}
     used = [*scripts, ROOT / "tpu_scripts" / "common.sh"]
@@ -216,7 +222,7 @@ def test_the_readme_shows_every_command_and_every_option() -> None:
     usage, _, sampling = re.sub(r"\n +(?=\[)", " ", usage).partition("SAMPLING: ")
     usage, _, settings = usage.partition("SETTINGS: ")
     usage = usage.replace("[SAMPLING]", sampling).replace("[SETTINGS]", settings.strip())
-    lines = dict(re.findall(r"^    jaxft (\w+)(.*)$", usage, re.MULTILINE))
+    lines = dict(re.findall(r"^    jaxft (pod \w+|\w+)(.*)$", usage, re.MULTILINE))
     named = {verb: re.sub(r"--(?:config|section)\.", "", line) for verb, line in lines.items()}
     shown = {verb: set(re.findall(r"--[a-z_]+", line)) for verb, line in named.items()}
     assert shown == {

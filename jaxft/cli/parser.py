@@ -7,7 +7,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
-from jaxft.cli import answers, pushing, settings, survey, training, written
+from jaxft.cli import answers, pods, pushing, settings, survey, training, written
 from jaxft.config import ModelConfig, choices
 
 HELD_OUT = ("eval_data", "max_length", "chat_template")  # flags that an evaluation without a config reads
@@ -50,6 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_answers(verbs)
     _add_written(verbs)
     _add_survey(verbs)
+    pods.add_verbs(verbs, _verb)
     return parser
 
 

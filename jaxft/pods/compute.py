@@ -99,6 +99,12 @@ class ComputeSlices(OnHosts):
                 out.append(Worker(len(out), number, host, one["name"], address))
         return tuple(out)
 
+    def guard_flags(self) -> tuple[str, ...]:
+        """See Slices."""
+        name = self._names[0]
+        group = [f"--group={name}"] if self._in_groups else []
+        return ("--api=compute", f"--node={name}", *group, *self.reach.where)
+
     def delete(self) -> None:
         """See Slices. Raises PodError if something of these names is not this run's, and leaves it."""
         things = self._instances()

@@ -64,7 +64,7 @@ class DryRun:
             hosts = range(self.request.hosts)
             one |= {"state": "READY", "networkEndpoints": [{"ipAddress": f"<{name} worker {host}>"} for host in hosts]}
         if kind == "queued-resources":
-            one |= {"state": {"state": "ACTIVE"}}
+            one |= {"state": {"state": "ACTIVE"}, "tpu": {"nodeSpec": [{"node": {"labels": one.pop("labels")}}]}}
             prefix, count = flags.get("node-prefix"), int(flags.get("node-count", 1))
             nodes = [flags["node-id"]] if prefix is None else [f"{prefix}-{number}" for number in range(count)]
             for node in nodes:

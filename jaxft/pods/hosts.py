@@ -42,6 +42,12 @@ class Reach:
         return self.gcloud.argv([*self._words, "scp", *ends], flags)
 
     @property
+    def where(self) -> tuple[str, ...]:
+        """The flags that name zone and project, if the latter is known."""
+        project = () if self.gcloud.project is None else (f"--project={self.gcloud.project}",)
+        return (f"--zone={self.zone}", *project)
+
+    @property
     def _words(self) -> list[str]:
         # The Cloud TPU commands know this tunnel only in their alpha form.
         return [*(["alpha"] if self.by_number and self.iap else []), *self.words]

@@ -76,6 +76,10 @@ class Slices(Protocol):
         """Copies a file of one host, below the home folder there if `source` is relative, to a path of this machine."""
         ...
 
+    def guard_flags(self) -> tuple[str, ...]:
+        """The options by which tpu_scripts/worker/guard.sh knows what to delete, from the first host."""
+        ...
+
     def delete(self) -> None:
         """Deletes all that was made for the attempt, and returns once the API no longer knows of it."""
         ...

@@ -1,7 +1,6 @@
 """One thing that was created in Google Cloud: whose it is, and its deletion."""
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,14 +64,18 @@ class Thing:
         )
 
     def _check_label(self, described: dict[str, Any], run: str) -> None:
-        if not is_labelled(described, run):
+        if labels_of(described).get(LABEL) != run:
             raise PodError(
                 f"{self.gcloud.pool}: {self.name} is there and does not have the label {LABEL}={run}, so that jaxft "
                 "leaves it alone. Give the run another --name"
             )
 
 
-def is_labelled(described: dict[str, Any], run: str) -> bool:
-    """Whether something has the label of this run, or the same text in its description if its kind has no labels."""
-    labels = json.dumps([described.get("labels"), described.get("properties", {}).get("labels")])
-    return f'"{LABEL}": "{run}"' in labels or described.get("description") == f"{LABEL}={run}"
+def labels_of(described: Mapping[str, Any]) -> dict[str, str]:
+    """The labels of something; of its machines where the kind has none of its own, or from its description."""
+    queued = [spec.get("node", {}) for spec in described.get("tpu", {}).get("nodeSpec", [])]
+    for one in (described, described.get("properties", {}), *queued):
+        if one.get("labels"):
+            return dict(one["labels"])
+    key, _, value = str(described.get("description", "")).partition("=")
+    return {key: value} if key == LABEL else {}

@@ -85,6 +85,11 @@ class TpuSlices(OnHosts):
                 out.append(Worker(len(out), number, host, thing.name, endpoint["ipAddress"]))
         return tuple(out)
 
+    def guard_flags(self) -> tuple[str, ...]:
+        """See Slices."""
+        queued = [f"--queued={self.node}"] if self.request.queued else []
+        return ("--api=tpu", f"--node={self._names[0]}", *queued, *self.reach.where)
+
     def delete(self) -> None:
         """See Slices. Raises PodError if something of these names is not this run's, and leaves it."""
         # A queued resource that stays keeps its name and its quota, whatever becomes of its nodes.

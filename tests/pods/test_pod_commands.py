@@ -182,7 +182,7 @@ def test_what_is_there_is_taken_up_and_what_is_of_others_stays(options):
     again = slices_of(slices.request, attempt=1, zone="us-east5-b", run=there, sleep=lambda seconds: None)
     again.create()  # a second time changes nothing
     for one in cloud.created.values():
-        one["labels"], one["description"] = {}, "mine"
+        one["labels"], one["description"], one["tpu"] = {}, "mine", {}
     with pytest.raises(PodError, match="does not have the label jaxft-run=run-1, .* another --name"):
         again.create()
     with pytest.raises(PodError, match="leaves it alone"):

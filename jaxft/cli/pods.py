@@ -1,0 +1,57 @@
+"""`jaxft pod`: the verbs that run on TPUs of Google Cloud."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jaxft.terminal import text as terminal
+
+AddVerb = Callable[[Any, str, Callable[..., Any], str], Callable[..., Any]]
+
+
+def add_verbs(verbs: Any, add: AddVerb) -> None:
+    """Adds `pod` and its verbs. add: adds one verb, and returns what adds an option to it."""
+    about = "a run on TPUs of Google Cloud, from the creation of the machines to their deletion"
+    group = verbs.add_parser("pod", help=about, description=about, allow_abbrev=False)
+    pods = group.add_subparsers(dest="pod_verb", required=True, metavar="VERB")
+
+    def verb(name: str, call: Callable[..., Any], text: str) -> Callable[..., Any]:
+        option = add(pods, name, call, text)
+        pods.choices[name].set_defaults(verb=f"pod {name}")
+        return option
+
+    option = verb("list", list_runs, "every machine of a project that jaxft created, and what it costs an hour")
+    option("--project", metavar="ID", help="of Google Cloud; gcloud's own by default")
+
+
+def say_of(arguments: argparse.Namespace) -> Callable[[str], None]:
+    """What prints a line about the run: on standard error with --json, and as a comment in a dry run."""
+    comment = "# " if getattr(arguments, "dry_run", False) else ""
+
+    def say(text: str) -> None:
+        for line in terminal.safe_message(text).splitlines():
+            terminal.write(f"{comment}{line}", error=arguments.json)
+
+    return say
+
+
+def list_runs(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
+    """`jaxft pod list`: all that is labelled in a project, and its cost of an hour."""
+    from jaxft.hardware.prices import price_of
+    from jaxft.pods.owned import owned
+    from jaxft.pods.providers import project_of
+
+    project = project_of(arguments.project)
+    things, say, total, out = owned(project), say_of(arguments), 0.0, []
+    for one in things:
+        price = None if one.chip is None else price_of(one.chip)
+        usd = 0.0 if price is None else one.chips * ((price.spot if one.spot else None) or price.on_demand)
+        total += usd
+        costs = f", USD {usd:.2f} an hour" if one.chips else ""
+        say(f"{one.run}: {one.kind.name} {one.name} {one.where} {one.state} since {one.since}{costs}")
+        out.append(
+            {"run": one.run, "kind": one.kind.name, "name": one.name, "where": one.where, "state": one.state,
+             "since": one.since, "usd_per_hour": usd}
+        )  # fmt: skip
+    say(f"project {project}: USD {total:.2f} an hour" if things else f"project {project}: nothing of jaxft is there")
+    return {"project": project, "things": out, "usd_per_hour": total}
