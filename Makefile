@@ -21,6 +21,7 @@ NEWEST := tests/nn/test_moe_sharded.py tests/hardware/test_hlo_costs.py tests/op
   tests/checkpoint/test_resume.py tests/data/test_loader.py tests/data/test_tokenizer.py
 # Processes that share the tests' files among them.
 WORKERS ?= 2
+SHELLCHECK = $(BIN)/shellcheck --external-sources --source-path=SCRIPTDIR tpu_scripts/*.sh tpu_scripts/worker/*.sh
 ENV := JAX_PLATFORMS=cpu TF_CPP_MIN_LOG_LEVEL=2
 
 .PHONY: quickstart test test-all test-newest constraints lint clean
@@ -31,6 +32,7 @@ quickstart: $(VENV)/quickstart.done
 test: $(VENV)/test.done
 	$(BIN)/ruff check .
 	$(BIN)/mypy jaxft
+	$(SHELLCHECK)
 	$(ENV) $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-all: $(VENV)/test.done $(VENV)/quickstart.done $(VENV)/test-all.done
@@ -49,7 +51,7 @@ constraints:
 	for python in $(PYTHONS); do $$python constraints/make.py || exit 1; done
 
 lint: $(VENV)/test.done
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy jaxft
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy jaxft && $(SHELLCHECK)
 
 $(VENV)/installed.done: setup.py $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; sys.exit("jaxft needs Python 3.11 or newer; this is $(VERSION)" if sys.version_info < (3, 11) else 0)'

@@ -1,38 +1,53 @@
 #!/usr/bin/env bash
-# Installs jaxft from a git repository into ~/jaxft/.venv on every worker. Run it again to update.
-USAGE="usage: setup_workers.sh --name=NAME --zone=ZONE --repo=URL [--ref=main] [--python=python3.11]
-         [--project=ID] [--dry-run]"
+# Brings this checkout to every host and installs it there, with the versions of constraints/. Run it again to update.
+USAGE="usage: setup_workers.sh --name=NAME --zone=ZONE --run=RUN [--project=ID] [--api=tpu|compute] [--hours=H]
+         [--queued] [--extras=gcs,tpu] [--dry-run] [-- FILE ...]
+FILE: files and folders, named from the root of the checkout, that the run reads there under the same names.
+--hours: the watchdog of the first host deletes the slice after so long, or when nobody has looked at it for 20 minutes
+and nothing runs. It needs a service account that may delete it, and says so if it may not. --queued: the slice came from
+the queue, so that the watchdog deletes the queued resource of this name."
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-REPO="" REF="main" PYTHON="python3.11"
-own_option() {
-  case "$1" in
-    --repo) REPO="$2" ;;
-    --ref) REF="$2" ;;
-    --python) PYTHON="$2" ;;
-    *) return 1 ;;
-  esac
-}
+OWN=" run hours extras | queued "
+RUN="" HOURS="" EXTRAS="gcs,tpu" QUEUED=false
 parse "$@"
-[[ -n "$REPO" ]] || refuse "--repo is missing: the git address of jaxft that the workers can reach"
-# They become parts of a command on the workers.
-[[ "$PYTHON" =~ ^python3(\.[0-9]+)?$ ]] || refuse "--python=$PYTHON is not a name such as python3.11"
-printf -v repo '%q' "$REPO"
-printf -v ref '%q' "$REF"
+check_run "$RUN"
+[[ -z "$HOURS" || "$HOURS" =~ ^[1-9][0-9]*$ ]] || refuse "--hours='$HOURS' is not a whole number from 1"
+[[ "$EXTRAS" =~ ^[a-z]+(,[a-z]+)*$ ]] || refuse "--extras='$EXTRAS' is not a list of names with commas between them"
 
-# TPU VM images have had Python 3.10; jaxft needs 3.11 or newer.
-on_all_workers "set -e
-if ! command -v $PYTHON > /dev/null; then
-  sudo apt-get update -qq
-  sudo apt-get install -y -qq software-properties-common
-  sudo add-apt-repository -y ppa:deadsnakes/ppa
-  sudo apt-get install -y -qq $PYTHON $PYTHON-venv
+CHECKOUT="$(dirname "$SCRIPTS")"
+FOLDER="$(mktemp -d)"
+trap 'rm -rf "$FOLDER"' EXIT
+mkdir "$FOLDER/pack" "$FOLDER/pack/source"
+for name in setup.py README.md LICENSE jaxft configs tpu_scripts; do
+  cp -R "$CHECKOUT/$name" "$FOLDER/pack/source/"
+done
+cp -R "$SCRIPTS/worker" "$FOLDER/pack/"
+find "$FOLDER/pack" -name __pycache__ -prune -exec rm -rf {} +
+# libtpu is the one that jax asks for on a TPU; constraints/ names the one that plans are made with.
+grep -v '^libtpu==' "$CHECKOUT/constraints/3.12.txt" > "$FOLDER/pack/lock.txt"
+printf '%s' "$EXTRAS" > "$FOLDER/pack/extras.txt"
+for file in ${REST[@]+"${REST[@]}"}; do
+  [[ "$file" != /* && "/$file/" != */../* ]] || refuse "$file is not named from the root of the checkout"
+  [[ -e "$CHECKOUT/$file" ]] || refuse "there is no $file in $CHECKOUT"
+  mkdir -p "$FOLDER/pack/$(dirname "$file")"
+  cp -R "$CHECKOUT/$file" "$FOLDER/pack/$file"
+done
+# The same files give the same archive where tar is GNU's.
+stable=()
+! tar --version | grep -q GNU || stable=(--sort=name --mtime=@0 --owner=0 --group=0 --numeric-owner)
+tar -C "$FOLDER/pack" ${stable[@]+"${stable[@]}"} -cf - . | gzip -n > "$FOLDER/archive"
+HASH="$({ sha256sum "$FOLDER/archive" 2> /dev/null || shasum -a 256 "$FOLDER/archive"; } | cut -d ' ' -f 1)"
+ARCHIVE="jaxft-$HASH.tar.gz"
+LOCAL="${TMPDIR:-/tmp}/$ARCHIVE" # it stays there, so that what --dry-run prints can be pasted
+mv "$FOLDER/archive" "$LOCAL"
+
+on_workers all mkdir -p "$REMOTE"
+copy_to_workers "$LOCAL" "$REMOTE/$ARCHIVE"
+on_workers all tar -xzf "$REMOTE/$ARCHIVE" -C "$REMOTE" ./worker
+on_workers all bash "$REMOTE/worker/setup.sh" "$RUN" "$REMOTE/$ARCHIVE"
+if [[ -n "$HOURS" ]]; then
+  node=("--api=$API" "--node=$NAME")
+  ! $QUEUED || node+=("--queued=$NAME")
+  on_workers 0 bash "$REMOTE/worker/guard.sh" "$RUN" "--until=$(($(date +%s) + 3600 * HOURS))" "${node[@]}" "${WHERE[@]}"
 fi
-[ -d ~/jaxft ] || git clone $repo ~/jaxft
-cd ~/jaxft
-git fetch origin $ref
-git checkout --detach FETCH_HEAD
-[ -d .venv ] || $PYTHON -m venv .venv
-.venv/bin/pip install --quiet --upgrade pip
-.venv/bin/pip install --quiet --editable '.[tpu]'
-.venv/bin/python -c 'import jaxft; print(\"jaxft\", jaxft.__version__)'"

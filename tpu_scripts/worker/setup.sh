@@ -52,18 +52,20 @@ make_environment() {
   INSTALL=("$VENV/bin/python" -m pip install --quiet)
 }
 
+# The package is a wheel, as `jaxft pod run` packs it, or a checkout, as setup_workers.sh does.
 install() {
-  local wheel extras
-  wheel="$(echo "$PACK"/wheel/*.whl)"
+  local package extras
+  package="$(find "$PACK/wheel" "$PACK/source" -maxdepth 1 \( -name '*.whl' -o -name source \) 2> /dev/null | head -n 1 || true)"
+  [[ -n "$package" ]] || refuse "$ARCHIVE holds no jaxft: pack it again"
   extras="$(< "$PACK/extras.txt")"
   mkdir -p "$PACK/bin"
-  if [[ -n "${JAXFT_PYTHON_ENV:-}" ]]; then
-    say "uses $VENV, with the jaxft of the archive before its own"
-    "$VENV/bin/python" -m zipfile -e "$wheel" "$PACK/site"
-  else
+  if [[ -z "${JAXFT_PYTHON_ENV:-}" ]]; then
     make_environment
-    "${INSTALL[@]}" --constraint "$PACK/lock.txt" "jaxft[$extras] @ file://$wheel"
+    "${INSTALL[@]}" --constraint "$PACK/lock.txt" "jaxft[$extras] @ file://$package"
     mkdir -p "$PACK/site"
+  else
+    say "uses $VENV, with the jaxft of the archive before its own"
+    if [[ -d "$package" ]]; then ln -s source "$PACK/site"; else "$VENV/bin/python" -m zipfile -e "$package" "$PACK/site"; fi
   fi
   printf '#!/usr/bin/env bash\nPYTHONPATH=%q exec %q "$@"\n' "$PACK/site" "$VENV/bin/python" > "$PACK/bin/python"
   printf '#!/usr/bin/env bash\nexec %q -m jaxft.cli "$@"\n' "$PACK/bin/python" > "$PACK/bin/jaxft"
