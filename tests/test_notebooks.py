@@ -20,7 +20,23 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 QUICK: set[str] = set()
 # What each notebook says at smoke size, in the first run and after a restart.
 FACTS: dict[str, tuple[str, ...]] = {
+    "plan_a_pod": (
+        "IT DOES NOT FIT",
+        r"a slice of v5e:2x4: .*GiB",
+        "It fits",
+        r"h100:8, chips: 8",
+        r"step 4: loss .* on eight",
+        r"mesh.fsdp=3 make 3 devices",
+    ),
     "quickstart": (r"base: 0 of 4 right \(json_exact\)", r"tuned: \d of 4 right", r"notebook-merged"),
+    "your_data": (
+        r"\[\[laptop \| hinge \| works only sometimes \| urgent<\|im_end\|>\]\]",
+        "refused: 21 of 40 examples",
+        "has role 'asistant'",
+        "1 of 8 held-out examples are in the training set too",
+        "row 1 shares 88%",
+        r"tuned: \d of 8 right",
+    ),
 }
 
 
