@@ -60,18 +60,19 @@ class ComputeSlices(OnHosts):
         """See Slices."""
         if not self._in_groups:
             waits = ["--async"] if self.request.flex_start else []
-            words = ["compute", "instances", "create", *self._names]
-            if not self.gcloud.created(words, [f"--zone={self.zone}", *self._instance_flags(), *waits]):
-                self._check_ours(self._instances())
+            for instance in self._instances():
+                flags = [f"--zone={self.zone}", *self._instance_flags(), *waits]
+                if not self.gcloud.created(instance.create, flags):
+                    instance.check(self.request.name)
             return
         template = self._template()
         if not self.gcloud.created(["compute", "instance-templates", "create", self.node], self._instance_flags()):
-            self._check_ours([template])
+            template.check(self.request.name)
         for group, policy in zip(self._groups(), self._policies(), strict=True):
             if not self.gcloud.created(policy.create, self._policy_flags()):
-                self._check_ours([policy])
+                policy.check(self.request.name)
             if not self.gcloud.created(group.create, self._group_flags(group.name)):
-                self._check_ours([group])
+                group.check(self.request.name)
 
     def state(self) -> State:
         """See Slices. Raises PodError for a word of the API that is not known here."""
@@ -112,10 +113,6 @@ class ComputeSlices(OnHosts):
             things = [*self._groups(), self._template(), *self._policies()]
         for thing in things:
             thing.delete(self.request.name, self.sleep)
-
-    def _check_ours(self, things: list[Thing]) -> None:
-        for thing in things:
-            thing.check(self.request.name)
 
     def _instance_flags(self) -> list[str]:
         request, machine = self.request, machine_of(self.request.shape)
@@ -201,7 +198,8 @@ class ComputeSlices(OnHosts):
         """The state of the hosts that groups have not brought yet."""
         states = []
         for group in self._groups():
-            members = self.gcloud.answer([*group.words, "list-instances", group.name], [f"--zone={self.zone}"])
+            words = [*group.words, "list-instances", group.name]
+            members = self.gcloud.answer(words, [f"--zone={self.zone}"], name=group.name)
             if members is None:
                 states.append(State(Phase.ABSENT, "absent"))
                 continue

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,11 +24,13 @@ class DryRun:
         self.request = request
         self.print_line = print_line
         self.host_answer = host_answer
+        self._lock = threading.Lock()  # hosts may be reached from several threads
         self.created: dict[tuple[str, str], dict[str, Any]] = {}
 
     def __call__(self, argv: Sequence[str], *, stdin: bytes = b"", seconds: float | None = None) -> Done:
         """Prints the command, and answers it."""
-        self.print_line(quoted(argv) + ("  # and something on its standard input" if stdin else ""))
+        with self._lock:
+            self.print_line(quoted(argv) + ("  # and something on its standard input" if stdin else ""))
         words = [word for word in argv[1:] if not word.startswith("--")]
         flags = dict(word[2:].partition("=")[::2] for word in argv if word.startswith("--"))
         for verb in ("ssh", "scp", "create", "describe", "delete", "list-instances", "list"):
@@ -46,15 +49,16 @@ class DryRun:
         if verb == "delete":
             self._delete(kind, names[0])
         if verb == "describe":
-            return self._described(self.created.get((kind, names[0])))
+            return self._described(self.created.get((kind, names[0])), names[0])
         if verb == "list-instances":
-            return self._described([] if (kind, names[0]) in self.created else None)
+            return self._described([] if (kind, names[0]) in self.created else None, names[0])
         if verb == "list":
             return self._described([one for (what, _), one in self.created.items() if what == kind])
         return Done(0, "", "")
 
-    def _described(self, answer: Any) -> Done:
-        return Done(1, "", "ERROR: NOT_FOUND: not found") if answer is None else Done(0, json.dumps(answer), "")
+    def _described(self, answer: Any, name: str = "") -> Done:
+        missing = f"ERROR: NOT_FOUND: {name} was not found"
+        return Done(1, "", missing) if answer is None else Done(0, json.dumps(answer), "")
 
     def _create(self, kind: str, name: str, flags: dict[str, str]) -> None:
         labels = dict(pair.partition("=")[::2] for pair in flags.get("labels", "").split(",") if pair)

@@ -13,10 +13,13 @@ from jaxft.terminal.text import safe_message
 SECONDS = 120.0  # for a question to an API
 CREATE_SECONDS = 1800.0  # for a request that the API answers when the machines are there
 ABSENCE = re.compile(r"\bnot[ _]found\b|\bcould not fetch resource\b.*\bnotFound\b", re.IGNORECASE)
-EXISTS = re.compile(r"\balready[ _]exists\b|\b409\b", re.IGNORECASE)
-# Words of a refusal that another zone, or a later hour, may not give.
+EXISTS = re.compile(r"\balready[ _]exists\b", re.IGNORECASE)
+# Words of a refusal that another zone, or a later hour, may not give. Compute Engine refuses for quota with 403 too, so
+# that quota is looked for before permissions, which may name a quota project in turn.
+QUOTA = re.compile(
+    r"QUOTA_?EXCEEDED|quota[^.]{0,120}exceeded|exceeded[^.]{0,120}quota|\b429\b|rate limit", re.IGNORECASE
+)
 ELSEWHERE = (
-    ("quota", re.compile(r"QUOTA|\b429\b|rate limit", re.IGNORECASE)),
     (
         "capacity",
         re.compile(
@@ -30,7 +33,9 @@ ELSEWHERE = (
 )
 MENDS = (
     (
-        re.compile(r"PERMISSION_DENIED|\b403\b|does not have permission|Required '[\w.]+' permission", re.IGNORECASE),
+        re.compile(
+            r"PERMISSION_DENIED|HTTPError 403|does not have permission|Required '[\w.]+' permission", re.IGNORECASE
+        ),
         "The account may not do this: have the project's owner give it the role that the message names, and switch "
         "the API on if the message says that it is off",
     ),
@@ -80,10 +85,10 @@ class Gcloud:
         self._checked(done)
         return True
 
-    def answer(self, words: Sequence[str], flags: Sequence[str] = ()) -> Any:
-        """What a command answers as JSON; None if there is no such thing. Raises as `call` does."""
+    def answer(self, words: Sequence[str], flags: Sequence[str] = (), *, name: str | None = None) -> Any:
+        """What a command answers as JSON; None if there is nothing of the name `name`. Raises as `call` does."""
         done = self.tried(words, [*flags, "--format=json"])
-        if done.code != 0 and is_absent(done.err):
+        if done.code != 0 and name is not None and is_absent(done.err, name):
             return None
         text = self._checked(done)
         try:
@@ -107,9 +112,9 @@ class Gcloud:
         raise error_of(done.err or done.out, self.pool, timed_out=done.code == TIMED_OUT)
 
 
-def is_absent(message: str) -> bool:
-    """Whether an error says that the thing does not exist, and not that its zone or project does not."""
-    return ABSENCE.search(message) is not None and EXISTS.search(message) is None
+def is_absent(message: str, name: str) -> bool:
+    """Whether an error says that the thing of this name does not exist, and not that its zone or project does not."""
+    return ABSENCE.search(message) is not None and name in message and EXISTS.search(message) is None
 
 
 def error_of(message: str, pool: str, *, timed_out: bool = False) -> PodError:
@@ -117,16 +122,22 @@ def error_of(message: str, pool: str, *, timed_out: bool = False) -> PodError:
     text = _essence(message)
     if timed_out:
         return PodError(f"{pool}: no answer: {text}. Run the same command again")
+    if QUOTA.search(text):
+        return _elsewhere("quota", text, pool)
     for pattern, mend in MENDS:
         if pattern.search(text):
             return PodError(f"{pool}: {text}. {mend}")
     for what, pattern in ELSEWHERE:
         if pattern.search(text):
-            return CapacityError(
-                f"{pool} gives no machines ({what}): {text}. Name more zones (--zone=A,B), wait (--queue_hours=H), or "
-                "request quota of this pool"
-            )
+            return _elsewhere(what, text, pool)
     return PodError(f"{pool}: {text}. If it is of the moment, run the same command again")
+
+
+def _elsewhere(what: str, text: str, pool: str) -> CapacityError:
+    return CapacityError(
+        f"{pool} gives no machines ({what}): {text}. Name more zones (--zone=A,B), wait (--queue_hours=H), or request "
+        "quota of this pool"
+    )
 
 
 def _essence(message: str) -> str:

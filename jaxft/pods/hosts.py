@@ -9,6 +9,7 @@ from jaxft.pods.command import Done
 from jaxft.pods.gcloud import Gcloud
 from jaxft.pods.slices import Worker
 
+COPY_SECONDS = 3600.0  # for one file
 # A connection that is not made in half a minute, or is silent for a minute, ends; the caller repeats.
 CONNECTION = ("-oConnectTimeout=30", "-oServerAliveInterval=15", "-oServerAliveCountMax=4")
 
@@ -70,8 +71,8 @@ class OnHosts:
 
     def copy(self, worker: Worker, source: Path, target: str) -> Done:
         """See Slices."""
-        return self.gcloud.run(self.reach.copy(worker, source, target))
+        return self.gcloud.run(self.reach.copy(worker, source, target), seconds=COPY_SECONDS)
 
     def fetch(self, worker: Worker, source: str, target: Path) -> Done:
         """See Slices."""
-        return self.gcloud.run(self.reach.fetch(worker, source, target))
+        return self.gcloud.run(self.reach.fetch(worker, source, target), seconds=COPY_SECONDS)

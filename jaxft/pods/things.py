@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxft.errors import PodError
-from jaxft.pods.command import quoted
+from jaxft.pods.command import TIMED_OUT, quoted
 from jaxft.pods.gcloud import CREATE_SECONDS, Gcloud, error_of, is_absent
 from jaxft.pods.request import LABEL
 
@@ -34,7 +34,7 @@ class Thing:
 
     def description(self) -> dict[str, Any] | None:
         """What the API says of it; None if it is not there."""
-        answer = self.gcloud.answer([*self.words, "describe", self.name], self.where)
+        answer = self.gcloud.answer([*self.words, "describe", self.name], self.where, name=self.name)
         return answer if isinstance(answer, dict) else None
 
     def check(self, run: str) -> None:
@@ -51,8 +51,8 @@ class Thing:
         self._check_label(described, run)
         words = [*self.words, "delete", self.name]
         done = self.gcloud.tried(words, [*self.where, *self.delete_flags], seconds=CREATE_SECONDS)
-        if done.code != 0 and not is_absent(done.err):
-            raise error_of(done.err, self.gcloud.pool, timed_out=done.code == 124)
+        if done.code != 0 and not is_absent(done.err, self.name):
+            raise error_of(done.err, self.gcloud.pool, timed_out=done.code == TIMED_OUT)
         for _ in range(POLLS):
             if self.description() is None:
                 return

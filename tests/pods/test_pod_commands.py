@@ -70,8 +70,8 @@ CASES = {
     ),
     "compute, two slices of one host, spot": (
         {"topology": "v6e:2x2", "slices": 2, "spot": True},
-        [f"gcloud compute instances create run-1-1-0 run-1-1-1 {WHERE} --machine-type=ct6e-standard-4t {IMAGE} {VM} "
-         "--provisioning-model=SPOT"],
+        [f"gcloud compute instances create run-1-1-{number} {WHERE} --machine-type=ct6e-standard-4t {IMAGE} {VM} "
+         "--provisioning-model=SPOT" for number in range(2)],
     ),
     "compute, flex-start": (
         {"topology": "v6e:1x1", "flex_start": True},
@@ -198,7 +198,7 @@ def scripted(answers):
         for key, done in answers.items():
             if key in line:
                 return done if isinstance(done, Done) else Done(0, done, "")
-        return Done(1, "", "ERROR: NOT_FOUND: Resource was not found")
+        return Done(1, "", f"ERROR: NOT_FOUND: Resource {' '.join(argv)} was not found")
 
     return run
 
@@ -308,6 +308,8 @@ def test_a_failed_queue_says_why():
         ("ERROR: 429 Too many requests", CapacityError, "(quota)"),
         ("ERROR: The zone does not have enough resources available", CapacityError, "(capacity)"),
         ("ERROR: Specified reservation [r] does not exist", CapacityError, "(reservation)"),
+        ("ERROR: HTTPError 403: Quota 'TPUS' exceeded. Limit: 0.0", CapacityError, "(quota)"),
+        ("ERROR: PERMISSION_DENIED: no role on the quota project p", PodError, "role that the message names"),
         ("ERROR: PERMISSION_DENIED: tpu.nodes.create", PodError, "role that the message names"),
         ("ERROR: You do not currently have an active account selected", PodError, "gcloud auth login"),
         ("ERROR: unrecognized arguments: --x", PodError, "gcloud components update"),
@@ -340,10 +342,19 @@ def test_a_deletion_waits_until_the_api_knows_of_nothing():
         if "describe" in argv and left[0]:
             left[0] -= 1
             return Done(0, '{"labels": {"jaxft-run": "run-1"}, "state": "DELETING"}', "")
-        return Done(1, "", "ERROR: NOT_FOUND") if "describe" in argv else Done(0, "", "")
+        return Done(1, "", "ERROR: NOT_FOUND: nodes/run-1-1") if "describe" in argv else Done(0, "", "")
 
     slices_of(BASE, attempt=1, zone="us-east5-b", run=slow, sleep=waits.append).delete()
     assert len(waits) == 3
+
+
+def test_a_project_or_zone_that_does_not_exist_is_not_a_deletion():
+    message = "ERROR: (gcloud) NOT_FOUND: The resource 'projects/my-projekt' was not found"
+    run = scripted({"describe": Done(1, "", message)})
+    slices = slices_of(BASE, attempt=1, zone="us-east5-b", run=run)
+    for ask in (slices.delete, slices.state):
+        with pytest.raises(PodError, match="my-projekt"):
+            ask()
 
 
 def test_a_deletion_that_never_ends_is_told_with_the_command():
