@@ -1,6 +1,8 @@
 """Checksums of a finished folder, because Orbax restores flipped bits without an error.
 
-They show accidents. Whoever changes a file on purpose can write a manifest that fits.
+They show accidents. Whoever changes a file on purpose can write a manifest that fits. A folder of this machine is
+summed with BLAKE2b. In a bucket, the manifest has the MD5 sums that the bucket itself states for its objects, so that
+nothing is transferred to write or check it; `verify` reads both, since folders are copied in either direction.
 """
 
 import hashlib
@@ -11,7 +13,7 @@ import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxft.errors import CheckpointError, listed
 from jaxft.files.atomic import unfinished_file, write_text
@@ -19,9 +21,12 @@ from jaxft.files.paths import json_object
 
 NAME = "manifest.json"
 ALGORITHM = "blake2b"
+OF_BUCKETS = "md5"
 THREADS = min(8, os.cpu_count() or 1)  # hashlib and file reads release the GIL
 # What desktops and network file systems leave in folders that they show; nothing reads it.
 OF_SYSTEMS = re.compile(r"\.DS_Store|\._.*|\.nfs.*|\.fuse_hidden.*|Thumbs\.db|desktop\.ini|\.directory|Icon\r")
+
+Digests = Mapping[str, Mapping[str, Any]]  # name of a file below the folder -> {"bytes": ..., "checksum": ...}
 
 log = logging.getLogger(__name__)
 
@@ -30,16 +35,28 @@ class StrayFiles(CheckpointError):
     """Files were added to a folder whose own files are whole."""
 
 
+class Manifest(NamedTuple):
+    """What a manifest says. algorithm: ALGORITHM or OF_BUCKETS, of the checksums of `files`."""
+
+    algorithm: str
+    files: Digests
+
+
 def write(folder: str | os.PathLike[str]) -> Path:
     """Writes `manifest.json` into a finished folder: size and checksum of every file below it.
 
     The manifest appears whole or not at all. Raises OSError if the disk is full.
     """
     folder = Path(folder)
-    content = {"algorithm": ALGORITHM, "files": _digests(folder, _digest)}
-    text = json.dumps(content | {"checksum": _own_checksum(content)}, indent=1)
-    write_text(folder / NAME, text)
+    digests = _digests(folder, lambda path: _digest(path, ALGORITHM))
+    write_text(folder / NAME, text_of(Manifest(ALGORITHM, digests)))
     return folder / NAME
+
+
+def text_of(manifest: Manifest) -> str:
+    """The text of a manifest, which `parse` reads."""
+    content = {"algorithm": manifest.algorithm, "files": manifest.files}
+    return json.dumps(content | {"checksum": _own_checksum(content)}, indent=1)
 
 
 def exists(folder: str | os.PathLike[str]) -> bool:
@@ -54,8 +71,18 @@ def verify(folder: str | os.PathLike[str]) -> None:
     with a warning.
     """
     folder = Path(folder)
-    expected = _read(folder)
-    present = _digests(folder, _digest_or_error)
+    try:
+        expected = parse((folder / NAME).read_bytes(), f"{folder / NAME}")
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} has no {NAME}: writing it was interrupted") from None
+    compare(f"{folder}", expected.files, _digests(folder, lambda path: _digest_or_error(path, expected.algorithm)))
+
+
+def compare(folder: str, expected: Digests, present: Digests) -> None:
+    """Raises CheckpointError as `verify` does if the files in a folder are not those of its manifest.
+
+    folder: its path or address, for messages. A digest of `present` may have `error` in place of the checksum.
+    """
     problems, strays = [], sorted(present.keys() - expected.keys())
     if ignored := [name for name in strays if OF_SYSTEMS.fullmatch(name.rpartition("/")[2])]:
         log.warning("%s: ignored, since the system put it there: %s", folder, listed(ignored))
@@ -72,7 +99,7 @@ def verify(folder: str | os.PathLike[str]) -> None:
     if strays and not problems:
         raise StrayFiles(
             f"{folder} has files that it was not written with:\n{listed(strays, lines=True)}\nIts own files are whole. "
-            f"Move these files elsewhere: {strays[0]!r} for example is {folder / strays[0]}"
+            f"Move these files elsewhere: {strays[0]!r} for example is {folder}/{strays[0]}"
         )
     if problems:
         problems += [f"{name}: not in the manifest" for name in strays]
@@ -80,23 +107,24 @@ def verify(folder: str | os.PathLike[str]) -> None:
         raise CheckpointError(f"{folder} differs from its manifest in {counts}:\n{listed(problems, lines=True)}")
 
 
-def _read(folder: Path) -> Mapping[str, Mapping[str, Any]]:
-    path = folder / NAME
+def parse(raw: bytes, where: str) -> Manifest:
+    """A manifest from its bytes. where: its path, for messages. Raises CheckpointError if it is damaged."""
     try:
-        content = json_object(path.read_bytes(), str(path))
+        content = json_object(raw, where)
         claimed = content.pop("checksum")
-        files, algorithm = content["files"], content["algorithm"]
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} has no {NAME}: writing it was interrupted") from None
+        manifest = Manifest(content["algorithm"], content["files"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
+        raise CheckpointError(f"{where} is damaged: {error}") from error
     if claimed != _own_checksum(content):
         raise CheckpointError(
-            f"{path} is damaged: its text does not have the checksum {str(claimed)[:16]}... it states"
+            f"{where} is damaged: its text does not have the checksum {str(claimed)[:16]}... it states"
         )
-    if algorithm != ALGORITHM:
-        raise CheckpointError(f"{path} uses checksum {algorithm!r}; this version of jaxft reads {ALGORITHM!r} only")
-    return files
+    if manifest.algorithm not in (ALGORITHM, OF_BUCKETS):
+        raise CheckpointError(
+            f"{where} uses checksum {manifest.algorithm!r}; this version of jaxft reads {ALGORITHM!r} and "
+            f"{OF_BUCKETS!r} only"
+        )
+    return manifest
 
 
 def _own_checksum(content: Mapping[str, Any]) -> str:
@@ -111,14 +139,15 @@ def _digests(folder: Path, digest: Callable[[Path], dict[str, Any]]) -> dict[str
     return {p.relative_to(folder).as_posix(): d for p, d in zip(paths, present, strict=True)}
 
 
-def _digest(path: Path) -> dict[str, Any]:
+def _digest(path: Path, algorithm: str) -> dict[str, Any]:
     with open(path, "rb") as file:
-        checksum = hashlib.file_digest(file, ALGORITHM).hexdigest()
+        # MD5 is no protection here either, so systems that forbid it as one may allow it.
+        checksum = hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False)).hexdigest()
         return {"bytes": os.fstat(file.fileno()).st_size, "checksum": checksum}
 
 
-def _digest_or_error(path: Path) -> dict[str, Any]:
+def _digest_or_error(path: Path, algorithm: str) -> dict[str, Any]:
     try:
-        return _digest(path)
+        return _digest(path, algorithm)
     except OSError as error:
         return {"bytes": None, "error": error.strerror}

@@ -27,14 +27,14 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from jaxft.checkpoint import manifest
 from jaxft.checkpoint.finite import check_state
-from jaxft.checkpoint.plain_path import PlainFolder
-from jaxft.checkpoint.steps import folders, read_back
-from jaxft.checkpoint.steps.flushing import flush_in_all
+from jaxft.checkpoint.steps import read_back
+from jaxft.checkpoint.steps.access import steps_in
 from jaxft.checkpoint.steps.layout import abstract_arrays, as_arrays, as_state, layout
 from jaxft.checkpoint.steps.quiet import quiet_libraries
+from jaxft.checkpoint.steps.reader import reader
 from jaxft.checkpoint.steps.saved_step import SavedStep, find_averages
 from jaxft.errors import CheckpointError, Preempted
-from jaxft.files.atomic import FilePath, flush, make_folder
+from jaxft.files.atomic import FilePath, flush
 from jaxft.sharding.processes import is_primary
 
 UNSHARED_SECONDS = 60  # for a save under way, after an error of one process of several
@@ -45,6 +45,16 @@ _saves = itertools.count()  # every process makes the same saves in the same ord
 class _Step(NamedTuple):
     step: int
     metrics: Mapping[str, float] | None
+
+
+class _Save(NamedTuple):
+    """One save. path: to which Orbax writes. expected: what is to be read back."""
+
+    step: int
+    number: int
+    path: Any
+    metrics: Mapping[str, float]
+    expected: read_back.Copies
 
 
 class RunCheckpoints:
@@ -68,11 +78,10 @@ class RunCheckpoints:
         read_only: bool = False,
         logs: Iterable[FilePath] = (),
     ) -> None:
-        if "://" in str(folder):
-            raise CheckpointError(f"{folder}: checkpoints go to a local or mounted folder; mount the bucket first")
         if keep < 1 or best_mode not in ("min", "max"):
             raise CheckpointError(f"keep={keep} must be at least 1 and best_mode={best_mode!r} be min or max")
-        self.folder = Path(folder).absolute()
+        self._steps = steps_in(folder)
+        self.folder: Path | str = self._steps.folder
         self._read_only, self._best_metric, self._ranked_after = read_only, best_metric, ranked_after
         self._logs, self._read_back = tuple(Path(path) for path in logs), False
         self._newest = policies.LatestN(keep)
@@ -84,21 +93,19 @@ class RunCheckpoints:
                 n=1,
                 keep_checkpoints_without_metrics=False,
             )
-        self._plain: PlainFolder | None = None
         quiet_libraries()
-        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._orbax = _async_checkpointer()
         self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: tuple[int, Future[None]] | None = None
         self._last: int | None = None  # saved or restored by this object
         self._failed = False  # a save
         if not read_only:
+            self._steps.check_access()
             if is_primary():
-                folders.check_names(self.folder)
-                make_folder(self.folder)
-                folders.tidy(self.folder)
+                self._steps.prepare()
             _sync("checkpoints_cleaned")
         steps = self.all_steps() if best_metric is not None else ()
-        self._metrics = {step: folders.read_meta(self._path(step))["metrics"] for step in steps}
+        self._metrics = {step: self._steps.read_meta(step)["metrics"] for step in steps}
 
     def save(self, step: int, state: Any, extra: Mapping[str, Any], metrics: Mapping[str, float] | None = None) -> bool:
         """Begins to write a step; returns when the arrays are copied from the devices and may be donated.
@@ -132,13 +139,14 @@ class RunCheckpoints:
         items = ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
         expected = {} if self._read_back or not is_primary() else read_back.copies(arrays)
         number = next(_saves)
-        name = folders.saving_name(step, number)
         try:
-            self._orbax.save(self._for_orbax(name), args=items)
+            self._drop_error()
+            path = self._steps.begin(step, number)
+            self._orbax.save(path, args=items)
         except Exception as error:  # Orbax promises no types; nothing is swallowed
             self._failed = True
             raise self._not_saved(step, error) from error
-        self._pending = (step, self._background.submit(self._finish, step, number, metrics, expected))
+        self._pending = (step, self._background.submit(self._finish, _Save(step, number, path, metrics, expected)))
         self._last = step
         return True
 
@@ -154,7 +162,9 @@ class RunCheckpoints:
             return None
         saved.check_fits(abstract_state)
         wanted = ocp.args.StandardRestore(abstract_arrays(abstract_state))
-        arrays = saved.read(lambda folder: self._orbax.restore(folder, args=ocp.args.Composite(state=wanted)).state)
+        with reader(ocp.CompositeCheckpointHandler()) as checkpointer:
+            items = ocp.args.Composite(state=wanted)
+            arrays = saved.read(lambda folder: checkpointer.restore(folder, args=items).state)
         self._last = saved.step
         return as_state(arrays, abstract_state), saved.extra
 
@@ -167,17 +177,17 @@ class RunCheckpoints:
         step = self._verify_step(step)
         if step is None:
             return None
-        meta = folders.read_meta(self._path(step))
-        folders.check_number(self._path(step), meta)
-        return SavedStep(self._path(step), meta)
+        meta = self._steps.read_meta(step)
+        self._steps.check_number(step, meta)
+        return SavedStep(self._steps.path(step), meta)
 
     def all_steps(self) -> tuple[int, ...]:
         """Whole steps, ascending, without the one that is being saved."""
-        return folders.whole_steps(self.folder)
+        return self._steps.whole()
 
     def latest_step(self) -> int | None:
         """The newest whole step."""
-        return folders.newest_step(self.folder)
+        return max(self.all_steps(), default=None)
 
     def best_step(self) -> int | None:
         """The whole step that is best by best_metric; None if none of them has the metric."""
@@ -216,54 +226,44 @@ class RunCheckpoints:
             with contextlib.suppress(Exception):  # the error that is under way came first
                 self._pending[1].result(UNSHARED_SECONDS)
 
-    def _path(self, step: int) -> Path:
-        return self.folder / str(step)
-
-    def _for_orbax(self, name: str) -> Path:
-        if self._plain is None:
-            self._plain = PlainFolder(self.folder)
-        return self._plain.path / name
+    def _drop_error(self) -> None:
+        """After a failed save, which was reported: Orbax's object raises its error again, so another takes over."""
+        if self._failed:
+            with contextlib.suppress(Exception):
+                self._orbax.close()
+            self._orbax, self._failed = _async_checkpointer(), False
 
     def _not_saved(self, step: int, error: Exception) -> CheckpointError:
-        first = f"{type(error).__name__}: {error}".strip().split("\n", 1)[0]
-        if isinstance(error, OSError) and error.strerror:
-            first = ": ".join(str(part) for part in (error.filename, error.strerror) if part)
-        elif isinstance(error, CheckpointError):
-            first = str(error)
-        if len(first) > 500:  # the cause is at the end of TensorStore's nested messages
-            first = f"{first[:100]} ... {first[-300:]}"
-        if self._plain is not None:
-            first = self._plain.own_names(first)
         return CheckpointError(
-            f"step {step} was not saved to {self.folder}: {first}. "
-            f"Check that the disk has room and is writable; {self._whole()}. Then run the same command again."
+            f"step {step} was not saved to {self.folder}: {self._steps.why(error)}. "
+            f"{self._steps.mend}; {self._whole()}. Then run the same command again."
         )
 
     def _whole(self) -> str:
-        newest = self.latest_step()
+        try:
+            newest = self.latest_step()
+        except CheckpointError:  # the bucket, which refused the step
+            return "which steps are whole cannot be seen now"
         return "no earlier step is whole" if newest is None else f"step {newest} is whole and can be resumed from"
 
-    def _finish(self, step: int, number: int, metrics: Mapping[str, float], expected: read_back.Copies) -> None:
+    def _finish(self, save: _Save) -> None:
         self._orbax.wait_until_finished()  # with several processes a barrier: all have written
-        written = self.folder / folders.saving_name(step, number)
-        flush_in_all(written, number)
+        self._steps.flush(save.step, save.number)
         if not is_primary():
-            self._metrics[step] = metrics
+            self._metrics[save.step] = save.metrics
             return
         for path in self._logs:
             with contextlib.suppress(OSError):  # a log that is not there, or fails, does not make the step less whole
                 flush(path)
-        if expected:
-            read_back.compare(self._for_orbax(written.name) / "state", expected)
+        if save.expected:
+            read_back.compare(save.path / "state", save.expected)
             self._read_back = True
-        manifest.write(written)
-        written.rename(self._path(step))
-        flush(self.folder)
-        self._metrics[step] = metrics
+        self._steps.publish(save.step, save.number)
+        self._metrics[save.step] = save.metrics
         outdated = {s for s, keep in self._rank(self._newest) if not keep}
         outdated -= {s for s, keep in self._rank(self._best) if keep}
         for old in sorted(outdated):
-            folders.remove_step(self._path(old))
+            self._steps.remove(old)
 
     def _rank(self, policy: policies.PreservationPolicy | None) -> list[tuple[int, bool]]:
         by_metric = policy is self._best
@@ -306,14 +306,18 @@ class RunCheckpoints:
         if step not in steps:
             raise CheckpointError(f"{self.folder} has no whole step {step}; it has {list(steps) or 'none'}")
         try:
-            manifest.verify(self._path(step))
+            self._steps.verify(step)
         except manifest.StrayFiles:  # the step itself is whole
             raise
         except CheckpointError as error:
             earlier = [s for s in steps if s < step]
             back = f"go back to step {earlier[-1]}" if earlier else "start anew: there is no earlier step"
-            raise CheckpointError(f"{error}\nDelete the folder {self._path(step)} to {back}.") from error
+            raise CheckpointError(f"{error}\nDelete the folder {self.folder}/{step} to {back}.") from error
         return step
+
+
+def _async_checkpointer() -> ocp.AsyncCheckpointer:
+    return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
 
 
 def _sync(name: str) -> None:

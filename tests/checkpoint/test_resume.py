@@ -433,8 +433,8 @@ def test_what_cannot_be_saved_is_refused(tmp_path):
     with RunCheckpoints(tmp_path, keep=1, read_only=True) as checkpoints:
         with pytest.raises(CheckpointError, match="read-only"):
             checkpoints.save(2, {"a": jnp.ones(3)}, {})
-    with pytest.raises(CheckpointError, match="mount the bucket"):
-        RunCheckpoints("gs://bucket/run", keep=1)
+    with pytest.raises(CheckpointError, match="other buckets must be mounted first"):
+        RunCheckpoints("s3://bucket/run", keep=1)
     with pytest.raises(CheckpointError, match="keep=0"):
         RunCheckpoints(tmp_path, keep=0)
 

@@ -1,4 +1,4 @@
-"""The names in a checkpoint folder: which of them are whole steps, which are the rest of something, which are neither.
+"""The names in a checkpoint folder of this machine: whole steps, the rest of something, and what is neither.
 
 A step is written under the name `<step>.saving-<number>`, gets its manifest there and is then renamed to `<step>`; an
 old step is renamed to `<step>.deleted` before its files go. Only these names are ever deleted. A folder that is named
@@ -11,7 +11,7 @@ import re
 import shlex
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,16 +59,27 @@ def read_meta(step_folder: Path) -> dict[str, Any]:
     Raises CheckpointError if it cannot be read, or is not what a run saves.
     """
     path = step_folder.joinpath(*META)
+    return checked_meta(str(step_folder), path.read_bytes, str(path))
+
+
+def checked_meta(step_folder: str, read: Callable[[], bytes], where: str) -> dict[str, Any]:
+    """As `read_meta`, of the bytes that `read` returns. where: their path or address, for messages."""
     try:
-        meta = json_object(path.read_bytes(), str(path))
+        meta = json_object(read(), where)
         wrong = [key for key in ("layout", "metrics", "extra") if not isinstance(meta.get(key), dict)]
         if wrong:
-            raise CheckpointError(f"{path} has no object {listed(wrong)}")
+            raise CheckpointError(f"{where} has no object {listed(wrong)}")
     except (OSError, CheckpointError) as error:
         raise CheckpointError(
             f"checkpoint {step_folder} is damaged: meta: {error}\nDelete the folder {step_folder}."
         ) from error
     return meta
+
+
+def number_in(meta: Mapping[str, Any]) -> int | None:
+    """The step that was saved; None in what the first versions saved. meta: from `read_meta`."""
+    number: int | None = meta.get("step", meta["extra"].get("step"))
+    return number
 
 
 def check_names(folder: Path) -> None:
@@ -93,7 +104,7 @@ def check_names(folder: Path) -> None:
 
 def check_number(step_folder: Path, meta: Mapping[str, Any]) -> None:
     """Raises CheckpointError if the folder of a step has another number than the step in it. meta: of the step."""
-    true = meta.get("step", meta["extra"].get("step"))
+    true = number_in(meta)
     if true is None or str(true) == step_folder.name:
         return
     back = step_folder.with_name(str(true))

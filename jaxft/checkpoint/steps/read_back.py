@@ -5,12 +5,13 @@ versions of the libraries, shows only when it is done.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jaxft.checkpoint.steps.reader import reader
 from jaxft.errors import CheckpointError
 
 BUDGET = 2**26  # bytes of arrays that are kept and compared: all of a small run, a part of a large one
@@ -35,7 +36,7 @@ def copies(arrays: Mapping[str, jax.Array], budget: int = BUDGET) -> Copies:
     return out
 
 
-def compare(state_folder: Path, expected: Copies) -> None:
+def compare(state_folder: Any, expected: Copies) -> None:
     """Restores these arrays from the `state/` of a step, in this process alone, and compares every bit.
 
     Raises CheckpointError naming each array that differs, and whatever Orbax raises if they cannot be read.
@@ -49,7 +50,7 @@ def compare(state_folder: Path, expected: Copies) -> None:
         primary_host=jax.process_index(), active_processes={jax.process_index()}, barrier_sync_key_prefix="read_back"
     )
     handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
-    with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+    with reader(handler, multiprocessing_options=alone) as checkpointer:
         restored = checkpointer.restore(state_folder, args=args)
     differing = [path for path, parts in expected.items() if not _same(np.asarray(restored[path]), parts)]
     if differing:

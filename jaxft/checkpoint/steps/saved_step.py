@@ -14,7 +14,9 @@ from optax.contrib import ScheduleFreeState, schedule_free_eval_params
 
 from jaxft.checkpoint import manifest
 from jaxft.checkpoint.plain_path import PlainFolder
+from jaxft.checkpoint.steps.bucket import is_bucket
 from jaxft.checkpoint.steps.layout import abstract_arrays, as_state, differences, layout
+from jaxft.checkpoint.steps.reader import reader
 from jaxft.errors import CheckpointError, listed
 from jaxft.optim.averages import AverageState
 from jaxft.trees import path_str
@@ -44,12 +46,13 @@ def find_averages(state: Any, path: str = "") -> dict[str, str]:
 class SavedStep:
     """A complete step, whose files have been verified.
 
-    folder: of the step. meta: the data saved beside the arrays: `layout`, `averages`, `metrics` and `extra`.
+    folder: of the step, on this machine or (as an etils.epath.Path) in a bucket. meta: the data saved beside the
+    arrays: `layout`, `averages`, `metrics` and `extra`.
     """
 
     def __init__(self, folder: Path, meta: Mapping[str, Any]) -> None:
         self.folder, self.step = folder, int(folder.name)
-        self._plain = PlainFolder(folder)
+        self._plain = None if is_bucket(folder) else PlainFolder(folder)
         self.extra: dict[str, Any] = meta["extra"]
         self._layout: Mapping[str, list[Any]] = meta["layout"]
         self._averages: Mapping[str, str] | None = meta.get("averages")
@@ -80,16 +83,16 @@ class SavedStep:
         args = ocp.args.PyTreeRestore(
             abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True
         )
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        with reader(ocp.PyTreeCheckpointHandler()) as checkpointer:
             arrays = self.read(lambda folder: checkpointer.restore(folder / "state", args=args))
             return as_state(arrays, dict(parts))
 
     def read(self, restore: Callable[[Path], Any]) -> Any:
         """What `restore` returns for a path of this folder. Raises CheckpointError for any error of the library."""
         try:
-            return restore(self._plain.path)
+            return restore(self.folder if self._plain is None else self._plain.path)
         except Exception as error:  # Orbax and TensorStore promise no types
-            text = self._plain.own_names(str(error).strip())
+            text = str(error).strip() if self._plain is None else self._plain.own_names(str(error).strip())
             raise CheckpointError(
                 f"checkpoint {self.folder} cannot be read, though its files are those of its {manifest.NAME}: "
                 f"{type(error).__name__}: {text[:500]}\nGo back to an earlier step: move {self.folder} elsewhere."
