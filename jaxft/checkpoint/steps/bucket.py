@@ -155,9 +155,9 @@ class BucketSteps:
 
     def _leftovers(self) -> dict[int, str]:
         """Step -> the ending of the object that says what was begun with it."""
-        found = (re.fullmatch(r"(\d+)(\.saving|\.deleted)", name, re.ASCII) for name in self._objects.names())
+        marks = (re.fullmatch(r"(\d+)(\.saving|\.deleted)", name, re.ASCII) for name in self._objects.names())
         # If both are there, the step was whole before it was to be deleted.
-        return {int(match[1]): match[2] for match in sorted(filter(None, found), key=lambda m: m[2] == DELETED)}
+        return {int(match[1]): match[2] for match in sorted(filter(None, marks), key=lambda m: m[2] == DELETED)}
 
     def _remove(self, step: int, mark: str) -> None:
         names = [f"{step}/{name}" for name in self._steps().get(step, ())]

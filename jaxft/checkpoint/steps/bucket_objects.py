@@ -109,8 +109,8 @@ class Objects:
         return self._done(gcsfs.GCSFileSystem, f"cannot reach {self.bucket}")
 
     def _list(self) -> Mapping[str, Mapping[str, Any]]:
-        found = self._done(lambda: self._files.find(self._root, detail=True), f"cannot list {self.address}")
-        return {name.removeprefix(f"{self._root}/"): entry for name, entry in found.items()}
+        entries = self._done(lambda: self._files.find(self._root, detail=True), f"cannot list {self.address}")
+        return {name.removeprefix(f"{self._root}/"): entry for name, entry in entries.items()}
 
     def _sum(self, name: str, size: int, algorithm: str) -> str:
         checksum = hashlib.new(algorithm, usedforsecurity=False)
