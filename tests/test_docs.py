@@ -33,6 +33,8 @@ every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relati
 NOT_FIELDS = {"section.field", "train.batchsize"}
 MAXTEXT_PAGE = "docs/reference/models/tiering.md"  # in MaxText's repository
 OTHER_PROGRAMS = {"--lora": "llama.cpp", "--ntasks-per-node": "srun", "--worker": "gcloud"}
+# On lines that begin with these programs, options are theirs.
+FOREIGN = re.compile(r"\s*(?:docker|kubectl|sky|xpk) ")
 
 
 def text_of(page: Path) -> str:
@@ -55,9 +57,10 @@ def code_in(text: str) -> list[str]:
 
 
 def commands_in(text: str) -> list[str]:
-    """Lines of code of a page, each with its continuations."""
+    """Lines of code of a page, each with its continuations; without those of programs whose options are not known."""
     blocks = "\n".join(blocks_and_prose(text)[0])
-    return [*re.sub(r"\\\n|\n +(?=\[--)", " ", blocks).splitlines(), *code_in(text)]
+    lines = [*re.sub(r"\\\n|\n +(?=\[--)", " ", blocks).splitlines(), *code_in(text)]
+    return [line for line in lines if not FOREIGN.match(line)]
 
 
 @functools.cache

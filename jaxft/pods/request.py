@@ -133,13 +133,18 @@ class Request:
 
     def check_config(self, config: RunConfig) -> None:
         """Raises ConfigError for a config that would lose its work on these machines."""
-        if self.model in ("spot", "flex-start") and not (config.checkpoint.every or config.checkpoint.every_epochs):
-            what = "may take spot machines away" if self.spot else "deletes flex-start machines at their time limit"
-            raise ConfigError(
-                f"Google Cloud {what}, and without checkpoint.every all steps since the start would be lost. "
-                "Set it, such as --config.checkpoint.every=100, or leave out "
-                f"--{'spot' if self.spot else 'flex_start'}"
-            )
+        check_saves(config, self.model)
+
+
+def check_saves(config: RunConfig, model: str) -> None:
+    """Raises ConfigError for a run without checkpoints on machines that are taken away. model: as `Request.model`."""
+    if model in ("spot", "flex-start") and not (config.checkpoint.every or config.checkpoint.every_epochs):
+        what = "may take spot machines away" if model == "spot" else "deletes flex-start machines at their time limit"
+        raise ConfigError(
+            f"Google Cloud {what}, and without checkpoint.every all steps since the start would be lost. "
+            "Set it, such as --config.checkpoint.every=100, or leave out "
+            f"--{'spot' if model == 'spot' else 'flex_start'}"
+        )
 
 
 def name_of(output_dir: str) -> str:

@@ -32,7 +32,7 @@ def jaxft_wheel() -> tuple[str, bytes]:
 def quick(jaxft_wheel: tuple[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     """One wheel for all tests, and no token of the user who runs them."""
     monkeypatch.setattr(archive, "wheel", lambda: jaxft_wheel)
-    monkeypatch.setattr(archive, "_hub_token", dict)
+    monkeypatch.setattr(archive, "hub_token", dict)
 
 
 def smoke(*overrides: str) -> RunConfig:
@@ -174,7 +174,7 @@ def test_a_secret_in_a_file_is_refused_and_not_printed(where: str, tmp_path: Pat
 
 
 def test_the_token_of_this_machine_is_looked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(archive, "_hub_token", lambda: {"HF_TOKEN": TOKEN})
+    monkeypatch.setattr(archive, "hub_token", lambda: {"HF_TOKEN": TOKEN})
     (tmp_path / "rows.jsonl").write_text(ROWS + TOKEN)
     with pytest.raises(ConfigError, match="holds the value of HF_TOKEN"):
         pack(smoke(f"data.train={tmp_path}/rows.jsonl"), tmp_path, secrets={})

@@ -32,7 +32,7 @@ FAKE_PYTHON = (
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Pack:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(archive, "_hub_token", dict)
+        patch.setattr(archive, "hub_token", dict)
         return pack(load("configs/quickstart.py:smoke"), tmp_path_factory.mktemp("pack"), secrets={})
 
 

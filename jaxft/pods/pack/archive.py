@@ -50,7 +50,7 @@ def pack(config: RunConfig, folder: Path, *, secrets: Mapping[str, str]) -> Pack
         f"wheel/{wheel_name}": wheel_bytes,
     }
     files = inputs.files | {f"worker/{path.name}": path for path in scripts_folder().glob("*.sh")}
-    _refuse_secrets(texts, inputs.files, {**secrets, **_hub_token()})
+    refuse_secrets(texts, inputs.files, {**secrets, **hub_token()})
     archive = folder / "archive.tar.gz"
     write_file(archive, lambda file: _fill(file, texts, files))
     with archive.open("rb") as file:
@@ -80,14 +80,16 @@ def _fill(file: BinaryIO, texts: Mapping[str, bytes], files: Mapping[str, Path])
                 archive.addfile(entry, content)
 
 
-def _hub_token() -> dict[str, str]:
+def hub_token() -> dict[str, str]:
+    """The Hugging Face token of this machine by the name of its variable, if there is one."""
     from huggingface_hub import get_token
 
     token = get_token()
     return {"HF_TOKEN": token} if token else {}
 
 
-def _refuse_secrets(texts: Mapping[str, bytes], files: Mapping[str, Path], secrets: Mapping[str, str]) -> None:
+def refuse_secrets(texts: Mapping[str, bytes], files: Mapping[str, Path], secrets: Mapping[str, str]) -> None:
+    """Raises ConfigError if a value is in a text or a file. All three are by name."""
     values = {key: value.encode() for key, value in secrets.items() if len(value) >= SHORTEST_SECRET}
     for name in sorted({*texts, *files}):
         content = io.BytesIO(texts[name]) if name in texts else files[name].open("rb")
