@@ -1,11 +1,13 @@
 """Slices of the Cloud TPU API: nodes, each a whole slice, alone or through a queued resource."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from jaxft.errors import PodError
+from jaxft.hardware.topology import cubic_shape
 from jaxft.pods.gcloud import error_of
 from jaxft.pods.hosts import OnHosts
 from jaxft.pods.machines import accelerator_type, machine_of
@@ -56,7 +58,7 @@ class TpuSlices(OnHosts):
         (thing,) = self._nodes
         runtime = f"--version={machine_of(self.request.shape).runtime}"
         spot = ["--spot"] if self.request.spot else []
-        if not self.gcloud.created(thing.create, [*self._node_flags(), runtime, *spot]):
+        if not self.gcloud.created([*self._track, *thing.create], [*self._node_flags(), runtime, *spot]):
             thing.check(self.request.name)
 
     def state(self) -> State:
@@ -98,8 +100,15 @@ class TpuSlices(OnHosts):
 
     @property
     def _track(self) -> list[str]:
-        """Flex-start and reservations by name are options of the alpha commands alone."""
-        return ["alpha"] if self.request.flex_start or self.request.reservation else []
+        """Flex-start, reservations by name and most shapes by name are options of the alpha commands alone."""
+        by_shape = not self._has_usual_shape and self.request.shape.chip.name != "v4"
+        return ["alpha"] if self.request.flex_start or self.request.reservation or by_shape else []
+
+    @property
+    def _has_usual_shape(self) -> bool:
+        """Whether the torus is the one that an accelerator type means, of all with its number of chips."""
+        shape = self.request.shape
+        return shape.chip.dimensions == 2 or shape.shape == cubic_shape(shape.chip, math.prod(shape.shape))
 
     @property
     def _queue(self) -> Thing:
@@ -123,7 +132,11 @@ class TpuSlices(OnHosts):
         return flags + (["--internal-ips"] if request.internal_ip or request.iap else [])
 
     def _size_flags(self) -> list[str]:
-        return [f"--accelerator-type={accelerator_type(self.request.shape)}"]
+        shape = self.request.shape
+        if self._has_usual_shape:
+            return [f"--accelerator-type={accelerator_type(shape)}"]
+        torus = "x".join(map(str, shape.shape))
+        return [f"--type={machine_of(shape).accelerator}", f"--topology={torus}"]
 
     def _queue_flags(self) -> list[str]:
         request = self.request

@@ -64,6 +64,16 @@ CASES = {
         [f"gcloud compute tpus tpu-vm create run-1-1 {WHERE} --accelerator-type=v6e-4 {NODE} "
          "--version=v2-alpha-tpuv6e"],
     ),
+    "tpu, another torus of v4": (
+        {"topology": "v4:2x2x8"},
+        [f"gcloud compute tpus tpu-vm create run-1-1 {WHERE} --type=v4 --topology=2x2x8 {NODE} "
+         "--version=tpu-ubuntu2204-base"],
+    ),
+    "tpu, another torus of v5p": (
+        {"topology": "v5p:2x2x8", "api": "tpu"},
+        [f"gcloud alpha compute tpus tpu-vm create run-1-1 {WHERE} --type=v5p --topology=2x2x8 {NODE} "
+         "--version=v2-alpha-tpuv5"],
+    ),
     "compute, one host": (
         {"topology": "v6e:2x4", "iap": True},
         [f"gcloud compute instances create run-1-1 {WHERE} --machine-type=ct6e-standard-8t {IMAGE} {VM} --no-address"],
