@@ -1,0 +1,299 @@
+"""Where a run goes: a bucket or a folder that all hosts write, or the disk of one host, from which it is brought home.
+
+Below --to are `run`, the run folder, `logs` and a copy of launch.json.
+"""
+
+import logging
+import os
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from jaxft.checkpoint import manifest
+from jaxft.errors import CheckpointError, PodError
+from jaxft.files.atomic import flush_tree, make_folder, unfinished_folder, write_file
+from jaxft.files.paths import of_store, url_parts
+from jaxft.files.run_folder import CHECKPOINTS
+from jaxft.home import local_path
+from jaxft.pods.attempts.hosts import HOST_ROOT, Hosts
+from jaxft.pods.request import Request
+
+RUN, LOGS = "run", "logs"
+UNFINISHED = ("*.tmp", "*.partial", "*.saving-*", "jaxft_lock.json")  # in a run folder, while it is written
+
+Result = TypeVar("Result")
+log = logging.getLogger(__name__)
+
+
+class Output(Protocol):
+    """The place of a run.
+
+    output_dir: the run folder as the hosts name it.
+    """
+
+    output_dir: str
+
+    @property
+    def to(self) -> str | None:
+        """The place as the hosts see it, for upload_logs.sh; None if they do not."""
+        ...
+
+    def newest(self) -> int | None:
+        """The newest whole checkpoint that a new node could go on from. Raises PodError if that cannot be told."""
+        ...
+
+    def write(self, name: str, content: bytes) -> None:
+        """Writes a small file below --to. Raises PodError or OSError."""
+        ...
+
+    def read(self, name: str) -> bytes | None:
+        """A small file below --to; None if there is none. Raises PodError or OSError."""
+        ...
+
+    def send(self, hosts: Hosts) -> None:
+        """Before a start: gives the hosts what there is of the run, if they do not see it."""
+        ...
+
+    def bring(self, hosts: Hosts) -> int | None:
+        """Brings home what is new on the hosts, if they do not write it there. Returns the newest whole checkpoint."""
+        ...
+
+
+def output_of(request: Request) -> Output:
+    """The output of a request."""
+    if request.is_remote:
+        return Bucket(request.to.rstrip("/"))
+    folder = Path(local_path(request.to)).absolute()
+    return Mounted(folder) if request.shared else HostDisk(folder, request.name)
+
+
+class Mounted:
+    """A folder that every host and this machine mount under the same path."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.output_dir, self.to = str(folder / RUN), str(folder)
+
+    def newest(self) -> int | None:
+        """See Output."""
+        return _newest(self.folder / RUN)
+
+    def write(self, name: str, content: bytes) -> None:
+        """See Output."""
+        make_folder((self.folder / name).parent)
+        write_file(self.folder / name, lambda file: file.write(content))
+
+    def read(self, name: str) -> bytes | None:
+        """See Output."""
+        try:
+            return (self.folder / name).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def send(self, hosts: Hosts) -> None:
+        """The hosts see the folder."""
+
+    def bring(self, hosts: Hosts) -> int | None:
+        """The hosts write the folder."""
+        return self.newest()
+
+
+class Bucket:
+    """A folder in a bucket, which every host writes."""
+
+    def __init__(self, to: str) -> None:
+        self.to = to
+        self.output_dir = f"{to}/{RUN}"
+        self._address = to
+
+    def newest(self) -> int | None:
+        """See Output."""
+        pattern = f"{RUN}/{CHECKPOINTS}/*/{manifest.NAME}"
+        files, root = self._files()
+        files.invalidate_cache()
+        names = _of_bucket(lambda: files.glob(f"{root}/{pattern}"), f"cannot list {self._address}")
+        steps = [name.split("/")[-2] for name in names]
+        return max((int(step) for step in steps if step.isdigit()), default=None)
+
+    def write(self, name: str, content: bytes) -> None:
+        """See Output."""
+        files, root = self._files()
+        _of_bucket(lambda: files.pipe_file(f"{root}/{name}", content), f"cannot write {self._address}/{name}")
+
+    def read(self, name: str) -> bytes | None:
+        """See Output."""
+        files, root = self._files()
+
+        def content() -> bytes | None:
+            try:
+                return bytes(files.cat_file(f"{root}/{name}"))
+            except FileNotFoundError:
+                return None
+
+        return _of_bucket(content, f"cannot read {self._address}/{name}")
+
+    def send(self, hosts: Hosts) -> None:
+        """The hosts see the bucket."""
+
+    def bring(self, hosts: Hosts) -> int | None:
+        """The hosts write the bucket."""
+        return self.newest()
+
+    def copy_to(self, folder: Path) -> None:
+        """Copies the run to a folder of this machine. Raises PodError."""
+        files, root = self._files()
+        source = f"{root}/{RUN}"
+        _of_bucket(lambda: files.get(f"{source}/", str(folder), recursive=True), f"cannot fetch {self.output_dir}")
+
+    def _files(self):  # type: ignore[no-untyped-def]  # fsspec has no types
+        return _of_bucket(lambda: url_parts(self._address), f"cannot reach {self._address}")
+
+
+class HostDisk:
+    """A folder of this machine, for a run of one host, which writes on its own disk.
+
+    What is whole there is brought home after each new checkpoint, so that a new node can go on from it.
+    """
+
+    def __init__(self, folder: Path, run: str) -> None:
+        self.folder = folder
+        self._on_host = f"{HOST_ROOT}/runs/{run}/output"
+        self.output_dir = f"~/{self._on_host}"
+        self.at_home = Mounted(folder)
+
+    @property
+    def to(self) -> str | None:
+        """The host does not see this machine."""
+        return None
+
+    def newest(self) -> int | None:
+        """See Output."""
+        self._settle()
+        return self.at_home.newest()
+
+    def write(self, name: str, content: bytes) -> None:
+        """See Output."""
+        self.at_home.write(name, content)
+
+    def read(self, name: str) -> bytes | None:
+        """See Output."""
+        return self.at_home.read(name)
+
+    def send(self, hosts: Hosts) -> None:
+        """See Output. A host that has the run already keeps its own, which is at least as new."""
+        self._settle()
+        worker = hosts.workers[0]
+        run = self.folder / RUN
+        if not run.is_dir() or hosts.slices.ssh(worker, ["test", "-d", self._on_host]).code == 0:
+            return
+        target = f"{self._on_host}.tar"
+        with tempfile.TemporaryDirectory() as scratch:
+            archive = Path(scratch) / "run.tar"
+            with tarfile.open(archive, "w") as file:
+                file.add(run, arcname="output")
+            hosts.on(worker, ["mkdir", "-p", str(Path(target).parent)])
+            copied = hosts.repeated(lambda: hosts.slices.copy(worker, archive, target))
+            if copied.code != 0:
+                raise hosts.error(worker, ["copy", target], copied)
+        # Unpacked under another name, so that a broken connection leaves no half of a run.
+        unpacked = f"{self._on_host}.partial"
+        hosts.on(worker, ["rm", "-rf", unpacked])
+        hosts.on(worker, ["mkdir", unpacked])
+        hosts.on(worker, ["tar", "-xf", target, "-C", unpacked], seconds=3600)
+        hosts.on(worker, ["mv", "-T", f"{unpacked}/output", self._on_host])
+        hosts.on(worker, ["rm", "-rf", target, unpacked])
+
+    def bring(self, hosts: Hosts) -> int | None:
+        """See Output. Raises PodError if it cannot be brought whole; what is here already stays then."""
+        self._settle()
+        worker = hosts.workers[0]
+        if hosts.slices.ssh(worker, ["test", "-d", self._on_host]).code != 0:
+            return self.newest()
+        excluded = [f"--exclude={pattern}" for pattern in UNFINISHED]
+        source = f"{self._on_host}.tar"
+        # While the run goes on files change as they are read, which tar tells with code 1 and the check below finds.
+        argv = ["tar", "-cf", source, *excluded, "-C", str(Path(self._on_host).parent), "output"]
+        packed = hosts.repeated(lambda: hosts.slices.ssh(worker, argv, seconds=3600))
+        if packed.code not in (0, 1):
+            raise hosts.error(worker, argv, packed)
+        next_run = unfinished_folder(self.folder / RUN)
+        shutil.rmtree(next_run, ignore_errors=True)
+        make_folder(next_run)
+        archive = next_run.with_name("run.tar")
+        try:
+            fetched = hosts.repeated(lambda: hosts.slices.fetch(worker, source, archive))
+            if fetched.code != 0:
+                raise hosts.error(worker, ["fetch", source], fetched)
+            _unpack(archive, next_run)
+            newest = _newest(next_run / "output")
+            if newest is not None:
+                manifest.verify(next_run / "output" / CHECKPOINTS / str(newest))
+        except CheckpointError as error:
+            raise PodError(f"the run was not brought home whole: {error}") from error
+        finally:
+            archive.unlink(missing_ok=True)
+        before = self.at_home.newest()
+        if (newest or 0) >= (before or 0):
+            self._replace(next_run / "output")
+            return newest
+        shutil.rmtree(next_run)
+        return before
+
+    def _replace(self, unpacked: Path) -> None:
+        """Puts a whole run in the place of the last one; a kill between leaves both for `_settle`."""
+        flush_tree(unpacked)
+        run, before = self.folder / RUN, self.folder / "run.before"
+        shutil.rmtree(before, ignore_errors=True)
+        if run.exists():
+            os.rename(run, before)
+        os.rename(unpacked, run)
+        shutil.rmtree(before, ignore_errors=True)
+        shutil.rmtree(unpacked.parent, ignore_errors=True)
+
+    def _settle(self) -> None:
+        """After a kill while a run took the place of the last one: the last one comes back."""
+        run, before = self.folder / RUN, self.folder / "run.before"
+        if before.is_dir() and not run.exists():
+            os.rename(before, run)
+
+
+def _unpack(archive: Path, folder: Path) -> None:
+    try:
+        with tarfile.open(archive) as file:
+            file.extractall(folder, filter="data")
+    except (tarfile.TarError, EOFError) as error:
+        raise PodError(f"what came from the host is no whole archive: {error}. Give the same command again.") from error
+
+
+def _newest(run: Path) -> int | None:
+    steps = [path.parent.name for path in (run / CHECKPOINTS).glob(f"*/{manifest.NAME}")]
+    return max((int(step) for step in steps if step.isdigit()), default=None)
+
+
+def _of_bucket(action: Callable[[], Result], failure: str) -> Result:
+    try:
+        return of_store(action, failure)
+    except CheckpointError as error:
+        raise PodError(
+            f"{error}. Check the name of the bucket, and that `gcloud auth application-default login` was run "
+            "here with "
+            "an account that may read and write there."
+        ) from error
+
+
+def keep_copy(output: Output, name: str) -> Callable[[str], None]:
+    """Writes a text beside the run; a failure is told once and ends nothing, since the text is on this machine too."""
+    failed: list[str] = []
+
+    def copy(text: str) -> None:
+        try:
+            output.write(name, text.encode())
+        except (PodError, OSError) as error:
+            if not failed:
+                log.warning("%s is not written beside the run: %s", name, error)
+            failed.append(name)
+
+    return copy
