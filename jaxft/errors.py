@@ -67,6 +67,10 @@ class PodError(JaxftError, RuntimeError):
     """Google Cloud, or a host there, did not do what was requested."""
 
 
+class BucketError(JaxftError, RuntimeError):
+    """A bucket refused what was requested of it, or did not answer."""
+
+
 class Preempted(Exception):
     """The machine is about to be reclaimed, or the terminal was closed; everything up to `step` is saved."""
 

@@ -13,8 +13,8 @@ ATTEMPTS = 3
 PAUSE_SECONDS = 1.0  # before the second attempt; four times as long before each later one
 
 
-def within(action: Callable[[], Result]) -> Result:
-    """What an action returns or raises. Raises TimeoutError if it has not ended after READ_SECONDS.
+def within(action: Callable[[], Result], seconds: float | None = None) -> Result:
+    """What an action returns or raises. Raises TimeoutError if it has not ended after `seconds`, or READ_SECONDS.
 
     It then stays in its thread, which does not keep the process alive.
     """
@@ -29,11 +29,12 @@ def within(action: Callable[[], Result]) -> Result:
 
     thread = threading.Thread(target=run, name="read", daemon=True)
     thread.start()
-    thread.join(READ_SECONDS)
+    seconds = READ_SECONDS if seconds is None else seconds
+    thread.join(seconds)
     if errors:
         raise errors[0]
     if not results:
-        raise TimeoutError(f"no answer within {READ_SECONDS:.0f} s")
+        raise TimeoutError(f"no answer within {seconds:.0f} s")
     return results[0]
 
 

@@ -28,6 +28,7 @@ from jaxft.data.tokenizers.load import load_tokenizer, tokenizer_of
 from jaxft.data.tokenizers.table import AddedRows, added_rows
 from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import ConfigError
+from jaxft.files.buckets.working_copy import folder_of
 from jaxft.files.run_folder import BASE
 from jaxft.methods import method_of
 from jaxft.models.hf_fields import with_allowed
@@ -41,6 +42,7 @@ from jaxft.optim.make import make_optimizer
 from jaxft.runs.going_on import going_on, merged_base
 from jaxft.sharding.mesh import MeshPlan, auto_mesh, make_mesh_plan
 from jaxft.sharding.processes import on_primary
+from jaxft.sharding.shared_folder import share
 from jaxft.sharding.specs import divisors
 from jaxft.training.state import TrainState, create
 from jaxft.training.step import Step, make_train_step
@@ -56,10 +58,12 @@ def build_model(config: RunConfig, mesh: MeshPlan | None = None, *, random_base:
     model = config.model
     path = model.path
     if model.random_init:
-        path = str(random_base or Path(config.output_dir) / BASE)
+        path = str(random_base or folder_of(config.output_dir) / BASE)
         on_primary(lambda: _draw_weights(config, Path(path)))
+        share(Path(path).parent)
     elif model.adapter == "merge":
-        path = merged_base(config, random_base or Path(config.output_dir) / BASE)
+        path = merged_base(config, random_base or folder_of(config.output_dir) / BASE)
+        share(Path(path).parent)
     given: dict[str, Any] = {"revision": model.revision, "mesh": mesh, "head": method_of(config).head}
     if path == model.path:
         given |= {"base": model.base, "allow_unknown": model.allowed}

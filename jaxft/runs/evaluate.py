@@ -2,7 +2,6 @@
 
 import dataclasses
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ from jaxft.checkpoint.load import LoadedModel
 from jaxft.config import MeshConfig, RunConfig
 from jaxft.data import Tokenizer
 from jaxft.errors import ConfigError
+from jaxft.files.buckets.working_copy import folder_of
 from jaxft.methods import method_of
 from jaxft.methods.method import Method, Run
 from jaxft.objectives.loss import MethodState
@@ -43,7 +43,7 @@ def evaluate(model: LoadedModel, tokenizer: Tokenizer, config: RunConfig) -> dic
     check_frozen(config, model.module, tokenizer, mesh)
     run = Run(
         config=config,
-        folder=Path(config.output_dir),
+        folder=folder_of(config.output_dir),
         tokenizer=tokenizer,
         data=data,
         mesh=mesh,

@@ -24,6 +24,7 @@ from jaxft.data.tokenizers.load import load_tokenizer
 from jaxft.data.tokenizers.padding import with_separate_pad
 from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import CheckpointError, ConfigError
+from jaxft.files.buckets.working_copy import checkpoints_of, shown
 from jaxft.files.companions import copy_companions
 from jaxft.files.run_folder import ADAPTER, BASE, CHECKPOINTS, MERGED, MODEL, is_run_folder
 from jaxft.files.targets import check_space, locked_output, whole_folder
@@ -36,6 +37,7 @@ from jaxft.runs.identity.exports import begin_export, end_export
 from jaxft.runs.identity.record import record_of
 from jaxft.sharding.mesh import MeshPlan
 from jaxft.sharding.processes import is_multi_process, on_primary
+from jaxft.sharding.shared_folder import share
 from jaxft.terminal.console import say
 from jaxft.training.state import divide
 
@@ -197,7 +199,7 @@ def read_step(
     and for a given step that is deleted meanwhile; CheckpointError if READS steps in a row are deleted while they are
     read; and as `read` does.
     """
-    with RunCheckpoints(folder / CHECKPOINTS, keep=1, read_only=True) as checkpoints:
+    with RunCheckpoints(checkpoints_of(folder), keep=1, read_only=True) as checkpoints:
         for _ in range(READS):
             steps = on_primary(checkpoints.all_steps)
             if not steps:
@@ -247,11 +249,12 @@ def export_run(
         checks = write(loaded, tokenizer, target, format=format, mesh=mesh)
         on_primary(partial(_write_run_card, target, loaded, tokenizer, checks, format, folder))
         on_primary(partial(end_export, folder, name))
+        share(folder)
         out[name] = name
         out[f"{name}_checks"] = {c.reader: c.difference for c in checks}
         out[f"{name}_mean"] = {c.reader: c.mean for c in checks}
         read_back = _check_text(checks, _compared(loaded))
-        say(console, f"{folder / name}: read back by {read_back}")
+        say(console, f"{shown(folder / name)}: read back by {read_back}")
     return out
 
 
@@ -274,7 +277,7 @@ def write(
         ids = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
         loaded = dataclasses.replace(loaded, hf_config=loaded.hf_config | ids)
     if format == "adapter":
-        base = loaded.base if "://" in loaded.base else os.path.abspath(loaded.base)
+        base = shown(loaded.base if "://" in loaded.base else os.path.abspath(loaded.base))
         peft.write_adapter(loaded.module, str(target), base=base, nested=loaded.left_out is not None)
         file_dtype = "float32"
     else:

@@ -18,8 +18,9 @@ from jaxft.adapters.lora import eva
 from jaxft.checkpoint.load import LoadedModel
 from jaxft.checkpoint.resume import RunCheckpoints
 from jaxft.config import RunConfig
-from jaxft.errors import listed
+from jaxft.errors import BucketError, listed
 from jaxft.files import run_folder
+from jaxft.files.buckets.working_copy import checkpoints_of, push
 from jaxft.methods import method_of
 from jaxft.methods.method import Feed, Run
 from jaxft.methods.parts.sequences import device_batch, evaluated_weights
@@ -85,7 +86,7 @@ def fit_run(run: Run, loaded: LoadedModel, console: Console) -> Fitted:
                 _tell_missing(run, log, start, logged)
             feed = method.feed(run, graphdef)
             step = _jitted_step(run, graphdef, tx, schedule, state)
-            hooks = _hooks(run, graphdef, feed, step, _saver(config, checkpoints, log))
+            hooks = _hooks(run, graphdef, feed, step, _saver(run, checkpoints, log))
             ended = hooks.early_stopping is not None and hooks.early_stopping.ends(progress)
             if start < run.total_steps and not ended:
                 state, held_out = fit(state, hooks, _cadence(run), log, start=start, progress=progress)
@@ -130,7 +131,7 @@ def _exported(
 def _checkpoints(run: Run, ranked_after: int) -> RunCheckpoints:
     settings = run.config.checkpoint
     return RunCheckpoints(
-        run.folder / run_folder.CHECKPOINTS,
+        checkpoints_of(run.folder),
         keep=settings.keep,
         best_metric=settings.best_metric,
         best_mode=settings.best_mode,
@@ -273,12 +274,22 @@ def _tell_missing(run: Run, log: RunLog | NoLog, step: int, logged: int | None) 
     )
 
 
+def _upload_logs(run: Run) -> None:
+    """Uploads what is new in the working copy of a run in a bucket. A failure is told, and the run goes on."""
+    if is_primary():
+        try:
+            push(run.folder)
+        except BucketError as error:
+            run.print_line(f"warning: {error} The run goes on, and tries it again.")
+
+
 def _saver(
-    config: RunConfig, checkpoints: RunCheckpoints, log: RunLog | NoLog
+    run: Run, checkpoints: RunCheckpoints, log: RunLog | NoLog
 ) -> Callable[[int, TrainState, dict[str, Any], dict[str, float]], None]:
     def save(step: int, state: TrainState, progress: dict[str, Any], held_out: dict[str, float]) -> None:
-        extra = {"step": step, "progress": progress, "held_out": held_out, "config": config.to_dict()}
+        extra = {"step": step, "progress": progress, "held_out": held_out, "config": run.config.to_dict()}
         extra["logged"] = log.rows
+        _upload_logs(run)  # so that no row is lost of a step that is whole
         checkpoints.save(step, saved_part(state), extra, held_out or None)
 
     return save

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import logging
 import os
-import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -20,6 +19,8 @@ from jaxft.config import RunConfig
 from jaxft.data import Tokenizer, tokenizer_of
 from jaxft.errors import CheckpointError, ConfigError, listed
 from jaxft.files.atomic import make_folder, write_text
+from jaxft.files.buckets.store import is_bucket
+from jaxft.files.buckets.working_copy import folder_of, refuse_other_store, written
 from jaxft.files.locks.lock import lock
 from jaxft.files.run_folder import (
     CHAT_TEMPLATE,
@@ -35,7 +36,6 @@ from jaxft.files.run_folder import (
     write_json,
 )
 from jaxft.files.targets import refused_target
-from jaxft.home import local_path
 from jaxft.runs.cards.command import command_of
 from jaxft.runs.identity.changes import Start, go_on, other_values, refuse_other_run
 from jaxft.runs.identity.contents import Reads, other_reads
@@ -65,7 +65,7 @@ def open_run(
     settings, listing them, or that read other contents, naming them, since resuming it would mix two runs; for a run
     that has trained more steps than these, or whose checkpoints are gone; and for a folder that cannot be written.
     """
-    folder = Path(config.output_dir) if folder is None else folder
+    folder = folder_of(config.output_dir) if folder is None else folder
     now = Start(config=config, reads=reads, steps=steps, template=template)
     try:
         record, notes = _occupy(folder, now)
@@ -93,6 +93,10 @@ def locked_run(folder: str | os.PathLike[str], what: str, *, exclusive: bool = T
     with contextlib.ExitStack() as stack:
 
         def take() -> None:
+            refuse_other_store(folder)
+            if is_bucket(folder):
+                stack.enter_context(written(os.fspath(folder), what, exclusive=exclusive))
+                return
             if not is_run_folder(folder):
                 refuse_occupied(Path(folder))
             try:
@@ -148,11 +152,6 @@ def _occupy(folder: Path, now: Start) -> tuple[Record, list[str]]:
 
 def refuse_occupied(folder: Path) -> None:
     """Raises ConfigError unless a path is free for the folder of a run: absent, or an empty folder."""
-    if re.match(r"[a-z]\w+:/", str(folder)):  # as a path, it has lost a slash
-        raise ConfigError(
-            f"output_dir {folder} is an address. Runs write to a local or mounted folder: mount the bucket, and give "
-            "the path of the mount."
-        )
     if (problem := refused_target(folder)) is not None:
         raise ConfigError(f"output_dir {folder} cannot be written: {problem}")
     if folder.exists() and not folder.is_dir():
@@ -209,7 +208,7 @@ def _config_saved(step_folder: Path) -> dict[str, Any] | None:
 
 def chat_template(folder: str | os.PathLike[str]) -> str | None:
     """The chat template that a run was trained with, or None."""
-    path = Path(local_path(folder)) / CHAT_TEMPLATE
+    path = folder_of(folder) / CHAT_TEMPLATE
     try:
         return path.read_text(encoding="utf-8") if path.is_file() else None
     except UnicodeDecodeError as error:
@@ -228,7 +227,7 @@ def dated(config: RunConfig, tokenizer: Tokenizer) -> tuple[RunConfig, Tokenizer
         return config, tokenizer
 
     def date() -> str | None:
-        before = _config_in(Path(config.output_dir))
+        before = _config_in(folder_of(config.output_dir))
         return (before and before.data.template_date) or tokenizer.template_date
 
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, template_date=on_primary(date)))
@@ -253,8 +252,8 @@ def check_shared(folder: Path, seconds: float = 30.0) -> None:
 
 def run_config(folder: str | os.PathLike[str]) -> RunConfig:
     """The config of a run folder. Raises ConfigError if it is not one."""
-    folder = local_path(folder)
-    config = _config_in(Path(folder)) if is_run_folder(folder) else None
+    folder = folder_of(folder)
+    config = _config_in(folder) if is_run_folder(folder) else None
     if config is None:
         raise ConfigError(f"{folder} is not a run folder: it lacks {MARK}, or the {CONFIG} of a run")
     return config

@@ -15,6 +15,7 @@ from jaxft.config import RunConfig, load
 from jaxft.data.tokenizers.load import load_tokenizer
 from jaxft.errors import CheckpointError, ConfigError
 from jaxft.files.atomic import new_folder
+from jaxft.files.buckets.working_copy import folder_of
 from jaxft.files.locks.lock import lock
 from jaxft.files.run_folder import SUMMARY, is_run_folder
 from jaxft.runs.folder import locked_run, run_config
@@ -49,7 +50,7 @@ def _quickstart(config: RunConfig, console: Console) -> dict[str, Any]:
         say(console, f"writing SmolLM2-135M-Instruct as a Hugging Face folder to {config.model.path} ...")
         with lock(config.model.path, "jaxft quickstart"):
             convert(find_gguf(), Path(config.model.path))
-    folder = Path(config.output_dir)
+    folder = folder_of(config.output_dir)
     if is_run_folder(folder) and (folder / SUMMARY).is_file():
         # Of another run nothing is deleted.
         if changed := other_values(run_config(folder), config, spelling=True):

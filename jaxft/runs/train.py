@@ -4,7 +4,6 @@
 
 import dataclasses
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ from jaxft.config import RunConfig
 from jaxft.data import render_rows, tokenizer_of
 from jaxft.errors import counted
 from jaxft.files import run_folder
+from jaxft.files.buckets.working_copy import folder_of, shown
 from jaxft.methods import method_of
 from jaxft.methods.method import Run
 from jaxft.nn.decoder import Decoder
@@ -41,6 +41,7 @@ from jaxft.runs.report import KeptReport
 from jaxft.runs.scores import answer, check_scores, samples, score_summary, scores_key, scores_of
 from jaxft.runs.tracking import trackers_of
 from jaxft.sharding.processes import is_primary, on_primary, primary_first
+from jaxft.sharding.shared_folder import share
 from jaxft.sharding.stopping import hangups_answered, stop_if_requested
 from jaxft.terminal.console import SafeConsole, say
 from jaxft.terminal.output import lasting
@@ -170,7 +171,8 @@ def set_up(config: RunConfig) -> Run:
             template=tokenizer.chat_template,
         )
     )
-    folder = Path(config.output_dir)
+    folder = folder_of(config.output_dir)
+    share(folder)
     check_shared(folder)
     return Run(
         config=config,
@@ -203,7 +205,7 @@ def describe(run: Run) -> str:
         f"  {counted(data.examples, 'row')}, {counted(data.tokens, 'token')} ({data.trained_tokens:,} trained) in "
         f"{counted(data.sequences, 'sequence')} of {config.data.max_length}\n"
         f"  {counted(run.total_steps, 'step')} of {counted(config.train.batch_size, 'sequence')}, "
-        f"{run.source.epoch_of(run.total_steps):.2f} epochs -> {run.folder}"
+        f"{run.source.epoch_of(run.total_steps):.2f} epochs -> {shown(run.folder)}"
     )
 
 
@@ -216,7 +218,7 @@ def _times(run: Run) -> dict[str, Any]:
 
 
 def _summary(run: Run, fitted: Fitted, scores: dict[str, Any], exports: dict[str, Any]) -> dict[str, Any]:
-    summary: dict[str, Any] = {"output_dir": str(run.folder), "steps": fitted.steps, **fitted.held_out}
+    summary: dict[str, Any] = {"output_dir": shown(run.folder), "steps": fitted.steps, **fitted.held_out}
     if fitted.exported != fitted.steps:
         summary["exported_step"] = fitted.exported
     if run.config.eval.metric:

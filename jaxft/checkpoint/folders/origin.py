@@ -7,6 +7,7 @@ from jaxft.config import ModelConfig
 from jaxft.errors import CheckpointError, ModelError
 from jaxft.files.adapter_base import base_of as base_of
 from jaxft.files.adapter_base import base_revision
+from jaxft.files.buckets.working_copy import run_in_bucket
 from jaxft.files.hub import cached_hub_file, fetch_hub, hub_path
 from jaxft.files.paths import HUB, is_file, read_json
 from jaxft.files.run_folder import ADAPTER, MERGED, MODEL, is_run_folder
@@ -27,7 +28,7 @@ def resolve(path: str, revision: str | None = None) -> str:
     """The path to load from: hf:// names are fetched into the Hugging Face cache, run folders become their export."""
     if path.startswith(HUB):
         return fetch_hub(path, revision)
-    path = local_path(path)
+    path = run_in_bucket(local_path(path))
     if is_run_folder(path):
         for kind in (ADAPTER, MODEL, MERGED):
             if os.path.isdir(os.path.join(path, kind)):

@@ -15,6 +15,7 @@ from jaxft.checkpoint.hub.card import MARK as CARD_MARK
 from jaxft.checkpoint.hub.card import README
 from jaxft.errors import CheckpointError
 from jaxft.files.atomic import publish, unfinished_folder
+from jaxft.files.buckets.working_copy import delete_checkpoints
 from jaxft.runs.identity.record import EXPORTS, OF_A_RUN, Record, record_of, write_record
 
 UNFINISHED = ".jaxft_unfinished"  # in a folder that the run may delete: it is being written, or about to go
@@ -66,6 +67,7 @@ def clear(folder: Path) -> None:
     """Deletes what a run has written, and nothing else; the mark stays. What has no explanation is set aside."""
     for name in EXPORTS:
         remove_export(folder, name)
+    delete_checkpoints(folder)
     for name in OF_A_RUN:
         path = folder / name
         if path.is_symlink() or not path.is_dir():

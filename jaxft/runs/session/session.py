@@ -22,6 +22,8 @@ from jaxft.data.batch import Batch
 from jaxft.data.prompts import Prompt, read_prompts
 from jaxft.errors import ConfigError, DataError
 from jaxft.files import run_folder
+from jaxft.files.buckets.store import is_bucket
+from jaxft.files.buckets.working_copy import folder_of
 from jaxft.generation.text import Prompt as GivenPrompt
 from jaxft.generation.text import as_prompts
 from jaxft.home import local_path
@@ -88,8 +90,8 @@ class Session:
         self._schedule = make_schedule(*_course(config))
         self._folders = SessionFolders()
         if config.model.random_init:  # the drawn weights are in the folder of the run
-            self._open(Path(config.output_dir))
-        self._loaded = build_model(config, self.mesh, random_base=Path(config.output_dir) / run_folder.BASE)
+            self._open(folder_of(config.output_dir))
+        self._loaded = build_model(config, self.mesh, random_base=folder_of(config.output_dir) / run_folder.BASE)
         tx = make_tx(config, self._loaded.module, self._schedule)
         self._graphdef, self._state = start_state(config, self._loaded.module, tx, self.mesh)
         shardings = jax.tree.map(lambda x: x.sharding, self._state.trainable)
@@ -232,6 +234,11 @@ class Session:
         """
         if self._sums is not None:
             raise ConfigError("gradients wait for their update, and are not saved: call optim_step first")
+        if is_bucket(folder):
+            raise ConfigError(
+                f"{folder} is in a bucket, and a session writes its state to a local or mounted folder: give one, and "
+                "copy it with `gcloud storage cp --recursive`; load_state reads it in the bucket too"
+            )
         path = Path(local_path(folder))
         self._open(path)
         with RunCheckpoints(path / run_folder.CHECKPOINTS, keep=self.config.checkpoint.keep) as checkpoints:
@@ -245,10 +252,10 @@ class Session:
         checkpoint is damaged or of another model, adapter or optimizer, and ConfigError if there is none, or if it was
         trained on a base with other weights.
         """
-        folder = local_path(folder)
-        on_primary(partial(refuse_other_base, Path(folder), reads_of(self.config, self.tokenizer)))
+        path = folder_of(folder)
+        on_primary(partial(refuse_other_base, path, reads_of(self.config, self.tokenizer)))
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self._state)
-        saved, extra = read_step(Path(folder), step, partial(_restored, saved_part(shapes)))
+        saved, extra = read_step(path, step, partial(_restored, saved_part(shapes)))
         self._state = with_saved(self._state, saved)
         self._draws = int(extra.get("draws", 0))
         self._forget()

@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxft.checkpoint import manifest
 from jaxft.errors import CheckpointError, ConfigError, counted, listed
-from jaxft.files.locks.lock import owner_now
+from jaxft.files.buckets.working_copy import owner_now
 from jaxft.files.run_folder import (
     ADAPTER,
     CHECKPOINTS,
@@ -80,7 +80,7 @@ def runs_below(folder: str | os.PathLike[str]) -> list[RunState]:
 
 def state_of(folder: Path) -> RunState:
     """The state of one run folder."""
-    owner = owner_now(folder, inside=True)
+    owner = owner_now(folder)
     try:
         record = record_in(folder) or Record(created="")
     except CheckpointError as error:

@@ -8,7 +8,7 @@ from jaxft.checkpoint import manifest
 from jaxft.config import RunConfig
 from jaxft.errors import CheckpointError, ConfigError, DataError, JaxftError
 from jaxft.files import run_folder
-from jaxft.files.locks.lock import owner_now
+from jaxft.files.buckets.working_copy import owner_now
 from jaxft.home import local_path
 from jaxft.runs.folder import run_config
 from jaxft.runs.identity.record import Record
@@ -47,7 +47,7 @@ def verify(path: str | os.PathLike[str], *, rows: bool = True) -> Findings:
 
 
 def _verify_run(folder: Path, findings: Findings, *, rows: bool) -> None:
-    owner = owner_now(folder, inside=True)
+    owner = owner_now(folder)
     if owner is not None:
         findings.unchecked("the folder", f"{owner.describe()} writes there: what it writes now is not examined")
     record = None

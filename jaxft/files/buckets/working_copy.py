@@ -1,0 +1,295 @@
+"""A run whose folder is in a bucket: a working copy of its small files on this machine.
+
+Programs that write a run want a folder: they append lines, rename files, write a model and read it back. They do all of
+that in the working copy, whose files are uploaded when they are whole. The checkpoints are not in it: they are written
+to the bucket directly, each process its own shards.
+"""
+
+import atexit
+import contextlib
+import logging
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from jaxft.errors import ConfigError, FolderInUseError, JaxftError, listed
+from jaxft.files.buckets.lease import Lease
+from jaxft.files.buckets.lease import owner_now as owner_of_lease
+from jaxft.files.buckets.store import Bucket, Entry, is_bucket
+from jaxft.files.locks import lock
+from jaxft.files.locks.owner import Owner
+from jaxft.files.run_folder import ADAPTER, CHECKPOINTS, LOCK, MARK, MERGED, MODEL, SUMMARY
+from jaxft.home import local_path
+
+PUSH_SECONDS = 30.0  # between uploads of what has changed, besides those at every save
+MOST_BYTES = 2**26  # of a file of an export that is fetched: larger ones are replaced by a new export, and never read
+UNFINISHED = (".tmp", ".partial", ".deleted")  # endings of what is being written, or about to be deleted
+SUMS = "SHA256SUMS"  # written last in an export, and so uploaded last
+
+log = logging.getLogger(__name__)
+
+
+class WorkingCopy:
+    """The folder `path` with the files of a run in a bucket, but for checkpoints. Nothing is fetched before `pull`."""
+
+    def __init__(self, bucket: Bucket) -> None:
+        self.bucket = bucket
+        self.lease: Lease | None = None
+        self._above = Path(tempfile.mkdtemp(prefix="jaxft-run-"))
+        self.path = self._above / bucket.address.rpartition("/")[2]
+        self.path.mkdir()
+        self._sent: dict[str, tuple[int, int]] = {}  # size and time of the files that the bucket has
+        self._left: dict[str, Entry] = {}  # large files of exports, in the bucket alone
+        self._mutex = threading.Lock()
+        atexit.register(self.remove)
+
+    def pull(self) -> None:
+        """Fetches the files that are in the bucket, in place of those of the same name."""
+        with self._mutex:
+            entries = self.bucket.entries()
+            if MARK not in entries and set(entries) - {LOCK}:
+                raise ConfigError(
+                    f"output_dir {self.bucket.address} is not empty and holds no run: {MARK} is not there, but "
+                    f"{listed(sorted(entries))}. Nothing of it is overwritten. Set output_dir to a new folder."
+                )
+            for name, entry in entries.items():
+                if name == LOCK or name.endswith("/") or _is_of_steps(name):
+                    continue
+                if entry.size > MOST_BYTES and name.split("/")[0] in (ADAPTER, MERGED, MODEL):
+                    self._left[name] = entry
+                    continue
+                self.bucket.download(name, self.path / name, entry.size)
+                self._sent[name] = _state(self.path / name)
+
+    def push(self) -> None:
+        """Uploads the files that are new or have changed, and deletes in the bucket those that are gone here.
+
+        The mark of the run is first and its summary last, and in every folder the list of checksums is last. Raises
+        BucketError, and FolderInUseError if another process has taken the lease.
+        """
+        with self._mutex:
+            if self.lease is not None:
+                self.lease.check()
+            here = {name: _state(self.path / name) for name in self._names()}
+            for name in sorted(here, key=_order):
+                if self._sent.get(name) == here[name]:
+                    continue
+                with contextlib.suppress(FileNotFoundError):  # replaced or deleted meanwhile: the next call sees it
+                    self.bucket.upload(name, self.path / name)
+                    self._sent[name] = here[name]
+                    self._left.pop(name, None)
+            for name in sorted(set(self._sent) - set(here)):
+                self.bucket.delete(name)
+                del self._sent[name]
+                self._forget_left(name)
+
+    def _forget_left(self, name: str) -> None:
+        """Deletes the large files of an export that are in the bucket alone, once its checksums are gone here."""
+        folder = name.removesuffix(SUMS)
+        if name == folder:
+            return
+        for large in [one for one in self._left if one.startswith(folder)]:
+            self.bucket.delete(large)
+            del self._left[large]
+
+    def remove(self) -> None:
+        """Deletes the copy."""
+        shutil.rmtree(self._above, ignore_errors=True)
+
+    def _names(self) -> list[str]:
+        """The files that are whole."""
+        names = []
+        for folder, folders, files in os.walk(self.path):
+            folders[:] = [one for one in folders if not one.endswith(UNFINISHED)]
+            names += [os.path.relpath(os.path.join(folder, file), self.path) for file in files]
+        return [one for one in names if one != LOCK and not one.endswith(UNFINISHED) and not _is_of_steps(one)]
+
+
+_open: dict[str, WorkingCopy] = {}  # by address
+_guard = threading.RLock()
+
+
+def folder_of(path: str | os.PathLike[str]) -> Path:
+    """The folder of this machine in which the files of a run are: the path itself, or the copy of a run in a bucket.
+
+    A copy that nobody has opened is fetched, and deleted when this process ends.
+    """
+    path = local_path(path)
+    return _copy(path, fetch=True).path if is_bucket(path) else Path(path)
+
+
+def run_in_bucket(path: str) -> str:
+    """The working copy of a run in a bucket, if `path` is the address of one; every other path as it is."""
+    if not is_bucket(path) or Bucket(path).read(MARK) is None:
+        return path
+    return str(folder_of(path))
+
+
+def address_of(path: str | os.PathLike[str]) -> str | None:
+    """The address of a working copy, or of a file in one; None for every other path."""
+    text = os.path.abspath(path)
+    for address, copy in _open.items():
+        if text == str(copy.path) or text.startswith(f"{copy.path}{os.sep}"):
+            return address + text.removeprefix(str(copy.path))
+    return None
+
+
+def shown(path: str | os.PathLike[str]) -> str:
+    """A path as users know it: the address of what is in a working copy."""
+    return os.fspath(path) if is_bucket(path) else address_of(path) or os.fspath(path)
+
+
+def checkpoints_of(folder: Path) -> str:
+    """Where the checkpoints of a run folder are: below it, or in the bucket if it is a working copy."""
+    return f"{address_of(folder) or folder}/{CHECKPOINTS}"
+
+
+def push(folder: Path) -> None:
+    """Uploads what is new in a working copy; does nothing for any other folder. Raises as `WorkingCopy.push`."""
+    if (address := address_of(folder)) is not None:
+        _open[address].push()
+
+
+def pull(folder: Path) -> None:
+    """Fetches what is new in the bucket of a working copy; does nothing for any other folder. Raises BucketError."""
+    if (address := address_of(folder)) is not None:
+        _open[address].pull()
+
+
+def owner_now(folder: Path) -> Owner | None:
+    """The process that writes in a run folder, or in the bucket of a working copy, at this moment; None if nobody does."""
+    address = address_of(folder)
+    return lock.owner_now(folder, inside=True) if address is None else owner_of_lease(_open[address].bucket)
+
+
+def delete_checkpoints(folder: Path) -> None:
+    """Deletes the checkpoints in the bucket of a working copy, those lists first by which steps are whole."""
+    if (address := address_of(folder)) is None:
+        return
+    bucket = _open[address].bucket
+    for name in sorted(bucket.entries(f"{CHECKPOINTS}/"), key=lambda one: not one.endswith("manifest.json")):
+        bucket.delete(name)
+
+
+@contextlib.contextmanager
+def written(address: str, what: str, *, exclusive: bool = True) -> Iterator[WorkingCopy]:
+    """Opens the working copy of a run that this process writes, alone, until the block ends.
+
+    what, exclusive: as for `files.locks.lock.lock`. Changes are uploaded in the background too. Raises
+    FolderInUseError, naming who writes there, and BucketError; errors name the address and not the copy.
+    """
+    with _guard:
+        copy = _open.get(address)
+        if copy is not None and copy.lease is not None:
+            if exclusive and what == copy.lease.owner.what:
+                raise FolderInUseError(f"{address} is being written by this process: wait until it has ended")
+            outer = True
+        else:
+            outer = False
+            copy = _begin(address, what)
+    if outer:
+        yield copy
+        return
+    ended = threading.Event()
+    thread = threading.Thread(target=_push_often, args=(copy, ended), name="uploads", daemon=True)
+    thread.start()
+    try:
+        yield copy
+    except BaseException as error:
+        ended.set()
+        _push_or_tell(copy)
+        _rename_in(error, copy)
+        raise
+    else:
+        ended.set()
+        copy.push()
+    finally:
+        _end(copy)
+
+
+def _begin(address: str, what: str) -> WorkingCopy:
+    _forget(address)
+    copy = _copy(address, fetch=False)
+    try:
+        copy.bucket.check()
+        copy.lease = Lease(copy.bucket, what)
+        copy.pull()
+    except BaseException:
+        _end(copy)
+        raise
+    return copy
+
+
+def _end(copy: WorkingCopy) -> None:
+    if copy.lease is not None:
+        copy.lease.release()
+        copy.lease = None
+    _forget(copy.bucket.address)
+
+
+def _copy(address: str, *, fetch: bool) -> WorkingCopy:
+    with _guard:
+        bucket = Bucket(address)
+        if bucket.address not in _open:
+            copy = WorkingCopy(bucket)
+            if fetch:
+                bucket.check()
+                copy.pull()
+            _open[bucket.address] = copy
+        return _open[bucket.address]
+
+
+def _forget(address: str) -> None:
+    with _guard:
+        if (copy := _open.pop(Bucket(address).address, None)) is not None:
+            copy.remove()
+
+
+def _push_often(copy: WorkingCopy, ended: threading.Event) -> None:
+    while not ended.wait(PUSH_SECONDS):
+        _push_or_tell(copy)
+
+
+def _push_or_tell(copy: WorkingCopy) -> None:
+    try:
+        copy.push()
+    except JaxftError as error:
+        log.warning("%s", error)
+
+
+def _rename_in(error: BaseException, copy: WorkingCopy) -> None:
+    """The address in place of the copy in the message of an error."""
+    if isinstance(error, JaxftError):
+        error.args = tuple(
+            one.replace(str(copy.path), copy.bucket.address) if isinstance(one, str) else one for one in error.args
+        )
+
+
+def refuse_other_store(path: str | os.PathLike[str]) -> None:
+    """Raises ConfigError for an output_dir at an address of another store than Google's."""
+    text = os.fspath(path)
+    if "://" in text and not is_bucket(text):
+        raise ConfigError(
+            f"output_dir {text} is an address to which runs are not written: that is possible for gs://BUCKET/FOLDER "
+            "alone. Mount the store, and give the path of the mount; or set output_dir to a local folder, and copy it "
+            "afterwards."
+        )
+
+
+def _is_of_steps(name: str) -> bool:
+    return name.startswith(f"{CHECKPOINTS}/")
+
+
+def _order(name: str) -> tuple[bool, bool, bool, str]:
+    return (name == SUMMARY, name.endswith(SUMS), name != MARK, name)
+
+
+def _state(path: Path) -> tuple[int, int]:
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return (-1, 0)
+    return (status.st_size, status.st_mtime_ns)
