@@ -210,7 +210,7 @@ def test_places_where_no_run_can_be_are_refused(tmp_path):
         tmp_path / "file" / "below": "cannot be written: .*file is a file, not a folder",
         "/proc/run": "cannot be written. .*/proc/run: .*place where you may write",
         tmp_path / ("x" * 300): "cannot be written: its part x+... has 300 bytes",
-        "gs://bucket/run": "is an address.*mount the bucket",
+        "s3://bucket/run": "is an address.*mount the store",
     }.items():
         with pytest.raises(ConfigError, match=message):
             start(config_of(path))

@@ -12,6 +12,7 @@ import os
 import random
 import re
 import time
+import uuid
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -23,8 +24,9 @@ from jaxft.files.deadlines import within
 SCHEME = "gs://"
 ANSWER_SECONDS = 120.0  # for one request with the repetitions of gcsfs
 OUTAGE_SECONDS = 300.0  # after which a request that fails again and again is given up
-LONGEST_PAUSE = 30.0
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds before an attempt is repeated
 CHUNK = 2**24  # bytes that are sent or fetched in one request; a multiple of 256 KiB, as the API demands
+UPLOADS = 3  # of a file whose upload the store has forgotten
 TRANSIENT = {408, 429, 500, 502, 503, 504}
 
 Result = TypeVar("Result")
@@ -103,8 +105,7 @@ class Bucket:
         generation: the one that is replaced; "0": none may be there. Raises Changed if that is not so.
         """
         condition = {} if generation is None else {"ifGenerationMatch": generation}
-        answer = self._upload("media", name, data, doing="write", **condition)
-        return str(json.loads(answer[1])["generation"])
+        return str(json.loads(self._write_whole(name, data, **condition))["generation"])
 
     def upload(self, name: str, path: Path) -> None:
         """Writes an object from a file, in requests of CHUNK bytes. A request that fails is taken up where it stopped.
@@ -114,10 +115,21 @@ class Bucket:
         size = path.stat().st_size
         if size <= CHUNK:
             data = path.read_bytes()
-            self._compare(name, self._upload("media", name, data, doing="write")[1], hashlib.md5(data))
+            self._compare(name, self._write_whole(name, data), hashlib.md5(data))
             return
-        headers, _ = self._upload("resumable", name, b"", doing="write")
-        location, digest, answer = headers["Location"], hashlib.md5(), b""
+        for _ in range(UPLOADS):
+            try:
+                self._send(name, path, size)
+                return
+            except FileNotFoundError:  # the store has forgotten the upload: it had ended, or is begun again
+                with open(path, "rb") as file:
+                    digest = hashlib.file_digest(file, "md5")
+                if self.entries(name).get(name) == Entry(size, _base64(digest)):
+                    return
+        raise BucketError(f"{self.address}/{name} cannot be uploaded: the store forgot the upload {UPLOADS} times")
+
+    def _send(self, name: str, path: Path, size: int) -> None:
+        location, digest, answer = self._begin_upload(name), hashlib.md5(), b""
         with open(path, "rb") as file:
             for offset in range(0, size, CHUNK):
                 chunk = file.read(CHUNK)
@@ -153,12 +165,36 @@ class Bucket:
         _, text = self._request("GET", "b/{}/o/{}", self.name, self._key(name), doing="read")
         return str(json.loads(text)["generation"])
 
-    def _upload(self, kind: str, name: str, data: bytes, *, doing: str, **values: str) -> tuple[Any, bytes]:
-        path = f"{self._files._location}/upload/storage/v1/b/{self.name}/o"
-        headers = {"Content-Type": "application/octet-stream"}
-        return self._request(
-            "POST", path, uploadType=kind, name=self._key(name), headers=headers, data=data, doing=doing, **values
+    def _write_whole(self, name: str, data: bytes, **values: str) -> bytes:
+        """Writes an object in one request, whose parts are its name and its bytes. Returns the answer."""
+        boundary = uuid.uuid4().hex
+        kinds = ("application/json; charset=UTF-8", "application/octet-stream")
+        parts = zip(kinds, (json.dumps({"name": self._key(name)}).encode(), data), strict=True)
+        body = b"".join(
+            f"--{boundary}\r\nContent-Type: {kind}\r\n\r\n".encode() + part + b"\r\n" for kind, part in parts
         )
+        headers = {"Content-Type": f"multipart/related; boundary={boundary}"}
+        data = body + f"--{boundary}--".encode()
+        return self._request(
+            "POST",
+            self._uploads,
+            uploadType="multipart",
+            name=self._key(name),
+            headers=headers,
+            data=data,
+            doing="write",
+            **values,
+        )[1]
+
+    def _begin_upload(self, name: str) -> str:
+        """The address to which the bytes of a new object are sent."""
+        named = {"name": self._key(name)}
+        headers, _ = self._request("POST", self._uploads, uploadType="resumable", json=named, doing="write", **named)
+        return str(headers["Location"])
+
+    @property
+    def _uploads(self) -> str:
+        return f"{self._files._location}/upload/storage/v1/b/{self.name}/o"
 
     def _send_chunk(self, location: str, chunk: bytes, offset: int, size: int) -> bytes:
         """Sends bytes of a resumable upload, and those alone that have not arrived. Returns the last answer."""
@@ -181,7 +217,7 @@ class Bucket:
 
     def _compare(self, name: str, answer: bytes, digest: Any) -> None:
         stated = json.loads(answer).get("md5Hash")
-        if stated is not None and stated != base64.b64encode(digest.digest()).decode():
+        if stated is not None and stated != _base64(digest):
             self.delete(name)
             raise BucketError(
                 f"{self.address}/{name} arrived with other bytes than were sent, and was deleted: give the command "
@@ -203,6 +239,10 @@ class Bucket:
         return tried(gcsfs.GCSFileSystem, f"reach {self.address}", self.name)
 
 
+def _base64(digest: Any) -> str:
+    return base64.b64encode(digest.digest()).decode()
+
+
 def _arrived(headers: Any) -> int:
     """How many bytes of a resumable upload the bucket has."""
     bounds = headers.get("Range", "")
@@ -212,17 +252,17 @@ def _arrived(headers: Any) -> int:
 def tried(action: Callable[[], Result], what: str, bucket: str) -> Result:
     """What an action on a store returns, which is repeated with growing pauses while the store or the network fails.
 
-    what: that which it does, for messages. Raises FileNotFoundError for an object that is not there, Changed for a
+    what: it does, for messages. Raises FileNotFoundError for an object or upload that is not there, Changed for a
     condition that is not met, and BucketError for everything else.
     """
-    until, pause = time.monotonic() + OUTAGE_SECONDS, 1.0
+    until, pause = time.monotonic() + OUTAGE_SECONDS, FIRST_PAUSE
     while True:
         try:
             return within(action, ANSWER_SECONDS)
         except FileExistsError as error:  # as gcsfs names status 412
             raise Changed from error
         except FileNotFoundError as error:
-            if "/o/" in str(error):
+            if "/o/" in str(error) or "upload_id=" in str(error):
                 raise
             raise BucketError(_refusal(what, bucket, 404, "")) from error
         except BucketError:

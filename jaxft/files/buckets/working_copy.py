@@ -118,6 +118,7 @@ def folder_of(path: str | os.PathLike[str]) -> Path:
     A copy that nobody has opened is fetched, and deleted when this process ends.
     """
     path = local_path(path)
+    refuse_other_store(path)
     return _copy(path, fetch=True).path if is_bucket(path) else Path(path)
 
 
@@ -160,7 +161,7 @@ def pull(folder: Path) -> None:
 
 
 def owner_now(folder: Path) -> Owner | None:
-    """The process that writes in a run folder, or in the bucket of a working copy, at this moment; None if nobody does."""
+    """The process that writes in a run folder or a working copy's bucket at this moment; None if nobody does."""
     address = address_of(folder)
     return lock.owner_now(folder, inside=True) if address is None else owner_of_lease(_open[address].bucket)
 
@@ -269,13 +270,12 @@ def _rename_in(error: BaseException, copy: WorkingCopy) -> None:
 
 
 def refuse_other_store(path: str | os.PathLike[str]) -> None:
-    """Raises ConfigError for an output_dir at an address of another store than Google's."""
+    """Raises ConfigError for the folder of a run at an address of another store than Google's."""
     text = os.fspath(path)
     if "://" in text and not is_bucket(text):
         raise ConfigError(
-            f"output_dir {text} is an address to which runs are not written: that is possible for gs://BUCKET/FOLDER "
-            "alone. Mount the store, and give the path of the mount; or set output_dir to a local folder, and copy it "
-            "afterwards."
+            f"{text} is an address, and the folder of a run is a local or mounted one, or gs://BUCKET/FOLDER: mount "
+            "the store, and give the path of the mount; or copy the folder."
         )
 
 

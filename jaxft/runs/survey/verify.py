@@ -8,7 +8,7 @@ from jaxft.checkpoint import manifest
 from jaxft.config import RunConfig
 from jaxft.errors import CheckpointError, ConfigError, DataError, JaxftError
 from jaxft.files import run_folder
-from jaxft.files.buckets.working_copy import owner_now
+from jaxft.files.buckets.working_copy import owner_now, run_in_bucket
 from jaxft.home import local_path
 from jaxft.runs.folder import run_config
 from jaxft.runs.identity.record import Record
@@ -32,7 +32,7 @@ def verify(path: str | os.PathLike[str], *, rows: bool = True) -> Findings:
     rows: whether the rows of a run are read and tokenised again, to compare them with those that it read. Raises
     ConfigError if nothing that jaxft knows is at the path.
     """
-    path = Path(local_path(path))
+    path = Path(run_in_bucket(local_path(path)))
     findings = Findings()
     if run_folder.is_run_folder(path):
         _verify_run(path, findings, rows=rows)
