@@ -12,6 +12,7 @@ from jaxft.config import DataConfig, ModelConfig, RunConfig, choices
 from jaxft.config.fields import own_fields
 from jaxft.errors import ConfigError
 from jaxft.files.atomic import write_text
+from jaxft.files.buckets.working_copy import run_in_bucket
 from jaxft.files.run_folder import is_run_folder
 from jaxft.files.strict_json import parse_json
 from jaxft.files.targets import check_new_file, locked_output
@@ -209,6 +210,7 @@ def _sampled_model(config: RunConfig, path: str | None) -> tuple[Any, Any]:
     from jaxft.runs.export import load_trained
     from jaxft.sharding.mesh import make_mesh_plan
 
+    path = None if path is None else run_in_bucket(path)
     if path is not None and is_run_folder(path):
         base = folder.run_config(path).model
         template = folder.chat_template(path)

@@ -24,7 +24,7 @@ from jaxft.data.tokenizers.load import load_tokenizer
 from jaxft.data.tokenizers.padding import with_separate_pad
 from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import CheckpointError, ConfigError
-from jaxft.files.buckets.working_copy import checkpoints_of, shown
+from jaxft.files.buckets.working_copy import checkpoints_of, run_in_bucket, shown
 from jaxft.files.companions import copy_companions
 from jaxft.files.run_folder import ADAPTER, BASE, CHECKPOINTS, MERGED, MODEL, is_run_folder
 from jaxft.files.targets import check_space, locked_output, whole_folder
@@ -75,12 +75,11 @@ def export(
     differs by more than rounding. push: the repository on the Hugging Face Hub to which the folder is uploaded once it
     was read back, whose address is then returned as `pushed`.
     """
+    source = run_in_bucket(local_path(source))
     elsewhere = _check_request(source, base, format, push)
     with locked_output(to, "jaxft export"):
         with whole_folder(local_path(to)) as unfinished:
-            out, hub_base = _export(
-                local_path(source), unfinished, format, dtype, step, base, elsewhere, allow_unknown, push
-            )
+            out, hub_base = _export(source, unfinished, format, dtype, step, base, elsewhere, allow_unknown, push)
         out["folder"] = local_path(to)
         if push is not None:
             out["pushed"] = push.push(Path(local_path(to)), hub_base)
@@ -165,7 +164,7 @@ def load_trained(
     ConfigError for a step of anything but a run folder, for a run without a checkpoint, and for a run whose base has
     other weights than it was trained on.
     """
-    source = local_path(source)
+    source = run_in_bucket(local_path(source))
     if not is_run_folder(source):
         if step is not None:
             raise ConfigError(f"{source} is not a run folder, so it has no step {step}")

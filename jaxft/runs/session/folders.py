@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from jaxft.config import RunConfig
+from jaxft.errors import ConfigError
 from jaxft.files.locks import lock
 from jaxft.files.targets import locked_output, whole_folder
 from jaxft.home import local_path
@@ -37,6 +38,16 @@ class SessionFolders:
             on_primary(partial(open_run, config, reads=reads, template=template, folder=folder))
             self._paths.add(path)
             self._locks.push(stack.pop_all())
+
+
+def folder_of_state(folder: str) -> Path:
+    """The folder to which the state of a session is written. Raises ConfigError for an address."""
+    if "://" in folder:
+        raise ConfigError(
+            f"{folder} is an address, and a session writes its state to a local or mounted folder: give one, and copy "
+            "it with `gcloud storage cp --recursive`. load_state reads it at gs:// too."
+        )
+    return Path(local_path(folder))
 
 
 @contextlib.contextmanager

@@ -22,11 +22,9 @@ from jaxft.data.batch import Batch
 from jaxft.data.prompts import Prompt, read_prompts
 from jaxft.errors import ConfigError, DataError
 from jaxft.files import run_folder
-from jaxft.files.buckets.store import is_bucket
 from jaxft.files.buckets.working_copy import folder_of
 from jaxft.generation.text import Prompt as GivenPrompt
 from jaxft.generation.text import as_prompts
-from jaxft.home import local_path
 from jaxft.methods.online.passes import rows_of
 from jaxft.methods.parts.sequences import evaluated_weights
 from jaxft.nn.virtual import virtual_ids
@@ -41,7 +39,7 @@ from jaxft.runs.going_on import going_on
 from jaxft.runs.identity.agreement import check_contents, check_settings
 from jaxft.runs.identity.contents import reads_of
 from jaxft.runs.rewards import GivenRows
-from jaxft.runs.session.folders import SessionFolders, new_export
+from jaxft.runs.session.folders import SessionFolders, folder_of_state, new_export
 from jaxft.runs.session.losses import SLOPES, check_session, linear_loss, loss_of
 from jaxft.runs.session.rows import (
     Answer,
@@ -234,12 +232,7 @@ class Session:
         """
         if self._sums is not None:
             raise ConfigError("gradients wait for their update, and are not saved: call optim_step first")
-        if is_bucket(folder):
-            raise ConfigError(
-                f"{folder} is in a bucket, and a session writes its state to a local or mounted folder: give one, and "
-                "copy it with `gcloud storage cp --recursive`; load_state reads it in the bucket too"
-            )
-        path = Path(local_path(folder))
+        path = folder_of_state(folder)
         self._open(path)
         with RunCheckpoints(path / run_folder.CHECKPOINTS, keep=self.config.checkpoint.keep) as checkpoints:
             extra = {"step": self.step, "progress": {}, "held_out": {}, "draws": self._draws}
