@@ -179,6 +179,14 @@ def working_folder(drive):
     return checkout or Path("/content/jaxft-notebooks" if COLAB else "/kaggle/working" if KAGGLE else here)
 
 
+def hide_other_devices():
+    """Lets JAX see one GPU or TPU chip of several: a batch of few rows cannot be divided over eight."""
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    if "TPU_VISIBLE_CHIPS" not in os.environ:
+        bounds = {"TPU_CHIPS_PER_PROCESS_BOUNDS": "1,1,1", "TPU_PROCESS_BOUNDS": "1,1,1"}
+        os.environ |= {"TPU_VISIBLE_CHIPS": "0", **bounds}
+
+
 def check_platform(accelerator):
     """Refuses to go on if JAX does not compute on what is here. Imports JAX."""
     import jax
@@ -199,10 +207,11 @@ def check_platform(accelerator):
     return devices
 
 
-def set_up(repository, *, drive=False, token=False, root=None):
+def set_up(repository, *, drive=False, token=False, all_devices=False, root=None):
     """Makes jaxft and the accelerator usable, changes to the folder to work in, and returns that folder.
 
     repository: where jaxft comes from if it is not installed. drive: work in Google Drive. token: HF_TOKEN is needed.
+    all_devices: use all GPUs or TPU chips, not one of them.
     root: the folder that this function returned before, when the cell is run again. Raises Stop.
     """
     accelerator = find_accelerator()
@@ -220,6 +229,8 @@ def set_up(repository, *, drive=False, token=False, root=None):
     check_imported(installed_packages()[0])
     if token:
         get_token()
+    if not all_devices:
+        hide_other_devices()
     devices = check_platform(accelerator)
     root.mkdir(parents=True, exist_ok=True)
     os.chdir(root)

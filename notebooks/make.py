@@ -20,9 +20,12 @@ BRANCH = "main"
 # The runtime that Colab offers first, and whether the notebook needs HF_TOKEN.
 RUNTIMES: dict[str, tuple[str, bool]] = {
     "quickstart": ("CPU", False),
+    "worth_it": ("CPU", False),
     "your_data": ("CPU", False),
     "plan_a_pod": ("CPU", False),
 }
+# Notebooks that use all devices of the machine. The others train small models and use one.
+ALL_DEVICES = {"plan_a_pod", "qlora_8b"}
 ABOUT = """\
 ## Set up
 
@@ -44,9 +47,10 @@ def badges(name: str) -> str:
     )
 
 
-def first_cell(token: bool) -> str:
+def first_cell(name: str) -> str:
     """The code of the first cell: its settings, the helper without its docstring, and one call."""
     source = (FOLDER / "colab.py").read_text(encoding="utf-8")
+    options = f"token={RUNTIMES[name][1]}, all_devices={name in ALL_DEVICES}"
     docstring = ast.parse(source).body[0]
     helper = "\n".join(source.splitlines()[docstring.end_lineno :]).strip()
     return (
@@ -56,7 +60,7 @@ def first_cell(token: bool) -> str:
         'DRIVE = False  # @param {type: "boolean"}\n\n'
         f"{helper}\n\n\n"
         'SMOKE = os.environ.get("SMOKE") == "1"\n'
-        f'ROOT = set_up(REPOSITORY, drive=DRIVE, token={token}, root=globals().get("ROOT"))'
+        f'ROOT = set_up(REPOSITORY, drive=DRIVE, {options}, root=globals().get("ROOT"))'
     )
 
 
@@ -68,11 +72,11 @@ def cell(kind: str, name: str, text: str, **metadata: Any) -> dict[str, Any]:
 
 def remade(notebook: dict[str, Any], name: str) -> dict[str, Any]:
     """The notebook with the shared cells as they are to be, and no outputs. Raises KeyError for an unknown name."""
-    runtime, token = RUNTIMES[name]
+    runtime = RUNTIMES[name][0]
     shared = [
         cell("markdown", "badges", badges(name)),
         cell("markdown", "setup-about", ABOUT),
-        cell("code", "setup", first_cell(token), cellView="form"),
+        cell("code", "setup", first_cell(name), cellView="form"),
     ]
     ids = {one["id"] for one in shared}
     title, *rest = [

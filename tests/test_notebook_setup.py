@@ -176,6 +176,23 @@ def test_a_gpu_that_jax_does_not_use_stops_the_notebook(
     assert colab.check_platform("gpu")[0].platform == "cpu"
 
 
+def test_a_small_model_sees_one_device_of_several(colab: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("CUDA_VISIBLE_DEVICES", "TPU_VISIBLE_CHIPS", "TPU_CHIPS_PER_PROCESS_BOUNDS", "TPU_PROCESS_BOUNDS")
+    for name in names:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(colab, "install", lambda *what: None)
+    monkeypatch.chdir(ROOT)
+    colab.set_up(GIT, all_devices=True)
+    assert not os.environ.keys() & set(names)
+    colab.set_up(GIT)
+    assert [os.environ[name] for name in names] == ["0", "0", "1,1,1", "1,1,1"]
+    # Whoever has chosen some keeps them.
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    colab.set_up(GIT)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
+
+
 @pytest.mark.parametrize(("host", "folder"), [("COLAB", "/content/jaxft-notebooks"), ("KAGGLE", "/kaggle/working")])
 def test_the_folder_is_the_same_after_every_restart(
     colab: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str, folder: str
