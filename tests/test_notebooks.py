@@ -16,8 +16,8 @@ import jaxft
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-# Notebooks that run in the quick suite; the others are slow.
-QUICK: set[str] = set()
+# The one that runs in the quick suite, and once.
+QUICK = "your_data.ipynb"
 # What each notebook says at smoke size, in the first run and after a restart.
 FACTS: dict[str, tuple[str, ...]] = {
     "worth_it": (
@@ -151,17 +151,22 @@ def execute(path: Path, folder: Path) -> str:
     return "".join(output.get("text", "") or output.get("data", {}).get("text/plain", "") for output in outputs)
 
 
-def only_quick(path: Path) -> Any:
-    return pytest.param(path, id=path.name, marks=() if path.stem in QUICK else pytest.mark.slow)
+def check_facts(path: Path, text: str) -> None:
+    for fact in FACTS[path.stem]:
+        assert re.search(fact, text), f"{fact}\n{text}"
 
 
-@pytest.mark.parametrize("path", [only_quick(path) for path in NOTEBOOKS])
+def test_one_runs_as_it_is(tmp_path: Path) -> None:
+    path = ROOT / "notebooks" / QUICK
+    check_facts(path, execute(path, tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_runs_from_an_empty_folder_and_again_after_a_restart(path: Path, tmp_path: Path) -> None:
     first = execute(path, tmp_path)
     assert f"working in {tmp_path}, on " in first
     left = {file.relative_to(tmp_path).parts[0] for file in tmp_path.rglob("*")}
     assert left <= {"runs"}, "a notebook writes below runs/ alone"
-    again = execute(path, tmp_path)
-    for fact in FACTS[path.stem]:
-        assert re.search(fact, first), f"{fact}\n{first}"
-        assert re.search(fact, again), f"{fact}\n{again}"
+    check_facts(path, first)
+    check_facts(path, execute(path, tmp_path))
