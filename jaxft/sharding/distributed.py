@@ -9,6 +9,7 @@ import itertools
 import logging
 import os
 import socket
+import time
 from collections.abc import Sequence
 
 import jax
@@ -24,6 +25,7 @@ from jaxft.sharding.meeting import BIND_VARIABLE, EVERY, Group, joined, meet, pa
 
 HEARTBEAT_SECONDS = 100  # JAX's own default
 START_SECONDS = 300
+DETECT_SECONDS = 2.0  # between two questions to a server that does not answer
 ANY = Expected()
 PORT_VARIABLE = "JAX_COORDINATOR_PORT"  # JAX's own
 TPU_PORT = "8476"  # users reported that firewall rules of TPU slices do not open 8482, JAX's default since 0.8.1
@@ -109,12 +111,15 @@ def _group(
         told = ", ".join(f"{name}={value!r}" for name, value in given.items())
         raise ConfigError(f"give all of {told}, or none of them")
     try:
-        address, count, me, devices = ClusterEnv.auto_detect_unset_distributed_params(
-            None, None, None, None, None, start_seconds
-        )
+        address, count, me, devices = _detected(start_seconds)
     except RuntimeError as error:  # a coordinator whose name stays unknown
         raise PeerLostError(f"process 0 of the cluster could not be reached: {error}") from error
-    except (ValueError, KeyError, IndexError, TypeError, OSError) as error:
+    except OSError as error:
+        raise PeerLostError(
+            f"the server that tells the processes of this cluster about each other does not answer: {error}. Start "
+            "again, or give --coordinator, --num_processes and --process_id."
+        ) from error
+    except (ValueError, KeyError, IndexError, TypeError) as error:
         raise ConfigError(
             f"the environment looks like that of a cluster, and its processes cannot be read from it ({error}). Give "
             "--coordinator, --num_processes and --process_id, or unset its variables, such as SLURM_*, OMPI_* or TPU_*."
@@ -122,6 +127,27 @@ def _group(
     if count is None or count == 1:
         return None, devices
     return _checked(str(address), count, me, "the coordinator of the cluster"), devices
+
+
+def _detected(seconds: int) -> tuple[str | None, int | None, int | None, Sequence[int] | None]:
+    """(coordinator, number of processes, this one's number, its devices) as JAX detects them, None if there are none.
+
+    On a TPU slice it reads them from a server of Google Cloud that has moments without an answer, and gives up at the
+    first of them; here it is tried for so many seconds.
+    """
+    until, told = time.monotonic() + seconds, False
+    while True:
+        try:
+            return ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, seconds)
+        except OSError as error:
+            if time.monotonic() > until:
+                raise
+            if not told:
+                told = True
+                ending.say(
+                    f"the server that knows this cluster does not answer ({error}); asking for up to {seconds} s"
+                )
+            time.sleep(DETECT_SECONDS)
 
 
 def _checked(address: str, count: int | None, me: int | None, option: str) -> Group:

@@ -93,7 +93,7 @@ def refuse_lonely_worker() -> None:
             f"itself, and all would write the same output_dir. Install libtpu on every host ({INSTALL['tpu']}); "
             f"{DOCTOR} To train on this host alone on purpose, unset {', '.join(given)}."
         )
-    chips, _ = hardware_utils.num_available_tpu_chips_and_device_id()
+    chips = _chips()
     if chips and not _has_libtpu() and "JAX_PLATFORMS" not in os.environ:
         raise ConfigError(
             f"this machine has {counted(chips, 'TPU chip')}, and libtpu is not installed, so JAX would train on the "
@@ -118,6 +118,8 @@ def _message(expected: str, kinds: Sequence[str], wrong: Sequence[int], count: i
         mend = "Set JAX_PLATFORMS=cpu to train on the CPU"
     elif expected == "tpu" and not _has_libtpu():
         mend = f"libtpu is not installed: run {INSTALL['tpu']}"
+    elif expected == "tpu" and not _chips():
+        mend = "This machine shows no TPU chip: use a host of a slice, and in Kubernetes request google.com/tpu"
     else:
         mend = (
             f"Run {INSTALL[expected]}; a plugin of another version than jaxlib is not used, and neither are chips that "
@@ -129,6 +131,11 @@ def _message(expected: str, kinds: Sequence[str], wrong: Sequence[int], count: i
     )
 
 
+def _chips() -> int:
+    """The number of TPU chips on this machine's PCI bus."""
+    return hardware_utils.num_available_tpu_chips_and_device_id()[0]
+
+
 def _has_libtpu() -> bool:
     return importlib.util.find_spec("libtpu") is not None or bool(os.environ.get("TPU_LIBRARY_PATH"))
 
@@ -136,6 +143,6 @@ def _has_libtpu() -> bool:
 def _why_alone() -> str:
     if not _has_libtpu():
         return "libtpu is not installed here"
-    if not hardware_utils.num_available_tpu_chips_and_device_id()[0]:
+    if not _chips():
         return "this machine has no TPU chip that libtpu could use"
     return "another cluster that JAX detects first says so"

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxft.errors import ConfigError
-from jaxft.sharding import expectations
+from jaxft.errors import ConfigError, PeerLostError
+from jaxft.sharding import distributed, expectations
 from jaxft.sharding.expectations import Expected, check_platform, check_processes, refuse_lonely_worker
 
 ROOT = Path(__file__).parents[2]
@@ -58,6 +58,7 @@ def test_expectations_that_cannot_be_are_refused() -> None:
     ("platform", "libtpu", "mend"),
     [
         ("tpu", False, r"libtpu is not installed: run pip install 'jaxft\[tpu\]'"),
+        ("tpu", True, r"This machine shows no TPU chip: use a host of a slice"),
         ("tpu", True, r"pip install 'jaxft\[tpu\]'; a plugin of another version than jaxlib is not used"),
         ("gpu", False, r"pip install 'jaxft\[cuda\]'; a plugin of another version than jaxlib is not used"),
     ],
@@ -67,6 +68,7 @@ def test_another_platform_is_refused_with_the_mend(
 ) -> None:
     if libtpu:
         bare.setattr(expectations.importlib.util, "find_spec", lambda name: object())
+        chips(bare, 4 if mend.startswith("pip") else 0)
     with pytest.raises(ConfigError, match=f"the platform {platform} is expected, and JAX uses cpu.*{mend}"):
         check_platform(Expected(platform=platform), 0, 1)
 
@@ -197,3 +199,21 @@ def test_the_port_on_a_tpu_slice(given: dict[str, str], port: str) -> None:
         timeout=120,
     )
     assert json.loads(child.stdout) == [f"127.0.0.1:{port}", 2, 1], child.stderr[-2000:]
+
+
+def test_a_server_that_is_silent_for_a_moment_does_not_end_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """requests raises an OSError; JAX asks once."""
+    silent, answers = [ConnectionResetError("reset"), TimeoutError("timed out")], ("10.0.0.2:8476", 2, 1, None)
+
+    def detect(*_: object) -> tuple[str, int, int, None]:
+        if silent:
+            raise silent.pop()
+        return answers
+
+    monkeypatch.setattr(distributed.ClusterEnv, "auto_detect_unset_distributed_params", detect)
+    monkeypatch.setattr(distributed, "DETECT_SECONDS", 0.01)
+    group, _ = distributed._group(None, None, None, 20)
+    assert group is not None and (group.address, group.count, group.me) == ("10.0.0.2:8476", 2, 1)
+    silent += [ConnectionResetError("reset")] * 1000
+    with pytest.raises(PeerLostError, match="about each other does not answer: reset. Start again, or give"):
+        distributed._group(None, None, None, 0)

@@ -14,6 +14,7 @@ from jaxft.pods.pack.archive import CONFIG
 
 TPU = "google.com/tpu"
 GRACE_SECONDS = 300  # in which a run that got SIGTERM saves
+START_SECONDS = 1800  # pods of one run start as their nodes are created and have pulled the image
 KEEP_SECONDS = 7 * 24 * 3600  # of a JobSet that has ended, for its logs
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 RUN_LABEL = "jaxft-run"
@@ -119,7 +120,8 @@ def _container(request: ManifestRequest) -> dict[str, Any]:
 
 def train_arguments(request: ManifestRequest, config: str) -> list[str]:
     """The arguments of jaxft on each host, which finds the others by itself."""
-    return ["train", f"--config={config}", f"--expect_processes={request.processes}", "--expect_platform=tpu"]
+    expected = [f"--expect_processes={request.processes}", "--expect_platform=tpu"]
+    return ["train", f"--config={config}", *expected, f"--start_seconds={START_SECONDS}"]
 
 
 def _from_secret(request: ManifestRequest, key: str, *, required: bool) -> dict[str, Any]:
