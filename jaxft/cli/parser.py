@@ -50,7 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_answers(verbs)
     _add_written(verbs)
     _add_survey(verbs)
-    pods.add_verbs(verbs, _verb)
+    pods.add_verbs(verbs, _verb, CONFIG)
     return parser
 
 

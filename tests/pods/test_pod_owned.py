@@ -75,11 +75,11 @@ def test_the_command(monkeypatch, capsys):
     monkeypatch.setattr(command.subprocess, "run", as_subprocess(cloud))
     assert cli.main(["pod", "list", "--project=my-project"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("run-1: instance run-1-1 us-east5-b RUNNING") and lines[0].endswith("USD 4.32 an hour")
-    assert lines[1] == "project my-project: USD 4.32 an hour"
+    assert lines[0].startswith("run-1: instance run-1-1 us-east5-b RUNNING") and "USD 4.32 an hour" in lines[0]
+    assert lines[-1].endswith("USD 4.32 an hour")
     cloud.created.clear()
     assert cli.main(["pod", "list", "--project=my-project"]) == 0
-    assert "nothing of jaxft is there" in capsys.readouterr().out
+    assert "nothing exists" in capsys.readouterr().out
 
 
 def test_no_project_is_refused(monkeypatch, capsys):
