@@ -9,6 +9,8 @@ from typing import Any
 from jaxft.pods.command import Done, quoted
 from jaxft.pods.request import Request
 
+VERBS = ("ssh", "scp", "create", "describe", "delete", "list-instances", "list")
+WAITS = {"create": "again until the machines are ready", "delete": "again until the API no longer knows of it"}
 POLICIES = "resource-policies"
 
 
@@ -25,19 +27,36 @@ class DryRun:
         self.print_line = print_line
         self.host_answer = host_answer
         self._lock = threading.Lock()  # hosts may be reached from several threads
+        self._waits = ""  # what the next question waits for
         self.created: dict[tuple[str, str], dict[str, Any]] = {}
 
     def __call__(self, argv: Sequence[str], *, stdin: bytes = b"", seconds: float | None = None) -> Done:
         """Prints the command, and answers it."""
-        with self._lock:
-            self.print_line(quoted(argv) + ("  # and something on its standard input" if stdin else ""))
         words = [word for word in argv[1:] if not word.startswith("--")]
         flags = dict(word[2:].partition("=")[::2] for word in argv if word.startswith("--"))
-        for verb in ("ssh", "scp", "create", "describe", "delete", "list-instances", "list"):
-            if verb in words:
-                at = words.index(verb)
-                return self._answer(verb, words[at - 1], words[at + 1 :], flags)
-        return Done(0, "", "")
+        verb = next((verb for verb in VERBS if verb in words), "")
+        with self._lock:
+            notes = [*(["and something on its standard input"] if stdin else []), *self._repeated(verb, flags)]
+            self.print_line(quoted(argv) + (f"  # {', '.join(notes)}" if notes else ""))
+        if not verb:
+            return Done(0, "", "")
+        at = words.index(verb)
+        return self._answer(verb, words[at - 1], words[at + 1 :], flags)
+
+    def _repeated(self, verb: str, flags: dict[str, str]) -> list[str]:
+        """Until when a run repeats this command, in words; nothing if it issues it once."""
+        command = flags.get("command", "")
+        if verb in WAITS:
+            self._waits = WAITS[verb]
+        elif verb == "ssh":
+            argv = shlex.split(command)
+            of_attempt = len(argv) > 3 and argv[1].endswith("/state.sh")
+            until = "the host answers" if command == "true" else "training has ended" if of_attempt else None
+            return [] if until is None else [f"again until {until}"]
+        elif verb and self._waits:
+            waits, self._waits = self._waits, ""
+            return [waits]
+        return []
 
     def _answer(self, verb: str, kind: str, names: list[str], flags: dict[str, str]) -> Done:
         if verb == "ssh":

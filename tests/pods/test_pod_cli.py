@@ -47,6 +47,8 @@ def test_a_dry_run_prints_a_whole_life(capsys, options):
     assert created and len(deleted) == len(created)
     hosts = [at for at, verb in enumerate(verbs) if verb in ("ssh", "scp")]
     assert verbs.index("create") < hosts[0] and hosts[-1] < verbs.index("delete")
+    for waits in ("the machines are ready", "the host answers", "training has ended", "the API no longer knows of it"):
+        assert any(line.startswith("gcloud ") and line.endswith(f"  # again until {waits}") for line in lines), waits
     assert any(line.startswith("# at most 4.0 h, USD ") for line in lines)
     assert any(line.startswith("# does the step fit? jaxft plan ") for line in lines)
 
