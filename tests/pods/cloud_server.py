@@ -69,12 +69,22 @@ class Cloud:
             return 200, self.operations[parts[parts.index("operations") + 1]]
         if "aggregated" in parts:
             return 200, self._aggregated(parts[-1])
+        if parts[-1] == "setCommonInstanceMetadata":  # gcloud brings the user's ssh key to all machines of a project
+            scope = "/".join([*parts[parts.index("projects") : -1], "global"])
+            return 200, self._operation("POST", "instances", scope, "metadata", None)
         collection = next((part for part in parts if part in COLLECTIONS), None)
         if collection is None:
             return 200, self._of_project(parts)
         at = parts.index(collection)
         name = parts[at + 1] if len(parts) > at + 1 else None
         scope = "/".join(parts[parts.index("projects") : at])
+        if name is not None and name.endswith(":getGuestAttributes"):  # keys of hosts, which gcloud looks for there
+            return 200, {"guestAttributes": []}
+        if method == "PATCH":  # it brings the ssh key to a node
+            node = {"@type": "type.googleapis.com/google.cloud.tpu.v2.Node", "name": f"{scope}/{collection}/{name}"}
+            answer = self._operation(method, collection, scope, str(name), None)
+            answer["response"] = node
+            return 200, answer
         if name is not None and len(parts) > at + 2:  # the members of a group
             return (
                 (200, {"managedInstances": self.members})
@@ -237,7 +247,7 @@ def start(cloud: Cloud) -> Iterator[Cloud]:
             self.end_headers()
             self.wfile.write(raw)
 
-        do_GET = do_POST = do_DELETE = handle_one
+        do_GET = do_POST = do_PATCH = do_DELETE = handle_one
 
         def log_message(self, *arguments: Any) -> None:
             pass

@@ -172,9 +172,13 @@ def test_what_the_account_may_not_do(cloud):
 
 
 SSH = """#!/bin/bash
-# Plays the host: the last argument is the command. Its standard input arrives too.
-for last; do :; done
-if [[ "$0" == *ssh ]]; then exec bash -c "$last"; fi
+# Plays the host: what stands behind its name is the command, which ssh joins with spaces. Standard input arrives too.
+if [[ "$0" == *ssh ]]; then
+  while [[ "$1" != *@* ]]; do shift; done
+  shift
+  if [[ "$1" == -- ]]; then shift; fi
+  exec bash -c "$*"
+fi
 printf '%s\\n' "$@" > "$HOME/scp"
 """
 

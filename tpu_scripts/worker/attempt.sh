@@ -19,6 +19,8 @@ if [[ -f "$ROOT/runs/$RUN/env" ]]; then
   source "$ROOT/runs/$RUN/env"
 fi
 umask 022
+# Otherwise a program that writes to a file keeps its last lines to itself, and a healthy run would look like a hung one.
+export PYTHONUNBUFFERED=1
 code=0
 env --default-signal=TERM,HUP,INT "$@" || code=$?
 umask 077
