@@ -33,6 +33,8 @@ FACTS: dict[str, tuple[str, ...]] = {
         r"h100:8, chips: 8",
         r"step 4: loss .* on eight",
         r"mesh.fsdp=3 make 3 devices",
+        r"at most 2.0 h, USD \d",
+        r"gcloud .* create",
     ),
     "quickstart": (r"base: 0 of 4 right \(json_exact\)", r"tuned: \d of 4 right", r"notebook-merged"),
     "your_data": (
