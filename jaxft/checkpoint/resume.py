@@ -28,6 +28,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from jaxft.checkpoint import manifest
 from jaxft.checkpoint.finite import check_state
 from jaxft.checkpoint.steps import read_back
+from jaxft.checkpoint.steps.abandoned import SaveThreads
 from jaxft.checkpoint.steps.access import steps_in
 from jaxft.checkpoint.steps.layout import abstract_arrays, as_arrays, as_state, layout
 from jaxft.checkpoint.steps.quiet import quiet_libraries
@@ -99,6 +100,7 @@ class RunCheckpoints:
         self._pending: tuple[int, Future[None]] | None = None
         self._last: int | None = None  # saved or restored by this object
         self._failed = False  # a save
+        self._threads = SaveThreads()
         if not read_only:
             self._steps.check_access()
             if is_primary():
@@ -139,12 +141,14 @@ class RunCheckpoints:
         items = ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
         expected = {} if self._read_back or not is_primary() else read_back.copies(arrays)
         number = next(_saves)
+        self._threads = SaveThreads()
         try:
             self._drop_error()
             path = self._steps.begin(step, number)
             self._orbax.save(path, args=items)
         except Exception as error:  # Orbax promises no types; nothing is swallowed
             self._failed = True
+            self._threads.end()
             raise self._not_saved(step, error) from error
         self._pending = (step, self._background.submit(self._finish, _Save(step, number, path, metrics, expected)))
         self._last = step
@@ -202,6 +206,7 @@ class RunCheckpoints:
             future.result()
         except Exception as error:  # any error of the background thread; none is swallowed
             self._last, self._failed = None, True
+            self._threads.end()
             raise self._not_saved(step, error) from error
         finally:
             _sync("checkpoint_whole")

@@ -1,6 +1,7 @@
 """Saves on a disk that fails, and into a folder that may not be written to: said, nothing lost, gone on with after."""
 
 import subprocess
+import threading
 from contextlib import contextmanager
 
 import jax
@@ -19,6 +20,17 @@ def state(step):
 def save(folder, step):
     with RunCheckpoints(folder, keep=10) as checkpoints:
         checkpoints.save(step, state(step), {})
+
+
+def fails(folder, step, message):
+    """A save fails with the message, and leaves no thread for which Python would wait at its end."""
+    before = set(threading.enumerate())
+    with pytest.raises(CheckpointError, match=message):
+        save(folder, step)
+    left = [thread for thread in set(threading.enumerate()) - before if not thread.daemon]
+    for thread in left:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in left)
 
 
 def newest(folder):
@@ -87,8 +99,7 @@ def test_a_folder_without_permission_is_named_and_the_step_before_stays(tmp_path
     if not done("chattr", "+i", folder):
         pytest.skip("this file system knows no immutable folders, or they are not allowed here")
     try:
-        with pytest.raises(CheckpointError, match=r"step 2 was not saved to .*not permitted.*step 1 is whole"):
-            save(folder, 2)
+        fails(folder, 2, r"step 2 was not saved to .*not permitted.*step 1 is whole")
         assert newest(folder) == 1
     finally:
         assert done("chattr", "-i", folder)
