@@ -16,7 +16,7 @@ class SaveThreads:
     def end(self) -> None:
         """Ends them after an error.
 
-        They wait for a signal that a folder was made, which nobody sends any more, and Python waits for them at its end.
+        They wait for a signal that a folder was made, which nobody sends any more, and Python waits for them in turn.
         With several processes they share the signals, and all processes end at once after such an error.
         """
         if jax.process_count() > 1:
