@@ -1,13 +1,19 @@
 """RunCheckpoints in a bucket: exact, whole or refused, whatever fails on the way."""
 
+import itertools
 import json
 import os
+import random
+import signal
+import socket
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from bucket_server import BucketServer, Fault, times
+from children import ended, run, until
 
 from jaxft.checkpoint import manifest
 from jaxft.checkpoint.resume import RunCheckpoints
@@ -242,3 +248,79 @@ def test_addresses_that_cannot_be_written_are_refused_before_any_request(server)
     with pytest.raises(CheckpointError, match="Choose a name without these characters"):
         RunCheckpoints("gs://bucket/run[1]", keep=1)
     assert len(server.requests) == before
+
+
+def expect_no_harm(folder, before):
+    """After a kill, the newest step is whole and not older than before; nothing else is left."""
+    with RunCheckpoints(folder, keep=1) as checkpoints:
+        restored = checkpoints.restore({"x": jax.ShapeDtypeStruct((64, 64), jnp.float32)})
+        newest = checkpoints.latest_step() or 0
+        assert newest >= before
+        if restored is not None:
+            assert restored[1] == {"step": newest}
+            np.testing.assert_array_equal(restored[0]["x"], np.full((64, 64), newest, np.float32))
+    return newest
+
+
+def kill_at(server, folder, chance):
+    """Kills a process that saves, at one of the requests of its saves."""
+    child = run("save_forever.py", folder)
+    until(child, "saving")
+    last = len(server.requests) + chance.randrange(400)
+    while len(server.requests) < last:
+        time.sleep(0.002)
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+    assert child.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(12, marks=pytest.mark.slow)])
+def test_after_sigkill_the_newest_step_is_whole_and_nothing_else_is_left(server, folder, kills):
+    chance, newest = random.Random(kills), 0
+    for _ in range(kills):
+        kill_at(server, folder, chance)
+        newest = expect_no_harm(folder, newest)
+        assert {name.split("/")[0] for name in names(server, folder)} == ({str(newest)} if newest else set())
+
+
+@pytest.mark.slow
+def test_two_processes_save_their_own_shards_and_resume_in_any_number(server, folder):
+    def two():
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        flags = "--xla_force_host_platform_device_count=2"
+        children = [run("two_processes_bucket.py", folder, port, index, flags=flags) for index in range(2)]
+        return {ended(child)[-1] for child in children}
+
+    assert two() == {"0"}
+    kinds = {name.split("/")[2] for name in names(server, folder) if name.startswith("2/state/")}
+    assert {"ocdbt.process_0", "ocdbt.process_1"} <= kinds
+    assert two() == {"2"}
+    with RunCheckpoints(folder, keep=1) as checkpoints:  # one process
+        assert checkpoints.all_steps() == (4,)
+        restored, _ = checkpoints.restore({"x": jax.ShapeDtypeStruct((8, 256), jnp.float32)})
+        np.testing.assert_array_equal(restored["x"], np.arange(2048, dtype=np.float32).reshape(8, 256) + 4)
+        checkpoints.save(5, {"x": restored["x"] + 1}, {"step": 5})
+    assert two() == {"5"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_storm_that_fails_every_fifth_request_changes_no_bit(server, folder, status):
+    count = itertools.count()
+    with (
+        server.failing(lambda r: None if next(count) % 5 else Fault(status)),
+        RunCheckpoints(folder, keep=1) as checkpoints,
+    ):
+        save(checkpoints, 1, 2, 3)
+        assert_restored(checkpoints.restore(state(0)), 3)
+
+
+@pytest.mark.slow
+def test_a_connection_over_which_nothing_comes_is_given_up_and_made_anew(server, folder):
+    child = run("save_once.py", folder)
+    with server.failing(times(1, Fault(seconds=90), lambda r: r.method == "POST" and "/ocdbt." in r.name)):
+        assert float(ended(child)[-1]) < 60
+    with RunCheckpoints(folder, keep=1) as checkpoints:
+        assert checkpoints.all_steps() == (1,)

@@ -5,43 +5,16 @@ import os
 import random
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from children import ended, run, until
 
-import jaxft.errors
 from jaxft.checkpoint.resume import RunCheckpoints
 from jaxft.errors import CheckpointError
-
-PROGRAMS = os.path.join(os.path.dirname(__file__), "programs")
-
-
-def run(name, *args, flags=""):
-    root = os.path.dirname(os.path.dirname(jaxft.errors.__file__))
-    env = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS=flags, OMP_NUM_THREADS="1", PYTHONPATH=root)
-    command = [sys.executable, os.path.join(PROGRAMS, name), *map(str, args)]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def until(child, word):
-    for line in child.stdout:  # Gloo, too, speaks on standard output
-        if line.strip() == word:
-            return
-    raise AssertionError(child.communicate()[1][-2000:])
-
-
-def ended(child):
-    try:
-        out, err = child.communicate(timeout=120)
-    finally:
-        child.kill()
-    assert child.returncode == 0, err[-2000:]
-    return out.strip().splitlines()
 
 
 def test_a_failed_write_surfaces_at_the_next_call_and_names_step_and_folder(tmp_path):
