@@ -18,6 +18,7 @@ from jaxft.checkpoint.hub.card import write_card
 from jaxft.checkpoint.hub.push import Push
 from jaxft.checkpoint.load import LoadedModel, load_model, resolve
 from jaxft.checkpoint.resume import RunCheckpoints
+from jaxft.checkpoint.steps.access import steps_in
 from jaxft.checkpoint.verify import Check, check_export, is_score_model, output_difference
 from jaxft.config import RunConfig
 from jaxft.data.tokenizers.load import load_tokenizer
@@ -26,7 +27,7 @@ from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import CheckpointError, ConfigError
 from jaxft.files.buckets.working_copy import checkpoints_of, run_in_bucket, shown
 from jaxft.files.companions import copy_companions
-from jaxft.files.run_folder import ADAPTER, BASE, CHECKPOINTS, MERGED, MODEL, is_run_folder
+from jaxft.files.run_folder import ADAPTER, BASE, MERGED, MODEL, is_run_folder
 from jaxft.files.targets import check_space, locked_output, whole_folder
 from jaxft.home import local_path
 from jaxft.runs.build import build_model
@@ -208,7 +209,7 @@ def read_step(
                 return read(checkpoints, chosen)
             except Exception as error:  # whatever a library says of files that have gone
                 # Several processes would have to agree that it is read again.
-                if is_multi_process() or chosen not in steps or (folder / CHECKPOINTS / str(chosen)).exists():
+                if is_multi_process() or chosen not in steps or steps_in(checkpoints.folder).exists(chosen):
                     raise
                 if step is not None:
                     raise ConfigError(

@@ -14,17 +14,16 @@ import jax
 
 from jaxft import config as config_module
 from jaxft.checkpoint.plain_path import check_path
-from jaxft.checkpoint.steps import folders
+from jaxft.checkpoint.steps.access import steps_in
 from jaxft.config import RunConfig
 from jaxft.data import Tokenizer, tokenizer_of
 from jaxft.errors import CheckpointError, ConfigError, listed
 from jaxft.files.atomic import make_folder, write_text
 from jaxft.files.buckets.store import is_bucket
-from jaxft.files.buckets.working_copy import folder_of, refuse_other_store, written
+from jaxft.files.buckets.working_copy import checkpoints_of, folder_of, refuse_other_store, written
 from jaxft.files.locks.lock import lock
 from jaxft.files.run_folder import (
     CHAT_TEMPLATE,
-    CHECKPOINTS,
     COMMAND,
     CONFIG,
     DATA,
@@ -123,8 +122,9 @@ def _occupy(folder: Path, now: Start) -> tuple[Record, list[str]]:
         refuse_occupied(folder)
         return new, []
     record = record_of(folder)
-    folders.check_names(folder / CHECKPOINTS)
-    folders.refuse_without_whole(folder / CHECKPOINTS)
+    checkpoints = steps_in(checkpoints_of(folder))
+    checkpoints.check_names()
+    checkpoints.refuse_without_whole()
     before, newest = _config_in(folder), newest_step(folder)
     if newest is not None:
         if before is None:
@@ -178,7 +178,7 @@ def refuse_other_base(folder: Path, reads: Reads) -> None:
 
 def newest_step(folder: Path) -> int | None:
     """The newest whole checkpoint of a run folder."""
-    return folders.newest_step(folder / CHECKPOINTS)
+    return max(steps_in(checkpoints_of(folder)).whole(), default=None)
 
 
 def _config_in(folder: Path) -> RunConfig | None:
@@ -190,17 +190,17 @@ def _config_in(folder: Path) -> RunConfig | None:
     if is_run_config(path):
         return config_module.from_json(str(path))
     newest = newest_step(folder)
-    values = None if newest is None else _config_saved(folder / CHECKPOINTS / str(newest))
+    values = None if newest is None else _config_saved(folder, newest)
     if values is None:
         return None
     log.warning("%s is missing or damaged; the settings are those that step %d was saved with", path, newest)
     return config_module.resolve(values)
 
 
-def _config_saved(step_folder: Path) -> dict[str, Any] | None:
+def _config_saved(folder: Path, step: int) -> dict[str, Any] | None:
     """The settings that a step was saved with; None if it does not say."""
     try:
-        values = folders.read_meta(step_folder)["extra"].get("config")
+        values = steps_in(checkpoints_of(folder)).read_meta(step)["extra"].get("config")
     except CheckpointError:  # it is refused when it is restored
         return None
     return values if isinstance(values, dict) else None

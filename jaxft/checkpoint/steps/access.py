@@ -27,6 +27,18 @@ class Steps(Protocol):
         """The whole steps, ascending; none if there is no folder."""
         ...
 
+    def without_manifest(self) -> tuple[int, ...]:
+        """Steps that have no manifest, and that no interrupted save is known to have left; ascending."""
+        ...
+
+    def others(self) -> tuple[str, ...]:
+        """What is there besides steps, by name."""
+        ...
+
+    def exists(self, step: int) -> bool:
+        """Whether there is anything of a step."""
+        ...
+
     def path(self, step: int) -> Any:
         """The folder of a step, as Orbax takes it."""
         ...

@@ -62,6 +62,17 @@ class BucketSteps:
     def whole(self) -> tuple[int, ...]:
         return tuple(sorted(step for step, names in self._steps().items() if manifest.NAME in names))
 
+    def without_manifest(self) -> tuple[int, ...]:
+        steps, leftovers = self._steps(), self._leftovers()
+        return tuple(sorted(step for step in steps.keys() - leftovers.keys() if manifest.NAME not in steps[step]))
+
+    def others(self) -> tuple[str, ...]:
+        first = {name.partition("/")[0] for name in self._objects.names()}
+        return tuple(sorted(name for name in first if not (name.isdecimal() and name.isascii())))
+
+    def exists(self, step: int) -> bool:
+        return step in self._steps()
+
     def path(self, step: int) -> Any:
         from etils import epath
 

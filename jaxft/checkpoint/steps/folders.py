@@ -29,8 +29,12 @@ log = logging.getLogger(__name__)
 
 def whole_steps(folder: Path) -> tuple[int, ...]:
     """The whole steps in a checkpoint folder, ascending; none if there is no folder."""
-    entries = folder.iterdir() if folder.is_dir() else ()
-    return tuple(sorted(int(entry.name) for entry in entries if _is_step_name(entry) and manifest.exists(entry)))
+    return tuple(sorted(int(entry.name) for entry in step_folders(folder) if manifest.exists(entry)))
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """The folders in a checkpoint folder that are named like steps, whole or not; none if there is no folder."""
+    return [entry for entry in folder.iterdir() if _is_step_name(entry)] if folder.is_dir() else []
 
 
 def newest_step(folder: Path) -> int | None:
@@ -40,8 +44,7 @@ def newest_step(folder: Path) -> int | None:
 
 def unexplained_steps(folder: Path) -> tuple[Path, ...]:
     """Folders that are named like steps and hold what Orbax wrote, but have no manifest; ascending."""
-    steps = [entry for entry in folder.iterdir() if _is_step_name(entry)] if folder.is_dir() else []
-    steps.sort(key=lambda entry: int(entry.name))
+    steps = sorted(step_folders(folder), key=lambda entry: int(entry.name))
     return tuple(step for step in steps if not manifest.exists(step) and (step / ORBAX_MARK).exists())
 
 

@@ -24,6 +24,16 @@ class LocalSteps:
     def whole(self) -> tuple[int, ...]:
         return folders.whole_steps(self.folder)
 
+    def without_manifest(self) -> tuple[int, ...]:
+        return tuple(sorted(int(entry.name) for entry in self._steps() if not manifest.exists(entry)))
+
+    def others(self) -> tuple[str, ...]:
+        entries = self.folder.iterdir() if self.folder.is_dir() else ()
+        return tuple(sorted({entry.name for entry in entries} - {entry.name for entry in self._steps()}))
+
+    def exists(self, step: int) -> bool:
+        return self.path(step).exists()
+
     def path(self, step: int) -> Path:
         return self.folder / str(step)
 
@@ -76,6 +86,9 @@ class LocalSteps:
         if len(first) > 500:  # the cause is at the end of TensorStore's nested messages
             first = f"{first[:100]} ... {first[-300:]}"
         return first if self._plain is None else self._plain.own_names(first)
+
+    def _steps(self) -> list[Path]:
+        return folders.step_folders(self.folder)
 
     def _written(self, step: int, number: int) -> Path:
         return self.folder / folders.saving_name(step, number)

@@ -11,13 +11,15 @@ from jaxft.checkpoint.gguf.names import FAMILIES
 from jaxft.checkpoint.hub.base import BaseFacts, base_facts
 from jaxft.checkpoint.hub.card import Card, Result, markdown_code
 from jaxft.checkpoint.load import LoadedModel, resolve
+from jaxft.checkpoint.steps.access import steps_in
 from jaxft.checkpoint.verify import Check, is_score_model
 from jaxft.config import RunConfig
 from jaxft.data.sources.listing import names_in
 from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import JaxftError
+from jaxft.files.buckets.working_copy import checkpoints_of
 from jaxft.files.paths import HUB
-from jaxft.files.run_folder import CHECKPOINTS, DATA, METRICS, read_if_whole
+from jaxft.files.run_folder import DATA, METRICS, read_if_whole
 from jaxft.methods import method_of
 from jaxft.runs.cards.command import changed_fields, command_of, public_text
 from jaxft.runs.folder import run_config
@@ -75,7 +77,7 @@ def card_of(
 
 def newest_step(run: Path) -> int:
     """The step of a run's newest checkpoint; 0 if there is none."""
-    return max((int(one.name) for one in (run / CHECKPOINTS).glob("*") if one.name.isdigit()), default=0)
+    return max(steps_in(checkpoints_of(run)).whole(), default=0)
 
 
 def base_of_export(loaded: LoadedModel) -> BaseFacts:

@@ -22,7 +22,7 @@ from jaxft.data.batch import Batch
 from jaxft.data.prompts import Prompt, read_prompts
 from jaxft.errors import ConfigError, DataError
 from jaxft.files import run_folder
-from jaxft.files.buckets.working_copy import folder_of
+from jaxft.files.buckets.working_copy import checkpoints_of, folder_of
 from jaxft.generation.text import Prompt as GivenPrompt
 from jaxft.generation.text import as_prompts
 from jaxft.methods.online.passes import rows_of
@@ -234,7 +234,7 @@ class Session:
             raise ConfigError("gradients wait for their update, and are not saved: call optim_step first")
         path = folder_of_state(folder)
         self._open(path)
-        with RunCheckpoints(path / run_folder.CHECKPOINTS, keep=self.config.checkpoint.keep) as checkpoints:
+        with RunCheckpoints(checkpoints_of(path), keep=self.config.checkpoint.keep) as checkpoints:
             extra = {"step": self.step, "progress": {}, "held_out": {}, "draws": self._draws}
             checkpoints.save(self.step, saved_part(self._state), extra | {"config": self.config.to_dict()})
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxft.checkpoint import manifest
+from jaxft.checkpoint.steps.access import steps_in
 from jaxft.errors import CheckpointError, ConfigError, counted, listed
-from jaxft.files.buckets.working_copy import owner_now
+from jaxft.files.buckets.working_copy import checkpoints_of, owner_now
 from jaxft.files.run_folder import (
     ADAPTER,
     CHECKPOINTS,
@@ -97,7 +98,8 @@ def state_of(folder: Path) -> RunState:
             metrics=row,
             created=created,
         )
-    whole, unexplained = _steps(folder / CHECKPOINTS)
+    checkpoints = steps_in(checkpoints_of(folder))
+    whole, unexplained = checkpoints.whole(), [str(step) for step in checkpoints.without_manifest()]
     newest = max(whole, default=None)
     problem = _problem(folder, newest, unexplained)
     if problem is not None:
@@ -184,13 +186,6 @@ def _run_folders(folder: Path, depth: int) -> Iterator[Path]:
     for entry in entries:
         if not entry.name.startswith(".") and entry.is_dir(follow_symlinks=False):
             yield from _run_folders(folder / entry.name, depth - 1)
-
-
-def _steps(folder: Path) -> tuple[list[int], list[str]]:
-    """(whole steps, names of steps without a manifest) in a checkpoint folder."""
-    entries = [e for e in folder.iterdir() if e.name.isdecimal() and e.name.isascii()] if folder.is_dir() else []
-    whole = [int(entry.name) for entry in entries if manifest.exists(entry)]
-    return whole, sorted(entry.name for entry in entries if not manifest.exists(entry))
 
 
 def _problem(folder: Path, newest: int | None, unexplained: list[str]) -> str | None:

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from jaxft.checkpoint import manifest
+from jaxft.checkpoint.steps.access import steps_in
 from jaxft.config import RunConfig
 from jaxft.errors import CheckpointError, ConfigError, DataError, JaxftError
 from jaxft.files import run_folder
-from jaxft.files.buckets.working_copy import owner_now, run_in_bucket
+from jaxft.files.buckets.working_copy import checkpoints_of, owner_now, run_in_bucket
 from jaxft.home import local_path
 from jaxft.runs.folder import run_config
 from jaxft.runs.identity.record import Record
@@ -93,35 +94,33 @@ def _verify_json(path: Path, findings: Findings) -> None:
 
 
 def _verify_steps(folder: Path, findings: Findings, *, live: bool) -> None:
-    checkpoints = folder / run_folder.CHECKPOINTS
-    entries = sorted(checkpoints.iterdir(), key=lambda entry: entry.name) if checkpoints.is_dir() else []
-    steps = sorted((entry for entry in entries if entry.name.isdecimal()), key=lambda entry: int(entry.name))
-    if not steps and (folder / run_folder.SUMMARY).exists():
+    checkpoints = steps_in(checkpoints_of(folder))
+    whole, without = checkpoints.whole(), checkpoints.without_manifest()
+    if not whole and not without and (folder / run_folder.SUMMARY).exists():
         findings.unchecked(run_folder.CHECKPOINTS, "they were deleted: the run can neither go on nor be exported again")
-    for step in steps:
-        part = f"{run_folder.CHECKPOINTS}/{step.name}"
-        if not manifest.exists(step):
+    for step in sorted((*whole, *without)):
+        part, address = f"{run_folder.CHECKPOINTS}/{step}", f"{checkpoints.folder}/{step}"
+        if step in without:
             if not live:
                 findings.broken(
                     part,
                     f"it has no {manifest.NAME}, which is written last",
-                    f"Copy {manifest.NAME} from where the folder was copied from, or move {step} elsewhere.",
+                    f"Copy {manifest.NAME} from where the folder was copied from, or move {address} elsewhere.",
                 )
             continue
         try:
-            manifest.verify(step)
+            checkpoints.verify(step)
         except (CheckpointError, OSError, RecursionError) as error:
-            if live and not step.exists():
+            if live and not checkpoints.exists(step):
                 continue  # its run has deleted it meanwhile
-            findings.broken(part, str(error), _mend_of(step))
+            findings.broken(part, str(error), _mend_of(address))
         else:
             findings.whole(part, f"every file has the checksum in {manifest.NAME}")
-    for entry in entries:
-        if not entry.name.isdecimal() and not live:
-            findings.unchecked(f"{run_folder.CHECKPOINTS}/{entry.name}", "it is no step, and is not read")
+    for name in () if live else checkpoints.others():
+        findings.unchecked(f"{run_folder.CHECKPOINTS}/{name}", "it is no step, and is not read")
 
 
-def _mend_of(step: Path) -> str:
+def _mend_of(step: str) -> str:
     return (
         f"Copy the step again from where it is whole. If that is nowhere, move {step} elsewhere: the run then goes on "
         "from an earlier step."
