@@ -17,13 +17,10 @@ import socket
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-
 from jaxft.checkpoint import manifest
 from jaxft.checkpoint.steps import folders
 from jaxft.checkpoint.steps.bucket_objects import Objects, refusal
 from jaxft.errors import CheckpointError
-from jaxft.sharding.processes import is_primary
 
 PREFIX = "gs://"
 SPECIAL = re.compile(r"[\[\]*?{}\\|%#\s]")  # patterns and other syntax to the libraries below
@@ -105,6 +102,8 @@ class BucketSteps:
             self._remove(step, mark)
 
     def check_access(self) -> None:
+        import jax  # here: runs are listed without it
+
         self._objects.check_access(f".access-{jax.process_index()}")
 
     def begin(self, step: int, number: int) -> Any:
@@ -113,6 +112,8 @@ class BucketSteps:
                 f"step {step} failed to be saved to {self.folder} before, and parts of it may still arrive there. Save "
                 "a later step, or end this program and run the same command again."
             )
+        from jaxft.sharding.processes import is_primary
+
         if is_primary():
             who = {"host": socket.gethostname(), "pid": os.getpid(), "save": number}
             self._objects.write(f"{step}{SAVING}", json.dumps(who).encode())

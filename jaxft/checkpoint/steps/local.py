@@ -7,7 +7,6 @@ from typing import Any
 from jaxft.checkpoint import manifest
 from jaxft.checkpoint.plain_path import PlainFolder
 from jaxft.checkpoint.steps import folders
-from jaxft.checkpoint.steps.flushing import flush_in_all
 from jaxft.errors import CheckpointError
 from jaxft.files.atomic import flush, make_folder
 
@@ -57,6 +56,9 @@ class LocalSteps:
         return self._plain.path / folders.saving_name(step, number)
 
     def flush(self, step: int, number: int) -> None:
+        # Imported here: runs are listed without JAX.
+        from jaxft.checkpoint.steps.flushing import flush_in_all
+
         flush_in_all(self._written(step, number), number)
 
     def publish(self, step: int, number: int) -> None:
