@@ -10,6 +10,7 @@ from jaxft.cli import answers, pushing
 from jaxft.cli.training import console_of
 from jaxft.config import RunConfig
 from jaxft.errors import ConfigError
+from jaxft.files.buckets.working_copy import run_in_bucket
 from jaxft.terminal import text as terminal
 
 # What merging into a quantised base, or into what it was made of, changes.
@@ -61,7 +62,8 @@ def _evaluated(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple
                 f"--{others[0]} would evaluate another run: with --run=FOLDER only eval.* and data.eval* may differ. "
                 "Use --config and --model for the others"
             )
-        return load(arguments.run, overrides), arguments.model or arguments.run
+        run = run_in_bucket(arguments.run)
+        return load(run, overrides), arguments.model or run
     if arguments.config is not None:
         config = load(arguments.config, overrides)
         return config, arguments.model or config.model.path

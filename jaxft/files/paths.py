@@ -161,7 +161,7 @@ def url_parts(path: str) -> tuple[Any, str]:
     if path.partition("://")[0] in WRAPPERS:
         raise CheckpointError(f"{path} is no address of a folder: unpack what it names, and give the folder itself")
     try:
-        return repeated(lambda: url_to_fs(path))  # some connect at once
+        return repeated(lambda: url_to_fs(path, **_settings(path)))  # some connect at once
     except (ImportError, ValueError) as error:
         raise CheckpointError(
             f"cannot read {path}: {error}. For gs:// addresses: pip install gcsfs; s3:// needs s3fs"
@@ -170,6 +170,15 @@ def url_parts(path: str) -> tuple[Any, str]:
         raise CheckpointError(f"cannot reach {path}: {error}") from error
     except Exception as error:
         raise CheckpointError(f"{path} is no address of a folder that can be read: {error}") from error
+
+
+def _settings(path: str) -> dict[str, Any]:
+    """Settings of fsspec's file system. What other processes write in a bucket is to be seen."""
+    if not path.startswith("gs://"):
+        return {}
+    # The file system for buckets with folders looks up the kind of a bucket through another API.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    return {"use_listings_cache": False}
 
 
 def of_store(action: Callable[[], Result], failure: str) -> Result:

@@ -40,7 +40,7 @@ from jaxft.runs.identity.changes import Start, go_on, other_values, refuse_other
 from jaxft.runs.identity.contents import Reads, other_reads
 from jaxft.runs.identity.exports import clear
 from jaxft.runs.identity.record import EXPORTS, Record, read_record, record_of, write_record
-from jaxft.sharding.processes import on_primary
+from jaxft.sharding.processes import is_multi_process, on_primary
 from jaxft.system import described
 
 log = logging.getLogger(__name__)
@@ -89,6 +89,7 @@ def locked_run(folder: str | os.PathLike[str], what: str, *, exclusive: bool = T
     what, exclusive: as for `files.locks.lock.lock`. Raises FolderInUseError, naming who writes there; ConfigError for a
     folder that is not that of a run and not empty, and for one that cannot be written.
     """
+    _refuse_bucket_of_several(folder)
     with contextlib.ExitStack() as stack:
 
         def take() -> None:
@@ -105,6 +106,15 @@ def locked_run(folder: str | os.PathLike[str], what: str, *, exclusive: bool = T
 
         on_primary(take)
         yield
+
+
+def _refuse_bucket_of_several(folder: str | os.PathLike[str]) -> None:
+    if is_bucket(folder) and is_multi_process():
+        raise ConfigError(
+            f"output_dir {os.fspath(folder)} is in a bucket, and this run has {jax.process_count()} processes, which "
+            "read each other's exports: that is possible in a bucket for one process alone. Set output_dir to a folder "
+            "that every host mounts, such as Filestore, NFS or a mounted bucket."
+        )
 
 
 def _unwritable(folder: Path, error: OSError) -> ConfigError:

@@ -16,10 +16,12 @@ from jaxft.errors import BucketError, ConfigError, FolderInUseError
 from jaxft.files.buckets import store, working_copy
 from jaxft.files.buckets.lease import Lease, owner_now
 from jaxft.files.buckets.store import Bucket, Changed, Entry
-from jaxft.files.buckets.working_copy import folder_of, shown, written
+from jaxft.files.buckets.working_copy import address_of, folder_of, shown, written
 from jaxft.files.locks import lock
 from jaxft.files.locks.owner import Owner
 from jaxft.files.run_folder import LOCK, MARK
+from jaxft.runs.folder import locked_run
+from jaxft.runs.survey.listing import runs_below
 
 
 @pytest.fixture(scope="module")
@@ -302,6 +304,26 @@ def test_a_failing_upload_is_told_and_what_it_left_is_sent_at_the_end(bucket, se
             time.sleep(0.3)
     assert "the account may not do this" in caplog.text
     assert bucket.read(MARK).data == b"{}"
+
+
+def test_runs_in_a_bucket_are_listed_from_their_small_files(bucket, server):
+    for run, summary in {"a": b'{"steps": 4}', "b/c": None}.items():
+        bucket.write(f"{run}/{MARK}", b'{"jaxft_run": 1, "id": "1", "created": "x", "history": []}')
+        bucket.write(f"{run}/model/weights", bytes(10))
+        if summary is not None:
+            bucket.write(f"{run}/summary.json", summary)
+    before = len(server.requests)
+    states = {run.folder.removeprefix(bucket.address): run.state for run in runs_below(bucket.address)}
+    assert states == {"/a": "finished", "/b/c": "interrupted"}
+    assert not [one for one in server.requests[before:] if one.name.endswith("weights")]
+    assert address_of("/tmp") is None
+
+
+def test_several_processes_are_refused(monkeypatch):
+    monkeypatch.setattr("jaxft.runs.folder.is_multi_process", lambda: True)
+    with pytest.raises(ConfigError, match="one process alone. Set output_dir to a folder that every host mounts"):
+        with locked_run("gs://bucket/several", "jaxft train"):
+            pass
 
 
 def test_other_stores_are_refused():

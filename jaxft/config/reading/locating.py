@@ -57,6 +57,12 @@ def _in_folder(folder: str) -> str:
 
 
 def _missing(path: str) -> str:
+    if "://" in path:
+        return (
+            f"{path} is an address, and configs are read from this machine: copy the file (`gcloud storage cp "
+            f"{path.rstrip('/')}/{RUN_CONFIG} .` for that of a run in a bucket), and give the copy. A run goes on at "
+            "the output_dir that its config names."
+        )
     if not path.endswith(ENDINGS) and os.sep not in path:
         hint = did_you_mean(path, shipped_names())
         return f"no config named {path!r}.{hint} Shipped: {', '.join(shipped_names())}. A file ends in .py or .yaml."

@@ -21,6 +21,7 @@ from jaxft.files.buckets.lease import owner_now as owner_of_lease
 from jaxft.files.buckets.store import Bucket, Entry, is_bucket
 from jaxft.files.locks import lock
 from jaxft.files.locks.owner import Owner
+from jaxft.files.paths import is_file
 from jaxft.files.run_folder import ADAPTER, CHECKPOINTS, LOCK, MARK, MERGED, MODEL, SUMMARY
 from jaxft.home import local_path
 
@@ -46,8 +47,11 @@ class WorkingCopy:
         self._mutex = threading.Lock()
         atexit.register(self.remove)
 
-    def pull(self) -> None:
-        """Fetches the files that are in the bucket, in place of those of the same name."""
+    def pull(self, *, small: bool = False) -> None:
+        """Fetches the files that are in the bucket, in place of those of the same name.
+
+        small: those alone that are directly in the folder, which tell the state of the run.
+        """
         with self._mutex:
             entries = self.bucket.entries()
             if MARK not in entries and set(entries) - {LOCK}:
@@ -56,7 +60,7 @@ class WorkingCopy:
                     f"{listed(sorted(entries))}. Nothing of it is overwritten. Set output_dir to a new folder."
                 )
             for name, entry in entries.items():
-                if name == LOCK or name.endswith("/") or _is_of_steps(name):
+                if name == LOCK or name.endswith("/") or _is_of_steps(name) or (small and "/" in name):
                     continue
                 if entry.size > MOST_BYTES and name.split("/")[0] in (ADAPTER, MERGED, MODEL):
                     self._left[name] = entry
@@ -124,9 +128,33 @@ def folder_of(path: str | os.PathLike[str]) -> Path:
 
 def run_in_bucket(path: str) -> str:
     """The working copy of a run in a bucket, if `path` is the address of one; every other path as it is."""
-    if not is_bucket(path) or Bucket(path).read(MARK) is None:
+    if not is_bucket(path) or not is_file(f"{path.rstrip('/')}/{MARK}"):
         return path
     return str(folder_of(path))
+
+
+@contextlib.contextmanager
+def small_copy(address: str) -> Iterator[Path]:
+    """A working copy of a run in a bucket with its small files alone, until the block ends. Raises BucketError."""
+    with _guard:
+        there = _open.get(Bucket(address).address)
+    if there is not None:
+        yield there.path
+        return
+    copy = _copy(address, fetch=False)
+    try:
+        copy.pull(small=True)
+        yield copy.path
+    finally:
+        _forget(address)
+
+
+def runs_in_bucket(address: str) -> list[str]:
+    """The addresses of the runs at and below one in a bucket, by name. Raises BucketError."""
+    bucket = Bucket(address)
+    bucket.check()
+    folders = [name.removesuffix(MARK) for name in bucket.entries() if name == MARK or name.endswith(f"/{MARK}")]
+    return sorted(f"{bucket.address}/{folder}".rstrip("/") for folder in folders)
 
 
 def address_of(path: str | os.PathLike[str]) -> str | None:

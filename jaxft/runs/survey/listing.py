@@ -4,14 +4,15 @@ import json
 import os
 import shlex
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from jaxft.checkpoint import manifest
 from jaxft.checkpoint.steps.access import steps_in
 from jaxft.errors import CheckpointError, ConfigError, counted, listed
-from jaxft.files.buckets.working_copy import checkpoints_of, owner_now
+from jaxft.files.buckets.store import is_bucket
+from jaxft.files.buckets.working_copy import address_of, checkpoints_of, owner_now, runs_in_bucket, shown, small_copy
 from jaxft.files.run_folder import (
     ADAPTER,
     CHECKPOINTS,
@@ -72,11 +73,18 @@ def runs_below(folder: str | os.PathLike[str]) -> list[RunState]:
     Hidden folders, links, what is within a run and what is deeper than DEPTH folders are passed over. Raises
     ConfigError if there is no such folder.
     """
+    if is_bucket(folder):
+        return [_state_in_bucket(address) for address in runs_in_bucket(os.fspath(folder))]
     path = Path(local_path(folder))
     if not path.is_dir():
         what = "is a file" if path.exists() else "is not there"
         raise ConfigError(f"{path} {what}: give the folder in which runs are, such as the default, runs")
     return [state_of(run) for run in _run_folders(path, DEPTH)]
+
+
+def _state_in_bucket(address: str) -> RunState:
+    with small_copy(address) as folder:
+        return replace(state_of(folder), folder=address)
 
 
 def state_of(folder: Path) -> RunState:
@@ -217,12 +225,14 @@ def _command(folder: Path) -> str | None:
         words = shlex.split((folder / COMMAND).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    words = [f"{OUTPUT}{folder}" if _is_other(word, folder) else word for word in words]
+    words = [f"{OUTPUT}{shown(folder)}" if _is_other(word, folder) else word for word in words]
     return shlex.join(words) or None
 
 
 def _is_other(word: str, folder: Path) -> bool:
     """Whether a word of a command names another run folder."""
+    if (address := address_of(folder)) is not None:
+        return word.startswith(OUTPUT) and word.removeprefix(OUTPUT) != address
     return word.startswith(OUTPUT) and os.path.realpath(local_path(word.removeprefix(OUTPUT))) != os.path.realpath(
         folder
     )

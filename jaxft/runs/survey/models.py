@@ -11,6 +11,7 @@ from jaxft.checkpoint.orbax_folder import is_orbax_folder
 from jaxft.checkpoint.peft import open_adapter
 from jaxft.conversion.convert import check_against_config
 from jaxft.errors import CheckpointError, JaxftError
+from jaxft.files.paths import is_remote
 from jaxft.runs.survey.findings import Findings
 
 AGAIN = "Write it again from its source, or copy it again from where it is whole."
@@ -42,6 +43,8 @@ def _verify_tensors(path: Path, part: str, findings: Findings) -> None:
     findings.whole(part, f"{len(opened.tensors.keys):,} tensors of an adapter, whose header and config fit")
     try:
         base = resolve_base(str(path), None)
+        if is_remote(base):
+            raise CheckpointError(f"{base} is an address, and is compared when the adapter is loaded")
         if not os.path.exists(base):
             raise CheckpointError(f"{base} is not there")
     except JaxftError as error:
