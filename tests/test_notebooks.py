@@ -39,7 +39,7 @@ FACTS: dict[str, tuple[str, ...]] = {
     "quickstart": (r"base: 0 of 4 right \(json_exact\)", r"tuned: \d of 4 right", r"notebook-merged"),
     "your_data": (
         r"\[\[laptop \| hinge \| works only sometimes \| urgent<\|im_end\|>\]\]",
-        "refused: 21 of 40 examples",
+        "refused: 19 of 40 examples",
         "has role 'asistant'",
         "1 of 8 held-out examples are in the training set too",
         "row 1 shares 88%",
