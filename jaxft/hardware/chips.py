@@ -77,6 +77,8 @@ _TPUS = (
 # TOPs, memory GB/s, NVLink GB/s both ways (PCIe for products without NVLink), network GB/s per GPU in usual machines of
 # 8 GPUs.
 _GPUS = (
+    # 15 of its 16 GB are left with error correction. It has no bfloat16 units, so these products run in float32.
+    _gpu("t4", 15, 8.1, 130, 320, 32, 1.25),
     _gpu("a100-40", 40, 312, 624, 1555, 600, 12.5),
     _gpu("a100-80", 80, 312, 624, 2039, 600, 25),
     _gpu("h100", 80, 989, 1979, 3350, 900, 50),

@@ -1,0 +1,45 @@
+"""The accelerators of this process by the names that plans use, such as `v5e:2x4` and `t4:2`."""
+
+import re
+from collections.abc import Sequence
+
+import jax
+
+from jaxft.errors import ConfigError
+from jaxft.hardware.chips import CHIPS
+from jaxft.hardware.topology import Topology, cubic_shape
+
+# What JAX calls a device, as a pattern, and the chip that it is, the narrower ones first. The names are those of libtpu
+# and of NVIDIA's driver.
+KINDS = (
+    (r"TPU v5 ?(lite|e)", "v5e"), (r"TPU v6 ?(lite|e)", "v6e"), (r"TPU v5p?$", "v5p"), (r"TPU v4$", "v4"),
+    (r"TPU ?v?7x?$", "tpu7x"), (r"\bT4$", "t4"), (r"\bL4$", "l4"), (r"\bL40S$", "l40s"), (r"\bA100\b.*\b40GB", "a100-40"),
+    (r"\bA100\b", "a100-80"), (r"\bH100\b", "h100"), (r"\bH200\b", "h200"), (r"\bB200\b", "b200"),
+    (r"\bRTX 4090$", "rtx4090"), (r"\bRTX 5090$", "rtx5090"),
+)  # fmt: skip
+
+
+def attached_topology(devices: Sequence[jax.Device] | None = None) -> str | None:
+    """The topology that these devices are, to be planned for by `jaxft.plan`; None if they are CPUs.
+
+    devices: those of this process and its peers if None. Their torus is taken to be the most cubic one of their number.
+    Raises ConfigError for a kind of device, or a number of them, that plans do not know.
+    """
+    devices = jax.devices() if devices is None else devices
+    if devices[0].platform == "cpu":
+        return None
+    kind = devices[0].device_kind
+    chip = next((CHIPS[name] for pattern, name in KINDS if re.search(pattern, kind)), None)
+    if chip is None:
+        raise ConfigError(
+            f"plans do not know the {kind} of this machine. Plan for one with as much memory or less, by its name: "
+            f"{', '.join(CHIPS)}."
+        )
+    chips = len(devices) // chip.devices
+    shape = cubic_shape(chip, chips)
+    if shape is None:
+        raise ConfigError(
+            f"plans do not know a slice of {chips} chips of {chip.name}. Plan for a smaller one, such as "
+            f"{chip.name}:{'x'.join('1' * chip.dimensions)}."
+        )
+    return Topology(chip=chip, shape=shape).name
