@@ -37,9 +37,10 @@ def with_arg(config: ConfigDict, arg: str | None) -> ConfigDict:
         config.data.mixture[name].update(path=train, split=None, limit=limit, max_epochs=None, **columns)
     config.data.update(
         train="" if config.data.mixture else train, eval=held_out, eval_fraction=None, limit=24, eval_limit=4,
-        chat_template=None, chat_template_kwargs={}, template_date=None, max_length=512, truncation="drop",
+        chat_template=None, template_date=None, max_length=512, truncation="drop",
         **{column: getattr(DataConfig, column) for column in COLUMNS},
     )  # fmt: skip
+    config.data.chat_template_kwargs = {}  # `update` would keep the keys that are there
     config.train.update(batch_size=8, steps=4, log_every=1)
     # The tiny model has no experts.
     config.router.update(load_balancing=None, z_loss=0.0)
