@@ -23,6 +23,10 @@ RUNTIMES: dict[str, tuple[str, bool]] = {
     "worth_it": ("CPU", False),
     "your_data": ("CPU", False),
     "plan_a_pod": ("CPU", False),
+    "qlora_8b": ("T4", False),
+    "preferences": ("CPU", False),
+    "export_and_serve": ("CPU", False),
+    "adapters": ("CPU", False),
 }
 # Notebooks that use all devices of the machine. The others train small models and use one.
 ALL_DEVICES = {"plan_a_pod", "qlora_8b"}

@@ -26,6 +26,31 @@ FACTS: dict[str, tuple[str, ...]] = {
         "These rows cannot tell them apart",
         "against zero +tuning is cheaper",
     ),
+    "adapters": (
+        r"people +\d\.\d\d MB with the base",
+        r"shop and people +\d\.\d{3} +\d\.\d{3}",
+        r"linear, 0\.5 and 0\.5 +\d\.\d{3}",
+        r"read again, logits differ by (0\.0e\+00|\d\.\de-0[6-9])",
+    ),
+    "export_and_serve": (
+        r"the run +0\.0e\+00",
+        r"merged +\d\.\de-0[6-9]",
+        r"untrained base +\d\.\de-0[12]",
+        r"MB  runs/export/lora-f32\.gguf",
+        r"llama\.cpp: not run",
+    ),
+    "preferences": (
+        "the chosen answer is the shorter one in 100% of the pairs",
+        r"rewards/margins +-?0\.000 ",
+        r"base: \d of 4 right",
+        "frac_reward_zero_std",
+    ),
+    "qlora_8b": (
+        r"t4:1: 7\.\d\d of 14\.10 GiB on each device, estimated",
+        r"tuned: \d of 4 right",
+        r"adapter_model\.safetensors",
+        r"qlora-8b-merged: .*model\.safetensors",
+    ),
     "plan_a_pod": (
         "IT DOES NOT FIT",
         r"a slice of v5e:2x4: .*GiB",

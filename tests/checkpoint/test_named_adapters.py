@@ -62,6 +62,19 @@ def torch_logits(model, *names):
         return model(torch.tensor(TOKENS)).logits.numpy()
 
 
+def test_on_a_quantised_base_each_is_as_if_it_were_loaded_alone(theirs):
+    _, folders, base = theirs
+    loaded = load_model(base, quantization="int8")
+    named = load_adapters(loaded, folders)
+    untouched = logits(loaded)
+    np.testing.assert_array_equal(untouched, load_model(base, quantization="int8").logits(TOKENS))
+    for name in folders:
+        named.activate(name)
+        alone = load_model(folders[name], quantization="int8").logits(TOKENS)
+        np.testing.assert_array_equal(logits(loaded), alone)
+        assert np.abs(alone - untouched).max() > 1e-3
+
+
 def test_each_alone_and_several_together_as_in_peft(theirs, held):
     reference, folders, base = theirs
     loaded, named = held

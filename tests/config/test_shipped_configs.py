@@ -37,6 +37,7 @@ def test_smoke_keeps_the_method(path: Path) -> None:
     assert smoke.adapter.target_modules == whole.adapter.target_modules
     assert (smoke.optim.name, smoke.optim.schedule) == (whole.optim.name, whole.optim.schedule)
     assert smoke.data.packing == whole.data.packing
+    assert not smoke.data.chat_template_kwargs  # of which the smoke model's template reads none
     assert smoke.mesh == MeshConfig()  # which any number of devices takes
 
 

@@ -131,7 +131,7 @@ def attach_structure(model: Decoder, opened: PeftFolder, change: BaseChange) -> 
 
 
 class ModelTensors:
-    """The base parameters of a model in memory as a source, under Hugging Face names."""
+    """The base parameters of a model in memory as a source, under Hugging Face names; quantised ones as float32."""
 
     def __init__(self, model: Decoder) -> None:
         self._leaves = flatten(nnx.state(model), is_quantized)[0]
@@ -146,13 +146,19 @@ class ModelTensors:
 
     def specs(self) -> dict[str, TensorSpec]:
         return {
-            name: TensorSpec(hf_shape(param, piece, self._leaves[path].shape), np.dtype(self._leaves[path].dtype))
+            name: TensorSpec(hf_shape(param, piece, self._leaves[path].shape), _dtype_of(self._leaves[path]))
             for name, (path, param, piece) in self._pieces.items()
         }
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
         path, param, piece = self._pieces[name]
-        return param.transform.to_hf(to_host(self._leaves[path][piece.at]))[index or ()]
+        part = self._leaves[path][piece.at]
+        values = part.dense(jnp.float32) if is_quantized(part) else part
+        return param.transform.to_hf(to_host(values))[index or ()]
+
+
+def _dtype_of(leaf: Any) -> np.dtype:
+    return np.dtype(np.float32) if is_quantized(leaf) else np.dtype(leaf.dtype)
 
 
 def _normalized(model: Decoder, opened: PeftFolder) -> tuple[dict[str, Any], TensorSource]:
