@@ -14,8 +14,8 @@ from jaxft.hardware.topology import Topology, cubic_shape
 KINDS = (
     (r"TPU v5 ?(lite|e)", "v5e"), (r"TPU v6 ?(lite|e)", "v6e"), (r"TPU v5p?$", "v5p"), (r"TPU v4$", "v4"),
     (r"TPU ?v?7x?$", "tpu7x"), (r"\bT4$", "t4"), (r"\bL4$", "l4"), (r"\bL40S$", "l40s"),
-    (r"\bA100\b.*\b40GB", "a100-40"), (r"\bA100\b", "a100-80"), (r"\bH100\b", "h100"), (r"\bH200\b", "h200"), (r"\bB200\b", "b200"),
-    (r"\bRTX 4090$", "rtx4090"), (r"\bRTX 5090$", "rtx5090"),
+    (r"\bA100\b.*\b40GB", "a100-40"), (r"\bA100\b", "a100-80"), (r"\bH100\b", "h100"), (r"\bH200\b", "h200"),
+    (r"\bB200\b", "b200"), (r"\bRTX 4090$", "rtx4090"), (r"\bRTX 5090$", "rtx5090"),
 )  # fmt: skip
 
 

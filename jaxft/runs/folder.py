@@ -89,7 +89,7 @@ def locked_run(folder: str | os.PathLike[str], what: str, *, exclusive: bool = T
     what, exclusive: as for `files.locks.lock.lock`. Raises FolderInUseError, naming who writes there; ConfigError for a
     folder that is not that of a run and not empty, and for one that cannot be written.
     """
-    _refuse_bucket_of_several(folder)
+    _refuse_multi_process_bucket(folder)
     with contextlib.ExitStack() as stack:
 
         def take() -> None:
@@ -108,7 +108,7 @@ def locked_run(folder: str | os.PathLike[str], what: str, *, exclusive: bool = T
         yield
 
 
-def _refuse_bucket_of_several(folder: str | os.PathLike[str]) -> None:
+def _refuse_multi_process_bucket(folder: str | os.PathLike[str]) -> None:
     if is_bucket(folder) and is_multi_process():
         raise ConfigError(
             f"output_dir {os.fspath(folder)} is in a bucket, and this run has {jax.process_count()} processes, which "
