@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import EvalResult
 from scipy.stats import binomtest
 
+from jaxft.checkpoint import manifest
 from jaxft.checkpoint.hub.base import BaseFacts, base_facts
 from jaxft.checkpoint.hub.card import MARK, Card, Result, markdown_code, write_card
 from jaxft.cli import settings
@@ -73,6 +74,7 @@ def run(tmp_path) -> Path:
     folder = tmp_path / "my-run"
     config = dataclasses.replace(with_overrides(SETTINGS), output_dir=str(folder))
     (folder / "checkpoints" / "4").mkdir(parents=True)
+    manifest.write(folder / "checkpoints" / "4")
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
     reads = {"data.train": {"path": "/home/someone/rows.jsonl", "digest": "ab" * 32, "examples": 7, "tokens": 90}}
     write_record(folder, Record(steps=4, reads=reads))
