@@ -52,7 +52,7 @@ def slices_in(folder: Path) -> LastingSlices:
 def request_in(folder: Path) -> Request:
     return Request(
         name="run-1", topology="v6e:2x2", slices=2, zones=("us-east5-b",), to=str(folder / "to"), shared=True,
-        max_hours=4.0, skip_plan=True,
+        max_hours=4.0, skip_plan=True, keep_minutes=0.0,
     )  # fmt: skip
 
 

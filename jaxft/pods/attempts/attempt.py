@@ -86,7 +86,7 @@ def _prepare(front: Front, hosts: Hosts, attempt: Attempt) -> None:
 
 def _check(front: Front, hosts: Hosts) -> None:
     """Versions equal, chips there, disk free, and the place of the run writable from every host. Raises HostError."""
-    states = hosts.states()
+    states = hosts.states(repeats=True)
     problems = differences(states, chips_of_host(front.request.shape), DISK_BYTES)
     if not problems:
         problems = [problem for problem in hosts.each(lambda worker: _examined(front, hosts, worker)) if problem]

@@ -110,7 +110,7 @@ class Follower:
         for problem in self.hosts.stop(60 if hung else 300):
             self.front.say(problem)
         running = {one.worker for one in states if not one.ended}
-        ended = self.hosts.states(self.attempt.number)
+        ended = self.hosts.states(self.attempt.number, repeats=True)
         exits = [one.exit for one in ended]
         if not (hung or stopped or out_of_time):
             # A 75 that this stop has caused says nothing of the reason: the host that failed before does.

@@ -168,13 +168,20 @@ class Hosts:
                 self.sleep(PAUSE_SECONDS)
         raise last
 
-    def states(self, attempt: int | None = None) -> list[HostState]:
-        """What each host says of an attempt, or of its newest. A host that cannot be reached has a `problem`."""
+    def states(self, attempt: int | None = None, *, repeats: bool = False) -> list[HostState]:
+        """What each host says of an attempt, or of its newest. A host that cannot be reached has a `problem`.
+
+        repeats: whether a lost connection is tried again at once, and not left to the next look.
+        """
         number = [] if attempt is None else [str(attempt)]
 
         def one(worker: Worker) -> HostState:
             argv = ["bash", f"{HOST_ROOT}/worker/state.sh", self.run, *number]
-            done = self.slices.ssh(worker, argv, seconds=60)
+
+            def call() -> Done:
+                return self.slices.ssh(worker, argv, seconds=60)
+
+            done = self.repeated(call) if repeats else call()
             state = parse_state(worker.number, done.out)
             if done.code != 0 or state is None:
                 return HostState(worker=worker.number, problem=str(self.error(worker, argv, done)))
