@@ -10,6 +10,7 @@ from jaxft.checkpoint.load import base_of, resolve
 from jaxft.config import RunConfig, with_overrides
 from jaxft.config.fields import all_fields
 from jaxft.data.sources import open_rows
+from jaxft.doctor.storage import examine_output
 from jaxft.errors import ExitCode, JaxftError
 from jaxft.files.digest import content_digest
 from jaxft.hardware.prices import price_of
@@ -61,6 +62,8 @@ def test_what_opens_lists_of_paths_expands_each(home):
 CALLS = {
     ("export", "source"): lambda: api.export("~/none", "~/out"),
     ("export", "to"): lambda: api.export("~/none", "~/full"),
+    ("convert", "source"): lambda: api.convert("~/none", "~/out"),
+    ("convert", "to"): lambda: api.convert("~/none", "~/full"),
     ("load_model", "path"): lambda: api.load_model("~/none"),
     ("load_tokenizer", "path"): lambda: api.load_tokenizer("~/none"),
     ("score", "rows"): lambda: open_rows("~/none"),
@@ -121,9 +124,15 @@ def test_no_option_with_a_path_is_forgotten():
     # The same code as in a command above, or a function of the first table reads them.
     others = {
         "config", "set_data", "set_eval_data", "set_output", "set_chat_template", "set_model", "chat_template", "model",
-        "reward_model", "prices", "data", "to", "pairs", "base", "set_base", "tokenizer",
+        "reward_model", "prices", "data", "to", "pairs", "base", "set_base", "tokenizer", "output_dir",
     }  # fmt: skip
     assert {(verb, dest) for verb, dest in taken if dest not in others} <= set(COMMANDS)
+
+
+def test_a_folder_that_is_examined_is_expanded(home):
+    (home / "file").touch()
+    values = [part.value for part in examine_output("~/file") if part.name == "output_dir"]
+    assert values == [f"{home}/file"]
 
 
 def test_the_base_of_an_adapter_is_expanded(home):
