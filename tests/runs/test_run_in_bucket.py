@@ -15,6 +15,8 @@ from jaxft.files.buckets import store
 from jaxft.runs.train import train
 from jaxft.training.log import TIMING_KEYS
 
+pytestmark = pytest.mark.slow  # whole runs, a minute in all
+
 SETTINGS = {"eval.metric": None, "checkpoint.every": 2, "export.merged": False}
 RUN = "gs://bucket/runs/one"
 PREFIX = "runs/one/"
