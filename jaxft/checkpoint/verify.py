@@ -4,7 +4,6 @@
 
 import contextlib
 import importlib.util
-import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,8 +14,7 @@ import numpy as np
 from flax import nnx
 
 from jaxft.adapters.attach import detach
-from jaxft.checkpoint.load import LoadedModel, load_model, resolve
-from jaxft.checkpoint.peft.folder import CONFIG
+from jaxft.checkpoint.load import LoadedModel, is_adapter, load_model, resolve
 from jaxft.errors import ExportError
 from jaxft.files.paths import is_remote
 from jaxft.models import parameter_count
@@ -103,7 +101,7 @@ def check_export(live: LoadedModel, folder: str, *, dtype: str, mesh: MeshPlan |
     compute = str(np.dtype(live.module.dtype))
     what = "scores" if is_score_model(live) else "logits"
     tolerance = max(TOLERANCE[dtype], TOLERANCE[compute])
-    effect = np.max(np.abs(_base_outputs(live) - expected)) / largest if _is_adapter(folder) else 0.0
+    effect = np.max(np.abs(_base_outputs(live) - expected)) / largest if is_adapter(folder) else 0.0
     if compute == "float32" and effect > SMALLEST_EFFECT:
         tolerance = min(tolerance, effect / 2)
 
@@ -121,11 +119,11 @@ def check_export(live: LoadedModel, folder: str, *, dtype: str, mesh: MeshPlan |
     def by_peers() -> dict[str, tuple[float, float]]:
         return {reader: compare(reader, read()) for reader, read in _peers(live, folder).items()}
 
-    quantization = live.quantization if _is_adapter(folder) else None
-    allowed = live.hf_config.get(ALLOWED, ()) if _is_adapter(folder) else ()
+    quantization = live.quantization if is_adapter(folder) else None
+    allowed = live.hf_config.get(ALLOWED, ()) if is_adapter(folder) else ()
     reloaded = load_model(folder, dtype=compute, mesh=mesh, quantization=quantization, allow_unknown=allowed)
     ours = {"jaxft": compare("jaxft", probe_outputs(reloaded, live))}
-    if quantization is not None and _peers(live, folder):
+    if quantization is not None and on_primary(lambda: bool(_peers(live, folder))):
         # The other readers put the adapter on the base in its own precision. So does their reference.
         expected = probe_outputs(load_model(folder, dtype=compute, mesh=mesh, allow_unknown=allowed), live)
         largest = _size(live, expected)
@@ -150,18 +148,14 @@ def _peers(live: LoadedModel, folder: str) -> dict[str, Callable[[], np.ndarray]
     score, tokens = is_score_model(live), probe(live.module.config.vocab_size)
     small = parameter_count(live.module) <= PEER_LIMIT
     if small and importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
-        peft_folder = importlib.util.find_spec("peft") is not None and _is_adapter(folder)
+        peft_folder = importlib.util.find_spec("peft") is not None and is_adapter(folder)
         if peft_folder and not live.base.endswith(".gguf") and not is_remote(live.base):
             readers["peft"] = lambda: _peer_scores(live, folder) if score else _peft_logits(live, folder, tokens)
-        elif not _is_adapter(folder):
+        elif not is_adapter(folder):
             readers["transformers"] = lambda: (
                 _peer_scores(live, folder) if score else _transformers_logits(folder, tokens)
             )
     return readers
-
-
-def _is_adapter(folder: str) -> bool:
-    return os.path.isfile(os.path.join(folder, CONFIG))
 
 
 def _transformers_logits(folder: str, tokens: np.ndarray) -> np.ndarray:
@@ -200,7 +194,7 @@ def _peer_scores(live: LoadedModel, folder: str) -> np.ndarray:
     longest = max(map(len, documents))
     rows = [[*document, *[pad] * (longest - len(document))] for document in documents]
     mask = [[1] * len(document) + [0] * (longest - len(document)) for document in documents]
-    adapter = _is_adapter(folder)
+    adapter = is_adapter(folder)
     with _quiet_transformers():
         model = AutoModelForSequenceClassification.from_pretrained(
             resolve(live.base) if adapter else folder, num_labels=1, dtype=torch.float32, local_files_only=True

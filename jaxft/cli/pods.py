@@ -157,7 +157,6 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     from jaxft.pods.run import run
 
     if not request.dry_run:
-        request.check_processes()
         return run(request, config, say=say_of(arguments))
     from jaxft.pods.attempts.rehearsal import HostAnswers
     from jaxft.pods.dry_run import DryRun

@@ -19,6 +19,7 @@ METRICS = "metrics.jsonl"  # one JSON object for each logged step or held-out ev
 COMPLETIONS = "completions.jsonl"  # the answers that the model sampled while it trained, with their rewards
 HELD_OUT_COMPLETIONS = "held_out_completions.jsonl"  # the answers to held-out prompts at every evaluation
 REFERENCE = "reference.npz"  # log-probabilities of a frozen reference, if they are cached
+UNFINISHED = ".jaxft_unfinished"  # in a folder that the run may delete: it is being written, or about to go
 SUMMARY = "summary.json"  # final metrics, written last
 CHAT_TEMPLATE = "chat_template.jinja"  # transformers gives it this name in model folders too
 REPORT, LOSS_PLOT = "report.html", "loss.png"

@@ -131,16 +131,6 @@ class Request:
         """The request of which `to_json` made the values. Raises ConfigError as a new request does."""
         return cls(**{**values, **{name: tuple(values[name]) for name in TUPLES}})
 
-    def check_processes(self) -> None:
-        """Raises ConfigError for a run of several processes into a bucket, which `jaxft train` refuses."""
-        if self.is_remote and self.hosts * self.slices > 1:
-            raise ConfigError(
-                f"--to={self.to}: {self.shape.describe()} has {self.hosts * self.slices} hosts, and only a run of one "
-                "process can write to a bucket. Take a slice of one host, or say --shared and give a folder that every "
-                "host and this machine mount, such as Filestore: --shared --to=/mnt/filestore/RUN. With --dry_run the "
-                "commands are shown all the same."
-            )
-
     def check_config(self, config: RunConfig) -> None:
         """Raises ConfigError for a config that would lose its work on these machines."""
         check_saves(config, self.model)

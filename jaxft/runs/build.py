@@ -42,7 +42,7 @@ from jaxft.optim.make import make_optimizer
 from jaxft.runs.going_on import going_on, merged_base
 from jaxft.sharding.mesh import MeshPlan, auto_mesh, make_mesh_plan
 from jaxft.sharding.processes import on_primary
-from jaxft.sharding.shared_folder import share
+from jaxft.sharding.shared_folder import uploaded
 from jaxft.sharding.specs import divisors
 from jaxft.training.state import TrainState, create
 from jaxft.training.step import Step, make_train_step
@@ -60,10 +60,9 @@ def build_model(config: RunConfig, mesh: MeshPlan | None = None, *, random_base:
     if model.random_init:
         path = str(random_base or folder_of(config.output_dir) / BASE)
         on_primary(lambda: _draw_weights(config, Path(path)))
-        share(Path(path).parent)
+        path = uploaded(Path(path))
     elif model.adapter == "merge":
-        path = merged_base(config, random_base or folder_of(config.output_dir) / BASE)
-        share(Path(path).parent)
+        path = uploaded(merged_base(config, random_base or folder_of(config.output_dir) / BASE))
     given: dict[str, Any] = {"revision": model.revision, "mesh": mesh, "head": method_of(config).head}
     if path == model.path:
         given |= {"base": model.base, "allow_unknown": model.allowed}

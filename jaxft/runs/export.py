@@ -25,7 +25,9 @@ from jaxft.data.tokenizers.load import load_tokenizer
 from jaxft.data.tokenizers.padding import with_separate_pad
 from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import CheckpointError, ConfigError
+from jaxft.files.atomic import unfinished_folder
 from jaxft.files.buckets.working_copy import checkpoints_of, run_in_bucket, shown
+from jaxft.files.buckets.working_copy import push as push_folder
 from jaxft.files.companions import copy_companions
 from jaxft.files.run_folder import ADAPTER, BASE, MERGED, MODEL, is_run_folder
 from jaxft.files.targets import check_space, locked_output, whole_folder
@@ -38,7 +40,7 @@ from jaxft.runs.identity.exports import begin_export, end_export
 from jaxft.runs.identity.record import record_of
 from jaxft.sharding.mesh import MeshPlan
 from jaxft.sharding.processes import is_multi_process, on_primary
-from jaxft.sharding.shared_folder import share
+from jaxft.sharding.shared_folder import uploaded
 from jaxft.terminal.console import say
 from jaxft.training.state import divide
 
@@ -245,11 +247,12 @@ def export_run(
         wanted.append(("merged", MODEL))
     for format, name in wanted:
         between()
-        target = Path(on_primary(partial(begin_export, folder, name)))
+        on_primary(partial(begin_export, folder, name))
+        target = unfinished_folder(folder / name)
         checks = write(loaded, tokenizer, target, format=format, mesh=mesh)
         on_primary(partial(_write_run_card, target, loaded, tokenizer, checks, format, folder))
         on_primary(partial(end_export, folder, name))
-        share(folder)
+        on_primary(partial(push_folder, folder))
         out[name] = name
         out[f"{name}_checks"] = {c.reader: c.difference for c in checks}
         out[f"{name}_mean"] = {c.reader: c.mean for c in checks}
@@ -294,7 +297,7 @@ def write(
             copy_companions(resolve(loaded.base), str(target))
 
     on_primary(write_config_and_tokenizer)
-    checks = check_export(loaded, str(target), dtype=file_dtype, mesh=mesh)
+    checks = check_export(loaded, uploaded(target), dtype=file_dtype, mesh=mesh)
     on_primary(partial(write_sums, target))
     return checks
 

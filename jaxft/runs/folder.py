@@ -20,7 +20,7 @@ from jaxft.data import Tokenizer, tokenizer_of
 from jaxft.errors import CheckpointError, ConfigError, listed
 from jaxft.files.atomic import make_folder, write_text
 from jaxft.files.buckets.store import is_bucket
-from jaxft.files.buckets.working_copy import checkpoints_of, folder_of, refuse_other_store, written
+from jaxft.files.buckets.working_copy import checkpoints_of, folder_of, forget, refuse_other_store, shown, written
 from jaxft.files.locks.lock import lock
 from jaxft.files.run_folder import (
     CHAT_TEMPLATE,
@@ -40,7 +40,7 @@ from jaxft.runs.identity.changes import Start, go_on, other_values, refuse_other
 from jaxft.runs.identity.contents import Reads, other_reads
 from jaxft.runs.identity.exports import clear
 from jaxft.runs.identity.record import EXPORTS, Record, read_record, record_of, write_record
-from jaxft.sharding.processes import is_multi_process, on_primary
+from jaxft.sharding.processes import is_primary, on_primary
 from jaxft.system import described
 
 log = logging.getLogger(__name__)
@@ -89,7 +89,6 @@ def locked_run(folder: str | os.PathLike[str], what: str, *, exclusive: bool = T
     what, exclusive: as for `files.locks.lock.lock`. Raises FolderInUseError, naming who writes there; ConfigError for a
     folder that is not that of a run and not empty, and for one that cannot be written.
     """
-    _refuse_multi_process_bucket(folder)
     with contextlib.ExitStack() as stack:
 
         def take() -> None:
@@ -105,16 +104,9 @@ def locked_run(folder: str | os.PathLike[str], what: str, *, exclusive: bool = T
                 raise _unwritable(Path(folder), error) from error
 
         on_primary(take)
+        if not is_primary():
+            stack.callback(forget, folder)
         yield
-
-
-def _refuse_multi_process_bucket(folder: str | os.PathLike[str]) -> None:
-    if is_bucket(folder) and is_multi_process():
-        raise ConfigError(
-            f"output_dir {os.fspath(folder)} is in a bucket, and this run has {jax.process_count()} processes, which "
-            "read each other's exports: that is possible in a bucket for one process alone. Set output_dir to a folder "
-            "that every host mounts, such as Filestore, NFS or a mounted bucket."
-        )
 
 
 def _unwritable(folder: Path, error: OSError) -> ConfigError:
@@ -203,7 +195,7 @@ def _config_in(folder: Path) -> RunConfig | None:
     values = None if newest is None else _config_saved(folder, newest)
     if values is None:
         return None
-    log.warning("%s is missing or damaged; the settings are those that step %d was saved with", path, newest)
+    log.warning("%s is missing or damaged; the settings are those that step %d was saved with", shown(path), newest)
     return config_module.resolve(values)
 
 
@@ -253,7 +245,7 @@ def check_shared(folder: Path, seconds: float = 30.0) -> None:
     while not (folder / CONFIG).is_file():
         if time.monotonic() > until:
             raise ConfigError(
-                f"process {jax.process_index()} does not see {folder.absolute() / CONFIG}, which process 0 has "
+                f"process {jax.process_index()} does not see {shown(folder.absolute() / CONFIG)}, which process 0 has "
                 "written. All processes write and read checkpoints and exports. Set output_dir to a folder "
                 "on storage that every host mounts, under the same path."
             )

@@ -70,7 +70,7 @@ def going_on(config: RunConfig, hf_config: dict[str, Any] | None = None) -> RunC
     return dataclasses.replace(config, adapter=dataclasses.replace(config.adapter, **own))
 
 
-def merged_base(config: RunConfig, folder: Path) -> str:
+def merged_base(config: RunConfig, folder: Path) -> Path:
     """The path of the base of a run on top of a merged adapter: written to `folder` once, for the export to name."""
     model = config.model
 
@@ -87,7 +87,7 @@ def merged_base(config: RunConfig, folder: Path) -> str:
             )
 
     on_primary(write)
-    return str(folder)
+    return folder
 
 
 def describe(config: RunConfig) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from jaxft.config import RunConfig
 from jaxft.data import render_rows, tokenizer_of
 from jaxft.errors import counted
 from jaxft.files import run_folder
-from jaxft.files.buckets.working_copy import folder_of, shown
+from jaxft.files.buckets.working_copy import push, shown
 from jaxft.methods import method_of
 from jaxft.methods.method import Run
 from jaxft.nn.decoder import Decoder
@@ -41,7 +41,7 @@ from jaxft.runs.report import KeptReport
 from jaxft.runs.scores import answer, check_scores, samples, score_summary, scores_key, scores_of
 from jaxft.runs.tracking import trackers_of
 from jaxft.sharding.processes import is_primary, on_primary, primary_first
-from jaxft.sharding.shared_folder import share
+from jaxft.sharding.shared_folder import open_shared
 from jaxft.sharding.stopping import hangups_answered, stop_if_requested
 from jaxft.terminal.console import SafeConsole, say
 from jaxft.terminal.output import lasting
@@ -126,6 +126,7 @@ def _train(run: Run, console: Console) -> dict[str, Any]:
         report = KeptReport(run.folder, run.print_line).write()
         summary = _summary(run, fitted, scores, exports) | report | _times(run)
         run_folder.write_json(run.folder / run_folder.SUMMARY, summary)
+        push(run.folder)
         return summary
 
     return on_primary(finish)
@@ -171,8 +172,7 @@ def set_up(config: RunConfig) -> Run:
             template=tokenizer.chat_template,
         )
     )
-    folder = folder_of(config.output_dir)
-    share(folder)
+    folder = open_shared(config.output_dir)
     check_shared(folder)
     return Run(
         config=config,

@@ -13,6 +13,7 @@ import jax
 from jax._src import distributed  # multihost_utils uses the devices, and the store has no public name
 
 from jaxft.errors import JaxftError
+from jaxft.files.buckets.working_copy import shown_text
 
 Value = TypeVar("Value")
 
@@ -52,7 +53,7 @@ def on_primary(make: Callable[[], Value]) -> Value:
     try:
         value = make()
     except JaxftError as error:
-        store().key_value_set(key, json.dumps({"error": str(error)}))
+        store().key_value_set(key, json.dumps({"error": shown_text(str(error))}))
         raise
     store().key_value_set(key, json.dumps({"value": value}))
     return value

@@ -4,6 +4,8 @@ import asyncio
 import json
 import os
 import re
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -15,12 +17,21 @@ from bucket_server import BucketServer, Fault, times
 from jaxft.errors import BucketError, ConfigError, FolderInUseError
 from jaxft.files.buckets import store, working_copy
 from jaxft.files.buckets.lease import Lease, owner_now
+from jaxft.files.buckets.scratch import Scratch
 from jaxft.files.buckets.store import Bucket, Changed, Entry
-from jaxft.files.buckets.working_copy import address_of, folder_of, shown, written
+from jaxft.files.buckets.working_copy import (
+    address_of,
+    empty_folder_of,
+    fetch,
+    folder_of,
+    forget,
+    shown,
+    stage,
+    written,
+)
 from jaxft.files.locks import lock
 from jaxft.files.locks.owner import Owner
-from jaxft.files.run_folder import LOCK, MARK
-from jaxft.runs.folder import locked_run
+from jaxft.files.run_folder import LOCK, MARK, UNFINISHED
 from jaxft.runs.survey.listing import runs_below
 
 
@@ -319,11 +330,72 @@ def test_runs_in_a_bucket_are_listed_from_their_small_files(bucket, server):
     assert address_of("/tmp") is None
 
 
-def test_several_processes_are_refused(monkeypatch):
-    monkeypatch.setattr("jaxft.runs.folder.is_multi_process", lambda: True)
-    with pytest.raises(ConfigError, match="one process alone. Set output_dir to a folder that every host mounts"):
-        with locked_run("gs://bucket/several", "jaxft train"):
-            pass
+def test_a_staged_folder_is_read_in_the_bucket_until_it_has_its_name(bucket, server):
+    with written(bucket.address, "jaxft train") as copy:
+        (copy.path / MARK).write_text("{}")
+        unfinished = copy.path / "adapter.partial"
+        unfinished.mkdir()
+        for name in (UNFINISHED, "a", "SHA256SUMS"):
+            (unfinished / name).write_text(name)
+        before = len(server.requests)
+        stage(unfinished)
+        order = [one.name.partition("/")[2] for one in server.requests[before:] if one.method == "POST"]
+        # Its mark is the first, by which others know that it may be deleted.
+        assert order == [f"adapter.partial/{UNFINISHED}", MARK, "adapter.partial/a", "adapter.partial/SHA256SUMS"]
+        (unfinished / UNFINISHED).unlink()
+        unfinished.rename(copy.path / "adapter")
+        copy.push()
+        assert set(bucket.entries()) == {MARK, LOCK, "adapter/a", "adapter/SHA256SUMS"}
+
+
+def test_what_a_killed_process_has_staged_is_not_fetched_and_goes(bucket, server):
+    mark, kept = f"merged.partial/{UNFINISHED}", "mine.partial/a"
+    for name in (MARK, mark, "merged.partial/a", kept):
+        bucket.write(name, b"{}")
+    with written(bucket.address, "jaxft train") as copy:
+        assert [path.name for path in copy.path.rglob("*")] == [MARK]
+        before = len(server.requests)
+        copy.push()
+        deleted = [one.name.partition("/")[2] for one in server.requests[before:] if one.method == "DELETE"]
+        assert deleted == ["merged.partial/a", mark]
+    assert set(bucket.entries()) == {MARK, kept}  # nobody of the run has written that
+
+
+def test_another_process_fetches_what_it_needs_alone(bucket):
+    for name in (MARK, "config.json", "teacher/1/ids.npy", "teacher/2/ids.npy", "model/weights"):
+        bucket.write(name, name.encode())
+    folder = empty_folder_of(bucket.address)
+    assert folder == folder_of(bucket.address) and not any(folder.iterdir())
+    fetch(folder / "config.json")
+    fetch(folder / "teacher" / "1")
+    assert {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} == {
+        "config.json",
+        "teacher/1/ids.npy",
+    }
+    with pytest.raises(BucketError, match=f"{bucket.address}/teacher/3 is not there"):
+        fetch(folder / "teacher" / "3")
+    forget(bucket.address)
+    assert not folder.exists()
+
+
+def test_the_copies_of_killed_processes_go_with_the_next(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    alive, mine = Scratch(), tmp_path / "of-another-program"
+    code = "from jaxft.files.buckets.scratch import Scratch; import os; print(Scratch().path); os.kill(os.getpid(), 9)"
+    killed = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"TMPDIR": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert killed.returncode == -9
+    dead = next(path for path in tmp_path.iterdir() if path != alive.path)
+    mine.mkdir()
+    Scratch().remove()
+    assert dead.exists()  # it may be one that is being made
+    for path in (dead, alive.path, mine):
+        os.utime(path, (1, 1))
+    Scratch().remove()
+    assert sorted(tmp_path.iterdir()) == sorted([alive.path, mine])
+    alive.remove()
+    assert list(tmp_path.iterdir()) == [mine]
 
 
 def test_other_stores_are_refused():

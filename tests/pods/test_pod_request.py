@@ -142,12 +142,3 @@ def test_a_folder_that_hosts_share_takes_several(tmp_path):
 def test_nobody_would_bring_the_run_of_a_detached_start_home():
     with pytest.raises(ConfigError, match="Leave out --detach, or give a bucket"):
         changed(topology="v6e:2x2", to="runs/here", detach=True)
-
-
-@pytest.mark.parametrize(("topology", "slices", "mend"), [("v6e:4x4", 1, "has 4 hosts"), ("v6e:2x4", 2, "has 2 hosts")])
-def test_several_hosts_and_a_bucket_are_refused_before_anything_is_created(topology, slices, mend):
-    request = dataclasses.replace(REQUEST, topology=topology, slices=slices)
-    with pytest.raises(ConfigError, match=f"{mend}, and only a run of one process.*--shared --to=/mnt"):
-        request.check_processes()
-    dataclasses.replace(request, to="/mnt/filestore/run", shared=True).check_processes()
-    dataclasses.replace(REQUEST, topology="v6e:2x4").check_processes()

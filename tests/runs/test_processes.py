@@ -51,7 +51,10 @@ ONLINE = {
 class Group:
     """`jaxft train` in so many processes of so many fake devices each; ended with the block."""
 
-    def __init__(self, folder: Path, cache: Path, processes: int, devices: int, own: Any = None, **overrides: Any):
+    def __init__(
+        self, folder: Path, cache: Path, processes: int, devices: int, own: Any = None, prefixes: Any = None,
+        **overrides: Any,
+    ):  # fmt: skip
         settings = {"output_dir": folder, **SMOKE, **overrides}
         command = [
             sys.executable, "-m", "jaxft.cli", "train", "--config=configs/quickstart.py:smoke",
@@ -70,9 +73,10 @@ class Group:
             place += (own or {}).get(index, [])
             place += [f"--heartbeat_seconds={HEARTBEAT_SECONDS}"]
             output = folder.with_name(f"{folder.name}-{index}.txt").open("w")
+            whole = [*(prefixes or {}).get(index, []), *command, *place]
             self.members.append(
                 subprocess.Popen(
-                    [*command, *place], cwd=Path(__file__).parents[2], env=env, stdout=output, stderr=subprocess.STDOUT
+                    whole, cwd=Path(__file__).parents[2], env=env, stdout=output, stderr=subprocess.STDOUT
                 )
             )
 

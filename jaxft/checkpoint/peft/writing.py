@@ -49,7 +49,6 @@ def write_adapter(model: Decoder, folder: str, *, base: str, nested: bool = Fals
     kind = only_kind(model)
     if kind is None:
         raise ModelError("the model has no adapter to write; full fine-tuning writes the whole model")
-    os.makedirs(folder, exist_ok=True)
     model = kind.plain_model(model) if hasattr(kind, "plain_model") else model
     leaves, _ = flatten(nnx.state(model), is_quantized)
     wrapper = "" if kind.PEFT_TYPE == TRAINABLE_TOKENS else "token_adapter."
@@ -62,6 +61,7 @@ def write_adapter(model: Decoder, folder: str, *, base: str, nested: bool = Fals
     if not is_primary():
         gather_sharded(tensors)
         return
+    os.makedirs(folder, exist_ok=True)
     write_safetensors(os.path.join(folder, WEIGHTS), tensors, {"format": "pt"})
     config = {
         "peft_type": kind.PEFT_TYPE,

@@ -2,32 +2,32 @@
 
 Programs that write a run want a folder: they append lines, rename files, write a model and read it back. They do all of
 that in the working copy, whose files are uploaded when they are whole. The checkpoints are not in it: they are written
-to the bucket directly, each process its own shards.
+to the bucket directly, each process its own shards. Of several processes of a run the first has the working copy. The
+others fetch the few files that they need, and read models in the bucket.
 """
 
-import atexit
 import contextlib
 import logging
 import os
-import shutil
-import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxft.errors import ConfigError, FolderInUseError, JaxftError, listed
+from jaxft.errors import BucketError, ConfigError, FolderInUseError, JaxftError, listed
 from jaxft.files.buckets.lease import Lease
 from jaxft.files.buckets.lease import owner_now as owner_of_lease
+from jaxft.files.buckets.scratch import Scratch
 from jaxft.files.buckets.store import Bucket, Entry, is_bucket
 from jaxft.files.locks import lock
 from jaxft.files.locks.owner import Owner
 from jaxft.files.paths import is_file
-from jaxft.files.run_folder import ADAPTER, CHECKPOINTS, LOCK, MARK, MERGED, MODEL, SUMMARY
+from jaxft.files.run_folder import ADAPTER, CHECKPOINTS, LOCK, MARK, MERGED, MODEL, SUMMARY, UNFINISHED
 from jaxft.home import local_path
 
 PUSH_SECONDS = 30.0  # between uploads of what has changed, besides those at every save
 MOST_BYTES = 2**26  # of a file of an export that is fetched: larger ones are replaced by a new export, and never read
-UNFINISHED = (".tmp", ".partial", ".deleted")  # endings of what is being written, or about to be deleted
+ENDINGS = (".tmp", ".partial", ".deleted")  # of what is being written, or about to be deleted
+GONE = (-1, 0)  # the state of a file that is not there
 SUMS = "SHA256SUMS"  # written last in an export, and so uploaded last
 
 log = logging.getLogger(__name__)
@@ -39,13 +39,13 @@ class WorkingCopy:
     def __init__(self, bucket: Bucket) -> None:
         self.bucket = bucket
         self.lease: Lease | None = None
-        self._above = Path(tempfile.mkdtemp(prefix="jaxft-run-"))
-        self.path = self._above / bucket.address.rpartition("/")[2]
+        self._scratch = Scratch()
+        self.path = self._scratch.path / bucket.address.rpartition("/")[2]
         self.path.mkdir()
         self._sent: dict[str, tuple[int, int]] = {}  # size and time of the files that the bucket has
         self._left: dict[str, Entry] = {}  # large files of exports, in the bucket alone
+        self._staged: set[str] = set()  # folders that are uploaded although they are not finished
         self._mutex = threading.Lock()
-        atexit.register(self.remove)
 
     def pull(self, *, small: bool = False) -> None:
         """Fetches the files that are in the bucket, in place of those of the same name.
@@ -62,11 +62,33 @@ class WorkingCopy:
             for name, entry in entries.items():
                 if name == LOCK or name.endswith("/") or _is_of_steps(name) or (small and "/" in name):
                     continue
+                if any(part.endswith(ENDINGS) for part in name.split("/")):
+                    if f"{name.split('/')[0]}/{UNFINISHED}" in entries:  # of a process that was killed
+                        self._sent[name] = GONE
+                    continue
                 if entry.size > MOST_BYTES and name.split("/")[0] in (ADAPTER, MERGED, MODEL):
                     self._left[name] = entry
                     continue
                 self.bucket.download(name, self.path / name, entry.size)
                 self._sent[name] = _state(self.path / name)
+
+    def fetch(self, below: str) -> None:
+        """Fetches a file, or all files of a folder, from the bucket. Raises BucketError if there is none."""
+        with self._mutex:
+            entries = self.bucket.entries(below)
+            names = [name for name in entries if name == below or name.startswith(f"{below}/")]
+            if not names:
+                raise BucketError(
+                    f"{self.bucket.address}/{below} is not there, though process 0 has written it: was it deleted "
+                    "meanwhile? Give the same command again."
+                )
+            for name in names:
+                self.bucket.download(name, self.path / name, entries[name].size)
+
+    def stage(self, folder: str) -> None:
+        """Uploads a folder before it is finished, for other processes to read it. Once renamed, it goes from there."""
+        self._staged.add(folder)
+        self.push()
 
     def push(self) -> None:
         """Uploads the files that are new or have changed, and deletes in the bucket those that are gone here.
@@ -85,7 +107,7 @@ class WorkingCopy:
                     self.bucket.upload(name, self.path / name)
                     self._sent[name] = here[name]
                     self._left.pop(name, None)
-            for name in sorted(set(self._sent) - set(here)):
+            for name in sorted(set(self._sent) - set(here), key=lambda name: (name.endswith(UNFINISHED), name)):
                 self.bucket.delete(name)
                 del self._sent[name]
                 self._forget_left(name)
@@ -101,15 +123,15 @@ class WorkingCopy:
 
     def remove(self) -> None:
         """Deletes the copy."""
-        shutil.rmtree(self._above, ignore_errors=True)
+        self._scratch.remove()
 
     def _names(self) -> list[str]:
         """The files that are whole."""
         names = []
         for folder, folders, files in os.walk(self.path):
-            folders[:] = [one for one in folders if not one.endswith(UNFINISHED)]
+            folders[:] = [one for one in folders if not one.endswith(ENDINGS) or one in self._staged]
             names += [os.path.relpath(os.path.join(folder, file), self.path) for file in files]
-        return [one for one in names if one != LOCK and not one.endswith(UNFINISHED) and not _is_of_steps(one)]
+        return [one for one in names if one != LOCK and not one.endswith(ENDINGS) and not _is_of_steps(one)]
 
 
 _open: dict[str, WorkingCopy] = {}  # by address
@@ -124,6 +146,18 @@ def folder_of(path: str | os.PathLike[str]) -> Path:
     path = local_path(path)
     refuse_other_store(path)
     return _copy(path, fetch=True).path if is_bucket(path) else Path(path)
+
+
+def empty_folder_of(path: str | os.PathLike[str]) -> Path:
+    """As `folder_of`, but nothing is fetched: for a process that fetches what it needs from another one's run."""
+    path = local_path(path)
+    return _copy(path, fetch=False).path if is_bucket(path) else Path(path)
+
+
+def forget(path: str | os.PathLike[str]) -> None:
+    """Deletes the working copy of a run in a bucket, if there is one."""
+    if is_bucket(path := local_path(path)):
+        _forget(path)
 
 
 def run_in_bucket(path: str) -> str:
@@ -182,10 +216,16 @@ def push(folder: Path) -> None:
         _open[address].push()
 
 
-def pull(folder: Path) -> None:
-    """Fetches what is new in the bucket of a working copy; does nothing for any other folder. Raises BucketError."""
-    if (address := address_of(folder)) is not None:
-        _open[address].pull()
+def stage(folder: Path) -> None:
+    """Uploads a folder within a working copy, finished or not; does nothing elsewhere. Raises as `WorkingCopy.push`."""
+    if (copy := _copy_with(folder)) is not None:
+        copy.stage(folder.name)
+
+
+def fetch(path: Path) -> None:
+    """Fetches a file or folder of a working copy; does nothing elsewhere. Raises BucketError if it is not there."""
+    if (copy := _copy_with(path)) is not None:
+        copy.fetch(path.relative_to(copy.path).as_posix())
 
 
 def owner_now(folder: Path) -> Owner | None:
@@ -271,6 +311,11 @@ def _copy(address: str, *, fetch: bool) -> WorkingCopy:
         return _open[bucket.address]
 
 
+def _copy_with(path: Path) -> WorkingCopy | None:
+    """The working copy in which a path is."""
+    return next((copy for copy in _open.values() if path.is_relative_to(copy.path)), None)
+
+
 def _forget(address: str) -> None:
     with _guard:
         if (copy := _open.pop(Bucket(address).address, None)) is not None:
@@ -292,9 +337,18 @@ def _push_or_tell(copy: WorkingCopy) -> None:
 def _rename_in(error: BaseException, copy: WorkingCopy) -> None:
     """The address in place of the copy in the message of an error."""
     if isinstance(error, JaxftError):
-        error.args = tuple(
-            one.replace(str(copy.path), copy.bucket.address) if isinstance(one, str) else one for one in error.args
-        )
+        error.args = tuple(_renamed(one, copy) if isinstance(one, str) else one for one in error.args)
+
+
+def shown_text(text: str) -> str:
+    """A text with the addresses of runs in place of the paths of their working copies."""
+    for copy in list(_open.values()):
+        text = _renamed(text, copy)
+    return text
+
+
+def _renamed(text: str, copy: WorkingCopy) -> str:
+    return text.replace(str(copy.path), copy.bucket.address)
 
 
 def refuse_other_store(path: str | os.PathLike[str]) -> None:
@@ -312,12 +366,12 @@ def _is_of_steps(name: str) -> bool:
 
 
 def _order(name: str) -> tuple[bool, bool, bool, str]:
-    return (name == SUMMARY, name.endswith(SUMS), name != MARK, name)
+    return (name == SUMMARY, name.endswith(SUMS), name != MARK and not name.endswith(UNFINISHED), name)
 
 
 def _state(path: Path) -> tuple[int, int]:
     try:
         status = path.stat()
     except FileNotFoundError:
-        return (-1, 0)
+        return GONE
     return (status.st_size, status.st_mtime_ns)

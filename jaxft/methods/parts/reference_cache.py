@@ -19,6 +19,7 @@ from jaxft.config import RunConfig
 from jaxft.data.batch import Batch, Example
 from jaxft.errors import ModelError
 from jaxft.files.atomic import write_file
+from jaxft.files.buckets.working_copy import shown
 from jaxft.files.paths import sizes_and_times
 from jaxft.files.run_folder import BASE, REFERENCE
 from jaxft.methods.method import Run
@@ -27,6 +28,7 @@ from jaxft.methods.parts.reference import REFERENCE_LOGPS, is_cached
 from jaxft.nn.decoder import Decoder
 from jaxft.sharding.arrays import to_host
 from jaxft.sharding.processes import on_primary
+from jaxft.sharding.shared_folder import share
 from jaxft.training.state import divide
 from jaxft.training.step import rounded
 
@@ -64,10 +66,12 @@ def with_reference_logps(
         sets[HELD_OUT] = scored(data.eval_examples)
     hashes = on_primary(lambda: {name: _hash(run, examples, settings) for name, examples in sets.items()})
     kept = on_primary(lambda: sorted(_read(file, hashes)))
+    if kept:
+        share(file)
     sums = {name: values for name, values in _read(file, hashes).items() if name in kept} if kept else {}
     if len(sums) < len(sets):
         if on_primary(file.is_file):
-            run.print_line(f"{file} belongs to another model or other rows, so it is computed again")
+            run.print_line(f"{shown(file)} belongs to another model or other rows, so it is computed again")
         score = _scorer(run, base(), logps_of)
         sums |= {name: _computed(run, name, rows, score) for name, rows in sets.items() if name not in sums}
         if not run.held_out_only:

@@ -25,6 +25,7 @@ from jaxft.objectives.distill import FrozenArrays, as_teacher
 from jaxft.objectives.token_divergence import TopLogps, top_logps
 from jaxft.sharding.arrays import to_host
 from jaxft.sharding.processes import is_primary, on_primary
+from jaxft.sharding.shared_folder import share
 
 # Arrays of `Batch.arrays`, [B, S, K] int32 and [B, S, R] float32: the fields of `TopLogps`.
 TEACHER_IDS, TEACHER_LOGPS = "teacher_ids", "teacher_logps"
@@ -56,10 +57,12 @@ def _with_files(
     """The examples with arrays that are views of files, which are written first if they are not there."""
     folder = run.folder / TEACHER / on_primary(lambda: _hash(run.config, teacher, examples))
     if on_primary(folder.is_dir):
+        share(folder)
         return _read(folder, examples)
     run.print_line(f"the teacher's log-probabilities of {len(examples):,} rows ...")
     if not run.held_out_only:
         _write(run, examples, load(), folder)
+        share(folder)
         return _read(folder, examples)
     with tempfile.TemporaryDirectory() as scratch:
         _write(run, examples, load(), Path(scratch) / TEACHER)

@@ -15,10 +15,10 @@ from jaxft.checkpoint.hub.card import MARK as CARD_MARK
 from jaxft.checkpoint.hub.card import README
 from jaxft.errors import CheckpointError
 from jaxft.files.atomic import publish, unfinished_folder
-from jaxft.files.buckets.working_copy import delete_checkpoints
+from jaxft.files.buckets.working_copy import delete_checkpoints, shown
+from jaxft.files.run_folder import UNFINISHED
 from jaxft.runs.identity.record import EXPORTS, OF_A_RUN, Record, record_of, write_record
 
-UNFINISHED = ".jaxft_unfinished"  # in a folder that the run may delete: it is being written, or about to go
 # Larger files are not read to see whether somebody changed them: models are replaced by others, not edited.
 MOST_BYTES = 64 * 2**20
 
@@ -56,7 +56,7 @@ def remove_export(folder: Path, name: str) -> None:
     if not os.path.lexists(target):
         return
     if (why := _unexplained(target, record_of(folder))) is not None:
-        log.warning("%s is kept as %s: %s", target, set_aside(target), why)
+        log.warning("%s is kept as %s: %s", shown(target), shown(set_aside(target)), why)
         return
     (target / UNFINISHED).touch()
     deleted = target.rename(_deleted(target))
