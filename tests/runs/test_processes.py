@@ -75,9 +75,7 @@ class Group:
             output = folder.with_name(f"{folder.name}-{index}.txt").open("w")
             whole = [*(prefixes or {}).get(index, []), *command, *place]
             self.members.append(
-                subprocess.Popen(
-                    whole, cwd=Path(__file__).parents[2], env=env, stdout=output, stderr=subprocess.STDOUT
-                )
+                subprocess.Popen(whole, cwd=Path(__file__).parents[2], env=env, stdout=output, stderr=subprocess.STDOUT)
             )
 
     def __enter__(self) -> "Group":

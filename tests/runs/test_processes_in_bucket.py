@@ -125,12 +125,15 @@ def when(server: BucketServer, name: str, act: Callable[[], None]) -> Callable[[
     return rule
 
 
-@pytest.mark.parametrize("victims", [(0,), (1,), (0, 1)], ids=["first", "second", "both"])
-@pytest.mark.parametrize("moment", ["checkpoints/4/manifest.json", "adapter.partial/adapter_model.safetensors"])
+@pytest.mark.parametrize(
+    ("moment", "victims", "step"),
+    [("4.saving", (0, 1), 2), ("4.saving", (1,), 2), ("adapter.partial/adapter_model.safetensors", (0,), 6)],
+    ids=["save, both", "save, second", "export, first"],
+)
 def test_a_killed_run_goes_on_to_the_same_bits(
-    moment: str, victims: tuple[int, ...], server: BucketServer, hosts: Hosts, local: Path, tmp_path: Path
+    moment: str, victims: tuple[int, ...], step: int, server: BucketServer, hosts: Hosts, local: Path, tmp_path: Path
 ) -> None:
-    run = f"killed-{''.join(map(str, victims))}-{moment[0]}"
+    run = f"killed-{len(victims)}-{step}"
     with hosts.start(f"gs://bucket/{run}") as group:
 
         def kill() -> None:
@@ -145,7 +148,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(
     assert "summary.json" not in names(server, run)
     with hosts.start(f"gs://bucket/{run}") as group:
         group.finish()
-        assert f"going on from step {2 if moment.startswith('c') and 0 in victims else 4 if moment.startswith('c') else 6}" in group.said(0)
+        assert f"going on from step {step} of 6" in group.said(0)
     assert_is_local(server, run, local, tmp_path / "copy")
 
 
