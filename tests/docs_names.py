@@ -25,7 +25,8 @@ TENSORS = re.compile(
 )
 # Files and folders that are not this repository's: a run's, a user's, other programs'.
 ELSEWHERE = re.compile(
-    r"(?:runs/.*|checkpoints/.*|adapter/|base/|merged/|meta/|model/|params/.*|state/|tensorboard/|\w+\.partial|owner/name"
+    r"(?:runs/.*|checkpoints/.*|adapter/|base/|merged/|meta/|model/|params/.*|state/|tensorboard/|owner/name"
+    r"|[\w.<>]+\.jaxft\.partial"
     r"|(?:rows/|test/)*(?:rows|\*)\.\w+(?:\.gz)?|rows/\*\*/.*|general\.architecture|tokenizer\.model)"
 )
 # Words of other programs, of formats and of prose that no source of ours holds as a name or in a string.
@@ -225,7 +226,7 @@ def unknown_names(code: str) -> list[str]:
     """The names in a piece of `code` that nothing defines: files, modules, fields of a config, functions, words."""
     callable_names = names().functions | set(names().classes) | set(dir(builtins))
     wrong = [f"{call}()" for call in re.findall(r"(?<![\w.])(\w+)\(", code) if call not in callable_names]
-    inside = re.findall(r"jaxft(?:\.\w+)+", code)
+    inside = re.findall(r"(?<!\.)jaxft(?:\.\w+)+", code)
     outside = code
     while (shorter := re.sub(r"\([^()]*\)", "", outside)) != outside:
         outside = shorter

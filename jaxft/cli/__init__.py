@@ -1,5 +1,6 @@
 """The command line: parses one verb and calls one function."""
 
+import argparse
 import logging
 import os
 import sys
@@ -7,6 +8,7 @@ from collections.abc import Sequence
 
 from jaxft.cli import settings
 from jaxft.cli.errors import explained
+from jaxft.cli.interrupts import interrupts_kept
 from jaxft.cli.limits import check_address_space
 from jaxft.cli.parser import make_parser
 from jaxft.cli.streams import only_ascii, prepare_streams, show_progress
@@ -29,6 +31,11 @@ def main(argv: Sequence[str] | None = None) -> ExitCode:
     parser = make_parser()
     given = settings.underscored(sys.argv[1:] if argv is None else argv)
     arguments, rest = parser.parse_known_args(given)
+    with interrupts_kept():
+        return _run(arguments, rest, given)
+
+
+def _run(arguments: argparse.Namespace, rest: Sequence[str], given: Sequence[str]) -> ExitCode:
     try:
         settings.refuse_undecoded(given)
         check_address_space(arguments.verb)

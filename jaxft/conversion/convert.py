@@ -86,8 +86,8 @@ def convert(
     gs://bucket/model, or hf://owner/name[@revision]. form: one of DTYPES; by default gguf for a path that ends in
     .gguf, else hf. dtype: of the written tensors, the source's own if None. base: of a PEFT folder, where its base is.
     tokenizer: where the tokenizer is, if not in the source. allow_unknown: as for `load_model`.
-    Everything is written in `to`.partial and renamed once it is whole and has been compared. After an interruption the
-    same call continues (hf) or starts again. Returns paths, sizes, seconds and the checks.
+    Everything is written in `to`.jaxft.partial and renamed once it is whole and has been compared. After an
+    interruption the same call continues (hf) or starts again. Returns paths, sizes, seconds and the checks.
     Raises ConfigError for options that do not fit, CheckpointError or ModelError for a source that is damaged or not
     implemented, ExportError if the target is in the way, the disk is too small or the result differs.
     """
@@ -298,7 +298,7 @@ def _files_of(path: str) -> list[Any]:
 
 @contextlib.contextmanager
 def _unfinished(to: Path, job: dict[str, Any], *, resumable: bool) -> Iterator[Path]:
-    """The folder `out` in `to`.partial.
+    """The folder `out` in `to`.jaxft.partial.
 
     resumable: keep it after an interruption, so that the next call of the same job continues there. Otherwise it is
     removed after an error, and files of a killed call are removed first.

@@ -2,7 +2,8 @@
 
 After a kill, a full disk, a crash of the machine or a power cut, either the old content is there or all of the new
 content. A rename may reach the disk before the bytes that it names, and a file before the folder entry that leads to
-it, so both are flushed, in this order.
+it, so both are flushed, in this order. The other name has `jaxft` in it: what an interrupted write left under it is
+deleted, so it is none that a user or another program would choose.
 """
 
 import contextlib
@@ -17,18 +18,20 @@ from jaxft.system import naming
 
 FilePath = str | os.PathLike[str]
 
+UNFINISHED_FILE, UNFINISHED_FOLDER = ".jaxft.tmp", ".jaxft.partial"  # endings of what is being written
+
 # What fsync answers where a file system has nothing to flush, or cannot flush a folder, as some mounted buckets.
 CANNOT_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 def unfinished_file(path: FilePath) -> Path:
-    """The name under which `write_file` writes: that of the file with `.tmp` appended, in the same folder."""
-    return Path(f"{os.fspath(path)}.tmp")
+    """The name under which `write_file` writes: that of the file with UNFINISHED_FILE appended, in the same folder."""
+    return Path(f"{os.fspath(path)}{UNFINISHED_FILE}")
 
 
 def unfinished_folder(path: FilePath) -> Path:
-    """The name under which a folder, or an output that needs one, is written: that of the target with `.partial`."""
-    return Path(path).with_name(f"{Path(path).name}.partial")
+    """The name under which a folder, or an output that needs one, is written: the target's with UNFINISHED_FOLDER."""
+    return Path(path).with_name(f"{Path(path).name}{UNFINISHED_FOLDER}")
 
 
 def write_file(path: FilePath, fill: Callable[[BinaryIO], object]) -> None:

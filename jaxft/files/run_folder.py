@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxft.errors import CheckpointError
 from jaxft.files.atomic import write_text
+from jaxft.files.strict_json import parse_json
 
 MARK = "jaxft_run.json"  # written first, by no other program: what makes a folder that of a run
 LOCK = "jaxft_lock.json"  # who writes in the folder, while somebody does
@@ -60,8 +61,8 @@ def read_json(path: str | os.PathLike[str], default: Any = None) -> Any:
     if not os.path.isfile(path):
         return default
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        return parse_json(Path(path).read_bytes(), whole_characters=False)
+    except ValueError as error:
         raise CheckpointError(f"{os.fspath(path)} is damaged, and not valid JSON: {error}") from error
 
 

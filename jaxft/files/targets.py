@@ -8,13 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jaxft.errors import ExportError
-from jaxft.files.atomic import publish
+from jaxft.files.atomic import UNFINISHED_FOLDER, publish, unfinished_folder
 from jaxft.files.locks.lock import lock
 from jaxft.home import local_path
 from jaxft.system import REMEDIES, described, undecoded
 
 MOST_PART = 238  # bytes of one part of a path: 255 less the endings of unfinished files and locks
-UNFINISHED = ".jaxft.partial"  # the ending of a folder that is being written
 SMALL_FILES = 64 * 2**20  # bytes for headers, configs and the tokenizer
 MOST_PATH = 3800  # bytes of a whole path: 4,095 less what is made beneath it, such as the files of a checkpoint
 
@@ -113,7 +112,7 @@ def begin_folder(path: str | os.PathLike[str]) -> str:
         check_new_folder(target)
         return str(target)
     make_new_folder(target)
-    unfinished = target.with_name(f"{target.name}{UNFINISHED}")
+    unfinished = unfinished_folder(target)
     try:
         _remove(unfinished)
         unfinished.mkdir()
@@ -170,7 +169,7 @@ def check_space(path: str | os.PathLike[str], size: int, there: int = 0) -> None
     path: of the output. size: its bytes without small files. there: bytes that are on the disk already, and are kept
     or removed.
     """
-    target = Path(os.fspath(path).removesuffix(UNFINISHED))
+    target = Path(os.fspath(path).removesuffix(UNFINISHED_FOLDER))
     folder = next(parent for parent in (target, *target.absolute().parents) if parent.is_dir())
     free, needed = shutil.disk_usage(folder).free, size + SMALL_FILES - there
     if needed > free:

@@ -132,9 +132,9 @@ def sample(
     `chosen` and `rejected`, without ties. overwrite: whether finished files may be replaced.
 
     The rows are in the order of the prompts, and draws depend on the seed, the row and the place in the answer alone.
-    Until the end they are in a file named like `to` with `.partial` appended, from which the same call goes on after an
-    interruption. Returns the figures of `Counts.summary`. Raises ConfigError for settings that cannot be sampled with,
-    for finished files, and for an unfinished one of other settings; DataError as `prepare_prompts` does.
+    Until the end they are in a file named like `to` with `.jaxft.partial` appended, from which the same call goes on
+    after an interruption. Returns the figures of `Counts.summary`. Raises ConfigError for settings that cannot be
+    sampled with, for finished files, and for an unfinished one of other settings; DataError as `prepare_prompts` does.
     """
     selection = Selection(keep=keep, threshold=threshold, keep_cut=keep_cut)
     to, pairs = local_path(to), None if pairs is None else local_path(pairs)

@@ -265,7 +265,7 @@ def interrupt(source: Path, to: Path, number: int, *options: str, when) -> subpr
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW, *arguments], cwd=root, env=env, stderr=subprocess.PIPE, text=True
     )
-    unfinished = to.with_name(f"{to.name}.partial") / "out"
+    unfinished = to.with_name(f"{to.name}.jaxft.partial") / "out"
     while process.poll() is None and not (unfinished.is_dir() and when(unfinished)):
         time.sleep(0.01)
     assert process.poll() is None, f"it ended first: {process.stderr.read()}"
@@ -284,7 +284,7 @@ def test_an_interrupted_conversion_leaves_no_target_and_goes_on(model, tmp_path,
     process = interrupt(model, to, number, "--shard_size=100KB", when=one_shard)
     assert process.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL)
     assert not to.exists()
-    unfinished = tmp_path / "out.partial" / "out"
+    unfinished = tmp_path / "out.jaxft.partial" / "out"
     assert not (unfinished / "config.json").exists()
     finished = {f: f.stat().st_mtime_ns for f in unfinished.glob("model-*.safetensors")}
     assert len(finished) >= 2
@@ -315,7 +315,7 @@ def test_an_interrupted_gguf_is_cleaned_up(model, tmp_path):
     interrupt(model, to, signal.SIGINT, when=begun)
     assert os.listdir(tmp_path) == []
     interrupt(model, to, signal.SIGKILL, when=begun)
-    assert sorted(os.listdir(tmp_path)) == ["out.gguf.jaxft_lock.json", "out.gguf.partial"]
+    assert sorted(os.listdir(tmp_path)) == ["out.gguf.jaxft.partial", "out.gguf.jaxft_lock.json"]
     convert(str(model), str(to), console=QUIET)
     assert os.listdir(tmp_path) == ["out.gguf"]
 
@@ -374,7 +374,7 @@ def test_targets_in_the_way_are_refused(model, tmp_path):
     (tmp_path / "full" / "mine").touch()
     with pytest.raises(ExportError, match=r"already there"):
         convert(str(model), str(tmp_path / "full"), console=QUIET)
-    shutil.copytree(tmp_path / "full", tmp_path / "out.partial")
+    shutil.copytree(tmp_path / "full", tmp_path / "out.jaxft.partial")
     with pytest.raises(ExportError, match=r"in the way and is not an unfinished conversion"):
         convert(str(model), str(tmp_path / "out"), console=QUIET)
     with pytest.raises(ConfigError, match=r"local or mounted folder"):
@@ -438,9 +438,9 @@ def test_the_room_that_is_asked_for_is_what_is_written(model, tmp_path, form, dt
 
 def test_what_an_interrupted_call_left_needs_no_more_room(model, tmp_path, monkeypatch):
     size = sum(array.nbytes for array in tensors_of(model).values())
-    left = tmp_path / "out.partial" / "out"
+    left = tmp_path / "out.jaxft.partial" / "out"
     left.mkdir(parents=True)
-    (tmp_path / "out.partial" / conversions.STATE).write_text("")
+    (tmp_path / "out.jaxft.partial" / conversions.STATE).write_text("")
     (left / "model-00001-of-00002.safetensors").write_bytes(bytes(size // 2))
     free(monkeypatch, size + SMALL_FILES - size // 2 - 1)
     with pytest.raises(ExportError, match="make room"):

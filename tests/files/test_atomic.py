@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from jaxft.errors import CheckpointError
 from jaxft.files import atomic
 from jaxft.files.run_folder import read_json, write_json
 
@@ -104,7 +105,7 @@ def recorded(monkeypatch):
 def test_the_bytes_of_a_file_reach_the_disk_before_its_name(tmp_path, monkeypatch):
     events = recorded(monkeypatch)
     atomic.write_text(tmp_path / "x.json", "new")
-    assert events == [("sync", "x.json.tmp"), ("rename", "x.json"), ("sync", tmp_path.name)]
+    assert events == [("sync", "x.json.jaxft.tmp"), ("rename", "x.json"), ("sync", tmp_path.name)]
 
 
 def test_everything_in_a_folder_reaches_the_disk_before_its_name(tmp_path, monkeypatch):
@@ -115,7 +116,7 @@ def test_everything_in_a_folder_reaches_the_disk_before_its_name(tmp_path, monke
         (folder / "b").write_text("b")
     before = events[: events.index(("rename", "model"))]
     assert before[0] == ("sync", tmp_path.name)  # the entry of the new folder
-    assert sorted(before[1:]) == [("sync", "a"), ("sync", "b"), ("sync", "inner"), ("sync", "model.partial")]
+    assert sorted(before[1:]) == [("sync", "a"), ("sync", "b"), ("sync", "inner"), ("sync", "model.jaxft.partial")]
     assert events[len(before) :] == [("rename", "model"), ("sync", tmp_path.name)]
 
 
@@ -130,11 +131,22 @@ def test_a_folder_appears_when_it_is_whole(tmp_path):
 def test_a_kill_in_the_middle_of_a_folder_leaves_none_and_the_next_call_begins_anew(tmp_path):
     path = tmp_path / "model"
     run_killed(KILLED_IN_A_FOLDER, path)
-    assert os.listdir(tmp_path) == ["model.partial"]
+    assert os.listdir(tmp_path) == ["model.jaxft.partial"]
     with atomic.new_folder(path) as folder:
         assert os.listdir(folder) == []
         (folder / "a").write_text("a")
     assert os.listdir(tmp_path) == ["model"] and os.listdir(path) == ["a"]
+
+
+def test_what_others_call_partial_or_temporary_is_left_alone(tmp_path):
+    theirs = {"model.partial/weights": "theirs", "x.json.tmp": "theirs"}
+    for name, text in theirs.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    with atomic.new_folder(tmp_path / "model") as folder:
+        (folder / "a").write_text("a")
+    atomic.write_text(tmp_path / "x.json", "new")
+    assert {name: (tmp_path / name).read_text() for name in theirs} == theirs
 
 
 def test_an_error_in_the_middle_of_a_folder_leaves_none(tmp_path):
@@ -157,6 +169,12 @@ def test_json_of_a_run_folder_comes_back(tmp_path):
     write_json(tmp_path / "scores.json", {"metric": "accuracy", "text": "ü"})
     assert read_json(tmp_path / "scores.json") == {"metric": "accuracy", "text": "ü"}
     assert (tmp_path / "scores.json").read_text(encoding="utf-8").endswith('"text": "ü"\n}\n')
+
+
+def test_json_of_a_run_folder_that_is_nested_too_deep_is_called_damaged(tmp_path):
+    (tmp_path / "jaxft_run.json").write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match="damaged, and not valid JSON: it is nested deeper than 200 lists"):
+        read_json(tmp_path / "jaxft_run.json")
 
 
 @pytest.mark.parametrize("kind", ["link", "dangling link", "leftover"])

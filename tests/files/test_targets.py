@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from jaxft.errors import ConfigError, ExportError
-from jaxft.files.atomic import write_file
-from jaxft.files.targets import UNFINISHED, check_new_file, check_space, make_new_folder, refused_target, whole_folder
+from jaxft.files.atomic import UNFINISHED_FOLDER, write_file
+from jaxft.files.targets import check_new_file, check_space, make_new_folder, refused_target, whole_folder
 from jaxft.runs.folder import refuse_occupied
 
 
@@ -110,7 +110,7 @@ def test_an_output_into_a_mounted_folder_is_written_there(small_disk):
 
 
 def test_what_a_killed_process_left_is_replaced_and_files_of_others_stay(tmp_path):
-    left = tmp_path / f"export{UNFINISHED}"
+    left = tmp_path / f"export{UNFINISHED_FOLDER}"
     left.mkdir()
     (left / "half").write_text("x")
     (tmp_path / "export.partial").write_text("mine")

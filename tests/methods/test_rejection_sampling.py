@@ -84,7 +84,7 @@ def test_an_interrupted_call_goes_on_and_writes_the_same_bytes(sampled, tmp_path
 
     with pytest.raises(KeyboardInterrupt):
         api.sample(model, tokenizer, config, str(to), pairs=str(pairs), print_line=interrupt, **WHOLE)
-    unfinished = tmp_path / "best.jsonl.partial"
+    unfinished = tmp_path / "best.jsonl.jaxft.partial"
     assert not to.exists() and len(lines_of(unfinished)) == 1 + 8
     with open(unfinished, "a", encoding="utf-8") as file:
         file.write('{"rows": [{"prompt": "half')
@@ -201,7 +201,7 @@ def test_the_command(sampled, tmp_path, capsys):
     command = ["sample", f"--config={file}", f"--to={tmp_path / 'best.jsonl'}", "--json", *overrides]
     assert cli.main([*command, "--threshold=2"]) == 2
     assert "no answer was kept: of 48 answers 47 were cut off" in capsys.readouterr().err
-    (tmp_path / "best.jsonl.partial").unlink()
+    (tmp_path / "best.jsonl.jaxft.partial").unlink()
     assert cli.main([*command, "--keep_cut"]) == 0
     assert json.loads(capsys.readouterr().out)["rows"] == 12
     # On all eight devices.

@@ -12,7 +12,7 @@ SETTINGS = {"config": {"seed": 0}}
 
 
 def test_an_interrupted_call_goes_on_after_its_last_whole_record(tmp_path):
-    path = tmp_path / "best.jsonl.partial"
+    path = tmp_path / "best.jsonl.jaxft.partial"
     records = [{"rows": [{"completion": "one\u2028line\x85 of \x1c text"}]}, {"rows": [{"completion": "two"}]}]
     Unfinished(path, SETTINGS).add(records)
     with open(path, "a") as file:
@@ -25,7 +25,7 @@ def test_an_interrupted_call_goes_on_after_its_last_whole_record(tmp_path):
 
 @pytest.mark.parametrize("content", [b"mine", b"mine\n", b'{"rows": 1}\n', b"\xff\xfe\n", b"[" * 10**5])
 def test_a_file_of_others_is_not_replaced(tmp_path, content):
-    path = tmp_path / "best.jsonl.partial"
+    path = tmp_path / "best.jsonl.jaxft.partial"
     path.write_bytes(content)
     with pytest.raises(ConfigError, match="is in the way.*Move it elsewhere"):
         Unfinished(path, SETTINGS)
@@ -33,7 +33,7 @@ def test_a_file_of_others_is_not_replaced(tmp_path, content):
 
 
 def test_other_settings_are_named(tmp_path):
-    path = tmp_path / "best.jsonl.partial"
+    path = tmp_path / "best.jsonl.jaxft.partial"
     Unfinished(path, SETTINGS)
     with pytest.raises(ConfigError, match="seed: was 0, now 1"):
         Unfinished(path, {"config": {"seed": 1}})

@@ -188,10 +188,10 @@ def test_what_is_not_the_runs_own_is_set_aside_and_told(tmp_path, name, replace,
 
 def test_a_folder_under_the_name_of_an_unfinished_export_is_set_aside(tmp_path):
     start(config_of(tmp_path))
-    (tmp_path / "adapter.partial").mkdir()
-    (tmp_path / "adapter.partial" / "mine").write_text("mine")
+    (tmp_path / "adapter.jaxft.partial").mkdir()
+    (tmp_path / "adapter.jaxft.partial" / "mine").write_text("mine")
     export_of(tmp_path, "adapter", weights="first")
-    assert contents(tmp_path / "adapter.partial.before-1") == {"mine": b"mine"}
+    assert contents(tmp_path / "adapter.jaxft.partial.before-1") == {"mine": b"mine"}
 
 
 def test_a_card_of_the_user_is_kept(tmp_path):

@@ -1,7 +1,7 @@
 """The exports within a run folder: written under another name, and never in the place of what the run did not write.
 
-An export is written in `<name>.partial` and renamed once it is whole and was read back. An earlier one is then deleted,
-if it holds just what the run wrote; otherwise it is set aside as `<name>.before-1`.
+An export is written in `<name>.jaxft.partial` and renamed once it is whole and was read back. An earlier one is
+then deleted, if it holds just what the run wrote; otherwise it is set aside as `<name>.before-1`.
 """
 
 import logging
