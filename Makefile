@@ -33,7 +33,7 @@ test: $(VENV)/test.done
 	$(BIN)/ruff check .
 	$(BIN)/mypy jaxft
 	$(SHELLCHECK)
-	$(ENV) $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(ENV) $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=40
 
 test-all: $(VENV)/test.done $(VENV)/quickstart.done $(VENV)/test-all.done
 	$(BIN)/ruff check .
