@@ -130,7 +130,7 @@ def request_of(arguments: argparse.Namespace, config: RunConfig, overrides: Sequ
 
     return Request(
         name=arguments.name or name_of(config.output_dir),
-        zones=tuple(zone for zone in arguments.zone.split(",") if zone),
+        zones=tuple(zone.strip() for zone in arguments.zone.split(",") if zone.strip()),
         env=tuple(arguments.env),
         project=project,
         config=arguments.config,

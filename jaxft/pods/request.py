@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxft.config import RunConfig
 from jaxft.errors import ConfigError
+from jaxft.files.buckets.store import Bucket
 from jaxft.hardware.topology import Topology, parse
 from jaxft.pods.machines import chips_of_host, hosts_of_slice, machine_of
 
@@ -132,8 +133,13 @@ class Request:
         return cls(**{**values, **{name: tuple(values[name]) for name in TUPLES}})
 
     def check_config(self, config: RunConfig) -> None:
-        """Raises ConfigError for a config that would lose its work on these machines."""
+        """Raises ConfigError for a config that would lose its work on these machines, or names another bucket."""
         check_saves(config, self.model)
+        if "://" in config.output_dir and config.output_dir.rstrip("/") != f"{self.to.rstrip('/')}/run":
+            raise ConfigError(
+                f"output_dir={config.output_dir}: the run folder is {self.to.rstrip('/')}/run, as --to says. Leave out "
+                "output_dir, or give its bucket and folder as --to"
+            )
 
 
 def check_saves(config: RunConfig, model: str) -> None:
@@ -145,6 +151,14 @@ def check_saves(config: RunConfig, model: str) -> None:
             "Set it, such as --config.checkpoint.every=100, or leave out "
             f"--{'spot' if model == 'spot' else 'flex_start'}"
         )
+
+
+def check_bucket(to: str) -> None:
+    """Raises ConfigError for an address that no bucket has. No bucket is asked."""
+    try:
+        Bucket(to)
+    except ConfigError as error:
+        raise ConfigError(f"--to: {error}") from error
 
 
 def name_of(output_dir: str) -> str:
@@ -175,6 +189,8 @@ def _check_names(request: Request) -> None:
         raise ConfigError(
             f"--to={request.to}: give a folder inside a bucket, such as --to=gs://BUCKET/RUN, or one of this machine"
         )
+    if request.is_remote:
+        check_bucket(request.to)
     if "://" in request.to and not request.is_remote:
         raise ConfigError(f"--to={request.to}: hosts of Google Cloud write to gs://BUCKET/RUN, or give a folder")
     for key in request.env:

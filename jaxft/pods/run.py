@@ -58,21 +58,20 @@ def run(
     request.check_config(config)
     rate = check_limit(request)
     secrets = secrets_of(request)
-    outside = outside or Outside(
-        say=say, slices_of=slices_of, run=run, ask=input if sys.stdin and sys.stdin.isatty() else None
-    )
+    outside = outside or Outside(say=say, slices_of=slices_of, run=run, ask=_terminal())
     if request.dry_run:
         check(request, config, say)
         return _rehearse(request, config, outside, rate.hour_usd, secrets)
     folder = folder_of(request.name)
     with led(request.name):
         output = output_of(request)
+        output.check()
         records = Records(folder, keep_copy(output, NAME))
+        packed = pack(config, folder, secrets=secrets)
         if records.read() is None and output.read(NAME) is None:
             check(request, config, say)
         else:
             say(f"{rate.at_most(request.max_hours)}, by prices of {rate.date}")
-        packed = pack(config, folder, secrets=secrets)
         launch = _opened(records, output, request, config, packed.path.name, rate.hour_usd, outside)
         records.set_wish(None)
         archive = folder / launch.archive
@@ -117,6 +116,7 @@ def secrets_of(request: Request) -> dict[str, str]:
 
 
 def _terminal() -> Callable[[str], str] | None:
+    """What asks a question, if somebody can answer."""
     return input if sys.stdin is not None and sys.stdin.isatty() else None
 
 
@@ -140,6 +140,7 @@ def _opened(
             name=request.name, request=request.to_json(), archive=archive, config=digest, hour_usd=hour_usd,
             created=outside.now(),
         )  # fmt: skip
+        output.write(NAME, launch.to_text().encode())  # a place that takes nothing is told before anything is created
         records.save(launch)
         return launch
     _check_same(launch, request, digest)

@@ -86,7 +86,7 @@ def test_refused_before_anything_is_run(capsys, options, message):
 
 
 def test_the_name_comes_from_the_run_folder(capsys):
-    assert cli.main([*RUN, "--topology=v6e:2x4", "--to=gs://b/r", "--output=runs/My_Run", "--dry_run"]) == 0
+    assert cli.main([*RUN, "--topology=v6e:2x4", "--to=gs://bucket/r", "--output=runs/My_Run", "--dry_run"]) == 0
     assert "gcloud compute instances create my-run-1 " in capsys.readouterr().out
 
 

@@ -38,7 +38,7 @@ SHAPES = [
 
 def request(kind: str = "jobset", **options: Any) -> ManifestRequest:
     return ManifestRequest(
-        **{"kind": kind, "name": "r1", "topology": "v6e:4x4", "to": "gs://b/r1", "image": IMAGE} | options
+        **{"kind": kind, "name": "r1", "topology": "v6e:4x4", "to": "gs://bucket/r1", "image": IMAGE} | options
     )
 
 
@@ -182,7 +182,7 @@ def mounted(folder: Path, config_map: dict[str, Any], jobset: dict[str, Any]) ->
 
 
 def test_a_pod_reads_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    every = documents(to="gs://b/elsewhere")
+    every = documents(to="gs://bucket/elsewhere")
     monkeypatch.chdir(mounted(tmp_path, one("ConfigMap", every), one("JobSet", every)))
     (argument,) = (
         argument.partition("=")[2]
@@ -190,7 +190,7 @@ def test_a_pod_reads_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         if argument.startswith("--config=")
     )
     config = load(argument)
-    assert config.output_dir == "gs://b/elsewhere" and config.train == CONFIG.train
+    assert config.output_dir == "gs://bucket/elsewhere" and config.train == CONFIG.train
     assert Path(config.data.train).read_bytes() == Path(CONFIG.data.train).read_bytes()
     folder = open_folder(config.model.path)
     assert folder.names() == sorted(os.listdir(CONFIG.model.path)) and folder.size("tokenizer.json")
@@ -232,7 +232,7 @@ def test_a_task_of_skypilot_names_its_runtime_and_its_end() -> None:
 
 def test_the_commands_of_a_task_make_the_same_run(tmp_path: Path) -> None:
     """Its setup and its command, with stand-ins for uv and jaxft, leave config and files where the run reads them."""
-    (task,) = documents("skypilot", to="gs://b/elsewhere")
+    (task,) = documents("skypilot", to="gs://bucket/elsewhere")
     programs = tmp_path / "programs"
     programs.mkdir()
     (programs / "uv").write_text("#!/bin/sh\nexit 0\n")
@@ -251,7 +251,7 @@ def test_the_commands_of_a_task_make_the_same_run(tmp_path: Path) -> None:
     folder = tmp_path / "jaxft-run"
     assert (tmp_path / "called").read_text().startswith(f"{folder} train --config=config.json --expect_processes=4")
     values = json.loads((folder / "config.json").read_text())
-    assert values["output_dir"] == "gs://b/elsewhere" and (folder / values["data"]["train"]).is_file()
+    assert values["output_dir"] == "gs://bucket/elsewhere" and (folder / values["data"]["train"]).is_file()
 
 
 @pytest.mark.parametrize(
@@ -317,8 +317,8 @@ def test_files_that_are_too_large_for_a_config_map_are_refused(tmp_path: Path) -
 
 
 def test_the_command_writes_the_file_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["pod", "manifest", "--kind=kueue", "--config=configs/quickstart.py:smoke", "--topology=v6e:4x4",
-               "--to=gs://b/My_Run", f"--image={IMAGE}", "--env=A", "--env=B", "--config.train.steps=7"]  # fmt: skip
+    command = ["pod", "manifest", "--kind=kueue", "--config=quickstart:smoke", "--topology=v6e:4x4",
+               "--to=gs://bu/My_Run", f"--image={IMAGE}", "--env=A", "--env=B", "--config.train.steps=7"]  # fmt: skip
     assert cli.main(command) == ExitCode.DONE
     every = list(yaml.safe_load_all(capsys.readouterr().out))
     assert one("JobSet", every)["metadata"]["name"] == "my-run"

@@ -13,7 +13,7 @@ from jaxft.pods.owned import delete_owned, owned
 from jaxft.pods.providers import slices_of
 from jaxft.pods.request import Request
 
-BASE = Request(name="run-1", topology="v5e:4x4", zones=("us-east5-b",), to="gs://b/r", project="my-project")
+BASE = Request(name="run-1", topology="v5e:4x4", zones=("us-east5-b",), to="gs://bucket/r", project="my-project")
 
 
 def project_with(*requests):

@@ -44,7 +44,7 @@ def planned(monkeypatch):
 
 def test_a_run_that_fits_is_described_with_its_worst_case(config, planned):
     lines = []
-    plan.check(dataclasses.replace(REQUEST, slices=2, to="gs://b/r"), config, lines.append)
+    plan.check(dataclasses.replace(REQUEST, slices=2, to="gs://bucket/r"), config, lines.append)
     assert planned["calls"] == [("v6e:2x4", {"slices": 2, "prices": None})]
     assert "1.00 of 16.00 GiB a device, 0.50 s a step, 10 steps in 2.00 h" in lines[1] and "finish" not in lines[1]
     assert lines[-1].startswith("at most 4.0 h, USD 172.80 (16 v6e x 2.70), by prices of")

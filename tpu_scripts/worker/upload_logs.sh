@@ -18,6 +18,20 @@ check_run "$RUN"
 RUNS="$ROOT/runs/$RUN"
 mkdir -p "$RUNS/upload"
 
+# A name of an object as a part of an address.
+encoded() {
+  local LC_ALL=C text="$1" i byte
+  for ((i = 0; i < ${#text}; i++)); do
+    case "${text:i:1}" in
+      [a-zA-Z0-9._~-]) printf '%s' "${text:i:1}" ;;
+      *)
+        printf -v byte %d "'${text:i:1}"
+        printf '%%%02X' $((byte & 255))
+        ;;
+    esac
+  done
+}
+
 # put FILE NAME: one file, whole or not at all.
 put() {
   local bucket name code
@@ -29,7 +43,7 @@ put() {
   name="${bucket#*/}/$2"
   bucket="${bucket%%/*}"
   code="$(as_service_account --output /dev/null --write-out '%{http_code}' -H "Content-Type: text/plain" \
-    --max-time 600 --data-binary "@$1" "$STORAGE/upload/storage/v1/b/$bucket/o?uploadType=media&name=${name//\//%2F}")" || return 1
+    --max-time 600 --data-binary "@$1" "$STORAGE/upload/storage/v1/b/$bucket/o?uploadType=media&name=$(encoded "$name")")" || return 1
   [[ "$code" == 200 ]] || { say "$TO/$2: the bucket answers with $code" >&2 && return 1; }
 }
 

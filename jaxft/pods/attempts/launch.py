@@ -222,9 +222,9 @@ def opened(name: str) -> Launch:
     launch = Records(folder_of(name)).read()
     if launch is None:
         known = sorted(path.parent.name for path in Path(local_path(HOME)).glob(f"*/{NAME}"))
-        names = f"It knows {', '.join(known)}." if known else "It knows no run."
+        names = f"It knows {', '.join(known)}. " if known else ""
         raise PodError(
-            f"this machine has no record of a run {name!r}. {names} Give one of these names, or `jaxft pod list "
-            "--project=P` to see what exists there."
+            f"this machine has no record of a run {name!r}. {names}`jaxft pod list --project=P` shows what exists in a "
+            "project; if another machine began the run, the same `jaxft pod run` takes it up here"
         )
     return launch

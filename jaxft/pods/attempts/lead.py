@@ -152,12 +152,15 @@ def _bring_whole(front: Front) -> None:
 
 
 def verify_run(output: Mounted) -> None:
-    """Raises PodError if `jaxft verify` would name anything broken in the run folder."""
+    """Raises PodError if `jaxft verify` would name anything broken in the run folder.
+
+    What the run read is on the hosts, or would have to be fetched here, so that it is left out.
+    """
     from jaxft.runs.survey.findings import BROKEN
     from jaxft.runs.survey.verify import verify
 
     try:
-        findings = verify(output.output_dir)
+        findings = verify(output.output_dir, reads=False)
     except CheckpointError as error:
         raise PodError(f"{output.output_dir} is not the whole run: {error}") from error
     if not findings.is_whole:

@@ -3,6 +3,7 @@
 Below --to are `run`, the run folder, `logs` and a copy of launch.json.
 """
 
+import functools
 import logging
 import os
 import shutil
@@ -13,16 +14,16 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from jaxft.checkpoint import manifest
-from jaxft.errors import CheckpointError, PodError
+from jaxft.errors import BucketError, CheckpointError, PodError
 from jaxft.files.atomic import flush_tree, make_folder, unfinished_folder, write_file
-from jaxft.files.paths import of_store, url_parts
-from jaxft.files.run_folder import CHECKPOINTS
+from jaxft.files.buckets import store
+from jaxft.files.run_folder import CHECKPOINTS, LOCK
 from jaxft.home import local_path
 from jaxft.pods.attempts.hosts import HOST_ROOT, Hosts
 from jaxft.pods.request import Request
 
 RUN, LOGS = "run", "logs"
-UNFINISHED = ("*.tmp", "*.partial", "*.saving-*", "jaxft_lock.json")  # in a run folder, while it is written
+UNFINISHED = ("*.tmp", "*.partial", "*.saving-*", LOCK)  # in a run folder, while it is written
 
 Result = TypeVar("Result")
 log = logging.getLogger(__name__)
@@ -39,6 +40,10 @@ class Output(Protocol):
     @property
     def to(self) -> str | None:
         """The place as the hosts see it, for upload_logs.sh; None if they do not."""
+        ...
+
+    def check(self) -> None:
+        """Raises PodError if it is not there, before anything is created."""
         ...
 
     def newest(self) -> int | None:
@@ -77,6 +82,15 @@ class Mounted:
         self.folder = folder
         self.output_dir, self.to = str(folder / RUN), str(folder)
 
+    def check(self) -> None:
+        """See Output."""
+        try:
+            make_folder(self.folder)
+        except OSError as error:
+            raise PodError(
+                f"{self.folder} cannot be made on this machine: {error}. Mount it here too, or give another --to"
+            ) from error
+
     def newest(self) -> int | None:
         """See Output."""
         return _newest(self.folder / RUN)
@@ -107,33 +121,26 @@ class Bucket:
     def __init__(self, to: str) -> None:
         self.to = to
         self.output_dir = f"{to}/{RUN}"
-        self._address = to
+        self._objects = store.Bucket(to)
+
+    def check(self) -> None:
+        """See Output."""
+        _of_bucket(self._objects.check)
 
     def newest(self) -> int | None:
         """See Output."""
-        pattern = f"{RUN}/{CHECKPOINTS}/*/{manifest.NAME}"
-        files, root = self._files()
-        files.invalidate_cache()
-        names = _of_bucket(lambda: files.glob(f"{root}/{pattern}"), f"cannot list {self._address}")
-        steps = [name.split("/")[-2] for name in names]
+        names = _of_bucket(lambda: self._objects.entries(f"{RUN}/{CHECKPOINTS}/"))
+        steps = [name.split("/")[-2] for name in names if name.endswith(f"/{manifest.NAME}")]
         return max((int(step) for step in steps if step.isdigit()), default=None)
 
     def write(self, name: str, content: bytes) -> None:
         """See Output."""
-        files, root = self._files()
-        _of_bucket(lambda: files.pipe_file(f"{root}/{name}", content), f"cannot write {self._address}/{name}")
+        _of_bucket(lambda: self._objects.write(name, content))
 
     def read(self, name: str) -> bytes | None:
         """See Output."""
-        files, root = self._files()
-
-        def content() -> bytes | None:
-            try:
-                return bytes(files.cat_file(f"{root}/{name}"))
-            except FileNotFoundError:
-                return None
-
-        return _of_bucket(content, f"cannot read {self._address}/{name}")
+        found = _of_bucket(lambda: self._objects.read(name))
+        return None if found is None else found.data
 
     def send(self, hosts: Hosts) -> None:
         """The hosts see the bucket."""
@@ -143,13 +150,15 @@ class Bucket:
         return self.newest()
 
     def copy_to(self, folder: Path) -> None:
-        """Copies the run to a folder of this machine. Raises PodError."""
-        files, root = self._files()
-        source = f"{root}/{RUN}"
-        _of_bucket(lambda: files.get(f"{source}/", str(folder), recursive=True), f"cannot fetch {self.output_dir}")
-
-    def _files(self):  # type: ignore[no-untyped-def]  # fsspec has no types
-        return _of_bucket(lambda: url_parts(self._address), f"cannot reach {self._address}")
+        """Copies the run to a folder of this machine. Raises PodError, also if nothing of it is there."""
+        entries = _of_bucket(lambda: self._objects.entries(f"{RUN}/"))
+        if not entries:
+            raise PodError(f"nothing is in {self.output_dir} yet: `jaxft pod status NAME` shows what the run does")
+        for name, entry in entries.items():
+            if name.endswith("/") or name.rpartition("/")[2] == LOCK:  # a mark of a folder; who writes there now
+                continue
+            path = folder / name.removeprefix(f"{RUN}/")
+            _of_bucket(functools.partial(self._objects.download, name, path, entry.size))
 
 
 class HostDisk:
@@ -163,6 +172,10 @@ class HostDisk:
         self._on_host = f"{HOST_ROOT}/runs/{run}/output"
         self.output_dir = f"~/{self._on_host}"
         self.at_home = Mounted(folder)
+
+    def check(self) -> None:
+        """See Output."""
+        self.at_home.check()
 
     @property
     def to(self) -> str | None:
@@ -273,15 +286,11 @@ def _newest(run: Path) -> int | None:
     return max((int(step) for step in steps if step.isdigit()), default=None)
 
 
-def _of_bucket(action: Callable[[], Result], failure: str) -> Result:
+def _of_bucket(action: Callable[[], Result]) -> Result:
     try:
-        return of_store(action, failure)
-    except CheckpointError as error:
-        raise PodError(
-            f"{error}. Check the name of the bucket, and that `gcloud auth application-default login` was run "
-            "here with "
-            "an account that may read and write there."
-        ) from error
+        return action()
+    except (BucketError, FileNotFoundError) as error:  # an object that was deleted while all of them were read
+        raise PodError(str(error)) from error
 
 
 def keep_copy(output: Output, name: str) -> Callable[[str], None]:

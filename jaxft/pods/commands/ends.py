@@ -29,8 +29,11 @@ def stop(
     leader = owner_now(front.records.folder, inside=True)
     if leader is None:
         with led(name):
-            front.records.set_wish("stop")
-            return lead(front)
+            front = front_of(name, project, front.outside)  # as the process left it that led the run until now
+            if front.launch.state == "open":
+                front.records.set_wish("stop")
+                return lead(front)
+            return summary_of(front)
     say(f"{leader.describe()} leads run {name}, and stops it")
     return _awaited(front)
 

@@ -22,7 +22,8 @@ def outside_of(say: Say, run: Run) -> Outside:
 def front_of(name: str, project: str | None, outside: Outside) -> Front:
     """The front of a run that is on record, without its secrets: nothing new is set up with it."""
     launch = opened(name)
-    request = Request.from_json(launch.request | ({"project": project} if project else {}))
+    # Only the command that starts a run may leave it.
+    request = Request.from_json(launch.request | {"detach": False} | ({"project": project} if project else {}))
     output = output_of(request)
     folder = folder_of(name)
     return Front(

@@ -27,6 +27,7 @@ def status(
     front = front_of(name, project, outside or outside_of(say, run))
     launch, now = front.launch, front.now()
     out = summary_of(front) | {"hour_usd": launch.hour_usd if launch.node else 0.0, "workers": [], "leader": None}
+    out |= {"machines": None, "zone": None, "maintenance": None}
     leader = owner_now(front.records.folder, inside=True)
     out["leader"] = None if leader is None else leader.describe()
     say(f"run {name}: {launch.state}, {_attempt_words(front)}, goes to {front.request.to}")

@@ -9,7 +9,7 @@ from jaxft.hardware.prices import price_of
 from jaxft.hardware.topology import Topology, parse
 from jaxft.pods.machines import accelerator_type, chips_of_host, hosts_of_slice, machine_of
 from jaxft.pods.money import Rate
-from jaxft.pods.request import KEY, NAME, ZONE, check_saves, name_of
+from jaxft.pods.request import KEY, NAME, ZONE, check_bucket, check_saves, name_of
 
 KINDS = ("jobset", "kueue", "skypilot")
 KUBERNETES_NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
@@ -127,6 +127,7 @@ def _check_names(request: ManifestRequest) -> None:
             f"--to={request.to}: the disks of these machines end with them, and an attempt goes on from what the one "
             "before has saved. Give a folder inside a bucket: --to=gs://BUCKET/RUN"
         )
+    check_bucket(request.to)
 
 
 def _check_numbers(request: ManifestRequest) -> None:

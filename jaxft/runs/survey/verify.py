@@ -27,16 +27,17 @@ LEFTOVERS = (".partial", ".tmp", ".deleted")  # what is written, or about to be 
 EXPORT = "Move the folder away and give the command of the run again, which writes it anew from the checkpoint."
 
 
-def verify(path: str | os.PathLike[str], *, rows: bool = True) -> Findings:
+def verify(path: str | os.PathLike[str], *, rows: bool = True, reads: bool = True) -> Findings:
     """Examines a run folder, a model folder or a GGUF file: everything that has checksums, and what headers claim.
 
-    rows: whether the rows of a run are read and tokenised again, to compare them with those that it read. Raises
-    ConfigError if nothing that jaxft knows is at the path.
+    rows: whether the rows of a run are read and tokenised again, to compare them with those that it read. reads:
+    whether anything outside the folder is looked at, such as the base model, which may have to be fetched for it.
+    Raises ConfigError if nothing that jaxft knows is at the path.
     """
     path = Path(run_in_bucket(local_path(path)))
     findings = Findings()
     if run_folder.is_run_folder(path):
-        _verify_run(path, findings, rows=rows)
+        _verify_run(path, findings, rows=rows, reads=reads)
     elif path.is_dir() and any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
         verify_model(path, str(path), findings)
     elif path.is_file() and path.suffix == ".gguf":
@@ -47,7 +48,7 @@ def verify(path: str | os.PathLike[str], *, rows: bool = True) -> Findings:
     return findings
 
 
-def _verify_run(folder: Path, findings: Findings, *, rows: bool) -> None:
+def _verify_run(folder: Path, findings: Findings, *, rows: bool, reads: bool) -> None:
     owner = owner_now(folder)
     if owner is not None:
         findings.unchecked("the folder", f"{owner.describe()} writes there: what it writes now is not examined")
@@ -75,7 +76,7 @@ def _verify_run(folder: Path, findings: Findings, *, rows: bool) -> None:
             findings.unchecked(path.name, "a process that was stopped left it; nothing reads it")
     if (folder / run_folder.BASE).is_dir():
         verify_model(folder / run_folder.BASE, run_folder.BASE, findings)
-    if config is not None and record is not None and record.reads:
+    if reads and config is not None and record is not None and record.reads:
         _verify_reads(config, record, findings, rows=rows)
     if owner is None and findings.is_whole:
         state = state_of(folder)
