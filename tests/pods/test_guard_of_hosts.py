@@ -316,9 +316,11 @@ def test_the_token_is_in_no_command_line_and_no_file(slices: StubSlices, google:
 @pytest.mark.parametrize("kind", ["bucket", "folder"])
 def test_logs_outlive_the_host(kind: str, slices: StubSlices, google: Google, tmp_path: Path) -> None:
     to = "gs://b1/runs/r1" if kind == "bucket" else str(tmp_path / "mounted")
-    call(slices, "start.sh", "r1", "1", "--", "sh", "-c", "echo one; sleep 0.5; echo two; exit 5")
+    wait = "until [ -e ~/go ]; do sleep 0.1; done"
+    call(slices, "start.sh", "r1", "1", "--", "sh", "-c", f"echo one; {wait}; echo two; exit 5")
     assert call(slices, "upload_logs.sh", "r1", "3", f"--to={to}").code == 0
     assert "runs already" in call(slices, "upload_logs.sh", "r1", "3", f"--to={to}").out
+    (home(slices) / "go").touch()
 
     def uploaded(name: str) -> bytes | None:
         path = tmp_path / "mounted" / name

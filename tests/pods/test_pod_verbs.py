@@ -55,8 +55,8 @@ class World:
     @property
     def outside(self) -> Outside:
         return Outside(
-            say=self.say, slices_of=lambda request, **rest: self.slices, platform="cpu", poll_seconds=0.1,
-            sleep=lambda seconds: time.sleep(min(seconds, 0.1)),
+            say=self.say, slices_of=lambda request, **rest: self.slices, platform="cpu", poll_seconds=0.4,
+            sleep=lambda seconds: time.sleep(min(seconds, 0.4)),
         )  # fmt: skip
 
     def say(self, text: str) -> None:

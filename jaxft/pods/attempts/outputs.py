@@ -139,8 +139,8 @@ class Bucket:
 
     def read(self, name: str) -> bytes | None:
         """See Output."""
-        found = _of_bucket(lambda: self._objects.read(name))
-        return None if found is None else found.data
+        content = _of_bucket(lambda: self._objects.read(name))
+        return None if content is None else content.data
 
     def send(self, hosts: Hosts) -> None:
         """The hosts see the bucket."""
