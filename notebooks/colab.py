@@ -19,7 +19,8 @@ from pathlib import Path
 EXTRAS = {"gpu": ("cuda", "cuda12"), "tpu": ("tpu", "tpu")}
 # What jaxft imports: of these, a running Python cannot go over to another version.
 IMPORTED = "numpy scipy jax jaxlib ml_dtypes flax optax pyarrow matplotlib transformers tokenizers safetensors".split()
-COLAB, KAGGLE = "COLAB_RELEASE_TAG" in os.environ, "KAGGLE_KERNEL_RUN_TYPE" in os.environ
+KAGGLE = "KAGGLE_KERNEL_RUN_TYPE" in os.environ
+COLAB = "COLAB_RELEASE_TAG" in os.environ and not KAGGLE  # Kaggle's images are built on Colab's, and keep its variable
 
 
 class Stop(Exception):

@@ -138,6 +138,16 @@ def names() -> Names:
     )
 
 
+@functools.cache
+def names_of_module(module: str) -> set[str] | None:
+    """The top-level names of one module, `jaxft.data`, without reading any other file; None if there is no such one."""
+    if module == "jaxft":
+        return set(jaxft.__all__)
+    path = ROOT / module.replace(".", "/")
+    file = next((one for one in (path.with_suffix(".py"), path / "__init__.py") if one.is_file()), None)
+    return set(_defined(ast.parse(file.read_text(encoding="utf-8")).body)) if file else None
+
+
 def config_fields() -> Iterator[str]:
     """The dotted key of every field and section of a run; `NAME` where users choose a name."""
     for key in all_fields(RunConfig):

@@ -21,12 +21,17 @@ COLAB = {"numpy": "2.0.2", "jax": "0.7.2", "jaxlib": "0.7.2", "jax-cuda12-plugin
 TPU_REQUIRES = ['libtpu==0.0.50.*; extra == "tpu"']
 
 
-@pytest.fixture
-def colab(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    """The helper, as on a machine that is neither Colab nor Kaggle."""
+def load() -> types.ModuleType:
     spec = importlib.util.spec_from_file_location("colab", ROOT / "notebooks" / "colab.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def colab(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """The helper, as on a machine that is neither Colab nor Kaggle."""
+    module = load()
     monkeypatch.setattr(module, "COLAB", False)
     monkeypatch.setattr(module, "KAGGLE", False)
     return module
@@ -121,9 +126,27 @@ def test_another_release_is_installed_over_the_old_one(colab: types.ModuleType) 
     assert colab.next_command(packages | {"jaxft": "0.1.0"}, [], None, "jaxft==0.1.0") is None
 
 
-def test_without_an_address_nothing_is_installed(colab: types.ModuleType) -> None:
+@pytest.mark.parametrize("host", ["COLAB", "KAGGLE", None])
+def test_without_an_address_nothing_is_installed(
+    colab: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if host:
+        monkeypatch.setattr(colab, host, True)
+    monkeypatch.setattr(colab, "is_importable", lambda module: module != "jaxft")
+    monkeypatch.setattr(colab, "installed_packages", lambda: (COLAB, []))
+    monkeypatch.setattr(colab, "run_pip", lambda *command: pytest.fail("pip ran"))
     with pytest.raises(colab.Stop, match="names no repository yet. Set it to the git address"):
-        colab.next_command({}, [], None, "https://github.com/OWNER/jaxft")
+        colab.set_up("https://github.com/OWNER/jaxft")
+
+
+def test_kaggle_is_not_taken_for_colab(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kaggle's images are built on those of Colab, and have its variable."""
+    monkeypatch.setenv("COLAB_RELEASE_TAG", "release-colab")
+    monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
+    assert load().COLAB and not load().KAGGLE
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
+    assert load().KAGGLE and not load().COLAB
 
 
 def fake_nvidia_smi(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:

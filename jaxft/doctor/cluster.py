@@ -43,7 +43,8 @@ def _variables(environment: Mapping[str, str]) -> Part:
     text = ", ".join(f"{name}={words}" for name, words in value.items()) or "none is set"
     hosts, worker = _hosts(environment), environment.get(WORKER, "")
     mend = None
-    if hosts and not (worker.isdecimal() and int(worker) < len(hosts)):
+    # A single host needs no number: Kaggle sets TPU_PROCESS_ADDRESSES=local and nothing else.
+    if hosts and (hosts[1:] or worker) and not (worker.isdecimal() and int(worker) < len(hosts)):
         is_set = f"is {worker!r}" if worker else "is not set"
         text += f": {counted(len(hosts), 'host', 'is', 'are')} named, and {WORKER} {is_set}"
         mend = f"Set {WORKER} on each host to its number, from 0 to {len(hosts) - 1}; GKE does so in pods of a JobSet."

@@ -19,7 +19,7 @@ from jax.experimental.multihost_utils import reached_preemption_sync_point
 
 from jaxft.errors import ConfigError, PeerLostError
 from jaxft.sharding import ending
-from jaxft.sharding.expectations import Expected, check_platform, check_processes, refuse_lonely_worker
+from jaxft.sharding.expectations import Expected, check_platform, check_processes, is_only_host, refuse_lonely_worker
 from jaxft.sharding.links import Links, set_current
 from jaxft.sharding.meeting import BIND_VARIABLE, EVERY, Group, joined, meet, parse_address
 
@@ -110,6 +110,8 @@ def _group(
     if any(value is not None for value in given.values()):
         told = ", ".join(f"{name}={value!r}" for name, value in given.items())
         raise ConfigError(f"give all of {told}, or none of them")
+    if cloud_tpu_init.running_in_cloud_tpu_vm and is_only_host():
+        return None, None
     try:
         address, count, me, devices = _detected(start_seconds)
     except RuntimeError as error:  # a coordinator whose name stays unknown

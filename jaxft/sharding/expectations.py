@@ -20,7 +20,7 @@ Platform = Literal["tpu", "gpu", "cpu"]
 PLATFORMS: tuple[str, ...] = get_args(Platform)
 # By which GKE and people tell a process of a TPU slice where the others are; JAX reads them in this order.
 WORKERS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
-SLICES = "MEGASCALE_NUM_SLICES"
+NUMBER, SLICES = "TPU_WORKER_ID", "MEGASCALE_NUM_SLICES"
 DOCTOR = "`jaxft doctor` on each host shows what is there."
 INSTALL = {"tpu": "pip install 'jaxft[tpu]'", "gpu": "pip install 'jaxft[cuda]'"}
 
@@ -76,12 +76,20 @@ def check_platform(expected: Expected, me: int, count: int) -> None:
     raise ConfigError(_message(expected.platform, kinds, sorted(wrong), len(platforms)))
 
 
+def is_only_host() -> bool:
+    """Whether the environment names one host and gives it no number, as on Kaggle: TPU_PROCESS_ADDRESSES=local.
+
+    JAX would look for a host of this name, and for the number.
+    """
+    return len(_named_hosts()) == 1 and not os.environ.get(NUMBER) and os.environ.get(SLICES, "") in ("", "1")
+
+
 def refuse_lonely_worker() -> None:
     """Refuses a single process where the environment names several workers of a slice, or where chips are unused.
 
     Raises ConfigError.
     """
-    hosts = next((os.environ[name].split(",") for name in WORKERS if os.environ.get(name)), [])
+    hosts = _named_hosts()
     names = [f"{name} names {len(hosts)} hosts" for name in WORKERS if os.environ.get(name)][:1] if hosts[1:] else []
     slices = os.environ.get(SLICES, "")
     if slices.isdecimal() and int(slices) > 1:
@@ -99,6 +107,11 @@ def refuse_lonely_worker() -> None:
             f"this machine has {counted(chips, 'TPU chip')}, and libtpu is not installed, so JAX would train on the "
             f"CPU. Run {INSTALL['tpu']}, or set JAX_PLATFORMS=cpu to train on the CPU on purpose."
         )
+
+
+def _named_hosts() -> list[str]:
+    """The hosts of the slice that the environment names."""
+    return next((os.environ[name].split(",") for name in WORKERS if os.environ.get(name)), [])
 
 
 def _platform() -> str:

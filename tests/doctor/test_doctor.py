@@ -222,6 +222,10 @@ def test_variables_that_contradict_each_other() -> None:
     for worker in ({}, {"TPU_WORKER_ID": "2"}, {"TPU_WORKER_ID": "-1"}):
         (variables, _), _ = cluster.examine({"TPU_WORKER_HOSTNAMES": "a,b"} | worker, here)
         assert "from 0 to 1" in str(variables.mend)
+    (variables, _), hosts = cluster.examine({"TPU_PROCESS_ADDRESSES": "local"}, here)
+    assert variables.is_sound and hosts == 1
+    (variables, _), _ = cluster.examine({"TPU_PROCESS_ADDRESSES": "local", "TPU_WORKER_ID": "1"}, here)
+    assert "from 0 to 0" in str(variables.mend)
     (variables, _), _ = cluster.examine({"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "2"}, here)
     assert "there are 2 slices, and MEGASCALE_SLICE_ID is 2" in variables.text and not variables.is_sound
 

@@ -201,6 +201,21 @@ def test_the_port_on_a_tpu_slice(given: dict[str, str], port: str) -> None:
     assert json.loads(child.stdout) == [f"127.0.0.1:{port}", 2, 1], child.stderr[-2000:]
 
 
+def test_one_named_host_without_a_number_is_alone(bare: pytest.MonkeyPatch) -> None:
+    """As on Kaggle, where JAX would ask for the address of a host named local, and for the number."""
+    bare.delenv("TPU_WORKER_ID", raising=False)
+    bare.setattr(distributed.cloud_tpu_init, "running_in_cloud_tpu_vm", True)
+    asked = ("10.0.0.2:8476", 2, 1, None)
+    bare.setattr(distributed.ClusterEnv, "auto_detect_unset_distributed_params", lambda *_: asked)
+    bare.setenv("TPU_PROCESS_ADDRESSES", "local")
+    assert distributed._group(None, None, None, 20) == (None, None)
+    for name, value in (("TPU_PROCESS_ADDRESSES", "a,b"), ("TPU_WORKER_ID", "0"), ("MEGASCALE_NUM_SLICES", "2")):
+        with bare.context() as more:
+            more.setenv(name, value)
+            group, _ = distributed._group(None, None, None, 20)
+        assert group is not None and group.count == 2, name
+
+
 def test_a_server_that_is_silent_for_a_moment_does_not_end_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """requests raises an OSError; JAX asks once."""
     silent, answers = [ConnectionResetError("reset"), TimeoutError("timed out")], ("10.0.0.2:8476", 2, 1, None)
