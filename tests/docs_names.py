@@ -26,7 +26,7 @@ TENSORS = re.compile(
 # Files and folders that are not this repository's: a run's, a user's, other programs'.
 ELSEWHERE = re.compile(
     r"(?:runs/.*|checkpoints/.*|adapter/|base/|merged/|meta/|model/|params/.*|state/|tensorboard/|owner/name"
-    r"|[\w.<>]+\.jaxft\.partial"
+    r"|[\w.<>]+(?:\.jaxft)?\.(?:partial|tmp)"
     r"|(?:rows/|test/)*(?:rows|\*)\.\w+(?:\.gz)?|rows/\*\*/.*|general\.architecture|tokenizer\.model)"
 )
 # Words of other programs, of formats and of prose that no source of ours holds as a name or in a string.
