@@ -100,11 +100,12 @@ class ComputeSlices(OnHosts):
                 out.append(Worker(len(out), number, host, one["name"], address))
         return tuple(out)
 
-    def guard_flags(self) -> tuple[str, ...]:
+    def guard_flags(self, of_slice: int) -> tuple[str, ...]:
         """See Slices."""
-        name = self._names[0]
-        group = [f"--group={name}"] if self._in_groups else []
-        return ("--api=compute", f"--node={name}", *group, *self.reach.where)
+        own = self._names[of_slice]
+        names = [own, *(name for name in self._names if name != own)]
+        groups = [f"--group={name}" for name in names] if self._in_groups else []
+        return ("--api=compute", *(f"--node={name}" for name in names), *groups, *self.reach.where)
 
     def delete(self) -> None:
         """See Slices. Raises PodError if something of these names is not this run's, and leaves it."""

@@ -76,8 +76,8 @@ class Slices(Protocol):
         """Copies a file of one host, below the home folder there if `source` is relative, to a path of this machine."""
         ...
 
-    def guard_flags(self) -> tuple[str, ...]:
-        """The options by which tpu_scripts/worker/guard.sh knows what to delete, from the first host."""
+    def guard_flags(self, of_slice: int) -> tuple[str, ...]:
+        """The options by which guard.sh of tpu_scripts/worker, on a host of this slice, deletes all slices."""
         ...
 
     def delete(self) -> None:

@@ -87,10 +87,10 @@ class TpuSlices(OnHosts):
                 out.append(Worker(len(out), number, host, thing.name, endpoint["ipAddress"]))
         return tuple(out)
 
-    def guard_flags(self) -> tuple[str, ...]:
-        """See Slices."""
+    def guard_flags(self, of_slice: int) -> tuple[str, ...]:
+        """See Slices. Several slices always have a queued resource, which is deleted with all of them."""
         queued = [f"--queued={self.node}"] if self.request.queued else []
-        return ("--api=tpu", f"--node={self._names[0]}", *queued, *self.reach.where)
+        return ("--api=tpu", f"--node={self._names[of_slice]}", *queued, *self.reach.where)
 
     def delete(self) -> None:
         """See Slices. Raises PodError if something of these names is not this run's, and leaves it."""

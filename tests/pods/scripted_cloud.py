@@ -131,9 +131,9 @@ class Slices:
         return self.cloud.ended(newest) and self.cloud.play(newest).lost is not None
 
     def workers(self):
-        return tuple(Worker(i, 0, i, f"run-1-{self.node}", f"10.0.0.{i}") for i in range(self.cloud.hosts))
+        return tuple(Worker(i, i, 0, f"run-1-{self.node}", f"10.0.0.{i}") for i in range(self.cloud.hosts))
 
-    def guard_flags(self):
+    def guard_flags(self, of_slice):
         return ("--api=tpu", f"--node=run-1-{self.node}")
 
     def ssh(self, worker, argv, *, stdin=b"", seconds=120):

@@ -1,10 +1,14 @@
 """`jaxft pod run` over folders as hosts, as a process that a test can kill: stub_pod.py FOLDER PORT.
 
-The cloud outlives the process, as Google's does: whether the machines are alive is a file.
+The cloud outlives the process, as Google's does: whether the machines are alive is a file. STUB_POD in the environment
+has options of `slices_in` as JSON. Before each call that reaches the cloud or a host, its event is printed after a #.
 """
 
+import json
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from stub_slices import StubSlices
 
@@ -13,23 +17,36 @@ from jaxft.pods.attempts.front import Outside
 from jaxft.pods.request import Request
 from jaxft.pods.run import run
 
+# What is compared is the last checkpoint, so that no export is needed.
 CONFIG = {
     "data.eval": None,
     "eval.metric": None,
     "export.merged": False,
+    "export.adapter": False,
     "checkpoint.every": 1,
     "train.steps": 4,
     "train.log_every": 1,
 }
 
 
+class PrintedEvents(list[str]):
+    """Events that another process can wait for."""
+
+    def append(self, event: str) -> None:
+        print(f"# {event}", flush=True)
+        super().append(event)
+
+
 class LastingSlices(StubSlices):
     """Slices that another process finds again."""
 
-    def __init__(self, folder: Path, **options) -> None:
+    def __init__(self, folder: Path, **options: Any) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        alive = (folder / "alive").exists()
         super().__init__(folder, **options)
+        self.alive = alive
         self.incarnation = len(list(folder.glob("[0-9]*")))
+        self.events = PrintedEvents()
 
     @property
     def alive(self) -> bool:
@@ -43,31 +60,42 @@ class LastingSlices(StubSlices):
             (self.folder / "alive").unlink(missing_ok=True)
 
 
-def slices_in(folder: Path) -> LastingSlices:
-    return LastingSlices(
-        folder / "nodes", hosts=(1, 1), chips=4, env={"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
-    )
+def slices_in(folder: Path, hosts: tuple[int, ...] = (1, 1), env: dict[str, str] | None = None, **options: Any):
+    """The slices below a folder. env: for the hosts, besides what all have."""
+    # Hosts begin with empty homes, and compile the same programs in every run of these tests.
+    kept = Path(os.environ["JAXFT_CACHE"]) / "pods"
+    shared = {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "JAX_COMPILATION_CACHE_DIR": str(kept / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "MPLCONFIGDIR": str(kept / "fonts"),
+    }
+    return LastingSlices(folder / "nodes", hosts=tuple(hosts), chips=4, env=shared | (env or {}), **options)
 
 
-def request_in(folder: Path) -> Request:
+def request_in(folder: Path, hosts: tuple[int, ...] = (1, 1), **options: Any) -> Request:
+    """The request for such slices. One host writes on its own disk."""
     return Request(
-        name="run-1", topology="v6e:2x2", slices=2, zones=("us-east5-b",), to=str(folder / "to"), shared=True,
-        max_hours=4.0, skip_plan=True, keep_minutes=0.0,
+        **{
+            "name": "run-1", "topology": "v6e:2x2", "slices": len(hosts), "zones": ("us-east5-b",),
+            "to": str(folder / "to"), "shared": len(hosts) > 1, "max_hours": 4.0, "skip_plan": True,
+            "keep_minutes": 0.0, **options,
+        }
     )  # fmt: skip
 
 
-def lead_in(folder: Path, port: int, slices: StubSlices, lines: list[str], poll: float = 0.5, **options) -> dict:
-    """`jaxft pod run` in this process; the records of the run are below HOME."""
+def lead_in(folder: Path, port: int, slices: StubSlices, lines: list[str], **options: Any) -> dict:
+    """`jaxft pod run` in this process; the records of the run are below HOME. options: of the request."""
 
     def say(text: str) -> None:
         lines.append(text)
         print(text, flush=True)
 
-    outside = Outside(
-        say=say, slices_of=lambda request, **rest: slices, platform="cpu", port=port, poll_seconds=poll, **options
-    )
-    return run(request_in(folder), load("quickstart:smoke", CONFIG), say=say, outside=outside)
+    outside = Outside(say=say, slices_of=lambda request, **rest: slices, platform="cpu", port=port, poll_seconds=0.5)
+    request = request_in(folder, slices.hosts, **options)
+    return run(request, load("quickstart:smoke", CONFIG), say=say, outside=outside)
 
 
 if __name__ == "__main__":
-    lead_in(Path(sys.argv[1]), int(sys.argv[2]), slices_in(Path(sys.argv[1])), [])
+    FOLDER = Path(sys.argv[1])
+    lead_in(FOLDER, int(sys.argv[2]), slices_in(FOLDER, **json.loads(os.environ.get("STUB_POD", "{}"))), [])

@@ -118,7 +118,7 @@ class StubSlices:
             shutil.copyfile(path, target)
         return BROKEN if broken else Done(0, "", "")
 
-    def guard_flags(self) -> tuple[str, ...]:
+    def guard_flags(self, of_slice: int) -> tuple[str, ...]:
         return self.guard
 
     def delete(self) -> None:

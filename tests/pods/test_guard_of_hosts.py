@@ -2,103 +2,32 @@
 
 import json
 import os
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
 
 import pytest
+from google_on_loopback import COMPUTE, IAM, NODE, TOKEN, TPU, Google
 from stub_slices import ROOT, StubSlices
 
 from jaxft.pods.command import Done
+from jaxft.pods.providers import slices_of
+from jaxft.pods.request import Request
 
 SCRIPTS = Path(__file__).parents[2] / "tpu_scripts" / "worker"
 START = 1_700_000_000
-TOKEN = "ya29.the-token-of-the-service-account"
-TPU = "/v2/projects/p1/locations/us-east5-a"
-COMPUTE = "/compute/v1/projects/p1/zones/us-east5-a"
-NODE = f"{TPU}/nodes/r1-1"
-IAM = "/v1/projects/p1:testIamPermissions"
-
-
-class Google:
-    """Metadata, TPU, IAM and storage APIs in one. answers: the status by (method, path), 404 for what is not there.
-
-    requests: (method, path with query) in order. objects: what was uploaded, by name.
-    """
-
-    def __init__(self) -> None:
-        self.metadata = {
-            "instance/service-accounts/default/token": json.dumps({"access_token": TOKEN, "expires_in": 3599}),
-            "instance/service-accounts/default/scopes": "https://www.googleapis.com/auth/cloud-platform\n",
-            "instance/zone": "projects/123/zones/us-east5-a",
-            "instance/attributes/tpu-env": "ACCELERATOR_TYPE: 'v6e-8'\nCONSUMER_PROJECT_ID: 'p1'\nNODE_ID: 'r1-1'\n",
-        }
-        self.permissions = ["tpu.nodes.delete"]
-        self.answers = {("GET", NODE): 200, ("DELETE", NODE): 200, ("POST", IAM): 200}
-        self.requests: list[tuple[str, str]] = []
-        self.objects: dict[str, bytes] = {}
-        self.upload_status = 200
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def answer(self) -> None:
-                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                status, text = outer.answer(self.command, self.path, dict(self.headers), body)
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(text)))
-                self.end_headers()
-                self.wfile.write(text.encode())
-
-            do_GET = do_POST = do_DELETE = answer
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.address = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def answer(self, method: str, target: str, headers: dict[str, str], body: bytes) -> tuple[int, str]:
-        url = urlsplit(target)
-        if url.path.startswith("/computeMetadata/v1/"):
-            value = self.metadata.get(url.path.removeprefix("/computeMetadata/v1/"))
-            known = value is not None and headers.get("Metadata-Flavor") == "Google"
-            return (200, value or "") if known else (404, "")
-        if headers.get("Authorization") != f"Bearer {TOKEN}":
-            return 401, ""
-        self.requests.append((method, target))
-        if url.path.startswith("/upload/storage/v1/b/"):
-            if self.upload_status == 200:
-                self.objects[f"{url.path.split('/')[5]}/{parse_qs(url.query)['name'][0]}"] = body
-            return self.upload_status, "{}"
-        status = self.answers.get((method, url.path), 404)
-        if url.path == IAM and status == 200:
-            wanted = json.loads(body)["permissions"]
-            return 200, json.dumps({"permissions": [one for one in wanted if one in self.permissions]})
-        return status, "{}"
-
-    def deletes(self) -> list[str]:
-        return [target for method, target in self.requests if method == "DELETE"]
 
 
 @pytest.fixture
 def google() -> Iterator[Google]:
     google = Google()
     yield google
-    google.server.shutdown()
-    google.server.server_close()
+    google.close()
 
 
 @pytest.fixture
 def slices(google: Google, tmp_path: Path) -> Iterator[StubSlices]:
-    env = {
-        "JAXFT_METADATA": google.address, "JAXFT_TPU_API": google.address, "JAXFT_COMPUTE_API": google.address,
-        "JAXFT_IAM_API": google.address, "STORAGE_EMULATOR_HOST": google.address, "JAXFT_GUARD_POLL": "0.3",
-        "JAXFT_UPLOAD_POLL": "0.3", "JAXFT_CLOCK": str(tmp_path / "clock"),
-    }  # fmt: skip
+    env = {**google.environment, "JAXFT_CLOCK": str(tmp_path / "clock")}
     slices = StubSlices(tmp_path / "cloud", hosts=(1,), env=env)
     slices.create()
     pack = home(slices) / ROOT / "packs" / "abc"
@@ -235,6 +164,59 @@ def test_what_is_deleted(
     assert google.deletes()[0] == path + ("?force=true" if "queued" in path else "")
 
 
+@pytest.mark.parametrize(("option", "kind"), [("--node", "instances"), ("--group", "instanceGroupManagers")])
+def test_all_slices_are_deleted_and_the_own_one_last(
+    option: str, kind: str, slices: StubSlices, google: Google, tmp_path: Path
+) -> None:
+    own, other = (f"{COMPUTE}/{kind}/r1-1-{number}" for number in (1, 0))
+    google.answers |= {("GET", own): 200, ("GET", other): 403, ("DELETE", own): 200, ("DELETE", other): 503}
+    google.permissions = ["compute.instances.delete", "compute.instanceGroupManagers.delete"]
+    nodes = [] if option == "--node" else ["--node=r1-1-1"]
+    flags = ["--api=compute", *nodes, f"{option}=r1-1-1", f"{option}=r1-1-0"]
+    may_not = guard(slices, *flags)
+    assert may_not.code == 77 and f"{other} answers with 403" in may_not.err
+    google.answers["GET", other] = 200
+    assert guard(slices, *flags).code == 0
+    clock(tmp_path, 240)
+    while len(google.deletes()) < 2:
+        time.sleep(0.02)
+    assert set(google.deletes()) == {other}  # it waits, since nobody would be left to ask for the other again
+    google.answers["DELETE", other] = 200
+    while own not in google.deletes():
+        time.sleep(0.02)
+    assert google.deletes()[-2:] == [other, own]
+
+
+def test_a_slice_that_cannot_be_deleted_does_not_keep_the_own_one(
+    slices: StubSlices, google: Google, tmp_path: Path
+) -> None:
+    own, other = (f"{COMPUTE}/instances/r1-1-{number}" for number in (0, 1))
+    google.answers |= {("DELETE", own): 200, ("DELETE", other): 403}
+    slices.env = {**slices.env, "JAXFT_GUARD_PATIENCE": "2"}
+    guard(slices, "--api=compute", "--node=r1-1-0", "--node=r1-1-1")
+    clock(tmp_path, 240)
+    while own not in google.deletes():
+        time.sleep(0.02)
+    assert google.deletes()[:4] == [other, other, other, own]
+
+
+@pytest.mark.parametrize(
+    ("options", "flags"),
+    [
+        ({"topology": "v6e:2x2"}, ["--api=compute", "--node=r1-1-1", "--node=r1-1-0", "--node=r1-1-2"]),
+        (
+            {"topology": "v6e:4x4"},
+            ["--api=compute", *(f"--{kind}=r1-1-{number}" for kind in ("node", "group") for number in (1, 0, 2))],
+        ),
+        ({"topology": "v5e:2x2"}, ["--api=tpu", "--node=r1-1-1", "--queued=r1-1"]),
+    ],
+)
+def test_a_watchdog_is_told_of_all_slices(options: dict[str, str], flags: list[str]) -> None:
+    request = Request(name="r1", slices=3, zones=("us-east5-a",), to="gs://b/r1", max_hours=1.0, **options)  # type: ignore[arg-type]
+    slices = slices_of(request, attempt=1, zone="us-east5-a", sleep=time.sleep)
+    assert list(slices.guard_flags(1)) == [*flags, "--zone=us-east5-a"]
+
+
 def no_account(google: Google) -> None:
     del google.metadata["instance/service-accounts/default/scopes"]
 
@@ -265,7 +247,7 @@ def test_a_guard_that_may_not_delete_says_so_at_the_start(
 ) -> None:
     fault(google)
     done = guard(slices)
-    assert done.code == 77 and "MAY NOT delete the node" in done.err and message in done.err
+    assert done.code == 77 and "MAY NOT delete the slices" in done.err and message in done.err
 
 
 def test_a_project_without_the_iam_api_is_no_obstacle(slices: StubSlices, google: Google) -> None:

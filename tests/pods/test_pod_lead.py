@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import threading
 
 import pytest
 from scripted_cloud import READY, Clock, Cloud, Node, Play
@@ -25,6 +26,12 @@ REQUEST = Request(
 )
 PREEMPTED = State(Phase.LOST, "PREEMPTED")
 NO_CAPACITY = CapacityError("us-east5-b gives no machines (capacity): code 8")
+
+
+@pytest.fixture(autouse=True)
+def unflushed(monkeypatch):
+    """Fronts are killed here, and never the machine: flushing launch.json took most of the time of these tests."""
+    monkeypatch.setattr("os.fsync", lambda file: None)
 
 
 class World:
@@ -127,6 +134,44 @@ def test_one_command_from_creation_to_deletion(tmp_path):
     assert copy == world.records.read() and copy.attempts[0].exits == [0, 0]
 
 
+def test_each_slice_has_its_watchdog_before_anything_takes_long(tmp_path):
+    world = World(tmp_path, [Play(step=9)])
+    world.lead()
+    events = world.cloud.events
+    assert sum(event.startswith("guard.sh") for event in events) == 2
+    for worker in "01":
+        guard, setup = (
+            next(number for number, event in enumerate(events) if event.startswith(f"{script} {worker}"))
+            for script in ("guard.sh", "setup.sh")
+        )
+        assert guard < setup
+
+
+def test_what_takes_long_on_a_host_is_looked_at_meanwhile(tmp_path, monkeypatch):
+    # The watchdog deletes machines at which nobody looks for 20 minutes, and a set-up can take an hour.
+    monkeypatch.setattr("jaxft.pods.attempts.hosts.LOOK_SECONDS", 0.01)
+    world, looked = World(tmp_path, [Play(step=9)]), threading.Event()
+    make = world.cloud.slices_of
+
+    def slow(*arguments, **options):
+        slices = make(*arguments, **options)
+        ssh = slices.ssh
+
+        def call(worker, argv, **options):
+            if argv[1:] and argv[1].endswith("state.sh"):
+                looked.set()
+            if argv[1:] and argv[1].endswith("setup.sh"):
+                looked.clear()
+                assert looked.wait(30)
+            return ssh(worker, argv, **options)
+
+        slices.ssh = call
+        return slices
+
+    world.cloud.slices_of = slow
+    assert world.lead()["state"] == "done"
+
+
 def test_a_refused_config_costs_one_node(tmp_path):
     world = World(tmp_path, [Play(exits=(2, 69), log="jaxft train: data.path is missing\n")])
     with pytest.raises(PodError, match=r"refused: worker 0: jaxft train: data.path is missing"):
@@ -161,7 +206,7 @@ def test_after_three_losses_the_next_zone(tmp_path):
 
 @pytest.mark.parametrize(
     "lost",
-    ["REPAIRING", "STOPPED", "TERMINATED", "UNHEALTHY_MAINTENANCE", "NOT_FOUND"],
+    ["REPAIRING", "NOT_FOUND", *(pytest.param(one, marks=pytest.mark.slow) for one in ("STOPPED", "TERMINATED"))],
 )
 def test_machines_in_any_other_state_are_replaced(tmp_path, lost):
     phase = Phase.ABSENT if lost == "NOT_FOUND" else Phase.LOST

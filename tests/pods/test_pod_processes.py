@@ -1,4 +1,4 @@
-"""`jaxft pod run` with real processes: folders play two hosts, on which real `jaxft train` processes run."""
+"""`jaxft pod run` with real processes: folders play hosts, on which real `jaxft train` processes run."""
 
 import json
 import os
@@ -11,19 +11,31 @@ import threading
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
-from safetensors.numpy import load_file
+from google_on_loopback import COMPUTE, Google
 from stub_pod import lead_in, slices_in
 from stub_slices import AFTER, BEFORE, MIDDLE
 
+from jaxft.errors import PodError
 from jaxft.pods.slices import Phase, State
 
-STEPS = ("mkdir", "sha256sum", "copy", "tar", "setup.sh", "state.sh", "jaxft", "start.sh", "upload_logs.sh", "log.sh")
+pytestmark = pytest.mark.slow
+# Each command on a host, or its script, and what copies files.
+STEPS = {
+    "true", "mkdir", "sha256sum", "copy", "tar", "setup.sh", "state.sh", "jaxft", "start.sh", "upload_logs.sh",
+    "log.sh", "fetch",
+}  # fmt: skip
 
 
 @pytest.fixture
 def port():
+    return free_port()
+
+
+def free_port():
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return one.getsockname()[1]
@@ -35,8 +47,20 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
 
 
-def weights(folder):
-    return load_file(folder / "to" / "run" / "adapter" / "adapter_model.safetensors")
+def last_state(folder):
+    """Parameters, state of the optimizer and key of the last step, by name."""
+    step = folder / "to" / "run" / "checkpoints" / "4" / "state"
+    checkpointer = ocp.PyTreeCheckpointer()
+    tree = checkpointer.metadata(step).item_metadata.tree
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    return dict(jax.tree_util.tree_flatten_with_path(checkpointer.restore(step, restore_args=as_numpy))[0])
+
+
+def check_same_bits(first, second):
+    expected, found = last_state(first), last_state(second)
+    assert expected.keys() == found.keys() and len(expected) > 40
+    for path, value in expected.items():
+        np.testing.assert_array_equal(value, found[path], err_msg=str(path))
 
 
 def launch_of(folder):
@@ -53,56 +77,221 @@ def check_end(folder, slices, summary):
 
 
 @pytest.fixture(scope="session")
-def uninterrupted(tmp_path_factory):
-    """The adapter of a run without any fault."""
-    folder = tmp_path_factory.mktemp("uninterrupted")
+def undisturbed(tmp_path_factory):
+    """A run of two hosts without any fault."""
+    folder = tmp_path_factory.mktemp("undisturbed")
     (folder / "home").mkdir()
-    with pytest.MonkeyPatch.context() as patch, socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        number = one.getsockname()[1]
-        one.close()
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", str(folder / "home"))
         slices, lines = slices_in(folder), []
-        summary = lead_in(folder, number, slices, lines)
+        summary = lead_in(folder, free_port(), slices, lines)
         return folder, slices, summary, lines
 
 
-def test_one_command_creates_trains_and_deletes(uninterrupted):
-    folder, slices, summary, lines = uninterrupted
+def test_one_command_creates_trains_and_deletes(undisturbed):
+    folder, slices, summary, lines = undisturbed
     check_end(folder, slices, summary)
     assert slices.events[0] == "create" and slices.events.count("create") == 1
     assert any(line.startswith("step 4/4") for line in lines)
     assert summary["attempts"] == summary["nodes"] == 1
     assert launch_of(folder)["attempts"][0]["exits"] == [0, 0]
-    assert weights(folder)
     for worker in (0, 1):
         assert (folder / "to" / "logs" / "attempt-1" / f"worker-{worker}.log").is_file()
 
 
-def step_is_there(folder, step):
-    return any((folder / "to" / "run" / "checkpoints").glob(f"{step}/manifest.json"))
+@pytest.mark.parametrize("how", [MIDDLE, AFTER, BEFORE])
+def test_a_connection_broken_at_each_step_starts_nothing_twice(tmp_path, port, undisturbed, monkeypatch, how):
+    monkeypatch.setattr("jaxft.pods.attempts.hosts.PAUSE_SECONDS", 0.2)
+    slices = slices_in(tmp_path)
+    broken = set()
+
+    def breaks(kind, worker, argv):
+        step = kind if kind != "ssh" else Path(argv[1] if argv[0] == "bash" else argv[0]).name
+        if (step, worker.number) in broken:
+            return None
+        broken.add((step, worker.number))
+        return how
+
+    slices.breaks = breaks
+    most = 0
+
+    def watch():
+        nonlocal most
+        while slices.incarnation == 0 or slices.alive:
+            for worker in slices._all():
+                commands = [_command(pid) for pid in slices.processes(worker)]
+                most = max(most, sum(b"jaxft.cli" in one and b"--expect_platform" in one for one in commands))
+            time.sleep(0.2)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    summary = lead_in(tmp_path, port, slices, [])
+    check_end(tmp_path, slices, summary)
+    assert {step for step, _ in broken} == STEPS
+    assert most == 1 and summary["nodes"] == summary["attempts"] == 1
+    check_same_bits(undisturbed[0], tmp_path)
 
 
-def fault_after(folder, step, fault):
-    """Calls `fault` once a checkpoint is whole; a thread."""
+def _command(pid):
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def rewritten(slices, script, change):
+    """Changes the arguments of a script on its way to a host: change(worker, argv) -> argv."""
+    ssh = slices.ssh
+
+    def call(worker, argv, **options):
+        here = len(argv) > 1 and argv[1].endswith(script)
+        return ssh(worker, change(worker, list(argv)) if here else argv, **options)
+
+    slices.ssh = call
+
+
+def replaced(argv, name, value):
+    """The arguments, of which one has another value."""
+    return [f"{name}={value}" if one.startswith(f"{name}=") else one for one in argv]
+
+
+def test_processes_that_never_meet_are_taken_for_lost_machines(tmp_path, port):
+    slices = slices_in(tmp_path)
+
+    def no_way(worker, argv):
+        """Worker 1 does not reach worker 0, as with a firewall between them."""
+        argv = replaced(argv, "--coordinator", f"127.0.0.1:{free_port()}") if worker.number else argv
+        return [*argv, "--start_seconds=10"]
+
+    rewritten(slices, "start.sh", no_way)
+    with pytest.raises(PodError, match=r"preempted: worker 0: .*process 1 of 2 did not come to process 0 at 127"):
+        lead_in(tmp_path, port, slices, [], retries=0)
+    assert launch_of(tmp_path)["attempts"][0]["exits"] == [69, 69] and not slices.alive
+
+
+def test_a_port_in_use_is_refused_by_name(tmp_path, port, monkeypatch):
+    monkeypatch.setattr("jaxft.pods.attempts.follow.PEER_SECONDS", 3.0)
+    slices = slices_in(tmp_path)
+    with socket.create_server(("127.0.0.1", port)):
+        with pytest.raises(PodError, match=r"refused: worker 0: .*another program on this machine listens at 127"):
+            lead_in(tmp_path, port, slices, [])
+    assert launch_of(tmp_path)["attempts"][0]["exits"][0] == 2 and len(launch_of(tmp_path)["attempts"]) == 1
+    assert not slices.alive
+
+
+def test_a_wrong_count_of_processes_is_refused_by_name(tmp_path, port):
+    slices = slices_in(tmp_path)
+
+    def one_more(worker, argv):
+        return [*(replaced(argv, "--num_processes", 3) if worker.number else argv), "--start_seconds=10"]
+
+    rewritten(slices, "start.sh", one_more)
+    with pytest.raises(PodError, match=r"refused: worker 1: .*processes"):
+        lead_in(tmp_path, port, slices, [])
+    exits = launch_of(tmp_path)["attempts"][0]["exits"]
+    assert exits[1] == 2 and len(launch_of(tmp_path)["attempts"]) == 1 and not slices.alive
+
+
+def killed_front(folder, port, event, options):
+    """`jaxft pod run` as a process, killed with -9 as soon as it has printed a line that begins with `event`."""
+    command = [sys.executable, str(Path(__file__).with_name("stub_pod.py")), str(folder), str(port)]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "STUB_POD": json.dumps(options)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as front:
+        for text in front.stdout:
+            if text.startswith(event):
+                front.kill()
+                break
+        else:
+            raise AssertionError(f"{event!r} did not come")
+    return command, environment
+
+
+@pytest.mark.parametrize(
+    ("event", "hosts"),
+    [
+        ("creates node", [1]), ("node 1 in us-east5-b is ready", [1]), ("# ssh 0 setup.sh", [1]),
+        ("# ssh 1 start.sh", [1, 1]), ("step 2/4", [1, 1]), ("# fetch 0 jaxft-pod/runs/run-1/output", [1]),
+        ("# delete", [1]),
+    ],
+)  # fmt: skip
+def test_a_front_killed_with_9_is_replaced_by_the_same_command(tmp_path, port, event, hosts):
+    command, environment = killed_front(tmp_path, port, event, {"hosts": hosts})
+    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+    launch, slices = launch_of(tmp_path), slices_in(tmp_path, hosts)
+    assert launch["state"] == "done" and len(launch["nodes"]) == len(launch["attempts"]) == 1
+    assert len(list((tmp_path / "nodes").glob("[0-9]*"))) == 1 and not slices.alive
+    assert not [pid for worker in slices._all() for pid in slices.processes(worker)]
+    assert last_state(tmp_path)
+
+
+@pytest.fixture
+def google():
+    one = Google()
+    yield one
+    one.close()
+
+
+@pytest.mark.parametrize("event", ["# ssh 0 setup.sh", "# ssh 0 start.sh"])
+def test_the_watchdog_deletes_what_a_killed_front_has_left(tmp_path, port, google, event):
+    begin = time.time()
+
+    def clock(minutes):
+        (tmp_path / "new").write_text(str(int(begin + 60 * minutes)))
+        (tmp_path / "new").rename(tmp_path / "clock")
+
+    clock(0)
+    node = f"{COMPUTE}/instances/run-1-1"
+    google.answers |= {("GET", node): 200, ("DELETE", node): 200}
+    options = {
+        "hosts": [1], "env": {**google.environment, "JAXFT_CLOCK": str(tmp_path / "clock")},
+        "guard": ["--api=compute", "--node=run-1-1"],
+    }  # fmt: skip
+    killed_front(tmp_path, port, event, options)
+    slices = slices_in(tmp_path, **options)
+    worker = slices.workers()[0]
+    try:
+        runs = slices.home(worker) / "jaxft-pod" / "runs" / "run-1"
+        if event.endswith("start.sh"):
+            clock(60)  # training runs, which is no reason to delete anything
+            while not (runs / "attempts" / "1" / "exit").exists():
+                time.sleep(0.1)
+            assert not google.deletes()
+            why = "attempt 1 ended with 0, and nobody has looked at it for 20 minutes"
+        else:
+            # The set-up that was begun ends by itself.
+            while any(b"setup.sh" in _command(pid) for pid in slices.processes(worker)):
+                time.sleep(0.1)
+            why = "nothing of the run is alive, and nobody has looked at it for 20 minutes"
+        clock(81)
+        for _ in range(300):
+            if google.deletes():
+                break
+            time.sleep(0.1)
+        assert set(google.deletes()) == {node}
+        assert why in (runs / "guard" / "log").read_text()
+    finally:
+        slices.delete()
+
+
+def after_step(folder, step, fault):
+    """Calls `fault` once a checkpoint is whole, or at once for step 0; a thread."""
 
     def wait():
-        while not step_is_there(folder, step):
-            time.sleep(0.05)
+        while step and not (folder / "to" / "run" / "checkpoints" / str(step) / "manifest.json").exists():
+            time.sleep(0.02)
         fault()
 
-    thread = threading.Thread(target=wait, daemon=True)
-    thread.start()
-    return thread
+    threading.Thread(target=wait, daemon=True).start()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["kill", "preempt"])
 @pytest.mark.parametrize("seed", range(10))
-def test_a_run_with_a_fault_ends_with_the_same_bits(tmp_path, port, uninterrupted, kind, seed):
-    draw = random.Random(seed)
+@pytest.mark.parametrize("kind", ["kill", "preempt"])
+def test_a_run_with_a_fault_ends_with_the_same_bits(tmp_path, port, undisturbed, kind, seed):
+    draw = random.Random(f"{kind} {seed}")
     slices = slices_in(tmp_path)
-    worker, delay = draw.randrange(2), draw.random()
+    # A killed process is replaced only after progress; lost machines are at any moment.
+    step = draw.randint(1, 3) if kind == "kill" else draw.randint(0, 3)
+    worker, delay = draw.randrange(2), draw.uniform(0, 1 if step else 15)
 
     def fault():
         time.sleep(delay)
@@ -118,73 +307,8 @@ def test_a_run_with_a_fault_ends_with_the_same_bits(tmp_path, port, uninterrupte
         slices.states = [State(Phase.READY, "READY")]
 
     slices.create = create_again
-    fault_after(tmp_path, draw.randint(1, 3), fault)
+    after_step(tmp_path, step, fault)
     summary = lead_in(tmp_path, port, slices, [])
     check_end(tmp_path, slices, summary)
-    expected, tuned = weights(uninterrupted[0]), weights(tmp_path)
-    assert expected.keys() == tuned.keys()
-    for name in expected:
-        np.testing.assert_array_equal(expected[name], tuned[name], err_msg=name)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("how", [BEFORE, MIDDLE, AFTER])
-def test_a_connection_broken_at_each_step_starts_nothing_twice(tmp_path, port, monkeypatch, how):
-    monkeypatch.setattr("jaxft.pods.attempts.hosts.PAUSE_SECONDS", 0.2)
-    slices = slices_in(tmp_path)
-    broken = set()
-
-    def breaks(kind, worker, argv):
-        words = " ".join([kind, *argv])
-        step = next((step for step in STEPS if step in words and (step, worker.number) not in broken), None)
-        if step is None:
-            return None
-        broken.add((step, worker.number))
-        return how
-
-    slices.breaks = breaks
-    most = 0
-    create = slices.create
-
-    def watch():
-        nonlocal most
-        while slices.incarnation == 0 or slices.alive:
-            for worker in slices._all():
-                leaders = [pid for pid in slices.processes(worker) if b"--expect_platform" in _command(pid)]
-                most = max(most, len([pid for pid in leaders if b"jaxft.cli" in _command(pid)]))
-            time.sleep(0.2)
-
-    slices.create = create
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    summary = lead_in(tmp_path, port, slices, [])
-    check_end(tmp_path, slices, summary)
-    assert {step for step, _ in broken} >= {"copy", "tar", "setup.sh", "start.sh", "state.sh"}
-    assert most == 1 and summary["nodes"] == 1
-
-
-def _command(pid):
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return b""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("line", ["creates node", "sets up", "checked", "training runs", "step 2/4", "deletes node"])
-def test_a_front_killed_with_9_is_replaced_by_the_same_command(tmp_path, port, line):
-    command = [sys.executable, str(Path(__file__).with_name("stub_pod.py")), str(tmp_path), str(port)]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as front:
-        for text in front.stdout:
-            if text.startswith(line):
-                front.kill()
-                break
-    slices = slices_in(tmp_path)
-    if line != "deletes node":
-        assert subprocess.run(command, env=environment, check=False, stdout=subprocess.DEVNULL).returncode == 0
-    else:
-        subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
-    launch = launch_of(tmp_path)
-    assert launch["state"] == "done" and len(launch["nodes"]) == len(launch["attempts"]) == 1
-    assert len(list((tmp_path / "nodes").glob("[0-9]*"))) == 1 and not slices.alive
+    assert summary["nodes"] == (1 if kind == "kill" else 2)
+    check_same_bits(undisturbed[0], tmp_path)

@@ -19,7 +19,7 @@ SSH_SECONDS = 600.0  # until keys have arrived on a new machine
 DISK_BYTES = 5 * 10**9  # free on each host, beyond what is installed
 BUSY, NOT_PERMITTED = 16, 77  # exit codes of start.sh and guard.sh
 DOCTOR_SECONDS = 300.0
-IDLE_MINUTES = 20  # for which nobody looks and nothing is alive, before the watchdog deletes the machines
+IDLE_MINUTES = 20  # for which nobody looks and nothing is alive, before the watchdogs delete the machines
 
 
 class Detached(Exception):
@@ -66,11 +66,8 @@ def _prepare(front: Front, hosts: Hosts, attempt: Attempt) -> None:
     """From hosts that exist to training that runs. Each part is safe to repeat. Raises HostError or Detached."""
     taken_up = attempt.started is not None
     if not taken_up:
-        hosts.probe(SSH_SECONDS)
-        front.say(f"sets up {counted(len(hosts.workers), 'host')} with {front.archive.name}")
-        hosts.set_up(front.archive, front.secrets)
-        front.output.send(hosts)
-        _check(front, hosts)
+        with hosts.attended():
+            _set_up(front, hosts)
         attempt.started = front.now()
         front.save()
     try:
@@ -79,9 +76,23 @@ def _prepare(front: Front, hosts: Hosts, attempt: Attempt) -> None:
         # A host that was started before may be silent for a while, which is no reason to give up what runs there.
         if not (taken_up and error.code in LOST_CONNECTION):
             raise
-    _watch(front, hosts)
+    if taken_up:  # --max_hours may be another now
+        _guard(front, hosts)
+    _upload(front, hosts)
     if front.request.detach:
         raise Detached
+
+
+def _set_up(front: Front, hosts: Hosts) -> None:
+    """From hosts that exist to hosts on which training can start. Raises HostError."""
+    hosts.probe(SSH_SECONDS)
+    front.say(f"sets up {counted(len(hosts.workers), 'host')} with {front.archive.name}")
+    hosts.send(front.archive)
+    # Before all that takes long: nobody else deletes the machines if this process is killed now.
+    _guard(front, hosts)
+    hosts.set_up(front.archive, front.secrets)
+    front.output.send(hosts)
+    _check(front, hosts)
 
 
 def _check(front: Front, hosts: Hosts) -> None:
@@ -130,18 +141,28 @@ def _start(front: Front, hosts: Hosts, attempt: Attempt) -> None:
     front.say(f"training runs on {counted(count, 'host')}")
 
 
-def _watch(front: Front, hosts: Hosts) -> None:
-    """Starts the watchdog on worker 0, and the upload of the logs of all. What they cannot do is told."""
-    flags = hosts.slices.guard_flags()
-    until = int(front.now() + 3600 * front.hours_left())
-    if flags:
+def _guard(front: Front, hosts: Hosts) -> None:
+    """Starts a watchdog on the first host of each slice, since a slice may be lost with its own. What they cannot do is
+    told.
+    """
+    until = f"--until={int(front.now() + 3600 * front.hours_left())}"
+
+    def one(worker: Worker) -> None:
+        if worker.host != 0 or not (flags := hosts.slices.guard_flags(worker.slice)):
+            return
         try:
-            hosts.script(hosts.workers[0], "guard.sh", *flags, f"--until={until}", f"--idle_minutes={IDLE_MINUTES}")
+            hosts.script(worker, "guard.sh", *flags, until, f"--idle_minutes={IDLE_MINUTES}")
         except HostError as error:
             front.say(
-                f"warning: no watchdog on worker 0: {error}. If this machine is switched off, the machines of the run "
-                f"stay until `jaxft pod delete {hosts.run}`"
+                f"warning: no watchdog on worker {worker.number}: {error}. If this machine is switched off, the "
+                f"machines of the run may stay until `jaxft pod delete {hosts.run}`"
             )
+
+    hosts.each(one)
+
+
+def _upload(front: Front, hosts: Hosts) -> None:
+    """Starts the upload of the logs of all hosts. What it cannot do is told."""
 
     def upload(worker: Worker) -> None:
         try:

@@ -1,11 +1,13 @@
 """All hosts of a node: what is done on each is done on all in parallel, and repeated after a lost connection."""
 
+import contextlib
 import json
 import re
 import secrets
 import shlex
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +22,7 @@ HOST_ROOT = "jaxft-pod"  # below the home folder of a host
 LOST_CONNECTION = (255, TIMED_OUT)  # the codes of ssh without a connection, and of a time limit
 REPEATS = 5  # of a command whose connection broke
 PAUSE_SECONDS = 10.0
+LOOK_SECONDS = 300.0  # between two looks while something takes long
 THREADS = 64
 LINES = 6  # of a host's error that are shown
 
@@ -132,11 +135,8 @@ class Hosts:
 
         self.each(until_it_answers)
 
-    def set_up(self, archive: Path, values: Mapping[str, str]) -> None:
-        """Brings the archive to every host and installs it. What is there already is left. Raises HostError.
-
-        values: environment variables of the run, which go to a file of mode 600 over standard input alone.
-        """
+    def send(self, archive: Path) -> None:
+        """Brings the archive to every host, and unpacks its scripts. What is there already stays. Raises HostError."""
         digest = archive.name.removeprefix("jaxft-").removesuffix(".tar.gz")
         target = f"{HOST_ROOT}/{archive.name}"
 
@@ -148,13 +148,23 @@ class Hosts:
                 if copied.code != 0:
                     raise self.error(worker, ["copy", target], copied)
             self.on(worker, ["tar", "-xzf", target, "-C", HOST_ROOT, "worker"])
-            if values:
-                self._send(worker, values)
-            self.script(worker, "setup.sh", target, seconds=3600)
 
         self.each(one)
 
-    def _send(self, worker: Worker, values: Mapping[str, str]) -> None:
+    def set_up(self, archive: Path, values: Mapping[str, str]) -> None:
+        """Installs an archive that was sent to every host. Raises HostError.
+
+        values: environment variables of the run, which go to a file of mode 600 over standard input alone.
+        """
+
+        def one(worker: Worker) -> None:
+            if values:
+                self._send_values(worker, values)
+            self.script(worker, "setup.sh", f"{HOST_ROOT}/{archive.name}", seconds=3600)
+
+        self.each(one)
+
+    def _send_values(self, worker: Worker, values: Mapping[str, str]) -> None:
         mark = secrets.token_hex(8)
         lines = [f"export {key}={shlex.quote(value)}" for key, value in values.items()]
         content = "\n".join([*lines, f"# {mark}", ""]).encode()
@@ -188,6 +198,23 @@ class Hosts:
             return state
 
         return self.each(one)
+
+    @contextlib.contextmanager
+    def attended(self) -> Iterator[None]:
+        """Looks at the hosts now and then until it is left, so that watchdogs see that somebody works there."""
+        over = threading.Event()
+
+        def look() -> None:
+            while not over.wait(LOOK_SECONDS):
+                self.states()
+
+        thread = threading.Thread(target=look, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
     def stop(self, seconds: int = 300) -> list[str]:
         """SIGTERM to the run on every host, by which it saves; SIGKILL after so many seconds. Returns the problems."""

@@ -221,6 +221,10 @@ class HostDisk:
 
     def bring(self, hosts: Hosts) -> int | None:
         """See Output. Raises PodError if it cannot be brought whole; what is here already stays then."""
+        with hosts.attended():
+            return self._bring(hosts)
+
+    def _bring(self, hosts: Hosts) -> int | None:
         self._settle()
         worker = hosts.workers[0]
         if hosts.slices.ssh(worker, ["test", "-d", self._on_host]).code != 0:
