@@ -212,7 +212,7 @@ def test_a_slice_that_cannot_be_deleted_does_not_keep_the_own_one(
     ],
 )
 def test_a_watchdog_is_told_of_all_slices(options: dict[str, str], flags: list[str]) -> None:
-    request = Request(name="r1", slices=3, zones=("us-east5-a",), to="gs://b/r1", max_hours=1.0, **options)  # type: ignore[arg-type]
+    request = Request(name="r1", slices=3, zones=("us-east5-a",), to="gs://bucket/r1", max_hours=1.0, **options)  # type: ignore[arg-type]
     slices = slices_of(request, attempt=1, zone="us-east5-a", sleep=time.sleep)
     assert list(slices.guard_flags(1)) == [*flags, "--zone=us-east5-a"]
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from bucket_server import BucketServer, Fault
 from fake_train import fake_environment
+from google_on_loopback import Google
 from stub_pod import CONFIG, LastingSlices
-from test_guard_of_hosts import Google
 
 from jaxft.checkpoint import manifest
 from jaxft.config import load
@@ -323,7 +323,7 @@ def test_a_watchdog_that_may_not_delete_is_told_and_the_run_goes_on(world, googl
     assert world.lead()["state"] == "done"
     (warning,) = [line for line in world.lines if line.startswith("warning: no watchdog")]
     assert (
-        "MAY NOT delete the node" in warning and "tpu.nodes.delete" in warning and "jaxft pod delete run-1" in warning
+        "MAY NOT delete the slices" in warning and "tpu.nodes.delete" in warning and "jaxft pod delete run-1" in warning
     )
 
 
