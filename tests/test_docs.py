@@ -34,7 +34,7 @@ NOT_FIELDS = {"section.field", "train.batchsize"}
 MAXTEXT_PAGE = "docs/reference/models/tiering.md"  # in MaxText's repository
 OTHER_PROGRAMS = {"--lora": "llama.cpp", "--ntasks-per-node": "srun", "--worker": "gcloud"}
 # On lines that begin with these programs, options are theirs.
-FOREIGN = re.compile(r"\s*(?:docker|kubectl|llama-server|ollama|sky|vllm|xpk) ")
+FOREIGN = re.compile(r"\s*(?:docker|gcloud|kubectl|llama-server|ollama|sky|vllm|xpk) ")
 
 
 def text_of(page: Path) -> str:
