@@ -17,7 +17,7 @@ from jaxft.errors import DataError
 ROOT = Path(__file__).parents[1]
 GIT = "https://example.org/jaxft"
 # What Colab had in August 2026, as far as it concerns JAX: the plugin is in every runtime, libtpu in those with a TPU.
-COLAB = {"numpy": "2.0.2", "jax": "0.7.2", "jaxlib": "0.7.2", "jax-cuda12-plugin": "0.7.2", "jax-cuda12-pjrt": "0.7.2"}
+COLAB = {"numpy": "2.1.3", "jax": "0.7.2", "jaxlib": "0.7.2", "jax-cuda12-plugin": "0.7.2", "jax-cuda12-pjrt": "0.7.2"}
 TPU_REQUIRES = ['libtpu==0.0.50.*; extra == "tpu"']
 
 
