@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from jaxft.errors import CheckpointError, did_you_mean
+from jaxft.files.buckets.gcs import gcs_file_system
 from jaxft.files.deadlines import PIECE, repeated
 from jaxft.files.strict_json import parse_json
 from jaxft.home import local_path
@@ -176,8 +177,7 @@ def _settings(path: str) -> dict[str, Any]:
     """Settings of fsspec's file system. What other processes write in a bucket is to be seen."""
     if not path.startswith("gs://"):
         return {}
-    # The file system for buckets with folders looks up the kind of a bucket through another API.
-    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    gcs_file_system()
     return {"use_listings_cache": False}
 
 

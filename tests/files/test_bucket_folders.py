@@ -11,11 +11,13 @@ import time
 from dataclasses import replace
 from types import SimpleNamespace
 
+import fsspec
 import pytest
 from bucket_server import BucketServer, Fault, times
 
+from jaxft.checkpoint.steps.bucket_objects import Objects
 from jaxft.errors import BucketError, ConfigError, FolderInUseError
-from jaxft.files.buckets import store, working_copy
+from jaxft.files.buckets import gcs, store, working_copy
 from jaxft.files.buckets.lease import Lease, owner_now
 from jaxft.files.buckets.scratch import Scratch
 from jaxft.files.buckets.store import Bucket, Changed, Entry
@@ -31,6 +33,7 @@ from jaxft.files.buckets.working_copy import (
 )
 from jaxft.files.locks import lock
 from jaxft.files.locks.owner import Owner
+from jaxft.files.paths import url_parts
 from jaxft.files.run_folder import LOCK, MARK, UNFINISHED
 from jaxft.runs.survey.listing import runs_below
 
@@ -162,6 +165,27 @@ def test_a_write_names_what_it_replaces(bucket):
 def test_addresses_without_a_folder_are_refused(address):
     with pytest.raises(ConfigError, match="write gs://BUCKET/FOLDER"):
         Bucket(address)
+
+
+def test_a_program_that_has_imported_gcsfs_before_gets_no_lookup_of_the_kind_of_a_bucket(bucket, monkeypatch):
+    """As it does there: gcsfs has read its switch, which nobody had set."""
+    extended = pytest.importorskip("gcsfs.extended_gcsfs").ExtendedGcsFileSystem
+    monkeypatch.delenv(gcs.SWITCH)
+    monkeypatch.setattr("gcsfs.GCSFileSystem", extended)
+    for protocol in ("gs", "gcs"):
+        fsspec.register_implementation(protocol, extended, clobber=True)
+    try:
+        assert type(Bucket(bucket.address)._files) is not extended
+        assert type(fsspec.filesystem("gs")) is not extended  # what Orbax takes
+        fsspec.register_implementation("gs", extended, clobber=True)
+        assert type(url_parts(bucket.address)[0]) is not extended
+        fsspec.register_implementation("gs", extended, clobber=True)
+        assert type(Objects(bucket.address)._files) is not extended
+        monkeypatch.setenv(gcs.SWITCH, "true")  # whoever sets it gets it
+        assert type(fsspec.filesystem("gs")) is not extended and gcs.gcs_file_system() is extended
+    finally:
+        monkeypatch.setenv(gcs.SWITCH, "false")
+        gcs.gcs_file_system()
 
 
 # -- leases --------------------------------------------------------------------------------------
@@ -359,6 +383,26 @@ def test_what_a_killed_process_has_staged_is_not_fetched_and_goes(bucket, server
         deleted = [one.name.partition("/")[2] for one in server.requests[before:] if one.method == "DELETE"]
         assert deleted == ["merged.partial/a", mark]
     assert set(bucket.entries()) == {MARK, kept}  # nobody of the run has written that
+
+
+def test_a_copy_that_is_read_follows_the_bucket(bucket, server):
+    for name in (MARK, "adapter/a", "adapter/b"):
+        bucket.write(name, b"1")
+    folder = folder_of(bucket.address)
+    with open(folder / "adapter/a", "rb") as reading:
+        bucket.write("adapter/a", b"2")
+        bucket.delete("adapter/b")
+        before = len(server.requests)
+        assert folder_of(bucket.address) == folder
+        read = [one.path for one in server.requests[before:] if "alt=media" in one.path]
+        assert len(read) == 1 and "adapter%2Fa" in read[0]  # the others are as they were
+        assert (folder / "adapter/a").read_bytes() == b"2" and not (folder / "adapter/b").exists()
+        assert reading.read() == b"1"
+    (folder / "mine").write_text("x")
+    (folder / "adapter/a").write_text("changed here")
+    folder_of(bucket.address)
+    assert (folder / "mine").exists() and (folder / "adapter/a").read_text() == "changed here"
+    forget(bucket.address)
 
 
 def test_another_process_fetches_what_it_needs_alone(bucket):

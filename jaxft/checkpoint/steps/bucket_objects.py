@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from jaxft.checkpoint.manifest import OF_BUCKETS, THREADS
 from jaxft.errors import CheckpointError
+from jaxft.files.buckets.gcs import gcs_file_system
 from jaxft.files.deadlines import PIECE, READ_SECONDS, repeated
 
 Result = TypeVar("Result")
@@ -17,7 +18,6 @@ Result = TypeVar("Result")
 # Read by the libraries when they are first used. What is set already stays.
 SETTINGS = {
     "EPATH_USE_TF": "0",  # Orbax writes by gcsfs, whether or not TensorFlow is installed
-    "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # it would ask another service for the kind of every bucket
     # A connection over which nothing comes for a minute is given up and made anew.
     "TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS": "60",
     "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES": "1",
@@ -103,10 +103,10 @@ class Objects:
         # instance reads this too.
         conf.setdefault("gs", {})["use_listings_cache"] = False
         try:
-            import gcsfs
+            files = gcs_file_system()
         except ImportError as error:
             raise CheckpointError(f"cannot write to {self.address}: {error}. Install it: pip install gcsfs") from error
-        return self._done(gcsfs.GCSFileSystem, f"cannot reach {self.bucket}")
+        return self._done(files, f"cannot reach {self.bucket}")
 
     def _list(self) -> Mapping[str, Mapping[str, Any]]:
         entries = self._done(lambda: self._files.find(self._root, detail=True), f"cannot list {self.address}")

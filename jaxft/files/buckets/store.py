@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from jaxft.errors import BucketError, ConfigError
+from jaxft.files.atomic import unfinished_file
+from jaxft.files.buckets.gcs import gcs_file_system
 from jaxft.files.deadlines import within
 
 SCHEME = "gs://"
@@ -140,15 +142,17 @@ class Bucket:
     def download(self, name: str, path: Path, size: int) -> None:
         """Writes an object of `size` bytes into a file, whose folder is made."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "wb") as file:
+        unfinished = unfinished_file(path)  # who reads the file that is there already goes on with it
+        with open(unfinished, "wb") as file:
             for start in range(0, size, CHUNK):
                 bounds = {"Range": f"bytes={start}-{min(start + CHUNK, size) - 1}"}
                 _, data = self._request(
                     "GET", "b/{}/o/{}", self.name, self._key(name), alt="media", headers=bounds, doing="read"
                 )
                 file.write(data)
-        if path.stat().st_size != size:
+        if unfinished.stat().st_size != size:
             raise BucketError(f"{self.address}/{name} was changed while it was read: give the command again")
+        os.replace(unfinished, path)
 
     def delete(self, name: str, *, generation: str | None = None) -> None:
         """Deletes an object, if there is one. generation: as for `write`."""
@@ -229,14 +233,12 @@ class Bucket:
 
     @cached_property
     def _files(self) -> Any:
-        # The file system for buckets with folders looks up the kind of a bucket through another API.
-        os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
         logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # its errors are raised, and told in words
         try:
-            import gcsfs
+            files = gcs_file_system()
         except ImportError as error:
             raise ConfigError(f'{self.address} needs gcsfs ({error}): pip install "jaxft[gcs]"') from error
-        return tried(gcsfs.GCSFileSystem, f"reach {self.address}", self.name)
+        return tried(files, f"reach {self.address}", self.name)
 
 
 def _base64(digest: Any) -> str:

@@ -43,12 +43,14 @@ class WorkingCopy:
         self.path = self._scratch.path / bucket.address.rpartition("/")[2]
         self.path.mkdir()
         self._sent: dict[str, tuple[int, int]] = {}  # size and time of the files that the bucket has
+        self._fetched: dict[str, Entry] = {}  # by `pull`
+        self.is_read = True  # alone, and as a whole
         self._left: dict[str, Entry] = {}  # large files of exports, in the bucket alone
         self._staged: set[str] = set()  # folders that are uploaded although they are not finished
         self._mutex = threading.Lock()
 
     def pull(self, *, small: bool = False) -> None:
-        """Fetches the files that are in the bucket, in place of those of the same name.
+        """Fetches the files that are in the bucket, in place of those of the same name. Again, what has changed.
 
         small: those alone that are directly in the folder, which tell the state of the run.
         """
@@ -69,8 +71,14 @@ class WorkingCopy:
                 if entry.size > MOST_BYTES and name.split("/")[0] in (ADAPTER, MERGED, MODEL):
                     self._left[name] = entry
                     continue
+                if entry.md5 and self._fetched.get(name) == entry:
+                    continue
                 self.bucket.download(name, self.path / name, entry.size)
-                self._sent[name] = _state(self.path / name)
+                self._sent[name], self._fetched[name] = _state(self.path / name), entry
+            for name in set(self._fetched) - set(entries):
+                (self.path / name).unlink(missing_ok=True)
+                self._sent.pop(name, None)
+                del self._fetched[name]
 
     def fetch(self, below: str) -> None:
         """Fetches a file, or all files of a folder, from the bucket. Raises BucketError if there is none."""
@@ -104,6 +112,7 @@ class WorkingCopy:
                 if self._sent.get(name) == here[name]:
                     continue
                 with contextlib.suppress(FileNotFoundError):  # replaced or deleted meanwhile: the next call sees it
+                    self.is_read = False
                     self.bucket.upload(name, self.path / name)
                     self._sent[name] = here[name]
                     self._left.pop(name, None)
@@ -141,7 +150,7 @@ _guard = threading.RLock()
 def folder_of(path: str | os.PathLike[str]) -> Path:
     """The folder of this machine in which the files of a run are: the path itself, or the copy of a run in a bucket.
 
-    A copy that nobody has opened is fetched, and deleted when this process ends.
+    A copy that nobody writes is fetched, and what has changed in the bucket again; this process deletes it as it ends.
     """
     path = local_path(path)
     refuse_other_store(path)
@@ -151,7 +160,11 @@ def folder_of(path: str | os.PathLike[str]) -> Path:
 def empty_folder_of(path: str | os.PathLike[str]) -> Path:
     """As `folder_of`, but nothing is fetched: for a process that fetches what it needs from another one's run."""
     path = local_path(path)
-    return _copy(path, fetch=False).path if is_bucket(path) else Path(path)
+    if not is_bucket(path):
+        return Path(path)
+    copy = _copy(path, fetch=False)
+    copy.is_read = False
+    return copy.path
 
 
 def forget(path: str | os.PathLike[str]) -> None:
@@ -302,13 +315,11 @@ def _end(copy: WorkingCopy) -> None:
 def _copy(address: str, *, fetch: bool) -> WorkingCopy:
     with _guard:
         bucket = Bucket(address)
-        if bucket.address not in _open:
-            copy = WorkingCopy(bucket)
-            if fetch:
-                bucket.check()
-                copy.pull()
-            _open[bucket.address] = copy
-        return _open[bucket.address]
+        copy = _open.get(bucket.address) or WorkingCopy(bucket)
+        if fetch and copy.is_read and copy.lease is None:
+            bucket.check()
+            copy.pull()
+        return _open.setdefault(bucket.address, copy)
 
 
 def _copy_with(path: Path) -> WorkingCopy | None:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxft.checkpoint.folders.sums import NAME as SUMS
 from jaxft.checkpoint.load import is_adapter, resolve, resolve_base
 from jaxft.config import RunConfig
 from jaxft.data.batch import Batch, Example
@@ -142,8 +143,12 @@ def _hash(run: Run, examples: Iterable[Example], settings: Any) -> str:
 
 def _model_of(config: RunConfig, folder: Path) -> dict[str, Any]:
     """What the model at the start of a run depends on: its files, the section `model`, and a start by LoftQ."""
-    path = str(folder / BASE) if config.model.random_init else resolve(config.model.path, config.model.revision)
-    known = asdict(config.model) | {"files": sizes_and_times(path)}
+    if config.model.random_init:  # by its checksums: a copy of the run, as on another host, has other times
+        path = str(folder / BASE)
+        known = asdict(config.model) | {"files": (folder / BASE / SUMS).read_text(encoding="utf-8")}
+    else:
+        path = resolve(config.model.path, config.model.revision)
+        known = asdict(config.model) | {"files": sizes_and_times(path)}
     if is_adapter(path):
         known["base"] = sizes_and_times(resolve_base(path, config.model.base))
     known |= {"gradient_dtype": config.train.gradient_dtype}
