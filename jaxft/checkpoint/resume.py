@@ -207,9 +207,9 @@ class RunCheckpoints:
         except Exception as error:  # any error of the background thread; none is swallowed
             self._last, self._failed = None, True
             self._threads.end()
+            # Not after `_sync`: the others may wait within Orbax for this process, for 20 minutes.
             raise self._not_saved(step, error) from error
-        finally:
-            _sync("checkpoint_whole")
+        _sync("checkpoint_whole")
 
     def close(self) -> None:
         """Waits as `wait` does, and releases the threads. Raises CheckpointError if the last save failed."""

@@ -120,7 +120,7 @@ def test_verify_names_what_is_damaged_by_its_address(run, server, capsys):
     whole = server.read("bucket", name)
     server.write("bucket", name, whole[:-1] + bytes([whole[-1] ^ 1]))
     try:
-        assert cli.main(["verify", run, "--no_rows"]) == 1
+        assert cli.main(["verify", run, "--no_rows"]) == ExitCode.REFUSED
         printed = capsys.readouterr()
     finally:
         server.write("bucket", name, whole)
