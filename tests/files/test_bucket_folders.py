@@ -280,8 +280,8 @@ def test_a_working_copy_and_its_bucket_become_equal(bucket, server):
             "summary.json",
             "adapter/SHA256SUMS",
             "adapter/a",
-            "adapter.partial/a",
-            "x.tmp",
+            "adapter.jaxft.partial/a",
+            "x.jaxft.tmp",
         ):
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(name)
@@ -357,7 +357,7 @@ def test_runs_in_a_bucket_are_listed_from_their_small_files(bucket, server):
 def test_a_staged_folder_is_read_in_the_bucket_until_it_has_its_name(bucket, server):
     with written(bucket.address, "jaxft train") as copy:
         (copy.path / MARK).write_text("{}")
-        unfinished = copy.path / "adapter.partial"
+        unfinished = copy.path / "adapter.jaxft.partial"
         unfinished.mkdir()
         for name in (UNFINISHED, "a", "SHA256SUMS"):
             (unfinished / name).write_text(name)
@@ -365,7 +365,12 @@ def test_a_staged_folder_is_read_in_the_bucket_until_it_has_its_name(bucket, ser
         stage(unfinished)
         order = [one.name.partition("/")[2] for one in server.requests[before:] if one.method == "POST"]
         # Its mark is the first, by which others know that it may be deleted.
-        assert order == [f"adapter.partial/{UNFINISHED}", MARK, "adapter.partial/a", "adapter.partial/SHA256SUMS"]
+        assert order == [
+            f"adapter.jaxft.partial/{UNFINISHED}",
+            MARK,
+            "adapter.jaxft.partial/a",
+            "adapter.jaxft.partial/SHA256SUMS",
+        ]
         (unfinished / UNFINISHED).unlink()
         unfinished.rename(copy.path / "adapter")
         copy.push()
@@ -373,15 +378,15 @@ def test_a_staged_folder_is_read_in_the_bucket_until_it_has_its_name(bucket, ser
 
 
 def test_what_a_killed_process_has_staged_is_not_fetched_and_goes(bucket, server):
-    mark, kept = f"merged.partial/{UNFINISHED}", "mine.partial/a"
-    for name in (MARK, mark, "merged.partial/a", kept):
+    mark, kept = f"merged.jaxft.partial/{UNFINISHED}", "mine.jaxft.partial/a"
+    for name in (MARK, mark, "merged.jaxft.partial/a", kept):
         bucket.write(name, b"{}")
     with written(bucket.address, "jaxft train") as copy:
         assert [path.name for path in copy.path.rglob("*")] == [MARK]
         before = len(server.requests)
         copy.push()
         deleted = [one.name.partition("/")[2] for one in server.requests[before:] if one.method == "DELETE"]
-        assert deleted == ["merged.partial/a", mark]
+        assert deleted == ["merged.jaxft.partial/a", mark]
     assert set(bucket.entries()) == {MARK, kept}  # nobody of the run has written that
 
 

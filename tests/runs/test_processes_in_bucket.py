@@ -107,7 +107,7 @@ def test_the_run_is_that_of_a_folder(server: BucketServer, hosts: Hosts, local: 
     assert_is_local(server, "whole", local, tmp_path / "whole")
     assert not hosts.left()
     read = [one.path for one in server.requests[before:] if one.method == "GET" and "alt=media" in one.path]
-    assert any("adapter.partial" in path for path in read)  # process 1 read the export before it had its name
+    assert any("adapter.jaxft.partial" in path for path in read)  # process 1 read the export before it had its name
     with hosts.start("gs://bucket/whole", **{"train.steps": 8}) as group:
         group.finish()
         assert "going on from step 6 of 8" in group.said(0)
@@ -127,7 +127,7 @@ def when(server: BucketServer, name: str, act: Callable[[], None]) -> Callable[[
 
 @pytest.mark.parametrize(
     ("moment", "victims", "step"),
-    [("4.saving", (0, 1), 2), ("4.saving", (1,), 2), ("adapter.partial/adapter_model.safetensors", (0,), 6)],
+    [("4.saving", (0, 1), 2), ("4.saving", (1,), 2), ("adapter.jaxft.partial/adapter_model.safetensors", (0,), 6)],
     ids=["save, both", "save, second", "export, first"],
 )
 def test_a_killed_run_goes_on_to_the_same_bits(

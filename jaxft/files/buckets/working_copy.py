@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jaxft.errors import BucketError, ConfigError, FolderInUseError, JaxftError, listed
+from jaxft.files.atomic import UNFINISHED_FILE, UNFINISHED_FOLDER
 from jaxft.files.buckets.lease import Lease
 from jaxft.files.buckets.lease import owner_now as owner_of_lease
 from jaxft.files.buckets.scratch import Scratch
@@ -26,7 +27,7 @@ from jaxft.home import local_path
 
 PUSH_SECONDS = 30.0  # between uploads of what has changed, besides those at every save
 MOST_BYTES = 2**26  # of a file of an export that is fetched: larger ones are replaced by a new export, and never read
-ENDINGS = (".tmp", ".partial", ".deleted")  # of what is being written, or about to be deleted
+ENDINGS = (UNFINISHED_FILE, UNFINISHED_FOLDER, ".deleted")  # of what is being written, or about to be deleted
 GONE = (-1, 0)  # the state of a file that is not there
 SUMS = "SHA256SUMS"  # written last in an export, and so uploaded last
 
