@@ -1,7 +1,7 @@
 """A bucket on this machine, as Google Cloud Storage answers, which fails when a test says so.
 
-The emulator keeps the objects. In front of it, a server passes requests on, or fails them, and checks the conditions of
-writes (`ifGenerationMatch`), which the emulator ignores.
+The emulator keeps the objects. In front of it, a server passes requests on, or fails them, checks the conditions of
+writes (`ifGenerationMatch`), which the emulator ignores, and names the generation of what is read, which it leaves out.
 """
 
 import base64
@@ -124,10 +124,13 @@ class BucketServer:
         """Whether a condition on the generation of the object is not met."""
         if "ifGenerationMatch" not in query or asked.method not in ("POST", "PUT", "DELETE", "PATCH"):
             return False
+        return self.generation(asked) != query["ifGenerationMatch"][0]
+
+    def generation(self, asked: Asked) -> str:
+        """That of the object that is asked for; "0" if there is none."""
         bucket = urlsplit(asked.path).path.partition("/b/")[2].split("/")[0]
         status, _, raw = self.pass_on("GET", f"/storage/v1/b/{bucket}/o/{quote(asked.name, safe='')}", {}, b"")
-        generation = json.loads(raw)["generation"] if status == 200 else "0"
-        return generation != query["ifGenerationMatch"][0]
+        return str(json.loads(raw)["generation"]) if status == 200 else "0"
 
     def _call(self, method: str, path: str, body: bytes = b"", kind: str = "application/octet-stream") -> bytes:
         status, _, answer = self.pass_on(method, path, {"Content-Type": kind}, body)
@@ -159,7 +162,11 @@ class _Handler(BaseHTTPRequestHandler):
         with self.bucket.writing if "ifGenerationMatch" in query else contextlib.nullcontext():
             if self.bucket.unmet(asked, query):
                 return self._send(412, {}, b"")
+            # Asked before the content, so that it is never newer.
+            generation = self.bucket.generation(asked) if query.get("alt") == ["media"] else "0"
             status, got, content = self.bucket.pass_on(self.command, self.path, headers, body)
+        if generation != "0":
+            got["X-Goog-Generation"] = generation
         if fault.cut == "after":
             return self._cut()
         return self._send(status, got, content, half=fault.cut == "middle")
