@@ -1,9 +1,11 @@
 """What a run on Google Cloud costs: its worst case before it starts, and what it has cost so far."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from jaxft.errors import ConfigError
 from jaxft.hardware.prices import price_of
+from jaxft.hardware.topology import Topology
 from jaxft.pods.request import Request
 
 
@@ -30,7 +32,26 @@ class Rate:
         return f"at most {hours:.1f} h, USD {self.usd(hours):.2f} ({self.chips} {self.kind} x {self.chip_usd:.2f})"
 
 
-def rate_of(request: Request) -> Rate:
+class Priced(Protocol):
+    """What has a price: a request of `jaxft pod run` or `jaxft pod manifest`."""
+
+    @property
+    def shape(self) -> Topology:
+        """The topology with its slices."""
+        ...
+
+    @property
+    def spot(self) -> bool:
+        """Whether spot machines are bought."""
+        ...
+
+    @property
+    def prices(self) -> str | None:
+        """A file in place of jaxft's table."""
+        ...
+
+
+def rate_of(request: Priced) -> Rate:
     """The rate of a request's machines: the spot price for spot, else that on demand, which no other way exceeds.
 
     Raises ConfigError if the table has no price of the chip, or none of spot.
@@ -41,7 +62,7 @@ def rate_of(request: Request) -> Rate:
     if chip_usd is None:
         raise ConfigError(
             f"prices in {price.source}: no spot price of {topology.chip.name}, so that the cost of --spot is not "
-            "known. Add one to the file"
+            "known. Add one to a file, and name it with --prices"
         )
     return Rate(chips=topology.chips, kind=topology.chip.name, chip_usd=chip_usd, date=price.date)
 

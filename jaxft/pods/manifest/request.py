@@ -5,10 +5,9 @@ from dataclasses import dataclass
 
 from jaxft.config import RunConfig
 from jaxft.errors import ConfigError
-from jaxft.hardware.prices import price_of
 from jaxft.hardware.topology import Topology, parse
 from jaxft.pods.machines import accelerator_type, chips_of_host, hosts_of_slice, machine_of
-from jaxft.pods.money import Rate
+from jaxft.pods.money import Rate, rate_of
 from jaxft.pods.request import KEY, NAME, ZONE, check_bucket, check_saves, name_of
 
 KINDS = ("jobset", "kueue", "skypilot")
@@ -81,14 +80,7 @@ class ManifestRequest:
     @property
     def rate(self) -> Rate:
         """The price of all chips. Raises ConfigError if the table has none, or none of spot machines."""
-        price = price_of(self.shape.chip.name, self.prices)
-        chip_usd = price.spot if self.spot else price.on_demand
-        if chip_usd is None:
-            raise ConfigError(
-                f"prices in {price.source}: no spot price of {self.shape.chip.name}. Add one to a file, and name it "
-                "with --prices"
-            )
-        return Rate(chips=self.shape.chips, kind=self.shape.chip.name, chip_usd=chip_usd, date=price.date)
+        return rate_of(self)
 
     @property
     def worst_case(self) -> str:
