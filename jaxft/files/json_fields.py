@@ -32,17 +32,20 @@ def mapping(kind: FieldKind, text: str) -> FieldKind:
     return FieldKind(text=text, fits=lambda value: isinstance(value, Mapping) and all(map(kind.fits, value.values())))
 
 
+def is_finite(value: float) -> bool:
+    """Whether a number is finite as a float. Whole numbers of files may be larger than any float, and are not."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
 def _is_whole(value: Any) -> bool:
     return type(value) is int and abs(value) <= LARGEST
 
 
 def _is_number(value: Any) -> bool:
-    if type(value) not in (int, float):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # a whole number that is larger than any float
-        return False
+    return type(value) in (int, float) and is_finite(value)
 
 
 ANYTHING = FieldKind(text="anything", fits=lambda value: True)

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from jaxft.errors import DataError, JaxftError
 from jaxft.files.atomic import write_text
+from jaxft.files.json_fields import is_finite
 from jaxft.files.lines import LineFile
 from jaxft.files.run_folder import METRICS, TENSORBOARD
 from jaxft.terminal.console import SafeConsole
@@ -186,12 +187,12 @@ def spans(steps: Sequence[int]) -> list[str]:
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and is_finite(value)
 
 
 def _cut(path: Path, resume_step: int | None) -> int:
     """Removes the lines of steps after the checkpoint at resume_step; returns the number of those that stay."""
-    rows = _read(path) if path.exists() else []
+    rows = _read(path) if path.is_file() else []  # a pipe is not waited for
     kept = [] if resume_step is None else [row for row in rows if row["step"] <= resume_step]
     # Atomic, so that a kill in this moment loses nothing.
     write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept))

@@ -248,6 +248,13 @@ PAIR = {"chosen": " a", "rejected": " b"}
         ({"input": {}, "preferred_output": [BLUE], "non_preferred_output": [GREEN]}, {}, r"lacks input.messages"),
         ({"prompt": "q", **PAIR, "margin": "1"}, {}, r"'margin' is '1'; it must be a number"),
         ({"prompt": "q", **PAIR, "score_chosen": float("nan"), "score_rejected": 1}, {}, r"'score_chosen' is 'nan'"),
+        ({"prompt": "q", **PAIR, "margin": 10**400}, {}, r"'margin' is '10000*'; it must be a number"),
+        ({"prompt": "q", **PAIR, "score_chosen": 2e38, "score_rejected": -2e38}, {}, r"is 2e\+38; .*of at most 1e\+38"),
+        (
+            {"prompt": "q", "completions": [{"response": "a", "score": 10**400}, {"response": "b", "score": 1}]},
+            {},
+            r"completions.* 1: score is '10000*'; it must be a number",
+        ),
         ({"completions": [{"response": "a", "score": 1}]}, {}, r"'completions', but no prompt in 'prompt'"),
         (
             {"prompt": "q", "completions": [{"response": "a", "grade": 1}]},

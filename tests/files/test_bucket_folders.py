@@ -32,9 +32,10 @@ from jaxft.files.buckets.working_copy import (
     written,
 )
 from jaxft.files.locks import lock
-from jaxft.files.locks.owner import Owner
+from jaxft.files.locks.owner import Owner, running_kernel
 from jaxft.files.paths import url_parts
 from jaxft.files.run_folder import LOCK, MARK, UNFINISHED
+from jaxft.runs.identity import exports
 from jaxft.runs.survey.listing import runs_below
 
 
@@ -226,6 +227,37 @@ def test_a_lease_of_a_dead_process_of_this_machine_is_taken_at_once(bucket, monk
     Lease(bucket, "jaxft train").release()
 
 
+def own_number(**changes) -> Owner:
+    return Owner(what="jaxft train", pid=os.getpid(), **changes)
+
+
+NUMBERS = {
+    # In a container that was started again, the process has the number of the one that was killed.
+    "of this process": lambda: own_number(),
+    "of another process by now": lambda: Owner(what="jaxft train", pid=os.getppid(), renewed=time.time() - 5),
+    "of a process in another container": lambda: own_number(machine=running_kernel().partition(" ")[0] + " pid:[7]"),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_lease_is_not_kept_by_a_process_that_only_has_the_number_of_its_owner(bucket, quick_leases, name):
+    bucket.write(LOCK, NUMBERS[name]().to_text().encode())
+    Lease(bucket, "jaxft train").release()
+
+
+def test_a_process_in_another_container_keeps_its_lease_although_its_number_is_nobodys_here(bucket, quick_leases):
+    with subprocess.Popen(["true"]) as dead:
+        dead.wait()
+    owner = Owner(what="jaxft train", pid=dead.pid, machine=running_kernel().partition(" ")[0] + " pid:[7]")
+    bucket.write(LOCK, owner.to_text().encode())
+    assert owner_now(bucket) == owner
+    renewal = threading.Timer(0.2, lambda: bucket.write(LOCK, replace(owner, renewed=time.time()).to_text().encode()))
+    renewal.start()
+    with pytest.raises(FolderInUseError, match=f"process {dead.pid}"):
+        Lease(bucket, "jaxft train")
+    renewal.join()
+
+
 def test_a_lease_that_is_renewed_elsewhere_is_not_taken(bucket, quick_leases):
     bucket.write(LOCK, elsewhere().to_text().encode())
     renewal = threading.Timer(0.2, lambda: bucket.write(LOCK, elsewhere(renewed=time.time() + 1).to_text().encode()))
@@ -329,6 +361,34 @@ def test_what_is_no_run_is_neither_fetched_nor_overwritten(bucket):
         with written(bucket.address, "jaxft train"):
             pass
     assert set(bucket.entries()) == {"data.csv"}
+
+
+@pytest.mark.parametrize("name", ["../../outside", "/outside", "adapter/./a", "a//b", ".."])
+def test_an_object_whose_name_leads_out_of_the_folder_is_not_fetched(bucket, monkeypatch, name):
+    """Google's buckets take such names, the one of the tests does not."""
+    bucket.write(MARK, b"{}")
+    entries, fetched = Bucket.entries, []
+    monkeypatch.setattr(Bucket, "entries", lambda self, below="": entries(self, below) | {name: Entry(1, "")})
+    monkeypatch.setattr(Bucket, "download", lambda self, name, path, size: fetched.append(name) or path.touch())
+    for read in (lambda: folder_of(bucket.address), lambda: written(bucket.address, "jaxft train").__enter__()):
+        with pytest.raises(BucketError, match="no path of a file within a folder.*Rename or delete"):
+            read()
+    assert set(fetched) <= {MARK} and LOCK not in entries(bucket)
+
+
+def test_objects_among_the_checkpoints_that_no_run_left_are_not_deleted(bucket):
+    """Those of a copy that left files out, say, where a run with other settings would begin anew."""
+    for name in ("checkpoints/2/state/d/0", "checkpoints/2.saving", "checkpoints/.access-0"):
+        bucket.write(name, b"x")
+    with written(bucket.address, "jaxft train") as copy:
+        exports.clear(copy.path)
+    left = {"checkpoints/.access-0", MARK}
+    assert set(bucket.entries()) == left
+    bucket.write("checkpoints/4/state/d/0", b"x")
+    with pytest.raises(ConfigError, match=r"checkpoints has 4, and it is not known that a run wrote it.*Move it"):
+        with written(bucket.address, "jaxft train") as copy:
+            exports.clear(copy.path)
+    assert set(bucket.entries()) == left | {"checkpoints/4/state/d/0"}
 
 
 def test_a_failing_upload_is_told_and_what_it_left_is_sent_at_the_end(bucket, server, caplog, monkeypatch):

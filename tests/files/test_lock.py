@@ -19,7 +19,7 @@ import pytest
 from jaxft.errors import ExportError, FolderInUseError
 from jaxft.files.locks import lock as locks
 from jaxft.files.locks.lock import check, lock, lock_file, owner_now
-from jaxft.files.locks.owner import Owner, is_of_one_machine, owner_of
+from jaxft.files.locks.owner import Owner, is_of_one_machine, owner_of, running_kernel
 from jaxft.files.targets import locked_output
 
 ROOT = Path(__file__).parents[2]
@@ -271,6 +271,33 @@ def test_a_process_of_this_machine_that_died_is_not_waited_for(tmp_path, lockles
     start = time.monotonic()
     with lock(tmp_path / "run", "jaxft train", inside=True):
         assert time.monotonic() - start < 0.4
+
+
+def test_a_process_in_another_container_is_waited_for_although_its_number_is_nobodys_here(tmp_path, lockless):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    path = lock_file(tmp_path / "run", inside=True)
+    leave(path, machine=running_kernel().partition(" ")[0] + " pid:[7]", pid=dead.pid)
+    assert owner_now(tmp_path / "run", inside=True).pid == dead.pid
+    start = time.monotonic()
+    with lock(tmp_path / "run", "jaxft train", inside=True):
+        assert time.monotonic() - start >= 0.4
+
+
+def test_a_lock_of_another_container_on_this_machine_ends_with_its_process(tmp_path, network):
+    """The kernel, which both share, has freed it."""
+    leave(lock_file(tmp_path / "run", inside=True), machine=running_kernel().partition(" ")[0] + " pid:[7]")
+    assert owner_now(tmp_path / "run", inside=True) is None
+    start = time.monotonic()
+    with lock(tmp_path / "run", "jaxft train", inside=True):
+        assert time.monotonic() - start < 0.4
+
+
+def test_a_pipe_in_the_way_of_a_lock_is_not_waited_for(tmp_path):
+    os.mkfifo(lock_file(tmp_path / "out"))
+    with pytest.raises(FileExistsError, match="is in the way, and is no lock file"):
+        with lock(tmp_path / "out", "jaxft convert"):
+            pass
 
 
 def test_an_owner_renews_its_lease_and_stops_once_another_has_it(tmp_path, network):

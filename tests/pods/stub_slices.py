@@ -78,9 +78,10 @@ class StubSlices:
             return BROKEN
         self.events.append(f"ssh {worker.number} {self._short(argv)}")
         # As with sshd, the call ends once nobody holds the pipes: a script that detaches something must let go of them.
+        # And no signal is ignored, as Ctrl-C is in a suite that a shell put in the background.
         process = subprocess.Popen(
-            list(argv), cwd=self.home(worker), env=self.environment(worker), stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+            ["env", "--default-signal=HUP,INT", *argv], cwd=self.home(worker), env=self.environment(worker),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
         limit = 0.15 if broken == MIDDLE else seconds
         try:

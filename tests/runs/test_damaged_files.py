@@ -1,12 +1,14 @@
 """Damaged files of a run folder: what can be made again is, with a word; the rest is refused with the file."""
 
 import json
+import os
 
 import pytest
 from runs.test_folder import checkpoint, config_of, start
 
 from jaxft.errors import CheckpointError, ConfigError
 from jaxft.files import run_folder
+from jaxft.files.deadlines import within
 from jaxft.runs.folder import chat_template, run_config
 from jaxft.runs.identity.record import read_record
 from jaxft.runs.report.files import read_json as read_for_report
@@ -87,14 +89,17 @@ def test_a_damaged_mark_is_refused_with_the_mend_and_the_mend_works(tmp_path, ki
     start(config)
 
 
-FIELDS = {"steps": "8", "reads": [1], "exports": {"adapter": 3}, "history": ["x"], "ranked_after": None, "id": 3}
+FIELDS = {
+    "steps": "8", "reads": [1], "exports": {"adapter": 3}, "history": ["x"], "ranked_after": None, "id": 3,
+    "exports.model": {"model": [["x"]]}, "times": "x", "times.steps": {"steps": "x"}, "times.save": {"save": 10**400},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_a_field_of_the_mark_with_a_wrong_type_is_named(tmp_path, name):
     start(config_of(tmp_path))
     values = json.loads((tmp_path / run_folder.MARK).read_text())
-    (tmp_path / run_folder.MARK).write_text(json.dumps(values | {name: FIELDS[name]}))
+    (tmp_path / run_folder.MARK).write_text(json.dumps(values | {name.partition(".")[0]: FIELDS[name]}))
     with pytest.raises(CheckpointError, match=f"wrong types in {name}"):
         read_record(tmp_path)
 
@@ -117,13 +122,24 @@ def test_steps_without_a_manifest_alone_are_not_taken_for_a_new_run(tmp_path):
     start(config)  # there is a step to go on from
 
 
-@pytest.mark.parametrize(
-    "line", ["[" * 200_000, '{"step": 2, "loss": NaN}', '{"step": 2, "loss": "x"}', '{"step": true}']
-)
+LINES = {
+    "nested": "[" * 200_000, "NaN": '{"step": 2, "loss": NaN}', "a text": '{"step": 2, "loss": "x"}',
+    "no step": '{"step": true}', "beyond floats": f'{{"step": 2, "loss": {10**400}}}',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("line", LINES)
 def test_a_line_of_the_metrics_that_no_run_wrote_is_refused_by_its_number(tmp_path, line):
+    line = LINES[line]
     (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
     with pytest.raises(ValueError, match="line 2 of 3 is not a JSON object with a step"):
         RunLog(tmp_path, total_steps=3, resume_step=3, quiet=True)
+
+
+def test_a_pipe_in_the_place_of_the_metrics_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    within(lambda: RunLog(tmp_path, total_steps=3, resume_step=3, quiet=True).close(), 20)
+    assert (tmp_path / "metrics.jsonl").is_file()
 
 
 def test_the_log_knows_how_many_rows_it_has(tmp_path):

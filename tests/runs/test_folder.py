@@ -115,6 +115,28 @@ def test_a_run_without_checkpoints_begins_anew_without_what_another_left(tmp_pat
     assert record.read_record(tmp_path).id != first and run_config(tmp_path).seed == 1
 
 
+@pytest.mark.parametrize("name", ["4/state/d/0", "4.unexplained-20260101T000000/state/d/0", "notes.txt"])
+def test_what_is_no_leftover_among_checkpoints_is_set_aside(tmp_path, caplog, name):
+    """A copy that left files without an ending out, say, has a step without anything that tells of it."""
+    start(config_of(tmp_path))
+    for one in (name, "2.saving-1/state/d/0"):
+        (tmp_path / "checkpoints" / one).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "checkpoints" / one).write_text("x")
+    start(config_of(tmp_path))  # the same run goes on
+    assert (tmp_path / "checkpoints" / name).exists() and not caplog.text
+    start(config_of(tmp_path, seed=1))
+    assert (tmp_path / "checkpoints.before-1" / name).read_text() == "x" and not (tmp_path / "checkpoints").exists()
+    assert "checkpoints.before-1: it has " + name.partition("/")[0] in caplog.text
+
+
+def test_leftovers_of_saves_go_with_a_run_that_begins_anew(tmp_path):
+    start(config_of(tmp_path))
+    for one in ("2.saving-1", "4.deleted"):
+        (tmp_path / "checkpoints" / one / "state").mkdir(parents=True)
+    start(config_of(tmp_path, seed=1))
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith("checkpoints")]
+
+
 @pytest.mark.parametrize("left", ["summary.json", "adapter", "model"])
 def test_a_finished_run_whose_checkpoints_are_gone_is_not_overwritten(tmp_path, left):
     start(config_of(tmp_path))

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from heard_signals import HEARING
 
 from jaxft.assets import ASSETS
 from jaxft.errors import ExitCode
@@ -42,7 +43,7 @@ def start(folder: Path, cache: Path, more: Sequence[str] = (), before: Sequence[
     env.pop("XLA_FLAGS", None)
     root = Path(__file__).parents[2]
     return subprocess.Popen(
-        [*before, *command(folder), *more],
+        [*HEARING, *before, *command(folder), *more],
         cwd=root,
         env=env,
         stdout=subprocess.PIPE,

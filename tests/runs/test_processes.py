@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from heard_signals import HEARING
 from rich.console import Console
 from safetensors.numpy import load_file
 
@@ -57,7 +58,7 @@ class Group:
     ):  # fmt: skip
         settings = {"output_dir": folder, **SMOKE, **overrides}
         command = [
-            sys.executable, "-m", "jaxft.cli", "train", "--config=configs/quickstart.py:smoke",
+            *HEARING, sys.executable, "-m", "jaxft.cli", "train", "--config=configs/quickstart.py:smoke",
             *(f"--config.{key}={value}" for key, value in settings.items()),
         ]  # fmt: skip
         env = os.environ | {

@@ -16,8 +16,10 @@ def terms(monkeypatch):
     """The SIGTERMs that this process gets, for which jax.distributed would wait."""
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     got, before = [], signal.signal(signal.SIGTERM, lambda number, frame: got.append(number))
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
     yield got
     signal.signal(signal.SIGTERM, before)
+    signal.signal(signal.SIGHUP, hangup)
 
 
 def test_a_closed_terminal_is_answered_as_sigterm_is(terms):

@@ -25,6 +25,7 @@ from jaxft.errors import CheckpointError
 PREFIX = "gs://"
 SPECIAL = re.compile(r"[\[\]*?{}\\|%#\s]")  # patterns and other syntax to the libraries below
 SAVING, DELETED = ".saving", ".deleted"
+ACCESS = ".access-"  # with the number of a process: an object by which it tries whether it may write
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,8 @@ class BucketSteps:
 
     def others(self) -> tuple[str, ...]:
         first = {name.partition("/")[0] for name in self._objects.names()}
-        return tuple(sorted(name for name in first if not (name.isdecimal() and name.isascii())))
+        known = re.compile(rf"\d+|{re.escape(ACCESS)}\d+", re.ASCII)  # a killed process may have left the latter
+        return tuple(sorted(name for name in first if not known.fullmatch(name)))
 
     def exists(self, step: int) -> bool:
         return step in self._steps()
@@ -104,7 +106,7 @@ class BucketSteps:
     def check_access(self) -> None:
         import jax  # here: runs are listed without it
 
-        self._objects.check_access(f".access-{jax.process_index()}")
+        self._objects.check_access(f"{ACCESS}{jax.process_index()}")
 
     def begin(self, step: int, number: int) -> Any:
         if step in self._begun:

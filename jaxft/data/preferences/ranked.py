@@ -1,6 +1,5 @@
 """Lists of answers to one prompt with their scores or ranks, and the pairs that are made of them."""
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,9 @@ from jaxft.data.rows.questions import Message
 from jaxft.data.rows.turn_lists import as_list
 from jaxft.data.rows.values import RowProblem
 from jaxft.errors import did_you_mean
+from jaxft.files.json_fields import is_finite
+
+LARGEST_SCORE = 1e38  # float32, in which scores are compared, ends at 3.4e38
 
 # The usual names: of the list, of an answer in it, and of its score, in the list or in a list beside it.
 LISTS = ("completions", "answers", "responses", "generations")
@@ -58,7 +60,7 @@ def ranked_answers(fields: Mapping[str, Any], config: DataConfig) -> Ranked | No
         columns=frozenset((*columns, name, score)),
         prompt=prompt,
         texts=tuple(answer_to(prompt, messages_of(text, name)) for text in texts),
-        scores=tuple(sign * _number(value, f"{name} {number}: {score}") for number, value in enumerate(values, 1)),
+        scores=tuple(sign * score_of(value, f"{name} {number}: {score}") for number, value in enumerate(values, 1)),
     )
 
 
@@ -157,7 +159,10 @@ def _in(fields: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     return [name for name in names if fields.get(name) is not None]
 
 
-def _number(value: Any, what: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+def score_of(value: Any, what: str) -> float:
+    """A score of a row as a float. Raises RowProblem unless the difference of two such is finite on a device."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not is_finite(value):
         raise RowProblem(f"{what} is {str(value)[:60]!r}; it must be a number")
+    if abs(value) > LARGEST_SCORE:
+        raise RowProblem(f"{what} is {float(value):g}; it must be a number of at most {LARGEST_SCORE:g}")
     return float(value)

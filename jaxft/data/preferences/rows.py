@@ -8,7 +8,7 @@ from typing import Any
 from jaxft.config import DataConfig
 from jaxft.data.formats import EXTRAS
 from jaxft.data.preferences.prompts import answer_to, messages_of, prompt_in, shared_prompt
-from jaxft.data.preferences.ranked import ranked_answers, ranked_pairs
+from jaxft.data.preferences.ranked import ranked_answers, ranked_pairs, score_of
 from jaxft.data.rows.questions import Message, with_system
 from jaxft.data.rows.values import RowProblem
 from jaxft.errors import did_you_mean
@@ -204,7 +204,4 @@ def _margin(fields: Mapping[str, Any]) -> tuple[float | None, tuple[str, ...]]:
 
 
 def _number(fields: Mapping[str, Any], name: str) -> float:
-    value = fields[name]
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value or abs(value) == float("inf"):
-        raise RowProblem(f"{name!r} is {str(value)[:60]!r}; it must be a number")
-    return float(value)
+    return score_of(fields[name], repr(name))

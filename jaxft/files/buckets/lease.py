@@ -5,6 +5,7 @@ it. After any death of the owner the lease expires, and the next process takes i
 """
 
 import logging
+import os
 import threading
 import time
 from dataclasses import replace
@@ -12,7 +13,7 @@ from dataclasses import replace
 from jaxft.errors import BucketError, FolderInUseError
 from jaxft.files.buckets.store import Bucket, Changed
 from jaxft.files.locks import lock
-from jaxft.files.locks.owner import Owner, is_alive, owner_of, running_kernel
+from jaxft.files.locks.owner import Owner, is_alive, owner_of, shares_numbers
 from jaxft.files.run_folder import LOCK
 
 log = logging.getLogger(__name__)
@@ -71,10 +72,13 @@ class Lease:
     def _wait_for_end(self, before: Owner, generation: str) -> None:
         """Returns once the lease of another owner has ended. Raises FolderInUseError as soon as it is renewed."""
         address = self._bucket.address
-        if before.machine == running_kernel():
+        if shares_numbers(before):
             if not is_alive(before):
                 return
-            raise FolderInUseError(_refusal(address, before))
+            # A process of its number may be another one, such as this one in a container that was started again: then
+            # only renewal tells.
+            if before.pid != os.getpid() and abs(time.time() - before.renewed) < lock.LEASE_SECONDS:
+                raise FolderInUseError(_refusal(address, before))
         if abs(time.time() - before.renewed) > lock.SKEW_SECONDS:
             return
         log.warning(
@@ -128,7 +132,7 @@ def owner_now(bucket: Bucket) -> Owner | None:
     """The process that writes in a folder at this moment, by its lease; None if nobody does."""
     there = bucket.read(LOCK)
     owner = None if there is None else owner_of(there.data.decode("utf-8", "replace"))
-    if owner is None or (owner.machine == running_kernel() and not is_alive(owner)):
+    if owner is None or (shares_numbers(owner) and not is_alive(owner)):
         return None
     return owner if abs(time.time() - owner.renewed) < lock.LEASE_SECONDS else None
 

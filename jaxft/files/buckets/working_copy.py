@@ -74,7 +74,7 @@ class WorkingCopy:
                     continue
                 if entry.md5 and self._fetched.get(name) == entry:
                     continue
-                self.bucket.download(name, self.path / name, entry.size)
+                self.bucket.download(name, self._place_of(name), entry.size)
                 self._sent[name], self._fetched[name] = _state(self.path / name), entry
             for name in set(self._fetched) - set(entries):
                 (self.path / name).unlink(missing_ok=True)
@@ -92,7 +92,7 @@ class WorkingCopy:
                     "meanwhile? Give the same command again."
                 )
             for name in names:
-                self.bucket.download(name, self.path / name, entries[name].size)
+                self.bucket.download(name, self._place_of(name), entries[name].size)
 
     def stage(self, folder: str) -> None:
         """Uploads a folder before it is finished, for other processes to read it. Once renamed, it goes from there."""
@@ -134,6 +134,19 @@ class WorkingCopy:
     def remove(self) -> None:
         """Deletes the copy."""
         self._scratch.remove()
+
+    def _place_of(self, name: str) -> Path:
+        """Where an object is written. Raises BucketError for a name that is no path of a file below the folder.
+
+        Buckets take any name, and a stranger could name any file of this machine so.
+        """
+        if "\0" in name or any(part in ("", ".", "..") for part in name.split("/")):
+            raise BucketError(
+                f"{self.bucket.address} has an object {name!r}, whose name is no path of a file within a folder, so no "
+                "run has written it, and it is not fetched. Rename or delete the object: `gcloud storage ls "
+                "--recursive` shows it."
+            )
+        return self.path / name
 
     def _names(self) -> list[str]:
         """The files that are whole."""
@@ -246,15 +259,6 @@ def owner_now(folder: Path) -> Owner | None:
     """The process that writes in a run folder or a working copy's bucket at this moment; None if nobody does."""
     address = address_of(folder)
     return lock.owner_now(folder, inside=True) if address is None else owner_of_lease(_open[address].bucket)
-
-
-def delete_checkpoints(folder: Path) -> None:
-    """Deletes the checkpoints in the bucket of a working copy, those lists first by which steps are whole."""
-    if (address := address_of(folder)) is None:
-        return
-    bucket = _open[address].bucket
-    for name in sorted(bucket.entries(f"{CHECKPOINTS}/"), key=lambda one: not one.endswith("manifest.json")):
-        bucket.delete(name)
 
 
 @contextlib.contextmanager

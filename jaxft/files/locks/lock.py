@@ -12,6 +12,7 @@ import errno
 import fcntl
 import logging
 import os
+import stat
 import threading
 import time
 from collections.abc import Iterator
@@ -27,7 +28,8 @@ from jaxft.files.locks.owner import (
     is_alive,
     is_of_one_machine,
     owner_of,
-    running_kernel,
+    shares_kernel,
+    shares_numbers,
 )
 from jaxft.files.run_folder import LOCK
 
@@ -129,17 +131,19 @@ def owner_now(target: str | os.PathLike[str], *, inside: bool = False) -> Owner 
     if (own := _locks.get(os.path.realpath(path))) is not None:
         return own.owner
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe is not waited for
     except OSError:
         return None
     try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return None
         kernel = _lock_kernel(descriptor, fcntl.LOCK_SH)
         owner = owner_of(_text(descriptor))
         if kernel is False:
             return owner or Owner(what="an unknown command", host="unknown", pid=0, since="an unknown time")
-        if owner is None or (kernel and (owner.machine == running_kernel() or is_of_one_machine(path.parent))):
+        if owner is None or (kernel and (shares_kernel(owner) or is_of_one_machine(path.parent))):
             return None
-        if owner.machine == running_kernel():
+        if shares_numbers(owner):
             return owner if is_alive(owner) else None
         return owner if abs(time.time() - owner.renewed) < LEASE_SECONDS else None
     finally:
@@ -168,13 +172,12 @@ def _take(path: Path, target: Path, what: str) -> _Lock:
 
 def _own(path: Path, target: Path, descriptor: int, what: str, *, kernel: bool) -> _Lock | None:
     """Writes the owner, after a lease of another host has expired; None if the file has gone meanwhile."""
-    text = _text(descriptor)
+    text = _text(descriptor) if stat.S_ISREG(os.fstat(descriptor).st_mode) else "a pipe or a device"
     if text.strip("\0\n") and not text.startswith(MARK):
         raise FileExistsError(errno.EEXIST, f"{path} is in the way, and is no lock file of jaxft", str(path))
     lease = not (kernel and is_of_one_machine(path.parent))
     before = owner_of(text)
-    here = before is not None and before.machine == running_kernel()
-    if lease and before is not None and not (here and (kernel or not is_alive(before))):
+    if lease and before is not None and not _has_ended(before, kernel=kernel):
         _wait_for_end(path, target, before)
         if not _is_same_file(descriptor, path):
             return None
@@ -188,6 +191,11 @@ def _own(path: Path, target: Path, descriptor: int, what: str, *, kernel: bool) 
     if lease:
         threading.Thread(target=_renew, args=(own,), name="lease", daemon=True).start()
     return own
+
+
+def _has_ended(before: Owner, *, kernel: bool) -> bool:
+    """Whether another owner has ended for certain. kernel: whether the lock of this kernel was got."""
+    return (kernel and shares_kernel(before)) or (shares_numbers(before) and not is_alive(before))
 
 
 def _wait_for_end(path: Path, target: Path, before: Owner) -> None:
@@ -268,7 +276,7 @@ def _read(path: Path) -> Owner | None:
 
 def _refusal(target: Path, owner: Owner | None) -> str:
     who = "another process" if owner is None else owner.describe()
-    own = owner is not None and (owner.pid, owner.machine) == (os.getpid(), running_kernel())
+    own = owner is not None and owner.pid == os.getpid() and shares_numbers(owner)
     who += ", which is this process" if own else ""
     return (
         f"{target} is being written by {who}. Two writers would damage each other's files, so nothing was "

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from jaxft.files.json_fields import is_finite
+
 FORMAT = 1  # of the lock file
 MARK = '{"jaxft_lock"'  # how the text of every lock file begins
 MOST_BYTES = 4096  # a lock file is never longer
@@ -25,9 +27,13 @@ OF_ONE_MACHINE = frozenset(
 
 @cache
 def running_kernel() -> str:
-    """What tells this running kernel from all others: containers share it, hosts of the same name do not."""
+    """What tells this running kernel from all others, and, after a space, its processes as they are numbered here.
+
+    Containers on one host share the kernel, and have numbers of their own; hosts of the same name share neither.
+    """
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        kernel = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{kernel} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return socket.gethostname()
 
@@ -36,9 +42,9 @@ def running_kernel() -> str:
 class Owner:
     """The process that writes in a folder.
 
-    what: its work, such as `jaxft train`. host, pid: where it runs. machine: the running kernel, whose locks end with
-    the process. since: when it began, ISO 8601 in UTC. renewed: Unix time in seconds when it last showed that it lives;
-    only a lease is renewed. id: of this lock, for ever the same.
+    what: its work, such as `jaxft train`. host, pid: where it runs. machine: see `running_kernel`.
+    since: when it began, ISO 8601 in UTC. renewed: Unix time in seconds when it last showed that it lives; only a lease
+    is renewed. id: of this lock, for ever the same.
     """
 
     what: str
@@ -69,12 +75,22 @@ def owner_of(text: str) -> Owner | None:
     except (ValueError, TypeError, RecursionError):  # of a writer that is at it, of another program, or cut off
         return None
     texts = (owner.what, owner.host, owner.machine, owner.since, owner.id)
-    numbers = isinstance(owner.pid, int) and isinstance(owner.renewed, int | float)
+    numbers = isinstance(owner.pid, int) and isinstance(owner.renewed, int | float) and is_finite(owner.renewed)
     return owner if numbers and all(isinstance(text, str) for text in texts) else None
 
 
+def shares_kernel(owner: Owner) -> bool:
+    """Whether an owner is on this machine, so that the locks of its kernel are seen here."""
+    return owner.machine.partition(" ")[0] == running_kernel().partition(" ")[0]
+
+
+def shares_numbers(owner: Owner) -> bool:
+    """Whether the number of an owner's process means the same process here: `is_alive` can tell of it then."""
+    return owner.machine == running_kernel()
+
+
 def is_alive(owner: Owner) -> bool:
-    """Whether the process of an owner on this machine runs."""
+    """Whether a process with the number of an owner runs, which may be another one after a time."""
     try:
         os.kill(owner.pid, 0)
     except ProcessLookupError:

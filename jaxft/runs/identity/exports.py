@@ -13,10 +13,12 @@ from pathlib import Path
 from jaxft.checkpoint.folders.sums import check_sums, has_sums
 from jaxft.checkpoint.hub.card import MARK as CARD_MARK
 from jaxft.checkpoint.hub.card import README
-from jaxft.errors import CheckpointError
+from jaxft.checkpoint.steps.access import steps_in
+from jaxft.checkpoint.steps.folders import LEFTOVER
+from jaxft.errors import CheckpointError, ConfigError, listed
 from jaxft.files.atomic import publish, unfinished_folder
-from jaxft.files.buckets.working_copy import delete_checkpoints, shown
-from jaxft.files.run_folder import UNFINISHED
+from jaxft.files.buckets.working_copy import address_of, checkpoints_of, shown
+from jaxft.files.run_folder import CHECKPOINTS, UNFINISHED
 from jaxft.runs.identity.record import EXPORTS, OF_A_RUN, Record, record_of, write_record
 
 # Larger files are not read to see whether somebody changed them: models are replaced by others, not edited.
@@ -67,16 +69,32 @@ def clear(folder: Path) -> None:
     """Deletes what a run has written, and nothing else; the mark stays. What has no explanation is set aside."""
     for name in EXPORTS:
         remove_export(folder, name)
-    delete_checkpoints(folder)
+    _clear_checkpoints(folder)
     for name in OF_A_RUN:
         path = folder / name
         if path.is_symlink() or not path.is_dir():
             path.unlink(missing_ok=True)
-        elif any(entry.name.find(".unexplained") > 0 for entry in path.iterdir()):
-            set_aside(path)
         else:
             shutil.rmtree(path)
     write_record(folder, Record())
+
+
+def _clear_checkpoints(folder: Path) -> None:
+    """Deletes what interrupted saves have left of a run without a whole step. What else is there is kept."""
+    if (address := address_of(folder)) is not None:
+        steps = steps_in(checkpoints_of(folder))
+        steps.prepare()
+        if others := [*map(str, steps.without_manifest()), *steps.others()]:
+            raise ConfigError(
+                f"{address}/{CHECKPOINTS} has {listed(others)}, and it is not known that a run wrote it: a run with "
+                "other settings would begin anew beside it. Move it elsewhere, or set output_dir to a new folder."
+            )
+        return
+    path = folder / CHECKPOINTS
+    if path.is_symlink() or not path.is_dir():
+        return
+    if others := sorted(entry.name for entry in path.iterdir() if not LEFTOVER.fullmatch(entry.name)):
+        log.warning("%s is kept as %s: it has %s", path, set_aside(path), listed(others))
 
 
 def set_aside(path: Path) -> Path:

@@ -13,6 +13,7 @@ from typing import Any
 
 from jaxft.errors import CheckpointError, listed
 from jaxft.files import run_folder
+from jaxft.files.json_fields import is_finite
 from jaxft.files.run_folder import ADAPTER, MARK, MERGED, MODEL, read_json, write_json
 
 FORMAT = 1  # of the file
@@ -80,11 +81,12 @@ def _check_types(record: Record) -> None:
     number, mapping = int | None, Mapping
     types: dict[str, Any] = {
         "id": str, "created": str, "version": str, "steps": number, "reads": mapping, "exports": mapping,
-        "ranked_after": int, "exported": number,
+        "ranked_after": int, "exported": number, "times": mapping,
     }  # fmt: skip
     wrong = [name for name, kind in types.items() if not isinstance(getattr(record, name), kind)]
     wrong += [f"reads.{key}" for key, one in _items(record.reads) if not _is_read(one)]
-    wrong += [f"exports.{key}" for key, one in _items(record.exports) if not isinstance(one, list | None)]
+    wrong += [f"exports.{key}" for key, one in _items(record.exports) if not _is_export(one)]
+    wrong += [f"times.{key}" for key, one in _items(record.times) if not _is_time(one)]
     wrong += ["history"] if not all(isinstance(one, Mapping) for one in record.history) else []
     if wrong:
         raise TypeError(f"wrong types in {listed(wrong)}")
@@ -96,6 +98,14 @@ def _items(value: Any) -> list[tuple[str, Any]]:
 
 def _is_read(one: Any) -> bool:
     return isinstance(one, Mapping) and isinstance(one.get("digest"), str) and "path" in one
+
+
+def _is_export(one: Any) -> bool:
+    return one is None or (isinstance(one, list) and all(isinstance(file, str) for file in one))
+
+
+def _is_time(one: Any) -> bool:
+    return isinstance(one, int | float) and is_finite(one) and one >= 0
 
 
 def write_record(folder: Path, record: Record) -> None:

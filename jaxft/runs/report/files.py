@@ -1,12 +1,12 @@
 """What a report reads: the files of a run folder, some of which may be absent or damaged."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxft.errors import CheckpointError, DataError
 from jaxft.files import run_folder
+from jaxft.files.json_fields import is_finite
 from jaxft.files.run_folder import CONFIG, DATA, HELD_OUT_COMPLETIONS, METRICS, SCORES
 from jaxft.rollouts.completions import read_completions
 from jaxft.training.log import read_metrics
@@ -64,7 +64,7 @@ def series(rows: Sequence[Row], key: str) -> tuple[list[int], list[float]]:
 
 def is_number(value: Any) -> bool:
     """Whether a value of a file is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and is_finite(value)
 
 
 def as_list(value: Any) -> list[Any]:

@@ -13,6 +13,7 @@ from jaxft.checkpoint.steps.access import steps_in
 from jaxft.errors import CheckpointError, ConfigError, counted, listed
 from jaxft.files.buckets.store import is_bucket
 from jaxft.files.buckets.working_copy import address_of, checkpoints_of, owner_now, runs_in_bucket, shown, small_copy
+from jaxft.files.json_fields import is_finite
 from jaxft.files.run_folder import (
     ADAPTER,
     CHECKPOINTS,
@@ -29,6 +30,7 @@ from jaxft.files.run_folder import (
 )
 from jaxft.home import local_path
 from jaxft.runs.identity.record import Record, read_record
+from jaxft.system import described
 
 DEPTH = 6  # folders within each other that are looked into
 TAIL_BYTES = 2**16  # of metrics.jsonl that are read: its last rows
@@ -83,17 +85,26 @@ def runs_below(folder: str | os.PathLike[str]) -> list[RunState]:
 
 
 def _state_in_bucket(address: str) -> RunState:
-    with small_copy(address) as folder:
-        return replace(state_of(folder), folder=address)
+    try:
+        with small_copy(address) as folder:
+            return replace(state_of(folder), folder=address)
+    except (ConfigError, CheckpointError) as error:  # of its names alone: the others are listed
+        return RunState(folder=address, state=BROKEN, problem=str(error))
 
 
 def state_of(folder: Path) -> RunState:
-    """The state of one run folder."""
-    owner = owner_now(folder)
+    """The state of one run folder: broken, with the reason, if it cannot be read."""
     try:
-        record = record_in(folder) or Record(created="")
+        return _state_of(folder)
     except CheckpointError as error:
         return RunState(folder=str(folder), state=BROKEN, problem=str(error))
+    except OSError as error:
+        return RunState(folder=str(folder), state=BROKEN, problem=described(error))
+
+
+def _state_of(folder: Path) -> RunState:
+    owner = owner_now(folder)
+    record = record_in(folder) or Record(created="")
     created, steps = record.created or None, record.steps
     if owner is not None:
         row = _last_row(folder)
@@ -119,7 +130,7 @@ def state_of(folder: Path) -> RunState:
             state=FINISHED,
             step=summary.get("steps"),
             steps=steps,
-            metrics={key: value for key, value in summary.items() if isinstance(value, int | float)},
+            metrics={key: value for key, value in summary.items() if _is_number(value)},
             note=None if newest is not None else GONE,
             created=created,
         )
@@ -141,24 +152,7 @@ def record_in(folder: Path) -> Record | None:
         record = read_record(folder)
     except RecursionError as error:
         raise CheckpointError(f"{folder / MARK} is damaged: it is nested too deep. Restore it from a copy.") from error
-    wrong = [] if record is None else _wrong_types(record)
-    if wrong:
-        raise CheckpointError(f"{folder / MARK} is damaged: {listed(wrong)} of wrong types. Restore it from a copy.")
     return record
-
-
-def _wrong_types(record: Record) -> list[str]:
-    wrong = [] if isinstance(record.created, str) and isinstance(record.id, str) else ["id or created"]
-    wrong += [] if record.steps is None or type(record.steps) is int else ["steps"]
-    exports = record.exports.values() if isinstance(record.exports, dict) else [0]
-    if not all(
-        files is None or (isinstance(files, list) and all(isinstance(file, str) for file in files)) for files in exports
-    ):
-        wrong.append("exports")
-    reads = record.reads.values() if isinstance(record.reads, dict) else [0]
-    if not all(isinstance(one, dict) and {"path", "digest"} <= set(one) for one in reads):
-        wrong.append("reads")
-    return wrong
 
 
 def describe(run: RunState) -> str:
@@ -169,7 +163,7 @@ def describe(run: RunState) -> str:
     if run.state == RUNNING:
         owner = run.owner or {}
         use = run.metrics.get("goodput")
-        share = f", goodput {use:.1%}" if isinstance(use, int | float) else ""
+        share = f", goodput {use:.1%}" if _is_number(use) else ""
         step = "before its first logged step" if run.step is None else f"step {run.step:,}{of}"
         return f"{step}{share}; {owner['what']} on {owner['host']}, process {owner['pid']}, since {owner['since']}"
     if run.state == FINISHED:
@@ -221,9 +215,13 @@ def _problem(folder: Path, newest: int | None, unexplained: list[str]) -> str | 
 
 def _command(folder: Path) -> str | None:
     """The command of a run, which goes on with it where it is now, if the folder has been moved too."""
+    if not (folder / COMMAND).is_file():  # a pipe is not waited for
+        return None
     try:
         words = shlex.split((folder / COMMAND).read_text(encoding="utf-8"))
     except (OSError, ValueError):
+        return None
+    if any("\0" in word for word in words):  # no program takes such a word
         return None
     words = [f"{OUTPUT}{shown(folder)}" if _is_other(word, folder) else word for word in words]
     return shlex.join(words) or None
@@ -240,6 +238,8 @@ def _is_other(word: str, folder: Path) -> bool:
 
 def _last_row(folder: Path) -> dict[str, Any]:
     """The newest row of metrics.jsonl that has the loss of a step; {} without one."""
+    if not (folder / METRICS).is_file():  # a pipe is not waited for
+        return {}
     try:
         with open(folder / METRICS, "rb") as file:
             file.seek(0, os.SEEK_END)
@@ -255,6 +255,10 @@ def _last_row(folder: Path) -> dict[str, Any]:
         if isinstance(row, dict) and isinstance(row.get("step"), int) and "loss" in row:
             return row
     return {}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and is_finite(value)
 
 
 def _object(path: Path) -> dict[str, Any] | None:

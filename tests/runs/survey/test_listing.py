@@ -1,6 +1,8 @@
 """`jaxft runs`: the state of each run, what goes on with it, and names of others on a terminal."""
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,9 +14,12 @@ import pytest
 from jaxft import cli
 from jaxft.config import RunConfig, with_overrides
 from jaxft.errors import ConfigError
+from jaxft.files.deadlines import within
 from jaxft.files.locks.lock import lock
+from jaxft.files.locks.owner import Owner
 from jaxft.runs.folder import open_run
-from jaxft.runs.survey.listing import runs_below
+from jaxft.runs.survey import listing
+from jaxft.runs.survey.listing import describe, runs_below
 
 ROOT = Path(__file__).parents[3]
 
@@ -120,6 +125,52 @@ def test_names_of_others_do_not_reach_the_terminal(tmp_path, capsys):
     assert cli.main(["runs", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert "\x1b" not in text and "\\x1b[2Jb\\nforged" in text and len(text.splitlines()) == 2
+
+
+STRANGE = {
+    "numbers beyond floats": lambda run: (run / "summary.json").write_text(f'{{"steps": 8, "eval_loss": {10**400}}}'),
+    "a zero byte in the command": lambda run: [
+        (run / "summary.json").unlink(), (run / "command.txt").write_text("jaxft train '--output=a\0b'")
+    ],
+    "a pipe for a command": lambda run: [
+        (run / "summary.json").unlink(), (run / "command.txt").unlink(), os.mkfifo(run / "command.txt")
+    ],
+    "a pipe for metrics": lambda run: [
+        (run / "summary.json").unlink(), (run / "metrics.jsonl").unlink(), os.mkfifo(run / "metrics.jsonl")
+    ],
+    "a pipe for a lock": lambda run: os.mkfifo(run / "jaxft_lock.json"),
+    "a folder for a lock": lambda run: (run / "jaxft_lock.json").mkdir(),
+    "a lock beyond floats": lambda run: (run / "jaxft_lock.json").write_text(
+        json.dumps(json.loads(Owner(what="x", machine="another").to_text()) | {"renewed": 10**400})
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_no_run_of_a_stranger_ends_the_list(tmp_path, name, monkeypatch):
+    monkeypatch.setattr("jaxft.files.locks.lock.is_of_one_machine", lambda folder: False)  # leases count
+    STRANGE[name](finish(tmp_path / "first"))
+    finish(tmp_path / "second")
+    runs = within(lambda: runs_below(tmp_path), 20)  # the end of a pipe would never come
+    stopped = not (tmp_path / "first" / "summary.json").exists()
+    assert [run.state for run in runs] == ["interrupted" if stopped else "finished", "finished"]
+    assert all(describe(run) for run in runs)
+
+
+def test_a_run_that_cannot_be_read_is_broken_and_the_others_are_listed(tmp_path, monkeypatch):
+    for name in ("first", "second"):
+        finish(tmp_path / name)
+    read = listing.owner_now
+
+    def fails(folder):
+        if folder.name == "first":
+            raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+        return read(folder)
+
+    monkeypatch.setattr(listing, "owner_now", fails)
+    first, second = runs_below(tmp_path)
+    assert first.state == "broken" and "first: Permission denied. Give yourself permission" in first.problem
+    assert second.state == "finished"
 
 
 def test_a_folder_without_runs_and_one_that_is_not_there(tmp_path, capsys):
