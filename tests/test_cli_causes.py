@@ -166,6 +166,17 @@ def test_no_message_shows_a_password_or_a_token(text, shown, capsys):
     assert shown in capsys.readouterr().err
 
 
+def test_a_name_of_megabytes_in_a_message_is_searched_for_secrets_in_proportion():
+    """A time that grew with its square would be hours. The search cannot be stopped within a process."""
+    program = (
+        "from jaxft.cli.errors import without_secrets\n"
+        "for text in ('a', '?', '?token', 'x://', '://:', '-key'):\n"
+        "    for before in ('', '?', '://'):\n"
+        "        without_secrets(before + text * (4_000_000 // len(text)))\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=300, cwd=Path(jaxft.__file__).parents[1])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("platform", "said"),

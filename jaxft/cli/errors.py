@@ -10,10 +10,11 @@ from jaxft.errors import ExitCode, PeerLostError, Preempted
 from jaxft.terminal import text as terminal
 from jaxft.terminal.output import give_up, settle
 
+# Each takes a time in proportion to the text, whatever is in it: names in files of others may have megabytes.
 SECRETS = (
-    (re.compile(r"(\w+://)[^/\s@:]*:[^/\s@]*@"), r"\1...@"),  # user:password@ of an address
+    (re.compile(r"(://)[^/\s@:]*+:[^/\s@]*@"), r"\1...@"),  # user:password@ of an address
     (
-        re.compile(r"([?&](?:[\w-]*(?:token|key|secret|signature|sig|password)[\w-]*)=)[^&\s'\"]+", re.IGNORECASE),
+        re.compile(r"([?&](?=[\w-]*(?:token|key|secret|sig|password))[\w-]*+=)[^&\s'\"]+", re.IGNORECASE),
         r"\1...",
     ),
     (re.compile(r"\b(hf_|Bearer\s+)[A-Za-z0-9._-]{8,}"), r"\1..."),

@@ -378,7 +378,7 @@ def test_an_object_whose_name_leads_out_of_the_folder_is_not_fetched(bucket, mon
 
 def test_objects_among_the_checkpoints_that_no_run_left_are_not_deleted(bucket):
     """Those of a copy that left files out, say, where a run with other settings would begin anew."""
-    for name in ("checkpoints/2/state/d/0", "checkpoints/2.saving", "checkpoints/.access-0"):
+    for name in (MARK, "checkpoints/2/state/d/0", "checkpoints/2.saving", "checkpoints/.access-0"):
         bucket.write(name, b"x")
     with written(bucket.address, "jaxft train") as copy:
         exports.clear(copy.path)
