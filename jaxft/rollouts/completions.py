@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxft.errors import DataError
 from jaxft.files.atomic import write_text
 from jaxft.files.lines import LineFile
 from jaxft.files.run_folder import COMPLETIONS
@@ -65,12 +66,28 @@ class CompletionsLog:
 
 
 def read_completions(folder: Path, name: str = COMPLETIONS) -> list[dict[str, Any]]:
-    """The rows of such a file in a run folder, without an incomplete last line; none if there is no file."""
+    """The rows of such a file in a run folder, without an incomplete last line; none if there is no file.
+
+    Raises DataError for a line that no run has written.
+    """
     path = folder / name
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = path.read_bytes().split(b"\n")[:-1]  # str.splitlines would cut at separators within answers too
+    return [_row(line, f"{path} line {number:,} of {len(lines):,}") for number, line in enumerate(lines, 1)]
+
+
+def _row(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        row = None
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        raise DataError(
+            f"{where} is not a JSON object with a step: the file is damaged. Mend or delete that line, or move the "
+            "file away; the weights do not depend on it."
+        )
+    return row
 
 
 def _conversation(one: Rollout) -> dict[str, Any]:

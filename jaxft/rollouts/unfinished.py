@@ -31,7 +31,7 @@ class Unfinished:
         whole = [f"{line}\n" for line in content.decode(errors="replace").split("\n")[:-1]]
         first = as_line({"settings": settings})
         if whole and whole[0] != first:
-            before = json.loads(whole[0]).get("settings", {})
+            before = self._parsed(whole[0], 1)["settings"]
             raise ConfigError(
                 f"{path} holds the answers of an interrupted call with other settings ("
                 f"{_changes(before, json.loads(first)['settings'])}). Restore these to go on, or delete the file to "
@@ -53,7 +53,20 @@ class Unfinished:
         """All records, in the order of the prompts."""
         with open(self.path, encoding="utf-8") as file:
             next(file)
-            yield from map(json.loads, file)
+            for number, line in enumerate(file, 2):
+                yield self._parsed(line, number)
+
+    def _parsed(self, line: str, number: int) -> dict[str, Any]:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get("settings" if number == 1 else "rows"), dict | list):
+            raise ConfigError(
+                f"{self.path} line {number:,} is damaged, so the answers of the interrupted call cannot be read. "
+                "Delete the file to begin again."
+            )
+        return row
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -24,6 +24,7 @@ from jaxft.files.buckets.working_copy import checkpoints_of, folder_of, forget, 
 from jaxft.files.locks.lock import lock
 from jaxft.files.run_folder import (
     CHAT_TEMPLATE,
+    CHECKPOINTS,
     COMMAND,
     CONFIG,
     DATA,
@@ -94,6 +95,7 @@ def locked_run(folder: str | os.PathLike[str], what: str, *, exclusive: bool = T
         def take() -> None:
             refuse_other_store(folder)
             if is_bucket(folder):
+                steps_in(f"{os.fspath(folder)}/{CHECKPOINTS}")  # refuses names that the writers of steps do not take
                 stack.enter_context(written(os.fspath(folder), what, exclusive=exclusive))
                 return
             if not is_run_folder(folder):

@@ -16,7 +16,7 @@ import pytest
 from bucket_server import BucketServer, Fault, times
 
 from jaxft.checkpoint.steps.bucket_objects import Objects
-from jaxft.errors import BucketError, ConfigError, FolderInUseError
+from jaxft.errors import BucketError, CheckpointError, ConfigError, FolderInUseError
 from jaxft.files.buckets import gcs, store, working_copy
 from jaxft.files.buckets.lease import Lease, owner_now
 from jaxft.files.buckets.scratch import Scratch
@@ -35,6 +35,7 @@ from jaxft.files.locks import lock
 from jaxft.files.locks.owner import Owner, running_kernel
 from jaxft.files.paths import url_parts
 from jaxft.files.run_folder import LOCK, MARK, UNFINISHED
+from jaxft.runs.folder import locked_run
 from jaxft.runs.identity import exports
 from jaxft.runs.survey.listing import runs_below
 
@@ -374,6 +375,15 @@ def test_an_object_whose_name_leads_out_of_the_folder_is_not_fetched(bucket, mon
         with pytest.raises(BucketError, match="no path of a file within a folder.*Rename or delete"):
             read()
     assert set(fetched) <= {MARK} and LOCK not in entries(bucket)
+
+
+@pytest.mark.parametrize("name", ["a b", "a%b", "a{b}", "a|b"])
+def test_a_name_that_steps_cannot_have_is_refused_before_anything_is_written(bucket, server, name):
+    before = len(server.requests)
+    with pytest.raises(CheckpointError, match="Choose a name without these characters"):
+        with locked_run(f"{bucket.address}/{name}", "jaxft train"):
+            pass
+    assert len(server.requests) == before
 
 
 def test_objects_among_the_checkpoints_that_no_run_left_are_not_deleted(bucket):

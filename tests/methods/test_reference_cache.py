@@ -12,7 +12,7 @@ from flax import nnx
 from pair_runs import KINDS, LABELLED, ROWS, config_of, train_lose_the_end_and_resume, write_rows
 
 from jaxft import api
-from jaxft.errors import ModelError
+from jaxft.errors import CheckpointError, ModelError
 from jaxft.hardware.topology import parse
 from jaxft.methods import method_of
 from jaxft.methods.parts import reference_cache
@@ -135,6 +135,35 @@ def test_only_what_changed_is_computed_anew(tmp_path):
     file.write_bytes(b"damaged")
     with pytest.raises(AssertionError, match="computed again"):
         precompute(changed, never)
+
+
+def test_whatever_is_damaged_in_the_file_of_the_cache_it_is_computed_again(tmp_path):
+    file, hashes = tmp_path / "reference.npz", {"train": "key"}
+    reference_cache._write(file, hashes, {"train": np.ones(3, np.float32)})
+    whole = file.read_bytes()
+    assert list(reference_cache._read(file, hashes)) == ["train"]
+    broken = [whole[:length] for length in range(0, len(whole), 50)]
+    for place in range(0, len(whole), 3):
+        for bit in (1, 8, 128):
+            broken.append(whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1 :])
+    for content in broken:
+        file.write_bytes(content)
+        sums = reference_cache._read(file, hashes)
+        assert not sums or sums["train"].tolist() == [1.0, 1.0, 1.0]
+
+
+def test_a_damaged_file_of_a_teacher_is_refused_with_the_mend(tmp_path):
+    file = tmp_path / "hash" / "logps.npy"
+    file.parent.mkdir()
+    np.save(file, np.ones((5, 2), np.float32))
+    whole = file.read_bytes()
+    assert teacher_cache._rows_of(file, 5).shape == (5, 2)
+    for content in (whole[:-1], whole[:20], b"", None, whole):
+        file.unlink()
+        if content is not None:
+            file.write_bytes(content)
+        with pytest.raises(CheckpointError, match="is damaged: .*Delete the folder .*/hash, and give the same command"):
+            teacher_cache._rows_of(file, 6)
 
 
 def test_an_evaluation_computes_held_out_rows_alone_and_writes_nothing(rows, tmp_path):

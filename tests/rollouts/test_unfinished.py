@@ -40,6 +40,25 @@ def test_other_settings_are_named(tmp_path):
     assert json.loads(path.read_text()) == {"settings": SETTINGS}
 
 
+@pytest.mark.parametrize("line", ['{"settings": {', '{"settings": {}} x', '{"settings": {"a": ' + "[" * 10**5])
+def test_a_damaged_first_line_is_told(tmp_path, line):
+    path = tmp_path / "best.jsonl.jaxft.partial"
+    path.write_text(line + "\n")
+    with pytest.raises(ConfigError, match="line 1 is damaged.*Delete the file to begin again"):
+        Unfinished(path, SETTINGS)
+    assert path.read_text() == line + "\n"
+
+
+@pytest.mark.parametrize("line", ["{", "3", '{"rows": 3}', "[" * 10**5])
+def test_a_damaged_record_is_told_by_its_line(tmp_path, line):
+    path = tmp_path / "best.jsonl.jaxft.partial"
+    Unfinished(path, SETTINGS).add([{"rows": []}])
+    with open(path, "a") as file:
+        file.write(line + "\n")
+    with pytest.raises(ConfigError, match="line 3 is damaged.*Delete the file to begin again"):
+        list(Unfinished(path, SETTINGS).records())
+
+
 def test_outputs_that_cannot_be_written_are_refused_before_the_model_is_loaded(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()

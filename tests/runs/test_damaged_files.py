@@ -138,7 +138,7 @@ def test_a_line_of_the_metrics_that_no_run_wrote_is_refused_by_its_number(tmp_pa
 
 def test_a_pipe_in_the_place_of_the_metrics_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "metrics.jsonl")
-    within(lambda: RunLog(tmp_path, total_steps=3, resume_step=3, quiet=True).close(), 20)
+    within(lambda: RunLog(tmp_path, total_steps=3, resume_step=3, quiet=True).close(), 300)
     assert (tmp_path / "metrics.jsonl").is_file()
 
 

@@ -162,9 +162,11 @@ def _read(file: Path, hashes: dict[str, str]) -> dict[str, np.ndarray]:
     try:
         with np.load(file, allow_pickle=False) as content:
             known = json.loads(str(content["hashes"]))
+            if not isinstance(known, dict):
+                return {}
             sums = {name: content[own] for name, own in hashes.items() if known.get(name) == own and own in content}
             return {name: values for name, values in sums.items() if np.isfinite(values).all()}
-    except (ValueError, KeyError, OSError, zipfile.BadZipFile):
+    except (ValueError, KeyError, OSError, EOFError, RuntimeError, zipfile.BadZipFile):  # whatever is damaged in it
         return {}
 
 

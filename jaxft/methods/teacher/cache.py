@@ -14,7 +14,7 @@ import numpy as np
 from jaxft.checkpoint.load import resolve
 from jaxft.config import RunConfig
 from jaxft.data.batch import Batch, Example
-from jaxft.errors import ModelError
+from jaxft.errors import CheckpointError, ModelError
 from jaxft.files.atomic import new_folder
 from jaxft.files.paths import sizes_and_times
 from jaxft.files.run_folder import TEACHER
@@ -144,8 +144,8 @@ def _top_of(config: RunConfig) -> Callable[[FrozenArrays, Batch[jax.Array]], Top
 
 def _read(folder: Path, examples: Sequence[Example]) -> list[Example]:
     # The files stay on disk: a batch reads the rows that it needs.
-    files = {name: np.load(folder / file, mmap_mode="r") for name, file in FILES.items()}
     ends = np.cumsum([0, *map(len, examples)])
+    files = {name: _rows_of(folder / file, int(ends[-1])) for name, file in FILES.items()}
 
     def arrays(start: int, end: int) -> dict[str, np.ndarray]:
         return {name: file[start:end] for name, file in files.items()}
@@ -154,3 +154,18 @@ def _read(folder: Path, examples: Sequence[Example]) -> list[Example]:
         replace(example, arrays={**example.arrays, **arrays(start, end)})
         for example, start, end in zip(examples, ends, ends[1:], strict=False)
     ]
+
+
+def _rows_of(file: Path, tokens: int) -> np.ndarray:
+    """The array in a file, a row for each token. Raises CheckpointError if it is damaged."""
+    try:
+        rows = np.load(file, mmap_mode="r")
+        reason = None if rows.ndim == 2 and len(rows) == tokens else f"its shape is {rows.shape}, not of {tokens} rows"
+    except (ValueError, EOFError, FileNotFoundError) as error:
+        reason = str(error)
+    if reason is not None:
+        raise CheckpointError(
+            f"{file} is damaged: {reason}. Delete the folder {file.parent}, and give the same command again: the "
+            "teacher's log-probabilities are then computed anew."
+        )
+    return rows
