@@ -74,7 +74,7 @@ class WorkingCopy:
                     continue
                 if entry.md5 and self._fetched.get(name) == entry:
                     continue
-                self.bucket.download(name, self._place_of(name), entry.size)
+                self.bucket.download(name, self._path_of(name), entry.size)
                 self._sent[name], self._fetched[name] = _state(self.path / name), entry
             for name in set(self._fetched) - set(entries):
                 (self.path / name).unlink(missing_ok=True)
@@ -92,7 +92,7 @@ class WorkingCopy:
                     "meanwhile? Give the same command again."
                 )
             for name in names:
-                self.bucket.download(name, self._place_of(name), entries[name].size)
+                self.bucket.download(name, self._path_of(name), entries[name].size)
 
     def stage(self, folder: str) -> None:
         """Uploads a folder before it is finished, for other processes to read it. Once renamed, it goes from there."""
@@ -135,7 +135,7 @@ class WorkingCopy:
         """Deletes the copy."""
         self._scratch.remove()
 
-    def _place_of(self, name: str) -> Path:
+    def _path_of(self, name: str) -> Path:
         """Where an object is written. Raises BucketError for a name that is no path of a file below the folder.
 
         Buckets take any name, and a stranger could name any file of this machine so.
