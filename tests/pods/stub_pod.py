@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fake_train import fake_environment
 from stub_slices import StubSlices
 
 from jaxft.config import load
@@ -60,8 +61,11 @@ class LastingSlices(StubSlices):
             (self.folder / "alive").unlink(missing_ok=True)
 
 
-def slices_in(folder: Path, hosts: tuple[int, ...] = (1, 1), env: dict[str, str] | None = None, **options: Any):
-    """The slices below a folder. env: for the hosts, besides what all have."""
+def slices_in(
+    folder: Path, hosts: tuple[int, ...] = (1, 1), env: dict[str, str] | None = None, played: bool = False,
+    **options: Any,
+) -> LastingSlices:  # fmt: skip
+    """The slices below a folder. env: for the hosts, besides what all have. played: training is fake_train.py."""
     # Hosts begin with empty homes, and compile the same programs in every run of these tests.
     kept = Path(os.environ["JAXFT_CACHE"]) / "pods"
     shared = {
@@ -70,6 +74,10 @@ def slices_in(folder: Path, hosts: tuple[int, ...] = (1, 1), env: dict[str, str]
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "MPLCONFIGDIR": str(kept / "fonts"),
     }
+    if played:
+        environment = folder / "environment"
+        shared["JAXFT_PYTHON_ENV"] = str(environment) if environment.exists() else fake_environment(folder)
+        shared |= {"FAKE_STEPS": "4", "FAKE_SECONDS": "0.5"}
     return LastingSlices(folder / "nodes", hosts=tuple(hosts), chips=4, env=shared | (env or {}), **options)
 
 

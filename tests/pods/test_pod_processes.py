@@ -1,4 +1,4 @@
-"""`jaxft pod run` with real processes: folders play hosts, on which real `jaxft train` processes run."""
+"""`jaxft pod run` with processes: folders play hosts, on which `jaxft train` runs; or it is played, to be quick."""
 
 import json
 import os
@@ -100,10 +100,11 @@ def test_one_command_creates_trains_and_deletes(undisturbed):
 
 
 @pytest.mark.parametrize("how", [MIDDLE, AFTER, BEFORE])
-def test_a_connection_broken_at_each_step_starts_nothing_twice(tmp_path, port, undisturbed, monkeypatch, how):
+@pytest.mark.parametrize("played", [True, False])
+def test_a_connection_broken_at_each_step_starts_nothing_twice(tmp_path, port, request, monkeypatch, how, played):
     monkeypatch.setattr("jaxft.pods.attempts.hosts.PAUSE_SECONDS", 0.2)
-    slices = slices_in(tmp_path)
-    broken = set()
+    slices = slices_in(tmp_path, played=played)
+    broken, started = set(), []
 
     def breaks(kind, worker, argv):
         step = kind if kind != "ssh" else Path(argv[1] if argv[0] == "bash" else argv[0]).name
@@ -113,23 +114,24 @@ def test_a_connection_broken_at_each_step_starts_nothing_twice(tmp_path, port, u
         return how
 
     slices.breaks = breaks
-    most = 0
 
     def watch():
-        nonlocal most
         while slices.incarnation == 0 or slices.alive:
             for worker in slices._all():
-                commands = [_command(pid) for pid in slices.processes(worker)]
-                most = max(most, sum(b"jaxft.cli" in one and b"--expect_platform" in one for one in commands))
-            time.sleep(0.2)
+                commands = {pid: _command(pid) for pid in slices.processes(worker)}
+                mark = b"fake_train" if played else b"jaxft.cli"
+                pids = [pid for pid, one in commands.items() if mark in one and b"--expect_platform" in one]
+                started.extend((worker.number, pid) for pid in pids if (worker.number, pid) not in started)
+            time.sleep(0.1)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     summary = lead_in(tmp_path, port, slices, [])
     check_end(tmp_path, slices, summary)
     assert {step for step, _ in broken} == STEPS
-    assert most == 1 and summary["nodes"] == summary["attempts"] == 1
-    check_same_bits(undisturbed[0], tmp_path)
+    assert sorted(worker for worker, _ in started) == [0, 1] and summary["nodes"] == summary["attempts"] == 1
+    if not played:
+        check_same_bits(request.getfixturevalue("undisturbed")[0], tmp_path)
 
 
 def _command(pid):
@@ -206,22 +208,24 @@ def killed_front(folder, port, event, options):
     return command, environment
 
 
-@pytest.mark.parametrize(
-    ("event", "hosts"),
-    [
-        ("creates node", [1]), ("node 1 in us-east5-b is ready", [1]), ("# ssh 0 setup.sh", [1]),
-        ("# ssh 1 start.sh", [1, 1]), ("step 2/4", [1, 1]), ("# fetch 0 jaxft-pod/runs/run-1/output", [1]),
-        ("# delete", [1]),
-    ],
-)  # fmt: skip
-def test_a_front_killed_with_9_is_replaced_by_the_same_command(tmp_path, port, event, hosts):
-    command, environment = killed_front(tmp_path, port, event, {"hosts": hosts})
+EVENTS = [
+    ("creates node", [1]), ("node 1 in us-east5-b is ready", [1]), ("# ssh 0 setup.sh", [1]),
+    ("# ssh 1 start.sh", [1, 1]), ("step 2/4", [1, 1]), ("# fetch 0 jaxft-pod/runs/run-1/output", [1]),
+    ("# delete", [1]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("played", [True, False])
+@pytest.mark.parametrize(("event", "hosts"), EVENTS)
+def test_a_front_killed_with_9_is_replaced_by_the_same_command(tmp_path, port, event, hosts, played):
+    options = {"hosts": hosts, "played": played}
+    command, environment = killed_front(tmp_path, port, event, options)
     subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
-    launch, slices = launch_of(tmp_path), slices_in(tmp_path, hosts)
+    launch, slices = launch_of(tmp_path), slices_in(tmp_path, **options)
     assert launch["state"] == "done" and len(launch["nodes"]) == len(launch["attempts"]) == 1
     assert len(list((tmp_path / "nodes").glob("[0-9]*"))) == 1 and not slices.alive
     assert not [pid for worker in slices._all() for pid in slices.processes(worker)]
-    assert last_state(tmp_path)
+    assert (tmp_path / "to" / "run" / "checkpoints" / "4" / "manifest.json").is_file()
 
 
 @pytest.fixture
@@ -286,15 +290,18 @@ def after_step(folder, step, fault):
 
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("kind", ["kill", "preempt"])
-def test_a_run_with_a_fault_ends_with_the_same_bits(tmp_path, port, undisturbed, kind, seed):
+@pytest.mark.parametrize("played", [True, False])
+def test_a_run_with_a_fault_ends_with_the_same_bits(tmp_path, port, request, kind, seed, played):
     draw = random.Random(f"{kind} {seed}")
-    slices = slices_in(tmp_path)
+    slices = slices_in(tmp_path, played=played)
     # A killed process is replaced only after progress; lost machines are at any moment.
-    step = draw.randint(1, 3) if kind == "kill" else draw.randint(0, 3)
-    worker, delay = draw.randrange(2), draw.uniform(0, 1 if step else 15)
+    step = draw.randint(0 if kind == "preempt" else 1, 2 if played else 3)
+    worker, delay = draw.randrange(2), draw.uniform(0, 1 if step else 2 if played else 15)
+    hit = []
 
     def fault():
         time.sleep(delay)
+        hit.extend(slices.processes(slices._all()[worker]))
         if kind == "kill":
             slices.kill(slices._all()[worker], signal.SIGKILL)
         else:
@@ -310,5 +317,6 @@ def test_a_run_with_a_fault_ends_with_the_same_bits(tmp_path, port, undisturbed,
     after_step(tmp_path, step, fault)
     summary = lead_in(tmp_path, port, slices, [])
     check_end(tmp_path, slices, summary)
-    assert summary["nodes"] == (1 if kind == "kill" else 2)
-    check_same_bits(undisturbed[0], tmp_path)
+    assert summary["nodes"] == (1 if kind == "kill" else 2) and (hit or not step)
+    if not played:
+        check_same_bits(request.getfixturevalue("undisturbed")[0], tmp_path)
