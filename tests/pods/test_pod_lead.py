@@ -214,6 +214,20 @@ def test_machines_in_any_other_state_are_replaced(tmp_path, lost):
     assert world.lead()["nodes"] == 2 and not world.cloud.alive
 
 
+def test_processes_that_end_before_the_api_says_preempted_are_no_error(tmp_path):
+    world = World(tmp_path, [Play(exits=(None, None), lost=PREEMPTED), Play(step=9)])
+    make = world.cloud.slices_of
+
+    def late(*arguments, **options):
+        slices = make(*arguments, **options)
+        is_lost = slices.is_lost
+        slices.is_lost = lambda: is_lost() and world.clock.time > world.cloud.begun[1] + 70
+        return slices
+
+    world.cloud.slices_of = late
+    assert world.lead()["nodes"] == 2
+
+
 def test_one_wrong_answer_gives_up_no_machines(tmp_path):
     world = World(tmp_path, [Play(step=9)])
     front = world.front()

@@ -277,10 +277,12 @@ def test_the_watchdog_deletes_what_a_killed_front_has_left(tmp_path, port, googl
         slices.delete()
 
 
-def after_step(folder, step, fault):
-    """Calls `fault` once a checkpoint is whole, or at once for step 0; a thread."""
+def after_step(folder, step, slices, fault):
+    """Calls `fault` once a checkpoint is whole, or the machines are there for step 0; a thread."""
 
     def wait():
+        while not slices.alive:
+            time.sleep(0.02)
         while step and not (folder / "to" / "run" / "checkpoints" / str(step) / "manifest.json").exists():
             time.sleep(0.02)
         fault()
@@ -314,7 +316,7 @@ def test_a_run_with_a_fault_ends_with_the_same_bits(tmp_path, port, request, kin
         slices.states = [State(Phase.READY, "READY")]
 
     slices.create = create_again
-    after_step(tmp_path, step, fault)
+    after_step(tmp_path, step, slices, fault)
     summary = lead_in(tmp_path, port, slices, [])
     check_end(tmp_path, slices, summary)
     assert summary["nodes"] == (1 if kind == "kill" else 2) and (hit or not step)

@@ -177,6 +177,10 @@ def _upload(front: Front, hosts: Hosts) -> None:
 def _after_error(front: Front, slices: Slices, hosts: Hosts | None, error: PodError) -> Outcome:
     """The outcome of an attempt that an error ended: if the machines are lost, that is why."""
     state = state_or_none(front, slices, [])
+    if state is not None and state.phase is Phase.READY and isinstance(error, HostError) and error.code != BUSY:
+        # What runs on machines that are taken away ends before the API says so.
+        front.outside.sleep(front.outside.poll_seconds)
+        state = state_or_none(front, slices, [])
     count = len(hosts.workers) if hosts is not None else 0
     if state is None:
         raise error  # the API does not answer: nothing is decided, and the same command takes the run up again

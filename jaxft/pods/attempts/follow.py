@@ -33,7 +33,9 @@ class Outcome:
 
 @dataclass
 class Follower:
-    """An attempt that was started. shown: bytes of worker 0's log that were shown. stepped: whether a step was seen."""
+    """An attempt that was started. shown: bytes of worker 0's log that were shown. stepped: whether a step was seen.
+    killed: whether all had ended, and some by a kill.
+    """
 
     front: Front
     hosts: Hosts
@@ -45,6 +47,7 @@ class Follower:
     failed_since: float | None = None
     unreachable_since: float | None = None
     lost: int = 0
+    killed: bool = False
     brought: float = 0.0
 
     def follow(self) -> Outcome:
@@ -66,7 +69,12 @@ class Follower:
         self._show(states[0])
         if all(one.ended for one in states):
             exits = [one.exit for one in states]
-            return self._outcome(states, classify(exits), exits)
+            end = classify(exits, phase=Phase.READY if state is None else state.phase)
+            if end is End.FAILED and None in exits and not self.killed:
+                # The processes of machines that are taken away end before the API says so: it is asked once more.
+                self.killed = True
+                return None
+            return self._outcome(states, end, exits)
         if (wish := front.wished()) is not None:
             return self._ended_by(states, f"as `jaxft pod {wish}` requested", stopped=True)
         if front.hours_left() <= min(5 / 60, front.request.max_hours / 20):
