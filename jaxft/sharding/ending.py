@@ -1,7 +1,8 @@
 """How several processes end together: no process waits for a lost one, and each reports the reason.
 
-Whether an error is the fault of another process is decided by asking who is still there (`links`), never by the class
-or the words of the error: a lost connection has another class in each library.
+Whether an error is the fault of another process is decided by asking who is still there (`links`), not by the class
+or the words of the error: a lost connection has another class in each library. The one exception is a deadline of a
+library that has passed while all processes are there: then one of them came too late.
 """
 
 import atexit
@@ -22,6 +23,7 @@ GRACE_SECONDS = 5.0  # time for a process to meet by itself an error that anothe
 NEWS_SECONDS = 7.0  # in which the loss of a process that breaks a library below is known here
 ABORT_SECONDS = 2.0  # the same, if the program was aborted and cannot go on
 RESUME_HINT = "The same command goes on from the newest checkpoint."
+DEADLINES = ("DEADLINE_EXCEEDED", "Deadline Exceeded", "Timed out waiting")  # as JAX's libraries say that one passed
 INTERRUPTED, DID = "was interrupted", "did: "  # beginnings of reasons
 
 Say = Callable[[str], None]
@@ -48,7 +50,8 @@ def end_on_peer_error(write: Say, explain: Explain) -> Iterator[None]:
     """Inside this context, an error of one process of a run ends all of them.
 
     This process's own error is explained and reported to the others. What another process reported, or its death, is
-    said here and ends this process with PEER_LOST; so is an error of a library that the end of another process caused.
+    said here and ends this process with PEER_LOST; so is an error of a library that the end or the lateness of another
+    process caused.
     write: writes a line for people. explain: writes what an error means and returns the exit code. Preempted passes,
     since all processes have agreed on it. With one process, and before `distributed.start`, errors pass.
     """
@@ -111,11 +114,21 @@ def _fail(error: BaseException, links: Links, explain: Explain) -> None:
     if not own and (loss := links.wait(NEWS_SECONDS)):
         _end_lost(loss)
     _take_over()
-    code = explain(error)
+    late = not own and any(word in str(error) for word in DEADLINES)
+    code = _explain_late(error, links) if late else explain(error)
     interrupted = isinstance(error, KeyboardInterrupt)
     with contextlib.suppress(KeyboardInterrupt):
         links.fail(INTERRUPTED if interrupted else f"{DID}{type(error).__name__}: {error}", 2 * GRACE_SECONDS)
     _exit(code)
+
+
+def _explain_late(error: BaseException, links: Links) -> ExitCode:
+    said = str(error).strip().splitlines()[0][:200]
+    say(
+        f"{_me(links)} stops, because another process came too late to a computation of all, although none has ended: "
+        f"its machine is too busy, or their network is too slow ({type(error).__name__}: {said}). {RESUME_HINT}"
+    )
+    return ExitCode.PEER_LOST
 
 
 def _end_lost(loss: Loss) -> None:

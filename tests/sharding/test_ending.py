@@ -38,6 +38,8 @@ with ending.end_on_peer_error(lambda text: os.write(1, (text + "\\n").encode()),
         raise KeyboardInterrupt
     elif how == "library":
         raise ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer")
+    elif how == "late":  # as JAX does if processes need longer than 30 s to meet
+        raise RuntimeError("UNKNOWN: Gloo context initialization failed: DEADLINE_EXCEEDED: 1 of 2")
     time.sleep(0 if how == "done" else 60)
 print("left", flush=True)
 """
@@ -100,6 +102,12 @@ def test_what_another_process_reported_is_repeated(reason: str, line: str) -> No
         ("error", ExitCode.REFUSED, "explained: no rows", "did: DataError: no rows"),
         ("interrupted", ExitCode.INTERRUPTED, "explained: ", "was interrupted"),
         ("library", ExitCode.FAILED, "explained: UNKNOWN: Gloo", "did: ValueError: UNKNOWN: Gloo"),
+        (
+            "late",
+            ExitCode.PEER_LOST,
+            "process 1 of 2 stops, because another process came too late to a computation of all, although none has",
+            "did: RuntimeError: UNKNOWN: Gloo context",
+        ),
         ("abort", ExitCode.FAILED, "process 1 of 2 was aborted by a library", "was aborted by a library"),
     ],
 )
