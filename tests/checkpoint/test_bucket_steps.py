@@ -118,7 +118,13 @@ def test_a_step_is_whole_when_its_manifest_is_and_it_is_the_last_object(server, 
     assert set(sums["files"]) | {"manifest.json"} == {n.removeprefix("2/") for n in names(server, folder)}
 
 
-@pytest.mark.parametrize("fault", [Fault(429), Fault(503), Fault(cut="before"), Fault(cut="after")], ids=str)
+FAULTS = [
+    pytest.param(Fault(429), marks=pytest.mark.slow), Fault(503), Fault(cut="before"),
+    pytest.param(Fault(cut="after"), marks=pytest.mark.slow),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_a_save_outlives_requests_that_fail_for_a_while(server, folder, fault):
     rules = [
         times(STORM, fault, lambda r: r.method == "POST" and "/ocdbt." in r.name),  # by TensorStore

@@ -79,7 +79,7 @@ def moved(tmp_path_factory):
     [
         ({"train.accumulation_steps": 4}, None),
         ({"data.packing": False}, None),
-        ({"rollout.share_prompts": False}, None),
+        pytest.param({"rollout.share_prompts": False}, None, marks=pytest.mark.slow),
         ({}, {"data": 2, "fsdp": 2, "tensor": 2}),
     ],
     ids=["accumulation", "unpacked", "prompts", "devices"],

@@ -190,7 +190,7 @@ def test_the_loss_and_its_gradient_are_those_of_torch(rollout):
     ("changes", "sizes"),
     [
         ({"train.accumulation_steps": 4}, None),
-        ({"data.packing": False}, None),
+        pytest.param({"data.packing": False}, None, marks=pytest.mark.slow),
         pytest.param({"rollout.share_prompts": False}, None, marks=pytest.mark.slow),
         ({}, {"data": 2, "fsdp": 2, "tensor": 2}),
     ],

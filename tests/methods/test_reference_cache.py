@@ -127,9 +127,13 @@ def test_only_what_changed_is_computed_anew(tmp_path):
     other = precompute(dataclasses.replace(changed, print_line=lines.append), lambda: model)
     assert [line for line in lines if "computed again" in line] and not [line for line in lines if "held out" in line]
     np.testing.assert_allclose(sums_of(other.data.train_examples)[::-1], sums_of(first.data.train_examples), atol=1e-3)
-    # Another model of the same shapes.
+    # The same base with other times, as in a copy; then another base of the same shapes.
     weights = tmp_path / "run" / "base" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes())
+    content = bytearray(weights.read_bytes())
+    weights.write_bytes(content)
+    precompute(changed, never)
+    content[-1] ^= 1
+    weights.write_bytes(content)
     with pytest.raises(AssertionError, match="computed again"):
         precompute(changed, never)
     file.write_bytes(b"damaged")

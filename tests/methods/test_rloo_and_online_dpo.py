@@ -15,7 +15,7 @@ from jaxft.runs.train import set_up
 METHODS = ["rloo", "online_dpo"]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["rloo", pytest.param("online_dpo", marks=pytest.mark.slow)])
 def test_a_run_learns_and_resumes_bit_for_bit(tmp_path, method):
     config = online_config(method, tmp_path, tmp_path / "run")
     lines, summary = train_lose_the_end_and_resume(config, tmp_path / "run")

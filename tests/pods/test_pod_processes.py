@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from bucket_server import BucketServer
 from google_on_loopback import COMPUTE, Google
 from stub_pod import lead_in, slices_in
 from stub_slices import AFTER, BEFORE, MIDDLE
@@ -206,6 +207,40 @@ def killed_front(folder, port, event, options):
         else:
             raise AssertionError(f"{event!r} did not come")
     return command, environment
+
+
+def test_two_hosts_write_a_run_into_a_bucket_and_go_on_from_it(tmp_path, port, undisturbed, google, monkeypatch):
+    pytest.importorskip("gcsfs")
+    server = BucketServer()
+    server.make("bucket")
+    for name, value in server.environment().items():
+        monkeypatch.setenv(name, value)
+    slices = slices_in(tmp_path, env={**server.environment(), "JAXFT_METADATA": google.address})
+
+    def lose_machines_after_step_2():
+        while "runs/one/run/checkpoints/2/manifest.json" not in server.names("bucket", "runs/one/run/checkpoints/"):
+            time.sleep(0.05)
+        slices.preempt()
+
+    create = slices.create
+
+    def create_again():
+        create()
+        slices.states = [State(Phase.READY, "READY")]
+
+    slices.create = create_again
+    threading.Thread(target=lose_machines_after_step_2, daemon=True).start()
+    try:
+        summary = lead_in(tmp_path, port, slices, [], to="gs://bucket/runs/one", shared=False)
+        assert summary["state"] == "done" and summary["step"] == 4 and summary["nodes"] == 2 and not slices.alive
+        for name in server.names("bucket", "runs/one/run/"):
+            file = tmp_path / "to" / name.removeprefix("runs/one/")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(server.read("bucket", name))
+    finally:
+        server.close()
+    assert {"summary.json", "report.html", "metrics.jsonl"} <= set(os.listdir(tmp_path / "to" / "run"))
+    check_same_bits(undisturbed[0], tmp_path)
 
 
 EVENTS = [

@@ -87,8 +87,8 @@ def test_an_attempt_runs_detached_and_its_exit_code_is_read_back(slices: StubSli
     assert state(slices)["attempt"] == 0
     begun = start(slices, seconds=0.3, code=3)
     assert begun.code == 0 and "attempt 1 runs as" in begun.out
-    ended = wait_for(slices, exit=3)
-    assert ended["attempt"] == 1 and ended["alive"] is False and ended["last_line"] == "step 1 wit"
+    ended = wait_for(slices, exit=3, alive=False)
+    assert ended["attempt"] == 1 and ended["last_line"] == "step 1 wit"
     assert ended["log_age"] < 10 and ended["disk_free"] > 0 and ended["pack"] == "abc"
 
 
@@ -200,7 +200,7 @@ def test_a_command_killed_alone_has_its_code(slices: StubSlices) -> None:
     wait_for(slices, last_line="step 1 wit")
     (pid,) = (int(line) for line in (home(slices) / "starts").read_text().split())
     os.kill(pid, signal.SIGKILL)
-    assert wait_for(slices, exit=137)["alive"] is False
+    wait_for(slices, exit=137, alive=False)
 
 
 HOLDER = "import sys, time; file = open(sys.argv[1]); print('open', flush=True); time.sleep(60)"

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxft.checkpoint.folders.sums import NAME as SUMS
 from jaxft.checkpoint.load import is_adapter, resolve, resolve_base
 from jaxft.config import RunConfig
 from jaxft.data.batch import Batch, Example
@@ -23,6 +22,7 @@ from jaxft.files.atomic import write_file
 from jaxft.files.buckets.working_copy import shown
 from jaxft.files.paths import sizes_and_times
 from jaxft.files.run_folder import BASE, REFERENCE
+from jaxft.files.weights_digest import weights_digest
 from jaxft.methods.method import Run
 from jaxft.methods.parts import sequences
 from jaxft.methods.parts.reference import REFERENCE_LOGPS, is_cached
@@ -143,9 +143,9 @@ def _hash(run: Run, examples: Iterable[Example], settings: Any) -> str:
 
 def _model_of(config: RunConfig, folder: Path) -> dict[str, Any]:
     """What the model at the start of a run depends on: its files, the section `model`, and a start by LoftQ."""
-    if config.model.random_init:  # by its checksums: a copy of the run, as on another host, has other times
+    if config.model.random_init:  # by its contents: a copy of the run, as on another host, has other times
         path = str(folder / BASE)
-        known = asdict(config.model) | {"files": (folder / BASE / SUMS).read_text(encoding="utf-8")}
+        known = asdict(config.model) | {"files": weights_digest(path)}
     else:
         path = resolve(config.model.path, config.model.revision)
         known = asdict(config.model) | {"files": sizes_and_times(path)}
