@@ -123,10 +123,10 @@ def _fail(error: BaseException, links: Links, explain: Explain) -> None:
 
 
 def _explain_late(error: BaseException, links: Links) -> ExitCode:
-    said = str(error).strip().splitlines()[0][:200]
+    message = str(error).strip().splitlines()[0][:200]
     say(
         f"{_me(links)} stops, because another process came too late to a computation of all, although none has ended: "
-        f"its machine is too busy, or their network is too slow ({type(error).__name__}: {said}). {RESUME_HINT}"
+        f"its machine is too busy, or their network is too slow ({type(error).__name__}: {message}). {RESUME_HINT}"
     )
     return ExitCode.PEER_LOST
 
