@@ -1,7 +1,7 @@
 """A Ctrl-C that no code could answer is sent again."""
 
-import _thread
 import contextlib
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ def interrupts_kept() -> Iterator[None]:
         if not issubclass(ignored.exc_type, KeyboardInterrupt):
             before(ignored)
             return
-        again = threading.Timer(AGAIN_SECONDS, _thread.interrupt_main)  # raised right here, it would be ignored too
+        again = threading.Timer(AGAIN_SECONDS, _interrupt)  # raised right here, it would be ignored too
         again.daemon = True
         again.start()
 
@@ -31,3 +31,10 @@ def interrupts_kept() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = before
+
+
+def _interrupt() -> None:
+    """Sends the signal to the main thread, which also ends a wait in a call of the system."""
+    main = threading.main_thread().ident
+    if main is not None:
+        signal.pthread_kill(main, signal.SIGINT)
