@@ -19,6 +19,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import NamedTuple
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
+import pytest
 from gcp_storage_emulator.server import create_server
 
 
@@ -229,3 +230,17 @@ def times(count: int, fault: Fault, where: Callable[[Asked], bool]) -> Rule:
 
 def set_environment(server: BucketServer) -> None:
     os.environ.update(server.environment())
+
+
+@contextlib.contextmanager
+def serving() -> Iterator[BucketServer]:
+    """A server that has a bucket called `bucket`, and that this process takes for Google's."""
+    server = BucketServer()
+    server.make("bucket")
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in server.environment().items():
+                patch.setenv(name, value)
+            yield server
+    finally:
+        server.close()

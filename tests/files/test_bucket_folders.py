@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import fsspec
 import pytest
-from bucket_server import BucketServer, Fault, times
+from bucket_server import Fault, serving, times
 
 from jaxft.checkpoint.steps.bucket_objects import Objects
 from jaxft.errors import BucketError, CheckpointError, ConfigError, FolderInUseError
@@ -42,13 +42,8 @@ from jaxft.runs.survey.listing import runs_below
 
 @pytest.fixture(scope="module")
 def server():
-    server = BucketServer()
-    server.make("bucket")
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in server.environment().items():
-            patch.setenv(name, value)
+    with serving() as server:
         yield server
-    server.close()
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from bucket_server import BucketServer
+from bucket_server import serving
 from google_on_loopback import COMPUTE, Google
 from stub_pod import lead_in, slices_in
 from stub_slices import AFTER, BEFORE, MIDDLE
@@ -209,19 +209,8 @@ def killed_front(folder, port, event, options):
     return command, environment
 
 
-def test_two_hosts_write_a_run_into_a_bucket_and_go_on_from_it(tmp_path, port, undisturbed, google, monkeypatch):
-    pytest.importorskip("gcsfs")
-    server = BucketServer()
-    server.make("bucket")
-    for name, value in server.environment().items():
-        monkeypatch.setenv(name, value)
-    slices = slices_in(tmp_path, env={**server.environment(), "JAXFT_METADATA": google.address})
-
-    def lose_machines_after_step_2():
-        while "runs/one/run/checkpoints/2/manifest.json" not in server.names("bucket", "runs/one/run/checkpoints/"):
-            time.sleep(0.05)
-        slices.preempt()
-
+def ready_again(slices):
+    """Machines that are created after others were lost are ready at once."""
     create = slices.create
 
     def create_again():
@@ -229,16 +218,26 @@ def test_two_hosts_write_a_run_into_a_bucket_and_go_on_from_it(tmp_path, port, u
         slices.states = [State(Phase.READY, "READY")]
 
     slices.create = create_again
-    threading.Thread(target=lose_machines_after_step_2, daemon=True).start()
-    try:
+
+
+def test_two_hosts_write_a_run_into_a_bucket_and_go_on_from_it(tmp_path, port, undisturbed, google):
+    pytest.importorskip("gcsfs")
+    with serving() as server:
+        slices = slices_in(tmp_path, env={**server.environment(), "JAXFT_METADATA": google.address})
+        ready_again(slices)
+
+        def lose_machines_after_step_2():
+            while "runs/one/run/checkpoints/2/manifest.json" not in server.names("bucket", "runs/one/run/checkpoints/"):
+                time.sleep(0.05)
+            slices.preempt()
+
+        threading.Thread(target=lose_machines_after_step_2, daemon=True).start()
         summary = lead_in(tmp_path, port, slices, [], to="gs://bucket/runs/one", shared=False)
         assert summary["state"] == "done" and summary["step"] == 4 and summary["nodes"] == 2 and not slices.alive
         for name in server.names("bucket", "runs/one/run/"):
             file = tmp_path / "to" / name.removeprefix("runs/one/")
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(server.read("bucket", name))
-    finally:
-        server.close()
     assert {"summary.json", "report.html", "metrics.jsonl"} <= set(os.listdir(tmp_path / "to" / "run"))
     check_same_bits(undisturbed[0], tmp_path)
 
@@ -344,13 +343,7 @@ def test_a_run_with_a_fault_ends_with_the_same_bits(tmp_path, port, request, kin
         else:
             slices.preempt()
 
-    create = slices.create
-
-    def create_again():
-        create()
-        slices.states = [State(Phase.READY, "READY")]
-
-    slices.create = create_again
+    ready_again(slices)
     after_step(tmp_path, step, slices, fault)
     summary = lead_in(tmp_path, port, slices, [])
     check_end(tmp_path, slices, summary)

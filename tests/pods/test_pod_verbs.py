@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from bucket_server import BucketServer, Fault
+from bucket_server import Fault, serving
 from fake_train import fake_environment
 from google_on_loopback import Google
 from stub_pod import CONFIG, LastingSlices
@@ -202,15 +202,10 @@ def test_another_machine_takes_up_a_run_that_was_left(world):
 
 @pytest.fixture
 def bucket(world, google):
-    server = BucketServer()
-    server.make("bucket")
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in server.environment().items():
-            patch.setenv(name, value)
+    with serving() as server:
         world.slices.env |= {"STORAGE_EMULATOR_HOST": server.url, "JAXFT_METADATA": google.address}
         world.request = dataclasses.replace(world.request, to="gs://bucket/my runs/one/")
         yield server
-    server.close()
 
 
 def test_a_run_in_a_bucket(world, bucket, tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bucket_server import BucketServer
+from bucket_server import serving
 from rich.console import Console
 
 import jaxft
@@ -32,13 +32,8 @@ PAIRS = {
 
 @pytest.fixture(scope="module")
 def server():
-    server = BucketServer()
-    server.make("bucket")
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in server.environment().items():
-            patch.setenv(name, value)
+    with serving() as server:
         yield server
-    server.close()
 
 
 def trained(address, **settings) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bucket_server import Asked, BucketServer, Fault
+from bucket_server import Asked, BucketServer, Fault, serving
 from test_processes import Group, assert_same, figures
 
 from jaxft.errors import ExitCode
@@ -24,13 +24,8 @@ ALONE = ("unshare", "--map-root-user", "--mount", "sh", "-c", 'mount -t tmpfs no
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[BucketServer]:
-    server = BucketServer()
-    server.make("bucket")
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in server.environment().items():
-            patch.setenv(name, value)
+    with serving() as server:
         yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import itertools
 import json
 
 import pytest
-from bucket_server import BucketServer, Fault
+from bucket_server import Fault, serving
 from rich.console import Console
 
 import jaxft
@@ -24,14 +24,9 @@ PREFIX = "runs/one/"
 
 @pytest.fixture(scope="module")
 def server():
-    server = BucketServer()
-    server.make("bucket")
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in server.environment().items():
-            patch.setenv(name, value)
+    with serving() as server, pytest.MonkeyPatch.context() as patch:
         patch.setattr(store, "FIRST_PAUSE", 0.01)
         yield server
-    server.close()
 
 
 def trained(folder, **settings) -> str:
