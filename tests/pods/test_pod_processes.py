@@ -223,7 +223,9 @@ def ready_again(slices):
 def test_two_hosts_write_a_run_into_a_bucket_and_go_on_from_it(tmp_path, port, undisturbed, google):
     pytest.importorskip("gcsfs")
     with serving() as server:
-        slices = slices_in(tmp_path, env={**server.environment(), "JAXFT_METADATA": google.address})
+        metadata = google.address.removeprefix("http://")
+        names = {"GCE_METADATA_HOST": metadata, "GCE_METADATA_IP": metadata, "JAXFT_METADATA": google.address}
+        slices = slices_in(tmp_path, env={**server.environment(), **names})
         ready_again(slices)
 
         def lose_machines_after_step_2():
