@@ -110,7 +110,7 @@ def _aborted(_: int) -> None:
 
 
 def _fail(error: BaseException, links: Links, explain: Explain) -> None:
-    own = isinstance(error, JaxftError | KeyboardInterrupt)
+    own = _is_own(error)
     if not own and (loss := links.wait(NEWS_SECONDS)):
         _end_lost(loss)
     _take_over()
@@ -120,6 +120,16 @@ def _fail(error: BaseException, links: Links, explain: Explain) -> None:
     with contextlib.suppress(KeyboardInterrupt):
         links.fail(INTERRUPTED if interrupted else f"{DID}{type(error).__name__}: {error}", 2 * GRACE_SECONDS)
     _exit(code)
+
+
+def _is_own(error: BaseException) -> bool:
+    """Whether another process cannot be the cause: not if one of ours was raised from an error of a library.
+
+    A save that a library could not finish, for instance, is reported as ours.
+    """
+    cause = error.__cause__
+    library = cause is not None and not isinstance(cause, JaxftError | OSError)
+    return isinstance(error, KeyboardInterrupt) or (isinstance(error, JaxftError) and not library)
 
 
 def _explain_late(error: BaseException, links: Links) -> ExitCode:

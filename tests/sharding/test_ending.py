@@ -14,7 +14,7 @@ from jaxft.sharding.links import Connection, Links, Loss
 
 PROGRAM = """
 import ctypes, os, socket, sys, threading, time
-from jaxft.errors import DataError
+from jaxft.errors import CheckpointError, DataError
 from jaxft.sharding import ending
 from jaxft.sharding.links import Connection, Links, set_current
 
@@ -38,6 +38,8 @@ with ending.end_on_peer_error(lambda text: os.write(1, (text + "\\n").encode()),
         raise KeyboardInterrupt
     elif how == "library":
         raise ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer")
+    elif how == "save":
+        raise CheckpointError("step 4 was not saved") from ValueError("UNKNOWN: Gloo failed: Connection reset")
     elif how == "late":  # as JAX does if processes need longer than 30 s to meet
         raise RuntimeError("UNKNOWN: Gloo context initialization failed: DEADLINE_EXCEEDED: 1 of 2")
     time.sleep(0 if how == "done" else 60)
@@ -74,7 +76,7 @@ def tell(peer: Peer, reason: str) -> None:
     peer.connection.send({"loss": {"process": 1, "reason": reason, "reported": True}})
 
 
-@pytest.mark.parametrize("how", ["wait", "library", "abort"])
+@pytest.mark.parametrize("how", ["wait", "library", "save", "abort"])
 def test_a_process_that_is_gone_ends_the_others_whatever_the_library_says(how: str) -> None:
     peer = Peer(how)
     peer.end.close()
@@ -101,6 +103,7 @@ def test_what_another_process_reported_is_repeated(reason: str, line: str) -> No
     [
         ("error", ExitCode.REFUSED, "explained: no rows", "did: DataError: no rows"),
         ("interrupted", ExitCode.INTERRUPTED, "explained: ", "was interrupted"),
+        ("save", ExitCode.FAILED, "explained: step 4 was not saved", "did: CheckpointError: step 4"),
         ("library", ExitCode.FAILED, "explained: UNKNOWN: Gloo", "did: ValueError: UNKNOWN: Gloo"),
         (
             "late",
