@@ -10,7 +10,6 @@ import hashlib
 import http.client
 import json
 import logging
-import os
 import re
 import threading
 import time
@@ -226,10 +225,6 @@ def times(count: int, fault: Fault, where: Callable[[Asked], bool]) -> Rule:
             return fault
 
     return rule
-
-
-def set_environment(server: BucketServer) -> None:
-    os.environ.update(server.environment())
 
 
 @contextlib.contextmanager
