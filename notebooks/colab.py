@@ -216,8 +216,10 @@ def set_up(repository, *, drive=False, token=False, all_devices=False, root=None
     root: the folder that this function returned before, when the cell is run again. Raises Stop.
     """
     accelerator = find_accelerator()
-    root = working_folder(drive) if drive or root is None else root
     complete = is_importable("jaxft") and is_importable("jax")
+    if drive and not complete:
+        requirement(repository, "")  # stops before Google asks for access to Drive if nothing can be installed
+    root = working_folder(drive) if drive or root is None else root
     if COLAB or KAGGLE:
         install(accelerator, str(root) if is_checkout(root) else repository)
     elif not complete and is_checkout(root):

@@ -138,6 +138,9 @@ def test_without_an_address_nothing_is_installed(
     monkeypatch.setattr(colab, "run_pip", lambda *command: pytest.fail("pip ran"))
     with pytest.raises(colab.Stop, match="names no repository yet. Set it to the git address"):
         colab.set_up("https://github.com/OWNER/jaxft")
+    monkeypatch.setattr(colab, "working_folder", lambda drive: pytest.fail("Drive was mounted"))
+    with pytest.raises(colab.Stop, match="names no repository yet"):
+        colab.set_up("https://github.com/OWNER/jaxft", drive=True)
 
 
 def test_kaggle_is_not_taken_for_colab(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import ConfigError, ExportError, JaxftError
 from jaxft.files.atomic import publish, unfinished_folder
 from jaxft.files.paths import is_file, is_remote, open_folder
-from jaxft.files.targets import check_space, locked_output, refused_target
+from jaxft.files.targets import check_space, locked_output, refuse_address, refused_target
 from jaxft.home import local_path
 from jaxft.system import described
 from jaxft.terminal.console import SafeConsole, say
@@ -163,8 +163,7 @@ def _check_request(form: str, dtype: str | None, to: str) -> None:
         raise ConfigError(f"--to={form} is not one of {', '.join(DTYPES)}")
     if dtype is not None and dtype not in DTYPES[form]:
         raise ConfigError(f"--dtype={dtype} is not one of {', '.join(DTYPES[form])}, which {form} takes")
-    if "://" in to:
-        raise ConfigError(f"{to}: conversions are written to a local or mounted folder")
+    refuse_address(to)
     if form.startswith("gguf") != to.endswith(".gguf"):
         raise ConfigError(f"--to={form} writes {'a file that ends in .gguf' if 'gguf' in form else 'a folder'}: {to}")
     target = Path(to)

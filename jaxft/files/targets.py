@@ -61,9 +61,12 @@ def _refused_folder(target: Path) -> str | None:
 def refuse_address(path: str | os.PathLike[str]) -> None:
     """Raises ExportError for an address such as gs://bucket/folder, to which nothing is written."""
     if "://" in os.fspath(path):
+        address = os.fspath(path)
+        copy = f": gcloud storage cp --recursive OUTPUT {address}" if address.startswith("gs://") else ""
         raise ExportError(
-            f"{os.fspath(path)} is an address, and outputs are written to a local or mounted folder: mount the bucket "
-            "and give the path of the mount, or copy the output there afterwards"
+            f"{address} is an address, and outputs are written to a local or mounted folder and read back there. Write "
+            f"to a folder of this machine and copy that afterwards{copy}. Or mount the store and give the path of the "
+            "mount. What a run itself exports (export.merged) into output_dir=gs://BUCKET/FOLDER is uploaded by it."
         )
 
 

@@ -1,16 +1,14 @@
 """Slices of Compute Engine: single instances, or managed instance groups for slices of several hosts."""
 
 import re
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from jaxft.errors import PodError
 from jaxft.pods.gcloud import error_of
-from jaxft.pods.hosts import OnHosts
+from jaxft.pods.hosts import GoogleSlices
 from jaxft.pods.machines import IMAGE_PROJECT, chips_of_host, machine_of
-from jaxft.pods.request import LABEL, Request
+from jaxft.pods.request import LABEL
 from jaxft.pods.slices import Phase, State, Worker
 from jaxft.pods.states import maintenance_of, whole
 from jaxft.pods.things import Thing
@@ -31,26 +29,13 @@ LONGEST_REQUEST = 7200  # seconds, that Compute Engine keeps a flex-start reques
 
 
 @dataclass(frozen=True)
-class ComputeSlices(OnHosts):
-    """The slices of one creation. node: their name. hours: after which Google deletes them."""
-
-    request: Request
-    node: str
-    zone: str
-    hours: float
-    sleep: Callable[[float], None] = time.sleep
+class ComputeSlices(GoogleSlices):
+    """Instances, each a slice of one host, or groups of instances."""
 
     @property
     def region(self) -> str:
         """The region of the zone."""
         return self.zone.rpartition("-")[0]
-
-    @property
-    def _names(self) -> list[str]:
-        """One name for each slice: of its instance, or of its group."""
-        if self.request.slices == 1:
-            return [self.node]
-        return [f"{self.node}-{number}" for number in range(self.request.slices)]
 
     @property
     def _in_groups(self) -> bool:
@@ -77,7 +62,7 @@ class ComputeSlices(OnHosts):
     def state(self) -> State:
         """See Slices. Raises PodError for a word of the API that is not known here."""
         instances = self._listed()
-        count = self.request.slices * self.request.hosts
+        count = self.request.processes
         states = [_instance_state(one) for one in instances]
         if len(instances) < count:
             states += self._missing() if self._in_groups else self._missing_instances(len(instances))
@@ -102,8 +87,8 @@ class ComputeSlices(OnHosts):
 
     def guard_flags(self, of_slice: int) -> tuple[str, ...]:
         """See Slices."""
-        own = self._names[of_slice]
-        names = [own, *(name for name in self._names if name != own)]
+        own = self.names[of_slice]
+        names = [own, *(name for name in self.names if name != own)]
         groups = [f"--group={name}" for name in names] if self._in_groups else []
         return ("--api=compute", *(f"--node={name}" for name in names), *groups, *self.reach.where)
 
@@ -166,15 +151,15 @@ class ComputeSlices(OnHosts):
 
     def _instances(self) -> list[Thing]:
         where = (f"--zone={self.zone}",)
-        return [Thing(self.gcloud, ("compute", "instances"), name, where) for name in self._names]
+        return [Thing(self.gcloud, ("compute", "instances"), name, where) for name in self.names]
 
     def _groups(self) -> list[Thing]:
         words, where = ("compute", "instance-groups", "managed"), (f"--zone={self.zone}",)
-        return [Thing(self.gcloud, words, name, where) for name in self._names]
+        return [Thing(self.gcloud, words, name, where) for name in self.names]
 
     def _policies(self) -> list[Thing]:
         words, where = ("compute", "resource-policies"), (f"--region={self.region}",)
-        return [Thing(self.gcloud, words, name, where, kind="workload-policy") for name in self._names]
+        return [Thing(self.gcloud, words, name, where, kind="workload-policy") for name in self.names]
 
     def _template(self) -> Thing:
         return Thing(self.gcloud, ("compute", "instance-templates"), self.node)
@@ -223,7 +208,7 @@ class ComputeSlices(OnHosts):
         return State(Phase.CREATING, action)
 
     def _slice_of(self, instance: str) -> int:
-        for number, name in enumerate(self._names):
+        for number, name in enumerate(self.names):
             if re.fullmatch(rf"{re.escape(name)}(-[a-z0-9]{{4,}})?" if self._in_groups else re.escape(name), instance):
                 return number
         raise PodError(f"instance {instance} has the labels of {self.node} and another name: jaxft did not create it")

@@ -1,12 +1,14 @@
-"""How gcloud reaches a host: the commands that run something there, and that copy a file."""
+"""How gcloud reaches a host, and what the slices of both APIs of Google Cloud have in common."""
 
 import shlex
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from jaxft.pods.command import Done
 from jaxft.pods.gcloud import Gcloud
+from jaxft.pods.request import Request
 from jaxft.pods.slices import Worker
 
 COPY_SECONDS = 3600.0  # for one file
@@ -59,11 +61,27 @@ class Reach:
 
 
 @dataclass(frozen=True)
-class OnHosts:
-    """The part of Slices that acts on single hosts."""
+class GoogleSlices:
+    """What the slices of both APIs have in common: their names, and how single hosts are reached.
+
+    node: the name of this creation. zone: where. hours: after which Google deletes the machines where it can. sleep:
+    waits so many seconds.
+    """
 
     gcloud: Gcloud
     reach: Reach
+    request: Request
+    node: str
+    zone: str
+    hours: float
+    sleep: Callable[[float], None] = time.sleep
+
+    @property
+    def names(self) -> list[str]:
+        """One name for each slice: of its node, its instance or its group."""
+        if self.request.slices == 1:
+            return [self.node]
+        return [f"{self.node}-{number}" for number in range(self.request.slices)]
 
     def ssh(self, worker: Worker, argv: Sequence[str], *, stdin: bytes = b"", seconds: float = 120) -> Done:
         """See Slices."""

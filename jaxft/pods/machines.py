@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from jaxft.errors import ConfigError
-from jaxft.hardware.topology import Topology
+from jaxft.hardware.topology import Topology, parse
 
 IMAGE_PROJECT = "ubuntu-os-accelerator-images"
 # Slices of the kinds whose torus is flat, and the chips on one host of each.
@@ -62,6 +62,29 @@ MACHINES: Mapping[str, Machine] = MappingProxyType(
         ),
     }
 )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlicesRequest:
+    """What every request for machines names. topology: of one slice, such as `v6e:4x4`. slices: their number."""
+
+    topology: str
+    slices: int = 1
+
+    @property
+    def shape(self) -> Topology:
+        """The topology with its slices. Raises ConfigError if it does not exist."""
+        return parse(self.topology, self.slices)
+
+    @property
+    def hosts(self) -> int:
+        """The number of hosts of one slice."""
+        return hosts_of_slice(self.shape)
+
+    @property
+    def processes(self) -> int:
+        """The number of processes of the run: one on each host of every slice."""
+        return self.hosts * self.slices
 
 
 def machine_of(topology: Topology) -> Machine:

@@ -9,8 +9,7 @@ from typing import Any
 from jaxft.config import RunConfig
 from jaxft.errors import ConfigError
 from jaxft.files.buckets.store import Bucket
-from jaxft.hardware.topology import Topology, parse
-from jaxft.pods.machines import chips_of_host, hosts_of_slice, machine_of
+from jaxft.pods.machines import SlicesRequest, chips_of_host, machine_of
 
 NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
 ZONE = re.compile(r"[a-z]+-[a-z]+\d+-[a-z]")
@@ -23,30 +22,27 @@ FLEX_START_HOURS = 168.0  # the longest life of a flex-start machine, by Google'
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class Request(SlicesRequest):
     """The options of one run on Google Cloud. Every value is plain, so that it can be kept as JSON.
 
-    name: of the run, and of all that is made for it. topology: of one slice, such as `v6e:4x4`. slices: their
-    number. zones: where to try, in this order. to: where the run goes, gs:// or a folder of this machine. config,
-    overrides: of the training, as its command line takes them. project: None for gcloud's own. spot, flex_start,
-    reservation: how the machines are bought; on demand if none is set. api: compute or tpu, or auto for the one to
-    prefer. max_hours: of all attempts together, in which machines exist. max_usd: refuse what could cost more.
-    queue_hours: how long the request may wait for machines. retries: attempts after the first. stall_minutes:
-    without a log line, after which a run counts as hung. keep_minutes: in which machines stay after an error. env:
-    names of environment variables that the hosts get. shared: whether `to` is a folder that every host and this
-    machine mount under the same path. internal_ip, iap: how hosts are reached. network, subnetwork,
-    service_account: of the machines, None for the project's defaults. disk_gb: of a boot disk of Compute Engine.
-    prices: a file in place of jaxft's table. skip_plan: do not compile the step first. detach: leave once training
-    has started. dry_run: print the commands alone.
+    name: of the run, and of all that is made for it. zones: where to try, in this order. to: where the run goes,
+    gs:// or a folder of this machine. config, overrides: of the training, as its command line takes them. project:
+    None for gcloud's own. spot, flex_start, reservation: how the machines are bought; on demand if none is set.
+    api: compute or tpu, or auto for the one to prefer. max_hours: of all attempts together, in which machines
+    exist. max_usd: refuse what could cost more. queue_hours: how long the request may wait for machines. retries:
+    attempts after the first. stall_minutes: without a log line, after which a run counts as hung. keep_minutes: in
+    which machines stay after an error. env: names of environment variables that the hosts get. shared: whether `to`
+    is a folder that every host and this machine mount under the same path. internal_ip, iap: how hosts are reached.
+    network, subnetwork, service_account: of the machines, None for the project's defaults. disk_gb: of a boot disk
+    of Compute Engine. prices: a file in place of jaxft's table. skip_plan: do not compile the step first. detach:
+    leave once training has started. dry_run: print the commands alone.
     """
 
     name: str
-    topology: str
     zones: tuple[str, ...]
     to: str
     config: str | None = None
     overrides: tuple[str, ...] = ()
-    slices: int = 1
     project: str | None = None
     spot: bool = False
     flex_start: bool = False
@@ -79,16 +75,6 @@ class Request:
         chips_of_host(self.shape)
         self.provider  # noqa: B018 - refuses an API that does not have the kind
         _check_folder(self)
-
-    @property
-    def shape(self) -> Topology:
-        """The topology with its slices. Raises ConfigError if it does not exist."""
-        return parse(self.topology, self.slices)
-
-    @property
-    def hosts(self) -> int:
-        """The number of hosts of one slice."""
-        return hosts_of_slice(self.shape)
 
     @property
     def chips(self) -> int:
@@ -225,9 +211,9 @@ def _check_folder(request: Request) -> None:
         )
     if request.is_remote or request.shared:
         return
-    if request.hosts * request.slices > 1:
+    if request.processes > 1:
         raise ConfigError(
-            f"--to={request.to}: {request.shape.describe()} has {request.hosts * request.slices} hosts, which all "
+            f"--to={request.to}: {request.shape.describe()} has {request.processes} hosts, which all "
             "write the run and share no folder of this machine. Give a bucket: --to=gs://BUCKET/RUN, and `jaxft pod "
             "fetch` brings the run here. Or say --shared if every host and this machine mount that folder."
         )

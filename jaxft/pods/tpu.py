@@ -1,17 +1,15 @@
 """Slices of the Cloud TPU API: nodes, each a whole slice, alone or through a queued resource."""
 
 import math
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from jaxft.errors import PodError
 from jaxft.hardware.topology import cubic_shape
 from jaxft.pods.gcloud import error_of
-from jaxft.pods.hosts import OnHosts
+from jaxft.pods.hosts import GoogleSlices
 from jaxft.pods.machines import accelerator_type, machine_of
-from jaxft.pods.request import LABEL, Request
+from jaxft.pods.request import LABEL
 from jaxft.pods.slices import Phase, State, Worker
 from jaxft.pods.states import maintenance_of, whole
 from jaxft.pods.things import Thing
@@ -33,21 +31,8 @@ QUEUE_HOURS = 24.0  # of a request that needs the queue, where the user names no
 
 
 @dataclass(frozen=True)
-class TpuSlices(OnHosts):
-    """The slices of one node name. node: of the queued resource, and of its nodes. hours: a limit for flex-start."""
-
-    request: Request
-    node: str
-    zone: str
-    hours: float
-    sleep: Callable[[float], None] = time.sleep
-
-    @property
-    def _names(self) -> list[str]:
-        """The name of each slice's node."""
-        if self.request.slices == 1:
-            return [self.node]
-        return [f"{self.node}-{number}" for number in range(self.request.slices)]
+class TpuSlices(GoogleSlices):
+    """Nodes, of which `node` names the queued resource too. hours: a limit for flex-start."""
 
     def create(self) -> None:
         """See Slices."""
@@ -90,7 +75,7 @@ class TpuSlices(OnHosts):
     def guard_flags(self, of_slice: int) -> tuple[str, ...]:
         """See Slices. Several slices always have a queued resource, which is deleted with all of them."""
         queued = [f"--queued={self.node}"] if self.request.queued else []
-        return ("--api=tpu", f"--node={self._names[of_slice]}", *queued, *self.reach.where)
+        return ("--api=tpu", f"--node={self.names[of_slice]}", *queued, *self.reach.where)
 
     def delete(self) -> None:
         """See Slices. Raises PodError if something of these names is not this run's, and leaves it."""
@@ -118,7 +103,7 @@ class TpuSlices(OnHosts):
     @property
     def _nodes(self) -> list[Thing]:
         words, where = ("compute", "tpus", "tpu-vm"), (f"--zone={self.zone}",)
-        return [Thing(self.gcloud, words, name, where, delete_flags=("--async",)) for name in self._names]
+        return [Thing(self.gcloud, words, name, where, delete_flags=("--async",)) for name in self.names]
 
     def _node_flags(self) -> list[str]:
         request = self.request

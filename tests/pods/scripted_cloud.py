@@ -45,10 +45,11 @@ class Play:
 
 @dataclass
 class Node:
-    """One creation. error: what it raises. states: what is told before READY, one after the other."""
+    """One creation. error: what it raises. states: what is told before READY. silent: the host that never answers."""
 
     error: Exception | None = None
     states: list[State] = field(default_factory=list)
+    silent: int | None = None
 
 
 class Cloud:
@@ -64,6 +65,9 @@ class Cloud:
 
     def slices_of(self, request, *, attempt, zone, hours, run, sleep):
         return Slices(self, attempt, zone, hours)
+
+    def node(self, number: int) -> Node:
+        return self.nodes[min(number, len(self.nodes)) - 1] if self.nodes else Node()
 
     def play(self, attempt: int) -> Play:
         return self.plays[attempt - 1]
@@ -110,7 +114,7 @@ class Slices:
     def create(self):
         cloud = self.cloud
         cloud.events.append(f"create {self.node} {self.zone}")
-        script = cloud.nodes[min(self.node, len(cloud.nodes)) - 1] if cloud.nodes else Node()
+        script = cloud.node(self.node)
         if script.error is not None:
             raise script.error
         cloud.alive[self.node] = list(script.states)
@@ -140,6 +144,8 @@ class Slices:
         cloud = self.cloud
         if self.node not in cloud.alive or self.is_lost():
             return Done(255, "", "no route to host")
+        if worker.number == cloud.node(self.node).silent:
+            return Done(255, "", "connection timed out")
         script = Path(argv[1]).name if argv[0] == "bash" else argv[0]
         cloud.events.append(f"{script} {worker.number} {' '.join(argv[3:4])}".rstrip())
         if script == "state.sh":

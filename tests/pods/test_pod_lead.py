@@ -179,6 +179,15 @@ def test_a_refused_config_costs_one_node(tmp_path):
     assert len(world.created()) == 1 and not world.cloud.alive
 
 
+def test_a_host_that_never_answers_ends_the_run_with_a_mend(tmp_path):
+    world = World(tmp_path, [], [Node(silent=1)], keep_minutes=0.0)
+    begin = world.clock.time
+    with pytest.raises(PodError, match=r"worker 1 .*connection timed out.*No answer over ssh in 10 minutes.*--iap"):
+        world.lead()
+    assert len(world.created()) == 1 and not world.cloud.alive and world.clock.time - begin < 15 * 60
+    assert not any(event.startswith(("setup.sh", "start.sh")) for event in world.cloud.events)
+
+
 def test_preemptions_go_on_with_progress(tmp_path):
     plays = [Play(lost=PREEMPTED, step=4), Play(lost=PREEMPTED, step=6), Play(step=9)]
     world = World(tmp_path, plays)

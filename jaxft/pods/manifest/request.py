@@ -5,8 +5,7 @@ from dataclasses import dataclass
 
 from jaxft.config import RunConfig
 from jaxft.errors import ConfigError
-from jaxft.hardware.topology import Topology, parse
-from jaxft.pods.machines import accelerator_type, chips_of_host, hosts_of_slice, machine_of
+from jaxft.pods.machines import SlicesRequest, accelerator_type, chips_of_host, machine_of
 from jaxft.pods.money import Rate, rate_of
 from jaxft.pods.request import KEY, NAME, ZONE, check_bucket, check_saves, name_of
 
@@ -17,22 +16,19 @@ HUB_TOKEN = "HF_TOKEN"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ManifestRequest:
+class ManifestRequest(SlicesRequest):
     """The options of one file.
 
-    kind: one of KINDS. name: of the run and of what is made for it. topology: of one slice, such as `v6e:4x4`. slices:
-    their number. to: where the run goes, gs://BUCKET/RUN. image: of the container, for Kubernetes. spot, reservation:
-    how the machines are bought. max_hours: of one attempt; with Kueue of all together. retries: attempts after the
-    first. env: names of environment variables that the hosts get, of the Secret `secret` in Kubernetes. namespace,
-    service_account: of Kubernetes. queue: the LocalQueue of Kueue. zone: for SkyPilot, None for any. prices: a file in
-    place of jaxft's table.
+    kind: one of KINDS. name: of the run and of what is made for it. to: where the run goes, gs://BUCKET/RUN. image: of
+    the container, for Kubernetes. spot, reservation: how the machines are bought. max_hours: of one attempt; with
+    Kueue of all together. retries: attempts after the first. env: names of environment variables that the hosts get,
+    of the Secret `secret` in Kubernetes. namespace, service_account: of Kubernetes. queue: the LocalQueue of Kueue.
+    zone: for SkyPilot, None for any. prices: a file in place of jaxft's table.
     """
 
     kind: str
     name: str
-    topology: str
     to: str
-    slices: int = 1
     image: str | None = None
     spot: bool = False
     reservation: str | None = None
@@ -56,21 +52,6 @@ class ManifestRequest:
         _check_image(self)
         if self.kind == "skypilot":
             _check_skypilot(self)
-
-    @property
-    def shape(self) -> Topology:
-        """The topology with its slices. Raises ConfigError if it does not exist."""
-        return parse(self.topology, self.slices)
-
-    @property
-    def hosts(self) -> int:
-        """The number of hosts of one slice."""
-        return hosts_of_slice(self.shape)
-
-    @property
-    def processes(self) -> int:
-        """The number of processes of the run: one on each host of every slice."""
-        return self.hosts * self.slices
 
     @property
     def is_bounded(self) -> bool:
