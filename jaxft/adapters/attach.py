@@ -86,7 +86,7 @@ def find(
     """The layers of a type that `targets` names and `exclude` does not, by path.
 
     targets, exclude: last names of layers (`q_proj`), path endings (`self_attn/q_proj`), or `all-linear`, every Linear
-    but the LM head. Raises ModelError for a name that matches no layer.
+    but the LM head and the small ones of recurrent layers. Raises ModelError for a name that matches no layer.
     """
     layers = {path: layer for path, layer in slots(model) if isinstance(layer, kinds)}
     chosen = {path for target in targets for path in _matching(target, layers, model)}
@@ -108,8 +108,8 @@ def virtual_modules(model: Decoder) -> dict[str, VirtualTokens]:
     """The prompt of a model, or the prefix of every stack of layers, by the path of its slot."""
     modules: dict[str, VirtualTokens] = {} if model.prompt is None else {"prompt": model.prompt}
     for index, group in enumerate(model.layers):
-        if group.self_attn.prefix is not None:
-            modules[f"layers/{index}/self_attn/prefix"] = group.self_attn.prefix
+        if group.attention is not None and group.attention.prefix is not None:
+            modules[f"layers/{index}/{group.mixer_name}/prefix"] = group.attention.prefix
     return modules
 
 
@@ -164,7 +164,8 @@ def detach(model: Decoder) -> None:
     for _, layer in slots(model):
         layer.adapter = nnx.data(None)
     for group in model.layers:
-        group.self_attn.prefix = nnx.data(None)
+        if group.attention is not None:
+            group.attention.prefix = nnx.data(None)
     model.prompt, model.shared, model.virtual_tokens = nnx.data(None), nnx.data(None), 0
     model.token_rows = nnx.data(None)
 
@@ -194,9 +195,13 @@ def _merge_into(param: nnx.Param, merged: Callable[[jax.Array], jax.Array], comp
     param.set_value(merged(dense(value, jnp.float32)).astype(dtype))
 
 
+def _in_all_linear(path: str, layer: Layer) -> bool:
+    return isinstance(layer, Linear) and layer.in_all_linear and path != "lm_head"
+
+
 def _matching(target: str, layers: dict[str, Layer], model: Decoder) -> list[str]:
     if target == ALL_LINEAR:
-        return [path for path, layer in layers.items() if isinstance(layer, Linear) and path != "lm_head"]
+        return [path for path, layer in layers.items() if _in_all_linear(path, layer)]
     paths = [path for path in layers if path == target or path.endswith("/" + target)]
     if not paths:
         names = sorted({path.rsplit("/", 1)[-1] for path in layers})

@@ -143,7 +143,7 @@ def _attach_virtual(model: Decoder, modules: AdapterModules) -> None:
     model.virtual_tokens = modules.virtual_tokens
     for path, module in modules.virtual.items():
         *parents, slot = path.split("/")
-        setattr(model.layers[int(parents[1])].self_attn if parents else model, slot, module)
+        setattr(model.layers[int(parents[1])].attention if parents else model, slot, module)
 
 
 def _refuse_clash(chosen: Mapping[str, AdapterModules]) -> None:

@@ -15,6 +15,7 @@ from jaxft.adapters.attach import AdapterParam
 from jaxft.adapters.prompt import refuse_second
 from jaxft.adapters.virtual_vectors import replace_virtual
 from jaxft.config import AdapterConfig
+from jaxft.errors import ModelError
 from jaxft.nn import partition
 from jaxft.nn.decoder import Decoder
 from jaxft.nn.partition import Dimensions
@@ -68,12 +69,24 @@ def describe(config: AdapterConfig) -> str:
 def attach_prefix(model: Decoder, count: int, key: jax.Array) -> None:
     """Gives every layer a prefix of `count` virtual tokens, normal with deviation STDDEV.
 
-    Raises ModelError if the model has virtual tokens already.
+    Raises ModelError if the model has virtual tokens already, if one of its layers has no keys and values, and if those
+    of its layers have different widths.
     """
     refuse_second(model)
-    for index, (group, layers) in enumerate(zip(model.layers, group_layers(model.segments), strict=True)):
-        shape = group.self_attn.shape
+    attentions = [group.attention for group in model.layers if group.attention is not None]
+    if len(attentions) < len(model.layers):
+        raise ModelError(
+            "adapter.kind='prefix' gives every layer keys and values of virtual tokens, and some layers of this model "
+            "have no attention. Use adapter.kind='lora' or 'prompt'."
+        )
+    if len({attention.shape.kv_heads * attention.shape.head_dim for attention in attentions}) > 1:
+        raise ModelError(
+            "adapter.kind='prefix' gives every layer keys and values of one width, as PEFT keeps them, and those of "
+            "this model's layers differ. Use adapter.kind='lora' or 'prompt'."
+        )
+    for index, (attention, layers) in enumerate(zip(attentions, group_layers(model.segments), strict=True)):
+        shape = attention.shape
         size = (len(layers), count, shape.kv_heads * shape.head_dim)
         halves = jax.random.split(jax.random.fold_in(key, zlib.crc32(f"layers/{index}".encode())))
-        group.self_attn.prefix = Prefix(*(STDDEV * jax.random.normal(half, size, jnp.float32) for half in halves))
+        attention.prefix = Prefix(*(STDDEV * jax.random.normal(half, size, jnp.float32) for half in halves))
     model.virtual_tokens = count

@@ -9,7 +9,7 @@ from jaxft.adapters.attach import CarriedParam, SavedParam, adapters
 from jaxft.errors import ModelError, did_you_mean
 from jaxft.nn.decoder import Decoder
 from jaxft.nn.linear import Embedding, Linear
-from jaxft.nn.norm import RMSNorm
+from jaxft.nn.norm import Norm
 from jaxft.nn.score import ScoreHead
 from jaxft.quant import is_quantized
 from jaxft.trees import flatten
@@ -24,7 +24,7 @@ def train_whole(model: Decoder, names: Sequence[str]) -> tuple[str, ...]:
     modules = {
         "/".join(map(str, path)): module
         for path, module in nnx.iter_modules(model)
-        if isinstance(module, Linear | Embedding | RMSNorm | ScoreHead) and "adapter" not in path
+        if isinstance(module, Linear | Embedding | Norm | ScoreHead) and "adapter" not in path
     }
     chosen = sorted({path for name in names for path in _matching(name, modules, tied=model.tied)})
     adapted = [path for path in chosen if path in adapters(model)]

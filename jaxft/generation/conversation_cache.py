@@ -10,8 +10,10 @@ import numpy as np
 from flax import nnx
 
 from jaxft.generation import steps
-from jaxft.nn.attention.cache import Cache
+from jaxft.nn.attention.cache import Cache, cut, first_row
 from jaxft.nn.decoder import Decoder
+
+_first_row = jax.jit(first_row)
 
 
 class ConversationCache:
@@ -43,17 +45,14 @@ class ConversationCache:
         self._params = []
         count = _shared_start(self._tokens, prompt)
         # Another graph may have rotated the keys otherwise: rotary factors can depend on the length.
-        if cache is None or count == 0 or not same_model or not _reaches_back(cache, count):
+        known = None if cache is None or count == 0 or not same_model else cut(cache, count)
+        if known is None:
             self.computed = len(prompt)
             return None, 0, 0
         self.computed = len(prompt) - count
-        # Later tokens become invisible, and their slots are overwritten.
-        cut = tuple(
-            part._replace(positions_BT=jnp.where(part.positions_BT < count, part.positions_BT, -1)) for part in cache
-        )
         seen_V = np.zeros(vocab, bool)
         seen_V[[token for token in prompt[:count] if token < vocab]] = True  # virtual tokens are beyond it
-        return steps.Prefix(cut, jnp.asarray(seen_V)), count, length
+        return steps.Prefix(known, jnp.asarray(seen_V)), count, length
 
     def keep(
         self,
@@ -65,7 +64,7 @@ class ConversationCache:
     ) -> None:
         """Keeps the first row of a memory. tokens: those known to be in it. length: that for which it was made."""
         rows = memory.seen_BV.shape[0]
-        self._cache = memory.cache if rows == 1 else tuple(steps.first_row(part) for part in memory.cache)
+        self._cache = memory.cache if rows == 1 else _first_row(memory.cache)
         self._tokens, self._graphdef, self._length = tuple(tokens), graphdef, length
         self._params = jax.tree.leaves(params)
 
@@ -78,12 +77,3 @@ def _shared_start(tokens: Sequence[int], prompt: Sequence[int]) -> int:
     """The number of equal first tokens; at most all but the last one of the prompt."""
     most = min(len(tokens), len(prompt) - 1)
     return next((i for i in range(most) if tokens[i] != prompt[i]), most)
-
-
-def _reaches_back(cache: Cache, count: int) -> bool:
-    """Whether every layer still has all tokens to which the token at `count` attends.
-
-    A layer with a window has overwritten its oldest tokens by those beyond `count`.
-    """
-    written = max(int(end) for end in jax.device_get([jnp.max(part.positions_BT) for part in cache])) + 1
-    return all(written <= max(part.slots, count + 1) for part in cache)

@@ -100,8 +100,7 @@ def mesh_of(params: nnx.State) -> Mesh | None:
 
 def _sizes_in_order(model: Decoder, own: int, ways: int, weights: int) -> tuple[int, ...]:
     """Sizes of the axis `tensor`, the best first. weights: bytes of all parameters."""
-    layers = [block.attention for block in model.config.shape().layers]
-    heads = math.gcd(*(n for layer in layers for n in (layer.heads, layer.kv_heads)))
+    heads = math.gcd(*(count for block in model.config.shape().layers for count in block.heads))
     sizes = [n for n in range(own, ways + 1, own) if n == own or (ways % n == 0 and heads % n == 0)]
     small = [n for n in sizes if weights / n <= ENOUGH]
     return (*small, *(n for n in reversed(sizes) if n not in small))

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxft.generation.sampling import Knobs, choose
-from jaxft.nn.attention.cache import Cache, LayerCache, store
+from jaxft.nn.attention.cache import Cache, LayerCache, MixerCache, StateCache, store
 from jaxft.nn.decoder import Decoder
 
 RUN = 16  # most decoding steps of one dispatch
@@ -139,7 +139,7 @@ def prefill(
     cache = model.init_cache(tokens_PS.shape[0], length)
     seen_PV = _mark_seen(tokens_PS, memory.seen_BV.shape[1])
     if prefix is not None:
-        cache = tuple(store(*parts, slice(None)) for parts in zip(cache, prefix.cache, strict=True))
+        cache = store(cache, prefix.cache, slice(None))
         seen_PV |= prefix.seen_V
     hidden_PSD, cache = _forward(model, jnp.maximum(tokens_PS, 0), positions_PS, real_PS.astype(jnp.int32), cache)
     last_P = jnp.maximum(count_P - 1, 0)
@@ -152,7 +152,7 @@ def prefill(
     seen_NV = _also_seen(seen_NV, first_N)
     filled = memory.cache
     for answer in range(answers):
-        filled = tuple(store(*parts, slots_PA[:, answer]) for parts in zip(filled, cache, strict=True))
+        filled = store(filled, cache, slots_PA[:, answer])
     memory = Memory(filled, memory.seen_BV.at[slots_PA.reshape(-1)].set(seen_NV, mode="drop"))
     return _shard(memory, rows), *_replicate((first_N, logprobs_N), rows)
 
@@ -209,12 +209,6 @@ def decode(
     return _shard(memory, rows), *_replicate((tokens_BC, logprobs_BC), rows)
 
 
-@jax.jit
-def first_row(cache: LayerCache) -> LayerCache:
-    """A copy of the first of a cache's rows."""
-    return LayerCache(cache.k_RBKHT[:, :1], cache.v_RBKTH[:, :1], cache.positions_BT[:1])
-
-
 def _forward(
     model: Decoder, tokens_BS: jax.Array, positions_BS: jax.Array | None, segments_BS: jax.Array, cache: Cache
 ) -> tuple[jax.Array, Cache]:
@@ -233,10 +227,16 @@ def shardings_of(memory: Memory, rows: NamedSharding) -> Memory:
     """
     mesh = rows.mesh
 
-    def split(part: LayerCache) -> LayerCache:
-        heads = "tensor" if part.k_RBKHT.shape[2] % mesh.shape.get("tensor", 1) == 0 else None
-        by_heads = NamedSharding(mesh, P(None, *rows.spec, heads if "tensor" in mesh.shape else None))
-        return LayerCache(cast(jax.Array, by_heads), cast(jax.Array, by_heads), cast(jax.Array, rows))
+    def by(heads: int | None) -> jax.Array:
+        even = heads is not None and "tensor" in mesh.shape and heads % mesh.shape["tensor"] == 0
+        return cast(jax.Array, NamedSharding(mesh, P(None, *rows.spec, "tensor" if even else None)))
+
+    def split(part: MixerCache | None) -> MixerCache | None:
+        if isinstance(part, StateCache):
+            return StateCache(by(part.state_RBNXY.shape[2]), by(None), cast(jax.Array, rows))
+        if part is None:
+            return None
+        return LayerCache(by(part.k_RBKHT.shape[2]), by(part.v_RBKTH.shape[2]), cast(jax.Array, rows))
 
     seen = cast(jax.Array, _all_rows(memory.seen_BV, rows))
     return Memory(tuple(map(split, memory.cache)), seen)

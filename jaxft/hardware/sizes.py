@@ -10,9 +10,12 @@ import jax
 from flax import nnx
 
 from jaxft.adapters.attach import AdapterParam
+from jaxft.nn.attention.latent import LatentAttention
 from jaxft.nn.attention.layer import Attention
 from jaxft.nn.decoder import Decoder
-from jaxft.nn.param_kind import in_adapter
+from jaxft.nn.param_kind import Constant, in_adapter
+from jaxft.nn.recurrent.delta_net import DeltaNet
+from jaxft.nn.recurrent.mamba import Mamba2
 from jaxft.nn.stack import group_layers
 from jaxft.quant import is_quantized
 from jaxft.trees import flatten
@@ -34,13 +37,26 @@ class AttentionGroup:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RecurrentGroup:
+    """`layers` recurrent layers of one shape. reached: as in AttentionGroup. state: numbers of a row's state in one
+    layer. token_flops: of one token forward in one layer, projections left out.
+    """
+
+    layers: int
+    reached: int
+    state: int
+    token_flops: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Experts:
-    """`count` experts in each layer that has experts; every token is computed by `chosen` of them.
+    """`count` experts in each of `layers` layers; every token is computed by `chosen` of them.
 
     parameters: of all experts of all layers. outputs: sum of the output widths of the chosen experts' products over all
     layers.
     """
 
+    layers: int
     count: int
     chosen: int
     parameters: int
@@ -75,6 +91,7 @@ class ModelSizes:
     vocab: int
     attention: tuple[AttentionGroup, ...]
     experts: Experts | None
+    recurrent: tuple[RecurrentGroup, ...] = ()
 
     def model_flops(self, rows: int, length: int) -> int:
         """FLOPs of one step over rows of `length` tokens, recomputation left out.
@@ -84,12 +101,17 @@ class ModelSizes:
         """
         tokens = rows * length
         products = 2 * (self.active + self.reached + self.trained) * tokens + 6 * self.adapter * tokens
-        return products + self.attention_flops(rows, length)
+        return products + self.attention_flops(rows, length) + self.recurrent_flops(tokens)
+
+    def recurrent_flops(self, tokens: int) -> int:
+        """FLOPs of the states of recurrent layers for so many tokens, forward and backward."""
+        return tokens * sum((group.layers + 2 * group.reached) * group.token_flops for group in self.recurrent)
 
     def forward_flops(self, rows: int, length: int) -> int:
         """FLOPs of a forward pass over rows of `length` tokens, without adapters."""
         scores = sum(4 * group.layers * _score_products(length, group) for group in self.attention)
-        return rows * (2 * self.active * length + scores)
+        states = length * sum(group.layers * group.token_flops for group in self.recurrent)
+        return rows * (2 * self.active * length + scores + states)
 
     def attention_flops(self, rows: int, length: int, *, parts: int = 1) -> int:
         """FLOPs of scores and of their products with values, as far as causal order and window allow.
@@ -115,16 +137,17 @@ def _score_products(length: int, group: AttentionGroup) -> int:
 def sizes_of(model: Decoder) -> ModelSizes:
     """Sizes of a model, abstract or not, with or without adapters."""
     leaves, _ = flatten(nnx.state(model, nnx.Param), is_quantized)
-    chosen = getattr(model.config, "num_experts_per_tok", 1)
+    routers = [group.moe.shape.router for group in model.layers if group.moe is not None]
+    chosen = routers[0].chosen if routers else 1
     config, first = model.config, _first_reached(model, adapted=any(in_adapter(path) for path in leaves))
-    groups = group_layers(model.segments)
+    groups, constants = group_layers(model.segments), flatten(nnx.state(model, Constant))[0]
     parameters = active = adapter = trainable = trained = reached = outputs = 0
     for path, leaf in leaves.items():
         size = math.prod(leaf.shape)
         if in_adapter(path):
             adapter += size
             continue
-        is_trained = model.trainable_paths is None or path in model.trainable_paths
+        is_trained = path not in constants and (model.trainable_paths is None or path in model.trainable_paths)
         parameters += size
         trainable += is_trained * size
         if not (path.endswith("kernel") or (model.tied and path == "embed_tokens/embedding")):
@@ -139,7 +162,9 @@ def sizes_of(model: Decoder) -> ModelSizes:
         else:
             reached += used
     attention_groups = tuple(
-        _attention_group_of(group.self_attn, layers, first) for group, layers in zip(model.layers, groups, strict=True)
+        _attention_group_of(group.mixer, layers, first)
+        for group, layers in zip(model.layers, groups, strict=True)
+        if isinstance(group.mixer, Attention | LatentAttention)
     )
     return ModelSizes(
         parameters=parameters,
@@ -150,20 +175,27 @@ def sizes_of(model: Decoder) -> ModelSizes:
         reached=reached,
         outputs=outputs,
         width=config.hidden_size,
-        layers=sum(group.layers for group in attention_groups),
+        layers=sum(map(len, groups)),
         vocab=config.vocab_size if config.head == "vocabulary" else 0,
         attention=attention_groups,
-        experts=None if model.experts is None else _experts_of(leaves, model.experts, chosen),
+        experts=None if model.experts is None else _experts_of(model, leaves, model.experts, chosen),
+        recurrent=tuple(
+            _recurrent_group_of(group.mixer, layers, first)
+            for group, layers in zip(model.layers, groups, strict=True)
+            if isinstance(group.mixer, DeltaNet | Mamba2)
+        ),
     )
 
 
-def _experts_of(leaves: dict[str, Any], count: int, chosen: int) -> Experts:
+def _experts_of(model: Decoder, leaves: dict[str, Any], count: int, chosen: int) -> Experts:
     shapes = [
         leaf.shape
         for path, leaf in leaves.items()
         if path.endswith("kernel") and len(leaf.shape) == 4 and not in_adapter(path)
     ]
+    groups = zip(model.layers, group_layers(model.segments), strict=True)
     return Experts(
+        layers=sum(len(layers) for group, layers in groups if group.moe is not None),
         count=count,
         chosen=chosen,
         parameters=sum(map(math.prod, shapes)),
@@ -184,9 +216,16 @@ def _first_reached(model: Decoder, *, adapted: bool) -> int:
     return min((layer for group in trained_groups for layer in groups[group]), default=sum(map(len, groups)))
 
 
-def _attention_group_of(attention: Attention, layers: tuple[int, ...], first: int) -> AttentionGroup:
-    shape = attention.shape
+def _attention_group_of(attention: Attention | LatentAttention, layers: tuple[int, ...], first: int) -> AttentionGroup:
     reached = sum(layer >= first for layer in layers)
+    if isinstance(attention, LatentAttention):
+        latent = attention.shape
+        # As many products for scores and for values together as two of this size.
+        each = (latent.query_dim + latent.value_dim) // 2
+        return AttentionGroup(
+            layers=len(layers), reached=reached, heads=latent.heads, kv_heads=latent.heads, head_dim=each, window=None
+        )
+    shape = attention.shape
     return AttentionGroup(
         layers=len(layers),
         reached=reached,
@@ -195,3 +234,8 @@ def _attention_group_of(attention: Attention, layers: tuple[int, ...], first: in
         head_dim=shape.head_dim,
         window=shape.form.window,
     )
+
+
+def _recurrent_group_of(mixer: DeltaNet | Mamba2, layers: tuple[int, ...], first: int) -> RecurrentGroup:
+    shape, reached = mixer.shape, sum(layer >= first for layer in layers)
+    return RecurrentGroup(layers=len(layers), reached=reached, state=shape.state, token_flops=shape.token_flops)

@@ -1,101 +1,214 @@
-"""One decoder layer of any family: attention and feed-forward, each added to the residual stream."""
+"""One decoder layer of any family: a mixer of positions and a feed-forward, each added to the residual stream."""
 
 # B batch, S sequence, D model
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxft.nn import partition
-from jaxft.nn.attention.cache import LayerCache
+from jaxft.nn.attention.cache import MixerCache
+from jaxft.nn.attention.latent import LatentAttention, LatentShape
 from jaxft.nn.attention.layer import Attention, AttentionShape, Tokens
 from jaxft.nn.experts.layer import MoE, MoEShape
 from jaxft.nn.experts.router_sums import RouterSums
-from jaxft.nn.mlp import GatedMLP, MLPShape
-from jaxft.nn.norm import NormShape, RMSNorm
+from jaxft.nn.mlp import MLP, MLPShape
+from jaxft.nn.norm import Norm, NormShape
+from jaxft.nn.param_kind import Constant
+from jaxft.nn.partition import stream, whole
+from jaxft.nn.recurrent.delta_net import DeltaNet, DeltaNetShape
+from jaxft.nn.recurrent.mamba import Mamba2, Mamba2Shape
+from jaxft.nn.storage import StorageDims
 
-NormPositions = Literal["before", "after", "around"]
-# Hugging Face's names of the norms: before attention, after attention, before the feed-forward, after the feed-forward.
-NORMS: dict[NormPositions, tuple[str | None, ...]] = {
-    "before": ("input_layernorm", None, "post_attention_layernorm", None),
-    "after": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
-    "around": (
-        "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
-    ),
-}  # fmt: skip
+# Hugging Face's names of the norms: before and after the mixer, before and after the feed-forward; None for no norm.
+NormNames = tuple[str | None, str | None, str | None, str | None]
+BEFORE: NormNames = ("input_layernorm", None, "post_attention_layernorm", None)
+AFTER: NormNames = (None, "post_attention_layernorm", None, "post_feedforward_layernorm")
+AROUND: NormNames = (
+    "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
+)  # fmt: skip
+# Likewise, where experts are beside the feed-forward: after that, before the experts, after the experts.
+EXPERT_NORMS = ("post_feedforward_layernorm_1", "pre_feedforward_layernorm_2", "post_feedforward_layernorm_2")
+
+
+class Mixer(Protocol):
+    """The part of a layer that looks at other positions."""
+
+    def __call__(
+        self, x_BSD: jax.Array, tokens: Tokens, cache: Any, layer: jax.Array, keys: jax.Array | None
+    ) -> tuple[jax.Array, Any]:
+        """(its output, the cache with these tokens). cache: of `init_cache`, or None. layer: its index in the stack.
+        keys: four PRNG keys for dropout in adapters, or None.
+        """
+
+    def init_cache(self, layers: int, batch: int, length: int) -> MixerCache:
+        """The empty cache of a stack of such layers, for rows of up to `length` tokens."""
+
+
+MixerShape = AttentionShape | LatentShape | DeltaNetShape | Mamba2Shape
+# By the class of a mixer's shape: the mixer's name in Hugging Face's modules, and its class.
+MIXERS: dict[type[MixerShape], tuple[str, Callable[..., Mixer]]] = {
+    AttentionShape: ("self_attn", Attention),
+    LatentShape: ("self_attn", LatentAttention),
+    DeltaNetShape: ("linear_attn", DeltaNet),
+    Mamba2Shape: ("mamba", Mamba2),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockShape:
-    """The parts of one layer. norms: the inputs and outputs of attention and feed-forward that are normalised."""
+    """The parts of one layer.
 
-    attention: AttentionShape
-    mlp: MLPShape | MoEShape
+    mixer: what looks at other positions; its class is in MIXERS. Either part may be None. norms: the names of their
+    inputs' and outputs' norms. parallel: the feed-forward has the mixer's input, and both are added at once.
+    residual_scale: factor on what is added to the stream. output_scale: whether a `Constant` multiplies the stream
+    after the layer. experts: beside the feed-forward, with its input before the norm; the router sees that without a
+    norm, and the sum of both outputs is normalised.
+    """
+
+    mixer: MixerShape | None
+    mlp: MLPShape | MoEShape | None
     norm: NormShape
-    norms: NormPositions = "before"
+    norms: NormNames = BEFORE
+    parallel: bool = False
+    residual_scale: float = 1.0
+    output_scale: bool = False
+    experts: MoEShape | None = None
+
+    @property
+    def moe(self) -> MoEShape | None:
+        """The layer's experts, if it has any."""
+        return self.mlp if isinstance(self.mlp, MoEShape) else self.experts
+
+    @property
+    def width(self) -> int:
+        """The width of the residual stream."""
+        part = self.mlp if self.mixer is None else self.mixer
+        return 0 if part is None else part.width
+
+    @property
+    def attention(self) -> AttentionShape | None:
+        """The mixer if it is attention with keys and values of its own heads."""
+        return self.mixer if isinstance(self.mixer, AttentionShape) else None
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether the mixer passes a state along the positions of a row."""
+        return isinstance(self.mixer, DeltaNetShape | Mamba2Shape)
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        """The numbers of heads that a division of attention over devices must divide."""
+        if isinstance(self.mixer, LatentShape):
+            return (self.mixer.heads,)
+        return () if self.attention is None else (self.attention.heads, self.attention.kv_heads)
 
 
 class Block(nnx.Module):
-    """x + after(attention(before(x))), then the same with the feed-forward."""
+    """x + after(mixer(before(x))), then the same with the feed-forward."""
 
     def __init__(
         self, shape: BlockShape, *, stddev: float, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs
     ) -> None:
-        self.norms = NORMS[shape.norms]
+        self.norms, self.parallel, self.residual_scale = shape.norms, shape.parallel, shape.residual_scale
+        options: dict[str, Any] = {"stddev": stddev, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         for name in filter(None, self.norms):
-            setattr(self, name, RMSNorm(shape.attention.width, shape.norm, dtype=dtype, param_dtype=param_dtype))
-        self.self_attn = Attention(
-            shape.attention, shape.norm, stddev=stddev, dtype=dtype, param_dtype=param_dtype, rngs=rngs
-        )
-        self.mlp: GatedMLP | MoE
-        if isinstance(shape.mlp, MoEShape):
-            self.mlp = MoE(shape.mlp, stddev=stddev, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        else:
-            self.mlp = GatedMLP(shape.mlp, stddev=stddev, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+            setattr(self, name, Norm(shape.width, shape.norm, dtype=dtype, param_dtype=param_dtype))
+        self.mixer_name: str | None = None
+        if shape.mixer is not None:
+            self.mixer_name, mixer = MIXERS[type(shape.mixer)]
+            setattr(self, self.mixer_name, mixer(shape.mixer, shape.norm, **options))
+        self.mlp: MLP | MoE | None = nnx.data(None)
+        if shape.mlp is not None:
+            self.mlp = MoE(shape.mlp, **options) if isinstance(shape.mlp, MoEShape) else MLP(shape.mlp, **options)
+        self.experts: MoE | None = nnx.data(None)
+        if shape.experts is not None:
+            self.experts = MoE(shape.experts, **options)
+            for name in EXPERT_NORMS:
+                setattr(self, name, Norm(shape.width, shape.norm, dtype=dtype, param_dtype=param_dtype))
+        # The name is that of files.
+        self.layer_scalar = Constant(jnp.ones((1,), param_dtype)) if shape.output_scale else None
+
+    @property
+    def mixer(self) -> Mixer | None:
+        """The part that looks at other positions."""
+        return None if self.mixer_name is None else getattr(self, self.mixer_name)
+
+    @property
+    def moe(self) -> MoE | None:
+        """The layer's experts, if it has any."""
+        return self.mlp if isinstance(self.mlp, MoE) else self.experts
+
+    @property
+    def attention(self) -> Attention | None:
+        """The mixer if it is attention."""
+        return self.mixer if isinstance(self.mixer, Attention) else None
 
     def __call__(
         self,
         x_BSD: jax.Array,
         tokens: Tokens,
-        cache: LayerCache | None,
+        cache: MixerCache | None,
         layer: jax.Array,
         key: jax.Array | None,
         routing: RouterSums | None = None,
-    ) -> tuple[jax.Array, LayerCache | None, RouterSums | None]:
+    ) -> tuple[jax.Array, MixerCache | None, RouterSums | None]:
         """(the residual stream, the cache including these tokens, `routing` including this layer's tokens).
 
         layer: this layer's index in its stack. key: turns dropout on. routing: None if no loss reads the sums.
         """
         keys = None if key is None else jax.random.split(key, 7)
-        attention_keys, mlp_keys = (None, None) if keys is None else (keys[:4], keys[4:])
-        attended_BSD, cache = self.self_attn(_whole(self._norm(0, x_BSD)), tokens, cache, layer, attention_keys)
-        x_BSD = checkpoint_name(x_BSD + self._norm(1, _stream(attended_BSD)), "dots")
-        input_BSD = self._norm(2, x_BSD)
-        if not isinstance(self.mlp, MoE):
-            output_BSD = _stream(self.mlp(_whole(input_BSD), mlp_keys))
-        elif routing is None:
-            output_BSD = self.mlp(input_BSD)
+        mixer_keys, mlp_keys = (None, None) if keys is None else (keys[:4], keys[4:])
+        input_BSD = self._norm(0, x_BSD)
+        if self.mixer is not None:
+            mixed_BSD, cache = self.mixer(whole(input_BSD), tokens, cache, layer, mixer_keys)
+            x_BSD = checkpoint_name(x_BSD + self._added(1, stream(mixed_BSD)), "dots")
+        if self.mlp is not None:
+            input_BSD = input_BSD if self.parallel else self._norm(2, x_BSD)
+            output_BSD, routing = _feed_forward(self.mlp, input_BSD, tokens, mlp_keys, routing)
+            if self.experts is not None:
+                output_BSD, routing = self._with_experts(self.experts, output_BSD, x_BSD, tokens, routing)
+            x_BSD = x_BSD + self._added(3, output_BSD)
+        if self.layer_scalar is not None:
+            x_BSD = x_BSD * self.layer_scalar.get_value().astype(x_BSD.dtype)
+        return x_BSD, cache, routing
+
+    def storage_dims(self) -> dict[str, StorageDims]:
+        return {"layer_scalar": StorageDims((None,))}
+
+    def _with_experts(
+        self, experts: MoE, output_BSD: jax.Array, x_BSD: jax.Array, tokens: Tokens, routing: RouterSums | None
+    ) -> tuple[jax.Array, RouterSums | None]:
+        """The feed-forward's output_BSD plus that of the experts. x_BSD: the stream before both."""
+        after_mlp, before, after = (getattr(self, name) for name in EXPERT_NORMS)
+        input_BSD = before(x_BSD)
+        if routing is None:
+            routed_BSD = experts(input_BSD, seen_BSD=x_BSD)
         else:
-            output_BSD, routing = self.mlp.with_router_sums(input_BSD, tokens.segments_BS, routing)
-        return x_BSD + self._norm(3, output_BSD), cache, routing
+            routed_BSD, routing = experts.with_router_sums(input_BSD, tokens.segments_BS, routing, seen_BSD=x_BSD)
+        return after_mlp(output_BSD) + after(routed_BSD), routing
 
     def _norm(self, position: int, x_BSD: jax.Array) -> jax.Array:
         name = self.norms[position]
         return x_BSD if name is None else getattr(self, name)(x_BSD)
 
-
-STREAM: partition.Dimensions = ("batch", "stream", None)
-WHOLE: partition.Dimensions = ("batch", "sequence", None)
-
-
-def _whole(x_BSD: jax.Array) -> jax.Array:
-    """All positions of a device's rows, for matrices that the tensor axis splits."""
-    return partition.gather(x_BSD, STREAM, WHOLE)
+    def _added(self, position: int, x_BSD: jax.Array) -> jax.Array:
+        """The output of a part as it is added to the stream. position: of its norm."""
+        x_BSD = self._norm(position, x_BSD)
+        if self.residual_scale == 1.0:
+            return x_BSD
+        return (x_BSD.astype(jnp.float32) * self.residual_scale).astype(x_BSD.dtype)
 
 
-def _stream(x_BSD: jax.Array) -> jax.Array:
-    return partition.reduce_scatter(x_BSD, STREAM, WHOLE)
+def _feed_forward(
+    mlp: MLP | MoE, input_BSD: jax.Array, tokens: Tokens, keys: jax.Array | None, routing: RouterSums | None
+) -> tuple[jax.Array, RouterSums | None]:
+    if not isinstance(mlp, MoE):
+        return stream(mlp(whole(input_BSD), keys)), routing
+    if routing is None:
+        return mlp(input_BSD, keys), None
+    return mlp.with_router_sums(input_BSD, tokens.segments_BS, routing, keys)

@@ -20,11 +20,10 @@ from jaxft.nn.attention.rope import Rope, rotation
 from jaxft.nn.attention.score_form import cap_scores
 from jaxft.nn.attention.unshare import unshare
 from jaxft.nn.block import Block, BlockShape
-from jaxft.nn.experts.layer import MoEShape
 from jaxft.nn.experts.router_sums import RouterSums
 from jaxft.nn.linear import KERNEL_DIMS, Embedding, Linear
 from jaxft.nn.noise import add_noise
-from jaxft.nn.norm import NormShape, RMSNorm
+from jaxft.nn.norm import Norm, NormShape
 from jaxft.nn.partition import Dimensions
 from jaxft.nn.score import Head, ScoreHead
 from jaxft.nn.storage import StorageDims, storage_dims_of
@@ -37,8 +36,9 @@ class DecoderShape:
     """The network that a family's Config describes.
 
     layers: the shape of every layer in order; equal layers, in runs or in a repeating pattern, are stacked.
+    rope_dims: the head size that each of the ropes is for; None for the config's head_dim.
     embed_scale: factor on embedded tokens, rounded to the compute dtype as in transformers. logit_softcap: logits l
-    become softcap * tanh(l / softcap).
+    become softcap * tanh(l / softcap). logit_scale: factor on logits, before the cap.
     """
 
     layers: tuple[BlockShape, ...]
@@ -46,6 +46,8 @@ class DecoderShape:
     norm: NormShape
     embed_scale: float | None = None
     logit_softcap: float | None = None
+    logit_scale: float = 1.0
+    rope_dims: tuple[int, ...] | None = None
 
 
 class ModelConfig(Protocol):
@@ -164,7 +166,9 @@ class Decoder(nnx.Module):
         shape = config.shape()
         self.config = config
         self.ropes = shape.ropes
-        self.embed_scale, self.logit_softcap = shape.embed_scale, shape.logit_softcap
+        self.rope_dims = shape.rope_dims or (config.head_dim,) * len(shape.ropes)
+        self.embed_scale = shape.embed_scale
+        self.logit_softcap, self.logit_scale = shape.logit_softcap, shape.logit_scale
         self.dtype = dtype
         self.remat = remat
         self.trainable_paths: frozenset[str] | None = None
@@ -176,7 +180,7 @@ class Decoder(nnx.Module):
         self.value: ValueHead | None = ScoreHead(config.hidden_size) if scored else nnx.data(None)
         marks = (None,) * len(shape.layers) if marks is None else marks
         self.segments = stack.layout(tuple(zip(shape.layers, marks, strict=True)))
-        self.experts = next((block.mlp.experts for block in shape.layers if isinstance(block.mlp, MoEShape)), None)
+        self.experts = next((block.moe.experts for block in shape.layers if block.moe is not None), None)
         stddev = config.initializer_range
         draw = functools.partial(Linear, stddev=stddev, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.embed_tokens = Embedding(
@@ -192,7 +196,7 @@ class Decoder(nnx.Module):
                 for group in stack.group_layers(self.segments)
             ]
         )
-        self.norm = RMSNorm(config.hidden_size, shape.norm, dtype=dtype, param_dtype=param_dtype)
+        self.norm = Norm(config.hidden_size, shape.norm, dtype=dtype, param_dtype=param_dtype)
         own_head = not (scored or config.tie_word_embeddings)
         self.lm_head: Linear | None = draw(config.hidden_size, config.vocab_size) if own_head else nnx.data(None)
 
@@ -252,7 +256,7 @@ class Decoder(nnx.Module):
         where = (positions_BS, segments_BS)
         if whole is not None:
             where = (unshare(positions_BS, whole), whole.segments_BWS.reshape(-1, segments_BS.shape[1]))
-        rotations = tuple(rotation(rope, self.config.head_dim, *where) for rope in self.ropes)
+        rotations = tuple(rotation(rope, size, *where) for rope, size in zip(self.ropes, self.rope_dims, strict=True))
         virtual_BS = None
         if self.virtual_tokens:
             virtual_BS = tokens_BS - virtual.FIRST
@@ -311,16 +315,16 @@ class Decoder(nnx.Module):
                 "this is a reward model: it has a score head in place of the LM head, so it gives no logits and "
                 "generates nothing. `jaxft score` scores answers with it."
             )
-        head, softcap = self.embed_tokens if self.lm_head is None else self.lm_head, self.logit_softcap
+        head = self.embed_tokens if self.lm_head is None else self.lm_head
+        scale, softcap = self.logit_scale, self.logit_softcap
         if self.token_rows is not None:
             head = self.token_rows.head(head)
         graphdef, params = nnx.split(head)
 
         def logits(params: nnx.State, hidden: jax.Array) -> jax.Array:
             module = nnx.merge(graphdef, params)
-            if isinstance(module, Embedding):
-                return cap_scores(module.scores(hidden), softcap)
-            return cap_scores(module(hidden).astype(jnp.float32), softcap)
+            scores = module.scores(hidden) if isinstance(module, Embedding) else module(hidden).astype(jnp.float32)
+            return cap_scores(scores if scale == 1.0 else scores * scale, softcap)
 
         storage = storage_dims_of(head)
         return SplitUnembed(logits, params, [storage[path].dims for path in flatten(params)[0]])
@@ -331,9 +335,7 @@ class Decoder(nnx.Module):
 
     def init_cache(self, batch: int, length: int) -> kv.Cache:
         """An empty cache for `batch` rows of up to `length` tokens; a layer with a window keeps only so many."""
-        shapes = [group.self_attn.shape for group in self.layers]
-        counts = [len(group) for group in stack.group_layers(self.segments)]
         return tuple(
-            kv.empty(count, batch, min(length, shape.form.window or length), shape.kv_heads, shape.head_dim, self.dtype)
-            for count, shape in zip(counts, shapes, strict=True)
+            None if group.mixer is None else group.mixer.init_cache(len(layers), batch, length)
+            for group, layers in zip(self.layers, stack.group_layers(self.segments), strict=True)
         )

@@ -71,7 +71,7 @@ class Linear(nnx.Module):
 
     kernel: [I, O], an array or a QuantizedArray, which is frozen. x: [..., I], computed in `dtype`. keep: name under
     which rematerialisation policies save the result, for layers whose result the backward pass reads. tp_side: the side
-    that the tensor axis splits.
+    that the tensor axis splits. in_all_linear: whether the adapter target `all-linear` means it.
     Layers under a scan have a leading stack axis in every parameter and are called on one slice of it.
     """
 
@@ -83,6 +83,7 @@ class Linear(nnx.Module):
         use_bias: bool = False,
         keep: str | None = None,
         tp_side: TPSide = "outputs",
+        in_all_linear: bool = True,
         stddev: float = 0.02,
         dtype: jnp.dtype,
         param_dtype: jnp.dtype,
@@ -94,6 +95,7 @@ class Linear(nnx.Module):
         self.adapter: Adapter | None = nnx.data(None)
         self.dtype = dtype
         self.keep = keep
+        self.in_all_linear = in_all_linear
         self.tp_side = tp_side
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:

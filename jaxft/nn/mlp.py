@@ -1,4 +1,4 @@
-"""Gated feed-forward layers."""
+"""Feed-forward layers, gated or plain."""
 
 # B batch, S sequence, D model, F inner
 
@@ -13,11 +13,15 @@ from flax import nnx
 
 from jaxft.nn import partition
 from jaxft.nn.linear import Linear
+from jaxft.nn.param_kind import Constant
+from jaxft.nn.storage import StorageDims
 
-Activation = Literal["silu", "gelu_tanh"]
+Activation = Literal["silu", "gelu_tanh", "relu2", "xielu"]
+# Those without parameters.
 ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),  # arXiv:2109.08668
 }
 
 
@@ -37,19 +41,51 @@ class ClampedSwiGLU:
         return gate * jax.nn.sigmoid(self.alpha * gate) * (up + 1)
 
 
+class XIELU(nnx.Module):
+    """Quadratic above zero, exponential below, with a slope for each side that is learnt (arXiv:2411.13010).
+
+    beta and eps are Constants: files hold them, and nothing trains them.
+    """
+
+    def __init__(self, *, param_dtype: jnp.dtype) -> None:
+        beta, alpha = 0.5, 0.8  # the start of both slopes, arXiv:2411.13010, section 3
+        self.alpha_p = nnx.Param(jnp.log(jnp.expm1(jnp.full((1,), alpha))).astype(param_dtype))
+        self.alpha_n = nnx.Param(jnp.log(jnp.expm1(jnp.full((1,), alpha - beta))).astype(param_dtype))
+        self.beta = Constant(jnp.asarray(beta, param_dtype))
+        self.eps = Constant(jnp.asarray(-1e-6, param_dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """The same shape and dtype, computed in float32."""
+        names = (self.alpha_p, self.alpha_n, self.beta, self.eps)
+        alpha_p, alpha_n, beta, eps = (value.get_value().astype(jnp.float32) for value in names)
+        x32 = x.astype(jnp.float32)
+        above = jax.nn.softplus(alpha_p) * jnp.square(x32)
+        below = (beta + jax.nn.softplus(alpha_n)) * (jnp.expm1(jnp.minimum(x32, eps)) - x32)
+        return (jnp.where(x32 > 0, above, below) + beta * x32).astype(x.dtype)
+
+    def storage_dims(self) -> dict[str, StorageDims]:
+        return {name: StorageDims((None,)) for name in ("alpha_p", "alpha_n")} | dict.fromkeys(
+            ("beta", "eps"), StorageDims(())
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class MLPShape:
-    """Sizes and switches of a gated feed-forward layer. fused: gate and up are one `gate_up_proj`, gate first."""
+    """Sizes and switches of a feed-forward layer.
+
+    gated: whether there is a gate. fused: gate and up are one `gate_up_proj`, gate first.
+    """
 
     width: int
     hidden: int
     activation: Activation = "silu"
     use_bias: bool = False
     fused: bool = False
+    gated: bool = True
 
 
-class GatedMLP(nnx.Module):
-    """`down(activation(gate(x)) * up(x))` (arXiv:2002.05202). x: [B, S, width]."""
+class MLP(nnx.Module):
+    """`down(activation(gate(x)) * up(x))` (arXiv:2002.05202), or `down(activation(up(x)))`. x: [B, S, width]."""
 
     def __init__(
         self, shape: MLPShape, *, stddev: float, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs
@@ -61,14 +97,19 @@ class GatedMLP(nnx.Module):
         if shape.fused:
             self.gate_up_proj = linear(shape.width, 2 * shape.hidden, keep="dots")
         else:
-            self.gate_proj = linear(shape.width, shape.hidden, keep="dots")
+            if shape.gated:
+                self.gate_proj = linear(shape.width, shape.hidden, keep="dots")
             self.up_proj = linear(shape.width, shape.hidden, keep="dots")
         self.down_proj = linear(shape.hidden, shape.width, tp_side="inputs")
+        self.act_fn: XIELU | None = XIELU(param_dtype=param_dtype) if shape.activation == "xielu" else nnx.data(None)
 
     def __call__(self, x_BSD: jax.Array, keys: jax.Array | None) -> jax.Array:
         """keys: three PRNG keys for dropout in adapters, or None."""
         key = (None,) * 3 if keys is None else keys
-        activation = ACTIVATIONS[self.shape.activation]
+        activation = self.act_fn or ACTIVATIONS[self.shape.activation]
+        if not self.shape.gated:
+            up_BSF = partition.split(self.up_proj(x_BSD, key[1]), "batch", "sequence", "tensor")
+            return self.down_proj(partition.split(activation(up_BSF), "batch", "sequence", "tensor"), key[2])
         if self.shape.fused:
             gate_BSF, up_BSF = jnp.split(self.gate_up_proj(x_BSD, key[0]), 2, axis=-1)
         else:

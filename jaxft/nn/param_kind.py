@@ -1,15 +1,25 @@
 """The kind of a parameter, derived from its path: matrix or vector, stacked, of an adapter, of the vocabulary.
 
-Layers of one kind are stacked along a leading axis; each of them is a parameter of its own.
+Layers of one kind are stacked along a leading axis; each of them is a parameter of its own. What is no parameter, and
+still a number in files, is a Constant.
 """
 
 from dataclasses import dataclass
 
-VECTORS = ("scale", "bias")  # by the last part of their path, regardless of the axes that stacking adds
+from flax import nnx
+
+VECTORS = ("scale", "bias", "taps")  # by the last part of their path, regardless of the axes that stacking adds
 VIRTUAL = frozenset({"prompt", "prefix"})
 ADAPTER = VIRTUAL | {"adapter", "shared"}
 # A critic's adapters have the paths of the layers that they are for, behind the slot that holds the critic.
 CRITIC = "value/"
+
+
+class Constant(nnx.Param):
+    """A variable that is loaded, saved and split over devices as parameters are, and never trained.
+
+    Such as the bias by which a router's choice is balanced: transformers keeps it as a buffer of the module.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)

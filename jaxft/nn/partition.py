@@ -143,6 +143,20 @@ def _reduce_scatter_backward(result: P, gradient: P, _: None, grad: jax.Array) -
 _reduce_scatter.defvjp(_reduce_scatter_forward, _reduce_scatter_backward)
 
 
+STREAM: Dimensions = ("batch", "stream", None)
+WHOLE: Dimensions = ("batch", "sequence", None)
+
+
+def whole(x_BSD: jax.Array) -> jax.Array:
+    """The residual stream with all positions of a device's rows, for matrices that the tensor axis splits."""
+    return gather(x_BSD, STREAM, WHOLE)
+
+
+def stream(x_BSD: jax.Array) -> jax.Array:
+    """The output of such matrices, summed and split along positions as the residual stream is."""
+    return reduce_scatter(x_BSD, STREAM, WHOLE)
+
+
 def is_unsharded() -> bool:
     """True without an ambient mesh, on one device, and inside `shard_map`: then there is no layout to choose."""
     mesh = jax.sharding.get_abstract_mesh()

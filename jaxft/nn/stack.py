@@ -15,10 +15,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxft.nn import partition
 from jaxft.nn.adapter import bind_shared
 from jaxft.nn.attention import cudnn
-from jaxft.nn.attention.cache import Cache, LayerCache, slots_for, write_positions
+from jaxft.nn.attention.cache import Cache, LayerCache, MixerCache, StateCache, slots_for, write_positions
 from jaxft.nn.attention.layer import Tokens
-from jaxft.nn.block import STREAM, Block
+from jaxft.nn.block import Block
 from jaxft.nn.experts.router_sums import RouterSums
+from jaxft.nn.partition import STREAM
 
 Module = TypeVar("Module", bound=nnx.Module)
 
@@ -121,7 +122,10 @@ def run(
         indices = slice(segment.first_group, segment.first_group + len(segment.groups))
         tokens_by_group = [tokens] * len(segment.groups)
         if cache is not None:
-            tokens_by_group = [tokens._replace(cached_BT=before.positions_BT) for before in cache[indices]]
+            tokens_by_group = [
+                tokens._replace(cached_BT=before.positions_BT) if isinstance(before, LayerCache) else tokens
+                for before in cache[indices]
+            ]
         carry = (x_BSD, None if caches is None else caches[indices], routing)
         x_BSD, part, routing = _run_segment(groups[indices], segment, carry, tokens_by_group, key, remat, shared)
         if caches is not None and part is not None:
@@ -129,9 +133,16 @@ def run(
     return x_BSD, None if caches is None else tuple(caches), routing
 
 
-def _with_positions(cache: Cache, tokens: Tokens) -> list[LayerCache]:
-    filled = []
+def _with_positions(cache: Cache, tokens: Tokens) -> list[MixerCache | None]:
+    filled: list[MixerCache | None] = []
     for part in cache:
+        if part is None:
+            filled.append(None)
+            continue
+        if isinstance(part, StateCache):
+            new_B = jnp.sum(tokens.segments_BS > 0, axis=1, dtype=jnp.int32)
+            filled.append(part._replace(count_B=part.count_B + new_B))
+            continue
         slots_BS = slots_for(tokens.positions_BS, tokens.segments_BS, part.slots)
         positions_BT = write_positions(part.positions_BT, slots_BS, tokens.positions_BS)
         filled.append(part._replace(positions_BT=positions_BT))
@@ -141,12 +152,12 @@ def _with_positions(cache: Cache, tokens: Tokens) -> list[LayerCache]:
 def _run_segment(
     groups: Sequence[Block],
     segment: Segment,
-    carry: tuple[jax.Array, list[LayerCache] | None, RouterSums | None],
+    carry: tuple[jax.Array, list[MixerCache | None] | None, RouterSums | None],
     tokens_by_group: Sequence[Tokens],
     key: jax.Array | None,
     remat: str,
     shared: Any,
-) -> tuple[jax.Array, list[LayerCache] | None, RouterSums | None]:
+) -> tuple[jax.Array, list[MixerCache | None] | None, RouterSums | None]:
     split = [nnx.split(group) for group in groups]
     graphdefs, states = [g for g, _ in split], [s for _, s in split]
     layers = jnp.array(segment.groups, jnp.int32).T  # [R, pattern]
@@ -164,7 +175,7 @@ def _run_segment(
             x_BSD, caches[position], routing = module(
                 x_BSD, tokens_by_group[position], caches[position], index, layer_key, routing
             )
-        return (x_BSD, caches if caches[0] is not None else None, routing), None
+        return (x_BSD, caches if carry[1] is not None else None, routing), None
 
     if remat != "none":
         body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)

@@ -143,7 +143,7 @@ def _prefill_work(decoding: Decoding, slots: int) -> int:
 
 def _scores(decoding: Decoding, rows: int, queries: int, keys: int) -> int:
     """Bytes of the scores of one layer and of their weights."""
-    heads = max(group.heads for group in decoding.step.sizes.attention)
+    heads = max((group.heads for group in decoding.step.sizes.attention), default=0)
     return 2 * rows * math.ceil(heads / decoding.tensor) * queries * keys * FLOAT
 
 

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxft.config import RunConfig
 from jaxft.hardware import analytic, hlo
 from jaxft.hardware.compile import Memory, TooLarge, compile_step
-from jaxft.hardware.costs import Costs, costs_of
+from jaxft.hardware.costs import Costs, Work, costs_of
 from jaxft.hardware.roofline import StepTime, axis_bandwidths, step_time
 from jaxft.hardware.sizes import ModelSizes, sizes_of
 from jaxft.hardware.topology import Topology, devices
@@ -22,7 +22,16 @@ from jaxft.nn.decoder import Decoder
 from jaxft.nn.storage import StorageDims, storage_dims_of
 from jaxft.optim.make import make_schedule
 from jaxft.planning.shapes import frozen_shapes_of
-from jaxft.runs.build import abstract_of, check_experts, make_mesh, make_step, make_tx, start_state, with_frozen
+from jaxft.runs.build import (
+    abstract_of,
+    check_context,
+    check_experts,
+    make_mesh,
+    make_step,
+    make_tx,
+    start_state,
+    with_frozen,
+)
 from jaxft.runs.going_on import going_on
 from jaxft.sharding.mesh import MeshPlan, auto_mesh, axis_sizes, fill_axes
 from jaxft.training.spikes import MEASURED
@@ -206,9 +215,12 @@ def measure(step: ShardedStep, level: str) -> StepCosts:
     if not isinstance(compiled, TooLarge):
         ids = [device.id for device in step.mesh.mesh.devices.flat]
         filled = analytic.filled_share(step.sizes, step.mesh.axes["expert"])
+        costs = costs_of(hlo.parse(compiled.text), step.mesh.axes, ids, filled=filled)
+        if waiting := analytic.waiting_flops(step.config, step.sizes, cut_of_step(step)):
+            costs.work[Work(waiting, 0)] += 1
         return StepCosts(
             memory=compiled.memory,
-            costs=costs_of(hlo.parse(compiled.text), step.mesh.axes, ids, filled=filled),
+            costs=costs,
             compiled=True,
             seconds=compiled.seconds,
             cpu_seconds=compiled.cpu_seconds,
@@ -226,9 +238,14 @@ def measure(step: ShardedStep, level: str) -> StepCosts:
     )  # fmt: skip
 
 
+def cut_of_step(step: ShardedStep) -> analytic.Cut:
+    """One device's part of a step."""
+    return analytic.cut_of(step.config, step.mesh.axes, kernel=step.topology.chip.maker == "tpu")
+
+
 def estimate_step(step: ShardedStep) -> StepCosts:
     """Memory and costs of a step by arithmetic."""
-    cut = analytic.cut_of(step.config, step.mesh.axes, kernel=step.topology.chip.maker == "tpu")
+    cut = cut_of_step(step)
     arguments = step.parts().total
     return StepCosts(
         memory=analytic.memory_of(
@@ -265,6 +282,7 @@ def _abstract_mesh(config: RunConfig, model: Decoder, topology: Topology) -> Mes
     mesh = MeshPlan(mesh=cast(jax.sharding.Mesh, jax.sharding.AbstractMesh(tuple(filled.values()), tuple(filled))))
     mesh.check_sizes(max_length=config.data.max_length, **heads)
     check_experts(model, mesh)
+    check_context(model, mesh)
     return mesh
 
 

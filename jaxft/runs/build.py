@@ -188,6 +188,7 @@ def make_mesh(config: RunConfig, model: Any, devices: Sequence[jax.Device]) -> M
     mesh = make_mesh_plan(axes, devices)
     mesh.check_sizes(**heads)
     check_experts(model, mesh)
+    check_context(model, mesh)
     return mesh
 
 
@@ -200,6 +201,16 @@ def check_experts(model: Any, mesh: MeshPlan) -> None:
         raise ConfigError(
             f"mesh.expert={count} does not divide the model's {model.experts} experts: each device holds equally "
             f"many. Set it to one of {', '.join(map(str, divisors(model.experts)))}."
+        )
+
+
+def check_context(model: Any, mesh: MeshPlan) -> None:
+    """Raises ConfigError if rows are split along positions, and some layers pass a state along them."""
+    count = mesh.axes["context"]
+    if count > 1 and any(block.recurrent for block in model.config.shape().layers):
+        raise ConfigError(
+            f"mesh.context={count} splits rows along their positions, and recurrent layers of this model pass a state "
+            "along them. Use mesh.fsdp or mesh.tensor instead."
         )
 
 

@@ -10,6 +10,7 @@ from flax import nnx
 
 from jaxft.adapters.attach import AdapterParam, StartParam
 from jaxft.nn.decoder import Decoder
+from jaxft.nn.param_kind import Constant
 from jaxft.objectives.loss import MethodState
 
 
@@ -55,7 +56,7 @@ def with_saved(state: TrainState, saved: Mapping[str, Any]) -> TrainState:
 
 def divide(model: Decoder) -> tuple[nnx.GraphDef[Decoder], nnx.State, nnx.State]:
     """(graphdef, trainable, frozen): the adapters' parameters are trainable if there are any, else those that
-    `model.trainable_paths` names.
+    `model.trainable_paths` names, else all but constants.
     """
     graphdef, state = nnx.split(model)
     adapters, base = nnx.split_state(state, AdapterParam, ...)
@@ -63,7 +64,8 @@ def divide(model: Decoder) -> tuple[nnx.GraphDef[Decoder], nnx.State, nnx.State]
         return graphdef, adapters, base
     paths = model.trainable_paths
     if paths is None:
-        return graphdef, base, adapters
+        constants, trainable = nnx.split_state(state, Constant, ...)
+        return graphdef, trainable, constants
     trainable, frozen = nnx.split_state(state, lambda path, _: "/".join(map(str, path)) in paths, ...)
     return graphdef, trainable, frozen
 

@@ -1,6 +1,7 @@
 """Prompts and prefixes: how they begin, what is refused, and how rows with virtual tokens are shown."""
 
 import io
+import json
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jaxft.adapters.prefix import attach_prefix
 from jaxft.adapters.prompt import attach_prompt, initialize_prompt
 from jaxft.adapters.vera import VeRASettings, attach_vera
 from jaxft.adapters.virtual_vectors import replace_virtual
+from jaxft.assets import ASSETS
 from jaxft.config import AdapterConfig
 from jaxft.data.batch import Example
 from jaxft.data.show import render_rows
@@ -61,6 +63,13 @@ def test_a_second_prompt_or_prefix_is_refused(module):
     attach_prefix(module, 4, jax.random.key(0))
     with pytest.raises(ModelError, match="begins its rows with 4 virtual tokens already"):
         attach_prompt(module, jnp.arange(3))
+
+
+def test_a_prefix_of_layers_with_keys_of_different_widths_is_refused():
+    """PEFT keeps the prefix of all layers in one array."""
+    hf = json.loads((ASSETS / "published" / "gemma-4-12b-text.json").read_text(encoding="utf-8"))
+    with pytest.raises(ModelError, match="one width"):
+        attach_prefix(models.abstract_model(models.config_from_hf(hf)), 4, jax.random.key(0))
 
 
 def test_vera_leaves_the_head_alone(module):

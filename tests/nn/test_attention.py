@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxft.nn.attention import cache as kv
-from jaxft.nn.attention.layer import attend, attend_cached, causal_mask
+from jaxft.nn.attention.layer import Attention, AttentionShape, attend, attend_cached, causal_mask
+from jaxft.nn.norm import Norm, NormShape
 
 
 def by_hand(q, k, v, mask):
@@ -34,6 +36,26 @@ def test_attention_equals_sums_by_hand(heads, kv_heads):
     np.testing.assert_allclose(jax.jit(attend)(q, k, v, mask), expected, rtol=0, atol=1e-5)
     cached = jax.jit(attend_cached)(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), mask)
     np.testing.assert_allclose(cached, expected, rtol=0, atol=1e-5)
+
+
+def test_values_that_are_the_keys_are_taken_before_norm_and_normalised_without_a_parameter():
+    shape = AttentionShape(width=12, heads=4, kv_heads=2, head_dim=8, qk_norm="head", v_norm=True, keys_as_values=True)
+    norm = NormShape(eps=1e-6)
+    options = {"stddev": 0.5, "dtype": jnp.float32, "param_dtype": jnp.float32, "rngs": nnx.Rngs(params=0)}
+    layer = Attention(shape, norm, **options)
+    assert not hasattr(layer, "v_proj")
+    layer.k_norm.scale.set_value(jnp.full((8,), 3.0))
+    x = np.random.default_rng(0).normal(size=(1, 3, 12)).astype(np.float32)
+    _, k, v, _ = layer._project(x, (None,) * 4)
+    keys = np.asarray(x @ layer.k_proj.kernel.get_value()).reshape(1, 3, 2, 8)
+    unit = keys / np.sqrt(np.mean(keys**2, axis=-1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(v, unit, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(k, 3 * unit, rtol=0, atol=1e-5)
+
+
+def test_a_norm_without_a_parameter_has_none():
+    norm = Norm(8, NormShape(eps=1e-6, scaled=False), dtype=jnp.float32, param_dtype=jnp.float32)
+    assert not jax.tree.leaves(nnx.state(norm))
 
 
 def test_the_mask_is_causal_within_a_document():

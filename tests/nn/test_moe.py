@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxft.nn.experts.layer import MoE, MoEShape, route
-from jaxft.nn.mlp import ClampedSwiGLU
+from jaxft.nn.experts.layer import MoE, MoEShape
+from jaxft.nn.experts.router import RouterShape, route
+from jaxft.nn.experts.router_sums import RouterSums
+from jaxft.nn.linear import Linear
+from jaxft.nn.mlp import ClampedSwiGLU, MLPShape
 
-SHAPE = MoEShape(width=8, hidden=12, experts=5, chosen=2, renormalize=True)
+SHAPE = MoEShape(width=8, hidden=12, experts=5, router=RouterShape(chosen=2, renormalize=True))
 
 
 def layer(shape=SHAPE):
@@ -27,9 +30,9 @@ def every_expert(kernels, x_BSD, shape):
     """All experts on all tokens; those that a token did not choose count zero."""
     router, gate, up, down = kernels
     probabilities = jax.nn.softmax(x_BSD @ router, axis=-1)
-    least = jnp.sort(probabilities, axis=-1)[..., -shape.chosen, None]
+    least = jnp.sort(probabilities, axis=-1)[..., -shape.router.chosen, None]
     weights = jnp.where(probabilities >= least, probabilities, 0)
-    if shape.renormalize:
+    if shape.router.renormalize:
         weights = weights / weights.sum(axis=-1, keepdims=True)
     inner = jax.nn.silu(jnp.einsum("bsd,edf->bsef", x_BSD, gate)) * jnp.einsum("bsd,edf->bsef", x_BSD, up)
     return jnp.einsum("bsef,efd,bse->bsd", inner, down, weights)
@@ -38,7 +41,7 @@ def every_expert(kernels, x_BSD, shape):
 @pytest.mark.parametrize("renormalize", [True, False])
 @pytest.mark.parametrize("chosen", [1, 2, 5])
 def test_values_and_gradients_are_those_of_all_experts_weighted(chosen, renormalize):
-    shape = MoEShape(width=8, hidden=12, experts=5, chosen=chosen, renormalize=renormalize)
+    shape = MoEShape(width=8, hidden=12, experts=5, router=RouterShape(chosen=chosen, renormalize=renormalize))
     moe = layer(shape)
     x_BSD = jax.random.normal(jax.random.key(0), (2, 7, 8))
     aim_BSD = jax.random.normal(jax.random.key(1), x_BSD.shape)
@@ -65,7 +68,7 @@ def by_definition(parameters, x_BSD, shape):
     names = ("router", "gate_up_proj", "down_proj")
     router, gate_up, down = ((parameters[name]["kernel"], parameters[name]["bias"]) for name in names)
     logits = x_BSD @ router[0] + router[1]
-    top, chosen = jax.lax.top_k(logits, shape.chosen)
+    top, chosen = jax.lax.top_k(logits, shape.router.chosen)
     weights = jax.nn.softmax(top, axis=-1)
     out = jnp.zeros_like(x_BSD)
     for e in range(shape.experts):
@@ -81,7 +84,13 @@ def by_definition(parameters, x_BSD, shape):
 
 def test_fused_experts_with_biases_and_a_clamped_activation():
     clamped = ClampedSwiGLU(alpha=1.7, limit=1.5)
-    shape = dataclasses.replace(SHAPE, activation=clamped, fused=True, use_bias=True)
+    shape = dataclasses.replace(
+        SHAPE,
+        activation=clamped,
+        fused="alternating",
+        use_bias=True,
+        router=RouterShape(chosen=2, renormalize=True, use_bias=True),
+    )
     graphdef, state = nnx.split(layer(shape))
     # Biases start at zero.
     leaves, treedef = jax.tree.flatten(state)
@@ -124,8 +133,8 @@ def test_no_token_is_dropped_when_all_choose_the_same_experts():
 
 @pytest.mark.parametrize(("renormalize", "weights"), [(True, [0.75, 0.25]), (False, [0.6, 0.2])])
 def test_routes_by_hand(renormalize, weights):
-    shape = MoEShape(width=8, hidden=12, experts=4, chosen=2, renormalize=renormalize)
-    routes = route(jnp.log(jnp.array([[0.1, 0.2, 0.6, 0.1]])), shape)
+    shape = MoEShape(width=8, hidden=12, experts=4, router=RouterShape(chosen=2, renormalize=renormalize))
+    routes = route(jnp.log(jnp.array([[0.1, 0.2, 0.6, 0.1]])), shape.router)
     np.testing.assert_array_equal(routes.experts_MK, [[2, 1]])
     np.testing.assert_allclose(routes.weights_MK, [weights], rtol=0, atol=1e-6)
 
@@ -142,3 +151,64 @@ def test_recomputation_changes_no_gradient(policy):
     plain = jax.jit(jax.grad(loss, (0, 1)))(state, x_BSD)
     again = jax.jit(jax.grad(jax.checkpoint(loss, policy=policy), (0, 1)))(state, x_BSD)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), plain, again)
+
+
+def test_experts_without_a_gate():
+    shape = dataclasses.replace(SHAPE, gated=False, activation="relu2")
+    moe = layer(shape)
+    x_BSD = jax.random.normal(jax.random.key(0), (2, 7, 8))
+    router, up, down = (module.kernel.get_value() for module in (moe.router, moe.up_proj, moe.down_proj))
+    routes = route(x_BSD.reshape(-1, 8) @ router, shape.router)
+    inner = jnp.maximum(jnp.einsum("bsd,edf->bsef", x_BSD, up), 0) ** 2
+    each = jnp.einsum("bsef,efd->bsed", inner, down).reshape(14, 5, 8)
+    expected = sum(
+        routes.weights_MK[:, k, None] * each[jnp.arange(14), routes.experts_MK[:, k]] for k in range(2)
+    ).reshape(x_BSD.shape)
+    np.testing.assert_allclose(moe(x_BSD), expected, rtol=0, atol=1e-5)
+    assert not hasattr(moe, "gate_proj")
+
+
+def test_gate_and_up_in_one_kernel_as_halves():
+    plain, fused = layer(), layer(dataclasses.replace(SHAPE, fused="halves"))
+    both = jnp.concatenate([plain.gate_proj.kernel.get_value(), plain.up_proj.kernel.get_value()], axis=-1)
+    fused.gate_up_proj.kernel.set_value(both)
+    for name in ("router", "down_proj"):
+        getattr(fused, name).kernel.set_value(getattr(plain, name).kernel.get_value())
+    x_BSD = jax.random.normal(jax.random.key(0), (2, 7, 8))
+    np.testing.assert_allclose(fused(x_BSD), plain(x_BSD), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_shared_expert_is_added_for_every_token(gated):
+    shape = dataclasses.replace(SHAPE, shared=MLPShape(width=8, hidden=6), shared_gate=gated)
+    moe, x_BSD = layer(shape), jax.random.normal(jax.random.key(0), (2, 7, 8))
+    shared = moe.shared_expert(x_BSD, None)
+    if gated:
+        shared = shared / (1 + jnp.exp(-(x_BSD @ moe.shared_expert_gate.kernel.get_value())))
+    expected = every_expert(kernels(moe), x_BSD, shape) + shared
+    assert np.abs(shared).max() > 0.1
+    np.testing.assert_allclose(moe(x_BSD), expected, rtol=0, atol=1e-5)
+    y_BSD, sums = moe.with_router_sums(x_BSD, jnp.ones((2, 7), jnp.int32), RouterSums.zero(5))
+    np.testing.assert_allclose(y_BSD, expected, rtol=0, atol=1e-5)
+    assert float(sums.tokens) == 14
+    assert float(sums.chosen_E.sum()) == 28
+    linears = {path[-2:] for path, module in nnx.iter_modules(moe) if isinstance(module, Linear)}
+    assert linears == {("shared_expert", name) for name in ("gate_proj", "up_proj", "down_proj")}
+
+
+def test_a_router_that_normalises_another_input_and_scales_each_expert():
+    router = RouterShape(chosen=2, renormalize=True, norm_eps=1e-6, expert_scale=True)
+    moe = layer(dataclasses.replace(SHAPE, router=router))
+    rng = np.random.default_rng(0)
+    scale, factors = (rng.normal(1, 0.2, size).astype(np.float32) for size in (SHAPE.width, SHAPE.experts))
+    moe.router.scale.set_value(jnp.asarray(scale))
+    moe.router.per_expert_scale.set_value(jnp.asarray(factors))
+    x_BSD, seen_BSD = rng.normal(size=(2, 1, 3, SHAPE.width)).astype(np.float32)
+    unit_MD = seen_BSD[0] / np.sqrt(np.mean(seen_BSD[0] ** 2, axis=-1, keepdims=True) + 1e-6)
+    logits_ME = (unit_MD * scale / np.sqrt(SHAPE.width)) @ np.asarray(moe.router.kernel.get_value())
+    np.testing.assert_allclose(moe.router(seen_BSD[0]), logits_ME, rtol=0, atol=1e-5)
+    plain = route(jnp.asarray(logits_ME), router)
+    weights_MK = np.asarray(plain.weights_MK) * factors[np.asarray(plain.experts_MK)]
+    np.testing.assert_allclose(moe.router.route(jnp.asarray(logits_ME)).weights_MK, weights_MK, rtol=1e-6)
+    expected = moe._combine(x_BSD[0], jnp.asarray(weights_MK), plain.experts_MK)
+    np.testing.assert_allclose(moe(x_BSD, seen_BSD=seen_BSD)[0], expected, rtol=0, atol=1e-5)

@@ -1,5 +1,6 @@
 """Experts on eight devices: the result of one, and what travels for it, read from the compiled program."""
 
+import dataclasses
 import math
 
 import jax
@@ -12,9 +13,12 @@ from jaxft.config import MeshConfig
 from jaxft.hardware.groups import collectives
 from jaxft.hardware.hlo import parse
 from jaxft.nn.experts.layer import MoE, MoEShape
+from jaxft.nn.experts.router import RouterShape
 from jaxft.nn.experts.sharded import divides
+from jaxft.nn.mlp import MLPShape
 from jaxft.nn.storage import storage_dims_of
 from jaxft.sharding.mesh import make_mesh_plan
+from jaxft.trees import path_str
 
 MESHES = {
     "expert4_fsdp2": MeshConfig(fsdp=2, expert=4),
@@ -23,7 +27,7 @@ MESHES = {
     "expert8": MeshConfig(fsdp=1, expert=8),
 }
 # One device's rows, 5 a sequence, are of no other size: what gathers rows shows in the shape.
-SHAPE = MoEShape(width=16, hidden=24, experts=8, chosen=2, renormalize=True)
+SHAPE = MoEShape(width=16, hidden=24, experts=8, router=RouterShape(chosen=2, renormalize=True))
 ROWS = 5
 
 
@@ -100,7 +104,7 @@ def test_nothing_is_dropped_when_all_rows_choose_experts_of_one_device():
 
 
 def test_more_choices_than_experts_of_a_device_and_a_width_that_does_not_divide():
-    shape = MoEShape(width=15, hidden=24, experts=8, chosen=5, renormalize=False)
+    shape = MoEShape(width=15, hidden=24, experts=8, router=RouterShape(chosen=5, renormalize=False))
     moe, plan = layer(shape), make_mesh_plan(MESHES["expert4_fsdp2"])
     x_BSD = jax.random.normal(jax.random.key(0), (8, ROWS, shape.width))
     step, state = value_and_grads(moe)
@@ -114,3 +118,25 @@ def test_a_mesh_is_in_sight_only_where_its_devices_get_equal_rows():
     assert plan.bind(divides)((8, 3, 16))
     assert not plan.bind(divides)((6, 3, 16))
     assert not make_mesh_plan(MeshConfig(), jax.devices()[:1]).bind(divides)((8, 3, 16))
+
+
+@pytest.mark.parametrize(
+    "mesh", [MeshConfig(fsdp=2, expert=2, tensor=2), MeshConfig(fsdp=8)], ids=["expert2_tensor2", "fsdp8"]
+)
+def test_a_shared_expert_and_a_biased_router_on_eight_devices_equal_one(mesh):
+    router = RouterShape(
+        chosen=3, renormalize=True, scores="sigmoid", choice_bias=True, groups=4, chosen_groups=2, group_best=2
+    )
+    shape = dataclasses.replace(
+        SHAPE, router=router, shared=MLPShape(width=SHAPE.width, hidden=8), shared_gate=True, fused="halves"
+    )
+    moe, plan = layer(shape), make_mesh_plan(mesh)
+    moe.router.choice_bias.set_value(jax.random.normal(jax.random.key(4), (SHAPE.experts,)))
+    x_BSD = jax.random.normal(jax.random.key(0), (8, 4, SHAPE.width))
+    step, state = value_and_grads(moe)
+    compiled, args = on_mesh(moe, plan, x_BSD)
+    assert_same(compiled(*args), jax.jit(step)(state, x_BSD))
+    # The rows of the shared expert's kernels are split over fsdp, as those of a dense feed-forward are.
+    placed = {path_str(path): x.sharding for path, x in jax.tree_util.tree_flatten_with_path(args[0])[0]}
+    assert "fsdp" in str(placed["shared_expert/gate_proj/kernel"].spec)
+    assert placed["router/choice_bias"].is_fully_replicated

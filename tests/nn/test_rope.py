@@ -48,10 +48,12 @@ LONG = {"rope_type": "longrope", "original_max_position_embeddings": 4096}
         LONG | {"partial_rotary_factor": 0.75},
         LONG | {"factor": 2.0},
         LONG | {"attention_factor": 1.5},
+        {"rope_type": "proportional", "partial_rotary_factor": 0.25},
+        {"rope_type": "proportional", "factor": 2.0},
     ],
     ids=str,
 )
-def test_scalings_with_a_magnitude_equal_transformers(scaling, long):
+def test_scalings_equal_transformers(scaling, long):
     pytest.importorskip("torch")
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -68,6 +70,15 @@ def test_scalings_with_a_magnitude_equal_transformers(scaling, long):
     np.testing.assert_allclose(rope.frequencies(head_dim, long=long), expected.numpy(), rtol=2e-6)
     assert rope.magnitude == pytest.approx(magnitude, rel=1e-6)
     assert Rope.from_hf({"max_position_embeddings": 16384} | rope.to_hf()) == rope
+
+
+def test_a_proportional_rotation_turns_the_first_dimensions_of_each_half():
+    x = jax.random.normal(jax.random.key(0), (1, 5, 2, 16))
+    part = turned(x, jnp.arange(5)[None], Rope(kind="proportional", partial_rotary_factor=0.25))
+    whole = turned(x, jnp.arange(5)[None])
+    for first in (0, 8):
+        np.testing.assert_array_equal(part[..., first : first + 2], whole[..., first : first + 2])
+        np.testing.assert_array_equal(part[..., first + 2 : first + 8], x[..., first + 2 : first + 8])
 
 
 def test_a_partial_rotation_leaves_the_rest_of_the_head():

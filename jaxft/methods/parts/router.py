@@ -2,7 +2,6 @@
 
 from jaxft.config import RunConfig
 from jaxft.errors import ConfigError
-from jaxft.models.moe import MoEConfig
 from jaxft.nn.decoder import Decoder
 from jaxft.objectives.router import RouterCoefficients
 
@@ -20,7 +19,7 @@ def router_coefficients(config: RunConfig, model: Decoder) -> RouterCoefficients
             "which this model does not have. Set them to None and 0."
         )
     if balancing is None:
-        own = model.config.router_aux_loss_coef if isinstance(model.config, MoEConfig) else 0.0
+        own = getattr(model.config, "router_aux_loss_coef", 0.0)
         balancing = own if _routers_are_trained(config, model) else 0.0
     return RouterCoefficients(load_balancing=balancing, z_loss=z_loss) if balancing or z_loss else None
 

@@ -42,9 +42,9 @@ def attention(
     """softmax(q k^T / sqrt(H)) v over the tokens of the same segment up to each query, [B, S, N, H].
 
     Positions must ascend by one within a segment, as they do in any row of text. The softmax is float32, independently
-    of the type of the inputs. sinks_N: an additional score for each head, whose share of the softmax is discarded.
-    key_segments_BT, start: the segments of the whole row, and the position of the first query in it; None if the
-    queries are the whole row.
+    of the type of the inputs. Values may have another size than keys, which the result then has. sinks_N: an additional
+    score for each head, whose share of the softmax is discarded. key_segments_BT, start: the segments of the whole row,
+    and the position of the first query in it; None if the queries are the whole row.
     """
     part = _Part(segments_BS, segments_BS if key_segments_BT is None else key_segments_BT, start)
     batch, length, heads, head_dim = q_BSNH.shape
@@ -59,7 +59,7 @@ def attention(
         part,
         sinks_KG,
     )
-    return jnp.transpose(out_BKGSH, (0, 3, 1, 2, 4)).reshape(q_BSNH.shape)
+    return jnp.transpose(out_BKGSH, (0, 3, 1, 2, 4)).reshape(*q_BSNH.shape[:3], v_BTKH.shape[-1])
 
 
 class _Part(NamedTuple):
@@ -109,7 +109,7 @@ def _backward(form, residuals, grad_BKGSH):
     delta_BKGS = jnp.sum(grad_BKGSH.astype(jnp.float32) * out_BKGSH.astype(jnp.float32), axis=-1)
     # Transposed, so that the products below transpose only their smaller operand.
     dk_BKHT = jnp.zeros((batch, kv_heads, head_dim, keys), jnp.float32)
-    dv_BKHT = jnp.zeros((batch, kv_heads, head_dim, keys), jnp.float32)
+    dv_BKHT = jnp.zeros((batch, kv_heads, v_BKTH.shape[-1], keys), jnp.float32)
     dqs = []
     for block in _blocks(part, form.window):
         cut, seen = slice(block.start, block.stop), slice(block.first_key, block.last_key)

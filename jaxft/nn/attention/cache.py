@@ -1,6 +1,10 @@
-"""The key/value cache of generation: preallocated, one entry per stack of layers, slots addressed by position."""
+"""The cache of generation: preallocated, one entry per stack of layers.
 
-# R stacked layers, B batch, S new tokens, T slots, K kv heads, H head_dim
+Attention keeps keys and values in slots addressed by position; recurrent layers keep a state of constant size.
+"""
+
+# R stacked layers, B batch, S new tokens, T slots, K kv heads, H head_dim, N heads, X and Y sizes of a state, W taps,
+# C channels
 
 from typing import NamedTuple
 
@@ -27,7 +31,20 @@ class LayerCache(NamedTuple):
         return self.v_RBKTH.shape[3]
 
 
-Cache = tuple[LayerCache, ...]
+class StateCache(NamedTuple):
+    """The states of a stack of recurrent layers after each row's last token, and the last inputs of their convolutions.
+
+    state_RBNXY: float32. inputs_RBWC: the oldest first, zeros before the first token. count_B: int32, the tokens of
+    each row so far.
+    """
+
+    state_RBNXY: jax.Array
+    inputs_RBWC: jax.Array
+    count_B: jax.Array
+
+
+MixerCache = LayerCache | StateCache
+Cache = tuple[MixerCache | None, ...]  # one for each stack of layers; None for layers that look at no other position
 
 
 def empty(layers: int, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: jnp.dtype) -> LayerCache:
@@ -81,16 +98,53 @@ def write_positions(positions_BT: jax.Array, slots_BS: jax.Array, new_BS: jax.Ar
     return jax.vmap(write_row)(positions_BT, slots_BS, new_BS)
 
 
-def store(cache: LayerCache, part: LayerCache, rows: jax.Array | slice) -> LayerCache:
+def store(cache: Cache, part: Cache, rows: jax.Array | slice) -> Cache:
     """The cache with whole rows replaced by the rows of `part`, which may have fewer slots.
 
     rows: [P] int32, the row that each row of `part` replaces; a number out of range skips it. Or a slice, if `part` has
     one row, which is then copied to all rows of the slice.
     """
+    return tuple(_store(*parts, rows) for parts in zip(cache, part, strict=True))
+
+
+def _store(cache: MixerCache | None, part: MixerCache | None, rows: jax.Array | slice) -> MixerCache | None:
+    if isinstance(cache, StateCache) and isinstance(part, StateCache):
+        return StateCache(
+            cache.state_RBNXY.at[:, rows].set(part.state_RBNXY, mode="drop"),
+            cache.inputs_RBWC.at[:, rows].set(part.inputs_RBWC, mode="drop"),
+            cache.count_B.at[rows].set(part.count_B, mode="drop"),
+        )
+    if not isinstance(cache, LayerCache) or not isinstance(part, LayerCache):
+        return cache
     n = part.slots
     new_PT = jnp.pad(part.positions_BT, ((0, 0), (0, cache.slots - n)), constant_values=-1)
     return LayerCache(
         cache.k_RBKHT.at[:, rows, :, :, :n].set(part.k_RBKHT, mode="drop"),
         cache.v_RBKTH.at[:, rows, :, :n].set(part.v_RBKTH, mode="drop"),
         cache.positions_BT.at[rows].set(new_PT, mode="drop"),
+    )
+
+
+def first_row(cache: Cache) -> Cache:
+    """A copy of the first of a cache's rows."""
+    # Arrays of more than two axes have the stack's axis before that of the rows.
+    return jax.tree.map(lambda x: x[:, :1] if x.ndim > 2 else x[:1], cache)
+
+
+def cut(cache: Cache, count: int) -> Cache | None:
+    """The cache without the tokens from `count` on, which become invisible; None if it cannot be cut there.
+
+    A layer with a window has overwritten its oldest tokens by those beyond `count`, and a state holds all its tokens.
+    """
+    layers = [part for part in cache if isinstance(part, LayerCache)]
+    states = [part for part in cache if isinstance(part, StateCache)]
+    ends = [jnp.max(part.positions_BT) + 1 for part in layers] + [jnp.max(part.count_B) for part in states]
+    written = max((int(end) for end in jax.device_get(ends)), default=0)
+    if any(written > max(part.slots, count + 1) for part in layers) or (states and written != count):
+        return None
+    return tuple(
+        part._replace(positions_BT=jnp.where(part.positions_BT < count, part.positions_BT, -1))
+        if isinstance(part, LayerCache)
+        else part
+        for part in cache
     )

@@ -75,7 +75,7 @@ def _attend(
     """One device's part of the attention. start: position of its first query in the row; None for whole rows."""
     if kernel is not None:
         return splash.attention(kernel, q_BSNH, k_BTKH, v_BTKH, query_segments_BS, key_segments_BT, form, sinks_N)
-    if partition.platform() == "gpu" and cudnn.fits(q_BSNH, k_BTKH.shape[1], form, sinks_N):
+    if partition.platform() == "gpu" and cudnn.fits(q_BSNH, k_BTKH.shape[1], form, sinks_N, value_dim=v_BTKH.shape[-1]):
         return cudnn.attention(q_BSNH, k_BTKH, v_BTKH, query_segments_BS, key_segments_BT, form, start)
     return blockwise.attention(
         q_BSNH, k_BTKH, v_BTKH, query_segments_BS, form, sinks_N, key_segments_BT=key_segments_BT, start=start

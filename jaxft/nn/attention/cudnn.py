@@ -13,12 +13,14 @@ from jaxft.nn.attention.score_form import ScoreForm, score_scale
 MOST_HEAD_DIM, HEAD_DIM_STEP = 128, 8
 
 
-def fits(q_BSNH: jax.Array, keys: int, form: ScoreForm, sinks_N: jax.Array | None) -> bool:
+def fits(
+    q_BSNH: jax.Array, keys: int, form: ScoreForm, sinks_N: jax.Array | None, *, value_dim: int | None = None
+) -> bool:
     """Whether the kernel supports these arguments. It needs half precision, one of its head sizes, neither cap nor
     sinks, and even numbers of queries and keys, because with a mask it has no gradient for odd numbers.
     """
     _, queries, _, head_dim = q_BSNH.shape
-    right_heads = head_dim <= MOST_HEAD_DIM and head_dim % HEAD_DIM_STEP == 0
+    right_heads = head_dim <= MOST_HEAD_DIM and head_dim % HEAD_DIM_STEP == 0 and value_dim in (None, head_dim)
     plain = q_BSNH.dtype in (jnp.bfloat16, jnp.float16) and form.softcap is None and sinks_N is None
     return plain and right_heads and queries % 2 == 0 and keys % 2 == 0
 

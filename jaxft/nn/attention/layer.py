@@ -2,6 +2,7 @@
 
 # B batch, S queries, T keys, D model, N query heads, K kv heads, G = N / K, H head_dim, R stacked layers
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
@@ -18,7 +19,7 @@ from jaxft.nn.attention.rope import Rotation, rotate
 from jaxft.nn.attention.score_form import MASKED, PLAIN, ScoreForm, cap_scores, score_scale
 from jaxft.nn.attention.unshare import gather_back, unshare_heads
 from jaxft.nn.linear import Linear
-from jaxft.nn.norm import NormShape, RMSNorm
+from jaxft.nn.norm import Norm, NormShape
 from jaxft.nn.storage import StorageDims
 from jaxft.nn.whole_documents import WholeDocuments
 
@@ -47,7 +48,11 @@ class AttentionShape:
 
     form: window, scale and cap of the scores. qk_norm: normalises queries and keys before the rotation, each head
     separately or the whole projection. fused: q, k and v are one `qkv_proj`, in this order. sinks: a learnt score for
-    each head that takes a share of the softmax (arXiv:2309.17453). rope: index of this layer's rope in the decoder's.
+    each head that takes a share of the softmax (arXiv:2309.17453). rope: index of this layer's rope in the decoder's;
+    None: positions are not encoded. pairs: neighbouring dimensions are rotated together, and not the halves of a head.
+    normed_after_rope: the norm of queries and keys comes after the rotation. gated: `q_proj` also gives a gate for each
+    head's output, beside its query, whose sigmoid multiplies it. v_norm: each head of the values is normalised too,
+    without a parameter. keys_as_values: values are the keys as projected, before norm and rotation.
     """
 
     width: int
@@ -60,7 +65,12 @@ class AttentionShape:
     qk_norm: Literal["head", "whole"] | None = None
     fused: bool = False
     sinks: bool = False
-    rope: int = 0
+    rope: int | None = 0
+    pairs: bool = False
+    normed_after_rope: bool = False
+    gated: bool = False
+    v_norm: bool = False
+    keys_as_values: bool = False
 
 
 class Prefix(Protocol):
@@ -91,19 +101,23 @@ class Attention(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         linear = functools.partial(Linear, stddev=stddev, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.shape = shape
+        self.shape, self.dtype = shape, dtype
         q_width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         if shape.fused:
             self.qkv_proj = linear(shape.width, q_width + 2 * kv_width, use_bias=shape.use_bias)
         else:
-            self.q_proj = linear(shape.width, q_width, use_bias=shape.use_bias)
+            self.q_proj = linear(shape.width, q_width * (2 if shape.gated else 1), use_bias=shape.use_bias)
             self.k_proj = linear(shape.width, kv_width, use_bias=shape.use_bias)
-            self.v_proj = linear(shape.width, kv_width, use_bias=shape.use_bias)
+            if not shape.keys_as_values:
+                self.v_proj = linear(shape.width, kv_width, use_bias=shape.use_bias)
         self.o_proj = linear(q_width, shape.width, use_bias=shape.use_output_bias, tp_side="inputs")
         if shape.qk_norm is not None:
             q_norm, kv_norm = (shape.head_dim,) * 2 if shape.qk_norm == "head" else (q_width, kv_width)
-            self.q_norm = RMSNorm(q_norm, norm, dtype=dtype, param_dtype=param_dtype)
-            self.k_norm = RMSNorm(kv_norm, norm, dtype=dtype, param_dtype=param_dtype)
+            self.q_norm = Norm(q_norm, norm, dtype=dtype, param_dtype=param_dtype)
+            self.k_norm = Norm(kv_norm, norm, dtype=dtype, param_dtype=param_dtype)
+        if shape.v_norm:
+            unscaled = dataclasses.replace(norm, scaled=False)
+            self.v_norm = Norm(shape.head_dim, unscaled, dtype=dtype, param_dtype=param_dtype)
         self.prefix: Prefix | None = nnx.data(None)
         self.sinks = nnx.Param(jnp.zeros((shape.heads,), param_dtype)) if shape.sinks else None
 
@@ -118,17 +132,14 @@ class Attention(nnx.Module):
         """layer: this layer's index in the cache's stack. keys: four PRNG keys for dropout in adapters, or None."""
         key = (None,) * 4 if keys is None else keys
         form, sinks_N = self.shape.form, None if self.sinks is None else self.sinks.get_value()
-        q_BSNH, k_BSKH, v_BSKH = self._project(x_BSD, key)
+        q_BSNH, k_BSKH, v_BSKH, gate_BSNH = self._project(x_BSD, key)
         segments_BS = tokens.segments_BS
         if tokens.whole is not None:
             q_BSNH, k_BSKH, v_BSKH = (unshare_heads(x, tokens.whole) for x in (q_BSNH, k_BSKH, v_BSKH))
             segments_BS = tokens.whole.segments_BWS.reshape(q_BSNH.shape[:2])
-        rotation = tokens.rotations[self.shape.rope]
-        q_BSNH, k_BSKH = rotate(q_BSNH, rotation), rotate(k_BSKH, rotation)
+        q_BSNH, k_BSKH = self._rotated(q_BSNH, k_BSKH, tokens)
         if self.prefix is not None:
             k_BSKH, v_BSKH = self.prefix(k_BSKH, v_BSKH, tokens.virtual_BS)
-        if rotation.queries_BS is not None:
-            q_BSNH = (q_BSNH * rotation.queries_BS[:, :, None, None]).astype(q_BSNH.dtype)
         if cache is None:
             out_BSNH = causal_attention(q_BSNH, k_BSKH, v_BSKH, segments_BS, form, sinks_N)
         elif form.window is not None and x_BSD.shape[1] > 1 and cache.slots >= form.window:
@@ -143,29 +154,57 @@ class Attention(nnx.Module):
             out_BSNH = attend_cached(q_BSNH, cache.k_RBKHT[layer], cache.v_RBKTH[layer], mask_BST, form, sinks_N)
         if tokens.whole is not None:
             out_BSNH = gather_back(out_BSNH, tokens.whole)
+        if gate_BSNH is not None:
+            out_BSNH = out_BSNH * jax.nn.sigmoid(gate_BSNH)
         out_BSX = partition.split(out_BSNH.reshape(*x_BSD.shape[:2], -1), "batch", "sequence", "tensor")
         return self.o_proj(out_BSX, key[3]), cache
+
+    def init_cache(self, layers: int, batch: int, length: int) -> kv.LayerCache:
+        """The empty cache of a stack of such layers for rows of up to `length` tokens; with a window, only so many."""
+        shape = self.shape
+        slots = min(length, shape.form.window or length)
+        return kv.empty(layers, batch, slots, shape.kv_heads, shape.head_dim, self.dtype)
 
     def storage_dims(self) -> dict[str, StorageDims]:
         return {"sinks": StorageDims((None,))}
 
-    def _project(self, x_BSD: jax.Array, key: tuple[jax.Array | None, ...] | jax.Array) -> tuple[jax.Array, ...]:
-        """q [B, S, N, H], k and v [B, S, K, H], normalised according to `qk_norm`."""
+    def _project(
+        self, x_BSD: jax.Array, key: tuple[jax.Array | None, ...] | jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+        """q [B, S, N, H], k and v [B, S, K, H], normalised as the shape says; the gate [B, S, N, H] or None."""
         shape = self.shape
         heads = (*x_BSD.shape[:2], -1, shape.head_dim)
         if shape.fused:
             ends = (shape.heads * shape.head_dim, (shape.heads + shape.kv_heads) * shape.head_dim)
             q, k, v = jnp.split(self.qkv_proj(x_BSD, key[0]), ends, axis=-1)
         else:
-            q, k, v = self.q_proj(x_BSD, key[0]), self.k_proj(x_BSD, key[1]), self.v_proj(x_BSD, key[2])
+            q, k = self.q_proj(x_BSD, key[0]), self.k_proj(x_BSD, key[1])
+            v = k if shape.keys_as_values else self.v_proj(x_BSD, key[2])
+        gate_BSNH = None
+        if shape.gated:
+            q, gate_BSNH = jnp.split(q.reshape(*heads[:-1], 2 * shape.head_dim), 2, axis=-1)
         if shape.qk_norm == "whole":
             q, k = self.q_norm(q), self.k_norm(k)
         q_BSNH, k_BSKH, v_BSKH = (
             partition.split(x.reshape(heads), "batch", "sequence", "tensor", None) for x in (q, k, v)
         )
-        if shape.qk_norm == "head":
+        if shape.qk_norm == "head" and not shape.normed_after_rope:
             q_BSNH, k_BSKH = self.q_norm(q_BSNH), self.k_norm(k_BSKH)
-        return q_BSNH, k_BSKH, v_BSKH
+        if shape.v_norm:
+            v_BSKH = self.v_norm(v_BSKH)
+        return q_BSNH, k_BSKH, v_BSKH, gate_BSNH
+
+    def _rotated(self, q_BSNH: jax.Array, k_BSKH: jax.Array, tokens: Tokens) -> tuple[jax.Array, jax.Array]:
+        """Queries and keys with their positions, as this layer encodes them."""
+        shape = self.shape
+        rotation = None if shape.rope is None else tokens.rotations[shape.rope]
+        if rotation is not None:
+            q_BSNH, k_BSKH = (rotate(x, rotation, pairs=shape.pairs) for x in (q_BSNH, k_BSKH))
+        if shape.normed_after_rope:
+            q_BSNH, k_BSKH = self.q_norm(q_BSNH), self.k_norm(k_BSKH)
+        if rotation is not None and rotation.queries_BS is not None:
+            q_BSNH = (q_BSNH * rotation.queries_BS[:, :, None, None]).astype(q_BSNH.dtype)
+        return q_BSNH, k_BSKH
 
     def _write(
         self, cache: kv.LayerCache, layer: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, tokens: Tokens
@@ -237,7 +276,7 @@ def attend_cached(
     form: ScoreForm = PLAIN,
     sinks_N: jax.Array | None = None,
 ) -> jax.Array:
-    """`attend` on keys and values in the layout of the cache."""
+    """`attend` on keys and values in the layout of the cache. The result has the values' size."""
     batch, queries, heads, head_dim = q_BSNH.shape
     kv_heads, length = k_BKHT.shape[1], k_BKHT.shape[3]
     # Q = G * S is on the left of both matmuls: in any other order XLA transposes the cache for every layer and token.
@@ -247,8 +286,8 @@ def attend_cached(
     weights_BKGST = _weights(scores_BKGST, mask_BST, head_dim, form, sinks_N).astype(v_BKTH.dtype)
     weights_BKQT = weights_BKGST.reshape(scores_BKQT.shape)
     out_BKQH = jnp.einsum("BKQT,BKTH->BKQH", weights_BKQT, v_BKTH)
-    out_BKGSH = out_BKQH.reshape(batch, kv_heads, heads // kv_heads, queries, head_dim)
-    return out_BKGSH.transpose(0, 3, 1, 2, 4).reshape(q_BSNH.shape)
+    out_BKGSH = out_BKQH.reshape(batch, kv_heads, heads // kv_heads, queries, -1)
+    return out_BKGSH.transpose(0, 3, 1, 2, 4).reshape(batch, queries, heads, -1)
 
 
 def _grouped(q_BSNH: jax.Array, kv_heads: int) -> jax.Array:

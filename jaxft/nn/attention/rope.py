@@ -26,7 +26,8 @@ class _Fields(NamedTuple):
 _SCALED_FIELDS = {
     "default": _Fields(),
     "linear": _Fields(("factor",)),
-    "dynamic": _Fields(("factor",)),
+    "dynamic": _Fields(("factor",), ("alpha",)),
+    "proportional": _Fields((), ("factor",)),
     "llama3": _Fields(("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")),
     "yarn": _Fields(
         ("factor", "original_max_position_embeddings"),
@@ -36,6 +37,10 @@ _SCALED_FIELDS = {
         ("short_factor", "long_factor", "original_max_position_embeddings"), ("factor", "attention_factor")
     ),
 }
+
+
+# How images and videos are positioned; every position of text is the same in all sections, so it rotates as without.
+MULTIMODAL_FIELDS = ("mrope_section", "mrope_interleaved")
 
 
 class Rotation(NamedTuple):
@@ -54,9 +59,13 @@ class Rope:
     """Frequencies of one rotary embedding.
 
     kind: default, linear (arXiv:2306.15595), dynamic (theta grows with the length of a document beyond
-    max_position_embeddings), llama3, yarn (arXiv:2309.00071) or longrope (arXiv:2402.13753). partial_rotary_factor: the
-    fraction of each head's dimensions that is rotated. llama_4_scaling_beta: beta in the factor on queries,
-    `1 + beta log(1 + floor(position / original_max_position_embeddings))` (idea: arXiv:2501.19399).
+    max_position_embeddings; with alpha it is theta * alpha^(d / (d - 2)) for any length, d being the rotated
+    dimensions), proportional, llama3, yarn (arXiv:2309.00071) or longrope (arXiv:2402.13753).
+    partial_rotary_factor: the fraction of each head's dimensions that is rotated. They are the first ones; those of a
+    proportional rope are the first of each half, with the frequencies that a rotation of the whole head has there.
+    llama_4_scaling_beta: beta in the factor on queries, `1 + beta log(1 + floor(position /
+    original_max_position_embeddings))` (idea: arXiv:2501.19399). mrope_section, mrope_interleaved: of models that take
+    images too; they change nothing for text and are only passed on.
     The other fields have transformers' names and meanings.
     """
 
@@ -64,6 +73,7 @@ class Rope:
     kind: str = "default"
     partial_rotary_factor: float = 1.0
     factor: float | None = None
+    alpha: float | None = None
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
@@ -77,6 +87,8 @@ class Rope:
     llama_4_scaling_beta: float | None = None
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
+    mrope_section: tuple[int, ...] | None = None
+    mrope_interleaved: bool | None = None
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "Rope":
@@ -89,6 +101,7 @@ class Rope:
         theta = fields.pop("rope_theta", hf.get("rope_theta", 10000.0))
         kind = fields.pop("rope_type", fields.pop("type", "default"))
         fields.pop("type", None)
+        images = {name: fields.pop(name) for name in MULTIMODAL_FIELDS if name in fields}
         part = fields.pop("partial_rotary_factor", hf.get("partial_rotary_factor") or 1.0)
         if not isinstance(kind, str) or kind not in _SCALED_FIELDS:
             raise ModelError(f"rope scaling {kind!r} is not implemented; known: {', '.join(_SCALED_FIELDS)}")
@@ -119,17 +132,19 @@ class Rope:
             kind=kind,
             partial_rotary_factor=float(_number("partial_rotary_factor", part)),
             **numbers,
+            **_checked_sections(images),
         )
 
     def to_hf(self) -> dict[str, Any]:
         """The fields of config.json in the dialect of transformers 4, which transformers 5 reads too."""
         known = _SCALED_FIELDS[self.kind]
         chosen = {name: getattr(self, name) for name in known.required + known.optional}
+        chosen |= {name: getattr(self, name) for name in MULTIMODAL_FIELDS}
         scaling = {n: list(v) if isinstance(v, tuple) else v for n, v in chosen.items() if v is not None}
         part = {} if self.partial_rotary_factor == 1.0 else {"partial_rotary_factor": self.partial_rotary_factor}
         return {
             "rope_theta": self.theta,
-            "rope_scaling": {"rope_type": self.kind, **scaling} if self.kind != "default" else None,
+            "rope_scaling": {"rope_type": self.kind, **scaling} if self.kind != "default" or scaling else None,
             **part,
         }
 
@@ -146,12 +161,16 @@ class Rope:
         return dataclasses.replace(self, short_factor=chosen, long_factor=chosen)
 
     def rotated_dims(self, head_dim: int) -> int:
-        """The number of a head's dimensions that are rotated."""
+        """The number of a head's dimensions that are rotated, or are in front of the last rotated one."""
+        if self.kind == "proportional":
+            return head_dim
         return int(head_dim * self.partial_rotary_factor)
 
     def check(self, head_dim: int) -> None:
         """Raises ModelError if the rotation does not fit the heads."""
         rotated = self.rotated_dims(head_dim)
+        if self.kind == "proportional" and not 0 < self.partial_rotary_factor <= 1:
+            raise ModelError(f"rope partial_rotary_factor={self.partial_rotary_factor} is not a fraction of each head")
         if rotated % 2 or not 0 < rotated <= head_dim:
             raise ModelError(
                 f"rotary embeddings rotate pairs of dimensions, but partial_rotary_factor={self.partial_rotary_factor} "
@@ -175,9 +194,12 @@ class Rope:
         """Radians per position, [F] float32. long: longrope's factors for sequences beyond the original length."""
         rotated = self.rotated_dims(head_dim)
         exponent = np.arange(0, rotated, 2, dtype=np.float32) / np.float32(rotated)
-        freqs_F = (1.0 / np.power(np.float32(self.theta), exponent)).astype(np.float32)
-        if self.kind == "linear":
-            freqs_F = freqs_F / np.float32(self.factor)
+        theta = self.theta if self.alpha is None else self.theta * self.alpha ** (rotated / (rotated - 2))
+        freqs_F = (1.0 / np.power(np.float32(theta), exponent)).astype(np.float32)
+        if self.kind == "proportional":
+            freqs_F[int(self.partial_rotary_factor * head_dim // 2) :] = 0.0
+        if self.kind in ("linear", "proportional"):
+            freqs_F = freqs_F / np.float32(1.0 if self.factor is None else self.factor)
         if self.kind == "llama3":
             freqs_F = self._llama3(freqs_F)
         if self.kind == "yarn":
@@ -200,6 +222,13 @@ class Rope:
         if self.mscale and self.mscale_all_dim:
             return _sharpness(self.factor, self.mscale) / _sharpness(self.factor, self.mscale_all_dim)
         return _sharpness(self.factor, 1.0)
+
+    @property
+    def score_factor(self) -> float:
+        """The factor on scores of latent attention, which keeps them equally sharp over longer contexts."""
+        if self.kind != "yarn" or not self.mscale_all_dim:
+            return 1.0
+        return _sharpness(self.factor, self.mscale_all_dim) ** 2
 
     def _llama3(self, freqs_F: np.ndarray) -> np.ndarray:
         # Low frequencies are divided by `factor`, high ones kept, those between interpolated.
@@ -242,6 +271,18 @@ def _number(name: str, value: Any) -> Any:
     return int(value) if whole else value
 
 
+def _checked_sections(images: dict[str, Any]) -> dict[str, Any]:
+    """The fields about images of a rope. Raises ModelError for values of another kind."""
+    section, interleaved = images.get("mrope_section"), images.get("mrope_interleaved")
+    whole = isinstance(section, list) and all(type(one) is int and one >= 0 for one in section)
+    if not (section is None or whole) or not isinstance(interleaved, bool | None):
+        raise ModelError(
+            f"rope mrope_section={section!r}, mrope_interleaved={interleaved!r} in config.json: the first is a list of "
+            "whole numbers, the second true or false"
+        )
+    return {"mrope_section": None if section is None else tuple(section), "mrope_interleaved": interleaved}
+
+
 def _mend(fields: Mapping[str, Any], kind: str, extra: list[str]) -> str:
     """What to do about unknown fields of a scaling, as a sentence."""
     if not extra:
@@ -273,7 +314,7 @@ def rotation(rope: Rope, head_dim: int, positions_BS: jax.Array, segments_BS: ja
         last_BS1 = _last_position(positions_BS, segments_BS)[..., None]
         long_F = jnp.asarray(rope.frequencies(head_dim, long=True))
         freqs_F = jnp.where(last_BS1 >= rope.original_max_position_embeddings, long_F, freqs_F)
-    if rope.kind == "dynamic":
+    if rope.kind == "dynamic" and rope.alpha is None:
         freqs_F = _grown(rope, rope.rotated_dims(head_dim), freqs_F, _last_position(positions_BS, segments_BS))
     # float32: bfloat16 rounds position 257 to 256.
     angles_BSF = positions_BS.astype(jnp.float32)[..., None] * freqs_F
@@ -313,13 +354,16 @@ def _last_position(positions_BS: jax.Array, segments_BS: jax.Array | None) -> ja
     return last.at[rows_B1, segments_BS].max(positions_BS, mode="drop")[rows_B1, segments_BS]
 
 
-def rotate(x_BSNH: jax.Array, rotation: Rotation) -> jax.Array:
-    """Rotates the pair (x[f], x[f + F]) by its angle, in float32: the half-split layout of Hugging Face.
+def rotate(x_BSNH: jax.Array, rotation: Rotation, *, pairs: bool = False) -> jax.Array:
+    """Rotates the pair (x[f], x[f + F]) by its angle, in float32: the half-split layout of most models.
 
-    Dimensions from 2 F on are unchanged.
+    pairs: the pairs are (x[2 f], x[2 f + 1]) instead. Dimensions from 2 F on are unchanged.
     """
     cos, sin = rotation.cos_BSF[:, :, None, :], rotation.sin_BSF[:, :, None, :]
     rotated = 2 * cos.shape[-1]
-    first, second = jnp.split(x_BSNH[..., :rotated].astype(jnp.float32), 2, axis=-1)
-    out = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BSNH.dtype)
+    x32 = x_BSNH[..., :rotated].astype(jnp.float32)
+    first, second = (x32[..., 0::2], x32[..., 1::2]) if pairs else jnp.split(x32, 2, axis=-1)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    out = jnp.stack(turned, axis=-1).reshape(x32.shape) if pairs else jnp.concatenate(turned, axis=-1)
+    out = out.astype(x_BSNH.dtype)
     return out if rotated == x_BSNH.shape[-1] else jnp.concatenate([out, x_BSNH[..., rotated:]], axis=-1)

@@ -85,7 +85,7 @@ def attention(
         return kernel(q, k, v, splash.SegmentIds(query_segments, key_segments), sinks)
 
     out_BNSH = jax.vmap(attend_row)(q_BNSH, k_BKTH, v_BKTH, query_segments_BS, key_segments_BT)
-    return out_BNSH.transpose(0, 2, 1, 3)[..., :head_dim].astype(q_BSNH.dtype)
+    return out_BNSH.transpose(0, 2, 1, 3)[..., : v_BTKH.shape[-1]].astype(q_BSNH.dtype)
 
 
 def _block(most: int, length: int) -> int:

@@ -5,20 +5,23 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxft.errors import ModelError
+from jaxft.nn import partition
 from jaxft.nn.adapter import ExpertAdapter
 from jaxft.nn.experts import sharded as moe_sharded
+from jaxft.nn.experts.router import Router, RouterShape
 from jaxft.nn.experts.router_sums import RouterSums
 from jaxft.nn.frozen import frozen_product
 from jaxft.nn.linear import TPSide
-from jaxft.nn.mlp import ACTIVATIONS, Activation, ClampedSwiGLU
-from jaxft.nn.partition import Dimension
+from jaxft.nn.mlp import ACTIVATIONS, MLP, Activation, ClampedSwiGLU, MLPShape
+from jaxft.nn.partition import Dimension, stream, whole
 from jaxft.nn.storage import StorageDims
 from jaxft.quant import QuantizedArray
 
@@ -31,36 +34,24 @@ EXPERT_SIDES: dict[TPSide, tuple[Dimension, Dimension]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class MoEShape:
-    """Sizes and switches of a layer of experts, each a gated feed-forward of `hidden` inner units.
+    """Sizes and switches of a layer of experts, each a feed-forward of `hidden` inner units.
 
-    chosen: the number of experts of each token. renormalize: whether the chosen probabilities are scaled to sum to one,
-    which makes them the softmax over the chosen logits alone. activation: of the gate, or of gate and up together.
-    fused: gate and up are one `gate_up_proj` whose columns alternate, gate first. use_bias: of router and experts.
+    activation: of the gate, or of gate and up together; of up if there is no gate (`gated`). fused: gate and up are one
+    `gate_up_proj`, whose columns alternate, gate first, or of which gate is the first half. use_bias: of the experts.
+    shared: a dense feed-forward that every token passes too. shared_gate: whether its output is multiplied by a sigmoid
+    that depends on the token.
     """
 
     width: int
     hidden: int
     experts: int
-    chosen: int
-    renormalize: bool
+    router: RouterShape
     activation: Activation | ClampedSwiGLU = "silu"
-    fused: bool = False
+    gated: bool = True
+    fused: Literal["alternating", "halves"] | None = None
     use_bias: bool = False
-
-
-class Routes(NamedTuple):
-    """The chosen experts of each token, best first: experts_MK int32; weights_MK float32, weights of their outputs."""
-
-    weights_MK: jax.Array
-    experts_MK: jax.Array
-
-
-def route(logits_ME: jax.Array, shape: MoEShape) -> Routes:
-    """The most probable experts of each token; probabilities are the softmax over all experts."""
-    weights_MK, experts_MK = jax.lax.top_k(jax.nn.softmax(logits_ME, axis=-1), shape.chosen)
-    if shape.renormalize:
-        weights_MK = weights_MK / weights_MK.sum(axis=-1, keepdims=True)
-    return Routes(weights_MK, experts_MK)
+    shared: MLPShape | None = None
+    shared_gate: bool = False
 
 
 class MoEOutput(NamedTuple):
@@ -69,29 +60,6 @@ class MoEOutput(NamedTuple):
     y: jax.Array
     logits: jax.Array
     experts: jax.Array
-
-
-class Router(nnx.Module):
-    """Logits `x @ kernel (+ bias)`, float32 for every compute dtype, so that rounding does not decide a close choice.
-
-    kernel: [D, E]. Not a Linear, so that no adapter is attached to it.
-    """
-
-    def __init__(
-        self, shape: MoEShape, *, stddev: float, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs
-    ) -> None:
-        size = (shape.width, shape.experts)
-        self.kernel = nnx.Param(stddev * jax.random.normal(rngs.params(), size, param_dtype))
-        self.bias = nnx.Param(jnp.zeros((shape.experts,), param_dtype)) if shape.use_bias else None
-        self.dtype = dtype
-
-    def __call__(self, x_MD: jax.Array) -> jax.Array:
-        kernel = self.kernel.get_value().astype(self.dtype)
-        logits_ME = jnp.einsum("MD,DE->ME", x_MD.astype(self.dtype), kernel, preferred_element_type=jnp.float32)
-        return logits_ME if self.bias is None else logits_ME + self.bias.get_value().astype(jnp.float32)
-
-    def storage_dims(self) -> dict[str, StorageDims]:
-        return {"kernel": StorageDims(("weight", None)), "bias": StorageDims((None,))}
 
 
 class ExpertLinear(nnx.Module):
@@ -134,58 +102,108 @@ class ExpertLinear(nnx.Module):
         }
 
 
-class MoE(nnx.Module):
-    """The weighted sum of the chosen experts' outputs. Experts have no capacity limit, so no token is dropped.
+class SharedGate(nnx.Module):
+    """`sigmoid(x @ kernel)`. kernel: [D, 1]. Not a Linear, so that no adapter is attached to it."""
 
-    A token's result does not depend on other tokens, nor on padding; they only change the order of rows. Under a mesh
-    each device works on its own rows; `experts.sharded` describes the communication.
+    def __init__(self, width: int, *, stddev: float, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        self.kernel = nnx.Param(stddev * jax.random.normal(rngs.params(), (width, 1), param_dtype))
+        self.dtype = dtype
+
+    def __call__(self, x_BSD: jax.Array) -> jax.Array:
+        kernel = partition.gather(self.kernel.get_value().astype(self.dtype), ("weight", None), (None, None))
+        logits_BS1 = jnp.einsum("BSD,DO->BSO", x_BSD.astype(self.dtype), kernel, preferred_element_type=jnp.float32)
+        return jax.nn.sigmoid(logits_BS1).astype(self.dtype)
+
+    def storage_dims(self) -> dict[str, StorageDims]:
+        return {"kernel": StorageDims(("weight", None))}
+
+
+class MoE(nnx.Module):
+    """The weighted sum of the chosen experts' outputs, plus that of the shared expert if there is one.
+
+    Experts have no capacity limit, so no token is dropped. A token's result does not depend on other tokens, nor on
+    padding; they only change the order of rows. Under a mesh each device works on its own rows; `experts.sharded`
+    describes the communication. The shared expert is divided over devices as any dense feed-forward is.
     """
 
     def __init__(
         self, shape: MoEShape, *, stddev: float, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs
     ) -> None:
+        options: dict[str, Any] = {"stddev": stddev, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         linear = functools.partial(
             ExpertLinear, shape.experts, use_bias=shape.use_bias, stddev=stddev, dtype=dtype, param_dtype=param_dtype,
             rngs=rngs,
         )  # fmt: skip
         self.shape = shape
         self.dtype = dtype
-        self.router = Router(shape, stddev=stddev, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        if shape.fused:
+        self.router = Router(shape.width, shape.experts, shape.router, **options)
+        if shape.fused is not None:
             self.gate_up_proj = linear(shape.width, 2 * shape.hidden)
         else:
-            self.gate_proj = linear(shape.width, shape.hidden)
+            if shape.gated:
+                self.gate_proj = linear(shape.width, shape.hidden)
             self.up_proj = linear(shape.width, shape.hidden)
         self.down_proj = linear(shape.hidden, shape.width, tp_side="inputs")
+        self.shared_expert: MLP | None = nnx.data(None) if shape.shared is None else MLP(shape.shared, **options)
+        self.shared_expert_gate: SharedGate | None = (
+            SharedGate(shape.width, **options) if shape.shared_gate else nnx.data(None)
+        )
 
-    def __call__(self, x_BSD: jax.Array, keys: jax.Array | None = None) -> jax.Array:
-        """`keys` is not used: nothing here is random."""
-        return self._output(x_BSD).y
+    def __call__(self, x_BSD: jax.Array, keys: jax.Array | None = None, seen_BSD: jax.Array | None = None) -> jax.Array:
+        """keys: three PRNG keys for dropout in adapters of the shared expert, or None. seen_BSD: what the router sees;
+        None for x_BSD.
+        """
+        return self._with_shared(self._routed(x_BSD, seen_BSD).y, x_BSD, keys)
 
     def with_router_sums(
-        self, x_BSD: jax.Array, segments_BS: jax.Array, routing: RouterSums
+        self,
+        x_BSD: jax.Array,
+        segments_BS: jax.Array,
+        routing: RouterSums,
+        keys: jax.Array | None = None,
+        seen_BSD: jax.Array | None = None,
     ) -> tuple[jax.Array, RouterSums]:
         """(the output, `routing` including this layer's tokens). Segment 0 is padding and is not counted."""
-        output = self._output(x_BSD)
-        return output.y, routing.add(output.logits, output.experts, segments_BS > 0)
+        routed = self._routed(x_BSD, seen_BSD)
+        y_BSD = self._with_shared(routed.y, x_BSD, keys)
+        return y_BSD, routing.add(routed.logits, routed.experts, segments_BS > 0)
 
-    def _output(self, x_BSD: jax.Array) -> MoEOutput:
+    def _with_shared(self, y_BSD: jax.Array, x_BSD: jax.Array, keys: jax.Array | None) -> jax.Array:
+        if self.shared_expert is None:
+            return y_BSD
+        shared_BSD = stream(self.shared_expert(whole(x_BSD), keys))
+        return y_BSD + (shared_BSD if self.shared_expert_gate is None else shared_BSD * self.shared_expert_gate(x_BSD))
+
+    def _routed(self, x_BSD: jax.Array, seen_BSD: jax.Array | None) -> MoEOutput:
+        """Without the shared expert."""
+        inputs_BSD = (x_BSD,) if seen_BSD is None else (x_BSD, seen_BSD)
         if not moe_sharded.divides(x_BSD.shape):
-            output = self._route_and_combine(x_BSD.reshape(-1, self.shape.width), self._combine)
+            inputs_MD = (each_BSD.reshape(-1, self.shape.width) for each_BSD in inputs_BSD)
+            output = self._route_and_combine(self._combine, *inputs_MD)
             return jax.tree.map(lambda y: y.reshape(*x_BSD.shape[:2], -1), output)
         shards = moe_sharded.expert_shards()
 
-        def local_output(layer: MoE, x_MD: jax.Array) -> MoEOutput:
+        def local_output(layer: MoE, *inputs_MD: jax.Array) -> MoEOutput:
             exchange = functools.partial(moe_sharded.combine_over_shards, layer._experts, self.shape.experts // shards)
-            return layer._route_and_combine(x_MD, layer._combine if shards == 1 else exchange)
+            return layer._route_and_combine(layer._combine if shards == 1 else exchange, *inputs_MD)
 
-        return moe_sharded.on_mesh(local_output, self, x_BSD)
+        return moe_sharded.on_mesh(local_output, self._without_shared(), *inputs_BSD)
+
+    def _without_shared(self) -> "MoE":
+        if self.shared_expert is None:
+            return self
+        routed = nnx.merge(*nnx.split(self))
+        routed.shared_expert, routed.shared_expert_gate = nnx.data(None), nnx.data(None)
+        return routed
 
     def _route_and_combine(
-        self, x_MD: jax.Array, combine: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+        self,
+        combine: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+        x_MD: jax.Array,
+        seen_MD: jax.Array | None = None,
     ) -> MoEOutput:
-        logits_ME = self.router(x_MD)
-        weights_MK, experts_MK = route(logits_ME, self.shape)
+        logits_ME = self.router(x_MD if seen_MD is None else seen_MD)
+        weights_MK, experts_MK = self.router.route(logits_ME)
         # Saved for the backward pass. If the choice were recomputed with other rounding, a close one could fall on
         # another expert than the one whose results were saved.
         experts_MK = checkpoint_name(experts_MK, "dots")
@@ -196,19 +214,29 @@ class MoE(nnx.Module):
         experts_R = experts_MK.reshape(-1)
         order_R = jnp.argsort(experts_R, stable=True)
         sizes_E = jnp.bincount(experts_R, length=self.shape.experts).astype(jnp.int32)
-        rows_RD = self._experts(x_MD[order_R // self.shape.chosen], sizes_E)
+        rows_RD = self._experts(x_MD[order_R // experts_MK.shape[1]], sizes_E)
         rows_MKD = rows_RD[jnp.argsort(order_R)].reshape(*experts_MK.shape, -1)
         return jnp.einsum("MKD,MK->MD", rows_MKD.astype(jnp.float32), weights_MK)
 
     def _experts(self, x_RD: jax.Array, sizes_E: jax.Array) -> jax.Array:
-        if self.shape.fused:
+        if not self.shape.gated:
+            up_RF = checkpoint_name(self.up_proj(x_RD, sizes_E), "dots")
+            return self.down_proj(_activated(self.shape.activation, up_RF), sizes_E)
+        if self.shape.fused is not None:
             both_R2F = checkpoint_name(self.gate_up_proj(x_RD, sizes_E), "dots")
-            gate_RF, up_RF = both_R2F[:, 0::2], both_R2F[:, 1::2]
+            halves = jnp.split(both_R2F, 2, axis=-1)
+            gate_RF, up_RF = (both_R2F[:, 0::2], both_R2F[:, 1::2]) if self.shape.fused == "alternating" else halves
         else:
             gate_RF = checkpoint_name(self.gate_proj(x_RD, sizes_E), "dots")
             up_RF = checkpoint_name(self.up_proj(x_RD, sizes_E), "dots")
-        return self.down_proj(_gated(self.shape.activation, gate_RF, up_RF), sizes_E)
+        return self.down_proj(_activated(self.shape.activation, gate_RF, up_RF), sizes_E)
 
 
-def _gated(activation: Activation | ClampedSwiGLU, gate: jax.Array, up: jax.Array) -> jax.Array:
-    return ACTIVATIONS[activation](gate) * up if isinstance(activation, str) else activation(gate, up)
+def _activated(activation: Activation | ClampedSwiGLU, gate_RF: jax.Array, up_RF: jax.Array | None = None) -> jax.Array:
+    """An expert's inner values. up_RF: None if it has no gate, and the first array is up."""
+    if not isinstance(activation, str):
+        if up_RF is None:
+            raise ModelError("the clamped SwiGLU needs a gate")
+        return activation(gate_RF, up_RF)
+    active_RF = ACTIVATIONS[activation](gate_RF)
+    return active_RF if up_RF is None else active_RF * up_RF

@@ -56,11 +56,11 @@ Layer = TypeVar("Layer", bound=ComputeLayer)
 Outputs = TypeVar("Outputs")
 
 
-def on_mesh(compute: Callable[[Layer, jax.Array], Outputs], layer: Layer, x_BSD: jax.Array) -> Outputs:
-    """`compute(layer, x_MD)` on every device with its own tokens and the experts of its own shard.
+def on_mesh(compute: Callable[..., Outputs], layer: Layer, *inputs_BSD: jax.Array) -> Outputs:
+    """`compute(layer, *inputs_MD)` on every device with its own tokens and the experts of its own shard.
 
     layer: an nnx.Module with parameters of `router`, and others whose first dimension is E. compute: returns a pytree
-    of arrays [M, ...], which this function returns as [B, S, ...].
+    of arrays [M, ...], which this function returns as [B, S, ...]. inputs_BSD: all of one shape.
     """
     graphdef, state = nnx.split(layer)
     flat, treedef = jax.tree_util.tree_flatten_with_path(state)
@@ -71,18 +71,18 @@ def on_mesh(compute: Callable[[Layer, jax.Array], Outputs], layer: Layer, x_BSD:
     types = [layer.dtype if kernel_path(path) == path else x.dtype for path, (_, x) in zip(paths, flat, strict=True)]
     # A dimension that its axes do not divide is whole, as in small stored arrays.
     specs = [partition.spec(x.shape, dimensions, uneven=None) for (_, x), dimensions in zip(flat, storage, strict=True)]
-    rows = partition.spec(x_BSD.shape, ROWS)
+    rows = partition.spec(inputs_BSD[0].shape, ROWS)
 
-    def local(leaves: list[jax.Array], x_BSD: jax.Array) -> Outputs:
+    def local(leaves: list[jax.Array], *inputs_BSD: jax.Array) -> Outputs:
         # Weights are gathered in the compute dtype, codes as they are.
         cast = [x.astype(dtype) for x, dtype in zip(leaves, types, strict=True)]
         whole = [_gather(x, spec, dimensions) for x, spec, dimensions in zip(cast, specs, storage, strict=True)]
         module = nnx.merge(graphdef, jax.tree.unflatten(treedef, whole))
-        outputs = compute(module, x_BSD.reshape(-1, x_BSD.shape[-1]))
-        return jax.tree.map(lambda y: y.reshape(*x_BSD.shape[:2], *y.shape[1:]), outputs)
+        outputs = compute(module, *(x_BSD.reshape(-1, x_BSD.shape[-1]) for x_BSD in inputs_BSD))
+        return jax.tree.map(lambda y: y.reshape(*inputs_BSD[0].shape[:2], *y.shape[1:]), outputs)
 
-    apply = jax.shard_map(local, in_specs=(specs, rows), out_specs=P(*rows[:2]))
-    return apply([x for _, x in flat], x_BSD)
+    apply = jax.shard_map(local, in_specs=(specs, *(rows for _ in inputs_BSD)), out_specs=P(*rows[:2]))
+    return apply([x for _, x in flat], *inputs_BSD)
 
 
 def expert_shards() -> int:
