@@ -1,13 +1,14 @@
 """Layers of experts that a file keeps in two fused tensors, read as one matrix for each expert.
 
 transformers 5 keeps them fused in memory, and writes them in this form with `save_original_format=False`:
-`mlp.experts.gate_up_proj` [E, 2 F, D], the gates before the ups, and `mlp.experts.down_proj` [E, D, F].
+`mlp.experts.gate_up_proj` [E, 2 F, D], the gates before the ups, and `mlp.experts.down_proj` [E, D, F]. Some models are
+published so, or with both matrices transposed: [E, D, 2 F] and [E, F, D].
 """
 
 # E experts, F inner units of an expert, D model
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +19,20 @@ from jaxft.errors import CheckpointError, did_you_mean
 # By family: the names of the layer and of an expert's gate, up and down, in files with one matrix for each expert.
 SINGLE = {
     "mixtral": ("block_sparse_moe", "w1", "w3", "w2"),
-    "qwen3_moe": ("mlp", "gate_proj", "up_proj", "down_proj"),
+    **dict.fromkeys(
+        (
+            "qwen3_moe",
+            "qwen3_next",
+            "qwen3_5_moe_text",
+            "glm4_moe",
+            "glm4_moe_lite",
+            "deepseek_v2",
+            "deepseek_v3",
+            "ernie4_5_moe",
+            "hunyuan_v1_moe",
+        ),
+        ("mlp", "gate_proj", "up_proj", "down_proj"),
+    ),
 }
 _FUSED = re.compile(r"(model\.layers\.\d+)\.mlp\.experts\.(gate_up_proj|down_proj)")
 _ROUTER = re.compile(r"(model\.layers\.\d+)\.mlp\.gate\.weight")
@@ -26,12 +40,16 @@ _ROUTER = re.compile(r"(model\.layers\.\d+)\.mlp\.gate\.weight")
 
 @dataclass(frozen=True)
 class _Part:
-    """The place of a matrix in a tensor of the source: its expert and first row; the whole tensor if expert is None."""
+    """The place of a matrix in a tensor of the source: its expert and first row; the whole tensor if expert is None.
+
+    transposed: whether the source has the matrix transposed, so that its rows are columns there.
+    """
 
     source_name: str
     spec: TensorSpec
     expert: int | None = None
     first_row: int = 0
+    transposed: bool = False
 
 
 def is_fused(model_type: str, source: TensorSource) -> bool:
@@ -48,8 +66,9 @@ class SingleExperts:
     def __init__(self, source: TensorSource, model_type: str) -> None:
         self._source = source
         self._parts: dict[str, _Part] = {}
-        for source_name, spec in source.specs().items():
-            for name, part in _parts(source_name, spec, SINGLE[model_type]):
+        specs = source.specs()
+        for source_name in specs:
+            for name, part in _parts(source_name, specs, SINGLE[model_type]):
                 if name in self._parts:
                     raise CheckpointError(f"{name} is in {self._parts[name].source_name} and in {source_name}")
                 self._parts[name] = part
@@ -65,11 +84,13 @@ class SingleExperts:
             return self._source.read(part.source_name, index)
         (start, stop), columns = block_bounds(part.spec.shape, index)
         rows = slice(part.first_row + start, part.first_row + stop)
-        return self._source.read(part.source_name, (slice(part.expert, part.expert + 1), rows, slice(*columns)))[0]
+        expert, cut = slice(part.expert, part.expert + 1), (rows, slice(*columns))
+        matrix = self._source.read(part.source_name, (expert, *(cut[::-1] if part.transposed else cut)))[0]
+        return matrix.T if part.transposed else matrix
 
 
-def _parts(source_name: str, spec: TensorSpec, names: tuple[str, ...]) -> Iterator[tuple[str, _Part]]:
-    layer, gate, up, down = names
+def _parts(source_name: str, specs: Mapping[str, TensorSpec], names: tuple[str, ...]) -> Iterator[tuple[str, _Part]]:
+    (layer, gate, up, down), spec = names, specs[source_name]
     if (router := _ROUTER.fullmatch(source_name)) is not None:
         yield f"{router[1]}.{layer}.gate.weight", _Part(source_name, spec)
         return
@@ -77,12 +98,22 @@ def _parts(source_name: str, spec: TensorSpec, names: tuple[str, ...]) -> Iterat
         yield source_name, _Part(source_name, spec)
         return
     kinds = (gate, up) if fused[2] == "gate_up_proj" else (down,)
-    if len(spec.shape) != 3 or spec.shape[1] % len(kinds):
+    transposed = _is_transposed(fused[1], specs)
+    shape = (spec.shape[0], *spec.shape[:0:-1]) if transposed else spec.shape
+    if len(shape) != 3 or shape[1] % len(kinds):
         raise CheckpointError(
             f"{source_name} {list(spec.shape)} is not [experts, {'2 ' * (len(kinds) - 1)}rows, columns]"
         )
-    experts, rows, columns = spec.shape
+    experts, rows, columns = shape
     each = TensorSpec((rows // len(kinds), columns), spec.dtype)
     for e in range(experts):
         for position, kind in enumerate(kinds):
-            yield f"{fused[1]}.{layer}.experts.{e}.{kind}.weight", _Part(source_name, each, e, position * each.shape[0])
+            part = _Part(source_name, each, e, position * each.shape[0], transposed)
+            yield f"{fused[1]}.{layer}.experts.{e}.{kind}.weight", part
+
+
+def _is_transposed(prefix: str, specs: Mapping[str, TensorSpec]) -> bool:
+    """Whether the experts of a layer are [E, D, 2 F] and [E, F, D]. The other form cannot have such shapes."""
+    pair = [specs.get(f"{prefix}.mlp.experts.{name}") for name in ("gate_up_proj", "down_proj")]
+    gate_up, down = (() if spec is None else spec.shape for spec in pair)
+    return len(gate_up) == len(down) == 3 and gate_up[1:] == (down[2], 2 * down[1])

@@ -27,6 +27,7 @@ from jaxft.models.family import ROPE_FIELDS, FamilyConfig
 from jaxft.models.hf_fields import DENSE_TENSORS, without_allowed
 from jaxft.models.tensor_map import ParamTensors, Piece, iter_params
 from jaxft.nn.decoder import Decoder
+from jaxft.nn.param_kind import Constant
 from jaxft.nn.stack import group_layers
 from jaxft.quant import Format, QuantizedArray, dense, is_quantized
 from jaxft.sharding.arrays import host_parts
@@ -111,14 +112,16 @@ def check_tensors(leaves: Mapping[str, Any], table: Mapping[str, ParamTensors], 
 def hf_tensors(model: Decoder, dtype: str | None = None) -> dict[str, LazyTensor]:
     """Every Hugging Face tensor of a model, or a block of it, computed when called; adapters are merged in float32.
 
-    dtype: of the written tensors, the parameters' own if None.
+    dtype: of the written tensors, the parameters' own if None; constants always have their own.
     """
     leaves, _ = flatten(nnx.state(model), is_quantized)
+    constants = flatten(nnx.state(model, Constant))[0]
     merging, out = merge_functions(model), {}
     for path, param in param_tensors(model).items():
         leaf = leaves[path]
         # A quantised kernel is written in the dtype of computation.
-        target = np.dtype(dtype or (model.dtype if is_quantized(leaf) else leaf.dtype))
+        own = model.dtype if is_quantized(leaf) else leaf.dtype
+        target = np.dtype(own if dtype is None or path in constants else dtype)
         for piece in param.pieces:
             shape = hf_shape(param, piece, leaf.shape)
             out[piece.hf] = (TensorSpec(shape, target), _maker(leaf, merging.get(path), param, piece, target))
@@ -209,7 +212,8 @@ def read_blocks(
                 common = tuple((max(a, low), min(b, high)) for (a, b), (low, high) in zip(inner, slab, strict=True))
                 if all(a < b for a, b in common):
                     inside_block = tuple(at - start for at, (start, _) in zip(piece.at, cut, strict=False))
-                    copy_into(blocks[cut][inside_block][_within(common, inner)], values[_within(common, slab)])
+                    out = _view(blocks[cut], (*inside_block, *_within(common, inner)))
+                    copy_into(out, _view(values, _within(common, slab)))
     return blocks
 
 
@@ -234,6 +238,11 @@ def _in_piece(cut: Bounds, piece: Piece) -> Bounds | None:
     """The part of a piece that is in a block, None if there is none."""
     leading = zip(piece.at, cut, strict=False)
     return cut[len(piece.at) :] if all(start <= at < stop for at, (start, stop) in leading) else None
+
+
+def _view(array: np.ndarray, index: tuple[Any, ...]) -> np.ndarray:
+    """A part of an array as a view of it, even if it is a single number."""
+    return array[(*index, ...)]
 
 
 def copy_into(out: np.ndarray, values: np.ndarray) -> None:
@@ -271,7 +280,7 @@ def _maker(
         leading = [(i, i + 1) for i in at]
         for inside, part in host_parts(whole, (*leading, *transform.our_bounds(bounds)), dtype):
             matrix = part.reshape(part.shape[len(at) :])
-            copy_into(out[transform.hf_index(inside[len(at) :])], transform.to_hf(matrix))
+            copy_into(_view(out, transform.hf_index(inside[len(at) :])), transform.to_hf(matrix))
         return out
 
     return make

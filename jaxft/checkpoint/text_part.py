@@ -1,6 +1,7 @@
 """The language model's tensors of a model that takes images too, under their names in a text-only model."""
 
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 
@@ -15,16 +16,21 @@ ROWS = 256  # read at a time to tell a head from the embedding: almost always th
 class TextPart:
     """A source without the tensors that only images use. left_out: a sentence that names them.
 
-    Raises CheckpointError for tensors that belong to neither part, and for two that have one name.
+    is_for_prediction: of FamilyConfig. Raises CheckpointError for tensors that belong to neither part, and for two that
+    have one name.
     """
 
-    def __init__(self, source: TensorSource, model_type: str) -> None:
+    def __init__(
+        self, source: TensorSource, model_type: str, is_for_prediction: Callable[[str], bool] = lambda name: False
+    ) -> None:
         self._source = source
         self._source_names: dict[str, str] = {}
         images: dict[str, str] = {}
         strays: list[str] = []
         for source_name, spec in source.specs().items():
-            name, part = text_name(source_name), image_part(source_name)
+            name, part = text_name(source_name, model_type), image_part(source_name, model_type)
+            if name is None and part is None and is_for_prediction(source_name):
+                name = source_name  # left out with those of text-only models
             if part is not None:
                 images[source_name] = part
             elif name is None:

@@ -25,11 +25,14 @@ from jaxft.nn.quantized import quantize
 from jaxft.nn.score import Head
 from jaxft.quant import FORMATS, is_quantized
 
+# Model types of other names for a family: Kimi K2 is a DeepSeek V3 of other sizes.
+ALIASES = {"kimi_k2": "deepseek_v3"}
+
 
 @functools.cache
 def families() -> dict[str, ModuleType]:
     """The module of every implemented Hugging Face `model_type`."""
-    names = (f"{package.__name__}.{info.name}" for info in pkgutil.iter_modules(package.__path__))
+    names = (info.name for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."))
     modules = map(importlib.import_module, names)
     return {kind: module for module in modules for kind in getattr(module, "MODEL_TYPES", ())}
 
@@ -43,6 +46,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> FamilyConfig:
     check_config(hf)
     hf = {k: v for k, v in nested.text_config(hf).items() if v is not None or k not in NULL_IS_ABSENT}
     kind, inner = hf.get("model_type"), hf.get("text_config")
+    kind = ALIASES.get(str(kind), kind)
     if kind not in families() and isinstance(inner, Mapping):
         raise nested.unknown_multimodal(kind, inner.get("model_type"))
     if kind not in families():

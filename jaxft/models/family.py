@@ -1,8 +1,9 @@
 """The Config that every model family extends: sizes under Hugging Face's names, and the table of its tensors."""
 
 import dataclasses
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from jaxft.models.tensor_map import ONE_ROW, TensorMap, linear
 from jaxft.nn.attention.layer import AttentionShape
 from jaxft.nn.attention.rope import Rope
 from jaxft.nn.attention.score_form import PLAIN, ScoreForm
-from jaxft.nn.block import NORMS, BlockShape, NormPositions
+from jaxft.nn.block import BEFORE, EXPERT_NORMS, BlockShape, NormNames
 from jaxft.nn.decoder import DecoderShape
 from jaxft.nn.experts.layer import MoEShape
 from jaxft.nn.mlp import Activation, MLPShape
@@ -26,6 +27,8 @@ ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_parameters")
 # Fields of config.json that describe ropes in the dialects of transformers 4 and 5.
 ROPE_DIALECTS = (*ROPE_FIELDS, "rope_local_base_freq", "partial_rotary_factor", "original_max_position_embeddings")
 NOT_IN_FILES = ("head", "dense_tensors")  # fields of FamilyConfig that are none of config.json
+LAYER = "model.layers.{i}"  # Hugging Face's name of a layer
+_NUMBER = re.compile(r"model\.layers\.(\d{1,9})\.")
 SLIDING, FULL = "sliding_attention", "full_attention"  # values of Hugging Face's layer_types
 
 
@@ -52,6 +55,10 @@ class FamilyConfig(ABC):
     head: Head = "vocabulary"
     dense_tensors: frozenset[str] = frozenset()
 
+    def is_for_prediction(self, name: str) -> bool:
+        """Whether a tensor of the files is of the layers that predict several tokens at once, which are left out."""
+        return False
+
     @classmethod
     @abstractmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "FamilyConfig":
@@ -75,7 +82,7 @@ class FamilyConfig(ABC):
         return {"rope_parameters": self.rope.to_parameters()} | fields
 
     def score_architecture(self) -> str:
-        """The class of a reward model of this family in transformers."""
+        """The class of a reward model of this family in transformers. Raises ModelError if it has none."""
         return str(self.to_hf()["architectures"][0]).replace(LANGUAGE_MODEL, SCORE_MODEL)
 
     def attention(
@@ -87,9 +94,10 @@ class FamilyConfig(ABC):
         output_bias: bool = False,
         fused: bool = False,
         sinks: bool = False,
-        rope: int = 0,
+        rope: int | None = 0,
+        **switches: Any,
     ) -> AttentionShape:
-        """The shape of an attention layer of these sizes."""
+        """The shape of an attention layer of these sizes. switches: other fields of AttentionShape."""
         return AttentionShape(
             width=self.hidden_size,
             heads=self.num_attention_heads,
@@ -102,50 +110,68 @@ class FamilyConfig(ABC):
             fused=fused,
             sinks=sinks,
             rope=rope,
+            **switches,
         )
 
-    def mlp(self, *, activation: Activation = "silu", bias: bool = False, fused: bool = False) -> MLPShape:
-        """The shape of a feed-forward layer of these sizes."""
+    def mlp(
+        self,
+        *,
+        activation: Activation = "silu",
+        bias: bool = False,
+        fused: bool = False,
+        gated: bool = True,
+        hidden: int | None = None,
+    ) -> MLPShape:
+        """The shape of a feed-forward layer of these sizes. hidden: inner units, intermediate_size if None."""
         return MLPShape(
-            width=self.hidden_size, hidden=self.intermediate_size, activation=activation, use_bias=bias, fused=fused
+            width=self.hidden_size,
+            hidden=self.intermediate_size if hidden is None else hidden,
+            activation=activation,
+            use_bias=bias,
+            fused=fused,
+            gated=gated,
         )
 
     def uniform(
-        self, attention: AttentionShape, mlp: MLPShape | MoEShape, *, norms: NormPositions = "before"
+        self, attention: AttentionShape, mlp: MLPShape | MoEShape, *, norms: NormNames = BEFORE, **block: Any
     ) -> DecoderShape:
-        """The shape of a decoder whose layers are all equal."""
+        """The shape of a decoder whose layers are all equal. block: other fields of BlockShape."""
         norm = NormShape(eps=self.rms_norm_eps)
-        block = BlockShape(attention=attention, mlp=mlp, norm=norm, norms=norms)
-        return DecoderShape(layers=(block,) * self.num_hidden_layers, ropes=(self.rope,), norm=norm)
+        shape = BlockShape(mixer=attention, mlp=mlp, norm=norm, norms=norms, **block)
+        return DecoderShape(layers=(shape,) * self.num_hidden_layers, ropes=(self.rope,), norm=norm)
 
     def tensors(self) -> tuple[TensorMap, ...]:
-        """The table of this model's parameters, derived from the shape of its first layer.
-
-        All layers of a model have the same parameters; only their windows and ropes may differ.
-        """
-        block = self.shape().layers[0]
-        layer, path = "model.layers.{i}", "layers/*"
-        attention = block.attention
-        projections = ("qkv_proj",) if attention.fused else ("q_proj", "k_proj", "v_proj")
-        linears = {
-            **dict.fromkeys((f"self_attn.{name}" for name in projections), attention.use_bias),
-            "self_attn.o_proj": attention.use_output_bias,
-        }
-        norms = [name for name in NORMS[block.norms] if name is not None]
-        norms += ["self_attn.q_norm", "self_attn.k_norm"] if attention.qk_norm else []
+        """The table of this model's parameters, derived from the shapes of its layers."""
+        blocks = self.shape().layers
+        layers_of: dict[TensorMap, set[int]] = {}
+        for block in dict.fromkeys(blocks):
+            numbers = {number for number, other in enumerate(blocks) if other == block}
+            for line in self.block_tensors(block):
+                layers_of.setdefault(line, set()).update(numbers)
         return (
             TensorMap("model.embed_tokens.weight", "embed_tokens/embedding"),
             TensorMap("model.norm.weight", "norm/scale"),
             *self.head_tensors(),
-            *(TensorMap(f"{layer}.{name}.weight", f"{path}/{name.replace('.', '/')}/scale") for name in norms),
             *(
-                line
-                for name, bias in linears.items()
-                for line in linear(f"{layer}.{name}", f"{path}/{name.replace('.', '/')}", bias=bias)
+                dataclasses.replace(line, layers=None if len(numbers) == len(blocks) else frozenset(numbers))
+                for line, numbers in layers_of.items()
             ),
-            *((TensorMap(f"{layer}.self_attn.sinks", f"{path}/self_attn/sinks"),) if attention.sinks else ()),
-            *self.mlp_tensors(block),
         )
+
+    def block_tensors(self, block: BlockShape) -> Iterator[TensorMap]:
+        """The table's lines for the layers of one shape."""
+        for name in (*filter(None, block.norms), *(() if block.experts is None else EXPERT_NORMS)):
+            yield TensorMap(f"{LAYER}.{name}.weight", f"layers/*/{name}/scale")
+        if block.output_scale:
+            yield TensorMap(f"{LAYER}.layer_scalar", "layers/*/layer_scalar")
+        if block.mixer is not None:
+            yield from self.mixer_tensors(block)
+        if block.mlp is not None:
+            yield from self.mlp_tensors(block)
+
+    def mixer_tensors(self, block: BlockShape) -> Iterable[TensorMap]:
+        """The table's lines for the part of a layer that looks at other positions."""
+        return attention_tensors(block.attention) if block.attention is not None else ()
 
     def head_tensors(self) -> tuple[TensorMap, ...]:
         """The table's lines for the LM head or the score head; none for a head that is the embedding table."""
@@ -153,14 +179,9 @@ class FamilyConfig(ABC):
             return (TensorMap("score.weight", "value/weight", ONE_ROW),)
         return () if self.tie_word_embeddings else linear("lm_head", "lm_head")
 
-    def mlp_tensors(self, block: BlockShape) -> tuple[TensorMap, ...]:
+    def mlp_tensors(self, block: BlockShape) -> Iterable[TensorMap]:
         """The table's lines for the feed-forward part of a layer."""
-        inputs = ("gate_up_proj",) if block.mlp.fused else ("gate_proj", "up_proj")
-        return tuple(
-            line
-            for name in (*inputs, "down_proj")
-            for line in linear(f"model.layers.{{i}}.mlp.{name}", f"layers/*/mlp/{name}", bias=block.mlp.use_bias)
-        )
+        return dense_tensors(block.mlp) if isinstance(block.mlp, MLPShape) else ()
 
     def hf_fields(self) -> dict[str, Any]:
         """The fields of `config.json`, except those that name the family."""
@@ -170,6 +191,40 @@ class FamilyConfig(ABC):
             if field.name not in NOT_IN_FILES and not isinstance(value, Rope):
                 fields[field.name] = list(value) if isinstance(value, tuple) else value
         return fields | self.rope.to_hf()
+
+
+def attention_tensors(attention: AttentionShape) -> Iterator[TensorMap]:
+    """The table's lines for an attention layer, named as in most families."""
+    module, path = f"{LAYER}.self_attn", "layers/*/self_attn"
+    separate = ("q_proj", "k_proj") if attention.keys_as_values else ("q_proj", "k_proj", "v_proj")
+    for name in ("qkv_proj",) if attention.fused else separate:
+        yield from linear(f"{module}.{name}", f"{path}/{name}", bias=attention.use_bias)
+    yield from linear(f"{module}.o_proj", f"{path}/o_proj", bias=attention.use_output_bias)
+    for name in ("q_norm", "k_norm") if attention.qk_norm else ():
+        yield TensorMap(f"{module}.{name}.weight", f"{path}/{name}/scale")
+    if attention.sinks:
+        yield TensorMap(f"{module}.sinks", f"{path}/sinks")
+
+
+def dense_tensors(mlp: MLPShape, module: str = f"{LAYER}.mlp", path: str = "layers/*/mlp") -> Iterator[TensorMap]:
+    """The table's lines for a feed-forward layer that is no layer of experts."""
+    inputs = ("gate_up_proj",) if mlp.fused else ("gate_proj", "up_proj") if mlp.gated else ("up_proj",)
+    for name in (*inputs, "down_proj"):
+        yield from linear(f"{module}.{name}", f"{path}/{name}", bias=mlp.use_bias)
+
+
+def no_reward_model(model_type: str) -> ModelError:
+    """The error for a reward model of a family for which transformers has no class."""
+    return ModelError(
+        f"transformers has no class for reward models of model_type {model_type!r} (ForSequenceClassification), so "
+        "that nothing else could read one. Take a model of another family for the reward model."
+    )
+
+
+def layer_number(name: str) -> int | None:
+    """The number of the layer that a tensor of the files is in, None for one outside of all layers."""
+    layer = _NUMBER.match(name)
+    return None if layer is None else int(layer[1])
 
 
 def with_defaults(hf: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -207,23 +262,25 @@ def read_sizes(
     }
 
 
-def read_rope(hf: Mapping[str, Any], head_dim: int, *, partial: bool = False, scaled_queries: bool = False) -> Rope:
+def read_rope(
+    hf: Mapping[str, Any], head_dim: int, *, partial: bool = False, scaled_queries: bool = False, alpha: bool = False
+) -> Rope:
     """The rope of config.json.
 
     partial: whether the family implements partial_rotary_factor, which rotates only a part of each head.
-    scaled_queries: whether it implements llama_4_scaling_beta, which scales queries by their position. Raises
-    ModelError for settings that are not implemented or do not fit the heads.
+    scaled_queries: whether it implements llama_4_scaling_beta, which scales queries by their position. alpha: whether
+    it implements alpha in dynamic scaling. Raises ModelError for settings that are not implemented or do not fit the
+    heads.
     """
     rope = Rope.from_hf(hf)
-    if rope.partial_rotary_factor != 1.0 and not partial:
+    refused = {
+        "partial_rotary_factor": rope.partial_rotary_factor != 1.0 and not partial,
+        "llama_4_scaling_beta": rope.llama_4_scaling_beta is not None and not scaled_queries,
+        "alpha": rope.alpha is not None and not alpha,
+    }
+    for name in filter(refused.get, refused):
         raise ModelError(
-            f"rope partial_rotary_factor={rope.partial_rotary_factor} is not implemented for model_type "
-            f"{hf.get('model_type')!r}"
-        )
-    if rope.llama_4_scaling_beta is not None and not scaled_queries:
-        raise ModelError(
-            f"rope llama_4_scaling_beta={rope.llama_4_scaling_beta} is not implemented for model_type "
-            f"{hf.get('model_type')!r}"
+            f"rope {name}={getattr(rope, name)} is not implemented for model_type {hf.get('model_type')!r}"
         )
     rope.check(head_dim)
     return rope
@@ -251,16 +308,38 @@ def ropes_by_kind(hf: Mapping[str, Any], thetas: Mapping[str, float]) -> tuple[d
     )
 
 
-def read_layer_types(hf: Mapping[str, Any], default: Iterable[str]) -> tuple[str, ...]:
-    """`layer_types`, or the default if absent. Raises ModelError for a wrong length or an unknown type."""
+def read_layer_types(
+    hf: Mapping[str, Any], default: Iterable[str], known: tuple[str, ...] = (SLIDING, FULL)
+) -> tuple[str, ...]:
+    """`layer_types`, or the default if absent. Raises ModelError for a wrong length or a type that is not `known`."""
     types = tuple(hf.get("layer_types") or default)
-    unknown = sorted(set(types) - {SLIDING, FULL})
+    unknown = sorted(set(types) - set(known))
     if unknown or len(types) != hf["num_hidden_layers"]:
         raise ModelError(
-            f"layer_types must name {SLIDING} or {FULL} for each of num_hidden_layers={hf['num_hidden_layers']} "
+            f"layer_types must name {' or '.join(known)} for each of num_hidden_layers={hf['num_hidden_layers']} "
             f"layers, got {len(types)}" + (f" with {', '.join(unknown)}" if unknown else "")
         )
     return types
+
+
+def read_periodic_types(hf: Mapping[str, Any], period: int) -> tuple[str, ...]:
+    """`layer_types`; if absent, every period-th layer is FULL. period: unless `sliding_window_pattern` gives one.
+
+    Raises ModelError for a pattern that is no number if layer_types is absent.
+    """
+    if hf.get("layer_types"):
+        return read_layer_types(hf, ())
+    given = hf.get("sliding_window_pattern")
+    check_period(given)
+    return read_layer_types(
+        hf, [SLIDING if (i + 1) % (given or period) else FULL for i in range(hf["num_hidden_layers"])]
+    )
+
+
+def check_period(pattern: Any) -> None:
+    """Raises ModelError for a `sliding_window_pattern` that is neither a number from 1 on nor absent."""
+    if pattern is not None and (not isinstance(pattern, int) or pattern < 1):
+        raise ModelError(f"sliding_window_pattern={pattern!r} without layer_types: must be a whole number, 1 or more")
 
 
 def check_window(window: Any, where: str = "sliding_window") -> None:

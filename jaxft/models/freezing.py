@@ -17,7 +17,9 @@ from jaxft.errors import ModelError, did_you_mean
 from jaxft.models.family import FamilyConfig
 from jaxft.models.tensor_map import iter_params, unstacked_params
 from jaxft.nn.decoder import Decoder
+from jaxft.nn.param_kind import Constant
 from jaxft.nn.stack import group_layers
+from jaxft.trees import flatten
 
 RANGE = re.compile(r"(\d+)-(\d+)")
 
@@ -44,13 +46,18 @@ def mark_trainable(model: Decoder, config: FamilyConfig, trainable: str) -> None
     """
     trained = _trained_tensors(config, trainable)
     params = iter_params(config.tensors(), group_layers(model.segments))
-    paths = frozenset(param.path for param in params if param.pieces[0].hf in trained)
+    paths = frozenset(param.path for param in params if param.pieces[0].hf in trained) - _constants(model)
     if config.head == "score":
         paths |= {"value/weight"}  # a fresh head is always trained
     model.trainable_paths = paths
     state = nnx.state(model, lambda path, _: "/".join(map(str, path)) in paths)
     # bfloat16 would lose updates below its rounding.
     nnx.update(model, jax.tree.map(lambda x: x.astype(jnp.float32), state))
+
+
+def _constants(model: Decoder) -> frozenset[str]:
+    """The paths of what is never trained, whatever the patterns name."""
+    return frozenset(flatten(nnx.state(model, Constant))[0])
 
 
 def _trained_tensors(config: FamilyConfig, trainable: str) -> frozenset[str]:

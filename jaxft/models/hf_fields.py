@@ -12,10 +12,21 @@ log = logging.getLogger(__name__)
 # Not fields of files: `checkpoint.folders` adds them to a config.json that it opens. The tensors that a model which is
 # quantised in its files keeps dense; the unknown fields that the user allows to be ignored.
 DENSE_TENSORS, ALLOWED = "dense_tensors", "allow_unknown"
+_OF_EXPERTS = frozenset(
+    "n_group topk_group n_shared_experts first_k_dense_replace use_qk_norm routed_scaling_factor "
+    "moe_intermediate_size num_experts_per_tok num_local_experts moe_num_shared_experts moe_layer_start_index "
+    "moe_layer_end_index moe_layer_interval moe_norm_min".split()
+)
 # Fields in which null can only mean that they were left out. In others, such as sliding_window, it is a value.
-NULL_IS_ABSENT = frozenset(
+NULL_IS_ABSENT = _OF_EXPERTS | frozenset(
     "rope_theta rope_local_base_freq rms_norm_eps tie_word_embeddings initializer_range max_position_embeddings "
-    "attention_bias mlp_bias norm_topk_prob router_aux_loss_coef output_router_logits".split()
+    "attention_bias mlp_bias norm_topk_prob router_aux_loss_coef output_router_logits attention_out_bias qkv_bias bias "
+    "layer_norm_eps logit_scale use_bias partial_rotary_factor "
+    "embedding_multiplier residual_multiplier attention_multiplier logits_scaling full_attention_interval "
+    "decoder_sparse_step mlp_only_layers linear_num_key_heads linear_num_value_heads linear_key_head_dim "
+    "linear_value_head_dim linear_conv_kernel_dim kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim "
+    "rope_interleave topk_method mlp_layer_types mamba_n_heads mamba_n_groups mamba_d_state mamba_d_conv mamba_expand "
+    "mamba_proj_bias mamba_conv_bias shared_intermediate_size".split()
 )
 # Bookkeeping that does not change what the network computes. auto_map names code in the model's folder: families
 # implemented here do not need it, so it is never run, and exports leave it out.
@@ -126,6 +137,18 @@ def check_fields(hf: Mapping[str, Any], *, used: Iterable[str], must_equal: Mapp
 @functools.cache  # once in a process, however often the file is read
 def _tell(names: tuple[str, ...]) -> None:
     log.info("config.json: fields that change nothing for this model are passed over: %s", ", ".join(names))
+
+
+def tell_dropout(hf: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Says in the log that the dropout of these fields, which is for training, stays off here."""
+    given = tuple(f"{name}={hf[name]!r}" for name in names if hf.get(name))
+    if given:
+        _tell_dropout(given)
+
+
+@functools.cache
+def _tell_dropout(given: tuple[str, ...]) -> None:
+    log.info("config.json: dropout inside the model stays off in training: %s", ", ".join(given))
 
 
 def allowing(names: Iterable[str]) -> str:

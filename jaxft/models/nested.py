@@ -1,4 +1,4 @@
-"""Multimodal models (text and images): their language model's config.json and names of its tensors."""
+"""Multimodal models (text, images, audio): their language model's config.json and names of its tensors."""
 
 import re
 from collections.abc import Mapping
@@ -7,23 +7,39 @@ from typing import Any
 
 from jaxft.errors import ModelError
 from jaxft.models.hf_fields import ALLOWED, check_fields, require
+from jaxft.models.qwen_vl import as_plain
 
 
 @dataclass(frozen=True, kw_only=True)
 class Multimodal:
     """A model_type that contains a language model.
 
-    text_type: model_type of a text_config that does not give one. image_fields: fields of config.json about images.
+    text_type: model_type of a text_config that does not give one. image_fields: fields of config.json about images and
+    audio. parts: modules for images and audio. tied: whether the LM head is the embedding if config.json does not say
+    so. flat: whether older files have the fields and names of a text-only model, beside those about images.
     """
 
     text_type: str
     image_fields: tuple[str, ...]
+    parts: tuple[str, ...] = ("vision_tower", "multi_modal_projector", "visual")
+    tied: bool = True
+    flat: bool = False
 
 
+_QWEN_FIELDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+_GEMMA4_FIELDS = (
+    "audio_config", "boi_token_id", "eoi_token_id", "image_token_id", "video_token_id", "boa_token_id",
+    "eoa_token_index", "eoa_token_id", "audio_token_id", "vision_soft_tokens_per_image",
+)  # fmt: skip
+_GEMMA4_PARTS = ("vision_tower", "vision_embedder", "embed_vision", "audio_tower", "embed_audio")
 MULTIMODAL = {
     "gemma3": Multimodal(
         text_type="gemma3_text",
         image_fields=("image_token_index", "boi_token_index", "eoi_token_index", "mm_tokens_per_image"),
+    ),
+    "gemma4": Multimodal(text_type="gemma4_text", image_fields=_GEMMA4_FIELDS, parts=_GEMMA4_PARTS),
+    "gemma4_unified": Multimodal(
+        text_type="gemma4_unified_text", image_fields=_GEMMA4_FIELDS, parts=_GEMMA4_PARTS
     ),
     "mistral3": Multimodal(
         text_type="mistral",
@@ -32,14 +48,22 @@ MULTIMODAL = {
             "vision_feature_layer",
         ),
     ),
+    "qwen2_5_vl": Multimodal(
+        text_type="qwen2_5_vl_text", image_fields=(*_QWEN_FIELDS, "vision_token_id"), tied=False, flat=True
+    ),
+    "qwen3_vl": Multimodal(text_type="qwen3_vl_text", image_fields=_QWEN_FIELDS, tied=False),
+    "qwen3_vl_moe": Multimodal(text_type="qwen3_vl_moe_text", image_fields=_QWEN_FIELDS, tied=False),
+    "qwen3_5": Multimodal(text_type="qwen3_5_text", image_fields=_QWEN_FIELDS, tied=False),
+    "qwen3_5_moe": Multimodal(text_type="qwen3_5_moe_text", image_fields=_QWEN_FIELDS, tied=False),
 }  # fmt: skip
 # Fields of the whole model: in files they are outside text_config, inside it, or both.
 SHARED = ("bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "dtype")
 # The module's name in transformers, from which PEFT makes its keys; files have older names.
 LANGUAGE_MODEL = "model.language_model"
 _TEXT = re.compile(r"(?:model\.language_model|language_model\.model)\.(.+)")
+_FLAT_TEXT = re.compile(r"model\.(?:embed_tokens|layers|norm)\..+")
 _HEAD = re.compile(r"(?:language_model\.)?(lm_head\..+)")
-_IMAGES = re.compile(r"(?:model\.)?(vision_tower|multi_modal_projector)\..+")
+_PART = re.compile(r"(?:model\.)?(\w+)\..+")
 
 
 def text_config(hf: Mapping[str, Any], *, own_head: bool | None = None) -> dict[str, Any]:
@@ -51,29 +75,45 @@ def text_config(hf: Mapping[str, Any], *, own_head: bool | None = None) -> dict[
     if hf.get("model_type") not in MULTIMODAL:
         return dict(hf)
     outer = MULTIMODAL[hf["model_type"]]
+    hf = _with_text_config(hf, outer) if outer.flat and hf.get("text_config") is None else hf
     require(hf, ["text_config"])
     check_fields(hf, used=["text_config", "vision_config", "tie_word_embeddings", *outer.image_fields], must_equal={})
     if not isinstance(hf["text_config"], Mapping):
         raise ModelError(f"text_config of model_type {hf['model_type']!r} must be an object, not {hf['text_config']!r}")
     inner: dict[str, Any] = {"model_type": outer.text_type, **hf["text_config"]}
     shared = {name: hf[name] for name in (*SHARED, ALLOWED) if hf.get(name) is not None}
-    # The head belongs to the outer model, which ties it by default; transformers does not if the file has a head.
-    tied = hf.get("tie_word_embeddings", True) and not own_head
-    return inner | shared | {"tie_word_embeddings": bool(tied)}
+    # The head belongs to the outer model; transformers does not tie it if the file has a head.
+    tied = hf.get("tie_word_embeddings", outer.tied) and not own_head
+    if outer.flat:  # transformers 4 wrote it inside
+        tied = (tied or inner.get("tie_word_embeddings")) and not own_head
+    return as_plain(inner) | shared | {"tie_word_embeddings": bool(tied)}
 
 
-def text_name(name: str) -> str | None:
-    """The name of a tensor or module within the language model alone; None if it is not part of that."""
+def _with_text_config(hf: Mapping[str, Any], outer: Multimodal) -> dict[str, Any]:
+    """A flat config.json as one with a text_config."""
+    whole = {"model_type", "architectures", "vision_config", "tie_word_embeddings", *outer.image_fields, *SHARED}
+    kept = whole | {ALLOWED, "quantization_config", "transformers_version", "use_cache"}
+    inner = {name: value for name, value in hf.items() if name not in kept}
+    return {name: value for name, value in hf.items() if name in kept} | {"text_config": inner}
+
+
+def text_name(name: str, model_type: str | None = None) -> str | None:
+    """The name of a tensor or module within the language model alone; None if it is not part of that.
+
+    model_type: of the outer model, for tensors of its files.
+    """
+    if model_type is not None and MULTIMODAL[model_type].flat and _FLAT_TEXT.fullmatch(name):
+        return name
     if (match := _TEXT.fullmatch(name)) is not None:
         return f"model.{match[1]}"
     head = _HEAD.fullmatch(name)
     return None if head is None else head[1]
 
 
-def image_part(name: str) -> str | None:
-    """The part of the image encoder that a tensor belongs to (`vision_tower` or the projector); None for any other."""
-    match = _IMAGES.fullmatch(name)
-    return None if match is None else match[1]
+def image_part(name: str, model_type: str) -> str | None:
+    """The part for images or audio that a tensor belongs to, such as `vision_tower`; None for any other tensor."""
+    match = _PART.fullmatch(name)
+    return match[1] if match is not None and match[1] in MULTIMODAL[model_type].parts else None
 
 
 def nested_module(module: str) -> str:

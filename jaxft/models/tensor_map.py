@@ -56,6 +56,26 @@ class Transpose(Transform):
 
 
 @dataclass(frozen=True)
+class TransposeEach(Transform):
+    """Hugging Face stores the experts of a layer as [E, O, I]; ours are [E, I, O]."""
+
+    def hf_index(self, index: Index) -> Index:
+        return (index[0], *index[:0:-1])
+
+    def our_bounds(self, bounds: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+        return (bounds[0], *bounds[:0:-1])
+
+    def hf_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (shape[0], *shape[:0:-1])
+
+    def from_hf(self, array: np.ndarray) -> np.ndarray:
+        return array.swapaxes(-1, -2)
+
+    def to_hf(self, array: np.ndarray) -> np.ndarray:
+        return array.swapaxes(-1, -2)
+
+
+@dataclass(frozen=True)
 class OneRow(Transform):
     """Hugging Face stores a linear layer with one output as [1, I]; ours is the vector [I]."""
 
@@ -75,9 +95,31 @@ class OneRow(Transform):
         return array[None]
 
 
+@dataclass(frozen=True)
+class Depthwise(Transform):
+    """Hugging Face stores a depthwise convolution as [C, 1, W], C channels of W taps; ours is [W, C]."""
+
+    def hf_index(self, index: Index) -> Index:
+        return (index[1], slice(None), index[0])
+
+    def our_bounds(self, bounds: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+        return (bounds[2], bounds[0])
+
+    def hf_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (shape[1], 1, shape[0])
+
+    def from_hf(self, array: np.ndarray) -> np.ndarray:
+        return array[:, 0].T
+
+    def to_hf(self, array: np.ndarray) -> np.ndarray:
+        return array.T[:, None]
+
+
 SAME = Transform()
 TRANSPOSED = Transpose()
+EACH_TRANSPOSED = TransposeEach()
 ONE_ROW = OneRow()
+DEPTHWISE = Depthwise()
 
 
 @dataclass(frozen=True)
@@ -85,13 +127,15 @@ class TensorMap:
     """One line of a family's table.
 
     hf: for example `model.layers.{i}.mlp.up_proj.weight`. path: `layers/*/mlp/up_proj/kernel`, where `*` is the index
-    of the stack with layer i. experts: the number of tensors `{e}` of a layer, None without `{e}` in hf.
+    of the stack with layer i. experts: the number of tensors `{e}` of a layer, None without `{e}` in hf. layers: the
+    layers that have it, None for all.
     """
 
     hf: str
     path: str
     transform: Transform = SAME
     experts: int | None = None
+    layers: frozenset[int] | None = None
 
     @property
     def stacked(self) -> bool:
@@ -138,6 +182,8 @@ def iter_params(tensors: Sequence[TensorMap], groups: Sequence[Sequence[int]]) -
             yield ParamTensors(line.path, line.transform, (Piece(line.hf),))
             continue
         for g, layers in enumerate(groups):
+            if line.layers is not None and line.layers.isdisjoint(layers):  # layers of one stack are alike
+                continue
             pieces = tuple(piece for index, i in enumerate(layers) for piece in _pieces(line, index, i))
             yield ParamTensors(line.path.replace("*", str(g)), line.transform, pieces)
 

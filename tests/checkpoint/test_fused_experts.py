@@ -58,6 +58,19 @@ def test_the_model_is_the_same_and_is_exported_with_one_tensor_for_each(folders,
         np.testing.assert_array_equal(written[name], expected[name], err_msg=name)
 
 
+def test_transposed_matrices_are_the_same_model(folders, tmp_path):
+    shutil.copytree(folders[1], tmp_path / "transposed")
+    file = tmp_path / "transposed" / "model.safetensors"
+    experts = {n: np.ascontiguousarray(x.swapaxes(1, 2)) for n, x in load_file(file).items() if ".mlp.experts." in n}
+    assert len(experts) == 4
+    save_file(load_file(file) | experts, file)
+    single, transposed = (open_weights(str(folder))[1] for folder in (folders[0], tmp_path / "transposed"))
+    assert single.specs() == transposed.specs()
+    for name, spec in single.specs().items():
+        cut = (slice(3, 9), slice(5, 7))[: len(spec.shape)]
+        np.testing.assert_array_equal(single.read(name, cut), transposed.read(name, cut), err_msg=name)
+
+
 GATE_UP = "model.layers.0.mlp.experts.gate_up_proj"
 
 

@@ -63,6 +63,8 @@ CONFIGS = {
         "model_type": "gemma3_text", "sliding_window": 16, "query_pre_attn_scalar": 32,
         "rope_scaling": {"rope_type": "linear", "factor": 8.0},
     },
+    "smollm3": {"model_type": "smollm3", "num_hidden_layers": 5},
+    "gemma": {"model_type": "gemma", "tie_word_embeddings": True},
     "phi3": {"model_type": "phi3", "head_dim": 16, "sliding_window": None},
     "phi3_long": {
         "model_type": "phi3", "num_attention_heads": 2, "sliding_window": 512, "rope_scaling": LONGROPE,
@@ -144,7 +146,7 @@ def test_what_is_written_reads_back_as_the_library_quantises_it(tmp_path, name, 
     np.testing.assert_allclose(back.rope.frequencies(ours.head_dim), ours.rope.frequencies(ours.head_dim), rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "phi3", "olmo2", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["llama", "gemma", "gemma2", "gemma3", "phi3", "olmo2", "mixtral", "qwen3_moe"])
 def test_the_library_knows_the_names_and_finds_the_rows(tmp_path, name):
     config, tensors = made(name)
     path = str(tmp_path / "model.gguf")
@@ -236,6 +238,7 @@ def test_a_damaged_value_is_noticed(tmp_path):
         (CONFIGS["qwen3_moe"] | {"norm_topk_prob": False}, r"norm_topk_prob=False"),
         (CONFIGS["mixtral"] | {"sliding_window": 9}, r"sliding_window=9 is below max_position_embeddings=512"),
         (CONFIGS["phi3_long"] | {"sliding_window": 9}, r"sliding_window=9 is below max_position_embeddings=512"),
+        (CONFIGS["smollm3"] | {"no_rope_layer_interval": 2}, r"no_rope_layers=.*every fourth layer is 0"),
         (CONFIGS["gemma2"] | {"tie_word_embeddings": False}, r"gemma2 has no output matrix"),
         (
             CONFIGS["gemma2"] | {"query_pre_attn_scalar": 64},

@@ -47,6 +47,8 @@ CONFIGS = {
     "mistral": {"model_type": "mistral", "head_dim": 32, "sliding_window": None},
     "qwen2": {"model_type": "qwen2"},
     "qwen3": {"model_type": "qwen3", "head_dim": 32},
+    "smollm3": {"model_type": "smollm3", "head_dim": 32, "num_hidden_layers": 5},
+    "gemma": {"model_type": "gemma", "head_dim": 32, "tie_word_embeddings": True},
     # llama.cpp has a scale of its own for the number of layers that Gemma 2 27B has.
     "gemma2": {"model_type": "gemma2", **GEMMA, "head_dim": 32, "query_pre_attn_scalar": 32},
     "gemma2_27b": {"model_type": "gemma2", **GEMMA, "head_dim": 32, "num_hidden_layers": 46},

@@ -143,10 +143,12 @@ def peft_of(kind, folder, targets):
 
 
 BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+OF_GRANITE = [name.replace("mlp", "block_sparse_moe") for name in BOTH]
 
 
 @pytest.mark.parametrize(
-    ("kind", "targets"), [("Mixtral", BOTH), ("Mixtral", BOTH[1:]), ("GptOss", BOTH), ("GptOss", BOTH[:1])]
+    ("kind", "targets"),
+    [("Mixtral", BOTH), ("Mixtral", BOTH[1:]), ("GptOss", BOTH), ("GptOss", BOTH[:1]), ("GraniteMoe", OF_GRANITE)],
 )
 def test_folders_of_pefts_with_experts_in_one_parameter(tmp_path, kind, targets):
     peft, transformers, expected = peft_of(kind, tmp_path, targets)

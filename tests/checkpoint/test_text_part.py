@@ -35,7 +35,23 @@ VISION = {
     "patch_size": 14,
 }  # fmt: skip
 PIXTRAL = VISION | {"model_type": "pixtral", "head_dim": 8}
+QWEN_VISION = {
+    "depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "patch_size": 4, "out_hidden_size": 32,
+    "num_position_embeddings": 16,
+}  # fmt: skip
+GEMMA4 = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"], "global_head_dim": 24}
 TINY = {
+    "gemma4": {
+        "text_config": TEXT | GEMMA4 | {"hidden_size_per_layer_input": 0, "attention_k_eq_v": True},
+        "vision_config": {
+            "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "num_key_value_heads": 2, "head_dim": 8, "position_embedding_size": 20,
+        },
+    },
+    "gemma4_unified": {
+        "text_config": TEXT | GEMMA4,
+        "vision_config": {"mm_embed_dim": 16, "mm_posemb_size": 20, "output_proj_dims": 32},
+    },
     "gemma3": {"text_config": TEXT | {"sliding_window": 7, "sliding_window_pattern": 2}, "vision_config": VISION},
     "mistral3": {
         "text_config": TEXT | {"model_type": "mistral", "sliding_window": None},
@@ -43,8 +59,23 @@ TINY = {
         "tie_word_embeddings": False,
     },
     "mistral3-tied": {"text_config": TEXT | {"model_type": "ministral3"}, "vision_config": PIXTRAL},
-}
-TEXT_CLASS = {"gemma3": "Gemma3ForCausalLM", "mistral3": "MistralForCausalLM", "mistral3-tied": "Ministral3ForCausalLM"}
+    "qwen3_5": {
+        "text_config": TEXT
+        | {
+            "num_hidden_layers": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1],
+                "mrope_interleaved": True,
+            },
+        },
+        "vision_config": QWEN_VISION,
+    },
+}  # fmt: skip
+TEXT_CLASS = {
+    "gemma3": "Gemma3ForCausalLM", "mistral3": "MistralForCausalLM", "mistral3-tied": "Ministral3ForCausalLM",
+    "qwen3_5": "Qwen3_5ForCausalLM", "gemma4": "Gemma4ForCausalLM", "gemma4_unified": "Gemma4UnifiedForCausalLM",
+}  # fmt: skip
 TOKENS = np.random.default_rng(0).integers(1, 500, (2, 20))
 QUIET = Console(quiet=True)
 
@@ -62,7 +93,9 @@ def folder_of(tmp_path_factory):
             generator = torch.Generator().manual_seed(0)
             with torch.no_grad():
                 for parameter in model.parameters():
-                    parameter.normal_(0.5 if parameter.ndim == 1 else 0.0, 0.2, generator=generator)
+                    # Narrower where float32 would differ by more than the tolerance.
+                    stddev = 0.06 if kind == "qwen3_5" else 0.2
+                    parameter.normal_(0.5 if parameter.ndim == 1 else 0.0, stddev, generator=generator)
             folder = tmp_path_factory.mktemp(name)
             model.save_pretrained(folder)
             load_tokenizer(ASSETS / "smoke").save(folder)
@@ -98,13 +131,13 @@ def changed(folder, to, *, config=None, tensors=None):
     return to
 
 
-def trained(folder):
+def trained(folder, size=0.1):
     loaded = load_model(str(folder))
     settings = LoRASettings(r=2, alpha=4.0)
     targets = ["all-linear"] if loaded.module.config.tie_word_embeddings else ["all-linear", "lm_head"]
     attach(loaded.module, targets, lora_factory(settings), jax.random.key(0))
     for i, adapter in enumerate(adapters(loaded.module).values()):
-        adapter.lora_b.set_value(0.1 * jax.random.normal(jax.random.key(i), adapter.lora_b.get_value().shape))
+        adapter.lora_b.set_value(size * jax.random.normal(jax.random.key(i), adapter.lora_b.get_value().shape))
     return loaded
 
 
@@ -118,6 +151,9 @@ def test_text_logits_are_those_of_the_whole_model(nested):
 def new_names(tensors):
     out = {}
     for name, array in tensors.items():
+        if name.startswith(("model.", "lm_head.")):  # new already
+            out[name] = array
+            continue
         inner = name.replace("language_model.model.", "language_model.", 1)
         head = name.startswith("language_model.lm_head")
         out[name.removeprefix("language_model.") if head else f"model.{inner}"] = array
@@ -144,7 +180,13 @@ def test_what_is_left_out_is_said(folder_of):
     assert "multi_modal_projector (4), vision_tower (" in said
 
 
-@pytest.mark.parametrize(("name", "how"), [("gemma3", "convert"), ("mistral3", "export"), ("mistral3-tied", "convert")])
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("gemma3", "convert"), ("mistral3", "export"), ("mistral3-tied", "convert"), ("qwen3_5", "export"),
+        ("gemma4", "convert"), ("gemma4_unified", "export"),
+    ],
+)  # fmt: skip
 def test_what_is_written_is_of_text_only_and_says_so(folder_of, tmp_path, capsys, name, how):
     folder, out = str(folder_of(name)), tmp_path / "out"
     done = convert(folder, str(out), console=Console()) if how == "convert" else export(folder, str(out))
@@ -162,6 +204,15 @@ def test_what_is_written_is_of_text_only_and_says_so(folder_of, tmp_path, capsys
     assert load_model(str(out)).left_out is None
 
 
+def test_layers_that_predict_several_tokens_are_left_out_and_counted(folder_of, tmp_path):
+    extra = {"mtp.fc.weight": np.ones((4, 8), np.float32), "mtp.norm.weight": np.ones(8, np.float32)}
+    folder = changed(folder_of("qwen3_5"), tmp_path / "with", tensors=lambda tensors: tensors | extra)
+    loaded, plain = load_model(str(folder)), load_model(str(folder_of("qwen3_5")))
+    assert any("2 tensors of 40 numbers predict several tokens at once (MTP)" in note for note in loaded.notes)
+    assert loaded.left_out == plain.left_out and "visual (" in loaded.left_out
+    np.testing.assert_array_equal(loaded.logits(TOKENS), plain.logits(TOKENS))
+
+
 def test_orbax_holds_the_text_part(folder_of, tmp_path):
     folder = str(folder_of("mistral3"))
     convert(folder, str(tmp_path / "orbax"), form="orbax", console=QUIET)
@@ -173,8 +224,8 @@ def test_orbax_holds_the_text_part(folder_of, tmp_path):
 
 def test_an_adapter_means_the_same_to_peft_on_the_whole_model(nested, tmp_path):
     peft = pytest.importorskip("peft")
-    _, folder = nested
-    live = trained(folder)
+    name, folder = nested
+    live = trained(folder, size=0.03 if name == "qwen3_5" else 0.1)
     peft_format.write_adapter(live.module, str(tmp_path), base=str(folder), nested=True)
     base = theirs(folder)
     before = logits(base)

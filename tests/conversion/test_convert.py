@@ -377,7 +377,7 @@ def test_targets_in_the_way_are_refused(model, tmp_path):
     shutil.copytree(tmp_path / "full", tmp_path / "out.jaxft.partial")
     with pytest.raises(ExportError, match=r"in the way and is not an unfinished conversion"):
         convert(str(model), str(tmp_path / "out"), console=QUIET)
-    with pytest.raises(ConfigError, match=r"local or mounted folder"):
+    with pytest.raises(ExportError, match=r"local or mounted folder.*gcloud storage cp --recursive"):
         convert(str(model), "gs://bucket/out", console=QUIET)
 
 

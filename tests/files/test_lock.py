@@ -201,7 +201,9 @@ def test_a_file_of_another_program_is_not_overwritten(tmp_path):
 
 def test_nothing_is_written_to_an_address():
     with (
-        pytest.raises(ExportError, match=r"gs://bucket/out is an address.*gcloud storage cp --recursive OUTPUT gs://bucket/out"),
+        pytest.raises(
+            ExportError, match=r"gs://bucket/out is an address.*gcloud storage cp --recursive OUTPUT gs://bucket/out"
+        ),
         locked_output("gs://bucket/out", "jaxft export"),
     ):
         pass

@@ -1,5 +1,6 @@
 """What the families with experts refuse, what they take, and where their parts lie in files and on devices."""
 
+import dataclasses
 import json
 
 import jax
@@ -19,6 +20,8 @@ from jaxft.checkpoint.load import shardings_by_path
 from jaxft.checkpoint.tensors import TensorSpec
 from jaxft.config import MeshConfig
 from jaxft.errors import ConfigError, ModelError
+from jaxft.hardware.sizes import sizes_of
+from jaxft.models.tensor_map import tensor_names
 from jaxft.nn.storage import storage_dims_of
 from jaxft.sharding.mesh import make_mesh_plan
 from jaxft.trees import flatten
@@ -41,8 +44,8 @@ SMALL = MIXTRAL | {
         (MIXTRAL, {"num_experts_per_tok": 0}, r"num_experts_per_tok=0 of 8 experts"),
         (MIXTRAL, {"sliding_window": 0}, r"sliding_window=0"),
         (QWEN, {"router_jitter_noise": 0.1}, r"router_jitter_noise=0\.1"),
-        (QWEN, {"decoder_sparse_step": 2}, r"decoder_sparse_step=2 \(only 1 is implemented\)"),
-        (QWEN, {"mlp_only_layers": [0, 3]}, r"mlp_only_layers=\[0, 3\] \(only \[\] is implemented\)"),
+        (QWEN, {"decoder_sparse_step": 0}, r"decoder_sparse_step=0"),
+        (QWEN, {"mlp_only_layers": [-1]}, r"mlp_only_layers=\[-1\]"),
         (
             QWEN,
             {"num_local_experts": 64},
@@ -54,6 +57,28 @@ SMALL = MIXTRAL | {
 def test_what_would_be_computed_otherwise_is_refused_by_name(hf, change, message):
     with pytest.raises(ModelError, match=message):
         models.config_from_hf(hf | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "dense"),
+    [
+        ({"decoder_sparse_step": 2}, [0, 2, 4, 6]),
+        ({"mlp_only_layers": [0, 3]}, [0, 3]),
+        ({"decoder_sparse_step": 3, "mlp_only_layers": [2, 99]}, [0, 1, 2, 3, 4, 6, 7]),
+    ],
+)
+def test_layers_without_experts(change, dense):
+    config = models.config_from_hf(QWEN | {"num_hidden_layers": 8} | change)
+    names = tensor_names(config.tensors(), 8)
+    for i in range(8):
+        assert (f"model.layers.{i}.mlp.up_proj.weight" in names) == (i in dense)
+        assert (f"model.layers.{i}.mlp.gate.weight" in names) == (i not in dense)
+    sizes = sizes_of(models.abstract_model(config))
+    whole = sizes_of(models.abstract_model(dataclasses.replace(config, decoder_sparse_step=1, mlp_only_layers=())))
+    assert sizes.experts.layers == 8 - len(dense)
+    assert sizes.experts.parameters == whole.experts.parameters // 8 * (8 - len(dense))
+    # A token passes 8 of 128 experts of 768 units, or one feed-forward of 6144: the same, but for the router.
+    assert whole.active - sizes.active == len(dense) * 128 * config.hidden_size
 
 
 def test_both_names_of_the_number_of_experts_are_read():

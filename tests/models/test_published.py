@@ -29,6 +29,8 @@ TOTALS = {
     "mistral-small-24b": 23_572_403_200,
     "qwen2.5-7b": 7_615_616_512, "qwen2.5-32b": 32_763_876_352, "qwen2.5-72b": 72_706_203_648,
     "qwen3-8b": 8_190_735_360, "qwen3-32b": 32_762_123_264,
+    "gemma-2b": 2_506_172_416, "gemma-7b": 8_537_680_896, "smollm3-3b": 3_075_098_624,
+    "seed-oss-36b": 36_151_104_512, "glm-4-9b": 9_399_951_360,
     "gemma-2-2b": 2_614_341_888, "gemma-2-9b": 9_241_705_984, "gemma-2-27b": 27_227_128_320,
     "gemma-3-270m": 268_098_176, "gemma-3-1b": 999_885_952,
     # Without the image tower and its projection, which the cards count too.
@@ -66,7 +68,11 @@ def test_every_tensor_has_transformers_name_and_shape(name):
             transformers.AutoConfig.for_model(hf["model_type"], **fields)
         )
         # As files have them: transformers 5 keeps the experts of a layer in one tensor, its files do not.
-        saved = revert_weight_conversion(theirs, dict(theirs.named_parameters()))
+        # Buffers too, but a tied head only once.
+        tensors = dict(theirs.named_parameters()) | {
+            n: x for n, x in theirs.named_buffers() if n in theirs.state_dict()
+        }
+        saved = revert_weight_conversion(theirs, tensors)
     assert ours == {key: tuple(parameter.shape) for key, parameter in saved.items()}
     total = models.parameter_count(model)
     assert total == sum(map(math.prod, ours.values())) == TOTALS.get(name, total)

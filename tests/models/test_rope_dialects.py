@@ -18,7 +18,8 @@ SIZES = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256,
 }  # fmt: skip
-OF_5_ONLY = ("ministral3", "olmo3")  # transformers 4 does not have the first, nor fields for both ropes of the second
+# transformers 4 does not have these, or has no fields for both of their ropes.
+OF_5_ONLY = ("ministral3", "olmo3", "gemma4_text", "gemma4_unified_text")
 
 
 def written(config, tmp_path):
@@ -34,8 +35,14 @@ def ropes(config):
     by_kind = rope if any(isinstance(value, dict) for value in rope.values()) else {"": rope}
     # Both say the same by its absence, or nothing that is read.
     silent = {"type": None, "truncate": True, "max_position_embeddings": config["max_position_embeddings"]}
+    # Hunyuan's files name fields of yarn, which a dynamic rope does not read.
+    unread = {"beta_fast", "beta_slow", "mscale", "mscale_all_dim"} if rope.get("rope_type") == "dynamic" else set()
     return {
-        kind: {k: v for k, v in part.items() if v is not None and (k not in silent or silent[k] not in (None, v))}
+        kind: {
+            k: v
+            for k, v in part.items()
+            if v is not None and k not in unread and (k not in silent or silent[k] not in (None, v))
+        }
         for kind, part in by_kind.items()
         if isinstance(part, dict)
     }

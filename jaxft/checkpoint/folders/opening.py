@@ -11,6 +11,7 @@ from jaxft.checkpoint import fused_experts, orbax_folder
 from jaxft.checkpoint.folders.names import with_own_head, with_usual_names, without_value_head
 from jaxft.checkpoint.folders.weights import Weights
 from jaxft.checkpoint.gguf import GGUFFile
+from jaxft.checkpoint.prediction import without_prediction
 from jaxft.checkpoint.quantized import bitsandbytes, dialects
 from jaxft.checkpoint.quantized.mxfp4 import MXFP4Source, is_packed
 from jaxft.checkpoint.score_head import FreshScoreHead
@@ -94,8 +95,9 @@ def _open_folder(path: str, allow_unknown: Sequence[str], head: Head | None = No
     left_out = None
     if hf_config.get("model_type") in MULTIMODAL:
         # Refuses an unknown family before any file of weights is opened.
-        models.config_from_hf(hf_config)
-        part = TextPart(with_usual_names(SafetensorsFolder(path)), hf_config["model_type"])
+        config = models.config_from_hf(hf_config)
+        named = with_usual_names(SafetensorsFolder(path))
+        part = TextPart(named, hf_config["model_type"], config.is_for_prediction)
         hf_config, left_out = models.text_config(hf_config, own_head=part.own_head()), part.left_out
         source = part
     elif orbax_folder.is_orbax_folder(path):
@@ -105,6 +107,8 @@ def _open_folder(path: str, allow_unknown: Sequence[str], head: Head | None = No
     _check_layers(hf_config, source, path)
     source, note = without_value_head(source)
     notes = [note] if note else []
+    source, note = without_prediction(source, models.config_from_hf(hf_config))
+    notes += [note] if note else []
     source, dense = dialects.dequantized(settings, source)
     source = MXFP4Source(source) if is_packed(hf_config) else source
     nf4 = bitsandbytes.NF4Source(source) if bitsandbytes.is_packed(source) else None

@@ -97,6 +97,7 @@ FAMILIES = {
             settings=_EXPERT_SETTINGS,
             mark="expert_count",
         ),
+        Family(arch="smollm3", model_type="smollm3", architecture="SmolLM3ForCausalLM", layer=_DENSE, interleaved=True),
         # Mistral Small 3.1 and its like, which llama.cpp's converter does not write as `llama`.
         Family(
             arch="mistral3", model_type="mistral", architecture="MistralForCausalLM", layer=_DENSE, interleaved=True
@@ -125,6 +126,14 @@ FAMILIES = {
             layer=_NORMS_BEFORE | _ATTENTION | _QK_NORM | _QWEN_EXPERTS,
             experts="num_experts",
             settings=_EXPERT_SETTINGS | {"expert_feed_forward_length"},
+        ),
+        Family(
+            arch="gemma",
+            model_type="gemma",
+            architecture="GemmaForCausalLM",
+            layer=_DENSE,
+            activation={"hidden_act": "gelu_pytorch_tanh"},
+            norm_plus_one=True,
         ),
         Family(
             arch="gemma2",
@@ -220,7 +229,7 @@ def gguf_modules(family: Family, layers: int, experts: int = 0) -> dict[str, GGU
 def shapes(family: Family, config: FamilyConfig) -> dict[str, tuple[int, ...]]:
     """Shape of each weight by its part. config: the family's Config."""
     width, vocab = config.hidden_size, config.vocab_size
-    attention = config.shape().layers[0].attention
+    attention = next(block.attention for block in config.shape().layers if block.attention is not None)
     q, kv = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
     inner = getattr(config, "moe_intermediate_size", config.intermediate_size)
     experts = expert_count(family, config)

@@ -23,17 +23,19 @@ from jaxft.checkpoint.gguf.names import (
 )
 from jaxft.checkpoint.gguf.ropes import ATTENTION_FACTOR, YARN_FAST, YARN_SLOW, yarn_magnitude
 from jaxft.errors import ExportError
-from jaxft.models.families.gemma2 import GemmaConfig
+from jaxft.models.families.gemma.gemma2 import GemmaConfig
 from jaxft.models.families.gpt_oss import Config as GptOssConfig
-from jaxft.models.families.olmo3 import Config as Olmo3Config
-from jaxft.models.families.qwen3_moe import Config as Qwen3MoEConfig
+from jaxft.models.families.olmo.olmo3 import Config as Olmo3Config
+from jaxft.models.families.qwen.qwen3_moe import Config as Qwen3MoEConfig
+from jaxft.models.families.smollm3 import Config as SmolLM3Config
+from jaxft.models.families.smollm3 import default_ropes
 from jaxft.models.family import FULL, SLIDING, FamilyConfig
-from jaxft.models.moe import MoEConfig
+from jaxft.models.moe import RoutedConfig
 from jaxft.nn.attention.rope import Rope
 
 OSS_ACTIVATION = (1.702, 7.0)
 # Scalings of rope that are written beyond none and linear; in other architectures yarn.
-MORE_ROPES = {"phi3": ("longrope",), "llama": ("llama3", "yarn"), "gemma2": (), "gemma3": ()}
+MORE_ROPES = {"phi3": ("longrope",), "llama": ("llama3", "yarn"), "gemma": (), "gemma2": (), "gemma3": ()}
 
 
 def family_of(hf_config: Mapping[str, Any]) -> Family:
@@ -77,7 +79,7 @@ def model_metadata(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     if family.experts:
         settings |= {
             "expert_count": expert_count(family, config),
-            "expert_used_count": cast(MoEConfig, config).num_experts_per_tok,
+            "expert_used_count": cast(RoutedConfig, config).num_experts_per_tok,
         }
     if isinstance(config, Olmo3Config | GptOssConfig) and SLIDING in config.layer_types:
         pattern = [kind == SLIDING for kind in config.layer_types]
@@ -171,17 +173,34 @@ def _differences(family: Family, config: FamilyConfig) -> list[tuple[bool, str]]
             f"runs from {YARN_FAST:g} to {YARN_SLOW:g} turns there, rounded to whole dimensions",
         ),
         (arch == "olmo2" and config.tie_word_embeddings, "tie_word_embeddings=True: olmo2 has an output matrix"),
-        (arch == "gemma2" and not config.tie_word_embeddings, "tie_word_embeddings=False: gemma2 has no output matrix"),
+        (
+            arch in ("gemma", "gemma2") and not config.tie_word_embeddings,
+            f"tie_word_embeddings=False: {arch} has no output matrix",
+        ),
         (
             not getattr(config, "norm_topk_prob", True),
             "norm_topk_prob=False: the weights of a token's experts are normalised to sum to 1",
         ),
+        (
+            isinstance(config, Qwen3MoEConfig) and bool(config.dense_layers()),
+            "mlp_only_layers or decoder_sparse_step: all layers have experts there",
+        ),
     ]
     if isinstance(config, Olmo3Config):
         return differences + _olmo3(config)
+    if isinstance(config, SmolLM3Config):
+        return differences + _smollm3(config) + _window(config)
     if isinstance(config, GptOssConfig):
         return differences + _gpt_oss(config)
     return differences + (_gemma(family, config) if isinstance(config, GemmaConfig) else _window(config))
+
+
+def _smollm3(config: SmolLM3Config) -> list[tuple[bool, str]]:
+    default = default_ropes(config.num_hidden_layers)
+    return [
+        (config.no_rope_layers != default, f"no_rope_layers={list(config.no_rope_layers)}: every fourth layer is 0"),
+        (config.mlp_bias, "mlp_bias=True: there are no such biases"),
+    ]
 
 
 def _olmo3(config: Olmo3Config) -> list[tuple[bool, str]]:
@@ -207,7 +226,8 @@ def _gpt_oss(config: GptOssConfig) -> list[tuple[bool, str]]:
 
 def _window(config: FamilyConfig) -> list[tuple[bool, str]]:
     context = config.max_position_embeddings
-    window = min((w for layer in config.shape().layers if (w := layer.attention.form.window)), default=context)
+    forms = [layer.attention.form for layer in config.shape().layers if layer.attention is not None]
+    window = min((form.window for form in forms if form.window), default=context)
     return [
         (
             window < context,

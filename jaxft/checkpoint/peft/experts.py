@@ -22,7 +22,20 @@ from jaxft.errors import CheckpointError, ModelError
 from jaxft.models.tensor_map import Transform
 
 INNER, OUTER = "gate_up_proj", "down_proj"
-_KEY = re.compile(re.escape(PREFIX) + r"(model\.layers\.\d+)\.mlp\.experts(\.base_layer)?\.(lora_[AB])\.weight")
+# Model types in which PEFT takes modules of these names for the experts, even if they are named in full: a shared
+# expert or a layer without experts gets its adapter as a parameter, by the name of its weight.
+TAKEN_FOR_EXPERTS = frozenset(
+    (
+        "qwen3_moe", "qwen3_next", "glm4_moe", "glm4_moe_lite", "ernie4_5_moe", "hunyuan_v1_moe", "deepseek_v2",
+        "deepseek_v3",
+    )
+)  # fmt: skip
+_TAKEN = ("gate_proj", "up_proj", "down_proj")
+WEIGHT = ".weight"
+_KEY = re.compile(
+    re.escape(PREFIX)
+    + r"(model\.layers\.\d+)(?:\.(?:mlp|block_sparse_moe))?\.experts(\.base_layer)?\.(lora_[AB])\.weight"
+)
 
 
 @dataclass(frozen=True)
@@ -63,9 +76,27 @@ def wrapper_module(module: str, adapted: Collection[str]) -> str:
     return f"{experts}.base_layer" if name == INNER and OUTER in adapted else experts
 
 
+def is_taken_for_experts(model_type: str, module: str) -> bool:
+    """Whether PEFT takes a dense feed-forward's module for the experts. module: its name in transformers."""
+    return model_type in TAKEN_FOR_EXPERTS and module.rsplit(".", 1)[-1] in _TAKEN and ".experts." not in module
+
+
+def dense_targets(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The modules whose weights an adapter_config.json targets as parameters."""
+    targets = map(str, config.get("target_parameters") or ())
+    return tuple(target.removesuffix(WEIGHT) for target in targets if _is_dense_target(target))
+
+
+def _is_dense_target(target: str) -> bool:
+    return target.endswith(tuple(f".{name}{WEIGHT}" for name in _TAKEN))
+
+
 def targets_of(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Last names of the parameters that an adapter_config.json targets. Raises ModelError unless they are experts."""
-    names = {str(target).rsplit(".", 1)[-1] for target in config.get("target_parameters") or ()}
+    """Last names of experts' parameters that an adapter_config.json targets. Raises ModelError for others, but for
+    `dense_targets`.
+    """
+    targets = [str(target) for target in config.get("target_parameters") or ()]
+    names = {target.rsplit(".", 1)[-1] for target in targets if not _is_dense_target(target)}
     if names - {INNER, OUTER}:
         raise ModelError(
             f"adapter_config.json has target_parameters={sorted(config['target_parameters'])}: only experts' {INNER} "
@@ -99,6 +130,7 @@ def split_stacked(
     _, gate, up, down = kinds
     names = [name for target in targets for name in ((gate, up) if target == INNER else (down,))]
     plain = {name: value for name, value in config.items() if name != "target_parameters"}
+    plain |= {"target_parameters": [f"{module}{WEIGHT}" for module in dense_targets(config)]}
     return plain | {"target_modules": [*target_modules, *names]}, _SplitExperts(source, targets, kinds, config["r"])
 
 

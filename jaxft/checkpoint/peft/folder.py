@@ -146,6 +146,13 @@ def named(listed: Any, names: tuple[str, ...]) -> bool:
     return any(name == end or name.endswith(f".{end}") for name in names for end in listed)
 
 
+# Modules whose names in files transformers changes when it reads them.
+RENAMED = {
+    ".block_sparse_moe.input_linear": ".block_sparse_moe.experts.gate_up_proj",
+    ".block_sparse_moe.output_linear": ".block_sparse_moe.experts.down_proj",
+}
+
+
 def modules(model: Decoder) -> Iterator[tuple[str, str, Piece]]:
     """(PEFT's module, path of our layer, position in that layer) of every matrix that may have an adapter."""
     layers = dict(slots(model))
@@ -153,7 +160,15 @@ def modules(model: Decoder) -> Iterator[tuple[str, str, Piece]]:
         layer, _, name = path.rpartition("/")
         if layer in layers and name in ("kernel", "embedding"):
             for piece in param.pieces:
-                yield PREFIX + piece.hf.removesuffix(".weight"), layer, piece
+                yield PREFIX + _in_memory(piece.hf.removesuffix(".weight")), layer, piece
+
+
+def _in_memory(module: str) -> str:
+    """transformers' name of a module that has another one in files."""
+    for in_files, name in RENAMED.items():
+        if module.endswith(in_files):
+            return module.removesuffix(in_files) + name
+    return module
 
 
 def misfit_error(problems: Sequence[str]) -> CheckpointError:

@@ -20,7 +20,15 @@ from jaxft.adapters.attach import adapters, key_of, set_adapter, slots
 from jaxft.adapters.lora import make_lora
 from jaxft.adapters.lora.experts import ExpertLoRA
 from jaxft.adapters.lora.low_rank import LoRASettings
-from jaxft.checkpoint.peft.experts import StackedA, StackedB, is_stacked, split_stacked, wrapper_module
+from jaxft.checkpoint.peft.experts import (
+    WEIGHT,
+    StackedA,
+    StackedB,
+    is_stacked,
+    is_taken_for_experts,
+    split_stacked,
+    wrapper_module,
+)
 from jaxft.checkpoint.peft.folder import (
     PREFIX,
     MergeBlock,
@@ -173,18 +181,27 @@ def adapter_config_fields(model: Decoder) -> dict[str, Any]:
         raise ModelError(
             "PEFT's form of experts in one parameter has one rank for all layers: drop adapter.rank_pattern"
         )
-    parameters = {"target_parameters": sorted(stacked)} if stacked else {}
+    model_type = str(model.config.to_hf()["model_type"])
+    dense = {module for module in set(by_module) - stacked if is_taken_for_experts(model_type, module)}
+    if dense and settings.use_dora:
+        raise ModelError(
+            f"PEFT has no DoRA for {sorted(dense)[0]}, since it takes the name of a dense feed-forward of model_type "
+            f"{model_type!r} for the experts': set adapter.use_dora=False, or leave the feed-forward out of "
+            "adapter.target_modules"
+        )
+    parameters = [*stacked, *(f"{module}{WEIGHT}" for module in dense)]
     return (
-        parameters
+        ({"target_parameters": sorted(parameters)} if parameters else {})
         | patterns
         | {
             "r": r,
             "lora_alpha": alpha,
-            "lora_dropout": settings.dropout,
+            # PEFT refuses dropout for parameters; it matters for training alone.
+            "lora_dropout": 0.0 if dense else settings.dropout,
             "use_rslora": settings.use_rslora,
             "use_dora": settings.use_dora,
             "lora_bias": settings.use_bias,
-            "target_modules": _shortest(set(by_module) - stacked, ends),
+            "target_modules": _shortest(set(by_module) - stacked - dense, ends),
             "bias": "none",
             "init_lora_weights": True,
         }

@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxft.adapters.lora import settings_for
 from jaxft.adapters.lora.low_rank import LoRASettings
-from jaxft.checkpoint.peft.experts import targets_of
+from jaxft.checkpoint.peft.experts import dense_targets, targets_of
 from jaxft.checkpoint.peft.folder import named, refuse_unknown
 from jaxft.errors import ModelError
 from jaxft.models.nested import nested_module
@@ -92,6 +92,8 @@ def selected(config: Mapping[str, Any], module: str) -> bool:
     """Whether PEFT would put an adapter on a module, by its name in transformers."""
     names = (module, nested_module(module))
     targets, layers = config.get("target_modules"), config.get("layers_to_transform")
+    if named(dense_targets(config), names):
+        return True
     if named(config.get("exclude_modules"), names):
         return False
     if module == "lm_head" and config.get("ensure_weight_tying") and selected(config, "model.embed_tokens"):

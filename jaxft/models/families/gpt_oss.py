@@ -1,6 +1,6 @@
 """gpt-oss 20B and 120B: experts with biases, attention with sinks, windows on every other layer (arXiv:2508.10925)."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from jaxft.models.tensor_map import TensorMap, linear
 from jaxft.nn.attention.score_form import ScoreForm
 from jaxft.nn.block import BlockShape
 from jaxft.nn.decoder import Decoder, DecoderShape
+from jaxft.nn.experts.layer import MoEShape
 from jaxft.nn.mlp import ClampedSwiGLU
 from jaxft.nn.norm import NormShape
 
@@ -85,15 +86,15 @@ class Config(MoEConfig):
         experts = self.experts(
             self.num_local_experts,
             self.intermediate_size,
-            renormalize=True,
+            self.router(renormalize=True, use_bias=True),
             activation=ClampedSwiGLU(alpha=self.swiglu_alpha, limit=self.swiglu_limit),
-            fused=True,
+            fused="alternating",
             use_bias=True,
         )
         bias = self.attention_bias
         blocks = {
             kind: BlockShape(
-                attention=self.attention(form=ScoreForm(window=window), bias=bias, output_bias=bias, sinks=True),
+                mixer=self.attention(form=ScoreForm(window=window), bias=bias, output_bias=bias, sinks=True),
                 mlp=experts,
                 norm=norm,
             )
@@ -101,7 +102,7 @@ class Config(MoEConfig):
         }
         return DecoderShape(layers=tuple(blocks[kind] for kind in self.layer_types), ropes=(self.rope,), norm=norm)
 
-    def mlp_tensors(self, block: BlockShape) -> tuple[TensorMap, ...]:
+    def moe_tensors(self, experts: MoEShape) -> Iterable[TensorMap]:
         """The table's lines for a layer of experts. Files store all experts in one tensor, inputs first, as we do."""
         module = "model.layers.{i}.mlp"
         return (

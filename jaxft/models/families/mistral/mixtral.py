@@ -1,6 +1,6 @@
 """Mixtral 8x7B and 8x22B: Mistral whose feed-forward layers are experts, two per token (arXiv:2401.04088)."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,8 +8,8 @@ from jaxft.models.family import read_rope, read_sizes, with_defaults
 from jaxft.models.moe import MUST_EQUAL, MoEConfig, check_experts, expert_tensors, read_window
 from jaxft.models.tensor_map import TensorMap
 from jaxft.nn.attention.score_form import ScoreForm
-from jaxft.nn.block import BlockShape
 from jaxft.nn.decoder import Decoder, DecoderShape
+from jaxft.nn.experts.layer import MoEShape
 
 MODEL_TYPES = ("mixtral",)
 DEFAULTS = {
@@ -50,10 +50,10 @@ class Config(MoEConfig):
 
     def shape(self) -> DecoderShape:
         """Pre-norm layers, all equal."""
-        experts = self.experts(self.num_local_experts, self.intermediate_size, renormalize=True)
+        experts = self.experts(self.num_local_experts, self.intermediate_size, self.router(renormalize=True))
         return self.uniform(self.attention(form=ScoreForm(window=self.sliding_window)), experts)
 
-    def mlp_tensors(self, block: BlockShape) -> tuple[TensorMap, ...]:
+    def moe_tensors(self, experts: MoEShape) -> Iterable[TensorMap]:
         return expert_tensors(
             "model.layers.{i}.block_sparse_moe", self.num_local_experts, gate="w1", up="w3", down="w2"
         )

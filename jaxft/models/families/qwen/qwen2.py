@@ -45,7 +45,7 @@ class WindowedConfig(FamilyConfig):
         """Pre-norm layers that differ only in their windows. attention: options of FamilyConfig.attention."""
         norm, mlp = NormShape(eps=self.rms_norm_eps), self.mlp()
         blocks = {
-            kind: BlockShape(attention=self.attention(form=ScoreForm(window=window), **attention), mlp=mlp, norm=norm)
+            kind: BlockShape(mixer=self.attention(form=ScoreForm(window=window), **attention), mlp=mlp, norm=norm)
             for kind, window in ((SLIDING, self.sliding_window), (FULL, None))
         }
         return DecoderShape(layers=tuple(blocks[kind] for kind in self.layer_types), ropes=(self.rope,), norm=norm)

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jaxft.models.families.qwen2 import DEFAULTS as QWEN2_DEFAULTS
-from jaxft.models.families.qwen2 import WindowedConfig, read_windows
+from jaxft.models.families.qwen.qwen2 import DEFAULTS as QWEN2_DEFAULTS
+from jaxft.models.families.qwen.qwen2 import WindowedConfig, read_windows
 from jaxft.models.family import read_rope, read_sizes, with_defaults
 from jaxft.nn.decoder import Decoder, DecoderShape
 

@@ -17,7 +17,7 @@ from jaxft.models.family import (
 from jaxft.models.hf_fields import require
 from jaxft.nn.attention.rope import Rope
 from jaxft.nn.attention.score_form import ScoreForm
-from jaxft.nn.block import BlockShape
+from jaxft.nn.block import AROUND, BlockShape
 from jaxft.nn.decoder import Decoder, DecoderShape
 from jaxft.nn.norm import NormShape
 
@@ -55,7 +55,7 @@ class GemmaConfig(FamilyConfig):
         scale, distinct = self.query_pre_attn_scalar**-0.5, tuple(dict.fromkeys(ropes.values()))
         blocks = {
             kind: BlockShape(
-                attention=self.attention(
+                mixer=self.attention(
                     form=ScoreForm(window=window, scale=scale, softcap=softcap),
                     bias=self.attention_bias,
                     output_bias=self.attention_bias,
@@ -64,7 +64,7 @@ class GemmaConfig(FamilyConfig):
                 ),
                 mlp=mlp,
                 norm=norm,
-                norms="around",
+                norms=AROUND,
             )
             for kind, window in ((SLIDING, self.sliding_window), (FULL, None))
         }

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxft.errors import ModelError
-from jaxft.models.families import mistral
+from jaxft.models.families.mistral import mistral
 from jaxft.models.family import check_window, read_rope, read_sizes, with_defaults
 from jaxft.nn.decoder import Decoder
 

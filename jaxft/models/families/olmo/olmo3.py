@@ -18,7 +18,7 @@ from jaxft.models.family import (
 )
 from jaxft.nn.attention.rope import Rope
 from jaxft.nn.attention.score_form import ScoreForm
-from jaxft.nn.block import BlockShape
+from jaxft.nn.block import AFTER, BlockShape
 from jaxft.nn.decoder import Decoder, DecoderShape
 from jaxft.nn.norm import NormShape
 
@@ -74,7 +74,7 @@ class Config(FamilyConfig):
         distinct = tuple(dict.fromkeys(ropes.values()))
         blocks = {
             kind: BlockShape(
-                attention=self.attention(
+                mixer=self.attention(
                     form=ScoreForm(window=window),
                     qk_norm="whole",
                     bias=bias,
@@ -83,7 +83,7 @@ class Config(FamilyConfig):
                 ),
                 mlp=self.mlp(),
                 norm=norm,
-                norms="after",
+                norms=AFTER,
             )
             for kind, window in ((SLIDING, self.sliding_window), (FULL, None))
         }

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxft.models.family import FamilyConfig, read_rope, read_sizes, with_defaults
+from jaxft.nn.block import AFTER
 from jaxft.nn.decoder import Decoder, DecoderShape
 
 MODEL_TYPES = ("olmo2",)
@@ -35,7 +36,7 @@ class Config(FamilyConfig):
         """Post-norm layers, all equal."""
         bias = self.attention_bias
         attention = self.attention(qk_norm="whole", bias=bias, output_bias=bias)
-        return self.uniform(attention, self.mlp(), norms="after")
+        return self.uniform(attention, self.mlp(), norms=AFTER)
 
 
 class Model(Decoder):

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxft.errors import ModelError
-from jaxft.models.families.gemma2 import GELU, ONLY, SHARED_DEFAULTS, GemmaConfig, read_gemma
-from jaxft.models.family import FULL, SLIDING, read_rope, read_sizes, ropes_by_kind, with_defaults
+from jaxft.models.families.gemma.gemma2 import GELU, ONLY, SHARED_DEFAULTS, GemmaConfig, read_gemma
+from jaxft.models.family import FULL, SLIDING, check_period, read_rope, read_sizes, ropes_by_kind, with_defaults
 from jaxft.nn.attention.rope import Rope
 from jaxft.nn.decoder import Decoder, DecoderShape
 
@@ -29,6 +29,7 @@ class Config(GemmaConfig):
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "Config":
         hf = with_defaults(hf, DEFAULTS)
+        check_period(hf.get("sliding_window_pattern"))
         period = hf.get("sliding_window_pattern") or hf.get("_sliding_window_pattern") or 6
         used = ("sliding_window_pattern", "_sliding_window_pattern", "rope_local_base_freq")
         sizes = read_sizes(hf, cls, used=used, must_equal=GEMMA3_ONLY)

@@ -1,0 +1,35 @@
+"""Tensors of layers that predict several tokens at once (MTP), which no method here trains, left out of a source."""
+
+import numpy as np
+
+from jaxft.checkpoint.tensors import TensorSource, TensorSpec
+from jaxft.models.family import FamilyConfig
+
+
+def without_prediction(source: TensorSource, config: FamilyConfig) -> tuple[TensorSource, str | None]:
+    """(the source without the tensors that its family leaves out, a sentence that counts them); (source, None) if there
+    are none.
+    """
+    specs = source.specs()
+    left_out = {name: spec for name, spec in specs.items() if config.is_for_prediction(name)}
+    if not left_out:
+        return source, None
+    numbers = sum(spec.size for spec in left_out.values())
+    note = (
+        f"{len(left_out)} tensors of {numbers:,} numbers predict several tokens at once (MTP), and are left out: they "
+        "are neither trained nor exported"
+    )
+    return _Part(source, {name: spec for name, spec in specs.items() if name not in left_out}), note
+
+
+class _Part:
+    """Some of the tensors of a source."""
+
+    def __init__(self, source: TensorSource, specs: dict[str, TensorSpec]) -> None:
+        self._source, self._specs = source, specs
+
+    def specs(self) -> dict[str, TensorSpec]:
+        return self._specs
+
+    def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
+        return self._source.read(name, index)

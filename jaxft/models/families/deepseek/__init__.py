@@ -1,0 +1,1 @@
+"""DeepSeek's models, and those of their kind."""
