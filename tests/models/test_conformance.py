@@ -268,13 +268,29 @@ class Case:
         return load_model(self.folder)
 
 
-@pytest.fixture(scope="module", params=sorted(models.families()))
+# Families whose layers are those of another one in other sizes: their further checks are in `make test-all`.
+ALIKE = {
+    "deepseek_v2", "ernie4_5", "ernie4_5_moe", "gemma", "gemma4_unified_text", "glm", "glm4_moe_lite", "granite",
+    "granitemoe", "hunyuan_v1_dense", "internlm3", "mistral", "olmo2", "qwen3_5_moe_text", "seed_oss", "smollm3",
+}  # fmt: skip
+KINDS = sorted(models.families())
+each_family = pytest.mark.parametrize("case", KINDS, indirect=True, scope="module")
+each_kind = pytest.mark.parametrize(
+    "case",
+    [pytest.param(kind, marks=pytest.mark.slow) if kind in ALIKE else kind for kind in KINDS],
+    indirect=True,
+    scope="module",
+)
+
+
+@pytest.fixture(scope="module")
 def case(request, tmp_path_factory):
     if request.param not in TINY:
         pytest.fail(f"{request.param} has no tiny config in TINY")
     return Case(request.param, str(tmp_path_factory.mktemp(request.param)))
 
 
+@each_kind
 def test_scores_of_a_reward_model(case, tmp_path):
     """It has a score head in place of the LM head, and is a class of transformers."""
     if case.kind in NO_REWARD_MODEL:
@@ -294,6 +310,7 @@ def test_scores_of_a_reward_model(case, tmp_path):
     np.testing.assert_allclose(loaded.scores(TOKENS.tolist()), expected, rtol=1e-4, atol=1e-4)
 
 
+@each_family
 def test_logits(case):
     with torch.no_grad():
         expected = case.theirs()(torch.tensor(TOKENS)).logits.numpy()
@@ -301,6 +318,7 @@ def test_logits(case):
     np.testing.assert_allclose(case.ours.logits(TOKENS), expected, rtol=0, atol=1e-5)
 
 
+@each_family
 def test_gradients_of_the_mean_loss(case):
     reference = case.theirs()
     loss = reference(torch.tensor(TOKENS), labels=torch.tensor(TOKENS)).loss
@@ -346,6 +364,7 @@ def greedy(model, prompts):
     return out[:, longest:].tolist()
 
 
+@each_kind
 def test_greedy_generation(case):
     theirs = case.theirs()
     groups = [[p] for p in PROMPTS] if case.kind in PADDING_COUNTS else [PROMPTS]
@@ -376,6 +395,7 @@ def test_documents_that_share_their_prompt_are_as_if_each_were_alone(kind, tmp_p
         np.testing.assert_allclose(logps, expected[0], rtol=0, atol=1e-5)
 
 
+@each_family
 def test_weights_and_config_survive_the_way_in_and_out(case, tmp_path):
     from safetensors.numpy import load_file
 
@@ -390,6 +410,7 @@ def test_weights_and_config_survive_the_way_in_and_out(case, tmp_path):
     assert models.config_from_hf(theirs) == config
 
 
+@each_family
 def test_an_unknown_field_is_refused(case):
     with pytest.raises(ModelError, match=r"window_scale=3 \(unknown\)"):
         models.config_from_hf(case.hf | {"window_scale": 3})
@@ -397,6 +418,7 @@ def test_an_unknown_field_is_refused(case):
         models.config_from_hf({k: v for k, v in case.hf.items() if k != "num_hidden_layers"})
 
 
+@each_kind
 def test_eight_devices_equal_one(case):
     mesh = make_mesh_plan(MeshConfig(fsdp=4, tensor=2))
     split = load_model(case.folder, mesh=mesh)
@@ -412,6 +434,7 @@ def test_eight_devices_equal_one(case):
     np.testing.assert_allclose(got, np.tile(case.ours.logits(TOKENS), (4, 1, 1)), rtol=0, atol=1e-5)
 
 
+@each_kind
 def test_adapters_on_every_linear_layer_mean_the_same_to_peft(case, tmp_path):
     peft = pytest.importorskip("peft")
     loaded = load_model(case.folder)
