@@ -33,6 +33,8 @@ for ((i = 0; i < 20; i++)); do
 done
 pid=null
 [[ ! -f "$FOLDER/pid" ]] || pid="$(cut -d ' ' -f 1 "$FOLDER/pid")"
+# Before the log is read, so that an exit code never comes with a log from before the end.
+exit_code="$(number_in "$FOLDER/exit")"
 line="" bytes=0
 if [[ -f "$FOLDER/log" ]]; then
   # Of a line that a progress bar writes over and over, the newest.
@@ -49,7 +51,7 @@ pack=null
 [[ ! -d "$RUNS/pack" ]] || pack="$(text "$(basename "$(readlink -f "$RUNS/pack")")")"
 
 printf '{"run": "%s", "attempt": %s, "pid": %s, "alive": %s, "exit": %s, "stopped": %s' \
-  "$RUN" "$ATTEMPT" "$pid" "$(truth test -n "$group")" "$(number_in "$FOLDER/exit")" "$(truth test -f "$FOLDER/stopped")"
+  "$RUN" "$ATTEMPT" "$pid" "$(truth test -n "$group")" "$exit_code" "$(truth test -f "$FOLDER/stopped")"
 printf ', "last_line": %s, "log_age": %s, "log_bytes": %s' "$(text "$line")" "$(age_of "$FOLDER/log")" "$bytes"
 printf ', "chips": %s, "holders": [%s], "disk_free": %s, "disk_total": %s' "$(chips)" "$held" "$free" "$total"
 printf ', "boot": "%s", "pack": %s, "environment": %s' "$(boot_id)" "$pack" "$(text_in "$RUNS/pack/environment")"
