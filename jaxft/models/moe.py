@@ -1,5 +1,6 @@
 """What families with experts share: sizes of the layer, the table of its tensors, fields of the router."""
 
+from abc import abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,9 +55,9 @@ class RoutedConfig(FamilyConfig):
         """See FamilyConfig."""
         return self.moe_tensors(block.mlp) if isinstance(block.mlp, MoEShape) else super().mlp_tensors(block)
 
+    @abstractmethod
     def moe_tensors(self, experts: MoEShape) -> Iterable[TensorMap]:
         """The table's lines for a layer of experts."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,6 @@ from jaxft.models.families.qwen.qwen3_5 import ONLY, SHARED_DEFAULTS, USED, Delt
 from jaxft.models.family import LAYER, read_rope, read_sizes, with_defaults
 from jaxft.models.moe import MUST_EQUAL, MoEConfig, check_experts, expert_tensors, shared_tensors
 from jaxft.models.tensor_map import TensorMap
-from jaxft.nn.block import BlockShape
 from jaxft.nn.decoder import Decoder, DecoderShape
 from jaxft.nn.experts.layer import MoEShape
 
@@ -44,13 +43,12 @@ class DeltaNetMoEConfig(DeltaNetConfig, MoEConfig):
             shared_gate=True,
         )
 
-    def mlp_tensors(self, block: BlockShape) -> Iterable[TensorMap]:
-        """See FamilyConfig."""
-        if not isinstance(block.mlp, MoEShape) or block.mlp.shared is None:
-            return super().mlp_tensors(block)
-        module, names = f"{LAYER}.mlp", {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
-        shared = shared_tensors(block.mlp.shared, f"{module}.shared_expert", gate=f"{module}.shared_expert_gate")
-        return (*expert_tensors(module, self.num_experts, **names), *shared)
+    def moe_tensors(self, experts: MoEShape) -> Iterable[TensorMap]:
+        """See RoutedConfig."""
+        module = f"{LAYER}.mlp"
+        yield from expert_tensors(module, experts.experts, gate="gate_proj", up="up_proj", down="down_proj")
+        if experts.shared is not None:
+            yield from shared_tensors(experts.shared, f"{module}.shared_expert", gate=f"{module}.shared_expert_gate")
 
 
 @dataclass(frozen=True, kw_only=True)
