@@ -1,8 +1,9 @@
 """Layers of experts that a file keeps in two fused tensors, read as one matrix for each expert.
 
 transformers 5 keeps them fused in memory, and writes them in this form with `save_original_format=False`:
-`mlp.experts.gate_up_proj` [E, 2 F, D], the gates before the ups, and `mlp.experts.down_proj` [E, D, F]. Some models are
-published so, or with both matrices transposed: [E, D, 2 F] and [E, F, D].
+`mlp.experts.gate_up_proj` [E, 2 F, D], the gates before the ups (`up_proj` [E, F, D] without gates), and
+`mlp.experts.down_proj` [E, D, F]. Some models are published so, or with both matrices transposed: [E, D, 2 F] and
+[E, F, D].
 """
 
 # E experts, F inner units of an expert, D model
@@ -17,7 +18,7 @@ from jaxft.checkpoint.tensors import TensorSource, TensorSpec, block_bounds
 from jaxft.errors import CheckpointError, did_you_mean
 
 # By family: the names of the layer and of an expert's gate, up and down, in files with one matrix for each expert.
-SINGLE = {
+SINGLE: dict[str, tuple[str, str, str, str]] = {
     "mixtral": ("block_sparse_moe", "w1", "w3", "w2"),
     **dict.fromkeys(
         (
@@ -33,9 +34,12 @@ SINGLE = {
         ),
         ("mlp", "gate_proj", "up_proj", "down_proj"),
     ),
+    "nemotron_h": ("mixer", "", "up_proj", "down_proj"),
+    "lfm2_moe": ("feed_forward", "w1", "w3", "w2"),
 }
-_FUSED = re.compile(r"(model\.layers\.\d+)\.mlp\.experts\.(gate_up_proj|down_proj)")
-_ROUTER = re.compile(r"(model\.layers\.\d+)\.mlp\.gate\.weight")
+_LAYER = r"(model\.layers\.\d+)\.(?:mlp|mixer|feed_forward)"
+_FUSED = re.compile(_LAYER + r"\.experts\.(gate_up_proj|up_proj|down_proj)")
+_ROUTER = re.compile(_LAYER + r"\.gate\.weight")
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ def _parts(source_name: str, specs: Mapping[str, TensorSpec], names: tuple[str, 
     if (fused := _FUSED.fullmatch(source_name)) is None:
         yield source_name, _Part(source_name, spec)
         return
-    kinds = (gate, up) if fused[2] == "gate_up_proj" else (down,)
+    kinds = {"gate_up_proj": (gate, up), "up_proj": (up,), "down_proj": (down,)}[fused[2]]
     transposed = _is_transposed(fused[1], specs)
     shape = (spec.shape[0], *spec.shape[:0:-1]) if transposed else spec.shape
     if len(shape) != 3 or shape[1] % len(kinds):

@@ -137,7 +137,8 @@ def write_weights(
     If the parameters span several processes, every one takes part, and every device holds one block at a time; process
     0 writes.
     """
-    tensors = hf_tensors(model, dtype)
+    config = cast(FamilyConfig, model.config)
+    tensors = {config.in_files(name): tensor for name, tensor in hf_tensors(model, dtype).items()}
     if not is_primary():
         return gather_sharded(tensors, max_bytes=max_shard_bytes)
     return write_sharded(folder, tensors, max_bytes=max_shard_bytes, metadata={"format": "pt"})

@@ -180,8 +180,11 @@ def _peft_logits(live: LoadedModel, adapter: str, tokens: np.ndarray) -> np.ndar
         if base.get_input_embeddings().num_embeddings != live.module.config.vocab_size:
             base.resize_token_embeddings(live.module.config.vocab_size, mean_resizing=False)
         model, given = PeftModel.from_pretrained(base, adapter), torch.from_numpy(tokens)
+        # transformers 5.24's class of Llama 4 with images fails on text alone; the language model in it has the head.
+        inner = getattr(base, "language_model", None)
+        reader = inner if inner is not None and hasattr(inner, "lm_head") else model
         with torch.no_grad():
-            logits = model.eval()(given, attention_mask=torch.ones_like(given)).logits
+            logits = reader.eval()(given, attention_mask=torch.ones_like(given)).logits
             return logits[:, -tokens.shape[1] :].float().numpy()  # those of virtual tokens come first
 
 

@@ -54,14 +54,18 @@ class Target:
 def write_hf(target: Target, tensors: Mapping[str, LazyTensor]) -> None:
     """Writes a Hugging Face folder; files that an interrupted call finished are kept."""
     write_sharded(
-        target.folder, tensors, max_bytes=target.max_shard_bytes, metadata={"format": "pt"}, keep_finished=True
+        target.folder,
+        _in_files(target, tensors),
+        max_bytes=target.max_shard_bytes,
+        metadata={"format": "pt"},
+        keep_finished=True,
     )
     _write_companions(target)
 
 
 def check_hf(target: Target, tensors: Mapping[str, LazyTensor], source: str) -> dict[str, Any]:
     """Compares every tensor bit by bit, and if the model is small enough its logits with those of the source."""
-    _compare(SafetensorsFolder(target.folder), tensors)
+    _compare(SafetensorsFolder(target.folder), _in_files(target, tensors))
     size = sum(spec.size for spec, _ in tensors.values())
     if size > LOGITS_LIMIT:
         return {"tensors": "bitwise", "logits": f"not compared: {size / 1e9:.1f} billion parameters"}
@@ -150,6 +154,11 @@ class _LazySource:
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
         return self._tensors[name][1](index)
+
+
+def _in_files(target: Target, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    config = models.config_from_hf(target.hf_config)
+    return {config.in_files(name): tensor for name, tensor in tensors.items()}
 
 
 def _write_companions(target: Target) -> None:

@@ -14,8 +14,7 @@ from jaxft.nn.attention.latent import LatentAttention
 from jaxft.nn.attention.layer import Attention
 from jaxft.nn.decoder import Decoder
 from jaxft.nn.param_kind import Constant, in_adapter
-from jaxft.nn.recurrent.delta_net import DeltaNet
-from jaxft.nn.recurrent.mamba import Mamba2
+from jaxft.nn.recurrent.layer import Recurrent
 from jaxft.nn.stack import group_layers
 from jaxft.quant import is_quantized
 from jaxft.trees import flatten
@@ -182,7 +181,7 @@ def sizes_of(model: Decoder) -> ModelSizes:
         recurrent=tuple(
             _recurrent_group_of(group.mixer, layers, first)
             for group, layers in zip(model.layers, groups, strict=True)
-            if isinstance(group.mixer, DeltaNet | Mamba2)
+            if isinstance(group.mixer, Recurrent)
         ),
     )
 
@@ -232,10 +231,10 @@ def _attention_group_of(attention: Attention | LatentAttention, layers: tuple[in
         heads=shape.heads,
         kv_heads=shape.kv_heads,
         head_dim=shape.head_dim,
-        window=shape.form.window,
+        window=shape.reach,
     )
 
 
-def _recurrent_group_of(mixer: DeltaNet | Mamba2, layers: tuple[int, ...], first: int) -> RecurrentGroup:
+def _recurrent_group_of(mixer: Recurrent, layers: tuple[int, ...], first: int) -> RecurrentGroup:
     shape, reached = mixer.shape, sum(layer >= first for layer in layers)
     return RecurrentGroup(layers=len(layers), reached=reached, state=shape.state, token_flops=shape.token_flops)

@@ -5,7 +5,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from jaxft.errors import ModelError
 from jaxft.files.json_fields import OBJECT, check_kinds
@@ -54,6 +54,24 @@ class FamilyConfig(ABC):
     max_position_embeddings: int = 2048
     head: Head = "vocabulary"
     dense_tensors: frozenset[str] = frozenset()
+
+    final_norm: ClassVar[str] = "model.norm"
+    # What names of tensors begin with here and in files, where the two differ; the first that fits counts.
+    names_in_files: ClassVar[tuple[tuple[str, str], ...]] = ()
+
+    def in_files(self, name: str) -> str:
+        """A tensor's name in files, which transformers changes when it reads them."""
+        for ours, theirs in self.names_in_files:
+            if name.startswith(ours):
+                return theirs + name.removeprefix(ours)
+        return name
+
+    def from_files(self, name: str) -> str:
+        """The inverse of `in_files`."""
+        for ours, theirs in self.names_in_files:
+            if name.startswith(theirs):
+                return ours + name.removeprefix(theirs)
+        return name
 
     def is_for_prediction(self, name: str) -> bool:
         """Whether a tensor of the files is of the layers that predict several tokens at once, which are left out."""
@@ -150,7 +168,7 @@ class FamilyConfig(ABC):
                 layers_of.setdefault(line, set()).update(numbers)
         return (
             TensorMap("model.embed_tokens.weight", "embed_tokens/embedding"),
-            TensorMap("model.norm.weight", "norm/scale"),
+            TensorMap(f"{self.final_norm}.weight", "norm/scale"),
             *self.head_tensors(),
             *(
                 dataclasses.replace(line, layers=None if len(numbers) == len(blocks) else frozenset(numbers))
@@ -193,14 +211,14 @@ class FamilyConfig(ABC):
         return fields | self.rope.to_hf()
 
 
-def attention_tensors(attention: AttentionShape) -> Iterator[TensorMap]:
-    """The table's lines for an attention layer, named as in most families."""
-    module, path = f"{LAYER}.self_attn", "layers/*/self_attn"
+def attention_tensors(attention: AttentionShape, module: str = f"{LAYER}.self_attn") -> Iterator[TensorMap]:
+    """The table's lines for an attention layer, named as in most families. module: its name in files."""
+    path = "layers/*/self_attn"
     separate = ("q_proj", "k_proj") if attention.keys_as_values else ("q_proj", "k_proj", "v_proj")
     for name in ("qkv_proj",) if attention.fused else separate:
         yield from linear(f"{module}.{name}", f"{path}/{name}", bias=attention.use_bias)
     yield from linear(f"{module}.o_proj", f"{path}/o_proj", bias=attention.use_output_bias)
-    for name in ("q_norm", "k_norm") if attention.qk_norm else ():
+    for name in ("q_norm", "k_norm") if attention.qk_norm and not attention.unscaled_qk else ():
         yield TensorMap(f"{module}.{name}.weight", f"{path}/{name}/scale")
     if attention.sinks:
         yield TensorMap(f"{module}.sinks", f"{path}/sinks")

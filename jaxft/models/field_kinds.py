@@ -43,7 +43,7 @@ KINDS: dict[str, FieldKind] = {
             "_sliding_window_pattern", "no_rope_layer_interval", "linear_num_key_heads", "linear_num_value_heads",
             "linear_conv_kernel_dim", "full_attention_interval", "decoder_sparse_step", "num_global_key_value_heads",
             "vocab_size_per_layer_input", "n_group", "topk_group",
-            "moe_layer_interval",
+            "moe_layer_interval", "interleave_moe_layer_step", "attention_chunk_size", "floor_scale",
         ),
         COUNT,
     ),
@@ -64,7 +64,9 @@ KINDS: dict[str, FieldKind] = {
         (
             "mamba_n_heads", "mamba_n_groups", "mamba_d_state", "mamba_d_conv", "mamba_expand",
             "shared_intermediate_size", "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim",
-            "v_head_dim",
+            "v_head_dim", "mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size", "conv_kernel",
+            "moe_shared_expert_intermediate_size", "intermediate_size_mlp", "conv_L_cache", "block_ff_dim",
+            "block_multiple_of",
         ),
         _at_most(MOST_WIDTH, "width"),
     ),
@@ -72,11 +74,11 @@ KINDS: dict[str, FieldKind] = {
         (
             "max_window_layers", "num_labels", "shared_expert_intermediate_size", "num_kv_shared_layers",
             "hidden_size_per_layer_input", "n_shared_experts", "num_shared_expert", "moe_num_shared_experts",
-            "first_k_dense_replace", "num_nextn_predict_layers", "moe_layer_start_index",
+            "first_k_dense_replace", "num_nextn_predict_layers", "moe_layer_start_index", "num_dense_layers",
         ),
         INDEX,
     ),
-    "mlp_only_layers": listing(INDEX, "a list of whole numbers"),
+    **dict.fromkeys(("mlp_only_layers", "full_attn_idxs", "moe_layers"), listing(INDEX, "a list of whole numbers")),
     # Their families have more to say of 0 and below.
     **dict.fromkeys(
         ("sliding_window", "num_experts_per_tok", "top_k_experts", "moe_k", "moe_topk", "moe_layer_end_index"), WHOLE
@@ -86,23 +88,27 @@ KINDS: dict[str, FieldKind] = {
             "rms_norm_eps", "query_pre_attn_scalar", "swiglu_alpha", "swiglu_limit", "attn_logit_softcapping",
             "final_logit_softcapping", "partial_rotary_factor", "layer_norm_eps", "logit_scale",
             "embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling",
-            "routed_scaling_factor", "moe_norm_min",
+            "routed_scaling_factor", "moe_norm_min", "layer_norm_epsilon", "norm_eps", "block_ffn_dim_multiplier",
         ),
         POSITIVE,
     ),
-    **dict.fromkeys(("initializer_range", "router_aux_loss_coef"), NUMBER),
+    **dict.fromkeys(("initializer_range", "router_aux_loss_coef", "time_step_min", "attn_scale"), NUMBER),
     # The bases of ropes, which some files have as text, are checked where ropes are read.
     **dict.fromkeys(
         (
             "tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "norm_topk_prob",
             "output_router_logits", "attention_k_eq_v", "enable_moe_block", "use_double_wide_mlp",
             "attention_out_bias", "qkv_bias", "bias", "use_bias", "use_qk_norm", "mamba_proj_bias", "mamba_conv_bias",
-            "rope_interleave",
+            "rope_interleave", "use_conv_bias", "conv_bias", "block_auto_adjust_ff_dim", "use_expert_bias",
+            "tie_embedding", "attn_temperature_tuning",
         ),
         FLAG,
     ),
     **dict.fromkeys(
-        ("model_type", "hidden_act", "hidden_activation", "topk_method", "scoring_func", "position_embedding_type"),
+        (
+            "model_type", "hidden_act", "hidden_activation", "topk_method", "scoring_func", "position_embedding_type",
+            "hybrid_override_pattern",
+        ),
         TEXT,
     ),
     **dict.fromkeys(("architectures", "layer_types", "layers_block_type", "mlp_layer_types"), TEXTS),

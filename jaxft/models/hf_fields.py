@@ -20,13 +20,17 @@ _OF_EXPERTS = frozenset(
 # Fields in which null can only mean that they were left out. In others, such as sliding_window, it is a value.
 NULL_IS_ABSENT = _OF_EXPERTS | frozenset(
     "rope_theta rope_local_base_freq rms_norm_eps tie_word_embeddings initializer_range max_position_embeddings "
-    "attention_bias mlp_bias norm_topk_prob router_aux_loss_coef output_router_logits attention_out_bias qkv_bias bias "
-    "layer_norm_eps logit_scale use_bias partial_rotary_factor "
-    "embedding_multiplier residual_multiplier attention_multiplier logits_scaling full_attention_interval "
-    "decoder_sparse_step mlp_only_layers linear_num_key_heads linear_num_value_heads linear_key_head_dim "
-    "linear_value_head_dim linear_conv_kernel_dim kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim "
-    "rope_interleave topk_method mlp_layer_types mamba_n_heads mamba_n_groups mamba_d_state mamba_d_conv mamba_expand "
-    "mamba_proj_bias mamba_conv_bias shared_intermediate_size".split()
+    "attention_bias mlp_bias norm_topk_prob router_aux_loss_coef output_router_logits attention_out_bias qkv_bias "
+    "bias layer_norm_eps logit_scale use_bias partial_rotary_factor embedding_multiplier residual_multiplier "
+    "attention_multiplier logits_scaling full_attention_interval decoder_sparse_step mlp_only_layers "
+    "linear_num_key_heads linear_num_value_heads linear_key_head_dim linear_value_head_dim linear_conv_kernel_dim "
+    "kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim rope_interleave topk_method mlp_layer_types "
+    "mamba_n_heads mamba_n_groups mamba_d_state mamba_d_conv mamba_expand mamba_proj_bias mamba_conv_bias "
+    "shared_intermediate_size norm_eps layer_norm_epsilon use_conv_bias mamba_num_heads mamba_head_dim n_groups "
+    "ssm_state_size conv_kernel time_step_min moe_shared_expert_intermediate_size conv_bias conv_L_cache block_ff_dim "
+    "block_multiple_of block_ffn_dim_multiplier block_auto_adjust_ff_dim tie_embedding num_dense_layers "
+    "use_expert_bias intermediate_size_mlp interleave_moe_layer_step moe_layers floor_scale attn_scale "
+    "attn_temperature_tuning".split()
 )
 # Bookkeeping that does not change what the network computes. auto_map names code in the model's folder: families
 # implemented here do not need it, so it is never run, and exports leave it out.

@@ -17,6 +17,8 @@ class Multimodal:
     text_type: model_type of a text_config that does not give one. image_fields: fields of config.json about images and
     audio. parts: modules for images and audio. tied: whether the LM head is the embedding if config.json does not say
     so. flat: whether older files have the fields and names of a text-only model, beside those about images.
+    language_model: the language model's module in transformers, from which PEFT makes its keys; files may have older
+    names.
     """
 
     text_type: str
@@ -24,6 +26,7 @@ class Multimodal:
     parts: tuple[str, ...] = ("vision_tower", "multi_modal_projector", "visual")
     tied: bool = True
     flat: bool = False
+    language_model: str = "model.language_model"
 
 
 _QWEN_FIELDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
@@ -40,6 +43,13 @@ MULTIMODAL = {
     "gemma4": Multimodal(text_type="gemma4_text", image_fields=_GEMMA4_FIELDS, parts=_GEMMA4_PARTS),
     "gemma4_unified": Multimodal(
         text_type="gemma4_unified_text", image_fields=_GEMMA4_FIELDS, parts=_GEMMA4_PARTS
+    ),
+    "llama4": Multimodal(
+        text_type="llama4_text",
+        image_fields=("boi_token_index", "eoi_token_index", "image_token_index"),
+        parts=("vision_model", "multi_modal_projector"),
+        tied=False,
+        language_model="language_model.model",
     ),
     "mistral3": Multimodal(
         text_type="mistral",
@@ -58,8 +68,6 @@ MULTIMODAL = {
 }  # fmt: skip
 # Fields of the whole model: in files they are outside text_config, inside it, or both.
 SHARED = ("bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "dtype")
-# The module's name in transformers, from which PEFT makes its keys; files have older names.
-LANGUAGE_MODEL = "model.language_model"
 _TEXT = re.compile(r"(?:model\.language_model|language_model\.model)\.(.+)")
 _FLAT_TEXT = re.compile(r"model\.(?:embed_tokens|layers|norm)\..+")
 _HEAD = re.compile(r"(?:language_model\.)?(lm_head\..+)")
@@ -116,17 +124,32 @@ def image_part(name: str, model_type: str) -> str | None:
     return match[1] if match is not None and match[1] in MULTIMODAL[model_type].parts else None
 
 
-def nested_module(module: str) -> str:
+def language_model_of(text_type: str) -> str:
+    """The name in transformers of a language model of this model_type within the outer model."""
+    names = (outer.language_model for outer in MULTIMODAL.values() if outer.text_type == text_type)
+    return next(names, Multimodal.language_model)
+
+
+def nested_module(module: str, language_model: str) -> str:
     """The name in transformers of the language model's module within the outer model: the inverse of `text_name`."""
     inner = module.removeprefix("model.")
-    return module if inner == module else f"{LANGUAGE_MODEL}.{inner}"
+    if inner != module:
+        return f"{language_model}.{inner}"
+    return f"{language_model.removesuffix('.model')}.{module}" if language_model.endswith(".model") else module
 
 
-def peft_targets(modules: list[str]) -> str:
+def module_names(module: str) -> tuple[str, ...]:
+    """The names in transformers of the language model's module: alone, and within any outer model."""
+    outers = dict.fromkeys(outer.language_model for outer in MULTIMODAL.values())
+    return (module, *(nested_module(module, name) for name in outers))
+
+
+def peft_targets(modules: list[str], language_model: str) -> str:
     """A regular expression for PEFT's target_modules that matches these modules of the language model only."""
     inside = "|".join(sorted(set(modules) - {"lm_head"}))
-    parts = [rf"{re.escape(LANGUAGE_MODEL)}\..*\.({inside})"] if inside else []
-    return "|".join(parts + (["lm_head"] if "lm_head" in modules else []))
+    parts = [rf"{re.escape(language_model)}\..*\.({inside})"] if inside else []
+    head = re.escape(nested_module("lm_head", language_model))
+    return "|".join(parts + ([head] if "lm_head" in modules else []))
 
 
 def unknown_multimodal(kind: object, text_kind: object) -> ModelError:

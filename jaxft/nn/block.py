@@ -22,6 +22,7 @@ from jaxft.nn.param_kind import Constant
 from jaxft.nn.partition import stream, whole
 from jaxft.nn.recurrent.delta_net import DeltaNet, DeltaNetShape
 from jaxft.nn.recurrent.mamba import Mamba2, Mamba2Shape
+from jaxft.nn.recurrent.short_conv import ShortConv, ShortConvShape
 from jaxft.nn.storage import StorageDims
 
 # Hugging Face's names of the norms: before and after the mixer, before and after the feed-forward; None for no norm.
@@ -49,13 +50,14 @@ class Mixer(Protocol):
         """The empty cache of a stack of such layers, for rows of up to `length` tokens."""
 
 
-MixerShape = AttentionShape | LatentShape | DeltaNetShape | Mamba2Shape
+MixerShape = AttentionShape | LatentShape | DeltaNetShape | Mamba2Shape | ShortConvShape
 # By the class of a mixer's shape: the mixer's name in Hugging Face's modules, and its class.
 MIXERS: dict[type[MixerShape], tuple[str, Callable[..., Mixer]]] = {
     AttentionShape: ("self_attn", Attention),
     LatentShape: ("self_attn", LatentAttention),
     DeltaNetShape: ("linear_attn", DeltaNet),
     Mamba2Shape: ("mamba", Mamba2),
+    ShortConvShape: ("conv", ShortConv),
 }
 
 
@@ -98,7 +100,7 @@ class BlockShape:
     @property
     def recurrent(self) -> bool:
         """Whether the mixer passes a state along the positions of a row."""
-        return isinstance(self.mixer, DeltaNetShape | Mamba2Shape)
+        return isinstance(self.mixer, DeltaNetShape | Mamba2Shape | ShortConvShape)
 
     @property
     def heads(self) -> tuple[int, ...]:

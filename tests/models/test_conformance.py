@@ -111,6 +111,31 @@ TINY = {
         "position_embedding_type": "rope", "embedding_multiplier": 3.0, "residual_multiplier": 0.7,
         "attention_multiplier": 0.2, "logits_scaling": 0.8,
     },
+    # Chunks and a growth of queries that 20 tokens show.
+    "llama4_text": {
+        "head_dim": 8, "intermediate_size_mlp": 40, "num_local_experts": 4, "interleave_moe_layer_step": 2,
+        "no_rope_layers": [1, 0, 1, 1], "attention_chunk_size": 8, "floor_scale": 4, "attn_scale": 0.5,
+        "attention_bias": True,
+    },
+    # One part a layer. Rows of 20 tokens are two chunks of transformers. Time steps are above their least one, which
+    # transformers leaves out in a single step.
+    "nemotron_h": {
+        "head_dim": 16, "mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 2, "ssm_state_size": 8,
+        "chunk_size": 16, "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24,
+        "moe_shared_expert_intermediate_size": 20, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 1.5,
+        "mlp_bias": True, "use_bias": True, "time_step_min": 1e-6,
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "linear_attention", "mlp"],
+    },
+    # An inner width that is rounded up to a multiple of 5.
+    "lfm2": {
+        "layer_types": ["conv", "full_attention", "conv", "conv"], "block_multiple_of": 5, "conv_bias": True,
+        "block_ffn_dim_multiplier": 1.2,
+    },
+    "lfm2_moe": {
+        "layer_types": ["conv", "full_attention", "conv", "full_attention"], "num_dense_layers": 1, "num_experts": 8,
+        "num_experts_per_tok": 3, "moe_intermediate_size": 24, "routed_scaling_factor": 1.5,
+        "tie_word_embeddings": False,
+    },
     "deepseek_v2": {
         "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 12, "n_routed_experts": 8,
         "num_experts_per_tok": 3, "moe_intermediate_size": 24, "n_shared_experts": 2, "num_key_value_heads": 4,
@@ -212,13 +237,16 @@ TINY = {
 # Families whose norms multiply by 1 + weight. A delta-net's own norm does not.
 OFFSET_NORMS = {"gemma", "gemma2", "gemma3_text", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"}
 # Where float32 would differ by more than the tolerance if the weights were as wide as those of others.
-STDDEV = dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "granitemoehybrid"), 0.1)
+STDDEV = dict.fromkeys(
+    ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "granitemoehybrid", "nemotron_h", "llama4_text"), 0.1
+)
 # Families whose answers in transformers depend on the padding before a prompt, so that each prompt is asked alone.
-PADDING_COUNTS = {"granitemoehybrid"}
+PADDING_COUNTS = {"granitemoehybrid", "lfm2", "llama4_text", "nemotron_h"}
 # Families for which transformers has no class with a score head.
 NO_REWARD_MODEL = {
     "apertus", "cohere2", "ernie4_5", "ernie4_5_moe", "gemma4_text", "gemma4_unified_text", "glm4_moe", "glm4_moe_lite",
-    "granite", "granitemoe", "granitemoehybrid", "internlm3", "qwen3_5_moe_text",
+    "granite", "granitemoe", "granitemoehybrid", "internlm3", "lfm2", "lfm2_moe", "llama4_text",
+    "nemotron_h", "qwen3_5_moe_text",
 }  # fmt: skip
 TOKENS = np.random.default_rng(0).integers(1, 96, (2, 20))
 PROMPTS = [np.random.default_rng(n).integers(1, 96, n).tolist() for n in (16, 3, 12, 1)]
@@ -327,7 +355,8 @@ def test_gradients_of_the_mean_loss(case):
     expected = revert_weight_conversion(
         reference, {name: p.grad for name, p in reference.named_parameters() if p.grad is not None}
     )
-    expected = {name: grad.numpy() for name, grad in expected.items()}
+    from_files = case.ours.module.config.from_files
+    expected = {from_files(name): grad.numpy() for name, grad in expected.items()}
     graphdef, state = nnx.split(case.ours.module)
     weights = np.ones(TOKENS.shape, np.float32)
     weights[:, -1] = 0
@@ -374,9 +403,9 @@ def test_greedy_generation(case):
     assert [list(r.tokens) for r in ours] == expected
 
 
-@pytest.mark.parametrize("kind", ["gemma2", "gpt_oss", "phi3", "qwen3_5_text"])
+@pytest.mark.parametrize("kind", ["gemma2", "gpt_oss", "phi3", "qwen3_5_text", "llama4_text"])
 def test_documents_that_share_their_prompt_are_as_if_each_were_alone(kind, tmp_path):
-    """Windows, sinks, softcaps, and rotations that depend on the length of a document."""
+    """Windows, chunks, sinks, softcaps, and rotations that depend on the length of a document."""
     model = Case(kind, str(tmp_path)).ours.module
     answers = [TOKENS[0, :n] for n in (9, 4, 12)]
     rollouts = [
@@ -414,8 +443,12 @@ def test_weights_and_config_survive_the_way_in_and_out(case, tmp_path):
 def test_an_unknown_field_is_refused(case):
     with pytest.raises(ModelError, match=r"window_scale=3 \(unknown\)"):
         models.config_from_hf(case.hf | {"window_scale": 3})
-    with pytest.raises(ModelError, match="lacks num_hidden_layers|layer_types must name"):
-        models.config_from_hf({k: v for k, v in case.hf.items() if k != "num_hidden_layers"})
+    without = {k: v for k, v in case.hf.items() if k != "num_hidden_layers"}
+    if case.kind == "nemotron_h":  # whose types of layers say their number
+        assert models.config_from_hf(without) == models.config_from_hf(case.hf)
+        return
+    with pytest.raises(ModelError, match="lacks num_hidden_layers|layer_types must name|no_rope_layers must have"):
+        models.config_from_hf(without)
 
 
 @each_kind

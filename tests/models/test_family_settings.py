@@ -14,6 +14,8 @@ SIZES = {
 SLIDING, FULL = "sliding_attention", "full_attention"
 ALPHA = {"type": "dynamic", "alpha": 1000.0, "factor": 1.0, "beta_fast": 32, "mscale": 1.0, "mscale_all_dim": 0.0}
 
+NEMOTRON = {"hybrid_override_pattern": "ME*-ME*-"}
+
 
 def config_of(kind, **fields):
     return models.config_from_hf(SIZES | {"model_type": kind} | fields)
@@ -37,6 +39,20 @@ def config_of(kind, **fields):
         ("llama", {"rope_scaling": {"type": "dynamic", "factor": 1.0, "alpha": 2.0}}, "alpha=2.0 is not implemented"),
         ("hunyuan_v1_dense", {"use_cla": True}, "use_cla=True"),
         ("gemma", {"hidden_act": "silu"}, "hidden_act='silu'"),
+        ("nemotron_h", {}, "needs layers_block_type or hybrid_override_pattern"),
+        ("nemotron_h", {"hybrid_override_pattern": "MM*MMX-M"}, r"in hybrid_override_pattern M \* - E.*, got X"),
+        ("nemotron_h", {"hybrid_override_pattern": "M*-E"}, "num_hidden_layers=8, but the types of 4 layers are given"),
+        ("nemotron_h", NEMOTRON | {"attention_bias": True}, "attention_bias=True .only False is implemented"),
+        ("nemotron_h", NEMOTRON | {"moe_latent_size": 16}, "moe_latent_size=16 .only None is implemented"),
+        ("nemotron_h", NEMOTRON | {"time_step_limit": [0.0, 1.0]}, "time_step_limit="),
+        ("nemotron_h", NEMOTRON | {"norm_eps": 1e-6}, "layer_norm_epsilon=1e-05 and norm_eps=1e-06 must be equal"),
+        ("nemotron_h", NEMOTRON | {"n_groups": 3}, "mamba_num_heads=128 is not a multiple of n_groups=3"),
+        ("lfm2", {"layer_types": ["conv"] * 4}, "layer_types must name conv or full_attention for each of"),
+        ("lfm2", {"layer_types": ["conv", "mamba"] * 4}, "got 8: conv, mamba"),
+        ("lfm2", {"rms_norm_eps": 1e-6}, "rms_norm_eps of model_type 'lfm2' has no meaning"),
+        ("lfm2", {"conv_dim": 64}, "conv_dim=64 .only 32 is implemented"),
+        ("lfm2", {"block_ffn_dim_multiplier": 1e300}, "a feed-forward has from 1 to 1,048,576 inner units"),
+        ("lfm2_moe", {"num_experts": 2}, "num_experts_per_tok=4 of 2 experts"),
     ],
 )
 def test_what_a_family_does_not_do_is_refused_by_name(kind, fields, message):
@@ -63,6 +79,10 @@ def test_what_a_family_does_not_do_is_refused_by_name(kind, fields, message):
         ("glm4", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e3, "partial_rotary_factor": 0.25}}),
         ("ernie4_5", {}),
         ("hunyuan_v1_dense", {"rope_scaling": ALPHA}),
+        ("nemotron_h", NEMOTRON),
+        ("lfm2", {}),
+        ("lfm2", {"block_ff_dim": 60, "tie_embedding": False, "full_attn_idxs": [1, 3]}),
+        ("lfm2_moe", {"tie_embedding": False}),
     ],
 )
 def test_what_transformers_fills_in_is_what_is_read(kind, fields):

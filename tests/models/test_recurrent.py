@@ -31,10 +31,24 @@ GRANITE = {
     "shared_intermediate_size": 24, "mamba_n_heads": 4, "mamba_n_groups": 2, "mamba_d_state": 8,
     "layer_types": ["mamba", "attention", "mamba", "mamba"],
 }  # fmt: skip
-CONFIGS = {"qwen3_5_text": QWEN3_5, "qwen3_next": QWEN3_NEXT, "granitemoehybrid": GRANITE}
+NEMOTRON = {
+    "model_type": "nemotron_h", "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "mamba_num_heads": 4, "mamba_head_dim": 16,
+    "n_groups": 2, "ssm_state_size": 8, "n_routed_experts": 4, "moe_intermediate_size": 16,
+    "moe_shared_expert_intermediate_size": 24, "hybrid_override_pattern": "ME*M-",
+}  # fmt: skip
+LFM2 = {
+    "model_type": "lfm2", "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "conv_bias": True, "full_attn_idxs": [1],
+}  # fmt: skip
+CONFIGS = {
+    "qwen3_5_text": QWEN3_5, "qwen3_next": QWEN3_NEXT, "granitemoehybrid": GRANITE, "nemotron_h": NEMOTRON,
+    "lfm2": LFM2,
+}  # fmt: skip
 
 
-@pytest.fixture(params=CONFIGS)
+# The layers of Granite 4 are in Nemotron-H too.
+@pytest.fixture(params=[pytest.param(k, marks=pytest.mark.slow) if k == "granitemoehybrid" else k for k in CONFIGS])
 def model(request, monkeypatch):
     monkeypatch.setattr(delta_rule, "CHUNK", 8)
     monkeypatch.setattr(state_space, "CHUNK", 8)

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxft.checkpoint.tensors import TensorSource, TensorSpec
 from jaxft.errors import CheckpointError, did_you_mean, listed
+from jaxft.models.family import FamilyConfig
 
 BODY, HEAD, EMBEDDING = "model.", "lm_head.weight", "model.embed_tokens.weight"
 # torch.compile, DistributedDataParallel, activation checkpointing and FSDP put these before what they wrap.
@@ -54,6 +55,12 @@ def with_usual_names(source: TensorSource) -> TensorSource:
             raise CheckpointError(f"tensor {new!r} is there as {names[new]!r} and as {source_name!r}")
         names[new] = source_name
     return source if all(name == source_name for name, source_name in names.items()) else Renamed(source, names)
+
+
+def with_names_of(config: FamilyConfig, source: TensorSource) -> TensorSource:
+    """The source under the names that a family's tensors have here, where those in files are others."""
+    names = {config.from_files(name): name for name in source.specs()} if config.names_in_files else {}
+    return Renamed(source, names) if names else source
 
 
 def without_value_head(source: TensorSource) -> tuple[TensorSource, str | None]:

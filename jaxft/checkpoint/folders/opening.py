@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxft import models
 from jaxft.checkpoint import fused_experts, orbax_folder
-from jaxft.checkpoint.folders.names import with_own_head, with_usual_names, without_value_head
+from jaxft.checkpoint.folders.names import with_names_of, with_own_head, with_usual_names, without_value_head
 from jaxft.checkpoint.folders.weights import Weights
 from jaxft.checkpoint.gguf import GGUFFile
 from jaxft.checkpoint.prediction import without_prediction
@@ -103,7 +103,7 @@ def _open_folder(path: str, allow_unknown: Sequence[str], head: Head | None = No
     elif orbax_folder.is_orbax_folder(path):
         source = orbax_folder.OrbaxFolder(path)
     else:
-        source = with_usual_names(SafetensorsFolder(path))
+        source = with_names_of(models.config_from_hf(hf_config), with_usual_names(SafetensorsFolder(path)))
     _check_layers(hf_config, source, path)
     source, note = without_value_head(source)
     notes = [note] if note else []

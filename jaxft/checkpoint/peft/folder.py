@@ -18,7 +18,7 @@ from jaxft.checkpoint.peft.keys import Key, check_one_adapter, read_key
 from jaxft.checkpoint.tensors import SafetensorsFolder, TensorSource, TensorSpec
 from jaxft.errors import CheckpointError, ModelError, listed
 from jaxft.files.patterns import matches
-from jaxft.models.nested import nested_module, text_name
+from jaxft.models.nested import module_names, text_name
 from jaxft.models.tensor_map import SAME, Piece, Transform
 from jaxft.nn.decoder import Decoder
 
@@ -134,7 +134,7 @@ def _tables_of_rows(config: Mapping[str, Any]) -> tuple[str, ...]:
     if config.get("peft_type") != TRAINABLE_TOKENS or not targets:
         return ("embed_tokens",)
     tables = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}
-    return tuple(name for name, module in tables.items() if named(targets, (module, nested_module(module))))
+    return tuple(name for name, module in tables.items() if named(targets, module_names(module)))
 
 
 def named(listed: Any, names: tuple[str, ...]) -> bool:

@@ -55,6 +55,8 @@ PARTS = (
     ("lora_embedding_a", "lora_embedding_A", TRANSPOSED, False),
     ("lora_embedding_b", "lora_embedding_B", TRANSPOSED, False),
 )
+# By family: modules on which PEFT loads no adapter.
+REFUSED = {"nemotron_h": ("out_proj",)}
 Index = tuple[int | slice, ...]
 
 
@@ -171,6 +173,8 @@ def adapter_config_fields(model: Decoder) -> dict[str, Any]:
         raise ModelError(
             "PEFT has rows of single tokens only beside LoRA on some layers: choose adapter.target_modules"
         )
+    model_type = str(model.config.to_hf()["model_type"])
+    _check_loads(model_type, by_module)
     (r, alpha), _ = Counter((s.r, s.alpha) for s in by_module.values()).most_common(1)[0]
     settings = next(iter(by_module.values()))
     patterns = {
@@ -181,7 +185,6 @@ def adapter_config_fields(model: Decoder) -> dict[str, Any]:
         raise ModelError(
             "PEFT's form of experts in one parameter has one rank for all layers: drop adapter.rank_pattern"
         )
-    model_type = str(model.config.to_hf()["model_type"])
     dense = {module for module in set(by_module) - stacked if is_taken_for_experts(model_type, module)}
     if dense and settings.use_dora:
         raise ModelError(
@@ -206,6 +209,16 @@ def adapter_config_fields(model: Decoder) -> dict[str, Any]:
             "init_lora_weights": True,
         }
     )
+
+
+def _check_loads(model_type: str, modules: Collection[str]) -> None:
+    """Raises ModelError for a module on which PEFT loads no adapter."""
+    refused = [module for module in modules if module.rpartition(".")[2] in REFUSED.get(model_type, ())]
+    if refused:
+        raise ModelError(
+            f"PEFT loads no adapter on {refused[0]} of model_type {model_type!r}, because its GPU kernel passes the "
+            "module by: leave out_proj out of adapter.target_modules, as 'all-linear' does"
+        )
 
 
 def _shortest(modules: set[str], ends: Mapping[str, list[str]]) -> list[str]:

@@ -9,7 +9,7 @@ from jaxft.adapters.lora.low_rank import LoRASettings
 from jaxft.checkpoint.peft.experts import dense_targets, targets_of
 from jaxft.checkpoint.peft.folder import named, refuse_unknown
 from jaxft.errors import ModelError
-from jaxft.models.nested import nested_module
+from jaxft.models.nested import module_names
 
 READ = (
     "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules", "exclude_modules",
@@ -90,7 +90,7 @@ def _refuse_changed_base(init: Any) -> None:
 
 def selected(config: Mapping[str, Any], module: str) -> bool:
     """Whether PEFT would put an adapter on a module, by its name in transformers."""
-    names = (module, nested_module(module))
+    names = module_names(module)
     targets, layers = config.get("target_modules"), config.get("layers_to_transform")
     if named(dense_targets(config), names):
         return True
@@ -119,4 +119,4 @@ def _understood(name: str, value: Any) -> bool:
 
 def targeted(config: Mapping[str, Any], module: str) -> bool:
     """Whether target_parameters names the experts of a module."""
-    return bool(targets_of(config)) and named(list(config["target_parameters"]), (module, nested_module(module)))
+    return bool(targets_of(config)) and named(list(config["target_parameters"]), module_names(module))

@@ -21,7 +21,8 @@ from jaxft.checkpoint.safetensors_writer import Index, LazyTensor, gather_sharde
 from jaxft.checkpoint.tensors import TensorSpec
 from jaxft.errors import ModelError
 from jaxft.files.atomic import write_text
-from jaxft.models.nested import nested_module, peft_targets
+from jaxft.models.family import FamilyConfig
+from jaxft.models.nested import language_model_of, nested_module, peft_targets
 from jaxft.models.tensor_map import Piece
 from jaxft.nn.decoder import Decoder
 from jaxft.quant import is_quantized
@@ -34,6 +35,7 @@ MODULE_OF = {"embed_tokens": EMBEDDING.removesuffix(".weight"), "lm_head": "lm_h
 
 def check_writable(model: Decoder) -> None:
     """Raises ModelError if PEFT's folders have no form for the adapters of a model, which may be abstract."""
+    _check_embedding(model)
     kind = only_kind(model)
     if kind is not None:
         kind.adapter_config_fields(model)
@@ -47,16 +49,18 @@ def write_adapter(model: Decoder, folder: str, *, base: str, nested: bool = Fals
     Raises ModelError if the model has no adapter.
     """
     kind = only_kind(model)
+    _check_embedding(model)
     if kind is None:
         raise ModelError("the model has no adapter to write; full fine-tuning writes the whole model")
     model = kind.plain_model(model) if hasattr(kind, "plain_model") else model
     leaves, _ = flatten(nnx.state(model), is_quantized)
+    outer = language_model_of(str(model.config.to_hf()["model_type"])) if nested else None
     wrapper = "" if kind.PEFT_TYPE == TRAINABLE_TOKENS else "token_adapter."
     whole = tuple(_whole_tensors(model, saved_paths(model), wrapper))
     carried = tuple(_whole_tensors(model, carried_paths(model), wrapper))
     parts: dict[str, list[PeftTensor]] = {}
     for part in (*kind.peft_tensors(model), *whole, *carried, *_row_tensors(model, wrapper)):
-        parts.setdefault(_nested_key(part.key) if nested else part.key, []).append(part)
+        parts.setdefault(_nested_key(part.key, outer), []).append(part)
     tensors = {key: _lazy(leaves, of_key) for key, of_key in parts.items()}
     if not is_primary():
         gather_sharded(tensors)
@@ -70,10 +74,26 @@ def write_adapter(model: Decoder, folder: str, *, base: str, nested: bool = Fals
         "base_model_name_or_path": base if base.endswith(".gguf") else base.removeprefix("hf://"),
         "inference_mode": True,
     } | kind.adapter_config_fields(model)
-    if nested and "target_modules" in config:
-        config["target_modules"] = _nested_targets(config["target_modules"])
-    config |= _whole_fields(model, whole, nested=nested) | _row_fields(model, kind.PEFT_TYPE)
+    if outer is not None and "target_modules" in config:
+        config["target_modules"] = _nested_targets(config["target_modules"], outer)
+    config |= _whole_fields(model, whole, outer) | _row_fields(model, kind.PEFT_TYPE)
     write_text(os.path.join(folder, CONFIG), json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _check_embedding(model: Decoder) -> None:
+    """Raises ModelError if something is trained on an embedding table that transformers' module calls otherwise."""
+    config, table = cast(FamilyConfig, model.config), "embed_tokens"
+    rows = {} if model.token_rows is None else cast(TokenRows, model.token_rows).by_table()
+    paths = {*adapters(model), *saved_paths(model), *carried_paths(model), *rows}
+    if config.in_files(EMBEDDING).endswith(EMBEDDING.removeprefix("model.")) or not any(
+        path.split("/")[0] == table for path in paths
+    ):
+        return
+    raise ModelError(
+        f"the embedding table of model_type {config.to_hf()['model_type']!r} has a name in transformers for which "
+        "adapters are not written: leave embed_tokens out of adapter.target_modules and adapter.modules_to_save, and "
+        "add no tokens"
+    )
 
 
 def _whole_tensors(model: Decoder, paths: Iterable[str], wrapper: str) -> Iterator[PeftTensor]:
@@ -117,11 +137,11 @@ def _row_fields(model: Decoder, peft_type: str) -> dict[str, Any]:
     return {"trainable_token_indices": indices["embed_tokens"] if only_embeddings else indices}
 
 
-def _whole_fields(model: Decoder, whole: Sequence[PeftTensor], *, nested: bool) -> dict[str, Any]:
+def _whole_fields(model: Decoder, whole: Sequence[PeftTensor], outer: str | None) -> dict[str, Any]:
     """modules_to_save and what belongs to it; trained biases are named by a field of their own."""
     if not whole:
         return {}
-    keys = [_nested_key(part.key) if nested else part.key for part in whole]
+    keys = [_nested_key(part.key, outer) for part in whole]
     saved = {key.removeprefix(PREFIX).rpartition(".")[0] for key in keys if not key.endswith(".bias")}
     biases = {key.rpartition(".")[0] for key in keys if key.endswith(".bias")} - {PREFIX + name for name in saved}
     fields: dict[str, Any] = {"modules_to_save": sorted(saved)} if saved else {}
@@ -133,13 +153,16 @@ def _whole_fields(model: Decoder, whole: Sequence[PeftTensor], *, nested: bool) 
     return fields
 
 
-def _nested_targets(names: list[str]) -> str | list[str]:
+def _nested_targets(names: list[str], outer: str) -> str | list[str]:
     # A list of last names would find the image tower's layers of the same names too.
-    return [nested_module(name) for name in names] if any("." in name for name in names) else peft_targets(names)
+    if any("." in name for name in names):
+        return [nested_module(name, outer) for name in names]
+    return peft_targets(names, outer)
 
 
-def _nested_key(key: str) -> str:
-    return PREFIX + nested_module(key.removeprefix(PREFIX)) if key.startswith(PREFIX) else key
+def _nested_key(key: str, outer: str | None) -> str:
+    """outer: the language model's module within a model that takes images too; None if there is no such model."""
+    return key if outer is None or not key.startswith(PREFIX) else PREFIX + nested_module(key[len(PREFIX) :], outer)
 
 
 def _lazy(leaves: Mapping[str, Any], parts: Sequence[PeftTensor]) -> LazyTensor:

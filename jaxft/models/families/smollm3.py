@@ -46,7 +46,7 @@ class Config(FamilyConfig):
         hf = with_defaults(hf, DEFAULTS)
         used = ("no_rope_layer_interval", "use_sliding_window", "max_window_layers")
         sizes = read_sizes(hf, cls, used=used, must_equal={"hidden_act": "silu"})
-        ropes = _read_ropes(hf)
+        ropes = read_ropes(hf)
         window = hf["sliding_window"] if hf["use_sliding_window"] else None
         types = read_layer_types(hf, [FULL if rope or window is None else SLIDING for rope in ropes])
         if SLIDING in types:
@@ -98,7 +98,7 @@ def default_ropes(layers: int, period: int = PERIOD) -> tuple[int, ...]:
     return tuple(int((i + 1) % period != 0) for i in range(layers))
 
 
-def _read_ropes(hf: Mapping[str, Any]) -> tuple[int, ...]:
+def read_ropes(hf: Mapping[str, Any]) -> tuple[int, ...]:
     """`no_rope_layers`, or the default if absent. Raises ModelError for a list that does not name every layer."""
     count, given = hf["num_hidden_layers"], hf.get("no_rope_layers")
     if given is None:

@@ -17,7 +17,7 @@ from jaxft.nn.attention import cache as kv
 from jaxft.nn.attention.causal import causal_attention
 from jaxft.nn.attention.rope import Rotation, rotate
 from jaxft.nn.attention.score_form import MASKED, PLAIN, ScoreForm, cap_scores, score_scale
-from jaxft.nn.attention.unshare import gather_back, unshare_heads
+from jaxft.nn.attention.unshare import gather_back, unshare, unshare_heads
 from jaxft.nn.linear import Linear
 from jaxft.nn.norm import Norm, NormShape
 from jaxft.nn.storage import StorageDims
@@ -42,6 +42,13 @@ class Tokens(NamedTuple):
     whole: WholeDocuments[jax.Array] | None = None
 
 
+class QueryGrowth(NamedTuple):
+    """Queries at position p are multiplied by `1 + factor log(1 + floor((p + 1) / every))` (arXiv:2501.19399)."""
+
+    every: int
+    factor: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class AttentionShape:
     """Sizes and switches of one attention layer.
@@ -52,7 +59,9 @@ class AttentionShape:
     None: positions are not encoded. pairs: neighbouring dimensions are rotated together, and not the halves of a head.
     normed_after_rope: the norm of queries and keys comes after the rotation. gated: `q_proj` also gives a gate for each
     head's output, beside its query, whose sigmoid multiplies it. v_norm: each head of the values is normalised too,
-    without a parameter. keys_as_values: values are the keys as projected, before norm and rotation.
+    without a parameter. keys_as_values: values are the keys as projected, before norm and rotation. unscaled_qk: the
+    norm of queries and keys has no parameter. chunk: positions are cut into chunks of so many, and a token sees no
+    other chunk than its own; None for no chunks. growth: of queries with their position.
     """
 
     width: int
@@ -71,6 +80,14 @@ class AttentionShape:
     gated: bool = False
     v_norm: bool = False
     keys_as_values: bool = False
+    unscaled_qk: bool = False
+    chunk: int | None = None
+    growth: QueryGrowth | None = None
+
+    @property
+    def reach(self) -> int | None:
+        """The number of latest tokens that a token may see, including itself; None for all."""
+        return self.form.window or self.chunk
 
 
 class Prefix(Protocol):
@@ -113,8 +130,9 @@ class Attention(nnx.Module):
         self.o_proj = linear(q_width, shape.width, use_bias=shape.use_output_bias, tp_side="inputs")
         if shape.qk_norm is not None:
             q_norm, kv_norm = (shape.head_dim,) * 2 if shape.qk_norm == "head" else (q_width, kv_width)
-            self.q_norm = Norm(q_norm, norm, dtype=dtype, param_dtype=param_dtype)
-            self.k_norm = Norm(kv_norm, norm, dtype=dtype, param_dtype=param_dtype)
+            of_heads = dataclasses.replace(norm, scaled=False) if shape.unscaled_qk else norm
+            self.q_norm = Norm(q_norm, of_heads, dtype=dtype, param_dtype=param_dtype)
+            self.k_norm = Norm(kv_norm, of_heads, dtype=dtype, param_dtype=param_dtype)
         if shape.v_norm:
             unscaled = dataclasses.replace(norm, scaled=False)
             self.v_norm = Norm(shape.head_dim, unscaled, dtype=dtype, param_dtype=param_dtype)
@@ -131,26 +149,28 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, kv.LayerCache | None]:
         """layer: this layer's index in the cache's stack. keys: four PRNG keys for dropout in adapters, or None."""
         key = (None,) * 4 if keys is None else keys
-        form, sinks_N = self.shape.form, None if self.sinks is None else self.sinks.get_value()
+        form, reach, sinks_N = self.shape.form, self.shape.reach, None if self.sinks is None else self.sinks.get_value()
         q_BSNH, k_BSKH, v_BSKH, gate_BSNH = self._project(x_BSD, key)
-        segments_BS = tokens.segments_BS
+        positions_BS, segments_BS = tokens.positions_BS, tokens.segments_BS
         if tokens.whole is not None:
             q_BSNH, k_BSKH, v_BSKH = (unshare_heads(x, tokens.whole) for x in (q_BSNH, k_BSKH, v_BSKH))
             segments_BS = tokens.whole.segments_BWS.reshape(q_BSNH.shape[:2])
-        q_BSNH, k_BSKH = self._rotated(q_BSNH, k_BSKH, tokens)
+            positions_BS = unshare(positions_BS[..., None], tokens.whole)[..., 0]
+        q_BSNH, k_BSKH = self._rotated(q_BSNH, k_BSKH, tokens, positions_BS)
         if self.prefix is not None:
             k_BSKH, v_BSKH = self.prefix(k_BSKH, v_BSKH, tokens.virtual_BS)
         if cache is None:
+            segments_BS = _by_chunk(segments_BS, positions_BS, self.shape.chunk)
             out_BSNH = causal_attention(q_BSNH, k_BSKH, v_BSKH, segments_BS, form, sinks_N)
-        elif form.window is not None and x_BSD.shape[1] > 1 and cache.slots >= form.window:
+        elif reach is not None and x_BSD.shape[1] > 1 and cache.slots >= reach:
             # Writing first would overwrite keys that the first of these tokens still sees.
             k_BKHT, v_BKTH, keys_BT = _with_cached(cache, layer, k_BSKH, v_BSKH, tokens)
-            mask_BST = causal_mask(tokens.positions_BS, keys_BT, window=form.window)
+            mask_BST = causal_mask(positions_BS, keys_BT, window=form.window, chunk=self.shape.chunk)
             out_BSNH = attend_cached(q_BSNH, k_BKHT, v_BKTH, mask_BST, form, sinks_N)
             cache = self._write(cache, layer, k_BSKH, v_BSKH, tokens)
         else:
             cache = self._write(cache, layer, k_BSKH, v_BSKH, tokens)
-            mask_BST = causal_mask(tokens.positions_BS, cache.positions_BT, window=form.window)
+            mask_BST = causal_mask(positions_BS, cache.positions_BT, window=form.window, chunk=self.shape.chunk)
             out_BSNH = attend_cached(q_BSNH, cache.k_RBKHT[layer], cache.v_RBKTH[layer], mask_BST, form, sinks_N)
         if tokens.whole is not None:
             out_BSNH = gather_back(out_BSNH, tokens.whole)
@@ -160,9 +180,9 @@ class Attention(nnx.Module):
         return self.o_proj(out_BSX, key[3]), cache
 
     def init_cache(self, layers: int, batch: int, length: int) -> kv.LayerCache:
-        """The empty cache of a stack of such layers for rows of up to `length` tokens; with a window, only so many."""
+        """The empty cache of a stack of such layers for rows of up to `length` tokens; only for those within reach."""
         shape = self.shape
-        slots = min(length, shape.form.window or length)
+        slots = min(length, shape.reach or length)
         return kv.empty(layers, batch, slots, shape.kv_heads, shape.head_dim, self.dtype)
 
     def storage_dims(self) -> dict[str, StorageDims]:
@@ -194,8 +214,10 @@ class Attention(nnx.Module):
             v_BSKH = self.v_norm(v_BSKH)
         return q_BSNH, k_BSKH, v_BSKH, gate_BSNH
 
-    def _rotated(self, q_BSNH: jax.Array, k_BSKH: jax.Array, tokens: Tokens) -> tuple[jax.Array, jax.Array]:
-        """Queries and keys with their positions, as this layer encodes them."""
+    def _rotated(
+        self, q_BSNH: jax.Array, k_BSKH: jax.Array, tokens: Tokens, positions_BS: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Queries and keys with their positions, as this layer encodes them. positions_BS: those of the queries."""
         shape = self.shape
         rotation = None if shape.rope is None else tokens.rotations[shape.rope]
         if rotation is not None:
@@ -204,6 +226,11 @@ class Attention(nnx.Module):
             q_BSNH, k_BSKH = self.q_norm(q_BSNH), self.k_norm(k_BSKH)
         if rotation is not None and rotation.queries_BS is not None:
             q_BSNH = (q_BSNH * rotation.queries_BS[:, :, None, None]).astype(q_BSNH.dtype)
+        if shape.growth is not None:
+            grown_BS = 1 + shape.growth.factor * jnp.log1p(
+                ((positions_BS + 1) // shape.growth.every).astype(jnp.float32)
+            )
+            q_BSNH = (q_BSNH * grown_BS[:, :, None, None]).astype(q_BSNH.dtype)
         return q_BSNH, k_BSKH
 
     def _write(
@@ -232,6 +259,14 @@ def _with_cached(
     return k_BKHT, v_BKTH, jnp.concatenate([tokens.cached_BT, new_BS], axis=1)
 
 
+def _by_chunk(segments_BS: jax.Array, positions_BS: jax.Array, chunk: int | None) -> jax.Array:
+    """The segments cut into chunks, each a segment of its own; 0 stays padding."""
+    if chunk is None:
+        return segments_BS
+    most = segments_BS.shape[1] // chunk + 1  # chunks of a segment, which is no longer than its row
+    return jnp.where(segments_BS > 0, segments_BS * most + positions_BS // chunk, 0)
+
+
 def causal_mask(
     queries_BS: jax.Array,
     keys_BT: jax.Array,
@@ -239,15 +274,18 @@ def causal_mask(
     key_segments_BT: jax.Array | None = None,
     *,
     window: int | None = None,
+    chunk: int | None = None,
 ) -> jax.Array:
     """True for the keys that a query sees, [B, S, T]: filled slots of its own segment, up to its own position.
 
-    window: the number of latest tokens that a query sees, including itself; None for all.
+    window: the number of latest tokens that a query sees, including itself; None for all. chunk: as in AttentionShape.
     """
     keys_B1T, queries_BS1 = keys_BT[:, None, :], queries_BS[:, :, None]
     mask_BST = (keys_B1T >= 0) & (keys_B1T <= queries_BS1)
     if window is not None:
         mask_BST &= keys_B1T > queries_BS1 - window
+    if chunk is not None:
+        mask_BST &= keys_B1T // chunk == queries_BS1 // chunk
     if query_segments_BS is not None and key_segments_BT is not None:
         mask_BST &= query_segments_BS[:, :, None] == key_segments_BT[:, None, :]
     return mask_BST

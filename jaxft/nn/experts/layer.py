@@ -207,7 +207,10 @@ class MoE(nnx.Module):
         # Saved for the backward pass. If the choice were recomputed with other rounding, a close one could fall on
         # another expert than the one whose results were saved.
         experts_MK = checkpoint_name(experts_MK, "dots")
-        y_MD = combine(x_MD.astype(self.dtype), weights_MK, experts_MK)
+        x_MD = x_MD.astype(self.dtype)
+        if self.shape.router.on_input:
+            x_MD, weights_MK = x_MD * weights_MK.astype(self.dtype), jnp.ones_like(weights_MK)
+        y_MD = combine(x_MD, weights_MK, experts_MK)
         return MoEOutput(y_MD.astype(self.dtype), logits_ME, experts_MK)
 
     def _combine(self, x_MD: jax.Array, weights_MK: jax.Array, experts_MK: jax.Array) -> jax.Array:

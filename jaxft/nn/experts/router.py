@@ -24,7 +24,7 @@ class RouterShape:
     neighbours, and a token chooses among its best `chosen_groups` of them (arXiv:2405.04434, section 2.2). group_best:
     the score of a group is the sum of so many of its best scores. norm_eps: the eps of a norm of the input, which
     multiplies by a learnt scale / sqrt(D); None for no norm. expert_scale: whether each expert's weights have a learnt
-    factor.
+    factor. on_input: whether the weight of a token's only expert multiplies that expert's input, and not its output.
     """
 
     chosen: int
@@ -40,6 +40,7 @@ class RouterShape:
     group_best: int = 1
     norm_eps: float | None = None
     expert_scale: bool = False
+    on_input: bool = False
 
 
 class Routes(NamedTuple):

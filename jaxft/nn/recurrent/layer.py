@@ -16,7 +16,9 @@ from jaxft.nn.recurrent.convolution import Convolution
 
 
 class RecurrentShape(Protocol):
-    """channels, taps: of the convolution. state_shape: (N, X, Y)."""
+    """channels, taps: of the convolution. state_shape: (N, X, Y). state: their product. token_flops: of one token
+    forward, projections left out.
+    """
 
     @property
     def channels(self) -> int: ...
@@ -24,6 +26,10 @@ class RecurrentShape(Protocol):
     def taps(self) -> int: ...
     @property
     def state_shape(self) -> tuple[int, int, int]: ...
+    @property
+    def state(self) -> int: ...
+    @property
+    def token_flops(self) -> int: ...
 
 
 class Recurrent(nnx.Module):

@@ -28,6 +28,7 @@ class Mamba2Shape:
 
     groups: of heads, which share how the state is written and read. state_dim: N. taps: of the convolution. shortest,
     longest: the bounds of the time step dt. use_bias: of the projections. use_conv_bias: of the convolution.
+    adapt_output: whether the adapter target `all-linear` means the output projection too.
     """
 
     width: int
@@ -40,6 +41,7 @@ class Mamba2Shape:
     longest: float = float("inf")
     use_bias: bool = False
     use_conv_bias: bool = True
+    adapt_output: bool = True
 
     @property
     def inner(self) -> int:
@@ -92,7 +94,7 @@ class Mamba2(Recurrent):
         self.dt_bias = nnx.Param(jnp.ones((shape.heads,), param_dtype))
         grouped = NormShape(eps=norm.eps, groups=shape.groups)
         self.norm = Norm(shape.inner, grouped, dtype=dtype, param_dtype=param_dtype)
-        self.out_proj = linear(shape.inner, shape.width, tp_side="inputs")
+        self.out_proj = linear(shape.inner, shape.width, tp_side="inputs", in_all_linear=shape.adapt_output)
 
     def __call__(
         self, x_BSD: jax.Array, tokens: Tokens, cache: StateCache | None, layer: jax.Array, keys: jax.Array | None

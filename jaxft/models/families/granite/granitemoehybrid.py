@@ -2,7 +2,7 @@
 
 # Source: Granite 4.0 model cards; Mamba-2, arXiv:2405.21060
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,9 @@ from jaxft.errors import ModelError
 from jaxft.models.families.granite.granite import FACTORS
 from jaxft.models.family import FULL, LAYER, FamilyConfig, no_reward_model, read_rope, read_sizes, with_defaults
 from jaxft.models.hf_fields import tell_dropout
+from jaxft.models.mamba import NO_BOUNDS, mamba_tensors, with_bounds
 from jaxft.models.moe import PATH, check_experts
-from jaxft.models.tensor_map import DEPTHWISE, EACH_TRANSPOSED, TensorMap, linear
+from jaxft.models.tensor_map import EACH_TRANSPOSED, TensorMap, linear
 from jaxft.nn.attention.score_form import ScoreForm
 from jaxft.nn.block import BlockShape
 from jaxft.nn.decoder import Decoder, DecoderShape
@@ -39,7 +40,7 @@ OWN = (
 DROPOUT = ("attention_dropout",)
 # In how many positions a row is cut changes no number.
 USED = ("mamba_chunk_size", "mamba_d_head", "layers_block_type", "normalization_function", *DROPOUT)
-ONLY = {"hidden_act": "silu", "time_step_limit": [0.0, float("inf")]}
+ONLY = {"hidden_act": "silu", "time_step_limit": NO_BOUNDS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +74,7 @@ class Config(FamilyConfig):
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "Config":
-        hf = with_defaults(hf, DEFAULTS)
-        if isinstance(hf.get("time_step_limit"), list | tuple):
-            hf["time_step_limit"] = [_bound(value) for value in hf["time_step_limit"]]
+        hf = with_bounds(with_defaults(hf, DEFAULTS))
         sizes = read_sizes(hf, cls, used=USED, must_equal=ONLY)
         tell_dropout(hf, DROPOUT)
         if hf["num_local_experts"]:
@@ -150,18 +149,6 @@ class Config(FamilyConfig):
         return lines
 
 
-def mamba_tensors(shape: Mamba2Shape, module: str) -> Iterator[TensorMap]:
-    """The table's lines for a layer with Mamba-2. module: its name in files."""
-    path = "layers/*/mamba"
-    for name in ("in_proj", "out_proj"):
-        yield from linear(f"{module}.{name}", f"{path}/{name}", bias=shape.use_bias)
-    yield TensorMap(f"{module}.conv1d.weight", f"{path}/conv1d/taps", DEPTHWISE)
-    if shape.use_conv_bias:
-        yield TensorMap(f"{module}.conv1d.bias", f"{path}/conv1d/bias")
-    yield TensorMap(f"{module}.norm.weight", f"{path}/norm/scale")
-    yield from (TensorMap(f"{module}.{name}", f"{path}/{name}") for name in ("A_log", "D", "dt_bias"))
-
-
 def _layer_types(hf: Mapping[str, Any]) -> tuple[str, ...]:
     """The types of layers in transformers 5's words. Raises ModelError for others, and for a wrong number."""
     given = hf.get("layer_types") or hf.get("layers_block_type") or [LINEAR] * hf["num_hidden_layers"]
@@ -174,11 +161,6 @@ def _layer_types(hf: Mapping[str, Any]) -> tuple[str, ...]:
             f"got {len(types)}" + (f" with {', '.join(unknown)}" if unknown else "")
         )
     return types
-
-
-def _bound(value: Any) -> Any:
-    """A bound of the time step; transformers writes infinity, which JSON has not, as {"__float__": "Infinity"}."""
-    return float("inf") if value in ({"__float__": "Infinity"}, "Infinity") else value
 
 
 def _check_heads(hf: Mapping[str, Any]) -> None:
