@@ -43,13 +43,13 @@ def modules(tensors):
     return [name for name in names if name != KEPT]
 
 
-def save(folder, tensors, settings=None, **changes):
+def save(folder, tensors, settings=None, base=CONFIG, **changes):
     from safetensors.numpy import save_file
 
     folder.mkdir(exist_ok=True)
     save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
     quantization = {} if settings is None else {"quantization_config": settings}
-    (folder / "config.json").write_text(json.dumps(CONFIG | quantization | changes))
+    (folder / "config.json").write_text(json.dumps(base | quantization | changes))
     return str(folder)
 
 
@@ -208,6 +208,31 @@ def test_float8_folders_have_the_logits_of_transformers(tensors, tmp_path, kind)
         expected = theirs(torch.from_numpy(TOKENS)).logits.numpy()
     logits = load_model(folder).logits(TOKENS)
     np.testing.assert_allclose(logits, expected, atol=1e-5 * np.abs(expected).max())
+
+
+DEEPSEEK = {
+    "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "vocab_size": 40, "hidden_size": 64,
+    "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+    "kv_lora_rank": 24, "q_lora_rank": 20, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12,
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "n_group": 1, "topk_group": 1,
+    "first_k_dense_replace": 1, "num_nextn_predict_layers": 1, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+def test_float8_folders_of_deepseek_are_read_without_the_layers_that_predict_more(tmp_path):
+    """In blocks that divide no matrix, as those of 128 do not divide its 576 rows of keys and values."""
+    from safetensors.numpy import load_file
+
+    hf.write_weights(models.random_model(models.config_from_hf(DEEPSEEK), seed=0), str(tmp_path))
+    drawn = {name: 5 * value for name, value in load_file(tmp_path / "model.safetensors").items()}
+    packed, dense, settings = float8(
+        drawn | {"model.layers.2.eh_proj.weight": np.ones((64, 128), np.float32)}, "ragged"
+    )
+    dense = {name: value for name, value in dense.items() if ".layers.2." not in name}
+    expected = load_model(save(tmp_path / "dense", dense, base=DEEPSEEK))
+    read = load_model(save(tmp_path / "packed", packed, settings, base=DEEPSEEK))
+    np.testing.assert_array_equal(read.logits(TOKENS), expected.logits(TOKENS))
+    assert "2 tensors of" in read.notes[0] and "predict several tokens at once" in read.notes[0]
 
 
 def test_blocks_are_those_of_the_config_even_where_they_also_divide_evenly():
