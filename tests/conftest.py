@@ -52,11 +52,25 @@ jax.config.update("jax_disable_most_optimizations", True)
 # Tracing makes many objects that live long; looking through them all the time is a sixteenth of the suite's.
 gc.set_threshold(100_000, 50, 50)
 
+# Tests whose like run in `make test`, so that these are left to `make test-all`.
+DOUBLES = Path(__file__).with_name("doubles.txt")
 MOST_RESIDENT = 3 * 2**30  # bytes of one process, of which two share a small machine
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whole runs first: else the last of them keeps one worker waiting for the other for minutes."""
+    """Marks the tests in doubles.txt as slow. Whole runs come first: else the last of them keeps one worker waiting for
+    the other for minutes.
+    """
+    doubles = set(DOUBLES.read_text(encoding="utf-8").split("\n")) - {""}
+    items_of = {item.nodeid.split("/", 1)[-1]: item for item in items}
+    for name in doubles & items_of.keys():
+        items_of[name].add_marker(pytest.mark.slow)
+    collected = {name.partition("::")[0] for name in items_of}
+    chosen_by_name = any("::" in argument for argument in sys.argv)
+    unknown = [name for name in doubles - items_of.keys() if name.partition("::")[0] in collected]
+    if unknown and not chosen_by_name:
+        raise pytest.UsageError(f"{DOUBLES.name} names tests that do not exist: {', '.join(sorted(unknown))}")
     runs = Path(__file__).parent / "runs"
     items.sort(key=lambda item: not item.path.is_relative_to(runs))
 

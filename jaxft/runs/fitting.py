@@ -221,8 +221,8 @@ def _spikes(run: Run) -> SpikeGuard | None:
 
 
 def _report_of(run: Run) -> Callable[[], object]:
-    """Makes the report anew, so that a run can be watched; in process 0."""
-    return KeptReport(run.folder, run.print_line).write if is_primary() else lambda: None
+    """Makes the report anew now and then, so that a run can be watched; in process 0."""
+    return KeptReport(run.folder, run.print_line).refresh if is_primary() else lambda: None
 
 
 def _log(run: Run, resume_step: int | None, console: Console) -> RunLog | NoLog:

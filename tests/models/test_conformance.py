@@ -299,7 +299,8 @@ class Case:
 # Families whose layers are those of another one in other sizes: their further checks are in `make test-all`.
 ALIKE = {
     "deepseek_v2", "ernie4_5", "ernie4_5_moe", "gemma", "gemma4_unified_text", "glm", "glm4_moe_lite", "granite",
-    "granitemoe", "hunyuan_v1_dense", "internlm3", "mistral", "olmo2", "qwen3_5_moe_text", "seed_oss", "smollm3",
+    "granitemoe", "hunyuan_v1_dense", "internlm3", "lfm2", "mistral", "olmo2", "qwen3_5_moe_text", "seed_oss",
+    "smollm3",
 }  # fmt: skip
 KINDS = sorted(models.families())
 each_family = pytest.mark.parametrize("case", KINDS, indirect=True, scope="module")

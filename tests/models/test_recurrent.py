@@ -47,8 +47,11 @@ CONFIGS = {
 }  # fmt: skip
 
 
-# The layers of Granite 4 are in Nemotron-H too.
-@pytest.fixture(params=[pytest.param(k, marks=pytest.mark.slow) if k == "granitemoehybrid" else k for k in CONFIGS])
+# Whose layers are in other models here.
+ALIKE = ("granitemoehybrid", "qwen3_next")
+
+
+@pytest.fixture(params=[pytest.param(kind, marks=pytest.mark.slow) if kind in ALIKE else kind for kind in CONFIGS])
 def model(request, monkeypatch):
     monkeypatch.setattr(delta_rule, "CHUNK", 8)
     monkeypatch.setattr(state_space, "CHUNK", 8)
@@ -89,7 +92,7 @@ def test_padding_before_and_after_changes_nothing(model):
     np.testing.assert_allclose(logits(model, padded, segments_BS=segments)[:, :13], whole, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", ["full", pytest.param("dots", marks=pytest.mark.slow)])
 def test_gradients_do_not_depend_on_rematerialisation(model, remat):
     tokens = jnp.asarray(np.random.default_rng(0).integers(1, 96, (2, 13)))
 

@@ -160,6 +160,19 @@ def test_event_files_that_fail_are_told_once_and_end_nothing(tmp_path, monkeypat
     assert len(read_metrics(tmp_path / "file")) == 1
 
 
+def test_the_report_of_a_run_that_goes_on_is_made_once_a_minute(tmp_path):
+    from jaxft.runs.report import KeptReport
+
+    seconds = [0.0]
+    report = KeptReport(tmp_path, pytest.fail, lambda: seconds[0])
+    made = []
+    for seconds[0] in (10.0, 59.0, 60.0, 61.0, 119.0, 121.0):
+        report.refresh()
+        made.append((tmp_path / "report.html").exists())
+        (tmp_path / "report.html").unlink(missing_ok=True)
+    assert made == [False, False, True, False, False, True]
+
+
 def test_a_report_that_cannot_be_written_ends_nothing(tmp_path, monkeypatch):
     from jaxft.runs.report import KeptReport, keeping
 
