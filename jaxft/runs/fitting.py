@@ -154,7 +154,8 @@ def _hooks(
     step: Callable[..., tuple[TrainState, dict[str, jax.Array]]],
     save: Callable[[int, TrainState, dict[str, Any], dict[str, float]], None],
 ) -> Hooks:
-    method = method_of(run.config)
+    method, spikes = method_of(run.config), _spikes(run)
+    made_of_rows = method.rollout_size(run.config) is None
     return Hooks(
         train_step=step,
         batch=feed,
@@ -163,12 +164,14 @@ def _hooks(
         preempted=distributed.reached_preemption,
         may_stop=feed.may_stop,
         early_stopping=_early_stopping(run),
-        spikes=_spikes(run),
+        spikes=spikes,
         data_metrics=feed.metrics,
         evaluate_start=method.evaluates_start,
         evaluated=_report_of(run),
         times=run.times,
-        batch_part="input" if method.rollout_size(run.config) is None else "rollouts",
+        batch_part="input" if made_of_rows else "rollouts",
+        # On CPUs the host is the device, and collectives of two programs at once may wait for each other.
+        ahead=made_of_rows and spikes is None and jax.default_backend() != "cpu",
     )
 
 

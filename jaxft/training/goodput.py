@@ -10,9 +10,10 @@ Part = Literal[
     "other",
 ]  # fmt: skip
 # steps: of training. rollouts: answers that the model samples for them. compile: the first step of each start, which
-# compiles. input: making batches. save: waiting for checkpoints. evaluation: on held-out rows. peers: waiting until all
-# processes agree whether to stop. setup: reading rows and weights, restoring. scoring: by generation, before and after.
-# lost: steps that had to be taken again, because the run was interrupted after its newest checkpoint.
+# compiles. input: making batches while no step runs. save: waiting for checkpoints. evaluation: on held-out rows.
+# peers: waiting until all processes agree whether to stop. setup: reading rows and weights, restoring. scoring: by
+# generation, before and after. lost: steps that had to be taken again, because the run was interrupted after its newest
+# checkpoint.
 PARTS: tuple[Part, ...] = get_args(Part)
 PRODUCTIVE: tuple[Part, ...] = ("steps", "rollouts")
 GOODPUT, PREFIX = "goodput", "time/"
@@ -40,6 +41,11 @@ class TimeUse:
             yield
         finally:
             self._switch(outer)
+
+    def hide(self, part: Part, seconds: float) -> None:
+        """Counts so many seconds of a part for steps: the devices were at work meanwhile."""
+        self._seconds[part] -= seconds
+        self._seconds["steps"] += seconds
 
     def go_on(self, earlier: Mapping[str, float], rows: Sequence[Mapping[str, Any]], step: int) -> dict[str, float]:
         """Adds the time of earlier starts, and returns it, by part.

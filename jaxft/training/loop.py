@@ -1,11 +1,16 @@
-"""The training loop: take a batch, step, log, evaluate, save."""
+"""The training loop: take a batch, step, log, evaluate, save.
+
+On accelerators a step is dispatched before the metrics of the one before are fetched, so that the host makes a batch
+while the devices work. Before anything that depends on a step (an evaluation, a checkpoint, the end) its metrics are
+fetched and checked.
+"""
 
 # B batch, S sequence
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -68,6 +73,8 @@ class Hooks:
     data_metrics(step): values to log about the data of the first `step` steps.
     evaluate_start: whether a run that has not begun is evaluated before its first step. evaluated(): called after the
     metrics of an evaluation are logged. times: is told what takes time. batch_part: what `batch` counts for there.
+    ahead: whether a step is dispatched while the devices still work on the one before; `batch` must then not depend on
+    its weights, nor spikes be told.
     """
 
     train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
@@ -83,6 +90,7 @@ class Hooks:
     evaluated: Callable[[], object] = lambda: None
     times: TimeUse = field(default_factory=TimeUse)
     batch_part: Part = "input"
+    ahead: bool = False
 
 
 def fit(
@@ -98,6 +106,13 @@ def fit(
     progress = dict(progress)
     held_out: dict[str, float] = {}
     window = Window()
+    taken: list[_Taken] = []  # steps whose metrics are not fetched yet
+
+    def settle(count: int = 0) -> None:
+        """Fetches the metrics of all steps but the last `count`."""
+        while len(taken) > count:
+            _settle(hooks, cadence, taken.pop(0), state, progress, window, log)
+
     if start == 0 and hooks.evaluate_start:
         evaluate(hooks, state, 0, log)
     for step in range(start + 1, cadence.total_steps + 1):
@@ -105,30 +120,28 @@ def fit(
         with hooks.times.during(hooks.batch_part):
             batch = hooks.batch(state, step - 1)
         ready = hooks.times.clock()
+        if taken and taken[-1].is_running:
+            hooks.times.hide(hooks.batch_part, ready - started)
         limits = () if hooks.spikes is None else (hooks.spikes.limits(progress),)
         with hooks.times.during("compile" if step == start + 1 else "steps"):
-            state, device_metrics = hooks.train_step(state, batch, *limits)
-            metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
-        ended = hooks.times.clock()
-        if hooks.spikes is not None:
-            metrics = _watched(hooks, hooks.spikes, step, state, metrics, progress, log)
-        _check_finite(step, metrics)
-        window.add(ended - started, ended - ready, metrics["num_tokens"])
-        for name in [name for name in ADDED_UP if name in metrics]:
-            progress[name] = progress.get(name, 0.0) + metrics.pop(name)
-        if cadence.due(step, cadence.log_every):
-            consumed = {name: progress[name] for name in ADDED_UP if name in progress}
-            consumed |= {"epoch": step / cadence.steps_per_epoch} | hooks.data_metrics(step)
-            log.step(step, metrics | consumed | window.rates() | hooks.times.metrics())
+            state, metrics = hooks.train_step(state, batch, *limits)
+            taken.append(_Taken(step, metrics, started, ready))
+            if step == start + 1:
+                jax.block_until_ready(metrics)
+        settle(1 if hooks.ahead and taken[-1].is_running else 0)
         # Metrics of an earlier step must not rank this step's checkpoint.
-        held_out = evaluate(hooks, state, step, log) if cadence.due(step, cadence.eval_every) else {}
-        ending = _ends_early(hooks, step, held_out, progress)
-        if ending and not held_out:
+        held_out = {}
+        if cadence.due(step, cadence.eval_every):
+            settle()
             held_out = evaluate(hooks, state, step, log)
+        ending = _ends_early(hooks, step, held_out, progress)
         # Every process asks after the same steps.
         with hooks.times.during("peers"):
             stopping = hooks.may_stop(step) and hooks.preempted()
         if stopping or ending or cadence.due(step, cadence.save_every):
+            settle()
+            if ending and not held_out:
+                held_out = evaluate(hooks, state, step, log)
             with hooks.times.during("save"):
                 hooks.save(step, state, progress, held_out)
         if stopping and not ending and step < cadence.total_steps:
@@ -136,6 +149,45 @@ def fit(
         if ending:
             break
     return state, held_out
+
+
+class _Taken(NamedTuple):
+    """A step that was dispatched. started, ready: when its batch was begun and done, in seconds of the clock."""
+
+    step: int
+    metrics: dict[str, jax.Array]
+    started: float
+    ready: float
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the devices still work on it."""
+        return not all(value.is_ready() for value in self.metrics.values() if isinstance(value, jax.Array))
+
+
+def _settle(
+    hooks: Hooks,
+    cadence: Cadence,
+    taken: _Taken,
+    state: TrainState,
+    progress: dict[str, Any],
+    window: "Window",
+    log: RunLog | NoLog,
+) -> None:
+    """Fetches the metrics of a step, checks and logs them. state: after the newest step."""
+    with hooks.times.during("steps"):
+        metrics = {name: float(value) for name, value in jax.device_get(taken.metrics).items()}
+    step, now = taken.step, hooks.times.clock()
+    if hooks.spikes is not None:
+        metrics = _watched(hooks, hooks.spikes, step, state, metrics, progress, log)
+    _check_finite(step, metrics)
+    window.add(taken.started, taken.ready, now, metrics["num_tokens"])
+    for name in [name for name in ADDED_UP if name in metrics]:
+        progress[name] = progress.get(name, 0.0) + metrics.pop(name)
+    if cadence.due(step, cadence.log_every):
+        consumed = {name: progress[name] for name in ADDED_UP if name in progress}
+        consumed |= {"epoch": step / cadence.steps_per_epoch} | hooks.data_metrics(step)
+        log.step(step, metrics | consumed | window.rates() | hooks.times.metrics())
 
 
 def _watched(
@@ -189,17 +241,19 @@ class Window:
 
     def __init__(self) -> None:
         self._seconds, self._update_seconds, self._steps, self._tokens = 0.0, 0.0, 0, 0.0
-        self._compiled = False
+        self._ended: float | None = None
 
-    def add(self, seconds: float, update_seconds: float, tokens: float) -> None:
-        """Adds one step. The first step includes compilation, so it is not counted.
+    def add(self, started: float, ready: float, ended: float, tokens: float) -> None:
+        """Adds one step, which may have begun before the one before ended. The first step includes compilation, so it
+        is not counted.
 
-        update_seconds: the part of its seconds after its batch was made.
+        started, ready, ended: when its batch was begun, its batch was done, and its metrics were there, in seconds.
         """
-        if self._compiled:
-            self._seconds, self._steps, self._tokens = self._seconds + seconds, self._steps + 1, self._tokens + tokens
-            self._update_seconds += update_seconds
-        self._compiled = True
+        if self._ended is not None:
+            self._seconds += ended - max(self._ended, started)
+            self._update_seconds += ended - max(self._ended, ready)
+            self._steps, self._tokens = self._steps + 1, self._tokens + tokens
+        self._ended = ended
 
     def rates(self) -> dict[str, float]:
         """tokens_per_second, step_seconds and update_seconds, after which the window is empty.

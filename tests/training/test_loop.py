@@ -3,11 +3,13 @@
 import json
 import math
 
+import jax
 import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
 from jaxft.errors import JaxftError, Preempted
+from jaxft.training import loop
 from jaxft.training.early_stopping import EarlyStopping
 from jaxft.training.log import TIMING_KEYS, RunLog, read_metrics
 from jaxft.training.loop import Cadence, DivergedError, Epochs, Hooks, fit
@@ -98,6 +100,75 @@ def test_a_run_that_has_not_begun_may_be_evaluated_first(start, held_out, steps)
     assert [kinds[at - 1] for at, kind in enumerate(kinds) if kind == "shown"] == ["log eval"] * len(steps)
     if 0 in steps:
         assert kinds.index("evaluate") < kinds.index("train")
+
+
+class Fetched(dict):
+    """Metrics of a step that tell when they are fetched."""
+
+    def __init__(self, metrics, fetch):
+        super().__init__(metrics)
+        self.fetch = fetch
+
+    def items(self):
+        self.fetch()
+        return super().items()
+
+
+def order_of_fetches(monkeypatch, **more):
+    recorder = Recorder()
+    plain = recorder.train_step
+
+    def train_step(state, batch):
+        state, metrics = plain(state, batch)
+        return state, Fetched(metrics, lambda: recorder.events.append(("fetch", state)))
+
+    monkeypatch.setattr(recorder, "train_step", train_step)
+    monkeypatch.setattr(loop._Taken, "is_running", property(lambda taken: taken.step > 1))  # the first one compiles
+    monkeypatch.setattr(jax, "device_get", lambda metrics: metrics)
+    monkeypatch.setattr(jax, "block_until_ready", lambda metrics: metrics)
+    run(recorder, total=6, log_every=3, **more)
+    return [(kind, rest[0]) for kind, *rest in recorder.events if kind in ("train", "fetch", "log", "save", "evaluate")]
+
+
+def test_a_step_is_dispatched_before_the_metrics_of_the_one_before_are_fetched(monkeypatch):
+    assert order_of_fetches(monkeypatch, eval_every=4, ahead=True) == [
+        ("train", 0), ("fetch", 1),
+        ("train", 1), ("train", 2), ("fetch", 2),
+        # An evaluation waits for its step.
+        ("train", 3), ("fetch", 3), ("log", 3), ("fetch", 4), ("evaluate", 4),
+        ("train", 4), ("train", 5), ("fetch", 5), ("fetch", 6), ("log", 6), ("evaluate", 6), ("save", 6),
+    ]  # fmt: skip
+
+
+def test_a_loop_that_is_not_ahead_waits_for_every_step(monkeypatch):
+    events = order_of_fetches(monkeypatch)
+    assert [event for event in events if event[0] in ("train", "fetch")] == [
+        event for step in range(6) for event in (("train", step), ("fetch", step + 1))
+    ]
+
+
+@pytest.mark.parametrize("bad", [None, 4])
+def test_a_loop_that_is_ahead_logs_the_same_and_saves_nothing_that_is_not_finite(bad):
+    @jax.jit
+    def slow(state):  # so that steps are in flight
+        x = jax.lax.fori_loop(0, 50, lambda _, x: x @ x / 300, jnp.ones((300, 300)))
+        loss = jnp.where(state + 1 == (bad or 0), jnp.nan, x.mean() * (state + 1))
+        ones = dict.fromkeys(("grad_norm", "learning_rate", "num_tokens", "trained_tokens"), jnp.float32(1.0))
+        return {"loss": loss, **ones}
+
+    def trained(ahead):
+        recorder = Recorder()
+        plain = recorder.train_step
+        recorder.train_step = lambda state, batch: (plain(state, batch)[0], slow(state))
+        try:
+            run(recorder, total=6, eval_every=3, save_every=2, ahead=ahead)
+        except DivergedError as error:
+            recorder.note(str(error))
+        timeless = {n: {k: v for k, v in row.items() if k not in TIMING_KEYS} for n, row in recorder.logged.items()}
+        return timeless, recorder.saved, recorder.of("note")
+
+    assert trained(True) == trained(False)
+    assert list(trained(True)[1]) == ([2, 4, 6] if bad is None else [2])
 
 
 def test_each_thing_has_its_own_cadence_and_all_come_last():
