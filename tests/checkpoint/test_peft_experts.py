@@ -54,6 +54,13 @@ def module_of():
     return module
 
 
+def test_only_one_half_of_what_peft_fuses_is_refused():
+    module = models.random_model(models.config_from_hf({"model_type": "mixtral"} | SIZES), seed=0)
+    attach_adapter(module, dataclasses.replace(CONFIG, target_modules="q_proj,up_proj,down_proj"), 0)
+    with pytest.raises(ModelError, match="down_proj, up_proj has one of them: name both"):
+        adapter_config_fields(module)
+
+
 def test_merged_equals_unmerged():
     module = nnx.merge(*nnx.split(module_of()))
     apart = logits_of(module)

@@ -13,10 +13,12 @@ from flax import nnx
 from jaxft import models
 from jaxft.adapters.attach import adapters, attach
 from jaxft.adapters.lora import LoRASettings, lora_factory
+from jaxft.adapters.make import attach_adapter
 from jaxft.checkpoint import peft as peft_format
 from jaxft.checkpoint.hf import param_tensors, write_config, write_weights
 from jaxft.checkpoint.load import load_model
-from jaxft.config import MeshConfig
+from jaxft.checkpoint.peft.lora import REFUSED_EXPERTS
+from jaxft.config import AdapterConfig, MeshConfig
 from jaxft.data.batch import Batch
 from jaxft.data.prompts import Prompt
 from jaxft.errors import ModelError
@@ -303,6 +305,7 @@ ALIKE = {
     "smollm3",
 }  # fmt: skip
 KINDS = sorted(models.families())
+WITH_EXPERTS = [kind for kind in KINDS if any("experts" in name for name in TINY.get(kind, ()))]
 each_family = pytest.mark.parametrize("case", KINDS, indirect=True, scope="module")
 each_kind = pytest.mark.parametrize(
     "case",
@@ -466,6 +469,36 @@ def test_eight_devices_equal_one(case):
     rows = np.tile(TOKENS, (4, 1))  # as many as the mesh splits
     got = jax.jit(mesh.bind(logits))(state, jax.device_put(rows, mesh.batch_sharding()))
     np.testing.assert_allclose(got, np.tile(case.ours.logits(TOKENS), (4, 1, 1)), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(kind, marks=() if kind in ("glm4_moe", "llama4_text") else pytest.mark.slow)
+        for kind in WITH_EXPERTS
+    ],
+    indirect=True,
+    scope="module",
+)
+def test_adapters_on_experts_mean_the_same_to_peft_or_are_refused(case, tmp_path):
+    peft = pytest.importorskip("peft")
+    loaded = load_model(case.folder)
+    fused = any(group.moe is not None and group.moe.shape.fused for group in loaded.module.layers)
+    gate = "" if case.kind == "nemotron_h" else "gate_proj,"
+    targets = "gate_up_proj,down_proj" if fused else f"{gate}up_proj,down_proj"
+    attach_adapter(loaded.module, AdapterConfig(r=2, alpha=4.0, target_modules=targets), 0)
+    for i, adapter in enumerate(adapters(loaded.module).values()):
+        adapter.lora_b.set_value(0.1 * jax.random.normal(jax.random.key(i), adapter.lora_b.get_value().shape))
+    if case.kind in REFUSED_EXPERTS:
+        with pytest.raises(ModelError, match="does not load adapters on the experts of .*all-linear"):
+            peft_format.write_adapter(loaded.module, str(tmp_path), base=case.folder)
+        return
+    peft_format.write_adapter(loaded.module, str(tmp_path), base=case.folder)
+    ours = loaded.logits(TOKENS)
+    assert np.abs(ours - case.ours.logits(TOKENS)).max() > 1e-2
+    with torch.no_grad():
+        theirs = peft.PeftModel.from_pretrained(case.theirs(), str(tmp_path))(torch.tensor(TOKENS)).logits.numpy()
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5)
 
 
 @each_kind

@@ -55,8 +55,10 @@ PARTS = (
     ("lora_embedding_a", "lora_embedding_A", TRANSPOSED, False),
     ("lora_embedding_b", "lora_embedding_B", TRANSPOSED, False),
 )
-# By family: modules on which PEFT loads no adapter.
+# By family: modules on which PEFT loads no adapter. Families whose experts' adapters it takes for no module's, or for
+# those of transposed matrices: it loads them without a word as fresh ones, or not at all.
 REFUSED = {"nemotron_h": ("out_proj",)}
+REFUSED_EXPERTS = frozenset(("llama4_text", "lfm2_moe", "nemotron_h", "qwen3_5_moe_text"))
 Index = tuple[int | slice, ...]
 
 
@@ -175,6 +177,7 @@ def adapter_config_fields(model: Decoder) -> dict[str, Any]:
         )
     model_type = str(model.config.to_hf()["model_type"])
     _check_loads(model_type, by_module)
+    _check_experts(model_type, attached)
     (r, alpha), _ = Counter((s.r, s.alpha) for s in by_module.values()).most_common(1)[0]
     settings = next(iter(by_module.values()))
     patterns = {
@@ -218,6 +221,21 @@ def _check_loads(model_type: str, modules: Collection[str]) -> None:
         raise ModelError(
             f"PEFT loads no adapter on {refused[0]} of model_type {model_type!r}, because its GPU kernel passes the "
             "module by: leave out_proj out of adapter.target_modules, as 'all-linear' does"
+        )
+
+
+def _check_experts(model_type: str, attached: Mapping[str, Any]) -> None:
+    """Raises ModelError for adapters on experts that PEFT would leave out, or refuse. attached: by layer."""
+    on_experts = {path.rpartition("/")[2] for path, adapter in attached.items() if isinstance(adapter, ExpertLoRA)}
+    if on_experts and model_type in REFUSED_EXPERTS:
+        raise ModelError(
+            f"PEFT does not load adapters on the experts of model_type {model_type!r} ({', '.join(sorted(on_experts))})"
+            ": take adapter.target_modules='all-linear', which leaves experts out"
+        )
+    if len(on_experts & {"gate_proj", "up_proj"}) == 1:
+        raise ModelError(
+            f"PEFT fuses gate_proj and up_proj of experts, and {', '.join(sorted(on_experts))} has one of them: name "
+            "both in adapter.target_modules, or neither"
         )
 
 
