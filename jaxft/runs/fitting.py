@@ -155,7 +155,7 @@ def _hooks(
     save: Callable[[int, TrainState, dict[str, Any], dict[str, float]], None],
 ) -> Hooks:
     method, spikes = method_of(run.config), _spikes(run)
-    made_of_rows = method.rollout_size(run.config) is None
+    has_rows = method.rollout_size(run.config) is None
     return Hooks(
         train_step=step,
         batch=feed,
@@ -169,9 +169,9 @@ def _hooks(
         evaluate_start=method.evaluates_start,
         evaluated=_report_of(run),
         times=run.times,
-        batch_part="input" if made_of_rows else "rollouts",
+        batch_part="input" if has_rows else "rollouts",
         # On CPUs the host is the device, and collectives of two programs at once may wait for each other.
-        ahead=made_of_rows and spikes is None and jax.default_backend() != "cpu",
+        ahead=has_rows and spikes is None and jax.default_backend() != "cpu",
     )
 
 

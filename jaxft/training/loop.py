@@ -162,7 +162,8 @@ class _Taken(NamedTuple):
     @property
     def is_running(self) -> bool:
         """Whether the devices still work on it."""
-        return not all(value.is_ready() for value in self.metrics.values() if isinstance(value, jax.Array))
+        arrays: list[Any] = [value for value in self.metrics.values() if isinstance(value, jax.Array)]
+        return not all(array.is_ready() for array in arrays)
 
 
 def _settle(
