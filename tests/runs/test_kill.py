@@ -129,11 +129,14 @@ def test_stopped_then_killed_run_ends_like_an_uninterrupted_one(uninterrupted, t
 @pytest.mark.slow
 def test_a_signal_after_the_last_step_is_answered_before_scores_and_exports(uninterrupted, tmp_path):
     whole, cache = uninterrupted
-    folder = tmp_path / "run"
-    process = start(folder, cache)
-    wait_for_step(process, folder, STEPS)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=300)
+    for attempt in range(4):
+        folder = tmp_path / f"run-{attempt}"
+        process = start(folder, cache)
+        wait_for_step(process, folder, STEPS)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=300)
+        if process.returncode or "read back by" not in output:
+            break  # else the signal came too late: the exports had begun
     assert process.returncode == ExitCode.PREEMPTED, output
     assert f"after step {STEPS}, which is saved" in output and not (folder / "summary.json").exists()
     finish(folder, cache)
