@@ -12,7 +12,7 @@ import numpy as np
 from jaxft import models
 from jaxft.checkpoint import hf, manifest, orbax_folder
 from jaxft.checkpoint.gguf import write as gguf_write
-from jaxft.checkpoint.gguf.names import FAMILIES
+from jaxft.checkpoint.gguf.names import WRITTEN
 from jaxft.checkpoint.hub.base import base_facts
 from jaxft.checkpoint.hub.card import Card, write_card
 from jaxft.checkpoint.load import is_adapter, load_model, shardings_by_path
@@ -136,7 +136,7 @@ def write_hf_card(folder: Path, origin: str, base: str, hf_config: Mapping[str, 
         base=known,
         classifies=is_score_model(hf_config),
         chats=chats,
-        gguf=hf_config.get("model_type") in FAMILIES and not is_score_model(hf_config),
+        gguf=hf_config.get("model_type") in WRITTEN and not is_score_model(hf_config),
         trained=is_adapter(origin),
         sections=(("Checks", "Every tensor was compared with the one that it was made of, after it was written."),),
     )

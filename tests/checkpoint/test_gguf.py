@@ -218,7 +218,7 @@ def test_llama3_rope_factors_are_turned_back_into_settings(path):
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
-        ({"arch": "falcon", "hf": {}}, ModelError, "architecture 'falcon' is not supported; supported: gemma, gemma2"),
+        ({"arch": "falcon", "hf": {}}, ModelError, "architecture 'falcon' is not supported; supported: apertus"),
         ({"extra": {"llama.expert_count": 8}}, CheckpointError, "no metadata 'llama.expert_used_count'"),
         ({"extra": {"llama.residual_scale": 2.5}}, ModelError, "llama.residual_scale=2.5 is not"),
         ({"extra": {"llama.attention.causal": False}}, ModelError, "llama.attention.causal=False is not"),

@@ -30,6 +30,9 @@ MINISTRAL = YARN | {
     "rope_theta": 1e4, "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
     "llama_4_scaling_beta": 0.5, "original_max_position_embeddings": 16,
 }  # fmt: skip
+GRANITE = {
+    "embedding_multiplier": 3.0, "residual_multiplier": 0.6, "attention_multiplier": 0.4, "logits_scaling": 0.8,
+}  # fmt: skip
 GPT_OSS = {
     "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16, "intermediate_size": 64,
     "rope_scaling": YARN | {"truncate": False, "beta_fast": 32.0, "beta_slow": 1.0}, "swiglu_limit": 7.0,
@@ -71,6 +74,25 @@ CONFIGS = {
     "olmo3": {"model_type": "olmo3", **OLMO3, "num_hidden_layers": 5},
     "olmo3_order": {"model_type": "olmo3", **OLMO3, "layer_types": ["full_attention", "sliding_attention"]},
     "gpt_oss": {"model_type": "gpt_oss", **GPT_OSS},
+    "seed_oss": {"model_type": "seed_oss", "head_dim": 32},
+    "granite": {"model_type": "granite", "attention_bias": True, "mlp_bias": True, **GRANITE},
+    "granite_tied": {"model_type": "granite", **GRANITE, "tie_word_embeddings": True, "rope_scaling": LLAMA3},
+    "exaone4": {"model_type": "exaone4", "sliding_window": None, "rope_scaling": LLAMA3},
+    # llama.cpp knows the model with windows by its 64 layers.
+    "exaone4_32b": {"model_type": "exaone4", "sliding_window": 16, "num_hidden_layers": 64},
+    "cohere2": {
+        "model_type": "cohere2", "sliding_window": 16, "tie_word_embeddings": True, "num_hidden_layers": 5,
+        "logit_scale": 0.25,
+    },
+    "glm": {"model_type": "glm"},
+    "glm4": {"model_type": "glm4", "head_dim": 32},
+    "ernie4_5": {"model_type": "ernie4_5", "head_dim": 32},
+    "hunyuan_v1_dense": {
+        "model_type": "hunyuan_v1_dense", "head_dim": 32,
+        "rope_scaling": {"rope_type": "dynamic", "alpha": 50.0, "factor": 1.0},
+    },
+    "internlm3": {"model_type": "internlm3", "head_dim": 32, "qkv_bias": True, "bias": True},
+    "apertus": {"model_type": "apertus", "head_dim": 32, "rope_scaling": LLAMA3},
     "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {
         "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,

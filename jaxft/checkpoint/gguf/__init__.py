@@ -14,22 +14,17 @@ from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import dequantize
 
 from jaxft import models
+from jaxft.checkpoint.gguf.arrangement import file_tensors, joined_tensors
 from jaxft.checkpoint.gguf.config import read_config, read_family
+from jaxft.checkpoint.gguf.family import Family
 from jaxft.checkpoint.gguf.kinds import FileKinds, file_kinds
 from jaxft.checkpoint.gguf.names import (
     LONG_FACTORS,
     ROPE_FACTORS,
     SHORT_FACTORS,
-    WHOLE,
-    Family,
-    GGUFModule,
-    expert_count,
-    gguf_modules,
     has_shifted_norm,
     heads_interleaved,
-    shapes,
 )
-from jaxft.checkpoint.gguf.oss_experts import FusedExperts
 from jaxft.checkpoint.tensors import TensorSource, TensorSpec, block_bounds
 from jaxft.errors import CheckpointError, ModelError, did_you_mean, listed
 from jaxft.files.gguf.header import GGUFHeader, GGUFTensor, read_header
@@ -53,18 +48,13 @@ class GGUFFile:
         self._config = models.config_from_hf(self._hf_config)
         self._tensors = _named_tensors(self.header, self.family, self._config)
 
-    def modules(self) -> dict[str, GGUFModule]:
-        """The place of every module in the file, by its Hugging Face name."""
-        return gguf_modules(self.family, self._config.num_hidden_layers, expert_count(self.family, self._config))
-
     def kinds(self, dtype: str) -> FileKinds:
         """The types of the tensors of a file of this model that is written as `dtype`."""
         return file_kinds(dtype, self.family, self._config)
 
     def tensors(self) -> TensorSource:
-        """The tensors under the names and shapes of Hugging Face's files, which keep gpt-oss's experts fused."""
-        experts = expert_count(self.family, self._config)
-        return FusedExperts(self, experts) if self.family.model_type == "gpt_oss" else self
+        """The tensors under the names and shapes of Hugging Face's files, some of which keep experts fused."""
+        return joined_tensors(self.family, self._config, self.header, self)
 
     def hf_config(self) -> dict[str, Any]:
         """config.json of the equivalent Hugging Face folder."""
@@ -125,33 +115,21 @@ def _rope_vectors(header: GGUFHeader) -> dict[str, np.ndarray]:
 
 def _named_tensors(header: GGUFHeader, family: Family, config: FamilyConfig) -> dict[str, GGUFTensor]:
     """Tensors by Hugging Face name, each expert on its own; refuses unknown, missing and misshapen ones."""
-    expected: dict[str, tuple[int, ...]] = {}
-    merged: set[str] = set()  # names of tensors that hold all experts of a layer
-    names: dict[str, list[str]] = {}  # Hugging Face's names for each tensor of the file: many if it holds experts
-    shape_by_part = shapes(family, config)
-    for module, gguf_module in gguf_modules(family, config.num_hidden_layers, expert_count(family, config)).items():
-        shape = shape_by_part[gguf_module.part]
-        has_bias = family.expert_biases if gguf_module.expert is not None else len(shape) == 2
-        suffixes = ("weight", "bias") if has_bias and gguf_module.part not in WHOLE else ("weight",)
-        for suffix in suffixes:
-            expected[f"{gguf_module.name}.{suffix}"] = shape if suffix == "weight" else shape[:-1]
-            if gguf_module.expert is not None:
-                merged.add(f"{gguf_module.name}.{suffix}")
-            names.setdefault(f"{gguf_module.name}.{suffix}", []).append(f"{module}.{suffix}")
+    expected = file_tensors(family, config)
     named: dict[str, GGUFTensor] = {}
     for name, tensor in header.tensors.items():
         if name in (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS):
             continue
-        if name not in names:
+        if name not in expected:
             raise ModelError(
                 f"{header.path}: tensor {name!r} has no place in a {family.model_type} model of "
-                f"{config.num_hidden_layers} layers.{did_you_mean(name, names)}"
+                f"{config.num_hidden_layers} layers.{did_you_mean(name, expected)}"
             )
-        if tensor.shape != expected[name]:
-            raise CheckpointError(f"{header.path}: tensor {name!r} has shape {tensor.shape}, not {expected[name]}")
-        named |= {hf: _expert(tensor, e) if name in merged else tensor for e, hf in enumerate(names[name])}
-    needed = [name for name in names if name.endswith(".weight") and name != "output.weight"]
-    missing = [name for name in needed if name not in header.tensors]
+        wanted = expected[name]
+        if tensor.shape != wanted.shape:
+            raise CheckpointError(f"{header.path}: tensor {name!r} has shape {tensor.shape}, not {wanted.shape}")
+        named |= {hf: _expert(tensor, e) if wanted.merged else tensor for e, hf in enumerate(wanted.members)}
+    missing = [name for name in expected if name not in header.tensors]
     if missing:
         raise CheckpointError(f"{header.path}: {len(missing)} tensors are missing: {listed(missing, 3)}")
     return named

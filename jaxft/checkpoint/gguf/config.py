@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxft.checkpoint.gguf.names import FAMILIES, TEMPERATURE, WINDOW_PATTERN, YARN_LOG, Family
+from jaxft.checkpoint.gguf.family import TEMPERATURE, WINDOW, WINDOW_PATTERN, YARN_LOG, Family
+from jaxft.checkpoint.gguf.names import FAMILIES
 from jaxft.checkpoint.gguf.neutral import is_neutral
 from jaxft.checkpoint.gguf.ropes import YARN_FAST, YARN_SLOW, decimal_of, rope_scaling, size_of, yarn_magnitude
 from jaxft.errors import CheckpointError, ModelError, did_you_mean
@@ -19,7 +20,7 @@ from jaxft.models.field_kinds import check_config
 # Metadata under the architecture's name that is read here, or that repeats such metadata.
 _KNOWN = frozenset(
     "block_count context_length embedding_length feed_forward_length vocab_size attention.head_count "
-    "attention.head_count_kv attention.key_length attention.value_length attention.layer_norm_rms_epsilon "
+    "attention.head_count_kv attention.key_length attention.value_length "
     "rope.dimension_count rope.freq_base rope.scaling.type rope.scaling.factor "
     "rope.scaling.original_context_length rope.scaling.finetuned tensor_data_layout".split()
 )
@@ -28,6 +29,8 @@ GEMMA_PERIODS = {"gemma2": 2, "gemma3_text": 6}
 GEMMA_27B = {"gemma2": 46, "gemma3_text": 62}
 GEMMA3_LOCAL_THETA = 10000.0
 OLMO3_PERIOD, OSS_PERIOD = 4, 2  # by default every fourth layer is global, or every second
+EXAONE_PERIOD, COHERE_PERIOD = 4, 4
+EXAONE_32B, EXAONE_WINDOW = 64, 4096  # the layers of the EXAONE 4 with windows, and its window
 
 
 def read_family(header: GGUFHeader) -> Family:
@@ -44,10 +47,10 @@ def read_family(header: GGUFHeader) -> Family:
     prefix = f"{arch}."
     settings = {key.removeprefix(prefix): value for key, value in header.metadata.items() if key.startswith(prefix)}
     for name, value in settings.items():
-        if name not in _KNOWN and name not in family.settings and not is_neutral(name, value, settings):
+        if name not in _KNOWN and name not in family.known() and not is_neutral(name, value, settings):
             raise ModelError(
                 f"{header.path}: {prefix}{name}={value!r} is not implemented, and without it the model would compute "
-                f"something else than its authors meant.{did_you_mean(name, _KNOWN | family.settings)}"
+                f"something else than its authors meant.{did_you_mean(name, _KNOWN | family.known())}"
             )
     return family
 
@@ -60,7 +63,7 @@ def read_config(header: GGUFHeader, family: Family, vectors: Mapping[str, np.nda
     """
     if "token_embd.weight" not in header.tensors:
         raise CheckpointError(f"{header.path}: tensor 'token_embd.weight' is missing")
-    config = _sizes(header, family)
+    config = _sizes(header, family) | _fields(header, family)
     check_config(config, header.path)  # before work in proportion to the number of layers
     scaling = rope_scaling(header, family, config, vectors)
     if scaling:
@@ -75,6 +78,10 @@ def read_config(header: GGUFHeader, family: Family, vectors: Mapping[str, np.nda
         config |= {"sliding_window": None, **_ministral3(header, config)}
     if family.model_type == "olmo3":
         config |= _olmo3(header, config)
+    if family.model_type == "exaone4":
+        config |= _exaone4(header, config)
+    if family.model_type == "cohere2":
+        config |= {**_cohere2(header, config), "layer_norm_eps": config.pop("rms_norm_eps")}
     if family.model_type == "gpt_oss":
         config |= _gpt_oss(header, config)
     elif family.experts:
@@ -92,10 +99,10 @@ def _sizes(header: GGUFHeader, family: Family) -> dict[str, Any]:
     arch = family.arch
     hidden, heads = size_of(header, arch, "embedding_length"), size_of(header, arch, "attention.head_count")
     rotated = size_of(header, arch, "rope.dimension_count", 0)
-    # Phi-3 rotates a part of each head only, so its rotary dimension does not give the size of a head.
-    default = rotated if rotated and arch != "phi3" else hidden // heads
+    # Where a part of each head is rotated, the rotary dimension does not give the size of a head.
+    default = rotated if rotated and not family.partial else hidden // heads
     head_dim = size_of(header, arch, "attention.key_length", default)
-    for key in ("attention.value_length", *(() if arch == "phi3" else ("rope.dimension_count",))):
+    for key in ("attention.value_length", *(() if family.partial else ("rope.dimension_count",))):
         if (size := size_of(header, arch, key, head_dim)) != head_dim:
             raise ModelError(f"{header.path}: {arch}.{key}={size} differs from the head size {head_dim}")
     layers = size_of(header, arch, "block_count")
@@ -114,11 +121,53 @@ def _sizes(header: GGUFHeader, family: Family) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": size_of(header, arch, "attention.head_count_kv", heads),
         "head_dim": head_dim,
-        **family.activation,
+        **family.constants,
         "max_position_embeddings": size_of(header, arch, "context_length"),
-        "rms_norm_eps": decimal_of(header.require(f"{arch}.attention.layer_norm_rms_epsilon")),
+        "rms_norm_eps": decimal_of(header.require(f"{arch}.{family.epsilon}")),
         "rope_theta": decimal_of(header.metadata.get(f"{arch}.rope.freq_base", 10000.0)),
         "tie_word_embeddings": "output.weight" not in header.tensors,
+        **({"partial_rotary_factor": (rotated or head_dim) / head_dim} if family.partial else {}),
+    }
+
+
+def _fields(header: GGUFHeader, family: Family) -> dict[str, Any]:
+    """The fields that the family's table gives to keys of the metadata."""
+    out: dict[str, Any] = {}
+    for key, setting in family.fields.items():
+        name = f"{family.arch}.{key}"
+        value = header.metadata.get(name, setting.default)
+        if value is None:
+            value = header.require(name)
+        if setting.kind is not float:
+            out[setting.field] = (
+                setting.kind(value) if setting.kind is bool else size_of(header, family.arch, key, value)
+            )
+        elif isinstance(value, int | float):
+            out[setting.field] = decimal_of(value)
+        else:
+            raise ModelError(f"{header.path}: {name}={value!r} is not a number")
+    for key, only in family.fixed.items():
+        value = header.metadata.get(f"{family.arch}.{key}", only)
+        if value != only:
+            raise ModelError(f"{header.path}: {family.arch}.{key}={value!r} is not implemented; {only!r} is")
+    return out
+
+
+def _exaone4(header: GGUFHeader, config: Mapping[str, Any]) -> dict[str, Any]:
+    """llama.cpp knows the model with windows by its layers, and takes 4096 if the file names no window."""
+    layers = config["num_hidden_layers"]
+    if layers != EXAONE_32B and f"exaone4.{WINDOW}" not in header.metadata:
+        return {"sliding_window": None}
+    return {
+        "sliding_window": size_of(header, "exaone4", WINDOW, EXAONE_WINDOW),
+        "layer_types": _layer_types(header, "exaone4", layers, EXAONE_PERIOD),
+    }
+
+
+def _cohere2(header: GGUFHeader, config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "sliding_window": size_of(header, "cohere2", WINDOW),
+        "layer_types": _layer_types(header, "cohere2", config["num_hidden_layers"], COHERE_PERIOD),
     }
 
 
@@ -155,11 +204,10 @@ def gemma_scalar(kind: str, layers: int, sizes: Mapping[str, Any]) -> int:
 
 
 def _phi3(header: GGUFHeader, config: Mapping[str, Any]) -> dict[str, Any]:
-    head_dim, context = config["head_dim"], config["max_position_embeddings"]
+    context = config["max_position_embeddings"]
     window = header.metadata.get("phi3.attention.sliding_window") or None  # 0: no window
     return {
         "sliding_window": window,
-        "partial_rotary_factor": size_of(header, "phi3", "rope.dimension_count", head_dim) / head_dim,
         "original_max_position_embeddings": size_of(header, "phi3", "rope.scaling.original_context_length", context),
     }
 

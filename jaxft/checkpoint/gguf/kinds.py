@@ -14,7 +14,8 @@ from gguf.constants import GGML_QUANT_SIZES
 from gguf.constants import GGMLQuantizationType as Kind
 from gguf.quants import quantize as quantize_by_gguf
 
-from jaxft.checkpoint.gguf.names import ROUTER, Family, GGUFModule, expert_count
+from jaxft.checkpoint.gguf.family import ROUTER, Family, GGUFModule
+from jaxft.checkpoint.gguf.names import expert_count
 from jaxft.errors import ExportError
 from jaxft.models.family import FamilyConfig
 

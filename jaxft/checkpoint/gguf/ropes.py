@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxft.checkpoint.gguf.names import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS, Family
+from jaxft.checkpoint.gguf.family import Family
+from jaxft.checkpoint.gguf.names import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS
 from jaxft.errors import CheckpointError, ModelError
 from jaxft.files.gguf.header import GGUFHeader
 

@@ -8,50 +8,45 @@ from typing import Any, cast
 import numpy as np
 
 from jaxft import models
-from jaxft.checkpoint.gguf.config import GEMMA3_LOCAL_THETA, GEMMA_PERIODS, gemma_scalar
+from jaxft.checkpoint.gguf.config import (
+    GEMMA_PERIODS,
+)
+from jaxft.checkpoint.gguf.family import TEMPERATURE, WINDOW, WINDOW_PATTERN, YARN_LOG, Family
 from jaxft.checkpoint.gguf.names import (
     FAMILIES,
     LONG_FACTORS,
     ROPE_FACTORS,
     SHORT_FACTORS,
-    TEMPERATURE,
-    WINDOW_PATTERN,
+    WRITTEN,
     WRITTEN_AS,
-    YARN_LOG,
-    Family,
     expert_count,
 )
-from jaxft.checkpoint.gguf.ropes import ATTENTION_FACTOR, YARN_FAST, YARN_SLOW, yarn_magnitude
+from jaxft.checkpoint.gguf.refusals import refuse
+from jaxft.checkpoint.gguf.ropes import ATTENTION_FACTOR, yarn_magnitude
 from jaxft.errors import ExportError
+from jaxft.models.families.cohere2 import Config as Cohere2Config
+from jaxft.models.families.exaone4 import Config as Exaone4Config
 from jaxft.models.families.gemma.gemma2 import GemmaConfig
 from jaxft.models.families.gpt_oss import Config as GptOssConfig
 from jaxft.models.families.olmo.olmo3 import Config as Olmo3Config
 from jaxft.models.families.qwen.qwen3_moe import Config as Qwen3MoEConfig
-from jaxft.models.families.smollm3 import Config as SmolLM3Config
-from jaxft.models.families.smollm3 import default_ropes
-from jaxft.models.family import FULL, SLIDING, FamilyConfig
+from jaxft.models.family import SLIDING, FamilyConfig
 from jaxft.models.moe import RoutedConfig
 from jaxft.nn.attention.rope import Rope
-
-OSS_ACTIVATION = (1.702, 7.0)
-# Scalings of rope that are written beyond none and linear; in other architectures yarn.
-MORE_ROPES = {"phi3": ("longrope",), "llama": ("llama3", "yarn"), "gemma": (), "gemma2": (), "gemma3": ()}
 
 
 def family_of(hf_config: Mapping[str, Any]) -> Family:
     """The family as which a model is written. Raises ExportError if there is none."""
     kind = str(hf_config.get("model_type"))
     if WRITTEN_AS.get(kind, kind) not in FAMILIES:
-        raise ExportError(
-            f"model_type {kind!r} is not written to GGUF; {', '.join(sorted({*FAMILIES, *WRITTEN_AS}))} are"
-        )
+        raise ExportError(f"model_type {kind!r} is not written to GGUF; {', '.join(sorted(WRITTEN))} are")
     return FAMILIES[WRITTEN_AS.get(kind, kind)]
 
 
 def model_metadata(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     """Settings under the architecture's name. Raises ExportError for settings that llama.cpp does not have."""
     family, config = family_of(hf_config), models.config_from_hf(hf_config)
-    _refuse(family, config)
+    refuse(family, config)
     settings = {
         "block_count": config.num_hidden_layers,
         "context_length": config.max_position_embeddings,
@@ -62,10 +57,12 @@ def model_metadata(hf_config: Mapping[str, Any]) -> dict[str, Any]:
         "attention.head_count_kv": config.num_key_value_heads,
         "attention.key_length": config.head_dim,
         "attention.value_length": config.head_dim,
-        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        family.epsilon: float(config.rms_norm_eps),
         "rope.dimension_count": config.rope.rotated_dims(config.head_dim),
-        "rope.freq_base": float(config.rope.theta),
+        "rope.freq_base": _base(config),
         **_rope(family, config.rope),
+        **{key: setting.kind(getattr(config, setting.field)) for key, setting in family.fields.items()},
+        **family.fixed,
     }
     if family.model_type in GEMMA_PERIODS:
         settings["attention.sliding_window"] = cast(GemmaConfig, config).sliding_window
@@ -81,14 +78,22 @@ def model_metadata(hf_config: Mapping[str, Any]) -> dict[str, Any]:
             "expert_count": expert_count(family, config),
             "expert_used_count": cast(RoutedConfig, config).num_experts_per_tok,
         }
-    if isinstance(config, Olmo3Config | GptOssConfig) and SLIDING in config.layer_types:
+    if isinstance(config, Cohere2Config):
+        settings[WINDOW] = config.sliding_window
+    if isinstance(config, Olmo3Config | GptOssConfig | Exaone4Config) and SLIDING in config.layer_types:
         pattern = [kind == SLIDING for kind in config.layer_types]
-        settings |= {"attention.sliding_window": config.sliding_window, WINDOW_PATTERN: pattern}
+        settings |= {WINDOW: config.sliding_window, WINDOW_PATTERN: pattern}
     if family.arch == "qwen3moe":
         settings["expert_feed_forward_length"] = cast(Qwen3MoEConfig, config).moe_intermediate_size
     if family.arch == "gpt-oss":
         settings["expert_feed_forward_length"] = config.intermediate_size
     return {f"{family.arch}.{key}": value for key, value in settings.items()}
+
+
+def _base(config: FamilyConfig) -> float:
+    """The base of the rope, stretched by a fixed alpha as in llama.cpp's converter."""
+    rope, rotated = config.rope, config.rope.rotated_dims(config.head_dim)
+    return float(rope.theta if rope.alpha is None else rope.theta * rope.alpha ** (rotated / (rotated - 2)))
 
 
 def rope_vectors(hf_config: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -135,129 +140,3 @@ def _yarn(family: Family, rope: Rope) -> dict[str, Any]:
     if not math.isclose(rope.magnitude, usual, rel_tol=1e-6):
         settings[ATTENTION_FACTOR] = rope.magnitude / usual
     return settings
-
-
-def _refuse(family: Family, config: FamilyConfig) -> None:
-    for differs, why in _differences(family, config):
-        if differs:
-            raise ExportError(
-                f"{why}. llama.cpp's {family.arch} would compute something else than this model, so no GGUF is written."
-            )
-
-
-def _differences(family: Family, config: FamilyConfig) -> list[tuple[bool, str]]:
-    """(whether the model differs, how) for everything that llama.cpp does in only one way for a family."""
-    arch, rope, heads = family.arch, config.rope, config.num_attention_heads * config.head_dim
-    kinds = ("default", "linear", *MORE_ROPES.get(arch, ("yarn",)))
-    whole = arch == "phi3" or rope.partial_rotary_factor == 1.0
-    differences = [
-        (
-            rope.kind not in kinds or not whole,
-            f"rope scaling {rope.kind!r} with partial_rotary_factor={rope.partial_rotary_factor} is not written to "
-            f"GGUF; {', '.join(kinds)} of whole heads are",
-        ),
-        (
-            bool(getattr(config, "attention_bias", False)) and arch not in ("llama", "gpt-oss"),
-            "attention_bias=True: there are no such biases",
-        ),
-        (
-            arch in ("phi3", "olmo2") and heads != config.hidden_size,
-            f"num_attention_heads x head_dim = {heads} is not hidden_size={config.hidden_size}",
-        ),
-        (
-            rope.kind == "yarn"
-            and arch != "gpt-oss"  # llama.cpp rounds the ramp of its makers' own files too
-            and (rope.beta_fast or YARN_FAST, rope.beta_slow or YARN_SLOW, rope.truncate)
-            != (YARN_FAST, YARN_SLOW, True),
-            f"yarn with beta_fast={rope.beta_fast}, beta_slow={rope.beta_slow}, truncate={rope.truncate}: its ramp "
-            f"runs from {YARN_FAST:g} to {YARN_SLOW:g} turns there, rounded to whole dimensions",
-        ),
-        (arch == "olmo2" and config.tie_word_embeddings, "tie_word_embeddings=True: olmo2 has an output matrix"),
-        (
-            arch in ("gemma", "gemma2") and not config.tie_word_embeddings,
-            f"tie_word_embeddings=False: {arch} has no output matrix",
-        ),
-        (
-            not getattr(config, "norm_topk_prob", True),
-            "norm_topk_prob=False: the weights of a token's experts are normalised to sum to 1",
-        ),
-        (
-            isinstance(config, Qwen3MoEConfig) and bool(config.dense_layers()),
-            "mlp_only_layers or decoder_sparse_step: all layers have experts there",
-        ),
-    ]
-    if isinstance(config, Olmo3Config):
-        return differences + _olmo3(config)
-    if isinstance(config, SmolLM3Config):
-        return differences + _smollm3(config) + _window(config)
-    if isinstance(config, GptOssConfig):
-        return differences + _gpt_oss(config)
-    return differences + (_gemma(family, config) if isinstance(config, GemmaConfig) else _window(config))
-
-
-def _smollm3(config: SmolLM3Config) -> list[tuple[bool, str]]:
-    default = default_ropes(config.num_hidden_layers)
-    return [
-        (config.no_rope_layers != default, f"no_rope_layers={list(config.no_rope_layers)}: every fourth layer is 0"),
-        (config.mlp_bias, "mlp_bias=True: there are no such biases"),
-    ]
-
-
-def _olmo3(config: Olmo3Config) -> list[tuple[bool, str]]:
-    local = config.local_rope
-    return [
-        (
-            SLIDING in config.layer_types and (local.kind != "default" or local.theta != config.rope.theta),
-            f"rope of local layers {local.kind!r} with base {local.theta}: it is 'default' with the base of global "
-            f"layers, {config.rope.theta}",
-        )
-    ]
-
-
-def _gpt_oss(config: GptOssConfig) -> list[tuple[bool, str]]:
-    activation = (config.swiglu_alpha, config.swiglu_limit)
-    return [
-        (not config.attention_bias, "attention_bias=False: every projection has a bias"),
-        (config.tie_word_embeddings, "tie_word_embeddings=True: gpt-oss has an output matrix"),
-        (activation != OSS_ACTIVATION, f"swiglu_alpha, swiglu_limit={activation}: they are {OSS_ACTIVATION}"),
-        (SLIDING not in config.layer_types, "no layer has a window: some have in gpt-oss"),
-    ]
-
-
-def _window(config: FamilyConfig) -> list[tuple[bool, str]]:
-    context = config.max_position_embeddings
-    forms = [layer.attention.form for layer in config.shape().layers if layer.attention is not None]
-    window = min((form.window for form in forms if form.window), default=context)
-    return [
-        (
-            window < context,
-            f"sliding_window={window} is below max_position_embeddings={context}, but the architecture has no window "
-            "and would attend further. Set sliding_window to null, or max_position_embeddings to the window",
-        )
-    ]
-
-
-def _gemma(family: Family, config: GemmaConfig) -> list[tuple[bool, str]]:
-    kind, layers = family.model_type, config.num_hidden_layers
-    period = GEMMA_PERIODS[kind]
-    usual = tuple(FULL if (i + 1) % period == 0 else SLIDING for i in range(layers))
-    scalar = gemma_scalar(kind, layers, dataclasses.asdict(config))
-    caps = ("attn_logit_softcapping", "final_logit_softcapping") if kind == "gemma2" else ()
-    local = getattr(config, "local_rope", None)
-    return [
-        (config.layer_types != usual, f"layer_types are not {period - 1} local to one global layer in turn"),
-        (
-            config.query_pre_attn_scalar != scalar,
-            f"query_pre_attn_scalar={config.query_pre_attn_scalar}: in a model of {layers} layers it is {scalar}",
-        ),
-        *((getattr(config, cap) is None, f"{cap}=None: the architecture always caps its logits") for cap in caps),
-        (
-            kind == "gemma3_text" and config.final_logit_softcapping is not None,
-            f"final_logit_softcapping={config.final_logit_softcapping}: some versions leave it out",
-        ),
-        (
-            local is not None and (local.kind != "default" or local.theta != GEMMA3_LOCAL_THETA),
-            f"rope of local layers {getattr(local, 'kind', None)!r} with base {getattr(local, 'theta', None)}: it is "
-            f"'default' with {GEMMA3_LOCAL_THETA}",
-        ),
-    ]

@@ -19,18 +19,20 @@ from gguf.quants import dequantize
 from jaxft import models
 from jaxft.checkpoint.finite import all_finite
 from jaxft.checkpoint.gguf import GGUFFile
+from jaxft.checkpoint.gguf.arrangement import single_tensors
+from jaxft.checkpoint.gguf.family import Family, GGUFModule
 from jaxft.checkpoint.gguf.kinds import F16, F32, FILE_TYPES, FileKinds, file_kinds, kind_of, quantize
 from jaxft.checkpoint.gguf.names import (
-    Family,
-    GGUFModule,
     expert_count,
     gguf_modules,
+    gguf_tensor,
     has_shifted_norm,
     heads_interleaved,
     interleave,
+    require_tensor,
 )
-from jaxft.checkpoint.gguf.oss_experts import single_experts
 from jaxft.checkpoint.gguf.settings import family_of, model_metadata, rope_vectors
+from jaxft.checkpoint.gguf.xielu import xielu_metadata
 from jaxft.checkpoint.peft.folder import CONFIG, PREFIX, AdapterTensors
 from jaxft.checkpoint.peft.lora import read_settings
 from jaxft.checkpoint.safetensors_writer import LazyTensor
@@ -59,6 +61,7 @@ def write_gguf(
     family, config = family_of(hf_config), models.config_from_hf(hf_config)
     kinds = file_kinds(dtype, family, config)
     metadata = model_metadata(hf_config) | {
+        **xielu_metadata(tensors, config.num_hidden_layers),
         "general.type": "model",
         "general.name": name,
         "general.file_type": int(LlamaFileType[FILE_TYPES[dtype]]),
@@ -142,14 +145,12 @@ def check_gguf(path: str, tensors: Mapping[str, LazyTensor], *, dtype: str) -> N
     the same number. Raises ExportError naming the first tensor that differs.
     """
     source = GGUFFile(path)
-    if source.family.model_type == "gpt_oss":
-        tensors = single_experts(tensors)
-    kinds, modules = source.kinds(dtype), source.modules()
-    written = source.specs()
+    tensors = single_tensors(source.family, tensors)
+    kinds, written = source.kinds(dtype), source.specs()
     if set(written) != set(tensors):
         raise ExportError(f"{path} holds other tensors than the source: {sorted(set(written) ^ set(tensors))[:3]}")
     for name, (spec, make) in tensors.items():
-        tensor_kind = kinds.kind(spec.shape, modules[name.rpartition(".")[0]])
+        tensor_kind = kinds.kind(spec.shape, require_tensor(source.family, name))
         expected = make().astype(np.float32)
         if has_shifted_norm(source.family, name):
             expected = (expected + np.float32(1)) - np.float32(1)
@@ -181,23 +182,20 @@ class _FileTensor:
 def _file_tensors(kinds: FileKinds, tensors: Mapping[str, LazyTensor]) -> dict[str, _FileTensor]:
     """The tensors of the file by name, from those under Hugging Face names."""
     family, config = kinds.family, kinds.config
-    if family.model_type == "gpt_oss":
-        tensors = single_experts(tensors)
-    count = expert_count(family, config)
-    modules = gguf_modules(family, config.num_hidden_layers, count)
+    tensors, count = single_tensors(family, tensors), expert_count(family, config)
     if config.head == "score":
         raise ExportError(
             "a reward model has a score head in place of the LM head, and jaxft has no form for it in GGUF files. "
             "Write a Hugging Face folder."
         )
-    unknown = [hf for hf in tensors if hf.rpartition(".")[0] not in modules]
+    modules = {hf: gguf_tensor(family, hf) for hf in tensors}
+    unknown = [hf for hf, module in modules.items() if module is None]
     if unknown:
         raise ExportError(f"{len(unknown)} tensors have no name in GGUF's {family.arch}: {listed(unknown, 3)}")
     groups: dict[str, list[tuple[int, str, GGUFModule]]] = {}
-    for hf in tensors:
-        module, _, suffix = hf.rpartition(".")
-        gguf_module = modules[module]
-        groups.setdefault(f"{gguf_module.name}.{suffix}", []).append((gguf_module.expert or 0, hf, gguf_module))
+    for hf, module in modules.items():
+        if module is not None:
+            groups.setdefault(module.name, []).append((module.expert or 0, hf, module))
     merged = {}
     for name, members in groups.items():
         members.sort(key=lambda member: member[0])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxft.adapters.make import describe as describe_adapter
-from jaxft.checkpoint.gguf.names import FAMILIES
+from jaxft.checkpoint.gguf.names import WRITTEN
 from jaxft.checkpoint.hub.base import BaseFacts, base_facts
 from jaxft.checkpoint.hub.card import Card, Result, markdown_code
 from jaxft.checkpoint.load import LoadedModel, resolve
@@ -89,7 +89,7 @@ def base_of_export(loaded: LoadedModel) -> BaseFacts:
 
 
 def _has_gguf(loaded: LoadedModel) -> bool:
-    return loaded.hf_config.get("model_type") in FAMILIES and not is_score_model(loaded)
+    return loaded.hf_config.get("model_type") in WRITTEN and not is_score_model(loaded)
 
 
 def _title(base: BaseFacts, run: Path | None) -> str:

@@ -1,0 +1,78 @@
+"""How llama.cpp's converter names and arranges one family, and the names that many families share."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+# GGUF's name within `blk.N.` -> Hugging Face's within `model.layers.N.`
+ATTENTION = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+}
+MLP = {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+NORMS_BEFORE = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+NORMS_AFTER = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
+NORMS_AROUND = NORMS_AFTER | {"attn_norm": "input_layernorm", "ffn_norm": "pre_feedforward_layernorm"}
+QK_NORM = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+DENSE = NORMS_BEFORE | ATTENTION | MLP
+WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+ROUTER, SINKS = "ffn_gate_inp", "attn_sinks"
+RMS_EPSILON, LAYER_EPSILON = "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"
+WINDOW, WINDOW_PATTERN = "attention.sliding_window", "attention.sliding_window_pattern"
+TEMPERATURE, YARN_LOG = "attention.temperature_scale", "rope.scaling.yarn_log_multiplier"
+
+
+class Setting(NamedTuple):
+    """A field of config.json that a key of the metadata holds. kind: of the key's value. default: of an absent key.
+
+    A key without a default must be there.
+    """
+
+    field: str
+    kind: type[float] | type[int] | type[bool] = float
+    default: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """How llama.cpp's converter names and arranges one family."""
+
+    arch: str  # general.architecture
+    model_type: str
+    architecture: str  # Hugging Face's class
+    layer: Mapping[str, str]  # modules of a layer; `{e}` is the number of an expert, whose tensors GGUF merges
+    tensors: Mapping[str, str] = field(default_factory=dict)  # single tensors of a layer with the endings of names
+    whole: Mapping[str, str] = field(default_factory=lambda: WHOLE)
+    # Fields of config.json that are the same in all files of the family.
+    constants: Mapping[str, Any] = field(default_factory=lambda: {"hidden_act": "silu"})
+    # llama.cpp rotates neighbouring pairs in this family, so its converter interleaves the halves of q and k heads.
+    interleaved: bool = False
+    # Hugging Face's norms multiply by 1 + weight, llama.cpp's by the tensor in the file.
+    norm_plus_one: bool = False
+    biases: Mapping[str, str] = field(default_factory=dict)  # config field -> GGUF tensor whose bias decides it
+    experts: str | None = None  # config field with their number
+    settings: frozenset[str] = frozenset()  # metadata of this family beyond that of all families
+    fields: Mapping[str, Setting] = field(default_factory=dict)  # the part of that metadata that is a config field
+    fixed: Mapping[str, Any] = field(default_factory=dict)  # and the part that has one value in all models
+    mark: str | None = None  # metadata that other families of the same architecture do not have, or have as 0
+    partial: bool = False  # whether a part of each head may be rotated
+    epsilon: str = RMS_EPSILON  # the key of the norms' epsilon
+
+    def known(self) -> frozenset[str]:
+        """Metadata of this family beyond that of all families."""
+        return self.settings | set(self.fields) | set(self.fixed) | {self.epsilon}
+
+
+class GGUFModule(NamedTuple):
+    """The place of a module in a file.
+
+    part: its name without layer number. layer: that number, -1 outside of the layers. expert: its row of a merged
+    tensor.
+    """
+
+    name: str
+    part: str
+    layer: int = -1
+    expert: int | None = None

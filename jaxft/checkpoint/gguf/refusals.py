@@ -1,0 +1,206 @@
+"""Models that llama.cpp would compute differently, which are not written."""
+
+import dataclasses
+
+from jaxft.checkpoint.gguf.config import (
+    COHERE_PERIOD,
+    EXAONE_32B,
+    EXAONE_PERIOD,
+    GEMMA3_LOCAL_THETA,
+    GEMMA_PERIODS,
+    gemma_scalar,
+)
+from jaxft.checkpoint.gguf.family import Family
+from jaxft.checkpoint.gguf.ropes import YARN_FAST, YARN_SLOW
+from jaxft.errors import ExportError
+from jaxft.models.families.cohere2 import Config as Cohere2Config
+from jaxft.models.families.exaone4 import Config as Exaone4Config
+from jaxft.models.families.gemma.gemma2 import GemmaConfig
+from jaxft.models.families.gpt_oss import Config as GptOssConfig
+from jaxft.models.families.olmo.olmo3 import Config as Olmo3Config
+from jaxft.models.families.qwen.qwen3_moe import Config as Qwen3MoEConfig
+from jaxft.models.families.smollm3 import Config as SmolLM3Config
+from jaxft.models.families.smollm3 import default_ropes
+from jaxft.models.family import FULL, SLIDING, FamilyConfig
+
+OSS_ACTIVATION = (1.702, 7.0)
+# Scalings of rope that are written beyond none and linear; in other architectures yarn.
+MORE_ROPES = {
+    "phi3": ("longrope",),
+    **dict.fromkeys(("llama", "granite", "exaone4", "apertus"), ("llama3", "yarn")),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3", "cohere2", "chatglm", "glm4", "hunyuan-dense"), ()),
+}
+# Architectures whose projections in attention may have biases.
+BIASED = ("llama", "gpt-oss", "granite", "seed_oss", "chatglm", "glm4")
+NARROW = ("phi3", "olmo2", "exaone4", "chatglm")  # the heads together are as wide as the model
+TIED, UNTIED = ("gemma", "gemma2", "cohere2"), ("olmo2", "apertus")
+WITH_ALPHA = ("hunyuan-dense",)
+
+
+def refuse(family: Family, config: FamilyConfig) -> None:
+    """Raises ExportError, with the reason, for a model that llama.cpp would compute differently."""
+    for differs, why in _differences(family, config):
+        if differs:
+            raise ExportError(
+                f"{why}. llama.cpp's {family.arch} would compute something else than this model, so no GGUF is written."
+            )
+
+
+def _differences(family: Family, config: FamilyConfig) -> list[tuple[bool, str]]:
+    """(whether the model differs, how) for everything that llama.cpp does in only one way for a family."""
+    differences = _ropes(family, config) + _parts(family, config)
+    if isinstance(config, Olmo3Config):
+        return differences + _olmo3(config)
+    if isinstance(config, Cohere2Config):
+        return differences + _periodic(config.layer_types, COHERE_PERIOD)
+    if isinstance(config, Exaone4Config):
+        return differences + _exaone4(config)
+    if isinstance(config, SmolLM3Config):
+        return differences + _smollm3(config) + _window(config)
+    if isinstance(config, GptOssConfig):
+        return differences + _gpt_oss(config)
+    return differences + (_gemma(family, config) if isinstance(config, GemmaConfig) else _window(config))
+
+
+def _ropes(family: Family, config: FamilyConfig) -> list[tuple[bool, str]]:
+    arch, rope = family.arch, config.rope
+    kinds = ("default", "linear", *MORE_ROPES.get(arch, ("yarn",)))
+    whole = family.partial or rope.partial_rotary_factor == 1.0
+    # A fixed alpha becomes a part of the base.
+    kind = "default" if arch in WITH_ALPHA and rope.alpha is not None else rope.kind
+    return [
+        (
+            kind not in kinds or not whole,
+            f"rope scaling {rope.kind!r} with partial_rotary_factor={rope.partial_rotary_factor} is not written to "
+            f"GGUF; {', '.join(kinds)} of whole heads are",
+        ),
+        (
+            rope.kind == "yarn"
+            and arch != "gpt-oss"  # llama.cpp rounds the ramp of its makers' own files too
+            and (rope.beta_fast or YARN_FAST, rope.beta_slow or YARN_SLOW, rope.truncate)
+            != (YARN_FAST, YARN_SLOW, True),
+            f"yarn with beta_fast={rope.beta_fast}, beta_slow={rope.beta_slow}, truncate={rope.truncate}: its ramp "
+            f"runs from {YARN_FAST:g} to {YARN_SLOW:g} turns there, rounded to whole dimensions",
+        ),
+    ]
+
+
+def _parts(family: Family, config: FamilyConfig) -> list[tuple[bool, str]]:
+    """Biases, sizes, tied heads and routers."""
+    arch, heads = family.arch, config.num_attention_heads * config.head_dim
+    return [
+        (
+            bool(getattr(config, "attention_bias", False)) and arch not in BIASED,
+            "attention_bias=True: there are no such biases",
+        ),
+        *(
+            (getattr(config, name, False) is True, f"{name}=True: there are no such biases")
+            for name, value in family.constants.items()
+            if value is False
+        ),
+        (
+            arch in NARROW and heads != config.hidden_size,
+            f"num_attention_heads x head_dim = {heads} is not hidden_size={config.hidden_size}",
+        ),
+        (
+            arch in UNTIED and config.tie_word_embeddings,
+            f"tie_word_embeddings=True: {arch} has an output matrix",
+        ),
+        (
+            arch in TIED and not config.tie_word_embeddings,
+            f"tie_word_embeddings=False: {arch} has no output matrix",
+        ),
+        (
+            not getattr(config, "norm_topk_prob", True) and "expert_weights_norm" not in family.fields,
+            "norm_topk_prob=False: the weights of a token's experts are normalised to sum to 1",
+        ),
+        (
+            isinstance(config, Qwen3MoEConfig) and bool(config.dense_layers()),
+            "mlp_only_layers or decoder_sparse_step: all layers have experts there",
+        ),
+    ]
+
+
+def _smollm3(config: SmolLM3Config) -> list[tuple[bool, str]]:
+    default = default_ropes(config.num_hidden_layers)
+    return [
+        (config.no_rope_layers != default, f"no_rope_layers={list(config.no_rope_layers)}: every fourth layer is 0"),
+        (config.mlp_bias, "mlp_bias=True: there are no such biases"),
+    ]
+
+
+def _periodic(layer_types: tuple[str, ...], period: int) -> list[tuple[bool, str]]:
+    usual = tuple(SLIDING if (i + 1) % period else FULL for i in range(len(layer_types)))
+    return [(layer_types != usual, f"layer_types are not {period - 1} local to one global layer in turn")]
+
+
+def _exaone4(config: Exaone4Config) -> list[tuple[bool, str]]:
+    layers, window = config.num_hidden_layers, config.sliding_window
+    return [
+        (
+            (window is not None) != (layers == EXAONE_32B),
+            f"sliding_window={window} in a model of {layers} layers: those of {EXAONE_32B} layers have windows, and no "
+            "others",
+        ),
+        *(_periodic(config.layer_types, EXAONE_PERIOD) if window is not None else ()),
+    ]
+
+
+def _olmo3(config: Olmo3Config) -> list[tuple[bool, str]]:
+    local = config.local_rope
+    return [
+        (
+            SLIDING in config.layer_types and (local.kind != "default" or local.theta != config.rope.theta),
+            f"rope of local layers {local.kind!r} with base {local.theta}: it is 'default' with the base of global "
+            f"layers, {config.rope.theta}",
+        )
+    ]
+
+
+def _gpt_oss(config: GptOssConfig) -> list[tuple[bool, str]]:
+    activation = (config.swiglu_alpha, config.swiglu_limit)
+    return [
+        (not config.attention_bias, "attention_bias=False: every projection has a bias"),
+        (config.tie_word_embeddings, "tie_word_embeddings=True: gpt-oss has an output matrix"),
+        (activation != OSS_ACTIVATION, f"swiglu_alpha, swiglu_limit={activation}: they are {OSS_ACTIVATION}"),
+        (SLIDING not in config.layer_types, "no layer has a window: some have in gpt-oss"),
+    ]
+
+
+def _window(config: FamilyConfig) -> list[tuple[bool, str]]:
+    context = config.max_position_embeddings
+    forms = [layer.attention.form for layer in config.shape().layers if layer.attention is not None]
+    window = min((form.window for form in forms if form.window), default=context)
+    return [
+        (
+            window < context,
+            f"sliding_window={window} is below max_position_embeddings={context}, but the architecture has no window "
+            "and would attend further. Set sliding_window to null, or max_position_embeddings to the window",
+        )
+    ]
+
+
+def _gemma(family: Family, config: GemmaConfig) -> list[tuple[bool, str]]:
+    kind, layers = family.model_type, config.num_hidden_layers
+    period = GEMMA_PERIODS[kind]
+    usual = tuple(FULL if (i + 1) % period == 0 else SLIDING for i in range(layers))
+    scalar = gemma_scalar(kind, layers, dataclasses.asdict(config))
+    caps = ("attn_logit_softcapping", "final_logit_softcapping") if kind == "gemma2" else ()
+    local = getattr(config, "local_rope", None)
+    return [
+        (config.layer_types != usual, f"layer_types are not {period - 1} local to one global layer in turn"),
+        (
+            config.query_pre_attn_scalar != scalar,
+            f"query_pre_attn_scalar={config.query_pre_attn_scalar}: in a model of {layers} layers it is {scalar}",
+        ),
+        *((getattr(config, cap) is None, f"{cap}=None: the architecture always caps its logits") for cap in caps),
+        (
+            kind == "gemma3_text" and config.final_logit_softcapping is not None,
+            f"final_logit_softcapping={config.final_logit_softcapping}: some versions leave it out",
+        ),
+        (
+            local is not None and (local.kind != "default" or local.theta != GEMMA3_LOCAL_THETA),
+            f"rope of local layers {getattr(local, 'kind', None)!r} with base {getattr(local, 'theta', None)}: it is "
+            f"'default' with {GEMMA3_LOCAL_THETA}",
+        ),
+    ]
