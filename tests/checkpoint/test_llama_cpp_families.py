@@ -33,6 +33,11 @@ MINISTRAL = YARN | {
 GRANITE = {
     "embedding_multiplier": 3.0, "residual_multiplier": 0.6, "attention_multiplier": 0.4, "logits_scaling": 0.8,
 }  # fmt: skip
+GLM_MOE = {
+    "head_dim": 32, "moe_intermediate_size": 32, "n_routed_experts": 8, "num_experts_per_tok": 3, "n_shared_experts": 2,
+    "routed_scaling_factor": 1.5, "num_hidden_layers": 3,
+}  # fmt: skip
+LLAMA4 = {"head_dim": 32, "intermediate_size": 48, "intermediate_size_mlp": 80, "num_hidden_layers": 5}
 GPT_OSS = {
     "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16, "intermediate_size": 64,
     "rope_scaling": YARN | {"truncate": False, "beta_fast": 32.0, "beta_slow": 1.0}, "swiglu_limit": 7.0,
@@ -93,6 +98,24 @@ CONFIGS = {
     },
     "internlm3": {"model_type": "internlm3", "head_dim": 32, "qkv_bias": True, "bias": True},
     "apertus": {"model_type": "apertus", "head_dim": 32, "rope_scaling": LLAMA3},
+    "granitemoe": {
+        "model_type": "granitemoe", **GRANITE, "num_local_experts": 4, "num_experts_per_tok": 2, "attention_bias": True,
+    },
+    "glm4_moe": {"model_type": "glm4_moe", **GLM_MOE, "attention_bias": True, "use_qk_norm": True},
+    "glm4_moe_air": {"model_type": "glm4_moe", **GLM_MOE, "attention_bias": True, "norm_topk_prob": False},
+    "ernie4_5_moe": {
+        "model_type": "ernie4_5_moe", "moe_intermediate_size": 32, "moe_num_experts": 8, "moe_k": 3,
+        "moe_num_shared_experts": 2, "num_hidden_layers": 3, "moe_layer_start_index": 2, "head_dim": 32,
+    },
+    "hunyuan_v1_moe": {
+        "model_type": "hunyuan_v1_moe", "num_experts": 4, "moe_topk": 2, "head_dim": 32,
+        "rope_scaling": {"rope_type": "dynamic", "alpha": 50.0, "factor": 1.0},
+    },
+    "llama4": {
+        "model_type": "llama4_text", **LLAMA4, "num_local_experts": 4, "interleave_moe_layer_step": 2,
+        "rope_scaling": LLAMA3,
+    },
+    "llama4_maverick": {"model_type": "llama4_text", **LLAMA4, "num_local_experts": 128, "use_qk_norm": False},
     "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {
         "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,

@@ -14,7 +14,7 @@ from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import dequantize
 
 from jaxft import models
-from jaxft.checkpoint.gguf.arrangement import file_tensors, joined_tensors
+from jaxft.checkpoint.gguf.arrangement import file_tensors, joined_tensors, single_shapes
 from jaxft.checkpoint.gguf.config import read_config, read_family
 from jaxft.checkpoint.gguf.family import Family
 from jaxft.checkpoint.gguf.kinds import FileKinds, file_kinds
@@ -22,9 +22,9 @@ from jaxft.checkpoint.gguf.names import (
     LONG_FACTORS,
     ROPE_FACTORS,
     SHORT_FACTORS,
-    has_shifted_norm,
     heads_interleaved,
 )
+from jaxft.checkpoint.gguf.values import from_file, is_by_rows
 from jaxft.checkpoint.tensors import TensorSource, TensorSpec, block_bounds
 from jaxft.errors import CheckpointError, ModelError, did_you_mean, listed
 from jaxft.files.gguf.header import GGUFHeader, GGUFTensor, read_header
@@ -46,6 +46,7 @@ class GGUFFile:
         _check_types(self.header)
         self._hf_config = read_config(self.header, self.family, _rope_vectors(self.header))
         self._config = models.config_from_hf(self._hf_config)
+        self._shapes = single_shapes(self.family, self._config)
         self._tensors = _named_tensors(self.header, self.family, self._config)
 
     def kinds(self, dtype: str) -> FileKinds:
@@ -67,21 +68,19 @@ class GGUFFile:
 
     def specs(self) -> dict[str, TensorSpec]:
         """Hugging Face's shapes ([out, in] for weights); every tensor is read as float32."""
-        return {name: TensorSpec(tensor.shape, np.dtype(np.float32)) for name, tensor in self._tensors.items()}
+        return {name: TensorSpec(self._shapes[name], np.dtype(np.float32)) for name in self._tensors}
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
         """The tensor, or a block of it, float32; see `TensorSource.read`. Whole rows are read, then sliced."""
         if name not in self._tensors:
             raise CheckpointError(f"{self.path}: no tensor {name!r}.{did_you_mean(name, self._tensors)}")
-        tensor = self._tensors[name]
-        bounds = block_bounds(tensor.shape, index)
+        tensor, shape = self._tensors[name], self._shapes[name]
+        bounds = block_bounds(shape, index)
+        if not is_by_rows(self.family, self._config, name, shape):
+            whole = from_file(self.family, self._config, name, _rows(tensor, 0, math.prod(tensor.shape[:-1])), shape)
+            return whole[tuple(slice(*cut) for cut in bounds)]
         start, stop = bounds[0]
         order = self._row_order(name, start, stop)
-        if len(tensor.shape) == 1:
-            values = _rows(tensor, 0, 1)[0]
-            if has_shifted_norm(self.family, name):
-                values = values - np.float32(1)
-            return values[start:stop] if order is None else values[order]
         if order is None or start == stop:
             rows = _rows(tensor, start, stop)
         else:

@@ -8,15 +8,19 @@ Hugging Face's tensors become single ones first: tensors that are each one tenso
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from jaxft import models
 from jaxft.checkpoint.gguf.family import Family, GGUFModule
-from jaxft.checkpoint.gguf.names import FAMILIES, expert_count, require_tensor
-from jaxft.checkpoint.gguf.oss_experts import FusedExperts, single_experts
+from jaxft.checkpoint.gguf.fused import JoinedTensors, split_tensors
+from jaxft.checkpoint.gguf.names import require_tensor
+from jaxft.checkpoint.gguf.values import file_shape
 from jaxft.checkpoint.gguf.xielu import WithNumbers, without_numbers
 from jaxft.checkpoint.hf import hf_tensors
 from jaxft.checkpoint.safetensors_writer import LazyTensor
-from jaxft.checkpoint.tensors import TensorSource
+from jaxft.checkpoint.tensors import TensorSource, TensorSpec
 from jaxft.files.gguf.header import GGUFHeader
 from jaxft.models.family import FamilyConfig
 
@@ -37,40 +41,47 @@ class FileTensor:
 
 def single_tensors(family: Family, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     """Hugging Face's tensors as single ones, whose values are read when they are needed."""
-    if family.model_type == "gpt_oss":
-        return single_experts(tensors)
     if family.model_type == "apertus":
         return without_numbers(tensors)
-    return dict(tensors)
+    return split_tensors(tensors, family.fused)
 
 
 def joined_tensors(family: Family, config: FamilyConfig, header: GGUFHeader, source: TensorSource) -> TensorSource:
     """The inverse of `single_tensors`: Hugging Face's tensors from the single ones and the metadata."""
-    if family.model_type == "gpt_oss":
-        return FusedExperts(source, expert_count(family, config))
     if family.model_type == "apertus":
         return WithNumbers(source, header, config.num_hidden_layers)
-    return source
+    return JoinedTensors(source, _specs(config), family.fused) if family.fused else source
 
 
 def file_tensors(family: Family, config: FamilyConfig) -> dict[str, FileTensor]:
     """The tensors of a file by name."""
-    out: dict[str, FileTensor] = {}
     members: dict[str, list[str]] = {}
-    for name, shape in single_shapes(family.model_type, config):
+    first: dict[str, tuple[GGUFModule, tuple[int, ...]]] = {}
+    for name, shape in single_shapes(family, config).items():
         module = require_tensor(family, name)
         members.setdefault(module.name, []).append(name)
-        out.setdefault(module.name, FileTensor(shape=shape, module=module, members=()))
-    for name, tensor in out.items():
-        hf = tuple(members[name])
-        out[name] = FileTensor(
-            shape=(len(hf), *tensor.shape) if tensor.merged else tensor.shape, module=tensor.module, members=hf
+        first.setdefault(module.name, (module, file_shape(family, config, name, shape)))
+    return {
+        name: FileTensor(
+            shape=shape if module.expert is None else (len(members[name]), *shape),
+            module=module,
+            members=tuple(members[name]),
         )
-    return out
+        for name, (module, shape) in first.items()
+    }
+
+
+def single_shapes(family: Family, config: FamilyConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every single tensor of a model by its Hugging Face name."""
+    tensors = {name: (spec, _not_read) for name, spec in _specs(config).items()}
+    return {name: spec.shape for name, (spec, _) in single_tensors(family, tensors).items()}
+
+
+def _not_read(index: Any = None) -> np.ndarray:
+    raise NotImplementedError("shapes alone are known")
 
 
 @functools.lru_cache(maxsize=8)
-def single_shapes(model_type: str, config: FamilyConfig) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """(name, shape) of every single tensor of a model."""
-    tensors = single_tensors(FAMILIES[model_type], hf_tensors(models.abstract_model(config)))
-    return tuple((name, spec.shape) for name, (spec, _) in tensors.items())
+def _specs(config: FamilyConfig) -> Mapping[str, TensorSpec]:
+    """The tensors of Hugging Face's files of a model, float32."""
+    return {name: spec for name, (spec, _) in hf_tensors(models.abstract_model(config)).items()}

@@ -30,6 +30,8 @@ GEMMA_27B = {"gemma2": 46, "gemma3_text": 62}
 GEMMA3_LOCAL_THETA = 10000.0
 OLMO3_PERIOD, OSS_PERIOD = 4, 2  # by default every fourth layer is global, or every second
 EXAONE_PERIOD, COHERE_PERIOD = 4, 4
+LLAMA4_CHUNK, LLAMA4_GROWTH, LLAMA4_PERIOD = 8192, 0.1, 4
+LLAMA4_MAVERICK = 128  # the number of experts of the model without norms of q and k
 EXAONE_32B, EXAONE_WINDOW = 64, 4096  # the layers of the EXAONE 4 with windows, and its window
 
 
@@ -84,10 +86,12 @@ def read_config(header: GGUFHeader, family: Family, vectors: Mapping[str, np.nda
         config |= {**_cohere2(header, config), "layer_norm_eps": config.pop("rms_norm_eps")}
     if family.model_type == "gpt_oss":
         config |= _gpt_oss(header, config)
-    elif family.experts:
+    if family.model_type == "llama4_text":
+        config |= _llama4(header, config)
+    if family.model_type in ("mixtral", "qwen3_moe"):
         config |= _experts(header, family)
-    for field, ours in family.biases.items():
-        config[field] = f"blk.0.{ours}.bias" in header.tensors
+    for field, ours in family.present.items():
+        config[field] = f"blk.0.{ours}" in header.tensors
     for field, key in (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")):
         token_id = header.metadata.get(f"tokenizer.ggml.{key}_token_id")
         if token_id is not None:
@@ -138,14 +142,9 @@ def _fields(header: GGUFHeader, family: Family) -> dict[str, Any]:
         value = header.metadata.get(name, setting.default)
         if value is None:
             value = header.require(name)
-        if setting.kind is not float:
-            out[setting.field] = (
-                setting.kind(value) if setting.kind is bool else size_of(header, family.arch, key, value)
-            )
-        elif isinstance(value, int | float):
-            out[setting.field] = decimal_of(value)
-        else:
-            raise ModelError(f"{header.path}: {name}={value!r} is not a number")
+        if not isinstance(value, int | float) or (setting.kind is int and not (isinstance(value, int) and value >= 0)):
+            raise ModelError(f"{header.path}: {name}={value!r} is not a {'whole ' * (setting.kind is int)}number")
+        out[setting.field] = decimal_of(value) if setting.kind is float else setting.kind(value)
     for key, only in family.fixed.items():
         value = header.metadata.get(f"{family.arch}.{key}", only)
         if value != only:
@@ -161,6 +160,22 @@ def _exaone4(header: GGUFHeader, config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "sliding_window": size_of(header, "exaone4", WINDOW, EXAONE_WINDOW),
         "layer_types": _layer_types(header, "exaone4", layers, EXAONE_PERIOD),
+    }
+
+
+def _llama4(header: GGUFHeader, config: Mapping[str, Any]) -> dict[str, Any]:
+    """llama.cpp has one size of chunks and one growth of queries, and knows Maverick by its experts."""
+    if header.metadata.get(f"llama4.{WINDOW}", LLAMA4_CHUNK) != LLAMA4_CHUNK:
+        raise ModelError(f"{header.path}: llama4.{WINDOW} other than {LLAMA4_CHUNK} is not implemented")
+    layers = config["num_hidden_layers"]
+    return {
+        "interleave_moe_layer_step": size_of(header, "llama4", "interleave_moe_layer_step"),
+        "no_rope_layers": [int((i + 1) % LLAMA4_PERIOD != 0) for i in range(layers)],
+        "attention_chunk_size": LLAMA4_CHUNK,
+        "floor_scale": LLAMA4_CHUNK,
+        "attn_scale": LLAMA4_GROWTH,
+        "attn_temperature_tuning": True,
+        "use_qk_norm": config["num_local_experts"] != LLAMA4_MAVERICK,
     }
 
 

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from jaxft.checkpoint.gguf.fused import Fused
+
 # GGUF's name within `blk.N.` -> Hugging Face's within `model.layers.N.`
 ATTENTION = {
     "attn_q": "self_attn.q_proj",
@@ -18,7 +20,7 @@ NORMS_AROUND = NORMS_AFTER | {"attn_norm": "input_layernorm", "ffn_norm": "pre_f
 QK_NORM = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
 DENSE = NORMS_BEFORE | ATTENTION | MLP
 WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-ROUTER, SINKS = "ffn_gate_inp", "attn_sinks"
+ROUTER = "ffn_gate_inp"
 RMS_EPSILON, LAYER_EPSILON = "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"
 WINDOW, WINDOW_PATTERN = "attention.sliding_window", "attention.sliding_window_pattern"
 TEMPERATURE, YARN_LOG = "attention.temperature_scale", "rope.scaling.yarn_log_multiplier"
@@ -51,7 +53,12 @@ class Family:
     interleaved: bool = False
     # Hugging Face's norms multiply by 1 + weight, llama.cpp's by the tensor in the file.
     norm_plus_one: bool = False
-    biases: Mapping[str, str] = field(default_factory=dict)  # config field -> GGUF tensor whose bias decides it
+    # Config fields that a tensor of the first layer decides by being there.
+    present: Mapping[str, str] = field(default_factory=dict)
+    # Tensors that hold several matrices in Hugging Face's files.
+    fused: tuple[Fused, ...] = ()
+    # Mamba-2: its vectors have shapes of their own in files.
+    mamba: bool = False
     experts: str | None = None  # config field with their number
     settings: frozenset[str] = frozenset()  # metadata of this family beyond that of all families
     fields: Mapping[str, Setting] = field(default_factory=dict)  # the part of that metadata that is a config field

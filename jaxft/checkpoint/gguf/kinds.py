@@ -29,6 +29,8 @@ FILE_TYPES = {
 MIXTURES = frozenset((Q4_K, Q5_K))
 # What rows get that do not fill blocks of 256.
 SMALLER_BLOCKS = {Q4_K: Kind.Q5_0, Q5_K: Kind.Q5_1, Q6_K: Q8_0}
+# Parts that are float32 in every file.
+IN_FLOAT32 = (ROUTER, "ffn_gate_inp_shexp", "ssm_conv1d", "shortconv.conv", "exp_probs_b")
 LAYERS_OF_70B, EXPERTS_OF_8X7B = 80, 8
 
 
@@ -43,10 +45,10 @@ class FileKinds:
     def kind(self, shape: tuple[int, ...], module: GGUFModule) -> Kind:
         """The type of a module's tensor of this shape; of one expert, if it holds experts.
 
-        Vectors and routers stay float32. Rows that do not fill the blocks of a type get one with smaller blocks, and
-        float16 if they do not fill those either.
+        Vectors, routers and convolutions stay float32. Rows that do not fill the blocks of a type get one with smaller
+        blocks, and float16 if they do not fill those either.
         """
-        if len(shape) == 1 or module.part == ROUTER:
+        if len(shape) == 1 or module.part in IN_FLOAT32:
             return F32
         kind = KINDS[self.dtype]
         if kind in MIXTURES:

@@ -8,33 +8,43 @@ from jaxft.checkpoint.gguf.config import (
     EXAONE_PERIOD,
     GEMMA3_LOCAL_THETA,
     GEMMA_PERIODS,
+    LLAMA4_CHUNK,
+    LLAMA4_GROWTH,
+    LLAMA4_MAVERICK,
+    LLAMA4_PERIOD,
     gemma_scalar,
 )
 from jaxft.checkpoint.gguf.family import Family
 from jaxft.checkpoint.gguf.ropes import YARN_FAST, YARN_SLOW
 from jaxft.errors import ExportError
 from jaxft.models.families.cohere2 import Config as Cohere2Config
+from jaxft.models.families.ernie.ernie4_5_moe import Config as ErnieConfig
 from jaxft.models.families.exaone4 import Config as Exaone4Config
 from jaxft.models.families.gemma.gemma2 import GemmaConfig
+from jaxft.models.families.glm.glm4_moe import Config as GlmMoeConfig
 from jaxft.models.families.gpt_oss import Config as GptOssConfig
+from jaxft.models.families.llama4 import CHUNKED
+from jaxft.models.families.llama4 import Config as Llama4Config
 from jaxft.models.families.olmo.olmo3 import Config as Olmo3Config
 from jaxft.models.families.qwen.qwen3_moe import Config as Qwen3MoEConfig
 from jaxft.models.families.smollm3 import Config as SmolLM3Config
 from jaxft.models.families.smollm3 import default_ropes
 from jaxft.models.family import FULL, SLIDING, FamilyConfig
 
+WITH_ALPHA = ("hunyuan-dense", "hunyuan-moe")  # a fixed alpha of the rope becomes a part of its base
+LEAST_SUM = 6.103515625e-05  # by which llama.cpp divides weights of experts whose sum is smaller
 OSS_ACTIVATION = (1.702, 7.0)
 # Scalings of rope that are written beyond none and linear; in other architectures yarn.
 MORE_ROPES = {
     "phi3": ("longrope",),
-    **dict.fromkeys(("llama", "granite", "exaone4", "apertus"), ("llama3", "yarn")),
-    **dict.fromkeys(("gemma", "gemma2", "gemma3", "cohere2", "chatglm", "glm4", "hunyuan-dense"), ()),
+    **dict.fromkeys(("llama", "granite", "granitemoe", "exaone4", "apertus"), ("llama3", "yarn")),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3", "cohere2", "chatglm", "glm4", "glm4moe", *WITH_ALPHA), ()),
+    "llama4": ("llama3",),
 }
 # Architectures whose projections in attention may have biases.
-BIASED = ("llama", "gpt-oss", "granite", "seed_oss", "chatglm", "glm4")
+BIASED = ("llama", "gpt-oss", "granite", "granitemoe", "seed_oss", "chatglm", "glm4", "glm4moe")
 NARROW = ("phi3", "olmo2", "exaone4", "chatglm")  # the heads together are as wide as the model
 TIED, UNTIED = ("gemma", "gemma2", "cohere2"), ("olmo2", "apertus")
-WITH_ALPHA = ("hunyuan-dense",)
 
 
 def refuse(family: Family, config: FamilyConfig) -> None:
@@ -55,6 +65,12 @@ def _differences(family: Family, config: FamilyConfig) -> list[tuple[bool, str]]
         return differences + _periodic(config.layer_types, COHERE_PERIOD)
     if isinstance(config, Exaone4Config):
         return differences + _exaone4(config)
+    if isinstance(config, Llama4Config):
+        return differences + _llama4(config)
+    if isinstance(config, ErnieConfig):
+        return differences + _ernie(config)
+    if isinstance(config, GlmMoeConfig):
+        return differences + _groups(config)
     if isinstance(config, SmolLM3Config):
         return differences + _smollm3(config) + _window(config)
     if isinstance(config, GptOssConfig):
@@ -143,6 +159,51 @@ def _exaone4(config: Exaone4Config) -> list[tuple[bool, str]]:
             "others",
         ),
         *(_periodic(config.layer_types, EXAONE_PERIOD) if window is not None else ()),
+    ]
+
+
+def _groups(config: GlmMoeConfig) -> list[tuple[bool, str]]:
+    return [(config.n_group != 1, f"n_group={config.n_group}: experts are not in groups there")]
+
+
+def _ernie(config: ErnieConfig) -> list[tuple[bool, str]]:
+    last, least = config.num_hidden_layers - 1, config.moe_norm_min
+    return [
+        (
+            config.moe_layer_end_index != last,
+            f"moe_layer_end_index={config.moe_layer_end_index}: the layers with experts end with the last, {last}",
+        ),
+        (config.moe_layer_interval != 1, f"moe_layer_interval={config.moe_layer_interval}: it is 1 there"),
+        (least > LEAST_SUM, f"moe_norm_min={least}: the weights of experts are divided by their sum or by {LEAST_SUM}"),
+    ]
+
+
+def _llama4(config: Llama4Config) -> list[tuple[bool, str]]:
+    layers = range(config.num_hidden_layers)
+    ropes = tuple(int((i + 1) % LLAMA4_PERIOD != 0) for i in layers)
+    step = config.moe_layers[0] + 1 if config.moe_layers else 0
+    growth = (config.attn_temperature_tuning, config.floor_scale, config.attn_scale)
+    kinds = tuple(CHUNKED if rope else FULL for rope in ropes)
+    maverick = config.num_local_experts == LLAMA4_MAVERICK
+    return [
+        (config.no_rope_layers != ropes, f"no_rope_layers={list(config.no_rope_layers)}: every fourth layer is 0"),
+        (
+            config.layer_types != kinds or config.attention_chunk_size != LLAMA4_CHUNK,
+            f"attention_chunk_size={config.attention_chunk_size} and layer_types: layers with a rope have chunks of "
+            f"{LLAMA4_CHUNK}, and no others",
+        ),
+        (
+            growth != (True, LLAMA4_CHUNK, LLAMA4_GROWTH),
+            f"attn_temperature_tuning, floor_scale, attn_scale={growth}: True, {LLAMA4_CHUNK}, {LLAMA4_GROWTH} there",
+        ),
+        (
+            config.use_qk_norm == maverick,
+            f"use_qk_norm={config.use_qk_norm}: models of {LLAMA4_MAVERICK} experts do without, all others do not",
+        ),
+        (
+            not step or config.moe_layers != tuple(layers[step - 1 :: step]),
+            f"moe_layers={list(config.moe_layers)}: they are every n-th layer for some n",
+        ),
     ]
 
 

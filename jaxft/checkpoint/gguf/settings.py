@@ -25,9 +25,11 @@ from jaxft.checkpoint.gguf.refusals import refuse
 from jaxft.checkpoint.gguf.ropes import ATTENTION_FACTOR, yarn_magnitude
 from jaxft.errors import ExportError
 from jaxft.models.families.cohere2 import Config as Cohere2Config
+from jaxft.models.families.ernie.ernie4_5_moe import Config as ErnieConfig
 from jaxft.models.families.exaone4 import Config as Exaone4Config
 from jaxft.models.families.gemma.gemma2 import GemmaConfig
 from jaxft.models.families.gpt_oss import Config as GptOssConfig
+from jaxft.models.families.llama4 import Config as Llama4Config
 from jaxft.models.families.olmo.olmo3 import Config as Olmo3Config
 from jaxft.models.families.qwen.qwen3_moe import Config as Qwen3MoEConfig
 from jaxft.models.family import SLIDING, FamilyConfig
@@ -73,6 +75,15 @@ def model_metadata(hf_config: Mapping[str, Any]) -> dict[str, Any]:
         # 0, no window: a window that limits attention is refused above.
         settings |= {"attention.sliding_window": 0}
         settings.setdefault("rope.scaling.original_context_length", config.max_position_embeddings)
+    if isinstance(config, ErnieConfig):
+        shared = config.moe_intermediate_size * config.moe_num_shared_experts
+        settings["expert_shared_feed_forward_length"] = shared
+    if family.model_type == "hunyuan_v1_moe":
+        settings |= dict.fromkeys(
+            ("expert_feed_forward_length", "expert_shared_feed_forward_length"), config.intermediate_size
+        )
+    if isinstance(config, Llama4Config):
+        settings["interleave_moe_layer_step"] = config.moe_layers[0] + 1
     if family.experts:
         settings |= {
             "expert_count": expert_count(family, config),

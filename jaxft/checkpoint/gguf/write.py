@@ -20,25 +20,24 @@ from jaxft import models
 from jaxft.checkpoint.finite import all_finite
 from jaxft.checkpoint.gguf import GGUFFile
 from jaxft.checkpoint.gguf.arrangement import single_tensors
-from jaxft.checkpoint.gguf.family import Family, GGUFModule
+from jaxft.checkpoint.gguf.family import GGUFModule
 from jaxft.checkpoint.gguf.kinds import F16, F32, FILE_TYPES, FileKinds, file_kinds, kind_of, quantize
 from jaxft.checkpoint.gguf.names import (
     expert_count,
     gguf_modules,
     gguf_tensor,
-    has_shifted_norm,
     heads_interleaved,
     interleave,
     require_tensor,
 )
 from jaxft.checkpoint.gguf.settings import family_of, model_metadata, rope_vectors
+from jaxft.checkpoint.gguf.values import file_shape, from_file, is_by_rows, to_file
 from jaxft.checkpoint.gguf.xielu import xielu_metadata
 from jaxft.checkpoint.peft.folder import CONFIG, PREFIX, AdapterTensors
 from jaxft.checkpoint.peft.lora import read_settings
 from jaxft.checkpoint.safetensors_writer import LazyTensor
 from jaxft.errors import ExportError, listed
 from jaxft.files.paths import read_json
-from jaxft.models.family import FamilyConfig
 
 ADAPTER_TYPES = ("float32", "float16", "bfloat16")
 
@@ -126,10 +125,11 @@ def write_gguf_adapter(path: str, folder: str, hf_config: Mapping[str, Any], *, 
             unknown.append(key)
             continue
         heads = heads_interleaved(family, module, config) if part == "B" else 0
+        change = functools.partial(interleave, heads=heads) if heads else None
         lazy[f"{names[module].name}.weight.lora_{part.lower()}"] = _FileTensor(
             kind=kind,
             shape=spec.shape,
-            parts=(functools.partial(_encode, key, functools.partial(source.read, key), heads, kind),),
+            parts=(functools.partial(_encode, key, functools.partial(source.read, key), change, kind),),
         )
     if unknown or not lazy:
         problem = f"GGUF has no name for {listed(unknown, 3)}" if unknown else "it holds no LoRA"
@@ -147,15 +147,18 @@ def check_gguf(path: str, tensors: Mapping[str, LazyTensor], *, dtype: str) -> N
     source = GGUFFile(path)
     tensors = single_tensors(source.family, tensors)
     kinds, written = source.kinds(dtype), source.specs()
+    config = kinds.config
     if set(written) != set(tensors):
         raise ExportError(f"{path} holds other tensors than the source: {sorted(set(written) ^ set(tensors))[:3]}")
     for name, (spec, make) in tensors.items():
         tensor_kind = kinds.kind(spec.shape, require_tensor(source.family, name))
+        by_rows = is_by_rows(source.family, config, name, spec.shape)
         expected = make().astype(np.float32)
-        if has_shifted_norm(source.family, name):
-            expected = (expected + np.float32(1)) - np.float32(1)
+        # Rows are compared in the order of the source.
+        expected = expected if by_rows else to_file(source.family, config, name, expected)
         if tensor_kind != F32:
-            expected = dequantize(quantize(expected, tensor_kind), tensor_kind)
+            expected = dequantize(quantize(np.ascontiguousarray(expected), tensor_kind), tensor_kind)
+        expected = expected if by_rows else from_file(source.family, config, name, expected, spec.shape)
         if not np.array_equal(source.read(name).view(np.uint32), expected.view(np.uint32)):
             raise ExportError(f"{path}: tensor {name!r} reads back differently. Do not use the file.")
 
@@ -203,29 +206,28 @@ def _file_tensors(kinds: FileKinds, tensors: Mapping[str, LazyTensor]) -> dict[s
         tensor_kind = kinds.kind(spec.shape, gguf_module)
         merged[name] = _FileTensor(
             kind=tensor_kind,
-            shape=spec.shape if gguf_module.expert is None else (count, *spec.shape),
-            parts=tuple(_encoder(family, config, hf, tensors[hf][1], tensor_kind) for _, hf, _ in members),
+            shape=(*(() if gguf_module.expert is None else (count,)), *file_shape(family, config, first, spec.shape)),
+            parts=tuple(
+                functools.partial(
+                    _encode, hf, tensors[hf][1], functools.partial(to_file, family, config, hf), tensor_kind
+                )
+                for _, hf, _ in members
+            ),
         )
         if gguf_module.expert is not None and len(members) != count:
             raise ExportError(f"only {len(members)} of {count} experts are there, among them {first!r}")
     return merged
 
 
-def _encoder(
-    family: Family, config: FamilyConfig, hf: str, make: Callable[[], np.ndarray], kind: GGMLQuantizationType
-) -> Callable[[], np.ndarray]:
-    heads, shifted = heads_interleaved(family, hf.rpartition(".")[0], config), has_shifted_norm(family, hf)
-    return functools.partial(_encode, hf, make, heads, kind, add=1.0 if shifted else 0.0)
-
-
 def _encode(
-    name: str, make: Callable[[], np.ndarray], heads: int, kind: GGMLQuantizationType, *, add: float = 0.0
+    name: str,
+    make: Callable[[], np.ndarray],
+    change: Callable[[np.ndarray], np.ndarray] | None,
+    kind: GGMLQuantizationType,
 ) -> np.ndarray:
     values = make().astype(np.float32)
-    if add:
-        values = values + np.float32(add)
-    if heads:
-        values = interleave(values, heads)
+    if change is not None:
+        values = change(values)
     if not all_finite(values):
         raise ExportError(f"tensor {name!r} has NaN or infinite values, and is not written: export an earlier step")
     if kind == F16 and values.size and (largest := float(np.max(np.abs(values)))) > float(np.finfo(np.float16).max):

@@ -35,7 +35,7 @@ DENSE_FAMILIES = (
         architecture="LlamaForCausalLM",
         layer=DENSE,
         interleaved=True,
-        biases={"attention_bias": "attn_q", "mlp_bias": "ffn_gate"},
+        present={"attention_bias": "attn_q.bias", "mlp_bias": "ffn_gate.bias"},
     ),
     Family(arch="smollm3", model_type="smollm3", architecture="SmolLM3ForCausalLM", layer=DENSE, interleaved=True),
     # Mistral Small 3.1 and its like, which llama.cpp's converter does not write as `llama`.
@@ -55,7 +55,7 @@ DENSE_FAMILIES = (
         model_type="qwen3",
         architecture="Qwen3ForCausalLM",
         layer=DENSE | QK_NORM,
-        biases={"attention_bias": "attn_q"},
+        present={"attention_bias": "attn_q.bias"},
     ),
     Family(
         arch="gemma",
@@ -118,7 +118,7 @@ DENSE_FAMILIES = (
         architecture="GraniteForCausalLM",
         layer=DENSE,
         interleaved=True,
-        biases={"attention_bias": "attn_q", "mlp_bias": "ffn_gate"},
+        present={"attention_bias": "attn_q.bias", "mlp_bias": "ffn_gate.bias"},
         fields=GRANITE_FACTORS,
     ),
     Family(
@@ -132,7 +132,7 @@ DENSE_FAMILIES = (
             **MLP,
         },
         constants={"hidden_act": "silu", "attention_out_bias": False, "mlp_bias": False},
-        biases={"attention_bias": "attn_q"},
+        present={"attention_bias": "attn_q.bias"},
     ),
     Family(
         arch="exaone4",
@@ -156,7 +156,7 @@ DENSE_FAMILIES = (
         model_type="glm",
         architecture="GlmForCausalLM",
         layer=NORMS_BEFORE | ATTENTION | _FUSED_MLP,
-        biases={"attention_bias": "attn_q"},
+        present={"attention_bias": "attn_q.bias"},
         partial=True,
     ),
     Family(
@@ -171,7 +171,7 @@ DENSE_FAMILIES = (
             **ATTENTION,
             **_FUSED_MLP,
         },
-        biases={"attention_bias": "attn_q"},
+        present={"attention_bias": "attn_q.bias"},
         partial=True,
     ),
     Family(

@@ -1,14 +1,18 @@
 """Families with experts, by Hugging Face's model_type."""
 
+from jaxft.checkpoint.gguf.families.dense import GRANITE_FACTORS, HUNYUAN_NORMS
 from jaxft.checkpoint.gguf.family import (
     ATTENTION,
+    DENSE,
+    MLP,
     NORMS_BEFORE,
     QK_NORM,
-    SINKS,
     WINDOW,
     WINDOW_PATTERN,
     Family,
+    Setting,
 )
+from jaxft.checkpoint.gguf.fused import fused_experts
 
 # GGUF keeps a layer's experts as one tensor [experts, outputs, inputs]; `{e}` is the number of an expert.
 _MIXTRAL_EXPERTS = {
@@ -17,7 +21,7 @@ _MIXTRAL_EXPERTS = {
     "ffn_up_exps": "block_sparse_moe.experts.{e}.w3",
     "ffn_down_exps": "block_sparse_moe.experts.{e}.w2",
 }
-_QWEN_EXPERTS = {
+QWEN_EXPERTS = {
     "ffn_gate_inp": "mlp.gate",
     "ffn_gate_exps": "mlp.experts.{e}.gate_proj",
     "ffn_up_exps": "mlp.experts.{e}.up_proj",
@@ -29,6 +33,49 @@ _OSS_EXPERTS = {
     "ffn_up_exps": "mlp.experts.{e}.up_proj",
     "ffn_down_exps": "mlp.experts.{e}.down_proj",
 }
+_SHARED = {
+    "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
+    "ffn_up_shexp": "mlp.shared_experts.up_proj",
+    "ffn_down_shexp": "mlp.shared_experts.down_proj",
+}
+_HUNYUAN_EXPERTS = QWEN_EXPERTS | {
+    "ffn_gate_inp": "mlp.gate.wg",
+    "ffn_gate_shexp": "mlp.shared_mlp.gate_proj",
+    "ffn_up_shexp": "mlp.shared_mlp.up_proj",
+    "ffn_down_shexp": "mlp.shared_mlp.down_proj",
+}
+_LLAMA4_MLP = {
+    "ffn_gate": "feed_forward.gate_proj",
+    "ffn_up": "feed_forward.up_proj",
+    "ffn_down": "feed_forward.down_proj",
+    "ffn_gate_inp": "feed_forward.router",
+    "ffn_gate_exps": "feed_forward.experts.{e}.gate_proj",
+    "ffn_up_exps": "feed_forward.experts.{e}.up_proj",
+    "ffn_down_exps": "feed_forward.experts.{e}.down_proj",
+    "ffn_gate_shexp": "feed_forward.shared_expert.gate_proj",
+    "ffn_up_shexp": "feed_forward.shared_expert.up_proj",
+    "ffn_down_shexp": "feed_forward.shared_expert.down_proj",
+}
+GRANITE_EXPERTS = {
+    "ffn_gate_inp": "block_sparse_moe.router.layer",
+    "ffn_gate_exps": "block_sparse_moe.experts.{e}.gate_proj",
+    "ffn_up_exps": "block_sparse_moe.experts.{e}.up_proj",
+    "ffn_down_exps": "block_sparse_moe.experts.{e}.down_proj",
+}
+GRANITE_FUSED = fused_experts(
+    "block_sparse_moe.input_linear.weight",
+    "block_sparse_moe.output_linear.weight",
+    "block_sparse_moe.experts.{e}.{part}",
+)
+SIGMOID = 2  # of expert_gating_func
+
+
+def expert_fields(count: str, *, inner: str | None = "moe_intermediate_size") -> dict[str, Setting]:
+    """Keys of experts. count, inner: the config fields with their number and with the inner units of one."""
+    fields = {"expert_count": Setting(count, int), "expert_used_count": Setting("num_experts_per_tok", int)}
+    return fields | ({"expert_feed_forward_length": Setting(inner, int)} if inner else {})
+
+
 _EXPERT_SETTINGS = frozenset(("expert_count", "expert_used_count"))
 
 EXPERT_FAMILIES = (
@@ -46,7 +93,7 @@ EXPERT_FAMILIES = (
         arch="qwen3moe",
         model_type="qwen3_moe",
         architecture="Qwen3MoeForCausalLM",
-        layer=NORMS_BEFORE | ATTENTION | QK_NORM | _QWEN_EXPERTS,
+        layer=NORMS_BEFORE | ATTENTION | QK_NORM | QWEN_EXPERTS,
         experts="num_experts",
         settings=_EXPERT_SETTINGS | {"expert_feed_forward_length"},
     ),
@@ -57,11 +104,100 @@ EXPERT_FAMILIES = (
         layer={
             "attn_norm": "input_layernorm",
             "post_attention_norm": "post_attention_layernorm",
-            SINKS: "self_attn.sinks",
             **ATTENTION,
             **_OSS_EXPERTS,
         },
+        tensors={"attn_sinks.weight": "self_attn.sinks"},
+        fused=fused_experts(
+            "mlp.experts.gate_up_proj",
+            "mlp.experts.down_proj",
+            "mlp.experts.{e}.{part}",
+            biases=True,
+            alternate=True,
+            outputs_first=False,
+        ),
         experts="num_local_experts",
         settings=_EXPERT_SETTINGS | {"expert_feed_forward_length", WINDOW, WINDOW_PATTERN},
+    ),
+    Family(
+        arch="granitemoe",
+        model_type="granitemoe",
+        architecture="GraniteMoeForCausalLM",
+        layer=NORMS_BEFORE | ATTENTION | GRANITE_EXPERTS,
+        fused=GRANITE_FUSED,
+        interleaved=True,
+        present={"attention_bias": "attn_q.bias"},
+        experts="num_local_experts",
+        fields=GRANITE_FACTORS | expert_fields("num_local_experts", inner=None),
+    ),
+    Family(
+        arch="glm4moe",
+        model_type="glm4_moe",
+        architecture="Glm4MoeForCausalLM",
+        layer={
+            "attn_norm": "input_layernorm",
+            "post_attention_norm": "post_attention_layernorm",
+            **ATTENTION,
+            **QK_NORM,
+            **MLP,
+            **QWEN_EXPERTS,
+            **_SHARED,
+        },
+        tensors={"exp_probs_b.bias": "mlp.gate.e_score_correction_bias"},
+        present={"attention_bias": "attn_q.bias", "use_qk_norm": "attn_q_norm.weight"},
+        partial=True,
+        experts="n_routed_experts",
+        fields=expert_fields("n_routed_experts")
+        | {
+            "expert_shared_count": Setting("n_shared_experts", int),
+            "leading_dense_block_count": Setting("first_k_dense_replace", int, 0),
+            "expert_weights_scale": Setting("routed_scaling_factor", default=1.0),
+            "expert_weights_norm": Setting("norm_topk_prob", bool, 0),
+        },
+        fixed={"expert_gating_func": SIGMOID},
+    ),
+    Family(
+        arch="ernie4_5-moe",
+        model_type="ernie4_5_moe",
+        architecture="Ernie4_5_MoeForCausalLM",
+        layer=DENSE | QWEN_EXPERTS | _SHARED,
+        tensors={"exp_probs_b.bias": "mlp.moe_statics.e_score_correction_bias"},
+        experts="moe_num_experts",
+        fields=expert_fields("moe_num_experts")
+        | {
+            "expert_shared_count": Setting("moe_num_shared_experts", int, 0),
+            "leading_dense_block_count": Setting("moe_layer_start_index", int, 0),
+            "interleave_moe_layer_step": Setting("moe_layer_interval", int),
+        },
+        settings=frozenset(("expert_shared_feed_forward_length",)),
+    ),
+    Family(
+        arch="hunyuan-moe",
+        model_type="hunyuan_v1_moe",
+        architecture="HunYuanMoEV1ForCausalLM",
+        layer=NORMS_BEFORE | ATTENTION | HUNYUAN_NORMS | _HUNYUAN_EXPERTS,
+        constants={"hidden_act": "silu", "attention_bias": False},
+        experts="num_experts",
+        fields=expert_fields("num_experts", inner=None),
+        fixed={"expert_shared_count": 1},
+        settings=frozenset(("expert_feed_forward_length", "expert_shared_feed_forward_length")),
+    ),
+    # The layers with experts and those without a rope follow from two numbers.
+    Family(
+        arch="llama4",
+        model_type="llama4_text",
+        architecture="Llama4ForCausalLM",
+        layer=NORMS_BEFORE | ATTENTION | _LLAMA4_MLP,
+        fused=fused_experts(
+            "feed_forward.experts.gate_up_proj",
+            "feed_forward.experts.down_proj",
+            "feed_forward.experts.{e}.{part}",
+            outputs_first=False,
+        ),
+        constants={"hidden_act": "silu", "attention_bias": False},
+        experts="num_local_experts",
+        fields=expert_fields("num_local_experts", inner="intermediate_size")
+        | {"feed_forward_length": Setting("intermediate_size_mlp", int)},
+        settings=frozenset(("interleave_moe_layer_step", WINDOW, WINDOW_PATTERN)),
     ),
 )
