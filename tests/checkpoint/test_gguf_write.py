@@ -39,6 +39,20 @@ MINISTRAL = YARN | {
 GRANITE = {
     "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.0078125, "logits_scaling": 8.0,
 }  # fmt: skip
+GRANITE4 = GRANITE | {
+    "layer_types": ["mamba", "attention"], "shared_intermediate_size": 48, "mamba_n_heads": 8, "mamba_n_groups": 2,
+    "mamba_d_state": 16,
+}  # fmt: skip
+NEMOTRON = {
+    "num_hidden_layers": 3, "mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 2, "ssm_state_size": 16,
+}  # fmt: skip
+DELTA_NET = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 6, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"], "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-6,
+}  # fmt: skip
+SMALL_EXPERTS = {
+    "num_experts": 4, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48,
+}  # fmt: skip
 GPT_OSS = {
     "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16, "intermediate_size": 64,
     "rope_scaling": YARN | {"truncate": False, "beta_fast": 32.0, "beta_slow": 1.0}, "swiglu_limit": 7.0,
@@ -110,16 +124,33 @@ CONFIGS = {
         "model_type": "llama4_text", "num_local_experts": 4, "interleave_moe_layer_step": 2,
         "intermediate_size_mlp": 80,
     },
+    "lfm2": {"model_type": "lfm2", "head_dim": 16, "layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": {
+        "model_type": "lfm2_moe", "head_dim": 16, "layer_types": ["full_attention", "conv"], "num_dense_layers": 1,
+        "num_experts": 4, "num_experts_per_tok": 3, "moe_intermediate_size": 32,
+    },
+    "granitehybrid": {"model_type": "granitemoehybrid", **GRANITE4, "num_local_experts": 0, "attention_bias": True},
+    "granitehybrid_moe": {"model_type": "granitemoehybrid", **GRANITE4, "num_local_experts": 4},
+    "nemotron_h": {"model_type": "nemotron_h", **NEMOTRON, "hybrid_override_pattern": "M*-", "mlp_bias": True},
+    "nemotron_h_moe": {
+        "model_type": "nemotron_h", **NEMOTRON, "hybrid_override_pattern": "ME*", "n_routed_experts": 4,
+        "moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 64, "routed_scaling_factor": 1.5,
+    },
+    "qwen3_next": {"model_type": "qwen3_next", **DELTA_NET, **SMALL_EXPERTS},
+    "qwen3_5": {"model_type": "qwen3_5_text", **DELTA_NET},
+    "qwen3_5_moe": {"model_type": "qwen3_5_moe_text", **DELTA_NET, **SMALL_EXPERTS},
     "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {
         "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
         "norm_topk_prob": True,
     },
 }  # fmt: skip
+DELTA_NETS = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")
 # Their file types beyond float32 are slow tests.
 NEWER = {
     "seed_oss", "granite", "exaone4", "cohere2", "glm", "glm4", "ernie4_5", "hunyuan_v1_dense", "internlm3", "apertus",
-    "granitemoe", "glm4_moe", "ernie4_5_moe", "hunyuan_v1_moe", "llama4_text",
+    "granitemoe", "glm4_moe", "ernie4_5_moe", "hunyuan_v1_moe", "llama4_text", "lfm2", "lfm2_moe", "granitehybrid",
+    "granitehybrid_moe", "nemotron_h", "nemotron_h_moe", "qwen3_next", "qwen3_5", "qwen3_5_moe",
 }  # fmt: skip
 ARCHS = {
     "mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe",
@@ -151,6 +182,10 @@ def stored(hf: str, array: np.ndarray, kind, config) -> np.ndarray:
     """The array as a file of this kind keeps it, in Hugging Face's terms."""
     if hf.endswith("norm.weight") and config["model_type"].startswith("gemma"):
         return (array + np.float32(1)) - np.float32(1)
+    if hf.endswith("norm.weight") and config["model_type"] in DELTA_NETS and "linear_attn" not in hf:
+        return (array + np.float32(1)) - np.float32(1)
+    if hf.endswith("A_log"):
+        return np.log(np.exp(array))
     if config["model_type"] == "gpt_oss" and ".experts." in hf:
         if hf.endswith("_bias") or kind == KINDS["float32"]:
             return array
@@ -191,6 +226,8 @@ def test_what_is_written_reads_back_as_the_library_quantises_it(tmp_path, name, 
     elif config["model_type"] == "internlm3":
         llama = SIZES | {"model_type": "llama", "attention_bias": True, "mlp_bias": True}
         assert back == models.config_from_hf(llama)
+    elif name in ("lfm2", "granitehybrid", "granitehybrid_moe", "nemotron_h", "nemotron_h_moe"):
+        assert back.shape() == ours.shape()  # the file has no such fields of config.json
     elif config.get("rope_scaling") != LLAMA3 and config["model_type"] != "hunyuan_v1_dense":
         assert back == ours
     np.testing.assert_allclose(back.rope.frequencies(ours.head_dim), ours.rope.frequencies(ours.head_dim), rtol=1e-6)
@@ -302,6 +339,19 @@ def test_a_damaged_value_is_noticed(tmp_path):
         (CONFIGS["llama4_text"] | {"floor_scale": 4}, r"attn_temperature_tuning, floor_scale, attn_scale=\(True, 4"),
         (CONFIGS["llama4_text"] | {"use_qk_norm": False}, r"use_qk_norm=False: models of 128 experts do without"),
         (CONFIGS["llama4_text"] | {"moe_layers": [0]}, r"moe_layers=\[0\]: they are every n-th layer"),
+        (CONFIGS["lfm2"] | {"conv_bias": True}, r"conv_bias=True: there are no such biases"),
+        (CONFIGS["lfm2_moe"] | {"routed_scaling_factor": 2.0}, r"routed_scaling_factor=2.0: it is 1.0 there"),
+        (CONFIGS["granitehybrid"] | {"layer_types": ["mamba"] * 2}, r"layer_types of one kind: there are both"),
+        (CONFIGS["nemotron_h_moe"] | {"hybrid_override_pattern": "M*-E", "num_hidden_layers": 4}, r"both mlp and moe"),
+        (CONFIGS["nemotron_h"] | {"hybrid_override_pattern": "MM-"}, r"has only linear_attention, mlp: there is"),
+        (CONFIGS["nemotron_h"] | {"time_step_min": 0.01}, r"time_step_min=0.01: it is 0.001"),
+        (
+            CONFIGS["qwen3_5"] | {"rms_norm_eps": 1e-5},
+            r"rms_norm_eps=1e-05: queries and keys of delta-nets get the same",
+        ),
+        (CONFIGS["qwen3_5"] | {"layer_types": ["full_attention", "linear_attention"]}, r"layer_types are not periodic"),
+        (CONFIGS["qwen3_5"] | {"linear_value_head_dim": 8}, r"linear_value_head_dim=8 is not linear_key_head_dim=16"),
+        (CONFIGS["qwen3_next"] | {"mlp_only_layers": [0]}, r"mlp_only_layers or decoder_sparse_step: all layers have"),
         ({"model_type": "qwen3", "attention_bias": True}, r"attention_bias=True: there are no such biases"),
         (CONFIGS["qwen3_moe"] | {"norm_topk_prob": False}, r"norm_topk_prob=False"),
         (CONFIGS["mixtral"] | {"sliding_window": 9}, r"sliding_window=9 is below max_position_embeddings=512"),

@@ -5,6 +5,7 @@ are those of llama.cpp's converter, undone here.
 """
 
 import dataclasses
+import itertools
 import math
 import os
 from typing import Any
@@ -125,13 +126,18 @@ def _named_tensors(header: GGUFHeader, family: Family, config: FamilyConfig) -> 
                 f"{config.num_hidden_layers} layers.{did_you_mean(name, expected)}"
             )
         wanted = expected[name]
-        if tensor.shape != wanted.shape:
+        if _without_ones(tensor.shape) != _without_ones(wanted.shape):
             raise CheckpointError(f"{header.path}: tensor {name!r} has shape {tensor.shape}, not {wanted.shape}")
         named |= {hf: _expert(tensor, e) if wanted.merged else tensor for e, hf in enumerate(wanted.members)}
     missing = [name for name in expected if name not in header.tensors]
     if missing:
         raise CheckpointError(f"{header.path}: {len(missing)} tensors are missing: {listed(missing, 3)}")
     return named
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Without leading ones, which some files have."""
+    return tuple(itertools.dropwhile(lambda size: size == 1, shape))
 
 
 def _expert(merged: GGUFTensor, e: int) -> GGUFTensor:

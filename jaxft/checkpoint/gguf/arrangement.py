@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxft import models
+from jaxft.checkpoint.gguf.delta_rows import GroupedRows, split_grouped
 from jaxft.checkpoint.gguf.family import Family, GGUFModule
 from jaxft.checkpoint.gguf.fused import JoinedTensors, split_tensors
 from jaxft.checkpoint.gguf.names import require_tensor
@@ -22,6 +23,7 @@ from jaxft.checkpoint.hf import hf_tensors
 from jaxft.checkpoint.safetensors_writer import LazyTensor
 from jaxft.checkpoint.tensors import TensorSource, TensorSpec
 from jaxft.files.gguf.header import GGUFHeader
+from jaxft.models.families.qwen.qwen3_next import Config as Qwen3NextConfig
 from jaxft.models.family import FamilyConfig
 
 
@@ -39,10 +41,12 @@ class FileTensor:
         return self.module.expert is not None
 
 
-def single_tensors(family: Family, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+def single_tensors(family: Family, config: FamilyConfig, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     """Hugging Face's tensors as single ones, whose values are read when they are needed."""
     if family.model_type == "apertus":
         return without_numbers(tensors)
+    if isinstance(config, Qwen3NextConfig):
+        return split_grouped(tensors, config)
     return split_tensors(tensors, family.fused)
 
 
@@ -50,6 +54,8 @@ def joined_tensors(family: Family, config: FamilyConfig, header: GGUFHeader, sou
     """The inverse of `single_tensors`: Hugging Face's tensors from the single ones and the metadata."""
     if family.model_type == "apertus":
         return WithNumbers(source, header, config.num_hidden_layers)
+    if isinstance(config, Qwen3NextConfig):
+        return GroupedRows(source, _specs(config), config)
     return JoinedTensors(source, _specs(config), family.fused) if family.fused else source
 
 
@@ -74,7 +80,7 @@ def file_tensors(family: Family, config: FamilyConfig) -> dict[str, FileTensor]:
 def single_shapes(family: Family, config: FamilyConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every single tensor of a model by its Hugging Face name."""
     tensors = {name: (spec, _not_read) for name, spec in _specs(config).items()}
-    return {name: spec.shape for name, (spec, _) in single_tensors(family, tensors).items()}
+    return {name: spec.shape for name, (spec, _) in single_tensors(family, config, tensors).items()}
 
 
 def _not_read(index: Any = None) -> np.ndarray:

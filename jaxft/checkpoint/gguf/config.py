@@ -11,6 +11,7 @@ import numpy as np
 from jaxft.checkpoint.gguf.family import TEMPERATURE, WINDOW, WINDOW_PATTERN, YARN_LOG, Family
 from jaxft.checkpoint.gguf.names import FAMILIES
 from jaxft.checkpoint.gguf.neutral import is_neutral
+from jaxft.checkpoint.gguf.recurrent import FINETUNED, INNER, KEY_HEADS, by_layer, layered_config
 from jaxft.checkpoint.gguf.ropes import YARN_FAST, YARN_SLOW, decimal_of, rope_scaling, size_of, yarn_magnitude
 from jaxft.errors import CheckpointError, ModelError, did_you_mean
 from jaxft.files.gguf.header import GGUFHeader
@@ -29,6 +30,7 @@ GEMMA_PERIODS = {"gemma2": 2, "gemma3_text": 6}
 GEMMA_27B = {"gemma2": 46, "gemma3_text": 62}
 GEMMA3_LOCAL_THETA = 10000.0
 OLMO3_PERIOD, OSS_PERIOD = 4, 2  # by default every fourth layer is global, or every second
+ALWAYS_ROPE = ("granite", "granitemoe")
 EXAONE_PERIOD, COHERE_PERIOD = 4, 4
 LLAMA4_CHUNK, LLAMA4_GROWTH, LLAMA4_PERIOD = 8192, 0.1, 4
 LLAMA4_MAVERICK = 128  # the number of experts of the model without norms of q and k
@@ -67,6 +69,7 @@ def read_config(header: GGUFHeader, family: Family, vectors: Mapping[str, np.nda
         raise CheckpointError(f"{header.path}: tensor 'token_embd.weight' is missing")
     config = _sizes(header, family) | _fields(header, family)
     check_config(config, header.path)  # before work in proportion to the number of layers
+    config |= layered_config(header, family, config)
     scaling = rope_scaling(header, family, config, vectors)
     if scaling:
         config["rope_scaling"] = scaling
@@ -91,7 +94,7 @@ def read_config(header: GGUFHeader, family: Family, vectors: Mapping[str, np.nda
     if family.model_type in ("mixtral", "qwen3_moe"):
         config |= _experts(header, family)
     for field, ours in family.present.items():
-        config[field] = f"blk.0.{ours}" in header.tensors
+        config[field] = any(name.endswith(f".{ours}") for name in header.tensors)
     for field, key in (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")):
         token_id = header.metadata.get(f"tokenizer.ggml.{key}_token_id")
         if token_id is not None:
@@ -110,6 +113,8 @@ def _sizes(header: GGUFHeader, family: Family) -> dict[str, Any]:
         if (size := size_of(header, arch, key, head_dim)) != head_dim:
             raise ModelError(f"{header.path}: {arch}.{key}={size} differs from the head size {head_dim}")
     layers = size_of(header, arch, "block_count")
+    if arch in ALWAYS_ROPE and header.metadata.get(f"{arch}.{FINETUNED}") is False:
+        raise ModelError(f"{header.path}: {arch}.{FINETUNED}=False, attention without positions, is not implemented")
     if layers > len(header.tensors):
         raise ModelError(
             f"{header.path}: {arch}.block_count={layers:,}, but the file has only {len(header.tensors):,} tensors: "
@@ -120,10 +125,10 @@ def _sizes(header: GGUFHeader, family: Family) -> dict[str, Any]:
         "model_type": family.model_type,
         "vocab_size": header.tensors["token_embd.weight"].shape[0],
         "hidden_size": hidden,
-        "intermediate_size": size_of(header, arch, "feed_forward_length"),
+        "intermediate_size": _largest(header, family, INNER, layers),
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": size_of(header, arch, "attention.head_count_kv", heads),
+        "num_key_value_heads": _largest(header, family, KEY_HEADS, layers, heads),
         "head_dim": head_dim,
         **family.constants,
         "max_position_embeddings": size_of(header, arch, "context_length"),
@@ -132,6 +137,13 @@ def _sizes(header: GGUFHeader, family: Family) -> dict[str, Any]:
         "tie_word_embeddings": "output.weight" not in header.tensors,
         **({"partial_rotary_factor": (rotated or head_dim) / head_dim} if family.partial else {}),
     }
+
+
+def _largest(header: GGUFHeader, family: Family, key: str, layers: int, default: int | None = None) -> int:
+    """A size of all layers that have it."""
+    if family.by_layer:
+        return max(by_layer(header, family.arch, key, layers))
+    return size_of(header, family.arch, key, default)
 
 
 def _fields(header: GGUFHeader, family: Family) -> dict[str, Any]:

@@ -57,8 +57,13 @@ class Family:
     present: Mapping[str, str] = field(default_factory=dict)
     # Tensors that hold several matrices in Hugging Face's files.
     fused: tuple[Fused, ...] = ()
-    # Mamba-2: its vectors have shapes of their own in files.
-    mamba: bool = False
+    # The config field with the number of groups of Mamba-2, whose vectors have shapes of their own in files.
+    mamba: str | None = None
+    # The value heads of delta-nets are in another order in files.
+    tiled_heads: bool = False
+    # The numbers of key heads and of inner units are lists, with 0 for layers that have none.
+    by_layer: bool = False
+    variant: str = ""  # distinguishes families of the same model_type
     experts: str | None = None  # config field with their number
     settings: frozenset[str] = frozenset()  # metadata of this family beyond that of all families
     fields: Mapping[str, Setting] = field(default_factory=dict)  # the part of that metadata that is a config field
@@ -66,6 +71,11 @@ class Family:
     mark: str | None = None  # metadata that other families of the same architecture do not have, or have as 0
     partial: bool = False  # whether a part of each head may be rotated
     epsilon: str = RMS_EPSILON  # the key of the norms' epsilon
+
+    @property
+    def key(self) -> str:
+        """Its key in the table of families."""
+        return f"{self.model_type}/{self.variant}" if self.variant else self.model_type
 
     def known(self) -> frozenset[str]:
         """Metadata of this family beyond that of all families."""

@@ -11,16 +11,19 @@ import numpy as np
 
 from jaxft.checkpoint.gguf.families.dense import DENSE_FAMILIES
 from jaxft.checkpoint.gguf.families.experts import EXPERT_FAMILIES
+from jaxft.checkpoint.gguf.families.recurrent import RECURRENT_FAMILIES
 from jaxft.checkpoint.gguf.family import Family, GGUFModule
 from jaxft.errors import ModelError
 from jaxft.models.family import FamilyConfig
 
 ROPE_FACTORS = "rope_freqs.weight"  # Llama 3.1: a divisor for each rotary frequency, [head_dim / 2]
 LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"  # Phi-3: the same, two sets
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (*DENSE_FAMILIES, *EXPERT_FAMILIES)}
+FAMILIES: dict[str, Family] = {
+    family.key: family for family in (*DENSE_FAMILIES, *EXPERT_FAMILIES, *RECURRENT_FAMILIES)
+}
 # These are read back as the other family, which computes the same.
 WRITTEN_AS = {"mistral": "llama", "internlm3": "llama"}
-WRITTEN = frozenset((*FAMILIES, *WRITTEN_AS))
+WRITTEN = frozenset((*(family.model_type for family in FAMILIES.values()), *WRITTEN_AS))
 _LAYER = re.compile(r"model\.layers\.(\d{1,9})\.(.+)")
 _EXPERT = re.compile(r"(?<=experts\.)\d{1,9}(?=\.)")
 
@@ -44,7 +47,7 @@ def gguf_tensor(family: Family, tensor: str) -> GGUFModule | None:
     inner = tensor if match is None else match[2]
     layer = -1 if match is None else int(match[1])
     expert = _EXPERT.search(inner)
-    modules, tensors = _inverse(family.model_type)
+    modules, tensors = _inverse(family.key)
     inner = _EXPERT.sub("{e}", inner, count=1)
     name = tensors.get(inner) if layer >= 0 else None
     if name is None:
@@ -68,9 +71,9 @@ def require_tensor(family: Family, tensor: str) -> GGUFModule:
 
 
 @functools.cache
-def _inverse(model_type: str) -> tuple[Mapping[str, str], Mapping[str, str]]:
+def _inverse(key: str) -> tuple[Mapping[str, str], Mapping[str, str]]:
     """GGUF's names of a family's modules and of its single tensors by Hugging Face's."""
-    family = FAMILIES[model_type]
+    family = FAMILIES[key]
     modules = {theirs: ours for ours, theirs in family.layer.items()}
     return modules, {theirs: ours for ours, theirs in family.tensors.items()}
 
@@ -97,4 +100,5 @@ def interleave(array: np.ndarray, heads: int) -> np.ndarray:
 
 def has_shifted_norm(family: Family, tensor: str) -> bool:
     """Whether a file holds 1 + the values of this Hugging Face tensor."""
-    return family.norm_plus_one and tensor.endswith("norm.weight")
+    of_delta_net = tensor.endswith("linear_attn.norm.weight")
+    return family.norm_plus_one and tensor.endswith("norm.weight") and not of_delta_net

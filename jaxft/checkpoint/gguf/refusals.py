@@ -15,6 +15,7 @@ from jaxft.checkpoint.gguf.config import (
     gemma_scalar,
 )
 from jaxft.checkpoint.gguf.family import Family
+from jaxft.checkpoint.gguf.recurrent import layered_differences
 from jaxft.checkpoint.gguf.ropes import YARN_FAST, YARN_SLOW
 from jaxft.errors import ExportError
 from jaxft.models.families.cohere2 import Config as Cohere2Config
@@ -33,17 +34,18 @@ from jaxft.models.family import FULL, SLIDING, FamilyConfig
 
 WITH_ALPHA = ("hunyuan-dense", "hunyuan-moe")  # a fixed alpha of the rope becomes a part of its base
 LEAST_SUM = 6.103515625e-05  # by which llama.cpp divides weights of experts whose sum is smaller
+LAYERED = ("lfm2", "lfm2moe", "granitehybrid", "nemotron_h", "nemotron_h_moe", "qwen3next", "qwen35", "qwen35moe")
 OSS_ACTIVATION = (1.702, 7.0)
 # Scalings of rope that are written beyond none and linear; in other architectures yarn.
 MORE_ROPES = {
     "phi3": ("longrope",),
     **dict.fromkeys(("llama", "granite", "granitemoe", "exaone4", "apertus"), ("llama3", "yarn")),
-    **dict.fromkeys(("gemma", "gemma2", "gemma3", "cohere2", "chatglm", "glm4", "glm4moe", *WITH_ALPHA), ()),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3", "cohere2", "chatglm", "glm4", "glm4moe", *WITH_ALPHA, *LAYERED), ()),
     "llama4": ("llama3",),
 }
 # Architectures whose projections in attention may have biases.
-BIASED = ("llama", "gpt-oss", "granite", "granitemoe", "seed_oss", "chatglm", "glm4", "glm4moe")
-NARROW = ("phi3", "olmo2", "exaone4", "chatglm")  # the heads together are as wide as the model
+BIASED = ("llama", "gpt-oss", "granite", "granitemoe", "granitehybrid", "seed_oss", "chatglm", "glm4", "glm4moe")
+NARROW = ("phi3", "olmo2", "exaone4", "chatglm", "lfm2", "lfm2moe")  # the heads together are as wide as the model
 TIED, UNTIED = ("gemma", "gemma2", "cohere2"), ("olmo2", "apertus")
 
 
@@ -58,7 +60,7 @@ def refuse(family: Family, config: FamilyConfig) -> None:
 
 def _differences(family: Family, config: FamilyConfig) -> list[tuple[bool, str]]:
     """(whether the model differs, how) for everything that llama.cpp does in only one way for a family."""
-    differences = _ropes(family, config) + _parts(family, config)
+    differences = _ropes(family, config) + _parts(family, config) + layered_differences(config)
     if isinstance(config, Olmo3Config):
         return differences + _olmo3(config)
     if isinstance(config, Cohere2Config):
@@ -113,6 +115,10 @@ def _parts(family: Family, config: FamilyConfig) -> list[tuple[bool, str]]:
             (getattr(config, name, False) is True, f"{name}=True: there are no such biases")
             for name, value in family.constants.items()
             if value is False
+        ),
+        *(
+            (getattr(config, name, value) != value, f"{name}={getattr(config, name, value)}: it is {value} there")
+            for name, value in family.constants.items()
         ),
         (
             arch in NARROW and heads != config.hidden_size,

@@ -21,6 +21,7 @@ from jaxft.checkpoint.gguf.names import (
     WRITTEN_AS,
     expert_count,
 )
+from jaxft.checkpoint.gguf.recurrent import layered_settings
 from jaxft.checkpoint.gguf.refusals import refuse
 from jaxft.checkpoint.gguf.ropes import ATTENTION_FACTOR, yarn_magnitude
 from jaxft.errors import ExportError
@@ -35,14 +36,22 @@ from jaxft.models.families.qwen.qwen3_moe import Config as Qwen3MoEConfig
 from jaxft.models.family import SLIDING, FamilyConfig
 from jaxft.models.moe import RoutedConfig
 from jaxft.nn.attention.rope import Rope
+from jaxft.nn.experts.layer import MoEShape
 
 
 def family_of(hf_config: Mapping[str, Any]) -> Family:
     """The family as which a model is written. Raises ExportError if there is none."""
-    kind = str(hf_config.get("model_type"))
-    if WRITTEN_AS.get(kind, kind) not in FAMILIES:
-        raise ExportError(f"model_type {kind!r} is not written to GGUF; {', '.join(sorted(WRITTEN))} are")
-    return FAMILIES[WRITTEN_AS.get(kind, kind)]
+    given = str(hf_config.get("model_type"))
+    kind = WRITTEN_AS.get(given, given)
+    alike = [family for family in FAMILIES.values() if family.model_type == kind]
+    if not alike:
+        raise ExportError(f"model_type {given!r} is not written to GGUF; {', '.join(sorted(WRITTEN))} are")
+    if len(alike) == 1:
+        return alike[0]
+    config = models.config_from_hf(hf_config)
+    blocks = config.shape().layers
+    with_experts = any(isinstance(block.mlp, MoEShape) for block in blocks)
+    return next(family for family in alike if (family.experts is not None) == with_experts)
 
 
 def model_metadata(hf_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,6 +74,7 @@ def model_metadata(hf_config: Mapping[str, Any]) -> dict[str, Any]:
         **_rope(family, config.rope),
         **{key: setting.kind(getattr(config, setting.field)) for key, setting in family.fields.items()},
         **family.fixed,
+        **layered_settings(family, config),
     }
     if family.model_type in GEMMA_PERIODS:
         settings["attention.sliding_window"] = cast(GemmaConfig, config).sliding_window

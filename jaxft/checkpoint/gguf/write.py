@@ -145,7 +145,7 @@ def check_gguf(path: str, tensors: Mapping[str, LazyTensor], *, dtype: str) -> N
     the same number. Raises ExportError naming the first tensor that differs.
     """
     source = GGUFFile(path)
-    tensors = single_tensors(source.family, tensors)
+    tensors = single_tensors(source.family, source.kinds(dtype).config, tensors)
     kinds, written = source.kinds(dtype), source.specs()
     config = kinds.config
     if set(written) != set(tensors):
@@ -185,7 +185,7 @@ class _FileTensor:
 def _file_tensors(kinds: FileKinds, tensors: Mapping[str, LazyTensor]) -> dict[str, _FileTensor]:
     """The tensors of the file by name, from those under Hugging Face names."""
     family, config = kinds.family, kinds.config
-    tensors, count = single_tensors(family, tensors), expert_count(family, config)
+    tensors, count = single_tensors(family, config, tensors), expert_count(family, config)
     if config.head == "score":
         raise ExportError(
             "a reward model has a score head in place of the LM head, and jaxft has no form for it in GGUF files. "
