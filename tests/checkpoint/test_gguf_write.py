@@ -53,6 +53,11 @@ DELTA_NET = {
 SMALL_EXPERTS = {
     "num_experts": 4, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48,
 }  # fmt: skip
+LATENT = {
+    "num_key_value_heads": 4, "head_dim": None, "kv_lora_rank": 32, "qk_nope_head_dim": 24, "qk_rope_head_dim": 16,
+    "v_head_dim": 20, "n_routed_experts": 4, "num_experts_per_tok": 3, "moe_intermediate_size": 32,
+    "n_shared_experts": 2, "first_k_dense_replace": 1, "routed_scaling_factor": 1.5, "q_lora_rank": 24,
+}  # fmt: skip
 GPT_OSS = {
     "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16, "intermediate_size": 64,
     "rope_scaling": YARN | {"truncate": False, "beta_fast": 32.0, "beta_slow": 1.0}, "swiglu_limit": 7.0,
@@ -139,6 +144,12 @@ CONFIGS = {
     "qwen3_next": {"model_type": "qwen3_next", **DELTA_NET, **SMALL_EXPERTS},
     "qwen3_5": {"model_type": "qwen3_5_text", **DELTA_NET},
     "qwen3_5_moe": {"model_type": "qwen3_5_moe_text", **DELTA_NET, **SMALL_EXPERTS},
+    "deepseek_v2": {"model_type": "deepseek_v2", **LATENT, "q_lora_rank": None, "num_hidden_layers": 26},
+    "deepseek_v3": {
+        "model_type": "deepseek_v3", **LATENT, "n_group": 2, "topk_group": 2,
+        "rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
+    },
+    "glm4_moe_lite": {"model_type": "glm4_moe_lite", **LATENT},
     "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {
         "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
@@ -151,6 +162,7 @@ NEWER = {
     "seed_oss", "granite", "exaone4", "cohere2", "glm", "glm4", "ernie4_5", "hunyuan_v1_dense", "internlm3", "apertus",
     "granitemoe", "glm4_moe", "ernie4_5_moe", "hunyuan_v1_moe", "llama4_text", "lfm2", "lfm2_moe", "granitehybrid",
     "granitehybrid_moe", "nemotron_h", "nemotron_h_moe", "qwen3_next", "qwen3_5", "qwen3_5_moe",
+    "deepseek_v2", "deepseek_v3", "glm4_moe_lite",
 }  # fmt: skip
 ARCHS = {
     "mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe",
@@ -226,7 +238,7 @@ def test_what_is_written_reads_back_as_the_library_quantises_it(tmp_path, name, 
     elif config["model_type"] == "internlm3":
         llama = SIZES | {"model_type": "llama", "attention_bias": True, "mlp_bias": True}
         assert back == models.config_from_hf(llama)
-    elif name in ("lfm2", "granitehybrid", "granitehybrid_moe", "nemotron_h", "nemotron_h_moe"):
+    elif name in ("lfm2", "granitehybrid", "granitehybrid_moe", "nemotron_h", "nemotron_h_moe", "glm4_moe_lite"):
         assert back.shape() == ours.shape()  # the file has no such fields of config.json
     elif config.get("rope_scaling") != LLAMA3 and config["model_type"] != "hunyuan_v1_dense":
         assert back == ours
@@ -352,6 +364,17 @@ def test_a_damaged_value_is_noticed(tmp_path):
         (CONFIGS["qwen3_5"] | {"layer_types": ["full_attention", "linear_attention"]}, r"layer_types are not periodic"),
         (CONFIGS["qwen3_5"] | {"linear_value_head_dim": 8}, r"linear_value_head_dim=8 is not linear_key_head_dim=16"),
         (CONFIGS["qwen3_next"] | {"mlp_only_layers": [0]}, r"mlp_only_layers or decoder_sparse_step: all layers have"),
+        (CONFIGS["deepseek_v3"] | {"rope_interleave": False}, r"rope_interleave=False: neighbouring dimensions"),
+        (CONFIGS["deepseek_v3"] | {"rope_scaling": YARN}, r"yarn with mscale=None, mscale_all_dim=None: the two are"),
+        (
+            CONFIGS["deepseek_v3"] | {"q_lora_rank": None},
+            r"q_lora_rank=None in a model of 2 layers: those of 26 and 27",
+        ),
+        (CONFIGS["deepseek_v2"] | {"norm_topk_prob": True}, r"norm_topk_prob=True: it is False there|no such"),
+        (
+            CONFIGS["deepseek_v2"] | {"topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 2},
+            r"topk_method=group_limited_greedy: it is greedy there",
+        ),
         ({"model_type": "qwen3", "attention_bias": True}, r"attention_bias=True: there are no such biases"),
         (CONFIGS["qwen3_moe"] | {"norm_topk_prob": False}, r"norm_topk_prob=False"),
         (CONFIGS["mixtral"] | {"sliding_window": 9}, r"sliding_window=9 is below max_position_embeddings=512"),

@@ -54,6 +54,12 @@ DELTA_NET = {
 SMALL_EXPERTS = {
     "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48,
 }  # fmt: skip
+LATENT = {
+    "num_key_value_heads": 4, "head_dim": None, "kv_lora_rank": 32, "qk_nope_head_dim": 24, "qk_rope_head_dim": 16,
+    "v_head_dim": 20, "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32,
+    "n_shared_experts": 2, "first_k_dense_replace": 1, "routed_scaling_factor": 1.5, "rms_norm_eps": 1e-6,
+    "num_hidden_layers": 3,
+}  # fmt: skip
 GPT_OSS = {
     "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16, "intermediate_size": 64,
     "rope_scaling": YARN | {"truncate": False, "beta_fast": 32.0, "beta_slow": 1.0}, "swiglu_limit": 7.0,
@@ -155,6 +161,18 @@ CONFIGS = {
     "qwen3_next": {"model_type": "qwen3_next", **DELTA_NET, **SMALL_EXPERTS},
     "qwen3_5": {"model_type": "qwen3_5_text", **DELTA_NET},
     "qwen3_5_moe": {"model_type": "qwen3_5_moe_text", **DELTA_NET, **SMALL_EXPERTS},
+    # llama.cpp knows models whose queries have no latent vector by their layers.
+    "deepseek_v2": {"model_type": "deepseek_v2", **LATENT, "q_lora_rank": None, "num_hidden_layers": 26},
+    "deepseek_v2_yarn": {
+        "model_type": "deepseek_v2", **LATENT, "q_lora_rank": 24,
+        "rope_scaling": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+    },
+    "deepseek_v3": {"model_type": "deepseek_v3", **LATENT, "q_lora_rank": 24, "n_group": 4, "topk_group": 2},
+    "deepseek_v3_yarn": {
+        "model_type": "deepseek_v3", **LATENT, "q_lora_rank": 24, "n_group": 1, "topk_group": 1,
+        "rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
+    },
+    "glm4_moe_lite": {"model_type": "glm4_moe_lite", **LATENT, "q_lora_rank": 24},
     "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {
         "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,

@@ -15,17 +15,17 @@ from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import dequantize
 
 from jaxft import models
-from jaxft.checkpoint.gguf.arrangement import file_tensors, joined_tensors, single_shapes
 from jaxft.checkpoint.gguf.config import read_config, read_family
 from jaxft.checkpoint.gguf.family import Family
 from jaxft.checkpoint.gguf.kinds import FileKinds, file_kinds
+from jaxft.checkpoint.gguf.layout.arrangement import file_tensors, joined_tensors, single_shapes
+from jaxft.checkpoint.gguf.layout.values import from_file, is_by_rows
 from jaxft.checkpoint.gguf.names import (
     LONG_FACTORS,
     ROPE_FACTORS,
     SHORT_FACTORS,
     heads_interleaved,
 )
-from jaxft.checkpoint.gguf.values import from_file, is_by_rows
 from jaxft.checkpoint.tensors import TensorSource, TensorSpec, block_bounds
 from jaxft.errors import CheckpointError, ModelError, did_you_mean, listed
 from jaxft.files.gguf.header import GGUFHeader, GGUFTensor, read_header

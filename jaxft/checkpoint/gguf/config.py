@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxft.checkpoint.gguf.family import TEMPERATURE, WINDOW, WINDOW_PATTERN, YARN_LOG, Family
+from jaxft.checkpoint.gguf.latent import latent_scaling, latent_sizes
 from jaxft.checkpoint.gguf.names import FAMILIES
 from jaxft.checkpoint.gguf.neutral import is_neutral
 from jaxft.checkpoint.gguf.recurrent import FINETUNED, INNER, KEY_HEADS, by_layer, layered_config
@@ -46,7 +47,7 @@ def read_family(header: GGUFHeader) -> Family:
             f"{header.path}: GGUF architecture {arch!r} is not supported; supported: {', '.join(sorted(known))}"
         )
     alike = [family for family in FAMILIES.values() if family.arch == arch]
-    marked = [family for family in alike if family.mark and header.metadata.get(f"{arch}.{family.mark}")]
+    marked = [family for family in alike if family.mark and _is_marked(header, family)]
     family = (marked or [family for family in alike if not family.mark] or alike)[0]
     prefix = f"{arch}."
     settings = {key.removeprefix(prefix): value for key, value in header.metadata.items() if key.startswith(prefix)}
@@ -57,6 +58,11 @@ def read_family(header: GGUFHeader) -> Family:
                 f"something else than its authors meant.{did_you_mean(name, _KNOWN | family.known())}"
             )
     return family
+
+
+def _is_marked(header: GGUFHeader, family: Family) -> bool:
+    value = header.metadata.get(f"{family.arch}.{family.mark}")
+    return bool(value) if family.mark_value is None else value == family.mark_value
 
 
 def read_config(header: GGUFHeader, family: Family, vectors: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -70,9 +76,11 @@ def read_config(header: GGUFHeader, family: Family, vectors: Mapping[str, np.nda
     config = _sizes(header, family) | _fields(header, family)
     check_config(config, header.path)  # before work in proportion to the number of layers
     config |= layered_config(header, family, config)
+    if family.latent:
+        config |= latent_sizes(header, config)
     scaling = rope_scaling(header, family, config, vectors)
     if scaling:
-        config["rope_scaling"] = scaling
+        config["rope_scaling"] = latent_scaling(header, scaling) if family.latent else scaling
     if family.model_type in GEMMA_PERIODS:
         config |= _gemma(header, family, config)
     if family.model_type == "phi3":
@@ -110,7 +118,7 @@ def _sizes(header: GGUFHeader, family: Family) -> dict[str, Any]:
     default = rotated if rotated and not family.partial else hidden // heads
     head_dim = size_of(header, arch, "attention.key_length", default)
     for key in ("attention.value_length", *(() if family.partial else ("rope.dimension_count",))):
-        if (size := size_of(header, arch, key, head_dim)) != head_dim:
+        if not family.latent and (size := size_of(header, arch, key, head_dim)) != head_dim:
             raise ModelError(f"{header.path}: {arch}.{key}={size} differs from the head size {head_dim}")
     layers = size_of(header, arch, "block_count")
     if arch in ALWAYS_ROPE and header.metadata.get(f"{arch}.{FINETUNED}") is False:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from jaxft.checkpoint.gguf.fused import Fused
+from jaxft.checkpoint.gguf.layout.fused import Fused
 
 # GGUF's name within `blk.N.` -> Hugging Face's within `model.layers.N.`
 ATTENTION = {
@@ -63,12 +63,15 @@ class Family:
     tiled_heads: bool = False
     # The numbers of key heads and of inner units are lists, with 0 for layers that have none.
     by_layer: bool = False
+    latent: bool = False  # whether attention is latent
     variant: str = ""  # distinguishes families of the same model_type
     experts: str | None = None  # config field with their number
     settings: frozenset[str] = frozenset()  # metadata of this family beyond that of all families
     fields: Mapping[str, Setting] = field(default_factory=dict)  # the part of that metadata that is a config field
     fixed: Mapping[str, Any] = field(default_factory=dict)  # and the part that has one value in all models
-    mark: str | None = None  # metadata that other families of the same architecture do not have, or have as 0
+    # Metadata that other families of the same architecture do not have, or have as 0, and its value if only one counts.
+    mark: str | None = None
+    mark_value: Any = None
     partial: bool = False  # whether a part of each head may be rotated
     epsilon: str = RMS_EPSILON  # the key of the norms' epsilon
 

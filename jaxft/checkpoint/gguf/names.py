@@ -22,7 +22,12 @@ FAMILIES: dict[str, Family] = {
     family.key: family for family in (*DENSE_FAMILIES, *EXPERT_FAMILIES, *RECURRENT_FAMILIES)
 }
 # These are read back as the other family, which computes the same.
-WRITTEN_AS = {"mistral": "llama", "internlm3": "llama"}
+WRITTEN_AS = {
+    "mistral": "llama",
+    "internlm3": "llama",
+    "glm4_moe_lite": "deepseek_v3",
+    "kimi_k2": "deepseek_v3",
+}
 WRITTEN = frozenset((*(family.model_type for family in FAMILIES.values()), *WRITTEN_AS))
 _LAYER = re.compile(r"model\.layers\.(\d{1,9})\.(.+)")
 _EXPERT = re.compile(r"(?<=experts\.)\d{1,9}(?=\.)")

@@ -15,10 +15,12 @@ from jaxft.checkpoint.gguf.config import (
     gemma_scalar,
 )
 from jaxft.checkpoint.gguf.family import Family
+from jaxft.checkpoint.gguf.latent import latent_differences
 from jaxft.checkpoint.gguf.recurrent import layered_differences
 from jaxft.checkpoint.gguf.ropes import YARN_FAST, YARN_SLOW
 from jaxft.errors import ExportError
 from jaxft.models.families.cohere2 import Config as Cohere2Config
+from jaxft.models.families.deepseek.deepseek_v3 import LatentConfig
 from jaxft.models.families.ernie.ernie4_5_moe import Config as ErnieConfig
 from jaxft.models.families.exaone4 import Config as Exaone4Config
 from jaxft.models.families.gemma.gemma2 import GemmaConfig
@@ -67,6 +69,8 @@ def _differences(family: Family, config: FamilyConfig) -> list[tuple[bool, str]]
         return differences + _periodic(config.layer_types, COHERE_PERIOD)
     if isinstance(config, Exaone4Config):
         return differences + _exaone4(config)
+    if isinstance(config, LatentConfig):
+        return differences + latent_differences(family, config)
     if isinstance(config, Llama4Config):
         return differences + _llama4(config)
     if isinstance(config, ErnieConfig):
@@ -133,7 +137,8 @@ def _parts(family: Family, config: FamilyConfig) -> list[tuple[bool, str]]:
             f"tie_word_embeddings=False: {arch} has no output matrix",
         ),
         (
-            not getattr(config, "norm_topk_prob", True) and "expert_weights_norm" not in family.fields,
+            not getattr(config, "norm_topk_prob", True)
+            and "expert_weights_norm" not in {**family.fields, **family.fixed},
             "norm_topk_prob=False: the weights of a token's experts are normalised to sum to 1",
         ),
         (

@@ -12,6 +12,7 @@ from jaxft.checkpoint.gguf.config import (
     GEMMA_PERIODS,
 )
 from jaxft.checkpoint.gguf.family import TEMPERATURE, WINDOW, WINDOW_PATTERN, YARN_LOG, Family
+from jaxft.checkpoint.gguf.latent import latent_settings
 from jaxft.checkpoint.gguf.names import (
     FAMILIES,
     LONG_FACTORS,
@@ -26,6 +27,7 @@ from jaxft.checkpoint.gguf.refusals import refuse
 from jaxft.checkpoint.gguf.ropes import ATTENTION_FACTOR, yarn_magnitude
 from jaxft.errors import ExportError
 from jaxft.models.families.cohere2 import Config as Cohere2Config
+from jaxft.models.families.deepseek.deepseek_v3 import LatentConfig
 from jaxft.models.families.ernie.ernie4_5_moe import Config as ErnieConfig
 from jaxft.models.families.exaone4 import Config as Exaone4Config
 from jaxft.models.families.gemma.gemma2 import GemmaConfig
@@ -75,6 +77,7 @@ def model_metadata(hf_config: Mapping[str, Any]) -> dict[str, Any]:
         **{key: setting.kind(getattr(config, setting.field)) for key, setting in family.fields.items()},
         **family.fixed,
         **layered_settings(family, config),
+        **(latent_settings(config) if isinstance(config, LatentConfig) else {}),
     }
     if family.model_type in GEMMA_PERIODS:
         settings["attention.sliding_window"] = cast(GemmaConfig, config).sliding_window
@@ -152,6 +155,8 @@ def _yarn(family: Family, rope: Rope) -> dict[str, Any]:
         "rope.scaling.factor": factor,
         "rope.scaling.original_context_length": int(rope.original_max_position_embeddings),
     }
+    if family.latent:
+        return settings
     usual = yarn_magnitude(factor)
     if family.model_type == "ministral3":
         settings[TEMPERATURE] = float(rope.llama_4_scaling_beta or 0.0)

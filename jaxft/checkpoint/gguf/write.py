@@ -19,9 +19,11 @@ from gguf.quants import dequantize
 from jaxft import models
 from jaxft.checkpoint.finite import all_finite
 from jaxft.checkpoint.gguf import GGUFFile
-from jaxft.checkpoint.gguf.arrangement import single_tensors
 from jaxft.checkpoint.gguf.family import GGUFModule
 from jaxft.checkpoint.gguf.kinds import F16, F32, FILE_TYPES, FileKinds, file_kinds, kind_of, quantize
+from jaxft.checkpoint.gguf.layout.arrangement import single_tensors
+from jaxft.checkpoint.gguf.layout.values import file_shape, from_file, is_by_rows, to_file
+from jaxft.checkpoint.gguf.layout.xielu import xielu_metadata
 from jaxft.checkpoint.gguf.names import (
     expert_count,
     gguf_modules,
@@ -31,8 +33,6 @@ from jaxft.checkpoint.gguf.names import (
     require_tensor,
 )
 from jaxft.checkpoint.gguf.settings import family_of, model_metadata, rope_vectors
-from jaxft.checkpoint.gguf.values import file_shape, from_file, is_by_rows, to_file
-from jaxft.checkpoint.gguf.xielu import xielu_metadata
 from jaxft.checkpoint.peft.folder import CONFIG, PREFIX, AdapterTensors
 from jaxft.checkpoint.peft.lora import read_settings
 from jaxft.checkpoint.safetensors_writer import LazyTensor

@@ -9,10 +9,11 @@ from jaxft.checkpoint.gguf.family import (
     QK_NORM,
     WINDOW,
     WINDOW_PATTERN,
+    YARN_LOG,
     Family,
     Setting,
 )
-from jaxft.checkpoint.gguf.fused import fused_experts
+from jaxft.checkpoint.gguf.layout.fused import fused_experts
 
 # GGUF keeps a layer's experts as one tensor [experts, outputs, inputs]; `{e}` is the number of an expert.
 _MIXTRAL_EXPERTS = {
@@ -67,7 +68,23 @@ GRANITE_FUSED = fused_experts(
     "block_sparse_moe.output_linear.weight",
     "block_sparse_moe.experts.{e}.{part}",
 )
-SIGMOID = 2  # of expert_gating_func
+_LATENT = {
+    "attn_q": "self_attn.q_proj",
+    "attn_q_a": "self_attn.q_a_proj",
+    "attn_q_a_norm": "self_attn.q_a_layernorm",
+    "attn_q_b": "self_attn.q_b_proj",
+    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+    "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+    "attn_k_b": "self_attn.k_b_proj",
+    "attn_v_b": "self_attn.v_b_proj",
+    "attn_output": "self_attn.o_proj",
+}
+_V2 = {"norm_topk_prob": False, "topk_method": "greedy"}
+# Settings of latent attention, which are read and written by functions.
+LATENT_SETTINGS = frozenset(
+    ("attention.key_length_mla", "attention.value_length_mla", "attention.q_lora_rank", YARN_LOG)
+)
+SOFTMAX, SIGMOID = 1, 2  # of expert_gating_func
 
 
 def expert_fields(count: str, *, inner: str | None = "moe_intermediate_size") -> dict[str, Setting]:
@@ -77,6 +94,38 @@ def expert_fields(count: str, *, inner: str | None = "moe_intermediate_size") ->
 
 
 _EXPERT_SETTINGS = frozenset(("expert_count", "expert_used_count"))
+
+
+def _deepseek(*, version: int) -> Family:
+    """DeepSeek V2 and V3 have one architecture, and other routers."""
+    fields = {
+        "expert_shared_count": Setting("n_shared_experts", int),
+        "leading_dense_block_count": Setting("first_k_dense_replace", int, 0),
+        "expert_weights_scale": Setting("routed_scaling_factor", default=1.0),
+        "attention.kv_lora_rank": Setting("kv_lora_rank", int),
+    }
+    of_v3 = {
+        "expert_weights_norm": Setting("norm_topk_prob", bool, 0),
+        "expert_group_count": Setting("n_group", int, 1),
+        "expert_group_used_count": Setting("topk_group", int, 1),
+    }
+    new = version == 3
+    return Family(
+        arch="deepseek2",
+        model_type=f"deepseek_v{version}",
+        architecture=f"DeepseekV{version}ForCausalLM",
+        layer=NORMS_BEFORE | _LATENT | MLP | QWEN_EXPERTS | _SHARED,
+        tensors={"exp_probs_b.bias": "mlp.gate.e_score_correction_bias"} if new else {},
+        constants={"hidden_act": "silu", "attention_bias": False, **({} if new else _V2)},
+        latent=True,
+        experts="n_routed_experts",
+        fields=fields | expert_fields("n_routed_experts") | (of_v3 if new else {}),
+        fixed={"expert_gating_func": SIGMOID} if new else {"expert_gating_func": SOFTMAX, "expert_weights_norm": False},
+        settings=LATENT_SETTINGS,
+        mark="expert_gating_func" if new else None,
+        mark_value=SIGMOID if new else None,
+    )
+
 
 EXPERT_FAMILIES = (
     Family(
@@ -200,4 +249,6 @@ EXPERT_FAMILIES = (
         | {"feed_forward_length": Setting("intermediate_size_mlp", int)},
         settings=frozenset(("interleave_moe_layer_step", WINDOW, WINDOW_PATTERN)),
     ),
+    _deepseek(version=2),
+    _deepseek(version=3),
 )

@@ -9,7 +9,7 @@ from jaxft.checkpoint.gguf.families.experts import (
     expert_fields,
 )
 from jaxft.checkpoint.gguf.family import ATTENTION, MLP, NORMS_BEFORE, QK_NORM, Family, Setting
-from jaxft.checkpoint.gguf.fused import GATE_UP, Fused
+from jaxft.checkpoint.gguf.layout.fused import GATE_UP, Fused
 
 INTERVAL, SECTIONS = "full_attention_interval", "rope.dimension_sections"
 SSM_INNER, SHARED_INNER = "ssm.inner_size", "expert_shared_feed_forward_length"

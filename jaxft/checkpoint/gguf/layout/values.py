@@ -4,8 +4,8 @@
 
 import numpy as np
 
-from jaxft.checkpoint.gguf.delta_rows import tiled_order
 from jaxft.checkpoint.gguf.family import Family
+from jaxft.checkpoint.gguf.layout.delta_rows import tiled_order
 from jaxft.checkpoint.gguf.names import has_shifted_norm, heads_interleaved, interleave, require_tensor
 from jaxft.models.families.qwen.qwen3_5 import DeltaNetConfig
 from jaxft.models.family import FamilyConfig

@@ -13,16 +13,18 @@ from typing import Any
 import numpy as np
 
 from jaxft import models
-from jaxft.checkpoint.gguf.delta_rows import GroupedRows, split_grouped
 from jaxft.checkpoint.gguf.family import Family, GGUFModule
-from jaxft.checkpoint.gguf.fused import JoinedTensors, split_tensors
+from jaxft.checkpoint.gguf.layout.delta_rows import GroupedRows, split_grouped
+from jaxft.checkpoint.gguf.layout.fused import JoinedTensors, split_tensors
+from jaxft.checkpoint.gguf.layout.latent import JoinedLatent, split_latent
+from jaxft.checkpoint.gguf.layout.values import file_shape
+from jaxft.checkpoint.gguf.layout.xielu import WithNumbers, without_numbers
 from jaxft.checkpoint.gguf.names import require_tensor
-from jaxft.checkpoint.gguf.values import file_shape
-from jaxft.checkpoint.gguf.xielu import WithNumbers, without_numbers
 from jaxft.checkpoint.hf import hf_tensors
 from jaxft.checkpoint.safetensors_writer import LazyTensor
 from jaxft.checkpoint.tensors import TensorSource, TensorSpec
 from jaxft.files.gguf.header import GGUFHeader
+from jaxft.models.families.deepseek.deepseek_v3 import LatentConfig
 from jaxft.models.families.qwen.qwen3_next import Config as Qwen3NextConfig
 from jaxft.models.family import FamilyConfig
 
@@ -47,6 +49,8 @@ def single_tensors(family: Family, config: FamilyConfig, tensors: Mapping[str, L
         return without_numbers(tensors)
     if isinstance(config, Qwen3NextConfig):
         return split_grouped(tensors, config)
+    if isinstance(config, LatentConfig):
+        return split_latent(tensors, config)
     return split_tensors(tensors, family.fused)
 
 
@@ -56,6 +60,8 @@ def joined_tensors(family: Family, config: FamilyConfig, header: GGUFHeader, sou
         return WithNumbers(source, header, config.num_hidden_layers)
     if isinstance(config, Qwen3NextConfig):
         return GroupedRows(source, _specs(config), config)
+    if isinstance(config, LatentConfig):
+        return JoinedLatent(source, _specs(config))
     return JoinedTensors(source, _specs(config), family.fused) if family.fused else source
 
 
