@@ -58,6 +58,14 @@ LATENT = {
     "v_head_dim": 20, "n_routed_experts": 4, "num_experts_per_tok": 3, "moe_intermediate_size": 32,
     "n_shared_experts": 2, "first_k_dense_replace": 1, "routed_scaling_factor": 1.5, "q_lora_rank": 24,
 }  # fmt: skip
+GEMMA4 = {
+    "sliding_window": 16, "head_dim": 16, "global_head_dim": 32, "num_global_key_value_heads": 1, "rope_theta": None,
+    "attention_k_eq_v": True, "final_logit_softcapping": 4.0, "tie_word_embeddings": True,
+    "layer_types": ["sliding_attention", "full_attention"], "hidden_size_per_layer_input": 0, "rope_parameters": {
+        "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e5},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    },
+}  # fmt: skip
 GPT_OSS = {
     "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16, "intermediate_size": 64,
     "rope_scaling": YARN | {"truncate": False, "beta_fast": 32.0, "beta_slow": 1.0}, "swiglu_limit": 7.0,
@@ -150,6 +158,11 @@ CONFIGS = {
         "rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
     },
     "glm4_moe_lite": {"model_type": "glm4_moe_lite", **LATENT},
+    "gemma4": {"model_type": "gemma4_text", **GEMMA4},
+    "gemma4_moe": {
+        "model_type": "gemma4_text", **GEMMA4, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 3,
+        "moe_intermediate_size": 32, "attention_k_eq_v": False, "num_global_key_value_heads": None,
+    },
     "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {
         "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
@@ -162,7 +175,7 @@ NEWER = {
     "seed_oss", "granite", "exaone4", "cohere2", "glm", "glm4", "ernie4_5", "hunyuan_v1_dense", "internlm3", "apertus",
     "granitemoe", "glm4_moe", "ernie4_5_moe", "hunyuan_v1_moe", "llama4_text", "lfm2", "lfm2_moe", "granitehybrid",
     "granitehybrid_moe", "nemotron_h", "nemotron_h_moe", "qwen3_next", "qwen3_5", "qwen3_5_moe",
-    "deepseek_v2", "deepseek_v3", "glm4_moe_lite",
+    "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "gemma4", "gemma4_moe",
 }  # fmt: skip
 ARCHS = {
     "mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe",
@@ -192,7 +205,7 @@ def drawn(name: str):
 
 def stored(hf: str, array: np.ndarray, kind, config) -> np.ndarray:
     """The array as a file of this kind keeps it, in Hugging Face's terms."""
-    if hf.endswith("norm.weight") and config["model_type"].startswith("gemma"):
+    if hf.endswith("norm.weight") and config["model_type"] in ("gemma", "gemma2", "gemma3_text"):
         return (array + np.float32(1)) - np.float32(1)
     if hf.endswith("norm.weight") and config["model_type"] in DELTA_NETS and "linear_attn" not in hf:
         return (array + np.float32(1)) - np.float32(1)
@@ -374,6 +387,16 @@ def test_a_damaged_value_is_noticed(tmp_path):
         (
             CONFIGS["deepseek_v2"] | {"topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 2},
             r"topk_method=group_limited_greedy: it is greedy there",
+        ),
+        (CONFIGS["gemma4"] | {"attention_bias": True}, r"attention_bias=True: there are no such biases"),
+        (CONFIGS["gemma4"] | {"layer_types": ["full_attention"] * 2}, r"layer_types of one kind: there are both local"),
+        (
+            CONFIGS["gemma4"]
+            | {
+                "rope_parameters": GEMMA4["rope_parameters"]
+                | {"sliding_attention": {"rope_type": "linear", "factor": 2.0}},
+            },
+            r"ropes 'proportional' with factor None and 'linear'",
         ),
         ({"model_type": "qwen3", "attention_bias": True}, r"attention_bias=True: there are no such biases"),
         (CONFIGS["qwen3_moe"] | {"norm_topk_prob": False}, r"norm_topk_prob=False"),

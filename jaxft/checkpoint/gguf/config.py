@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxft.checkpoint.gguf.family import TEMPERATURE, WINDOW, WINDOW_PATTERN, YARN_LOG, Family
+from jaxft.checkpoint.gguf.gemma4 import gemma4_config
 from jaxft.checkpoint.gguf.latent import latent_scaling, latent_sizes
 from jaxft.checkpoint.gguf.names import FAMILIES
 from jaxft.checkpoint.gguf.neutral import is_neutral
@@ -78,7 +79,10 @@ def read_config(header: GGUFHeader, family: Family, vectors: Mapping[str, np.nda
     config |= layered_config(header, family, config)
     if family.latent:
         config |= latent_sizes(header, config)
-    scaling = rope_scaling(header, family, config, vectors)
+    if family.model_type == "gemma4_text":
+        config |= gemma4_config(header, config, vectors)
+        del config["rope_theta"]
+    scaling = None if "rope_parameters" in config else rope_scaling(header, family, config, vectors)
     if scaling:
         config["rope_scaling"] = latent_scaling(header, scaling) if family.latent else scaling
     if family.model_type in GEMMA_PERIODS:

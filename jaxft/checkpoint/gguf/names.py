@@ -27,6 +27,7 @@ WRITTEN_AS = {
     "internlm3": "llama",
     "glm4_moe_lite": "deepseek_v3",
     "kimi_k2": "deepseek_v3",
+    "gemma4_unified_text": "gemma4_text",
 }
 WRITTEN = frozenset((*(family.model_type for family in FAMILIES.values()), *WRITTEN_AS))
 _LAYER = re.compile(r"model\.layers\.(\d{1,9})\.(.+)")

@@ -15,6 +15,7 @@ from jaxft.checkpoint.gguf.config import (
     gemma_scalar,
 )
 from jaxft.checkpoint.gguf.family import Family
+from jaxft.checkpoint.gguf.gemma4 import gemma4_differences
 from jaxft.checkpoint.gguf.latent import latent_differences
 from jaxft.checkpoint.gguf.recurrent import layered_differences
 from jaxft.checkpoint.gguf.ropes import YARN_FAST, YARN_SLOW
@@ -24,6 +25,7 @@ from jaxft.models.families.deepseek.deepseek_v3 import LatentConfig
 from jaxft.models.families.ernie.ernie4_5_moe import Config as ErnieConfig
 from jaxft.models.families.exaone4 import Config as Exaone4Config
 from jaxft.models.families.gemma.gemma2 import GemmaConfig
+from jaxft.models.families.gemma.gemma4 import Config as Gemma4Config
 from jaxft.models.families.glm.glm4_moe import Config as GlmMoeConfig
 from jaxft.models.families.gpt_oss import Config as GptOssConfig
 from jaxft.models.families.llama4 import CHUNKED
@@ -44,6 +46,7 @@ MORE_ROPES = {
     **dict.fromkeys(("llama", "granite", "granitemoe", "exaone4", "apertus"), ("llama3", "yarn")),
     **dict.fromkeys(("gemma", "gemma2", "gemma3", "cohere2", "chatglm", "glm4", "glm4moe", *WITH_ALPHA, *LAYERED), ()),
     "llama4": ("llama3",),
+    "gemma4": ("proportional",),
 }
 # Architectures whose projections in attention may have biases.
 BIASED = ("llama", "gpt-oss", "granite", "granitemoe", "granitehybrid", "seed_oss", "chatglm", "glm4", "glm4moe")
@@ -69,6 +72,8 @@ def _differences(family: Family, config: FamilyConfig) -> list[tuple[bool, str]]
         return differences + _periodic(config.layer_types, COHERE_PERIOD)
     if isinstance(config, Exaone4Config):
         return differences + _exaone4(config)
+    if isinstance(config, Gemma4Config):
+        return differences + gemma4_differences(config)
     if isinstance(config, LatentConfig):
         return differences + latent_differences(family, config)
     if isinstance(config, Llama4Config):
@@ -87,7 +92,7 @@ def _differences(family: Family, config: FamilyConfig) -> list[tuple[bool, str]]
 def _ropes(family: Family, config: FamilyConfig) -> list[tuple[bool, str]]:
     arch, rope = family.arch, config.rope
     kinds = ("default", "linear", *MORE_ROPES.get(arch, ("yarn",)))
-    whole = family.partial or rope.partial_rotary_factor == 1.0
+    whole = family.partial or rope.kind == "proportional" or rope.partial_rotary_factor == 1.0
     # A fixed alpha becomes a part of the base.
     kind = "default" if arch in WITH_ALPHA and rope.alpha is not None else rope.kind
     return [

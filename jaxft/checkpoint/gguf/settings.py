@@ -12,6 +12,7 @@ from jaxft.checkpoint.gguf.config import (
     GEMMA_PERIODS,
 )
 from jaxft.checkpoint.gguf.family import TEMPERATURE, WINDOW, WINDOW_PATTERN, YARN_LOG, Family
+from jaxft.checkpoint.gguf.gemma4 import gemma4_settings, gemma4_vector
 from jaxft.checkpoint.gguf.latent import latent_settings
 from jaxft.checkpoint.gguf.names import (
     FAMILIES,
@@ -31,6 +32,7 @@ from jaxft.models.families.deepseek.deepseek_v3 import LatentConfig
 from jaxft.models.families.ernie.ernie4_5_moe import Config as ErnieConfig
 from jaxft.models.families.exaone4 import Config as Exaone4Config
 from jaxft.models.families.gemma.gemma2 import GemmaConfig
+from jaxft.models.families.gemma.gemma4 import Config as Gemma4Config
 from jaxft.models.families.gpt_oss import Config as GptOssConfig
 from jaxft.models.families.llama4 import Config as Llama4Config
 from jaxft.models.families.olmo.olmo3 import Config as Olmo3Config
@@ -52,7 +54,7 @@ def family_of(hf_config: Mapping[str, Any]) -> Family:
         return alike[0]
     config = models.config_from_hf(hf_config)
     blocks = config.shape().layers
-    with_experts = any(isinstance(block.mlp, MoEShape) for block in blocks)
+    with_experts = any(isinstance(block.mlp, MoEShape) or block.experts is not None for block in blocks)
     return next(family for family in alike if (family.experts is not None) == with_experts)
 
 
@@ -78,6 +80,7 @@ def model_metadata(hf_config: Mapping[str, Any]) -> dict[str, Any]:
         **family.fixed,
         **layered_settings(family, config),
         **(latent_settings(config) if isinstance(config, LatentConfig) else {}),
+        **(gemma4_settings(config) if isinstance(config, Gemma4Config) else {}),
     }
     if family.model_type in GEMMA_PERIODS:
         settings["attention.sliding_window"] = cast(GemmaConfig, config).sliding_window
@@ -97,7 +100,7 @@ def model_metadata(hf_config: Mapping[str, Any]) -> dict[str, Any]:
         )
     if isinstance(config, Llama4Config):
         settings["interleave_moe_layer_step"] = config.moe_layers[0] + 1
-    if family.experts:
+    if family.experts and "expert_used_count" not in family.fields:
         settings |= {
             "expert_count": expert_count(family, config),
             "expert_used_count": cast(RoutedConfig, config).num_experts_per_tok,
@@ -124,6 +127,8 @@ def rope_vectors(hf_config: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The rotary factors that llama.cpp reads as tensors, float32."""
     config = models.config_from_hf(hf_config)
     rope = config.rope
+    if isinstance(config, Gemma4Config):
+        return {ROPE_FACTORS: gemma4_vector(config)}
     if rope.kind == "llama3":
         plain = dataclasses.replace(rope, kind="default")
         return {ROPE_FACTORS: plain.frequencies(config.head_dim) / rope.frequencies(config.head_dim)}

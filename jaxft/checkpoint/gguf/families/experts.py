@@ -5,6 +5,7 @@ from jaxft.checkpoint.gguf.family import (
     ATTENTION,
     DENSE,
     MLP,
+    NORMS_AROUND,
     NORMS_BEFORE,
     QK_NORM,
     WINDOW,
@@ -13,7 +14,7 @@ from jaxft.checkpoint.gguf.family import (
     Family,
     Setting,
 )
-from jaxft.checkpoint.gguf.layout.fused import fused_experts
+from jaxft.checkpoint.gguf.layout.fused import Fused, fused_experts
 
 # GGUF keeps a layer's experts as one tensor [experts, outputs, inputs]; `{e}` is the number of an expert.
 _MIXTRAL_EXPERTS = {
@@ -84,6 +85,9 @@ _V2 = {"norm_topk_prob": False, "topk_method": "greedy"}
 LATENT_SETTINGS = frozenset(
     ("attention.key_length_mla", "attention.value_length_mla", "attention.q_lora_rank", YARN_LOG)
 )
+_LOCAL = ("attention.key_length", "attention.value_length", "rope.dimension_count", "rope.freq_base")
+# Settings of Gemma 4, which are read and written by functions.
+GEMMA4_SETTINGS = frozenset((WINDOW, WINDOW_PATTERN, "final_logit_softcapping", *(f"{key}_swa" for key in _LOCAL)))
 SOFTMAX, SIGMOID = 1, 2  # of expert_gating_func
 
 
@@ -94,6 +98,38 @@ def expert_fields(count: str, *, inner: str | None = "moe_intermediate_size") ->
 
 
 _EXPERT_SETTINGS = frozenset(("expert_count", "expert_used_count"))
+
+
+def _gemma4(*, experts: bool) -> Family:
+    """Gemma 4, whose experts are beside the feed-forward."""
+    norms = {
+        "post_ffw_norm_1": "post_feedforward_layernorm_1",
+        "pre_ffw_norm_2": "pre_feedforward_layernorm_2",
+        "post_ffw_norm_2": "post_feedforward_layernorm_2",
+    }
+    routed = {
+        "ffn_gate_inp": "router.proj",
+        "ffn_gate_up_exps": "experts.{e}.gate_up_proj",
+        "ffn_down_exps": "experts.{e}.down_proj",
+    }
+    scales = {"ffn_gate_inp.scale": "router.scale", "ffn_down_exps.scale": "router.per_expert_scale"}
+    names = ("gate_up_proj", "down_proj") if experts else ()
+    return Family(
+        arch="gemma4",
+        model_type="gemma4_text",
+        variant="experts" if experts else "",
+        architecture="Gemma4ForCausalLM",
+        layer=NORMS_AROUND | ATTENTION | QK_NORM | MLP | (norms | routed if experts else {}),
+        tensors={"layer_output_scale.weight": "layer_scalar"} | (scales if experts else {}),
+        fused=tuple(Fused(name=f"experts.{name}", single="experts.{e}.{part}", parts=(name,)) for name in names),
+        constants={"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False},
+        by_layer=True,
+        experts="num_experts" if experts else None,
+        mark="expert_count" if experts else None,
+        fields=expert_fields("num_experts") | {"expert_used_count": Setting("top_k_experts", int)} if experts else {},
+        fixed={"embedding_length_per_layer_input": 0},
+        settings=GEMMA4_SETTINGS,
+    )
 
 
 def _deepseek(*, version: int) -> Family:
@@ -251,4 +287,6 @@ EXPERT_FAMILIES = (
     ),
     _deepseek(version=2),
     _deepseek(version=3),
+    _gemma4(experts=False),
+    _gemma4(experts=True),
 )
