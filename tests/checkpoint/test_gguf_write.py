@@ -14,7 +14,9 @@ from jaxft import models
 from jaxft.checkpoint.gguf import GGUFFile
 from jaxft.checkpoint.gguf import write as gguf_write
 from jaxft.checkpoint.gguf.kinds import KINDS
-from jaxft.checkpoint.gguf.names import interleave
+from jaxft.checkpoint.gguf.layout.values import to_file
+from jaxft.checkpoint.gguf.names import WRITTEN, interleave
+from jaxft.checkpoint.gguf.settings import family_of
 from jaxft.checkpoint.gguf.write import check_gguf, model_metadata, write_gguf, write_gguf_adapter
 from jaxft.checkpoint.hf import hf_tensors
 from jaxft.checkpoint.peft import folder as peft_folder
@@ -455,11 +457,11 @@ def test_values_and_types_that_do_not_fit_are_refused(tmp_path):
         write_gguf(path, config, tensors, dtype="float32", tokenizer={}, name="x")
 
 
-def write_lora(folder, module="model.layers.1.self_attn.k_proj", outputs=64, **settings):
+def write_lora(folder, module="model.layers.1.self_attn.k_proj", shapes=((4, 64), (64, 4)), **settings):
     from safetensors.numpy import save_file
 
     rng = np.random.default_rng(0)
-    a, b = (rng.normal(size=s).astype(np.float32) for s in ((4, 64), (outputs, 4)))
+    a, b = (rng.normal(size=s).astype(np.float32) for s in shapes)
     key = f"{peft_folder.PREFIX}{module}"
     save_file({f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}, folder / peft_folder.WEIGHTS)
     (folder / peft_folder.CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8} | settings))
@@ -479,6 +481,29 @@ def test_an_adapter_has_llama_cpps_names_rows_and_scale(tmp_path, settings, alph
     assert set(found) == {"blk.1.attn_k.weight.lora_a", "blk.1.attn_k.weight.lora_b"}
     np.testing.assert_array_equal(found["blk.1.attn_k.weight.lora_a"], a)
     np.testing.assert_array_equal(found["blk.1.attn_k.weight.lora_b"], interleave(b, 2))
+
+
+@pytest.mark.parametrize(("module", "part"), [("in_proj_z", "attn_gate"), ("out_proj", "ssm_out")])
+def test_an_adapter_on_a_delta_net_has_the_heads_in_the_files_order(tmp_path, module, part):
+    config = SIZES | CONFIGS["qwen3_5"]
+    name = f"model.layers.0.linear_attn.{module}"
+    rng = np.random.default_rng(0)
+    shapes = ((4, 64), (96, 4)) if module == "in_proj_z" else ((4, 96), (64, 4))
+    a, b = write_lora(tmp_path, module=name, shapes=shapes)
+    write_gguf_adapter(str(tmp_path / "lora.gguf"), str(tmp_path), config)
+    # The file's matrix of the model with the change has to be the model's matrix in the file with the file's change.
+    before = rng.normal(size=(shapes[1][0], shapes[0][1])).astype(np.float32)
+    family, own = family_of(config), models.config_from_hf(config)
+    wanted = to_file(family, own, f"{name}.weight", before + b @ a) - to_file(family, own, f"{name}.weight", before)
+    found = {t.name: t.data for t in gguf.GGUFReader(str(tmp_path / "lora.gguf")).tensors}
+    change = found[f"blk.0.{part}.weight.lora_b"] @ found[f"blk.0.{part}.weight.lora_a"]
+    np.testing.assert_allclose(change, wanted, atol=1e-5)
+    assert not np.allclose(change, b @ a, atol=0.1)
+
+
+def test_every_family_is_written():
+    assert set(models.families()) == WRITTEN - {"kimi_k2"}
+    assert {fields["model_type"] for fields in CONFIGS.values()} >= set(models.families()) - {"gemma4_unified_text"}
 
 
 def test_an_adapter_without_a_place_or_in_blocks_is_refused(tmp_path):

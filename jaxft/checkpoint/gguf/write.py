@@ -22,14 +22,12 @@ from jaxft.checkpoint.gguf import GGUFFile
 from jaxft.checkpoint.gguf.family import GGUFModule
 from jaxft.checkpoint.gguf.kinds import F16, F32, FILE_TYPES, FileKinds, file_kinds, kind_of, quantize
 from jaxft.checkpoint.gguf.layout.arrangement import single_tensors
-from jaxft.checkpoint.gguf.layout.values import file_shape, from_file, is_by_rows, to_file
+from jaxft.checkpoint.gguf.layout.values import adapter_half, file_shape, from_file, is_by_rows, to_file
 from jaxft.checkpoint.gguf.layout.xielu import xielu_metadata
 from jaxft.checkpoint.gguf.names import (
     expert_count,
     gguf_modules,
     gguf_tensor,
-    heads_interleaved,
-    interleave,
     require_tensor,
 )
 from jaxft.checkpoint.gguf.settings import family_of, model_metadata, rope_vectors
@@ -124,8 +122,7 @@ def write_gguf_adapter(path: str, folder: str, hf_config: Mapping[str, Any], *, 
         if not key.startswith(PREFIX) or module not in names or part not in ("A", "B") or "norm" in module:
             unknown.append(key)
             continue
-        heads = heads_interleaved(family, module, config) if part == "B" else 0
-        change = functools.partial(interleave, heads=heads) if heads else None
+        change = functools.partial(adapter_half, family, config, module, part)
         lazy[f"{names[module].name}.weight.lora_{part.lower()}"] = _FileTensor(
             kind=kind,
             shape=spec.shape,
@@ -222,12 +219,10 @@ def _file_tensors(kinds: FileKinds, tensors: Mapping[str, LazyTensor]) -> dict[s
 def _encode(
     name: str,
     make: Callable[[], np.ndarray],
-    change: Callable[[np.ndarray], np.ndarray] | None,
+    change: Callable[[np.ndarray], np.ndarray],
     kind: GGMLQuantizationType,
 ) -> np.ndarray:
-    values = make().astype(np.float32)
-    if change is not None:
-        values = change(values)
+    values = change(make().astype(np.float32))
     if not all_finite(values):
         raise ExportError(f"tensor {name!r} has NaN or infinite values, and is not written: export an earlier step")
     if kind == F16 and values.size and (largest := float(np.max(np.abs(values)))) > float(np.finfo(np.float16).max):

@@ -69,3 +69,17 @@ def _order(family: Family, config: FamilyConfig, tensor: str) -> np.ndarray | No
     if not family.tiled_heads or not isinstance(config, DeltaNetConfig):
         return None
     return tiled_order(config, require_tensor(family, tensor).part)
+
+
+def adapter_half(family: Family, config: FamilyConfig, module: str, half: str, values: np.ndarray) -> np.ndarray:
+    """One half of a LoRA of a module, A [r, inputs] or B [outputs, r], in the order of the file's matrix."""
+    heads = heads_interleaved(family, module, config)
+    if heads and half == "B":
+        values = interleave(values, heads)
+    order, is_output = (
+        _order(family, config, f"{module}.weight"),
+        require_tensor(family, f"{module}.weight").part == "ssm_out",
+    )
+    if order is None or is_output == (half == "B"):
+        return values
+    return values[:, order] if is_output else values[order]
