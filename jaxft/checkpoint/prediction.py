@@ -14,12 +14,16 @@ def without_prediction(source: TensorSource, config: FamilyConfig) -> tuple[Tens
     left_out = {name: spec for name, spec in specs.items() if config.is_for_prediction(name)}
     if not left_out:
         return source, None
-    numbers = sum(spec.size for spec in left_out.values())
-    note = (
-        f"{len(left_out)} tensors of {numbers:,} numbers predict several tokens at once (MTP), and are left out: they "
+    note = left_out_note(len(left_out), sum(spec.size for spec in left_out.values()))
+    return _Part(source, {name: spec for name, spec in specs.items() if name not in left_out}), note
+
+
+def left_out_note(tensors: int, numbers: int) -> str:
+    """The sentence for so many tensors of so many numbers in all."""
+    return (
+        f"{tensors} tensors of {numbers:,} numbers predict several tokens at once (MTP), and are left out: they "
         "are neither trained nor exported"
     )
-    return _Part(source, {name: spec for name, spec in specs.items() if name not in left_out}), note
 
 
 class _Part:

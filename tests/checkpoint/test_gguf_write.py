@@ -286,6 +286,26 @@ def test_the_library_knows_the_names_and_finds_the_rows(tmp_path, name):
         np.testing.assert_array_equal(found[ours].data, wanted, err_msg=ours)
 
 
+@pytest.mark.parametrize("name", ["glm4_moe", "qwen3_5"])
+def test_layers_that_predict_several_tokens_are_left_out(tmp_path, monkeypatch, name):
+    config, tensors = made(name)
+    family, path = family_of(config), str(tmp_path / "model.gguf")
+    metadata = model_metadata(config) | {f"{family.arch}.nextn_predict_layers": 1}
+    monkeypatch.setattr(gguf_write, "model_metadata", lambda hf_config: metadata)
+    write_gguf(path, config, tensors, dtype="float32", tokenizer={}, name="x")
+    file = GGUFFile(path)
+    assert file.hf_config()["num_hidden_layers"] == 1
+    of_layer = {hf for hf in tensors if ".layers.1." in hf}
+    assert set(file.specs()) == set(tensors) - of_layer
+    assert "predict several tokens at once (MTP), and are left out" in file.notes()[0]
+    numbers = sum(tensors[hf][0].size for hf in of_layer)
+    assert f"of {numbers:,} numbers" in file.notes()[0]
+    metadata[f"{family.arch}.nextn_predict_layers"] = 2
+    write_gguf(path, config, tensors, dtype="float32", tokenizer={}, name="x")
+    with pytest.raises(ModelError, match=r"nextn_predict_layers=2 of 2 layers"):
+        GGUFFile(path)
+
+
 def test_interleaving():
     q = np.arange(64 * 3).reshape(64, 3)
     np.testing.assert_array_equal(interleave(q, 2)[:4, 0], q[[0, 16, 1, 17], 0])

@@ -42,7 +42,7 @@ def open_weights(path: str, head: Head | None = None, allow_unknown: Sequence[st
     if path.endswith(".gguf"):
         gguf = GGUFFile(path)
         hf_config, source = _with_head(gguf.hf_config(), gguf.tensors(), head, images=False)
-        return hf_config, Weights(source=source), gguf.generation_config()
+        return hf_config, Weights(source=source, notes=gguf.notes()), gguf.generation_config()
     hf_config, weights = _open_folder(path, allow_unknown, head)
     hf_config, source = _with_head(hf_config, weights.source, head, images=weights.left_out is not None)
     generation = os.path.join(path, "generation_config.json")

@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import math
 import os
+from collections.abc import Container
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import dequantize
 
 from jaxft import models
-from jaxft.checkpoint.gguf.config import read_config, read_family
+from jaxft.checkpoint.gguf.config import prediction_layers, read_config, read_family
 from jaxft.checkpoint.gguf.family import Family
 from jaxft.checkpoint.gguf.kinds import FileKinds, file_kinds
 from jaxft.checkpoint.gguf.layout.arrangement import file_tensors, joined_tensors, single_shapes
@@ -26,6 +27,7 @@ from jaxft.checkpoint.gguf.names import (
     SHORT_FACTORS,
     heads_interleaved,
 )
+from jaxft.checkpoint.prediction import left_out_note
 from jaxft.checkpoint.tensors import TensorSource, TensorSpec, block_bounds
 from jaxft.errors import CheckpointError, ModelError, did_you_mean, listed
 from jaxft.files.gguf.header import GGUFHeader, GGUFTensor, read_header
@@ -48,7 +50,8 @@ class GGUFFile:
         self._hf_config = read_config(self.header, self.family, _rope_vectors(self.header))
         self._config = models.config_from_hf(self._hf_config)
         self._shapes = single_shapes(self.family, self._config)
-        self._tensors = _named_tensors(self.header, self.family, self._config)
+        self._left_out = _prediction_tensors(self.header, self.family, self._config)
+        self._tensors = _named_tensors(self.header, self.family, self._config, self._left_out)
 
     def kinds(self, dtype: str) -> FileKinds:
         """The types of the tensors of a file of this model that is written as `dtype`."""
@@ -57,6 +60,11 @@ class GGUFFile:
     def tensors(self) -> TensorSource:
         """The tensors under the names and shapes of Hugging Face's files, some of which keep experts fused."""
         return joined_tensors(self.family, self._config, self.header, self)
+
+    def notes(self) -> tuple[str, ...]:
+        """Sentences on what the file has and the tensors here lack."""
+        numbers = sum(math.prod(tensor.shape) for tensor in self._left_out.values())
+        return (left_out_note(len(self._left_out), numbers),) if self._left_out else ()
 
     def hf_config(self) -> dict[str, Any]:
         """config.json of the equivalent Hugging Face folder."""
@@ -113,12 +121,22 @@ def _rope_vectors(header: GGUFHeader) -> dict[str, np.ndarray]:
     return {name: _rows(header.tensors[name], 0, 1)[0] for name in names}
 
 
-def _named_tensors(header: GGUFHeader, family: Family, config: FamilyConfig) -> dict[str, GGUFTensor]:
+def _prediction_tensors(header: GGUFHeader, family: Family, config: FamilyConfig) -> dict[str, GGUFTensor]:
+    """The tensors of layers that predict several tokens at once, which are the file's last layers."""
+    first = config.num_hidden_layers
+    number = prediction_layers(header, family, header.metadata[f"{family.arch}.block_count"])
+    starts = tuple(f"blk.{layer}." for layer in range(first, first + number))
+    return {name: tensor for name, tensor in header.tensors.items() if name.startswith(starts)}
+
+
+def _named_tensors(
+    header: GGUFHeader, family: Family, config: FamilyConfig, left_out: Container[str]
+) -> dict[str, GGUFTensor]:
     """Tensors by Hugging Face name, each expert on its own; refuses unknown, missing and misshapen ones."""
     expected = file_tensors(family, config)
     named: dict[str, GGUFTensor] = {}
     for name, tensor in header.tensors.items():
-        if name in (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS):
+        if name in (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS) or name in left_out:
             continue
         if name not in expected:
             raise ModelError(

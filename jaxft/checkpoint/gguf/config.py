@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxft.checkpoint.gguf.family import TEMPERATURE, WINDOW, WINDOW_PATTERN, YARN_LOG, Family
+from jaxft.checkpoint.gguf.family import PREDICTION, TEMPERATURE, WINDOW, WINDOW_PATTERN, YARN_LOG, Family
 from jaxft.checkpoint.gguf.gemma4 import gemma4_config
 from jaxft.checkpoint.gguf.latent import latent_scaling, latent_sizes
 from jaxft.checkpoint.gguf.names import FAMILIES
@@ -132,6 +132,7 @@ def _sizes(header: GGUFHeader, family: Family) -> dict[str, Any]:
             f"{header.path}: {arch}.block_count={layers:,}, but the file has only {len(header.tensors):,} tensors: "
             "it is damaged or hostile. Fetch it again."
         )
+    layers -= prediction_layers(header, family, layers)
     return {
         "architectures": [family.architecture],
         "model_type": family.model_type,
@@ -149,6 +150,14 @@ def _sizes(header: GGUFHeader, family: Family) -> dict[str, Any]:
         "tie_word_embeddings": "output.weight" not in header.tensors,
         **({"partial_rotary_factor": (rotated or head_dim) / head_dim} if family.partial else {}),
     }
+
+
+def prediction_layers(header: GGUFHeader, family: Family, layers: int) -> int:
+    """How many of the file's last layers predict several tokens at once. Raises ModelError for an impossible number."""
+    number = header.metadata.get(f"{family.arch}.{PREDICTION}", 0) if family.prediction else 0
+    if not isinstance(number, int) or not 0 <= number < layers:
+        raise ModelError(f"{header.path}: {family.arch}.{PREDICTION}={number!r} of {layers} layers")
+    return number
 
 
 def _largest(header: GGUFHeader, family: Family, key: str, layers: int, default: int | None = None) -> int:

@@ -25,6 +25,8 @@ RMS_EPSILON, LAYER_EPSILON = "attention.layer_norm_rms_epsilon", "attention.laye
 WINDOW, WINDOW_PATTERN = "attention.sliding_window", "attention.sliding_window_pattern"
 TEMPERATURE, YARN_LOG = "attention.temperature_scale", "rope.scaling.yarn_log_multiplier"
 
+PREDICTION = "nextn_predict_layers"  # the number of last layers that predict several tokens at once
+
 
 class Setting(NamedTuple):
     """A field of config.json that a key of the metadata holds. kind: of the key's value. default: of an absent key.
@@ -63,6 +65,7 @@ class Family:
     tiled_heads: bool = False
     # The numbers of key heads and of inner units are lists, with 0 for layers that have none.
     by_layer: bool = False
+    prediction: bool = False  # whether files may have PREDICTION, whose layers are left out
     latent: bool = False  # whether attention is latent
     variant: str = ""  # distinguishes families of the same model_type
     experts: str | None = None  # config field with their number
@@ -82,7 +85,8 @@ class Family:
 
     def known(self) -> frozenset[str]:
         """Metadata of this family beyond that of all families."""
-        return self.settings | set(self.fields) | set(self.fixed) | {self.epsilon}
+        of_layers = {PREDICTION} if self.prediction else set()
+        return self.settings | set(self.fields) | set(self.fixed) | of_layers | {self.epsilon}
 
 
 class GGUFModule(NamedTuple):

@@ -154,6 +154,7 @@ def _deepseek(*, version: int) -> Family:
         tensors={"exp_probs_b.bias": "mlp.gate.e_score_correction_bias"} if new else {},
         constants={"hidden_act": "silu", "attention_bias": False, **({} if new else _V2)},
         latent=True,
+        prediction=new,
         experts="n_routed_experts",
         fields=fields | expert_fields("n_routed_experts") | (of_v3 if new else {}),
         fixed={"expert_gating_func": SIGMOID} if new else {"expert_gating_func": SOFTMAX, "expert_weights_norm": False},
@@ -231,6 +232,7 @@ EXPERT_FAMILIES = (
         tensors={"exp_probs_b.bias": "mlp.gate.e_score_correction_bias"},
         present={"attention_bias": "attn_q.bias", "use_qk_norm": "attn_q_norm.weight"},
         partial=True,
+        prediction=True,
         experts="n_routed_experts",
         fields=expert_fields("n_routed_experts")
         | {
