@@ -29,7 +29,7 @@ def fails(folder, step, message):
         save(folder, step)
     left = [thread for thread in set(threading.enumerate()) - before if not thread.daemon]
     for thread in left:
-        thread.join(60)
+        threading.Thread.join(thread, 60)  # Orbax's own join raises what the thread raised
     assert not any(thread.is_alive() for thread in left)
 
 
