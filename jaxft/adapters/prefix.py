@@ -69,8 +69,8 @@ def describe(config: AdapterConfig) -> str:
 def attach_prefix(model: Decoder, count: int, key: jax.Array) -> None:
     """Gives every layer a prefix of `count` virtual tokens, normal with deviation STDDEV.
 
-    Raises ModelError if the model has virtual tokens already, if one of its layers has no keys and values, and if those
-    of its layers have different widths.
+    Raises ModelError if the model has virtual tokens already or a table of its layers' inputs, if one of its layers has
+    no keys and values, and if those of its layers have different widths.
     """
     refuse_second(model)
     attentions = [group.attention for group in model.layers if group.attention is not None]

@@ -52,7 +52,7 @@ def describe(config: AdapterConfig) -> str:
 def attach_prompt(model: Decoder, tokens_n: jax.Array) -> None:
     """Attaches a prompt whose initial values are the embeddings of these tokens, int32.
 
-    Raises ModelError if the model has virtual tokens already.
+    Raises ModelError if the model has virtual tokens already, or a table of its layers' inputs.
     """
     refuse_second(model)
     scale = 1.0 if model.embed_scale is None else model.embed_scale
@@ -76,7 +76,12 @@ def initialize_prompt(model: Decoder, tokens: Sequence[int]) -> None:
 
 
 def refuse_second(model: Decoder) -> None:
-    """Raises ModelError if a model has virtual tokens already."""
+    """Raises ModelError if a model has virtual tokens already, or a table with rows of tokens for every layer."""
+    if model.per_layer is not None:
+        raise ModelError(
+            "virtual tokens have no rows in the table of the layers' inputs (embed_tokens_per_layer), which this model "
+            "has beside that of embeddings. Use adapter.kind='lora'."
+        )
     if model.virtual_tokens:
         raise ModelError(
             f"the model begins its rows with {model.virtual_tokens} virtual tokens already, and only one prompt "

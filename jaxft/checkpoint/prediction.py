@@ -1,4 +1,6 @@
-"""Tensors of layers that predict several tokens at once (MTP), which no method here trains, left out of a source."""
+"""Tensors that are left out of a source: of layers that predict several tokens at once (MTP), which no method here
+trains, and keys and values of layers that use those of another.
+"""
 
 import numpy as np
 
@@ -24,6 +26,20 @@ def left_out_note(tensors: int, numbers: int) -> str:
         f"{tensors} tensors of {numbers:,} numbers predict several tokens at once (MTP), and are left out: they "
         "are neither trained nor exported"
     )
+
+
+def without_unused(source: TensorSource, config: FamilyConfig) -> tuple[TensorSource, str | None]:
+    """As `without_prediction`, for tensors that have no effect (`FamilyConfig.is_unused`)."""
+    specs = source.specs()
+    left_out = {name: spec for name, spec in specs.items() if config.is_unused(name)}
+    if not left_out:
+        return source, None
+    numbers = sum(spec.size for spec in left_out.values())
+    note = (
+        f"{len(left_out)} tensors of {numbers:,} numbers are for keys and values of layers that use those of another "
+        "layer, and are left out: they have no effect, and are not exported"
+    )
+    return _Part(source, {name: spec for name, spec in specs.items() if name not in left_out}), note
 
 
 class _Part:

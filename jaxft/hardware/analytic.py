@@ -93,6 +93,8 @@ def memory_of(config: RunConfig, sizes: ModelSizes, cut: Cut, arguments: int, *,
     # Forward results of one layer and their gradients.
     layer_work = 2 * outputs // max(1, sizes.layers) + 6 * residual
     logits = 3 * min(CHUNK_BYTES["accelerator"], cut.tokens * sizes.vocab * 4 // cut.tensor)
+    # The layers' own inputs as they are made, in the order of the stacks, and their gradient.
+    kept += 3 * cut.tokens * sizes.own_inputs * compute // cut.tensor
     temporaries = passes * kept + gradients + gathered + layer_work + logits + _row_work(sizes, cut, compute)
     host = passes * sizes.layers * residual if config.model.remat == "offload" else 0
     return Memory(arguments=arguments, outputs=0, aliased=0, temporaries=temporaries, code=2**24, host=host)

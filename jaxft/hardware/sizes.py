@@ -14,6 +14,7 @@ from jaxft.nn.attention.latent import LatentAttention
 from jaxft.nn.attention.layer import Attention
 from jaxft.nn.decoder import Decoder
 from jaxft.nn.param_kind import Constant, in_adapter
+from jaxft.nn.per_layer.inputs import PREFIX
 from jaxft.nn.recurrent.layer import Recurrent
 from jaxft.nn.stack import group_layers
 from jaxft.quant import is_quantized
@@ -75,7 +76,8 @@ class ModelSizes:
     a tied head once. adapter: parameters of adapters. trainable: adapters alone if there are any, else the trained part
     of `parameters`. trained, reached: active parameters that are trained, and that gradients pass through. outputs: sum
     of the output widths of all layers' matrix products for one token. width: D. layers: L. vocab: the width of
-    logits; 0 for a reward model, which has none. experts: None for a dense model.
+    logits; 0 for a reward model, which has none. experts: None for a dense model. own_inputs: numbers of a token that
+    all layers together have as inputs of their own.
     """
 
     parameters: int
@@ -91,6 +93,7 @@ class ModelSizes:
     attention: tuple[AttentionGroup, ...]
     experts: Experts | None
     recurrent: tuple[RecurrentGroup, ...] = ()
+    own_inputs: int = 0
 
     def model_flops(self, rows: int, length: int) -> int:
         """FLOPs of one step over rows of `length` tokens, recomputation left out.
@@ -183,6 +186,7 @@ def sizes_of(model: Decoder) -> ModelSizes:
             for group, layers in zip(model.layers, groups, strict=True)
             if isinstance(group.mixer, Recurrent)
         ),
+        own_inputs=0 if model.per_layer is None else model.per_layer.layers * model.per_layer.size,
     )
 
 
@@ -208,10 +212,11 @@ def _size(state: nnx.State) -> int:
 
 def _first_reached(model: Decoder, *, adapted: bool) -> int:
     """The first layer that gradients pass through."""
-    if adapted or model.trainable_paths is None or "embed_tokens/embedding" in model.trainable_paths:
+    paths = model.trainable_paths
+    if adapted or paths is None or any(path.startswith(("embed_tokens/", PREFIX)) for path in paths):
         return 0
     groups = group_layers(model.segments)
-    trained_groups = {int(path.split("/")[1]) for path in model.trainable_paths if path.startswith("layers/")}
+    trained_groups = {int(path.split("/")[1]) for path in paths if path.startswith("layers/")}
     return min((layer for group in trained_groups for layer in groups[group]), default=sum(map(len, groups)))
 
 

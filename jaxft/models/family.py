@@ -12,14 +12,16 @@ from jaxft.files.json_fields import OBJECT, check_kinds
 from jaxft.models.hf_fields import ALLOWED, check_fields, require
 from jaxft.models.score_model import LANGUAGE_MODEL, SCORE_MODEL
 from jaxft.models.tensor_map import ONE_ROW, TensorMap, linear
+from jaxft.nn.attention.borrowed import BorrowedShape
 from jaxft.nn.attention.layer import AttentionShape
 from jaxft.nn.attention.rope import Rope
 from jaxft.nn.attention.score_form import PLAIN, ScoreForm
-from jaxft.nn.block import BEFORE, EXPERT_NORMS, BlockShape, NormNames
+from jaxft.nn.block import BEFORE, EXPERT_NORMS, OWN_INPUT_NORM, BlockShape, NormNames
 from jaxft.nn.decoder import DecoderShape
 from jaxft.nn.experts.layer import MoEShape
 from jaxft.nn.mlp import Activation, MLPShape
 from jaxft.nn.norm import NormShape
+from jaxft.nn.per_layer.inputs import PREFIX
 from jaxft.nn.score import Head
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -75,6 +77,10 @@ class FamilyConfig(ABC):
 
     def is_for_prediction(self, name: str) -> bool:
         """Whether a tensor of the files is of the layers that predict several tokens at once, which are left out."""
+        return False
+
+    def is_unused(self, name: str) -> bool:
+        """Whether a tensor of the files has no effect, because its layer uses keys and values of another."""
         return False
 
     @classmethod
@@ -160,7 +166,8 @@ class FamilyConfig(ABC):
 
     def tensors(self) -> tuple[TensorMap, ...]:
         """The table of this model's parameters, derived from the shapes of its layers."""
-        blocks = self.shape().layers
+        shape = self.shape()
+        blocks = shape.layers
         layers_of: dict[TensorMap, set[int]] = {}
         for block in dict.fromkeys(blocks):
             numbers = {number for number, other in enumerate(blocks) if other == block}
@@ -170,6 +177,7 @@ class FamilyConfig(ABC):
             TensorMap("model.embed_tokens.weight", "embed_tokens/embedding"),
             TensorMap(f"{self.final_norm}.weight", "norm/scale"),
             *self.head_tensors(),
+            *(() if shape.per_layer_input is None else per_layer_tensors()),
             *(
                 dataclasses.replace(line, layers=None if len(numbers) == len(blocks) else frozenset(numbers))
                 for line, numbers in layers_of.items()
@@ -182,6 +190,10 @@ class FamilyConfig(ABC):
             yield TensorMap(f"{LAYER}.{name}.weight", f"layers/*/{name}/scale")
         if block.output_scale:
             yield TensorMap(f"{LAYER}.layer_scalar", "layers/*/layer_scalar")
+        if block.per_layer_input is not None:
+            for name in ("per_layer_input_gate", "per_layer_projection"):
+                yield from linear(f"{LAYER}.{name}", f"layers/*/{name}")
+            yield TensorMap(f"{LAYER}.{OWN_INPUT_NORM}.weight", f"layers/*/{OWN_INPUT_NORM}/scale")
         if block.mixer is not None:
             yield from self.mixer_tensors(block)
         if block.mlp is not None:
@@ -211,14 +223,24 @@ class FamilyConfig(ABC):
         return fields | self.rope.to_hf()
 
 
+def per_layer_tensors() -> tuple[TensorMap, ...]:
+    """The table's lines for the inputs that layers have of their own."""
+    table, projection, norm = "embed_tokens_per_layer", "per_layer_model_projection", "per_layer_projection_norm"
+    return (
+        TensorMap(f"model.{table}.weight", f"{PREFIX}{table}/embedding"),
+        *linear(f"model.{projection}", f"{PREFIX}{projection}"),
+        TensorMap(f"model.{norm}.weight", f"{PREFIX}{norm}/scale"),
+    )
+
+
 def attention_tensors(attention: AttentionShape, module: str = f"{LAYER}.self_attn") -> Iterator[TensorMap]:
     """The table's lines for an attention layer, named as in most families. module: its name in files."""
     path = "layers/*/self_attn"
-    separate = ("q_proj", "k_proj") if attention.keys_as_values else ("q_proj", "k_proj", "v_proj")
-    for name in ("qkv_proj",) if attention.fused else separate:
+    own = 1 if isinstance(attention, BorrowedShape) else 2 if attention.keys_as_values else 3
+    for name in ("qkv_proj",) if attention.fused else ("q_proj", "k_proj", "v_proj")[:own]:
         yield from linear(f"{module}.{name}", f"{path}/{name}", bias=attention.use_bias)
     yield from linear(f"{module}.o_proj", f"{path}/o_proj", bias=attention.use_output_bias)
-    for name in ("q_norm", "k_norm") if attention.qk_norm and not attention.unscaled_qk else ():
+    for name in ("q_norm", "k_norm")[:own] if attention.qk_norm and not attention.unscaled_qk else ():
         yield TensorMap(f"{module}.{name}.weight", f"{path}/{name}/scale")
     if attention.sinks:
         yield TensorMap(f"{module}.sinks", f"{path}/sinks")

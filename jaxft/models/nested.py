@@ -147,7 +147,7 @@ def module_names(module: str) -> tuple[str, ...]:
 def peft_targets(modules: list[str], language_model: str) -> str:
     """A regular expression for PEFT's target_modules that matches these modules of the language model only."""
     inside = "|".join(sorted(set(modules) - {"lm_head"}))
-    parts = [rf"{re.escape(language_model)}\..*\.({inside})"] if inside else []
+    parts = [rf"{re.escape(language_model)}\.(.*\.)?({inside})"] if inside else []
     head = re.escape(nested_module("lm_head", language_model))
     return "|".join(parts + ([head] if "lm_head" in modules else []))
 

@@ -4,22 +4,24 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxft.nn.attention.borrowed import BorrowedAttention, BorrowedShape
 from jaxft.nn.attention.cache import MixerCache
 from jaxft.nn.attention.latent import LatentAttention, LatentShape
-from jaxft.nn.attention.layer import Attention, AttentionShape, Tokens
+from jaxft.nn.attention.layer import Attention, AttentionShape, Kept, Tokens
 from jaxft.nn.experts.layer import MoE, MoEShape
 from jaxft.nn.experts.router_sums import RouterSums
+from jaxft.nn.linear import Linear
 from jaxft.nn.mlp import MLP, MLPShape
 from jaxft.nn.norm import Norm, NormShape
 from jaxft.nn.param_kind import Constant
-from jaxft.nn.partition import stream, whole
+from jaxft.nn.partition import split, stream, whole
 from jaxft.nn.recurrent.delta_net import DeltaNet, DeltaNetShape
 from jaxft.nn.recurrent.mamba import Mamba2, Mamba2Shape
 from jaxft.nn.recurrent.short_conv import ShortConv, ShortConvShape
@@ -35,6 +37,8 @@ AROUND: NormNames = (
 # Likewise, where experts are beside the feed-forward: after that, before the experts, after the experts.
 EXPERT_NORMS = ("post_feedforward_layernorm_1", "pre_feedforward_layernorm_2", "post_feedforward_layernorm_2")
 
+OWN_INPUT_NORM = "post_per_layer_input_norm"
+
 
 class Mixer(Protocol):
     """The part of a layer that looks at other positions."""
@@ -46,14 +50,15 @@ class Mixer(Protocol):
         keys: four PRNG keys for dropout in adapters, or None.
         """
 
-    def init_cache(self, layers: int, batch: int, length: int) -> MixerCache:
-        """The empty cache of a stack of such layers, for rows of up to `length` tokens."""
+    def init_cache(self, layers: int, batch: int, length: int) -> MixerCache | None:
+        """The empty cache of a stack of such layers, for rows of up to `length` tokens; None if they have none."""
 
 
 MixerShape = AttentionShape | LatentShape | DeltaNetShape | Mamba2Shape | ShortConvShape
 # By the class of a mixer's shape: the mixer's name in Hugging Face's modules, and its class.
 MIXERS: dict[type[MixerShape], tuple[str, Callable[..., Mixer]]] = {
     AttentionShape: ("self_attn", Attention),
+    BorrowedShape: ("self_attn", BorrowedAttention),
     LatentShape: ("self_attn", LatentAttention),
     DeltaNetShape: ("linear_attn", DeltaNet),
     Mamba2Shape: ("mamba", Mamba2),
@@ -69,7 +74,8 @@ class BlockShape:
     inputs' and outputs' norms. parallel: the feed-forward has the mixer's input, and both are added at once.
     residual_scale: factor on what is added to the stream. output_scale: whether a `Constant` multiplies the stream
     after the layer. experts: beside the feed-forward, with its input before the norm; the router sees that without a
-    norm, and the sum of both outputs is normalised.
+    norm, and the sum of both outputs is normalised. per_layer_input: the width of the layer's own input for each token,
+    added to the stream last (`nn.per_layer`); None for none.
     """
 
     mixer: MixerShape | None
@@ -80,6 +86,7 @@ class BlockShape:
     residual_scale: float = 1.0
     output_scale: bool = False
     experts: MoEShape | None = None
+    per_layer_input: int | None = None
 
     @property
     def moe(self) -> MoEShape | None:
@@ -132,6 +139,11 @@ class Block(nnx.Module):
             self.experts = MoE(shape.experts, **options)
             for name in EXPERT_NORMS:
                 setattr(self, name, Norm(shape.width, shape.norm, dtype=dtype, param_dtype=param_dtype))
+        self.has_own_input = shape.per_layer_input is not None
+        if shape.per_layer_input is not None:  # the names are those of files
+            self.per_layer_input_gate = Linear(shape.width, shape.per_layer_input, **options)
+            self.per_layer_projection = Linear(shape.per_layer_input, shape.width, tp_side="inputs", **options)
+            setattr(self, OWN_INPUT_NORM, Norm(shape.width, shape.norm, dtype=dtype, param_dtype=param_dtype))
         # The name is that of files.
         self.layer_scalar = Constant(jnp.ones((1,), param_dtype)) if shape.output_scale else None
 
@@ -163,11 +175,33 @@ class Block(nnx.Module):
 
         layer: this layer's index in its stack. key: turns dropout on. routing: None if no loss reads the sums.
         """
+        return self.with_kept(x_BSD, tokens, cache, layer, key, routing, None)[:3]
+
+    def with_kept(
+        self,
+        x_BSD: jax.Array,
+        tokens: Tokens,
+        cache: MixerCache | None,
+        layer: jax.Array,
+        key: jax.Array | None,
+        routing: RouterSums | None,
+        own_BSP: jax.Array | None,
+    ) -> tuple[jax.Array, MixerCache | None, RouterSums | None, Kept | None]:
+        """As a call, and the keys and values of the tokens if the layer keeps them.
+
+        own_BSP: the layer's own input, None if it has none.
+        """
+        kept: Kept | None = None
         keys = None if key is None else jax.random.split(key, 7)
         mixer_keys, mlp_keys = (None, None) if keys is None else (keys[:4], keys[4:])
         input_BSD = self._norm(0, x_BSD)
         if self.mixer is not None:
-            mixed_BSD, cache = self.mixer(whole(input_BSD), tokens, cache, layer, mixer_keys)
+            if self.attention is not None and self.attention.shape.kept_as is not None:
+                mixed_BSD, cache, kept = self.attention.with_keys(
+                    whole(input_BSD), tokens, cast(Any, cache), layer, mixer_keys
+                )
+            else:
+                mixed_BSD, cache = self.mixer(whole(input_BSD), tokens, cache, layer, mixer_keys)
             x_BSD = checkpoint_name(x_BSD + self._added(1, stream(mixed_BSD)), "dots")
         if self.mlp is not None:
             input_BSD = input_BSD if self.parallel else self._norm(2, x_BSD)
@@ -175,12 +209,22 @@ class Block(nnx.Module):
             if self.experts is not None:
                 output_BSD, routing = self._with_experts(self.experts, output_BSD, x_BSD, tokens, routing)
             x_BSD = x_BSD + self._added(3, output_BSD)
+        if own_BSP is not None and self.has_own_input:
+            x_BSD = x_BSD + self._from_own_input(x_BSD, own_BSP, key)
         if self.layer_scalar is not None:
             x_BSD = x_BSD * self.layer_scalar.get_value().astype(x_BSD.dtype)
-        return x_BSD, cache, routing
+        return x_BSD, cache, routing, kept
 
     def storage_dims(self) -> dict[str, StorageDims]:
         return {"layer_scalar": StorageDims((None,))}
+
+    def _from_own_input(self, x_BSD: jax.Array, own_BSP: jax.Array, key: jax.Array | None) -> jax.Array:
+        """What the layer's own input adds to the stream, through a gate that the stream opens."""
+        # Not of the keys of the other layers, which models without such inputs have too.
+        gate_key, out_key = (None, None) if key is None else jax.random.split(jax.random.fold_in(key, 7))
+        gate_BSP = jax.nn.gelu(self.per_layer_input_gate(whole(x_BSD), gate_key), approximate=True)
+        gated_BSP = gate_BSP * split(own_BSP, "batch", "sequence", "tensor")
+        return getattr(self, OWN_INPUT_NORM)(stream(self.per_layer_projection(gated_BSP, out_key)))
 
     def _with_experts(
         self, experts: MoE, output_BSD: jax.Array, x_BSD: jax.Array, tokens: Tokens, routing: RouterSums | None

@@ -25,6 +25,7 @@ from jaxft.nn.linear import KERNEL_DIMS, Embedding, Linear
 from jaxft.nn.noise import add_noise
 from jaxft.nn.norm import Norm, NormShape
 from jaxft.nn.partition import Dimensions
+from jaxft.nn.per_layer.inputs import PerLayerInputs
 from jaxft.nn.score import Head, ScoreHead
 from jaxft.nn.storage import StorageDims, storage_dims_of
 from jaxft.nn.whole_documents import WholeDocuments
@@ -38,7 +39,8 @@ class DecoderShape:
     layers: the shape of every layer in order; equal layers, in runs or in a repeating pattern, are stacked.
     rope_dims: the head size that each of the ropes is for; None for the config's head_dim.
     embed_scale: factor on embedded tokens, rounded to the compute dtype as in transformers. logit_softcap: logits l
-    become softcap * tanh(l / softcap). logit_scale: factor on logits, before the cap.
+    become softcap * tanh(l / softcap). logit_scale: factor on logits, before the cap. per_layer_input: the width of an
+    input that each layer has for each token (`nn.per_layer`); None for none.
     """
 
     layers: tuple[BlockShape, ...]
@@ -48,6 +50,7 @@ class DecoderShape:
     logit_softcap: float | None = None
     logit_scale: float = 1.0
     rope_dims: tuple[int, ...] | None = None
+    per_layer_input: int | None = None
 
 
 class ModelConfig(Protocol):
@@ -197,8 +200,14 @@ class Decoder(nnx.Module):
             ]
         )
         self.norm = Norm(config.hidden_size, shape.norm, dtype=dtype, param_dtype=param_dtype)
+        self.per_layer: PerLayerInputs | None = nnx.data(None)
         own_head = not (scored or config.tie_word_embeddings)
         self.lm_head: Linear | None = draw(config.hidden_size, config.vocab_size) if own_head else nnx.data(None)
+        if shape.per_layer_input is not None:
+            self.per_layer = PerLayerInputs(
+                config.vocab_size, config.hidden_size, len(shape.layers), shape.per_layer_input, shape.norm,
+                stddev=stddev, dtype=dtype, param_dtype=param_dtype, rngs=rngs,
+            )  # fmt: skip
 
     def __call__(
         self,
@@ -281,6 +290,7 @@ class Decoder(nnx.Module):
             remat=self.remat,
             routing=routing,
             shared=None if self.shared is None else self.shared.arrays(self.dtype),
+            own_BSLP=None if self.per_layer is None else self.per_layer(tokens_BS, x_BSD, key),
         )
         return self.norm(x_BSD), cache, routing
 

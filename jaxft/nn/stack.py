@@ -3,9 +3,9 @@
 # B batch, S sequence, D model, R stacked layers
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxft.nn import partition
 from jaxft.nn.adapter import bind_shared
 from jaxft.nn.attention import cudnn
+from jaxft.nn.attention.borrowed import BorrowedAttention
 from jaxft.nn.attention.cache import Cache, LayerCache, MixerCache, StateCache, slots_for, write_positions
-from jaxft.nn.attention.layer import Tokens
+from jaxft.nn.attention.layer import Kept, Tokens
 from jaxft.nn.block import Block
 from jaxft.nn.experts.router_sums import RouterSums
 from jaxft.nn.partition import STREAM
@@ -110,27 +111,82 @@ def run(
     remat: str,
     routing: RouterSums | None = None,
     shared: Any = None,
+    own_BSLP: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache | None, RouterSums | None]:
     """Runs all layers in order; returns the activations, the cache with the new tokens, and the sums over routers.
 
     key: for dropout; None if nothing is random. routing: sums to which layers with experts add the statistics of their
     routers; None if no loss reads them. shared: arrays for the adapters of all layers (`Adapter.shared`); None if there
-    are none.
+    are none. own_BSLP: the own input of every layer; None if layers have none.
     """
     caches = None if cache is None else _with_positions(cache, tokens)
+    kept: dict[str, Kept] = {}
     for segment in segments:
         indices = slice(segment.first_group, segment.first_group + len(segment.groups))
-        tokens_by_group = [tokens] * len(segment.groups)
+        tokens_by_group = [tokens_of(group, tokens, kept) for group in groups[indices]]
         if cache is not None:
             tokens_by_group = [
-                tokens._replace(cached_BT=before.positions_BT) if isinstance(before, LayerCache) else tokens
-                for before in cache[indices]
+                own._replace(cached_BT=before.positions_BT) if isinstance(before, LayerCache) else own
+                for own, before in zip(tokens_by_group, cache[indices], strict=True)
             ]
-        carry = (x_BSD, None if caches is None else caches[indices], routing)
-        x_BSD, part, routing = _run_segment(groups[indices], segment, carry, tokens_by_group, key, remat, shared)
+        carry = _Carry(x_BSD, None if caches is None else caches[indices], routing, _none_kept(groups[indices], tokens))
+        inputs = None if own_BSLP is None else [_of_layers(own_BSLP, layers) for layers in segment.groups]
+        x_BSD, part, routing, last = _run_segment(
+            groups[indices], segment, carry, tokens_by_group, key, remat, shared, inputs
+        )
         if caches is not None and part is not None:
             caches[indices] = part
+        for position, name in enumerate(map(kept_as, groups[indices])):
+            if name is not None:
+                at, index = segment.first_group + position, len(segment.groups[position]) - 1
+                kept[name] = Kept(*last[name], _part(cache, at), _part(caches, at), index)
     return x_BSD, None if caches is None else tuple(caches), routing
+
+
+Pair = tuple[jax.Array, jax.Array]  # keys and values
+
+
+class _Carry(NamedTuple):
+    """What one layer hands to the next. kept: of the last layer that keeps its keys and values under each name."""
+
+    x_BSD: jax.Array
+    caches: list[MixerCache | None] | None
+    routing: RouterSums | None
+    kept: dict[str, Pair]
+
+
+def _part(cache: Sequence[MixerCache | None] | None, group: int) -> LayerCache | None:
+    """The keys and values of a group; None without a cache."""
+    part = None if cache is None else cache[group]
+    return part if isinstance(part, LayerCache) else None
+
+
+def kept_as(group: Block) -> str | None:
+    """The name under which layers keep their keys and values; None if they keep none."""
+    attention = getattr(group, "attention", None)
+    return None if attention is None else attention.shape.kept_as
+
+
+def tokens_of(group: Block, tokens: Tokens, kept: Mapping[str, Kept]) -> Tokens:
+    """The tokens for layers, with the keys and values that they have not themselves."""
+    attention = getattr(group, "attention", None)
+    if not isinstance(attention, BorrowedAttention):
+        return tokens
+    source = kept[attention.shape.source]
+    # Not in the carry of the layers that use them: it would be saved for each.
+    positions_BT = None if source.before is None else source.before.positions_BT
+    return tokens._replace(kept=source, cached_BT=positions_BT)
+
+
+def _none_kept(groups: Sequence[Block], tokens: Tokens) -> dict[str, Pair]:
+    """Zeros in the shape of what these layers keep."""
+    return {name: group.attention.no_keys(tokens) for group in groups if (name := kept_as(group)) and group.attention}
+
+
+def _of_layers(own_BSLP: jax.Array, layers: Sequence[int]) -> jax.Array:
+    """The inputs of the layers of a group, [R, B, S, P]."""
+    step = layers[1] - layers[0] if len(layers) > 1 else 1
+    return jnp.moveaxis(own_BSLP[:, :, layers[0] : layers[-1] + 1 : step], 2, 0)
 
 
 def _with_positions(cache: Cache, tokens: Tokens) -> list[MixerCache | None]:
@@ -152,31 +208,38 @@ def _with_positions(cache: Cache, tokens: Tokens) -> list[MixerCache | None]:
 def _run_segment(
     groups: Sequence[Block],
     segment: Segment,
-    carry: tuple[jax.Array, list[MixerCache | None] | None, RouterSums | None],
+    carry: _Carry,
     tokens_by_group: Sequence[Tokens],
     key: jax.Array | None,
     remat: str,
     shared: Any,
-) -> tuple[jax.Array, list[MixerCache | None] | None, RouterSums | None]:
+    own: Sequence[jax.Array] | None,
+) -> _Carry:
+    """own: of each group, the inputs of its layers [R, B, S, P]; None if they have none."""
     split = [nnx.split(group) for group in groups]
     graphdefs, states = [g for g, _ in split], [s for _, s in split]
     layers = jnp.array(segment.groups, jnp.int32).T  # [R, pattern]
+    names = [kept_as(group) for group in groups]
 
     def body(carry, scanned):
-        x_BSD, caches, routing = carry
+        x_BSD, caches, routing, kept = carry
         x_BSD = checkpoint_name(partition.split(x_BSD, *STREAM), "stream")
-        states, layers_P, index = scanned
+        states, layers_P, index, own = scanned
         caches = list(caches) if caches is not None else [None] * len(graphdefs)
         for position, (graphdef, state) in enumerate(zip(graphdefs, states, strict=True)):
             layer_key = None if key is None else jax.random.fold_in(key, layers_P[position])
             module = nnx.merge(graphdef, state)
             if shared is not None:
                 bind_shared(module, shared)
-            x_BSD, caches[position], routing = module(
-                x_BSD, tokens_by_group[position], caches[position], index, layer_key, routing
-            )
-        return (x_BSD, caches if carry[1] is not None else None, routing), None
+            parts = (x_BSD, tokens_by_group[position], caches[position], index, layer_key, routing)
+            if own is None and names[position] is None:
+                x_BSD, caches[position], routing = module(*parts)
+                continue
+            x_BSD, caches[position], routing, own_kept = module.with_kept(*parts, own and own[position])
+            if own_kept is not None:
+                kept = kept | {names[position]: (own_kept.k_BSKH, own_kept.v_BSKH)}
+        return _Carry(x_BSD, caches if carry.caches is not None else None, routing, kept), None
 
     if remat != "none":
         body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)
-    return jax.lax.scan(body, carry, (states, layers, jnp.arange(len(layers))))[0]
+    return jax.lax.scan(body, carry, (states, layers, jnp.arange(len(layers)), own))[0]

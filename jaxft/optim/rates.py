@@ -10,7 +10,7 @@ import optax
 from jaxft.nn.param_kind import CRITIC, kind_of
 from jaxft.optim.by_path import by_path
 
-EMBEDDINGS = ("embed_tokens/", "prompt/")
+EMBEDDINGS = ("embed_tokens/", "per_layer/", "prompt/")
 Factor = float | np.ndarray
 
 

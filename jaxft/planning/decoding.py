@@ -80,6 +80,12 @@ class Decoding:
         return device_bytes(self.params)
 
     @property
+    def read_bytes(self) -> int:
+        """Bytes of the parameters on one device that a pass reads: few of the table of the layers' inputs."""
+        table = self.params.get("per_layer", {}).get("embed_tokens_per_layer", {})
+        return self.param_bytes - device_bytes(table)
+
+    @property
     def copy_bytes(self) -> int:
         """Bytes of the copy of the parameters on one device."""
         return self.param_bytes if self.copied else 0

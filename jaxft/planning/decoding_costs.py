@@ -162,7 +162,7 @@ def _decode_costs(decoding: Decoding, slots: int) -> Costs:
         for group in sizes.attention
     )
     flops = rows * (2 * sizes.active + scores) // decoding.tensor
-    read = decoding.param_bytes + decoding.cache_bytes(slots) + _logits(decoding, slots)
+    read = decoding.read_bytes + decoding.cache_bytes(slots) + _logits(decoding, slots)
     costs = Costs()
     costs.work[Work(flops, read)] += RUN
     for transfer, times in _transfers(decoding, rows, rows).items():
@@ -181,7 +181,7 @@ def _prefill_costs(decoding: Decoding, slots: int) -> Costs:
     touched = rows * length * widths * BYTES[decoding.step.config.model.dtype]
     writes = 2 * decoding.prefill_cache_bytes(slots) * (1 + answers)
     costs = Costs()
-    costs.work[Work(flops, decoding.param_bytes + touched + writes + _logits(decoding, prompts * answers))] += 1
+    costs.work[Work(flops, decoding.read_bytes + touched + writes + _logits(decoding, prompts * answers))] += 1
     for transfer, times in _transfers(decoding, rows * length, rows * answers).items():
         costs.transfers[transfer] += times
     return costs

@@ -10,9 +10,10 @@ import numpy as np
 from jaxft.checkpoint.tensors import TensorSource, TensorSpec, block_bounds
 from jaxft.checkpoint.text_part import HEAD
 from jaxft.data.tokenizers.table import AddedRows
-from jaxft.errors import CheckpointError
+from jaxft.errors import CheckpointError, ModelError
 
 TABLES = ("model.embed_tokens.weight", HEAD)
+LAYER_TABLE = "model.embed_tokens_per_layer.weight"
 CHUNK = 8192  # rows that are read at a time for the mean
 NOISE = 1e-5  # standard deviation of the noise, as a share of each column's
 
@@ -28,7 +29,12 @@ class GrownVocabulary:
     """
 
     def __init__(self, source: TensorSource, added: AddedRows, seed: int) -> None:
-        """seed: of the noise."""
+        """seed: of the noise. Raises ModelError for a model with a second table of tokens, of its layers' inputs."""
+        if LAYER_TABLE in source.specs():
+            raise ModelError(
+                "model.add_tokens: rows of embed_tokens_per_layer for new tokens are not implemented. Use the tokens "
+                "that the tokenizer has, such as its unused ones."
+            )
         self._source, self._added, self._seed = source, added, seed
         self._fresh = frozenset(added.fresh)
         self._statistics = cache(self._mean_and_deviation)

@@ -11,7 +11,7 @@ from jaxft.checkpoint import fused_experts, orbax_folder
 from jaxft.checkpoint.folders.names import with_names_of, with_own_head, with_usual_names, without_value_head
 from jaxft.checkpoint.folders.weights import Weights
 from jaxft.checkpoint.gguf import GGUFFile
-from jaxft.checkpoint.prediction import without_prediction
+from jaxft.checkpoint.prediction import without_prediction, without_unused
 from jaxft.checkpoint.quantized import bitsandbytes, dialects
 from jaxft.checkpoint.quantized.mxfp4 import MXFP4Source, is_packed
 from jaxft.checkpoint.score_head import FreshScoreHead
@@ -107,8 +107,9 @@ def _open_folder(path: str, allow_unknown: Sequence[str], head: Head | None = No
     _check_layers(hf_config, source, path)
     source, note = without_value_head(source)
     notes = [note] if note else []
-    source, note = without_prediction(source, models.config_from_hf(hf_config))
-    notes += [note] if note else []
+    for without in (without_prediction, without_unused):
+        source, note = without(source, models.config_from_hf(hf_config))
+        notes += [note] if note else []
     source, dense = dialects.dequantized(settings, source)
     source = MXFP4Source(source) if is_packed(hf_config) else source
     nf4 = bitsandbytes.NF4Source(source) if bitsandbytes.is_packed(source) else None

@@ -118,5 +118,9 @@ def gemma4_differences(config: Config) -> list[tuple[bool, str]]:
             f"ropes {rope.kind!r} with factor {rope.factor} and {local.kind!r}: they are 'proportional' without a "
             "factor and 'default'",
         ),
+        (
+            bool(config.hidden_size_per_layer_input or config.num_kv_shared_layers),
+            "hidden_size_per_layer_input and num_kv_shared_layers: what they describe is not written here",
+        ),
         (len(set(config.layer_types)) < 2, "layer_types of one kind: there are both local and global layers"),
     ]

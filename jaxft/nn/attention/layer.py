@@ -24,6 +24,20 @@ from jaxft.nn.storage import StorageDims
 from jaxft.nn.whole_documents import WholeDocuments
 
 
+class Kept(NamedTuple):
+    """Keys and values of a layer, for later layers that have none of their own.
+
+    k_BSKH, v_BSKH: of the tokens of this call, as the layer attends to them. before, cache: the cache of its stack
+    without and with these tokens; None in training. layer: its index in the stack.
+    """
+
+    k_BSKH: jax.Array
+    v_BSKH: jax.Array
+    before: kv.LayerCache | None = None
+    cache: kv.LayerCache | None = None
+    layer: int = 0
+
+
 class Tokens(NamedTuple):
     """Properties of the tokens, besides their vectors, that every layer needs.
 
@@ -31,7 +45,7 @@ class Tokens(NamedTuple):
     cached_BT: positions in the slots of the layer's cache before these tokens, -1 for an empty slot; None without a
     cache. virtual_BS: the number of the virtual token at each position, negative at other tokens; None if the model has
     no virtual tokens. whole: where attention finds whole documents, if some share their first tokens; rotations and
-    virtual_BS are then those of its rows.
+    virtual_BS are then those of its rows. kept: keys and values for a layer that has none of its own.
     """
 
     positions_BS: jax.Array
@@ -40,6 +54,7 @@ class Tokens(NamedTuple):
     cached_BT: jax.Array | None = None
     virtual_BS: jax.Array | None = None
     whole: WholeDocuments[jax.Array] | None = None
+    kept: Kept | None = None
 
 
 class QueryGrowth(NamedTuple):
@@ -61,7 +76,8 @@ class AttentionShape:
     head's output, beside its query, whose sigmoid multiplies it. v_norm: each head of the values is normalised too,
     without a parameter. keys_as_values: values are the keys as projected, before norm and rotation. unscaled_qk: the
     norm of queries and keys has no parameter. chunk: positions are cut into chunks of so many, and a token sees no
-    other chunk than its own; None for no chunks. growth: of queries with their position.
+    other chunk than its own; None for no chunks. growth: of queries with their position. kept_as: the name under which
+    keys and values are kept for later layers; None if no layer uses them.
     """
 
     width: int
@@ -83,6 +99,7 @@ class AttentionShape:
     unscaled_qk: bool = False
     chunk: int | None = None
     growth: QueryGrowth | None = None
+    kept_as: str | None = None
 
     @property
     def reach(self) -> int | None:
@@ -148,6 +165,17 @@ class Attention(nnx.Module):
         keys: jax.Array | None,
     ) -> tuple[jax.Array, kv.LayerCache | None]:
         """layer: this layer's index in the cache's stack. keys: four PRNG keys for dropout in adapters, or None."""
+        return self.with_keys(x_BSD, tokens, cache, layer, keys)[:2]
+
+    def with_keys(
+        self,
+        x_BSD: jax.Array,
+        tokens: Tokens,
+        cache: kv.LayerCache | None,
+        layer: jax.Array,
+        keys: jax.Array | None,
+    ) -> tuple[jax.Array, kv.LayerCache | None, Kept]:
+        """As a call, and the keys and values of these tokens."""
         key = (None,) * 4 if keys is None else keys
         form, reach, sinks_N = self.shape.form, self.shape.reach, None if self.sinks is None else self.sinks.get_value()
         q_BSNH, k_BSKH, v_BSKH, gate_BSNH = self._project(x_BSD, key)
@@ -164,7 +192,7 @@ class Attention(nnx.Module):
             out_BSNH = causal_attention(q_BSNH, k_BSKH, v_BSKH, segments_BS, form, sinks_N)
         elif reach is not None and x_BSD.shape[1] > 1 and cache.slots >= reach:
             # Writing first would overwrite keys that the first of these tokens still sees.
-            k_BKHT, v_BKTH, keys_BT = _with_cached(cache, layer, k_BSKH, v_BSKH, tokens)
+            k_BKHT, v_BKTH, keys_BT = keys_with_cached(cache, layer, k_BSKH, v_BSKH, tokens)
             mask_BST = causal_mask(positions_BS, keys_BT, window=form.window, chunk=self.shape.chunk)
             out_BSNH = attend_cached(q_BSNH, k_BKHT, v_BKTH, mask_BST, form, sinks_N)
             cache = self._write(cache, layer, k_BSKH, v_BSKH, tokens)
@@ -177,13 +205,22 @@ class Attention(nnx.Module):
         if gate_BSNH is not None:
             out_BSNH = out_BSNH * jax.nn.sigmoid(gate_BSNH)
         out_BSX = partition.split(out_BSNH.reshape(*x_BSD.shape[:2], -1), "batch", "sequence", "tensor")
-        return self.o_proj(out_BSX, key[3]), cache
+        return self.o_proj(out_BSX, key[3]), cache, Kept(k_BSKH, v_BSKH)
 
-    def init_cache(self, layers: int, batch: int, length: int) -> kv.LayerCache:
+    def init_cache(self, layers: int, batch: int, length: int) -> kv.LayerCache | None:
         """The empty cache of a stack of such layers for rows of up to `length` tokens; only for those within reach."""
         shape = self.shape
         slots = min(length, shape.reach or length)
         return kv.empty(layers, batch, slots, shape.kv_heads, shape.head_dim, self.dtype)
+
+    def no_keys(self, tokens: Tokens) -> tuple[jax.Array, jax.Array]:
+        """Zeros in the shape of keys and of values of these tokens."""
+        rows, length = tokens.positions_BS.shape
+        if tokens.whole is not None:
+            rows *= tokens.whole.index_BWS.shape[1]
+        zeros = jnp.zeros((rows, length, self.shape.kv_heads, self.shape.head_dim), self.dtype)
+        zeros = partition.split(zeros, "batch", "sequence", "tensor", None)
+        return zeros, zeros
 
     def storage_dims(self) -> dict[str, StorageDims]:
         return {"sinks": StorageDims((None,))}
@@ -246,8 +283,8 @@ class Attention(nnx.Module):
         return cache._replace(k_RBKHT=k_RBKHT, v_RBKTH=v_RBKTH)
 
 
-def _with_cached(
-    cache: kv.LayerCache, layer: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, tokens: Tokens
+def keys_with_cached(
+    cache: kv.LayerCache, layer: jax.Array | int, k_BSKH: jax.Array, v_BSKH: jax.Array, tokens: Tokens
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Keys, values and positions of the tokens in a layer's cache followed by those of the new tokens."""
     if tokens.cached_BT is None:

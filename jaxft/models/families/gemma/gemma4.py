@@ -1,6 +1,10 @@
-"""Gemma 4, text: global layers with larger heads, whose values may be their keys, and norms around each part."""
+"""Gemma 4, text: global layers with larger heads, whose values may be their keys, and norms around each part.
+
+E2B and E4B also have an input of its own for every layer, and last layers that use keys and values of earlier ones.
+"""
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +18,7 @@ from jaxft.models.family import (
     SLIDING,
     FamilyConfig,
     check_window,
+    layer_number,
     no_reward_model,
     read_layer_types,
     read_rope,
@@ -22,6 +27,7 @@ from jaxft.models.family import (
 )
 from jaxft.models.hf_fields import ALLOWED, require
 from jaxft.models.tensor_map import EACH_TRANSPOSED, TensorMap, linear
+from jaxft.nn.attention.borrowed import BorrowedShape
 from jaxft.nn.attention.layer import AttentionShape
 from jaxft.nn.attention.rope import Rope
 from jaxft.nn.attention.score_form import ScoreForm
@@ -48,18 +54,17 @@ OWN_DEFAULTS: dict[str, dict[str, Any]] = {
     TEXT: {"sliding_window": 512, "max_position_embeddings": 131072, "hidden_size_per_layer_input": 256},
     UNIFIED: {"sliding_window": 1024, "max_position_embeddings": 262144, "use_bidirectional_attention": "vision"},
 }
+DEFAULT_ROWS = 262144  # of the table of the layers' inputs
 NOT_NULL = ("global_head_dim", "attention_k_eq_v")  # null means that they were left out
 PERIOD = 6  # by default every sixth layer is global
-ONLY = {
-    "hidden_activation": GELU,
-    "rope_scaling": None,
-    "hidden_size_per_layer_input": 0,
-    "num_kv_shared_layers": 0,
-    "use_double_wide_mlp": False,
-}
+ONLY = {"hidden_activation": GELU, "rope_scaling": None}
+# What the small models have, E2B and E4B, of the type TEXT alone.
+SMALL = {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "use_double_wide_mlp": False}
+TABLE_ROWS = "vocab_size_per_layer_input"
 # They mean nothing where the parts that they describe are off.
-UNUSED = ("vocab_size_per_layer_input", "num_experts", "top_k_experts", "moe_intermediate_size", "enable_moe_block")
+UNUSED = (TABLE_ROWS, "num_experts", "top_k_experts", "moe_intermediate_size", "enable_moe_block")
 EXPERT_FIELDS = ("num_experts", "top_k_experts", "moe_intermediate_size")
+_KEYS = re.compile(r"model\.layers\.\d+\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +74,9 @@ class Config(FamilyConfig):
     global_head_dim, num_global_key_value_heads: of global layers. attention_k_eq_v: global layers have no v_proj.
     use_bidirectional_attention: which tokens see later ones; those of images at most, so for text it changes nothing.
     num_experts: beside each layer's feed-forward, None for a dense model. top_k_experts: chosen for each token.
+    hidden_size_per_layer_input: the size of each layer's own input for a token, 0 for none. num_kv_shared_layers: the
+    last layers, which use keys and values of the last layer of their type before them. use_double_wide_mlp: their
+    feed-forwards have twice the inner units.
     """
 
     model_type: str
@@ -84,6 +92,9 @@ class Config(FamilyConfig):
     num_experts: int | None = None
     top_k_experts: int | None = None
     moe_intermediate_size: int | None = None
+    hidden_size_per_layer_input: int = 0
+    num_kv_shared_layers: int = 0
+    use_double_wide_mlp: bool = False
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "Config":
@@ -109,6 +120,7 @@ class Config(FamilyConfig):
             final_logit_softcapping=hf.get("final_logit_softcapping"),
             use_bidirectional_attention=hf.get("use_bidirectional_attention"),
             **_read_experts(hf),
+            **_read_small(hf, types),
             **{name: hf[name] for name in ("sliding_window", "attention_bias", "attention_k_eq_v")},
         )
 
@@ -120,9 +132,10 @@ class Config(FamilyConfig):
         kv_heads = self.num_global_key_value_heads if self.attention_k_eq_v else None
         parts: dict[str, Any] = {}
         if self.model_type == TEXT:
-            parts = {"hidden_size_per_layer_input": 0, "enable_moe_block": self.num_experts is not None}
+            parts = {"enable_moe_block": self.num_experts is not None}
+            parts |= {TABLE_ROWS: self.vocab_size} if self.hidden_size_per_layer_input else {}
         else:
-            fields = {name: value for name, value in fields.items() if name not in EXPERT_FIELDS}
+            fields = {name: value for name, value in fields.items() if name not in (*EXPERT_FIELDS, *SMALL)}
         return {
             "architectures": [ARCHITECTURES[self.model_type]],
             "hidden_activation": GELU,
@@ -144,24 +157,40 @@ class Config(FamilyConfig):
         """Layers with norms before and after each part, and a factor on their output."""
         norm = NormShape(eps=self.rms_norm_eps)
         blocks = {
-            kind: BlockShape(
-                mixer=self._attention(kind),
-                mlp=self.mlp(activation="gelu_tanh"),
+            (kind, shared): BlockShape(
+                mixer=self._borrowed(kind) if shared else self._attention(kind),
+                mlp=self.mlp(activation="gelu_tanh", hidden=self._inner_units(shared)),
                 norm=norm,
                 norms=AROUND,
                 output_scale=True,
                 experts=self._experts(),
+                per_layer_input=self.hidden_size_per_layer_input or None,
             )
             for kind in (SLIDING, FULL)
+            for shared in (False, True)
         }
+        first = self._first_shared()
         return DecoderShape(
-            layers=tuple(blocks[kind] for kind in self.layer_types),
+            layers=tuple(blocks[kind, number >= first] for number, kind in enumerate(self.layer_types)),
             ropes=(self.rope, self.local_rope),
             rope_dims=(self.global_head_dim, self.head_dim),
             norm=norm,
             embed_scale=self.hidden_size**0.5,
             logit_softcap=self.final_logit_softcapping,
+            per_layer_input=self.hidden_size_per_layer_input or None,
         )
+
+    def is_unused(self, name: str) -> bool:
+        """See FamilyConfig: official files have them in every layer."""
+        number = layer_number(name)
+        return number is not None and number >= self._first_shared() and _KEYS.match(name) is not None
+
+    def _first_shared(self) -> int:
+        """The first layer without keys and values of its own."""
+        return self.num_hidden_layers - self.num_kv_shared_layers
+
+    def _inner_units(self, shared: bool) -> int:
+        return self.intermediate_size * (2 if shared and self.use_double_wide_mlp else 1)
 
     def block_tensors(self, block: BlockShape) -> Iterator[TensorMap]:
         """The table's lines, with those of experts, which files have in one tensor."""
@@ -199,6 +228,7 @@ class Config(FamilyConfig):
             bias=self.attention_bias,
             output_bias=self.attention_bias,
             rope=int(local),
+            kept_as=kind if self.num_kv_shared_layers else None,
         )
         if local:
             return shape
@@ -208,6 +238,35 @@ class Config(FamilyConfig):
             head_dim=self.global_head_dim,
             keys_as_values=self.attention_k_eq_v,
         )
+
+    def _borrowed(self, kind: str) -> BorrowedShape:
+        """The attention of one kind of layers among those that share keys and values."""
+        own = {field.name: getattr(self._attention(kind), field.name) for field in dataclasses.fields(AttentionShape)}
+        return BorrowedShape(**own | {"kept_as": None}, source=kind)
+
+
+def _read_small(hf: Mapping[str, Any], types: tuple[str, ...]) -> dict[str, Any]:
+    """What the small models have. Raises ModelError for numbers that do not fit."""
+    own = {name: hf.get(name, default) for name, default in SMALL.items()}
+    if hf["model_type"] == UNIFIED and own != SMALL:
+        fields = ", ".join(f"{name}={value!r}" for name, value in own.items() if value != SMALL[name])
+        raise ModelError(f"{fields}: model_type {UNIFIED!r} has no such layers in transformers")
+    size, shared, layers = own["hidden_size_per_layer_input"], own["num_kv_shared_layers"], len(types)
+    if not isinstance(size, int) or not isinstance(shared, int) or size < 0 or not 0 <= shared < layers:
+        raise ModelError(
+            f"hidden_size_per_layer_input={size!r} and num_kv_shared_layers={shared!r} of {layers} layers: whole "
+            "numbers from 0 on, the second less than the number of layers"
+        )
+    if size and hf.get(TABLE_ROWS, DEFAULT_ROWS) != hf["vocab_size"]:
+        raise ModelError(
+            f"{TABLE_ROWS}={hf.get(TABLE_ROWS, DEFAULT_ROWS)} and vocab_size={hf['vocab_size']}: only tables of one "
+            "size are implemented"
+        )
+    if missing := sorted(set(types[layers - shared :]) - set(types[: layers - shared])):
+        raise ModelError(
+            f"num_kv_shared_layers={shared}: no layer of type {missing[0]} is before these, whose keys they could use"
+        )
+    return own
 
 
 def _read_experts(hf: Mapping[str, Any]) -> dict[str, Any]:
