@@ -58,7 +58,7 @@ MOST_RESIDENT = 3 * 2**30  # bytes of one process, of which two share a small ma
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Marks the tests in doubles.txt as slow. Whole runs come first: else the last of them keeps one worker waiting for
     the other for minutes.
     """
@@ -67,7 +67,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for name in doubles & items_of.keys():
         items_of[name].add_marker(pytest.mark.slow)
     collected = {name.partition("::")[0] for name in items_of}
-    chosen_by_name = any("::" in argument for argument in sys.argv)
+    chosen_by_name = any("::" in argument for argument in config.args)
     unknown = [name for name in doubles - items_of.keys() if name.partition("::")[0] in collected]
     if unknown and not chosen_by_name:
         raise pytest.UsageError(f"{DOUBLES.name} names tests that do not exist: {', '.join(sorted(unknown))}")
