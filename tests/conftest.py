@@ -49,6 +49,8 @@ os.environ["XLA_FLAGS"] = given
 
 # Compiling costs more than running at these sizes. Programs that tests start are compiled as users' are.
 jax.config.update("jax_disable_most_optimizations", True)
+# No two tests compile the same program; programs that tests start do, and keep what they compile in JAXFT_CACHE.
+jax.config.update("jax_enable_compilation_cache", False)
 # Tracing makes many objects that live long; looking through them all the time is a sixteenth of the suite's.
 gc.set_threshold(100_000, 50, 50)
 

@@ -49,7 +49,7 @@ def generate(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     )
     if arguments.chat:
         chats.check(tokenizer, arguments.system)
-    model = api.load_model(arguments.model, **_loading(arguments))
+    model = _load_model(arguments.model, **_loading(arguments))
     say_notes(model.left_out, model.notes, sys.stderr)
     if arguments.chat:
         system = [{"role": "system", "content": arguments.system}] if arguments.system else []
@@ -103,7 +103,7 @@ def _best_of(arguments: argparse.Namespace, model: Any, tokenizer: Any, prompts:
         raise ConfigError(
             "--best_of=N and --reward_model=PATH belong together: N answers are drawn, and it chooses one"
         )
-    reward_model = api.load_model(arguments.reward_model, dtype=arguments.dtype)
+    reward_model = _load_model(arguments.reward_model, dtype=arguments.dtype)
     results = api.best_of(
         model,
         tokenizer,
@@ -141,7 +141,7 @@ def _score(arguments: argparse.Namespace) -> Any:
 
     given = {name: getattr(arguments, name) for name in COLUMNS if getattr(arguments, name) is not None}
     tokenizer = api.load_tokenizer(arguments.model, base=arguments.base, chat_template=arguments.chat_template)
-    model = api.load_model(
+    model = _load_model(
         arguments.model,
         **_loading(arguments),
         mesh=make_mesh_plan(MeshConfig()),
@@ -180,7 +180,7 @@ def _sample(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     from jaxft import api
 
     model, tokenizer = _sampled_model(config, arguments.model)
-    reward_model = arguments.reward_model and api.load_model(arguments.reward_model, dtype=config.model.dtype)
+    reward_model = arguments.reward_model and _load_model(arguments.reward_model, dtype=config.model.dtype)
     summary = api.sample(
         model,
         tokenizer,
@@ -223,7 +223,7 @@ def _sampled_model(config: RunConfig, path: str | None) -> tuple[Any, Any]:
         )
         return load_trained(path), tokenizer
     own, revision = config.model, config.model.revision if path is None else None
-    model = api.load_model(
+    model = _load_model(
         path or own.path,
         revision=revision,
         base=own.base if path is None else None,
@@ -259,7 +259,7 @@ def chat(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
         chat_template_kwargs=template_values(arguments),
     )
     chats.check(tokenizer, arguments.system)
-    model = api.load_model(arguments.model, **_loading(arguments))
+    model = _load_model(arguments.model, **_loading(arguments))
     say_notes(model.left_out, model.notes, sys.stderr)
     session = chats.Chat(model=model.module, tokenizer=tokenizer, sampling=sampling, system=arguments.system)
     out = sys.stderr if arguments.json else sys.stdout
@@ -353,6 +353,15 @@ def sample_options(option: Callable[..., Any]) -> None:
     option("--keep_cut", action="store_true", help="keep answers too that were cut off at their length")
     option("--reward_model", metavar="PATH", help="a reward model that judges in the place of rewards.model")
     option("--overwrite", action="store_true", help="replace finished files")
+
+
+def _load_model(path: str, **settings: Any) -> Any:
+    """A model for one command. The next command finds what is compiled for it."""
+    from jaxft import api
+    from jaxft.hardware.compile_cache import keep_compiled
+
+    keep_compiled()
+    return api.load_model(path, **settings)
 
 
 def _loading(arguments: argparse.Namespace) -> dict[str, Any]:

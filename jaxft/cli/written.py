@@ -24,6 +24,7 @@ def evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     """`jaxft eval`: held-out figures of a run, or of a model on the held-out rows of a config."""
     from jaxft import api
     from jaxft.data import tokenizer_of
+    from jaxft.hardware.compile_cache import keep_compiled
     from jaxft.runs import folder
     from jaxft.runs.export import load_trained
 
@@ -42,6 +43,7 @@ def evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
             chat_template_kwargs=values,
         )
     base = arguments.base or (config.model.base if model_path == config.model.path else None)
+    keep_compiled()
     result = api.evaluate(load_trained(model_path, base=base), tokenizer, config)
     if not arguments.json:
         for name, value in result.items():
@@ -76,10 +78,12 @@ def _evaluated(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple
 def export(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     """`jaxft export`: what was written, and how it was read back."""
     from jaxft import api
+    from jaxft.hardware.compile_cache import keep_compiled
 
     source = arguments.run or arguments.model
     if source is None or (arguments.run and arguments.model):
         raise ConfigError("give either --run=FOLDER or --model=PATH")
+    keep_compiled()
     written = api.export(
         source,
         arguments.to,

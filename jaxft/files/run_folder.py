@@ -27,6 +27,7 @@ REPORT, LOSS_PLOT = "report.html", "loss.png"
 
 CHECKPOINTS = "checkpoints"
 TENSORBOARD = "tensorboard"
+COMPILED = "compiled"  # programs that JAX compiled, if the run has several processes or is in a bucket
 BASE = "base"  # the drawn weights of a run with model.random_init
 TEACHER = "teacher"  # the teacher's log-probabilities of a run with method.distill.cache_top_k
 ADAPTER, MERGED, MODEL = "adapter", "merged", "model"  # exports

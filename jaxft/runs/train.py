@@ -17,7 +17,9 @@ from jaxft.config import RunConfig
 from jaxft.data import render_rows, tokenizer_of
 from jaxft.errors import counted
 from jaxft.files import run_folder
-from jaxft.files.buckets.working_copy import push, shown
+from jaxft.files.buckets.store import is_bucket
+from jaxft.files.buckets.working_copy import fetch, push, shown
+from jaxft.hardware.compile_cache import keep_compiled
 from jaxft.methods import method_of
 from jaxft.methods.method import Run
 from jaxft.nn.decoder import Decoder
@@ -50,6 +52,8 @@ from jaxft.training.log import read_metrics
 from jaxft.training.state import divide
 from jaxft.training.trackers import require
 
+UPLOADED_SECONDS = 1.0  # what compiles faster is not worth an upload to a bucket
+
 
 def train(config: RunConfig, *, console: Console | None = None) -> dict[str, Any]:
     """Trains, evaluates, exports and reports. The same call after an interruption resumes the run.
@@ -68,6 +72,7 @@ def _train_locked(config: RunConfig, console: Console) -> dict[str, Any]:
     times = TimeUse()
     with times.during("setup"):
         run = dataclasses.replace(set_up(config), print_line=partial(say, console), times=times)
+        _keep_compiled(run)
     config, method = run.config, method_of(config)
     with (
         hangups_answered(),
@@ -79,6 +84,18 @@ def _train_locked(config: RunConfig, console: Console) -> dict[str, Any]:
         summary = _train(run, console)
         trackers.summarize(summary)
         return summary
+
+
+def _keep_compiled(run: Run) -> None:
+    """Several processes, and a later start on another machine, find compiled programs in the run folder alone."""
+    in_bucket = is_bucket(run.config.output_dir)
+    if not in_bucket and jax.process_count() == 1:
+        keep_compiled()
+        return
+    folder = run.folder / run_folder.COMPILED
+    if on_primary(folder.is_dir) and not is_primary():
+        fetch(folder)
+    keep_compiled(folder, least_seconds=UPLOADED_SECONDS if in_bucket else 0.0)
 
 
 def _train(run: Run, console: Console) -> dict[str, Any]:

@@ -35,11 +35,11 @@ def command(folder: Path) -> list[str]:
 
 
 def start(folder: Path, cache: Path, more: Sequence[str] = (), before: Sequence[str] = ()) -> subprocess.Popen:
-    """The command as a process; compiled code is shared between the restarts.
+    """The command as a process; compiled code is shared between the restarts, and kills cut entries of it off.
 
     more: further arguments. before: a command that runs it.
     """
-    env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
+    env = os.environ | {"JAXFT_CACHE": str(cache)}
     env.pop("XLA_FLAGS", None)
     root = Path(__file__).parents[2]
     return subprocess.Popen(

@@ -53,7 +53,7 @@ class Group:
     """`jaxft train` in so many processes of so many fake devices each; ended with the block."""
 
     def __init__(
-        self, folder: Path, cache: Path, processes: int, devices: int, own: Any = None, prefixes: Any = None,
+        self, folder: Path, cache: Path | None, processes: int, devices: int, own: Any = None, prefixes: Any = None,
         **overrides: Any,
     ):  # fmt: skip
         settings = {"output_dir": folder, **SMOKE, **overrides}
@@ -63,10 +63,10 @@ class Group:
         ]  # fmt: skip
         env = os.environ | {
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
         }
+        if cache is not None:  # else the run keeps what it compiles in its own folder
+            env |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
         self.folder, self.members = folder, []
         address = f"--coordinator=127.0.0.1:{free_port()}"
         for index in range(processes):

@@ -45,7 +45,7 @@ def local(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
 class Hosts:
     """Starts runs of two processes, each with temporary files that the other does not see."""
 
-    def __init__(self, folder: Path, cache: Path) -> None:
+    def __init__(self, folder: Path, cache: Path | None) -> None:
         self.folder, self.cache = folder, cache
         own = [folder / "host-0", folder / "host-1"]
         for one in own:
@@ -145,6 +145,30 @@ def test_a_killed_run_goes_on_to_the_same_bits(
         group.finish()
         assert f"going on from step {step} of 6" in group.said(0)
     assert_is_local(server, run, local, tmp_path / "copy")
+
+
+def test_another_start_finds_what_the_first_one_compiled(server: BucketServer, hosts: Hosts) -> None:
+    hosts.cache = None
+
+    def steps() -> set[str]:
+        entries = {name for name in server.names("bucket", "kept/compiled/") if name.endswith("-cache")}
+        return {name for name in entries if "train_step" in name}
+
+    with hosts.start("gs://bucket/kept", **{"export.merged": False}) as group:
+
+        def kill() -> None:
+            for member in group.members:
+                member.kill()
+
+        with server.failing(when(server, "4/manifest.json", kill)):
+            assert group.codes() == [-9, -9]
+    kept, before = steps(), len(server.requests)
+    assert len(kept) == 1
+    with hosts.start("gs://bucket/kept", **{"export.merged": False}) as group:
+        group.finish()
+    assert steps() == kept
+    read = [one.path for one in server.requests[before:] if one.method == "GET" and "alt=media" in one.path]
+    assert sum(next(iter(kept)).rpartition("/")[2] in path for path in read) == 2  # once by each process
 
 
 def test_a_run_goes_on_with_one_process_and_with_two(

@@ -22,7 +22,7 @@ from jaxft.files.buckets.store import Bucket, Entry, is_bucket
 from jaxft.files.locks import lock
 from jaxft.files.locks.owner import Owner
 from jaxft.files.paths import is_file
-from jaxft.files.run_folder import ADAPTER, CHECKPOINTS, LOCK, MARK, MERGED, MODEL, SUMMARY, UNFINISHED
+from jaxft.files.run_folder import ADAPTER, CHECKPOINTS, COMPILED, LOCK, MARK, MERGED, MODEL, SUMMARY, UNFINISHED
 from jaxft.home import local_path
 
 PUSH_SECONDS = 30.0  # between uploads of what has changed, besides those at every save
@@ -64,6 +64,8 @@ class WorkingCopy:
                 )
             for name, entry in entries.items():
                 if name == LOCK or name.endswith("/") or _is_of_steps(name) or (small and "/" in name):
+                    continue
+                if name.startswith(f"{COMPILED}/") and self.lease is None:  # of use to a process that trains alone
                     continue
                 if any(part.endswith(ENDINGS) for part in name.split("/")):
                     if f"{name.split('/')[0]}/{UNFINISHED}" in entries:  # of a process that was killed

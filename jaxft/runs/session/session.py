@@ -25,6 +25,7 @@ from jaxft.files import run_folder
 from jaxft.files.buckets.working_copy import checkpoints_of, folder_of
 from jaxft.generation.text import Prompt as GivenPrompt
 from jaxft.generation.text import as_prompts
+from jaxft.hardware.compile_cache import keep_compiled
 from jaxft.methods.online.passes import rows_of
 from jaxft.methods.parts.sequences import evaluated_weights
 from jaxft.nn.virtual import virtual_ids
@@ -82,6 +83,7 @@ class Session:
         if is_multi_process():
             check_contents(reads_of(config, self.tokenizer), self.tokenizer)
         self.config = config
+        keep_compiled()
         self._model = abstract_model(config)
         self.mesh = make_mesh(config, self._model, jax.devices())
         self.mesh.check_batch(config.train.batch_size // config.train.accumulation_steps)
