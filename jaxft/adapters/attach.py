@@ -1,5 +1,6 @@
 """Attaching adapters to layers that are chosen by name, and merging adapters into the base."""
 
+import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
@@ -17,6 +18,7 @@ from jaxft.nn.linear import Embedding, Linear
 from jaxft.quant import dense, is_quantized
 
 ALL_LINEAR = "all-linear"
+_NUMBER = re.compile(r"/\d+$")  # of a layer in a list of layers
 Layer = Linear | Embedding | ExpertLinear  # the layers that have a slot for an adapter
 LAYERS: tuple[type[Layer], ...] = (Linear, Embedding, ExpertLinear)
 
@@ -86,7 +88,8 @@ def find(
     """The layers of a type that `targets` names and `exclude` does not, by path.
 
     targets, exclude: last names of layers (`q_proj`), path endings (`self_attn/q_proj`), or `all-linear`, every Linear
-    but the LM head and the small ones of recurrent layers. Raises ModelError for a name that matches no layer.
+    but the LM head and the small ones of recurrent layers and of AltUp. Of layers in a list, the list's name is enough.
+    Raises ModelError for a name that matches no layer.
     """
     layers = {path: layer for path, layer in slots(model) if isinstance(layer, kinds)}
     chosen = {path for target in targets for path in _matching(target, layers, model)}
@@ -195,6 +198,12 @@ def _merge_into(param: nnx.Param, merged: Callable[[jax.Array], jax.Array], comp
     param.set_value(merged(dense(value, jnp.float32)).astype(dtype))
 
 
+def last_name(path: str, separator: str = "/") -> str:
+    """The last part of a path: `q_proj`. The number of a layer in a list stays with its name: `altup_projections/0`."""
+    parts = path.split(separator)
+    return separator.join(parts[-2:] if parts[-1].isdecimal() else parts[-1:])
+
+
 def _in_all_linear(path: str, layer: Layer) -> bool:
     return isinstance(layer, Linear) and layer.in_all_linear and path != "lm_head"
 
@@ -202,9 +211,10 @@ def _in_all_linear(path: str, layer: Layer) -> bool:
 def _matching(target: str, layers: dict[str, Layer], model: Decoder) -> list[str]:
     if target == ALL_LINEAR:
         return [path for path, layer in layers.items() if _in_all_linear(path, layer)]
-    paths = [path for path in layers if path == target or path.endswith("/" + target)]
+    ends = {path: (f"/{path}", _NUMBER.sub("", path)) for path in layers}
+    paths = [path for path, names in ends.items() if any(name.endswith(f"/{target}") for name in names)]
     if not paths:
-        names = sorted({path.rsplit("/", 1)[-1] for path in layers})
+        names = sorted({_NUMBER.sub("", path).rsplit("/", 1)[-1] for path in layers})
         tied = target == "lm_head" and model.tied
         why = " Its LM head is embed_tokens (tie_word_embeddings)." if tied else did_you_mean(target, names)
         raise ModelError(

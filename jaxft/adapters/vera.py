@@ -25,7 +25,7 @@ from jaxft.nn.storage import StorageDims
 SHARED_DIMS: Dimensions = (None, "weight")
 D_DIMS: Dimensions = ("weight",)
 B_DIMS: Dimensions = ("both",)
-WHOLE: dict[TPSide, Dimensions] = {"outputs": ("tensor",), "inputs": (None,)}
+WHOLE: dict[TPSide, Dimensions] = {"outputs": ("tensor",), "inputs": (None,), "neither": (None,)}
 D_INITIAL = 0.1  # table 6c of the paper, and PEFT's default
 
 

@@ -74,7 +74,7 @@ def memory_of(config: RunConfig, sizes: ModelSizes, cut: Cut, arguments: int, *,
     """
     whole = config.adapter.kind == "none"
     compute = BYTES[config.model.dtype]
-    residual = cut.tokens * sizes.width * compute // cut.tensor
+    residual = cut.tokens * sizes.width * sizes.stream_count * compute // cut.tensor
     outputs = cut.tokens * _outputs(sizes, cut) * compute // cut.tensor
     heads = sum(group.layers * group.heads * group.head_dim for group in sizes.attention)
     kept = {
@@ -186,7 +186,7 @@ def costs_of(
     costs.work[Work(flops, passes * read + 4 * _touched(sizes, cut, compute))] += 1
     costs.work[Work(0, 2 * arguments)] += 1  # the optimizer reads and writes the state
     if config.model.remat == "offload":
-        residual = cut.tokens * sizes.width * compute // cut.tensor
+        residual = cut.tokens * sizes.width * sizes.stream_count * compute // cut.tensor
         costs.host_bytes = 2 * sizes.layers * residual * cut.micro_batches
     trained = sizes.trained / max(1, sizes.active)
     for size, ways, axes in _matrices(sizes, cut):
@@ -224,7 +224,8 @@ def _weight_bytes(config: RunConfig) -> float:
 
 def _touched(sizes: ModelSizes, cut: Cut, compute: int) -> int:
     """Bytes of the activations that one forward pass over all micro-batches writes."""
-    widths = sizes.outputs + 8 * sizes.layers * sizes.width
+    # Of several streams, all are predicted and corrected, and one is computed.
+    widths = sizes.outputs + (4 + 4 * sizes.stream_count) * sizes.layers * sizes.width
     return cut.tokens * cut.micro_batches * widths * compute // cut.tensor
 
 

@@ -3,6 +3,7 @@
 # B batch, S sequence, N query heads, K kv heads, H head_dim, D model, L layers
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from jaxft.nn.decoder import Decoder
 from jaxft.nn.param_kind import Constant, in_adapter
 from jaxft.nn.per_layer.inputs import PREFIX
 from jaxft.nn.recurrent.layer import Recurrent
+from jaxft.nn.residual import altup
 from jaxft.nn.stack import group_layers
 from jaxft.quant import is_quantized
 from jaxft.trees import flatten
@@ -49,6 +51,21 @@ class RecurrentGroup:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StreamGroup:
+    """`count` streams of width `width` that each of `layers` layers mixes (AltUp). reached: as in AttentionGroup."""
+
+    count: int
+    width: int
+    layers: int
+    reached: int
+
+    @property
+    def token_flops(self) -> int:
+        """FLOPs of one token forward in one layer: every stream is predicted from all, then corrected."""
+        return 2 * (self.count + 1) * self.count * self.width
+
+
+@dataclass(frozen=True, kw_only=True)
 class Experts:
     """`count` experts in each of `layers` layers; every token is computed by `chosen` of them.
 
@@ -77,7 +94,7 @@ class ModelSizes:
     of `parameters`. trained, reached: active parameters that are trained, and that gradients pass through. outputs: sum
     of the output widths of all layers' matrix products for one token. width: D. layers: L. vocab: the width of
     logits; 0 for a reward model, which has none. experts: None for a dense model. own_inputs: numbers of a token that
-    all layers together have as inputs of their own.
+    all layers together have as inputs of their own. streams: None for a residual of one stream.
     """
 
     parameters: int
@@ -94,6 +111,12 @@ class ModelSizes:
     experts: Experts | None
     recurrent: tuple[RecurrentGroup, ...] = ()
     own_inputs: int = 0
+    streams: StreamGroup | None = None
+
+    @property
+    def stream_count(self) -> int:
+        """The number of streams of the residual."""
+        return 1 if self.streams is None else self.streams.count
 
     def model_flops(self, rows: int, length: int) -> int:
         """FLOPs of one step over rows of `length` tokens, recomputation left out.
@@ -103,16 +126,24 @@ class ModelSizes:
         """
         tokens = rows * length
         products = 2 * (self.active + self.reached + self.trained) * tokens + 6 * self.adapter * tokens
-        return products + self.attention_flops(rows, length) + self.recurrent_flops(tokens)
+        states = self.recurrent_flops(tokens) + self.stream_flops(tokens)
+        return products + self.attention_flops(rows, length) + states
 
     def recurrent_flops(self, tokens: int) -> int:
         """FLOPs of the states of recurrent layers for so many tokens, forward and backward."""
         return tokens * sum((group.layers + 2 * group.reached) * group.token_flops for group in self.recurrent)
 
+    def stream_flops(self, tokens: int) -> int:
+        """FLOPs that mix the streams of so many tokens, forward and backward."""
+        streams = self.streams
+        return 0 if streams is None else tokens * (streams.layers + 2 * streams.reached) * streams.token_flops
+
     def forward_flops(self, rows: int, length: int) -> int:
         """FLOPs of a forward pass over rows of `length` tokens, without adapters."""
         scores = sum(4 * group.layers * _score_products(length, group) for group in self.attention)
         states = length * sum(group.layers * group.token_flops for group in self.recurrent)
+        if self.streams is not None:
+            states += length * self.streams.layers * self.streams.token_flops
         return rows * (2 * self.active * length + scores + states)
 
     def attention_flops(self, rows: int, length: int, *, parts: int = 1) -> int:
@@ -187,6 +218,19 @@ def sizes_of(model: Decoder) -> ModelSizes:
             if isinstance(group.mixer, Recurrent)
         ),
         own_inputs=0 if model.per_layer is None else model.per_layer.layers * model.per_layer.size,
+        streams=_streams_of(model, groups, first),
+    )
+
+
+def _streams_of(model: Decoder, groups: Sequence[Sequence[int]], first: int) -> StreamGroup | None:
+    if model.streams is None:
+        return None
+    numbers = [layer for layers in groups for layer in layers]
+    return StreamGroup(
+        count=model.streams.count,
+        width=model.config.hidden_size,
+        layers=len(numbers),
+        reached=sum(layer >= first for layer in numbers),
     )
 
 
@@ -213,7 +257,8 @@ def _size(state: nnx.State) -> int:
 def _first_reached(model: Decoder, *, adapted: bool) -> int:
     """The first layer that gradients pass through."""
     paths = model.trainable_paths
-    if adapted or paths is None or any(path.startswith(("embed_tokens/", PREFIX)) for path in paths):
+    at_start = ("embed_tokens/", PREFIX, f"{altup.PREFIX}{altup.PROJECTIONS}/")
+    if adapted or paths is None or any(path.startswith(at_start) for path in paths):
         return 0
     groups = group_layers(model.segments)
     trained_groups = {int(path.split("/")[1]) for path in paths if path.startswith("layers/")}

@@ -145,6 +145,7 @@ class FamilyConfig(ABC):
         fused: bool = False,
         gated: bool = True,
         hidden: int | None = None,
+        sparsity: float = 0.0,
     ) -> MLPShape:
         """The shape of a feed-forward layer of these sizes. hidden: inner units, intermediate_size if None."""
         return MLPShape(
@@ -154,6 +155,7 @@ class FamilyConfig(ABC):
             use_bias=bias,
             fused=fused,
             gated=gated,
+            sparsity=sparsity,
         )
 
     def uniform(

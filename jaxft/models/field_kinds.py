@@ -24,8 +24,11 @@ from jaxft.files.json_fields import (
 MOST_LAYERS, MOST_EXPERTS, MOST_IN_ALL = 1_000, 10_000, 200_000
 MOST_WIDTH = 2**20
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-# Fields of this family that may be lists with a number for each layer.
-LISTS_OF, LISTED = "hunyuan_v1_moe", ("moe_topk", "moe_intermediate_size", "num_shared_expert")
+# Fields of some families that may be lists with a number for each layer.
+LISTED = {
+    "hunyuan_v1_moe": ("moe_topk", "moe_intermediate_size", "num_shared_expert"),
+    "gemma3n_text": ("intermediate_size",),
+}
 
 
 def _at_most(most: int, of_what: str, *, least: int = 1) -> FieldKind:
@@ -44,6 +47,7 @@ KINDS: dict[str, FieldKind] = {
             "linear_conv_kernel_dim", "full_attention_interval", "decoder_sparse_step", "num_global_key_value_heads",
             "vocab_size_per_layer_input", "n_group", "topk_group",
             "moe_layer_interval", "interleave_moe_layer_step", "attention_chunk_size", "floor_scale",
+            "altup_num_inputs", "laurel_rank",
         ),
         COUNT,
     ),
@@ -75,9 +79,11 @@ KINDS: dict[str, FieldKind] = {
             "max_window_layers", "num_labels", "shared_expert_intermediate_size", "num_kv_shared_layers",
             "hidden_size_per_layer_input", "n_shared_experts", "num_shared_expert", "moe_num_shared_experts",
             "first_k_dense_replace", "num_nextn_predict_layers", "moe_layer_start_index", "num_dense_layers",
+            "altup_active_idx",
         ),
         INDEX,
     ),
+    "activation_sparsity_pattern": listing(NUMBER, "a list of numbers"),
     **dict.fromkeys(("mlp_only_layers", "full_attn_idxs", "moe_layers"), listing(INDEX, "a list of whole numbers")),
     # Their families have more to say of 0 and below.
     **dict.fromkeys(
@@ -89,6 +95,7 @@ KINDS: dict[str, FieldKind] = {
             "final_logit_softcapping", "partial_rotary_factor", "layer_norm_eps", "logit_scale",
             "embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling",
             "routed_scaling_factor", "moe_norm_min", "layer_norm_epsilon", "norm_eps", "block_ffn_dim_multiplier",
+            "altup_coef_clip",
         ),
         POSITIVE,
     ),
@@ -100,7 +107,7 @@ KINDS: dict[str, FieldKind] = {
             "output_router_logits", "attention_k_eq_v", "enable_moe_block", "use_double_wide_mlp",
             "attention_out_bias", "qkv_bias", "bias", "use_bias", "use_qk_norm", "mamba_proj_bias", "mamba_conv_bias",
             "rope_interleave", "use_conv_bias", "conv_bias", "block_auto_adjust_ff_dim", "use_expert_bias",
-            "tie_embedding", "attn_temperature_tuning",
+            "tie_embedding", "attn_temperature_tuning", "altup_correct_scale",
         ),
         FLAG,
     ),
@@ -132,7 +139,7 @@ def check_config(hf: Mapping[str, Any], where: str = "config.json") -> None:
 
 
 def _check_one(hf: Mapping[str, Any], where: str) -> None:
-    lists = [name for name in LISTED if hf.get("model_type") == LISTS_OF and isinstance(hf.get(name), list)]
+    lists = [name for name in LISTED.get(str(hf.get("model_type")), ()) if isinstance(hf.get(name), list)]
     check_kinds({name: value for name, value in hf.items() if name not in lists}, KINDS, where)
     for name in lists:
         for value in hf[name]:

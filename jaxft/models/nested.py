@@ -40,6 +40,14 @@ MULTIMODAL = {
         text_type="gemma3_text",
         image_fields=("image_token_index", "boi_token_index", "eoi_token_index", "mm_tokens_per_image"),
     ),
+    "gemma3n": Multimodal(
+        text_type="gemma3n_text",
+        image_fields=(
+            "audio_config", "boi_token_id", "eoi_token_id", "image_token_id", "boa_token_id", "eoa_token_id",
+            "audio_token_id", "vision_soft_tokens_per_image", "audio_soft_tokens_per_image",
+        ),
+        parts=("vision_tower", "audio_tower", "embed_vision", "embed_audio"),
+    ),
     "gemma4": Multimodal(text_type="gemma4_text", image_fields=_GEMMA4_FIELDS, parts=_GEMMA4_PARTS),
     "gemma4_unified": Multimodal(
         text_type="gemma4_unified_text", image_fields=_GEMMA4_FIELDS, parts=_GEMMA4_PARTS
@@ -146,7 +154,7 @@ def module_names(module: str) -> tuple[str, ...]:
 
 def peft_targets(modules: list[str], language_model: str) -> str:
     """A regular expression for PEFT's target_modules that matches these modules of the language model only."""
-    inside = "|".join(sorted(set(modules) - {"lm_head"}))
+    inside = "|".join(map(re.escape, sorted(set(modules) - {"lm_head"})))
     parts = [rf"{re.escape(language_model)}\.(.*\.)?({inside})"] if inside else []
     head = re.escape(nested_module("lm_head", language_model))
     return "|".join(parts + ([head] if "lm_head" in modules else []))

@@ -25,6 +25,8 @@ from jaxft.nn.partition import split, stream, whole
 from jaxft.nn.recurrent.delta_net import DeltaNet, DeltaNetShape
 from jaxft.nn.recurrent.mamba import Mamba2, Mamba2Shape
 from jaxft.nn.recurrent.short_conv import ShortConv, ShortConvShape
+from jaxft.nn.residual.altup import AltUp, AltUpShape
+from jaxft.nn.residual.laurel import Laurel
 from jaxft.nn.storage import StorageDims
 
 # Hugging Face's names of the norms: before and after the mixer, before and after the feed-forward; None for no norm.
@@ -38,6 +40,7 @@ AROUND: NormNames = (
 EXPERT_NORMS = ("post_feedforward_layernorm_1", "pre_feedforward_layernorm_2", "post_feedforward_layernorm_2")
 
 OWN_INPUT_NORM = "post_per_layer_input_norm"
+LAUREL_SCALE = 2**-0.5  # of the sum of the stream after the mixer and of LAuReL's output
 
 
 class Mixer(Protocol):
@@ -75,7 +78,9 @@ class BlockShape:
     residual_scale: factor on what is added to the stream. output_scale: whether a `Constant` multiplies the stream
     after the layer. experts: beside the feed-forward, with its input before the norm; the router sees that without a
     norm, and the sum of both outputs is normalised. per_layer_input: the width of the layer's own input for each token,
-    added to the stream last (`nn.per_layer`); None for none.
+    added to the stream last (`nn.per_layer`); None for none. altup: the residual has several streams, [A, B, S, D]; the
+    layer's own input is added to all but the first. laurel: the rank of a learnt part of the residual connection beside
+    the mixer; None for none.
     """
 
     mixer: MixerShape | None
@@ -87,6 +92,8 @@ class BlockShape:
     output_scale: bool = False
     experts: MoEShape | None = None
     per_layer_input: int | None = None
+    altup: AltUpShape | None = None
+    laurel: int | None = None
 
     @property
     def moe(self) -> MoEShape | None:
@@ -144,6 +151,12 @@ class Block(nnx.Module):
             self.per_layer_input_gate = Linear(shape.width, shape.per_layer_input, **options)
             self.per_layer_projection = Linear(shape.per_layer_input, shape.width, tp_side="inputs", **options)
             setattr(self, OWN_INPUT_NORM, Norm(shape.width, shape.norm, dtype=dtype, param_dtype=param_dtype))
+        self.altup: AltUp | None = nnx.data(None)
+        if shape.altup is not None:
+            self.altup = AltUp(shape.width, shape.altup, shape.norm, **options)
+        self.laurel: Laurel | None = nnx.data(None)
+        if shape.laurel is not None:
+            self.laurel = Laurel(shape.width, shape.laurel, shape.norm, **options)
         # The name is that of files.
         self.layer_scalar = Constant(jnp.ones((1,), param_dtype)) if shape.output_scale else None
 
@@ -189,34 +202,71 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, MixerCache | None, RouterSums | None, Kept | None]:
         """As a call, and the keys and values of the tokens if the layer keeps them.
 
-        own_BSP: the layer's own input, None if it has none.
+        own_BSP: the layer's own input, None if it has none. x_BSD: with AltUp all streams, [A, B, S, D].
         """
-        kept: Kept | None = None
-        keys = None if key is None else jax.random.split(key, 7)
-        mixer_keys, mlp_keys = (None, None) if keys is None else (keys[:4], keys[4:])
-        input_BSD = self._norm(0, x_BSD)
-        if self.mixer is not None:
-            if self.attention is not None and self.attention.shape.kept_as is not None:
-                mixed_BSD, cache, kept = self.attention.with_keys(
-                    whole(input_BSD), tokens, cast(Any, cache), layer, mixer_keys
-                )
-            else:
-                mixed_BSD, cache = self.mixer(whole(input_BSD), tokens, cache, layer, mixer_keys)
-            x_BSD = checkpoint_name(x_BSD + self._added(1, stream(mixed_BSD)), "dots")
-        if self.mlp is not None:
-            input_BSD = input_BSD if self.parallel else self._norm(2, x_BSD)
-            output_BSD, routing = _feed_forward(self.mlp, input_BSD, tokens, mlp_keys, routing)
-            if self.experts is not None:
-                output_BSD, routing = self._with_experts(self.experts, output_BSD, x_BSD, tokens, routing)
-            x_BSD = x_BSD + self._added(3, output_BSD)
+        if self.altup is None:
+            x_BSD, cache, routing, kept = self._computed(x_BSD, tokens, cache, layer, key, routing)
+        else:
+            predicted_ABSD = self.altup.predict(x_BSD, key)
+            active_BSD = predicted_ABSD[self.altup.shape.active]
+            active_BSD, cache, routing, kept = self._computed(active_BSD, tokens, cache, layer, key, routing)
+            x_BSD = self.altup.correct(predicted_ABSD, active_BSD, key)
         if own_BSP is not None and self.has_own_input:
-            x_BSD = x_BSD + self._from_own_input(x_BSD, own_BSP, key)
+            x_BSD = self._with_own_input(x_BSD, own_BSP, key)
         if self.layer_scalar is not None:
             x_BSD = x_BSD * self.layer_scalar.get_value().astype(x_BSD.dtype)
         return x_BSD, cache, routing, kept
 
     def storage_dims(self) -> dict[str, StorageDims]:
         return {"layer_scalar": StorageDims((None,))}
+
+    def _computed(
+        self,
+        x_BSD: jax.Array,
+        tokens: Tokens,
+        cache: MixerCache | None,
+        layer: jax.Array,
+        key: jax.Array | None,
+        routing: RouterSums | None,
+    ) -> tuple[jax.Array, MixerCache | None, RouterSums | None, Kept | None]:
+        """The stream after mixer and feed-forward, and the rest as in `with_kept`."""
+        kept: Kept | None = None
+        keys = None if key is None else jax.random.split(key, 7)
+        mixer_keys, mlp_keys = (None, None) if keys is None else (keys[:4], keys[4:])
+        input_BSD = self._norm(0, x_BSD)
+        whole_BSD = whole(input_BSD)
+        if self.mixer is not None:
+            if self.attention is not None and self.attention.shape.kept_as is not None:
+                mixed_BSD, cache, kept = self.attention.with_keys(
+                    whole_BSD, tokens, cast(Any, cache), layer, mixer_keys
+                )
+            else:
+                mixed_BSD, cache = self.mixer(whole_BSD, tokens, cache, layer, mixer_keys)
+            x_BSD = x_BSD + self._added(1, stream(mixed_BSD))
+            if self.laurel is not None:
+                x_BSD = self._with_laurel(self.laurel, x_BSD, input_BSD, whole_BSD, key)
+            x_BSD = checkpoint_name(x_BSD, "dots")
+        if self.mlp is not None:
+            input_BSD = input_BSD if self.parallel else self._norm(2, x_BSD)
+            output_BSD, routing = _feed_forward(self.mlp, input_BSD, tokens, mlp_keys, routing)
+            if self.experts is not None:
+                output_BSD, routing = self._with_experts(self.experts, output_BSD, x_BSD, tokens, routing)
+            x_BSD = x_BSD + self._added(3, output_BSD)
+        return x_BSD, cache, routing, kept
+
+    def _with_laurel(
+        self, laurel: Laurel, x_BSD: jax.Array, input_BSD: jax.Array, whole_BSD: jax.Array, key: jax.Array | None
+    ) -> jax.Array:
+        """The stream x_BSD after the mixer and LAuReL's output for the mixer's input, added up."""
+        learnt_BSD = laurel(input_BSD, whole_BSD, None if key is None else jax.random.fold_in(key, 9))
+        return ((x_BSD + learnt_BSD).astype(jnp.float32) * LAUREL_SCALE).astype(x_BSD.dtype)
+
+    def _with_own_input(self, x_BSD: jax.Array, own_BSP: jax.Array, key: jax.Array | None) -> jax.Array:
+        """The stream with what the layer's own input adds; of several streams, all but the first have it."""
+        if self.altup is None:
+            return x_BSD + self._from_own_input(x_BSD, own_BSP, key)
+        added_BSD = self._from_own_input(self.altup.gate_input(x_BSD), own_BSP, key)
+        return jnp.concatenate([x_BSD[:1], x_BSD[1:] + added_BSD])
 
     def _from_own_input(self, x_BSD: jax.Array, own_BSP: jax.Array, key: jax.Array | None) -> jax.Array:
         """What the layer's own input adds to the stream, through a gate that the stream opens."""

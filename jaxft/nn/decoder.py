@@ -26,6 +26,7 @@ from jaxft.nn.noise import add_noise
 from jaxft.nn.norm import Norm, NormShape
 from jaxft.nn.partition import Dimensions
 from jaxft.nn.per_layer.inputs import PerLayerInputs
+from jaxft.nn.residual.altup import Streams
 from jaxft.nn.score import Head, ScoreHead
 from jaxft.nn.storage import StorageDims, storage_dims_of
 from jaxft.nn.whole_documents import WholeDocuments
@@ -40,7 +41,8 @@ class DecoderShape:
     rope_dims: the head size that each of the ropes is for; None for the config's head_dim.
     embed_scale: factor on embedded tokens, rounded to the compute dtype as in transformers. logit_softcap: logits l
     become softcap * tanh(l / softcap). logit_scale: factor on logits, before the cap. per_layer_input: the width of an
-    input that each layer has for each token (`nn.per_layer`); None for none.
+    input that each layer has for each token (`nn.per_layer`); None for none. per_layer_rows: of the table of these
+    inputs; None for as many as there are tokens. streams: the number of streams of the residual (`nn.residual.altup`).
     """
 
     layers: tuple[BlockShape, ...]
@@ -51,6 +53,8 @@ class DecoderShape:
     logit_scale: float = 1.0
     rope_dims: tuple[int, ...] | None = None
     per_layer_input: int | None = None
+    per_layer_rows: int | None = None
+    streams: int = 1
 
 
 class ModelConfig(Protocol):
@@ -206,8 +210,13 @@ class Decoder(nnx.Module):
         if shape.per_layer_input is not None:
             self.per_layer = PerLayerInputs(
                 config.vocab_size, config.hidden_size, len(shape.layers), shape.per_layer_input, shape.norm,
-                stddev=stddev, dtype=dtype, param_dtype=param_dtype, rngs=rngs,
+                rows=shape.per_layer_rows, stddev=stddev, dtype=dtype, param_dtype=param_dtype, rngs=rngs,
             )  # fmt: skip
+        self.streams: Streams | None = nnx.data(None)
+        if shape.streams > 1:
+            self.streams = Streams(
+                config.hidden_size, shape.streams, stddev=stddev, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+            )
 
     def __call__(
         self,
@@ -280,18 +289,21 @@ class Decoder(nnx.Module):
         if self.prompt is not None:
             x_BSD = self.prompt(x_BSD, virtual_BS)
         virtual_of_keys_BS = virtual_BS if whole is None or virtual_BS is None else unshare(virtual_BS, whole)
+        own_BSLP = None if self.per_layer is None else self.per_layer(tokens_BS, x_BSD, key)
         x_BSD, cache, routing = stack.run(
             self.layers,
             self.segments,
-            x_BSD,
+            x_BSD if self.streams is None else self.streams.expand(x_BSD, key),
             Tokens(positions_BS, segments_BS, rotations, virtual_BS=virtual_of_keys_BS, whole=whole),
             cache=cache,
             key=key,
             remat=self.remat,
             routing=routing,
             shared=None if self.shared is None else self.shared.arrays(self.dtype),
-            own_BSLP=None if self.per_layer is None else self.per_layer(tokens_BS, x_BSD, key),
+            own_BSLP=own_BSLP,
         )
+        if self.streams is not None:
+            x_BSD = self.streams.combine(x_BSD, key)
         return self.norm(x_BSD), cache, routing
 
     def for_length(self, length: int) -> "Decoder":

@@ -17,11 +17,13 @@ from jaxft.nn.partition import Dimensions
 from jaxft.nn.storage import StorageDims
 from jaxft.quant import QuantizedArray
 
-TPSide = Literal["inputs", "outputs"]  # the side of a kernel that the tensor axis splits
+TPSide = Literal["inputs", "outputs", "neither"]  # the side of a kernel that the tensor axis splits
 # The dimensions of a kernel and a bias in storage and in use, for each side.
-KERNEL_DIMS: dict[TPSide, Dimensions] = {"outputs": ("weight", "tensor"), "inputs": ("tensor", "weight")}
-WHOLE: dict[TPSide, Dimensions] = {"outputs": (None, "tensor"), "inputs": ("tensor", None)}
-BIAS_DIMS: dict[TPSide, Dimensions] = {"outputs": ("both",), "inputs": ("weight",)}
+KERNEL_DIMS: dict[TPSide, Dimensions] = {
+    "outputs": ("weight", "tensor"), "inputs": ("tensor", "weight"), "neither": ("weight", None)
+}  # fmt: skip
+WHOLE: dict[TPSide, Dimensions] = {"outputs": (None, "tensor"), "inputs": ("tensor", None), "neither": (None, None)}
+BIAS_DIMS: dict[TPSide, Dimensions] = {"outputs": ("both",), "inputs": ("weight",), "neither": ("weight",)}
 TABLE_DIMS: Dimensions = ("tensor", "weight")
 TABLE_WHOLE: Dimensions = ("tensor", None)
 LOOKED_UP: Dimensions = ("replica", None, "weight")
@@ -71,7 +73,8 @@ class Linear(nnx.Module):
 
     kernel: [I, O], an array or a QuantizedArray, which is frozen. x: [..., I], computed in `dtype`. keep: name under
     which rematerialisation policies save the result, for layers whose result the backward pass reads. tp_side: the side
-    that the tensor axis splits. in_all_linear: whether the adapter target `all-linear` means it.
+    that the tensor axis splits; neither for a small kernel, whose inputs it splits along positions. in_all_linear:
+    whether the adapter target `all-linear` means it.
     Layers under a scan have a leading stack axis in every parameter and are called on one slice of it.
     """
 
@@ -114,7 +117,10 @@ class Linear(nnx.Module):
         return y if self.keep is None else checkpoint_name(y, self.keep)
 
     def storage_dims(self) -> dict[str, StorageDims]:
-        return {"kernel": StorageDims(KERNEL_DIMS[self.tp_side]), "bias": StorageDims(BIAS_DIMS[self.tp_side])}
+        # A small kernel is whole where its few inputs do not divide.
+        fallback = (None, None) if self.tp_side == "neither" else None
+        kernel = StorageDims(KERNEL_DIMS[self.tp_side], fallback)
+        return {"kernel": kernel, "bias": StorageDims(BIAS_DIMS[self.tp_side])}
 
 
 class Embedding(nnx.Module):

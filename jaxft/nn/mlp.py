@@ -3,6 +3,7 @@
 # B batch, S sequence, D model, F inner
 
 import functools
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -69,11 +70,25 @@ class XIELU(nnx.Module):
         )
 
 
+def above_quantile(x: jax.Array, share: float) -> jax.Array:
+    """`max(x - c, 0)`, where c would be above a share of the last axis if its numbers were of a normal distribution.
+
+    c is mean + deviation * quantile, float32. Source: statistical top-k of Spark Transformer, arXiv:2506.06644.
+    """
+    x32 = x.astype(jnp.float32)
+    mean = jnp.mean(x32, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(x32 - mean), axis=-1, keepdims=True)
+    # Padding may be zeros alone, where the root has no gradient.
+    deviation = jnp.sqrt(jnp.maximum(variance, jnp.finfo(jnp.float32).tiny))
+    return jax.nn.relu(x32 - mean - deviation * statistics.NormalDist().inv_cdf(share)).astype(x.dtype)
+
+
 @dataclass(frozen=True, kw_only=True)
 class MLPShape:
     """Sizes and switches of a feed-forward layer.
 
-    gated: whether there is a gate. fused: gate and up are one `gate_up_proj`, gate first.
+    gated: whether there is a gate. fused: gate and up are one `gate_up_proj`, gate first. sparsity: the share of the
+    gate that becomes zero before the activation, by `above_quantile`; 0 for none.
     """
 
     width: int
@@ -82,6 +97,7 @@ class MLPShape:
     use_bias: bool = False
     fused: bool = False
     gated: bool = True
+    sparsity: float = 0.0
 
 
 class MLP(nnx.Module):
@@ -115,4 +131,6 @@ class MLP(nnx.Module):
         else:
             gate_BSF, up_BSF = self.gate_proj(x_BSD, key[0]), self.up_proj(x_BSD, key[1])
         gate_BSF, up_BSF = (partition.split(x, "batch", "sequence", "tensor") for x in (gate_BSF, up_BSF))
+        if self.shape.sparsity:
+            gate_BSF = above_quantile(gate_BSF, self.shape.sparsity)
         return self.down_proj(partition.split(activation(gate_BSF) * up_BSF, "batch", "sequence", "tensor"), key[2])

@@ -157,6 +157,11 @@ def stream(x_BSD: jax.Array) -> jax.Array:
     return reduce_scatter(x_BSD, STREAM, WHOLE)
 
 
+def split_stream(x: jax.Array) -> jax.Array:
+    """The residual stream [B, S, D], or several of them [A, B, S, D], split as it is between layers."""
+    return split(x, *(None,) * (x.ndim - len(STREAM)), *STREAM)
+
+
 def is_unsharded() -> bool:
     """True without an ambient mesh, on one device, and inside `shard_map`: then there is no layout to choose."""
     mesh = jax.sharding.get_abstract_mesh()

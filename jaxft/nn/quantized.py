@@ -9,10 +9,12 @@ from flax import nnx
 from jaxft.errors import ModelError, listed
 from jaxft.nn.experts.layer import ExpertLinear
 from jaxft.nn.linear import Linear
+from jaxft.nn.residual import altup
 from jaxft.quant import FORMATS, Format, QuantizedArray
 
-# Layers that are not quantised: rounding of the LM head would directly change every probability.
-EXCLUDED = ("lm_head",)
+# Layers that are not quantised: rounding of the LM head would directly change every probability, and AltUp's matrices
+# have few numbers, too few for blocks.
+EXCLUDED = ("lm_head", *altup.SMALL)
 
 
 def kernels(model: nnx.Module) -> dict[str, Linear | ExpertLinear]:

@@ -20,7 +20,6 @@ from jaxft.nn.attention.cache import Cache, LayerCache, MixerCache, StateCache, 
 from jaxft.nn.attention.layer import Kept, Tokens
 from jaxft.nn.block import Block
 from jaxft.nn.experts.router_sums import RouterSums
-from jaxft.nn.partition import STREAM
 
 Module = TypeVar("Module", bound=nnx.Module)
 
@@ -117,7 +116,7 @@ def run(
 
     key: for dropout; None if nothing is random. routing: sums to which layers with experts add the statistics of their
     routers; None if no loss reads them. shared: arrays for the adapters of all layers (`Adapter.shared`); None if there
-    are none. own_BSLP: the own input of every layer; None if layers have none.
+    are none. own_BSLP: the own input of every layer; None if layers have none. x_BSD: with AltUp [A, B, S, D].
     """
     caches = None if cache is None else _with_positions(cache, tokens)
     kept: dict[str, Kept] = {}
@@ -223,7 +222,7 @@ def _run_segment(
 
     def body(carry, scanned):
         x_BSD, caches, routing, kept = carry
-        x_BSD = checkpoint_name(partition.split(x_BSD, *STREAM), "stream")
+        x_BSD = checkpoint_name(partition.split_stream(x_BSD), "stream")
         states, layers_P, index, own = scanned
         caches = list(caches) if caches is not None else [None] * len(graphdefs)
         for position, (graphdef, state) in enumerate(zip(graphdefs, states, strict=True)):

@@ -135,7 +135,7 @@ def _prefill_work(decoding: Decoding, slots: int) -> int:
     sizes, length = decoding.step.sizes, decoding.prompt_length
     prompts, answers = decoding.group(slots)
     rows = math.ceil(prompts / decoding.row_parts)
-    widths = 6 * sizes.width + 2 * sizes.outputs // max(1, sizes.layers) // decoding.tensor
+    widths = 6 * sizes.stream_count * sizes.width + 2 * sizes.outputs // max(1, sizes.layers) // decoding.tensor
     activations = rows * length * widths * BYTES[decoding.step.config.model.dtype]
     scores = _scores(decoding, rows, length, length)
     return decoding.prefill_cache_bytes(slots) + activations + scores + _logits(decoding, prompts * answers)
@@ -177,7 +177,7 @@ def _prefill_costs(decoding: Decoding, slots: int) -> Costs:
     rows = math.ceil(prompts / decoding.row_parts)
     scores = sum(4 * group.layers * group.heads * group.head_dim * length for group in sizes.attention)
     flops = rows * length * (2 * sizes.active + scores) // decoding.tensor
-    widths = sizes.outputs // decoding.tensor + 8 * sizes.layers * sizes.width
+    widths = sizes.outputs // decoding.tensor + (4 + 4 * sizes.stream_count) * sizes.layers * sizes.width
     touched = rows * length * widths * BYTES[decoding.step.config.model.dtype]
     writes = 2 * decoding.prefill_cache_bytes(slots) * (1 + answers)
     costs = Costs()

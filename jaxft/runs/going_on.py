@@ -7,7 +7,7 @@ from typing import Any
 from flax import nnx
 
 from jaxft import models
-from jaxft.adapters.attach import adapters
+from jaxft.adapters.attach import adapters, last_name
 from jaxft.checkpoint.folders.origin import continued_adapter, is_adapter, resolve
 from jaxft.checkpoint.load import hf_config_of
 from jaxft.checkpoint.peft import PeftFolder, attach_structure, open_adapter
@@ -60,7 +60,7 @@ def going_on(config: RunConfig, hf_config: dict[str, Any] | None = None) -> RunC
     hf_config = hf_config or hf_config_of(folder, model.base, allow_unknown=model.allowed)
     attached = adapters(_abstract(opened, hf_config))
     own: dict[str, Any] = {name: opened.config[field] for name, field in FIELDS[kind].items() if field in opened.config}
-    own |= {"kind": kind, "target_modules": ",".join(sorted({path.rsplit("/", 1)[-1] for path in attached}))}
+    own |= {"kind": kind, "target_modules": ",".join(sorted({last_name(path) for path in attached}))}
     saved = [name for name in saved_names(opened.config) if name != "score"]
     own["modules_to_save"] = ",".join(sorted({name.rsplit(".", 1)[-1] for name in saved})) or None
     if not own["target_modules"]:

@@ -522,8 +522,9 @@ def test_an_adapter_on_a_delta_net_has_the_heads_in_the_files_order(tmp_path, mo
 
 
 def test_every_family_is_written():
-    assert set(models.families()) == WRITTEN - {"kimi_k2"}
-    assert {fields["model_type"] for fields in CONFIGS.values()} >= set(models.families()) - {"gemma4_unified_text"}
+    families = set(models.families()) - {"gemma3n_text"}
+    assert families == WRITTEN - {"kimi_k2"}
+    assert {fields["model_type"] for fields in CONFIGS.values()} >= families - {"gemma4_unified_text"}
 
 
 def test_an_adapter_without_a_place_or_in_blocks_is_refused(tmp_path):

@@ -235,6 +235,17 @@ TINY = {
         "moe_intermediate_size": 24,
     },
     "gemma4_unified_text": GEMMA4,
+    # Tokens beyond the second table, feed-forwards of two widths, half of the gates sparse, half of the keys shared.
+    "gemma3n_text": {
+        "vocab_size_per_layer_input": 80, "hidden_size_per_layer_input": 8, "sliding_window": 6, "head_dim": 8,
+        "layer_types": [SLIDING, FULL] * 2, "num_kv_shared_layers": 2, "intermediate_size": [48, 48, 40, 40],
+        "activation_sparsity_pattern": [0.7, 0.7, 0.0, 0.0], "laurel_rank": 6, "altup_num_inputs": 3,
+        "altup_active_idx": 1, "final_logit_softcapping": 4.0,
+        "rope_parameters": {
+            FULL: {"rope_type": "linear", "rope_theta": 1000.0, "factor": 8.0},
+            SLIDING: {"rope_type": "default", "rope_theta": 100.0},
+        },
+    },
 }  # fmt: skip
 # Families whose norms multiply by 1 + weight. A delta-net's own norm does not.
 OFFSET_NORMS = {"gemma", "gemma2", "gemma3_text", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"}
@@ -246,8 +257,8 @@ STDDEV = dict.fromkeys(
 PADDING_COUNTS = {"granitemoehybrid", "lfm2", "llama4_text", "nemotron_h"}
 # Families for which transformers has no class with a score head.
 NO_REWARD_MODEL = {
-    "apertus", "cohere2", "ernie4_5", "ernie4_5_moe", "gemma4_text", "gemma4_unified_text", "glm4_moe", "glm4_moe_lite",
-    "granite", "granitemoe", "granitemoehybrid", "internlm3", "lfm2", "lfm2_moe", "llama4_text",
+    "apertus", "cohere2", "ernie4_5", "ernie4_5_moe", "gemma3n_text", "gemma4_text", "gemma4_unified_text", "glm4_moe",
+    "glm4_moe_lite", "granite", "granitemoe", "granitemoehybrid", "internlm3", "lfm2", "lfm2_moe", "llama4_text",
     "nemotron_h", "qwen3_5_moe_text",
 }  # fmt: skip
 TOKENS = np.random.default_rng(0).integers(1, 96, (2, 20))
@@ -262,8 +273,8 @@ def center(kind, name):
     """The mean of a tensor's drawn values."""
     if kind in OFFSET_NORMS and "linear_attn" not in name:
         return 0.0
-    # Gemma 4's scores are q k^T itself; larger ones make a softmax so sharp that float32's rounding shows.
-    if kind.startswith("gemma4") and ("q_norm" in name or "k_norm" in name):
+    # There the scores are q k^T itself; larger ones make a softmax so sharp that float32's rounding shows.
+    if kind.startswith(("gemma3n", "gemma4")) and ("q_norm" in name or "k_norm" in name):
         return 0.5
     return float("norm" in name or name.endswith(("layer_scalar", "router.scale", "per_expert_scale")))
 

@@ -24,6 +24,7 @@ from jaxft.nn.decoder import Decoder
 from jaxft.nn.experts.layer import ExpertLinear
 from jaxft.nn.linear import Embedding, Linear
 from jaxft.nn.per_layer import inputs as per_layer
+from jaxft.nn.residual import altup
 from jaxft.nn.stack import group_layers
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\..*")
@@ -112,8 +113,10 @@ def make_lora(layer: Layer, stack_settings: Sequence[LoRASettings | None], key: 
 def module_names(model: Decoder, path: str) -> tuple[str, ...]:
     """The names of the layer at a path in each decoder layer: `model.layers.3.self_attn.q_proj`."""
     if not path.startswith("layers/"):
-        within = path == "embed_tokens" or path.startswith(per_layer.PREFIX)
-        return (f"model.{path.removeprefix(per_layer.PREFIX)}" if within else path,)
+        for prefix in (per_layer.PREFIX, altup.PREFIX):
+            if path.startswith(prefix):
+                return (f"model.{path.removeprefix(prefix).replace('/', '.')}",)
+        return (f"model.{path}" if path == "embed_tokens" else path,)
     _, group, rest = path.split("/", 2)
     return tuple(f"model.layers.{i}.{rest.replace('/', '.')}" for i in group_layers(model.segments)[int(group)])
 

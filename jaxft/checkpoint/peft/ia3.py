@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from jaxft.adapters.attach import adapters
+from jaxft.adapters.attach import adapters, last_name
 from jaxft.adapters.ia3 import IA3, attach_ia3
 from jaxft.checkpoint.peft.folder import (
     PREFIX,
@@ -76,8 +76,9 @@ def peft_tensors(model: Decoder) -> Iterator[PeftTensor]:
 def adapter_config_fields(model: Decoder) -> dict[str, Any]:
     """The fields of adapter_config.json for a model's adapters."""
     attached = cast(dict[str, IA3], adapters(model))
-    inward = {path.rsplit("/", 1)[-1] for path, adapter in attached.items() if adapter.feedforward}
-    targets = {path.rsplit("/", 1)[-1] for path in attached}
+    names = {path: last_name(path).replace("/", ".") for path in attached}
+    inward = {names[path] for path, adapter in attached.items() if adapter.feedforward}
+    targets = set(names.values())
     return {"target_modules": sorted(targets), "feedforward_modules": sorted(inward), "init_ia3_weights": True}
 
 

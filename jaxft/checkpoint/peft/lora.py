@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxft.adapters.attach import adapters, key_of, set_adapter, slots
+from jaxft.adapters.attach import adapters, key_of, last_name, set_adapter, slots
 from jaxft.adapters.lora import make_lora
 from jaxft.adapters.lora.experts import ExpertLoRA
 from jaxft.adapters.lora.low_rank import LoRASettings
@@ -164,7 +164,7 @@ def adapter_config_fields(model: Decoder) -> dict[str, Any]:
     stacked: set[str] = set()
     for module, path, piece in modules(model):
         module = module.removeprefix(PREFIX)
-        ends.setdefault(module.rsplit(".", 1)[-1], []).append(module)
+        ends.setdefault(last_name(module, "."), []).append(module)
         adapter = attached.get(path)
         if adapter is not None and adapter.rank(piece.layer):
             stack_settings = getattr(adapter, "stack_settings", None)
@@ -241,7 +241,7 @@ def _check_experts(model_type: str, attached: Mapping[str, Any]) -> None:
 
 def _shortest(modules: set[str], ends: Mapping[str, list[str]]) -> list[str]:
     """The modules by their last names, if every module with such a name has an adapter; else each in full."""
-    names = {module.rsplit(".", 1)[-1] for module in modules}
+    names = {last_name(module, ".") for module in modules}
     short = all(module in modules for name in names for module in ends[name])
     return sorted(names if short else modules)
 
@@ -347,8 +347,8 @@ def _pattern(
     # A full name is written without `model.`: in a model that takes images too, that prefix is a different one.
     out = {}
     for module, settings in by_module.items():
-        value, end = getattr(settings, name), module.rsplit(".", 1)[-1]
+        value, end = getattr(settings, name), last_name(module, ".")
         alike = {getattr(by_module[other], name) for other in ends[end] if other in by_module} == {value}
         if value != usual:
-            out[end if alike else re.escape(module.removeprefix("model."))] = value
+            out[re.escape(end if alike else module.removeprefix("model."))] = value
     return out

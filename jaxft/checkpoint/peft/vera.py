@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from jaxft.adapters.attach import adapters
+from jaxft.adapters.attach import adapters, last_name
 from jaxft.adapters.vera import VeRA, VeRASettings, attach_vera, draw_projections
 from jaxft.checkpoint.peft.folder import (
     PREFIX,
@@ -77,7 +77,7 @@ def adapter_config_fields(model: Decoder) -> dict[str, Any]:
         "vera_dropout": settings.dropout,
         "projection_prng_key": settings.seed,
         "save_projection": True,
-        "target_modules": sorted({path.rsplit("/", 1)[-1] for path in adapters(model)}),
+        "target_modules": sorted({last_name(path).replace("/", ".") for path in adapters(model)}),
         "bias": "none",
     }
 

@@ -155,7 +155,7 @@ def _whole_fields(model: Decoder, whole: Sequence[PeftTensor], outer: str | None
 
 def _nested_targets(names: list[str], outer: str) -> str | list[str]:
     # A list of last names would find the image tower's layers of the same names too.
-    if any("." in name for name in names):
+    if any(name.startswith("model.") for name in names):
         return [nested_module(name, outer) for name in names]
     return peft_targets(names, outer)
 

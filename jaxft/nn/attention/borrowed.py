@@ -2,6 +2,7 @@
 
 # B batch, S queries, T keys, D model, N query heads, K kv heads, H head_dim
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 
@@ -36,6 +37,12 @@ class BorrowedShape(AttentionShape):
     """
 
     source: str
+
+    @classmethod
+    def of(cls, shape: AttentionShape, *, source: str) -> "BorrowedShape":
+        """Such a layer with the queries of another one."""
+        fields = {field.name: getattr(shape, field.name) for field in dataclasses.fields(AttentionShape)}
+        return cls(**fields | {"kept_as": None}, source=source)
 
 
 class BorrowedAttention(Attention):

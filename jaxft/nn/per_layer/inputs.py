@@ -26,14 +26,19 @@ class PerLayerInputs(nnx.Module):
         size: int,
         norm: NormShape,
         *,
+        rows: int | None = None,
         stddev: float,
         dtype: jnp.dtype,
         param_dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ) -> None:
+        """rows: of the table, None for one of each token. Tokens beyond them, of images and audio, have the first row,
+        which they do not train.
+        """
         self.layers, self.size, self.dtype = layers, size, dtype
+        self.rows = None if rows == vocab else rows
         self.embed_tokens_per_layer = Embedding(
-            vocab, layers * size, stddev=stddev, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+            rows or vocab, layers * size, stddev=stddev, dtype=dtype, param_dtype=param_dtype, rngs=rngs
         )
         self.per_layer_model_projection = Linear(
             width, layers * size, stddev=stddev, dtype=dtype, param_dtype=param_dtype, rngs=rngs
@@ -44,11 +49,18 @@ class PerLayerInputs(nnx.Module):
         """[B, S, L, P]. x_BSD: the embedded tokens as the first layer sees them. key: turns dropout on."""
         shape = (*tokens_BS.shape, self.layers, self.size)
         key = None if key is None else jax.random.fold_in(key, zlib.crc32(b"per_layer"))
-        looked_up = self.embed_tokens_per_layer(tokens_BS) * jnp.asarray(self.size**0.5, self.dtype)
+        looked_up = self._looked_up(tokens_BS) * jnp.asarray(self.size**0.5, self.dtype)
         projected = self.per_layer_model_projection(partition.whole(x_BSD), key)
         projected = _scaled(projected, x_BSD.shape[-1] ** -0.5).reshape(shape)
         projected = self.per_layer_projection_norm(partition.split(projected, "batch", "stream", None, None))
         return _scaled(projected + looked_up.reshape(shape), 2**-0.5)
+
+    def _looked_up(self, tokens_BS: jax.Array) -> jax.Array:
+        if self.rows is None:
+            return self.embed_tokens_per_layer(tokens_BS)
+        is_inside_BS = tokens_BS < self.rows
+        rows = self.embed_tokens_per_layer(jnp.where(is_inside_BS, tokens_BS, 0))
+        return jnp.where(is_inside_BS[..., None], rows, jax.lax.stop_gradient(rows))
 
 
 def _scaled(x: jax.Array, factor: float) -> jax.Array:

@@ -4,7 +4,6 @@ E2B and E4B also have an input of its own for every layer, and last layers that 
 """
 
 import dataclasses
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,13 +11,13 @@ from typing import Any
 from jaxft.errors import ModelError
 from jaxft.files.json_fields import COUNT, OBJECT, check_kinds
 from jaxft.models.families.gemma.gemma2 import GELU
+from jaxft.models.families.gemma.shared_keys import check_shared, is_unused_key
 from jaxft.models.family import (
     FULL,
     LAYER,
     SLIDING,
     FamilyConfig,
     check_window,
-    layer_number,
     no_reward_model,
     read_layer_types,
     read_rope,
@@ -64,7 +63,6 @@ TABLE_ROWS = "vocab_size_per_layer_input"
 # They mean nothing where the parts that they describe are off.
 UNUSED = (TABLE_ROWS, "num_experts", "top_k_experts", "moe_intermediate_size", "enable_moe_block")
 EXPERT_FIELDS = ("num_experts", "top_k_experts", "moe_intermediate_size")
-_KEYS = re.compile(r"model\.layers\.\d+\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,8 +180,7 @@ class Config(FamilyConfig):
 
     def is_unused(self, name: str) -> bool:
         """See FamilyConfig: official files have them in every layer."""
-        number = layer_number(name)
-        return number is not None and number >= self._first_shared() and _KEYS.match(name) is not None
+        return is_unused_key(name, self._first_shared())
 
     def _first_shared(self) -> int:
         """The first layer without keys and values of its own."""
@@ -241,8 +238,7 @@ class Config(FamilyConfig):
 
     def _borrowed(self, kind: str) -> BorrowedShape:
         """The attention of one kind of layers among those that share keys and values."""
-        own = {field.name: getattr(self._attention(kind), field.name) for field in dataclasses.fields(AttentionShape)}
-        return BorrowedShape(**own | {"kept_as": None}, source=kind)
+        return BorrowedShape.of(self._attention(kind), source=kind)
 
 
 def _read_small(hf: Mapping[str, Any], types: tuple[str, ...]) -> dict[str, Any]:
@@ -262,10 +258,7 @@ def _read_small(hf: Mapping[str, Any], types: tuple[str, ...]) -> dict[str, Any]
             f"{TABLE_ROWS}={hf.get(TABLE_ROWS, DEFAULT_ROWS)} and vocab_size={hf['vocab_size']}: only tables of one "
             "size are implemented"
         )
-    if missing := sorted(set(types[layers - shared :]) - set(types[: layers - shared])):
-        raise ModelError(
-            f"num_kv_shared_layers={shared}: no layer of type {missing[0]} is before these, whose keys they could use"
-        )
+    check_shared(types, shared)
     return own
 
 
