@@ -34,12 +34,16 @@ def without_unused(source: TensorSource, config: FamilyConfig) -> tuple[TensorSo
     left_out = {name: spec for name, spec in specs.items() if config.is_unused(name)}
     if not left_out:
         return source, None
-    numbers = sum(spec.size for spec in left_out.values())
-    note = (
-        f"{len(left_out)} tensors of {numbers:,} numbers are for keys and values of layers that use those of another "
+    note = unused_note(len(left_out), sum(spec.size for spec in left_out.values()))
+    return _Part(source, {name: spec for name, spec in specs.items() if name not in left_out}), note
+
+
+def unused_note(tensors: int, numbers: int) -> str:
+    """What is said of such tensors."""
+    return (
+        f"{tensors} tensors of {numbers:,} numbers are for keys and values of layers that use those of another "
         "layer, and are left out: they have no effect, and are not exported"
     )
-    return _Part(source, {name: spec for name, spec in specs.items() if name not in left_out}), note
 
 
 class _Part:

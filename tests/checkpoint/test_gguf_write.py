@@ -161,6 +161,12 @@ CONFIGS = {
     },
     "glm4_moe_lite": {"model_type": "glm4_moe_lite", **LATENT},
     "gemma4": {"model_type": "gemma4_text", **GEMMA4},
+    "gemma4_small": {
+        "model_type": "gemma4_text", **GEMMA4, "attention_k_eq_v": False, "num_global_key_value_heads": None,
+        "layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4, "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True, "hidden_size_per_layer_input": 32,
+        "vocab_size_per_layer_input": SIZES["vocab_size"],
+    },
     "gemma4_moe": {
         "model_type": "gemma4_text", **GEMMA4, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 3,
         "moe_intermediate_size": 32, "attention_k_eq_v": False, "num_global_key_value_heads": None,
@@ -177,7 +183,7 @@ NEWER = {
     "seed_oss", "granite", "exaone4", "cohere2", "glm", "glm4", "ernie4_5", "hunyuan_v1_dense", "internlm3", "apertus",
     "granitemoe", "glm4_moe", "ernie4_5_moe", "hunyuan_v1_moe", "llama4_text", "lfm2", "lfm2_moe", "granitehybrid",
     "granitehybrid_moe", "nemotron_h", "nemotron_h_moe", "qwen3_next", "qwen3_5", "qwen3_5_moe",
-    "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "gemma4", "gemma4_moe",
+    "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "gemma4", "gemma4_small", "gemma4_moe",
 }  # fmt: skip
 ARCHS = {
     "mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe",
@@ -413,6 +419,10 @@ def test_a_damaged_value_is_noticed(tmp_path):
         (CONFIGS["gemma4"] | {"attention_bias": True}, r"attention_bias=True: there are no such biases"),
         (CONFIGS["gemma4"] | {"layer_types": ["full_attention"] * 2}, r"layer_types of one kind: there are both local"),
         (
+            CONFIGS["gemma4_small"] | {"num_kv_shared_layers": 1},
+            r"num_kv_shared_layers=1: the last two layers with keys are not a local and a global one",
+        ),
+        (
             CONFIGS["gemma4"]
             | {
                 "rope_parameters": GEMMA4["rope_parameters"]
@@ -521,6 +531,21 @@ def test_an_adapter_on_a_delta_net_has_the_heads_in_the_files_order(tmp_path, mo
     assert not np.allclose(change, b @ a, atol=0.1)
 
 
+def test_keys_of_layers_that_share_are_left_out_and_told_of(tmp_path):
+    """Files of llama.cpp's converter have them in every layer."""
+    config, tensors = made("gemma4_small")
+    spare = np.ones((32, 64), np.float32)
+    path = str(tmp_path / "model.gguf")
+    unused = {"model.layers.2.self_attn.k_proj.weight": (TensorSpec(spare.shape, spare.dtype), lambda at=(): spare[at])}
+    write_gguf(path, config, tensors | unused, dtype="float32", tokenizer={}, name="a name")
+    assert "blk.2.attn_k.weight" in {tensor.name for tensor in gguf.GGUFReader(path).tensors}
+    file = GGUFFile(path)
+    assert file.notes()[0].startswith("1 tensors of 2,048 numbers are for keys and values of layers that use those of")
+    assert set(file.tensors().specs()) == set(tensors)
+    wide = GGUFFile(path).header.metadata["gemma4.feed_forward_length"]
+    assert list(wide) == [96, 96, 192, 192]
+
+
 def test_every_family_is_written():
     families = set(models.families()) - {"gemma3n_text"}
     assert families == WRITTEN - {"kimi_k2"}
@@ -533,6 +558,9 @@ def test_an_adapter_without_a_place_or_in_blocks_is_refused(tmp_path):
         write_gguf_adapter(str(tmp_path / "x.gguf"), str(tmp_path), SIZES | CONFIGS["llama"])
     with pytest.raises(ExportError, match=r"do not fill blocks of q8_0"):
         write_gguf_adapter(str(tmp_path / "x.gguf"), str(tmp_path), SIZES | CONFIGS["llama"], dtype="q8_0")
+    write_lora(tmp_path, module="model.per_layer_model_projection")
+    with pytest.raises(ExportError, match=r"passes an adapter on per_layer_model_proj by without a word"):
+        write_gguf_adapter(str(tmp_path / "x.gguf"), str(tmp_path), SIZES | CONFIGS["gemma4_small"])
 
 
 @pytest.mark.parametrize(

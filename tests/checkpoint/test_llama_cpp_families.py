@@ -185,6 +185,11 @@ CONFIGS = {
     },
     "glm4_moe_lite": {"model_type": "glm4_moe_lite", **LATENT, "q_lora_rank": 24},
     "gemma4": {"model_type": "gemma4_text", **GEMMA4},
+    "gemma4_small": {
+        "model_type": "gemma4_text", **GEMMA4, "attention_k_eq_v": False, "num_global_key_value_heads": None,
+        "layer_types": ["sliding_attention", "full_attention"] * 3, "num_hidden_layers": 6, "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True, "hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": VOCAB,
+    },
     "gemma4_moe": {
         "model_type": "gemma4_text", **GEMMA4, "enable_moe_block": True, "num_experts": 8, "top_k_experts": 3,
         "moe_intermediate_size": 32, "attention_k_eq_v": False, "num_global_key_value_heads": None,

@@ -19,14 +19,13 @@ from jaxft.adapters.lora import LoRASettings, lora_factory
 from jaxft.adapters.prefix import attach_prefix
 from jaxft.adapters.prompt import attach_prompt
 from jaxft.checkpoint import peft as peft_format
-from jaxft.checkpoint.gguf.settings import model_metadata
 from jaxft.checkpoint.hf import param_tensors, write_weights
 from jaxft.checkpoint.load import load_model
 from jaxft.config import MeshConfig
 from jaxft.data.batch import Batch
 from jaxft.data.prompts import Prompt
 from jaxft.data.tokenizers.table import AddedRows
-from jaxft.errors import ExportError, ModelError
+from jaxft.errors import ModelError
 from jaxft.generation.settings import Sampling
 from jaxft.generation.tokens import generate_tokens
 from jaxft.hardware.sizes import sizes_of
@@ -375,8 +374,3 @@ def test_virtual_and_added_tokens_are_refused(case):
     added = AddedRows(tokens=(96,), fresh=(96,), before=96, rows=97, known=96)
     with pytest.raises(ModelError, match="model.add_tokens: rows of embed_tokens_per_layer"):
         load_model(case.folder, added=added)
-
-
-def test_gguf_files_of_such_a_model_are_refused(case):
-    with pytest.raises(ExportError, match="hidden_size_per_layer_input and num_kv_shared_layers: .* is not written"):
-        model_metadata(models.config_from_hf(case.hf).to_hf())

@@ -25,9 +25,10 @@ from jaxft.checkpoint.gguf.names import (
     LONG_FACTORS,
     ROPE_FACTORS,
     SHORT_FACTORS,
+    gguf_modules,
     heads_interleaved,
 )
-from jaxft.checkpoint.prediction import left_out_note
+from jaxft.checkpoint.prediction import left_out_note, unused_note
 from jaxft.checkpoint.tensors import TensorSource, TensorSpec, block_bounds
 from jaxft.errors import CheckpointError, ModelError, did_you_mean, listed
 from jaxft.files.gguf.header import GGUFHeader, GGUFTensor, read_header
@@ -51,7 +52,8 @@ class GGUFFile:
         self._config = models.config_from_hf(self._hf_config)
         self._shapes = single_shapes(self.family, self._config)
         self._left_out = _prediction_tensors(self.header, self.family, self._config)
-        self._tensors = _named_tensors(self.header, self.family, self._config, self._left_out)
+        self._unused = _unused_tensors(self.header, self.family, self._config)
+        self._tensors = _named_tensors(self.header, self.family, self._config, {*self._left_out, *self._unused})
 
     def kinds(self, dtype: str) -> FileKinds:
         """The types of the tensors of a file of this model that is written as `dtype`."""
@@ -63,8 +65,11 @@ class GGUFFile:
 
     def notes(self) -> tuple[str, ...]:
         """Sentences on what the file has and the tensors here lack."""
-        numbers = sum(math.prod(tensor.shape) for tensor in self._left_out.values())
-        return (left_out_note(len(self._left_out), numbers),) if self._left_out else ()
+        return tuple(
+            note(len(tensors), sum(math.prod(tensor.shape) for tensor in tensors.values()))
+            for note, tensors in ((left_out_note, self._left_out), (unused_note, self._unused))
+            if tensors
+        )
 
     def hf_config(self) -> dict[str, Any]:
         """config.json of the equivalent Hugging Face folder."""
@@ -127,6 +132,13 @@ def _prediction_tensors(header: GGUFHeader, family: Family, config: FamilyConfig
     number = prediction_layers(header, family, header.metadata[f"{family.arch}.block_count"])
     starts = tuple(f"blk.{layer}." for layer in range(first, first + number))
     return {name: tensor for name, tensor in header.tensors.items() if name.startswith(starts)}
+
+
+def _unused_tensors(header: GGUFHeader, family: Family, config: FamilyConfig) -> dict[str, GGUFTensor]:
+    """The tensors for keys and values of layers that use those of another layer."""
+    modules = gguf_modules(family, config.num_hidden_layers)
+    unused = {f"{module.name}.weight" for name, module in modules.items() if config.is_unused(f"{name}.weight")}
+    return {name: tensor for name, tensor in header.tensors.items() if name in unused}
 
 
 def _named_tensors(

@@ -20,6 +20,17 @@ NORMS_AROUND = NORMS_AFTER | {"attn_norm": "input_layernorm", "ffn_norm": "pre_f
 QK_NORM = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
 DENSE = NORMS_BEFORE | ATTENTION | MLP
 WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+# The layers' own inputs, of Gemma 3n and 4.
+PER_LAYER = {
+    "inp_gate": "per_layer_input_gate",
+    "proj": "per_layer_projection",
+    "post_norm": "post_per_layer_input_norm",
+}
+PER_LAYER_WHOLE = WHOLE | {
+    "per_layer_token_embd": "model.embed_tokens_per_layer",
+    "per_layer_model_proj": "model.per_layer_model_projection",
+    "per_layer_proj_norm": "model.per_layer_projection_norm",
+}
 ROUTER = "ffn_gate_inp"
 RMS_EPSILON, LAYER_EPSILON = "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"
 WINDOW, WINDOW_PATTERN = "attention.sliding_window", "attention.sliding_window_pattern"
@@ -75,6 +86,7 @@ class Family:
     # Metadata that other families of the same architecture do not have, or have as 0, and its value if only one counts.
     mark: str | None = None
     mark_value: Any = None
+    unadapted: tuple[str, ...] = ()  # parts on which llama.cpp passes an adapter by without a word
     partial: bool = False  # whether a part of each head may be rotated
     epsilon: str = RMS_EPSILON  # the key of the norms' epsilon
 

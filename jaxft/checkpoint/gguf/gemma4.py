@@ -1,12 +1,12 @@
 """The settings of Gemma 4: two kinds of layers with heads, ropes and numbers of key heads of their own."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxft.checkpoint.gguf.family import WINDOW, WINDOW_PATTERN
-from jaxft.checkpoint.gguf.recurrent import KEY_HEADS, by_layer
+from jaxft.checkpoint.gguf.recurrent import INNER, KEY_HEADS, by_layer
 from jaxft.checkpoint.gguf.ropes import decimal_of, size_of
 from jaxft.errors import CheckpointError, ModelError
 from jaxft.files.gguf.header import GGUFHeader
@@ -54,7 +54,8 @@ def gemma4_config(header: GGUFHeader, config: Mapping[str, Any], vectors: Mappin
         "layer_types": [SLIDING if one else FULL for one in local],
         "sliding_window": size_of(header, ARCH, WINDOW),
         "final_logit_softcapping": None if cap is None else decimal_of(cap),
-        "hidden_size_per_layer_input": 0,
+        **_inner_units(header, layers, config["num_kv_shared_layers"]),
+        "vocab_size_per_layer_input": config["vocab_size"],
         "enable_moe_block": "num_experts" in config,
         "rope_parameters": {
             FULL: {
@@ -65,6 +66,18 @@ def gemma4_config(header: GGUFHeader, config: Mapping[str, Any], vectors: Mappin
             SLIDING: {"rope_type": "default", "rope_theta": decimal_of(base)},
         },
     }
+
+
+def _inner_units(header: GGUFHeader, layers: int, shared: int) -> dict[str, Any]:
+    """The fields of the feed-forwards' width. shared: the number of last layers without keys."""
+    units = by_layer(header, ARCH, INNER, layers)
+    own, last = set(units[: layers - shared]), set(units[layers - shared :])
+    if len(own) != 1 or (last and last not in (own, {2 * max(own)})):
+        raise ModelError(
+            f"{header.path}: {ARCH}.{INNER} is not one number for all layers, and the same or its double for the last "
+            f"{shared}, which have no keys"
+        )
+    return {"intermediate_size": max(own), "use_double_wide_mlp": last == {2 * max(own)}}
 
 
 def _rotated_part(header: GGUFHeader, vectors: Mapping[str, np.ndarray], head_dim: int) -> float:
@@ -106,7 +119,23 @@ def gemma4_settings(config: Config) -> dict[str, Any]:
         LOCAL_BASE: float(config.local_rope.theta),
         WINDOW: config.sliding_window,
         WINDOW_PATTERN: [kind == SLIDING for kind in config.layer_types],
+        **({INNER: _units_of_layers(config)} if config.use_double_wide_mlp else {}),
     }
+
+
+def _units_of_layers(config: Config) -> list[int]:
+    own = config.num_hidden_layers - config.num_kv_shared_layers
+    return [config.intermediate_size] * own + [2 * config.intermediate_size] * config.num_kv_shared_layers
+
+
+def keys_difference(layer_types: Sequence[str], shared: int) -> tuple[bool, str]:
+    """Whether the last layers use other keys than llama.cpp takes, and how. shared: their number."""
+    first = len(layer_types) - shared
+    return (
+        shared > 0 and tuple(layer_types[max(0, first - 2) : first]) != (SLIDING, FULL),
+        f"num_kv_shared_layers={shared}: the last two layers with keys are not a local and a global one, which the "
+        "layers without keys use there",
+    )
 
 
 def gemma4_differences(config: Config) -> list[tuple[bool, str]]:
@@ -118,9 +147,6 @@ def gemma4_differences(config: Config) -> list[tuple[bool, str]]:
             f"ropes {rope.kind!r} with factor {rope.factor} and {local.kind!r}: they are 'proportional' without a "
             "factor and 'default'",
         ),
-        (
-            bool(config.hidden_size_per_layer_input or config.num_kv_shared_layers),
-            "hidden_size_per_layer_input and num_kv_shared_layers: what they describe is not written here",
-        ),
+        keys_difference(config.layer_types, config.num_kv_shared_layers),
         (len(set(config.layer_types)) < 2, "layer_types of one kind: there are both local and global layers"),
     ]

@@ -31,6 +31,7 @@ MIXTURES = frozenset((Q4_K, Q5_K))
 SMALLER_BLOCKS = {Q4_K: Kind.Q5_0, Q5_K: Kind.Q5_1, Q6_K: Q8_0}
 # Parts that are float32 in every file.
 IN_FLOAT32 = (ROUTER, "ffn_gate_inp_shexp", "ssm_conv1d", "shortconv.conv", "exp_probs_b")
+KEPT = ("per_layer_model_proj",)  # llama.cpp's quantiser leaves them as they are
 LAYERS_OF_70B, EXPERTS_OF_8X7B = 80, 8
 
 
@@ -62,6 +63,8 @@ class FileKinds:
         eight = expert_count(self.family, self.config) == EXPERTS_OF_8X7B
         if part == "output" or (part == "token_embd" and self.config.tie_word_embeddings):
             return Q6_K
+        if part in KEPT:
+            return F16
         if part.startswith("ffn_down"):
             return Q6_K if _has_more_bits(module.layer, layers) else kind
         if part in ("attn_v", "attn_qkv"):

@@ -7,7 +7,7 @@ float32.
 import functools
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -19,7 +19,7 @@ from gguf.quants import dequantize
 from jaxft import models
 from jaxft.checkpoint.finite import all_finite
 from jaxft.checkpoint.gguf import GGUFFile
-from jaxft.checkpoint.gguf.family import GGUFModule
+from jaxft.checkpoint.gguf.family import Family, GGUFModule
 from jaxft.checkpoint.gguf.kinds import F16, F32, FILE_TYPES, FileKinds, file_kinds, kind_of, quantize
 from jaxft.checkpoint.gguf.layout.arrangement import single_tensors
 from jaxft.checkpoint.gguf.layout.values import adapter_half, file_shape, from_file, is_by_rows, to_file
@@ -131,8 +131,20 @@ def write_gguf_adapter(path: str, folder: str, hf_config: Mapping[str, Any], *, 
     if unknown or not lazy:
         problem = f"GGUF has no name for {listed(unknown, 3)}" if unknown else "it holds no LoRA"
         raise ExportError(f"{folder} cannot be written as a GGUF adapter: {problem}")
+    _check_adapted(family, lazy)
     metadata = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": float(alpha)}
     _write(GGUFWriter(path, family.arch), metadata, lazy)
+
+
+def _check_adapted(family: Family, tensors: Iterable[str]) -> None:
+    """Raises ExportError for halves of an adapter on a tensor on which llama.cpp passes it by. tensors: their names."""
+    passed_by = sorted({name.partition(".weight.")[0] for name in tensors} & set(family.unadapted))
+    if passed_by:
+        raise ExportError(
+            f"llama.cpp's {family.arch} passes an adapter on {', '.join(passed_by)} by without a word "
+            f"({', '.join(family.whole[name] for name in passed_by)}), so no GGUF adapter is written. Merge it instead: "
+            "jaxft convert with --to=gguf"
+        )
 
 
 def check_gguf(path: str, tensors: Mapping[str, LazyTensor], *, dtype: str) -> None:

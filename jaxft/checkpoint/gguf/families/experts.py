@@ -7,6 +7,8 @@ from jaxft.checkpoint.gguf.family import (
     MLP,
     NORMS_AROUND,
     NORMS_BEFORE,
+    PER_LAYER,
+    PER_LAYER_WHOLE,
     QK_NORM,
     WINDOW,
     WINDOW_PATTERN,
@@ -88,6 +90,10 @@ LATENT_SETTINGS = frozenset(
 _LOCAL = ("attention.key_length", "attention.value_length", "rope.dimension_count", "rope.freq_base")
 # Settings of Gemma 4, which are read and written by functions.
 GEMMA4_SETTINGS = frozenset((WINDOW, WINDOW_PATTERN, "final_logit_softcapping", *(f"{key}_swa" for key in _LOCAL)))
+PER_LAYER_FIELDS = {
+    "embedding_length_per_layer_input": Setting("hidden_size_per_layer_input", int, 0),
+    "attention.shared_kv_layers": Setting("num_kv_shared_layers", int, 0),
+}
 SOFTMAX, SIGMOID = 1, 2  # of expert_gating_func
 
 
@@ -114,20 +120,22 @@ def _gemma4(*, experts: bool) -> Family:
     }
     scales = {"ffn_gate_inp.scale": "router.scale", "ffn_down_exps.scale": "router.per_expert_scale"}
     names = ("gate_up_proj", "down_proj") if experts else ()
+    of_experts = expert_fields("num_experts") | {"expert_used_count": Setting("top_k_experts", int)}
     return Family(
         arch="gemma4",
         model_type="gemma4_text",
         variant="experts" if experts else "",
         architecture="Gemma4ForCausalLM",
-        layer=NORMS_AROUND | ATTENTION | QK_NORM | MLP | (norms | routed if experts else {}),
+        layer=NORMS_AROUND | ATTENTION | QK_NORM | MLP | PER_LAYER | (norms | routed if experts else {}),
+        whole=PER_LAYER_WHOLE,
+        unadapted=("per_layer_model_proj", "per_layer_token_embd"),
         tensors={"layer_output_scale.weight": "layer_scalar"} | (scales if experts else {}),
         fused=tuple(Fused(name=f"experts.{name}", single="experts.{e}.{part}", parts=(name,)) for name in names),
         constants={"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False},
         by_layer=True,
         experts="num_experts" if experts else None,
         mark="expert_count" if experts else None,
-        fields=expert_fields("num_experts") | {"expert_used_count": Setting("top_k_experts", int)} if experts else {},
-        fixed={"embedding_length_per_layer_input": 0},
+        fields=PER_LAYER_FIELDS | (of_experts if experts else {}),
         settings=GEMMA4_SETTINGS,
     )
 
