@@ -37,6 +37,8 @@ def product(x: jax.Array, kernel: jax.Array | QuantizedArray, tp_side: TPSide) -
     """
     if isinstance(kernel, QuantizedArray):
         return frozen_product(jnp.matmul, partial(_gather_codes, tp_side), x, kernel)
+    if kernel.dtype == x.dtype and partition.platform() == "cpu" and partition.is_unsharded():
+        return _product_on_cpu(x, kernel)
     if kernel.dtype == x.dtype:
         return x @ partition.gather(kernel, KERNEL_DIMS[tp_side], WHOLE[tp_side])
     return _wide_product(x, kernel, tp_side)
@@ -61,6 +63,26 @@ def _wide_backward(
 
 
 _wide_product.defvjp(_wide_forward, _wide_backward)
+
+
+@jax.custom_vjp
+def _product_on_cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return x @ kernel
+
+
+def _forward_on_cpu(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return x @ kernel, (x, kernel)
+
+
+def _backward_on_cpu(residuals: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = residuals
+    # One product of matrices that are in memory as they are: XLA then reads x in the order of its transpose. In JAX's
+    # own form, a sum over two axes, it transposes all of grad; without the barrier, x in the code that computes it.
+    x_MI, grad_MO = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+    return grad @ kernel.T, jax.lax.optimization_barrier(x_MI).T @ grad_MO
+
+
+_product_on_cpu.defvjp(_forward_on_cpu, _backward_on_cpu)
 
 
 def _gather_codes(tp_side: TPSide, kernel: QuantizedArray) -> QuantizedArray:

@@ -1,4 +1,4 @@
-"""The product of a linear layer whose kernel is wider than its computation."""
+"""The product of a linear layer: a kernel wider than its computation, and the form of its gradient on CPUs."""
 
 import jax
 import jax.numpy as jnp
@@ -41,3 +41,21 @@ def test_the_gradient_of_a_wide_kernel_is_not_rounded(tp_side, axes):
         np.testing.assert_allclose(np.float32(found), np.float32(theirs), rtol=2**-7, atol=2**-5)
     assert narrow[2].dtype == jnp.bfloat16
     assert np.abs(np.float32(narrow[2]) - expected).max() > 1e-3
+
+
+def test_the_gradient_on_cpus_transposes_no_wide_array():
+    x, kernel, out = drawn(0, 2, 64, 96), drawn(1, 96, 160), drawn(2, 2, 64, 160)
+
+    def gradients(multiply, *args):
+        def total(x, kernel, out):
+            return (multiply(jnp.tanh(x), kernel) * jnp.tanh(out)).sum()
+
+        return jax.grad(total, (0, 1))(*args)
+
+    ours, theirs = (
+        jax.jit(gradients, static_argnums=0).lower(multiply, x, kernel, out).compile()
+        for multiply in (lambda x, kernel: product(x, kernel, "outputs"), jnp.matmul)
+    )
+    # JAX's own form transposes the gradient. Both give the same sums.
+    assert [" transpose(" in program.as_text() for program in (ours, theirs)] == [False, True]
+    jax.tree.map(np.testing.assert_array_equal, ours(x, kernel, out), theirs(x, kernel, out))
