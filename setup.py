@@ -62,6 +62,8 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
+        # A kernel for the products of experts on GPUs. A young package, which pins some small ones.
+        "experts": ["tokamax>=0.0.12"],
         # `jaxft plan` compiles for TPUs on machines without one.
         "plan": [*LIBTPU],
         # The reward function math_answer.

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from jaxft.adapters.lora.low_rank import HALVES, LowRank
 from jaxft.nn.adapter import ExpertAdapter
+from jaxft.nn.experts.grouped import grouped
 from jaxft.nn.experts.layer import EXPERT_SIDES
 from jaxft.nn.storage import StorageDims
 
@@ -19,10 +20,10 @@ class ExpertLoRA(LowRank, ExpertAdapter):
     def __call__(self, x: jax.Array, y: jax.Array, kernel: jax.Array, sizes_E: jax.Array) -> jax.Array:
         """x: [R, I] and y: [R, O], the rows of expert 0 first, sizes_E of them, and so on."""
         a_ErI, b_ErO = (half.astype(x.dtype) for half in self._halves())
-        low_Rr = jax.lax.ragged_dot(x, jnp.swapaxes(a_ErI, -1, -2), sizes_E)
+        low_Rr = grouped(x, jnp.swapaxes(a_ErI, -1, -2), sizes_E)
         scale = self._scale()
         scale = scale if isinstance(scale, float) else scale.astype(x.dtype)
-        return y + scale * jax.lax.ragged_dot(low_Rr, b_ErO, sizes_E)
+        return y + scale * grouped(low_Rr, b_ErO, sizes_E)
 
     def storage_dims(self) -> dict[str, StorageDims]:
         wide = dict(zip(("lora_a", "lora_b"), EXPERT_SIDES[self.tp_side], strict=True))

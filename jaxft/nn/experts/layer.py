@@ -16,6 +16,7 @@ from jaxft.errors import ModelError
 from jaxft.nn import partition
 from jaxft.nn.adapter import ExpertAdapter
 from jaxft.nn.experts import sharded as moe_sharded
+from jaxft.nn.experts.grouped import grouped
 from jaxft.nn.experts.router import Router, RouterShape
 from jaxft.nn.experts.router_sums import RouterSums
 from jaxft.nn.frozen import frozen_product
@@ -84,16 +85,16 @@ class ExpertLinear(nnx.Module):
         """x: [R, I], rows sorted by expert. sizes_E: int32, the number of rows of each expert. Returns [R, O]."""
         x, kernel = x.astype(self.dtype), self.kernel.get_value()
         if isinstance(kernel, QuantizedArray):
-            y = frozen_product(jax.lax.ragged_dot, lambda kernel: kernel, x, kernel, sizes_E)
+            y = frozen_product(grouped, lambda kernel: kernel, x, kernel, sizes_E)
         else:
-            y = jax.lax.ragged_dot(x, kernel.astype(self.dtype), sizes_E)
+            y = grouped(x, kernel.astype(self.dtype), sizes_E)
         if self.adapter is not None:
             y = self.adapter(x, y, kernel, sizes_E)
         if self.bias is None:
             return y
         # The bias is a kernel with one input that is always 1, so that its gradient is a grouped matmul, no scatter.
         ones_R1, bias_E1O = jnp.ones((len(x), 1), self.dtype), self.bias.get_value().astype(self.dtype)[:, None]
-        return y + jax.lax.ragged_dot(ones_R1, bias_E1O, sizes_E)
+        return y + grouped(ones_R1, bias_E1O, sizes_E)
 
     def storage_dims(self) -> dict[str, StorageDims]:
         return {

@@ -1,0 +1,89 @@
+"""Products of sorted rows with the matrices of experts: each form against `jax.lax.ragged_dot`, and what it keeps."""
+
+import math
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxft.hardware.hlo import parse
+from jaxft.nn.experts import grouped as module
+from jaxft.nn.experts.grouped import block_size, form_of, grouped
+
+ROWS, EXPERTS, INPUTS, OUTPUTS = 150, 5, 24, 16
+
+
+def operands(rows, experts, inputs, outputs, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = (rows, inputs), (experts, inputs, outputs), (rows, outputs)
+    return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
+
+
+def value_and_grads(form):
+    def compute(x, kernel, aim, sizes):
+        y, transpose = jax.vjp(lambda x, kernel: grouped(x, kernel, sizes, form), x, kernel)
+        return y, *transpose(aim)
+
+    return jax.jit(compute)
+
+
+# Even; experts without rows, at both ends too; all rows of one; fewer rows than there are.
+SIZES = [[30, 30, 30, 30, 30], [0, 97, 0, 53, 0], [0, 0, 150, 0, 0], [1, 0, 40, 16, 3]]
+
+
+@pytest.mark.parametrize("turn_bytes", [0, 2**12, 2**26], ids=["loop", "a few at once", "all at once"])
+def test_values_and_gradients_are_those_of_ragged_dot(turn_bytes, monkeypatch):
+    monkeypatch.setitem(module.TURN_BYTES, "blocks", turn_bytes)
+    x, kernel, aim = operands(ROWS, EXPERTS, INPUTS, OUTPUTS)
+    ours, theirs = value_and_grads("blocks"), value_and_grads("ragged")
+    for sizes in SIZES:
+        filled = (jnp.arange(ROWS) < sum(sizes))[:, None]
+        args = jnp.where(filled, x, 0), kernel, jnp.where(filled, aim, 0), jnp.array(sizes, jnp.int32)
+        for got, expected in zip(ours(*args), theirs(*args), strict=True):
+            np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5, err_msg=str(sizes))
+
+
+def test_no_array_has_all_rows_for_all_experts():
+    rows, experts, inputs, outputs = 4096, 32, 128, 64
+    x, kernel, aim = operands(rows, experts, inputs, outputs, jnp.bfloat16)
+    compiled = value_and_grads("blocks").lower(x, kernel, aim, jnp.zeros(experts, jnp.int32)).compile()
+    text = compiled.as_text()
+    arrays = [a for c in parse(text).computations.values() for i in c.instructions.values() for a in i.arrays]
+    # The blocks, filled or not, hold at most half as many rows again as there are.
+    size = block_size(rows, experts)
+    padded = rows + experts * size
+    assert padded <= 1.5 * rows
+    blocks = padded // size
+    largest = max(padded * max(inputs, outputs), blocks * inputs * outputs)
+    assert max(math.prod(array.dims) for array in arrays) <= largest < rows * experts * inputs
+    # Blocks of both sides; the matrices gathered for them; their gradients and the sums of these, in float32.
+    bound = 4 * (padded * 2 * (inputs + outputs) + (experts + 3 * blocks) * inputs * outputs)
+    assert compiled.memory_analysis().temp_size_in_bytes < bound
+
+
+def test_forms_of_platforms(monkeypatch):
+    module._tokamax.cache_clear()
+    monkeypatch.setitem(sys.modules, "tokamax", None)  # not installed
+    assert [form_of(platform, 10**12) for platform in ("cpu", "gpu", "tpu")] == ["loop", "blocks", "ragged"]
+    assert form_of("cpu", 10**6) == "ragged"
+    module._tokamax.cache_clear()
+    calls = []
+
+    def ragged_dot(lhs, rhs, group_sizes, *, implementation):
+        calls.append(implementation)
+        if lhs.dtype == jnp.float32:
+            raise NotImplementedError
+        return jax.lax.ragged_dot(lhs, rhs, group_sizes)
+
+    monkeypatch.setitem(sys.modules, "tokamax", types.SimpleNamespace(ragged_dot=ragged_dot))
+    assert form_of("gpu", 10**6) == "tokamax"
+    sizes = jnp.array(SIZES[0], jnp.int32)
+    for dtype in (jnp.bfloat16, jnp.float32):
+        x, kernel, _ = operands(ROWS, EXPERTS, INPUTS, OUTPUTS, dtype)
+        expected = jax.lax.ragged_dot(x, kernel, sizes)
+        np.testing.assert_allclose(grouped(x, kernel, sizes, "tokamax"), expected, rtol=0, atol=1e-5)
+    assert calls == ["triton"] * 2
+    module._tokamax.cache_clear()
