@@ -38,9 +38,9 @@ def by_kernel(q, k, v, form, sinks):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """A row is a block, of which wide heads take a half at a time."""
-    monkeypatch.setattr(splash, "QUERY_BLOCK", 256)
-    monkeypatch.setattr(splash, "KEY_BLOCK", 256)
+    """A row is two blocks; with a window or wide heads it is one, of which wide heads take a half at a time."""
+    monkeypatch.setattr(splash, "BLOCK", 128)
+    monkeypatch.setattr(splash, "SMALL_BLOCK", 256)
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -48,6 +48,7 @@ def small_blocks(monkeypatch):
     ("form", "sinks", "sizes"),
     [
         (PLAIN, False, {}),
+        (PLAIN, False, {"partial_sums": 1}),
         (PLAIN, False, {"heads": 2, "kv_heads": 2, "head_dim": 128}),
         (ScoreForm(window=70), False, {}),
         (ScoreForm(softcap=5.0, scale=0.3), False, {}),
@@ -55,9 +56,19 @@ def small_blocks(monkeypatch):
         (PLAIN, False, {"head_dim": 96}),
         (ScoreForm(window=70), False, {"head_dim": 256}),
     ],
-    ids=["grouped", "one head each", "window", "soft cap", "sinks", "odd heads", "wide heads"],
+    ids=[
+        "grouped",
+        "two kernels for gradients",
+        "one head each",
+        "window",
+        "soft cap",
+        "sinks",
+        "odd heads",
+        "wide heads",
+    ],
 )
-def test_the_kernel_is_plain_attention(form, sinks, sizes):
+def test_the_kernel_is_plain_attention(form, sinks, sizes, monkeypatch):
+    monkeypatch.setattr(splash, "MOST_PARTIAL_SUMS", sizes.pop("partial_sums", splash.MOST_PARTIAL_SUMS))
     q, k, v, sink_scores = drawn(**sizes)
     sinks = sink_scores if sinks else None
     weight = jnp.where(SEGMENTS > 0, 1.0, 0.0)[..., None, None] * jnp.cos(jnp.arange(q.shape[-1]))
@@ -74,6 +85,15 @@ def test_the_kernel_is_plain_attention(form, sinks, sizes):
         expected = jax.grad(total(plain), wrt)(q, k, v, sinks)
     for a, b in zip(got, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)
+
+
+def test_long_rows_keep_no_gradient_of_queries_for_each_block_of_keys():
+    short, long, local, wide = (
+        splash._block_sizes(length, length, window=window, wide=wide)
+        for length, window, wide in ((4096, None, False), (8192, None, False), (4096, 512, False), (4096, None, True))
+    )
+    assert short.use_fused_bwd_kernel and not long.use_fused_bwd_kernel and not wide.use_fused_bwd_kernel
+    assert [sizes.block_kv for sizes in (short, long, local, wide)] == [1024, 1024, 512, 512]
 
 
 def test_rows_that_are_no_whole_blocks_are_for_the_other_form():
