@@ -148,6 +148,7 @@ class Block(nnx.Module):
                 setattr(self, name, Norm(shape.width, shape.norm, dtype=dtype, param_dtype=param_dtype))
         self.has_own_input = shape.per_layer_input is not None
         if shape.per_layer_input is not None:  # the names are those of files
+            options["keep"] = "dots"
             self.per_layer_input_gate = Linear(shape.width, shape.per_layer_input, **options)
             self.per_layer_projection = Linear(shape.per_layer_input, shape.width, tp_side="inputs", **options)
             setattr(self, OWN_INPUT_NORM, Norm(shape.width, shape.norm, dtype=dtype, param_dtype=param_dtype))
@@ -245,7 +246,8 @@ class Block(nnx.Module):
             x_BSD = x_BSD + self._added(1, stream(mixed_BSD))
             if self.laurel is not None:
                 x_BSD = self._with_laurel(self.laurel, x_BSD, input_BSD, whole_BSD, key)
-            x_BSD = checkpoint_name(x_BSD, "dots")
+            if self.norms[1] is None:
+                x_BSD = checkpoint_name(x_BSD, "dots")
         if self.mlp is not None:
             input_BSD = input_BSD if self.parallel else self._norm(2, x_BSD)
             output_BSD, routing = _feed_forward(self.mlp, input_BSD, tokens, mlp_keys, routing)
@@ -293,8 +295,9 @@ class Block(nnx.Module):
         return x_BSD if name is None else getattr(self, name)(x_BSD)
 
     def _added(self, position: int, x_BSD: jax.Array) -> jax.Array:
-        """The output of a part as it is added to the stream. position: of its norm."""
-        x_BSD = self._norm(position, x_BSD)
+        """The output of a part as it is added to the stream. position: of its norm, whose gradient reads the output."""
+        if self.norms[position] is not None:
+            x_BSD = self._norm(position, checkpoint_name(x_BSD, "dots"))
         if self.residual_scale == 1.0:
             return x_BSD
         return (x_BSD.astype(jnp.float32) * self.residual_scale).astype(x_BSD.dtype)

@@ -53,9 +53,9 @@ def attention(
     q_BSKGH = q_BSNH.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
     out_BKGSH = _attention(
         form,
-        checkpoint_name(jnp.transpose(q_BSKGH, (0, 2, 3, 1, 4)), "dots"),
-        checkpoint_name(jnp.transpose(k_BTKH, (0, 2, 1, 3)), "dots"),
-        checkpoint_name(jnp.transpose(v_BTKH, (0, 2, 1, 3)), "dots"),
+        jnp.transpose(q_BSKGH, (0, 2, 3, 1, 4)),
+        jnp.transpose(k_BTKH, (0, 2, 1, 3)),
+        jnp.transpose(v_BTKH, (0, 2, 1, 3)),
         part,
         sinks_KG,
     )

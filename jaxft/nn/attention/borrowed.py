@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxft.errors import ModelError
 from jaxft.nn import partition
@@ -24,6 +25,7 @@ from jaxft.nn.attention.layer import (
     keys_with_cached,
 )
 from jaxft.nn.attention.rope import rotate
+from jaxft.nn.attention.saving import NAME, keep
 from jaxft.nn.attention.unshare import gather_back, unshare_heads
 from jaxft.nn.linear import Linear
 from jaxft.nn.norm import Norm, NormShape
@@ -64,7 +66,7 @@ class BorrowedAttention(Attention):
         linear = functools.partial(Linear, stddev=stddev, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.shape, self.dtype = shape, dtype
         q_width = shape.heads * shape.head_dim
-        self.q_proj = linear(shape.width, q_width, use_bias=shape.use_bias)
+        self.q_proj = linear(shape.width, q_width, use_bias=shape.use_bias, keep=keep(shape.qk_norm is not None))
         self.o_proj = linear(q_width, shape.width, use_bias=shape.use_output_bias, tp_side="inputs")
         if shape.qk_norm is not None:
             self.q_norm = Norm(shape.head_dim, norm, dtype=dtype, param_dtype=param_dtype)
@@ -101,7 +103,9 @@ class BorrowedAttention(Attention):
             q_BSNH = self.q_norm(q_BSNH)
         if tokens.whole is not None:
             q_BSNH = unshare_heads(q_BSNH, tokens.whole)
-        return q_BSNH if shape.rope is None else rotate(q_BSNH, tokens.rotations[shape.rope], pairs=shape.pairs)
+        if shape.rope is not None:
+            q_BSNH = rotate(q_BSNH, tokens.rotations[shape.rope], pairs=shape.pairs)
+        return q_BSNH if shape.qk_norm is not None else checkpoint_name(q_BSNH, NAME)
 
     def _attended(self, q_BSNH: jax.Array, tokens: Tokens, kept: Kept) -> jax.Array:
         """What the queries take from the keys and values, [B, S, N, H]."""

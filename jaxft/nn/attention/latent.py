@@ -9,12 +9,14 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxft.nn import partition
 from jaxft.nn.attention import cache as kv
 from jaxft.nn.attention.causal import causal_attention
 from jaxft.nn.attention.layer import Tokens, attend_cached, causal_mask
 from jaxft.nn.attention.rope import rotate
+from jaxft.nn.attention.saving import NAME
 from jaxft.nn.attention.score_form import ScoreForm
 from jaxft.nn.attention.unshare import gather_back, unshare, unshare_heads
 from jaxft.nn.linear import KERNEL_DIMS, WHOLE, Linear
@@ -63,19 +65,21 @@ class LatentAttention(nnx.Module):
         self, shape: LatentShape, norm: NormShape, *, stddev: float, dtype: jnp.dtype, param_dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ) -> None:  # fmt: skip
-        linear = functools.partial(Linear, stddev=stddev, dtype=dtype, param_dtype=param_dtype, rngs=rngs, keep="dots")
+        linear = functools.partial(Linear, stddev=stddev, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        kept = functools.partial(linear, keep=NAME)
         make_norm = functools.partial(Norm, shape=NormShape(eps=LATENT_EPS), dtype=dtype, param_dtype=param_dtype)
         self.shape, self.dtype = shape, dtype
         queries = shape.heads * shape.query_dim
         if shape.query_rank is None:
             self.q_proj = linear(shape.width, queries)
         else:
-            self.q_a_proj = linear(shape.width, shape.query_rank, use_bias=shape.use_bias)
+            self.q_a_proj = kept(shape.width, shape.query_rank, use_bias=shape.use_bias)
             self.q_a_layernorm = make_norm(shape.query_rank)
             self.q_b_proj = linear(shape.query_rank, queries)
-        self.kv_a_proj_with_mqa = linear(shape.width, shape.rank + shape.rotated_dim, use_bias=shape.use_bias)
+        self.kv_a_proj_with_mqa = kept(shape.width, shape.rank + shape.rotated_dim, use_bias=shape.use_bias)
         self.kv_a_layernorm = make_norm(shape.rank)
-        self.kv_b_proj = linear(shape.rank, shape.heads * (shape.plain_dim + shape.value_dim))
+        # Keys are larger, because every head's have the part with positions that all share.
+        self.kv_b_proj = kept(shape.rank, shape.heads * (shape.plain_dim + shape.value_dim))
         self.o_proj = linear(shape.heads * shape.value_dim, shape.width, use_bias=shape.use_bias, tp_side="inputs")
 
     def __call__(
@@ -139,6 +143,7 @@ class LatentAttention(nnx.Module):
             rotated_BS1O = unshare(rotated_BS1O, tokens.whole)
             segments_BS = tokens.whole.segments_BWS.reshape(q_BSNH.shape[:2])
         q_BSNH, rotated_BS1O = self._rotated(q_BSNH, rotated_BS1O, tokens)
+        q_BSNH = checkpoint_name(q_BSNH, NAME)
         plain_BSNP, v_BSNV = jnp.split(both_BSNX, (shape.plain_dim,), axis=-1)
         rotated_BSNO = jnp.broadcast_to(rotated_BS1O, (*plain_BSNP.shape[:3], shape.rotated_dim))
         k_BSNH = jnp.concatenate([plain_BSNP, rotated_BSNO], axis=-1)

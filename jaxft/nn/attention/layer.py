@@ -16,6 +16,7 @@ from jaxft.nn import partition
 from jaxft.nn.attention import cache as kv
 from jaxft.nn.attention.causal import causal_attention
 from jaxft.nn.attention.rope import Rotation, rotate
+from jaxft.nn.attention.saving import Early, keep
 from jaxft.nn.attention.score_form import MASKED, PLAIN, ScoreForm, cap_scores, score_scale
 from jaxft.nn.attention.unshare import gather_back, unshare, unshare_heads
 from jaxft.nn.linear import Linear
@@ -137,13 +138,14 @@ class Attention(nnx.Module):
         linear = functools.partial(Linear, stddev=stddev, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.shape, self.dtype = shape, dtype
         q_width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        projection, early = functools.partial(linear, shape.width, use_bias=shape.use_bias), Early.of(shape)
         if shape.fused:
-            self.qkv_proj = linear(shape.width, q_width + 2 * kv_width, use_bias=shape.use_bias)
+            self.qkv_proj = projection(q_width + 2 * kv_width, keep=keep(early.queries))
         else:
-            self.q_proj = linear(shape.width, q_width * (2 if shape.gated else 1), use_bias=shape.use_bias)
-            self.k_proj = linear(shape.width, kv_width, use_bias=shape.use_bias)
+            self.q_proj = projection(q_width * (2 if shape.gated else 1), keep=keep(early.queries))
+            self.k_proj = projection(kv_width, keep=keep(early.keys))
             if not shape.keys_as_values:
-                self.v_proj = linear(shape.width, kv_width, use_bias=shape.use_bias)
+                self.v_proj = projection(kv_width, keep=keep(early.values))
         self.o_proj = linear(q_width, shape.width, use_bias=shape.use_output_bias, tp_side="inputs")
         if shape.qk_norm is not None:
             q_norm, kv_norm = (shape.head_dim,) * 2 if shape.qk_norm == "head" else (q_width, kv_width)
@@ -187,6 +189,7 @@ class Attention(nnx.Module):
         q_BSNH, k_BSKH = self._rotated(q_BSNH, k_BSKH, tokens, positions_BS)
         if self.prefix is not None:
             k_BSKH, v_BSKH = self.prefix(k_BSKH, v_BSKH, tokens.virtual_BS)
+        q_BSNH, k_BSKH, v_BSKH = Early.of(self.shape).name_late(q_BSNH, k_BSKH, v_BSKH)
         if cache is None:
             segments_BS = _by_chunk(segments_BS, positions_BS, self.shape.chunk)
             out_BSNH = causal_attention(q_BSNH, k_BSKH, v_BSKH, segments_BS, form, sinks_N)
