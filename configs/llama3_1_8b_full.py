@@ -22,7 +22,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model.dtype = "bfloat16"
     # The type of frozen weights. No weight is frozen here, and trained weights are float32 anyway.
     config.model.param_dtype = "bfloat16"
-    config.model.remat = "full"
+    config.model.remat = "auto"
     config.mesh.fsdp = -1
 
     config.adapter.kind = "none"

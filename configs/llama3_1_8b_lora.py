@@ -20,7 +20,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model.path = "hf://meta-llama/Llama-3.1-8B-Instruct"
     config.model.dtype = "bfloat16"
     config.model.param_dtype = "bfloat16"
-    config.model.remat = "full"
+    config.model.remat = "auto"
     config.mesh.fsdp = -1
 
     config.adapter.r = 16

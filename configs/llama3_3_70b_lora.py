@@ -20,7 +20,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model.path = "hf://meta-llama/Llama-3.3-70B-Instruct"
     config.model.dtype = "bfloat16"
     config.model.param_dtype = "bfloat16"
-    config.model.remat = "full"
+    config.model.remat = "auto"
     config.mesh.fsdp = -1
     config.mesh.tensor = 4
 

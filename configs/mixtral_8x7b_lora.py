@@ -20,7 +20,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model.path = "hf://mistralai/Mixtral-8x7B-Instruct-v0.1"
     config.model.dtype = "bfloat16"
     config.model.param_dtype = "bfloat16"
-    config.model.remat = "full"
+    config.model.remat = "auto"
     config.mesh.fsdp = -1
 
     config.adapter.r = 16

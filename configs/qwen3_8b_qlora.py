@@ -22,7 +22,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model.path = "hf://Qwen/Qwen3-8B"
     config.model.dtype = "bfloat16"
     config.model.param_dtype = "bfloat16"
-    config.model.remat = "full"
+    config.model.remat = "auto"
     config.model.quantization = "nf4-dq"
     config.mesh.fsdp = -1
 

@@ -8,7 +8,8 @@ from jaxft.config.fields import BY_CONTENT, COMMA_SEPARATED, FREE_TO_CHANGE, PAT
 
 Dtype = Literal["float32", "bfloat16"]
 
-Remat = Literal["none", "full", "attention", "dots", "offload"]
+Policy = Literal["none", "full", "attention", "dots", "offload"]
+Remat = Literal["none", "full", "attention", "dots", "offload", "auto"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,7 @@ class ModelConfig(Section):
         FREE_TO_CHANGE,
         "what the backward pass recomputes. `none`: nothing; `full`: every layer; `attention`: all but the attention "
         "outputs; `dots`: all but the results of matrix products; `offload`: every layer, whose inputs are kept in "
-        "host memory",
+        "host memory; `auto`: as little as the memory of the devices allows",
     ] = "none"
     trainable: Annotated[
         str | None,

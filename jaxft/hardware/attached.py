@@ -43,3 +43,10 @@ def attached_topology(devices: Sequence[jax.Device] | None = None) -> str | None
             f"{chip.name}:{'x'.join('1' * chip.dimensions)}."
         )
     return Topology(chip=chip, shape=shape).name
+
+
+def memory_limit(devices: Sequence[jax.Device]) -> int | None:
+    """Bytes that a program may use on each of this process's devices; None if they do not tell, as CPUs do not."""
+    stats = [device.memory_stats() for device in devices if device.process_index == jax.process_index()]
+    limits = [one.get("bytes_limit") for one in stats if one]
+    return min(limits) if limits and all(limits) else None

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxft.config import RunConfig
 from jaxft.data import Prepared, Tokenizer
 from jaxft.data.batch_source import BatchSource
+from jaxft.hardware.recomputation import Recomputation
 from jaxft.methods.parts.charts import Chart
 from jaxft.methods.teacher.frozen import FrozenModel
 from jaxft.nn.decoder import Decoder
@@ -33,7 +34,8 @@ class Run:
     of the training rows and writes nothing into the run folder. rewards: the functions that judge sampled answers, if
     the method samples any. environments: what replies to the model in them, if anything does. notes: what people should
     know before it starts, such as what has changed since it was stopped. track: gets every row of metrics,
-    in process 0. times: what takes the time of the run.
+    in process 0. times: what takes the time of the run. recomputation: the choice of `model.remat='auto'`; None if the
+    config chose.
     """
 
     config: RunConfig
@@ -49,6 +51,7 @@ class Run:
     environments: Environments | None = None
     notes: tuple[str, ...] = ()
     track: Callable[[Mapping[str, float]], None] | None = None
+    recomputation: Recomputation | None = None
     times: TimeUse = field(default_factory=TimeUse)
 
     @property

@@ -7,9 +7,10 @@ from typing import Any
 from jaxft.config import AdapterConfig, RunConfig, resolve
 from jaxft.errors import JaxftError
 from jaxft.generation.buckets import power_of_two
+from jaxft.hardware.recomputation import with_policy
 from jaxft.hardware.topology import Topology, cubic_shape
 from jaxft.methods import method_of
-from jaxft.planning.job import AbstractStep, sharded_step_of
+from jaxft.planning.job import AbstractStep, recomputation_of, sharded_step_of
 from jaxft.planning.rollout import RunCosts, estimate_run
 from jaxft.planning.search import splits_rows
 
@@ -74,7 +75,10 @@ def changes_of(
             key = (changed.model.param_dtype, changed.model.quantization, changed.adapter)
             if key not in abstract_steps:
                 abstract_steps[key] = abstract_step_of(changed)
-            costs = estimate_run(sharded_step_of(abstract_steps[key], changed, change.topology, real=False))
+            step = sharded_step_of(abstract_steps[key], changed, change.topology, real=False)
+            if changed.model.remat == "auto":
+                step = replace(step, config=with_policy(step.config, recomputation_of(step).policy))
+            costs = estimate_run(step)
         except JaxftError:
             continue  # the mesh does not divide the batch or the arrays, or the model cannot be trained in this way
         peak = costs.scaled_peak(measured, estimate)
@@ -90,10 +94,12 @@ def changes_of(
 
 def _changes(config: RunConfig, topology: Topology) -> Iterator[Change]:
     """All changes; within a kind, those that cost least time first."""
-    remat: dict[str, Any] = {} if config.model.remat == "full" else {"model.remat": "full"}
+    # With `auto` a plan that does not fit recomputes as much as it can, and each change as much as it must.
+    chosen = config.model.remat == "auto"
+    remat: dict[str, Any] = {} if config.model.remat == "full" or chosen else {"model.remat": "full"}
     if remat:
         yield Change(kind="remat", what="recompute every layer", settings=remat, topology=topology)
-    if topology.chip.maker == "tpu":
+    if topology.chip.maker == "tpu" and not chosen:
         what, offload = "keep what enters each layer in the host's memory", {"model.remat": "offload"}
         yield Change(kind="remat", what=what, settings=offload, topology=topology)
     same = Change(kind="micro-batches", what="the same", settings=remat, topology=topology)

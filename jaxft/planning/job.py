@@ -1,7 +1,6 @@
 """The training step of a config on hypothetical devices: built, compiled and costed."""
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -14,12 +13,13 @@ from jaxft.config import RunConfig
 from jaxft.hardware import analytic, hlo
 from jaxft.hardware.compile import Memory, TooLarge, compile_step
 from jaxft.hardware.costs import Costs, Work, costs_of
+from jaxft.hardware.recomputation import Recomputation, by_arithmetic
 from jaxft.hardware.roofline import StepTime, axis_bandwidths, step_time
 from jaxft.hardware.sizes import ModelSizes, sizes_of
 from jaxft.hardware.topology import Topology, devices
 from jaxft.methods import method_of
 from jaxft.nn.decoder import Decoder
-from jaxft.nn.storage import StorageDims, storage_dims_of
+from jaxft.nn.storage import StorageDims
 from jaxft.optim.make import make_schedule
 from jaxft.planning.shapes import frozen_shapes_of
 from jaxft.runs.build import (
@@ -29,33 +29,34 @@ from jaxft.runs.build import (
     make_mesh,
     make_step,
     make_tx,
-    start_state,
-    with_frozen,
 )
 from jaxft.runs.going_on import going_on
+from jaxft.runs.memory import estimate
+from jaxft.runs.memory.shapes import StateShapes, batch_on_mesh, device_bytes, on_mesh, state_shapes
 from jaxft.sharding.mesh import MeshPlan, auto_mesh, axis_sizes, fill_axes
 from jaxft.training.spikes import MEASURED
 from jaxft.training.state import TrainState, divide
 from jaxft.training.step import Step
-from jaxft.trees import is_key
 
 
 @dataclass(frozen=True, kw_only=True)
 class AbstractStep:
-    """The parts of a training step that do not depend on the mesh. state: ShapeDtypeStructs without shardings.
+    """The parts of a training step that do not depend on the mesh.
 
-    function: `(state, batch) -> (state, metrics)`. references: sizes of the frozen models that each step runs forward.
-    dims: of stored parameters of the model, and of the method's frozen model. graphdef: of the model whose parameters
-    the state holds in two parts.
+    function: `(state, batch) -> (state, metrics)`. graphdef: of the model whose parameters the state holds in two
+    parts.
     """
 
     model: Decoder
     graphdef: nnx.GraphDef[Decoder]
-    dims: dict[str, StorageDims]
     sizes: ModelSizes
-    references: tuple[ModelSizes, ...]
-    state: TrainState
+    shapes: StateShapes
     function: Step
+
+    @property
+    def dims(self) -> dict[str, StorageDims]:
+        """Of stored parameters."""
+        return self.shapes.dims
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,10 +95,7 @@ class ShardedStep:
     @property
     def model_flops(self) -> int:
         """FLOPs of one device in one step, recomputation left out."""
-        rows, length = self.config.train.batch_size, self.config.data.max_length
-        flops = self.sizes.model_flops(rows, length)
-        flops += sum(reference.forward_flops(rows, length) for reference in self.references)
-        return flops // self.topology.devices
+        return estimate.model_flops_of(self.config, step_sizes(self))
 
     @property
     def attention_flops(self) -> int:
@@ -146,31 +144,16 @@ def abstract_step_of(config: RunConfig, hf_config: dict[str, Any], steps: int) -
     method_of(config).check(config, model)
     schedule = make_schedule(config.optim, steps)
     tx = make_tx(config, model, schedule)
-    whole, parameters = nnx.split(model)
-
-    def start(parameters: nnx.State) -> TrainState:
-        return start_state(config, nnx.merge(whole, parameters), tx)[1]
-
     graphdef, _, _ = divide(model)
     step, sizes = make_step(config, model, graphdef, tx, schedule), sizes_of(model)
     if config.train.on_spike != "off":
         step = partial(step, limits=np.full(len(MEASURED), np.inf, np.float32))
-    dims, references = storage_dims_of(model), (sizes,) * method_of(config).reference_passes(config)
-    frozen, fields = method_of(config).frozen(config), {}
-    if frozen is not None:
-        other = frozen.abstract(frozen_shapes_of(frozen), student=model, max_length=config.data.max_length)
-        if frozen.in_memory:
-            # The longer path is taken, should the trained model have a parameter of the same name.
-            dims |= {f"{frozen.part}/arrays/{path}": one for path, one in storage_dims_of(other).items()}
-            fields[frozen.part] = frozen.abstract_arrays(other, student=model)
-        references = (*references, sizes_of(other)) if frozen.in_step else references
+    shapes = state_shapes(config, model, tx, frozen_shapes_of)
     return AbstractStep(
         model=model,
         graphdef=graphdef,
-        dims=dims,
         sizes=sizes,
-        references=references,
-        state=with_frozen(jax.eval_shape(start, parameters), fields),
+        shapes=shapes,
         function=step,
     )
 
@@ -190,17 +173,15 @@ def sharded_step_of(
     else:
         mesh = _abstract_mesh(config, abstract_step.model, topology)
     mesh.check_batch(config.train.batch_size // config.train.accumulation_steps)
-    shardings = mesh.shardings(abstract_step.state, abstract_step.dims)
-    state = jax.tree.map(_with_sharding, abstract_step.state, shardings)
     return ShardedStep(
         config=config,
         topology=topology,
         mesh=mesh,
         graphdef=abstract_step.graphdef,
         sizes=abstract_step.sizes,
-        references=abstract_step.references,
-        state=state,
-        batch=jax.tree.map(lambda x: _with_sharding(x, mesh.batch_sharding()), method_of(config).batch_shapes(config)),
+        references=abstract_step.shapes.references,
+        state=on_mesh(abstract_step.shapes, mesh),
+        batch=batch_on_mesh(config, mesh),
         function=abstract_step.function,
     )
 
@@ -225,15 +206,15 @@ def measure(step: ShardedStep, level: str) -> StepCosts:
             seconds=compiled.seconds,
             cpu_seconds=compiled.cpu_seconds,
         )
-    estimate = estimate_step(step)
-    memory = estimate.memory
+    estimated = estimate_step(step)
+    memory = estimated.memory
     temporaries = compiled.temporaries
     if compiled.used is not None:
         temporaries = max(0, compiled.used - memory.arguments)
     if temporaries is not None:
         memory = dataclasses.replace(memory, temporaries=temporaries, code=0)
     return dataclasses.replace(
-        estimate, memory=memory, seconds=compiled.seconds, cpu_seconds=compiled.cpu_seconds,
+        estimated, memory=memory, seconds=compiled.seconds, cpu_seconds=compiled.cpu_seconds,
         refused=compiled.message, limit=compiled.limit,
     )  # fmt: skip
 
@@ -245,14 +226,21 @@ def cut_of_step(step: ShardedStep) -> analytic.Cut:
 
 def estimate_step(step: ShardedStep) -> StepCosts:
     """Memory and costs of a step by arithmetic."""
-    cut = cut_of_step(step)
-    arguments = step.parts().total
-    return StepCosts(
-        memory=analytic.memory_of(
-            step.config, step.sizes, cut, arguments, passes=2 if method_of(step.config).critic else 1
-        ),
-        costs=analytic.costs_of(step.config, step.sizes, cut, arguments, step.model_flops, references=step.references),
+    sizes = step_sizes(step)
+    return StepCosts(memory=estimate.memory_of(step.config, sizes), costs=estimate.costs_of(step.config, sizes))
+
+
+def step_sizes(step: ShardedStep) -> estimate.StepSizes:
+    """What an estimate of a step reads."""
+    return estimate.StepSizes(
+        model=step.sizes, references=step.references, cut=cut_of_step(step), arguments=step.parts().total
     )
+
+
+def recomputation_of(step: ShardedStep) -> Recomputation:
+    """The policy that `model.remat='auto'` takes on the topology, by arithmetic."""
+    sizes, chip = step_sizes(step), step.topology.chip
+    return by_arithmetic(partial(estimate.with_recomputation, step.config, sizes), chip.hbm_bytes // chip.devices)
 
 
 def time_of(step: ShardedStep, costs: Costs) -> StepTime:
@@ -284,15 +272,3 @@ def _abstract_mesh(config: RunConfig, model: Decoder, topology: Topology) -> Mes
     check_experts(model, mesh)
     check_context(model, mesh)
     return mesh
-
-
-def _with_sharding(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def device_bytes(tree: Any) -> int:
-    """Bytes of one device's part of ShapeDtypeStructs with shardings."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * (8 if is_key(leaf) else leaf.dtype.itemsize)
-        for leaf in jax.tree.leaves(tree)
-    )

@@ -4,8 +4,10 @@ Run as `python -m jaxft.planning.process RESULT < REQUEST`, in a process of its 
 devices.
 """
 
+import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,12 @@ from jaxft.config import RunConfig
 from jaxft.errors import ConfigError, ExitCode, JaxftError
 from jaxft.hardware.compile import LEVELS
 from jaxft.hardware.prices import price_of
+from jaxft.hardware.recomputation import Recomputation, with_policy
 from jaxft.hardware.topology import Topology, parse
 from jaxft.planning.changes import changes_of
-from jaxft.planning.job import abstract_step_of, sharded_step_of
+from jaxft.planning.job import AbstractStep, ShardedStep, abstract_step_of, recomputation_of, sharded_step_of
 from jaxft.planning.result import plan_result
-from jaxft.planning.rollout import estimate_run, measure_run
+from jaxft.planning.rollout import RunCosts, estimate_run, measure_run
 from jaxft.planning.search import search
 from jaxft.planning.shapes import Length, length_of, shapes_of
 
@@ -27,20 +30,45 @@ def plan(config: RunConfig, topology: Topology, *, level: str, prices: str | Non
     """The plan of a config on a topology; with `changes` that would make it fit if it does not. See `jaxft.plan`."""
     price_of(topology.chip.name, prices)  # a missing price is an error before anything is compiled
     hf_config, shapes_from = shapes_of(config)
-    abstract_step = abstract_step_of(config, hf_config, length.steps)
-    step = sharded_step_of(abstract_step, config, topology)
-    costs = measure_run(step, level)
-    result = plan_result(step, costs, level=level, length=length, shapes_from=shapes_from, prices=prices)
+
+    def abstract(changed: RunConfig) -> AbstractStep:
+        return abstract_step_of(changed, hf_config, length.steps)
+
+    step, costs, recomputation = _measured(config, topology, level, abstract)
+    options: dict[str, Any] = {"level": level, "length": length, "shapes_from": shapes_from, "prices": prices}
+    result = plan_result(step, costs, recomputation=recomputation, **options)
     if not result["fits"]:
         result["changes"] = changes_of(
-            lambda changed: abstract_step_of(changed, hf_config, length.steps),
-            step.config,
+            abstract,
+            dataclasses.replace(step.config, model=config.model),
             topology,
             result["hbm_limit_bytes"],
             costs,
-            estimate_run(sharded_step_of(abstract_step, config, topology, real=False)),
+            estimate_run(sharded_step_of(abstract(step.config), step.config, topology, real=False)),
         )
     return result
+
+
+def _measured(
+    config: RunConfig, topology: Topology, level: str, abstract: Callable[[RunConfig], AbstractStep]
+) -> tuple[ShardedStep, RunCosts, Recomputation | None]:
+    """(the step, its costs, the choice of its policy if `model.remat` is `auto`).
+
+    abstract: gives the step of a config. A policy with which the step does not fit is followed by the next one.
+    """
+    if config.model.remat != "auto":
+        step = sharded_step_of(abstract(config), config, topology)
+        return step, measure_run(step, level), None
+    recomputation = recomputation_of(sharded_step_of(abstract(config), config, topology, real=False))
+    while True:
+        changed = with_policy(config, recomputation.policy)
+        step = sharded_step_of(abstract(changed), changed, topology)
+        costs = measure_run(step, level)
+        update, chip = costs.update, topology.chip
+        refused = update.refused is not None or update.memory.peak > chip.hbm_bytes // chip.devices
+        if not refused or not recomputation.after:
+            return step, costs, recomputation
+        recomputation = recomputation.refused()
 
 
 def main(request: str, result: Path) -> ExitCode:

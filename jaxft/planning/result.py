@@ -7,6 +7,7 @@ from typing import Any
 from jaxft.hardware.compile import pairing
 from jaxft.hardware.costs import Costs
 from jaxft.hardware.prices import price_of
+from jaxft.hardware.recomputation import Recomputation
 from jaxft.hardware.roofline import efficiency_of
 from jaxft.planning.job import ShardedStep, StepCosts
 from jaxft.planning.rollout import RunCosts, rollout_result
@@ -28,9 +29,10 @@ def plan_result(
     length: Length,
     shapes_from: str,
     prices: str | None,
+    recomputation: Recomputation | None = None,
 ) -> dict[str, Any]:
     """The plan of a run with this step. length: of the run. shapes_from: where config.json came from, in words. prices:
-    a file, or None for jaxft's table.
+    a file, or None for jaxft's table. recomputation: the choice of `model.remat='auto'`; None if the config chose.
     """
     chip, config, step_costs = step.topology.chip, step.config, costs.update
     limit = step_costs.limit or chip.hbm_bytes // chip.devices
@@ -47,6 +49,8 @@ def plan_result(
         "chips": step.topology.chips,
         "devices_per_chip": chip.devices,
         "mesh": step.mesh.axes,
+        "remat": config.model.remat,
+        "remat_choice": None if recomputation is None else recomputation.describe(),
         "parameters": step.sizes.parameters,
         "adapter_parameters": step.sizes.adapter,
         "batch_size": config.train.batch_size,

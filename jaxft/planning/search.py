@@ -5,13 +5,13 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 from jaxft.config import MeshConfig, RunConfig
-from jaxft.config.model import Remat
 from jaxft.errors import ConfigError
 from jaxft.hardware.chips import CHIPS, Chip
 from jaxft.hardware.prices import price_of
+from jaxft.hardware.recomputation import MARGIN, POLICIES, with_policy
 from jaxft.hardware.topology import ALIASES, Topology, cubic_shape, parse
 from jaxft.nn.attention.splash import fits as kernel_fits
 from jaxft.planning.decoding import Decoding
@@ -25,7 +25,6 @@ from jaxft.planning.result import plan_result
 from jaxft.planning.rollout import decoding_of_run, estimate_run, measure_run
 from jaxft.planning.shapes import Length, shapes_of
 
-MARGIN = 0.9  # share of the memory limit that an estimate may take; candidates above it are not compiled
 LARGEST = 256  # chips of a slice
 # Largest size tried per axis. tensor communicates in every layer; expert sends each row to every shard.
 MOST = {"tensor": 8, "expert": 8, "context": 16}
@@ -214,11 +213,10 @@ def variants(
         for axes in _meshes(devices, length=length, experts=experts):
             rows = topology.count * axes["data"] * axes["fsdp"] * axes["expert"]
             mesh = dataclasses.replace(config.mesh, auto=False, slice=topology.count, **axes)
-            for remat, steps in itertools.product(get_args(Remat), (1, 2, 4, 8, 16, 32)):
+            for policy, steps in itertools.product(POLICIES, (1, 2, 4, 8, 16, 32)):
                 if batch % steps == 0 and batch // steps % rows == 0:
-                    model = dataclasses.replace(config.model, remat=remat)
                     train = dataclasses.replace(config.train, accumulation_steps=steps)
-                    yield dataclasses.replace(config, mesh=mesh, model=model, train=train), topology
+                    yield dataclasses.replace(with_policy(config, policy), mesh=mesh, train=train), topology
 
 
 def splits_rows(length: int, ways: int) -> bool:

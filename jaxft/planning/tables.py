@@ -22,6 +22,8 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
         f"{plan['batch_size']} sequences of {plan['max_length']} a step\n"
         f"{slices}{plan['topology']}, {chips}, {mesh}; {_how(plan)}",
     )
+    if plan["remat_choice"] is not None:
+        say(console, plan["remat_choice"])
     _memory(plan, console)
     if plan["rollout"] is not None:
         _rollout_memory(plan, plan["rollout"], console)

@@ -303,7 +303,9 @@ def _draw_weights(config: RunConfig, folder: Path) -> None:
 def _types(config: RunConfig) -> dict[str, Any]:
     """Options of the model of a run."""
     model = config.model
-    types = {"dtype": model.dtype, "param_dtype": _storage(config), "remat": model.remat}
+    # What trains has its policy by then (runs/memory/recomputation); elsewhere it changes nothing.
+    remat = "none" if model.remat == "auto" else model.remat
+    types = {"dtype": model.dtype, "param_dtype": _storage(config), "remat": remat}
     return types | {"quantization": model.quantization, "trainable": model.trainable}
 
 

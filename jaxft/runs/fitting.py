@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 from flax import nnx
 from rich.console import Console
@@ -21,13 +22,16 @@ from jaxft.config import RunConfig
 from jaxft.errors import BucketError, listed
 from jaxft.files import run_folder
 from jaxft.files.buckets.working_copy import checkpoints_of, push
+from jaxft.hardware.recomputation import Recomputation
 from jaxft.methods import method_of
 from jaxft.methods.method import Feed, Run
 from jaxft.methods.parts.sequences import device_batch, evaluated_weights
 from jaxft.nn.decoder import Decoder
 from jaxft.optim.make import make_schedule
 from jaxft.runs.build import load_frozen, make_step, make_tx, start_state, with_frozen
-from jaxft.runs.identity.record import record_of, write_record
+from jaxft.runs.identity.record import record_of, resumed, write_record
+from jaxft.runs.memory.recomputation import changed, recorded, refused
+from jaxft.runs.memory.shapes import batch_on_mesh
 from jaxft.runs.report import KeptReport
 from jaxft.sharding import distributed
 from jaxft.sharding.processes import is_primary, on_primary
@@ -37,8 +41,8 @@ from jaxft.training.likelihoods import FallingLikelihoods
 from jaxft.training.log import NoLog, RunLog, read_metrics, spans
 from jaxft.training.loop import Cadence, Epochs, Hooks, Period, evaluate, fit
 from jaxft.training.reward_watch import RewardWatch
-from jaxft.training.spikes import SpikeGuard
-from jaxft.training.state import TrainState, saved_part, with_saved
+from jaxft.training.spikes import MEASURED, SpikeGuard
+from jaxft.training.state import TrainState, divide, saved_part, with_saved
 
 # What a step's metrics and answers are logged in. A power cut must not take what a whole step has seen.
 LOGS = (run_folder.METRICS, run_folder.COMPLETIONS, run_folder.HELD_OUT_COMPLETIONS)
@@ -65,7 +69,7 @@ def fit_run(run: Run, loaded: LoadedModel, console: Console) -> Fitted:
         setup.enter_context(run.times.during("setup"))
         if config.adapter.by_data and on_primary(checkpoints.latest_step) is None:
             _initialize_by_data(run, loaded, console)
-        graphdef, state = start_state(config, loaded.module, tx, run.mesh)
+        state = start_state(config, loaded.module, tx, run.mesh)[1]
         state = with_frozen(state, load_frozen(config, run.mesh, loaded.module))
         restored = checkpoints.restore(saved_part(_shapes(state)))
         start, progress, held_out = 0, {}, {}
@@ -84,8 +88,9 @@ def fit_run(run: Run, loaded: LoadedModel, console: Console) -> Fitted:
             if start:
                 log.note(f"going on from step {start} of {run.total_steps}")
                 _tell_missing(run, log, start, logged)
+            jitted = partial(_jitted_step, run, tx, schedule, state)
+            graphdef, step = _recorded_step(run, start, log, *_step_that_fits(run, loaded.module, state, jitted))
             feed = method.feed(run, graphdef)
-            step = _jitted_step(run, graphdef, tx, schedule, state)
             hooks = _hooks(run, graphdef, feed, step, _saver(run, checkpoints, log))
             ended = hooks.early_stopping is not None and hooks.early_stopping.ends(progress)
             if start < run.total_steps and not ended:
@@ -250,13 +255,61 @@ def _shapes(state: TrainState) -> TrainState:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 
+def _step_that_fits(
+    run: Run, model: Decoder, state: TrainState, jitted: Callable[[nnx.GraphDef[Decoder]], jax.stages.Wrapped]
+) -> tuple[nnx.GraphDef[Decoder], jax.stages.Wrapped, Recomputation | None]:
+    """(the graph of the model, its step, the policy that the compiler took if `model.remat` is `auto`).
+
+    jitted: gives the step of a graph.
+    """
+    choice = run.recomputation
+    batch = batch_on_mesh(run.config, run.mesh)
+    limits = () if run.config.train.on_spike == "off" else (np.full(len(MEASURED), np.inf, np.float32),)
+    while True:
+        if choice is not None:
+            model.remat = choice.policy
+        graphdef = divide(model)[0]
+        step = jitted(graphdef)
+        if choice is None or choice.limit is None or not choice.after:
+            return graphdef, step, choice
+        if not refused(step.lower(_shapes(state), batch, *limits), choice.limit):
+            return graphdef, step, choice
+        choice = choice.refused()
+
+
+def _recorded_step(
+    run: Run,
+    start: int,
+    log: RunLog | NoLog,
+    graphdef: nnx.GraphDef[Decoder],
+    step: jax.stages.Wrapped,
+    choice: Recomputation | None,
+) -> tuple[nnx.GraphDef[Decoder], jax.stages.Wrapped]:
+    """The graph and the step, once their policy is in the record, and what is otherwise than before has been said."""
+
+    def keep() -> str | None:
+        record, policy = record_of(run.folder), run.config.model.remat if choice is None else choice.policy
+        note = changed(record.recomputation, policy) if start else None
+        kept = {} if choice is None else recorded(choice, run.mesh)
+        if note is not None or kept != record.recomputation:
+            notes = [] if note is None else [note]
+            write_record(run.folder, replace(resumed(record, start, notes), recomputation=kept))
+        return note
+
+    if choice is not None and choice != run.recomputation:
+        log.note(choice.describe())
+    if note := on_primary(keep):
+        log.note(note)
+    return graphdef, step
+
+
 def _jitted_step(
     run: Run,
-    graphdef: nnx.GraphDef[Decoder],
     tx: optax.GradientTransformation,
     schedule: optax.Schedule,
     state: TrainState,
-) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    graphdef: nnx.GraphDef[Decoder],
+) -> jax.stages.Wrapped:
     step = make_step(run.config, run.model, graphdef, tx, schedule)
     # Without these shardings XLA could lay the new state out differently, and the next step would be compiled again.
     shardings = jax.tree.map(lambda x: x.sharding, state)

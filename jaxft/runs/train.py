@@ -39,6 +39,8 @@ from jaxft.runs.going_on import describe as describe_start
 from jaxft.runs.going_on import going_on
 from jaxft.runs.identity.agreement import check_contents, check_settings
 from jaxft.runs.identity.contents import reads_of
+from jaxft.runs.identity.record import record_of
+from jaxft.runs.memory.recomputation import recomputation_of
 from jaxft.runs.report import KeptReport
 from jaxft.runs.scores import answer, check_scores, samples, score_summary, scores_key, scores_of
 from jaxft.runs.tracking import trackers_of
@@ -102,6 +104,8 @@ def _train(run: Run, console: Console) -> dict[str, Any]:
     config = run.config
     say(console, describe(run))
     print_mixture(run.source, console)
+    if run.recomputation is not None:
+        say(console, run.recomputation.describe())
     for note in run.notes:
         say(console, note, style="yellow")
     console.print()
@@ -191,6 +195,7 @@ def set_up(config: RunConfig) -> Run:
     )
     folder = open_shared(config.output_dir)
     check_shared(folder)
+    before = on_primary(lambda: dict(record_of(folder).recomputation))
     return Run(
         config=config,
         folder=folder,
@@ -199,6 +204,7 @@ def set_up(config: RunConfig) -> Run:
         mesh=mesh,
         model=model,
         source=source,
+        recomputation=recomputation_of(config, model, mesh, steps=source.total_steps, before=before),
         notes=(*describe_start(config), *notes, *(f"warning: {warning}" for warning in [*data_notes(data), *warnings])),
     )
 

@@ -35,7 +35,8 @@ class Record:
     written; None while they are being written. ranked_after: the step after which held-out metrics can be compared
     with each other, because the held-out rows have stayed the same. exported: the step whose weights were scored and
     exported when training ended; None before. times: seconds of earlier starts, by part (`training/goodput.py`), when
-    the run was last resumed. history: what was changed when the run was resumed,
+    the run was last resumed. recomputation: what `model.remat='auto'` took, on which devices and at what cost; empty if
+    the config chose. history: what was changed when the run was resumed,
     oldest first, as `time`, `step` and `change`.
     """
 
@@ -48,6 +49,7 @@ class Record:
     ranked_after: int = 0
     exported: int | None = None
     times: Mapping[str, float] = field(default_factory=dict)
+    recomputation: Mapping[str, Any] = field(default_factory=dict)
     history: tuple[Mapping[str, Any], ...] = ()
 
 
@@ -82,11 +84,13 @@ def _check_types(record: Record) -> None:
     types: dict[str, Any] = {
         "id": str, "created": str, "version": str, "steps": number, "reads": mapping, "exports": mapping,
         "ranked_after": int, "exported": number, "times": mapping,
+        "recomputation": mapping,
     }  # fmt: skip
     wrong = [name for name, kind in types.items() if not isinstance(getattr(record, name), kind)]
     wrong += [f"reads.{key}" for key, one in _items(record.reads) if not _is_read(one)]
     wrong += [f"exports.{key}" for key, one in _items(record.exports) if not _is_export(one)]
     wrong += [f"times.{key}" for key, one in _items(record.times) if not _is_time(one)]
+    wrong += ["recomputation"] if not _is_choice(record.recomputation) else []
     wrong += ["history"] if not all(isinstance(one, Mapping) for one in record.history) else []
     if wrong:
         raise TypeError(f"wrong types in {listed(wrong)}")
@@ -106,6 +110,10 @@ def _is_export(one: Any) -> bool:
 
 def _is_time(one: Any) -> bool:
     return isinstance(one, int | float) and is_finite(one) and one >= 0
+
+
+def _is_choice(one: Any) -> bool:
+    return not one or (isinstance(one, Mapping) and isinstance(one.get("policy"), str) and "device" in one)
 
 
 def write_record(folder: Path, record: Record) -> None:

@@ -39,6 +39,7 @@ from jaxft.runs.folder import dated, refuse_other_base
 from jaxft.runs.going_on import going_on
 from jaxft.runs.identity.agreement import check_contents, check_settings
 from jaxft.runs.identity.contents import reads_of
+from jaxft.runs.memory.recomputation import take_policy
 from jaxft.runs.rewards import GivenRows
 from jaxft.runs.session.folders import SessionFolders, folder_of_state, new_export
 from jaxft.runs.session.losses import SLOPES, check_session, linear_loss, loss_of
@@ -92,6 +93,7 @@ class Session:
         if config.model.random_init:  # the drawn weights are in the folder of the run
             self._open(folder_of(config.output_dir))
         self._loaded = build_model(config, self.mesh, random_base=folder_of(config.output_dir) / run_folder.BASE)
+        take_policy(config, self._loaded.module, self._model, self.mesh)
         tx = make_tx(config, self._loaded.module, self._schedule)
         self._graphdef, self._state = start_state(config, self._loaded.module, tx, self.mesh)
         shardings = jax.tree.map(lambda x: x.sharding, self._state.trainable)
