@@ -207,7 +207,7 @@ def jaxft_column(row_name: str, arguments: argparse.Namespace) -> dict[str, Any]
     )
     command = [
         str(interpreter), "-m", "jaxft.cli", "plan", f"--config={row.config}", f"--topology={row.topology}",
-        f"--config.data.max_length={LENGTH}", f"--config.train.batch_size={row.batch}",
+        f"--config.data.max_length={LENGTH}", f"--config.train.batch_size={row.batch}", "--config.model.remat=full",
         f"--level={arguments.level}", "--json",
     ]  # fmt: skip
     say(f"jaxft: {' '.join(command[2:])}")

@@ -33,8 +33,8 @@ EXTRAS = {
 }  # fmt: skip
 SMALLER = (
     "Lower train.batch_size or data.max_length; keep the batch and raise train.accumulation_steps; let the backward "
-    "pass recompute more (model.remat=full); quantise the base (model.quantization=nf4-dq); or split the model over "
-    "more devices (mesh.fsdp). `jaxft plan` says before a run how much a step needs."
+    "pass recompute more (model.remat=full, or auto); quantise the base (model.quantization=nf4-dq); or split the "
+    "model over more devices (mesh.fsdp). `jaxft plan` says before a run how much a step needs."
 )
 SMALLER_ANSWERS = (
     "Load the model in fewer bits (--dtype=bfloat16, --quantization=nf4-dq), or ask for fewer and shorter answers."

@@ -17,7 +17,7 @@ METHODS = ", ".join(choices(MethodConfig, "name"))
         ({"model.param_dtype": "bf16"}, "model.param_dtype='bf16' is not one of"),
         (
             {"model.remat": "ful"},
-            "model.remat='ful' is not one of none, full, attention, dots, offload. Did you mean 'full'?",
+            "model.remat='ful' is not one of none, full, attention, dots, offload, auto. Did you mean 'full'?",
         ),
         ({"adapter.kind": "lorra"}, "adapter.kind='lorra'.*Did you mean 'lora'?"),
         ({"adapter.init_lora_weights": "pisa"}, "init_lora_weights='pisa' is not one of default, gaussian, pissa"),

@@ -21,6 +21,7 @@ from jaxft.config.mesh import MeshConfig
 from jaxft.data.formats import READERS
 from jaxft.evaluation import scoring
 from jaxft.hardware import analytic
+from jaxft.hardware.recomputation import POLICIES
 from jaxft.hardware.sizes import sizes_of
 from jaxft.methods import method_of
 from jaxft.methods.sft import with_perplexity
@@ -32,7 +33,7 @@ from jaxft.sharding.mesh import make_mesh_plan
 
 
 def test_tables_name_the_choices_of_the_config():
-    assert {"none", *REMAT} == set(choices(ModelConfig, "remat"))
+    assert {"none", *REMAT} == set(POLICIES) == set(choices(ModelConfig, "remat")) - {"auto"}
     assert tuple(FORMATS) == choices(ModelConfig, "quantization")
     assert {"auto", *READERS} == set(choices(DataConfig, "format"))
     assert tuple(scoring._METRICS) == choices(EvalConfig, "metric")
@@ -44,7 +45,7 @@ def test_estimates_know_every_choice_of_recomputation_and_of_types():
     path = {"model.path": str(ASSETS / "smoke"), "model.random_init": True}
     sizes = sizes_of(abstract_model(resolve(with_fields(path))))
     kept = {}
-    for remat in choices(ModelConfig, "remat"):
+    for remat in POLICIES:
         for quantization in (None, *choices(ModelConfig, "quantization")):
             for dtype in choices(ModelConfig, "dtype"):
                 model = {"model.remat": remat, "model.quantization": quantization, "model.dtype": dtype}

@@ -89,10 +89,11 @@ def test_the_kernel_is_plain_attention(form, sinks, sizes, monkeypatch):
 
 def test_long_rows_keep_no_gradient_of_queries_for_each_block_of_keys():
     short, long, local, wide = (
-        splash._block_sizes(length, length, window=window, wide=wide)
-        for length, window, wide in ((4096, None, False), (8192, None, False), (4096, 512, False), (4096, None, True))
+        splash.block_sizes(length, length, window=window, head_dim=head_dim)
+        for length, window, head_dim in ((4096, None, 128), (8192, None, 128), (4096, 512, 128), (4096, None, 256))
     )
-    assert short.use_fused_bwd_kernel and not long.use_fused_bwd_kernel and not wide.use_fused_bwd_kernel
+    assert short.use_fused_bwd_kernel
+    assert not any(sizes.use_fused_bwd_kernel for sizes in (long, local, wide))
     assert [sizes.block_kv for sizes in (short, long, local, wide)] == [1024, 1024, 512, 512]
 
 

@@ -52,6 +52,33 @@ def test_an_adapter_leaves_the_base_without_moments():
     assert plan["steps"] == 1000 and not plan["steps_known"] and "--tokens" in plan["steps_from"]
 
 
+def test_auto_takes_the_cheapest_policy_that_fits():
+    kept = {}
+    for topology, policy in (("h100:8", "none"), ("l4:8", "attention"), ("l4:2", "offload")):
+        plan = kept[topology] = plan_of(config.load(LORA), topology)
+        assert plan["fits"] and plan["remat"] == policy and f"takes '{policy}'" in plan["remat_choice"]
+        named = plan_of(config.load(LORA, [f"model.remat={policy}"]), topology)
+        assert named["remat_choice"] is None
+        for key in ("hbm_peak_bytes", "step_seconds"):
+            assert named[key] == plan[key]
+    assert kept["h100:8"]["hardware_flops_per_step"] < 1.15 * kept["h100:8"]["model_flops_per_step"]
+
+
+def test_a_policy_that_the_compiler_refuses_is_followed_by_the_next(monkeypatch):
+    tried = []
+
+    def measure(step, level):
+        tried.append(step.config.model.remat)
+        known = plan_search.estimate_run(step)
+        refused = "RESOURCE_EXHAUSTED" if len(tried) < 3 else None
+        return dataclasses.replace(known, update=dataclasses.replace(known.update, refused=refused))
+
+    monkeypatch.setattr(planning, "measure_run", measure)
+    plan = plan_of(config.load(LORA), "h100:8")
+    assert tried == ["none", "dots", "attention"] and plan["remat"] == "attention" and plan["fits"]
+    assert "the compiler refused 'dots'" in plan["remat_choice"]
+
+
 def test_a_plan_that_does_not_fit_lists_changes():
     plan = plan_of(config.load(FULL), "h100:1")
     assert not plan["fits"]
@@ -70,7 +97,8 @@ def pasted(path, topology, overrides, change):
 
 NOT_FITTING = {
     "full": (FULL, "h100:1", []),
-    "adapters": (LORA, "l4:2", []),
+    "adapters": (LORA, "l4:2", ["model.remat=full"]),
+    "whatever fits": (LORA, "l4:1", []),
     "everything kept": (LORA, "l4:4", ["model.remat=dots"]),
     "long rows": (LORA, "l4:4", ["data.max_length=65536", "train.batch_size=4"]),
 }

@@ -49,7 +49,7 @@ def kernel(
         mask = masks.CausalMask((queries, keys), shard_count=shards)
     else:
         mask = masks.LocalMask((queries, keys), window_size=(form.window - 1, 0), offset=0, shard_count=shards)
-    sizes = _block_sizes(queries // shards, keys, window=form.window, wide=head_dim > LANES)
+    sizes = block_sizes(queries // shards, keys, window=form.window, head_dim=head_dim)
     return splash.make_splash_mha(
         masks.MultiHeadMask([mask] * heads),
         block_sizes=sizes,
@@ -61,20 +61,22 @@ def kernel(
     )
 
 
-def _block_sizes(queries: int, keys: int, *, window: int | None, wide: bool) -> splash.BlockSizes:
-    """wide: whether heads take more than one row of lanes. Gradients then leave less memory for scores, so that the
-    queries' gradient has a kernel of its own, and the other kernel takes half a block at a time.
+def block_sizes(queries: int, keys: int, *, window: int | None, head_dim: int) -> splash.BlockSizes:
+    """The blocks of the kernel for one device's queries and the keys of whole rows.
+
+    Wide heads take more than one row of lanes. Their gradients leave less memory for scores, so that the queries'
+    gradient has a kernel of its own, and the other kernel takes half a block at a time.
     """
+    wide = head_dim > LANES
     most = SMALL_BLOCK if wide or (window is not None and window < BLOCK) else BLOCK
-    query_block, key_block = _block(most, queries), _block(most, keys)
-    forward = {"block_q": query_block, "block_kv": key_block, "block_kv_compute": key_block}
-    backward = {"block_q_dkv": query_block, "block_kv_dkv": key_block}
-    if not wide and keys // key_block <= MOST_PARTIAL_SUMS:
-        return splash.BlockSizes(**forward, **backward, block_kv_dkv_compute=key_block, use_fused_bwd_kernel=True)
-    part = _block(SMALL_BLOCK // 2, key_block) if wide else key_block
+    rows, columns = _block(most, queries), _block(most, keys)
+    one = not wide and keys // columns <= MOST_PARTIAL_SUMS
     return splash.BlockSizes(
-        **forward, **backward, block_kv_dkv_compute=part, block_q_dq=query_block, block_kv_dq=key_block
-    )
+        block_q=rows, block_kv=columns, block_kv_compute=columns,
+        block_q_dkv=rows, block_kv_dkv=columns,
+        block_kv_dkv_compute=_block(SMALL_BLOCK // 2, columns) if wide else columns,
+        block_q_dq=None if one else rows, block_kv_dq=None if one else columns, use_fused_bwd_kernel=one,
+    )  # fmt: skip
 
 
 def attention(

@@ -46,7 +46,9 @@ def recomputation_of(
     limit = None if None in limits else min(limits)
     platform = devices[0].platform
     shapes = state_shapes(config, model, make_tx(config, model, make_schedule(config.optim, steps)), _hf_config)
-    arguments = device_bytes(on_mesh(shapes, mesh)) + device_bytes(batch_on_mesh(config, mesh))
+    state = on_mesh(shapes, mesh)
+    parts = (state.trainable, state.frozen, state.opt_state, state.method, batch_on_mesh(config, mesh))
+    arguments = device_bytes(parts)
     cut = analytic.cut_of(config, mesh.axes, kernel=platform == "tpu")
     sizes = StepSizes(model=sizes_of(model), references=shapes.references, cut=cut, arguments=arguments)
     estimate = partial(with_recomputation, config, sizes)
