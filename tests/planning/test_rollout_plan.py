@@ -44,7 +44,8 @@ ROLLOUT = {"rollout.slots": 16, "rollout.max_completion_length": 40, "data.max_l
 
 def plan_of(path, topology, overrides):
     # As texts, which is what a pasted option is.
-    run = config.load(path, [f"{field}={value}" for field, value in overrides.items()])
+    options = {"model.remat": "full", **overrides}
+    run = config.load(path, [f"{field}={value}" for field, value in options.items()])
     return planning.plan(run, parse(topology), level="O1", prices=None, length=length_of(run, examples=10_000))
 
 
@@ -261,7 +262,7 @@ def compiled_large():
 
 @pytest.mark.slow
 def test_the_arithmetic_is_close_to_the_compiled_programs(compiled_large):
-    run = config.load(LARGE)
+    run = config.load(LARGE, {"model.remat": "full"})
     step = sharded_step_of(abstract_step_of(run, shapes_of(run)[0], 100), run, parse("v5e:2x4"), real=False)
     estimate = estimate_run(step).rollout
     assert estimate.peak == pytest.approx(compiled_large["hbm_peak_bytes"], rel=0.02)
