@@ -6,8 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
+from jaxft.nn.attention import turning
 from jaxft.nn.attention.rope import Rope, rotate, rotation
+
+AXES = ("slice", "data", "fsdp", "expert", "context", "tensor")
 
 LLAMA3 = Rope(
     theta=5e5, kind="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
@@ -132,3 +136,37 @@ def test_queries_grow_with_their_position_and_keys_do_not():
     plain = rotation(dataclasses.replace(rope, llama_4_scaling_beta=None), 8, jnp.asarray(positions))
     assert plain.queries_BS is None
     np.testing.assert_array_equal(turned.cos_BSF, plain.cos_BSF)
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize("part", [1.0, 0.75, 0.25])
+def test_the_product_for_tpus_is_the_same_rotation(part, pairs):
+    rope = Rope(theta=100.0, partial_rotary_factor=part)
+    x, weight = (jax.random.normal(jax.random.key(seed), (2, 9, 3, 16)) for seed in (0, 1))
+    turns = rotation(rope, 16, jnp.arange(18).reshape(2, 9) * 7)
+
+    def by_product(x):
+        return turning.turned(x, turns.cos_BSF, turns.sin_BSF, pairs=pairs)
+
+    with jax.default_matmul_precision("highest"):
+        for form in (lambda f: f, lambda f: jax.grad(lambda x: jnp.sum(f(x) * weight))):
+            np.testing.assert_allclose(
+                form(by_product)(x), form(lambda x: rotate(x, turns, pairs=pairs))(x), rtol=0, atol=1e-6
+            )
+    # What it multiplies with is exact in bfloat16, so that both forms round once.
+    half = x.astype(jnp.bfloat16)
+    np.testing.assert_array_equal(by_product(half), rotate(half, turns, pairs=pairs))
+
+
+def test_only_tpus_rotate_by_a_product():
+    turns = rotation(Rope(), 16, jnp.arange(9)[None])
+    kinds = (AxisType.Auto,) * len(AXES)
+
+    def products(platform, dtype):
+        device = AbstractDevice(device_kind="any", num_cores=None, platform=platform)
+        mesh = AbstractMesh((1,) * len(AXES), AXES, kinds, abstract_device=device)
+        with jax.sharding.use_abstract_mesh(mesh):
+            return str(jax.make_jaxpr(lambda x: rotate(x, turns))(jnp.zeros((1, 9, 3, 16), dtype))).count("dot_general")
+
+    assert products("tpu", jnp.bfloat16) == 1
+    assert products("cpu", jnp.bfloat16) == products("gpu", jnp.bfloat16) == products("tpu", jnp.float32) == 0

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.errors import ModelError
+from jaxft.nn import partition
+from jaxft.nn.attention.turning import turned
 
 MOST = 1e15  # of any number of a rope; larger ones leave float32's range in the formulas
 
@@ -359,11 +361,13 @@ def rotate(x_BSNH: jax.Array, rotation: Rotation, *, pairs: bool = False) -> jax
 
     pairs: the pairs are (x[2 f], x[2 f + 1]) instead. Dimensions from 2 F on are unchanged.
     """
+    if partition.platform() == "tpu" and x_BSNH.dtype == jnp.bfloat16:
+        return turned(x_BSNH, rotation.cos_BSF, rotation.sin_BSF, pairs=pairs)
     cos, sin = rotation.cos_BSF[:, :, None, :], rotation.sin_BSF[:, :, None, :]
     rotated = 2 * cos.shape[-1]
     x32 = x_BSNH[..., :rotated].astype(jnp.float32)
     first, second = (x32[..., 0::2], x32[..., 1::2]) if pairs else jnp.split(x32, 2, axis=-1)
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    out = jnp.stack(turned, axis=-1).reshape(x32.shape) if pairs else jnp.concatenate(turned, axis=-1)
+    both = (first * cos - second * sin, second * cos + first * sin)
+    out = jnp.stack(both, axis=-1).reshape(x32.shape) if pairs else jnp.concatenate(both, axis=-1)
     out = out.astype(x_BSNH.dtype)
     return out if rotated == x_BSNH.shape[-1] else jnp.concatenate([out, x_BSNH[..., rotated:]], axis=-1)

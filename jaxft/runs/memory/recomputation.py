@@ -43,7 +43,8 @@ def recomputation_of(
         return None
     devices = list(mesh.mesh.devices.flat)
     limits = gather(memory_limit(devices))
-    limit = None if None in limits else min(limits)
+    known = [limit for limit in limits if limit is not None]
+    limit = min(known) if len(known) == len(limits) else None
     platform = devices[0].platform
     shapes = state_shapes(config, model, make_tx(config, model, make_schedule(config.optim, steps)), _hf_config)
     state = on_mesh(shapes, mesh)
@@ -132,9 +133,9 @@ def _without_limit(platform: str) -> tuple[Policy, str]:
 
 
 def _as_before(now: Recomputation, before: Mapping[str, Any], place: Mapping[str, Any]) -> Recomputation:
-    policy = before.get("policy")
-    same = policy in POLICIES and all(before.get(name) == value for name, value in place.items())
-    if not same or policy == now.policy:
+    policy = next((one for one in POLICIES if one == before.get("policy")), None)
+    same = all(before.get(name) == value for name, value in place.items())
+    if policy is None or policy == now.policy or not same:
         return now
     after = POLICIES[POLICIES.index(policy) + 1 :]
     return dataclasses.replace(now, policy=policy, after=after, why="these devices took it before")
