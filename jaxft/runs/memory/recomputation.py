@@ -59,7 +59,7 @@ def recomputation_of(
         policy, why = _without_limit(platform)
         products = {name: estimate(name)[1] for name in POLICIES}
         chosen = Recomputation(policy=policy, peaks={}, limit=None, products=products, why=why)
-    return _as_before(chosen, before or {}, place_of(mesh))
+    return _as_before(chosen, before or {}, devices_of(mesh))
 
 
 def take_policy(config: RunConfig, module: Decoder, model: Decoder, mesh: MeshPlan) -> None:
@@ -70,7 +70,7 @@ def take_policy(config: RunConfig, module: Decoder, model: Decoder, mesh: MeshPl
         log.info("%s", choice.describe())
 
 
-def place_of(mesh: MeshPlan) -> dict[str, Any]:
+def devices_of(mesh: MeshPlan) -> dict[str, Any]:
     """The devices of a run, as a record keeps them."""
     return {"device": mesh.mesh.devices.flat[0].device_kind, "axes": dict(mesh.axes)}
 
@@ -83,7 +83,7 @@ def recorded(recomputation: Recomputation, mesh: MeshPlan) -> dict[str, Any]:
         "peak_bytes": recomputation.peaks.get(policy),
         "limit_bytes": recomputation.limit,
         "products": round(recomputation.products[policy], 4),
-        **place_of(mesh),
+        **devices_of(mesh),
     }
 
 
@@ -132,9 +132,9 @@ def _without_limit(platform: str) -> tuple[Policy, str]:
     return UNLIMITED, f"this {platform} does not tell how much memory it has. Set another policy if it has enough"
 
 
-def _as_before(now: Recomputation, before: Mapping[str, Any], place: Mapping[str, Any]) -> Recomputation:
+def _as_before(now: Recomputation, before: Mapping[str, Any], devices: Mapping[str, Any]) -> Recomputation:
     policy = next((one for one in POLICIES if one == before.get("policy")), None)
-    same = all(before.get(name) == value for name, value in place.items())
+    same = all(before.get(name) == value for name, value in devices.items())
     if policy is None or policy == now.policy or not same:
         return now
     after = POLICIES[POLICIES.index(policy) + 1 :]

@@ -2,7 +2,6 @@
 
 # B rows of a batch, S sequence, n trained tokens of a row
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ from flax import nnx
 
 from jaxft.adapters.attach import adapters, virtual_modules
 from jaxft.checkpoint.resume import RunCheckpoints
-from jaxft.config import RunConfig, with_overrides
+from jaxft.config import RunConfig
 from jaxft.data import tokenizer_of
 from jaxft.data.batch import Batch
 from jaxft.data.prompts import Prompt, read_prompts
@@ -53,12 +52,12 @@ from jaxft.runs.session.rows import (
     policy_rows,
     with_numbers,
 )
+from jaxft.runs.session.settings import config_of, course_of
 from jaxft.sharding.arrays import from_rows, to_host
 from jaxft.sharding.processes import is_multi_process, on_primary
 from jaxft.training.state import TrainState, saved_part, with_saved
 from jaxft.training.step import make_gradients, make_update
 
-NO_SET = "(rows given to a Session)"  # what stands for the training set in the config of a model path
 # (the log-probabilities of the trained tokens of each row, [n] each) -> (sum over units, number of units)
 LossOfLogprobs = Callable[[list[jax.Array]], tuple[jax.Array | float, jax.Array | float]]
 
@@ -76,7 +75,7 @@ class Session:
     """
 
     def __init__(self, model: RunConfig | str, overrides: Mapping[str, Any] | None = None) -> None:
-        config = _config(model, overrides or {})
+        config = config_of(model, overrides or {})
         check_settings(config)
         config = going_on(config)
         check_session(config)
@@ -88,7 +87,7 @@ class Session:
         self._model = abstract_model(config)
         self.mesh = make_mesh(config, self._model, jax.devices())
         self.mesh.check_batch(config.train.batch_size // config.train.accumulation_steps)
-        self._schedule = make_schedule(*_course(config))
+        self._schedule = make_schedule(*course_of(config))
         self._folders = SessionFolders()
         if config.model.random_init:  # the drawn weights are in the folder of the run
             self._open(folder_of(config.output_dir))
@@ -384,18 +383,3 @@ def _restored(shapes: Any, checkpoints: RunCheckpoints, step: int) -> tuple[Any,
 def _metrics(sums: LossSums) -> dict[str, float]:
     means = sums.means() | {"num_tokens": sums.tokens, "trained_tokens": sums.trained_tokens}
     return {name: float(value) for name, value in jax.device_get(means).items()}
-
-
-def _config(model: RunConfig | str, overrides: Mapping[str, Any]) -> RunConfig:
-    if isinstance(model, str):
-        return with_overrides({"model.path": model, "data.train": NO_SET, **overrides})
-    if overrides:
-        raise ConfigError("overrides belong to a model path: give them to jaxft.get_config with the config")
-    return model
-
-
-def _course(config: RunConfig) -> tuple[Any, int]:
-    """(settings of the schedule, its steps): constant after the warm-up if the session has no number of steps."""
-    if config.train.steps is not None:
-        return config.optim, config.train.steps
-    return dataclasses.replace(config.optim, schedule="constant", warmup_ratio=None), 2**31
