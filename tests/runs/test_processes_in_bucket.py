@@ -120,6 +120,17 @@ def when(server: BucketServer, name: str, act: Callable[[], None]) -> Callable[[
     return rule
 
 
+def killed_at(server: BucketServer, moment: str, group: Group) -> None:
+    """All processes are killed before the first write of an object whose name ends so."""
+
+    def kill() -> None:
+        for member in group.members:
+            member.kill()
+
+    with server.failing(when(server, moment, kill)):
+        assert set(group.codes()) == {-9}, group.said(0)
+
+
 @pytest.mark.parametrize(
     ("moment", "victims", "step"),
     [("4.saving", (0, 1), 2), ("4.saving", (1,), 2), ("adapter.jaxft.partial/adapter_model.safetensors", (0,), 6)],
@@ -155,13 +166,7 @@ def test_another_start_finds_what_the_first_one_compiled(server: BucketServer, h
         return {name for name in entries if "train_step" in name}
 
     with hosts.start("gs://bucket/kept", **{"export.merged": False}) as group:
-
-        def kill() -> None:
-            for member in group.members:
-                member.kill()
-
-        with server.failing(when(server, "4/manifest.json", kill)):
-            assert group.codes() == [-9, -9]
+        killed_at(server, "4/manifest.json", group)
     kept, before = steps(), len(server.requests)
     assert len(kept) == 1
     with hosts.start("gs://bucket/kept", **{"export.merged": False}) as group:
@@ -174,9 +179,12 @@ def test_another_start_finds_what_the_first_one_compiled(server: BucketServer, h
 def test_a_run_goes_on_with_one_process_and_with_two(
     server: BucketServer, hosts: Hosts, local: Path, tmp_path: Path
 ) -> None:
-    for steps, processes in ((2, 2), (4, 1), (6, 2)):
-        with hosts.start("gs://bucket/counts", processes, **{"train.steps": steps}) as group:
-            group.finish()
+    for processes, moment in ((2, "4.saving"), (1, "6.saving")):
+        with hosts.start("gs://bucket/counts", processes) as group:
+            killed_at(server, moment, group)
+    with hosts.start("gs://bucket/counts", 2) as group:
+        group.finish()
+        assert "going on from step 4 of 6" in group.said(0)
     ours = fetched(server, "counts", tmp_path / "copy")
     assert_same(ours, local, "adapter/adapter_model.safetensors", "merged/model.safetensors")
 
