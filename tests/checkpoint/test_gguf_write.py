@@ -549,6 +549,8 @@ def test_keys_of_layers_that_share_are_left_out_and_told_of(tmp_path):
 def test_every_family_is_written():
     families = set(models.families()) - {"gemma3n_text"}
     assert families == WRITTEN - {"kimi_k2"}
+    with pytest.raises(ExportError, match="model_type 'gemma3n_text' is not written to GGUF"):
+        family_of({"model_type": "gemma3n_text"})
     assert {fields["model_type"] for fields in CONFIGS.values()} >= families - {"gemma4_unified_text"}
 
 

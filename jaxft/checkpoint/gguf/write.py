@@ -142,8 +142,8 @@ def _check_adapted(family: Family, tensors: Iterable[str]) -> None:
     if passed_by:
         raise ExportError(
             f"llama.cpp's {family.arch} passes an adapter on {', '.join(passed_by)} by without a word "
-            f"({', '.join(family.whole[name] for name in passed_by)}), so no GGUF adapter is written. Merge it "
-            "instead: jaxft convert with --to=gguf"
+            f"({', '.join(family.whole[name] for name in passed_by)}), so no GGUF adapter is written. Leave it out of "
+            "adapter.target_modules, or merge the adapter: jaxft convert with --to=gguf"
         )
 
 
