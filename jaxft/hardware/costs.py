@@ -9,7 +9,15 @@ import numpy as np
 
 from jaxft.hardware.groups import axes_of, between_slices, groups_of
 from jaxft.hardware.hlo import HOST, Array, Computation, Instruction, Module
-from jaxft.hardware.products import convolution_flops, dot_flops, kernel_flops, ragged_flops, target_of
+from jaxft.hardware.products import (
+    convolution_flops,
+    dequantized_weights,
+    dot_flops,
+    kernel_flops,
+    ragged_flops,
+    target_of,
+    tiled_weights,
+)
 from jaxft.hardware.trips import trip_count
 
 # Instructions without cost: they only name data that is there already.
@@ -23,10 +31,16 @@ Channels = set[tuple[int | None, str]]  # (channel id, kind) of the collectives 
 
 
 class Work(NamedTuple):
-    """FLOPs of one instruction, and bytes of main memory that it reads and writes."""
+    """FLOPs of one instruction, and bytes of main memory that it reads and writes.
+
+    dequantized: NF4 weights that it makes dense for main memory. tiled: those that a kernel makes dense in vector
+    memory, once for each block of rows. Other vector work is not counted.
+    """
 
     flops: int
     bytes: int
+    dequantized: int = 0
+    tiled: int = 0
 
 
 class Transfer(NamedTuple):
@@ -57,6 +71,16 @@ class Costs:
     def hbm_bytes(self) -> int:
         """Bytes read and written in main memory."""
         return sum(work.bytes * times for work, times in self.work.items())
+
+    @property
+    def dequantized(self) -> int:
+        """NF4 weights made dense for main memory."""
+        return sum(work.dequantized * times for work, times in self.work.items())
+
+    @property
+    def tiled(self) -> int:
+        """NF4 weights made dense in vector memory."""
+        return sum(work.tiled * times for work, times in self.work.items())
 
     @property
     def collective_bytes(self) -> int:
@@ -173,10 +197,12 @@ class _Counter:
         elif code == "fusion":
             inner = self._inner(instruction, "calls")
             flops = self._count_inside(out, inner, channels)
-            out.work[Work(flops, self._fusion_bytes(computation, instruction, inner))] += 1
+            dequantized = self._dequantized_inside(inner)
+            out.work[Work(flops, self._fusion_bytes(computation, instruction, inner), dequantized)] += 1
         else:
-            flops = self._flops(out, computation, instruction)
-            out.work[Work(flops, self._plain_bytes(computation, instruction))] += 1
+            flops, moved = self._flops(out, computation, instruction), self._plain_bytes(computation, instruction)
+            tiled = tiled_weights(instruction, self._operand_arrays(computation, instruction))
+            out.work[Work(flops, moved, dequantized_weights(instruction), tiled)] += 1
             out.host_bytes += self._host_bytes(computation, instruction)
 
     def _inner(self, instruction: Instruction, attribute: str) -> Computation:
@@ -207,6 +233,15 @@ class _Counter:
                 flops += self._flops(out, computation, instruction)
         return flops
 
+    def _dequantized_inside(self, computation: Computation) -> int:
+        """NF4 weights that a fusion makes dense."""
+        return sum(
+            self._dequantized_inside(self._inner(instruction, "calls"))
+            if instruction.opcode == "fusion"
+            else dequantized_weights(instruction)
+            for instruction in computation.instructions.values()
+        )
+
     def _is_reduce_scatter(self, computation: Computation, reduced: Instruction) -> bool:
         """Whether each device keeps only its part of an all-reduce, which is a reduce-scatter in TPU programs."""
         if "all-reduce-scatter" in computation.name:
@@ -220,7 +255,7 @@ class _Counter:
             return 0
         operands = [self._arrays(computation, name) for name in instruction.operands]
         if code == "custom-call":
-            flops = kernel_flops(instruction, [array for arrays in operands for array in arrays], self.filled)
+            flops = kernel_flops(instruction, self._operand_arrays(computation, instruction), self.filled)
             if flops is None:
                 out.unknown.add(
                     f"FLOPs of {target_of(instruction)} in {instruction.scope or 'the step'}: counted as none"
@@ -232,6 +267,9 @@ class _Counter:
         if code == "ragged-dot":
             return int(ragged_flops(left, right) * self.filled)
         return convolution_flops(instruction.arrays[0], left, right, instruction.attributes)
+
+    def _operand_arrays(self, computation: Computation, instruction: Instruction) -> list[Array]:
+        return [array for name in instruction.operands for array in self._arrays(computation, name)]
 
     def _arrays(self, computation: Computation, name: str) -> tuple[Array, ...]:
         instruction = computation.instructions.get(name)

@@ -1,7 +1,7 @@
 """FLOPs of one instruction: matrix products, convolutions, and kernels, which XLA's cost analysis cannot read.
 
-A multiplication with its addition counts as two. Everything else (norms, softmax, optimizer) is bound by memory and
-counted in bytes only.
+A multiplication with its addition counts as two. Of vector work, dequantised NF4 weights are counted. Everything else
+(norms, softmax, optimizer) is bound by memory and counted in bytes only.
 """
 
 # N heads, S queries, T keys, H head_dim; R rows sorted by expert, E experts, I in, O out
@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxft.hardware.hlo import Array, Instruction
+from jaxft.quant.nf4 import SCOPE as DENSE_NF4
+from jaxft.quant.nf4_matmul import NAME as NF4_MATMUL
 
 # Matrix products of a splash kernel, each of S x T x H. Forward: scores and output. Backward: recomputed scores, then
 # gradients of weights, keys and values (dkv), of weights and queries (dq), or of all (a dkv kernel that also gives dq).
@@ -88,6 +90,8 @@ def kernel_flops(call: Instruction, operands: Sequence[Array], filled: float = 1
         return 0
     if re.search(r"ragged-dot[\w-]*$", call.scope):
         return int(_ragged_kernel_flops(call.arrays[0], operands) * filled)
+    if _nf4_block_rows(call) is not None:
+        return 2 * operands[0].elements * call.arrays[0].dims[-1]
     splash = re.search(r"splash_m[hq]a_(fwd|dkv|dq)", f"{call.name} {call.scope}")
     if splash is None:
         return None
@@ -98,6 +102,27 @@ def kernel_flops(call: Instruction, operands: Sequence[Array], filled: float = 1
     queries, keys, heads_and_rows = q.dims[-2], k.dims[-2], math.prod(q.dims[:-2])
     share = _visited_share(call, operands, queries, keys)
     return int(SPLASH[kind] * 2 * heads_and_rows * queries * keys * q.dims[-1] * share)
+
+
+def dequantized_weights(instruction: Instruction) -> int:
+    """NF4 weights that an instruction makes dense: the elements of its product with their scales."""
+    is_last = instruction.opcode == "multiply" and DENSE_NF4 in instruction.scope
+    return instruction.arrays[0].elements if is_last else 0
+
+
+def tiled_weights(call: Instruction, operands: Sequence[Array]) -> int:
+    """NF4 weights that a custom call makes dense in vector memory, once for each block of rows; 0 for other calls."""
+    rows = _nf4_block_rows(call)
+    if rows is None:
+        return 0
+    left, codes = operands[:2]
+    return 2 * codes.elements * (left.elements // left.dims[-1] // rows)
+
+
+def _nf4_block_rows(call: Instruction) -> int | None:
+    """The rows in a block of the kernel for NF4; None for other calls."""
+    match = re.search(rf"{NF4_MATMUL}_(\d+)", f"{call.name} {call.scope}") if call.opcode == "custom-call" else None
+    return None if match is None else int(match[1])
 
 
 def _ragged_kernel_flops(result: Array, operands: Sequence[Array]) -> int:

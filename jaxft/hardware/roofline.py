@@ -31,6 +31,11 @@ class Efficiency:
 # what GPUs usually reach.
 PRODUCTS = {"v4": 0.7, "v5e": 0.79, "v5p": 0.75, "v6e": 0.5, "tpu7x": 0.5}
 GPU_PRODUCTS = 0.6
+# NF4 weights that a chip makes dense in a second, for main memory and in tiles of a kernel; neither overlaps products.
+# From the compiler: cycles of a product with such weights, or instructions of the kernel in blocks of 2,048 rows, above
+# the cycles of the same product with bfloat16 (docs/quantization.md has them). For main memory v5p is not compiled: it
+# has two cores like that of v5e, at its own clock.
+DEQUANTIZED_PER_SECOND = {"v5e": (2.0e10, 3.2e11), "v5p": (4.7e10, 7.0e11), "v6e": (3.2e10, 2.1e11)}
 
 
 def efficiency_of(chip: Chip) -> Efficiency:
@@ -42,19 +47,21 @@ def efficiency_of(chip: Chip) -> Efficiency:
 class StepTime:
     """Seconds of one step on one chip.
 
-    products, memory: of either alone; the two overlap. network: of communication alone, by mesh axes. exposed: the part
+    products, memory: of either alone; the two overlap. dequantizing: of making NF4 weights dense, for which products
+    wait. network: of communication alone, by mesh axes. exposed: the part
     of communication that does not overlap computation.
     """
 
     products: float
     memory: float
+    dequantizing: float
     network: Mapping[str, float]
     exposed: float
 
     @property
     def busy(self) -> float:
         """Seconds of computation."""
-        return max(self.products, self.memory)
+        return max(self.products + self.dequantizing, self.memory)
 
     @property
     def total(self) -> float:
@@ -66,7 +73,7 @@ class StepTime:
         """The resource that limits the step: compute, memory or network."""
         if self.exposed > self.busy:
             return "network"
-        return "compute" if self.products >= self.memory else "memory"
+        return "compute" if self.products + self.dequantizing >= self.memory else "memory"
 
 
 def step_time(
@@ -80,6 +87,7 @@ def step_time(
     efficiency = efficiency or efficiency_of(chip)
     products = costs.flops / (chip.flops / chip.devices * efficiency.products)
     memory = costs.hbm_bytes / (chip.hbm_bandwidth / chip.devices * efficiency.memory)
+    dequantizing = dequantizing_seconds(costs, chip)
     network: dict[str, float] = {}
     for transfer, times in costs.transfers.items():
         # A group along several axes uses the fastest links among them, but has to wait for the network between slices.
@@ -88,8 +96,20 @@ def step_time(
         name = "+".join(transfer.axes)
         network[name] = network.get(name, 0.0) + times * transfer.bytes / (speed * efficiency.network)
     communication = sum(network.values())
-    exposed = communication - min(efficiency.overlap * communication, max(products, memory))
-    return StepTime(products=products, memory=memory, network=network, exposed=exposed)
+    hidden = min(efficiency.overlap * communication, max(products + dequantizing, memory))
+    return StepTime(
+        products=products, memory=memory, dequantizing=dequantizing, network=network, exposed=communication - hidden
+    )
+
+
+def dequantizing_seconds(costs: Costs, chip: Chip) -> float:
+    """Seconds in which one device makes NF4 weights dense; 0 for chips of which it is not known."""
+    rates = DEQUANTIZED_PER_SECOND.get(chip.name)
+    if rates is None:
+        return 0.0
+    return sum(
+        count / (rate / chip.devices) for count, rate in zip((costs.dequantized, costs.tiled), rates, strict=True)
+    )
 
 
 def axis_bandwidths(topology: Topology, axes: Mapping[str, int], coordinates: np.ndarray | None) -> dict[str, float]:

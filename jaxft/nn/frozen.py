@@ -7,8 +7,12 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
-from jaxft.quant import QuantizedArray
+from jaxft.nn import partition
+from jaxft.nn.partition import Dimensions
+from jaxft.quant import QuantizedArray, nf4_matmul
+from jaxft.quant.nf4 import NF4
 
 # (x [..., I], dense kernel [..., I, O], *indices) -> [..., O]. Linear in x; its transpose is the same product with the
 # transposed kernel.
@@ -48,3 +52,62 @@ def _backward(product: Product, layout: Layout, residuals: Residuals, grad: jax.
 
 
 frozen_product.defvjp(_forward, _backward)
+
+
+ROWS: Dimensions = ("batch", "sequence", None)
+# The fewest rows in a block with which the kernel for NF4 is faster than dense weights in main memory, by kind of TPU:
+# docs/quantization.md has the cycles. Other kinds keep the dense form.
+FEWEST_ROWS = (("TPU v5", 1024), ("TPU v6", 2048))
+
+
+def suits_tiles(x: jax.Array, kernel: QuantizedArray) -> bool:
+    """Whether `tiled_product` computes x @ kernel, and its gradient, in less time than `frozen_product` does."""
+    if not isinstance(kernel, NF4) or x.dtype != jnp.bfloat16 or partition.platform() != "tpu":
+        return False
+    if not partition.is_unsharded() and (x.ndim != 3 or not _rows_are_whole(x)):
+        return False
+    kind = partition.device_kind()
+    fewest = next((rows for name, rows in FEWEST_ROWS if kind.startswith(name)), None)
+    rows = x.size // x.shape[-1]
+    if not partition.is_unsharded():
+        rows //= partition.shards("batch") * partition.shards("sequence")
+    block = nf4_matmul.block_rows(rows, kernel, x.dtype.itemsize)
+    return fewest is not None and block is not None and block >= fewest
+
+
+def _rows_are_whole(x_BSI: jax.Array) -> bool:
+    """Whether every device has all inputs and outputs of its rows, and as many rows as any other."""
+    batch, length, _ = x_BSI.shape
+    even = batch % partition.shards("batch") == 0 and length % partition.shards("sequence") == 0
+    return even and partition.shards("tensor") == 1
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def tiled_product(layout: Layout, x: jax.Array, kernel: NF4, interpret: bool = False) -> jax.Array:
+    """x [..., I] @ kernel [I, O], whose tiles are dequantised in vector memory (`nf4_matmul`), never in main memory.
+
+    layout: brings the codes to every device, as in `frozen_product`. Only the codes are kept for the backward pass. The
+    kernel gets no gradient. interpret: run without a TPU.
+    """
+    return _tiled(layout, x, kernel, transposed=False, interpret=interpret)
+
+
+def _tiled(layout: Layout, x: jax.Array, kernel: NF4, *, transposed: bool, interpret: bool) -> jax.Array:
+    multiply = partial(nf4_matmul.matmul, transposed=transposed, interpret=interpret)
+    # The barrier delays the transfer of codes until x is computed.
+    x, whole = jax.lax.optimization_barrier((x, layout(kernel)))
+    if partition.is_unsharded():
+        return multiply(x, whole)
+    rows = partition.spec(x.shape, ROWS)
+    return jax.shard_map(multiply, in_specs=(rows, P()), out_specs=rows, check_vma=False)(x, whole)
+
+
+def _tiled_forward(layout: Layout, x: jax.Array, kernel: NF4, interpret: bool) -> tuple[jax.Array, NF4]:
+    return tiled_product(layout, x, kernel, interpret), kernel
+
+
+def _tiled_backward(layout: Layout, interpret: bool, kernel: NF4, grad: jax.Array) -> tuple[jax.Array, None]:
+    return _tiled(layout, grad, kernel, transposed=True, interpret=interpret), None
+
+
+tiled_product.defvjp(_tiled_forward, _tiled_backward)

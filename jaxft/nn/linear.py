@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxft.nn import partition
 from jaxft.nn.adapter import Adapter, EmbeddingAdapter
-from jaxft.nn.frozen import frozen_product
+from jaxft.nn.frozen import frozen_product, suits_tiles, tiled_product
 from jaxft.nn.partition import Dimensions
 from jaxft.nn.storage import StorageDims
 from jaxft.quant import QuantizedArray
@@ -36,7 +36,10 @@ def product(x: jax.Array, kernel: jax.Array | QuantizedArray, tp_side: TPSide) -
     devices: float32 if the kernel is float32, the narrower dtype if `training.step` rounded the kernel first.
     """
     if isinstance(kernel, QuantizedArray):
-        return frozen_product(jnp.matmul, partial(_gather_codes, tp_side), x, kernel)
+        layout = partial(_gather_codes, tp_side)
+        if suits_tiles(x, kernel):
+            return tiled_product(layout, x, kernel)
+        return frozen_product(jnp.matmul, layout, x, kernel)
     if kernel.dtype == x.dtype and partition.platform() == "cpu" and partition.is_unsharded():
         return _product_on_cpu(x, kernel)
     if kernel.dtype == x.dtype:

@@ -45,6 +45,12 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def device_kind() -> str:
+    """What JAX calls a device of the ambient mesh, such as `TPU v5 lite`. It may be abstract, as for `platform`."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.devices()[0].device_kind if device is None else device.device_kind
+
+
 def shards(dimension: Dimension) -> int:
     """The number of parts into which the ambient mesh splits a dimension."""
     count = 1

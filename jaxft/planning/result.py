@@ -8,7 +8,7 @@ from jaxft.hardware.compile import pairing
 from jaxft.hardware.costs import Costs
 from jaxft.hardware.prices import price_of
 from jaxft.hardware.recomputation import Recomputation
-from jaxft.hardware.roofline import efficiency_of
+from jaxft.hardware.roofline import DEQUANTIZED_PER_SECOND, efficiency_of
 from jaxft.planning.job import ShardedStep, StepCosts
 from jaxft.planning.rollout import RunCosts, rollout_result
 from jaxft.planning.shapes import Length
@@ -75,6 +75,11 @@ def _unknown(step: ShardedStep, costs: RunCosts) -> list[str]:
     if rollout is not None:
         counted |= rollout.sampling.prefill.unknown | rollout.sampling.decode.unknown
     unknown = [*sorted(counted), *ALWAYS_UNKNOWN]
+    chip = step.topology.chip.name
+    if (step.config.model.quantization or "").startswith("nf4") and (
+        not step_costs.compiled or chip not in DEQUANTIZED_PER_SECOND
+    ):
+        unknown.insert(0, f"the time in which {chip} dequantises NF4: none is in the hours")
     if rollout is not None and step.config.method.chosen.ROWS == "prompts":
         unknown.insert(0, "the time of reward functions: none is in the hours")
         if step.config.rollout.environment is not None:
@@ -127,6 +132,7 @@ def _time(step: ShardedStep, costs: RunCosts, length: Length) -> dict[str, Any]:
         "step_parts": {
             "products": time.products,
             "memory": time.memory,
+            "dequantizing": time.dequantizing,
             "busy": time.busy,
             "network": dict(time.network),
             "network_exposed": time.exposed,

@@ -25,6 +25,7 @@ LEVELS = np.array(
     ],
     np.float32,
 )  # fmt: skip
+SCOPE = "nf4_dense"  # of the multiplication with scales in compiled programs: one for each dequantised weight
 MIDDLES = (LEVELS[1:] + LEVELS[:-1]) / np.float32(2)
 
 
@@ -50,7 +51,10 @@ class NF4(QuantizedArray):
         # kernel before the loop over layers, and keep it.
         packed, levels = jax.lax.optimization_barrier((self.codes, jnp.asarray(LEVELS)))
         scales = dense_scales(self.scales)[..., None, None, :]
-        return (select(unpack(packed), list(levels)) * scales).astype(dtype).reshape(self.shape)
+        values = select(unpack(packed), list(levels))
+        with jax.named_scope(SCOPE):
+            weights = values * scales
+        return weights.astype(dtype).reshape(self.shape)
 
     def map_arrays(self, change: Callable[[jax.Array], jax.Array]) -> Self:
         codes, scales = change(self.codes), self.scales

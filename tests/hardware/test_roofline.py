@@ -27,6 +27,14 @@ def test_products_and_memory_overlap():
     assert time.busy == time.total == pytest.approx(3) and time.bound == "memory"
 
 
+def test_products_wait_for_weights_that_are_dequantised():
+    costs = Costs()
+    costs.work[Work(int(197e12), 0, dequantized=int(1e10), tiled=int(1.6e11))] += 1
+    time = step_time(costs, parse("v5e:1x1"), {}, WHOLE)
+    assert time.dequantizing == pytest.approx(0.5 + 0.5) and time.busy == pytest.approx(2)
+    assert step_time(costs, parse("h100:1"), {}, WHOLE).dequantizing == 0
+
+
 def test_two_devices_of_a_chip_share_its_peaks():
     costs = Costs()
     costs.work[Work(int(2307e12), 0)] += 1

@@ -1,8 +1,7 @@
 """A Pallas kernel for products with NF4 weights on TPUs: tiles are dequantised in vector memory, never in main memory.
 
 The arithmetic is that of XLA's form, `NF4.dense` and a product, with sums over tiles in float32. The kernel works on
-arrays of one device; on a mesh, call it in `jax.shard_map`. No layer of jaxft uses it: docs/quantization.md has the
-measurement.
+arrays of one device; on a mesh, call it in `jax.shard_map`.
 """
 
 # M rows, I inputs, O outputs, N blocks of 64 inputs
@@ -19,41 +18,37 @@ from jaxft.quant.nf4 import LEVELS, NF4, select
 from jaxft.quant.nibbles import BLOCK
 from jaxft.quant.scales import dense_scales
 
+LANES = 128
 # A tile of weights is 512 inputs, whose 8 scales per output fill a register, by at most 512 outputs. It is dequantised
-# once for each block of rows: with a thousand rows, the product takes longer than that.
-INPUTS, OUTPUTS, ROWS, LANES = 512, 512, 1024, 128
+# once for each block of rows, so blocks of few rows would spend more time on that than on the product.
+INPUTS, OUTPUTS = 512, 512
+FEWEST_ROWS, MOST_ROWS = 1024, 4096
+# Bytes of vector memory for the blocks of a product. libtpu gives a kernel 16 MiB; the tile of weights needs the rest.
+BLOCK_BYTES = 13 * 2**20
+NAME = "nf4_matmul"  # in compiled programs, followed by the number of rows in a block
 
 
-def fits(rows: int, kernel: NF4) -> bool:
-    """Whether a product of this many rows with the kernel divides into whole tiles."""
-    inputs, outputs = kernel.shape[-2:]
-    return kernel.ndim == 2 and rows % LANES == 0 and inputs % INPUTS == 0 and outputs % LANES == 0
+def block_rows(rows: int, kernel: NF4, itemsize: int) -> int | None:
+    """The rows in a block of a product of this many rows with the kernel; None if it does not divide into whole tiles.
 
-
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def matmul(x: jax.Array, kernel: NF4, interpret: bool = False) -> jax.Array:
-    """x [..., I] @ kernel [I, O] -> [..., O] in x's dtype. The kernel has no gradient.
-
-    interpret: run without a TPU. Sizes must be such that `fits` is True.
+    itemsize: bytes of a number of the rows. The block is the largest that divides the rows and fits the memory.
     """
-    return _product(x, kernel, transposed=False, interpret=interpret)
+    inputs, outputs = kernel.shape[-2:]
+    if kernel.ndim != 2 or inputs % INPUTS or outputs % LANES:
+        return None
+    # A block of the operand and one of the result, each twice to overlap with copies, and the float32 sum.
+    most = min(MOST_ROWS, BLOCK_BYTES // (INPUTS * (4 * itemsize + 4)))
+    return next((size for size in range(most - most % LANES, FEWEST_ROWS - 1, -LANES) if rows % size == 0), None)
 
 
-def _forward(x: jax.Array, kernel: NF4, interpret: bool) -> tuple[jax.Array, NF4]:
-    return matmul(x, kernel, interpret), kernel
+def matmul(x: jax.Array, kernel: NF4, *, transposed: bool = False, interpret: bool = False) -> jax.Array:
+    """x [..., I] @ kernel [I, O] -> [..., O] in x's dtype; transposed: x [..., O] @ kernel^T -> [..., I].
 
-
-def _backward(interpret: bool, kernel: NF4, grad: jax.Array) -> tuple[jax.Array, None]:
-    return _product(grad, kernel, transposed=True, interpret=interpret), None
-
-
-matmul.defvjp(_forward, _backward)
-
-
-def _product(x: jax.Array, kernel: NF4, *, transposed: bool, interpret: bool) -> jax.Array:
-    """x @ kernel, or x @ kernel^T."""
+    interpret: run without a TPU. Sizes must be such that `block_rows` gives a number. There is no gradient.
+    """
     x_MX = x.reshape(-1, x.shape[-1])
-    rows, inputs, outputs = _block(ROWS, len(x_MX)), INPUTS, _block(OUTPUTS, kernel.shape[1])
+    rows, inputs, outputs = block_rows(len(x_MX), kernel, x.dtype.itemsize), INPUTS, _block(OUTPUTS, kernel.shape[1])
+    assert rows is not None
     summed, produced = (outputs, inputs) if transposed else (inputs, outputs)
     width = kernel.shape[0 if transposed else 1]
 
@@ -74,7 +69,7 @@ def _product(x: jax.Array, kernel: NF4, *, transposed: bool, interpret: bool) ->
         scratch_shapes=[pltpu.VMEM((rows, produced), jnp.float32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         interpret=interpret,
-        name="nf4_matmul",
+        name=f"{NAME}_{rows}",
     )(x_MX, kernel.codes, dense_scales(kernel.scales))
     return y_MY.reshape(*x.shape[:-1], -1)
 
