@@ -14,6 +14,7 @@ from jaxft.config import RunConfig
 from jaxft.hardware.compile import Memory
 from jaxft.hardware.costs import Costs, Transfer, Work
 from jaxft.hardware.sizes import AttentionGroup, ModelSizes
+from jaxft.nn.experts.exchange import ROOM
 from jaxft.nn.partition import AXES
 from jaxft.nn.recurrent.delta_rule import CHUNK
 from jaxft.objectives.vocabulary import CHUNK_BYTES
@@ -118,21 +119,21 @@ def _matrices(sizes: ModelSizes, cut: Cut) -> list[tuple[int, int, tuple[str, ..
 
 
 def _outputs(sizes: ModelSizes, cut: Cut) -> int:
-    """Output widths of all matrix products for one token; for experts, of all rows of their buffer, filled or not."""
+    """Output widths of all matrix products for one token; for experts, of all rows of their window, filled or not."""
     if sizes.experts is None:
         return sizes.outputs
     return sizes.outputs + int(sizes.experts.outputs * (1 / filled_share(sizes, cut.ways("expert")) - 1))
 
 
 def filled_share(sizes: ModelSizes, shards: int) -> float:
-    """Share of the rows in the experts' buffer that is filled if tokens choose experts evenly.
+    """Share of the rows in the experts' window that is filled if tokens choose experts evenly.
 
-    shards: size of the expert axis. See `nn/experts/sharded`.
+    shards: size of the expert axis. See `nn/experts/exchange`.
     """
     if sizes.experts is None or shards == 1:
         return 1.0
     chosen, count = sizes.experts.chosen, sizes.experts.count
-    return chosen / (shards * min(chosen, count // shards))
+    return chosen / min(ROOM * chosen, shards * min(chosen, count // shards))
 
 
 def waiting_flops(config: RunConfig, sizes: ModelSizes, cut: Cut) -> int:
@@ -271,10 +272,7 @@ def _token_transfers(sizes: ModelSizes, cut: Cut, compute: int, *, recomputed: b
             out[Transfer("all-gather", ("context",), received)] += forward * group.layers
             out[Transfer("reduce-scatter", ("context",), received)] += group.reached
     if sizes.experts is not None and shards > 1:
-        # Rows go to every shard in the dtype of computation, results return in float32; gradients take the reverse way.
-        rows = elements // tensor * (shards - 1)
-        out[Transfer("all-gather", ("expert",), rows * compute)] += forward * sizes.experts.layers
-        out[Transfer("reduce-scatter", ("expert",), rows * 4)] += sizes.experts.layers
-        out[Transfer("all-gather", ("expert",), rows * 4)] += sizes.experts.layers
-        out[Transfer("reduce-scatter", ("expert",), rows * compute)] += sizes.experts.layers
+        # One row for each expert of a token, there and back, in the dtype of computation; so do their gradients.
+        received = elements // tensor * sizes.experts.chosen * compute * (shards - 1) // shards
+        out[Transfer("ragged-all-to-all", ("expert",), received)] += (2 * forward + 2) * sizes.experts.layers
     return out

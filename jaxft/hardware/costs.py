@@ -289,14 +289,16 @@ class _Counter:
         out.work[Work(0, sent + received)] += 1
 
     def _count_collective(self, out: Costs, computation: Computation, instruction: Instruction, kind: str) -> None:
-        sent = sum(a.bytes for name in instruction.operands for a in self._arrays(computation, name))
+        sizes = [sum(a.bytes for a in self._arrays(computation, name)) for name in instruction.operands]
+        # Rows go from a first array into a second; the larger of the two has room for more.
+        sent = min(sizes[:2]) if kind == "ragged-all-to-all" else sum(sizes)
         groups = groups_of(instruction, self.devices)
         members = groups.shape[1]
         received = _received_bytes(kind, sent, members)
         axes = axes_of(groups, self.axes)
         if axes:
             out.transfers[Transfer(kind, axes, received)] += 1
-        results = sum(a.hbm_bytes for a in instruction.arrays)
+        results = sent if kind == "ragged-all-to-all" else sum(a.hbm_bytes for a in instruction.arrays)
         out.work[Work(0, sent + (results if not instruction.opcode.endswith("-start") else received))] += 1
 
     def _host_bytes(self, computation: Computation, instruction: Instruction) -> int:

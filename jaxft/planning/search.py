@@ -26,7 +26,7 @@ from jaxft.planning.rollout import decoding_of_run, estimate_run, measure_run
 from jaxft.planning.shapes import Length, shapes_of
 
 LARGEST = 256  # chips of a slice
-# Largest size tried per axis. tensor communicates in every layer; expert sends each row to every shard.
+# Largest size tried per axis. tensor communicates in every layer; expert sends rows to other shards.
 MOST = {"tensor": 8, "expert": 8, "context": 16}
 LONG = 4096  # least positions of a row per device of the context axis: shorter parts do not pay for the communication
 

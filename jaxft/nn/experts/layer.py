@@ -3,7 +3,7 @@
 # B batch, S sequence, D model, F inner, E experts, K experts of one token, M tokens of the batch, R rows (M * K)
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -16,6 +16,8 @@ from jaxft.errors import ModelError
 from jaxft.nn import partition
 from jaxft.nn.adapter import ExpertAdapter
 from jaxft.nn.experts import sharded as moe_sharded
+from jaxft.nn.experts.combine import combine
+from jaxft.nn.experts.exchange import over_shards
 from jaxft.nn.experts.grouped import grouped
 from jaxft.nn.experts.router import Router, RouterShape
 from jaxft.nn.experts.router_sums import RouterSums
@@ -182,11 +184,10 @@ class MoE(nnx.Module):
             inputs_MD = (each_BSD.reshape(-1, self.shape.width) for each_BSD in inputs_BSD)
             output = self._route_and_combine(self._combine, *inputs_MD)
             return jax.tree.map(lambda y: y.reshape(*x_BSD.shape[:2], -1), output)
-        shards = moe_sharded.expert_shards()
 
         def local_output(layer: MoE, *inputs_MD: jax.Array) -> MoEOutput:
-            exchange = functools.partial(moe_sharded.combine_over_shards, layer._experts, self.shape.experts // shards)
-            return layer._route_and_combine(layer._combine if shards == 1 else exchange, *inputs_MD)
+            whole = moe_sharded.expert_shards() == 1
+            return layer._route_and_combine(layer._combine if whole else layer._combine_over_shards, *inputs_MD)
 
         return moe_sharded.on_mesh(local_output, self._without_shared(), *inputs_BSD)
 
@@ -215,12 +216,22 @@ class MoE(nnx.Module):
         return MoEOutput(y_MD.astype(self.dtype), logits_ME, experts_MK)
 
     def _combine(self, x_MD: jax.Array, weights_MK: jax.Array, experts_MK: jax.Array) -> jax.Array:
-        experts_R = experts_MK.reshape(-1)
-        order_R = jnp.argsort(experts_R, stable=True)
-        sizes_E = jnp.bincount(experts_R, length=self.shape.experts).astype(jnp.int32)
-        rows_RD = self._experts(x_MD[order_R // experts_MK.shape[1]], sizes_E)
-        rows_MKD = rows_RD[jnp.argsort(order_R)].reshape(*experts_MK.shape, -1)
-        return jnp.einsum("MKD,MK->MD", rows_MKD.astype(jnp.float32), weights_MK)
+        return combine(self._experts, self.shape.experts, x_MD, weights_MK, experts_MK)
+
+    def _combine_over_shards(self, x_MD: jax.Array, weights_MK: jax.Array, experts_MK: jax.Array) -> jax.Array:
+        own = self.shape.experts // moe_sharded.expert_shards()
+        if not moe_sharded.exchanges():
+            return moe_sharded.combine_over_shards(self._experts, own, x_MD, weights_MK, experts_MK)
+        graphdef, state = nnx.split(self)
+        parameters, treedef = jax.tree.flatten(state)
+
+        def experts(parameters: Sequence[jax.Array], x_WD: jax.Array, sizes: jax.Array) -> jax.Array:
+            layer = nnx.merge(graphdef, jax.tree.unflatten(treedef, parameters))
+            return layer._experts(x_WD, sizes)
+
+        most = len(x_MD) * min(experts_MK.shape[1], own)
+        answers = functools.partial(over_shards, experts, parameters, most=most)
+        return combine(answers, self.shape.experts, x_MD, weights_MK, experts_MK)
 
     def _experts(self, x_RD: jax.Array, sizes_E: jax.Array) -> jax.Array:
         if not self.shape.gated:

@@ -10,12 +10,12 @@ communication in the forward pass (the backward pass sends as much in the other 
 
 - over `fsdp`, `context` and `tensor`: the weights of the device's experts are gathered in the compute dtype; their
   gradient is reduce-scattered, and summed over `slice` and `data`.
-- over `expert`, if it has e > 1 shards: the rows of e devices and their choices are gathered; every device computes the
-  outputs of its own experts in float32, which are reduce-scattered to the devices of the rows. So each row goes to all
-  e shards whatever it chose, while an exchange of chosen rows only would send it to at most K: cheap while e is small.
+- over `expert`, if it has e > 1 shards: rows go to the experts that they chose, and answers back (`experts.exchange`).
+  XLA implements that on accelerators alone. On CPUs the rows of e devices and their choices are gathered; every device
+  computes the outputs of its own experts in float32, which are reduce-scattered to the devices of the rows.
 
-The buffer of sorted rows has room for the case that all rows choose experts of one device: e * M * min(K, E / e) rows.
-It is mostly empty if choices are even, and a grouped matrix product need not compute empty rows.
+The buffer of that second form has room for the case that all rows choose experts of one device: e * M * min(K, E / e)
+rows. It is mostly empty if choices are even.
 """
 
 # B batch, S sequence, D model, F inner, E experts, K experts of one token, M tokens of a device, N tokens of all shards
@@ -30,12 +30,12 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from jaxft.nn import partition
+from jaxft.nn.experts.exchange import EXPERT
 from jaxft.nn.partition import Dimensions
 from jaxft.nn.storage import StorageDims, storage_dims_of
 from jaxft.quant import kernel_path
 from jaxft.trees import path_str
 
-EXPERT = "expert"
 ROWS: Dimensions = ("batch", "stream", None)
 
 
@@ -81,8 +81,8 @@ def on_mesh(compute: Callable[..., Outputs], layer: Layer, *inputs_BSD: jax.Arra
         outputs = compute(module, *(x_BSD.reshape(-1, x_BSD.shape[-1]) for x_BSD in inputs_BSD))
         return jax.tree.map(lambda y: y.reshape(*inputs_BSD[0].shape[:2], *y.shape[1:]), outputs)
 
-    # Unchecked on GPUs: kernels of other libraries do not declare along which axes their results vary.
-    checked = partition.platform() != "gpu"
+    # Neither an exchange nor kernels of other libraries, on GPUs, declare along which axes their results vary.
+    checked = partition.platform() != "gpu" and (expert_shards() == 1 or not exchanges())
     in_specs = (specs, *(rows for _ in inputs_BSD))
     apply = jax.shard_map(local, in_specs=in_specs, out_specs=P(*rows[:2]), check_vma=checked)
     return apply([x for _, x in flat], *inputs_BSD)
@@ -90,7 +90,12 @@ def on_mesh(compute: Callable[..., Outputs], layer: Layer, *inputs_BSD: jax.Arra
 
 def expert_shards() -> int:
     """The number of parts into which the axis `expert` divides the experts."""
-    return partition.shards("expert")
+    return jax.sharding.get_abstract_mesh().shape.get(EXPERT, 1)
+
+
+def exchanges() -> bool:
+    """Whether chosen rows alone go between expert shards (`experts.exchange`), which XLA does not implement on CPUs."""
+    return partition.platform() != "cpu"
 
 
 def combine_over_shards(
