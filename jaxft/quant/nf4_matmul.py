@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxft.errors import ModelError
 from jaxft.quant.nf4 import LEVELS, NF4, select
 from jaxft.quant.nibbles import BLOCK
 from jaxft.quant.scales import dense_scales
@@ -46,12 +45,12 @@ def matmul(x: jax.Array, kernel: NF4, *, transposed: bool = False, interpret: bo
     """x [..., I] @ kernel [I, O] -> [..., O] in x's dtype; transposed: x [..., O] @ kernel^T -> [..., I].
 
     interpret: run without a TPU. Sizes must be such that `block_rows` gives a number. There is no gradient.
-    Raises ModelError otherwise.
+    Raises ValueError otherwise.
     """
     x_MX = x.reshape(-1, x.shape[-1])
     rows, inputs, outputs = block_rows(len(x_MX), kernel, x.dtype.itemsize), INPUTS, _block(OUTPUTS, kernel.shape[1])
     if rows is None:
-        raise ModelError(
+        raise ValueError(
             f"{len(x_MX)} rows and a kernel {kernel.shape} do not divide into whole tiles: multiply with dense(kernel)"
         )
     summed, produced = (outputs, inputs) if transposed else (inputs, outputs)
