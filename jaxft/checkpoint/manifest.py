@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +26,10 @@ THREADS = min(8, os.cpu_count() or 1)  # hashlib and file reads release the GIL
 # What desktops and network file systems leave in folders that they show; nothing reads it.
 OF_SYSTEMS = re.compile(r"\.DS_Store|\._.*|\.nfs.*|\.fuse_hidden.*|Thumbs\.db|desktop\.ini|\.directory|Icon\r")
 
-Digests = Mapping[str, Mapping[str, Any]]  # name of a file below the folder -> {"bytes": ..., "checksum": ...}
+Digest = dict[str, Any]  # {"bytes": ..., "checksum": ...}
+Digests = Mapping[str, Mapping[str, Any]]  # by name of a file below the folder
+# (folder, names of its files, algorithm) -> their digests. Raises OSError for a file that cannot be read.
+Summing = Callable[[Path, Sequence[str], str], Digests]
 
 log = logging.getLogger(__name__)
 
@@ -42,13 +45,14 @@ class Manifest(NamedTuple):
     files: Digests
 
 
-def write(folder: str | os.PathLike[str]) -> Path:
+def write(folder: str | os.PathLike[str], summing: Summing | None = None) -> Path:
     """Writes `manifest.json` into a finished folder: size and checksum of every file below it.
 
-    The manifest appears whole or not at all. Raises OSError if the disk is full.
+    The manifest appears whole or not at all. summing: by default `sums`. Raises OSError if the disk is full.
     """
     folder = Path(folder)
-    digests = _digests(folder, lambda path: _digest(path, ALGORITHM))
+    digests = (summing or sums)(folder, _names_in(folder), ALGORITHM)
+    digests = {name: digests[name] for name in sorted(digests)}
     write_text(folder / NAME, text_of(Manifest(ALGORITHM, digests)))
     return folder / NAME
 
@@ -64,18 +68,23 @@ def exists(folder: str | os.PathLike[str]) -> bool:
     return (Path(folder) / NAME).is_file()
 
 
-def verify(folder: str | os.PathLike[str]) -> None:
+def verify(folder: str | os.PathLike[str], summing: Summing | None = None) -> None:
     """Reads every file again. Raises CheckpointError naming each damaged, missing and extra file.
 
     If nothing but extra files is wrong, it is StrayFiles. Files that operating systems leave in folders are ignored,
-    with a warning.
+    with a warning. summing: reads the files; by default `sums`.
     """
     folder = Path(folder)
     try:
         expected = parse((folder / NAME).read_bytes(), f"{folder / NAME}")
     except FileNotFoundError:
         raise CheckpointError(f"{folder} has no {NAME}: writing it was interrupted") from None
-    compare(f"{folder}", expected.files, _digests(folder, lambda path: _digest_or_error(path, expected.algorithm)))
+    names = _names_in(folder)
+    try:
+        present = (summing or sums)(folder, names, expected.algorithm)
+    except OSError:  # which files it is
+        present = _in_threads(folder, names, lambda path: _digest_or_error(path, expected.algorithm))
+    compare(f"{folder}", expected.files, present)
 
 
 def compare(folder: str, expected: Digests, present: Digests) -> None:
@@ -131,22 +140,36 @@ def _own_checksum(content: Mapping[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _digests(folder: Path, digest: Callable[[Path], dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def sums(folder: Path, names: Sequence[str], algorithm: str) -> dict[str, Digest]:
+    """Size and checksum of files of a folder. Raises OSError for one that cannot be read."""
+    return _in_threads(folder, names, lambda path: _digest(path, algorithm))
+
+
+def readable_sums(folder: Path, names: Sequence[str], algorithm: str) -> dict[str, Digest]:
+    """As `sums`, without the files that cannot be read."""
+    digests = _in_threads(folder, names, lambda path: _digest_or_error(path, algorithm))
+    return {name: digest for name, digest in digests.items() if "error" not in digest}
+
+
+def _names_in(folder: Path) -> list[str]:
     unlisted = {folder / NAME, unfinished_file(folder / NAME)}
-    paths = sorted(p for p in folder.rglob("*") if (p.is_symlink() or not p.is_dir()) and p not in unlisted)
+    paths = (p for p in folder.rglob("*") if (p.is_symlink() or not p.is_dir()) and p not in unlisted)
+    return sorted(path.relative_to(folder).as_posix() for path in paths)
+
+
+def _in_threads(folder: Path, names: Sequence[str], digest: Callable[[Path], Digest]) -> dict[str, Digest]:
     with ThreadPoolExecutor(THREADS) as pool:
-        present = list(pool.map(digest, paths))
-    return {p.relative_to(folder).as_posix(): d for p, d in zip(paths, present, strict=True)}
+        return dict(zip(names, pool.map(digest, [folder / name for name in names]), strict=True))
 
 
-def _digest(path: Path, algorithm: str) -> dict[str, Any]:
+def _digest(path: Path, algorithm: str) -> Digest:
     with open(path, "rb") as file:
         # MD5 is no protection here either, so systems that forbid it as one may allow it.
         checksum = hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False)).hexdigest()
         return {"bytes": os.fstat(file.fileno()).st_size, "checksum": checksum}
 
 
-def _digest_or_error(path: Path, algorithm: str) -> dict[str, Any]:
+def _digest_or_error(path: Path, algorithm: str) -> Digest:
     try:
         return _digest(path, algorithm)
     except OSError as error:

@@ -34,6 +34,7 @@ from jaxft.checkpoint.steps.layout import abstract_arrays, as_arrays, as_state, 
 from jaxft.checkpoint.steps.quiet import quiet_libraries
 from jaxft.checkpoint.steps.reader import reader
 from jaxft.checkpoint.steps.saved_step import SavedStep, find_averages
+from jaxft.checkpoint.steps.shared_sums import SharedSums, help_with
 from jaxft.errors import CheckpointError, Preempted
 from jaxft.files.atomic import FilePath, flush
 from jaxft.sharding.processes import is_primary
@@ -41,6 +42,7 @@ from jaxft.sharding.processes import is_primary
 UNSHARED_SECONDS = 60  # for a save under way, after an error of one process of several
 
 _saves = itertools.count()  # every process makes the same saves in the same order
+_verifications = itertools.count()  # likewise
 
 
 class _Step(NamedTuple):
@@ -253,17 +255,20 @@ class RunCheckpoints:
 
     def _finish(self, save: _Save) -> None:
         self._orbax.wait_until_finished()  # with several processes a barrier: all have written
-        self._steps.flush(save.step, save.number)
         if not is_primary():
+            self._steps.flush(save.step, save.number)
+            help_with(f"saved/{save.number}", self.folder)
             self._metrics[save.step] = save.metrics
             return
-        for path in self._logs:
-            with contextlib.suppress(OSError):  # a log that is not there, or fails, does not make the step less whole
-                flush(path)
-        if save.expected:
-            read_back.compare(save.path / "state", save.expected)
-            self._read_back = True
-        self._steps.publish(save.step, save.number)
+        with SharedSums(f"saved/{save.number}", self.folder) as shared:
+            self._steps.flush(save.step, save.number)
+            for path in self._logs:
+                with contextlib.suppress(OSError):  # a log that is absent, or fails, makes the step no less whole
+                    flush(path)
+            if save.expected:
+                read_back.compare(save.path / "state", save.expected)
+                self._read_back = True
+            self._steps.publish(save.step, save.number, shared.sums)
         self._metrics[save.step] = save.metrics
         outdated = {s for s, keep in self._rank(self._newest) if not keep}
         outdated -= {s for s, keep in self._rank(self._best) if keep}
@@ -288,11 +293,15 @@ class RunCheckpoints:
     def _verify_step(self, step: int | None) -> int | None:
         # Process 0 chooses and verifies; the others follow, so that none restores a step that another refuses.
         problem, chosen = None, -1
+        key = f"verified/{next(_verifications)}"
         if is_primary():
             try:
-                chosen = self._check_step(step)
+                with SharedSums(key, self.folder) as shared:
+                    chosen = self._check_step(step, shared.sums)
             except CheckpointError as error:
                 problem = error
+        else:
+            help_with(key, self.folder)
         if jax.process_count() > 1:
             verdict = np.array([chosen, problem is not None], np.int64)
             chosen, damaged = (int(x) for x in ocp.multihost.broadcast_one_to_all(verdict))
@@ -302,7 +311,7 @@ class RunCheckpoints:
             raise problem
         return None if chosen < 0 else chosen
 
-    def _check_step(self, step: int | None) -> int:
+    def _check_step(self, step: int | None, summing: manifest.Summing) -> int:
         steps = self.all_steps()
         if step is None:
             if not steps:
@@ -311,7 +320,7 @@ class RunCheckpoints:
         if step not in steps:
             raise CheckpointError(f"{self.folder} has no whole step {step}; it has {list(steps) or 'none'}")
         try:
-            self._steps.verify(step)
+            self._steps.verify(step, summing)
         except manifest.StrayFiles:  # the step itself is whole
             raise
         except CheckpointError as error:

@@ -7,6 +7,7 @@ and `meta/` and with `manifest.json`. They differ in how a step becomes whole, s
 import os
 from typing import Any, Protocol
 
+from jaxft.checkpoint.manifest import Summing
 from jaxft.checkpoint.steps.bucket import BucketSteps, is_bucket
 from jaxft.checkpoint.steps.local import LocalSteps
 
@@ -67,8 +68,8 @@ class Steps(Protocol):
         """Returns, in process 0, when what all processes have written is safe."""
         ...
 
-    def publish(self, step: int, number: int) -> None:
-        """Makes a written step whole. For process 0."""
+    def publish(self, step: int, number: int, summing: Summing) -> None:
+        """Makes a written step whole. For process 0. summing: reads its files, if that is needed."""
         ...
 
     def remove(self, step: int) -> None:
@@ -83,8 +84,8 @@ class Steps(Protocol):
         """Refuses a step whose folder was renamed to another number. meta: of the step."""
         ...
 
-    def verify(self, step: int) -> None:
-        """Compares every file of a step with its manifest."""
+    def verify(self, step: int, summing: Summing | None = None) -> None:
+        """Compares every file of a step with its manifest. summing: reads them, if that is needed."""
         ...
 
     def why(self, error: Exception) -> str:

@@ -125,7 +125,8 @@ class BucketSteps:
     def flush(self, step: int, number: int) -> None:
         """Nothing: an object is safe when the bucket has answered, and Orbax has waited for all processes."""
 
-    def publish(self, step: int, number: int) -> None:
+    def publish(self, step: int, number: int, summing: manifest.Summing) -> None:
+        # The bucket states the checksums of its objects.
         digests = self._objects.digests(f"{step}/", manifest.OF_BUCKETS)
         text = manifest.text_of(manifest.Manifest(manifest.OF_BUCKETS, digests))
         self._objects.write(f"{step}/{manifest.NAME}", text.encode())
@@ -148,7 +149,7 @@ class BucketSteps:
                 f"step is there too: gcloud storage mv {self.folder}/{step} {self.folder}/{true}"
             )
 
-    def verify(self, step: int) -> None:
+    def verify(self, step: int, summing: manifest.Summing | None = None) -> None:
         name = f"{step}/{manifest.NAME}"
         expected = manifest.parse(self._objects.read(name), f"{self.folder}/{name}")
         present = dict(self._objects.digests(f"{step}/", expected.algorithm))

@@ -61,9 +61,9 @@ class LocalSteps:
 
         flush_in_all(self._written(step, number), number)
 
-    def publish(self, step: int, number: int) -> None:
+    def publish(self, step: int, number: int, summing: manifest.Summing) -> None:
         written = self._written(step, number)
-        manifest.write(written)
+        manifest.write(written, summing)
         written.rename(self.path(step))
         flush(self.folder)
 
@@ -76,8 +76,8 @@ class LocalSteps:
     def check_number(self, step: int, meta: dict[str, Any]) -> None:
         folders.check_number(self.path(step), meta)
 
-    def verify(self, step: int) -> None:
-        manifest.verify(self.path(step))
+    def verify(self, step: int, summing: manifest.Summing | None = None) -> None:
+        manifest.verify(self.path(step), summing)
 
     def why(self, error: Exception) -> str:
         first = f"{type(error).__name__}: {error}".strip().split("\n", 1)[0]
