@@ -148,9 +148,9 @@ class Block(nnx.Module):
                 setattr(self, name, Norm(shape.width, shape.norm, dtype=dtype, param_dtype=param_dtype))
         self.has_own_input = shape.per_layer_input is not None
         if shape.per_layer_input is not None:  # the names are those of files
-            options["keep"] = "dots"
-            self.per_layer_input_gate = Linear(shape.width, shape.per_layer_input, **options)
-            self.per_layer_projection = Linear(shape.per_layer_input, shape.width, tp_side="inputs", **options)
+            kept = options | {"keep": "dots"}
+            self.per_layer_input_gate = Linear(shape.width, shape.per_layer_input, **kept)
+            self.per_layer_projection = Linear(shape.per_layer_input, shape.width, tp_side="inputs", **kept)
             setattr(self, OWN_INPUT_NORM, Norm(shape.width, shape.norm, dtype=dtype, param_dtype=param_dtype))
         self.altup: AltUp | None = nnx.data(None)
         if shape.altup is not None:
