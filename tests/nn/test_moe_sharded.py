@@ -159,7 +159,7 @@ def by_gathering(operand, output, input_offsets, send_sizes, output_offsets, rec
             start, size, place = (table[source, own * slices + index] for table in (starts, sizes, places))
             inside = (at >= place) & (at < place + size)
             taken = jnp.take(operands[source], start + at - place, axis=0, mode="clip")
-            output = jnp.where(inside[:, None], taken, output)
+            output = jnp.where(inside[:, None, None], taken, output)
     # The receiver's own account of the sizes agrees with that of the senders.
     agree = (recv_sizes == jax.lax.all_to_all(send_sizes, axis_name, 0, 0, tiled=True)).all()
     return jnp.where(agree, output, jnp.nan)

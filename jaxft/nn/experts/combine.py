@@ -18,7 +18,10 @@ SortedExperts = Callable[[jax.Array, jax.Array], jax.Array]
 def combine(
     experts: SortedExperts, count: int, x_MD: jax.Array, weights_MK: jax.Array, experts_MK: jax.Array
 ) -> jax.Array:
-    """The weighted sum of the answers of each token's experts, of which there are `count`; [M, D] float32."""
+    """The weighted sum of the answers of each token's experts, of which there are `count`; [M, D] float32.
+
+    D may be several dimensions here, of rows and answers alike.
+    """
     order_R = jnp.argsort(experts_MK.reshape(-1), stable=True)
     positions_MK = jnp.argsort(order_R).reshape(experts_MK.shape)
     sizes_E = jnp.bincount(experts_MK.reshape(-1), length=count).astype(jnp.int32)
@@ -44,8 +47,9 @@ _sorted.defvjp(_sorted_forward, _sorted_backward)
 
 @jax.custom_vjp
 def _weighted(rows_RD: jax.Array, weights_MK: jax.Array, order_R: jax.Array, positions_MK: jax.Array) -> jax.Array:
-    """The weighted sum of the K rows at each token's places, [M, D] float32."""
-    return (rows_RD[positions_MK].astype(jnp.float32) * weights_MK[..., None]).sum(axis=1)
+    """The weighted sum of the K rows at each token's positions, [M, D] float32."""
+    inner = tuple(range(2, rows_RD.ndim + 1))
+    return (rows_RD[positions_MK].astype(jnp.float32) * jnp.expand_dims(weights_MK, inner)).sum(axis=1)
 
 
 def _weighted_forward(
@@ -58,8 +62,9 @@ def _weighted_backward(residuals: tuple[jax.Array, ...], grad_MD: jax.Array) -> 
     rows_RD, weights_MK, order_R, positions_MK = residuals
     # Both from the rows as they are sorted: the gradient of a token is gathered once.
     grad_RD = grad_MD.astype(rows_RD.dtype)[order_R // positions_MK.shape[1]].astype(jnp.float32)
-    weights_R1 = weights_MK.reshape(-1)[order_R][:, None]
-    grad_weights_R = (rows_RD.astype(jnp.float32) * grad_RD).sum(axis=-1)
+    inner = tuple(range(1, rows_RD.ndim))
+    weights_R1 = jnp.expand_dims(weights_MK.reshape(-1)[order_R], inner)
+    grad_weights_R = (rows_RD.astype(jnp.float32) * grad_RD).sum(axis=inner)
     return (grad_RD * weights_R1).astype(rows_RD.dtype), grad_weights_R[positions_MK], None, None
 
 

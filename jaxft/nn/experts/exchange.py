@@ -18,9 +18,18 @@ import jax.numpy as jnp
 
 EXPERT = "expert"
 ROOM = 1.25  # of a window, in even shares
-ALIGNMENT = 8  # rows; a tile of a TPU's memory
+ALIGNMENT, LANES = 8, 128  # rows and columns of a tile of a TPU's memory
 # (parameters, x [W, D] sorted by expert, sizes of the experts of this shard) -> [W, D]
 Experts = Callable[[Sequence[jax.Array], jax.Array, jax.Array], jax.Array]
+
+
+def contiguous(x_MD: jax.Array) -> jax.Array:
+    """x as [M, D / 128, 128], each row of which is in one piece in a TPU's memory, as it is sent; [M, 1, D] otherwise.
+
+    In the usual layout of [M, D], tiles have parts of several rows.
+    """
+    rows, width = x_MD.shape
+    return x_MD.reshape(rows, -1, width if width % LANES else LANES)
 
 
 class Slices(NamedTuple):
@@ -41,7 +50,7 @@ def window_rows(rows: int, shards: int, most: int) -> int:
 def over_shards(
     experts: Experts, parameters: Sequence[jax.Array], rows_RD: jax.Array, sizes_E: jax.Array, most: int
 ) -> jax.Array:
-    """The outputs of rows sorted by expert, [R, D], each computed on the shard of its expert.
+    """The outputs of rows sorted by expert, each computed on its expert's shard. rows_RD: of tokens made `contiguous`.
 
     sizes_E: rows of this device for every expert. most: rows of a device that can be for one shard. For use under
     an unchecked `jax.shard_map`, with `experts` computing those of the shard.
@@ -65,7 +74,8 @@ def _turn(
     """Outputs of the rows in one turn's window; zero for the others."""
     there, back, sizes_C = _slices(counts_SE, window, turn)
     x_WD = _sent(window, rows_RD, there, back)
-    return _sent(len(rows_RD), experts(parameters, x_WD, sizes_C), back, there)
+    y_WD = experts(parameters, x_WD.reshape(window, -1), sizes_C).reshape(x_WD.shape)
+    return _sent(len(rows_RD), y_WD, back, there)
 
 
 def _slices(counts_SE: jax.Array, window: int, turn: int | jax.Array) -> tuple[Slices, Slices, jax.Array]:

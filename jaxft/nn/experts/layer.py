@@ -17,7 +17,7 @@ from jaxft.nn import partition
 from jaxft.nn.adapter import ExpertAdapter
 from jaxft.nn.experts import sharded as moe_sharded
 from jaxft.nn.experts.combine import combine
-from jaxft.nn.experts.exchange import over_shards
+from jaxft.nn.experts.exchange import contiguous, over_shards
 from jaxft.nn.experts.grouped import grouped
 from jaxft.nn.experts.router import Router, RouterShape
 from jaxft.nn.experts.router_sums import RouterSums
@@ -231,7 +231,8 @@ class MoE(nnx.Module):
 
         most = len(x_MD) * min(experts_MK.shape[1], own)
         answers = functools.partial(over_shards, experts, parameters, most=most)
-        return combine(answers, self.shape.experts, x_MD, weights_MK, experts_MK)
+        y_MD = combine(answers, self.shape.experts, contiguous(x_MD), weights_MK, experts_MK)
+        return y_MD.reshape(x_MD.shape)
 
     def _experts(self, x_RD: jax.Array, sizes_E: jax.Array) -> jax.Array:
         if not self.shape.gated:
