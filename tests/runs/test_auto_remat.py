@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,8 @@ from jaxft.hardware.topology import parse
 from jaxft.planning import job
 from jaxft.planning.shapes import shapes_of
 from jaxft.runs.build import abstract_model, make_mesh
-from jaxft.runs.identity.record import read_record
+from jaxft.runs.fitting import _recorded_step
+from jaxft.runs.identity.record import Record, read_record, write_record
 from jaxft.runs.memory import recomputation
 from jaxft.sharding.mesh import make_mesh_plan
 from jaxft.training.log import TIMING_KEYS, read_metrics
@@ -120,14 +122,16 @@ def test_errors_that_are_not_of_memory_are_raised():
 
 
 def run(folder, steps, **settings):
-    """What a run prints, and its metrics."""
+    """What a run prints, and the metrics of its steps."""
     settings = {
         "output_dir": str(folder), "train.steps": steps, "train.eval_every": None, "checkpoint.every": 2,
-        "data.eval_fraction": None, "checkpoint.best_metric": None, "export.merged": False, **settings,
+        "data.eval_fraction": None, "checkpoint.best_metric": None, "export.merged": False,
+        "optim.schedule": "constant", "optim.warmup_ratio": None, "optim.min_ratio": 0.0, **settings,
     }  # fmt: skip
     out = io.StringIO()
     jaxft.train(jaxft.get_config(CONFIG, settings), console=Console(file=out, width=1000))
-    return out.getvalue(), [{key: row[key] for key in row.keys() - TIMING_KEYS} for row in read_metrics(folder)]
+    rows = [row for row in read_metrics(folder) if "loss" in row]
+    return out.getvalue(), [{key: row[key] for key in row.keys() - TIMING_KEYS} for row in rows]
 
 
 @pytest.mark.slow
@@ -145,12 +149,26 @@ def test_a_run_keeps_the_policy_that_the_compiler_took(tmp_path, monkeypatch):
 
     told, rows = run(folder, 3)
     assert "takes 'dots'" in told and "these devices took it before" in told and "same bits" not in told
-    assert rows == run(tmp_path / "whole", 3, **{"model.remat": "dots"})[1]
+    assert len(rows) == 3 and rows == run(tmp_path / "whole", 3, **{"model.remat": "dots"})[1]
 
-    told, _ = run(folder, 4, **{"model.remat": "full"})
-    assert "model.remat is 'full' from here on and was 'dots' before" in told
-    record = read_record(folder)
-    assert record.recomputation == {} and "does not end with the same bits" in record.history[-1]["change"]
+
+def test_another_policy_than_before_is_told_and_kept_in_the_history(parts, tmp_path, monkeypatch):
+    limit(monkeypatch, NO_LIMIT)
+    config, _, mesh = parts
+    choice, notes = chosen(parts), []
+    run = SimpleNamespace(folder=tmp_path, config=config, mesh=mesh, recomputation=choice)
+    log = SimpleNamespace(note=notes.append)
+    write_record(tmp_path, Record())
+    for start, now in ((0, choice), (2, choice)):
+        assert _recorded_step(run, start, log, "graph", "step", now) == ("graph", "step")
+    assert not notes and read_record(tmp_path).recomputation["policy"] == "none"
+
+    _recorded_step(run, 4, log, "graph", "step", choice.refused())
+    assert "the compiler refused 'none'" in notes[0]
+    assert notes[1].startswith("model.remat is 'dots' from here on and was 'none' before, on cpu: the run computes")
+    record = read_record(tmp_path)
+    assert record.recomputation["policy"] == "dots"
+    assert (record.history[-1]["step"], record.history[-1]["change"]) == (4, notes[1])
 
 
 def test_a_damaged_choice_is_refused(tmp_path):
