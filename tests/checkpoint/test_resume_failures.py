@@ -33,7 +33,7 @@ def test_the_old_step_outlives_a_new_one_whose_manifest_cannot_be_written(tmp_pa
     checkpoints.save(1, {"x": jnp.float32(1)}, {})
     checkpoints.wait()
 
-    def full(folder):
+    def full(folder, summing):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
