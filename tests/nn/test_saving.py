@@ -75,17 +75,23 @@ def products(layer, remat, platform):
 
 
 def counted(jaxpr):
-    """Calls without results are left out, as by the compiler."""
+    """Calls without results are left out, as by the compiler; so are rotations, small products that `dots` repeats."""
     counts = Counter()
     for equation in (one for one in jaxpr.eqns if one.outvars):
         name = equation.primitive.name
         if name == "dot_general" or name in KERNELS:
-            counts[name] += 1
+            counts[name] += not is_rotation(equation)
             continue
         for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr):
             if is_jaxpr(inner):
                 counts += counted(getattr(inner, "jaxpr", inner))
     return counts
+
+
+def is_rotation(equation):
+    """On TPUs a rotation is a product with a square matrix, whose sides are what is rotated of a head."""
+    shape = equation.invars[1].aval.shape
+    return equation.primitive.name == "dot_general" and len(shape) == 2 and shape[0] == shape[1] <= 256
 
 
 def is_jaxpr(value):

@@ -11,7 +11,6 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxft.config import MeshConfig
-from jaxft.errors import ModelError
 from jaxft.hardware.compile import ENVIRONMENT
 from jaxft.hardware.costs import costs_of
 from jaxft.hardware.hlo import parse
@@ -64,7 +63,7 @@ def test_a_block_is_the_largest_that_divides_the_rows_and_fits():
     assert nf4_matmul.block_rows(8192, kernel, 2) == 2048 and nf4_matmul.block_rows(8192, kernel, 4) == 1024
     assert nf4_matmul.block_rows(1536, kernel, 2) == 1536
     assert nf4_matmul.block_rows(1000, kernel, 2) is None and nf4_matmul.block_rows(896, kernel, 2) is None
-    with pytest.raises(ModelError, match="do not divide into whole tiles"):
+    with pytest.raises(ValueError, match="do not divide into whole tiles"):
         nf4_matmul.matmul(jnp.zeros((896, 1024)), kernel)
     assert nf4_matmul.block_rows(8192, FORMATS["nf4"].quantize(jnp.zeros((576, 128))), 2) is None
     assert nf4_matmul.block_rows(8192, FORMATS["nf4"].quantize(jnp.zeros((2, 512, 128))), 2) is None
