@@ -188,7 +188,7 @@ def test_plans_count_what_is_held(folders, tmp_path):
     def method_bytes(form):
         config = judged_config(folders, tmp_path, form)
         abstract = abstract_step_of(config, shapes_of(config)[0], steps=6)
-        assert not abstract.references
+        assert not abstract.shapes.references
         return sharded_step_of(abstract, config, parse("h100:1", 1)).parts().method
 
     sizes = {form: sum(x.nbytes for x in arrays_of(folders[form])) for form in FORMS}
