@@ -109,7 +109,8 @@ def test_five_times_killed_run_ends_like_an_uninterrupted_one(uninterrupted, tmp
     assert_same(folder, whole)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGHUP", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_stopped_then_killed_run_ends_like_an_uninterrupted_one(uninterrupted, tmp_path, name):
     whole, cache = uninterrupted
     folder = tmp_path / "run"
