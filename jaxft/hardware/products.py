@@ -88,7 +88,7 @@ def kernel_flops(call: Instruction, operands: Sequence[Array], filled: float = 1
         return 0
     if call.scope.endswith("ragged-dot-metadata"):
         return 0
-    if re.search(r"ragged-dot[\w-]*$", call.scope):
+    if re.search(r"ragged-dot[\w-]*$|\bt?gmm\)*/pallas_call$", call.scope):
         return int(_ragged_kernel_flops(call.arrays[0], operands) * filled)
     if _nf4_block_rows(call) is not None:
         return 2 * operands[0].elements * call.arrays[0].dims[-1]
@@ -126,8 +126,10 @@ def _nf4_block_rows(call: Instruction) -> int | None:
 
 
 def _ragged_kernel_flops(result: Array, operands: Sequence[Array]) -> int:
-    """FLOPs of the kernel to which TPUs compile `ragged-dot`: rows [R, I] times matrices [E, I, O], which may be
-    transposed, or rows [R, I] times rows [R, O] for the gradients of the matrices.
+    """FLOPs of megablox, and of the kernel to which TPUs compile `ragged-dot`: rows [R, I] times matrices [E, I, O],
+    which may be transposed, or rows [R, I] times rows [R, O] for the gradients of the matrices.
+
+    A block of rows in which experts meet is computed for each of them; that is not counted.
     """
     left, right = [array for array in operands if array.dtype in ("bf16", "f32", "f16") and len(array.dims) >= 2][:2]
     return 2 * left.elements * (result if len(right.dims) == 3 else right).dims[-1]

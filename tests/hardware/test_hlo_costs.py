@@ -324,22 +324,28 @@ RAGGED = """ENTRY %main (rows: bf16[64,32], matrices: bf16[4,32,16]) -> bf16[64,
   %plan.1 = s32[5]{{0}} custom-call(%sizes), custom_call_target="tpu_custom_call",
     metadata={{op_name="ragged-dot-metadata"}}
   ROOT %kernel.7 = bf16[{result}]{{1,0}} custom-call(%plan.1, %rows, %{second}),
-    custom_call_target="tpu_custom_call", metadata={{op_name="jit(step)/ragged_dot_general/ragged-dot-none"}}
+    custom_call_target="tpu_custom_call", metadata={{op_name="jit(step)/{scope}"}}
 }}
 """
 
 
 @pytest.mark.parametrize(
-    ("matrices", "result", "second"),
-    [("4,32,16", "64,16", "matrices"), ("4,16,32", "64,16", "matrices"), ("4,32,16", "4,32,16", "others")],
+    ("matrices", "result", "second", "scope"),
+    [
+        ("4,32,16", "64,16", "matrices", "ragged_dot_general/ragged-dot-none"),
+        ("4,32,16", "64,16", "matrices", "jvp()/eval_jaxpr/jit(gmm)/pallas_call"),
+        ("4,16,32", "64,16", "matrices", "transpose(jvp(jit(gmm)))/pallas_call"),
+        ("4,32,16", "4,32,16", "others", "transpose(jvp(jit(tgmm)))/pallas_call"),
+    ],
 )
-def test_a_kernel_for_experts_multiplies_each_row_once(matrices, result, second):
-    costs = costs_of(hlo.parse(RAGGED.format(matrices=matrices, result=result, second=second)), {"fsdp": 1})
+def test_a_kernel_for_experts_multiplies_each_row_once(matrices, result, second, scope):
+    text = RAGGED.format(matrices=matrices, result=result, second=second, scope=scope)
+    costs = costs_of(hlo.parse(text), {"fsdp": 1})
     assert costs.flops == 2 * 64 * 32 * 16 and not costs.unknown
 
 
 def test_rows_that_no_expert_takes_are_not_multiplied():
-    text = RAGGED.format(matrices="4,32,16", result="64,16", second="matrices")
+    text = RAGGED.format(matrices="4,32,16", result="64,16", second="matrices", scope="jit(gmm)/pallas_call")
     assert costs_of(hlo.parse(text), {"fsdp": 1}, filled=0.25).flops == 2 * 16 * 32 * 16
     plain = """ENTRY %main (rows: bf16[64,32], matrices: bf16[4,32,16], sizes: s32[4]) -> bf16[64,16] {
   %rows = bf16[64,32]{1,0} parameter(0)

@@ -1,5 +1,6 @@
 """Products of sorted rows with the matrices of experts: each form against `jax.lax.ragged_dot`, and what it keeps."""
 
+import importlib.util
 import math
 import sys
 import types
@@ -11,6 +12,7 @@ import pytest
 
 from jaxft.hardware.hlo import parse
 from jaxft.nn.experts import grouped as module
+from jaxft.nn.experts import megablox
 from jaxft.nn.experts.grouped import block_size, form_of, grouped
 
 ROWS, EXPERTS, INPUTS, OUTPUTS = 150, 5, 24, 16
@@ -34,11 +36,15 @@ def value_and_grads(form):
 SIZES = [[30, 30, 30, 30, 30], [0, 97, 0, 53, 0], [0, 0, 150, 0, 0], [1, 0, 40, 16, 3]]
 
 
-@pytest.mark.parametrize("turn_bytes", [0, 2**12, 2**26], ids=["loop", "a few at once", "all at once"])
-def test_values_and_gradients_are_those_of_ragged_dot(turn_bytes, monkeypatch):
+@pytest.mark.parametrize(
+    ("form", "turn_bytes"),
+    [("blocks", 0), ("blocks", 2**12), ("blocks", 2**26), ("megablox", None)],
+    ids=["loop", "a few at once", "all at once", "megablox"],
+)
+def test_values_and_gradients_are_those_of_ragged_dot(form, turn_bytes, monkeypatch):
     monkeypatch.setitem(module.TURN_BYTES, "blocks", turn_bytes)
     x, kernel, aim = operands(ROWS, EXPERTS, INPUTS, OUTPUTS)
-    ours, theirs = value_and_grads("blocks"), value_and_grads("ragged")
+    ours, theirs = value_and_grads(form), value_and_grads("ragged")
     for sizes in SIZES:
         filled = (jnp.arange(ROWS) < sum(sizes))[:, None]
         args = jnp.where(filled, x, 0), kernel, jnp.where(filled, aim, 0), jnp.array(sizes, jnp.int32)
@@ -64,11 +70,31 @@ def test_no_array_has_all_rows_for_all_experts():
     assert compiled.memory_analysis().temp_size_in_bytes < bound
 
 
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiles for a TPU with libtpu")
+def test_a_tpu_multiplies_each_row_with_one_matrix(monkeypatch):
+    from jax.experimental import topologies
+
+    for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setattr(megablox, "_interpret", lambda: False)
+    device = topologies.get_topology_desc(platform="tpu", topology_name="v5e:1x1", chips_per_host_bounds=(1, 1, 1))
+    sharding = jax.sharding.SingleDeviceSharding(device.devices[0])
+    rows, experts, inputs, outputs = 4096, 32, 256, 16
+    args = [
+        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        for x in (*operands(rows, experts, inputs, outputs, jnp.bfloat16), jnp.zeros(experts, jnp.int32))
+    ]
+    compiled = value_and_grads("megablox").lower(*args).compile()
+    # The product and both gradients.
+    assert 3 <= compiled.cost_analysis()["flops"] / (2 * rows * inputs * outputs) < 3.5
+
+
 def test_forms_of_platforms(monkeypatch):
     module._tokamax.cache_clear()
     monkeypatch.setitem(sys.modules, "tokamax", None)  # not installed
-    assert [form_of(platform, 10**12) for platform in ("cpu", "gpu", "tpu")] == ["loop", "blocks", "ragged"]
-    assert form_of("cpu", 10**6) == "ragged"
+    forms = [form_of(platform, 10**12, inputs=64) for platform in ("cpu", "gpu", "tpu")]
+    assert forms == ["loop", "blocks", "megablox"]
+    assert form_of("cpu", 10**6, inputs=64) == form_of("tpu", 10**12, inputs=1) == "ragged"
     module._tokamax.cache_clear()
     calls = []
 
@@ -79,7 +105,7 @@ def test_forms_of_platforms(monkeypatch):
         return jax.lax.ragged_dot(lhs, rhs, group_sizes)
 
     monkeypatch.setitem(sys.modules, "tokamax", types.SimpleNamespace(ragged_dot=ragged_dot))
-    assert form_of("gpu", 10**6) == "tokamax"
+    assert form_of("gpu", 10**6, inputs=64) == "tokamax"
     sizes = jnp.array(SIZES[0], jnp.int32)
     for dtype in (jnp.bfloat16, jnp.float32):
         x, kernel, _ = operands(ROWS, EXPERTS, INPUTS, OUTPUTS, dtype)

@@ -184,7 +184,9 @@ def test_auto_refuses_what_it_finds_no_use_for():
         auto_mesh(16, rows=1, heads=64, kv_heads=1, max_length=1000)
 
 
-def test_slices_are_an_axis_of_their_own():
+def test_slices_are_an_axis_of_their_own(monkeypatch):
+    for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
+        monkeypatch.setenv(name, "1")
     topologies = pytest.importorskip("jax.experimental.topologies")
     pytest.importorskip("libtpu")
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4", num_slices=2).devices

@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxft.nn import partition
+from jaxft.nn.experts import megablox
 
-# ragged: `jax.lax.ragged_dot`, a kernel on TPUs; elsewhere XLA multiplies every row with every matrix. loop: a block of
-# rows at a time. blocks: several at a time. tokamax: a Triton kernel of the library of that name.
-Form = Literal["ragged", "loop", "blocks", "tokamax"]
+# ragged: `jax.lax.ragged_dot`, for which XLA multiplies every row with every matrix. loop: a block of rows at a time.
+# blocks: several at a time. megablox: JAX's kernels for TPUs. tokamax: a Triton kernel of the library of that name.
+Form = Literal["ragged", "loop", "blocks", "megablox", "tokamax"]
 LEAST_BLOCK, MOST_BLOCK = 16, 1024  # rows
 SMALL = 2**27  # FLOPs that a CPU does in so few milliseconds that a loop, which takes longer to compile, gains nothing
 # Bytes of the matrices that one turn gathers, or of their gradients, if that is more than one matrix. GPUs need several
@@ -27,19 +28,23 @@ def grouped(x: jax.Array, kernel: jax.Array, sizes_E: jax.Array, form: Form | No
 
     Rows beyond the sum of sizes_E have undefined results and gradients. form: None for that of the platform.
     """
-    form = form or form_of(partition.platform(), 2 * len(x) * kernel.size)
+    form = form or form_of(partition.platform(), 2 * len(x) * kernel.size, inputs=kernel.shape[1])
     if form == "ragged":
         return jax.lax.ragged_dot(x, kernel, sizes_E)
+    if form == "megablox":
+        return megablox.product(x, kernel, sizes_E)
     if form == "tokamax":
         return _by_tokamax(x, kernel, sizes_E)
     return _by_blocks(TURN_BYTES[form], x, kernel, sizes_E)
 
 
-def form_of(platform: str, flops: int) -> Form:
-    """The form for cpu, gpu or tpu. flops: of the products of every row with every matrix."""
+def form_of(platform: str, flops: int, *, inputs: int) -> Form:
+    """The form for cpu, gpu or tpu. flops: of the products of every row with every matrix. inputs: of a matrix."""
     if platform == "gpu":
         return "blocks" if _tokamax() is None else "tokamax"
-    return "ragged" if platform == "tpu" or flops < SMALL else "loop"
+    if platform == "tpu":
+        return "ragged" if inputs == 1 else "megablox"  # biases have one input
+    return "ragged" if flops < SMALL else "loop"
 
 
 @functools.cache
