@@ -148,7 +148,7 @@ def _named_tensors(
     expected = file_tensors(family, config)
     named: dict[str, GGUFTensor] = {}
     for name, tensor in header.tensors.items():
-        if name in (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS) or name in left_out:
+        if name in (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS) or (name in left_out and name not in expected):
             continue
         if name not in expected:
             raise ModelError(

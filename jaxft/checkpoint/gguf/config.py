@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxft.checkpoint.gguf.family import PREDICTION, TEMPERATURE, WINDOW, WINDOW_PATTERN, YARN_LOG, Family
+from jaxft.checkpoint.gguf.gemma3n import gemma3n_config
 from jaxft.checkpoint.gguf.gemma4 import gemma4_config
 from jaxft.checkpoint.gguf.latent import latent_scaling, latent_sizes
 from jaxft.checkpoint.gguf.names import FAMILIES
@@ -82,6 +83,8 @@ def read_config(header: GGUFHeader, family: Family, vectors: Mapping[str, np.nda
     if family.model_type == "gemma4_text":
         config |= gemma4_config(header, config, vectors)
         del config["rope_theta"]
+    if family.model_type == "gemma3n_text":
+        config |= gemma3n_config(header, config)
     scaling = None if "rope_parameters" in config else rope_scaling(header, family, config, vectors)
     if scaling:
         config["rope_scaling"] = latent_scaling(header, scaling) if family.latent else scaling

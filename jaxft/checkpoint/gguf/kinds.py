@@ -30,8 +30,12 @@ MIXTURES = frozenset((Q4_K, Q5_K))
 # What rows get that do not fill blocks of 256.
 SMALLER_BLOCKS = {Q4_K: Kind.Q5_0, Q5_K: Kind.Q5_1, Q6_K: Q8_0}
 # Parts that are float32 in every file.
-IN_FLOAT32 = (ROUTER, "ffn_gate_inp_shexp", "ssm_conv1d", "shortconv.conv", "exp_probs_b")
-KEPT = ("per_layer_model_proj",)  # llama.cpp's quantiser leaves them as they are
+IN_FLOAT32 = (
+    ROUTER, "ffn_gate_inp_shexp", "ssm_conv1d", "shortconv.conv", "exp_probs_b", "altup_correct_coef",
+    "altup_predict_coef",
+)  # fmt: skip
+# llama.cpp's quantiser leaves them as they are.
+KEPT = ("per_layer_model_proj", "altup_proj", "altup_unembd_proj", "altup_router", "laurel_l", "laurel_r")
 LAYERS_OF_70B, EXPERTS_OF_8X7B = 80, 8
 
 

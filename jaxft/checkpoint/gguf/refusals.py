@@ -15,6 +15,7 @@ from jaxft.checkpoint.gguf.config import (
     gemma_scalar,
 )
 from jaxft.checkpoint.gguf.family import Family
+from jaxft.checkpoint.gguf.gemma3n import gemma3n_differences
 from jaxft.checkpoint.gguf.gemma4 import gemma4_differences
 from jaxft.checkpoint.gguf.latent import latent_differences
 from jaxft.checkpoint.gguf.recurrent import layered_differences
@@ -25,6 +26,7 @@ from jaxft.models.families.deepseek.deepseek_v3 import LatentConfig
 from jaxft.models.families.ernie.ernie4_5_moe import Config as ErnieConfig
 from jaxft.models.families.exaone4 import Config as Exaone4Config
 from jaxft.models.families.gemma.gemma2 import GemmaConfig
+from jaxft.models.families.gemma.gemma3n import Config as Gemma3nConfig
 from jaxft.models.families.gemma.gemma4 import Config as Gemma4Config
 from jaxft.models.families.glm.glm4_moe import Config as GlmMoeConfig
 from jaxft.models.families.gpt_oss import Config as GptOssConfig
@@ -44,7 +46,9 @@ OSS_ACTIVATION = (1.702, 7.0)
 MORE_ROPES = {
     "phi3": ("longrope",),
     **dict.fromkeys(("llama", "granite", "granitemoe", "exaone4", "apertus"), ("llama3", "yarn")),
-    **dict.fromkeys(("gemma", "gemma2", "gemma3", "cohere2", "chatglm", "glm4", "glm4moe", *WITH_ALPHA, *LAYERED), ()),
+    **dict.fromkeys(
+        ("gemma", "gemma2", "gemma3", "gemma3n", "cohere2", "chatglm", "glm4", "glm4moe", *WITH_ALPHA, *LAYERED), ()
+    ),
     "llama4": ("llama3",),
     "gemma4": ("proportional",),
 }
@@ -74,6 +78,8 @@ def _differences(family: Family, config: FamilyConfig) -> list[tuple[bool, str]]
         return differences + _exaone4(config)
     if isinstance(config, Gemma4Config):
         return differences + gemma4_differences(config)
+    if isinstance(config, Gemma3nConfig):
+        return differences + gemma3n_differences(config)
     if isinstance(config, LatentConfig):
         return differences + latent_differences(family, config)
     if isinstance(config, Llama4Config):

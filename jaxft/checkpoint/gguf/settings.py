@@ -12,6 +12,7 @@ from jaxft.checkpoint.gguf.config import (
     GEMMA_PERIODS,
 )
 from jaxft.checkpoint.gguf.family import TEMPERATURE, WINDOW, WINDOW_PATTERN, YARN_LOG, Family
+from jaxft.checkpoint.gguf.gemma3n import gemma3n_settings
 from jaxft.checkpoint.gguf.gemma4 import gemma4_settings, gemma4_vector
 from jaxft.checkpoint.gguf.latent import latent_settings
 from jaxft.checkpoint.gguf.names import (
@@ -32,6 +33,7 @@ from jaxft.models.families.deepseek.deepseek_v3 import LatentConfig
 from jaxft.models.families.ernie.ernie4_5_moe import Config as ErnieConfig
 from jaxft.models.families.exaone4 import Config as Exaone4Config
 from jaxft.models.families.gemma.gemma2 import GemmaConfig
+from jaxft.models.families.gemma.gemma3n import Config as Gemma3nConfig
 from jaxft.models.families.gemma.gemma4 import Config as Gemma4Config
 from jaxft.models.families.gpt_oss import Config as GptOssConfig
 from jaxft.models.families.llama4 import Config as Llama4Config
@@ -81,6 +83,7 @@ def model_metadata(hf_config: Mapping[str, Any]) -> dict[str, Any]:
         **layered_settings(family, config),
         **(latent_settings(config) if isinstance(config, LatentConfig) else {}),
         **(gemma4_settings(config) if isinstance(config, Gemma4Config) else {}),
+        **(gemma3n_settings(config) if isinstance(config, Gemma3nConfig) else {}),
     }
     if family.model_type in GEMMA_PERIODS:
         settings["attention.sliding_window"] = cast(GemmaConfig, config).sliding_window

@@ -8,6 +8,8 @@ from jaxft.checkpoint.gguf.family import (
     NORMS_AFTER,
     NORMS_AROUND,
     NORMS_BEFORE,
+    PER_LAYER,
+    PER_LAYER_WHOLE,
     QK_NORM,
     TEMPERATURE,
     WINDOW,
@@ -17,6 +19,16 @@ from jaxft.checkpoint.gguf.family import (
     Setting,
 )
 
+# AltUp and LAuReL of Gemma 3n.
+_STREAMS = {
+    "altup_correct_coef": "altup.correction_coefs",
+    "altup_predict_coef": "altup.prediction_coefs",
+    "altup_router": "altup.modality_router",
+    "altup_router_norm": "altup.router_norm",
+    "laurel_l": "laurel.linear_left",
+    "laurel_r": "laurel.linear_right",
+    "laurel_post_norm": "laurel.post_laurel_norm",
+}
 _GELU = {"hidden_activation": "gelu_pytorch_tanh"}
 _GEMMA2_SETTINGS = frozenset((WINDOW, WINDOW_PATTERN, "attn_logit_softcapping", "final_logit_softcapping"))
 _FUSED_MLP = {"ffn_up": "mlp.gate_up_proj", "ffn_down": "mlp.down_proj"}
@@ -36,6 +48,32 @@ DENSE_FAMILIES = (
         layer=DENSE,
         interleaved=True,
         present={"attention_bias": "attn_q.bias", "mlp_bias": "ffn_gate.bias"},
+    ),
+    Family(
+        arch="gemma3n",
+        model_type="gemma3n_text",
+        architecture="Gemma3nForCausalLM",
+        layer=NORMS_AROUND | ATTENTION | QK_NORM | MLP | PER_LAYER | _STREAMS,
+        tensors={"altup_correct_scale.weight": "altup.correct_output_scale"},
+        whole=PER_LAYER_WHOLE
+        | {"altup_proj": "model.altup_projections", "altup_unembd_proj": "model.altup_unembed_projections"},
+        unadapted=("per_layer_model_proj", "per_layer_token_embd", "altup_proj", "altup_unembd_proj"),
+        # llama.cpp has these sizes, whatever a file says.
+        constants=_GELU
+        | {
+            "attention_bias": False,
+            "altup_num_inputs": 4,
+            "altup_active_idx": 0,
+            "altup_correct_scale": True,
+            "laurel_rank": 64,
+            "hidden_size_per_layer_input": 256,
+        },
+        by_layer=True,
+        fields={"attention.shared_kv_layers": Setting("num_kv_shared_layers", int, 0)},
+        fixed={"altup.num_inputs": 4, "altup.active_idx": 0, "embedding_length_per_layer_input": 256},
+        settings=frozenset(
+            (WINDOW, WINDOW_PATTERN, "rope.freq_base_swa", "activation_sparsity_scale", "final_logit_softcapping")
+        ),
     ),
     Family(arch="smollm3", model_type="smollm3", architecture="SmolLM3ForCausalLM", layer=DENSE, interleaved=True),
     # Mistral Small 3.1 and its like, which llama.cpp's converter does not write as `llama`.

@@ -17,6 +17,7 @@ from jaxft.checkpoint.gguf.family import Family, GGUFModule
 from jaxft.checkpoint.gguf.layout.delta_rows import GroupedRows, split_grouped
 from jaxft.checkpoint.gguf.layout.fused import JoinedTensors, split_tensors
 from jaxft.checkpoint.gguf.layout.latent import JoinedLatent, split_latent
+from jaxft.checkpoint.gguf.layout.streams import SingleProjections, split_streams
 from jaxft.checkpoint.gguf.layout.values import file_shape
 from jaxft.checkpoint.gguf.layout.xielu import WithNumbers, without_numbers
 from jaxft.checkpoint.gguf.names import require_tensor
@@ -25,6 +26,7 @@ from jaxft.checkpoint.safetensors_writer import LazyTensor
 from jaxft.checkpoint.tensors import TensorSource, TensorSpec
 from jaxft.files.gguf.header import GGUFHeader
 from jaxft.models.families.deepseek.deepseek_v3 import LatentConfig
+from jaxft.models.families.gemma.gemma3n import Config as Gemma3nConfig
 from jaxft.models.families.qwen.qwen3_next import Config as Qwen3NextConfig
 from jaxft.models.family import FamilyConfig
 
@@ -51,6 +53,8 @@ def single_tensors(family: Family, config: FamilyConfig, tensors: Mapping[str, L
         return split_grouped(tensors, config)
     if isinstance(config, LatentConfig):
         return split_latent(tensors, config)
+    if isinstance(config, Gemma3nConfig):
+        return split_streams(tensors, config)
     return split_tensors(tensors, family.fused)
 
 
@@ -62,6 +66,8 @@ def joined_tensors(family: Family, config: FamilyConfig, header: GGUFHeader, sou
         return GroupedRows(source, _specs(config), config)
     if isinstance(config, LatentConfig):
         return JoinedLatent(source, _specs(config))
+    if isinstance(config, Gemma3nConfig):
+        return SingleProjections(source, _specs(config))
     return JoinedTensors(source, _specs(config), family.fused) if family.fused else source
 
 
