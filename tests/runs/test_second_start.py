@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 CHILD = """
 import collections, json, sys
 import jax
@@ -32,6 +34,7 @@ def start(folder: Path, **variables: str) -> dict[str, int]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_it_compiles_nothing_and_what_was_cut_off_alone(tmp_path):
     variables = {"JAXFT_CACHE": str(tmp_path / "cache")}
     first = start(tmp_path / "one", **variables)
