@@ -6,6 +6,7 @@ has options of `slices_in` as JSON. Before each call that reaches the cloud or a
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,14 +40,13 @@ class PrintedEvents(list[str]):
 
 
 class LastingSlices(StubSlices):
-    """Slices that another process finds again."""
+    """Slices that another process finds again. `alive` and `gone` are files with the number of the last creation."""
 
     def __init__(self, folder: Path, **options: Any) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        alive = (folder / "alive").exists()
         super().__init__(folder, **options)
-        self.alive = alive
-        self.incarnation = len(list(folder.glob("[0-9]*")))
+        numbers = [int(path.read_text()) for name in ("alive", "gone") if (path := folder / name).exists()]
+        self.incarnation = max(numbers, default=0)
         self.events = PrintedEvents()
 
     @property
@@ -55,10 +55,22 @@ class LastingSlices(StubSlices):
 
     @alive.setter
     def alive(self, value: bool) -> None:
-        if value:
-            (self.folder / "alive").touch()
-        else:
+        write_whole(self.folder / ("alive" if value else "gone"), str(self.incarnation))
+        if not value:
             (self.folder / "alive").unlink(missing_ok=True)
+
+    def create(self) -> None:
+        if not self.alive:
+            # A process that was killed while it made the folders has created nothing.
+            shutil.rmtree(self.folder / str(self.incarnation + 1), ignore_errors=True)
+        super().create()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a small file, of which another process sees nothing or all."""
+    new = path.with_suffix(".new")
+    new.write_text(text)
+    new.rename(path)
 
 
 def slices_in(

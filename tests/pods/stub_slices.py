@@ -31,6 +31,8 @@ class StubSlices:
     events: every call that reached the cloud or a worker, such as "create", "ssh 0 start.sh r1 1" and "delete".
     """
 
+    alive = False
+
     def __init__(
         self,
         folder: Path,
@@ -46,7 +48,6 @@ class StubSlices:
         self.env, self.chips, self.guard = env or {}, chips, tuple(guard)
         self.events: list[str] = []
         self.incarnation = 0  # each creation has new, empty disks
-        self.alive = False
 
     # The protocol.
 

@@ -195,13 +195,17 @@ def test_a_wrong_count_of_processes_is_refused_by_name(tmp_path, port):
     assert exits[1] == 2 and len(launch_of(tmp_path)["attempts"]) == 1 and not slices.alive
 
 
-def killed_front(folder, port, event, options):
-    """`jaxft pod run` as a process, killed with -9 as soon as it has printed a line that begins with `event`."""
+def killed_front(folder, port, event, options, made=None):
+    """`jaxft pod run` as a process, killed with -9 as soon as it has printed a line that begins with `event`, and the
+    path `made` exists.
+    """
     command = [sys.executable, str(Path(__file__).with_name("stub_pod.py")), str(folder), str(port)]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "STUB_POD": json.dumps(options)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as front:
         for text in front.stdout:
             if text.startswith(event):
+                while made is not None and not made.exists():
+                    time.sleep(0.02)
                 front.kill()
                 break
         else:
@@ -286,11 +290,12 @@ def test_the_watchdog_deletes_what_a_killed_front_has_left(tmp_path, port, googl
         "hosts": [1], "env": {**google.environment, "JAXFT_CLOCK": str(tmp_path / "clock")},
         "guard": ["--api=compute", "--node=run-1-1"],
     }  # fmt: skip
-    killed_front(tmp_path, port, event, options)
+    runs = tmp_path / "nodes" / "1" / "worker-0" / "jaxft-pod" / "runs" / "run-1"
+    # A front that dies before the call has reached the host has started nothing.
+    killed_front(tmp_path, port, event, options, made=runs / "attempts" / "1" if event.endswith("start.sh") else None)
     slices = slices_in(tmp_path, **options)
     worker = slices.workers()[0]
     try:
-        runs = slices.home(worker) / "jaxft-pod" / "runs" / "run-1"
         if event.endswith("start.sh"):
             clock(60)  # training runs, which is no reason to delete anything
             while not (runs / "attempts" / "1" / "exit").exists():
