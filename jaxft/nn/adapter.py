@@ -1,8 +1,8 @@
 """Adapters of layers: base classes for the adapter slot of a Linear, an Embedding or an ExpertLinear."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import jax
 from flax import nnx
@@ -57,6 +57,15 @@ class Adapter(LayerAdapter):
     def __call__(self, x: jax.Array, y: jax.Array, kernel: Any, key: jax.Array | None) -> jax.Array:
         """The layer's output, given y [..., O] of the base layer and its input x [..., I]. key: turns dropout on."""
         return y
+
+    @classmethod
+    def additions(
+        cls, adapters: Sequence[Self], x: jax.Array, keys: Sequence[jax.Array | None]
+    ) -> Sequence[jax.Array] | None:
+        """What each of several adapters of this class adds to the output of its layer, computed at once from the one
+        input x [..., I] of all layers. None if these adapters work apart, as `__call__` does.
+        """
+        return None
 
 
 class EmbeddingAdapter(LayerAdapter):

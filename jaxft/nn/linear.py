@@ -2,6 +2,7 @@
 
 # B batch, S sequence, I inputs, O outputs, D model, V vocab
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Literal
 
@@ -126,8 +127,9 @@ class Linear(nnx.Module):
         self.in_all_linear = in_all_linear
         self.tp_side = tp_side
 
-    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        kernel, adapter = self.kernel.get_value(), self.adapter
+    def __call__(self, x: jax.Array, key: jax.Array | None = None, *, addition: jax.Array | None = None) -> jax.Array:
+        """addition: what the adapter adds to the output, if that is computed already (`together`)."""
+        kernel, adapter = self.kernel.get_value(), self.adapter if addition is None else None
         x = x.astype(self.dtype)
         if adapter is not None:
             x = adapter.enter(x)
@@ -139,6 +141,8 @@ class Linear(nnx.Module):
             y = y + partition.gather(bias, BIAS_DIMS[self.tp_side], WHOLE[self.tp_side][1:])
         if adapter is not None and not adapter.on_product:
             y = adapter(x, y, kernel, key)
+        if addition is not None:
+            y = y + addition
         return y if self.keep is None else checkpoint_name(y, self.keep)
 
     def storage_dims(self) -> dict[str, StorageDims]:
@@ -146,6 +150,21 @@ class Linear(nnx.Module):
         fallback = (None, None) if self.tp_side == "neither" else None
         kernel = StorageDims(KERNEL_DIMS[self.tp_side], fallback)
         return {"kernel": kernel, "bias": StorageDims(BIAS_DIMS[self.tp_side])}
+
+
+def together(layers: Sequence[Linear], x: jax.Array, keys: Sequence[jax.Array | None]) -> tuple[jax.Array, ...]:
+    """The outputs of layers that all have the input x [..., I]. Their adapters are computed at once if they can be
+    (`Adapter.additions`).
+    """
+    adapters = {index: layer.adapter for index, layer in enumerate(layers) if layer.adapter is not None}
+    kinds, found = {type(adapter) for adapter in adapters.values()}, None
+    if len(adapters) > 1 and len(kinds) == 1:
+        found = kinds.pop().additions(list(adapters.values()), x.astype(layers[0].dtype), [keys[i] for i in adapters])
+    additions = {} if found is None else dict(zip(adapters, found, strict=True))
+    return tuple(
+        layer(x, key, addition=additions.get(index))
+        for index, (layer, key) in enumerate(zip(layers, keys, strict=True))
+    )
 
 
 class Embedding(nnx.Module):

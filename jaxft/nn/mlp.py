@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxft.nn import partition
-from jaxft.nn.linear import Linear
+from jaxft.nn.linear import Linear, together
 from jaxft.nn.param_kind import Constant
 from jaxft.nn.storage import StorageDims
 
@@ -129,7 +129,7 @@ class MLP(nnx.Module):
         if self.shape.fused:
             gate_BSF, up_BSF = jnp.split(self.gate_up_proj(x_BSD, key[0]), 2, axis=-1)
         else:
-            gate_BSF, up_BSF = self.gate_proj(x_BSD, key[0]), self.up_proj(x_BSD, key[1])
+            gate_BSF, up_BSF = together((self.gate_proj, self.up_proj), x_BSD, (key[0], key[1]))
         gate_BSF, up_BSF = (partition.split(x, "batch", "sequence", "tensor") for x in (gate_BSF, up_BSF))
         if self.shape.sparsity:
             gate_BSF = above_quantile(gate_BSF, self.shape.sparsity)

@@ -1,5 +1,6 @@
 """LoRA: a fresh one changes nothing, merging changes nothing, and the scale, dropout and draw are as published."""
 
+import functools
 import math
 
 import jax
@@ -7,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.extend.core import jaxprs_in_params
 
 from jaxft import models
 from jaxft.adapters.attach import AdapterParam, adapters, attach, merge
-from jaxft.adapters.lora import LoRA, LoRASettings, lora_factory
+from jaxft.adapters.lora import LoRA, LoRASettings, lora_factory, make_lora
+from jaxft.nn.linear import Linear, together
 from jaxft.trees import flatten
 
 TOKENS = np.random.default_rng(0).integers(0, 259, (2, 12))
@@ -81,6 +84,64 @@ def test_output_and_gradients_are_those_of_the_formula():
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), run(state, x, False), run(state, x, True)
     )
+
+
+def narrow_sums(jaxpr, inputs):
+    """The widths of the results of all products that sum over so many inputs and give fewer numbers than these."""
+    found = []
+    for eqn in jaxpr.eqns:
+        for inner in jaxprs_in_params(eqn.params):
+            found += narrow_sums(inner, inputs)
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            summed = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
+            width = eqn.outvars[0].aval.shape[-1]
+            found += [width] if summed == inputs and width < 16 else []
+    return found
+
+
+def unlike_layers():
+    """Layers of one input of 24, of which one has no adapter and the others have unlike ranks and scales."""
+    layers = []
+    for seed, (outputs, rank) in enumerate(((20, 3), (30, None), (40, 2), (17, 5))):
+        types = {"dtype": jnp.float32, "param_dtype": jnp.float32}
+        layer = Linear(24, outputs, use_bias=seed == 0, rngs=nnx.Rngs(params=jax.random.key(seed)), **types)
+        if rank is not None:
+            settings = LoRASettings(r=rank, alpha=6.0, use_bias=seed == 2, init="olora" if seed == 3 else "default")
+            layer.adapter = make_lora(layer, (settings,), jax.random.key(seed))
+            moved = layer.adapter.lora_b.get_value()
+            layer.adapter.lora_b.set_value(moved + jax.random.normal(jax.random.key(seed), moved.shape))
+        layers.append(layer)
+    return layers
+
+
+def test_layers_of_one_input_have_one_narrow_product_and_the_same_numbers():
+    graphdef, state = nnx.split(nnx.List(unlike_layers()))
+    trained, frozen = nnx.split_state(state, AdapterParam, ...)
+    x = jax.random.normal(jax.random.key(9), (2, 6, 24))
+
+    def outputs(trained, x, apart):
+        layers = list(nnx.merge(graphdef, trained, frozen))
+        return tuple(layer(x) for layer in layers) if apart else together(layers, x, [None] * len(layers))
+
+    def gradients(trained, x, apart):
+        ys, pull = jax.vjp(functools.partial(outputs, apart=apart), trained, x)
+        return ys, pull(tuple(map(jnp.cos, ys)))
+
+    found, expected = (jax.jit(gradients, static_argnums=2)(trained, x, apart) for apart in (False, True))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
+    # The layer that subtracts its initial values has twice its rank.
+    one, several = (jax.make_jaxpr(outputs, static_argnums=2)(trained, x, apart) for apart in (False, True))
+    assert (narrow_sums(one.jaxpr, 24), narrow_sums(several.jaxpr, 24)) == ([15], [3, 2, 10])
+
+
+def test_attention_and_feed_forward_have_one_narrow_product_for_each_input(smoke_config):
+    module = with_lora(smoke_config, r=2, alpha=2.0)
+    program = jax.make_jaxpr(lambda tokens: module(tokens)[0])(jnp.asarray(TOKENS)).jaxpr
+    width, inner = smoke_config["hidden_size"], smoke_config["intermediate_size"]
+    heads = smoke_config["num_attention_heads"] * module.config.head_dim
+    widths = sorted(w for size in {width, inner, heads} for w in narrow_sums(program, size))
+    assert widths == [2, 2, 4, 6]  # those of o and of down, of gate and up, of q, k and v
 
 
 def test_dropout_acts_only_with_a_key_and_is_unbiased():

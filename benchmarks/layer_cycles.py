@@ -1,0 +1,154 @@
+"""Cycles that the compiler for a TPU estimates for a decoder layer, or for its feed-forward alone, in a training step.
+
+    python benchmarks/layer_cycles.py [--chip=v5e] [--part=mlp] [--ranks=0,16] [--dropout=0.05]
+
+No TPU is needed: libtpu compiles (`pip install 'jaxft[plan]'`), and nothing runs. Each fusion of the compiled text has
+an estimate, and those of a loop count as often as it turns. The layer is that of Llama 3.1 8B in bfloat16, with the
+gradients of its input and of LoRA on all its matrices; rank 0 is the layer without adapters. Pallas kernels, such as
+attention's, have no estimate and are left out.
+"""
+
+import argparse
+import os
+import re
+from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from jaxft.hardware.compile import ENVIRONMENT
+
+if TYPE_CHECKING:
+    import jax
+
+    from jaxft.hardware.hlo import Computation, Instruction, Module
+
+SIZES = {
+    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "vocab_size": 256, "max_position_embeddings": 131072, "num_hidden_layers": 3,
+}  # fmt: skip
+CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
+MOVES = {"fusion", "copy", "transpose", "bitcast", "parameter", "copy-start", "copy-done", "slice", "dynamic-slice"}
+
+
+def count(module: "Module", computation: "Computation", turns: int, sums: Counter[str]) -> None:
+    """Adds the estimates of a computation, and of the loops in it, to those of products, copies and the rest."""
+    from jaxft.hardware.trips import trip_count
+
+    for instruction in computation.instructions.values():
+        if instruction.opcode == "while":
+            body = module.computations[instruction.callees("body")[0]]
+            count(module, body, turns * (trip_count(module, computation, instruction) or 1), sums)
+        elif match := CYCLES.search(instruction.attributes):
+            sums[kind_of(module, instruction)] += turns * int(match[1])
+
+
+def kind_of(module: "Module", instruction: "Instruction") -> str:
+    """products, copies or other."""
+    inner = [
+        one.opcode for name in instruction.callees("calls") for one in module.computations[name].instructions.values()
+    ]
+    opcodes = {instruction.opcode, *inner}
+    if opcodes & {"convolution", "dot"}:
+        return "products"
+    return "copies" if opcodes <= MOVES else "other"
+
+
+def compiled_text(arguments: argparse.Namespace, rank: int) -> str:
+    """The compiled gradients."""
+    import jax
+    import numpy as np
+    from jax.sharding import Mesh, NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    from jaxft.hardware.topology import devices, parse
+    from jaxft.sharding.mesh import AXES
+
+    device = devices(parse(f"{arguments.chip}:{'1x1x1' if arguments.chip == 'v5p' else '1x1'}"))[:1]
+    mesh = Mesh(np.array(device).reshape((1,) * len(AXES)), AXES)
+    function, operands = program(arguments, rank)
+    whole = NamedSharding(mesh, P())
+    operands = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), operands)
+
+    def on_mesh(*operands: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*operands)
+
+    return jax.jit(on_mesh).lower(*operands).compile().as_text() or ""
+
+
+def program(arguments: argparse.Namespace, rank: int) -> tuple[Callable[..., Any], Any]:
+    """A function that gives the gradients, and the shapes of its arguments."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from jaxft.adapters.attach import AdapterParam
+
+    model, alone = nnx.eval_shape(lambda: made(arguments, rank)), arguments.part == "mlp"
+    graphdef, state = nnx.split(model.layers[0].mlp if alone else model)
+    if alone:
+        state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), state)
+    trained, frozen = nnx.split_state(state, AdapterParam, ...)
+    rows = arguments.rows, arguments.length
+    wide = jax.ShapeDtypeStruct((*rows, SIZES["hidden_size"]), jnp.bfloat16)
+    key = jax.eval_shape(lambda: jax.random.key(0)) if rank and arguments.dropout else None
+
+    def gradients(trained: Any, frozen: Any, x: "jax.Array", grad: "jax.Array", key: "jax.Array | None") -> Any:
+        def of_mlp(trained: Any, x: "jax.Array") -> "jax.Array":
+            return nnx.merge(graphdef, trained, frozen)(x, None if key is None else jax.random.split(key, 3))
+
+        def of_model(trained: Any) -> "jax.Array":
+            return nnx.merge(graphdef, trained, frozen)(x, key=key)[0]
+
+        y, pull = jax.vjp(of_mlp, trained, x) if alone else jax.vjp(of_model, trained)
+        return y, pull(grad)
+
+    inputs = wide if alone else jax.ShapeDtypeStruct(rows, jnp.int32)
+    return gradients, (trained, frozen, inputs, wide, key)
+
+
+def made(arguments: argparse.Namespace, rank: int) -> Any:
+    """The model, with LoRA if it has a rank."""
+    from jaxft import models
+    from jaxft.config import AdapterConfig
+    from jaxft.runs.build import attach_adapter
+
+    types = {"dtype": "bfloat16", "param_dtype": "bfloat16", "remat": arguments.remat}
+    model = models.random_model(models.config_from_hf(SIZES), seed=0, **types)
+    if rank:
+        attach_adapter(model, AdapterConfig(kind="lora", r=rank, alpha=2.0 * rank, dropout=arguments.dropout), seed=0)
+    return model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--chip", default="v5e", help="v5e, v5p or v6e")
+    parser.add_argument("--part", choices=("layer", "mlp"), default="layer")
+    parser.add_argument("--ranks", default="0,16", help="of LoRA, with commas; 0 for none")
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--remat", choices=("none", "dots", "full"), default="dots", help="not for --part=mlp")
+    parser.add_argument("--rows", type=int, default=2)
+    parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--text", help="a file for the last compiled text")
+    arguments = parser.parse_args()
+    os.environ.update(ENVIRONMENT)
+    from jaxft.hardware import hlo
+
+    first = None
+    for rank in map(int, arguments.ranks.split(",")):
+        text = compiled_text(arguments, rank)
+        if arguments.text:
+            with open(arguments.text, "w") as file:
+                file.write(text)
+        module, sums = hlo.parse(text), Counter[str]()
+        count(module, module.entry, 1, sums)
+        layers = 1 if arguments.part == "mlp" else SIZES["num_hidden_layers"]
+        total = sum(sums.values()) / layers / 1e6
+        first = first or total
+        parts = ", ".join(f"{kind} {cycles / layers / 1e6:.2f}" for kind, cycles in sorted(sums.items()))
+        name = f"{arguments.chip} {arguments.part} rank {rank}"
+        print(f"{name}: {total:.2f}M cycles ({parts}), {total / first - 1:+.1%}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
