@@ -12,7 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxft.adapters.attach import AdapterParam, Layer, attach, find, weight
-from jaxft.adapters.lora.low_rank import dropout
+from jaxft.adapters.dropout import described, dropout
 from jaxft.config import AdapterConfig
 from jaxft.errors import ModelError
 from jaxft.nn import partition
@@ -111,7 +111,7 @@ def attach_to(model: Decoder, config: AdapterConfig, key: jax.Array) -> None:
 
 def describe(config: AdapterConfig) -> str:
     """For people: `VeRA r=256 on all-linear`."""
-    return f"VeRA r={config.r} on {config.target_modules}"
+    return f"VeRA r={config.r} on {config.target_modules}{described(config.dropout)}"
 
 
 def attach_vera(model: Decoder, targets: tuple[str, ...], settings: VeRASettings) -> tuple[str, ...]:

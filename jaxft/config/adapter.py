@@ -29,9 +29,9 @@ class AdapterConfig(Section):
         int, ABOVE_ZERO, LORA_OR_VERA, "rank; at most the smaller side of every layer that the adapter is attached to"
     ] = 16
     alpha: Annotated[float, ABOVE_ZERO, LORA_IF_READ, "numerator of the scale alpha / r"] = 32.0
-    dropout: Annotated[float, BELOW_ONE, LORA_OR_VERA, "share of the adapter's inputs that is dropped in training"] = (
-        0.0
-    )
+    dropout: Annotated[
+        float, BELOW_ONE, LORA_OR_VERA, "share of the adapter's inputs that is dropped in training, rounded to 1/256"
+    ] = 0.0
     target_modules: Annotated[
         str,
         LINEAR_LAYERS,

@@ -8,6 +8,7 @@ from flax import nnx
 
 from jaxft import models
 from jaxft.adapters.attach import AdapterParam, SavedParam, StartParam, adapters, merge, slots
+from jaxft.adapters.dropout import dropout
 from jaxft.adapters.make import attach_adapter
 from jaxft.config import AdapterConfig
 from jaxft.errors import ModelError
@@ -74,7 +75,7 @@ def test_dora_sends_dropped_inputs_through_the_base_once_more(base):
     layer = nnx.merge(graphdef, jax.tree.map(lambda x: x[0] + 0.1, state))
     adapter, kernel = layer.adapter, layer.kernel.get_value()
     x, key = jax.random.normal(jax.random.key(0), (3, kernel.shape[0])), jax.random.key(1)
-    dropped = jnp.where(jax.random.bernoulli(key, 0.5, x.shape), 2 * x, 0)
+    dropped = dropout(x, 0.5, key)
     moved_kernel = kernel + adapter.delta()
     gain = adapter.lora_magnitude.get_value() / jnp.linalg.norm(moved_kernel, axis=0)
     expected = x @ kernel + (gain - 1) * (dropped @ kernel) + gain * (dropped @ adapter.delta())

@@ -53,6 +53,7 @@ def test_a_kind_puts_what_moves_into_a_model(smoke_config, kind):
         (AdapterConfig(kind="none"), "no adapter"),
         (AdapterConfig(r=8), "LoRA r=8 on all-linear"),
         (AdapterConfig(use_dora=True, target_modules="q_proj,v_proj"), "DoRA r=16 on q_proj,v_proj"),
+        (AdapterConfig(r=8, dropout=0.05), "LoRA r=8 on all-linear, dropout 13/256"),
         (AdapterConfig(kind="vera", r=256), "VeRA r=256 on all-linear"),
         (AdapterConfig(kind="ia3", target_modules="k_proj,v_proj"), "IA3 on k_proj,v_proj"),
         (AdapterConfig(kind="prompt", num_virtual_tokens=3), "a prompt of 3 virtual tokens"),

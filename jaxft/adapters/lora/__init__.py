@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import jax
 
 from jaxft.adapters.attach import LAYERS, Layer, MakeAdapter, find, key_of, set_adapter, weight
+from jaxft.adapters.dropout import described
 from jaxft.adapters.lora.dora import DoRA
 from jaxft.adapters.lora.embedding import EmbeddingLoRA
 from jaxft.adapters.lora.experts import ExpertLoRA
@@ -68,7 +69,8 @@ def attach_to(model: Decoder, config: AdapterConfig, key: jax.Array) -> None:
 
 def describe(config: AdapterConfig) -> str:
     """For people: `LoRA r=16 on all-linear`."""
-    return f"{'DoRA' if config.use_dora else 'LoRA'} r={config.r} on {config.target_modules}"
+    kind = "DoRA" if config.use_dora else "LoRA"
+    return f"{kind} r={config.r} on {config.target_modules}{described(config.dropout)}"
 
 
 def lora_factory(settings: LoRASettings) -> MakeAdapter:

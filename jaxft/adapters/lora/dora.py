@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxft.adapters.attach import AdapterParam
-from jaxft.adapters.lora.low_rank import LoRA, LoRASettings, dropout
+from jaxft.adapters.dropout import dropout
+from jaxft.adapters.lora.low_rank import LoRA, LoRASettings
 from jaxft.nn import partition
 from jaxft.nn.linear import BIAS_DIMS, WHOLE, TPSide, product
 from jaxft.nn.storage import StorageDims

@@ -16,6 +16,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxft.adapters.attach import AdapterParam, StartParam
+from jaxft.adapters.dropout import dropout
 from jaxft.adapters.lora.start import draw, starts_nonzero
 from jaxft.nn import partition
 from jaxft.nn.adapter import Adapter, LayerAdapter
@@ -228,11 +229,11 @@ class LoRA(LowRank, Adapter):
     def additions(
         cls, adapters: Sequence[Self], x: jax.Array, keys: Sequence[jax.Array | None]
     ) -> tuple[jax.Array, ...] | None:
-        if cls is not LoRA or len({adapter.tp_side for adapter in adapters}) > 1:
+        alike = {(adapter.tp_side, adapter.settings.dropout) for adapter in adapters}
+        if cls is not LoRA or len(alike) > 1:
             return None
-        if any(key is not None and one.settings.dropout for one, key in zip(adapters, keys, strict=True)):
-            return None
-        added = _low_ranks(adapters, x)
+        # One draw for all: each adapter sees the same part of the input.
+        added = _low_ranks(adapters, dropout(x, adapters[0].settings.dropout, keys[0]))
         return tuple(one._with_bias(own) for one, own in zip(adapters, added, strict=True))
 
     def _with_bias(self, added: jax.Array) -> jax.Array:
@@ -260,14 +261,6 @@ def _low_ranks(adapters: Sequence[LoRA], x: jax.Array) -> tuple[jax.Array, ...]:
         ]
     )
     return low_rank(x, a, tuple(bs), side)
-
-
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """x with a share of its numbers set to zero and the others scaled up; x itself without a key."""
-    if key is None or rate == 0:
-        return x
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
-    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
 
 def half_storage(split: bool) -> StorageDims:
