@@ -88,13 +88,12 @@ def fit_run(run: Run, loaded: LoadedModel, console: Console) -> Fitted:
             if start:
                 log.note(f"going on from step {start} of {run.total_steps}")
                 _tell_missing(run, log, start, logged)
-            jitted = partial(_jitted_step, run, tx, schedule, state)
-            graphdef, step = _recorded_step(run, start, log, *_step_that_fits(run, loaded.module, state, jitted))
+            graphdef, step = _recorded_step(run, start, log, *step_that_fits(run, loaded.module, tx, schedule, state))
             feed = method.feed(run, graphdef)
-            hooks = _hooks(run, graphdef, feed, step, _saver(run, checkpoints, log))
+            hooks = hooks_of(run, graphdef, feed, step, _saver(run, checkpoints, log))
             ended = hooks.early_stopping is not None and hooks.early_stopping.ends(progress)
             if start < run.total_steps and not ended:
-                state, held_out = fit(state, hooks, _cadence(run), log, start=start, progress=progress)
+                state, held_out = fit(state, hooks, cadence_of(run), log, start=start, progress=progress)
             elif start == ranked_after:  # other rows are held out than those of its metrics
                 held_out = evaluate(hooks, state, start, log)
             last = int(state.step)
@@ -152,13 +151,14 @@ def _initialize_by_data(run: Run, loaded: LoadedModel, console: Console) -> None
     eva.initialize_eva(loaded.module, kind, partial(device_batch, run), run.mesh, key)
 
 
-def _hooks(
+def hooks_of(
     run: Run,
     graphdef: nnx.GraphDef[Decoder],
     feed: Feed,
     step: Callable[..., tuple[TrainState, dict[str, jax.Array]]],
     save: Callable[[int, TrainState, dict[str, Any], dict[str, float]], None],
 ) -> Hooks:
+    """What the loop calls in a run. step: jitted. save: as `Hooks.save`."""
     method, spikes = method_of(run.config), _spikes(run)
     has_rows = method.rollout_size(run.config) is None
     return Hooks(
@@ -180,7 +180,8 @@ def _hooks(
     )
 
 
-def _cadence(run: Run) -> Cadence:
+def cadence_of(run: Run) -> Cadence:
+    """How often a run logs, evaluates and saves."""
     train, checkpoint = run.config.train, run.config.checkpoint
 
     def period(steps: int | None, epochs: float | None) -> Period:
@@ -255,12 +256,12 @@ def _shapes(state: TrainState) -> TrainState:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 
-def _step_that_fits(
-    run: Run, model: Decoder, state: TrainState, jitted: Callable[[nnx.GraphDef[Decoder]], jax.stages.Wrapped]
+def step_that_fits(
+    run: Run, model: Decoder, tx: optax.GradientTransformation, schedule: optax.Schedule, state: TrainState
 ) -> tuple[nnx.GraphDef[Decoder], jax.stages.Wrapped, Recomputation | None]:
-    """(the graph of the model, its step, the policy that the compiler took if `model.remat` is `auto`).
+    """(the graph of the model, its jitted step, the policy that the compiler took if `model.remat` is `auto`).
 
-    jitted: gives the step of a graph.
+    state: on the mesh of the run.
     """
     choice = run.recomputation
     batch = batch_on_mesh(run.config, run.mesh)
@@ -269,7 +270,7 @@ def _step_that_fits(
         if choice is not None:
             model.remat = choice.policy
         graphdef = divide(model)[0]
-        step = jitted(graphdef)
+        step = _jitted_step(run, tx, schedule, state, graphdef)
         if choice is None or choice.limit is None or not choice.after:
             return graphdef, step, choice
         if not refused(step.lower(_shapes(state), batch, *limits), choice.limit):
@@ -320,7 +321,7 @@ def _tell_missing(run: Run, log: RunLog | NoLog, step: int, logged: int | None) 
     """Says which rows of the metrics are missing that had been logged when `step` was saved. logged: their number."""
     if not is_primary() or logged is None or log.rows >= logged:
         return
-    cadence, there = _cadence(run), {row["step"] for row in read_metrics(run.folder)}
+    cadence, there = cadence_of(run), {row["step"] for row in read_metrics(run.folder)}
     steps = [n for n in range(1, step + 1) if cadence.due(n, cadence.log_every) and n not in there]
     which = f": of steps {listed(spans(steps))}" if steps else ""
     log.note(
