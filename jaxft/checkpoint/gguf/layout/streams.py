@@ -31,13 +31,13 @@ def split_streams(tensors: Mapping[str, LazyTensor], config: Config) -> dict[str
         if (match := _ONE.fullmatch(name)) is not None:
             stacks.setdefault(f"{match[1]}.weight", []).append((spec, make))
         elif name == _TABLE and spec.shape[0] < config.vocab_size:
-            shape = (config.vocab_size, spec.shape[1])
-            out[name] = (TensorSpec(shape, spec.dtype), functools.partial(_filled, make, shape[0]))
+            filled = TensorSpec((config.vocab_size, spec.shape[1]), spec.dtype)
+            out[name] = (filled, functools.partial(_filled, make, config.vocab_size))
         else:
             out[name] = (spec, make)
     for name, parts in stacks.items():
-        shape = (len(parts), *parts[0][0].shape)
-        out[name] = (TensorSpec(shape, parts[0][0].dtype), functools.partial(_stacked, [make for _, make in parts]))
+        stacked = TensorSpec((len(parts), *parts[0][0].shape), parts[0][0].dtype)
+        out[name] = (stacked, functools.partial(_stacked, [make for _, make in parts]))
     for name, shape in _spare_shapes(config).items():
         spare = TensorSpec(shape, np.dtype(np.float32))
         out.setdefault(name, (spare, functools.partial(_zeros, shape)))
