@@ -347,6 +347,8 @@ def test_stop_without_a_process_that_leads(world):
     shared(world)
     world.slices.env |= {"FAKE_SECONDS": "0.5", "FAKE_STEPS": "1000"}
     world.lead(detach=True)
+    while not (Path(world.request.to) / "run" / "metrics.jsonl").exists():  # from its first step on it answers signals
+        time.sleep(0.05)
     assert world.verb(commands.stop)["state"] == "stopped"
     assert (
         not world.slices.alive
