@@ -68,6 +68,8 @@ setup(
         "plan": [*LIBTPU],
         # The reward function math_answer.
         "math": ["math-verify>=0.8"],
+        # `jaxft data --deep` compares rows by MinHash.
+        "deep": ["rensa>=0.5"],
         # GGUF files as q4_k_m and q5_k_m. A young package: exactly the release that was compared with llama.cpp.
         "k-quants": ["libgguf==0.2.2"],
         # Trackers of experiments, named by train.report_to.
@@ -104,6 +106,7 @@ setup(
             "pydantic-extra-types[pycountry]>=2.10.5",
             "libgguf==0.2.2",
             "jsonschema>=4.21",
+            "rensa>=0.5",
             "pillow>=10.3",
             "requests>=2.31",
             # Run folders at gs:// against an emulator on this machine.

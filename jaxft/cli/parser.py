@@ -86,6 +86,7 @@ def _add_training(verbs: Any) -> None:
     settings.add_flags(verbs.choices["data"])
     option("--rows", type=int, default=2, help="how many rows to show with their trained tokens marked")
     option("--clear_cache", action="store_true", help="only remove the tokenised rows that were kept (data.cache)")
+    training.deep_options(option)
 
     option = _verb(
         verbs, "plan", training.plan, "compile a training step for a slice that is not here: memory, time, money"

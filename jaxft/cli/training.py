@@ -3,7 +3,7 @@
 import argparse
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxft.cli import settings
@@ -11,6 +11,8 @@ from jaxft.cli.errors import explained
 from jaxft.config import RunConfig
 from jaxft.errors import ConfigError, counted
 from jaxft.terminal import text as terminal
+
+DEEP = ("write", "drop", "noise", "noise_steps")  # options of `jaxft data` that belong to --deep
 
 
 def config_of(arguments: argparse.Namespace, overrides: Sequence[str]) -> RunConfig:
@@ -80,9 +82,48 @@ def data(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     """`jaxft data`: what training would see of the rows."""
     if arguments.clear_cache:
         return _clear_cache(arguments, overrides)
+    if arguments.deep:
+        return _deep(arguments, overrides)
+    if given := [name for name in DEEP if getattr(arguments, name) is not None]:
+        raise ConfigError(f"--{given[0]} belongs to the deep examination: add --deep")
     from jaxft.runs.examine import examine
 
     return examine(config_of(arguments, overrides), console_of(arguments), rows=arguments.rows)
+
+
+def deep_options(option: Callable[..., Any]) -> None:
+    """The options of `jaxft data --deep`."""
+    option(
+        "--deep",
+        action="store_true",
+        help="look for duplicates, leaks into held-out rows, contradictions, odd shapes and imbalance instead",
+    )
+    option("--write", metavar="FILE", help="with --deep: a new .jsonl file of the training rows without bad ones")
+    option("--drop", metavar="REASONS", help="which rows --write leaves out, such as leaks,duplicates; by default all")
+    option(
+        "--noise",
+        action="store_true",
+        default=None,
+        help="with --deep: train LoRA on each half of the rows, and show answers of the other that may be wrong",
+    )
+    option("--noise_steps", type=int, metavar="N", help="most updates of each of the two trainings (100)")
+
+
+def _deep(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
+    """`jaxft data --deep`: what is wrong with the rows beyond their form. Without --noise it needs no model."""
+    from jaxft.runs.deep.examine import NO_MODEL, Request, examine_deep_rows, reasons_in
+
+    named = any(override.startswith("model.path=") for override in overrides)
+    if arguments.config is None and not named and any(override.startswith("data.") for override in overrides):
+        overrides = [*overrides, f"model.path={NO_MODEL}"]
+    request = Request(
+        rows=arguments.rows,
+        write=arguments.write,
+        drop=reasons_in(arguments.drop),
+        noise=bool(arguments.noise),
+        noise_steps=100 if arguments.noise_steps is None else arguments.noise_steps,
+    )
+    return examine_deep_rows(config_of(arguments, overrides), console_of(arguments), request)
 
 
 def _clear_cache(arguments: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any]:

@@ -143,7 +143,7 @@ def _prompt(
     where: str,
     first: Sequence[int],
 ) -> Prompt:
-    given, answer, used = _prompt_and_answer(fields, config)
+    given, answer, used = prompt_and_answer(fields, config)
     columns = {name: value for name, value in fields.items() if name not in used}
     if answer is not None:
         columns.setdefault(REFERENCE, answer)
@@ -189,7 +189,7 @@ def _with_tokens(
     return Prompt(tokens=tokens, mask=np.zeros(len(tokens), np.uint8), row=row, where=where, messages=messages, **more)
 
 
-def _prompt_and_answer(
+def prompt_and_answer(
     fields: Mapping[str, Any], config: DataConfig
 ) -> tuple[str | list[Message], str | None, Collection[str]]:
     """The prompt of a row, the answer that it gives, if any, and the columns that the prompt is from."""
