@@ -68,6 +68,8 @@ setup(
         "plan": [*LIBTPU],
         # The reward function math_answer.
         "math": ["math-verify>=0.8"],
+        # `jaxft lm-eval`. Heavy (datasets, scikit-learn, NLTK and others), so the suite skips its tests without it.
+        "lm-eval": ["lm-eval>=0.4.13"],
         # `jaxft data --deep` compares rows by MinHash.
         "deep": ["rensa>=0.5"],
         # GGUF files as q4_k_m and q5_k_m. A young package: exactly the release that was compared with llama.cpp.

@@ -143,6 +143,10 @@ def _add_written(verbs: Any) -> None:
     settings.add_flags(verbs.choices["eval"], HELD_OUT)
     answers.values_option(option)
 
+    option = _verb(verbs, "lm-eval", written.lm_eval, "standard tasks of lm-evaluation-harness")
+    option("--model", required=True, **MODEL)
+    written.lm_eval_options(option)
+
     option = _verb(
         verbs, "export", written.export, "write an adapter or a whole model for other tools, and read it back"
     )

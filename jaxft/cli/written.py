@@ -1,9 +1,9 @@
-"""The verbs that work on a model that is there: eval, export and convert."""
+"""The verbs that work on a model that is there: eval, lm-eval, export and convert."""
 
 import argparse
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxft.cli import answers, pushing
@@ -49,6 +49,78 @@ def evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
         for name, value in result.items():
             terminal.write(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
     return result
+
+
+def lm_eval(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
+    """`jaxft lm-eval`: standard tasks of lm-evaluation-harness on a model."""
+    from jaxft.files.targets import check_new_file, locked_output
+    from jaxft.home import local_path
+    from jaxft.runs.lm_eval import run
+
+    run.check_installed()
+    tasks = run.Tasks(
+        names=tuple(name.strip() for name in arguments.tasks.split(",") if name.strip()),
+        num_fewshot=arguments.num_fewshot,
+        limit=arguments.limit,
+        include_path=arguments.include_path,
+        apply_chat_template=arguments.apply_chat_template,
+        fewshot_as_multiturn=arguments.fewshot_as_multiturn,
+        system=arguments.system,
+        gen_kwargs=arguments.gen_kwargs,
+        samples=arguments.log_samples,
+        seed=arguments.seed,
+    )
+    if arguments.output is None:
+        return _lm_eval(arguments, tasks)
+    check_new_file(local_path(arguments.output))  # before the model is loaded
+    with locked_output(arguments.output, "jaxft lm-eval"):
+        results = _lm_eval(arguments, tasks)
+        run.write_results(results, arguments.output)
+    return results
+
+
+def _lm_eval(arguments: argparse.Namespace, tasks: Any) -> dict[str, Any]:
+    from jaxft.hardware.compile_cache import keep_compiled
+    from jaxft.runs.lm_eval import run
+    from jaxft.runs.lm_eval.model import JaxftLM
+
+    keep_compiled()
+    model = JaxftLM(
+        arguments.model,
+        dtype=arguments.dtype,
+        quantization=arguments.quantization,
+        base=arguments.base,
+        allow_unknown=arguments.allow_unknown,
+        batch_size=arguments.batch_size,
+        max_length=arguments.max_length,
+        chat_template=arguments.chat_template,
+        chat_template_args=answers.template_values(arguments),
+        seed=arguments.seed or 0,
+    )
+    answers.say_notes(model.model.left_out, model.model.notes, sys.stderr)
+    results = run.run_tasks(model, tasks)
+    if not arguments.json:
+        run.print_results(results, console_of(arguments))
+    return results
+
+
+def lm_eval_options(option: Callable[..., Any]) -> None:
+    """The options of `jaxft lm-eval`."""
+    option("--tasks", required=True, metavar="NAMES", help="tasks or groups with commas between them; patterns; files")
+    option("--num_fewshot", type=int, metavar="N", help="examples before a question; by default what the task says")
+    option("--limit", type=float, metavar="N", help="questions of each task, from the first; below 1 a share")
+    option("--include_path", metavar="FOLDER", help="a folder with YAML files of tasks of your own")
+    option("--output", metavar="FILE", help="a new .json file for the results")
+    option("--log_samples", action="store_true", help="keep every question and answer in the results")
+    option("--apply_chat_template", action="store_true", help="ask as a user of a chat, by the chat template")
+    option("--fewshot_as_multiturn", action="store_true", help="examples as turns of the chat")
+    option("--system", metavar="TEXT", help="system message, with --apply_chat_template")
+    option("--gen_kwargs", metavar="NAME=VALUE,...", help="settings of generation, over those of the tasks")
+    option("--batch_size", type=int, default=8, help="rows that are computed at a time (8)")
+    option("--max_length", type=int, help="most tokens of a row; by default all positions of the model")
+    option("--seed", type=int, help="of examples and of sampled answers; by default that of the harness")
+    answers.template_options(option)
+    answers.loading_options(option)
 
 
 def _evaluated(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[RunConfig, str]:

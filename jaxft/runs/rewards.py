@@ -216,7 +216,7 @@ def _scores(model: LoadedModel, examples: Sequence[Example], names: Sequence[str
     lengths = [max(2, len(one)) for one in examples]  # a row has at most one document for every two tokens
     length = -(-max(*lengths, min(sum(lengths), FULL_ROW)) // STEP) * STEP
     plan = pack(lengths, length)
-    mesh = _mesh_of(model.module)
+    mesh = mesh_of(model.module)
     shards = mesh.batch_shards
     rows = -(-min(batch_size, len(plan)) // shards) * shards
     graphdef, state = nnx.split(model.module)
@@ -235,7 +235,7 @@ def _scores(model: LoadedModel, examples: Sequence[Example], names: Sequence[str
     return scores
 
 
-def _mesh_of(module: nnx.Module) -> MeshPlan:
+def mesh_of(module: nnx.Module) -> MeshPlan:
     """The mesh that the parameters are on."""
     shardings = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(nnx.state(module)))
     mesh = next((s.mesh for s in shardings if isinstance(s, NamedSharding)), None)
