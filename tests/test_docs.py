@@ -87,7 +87,7 @@ def options_of_verbs() -> dict[str, set[str]]:
 def options_of(command: str) -> set[str]:
     """The options that a line of code may use: those of its program, or of all if it names none."""
     scripts = [ROOT / path for path in re.findall(r"(?:benchmarks|docs|tpu_scripts)/\w+\.(?:py|sh)", command)]
-    verbs = [verb for verb in re.findall(r"\bjaxft (pod \w+|\w+)", command) if verb in options_of_verbs()]
+    verbs = [verb for verb in re.findall(r"\bjaxft (pod \w+|[\w-]+)", command) if verb in options_of_verbs()]
     if verbs and not scripts:
         return options_of_verbs()[verbs[0]] | {"--config"}
     used = [*scripts, ROOT / "tpu_scripts" / "common.sh"]
@@ -225,7 +225,7 @@ def test_the_readme_shows_every_command_and_every_option() -> None:
     usage, _, sampling = re.sub(r"\n +(?=\[)", " ", usage).partition("SAMPLING: ")
     usage, _, settings = usage.partition("SETTINGS: ")
     usage = usage.replace("[SAMPLING]", sampling).replace("[SETTINGS]", settings.strip())
-    lines = dict(re.findall(r"^    jaxft (pod \w+|\w+)(.*)$", usage, re.MULTILINE))
+    lines = dict(re.findall(r"^    jaxft (pod \w+|[\w-]+)(.*)$", usage, re.MULTILINE))
     named = {verb: re.sub(r"--(?:config|section)\.", "", line) for verb, line in lines.items()}
     shown = {verb: set(re.findall(r"--[a-z_]+", line)) for verb, line in named.items()}
     assert shown == {

@@ -12,7 +12,7 @@ from jaxft.config import RunConfig
 from jaxft.errors import ConfigError, counted
 from jaxft.terminal import text as terminal
 
-DEEP = ("write", "drop", "noise", "noise_steps")  # options of `jaxft data` that belong to --deep
+DEEP = ("write", "drop", "noise")  # options of `jaxft data` that belong to --deep
 
 
 def config_of(arguments: argparse.Namespace, overrides: Sequence[str]) -> RunConfig:
@@ -106,7 +106,7 @@ def deep_options(option: Callable[..., Any]) -> None:
         default=None,
         help="with --deep: train LoRA on each half of the rows, and show answers of the other that may be wrong",
     )
-    option("--noise_steps", type=int, metavar="N", help="most updates of each of the two trainings (100)")
+    option("--noise_steps", type=int, default=100, metavar="N", help="most updates of each of the two trainings (100)")
 
 
 def _deep(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
@@ -121,7 +121,7 @@ def _deep(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
         write=arguments.write,
         drop=reasons_in(arguments.drop),
         noise=bool(arguments.noise),
-        noise_steps=100 if arguments.noise_steps is None else arguments.noise_steps,
+        noise_steps=arguments.noise_steps,
     )
     return examine_deep_rows(config_of(arguments, overrides), console_of(arguments), request)
 

@@ -187,7 +187,7 @@ def test_tasks_of_ones_own_run_offline(
     assert "choices" in shown and "exact_match" in shown
     assert 0 <= results["results"]["choices"]["acc,none"] <= 1
     assert {name: len(samples) for name, samples in results["samples"].items()} == {"choices": 4, "written": 4}
-    asked = results["samples"]["written"][0]["arguments"]["gen_args_0"]["arg_0"]
+    asked = results["samples"]["written"][0]["arguments"][0][0]
     assert asked.startswith("<|im_start|>system\nBe brief.") and asked.endswith("<|im_start|>assistant\n")
     assert asked.count("even?") == 2
     assert cli.main([*command, *more]) != 0 and "is there already" in capsys.readouterr().err

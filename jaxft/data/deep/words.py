@@ -22,7 +22,7 @@ NEAR_GRAM = 5  # words of an n-gram by which texts are compared
 LEAK_GRAM = 13  # words in a row that two texts hardly share by chance
 NEAR = 0.8  # Jaccard similarity from which two texts are near duplicates
 # n-grams that are in more rows than these belong to a template and say nothing about a row.
-TEMPLATE_SHARE, TEMPLATE_ROWS = 0.2, 10
+TEMPLATE_SHARE, TEMPLATE_ROWS = 0.05, 10
 
 
 def collapsed(text: str) -> str:
@@ -59,7 +59,7 @@ def without(grams: set[str], template: frozenset[str]) -> set[str]:
 
 
 def template_grams(sets: Iterable[set[str]], rows: int) -> frozenset[str]:
-    """The n-grams that are in more than a fifth of `rows` sets, and in more than 10: a template that rows share."""
+    """The n-grams that are in more than a twentieth of `rows` sets, and in more than 10: a template that rows share."""
     counts = Counter(gram for grams in sets for gram in grams)
     least = max(TEMPLATE_ROWS, TEMPLATE_SHARE * rows)
     return frozenset(gram for gram, count in counts.items() if count > least)
