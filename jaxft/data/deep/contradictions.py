@@ -34,9 +34,9 @@ def contradictions(texts: Texts, table: Table, compared: Compared, near: Sequenc
     differ, are no contradiction: the question explains the answer.
     """
     rows = np.flatnonzero(table.is_train & (table.user != 0) & (table.answer != 0))
-    asked = table.user ^ (table.before * np.uint64(0x9E3779B97F4A7C15))
+    question = table.user ^ (table.before * np.uint64(0x9E3779B97F4A7C15))
     out: dict[tuple[int, int], Contradiction] = {}
-    for group in _groups(exact_pairs(asked, rows)):
+    for group in _groups(exact_pairs(question, rows)):
         for first, second in _differing(table, group):
             out[first, second] = Contradiction(first=first, second=second, similarity=1.0)
     for group in _groups(near):
@@ -76,13 +76,13 @@ def _opposed(table: Table, first: int, second: int) -> bool:
 def explained(texts: Texts, table: Table, first: int, second: int) -> bool:
     """Whether the questions of two rows differ in what makes their answers differ."""
     one, other = texts.known(first), texts.known(second)
-    asked = _difference(one.user or "", other.user or "")
-    if any(char.isdigit() for word in asked for char in word):
+    questions = _difference(one.user or "", other.user or "")
+    if any(char.isdigit() for word in questions for char in word):
         return True
     if table.label[first] >= 0 or table.rejected[first]:
         return False
     answered = _difference(_answer(one), _answer(other))
-    return bool(answered) and answered <= asked
+    return bool(answered) and answered <= questions
 
 
 def _answer(text: RowText) -> str:

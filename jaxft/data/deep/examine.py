@@ -86,11 +86,11 @@ class DeepExamination:
             "drop": [{**self._row(row), "reason": dropped[row]} for row in sorted(dropped)],
         }
 
-    def _duplicates(self, found: Duplicates) -> dict[str, Any]:
-        rows = len(found.rows)
+    def _duplicates(self, pairs: Duplicates) -> dict[str, Any]:
+        rows = len(pairs.rows)
         return {
-            "exact": [self._pair(pair) for pair in found.exact],
-            "near": [self._pair(pair) for pair in found.near],
+            "exact": [self._pair(pair) for pair in pairs.exact],
+            "near": [self._pair(pair) for pair in pairs.near],
             "rows": rows,
             "share": rows / self.texts.train if self.texts.train else 0.0,
         }
@@ -122,7 +122,7 @@ def examine_deep(config: RunConfig) -> tuple[DeepExamination, Table]:
     def answer_of(row: int) -> str:
         return texts.known(row).answer or ""
 
-    found = DeepExamination(
+    examination = DeepExamination(
         texts=texts,
         questions=questions,
         whole=duplicates(by_whole, texts.train),
@@ -132,7 +132,7 @@ def examine_deep(config: RunConfig) -> tuple[DeepExamination, Table]:
         balances=balances(_answers(texts, range(texts.train)), _answers(texts, range(texts.train, len(texts)))),
         problems=table.problems,
     )
-    return found, table
+    return examination, table
 
 
 def metric_of(config: RunConfig) -> str | None:

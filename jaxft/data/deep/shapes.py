@@ -20,7 +20,7 @@ LEAST_MAD = 0.1  # of the median: where nearly all lengths are the same, a small
 PROSE = 200  # characters from which the end of a text says whether it was cut
 ENDS = frozenset(".!?:;)]}>\"'`*_~|\u3002\uff01\uff1f\u300d\u300f\u201d\u2019\u2026\u060c\u061f\u0964")
 RARE_SCRIPT = 0.02  # share of the rows below which a script is rare
-AGREED = 0.9  # share of the answers that makes a format
+MAJORITY = 0.9  # share of the answers that makes a format
 CUTS = ("a code block is not closed", "JSON ends before it is closed", "it ends within a sentence")
 FENCE, JSON, SENTENCE = range(3)
 PARTS = ("question", "answer")
@@ -50,8 +50,8 @@ def odd_shapes(table: "Table", answer_of: Callable[[int], str], metric: str | No
 
     Without a metric answers have the format of JSON objects if nine tenths of them do.
     """
-    found = [*_empty(table), *_long(table), *_cut(table), *_scripts(table), *_formats(table, answer_of, metric)]
-    return sorted(found, key=lambda odd: (odd.row, odd.kind))
+    odd = [*_empty(table), *_long(table), *_cut(table), *_scripts(table), *_formats(table, answer_of, metric)]
+    return sorted(odd, key=lambda one: (one.row, one.kind))
 
 
 def _empty(table: "Table") -> Iterator[Odd]:
@@ -91,7 +91,7 @@ def _cut(table: "Table") -> Iterator[Odd]:
     prose = int(np.count_nonzero(lengths_N >= PROSE))
     open_ends = int(np.count_nonzero(cut_N == SENTENCE))
     for row in np.flatnonzero(cut_N >= 0).tolist():
-        if cut_N[row] != SENTENCE or open_ends <= (1 - AGREED) * prose:
+        if cut_N[row] != SENTENCE or open_ends <= (1 - MAJORITY) * prose:
             yield Odd(row=row, kind="cut", text=f"its answer seems cut off: {CUTS[cut_N[row]]}")
 
 
@@ -112,10 +112,10 @@ def _formats(table: "Table", answer_of: Callable[[int], str], metric: str | None
     rows = np.flatnonzero(table.answer[: table.train] != 0).tolist()
     counts = Counter(_keys(_strict(answer_of(row))[0]) for row in rows)
     objects = sum(count for keys, count in counts.items() if keys is not None)
-    if not ("json" in (metric or "") or (metric is None and objects >= AGREED * max(len(rows), 1))):
+    if not ("json" in (metric or "") or (metric is None and objects >= MAJORITY * max(len(rows), 1))):
         return
     usual = max((keys for keys in counts if keys is not None), key=lambda keys: counts[keys], default=None)
-    if usual is not None and counts[usual] < AGREED * objects:
+    if usual is not None and counts[usual] < MAJORITY * objects:
         usual = None
     for row in rows:
         value, problem = _strict(answer_of(row))

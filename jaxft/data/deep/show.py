@@ -1,4 +1,4 @@
-"""Prints what a deep examination found: a line for each check, and the first rows of each finding."""
+"""Prints what a deep examination examination: a line for each check, and the first rows of each finding."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -18,74 +18,74 @@ if TYPE_CHECKING:
 SHOWN = 60  # characters of a text of others in a line
 
 
-def print_deep(found: DeepExamination, console: "Console", rows: int) -> None:
+def print_deep(examination: DeepExamination, console: "Console", rows: int) -> None:
     """Prints the findings. rows: how many of each are named; JSON has all."""
-    texts = found.texts
+    texts = examination.texts
     say(
         console,
         f"{counted(texts.train, 'training row')}, {counted(len(texts) - texts.train, 'held-out row')}",
         style="bold",
     )
-    for title, lines in _sections(found):
+    for title, lines in _sections(examination):
         say(console, title, style="yellow" if lines else "")
         for line in lines[:rows]:
             say(console, f"  {line}")
         if len(lines) > rows:
             say(console, f"  and {len(lines) - rows:,} more (--json has all, --rows=N shows N)")
-    dropped = Counter(found.dropped().values())
+    dropped = Counter(examination.dropped().values())
     say(console, f"rows that --write=FILE leaves out: {_counts(dropped) or 'none'}")
 
 
-def _sections(found: DeepExamination) -> Iterator[tuple[str, list[str]]]:
+def _sections(examination: DeepExamination) -> Iterator[tuple[str, list[str]]]:
     yield (
-        "cannot be read: " + counted(len(found.problems), "row"),
-        [safe_line(text) for text in found.problems.values()],
+        "cannot be read: " + counted(len(examination.problems), "row"),
+        [safe_line(text) for text in examination.problems.values()],
     )
-    yield _duplicates("duplicate questions", found, found.questions)
-    yield _duplicates("duplicate rows", found, found.whole)
-    yield _leaks(found)
-    yield _contradictions(found)
-    kinds = Counter(odd.kind for odd in found.odd)
-    yield f"odd shapes: {_counts(kinds) or 'none'}", [_odd(found, odd) for odd in _alternating(found.odd)]
-    for balance in found.balances:
+    yield _duplicates("duplicate questions", examination, examination.questions)
+    yield _duplicates("duplicate rows", examination, examination.whole)
+    yield _leaks(examination)
+    yield _contradictions(examination)
+    kinds = Counter(odd.kind for odd in examination.odd)
+    yield f"odd shapes: {_counts(kinds) or 'none'}", [_odd(examination, odd) for odd in _alternating(examination.odd)]
+    for balance in examination.balances:
         yield _balance(balance)
-    if found.suspects is not None:
-        yield _suspects(found)
+    if examination.suspects is not None:
+        yield _suspects(examination)
 
 
-def _duplicates(what: str, found: DeepExamination, pairs: Duplicates) -> tuple[str, list[str]]:
-    share = len(pairs.rows) / max(found.texts.train, 1)
+def _duplicates(what: str, examination: DeepExamination, pairs: Duplicates) -> tuple[str, list[str]]:
+    share = len(pairs.rows) / max(examination.texts.train, 1)
     title = f"{what}: {len(pairs.exact):,} exact, {len(pairs.near):,} near ({share:.1%} of the rows)"
-    where = found.texts.where
+    where = examination.texts.where
     return title, [
         f"{_name(where, pair.second)} repeats {_name(where, pair.first)} ({pair.similarity:.2f})"
         for pair in (*pairs.exact, *pairs.near)
     ]
 
 
-def _leaks(found: DeepExamination) -> tuple[str, list[str]]:
-    kinds = Counter(leak.kind for leak in found.leaks)
-    held_out = len({leak.held_out for leak in found.leaks})
-    total = len(found.texts) - found.texts.train
+def _leaks(examination: DeepExamination) -> tuple[str, list[str]]:
+    kinds = Counter(leak.kind for leak in examination.leaks)
+    held_out = len({leak.held_out for leak in examination.leaks})
+    total = len(examination.texts) - examination.texts.train
     title = f"leaks: {held_out:,} of {counted(total, 'held-out row')} in training rows"
     return title + (f" ({_counts(kinds)})" if kinds else ""), [
-        f"{_name(found.texts.where, leak.train)} shows {_name(found.texts.where, leak.held_out)}: "
+        f"{_name(examination.texts.where, leak.train)} shows {_name(examination.texts.where, leak.held_out)}: "
         + ("13 words in a row" if leak.similarity is None else f"{leak.kind}, {leak.similarity:.2f}")
-        for leak in found.leaks
+        for leak in examination.leaks
     ]
 
 
-def _contradictions(found: DeepExamination) -> tuple[str, list[str]]:
-    where = found.texts.where
-    return f"contradictions: {counted(len(found.contradictions), 'pair')}", [
+def _contradictions(examination: DeepExamination) -> tuple[str, list[str]]:
+    where = examination.texts.where
+    return f"contradictions: {counted(len(examination.contradictions), 'pair')}", [
         f"{_name(where, one.first)} and {_name(where, one.second)} ask the same ({one.similarity:.2f}): "
-        f"{_quoted(found, one.first)} and {_quoted(found, one.second)}"
-        for one in found.contradictions
+        f"{_quoted(examination, one.first)} and {_quoted(examination, one.second)}"
+        for one in examination.contradictions
     ]
 
 
-def _odd(found: DeepExamination, odd: Odd) -> str:
-    return f"{_name(found.texts.where, odd.row)}: {safe_line(odd.text)}"
+def _odd(examination: DeepExamination, odd: Odd) -> str:
+    return f"{_name(examination.texts.where, odd.row)}: {safe_line(odd.text)}"
 
 
 def _alternating(odd: Sequence[Odd]) -> list[Odd]:
@@ -107,10 +107,10 @@ def _balance(balance: Balance) -> tuple[str, list[str]]:
     ]
 
 
-def _suspects(found: DeepExamination) -> tuple[str, list[str]]:
-    suspects = found.suspects or []
+def _suspects(examination: DeepExamination) -> tuple[str, list[str]]:
+    suspects, where = examination.suspects or [], examination.texts.where
     return f"answers that may be wrong: the likeliest {len(suspects):,}", [
-        f"{_name(found.texts.where, one.row)}: {safe_line(repr(one.answer), SHOWN)}, {one.loss:.2f} nats per token "
+        f"{_name(where, one.row)}: {safe_line(repr(one.answer), SHOWN)}, {one.loss:.2f} nats per token "
         f"({one.excess:+.2f})"
         + ("" if one.model is None else f"; the model answers {safe_line(repr(one.model), SHOWN)}")
         for one in suspects
@@ -121,8 +121,8 @@ def _name(where: Callable[[int], str], row: int) -> str:
     return safe_line(where(row))
 
 
-def _quoted(found: DeepExamination, row: int) -> str:
-    text: Any = found.texts.known(row)
+def _quoted(examination: DeepExamination, row: int) -> str:
+    text: Any = examination.texts.known(row)
     return safe_line(repr(text.answer or ""), SHOWN)
 
 

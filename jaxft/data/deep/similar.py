@@ -63,7 +63,7 @@ class Compared:
         return np.where(table.short & (table.user != 0), mixed, table.user)
 
     @property
-    def apart(self) -> np.ndarray:
+    def separate(self) -> np.ndarray:
         """Rows with other values of it are no near duplicates, uint64 [N].
 
         Of whole rows, and of short questions, the messages before the question.
@@ -98,7 +98,7 @@ def near_pairs(compared: Compared, rows: np.ndarray) -> list[Near]:
     """
     linked: dict[int, Near] = {}
     tried: set[tuple[int, int]] = set()
-    for bucket in buckets(compared.signatures, rows, compared.apart):
+    for bucket in buckets(compared.signatures, rows, compared.separate):
         roots: list[int] = []
         for row in bucket.tolist():
             if row in linked:
@@ -134,7 +134,7 @@ def near_across(compared: Compared, rows: np.ndarray, train: int) -> Iterator[Ne
     rows: different ones, ascending. train: the number of training rows.
     """
     tried: set[tuple[int, int]] = set()
-    for bucket in buckets(compared.signatures, rows, compared.apart):
+    for bucket in buckets(compared.signatures, rows, compared.separate):
         split = int(np.searchsorted(bucket, train))
         for second in bucket[split:].tolist():
             for first in bucket[:split][:MOST].tolist():

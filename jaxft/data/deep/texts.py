@@ -134,11 +134,11 @@ def _text_of(one: Conversation) -> RowText:
 
 def _of_messages(messages: Sequence[Mapping[str, Any]], answer: str | None) -> RowText:
     """The texts of the messages before an answer, and of the answer."""
-    asked = [i for i, message in enumerate(messages) if message.get("role") == "user"]
-    last = asked[-1] if asked else len(messages)
+    users = [i for i, message in enumerate(messages) if message.get("role") == "user"]
+    last = users[-1] if users else len(messages)
     parts = [f"{message.get('role')}: {_written(message)}" for i, message in enumerate(messages) if i != last]
     spoken = [_written(message) for message in messages if message.get("role") not in ("system", "developer")]
-    user = _written(messages[last]) if asked else None
+    user = _written(messages[last]) if users else None
     return RowText(before="\n".join(parts), user=user, answer=answer, whole="\n".join([*spoken, answer or ""]).strip())
 
 

@@ -42,20 +42,20 @@ def examine_deep_rows(config: RunConfig, console: Console, request: Request) -> 
     that is to be written exists; DataError as reading does.
     """
     _check(config, request)
-    found, table = examine_deep(config)
+    examination, table = examine_deep(config)
     if request.noise:
         from jaxft.runs.deep.noise import find_noise
 
-        suspects = find_noise(config, found.texts, table, console, steps=request.noise_steps)
-        found = dataclasses.replace(found, suspects=suspects)
-    print_deep(found, console, request.rows)
-    result = found.to_dict()
+        suspects = find_noise(config, examination.texts, table, console, steps=request.noise_steps)
+        examination = dataclasses.replace(examination, suspects=suspects)
+    print_deep(examination, console, request.rows)
+    result = examination.to_dict()
     if request.write is not None:
-        dropped = found.dropped(request.drop)
+        dropped = examination.dropped(request.drop)
         path = local_path(request.write)
         with locked_output(path, "jaxft data --deep"):
             check_new_file(path)  # again: the checks may have taken long
-            written = write_cleaned(found.texts, dropped, path)
+            written = write_cleaned(examination.texts, dropped, path)
         say(console, f"wrote {counted(written, 'row')} to {path}, without {len(dropped):,}")
         result["written"] = {"path": path, "rows": written, "dropped": len(dropped)}
     return result

@@ -203,11 +203,11 @@ def _with_answer(one: Conversation, other: _Row) -> dict[str, object]:
 def _answers(session: Session, rows: Sequence[_Row]) -> list[str | None]:
     """What the model answers greedily to each row; None where a prompt has more than text, so that it is not asked."""
     prompts = [_prompt(row.conversation) for row in rows]
-    asked = {i: prompt for i, prompt in enumerate(prompts) if prompt}
+    questions = {i: prompt for i, prompt in enumerate(prompts) if prompt}
     out: list[str | None] = [None] * len(rows)
-    if asked:
-        groups = session.sample(list(asked.values()), temperature=0.0, seed=0)
-        for i, (answer,) in zip(asked, groups, strict=True):
+    if questions:
+        groups = session.sample(list(questions.values()), temperature=0.0, seed=0)
+        for i, (answer,) in zip(questions, groups, strict=True):
             out[i] = answer.text
     return out
 

@@ -41,7 +41,7 @@ class Likelihoods:
         self._mesh = mesh_of(model)
         shards = self._mesh.batch_shards
         self._rows = -(-batch_size // shards) * shards
-        self._longest = model.config.max_position_embeddings
+        self._first, self._longest = virtual_ids(model.virtual_tokens), model.config.max_position_embeddings
         self._compute = jax.jit(self._mesh.bind(self._scores))
 
     def score(self, given: Sequence[Continuation]) -> list[tuple[float, bool]]:
@@ -67,7 +67,7 @@ class Likelihoods:
     def _scored(
         self, rows: Sequence[tuple[int, ...]], continuations: Sequence[Continuation]
     ) -> tuple[np.ndarray, np.ndarray]:
-        first = virtual_ids(self._virtual)
+        first = self._first
         length = len(first) + min(bucket(max(map(len, rows))), max(self._longest - len(first), max(map(len, rows))))
         tokens_BS, segments_BS = (np.zeros((self._rows, length), np.int32) for _ in range(2))
         for row, inputs in enumerate(rows):
@@ -86,10 +86,6 @@ class Likelihoods:
         sharding = self._mesh.batch_sharding()
         arrays = (jax.device_put(array, sharding) for array in (tokens_BS, segments_BS))
         return jax.device_get(self._compute(self._state, *arrays, rows_N, positions_NC, targets_NC, mask_NC))
-
-    @property
-    def _virtual(self) -> int:
-        return int(nnx.merge(self._graphdef, self._state).virtual_tokens)
 
     def _scores(
         self,
