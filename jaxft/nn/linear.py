@@ -128,7 +128,7 @@ class Linear(nnx.Module):
         self.tp_side = tp_side
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None, *, addition: jax.Array | None = None) -> jax.Array:
-        """addition: what the adapter adds to the output, if that is computed already (`together`)."""
+        """addition: what the adapter adds to the output, if that is computed already (`apply_layers`)."""
         kernel, adapter = self.kernel.get_value(), self.adapter if addition is None else None
         x = x.astype(self.dtype)
         if adapter is not None:
@@ -152,7 +152,7 @@ class Linear(nnx.Module):
         return {"kernel": kernel, "bias": StorageDims(BIAS_DIMS[self.tp_side])}
 
 
-def together(layers: Sequence[Linear], x: jax.Array, keys: Sequence[jax.Array | None]) -> tuple[jax.Array, ...]:
+def apply_layers(layers: Sequence[Linear], x: jax.Array, keys: Sequence[jax.Array | None]) -> tuple[jax.Array, ...]:
     """The outputs of layers that all have the input x [..., I]. Their adapters are computed at once if they can be
     (`Adapter.additions`).
     """

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxft.nn import partition
-from jaxft.nn.linear import Linear, together
+from jaxft.nn.linear import Linear, apply_layers
 from jaxft.nn.param_kind import Constant
 from jaxft.nn.storage import StorageDims
 
@@ -40,6 +40,27 @@ class ClampedSwiGLU:
         """gate, up and the result have the same shape."""
         gate, up = jnp.minimum(gate, self.limit), jnp.clip(up, -self.limit, self.limit)
         return gate * jax.nn.sigmoid(self.alpha * gate) * (up + 1)
+
+
+@jax.custom_vjp
+def _with_whole_gradients(gate_BSF: jax.Array, up_BSF: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """gate and up, whose gradients are arrays of their own.
+
+    Several products read each of them. The compiler for TPUs would compute one of them anew in every product.
+    """
+    return gate_BSF, up_BSF
+
+
+def _whole_forward(gate_BSF: jax.Array, up_BSF: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
+    return (gate_BSF, up_BSF), None
+
+
+def _whole_backward(_: None, grads: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    grad_gate_BSF, grad_up_BSF = jax.lax.optimization_barrier(grads)
+    return grad_gate_BSF, grad_up_BSF
+
+
+_with_whole_gradients.defvjp(_whole_forward, _whole_backward)
 
 
 class XIELU(nnx.Module):
@@ -129,8 +150,9 @@ class MLP(nnx.Module):
         if self.shape.fused:
             gate_BSF, up_BSF = jnp.split(self.gate_up_proj(x_BSD, key[0]), 2, axis=-1)
         else:
-            gate_BSF, up_BSF = together((self.gate_proj, self.up_proj), x_BSD, (key[0], key[1]))
+            gate_BSF, up_BSF = apply_layers((self.gate_proj, self.up_proj), x_BSD, (key[0], key[1]))
         gate_BSF, up_BSF = (partition.split(x, "batch", "sequence", "tensor") for x in (gate_BSF, up_BSF))
+        gate_BSF, up_BSF = _with_whole_gradients(gate_BSF, up_BSF)
         if self.shape.sparsity:
             gate_BSF = above_quantile(gate_BSF, self.shape.sparsity)
         return self.down_proj(partition.split(activation(gate_BSF) * up_BSF, "batch", "sequence", "tensor"), key[2])

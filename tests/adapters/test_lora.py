@@ -13,7 +13,7 @@ from jax.extend.core import jaxprs_in_params
 from jaxft import models
 from jaxft.adapters.attach import AdapterParam, adapters, attach, merge
 from jaxft.adapters.lora import LoRA, LoRASettings, lora_factory, make_lora
-from jaxft.nn.linear import Linear, together
+from jaxft.nn.linear import Linear, apply_layers
 from jaxft.trees import flatten
 
 TOKENS = np.random.default_rng(0).integers(0, 259, (2, 12))
@@ -122,7 +122,7 @@ def test_layers_of_one_input_have_one_narrow_product_and_the_same_numbers():
 
     def outputs(trained, x, apart):
         layers = list(nnx.merge(graphdef, trained, frozen))
-        return tuple(layer(x) for layer in layers) if apart else together(layers, x, [None] * len(layers))
+        return tuple(layer(x) for layer in layers) if apart else apply_layers(layers, x, [None] * len(layers))
 
     def gradients(trained, x, apart):
         ys, pull = jax.vjp(functools.partial(outputs, apart=apart), trained, x)

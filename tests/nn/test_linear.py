@@ -1,14 +1,16 @@
-"""The product of a linear layer: a kernel wider than its computation, and the form of its gradient on CPUs."""
+"""The products of linear layers: kernels wider than their computation, the form of gradients on CPUs and on TPUs."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxft.config import MeshConfig
 from jaxft.nn.linear import KERNEL_DIMS, product
+from jaxft.nn.mlp import MLP, MLPShape
 from jaxft.sharding.mesh import make_mesh_plan
 
 
@@ -59,3 +61,15 @@ def test_the_gradient_on_cpus_transposes_no_wide_array():
     # JAX's own form transposes the gradient. Both give the same sums.
     assert [" transpose(" in program.as_text() for program in (ours, theirs)] == [False, True]
     jax.tree.map(np.testing.assert_array_equal, ours(x, kernel, out), theirs(x, kernel, out))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradients_of_gate_and_up_are_arrays_that_no_product_computes_anew(fused):
+    types = {"dtype": jnp.float32, "param_dtype": jnp.float32}
+    mlp = MLP(MLPShape(width=8, hidden=24, fused=fused), stddev=1.0, rngs=nnx.Rngs(params=jax.random.key(0)), **types)
+    program = jax.make_jaxpr(jax.grad(lambda x: mlp(x, None).sum()))(drawn(1, 2, 4, 8)).jaxpr
+    barriers = [eqn for eqn in program.eqns if eqn.primitive.name == "optimization_barrier"]
+    (barrier,) = (eqn for eqn in barriers if len(eqn.outvars) == 2)
+    assert [out.aval.shape for out in barrier.outvars] == [(2, 4, 24)] * 2
+    others = [var for eqn in program.eqns if eqn is not barrier for var in eqn.invars]
+    assert not any(own is var for own in barrier.invars for var in others)

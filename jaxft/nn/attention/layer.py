@@ -19,7 +19,7 @@ from jaxft.nn.attention.rope import Rotation, rotate
 from jaxft.nn.attention.saving import Early, keep
 from jaxft.nn.attention.score_form import MASKED, PLAIN, ScoreForm, cap_scores, score_scale
 from jaxft.nn.attention.unshare import gather_back, unshare, unshare_heads
-from jaxft.nn.linear import Linear, together
+from jaxft.nn.linear import Linear, apply_layers
 from jaxft.nn.norm import Norm, NormShape
 from jaxft.nn.storage import StorageDims
 from jaxft.nn.whole_documents import WholeDocuments
@@ -239,7 +239,7 @@ class Attention(nnx.Module):
             q, k, v = jnp.split(self.qkv_proj(x_BSD, key[0]), ends, axis=-1)
         else:
             layers = [self.q_proj, self.k_proj] + ([] if shape.keys_as_values else [self.v_proj])
-            q, k, *v_alone = together(layers, x_BSD, [key[index] for index in range(len(layers))])
+            q, k, *v_alone = apply_layers(layers, x_BSD, [key[index] for index in range(len(layers))])
             v = v_alone[0] if v_alone else k
         gate_BSNH = None
         if shape.gated:
