@@ -28,16 +28,15 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     if key is None or dropped == 0:
         return x
     scaled = x.astype(jnp.float32) * (LEVELS / (LEVELS - dropped))
-    return jnp.where(_bytes(key, x.shape) >= dropped, scaled, 0).astype(x.dtype)
+    return jnp.where(_kept(key, x.shape, dropped), scaled, 0).astype(x.dtype)
 
 
-def _bytes(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Uniform numbers from 0 to 255. A word gives those of four positions, each a quarter of the positions apart."""
+def _kept(key: jax.Array, shape: tuple[int, ...], dropped: int) -> jax.Array:
+    """Whether each number is kept. A word decides on four positions, each a quarter of the positions apart."""
     *rows, length, inputs = shape if len(shape) > 1 else (1, *shape)
-    quarter = -(-length // 4)
-    words_BQI = jax.random.bits(key, (*rows, quarter, inputs), jnp.uint32)
-    # Without the barrier a compiler may draw each word again for each of its bytes.
-    words_B1QI = jax.lax.optimization_barrier(words_BQI)[..., None, :, :]
-    shifts = jnp.arange(0, 32, 8, dtype=jnp.uint32)[:, None, None]
-    bytes_BSI = ((words_B1QI >> shifts) & (LEVELS - 1)).reshape(*rows, 4 * quarter, inputs)
-    return bytes_BSI[..., :length, :].reshape(shape)
+    words_BQI = jax.random.bits(key, (*rows, -(-length // 4), inputs), jnp.uint32)
+    # Without the barrier a compiler may draw each word again for each of its bytes. The quarters are joined when they
+    # are bits: a compiler for TPUs writes whole words four times if these are given another axis.
+    words_BQI = jax.lax.optimization_barrier(words_BQI)
+    quarters = [((words_BQI >> shift) & (LEVELS - 1)) >= dropped for shift in (0, 8, 16, 24)]
+    return jnp.concatenate(quarters, axis=-2)[..., :length, :].reshape(shape)
