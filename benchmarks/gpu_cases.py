@@ -35,6 +35,7 @@ from jaxft.hardware.attached import attached_topology
 from jaxft.methods import method_of
 from jaxft.nn.decoder import Decoder
 from jaxft.nn.param_kind import kind_of
+from jaxft.nn.quantized import use_matmul
 from jaxft.optim.make import make_schedule
 from jaxft.quant import FORMATS, is_quantized
 from jaxft.runs.build import abstract_model, load_frozen, make_mesh, make_tx, start_state, with_frozen
@@ -88,6 +89,7 @@ CASES = {
     "lora": Case(shape="llama-3.1-8b", rows=2, settings=LORA, packings=(True, False)),
     "qlora": Case(shape="llama-3.1-8b", rows=2, settings=QLORA),
     "full": Case(shape="llama-3.2-1b", rows=4, settings=FULL),
+    "lora_fp8": Case(shape="llama-3.1-8b", rows=2, smoke_rows=16, settings={**LORA, "train.matmul_dtype": "fp8"}),
     "dpo": Case(shape="llama-3.1-8b", rows=2, settings={**LORA, "method.name": "dpo"}),
     "decode": Case(shape="llama-3.1-8b", rows=64, settings=GRPO, new_tokens=256),
     "moe": Case(
@@ -270,6 +272,7 @@ def drawn_model(config: RunConfig, mesh: MeshPlan) -> Decoder:
         arrays.append(jax.jit(draw, out_shardings=shardings[path])(jax.random.fold_in(key, number)))
     module = nnx.merge(graphdef, jax.tree.unflatten(treedef, arrays))
     attach_adapter(module, config.adapter, config.seed)
+    use_matmul(module, config.train.matmul_dtype)
     mesh.shard_module(module)
     return module
 

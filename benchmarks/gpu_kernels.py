@@ -11,14 +11,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxft.errors import ConfigError
+from jaxft.hardware.attached import check_matmul
 from jaxft.nn.attention import blockwise
 from jaxft.nn.attention.causal import causal_attention
 from jaxft.nn.experts.grouped import grouped
 from jaxft.nn.linear import product
 from jaxft.quant import FORMATS, dense
+from jaxft.quant.narrow import MatmulDtype
 
 # Of a result in bfloat16: its own rounding is 0.2 %, and that of numbers on the way to it about as much.
 BOUND = 0.01
+# Of operands in 8 bits, twice the error of a product of normal numbers (docs/quantization.md).
+NARROW_BOUNDS: dict[MatmulDtype, float] = {"int8": 0.02, "fp8": 0.12}
 ROUNDS = 5
 
 
@@ -42,6 +47,7 @@ def kernels(*, smoke: bool) -> Iterator[Kernel]:
     yield from _attention(smoke=smoke)
     yield from _experts(smoke=smoke)
     yield from _quantized(smoke=smoke)
+    yield from _narrow(smoke=smoke)
 
 
 def compared(kernel: Kernel) -> dict[str, Any]:
@@ -134,3 +140,24 @@ def _quantized(*, smoke: bool) -> Iterator[Kernel]:
     for name in ("nf4-dq",) if smoke else ("nf4-dq", "int8"):
         kernel = jax.jit(FORMATS[name].quantize)(weights_IO)
         yield Kernel(name=f"products with {name}", form=form, reference=reference, operands=(x_RI,), fixed=(kernel,))
+
+
+def _narrow(*, smoke: bool) -> Iterator[Kernel]:
+    rows, inputs, outputs = (16, 128, 64) if smoke else (8192, 4096, 4096)
+
+    def form(x_RI: jax.Array, kernel_IO: jax.Array, dtype: MatmulDtype) -> jax.Array:
+        return product(x_RI, kernel_IO, "neither", dtype)
+
+    for dtype, bound in NARROW_BOUNDS.items():
+        try:
+            check_matmul(dtype, jax.devices()[0])
+        except ConfigError:
+            continue
+        yield Kernel(
+            name=f"products of {dtype} operands",
+            form=partial(form, dtype=dtype),
+            reference=jnp.matmul,
+            operands=(_drawn(7, rows, inputs), _drawn(8, inputs, outputs)),
+            fixed=(),
+            bound=bound,
+        )

@@ -39,6 +39,12 @@ class TrainConfig(Section):
     gradient_dtype: Annotated[
         Dtype | None, "number type in which gradients of matrices are summed over devices; None: `model.dtype`"
     ] = None
+    matmul_dtype: Annotated[
+        Literal["int8", "fp8"] | None,
+        ReadBy("method.name", ("sft",), because="It was tested with this method alone."),
+        "number type to which operands of layers' products, and of the gradients of their inputs, are rounded; None: "
+        "`model.dtype`; see [8-bit products](quantization.md#8-bit-products)",
+    ] = None
     ema_decay: Annotated[
         float | None,
         BELOW_ONE,

@@ -91,8 +91,10 @@ def memory_of(config: RunConfig, sizes: ModelSizes, cut: Cut, arguments: int, *,
     # One layer's gathered weights, the next layer's being gathered, and a layer's gradient before it is scattered.
     layer = sum(size for size, ways, _ in _matrices(sizes, cut) if ways > 1) // max(1, sizes.layers)
     gathered = (3 if whole else 2) * layer * compute
-    # Forward results of one layer and their gradients.
+    # Forward results of one layer and their gradients, and the codes of its kernels.
     layer_work = 2 * outputs // max(1, sizes.layers) + 6 * residual
+    if config.train.matmul_dtype is not None:
+        layer_work += layer_kernels(sizes) // cut.tensor // max(1, sizes.layers)
     logits = 3 * min(CHUNK_BYTES["accelerator"], cut.tokens * sizes.vocab * 4 // cut.tensor)
     # The layers' own inputs as they are made, in the order of the stacks, and their gradient.
     kept += 3 * cut.tokens * sizes.own_inputs * compute // cut.tensor
@@ -184,7 +186,13 @@ def costs_of(
         reference_flops += forward
         _add_reference(costs, reference, cut, forward, weight, compute)
     flops = _flops(config, sizes, cut, model_flops - reference_flops, recomputed)
-    costs.work[Work(flops, passes * read + 4 * _touched(sizes, cut, compute))] += 1
+    moved = passes * read + 4 * _touched(sizes, cut, compute)
+    if config.train.matmul_dtype is None:
+        costs.work[Work(flops, moved)] += 1
+    else:
+        numbers = passes * _rounded_numbers(config, sizes, cut)
+        narrow = _narrow_flops(config, sizes, cut, recomputed)
+        costs.work[Work(flops, moved + 4 * numbers, narrow=narrow, rounded=numbers)] += 1
     costs.work[Work(0, 2 * arguments)] += 1  # the optimizer reads and writes the state
     if config.model.remat == "offload":
         residual = cut.tokens * sizes.width * sizes.stream_count * compute // cut.tensor
@@ -254,6 +262,27 @@ def _flops(config: RunConfig, sizes: ModelSizes, cut: Cut, model_flops: int, rec
     # Two of attention's three parts are backward, where kernels recompute the scores; the TPU's two kernels, twice.
     scores = last_part * 2 / 3 * (0.75 if cut.kernel else 0.25)
     return int(flops + recomputed * flops / passes + scores) + waiting_flops(config, sizes, cut)
+
+
+def layer_kernels(sizes: ModelSizes) -> int:
+    """Parameters of the linear layers that every token passes, experts and LM head left out."""
+    experts = 0 if sizes.experts is None else sizes.experts.active
+    return max(0, sizes.active - experts - sizes.vocab * sizes.width)
+
+
+def _rounded_numbers(config: RunConfig, sizes: ModelSizes, cut: Cut) -> int:
+    """Numbers that a pass over a micro-batch rounds to 8 bits. Each is read twice, then written and read as a code."""
+    has_codes = config.model.quantization == "int8" == config.train.matmul_dtype
+    experts = 0 if sizes.experts is None else sizes.experts.outputs
+    # Layers have about as many inputs as outputs, and gradients are of outputs.
+    return (0 if has_codes else layer_kernels(sizes)) + cut.tokens * (sizes.outputs - experts)
+
+
+def _narrow_flops(config: RunConfig, sizes: ModelSizes, cut: Cut, recomputed: float) -> int:
+    """FLOPs of one device's products of 8 bits: forward, recomputed, and for the gradients of inputs."""
+    tokens = config.train.batch_size * cut.length
+    passes = 1 + recomputed + sizes.reached / max(1, sizes.active)
+    return int(2 * tokens * layer_kernels(sizes) * passes) // math.prod(cut.axes.values())
 
 
 def _token_transfers(sizes: ModelSizes, cut: Cut, compute: int, *, recomputed: bool) -> dict[Transfer, int]:

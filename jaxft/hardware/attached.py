@@ -6,8 +6,9 @@ from collections.abc import Sequence
 import jax
 
 from jaxft.errors import ConfigError
-from jaxft.hardware.chips import CHIPS
+from jaxft.hardware.chips import CHIPS, Chip
 from jaxft.hardware.topology import Topology, cubic_shape
+from jaxft.quant.narrow import MatmulDtype
 
 # What JAX calls a device, as a pattern, and the chip that it is, the narrower ones first. The names are those of libtpu
 # and of NVIDIA's driver.
@@ -28,8 +29,7 @@ def attached_topology(devices: Sequence[jax.Device] | None = None) -> str | None
     devices = jax.devices() if devices is None else devices
     if devices[0].platform == "cpu":
         return None
-    kind = devices[0].device_kind
-    chip = next((CHIPS[name] for pattern, name in KINDS if re.search(pattern, kind)), None)
+    kind, chip = devices[0].device_kind, chip_of(devices[0])
     if chip is None:
         raise ConfigError(
             f"plans do not know the {kind} of this machine. Plan for one with as much memory or less, by its name: "
@@ -43,6 +43,26 @@ def attached_topology(devices: Sequence[jax.Device] | None = None) -> str | None
             f"{chip.name}:{'x'.join('1' * chip.dimensions)}."
         )
     return Topology(chip=chip, shape=shape).name
+
+
+def chip_of(device: jax.Device) -> Chip | None:
+    """The chip that a device is or is a part of; None for one that plans do not know, such as a CPU."""
+    return next((CHIPS[name] for pattern, name in KINDS if re.search(pattern, device.device_kind)), None)
+
+
+def check_matmul(dtype: MatmulDtype | None, device: jax.Device) -> None:
+    """Raises ConfigError unless a device multiplies operands of this type faster than bfloat16, or is a CPU, which
+    computes the same slowly.
+    """
+    if dtype is None or device.platform == "cpu":
+        return
+    chip = chip_of(device)
+    if chip is None:
+        raise ConfigError(
+            f"train.matmul_dtype={dtype!r}, but of {device.device_kind} it is not known whether it multiplies {dtype} "
+            f"faster than bfloat16, as some of {', '.join(CHIPS)} do: set it to None"
+        )
+    chip.check_matmul(dtype)
 
 
 def memory_limit(devices: Sequence[jax.Device]) -> int | None:

@@ -6,6 +6,8 @@ from functools import partial
 from types import MappingProxyType
 from typing import Literal
 
+from jaxft.errors import ConfigError
+
 GIB, TERA, GIGA = 2**30, 10**12, 10**9
 
 
@@ -14,9 +16,10 @@ class Chip:
     """Limits of one kind of chip. Steps are compiled for TPU kinds; GPU kinds are planned by the roofline alone.
 
     hbm_bytes: memory that a program may use, less than the nominal size. flops: of dense bfloat16 products, per second;
-    int8_ops likewise. hbm_bandwidth: bytes per second. link_bandwidth: bytes per second of one link in one direction.
-    dimensions: of the torus. full_ring: a side of this many chips closes to a ring. dcn_bandwidth: bytes per second of
-    the data-centre network, one chip's share of its host's. max_chips: of a slice. devices: JAX devices in one chip.
+    int8_ops, fp8_flops: likewise, 0 if it has none or they are not known. hbm_bandwidth: bytes per second.
+    link_bandwidth: bytes per second of one link in one direction. dimensions: of the torus. full_ring: a side of this
+    many chips closes to a ring. dcn_bandwidth: bytes per second of the data-centre network, one chip's share of its
+    host's. max_chips: of a slice. devices: JAX devices in one chip.
     cores: that Google's names of slices count in one chip. config: libtpu's name of the chip's mode, None for its
     default.
     """
@@ -35,18 +38,36 @@ class Chip:
     devices: int = 1
     cores: int = 1
     config: str | None = None
+    fp8_flops: float = 0.0
+
+    def matmul_flops(self, dtype: Literal["int8", "fp8"]) -> float:
+        """The peak of products whose operands are of this type."""
+        return self.int8_ops if dtype == "int8" else self.fp8_flops
+
+    def check_matmul(self, dtype: Literal["int8", "fp8"] | None) -> None:
+        """Raises ConfigError unless it multiplies operands of this type faster than bfloat16."""
+        if dtype is None or self.matmul_flops(dtype) > self.flops:
+            return
+        other: Literal["int8", "fp8"] = "fp8" if dtype == "int8" else "int8"
+        faster = f"{other!r}, in which it is, or " if self.matmul_flops(other) > self.flops else ""
+        raise ConfigError(
+            f"train.matmul_dtype={dtype!r}, but {self.name} is not known to multiply it faster than bfloat16: set it "
+            f"to {faster}None"
+        )
 
 
 _tpu = partial(Chip, maker="tpu")
 
 
-def _gpu(name: str, memory: float, tflops: float, int8: float, bandwidth: float, nvlink: float, network: float) -> Chip:
+def _gpu(
+    name: str, memory: float, tflops: float, int8: float, fp8: float, bandwidth: float, nvlink: float, network: float
+) -> Chip:
     # Driver, context and allocator take about 6 % of the memory. A switch connects every GPU with every other: one
     # dimension, which is always a ring.
     return Chip(
         name=name, maker="gpu", hbm_bytes=int(memory * GIB * 0.94), flops=tflops * TERA, int8_ops=int8 * TERA,
         hbm_bandwidth=bandwidth * GIGA, link_bandwidth=nvlink * GIGA / 2, dimensions=1, full_ring=1,
-        dcn_bandwidth=network * GIGA, max_chips=8,
+        dcn_bandwidth=network * GIGA, max_chips=8, fp8_flops=fp8 * TERA,
     )  # fmt: skip
 
 
@@ -69,24 +90,24 @@ _TPUS = (
     _tpu(name="v6e", hbm_bytes=int(31.25 * GIB), flops=918 * TERA, int8_ops=1836 * TERA, hbm_bandwidth=1638 * GIGA,
          link_bandwidth=100 * GIGA, dimensions=2, full_ring=16, dcn_bandwidth=12.5 * GIGA, max_chips=256),
     # 2307 TFLOPs bf16 (4614 fp8), 192 GiB, 7380 GBps, 3D torus of 6 links, 1200 GBps both ways; two devices a chip.
-    _tpu(name="tpu7x", hbm_bytes=int(189.5 * GIB), flops=2307 * TERA, int8_ops=4614 * TERA, hbm_bandwidth=7380 * GIGA,
+    _tpu(name="tpu7x", hbm_bytes=int(189.5 * GIB), flops=2307 * TERA, int8_ops=0, hbm_bandwidth=7380 * GIGA,
          link_bandwidth=100 * GIGA, dimensions=3, full_ring=4, dcn_bandwidth=12.5 * GIGA, max_chips=9216, devices=2,
-         cores=2),
+         cores=2, fp8_flops=4614 * TERA),
 )  # fmt: skip
 # From memory of NVIDIA's data sheets, not checked against them: memory in GB, dense bf16 TFLOPs with float32 sums, int8
-# TOPs, memory GB/s, NVLink GB/s both ways (PCIe for products without NVLink), network GB/s per GPU in usual machines of
-# 8 GPUs.
+# TOPs, dense fp8 TFLOPs with float32 sums, memory GB/s, NVLink GB/s both ways (PCIe for products without NVLink),
+# network GB/s per GPU in usual machines of 8 GPUs.
 _GPUS = (
     # 15 of its 16 GB are left with error correction. It has no bfloat16 units, so these products run in float32.
-    _gpu("t4", 15, 8.1, 130, 320, 32, 1.25),
-    _gpu("a100-40", 40, 312, 624, 1555, 600, 12.5),
-    _gpu("a100-80", 80, 312, 624, 2039, 600, 25),
-    _gpu("h100", 80, 989, 1979, 3350, 900, 50),
-    _gpu("h200", 141, 989, 1979, 4800, 900, 50),
-    _gpu("b200", 180, 2250, 4500, 8000, 1800, 50),
-    _gpu("l4", 24, 121, 242, 300, 64, 6.25),
-    _gpu("l40s", 48, 362, 733, 864, 64, 12.5),
-    _gpu("rtx4090", 24, 165, 661, 1008, 64, 1.25),
-    _gpu("rtx5090", 32, 209, 838, 1792, 128, 1.25),
+    _gpu("t4", 15, 8.1, 130, 0, 320, 32, 1.25),
+    _gpu("a100-40", 40, 312, 624, 0, 1555, 600, 12.5),
+    _gpu("a100-80", 80, 312, 624, 0, 2039, 600, 25),
+    _gpu("h100", 80, 989, 1979, 1979, 3350, 900, 50),
+    _gpu("h200", 141, 989, 1979, 1979, 4800, 900, 50),
+    _gpu("b200", 180, 2250, 4500, 4500, 8000, 1800, 50),
+    _gpu("l4", 24, 121, 242, 242, 300, 64, 6.25),
+    _gpu("l40s", 48, 362, 733, 733, 864, 64, 12.5),
+    _gpu("rtx4090", 24, 165, 661, 330, 1008, 64, 1.25),
+    _gpu("rtx5090", 32, 209, 838, 419, 1792, 128, 1.25),
 )
 CHIPS: Mapping[str, Chip] = MappingProxyType({chip.name: chip for chip in (*_TPUS, *_GPUS)})

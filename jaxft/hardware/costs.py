@@ -15,6 +15,7 @@ from jaxft.hardware.products import (
     dot_flops,
     kernel_flops,
     ragged_flops,
+    rounded_numbers,
     target_of,
     tiled_weights,
 )
@@ -26,6 +27,7 @@ FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after
         "recv", "recv-done", "slice-done", "dynamic-slice-done")  # fmt: skip
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute",
                "ragged-all-to-all", "collective-broadcast")  # fmt: skip
+NARROW = ("s8", "f8e4m3fn", "f8e5m2")
 SLICES = ("dynamic-slice", "slice", "gather")
 Channels = set[tuple[int | None, str]]  # (channel id, kind) of the collectives counted so far
 
@@ -34,13 +36,16 @@ class Work(NamedTuple):
     """FLOPs of one instruction, and bytes of main memory that it reads and writes.
 
     dequantized: NF4 weights that it makes dense for main memory. tiled: those that a kernel makes dense in vector
-    memory, once for each block of rows. Other vector work is not counted.
+    memory, once for each block of rows. narrow: the FLOPs of operands in 8 bits. rounded: numbers that it rounds to 8
+    bits. Other vector work is not counted.
     """
 
     flops: int
     bytes: int
     dequantized: int = 0
     tiled: int = 0
+    narrow: int = 0
+    rounded: int = 0
 
 
 class Transfer(NamedTuple):
@@ -66,6 +71,16 @@ class Costs:
     def flops(self) -> int:
         """FLOPs of all matrix products."""
         return sum(work.flops * times for work, times in self.work.items())
+
+    @property
+    def narrow(self) -> int:
+        """FLOPs of matrix products whose operands have 8 bits."""
+        return sum(work.narrow * times for work, times in self.work.items())
+
+    @property
+    def rounded(self) -> int:
+        """Numbers rounded to 8 bits."""
+        return sum(work.rounded * times for work, times in self.work.items())
 
     @property
     def hbm_bytes(self) -> int:
@@ -197,12 +212,15 @@ class _Counter:
         elif code == "fusion":
             inner = self._inner(instruction, "calls")
             flops = self._count_inside(out, inner, channels)
-            dequantized = self._dequantized_inside(inner)
-            out.work[Work(flops, self._fusion_bytes(computation, instruction, inner), dequantized)] += 1
+            moved = self._fusion_bytes(computation, instruction, inner)
+            dequantized, rounded = (self._inside(inner, count) for count in (dequantized_weights, rounded_numbers))
+            out.work[Work(flops, moved, dequantized, narrow=self._narrow_inside(inner), rounded=rounded)] += 1
         else:
             flops, moved = self._flops(out, computation, instruction), self._plain_bytes(computation, instruction)
             tiled = tiled_weights(instruction, self._operand_arrays(computation, instruction))
-            out.work[Work(flops, moved, dequantized_weights(instruction), tiled)] += 1
+            narrow = flops if self._is_narrow(computation, instruction) else 0
+            rounded = rounded_numbers(instruction)
+            out.work[Work(flops, moved, dequantized_weights(instruction), tiled, narrow, rounded)] += 1
             out.host_bytes += self._host_bytes(computation, instruction)
 
     def _inner(self, instruction: Instruction, attribute: str) -> Computation:
@@ -233,14 +251,30 @@ class _Counter:
                 flops += self._flops(out, computation, instruction)
         return flops
 
-    def _dequantized_inside(self, computation: Computation) -> int:
-        """NF4 weights that a fusion makes dense."""
+    def _inside(self, computation: Computation, count: Callable[[Instruction], int]) -> int:
+        """The sum of a count over the instructions inside a fusion."""
         return sum(
-            self._dequantized_inside(self._inner(instruction, "calls"))
+            self._inside(self._inner(instruction, "calls"), count)
             if instruction.opcode == "fusion"
-            else dequantized_weights(instruction)
+            else count(instruction)
             for instruction in computation.instructions.values()
         )
+
+    def _narrow_inside(self, computation: Computation) -> int:
+        """FLOPs of products of 8-bit operands inside a fusion."""
+        return sum(
+            self._narrow_inside(self._inner(instruction, "calls"))
+            if instruction.opcode == "fusion"
+            else self._flops(Costs(), computation, instruction) * self._is_narrow(computation, instruction)
+            for instruction in computation.instructions.values()
+        )
+
+    def _is_narrow(self, computation: Computation, instruction: Instruction) -> bool:
+        """Whether it is a product whose operands have 8 bits."""
+        if instruction.opcode not in ("dot", "convolution"):
+            return False
+        operands = [self._arrays(computation, name) for name in instruction.operands[:2]]
+        return all(array.dtype in NARROW for arrays in operands for array in arrays)
 
     def _is_reduce_scatter(self, computation: Computation, reduced: Instruction) -> bool:
         """Whether each device keeps only its part of an all-reduce, which is a reduce-scatter in TPU programs."""

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxft.hardware.hlo import Array, Instruction
+from jaxft.quant.narrow import SCOPE as NARROW
 from jaxft.quant.nf4 import SCOPE as DENSE_NF4
 from jaxft.quant.nf4_matmul import NAME as NF4_MATMUL
 
@@ -107,6 +108,12 @@ def kernel_flops(call: Instruction, operands: Sequence[Array], filled: float = 1
 def dequantized_weights(instruction: Instruction) -> int:
     """NF4 weights that an instruction makes dense: the elements of its product with their scales."""
     is_last = instruction.opcode == "multiply" and DENSE_NF4 in instruction.scope
+    return instruction.arrays[0].elements if is_last else 0
+
+
+def rounded_numbers(instruction: Instruction) -> int:
+    """Numbers that an instruction rounds to 8 bits: the elements of their product with a factor for each row."""
+    is_last = instruction.opcode == "multiply" and NARROW in instruction.scope
     return instruction.arrays[0].elements if is_last else 0
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from jaxft.hardware.chips import Chip
 from jaxft.hardware.costs import Costs
 from jaxft.hardware.topology import Topology
+from jaxft.quant.narrow import MatmulDtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,10 @@ GPU_PRODUCTS = 0.6
 # the cycles of the same product with bfloat16 (docs/quantization.md has them). For main memory v5p is not compiled: it
 # has two cores like that of v5e, at its own clock.
 DEQUANTIZED_PER_SECOND = {"v5e": (2.0e10, 3.2e11), "v5p": (4.7e10, 7.0e11), "v6e": (3.2e10, 2.1e11)}
+# Numbers that a chip rounds to 8 bits in a second, their largest magnitudes included, which does not overlap products:
+# from the cycles of these fusions in compiled products of 4,096 rows with 4,096 x 14,336 weights; v5p as for NF4. GPUs
+# round as fast as their memory is, whose bytes are counted.
+ROUNDED_PER_SECOND = {"v5e": 5.0e10, "v5p": 1.2e11}
 
 
 def efficiency_of(chip: Chip) -> Efficiency:
@@ -48,7 +53,7 @@ class StepTime:
     """Seconds of one step on one chip.
 
     products, memory: of either alone; the two overlap. dequantizing: of making NF4 weights dense, for which products
-    wait. network: of communication alone, by mesh axes. exposed: the part
+    wait; rounding: of operands to 8 bits, likewise. network: of communication alone, by mesh axes. exposed: the part
     of communication that does not overlap computation.
     """
 
@@ -57,11 +62,17 @@ class StepTime:
     dequantizing: float
     network: Mapping[str, float]
     exposed: float
+    rounding: float = 0.0
+
+    @property
+    def computing(self) -> float:
+        """Seconds of products and of what they wait for."""
+        return self.products + self.dequantizing + self.rounding
 
     @property
     def busy(self) -> float:
         """Seconds of computation."""
-        return max(self.products + self.dequantizing, self.memory)
+        return max(self.computing, self.memory)
 
     @property
     def total(self) -> float:
@@ -73,21 +84,29 @@ class StepTime:
         """The resource that limits the step: compute, memory or network."""
         if self.exposed > self.busy:
             return "network"
-        return "compute" if self.products + self.dequantizing >= self.memory else "memory"
+        return "compute" if self.computing >= self.memory else "memory"
 
 
 def step_time(
-    costs: Costs, topology: Topology, bandwidths: Mapping[str, float], efficiency: Efficiency | None = None
+    costs: Costs,
+    topology: Topology,
+    bandwidths: Mapping[str, float],
+    efficiency: Efficiency | None = None,
+    matmul_dtype: MatmulDtype | None = None,
 ) -> StepTime:
     """Time of a step. bandwidths: peak bytes per second that a device receives along each mesh axis.
 
-    efficiency: None for that of the chip.
+    efficiency: None for that of the chip. matmul_dtype: of the operands of its narrow products.
     """
     chip = topology.chip
     efficiency = efficiency or efficiency_of(chip)
-    products = costs.flops / (chip.flops / chip.devices * efficiency.products)
+    narrow_peak = chip.flops if matmul_dtype is None else chip.matmul_flops(matmul_dtype)
+    flops = costs.flops - costs.narrow + costs.narrow * chip.flops / narrow_peak
+    products = flops / (chip.flops / chip.devices * efficiency.products)
     memory = costs.hbm_bytes / (chip.hbm_bandwidth / chip.devices * efficiency.memory)
     dequantizing = dequantizing_seconds(costs, chip)
+    rate = ROUNDED_PER_SECOND.get(chip.name)
+    rounding = 0.0 if rate is None else costs.rounded / (rate / chip.devices)
     network: dict[str, float] = {}
     for transfer, times in costs.transfers.items():
         # A group along several axes uses the fastest links among them, but has to wait for the network between slices.
@@ -96,9 +115,14 @@ def step_time(
         name = "+".join(transfer.axes)
         network[name] = network.get(name, 0.0) + times * transfer.bytes / (speed * efficiency.network)
     communication = sum(network.values())
-    hidden = min(efficiency.overlap * communication, max(products + dequantizing, memory))
+    hidden = min(efficiency.overlap * communication, max(products + dequantizing + rounding, memory))
     return StepTime(
-        products=products, memory=memory, dequantizing=dequantizing, network=network, exposed=communication - hidden
+        products=products,
+        memory=memory,
+        dequantizing=dequantizing,
+        network=network,
+        exposed=communication - hidden,
+        rounding=rounding,
     )
 
 

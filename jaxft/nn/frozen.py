@@ -1,17 +1,24 @@
-"""Products with frozen, quantised weights, dequantised for each product and not kept for the backward pass."""
+"""Products with weights in fewer bits than those of computation, which are not kept for the backward pass.
+
+They are frozen and quantised, and dequantised for each product; or any weights, rounded to 8 bits for one.
+"""
 
 # I inputs, O outputs
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.sharding import PartitionSpec as P
 
 from jaxft.nn import partition
 from jaxft.nn.partition import Dimensions
-from jaxft.quant import QuantizedArray, nf4_matmul
+from jaxft.quant import QuantizedArray, narrow, nf4_matmul
+from jaxft.quant.integer import Int8
+from jaxft.quant.narrow import MatmulDtype, Narrow
 from jaxft.quant.nf4 import NF4
 
 # (x [..., I], dense kernel [..., I, O], *indices) -> [..., O]. Linear in x; its transpose is the same product with the
@@ -111,3 +118,57 @@ def _tiled_backward(layout: Layout, interpret: bool, kernel: NF4, grad: jax.Arra
 
 
 tiled_product.defvjp(_tiled_forward, _tiled_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def narrow_product(
+    plain: Product, layout: Layout, name: MatmulDtype, x: jax.Array, kernel: jax.Array | QuantizedArray
+) -> jax.Array:
+    """x [..., I] @ kernel [I, O] in the dtype of x, of operands in 8 bits, as is the gradient of x (`quant.narrow`).
+
+    plain: the same product in the dtype of x, whose gradient of the kernel is taken as it is; a quantised kernel gets
+    none. layout: as in `frozen_product`; of a dense kernel it gets the codes.
+    """
+    x, operand = _narrow_operands(layout, name, x, kernel)
+    return narrow.multiply(x, operand, name)
+
+
+def _narrow_operands(
+    layout: Layout, name: MatmulDtype, x: jax.Array, kernel: jax.Array | QuantizedArray
+) -> tuple[jax.Array, Narrow]:
+    # No barrier for x, so that layers with the same x round it once.
+    if isinstance(kernel, Int8) and name == "int8":
+        operand = layout(narrow.as_operand(kernel))
+    elif isinstance(kernel, QuantizedArray):
+        x, dense = _operands(layout, x, kernel)
+        operand = narrow.narrow_kernel(dense, name)
+    else:
+        operand = layout(narrow.narrow_kernel(kernel, name))
+    return x, cast(Narrow, operand)  # a layout keeps the class
+
+
+def _narrow_forward(
+    plain: Product, layout: Layout, name: MatmulDtype, x: CustomVJPPrimal, kernel: Any
+) -> tuple[jax.Array, tuple[jax.Array | None, Any]]:
+    leaves, tree = jax.tree.flatten(kernel, is_leaf=lambda leaf: isinstance(leaf, CustomVJPPrimal))
+    values = jax.tree.unflatten(tree, [leaf.value for leaf in leaves])
+    # The rows are kept only for the gradient of the kernel.
+    kept = x.value if any(leaf.perturbed for leaf in leaves) else None
+    return narrow_product(plain, layout, name, x.value, values), (kept, values)
+
+
+def _narrow_backward(
+    plain: Product,
+    layout: Layout,
+    name: MatmulDtype,
+    residuals: tuple[jax.Array | None, jax.Array | QuantizedArray],
+    grad: jax.Array | SymbolicZero,
+) -> tuple[jax.Array, Any]:
+    x, kernel = residuals
+    grad = jnp.zeros(grad.shape, grad.dtype) if isinstance(grad, SymbolicZero) else grad
+    grad_kernel = None if x is None else jax.vjp(partial(plain, x), kernel)[1](grad)[0]
+    grad, operand = _narrow_operands(layout, name, grad, kernel)
+    return narrow.multiply_transposed(grad, operand, name), grad_kernel
+
+
+narrow_product.defvjp(_narrow_forward, _narrow_backward, symbolic_zeros=True)

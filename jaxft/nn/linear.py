@@ -13,10 +13,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxft.nn import partition
 from jaxft.nn.adapter import Adapter, EmbeddingAdapter
-from jaxft.nn.frozen import frozen_product, suits_tiles, tiled_product
+from jaxft.nn.frozen import frozen_product, narrow_product, suits_tiles, tiled_product
 from jaxft.nn.partition import Dimensions
 from jaxft.nn.storage import StorageDims
 from jaxft.quant import QuantizedArray
+from jaxft.quant.narrow import MatmulDtype
 
 TPSide = Literal["inputs", "outputs", "neither"]  # the side of a kernel that the tensor axis splits
 # The dimensions of a kernel and a bias in storage and in use, for each side.
@@ -30,14 +31,21 @@ TABLE_WHOLE: Dimensions = ("tensor", None)
 LOOKED_UP: Dimensions = ("replica", None, "weight")
 
 
-def product(x: jax.Array, kernel: jax.Array | QuantizedArray, tp_side: TPSide) -> jax.Array:
+def product(
+    x: jax.Array, kernel: jax.Array | QuantizedArray, tp_side: TPSide, matmul_dtype: MatmulDtype | None = None
+) -> jax.Array:
     """x [..., I] @ kernel [I, O] in the dtype of x; a kernel of a wider dtype is rounded to it before it is gathered.
+
+    matmul_dtype: the type to which the operands of this product, and of that for the gradient of x, are rounded; None
+    for that of x.
 
     The gradient of a kernel has the kernel's own dtype, both in the product over a device's rows and in the sum over
     devices: float32 if the kernel is float32, the narrower dtype if `training.step` rounded the kernel first.
     """
+    layout = partial(_gather_codes, tp_side)
+    if matmul_dtype is not None:
+        return narrow_product(partial(product, tp_side=tp_side), layout, matmul_dtype, x, kernel)
     if isinstance(kernel, QuantizedArray):
-        layout = partial(_gather_codes, tp_side)
         if suits_tiles(x, kernel):
             return tiled_product(layout, x, kernel)
         return frozen_product(jnp.matmul, layout, x, kernel)
@@ -100,7 +108,7 @@ class Linear(nnx.Module):
     kernel: [I, O], an array or a QuantizedArray, which is frozen. x: [..., I], computed in `dtype`. keep: name under
     which rematerialisation policies save the result, for layers whose result the backward pass reads. tp_side: the side
     that the tensor axis splits; neither for a small kernel, whose inputs it splits along positions. in_all_linear:
-    whether the adapter target `all-linear` means it.
+    whether the adapter target `all-linear` means it. matmul_dtype: see `product`; set by `nn.quantized.use_matmul`.
     Layers under a scan have a leading stack axis in every parameter and are called on one slice of it.
     """
 
@@ -126,6 +134,7 @@ class Linear(nnx.Module):
         self.keep = keep
         self.in_all_linear = in_all_linear
         self.tp_side = tp_side
+        self.matmul_dtype: MatmulDtype | None = None
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None, *, addition: jax.Array | None = None) -> jax.Array:
         """addition: what the adapter adds to the output, if that is computed already (`apply_layers`)."""
@@ -133,7 +142,7 @@ class Linear(nnx.Module):
         x = x.astype(self.dtype)
         if adapter is not None:
             x = adapter.enter(x)
-        y = product(x, kernel, self.tp_side)
+        y = product(x, kernel, self.tp_side, self.matmul_dtype)
         if adapter is not None and adapter.on_product:
             y = adapter(x, y, kernel, key)
         if self.bias is not None:

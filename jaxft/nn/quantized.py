@@ -1,4 +1,4 @@
-"""Quantises the kernels of a model's linear layers."""
+"""Quantises the kernels of a model's linear layers, and chooses the type of their products."""
 
 from collections.abc import Collection
 from typing import cast
@@ -11,6 +11,7 @@ from jaxft.nn.experts.layer import ExpertLinear
 from jaxft.nn.linear import Linear
 from jaxft.nn.residual import altup
 from jaxft.quant import FORMATS, Format, QuantizedArray
+from jaxft.quant.narrow import MatmulDtype
 
 # Layers that are not quantised: rounding of the LM head would directly change every probability, and AltUp's matrices
 # have few numbers, too few for blocks.
@@ -52,3 +53,10 @@ def quantize(model: nnx.Module, format: Format, *, dense: Collection[str] = ()) 
 def has_quantized_kernels(model: nnx.Module) -> bool:
     """Whether any kernel of a model is quantised."""
     return any(isinstance(layer.kernel.get_value(), QuantizedArray) for layer in kernels(model).values())
+
+
+def use_matmul(model: nnx.Module, matmul_dtype: MatmulDtype | None) -> None:
+    """Has every layer of `kernels` multiply operands in this type from now on, experts excepted; None: as before."""
+    for layer in kernels(model).values():
+        if isinstance(layer, Linear):
+            layer.matmul_dtype = matmul_dtype

@@ -19,6 +19,7 @@ from jaxft.hardware.sizes import ModelSizes, sizes_of
 from jaxft.hardware.topology import Topology, devices
 from jaxft.methods import method_of
 from jaxft.nn.decoder import Decoder
+from jaxft.nn.quantized import use_matmul
 from jaxft.nn.storage import StorageDims
 from jaxft.optim.make import make_schedule
 from jaxft.planning.shapes import frozen_shapes_of
@@ -26,6 +27,7 @@ from jaxft.runs.build import (
     abstract_of,
     check_context,
     check_experts,
+    check_matmul_on,
     make_mesh,
     make_step,
     make_tx,
@@ -141,6 +143,7 @@ def abstract_step_of(config: RunConfig, hf_config: dict[str, Any], steps: int) -
     """
     config = going_on(config, hf_config)
     model = abstract_of(hf_config, config)
+    use_matmul(model, config.train.matmul_dtype)
     method_of(config).check(config, model)
     schedule = make_schedule(config.optim, steps)
     tx = make_tx(config, model, schedule)
@@ -168,6 +171,7 @@ def sharded_step_of(
     """
     if config.mesh.slice == 1 and topology.count > 1 and not config.mesh.auto:
         config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, slice=topology.count))
+    topology.chip.check_matmul(config.train.matmul_dtype)
     if real and topology.chip.maker == "tpu":
         mesh = make_mesh(config, abstract_step.model, devices(topology))
     else:
@@ -254,7 +258,8 @@ def time_of(step: ShardedStep, costs: Costs) -> StepTime:
         else:
             coordinates = [device.coords[: len(sides)] for device in step.mesh.mesh.devices.flat]
             grid = np.array(coordinates).reshape(*sizes, len(sides))
-    return step_time(costs, step.topology, axis_bandwidths(step.topology, step.mesh.axes, grid))
+    bandwidths = axis_bandwidths(step.topology, step.mesh.axes, grid)
+    return step_time(costs, step.topology, bandwidths, matmul_dtype=step.config.train.matmul_dtype)
 
 
 def _abstract_mesh(config: RunConfig, model: Decoder, topology: Topology) -> MeshPlan:
@@ -269,6 +274,7 @@ def _abstract_mesh(config: RunConfig, model: Decoder, topology: Topology) -> Mes
     # Shardings, which are all that an estimate needs, read only what both kinds of mesh have.
     mesh = MeshPlan(mesh=cast(jax.sharding.Mesh, jax.sharding.AbstractMesh(tuple(filled.values()), tuple(filled))))
     mesh.check_sizes(max_length=config.data.max_length, **heads)
+    check_matmul_on(config, mesh)
     check_experts(model, mesh)
     check_context(model, mesh)
     return mesh

@@ -8,7 +8,7 @@ from jaxft.hardware.compile import pairing
 from jaxft.hardware.costs import Costs
 from jaxft.hardware.prices import price_of
 from jaxft.hardware.recomputation import Recomputation
-from jaxft.hardware.roofline import DEQUANTIZED_PER_SECOND, efficiency_of
+from jaxft.hardware.roofline import DEQUANTIZED_PER_SECOND, ROUNDED_PER_SECOND, efficiency_of
 from jaxft.planning.job import ShardedStep, StepCosts
 from jaxft.planning.rollout import RunCosts, rollout_result
 from jaxft.planning.shapes import Length
@@ -80,6 +80,9 @@ def _unknown(step: ShardedStep, costs: RunCosts) -> list[str]:
         not step_costs.compiled or chip not in DEQUANTIZED_PER_SECOND
     ):
         unknown.insert(0, f"the time in which {chip} dequantises NF4: none is in the hours")
+    narrow, tpu = step.config.train.matmul_dtype is not None, step.topology.chip.maker == "tpu"
+    if narrow and tpu and chip not in ROUNDED_PER_SECOND:
+        unknown.insert(0, f"the time in which {chip} rounds operands to 8 bits: none is in the hours")
     if rollout is not None and step.config.method.chosen.ROWS == "prompts":
         unknown.insert(0, "the time of reward functions: none is in the hours")
         if step.config.rollout.environment is not None:
@@ -133,6 +136,7 @@ def _time(step: ShardedStep, costs: RunCosts, length: Length) -> dict[str, Any]:
             "products": time.products,
             "memory": time.memory,
             "dequantizing": time.dequantizing,
+            "rounding": time.rounding,
             "busy": time.busy,
             "network": dict(time.network),
             "network_exposed": time.exposed,

@@ -39,6 +39,7 @@ from jaxft.nn.storage import storage_dims_of
 from jaxft.objectives.loss import MethodState
 from jaxft.optim.averages import with_average
 from jaxft.optim.make import make_optimizer
+from jaxft.quant.narrow import FEWEST_ROWS
 from jaxft.runs.going_on import going_on, merged_base
 from jaxft.sharding.mesh import MeshPlan, auto_mesh, make_mesh_plan
 from jaxft.sharding.processes import on_primary
@@ -187,9 +188,29 @@ def make_mesh(config: RunConfig, model: Any, devices: Sequence[jax.Device]) -> M
         axes = auto_mesh(len(devices), rows=rows, slices=slices, **heads)
     mesh = make_mesh_plan(axes, devices)
     mesh.check_sizes(**heads)
+    check_matmul_on(config, mesh)
     check_experts(model, mesh)
     check_context(model, mesh)
     return mesh
+
+
+def check_matmul_on(config: RunConfig, mesh: MeshPlan) -> None:
+    """Raises ConfigError if the mesh splits sums of 8-bit products, or leaves a device too few rows for them."""
+    dtype = config.train.matmul_dtype
+    if dtype is None:
+        return
+    if (count := mesh.axes["tensor"]) > 1:
+        raise ConfigError(
+            f"train.matmul_dtype={dtype!r} with mesh.tensor={count}: the axis would split the sums of these products, "
+            "which is not tested. Use mesh.fsdp or mesh.data, or set train.matmul_dtype to None."
+        )
+    tokens = config.train.batch_size // config.train.accumulation_steps * config.data.max_length
+    if (rows := tokens // mesh.batch_shards // mesh.axes["context"]) < FEWEST_ROWS:
+        raise ConfigError(
+            f"train.matmul_dtype={dtype!r}: each device has {rows:,} tokens at a time, and rounding the weights takes "
+            f"longer than products of fewer than {FEWEST_ROWS:,} save. Raise train.batch_size, lower "
+            "train.accumulation_steps, or set train.matmul_dtype to None."
+        )
 
 
 def check_experts(model: Any, mesh: MeshPlan) -> None:

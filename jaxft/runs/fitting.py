@@ -27,6 +27,7 @@ from jaxft.methods import method_of
 from jaxft.methods.method import Feed, Run
 from jaxft.methods.parts.sequences import device_batch, evaluated_weights
 from jaxft.nn.decoder import Decoder
+from jaxft.nn.quantized import use_matmul
 from jaxft.optim.make import make_schedule
 from jaxft.runs.build import load_frozen, make_step, make_tx, start_state, with_frozen
 from jaxft.runs.identity.record import record_of, resumed, write_record
@@ -104,7 +105,8 @@ def fit_run(run: Run, loaded: LoadedModel, console: Console) -> Fitted:
                 log.note(f"step {exported} is exported, the best by {config.checkpoint.best_metric}")
     on_primary(lambda: write_record(run.folder, replace(record_of(run.folder), exported=exported)))
     nnx.update(loaded.module, evaluated_weights(config, state), state.frozen)
-    # It was needed for training alone, and is in the checkpoints.
+    # They were needed for training alone; the critic is in the checkpoints.
+    use_matmul(loaded.module, None)
     drop_critic(loaded.module)
     return Fitted(held_out, last, exported)
 

@@ -19,10 +19,12 @@ from jaxft.errors import counted
 from jaxft.files import run_folder
 from jaxft.files.buckets.store import is_bucket
 from jaxft.files.buckets.working_copy import fetch, push, shown
+from jaxft.hardware.attached import check_matmul
 from jaxft.hardware.compile_cache import keep_compiled
 from jaxft.methods import method_of
 from jaxft.methods.method import Run
 from jaxft.nn.decoder import Decoder
+from jaxft.nn.quantized import use_matmul
 from jaxft.optim.make import make_schedule
 from jaxft.runs.build import (
     abstract_model,
@@ -128,6 +130,7 @@ def _train(run: Run, console: Console) -> dict[str, Any]:
         scores = {"key": key, "metric": config.eval.metric, "base": score_summary(base, run.data.eval_references)}
         scores["base_answers"] = list(base.texts)
         on_primary(lambda: run_folder.write_json(run.folder / run_folder.SCORES, scores))
+    use_matmul(loaded.module, config.train.matmul_dtype)
     with run.times.during("setup"):
         run = method_of(config).precompute(run, lambda: loaded.module)
     fitted = fit_run(run, loaded, console)
@@ -176,6 +179,7 @@ def set_up(config: RunConfig) -> Run:
     micro_batch = config.train.batch_size // config.train.accumulation_steps
     mesh = make_mesh(config, model, jax.devices())
     mesh.check_batch(micro_batch)
+    check_matmul(config.train.matmul_dtype, mesh.mesh.devices.flat[0])
     check_frozen(config, model, tokenizer, mesh)
     source = method.source(config, data, tokenizer)
     make_schedule(config.optim, source.total_steps)

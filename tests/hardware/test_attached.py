@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from jaxft.errors import ConfigError
-from jaxft.hardware.attached import KINDS, attached_topology
+from jaxft.hardware.attached import KINDS, attached_topology, check_matmul
 from jaxft.hardware.chips import CHIPS
 from jaxft.hardware.topology import parse
 
@@ -66,3 +66,31 @@ def test_cpus_are_no_accelerator():
 def test_what_plans_do_not_know_is_refused(kind, count, message):
     with pytest.raises(ConfigError, match=message):
         attached_topology(devices(kind, count))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind"),
+    [("int8", "TPU v5 lite"), ("int8", "TPU v6 lite"), ("fp8", "TPU7x"), ("fp8", "NVIDIA H100 80GB HBM3"), (None, "x")],
+)
+def test_products_of_8_bits_are_for_chips_that_have_them(dtype, kind):
+    check_matmul(dtype, devices(kind, 1)[0])
+    check_matmul(dtype, jax.devices("cpu")[0])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind", "message"),
+    [
+        (
+            "fp8",
+            "TPU v5 lite",
+            "v5e is not known to multiply it faster than bfloat16: set it to 'int8', in which",
+        ),
+        ("fp8", "NVIDIA A100-SXM4-80GB", "a100-80 is not known .* 'int8'"),
+        ("int8", "TPU7x", "tpu7x is not known .* 'fp8'"),
+        ("int8", "TPU v4", "v4 is not known .*: set it to None"),
+        ("int8", "NVIDIA RTX A2000", "of NVIDIA RTX A2000 it is not known"),
+    ],
+)
+def test_products_of_8_bits_are_refused_where_they_gain_nothing(dtype, kind, message):
+    with pytest.raises(ConfigError, match=message):
+        check_matmul(dtype, devices(kind, 1)[0])

@@ -45,6 +45,33 @@ def test_a_scanned_product_counts_every_turn_and_reads_only_its_slice():
     assert 3 * 4 * 5 * 64 * 64 <= costs.hbm_bytes < 2 * (3 * 4 * 5 * 64 * 64 + 5 * 6 * 4 * 32 * 64)
 
 
+NARROW = """ENTRY %main (x: s8[32,64], w: s8[64,16], v: bf16[16,8]) -> bf16[32,8] {
+  %x = s8[32,64] parameter(0)
+  %w = s8[64,16] parameter(1)
+  %v = bf16[16,8] parameter(2)
+  %y = s32[32,16] fusion(%x, %w), kind=kOutput, calls=%inside
+  %f = f32[32,16] convert(%y)
+  %z = bf16[32,16] multiply(%f, %f), metadata={op_name="jit(f)/narrow_codes/mul"}
+  ROOT %u = bf16[32,8] dot(%z, %v), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+"""
+INSIDE = """HloModule m
+
+%inside (a: s8[32,64], b: s8[64,16]) -> s32[32,16] {
+  %a = s8[32,64] parameter(0)
+  %b = s8[64,16] parameter(1)
+  ROOT %c = s32[32,16] dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+"""
+
+
+def test_products_of_8_bits_are_told_from_others():
+    costs = costs_of(hlo.parse(INSIDE + NARROW), {"fsdp": 1})
+    assert (costs.narrow, costs.flops) == (2 * 32 * 64 * 16, 2 * 32 * 64 * 16 + 2 * 32 * 16 * 8)
+    assert costs.rounded == 32 * 16
+
+
 def test_nested_scans_multiply():
     def run(w_LKK, x_MK):
         def inner(x, w):

@@ -35,6 +35,22 @@ def test_products_wait_for_weights_that_are_dequantised():
     assert step_time(costs, parse("h100:1"), {}, WHOLE).dequantizing == 0
 
 
+@pytest.mark.parametrize(("topology", "dtype"), [("v5e:1x1", "int8"), ("h100:1", "fp8"), ("rtx4090:1", "fp8")])
+def test_products_of_8_bits_have_a_peak_of_their_own(topology, dtype):
+    topology, costs = parse(topology), Costs()
+    costs.work[Work(int(3 * topology.chip.flops), 0, narrow=int(2 * topology.chip.flops))] += 1
+    assert step_time(costs, topology, {}, WHOLE, matmul_dtype=dtype).products == pytest.approx(1 + 1, rel=0.01)
+    assert step_time(costs, topology, {}, WHOLE).products == pytest.approx(3)
+
+
+def test_products_wait_for_numbers_that_are_rounded():
+    costs = Costs()
+    costs.work[Work(int(197e12), 0, rounded=int(1e11))] += 1
+    time = step_time(costs, parse("v5e:1x1"), {}, WHOLE)
+    assert time.rounding == pytest.approx(2) and time.busy == time.total == pytest.approx(3)
+    assert step_time(costs, parse("h100:1"), {}, WHOLE).rounding == 0
+
+
 def test_two_devices_of_a_chip_share_its_peaks():
     costs = Costs()
     costs.work[Work(int(2307e12), 0)] += 1

@@ -285,6 +285,7 @@ def test_what_calls_cannot_do_is_refused(session, folder, tmp_path):
     ("overrides", "message"),
     [
         ({"method.name": "dpo"}, "method.name='dpo' has rows or arrays of its own"),
+        ({"method.name": "sft", "train.matmul_dtype": "int8"}, "matmul_dtype='int8' was tested in whole runs alone"),
         ({"adapter.init_lora_weights": "eva"}, "init_lora_weights='eva' is made from the rows of a run"),
     ],
 )

@@ -52,6 +52,24 @@ def test_an_adapter_leaves_the_base_without_moments():
     assert plan["steps"] == 1000 and not plan["steps_known"] and "--tokens" in plan["steps_from"]
 
 
+def test_products_of_8_bits_are_counted_at_their_peak():
+    plain, narrow = (plan_of(config.load(LORA, ["model.remat=full", f"train.matmul_dtype={dtype}"]), "h100:8")
+                     for dtype in (None, "fp8"))  # fmt: skip
+    assert narrow["hardware_flops_per_step"] == plain["hardware_flops_per_step"]
+    # Adapters, attention and the vocabulary keep their products.
+    assert 0.5 < narrow["step_parts"]["products"] / plain["step_parts"]["products"] < 0.65
+    assert narrow["hbm_traffic_bytes_per_step"] > plain["hbm_traffic_bytes_per_step"]
+    assert narrow["hbm_peak_bytes"] > plain["hbm_peak_bytes"]
+    with pytest.raises(ConfigError, match="a100-80 is not known"):
+        plan_of(config.load(LORA, ["train.matmul_dtype=fp8"]), "a100-80:8")
+    for changes, message in (
+        (["mesh.tensor=2"], "mesh.tensor=2: the axis would split"),
+        (["data.max_length=512", "train.batch_size=8"], "each device has 512 tokens at a time"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            plan_of(config.load(LORA, ["train.matmul_dtype=fp8", *changes]), "h100:8")
+
+
 def test_auto_takes_the_cheapest_policy_that_fits():
     kept = {}
     for topology, policy in (("h100:8", "none"), ("l4:8", "attention"), ("l4:2", "offload")):

@@ -34,6 +34,10 @@ def check_session(config: RunConfig) -> None:
             f"train.on_spike={config.train.on_spike!r} compares the steps of a whole run: leave it out, and look at "
             "the loss and grad_norm that forward_backward and optim_step return"
         )
+    if config.train.matmul_dtype is not None:
+        raise ConfigError(
+            f"train.matmul_dtype={config.train.matmul_dtype!r} was tested in whole runs alone: set it to None"
+        )
     if config.adapter.by_data:
         raise ConfigError(
             f"adapter.init_lora_weights={config.adapter.init_lora_weights!r} is made from the rows of a run, which a "
