@@ -12,7 +12,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxft.nn.attention.borrowed import BorrowedAttention, BorrowedShape
-from jaxft.nn.attention.cache import MixerCache
+from jaxft.nn.attention.cache import MixerCache, NewKeys
 from jaxft.nn.attention.latent import LatentAttention, LatentShape
 from jaxft.nn.attention.layer import Attention, AttentionShape, Kept, Tokens
 from jaxft.nn.experts.layer import MoE, MoEShape
@@ -49,8 +49,8 @@ class Mixer(Protocol):
     def __call__(
         self, x_BSD: jax.Array, tokens: Tokens, cache: Any, layer: jax.Array, keys: jax.Array | None
     ) -> tuple[jax.Array, Any]:
-        """(its output, the cache with these tokens). cache: of `init_cache`, or None. layer: its index in the stack.
-        keys: four PRNG keys for dropout in adapters, or None.
+        """(its output, the cache with these tokens or `NewKeys`). cache: of `init_cache`, or None. layer: its index in
+        the stack. keys: four PRNG keys for dropout in adapters, or None.
         """
 
     def init_cache(self, layers: int, batch: int, length: int) -> MixerCache | None:
@@ -184,8 +184,8 @@ class Block(nnx.Module):
         layer: jax.Array,
         key: jax.Array | None,
         routing: RouterSums | None = None,
-    ) -> tuple[jax.Array, MixerCache | None, RouterSums | None]:
-        """(the residual stream, the cache including these tokens, `routing` including this layer's tokens).
+    ) -> tuple[jax.Array, MixerCache | NewKeys | None, RouterSums | None]:
+        """(the residual stream, the cache including these tokens or `NewKeys`, `routing` including these tokens).
 
         layer: this layer's index in its stack. key: turns dropout on. routing: None if no loss reads the sums.
         """
@@ -200,23 +200,23 @@ class Block(nnx.Module):
         key: jax.Array | None,
         routing: RouterSums | None,
         own_BSP: jax.Array | None,
-    ) -> tuple[jax.Array, MixerCache | None, RouterSums | None, Kept | None]:
+    ) -> tuple[jax.Array, MixerCache | NewKeys | None, RouterSums | None, Kept | None]:
         """As a call, and the keys and values of the tokens if the layer keeps them.
 
         own_BSP: the layer's own input, None if it has none. x_BSD: with AltUp all streams, [A, B, S, D].
         """
         if self.altup is None:
-            x_BSD, cache, routing, kept = self._computed(x_BSD, tokens, cache, layer, key, routing)
+            x_BSD, written, routing, kept = self._computed(x_BSD, tokens, cache, layer, key, routing)
         else:
             predicted_ABSD = self.altup.predict(x_BSD, key)
             active_BSD = predicted_ABSD[self.altup.shape.active]
-            active_BSD, cache, routing, kept = self._computed(active_BSD, tokens, cache, layer, key, routing)
+            active_BSD, written, routing, kept = self._computed(active_BSD, tokens, cache, layer, key, routing)
             x_BSD = self.altup.correct(predicted_ABSD, active_BSD, key)
         if own_BSP is not None and self.has_own_input:
             x_BSD = self._with_own_input(x_BSD, own_BSP, key)
         if self.layer_scalar is not None:
             x_BSD = x_BSD * self.layer_scalar.get_value().astype(x_BSD.dtype)
-        return x_BSD, cache, routing, kept
+        return x_BSD, written, routing, kept
 
     def storage_dims(self) -> dict[str, StorageDims]:
         return {"layer_scalar": StorageDims((None,))}
@@ -229,20 +229,21 @@ class Block(nnx.Module):
         layer: jax.Array,
         key: jax.Array | None,
         routing: RouterSums | None,
-    ) -> tuple[jax.Array, MixerCache | None, RouterSums | None, Kept | None]:
+    ) -> tuple[jax.Array, MixerCache | NewKeys | None, RouterSums | None, Kept | None]:
         """The stream after mixer and feed-forward, and the rest as in `with_kept`."""
         kept: Kept | None = None
+        written: MixerCache | NewKeys | None = cache
         keys = None if key is None else jax.random.split(key, 7)
         mixer_keys, mlp_keys = (None, None) if keys is None else (keys[:4], keys[4:])
         input_BSD = self._norm(0, x_BSD)
         whole_BSD = whole(input_BSD)
         if self.mixer is not None:
             if self.attention is not None and self.attention.shape.kept_as is not None:
-                mixed_BSD, cache, kept = self.attention.with_keys(
+                mixed_BSD, written, kept = self.attention.with_keys(
                     whole_BSD, tokens, cast(Any, cache), layer, mixer_keys
                 )
             else:
-                mixed_BSD, cache = self.mixer(whole_BSD, tokens, cache, layer, mixer_keys)
+                mixed_BSD, written = self.mixer(whole_BSD, tokens, cache, layer, mixer_keys)
             x_BSD = x_BSD + self._added(1, stream(mixed_BSD))
             if self.laurel is not None:
                 x_BSD = self._with_laurel(self.laurel, x_BSD, input_BSD, whole_BSD, key)
@@ -254,7 +255,7 @@ class Block(nnx.Module):
             if self.experts is not None:
                 output_BSD, routing = self._with_experts(self.experts, output_BSD, x_BSD, tokens, routing)
             x_BSD = x_BSD + self._added(3, output_BSD)
-        return x_BSD, cache, routing, kept
+        return x_BSD, written, routing, kept
 
     def _with_laurel(
         self, laurel: Laurel, x_BSD: jax.Array, input_BSD: jax.Array, whole_BSD: jax.Array, key: jax.Array | None

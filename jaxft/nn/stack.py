@@ -16,7 +16,16 @@ from jaxft.nn import partition
 from jaxft.nn.adapter import bind_shared
 from jaxft.nn.attention import cudnn
 from jaxft.nn.attention.borrowed import BorrowedAttention
-from jaxft.nn.attention.cache import Cache, LayerCache, MixerCache, StateCache, slots_for, write_positions
+from jaxft.nn.attention.cache import (
+    Cache,
+    LayerCache,
+    MixerCache,
+    NewKeys,
+    StateCache,
+    slots_for,
+    write_positions,
+)
+from jaxft.nn.attention.decoding import write_new
 from jaxft.nn.attention.layer import Kept, Tokens
 from jaxft.nn.block import Block
 from jaxft.nn.experts.router_sums import RouterSums
@@ -225,20 +234,40 @@ def _run_segment(
         x_BSD = checkpoint_name(partition.split_stream(x_BSD), "stream")
         states, layers_P, index, own = scanned
         caches = list(caches) if caches is not None else [None] * len(graphdefs)
+        later = [None] * len(graphdefs)
         for position, (graphdef, state) in enumerate(zip(graphdefs, states, strict=True)):
             layer_key = None if key is None else jax.random.fold_in(key, layers_P[position])
             module = nnx.merge(graphdef, state)
             if shared is not None:
                 bind_shared(module, shared)
             parts = (x_BSD, tokens_by_group[position], caches[position], index, layer_key, routing)
+            own_kept = None
             if own is None and names[position] is None:
-                x_BSD, caches[position], routing = module(*parts)
-                continue
-            x_BSD, caches[position], routing, own_kept = module.with_kept(*parts, own and own[position])
+                x_BSD, part, routing = module(*parts)
+            else:
+                x_BSD, part, routing, own_kept = module.with_kept(*parts, own and own[position])
+            if isinstance(part, NewKeys):
+                later[position] = part
+            else:
+                caches[position] = part
             if own_kept is not None:
                 kept = kept | {names[position]: (own_kept.k_BSKH, own_kept.v_BSKH)}
-        return _Carry(x_BSD, caches if carry.caches is not None else None, routing, kept), None
+        return _Carry(x_BSD, caches if carry.caches is not None else None, routing, kept), later
 
     if remat != "none":
         body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)
-    return jax.lax.scan(body, carry, (states, layers, jnp.arange(len(layers)), own))[0]
+    carry, later = jax.lax.scan(body, carry, (states, layers, jnp.arange(len(layers)), own))
+    return carry if carry.caches is None else carry._replace(caches=_written(carry.caches, later, tokens_by_group))
+
+
+def _written(
+    caches: Sequence[MixerCache | None], later: Sequence[NewKeys | None], tokens_by_group: Sequence[Tokens]
+) -> list[MixerCache | None]:
+    """The caches of groups with what their layers left to be written."""
+    written: list[MixerCache | None] = []
+    for cache, new, tokens in zip(caches, later, tokens_by_group, strict=True):
+        if new is not None and isinstance(cache, LayerCache):
+            slots_B1 = slots_for(tokens.positions_BS, tokens.segments_BS, cache.slots)
+            cache = write_new(cache, slots_B1, new)
+        written.append(cache)
+    return written

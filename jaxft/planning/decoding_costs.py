@@ -123,11 +123,10 @@ def copy_costs(decoding: Decoding, trained: ShardedStep) -> Costs:
 def _decode_work(decoding: Decoding, slots: int) -> int:
     """Bytes of temporaries of a decoding step: what one layer reads of the cache, scores, and logits."""
     step, rows = decoding.step, math.ceil(slots / decoding.row_parts)
-    cache = decoding.cache_bytes(slots)
-    layer = cache // max(1, step.sizes.layers)
-    # The compiler for TPUs keeps a copy of the keys in the order in which its products read them.
-    keys = cache // 2 if step.topology.chip.maker == "tpu" else 0
-    return keys + 2 * layer + _scores(decoding, rows, 1, decoding.length) + _logits(decoding, slots)
+    layer = decoding.cache_bytes(slots) // max(1, step.sizes.layers)
+    # Programs for TPUs read the cache where it is (`nn.attention.decoding`).
+    read = 0 if step.topology.chip.maker == "tpu" else 2 * layer
+    return read + _scores(decoding, rows, 1, decoding.length) + _logits(decoding, slots)
 
 
 def _prefill_work(decoding: Decoding, slots: int) -> int:

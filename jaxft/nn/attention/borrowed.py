@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxft.errors import ModelError
 from jaxft.nn import partition
-from jaxft.nn.attention.cache import LayerCache
+from jaxft.nn.attention.cache import LayerCache, NewKeys
 from jaxft.nn.attention.causal import causal_attention
 from jaxft.nn.attention.layer import (
     Attention,
@@ -80,7 +80,7 @@ class BorrowedAttention(Attention):
         cache: LayerCache | None,
         layer: jax.Array,
         keys: jax.Array | None,
-    ) -> tuple[jax.Array, LayerCache | None, Kept]:
+    ) -> tuple[jax.Array, LayerCache | NewKeys | None, Kept]:
         """See Attention. There is no cache but that of the earlier layer, which `tokens` has."""
         if tokens.kept is None:
             raise ModelError("a layer without keys of its own comes before all that keep them: change their order")

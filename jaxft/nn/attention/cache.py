@@ -43,6 +43,13 @@ class StateCache(NamedTuple):
     count_B: jax.Array
 
 
+class NewKeys(NamedTuple):
+    """Keys and values of new tokens, which a layer leaves to its stack to write (`nn.attention.decoding`)."""
+
+    k_BSKH: jax.Array
+    v_BSKH: jax.Array
+
+
 MixerCache = LayerCache | StateCache
 Cache = tuple[MixerCache | None, ...]  # one for each stack of layers; None for layers that look at no other position
 

@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxft.nn import partition
 from jaxft.nn.attention import cache as kv
 from jaxft.nn.attention.causal import causal_attention
+from jaxft.nn.attention.decoding import attend_with_new, writes_later
 from jaxft.nn.attention.layer import Tokens, attend_cached, causal_mask
 from jaxft.nn.attention.rope import rotate
 from jaxft.nn.attention.saving import NAME
@@ -89,22 +90,17 @@ class LatentAttention(nnx.Module):
         cache: kv.LayerCache | None,
         layer: jax.Array,
         keys: jax.Array | None,
-    ) -> tuple[jax.Array, kv.LayerCache | None]:
+    ) -> tuple[jax.Array, kv.LayerCache | kv.NewKeys | None]:
         """See Attention."""
         key = (None,) * 4 if keys is None else keys
         q_BSNH, latent_BSC, rotated_BS1O = self._project(x_BSD, key)
+        written: kv.LayerCache | kv.NewKeys | None = None
         if cache is None:
             out_BSNV = self._over_rows(q_BSNH, latent_BSC, rotated_BS1O, tokens, key[2])
         else:
-            q_BSNH, rotated_BS1O = self._rotated(q_BSNH, rotated_BS1O, tokens)
-            latent_BS1X = jnp.concatenate([latent_BSC[:, :, None], rotated_BS1O], axis=-1)
-            slots_BS = kv.slots_for(tokens.positions_BS, tokens.segments_BS, cache.slots)
-            # Values are the latent vectors, which the keys hold already.
-            cache = kv.write(cache, layer, slots_BS, latent_BS1X, latent_BS1X[..., :0])
-            mask_BST = causal_mask(tokens.positions_BS, cache.positions_BT)
-            out_BSNV = self._over_cache(q_BSNH, cache.k_RBKHT[layer], mask_BST)
+            out_BSNV, written = self._with_cache(q_BSNH, latent_BSC, rotated_BS1O, tokens, cache, layer)
         out_BSX = out_BSNV.reshape(*x_BSD.shape[:2], self.shape.heads * self.shape.value_dim)
-        return self.o_proj(partition.split(out_BSX, "batch", "sequence", "tensor"), key[3]), cache
+        return self.o_proj(partition.split(out_BSX, "batch", "sequence", "tensor"), key[3]), written
 
     def init_cache(self, layers: int, batch: int, length: int) -> kv.LayerCache:
         """The empty cache of a stack of such layers: a single head of keys, and no values beside them."""
@@ -150,14 +146,39 @@ class LatentAttention(nnx.Module):
         out_BSNV = causal_attention(q_BSNH, k_BSNH, v_BSNV, segments_BS, ScoreForm(scale=shape.scale))
         return out_BSNV if tokens.whole is None else gather_back(out_BSNV, tokens.whole)
 
-    def _over_cache(self, q_BSNH: jax.Array, keys_B1XT: jax.Array, mask_BST: jax.Array) -> jax.Array:
-        shape = self.shape
+    def _with_cache(
+        self, q_BSNH: jax.Array, latent_BSC: jax.Array, rotated_BS1O: jax.Array, tokens: Tokens, cache: kv.LayerCache,
+        layer: jax.Array,
+    ) -> tuple[jax.Array, kv.LayerCache | kv.NewKeys]:  # fmt: skip
+        """What each head takes from these tokens and those in the cache, [B, S, N, V], and the cache or what is new."""
+        q_BSNH, rotated_BS1O = self._rotated(q_BSNH, rotated_BS1O, tokens)
+        latent_BS1X = jnp.concatenate([latent_BSC[:, :, None], rotated_BS1O], axis=-1)
+        # Values are the latent vectors, which the keys hold already.
+        new = kv.NewKeys(latent_BS1X, latent_BS1X[..., :0])
+        if writes_later(q_BSNH.shape[1]):
+            mask_BST = causal_mask(tokens.positions_BS, tokens.positions_before())
+            out_BSNV = self._over_cache(q_BSNH, cache.k_RBKHT[layer], mask_BST, latent_BS1X)
+            return out_BSNV, new
+        slots_BS = kv.slots_for(tokens.positions_BS, tokens.segments_BS, cache.slots)
+        cache = kv.write(cache, layer, slots_BS, *new)
+        mask_BST = causal_mask(tokens.positions_BS, cache.positions_BT)
+        return self._over_cache(q_BSNH, cache.k_RBKHT[layer], mask_BST), cache
+
+    def _over_cache(
+        self, q_BSNH: jax.Array, keys_B1XT: jax.Array, mask_BST: jax.Array, new_BS1X: jax.Array | None = None
+    ) -> jax.Array:
+        """new_BS1X: of the only query, if it is not in the cache yet."""
+        shape, form = self.shape, ScoreForm(scale=self.shape.scale)
         to_keys_CNP, to_values_CNV = jnp.split(self._matrices(), (shape.plain_dim,), axis=-1)
         plain_BSNP, rotated_BSNO = jnp.split(q_BSNH, (shape.plain_dim,), axis=-1)
         latent_BSNC = jnp.einsum("BSNP,CNP->BSNC", plain_BSNP, to_keys_CNP)
         q_BSNX = jnp.concatenate([latent_BSNC, rotated_BSNO], axis=-1)
         latents_B1TC = keys_B1XT[:, :, : shape.rank].swapaxes(2, 3)
-        out_BSNC = attend_cached(q_BSNX, keys_B1XT, latents_B1TC, mask_BST, ScoreForm(scale=shape.scale))
+        if new_BS1X is None:
+            out_BSNC = attend_cached(q_BSNX, keys_B1XT, latents_B1TC, mask_BST, form)
+        else:
+            new = kv.NewKeys(new_BS1X, new_BS1X[..., : shape.rank])
+            out_BSNC = attend_with_new(q_BSNX, keys_B1XT, latents_B1TC, new, mask_BST, form)
         return jnp.einsum("BSNC,CNV->BSNV", out_BSNC, to_values_CNV)
 
     def _matrices(self) -> jax.Array:

@@ -15,6 +15,7 @@ from jaxft.errors import ModelError
 from jaxft.nn import partition
 from jaxft.nn.attention import cache as kv
 from jaxft.nn.attention.causal import causal_attention
+from jaxft.nn.attention.decoding import attend_with_new, writes_later
 from jaxft.nn.attention.rope import Rotation, rotate
 from jaxft.nn.attention.saving import Early, keep
 from jaxft.nn.attention.score_form import MASKED, PLAIN, ScoreForm, cap_scores, score_scale
@@ -56,6 +57,12 @@ class Tokens(NamedTuple):
     virtual_BS: jax.Array | None = None
     whole: WholeDocuments[jax.Array] | None = None
     kept: Kept | None = None
+
+    def positions_before(self) -> jax.Array:
+        """cached_BT. Raises ModelError without it."""
+        if self.cached_BT is None:
+            raise ModelError("a layer that reads its cache before it is written needs Tokens.cached_BT: set it")
+        return self.cached_BT
 
 
 class QueryGrowth(NamedTuple):
@@ -165,7 +172,7 @@ class Attention(nnx.Module):
         cache: kv.LayerCache | None,
         layer: jax.Array,
         keys: jax.Array | None,
-    ) -> tuple[jax.Array, kv.LayerCache | None]:
+    ) -> tuple[jax.Array, kv.LayerCache | kv.NewKeys | None]:
         """layer: this layer's index in the cache's stack. keys: four PRNG keys for dropout in adapters, or None."""
         return self.with_keys(x_BSD, tokens, cache, layer, keys)[:2]
 
@@ -176,11 +183,12 @@ class Attention(nnx.Module):
         cache: kv.LayerCache | None,
         layer: jax.Array,
         keys: jax.Array | None,
-    ) -> tuple[jax.Array, kv.LayerCache | None, Kept]:
+    ) -> tuple[jax.Array, kv.LayerCache | kv.NewKeys | None, Kept]:
         """As a call, and the keys and values of these tokens."""
         key = (None,) * 4 if keys is None else keys
         form, reach, sinks_N = self.shape.form, self.shape.reach, None if self.sinks is None else self.sinks.get_value()
-        q_BSNH, k_BSKH, v_BSKH, gate_BSNH = self._project(x_BSD, key)
+        later = cache is not None and writes_later(x_BSD.shape[1])
+        q_BSNH, k_BSKH, v_BSKH, gate_BSNH = self._project(x_BSD, key, separate=later)
         positions_BS, segments_BS = tokens.positions_BS, tokens.segments_BS
         if tokens.whole is not None:
             q_BSNH, k_BSKH, v_BSKH = (unshare_heads(x, tokens.whole) for x in (q_BSNH, k_BSKH, v_BSKH))
@@ -190,25 +198,30 @@ class Attention(nnx.Module):
         if self.prefix is not None:
             k_BSKH, v_BSKH = self.prefix(k_BSKH, v_BSKH, tokens.virtual_BS)
         q_BSNH, k_BSKH, v_BSKH = Early.of(self.shape).name_late(q_BSNH, k_BSKH, v_BSKH)
+        mask = functools.partial(causal_mask, positions_BS, window=form.window, chunk=self.shape.chunk)
+        written: kv.LayerCache | kv.NewKeys | None = None
         if cache is None:
             segments_BS = _by_chunk(segments_BS, positions_BS, self.shape.chunk)
             out_BSNH = causal_attention(q_BSNH, k_BSKH, v_BSKH, segments_BS, form, sinks_N)
+        elif later:
+            mask_BST, written = mask(tokens.positions_before()), kv.NewKeys(k_BSKH, v_BSKH)
+            k_BKHT, v_BKTH = cache.k_RBKHT[layer], cache.v_RBKTH[layer]
+            out_BSNH = attend_with_new(q_BSNH, k_BKHT, v_BKTH, written, mask_BST, form, sinks_N)
         elif reach is not None and x_BSD.shape[1] > 1 and cache.slots >= reach:
             # Writing first would overwrite keys that the first of these tokens still sees.
             k_BKHT, v_BKTH, keys_BT = keys_with_cached(cache, layer, k_BSKH, v_BSKH, tokens)
-            mask_BST = causal_mask(positions_BS, keys_BT, window=form.window, chunk=self.shape.chunk)
-            out_BSNH = attend_cached(q_BSNH, k_BKHT, v_BKTH, mask_BST, form, sinks_N)
-            cache = self._write(cache, layer, k_BSKH, v_BSKH, tokens)
+            out_BSNH = attend_cached(q_BSNH, k_BKHT, v_BKTH, mask(keys_BT), form, sinks_N)
+            written = self._write(cache, layer, k_BSKH, v_BSKH, tokens)
         else:
-            cache = self._write(cache, layer, k_BSKH, v_BSKH, tokens)
-            mask_BST = causal_mask(positions_BS, cache.positions_BT, window=form.window, chunk=self.shape.chunk)
-            out_BSNH = attend_cached(q_BSNH, cache.k_RBKHT[layer], cache.v_RBKTH[layer], mask_BST, form, sinks_N)
+            written = self._write(cache, layer, k_BSKH, v_BSKH, tokens)
+            k_BKHT, v_BKTH = written.k_RBKHT[layer], written.v_RBKTH[layer]
+            out_BSNH = attend_cached(q_BSNH, k_BKHT, v_BKTH, mask(written.positions_BT), form, sinks_N)
         if tokens.whole is not None:
             out_BSNH = gather_back(out_BSNH, tokens.whole)
         if gate_BSNH is not None:
             out_BSNH = out_BSNH * jax.nn.sigmoid(gate_BSNH)
         out_BSX = partition.split(out_BSNH.reshape(*x_BSD.shape[:2], -1), "batch", "sequence", "tensor")
-        return self.o_proj(out_BSX, key[3]), cache, Kept(k_BSKH, v_BSKH)
+        return self.o_proj(out_BSX, key[3]), written, Kept(k_BSKH, v_BSKH)
 
     def init_cache(self, layers: int, batch: int, length: int) -> kv.LayerCache | None:
         """The empty cache of a stack of such layers for rows of up to `length` tokens; only for those within reach."""
@@ -219,8 +232,7 @@ class Attention(nnx.Module):
     def no_keys(self, tokens: Tokens) -> tuple[jax.Array, jax.Array]:
         """Zeros in the shape of keys and of values of these tokens."""
         rows, length = tokens.positions_BS.shape
-        if tokens.whole is not None:
-            rows *= tokens.whole.index_BWS.shape[1]
+        rows *= 1 if tokens.whole is None else tokens.whole.index_BWS.shape[1]
         zeros = jnp.zeros((rows, length, self.shape.kv_heads, self.shape.head_dim), self.dtype)
         zeros = partition.split(zeros, "batch", "sequence", "tensor", None)
         return zeros, zeros
@@ -229,9 +241,12 @@ class Attention(nnx.Module):
         return {"sinks": StorageDims((None,))}
 
     def _project(
-        self, x_BSD: jax.Array, key: tuple[jax.Array | None, ...] | jax.Array
+        self, x_BSD: jax.Array, key: tuple[jax.Array | None, ...] | jax.Array, *, separate: bool = False
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-        """q [B, S, N, H], k and v [B, S, K, H], normalised as the shape says; the gate [B, S, N, H] or None."""
+        """q [B, S, N, H], k and v [B, S, K, H], normalised as the shape says; the gate [B, S, N, H] or None.
+
+        separate: keeps the compiler from laying out weights by heads, for which it would copy those of all layers.
+        """
         shape = self.shape
         heads = (*x_BSD.shape[:2], -1, shape.head_dim)
         if shape.fused:
@@ -241,6 +256,7 @@ class Attention(nnx.Module):
             layers = [self.q_proj, self.k_proj] + ([] if shape.keys_as_values else [self.v_proj])
             q, k, *v_alone = apply_layers(layers, x_BSD, [key[index] for index in range(len(layers))])
             v = v_alone[0] if v_alone else k
+        q, k, v = jax.lax.optimization_barrier((q, k, v)) if separate else (q, k, v)
         gate_BSNH = None
         if shape.gated:
             q, gate_BSNH = jnp.split(q.reshape(*heads[:-1], 2 * shape.head_dim), 2, axis=-1)
@@ -291,13 +307,11 @@ def keys_with_cached(
     cache: kv.LayerCache, layer: jax.Array | int, k_BSKH: jax.Array, v_BSKH: jax.Array, tokens: Tokens
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Keys, values and positions of the tokens in a layer's cache followed by those of the new tokens."""
-    if tokens.cached_BT is None:
-        raise ModelError("a layer with a window and a cache needs the positions in the cache: set Tokens.cached_BT")
     k_BKHS, v_BKSH = k_BSKH.transpose(0, 2, 3, 1), v_BSKH.transpose(0, 2, 1, 3)
     k_BKHT = jnp.concatenate([cache.k_RBKHT[layer], k_BKHS.astype(cache.k_RBKHT.dtype)], axis=3)
     v_BKTH = jnp.concatenate([cache.v_RBKTH[layer], v_BKSH.astype(cache.v_RBKTH.dtype)], axis=2)
     new_BS = jnp.where(tokens.segments_BS > 0, tokens.positions_BS, -1)
-    return k_BKHT, v_BKTH, jnp.concatenate([tokens.cached_BT, new_BS], axis=1)
+    return k_BKHT, v_BKTH, jnp.concatenate([tokens.positions_before(), new_BS], axis=1)
 
 
 def _by_chunk(segments_BS: jax.Array, positions_BS: jax.Array, chunk: int | None) -> jax.Array:
