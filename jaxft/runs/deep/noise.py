@@ -9,6 +9,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -192,7 +193,7 @@ def _margins(session: Session, rows: Sequence[_Row], classes: Sequence[_Row]) ->
     return np.where(np.isfinite(own_N) & np.isfinite(others_N), others_N - own_N, -np.inf)
 
 
-def _with_answer(one: Conversation, other: _Row) -> dict[str, object]:
+def _with_answer(one: Conversation, other: _Row) -> dict[str, Any]:
     """The fields of a conversation with the answer of another row."""
     answer = other.conversation
     if not one.messages or not answer.messages:

@@ -135,9 +135,9 @@ class JaxftLM(TemplateLM):
         """(log-likelihood, whether greedy) of each continuation, given (texts, context, continuation) as token ids."""
         given = [self._continuation(context, continuation) for _, context, continuation in requests]
         out = self._likelihoods.score(given)
-        for (texts, _, _), answer in zip(requests, out, strict=True):
-            if texts is not None:
-                self.cache_hook.add_partial("loglikelihood", texts, answer)
+        for request, answer in zip(requests, out, strict=True):
+            if request[0] is not None:
+                self.cache_hook.add_partial("loglikelihood", request[0], answer)
         return out
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
