@@ -166,10 +166,11 @@ def apply_layers(layers: Sequence[Linear], x: jax.Array, keys: Sequence[jax.Arra
     (`Adapter.additions`).
     """
     adapters = {index: layer.adapter for index, layer in enumerate(layers) if layer.adapter is not None}
-    kinds, found = {type(adapter) for adapter in adapters.values()}, None
+    kinds = {type(adapter) for adapter in adapters.values()}
+    results: Sequence[jax.Array] | None = None
     if len(adapters) > 1 and len(kinds) == 1:
-        found = kinds.pop().additions(list(adapters.values()), x.astype(layers[0].dtype), [keys[i] for i in adapters])
-    additions = {} if found is None else dict(zip(adapters, found, strict=True))
+        results = kinds.pop().additions(list(adapters.values()), x.astype(layers[0].dtype), [keys[i] for i in adapters])
+    additions = {} if results is None else dict(zip(adapters, results, strict=True))
     return tuple(
         layer(x, key, addition=additions.get(index))
         for index, (layer, key) in enumerate(zip(layers, keys, strict=True))
