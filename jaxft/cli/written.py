@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -57,6 +58,12 @@ def lm_eval(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     from jaxft.home import local_path
     from jaxft.runs.lm_eval import run
 
+    if arguments.output is not None:
+        check_new_file(local_path(arguments.output))
+    if arguments.include_path is not None and not os.path.isdir(local_path(arguments.include_path)):
+        raise ConfigError(
+            f"--include_path={local_path(arguments.include_path)} is no folder: give one with YAML files of tasks"
+        )
     run.check_installed()
     tasks = run.Tasks(
         names=tuple(name.strip() for name in arguments.tasks.split(",") if name.strip()),
@@ -72,7 +79,6 @@ def lm_eval(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     )
     if arguments.output is None:
         return _lm_eval(arguments, tasks)
-    check_new_file(local_path(arguments.output))  # before the model is loaded
     with locked_output(arguments.output, "jaxft lm-eval"):
         results = _lm_eval(arguments, tasks)
         run.write_results(results, arguments.output)

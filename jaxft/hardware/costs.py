@@ -13,6 +13,7 @@ from jaxft.hardware.products import (
     convolution_flops,
     dequantized_weights,
     dot_flops,
+    is_narrow,
     kernel_flops,
     ragged_flops,
     rounded_numbers,
@@ -27,7 +28,6 @@ FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after
         "recv", "recv-done", "slice-done", "dynamic-slice-done")  # fmt: skip
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute",
                "ragged-all-to-all", "collective-broadcast")  # fmt: skip
-NARROW = ("s8", "f8e4m3fn", "f8e5m2")
 SLICES = ("dynamic-slice", "slice", "gather")
 Channels = set[tuple[int | None, str]]  # (channel id, kind) of the collectives counted so far
 
@@ -35,9 +35,8 @@ Channels = set[tuple[int | None, str]]  # (channel id, kind) of the collectives 
 class Work(NamedTuple):
     """FLOPs of one instruction, and bytes of main memory that it reads and writes.
 
-    dequantized: NF4 weights that it makes dense for main memory. tiled: those that a kernel makes dense in vector
-    memory, once for each block of rows. narrow: the FLOPs of operands in 8 bits. rounded: numbers that it rounds to 8
-    bits. Other vector work is not counted.
+    dequantized: NF4 weights made dense for main memory. tiled: those made dense in vector memory, once for each block
+    of rows. narrow: FLOPs of 8-bit operands. rounded: numbers rounded to 8 bits. Other vector work is not counted.
     """
 
     flops: int
@@ -213,13 +212,13 @@ class _Counter:
             inner = self._inner(instruction, "calls")
             flops = self._count_inside(out, inner, channels)
             moved = self._fusion_bytes(computation, instruction, inner)
-            dequantized, rounded = (self._inside(inner, count) for count in (dequantized_weights, rounded_numbers))
-            out.work[Work(flops, moved, dequantized, narrow=self._narrow_inside(inner), rounded=rounded)] += 1
+            counts = [lambda _, one: dequantized_weights(one), self._narrow, lambda _, one: rounded_numbers(one)]
+            dequantized, narrow, rounded = (self._inside(inner, count) for count in counts)
+            out.work[Work(flops, moved, dequantized, narrow=narrow, rounded=rounded)] += 1
         else:
             flops, moved = self._flops(out, computation, instruction), self._plain_bytes(computation, instruction)
             tiled = tiled_weights(instruction, self._operand_arrays(computation, instruction))
-            narrow = flops if self._is_narrow(computation, instruction) else 0
-            rounded = rounded_numbers(instruction)
+            narrow, rounded = self._narrow(computation, instruction), rounded_numbers(instruction)
             out.work[Work(flops, moved, dequantized_weights(instruction), tiled, narrow, rounded)] += 1
             out.host_bytes += self._host_bytes(computation, instruction)
 
@@ -251,30 +250,19 @@ class _Counter:
                 flops += self._flops(out, computation, instruction)
         return flops
 
-    def _inside(self, computation: Computation, count: Callable[[Instruction], int]) -> int:
+    def _inside(self, computation: Computation, count: Callable[[Computation, Instruction], int]) -> int:
         """The sum of a count over the instructions inside a fusion."""
         return sum(
             self._inside(self._inner(instruction, "calls"), count)
             if instruction.opcode == "fusion"
-            else count(instruction)
+            else count(computation, instruction)
             for instruction in computation.instructions.values()
         )
 
-    def _narrow_inside(self, computation: Computation) -> int:
-        """FLOPs of products of 8-bit operands inside a fusion."""
-        return sum(
-            self._narrow_inside(self._inner(instruction, "calls"))
-            if instruction.opcode == "fusion"
-            else self._flops(Costs(), computation, instruction) * self._is_narrow(computation, instruction)
-            for instruction in computation.instructions.values()
-        )
-
-    def _is_narrow(self, computation: Computation, instruction: Instruction) -> bool:
-        """Whether it is a product whose operands have 8 bits."""
-        if instruction.opcode not in ("dot", "convolution"):
-            return False
-        operands = [self._arrays(computation, name) for name in instruction.operands[:2]]
-        return all(array.dtype in NARROW for arrays in operands for array in arrays)
+    def _narrow(self, computation: Computation, instruction: Instruction) -> int:
+        """FLOPs of a product whose operands have 8 bits; 0 of any other instruction."""
+        operands = self._operand_arrays(computation, instruction)
+        return self._flops(Costs(), computation, instruction) if is_narrow(instruction, operands) else 0
 
     def _is_reduce_scatter(self, computation: Computation, reduced: Instruction) -> bool:
         """Whether each device keeps only its part of an all-reduce, which is a reduce-scatter in TPU programs."""

@@ -111,6 +111,12 @@ def dequantized_weights(instruction: Instruction) -> int:
     return instruction.arrays[0].elements if is_last else 0
 
 
+def is_narrow(instruction: Instruction, operands: Sequence[Array]) -> bool:
+    """Whether it is a product whose operands have 8 bits."""
+    is_product = instruction.opcode in ("dot", "convolution")
+    return is_product and all(array.dtype in ("s8", "f8e4m3fn", "f8e5m2") for array in operands[:2])
+
+
 def rounded_numbers(instruction: Instruction) -> int:
     """Numbers that an instruction rounds to 8 bits: the elements of their product with a factor for each row."""
     is_last = instruction.opcode == "multiply" and NARROW in instruction.scope
