@@ -49,7 +49,9 @@ def test_a_pair_is_known_or_not_and_the_tested_one_is_named(jax, libtpu, known, 
 def test_a_plan_lists_an_untested_pair_under_what_it_does_not_know(compiled, libtpu, warned, monkeypatch):
     installed(monkeypatch, jax="0.12.0.1", libtpu=libtpu)
     update = SimpleNamespace(costs=Costs(), compiled=compiled)
-    step = SimpleNamespace(config=config.RunConfig(), topology=SimpleNamespace(chip=SimpleNamespace(name="v5e", maker="tpu")))
+    step = SimpleNamespace(
+        config=config.RunConfig(), topology=SimpleNamespace(chip=SimpleNamespace(name="v5e", maker="tpu"))
+    )
     unknown = result._unknown(step, SimpleNamespace(update=update, rollout=None))
     assert any(f"this is jax 0.12.0.1 with libtpu {libtpu}; " in line for line in unknown) is warned
 
