@@ -48,11 +48,24 @@ def test_summary_names_what_the_folder_holds(run):
     assert resolved["train"]["steps"] == 4 and resolved["output_dir"] == str(folder)
 
 
+def test_every_held_out_answer_is_kept(run):
+    folder, summary = run
+    rows = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+    assert [(row["way"], row["row"]) for row in rows] == [(way, n) for way in ("base", "tuned") for n in range(4)]
+    scores = json.loads((folder / "scores.json").read_text())
+    assert scores["base_answers"] == [row["text"] for row in rows[:4]]
+    for way in ("base", "tuned"):
+        right = sum(row["scores"]["json_exact"] for row in rows if row["way"] == way)
+        assert right == scores[way]["correct"] == summary[f"{way}_correct"]
+
+
 def test_same_command_again_keeps_the_finished_run(run, capsys):
     folder, summary = run
     before = (folder / "metrics.jsonl").read_text()
     config = jaxft.get_config("configs/quickstart.py:smoke", {"output_dir": str(folder)})
+    answers = (folder / "answers.jsonl").read_text()
     assert jaxft.train(config)["tuned_score"] == summary["tuned_score"]
+    assert (folder / "answers.jsonl").read_text() == answers
     assert (folder / "metrics.jsonl").read_text() == before
 
 

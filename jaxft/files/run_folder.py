@@ -16,6 +16,7 @@ CONFIG = "config.json"  # the resolved config; other programs give this name to 
 COMMAND = "command.txt"  # the command that repeats the run
 DATA = "data.json"  # the examination of the data
 SCORES = "scores.json"  # scores before and after training, with sample answers
+ANSWERS = "answers.jsonl"  # the answer to every held-out row, before and after training
 METRICS = "metrics.jsonl"  # one JSON object for each logged step or held-out evaluation
 COMPLETIONS = "completions.jsonl"  # the answers that the model sampled while it trained, with their rewards
 HELD_OUT_COMPLETIONS = "held_out_completions.jsonl"  # the answers to held-out prompts at every evaluation

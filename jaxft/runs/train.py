@@ -44,7 +44,16 @@ from jaxft.runs.identity.contents import reads_of
 from jaxft.runs.identity.record import record_of
 from jaxft.runs.memory.recomputation import recomputation_of
 from jaxft.runs.report import KeptReport
-from jaxft.runs.scores import answer, check_scores, samples, score_summary, scores_key, scores_of
+from jaxft.runs.scores import (
+    AnswersFile,
+    Kept,
+    answer,
+    check_scores,
+    samples,
+    score_summary,
+    scores_key,
+    scores_of,
+)
 from jaxft.runs.tracking import trackers_of
 from jaxft.sharding.processes import is_primary, on_primary, primary_first
 from jaxft.sharding.shared_folder import open_shared
@@ -126,7 +135,8 @@ def _train(run: Run, console: Console) -> dict[str, Any]:
         say(console, f"base model, {len(run.data.eval_prompts)} held-out rows, by generation ...")
         between = partial(stop_if_requested, 0)
         with run.times.during("scoring"):
-            base = answer(_base(loaded), run.tokenizer, run.data, config.eval, config.eval.metric, between)
+            kept = Kept(file=AnswersFile(run.folder), way="base")
+            base = answer(_base(loaded), run.tokenizer, run.data, config.eval, config.eval.metric, between, kept=kept)
         scores = {"key": key, "metric": config.eval.metric, "base": score_summary(base, run.data.eval_references)}
         scores["base_answers"] = list(base.texts)
         on_primary(lambda: run_folder.write_json(run.folder / run_folder.SCORES, scores))
@@ -139,7 +149,8 @@ def _train(run: Run, console: Console) -> dict[str, Any]:
     if config.eval.metric:
         say(console, f"tuned model, {len(run.data.eval_prompts)} held-out rows, by generation ...")
         with run.times.during("scoring"):
-            tuned = answer(loaded.module, run.tokenizer, run.data, config.eval, config.eval.metric, between)
+            kept = Kept(file=AnswersFile(run.folder), way="tuned", model=fitted.exported)
+            tuned = answer(loaded.module, run.tokenizer, run.data, config.eval, config.eval.metric, between, kept=kept)
         scores["tuned"] = score_summary(tuned, run.data.eval_references)
         scores["samples"] = samples(run.tokenizer, run.data, scores["base_answers"], tuned)
         on_primary(lambda: run_folder.write_json(run.folder / run_folder.SCORES, scores))

@@ -20,9 +20,10 @@ FORMAT = 1  # of the file
 EXPORTS = (ADAPTER, MERGED, MODEL)
 # What a run that begins anew in its folder must not find there.
 OF_A_RUN = (
-    run_folder.SCORES, run_folder.METRICS, run_folder.COMPLETIONS, run_folder.HELD_OUT_COMPLETIONS,
-    run_folder.REFERENCE, run_folder.SUMMARY, run_folder.REPORT, run_folder.LOSS_PLOT, run_folder.CHECKPOINTS,
-    run_folder.TENSORBOARD, run_folder.COMPILED, run_folder.BASE, run_folder.TEACHER,
+    run_folder.SCORES, run_folder.ANSWERS, run_folder.METRICS, run_folder.COMPLETIONS,
+    run_folder.HELD_OUT_COMPLETIONS, run_folder.REFERENCE, run_folder.SUMMARY, run_folder.REPORT,
+    run_folder.LOSS_PLOT, run_folder.CHECKPOINTS, run_folder.TENSORBOARD, run_folder.COMPILED, run_folder.BASE,
+    run_folder.TEACHER,
 )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,10 @@ from jaxft.data import Prepared, Tokenizer
 from jaxft.errors import DataError
 from jaxft.evaluation.scoring import Score, check_references, json_fields, score
 from jaxft.files.run_folder import SCORES, read_if_whole
-from jaxft.generation.settings import Sampling
-from jaxft.generation.thoughts import parts_of
-from jaxft.generation.tokens import generate_tokens
 from jaxft.nn.decoder import Decoder
+from jaxft.runs.scores.answers import AnswersFile, answer_prompts, answers_key
 
 SAMPLES = 6
-ROUNDS = 16  # times the answers that are generated at the same time; after so many a run may stop
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +30,15 @@ class Answers:
     texts: tuple[str, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """Where answers are kept while they are made. way: `base` or `tuned`. model: as for `answers_key`."""
+
+    file: AnswersFile
+    way: str
+    model: int | None = None
+
+
 def answer(
     module: Decoder,
     tokenizer: Tokenizer,
@@ -39,25 +46,26 @@ def answer(
     config: EvalConfig,
     metric: str,
     between: Callable[[], None] = lambda: None,
+    *,
+    kept: Kept | None = None,
 ) -> Answers:
     """Greedy answers to the held-out prompts, scored by a metric without their thoughts.
 
-    between: called now and then; it may raise, to stop there.
+    between: called now and then; it may raise, to stop there. kept: the file from which it goes on then.
     """
-    slots, done = min(config.batch_size, len(data.eval_prompts)), []
-    for start in range(0, len(data.eval_prompts), ROUNDS * max(slots, 1)):
-        between()
-        done += generate_tokens(
-            module,
-            data.eval_prompts[start : start + ROUNDS * slots],
-            sampling=Sampling(max_new_tokens=config.max_new_tokens),
-            stop_ids=tokenizer.stop_ids,
-            slots=slots,
-        )
-    texts = tuple(
-        parts_of(tokenizer, prompt, row.tokens)[1] for prompt, row in zip(data.eval_prompts, done, strict=True)
-    )
-    return Answers(score(metric, texts, data.eval_references), texts)
+    settings = {"max_new_tokens": config.max_new_tokens, "slots": config.batch_size, "between": between}
+    if kept is None:
+        rows = answer_prompts(module, tokenizer, data.eval_prompts, **settings)
+        texts = tuple(row.text for row in rows)
+        return Answers(score(metric, texts, data.eval_references), texts)
+    key = answers_key(data.eval_prompts, config.max_new_tokens, kept.model)
+    write = partial(kept.file.write, kept.way, key, names=data.eval_names)
+    before = kept.file.kept(kept.way, key)
+    rows = answer_prompts(module, tokenizer, data.eval_prompts, kept=before, save=write, **settings)
+    texts = tuple(row.text for row in rows)
+    scored = score(metric, texts, data.eval_references)
+    write(rows, scores={metric: scored.per_row})
+    return Answers(scored, texts)
 
 
 def check_scores(config: RunConfig, data: Prepared, tokenizer: Tokenizer, model: Decoder | None = None) -> list[str]:
