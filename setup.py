@@ -41,6 +41,7 @@ setup(
         "grain>=0.2.12",
         "ml-collections>=1.0",
         "numpy>=1.26",
+        "scipy>=1.15",
         "ml_dtypes>=0.5",
         "safetensors>=0.4.5",
         "pyyaml>=6",
@@ -66,6 +67,8 @@ setup(
         "experts": ["tokamax>=0.0.12"],
         # `jaxft plan` compiles for TPUs on machines without one.
         "plan": [*LIBTPU],
+        # Metrics of eval.metric: rouge1, rouge2 and rougeL, chrf, and JSON against a schema.
+        "metrics": ["rouge-score>=0.1.2", "sacrebleu>=2.4", "jsonschema>=4.21"],
         # The reward function math_answer.
         "math": ["math-verify>=0.8"],
         # `jaxft lm-eval`. Heavy (datasets, scikit-learn, NLTK and others), so the suite skips its tests without it.

@@ -1,5 +1,6 @@
 """The sections train, router, checkpoint, eval and export: the course of a run and what is kept of it."""
 
+import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -10,6 +11,7 @@ from jaxft.config.fields import (
     COMMA_SEPARATED,
     FREE_TO_CHANGE,
     NOT_NEGATIVE,
+    PATH,
     Range,
     ReadBy,
     Section,
@@ -190,19 +192,60 @@ class CheckpointConfig(Section):
             )
 
 
+METRICS = (
+    "exact_match", "json_valid", "json_exact", "json_schema", "json_fields", "classification", "regex", "rouge1",
+    "rouge2", "rougeL", "chrf",
+)  # fmt: skip
+METRIC = rf"({'|'.join(METRICS)}|[^,=:]+\.py:\w+)"
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig(Section):
     """The score of generated answers to held-out rows, before and after training."""
 
     metric: Annotated[
-        Literal["exact_match", "json_valid", "json_exact"] | None,
-        "how an answer is scored, see [formats](formats.md#scores); None: only the held-out loss is measured",
+        str | None,
+        COMMA_SEPARATED,
+        Spelling(rf"{METRIC}( *, *{METRIC})*", (*METRICS, "FILE.py:NAME", "a list of these")),
+        "how an answer is scored, see [formats](formats.md#scores); of several, comma separated, the first one is told "
+        "first; None: only the held-out loss is measured",
     ] = None
+    schema: Annotated[
+        str | None,
+        PATH,
+        ReadBy("eval.metric"),
+        "a file with the JSON Schema of the metrics `json_schema` and `json_fields`",
+    ] = None
+    pattern: Annotated[str | None, ReadBy("eval.metric"), "the regular expression of the metric `regex`"] = None
     limit: Annotated[int | None, ABOVE_ZERO, "number of held-out rows that are answered, from the first; None: all"] = (
         None
     )
     max_new_tokens: Annotated[int, ABOVE_ZERO, "length at which an answer is cut off, in tokens"] = 128
     batch_size: Annotated[int, ABOVE_ZERO, "answers that are generated at the same time"] = 32
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The names in metric, each once."""
+        return tuple(dict.fromkeys(split_names(self.metric)))
+
+    def check(self) -> None:
+        if "json_schema" in self.metrics and self.schema is None:
+            raise ConfigError("eval.metric='json_schema' needs a schema: set eval.schema to a file with a JSON Schema")
+        if self.schema is not None and not {"json_schema", "json_fields"} & {*self.metrics}:
+            raise ConfigError(
+                f"eval.schema={self.schema!r} is read by the metrics json_schema and json_fields, and eval.metric="
+                f"{self.metric!r} is neither: add one of them, or set eval.schema to None"
+            )
+        if ("regex" in self.metrics) != (self.pattern is not None):
+            raise ConfigError(
+                f"eval.metric={self.metric!r} and eval.pattern={self.pattern!r}: the metric regex and its pattern "
+                "belong together. Set both, or neither"
+            )
+        if self.pattern is not None:
+            try:
+                re.compile(self.pattern)
+            except re.error as error:
+                raise ConfigError(f"eval.pattern={self.pattern!r} is no regular expression: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,10 +6,9 @@ remark after it, is not JSON, because a program that parses it would fail.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from jaxft.errors import ConfigError, DataError, did_you_mean, listed
-from jaxft.files.strict_json import parse_json
+from jaxft.evaluation.json_answers import FieldCounts, equal, is_json, not_json, parse
 
 NAMED = 20  # rows named in one error
 
@@ -60,7 +59,7 @@ def check_references(metric: str, references: Sequence[str], names: Sequence[str
         where = names[row] if names else f"reference {row + 1} of {len(references)}"
         if metric != "json_valid" and not text.strip():
             wrong.append(f"{where} is empty")
-        elif metric == "json_exact" and (problem := _not_json(text)) is not None:
+        elif metric == "json_exact" and (problem := not_json(text)) is not None:
             wrong.append(f"{where} is not JSON ({problem}): {_quote(text)}")
     if wrong:
         raise DataError(
@@ -80,14 +79,7 @@ def json_fields(answers: Sequence[str], references: Sequence[str]) -> dict[str, 
     Raises DataError if there are no answers, or the two lengths differ.
     """
     _check_pairs(answers, references)
-    right: dict[str, int] = {}
-    total: dict[str, int] = {}
-    for row, answer in enumerate(answers):
-        fields = _object_or_empty(answer)
-        for key, value in _object_or_empty(references[row]).items():
-            total[key] = total.get(key, 0) + 1
-            right[key] = right.get(key, 0) + (key in fields and _equal(fields[key], value))
-    return {key: right[key] / total[key] for key in total}
+    return FieldCounts.of(answers, references).shares()
 
 
 def _exact_match(answer: str, reference: str) -> bool:
@@ -95,11 +87,11 @@ def _exact_match(answer: str, reference: str) -> bool:
 
 
 def _json_valid(answer: str, reference: str) -> bool:
-    return _is_json(answer)
+    return is_json(answer)
 
 
 def _json_exact(answer: str, reference: str) -> bool:
-    return _is_json(answer) and _equal(_parse(answer), _parse(reference))
+    return is_json(answer) and equal(parse(answer), parse(reference))
 
 
 def _metric(name: str) -> Callable[[str, str], bool]:
@@ -114,6 +106,7 @@ _METRICS: dict[str, Callable[[str, str], bool]] = {
     "json_valid": _json_valid,
     "json_exact": _json_exact,
 }
+PASSED = tuple(_METRICS)
 
 
 def _check_pairs(answers: Sequence[str], references: Sequence[str]) -> None:
@@ -126,39 +119,5 @@ def _check_pairs(answers: Sequence[str], references: Sequence[str]) -> None:
         raise DataError("there are no answers to score, so there is no score. Give at least one row.")
 
 
-def _parse(text: str) -> Any:
-    """The value of strict JSON text. Raises ValueError."""
-    return parse_json(text.strip(), finite=True)
-
-
-def _not_json(text: str) -> str | None:
-    """Why a text is not strict JSON; None if it is."""
-    try:
-        _parse(text)
-    except (ValueError, RecursionError) as error:
-        return str(error)
-    return None
-
-
-def _is_json(text: str) -> bool:
-    return _not_json(text) is None
-
-
-def _object_or_empty(text: str) -> dict[str, Any]:
-    value = _parse(text) if _is_json(text) else None
-    return value if isinstance(value, dict) else {}
-
-
 def _quote(text: str) -> str:
     return repr(text if len(text) <= 80 else text[:77] + "...")
-
-
-def _equal(a: Any, b: Any) -> bool:
-    """Equality of JSON values: in Python True == 1, in JSON true is not 1."""
-    if isinstance(a, bool) or isinstance(b, bool):
-        return a is b
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
-    if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(map(_equal, a, b))
-    return a == b

@@ -63,8 +63,8 @@ def evaluate(model: LoadedModel, tokenizer: Tokenizer, config: RunConfig) -> dic
         out: dict[str, Any] = {} if evaluator is None else dict(evaluator(state))
     out["eval_rows"] = len(data.eval_examples)
     if config.eval.metric:
-        answers = answer(model.module, tokenizer, data, config.eval, config.eval.metric)
-        out |= {"metric": config.eval.metric, **score_summary(answers, data.eval_references)}
+        answers = answer(model.module, tokenizer, data, config.eval)
+        out |= {"metric": answers.score.name, **score_summary(answers)}
     return out
 
 

@@ -14,10 +14,14 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
     """Prints the scores before and after training, the held-out loss, and the paths of the outputs."""
     folder = summary["output_dir"]
     if "base_score" in summary:
-        table = Table("", "correct", "of", "score", box=None, pad_edge=False)
+        table = Table("", "correct", "of", "score", "95%", box=None, pad_edge=False)
         for name, key in (("base model, zero-shot", "base"), ("tuned model", "tuned")):
-            score = f"{summary[f'{key}_score']:.1%}"
-            table.add_row(name, str(summary[f"{key}_correct"]), str(summary["examples"]), score)
+            counts = f"{key}_correct" in summary
+            correct = str(summary[f"{key}_correct"]) if counts else ""
+            shown = "{:.1%}".format if counts else "{:.4g}".format
+            interval = summary.get(f"{key}_interval")
+            ends = "" if interval is None else f"{shown(interval[0])} to {shown(interval[1])}"
+            table.add_row(name, correct, str(summary["examples"]), shown(summary[f"{key}_score"]), ends)
         console.print()
         say(console, f"held-out score ({summary['metric']}, by generation)", style="bold")
         console.print(table)

@@ -136,8 +136,8 @@ def _train(run: Run, console: Console) -> dict[str, Any]:
         between = partial(stop_if_requested, 0)
         with run.times.during("scoring"):
             kept = Kept(file=AnswersFile(run.folder), way="base")
-            base = answer(_base(loaded), run.tokenizer, run.data, config.eval, config.eval.metric, between, kept=kept)
-        scores = {"key": key, "metric": config.eval.metric, "base": score_summary(base, run.data.eval_references)}
+            base = answer(_base(loaded), run.tokenizer, run.data, config.eval, between, kept=kept)
+        scores = {"key": key, "metric": base.score.name, "base": score_summary(base)}
         scores["base_answers"] = list(base.texts)
         on_primary(lambda: run_folder.write_json(run.folder / run_folder.SCORES, scores))
     use_matmul(loaded.module, config.train.matmul_dtype)
@@ -150,8 +150,8 @@ def _train(run: Run, console: Console) -> dict[str, Any]:
         say(console, f"tuned model, {len(run.data.eval_prompts)} held-out rows, by generation ...")
         with run.times.during("scoring"):
             kept = Kept(file=AnswersFile(run.folder), way="tuned", model=fitted.exported)
-            tuned = answer(loaded.module, run.tokenizer, run.data, config.eval, config.eval.metric, between, kept=kept)
-        scores["tuned"] = score_summary(tuned, run.data.eval_references)
+            tuned = answer(loaded.module, run.tokenizer, run.data, config.eval, between, kept=kept)
+        scores["tuned"] = score_summary(tuned)
         scores["samples"] = samples(run.tokenizer, run.data, scores["base_answers"], tuned)
         on_primary(lambda: run_folder.write_json(run.folder / run_folder.SCORES, scores))
     with run.times.during("export"):
@@ -260,12 +260,10 @@ def _summary(run: Run, fitted: Fitted, scores: dict[str, Any], exports: dict[str
     if fitted.exported != fitted.steps:
         summary["exported_step"] = fitted.exported
     if run.config.eval.metric:
-        summary |= {
-            "metric": scores["metric"],
-            "base_score": scores["base"]["value"],
-            "tuned_score": scores["tuned"]["value"],
-            "base_correct": scores["base"]["correct"],
-            "tuned_correct": scores["tuned"]["correct"],
-            "examples": scores["tuned"]["total"],
-        }
+        summary |= {"metric": scores["metric"], "examples": scores["tuned"]["total"]}
+        for way in ("base", "tuned"):
+            own = scores[way]
+            summary |= {f"{way}_score": own["value"], f"{way}_interval": own["interval"]}
+            summary |= {f"{way}_correct": own["correct"]} if "correct" in own else {}
+            summary |= {f"{way}_{name}": one["value"] for name, one in own.get("metrics", {}).items()}
     return summary | exports

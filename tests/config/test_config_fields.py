@@ -12,7 +12,6 @@ from jaxft.config.fields import Section, all_fields, own_fields
 # What has to be set as well for a choice to be accepted.
 COMPANIONS = {
     "optim.name": {"optim.schedule": "constant", "adapter.kind": "none"},
-    "eval.metric": {"data.eval_fraction": 0.1},
     "checkpoint.best_metric": {"data.eval_fraction": 0.1},
     "export.checkpoint": {
         "data.eval_fraction": 0.1,

@@ -12,7 +12,7 @@ from jaxft.runs import scores
 from jaxft.runs.scores import AnswersFile, Kept, answers, answers_key
 
 ROWS = 11
-CONFIG = EvalConfig(batch_size=1, max_new_tokens=4)
+CONFIG = EvalConfig(metric="exact_match", batch_size=1, max_new_tokens=4)
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def answer(folder, *, stop_after=99, way="base", step=None):
             raise KeyboardInterrupt
 
     kept = Kept(file=AnswersFile(folder), way=way, model=step)
-    return scores.answer(None, tokenizer, data, CONFIG, "exact_match", between, kept=kept)
+    return scores.answer(None, tokenizer, data, CONFIG, between, kept=kept)
 
 
 def lines(folder):

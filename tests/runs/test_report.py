@@ -11,7 +11,8 @@ from scipy.stats import binomtest
 
 from jaxft.config import DataConfig, ModelConfig, RunConfig
 from jaxft.errors import DataError
-from jaxft.runs.report import wilson_interval, write_report
+from jaxft.evaluation.statistics import wilson_interval
+from jaxft.runs.report import write_report
 
 HOSTILE = "</pre><script>alert('x')</script><img src=x onerror=alert(1)> & \"quotes\" {{ 7 * 7 }}"
 

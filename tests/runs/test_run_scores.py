@@ -15,6 +15,6 @@ def test_thoughts_do_not_count(monkeypatch):
     done = [SimpleNamespace(tokens=tokenizer.encode(text), finish_reason="stop") for text in said]
     monkeypatch.setattr(answering, "generate_tokens", lambda *a, **k: done)
     data = SimpleNamespace(eval_prompts=[[0]] * 4, eval_references=["4"] * 4)
-    result = scores.answer(None, tokenizer, data, EvalConfig(), "exact_match")
+    result = scores.answer(None, tokenizer, data, EvalConfig(metric="exact_match"))
     assert result.texts == ("4", "4", " 4", "")  # thoughts that never end are no answer
     assert result.score.correct == 3

@@ -17,6 +17,7 @@ from jaxft.config import RunConfig
 from jaxft.data.sources.listing import names_in
 from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import JaxftError
+from jaxft.evaluation.statistics import wilson_interval
 from jaxft.files.buckets.working_copy import checkpoints_of
 from jaxft.files.paths import HUB
 from jaxft.files.run_folder import DATA, METRICS, read_if_whole
@@ -24,7 +25,6 @@ from jaxft.methods import method_of
 from jaxft.runs.cards.command import changed_fields, command_of, public_text
 from jaxft.runs.folder import run_config
 from jaxft.runs.identity.record import record_of
-from jaxft.runs.report import wilson_interval
 from jaxft.runs.scores import scores_of
 from jaxft.terminal.text import safe_line
 from jaxft.training.log import read_metrics
@@ -165,9 +165,11 @@ def _results(folder: Path, step: int) -> tuple[Result, ...]:
 
 def _score(scores: Mapping[str, Any], which: str) -> Result:
     own, details = scores[which], {}
+    interval = own.get("interval")
     if isinstance(own.get("correct"), int) and own["total"]:
-        details["ci95"] = [round(end, 4) for end in wilson_interval(own["correct"], own["total"])]
-        details["correct"] = own["correct"]
+        interval, details["correct"] = wilson_interval(own["correct"], own["total"]), own["correct"]
+    if interval:
+        details["ci95"] = [round(end, 4) for end in interval]
     if which == "tuned" and "base" in scores:
         details["base_model"] = scores["base"]["value"]
     return Result(metric=scores["metric"], value=own["value"], rows=own.get("total"), details=details)

@@ -2,6 +2,5 @@
 
 from jaxft.runs.report.keeping import KeptReport
 from jaxft.runs.report.page import write_report
-from jaxft.runs.report.texts import wilson_interval
 
-__all__ = ["KeptReport", "wilson_interval", "write_report"]
+__all__ = ["KeptReport", "write_report"]

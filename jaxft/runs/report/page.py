@@ -15,7 +15,7 @@ from jaxft.methods.method import Method
 from jaxft.runs.report.answers import changing_answers
 from jaxft.runs.report.charts import DARK, LIGHT, draw_charts, draw_method_charts, write_png
 from jaxft.runs.report.files import Row, as_list, read_held_out_completions, read_json, read_rows
-from jaxft.runs.report.texts import data_facts, dotted, sample_texts, score_section, tiles
+from jaxft.runs.report.texts import data_facts, dotted, sample_texts, score_sections, tiles
 from jaxft.terminal.text import safe_text
 from jaxft.training.likelihoods import FallingLikelihoods
 from jaxft.training.reward_watch import RewardWatch
@@ -46,7 +46,7 @@ def write_report(folder: str | os.PathLike[str]) -> tuple[Path, Path]:
         light=LIGHT,
         dark=DARK,
         tiles=tiles(config, rows, scores),
-        scores=score_section(scores),
+        scores=score_sections(scores),
         charts=draw_charts(rows, data),
         loss_title=loss_title,
         charts_of_method=draw_method_charts(rows, method.charts if method else ()),

@@ -2,32 +2,18 @@
 
 import dataclasses
 import json
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxft.adapters.make import describe
 from jaxft.config import AdapterConfig
+from jaxft.evaluation.statistics import Interval, wilson_interval
 from jaxft.runs.report.files import Row, is_number, series
 from jaxft.training.goodput import goodput, seconds_of_rows, sentence
 
+MISTAKES_SHOWN = 10
 HELD_OUT_COUNTS = ("rows", "tokens", "trained_tokens", "truncated", "dropped")
-
-
-def wilson_interval(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """The confidence interval of the share of right answers, given `correct` of `total`; 95% by default.
-
-    Unlike the normal interval it stays inside [0, 1] and has a width at 0 and at total.
-    Source: Wilson 1927, doi:10.1080/01621459.1927.10502953. Raises ValueError unless
-    0 <= correct <= total and total > 0.
-    """
-    if not (0 <= correct <= total and total > 0):
-        raise ValueError(f"{correct} right answers of {total} is no share")
-    share, widening = correct / total, z * z / total
-    center = (share + widening / 2) / (1 + widening)
-    half = z / (1 + widening) * math.sqrt(share * (1 - share) / total + widening / (4 * total))
-    return max(0.0, center - half), min(1.0, center + half)
 
 
 def tiles(config: Row, rows: Sequence[Row], scores: Row) -> list[dict[str, str]]:
@@ -98,15 +84,54 @@ def _counts(entry: Mapping[str, Any]) -> tuple[int, int] | None:
     return None
 
 
-def score_section(scores: Row) -> dict[str, Any] | None:
-    """The metric and the scores before and after training; None if the model has not been scored."""
-    entries = []
-    for key in ("base", "tuned"):
-        if isinstance(scores.get(key), Mapping):
-            counts = _counts(scores[key])
-            interval = wilson_interval(*counts) if counts else None
-            entries.append({"kind": key, "value": _score_value(scores[key]), "counts": counts, "interval": interval})
-    return {"metric": str(scores.get("metric") or "unnamed"), "entries": entries} if entries else None
+def score_sections(scores: Row) -> list[dict[str, Any]]:
+    """Every metric with the scores before and after training, the main one first; none if nothing was scored."""
+    ways = {way: scores[way] for way in ("base", "tuned") if isinstance(scores.get(way), Mapping)}
+    main = str(scores.get("metric") or "unnamed")
+    of_metric: dict[str, dict[str, Row]] = {main: dict(ways)}
+    for way, entry in ways.items():
+        others = entry.get("metrics")
+        for name, other in others.items() if isinstance(others, Mapping) else ():
+            if isinstance(other, Mapping):
+                of_metric.setdefault(str(name), {})[way] = dict(other)
+    return [_score_section(name, entries) for name, entries in of_metric.items() if entries]
+
+
+def _score_section(metric: str, entries: Mapping[str, Row]) -> dict[str, Any]:
+    """One metric: the score of each way, the parts of it (fields of JSON, macro-F1), and what was taken for what."""
+    shown = []
+    for way, entry in entries.items():
+        counts, interval = _counts(entry), _interval(entry)
+        ends = None if interval is None else [f"{end:.1%}" if counts else f"{end:.4g}" for end in interval]
+        one = {"kind": way, "value": _score_value(entry), "counts": counts, "interval": interval if counts else None}
+        shown.append(one | {"ends": ends})
+    parts: dict[str, dict[str, str]] = {}
+    for way, entry in entries.items():
+        fields = entry.get("fields")
+        given = dict(fields) if isinstance(fields, Mapping) else {}
+        given |= {"macro-F1": entry["macro_f1"]} if is_number(entry.get("macro_f1")) else {}
+        for key, value in given.items():
+            parts.setdefault(str(key), {})[way] = f"{value:.1%}" if is_number(value) else "—"
+    return {"metric": metric, "entries": shown, "parts": parts, "mistakes": _mistakes(entries)}
+
+
+def _interval(entry: Mapping[str, Any]) -> Interval | None:
+    given, counts = entry.get("interval"), _counts(entry)
+    if isinstance(given, list) and len(given) == 2 and all(map(is_number, given)):
+        return given[0], given[1]
+    return wilson_interval(*counts) if counts else None
+
+
+def _mistakes(entries: Mapping[str, Row]) -> list[tuple[str, str, int]]:
+    """The labels that the tuned model most often takes for another: (right, given, rows)."""
+    confusion = entries.get("tuned", {}).get("confusion")
+    found = [
+        (str(right), str(given), count)
+        for right, row in (confusion.items() if isinstance(confusion, Mapping) else ())
+        for given, count in (row.items() if isinstance(row, Mapping) else ())
+        if right != given and isinstance(count, int)
+    ]
+    return sorted(found, key=lambda one: -one[2])[:MISTAKES_SHOWN]
 
 
 def sample_texts(sample: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,10 +12,11 @@ from typing import Any
 from jaxft.config import EvalConfig, RunConfig
 from jaxft.data import Prepared, Tokenizer
 from jaxft.errors import DataError
-from jaxft.evaluation.scoring import Score, check_references, json_fields, score
+from jaxft.evaluation.metrics import Measured
 from jaxft.files.run_folder import SCORES, read_if_whole
 from jaxft.nn.decoder import Decoder
 from jaxft.runs.scores.answers import AnswersFile, answer_prompts, answers_key
+from jaxft.runs.scores.measuring import Metrics
 
 SAMPLES = 6
 
@@ -24,10 +25,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Answers:
-    """A score and the scored texts."""
+    """Answers to the held-out prompts: by each metric, the first being the main one, and as text."""
 
-    score: Score
+    measured: tuple[Measured, ...]
     texts: tuple[str, ...]
+
+    @property
+    def score(self) -> Measured:
+        """The main metric of the answers."""
+        return self.measured[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,28 +50,26 @@ def answer(
     tokenizer: Tokenizer,
     data: Prepared,
     config: EvalConfig,
-    metric: str,
     between: Callable[[], None] = lambda: None,
     *,
     kept: Kept | None = None,
 ) -> Answers:
-    """Greedy answers to the held-out prompts, scored by a metric without their thoughts.
+    """Greedy answers to the held-out prompts, scored by the metrics of the config without their thoughts.
 
     between: called now and then; it may raise, to stop there. kept: the file from which it goes on then.
     """
-    settings = {"max_new_tokens": config.max_new_tokens, "slots": config.batch_size, "between": between}
-    if kept is None:
-        rows = answer_prompts(module, tokenizer, data.eval_prompts, **settings)
-        texts = tuple(row.text for row in rows)
-        return Answers(score(metric, texts, data.eval_references), texts)
-    key = answers_key(data.eval_prompts, config.max_new_tokens, kept.model)
-    write = partial(kept.file.write, kept.way, key, names=data.eval_names)
-    before = kept.file.kept(kept.way, key)
-    rows = answer_prompts(module, tokenizer, data.eval_prompts, kept=before, save=write, **settings)
+    settings: Any = {"max_new_tokens": config.max_new_tokens, "slots": config.batch_size, "between": between}
+    prompts, metrics = data.eval_prompts, Metrics.of(config)
+    if kept is not None:
+        key = answers_key(prompts, config.max_new_tokens, kept.model)
+        write = partial(kept.file.write, kept.way, key, names=data.eval_names)
+        settings |= {"kept": kept.file.kept(kept.way, key), "save": write}
+    rows = answer_prompts(module, tokenizer, prompts, **settings)
     texts = tuple(row.text for row in rows)
-    scored = score(metric, texts, data.eval_references)
-    write(rows, scores={metric: scored.per_row})
-    return Answers(scored, texts)
+    measured = tuple(metrics.measure([tokenizer.decode(one) for one in prompts], texts, data.eval_references))
+    if kept is not None:
+        write(rows, scores={one.name: one.per_row for one in measured})
+    return Answers(measured, texts)
 
 
 def check_scores(config: RunConfig, data: Prepared, tokenizer: Tokenizer, model: Decoder | None = None) -> list[str]:
@@ -76,7 +80,8 @@ def check_scores(config: RunConfig, data: Prepared, tokenizer: Tokenizer, model:
     """
     if config.eval.metric is None or data.eval_examples is None:
         return []
-    check_references(config.eval.metric, data.eval_references, data.eval_names)
+    metrics = Metrics.of(config.eval)
+    metrics.check(data.eval_references, data.eval_names)
     most = config.eval.max_new_tokens
     if model is not None:
         room = model.config.max_position_embeddings - model.virtual_tokens - max(map(len, data.eval_prompts), default=0)
@@ -88,7 +93,7 @@ def check_scores(config: RunConfig, data: Prepared, tokenizer: Tokenizer, model:
                 + " the long rows from the held-out set (data.truncation='drop' leaves out those beyond "
                 "data.max_length)."
             )
-    if config.eval.metric == "json_valid":  # another valid answer may be shorter
+    if not {*config.eval.metrics} - {"json_valid", "json_schema"}:  # another valid answer may be shorter
         return []
     lengths = [len(ids) for ids in tokenizer.encode_batch([text.strip() for text in data.eval_references])]
     long = sum(length > most for length in lengths)
@@ -118,30 +123,33 @@ def scores_of(folder: Path) -> dict[str, Any]:
 
 def scores_key(data: Prepared, config: EvalConfig) -> str:
     """A digest of all that scores depend on beside the model: the held-out prompts and the settings."""
-    request = [data.eval_prompts, data.eval_references, config.metric, config.max_new_tokens]
+    request = [data.eval_prompts, data.eval_references, Metrics.of(config).content(), config.max_new_tokens]
     return hashlib.sha256(json.dumps(request).encode()).hexdigest()
 
 
-def score_summary(answers: Answers, references: Sequence[str]) -> dict[str, Any]:
-    """The entry of one set of answers in scores.json and --json."""
-    out: dict[str, Any] = {"correct": answers.score.correct, "total": answers.score.total, "value": answers.score.value}
-    if answers.score.metric.startswith("json") and (fields := json_fields(answers.texts, references)):
-        out["fields"] = fields
-    return out
+def score_summary(answers: Answers) -> dict[str, Any]:
+    """The entry of one set of answers in scores.json and --json: of the main metric, and of the others in `metrics`."""
+    others = {one.name: one.summary() for one in answers.measured[1:]}
+    return answers.score.summary() | ({"metrics": others} if others else {})
 
 
 def samples(tokenizer: Tokenizer, data: Prepared, base: Sequence[str], tuned: Answers) -> list[dict[str, Any]]:
-    """A few prompts with the reference and the answers before and after training, right and wrong ones."""
-    order = sorted(range(len(tuned.texts)), key=lambda i: tuned.score.per_row[i])
-    wrong = [i for i in order if not tuned.score.per_row[i]][: SAMPLES // 2]
-    right = [i for i in order if tuned.score.per_row[i]][: SAMPLES - len(wrong)]
+    """A few prompts with the reference and the answers before and after training, right and wrong ones.
+
+    By a metric that is a number, those with the best and the worst answers, and `correct` is None.
+    """
+    values, passes = tuned.score.values, tuned.score.passes
+    order = sorted(range(len(values)), key=lambda i: values[i])
+    wrong = [i for i in order if not (passes and values[i])][: SAMPLES // 2]
+    right = [i for i in order if values[i]] if passes else order[len(wrong) :][::-1]
+    right = right[: SAMPLES - len(wrong)]
     return [
         {
             "prompt": tokenizer.decode(data.eval_prompts[i]),
             "reference": data.eval_references[i],
             "base": base[i] if i < len(base) else "",
             "tuned": tuned.texts[i],
-            "correct": tuned.score.per_row[i],
+            "correct": bool(values[i]) if passes else None,
         }
         for i in right + wrong
     ]

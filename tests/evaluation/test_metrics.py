@@ -1,0 +1,202 @@
+"""Metrics of answers: what each counts, by its library or by hand, and what is refused."""
+
+import builtins
+import json
+import sys
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from jaxft.config import EvalConfig
+from jaxft.config.train import METRICS as NAMES
+from jaxft.errors import ConfigError, DataError
+from jaxft.evaluation import metrics
+from jaxft.evaluation.json_answers import load_schema
+from jaxft.evaluation.metrics import METRICS, OTHER, Settings, check, measure
+from jaxft.evaluation.statistics import wilson_interval
+from jaxft.runs.scores.measuring import Metrics
+
+SCHEMA = {
+    "type": "object", "required": ["intent"],
+    "properties": {"intent": {"enum": ["refund", "other"]}, "order": {"type": ["integer", "null"]}},
+}  # fmt: skip
+
+
+@pytest.fixture
+def schema(tmp_path):
+    (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
+    return load_schema(str(tmp_path / "schema.json"))
+
+
+def test_the_config_names_all_metrics():
+    assert set(NAMES) == set(METRICS)
+
+
+def test_a_share_has_wilson_s_interval_and_its_fields():
+    answers = ['{"a": 1, "b": 2}', '{"a": 1}', "no", '{"a": 2, "b": 2}']
+    measured = measure("json_exact", answers, ['{"a": 1, "b": 2}'] * 4)
+    assert measured.per_row == (True, False, False, False) and measured.correct == 1
+    summary = measured.summary()
+    assert summary["interval"] == list(wilson_interval(1, 4)) and summary["value"] == 0.25 and summary["total"] == 4
+    assert summary["fields"] == {"a": 0.5, "b": 0.5}
+    assert summary["field_intervals"]["a"] == list(wilson_interval(2, 4))
+
+
+def test_fields_of_json_are_those_of_the_schema(schema):
+    answers = ['{"intent": "refund"}', '{"intent": "refund", "order": 3, "more": 1}', "[]", '{"order": true}']
+    references = ['{"intent": "refund"}', '{"intent": "other", "order": 3}'] + ['{"intent": "other", "order": 1}'] * 2
+    measured = measure("json_fields", answers, references, Settings(schema=schema))
+    assert measured.values == (1.0, 0.5, 0.0, 0.0) and measured.correct is None
+    assert measured.summary()["fields"] == {"intent": 0.25, "order": 0.5}
+    without = measure("json_fields", answers, references)
+    assert without.values == (1.0, 0.5, 0.0, 0.0) and without.details["fields"]["order"] == 1 / 3
+    valid = measure("json_schema", answers, references, Settings(schema=schema))
+    assert valid.per_row == (True, True, False, False)
+
+
+def test_a_classification_equals_scikit_learn_s_by_hand():
+    references = ["a", "a", "b", "b", "c"]
+    answers = [" a", "b", "b", "b\n", "A cat"]
+    measured = measure("classification", answers, references)
+    assert measured.value == 3 / 5
+    # F1 of a: 2 * 1 / (2 + 1); of b: 2 * 2 / (2 + 3); of c: 0.
+    assert measured.details["macro_f1"] == pytest.approx((2 / 3 + 4 / 5 + 0) / 3)
+    assert measured.details["confusion"] == {"a": {"a": 1, "b": 1}, "b": {"b": 2}, "c": {OTHER: 1}}
+    low, high = measured.details["macro_f1_interval"]
+    assert 0 <= low < measured.details["macro_f1"] < high <= 1
+
+
+def test_macro_f1_of_many_draws_is_that_of_each():
+    generator = np.random.default_rng(0)
+    right, said = generator.integers(0, 3, (2, 5, 30))
+    said[0, 0] = 3
+    together = metrics._macro_f1(right, said, 3)
+    for draw in range(5):
+        assert together[draw] == metrics._macro_f1(right[draw : draw + 1], said[draw : draw + 1], 3)[0]
+
+
+def test_a_regular_expression_compares_its_group_in_the_last_match():
+    settings = Settings(pattern=r"#### *(-?\d+)")
+    answers = ["1 + 1 = 2\n#### 2", "#### 3 no, #### 4", "four", "#### 5"]
+    measured = measure("regex", answers, ["so #### 2", "#### 4", "#### 4", "####6"], settings)
+    assert measured.per_row == (True, True, False, False)
+    plain = measure("regex", ["Dear Sir,", "Hi"], ["x", "y"], Settings(pattern="^Dear"))
+    assert plain.per_row == (True, False)
+    with pytest.raises(DataError, match=r"row 2 does not match eval.pattern"):
+        check("regex", ["#### 1", "one"], ["row 1", "row 2"], settings=settings)
+
+
+def test_rouge_and_chrf_are_those_of_their_libraries(monkeypatch):
+    """The libraries are small stand-ins: what is shown is how they are called, and what their numbers become."""
+
+    class RougeScorer:
+        def __init__(self, kinds, use_stemmer):
+            self.kind = kinds[0]
+
+        def score(self, target, prediction):
+            words = set(target.split()), set(prediction.split())
+            return {self.kind: type("Score", (), {"fmeasure": len(words[0] & words[1]) / len(words[0])})}
+
+    class CHRF:
+        def sentence_score(self, hypothesis, references):
+            return type("Score", (), {"score": 100.0 * (hypothesis == references[0])})
+
+    for name, values in {"rouge_score": {}, "rouge_score.rouge_scorer": {"RougeScorer": RougeScorer},
+                         "sacrebleu": {}, "sacrebleu.metrics": {"CHRF": CHRF}}.items():  # fmt: skip
+        module = ModuleType(name)
+        vars(module).update(values)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(metrics, "require", lambda name: None)
+    answers, references = ["a b c d", "a x", "z"], ["a b c d", "a b c d", "y"]
+    rouge = measure("rougeL", answers, references)
+    assert rouge.values == (1.0, 0.25, 0.0) and not rouge.passes and rouge.interval()[0] >= 0
+    assert measure("chrf", answers, references).values == (1.0, 0.0, 0.0)
+
+
+def test_rouge_and_chrf_where_they_are_installed():
+    scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rouge1"])
+    chrf = pytest.importorskip("sacrebleu").metrics.CHRF()
+    answers, references = ["the cat sat", "dogs"], ["the cat is on the mat", "dogs bark"]
+    expected = [scorer.score(*pair)["rouge1"].fmeasure for pair in zip(references, answers, strict=True)]
+    assert measure("rouge1", answers, references).values == tuple(expected)
+    assert measure("chrf", answers, references).values[0] == chrf.sentence_score(answers[0], references[:1]).score / 100
+
+
+@pytest.mark.parametrize(
+    ("name", "library"), [("rouge1", "rouge_score"), ("chrf", "sacrebleu"), ("json_schema", "jsonschema")]
+)
+def test_an_absent_library_is_named_with_its_command(monkeypatch, name, library):
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda wanted: None)
+    with pytest.raises(ConfigError, match=rf"{library}: pip install 'jaxft\[metrics\]'"):
+        Metrics.of(EvalConfig(metric=name, schema="schema.json"))
+
+
+def test_references_that_nothing_compares_with_are_refused(schema):
+    with pytest.raises(DataError, match=r"reference 2 of 2 has no field: it is not a JSON object"):
+        check("json_fields", ['{"a": 1}', "[1]"])
+    with pytest.raises(DataError, match=r"reference 1 of 1 does not fit .*'no' is not one of"):
+        check("json_schema", ['{"intent": "no"}'], settings=Settings(schema=schema))
+    with pytest.raises(DataError, match="row 7 is empty"):
+        check("classification", [" "], ["row 7"])
+    with pytest.raises(ConfigError, match="unknown metric 'bleu': the metrics are exact_match"):
+        check("bleu", ["a"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("[1]", "holds a list, no object"), ("{", "cannot be read"), ('{"type": 3}', "is no JSON Schema")],
+)
+def test_a_file_that_is_no_schema_is_refused(tmp_path, text, message):
+    (tmp_path / "schema.json").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_schema(str(tmp_path / "schema.json"))
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_schema(str(tmp_path / "absent.json"))
+
+
+def test_a_schema_without_its_library_is_refused(tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def refuse(name, *rest):
+        if name.startswith("jsonschema"):
+            raise ImportError(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(ConfigError, match="eval.schema needs the library jsonschema"):
+        load_schema(str(tmp_path / "schema.json"))
+
+
+FUNCTIONS = """
+def half(completions, reference, **_):
+    return [0.5 if one == right else 0 for one, right in zip(completions, reference)]
+
+def same(completions, reference):
+    return [one == right for one, right in zip(completions, reference)]
+
+def late(completions):
+    return [None for _ in completions]
+
+def other(completions, price):
+    return [1 for _ in completions]
+"""
+
+
+def test_functions_of_a_file_are_metrics(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(FUNCTIONS)
+    both = Metrics.of(EvalConfig(metric=f"exact_match,{path}:half,{path}:same"))
+    both.check(["a", "b"])
+    exact, half, same = both.measure(["p", "p"], ["a", "x"], ["a", "b"])
+    assert (half.name, half.values, half.passes) == ("half", (0.5, 0.0), False)
+    assert (same.name, same.per_row) == ("same", (True, False)) and exact.per_row == same.per_row
+    content = json.dumps(both.content())
+    path.write_text(FUNCTIONS + "\n")
+    assert json.dumps(both.content()) != content
+    with pytest.raises(DataError, match=r"late gave no score to 2 of 2 held-out answers \(rows 0, 1\)"):
+        Metrics.of(EvalConfig(metric=f"{path}:late")).measure(["p"] * 2, ["a", "x"], ["a", "b"])
+    with pytest.raises(ConfigError, match="needs 'price'"):
+        Metrics.of(EvalConfig(metric=f"{path}:other")).check(["a"])
