@@ -5,7 +5,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 _API = (
-    "Session", "best_of", "combine_adapters", "convert", "evaluate", "export", "generate", "get_config",
+    "Session", "best_of", "combine_adapters", "compare", "convert", "evaluate", "export", "generate", "get_config",
     "load_adapters", "load_model", "load_tokenizer", "plan", "sample", "score", "train", "write_adapter",
 )  # fmt: skip
 __all__ = list(_API)

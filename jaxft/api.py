@@ -9,6 +9,7 @@ from jaxft.checkpoint.load import LoadedModel
 from jaxft.checkpoint.load import load_model as load_model
 from jaxft.checkpoint.named_adapters import load_adapters as load_adapters
 from jaxft.checkpoint.named_adapters import write_named as write_adapter  # noqa: F401
+from jaxft.comparison.compare import compare as compare
 from jaxft.config import RunConfig
 from jaxft.conversion.convert import convert as convert
 from jaxft.data.tokenizers.load import load_tokenizer as load_tokenizer

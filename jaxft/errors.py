@@ -11,9 +11,10 @@ class ExitCode(enum.IntEnum):
     """How a command ended, for the shell or the program that started it.
 
     DONE: the command did its work. FAILED: an error that jaxft does not explain, shown with its traceback. REFUSED: a
-    JaxftError, options that argparse refuses, or an error of the operating system, such as a full disk. PEER_LOST:
-    another process of the same run failed or disappeared. PREEMPTED: stopped by SIGTERM or SIGHUP after saving; the
-    same command continues the run. INTERRUPTED: stopped by Ctrl-C.
+    JaxftError, options that argparse refuses, or an error of the operating system, such as a full disk. NOT_MET: the
+    work was done, and what an option required of its result does not hold. PEER_LOST: another process of the same run
+    failed or disappeared. PREEMPTED: stopped by SIGTERM or SIGHUP after saving; the same command continues the run.
+    INTERRUPTED: stopped by Ctrl-C.
 
     Sources: 69 and 75 are EX_UNAVAILABLE and EX_TEMPFAIL of sysexits.h. 2 is the code of argparse. 130 is the code of
     shells for a command that signal 2, SIGINT, ended: 128 + 2.
@@ -22,6 +23,7 @@ class ExitCode(enum.IntEnum):
     DONE = 0
     FAILED = 1
     REFUSED = 2
+    NOT_MET = 3
     PEER_LOST = 69
     PREEMPTED = 75
     INTERRUPTED = 130
@@ -61,6 +63,10 @@ class FolderInUseError(JaxftError, RuntimeError):
 
 class PeerLostError(JaxftError):
     """Another process of the same run did not come, or has ended. Commands end with ExitCode.PEER_LOST."""
+
+
+class NotMetError(JaxftError):
+    """What an option required of a result does not hold. Commands end with ExitCode.NOT_MET."""
 
 
 class PodError(JaxftError, RuntimeError):

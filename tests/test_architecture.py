@@ -14,7 +14,7 @@ FLOORS = {
     "checkpoint": 4, "evaluation": 4, "hardware": 4, "rollouts": 4, "training": 4,
     "conversion": 5, "methods": 5,
     "runs": 6,
-    "doctor": 7, "planning": 7,
+    "comparison": 7, "doctor": 7, "planning": 7,
     "api": 8, "pods": 8,
     "cli": 9, "__init__": 9,
 }  # fmt: skip

@@ -84,6 +84,20 @@ def test_eval_of_a_run_equals_its_own_figures(run, capsys):
     assert figures["value"] == summary["tuned_score"]
 
 
+def test_a_run_is_compared_with_prompts(run, tmp_path, capsys):
+    folder, summary = run
+    command = ["compare", f"--run={folder}", f"--to={tmp_path}", "--shots=1", "--choose=bm25", "--json"]
+    assert cli.main(command) == 0
+    result = json.loads(capsys.readouterr().out)
+    by_name = {way["name"]: way for way in result["ways"]}
+    assert by_name["run"]["value"] == summary["tuned_score"]
+    assert by_name["smoke, zero-shot"]["value"] == summary["base_score"]
+    assert result["main"]["tuned"] == "run" and result["verdict"]["kind"] == "open"
+    assert cli.main([*command, "--require=tuned>prompt"]) == 3
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["ways"] == result["ways"] and "--require=tuned>prompt is not met" in captured.err
+
+
 def test_exports_of_a_run_and_of_its_adapter_agree(run, tmp_path, capsys, monkeypatch):
     folder, _ = run
     pushed = []

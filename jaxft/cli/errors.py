@@ -6,7 +6,7 @@ import sys
 import traceback
 
 from jaxft.cli.causes import cause_of
-from jaxft.errors import ExitCode, PeerLostError, Preempted
+from jaxft.errors import ExitCode, NotMetError, PeerLostError, Preempted
 from jaxft.terminal import text as terminal
 from jaxft.terminal.output import give_up, settle
 
@@ -36,8 +36,8 @@ def explained(verb: str, error: BaseException, *, debug: bool = False) -> ExitCo
         cause = cause_of(error, verb)
         text = REPORT if cause is None else " ".join([cause, *getattr(error, "__notes__", ())])
         code = ExitCode.FAILED if cause is None else ExitCode.REFUSED
-        if isinstance(error, PeerLostError):
-            code = ExitCode.PEER_LOST
+        if isinstance(error, PeerLostError | NotMetError):
+            code = ExitCode.PEER_LOST if isinstance(error, PeerLostError) else ExitCode.NOT_MET
     if debug or code == ExitCode.FAILED:
         print(terminal.safe_text(without_secrets("".join(traceback.format_exception(error)))), end="", file=sys.stderr)
     terminal.write(without_secrets(f"jaxft {verb}: {text}"), error=True)

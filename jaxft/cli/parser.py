@@ -7,7 +7,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
-from jaxft.cli import answers, pods, pushing, settings, survey, training, written
+from jaxft.cli import answers, comparing, pods, pushing, settings, survey, training, written
 from jaxft.config import ModelConfig, choices
 
 HELD_OUT = ("eval_data", "max_length", "chat_template")  # flags that an evaluation without a config reads
@@ -146,6 +146,12 @@ def _add_written(verbs: Any) -> None:
     option = _verb(verbs, "lm-eval", written.lm_eval, "standard tasks of lm-evaluation-harness")
     option("--model", required=True, **MODEL)
     written.lm_eval_options(option)
+
+    option = _verb(
+        verbs, "compare", comparing.compare, "prompts against tuned models on the same rows: is tuning worth it?"
+    )
+    option("--config", **CONFIG)
+    comparing.add_options(option)
 
     option = _verb(
         verbs, "export", written.export, "write an adapter or a whole model for other tools, and read it back"

@@ -150,40 +150,40 @@ def _json_fields(name: str, answers: list[str], references: list[str], settings:
 
 
 def _classification(name: str, answers: list[str], references: list[str], settings: Settings) -> Measured:
-    said = [answer.strip() for answer in answers]
+    given = [answer.strip() for answer in answers]
     right = [reference.strip() for reference in references]
     labels = sorted(set(right))
     number = {label: index for index, label in enumerate(labels)}
     right_N = np.array([number[label] for label in right])
-    said_N = np.array([number.get(label, len(labels)) for label in said])
+    given_N = np.array([number.get(label, len(labels)) for label in given])
 
     def macro_f1(rows: np.ndarray, axis: int = -1) -> np.ndarray:
-        return _macro_f1(right_N[rows], said_N[rows], len(labels))
+        return _macro_f1(right_N[rows], given_N[rows], len(labels))
 
     rows = np.arange(len(right))
     interval = bca_interval(rows, macro_f1, draws=DRAWS_OF_F1) if len(rows) > 1 else None
     confusion: dict[str, dict[str, int]] = {label: {} for label in labels}
-    for expected, given in zip(right, said, strict=True):
-        given = given if given in number else OTHER
-        confusion[expected][given] = confusion[expected].get(given, 0) + 1
+    for expected, text in zip(right, given, strict=True):
+        label = text if text in number else OTHER
+        confusion[expected][label] = confusion[expected].get(label, 0) + 1
     details = {
         "macro_f1": float(macro_f1(rows[None])[0]),
         "macro_f1_interval": None if interval is None else list(interval),
         "confusion": confusion,
     }
-    return Measured(name=name, values=_numbers(right_N == said_N), passes=True, details=details)
+    return Measured(name=name, values=_numbers(right_N == given_N), passes=True, details=details)
 
 
-def _macro_f1(right: np.ndarray, said: np.ndarray, labels: int) -> np.ndarray:
+def _macro_f1(right: np.ndarray, given: np.ndarray, labels: int) -> np.ndarray:
     """Mean F1 over the labels, of rows [..., N] of numbers of labels; an answer of no label has the number `labels`.
 
     A label that occurs neither among the right ones nor among the answers of these rows has an F1 of 0.
     """
     total = np.zeros(right.shape[:-1])
     for label in range(labels):
-        is_right, is_said = right == label, said == label
-        hits = (is_right & is_said).sum(-1)
-        both = is_right.sum(-1) + is_said.sum(-1)
+        is_right, is_given = right == label, given == label
+        hits = (is_right & is_given).sum(-1)
+        both = is_right.sum(-1) + is_given.sum(-1)
         total += np.divide(2 * hits, both, out=np.zeros(total.shape), where=both > 0)
     return total / labels
 

@@ -134,7 +134,7 @@ def bca_interval(
         return _cluster_interval(data, clusters, level=level, draws=draws, seed=seed)
     if len(data) < 2 or np.all(data == data[0]):
         return None
-    found = bootstrap(
+    ends = bootstrap(
         (data,),
         statistic,
         vectorized=True,
@@ -145,7 +145,7 @@ def bca_interval(
         method="BCa",
         rng=np.random.default_rng(seed),
     ).confidence_interval
-    low, high = float(found.low), float(found.high)
+    low, high = float(ends.low), float(ends.high)
     return None if math.isnan(low) or math.isnan(high) else (low, high)
 
 
@@ -236,8 +236,8 @@ def detectable(rows: int, discordant: float, power: float = 0.8, alpha: float = 
 
     def power_at(thousandths: int) -> float:
         share = (discordant + thousandths / 1000) / (2 * discordant)
-        found = binom.cdf(limits, k, share) + binom.sf(k - limits - 1, k, share)
-        return float((weights * np.where(limits >= 0, found, 0.0)).sum())
+        rejected = binom.cdf(limits, k, share) + binom.sf(k - limits - 1, k, share)
+        return float((weights * np.where(limits >= 0, rejected, 0.0)).sum())
 
     most = int(discordant * 1000)
     if power_at(most) < power:

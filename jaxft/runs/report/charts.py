@@ -37,10 +37,10 @@ def draw_charts(rows: Sequence[Row], data: Row) -> dict[str, Markup | None]:
     bins = [b for b in bins if all(map(is_number, b))]
     has = {key: bool(series(rows, key)[0]) for key in ("loss", "eval_loss", "learning_rate", "tokens_per_second")}
     return {
-        "loss": _svg("loss", 3.4, _draw_loss, rows) if has["loss"] or has["eval_loss"] else None,
-        "rate": _svg("learning rate", 1.9, _draw_rate, rows) if has["learning_rate"] else None,
-        "throughput": _svg("throughput", 1.9, _draw_throughput, rows) if has["tokens_per_second"] else None,
-        "lengths": _svg("length histogram", 2.2, _draw_lengths, bins) if bins else None,
+        "loss": svg("loss", 3.4, _draw_loss, rows) if has["loss"] or has["eval_loss"] else None,
+        "rate": svg("learning rate", 1.9, _draw_rate, rows) if has["learning_rate"] else None,
+        "throughput": svg("throughput", 1.9, _draw_throughput, rows) if has["tokens_per_second"] else None,
+        "lengths": svg("length histogram", 2.2, _draw_lengths, bins) if bins else None,
     }
 
 
@@ -51,7 +51,7 @@ def draw_method_charts(rows: Sequence[Row], charts: Sequence[Chart]) -> list[tup
         return any(series(rows, prefix + name)[0] for name in chart.metrics for prefix in ("", "eval_"))
 
     return [
-        (chart.title, _svg(chart.title.lower(), 2.4, partial(_draw_metrics, chart), rows))
+        (chart.title, svg(chart.title.lower(), 2.4, partial(_draw_metrics, chart), rows))
         for chart in charts
         if is_logged(chart)
     ]
@@ -133,8 +133,8 @@ def _dress(axes: Axes, rows: Sequence[Row] = (), *, from_zero: bool = False) -> 
         axes.set_xlim(first - edge, last + edge)
 
 
-def _svg(name: str, height: float, draw: Callable[[Axes, Any], None], content: Any) -> Markup:
-    """One chart as inline SVG; `height` in inches at a width of 9."""
+def svg(name: str, height: float, draw: Callable[[Axes, Any], None], content: Any) -> Markup:
+    """One chart as inline SVG: `draw` is called with its axes and the content. height: in inches at a width of 9."""
     figure = Figure(figsize=(9, height), facecolor="none")
     # Margins in inches, not fitted to the labels: equal axes in all charts.
     figure.subplots_adjust(left=0.75 / 9, right=1 - 0.05 / 9, bottom=0.5 / height, top=1 - 0.1 / height)
@@ -144,13 +144,13 @@ def _svg(name: str, height: float, draw: Callable[[Axes, Any], None], content: A
     # Text stays text, in the page's font; the salt keeps element ids stable and apart between charts.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r'<svg([^>]*?) width="[^"]*"', rf'<svg role="img" aria-label="{name}"\1', svg, count=1)
-    svg = re.sub(r'^(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r'<svg([^>]*?) width="[^"]*"', rf'<svg role="img" aria-label="{name}"\1', text, count=1)
+    text = re.sub(r'^(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
     for key, color in LIGHT.items():
-        svg = svg.replace(color, f"var(--{key})")
-    return Markup(svg)
+        text = text.replace(color, f"var(--{key})")
+    return Markup(text)
 
 
 def write_png(path: Path, rows: Sequence[Row], gap: str | None, loss_title: str) -> None:

@@ -125,13 +125,13 @@ def _interval(entry: Mapping[str, Any]) -> Interval | None:
 def _mistakes(entries: Mapping[str, Row]) -> list[tuple[str, str, int]]:
     """The labels that the tuned model most often takes for another: (right, given, rows)."""
     confusion = entries.get("tuned", {}).get("confusion")
-    found = [
+    mistakes = [
         (str(right), str(given), count)
         for right, row in (confusion.items() if isinstance(confusion, Mapping) else ())
         for given, count in (row.items() if isinstance(row, Mapping) else ())
         if right != given and isinstance(count, int)
     ]
-    return sorted(found, key=lambda one: -one[2])[:MISTAKES_SHOWN]
+    return sorted(mistakes, key=lambda one: -one[2])[:MISTAKES_SHOWN]
 
 
 def sample_texts(sample: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,81 @@
+"""Which training rows stand before a question as its examples."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from jaxft.comparison.rows import WORD, Row
+
+K1, B = 1.5, 0.75  # of BM25: how soon repeated words count less, and how much long rows do
+
+
+class Chooser(Protocol):
+    """Chooses examples for questions. name: in results."""
+
+    name: str
+
+    def examples(self, question: Row, k: int) -> list[Row]:
+        """k examples for a question, in the order in which they stand before it."""
+
+
+class Fixed:
+    """The same k rows for every question, drawn by a seed; fewer rows are the first ones of more. draw: which set."""
+
+    def __init__(self, rows: Sequence[Row], seed: int, draw: int = 0) -> None:
+        self.name = f"fixed {draw + 1}"
+        order = np.random.default_rng([seed, 2, draw]).permutation(len(rows))
+        self._rows = [rows[index] for index in order]
+
+    def examples(self, question: Row, k: int) -> list[Row]:
+        """The first k of the drawn rows."""
+        return self._rows[:k]
+
+
+class Bm25:
+    """The k rows whose questions are most like the asked one by BM25, the most similar last.
+
+    Source: Robertson and Zaragoza 2009, doi:10.1561/1500000019, with the inverse document frequency of Lucene, which
+    is never negative. Of equal rows the first one is taken first.
+    """
+
+    name = "bm25"
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self._rows = list(rows)
+        counts = [Counter(WORD.findall(row.question.lower())) for row in rows]
+        lengths = np.array([sum(one.values()) for one in counts], np.float64)
+        self._norm = K1 * (1 - B + B * lengths / max(1.0, lengths.mean() if len(rows) else 1.0))
+        self._postings: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        occurrences: dict[str, list[tuple[int, int]]] = {}
+        for row, counted in enumerate(counts):
+            for word, count in counted.items():
+                occurrences.setdefault(word, []).append((row, count))
+        for word, pairs in occurrences.items():
+            indices, frequencies = np.array(pairs).T
+            self._postings[word] = indices, frequencies.astype(np.float64)
+
+    def scores(self, text: str) -> np.ndarray:
+        """The similarity of a text to every row."""
+        out = np.zeros(len(self._rows))
+        for word, times in Counter(WORD.findall(text.lower())).items():
+            if word in self._postings:
+                rows, frequency = self._postings[word]
+                idf = math.log(1 + (len(self._rows) - len(rows) + 0.5) / (len(rows) + 0.5))
+                out[rows] += times * idf * frequency * (K1 + 1) / (frequency + self._norm[rows])
+        return out
+
+    def examples(self, question: Row, k: int) -> list[Row]:
+        """The k most similar rows, the most similar last."""
+        best = np.argsort(-self.scores(question.question), kind="stable")[:k]
+        return [self._rows[index] for index in best[::-1]]
+
+
+def choosers(names: Sequence[str], rows: Sequence[Row], seed: int, draws: int) -> list[Chooser]:
+    """The choosers of these names, `fixed` once for each draw, over rows."""
+    out: list[Chooser] = []
+    for name in names:
+        out += [Bm25(rows)] if name == "bm25" else [Fixed(rows, seed, draw) for draw in range(draws)]
+    return out

@@ -1,0 +1,139 @@
+"""compare.html: the verdict on top, then the ways with their intervals, costs, and the rows that changed."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter
+
+from jaxft.assets import ASSETS
+from jaxft.files.atomic import write_text
+from jaxft.runs.report.charts import DARK, LIGHT, svg
+from jaxft.terminal.text import safe_text
+
+# Entries of compare.json.
+Entry = Mapping[str, Any]
+
+
+def write_page(path: Path, result: Entry) -> None:
+    """Writes the page of a compare.json: one file without outside references; equal results give equal pages."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(ASSETS),
+        autoescape=True,  # generated text may contain anything
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": _number, "p": _p, "signed": _signed}
+    page = environment.get_template("compare.html.j2").render(
+        r=result,
+        light=LIGHT,
+        dark=DARK,
+        bars=[bar_of(way) for way in result["ways"]],
+        fields=field_table(result["ways"]),
+        cost_chart=_cost_chart(result),
+        curve=_curve(result),
+    )
+    write_text(path, safe_text(page))
+
+
+def bar_of(way: Entry) -> dict[str, Any]:
+    """A way as a row of the table: texts, and the bar and its whiskers in percent."""
+    passes, interval = "correct" in way, way["interval"]
+    show = (lambda value: f"{value:.1%}") if passes else (lambda value: f"{value:.3g}")
+    whisker = None
+    if interval is not None:
+        low, high = (min(1.0, max(0.0, end)) for end in interval)
+        whisker = (100 * low, 100 * (high - low))
+    return {
+        "name": way["name"],
+        "side": way["side"],
+        "value": show(way["value"]),
+        "count": f"{way['correct']} of {way['total']}" if passes else f"{way['total']} rows",
+        "width": 100 * min(1.0, max(0.0, way["value"])),
+        "whisker": whisker,
+        "ends": "" if interval is None else f"{show(interval[0])} to {show(interval[1])}",
+    }
+
+
+def field_table(ways: Sequence[Entry]) -> list[tuple[str, list[str]]]:
+    """The fields of JSON and the other metrics, each with its share in every way."""
+    out: dict[str, list[str]] = {}
+    for number, way in enumerate(ways):
+        parts = {f"field {key}": value for key, value in way.get("fields", {}).items()}
+        parts |= {"macro-F1": way["macro_f1"]} if "macro_f1" in way else {}
+        parts |= {name: one["value"] for name, one in way["metrics"].items()}
+        for name, value in parts.items():
+            out.setdefault(name, ["—"] * len(ways))[number] = f"{value:.1%}"
+    return list(out.items())
+
+
+def _cost_chart(result: Entry) -> Any:
+    """USD against calls, of the two sides of the verdict; None if a price is not known."""
+    cost, main = result["cost"], result["main"]
+    if main is None or cost["training"]["usd"] is None:
+        return None
+    by_name = {way["name"]: way["usd_per_1000"] for way in result["ways"]}
+    prompt, tuned = by_name[main["prompt"]], by_name[main["tuned"]]
+    if prompt is None or tuned is None:
+        return None
+    calls = cost["break_even_calls"]
+    most = 2 * calls if isinstance(calls, float) and calls > 0 else 1_000_000
+
+    def draw(axes: Axes, content: Any) -> None:
+        x = np.array([0.0, most])
+        axes.plot(x, x * prompt / 1000, color=LIGHT["eval"], label=f"prompt: {main['prompt']}")
+        axes.plot(x, cost["training"]["usd"] + x * tuned / 1000, color=LIGHT["train"], label=f"tuned: {main['tuned']}")
+        axes.set_xlabel("calls", color=LIGHT["quiet"])
+        axes.set_ylabel("USD", color=LIGHT["quiet"])
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        _dress(axes)
+
+    return svg("cost against calls", 2.8, draw, None)
+
+
+def _curve(result: Entry) -> Any:
+    """The score and the held-out loss against the number of training rows; None without a learning curve."""
+    curve = result.get("curve")
+    if not curve or len(curve["points"]) < 2:
+        return None
+
+    def draw(axes: Axes, content: Any) -> None:
+        rows = [point["rows"] for point in curve["points"]]
+        axes.plot(rows, [point["loss"] for point in curve["points"]], "o-", color=LIGHT["eval"], label="held-out loss")
+        axes.set_xlabel("training rows", color=LIGHT["quiet"])
+        _dress(axes)
+        right = axes.twinx()
+        right.plot(rows, [point["value"] for point in curve["points"]], "s--", color=LIGHT["train"], label="score")
+        right.tick_params(colors=LIGHT["quiet"], length=0)
+        right.spines[["top", "right", "left", "bottom"]].set_visible(False)
+        right.legend(frameon=False, labelcolor=LIGHT["ink"], loc="center right", fontsize=8)
+
+    return svg("learning curve", 2.8, draw, None)
+
+
+def _dress(axes: Axes) -> None:
+    axes.tick_params(colors=LIGHT["quiet"], length=0, pad=6)
+    axes.grid(axis="y", color=LIGHT["line"], linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(LIGHT["faint"])
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, labelcolor=LIGHT["ink"], loc="upper left", fontsize=8)
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return "—"
+    return f"{value:,.4g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
+
+
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.2g}"
+
+
+def _signed(value: float) -> str:
+    return f"{100 * value:+.1f}"

@@ -1,0 +1,173 @@
+"""Runs that a comparison trains itself: missing methods, several seeds, and parts of the training rows."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxft.comparison.plan import Budget, OutOfTime, Plan
+from jaxft.config import RunConfig
+from jaxft.data.prepare import open_sets
+from jaxft.data.sources import Rows
+from jaxft.errors import ConfigError, DataError
+from jaxft.files.atomic import make_folder, write_text
+from jaxft.files.run_folder import SUMMARY, is_run_folder, read_if_whole
+from jaxft.runs.folder import run_config
+from jaxft.runs.identity.changes import other_values
+from jaxft.runs.train import train
+from jaxft.terminal.console import SafeConsole
+
+# Learning rates of LoRA are about ten times those of all weights: Schulman et al. 2025, "LoRA Without Regret",
+# doi:10.64434/tml.20250929.
+LORA_OVER_FULL = 10.0
+MOST_EPOCHS = 8  # of a part of the rows that is trained for as many steps as all of them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A run that was trained here. name: of its folder. rows: training rows. share: of all of them."""
+
+    name: str
+    folder: Path
+    method: str
+    seed: int
+    rows: int
+    share: float
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Its summary.json."""
+        return read_if_whole(self.folder / SUMMARY)
+
+
+class Trainer:
+    """Trains what a plan asks for below its folder; a run that is whole is not trained again.
+
+    say: told what is trained. run: trains a config, as `jaxft.train` does.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        plan: Plan,
+        folder: Path,
+        budget: Budget,
+        say: Callable[[str], None],
+        run: Callable[..., Any] = train,
+    ) -> None:
+        if config.data.mixture:
+            raise ConfigError(
+                "--methods trains on one set, and the config has a mixture: train its runs with `jaxft train`, and "
+                "give them as --run"
+            )
+        self._plan, self._folder, self._budget, self._say, self._run = plan, folder, budget, say, run
+        (train_set,), held_out = open_sets(config)
+        self._rows: Rows = train_set.rows
+        make_folder(folder / "data")
+        held_out_file = self._write("held_out", held_out[0].rows, range(len(held_out[0].rows)))
+        data = replace(
+            config.data, eval=held_out_file, eval_fraction=None, eval_limit=None, train=self._part(1.0), limit=None
+        )
+        self._config = replace(config, data=data, eval=replace(config.eval, metric=None, schema=None, pattern=None))
+
+    def methods(self) -> list[Trained]:
+        """Every method with every seed, on all rows."""
+        return self._trained([(method, seed, 1.0) for method in self._plan.methods for seed in range(self._plan.seeds)])
+
+    def sizes(self, steps: int) -> list[Trained]:
+        """The first method on nested parts of the rows, each for `steps` steps, but at most `MOST_EPOCHS` epochs."""
+        shares = sorted(share for share in self._plan.sizes if share < 1)
+        return self._trained([(self._plan.methods[0], 0, share) for share in shares], steps)
+
+    def _trained(self, wanted: list[tuple[str, int, float]], steps: int | None = None) -> list[Trained]:
+        out = []
+        for method, seed, share in wanted:
+            part = "" if share == 1 else f"-{round(1000 * share)}"
+            name = f"{method}-seed{seed}{part}"
+            one = Trained(
+                name=name,
+                folder=self._folder / "runs" / name,
+                method=method,
+                seed=seed,
+                rows=self._count(share),
+                share=share,
+            )
+            try:
+                self._budget.check()
+                self._train(self._config_of(one, steps))
+            except OutOfTime:
+                self._budget.leave_out(f"training of {name}")
+                continue
+            out.append(one)
+        return out
+
+    def _train(self, config: RunConfig) -> None:
+        folder = Path(config.output_dir)
+        whole = is_run_folder(folder) and (folder / SUMMARY).is_file()
+        if whole and not other_values(run_config(folder), config, spelling=False):
+            return
+        self._say(f"training {folder.name}")
+        self._run(config, console=SafeConsole(quiet=True))
+
+    def _config_of(self, one: Trained, steps: int | None) -> RunConfig:
+        config, kind = self._config, self._config.adapter.kind
+        rate = config.optim.learning_rate
+        if one.method == "full" and kind != "none":
+            kind, rate = "none", rate / LORA_OVER_FULL
+        elif one.method == "lora" and kind == "none":
+            kind, rate = "lora", rate * LORA_OVER_FULL
+        train_section = config.train
+        if steps is not None:
+            epoch = steps / (config.train.epochs if config.train.steps is None else 1)
+            most = max(1, round(MOST_EPOCHS * one.share * epoch))
+            train_section = replace(train_section, steps=min(steps, most))
+        changed = replace(
+            config,
+            output_dir=str(one.folder),
+            seed=config.seed + one.seed,
+            adapter=replace(config.adapter, kind=kind),
+            optim=replace(config.optim, learning_rate=rate),
+            train=train_section,
+            data=replace(config.data, train=self._part(one.share)),
+            export=replace(config.export, merged=False),
+        )
+        changed.check()
+        return changed
+
+    def _count(self, share: float) -> int:
+        return max(1, math.floor(share * len(self._rows)))
+
+    def _part(self, share: float) -> str:
+        """The file of a part of the rows: the first of an order that does not depend on the share."""
+        if share == 1:
+            return self._write("train", self._rows, range(len(self._rows)))
+        order = np.random.default_rng([0, 3]).permutation(len(self._rows))[: self._count(share)]
+        return self._write(f"train-{round(1000 * share)}", self._rows, sorted(order.tolist()))
+
+    def _write(self, name: str, rows: Rows, indices: Any) -> str:
+        path = self._folder / "data" / f"{name}.jsonl"
+        try:
+            lines = [json.dumps(rows[int(index)], ensure_ascii=False) + "\n" for index in indices]
+        except (TypeError, ValueError) as error:
+            raise DataError(
+                f"the rows of {rows.describe()} cannot be written as JSON lines ({error}), which runs with other seeds "
+                "or parts of the rows read: train them with `jaxft train`, and give them as --run"
+            ) from error
+        text = "".join(lines)
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            write_text(path, text)
+        return str(path)
+
+
+def seeds_of(trained: list[Trained], values: dict[str, float]) -> dict[str, dict[str, Any]]:
+    """By method, the mean and the range of the scores of its seeds. values: by the names of runs."""
+    out: dict[str, dict[str, Any]] = {}
+    for method in dict.fromkeys(one.method for one in trained):
+        own = [values[one.name] for one in trained if one.method == method and one.name in values]
+        if len(own) > 1:
+            out[method] = {"runs": len(own), "mean": sum(own) / len(own), "low": min(own), "high": max(own)}
+    return out

@@ -1,0 +1,137 @@
+"""Learning curves: planted power laws are found, flat ones are called flat; runs that a comparison trains itself."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import jaxft
+from jaxft.assets import ASSETS
+from jaxft.comparison.plan import Budget, Plan
+from jaxft.comparison.trained.curve import at, fit, more_rows
+from jaxft.comparison.trained.probe import probed, requests_of, rows_of
+from jaxft.comparison.trained.training import Trainer, seeds_of
+from jaxft.config import DataConfig
+from jaxft.errors import ConfigError
+
+ROWS = (50, 100, 200, 400)
+
+
+def points(function):
+    return [{"rows": rows, "loss": function(rows)} for rows in ROWS]
+
+
+def test_a_planted_power_law_is_found_and_continued():
+    law = lambda n: 0.3 + 4.0 * n**-0.5  # noqa: E731
+    curve = fit(ROWS, [law(n) for n in ROWS])
+    assert curve == pytest.approx((0.3, 4.0, 0.5), abs=1e-6) and at(curve, 800) == pytest.approx(law(800))
+    found = more_rows(points(law)[::-1])
+    assert found["change"] == pytest.approx(law(800) / law(400) - 1, abs=1e-6)
+    assert found["sentence"] == "Twice the rows would lower the held-out loss by 12 % (12 to 12), if it goes on so."
+
+
+def test_flat_rising_and_short_curves():
+    for law in (lambda n: 1.0, lambda n: 1.0 + n / 1e4):
+        assert more_rows(points(law))["sentence"] == "The curve is flat: better rows would help, not more of them."
+    assert more_rows(points(lambda n: 1 / n)[:3]) == {
+        "sentence": "Too few points to say what more rows would do: 3 of at least 4."
+    }
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    """make(**options) -> (a trainer, the configs that it has trained)."""
+
+    def make(overrides=None, minutes=None, **options):
+        trained = []
+
+        def run(config, console):
+            trained.append(config)
+            folder = Path(config.output_dir)
+            folder.mkdir(parents=True)
+            (folder / "config.json").write_text(json.dumps(config.to_dict()))
+            (folder / "summary.json").write_text('{"steps": 40, "eval_loss": 1.0}')
+
+        given = {"data.eval": None, "data.eval_fraction": 0.25, "data.limit": 16, "data.eval_limit": None}
+        config = jaxft.get_config("configs/quickstart.py:smoke", given | (overrides or {}))
+        plan = Plan(to=str(tmp_path), **options)
+        return Trainer(config, plan, tmp_path, Budget(minutes), lambda line: None, run), trained
+
+    return make
+
+
+def lines(path):
+    return Path(path).read_text(encoding="utf-8").splitlines()
+
+
+def test_methods_and_seeds_train_on_the_same_rows(trainer):
+    made, trained = trainer(methods=("lora", "full"), seeds=2)
+    names = [one.name for one in made.methods()]
+    assert names == ["lora-seed0", "lora-seed1", "full-seed0", "full-seed1"]
+    lora, _, full, _ = trained
+    assert [one.seed for one in trained] == [0, 1, 0, 1] and [one.adapter.kind for one in (lora, full)] == [
+        "lora",
+        "none",
+    ]
+    assert full.optim.learning_rate == pytest.approx(lora.optim.learning_rate / 10)
+    assert len({one.data.train for one in trained}) == len({one.data.eval for one in trained}) == 1
+    held, rows = lines(lora.data.eval), lines(lora.data.train)
+    assert (len(held), len(rows)) == (4, 12) and not {*held} & {*rows}
+    assert {*held, *rows} == {*lines(ASSETS / "quickstart" / "train.jsonl")[:16]}
+    made.methods()
+    assert len(trained) == 4  # whole runs are not trained again
+
+
+def test_parts_are_nested_and_take_as_many_steps_up_to_eight_epochs(trainer):
+    made, trained = trainer({"train.epochs": 2.0, "train.steps": None}, methods=("lora",), sizes=(0.5, 1.0, 0.1, 0.25))
+    made.sizes(40)
+    assert [one.output_dir.rpartition("-")[2] for one in trained] == ["100", "250", "500"]
+    parts = [lines(one.data.train) for one in trained]
+    assert [len(part) for part in parts] == [1, 3, 6] and {*parts[0]} < {*parts[1]} < {*parts[2]}
+    # 40 steps are two epochs of all rows; eight epochs of a tenth are 16.
+    assert [one.train.steps for one in trained] == [16, 40, 40]
+
+
+def test_no_time_trains_nothing_and_a_mixture_is_refused(trainer):
+    made, trained = trainer(minutes=1e-9, methods=("lora",))
+    assert made.methods() == [] and not trained
+    sets = {"one": {"path": str(ASSETS / "quickstart" / "train.jsonl")}}
+    with pytest.raises(ConfigError, match="--methods trains on one set"):
+        trainer({"data.train": "", "data.mixture": sets}, methods=("lora",))
+
+
+def test_seeds_have_a_mean_and_a_range():
+    runs = [SimpleNamespace(name=f"{method}{seed}", method=method) for method, seed in (("a", 0), ("a", 1), ("b", 0))]
+    assert seeds_of(runs, {"a0": 0.5, "a1": 0.7, "b0": 1.0}) == {
+        "a": {"runs": 2, "mean": pytest.approx(0.6), "low": 0.5, "high": 0.7}
+    }
+
+
+def test_the_probe_follows_formats_and_sees_a_leak(tmp_path):
+    requests = requests_of("builtin")
+    assert len(requests) == len({one.prompt for one in requests}) == 200
+    good = ["Rhine", "a, b, c", "RIVERS", "Which?", "One.\nTwo.", "12", "1. a\n2. b", "No.", "Well, yes", '["a", "b"]']
+    bad = ["The Rhine.", "a, b", "Rivers", "A river.", "One.", "12 or so", "1. a", "Maybe", "Oh well", '{"a": 1}']
+    for request, right, wrong in zip(requests, good * 20, bad * 20, strict=True):
+        assert request.follows(right) and not request.follows(wrong), request.prompt
+    task = ['{"intent": "refund", "order": 1}', "yes"]
+    same = probed(requests, good * 20, good * 20, task, 0.02)
+    assert same["sentence"] is None and same["followed"]["tuned"]["value"] == 1 and same["leaked"]["base"] == 0
+    leaking = (['{"intent": "x", "order": null}'] * 5 + good[5:]) * 20
+    found = probed(requests, good * 20, leaking, task, 0.02)
+    assert found["sentence"] == (
+        "It forgot: 100 of 200 requests for another format are no longer followed; 100 of 200 unrelated answers have "
+        "the format of the task."
+    )
+    (row, *_) = rows_of(requests, DataConfig(train="rows.jsonl"))
+    assert row.question == requests[0].prompt
+    (tmp_path / "own.jsonl").write_text('{"prompt": "Say hi.", "pattern": "hi"}\n')
+    assert requests_of(str(tmp_path / "own.jsonl"))[0].follows(" hi ")
+
+
+@pytest.mark.parametrize("text", ["[1]\n", '{"prompt": "x"}\n', "", '{"prompt": "x", "pattern": "("}\n', "{"])
+def test_a_probe_of_another_form_is_refused(tmp_path, text):
+    (tmp_path / "own.jsonl").write_text(text)
+    with pytest.raises(ConfigError, match=r'such as \{"prompt"'):
+        requests_of(str(tmp_path / "own.jsonl"))
