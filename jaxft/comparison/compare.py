@@ -35,7 +35,7 @@ from jaxft.data import tokenizer_of
 from jaxft.errors import ConfigError, did_you_mean
 from jaxft.evaluation.metrics import Measured
 from jaxft.files.atomic import make_folder, write_text
-from jaxft.files.run_folder import METRICS
+from jaxft.files.run_folder import BASE, METRICS
 from jaxft.files.targets import locked_output, refused_target
 from jaxft.home import local_path
 from jaxft.runs import folder as run_folders
@@ -182,7 +182,8 @@ class _Comparison:
 
     def _base(self) -> Rival:
         runs = [local_path(run) for run in self.plan.runs]
-        return base_rival(self.config, self.tokenizer, runs, self.cache, self.memory, self.budget.check)
+        between, base = self.budget.check, self.folder / BASE
+        return base_rival(self.config, self.tokenizer, runs, self.cache, self.memory, between, base)
 
     def _seeds(self, tuned: Sequence[Way]) -> dict[str, Any]:
         return seeds_of(self.trained, {way.rival.name: way.main.value for way in tuned})

@@ -44,12 +44,16 @@ def base_rival(
     cache: AnswerCache,
     memory: Memory,
     between: Callable[[], None],
+    random_base: Path,
 ) -> Local:
-    """The base model of a config, without adapters; it takes the zero-shot answers that runs of this base have kept."""
+    """The base model of a config, without adapters; it takes the zero-shot answers that runs of this base have kept.
+
+    random_base: the folder for drawn or merged weights, as for `build_model`.
+    """
     digest, model = base_read(config)["digest"], config.model
 
     def make() -> Decoder:
-        module = build_model(config).module
+        module = build_model(config, random_base=random_base).module
         detach(module)
         return module
 

@@ -76,6 +76,8 @@ def compare_values(
     d = a - b
     difference, variance = float(d.mean()), float(d.var())
     pairs = Pairs.of(a == 1, b == 1) if passes else None
+    if pairs is not None:  # that no row disagrees yet does not say that none will
+        variance = (pairs.discordant + 1) / (pairs.total + 2) - difference**2
     if pairs is not None and clusters is None:
         interval = newcombe_interval(pairs, float(norm.ppf(1 - 0.025 / tests)))
         p = mcnemar(pairs)

@@ -53,7 +53,7 @@ def trainer(tmp_path):
             (folder / "config.json").write_text(json.dumps(config.to_dict()))
             (folder / "summary.json").write_text('{"steps": 40, "eval_loss": 1.0}')
 
-        given = {"data.eval": None, "data.eval_fraction": 0.25, "data.limit": 16, "data.eval_limit": None}
+        given = {"data.eval": None, "data.eval_fraction": 0.25, "data.limit": 12, "data.eval_limit": 4}
         config = jaxft.get_config("configs/quickstart.py:smoke", given | (overrides or {}))
         plan = Plan(to=str(tmp_path), **options)
         return Trainer(config, plan, tmp_path, Budget(minutes), lambda line: None, run), trained
@@ -78,7 +78,7 @@ def test_methods_and_seeds_train_on_the_same_rows(trainer):
     assert len({one.data.train for one in trained}) == len({one.data.eval for one in trained}) == 1
     held, rows = lines(lora.data.eval), lines(lora.data.train)
     assert (len(held), len(rows)) == (4, 12) and not {*held} & {*rows}
-    assert {*held, *rows} == {*lines(ASSETS / "quickstart" / "train.jsonl")[:16]}
+    assert {*held, *rows} < {*lines(ASSETS / "quickstart" / "train.jsonl")}
     made.methods()
     assert len(trained) == 4  # whole runs are not trained again
 

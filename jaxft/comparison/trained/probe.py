@@ -53,7 +53,8 @@ def requests_of(path: str) -> list[Request]:
     """
     if path == BUILTIN:
         return [_request(text.format(topic), pattern) for topic in TOPICS for text, pattern in FORMATS]
-    source, out = local_path(path), []
+    source = local_path(path)
+    out: list[Request] = []
     try:
         with open(source, "rb") as file:
             lines = [line for line in file.read().split(b"\n") if line.strip()]
