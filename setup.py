@@ -13,6 +13,7 @@ LIBTPU = [
     'libtpu>=0.0.42,<0.0.43; python_version < "3.12"',
     'libtpu>=0.0.50; python_version >= "3.12"',
 ]
+SERVE = ["starlette>=1", "uvicorn>=0.38", "python-multipart>=0.0.20"]
 
 setup(
     name="jaxft",
@@ -87,6 +88,8 @@ setup(
         "tfds": ["tensorflow-datasets>=4.9.7", "importlib_resources", "array_record"],
         # Run folders, exports and models in Google Cloud Storage, at gs://bucket/folder.
         "gcs": ["gcsfs>=2026.1"],
+        # The fine-tuning service.
+        "serve": [*SERVE],
         # The suite; torch, PEFT, TRL and bitsandbytes are its oracles, where PyTorch has a CPU build of this size.
         "test": [
             "pytest>=8",
@@ -114,6 +117,9 @@ setup(
             "rensa>=0.5",
             "pillow>=10.3",
             "requests>=2.31",
+            # The service, and its clients' library.
+            *SERVE,
+            "openai>=3.50",
             # Run folders at gs:// against an emulator on this machine.
             "gcsfs>=2026.1",
             "gcp-storage-emulator>=2024.8",

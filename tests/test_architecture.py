@@ -15,7 +15,7 @@ FLOORS = {
     "conversion": 5, "methods": 5,
     "runs": 6,
     "comparison": 7, "doctor": 7, "planning": 7,
-    "api": 8, "pods": 8,
+    "api": 8, "pods": 8, "serving": 8,
     "cli": 9, "__init__": 9,
 }  # fmt: skip
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -39,7 +39,7 @@ def _run(arguments: argparse.Namespace, rest: Sequence[str], given: Sequence[str
     try:
         settings.refuse_undecoded(given)
         check_address_space(arguments.verb)
-        takes_config = hasattr(arguments, "config") or arguments.verb == "quickstart"
+        takes_config = hasattr(arguments, "config") or arguments.verb in ("quickstart", "serve")
         overrides = settings.read_overrides(rest, arguments.options, arguments.verb, takes_config=takes_config)
         result = arguments.call(arguments, settings.with_flags(arguments, overrides))
         if arguments.json and result is not None:

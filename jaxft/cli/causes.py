@@ -29,7 +29,8 @@ EXTRAS = {
     "libgguf": "jaxft[k-quants]", "math_verify": "jaxft[math]", "wandb": "jaxft[wandb]", "mlflow": "jaxft[mlflow]",
     "trackio": "jaxft[trackio]", "datasets": "jaxft[datasets]", "tensorflow_datasets": "jaxft[tfds]",
     "array_record": "jaxft[tfds]", "importlib_resources": "jaxft[tfds]", "libtpu": "jaxft[plan]", "yaml": "pyyaml",
-    "google.protobuf": "protobuf",
+    "google.protobuf": "protobuf", "starlette": "jaxft[serve]", "uvicorn": "jaxft[serve]",
+    "python_multipart": "jaxft[serve]",
 }  # fmt: skip
 SMALLER = (
     "Lower train.batch_size or data.max_length; keep the batch and raise train.accumulation_steps; let the backward "

@@ -5,7 +5,7 @@ import resource
 from jaxft.errors import JaxftError
 
 ADDRESS_SPACE = 3_000_000_000  # bytes; below it XLA aborts the process while it starts its threads
-WITHOUT_JAX = frozenset({"data", "runs", "verify", "pod list"})
+WITHOUT_JAX = frozenset({"data", "runs", "serve", "verify", "pod list"})
 
 
 def check_address_space(verb: str) -> None:

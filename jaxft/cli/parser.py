@@ -7,7 +7,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
-from jaxft.cli import answers, comparing, pods, pushing, settings, survey, training, written
+from jaxft.cli import answers, comparing, pods, pushing, serving, settings, survey, training, written
 from jaxft.config import ModelConfig, choices
 
 HELD_OUT = ("eval_data", "max_length", "chat_template")  # flags that an evaluation without a config reads
@@ -50,6 +50,9 @@ def make_parser() -> argparse.ArgumentParser:
     _add_answers(verbs)
     _add_written(verbs)
     _add_survey(verbs)
+    serving.add_options(
+        _verb(verbs, "serve", serving.serve, "a fine-tuning service for the openai SDK, on this machine"), _bytes
+    )
     pods.add_verbs(verbs, _verb, CONFIG)
     return parser
 

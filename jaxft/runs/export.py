@@ -225,6 +225,16 @@ def read_step(
         )
 
 
+def export_step(loaded: LoadedModel, tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes the model of a checkpoint as the run's own export is written, with checksums, but does not read it back.
+
+    folder: empty. For runs of one process.
+    """
+    trained_all = not (adapters(loaded.module) or virtual_modules(loaded.module))
+    write_unchecked(loaded, tokenizer, folder, format="merged" if trained_all else "adapter")
+    write_sums(folder)
+
+
 def export_run(
     loaded: LoadedModel,
     tokenizer: Tokenizer,
@@ -236,7 +246,7 @@ def export_run(
 ) -> dict[str, Any]:
     """The exports that a run's config asks for. Returns their folders' names and the checks.
 
-    between: called before each of them; it may raise, to stop there.
+    between: called before each of them, and before it is read back; it may raise, to stop there.
     """
     out: dict[str, Any] = {}
     wanted = []
@@ -249,7 +259,7 @@ def export_run(
         between()
         on_primary(partial(begin_export, folder, name))
         target = unfinished_folder(folder / name)
-        checks = write(loaded, tokenizer, target, format=format, mesh=mesh)
+        checks = write(loaded, tokenizer, target, format=format, mesh=mesh, between=between)
         on_primary(partial(_write_run_card, target, loaded, tokenizer, checks, format, folder))
         on_primary(partial(end_export, folder, name))
         on_primary(partial(push_folder, folder))
@@ -269,10 +279,26 @@ def write(
     format: str,
     dtype: str | None = None,
     mesh: MeshPlan | None = None,
+    between: Callable[[], None] = lambda: None,
 ) -> tuple[Check, ...]:
     """Writes one export and checks it. Every process takes part; process 0 writes.
 
     dtype: of a merged model's tensors in the files; that of the base's own files if None. mesh: where the model is.
+    between: called before the check; it may raise, to stop there.
+    """
+    loaded, file_dtype = write_unchecked(loaded, tokenizer, target, format=format, dtype=dtype)
+    between()
+    checks = check_export(loaded, uploaded(target), dtype=file_dtype, mesh=mesh)
+    on_primary(partial(write_sums, target))
+    return checks
+
+
+def write_unchecked(
+    loaded: LoadedModel, tokenizer: Tokenizer, target: Path, *, format: str, dtype: str | None = None
+) -> tuple[LoadedModel, str]:
+    """Writes one export as `write` does, without its checksums and without reading it back.
+
+    Returns the model as it was written, and the type of its tensors in the files.
     """
     file_dtype = dtype or loaded.file_dtype
     if is_score_model(loaded):
@@ -297,9 +323,7 @@ def write(
             copy_companions(resolve(loaded.base), str(target))
 
     on_primary(write_config_and_tokenizer)
-    checks = check_export(loaded, uploaded(target), dtype=file_dtype, mesh=mesh)
-    on_primary(partial(write_sums, target))
-    return checks
+    return loaded, file_dtype
 
 
 def _check_room(loaded: LoadedModel, target: Path, dtype: str) -> None:

@@ -30,6 +30,7 @@ from jaxft.nn.decoder import Decoder
 from jaxft.nn.quantized import use_matmul
 from jaxft.optim.make import make_schedule
 from jaxft.runs.build import load_frozen, make_step, make_tx, start_state, with_frozen
+from jaxft.runs.export import export_step
 from jaxft.runs.identity.record import record_of, resumed, write_record
 from jaxft.runs.memory.recomputation import changed, recorded, refused
 from jaxft.runs.memory.shapes import batch_on_mesh
@@ -44,6 +45,7 @@ from jaxft.training.loop import Cadence, Epochs, Hooks, Period, evaluate, fit
 from jaxft.training.reward_watch import RewardWatch
 from jaxft.training.spikes import MEASURED, SpikeGuard
 from jaxft.training.state import TrainState, divide, saved_part, with_saved
+from jaxft.training.watch import Watch
 
 # What a step's metrics and answers are logged in. A power cut must not take what a whole step has seen.
 LOGS = (run_folder.METRICS, run_folder.COMPLETIONS, run_folder.HELD_OUT_COMPLETIONS)
@@ -60,8 +62,11 @@ class Fitted(NamedTuple):
     exported: int
 
 
-def fit_run(run: Run, loaded: LoadedModel, console: Console) -> Fitted:
-    """Trains `loaded` in place, from the newest checkpoint if there is one, and puts the exported weights into it."""
+def fit_run(run: Run, loaded: LoadedModel, console: Console, watch: Watch) -> Fitted:
+    """Trains `loaded` in place, from the newest checkpoint if there is one, and puts the exported weights into it.
+
+    watch: may export checkpoints.
+    """
     config, method = run.config, method_of(run.config)
     schedule = make_schedule(config.optim, run.total_steps)
     tx = make_tx(config, loaded.module, schedule)
@@ -91,7 +96,10 @@ def fit_run(run: Run, loaded: LoadedModel, console: Console) -> Fitted:
                 _tell_missing(run, log, start, logged)
             graphdef, step = _recorded_step(run, start, log, *step_that_fits(run, loaded.module, tx, schedule, state))
             feed = method.feed(run, graphdef)
-            hooks = hooks_of(run, graphdef, feed, step, _saver(run, checkpoints, log))
+            export = partial(_export_step, run, loaded, watch)
+            if start:
+                export(start, state)
+            hooks = hooks_of(run, graphdef, feed, step, _saver(run, checkpoints, log, export))
             ended = hooks.early_stopping is not None and hooks.early_stopping.ends(progress)
             if start < run.total_steps and not ended:
                 state, held_out = fit(state, hooks, cadence_of(run), log, start=start, progress=progress)
@@ -342,13 +350,23 @@ def _upload_logs(run: Run) -> None:
             run.print_line(f"warning: {error} The run goes on, and tries it again.")
 
 
+def _export_step(run: Run, loaded: LoadedModel, watch: Watch, step: int, state: TrainState) -> None:
+    """Exports a checkpoint that is due, and not saved because the run stops; the last one is the run's own export."""
+    cadence = cadence_of(run)
+    if watch.export is None or step == cadence.total_steps or not cadence.due(step, cadence.save_every):
+        return
+    nnx.update(loaded.module, evaluated_weights(run.config, state), state.frozen)
+    watch.export(step, partial(export_step, loaded, run.tokenizer))
+
+
 def _saver(
-    run: Run, checkpoints: RunCheckpoints, log: RunLog | NoLog
+    run: Run, checkpoints: RunCheckpoints, log: RunLog | NoLog, export: Callable[[int, TrainState], None]
 ) -> Callable[[int, TrainState, dict[str, Any], dict[str, float]], None]:
     def save(step: int, state: TrainState, progress: dict[str, Any], held_out: dict[str, float]) -> None:
         extra = {"step": step, "progress": progress, "held_out": held_out, "config": run.config.to_dict()}
         extra["logged"] = log.rows
         _upload_logs(run)  # so that no row is lost of a step that is whole
         checkpoints.save(step, saved_part(state), extra, held_out or None)
+        export(step, state)
 
     return save

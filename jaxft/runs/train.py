@@ -36,7 +36,7 @@ from jaxft.runs.course import course_of, warnings_of
 from jaxft.runs.data_summary import data_notes, data_summary, print_mixture
 from jaxft.runs.export import export_run
 from jaxft.runs.fitting import Fitted, fit_run
-from jaxft.runs.folder import check_shared, dated, locked_run, open_run
+from jaxft.runs.folder import check_shared, dated, locked_run, newest_step, open_run
 from jaxft.runs.going_on import describe as describe_start
 from jaxft.runs.going_on import going_on
 from jaxft.runs.identity.agreement import check_contents, check_settings
@@ -64,13 +64,15 @@ from jaxft.training.goodput import TimeUse, goodput
 from jaxft.training.log import read_metrics
 from jaxft.training.state import divide
 from jaxft.training.trackers import require
+from jaxft.training.watch import Watch
 
 UPLOADED_SECONDS = 1.0  # what compiles faster is not worth an upload to a bucket
 
 
-def train(config: RunConfig, *, console: Console | None = None) -> dict[str, Any]:
+def train(config: RunConfig, *, console: Console | None = None, watch: Watch | None = None) -> dict[str, Any]:
     """Trains, evaluates, exports and reports. The same call after an interruption resumes the run.
 
+    watch: is told the phases, and may export checkpoints.
     Returns the content of `summary.json` in the run folder, with paths relative to it. Raises a JaxftError before any
     weight is loaded for a config or data that would train silently wrong, FolderInUseError if another process writes in
     the run folder, and errors.Preempted if SIGTERM or SIGHUP stopped it after saving. With several processes, every one
@@ -78,10 +80,10 @@ def train(config: RunConfig, *, console: Console | None = None) -> dict[str, Any
     """
     console = lasting((console or SafeConsole()) if is_primary() else SafeConsole(quiet=True))
     with locked_run(config.output_dir, "jaxft train"):
-        return _train_locked(config, console)
+        return _train_locked(config, console, watch or Watch())
 
 
-def _train_locked(config: RunConfig, console: Console) -> dict[str, Any]:
+def _train_locked(config: RunConfig, console: Console, watch: Watch) -> dict[str, Any]:
     times = TimeUse()
     with times.during("setup"):
         run = dataclasses.replace(set_up(config), print_line=partial(say, console), times=times)
@@ -94,7 +96,7 @@ def _train_locked(config: RunConfig, console: Console) -> dict[str, Any]:
         trackers_of(run) as trackers,
     ):
         run = dataclasses.replace(run, rewards=rewards, environments=environments, track=trackers.log)
-        summary = _train(run, console)
+        summary = _train(run, console, watch)
         trackers.summarize(summary)
         return summary
 
@@ -111,17 +113,12 @@ def _keep_compiled(run: Run) -> None:
     keep_compiled(folder, least_seconds=UPLOADED_SECONDS if in_bucket else 0.0)
 
 
-def _train(run: Run, console: Console) -> dict[str, Any]:
+def _train(run: Run, console: Console, watch: Watch) -> dict[str, Any]:
     config = run.config
-    say(console, describe(run))
-    print_mixture(run.source, console)
-    if run.recomputation is not None:
-        say(console, run.recomputation.describe())
-    for note in run.notes:
-        say(console, note, style="yellow")
-    console.print()
-    say(console, "two training rows, their trained tokens marked:")
-    render_rows(run.data.train_examples, run.tokenizer, limit=2, console=console)
+    between = partial(stop_if_requested, on_primary(lambda: newest_step(run.folder)) or 0)
+    between()
+    on_primary(lambda: watch.phase("loading"))
+    _introduce(run, console)
     with run.times.during("setup"):
         loaded = build_model(config, run.mesh, random_base=run.folder / run_folder.BASE)
     for note in (*filter(None, [loaded.left_out]), *loaded.notes):
@@ -129,11 +126,12 @@ def _train(run: Run, console: Console) -> dict[str, Any]:
     if config.model.allowed:
         names = ", ".join(config.model.allowed)
         say(console, f"config.json of the model: ignored by model.allow_unknown: {names}")
+    between()
     scores = on_primary(lambda: scores_of(run.folder))
     key = scores_key(run.data, config.eval)
     if config.eval.metric and scores.get("key") != key:
+        on_primary(lambda: watch.phase("scoring"))
         say(console, f"base model, {len(run.data.eval_prompts)} held-out rows, by generation ...")
-        between = partial(stop_if_requested, 0)
         with run.times.during("scoring"):
             kept = Kept(file=AnswersFile(run.folder), way="base")
             base = answer(_base(loaded), run.tokenizer, run.data, config.eval, between, kept=kept)
@@ -143,10 +141,13 @@ def _train(run: Run, console: Console) -> dict[str, Any]:
     use_matmul(loaded.module, config.train.matmul_dtype)
     with run.times.during("setup"):
         run = method_of(config).precompute(run, lambda: loaded.module)
-    fitted = fit_run(run, loaded, console)
+    between()
+    on_primary(lambda: watch.phase("training"))
+    fitted = fit_run(run, loaded, console, watch)
     between = partial(stop_if_requested, fitted.steps)
     between()
     if config.eval.metric:
+        on_primary(lambda: watch.phase("scoring"))
         say(console, f"tuned model, {len(run.data.eval_prompts)} held-out rows, by generation ...")
         with run.times.during("scoring"):
             kept = Kept(file=AnswersFile(run.folder), way="tuned", model=fitted.exported)
@@ -154,8 +155,11 @@ def _train(run: Run, console: Console) -> dict[str, Any]:
         scores["tuned"] = score_summary(tuned)
         scores["samples"] = samples(run.tokenizer, run.data, scores["base_answers"], tuned)
         on_primary(lambda: run_folder.write_json(run.folder / run_folder.SCORES, scores))
+    on_primary(lambda: watch.phase("exporting"))
     with run.times.during("export"):
         exports = export_run(loaded, run.tokenizer, config, run.folder, console, run.mesh, between)
+
+    between()
 
     def finish() -> dict[str, Any]:
         report = KeptReport(run.folder, run.print_line).write()
@@ -165,6 +169,19 @@ def _train(run: Run, console: Console) -> dict[str, Any]:
         return summary
 
     return on_primary(finish)
+
+
+def _introduce(run: Run, console: Console) -> None:
+    """Prints what is about to be trained, on which rows."""
+    say(console, describe(run))
+    print_mixture(run.source, console)
+    if run.recomputation is not None:
+        say(console, run.recomputation.describe())
+    for note in run.notes:
+        say(console, note, style="yellow")
+    console.print()
+    say(console, "two training rows, their trained tokens marked:")
+    render_rows(run.data.train_examples, run.tokenizer, limit=2, console=console)
 
 
 def _base(loaded: LoadedModel) -> Decoder:

@@ -1,0 +1,1 @@
+"""The endpoints, each module a table of routes and their handlers."""

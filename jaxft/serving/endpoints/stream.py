@@ -1,0 +1,90 @@
+"""GET /v1/jaxft/stream: changes of jobs as they happen, as server-sent events."""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from jaxft.serving.endpoints.table import Endpoint
+from jaxft.serving.http.errors import ApiError, bad_request
+from jaxft.serving.jobs.objects import show_job
+from jaxft.serving.service import Service, service_of
+from jaxft.serving.storage.events import show_event
+from jaxft.serving.storage.state import State
+
+BEAT_SECONDS = 10.0  # in which a proxy would end a silent stream
+LOOK_SECONDS = 0.2
+MOST_STREAMS = 64
+REPLAYED = 1000  # events that were missed, at most, at a time
+FIRST_JOBS = 50  # that a new stream begins with
+
+
+async def stream(request: Request) -> Response:
+    """Events `job`, the object of a job that changed, and `job.event`, an event of a job.
+
+    A `job.event` has an id, which a client gives as Last-Event-ID to have what it missed.
+    """
+    service, last = service_of(request), request.headers.get("last-event-id")
+    if last is not None and (not last.isascii() or not last.isdigit() or len(last) > 18):
+        raise bad_request("Last-Event-ID must be the id of an event of this stream.")
+    if service.streams >= MOST_STREAMS:
+        raise ApiError(429, f"{MOST_STREAMS} streams are open, the most there may be.", headers={"retry-after": "10"})
+    headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+    pieces = _pieces(service, None if last is None else int(last))
+    return StreamingResponse(pieces, media_type="text/event-stream", headers=headers)
+
+
+async def _pieces(service: Service, last: int | None) -> AsyncIterator[str]:
+    state, seen, beat = service.state, -1, time.monotonic()
+    shown: dict[str, str] = {}
+    service.streams += 1
+    try:
+        sent = await asyncio.to_thread(_newest, state) if last is None else last
+        yield ": begun\n\n"
+        while service.phase != "draining":
+            if seen != state.db.changes:
+                seen = state.db.changes
+                pieces, sent = await asyncio.to_thread(_changes, state, sent, shown)
+                for piece in pieces:
+                    yield piece
+                beat = time.monotonic() if pieces else beat
+            if time.monotonic() - beat > BEAT_SECONDS:
+                beat = time.monotonic()
+                yield ": beat\n\n"
+            await asyncio.sleep(LOOK_SECONDS)
+    finally:
+        service.streams -= 1
+
+
+def _newest(state: State) -> int:
+    row = state.db.one("SELECT coalesce(max(n), 0) AS n FROM events")
+    return 0 if row is None else int(row["n"])
+
+
+def _changes(state: State, last: int, shown: dict[str, str]) -> tuple[list[str], int]:
+    """(what to send, the newest event in it). shown: the jobs as they were sent last, which are brought up to date."""
+    rows = state.db.all("SELECT * FROM events WHERE n > ? ORDER BY n LIMIT ?", (last, REPLAYED))
+    out = []
+    for row in rows:
+        data = {**show_event(row), "job_id": row["job_id"]}
+        out.append(_piece("job.event", data, row["n"]))
+        last = row["n"]
+    for job in state.db.all("SELECT * FROM jobs ORDER BY n DESC LIMIT ?", (FIRST_JOBS,)):
+        data = show_job(state, job)
+        text = json.dumps(data)
+        if shown.get(job["id"]) != text:
+            shown[job["id"]] = text
+            out.append(_piece("job", data))
+    return out, last
+
+
+def _piece(kind: str, data: dict[str, Any], id: int | None = None) -> str:
+    number = "" if id is None else f"id: {id}\n"
+    return f"{number}event: {kind}\ndata: {json.dumps(data)}\n\n"
+
+
+ENDPOINTS = (Endpoint("GET", "/jaxft/stream", stream),)

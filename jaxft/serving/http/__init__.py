@@ -1,0 +1,1 @@
+"""What every endpoint shares: errors, access, bodies, lists and uploads as the protocol has them."""
