@@ -14,7 +14,10 @@ Phase = Literal["starting", "warm", "draining"]
 
 @dataclass
 class Service:
-    """A running server. phase: what `GET /health` says. started_at: seconds since 1970. streams: open ones."""
+    """A running server. phase: what `GET /health` says. started_at: seconds since 1970. streams: open ones.
+
+    newest_jobs: as streams show them, with the number of changes of the database that they are of.
+    """
 
     settings: ServeSettings
     state: State
@@ -22,6 +25,7 @@ class Service:
     started_at: int
     phase: Phase = "starting"
     streams: int = 0
+    newest_jobs: tuple[int, dict[str, str]] = (-1, {})
 
 
 def service_of(request: Request) -> Service:

@@ -3,6 +3,7 @@
 import concurrent.futures
 import csv
 import io
+import itertools
 import json
 import tarfile
 import urllib.request
@@ -180,8 +181,9 @@ def test_a_repeated_request_creates_no_second_job(client):
             client.fine_tuning.jobs.cancel(job.id)
 
 
-def test_jobs_are_listed_by_pages_and_metadata(client):
-    file = upload(client, rows())
+def test_jobs_are_listed_by_pages_and_metadata(client, monkeypatch):
+    file, clock = upload(client, rows()), itertools.count(10**9, -100)
+    monkeypatch.setattr("jaxft.serving.storage.jobs.now", lambda: next(clock))  # set back: the order stays
     made = [
         client.fine_tuning.jobs.create(
             model=MODEL, training_file=file, metadata={"set": "pages", "n": str(n % 2)}, seed=n,

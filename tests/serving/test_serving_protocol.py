@@ -297,6 +297,11 @@ def test_every_path_wants_a_scope(server, capsys):
             assert (status == 403) == bool(scopes and scope not in (*scopes, "admin")), (method, path, scope)
 
 
+def test_a_key_without_the_scope_is_told_so(server, capsys):
+    with pytest.raises(openai.PermissionDeniedError, match="needs the scope train"):
+        server.client(new_key(server, capsys, "answer")).files.list()
+
+
 def new_key(server: Running, capsys: pytest.CaptureFixture[str], scopes: str) -> str:
     capsys.readouterr()
     assert cli.main(["serve", "keys", "add", f"--state={server.state}", f"--scopes={scopes}", "--name=one"]) == 0

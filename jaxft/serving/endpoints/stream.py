@@ -4,7 +4,6 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
-from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
@@ -48,7 +47,7 @@ async def _pieces(service: Service, last: int | None) -> AsyncIterator[str]:
         while service.phase != "draining":
             if seen != state.db.changes:
                 seen = state.db.changes
-                pieces, sent = await asyncio.to_thread(_changes, state, sent, shown)
+                pieces, sent = await asyncio.to_thread(_changes, service, sent, shown)
                 for piece in pieces:
                     yield piece
                 beat = time.monotonic() if pieces else beat
@@ -65,26 +64,35 @@ def _newest(state: State) -> int:
     return 0 if row is None else int(row["n"])
 
 
-def _changes(state: State, last: int, shown: dict[str, str]) -> tuple[list[str], int]:
+def _changes(service: Service, last: int, shown: dict[str, str]) -> tuple[list[str], int]:
     """(what to send, the newest event in it). shown: the jobs as they were sent last, which are brought up to date."""
+    state = service.state
     rows = state.db.all("SELECT * FROM events WHERE n > ? ORDER BY n LIMIT ?", (last, REPLAYED))
     out = []
     for row in rows:
         data = {**show_event(row), "job_id": row["job_id"]}
-        out.append(_piece("job.event", data, row["n"]))
+        out.append(_piece("job.event", json.dumps(data), row["n"]))
         last = row["n"]
-    for job in state.db.all("SELECT * FROM jobs ORDER BY n DESC LIMIT ?", (FIRST_JOBS,)):
-        data = show_job(state, job)
-        text = json.dumps(data)
-        if shown.get(job["id"]) != text:
-            shown[job["id"]] = text
-            out.append(_piece("job", data))
+    for job, text in _newest_jobs(service).items():
+        if shown.get(job) != text:
+            shown[job] = text
+            out.append(_piece("job", text))
     return out, last
 
 
-def _piece(kind: str, data: dict[str, Any], id: int | None = None) -> str:
+def _newest_jobs(service: Service) -> dict[str, str]:
+    """The objects of the newest jobs, as JSON by id, made once for all streams."""
+    state = service.state
+    changes = state.db.changes
+    if service.newest_jobs[0] != changes:
+        rows = state.db.all("SELECT * FROM jobs ORDER BY n DESC LIMIT ?", (FIRST_JOBS,))
+        service.newest_jobs = (changes, {row["id"]: json.dumps(show_job(state, row)) for row in rows})
+    return service.newest_jobs[1]
+
+
+def _piece(kind: str, text: str, id: int | None = None) -> str:
     number = "" if id is None else f"id: {id}\n"
-    return f"{number}event: {kind}\ndata: {json.dumps(data)}\n\n"
+    return f"{number}event: {kind}\ndata: {text}\n\n"
 
 
 ENDPOINTS = (Endpoint("GET", "/jaxft/stream", stream),)
