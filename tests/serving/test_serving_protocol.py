@@ -161,6 +161,20 @@ def test_a_full_disk_is_told_and_nothing_is_left(client, server, monkeypatch):
     assert sorted((server.state / "files").iterdir()) == before
 
 
+@pytest.mark.parametrize(("number", "refusal"), [(28, openai.BadRequestError), (5, openai.InternalServerError)])
+def test_a_disk_that_fails_while_a_file_is_written(client, server, monkeypatch, number, refusal):
+    before = sorted((server.state / "files").iterdir())
+
+    def fail(reader: object) -> None:
+        raise OSError(number, "of the disk", str(server.state))
+
+    monkeypatch.setattr("jaxft.serving.http.multipart._FormReader.finish", fail)
+    with pytest.raises(refusal) as refused:
+        upload(client, rows())
+    assert str(server.state) not in str(refused.value)
+    assert sorted((server.state / "files").iterdir()) == before
+
+
 def test_a_file_in_parts(client, server, tmp_path):
     content = rows() * 1000
     path = tmp_path / "large.jsonl"

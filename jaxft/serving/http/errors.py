@@ -1,6 +1,6 @@
 """Errors of requests in the protocol's shape, which the SDK turns into its own classes."""
 
-import logging
+import errno
 import sqlite3
 from collections.abc import Iterable, Mapping
 
@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 
 from jaxft.errors import did_you_mean
 
-log = logging.getLogger(__name__)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class ApiError(Exception):
@@ -40,6 +40,13 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
 def no_such(what: str, id: str, code: str, known: Iterable[str] = ()) -> ApiError:
     """404 for an id, with the nearest that exists among `known`."""
     return ApiError(404, f"There is no {what} {id[:200]!r}.{did_you_mean(id[:200], known)}", code=code)
+
+
+def disk_error(error: OSError, what: str) -> ApiError:
+    """400 for a full disk. Raises any other error of the operating system again, which is the server's to mend."""
+    if error.errno not in FULL:
+        raise error
+    return disk_full(what)
 
 
 def disk_full(what: str) -> ApiError:

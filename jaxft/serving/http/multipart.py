@@ -14,7 +14,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect, Request
 
 from jaxft.files.atomic import flush
-from jaxft.serving.http.errors import ApiError, bad_request, disk_full
+from jaxft.serving.http.errors import ApiError, bad_request, disk_error, disk_full
 from jaxft.serving.storage.state import PARTIAL
 
 FIELD_BYTES, MOST_FIELDS = 64 * 1024, 16
@@ -39,7 +39,7 @@ class Form:
             os.replace(self.path, target)
             flush(target.parent)
         except OSError as error:
-            raise disk_full("The file was not kept") from error
+            raise disk_error(error, "The file was not kept") from error
 
 
 @contextlib.asynccontextmanager
@@ -61,7 +61,7 @@ async def read_form(request: Request, target: Path, *, file_field: str, most: in
             await asyncio.to_thread(reader.finish)
         yield reader.form
     except OSError as error:
-        raise disk_full("The file was not stored") from error
+        raise disk_error(error, "The file was not stored") from error
     finally:
         path.unlink(missing_ok=True)
 

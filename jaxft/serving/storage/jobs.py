@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from jaxft.serving.http.errors import bad_request, disk_full, no_such
+from jaxft.serving.http.errors import bad_request, disk_error, no_such
 from jaxft.serving.jobs.folder import JobFolder, JobSpec
 from jaxft.serving.jobs.request import JobRequest
 from jaxft.serving.storage.database import Row
@@ -69,7 +69,7 @@ def add_job(
         spec.write(folder)
     except OSError as error:
         shutil.rmtree(folder.path, ignore_errors=True)
-        raise disk_full("The job was not created") from error
+        raise disk_error(error, "The job was not created") from error
     columns = {
         "id": spec.id, "created_at": now(), "base": request.model, "status": "validating_files",
         "request": json.dumps({**asdict(request), "hyperparameters": request.hyperparameters.shown()}),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxft.files.atomic import flush
-from jaxft.serving.http.errors import bad_request, disk_full, no_such
+from jaxft.serving.http.errors import bad_request, disk_error, no_such
 from jaxft.serving.storage.database import Row
 from jaxft.serving.storage.files import NewFile, add_file, new_file_id, show_file
 from jaxft.serving.storage.state import PARTIAL, State, new_id, now
@@ -97,7 +97,7 @@ def complete_upload(state: State, id: str, part_ids: Sequence[str], md5: str | N
         os.replace(partial, target)
         flush(state.files)
     except OSError as error:
-        raise disk_full("The upload was not completed") from error
+        raise disk_error(error, "The upload was not completed") from error
     finally:
         partial.unlink(missing_ok=True)
     file = NewFile(
