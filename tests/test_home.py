@@ -104,6 +104,9 @@ COMMANDS = {
     ("convert", "target"): "x ~/full",
     ("runs", "folder"): "~/none",
     ("verify", "path"): "~/none",
+    ("serve", "state"): "keys list --state=~/full",
+    ("serve", "tls_cert"): "--model=a=~/full --state=x --tls_cert=~/none --tls_key=~/full/file",
+    ("serve", "tls_key"): "--model=a=~/full --state=x --tls_cert=~/full/file --tls_key=~/none",
 }
 
 

@@ -47,6 +47,9 @@ class ServeSettings:
             )
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ConfigError("--tls_cert and --tls_key belong to each other: give both")
+        for option, path in (("tls_cert", self.tls_cert), ("tls_key", self.tls_key)):
+            if path is not None and not os.path.isfile(path):
+                raise ConfigError(f"--{option}={path} is no file")
         if self.context < 1 or self.max_upload < 1 or not 0 <= self.port <= 65535:
             raise ConfigError("--context and --max_upload must be above 0, and --port from 0 to 65535")
         for override in self.overrides:
