@@ -8,10 +8,11 @@ from jaxft.serving.settings import ServeSettings
 from jaxft.serving.supervision.supervisor import Limits
 
 state, model, worker = sys.argv[1:]
-command = (sys.executable, "-m", worker) if "/" not in worker else (sys.executable, "-S", worker)
+is_real = "/" not in worker
+command = (sys.executable, "-m", worker) if is_real else (sys.executable, "-S", worker)
 parts = Parts(
     worker=command,
-    limits=Limits(look=0.02, kill=1.0, drain=60.0),
+    limits=Limits(look=0.25 if is_real else 0.02, kill=1.0, drain=60.0),
     on_ready=lambda port, stop: print(f"port {port}", flush=True),
 )
 settings = ServeSettings(models={"tiny": model}, state=Path(state), port=0)

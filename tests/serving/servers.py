@@ -110,10 +110,11 @@ class ServerProcess:
 
 def wait_for(condition: Callable[[], Any], what: str) -> Any:
     """What the condition gives once it is true."""
-    until = time.monotonic() + DEADLINE
+    until, pause = time.monotonic() + DEADLINE, 0.01
     while not (value := condition()):
         assert time.monotonic() < until, f"{what} did not come"
-        time.sleep(0.02)
+        time.sleep(pause)
+        pause = min(1.3 * pause, 0.5)
     return value
 
 
