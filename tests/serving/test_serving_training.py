@@ -39,8 +39,9 @@ def client(process: ServerProcess) -> openai.OpenAI:
 def create(client: openai.OpenAI, rows: int = 8, **settings: Any) -> Any:
     file = upload(client, b"".join(TRAIN[:rows]))
     ours = {"jaxft": {"config": CONFIG | settings.pop("config", {})}}
+    numbers = settings.pop("numbers", NUMBERS)
     return client.fine_tuning.jobs.create(
-        model=MODEL, training_file=file, seed=3, hyperparameters=NUMBERS, extra_body=ours, **settings
+        model=MODEL, training_file=file, seed=3, hyperparameters=numbers, extra_body=ours, **settings
     )
 
 
@@ -53,23 +54,37 @@ def weights(client: openai.OpenAI, job: Any) -> bytes:
 
 
 def test_a_job_trains_and_its_checkpoints_are_adapters(client, process):
+    job = until(client, create(client, 4, numbers={"n_epochs": 2, "batch_size": 2}).id, "succeeded")
+    examination = job.jaxft["examination"]
+    assert examination["rows"] == 4 and any(piece["trained"] for piece in examination["first_rows"][0])
+    assert job.jaxft["plan"]["steps"] == 4 and job.trained_tokens == 2 * examination["tokens"]
+    points = client.fine_tuning.jobs.checkpoints.list(job.id).data
+    assert [one.step_number for one in points] == [4, 2] and all(one.metrics.train_loss > 0 for one in points)
+    folders = [process.state / "models" / f"{job.id}-{name}" for name in ("final", 2)]
+    adapters = [(folder / "adapter_model.safetensors").read_bytes() for folder in folders]
+    assert len(set(adapters)) == 2 and json.loads((folders[1] / "adapter_config.json").read_text())["r"] == 4
+    assert table_of(client, job).keys() == {"1", "2", "3", "4"}
+    assert client.get("/jaxft/system", cast_to=object)["devices"]["platform"] == "cpu"
+    assert not [text for text in messages(client, job.id) if str(process.state) in text]
+
+
+def table_of(client: openai.OpenAI, job: Any) -> dict[str, dict[str, str]]:
+    """The rows of a job's first result file by step."""
+    text = client.files.content(job.result_files[0]).text
+    return {row["step"]: row for row in csv.DictReader(io.StringIO(text))}
+
+
+@pytest.mark.slow
+def test_held_out_rows_are_evaluated_at_the_end_of_every_epoch(client):
     held_out = upload(client, b"".join(HELD_OUT[:2]))
     job = until(client, create(client, validation_file=held_out).id, "succeeded")
-    examination = job.jaxft["examination"]
-    assert examination["rows"] == 8 and examination["validation"]["rows"] == 2
-    assert any(piece["trained"] for piece in examination["first_rows"][0])
-    assert job.jaxft["plan"]["steps"] == 12 and job.trained_tokens == 3 * examination["tokens"]
+    assert job.jaxft["examination"]["validation"]["rows"] == 2 and job.jaxft["plan"]["steps"] == 12
     points = client.fine_tuning.jobs.checkpoints.list(job.id).data
     assert [one.step_number for one in points] == [12, 8, 4]
     assert all(one.metrics.full_valid_loss > 0 and one.metrics.train_loss > 0 for one in points)
-    folders = [process.state / "models" / f"{job.id}-{name}" for name in ("final", 8, 4)]
-    adapters = [(folder / "adapter_model.safetensors").read_bytes() for folder in folders]
-    assert len(set(adapters)) == 3 and json.loads((folders[1] / "adapter_config.json").read_text())["r"] == 4
-    table = list(csv.DictReader(io.StringIO(client.files.content(job.result_files[0]).text)))
-    assert [row["step"] for row in table] == [str(step) for step in range(1, 13)]
-    assert {row["step"] for row in table if row["valid_loss"]} == {"4", "8", "12"}
-    assert client.get("/jaxft/system", cast_to=object)["devices"]["platform"] == "cpu"
-    assert not [text for text in messages(client, job.id) if str(process.state) in text]
+    table = table_of(client, job)
+    assert list(table) == [str(step) for step in range(1, 13)]
+    assert {step for step, row in table.items() if row["valid_loss"]} == {"4", "8", "12"}
 
 
 @pytest.mark.slow
