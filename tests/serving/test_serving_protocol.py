@@ -162,7 +162,7 @@ def test_a_full_disk_is_told_and_nothing_is_left(client, server, monkeypatch):
 
 
 @pytest.mark.parametrize(("number", "refusal"), [(28, openai.BadRequestError), (5, openai.InternalServerError)])
-def test_a_disk_that_fails_while_a_file_is_written(client, server, monkeypatch, number, refusal):
+def test_a_disk_that_fails_while_a_file_is_written(server, monkeypatch, number, refusal):
     before = sorted((server.state / "files").iterdir())
 
     def fail(reader: object) -> None:
@@ -170,7 +170,7 @@ def test_a_disk_that_fails_while_a_file_is_written(client, server, monkeypatch, 
 
     monkeypatch.setattr("jaxft.serving.http.multipart._FormReader.finish", fail)
     with pytest.raises(refusal) as refused:
-        upload(client, rows())
+        upload(server.client(), rows())  # a client of its own: its connection is closed after a failure
     assert str(server.state) not in str(refused.value)
     assert sorted((server.state / "files").iterdir()) == before
 
