@@ -178,7 +178,7 @@ def test_a_repeated_request_creates_no_second_job(client):
     assert len(after) == before + 3
     for job in after:
         if job.status not in ("succeeded", "failed", "cancelled"):
-            client.fine_tuning.jobs.cancel(job.id)
+            until(client, job.id, "succeeded")
 
 
 def test_jobs_are_listed_by_pages_and_metadata(client, monkeypatch):
