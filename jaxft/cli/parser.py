@@ -7,7 +7,8 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
-from jaxft.cli import answers, comparing, pods, pushing, serving, settings, survey, training, written
+from jaxft.cli import answers, pushing, settings
+from jaxft.cli.verbs import comparing, pods, serving, survey, training, written
 from jaxft.config import ModelConfig, choices
 
 HELD_OUT = ("eval_data", "max_length", "chat_template")  # flags that an evaluation without a config reads

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxft.cli import settings
-from jaxft.cli.training import config_of
+from jaxft.cli.verbs.training import config_of
 from jaxft.config import RunConfig
 from jaxft.terminal import text as terminal
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxft.cli import answers, pushing
-from jaxft.cli.training import console_of
+from jaxft.cli.verbs.training import console_of
 from jaxft.config import RunConfig
 from jaxft.errors import ConfigError
 from jaxft.files.buckets.working_copy import run_in_bucket
