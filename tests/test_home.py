@@ -62,6 +62,7 @@ def test_what_opens_lists_of_paths_expands_each(home):
 CALLS = {
     ("export", "source"): lambda: api.export("~/none", "~/out"),
     ("export", "to"): lambda: api.export("~/none", "~/full"),
+    ("compare", "to"): lambda: api.compare(to="~/full/file", runs=("~/full",)),
     ("convert", "source"): lambda: api.convert("~/none", "~/out"),
     ("convert", "to"): lambda: api.convert("~/none", "~/full"),
     ("load_model", "path"): lambda: api.load_model("~/none"),
@@ -95,6 +96,8 @@ COMMANDS = {
     ("export", "run"): "--run=~/none --to=x",
     ("export", "model"): "--model=~/none --to=x",
     ("export", "to"): "--model=x --to=~/full",
+    ("compare", "run"): "--run=~/none --to=x",
+    ("compare", "prompts"): "--config=quickstart:smoke --ways=zero --prompts=~/none --to=~/answers",
     ("generate", "model"): "--model=~/none --prompt=x",
     ("chat", "model"): "--model=~/none",
     ("score", "model"): "--model=~/none --data=x",

@@ -10,7 +10,6 @@ from jaxft.assets import ASSETS
 from jaxft.config import (
     CheckpointConfig,
     DataConfig,
-    EvalConfig,
     MethodConfig,
     ModelConfig,
     RunConfig,
@@ -18,8 +17,9 @@ from jaxft.config import (
     resolve,
 )
 from jaxft.config.mesh import MeshConfig
+from jaxft.config.train import METRICS
 from jaxft.data.formats import READERS
-from jaxft.evaluation import scoring
+from jaxft.evaluation import metrics
 from jaxft.hardware import analytic
 from jaxft.hardware.recomputation import POLICIES
 from jaxft.hardware.sizes import sizes_of
@@ -36,7 +36,7 @@ def test_tables_name_the_choices_of_the_config():
     assert {"none", *REMAT} == set(POLICIES) == set(choices(ModelConfig, "remat")) - {"auto"}
     assert tuple(FORMATS) == choices(ModelConfig, "quantization")
     assert {"auto", *READERS} == set(choices(DataConfig, "format"))
-    assert tuple(scoring._METRICS) == choices(EvalConfig, "metric")
+    assert tuple(metrics.METRICS) == METRICS
     assert set(analytic.BYTES) == set(choices(ModelConfig, "dtype"))
     assert set(make_mesh_plan(MeshConfig()).axes) == set(vars(MeshConfig())) - {"auto"}
 
