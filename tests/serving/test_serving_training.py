@@ -53,6 +53,7 @@ def weights(client: openai.OpenAI, job: Any) -> bytes:
         return archive.extractfile("adapter_model.safetensors").read()
 
 
+@pytest.mark.slow
 def test_a_job_trains_and_its_checkpoints_are_adapters(client, process):
     job = until(client, create(client, 4, numbers={"n_epochs": 2, "batch_size": 2}).id, "succeeded")
     examination = job.jaxft["examination"]
