@@ -68,6 +68,8 @@ setup(
         "experts": ["tokamax>=0.0.12"],
         # `jaxft plan` compiles for TPUs on machines without one.
         "plan": [*LIBTPU],
+        # The same for NVIDIA GPUs, without the libraries that only a GPU needs.
+        "plan_gpu": ["jax[cuda12-local]", "nvidia-cuda-nvcc-cu12"],
         # Metrics of eval.metric: rouge1, rouge2 and rougeL, chrf, and JSON against a schema.
         "metrics": ["rouge-score>=0.1.2", "sacrebleu>=2.4", "jsonschema>=4.21"],
         # The reward function math_answer.

@@ -4,7 +4,7 @@ import importlib.metadata
 import re
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,20 +89,30 @@ class TooLarge:
     cpu_seconds: float = 0.0
 
 
-def compile_step(step: Callable[..., Any], state: Any, batch: Any, mesh: "MeshPlan", level: str) -> Compiled | TooLarge:
+def compile_step(
+    step: Callable[..., Any],
+    state: Any,
+    batch: Any,
+    mesh: "MeshPlan",
+    level: str,
+    options: Mapping[str, Any] | None = None,
+) -> Compiled | TooLarge:
     """Compiles `step(state, batch)`, its state donated, for the mesh's devices, as a run does.
 
-    state, batch: pytrees of ShapeDtypeStructs with shardings. level: O1, which compiles faster, or default.
+    state, batch: pytrees of ShapeDtypeStructs with shardings. level: O1, which compiles faster, or default. options: of
+    the compiler.
     """
     import jax
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     jitted = jax.jit(mesh.bind(step), donate_argnums=0, out_shardings=(shardings, None))
-    return compile_lowered(lambda: jitted.lower(state, batch), level)
+    return compile_lowered(lambda: jitted.lower(state, batch), level, options)
 
 
-def compile_lowered(lower: "Callable[[], jax.stages.Lowered]", level: str) -> Compiled | TooLarge:
-    """Lowers a program and compiles it. level: O1, which compiles faster, or default."""
+def compile_lowered(
+    lower: "Callable[[], jax.stages.Lowered]", level: str, options: Mapping[str, Any] | None = None
+) -> Compiled | TooLarge:
+    """Lowers a program and compiles it. level: O1, which compiles faster, or default. options: of the compiler."""
     import jax
 
     before = jax.config.jax_optimization_level  # type: ignore[attr-defined]  # jax declares its options at run time
@@ -111,7 +121,7 @@ def compile_lowered(lower: "Callable[[], jax.stages.Lowered]", level: str) -> Co
     try:
         lowered = lower()
         with tempfile.TemporaryDirectory() as reports:
-            compiled = lowered.compile(compiler_options={"xla_dump_to": reports})
+            compiled = lowered.compile(compiler_options={"xla_dump_to": reports, **(options or {})})
             allocated = _allocated_bytes(Path(reports))
     except jax.errors.JaxRuntimeError as error:
         too_large = parse_too_large(str(error))

@@ -22,6 +22,8 @@ from jaxft.quant.nf4_matmul import NAME as NF4_MATMUL
 # gradients of weights, keys and values (dkv), of weights and queries (dq), or of all (a dkv kernel that also gives dq).
 # Source: FlashAttention-2, arXiv:2307.08691, algorithms 1 and 2.
 SPLASH = {"fwd": 2, "dkv": 4, "dq": 3, "fused": 5}
+# The same of cuDNN's kernels.
+CUDNN = {"__cudnn$fmhaScaleBiasSoftmax": 2, "__cudnn$fmhaScaleBiasSoftmaxBackward": 5}
 # The compiler's own custom calls, which contain no matrix product.
 IDLE_CALLS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "GatherScatterIndices", "AsyncCollective",
               "ConcatBitcast", "SliceId", "ZeroCrop",
@@ -94,6 +96,8 @@ def kernel_flops(call: Instruction, operands: Sequence[Array], filled: float = 1
         return int(_ragged_kernel_flops(call.arrays[0], operands) * filled)
     if _nf4_block_rows(call) is not None:
         return 2 * operands[0].elements * call.arrays[0].dims[-1]
+    if target_of(call) in CUDNN:
+        return _cudnn_flops(call, operands)
     splash = re.search(r"splash_m[hq]a_(fwd|dkv|dq)", f"{call.name} {call.scope}")
     if splash is None:
         return None
@@ -104,6 +108,13 @@ def kernel_flops(call: Instruction, operands: Sequence[Array], filled: float = 1
     queries, keys, heads_and_rows = q.dims[-2], k.dims[-2], math.prod(q.dims[:-2])
     share = _visited_share(call, operands, queries, keys)
     return int(SPLASH[kind] * 2 * heads_and_rows * queries * keys * q.dims[-1] * share)
+
+
+def _cudnn_flops(call: Instruction, operands: Sequence[Array]) -> int:
+    """FLOPs of cuDNN's attention: queries [B, S, N, H], keys [B, T, K, H]; of its own causal order, half is skipped."""
+    queries, keys = operands[0], operands[1].dims[1]
+    products = CUDNN[target_of(call)] * 2 * queries.elements * keys
+    return products // 2 if re.search(r'"mask_type": ?"CAUSAL"', call.attributes) else products
 
 
 def dequantized_weights(instruction: Instruction) -> int:

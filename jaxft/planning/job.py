@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from jaxft.config import RunConfig
-from jaxft.hardware import analytic, hlo
+from jaxft.hardware import analytic, gpu_compile, hlo
 from jaxft.hardware.compile import Memory, TooLarge, compile_step
 from jaxft.hardware.costs import Costs, Work, costs_of
 from jaxft.hardware.recomputation import Recomputation, by_arithmetic
@@ -174,6 +174,8 @@ def sharded_step_of(
     topology.chip.check_matmul(config.train.matmul_dtype)
     if real and topology.chip.maker == "tpu":
         mesh = make_mesh(config, abstract_step.model, devices(topology))
+    elif real and gpu_compile.can_compile(topology):
+        mesh = make_mesh(config, abstract_step.model, gpu_compile.devices(topology))
     else:
         mesh = _abstract_mesh(config, abstract_step.model, topology)
     mesh.check_batch(config.train.batch_size // config.train.accumulation_steps)
@@ -191,12 +193,14 @@ def sharded_step_of(
 
 
 def measure(step: ShardedStep, level: str) -> StepCosts:
-    """Memory and costs of a step: by the compiler for TPUs, by arithmetic for GPUs and for steps that the compiler
-    refuses as too large. level: see `hardware.compile.LEVELS`.
+    """Memory and costs of a step: by the compiler, or by arithmetic for GPUs that it is not installed for and for steps
+    that it refuses as too large. level: see `hardware.compile.LEVELS`.
     """
-    if step.topology.chip.maker == "gpu":
+    is_gpu = step.topology.chip.maker == "gpu"
+    if is_gpu and not gpu_compile.can_compile(step.topology):
         return estimate_step(step)
-    compiled = compile_step(step.function, step.state, step.batch, step.mesh, level)
+    options = gpu_compile.OPTIONS if is_gpu else None
+    compiled = compile_step(step.function, step.state, step.batch, step.mesh, level, options)
     if not isinstance(compiled, TooLarge):
         ids = [device.id for device in step.mesh.mesh.devices.flat]
         filled = analytic.filled_share(step.sizes, step.mesh.axes["expert"])

@@ -43,7 +43,7 @@ def plan_result(
         "hbm_limit_bytes": limit,
         **_memory(step, step_costs),
         "compiled": step_costs.compiled,
-        "optimization_level": level if chip.maker == "tpu" else None,
+        "optimization_level": level if chip.maker == "tpu" or step_costs.compiled else None,
         "topology": step.topology.name,
         "slices": step.topology.count,
         "chips": step.topology.chips,
@@ -92,8 +92,10 @@ def _unknown(step: ShardedStep, costs: RunCosts) -> list[str]:
     if step_costs.costs.host_bytes:
         unknown.insert(0, "time of transfers between the chip and the host's memory: none is in the hours")
     words, tested = pairing()
-    if step_costs.compiled and not tested:
+    if step_costs.compiled and tpu and not tested:
         unknown.insert(0, f"whether the compiler is right, which was not tested: {words}")
+    if step_costs.compiled and not tpu:
+        unknown.insert(0, "the kernels that the GPU would choose by measuring, and the memory in which cuDNN works")
     if not step_costs.compiled:
         unknown.insert(0, "what a compiler makes of the step: memory, work and traffic are estimated by arithmetic")
     return unknown

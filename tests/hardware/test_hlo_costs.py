@@ -332,6 +332,29 @@ def test_attention_kernels_count_the_blocks_that_causal_order_leaves(kind, suffi
     assert not costs.unknown
 
 
+CUDNN = """
+HloModule attention
+
+ENTRY %main (q: bf16[2,256,8,64], k: bf16[2,256,2,64]) -> bf16[2,8,256,64] {{
+  %q = bf16[2,256,8,64]{{3,2,1,0}} parameter(0)
+  %k = bf16[2,256,2,64]{{3,2,1,0}} parameter(1)
+  ROOT %attention.1 = bf16[2,8,256,64]{{3,1,2,0}} custom-call(%q, %k, %k), custom_call_target="{target}",
+    backend_config={{"cudnn_fmha_backend_config": {{"is_flash_attention": true, "mask_type": "{mask}"}}}}
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("target", "mask", "flops"),
+    [("__cudnn$fmhaScaleBiasSoftmax", "CAUSAL", 2 * 2 * 8 * 256 * 256 * 64),
+     ("__cudnn$fmhaScaleBiasSoftmax", "NO_MASK", 2 * 2 * 2 * 8 * 256 * 256 * 64),
+     ("__cudnn$fmhaScaleBiasSoftmaxBackward", "CAUSAL", 5 * 2 * 8 * 256 * 256 * 64)],
+)  # fmt: skip
+def test_attention_of_cudnn_is_counted(target, mask, flops):
+    costs = costs_of(hlo.parse(CUDNN.format(target=target, mask=mask)), {"fsdp": 1})
+    assert costs.flops == flops and not costs.unknown
+
+
 @pytest.mark.parametrize(("scope", "blocks"), [("splash", 7 + 8), ("context/balanced_queries/splash", 1 + 8)])
 def test_a_part_of_a_row_is_the_last_one_unless_queries_are_balanced(scope, blocks):
     text = SPLASH.format(kind="fwd", suffix="", more="", name="block").replace('op_name="splash"', f'op_name="{scope}"')
