@@ -69,7 +69,7 @@ class ResidentEngine(Engine):
         return min(self.length, self.model.config.max_position_embeddings) - self.model.virtual_tokens
 
     def write_adapter(self, number: int, adapter: str | AdapterModules) -> None:
-        """Loads an adapter under a number from 1 to num_adapters; one that had it before is gone.
+        """Loads an adapter under a number from 1 to num_adapters; one that had it before is gone, unless this fails.
 
         adapter: a PEFT or run folder, or an adapter in memory. Raises ModelError for a number that is in use or is
         none of the engine's, for an adapter that is no plain LoRA on linear layers, and for one of too high a rank;
@@ -77,11 +77,13 @@ class ResidentEngine(Engine):
         """
         self._check_unused(number)
         modules = self._read(resolve(adapter)) if isinstance(adapter, str) else adapter
-        halves = halves_of(modules)
-        self._loaded.discard(number)
-        write_halves(self.model, number, halves)
+        write_halves(self.model, number, halves_of(modules))
         self.graphdef, self.params = nnx.split(self.model)
         self._loaded.add(number)
+        if modules is not adapter:
+            # They are in a cycle of references, so that Python would free them late.
+            for leaf in jax.tree.leaves([nnx.state(module) for module in modules.layers.values()]):
+                leaf.delete()
 
     def clear_adapter(self, number: int) -> None:
         """Drops an adapter: requests for its number are refused. Raises ModelError as `write_adapter` does."""

@@ -1,6 +1,7 @@
 """The resident engine: every request is answered as it would be alone, whatever else comes, goes and is loaded."""
 
 import dataclasses
+import gc
 import json
 import threading
 
@@ -197,6 +198,7 @@ def test_a_number_that_is_written_again_gives_the_new_adapter(model, engine, fol
 
 def test_many_requests_keep_no_array_and_compile_nothing(engine, folders, prompts):
     engine.write_adapter(2, folders[1])
+    gc.collect()  # of what other tests left
     arrays, compiled = len(jax.live_arrays()), []
     monitoring.register_event_duration_secs_listener(
         lambda name, *_, **__: compiled.append(name) if name.endswith("backend_compile_duration") else None
