@@ -22,6 +22,7 @@ from jaxft.serving.supervision.supervisor import Limits
 
 HERE = Path(__file__).parent
 STAND_IN = (sys.executable, "-S", str(HERE / "stand_in_worker.py"))
+ENGINE = (sys.executable, "-S", str(HERE / "stand_in_engine.py"))
 QUICK = Limits(look=0.02, kill=0.5, linger=5.0, drain=20.0)
 MODEL = "tiny"
 DEADLINE = 600.0  # of whatever is waited for, on a machine with other work
@@ -29,11 +30,12 @@ DEADLINE = 600.0  # of whatever is waited for, on a machine with other work
 
 @dataclass
 class Running:
-    """A server that answers. key: one that may do everything."""
+    """A server that answers. key: one that may do everything. stop: begins to end it, if it is in a thread."""
 
     port: int
     key: str
     state: Path
+    stop: Callable[[], None] = lambda: None
 
     @property
     def url(self) -> str:
@@ -48,15 +50,18 @@ def settings_of(state: Path, model: str, **settings: Any) -> ServeSettings:
 
 
 @contextlib.contextmanager
-def in_thread(state: Path, model: str, limits: Limits = QUICK, **settings: Any) -> Iterator[Running]:
-    """A server in a thread, with the stand-in for workers."""
+def in_thread(
+    state: Path, model: str, limits: Limits = QUICK, parts: dict[str, Any] | None = None, **settings: Any
+) -> Iterator[Running]:
+    """A server in a thread, with the stand-in for workers, and with the real engine unless `parts` has another."""
     said: list[str] = []
     ready: queue.Queue[Any] = queue.Queue()
-    parts = Parts(worker=STAND_IN, limits=limits, on_ready=lambda port, stop: ready.put((port, stop)))
+    replaced = {"worker": STAND_IN, "limits": limits, **(parts or {})}
+    whole = Parts(**replaced, on_ready=lambda port, stop: ready.put((port, stop)))
 
     def run() -> None:
         try:
-            serve(settings_of(state, model, **settings), said.append, parts)
+            serve(settings_of(state, model, **settings), said.append, whole)
         except BaseException as error:
             ready.put(error)
             raise
@@ -68,7 +73,7 @@ def in_thread(state: Path, model: str, limits: Limits = QUICK, **settings: Any) 
         raise answer
     port, stop = answer
     try:
-        yield Running(port, _key(state, said), state)
+        yield Running(port, _key(state, said), state, stop)
     finally:
         stop()
         thread.join(DEADLINE)

@@ -1,0 +1,60 @@
+"""The model of an engine, its tokenizer, and the memory in which it answers."""
+
+import os
+from collections.abc import Collection
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxft.checkpoint.load import load_model
+from jaxft.data.tokenizers.load import load_tokenizer
+from jaxft.errors import ModelError
+from jaxft.generation.called_tools import CallForm
+from jaxft.hardware.compile_cache import keep_compiled
+from jaxft.nn.decoder import Decoder
+from jaxft.resident import ResidentEngine, memory_bytes, resident_engine
+from jaxft.serving.engine.channel import Channel
+from jaxft.serving.engine.places import Place, Places
+from jaxft.serving.engines.spec import EngineSpec
+
+SHORT = 64  # tokens of the prompts whose programs a CPU compiles at the start; others it compiles when they come
+
+
+def load(spec: EngineSpec, channel: Channel) -> Places:
+    """Loads what the spec names, and says what it does. Raises JaxftError for what cannot be loaded."""
+    keep_compiled(Path(spec.cache))
+    tokenizer = load_tokenizer(spec.model, base=spec.base)
+    loaded = load_model(spec.model, base=spec.base, dtype=spec.dtype, quantization=spec.quantization)
+    length = min(spec.context, loaded.module.config.max_position_embeddings)
+    engine = _engine(spec, loaded.module, tokenizer.stop_ids, length)
+    places = Places(engine, Place(0, tokenizer, CallForm.of(tokenizer)), spec.model)
+    channel.tell("phase", phase="compiling")
+    engine.compile(min(SHORT, length) if jax.default_backend() == "cpu" else None)
+    channel.tell("ready", devices=_devices())
+    channel.tell("phase", phase="warm")
+    return places
+
+
+def _engine(spec: EngineSpec, model: Decoder, stop_ids: Collection[int], length: int) -> ResidentEngine:
+    """With places for adapters, unless the model's family takes none by row."""
+    make = partial(_with_places, model, stop_ids=stop_ids, slots=spec.slots, length=length, max_rank=spec.max_rank)
+    try:
+        return make(adapters=spec.adapters)
+    except ModelError as error:
+        if not spec.adapters:
+            raise
+        print(f"adapters answer alone: {error}", flush=True)
+    return make(adapters=0)
+
+
+def _with_places(model: Decoder, *, stop_ids: Collection[int], **sizes: int) -> ResidentEngine:
+    taken = memory_bytes(model, **sizes)
+    print(f"process {os.getpid()}: {taken.cache:,} bytes for answers, {taken.adapters:,} for adapters", flush=True)
+    return resident_engine(model, stop_ids=stop_ids, **sizes)
+
+
+def _devices() -> dict[str, Any]:
+    devices = jax.devices()
+    return {"platform": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices)}
