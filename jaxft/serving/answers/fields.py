@@ -29,9 +29,9 @@ LATER = (
     "response_format", "parallel_tool_calls", "logit_bias", "presence_penalty", "frequency_penalty", "echo", "best_of",
 )  # fmt: skip
 NEVER: Mapping[str, str] = {
-    "images": "this server answers texts", "audio": "it answers texts", "modalities": "only ['text']",
+    "images": "this server answers texts", "audio": "it answers texts", "modalities": "only 'text'",
     "prediction": "leave it out", "web_search_options": "the server fetches nothing", "functions": "give tools",
-    "function_call": "give tool_choice", "store": "no answer is kept here", "suffix": "texts are continued at their end",
+    "function_call": "give tool_choice", "store": "no answer is kept here", "suffix": "texts go on at their end",
     "service_tier": "there is one tier: leave it out, or give 'auto'",
     "reasoning_effort": "give it in chat_template_kwargs, if the model's template reads it",
 }  # fmt: skip
