@@ -12,7 +12,7 @@ FLOORS = {
     "data": 2, "models": 2, "optim": 2, "sharding": 2,
     "adapters": 3, "generation": 3, "objectives": 3,
     "checkpoint": 4, "evaluation": 4, "hardware": 4, "rollouts": 4, "training": 4,
-    "conversion": 5, "methods": 5,
+    "conversion": 5, "methods": 5, "resident": 5,
     "runs": 6,
     "comparison": 7, "doctor": 7, "planning": 7,
     "api": 8, "pods": 8, "serving": 8,

@@ -2,11 +2,12 @@
 
 # B slots, P prompts of a group, S tokens
 
+import itertools
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import NamedTuple, cast
 
 import jax
 import numpy as np
@@ -18,49 +19,29 @@ from jaxft.generation import steps
 from jaxft.generation.buckets import bucket, power_of_two
 from jaxft.generation.conversation_cache import ConversationCache
 from jaxft.generation.layout import for_decoding, mesh_of
-from jaxft.generation.sampling import Knobs
-from jaxft.generation.settings import FinishReason, Sampling
+from jaxft.generation.request import Request as Request
+from jaxft.generation.request import TopTokens
+from jaxft.generation.sampling import Alternatives, Knobs
+from jaxft.generation.settings import Sampling
 from jaxft.nn.decoder import Decoder
 from jaxft.nn.partition import AXES
 
-# Called with (row, token, logprob) for every token, a row's own in order; True ends the row.
-OnToken = Callable[[int, int, float], bool | None]
-OnEnd = Callable[["Request"], None]
 STREAM_RUN = 4  # decoding steps between two rounds of callbacks
 MIN_SPARED = 512  # a common prefix is computed once for all prompts if that spares at least this many tokens
+ALTERNATIVES = (0, 5, 20)  # numbers of most likely tokens for which programs are compiled
 
 
-@dataclass
-class Request:
-    """One prompt and its answer so far.
-
-    row: its index in the call. stream: of its random numbers. tempered: whether its log-probabilities are those under
-    the temperature of sampling.
-    """
-
-    row: int
-    prompt: tuple[int, ...]
-    sampling: Sampling
-    stream: int = 0
-    tempered: bool = False
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-
-    def add(self, token: int, logprob: float, stop_ids: Collection[int], on_token: OnToken | None) -> None:
-        """Adds a token, and sets finish_reason if it was the last one."""
-        self.tokens.append(token)
-        self.logprobs.append(logprob)
-        ended_by_caller = on_token is not None and bool(on_token(self.row, token, logprob))
-        if ended_by_caller or token in stop_ids:
-            self.finish_reason = "stop"
-        elif len(self.tokens) >= self.sampling.max_new_tokens:
-            self.finish_reason = "length"
-
-
-@dataclass
+@dataclass(kw_only=True)
 class Engine:
-    """The state of one call: the arrays on the devices, and the request in each slot."""
+    """The arrays on the devices, the request in each slot, and the requests that wait.
+
+    One thread calls `step`; others may call `submit` and `cancel` meanwhile. Requests are served in the order in which
+    they came.
+
+    fixed_shapes: whether every prompt is computed in the shape that it would have alone, and as soon as a slot is free;
+    then a seed gives the same tokens whatever else is generated, also where rounding depends on shapes. Otherwise
+    prompts wait until a whole group of them has slots. adapters: whether rows have adapters of their own.
+    """
 
     graphdef: nnx.GraphDef[Decoder]
     params: nnx.State
@@ -70,25 +51,64 @@ class Engine:
     memory: steps.Memory
     slots: list[Request | None]
     group: int  # prompts prefilled together
-    answers: int  # most answers to a prompt that are prefilled at once
-    prefix: steps.Prefix | None
-    prefix_tokens: int
-    prefix_length: int  # of its cache; caches it is copied into are at least as long
     length: int  # of the memory
-    on_end: OnEnd | None = None  # called with every request that has its finish_reason
+    answers: int = 1  # most answers to a prompt that are prefilled at once
+    prefix: steps.Prefix | None = None
+    prefix_tokens: int = 0
+    prefix_length: int = 0  # of its cache; caches it is copied into are at least as long
+    fixed_shapes: bool = False
+    adapters: bool = False
+    waiting: deque[list[Request]] = field(default_factory=deque)  # requests of one prompt together
+    _submitted: deque[Request] = field(default_factory=deque, init=False)
+    _cancelled: set[int] = field(default_factory=set, init=False)
 
-    def run(self, requests: Sequence[Request], on_token: OnToken | None) -> None:
+    def submit(self, request: Request) -> None:
+        """Puts a request behind those that wait. The next `step` sees it."""
+        self._submitted.append(request)
+
+    def cancel(self, request_id: int) -> None:
+        """Ends a request, which waits or is answered, at the next `step`; nothing if it has ended."""
+        self._cancelled.add(request_id)
+
+    def step(self) -> bool:
+        """Computes prompts for which slots are free, or else some tokens of every answer; one dispatch to the devices.
+
+        False if there was nothing to do.
+        """
+        self._take_changes()
+        if count := self._startable():
+            self._prefill([self.waiting.popleft() for _ in range(count)])
+            return True
+        if not self.waiting:
+            self.prefix = None  # its memory is free for decoding
+        if any(self.slots):
+            self._decode()
+            return True
+        return False
+
+    def run(self, requests: Sequence[Request]) -> None:
         """Works until every request has its finish_reason."""
         # Sorted by length, so that a group prefilled together needs little padding; the longest come first, so that
         # a call that does not fit into memory fails at once.
-        waiting = deque(sorted(self._bundles(requests), key=lambda bundle: -len(bundle[0].prompt)))
-        while waiting or any(self.slots):
-            while waiting and self.slots.count(None) >= min(self.group, len(waiting)) * self.answers:
-                self._prefill([waiting.popleft() for _ in range(min(self.group, len(waiting)))], on_token)
-            if not waiting:
-                self.prefix = None  # its memory is free for decoding
-            if any(self.slots):
-                self._decode(min(self.group, len(waiting)) * self.answers or len(self.slots), on_token)
+        self.waiting.extend(sorted(self._bundles(requests), key=lambda bundle: -len(bundle[0].prompt)))
+        while self.step():
+            pass
+
+    @property
+    def num_waiting(self) -> int:
+        """The number of requests that have no slot yet."""
+        return sum(map(len, list(self.waiting))) + len(self._submitted)
+
+    @property
+    def num_running(self) -> int:
+        """The number of requests that are being answered."""
+        return sum(request is not None for request in self.slots)
+
+    def save_cache(self, request: Request, cache: ConversationCache) -> None:
+        """Gives the KV cache of a single request to a later call. The engine cannot be used after it."""
+        # The newest token is not in the cache yet.
+        tokens = [*request.prompt, *request.tokens[:-1]]
+        cache.keep(self.graphdef, self.params, self.memory, tokens, self.length)
 
     def _bundles(self, requests: Sequence[Request]) -> list[list[Request]]:
         """The requests, those of the same prompt that follow each other together, at most `answers` of them."""
@@ -101,66 +121,122 @@ class Engine:
                 bundles.append([request])
         return bundles
 
-    def save_cache(self, request: Request, cache: ConversationCache) -> None:
-        """Gives the KV cache of a single request to a later call. The engine cannot be used after it."""
-        # The newest token is not in the cache yet.
-        tokens = [*request.prompt, *request.tokens[:-1]]
-        cache.keep(self.graphdef, self.params, self.memory, tokens, self.length)
+    def _take_changes(self) -> None:
+        """Takes what was submitted and cancelled since the last step."""
+        # In this order: what is cancelled was submitted before.
+        cancelled = {self._cancelled.pop() for _ in range(len(self._cancelled))}
+        while self._submitted:
+            self.waiting.append([self._submitted.popleft()])
+        if not cancelled:
+            return
+        everything = itertools.chain(filter(None, self.slots), *self.waiting)
+        ended = [request for request in everything if request.id in cancelled]
+        for request in ended:
+            request.cancelled = True
+        self.slots = [None if occupant is None or occupant.cancelled else occupant for occupant in self.slots]
+        bundles = ([request for request in bundle if not request.cancelled] for bundle in self.waiting)
+        self.waiting = deque(filter(None, bundles))
+        for request in ended:
+            if request.on_end is not None:
+                request.on_end(request)
 
-    def _prefill(self, bundles: Sequence[Sequence[Request]], on_token: OnToken | None) -> None:
-        shards = multiple_of(self.rows)
-        size = shards if len(bundles) <= shards else self.group
+    def _startable(self) -> int:
+        """How many of the waiting prompts are to be computed now."""
+        count, free = min(self.group, len(self.waiting)), self.slots.count(None)
+        if not self.fixed_shapes:
+            return count if free >= count * self.answers else 0
+        sizes = [bucket(len(bundle[0].prompt)) for bundle in itertools.islice(self.waiting, min(count, free))]
+        return next((i for i, size in enumerate(sizes) if size != sizes[0]), len(sizes))
+
+    def _prefill(self, bundles: Sequence[Sequence[Request]]) -> None:
         longest = max(len(bundle[0].prompt) for bundle in bundles)
-        tokens_PS = np.full((size, bucket(longest - self.prefix_tokens)), -1, np.int32)
-        length = max(bucket(longest), self.prefix_length)
         free = deque(i for i, occupant in enumerate(self.slots) if occupant is None)
-        slots_PA = np.full((size, self.answers), len(self.slots), np.int32)
-        requests: list[Request | None] = [None] * (size * self.answers)
+        rows = self._prefill_rows(len(bundles))
+        tokens_PS = np.full((rows, bucket(longest - self.prefix_tokens)), -1, np.int32)
+        slots_PA = np.full((rows, self.answers), len(self.slots), np.int32)
+        requests: list[Request | None] = [None] * slots_PA.size
         for p, bundle in enumerate(bundles):
             suffix = bundle[0].prompt[self.prefix_tokens :]
             tokens_PS[p, : len(suffix)] = suffix
             for a, request in enumerate(bundle):
                 slots_PA[p, a], requests[p * self.answers + a] = free.popleft(), request
+        results = self._dispatch_prefill(tokens_PS, slots_PA, requests, max(bucket(longest), self.prefix_length))
+        for number, (request, slot) in enumerate(zip(requests, slots_PA.reshape(-1).tolist(), strict=True)):
+            if request is not None:
+                self._add(slot, request, results, number)
+
+    def _prefill_rows(self, prompts: int) -> int:
+        """The rows of the group in which this many prompts are computed."""
+        shards = multiple_of(self.rows)
+        return shards if prompts <= shards and not self.fixed_shapes else self.group
+
+    def _dispatch_prefill(
+        self,
+        tokens_PS: npt.NDArray[np.int32],
+        slots_PA: npt.NDArray[np.int32],
+        requests: Sequence[Request | None],
+        length: int,
+    ) -> "_Results":
         prompts = steps.Prompts(
             tokens_PS=_argument(tokens_PS, np.int32),
             start=_argument(self.prefix_tokens, np.int32),
             slots_PA=_argument(slots_PA, np.int32),
             knobs=self._knobs(requests),
+            adapter_P=self._adapters(requests[:: self.answers]),
         )
-        self.memory, first_N, logprobs_N = steps.prefill(
-            self.graphdef, self.params, self.memory, self.prefix, prompts, length=length, rows=self.rows
+        self.memory, *results = steps.prefill(
+            self.graphdef,
+            self.params,
+            self.memory,
+            self.prefix,
+            prompts,
+            length=length,
+            rows=self.rows,
+            alternatives=_compiled_alternatives(requests),
         )
-        firsts = zip(requests, slots_PA.reshape(-1).tolist(), *jax.device_get((first_N, logprobs_N)), strict=True)
-        for request, slot, token, logprob in firsts:
-            if request is not None:
-                self._add(slot, request, int(token), float(logprob), on_token)
+        return _Results(*jax.device_get(results))
 
-    def _decode(self, idle_enough: int, on_token: OnToken | None) -> None:
+    def _decode(self) -> None:
+        results = self._dispatch_decode()
+        requests = list(enumerate(self.slots))
+        for step in range(steps.RUN):
+            for slot, request in requests:
+                # A row that its callback ended may have continued until the end of this dispatch.
+                if request is not None and not request.ended and results.tokens[slot, step] >= 0:
+                    self._add(slot, request, results, (slot, step))
+
+    def _dispatch_decode(self) -> "_Results":
         stops = sorted(self.stop_ids)
         padded = np.array(stops + [-1] * (power_of_two(max(len(stops), 8)) - len(stops)), np.int32)
-        self.memory, tokens_BC, logprobs_BC = steps.decode(
+        streamed = any(request is not None and request.on_token is not None for request in self.slots)
+        self.memory, *results = steps.decode(
             self.graphdef,
             self.params,
             self.memory,
             self._rows(),
             padded,
-            np.int32(steps.RUN if on_token is None else STREAM_RUN),
-            np.int32(idle_enough),
+            np.int32(STREAM_RUN if streamed else steps.RUN),
+            np.int32(self._idle_enough()),
             rows=self.rows,
+            alternatives=_compiled_alternatives(self.slots),
         )
-        tokens_BC, logprobs_BC = jax.device_get((tokens_BC, logprobs_BC))
-        requests = list(enumerate(self.slots))
-        for step in range(steps.RUN):
-            for slot, request in requests:
-                # A row that its callback ended may have continued until the end of this dispatch.
-                if request is not None and request.finish_reason is None and tokens_BC[slot, step] >= 0:
-                    self._add(slot, request, int(tokens_BC[slot, step]), float(logprobs_BC[slot, step]), on_token)
+        return _Results(*jax.device_get(results))
 
-    def _add(self, slot: int, request: Request, token: int, logprob: float, on_token: OnToken | None) -> None:
-        request.add(token, logprob, self.stop_ids, on_token)
-        self.slots[slot] = request if request.finish_reason is None else None
-        if request.finish_reason is not None and self.on_end is not None:
-            self.on_end(request)
+    def _idle_enough(self) -> int:
+        """The number of idle slots at which a waiting prompt can be computed."""
+        if self.fixed_shapes and self.waiting:
+            return 1
+        return min(self.group, len(self.waiting)) * self.answers or len(self.slots)
+
+    def _add(self, slot: int, request: Request, results: "_Results", at: int | tuple[int, int]) -> None:
+        top: TopTokens = ()
+        if results.likely is not None and request.alternatives:
+            tokens, logprobs = (values[at].tolist() for values in results.likely)
+            top = tuple(zip(tokens, logprobs, strict=True))
+        request.add(int(results.tokens[at]), float(results.logprobs[at]), top, self.stop_ids)
+        self.slots[slot] = None if request.ended else request
+        if request.ended and request.on_end is not None:
+            request.on_end(request)
 
     def _rows(self) -> steps.Rows:
         token_B, position_B, left_B = (np.zeros(len(self.slots), np.int32) for _ in range(3))
@@ -170,7 +246,12 @@ class Engine:
                 position_B[slot] = len(request.prompt) + len(request.tokens) - 1
                 left_B[slot] = request.sampling.max_new_tokens - len(request.tokens)
         tokens, positions, left = (_argument(values_B, np.int32) for values_B in (token_B, position_B, left_B))
-        return steps.Rows(tokens, positions, left, self._knobs(self.slots))
+        return steps.Rows(tokens, positions, left, self._knobs(self.slots), self._adapters(self.slots))
+
+    def _adapters(self, requests: Sequence[Request | None]) -> jax.Array | None:
+        """The number of each row's adapter; None if rows have none of their own."""
+        numbers = [0 if request is None else request.adapter for request in requests]
+        return _argument(numbers, np.int32) if self.adapters else None
 
     def _knobs(self, requests: Sequence[Request | None]) -> Knobs:
         idle = Sampling(max_new_tokens=1)
@@ -187,6 +268,14 @@ class Engine:
                 [r.sampling.temperature or 1.0 if r is not None and r.tempered else 1.0 for r in requests], np.float32
             ),
         )
+
+
+class _Results(NamedTuple):
+    """What a dispatch has chosen, on the host; the fields are those of `steps.prefill` and `steps.decode`."""
+
+    tokens: npt.NDArray[np.int32]
+    logprobs: npt.NDArray[np.float32]
+    likely: Alternatives | None
 
 
 def start(
@@ -231,11 +320,11 @@ def start(
         slots=[None] * slots,
         # Small enough that few slots wait for a group to gather, large enough to fill the machine.
         group=group_of(slots, shards, answers),
+        length=length,
         answers=answers,
         prefix=prefix,
         prefix_tokens=common,
         prefix_length=prefix_length,
-        length=length,
     )
 
 
@@ -253,6 +342,12 @@ def group_of(slots: int, shards: int, answers: int) -> int:
     """Prompts prefilled together: a multiple of `shards`, unless their answers would then not fit into the slots."""
     group = math.ceil(slots / 8 / answers / shards) * shards
     return group if group * answers <= slots else max(1, slots // answers)
+
+
+def _compiled_alternatives(requests: Sequence[Request | None]) -> int:
+    """The smallest number of alternatives that is compiled and is enough for all requests."""
+    wanted = max((request.alternatives for request in requests if request is not None), default=0)
+    return next(count for count in ALTERNATIVES if count >= wanted)
 
 
 def _argument(values: npt.ArrayLike, dtype: npt.DTypeLike) -> jax.Array:

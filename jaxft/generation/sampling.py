@@ -4,7 +4,7 @@ Order, as in transformers: repetition penalty, then (if the temperature is not 0
 min-p.
 """
 
-# B rows, V vocab
+# B rows, V vocab, K alternatives
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -31,6 +31,15 @@ class Knobs(NamedTuple):
     logprob_temperature_B: jax.Array
 
 
+class Alternatives(NamedTuple):
+    """The most likely tokens in one position of each row, the likeliest first, [..., K] int32, and their
+    log-probabilities in nats, [..., K] float32.
+    """
+
+    tokens_BK: jax.Array
+    logprobs_BK: jax.Array
+
+
 def choose(
     logits_BV: jax.Array, seen_BV: jax.Array, knobs: Knobs, positions_B: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -52,6 +61,13 @@ def choose(
     logits_BV = logits_BV / knobs.logprob_temperature_B[:, None]
     logits_B = jnp.take_along_axis(logits_BV, chosen_B[:, None], axis=-1)[:, 0]
     return chosen_B, logits_B - jax.nn.logsumexp(logits_BV, axis=-1)
+
+
+def most_likely(logits_BV: jax.Array, knobs: Knobs, count: int) -> Alternatives:
+    """The `count` most likely tokens of each row. Their log-probabilities are those that `choose` gives."""
+    logits_BV = logits_BV / knobs.logprob_temperature_B[:, None]
+    logits_BK, tokens_BK = jax.lax.top_k(logits_BV, count)
+    return Alternatives(tokens_BK.astype(jnp.int32), logits_BK - jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True))
 
 
 def filter_scores(scores_BV: jax.Array, knobs: Knobs) -> jax.Array:

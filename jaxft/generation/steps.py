@@ -4,7 +4,8 @@ Both are plain jitted functions of (graph definition, parameters, ...), so that 
 the same model, as in RL, reuse the compiled code. Cache and history are donated: updated in place.
 """
 
-# B slots, P prompts of a group, A answers to a prompt, S suffix tokens of a prompt, V vocab, C steps of a run, T cache
+# B slots, P prompts of a group, A answers to a prompt, S suffix tokens of a prompt, V vocab, C steps of a run, T cache,
+# K alternatives to a token
 
 import functools
 from collections.abc import Callable
@@ -16,7 +17,8 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxft.generation.sampling import Knobs, choose
+from jaxft.generation.sampling import Alternatives, Knobs, choose, most_likely
+from jaxft.nn.adapter import RowNumbers
 from jaxft.nn.attention.cache import Cache, LayerCache, MixerCache, StateCache, store
 from jaxft.nn.decoder import Decoder
 
@@ -49,26 +51,29 @@ class Prompts(NamedTuple):
 
     tokens_PS: int32, -1 is padding. start: the position of the first token (the length of the prefix).
     slots_PA: the slots of each prompt's answers; out of range if there is no such answer. knobs: of all answers,
-    [P * A], prompt after prompt.
+    [P * A], prompt after prompt. adapter_P: int32, the number of each prompt's adapter, if rows have adapters of their
+    own; else None.
     """
 
     tokens_PS: jax.Array
     start: jax.Array
     slots_PA: jax.Array
     knobs: Knobs
+    adapter_P: jax.Array | None = None
 
 
 class Rows(NamedTuple):
     """The state of each slot.
 
     token_B: the newest token, not in the cache yet. position_B: its position. left_B: how many more tokens the row
-    may produce, 0 if the slot is idle.
+    may produce, 0 if the slot is idle. adapter_B: as in `Prompts`.
     """
 
     token_B: jax.Array
     position_B: jax.Array
     left_B: jax.Array
     knobs: Knobs
+    adapter_B: jax.Array | None = None
 
 
 def _on_mesh(step: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
@@ -114,7 +119,7 @@ def encode_prefix(
     return Prefix(cache, _mark_seen(tokens_1S, model.config.vocab_size)[0])
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "length", "rows"), donate_argnames="memory")
+@functools.partial(jax.jit, static_argnames=("graphdef", "length", "rows", "alternatives"), donate_argnames="memory")
 @_on_mesh
 def prefill(
     graphdef: nnx.GraphDef[Decoder],
@@ -125,12 +130,15 @@ def prefill(
     *,
     length: int,
     rows: NamedSharding | None,
-) -> tuple[Memory, jax.Array, jax.Array]:
-    """The memory with the prompts in their slots, the first tokens of all answers [P * A] and their log-probabilities.
+    alternatives: int = 0,
+) -> tuple[Memory, jax.Array, jax.Array, Alternatives | None]:
+    """The memory with the prompts in their slots, the first tokens of all answers [P * A], their log-probabilities, and
+    the most likely tokens there [P * A, K].
 
-    length: slots of the temporary cache that the group is computed in, at least its longest prompt.
+    length: slots of the temporary cache that the group is computed in, at least its longest prompt. alternatives: K;
+    at 0 there is None in their place.
     """
-    model = nnx.merge(graphdef, params)
+    model = _with_adapters(nnx.merge(graphdef, params), prompts.adapter_P, rows)
     tokens_PS, slots_PA = prompts.tokens_PS, prompts.slots_PA
     answers = slots_PA.shape[1]
     real_PS = tokens_PS >= 0
@@ -148,16 +156,18 @@ def prefill(
     logits_NV, seen_NV, ends_N = (
         jnp.repeat(x, answers, axis=0) for x in (model.unembed(hidden_PD), seen_PV, prompts.start + count_P)
     )
-    first_N, logprobs_N = choose(_by_rows(logits_NV, rows), seen_NV, prompts.knobs, ends_N)
+    logits_NV = _by_rows(logits_NV, rows)
+    first_N, logprobs_N = choose(logits_NV, seen_NV, prompts.knobs, ends_N)
+    likely = most_likely(logits_NV, prompts.knobs, alternatives) if alternatives else None
     seen_NV = _also_seen(seen_NV, first_N)
     filled = memory.cache
     for answer in range(answers):
         filled = store(filled, cache, slots_PA[:, answer])
     memory = Memory(filled, memory.seen_BV.at[slots_PA.reshape(-1)].set(seen_NV, mode="drop"))
-    return _shard(memory, rows), *_replicate((first_N, logprobs_N), rows)
+    return _shard(memory, rows), *_replicate((first_N, logprobs_N, likely), rows)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "rows"), donate_argnames="memory")
+@functools.partial(jax.jit, static_argnames=("graphdef", "rows", "alternatives"), donate_argnames="memory")
 @_on_mesh
 def decode(
     graphdef: nnx.GraphDef[Decoder],
@@ -169,22 +179,24 @@ def decode(
     idle_enough: jax.Array,
     *,
     rows: NamedSharding | None,
-) -> tuple[Memory, jax.Array, jax.Array]:
-    """Up to most_steps (<= RUN) tokens for each row: tokens [B, RUN], -1 for none, and log-probabilities.
+    alternatives: int = 0,
+) -> tuple[Memory, jax.Array, jax.Array, Alternatives | None]:
+    """Up to most_steps (<= RUN) tokens for each row: tokens [B, RUN], -1 for none, their log-probabilities, and the
+    most likely tokens at each step [B, RUN, K].
 
     Returns early when all rows are idle, or when idle_enough of them are, so that waiting prompts get in.
-    stop_ids: int32, padded with -1.
+    stop_ids: int32, padded with -1. alternatives: as for `prefill`.
     """
-    model = nnx.merge(graphdef, params)
+    model = _with_adapters(nnx.merge(graphdef, params), rows_now.adapter_B, rows)
     slots = rows_now.token_B.shape[0]
 
     def go_on(carry):
-        step, _, state, _, _ = carry
+        step, _, state, *_ = carry
         busy = jnp.sum(state.left_B > 0)
         return (step < most_steps) & (busy > 0) & ((step == 0) | (slots - busy < idle_enough))
 
     def body(carry):
-        step, memory, state, tokens_BC, logprobs_BC = carry
+        step, memory, state, tokens_BC, logprobs_BC, likely = carry
         # Without this the layers would have their rows split as those of `choose` are, and gather them in each layer.
         token_B, position_B, active_B = _rows_only((state.token_B, state.position_B, state.left_B > 0), rows)
         segments_B1 = active_B.astype(jnp.int32)[:, None]
@@ -201,12 +213,25 @@ def decode(
         )
         tokens_BC = tokens_BC.at[:, step].set(jnp.where(active_B, chosen_B, -1))
         logprobs_BC = logprobs_BC.at[:, step].set(logprob_B)
-        return step + 1, _shard(Memory(cache, seen_BV), rows), state, tokens_BC, logprobs_BC
+        if alternatives:
+            now = most_likely(logits_BV, state.knobs, alternatives)
+            likely = jax.tree.map(lambda all_BCK, now_BK: all_BCK.at[:, step].set(now_BK), likely, now)
+        return step + 1, _shard(Memory(cache, seen_BV), rows), state, tokens_BC, logprobs_BC, likely
 
-    tokens_BC = jnp.full((slots, RUN), -1, jnp.int32)
-    start = (jnp.int32(0), memory, rows_now, tokens_BC, jnp.zeros((slots, RUN), jnp.float32))
-    _, memory, _, tokens_BC, logprobs_BC = jax.lax.while_loop(go_on, body, start)
-    return _shard(memory, rows), *_replicate((tokens_BC, logprobs_BC), rows)
+    tokens_BC, likely = jnp.full((slots, RUN), -1, jnp.int32), None
+    if alternatives:
+        shape = (slots, RUN, alternatives)
+        likely = Alternatives(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
+    start = (jnp.int32(0), memory, rows_now, tokens_BC, jnp.zeros((slots, RUN), jnp.float32), likely)
+    _, memory, _, tokens_BC, logprobs_BC, likely = jax.lax.while_loop(go_on, body, start)
+    return _shard(memory, rows), *_replicate((tokens_BC, logprobs_BC, likely), rows)
+
+
+def _with_adapters(model: Decoder, adapter_B: jax.Array | None, rows: NamedSharding | None) -> Decoder:
+    """The model, which knows the number of each row's adapter if rows have adapters of their own."""
+    if adapter_B is not None:
+        model.shared = RowNumbers(_rows_only(adapter_B, rows))
+    return model
 
 
 def _forward(
@@ -250,7 +275,7 @@ def _shard(memory: Memory, rows: NamedSharding | None) -> Memory:
     return memory if rows is None else jax.lax.with_sharding_constraint(memory, shardings_of(memory, rows))
 
 
-def _replicate(results: tuple[jax.Array, jax.Array], rows: NamedSharding | None) -> tuple[jax.Array, jax.Array]:
+def _replicate(results: Arrays, rows: NamedSharding | None) -> Arrays:
     """The results on every device, so that every process can read them."""
     return results if rows is None else jax.lax.with_sharding_constraint(results, NamedSharding(rows.mesh, P()))
 

@@ -5,10 +5,14 @@ from collections.abc import Callable, Collection, Sequence
 from jaxft.errors import ConfigError, DataError, ModelError, listed
 from jaxft.generation import engine
 from jaxft.generation.conversation_cache import ConversationCache
+from jaxft.generation.request import OnEnd, Request
+from jaxft.generation.request import OnToken as OnOwnToken
 from jaxft.generation.settings import Generated, Sampling
 from jaxft.nn.decoder import Decoder
 from jaxft.nn.virtual import virtual_ids
 
+# Called with (row, token, logprob) for every token, a row's own in order; True ends the row.
+OnToken = Callable[[int, int, float], bool | None]
 # Called with (number of the prompt, its answers) as soon as all answers of a prompt have ended.
 OnGroup = Callable[[int, list[Generated]], None]
 NAMED = 5  # rows named in one error
@@ -21,7 +25,7 @@ def generate_tokens(
     sampling: Sampling | Sequence[Sampling],
     stop_ids: Collection[int] = (),
     slots: int = 32,
-    on_token: engine.OnToken | None = None,
+    on_token: OnToken | None = None,
     cache: ConversationCache | None = None,
     answers: int = 1,
     length: int | None = None,
@@ -82,7 +86,7 @@ def run(
     *,
     stop_ids: Collection[int],
     slots: int,
-    on_token: engine.OnToken | None,
+    on_token: OnToken | None,
     cache: ConversationCache | None = None,
     answers: int = 1,
     length: int | None = None,
@@ -99,8 +103,13 @@ def run(
         raise ConfigError(f"cache is for one conversation, and there are {len(prompts)} prompts: leave it out")
     first = virtual_ids(model.virtual_tokens)
     requests = [
-        engine.Request(
-            row=row, prompt=(*first, *map(int, prompt)), sampling=sampling, tempered=tempered_logprobs, stream=stream
+        Request(
+            id=row,
+            prompt=(*first, *map(int, prompt)),
+            sampling=sampling,
+            stream=stream,
+            tempered=tempered_logprobs,
+            on_token=None if on_token is None else _of_row(on_token, row),
         )
         for row, (prompt, sampling, stream) in enumerate(
             zip(prompts, samplings, streams or range(len(prompts)), strict=True)
@@ -117,19 +126,25 @@ def run(
         keep_slots=keep_slots,
     )
     if on_group is not None:
-        running.on_end = _by_group(requests, answers, on_group)
-    running.run(requests, on_token)
+        on_end = _by_group(requests, answers, on_group)
+        for request in requests:
+            request.on_end = on_end
+    running.run(requests)
     if cache is not None:
         running.save_cache(requests[0], cache)
     return [_result(request) for request in requests]
 
 
-def _by_group(requests: Sequence[engine.Request], answers: int, on_group: OnGroup) -> engine.OnEnd:
+def _of_row(on_token: OnToken, row: int) -> OnOwnToken:
+    return lambda token, logprob, _: on_token(row, token, logprob)
+
+
+def _by_group(requests: Sequence[Request], answers: int, on_group: OnGroup) -> OnEnd:
     """Calls on_group when the last of a prompt's requests ends."""
     left = [answers] * (len(requests) // answers)
 
-    def on_end(request: engine.Request) -> None:
-        group = request.row // answers
+    def on_end(request: Request) -> None:
+        group = request.id // answers
         left[group] -= 1
         if not left[group]:
             first = group * answers
@@ -153,9 +168,9 @@ def _refuse_stop_strings(samplings: Sequence[Sampling]) -> None:
         )
 
 
-def _result(request: engine.Request) -> Generated:
+def _result(request: Request) -> Generated:
     if request.finish_reason is None:
-        raise RuntimeError(f"row {request.row} has no finish_reason: the engine stopped before it ended")
+        raise RuntimeError(f"row {request.id} has no finish_reason: the engine stopped before it ended")
     return Generated(
         tokens=tuple(request.tokens), logprobs=tuple(request.logprobs), finish_reason=request.finish_reason
     )

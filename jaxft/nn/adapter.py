@@ -6,6 +6,7 @@ from typing import Any, Self
 
 import jax
 from flax import nnx
+from jax.typing import DTypeLike
 
 from jaxft.nn.storage import StorageDims
 
@@ -85,6 +86,17 @@ class ExpertAdapter(LayerAdapter):
 
         sizes_E: numbers of rows; the rows of expert 0 are first, then those of expert 1 and so on.
         """
+
+
+class RowNumbers(nnx.Module):
+    """The number of each row's adapter, [B] int32, for the slot `Decoder.shared`: adapters read it as `shared`."""
+
+    def __init__(self, numbers_B: jax.Array) -> None:
+        self.numbers_B = nnx.Variable(numbers_B)
+
+    def arrays(self, dtype: DTypeLike) -> jax.Array:
+        """The numbers, whatever the type of computation."""
+        return self.numbers_B.get_value()
 
 
 def bind_shared(module: nnx.Module, arrays: object) -> None:

@@ -117,7 +117,7 @@ def test_a_common_prefix_changes_nothing(model, prompts, monkeypatch):
 
 
 def requests(prompts):
-    return [engine.Request(row=i, prompt=tuple(prompt), sampling=GREEDY) for i, prompt in enumerate(prompts)]
+    return [engine.Request(id=i, prompt=tuple(prompt), sampling=GREEDY) for i, prompt in enumerate(prompts)]
 
 
 def test_limits_of_each_row(model, prompts):

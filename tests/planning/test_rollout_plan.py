@@ -73,7 +73,7 @@ def test_cache_and_copy_are_those_of_generation(family, mesh):
 
     model = random_model(config_from_hf(hf_config), seed=0)
     make_mesh_plan(run.mesh).shard_module(model)
-    requests = [engine.Request(row=row, prompt=(1, 2, 3), sampling=Sampling()) for row in range(48)]
+    requests = [engine.Request(id=row, prompt=(1, 2, 3), sampling=Sampling()) for row in range(48)]
     real = engine.start(model, requests, stop_ids=(), slots=16, answers=8, length=90)
 
     assert len(real.slots) == planned.slots_of(run.rollout.slots) == 16

@@ -172,6 +172,11 @@ class LowRank(LayerAdapter):
         a, b = (half[at] for half in self._halves())
         return self._scale(at, dimensions=a.ndim) * jnp.einsum("...ri,...ro->...io", a, b, precision="highest")
 
+    def scaled_halves(self) -> tuple[jax.Array, jax.Array]:
+        """A and scale * B, float32: [*stack, r, I] and [*stack, r, O], or twice r with initial values to subtract."""
+        a, b = self._halves()
+        return a, self._scale(dimensions=b.ndim) * b
+
     def rank(self, stack_index: int | None) -> int:
         """The rank at a stack index; 0 if that layer has no adapter."""
         if self.stack_settings is None or stack_index is None:
