@@ -53,8 +53,8 @@ TEMPLATES = {
         + "{{ '\\n</parameter>\\n' }}{% endfor %}{{ '</function>\\n</tool_call>' }}{% endfor %}"
     ),
     "glm": template(
-        EACH + "{{ '\\n<tool_call>' + c.function.name }}" + ITEMS
-        + "{{ '\\n<arg_key>' + k + '</arg_key>\\n<arg_value>' }}" + VALUE + "</arg_value>{% endfor %}{{ '\\n</tool_call>' }}{% endfor %}"
+        EACH + "{{ '\\n<tool_call>' + c.function.name }}" + ITEMS + "{{ '\\n<arg_key>' + k + '</arg_key>' }}"
+        + "{{ '\\n<arg_value>' }}" + VALUE + "</arg_value>{% endfor %}{{ '\\n</tool_call>' }}{% endfor %}"
     ),
 }  # fmt: skip
 PYTHON = template(

@@ -36,8 +36,8 @@ def _message(given: Any, within: str) -> dict[str, Any]:
         if given.get(name):
             raise bad_request(f"{within}{name} is not served: leave it out.", f"{within}{name}")
     message: dict[str, Any] = {"role": role, "content": _content(given, role, within)}
-    name = text_field(given, "name", most=NAME_CHARACTERS, within=within)
-    message |= {} if name is None else {"name": name}
+    if (speaker := text_field(given, "name", most=NAME_CHARACTERS, within=within)) is not None:
+        message["name"] = speaker
     if role == "assistant":
         calls = _calls(given.get("tool_calls"), within)
         thoughts = text_field(given, "reasoning_content", most=MOST_CHARACTERS, within=within)

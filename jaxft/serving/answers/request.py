@@ -2,7 +2,7 @@
 
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jaxft.serving.answers import fields
@@ -52,7 +52,7 @@ class AnswerRequest:
     settings: Settings
     messages: tuple[dict[str, Any], ...] = ()
     tools: tuple[dict[str, Any], ...] = ()
-    variables: Mapping[str, Any]
+    variables: Mapping[str, Any] = field(default_factory=dict)
     prompts: tuple[str | tuple[int, ...], ...] = ()
     stream: bool = False
     include_usage: bool = False
@@ -75,6 +75,7 @@ def parse_chat(values: Mapping[str, Any]) -> AnswerRequest:
     if top and not logprobs:
         raise bad_request("top_logprobs needs logprobs: true.", "top_logprobs")
     limit = given[0] if given[0] is not None else given[1]
+    stream, include_usage = _streaming(values)
     return AnswerRequest(
         kind="chat",
         model=_model(values),
@@ -82,7 +83,8 @@ def parse_chat(values: Mapping[str, Any]) -> AnswerRequest:
         messages=parse_messages(values.get("messages")),
         tools=tools,
         variables=_variables(values),
-        **_streaming(values),
+        stream=stream,
+        include_usage=include_usage,
     )
 
 
@@ -94,9 +96,14 @@ def parse_completion(values: Mapping[str, Any]) -> AnswerRequest:
     settings = _settings(
         values, COMPLETION_TOKENS if limit is None else limit, logprobs=top is not None, alternatives=top or 0
     )
-    prompts = _prompts(values.get("prompt"))
+    stream, include_usage = _streaming(values)
     return AnswerRequest(
-        kind="completion", model=_model(values), settings=settings, prompts=prompts, variables={}, **_streaming(values)
+        kind="completion",
+        model=_model(values),
+        settings=settings,
+        prompts=_prompts(values.get("prompt")),
+        stream=stream,
+        include_usage=include_usage,
     )
 
 
@@ -187,14 +194,15 @@ def _variables(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _streaming(values: Mapping[str, Any]) -> dict[str, bool]:
+def _streaming(values: Mapping[str, Any]) -> tuple[bool, bool]:
+    """(whether the answers come as a stream, whether its last chunk has the usage)."""
     stream, options = _flag(values, "stream"), object_field(values, "stream_options")
     if options and not stream:
         raise bad_request("stream_options needs stream: true.", "stream_options")
     refuse_unknown(options, ("include_usage", "include_obfuscation"), "stream_options.")
     if options.get("include_obfuscation"):
         raise bad_request("stream_options.include_obfuscation is not served: leave it out.", "stream_options")
-    return {"stream": stream, "include_usage": _flag(options, "include_usage", "stream_options.")}
+    return stream, _flag(options, "include_usage", "stream_options.")
 
 
 def _flag(values: Mapping[str, Any], name: str, within: str = "") -> bool:

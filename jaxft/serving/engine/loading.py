@@ -19,8 +19,6 @@ from jaxft.serving.engine.channel import Channel
 from jaxft.serving.engine.places import Place, Places
 from jaxft.serving.engines.spec import EngineSpec
 
-SHORT = 64  # tokens of the prompts whose programs a CPU compiles at the start; others it compiles when they come
-
 
 def load(spec: EngineSpec, channel: Channel) -> Places:
     """Loads what the spec names, and says what it does. Raises JaxftError for what cannot be loaded."""
@@ -30,8 +28,9 @@ def load(spec: EngineSpec, channel: Channel) -> Places:
     length = min(spec.context, loaded.module.config.max_position_embeddings)
     engine = _engine(spec, loaded.module, tokenizer.stop_ids, length)
     places = Places(engine, Place(0, tokenizer, CallForm.of(tokenizer)), spec.model)
-    channel.tell("phase", phase="compiling")
-    engine.compile(min(SHORT, length) if jax.default_backend() == "cpu" else None)
+    if jax.default_backend() != "cpu":  # which compiles in a moment what comes, and has long prompts to compute first
+        channel.tell("phase", phase="compiling")
+        engine.compile()
     channel.tell("ready", devices=_devices())
     channel.tell("phase", phase="warm")
     return places
