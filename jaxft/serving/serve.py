@@ -162,6 +162,7 @@ class _Server(uvicorn.Server):
         """Ends the server, once open requests are answered."""
         self._service.phase = "draining"
         self._service.engines.drain()
+        self._service.supervisor.drain()  # workers save while open requests are answered
         self.should_exit = True
 
     def _stop(self, number: int, frame: object) -> None:

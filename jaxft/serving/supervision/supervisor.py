@@ -82,10 +82,15 @@ class Supervisor:
         """Has it look now: there is something to do."""
         self._awake.set()
 
-    def stop(self) -> None:
-        """Starts nothing more, has the workers save and stop, and returns once they have, or their time is over."""
-        self._draining_since = time.monotonic()
+    def drain(self) -> None:
+        """Starts nothing more, and has the workers save and stop."""
+        if self._draining_since is None:
+            self._draining_since = time.monotonic()
         self.wake()
+
+    def stop(self) -> None:
+        """Drains, and returns once the workers have stopped, or their time is over."""
+        self.drain()
         self._thread.join()
 
     def _run(self) -> None:
