@@ -59,9 +59,9 @@ def decoded(monkeypatch):
     """decoded[0]: the text of the compiled decoding step; decoded[1]: the memory after it."""
     real, kept = steps.decode, []
 
-    def decode(graphdef, params, *rest, rows):
+    def decode(graphdef, params, *rest, **static):
         if not kept:
-            kept.extend([real.lower(graphdef, params, *rest, rows=rows).compile(), None])
+            kept.extend([real.lower(graphdef, params, *rest, **static).compile(), None])
         results = kept[0](params, *rest)
         kept[1] = results[0]
         return results
