@@ -3,22 +3,25 @@
     python benchmarks/plan_vs_published.py
 
 Published: MaxText, docs/reference/models/tiering.md (tokens per second and chip) and MaxText/configs/v5e, v5p/README.md
-(TFLOPs per second and chip; of these models only the size is known). Batches, meshes and rematerialisation: the recipes
-that these pages name (AI-Hypercomputer/tpu-recipes; MaxText/configs/*/*.sh). The share of the forward pass that they
-recompute is estimated from what they keep; Mixtral's recipes pad experts to a capacity of 1.25. Work is estimated by
-arithmetic, because these are not jaxft's steps. The efficiencies in jaxft/hardware/roofline.py were fitted to the rows
-marked *.
+(TFLOPs per second and chip; of these models only the size is known); on GPUs NeMo AutoModel and torchtitan, their own
+pages on performance. Batches, meshes and rematerialisation: the recipes that these pages name
+(AI-Hypercomputer/tpu-recipes; MaxText/configs/*/*.sh). The share of the forward pass that they recompute is estimated
+from what they keep, and so is a batch that none of them names; Mixtral's recipes pad experts to a capacity of 1.25. The
+work is estimated by arithmetic, since these are not jaxft's steps. The efficiencies in jaxft/hardware/roofline.py were
+fitted to the rows marked *.
 """
 
 import json
 import os
 import statistics
+from dataclasses import replace
 from typing import NamedTuple
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from jaxft import config
 from jaxft.assets import ASSETS
+from jaxft.hardware.analytic import layer_kernels
 from jaxft.hardware.costs import Work
 from jaxft.hardware.roofline import efficiency_of
 from jaxft.hardware.topology import parse
@@ -26,7 +29,10 @@ from jaxft.planning.job import abstract_step_of, estimate_step, sharded_step_of,
 
 
 class Named(NamedTuple):
-    """A published row of a known model. recomputed: share of the forward pass that the backward pass repeats."""
+    """A published row of a known model. recomputed: share of the forward pass that the backward pass repeats.
+
+    narrow: whether all three products of linear layers have fp8 operands. lora: whether adapters of rank 8 are trained.
+    """
 
     model: str
     topology: str
@@ -37,6 +43,13 @@ class Named(NamedTuple):
     fitted: bool
     capacity: float = 1.0
     tensor: int = 1
+    narrow: bool = False
+    lora: bool = False
+
+    @property
+    def label(self) -> str:
+        parts = [self.model, *["LoRA"] * self.lora, *["fp8"] * self.narrow]
+        return " ".join(parts)
 
 
 class Sized(NamedTuple):
@@ -58,6 +71,13 @@ NAMED = (
     Named("mixtral-8x22b", "v6e:16x16", 8, 4096, 1326, 0.65, False, capacity=1.25),
     Named("llama-2-70b", "v5p:8x8x8", 4, 4096, 692, 0.6, True),
     Named("mixtral-8x7b", "v5p:4x4x8", 8, 4096, 2909, 0.65, False, capacity=1.25),
+    Named("llama-3.1-8b", "v6e:2x4", 3, 8192, 7139, 0.65, False),
+    Named("llama-3.3-70b", "tpu7x:4x4x4", 4, 8192, 2687, 0.65, True),
+    Named("llama-3.3-70b", "tpu7x:4x4x4", 4, 8192, 4128, 0.65, False, narrow=True),
+    Named("llama-3.1-8b", "h100:8", 2, 8192, 6667, 0.3, True),
+    Named("llama-3.1-8b", "h100:8", 2, 8192, 8532, 0.3, False, narrow=True),
+    Named("llama-3-8b", "h100:1", 2, 4096, 12473, 0.0, False, lora=True),
+    Named("qwen3-30b-a3b", "h100:8", 8, 4096, 12040, 0.0, False),
 )
 SIZED = (
     Sized("16B", "v5e:16x16", 120, 0.94, True),
@@ -79,6 +99,8 @@ def predicted(row: Named) -> float:
         "data.train": "rows.jsonl", "data.max_length": row.length, "train.batch_size": batch, "mesh.tensor": row.tensor,
     }  # fmt: skip
     run = config.default_config()
+    if row.lora:
+        values |= {"adapter.kind": "lora", "adapter.r": 8}
     for key, value in values.items():
         section, name = key.split(".")
         run[section][name] = value
@@ -88,7 +110,12 @@ def predicted(row: Named) -> float:
     costs = estimate_step(step).costs
     hbm_bytes = costs.hbm_bytes
     costs.work.clear()
-    costs.work[Work(int(step.model_flops * (1 + row.recomputed / 3) * row.capacity), hbm_bytes)] += 1
+    flops, narrow = int(step.model_flops * (1 + row.recomputed / 3) * row.capacity), 0
+    if row.narrow:
+        passes = 6 + 2 * row.recomputed
+        narrow = int(passes * layer_kernels(step.sizes) * batch * row.length / topology.devices)
+        step = replace(step, config=replace(step.config, train=replace(step.config.train, matmul_dtype="fp8")))
+    costs.work[Work(flops, hbm_bytes, narrow=narrow)] += 1
     return batch * row.length / topology.chips / time_of(step, costs).total
 
 
@@ -102,7 +129,8 @@ def main() -> None:
         error = value / published - 1
         errors[row.fitted].append(abs(error))
         star = " *" if row.fitted else ""
-        print(f"| {row.model}{star} | {row.topology} | {published:,.0f} {unit} | {value:,.0f} | {error:+.0%} |")
+        name = row.label if isinstance(row, Named) else row.model
+        print(f"| {name}{star} | {row.topology} | {published:,.0f} {unit} | {value:,.0f} | {error:+.0%} |")
 
     for row in NAMED:
         show(row, row.tokens, predicted(row), "tokens/s")

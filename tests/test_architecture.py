@@ -1,6 +1,7 @@
 """The house rules, read from the code: imports run only downward, and what no room may do."""
 
 import ast
+import graphlib
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,23 @@ def test_imports_run_downward(path):
         if other != room and FLOORS.get(other, 99) >= FLOORS[room]
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def imported_modules(path):
+    """The modules of the package that a module imports, also inside functions and for types alone."""
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jaxft"):
+            base = PACKAGE.parent / node.module.replace(".", "/")
+            for alias in node.names:
+                inner = base / f"{alias.name}.py"
+                file = inner if inner.is_file() else base.with_suffix(".py")
+                yield file if file.is_file() else base / "__init__.py"
+
+
+def test_no_modules_import_each_other():
+    """graphlib raises CycleError, which names the circle."""
+    order = graphlib.TopologicalSorter({path: set(imported_modules(path)) - {path} for path in MODULES})
+    assert len(list(order.static_order())) >= len(MODULES)
 
 
 FORBIDDEN = {"tensorflow", "tensorboard"}

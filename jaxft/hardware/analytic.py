@@ -14,6 +14,7 @@ from jaxft.config import RunConfig
 from jaxft.hardware.compile import Memory
 from jaxft.hardware.costs import Costs, Transfer, Work
 from jaxft.hardware.sizes import AttentionGroup, ModelSizes
+from jaxft.nn.attention.splash import balances
 from jaxft.nn.experts.exchange import ROOM
 from jaxft.nn.partition import AXES
 from jaxft.nn.recurrent.delta_rule import CHUNK
@@ -251,12 +252,10 @@ def _add_reference(costs: Costs, sizes: ModelSizes, cut: Cut, flops: int, weight
 
 def _flops(config: RunConfig, sizes: ModelSizes, cut: Cut, model_flops: int, recomputed: float) -> int:
     """FLOPs of one device: the model's own products, and those that are recomputed."""
-    attention = {
-        parts: sizes.attention_flops(config.train.batch_size, cut.length, parts=parts) // math.prod(cut.axes.values())
-        for parts in (1, cut.ways("context"))
-    }
-    last_part = attention[cut.ways("context")]
-    flops = model_flops + last_part - attention[1]
+    parts, devices, rows = cut.ways("context"), math.prod(cut.axes.values()), config.train.batch_size
+    balanced = cut.kernel and balances(cut.length, parts, window=None)
+    last_part = sizes.attention_flops(rows, cut.length, parts=parts, balanced=balanced) // devices
+    flops = model_flops + last_part - sizes.attention_flops(rows, cut.length) // devices
     # Recomputing the forward pass adds its two FLOPs per parameter to the two, four or six.
     passes = 1 + (sizes.reached + sizes.trained) / max(1, sizes.active)
     # Two of attention's three parts are backward, where kernels recompute the scores; the TPU's two kernels, twice.
@@ -300,6 +299,11 @@ def _token_transfers(sizes: ModelSizes, cut: Cut, compute: int, *, recomputed: b
             received = int(2 * _keys(group, cut) * compute * (context - 1) / context)
             out[Transfer("all-gather", ("context",), received)] += forward * group.layers
             out[Transfer("reduce-scatter", ("context",), received)] += group.reached
+            if cut.kernel and balances(cut.length, context, group.window):
+                # Queries and results change devices, most of them, and so do their gradients.
+                moved = cut.tokens * group.heads * group.head_dim * compute * (context - 1) // (context * tensor)
+                times = 2 * (forward * group.layers + group.reached)
+                out[Transfer("collective-permute", ("context",), moved)] += times
     if sizes.experts is not None and shards > 1:
         # One row for each expert of a token, there and back, in the dtype of computation; so do their gradients.
         received = elements // tensor * sizes.experts.chosen * compute * (shards - 1) // shards

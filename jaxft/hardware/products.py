@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxft.hardware.hlo import Array, Instruction
+from jaxft.nn.attention.balanced import SCOPE as BALANCED
 from jaxft.quant.narrow import SCOPE as NARROW
 from jaxft.quant.nf4 import SCOPE as DENSE_NF4
 from jaxft.quant.nf4_matmul import NAME as NF4_MATMUL
@@ -155,7 +156,9 @@ def target_of(call: Instruction) -> str:
 
 
 def _visited_share(call: Instruction, operands: Sequence[Array], queries: int, keys: int) -> float:
-    """Share of the blocks that the causal mask and the grid leave; if devices split the queries, for the last part."""
+    """Share of the blocks that the causal mask and the grid leave; if devices split the queries, for the last part, or
+    for any part of queries in balanced order.
+    """
     sizes = {name: int(size) for name, size in re.findall(r'(block_\w+)\\?": ?(\d+)', call.attributes)}
     backward = re.search(r"_(dkv|dq)_", call.name + call.scope)
     suffix = f"_{backward.group(1)}" if backward else ""
@@ -164,10 +167,11 @@ def _visited_share(call: Instruction, operands: Sequence[Array], queries: int, k
     grid = next((a.dims for a in operands if a.dtype in ("s8", "s32", "s16") and len(a.dims) == 3), None)
     per_row = keys // columns if grid is None or dkv else grid[-1]
     per_column = queries // rows if grid is None or not dkv else grid[-2]
-    visited = 0
-    for row in range(queries // rows):
-        last = keys - queries + (row + 1) * rows - 1
-        visited += min(per_row, last // columns + 1)
+    ends = [*range(keys - queries + rows, keys + 1, rows)]
+    if BALANCED in call.scope:  # of the first part: it has the first chunk of the row and the last one
+        half = queries // 2
+        ends = [*range(rows, half + 1, rows), *range(keys - half + rows, keys + 1, rows)]
+    visited = sum(min(per_row, (end - 1) // columns + 1) for end in ends)
     if dkv:
         visited = min(visited, per_column * (keys // columns))
     return visited / ((queries // rows) * (keys // columns))

@@ -27,10 +27,10 @@ class Efficiency:
     overlap: float = 0.8
 
 
-# v5e, v5p and v6e: fitted to half of the throughputs that MaxText publishes, by benchmarks/plan_vs_published.py;
-# docs/plan.md has the error on the other half. The others are guesses: from the generation before or after, and from
-# what GPUs usually reach.
-PRODUCTS = {"v4": 0.7, "v5e": 0.79, "v5p": 0.75, "v6e": 0.5, "tpu7x": 0.5}
+# v5e to tpu7x and h100: fitted to some of the throughputs that others publish, by benchmarks/plan_vs_published.py;
+# docs/plan.md has the error on the others. h200 has the cores of h100. The rest are guesses: from the next generation,
+# and from what GPUs usually reach.
+PRODUCTS = {"v4": 0.7, "v5e": 0.79, "v5p": 0.75, "v6e": 0.5, "tpu7x": 0.65, "h100": 0.39, "h200": 0.39}
 GPU_PRODUCTS = 0.6
 # NF4 weights that a chip makes dense in a second, for main memory and in tiles of a kernel; neither overlaps products.
 # From the compiler: cycles of a product with such weights, or instructions of the kernel in blocks of 2,048 rows, above

@@ -146,19 +146,19 @@ class ModelSizes:
             states += length * self.streams.layers * self.streams.token_flops
         return rows * (2 * self.active * length + scores + states)
 
-    def attention_flops(self, rows: int, length: int, *, parts: int = 1) -> int:
+    def attention_flops(self, rows: int, length: int, *, parts: int = 1, balanced: bool = False) -> int:
         """FLOPs of scores and of their products with values, as far as causal order and window allow.
 
         parts: number of parts into which the context axis splits a row. The last part has most to compute and the
-        others wait for it, so each counts as much as the last.
+        others wait for it, so each counts as much as the last. balanced: whether layers without a window divide
+        queries so that all parts have the same to compute.
         """
-        return sum(
-            (4 * group.layers + 8 * group.reached)
-            * rows
-            * parts
-            * (_score_products(length, group) - _score_products(length - length // parts, group))
-            for group in self.attention
-        )
+        flops = 0
+        for group in self.attention:
+            ways = 1 if balanced and group.window is None else parts
+            last = _score_products(length, group) - _score_products(length - length // ways, group)
+            flops += (4 * group.layers + 8 * group.reached) * rows * ways * last
+        return flops
 
 
 def _score_products(length: int, group: AttentionGroup) -> int:

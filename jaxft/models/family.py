@@ -13,9 +13,9 @@ from jaxft.models.hf_fields import ALLOWED, check_fields, require
 from jaxft.models.score_model import LANGUAGE_MODEL, SCORE_MODEL
 from jaxft.models.tensor_map import ONE_ROW, TensorMap, linear
 from jaxft.nn.attention.borrowed import BorrowedShape
-from jaxft.nn.attention.layer import AttentionShape
 from jaxft.nn.attention.rope import Rope
 from jaxft.nn.attention.score_form import PLAIN, ScoreForm
+from jaxft.nn.attention.shape import AttentionShape
 from jaxft.nn.block import BEFORE, EXPERT_NORMS, OWN_INPUT_NORM, BlockShape, NormNames
 from jaxft.nn.decoder import DecoderShape
 from jaxft.nn.experts.layer import MoEShape

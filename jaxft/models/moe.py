@@ -10,7 +10,7 @@ from jaxft.models.family import LAYER, FamilyConfig, check_window, dense_tensors
 from jaxft.models.hf_fields import require
 from jaxft.models.tensor_map import TRANSPOSED, TensorMap, linear
 from jaxft.nn.attention.latent import LatentShape
-from jaxft.nn.attention.layer import AttentionShape
+from jaxft.nn.attention.shape import AttentionShape
 from jaxft.nn.block import BlockShape
 from jaxft.nn.decoder import DecoderShape
 from jaxft.nn.experts.layer import MoEShape

@@ -14,7 +14,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxft.nn.attention.borrowed import BorrowedAttention, BorrowedShape
 from jaxft.nn.attention.cache import MixerCache, NewKeys
 from jaxft.nn.attention.latent import LatentAttention, LatentShape
-from jaxft.nn.attention.layer import Attention, AttentionShape, Kept, Tokens
+from jaxft.nn.attention.layer import Attention, Kept, Tokens
+from jaxft.nn.attention.shape import AttentionShape
 from jaxft.nn.experts.layer import MoE, MoEShape
 from jaxft.nn.experts.router_sums import RouterSums
 from jaxft.nn.linear import Linear

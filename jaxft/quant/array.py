@@ -4,7 +4,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import jax
@@ -43,6 +43,26 @@ class QuantizedArray(ABC):
     def __getitem__(self, index: tuple[int, ...] | int) -> Self:
         """The part at an index on the leading axes."""
         return jax.tree.map(lambda part: part[index], self)
+
+
+@dataclass(frozen=True)
+class ScaledCodes(QuantizedArray):
+    """Codes times scales. codes: 8-bit numbers [..., I, O]. scales: float32 [..., 1, O], one for all inputs of an
+    output.
+    """
+
+    codes: jax.Array
+    scales: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.codes.shape
+
+    def dense(self, dtype: DTypeLike) -> jax.Array:
+        return (self.codes.astype(jnp.float32) * self.scales).astype(dtype)
+
+    def map_arrays(self, change: Callable[[jax.Array], jax.Array]) -> Self:
+        return replace(self, codes=change(self.codes), scales=change(self.scales))
 
 
 @dataclass(frozen=True, kw_only=True)

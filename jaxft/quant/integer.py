@@ -11,31 +11,16 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxft.quant.array import TINY, QuantizedArray, blocks
+from jaxft.quant.array import TINY, QuantizedArray, ScaledCodes, blocks
 from jaxft.quant.nibbles import BLOCK, pack, unpack
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Int8(QuantizedArray):
-    """codes: int8 [..., I, O]. scales: float32 [..., 1, O], one for all inputs of an output.
-
-    A weight is code times scale; the largest magnitude of an output has code 127 or -127, as in LLM.int8
-    (arXiv:2208.07339, section 3.1).
+class Int8(ScaledCodes):
+    """Codes in int8. The largest magnitude of an output has code 127 or -127, as in LLM.int8 (arXiv:2208.07339, section
+    3.1).
     """
-
-    codes: jax.Array
-    scales: jax.Array
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.codes.shape
-
-    def dense(self, dtype: DTypeLike) -> jax.Array:
-        return (self.codes.astype(jnp.float32) * self.scales).astype(dtype)
-
-    def map_arrays(self, change: Callable[[jax.Array], jax.Array]) -> Self:
-        return dataclasses.replace(self, codes=change(self.codes), scales=change(self.scales))
 
 
 @jax.tree_util.register_dataclass

@@ -6,16 +6,14 @@ int8 adds up exactly, in int32. fp8 is e4m3 forward and e5m2 for gradients, whic
 
 # M rows, I inputs, O outputs
 
-import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxft.quant.array import TINY, QuantizedArray
+from jaxft.quant.array import TINY, ScaledCodes
 from jaxft.quant.integer import Int8
 
 MatmulDtype = Literal["int8", "fp8"]
@@ -31,21 +29,8 @@ FEWEST_ROWS = 1024
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Narrow(QuantizedArray):
-    """A kernel as the operand of a product. codes: int8 or fp8 [I, O]. scales: float32 [1, O]."""
-
-    codes: jax.Array
-    scales: jax.Array
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.codes.shape
-
-    def dense(self, dtype: DTypeLike) -> jax.Array:
-        return (self.codes.astype(jnp.float32) * self.scales).astype(dtype)
-
-    def map_arrays(self, change: Callable[[jax.Array], jax.Array]) -> Self:
-        return dataclasses.replace(self, codes=change(self.codes), scales=change(self.scales))
+class Narrow(ScaledCodes):
+    """A kernel as the operand of a product: codes in int8 or fp8 [I, O], scales [1, O]."""
 
 
 def narrow_kernel(kernel: jax.Array, name: MatmulDtype) -> Narrow:

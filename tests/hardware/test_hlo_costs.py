@@ -332,6 +332,14 @@ def test_attention_kernels_count_the_blocks_that_causal_order_leaves(kind, suffi
     assert not costs.unknown
 
 
+@pytest.mark.parametrize(("scope", "blocks"), [("splash", 7 + 8), ("context/balanced_queries/splash", 1 + 8)])
+def test_a_part_of_a_row_is_the_last_one_unless_queries_are_balanced(scope, blocks):
+    text = SPLASH.format(kind="fwd", suffix="", more="", name="block").replace('op_name="splash"', f'op_name="{scope}"')
+    text = text.replace("bf16[2,2048,128]", "bf16[2,8192,128]").replace("s8[1,2,2]", "s8[1,2,8]")
+    costs = costs_of(hlo.parse(text), {"context": 4})
+    assert costs.flops == 2 * 2 * 4 * 2048 * 8192 * 128 * blocks // 16
+
+
 def test_a_kernel_that_is_not_known_is_named():
     text = SPLASH.format(kind="fwd", suffix="", more="", name="block").replace("splash", "other")
     costs = costs_of(hlo.parse(text), {"fsdp": 1})

@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 
 from jaxft.nn.attention import cache as kv
-from jaxft.nn.attention.layer import Attention, AttentionShape, attend, attend_cached, causal_mask
+from jaxft.nn.attention.layer import Attention, attend, attend_cached, causal_mask
+from jaxft.nn.attention.shape import AttentionShape
 from jaxft.nn.norm import Norm, NormShape
 
 

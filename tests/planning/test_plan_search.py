@@ -69,3 +69,4 @@ def test_the_last_part_of_a_row_has_most_to_do():
     whole, parts = (abstract_step.sizes.attention_flops(2, 32768, parts=parts) for parts in (1, 4))
     # Of 16 squares with 4 halves on the diagonal, the last row has 3.5, and there are 8 in all.
     assert parts / whole == pytest.approx(4 * 3.5 / 8, rel=1e-4)
+    assert abstract_step.sizes.attention_flops(2, 32768, parts=4, balanced=True) == whole

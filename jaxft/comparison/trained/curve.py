@@ -15,11 +15,11 @@ def fit(rows: Sequence[float], losses: Sequence[float]) -> tuple[float, float, f
     from scipy.optimize import nnls
 
     n, y = np.asarray(rows, np.float64), np.asarray(losses, np.float64)
-    best = None
+    most, best = max(rows), None
     for c in EXPONENTS:
-        (e, b), error = nnls(np.stack([np.ones_like(n), (n / n.max()) ** -c], axis=1), y)
+        (e, b), error = nnls(np.stack([np.ones_like(n), (n / most) ** -c], axis=1), y)
         if best is None or error < best[0] - 1e-12:
-            best = (error, e, b * n.max() ** c, float(c))
+            best = (error, e, b * most**c, float(c))
     if best is None:
         raise ValueError("a curve without points has no fit")
     return best[1], best[2], best[3]

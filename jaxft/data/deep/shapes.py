@@ -5,24 +5,18 @@
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from jaxft.data.deep.words import json_of
+from jaxft.data.deep.cuts import CUTS, PROSE, SENTENCE
+from jaxft.data.deep.table import Table
 from jaxft.files.strict_json import parse_json
-
-if TYPE_CHECKING:
-    from jaxft.data.deep.table import Table
 
 MADS = 5  # median absolute deviations above the median, beyond which a text is long
 LEAST_MAD = 0.1  # of the median: where nearly all lengths are the same, a small difference is nothing odd
-PROSE = 200  # characters from which the end of a text says whether it was cut
-ENDS = frozenset(".!?:;)]}>\"'`*_~|\u3002\uff01\uff1f\u300d\u300f\u201d\u2019\u2026\u060c\u061f\u0964")
 RARE_SCRIPT = 0.02  # share of the rows below which a script is rare
 MAJORITY = 0.9  # share of the answers that makes a format
-CUTS = ("a code block is not closed", "JSON ends before it is closed", "it ends within a sentence")
-FENCE, JSON, SENTENCE = range(3)
 PARTS = ("question", "answer")
 
 
@@ -35,17 +29,7 @@ class Odd:
     text: str
 
 
-def is_cut(answer: str) -> int:
-    """Why an answer seems cut off, as an index of CUTS; -1 if it does not. SENTENCE is odd only if few end like it."""
-    text = answer.strip()
-    if text.count("```") % 2:
-        return FENCE
-    if text[:1] in ("{", "[") and text.count(text[0]) > text.count("}" if text[0] == "{" else "]"):
-        return JSON if json_of(text) is None else -1
-    return SENTENCE if len(text) >= PROSE and text[-1] not in ENDS and json_of(text) is None else -1
-
-
-def odd_shapes(table: "Table", answer_of: Callable[[int], str], metric: str | None) -> list[Odd]:
+def odd_shapes(table: Table, answer_of: Callable[[int], str], metric: str | None) -> list[Odd]:
     """The odd training rows, by row. answer_of: the answer of a row. metric: `eval.metric`, whose format answers have.
 
     Without a metric answers have the format of JSON objects if nine tenths of them do.
@@ -54,13 +38,13 @@ def odd_shapes(table: "Table", answer_of: Callable[[int], str], metric: str | No
     return sorted(odd, key=lambda one: (one.row, one.kind))
 
 
-def _empty(table: "Table") -> Iterator[Odd]:
+def _empty(table: Table) -> Iterator[Odd]:
     for column, part in enumerate(PARTS):
         for row in np.flatnonzero(table.lengths[: table.train, column] == 0).tolist():
             yield Odd(row=row, kind="empty", text=f"its {part} is empty")
 
 
-def _long(table: "Table") -> Iterator[Odd]:
+def _long(table: Table) -> Iterator[Odd]:
     for column, part in enumerate(PARTS):
         lengths_N = table.lengths[: table.train, column]
         if column and closed_list(table):
@@ -78,7 +62,7 @@ def _long(table: "Table") -> Iterator[Odd]:
             yield Odd(row=row, kind="long", text=text)
 
 
-def closed_list(table: "Table") -> bool:
+def closed_list(table: Table) -> bool:
     """Whether answers are from a short list: each is there five times on average, and there are two or more."""
     answers_N = table.answer[: table.train]
     answers_N = answers_N[answers_N != 0]
@@ -86,7 +70,7 @@ def closed_list(table: "Table") -> bool:
     return 1 < different <= len(answers_N) / 5
 
 
-def _cut(table: "Table") -> Iterator[Odd]:
+def _cut(table: Table) -> Iterator[Odd]:
     cut_N, lengths_N = table.cut[: table.train], table.lengths[: table.train, 1]
     prose = int(np.count_nonzero(lengths_N >= PROSE))
     open_ends = int(np.count_nonzero(cut_N == SENTENCE))
@@ -95,7 +79,7 @@ def _cut(table: "Table") -> Iterator[Odd]:
             yield Odd(row=row, kind="cut", text=f"its answer seems cut off: {CUTS[cut_N[row]]}")
 
 
-def _scripts(table: "Table") -> Iterator[Odd]:
+def _scripts(table: Table) -> Iterator[Odd]:
     for column, part in enumerate(PARTS):
         scripts_N = table.scripts[: table.train, column]
         counts = Counter(scripts_N[scripts_N >= 0].tolist())
@@ -107,7 +91,7 @@ def _scripts(table: "Table") -> Iterator[Odd]:
             yield Odd(row=row, kind="script", text=f"its {part} is in {own} script, and most are in {common}")
 
 
-def _formats(table: "Table", answer_of: Callable[[int], str], metric: str | None) -> Iterator[Odd]:
+def _formats(table: Table, answer_of: Callable[[int], str], metric: str | None) -> Iterator[Odd]:
     """Answers that are no JSON where the others are, or have other keys than nine tenths of the objects."""
     rows = np.flatnonzero(table.answer[: table.train] != 0).tolist()
     counts = Counter(_keys(_strict(answer_of(row))[0]) for row in rows)

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from jaxft.data.deep.cuts import is_cut
 from jaxft.data.deep.minhash import empty_signatures, library, signatures_of
-from jaxft.data.deep.shapes import is_cut
 from jaxft.data.deep.texts import READ, RowText, Texts
 from jaxft.data.deep.words import (
     canonical,
@@ -55,7 +55,7 @@ class Table:
     before, user, answer, rejected, whole: hashes, uint64; `answer` of what the answer says, whatever its white space.
     short: whether the question has fewer than 5 words. lengths: of question and answer in characters, int32 [N, 2], -1
     for none. scripts: of question and answer, as indices of script_names, int16 [N, 2], -1 for none. cut: why the
-    answer seems cut off, as an index of `shapes.CUTS`, -1 for not. label: -1 for none. user_signatures, signatures:
+    answer seems cut off, as an index of `cuts.CUTS`, -1 for not. label: -1 for none. user_signatures, signatures:
     uint32 [N, K] of questions and of whole rows. problems: what is wrong with rows that cannot be read. left_out: rows
     that give no example.
     """

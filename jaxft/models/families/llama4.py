@@ -21,7 +21,7 @@ from jaxft.models.family import (
 from jaxft.models.hf_fields import tell_dropout
 from jaxft.models.moe import PATH, RoutedConfig, check_experts, shared_tensors
 from jaxft.models.tensor_map import TensorMap, linear
-from jaxft.nn.attention.layer import AttentionShape, QueryGrowth
+from jaxft.nn.attention.shape import AttentionShape, QueryGrowth
 from jaxft.nn.block import BlockShape
 from jaxft.nn.decoder import Decoder, DecoderShape
 from jaxft.nn.experts.layer import MoEShape

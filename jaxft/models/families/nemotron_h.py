@@ -23,7 +23,7 @@ from jaxft.models.hf_fields import tell_dropout
 from jaxft.models.mamba import NO_BOUNDS, mamba_tensors, with_bounds
 from jaxft.models.moe import EPSILON, PATH, RoutedConfig, check_experts, check_groups, expert_tensors, shared_tensors
 from jaxft.models.tensor_map import TensorMap
-from jaxft.nn.attention.layer import AttentionShape
+from jaxft.nn.attention.shape import AttentionShape
 from jaxft.nn.block import BlockShape, NormNames
 from jaxft.nn.decoder import Decoder, DecoderShape
 from jaxft.nn.experts.layer import MoEShape

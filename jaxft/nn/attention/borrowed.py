@@ -15,17 +15,10 @@ from jaxft.errors import ModelError
 from jaxft.nn import partition
 from jaxft.nn.attention.cache import LayerCache, NewKeys
 from jaxft.nn.attention.causal import causal_attention
-from jaxft.nn.attention.layer import (
-    Attention,
-    AttentionShape,
-    Kept,
-    Tokens,
-    attend_cached,
-    causal_mask,
-    keys_with_cached,
-)
+from jaxft.nn.attention.layer import Attention, Kept, Tokens, attend_cached, causal_mask, keys_with_cached
 from jaxft.nn.attention.rope import rotate
 from jaxft.nn.attention.saving import NAME, keep
+from jaxft.nn.attention.shape import AttentionShape
 from jaxft.nn.attention.unshare import gather_back, unshare_heads
 from jaxft.nn.linear import Linear
 from jaxft.nn.norm import Norm, NormShape

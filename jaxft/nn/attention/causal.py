@@ -1,7 +1,8 @@
 """Causal attention over whole rows: chooses the kernel and divides the work over the ambient mesh.
 
 Every device works on its own rows and heads. If the context axis splits rows, every device has its own queries and
-gathers the keys and values of the whole row, which grouped queries make small.
+gathers the keys and values of the whole row, which grouped queries make small. The kernel for TPUs skips what causal
+order hides, so there the devices exchange queries first, until all have as much to do.
 """
 
 # B batch, S sequence, T keys, C parts of a row, N query heads, K kv heads, H head_dim
@@ -12,7 +13,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
 from jaxft.nn import partition
-from jaxft.nn.attention import blockwise, cudnn, splash
+from jaxft.nn.attention import balanced, blockwise, cudnn, splash
 from jaxft.nn.attention.score_form import PLAIN, ScoreForm
 
 
@@ -45,6 +46,14 @@ def causal_attention(
             return _attend(kernel, q_BSNH, k_BSKH, v_BSKH, query_segments_BS, key_segments_BT, form, sinks_N, None)
         # Gathered here and not by in_specs, so that every device receives only its own part of the summed gradient.
         k_BTKH, v_BTKH = _whole_rows(k_BSKH), _whole_rows(v_BSKH)
+        if kernel is not None and splash.balances(length, shards, form.window):
+            own_segments_BS = balanced.own_columns(key_segments_BT)
+            own_BSNH = balanced.take_queries(q_BSNH)
+            with jax.named_scope(balanced.SCOPE):
+                out_BSNH = splash.attention(
+                    kernel, own_BSNH, k_BTKH, v_BTKH, own_segments_BS, key_segments_BT, form, sinks_N
+                )
+            return balanced.return_results(out_BSNH)
         start = jax.lax.axis_index("context") * q_BSNH.shape[1]
         return _attend(kernel, q_BSNH, k_BTKH, v_BTKH, query_segments_BS, key_segments_BT, form, sinks_N, start)
 

@@ -2,13 +2,12 @@
 
 # B batch, S sequence, N query heads, K kv heads, H head_dim
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-if TYPE_CHECKING:
-    from jaxft.nn.attention.layer import AttentionShape
+from jaxft.nn.attention.shape import AttentionShape
 
 NAME = "dots"  # the name under which policies save them
 
@@ -24,7 +23,7 @@ class Early(NamedTuple):
     values: bool
 
     @classmethod
-    def of(cls, shape: "AttentionShape") -> "Early":
+    def of(cls, shape: AttentionShape) -> "Early":
         """Those of a layer. Parts of one product are all saved with it if one of them is."""
         queries, keys, values = shape.qk_norm is not None or shape.gated, shape.qk_norm is not None, shape.v_norm
         if shape.fused:

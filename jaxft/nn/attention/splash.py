@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
+from jaxft.nn.attention.balanced import query_order
 from jaxft.nn.attention.score_form import ScoreForm, score_scale
 
 Kernel = splash.SplashAttentionKernel
@@ -29,6 +30,11 @@ def fits(length: int, shards: int) -> bool:
     return length % (LANES * shards) == 0
 
 
+def balances(length: int, shards: int, window: int | None) -> bool:
+    """Whether devices that divide rows take their queries in the order of `balanced`. A window is balanced already."""
+    return shards > 1 and window is None and fits(length, 2 * shards)
+
+
 def kernel(
     queries: int,
     keys: int,
@@ -42,14 +48,19 @@ def kernel(
 ) -> Kernel:
     """The kernel for whole rows, a pytree whose leaves list the blocks to visit.
 
-    head_shards, shards: numbers of parts into which devices divide heads and queries. interpret: run without a TPU.
+    head_shards, shards: numbers of parts into which devices divide heads and queries, in the order of `balanced` if
+    `balances` says so. interpret: run without a TPU.
     """
     mask: masks.CausalMask | masks.LocalMask
+    in_balance = balances(queries, shards, form.window)
     if form.window is None:
         mask = masks.CausalMask((queries, keys), shard_count=shards)
+        if in_balance:
+            mask.q_sequence = query_order(queries, shards)
     else:
         mask = masks.LocalMask((queries, keys), window_size=(form.window - 1, 0), offset=0, shard_count=shards)
-    sizes = block_sizes(queries // shards, keys, window=form.window, head_dim=head_dim)
+    consecutive = queries // (2 * shards if in_balance else shards)  # no block has queries of two chunks
+    sizes = block_sizes(consecutive, keys, window=form.window, head_dim=head_dim)
     return splash.make_splash_mha(
         masks.MultiHeadMask([mask] * heads),
         block_sizes=sizes,
@@ -62,7 +73,7 @@ def kernel(
 
 
 def block_sizes(queries: int, keys: int, *, window: int | None, head_dim: int) -> splash.BlockSizes:
-    """The blocks of the kernel for one device's queries and the keys of whole rows.
+    """The blocks of the kernel for consecutive queries of one device and the keys of whole rows.
 
     Wide heads take more than one row of lanes. Their gradients leave less memory for scores, so that the queries'
     gradient has a kernel of its own, and the other kernel takes half a block at a time.

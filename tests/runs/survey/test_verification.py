@@ -15,8 +15,10 @@ from jaxft.checkpoint import hf, manifest
 from jaxft.checkpoint.folders.sums import check_sums, write_sums
 from jaxft.config import load
 from jaxft.data.tokenizers.load import load_tokenizer
-from jaxft.errors import CheckpointError, ConfigError
+from jaxft.errors import CheckpointError, ConfigError, DataError, PodError
 from jaxft.files.locks.lock import lock
+from jaxft.pods.attempts.lead import verify_run
+from jaxft.pods.attempts.outputs import Mounted
 from jaxft.runs.identity import exports, record
 from jaxft.runs.survey.verify import verify
 from jaxft.runs.train import set_up
@@ -84,6 +86,26 @@ def test_a_whole_run_is_whole_and_nothing_is_written(whole, capsys):
     ):
         assert part in text
     assert contents(whole) == before
+
+
+def test_a_run_that_was_brought_home_is_examined_without_its_base(run, monkeypatch):
+    """Neither the base nor the rows are looked for: for a name on the hub that would be gigabytes."""
+    looked_for: list[str] = []
+
+    def not_there(config):
+        looked_for.append(config.model.path)
+        raise DataError("not on this machine")
+
+    monkeypatch.setattr("jaxft.runs.identity.contents.base_read", not_there)
+    monkeypatch.setattr("jaxft.runs.survey.verify._reads_of", not_there)
+    verify_run(Mounted(run.parent))
+    assert looked_for == []
+    flip(run / "checkpoints" / "8" / "state" / "arrays")
+    with pytest.raises(PodError, match="is not whole: checkpoints/8"):
+        verify_run(Mounted(run.parent))
+    assert looked_for == []
+    verify(run)  # what is left out there
+    assert len(looked_for) == 2
 
 
 DAMAGES = {

@@ -27,9 +27,9 @@ from jaxft.models.family import (
 from jaxft.models.hf_fields import ALLOWED, require
 from jaxft.models.tensor_map import EACH_TRANSPOSED, TensorMap, linear
 from jaxft.nn.attention.borrowed import BorrowedShape
-from jaxft.nn.attention.layer import AttentionShape
 from jaxft.nn.attention.rope import Rope
 from jaxft.nn.attention.score_form import ScoreForm
+from jaxft.nn.attention.shape import AttentionShape
 from jaxft.nn.block import AROUND, BlockShape
 from jaxft.nn.decoder import Decoder, DecoderShape
 from jaxft.nn.experts.layer import MoEShape

@@ -8,7 +8,7 @@ from jaxft.errors import ModelError
 from jaxft.models.family import FULL, LAYER, FamilyConfig, no_reward_model, read_rope, read_sizes, with_defaults
 from jaxft.models.field_kinds import MOST_WIDTH
 from jaxft.models.tensor_map import DEPTHWISE, TensorMap, linear
-from jaxft.nn.attention.layer import AttentionShape
+from jaxft.nn.attention.shape import AttentionShape
 from jaxft.nn.block import BlockShape, NormNames
 from jaxft.nn.decoder import Decoder, DecoderShape
 from jaxft.nn.experts.layer import MoEShape

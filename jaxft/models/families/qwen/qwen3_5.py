@@ -7,7 +7,7 @@ from typing import Any
 from jaxft.errors import ModelError
 from jaxft.models.family import FULL, LAYER, FamilyConfig, read_layer_types, read_rope, read_sizes, with_defaults
 from jaxft.models.tensor_map import DEPTHWISE, TensorMap, linear
-from jaxft.nn.attention.layer import AttentionShape
+from jaxft.nn.attention.shape import AttentionShape
 from jaxft.nn.block import BlockShape
 from jaxft.nn.decoder import Decoder, DecoderShape
 from jaxft.nn.experts.layer import MoEShape
