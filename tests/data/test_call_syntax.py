@@ -133,6 +133,14 @@ def test_an_answer_without_calls_is_its_text(smoke, name):
         assert "".join(read(CallStream(syntax, TOOLS), text, 3)[0].split()) == "".join(text.split())
 
 
+def test_arguments_are_json_that_any_client_reads(smoke):
+    syntax = learn(smoke.with_template(QWEN3).render)
+    start = '<tool_call>{"name": "get-time", "arguments": {"a": '
+    half, number = (f"{start}{value}}}}}" for value in ('"\\ud83d"', "NaN"))
+    (call,) = syntax.calls(half, TOOLS)
+    assert call.arguments.encode() == b'{"a": "\\ud83d"}' and syntax.calls(number, TOOLS) == ()
+
+
 @pytest.mark.parametrize("unread", [MOVING_TOOLS, TEXT_ARGUMENTS, CHANNELS, PYTHON])
 def test_other_forms_are_not_guessed(smoke, unread):
     tokenizer = smoke.with_template(unread)

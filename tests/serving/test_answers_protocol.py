@@ -172,6 +172,18 @@ def test_a_stream_has_roles_pieces_ends_and_usage(served):
     assert token.token == "a" and token.bytes == [97] and [one.logprob for one in token.top_logprobs] == [-0.5, -0.5]
 
 
+def test_a_silent_stream_has_comments(served, monkeypatch):
+    monkeypatch.setattr("jaxft.serving.endpoints.answers.BEAT_SECONDS", 0.05)
+    messages = [{"role": "user", "content": json.dumps({"pieces": ["a"], "pause": 0.3})}]
+    with served.client.chat.completions.with_streaming_response.create(
+        model=MODEL, messages=messages, stream=True
+    ) as response:
+        lines = list(response.iter_lines())
+    assert response.headers["content-type"].startswith("text/event-stream")
+    assert ": waiting" in lines and [line for line in lines if line][-1] == "data: [DONE]"
+    assert all(line.startswith(("data: {", ": ", "data: [DONE]")) for line in lines if line)
+
+
 def test_calls_of_tools_whole_and_in_a_stream(served):
     calls = [{"name": "weather", "arguments": '{"city": "X"}'}, {"name": "weather", "arguments": "{}"}]
     todo = {"pieces": [], "calls": calls, "reason": "tool_calls"}

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxft.data.chat.reasoning import CLOSE
-from jaxft.errors import DataError
+from jaxft.data.rows.values import HALF
+from jaxft.errors import DataError, ModelError
 
 # (messages, tools) -> text; raises DataError if the template refuses them.
 Render = Callable[..., str]
@@ -70,13 +71,18 @@ class CallSyntax:
         tools: of the request; calls of others are none. Their schemas say which values in tags are texts.
         """
         schemas = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
-        if self.head is None:
-            found = _json_calls(text, self.name_key or "", self.arguments_key or "")
-        elif self.argument is None:
-            found = _named_calls(text, self.head)
-        else:
-            found = _tagged_calls(text, self.head, self.argument, schemas)
+        try:
+            found = self._calls(text, schemas)
+        except ValueError:
+            return ()
         return tuple(found) if all(call.name in schemas for call in found) else ()
+
+    def _calls(self, text: str, schemas: Mapping[str, Any]) -> list[Call]:
+        if self.head is None:
+            return _json_calls(text, self.name_key or "", self.arguments_key or "")
+        if self.argument is None:
+            return _named_calls(text, self.head)
+        return _tagged_calls(text, self.head, self.argument, schemas)
 
 
 def learn(render: Render) -> CallSyntax | None:
@@ -108,7 +114,7 @@ def _answer(render: Render, calls: Sequence[tuple[str, int]]) -> str | None:
     try:
         prompt = render(messages, tools=tools, add_generation_prompt=True).rpartition(QUESTION)[2]
         whole = render([*messages, {"role": "assistant", "content": "", "tool_calls": given}], tools=tools)
-    except DataError:
+    except (DataError, ModelError):
         return None
     answer = whole.rpartition(QUESTION)[2]
     same = _shared(prompt, answer)
@@ -192,7 +198,7 @@ def _json_calls(text: str, name_key: str, arguments_key: str) -> list[Call]:
         for one in _objects(value):
             arguments = _arguments(one.get(arguments_key, {}))
             if isinstance(one.get(name_key), str) and arguments is not None:
-                out.append(Call(one[name_key], json.dumps(arguments, ensure_ascii=False)))
+                out.append(Call(one[name_key], _written(arguments)))
     return out
 
 
@@ -201,11 +207,11 @@ def _named_calls(text: str, head: str) -> list[Call]:
     for match in re.finditer(head, text):
         try:
             value, _ = DECODER.raw_decode(text, match.end())
-        except (ValueError, RecursionError):
+        except RecursionError:
             return []
         if not isinstance(value, dict):
             return []
-        out.append(Call(match["name"], json.dumps(value, ensure_ascii=False)))
+        out.append(Call(match["name"], _written(value)))
     return out
 
 
@@ -217,8 +223,14 @@ def _tagged_calls(text: str, head: str, argument: str, schemas: Mapping[str, Any
         properties = schemas.get(match["name"], {}).get("properties") or {}
         inner = re.finditer(argument, text[match.end() : end], re.DOTALL)
         arguments = {one["key"]: _typed(one["value"], properties.get(one["key"])) for one in inner}
-        out.append(Call(match["name"], json.dumps(arguments, ensure_ascii=False)))
+        out.append(Call(match["name"], _written(arguments)))
     return out
+
+
+def _written(arguments: Mapping[str, Any]) -> str:
+    """Arguments as JSON text, with escapes where characters are not whole. Raises ValueError for NaN and infinity."""
+    text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    return json.dumps(arguments) if HALF.search(text) else text
 
 
 def _typed(text: str, schema: Any) -> Any:
