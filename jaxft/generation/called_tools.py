@@ -34,26 +34,26 @@ class CallStream:
     syntax: CallSyntax
     tools: Sequence[Mapping[str, Any]]
     calls: tuple[Call, ...] = field(default=(), init=False)
-    _held: str = field(default="", init=False)
+    _pending: str = field(default="", init=False)
     _in_calls: bool = field(default=False, init=False)
     _begun: bool = field(default=False, init=False)
 
     def push(self, piece: str) -> str:
         """The text that is certain after this piece."""
-        self._held += piece
+        self._pending += piece
         if self._in_calls:
             return ""
-        at = None if self._begun and not self.syntax.marker else self.syntax.begins(self._held)
+        at = None if self._begun and not self.syntax.marker else self.syntax.begins(self._pending)
         if at is not None:
             self._in_calls = True
-            text, self._held = self._held[:at], self._held[at:]
+            text, self._pending = self._pending[:at], self._pending[at:]
             return text.rstrip()
-        end = len(self._held) - (0 if self._begun and not self.syntax.marker else self.syntax.held(self._held))
-        text, self._held = self._held[:end], self._held[end:]
+        end = len(self._pending) - (0 if self._begun and not self.syntax.marker else self.syntax.pending(self._pending))
+        text, self._pending = self._pending[:end], self._pending[end:]
         self._begun = self._begun or bool(text.strip())
         return text
 
     def finish(self) -> str:
         """The rest of the text, which are calls that could not be read; sets `calls` to those that could."""
-        self.calls = self.syntax.calls(self._held, self.tools) if self._in_calls else ()
-        return "" if self.calls else self._held
+        self.calls = self.syntax.calls(self._pending, self.tools) if self._in_calls else ()
+        return "" if self.calls else self._pending

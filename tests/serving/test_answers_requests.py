@@ -9,8 +9,8 @@ from jaxft.assets import ASSETS
 from jaxft.data.tokenizers.load import load_tokenizer
 from jaxft.errors import CheckpointError, ModelError
 from jaxft.generation.called_tools import CallForm
+from jaxft.serving.engine.adapter_slots import AdapterSlot, AdapterSlots
 from jaxft.serving.engine.logprobs import shown_token
-from jaxft.serving.engine.places import Place, Places
 from jaxft.serving.engine.requests import Requests
 
 ROOM = 4000  # tokens of a prompt and its answer
@@ -69,9 +69,9 @@ class Asked:
 
     def __init__(self, tokenizer: Any) -> None:
         self.engine, self.told = SayingEngine(tokenizer), list[dict[str, Any]]()
-        base = Place(0, tokenizer, CallForm.of(tokenizer))
-        self.places = Places(self.engine, base, "base")
-        self.requests = Requests(self.places, self.told.append)
+        base = AdapterSlot(0, tokenizer, CallForm.of(tokenizer))
+        self.slots = AdapterSlots(self.engine, base, "base")
+        self.requests = Requests(self.slots, self.told.append)
         self.ids = 0
 
     def ask(self, adapter: str | None = None, tools: Any = (), content: str = "hi", **settings: Any) -> str:
@@ -137,18 +137,18 @@ def test_logprobs_are_of_the_tokens_of_the_answer_alone(asked):
     shown = [one for message in messages for one in message.get("logprobs", ())]
     assert bytes(byte for one in shown for byte in one["bytes"]).decode().strip() == "aéb"
     assert all(one["logprob"] == -0.25 and [top["logprob"] for top in one["top"]] == [-0.5, -1.0] for one in shown)
-    tokenizer = asked.places.base.tokenizer
+    tokenizer = asked.slots.base.tokenizer
     assert shown_token(tokenizer, tokenizer.encode("é")[0], float("-inf"))["bytes"] == [0xC3]
     assert shown_token(tokenizer, tokenizer.encode("é")[0], float("-inf"))["logprob"] == -9999.0
 
 
 def test_prompts_are_rendered_with_tools_and_refused_when_they_do_not_fit(asked):
     id = asked.ask(tools=[WEATHER], max_tokens=8, n=3)
-    prompt = asked.places.base.tokenizer.decode(asked.engine.requests[0].prompt, skip_special_tokens=False)
+    prompt = asked.slots.base.tokenizer.decode(asked.engine.requests[0].prompt, skip_special_tokens=False)
     assert '"name": "weather"' in prompt and prompt.endswith("<|im_start|>assistant\n")
     assert [request.stream for request in asked.engine.requests] == [0, 1, 2]
     counts = asked.answers(id)[-1]
-    tokens = asked.places.base.tokenizer.encode(prompt)
+    tokens = asked.slots.base.tokenizer.encode(prompt)
     assert (counts["prompt_tokens"], counts["completion_tokens"]) == (len(tokens), 3 * len("Hello."))
     refusals = [asked.answers(asked.ask(content="x" * ROOM)), asked.answers(asked.ask(max_tokens=ROOM))]
     assert [(one["kind"], one["code"]) for (one,) in refusals] == [("refused", "context_length_exceeded")] * 2
@@ -159,7 +159,7 @@ def test_adapters_share_places_and_the_idle_one_leaves(asked):
         asked.answers(asked.ask(name))
     assert asked.engine.written == [(1, "a"), (2, "b")]
     asked.answers(asked.ask("c"))
-    assert asked.engine.written[-1] == (2, "c") and asked.places.models == ["a", "c"]
+    assert asked.engine.written[-1] == (2, "c") and asked.slots.models == ["a", "c"]
     first, second, third = asked.ask("a"), asked.ask("c"), asked.ask("b")
     assert not [one for one in asked.told if one["id"] == third], "it waits, since both places are in use"
     base = asked.ask()

@@ -59,7 +59,7 @@ class CallSyntax:
             return at if at >= 0 else None
         return 0 if text.lstrip()[:1] in ("{", "[") else None
 
-    def held(self, text: str) -> int:
+    def pending(self, text: str) -> int:
         """How many characters at the end of an answer may be the beginning of calls."""
         if not self.marker:
             return len(text) if not text.strip() else 0
@@ -72,10 +72,10 @@ class CallSyntax:
         """
         schemas = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
         try:
-            found = self._calls(text, schemas)
+            calls = self._calls(text, schemas)
         except ValueError:
             return ()
-        return tuple(found) if all(call.name in schemas for call in found) else ()
+        return tuple(calls) if all(call.name in schemas for call in calls) else ()
 
     def _calls(self, text: str, schemas: Mapping[str, Any]) -> list[Call]:
         if self.head is None:
@@ -142,12 +142,12 @@ def _learn_json(text: str) -> CallSyntax | None:
 
 def _learn_named(one: str, pair: str | None) -> CallSyntax | None:
     at = one.index(NAMES[0])
-    found = next(
+    arguments = next(
         ((value, start, end) for value, start, end in _json_values(one, at) if value == {KEYS[0]: VALUES[0]}), None
     )
-    if found is None:
+    if arguments is None:
         return None
-    _, start, end = found
+    _, start, end = arguments
     before, between = one[:at], one[at + len(NAMES[0]) : start]
     if not before.strip():
         return None  # nothing tells a call from a text
@@ -156,10 +156,10 @@ def _learn_named(one: str, pair: str | None) -> CallSyntax | None:
 
 def _learn_tagged(one: str, two: str | None) -> CallSyntax | None:
     """From calls with one argument and with two."""
-    places = [one.find(text, one.index(NAMES[0])) for text in (NAMES[0], KEYS[0], VALUES[0])]
-    if two is None or min(places) < 0 or sorted(places) != places or any(key not in two for key in (*KEYS, *VALUES)):
+    starts = [one.find(text, one.index(NAMES[0])) for text in (NAMES[0], KEYS[0], VALUES[0])]
+    if two is None or min(starts) < 0 or sorted(starts) != starts or any(key not in two for key in (*KEYS, *VALUES)):
         return None
-    at, key, value = places
+    at, key, value = starts
     to_key, to_value = one[at + len(NAMES[0]) : key], one[key + len(KEYS[0]) : value]
     tail = one[value + len(VALUES[0]) :]
     joint = two[two.index(VALUES[0]) + len(VALUES[0]) : two.index(KEYS[1])]

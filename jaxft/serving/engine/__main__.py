@@ -18,12 +18,12 @@ def main() -> ExitCode:
     from jaxft.serving.engine.requests import Requests
 
     try:
-        places = load(spec, channel)
+        slots = load(spec, channel)
     except (JaxftError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         channel.tell("failed", message=str(error))
         return ExitCode.REFUSED
-    requests = Requests(places, channel.add)
+    requests = Requests(slots, channel.add)
     worked = False
     while True:
         for message in channel.take(wait=not worked):

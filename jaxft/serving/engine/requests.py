@@ -10,8 +10,8 @@ from jaxft.errors import DataError, JaxftError, ModelError
 from jaxft.generation.request import Request
 from jaxft.generation.settings import Sampling
 from jaxft.generation.text import encode_prompt
+from jaxft.serving.engine.adapter_slots import AdapterSlot, AdapterSlots
 from jaxft.serving.engine.choice import Answering, Choice, Tell
-from jaxft.serving.engine.places import Place, Places
 from jaxft.serving.engines.spec import NOT_BY_ROW
 
 
@@ -36,9 +36,9 @@ class _Open:
 class Requests:
     """Hands requests to an engine, and tells what becomes of them. tell: takes messages for the server."""
 
-    def __init__(self, places: Places, tell: Tell) -> None:
-        self._places, self._tell, self._engine = places, tell, places.engine
-        self._waiting: dict[str, Mapping[str, Any]] = {}  # for a place, oldest first
+    def __init__(self, slots: AdapterSlots, tell: Tell) -> None:
+        self._slots, self._tell, self._engine = slots, tell, slots.engine
+        self._waiting: dict[str, Mapping[str, Any]] = {}  # for an adapter slot, oldest first
         self._open: dict[str, _Open] = {}
         self._ids = 0
 
@@ -67,24 +67,24 @@ class Requests:
         """Begins to answer, unless it has to wait for a place."""
         id = message["id"]
         try:
-            place = self._place_of(message)
-            if place is None:
+            slot = self._slot_of(message)
+            if slot is None:
                 return
             del self._waiting[id]
-            self._submit(message, place)
+            self._submit(message, slot)
         except Refused as error:
             self._waiting.pop(id, None)
             refused = {"id": id, "kind": "refused", "message": str(error), "code": error.code, "param": error.param}
             self._tell(refused)
 
-    def _place_of(self, message: Mapping[str, Any]) -> Place | None:
+    def _slot_of(self, message: Mapping[str, Any]) -> AdapterSlot | None:
         adapter = message["adapter"]
         if adapter is None:
-            return self._places.base
+            return self._slots.base
         if not self._engine.num_adapters:
             raise Refused("This base takes no adapters beside each other.", NOT_BY_ROW)
         try:
-            return self._places.place_of(adapter["id"], adapter["folder"])
+            return self._slots.slot_of(adapter["id"], adapter["folder"])
         except ModelError as error:
             print(f"{adapter['id']}: {error}", flush=True)
             raise Refused("This adapter answers alone.", NOT_BY_ROW) from error
@@ -93,8 +93,8 @@ class Requests:
             text = f"The model {adapter['id']!r} cannot be loaded. The log of the server says why."
             raise Refused(text, "model_not_loadable", "model") from error
 
-    def _submit(self, message: Mapping[str, Any], place: Place) -> None:
-        prompts = self._prompts(message, place.tokenizer)
+    def _submit(self, message: Mapping[str, Any], slot: AdapterSlot) -> None:
+        prompts = self._prompts(message, slot.tokenizer)
         settings = message["settings"]
         most = self._most_tokens(prompts, settings["max_tokens"], message["kind_of"])
         sampling = Sampling(
@@ -106,12 +106,12 @@ class Requests:
         )
         answering = Answering(
             id=message["id"],
-            tokenizer=place.tokenizer,
+            tokenizer=slot.tokenizer,
             is_chat=message["kind_of"] == "chat",
             stop=tuple(settings["stop"]),
             logprobs=settings["logprobs"],
             tools=message["tools"],
-            calls=place.calls if message["tools"] else None,
+            calls=slot.calls if message["tools"] else None,
         )
         open_ = self._open[message["id"]] = _Open(prompt_tokens=sum(map(len, prompts)))
         self._tell({"id": message["id"], "kind": "begun"})
@@ -130,7 +130,7 @@ class Requests:
                         prompt=tuple(prompt),
                         sampling=sampling,
                         stream=stream,
-                        adapter=place.number,
+                        adapter=slot.number,
                         alternatives=settings["alternatives"],
                         on_token=choice.on_token,
                         on_end=choice.on_end,

@@ -163,9 +163,9 @@ class Engine:
             await self._read(running)
         finally:
             self._process = None
-            asked = self.phase == "ending"
+            expected = self.phase == "ending"
             code = await running.end()
-            if not asked and self._broken is None:
+            if not expected and self._broken is None:
                 log.error("the engine of %s ended with %d; its lines are in %s", self.name, code, self._log)
                 self._deaths.append(time.monotonic())
             self.fail(_died() if self._broken is None else ApiError(400, self._broken, code="model_not_loadable"))

@@ -13,7 +13,7 @@ from jaxft.serving.storage.models import folder_of, model_of, tuned_models
 from jaxft.serving.storage.state import State
 
 # What makes more of an adapter than matrices beside linear layers, which rows of one batch cannot have apart.
-APART = (
+NOT_PLAIN = (
     "use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters", "ensure_weight_tying",
 )  # fmt: skip
 
@@ -81,4 +81,4 @@ def is_plain(folder: Path, max_rank: int) -> bool:
     config: Mapping[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
     ranks = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
     fits = all(isinstance(rank, int) and rank <= max_rank for rank in ranks)
-    return config.get("peft_type") == "LORA" and fits and not any(config.get(name) for name in APART)
+    return config.get("peft_type") == "LORA" and fits and not any(config.get(name) for name in NOT_PLAIN)

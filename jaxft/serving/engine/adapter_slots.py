@@ -15,7 +15,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
 
 
 @dataclass(frozen=True)
-class Place:
+class AdapterSlot:
     """number: of an adapter in the engine, 0 for the base. tokenizer, calls: how its model is asked."""
 
     number: int
@@ -24,44 +24,44 @@ class Place:
 
 
 @dataclass
-class Places:
+class AdapterSlots:
     """engine: has the adapters. base: how the base is asked, whose folder or file is `path`."""
 
     engine: ResidentEngine
-    base: Place
+    base: AdapterSlot
     path: str
-    _places: dict[str, Place] = field(default_factory=dict)  # by model, the one used last at the end
+    _slots: dict[str, AdapterSlot] = field(default_factory=dict)  # by model, the one used last at the end
     _tokenizers: dict[str, tuple[Tokenizer, CallForm | None]] = field(default_factory=dict)
 
-    def place_of(self, model: str, folder: str) -> Place | None:
+    def slot_of(self, model: str, folder: str) -> AdapterSlot | None:
         """The place of a model, whose adapter is read unless it is there; None if every place is in use.
 
         Raises as `ResidentEngine.write_adapter` and `load_tokenizer` do.
         """
-        place = self._places.pop(model, None)
-        if place is None:
+        slot = self._slots.pop(model, None)
+        if slot is None:
             number = self._free()
             if number is None:
                 return None
             self.engine.write_adapter(number, folder)
-            place = Place(number, *self._tokenizer(Path(folder)))
-        self._places[model] = place
-        return place
+            slot = AdapterSlot(number, *self._tokenizer(Path(folder)))
+        self._slots[model] = slot
+        return slot
 
     @property
     def models(self) -> list[str]:
         """The models that have a place."""
-        return list(self._places)
+        return list(self._slots)
 
     def _free(self) -> int | None:
-        taken = {place.number for place in self._places.values()}
+        taken = {slot.number for slot in self._slots.values()}
         for number in range(1, self.engine.num_adapters + 1):
             if number not in taken:
                 return number
-        for model, place in self._places.items():
-            if not self.engine.uses_of(place.number):
-                del self._places[model]
-                return place.number
+        for model, slot in self._slots.items():
+            if not self.engine.uses_of(slot.number):
+                del self._slots[model]
+                return slot.number
         return None
 
     def _tokenizer(self, folder: Path) -> tuple[Tokenizer, CallForm | None]:
