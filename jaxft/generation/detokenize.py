@@ -1,6 +1,7 @@
 """Text from a stream of tokens: only whole characters, and no part of a stop string."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Collection, Sequence
 
 from jaxft.data.tokenizers.tokenizer import Tokenizer
 
@@ -45,10 +46,13 @@ class UntilStop:
 
 
 class TextStream:
-    """Takes tokens one by one and returns text that will not change any more."""
+    """Takes tokens one by one and returns text that will not change any more.
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
-        self._tokenizer, self._until = tokenizer, UntilStop(stop)
+    kept: special tokens whose spelling is part of the text, such as those that mark calls of tools.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), kept: Collection[int] = ()) -> None:
+        self._tokenizer, self._until, self._kept = tokenizer, UntilStop(stop), frozenset(kept)
         self._ids: list[int] = []
         self._context = 0  # decoding starts here: a token's text can depend on the one before it
         self._decoded = 0  # tokens that are in `text`
@@ -78,5 +82,14 @@ class TextStream:
         return piece + self._until.finish()
 
     def _tail(self) -> str:
-        known = self._tokenizer.decode(self._ids[self._context : self._decoded])
-        return self._tokenizer.decode(self._ids[self._context :])[len(known) :]
+        known = self._text_of(self._ids[self._context : self._decoded])
+        return self._text_of(self._ids[self._context :])[len(known) :]
+
+    def _text_of(self, ids: Sequence[int]) -> str:
+        if self._kept.isdisjoint(ids):
+            return self._tokenizer.decode(ids)
+        pieces = []
+        for kept, run in itertools.groupby(ids, self._kept.__contains__):
+            part = list(run)
+            pieces.append("".join(map(self._tokenizer.token, part)) if kept else self._tokenizer.decode(part))
+        return "".join(pieces)

@@ -4,7 +4,7 @@ Thoughts stand between tags (Qwen3, R1, Mistral, Command A), the first of which 
 their own (gpt-oss), which are read from control tokens: their text cannot be told from that of an answer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -59,7 +59,7 @@ def form_of(tokenizer: Tokenizer) -> Form:
 class PlainStream:
     """An `AnswerStream` for the continuation of a text, in which nothing is told apart."""
 
-    thoughts = ""
+    thoughts, in_thoughts = "", False
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         self._stream = TextStream(tokenizer, stop)
@@ -87,13 +87,16 @@ class AnswerStream:
     """Takes the tokens of an answer to a chat one by one, and returns its text and its thoughts as they become certain.
 
     prompt: the token ids before the answer. stop: texts that end the answer; in thoughts they are not looked for.
-    Attribute: thoughts, all there is of them, without white space around.
+    kept: special tokens that are part of the text. Attribute: thoughts, all there is of them, without white space
+    around.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = (), kept: Collection[int] = ()
+    ) -> None:
         self.thoughts = ""
-        self._tokenizer, self._stop, self._form = tokenizer, tuple(stop), form_of(tokenizer)
-        self._stream, self._answer = TextStream(tokenizer), UntilStop(stop)
+        self._tokenizer, self._stop, self._form, self._kept = tokenizer, tuple(stop), form_of(tokenizer), kept
+        self._stream, self._answer = TextStream(tokenizer, kept=kept), UntilStop(stop)
         self._in_thoughts = False
         self._header: list[int] | None = None  # the tokens of a message's header, while they come
         self._pending = ""  # text that may be the beginning of a tag
@@ -116,6 +119,11 @@ class AnswerStream:
     def stopped(self) -> bool:
         """Whether there was a stop text."""
         return self._answer.stopped
+
+    @property
+    def in_thoughts(self) -> bool:
+        """Whether the next token belongs to thoughts, or to the header of a message."""
+        return self._in_thoughts or self._header is not None
 
     def push(self, token: int) -> Piece:
         """The text that is certain after this token."""
@@ -163,7 +171,7 @@ class AnswerStream:
         if not in_thoughts and not self._in_thoughts and not self._form.channels:
             self.thoughts, self._answer = self.text, UntilStop(self._stop)
         self._in_thoughts, self._strip = in_thoughts, True
-        self._stream = TextStream(self._tokenizer)
+        self._stream = TextStream(self._tokenizer, kept=self._kept)
         if not (in_thoughts and self.thoughts):
             return Piece()
         self.thoughts += "\n\n"

@@ -7,7 +7,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.routing import Route
 
-from jaxft.serving.endpoints import files, jobs, models, stream, system, uploads
+from jaxft.serving.endpoints import answers, files, jobs, models, stream, system, uploads
 from jaxft.serving.endpoints.table import Endpoint
 from jaxft.serving.http import errors
 from jaxft.serving.http.access import Access, Allowed
@@ -17,7 +17,8 @@ HEALTH = "/health"
 # Paths that need no key: they hold no data.
 OPEN_PATHS = frozenset({HEALTH})
 ENDPOINTS: tuple[Endpoint, ...] = (
-    *files.ENDPOINTS, *uploads.ENDPOINTS, *jobs.ENDPOINTS, *models.ENDPOINTS, *stream.ENDPOINTS, *system.ENDPOINTS,
+    *files.ENDPOINTS, *uploads.ENDPOINTS, *jobs.ENDPOINTS, *models.ENDPOINTS, *answers.ENDPOINTS,
+    *stream.ENDPOINTS, *system.ENDPOINTS,
 )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from starlette.applications import Starlette
 
 from jaxft.errors import JaxftError
 from jaxft.serving.app import make_app
+from jaxft.serving.engines.engines import COMMAND, EngineLimits, Engines
 from jaxft.serving.http.access import RequestIds
 from jaxft.serving.service import Service
 from jaxft.serving.settings import ServeSettings
@@ -27,18 +28,20 @@ from jaxft.serving.storage.uploads import forget_unknown_uploads
 from jaxft.serving.supervision.supervisor import Limits, Supervisor
 
 WORKER = (sys.executable, "-m", "jaxft.serving.worker")
-ANSWER_SECONDS = 10  # for open requests when the server stops; streams end by themselves
+ANSWER_SECONDS = 30  # for open requests when the server stops; streams of changes end by themselves
 BACKLOG = 128
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What may be replaced. worker: the command of a worker. limits: of the supervision. on_ready: is called with the
-    port, once requests are answered, and with a function that ends the server.
+    """What may be replaced. worker, engine: the commands of their processes. limits: of the supervision. on_ready: is
+    called with the port, once requests are answered, and with a function that ends the server.
     """
 
     worker: Sequence[str] = WORKER
+    engine: Sequence[str] = COMMAND
     limits: Limits = field(default_factory=Limits)
+    engine_limits: EngineLimits = field(default_factory=EngineLimits)
     on_ready: Callable[[int, Callable[[], None]], None] = lambda port, stop: None
 
 
@@ -54,8 +57,9 @@ def serve(settings: ServeSettings, say: Callable[[str], None], parts: Parts | No
         _mend(state)
         with contextlib.closing(_listen(settings)) as sock:
             port = sock.getsockname()[1]
-            supervisor = Supervisor(state, parts.worker, parts.limits)
-            service = Service(settings, state, supervisor, started_at=now())
+            engines = Engines(state, settings, parts.engine, parts.engine_limits)
+            supervisor = Supervisor(state, parts.worker, parts.limits, make_way=engines.make_way)
+            service = Service(settings, state, supervisor, engines, started_at=now())
             _greet(settings, state, port, say)
             with _supervised(service):
                 _run(service, make_app(service, port), sock, parts.on_ready)
@@ -112,7 +116,12 @@ def _run(
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         service.phase = "warm"
         on_ready(sock.getsockname()[1], server.end)
-        yield
+        supervising = asyncio.create_task(service.engines.supervise())
+        try:
+            yield
+        finally:
+            supervising.cancel()
+            await service.engines.close()
 
     app.router.lifespan_context = lifespan
     config = uvicorn.Config(
@@ -152,6 +161,8 @@ class _Server(uvicorn.Server):
     def end(self) -> None:
         """Ends the server, once open requests are answered."""
         self._service.phase = "draining"
+        self._service.engines.drain()
+        self._service.supervisor.drain()  # workers save while open requests are answered
         self.should_exit = True
 
     def _stop(self, number: int, frame: object) -> None:

@@ -1,10 +1,11 @@
-"""What handlers of requests share: settings, state and the supervisor of a running server."""
+"""What handlers of requests share: settings, state, supervisor and engines of a running server."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 from starlette.requests import Request
 
+from jaxft.serving.engines.engines import Engines
 from jaxft.serving.settings import ServeSettings
 from jaxft.serving.storage.state import State
 from jaxft.serving.supervision.supervisor import Supervisor
@@ -22,6 +23,7 @@ class Service:
     settings: ServeSettings
     state: State
     supervisor: Supervisor
+    engines: Engines
     started_at: int
     phase: Phase = "starting"
     streams: int = 0

@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, get_args
 
 from jaxft.config.reading.overrides import default_values, parse_assignment, set_value
 from jaxft.errors import ConfigError
@@ -12,6 +13,7 @@ from jaxft.home import local_path
 from jaxft.serving.jobs.run_config import BY_HYPERPARAMETER
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
+WhileTraining = Literal["auto", "answer", "wait"]
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -20,8 +22,10 @@ class ServeSettings:
     """models: folder or GGUF file of each base, by the name that clients know. state: the state folder.
 
     hosts: further names under which clients reach the server. context: tokens of a training sequence if a job does not
-    say. max_upload: bytes of a file. while_training: whether answers go on (`answer`) or not (`wait`) while a job
-    trains. overrides: `section.field=value` settings of every job, below those of the job itself.
+    say, and of a prompt with its answer. max_upload: bytes of a file. slots: answers of a base at a time. queue: those
+    that may wait. adapters, max_rank: adapters that answer on a base at a time, and their largest rank. while_training:
+    whether answers go on (`answer`) or not (`wait`) while a job trains; `auto` waits where there is an accelerator.
+    overrides: `section.field=value` settings of every job, below those of the job itself.
     """
 
     models: Mapping[str, str]
@@ -34,6 +38,11 @@ class ServeSettings:
     tls_proxy: bool = False
     context: int = 2048
     max_upload: int = 8 * 2**30
+    slots: int = 8
+    queue: int = 64
+    adapters: int = 8
+    max_rank: int = 64
+    while_training: WhileTraining = "auto"
     overrides: Sequence[str] = field(default=())
 
     def check(self) -> None:
@@ -52,11 +61,18 @@ class ServeSettings:
                 raise ConfigError(f"--{option}={path} is no file")
         if self.context < 1 or self.max_upload < 1 or not 0 <= self.port <= 65535:
             raise ConfigError("--context and --max_upload must be above 0, and --port from 0 to 65535")
+        self._check_answers()
         for override in self.overrides:
             key, value = parse_assignment(override)
             if key in BY_HYPERPARAMETER or key == "output_dir":
                 raise ConfigError(f"{override}: the server and its clients set {key}")
             set_value(default_values(), key, value)
+
+    def _check_answers(self) -> None:
+        if self.slots < 1 or self.queue < 0 or self.adapters < 0 or self.max_rank < 1:
+            raise ConfigError("--slots and --max_rank must be above 0, --queue and --adapters at least 0")
+        if self.while_training not in get_args(WhileTraining):
+            raise ConfigError(f"--while_training={self.while_training} must be one of {get_args(WhileTraining)}")
 
     def host_names(self, port: int) -> frozenset[str]:
         """The Host headers that are answered."""

@@ -22,6 +22,11 @@ from jaxft.serving.supervision.supervisor import Limits
 
 HERE = Path(__file__).parent
 STAND_IN = (sys.executable, "-S", str(HERE / "stand_in_worker.py"))
+# The real engine, with one device as on most machines; compiling costs more than running at these sizes.
+REAL_ENGINE = (
+    "env", "-u", "XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS=1", sys.executable, "-m", "jaxft.serving.engine",
+)  # fmt: skip
+ENGINE = (sys.executable, "-S", str(HERE / "stand_in_engine.py"))
 QUICK = Limits(look=0.02, kill=0.5, linger=5.0, drain=20.0)
 MODEL = "tiny"
 DEADLINE = 600.0  # of whatever is waited for, on a machine with other work
@@ -29,11 +34,12 @@ DEADLINE = 600.0  # of whatever is waited for, on a machine with other work
 
 @dataclass
 class Running:
-    """A server that answers. key: one that may do everything."""
+    """A server that answers. key: one that may do everything. stop: begins to end it, if it is in a thread."""
 
     port: int
     key: str
     state: Path
+    stop: Callable[[], None] = lambda: None
 
     @property
     def url(self) -> str:
@@ -48,15 +54,18 @@ def settings_of(state: Path, model: str, **settings: Any) -> ServeSettings:
 
 
 @contextlib.contextmanager
-def in_thread(state: Path, model: str, limits: Limits = QUICK, **settings: Any) -> Iterator[Running]:
-    """A server in a thread, with the stand-in for workers."""
+def in_thread(
+    state: Path, model: str, limits: Limits = QUICK, parts: dict[str, Any] | None = None, **settings: Any
+) -> Iterator[Running]:
+    """A server in a thread, with the stand-in for workers, and with the real engine unless `parts` has another."""
     said: list[str] = []
     ready: queue.Queue[Any] = queue.Queue()
-    parts = Parts(worker=STAND_IN, limits=limits, on_ready=lambda port, stop: ready.put((port, stop)))
+    replaced = {"worker": STAND_IN, "limits": limits, **(parts or {})}
+    whole = Parts(**replaced, on_ready=lambda port, stop: ready.put((port, stop)))
 
     def run() -> None:
         try:
-            serve(settings_of(state, model, **settings), said.append, parts)
+            serve(settings_of(state, model, **settings), said.append, whole)
         except BaseException as error:
             ready.put(error)
             raise
@@ -68,7 +77,7 @@ def in_thread(state: Path, model: str, limits: Limits = QUICK, **settings: Any) 
         raise answer
     port, stop = answer
     try:
-        yield Running(port, _key(state, said), state)
+        yield Running(port, _key(state, said), state, stop)
     finally:
         stop()
         thread.join(DEADLINE)
@@ -143,6 +152,31 @@ def write_model(folder: Path) -> str:
     tensors = {name: value.astype(np.float32) for name, value in tensors.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return str(folder)
+
+
+def write_adapter(folder: Path, base: str, seed: int, *, dora: bool = False) -> None:
+    """Writes a LoRA of rank 4 for the tiny model, drawn so that it changes the answers."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    config = json.loads((Path(base) / "config.json").read_text())
+    D, F = config["hidden_size"], config["intermediate_size"]
+    targets = {"self_attn.q_proj": (D, D), "mlp.up_proj": (D, F), "mlp.down_proj": (F, D)}
+    draw, tensors = np.random.default_rng(seed), {}
+    for layer in range(config["num_hidden_layers"]):
+        for name, (inputs, outputs) in targets.items():
+            path = f"base_model.model.model.layers.{layer}.{name}"
+            tensors[f"{path}.lora_A.weight"] = draw.normal(0, 0.5, (4, inputs)).astype(np.float32)
+            tensors[f"{path}.lora_B.weight"] = draw.normal(0, 0.5, (outputs, 4)).astype(np.float32)
+            if dora:
+                tensors[f"{path}.lora_magnitude_vector"] = draw.uniform(0.5, 1.5, outputs).astype(np.float32)
+    settings = {
+        "peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": [name.partition(".")[2] for name in targets],
+        "base_model_name_or_path": base, "use_dora": dora,
+    }  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def rows(**row: Any) -> bytes:

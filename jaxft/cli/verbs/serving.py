@@ -16,14 +16,30 @@ def add_options(option: Callable[..., Any], bytes_of: Callable[[str], int]) -> N
     """The options of `jaxft serve`. bytes_of: reads a size."""
     option("keys", nargs="*", metavar="keys add|list|revoke", help="make, show or revoke keys of clients")
     option("--state", required=True, metavar="FOLDER", help="where files, jobs, models and keys are kept")
-    option("--model", action="append", default=[], metavar="NAME=PATH", help="a base to fine-tune; once for each")
+    option(
+        "--model",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="a base to fine-tune and to ask; once for each",
+    )
     option("--host", default="127.0.0.1", help="the address to listen at; another one needs TLS or a proxy")
     option("--port", type=int, default=8000, help="0 takes a free one")
     option("--hosts", action="append", default=[], metavar="NAME", help="another name under which clients reach it")
     option("--tls_cert", metavar="FILE", help="certificate chain, PEM")
     option("--tls_key", metavar="FILE", help="private key, PEM")
     option("--tls_proxy", action="store_true", help="a proxy on this machine or network speaks TLS for it")
-    option("--context", type=int, default=2048, help="tokens of a training sequence if a job does not say")
+    option("--context", type=int, default=2048, help="tokens of a training sequence, and of a prompt with its answer")
+    option("--slots", type=int, default=8, help="answers of a model at a time; memory grows with slots times context")
+    option("--queue", type=int, default=64, help="answers that may wait for a slot")
+    option("--adapters", type=int, default=8, help="tuned models that answer on one base at a time")
+    option("--max_rank", type=int, default=64, help="largest rank of such an adapter")
+    option(
+        "--while_training",
+        choices=("auto", "answer", "wait"),
+        default="auto",
+        help="whether answers go on while a job trains; auto: only on a CPU",
+    )
     option("--max_upload", type=bytes_of, default="8GB", metavar="SIZE", help="largest file")
     option("--name", default="", help="of a new key")
     option("--scopes", default="train", metavar="LIST", help="of a new key: answer, train, admin")
@@ -49,6 +65,11 @@ def serve(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
         tls_proxy=arguments.tls_proxy,
         context=arguments.context,
         max_upload=arguments.max_upload,
+        slots=arguments.slots,
+        queue=arguments.queue,
+        adapters=arguments.adapters,
+        max_rank=arguments.max_rank,
+        while_training=arguments.while_training,
         overrides=tuple(overrides),
     )
     log_to_stderr()

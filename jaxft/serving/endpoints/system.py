@@ -42,6 +42,7 @@ def _system(service: Service) -> dict[str, Any]:
         "models": list(service.settings.models),
         "devices": service.supervisor.devices,
         "jobs": [{"id": row["id"], "status": row["status"], "phase": row["phase"]} for row in rows],
+        "engines": service.engines.shown(),
         "memory": _memory(),
         "server_bytes": _resident_bytes(),
         "load": list(os.getloadavg()),

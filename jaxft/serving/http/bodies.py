@@ -93,6 +93,17 @@ def positive_field(values: Mapping[str, Any], name: str, most: float, within: st
     return float(value)
 
 
+def number_field(values: Mapping[str, Any], name: str, low: float, high: float, default: float) -> float:
+    """The number of a field. Raises ApiError 400 if it is something else or outside of the bounds."""
+    value = values.get(name)
+    if value is None:
+        return default
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high:
+        raise bad_request(f"{name} must be a number from {low:g} to {high:g}.", name)
+    return float(value)
+
+
 def object_field(values: Mapping[str, Any], name: str, within: str = "") -> dict[str, Any]:
     """The object of a field; empty if it is missing. Raises ApiError 400 if it is something else."""
     value = values.get(name)

@@ -3,6 +3,7 @@
 import errno
 import sqlite3
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -54,13 +55,17 @@ def disk_full(what: str) -> ApiError:
     return bad_request(f"{what}: the disk of the server is full. Delete files or models.", code="insufficient_storage")
 
 
-def error_response(error: ApiError) -> Response:
-    """The answer to a refused request."""
+def error_body(error: ApiError) -> dict[str, Any]:
+    """The error as the protocol has it."""
     kind = {429: "rate_limit_error", 503: "server_error", 500: "server_error"}.get(
         error.status, "invalid_request_error"
     )
-    body = {"message": str(error), "type": kind, "param": error.param, "code": error.code}
-    return JSONResponse({"error": body}, error.status, error.headers)
+    return {"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}}
+
+
+def error_response(error: ApiError) -> Response:
+    """The answer to a refused request."""
+    return JSONResponse(error_body(error), error.status, error.headers)
 
 
 async def answer_api_error(request: Request, error: Exception) -> Response:

@@ -68,11 +68,11 @@ def tuned_models(state: State, job: str | None = None) -> list[Row]:
 
 
 def delete_model(state: State, id: str) -> None:
-    """Deletes a tuned model. Raises ApiError 404."""
+    """Deletes a tuned model: its name at once, its folder when its last answer has ended. Raises ApiError 404."""
     row = model_of(state, id)
     with state.db.write() as connection:
         connection.execute("UPDATE models SET deleted = 1 WHERE id = ?", (id,))
-    shutil.rmtree(folder_of(state, row), ignore_errors=True)
+    state.uses.when_free(row["folder"], lambda: shutil.rmtree(folder_of(state, row), ignore_errors=True))
 
 
 def refuse_base(id: str, bases: Mapping[str, str]) -> None:

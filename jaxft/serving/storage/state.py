@@ -13,6 +13,7 @@ from jaxft.files.atomic import make_folder
 from jaxft.files.locks.lock import lock
 from jaxft.files.locks.owner import is_of_one_machine
 from jaxft.serving.storage.database import Database, StateError
+from jaxft.serving.storage.uses import Uses
 
 DATABASE = "state.sqlite3"
 SPARE_BYTES = 256 * 2**20  # of the disk, which uploads leave free for the database and for checkpoints
@@ -31,10 +32,11 @@ def now() -> int:
 
 @dataclass(frozen=True)
 class State:
-    """An open state folder."""
+    """An open state folder. uses: of the folders of models."""
 
     folder: Path
     db: Database = field(repr=False)
+    uses: Uses = field(default_factory=Uses, repr=False)
 
     @property
     def files(self) -> Path:
@@ -55,6 +57,11 @@ class State:
     def jobs(self) -> Path:
         """Folders of jobs, by id."""
         return self.folder / "jobs"
+
+    @property
+    def engines(self) -> Path:
+        """Logs of engines, and what is compiled for them."""
+        return self.folder / "engines"
 
     def free_bytes(self) -> int:
         """What uploads may still take of the disk."""
@@ -87,6 +94,6 @@ def open_state(folder: str | os.PathLike[str], *, what: str = "jaxft serve", exc
             stack.enter_context(lock(path, what, inside=True))
         state = State(path, Database(path / DATABASE))
         stack.callback(state.db.close)
-        for part in (state.files, state.uploads, state.models, state.jobs):
+        for part in (state.files, state.uploads, state.models, state.jobs, state.engines):
             make_folder(part)
         yield state

@@ -8,7 +8,7 @@ import logging
 import sqlite3
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,10 +40,20 @@ class Limits:
 
 
 class Supervisor:
-    """Supervises the jobs of a state. command: starts a worker, before its arguments. devices: told by the last one."""
+    """Supervises the jobs of a state. command: starts a worker, before its arguments. devices: told by the last one.
 
-    def __init__(self, state: State, command: Sequence[str], limits: Limits | None = None) -> None:
+    make_way: is told at every look whether training wants the devices, and says whether it may have them.
+    """
+
+    def __init__(
+        self,
+        state: State,
+        command: Sequence[str],
+        limits: Limits | None = None,
+        make_way: Callable[[bool], bool] = lambda wanted: True,
+    ) -> None:
         self._state, self._command, self._limits = state, list(command), limits or Limits()
+        self._make_way = make_way
         self._watches: dict[str, Watch] = {}
         self._awake = threading.Event()
         self._draining_since: float | None = None
@@ -72,10 +82,15 @@ class Supervisor:
         """Has it look now: there is something to do."""
         self._awake.set()
 
-    def stop(self) -> None:
-        """Starts nothing more, has the workers save and stop, and returns once they have, or their time is over."""
-        self._draining_since = time.monotonic()
+    def drain(self) -> None:
+        """Starts nothing more, and has the workers save and stop."""
+        if self._draining_since is None:
+            self._draining_since = time.monotonic()
         self.wake()
+
+    def stop(self) -> None:
+        """Drains, and returns once the workers have stopped, or their time is over."""
+        self.drain()
         self._thread.join()
 
     def _run(self) -> None:
@@ -135,12 +150,14 @@ class Supervisor:
         active = [watch for watch in self._watches.values() if watch.active]
         training = any(watch.goal == "train" for watch in active)
         validating = sum(watch.goal == "validate" for watch in active)
-        for job in jobs_in(self._state, "queued"):
-            if training:
+        queued, new = jobs_in(self._state, "queued"), jobs_in(self._state, "validating_files")
+        free = self._make_way(training or bool(queued) or any(request_of(job)["start"] for job in new))
+        for job in queued:
+            if training or not free:
                 break
             training = self._start(job["id"], "train")
-        for job in jobs_in(self._state, "validating_files"):
-            if not training and request_of(job)["start"]:
+        for job in new:
+            if not training and free and request_of(job)["start"]:
                 training = self._start(job["id"], "train")  # which examines the rows first
             elif validating < self._limits.validators:
                 validating += self._start(job["id"], "validate")

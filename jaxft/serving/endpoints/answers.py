@@ -1,0 +1,164 @@
+"""/v1/chat/completions and /v1/completions: answers of a base or a tuned model, whole or as a stream."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Mapping
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from jaxft.serving.answers import shapes
+from jaxft.serving.answers.request import AnswerRequest, parse_chat, parse_completion
+from jaxft.serving.answers.shapes import ChatShape, Choice, CompletionShape, Shape
+from jaxft.serving.endpoints.table import Endpoint
+from jaxft.serving.engines.answer import OpenAnswer
+from jaxft.serving.engines.spec import NOT_BY_ROW
+from jaxft.serving.engines.target import target_of
+from jaxft.serving.http.bodies import read_object
+from jaxft.serving.http.errors import ApiError, error_body
+from jaxft.serving.service import service_of
+
+ANSWERERS = ("answer",)
+BEAT_SECONDS = 10.0  # in which a proxy would end a silent stream
+GONE = 499  # for the log alone: nobody reads it
+HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
+T = TypeVar("T")
+
+
+class ClientGoneError(Exception):
+    """The client has closed its connection."""
+
+
+async def chat(request: Request) -> Response:
+    """Answers to a chat."""
+    values, content = await read_object(request)
+    wanted = parse_chat(values)
+    return await _answer(request, wanted, ChatShape(wanted.model, logprobs=wanted.settings.logprobs), len(content))
+
+
+async def complete(request: Request) -> Response:
+    """Continuations of prompts."""
+    values, content = await read_object(request)
+    wanted = parse_completion(values)
+    shape = CompletionShape(wanted.model, logprobs=wanted.settings.logprobs)
+    return await _answer(request, wanted, shape, len(content))
+
+
+async def _answer(request: Request, wanted: AnswerRequest, shape: Shape, size: int) -> Response:
+    answer = await _opened(request, wanted, size)
+    if answer is None:
+        return Response(status_code=GONE)
+    if wanted.stream:
+        return _AnswerStream(answer, wanted, shape)
+    try:
+        choices, end = await _unless_gone(request, _all(answer, wanted))
+    except ClientGoneError:
+        return Response(status_code=GONE)
+    finally:
+        answer.close()
+    return JSONResponse(shapes.whole(shape, choices, shapes.usage_of(end)))
+
+
+async def _opened(request: Request, wanted: AnswerRequest, size: int) -> OpenAnswer | None:
+    """The answer, which an engine has begun; None if the client is gone. Raises ApiError as the engine does."""
+    service = service_of(request)
+    engines, model, key = service.engines, wanted.model, request.scope["key"].id
+    while True:
+        target = await asyncio.to_thread(target_of, service.state, service.settings, model, engines.alone)
+        answer = engines.open(target, wanted, key=key, size=size)
+        try:
+            await _unless_gone(request, answer.begin())
+        except ClientGoneError:
+            answer.close()
+            return None
+        except ApiError as error:
+            answer.close()
+            if error.code != NOT_BY_ROW or model in engines.alone:
+                raise
+            engines.alone.add(model)  # and with the next turn, it has an engine of its own
+        except BaseException:
+            answer.close()
+            raise
+        else:
+            return answer
+
+
+async def _all(answer: OpenAnswer, wanted: AnswerRequest) -> tuple[list[Choice], Mapping[str, Any]]:
+    """(all answers, the counts of their tokens)."""
+    choices = [Choice() for _ in range(wanted.choices)]
+    async for message in answer.messages():
+        if message is None or message["kind"] == "done":
+            continue
+        choices[message["index"]].add(message)
+    if message is None:
+        raise RuntimeError("an answer ended without its counts")
+    return choices, message
+
+
+async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
+    """The result of the work, which is cancelled when the client closes its connection. Raises ClientGoneError."""
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    watching, working = asyncio.ensure_future(watch()), asyncio.ensure_future(work)
+    try:
+        await asyncio.wait((watching, working), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientGoneError
+        return working.result()
+    finally:
+        for task in (watching, working):
+            task.cancel()
+        await asyncio.gather(watching, working, return_exceptions=True)
+
+
+class _AnswerStream(StreamingResponse):
+    """Sends the pieces of an answer as they come, and gives the answer up when the client is gone."""
+
+    def __init__(self, answer: OpenAnswer, wanted: AnswerRequest, shape: Shape) -> None:
+        super().__init__(_pieces(answer, wanted, shape), media_type="text/event-stream", headers=HEADERS)
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._answer.close()
+
+
+async def _pieces(answer: OpenAnswer, wanted: AnswerRequest, shape: Shape) -> AsyncIterator[str]:
+    choices = [Choice() for _ in range(wanted.choices)]
+
+    def chunk(shown: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> str:
+        return shapes.chunk(shape, shown, usage, with_usage=wanted.include_usage)
+
+    firsts = [first for index in range(wanted.choices) if (first := shape.first(index)) is not None]
+    for first in firsts:
+        yield chunk([first])
+    try:
+        async for message in answer.messages(BEAT_SECONDS):
+            if message is None:
+                yield ": waiting\n\n"
+            elif message["kind"] == "piece":
+                choices[message["index"]].add(message)
+                yield chunk([shape.piece(message)])
+            elif message["kind"] == "ended":
+                choice = choices[message["index"]]
+                choice.add(message)
+                for shown in shape.last(message, choice):
+                    yield chunk([shown])
+            elif wanted.include_usage:
+                yield chunk([], shapes.usage_of(message))
+    except ApiError as error:
+        yield shapes.event(error_body(error))
+        return
+    yield "data: [DONE]\n\n"
+
+
+ENDPOINTS = (
+    Endpoint("POST", "/chat/completions", chat, ANSWERERS),
+    Endpoint("POST", "/completions", complete, ANSWERERS),
+)
