@@ -121,7 +121,7 @@ class _Comparison:
         prompts = [way for rival in self.prompted for way in self._prompt_ways(rival)]
         tuned = [way for way in map(self._tuned_way, self._tuned()) if way is not None]
         curve = self._curve(tuned)
-        ways = [self._with_speed(way) for way in [*prompts, *tuned]]
+        ways = self._with_speeds([*prompts, *tuned])
         best = self._best_prompt([way for way in ways if way.side == "prompt"])
         zero = next((way for way in ways if way.side == "prompt" and way.k == 0 and way.system is OWN), None)
         tuned = [way for way in ways if way.side == "tuned"]
@@ -260,6 +260,20 @@ class _Comparison:
     def _measure(self, rows: Sequence[Row], texts: Sequence[str], references: Sequence[str]) -> list[Measured]:
         self.metrics.check(references, [row.name for row in rows])
         return self.metrics.measure([row.question for row in rows], texts, references)
+
+    def _with_speeds(self, ways: Sequence[Way]) -> list[Way]:
+        """The ways with the seconds of a call. Seeds of a method are models of the same shape: one is measured."""
+        methods = {one.name: one.method for one in self.trained}
+        measured: dict[str, dict[str, Any]] = {}
+        out = []
+        for way in ways:
+            method = methods.get(way.rival.name, way.name)
+            if method in measured:
+                out.append(replace(way, speed=measured[method]))
+                continue
+            out.append(self._with_speed(way))
+            measured[method] = out[-1].speed
+        return out
 
     def _with_speed(self, way: Way) -> Way:
         """A way with the seconds of a call, unless there is no time to measure them."""
