@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxft import config as config_module
-from jaxft.comparison.cache import AnswerCache
+from jaxft.comparison.rivals.cache import AnswerCache
 from jaxft.comparison.costs import Prices, break_even, prices_of, training_cost, usd_per_1000
-from jaxft.comparison.endpoint import Endpoint
-from jaxft.comparison.models import Memory, base_rival, model_rival, run_rival
+from jaxft.comparison.rivals.endpoint import Endpoint
+from jaxft.comparison.rivals.models import Memory, base_rival, model_rival, run_rival
 from jaxft.comparison.page import write_page
 from jaxft.comparison.plan import CHOOSERS, WAYS, Budget, OutOfTime, Plan, as_json
 from jaxft.comparison.prompts import OWN, SystemPrompt
@@ -23,7 +23,7 @@ from jaxft.comparison.results import (
     pair_up,
     smallest_differences,
 )
-from jaxft.comparison.rivals import Examples, Rival
+from jaxft.comparison.rivals.local import Examples, Rival
 from jaxft.comparison.rows import Row, Split, load_rows
 from jaxft.comparison.selection import Candidate, Selection, no_examples, select
 from jaxft.comparison.trained.curve import more_rows

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxft.comparison.prompts import SystemPrompt
-from jaxft.comparison.rivals import Answered, Examples, Rival
+from jaxft.comparison.rivals.local import Answered, Examples, Rival
 from jaxft.comparison.rows import Row
 from jaxft.comparison.verdict import Compared, compare_values
 from jaxft.evaluation.metrics import Measured

@@ -7,7 +7,7 @@ from typing import Any
 from jaxft.comparison.examples import Bm25, Chooser, choosers
 from jaxft.comparison.plan import AUTO_SHOTS, Budget, OutOfTime, Plan
 from jaxft.comparison.prompts import OWN, SystemPrompt
-from jaxft.comparison.rivals import Examples, Rival
+from jaxft.comparison.rivals.local import Examples, Rival
 from jaxft.comparison.rows import Row, Split
 from jaxft.errors import ConfigError, DataError
 

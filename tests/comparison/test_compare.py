@@ -14,12 +14,13 @@ import pytest
 import jaxft
 from jaxft.assets import ASSETS
 from jaxft.comparison import compare as comparing
-from jaxft.comparison import endpoint, models, rivals
-from jaxft.comparison.cache import AnswerCache
+from jaxft.comparison.rivals import endpoint, models
+from jaxft.comparison.rivals import local as rivals
+from jaxft.comparison.rivals.cache import AnswerCache
 from jaxft.comparison.examples import Bm25, Fixed
 from jaxft.comparison.plan import Budget, OutOfTime, Plan
 from jaxft.comparison.prompts import SystemPrompt, conversation_with, prompt_messages, prompt_tokens
-from jaxft.comparison.rivals import shared
+from jaxft.comparison.rivals.local import shared
 from jaxft.comparison.rows import Row, load_rows, split_rows
 from jaxft.config import DataConfig
 from jaxft.data import load_tokenizer, tokenizer_of

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from jaxft.comparison.cache import AnswerCache, digest_of
+from jaxft.comparison.rivals.cache import AnswerCache, digest_of
 from jaxft.comparison.prompts import OWN, SystemPrompt, check_room, prompt_tokens
 from jaxft.comparison.rows import Row
 from jaxft.config import RunConfig
