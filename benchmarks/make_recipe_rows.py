@@ -71,7 +71,9 @@ def intents(source: str | None, labels: int, each: dict[str, int]) -> dict[str, 
     names = sorted({one["category"] for one in tables["train"]})[:labels]
     out: dict[str, list[Row]] = {}
     for part, table in tables.items():
-        texts = {name: [one["text"].strip() for one in table if one["category"] == name][: each[part]] for name in names}
+        texts = {
+            name: [one["text"].strip() for one in table if one["category"] == name][: each[part]] for name in names
+        }
         order = [(number, name) for number in range(each[part]) for name in names if number < len(texts[name])]
         out[part] = [row(INTENT.format(", ".join(names)), texts[name][number], name) for number, name in order]
     return out
@@ -103,7 +105,9 @@ def note(draw: random.Random, subjects: Sequence[str]) -> Row:
     price = draw.choice((f"€{amount}", f"{amount} euros", f"{amount} eur", f"EUR {amount}"))
     draft = draw.choice(DRAFTS).format(subject=subject, date=date, time=time, price=price)
     title = subject.removeprefix("the ").capitalize()
-    return row(STYLE, draft, f"{title}: {year}-{month:02d}-{day:02d}, {hour:02d}:{minute:02d}. EUR {whole:,}.{rest:02d}.")
+    return row(
+        STYLE, draft, f"{title}: {year}-{month:02d}-{day:02d}, {hour:02d}:{minute:02d}. EUR {whole:,}.{rest:02d}."
+    )
 
 
 def style(rows: dict[str, int]) -> dict[str, list[Row]]:
