@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxft import config as config_module
 from jaxft.comparison.costs import Prices, prices_of
-from jaxft.comparison.outcome import Found, outcome
+from jaxft.comparison.outcome import Results, outcome
 from jaxft.comparison.page import write_page
 from jaxft.comparison.plan import USUAL_CHOOSERS, USUAL_WAYS, Budget, OutOfTime, Plan, as_json
 from jaxft.comparison.prompts import BARE, OWN, SystemPrompt
@@ -133,7 +133,7 @@ class _Comparison:
         bare = self._bare(main)
         pairs += [] if bare is None or main is None else pair_bare(bare, main, self.plan.margin, clusters)
         probe = self._probe(main)
-        found = Found(
+        results = Results(
             plan=self.plan,
             split=self.split,
             prices=self.prices,
@@ -147,7 +147,7 @@ class _Comparison:
             probe=probe,
             left_out=self.budget.left_out,
         )
-        return outcome(found) | {"seeds": self._seeds(tuned), "curve": curve}
+        return outcome(results) | {"seeds": self._seeds(tuned), "curve": curve}
 
     def _prompted(self) -> list[Rival]:
         if not {"zero", "shots"} & {*self.plan.ways}:
@@ -220,9 +220,9 @@ class _Comparison:
             return None
         self.say(f"{tuned.name}: {len(texts)} other texts")
         rows = few_enough(base.tokens(texts), len(self.tokenizer.backend))
-        found = drift(rows, base.log_probabilities, tuned.log_probabilities)
-        self.cache.keep_value(name, found)
-        return found
+        value = drift(rows, base.log_probabilities, tuned.log_probabilities)
+        self.cache.keep_value(name, value)
+        return value
 
     def _base(self) -> Rival:
         runs = [local_path(run) for run in self.plan.runs]

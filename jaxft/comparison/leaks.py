@@ -18,17 +18,17 @@ def near_leaks(train: Sequence[str], held_out: Sequence[str]) -> dict[int, int]:
     sample = [*held_out, *train[:SAMPLE]]
     template = template_grams(map(_grams, sample), len(sample))
     long_template = template_grams(map(_long_grams, sample), len(sample))
-    asked = [without(_grams(text), template) for text in held_out]
-    by_gram, by_long_gram = _index(asked), _index([_long_grams(text) - long_template for text in held_out])
-    found: dict[int, int] = {}
+    held_out_sets = [without(_grams(text), template) for text in held_out]
+    by_gram, by_long_gram = _index(held_out_sets), _index([_long_grams(text) - long_template for text in held_out])
+    leaks: dict[int, int] = {}
     for number, text in enumerate(train):
         own = without(_grams(text), template)
         for other, both in Counter(_numbers(by_gram, own)).items():
-            if both >= NEAR * (len(own) + len(asked[other]) - both):
-                found.setdefault(other, number)
+            if both >= NEAR * (len(own) + len(held_out_sets[other]) - both):
+                leaks.setdefault(other, number)
         for other in _numbers(by_long_gram, _long_grams(text)):
-            found.setdefault(other, number)
-    return dict(sorted(found.items()))
+            leaks.setdefault(other, number)
+    return dict(sorted(leaks.items()))
 
 
 def _grams(text: str) -> set[str]:

@@ -27,7 +27,7 @@ from jaxft.training.log import read_metrics
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class Results:
     """Everything that a comparison found.
 
     main: the pair of the verdict. selections: how prompts were chosen, by model. references: of the held-out rows.
@@ -48,39 +48,39 @@ class Found:
     left_out: Sequence[str]
 
 
-def outcome(found: Found) -> dict[str, Any]:
+def outcome(results: Results) -> dict[str, Any]:
     """The entries of compare.json."""
-    entries = [way.summary() | {"without_leaks": without_leaks(way, found.split)} for way in found.ways]
+    entries = [way.summary() | {"without_leaks": without_leaks(way, results.split)} for way in results.ways]
     for entry in entries:
-        entry |= prices_of_calls(entry, found.prices)
-    split, plan, main = found.split, found.plan, found.main
-    cost = _cost(found, entries)
-    verdict = _verdict(found, cost)
+        entry |= prices_of_calls(entry, results.prices)
+    split, plan, main = results.split, results.plan, results.main
+    cost = _cost(results, entries)
+    verdict = _verdict(results, cost)
     met = None
     if plan.require is not None:
         met = main is not None and is_met(parse_requirement(plan.require), main.compared, plan.margin)
     return {
         "verdict": {"kind": verdict.kind, "sentence": verdict.sentence},
         "require": None if plan.require is None else {"text": plan.require, "met": met},
-        "metric": found.metric,
+        "metric": results.metric,
         "settings": plan.settings(),
-        "rows": _rows(found),
+        "rows": _rows(results),
         "main": None if main is None else {"tuned": main.first.name, "prompt": main.second.name},
         "ways": entries,
-        "pairs": pair_summaries(found.pairs),
-        "dev": [one for rival, chosen in found.selections for one in chosen.summary(rival.name, len(split.dev))],
+        "pairs": pair_summaries(results.pairs),
+        "dev": [one for rival, chosen in results.selections for one in chosen.summary(rival.name, len(split.dev))],
         "both_wrong": None if main is None else both_wrong(main.first, main.second),
         "changed": None if main is None else changed_rows(main.first, main.second, split.held_out),
-        "without_leaks": None if main is None else _without_leaks(found, main),
+        "without_leaks": None if main is None else _without_leaks(results, main),
         "cost": cost,
-        "probe": found.probe,
-        "refused": [text for _, chosen in found.selections for text in chosen.refused],
-        "left_out": list(found.left_out),
+        "probe": results.probe,
+        "refused": [text for _, chosen in results.selections for text in chosen.refused],
+        "left_out": list(results.left_out),
     }
 
 
-def _rows(found: Found) -> dict[str, Any]:
-    split = found.split
+def _rows(results: Results) -> dict[str, Any]:
+    split = results.split
     return {
         "held_out": len(split.held_out),
         "dev": len(split.dev),
@@ -88,36 +88,36 @@ def _rows(found: Found) -> dict[str, Any]:
         "leaked": list(split.leaked),
         "near": dict(split.near),
         "contradictions": split.contradictions,
-        "commonest_answer": commonest_answer(found.references) if found.references else None,
-        "looks": len(found.ways),
+        "commonest_answer": commonest_answer(results.references) if results.references else None,
+        "looks": len(results.ways),
         "smallest_difference": smallest_differences(len(split.held_out)),
     }
 
 
-def _without_leaks(found: Found, main: Pair) -> dict[str, Any] | None:
+def _without_leaks(results: Results, main: Pair) -> dict[str, Any] | None:
     """The pair of the verdict on the held-out rows that do not stand in training; None if none does, or all do."""
-    kept, every = unleaked(found.split), found.split.held_out
+    kept, every = unleaked(results.split), results.split.held_out
     if not kept or len(kept) == len(every):
         return None
     sides = [[way.main.values[index] for index in kept] for way in (main.first, main.second)]
     passes = main.first.main.passes and main.second.main.passes
-    clusters = [every[index].cluster for index in kept] if found.plan.cluster else None
-    compared = compare_values(*sides, passes=passes, margin=found.plan.margin, clusters=clusters)
+    clusters = [every[index].cluster for index in kept] if results.plan.cluster else None
+    compared = compare_values(*sides, passes=passes, margin=results.plan.margin, clusters=clusters)
     return {"rows": len(kept), **compared.summary()}
 
 
-def _cost(found: Found, entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    prices, main = found.prices, found.main
+def _cost(results: Results, entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    prices, main = results.prices, results.main
     out: dict[str, Any] = {"usd_per_hour": prices.per_hour, "price": prices.source}
     if main is None:
         return out
     by_name = {entry["name"]: entry for entry in entries}
     prompt, tuned = by_name[main.second.name], by_name[main.first.name]
-    training = training_cost(found.runs[main.first.rival.name], prices, tuned.get("active_parameters"))
+    training = training_cost(results.runs[main.first.rival.name], prices, tuned.get("active_parameters"))
     calls = break_even(training["usd"], prompt["usd_per_1000"], tuned["usd_per_1000"])
     cached = break_even(training["usd"], prompt["usd_per_1000_cached"], tuned["usd_per_1000_cached"])
     told = calls if cached is None else cached
-    months = told / found.plan.calls if isinstance(told, float) and found.plan.calls else None
+    months = told / results.plan.calls if isinstance(told, float) and results.plan.calls else None
     return out | {
         "training": training,
         "labels_usd": prices.labels,
@@ -127,10 +127,10 @@ def _cost(found: Found, entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _verdict(found: Found, cost: Mapping[str, Any]) -> Verdict:
-    main, split = found.main, found.split
+def _verdict(results: Results, cost: Mapping[str, Any]) -> Verdict:
+    main, split = results.main, results.split
     if main is None:
-        missing = "" if not found.left_out else f" Left out for lack of time: {'; '.join(found.left_out)}."
+        missing = "" if not results.left_out else f" Left out for lack of time: {'; '.join(results.left_out)}."
         return Verdict(
             kind="one side", sentence=f"Only one side was measured, so there is nothing to compare.{missing}"
         )
@@ -139,7 +139,7 @@ def _verdict(found: Found, cost: Mapping[str, Any]) -> Verdict:
             prompt=_side(main.second),
             tuned=_side(main.first),
             compared=main.compared,
-            margin=found.plan.margin,
+            margin=results.plan.margin,
             passes=main.first.main.passes and main.second.main.passes,
             trained=split.trained,
             leaked=len(split.leaked),
@@ -147,8 +147,8 @@ def _verdict(found: Found, cost: Mapping[str, Any]) -> Verdict:
             contradictions=split.contradictions,
             break_even=cost["break_even_calls_cached"] or cost["break_even_calls"],
             months=cost["months"],
-            falling=_falling(found.runs[main.first.rival.name]),
-            forgot=None if found.probe is None else found.probe["sentence"],
+            falling=_falling(results.runs[main.first.rival.name]),
+            forgot=None if results.probe is None else results.probe["sentence"],
         )
     )
 

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxft.assets import ASSETS
 from jaxft.checkpoint.load import random_model
 from jaxft.comparison.rivals import speed
+from jaxft.comparison.rivals.cache import AnswerCache
 from jaxft.comparison.rivals.states import log_probabilities, mean_states
 from jaxft.data import load_tokenizer
 from jaxft.errors import DataError
@@ -50,6 +51,16 @@ def test_seconds_with_and_without_a_cached_prefix(answer, prefix):
     told_apart = prefix if prefix >= speed.LEAST_PREFIX else 0
     assert found["seconds_of_prefix"] == pytest.approx(PROMPT * told_apart)
     assert found["seconds_cached"] == pytest.approx(whole + 2 * TOKEN / 8 - PROMPT * told_apart)
+
+
+def test_vectors_are_kept_and_a_damaged_file_is_left_out(tmp_path, caplog):
+    cache, vectors = AnswerCache(tmp_path), {"a": np.arange(3.0), "b": np.ones(3)}
+    assert cache.vectors("x") == {}
+    cache.keep_vectors("x", vectors)
+    kept = cache.vectors("x")
+    assert kept.keys() == vectors.keys() and all(np.array_equal(kept[key], vectors[key]) for key in vectors)
+    (tmp_path / "x.npz").write_bytes((tmp_path / "x.npz").read_bytes()[:40])
+    assert cache.vectors("x") == {} and "is damaged" in caplog.text
 
 
 @pytest.fixture(scope="module")

@@ -55,18 +55,19 @@ class AnswerCache:
         """Keeps a JSON object under a name."""
         write_json(self._folder / f"{name}.json", value)
 
-    def arrays(self, name: str) -> dict[str, np.ndarray]:
-        """Arrays that were kept under a name; none if there are none and, with a warning, if their file is damaged."""
+    def vectors(self, name: str) -> dict[str, np.ndarray]:
+        """Vectors that were kept under a name; none if there are none and, with a warning, if their file is damaged."""
         path = self._folder / f"{name}.npz"
         if not path.is_file():
             return {}
         try:
             with np.load(path, allow_pickle=False) as file:
-                return {key: file[key] for key in file.files}
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
+                return dict(zip(file["keys"].tolist(), file["vectors"], strict=True))
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             log.warning("%s is damaged, so its vectors are made anew: %s", path, error)
             return {}
 
-    def keep_arrays(self, name: str, arrays: dict[str, np.ndarray]) -> None:
-        """Keeps arrays under a name, in place of those that were there."""
-        write_file(self._folder / f"{name}.npz", lambda file: np.savez(file, **arrays))
+    def keep_vectors(self, name: str, vectors: dict[str, np.ndarray]) -> None:
+        """Keeps vectors of one length under a name, in place of those that were there."""
+        keys, values = np.array(list(vectors)), np.stack(list(vectors.values()))
+        write_file(self._folder / f"{name}.npz", lambda file: np.savez(file, keys=keys, vectors=values))

@@ -112,13 +112,13 @@ class Local:
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """The vector of each text, [N, D] float32, as `mean_states` gives it; they are kept."""
         name = f"vectors-{digest_of(self.digest)}"
-        known = self._vectors or self._cache.arrays(name)
+        known = self._vectors or self._cache.vectors(name)
         keys = [digest_of(text) for text in texts]
         missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in known}
         if missing:
-            found = mean_states(self._load(), self._tokenizer, list(missing.values()))
-            known |= dict(zip(missing, found, strict=True))
-            self._cache.keep_arrays(name, known)
+            vectors = mean_states(self._load(), self._tokenizer, list(missing.values()))
+            known |= dict(zip(missing, vectors, strict=True))
+            self._cache.keep_vectors(name, known)
         self._vectors = known
         return np.stack([known[key] for key in keys])
 
@@ -131,8 +131,8 @@ class Local:
             return kept
         module, longest = self._load(), self._eval.max_new_tokens
 
-        def answer(asked: Sequence[Sequence[int]], at_once: int, on_token: OnToken | None) -> None:
-            answer_prompts(module, self._tokenizer, asked, max_new_tokens=longest, slots=at_once, on_token=on_token)
+        def answer(batch: Sequence[Sequence[int]], at_once: int, on_token: OnToken | None) -> None:
+            answer_prompts(module, self._tokenizer, batch, max_new_tokens=longest, slots=at_once, on_token=on_token)
 
         measured = call_seconds(answer, prompts, slots, self._between)
         measured |= memory(module, slots, max(map(len, prompts)) + longest)

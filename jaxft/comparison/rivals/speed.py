@@ -43,10 +43,10 @@ def call_seconds(
     used = [list(prompt) for prompt in prompts[:MEASURED]]
     prefix = used[0][: shared(used)] if len(used) > 1 else []
 
-    def seconds(asked: Sequence[Sequence[int]], at_once: int) -> float:
+    def seconds(batch: Sequence[Sequence[int]], at_once: int) -> float:
         between()
         began = time.perf_counter()
-        answer(asked, at_once, None)
+        answer(batch, at_once, None)
         return time.perf_counter() - began
 
     def first(prompt: Sequence[int]) -> float | None:
@@ -68,19 +68,19 @@ def call_seconds(
     alone = [compiled(seconds, [prompt], 1) for prompt in used[:ALONE]]
     firsts = [compiled(first, prompt) for prompt in used[:ALONE]]
     of_prefix = compiled(first, prefix) if len(prefix) >= LEAST_PREFIX else 0.0
-    together = compiled(seconds, used, slots)
+    batch_seconds = compiled(seconds, used, slots)
     return {
         "seconds_to_first": _median(firsts),
         "seconds_alone": _median(alone),
-        **_with_and_without(together, of_prefix or 0.0, len(used), len(prefix)),
+        **_with_and_without(batch_seconds, of_prefix or 0.0, len(used), len(prefix)),
         "slots": slots,
     }
 
 
-def _with_and_without(together: float, of_prefix: float, calls: int, prefix: int) -> dict[str, float]:
+def _with_and_without(batch_seconds: float, of_prefix: float, calls: int, prefix: int) -> dict[str, float]:
     """Seconds of one of several calls with and without a cached prefix, of which one was measured."""
     shares = prefix * (calls - 1) >= MIN_SPARED  # as the engine decides; it then computed the prefix once
-    without = (together + (calls - 1) * of_prefix if shares else together) / calls
+    without = (batch_seconds + (calls - 1) * of_prefix if shares else batch_seconds) / calls
     return {
         "seconds_side_by_side": round(without, 4),
         "seconds_cached": round(max(0.0, without - of_prefix), 4),
