@@ -116,6 +116,8 @@ setup(
             "pydantic-extra-types[pycountry]>=2.10.5",
             "libgguf==0.2.2",
             "jsonschema>=4.21",
+            "rouge-score>=0.1.2",
+            "sacrebleu>=2.4",
             "rensa>=0.5",
             "pillow>=10.3",
             "requests>=2.31",

@@ -5,43 +5,42 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jaxft import config as config_module
-from jaxft.comparison.cache import AnswerCache
-from jaxft.comparison.costs import Prices, break_even, prices_of, training_cost, usd_per_1000
-from jaxft.comparison.endpoint import Endpoint
-from jaxft.comparison.models import Memory, base_rival, model_rival, run_rival
+from jaxft.comparison.costs import Prices, prices_of
+from jaxft.comparison.outcome import Results, outcome
 from jaxft.comparison.page import write_page
-from jaxft.comparison.plan import CHOOSERS, WAYS, Budget, OutOfTime, Plan, as_json
-from jaxft.comparison.prompts import OWN, SystemPrompt
+from jaxft.comparison.plan import USUAL_CHOOSERS, USUAL_WAYS, Budget, OutOfTime, Plan, as_json
+from jaxft.comparison.prompts import BARE, OWN, SystemPrompt
 from jaxft.comparison.results import (
     Pair,
     Way,
-    both_wrong,
-    changed_rows,
-    commonest_answer,
-    pair_summaries,
+    pair_bare,
     pair_up,
     smallest_differences,
 )
-from jaxft.comparison.rivals import Examples, Rival
+from jaxft.comparison.rivals.cache import AnswerCache, digest_of
+from jaxft.comparison.rivals.endpoint import Endpoint
+from jaxft.comparison.rivals.local import Examples, Local, Rival
+from jaxft.comparison.rivals.models import Memory, base_rival, model_rival, run_rival
 from jaxft.comparison.rows import Row, Split, load_rows
 from jaxft.comparison.selection import Candidate, Selection, no_examples, select
 from jaxft.comparison.trained.curve import more_rows
+from jaxft.comparison.trained.drift import drift, few_enough, texts_of_probe
 from jaxft.comparison.trained.probe import probed, requests_of, rows_of
 from jaxft.comparison.trained.training import Trained, Trainer, seeds_of
-from jaxft.comparison.verdict import Evidence, Side, Verdict, is_met, judge, parse_requirement
 from jaxft.config import RunConfig
 from jaxft.data import tokenizer_of
 from jaxft.errors import ConfigError, did_you_mean
 from jaxft.evaluation.metrics import Measured
 from jaxft.files.atomic import make_folder, write_text
-from jaxft.files.run_folder import BASE, METRICS
+from jaxft.files.run_folder import BASE
 from jaxft.files.targets import locked_output, refused_target
 from jaxft.home import local_path
 from jaxft.runs import folder as run_folders
 from jaxft.runs.going_on import going_on
 from jaxft.runs.scores.measuring import Metrics
-from jaxft.training.log import read_metrics
 
 RESULT, PAGE = "compare.json", "compare.html"
 
@@ -52,10 +51,10 @@ def compare(
     config: RunConfig | str | None = None,
     *,
     to: str,
-    ways: Sequence[str] = WAYS,
+    ways: Sequence[str] = USUAL_WAYS,
     runs: Sequence[str] = (),
     models: Sequence[str] = (),
-    choose: Sequence[str] = CHOOSERS,
+    choose: Sequence[str] = USUAL_CHOOSERS,
     print_line: Say = lambda line: None,
     **options: Any,
 ) -> dict[str, Any]:
@@ -102,8 +101,12 @@ class _Comparison:
     def __init__(self, config: RunConfig, plan: Plan, folder: Path, say: Say, budget: Budget) -> None:
         self.config, self.tokenizer = run_folders.dated(config, tokenizer_of(config))
         self.plan, self.say, self.budget, self.folder = plan, say, budget, folder
-        self.prices: Prices = prices_of(plan.usd_per_hour, plan.prices, plan.endpoint_usd, plan.label_usd)
+        self.prices: Prices = prices_of(
+            plan.usd_per_hour, plan.prices, plan.endpoint_usd, plan.label_usd, plan.topology
+        )
         self.split: Split = load_rows(self.config, self.tokenizer, dev_rows=plan.dev_rows, cluster=plan.cluster)
+        if "bare" in plan.ways and not any(row.system for row in self.split.held_out):
+            raise ConfigError("--ways: bare leaves out the system message, and no held-out row has one: leave bare out")
         self.metrics = Metrics.of(self.config.eval)
         self.cache, self.memory = AnswerCache(folder / "answers"), Memory()
         self.selections: list[tuple[Rival, Selection]] = []
@@ -112,7 +115,6 @@ class _Comparison:
         self.trainer: Trainer | None = None
         self.prompted: list[Rival] = []
         self.trained: list[Trained] = []
-        self.probe: dict[str, Any] | None = None
 
     def result(self) -> dict[str, Any]:
         """The content of compare.json."""
@@ -121,15 +123,31 @@ class _Comparison:
         prompts = [way for rival in self.prompted for way in self._prompt_ways(rival)]
         tuned = [way for way in map(self._tuned_way, self._tuned()) if way is not None]
         curve = self._curve(tuned)
-        ways = [self._with_speed(way) for way in [*prompts, *tuned]]
+        ways = self._with_speeds([*prompts, *tuned])
         best = self._best_prompt([way for way in ways if way.side == "prompt"])
         zero = next((way for way in ways if way.side == "prompt" and way.k == 0 and way.system is OWN), None)
         tuned = [way for way in ways if way.side == "tuned"]
         clusters = [row.cluster for row in self.split.held_out] if self.plan.cluster else None
         pairs = pair_up(tuned, best, zero, self.plan.margin, clusters)
         main = self._main_pair(pairs, best)
-        self.probe = self._probe(main)
-        return self._result(ways, pairs, main) | {"seeds": self._seeds(tuned), "curve": curve}
+        bare = self._bare(main)
+        pairs += [] if bare is None or main is None else pair_bare(bare, main, self.plan.margin, clusters)
+        probe = self._probe(main)
+        results = Results(
+            plan=self.plan,
+            split=self.split,
+            prices=self.prices,
+            metric=self.metrics.names[0],
+            ways=[*ways, *([] if bare is None else [bare])],
+            pairs=pairs,
+            main=main,
+            selections=self.selections,
+            references=self.references,
+            runs=self.runs,
+            probe=probe,
+            left_out=self.budget.left_out,
+        )
+        return outcome(results) | {"seeds": self._seeds(tuned), "curve": curve}
 
     def _prompted(self) -> list[Rival]:
         if not {"zero", "shots"} & {*self.plan.ways}:
@@ -162,6 +180,13 @@ class _Comparison:
             rivals.append(rival)
         return rivals
 
+    def _bare(self, main: Pair | None) -> Way | None:
+        """The tuned model of the verdict without the system message of the rows; None unless it is asked for."""
+        if main is None or "bare" not in self.plan.ways:
+            return None
+        way = self._way(main.first.rival, Candidate(system=BARE), "tuned", ", without the system message")
+        return None if way is None else self._with_speed(way)
+
     def _probe(self, main: Pair | None) -> dict[str, Any] | None:
         """What the tuned model of the verdict forgot against the base; None without `--probe`, and without time."""
         if self.plan.probe is None or main is None:
@@ -178,7 +203,26 @@ class _Comparison:
                 self.budget.leave_out(f"{rival.name}: the probe")
                 return None
         task = [row.answer for row in (*self.split.train, *self.split.held_out)]
-        return probed(requests, texts[0], texts[1], task, self.plan.margin)
+        return probed(requests, texts[0], texts[1], task, self.plan.margin, self._drift(base, main.first.rival))
+
+    def _drift(self, base: Rival, tuned: Rival) -> dict[str, Any] | None:
+        """How either predicts other texts, kept; None if one of them is not here, and without time."""
+        if not isinstance(base, Local) or not isinstance(tuned, Local):
+            return None
+        texts = texts_of_probe()
+        name = f"drift-{digest_of(base.digest, tuned.digest, texts)}"
+        if kept := self.cache.value(name):
+            return kept
+        try:
+            self.budget.check()
+        except OutOfTime:
+            self.budget.leave_out(f"{tuned.name}: perplexity of other texts")
+            return None
+        self.say(f"{tuned.name}: {len(texts)} other texts")
+        rows = few_enough(base.tokens(texts), len(self.tokenizer.backend))
+        value = drift(rows, base.log_probabilities, tuned.log_probabilities)
+        self.cache.keep_value(name, value)
+        return value
 
     def _base(self) -> Rival:
         runs = [local_path(run) for run in self.plan.runs]
@@ -213,7 +257,7 @@ class _Comparison:
     def _prompt_ways(self, rival: Rival) -> list[Way]:
         """Zero-shot and the best prompt of a model, which is chosen on the dev rows, on the held-out rows."""
         alone = len(self.prompted) == 1
-        chosen = select(rival, self.split, self.plan, self.budget, self._scores, alone=alone)
+        chosen = select(rival, self.split, self.plan, self.budget, self._scores, self._embed, alone=alone)
         self.selections.append((rival, chosen))
         own = Candidate()
         wanted = [own] if "zero" in self.plan.ways else []
@@ -228,9 +272,9 @@ class _Comparison:
     def _tuned_way(self, rival: Rival) -> Way | None:
         return self._way(rival, Candidate(), "tuned")
 
-    def _way(self, rival: Rival, one: Candidate, side: str) -> Way | None:
-        """A way on the held-out rows; None if there is no time for it."""
-        name = rival.name if side == "tuned" else f"{rival.name}, {one.name}"
+    def _way(self, rival: Rival, one: Candidate, side: str, suffix: str = "") -> Way | None:
+        """A way on the held-out rows; None if there is no time for it. suffix: of the name of a tuned one."""
+        name = f"{rival.name}{suffix}" if side == "tuned" else f"{rival.name}, {one.name}"
         self.say(f"{name}: {len(self.split.held_out):,} held-out rows")
         try:
             examples = one.on_all(self.split)
@@ -252,6 +296,10 @@ class _Comparison:
             k=one.k,
         )
 
+    def _embed(self, texts: Sequence[str]) -> np.ndarray:
+        """Vectors of texts by the base, for examples by `own`."""
+        return next(rival for rival in self.prompted if isinstance(rival, Local)).embed(texts)
+
     def _scores(self, rival: Rival, rows: Sequence[Row], examples: Examples, system: SystemPrompt) -> Sequence[float]:
         self.say(f"{rival.name}: {len(rows):,} dev rows")
         answered = rival.answer(rows, examples, system)
@@ -260,6 +308,20 @@ class _Comparison:
     def _measure(self, rows: Sequence[Row], texts: Sequence[str], references: Sequence[str]) -> list[Measured]:
         self.metrics.check(references, [row.name for row in rows])
         return self.metrics.measure([row.question for row in rows], texts, references)
+
+    def _with_speeds(self, ways: Sequence[Way]) -> list[Way]:
+        """The ways with the seconds of a call. Seeds of a method are models of the same shape: one is measured."""
+        methods = {one.name: one.method for one in self.trained}
+        measured: dict[str, dict[str, Any]] = {}
+        out = []
+        for way in ways:
+            method = methods.get(way.rival.name, way.name)
+            if method in measured:
+                out.append(replace(way, speed=measured[method]))
+                continue
+            out.append(self._with_speed(way))
+            measured[method] = out[-1].speed
+        return out
 
     def _with_speed(self, way: Way) -> Way:
         """A way with the seconds of a call, unless there is no time to measure them."""
@@ -285,93 +347,3 @@ class _Comparison:
         least = smallest_differences(rows)["0.2"]
         shown = "no difference" if least is None else f"differences of {100 * least:.0f} points or more"
         self.say(f"{rows:,} held-out rows show {shown} between two ways that disagree on a fifth of them")
-
-    def _result(self, ways: Sequence[Way], pairs: Sequence[Pair], main: Pair | None) -> dict[str, Any]:
-        entries = [way.summary() for way in ways]
-        for entry in entries:
-            entry["usd_per_1000"] = usd_per_1000(entry, self.prices)
-        split, plan = self.split, self.plan
-        cost = self._cost(entries, main)
-        verdict = self._verdict(main, cost)
-        met = None
-        if plan.require is not None:
-            met = main is not None and is_met(parse_requirement(plan.require), main.compared, plan.margin)
-        return {
-            "verdict": {"kind": verdict.kind, "sentence": verdict.sentence},
-            "require": None if plan.require is None else {"text": plan.require, "met": met},
-            "metric": self.metrics.names[0],
-            "settings": plan.settings(),
-            "rows": {
-                "held_out": len(split.held_out),
-                "dev": len(split.dev),
-                "training": split.trained,
-                "leaked": list(split.leaked),
-                "contradictions": split.contradictions,
-                "commonest_answer": commonest_answer(self.references) if self.references else None,
-                "looks": len(ways),
-                "smallest_difference": smallest_differences(len(split.held_out)),
-            },
-            "main": None if main is None else {"tuned": main.first.name, "prompt": main.second.name},
-            "ways": entries,
-            "pairs": pair_summaries(pairs),
-            "dev": [one for rival, chosen in self.selections for one in chosen.summary(rival.name, len(split.dev))],
-            "both_wrong": None if main is None else both_wrong(main.first, main.second),
-            "changed": None if main is None else changed_rows(main.first, main.second, split.held_out),
-            "cost": cost,
-            "probe": self.probe,
-            "refused": [text for _, chosen in self.selections for text in chosen.refused],
-            "left_out": self.budget.left_out,
-        }
-
-    def _cost(self, entries: Sequence[dict[str, Any]], main: Pair | None) -> dict[str, Any]:
-        out: dict[str, Any] = {"usd_per_hour": self.prices.per_hour, "price": self.prices.source}
-        if main is None:
-            return out
-        by_name = {entry["name"]: entry["usd_per_1000"] for entry in entries}
-        training = training_cost(self.runs[main.first.rival.name], self.prices)
-        calls = break_even(training["usd"], by_name[main.second.name], by_name[main.first.name])
-        months = calls / self.plan.calls if isinstance(calls, float) and self.plan.calls else None
-        return out | {
-            "training": training,
-            "labels_usd": self.prices.labels,
-            "break_even_calls": calls,
-            "months": months,
-        }
-
-    def _verdict(self, main: Pair | None, cost: dict[str, Any]) -> Verdict:
-        if main is None:
-            missing = (
-                "" if not self.budget.left_out else f" Left out for lack of time: {'; '.join(self.budget.left_out)}."
-            )
-            return Verdict(
-                kind="one side", sentence=f"Only one side was measured, so there is nothing to compare.{missing}"
-            )
-        return judge(
-            Evidence(
-                prompt=_side(main.second),
-                tuned=_side(main.first),
-                compared=main.compared,
-                margin=self.plan.margin,
-                passes=main.first.main.passes and main.second.main.passes,
-                trained=self.split.trained,
-                leaked=len(self.split.leaked),
-                contradictions=self.split.contradictions,
-                break_even=cost["break_even_calls"],
-                months=cost["months"],
-                falling=self._falling(main.first.rival.name),
-                forgot=None if self.probe is None else self.probe["sentence"],
-            )
-        )
-
-    def _falling(self, name: str) -> bool | None:
-        """Whether the held-out loss of a run fell by 1% or more between its last two evaluations."""
-        run = self.runs[name]
-        if not (run / METRICS).is_file():
-            return None
-        losses = [row["eval_loss"] for row in read_metrics(run) if "eval_loss" in row]
-        return losses[-1] < 0.99 * losses[-2] if len(losses) > 1 else None
-
-
-def _side(way: Way) -> Side:
-    name = way.name.removeprefix(f"{way.rival.name}, ") if way.rival.kind == "base" else way.name
-    return Side(name=name, value=way.main.value, seconds=way.speed.get("seconds_alone"))

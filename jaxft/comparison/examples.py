@@ -1,15 +1,20 @@
 """Which training rows stand before a question as its examples."""
 
+# N rows, D width of a model
+
 import math
 from collections import Counter
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol, Self
 
 import numpy as np
 
 from jaxft.comparison.rows import WORD, Row
 
 K1, B = 1.5, 0.75  # of BM25: how soon repeated words count less, and how much long rows do
+
+# The vectors of N texts, [N, D] float32.
+Embed = Callable[[Sequence[str]], np.ndarray]
 
 
 class Chooser(Protocol):
@@ -19,6 +24,9 @@ class Chooser(Protocol):
 
     def examples(self, question: Row, k: int) -> list[Row]:
         """k examples for a question, in the order in which they stand before it."""
+
+    def over(self, rows: Sequence[Row]) -> "Chooser":
+        """The same way of choosing over other rows; examples that do not depend on the question stay the same."""
 
 
 class Fixed:
@@ -32,6 +40,10 @@ class Fixed:
     def examples(self, question: Row, k: int) -> list[Row]:
         """The first k of the drawn rows."""
         return self._rows[:k]
+
+    def over(self, rows: Sequence[Row]) -> Self:
+        """The same examples."""
+        return self
 
 
 class Bm25:
@@ -72,10 +84,47 @@ class Bm25:
         best = np.argsort(-self.scores(question.question), kind="stable")[:k]
         return [self._rows[index] for index in best[::-1]]
 
+    def over(self, rows: Sequence[Row]) -> "Bm25":
+        """By BM25 over other rows."""
+        return Bm25(rows)
 
-def choosers(names: Sequence[str], rows: Sequence[Row], seed: int, draws: int) -> list[Chooser]:
-    """The choosers of these names, `fixed` once for each draw, over rows."""
+
+class Own:
+    """The k rows whose questions a model's own states say are most like the asked one, the most similar last.
+
+    Similarity is the cosine of two vectors of `embed` less their mean over the rows, which all texts share.
+    """
+
+    name = "own"
+
+    def __init__(self, rows: Sequence[Row], embed: Embed) -> None:
+        self._rows, self._embed = list(rows), embed
+        vectors_ND = embed([row.question for row in rows])
+        self._mean_D = vectors_ND.mean(axis=0)
+        self._units_ND = _units(vectors_ND - self._mean_D)
+
+    def examples(self, question: Row, k: int) -> list[Row]:
+        """The k most similar rows, the most similar last."""
+        (unit_D,) = _units(self._embed([question.question]) - self._mean_D)
+        best = np.argsort(-(self._units_ND @ unit_D), kind="stable")[:k]
+        return [self._rows[index] for index in best[::-1]]
+
+    def over(self, rows: Sequence[Row]) -> "Own":
+        """By the same model over other rows."""
+        return Own(rows, self._embed)
+
+
+def _units(vectors_ND: np.ndarray) -> np.ndarray:
+    lengths_N1 = np.linalg.norm(vectors_ND, axis=1, keepdims=True)
+    return np.divide(vectors_ND, lengths_N1, out=np.zeros_like(vectors_ND), where=lengths_N1 > 0)
+
+
+def choosers(names: Sequence[str], rows: Sequence[Row], seed: int, draws: int, embed: Embed) -> list[Chooser]:
+    """The choosers of these names, `fixed` once for each draw, over rows. embed: for `own`."""
     out: list[Chooser] = []
     for name in names:
-        out += [Bm25(rows)] if name == "bm25" else [Fixed(rows, seed, draw) for draw in range(draws)]
+        if name == "own":
+            out.append(Own(rows, embed))
+        else:
+            out += [Bm25(rows)] if name == "bm25" else [Fixed(rows, seed, draw) for draw in range(draws)]
     return out

@@ -12,7 +12,8 @@ from jaxft.errors import ConfigError, did_you_mean
 from jaxft.files.strict_json import parse_json
 from jaxft.home import local_path
 
-WAYS, CHOOSERS, METHODS = ("zero", "shots", "tuned"), ("fixed", "bm25"), ("lora", "full")
+WAYS, CHOOSERS, METHODS = ("zero", "shots", "tuned", "bare"), ("fixed", "bm25", "own"), ("lora", "full")
+USUAL_WAYS, USUAL_CHOOSERS = WAYS[:3], CHOOSERS[:2]
 AUTO_SHOTS = (2, 4, 8, 16, 32)
 
 
@@ -25,17 +26,18 @@ class Plan:
     names and system messages. dev_rows: most training rows on which prompts are chosen. methods: of `METHODS`, to be
     trained here; seeds: runs of each; sizes: parts of the rows. margin: the smallest difference that counts. cluster: a
     column of the held-out rows. calls: a month. usd_per_hour, prices, endpoint_usd, label_usd: see `costs.prices_of`.
+    topology: accelerators whose prices and speed count, in place of this machine's.
     probe: `builtin`, or a file of requests; see `trained.probe`.
     minutes: after which nothing is begun. require: see `verdict.parse_requirement`.
     """
 
     to: str
-    ways: tuple[str, ...] = WAYS
+    ways: tuple[str, ...] = USUAL_WAYS
     runs: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
     endpoint: str | None = None
     shots: tuple[int, ...] | None = None
-    choose: tuple[str, ...] = CHOOSERS
+    choose: tuple[str, ...] = USUAL_CHOOSERS
     draws: int = 3
     prompts: str | None = None
     dev_rows: int = 50
@@ -47,6 +49,7 @@ class Plan:
     calls: int | None = None
     usd_per_hour: float | None = None
     prices: str | None = None
+    topology: str | None = None
     endpoint_usd: str | None = None
     label_usd: float | None = None
     probe: str | None = None
@@ -79,6 +82,13 @@ class Plan:
                 "the way tuned needs a model: give --run=FOLDER of a finished run, or --methods=lora to train one here "
                 "(--ways=zero,shots compares prompts alone)"
             )
+        if "bare" in self.ways and "tuned" not in self.ways:
+            raise ConfigError("the way bare asks the tuned model: leave tuned in --ways")
+        if self.topology is not None and self.usd_per_hour is not None:
+            raise ConfigError(
+                f"--topology={self.topology} has its price in the price file, and --usd_per_hour is one too: leave one "
+                "of them out"
+            )
         if self.seeds > 1 and not self.methods:
             raise ConfigError(f"--seeds={self.seeds} is for runs that are trained here: add --methods=lora")
         if self.sizes and not self.methods:
@@ -108,7 +118,7 @@ class Plan:
         return {
             "ways": list(self.ways), "margin": self.margin, "dev_rows": self.dev_rows, "choose": list(self.choose),
             "draws": self.draws, "shots": None if self.shots is None else list(self.shots), "cluster": self.cluster,
-            "calls": self.calls, "seeds": self.seeds,
+            "calls": self.calls, "seeds": self.seeds, "topology": self.topology,
         }  # fmt: skip
 
 

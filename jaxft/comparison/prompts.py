@@ -14,13 +14,14 @@ from jaxft.errors import ConfigError, DataError
 
 @dataclass(frozen=True, kw_only=True)
 class SystemPrompt:
-    """Another system message. name: in results. text: None: the rows' own."""
+    """Another system message. name: in results. text: None: the rows' own; empty: none at all."""
 
     name: str
     text: str | None
 
 
 OWN = SystemPrompt(name="", text=None)
+BARE = SystemPrompt(name="bare", text="")
 
 
 def conversation_with(row: Row, examples: Sequence[Row], system: SystemPrompt = OWN) -> Conversation:
@@ -37,7 +38,9 @@ def conversation_with(row: Row, examples: Sequence[Row], system: SystemPrompt = 
             )
         before = "".join(f"{one.conversation.prompt}{one.conversation.completion}\n\n" for one in examples)
         return replace(own, prompt=before + own.prompt)
-    head: tuple[Any, ...] = row.system if system.text is None else ({"role": "system", "content": system.text},)
+    head: tuple[Any, ...] = row.system
+    if system.text is not None:
+        head = ({"role": "system", "content": system.text},) if system.text else ()
     turns = tuple(turn for one in examples for turn in one.conversation.messages[len(one.system) :])
     moved = len(head) + len(turns) - len(row.system)
     return replace(

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxft.comparison.prompts import SystemPrompt
-from jaxft.comparison.rivals import Answered, Examples, Rival
-from jaxft.comparison.rows import Row
+from jaxft.comparison.rivals.local import Answered, Examples, Rival
+from jaxft.comparison.rows import Row, Split
 from jaxft.comparison.verdict import Compared, compare_values
 from jaxft.evaluation.metrics import Measured
 from jaxft.evaluation.statistics import detectable, holm
@@ -91,6 +91,11 @@ def pair_up(tuned: Sequence[Way], prompt: Way | None, zero: Way | None, margin: 
     ]
 
 
+def pair_bare(bare: Way, main: Pair, margin: float, clusters: Any) -> list[Pair]:
+    """The tuned model without its system message against itself with it, and against the best prompt."""
+    return [one for other in (main.first, main.second) for one in pair_up([bare], other, None, margin, clusters)]
+
+
 def pair_summaries(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
     """The entries of compare.json; `p_holm` is adjusted for all of them."""
     adjusted = holm([one.compared.p for one in pairs])
@@ -104,6 +109,20 @@ def commonest_answer(references: Sequence[str]) -> dict[str, Any]:
     """The answer that most rows have, and their share: what always saying it would score by exact match."""
     (answer, count), *_ = Counter(text.strip() for text in references).most_common(1)
     return {"answer": answer[:LONGEST], "share": count / len(references)}
+
+
+def unleaked(split: Split) -> list[int]:
+    """The held-out rows whose question does not stand in training, nor nearly."""
+    seen = {*split.leaked, *split.near}
+    return [index for index, row in enumerate(split.held_out) if row.name not in seen]
+
+
+def without_leaks(way: Way, split: Split) -> float | None:
+    """The main score of a way without the rows that stand in training; None if none does, or all do."""
+    kept = unleaked(split)
+    if not kept or len(kept) == len(split.held_out):
+        return None
+    return sum(way.main.values[index] for index in kept) / len(kept)
 
 
 def both_wrong(first: Way, second: Way) -> float:

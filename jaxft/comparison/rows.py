@@ -2,11 +2,12 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from jaxft.comparison.leaks import near_leaks
 from jaxft.config import DataConfig, RunConfig
 from jaxft.data import Conversation, Tokenizer
 from jaxft.data.chat.reasoning import split_thoughts
@@ -68,6 +69,7 @@ class Split:
     trains on, of which examples for prompts are taken: `examples` while settings are chosen, `train` later.
     leaked: held-out rows whose question is in training too; such training rows are no examples. contradictions:
     training rows whose question has another answer elsewhere in training. trained: all training rows. seed: of draws.
+    near: other held-out rows that nearly stand in training, each with the name of such a training row.
     """
 
     held_out: tuple[Row, ...]
@@ -78,6 +80,7 @@ class Split:
     leaked: tuple[str, ...]
     contradictions: int
     seed: int
+    near: Mapping[str, str] = field(default_factory=dict)
 
 
 def load_rows(
@@ -100,12 +103,11 @@ def load_rows(
     data = method_of(config).prepare(config, tokenizer)
     train, held_out = open_sets(config)
     by_name = {row.name: row for row in _rows_of(held_out, cluster)}
-    return split_rows(
-        [row for row in _rows_of(train) if row.answer],
-        [by_name[name] for name in data.eval_names],
-        config.seed,
-        dev_rows,
-    )
+    rows = [row for row in _rows_of(train) if row.answer]
+    split = split_rows(rows, [by_name[name] for name in data.eval_names], config.seed, dev_rows)
+    near = near_leaks([row.question for row in rows], [row.question for row in split.held_out])
+    names = {split.held_out[index].name: rows[other].name for index, other in near.items()}
+    return replace(split, near={name: other for name, other in names.items() if name not in split.leaked})
 
 
 def _rows_of(sets: Sequence[RowSet], cluster: str | None = None) -> list[Row]:

@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxft.comparison.examples import Bm25, Chooser, choosers
+from jaxft.comparison.examples import Chooser, Embed, choosers
 from jaxft.comparison.plan import AUTO_SHOTS, Budget, OutOfTime, Plan
 from jaxft.comparison.prompts import OWN, SystemPrompt
-from jaxft.comparison.rivals import Examples, Rival
+from jaxft.comparison.rivals.local import Examples, Rival
 from jaxft.comparison.rows import Row, Split
 from jaxft.errors import ConfigError, DataError
 
@@ -41,8 +41,8 @@ class Candidate:
         return no_examples if used is None else lambda row: used.examples(row, self.k)
 
     def on_all(self, split: Split) -> Examples:
-        """The examples of held-out rows: those by BM25 are taken from all training rows, fixed ones stay the same."""
-        return self.examples(Bm25(split.train) if isinstance(self.chooser, Bm25) else None)
+        """The examples of held-out rows: similar ones are taken from all training rows, fixed ones stay the same."""
+        return self.examples(None if self.chooser is None else self.chooser.over(split.train))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,15 +61,16 @@ class Selection:
         ]
 
 
-def select(rival: Rival, split: Split, plan: Plan, budget: Budget, scored: Scored, *, alone: bool = True) -> Selection:
+def select(
+    rival: Rival, split: Split, plan: Plan, budget: Budget, scored: Scored, embed: Embed, *, alone: bool = True
+) -> Selection:
     """Tries prompts on the dev rows, cheap ones first, and takes the best; of equal ones the one tried first.
 
-    alone: whether no other rival is prompted, so that a single candidate need not be tried to be compared with others.
-
-    What is beyond the time of `budget` is left out. Raises ConfigError for a number of examples that was asked for and
-    would cut a row, or is more than there are rows.
+    embed: for examples by `own`. alone: whether no other rival is prompted, so that a single candidate need not be
+    tried to be compared with others. What is beyond the time of `budget` is left out. Raises ConfigError for a number
+    of examples that was asked for and would cut a row, or is more than there are rows.
     """
-    candidates, refused = _candidates(rival, split, plan)
+    candidates, refused = _candidates(rival, split, plan, embed)
     if len(candidates) == 1 and (alone or not split.dev):
         return Selection(best=candidates[0], tried=(), refused=tuple(refused))
     tried: list[Candidate] = []
@@ -85,7 +86,7 @@ def select(rival: Rival, split: Split, plan: Plan, budget: Budget, scored: Score
     return Selection(best=best, tried=tuple(tried), refused=tuple(refused))
 
 
-def _candidates(rival: Rival, split: Split, plan: Plan) -> tuple[list[Candidate], list[str]]:
+def _candidates(rival: Rival, split: Split, plan: Plan, embed: Embed) -> tuple[list[Candidate], list[str]]:
     systems = plan.system_prompts()
     out = [Candidate(system=system) for system in systems] if "zero" in plan.ways else []
     refused: list[str] = []
@@ -94,7 +95,7 @@ def _candidates(rival: Rival, split: Split, plan: Plan) -> tuple[list[Candidate]
             raise ConfigError(
                 f"{split.trained} training rows are too few to choose examples on: give more, or --ways=zero,tuned"
             )
-        of_dev = choosers(plan.choose, split.examples, split.seed, plan.draws)
+        of_dev = choosers(plan.choose, split.examples, split.seed, plan.draws, embed)
         for k in plan.shots or AUTO_SHOTS:
             problem = _problem(rival, split, of_dev, systems, k)
             if problem is not None and plan.shots is not None:

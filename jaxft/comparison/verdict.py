@@ -106,9 +106,9 @@ class Evidence:
     """What the sentence is made from.
 
     compared: the tuned side less the prompted one. passes: whether scores are shares. break_even: calls, `never` or
-    None. trained: training rows. leaked: held-out rows that are in training; contradictions: training rows with
-    another answer to their question. falling: whether the held-out loss still fell when training ended; None if it is
-    not known. forgot: what the probe found, a sentence; None if nothing.
+    None. trained: training rows. leaked: held-out rows that are in training; near: others that nearly are.
+    contradictions: training rows with another answer to their question. falling: whether the held-out loss still fell
+    when training ended; None if it is not known. forgot: what the probe found, a sentence; None if nothing.
     """
 
     prompt: Side
@@ -118,6 +118,7 @@ class Evidence:
     passes: bool
     trained: int
     leaked: int = 0
+    near: int = 0
     contradictions: int = 0
     break_even: float | str | None = None
     months: float | None = None
@@ -145,10 +146,10 @@ def judge(evidence: Evidence) -> Verdict:
 def data_problem(evidence: Evidence) -> str | None:
     """What of the rows must be mended before their figures mean anything; None if nothing."""
     parts = []
-    if evidence.leaked > TOLERATED * evidence.compared.rows:
-        parts.append(
-            f"{evidence.leaked:,} of {evidence.compared.rows:,} held-out questions are in the training set too."
-        )
+    seen = evidence.leaked + evidence.near
+    if seen > TOLERATED * evidence.compared.rows:
+        nearly = f", {evidence.near:,} of them nearly" if evidence.near else ""
+        parts.append(f"{seen:,} of {evidence.compared.rows:,} held-out questions are in the training set too{nearly}.")
     if evidence.contradictions > TOLERATED * evidence.trained:
         parts.append(
             f"{evidence.contradictions:,} of {evidence.trained:,} training rows have another answer to the same "

@@ -14,15 +14,18 @@ import pytest
 import jaxft
 from jaxft.assets import ASSETS
 from jaxft.comparison import compare as comparing
-from jaxft.comparison import endpoint, models, rivals
-from jaxft.comparison.cache import AnswerCache
-from jaxft.comparison.examples import Bm25, Fixed
+from jaxft.comparison.examples import Bm25, Fixed, Own
+from jaxft.comparison.leaks import near_leaks
 from jaxft.comparison.plan import Budget, OutOfTime, Plan
 from jaxft.comparison.prompts import SystemPrompt, conversation_with, prompt_messages, prompt_tokens
-from jaxft.comparison.rivals import shared
+from jaxft.comparison.rivals import endpoint, models
+from jaxft.comparison.rivals import local as rivals
+from jaxft.comparison.rivals.cache import AnswerCache
+from jaxft.comparison.rivals.local import shared
 from jaxft.comparison.rows import Row, load_rows, split_rows
 from jaxft.config import DataConfig
 from jaxft.data import load_tokenizer, tokenizer_of
+from jaxft.data.deep.words import grams_of, jaccard, words_of
 from jaxft.data.formats import read_row
 from jaxft.errors import ConfigError, DataError
 from jaxft.runs.scores.answers import AnsweredRow
@@ -152,6 +155,12 @@ def stub(monkeypatch, tmp_path):
         )  # fmt: skip
 
     monkeypatch.setattr(rivals, "answer_prompts", answer_prompts)
+    monkeypatch.setattr(rivals, "memory", lambda module, slots, length: {"memory_bytes": 2**20})
+    monkeypatch.setattr(
+        rivals,
+        "mean_states",
+        lambda module, tokens, texts: [np.array([len(text), 1.0, text.count("e")]) for text in texts],
+    )
     monkeypatch.setattr(models.Memory, "load", lambda self, name, make: "base")
     monkeypatch.setattr(comparing, "run_rival", run_rival)
     state.asked, state.folder = asked, tmp_path / "to"
@@ -210,7 +219,7 @@ def test_a_second_call_generates_nothing_and_writes_the_same(stub):
 
 
 def test_killed_anywhere_it_goes_on(stub):
-    for stop_after in range(3, 400, 29):
+    for stop_after in range(3, 700, 53):
         stub.stop_after = stop_after
         try:
             result = run(stub)
@@ -219,7 +228,7 @@ def test_killed_anywhere_it_goes_on(stub):
             continue
     assert result["verdict"]["kind"] == "tuning"
     answers = [path for path in (stub.folder / "answers").glob("*.jsonl")]
-    assert len(stub.asked) < 400 and all(len(path.read_text().splitlines()) in (4, 20) for path in answers)
+    assert len(stub.asked) < 700 and all(len(path.read_text().splitlines()) in (4, 20) for path in answers)
 
 
 def test_minutes_leave_out_what_is_dearest_and_the_same_call_goes_on(stub):
@@ -239,6 +248,74 @@ def test_a_requirement_and_a_side_alone(stub):
     assert run(stub, require="prompt>=tuned")["require"]["met"] is False
     alone = run(stub, runs=(), ways=("zero", "shots"))
     assert alone["verdict"]["kind"] == "one side" and alone["main"] is None
+
+
+def test_the_tuned_model_without_the_system_message_is_a_way_of_its_own(stub):
+    result = run(stub, ways=("zero", "shots", "tuned", "bare"), shots=(1,), choose=("own",), draws=1)
+    tuned, bare = result["ways"][-2:]
+    assert bare["name"] == "run, without the system message" and bare["side"] == "tuned"
+    assert 0 < bare["prompt_tokens"] < tuned["prompt_tokens"] and result["main"]["tuned"] == "run"
+    compared = [(pair["first"], pair["second"]) for pair in result["pairs"]]
+    assert compared[-2:] == [(bare["name"], "run"), (bare["name"], result["main"]["prompt"])]
+    assert [one["name"] for one in result["dev"]] == ["zero-shot", "1 examples (own)"]
+    rows = [json.loads(line)["messages"][1:] for line in open(stub.config.data.eval, encoding="utf-8")]
+    bare_rows = stub.folder.parent / "bare.jsonl"
+    bare_rows.write_text("".join(json.dumps({"messages": one}) + "\n" for one in rows))
+    stub.config = replace(stub.config, data=replace(stub.config.data, eval=str(bare_rows)))
+    with pytest.raises(ConfigError, match="no held-out row has one: leave bare out"):
+        run(stub, ways=("zero", "tuned", "bare"))
+
+
+def test_examples_by_the_model_s_own_states_are_those_of_the_nearest_vectors():
+    generator = np.random.default_rng(0)
+    vectors = {str(number): generator.normal(size=5) + 10 for number in range(30)}
+    rows = [row(text, "x", text) for text in vectors]
+    own = Own(rows[:20], lambda texts: np.stack([vectors[text] for text in texts]))
+    mean = np.mean([vectors[str(number)] for number in range(20)], axis=0)
+    for question in rows[20:]:
+        asked = vectors[question.name] - mean
+        cosine = [
+            float((vectors[one.name] - mean) @ asked / np.linalg.norm(vectors[one.name] - mean) / np.linalg.norm(asked))
+            for one in rows[:20]
+        ]
+        best = sorted(range(20), key=lambda index: cosine[index])[-3:]
+        assert [one.name for one in own.examples(question, 3)] == [str(index) for index in best]
+    assert own.over(rows[20:]).examples(rows[25], 1) == [rows[25]]
+
+
+def test_near_leaks_are_those_of_all_pairs():
+    generator = np.random.default_rng(0)
+    words = [f"w{number}" for number in range(3_000)]
+    train = [" ".join(generator.choice(words, 30)) for _ in range(60)]
+    held_out = [" ".join(generator.choice(words, 30)) for _ in range(20)]
+    held_out[3] = train[5].replace(" ", ", ", 3).upper()
+    held_out[4] = " ".join([*train[6].split()[:29], "other"])  # 25 of 27 different 5-grams are shared
+    held_out[5] = " ".join([*train[7].split()[:13], *held_out[5].split()[13:]])  # 13 words in a row
+    held_out[6] = " ".join([*train[8].split()[:12], *held_out[6].split()[12:]])  # 12 are too few
+    train[9], held_out[7] = "go on please", "go on please"  # too short to say anything
+    assert near_leaks(train, held_out) == {3: 5, 4: 6, 5: 7}
+    for text, other in ((held_out[4], train[6]), (held_out[6], train[8])):
+        own, its = (grams_of(words_of(one)) for one in (text, other))
+        assert (jaccard(own, its) >= 0.8) == (text == held_out[4])
+    template = " ".join(words[:15])
+    with_template = [f"{template} own{number} {text}" for number, text in enumerate([*train, *held_out[8:]])]
+    assert near_leaks(with_template[:60], with_template[60:]) == {}
+
+
+def test_rows_that_nearly_stand_in_training_are_named_and_the_score_is_told_without_them(stub):
+    held = [json.loads(line) for line in open(stub.config.data.eval, encoding="utf-8")]
+    train = [json.loads(line) for line in open(stub.config.data.train, encoding="utf-8")]
+    for number in (2, 5):
+        train[number]["messages"][1]["content"] = held[number]["messages"][1]["content"] + " Thanks"
+    with open(stub.config.data.train, "w", encoding="utf-8") as file:
+        file.write("".join(json.dumps(one) + "\n" for one in train))
+    stub.tuned = lambda number: "wrong" if number == 2 else "right"
+    result = run(stub)
+    assert [name.rpartition(" ")[2] for name in result["rows"]["near"]] == ["3", "6"] and not result["rows"]["leaked"]
+    assert result["verdict"]["kind"] == "data" and "2 of 20 held-out questions" in result["verdict"]["sentence"]
+    tuned = result["ways"][-1]
+    assert tuned["value"] == 0.95 and tuned["without_leaks"] == 1.0 and result["without_leaks"]["rows"] == 18
+    assert "Without these rows" in (stub.folder / "compare.html").read_text(encoding="utf-8")
 
 
 class Page(HTMLParser):
@@ -271,8 +348,10 @@ def test_the_page_begins_with_the_verdict_and_needs_no_other_file(stub):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ways": ("zero", "few")}, "'few' is not one of zero, shots, tuned"),
-        ({"choose": ("own",)}, "'own' is not one of fixed, bm25"),
+        ({"ways": ("zero", "few")}, "'few' is not one of zero, shots, tuned, bare"),
+        ({"choose": ("near",)}, "'near' is not one of fixed, bm25, own"),
+        ({"ways": ("zero", "bare"), "runs": ()}, "leave tuned in --ways"),
+        ({"topology": "v5e:1x1"}, "leave one of them out"),
         ({"margin": 0.0}, "margin=0.0 must be above 0"),
         ({"runs": ()}, "the way tuned needs a model"),
         ({"shots": (40,)}, "--shots=40: 40 examples are more than the 36 training rows"),

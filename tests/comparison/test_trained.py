@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import jaxft
 from jaxft.assets import ASSETS
 from jaxft.comparison.plan import Budget, Plan
 from jaxft.comparison.trained.curve import at, fit, more_rows
+from jaxft.comparison.trained.drift import drift, few_enough, texts_of_probe
 from jaxft.comparison.trained.probe import probed, requests_of, rows_of
 from jaxft.comparison.trained.training import Trainer, seeds_of
 from jaxft.config import DataConfig
@@ -56,7 +58,8 @@ def trainer(tmp_path):
         given = {"data.eval": None, "data.eval_fraction": 0.25, "data.limit": 12, "data.eval_limit": 4}
         config = jaxft.get_config("configs/quickstart.py:smoke", given | (overrides or {}))
         plan = Plan(to=str(tmp_path), **options)
-        return Trainer(config, plan, tmp_path, Budget(minutes), lambda line: None, run), trained
+        evaluate = lambda folder, config: {"eval_loss": len(lines(config.data.eval)) + len(folder.name)}  # noqa: E731
+        return Trainer(config, plan, tmp_path, Budget(minutes), lambda line: None, run, evaluate), trained
 
     return make
 
@@ -91,6 +94,21 @@ def test_parts_are_nested_and_take_as_many_steps_up_to_eight_epochs(trainer):
     assert [len(part) for part in parts] == [1, 3, 6] and {*parts[0]} < {*parts[1]} < {*parts[2]}
     # 40 steps are two epochs of all rows; eight epochs of a tenth are 16.
     assert [one.train.steps for one in trained] == [16, 40, 40]
+
+
+def test_of_a_part_the_checkpoint_is_that_of_the_least_loss_on_rows_that_no_part_has(trainer):
+    made, trained = trainer(methods=("lora",), sizes=(0.5, 0.99))
+    halves = made.sizes(40)
+    dev = {*lines(trained[0].data.eval)}
+    assert len(dev) == 1 and not dev & {*lines(trained[0].data.train), *lines(trained[1].data.train)}
+    assert [one.rows for one in halves] == [6, 11] == [len(lines(one.data.train)) for one in trained]
+    for one in trained:
+        assert (one.train.eval_every, one.checkpoint.every, one.checkpoint.best_metric) == (5, 5, "eval_loss")
+        assert one.export.checkpoint == "best"
+    # The loss of the curve is that of the four held-out rows.
+    assert halves[0].summary["eval_loss"] == 4 + len("lora-seed0-500") and halves[0].summary["steps"] == 40
+    (whole,) = made.methods()
+    assert whole.summary["eval_loss"] == 1.0 and trained[-1].export.checkpoint == "last"
 
 
 def test_no_time_trains_nothing_and_a_mixture_is_refused(trainer):
@@ -128,6 +146,32 @@ def test_the_probe_follows_formats_and_sees_a_leak(tmp_path):
     assert row.question == requests[0].prompt
     (tmp_path / "own.jsonl").write_text('{"prompt": "Say hi.", "pattern": "hi"}\n')
     assert requests_of(str(tmp_path / "own.jsonl"))[0].follows(" hi ")
+
+
+def test_drift_is_that_of_planted_distributions():
+    generator = np.random.default_rng(0)
+    rows = [generator.integers(0, 5, length).tolist() for length in (3, 9, 6, 4)]
+
+    def model(seed, vocab, sharper=1.0):
+        scores = [np.random.default_rng([seed, i]).normal(size=(len(row) - 1, vocab)) for i, row in enumerate(rows)]
+        return [(sharper * one - np.log(np.exp(sharper * one).sum(1, keepdims=True))) for one in scores]
+
+    base, tuned = model(1, 5), model(2, 7, 3.0)
+    found = drift(rows, lambda asked: base, lambda asked: tuned)
+    surprise = lambda logps: sum(-logps[i][s, t] for i, row in enumerate(rows) for s, t in enumerate(row[1:]))  # noqa: E731
+    assert found["tokens"] == 18 and found["texts"] == 4
+    assert found["perplexity"]["tuned"] == pytest.approx(np.exp(surprise(tuned) / 18))
+    assert found["ratio"] == pytest.approx(np.exp((surprise(tuned) - surprise(base)) / 18))
+    pairs = [(p, q[:, :5]) for p, q in zip(base, tuned, strict=True)]
+    assert found["divergence"] == pytest.approx(sum((np.exp(p) * (p - q)).sum() for p, q in pairs) / 18)
+    worse = drift(rows, lambda asked: base, lambda asked: [one - 1.0 for one in base])
+    assert worse["lost"].startswith("the perplexity of other texts rose from") and worse["ratio"] == pytest.approx(np.e)
+    same = drift(rows, lambda asked: base, lambda asked: base)
+    assert (same["lost"], same["ratio"], same["divergence"]) == (None, 1.0, 0.0)
+    requests, texts = requests_of("builtin"), texts_of_probe()
+    answers = ["x"] * 200
+    assert probed(requests, answers, answers, [], 0.02, worse)["sentence"] == f"It forgot: {worse['lost']}."
+    assert len({*texts}) == 32 and len(few_enough([[1] * 100] * 9, 2**20)) == 2
 
 
 @pytest.mark.parametrize("text", ["[1]\n", '{"prompt": "x"}\n', "", '{"prompt": "x", "pattern": "("}\n', "{"])

@@ -2,11 +2,12 @@
 
 import dataclasses
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from jaxft.comparison.costs import Prices, break_even, prices_of, training_cost, usd_per_1000
+from jaxft.comparison.costs import Prices, break_even, modelled_seconds, prices_of, prices_of_calls, training_cost
 from jaxft.comparison.verdict import Evidence, Side, compare_values, is_met, judge, parse_requirement
 from jaxft.errors import ConfigError
 from jaxft.evaluation.statistics import Pairs, mcnemar, newcombe_interval
@@ -101,6 +102,8 @@ def test_planted_scores_get_their_sentence(name):
 def test_one_leaked_row_of_many_is_passed_over():
     assert judge(evidence(40, 55, 5, 20, leaked=1, contradictions=4)).kind == "tuning"
     assert judge(evidence(40, 55, 5, 20, leaked=2)).kind == "data"
+    nearly = judge(evidence(40, 55, 5, 20, leaked=1, near=2))
+    assert "3 of 120 held-out questions are in the training set too, 2 of them nearly." in nearly.sentence
 
 
 @pytest.mark.parametrize("name", PLANTED)
@@ -152,11 +155,12 @@ def test_requirements():
 
 def test_costs_by_hand(tmp_path):
     prices = prices_of(3.6, None, "2,10", 50.0)
-    assert usd_per_1000({"kind": "base", "seconds_side_by_side": 0.25}, prices) == pytest.approx(0.25)
+    measured = prices_of_calls({"kind": "base", "seconds_side_by_side": 0.25, "seconds_cached": 0.2}, prices)
+    assert measured == {"usd_per_1000": pytest.approx(0.25), "usd_per_1000_cached": pytest.approx(0.2)}
     endpoint = {"kind": "endpoint", "prompt_tokens": 500.0, "answer_tokens": 20.0}
-    assert usd_per_1000(endpoint, prices) == pytest.approx((500 * 2 + 20 * 10) / 1e6 * 1000)
-    assert usd_per_1000({"kind": "base"}, prices) is None
-    assert usd_per_1000({"kind": "base", "seconds_side_by_side": 1.0}, Prices()) is None
+    assert prices_of_calls(endpoint, prices)["usd_per_1000"] == pytest.approx((500 * 2 + 20 * 10) / 1e6 * 1000)
+    assert prices_of_calls({"kind": "base"}, prices)["usd_per_1000"] is None
+    assert prices_of_calls({"kind": "base", "seconds_side_by_side": 1.0}, Prices())["usd_per_1000"] is None
     (tmp_path / "summary.json").write_text('{"seconds": {"setup": 100.0, "training": 1700.0}}')
     assert training_cost(tmp_path, prices) == {"hours": 0.5, "usd": pytest.approx(0.5 * 3.6 + 50)}
     assert training_cost(tmp_path / "absent", prices) == {"hours": None, "usd": None}
@@ -177,3 +181,30 @@ def test_prices_that_are_none_are_refused(options, message):
 
 def test_a_cpu_has_no_price():
     assert prices_of(None, None, None, None) == Prices(source="no price of this machine is known: give --usd_per_hour")
+
+
+def test_another_topology_is_priced_by_arithmetic(tmp_path, monkeypatch):
+    (tmp_path / "prices.json").write_text('{"date": "2026-01-01", "chips": {"v5e": {"on_demand": 1.5, "spot": null}}}')
+    prices = prices_of(None, str(tmp_path / "prices.json"), None, None, "v5e:2x2")
+    chip = prices.topology.chip
+    assert (
+        prices.per_hour == 6.0 and prices.source == "v5e:2x2 on demand, 2026-01-01; seconds by arithmetic, not measured"
+    )
+    way = {
+        "kind": "base", "active_parameters": 10**9, "parameters": 12 * 10**8, "slots": 8,
+        "cache_bytes_per_token": 4_000, "cache_item_bytes": 4,
+        "prompt_tokens": 300.0, "shared_tokens": 200, "answer_tokens": 20.0,
+    }  # fmt: skip
+    flops, bandwidth = 4 * chip.flops * 0.79, 4 * chip.hbm_bandwidth * 0.8
+    read = (2 * 12 * 10**8 + 8 * 2_000 * 310) / bandwidth / 8  # of a token; far above its operations
+    whole, cached = modelled_seconds(way, prices.topology)
+    assert whole == pytest.approx(300 * 2e9 / flops + 20 * read) and cached == pytest.approx(whole - 200 * 2e9 / flops)
+    assert prices_of_calls(way, prices)["usd_per_1000_cached"] == pytest.approx(1000 * cached * 6 / 3600)
+    assert modelled_seconds({"kind": "base"}, prices.topology) is None
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "num_tokens": 400.0}\n{"step": 2, "num_tokens": 1000000.0}\n')
+    for kind, operations in (("lora", 4), ("none", 6)):
+        config = SimpleNamespace(adapter=SimpleNamespace(kind=kind))
+        monkeypatch.setattr("jaxft.comparison.costs.run_config", lambda run, config=config: config)
+        hours = training_cost(tmp_path, prices, 10**9)["hours"]
+        assert hours == pytest.approx(operations * 1e9 * 1e6 / flops / 3600)
+    assert training_cost(tmp_path, prices)["hours"] is None

@@ -193,6 +193,16 @@ def test_tasks_of_ones_own_run_offline(
     assert cli.main([*command, *more]) != 0 and "is there already" in capsys.readouterr().err
 
 
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    run.check_one_process()
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "one,two")
+    with pytest.raises(ConfigError, match="TPU_WORKER_HOSTNAMES names 2 hosts"):
+        run.check_one_process()
+    monkeypatch.setattr(run.jax, "process_count", lambda: 4)
+    with pytest.raises(ConfigError, match="lm-eval is for one process, .* and not for 4"):
+        run.check_one_process()
+
+
 def test_without_the_harness_it_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,7 +14,7 @@ def add_options(option: Callable[..., Any]) -> None:
     """The options of `jaxft compare`."""
     option("--to", required=True, metavar="FOLDER", help="of answers, compare.json and compare.html; to go on")
     option("--run", action="append", default=[], metavar="FOLDER", help="a tuned model; once per run")
-    option("--ways", default="zero,shots,tuned", metavar="LIST", help="what is compared: zero, shots, tuned")
+    option("--ways", default="zero,shots,tuned", metavar="LIST", help="what is compared: zero, shots, tuned, bare")
     option("--model", action="append", default=[], metavar="PATH", help="another model for prompts; once per model")
     option(
         "--endpoint",
@@ -22,7 +22,7 @@ def add_options(option: Callable[..., Any]) -> None:
         help="a model of an OpenAI-compatible server; JAXFT_COMPARE_BASE_URL and JAXFT_COMPARE_API_KEY say where",
     )
     option("--shots", default="auto", metavar="LIST", help="numbers of examples, such as 2,8,16; auto: what fits")
-    option("--choose", default="fixed,bm25", metavar="LIST", help="how examples are chosen: fixed, bm25")
+    option("--choose", default="fixed,bm25", metavar="LIST", help="how examples are chosen: fixed, bm25, own")
     option("--draws", type=int, default=3, metavar="N", help="sets of fixed examples that are tried")
     option("--prompts", metavar="FILE", help="other system messages: a JSON object of names and texts")
     option("--dev_rows", type=int, default=50, metavar="N", help="training rows on which prompts are chosen, at most")
@@ -34,6 +34,7 @@ def add_options(option: Callable[..., Any]) -> None:
     option("--calls", type=int, metavar="N", help="calls a month, for the months until training is earned back")
     option("--usd_per_hour", type=float, metavar="D", help="price of this machine; by default of its chips")
     option("--prices", metavar="FILE", help="USD per chip-hour in place of jaxft's own table")
+    option("--topology", metavar="NAME", help="accelerators that are not here, such as v5e:1x1, for seconds and USD")
     option("--endpoint_usd", metavar="IN,OUT", help="USD for a million tokens of an endpoint's prompts and answers")
     option("--label_usd", type=float, metavar="D", help="what the answers of the training rows cost in all")
     option("--probe", metavar="builtin|FILE", help="what the tuned model forgot: requests for other formats")
@@ -69,6 +70,7 @@ def compare(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
         calls=arguments.calls,
         usd_per_hour=arguments.usd_per_hour,
         prices=arguments.prices,
+        topology=arguments.topology,
         endpoint_usd=arguments.endpoint_usd,
         label_usd=arguments.label_usd,
         probe=arguments.probe,

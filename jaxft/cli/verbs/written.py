@@ -65,6 +65,7 @@ def lm_eval(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
             f"--include_path={local_path(arguments.include_path)} is no folder: give one with YAML files of tasks"
         )
     run.check_installed()
+    run.check_one_process()
     tasks = run.Tasks(
         names=tuple(name.strip() for name in arguments.tasks.split(",") if name.strip()),
         num_fewshot=arguments.num_fewshot,

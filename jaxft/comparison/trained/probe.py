@@ -103,10 +103,16 @@ def has_format_of(answers: Sequence[str]) -> Callable[[str], bool]:
 
 
 def probed(
-    requests: Sequence[Request], base: Sequence[str], tuned: Sequence[str], task: Sequence[str], margin: float
+    requests: Sequence[Request],
+    base: Sequence[str],
+    tuned: Sequence[str],
+    task: Sequence[str],
+    margin: float,
+    texts: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The entry of compare.json. base, tuned: their answers to the requests. task: answers of the task.
 
+    texts: what `drift.drift` found, if it looked.
     `followed`: the share of requests whose form was kept; `leaked`: of the tuned answers that have the form of the
     task; `sentence`: None unless the interval of a difference lies beyond zero.
     """
@@ -121,6 +127,8 @@ def probed(
         parts.append(f"{lost} of {sum(kept[0])} requests for another format are no longer followed")
     if leak.interval[0] > 0:
         parts.append(f"{sum(leaks[1])} of {len(requests)} unrelated answers have the format of the task")
+    if texts is not None and texts["lost"] is not None:
+        parts.append(texts["lost"])
     total = len(requests)
     return {
         "requests": total,
@@ -129,6 +137,7 @@ def probed(
             for name, own in zip(("base", "tuned"), kept, strict=True)
         },
         "difference": compared.summary(),
+        "texts": texts,
         "leaked": {"base": sum(leaks[0]) / total, "tuned": sum(leaks[1]) / total},
         "sentence": f"It forgot: {'; '.join(parts)}." if parts else None,
     }

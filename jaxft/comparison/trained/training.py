@@ -11,11 +11,14 @@ import numpy as np
 
 from jaxft.comparison.plan import Budget, OutOfTime, Plan
 from jaxft.config import RunConfig
+from jaxft.data import tokenizer_of
 from jaxft.data.prepare import open_sets
 from jaxft.data.sources import Rows
 from jaxft.errors import ConfigError, DataError
 from jaxft.files.atomic import make_folder, write_text
-from jaxft.files.run_folder import SUMMARY, is_run_folder, read_if_whole
+from jaxft.files.run_folder import SUMMARY, is_run_folder, read_if_whole, write_json
+from jaxft.runs.evaluate import evaluate
+from jaxft.runs.export import load_trained
 from jaxft.runs.folder import run_config
 from jaxft.runs.identity.changes import other_values
 from jaxft.runs.train import train
@@ -25,6 +28,9 @@ from jaxft.terminal.console import SafeConsole
 # doi:10.64434/tml.20250929.
 LORA_OVER_FULL = 10.0
 MOST_EPOCHS = 8  # of a part of the rows that is trained for as many steps as all of them
+DEV_SHARE, MOST_DEV = 0.1, 200  # of the rows, by whose loss the checkpoint of a part is taken
+CHECKPOINTS = 8  # of a part, of which the best is taken
+HELD_OUT = "held_out.json"  # of a part's run: its held-out metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,14 +46,15 @@ class Trained:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """Its summary.json."""
-        return read_if_whole(self.folder / SUMMARY)
+        """Its summary.json; of a part of the rows, with the metrics of its best checkpoint on the held-out rows."""
+        return read_if_whole(self.folder / SUMMARY) | read_if_whole(self.folder / HELD_OUT)
 
 
 class Trainer:
     """Trains what a plan asks for below its folder; a run that is whole is not trained again.
 
-    say: told what is trained. run: trains a config, as `jaxft.train` does.
+    say: told what is trained. run: trains a config, as `jaxft.train` does. evaluate: as `held_out_metrics`, which is
+    the default.
     """
 
     def __init__(
@@ -58,6 +65,7 @@ class Trainer:
         budget: Budget,
         say: Callable[[str], None],
         run: Callable[..., Any] = train,
+        evaluate: Callable[[Path, RunConfig], dict[str, Any]] | None = None,
     ) -> None:
         if config.data.mixture:
             raise ConfigError(
@@ -66,6 +74,7 @@ class Trainer:
             )
         self._plan, self._folder, self._budget, self._say, self._run = plan, folder, budget, say, run
         (train_set,), held_out = open_sets(config)
+        self._evaluate = evaluate or held_out_metrics
         self._rows: Rows = train_set.rows
         make_folder(folder / "data")
         held_out_file = self._write("held_out", held_out[0].rows, range(len(held_out[0].rows)))
@@ -79,9 +88,17 @@ class Trainer:
         return self._trained([(method, seed, 1.0) for method in self._plan.methods for seed in range(self._plan.seeds)])
 
     def sizes(self, steps: int) -> list[Trained]:
-        """The first method on nested parts of the rows, each for `steps` steps, but at most `MOST_EPOCHS` epochs."""
+        """The first method on nested parts of the rows, each for `steps` steps, but at most `MOST_EPOCHS` epochs.
+
+        Of each the checkpoint with the least loss on dev rows is taken, which are in no part; then its held-out loss
+        is measured.
+        """
         shares = sorted(share for share in self._plan.sizes if share < 1)
-        return self._trained([(self._plan.methods[0], 0, share) for share in shares], steps)
+        out = self._trained([(self._plan.methods[0], 0, share) for share in shares], steps)
+        for one in out:
+            if not (one.folder / HELD_OUT).is_file():
+                write_json(one.folder / HELD_OUT, self._evaluate(one.folder, self._config))
+        return out
 
     def _trained(self, wanted: list[tuple[str, int, float]], steps: int | None = None) -> list[Trained]:
         out = []
@@ -125,6 +142,13 @@ class Trainer:
             epoch = steps / (config.train.epochs if config.train.steps is None else 1)
             most = max(1, round(MOST_EPOCHS * one.share * epoch))
             train_section = replace(train_section, steps=min(steps, most))
+        data, checkpoint, export = replace(config.data, train=self._part(one.share)), config.checkpoint, config.export
+        if steps is not None:
+            every = max(1, (train_section.steps or 1) // CHECKPOINTS)
+            data = replace(data, eval=self._dev())
+            train_section = replace(train_section, eval_every=every, eval_every_epochs=None)
+            checkpoint = replace(checkpoint, every=every, best_metric="eval_loss")
+            export = replace(export, checkpoint="best")
         changed = replace(
             config,
             output_dir=str(one.folder),
@@ -132,21 +156,33 @@ class Trainer:
             adapter=replace(config.adapter, kind=kind),
             optim=replace(config.optim, learning_rate=rate),
             train=train_section,
-            data=replace(config.data, train=self._part(one.share)),
-            export=replace(config.export, merged=False),
+            data=data,
+            checkpoint=checkpoint,
+            export=replace(export, merged=False),
         )
         changed.check()
         return changed
 
     def _count(self, share: float) -> int:
-        return max(1, math.floor(share * len(self._rows)))
+        rows = len(self._rows)
+        return rows if share == 1 else min(max(1, math.floor(share * rows)), rows - self._dev_rows())
 
     def _part(self, share: float) -> str:
         """The file of a part of the rows: the first of an order that does not depend on the share."""
         if share == 1:
             return self._write("train", self._rows, range(len(self._rows)))
-        order = np.random.default_rng([0, 3]).permutation(len(self._rows))[: self._count(share)]
-        return self._write(f"train-{round(1000 * share)}", self._rows, sorted(order.tolist()))
+        order = self._order()[: self._count(share)]
+        return self._write(f"train-{round(1000 * share)}", self._rows, sorted(order))
+
+    def _dev(self) -> str:
+        """The file of the last rows of that order."""
+        return self._write("dev", self._rows, sorted(self._order()[len(self._rows) - self._dev_rows() :]))
+
+    def _dev_rows(self) -> int:
+        return min(MOST_DEV, max(1, round(DEV_SHARE * len(self._rows))))
+
+    def _order(self) -> list[int]:
+        return [int(index) for index in np.random.default_rng([0, 3]).permutation(len(self._rows))]
 
     def _write(self, name: str, rows: Rows, indices: Any) -> str:
         path = self._folder / "data" / f"{name}.jsonl"
@@ -161,6 +197,11 @@ class Trainer:
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             write_text(path, text)
         return str(path)
+
+
+def held_out_metrics(folder: Path, config: RunConfig) -> dict[str, Any]:
+    """The held-out metrics of a run's exported checkpoint on the rows of a config."""
+    return evaluate(load_trained(str(folder)), tokenizer_of(config), config)
 
 
 def seeds_of(trained: list[Trained], values: dict[str, float]) -> dict[str, dict[str, Any]]:

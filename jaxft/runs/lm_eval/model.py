@@ -16,6 +16,7 @@ from jaxft.data.tokenizers.tokenizer import TemplateRefusal, Tokenizer
 from jaxft.errors import ConfigError, DataError, ModelError
 from jaxft.runs.lm_eval.answers import Question, answers_to, sampling_of
 from jaxft.runs.lm_eval.likelihoods import Continuation, Likelihoods
+from jaxft.runs.lm_eval.run import check_one_process
 from jaxft.sharding.mesh import make_mesh_plan
 
 MAX_GEN_TOKS = 256  # tokens of an answer whose task does not say how many: the harness's own default
@@ -31,7 +32,8 @@ class JaxftLM(TemplateLM):
     base: as of `jaxft.load_model`. batch_size: rows that are computed at a time. max_length: most tokens of a row,
     by default all positions of the model; longer ones lose their beginning. add_bos_token: whether BOS stands before
     every text; None: as the tokenizer does. chat_template, chat_template_args: in place of the tokenizer's own, and
-    variables of it. seed: of sampled answers. Other arguments, such as `device`, are for other models.
+    variables of it. seed: of sampled answers. Other arguments, such as `device`, are for other models. Raises
+    ConfigError in one of several processes.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class JaxftLM(TemplateLM):
         **_: Any,
     ) -> None:
         super().__init__()
+        check_one_process()
         if isinstance(pretrained, str):
             tokenizer = tokenizer or load_tokenizer(
                 pretrained, base=base, chat_template=chat_template, chat_template_kwargs=chat_template_args

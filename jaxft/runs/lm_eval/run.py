@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 from rich.console import Console
 from rich.table import Table
 
 from jaxft.errors import ConfigError, did_you_mean
 from jaxft.files.atomic import write_text
 from jaxft.home import local_path
+from jaxft.sharding.expectations import refuse_lonely_worker
+from jaxft.sharding.processes import is_multi_process
 from jaxft.terminal.console import cell
 
 LIBRARY = "lm_eval"
@@ -44,6 +47,16 @@ def check_installed() -> None:
     """Raises ConfigError if lm-evaluation-harness is not installed."""
     if importlib.util.find_spec(LIBRARY) is None:
         raise ConfigError("lm-eval needs lm-evaluation-harness: pip install 'jaxft[lm-eval]'")
+
+
+def check_one_process() -> None:
+    """Raises ConfigError in one of several processes, and on one host of several, which would ask and write alone."""
+    if is_multi_process():
+        raise ConfigError(
+            f"lm-eval is for one process, which uses all devices of its machine, and not for {jax.process_count()}: "
+            "start it on a single machine, with the run folder or an export of the model"
+        )
+    refuse_lonely_worker()
 
 
 def run_tasks(model: Any, tasks: Tasks) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 from jaxft.data import Tokenizer
 from jaxft.files.atomic import write_text
 from jaxft.files.run_folder import ANSWERS
+from jaxft.generation.engine import OnToken
 from jaxft.generation.settings import FinishReason, Sampling
 from jaxft.generation.thoughts import parts_of
 from jaxft.generation.tokens import generate_tokens
@@ -56,10 +57,12 @@ def answer_prompts(
     kept: Sequence[AnsweredRow] = (),
     save: Save = lambda rows: None,
     between: Callable[[], None] = lambda: None,
+    on_token: OnToken | None = None,
 ) -> list[AnsweredRow]:
     """Greedy answers to prompts, in their order, those of `kept` first.
 
     save: takes all answers so far, now and then. between: called before each part; it may raise, to stop there.
+    on_token: see `generate_tokens`; rows are counted within a part.
     """
     done, slots = list(kept), max(1, min(slots, len(prompts)))
     while len(done) < len(prompts):
@@ -72,6 +75,7 @@ def answer_prompts(
             sampling=Sampling(max_new_tokens=max_new_tokens),
             stop_ids=tokenizer.stop_ids,
             slots=slots,
+            on_token=on_token,
         )
         seconds = (time.perf_counter() - began) / len(part)
         done += [

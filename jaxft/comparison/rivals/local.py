@@ -1,21 +1,23 @@
 """What answers prompts in a comparison: a model on this machine, a run's tuned model, or an endpoint elsewhere."""
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from jaxft.comparison.cache import AnswerCache, digest_of
+import numpy as np
+
 from jaxft.comparison.prompts import OWN, SystemPrompt, check_room, prompt_tokens
+from jaxft.comparison.rivals.cache import AnswerCache, digest_of
+from jaxft.comparison.rivals.speed import MEASURED, call_seconds, memory, shared
+from jaxft.comparison.rivals.states import log_probabilities, mean_states
 from jaxft.comparison.rows import Row
 from jaxft.config import RunConfig
 from jaxft.data import Tokenizer
 from jaxft.files.run_folder import ANSWERS
+from jaxft.generation.engine import OnToken
 from jaxft.nn.decoder import Decoder
 from jaxft.runs.scores.answers import AnsweredRow, answer_prompts, answers_key, read_answers
-
-ALONE, MEASURED = 3, 8  # answers that are timed one at a time, and side by side
 
 # The examples of a question; none for zero-shot.
 Examples = Callable[[Row], Sequence[Row]]
@@ -69,14 +71,15 @@ class Local:
         between: Callable[[], None] = lambda: None,
     ) -> None:
         self.name, self.kind = name, kind
-        self._tokenizer, self._eval, self._digest, self._cache = tokenizer, config.eval, digest, cache
+        self._tokenizer, self._eval, self.digest, self._cache = tokenizer, config.eval, digest, cache
         self._load, self._positions, self._answers_of, self._between = load, positions, answers_of, between
+        self._vectors: dict[str, np.ndarray] = {}
 
     def answer(self, rows: Sequence[Row], examples: Examples, system: SystemPrompt = OWN) -> Answered:
         """The answers to rows after examples, from the cache or the run's own files where they are there."""
         pairs = [prompt_tokens(self._tokenizer, row, examples(row), system) for row in rows]
         prompts = [prompt for prompt, _ in pairs]
-        key = digest_of(self._digest, prompts, self._eval.max_new_tokens)
+        key = digest_of(self.digest, prompts, self._eval.max_new_tokens)
         kept = self._kept(key, prompts)
         if len(kept) < len(prompts):
             kept = answer_prompts(
@@ -98,33 +101,43 @@ class Local:
         prompts = [prompt_tokens(self._tokenizer, row, examples(row), system)[0] for row in rows]
         return check_room(prompts, [row.name for row in rows], self._positions - self._eval.max_new_tokens, k)
 
+    def tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        """The token ids of texts, with those that the tokenizer adds to every text."""
+        return [self._tokenizer.encode(text, add_special_tokens=True) for text in texts]
+
+    def log_probabilities(self, rows: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
+        """The log-probabilities of every next token of rows of token ids; see `states.log_probabilities`."""
+        return log_probabilities(self._load(), rows)
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """The vector of each text, [N, D] float32, as `mean_states` gives it; they are kept."""
+        name = f"vectors-{digest_of(self.digest)}"
+        known = self._vectors or self._cache.vectors(name)
+        keys = [digest_of(text) for text in texts]
+        missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in known}
+        if missing:
+            vectors = mean_states(self._load(), self._tokenizer, list(missing.values()))
+            known |= dict(zip(missing, vectors, strict=True))
+            self._cache.keep_vectors(name, known)
+        self._vectors = known
+        return np.stack([known[key] for key in keys])
+
     def speed(self, rows: Sequence[Row], examples: Examples, system: SystemPrompt = OWN) -> dict[str, Any]:
-        """Seconds a call on the first rows, compiled before: the median of some alone, and of `MEASURED` in one go."""
+        """Seconds and memory of a call on the first rows; see `speed.call_seconds` and `speed.memory`."""
         prompts = [prompt_tokens(self._tokenizer, row, examples(row), system)[0] for row in rows[:MEASURED]]
         slots = min(self._eval.batch_size, len(prompts))
-        name = f"speed-{digest_of(self._digest, prompts, self._eval.max_new_tokens, slots)}"
+        name = f"calls-{digest_of(self.digest, prompts, self._eval.max_new_tokens, slots)}"
         if kept := self._cache.value(name):
             return kept
-        alone = sorted(self._seconds([prompt], 1) for prompt in prompts[:ALONE])
-        measured = {
-            "seconds_alone": round(alone[len(alone) // 2], 4),
-            "seconds_side_by_side": round(self._seconds(prompts, slots) / len(prompts), 4),
-            "slots": slots,
-        }
+        module, longest = self._load(), self._eval.max_new_tokens
+
+        def answer(batch: Sequence[Sequence[int]], at_once: int, on_token: OnToken | None) -> None:
+            answer_prompts(module, self._tokenizer, batch, max_new_tokens=longest, slots=at_once, on_token=on_token)
+
+        measured = call_seconds(answer, prompts, slots, self._between)
+        measured |= memory(module, slots, max(map(len, prompts)) + longest)
         self._cache.keep_value(name, measured)
         return measured
-
-    def _seconds(self, prompts: Sequence[list[int]], slots: int) -> float:
-        module = self._load()
-
-        def once() -> float:
-            self._between()
-            began = time.perf_counter()
-            answer_prompts(module, self._tokenizer, prompts, max_new_tokens=self._eval.max_new_tokens, slots=slots)
-            return time.perf_counter() - began
-
-        once()  # compiles
-        return once()
 
     def _kept(self, key: str, prompts: Sequence[Sequence[int]]) -> list[AnsweredRow]:
         kept = self._cache.kept(key)
@@ -136,11 +149,3 @@ class Local:
             fields = AnsweredRow.__dataclass_fields__
             kept = [AnsweredRow(**{name: row[name] for name in fields}) for row in rows] or kept
         return kept[: len(prompts)]
-
-
-def shared(prompts: Sequence[Sequence[int]]) -> int:
-    """The number of first tokens that all prompts share."""
-    as_lists = [list(prompt) for prompt in prompts]
-    first, last = min(as_lists), max(as_lists)
-    most = min(len(prompt) for prompt in prompts) - 1
-    return next((index for index in range(most) if first[index] != last[index]), most)

@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from jaxft.comparison.cache import AnswerCache, digest_of
 from jaxft.comparison.prompts import OWN, SystemPrompt, prompt_messages, prompt_tokens
-from jaxft.comparison.rivals import ALONE, MEASURED, Answered, Examples
+from jaxft.comparison.rivals.cache import AnswerCache, digest_of
+from jaxft.comparison.rivals.local import Answered, Examples
+from jaxft.comparison.rivals.speed import ALONE, MEASURED
 from jaxft.comparison.rows import Row
 from jaxft.config import RunConfig
 from jaxft.data import Tokenizer

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from jaxft.adapters.attach import detach
 from jaxft.checkpoint.load import hf_config_of, load_model, resolve
-from jaxft.comparison.cache import AnswerCache, digest_of
-from jaxft.comparison.rivals import Local
+from jaxft.comparison.rivals.cache import AnswerCache, digest_of
+from jaxft.comparison.rivals.local import Local
 from jaxft.config import RunConfig
 from jaxft.data import Tokenizer, load_tokenizer, tokenizer_of
 from jaxft.errors import ConfigError

@@ -4,11 +4,14 @@ import dataclasses
 import hashlib
 import json
 import logging
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxft.files.atomic import make_folder, write_text
+import numpy as np
+
+from jaxft.files.atomic import make_folder, write_file, write_text
 from jaxft.files.run_folder import read_if_whole, write_json
 from jaxft.runs.scores.answers import FIELDS, AnsweredRow
 
@@ -51,3 +54,20 @@ class AnswerCache:
     def keep_value(self, name: str, value: dict[str, Any]) -> None:
         """Keeps a JSON object under a name."""
         write_json(self._folder / f"{name}.json", value)
+
+    def vectors(self, name: str) -> dict[str, np.ndarray]:
+        """Vectors that were kept under a name; none if there are none and, with a warning, if their file is damaged."""
+        path = self._folder / f"{name}.npz"
+        if not path.is_file():
+            return {}
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                return dict(zip(file["keys"].tolist(), file["vectors"], strict=True))
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            log.warning("%s is damaged, so its vectors are made anew: %s", path, error)
+            return {}
+
+    def keep_vectors(self, name: str, vectors: dict[str, np.ndarray]) -> None:
+        """Keeps vectors of one length under a name, in place of those that were there."""
+        keys, values = np.array(list(vectors)), np.stack(list(vectors.values()))
+        write_file(self._folder / f"{name}.npz", lambda file: np.savez(file, keys=keys, vectors=values))
