@@ -1,5 +1,6 @@
 """The settings of a server, from the command line."""
 
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ class ServeSettings:
 
     hosts: further names under which clients reach the server. context: tokens of a training sequence if a job does not
     say. max_upload: bytes of a file. while_training: whether answers go on (`answer`) or not (`wait`) while a job
-    trains. overrides: `section.field=value` settings of every job, below those of the job itself.
+    trains. price_per_hour: of this machine, in any currency. overrides: `section.field=value` settings of every job, below those of the job itself.
     """
 
     models: Mapping[str, str]
@@ -34,6 +35,7 @@ class ServeSettings:
     tls_proxy: bool = False
     context: int = 2048
     max_upload: int = 8 * 2**30
+    price_per_hour: float | None = None
     overrides: Sequence[str] = field(default=())
 
     def check(self) -> None:
@@ -52,6 +54,8 @@ class ServeSettings:
                 raise ConfigError(f"--{option}={path} is no file")
         if self.context < 1 or self.max_upload < 1 or not 0 <= self.port <= 65535:
             raise ConfigError("--context and --max_upload must be above 0, and --port from 0 to 65535")
+        if self.price_per_hour is not None and not (math.isfinite(self.price_per_hour) and self.price_per_hour > 0):
+            raise ConfigError(f"--price_per_hour={self.price_per_hour} must be above 0")
         for override in self.overrides:
             key, value = parse_assignment(override)
             if key in BY_HYPERPARAMETER or key == "output_dir":

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,12 @@ DEADLINE = 600.0  # of whatever is waited for, on a machine with other work
 
 @dataclass
 class Running:
-    """A server that answers. key: one that may do everything."""
+    """A server that answers. key: one that may do everything. told: what it has printed."""
 
     port: int
     key: str
     state: Path
+    told: list[str] = field(default_factory=list)
 
     @property
     def url(self) -> str:
@@ -44,7 +45,7 @@ class Running:
 
 
 def settings_of(state: Path, model: str, **settings: Any) -> ServeSettings:
-    return ServeSettings(models={MODEL: model}, state=state, port=0, **settings)
+    return ServeSettings(models={MODEL: model}, state=state, **{"port": 0, **settings})
 
 
 @contextlib.contextmanager
@@ -68,7 +69,7 @@ def in_thread(state: Path, model: str, limits: Limits = QUICK, **settings: Any) 
         raise answer
     port, stop = answer
     try:
-        yield Running(port, _key(state, said), state)
+        yield Running(port, _key(state, said), state, said)
     finally:
         stop()
         thread.join(DEADLINE)

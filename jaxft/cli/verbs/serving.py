@@ -25,6 +25,7 @@ def add_options(option: Callable[..., Any], bytes_of: Callable[[str], int]) -> N
     option("--tls_proxy", action="store_true", help="a proxy on this machine or network speaks TLS for it")
     option("--context", type=int, default=2048, help="tokens of a training sequence if a job does not say")
     option("--max_upload", type=bytes_of, default="8GB", metavar="SIZE", help="largest file")
+    option("--price_per_hour", type=float, metavar="X", help="of this machine, for the estimated price of a job")
     option("--name", default="", help="of a new key")
     option("--scopes", default="train", metavar="LIST", help="of a new key: answer, train, admin")
     option("--id", metavar="KEY_ID", help="of the key to revoke")
@@ -49,6 +50,7 @@ def serve(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
         tls_proxy=arguments.tls_proxy,
         context=arguments.context,
         max_upload=arguments.max_upload,
+        price_per_hour=arguments.price_per_hour,
         overrides=tuple(overrides),
     )
     log_to_stderr()
