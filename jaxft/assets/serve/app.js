@@ -28,7 +28,7 @@ function draw() {
     h("label", { class: "scheme" }, "Colours ", h("select", { value: scheme, onchange: (event) => choose(event.target.value) },
       SCHEMES.map((one) => h("option", { value: one, selected: one === scheme }, one))))));
   render(main, h("div", { key: hasKey() ? location.hash : "key", class: "view" }, hasKey() ? current?.view() : keyForm()));
-  render(document.getElementById("state"), hasKey() && [STREAM[stream.state] ?? "", " ", button("Forget the key", forget)]);
+  render(document.getElementById("state"), hasKey() && [h("span", {}, STREAM[stream.state] ?? ""), " ", button("Forget the key", forget)]);
   document.title = hasKey() && current ? `${current.title()} · jaxft` : "jaxft";
 }
 
@@ -60,7 +60,7 @@ function choose(wanted) {
   draw();
 }
 
-function route() {
+function route(moved) {
   if (location.hash.startsWith("#key=")) {
     takeKey();
     return location.reload();
@@ -72,7 +72,7 @@ function route() {
   current = VIEWS[name];
   if (hasKey()) current.enter?.(rest[0], new URLSearchParams(query));
   draw();
-  main.querySelector("h1")?.focus();
+  if (moved) main.querySelector("h1")?.focus();
 }
 
 function decoded(text) {
@@ -84,7 +84,7 @@ function decoded(text) {
 }
 
 function begin() {
-  route();
+  route(false);
   if (hasKey()) follow();
 }
 

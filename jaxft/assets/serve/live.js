@@ -3,7 +3,7 @@
 import { ApiError, events, request } from "./api.js";
 
 const SILENCE_MS = 35_000; // the server gives a sign every 10 s
-const WAIT_MS = [500, 8_000];
+const WAIT_MS = [500, 4_000];
 
 export const jobs = new Map(); // by id
 export const messages = new Map(); // by job, each a Map of events by id, oldest first

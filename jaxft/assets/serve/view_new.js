@@ -6,7 +6,7 @@ import { jobs, takeJob } from "./live.js";
 import { alert, announce, bar, button, examination, facts, field, redraw } from "./widgets.js";
 import { count, duration, money, nameOf, number, sign, whole } from "./words.js";
 
-const NUMBERS = { n_epochs: "Epochs", batch_size: "Rows of a batch", learning_rate_multiplier: "Learning rate times" };
+const NUMBERS = { n_epochs: "Epochs", batch_size: "Rows of a batch", learning_rate_multiplier: "Learning-rate multiplier" };
 const files = {}; // by field: {file, share, object, stop}
 let bases = [], price = null, draft = null, error = null, busy = false, dragged = false;
 

@@ -35,8 +35,8 @@ export function view() {
       ...Object.entries(now.versions).map(([name, version]) => [name, version]),
     ]),
     share("Memory", now.memory.total, now.memory.available), share("Disk", now.disk.total, now.disk.free),
-    now.engine && h("section", { "aria-labelledby": "engine" }, h("h2", { id: "engine" }, "Engine of answers"),
-      facts(Object.entries(now.engine).map(([name, value]) => [name.replaceAll("_", " "), typeof value === "object" ? JSON.stringify(value) : String(value)]))),
+    now.engines?.length > 0 && h("section", { "aria-labelledby": "engines" }, h("h2", { id: "engines" }, "Engines of answers"),
+      now.engines.map((one) => facts(Object.entries(one).map(([name, value]) => [name, typeof value === "object" ? devices(value) : String(value)])))),
     h("section", { "aria-labelledby": "queue" }, h("h2", { id: "queue" }, "Queue"),
       now.jobs.length ? h("ol", {}, now.jobs.map(({ id, status, phase }) => h("li", { key: id },
         h("a", { href: `#${path("job", id)}` }, jobs.has(id) ? nameOf(jobs.get(id)) : id), ` ${status} ${phase}`)))
