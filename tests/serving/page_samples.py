@@ -20,7 +20,7 @@ from jaxft.serving.supervision.watch import Watch
 MARKUP = "<img src=x onerror=alert(1)><script>alert(2)</script>"
 STEPS = 240
 PIECES = [
-    {"text": "<|im_start|>user\nWhere is my parcel? " + MARKUP + "<|im_end|>\n<|im_start|>assistant\n", "trained": False},
+    {"text": f"<|im_start|>user\nWhere is my parcel? {MARKUP}<|im_end|>\n<|im_start|>assistant\n", "trained": False},
     {"text": "It is on its way, and comes on Tuesday.<|im_end|>", "trained": True},
 ]  # fmt: skip
 RESOLVED = {
@@ -104,14 +104,15 @@ def add_export(folder: Path) -> None:
 
 
 def fill(folder: Path) -> dict[str, str]:
-    """Fills a new state; returns the ids of jobs: done, failed, cancelled, waits (for its start), tiny (of few rows)."""
+    """Fills a new state; returns the ids of jobs: done, failed, cancelled, waits (for its start)."""
     with open_state(folder) as state:
         config = {"jaxft": {"config": {"adapter.r": 32}}, "seed": 7}
-        done = add_job(state, {}, f"{MARKUP}.jsonl", suffix="support-answers", metadata={"it's": "a \"test\""}, **config)
+        done = add_job(state, {}, f"{MARKUP}.jsonl", suffix="support-answers", metadata={"it's": 'a "test"'}, **config)
         train(state, done)
         failed = add_job(state, {}, suffix="failed.rows")
-        write_json(failed.outcome, {"state": "failed", "error": {
-            "code": "invalid_file", "param": "training_file", "message": f"training_file, line 3: the row has no answer: {MARKUP}"}})  # fmt: skip
+        message = f"training_file, line 3: the row has no answer: {MARKUP}"
+        error = {"code": "invalid_file", "param": "training_file", "message": message}
+        write_json(failed.outcome, {"state": "failed", "error": error})
         settle(state, failed.path.name, Watch(failed))
         cancelled = add_job(state, {}, suffix="given_up")
         jobs.cancel_job(state, cancelled.path.name)
@@ -119,4 +120,5 @@ def fill(folder: Path) -> dict[str, str]:
         write_json(waits.resolved, RESOLVED)
         tell(waits, "validated", "Files validated: 2,560 rows")
         read_worker(state, waits.path.name, Watch(waits))
-        return {"done": done.path.name, "failed": failed.path.name, "cancelled": cancelled.path.name, "waits": waits.path.name}
+        made = {"done": done, "failed": failed, "cancelled": cancelled, "waits": waits}
+        return {name: folder.path.name for name, folder in made.items()}

@@ -22,7 +22,9 @@ from jaxft.serving.supervision.watch import Watch
 MOST_BYTES = 100_000
 SOURCES = {path.name: path.read_text(encoding="utf-8") for path in sorted((ASSETS / "serve").iterdir())}
 SCRIPTS = {name: text for name, text in SOURCES.items() if name.endswith(".js")}
-UNSAFE = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|\bFunction\(|setTimeout\(\"|srcdoc|javascript:"
+UNSAFE = (
+    r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|\bFunction\(|setTimeout\(\"|srcdoc|javascript:"
+)
 
 
 def get(server: Running, path: str, **headers: str):
@@ -44,7 +46,14 @@ def test_every_file_is_served_without_a_key_and_nothing_else_is(server):
         assert headers["content-type"].split(";")[0] == page.TYPES["." + name.rpartition(".")[2]]
         assert get(server, path, **{"If-None-Match": headers["etag"]})[:2] == (304, b"")
         assert get(server, path, Host="evil.example")[0] == 403
-    for path in ("/page", "/page/", "/page/none.js", "/page/../serve/app.js", "/page/%2e%2e/smoke/config.json", "/index.html"):
+    for path in (
+        "/page",
+        "/page/",
+        "/page/none.js",
+        "/page/../serve/app.js",
+        "/page/%2e%2e/smoke/config.json",
+        "/index.html",
+    ):
         assert get(server, path)[0] == 401
         assert get(server, path, Authorization=f"Bearer {server.key}")[0] == 404
 
@@ -82,9 +91,9 @@ def test_the_files_name_each_other_and_all_are_used():
         used |= {file for _, file in imported}
         for names, file in imported:
             for one in re.findall(r"\w+", names) if names.startswith("{") else []:
-                assert re.search(rf"^export (?:async )?(?:function\*?|const|class) {one}\b", SOURCES[file], re.MULTILINE), (
-                    f"{name}: {file} has no {one}"
-                )
+                assert re.search(
+                    rf"^export (?:async )?(?:function\*?|const|class) {one}\b", SOURCES[file], re.MULTILINE
+                ), f"{name}: {file} has no {one}"
                 assert len(re.findall(rf"\b{one}\b", text)) > 1, f"{name} does not use {one}"
     assert used == SOURCES.keys()
 
@@ -99,13 +108,12 @@ def test_the_first_key_is_told_with_the_address_of_the_page(server):
 def test_messages_are_listed_without_metrics(server, client):
     job = until(client, create(client, rows(steps=3)).id, "succeeded")
     path = f"/v1/fine_tuning/jobs/{job.id}/events?limit=100"
-    listed = {
-        kind: [one["message"] for one in json.loads(get(server, f"{path}{kind}", Authorization=f"Bearer {server.key}")[1])["data"]]
-        for kind in ("", "&type=message", "&type=metrics")
-    }  # fmt: skip
+    key, listed = {"Authorization": f"Bearer {server.key}"}, {}
+    for kind in ("", "&type=message", "&type=metrics"):
+        listed[kind] = [one["message"] for one in json.loads(get(server, f"{path}{kind}", **key)[1])["data"]]
     assert [text[:4] for text in listed["&type=metrics"]] == ["Step"] * 3
     assert listed["&type=message"] == [text for text in listed[""] if not text.startswith("Step")] != listed[""]
-    assert get(server, f"{path}&type=all", Authorization=f"Bearer {server.key}")[0] == 400
+    assert get(server, f"{path}&type=all", **key)[0] == 400
 
 
 def test_time_is_known_from_an_earlier_job_of_the_same_base(tmp_path):

@@ -28,7 +28,7 @@ CHROMIUM = next((path for path in (os.environ.get("CHROMIUM"), *map(shutil.which
 LACKING = [name for name in ("playwright", "axe_playwright_python") if importlib.util.find_spec(name) is None]
 IMAGES = Path(__file__).parents[2] / "docs" / "images" / "serve"
 RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
-SLOW_MS = int(os.environ.get("SLOWMS", 120_000))  # that a machine with other work may take
+SLOW_MS = 120_000  # that a machine with other work may take
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on the path (CHROMIUM names another)"),
     pytest.mark.skipif(bool(LACKING), reason=f"{', '.join(LACKING)} is not installed"),
@@ -116,7 +116,12 @@ def test_every_state_is_a_word(visit):
     page.get_by_role("link", name="support-answers").first.wait_for()
     cards = page.get_by_role("main").get_by_role("listitem")
     texts = [" ".join(text.split("\n")) for text in cards.all_inner_texts()]
-    found = {name: text for text in texts for name in ("look-before", "given_up", "failed.rows", "support-answers") if name in text}
+    found = {
+        name: text
+        for text in texts
+        for name in ("look-before", "given_up", "failed.rows", "support-answers")
+        if name in text
+    }
     assert "waits for its start" in found["look-before"] and "cancelled" in found["given_up"]
     assert "failed" in found["failed.rows"].split() and "line 3" in found["failed.rows"]
     assert "succeeded" in found["support-answers"] and f"step {STEPS} of {STEPS}" in found["support-answers"]
@@ -133,7 +138,7 @@ def test_a_new_job_is_examined_before_it_starts(visit, client):
     page.get_by_label("Settings of the run").fill("adapter.rank=8")
     page.get_by_role("button", name="Upload and examine").click()
     page.get_by_role("alert").filter(has_text="'adapter.rank' is no setting of a job").wait_for()
-    page.get_by_label("Settings of the run").fill("adapter.r=8\noptim.name=\"adamw\"")
+    page.get_by_label("Settings of the run").fill('adapter.r=8\noptim.name="adamw"')
     page.get_by_role("button", name="Upload and examine").click()
     page.get_by_role("alert").filter(has_text="training_file, line 2: no answer").wait_for()
     good = rows(steps=6, wait=3, resolved={**RESOLVED, "plan": {**RESOLVED["plan"], "steps": 6}})
@@ -145,7 +150,11 @@ def test_a_new_job_is_examined_before_it_starts(visit, client):
     assert main.get_by_text("about 8 min, at the rate of an earlier job: 0.40 at 3.00 an hour").is_visible()
     assert main.get_by_text(RESOLVED["warnings"][0]).is_visible()
     draft = next(iter(client.fine_tuning.jobs.list(limit=1)))
-    assert (draft.status, draft.jaxft["config"], draft.jaxft["suffix"]) == ("paused", {"adapter.r": 8, "optim.name": "adamw"}, "from.page")
+    assert (draft.status, draft.jaxft["config"], draft.jaxft["suffix"]) == (
+        "paused",
+        {"adapter.r": 8, "optim.name": "adamw"},
+        "from.page",
+    )
     page.get_by_role("button", name="Start").click()
     heading(page, "from.page")
     # It trains, waits at a step, and is paused, resumed and cancelled by dialogs.
@@ -196,15 +205,11 @@ def test_curves_lose_no_peak(visit):
     page = visit()
     points = [[row["step"], row["loss"]] for row in metrics(500) if "loss" in row]
     call = "(async (a) => { const m = await import('/page/chart.js'); return m[a[0]](...a.slice(1)); })"
-    found = page.evaluate(
-        "async (p) => (await import('/page/chart.js')).columns(p, (step) => step / 25)", points
-    )
+    found = page.evaluate("async (p) => (await import('/page/chart.js')).columns(p, (step) => step / 25)", points)
     by_pixel: dict[int, list[float]] = {}
     for step, value in points:
         by_pixel.setdefault(int(step / 25 + 0.5), []).append(value)
-    assert found == [
-        {"x": x, "first": v[0], "low": min(v), "high": max(v), "last": v[-1]} for x, v in by_pixel.items()
-    ]
+    assert found == [{"x": x, "first": v[0], "low": min(v), "high": max(v), "last": v[-1]} for x, v in by_pixel.items()]
     smooth = page.evaluate(call, ["smoothed", points, 0.9])
     weights = [0.9**k for k in range(500)]
     for n in (0, 1, 10, 499):
@@ -221,7 +226,10 @@ def test_the_copied_requests_make_the_same_job(visit, client, server, ids, monke
     page = visit(f"#/job/{ids['done']}")
     python = page.get_by_role("region", name="Python").inner_text()
     names: dict[str, Any] = {}
-    exec(python.replace("fine_tuning.jobs.create(", 'fine_tuning.jobs.create(extra_headers={"x-made-by": "test"}, '), names)
+    exec(
+        python.replace("fine_tuning.jobs.create(", 'fine_tuning.jobs.create(extra_headers={"x-made-by": "test"}, '),
+        names,
+    )
     made = [names["job"].id]
     if shutil.which("curl"):
         shell = page.get_by_role("region", name="curl").inner_text()
