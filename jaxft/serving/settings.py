@@ -22,7 +22,8 @@ class ServeSettings:
 
     hosts: further names under which clients reach the server. context: tokens of a training sequence if a job does not
     say. max_upload: bytes of a file. while_training: whether answers go on (`answer`) or not (`wait`) while a job
-    trains. price_per_hour: of this machine, in any currency. overrides: `section.field=value` settings of every job, below those of the job itself.
+    trains. price_per_hour: of this machine, in any currency. overrides: `section.field=value` settings of every job,
+    below those of the job itself.
     """
 
     models: Mapping[str, str]
