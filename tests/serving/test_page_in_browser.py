@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import tarfile
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from typing import Any
 import chat_stub
 import pytest
 from page_samples import MARKUP, RESOLVED, STEPS, fill, metrics
-from servers import MODEL, Running, ServerProcess, create, in_thread, rows, until, wait_for, write_model
+from servers import MODEL, Running, ServerProcess, create, in_thread, rows, until, write_model
 
 from jaxft.assets import ASSETS
 from jaxft.serving import app
@@ -435,7 +436,7 @@ def test_all_can_be_done_by_the_keyboard(visit):
 
 
 @pytest.mark.slow
-def test_a_real_job_from_rows_to_its_adapter(visit, browser, tmp_path):
+def test_a_real_job_from_rows_to_its_adapter(visit, tmp_path):
     process = ServerProcess(tmp_path / "state", write_model(tmp_path / "model"), "jaxft.serving.worker")
     try:
         content = b"".join((ASSETS / "quickstart" / "train.jsonl").read_bytes().splitlines(keepends=True)[:8])
@@ -455,4 +456,4 @@ def test_a_real_job_from_rows_to_its_adapter(visit, browser, tmp_path):
         page.get_by_role("slider", name="Loss by step").press("End")
         assert page.get_by_role("slider", name="Loss by step").get_attribute("aria-valuenow") == "4"
     finally:
-        wait_for(lambda: process.end(15) == 0, "the end of the server")
+        assert process.end(signal.SIGTERM) == 0
