@@ -15,7 +15,7 @@ from jaxft.comparison.rows import Row
 from jaxft.config import RunConfig
 from jaxft.data import Tokenizer
 from jaxft.files.run_folder import ANSWERS
-from jaxft.generation.engine import OnToken
+from jaxft.generation.tokens import OnToken
 from jaxft.nn.decoder import Decoder
 from jaxft.runs.scores.answers import AnsweredRow, answer_prompts, answers_key, read_answers
 

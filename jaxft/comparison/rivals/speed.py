@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 import jax
 from flax import nnx
 
-from jaxft.generation.engine import MIN_SPARED, OnToken
+from jaxft.generation.engine import MIN_SPARED
+from jaxft.generation.tokens import OnToken
 from jaxft.hardware.sizes import sizes_of
 from jaxft.nn.decoder import Decoder
 

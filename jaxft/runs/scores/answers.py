@@ -13,10 +13,9 @@ from typing import Any
 from jaxft.data import Tokenizer
 from jaxft.files.atomic import write_text
 from jaxft.files.run_folder import ANSWERS
-from jaxft.generation.engine import OnToken
 from jaxft.generation.settings import FinishReason, Sampling
 from jaxft.generation.thoughts import parts_of
-from jaxft.generation.tokens import generate_tokens
+from jaxft.generation.tokens import OnToken, generate_tokens
 from jaxft.nn.decoder import Decoder
 from jaxft.sharding.processes import on_primary
 
