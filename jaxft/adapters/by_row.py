@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 from flax import nnx
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding, Sharding
 from jax.typing import DTypeLike
 
 from jaxft.adapters.attach import ALL_LINEAR, adapters, find, virtual_modules
@@ -181,7 +181,9 @@ def _writer(shardings: tuple[Sharding, ...]) -> Callable[[list[jax.Array], list[
             for stack, value in zip(stacks, values, strict=True)
         ]
 
-    return jax.jit(write, donate_argnums=0, out_shardings=list(shardings))
+    # Of an array on one device JAX also notes whether it was put there: named, it would compile all users anew.
+    named = [sharding if isinstance(sharding, NamedSharding) else None for sharding in shardings]
+    return jax.jit(write, donate_argnums=0, out_shardings=named)
 
 
 def _check_inputs(model: Decoder) -> None:
