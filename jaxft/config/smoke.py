@@ -54,6 +54,8 @@ def with_arg(config: ConfigDict, arg: str | None) -> ConfigDict:
     if _form(config.method.name) == "prompts":
         config.rollout.update(num_generations=min(config.rollout.num_generations, 4), max_completion_length=16)
     config.eval.update(limit=4, max_new_tokens=8, batch_size=4)
+    if config.eval.pattern is not None:
+        config.eval.pattern = "(.+)"  # of any answer, since the rows are others
     return config
 
 
