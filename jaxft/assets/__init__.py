@@ -1,4 +1,4 @@
-"""Files that ship with jaxft: the quickstart's data, the `:smoke` model, the report's page."""
+"""Files that ship with jaxft: the quickstart's data, the `:smoke` model, the pages of reports and of `jaxft serve`."""
 
 from pathlib import Path
 

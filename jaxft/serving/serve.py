@@ -92,9 +92,12 @@ def _listen(settings: ServeSettings) -> socket.socket:
 def _greet(settings: ServeSettings, state: State, port: int, say: Callable[[str], None]) -> None:
     scheme = "http" if settings.tls_cert is None else "https"
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    say(f"serving {', '.join(settings.models)} at {scheme}://{host}:{port}/v1")
+    address = f"{scheme}://{host}:{port}"
+    say(f"serving {', '.join(settings.models)} at {address}/v1, and the page at {address}/")
     if not list_keys(state.db):
-        say(f"the first key, which is shown this once: {add_key(state.db, 'first', SCOPES)}")
+        key = add_key(state.db, "first", SCOPES)
+        say(f"the first key, which is shown this once: {key}")
+        say(f"the page with this key: {address}/#key={key}")
 
 
 @contextlib.contextmanager

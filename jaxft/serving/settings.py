@@ -1,5 +1,6 @@
 """The settings of a server, from the command line."""
 
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,8 @@ class ServeSettings:
     say, and of a prompt with its answer. max_upload: bytes of a file. slots: answers of a base at a time. queue: those
     that may wait. adapters, max_rank: adapters that answer on a base at a time, and their largest rank. while_training:
     whether answers go on (`answer`) or not (`wait`) while a job trains; `auto` waits where there is an accelerator.
-    overrides: `section.field=value` settings of every job, below those of the job itself.
+    price_per_hour: of this machine, in any currency. overrides: `section.field=value` settings of every job, below
+    those of the job itself.
     """
 
     models: Mapping[str, str]
@@ -43,6 +45,7 @@ class ServeSettings:
     adapters: int = 8
     max_rank: int = 64
     while_training: WhileTraining = "auto"
+    price_per_hour: float | None = None
     overrides: Sequence[str] = field(default=())
 
     def check(self) -> None:
@@ -62,6 +65,8 @@ class ServeSettings:
         if self.context < 1 or self.max_upload < 1 or not 0 <= self.port <= 65535:
             raise ConfigError("--context and --max_upload must be above 0, and --port from 0 to 65535")
         self._check_answers()
+        if self.price_per_hour is not None and not (math.isfinite(self.price_per_hour) and self.price_per_hour > 0):
+            raise ConfigError(f"--price_per_hour={self.price_per_hour} must be above 0")
         for override in self.overrides:
             key, value = parse_assignment(override)
             if key in BY_HYPERPARAMETER or key == "output_dir":

@@ -17,6 +17,7 @@ from servers import MODEL, Running, rows, upload, wait_for
 
 from jaxft import cli
 from jaxft.serving.app import ENDPOINTS, OPEN_PATHS
+from jaxft.serving.endpoints import page
 from jaxft.serving.storage.keys import SCOPES
 from jaxft.serving.storage.state import new_id
 
@@ -294,7 +295,7 @@ def test_every_path_wants_our_name_our_origin_and_a_key(server):
         assert ask(server, path, method, body, host="evil.example")[0] == 403
         assert ask(server, path, method, body, host="evil.example", authorization="")[0] == 403
         assert ask(server, path, method, body, origin="https://evil.example")[0] == 403
-    assert OPEN_PATHS == {"/health"}
+    assert OPEN_PATHS == {"/health", *page.assets()} and "/" in OPEN_PATHS
     assert ask(server, "/health", authorization="")[1] == b'{"status":"warm"}'
     assert ask(server, "/health", host="evil.example")[0] == 403
     assert ask(server, "/v1/models", origin=f"http://{own}")[0] == 200

@@ -41,6 +41,7 @@ def add_options(option: Callable[..., Any], bytes_of: Callable[[str], int]) -> N
         help="whether answers go on while a job trains; auto: only on a CPU",
     )
     option("--max_upload", type=bytes_of, default="8GB", metavar="SIZE", help="largest file")
+    option("--price_per_hour", type=float, metavar="X", help="of this machine, for the estimated price of a job")
     option("--name", default="", help="of a new key")
     option("--scopes", default="train", metavar="LIST", help="of a new key: answer, train, admin")
     option("--id", metavar="KEY_ID", help="of the key to revoke")
@@ -70,6 +71,7 @@ def serve(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
         adapters=arguments.adapters,
         max_rank=arguments.max_rank,
         while_training=arguments.while_training,
+        price_per_hour=arguments.price_per_hour,
         overrides=tuple(overrides),
     )
     log_to_stderr()

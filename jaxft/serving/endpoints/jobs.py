@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from jaxft.serving.endpoints.table import Endpoint
-from jaxft.serving.http.bodies import read_object, refuse_controls
+from jaxft.serving.http.bodies import query_choice, read_object, refuse_controls
 from jaxft.serving.http.errors import bad_request, no_such
 from jaxft.serving.http.pages import Listing, read_page
 from jaxft.serving.jobs.folder import JobSpec
@@ -118,10 +118,11 @@ async def resume(request: Request) -> Response:
 
 
 async def list_events(request: Request) -> Response:
-    """A page of the events of a job, newest first."""
+    """A page of the events of a job, newest first; of one type if the query says."""
     state = service_of(request).state
     row = await asyncio.to_thread(jobs.job_of, state, request.path_params["job"])
-    listing = Listing("events", "job_id = ?", (row["id"],))
+    kind = query_choice(request, "type", ("message", "metrics", ""), "")
+    listing = Listing("events", "job_id = ? AND ? IN ('', type)", (row["id"], kind))
     page = partial(read_page, state.db, request, listing, limit=20, most=1000, show=show_event)
     return JSONResponse(await asyncio.to_thread(page))
 

@@ -43,7 +43,8 @@ async def _pieces(service: Service, last: int | None) -> AsyncIterator[str]:
     service.streams += 1
     try:
         sent = await asyncio.to_thread(_newest, state) if last is None else last
-        yield ": begun\n\n"
+        # A client that is cut off before the first event gives this id then.
+        yield ": begun\n\n" if last is not None else f"id: {sent}\n\n"
         while service.phase != "draining":
             if seen != state.db.changes:
                 seen = state.db.changes

@@ -48,6 +48,7 @@ def _system(service: Service) -> dict[str, Any]:
         "load": list(os.getloadavg()),
         "cpus": os.cpu_count(),
         "disk": {"total": disk.total, "free": disk.free},
+        "price_per_hour": service.settings.price_per_hour,
     }
 
 

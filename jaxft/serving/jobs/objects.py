@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from jaxft.serving.jobs.estimate import estimate
 from jaxft.serving.storage.database import Row
 from jaxft.serving.storage.events import last_metrics
 from jaxft.serving.storage.jobs import request_of
@@ -47,12 +48,15 @@ def _ours(
     progress = {name: last.get(name) for name in ("step", "total_steps", "train_loss", "tokens_per_second")}
     artifacts = [f"step-{one['step']}.tar" for one in tuned_models(state, row["id"])]
     return {
+        "number": row["n"],
         "start": request["start"],
         "suffix": row["suffix"],
         "config": request["config"],
         "phase": row["phase"] if row["status"] in ("validating_files", "running", "pausing") else "",
         "examination": resolved.get("examination"),
+        "warnings": resolved.get("warnings") or [],
         "plan": resolved.get("plan"),
+        "estimate": estimate(state, row, resolved.get("plan") or {}) if not last else None,
         "progress": progress if last else None,
         "deaths": row["deaths"],
         "artifacts": [*artifacts, "worker.log"],
