@@ -124,6 +124,9 @@ setup(
             # The service, and its clients' library.
             *SERVE,
             "openai>=3.50",
+            # Its page, in the Chromium of the machine; without one these tests are skipped.
+            "playwright>=1.60",
+            "axe-playwright-python>=0.1.7",
             # Run folders at gs:// against an emulator on this machine.
             "gcsfs>=2026.1",
             "gcp-storage-emulator>=2024.8",

@@ -47,3 +47,9 @@ def test_every_file_beside_the_configs_is_in_the_package(package: Path) -> None:
         Path("configs") / path.relative_to(package / "jaxft" / "configs")
         for path in (package / "jaxft" / "configs").rglob("*.*")
     }
+
+
+def test_every_file_of_the_page_is_in_the_package(package: Path) -> None:
+    folder = Path("jaxft") / "assets" / "serve"
+    names = {path.name for path in (package / folder).iterdir()}
+    assert names == {path.name for path in (ROOT / folder).iterdir()} and "app.js" in names

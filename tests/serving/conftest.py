@@ -10,7 +10,7 @@ from jaxft.assets import ASSETS
 
 NEEDED = ("openai", "starlette", "uvicorn", "python_multipart")
 MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-collect_ignore_glob = ["test_serving_*.py", "test_answers_*.py"] if MISSING else []
+collect_ignore_glob = ["test_*.py"] if MISSING else []
 
 
 def pytest_report_header() -> str | None:

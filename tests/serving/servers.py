@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,15 @@ DEADLINE = 600.0  # of whatever is waited for, on a machine with other work
 
 @dataclass
 class Running:
-    """A server that answers. key: one that may do everything. stop: begins to end it, if it is in a thread."""
+    """A server that answers. key: one that may do everything. stop: begins to end it, if it is in a thread.
+    told: what it has printed.
+    """
 
     port: int
     key: str
     state: Path
     stop: Callable[[], None] = lambda: None
+    told: list[str] = field(default_factory=list)
 
     @property
     def url(self) -> str:
@@ -50,7 +53,7 @@ class Running:
 
 
 def settings_of(state: Path, model: str, **settings: Any) -> ServeSettings:
-    return ServeSettings(models={MODEL: model}, state=state, port=0, **settings)
+    return ServeSettings(models={MODEL: model}, state=state, **{"port": 0, **settings})
 
 
 @contextlib.contextmanager
@@ -77,7 +80,7 @@ def in_thread(
         raise answer
     port, stop = answer
     try:
-        yield Running(port, _key(state, said), state, stop)
+        yield Running(port, _key(state, said), state, stop, said)
     finally:
         stop()
         thread.join(DEADLINE)

@@ -2,7 +2,7 @@
 
 The row is an object: steps, pause (seconds of a step), epoch (steps between checkpoints), bad (a message: the rows
 are refused), wait (a step after which it waits for a file `go` in its folder, or SIGTERM), die (steps at which it is
-killed, each once), fail (a message), deaf (it ignores SIGTERM), always_die.
+killed, each once), fail (a message), deaf (it ignores SIGTERM), always_die, resolved (put into resolved.json).
 It imports nothing of jaxft, so that it starts at once.
 """
 
@@ -100,7 +100,8 @@ def main():
     if not os.path.exists(path("resolved.json")):
         numbers = {"n_epochs": 3, "batch_size": 2, "learning_rate_multiplier": 1.0}
         plan, examination = {"steps": row["steps"]}, {"rows": 1}
-        write("resolved.json", {"hyperparameters": numbers, "plan": plan, "examination": examination})
+        resolved = {"hyperparameters": numbers, "plan": plan, "examination": examination}
+        write("resolved.json", {**resolved, **row.get("resolved", {})})
         tell("validated", "Files validated")
     if GOAL == "validate":
         end(0, "validated")
