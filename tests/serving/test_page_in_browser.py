@@ -458,5 +458,18 @@ def test_a_real_job_from_rows_to_its_adapter(visit, tmp_path):
         page.get_by_text("The job has successfully completed").wait_for(timeout=5 * SLOW_MS)
         page.get_by_role("slider", name="Loss by step").press("End")
         assert page.get_by_role("slider", name="Loss by step").get_attribute("aria-valuenow") == "4"
+        # The engine answers, once by the base and once by the adapter.
+        page.get_by_role("link", name="Try step 4").click()
+        page.get_by_text("Sampling").click()
+        page.get_by_label("Tokens at most").fill("5")
+        page.get_by_label("Temperature").fill("0")
+        page.get_by_label("Prompt").fill("Who are you?")
+        page.get_by_role("button", name="Send to both").click()
+        page.get_by_text(re.compile("ended by (length|stop), .* tokens?,")).nth(1).wait_for(timeout=5 * SLOW_MS)
+        for side in "ab":
+            shares = [float(one.get_attribute("title")[:-1]) for one in page.locator(f"#answer-{side} span").all()]
+            assert len(shares) == 5 and all(0 < share <= 100 for share in shares)
+        page.get_by_role("navigation").get_by_role("link", name="System").click()
+        page.get_by_role("heading", name="Engines of answers").wait_for()
     finally:
         assert process.end(signal.SIGTERM) == 0
