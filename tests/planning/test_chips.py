@@ -17,7 +17,7 @@ SMOKE = f"{Path(__file__).parents[2] / 'configs' / 'llama3_1_8b_lora.py'}:smoke"
 def test_a_small_step_is_compiled(topology):
     if topology.startswith("tpu7x") and version("jax").startswith("0.10."):
         pytest.skip("libtpu of this jax ends its process for tpu7x")
-    run = config.load(SMOKE, ["train.batch_size=1", "train.accumulation_steps=1", "model.remat=full"])
+    run = config.load(SMOKE, ["train.batch_size=2", "train.accumulation_steps=1", "model.remat=full"])
     plan = planning.plan(run, parse(topology), level="O1", prices=None, length=length_of(run))
     assert plan["compiled"] and plan["refused"] is None and plan["hbm_peak_bytes"] > plan["argument_bytes"]
     assert not [line for line in plan["unknown"] if "libtpu" in line]

@@ -324,12 +324,17 @@ def new_key(server: Running, capsys: pytest.CaptureFixture[str], scopes: str) ->
 
 
 def test_keys_are_added_shown_and_revoked_while_the_server_runs(server, capsys):
+    def listed() -> list[dict]:
+        assert cli.main(["serve", "keys", "list", f"--state={server.state}", "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    before = {row["id"] for row in listed()}
     key = new_key(server, capsys, "train")
     other = server.client(key)
     assert other.models.list().data
-    assert cli.main(["serve", "keys", "list", f"--state={server.state}", "--json"]) == 0
-    known = json.loads(capsys.readouterr().out)
-    row = next(row for row in known[::-1] if row["scopes"] == "train" and row["last_used_at"])
+    known = listed()
+    (row,) = (row for row in known if row["id"] not in before)
+    assert row["scopes"] == "train" and row["last_used_at"]
     assert not [text for text in map(json.dumps, known) if key in text]
     assert cli.main(["serve", "keys", "revoke", f"--state={server.state}", f"--id={row['id']}"]) == 0
     with pytest.raises(openai.AuthenticationError):
