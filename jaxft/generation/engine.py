@@ -161,9 +161,9 @@ class Engine:
             for a, request in enumerate(bundle):
                 slots_PA[p, a], requests[p * self.answers + a] = free.popleft(), request
         results = self._dispatch_prefill(tokens_PS, slots_PA, requests, max(bucket(longest), self.prefix_length))
-        for number, (request, slot) in enumerate(zip(requests, slots_PA.reshape(-1).tolist(), strict=True)):
-            if request is not None:
-                self._add(slot, request, results, number)
+        for number, slot in enumerate(slots_PA.reshape(-1).tolist()):
+            if (occupant := requests[number]) is not None:
+                self._add(slot, occupant, results, number)
 
     def _prefill_rows(self, prompts: int) -> int:
         """The rows of the group in which this many prompts are computed."""
