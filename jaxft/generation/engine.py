@@ -161,8 +161,8 @@ class Engine:
             for a, request in enumerate(bundle):
                 slots_PA[p, a], requests[p * self.answers + a] = free.popleft(), request
         results = self._dispatch_prefill(tokens_PS, slots_PA, requests, max(bucket(longest), self.prefix_length))
-        for number, (occupant, slot) in enumerate(zip(requests, slots_PA.reshape(-1).tolist(), strict=True)):
-            if occupant is not None:
+        for number, slot in enumerate(slots_PA.reshape(-1).tolist()):
+            if (occupant := requests[number]) is not None:
                 self._add(slot, occupant, results, number)
 
     def _prefill_rows(self, prompts: int) -> int:
