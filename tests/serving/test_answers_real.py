@@ -42,27 +42,31 @@ def chat(client: openai.OpenAI, model: str = MODEL, **fields: Any) -> Any:
     )
 
 
-def test_from_a_file_to_the_answer_of_a_tuned_model(running, base):
+def test_the_base_answers_as_jaxft_generate_does(running, base):
+    answer = chat(running.client()).choices[0].message.content
+    model, tokenizer = jaxft.load_model(base), jaxft.load_tokenizer(base)
+    assert "Paris" in answer and answer == jaxft.generate(model, tokenizer, ASK, max_new_tokens=16)
+    stream = chat(running.client(), stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == answer
+
+
+def test_from_a_file_to_the_answer_of_a_tuned_model(running, base, monkeypatch):
+    monkeypatch.setattr("servers.DEADLINE", 3600.0)  # a real model trains
     client = running.client()
     before = chat(client).choices[0].message.content
-    model, tokenizer = jaxft.load_model(base), jaxft.load_tokenizer(base)
-    assert "Paris" in before and before == jaxft.generate(model, tokenizer, ASK, max_new_tokens=16)
     config = {"jaxft": {"config": {"adapter.r": 4, "data.max_length": 128}}}
     numbers = {"n_epochs": 2, "batch_size": 4, "learning_rate_multiplier": 10}
-    job = client.fine_tuning.jobs.create(
-        model=MODEL, training_file=upload(client, b"".join(ROWS[:8])), hyperparameters=numbers, extra_body=config
-    )
-    stream = chat(client, stream=True, max_tokens=64)  # beside the training
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream).startswith(before[:8])
+    file = upload(client, b"".join(ROWS[:4]))
+    job = client.fine_tuning.jobs.create(model=MODEL, training_file=file, hyperparameters=numbers, extra_body=config)
+    assert chat(client).choices[0].message.content == before  # beside the training
     job = until(client, job.id, "succeeded")
     folder = str(running.state / "models" / f"{job.id}-final")
     tuned = jaxft.load_model(folder, base=base), jaxft.load_tokenizer(folder, base=base)
     question = [{"role": "user", "content": "Hi, I would like to change my order."}]
-    expected = [jaxft.generate(*tuned, messages, max_new_tokens=16) for messages in (question, ASK)]
-    given = [
-        chat(client, job.fine_tuned_model, messages=messages).choices[0].message.content for messages in (question, ASK)
-    ]
-    assert given == expected and chat(client).choices[0].message.content == before
+    for messages in (question, ASK):
+        answer = chat(client, job.fine_tuned_model, messages=messages).choices[0].message.content
+        assert answer == jaxft.generate(*tuned, messages, max_new_tokens=16)
+    assert chat(client).choices[0].message.content == before
     checkpoint = client.fine_tuning.jobs.checkpoints.list(job.id).data[-1].fine_tuned_model_checkpoint
     assert chat(client, checkpoint).choices[0].finish_reason in ("stop", "length")
 
