@@ -23,6 +23,8 @@ from servers import MODEL, Running, ServerProcess, create, in_thread, rows, unti
 
 from jaxft.assets import ASSETS
 from jaxft.serving import app
+from jaxft.serving.storage.keys import add_key
+from jaxft.serving.storage.state import open_state
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next((path for path in (os.environ.get("CHROMIUM"), *map(shutil.which, NAMES)) if path), None)
@@ -144,7 +146,10 @@ def test_a_new_job_is_examined_before_it_starts(visit, client):
     page.get_by_role("button", name="Upload and examine").click()
     page.get_by_role("alert").filter(has_text="training_file, line 2: no answer").wait_for()
     good = rows(steps=6, wait=3, resolved={**RESOLVED, "plan": {**RESOLVED["plan"], "steps": 6}})
-    page.get_by_label("Rows to train on").set_input_files({"name": "good.jsonl", "mimeType": "", "buffer": good})
+    make = "(text) => { const all = new DataTransfer(); all.items.add(new File([text], 'good.jsonl')); return all; }"
+    dropped = page.evaluate_handle(make, good.decode())
+    page.locator(".drop").first.dispatch_event("drop", {"dataTransfer": dropped})
+    page.get_by_text("good.jsonl", exact=True).wait_for()
     page.get_by_role("button", name="Examine again").click()
     page.get_by_text("406,323 tokens, 31.0%").wait_for()
     main = page.get_by_role("main")
@@ -291,6 +296,18 @@ def test_two_models_answer_beside_each_other(visit, client):
     page.locator("#answer-b").get_by_text("wait").wait_for()
     page.get_by_role("button", name="Stop").click()
     page.get_by_text("ended by you").nth(1).wait_for()
+
+
+def test_a_key_for_answers_alone_sees_no_jobs(visit, server):
+    with open_state(server.state, exclusive=False) as state:
+        key = add_key(state.db, "asks", ["answer"])
+    page = visit("#/playground", key)
+    page.get_by_text("This key may not see jobs.").wait_for()
+    page.get_by_label("Prompt").fill("one two")
+    page.get_by_role("button", name="Send to both").click()
+    page.get_by_text("ended by stop").nth(1).wait_for()
+    page.get_by_role("navigation").get_by_role("link", name="Jobs").click()
+    page.get_by_role("alert").filter(has_text="it needs the scope train").wait_for()
 
 
 def test_a_model_is_deleted_after_a_question(visit, client):
@@ -451,7 +468,7 @@ def test_a_real_job_from_rows_to_its_adapter(visit, tmp_path):
         page.get_by_text("Further settings").click()
         page.get_by_label("Settings of the run").fill("adapter.r=4\ndata.max_length=400\ndata.packing=false")
         page.get_by_role("button", name="Upload and examine").click()
-        page.get_by_text("Row 1, with what is trained on marked").wait_for()
+        page.get_by_text("Row 1, with what is trained on marked").wait_for(timeout=5 * SLOW_MS)
         assert page.locator("mark").first.inner_text() and page.get_by_text("known after two steps").is_visible()
         page.get_by_role("button", name="Start").click()
         heading(page, "real")
