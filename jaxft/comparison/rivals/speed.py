@@ -78,13 +78,16 @@ def call_seconds(
     }
 
 
-def _with_and_without(batch_seconds: float, of_prefix: float, calls: int, prefix: int) -> dict[str, float]:
-    """Seconds of one of several calls with and without a cached prefix, of which one was measured."""
+def _with_and_without(batch_seconds: float, of_prefix: float, calls: int, prefix: int) -> dict[str, float | None]:
+    """Seconds of one of several calls with and without a cached prefix, of which one was measured.
+
+    With one they are None if the prefix alone took longer than a call, which only noise explains.
+    """
     shares = prefix * (calls - 1) >= MIN_SPARED  # as the engine decides; it then computed the prefix once
     without = (batch_seconds + (calls - 1) * of_prefix if shares else batch_seconds) / calls
     return {
         "seconds_side_by_side": round(without, 4),
-        "seconds_cached": round(max(0.0, without - of_prefix), 4),
+        "seconds_cached": round(without - of_prefix, 4) if of_prefix < without else None,
         "seconds_of_prefix": round(of_prefix, 4),
     }
 
