@@ -83,10 +83,10 @@ def serve(arguments: argparse.Namespace, streams: list[int]) -> None:
     with tempfile.TemporaryDirectory() as state:
         command = [sys.executable, "-m", "jaxft.cli", "serve", f"--model={NAME}={arguments.model}", f"--state={state}"]
         command += ["--port=0", f"--slots={arguments.slots}", f"--context={arguments.context}"]
-        server = subprocess.Popen([*command], stdout=subprocess.PIPE, text=True)
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         if server.stdout is None:
             sys.exit("the server has no output")
-        url = server.stdout.readline().split()[-1]
+        url = next(word.rstrip(",") for word in server.stdout.readline().split() if word.startswith("http"))
         key = server.stdout.readline().split()[-1]
         try:
             client = openai.OpenAI(base_url=url, api_key=key, timeout=3600)
