@@ -32,7 +32,7 @@ ELSEWHERE = re.compile(
 # Words of other programs, of formats and of prose that no source of ours holds as a name or in a string.
 WORDS = set(
     "AutoModelForImageTextToText CUDA_VISIBLE_DEVICES JAX_LOCAL_DEVICE_IDS Modelfile PYTHON PATH REPOSITORY "
-    "PeftTrainer cp gcloud tmux add_weighted_adapter convert_moe_packed_tensors "
+    "PeftTrainer cp gcloud local-completions tmux add_weighted_adapter convert_moe_packed_tensors "
     "path_initial_model_for_weight_conversion replace_lora_weights_loftq train_compile".split()
 )
 
