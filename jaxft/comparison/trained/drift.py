@@ -39,7 +39,7 @@ def drift(rows: Sequence[Sequence[int]], base: LogProbabilities, tuned: LogProba
     """
     targets = [np.asarray(row[1:]) for row in rows]
     of_base = [logps_SV.copy() for logps_SV in base(rows)]
-    counts = np.array([len(own) for own in targets])
+    counts = np.array([len(own) for own in targets], np.float64)
     before = np.array([_surprise(logps_SV, own) for logps_SV, own in zip(of_base, targets, strict=True)])
     after, divergences = np.zeros(len(rows)), np.zeros(len(rows))
     for index, logps_SV in enumerate(tuned(rows)):
