@@ -29,7 +29,8 @@ from jaxft.comparison.selection import Candidate, Selection, no_examples, select
 from jaxft.comparison.trained.curve import more_rows
 from jaxft.comparison.trained.drift import drift, few_enough, texts_of_probe
 from jaxft.comparison.trained.probe import probed, requests_of, rows_of
-from jaxft.comparison.trained.training import Trained, Trainer, seeds_of
+from jaxft.comparison.trained.seeds import main_pair, methods_of, seeds_of
+from jaxft.comparison.trained.training import Trained, Trainer
 from jaxft.config import RunConfig
 from jaxft.data import tokenizer_of
 from jaxft.errors import ConfigError, did_you_mean
@@ -129,7 +130,8 @@ class _Comparison:
         tuned = [way for way in ways if way.side == "tuned"]
         clusters = [row.cluster for row in self.split.held_out] if self.plan.cluster else None
         pairs = pair_up(tuned, best, zero, self.plan.margin, clusters)
-        main = self._main_pair(pairs, best)
+        methods = methods_of(tuned, self.trained)
+        main = main_pair(tuned, best, methods, self.plan.margin, clusters)
         bare = self._bare(main)
         pairs += [] if bare is None or main is None else pair_bare(bare, main, self.plan.margin, clusters)
         probe = self._probe(main)
@@ -147,7 +149,7 @@ class _Comparison:
             probe=probe,
             left_out=self.budget.left_out,
         )
-        return outcome(results) | {"seeds": self._seeds(tuned), "curve": curve}
+        return outcome(results) | {"seeds": seeds_of(methods), "curve": curve}
 
     def _prompted(self) -> list[Rival]:
         if not {"zero", "shots"} & {*self.plan.ways}:
@@ -228,9 +230,6 @@ class _Comparison:
         runs = [local_path(run) for run in self.plan.runs]
         between, base = self.budget.check, self.folder / BASE
         return base_rival(self.config, self.tokenizer, runs, self.cache, self.memory, between, base)
-
-    def _seeds(self, tuned: Sequence[Way]) -> dict[str, Any]:
-        return seeds_of(self.trained, {way.rival.name: way.main.value for way in tuned})
 
     def _curve(self, tuned: Sequence[Way]) -> dict[str, Any] | None:
         """The losses and scores of runs on parts of the rows, which are trained here; None without `--sizes`.
@@ -336,11 +335,6 @@ class _Comparison:
         """The prompted way with the best dev score, in the order of the ways if equal or not measured on dev rows."""
         with_dev = [way for way in ways if way.dev is not None]
         return max(with_dev or ways, key=lambda way: way.dev or 0.0, default=None)
-
-    def _main_pair(self, pairs: Sequence[Pair], best: Way | None) -> Pair | None:
-        """The tuned way with the best score against the best prompt; its interval allows for the number of them."""
-        own = [pair for pair in pairs if pair.second is best and pair.first.side == "tuned"]
-        return max(own, key=lambda pair: pair.compared.difference, default=None)
 
     def _say_limits(self) -> None:
         rows = len(self.split.held_out)

@@ -1,7 +1,7 @@
 """The content of compare.json, from everything that a comparison found."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def outcome(results: Results) -> dict[str, Any]:
         "metric": results.metric,
         "settings": plan.settings(),
         "rows": _rows(results),
-        "main": None if main is None else {"tuned": main.first.name, "prompt": main.second.name},
+        "main": None if main is None else _main(main),
         "ways": entries,
         "pairs": pair_summaries(results.pairs),
         "dev": [one for rival, chosen in results.selections for one in chosen.summary(rival.name, len(split.dev))],
@@ -77,6 +77,12 @@ def outcome(results: Results) -> dict[str, Any]:
         "refused": [text for _, chosen in results.selections for text in chosen.refused],
         "left_out": list(results.left_out),
     }
+
+
+def _main(main: Pair) -> dict[str, Any]:
+    """The pair of the verdict. runs: how many trainings its tuned side is the average of."""
+    runs = 1 if main.trainings is None else main.trainings.count
+    return {"tuned": main.first.name, "prompt": main.second.name, "runs": runs, **main.compared.summary()}
 
 
 def _rows(results: Results) -> dict[str, Any]:
@@ -99,8 +105,9 @@ def _without_leaks(results: Results, main: Pair) -> dict[str, Any] | None:
     kept, every = unleaked(results.split), results.split.held_out
     if not kept or len(kept) == len(every):
         return None
-    sides = [[way.main.values[index] for index in kept] for way in (main.first, main.second)]
-    passes = main.first.main.passes and main.second.main.passes
+    both = (main.values, main.second.main.values)
+    sides = [[values[index] for index in kept] for values in both]
+    passes = main.trainings is None and main.first.main.passes and main.second.main.passes
     clusters = [every[index].cluster for index in kept] if results.plan.cluster else None
     compared = compare_values(*sides, passes=passes, margin=results.plan.margin, clusters=clusters)
     return {"rows": len(kept), **compared.summary()}
@@ -137,8 +144,9 @@ def _verdict(results: Results, cost: Mapping[str, Any]) -> Verdict:
     return judge(
         Evidence(
             prompt=_side(main.second),
-            tuned=_side(main.first),
+            tuned=_tuned_side(main),
             compared=main.compared,
+            trainings=main.trainings,
             margin=results.plan.margin,
             passes=main.first.main.passes and main.second.main.passes,
             trained=split.trained,
@@ -159,6 +167,11 @@ def _falling(run: Path) -> bool | None:
         return None
     losses = [row["eval_loss"] for row in read_metrics(run) if "eval_loss" in row]
     return losses[-1] < 0.99 * losses[-2] if len(losses) > 1 else None
+
+
+def _tuned_side(main: Pair) -> Side:
+    side = _side(main.first)
+    return side if main.trainings is None else replace(side, value=main.trainings.mean)
 
 
 def _side(way: Way) -> Side:

@@ -8,7 +8,7 @@ from typing import Any
 from jaxft.comparison.prompts import SystemPrompt
 from jaxft.comparison.rivals.local import Answered, Examples, Rival
 from jaxft.comparison.rows import Row, Split
-from jaxft.comparison.verdict import Compared, compare_values
+from jaxft.comparison.verdict import Compared, Trainings, compare_values
 from jaxft.evaluation.metrics import Measured
 from jaxft.evaluation.statistics import detectable, holm
 
@@ -63,11 +63,17 @@ def _mean(values: Sequence[int]) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """Two ways and how they compare: the first less the second."""
+    """Two ways and how they compare: the first less the second.
+
+    trainings: several of one method, of which `first` is the middle one and `compared` is about the average; values:
+    their average for each held-out row. None and empty for a way of its own.
+    """
 
     first: Way
     second: Way
     compared: Compared
+    trainings: Trainings | None = None
+    values: tuple[float, ...] = ()
 
 
 def pair_up(tuned: Sequence[Way], prompt: Way | None, zero: Way | None, margin: float, clusters: Any) -> list[Pair]:

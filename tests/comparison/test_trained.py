@@ -13,9 +13,11 @@ from jaxft.comparison.plan import Budget, Plan
 from jaxft.comparison.trained.curve import at, fit, more_rows
 from jaxft.comparison.trained.drift import drift, few_enough, texts_of_probe
 from jaxft.comparison.trained.probe import probed, requests_of, rows_of
-from jaxft.comparison.trained.training import Trainer, seeds_of
+from jaxft.comparison.trained.seeds import main_pair, methods_of, seeds_of
+from jaxft.comparison.trained.training import Trainer
 from jaxft.config import DataConfig
 from jaxft.errors import ConfigError
+from jaxft.evaluation.statistics import bca_interval, permutation_p
 
 ROWS = (50, 100, 200, 400)
 
@@ -119,11 +121,37 @@ def test_no_time_trains_nothing_and_a_mixture_is_refused(trainer):
         trainer({"data.train": "", "data.mixture": sets}, methods=("lora",))
 
 
-def test_seeds_have_a_mean_and_a_range():
-    runs = [SimpleNamespace(name=f"{method}{seed}", method=method) for method, seed in (("a", 0), ("a", 1), ("b", 0))]
-    assert seeds_of(runs, {"a0": 0.5, "a1": 0.7, "b0": 1.0}) == {
-        "a": {"runs": 2, "mean": pytest.approx(0.6), "low": 0.5, "high": 0.7}
-    }
+def way(name, values):
+    """A way of which only the name and the scores of rows are looked at."""
+    main = SimpleNamespace(values=values, value=sum(values) / len(values), passes=True)
+    return SimpleNamespace(name=name, rival=SimpleNamespace(name=name), main=main)
+
+
+def test_the_verdict_is_about_the_average_of_seeds_and_not_the_luckiest():
+    rng = np.random.default_rng(0)
+    draws = {"a0": 0.9, "a1": 0.5, "a2": 0.4, "b0": 0.7, "b1": 0.7}
+    ways = [way(name, (rng.permutation(100) < 100 * share).astype(float).tolist()) for name, share in draws.items()]
+    prompt = way("prompt", [1.0, 0.0] * 50)
+    trained = [SimpleNamespace(name=one, method=one[0]) for one in draws]
+    methods = methods_of(ways, trained)
+    found = seeds_of(methods)
+    assert found["a"] == {"runs": 3, "mean": pytest.approx(0.6), "low": 0.4, "high": 0.9} and set(found) == {"a", "b"}
+
+    main = main_pair(ways, prompt, methods, 0.02, None)
+    assert main.first.name in ("b0", "b1") and main.trainings.count == 2  # a0 has the best score of all
+    difference = np.mean([ways[3].main.values, ways[4].main.values], axis=0) - prompt.main.values
+    assert main.compared.difference == pytest.approx(0.2) == pytest.approx(difference.mean())
+    assert main.compared.interval == bca_interval(difference, level=1 - 0.05 / 2)  # the better of two methods
+    assert main.compared.p == permutation_p(difference) and main.compared.pairs is None
+    assert main_pair(ways, None, methods, 0.02, None) is None is main_pair([], prompt, [], 0.02, None)
+
+    # A run that was trained elsewhere stands beside the methods; the trainings of one seed are as it.
+    alone = main_pair([*ways, way("run", [1.0] * 80 + [0.0] * 20)], prompt, methods, 0.02, None)
+    assert alone.first.name == "run" and alone.trainings is None and alone.compared.pairs is not None
+    middle = main_pair(ways[:3], prompt, methods[:1], 0.02, None)
+    assert middle.first.name == "a1" and middle.compared.difference == pytest.approx(0.1)
+    once = main_pair(ways[:1], prompt, methods_of(ways[:1], trained), 0.02, None)
+    assert once.first.name == "a0" and once.trainings is None
 
 
 def test_the_probe_follows_formats_and_sees_a_leak(tmp_path):

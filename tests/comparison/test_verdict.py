@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxft.comparison.costs import Prices, break_even, modelled_seconds, prices_of, prices_of_calls, training_cost
-from jaxft.comparison.verdict import Evidence, Side, compare_values, is_met, judge, parse_requirement
+from jaxft.comparison.verdict import Evidence, Side, Trainings, compare_values, is_met, judge, parse_requirement
 from jaxft.errors import ConfigError
 from jaxft.evaluation.statistics import Pairs, mcnemar, newcombe_interval
 
@@ -89,6 +89,22 @@ PLANTED = {
         "Mend the data first: 30 of 402 training rows have another answer to the same question elsewhere. As they are: "
         "Tuning pays: +42 points (+31 to +51) over the best prompt (16 by bm25), p < 0.001. It forgot: 12 of 200 "
         "formats are no longer followed.",
+    ),
+    "average, better": (
+        (40, 55, 5, 20, {"trainings": Trainings(count=3, mean=0.79, low=0.7, high=0.86)}),
+        "Tuning pays: +42 points (+31 to +51) over the best prompt (16 by bm25) on average of 3 trainings "
+        "(70 % to 86 %), p < 0.001.",
+    ),
+    "average, worse": (
+        (20, 5, 60, 35, {"falling": True, "trainings": Trainings(count=2, mean=0.21, low=0.1, high=0.3)}),
+        "Do not tune with these rows: the best prompt (16 by bm25) is ahead, tuning -46 points (-55 to -35) on "
+        "average of 2 trainings (10 % to 30 %), p < 0.001. Likeliest reason: the held-out loss was still falling when "
+        "training ended.",
+    ),
+    "average, open": (
+        (40, 8, 5, 7, {"trainings": Trainings(count=3, mean=0.8, low=0.75, high=0.85)}),
+        "Cannot be told with 60 rows: tuning +5 points (-7 to +17) on average of 3 trainings (75 % to 85 %) against "
+        "the best prompt (16 by bm25), and the margin is 2 points; about 1,900 would do.",
     ),
 }  # fmt: skip
 

@@ -202,13 +202,3 @@ class Trainer:
 def held_out_metrics(folder: Path, config: RunConfig) -> dict[str, Any]:
     """The held-out metrics of a run's exported checkpoint on the rows of a config."""
     return evaluate(load_trained(str(folder)), tokenizer_of(config), config)
-
-
-def seeds_of(trained: list[Trained], values: dict[str, float]) -> dict[str, dict[str, Any]]:
-    """By method, the mean and the range of the scores of its seeds. values: by the names of runs."""
-    out: dict[str, dict[str, Any]] = {}
-    for method in dict.fromkeys(one.method for one in trained):
-        own = [values[one.name] for one in trained if one.method == method and one.name in values]
-        if len(own) > 1:
-            out[method] = {"runs": len(own), "mean": sum(own) / len(own), "low": min(own), "high": max(own)}
-    return out
