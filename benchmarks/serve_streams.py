@@ -8,6 +8,10 @@ to the first token is from sending the request to the first piece of text, its m
 the rate is all new tokens over the time until the last stream has ended. `jaxft.generate` then answers the same prompts
 in a process of its own with as many slots, twice, of which the second call counts: it compiles nothing. The memory is
 that of the server's process, without its engine.
+
+    python benchmarks/serve_streams.py --url=http://127.0.0.1:8080/v1 --name=NAME
+
+asks another server of the same protocol, such as `transformers serve` or that of llama.cpp, the same questions.
 """
 
 import argparse
@@ -33,12 +37,12 @@ def questions(count: int) -> list[list[dict[str, str]]]:
     return [chats[number % len(chats)] for number in range(count)]
 
 
-async def stream(client: openai.AsyncOpenAI, messages: Any, tokens: int) -> tuple[float, int]:
-    """(seconds to the first text, new tokens) of one stream."""
+async def stream(client: openai.AsyncOpenAI, name: str, messages: Any, tokens: int) -> tuple[float, int]:
+    """(seconds to the first text, new tokens) of one stream, as the server counts them."""
     started, first, counted = time.perf_counter(), 0.0, 0
     options = {"include_usage": True}
     pieces = await client.chat.completions.create(
-        model=NAME, messages=messages, max_tokens=tokens, temperature=0, stream=True, stream_options=options
+        model=name, messages=messages, max_tokens=tokens, temperature=0, stream=True, stream_options=options
     )
     async for piece in pieces:
         if not first and piece.choices and piece.choices[0].delta.content:
@@ -47,13 +51,13 @@ async def stream(client: openai.AsyncOpenAI, messages: Any, tokens: int) -> tupl
     return first, counted
 
 
-async def ask(url: str, key: str, streams: int, tokens: int) -> dict[str, float]:
+async def ask(url: str, key: str, name: str, streams: int, tokens: int) -> dict[str, float]:
     """The figures of so many streams at once."""
     async with openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=0, timeout=3600) as client:
         chats = questions(streams)
-        await asyncio.gather(*(stream(client, chat, 8) for chat in chats))  # every shape is compiled
+        await asyncio.gather(*(stream(client, name, chat, 8) for chat in chats))  # every shape is compiled
         started = time.perf_counter()
-        results = await asyncio.gather(*(stream(client, chat, tokens) for chat in chats))
+        results = await asyncio.gather(*(stream(client, name, chat, tokens) for chat in chats))
         seconds = time.perf_counter() - started
     firsts = [first for first, _ in results]
     return {
@@ -61,6 +65,14 @@ async def ask(url: str, key: str, streams: int, tokens: int) -> dict[str, float]
         "first_largest_s": max(firsts),
         "tokens_per_s": sum(counted for _, counted in results) / seconds,
     }
+
+
+def measure(url: str, key: str, name: str, streams: list[int], tokens: int) -> None:
+    """Prints the figures of a server that runs."""
+    for count in streams:
+        figures = asyncio.run(ask(url, key, name, count, tokens))
+        shown = "  ".join(f"{field} {value:.2f}" for field, value in figures.items())
+        print(f"{count} streams: {shown}", flush=True)
 
 
 def generate(model: str, streams: int, tokens: int) -> float:
@@ -93,10 +105,7 @@ def serve(arguments: argparse.Namespace, streams: list[int]) -> None:
             started = time.perf_counter()
             client.chat.completions.create(model=NAME, messages=questions(1)[0], max_tokens=2)  # type: ignore[arg-type]
             print(f"first answer after {time.perf_counter() - started:.1f} s: the engine is started", flush=True)
-            for count in streams:
-                figures = asyncio.run(ask(url, key, count, arguments.tokens))
-                shown = "  ".join(f"{name} {value:.2f}" for name, value in figures.items())
-                print(f"{count} streams: {shown}", flush=True)
+            measure(url, key, NAME, streams, arguments.tokens)
             system: Any = client.get("/jaxft/system", cast_to=object)
             print(f"memory of the server: {system['server_bytes'] / 2**20:.0f} MiB", flush=True)
         finally:
@@ -107,7 +116,9 @@ def serve(arguments: argparse.Namespace, streams: list[int]) -> None:
 def main() -> None:
     """Prints the figures of the server, and those of `jaxft.generate`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="a folder or GGUF file")
+    parser.add_argument("--model", help="a folder or GGUF file")
+    parser.add_argument("--url", help="of another server that runs, which is asked in place of `jaxft serve`")
+    parser.add_argument("--name", default=NAME, help="of the model there")
     parser.add_argument("--streams", default="1,8,32", help="numbers of streams at once")
     parser.add_argument("--tokens", type=int, default=64, help="new tokens of a stream, at most")
     parser.add_argument("--slots", type=int, default=8)
@@ -119,6 +130,10 @@ def main() -> None:
               f"tokens_per_s {generate(arguments.model, arguments.side, arguments.tokens):.2f}")  # fmt: skip
         return
     streams = [int(one) for one in arguments.streams.split(",")]
+    if arguments.url is not None:
+        return measure(arguments.url, "none", arguments.name, streams, arguments.tokens)
+    if arguments.model is None:
+        parser.error("--model names a folder or GGUF file")
     serve(arguments, streams)
     for count in streams:
         given = [f"--model={arguments.model}", f"--tokens={arguments.tokens}", f"--side={count}"]

@@ -1,6 +1,7 @@
 """The house rules, read from the code: imports run only downward, and what no room may do."""
 
 import ast
+import functools
 import graphlib
 from pathlib import Path
 
@@ -26,6 +27,7 @@ def room_of(path):
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
+@functools.cache
 def parsed(path):
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
 
