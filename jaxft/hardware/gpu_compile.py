@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 PLUGIN = "pip install 'jaxft[plan_gpu]'"
 # Kernels are chosen by rules: measuring which is fastest needs the GPU.
 OPTIONS = {"xla_gpu_autotune_level": 0}
+# The level of a run. O1 is no quick way here: it adds passes, one of which copies layers and ends the compiler by a
+# failed check ("Call graph must have been flattened") if a layer that gathers weights has a loop, as experts have.
+LEVEL = "default"
 CUDNN = (9, 10)
 NO_COMPILER = "JAXFT_NO_GPU_COMPILER"  # an environment variable, with which GPUs are planned by arithmetic
 

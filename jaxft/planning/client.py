@@ -34,10 +34,10 @@ def plan(
     answers, if it does. No weights are read; neither weights nor data need be on this machine. topology: `v5e:4x4`,
     `v5p-8`, `v6e:1x1`, or a GPU such as `h100:8`, which is estimated by arithmetic if JAX's CUDA plugin is not
     installed. slices: number of slices of that topology, joined by the data-centre network. level: XLA's optimisation
-    level, O1 (quick) or default. prices: a file that replaces jaxft's table. tokens, examples: size of the training
-    set, if the data is on another machine. search: find the cheapest and the fastest plan instead; topology then names
-    kinds of chips, such as `v5e,v6e`. compiles: candidates that a search compiles at most for each of cheapest and
-    fastest.
+    level for TPUs, O1 (quick) or default. prices: a file that replaces jaxft's table. tokens, examples: size of the
+    training set, if the data is on another machine. search: find the cheapest and the fastest plan instead; topology
+    then names kinds of chips, such as `v5e,v6e`. compiles: candidates that a search compiles at most for each of
+    cheapest and fastest.
     Raises ConfigError or ModelError for everything that a run would refuse, an unknown topology, and a missing libtpu.
     """
     request = {

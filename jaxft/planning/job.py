@@ -124,7 +124,7 @@ class StepCosts:
 
     compiled: whether they come from a compiled program, else they are estimated by arithmetic. seconds, cpu_seconds:
     spent on compiling. refused: the compiler's message if the step is too large; limit: bytes of main memory that the
-    message names.
+    message names. level: XLA's optimisation level, None if no compiler was asked.
     """
 
     memory: Memory
@@ -134,6 +134,7 @@ class StepCosts:
     cpu_seconds: float = 0.0
     refused: str | None = None
     limit: int | None = None
+    level: str | None = None
 
 
 def abstract_step_of(config: RunConfig, hf_config: dict[str, Any], steps: int) -> AbstractStep:
@@ -194,12 +195,12 @@ def sharded_step_of(
 
 def measure(step: ShardedStep, level: str) -> StepCosts:
     """Memory and costs of a step: by the compiler, or by arithmetic for GPUs that it is not installed for and for steps
-    that it refuses as too large. level: see `hardware.compile.LEVELS`.
+    that it refuses as too large. level: see `hardware.compile.LEVELS`; GPUs have their own.
     """
     is_gpu = step.topology.chip.maker == "gpu"
     if is_gpu and not gpu_compile.can_compile(step.topology):
         return estimate_step(step)
-    options = gpu_compile.OPTIONS if is_gpu else None
+    level, options = (gpu_compile.LEVEL, gpu_compile.OPTIONS) if is_gpu else (level, None)
     compiled = compile_step(step.function, step.state, step.batch, step.mesh, level, options)
     if not isinstance(compiled, TooLarge):
         ids = [device.id for device in step.mesh.mesh.devices.flat]
@@ -213,6 +214,7 @@ def measure(step: ShardedStep, level: str) -> StepCosts:
             compiled=True,
             seconds=compiled.seconds,
             cpu_seconds=compiled.cpu_seconds,
+            level=level,
         )
     estimated = estimate_step(step)
     memory = estimated.memory
@@ -223,7 +225,7 @@ def measure(step: ShardedStep, level: str) -> StepCosts:
         memory = dataclasses.replace(memory, temporaries=temporaries, code=0)
     return dataclasses.replace(
         estimated, memory=memory, seconds=compiled.seconds, cpu_seconds=compiled.cpu_seconds,
-        refused=compiled.message, limit=compiled.limit,
+        refused=compiled.message, limit=compiled.limit, level=level,
     )  # fmt: skip
 
 

@@ -35,7 +35,7 @@ def plan(config: RunConfig, topology: Topology, *, level: str, prices: str | Non
         return abstract_step_of(changed, hf_config, length.steps)
 
     step, costs, recomputation = _measured(config, topology, level, abstract)
-    options: dict[str, Any] = {"level": level, "length": length, "shapes_from": shapes_from, "prices": prices}
+    options: dict[str, Any] = {"length": length, "shapes_from": shapes_from, "prices": prices}
     result = plan_result(step, costs, recomputation=recomputation, **options)
     if not result["fits"]:
         result["changes"] = changes_of(

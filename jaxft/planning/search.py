@@ -155,7 +155,7 @@ class _Planner:
             step = sharded_step_of(self._abstract_step(candidate.config), candidate.config, candidate.topology)
             result = plan_result(
                 step, measure_run(step, self.level),
-                level=self.level, length=self.length, shapes_from=self.shapes_from, prices=self.prices,
+                length=self.length, shapes_from=self.shapes_from, prices=self.prices,
             )  # fmt: skip
             self.plans[key] = result | {"overrides": candidate.overrides}
         return self.plans[key]
