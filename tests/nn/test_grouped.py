@@ -70,8 +70,40 @@ def test_no_array_has_all_rows_for_all_experts():
     assert compiled.memory_analysis().temp_size_in_bytes < bound
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiles for a TPU with libtpu")
-def test_a_tpu_multiplies_each_row_with_one_matrix(monkeypatch):
+@pytest.mark.parametrize("side", [16, 576, 768, 1024, 1408, 2048, 2880, 4096, 5120, 7168, 14336])
+def test_blocks_compute_little_beyond_the_sides_of_a_matrix(side):
+    outputs, inputs = megablox.block_outputs(side, 768), megablox.block_inputs(side, 2048)
+    for block, most in ((outputs, 768), (inputs, 2048)):
+        assert block == side <= most or (block % megablox.LANES == 0 and block <= most)
+        assert -(-side // block) * block <= 1.1 * side
+    assert -(-side // inputs) == -(-side // 2048)
+
+
+def test_a_layer_reads_its_matrices_in_the_stack():
+    x, kernels, aim = operands(ROWS, 3 * EXPERTS, INPUTS, OUTPUTS)
+    kernels = kernels.reshape(3, EXPERTS, INPUTS, OUTPUTS)
+
+    @jax.jit
+    def in_stack(x, kernel, aim, sizes, layer):
+        stack = megablox.Stack(kernels, layer)
+        product = lambda x, kernel: megablox.product_in_stack(x, kernel, stack, sizes)  # noqa: E731
+        y, transpose = jax.vjp(product, x, kernel)
+        return y, *transpose(aim)
+
+    alone, unread = value_and_grads("megablox"), jnp.full(kernels.shape[1:], jnp.nan)
+    for layer in range(3):
+        sizes = jnp.array(SIZES[layer], jnp.int32)
+        for got, expected in zip(
+            in_stack(x, unread, aim, sizes, layer), alone(x, kernels[layer], aim, sizes), strict=True
+        ):
+            np.testing.assert_array_equal(got, expected)
+
+
+@pytest.fixture
+def on_tpu(monkeypatch):
+    """Shapes of arrays on a TPU that is not here."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("compiles for a TPU with libtpu")
     from jax.experimental import topologies
 
     for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
@@ -79,9 +111,37 @@ def test_a_tpu_multiplies_each_row_with_one_matrix(monkeypatch):
     monkeypatch.setattr(megablox, "_interpret", lambda: False)
     device = topologies.get_topology_desc(platform="tpu", topology_name="v5e:1x1", chips_per_host_bounds=(1, 1, 1))
     sharding = jax.sharding.SingleDeviceSharding(device.devices[0])
+    return lambda shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+def test_a_tpu_copies_no_matrices_out_of_a_stack(on_tpu):
+    layers, experts, width = 4, 8, 256
+
+    def run(x, kernels, sizes):
+        def body(x, scanned):
+            kernel, layer = scanned
+            stack = megablox.Stack(jax.lax.stop_gradient(kernels), layer)
+            return megablox.product_in_stack(x, kernel, stack, sizes), None
+
+        return jax.lax.scan(body, x, (kernels, jnp.arange(layers)))[0]
+
+    def gradient(x, kernels, aim, sizes):
+        y, transpose = jax.vjp(lambda x: run(x, kernels, sizes), x)
+        return y, transpose(aim)
+
+    x, kernels, sizes = on_tpu((512, width)), on_tpu((layers, experts, width, width)), on_tpu((experts,), jnp.int32)
+    compiled = jax.jit(gradient).lower(x, kernels, x, sizes).compile()
+    arrays = [
+        a for c in parse(compiled.as_text()).computations.values() for i in c.instructions.values() for a in i.arrays
+    ]
+    assert (experts, width, width) not in {array.dims for array in arrays}
+    assert compiled.memory_analysis().temp_size_in_bytes < layers * experts * width * width
+
+
+def test_a_tpu_multiplies_each_row_with_one_matrix(on_tpu):
     rows, experts, inputs, outputs = 4096, 32, 256, 16
     args = [
-        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        on_tpu(x.shape, x.dtype)
         for x in (*operands(rows, experts, inputs, outputs, jnp.bfloat16), jnp.zeros(experts, jnp.int32))
     ]
     compiled = value_and_grads("megablox").lower(*args).compile()

@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxft import models
+from jaxft.nn.experts import layer as module
+from jaxft.nn.experts import megablox
 from jaxft.nn.experts.layer import MoE, MoEShape
 from jaxft.nn.experts.router import RouterShape, route
 from jaxft.nn.experts.router_sums import RouterSums
@@ -151,6 +154,35 @@ def test_recomputation_changes_no_gradient(policy):
     plain = jax.jit(jax.grad(loss, (0, 1)))(state, x_BSD)
     again = jax.jit(jax.grad(jax.checkpoint(loss, policy=policy), (0, 1)))(state, x_BSD)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), plain, again)
+
+
+def test_experts_of_a_stack_that_is_read_in_place(monkeypatch):
+    fields = {
+        "model_type": "qwen3_moe", "hidden_size": 8, "moe_intermediate_size": 12, "num_experts": 4, "head_dim": 4,
+        "num_experts_per_tok": 2, "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "vocab_size": 32, "intermediate_size": 16,
+    }  # fmt: skip
+    model = models.random_model(models.config_from_hf(fields), seed=0, dtype="float32", param_dtype="float32")
+    graphdef, state = nnx.split(model)
+    tokens_BS = jax.random.randint(jax.random.key(0), (1, 7), 0, 32)
+
+    def loss_and_gradients():
+        def loss(state):
+            return (nnx.merge(graphdef, state)(tokens_BS)[0] ** 2).sum()
+
+        return jax.jit(jax.value_and_grad(loss))(state)
+
+    plain, read, rows_product = loss_and_gradients(), [], megablox._rows_product
+
+    def spy(x, kernel, *rest, **options):
+        read.append(kernel.kernels.shape)
+        return rows_product(x, kernel, *rest, **options)
+
+    monkeypatch.setattr(module, "reads_stacks", lambda: True)
+    monkeypatch.setattr(megablox, "_rows_product", spy)
+    in_place = loss_and_gradients()
+    assert set(read) == {(3, 4, 8, 12), (3, 4, 12, 8)}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), plain, in_place)
 
 
 def test_experts_without_a_gate():

@@ -38,6 +38,11 @@ def grouped(x: jax.Array, kernel: jax.Array, sizes_E: jax.Array, form: Form | No
     return _by_blocks(TURN_BYTES[form], x, kernel, sizes_E)
 
 
+def reads_stacks() -> bool:
+    """Whether a layer's matrices can be read from those of all layers: not where they are gathered for each layer."""
+    return partition.platform() == "tpu" and partition.is_unsharded()
+
+
 def form_of(platform: str, flops: int, *, inputs: int) -> Form:
     """The form for cpu, gpu or tpu. flops: of the products of every row with every matrix. inputs: of a matrix."""
     if platform == "gpu":

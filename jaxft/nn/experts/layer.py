@@ -15,10 +15,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxft.errors import ModelError
 from jaxft.nn import partition
 from jaxft.nn.adapter import ExpertAdapter
+from jaxft.nn.experts import megablox
 from jaxft.nn.experts import sharded as moe_sharded
 from jaxft.nn.experts.combine import combine
 from jaxft.nn.experts.exchange import contiguous, over_shards
-from jaxft.nn.experts.grouped import grouped
+from jaxft.nn.experts.grouped import grouped, reads_stacks
 from jaxft.nn.experts.router import Router, RouterShape
 from jaxft.nn.experts.router_sums import RouterSums
 from jaxft.nn.frozen import frozen_product
@@ -69,7 +70,8 @@ class ExpertLinear(nnx.Module):
     """One linear map for each expert. kernel: [E, I, O], an array or a QuantizedArray. bias: [E, O] or None.
 
     The adapter slot is that of Linear, but the call `adapter(x, y, kernel, sizes_E)` passes the number of rows of each
-    expert instead of a random key. tp_side: the side that the tensor axis splits.
+    expert instead of a random key. tp_side: the side that the tensor axis splits. stack: the kernels of all layers, for
+    the length of a call (`read_stacks`), or None.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class ExpertLinear(nnx.Module):
         self.kernel: nnx.Param[jax.Array | QuantizedArray] = nnx.Param(kernel_EIO)
         self.bias = nnx.Param(jnp.zeros((experts, outputs), param_dtype)) if use_bias else None
         self.adapter: ExpertAdapter | None = nnx.data(None)
+        self.stack: megablox.Stack | None = nnx.data(None)
         self.dtype = dtype
         self.tp_side = tp_side
 
@@ -88,6 +91,8 @@ class ExpertLinear(nnx.Module):
         x, kernel = x.astype(self.dtype), self.kernel.get_value()
         if isinstance(kernel, QuantizedArray):
             y = frozen_product(grouped, lambda kernel: kernel, x, kernel, sizes_E)
+        elif self.stack is not None and kernel.dtype == self.dtype:
+            y = megablox.product_in_stack(x, kernel, self.stack, sizes_E)
         else:
             y = grouped(x, kernel.astype(self.dtype), sizes_E)
         if self.adapter is not None:
@@ -103,6 +108,20 @@ class ExpertLinear(nnx.Module):
             "kernel": StorageDims(("expert", *EXPERT_SIDES[self.tp_side])),
             "bias": StorageDims(("expert", "expert_both")),
         }
+
+
+def read_stacks(module: nnx.Module, layers: nnx.Module, index: jax.Array) -> None:
+    """Lets the experts of a layer read their kernels from those of its stack, if this saves a copy of them.
+
+    module: one of `layers`, whose parameters have a leading axis. index: its number among them.
+    """
+    if not reads_stacks():
+        return
+    for (_, part), (_, stacked) in zip(nnx.iter_modules(module), nnx.iter_modules(layers), strict=True):
+        if isinstance(part, ExpertLinear) and isinstance(stacked, ExpertLinear):
+            kernels = stacked.kernel.get_value()
+            if isinstance(kernels, jax.Array):
+                part.stack = nnx.data(megablox.Stack(jax.lax.stop_gradient(kernels), index))
 
 
 class SharedGate(nnx.Module):
