@@ -19,6 +19,7 @@ from jaxft.hardware.products import (
     rounded_numbers,
     target_of,
     tiled_weights,
+    unread_bytes,
 )
 from jaxft.hardware.trips import trip_count
 
@@ -340,8 +341,7 @@ class _Counter:
     def _plain_bytes(self, computation: Computation, instruction: Instruction) -> int:
         operands = [self._arrays(computation, name) for name in instruction.operands]
         sizes = [sum(array.hbm_bytes for array in arrays) for arrays in operands]
-        result = instruction.hbm_bytes
-        code = instruction.opcode
+        result, code = instruction.hbm_bytes, instruction.opcode
         if code in SLICES:
             return 2 * result if sizes and sizes[0] else result
         if code in ("dynamic-update-slice", "scatter"):
@@ -349,7 +349,7 @@ class _Counter:
             return 2 * update
         if code == "copy-start":
             return sizes[0] + instruction.arrays[0].hbm_bytes
-        return sum(sizes) + result
+        return sum(sizes) + result - unread_bytes(instruction, self._operand_arrays(computation, instruction))
 
     def _fusion_bytes(self, computation: Computation, fusion: Instruction, inner: Computation) -> int:
         total = 0

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxft.hardware.hlo import Array, Instruction
 from jaxft.nn.attention.balanced import SCOPE as BALANCED
+from jaxft.nn.experts.megablox import IN_STACK
 from jaxft.quant.narrow import SCOPE as NARROW
 from jaxft.quant.nf4 import SCOPE as DENSE_NF4
 from jaxft.quant.nf4_matmul import NAME as NF4_MATMUL
@@ -158,6 +159,14 @@ def _ragged_kernel_flops(result: Array, operands: Sequence[Array]) -> int:
     """
     left, right = [array for array in operands if array.dtype in ("bf16", "f32", "f16") and len(array.dims) >= 2][:2]
     return 2 * left.elements * (result if len(right.dims) == 3 else right).dims[-1]
+
+
+def unread_bytes(call: Instruction, operands: Sequence[Array]) -> int:
+    """Bytes of main memory that a kernel for experts does not read of the matrices of all layers; 0 for other calls."""
+    layers = re.search(rf"\b{IN_STACK}(\d+)", call.scope) if call.opcode == "custom-call" else None
+    if layers is None:
+        return 0
+    return sum(array.hbm_bytes - array.hbm_bytes // int(layers[1]) for array in operands if len(array.dims) == 3)
 
 
 def target_of(call: Instruction) -> str:

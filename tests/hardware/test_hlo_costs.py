@@ -402,6 +402,15 @@ def test_a_kernel_for_experts_multiplies_each_row_once(matrices, result, second,
     assert costs.flops == 2 * 64 * 32 * 16 and not costs.unknown
 
 
+def test_a_kernel_for_experts_reads_the_matrices_of_one_layer_of_a_stack():
+    sizes = {"matrices": "4,32,16", "result": "64,16", "second": "matrices"}
+    moved = [
+        costs_of(hlo.parse(RAGGED.format(**sizes, scope=f"{scope}jit(gmm)/pallas_call")), {"fsdp": 1}).hbm_bytes
+        for scope in ("", "one_layer_of_4/")
+    ]
+    assert moved[0] - moved[1] == 3 * 32 * 16 * 2
+
+
 def test_rows_that_no_expert_takes_are_not_multiplied():
     text = RAGGED.format(matrices="4,32,16", result="64,16", second="matrices", scope="jit(gmm)/pallas_call")
     assert costs_of(hlo.parse(text), {"fsdp": 1}, filled=0.25).flops == 2 * 16 * 32 * 16

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxft.hardware.costs import costs_of
 from jaxft.hardware.hlo import parse
 from jaxft.nn.experts import grouped as module
 from jaxft.nn.experts import megablox
@@ -136,6 +137,8 @@ def test_a_tpu_copies_no_matrices_out_of_a_stack(on_tpu):
     ]
     assert (experts, width, width) not in {array.dims for array in arrays}
     assert compiled.memory_analysis().temp_size_in_bytes < layers * experts * width * width
+    # Rows, products and gradients beside the matrices, which each of the two passes reads once.
+    assert costs_of(parse(compiled.as_text()), {}).hbm_bytes < 1.5 * 2 * layers * experts * width * width * 2
 
 
 def test_a_tpu_multiplies_each_row_with_one_matrix(on_tpu):

@@ -18,6 +18,7 @@ LEAST_ROWS, MOST_ROWS = 16, 512  # of a block
 # Bytes of a block's inputs and outputs of one row: two blocks of all operands are in vector memory at once.
 INPUT_BYTES, OUTPUT_BYTES = 4096, 1536
 LANES = 128  # columns of a tile of a TPU's memory
+IN_STACK = "one_layer_of_"  # how `jaxft.plan` finds products that read the matrices of one of so many layers
 
 
 def block_rows(rows: int, experts: int) -> int:
@@ -102,14 +103,17 @@ product_in_stack.defvjp(_stack_forward, _stack_backward)
 
 def _rows_product(x: jax.Array, kernel: jax.Array | Stack, sizes_E: jax.Array, *, transposed: bool) -> jax.Array:
     """transposed: the matrices are [O, I]."""
-    first = None
+    layers, first = 1, None
     if isinstance(kernel, Stack):
         # Matrix 0 of the layer is that with the number of the offset, with another sign.
-        first, kernel = -kernel.layer * len(sizes_E), kernel.kernels.reshape(-1, *kernel.kernels.shape[2:])
+        layers, first = len(kernel.kernels), -kernel.layer * len(sizes_E)
+        kernel = kernel.kernels.reshape(-1, *kernel.kernels.shape[2:])
     size, (inputs, outputs) = block_rows(len(x), len(sizes_E)), kernel.shape[:0:-1] if transposed else kernel.shape[1:]
     inputs = block_inputs(inputs, INPUT_BYTES // x.dtype.itemsize)
     tiling = size, inputs, block_outputs(outputs, OUTPUT_BYTES // x.dtype.itemsize)
-    y = gmm(_padded(x, size), kernel, sizes_E, x.dtype, tiling, first, transpose_rhs=transposed, interpret=_interpret())
+    options = {"transpose_rhs": transposed, "interpret": _interpret()}
+    with jax.named_scope(f"{IN_STACK}{layers}"):
+        y = gmm(_padded(x, size), kernel, sizes_E, x.dtype, tiling, first, **options)
     # No block is computed for later rows, whose memory holds anything.
     return jnp.where((jnp.arange(len(x)) < jnp.sum(sizes_E))[:, None], y[: len(x)], 0)
 
