@@ -28,7 +28,7 @@ from jaxft.nn.attention.cache import (
 from jaxft.nn.attention.decoding import write_new
 from jaxft.nn.attention.layer import Kept, Tokens
 from jaxft.nn.block import Block
-from jaxft.nn.experts.layer import read_stacks
+from jaxft.nn.experts.layer import read_stacks, stacks_of
 from jaxft.nn.experts.router_sums import RouterSums
 
 Module = TypeVar("Module", bound=nnx.Module)
@@ -228,7 +228,7 @@ def _run_segment(
     split = [nnx.split(group) for group in groups]
     graphdefs, states = [g for g, _ in split], [s for _, s in split]
     layers = jnp.array(segment.groups, jnp.int32).T  # [R, pattern]
-    names = [kept_as(group) for group in groups]
+    names, stacks = [kept_as(group) for group in groups], [stacks_of(group) for group in groups]
 
     def body(carry, scanned):
         x_BSD, caches, routing, kept = carry
@@ -239,7 +239,7 @@ def _run_segment(
         for position, (graphdef, state) in enumerate(zip(graphdefs, states, strict=True)):
             layer_key = None if key is None else jax.random.fold_in(key, layers_P[position])
             module = nnx.merge(graphdef, state)
-            read_stacks(module, groups[position], index)
+            read_stacks(module, stacks[position], index)
             if shared is not None:
                 bind_shared(module, shared)
             parts = (x_BSD, tokens_by_group[position], caches[position], index, layer_key, routing)

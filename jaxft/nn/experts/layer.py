@@ -110,18 +110,24 @@ class ExpertLinear(nnx.Module):
         }
 
 
-def read_stacks(module: nnx.Module, layers: nnx.Module, index: jax.Array) -> None:
-    """Lets the experts of a layer read their kernels from those of its stack, if this saves a copy of them.
+def stacks_of(layers: nnx.Module) -> list[jax.Array | None]:
+    """The kernels of all experts of a stack of layers, [L, E, I, O], in the order of its modules.
 
-    module: one of `layers`, whose parameters have a leading axis. index: its number among them.
+    None for those that its layers do not read there. They have no gradient: each layer's own kernel has it.
     """
-    if not reads_stacks():
-        return
-    for (_, part), (_, stacked) in zip(nnx.iter_modules(module), nnx.iter_modules(layers), strict=True):
-        if isinstance(part, ExpertLinear) and isinstance(stacked, ExpertLinear):
-            kernels = stacked.kernel.get_value()
-            if isinstance(kernels, jax.Array):
-                part.stack = nnx.data(megablox.Stack(jax.lax.stop_gradient(kernels), index))
+    kernels = [part.kernel.get_value() for _, part in nnx.iter_modules(layers) if isinstance(part, ExpertLinear)]
+    can_read = reads_stacks()
+    return [jax.lax.stop_gradient(x) if can_read and isinstance(x, jax.Array) else None for x in kernels]
+
+
+def read_stacks(module: nnx.Module, stacks: Sequence[jax.Array | None], index: jax.Array) -> None:
+    """Lets the experts of a layer read their kernels from those of its stack, which saves a copy of them.
+
+    stacks: of `stacks_of`, taken outside of the loop over layers. index: the number of the layer.
+    """
+    parts = [part for _, part in nnx.iter_modules(module) if isinstance(part, ExpertLinear)]
+    for part, kernels in zip(parts, stacks, strict=True):
+        part.stack = nnx.data(None if kernels is None else megablox.Stack(kernels, index))
 
 
 class SharedGate(nnx.Module):
