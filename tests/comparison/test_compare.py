@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import importlib.util
 import json
 import threading
 from dataclasses import replace
@@ -76,12 +77,37 @@ def test_parts_have_the_sizes_that_are_said_and_contradictions_are_counted():
 
 def test_bm25_by_hand():
     rows = [row("a a b", "1", "0"), row("b c", "2", "1"), row("d", "3", "2")]
-    scores = Bm25(rows).scores("a B")
+    found = Bm25(rows)
     mean = 2.0
     idf_a, idf_b = np.log(1 + 2.5 / 1.5), np.log(1 + 1.5 / 2.5)
-    weight = lambda count, length: count * 2.5 / (count + 1.5 * (0.25 + 0.75 * length / mean))  # noqa: E731
-    np.testing.assert_allclose(scores, [idf_a * weight(2, 3) + idf_b * weight(1, 3), idf_b * weight(1, 2), 0])
-    assert [one.name for one in Bm25(rows).examples(row("a b", "x"), 2)] == ["1", "0"]
+    weight = lambda count, length: count / (count + 1.5 * (0.25 + 0.75 * length / mean))  # noqa: E731
+    of_a, of_b = [idf_a * weight(2, 3), 0, 0], [idf_b * weight(1, 3), idf_b * weight(1, 2), 0]
+    for text, expected in {
+        "a B x": np.add(of_a, of_b),
+        "b a a": np.add(of_a, of_a) + of_b,
+        "x": [0] * 3,
+        "": [0] * 3,
+    }.items():
+        np.testing.assert_allclose(found.scores(text), expected, rtol=1e-12)
+    assert [one.name for one in found.examples(row("a b", "x"), 2)] == ["1", "0"]
+
+
+def test_bm25_takes_the_first_of_equal_rows_and_needs_no_word():
+    rows = [row(text, "x", str(number)) for number, text in enumerate(["b a", "c", "a b", "c", "B, A!"])]
+    found = Bm25(rows)
+    assert [one.name for one in found.examples(row("a b", "x"), 3)] == ["4", "2", "0"]
+    for text in ("zebra", "?!"):  # nothing is shared
+        assert [one.name for one in found.examples(row(text, "x"), 2)] == ["1", "0"]
+    for without in ([row("?", "x", "0"), row("...", "x", "1")], []):
+        assert [one.name for one in Bm25(without).examples(row("a", "x"), 1)] == [one.name for one in without[:1]]
+
+
+def test_without_its_library_bm25_is_refused_at_once(stub, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"bm25s: pip install 'jaxft\[compare\]'"):
+        run(stub)
+    assert not stub.asked
+    run(stub, choose=("fixed",))
 
 
 def test_fewer_fixed_examples_are_the_first_of_more_and_draws_differ():
