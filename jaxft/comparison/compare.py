@@ -12,7 +12,7 @@ from jaxft.comparison.costs import Prices, prices_of
 from jaxft.comparison.outcome import Results, outcome
 from jaxft.comparison.page import write_page
 from jaxft.comparison.plan import USUAL_CHOOSERS, USUAL_WAYS, Budget, OutOfTime, Plan, as_json
-from jaxft.comparison.prompts import BARE, OWN, SystemPrompt
+from jaxft.comparison.prompts import BARE, OWN, SystemPrompt, prompt_tokens
 from jaxft.comparison.results import (
     Pair,
     Way,
@@ -41,7 +41,7 @@ from jaxft.files.targets import locked_output, refused_target
 from jaxft.home import local_path
 from jaxft.runs import folder as run_folders
 from jaxft.runs.going_on import going_on
-from jaxft.runs.scores.measuring import Metrics
+from jaxft.runs.scores.measuring import TRIED, Metrics
 
 RESULT, PAGE = "compare.json", "compare.html"
 
@@ -108,7 +108,7 @@ class _Comparison:
         self.split: Split = load_rows(self.config, self.tokenizer, dev_rows=plan.dev_rows, cluster=plan.cluster)
         if "bare" in plan.ways and not any(row.system for row in self.split.held_out):
             raise ConfigError("--ways: bare leaves out the system message, and no held-out row has one: leave bare out")
-        self.metrics = Metrics.of(self.config.eval)
+        self.metrics = self._checked_metrics()
         self.cache, self.memory = AnswerCache(folder / "answers"), Memory()
         self.selections: list[tuple[Rival, Selection]] = []
         self.references: tuple[str, ...] = ()
@@ -116,6 +116,15 @@ class _Comparison:
         self.trainer: Trainer | None = None
         self.prompted: list[Rival] = []
         self.trained: list[Trained] = []
+
+    def _checked_metrics(self) -> Metrics:
+        """The metrics of the config, which can score the rows: what they cannot is told before anything is answered."""
+        chooses = "shots" in self.plan.ways or self.plan.prompts is not None
+        rows = (*self.split.held_out, *(self.split.dev if chooses else ()))
+        metrics = Metrics.of(self.config.eval)
+        references = [prompt_tokens(self.tokenizer, row, ())[1] for row in rows]
+        metrics.check(references, [row.name for row in rows], [row.question for row in rows[:TRIED]])
+        return metrics
 
     def result(self) -> dict[str, Any]:
         """The content of compare.json."""
@@ -305,7 +314,6 @@ class _Comparison:
         return self._measure(rows, [row.text for row in answered.rows], answered.references)[0].values
 
     def _measure(self, rows: Sequence[Row], texts: Sequence[str], references: Sequence[str]) -> list[Measured]:
-        self.metrics.check(references, [row.name for row in rows])
         return self.metrics.measure([row.question for row in rows], texts, references)
 
     def _with_speeds(self, ways: Sequence[Way]) -> list[Way]:

@@ -60,14 +60,15 @@ def bar_of(way: Entry) -> dict[str, Any]:
 
 
 def field_table(ways: Sequence[Entry]) -> list[tuple[str, list[str]]]:
-    """The fields of JSON and the other metrics, each with its share in every way."""
+    """The fields of JSON, macro-F1 and the other metrics, each with its interval in every way."""
     out: dict[str, list[str]] = {}
     for number, way in enumerate(ways):
-        parts = {f"field {key}": value for key, value in way.get("fields", {}).items()}
-        parts |= {"macro-F1": way["macro_f1"]} if "macro_f1" in way else {}
-        parts |= {name: one["value"] for name, one in way["metrics"].items()}
-        for name, value in parts.items():
-            out.setdefault(name, ["—"] * len(ways))[number] = f"{value:.1%}"
+        parts = {f"field {key}": (value, way["field_intervals"][key]) for key, value in way.get("fields", {}).items()}
+        parts |= {"macro-F1": (way["macro_f1"], way["macro_f1_interval"])} if "macro_f1" in way else {}
+        parts |= {name: (one["value"], one["interval"]) for name, one in way["metrics"].items()}
+        for name, (value, ends) in parts.items():
+            told = "" if ends is None else f" ({ends[0]:.1%} to {ends[1]:.1%})"
+            out.setdefault(name, ["—"] * len(ways))[number] = f"{value:.1%}{told}"
     return list(out.items())
 
 

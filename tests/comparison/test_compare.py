@@ -395,6 +395,15 @@ def test_what_is_refused(stub, monkeypatch, options, message):
         run(stub, **options)
 
 
+def test_a_metric_that_cannot_score_is_refused_before_anything_is_answered(stub, tmp_path):
+    (tmp_path / "mine.py").write_text("def wrong(completions):\n    return 1\n")
+    metric = f"json_valid,{tmp_path}/mine.py:wrong"
+    stub.config = replace(stub.config, eval=replace(stub.config.eval, metric=metric, pattern=None))
+    with pytest.raises(ConfigError, match="metric wrong of .* returned a value of type int"):
+        run(stub)
+    assert not stub.asked
+
+
 def test_examples_that_would_cut_a_row_are_refused_with_it(stub, monkeypatch):
     real = models.abstract_model
     monkeypatch.setattr(
