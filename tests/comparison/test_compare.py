@@ -181,7 +181,7 @@ def stub(monkeypatch, tmp_path):
         )  # fmt: skip
 
     monkeypatch.setattr(rivals, "answer_prompts", answer_prompts)
-    monkeypatch.setattr(rivals, "memory", lambda module, slots, length: {"memory_bytes": 2**20})
+    monkeypatch.setattr(rivals, "memory", lambda *_: {"memory_bytes": 2**29, "memory_by": "arithmetic"})
     monkeypatch.setattr(
         rivals,
         "mean_states",
@@ -255,6 +255,14 @@ def test_killed_anywhere_it_goes_on(stub):
     assert result["verdict"]["kind"] == "tuning"
     answers = [path for path in (stub.folder / "answers").glob("*.jsonl")]
     assert len(stub.asked) < 700 and all(len(path.read_text().splitlines()) in (4, 20) for path in answers)
+
+
+def test_the_peak_that_devices_say_takes_the_place_of_arithmetic(stub, monkeypatch):
+    monkeypatch.setattr(rivals, "peak_bytes", lambda call, devices: 2**30)
+    result = run(stub, shots=(1,))
+    assert {(way["memory_bytes"], way["memory_by"]) for way in result["ways"]} == {(2**30, "devices")}
+    words = Page((stub.folder / "compare.html").read_text(encoding="utf-8")).words
+    assert words.count("measured") == len(result["ways"]) and "by arithmetic" not in words
 
 
 def test_minutes_leave_out_what_is_dearest_and_the_same_call_goes_on(stub):
