@@ -29,7 +29,7 @@ from jaxft.comparison.selection import Candidate, Selection, no_examples, select
 from jaxft.comparison.trained.curve import more_rows
 from jaxft.comparison.trained.drift import drift, few_enough, texts_of_probe
 from jaxft.comparison.trained.probe import probed, requests_of, rows_of
-from jaxft.comparison.trained.seeds import main_pair, methods_of, seeds_of
+from jaxft.comparison.trained.seeds import main_pair, methods_of, seeds_of, sides_of
 from jaxft.comparison.trained.training import Trained, Trainer
 from jaxft.config import RunConfig
 from jaxft.data import tokenizer_of
@@ -138,9 +138,11 @@ class _Comparison:
         zero = next((way for way in ways if way.side == "prompt" and way.k == 0 and way.system is OWN), None)
         tuned = [way for way in ways if way.side == "tuned"]
         clusters = [row.cluster for row in self.split.held_out] if self.plan.cluster else None
-        pairs = pair_up(tuned, best, zero, self.plan.margin, clusters)
         methods = methods_of(tuned, self.trained)
-        main = main_pair(tuned, best, methods, self.plan.margin, clusters)
+        sides = sides_of(tuned, best, methods, self.plan.margin, clusters)
+        main = main_pair(sides)
+        pairs = [one for one in sides if one.trainings is not None]
+        pairs += pair_up(tuned, best, zero, self.plan.margin, clusters)
         bare = self._bare(main)
         pairs += [] if bare is None or main is None else pair_bare(bare, main, self.plan.margin, clusters)
         probe = self._probe(main)

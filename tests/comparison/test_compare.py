@@ -24,11 +24,13 @@ from jaxft.comparison.rivals import local as rivals
 from jaxft.comparison.rivals.cache import AnswerCache
 from jaxft.comparison.rivals.local import shared
 from jaxft.comparison.rows import Row, load_rows, split_rows
+from jaxft.comparison.trained.training import Trained
 from jaxft.config import DataConfig
 from jaxft.data import load_tokenizer, tokenizer_of
 from jaxft.data.deep.words import grams_of, jaccard, words_of
 from jaxft.data.formats import read_row
 from jaxft.errors import ConfigError, DataError
+from jaxft.evaluation.statistics import wilson_interval
 from jaxft.runs.scores.answers import AnsweredRow
 
 WORDS = "red green blue refund cancel late order please broken number seven".split()
@@ -153,7 +155,7 @@ def test_the_tokens_that_all_prompts_share():
 @pytest.fixture
 def stub(monkeypatch, tmp_path):
     """What a comparison needs of models, without any: counts the prompts that were generated for, by their tokens."""
-    asked, state = [], SimpleNamespace(stop_after=None, tuned=lambda number: "right")
+    asked, state = [], SimpleNamespace(stop_after=None, tuned=lambda number: "right", runs={})
     tokenizer = tokenizer_of(jaxft.get_config("configs/quickstart.py:smoke"))
 
     def answer_prompts(module, tokens, prompts, *, kept=(), save=lambda rows: None, between=lambda: None, **_):
@@ -164,7 +166,9 @@ def stub(monkeypatch, tmp_path):
                 raise KeyboardInterrupt
             asked.append(tuple(prompts[len(done)]))
             text = (
-                state.tuned(len(done)) if module == "tuned" else f"{tokenizer.decode(prompts[len(done)]).count('user')}"
+                state.runs.get(module, state.tuned)(len(done))
+                if module != "base"
+                else f"{tokenizer.decode(prompts[len(done)]).count('user')}"
             )
             done.append(
                 AnsweredRow(
@@ -177,7 +181,7 @@ def stub(monkeypatch, tmp_path):
     def run_rival(run, config, cache, memory, between):
         return rivals.Local(
             run.rpartition("/")[2], "tuned", tokenizer=tokenizer, config=config, digest=run, cache=cache,
-            load=lambda: "tuned", positions=4096, between=between,
+            load=lambda: run.rpartition("/")[2], positions=4096, between=between,
         )  # fmt: skip
 
     monkeypatch.setattr(rivals, "answer_prompts", answer_prompts)
@@ -377,6 +381,43 @@ def test_the_page_begins_with_the_verdict_and_needs_no_other_file(stub):
     body = page.words[page.words.index("Was it worth it? · regex") + 1 :]
     assert next(text for text in body if not text.startswith(":root")) == result["verdict"]["sentence"]
     assert "cost against calls" in (stub.folder / "compare.html").read_text() and "run" in page.words
+    assert page.words[page.words.index("0.5") + 1] == "by arithmetic"
+    other = page.words.index("json_valid", page.words.index("Parts and other metrics"))
+    low, high = wilson_interval(0, 20)
+    assert page.words[other + len(result["ways"])] == f"0.0% ({low:.1%} to {high:.1%})"
+
+
+def test_the_page_says_that_the_figure_is_an_average_and_whose_the_changed_rows_are(stub, monkeypatch):
+    trained = []
+    for seed, right in enumerate((10, 14, 19)):
+        folder = stub.folder.parent / f"lora-seed{seed}"
+        folder.mkdir()
+        trained.append(Trained(name=folder.name, folder=folder, method="lora", seed=seed, rows=40, share=1.0))
+        stub.runs[folder.name] = lambda number, right=right, seed=seed: "right" if number < right else f"wrong {seed}"
+    monkeypatch.setattr(comparing, "Trainer", lambda *_: SimpleNamespace(methods=lambda: trained))
+    result = run(stub, ways=("zero", "tuned"), runs=(), methods=("lora",), seeds=3)
+    main, seeds = result["main"], result["seeds"]["lora"]
+    assert (main["tuned"], main["method"], main["runs"]) == ("lora-seed1", "lora", 3)
+    assert seeds["mean"] == pytest.approx(43 / 60) and seeds["shown"] == "lora-seed1"
+    zero = result["ways"][0]["value"]
+    assert main["difference"] == pytest.approx(43 / 60 - zero) == pytest.approx(result["pairs"][0]["difference"])
+    assert result["pairs"][0]["first"] == "lora, average of 3 trainings" and len(result["pairs"]) == 4
+    changed = [one["tuned"] for part in result["changed"].values() for one in part]
+    assert set(changed) <= {"right", "wrong 1"} and "right" in changed
+
+    words = Page((stub.folder / "compare.html").read_text(encoding="utf-8")).words
+    first = words.index(result["verdict"]["sentence"])
+    assert "on average of 3 trainings (50 % to 95 %)" in words[first]
+    assert words[first + 1] == (
+        "The tuned side is the average of 3 trainings by lora, each from a seed of its own: 71.7% (from 50.0% to "
+        "95.0%). Costs and the rows that changed are those of lora-seed1, whose score is nearest to that average."
+    )
+    table = words[words.index("lora, average of 3 trainings") :]
+    assert table[:3] == ["lora, average of 3 trainings", "71.7%", "3 runs"] and table[3] == "50.0% to 95.0%"
+    places = [table.index(f"lora-seed{seed}") for seed in range(3)]
+    assert places == sorted(places)
+    assert table[table.index("lora-seed1") + 1] == "nearest to the average"
+    assert "lora-seed1, one of 3 trainings, against smoke, zero-shot." in words
 
 
 @pytest.mark.parametrize(
