@@ -15,7 +15,7 @@ import pytest
 import jaxft
 from jaxft.assets import ASSETS
 from jaxft.comparison import compare as comparing
-from jaxft.comparison.examples import Bm25, Fixed, Own
+from jaxft.comparison.examples import Bm25, Fixed, Own, choosers
 from jaxft.comparison.leaks import near_leaks
 from jaxft.comparison.plan import Budget, OutOfTime, Plan
 from jaxft.comparison.prompts import SystemPrompt, conversation_with, prompt_messages, prompt_tokens
@@ -454,15 +454,26 @@ def test_a_metric_that_cannot_score_is_refused_before_anything_is_answered(stub,
 
 
 def test_examples_that_would_cut_a_row_are_refused_with_it(stub, monkeypatch):
-    real = models.abstract_model
-    monkeypatch.setattr(
-        models, "abstract_model", lambda config: SimpleNamespace(config=SimpleNamespace(max_position_embeddings=700))
-    )
+    shape = SimpleNamespace(max_position_embeddings=700)
+    monkeypatch.setattr(models, "abstract_model", lambda config: SimpleNamespace(config=shape))
     with pytest.raises(ConfigError, match=r"--shots=2: 2 examples would cut a row: .*jsonl line \d+ has a prompt of"):
         run(stub, shots=(2,))
+    shape.max_position_embeddings = 1200
     result = run(stub, shots=None)
-    assert any("would cut a row" in text for text in result["refused"])
-    assert real is not models.abstract_model
+    assert len(result["refused"]) == 1 and "8 examples would cut a row" in result["refused"][0]
+    # What was tried fits before every row, and the next number of examples not before some row.
+    room, tokenizer = 1200 - stub.config.eval.max_new_tokens, tokenizer_of(stub.config)
+    assert {one["k"] for one in result["dev"]} == {0, 2, 4} and max(map(len, stub.asked)) <= room
+    split = load_rows(stub.config, tokenizer)
+    of_dev = choosers(("fixed", "bm25"), split.examples, split.seed, 1, None)
+    of_held_out = [one.over(split.train) for one in of_dev]
+    lengths = [
+        len(prompt_tokens(tokenizer, asked, chooser.examples(asked, 8))[0])
+        for rows, over in ((split.dev, of_dev), (split.held_out, of_held_out))
+        for asked in rows
+        for chooser in over
+    ]
+    assert max(lengths) > room
 
 
 def test_other_system_messages_are_tried(stub, tmp_path):

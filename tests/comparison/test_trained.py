@@ -1,5 +1,6 @@
 """Learning curves: planted power laws are found, flat ones are called flat; runs that a comparison trains itself."""
 
+import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,8 +15,9 @@ from jaxft.comparison.trained.curve import at, fit, more_rows
 from jaxft.comparison.trained.drift import drift, few_enough, texts_of_probe
 from jaxft.comparison.trained.probe import probed, requests_of, rows_of
 from jaxft.comparison.trained.seeds import main_pair, methods_of, seeds_of, sides_of
-from jaxft.comparison.trained.training import Trainer
+from jaxft.comparison.trained.training import Trainer, dev_of, part_of
 from jaxft.config import DataConfig
+from jaxft.data.sources import train_and_eval
 from jaxft.errors import ConfigError
 from jaxft.evaluation.statistics import bca_interval, permutation_p
 
@@ -111,6 +113,21 @@ def test_of_a_part_the_checkpoint_is_that_of_the_least_loss_on_rows_that_no_part
     assert halves[0].summary["eval_loss"] == 4 + len("lora-seed0-500") and halves[0].summary["steps"] == 40
     (whole,) = made.methods()
     assert whole.summary["eval_loss"] == 1.0 and trained[-1].export.checkpoint == "last"
+
+
+def test_no_held_out_row_is_in_a_part_and_parts_are_nested_for_every_seed(tmp_path):
+    rows = [{"prompt": f"question {number}", "completion": "yes"} for number in range(60)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for seed in range(200):
+        generator = np.random.default_rng(seed)
+        fraction, *shares = generator.uniform(0.02, 0.98, 4).round(3).tolist()
+        train, held_out = train_and_eval(DataConfig(train=str(tmp_path / "rows.jsonl"), eval_fraction=fraction), seed)
+        asked = {row["prompt"] for row in held_out}
+        parts = [{train[one]["prompt"] for one in part_of(len(train), share)} for share in (*sorted(shares), 1)]
+        dev = {train[one]["prompt"] for one in dev_of(len(train))}
+        assert len(parts[-1]) == len(train) == 60 - len(asked) and not asked & parts[-1]
+        assert dev and all(smaller <= larger for smaller, larger in itertools.pairwise(parts))
+        assert not any(part & dev for part in parts[:-1])
 
 
 def test_no_time_trains_nothing_and_a_mixture_is_refused(trainer):
