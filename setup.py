@@ -78,6 +78,8 @@ setup(
         "lm-eval": ["lm-eval>=0.4.13"],
         # `jaxft data --deep` compares rows by MinHash.
         "deep": ["rensa>=0.5"],
+        # `jaxft compare` chooses similar examples by BM25.
+        "compare": ["bm25s>=0.3"],
         # GGUF files as q4_k_m and q5_k_m. A young package: exactly the release that was compared with llama.cpp.
         "k-quants": ["libgguf==0.2.2"],
         # Trackers of experiments, named by train.report_to.
@@ -119,6 +121,7 @@ setup(
             "rouge-score>=0.1.2",
             "sacrebleu>=2.4",
             "rensa>=0.5",
+            "bm25s>=0.3",
             "pillow>=10.3",
             "requests>=2.31",
             # The service, and its clients' library.

@@ -12,7 +12,7 @@ from jaxft.comparison.costs import Prices, prices_of
 from jaxft.comparison.outcome import Results, outcome
 from jaxft.comparison.page import write_page
 from jaxft.comparison.plan import USUAL_CHOOSERS, USUAL_WAYS, Budget, OutOfTime, Plan, as_json
-from jaxft.comparison.prompts import BARE, OWN, SystemPrompt
+from jaxft.comparison.prompts import BARE, OWN, SystemPrompt, prompt_tokens
 from jaxft.comparison.results import (
     Pair,
     Way,
@@ -29,7 +29,7 @@ from jaxft.comparison.selection import Candidate, Selection, no_examples, select
 from jaxft.comparison.trained.curve import more_rows
 from jaxft.comparison.trained.drift import drift, few_enough, texts_of_probe
 from jaxft.comparison.trained.probe import probed, requests_of, rows_of
-from jaxft.comparison.trained.seeds import main_pair, methods_of, seeds_of
+from jaxft.comparison.trained.seeds import main_pair, methods_of, seeds_of, sides_of
 from jaxft.comparison.trained.training import Trained, Trainer
 from jaxft.config import RunConfig
 from jaxft.data import tokenizer_of
@@ -41,7 +41,7 @@ from jaxft.files.targets import locked_output, refused_target
 from jaxft.home import local_path
 from jaxft.runs import folder as run_folders
 from jaxft.runs.going_on import going_on
-from jaxft.runs.scores.measuring import Metrics
+from jaxft.runs.scores.measuring import TRIED, Metrics
 
 RESULT, PAGE = "compare.json", "compare.html"
 
@@ -108,7 +108,7 @@ class _Comparison:
         self.split: Split = load_rows(self.config, self.tokenizer, dev_rows=plan.dev_rows, cluster=plan.cluster)
         if "bare" in plan.ways and not any(row.system for row in self.split.held_out):
             raise ConfigError("--ways: bare leaves out the system message, and no held-out row has one: leave bare out")
-        self.metrics = Metrics.of(self.config.eval)
+        self.metrics = self._checked_metrics()
         self.cache, self.memory = AnswerCache(folder / "answers"), Memory()
         self.selections: list[tuple[Rival, Selection]] = []
         self.references: tuple[str, ...] = ()
@@ -116,6 +116,15 @@ class _Comparison:
         self.trainer: Trainer | None = None
         self.prompted: list[Rival] = []
         self.trained: list[Trained] = []
+
+    def _checked_metrics(self) -> Metrics:
+        """The metrics of the config, which can score the rows: what they cannot is told before anything is answered."""
+        chooses = "shots" in self.plan.ways or self.plan.prompts is not None
+        rows = (*self.split.held_out, *(self.split.dev if chooses else ()))
+        metrics = Metrics.of(self.config.eval)
+        references = [prompt_tokens(self.tokenizer, row, ())[1] for row in rows]
+        metrics.check(references, [row.name for row in rows], [row.question for row in rows[:TRIED]])
+        return metrics
 
     def result(self) -> dict[str, Any]:
         """The content of compare.json."""
@@ -129,9 +138,11 @@ class _Comparison:
         zero = next((way for way in ways if way.side == "prompt" and way.k == 0 and way.system is OWN), None)
         tuned = [way for way in ways if way.side == "tuned"]
         clusters = [row.cluster for row in self.split.held_out] if self.plan.cluster else None
-        pairs = pair_up(tuned, best, zero, self.plan.margin, clusters)
         methods = methods_of(tuned, self.trained)
-        main = main_pair(tuned, best, methods, self.plan.margin, clusters)
+        sides = sides_of(tuned, best, methods, self.plan.margin, clusters)
+        main = main_pair(sides)
+        pairs = [one for one in sides if one.trainings is not None]
+        pairs += pair_up(tuned, best, zero, self.plan.margin, clusters)
         bare = self._bare(main)
         pairs += [] if bare is None or main is None else pair_bare(bare, main, self.plan.margin, clusters)
         probe = self._probe(main)
@@ -305,7 +316,6 @@ class _Comparison:
         return self._measure(rows, [row.text for row in answered.rows], answered.references)[0].values
 
     def _measure(self, rows: Sequence[Row], texts: Sequence[str], references: Sequence[str]) -> list[Measured]:
-        self.metrics.check(references, [row.name for row in rows])
         return self.metrics.measure([row.question for row in rows], texts, references)
 
     def _with_speeds(self, ways: Sequence[Way]) -> list[Way]:

@@ -2,16 +2,15 @@
 
 # N rows, D width of a model
 
-import math
-from collections import Counter
+import importlib.util
+import logging
 from collections.abc import Callable, Sequence
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 
 from jaxft.comparison.rows import WORD, Row
-
-K1, B = 1.5, 0.75  # of BM25: how soon repeated words count less, and how much long rows do
+from jaxft.errors import ConfigError
 
 # The vectors of N texts, [N, D] float32.
 Embed = Callable[[Sequence[str]], np.ndarray]
@@ -49,35 +48,22 @@ class Fixed:
 class Bm25:
     """The k rows whose questions are most like the asked one by BM25, the most similar last.
 
-    Source: Robertson and Zaragoza 2009, doi:10.1561/1500000019, with the inverse document frequency of Lucene, which
-    is never negative. Of equal rows the first one is taken first.
+    Source: Robertson and Zaragoza 2009, doi:10.1561/1500000019, as Lucene computes it, by the library bm25s. Of equal
+    rows the first one is taken first.
     """
 
     name = "bm25"
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self._rows = list(rows)
-        counts = [Counter(WORD.findall(row.question.lower())) for row in rows]
-        lengths = np.array([sum(one.values()) for one in counts], np.float64)
-        self._norm = K1 * (1 - B + B * lengths / max(1.0, lengths.mean() if len(rows) else 1.0))
-        self._postings: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        occurrences: dict[str, list[tuple[int, int]]] = {}
-        for row, counted in enumerate(counts):
-            for word, count in counted.items():
-                occurrences.setdefault(word, []).append((row, count))
-        for word, pairs in occurrences.items():
-            indices, frequencies = np.array(pairs).T
-            self._postings[word] = indices, frequencies.astype(np.float64)
+        words = [_words(row.question) for row in rows]
+        self._index = _index_of(words) if any(words) else None
 
     def scores(self, text: str) -> np.ndarray:
-        """The similarity of a text to every row."""
-        out = np.zeros(len(self._rows))
-        for word, times in Counter(WORD.findall(text.lower())).items():
-            if word in self._postings:
-                rows, frequency = self._postings[word]
-                idf = math.log(1 + (len(self._rows) - len(rows) + 0.5) / (len(rows) + 0.5))
-                out[rows] += times * idf * frequency * (K1 + 1) / (frequency + self._norm[rows])
-        return out
+        """The similarity of a text to every row, [N] float64; zeros where no word is shared."""
+        if self._index is None:
+            return np.zeros(len(self._rows))
+        return np.asarray(self._index.get_scores_from_ids(self._index.get_tokens_ids(_words(text))))
 
     def examples(self, question: Row, k: int) -> list[Row]:
         """The k most similar rows, the most similar last."""
@@ -87,6 +73,27 @@ class Bm25:
     def over(self, rows: Sequence[Row]) -> "Bm25":
         """By BM25 over other rows."""
         return Bm25(rows)
+
+
+def require_bm25() -> None:
+    """Raises ConfigError, with the command that installs it, if the library of `Bm25` is absent."""
+    if importlib.util.find_spec("bm25s") is None:
+        raise ConfigError(
+            "--choose=bm25 needs the library bm25s: pip install 'jaxft[compare]', or choose without it: --choose=fixed"
+        )
+
+
+def _words(text: str) -> list[str]:
+    return WORD.findall(text.lower())
+
+
+def _index_of(words: Sequence[Sequence[str]]) -> Any:
+    import bm25s
+
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # its import sets it to DEBUG
+    index = bm25s.BM25(method="lucene", dtype="float64")
+    index.index(words, create_empty_token=False, show_progress=False)
+    return index
 
 
 class Own:

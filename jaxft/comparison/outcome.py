@@ -80,9 +80,15 @@ def outcome(results: Results) -> dict[str, Any]:
 
 
 def _main(main: Pair) -> dict[str, Any]:
-    """The pair of the verdict. runs: how many trainings its tuned side is the average of."""
+    """The pair of the verdict. method, runs: whose trainings, and how many, its tuned side is the average of."""
     runs = 1 if main.trainings is None else main.trainings.count
-    return {"tuned": main.first.name, "prompt": main.second.name, "runs": runs, **main.compared.summary()}
+    return {
+        "tuned": main.first.name,
+        "prompt": main.second.name,
+        "method": main.method,
+        "runs": runs,
+        **main.compared.summary(),
+    }
 
 
 def _rows(results: Results) -> dict[str, Any]:

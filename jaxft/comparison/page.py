@@ -28,11 +28,13 @@ def write_page(path: Path, result: Entry) -> None:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": _number, "p": _p, "signed": _signed}
+    bars, method = bars_of(result), (result["main"] or {}).get("method")
     page = environment.get_template("compare.html.j2").render(
         r=result,
         light=LIGHT,
         dark=DARK,
-        bars=[bar_of(way) for way in result["ways"]],
+        bars=bars,
+        average=next((bar for bar in bars if bar["average_of"] and bar["average_of"] == method), None),
         fields=field_table(result["ways"]),
         cost_chart=_cost_chart(result),
         curve=_curve(result),
@@ -40,34 +42,61 @@ def write_page(path: Path, result: Entry) -> None:
     write_text(path, safe_text(page))
 
 
+def bars_of(result: Entry) -> list[dict[str, Any]]:
+    """The rows of the table of ways. Trainings of one method stand together, below their average."""
+    by_name = {way["name"]: way for way in result["ways"]}
+    method_of = {name: method for method, one in result["seeds"].items() for name in one["ways"]}
+    out: list[dict[str, Any]] = []
+    for way in result["ways"]:
+        method = method_of.get(way["name"])
+        if method is None:
+            out.append(bar_of(way))
+        elif way["name"] == result["seeds"][method]["ways"][0]:
+            one = result["seeds"][method]
+            out.append(_average_bar(method, one, passes="correct" in way))
+            out += [bar_of(by_name[name]) | {"of": method} for name in one["ways"]]
+    return out
+
+
 def bar_of(way: Entry) -> dict[str, Any]:
-    """A way as a row of the table: texts, and the bar and its whiskers in percent."""
-    passes, interval = "correct" in way, way["interval"]
+    """A way as a row of the table: texts, and the bar and its whiskers in percent. of: the method of a training."""
+    passes = "correct" in way
+    count = f"{way['correct']} of {way['total']}" if passes else f"{way['total']} rows"
+    texts = {"name": way["name"], "side": way["side"], "count": count, "of": None, "average_of": None}
+    return texts | _bar(way["value"], way["interval"], passes)
+
+
+def _average_bar(method: str, one: Entry, passes: bool) -> dict[str, Any]:
+    """The average of the trainings of a method; its whiskers are their range. one: their entry of compare.json."""
+    name, count = f"{method}, average of {one['runs']} trainings", f"{one['runs']} runs"
+    texts = {"name": name, "side": "tuned", "count": count, "of": None, "average_of": method}
+    return texts | _bar(one["mean"], (one["low"], one["high"]), passes)
+
+
+def _bar(value: float, ends: Sequence[float] | None, passes: bool) -> dict[str, Any]:
     show = (lambda value: f"{value:.1%}") if passes else (lambda value: f"{value:.3g}")
     whisker = None
-    if interval is not None:
-        low, high = (min(1.0, max(0.0, end)) for end in interval)
+    if ends is not None:
+        low, high = (min(1.0, max(0.0, end)) for end in ends)
         whisker = (100 * low, 100 * (high - low))
     return {
-        "name": way["name"],
-        "side": way["side"],
-        "value": show(way["value"]),
-        "count": f"{way['correct']} of {way['total']}" if passes else f"{way['total']} rows",
-        "width": 100 * min(1.0, max(0.0, way["value"])),
+        "value": show(value),
+        "width": 100 * min(1.0, max(0.0, value)),
         "whisker": whisker,
-        "ends": "" if interval is None else f"{show(interval[0])} to {show(interval[1])}",
+        "ends": "" if ends is None else f"{show(ends[0])} to {show(ends[1])}",
     }
 
 
 def field_table(ways: Sequence[Entry]) -> list[tuple[str, list[str]]]:
-    """The fields of JSON and the other metrics, each with its share in every way."""
+    """The fields of JSON, macro-F1 and the other metrics, each with its interval in every way."""
     out: dict[str, list[str]] = {}
     for number, way in enumerate(ways):
-        parts = {f"field {key}": value for key, value in way.get("fields", {}).items()}
-        parts |= {"macro-F1": way["macro_f1"]} if "macro_f1" in way else {}
-        parts |= {name: one["value"] for name, one in way["metrics"].items()}
-        for name, value in parts.items():
-            out.setdefault(name, ["—"] * len(ways))[number] = f"{value:.1%}"
+        parts = {f"field {key}": (value, way["field_intervals"][key]) for key, value in way.get("fields", {}).items()}
+        parts |= {"macro-F1": (way["macro_f1"], way["macro_f1_interval"])} if "macro_f1" in way else {}
+        parts |= {name: (one["value"], one["interval"]) for name, one in way["metrics"].items()}
+        for name, (value, ends) in parts.items():
+            told = "" if ends is None else f" ({ends[0]:.1%} to {ends[1]:.1%})"
+            out.setdefault(name, ["—"] * len(ways))[number] = f"{value:.1%}{told}"
     return list(out.items())
 
 

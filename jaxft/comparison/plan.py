@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from jaxft.comparison.examples import require_bm25
 from jaxft.comparison.prompts import OWN, SystemPrompt
 from jaxft.comparison.verdict import parse_requirement
 from jaxft.errors import ConfigError, did_you_mean
@@ -57,7 +58,7 @@ class Plan:
     require: str | None = None
 
     def check(self) -> None:
-        """Raises ConfigError for options outside of their ranges, or that contradict each other."""
+        """Raises ConfigError for options out of range or against each other, and if bm25s is needed and absent."""
         for name, given, known in (
             ("ways", self.ways, WAYS), ("choose", self.choose, CHOOSERS), ("methods", self.methods, METHODS),
         ):  # fmt: skip
@@ -84,6 +85,8 @@ class Plan:
             )
         if "bare" in self.ways and "tuned" not in self.ways:
             raise ConfigError("the way bare asks the tuned model: leave tuned in --ways")
+        if "bm25" in self.choose and "shots" in self.ways:
+            require_bm25()
         if self.topology is not None and self.usd_per_hour is not None:
             raise ConfigError(
                 f"--topology={self.topology} has its price in the price file, and --usd_per_hour is one too: leave one "

@@ -66,7 +66,7 @@ class Pair:
     """Two ways and how they compare: the first less the second.
 
     trainings: several of one method, of which `first` is the middle one and `compared` is about the average; values:
-    their average for each held-out row. None and empty for a way of its own.
+    their average for each held-out row; method: its name. None and empty for a way of its own.
     """
 
     first: Way
@@ -74,6 +74,14 @@ class Pair:
     compared: Compared
     trainings: Trainings | None = None
     values: tuple[float, ...] = ()
+    method: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What the first side is called among the differences."""
+        if self.trainings is None:
+            return self.first.name
+        return f"{self.method}, average of {self.trainings.count} trainings"
 
 
 def pair_up(tuned: Sequence[Way], prompt: Way | None, zero: Way | None, margin: float, clusters: Any) -> list[Pair]:
@@ -106,7 +114,7 @@ def pair_summaries(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
     """The entries of compare.json; `p_holm` is adjusted for all of them."""
     adjusted = holm([one.compared.p for one in pairs])
     return [
-        {"first": one.first.name, "second": one.second.name, **one.compared.summary(), "p_holm": p}
+        {"first": one.name, "second": one.second.name, **one.compared.summary(), "p_holm": p}
         for one, p in zip(pairs, adjusted, strict=True)
     ]
 

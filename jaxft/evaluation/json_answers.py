@@ -1,6 +1,6 @@
 """Answers that are JSON: whether they are valid, fit a schema, and have the fields of the reference right."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,17 +60,33 @@ class Schema:
         return tuple(properties) if isinstance(properties, Mapping) else ()
 
     def problem(self, text: str) -> str | None:
-        """Why a text is no JSON that fits the schema; None if it is."""
+        """Why a text is no JSON that fits the schema; None if it is.
+
+        Raises ConfigError if the schema refers to what it does not hold, or to itself without end.
+        """
         from jsonschema.validators import validator_for
+        from jsonschema_specifications import REGISTRY
+        from referencing.exceptions import Unresolvable
 
         if (problem := not_json(text)) is not None:
             return f"is not JSON ({problem})"
-        error = next(iter(validator_for(self.value)(self.value).iter_errors(parse(text))), None)
+        try:
+            # With a registry of its own nothing is fetched from the network.
+            validator = validator_for(self.value)(self.value, registry=REGISTRY)
+            error = next(iter(validator.iter_errors(parse(text))), None)
+        except Unresolvable as wrong:
+            raise ConfigError(_refers(self.source, wrong.ref)) from wrong
+        except RecursionError as wrong:
+            raise ConfigError(f"eval.schema={self.source!r} refers to itself without end: see its $ref") from wrong
         return None if error is None else f"does not fit {self.source}: {error.message[:200]}"
 
 
 def load_schema(path: str) -> Schema:
-    """The JSON Schema in a file. Raises ConfigError if it cannot be read, is none, or jsonschema is not installed."""
+    """The JSON Schema in a file.
+
+    Raises ConfigError if it cannot be read, is none, asks for nothing, refers to what it does not hold, or if
+    jsonschema is not installed.
+    """
     try:
         from jsonschema.exceptions import SchemaError
         from jsonschema.validators import validator_for
@@ -82,12 +98,58 @@ def load_schema(path: str) -> Schema:
             value = parse_json(file.read())
         if not isinstance(value, dict):
             raise ConfigError(f"eval.schema={path!r} is no JSON Schema: it holds a {type(value).__name__}, no object")
-        validator_for(value).check_schema(value)
+        kind = validator_for(value)
+        kind.check_schema(value)
     except (OSError, ValueError) as error:
         raise ConfigError(f"eval.schema={path!r} cannot be read: {error}") from error
     except SchemaError as error:
         raise ConfigError(f"eval.schema={path!r} is no JSON Schema: {error.message}") from error
+    if not any(key in kind.VALIDATORS for key in value):
+        raise ConfigError(
+            f"eval.schema={path!r} asks for nothing, so that any JSON would fit: none of its keys "
+            f"({', '.join(value) or 'it has none'}) is a keyword of JSON Schema. An answer is no schema; one is such "
+            'as {"type": "object", "required": ["intent"], "properties": {"intent": {"enum": ["yes", "no"]}}}'
+        )
+    if (reference := _missing_reference(value)) is not None:
+        raise ConfigError(_refers(path, reference))
     return Schema(source=source, value=value)
+
+
+def _refers(source: str, reference: str) -> str:
+    return (
+        f"eval.schema={source!r} refers to {reference!r}, which it does not hold: write that part into its $defs, "
+        "since no other file or address is read"
+    )
+
+
+def _missing_reference(schema: Mapping[str, Any]) -> str | None:
+    """The first `$ref` to what a schema does not hold, or None; parts that have an `$id` of their own hide it."""
+    from jsonschema_specifications import REGISTRY
+    from referencing import Resource
+    from referencing.exceptions import Unresolvable
+    from referencing.jsonschema import DRAFT202012
+
+    resolver = REGISTRY.resolver_with_root(Resource.from_contents(schema, default_specification=DRAFT202012))
+    parts = list(_parts(schema))
+    if any("$id" in part for part in parts[1:]):
+        return None
+    for reference in (part["$ref"] for part in parts if isinstance(part.get("$ref"), str)):
+        try:
+            resolver.lookup(reference)
+        except Unresolvable:
+            return str(reference)
+    return None
+
+
+def _parts(value: Any) -> Iterator[Mapping[str, Any]]:
+    """The objects in a schema, itself first, without those that are data."""
+    if isinstance(value, Mapping):
+        yield value
+        for key, part in value.items():
+            yield from () if key in ("enum", "const", "default", "examples") else _parts(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _parts(part)
 
 
 @dataclass(frozen=True, kw_only=True)

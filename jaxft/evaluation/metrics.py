@@ -16,6 +16,7 @@ from jaxft.evaluation.statistics import Interval, bca_interval, wilson_interval
 
 OTHER = "(none of the labels)"
 DRAWS_OF_F1 = 2_000
+ENOUGH_FOR_CLASSES = 50  # answers of which two are the same if there is a list of classes, even of a hundred and more
 ROUGE = ("rouge1", "rouge2", "rougeL")
 LIBRARIES = {**dict.fromkeys(ROUGE, "rouge_score"), "chrf": "sacrebleu", "json_schema": "jsonschema"}
 
@@ -49,8 +50,12 @@ class Measured:
         return tuple(bool(value) for value in self.values) if self.passes else self.values
 
     def interval(self) -> Interval | None:
-        """The 95% interval of the mean: Wilson's of a share, else BCa; None if all values of a number are the same."""
-        if self.passes:
+        """The 95% interval of the mean: Wilson's of a share, else BCa; None if all values of a number are the same.
+
+        If they are all 0 or all 1, the ends of what a metric gives, Wilson's interval holds for their mean too: of all
+        numbers from 0 to 1 with a given mean, a share is at an end the most often.
+        """
+        if self.passes or set(self.values) in ({0.0}, {1.0}):
             return wilson_interval(int(sum(self.values)), len(self.values))
         return bca_interval(self.values)
 
@@ -108,6 +113,18 @@ def check(name: str, references: Sequence[str], names: Sequence[str] = (), *, se
             f"{len(wrong):,} of {len(references):,} held-out answers cannot be scored by {name}:\n"
             f"{listed(wrong, NAMED, lines=True)}\nMend these rows, remove them from the held-out set, or leave {name} "
             "out of eval.metric."
+        )
+    if name == "classification":
+        _check_classes(references)
+
+
+def _check_classes(references: Sequence[str]) -> None:
+    """Raises DataError for answers that are from no list of classes: many, and no two the same."""
+    if len(references) >= ENOUGH_FOR_CLASSES and len({text.strip() for text in references}) == len(references):
+        raise DataError(
+            f"classification takes the held-out answers for its list of classes, and all {len(references):,} are "
+            "different, so that there is no such list. Score free text by exact_match, rougeL or chrf, and JSON by "
+            "json_fields."
         )
 
 

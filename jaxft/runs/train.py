@@ -282,5 +282,6 @@ def _summary(run: Run, fitted: Fitted, scores: dict[str, Any], exports: dict[str
             own = scores[way]
             summary |= {f"{way}_score": own["value"], f"{way}_interval": own["interval"]}
             summary |= {f"{way}_correct": own["correct"]} if "correct" in own else {}
-            summary |= {f"{way}_{name}": one["value"] for name, one in own.get("metrics", {}).items()}
+            for name, one in own.get("metrics", {}).items():
+                summary |= {f"{way}_{name}": one["value"], f"{way}_{name}_interval": one["interval"]}
     return summary | exports

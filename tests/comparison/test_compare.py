@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import importlib.util
 import json
 import threading
 from dataclasses import replace
@@ -14,7 +15,7 @@ import pytest
 import jaxft
 from jaxft.assets import ASSETS
 from jaxft.comparison import compare as comparing
-from jaxft.comparison.examples import Bm25, Fixed, Own
+from jaxft.comparison.examples import Bm25, Fixed, Own, choosers
 from jaxft.comparison.leaks import near_leaks
 from jaxft.comparison.plan import Budget, OutOfTime, Plan
 from jaxft.comparison.prompts import SystemPrompt, conversation_with, prompt_messages, prompt_tokens
@@ -23,11 +24,13 @@ from jaxft.comparison.rivals import local as rivals
 from jaxft.comparison.rivals.cache import AnswerCache
 from jaxft.comparison.rivals.local import shared
 from jaxft.comparison.rows import Row, load_rows, split_rows
+from jaxft.comparison.trained.training import Trained
 from jaxft.config import DataConfig
 from jaxft.data import load_tokenizer, tokenizer_of
 from jaxft.data.deep.words import grams_of, jaccard, words_of
 from jaxft.data.formats import read_row
 from jaxft.errors import ConfigError, DataError
+from jaxft.evaluation.statistics import wilson_interval
 from jaxft.runs.scores.answers import AnsweredRow
 
 WORDS = "red green blue refund cancel late order please broken number seven".split()
@@ -76,12 +79,37 @@ def test_parts_have_the_sizes_that_are_said_and_contradictions_are_counted():
 
 def test_bm25_by_hand():
     rows = [row("a a b", "1", "0"), row("b c", "2", "1"), row("d", "3", "2")]
-    scores = Bm25(rows).scores("a B")
+    found = Bm25(rows)
     mean = 2.0
     idf_a, idf_b = np.log(1 + 2.5 / 1.5), np.log(1 + 1.5 / 2.5)
-    weight = lambda count, length: count * 2.5 / (count + 1.5 * (0.25 + 0.75 * length / mean))  # noqa: E731
-    np.testing.assert_allclose(scores, [idf_a * weight(2, 3) + idf_b * weight(1, 3), idf_b * weight(1, 2), 0])
-    assert [one.name for one in Bm25(rows).examples(row("a b", "x"), 2)] == ["1", "0"]
+    weight = lambda count, length: count / (count + 1.5 * (0.25 + 0.75 * length / mean))  # noqa: E731
+    of_a, of_b = [idf_a * weight(2, 3), 0, 0], [idf_b * weight(1, 3), idf_b * weight(1, 2), 0]
+    for text, expected in {
+        "a B x": np.add(of_a, of_b),
+        "b a a": np.add(of_a, of_a) + of_b,
+        "x": [0] * 3,
+        "": [0] * 3,
+    }.items():
+        np.testing.assert_allclose(found.scores(text), expected, rtol=1e-12)
+    assert [one.name for one in found.examples(row("a b", "x"), 2)] == ["1", "0"]
+
+
+def test_bm25_takes_the_first_of_equal_rows_and_needs_no_word():
+    rows = [row(text, "x", str(number)) for number, text in enumerate(["b a", "c", "a b", "c", "B, A!"])]
+    found = Bm25(rows)
+    assert [one.name for one in found.examples(row("a b", "x"), 3)] == ["4", "2", "0"]
+    for text in ("zebra", "?!"):  # nothing is shared
+        assert [one.name for one in found.examples(row(text, "x"), 2)] == ["1", "0"]
+    for without in ([row("?", "x", "0"), row("...", "x", "1")], []):
+        assert [one.name for one in Bm25(without).examples(row("a", "x"), 1)] == [one.name for one in without[:1]]
+
+
+def test_without_its_library_bm25_is_refused_at_once(stub, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"bm25s: pip install 'jaxft\[compare\]'"):
+        run(stub)
+    assert not stub.asked
+    run(stub, choose=("fixed",))
 
 
 def test_fewer_fixed_examples_are_the_first_of_more_and_draws_differ():
@@ -127,7 +155,7 @@ def test_the_tokens_that_all_prompts_share():
 @pytest.fixture
 def stub(monkeypatch, tmp_path):
     """What a comparison needs of models, without any: counts the prompts that were generated for, by their tokens."""
-    asked, state = [], SimpleNamespace(stop_after=None, tuned=lambda number: "right")
+    asked, state = [], SimpleNamespace(stop_after=None, tuned=lambda number: "right", runs={})
     tokenizer = tokenizer_of(jaxft.get_config("configs/quickstart.py:smoke"))
 
     def answer_prompts(module, tokens, prompts, *, kept=(), save=lambda rows: None, between=lambda: None, **_):
@@ -138,7 +166,9 @@ def stub(monkeypatch, tmp_path):
                 raise KeyboardInterrupt
             asked.append(tuple(prompts[len(done)]))
             text = (
-                state.tuned(len(done)) if module == "tuned" else f"{tokenizer.decode(prompts[len(done)]).count('user')}"
+                state.runs.get(module, state.tuned)(len(done))
+                if module != "base"
+                else f"{tokenizer.decode(prompts[len(done)]).count('user')}"
             )
             done.append(
                 AnsweredRow(
@@ -151,11 +181,11 @@ def stub(monkeypatch, tmp_path):
     def run_rival(run, config, cache, memory, between):
         return rivals.Local(
             run.rpartition("/")[2], "tuned", tokenizer=tokenizer, config=config, digest=run, cache=cache,
-            load=lambda: "tuned", positions=4096, between=between,
+            load=lambda: run.rpartition("/")[2], positions=4096, between=between,
         )  # fmt: skip
 
     monkeypatch.setattr(rivals, "answer_prompts", answer_prompts)
-    monkeypatch.setattr(rivals, "memory", lambda module, slots, length: {"memory_bytes": 2**20})
+    monkeypatch.setattr(rivals, "memory", lambda *_: {"memory_bytes": 2**29, "memory_by": "arithmetic"})
     monkeypatch.setattr(
         rivals,
         "mean_states",
@@ -229,6 +259,14 @@ def test_killed_anywhere_it_goes_on(stub):
     assert result["verdict"]["kind"] == "tuning"
     answers = [path for path in (stub.folder / "answers").glob("*.jsonl")]
     assert len(stub.asked) < 700 and all(len(path.read_text().splitlines()) in (4, 20) for path in answers)
+
+
+def test_the_peak_that_devices_say_takes_the_place_of_arithmetic(stub, monkeypatch):
+    monkeypatch.setattr(rivals, "peak_bytes", lambda call, devices: 2**30)
+    result = run(stub, shots=(1,))
+    assert {(way["memory_bytes"], way["memory_by"]) for way in result["ways"]} == {(2**30, "devices")}
+    words = Page((stub.folder / "compare.html").read_text(encoding="utf-8")).words
+    assert words.count("measured") == len(result["ways"]) and "by arithmetic" not in words
 
 
 def test_minutes_leave_out_what_is_dearest_and_the_same_call_goes_on(stub):
@@ -343,6 +381,43 @@ def test_the_page_begins_with_the_verdict_and_needs_no_other_file(stub):
     body = page.words[page.words.index("Was it worth it? · regex") + 1 :]
     assert next(text for text in body if not text.startswith(":root")) == result["verdict"]["sentence"]
     assert "cost against calls" in (stub.folder / "compare.html").read_text() and "run" in page.words
+    assert page.words[page.words.index("0.5") + 1] == "by arithmetic"
+    other = page.words.index("json_valid", page.words.index("Parts and other metrics"))
+    low, high = wilson_interval(0, 20)
+    assert page.words[other + len(result["ways"])] == f"0.0% ({low:.1%} to {high:.1%})"
+
+
+def test_the_page_says_that_the_figure_is_an_average_and_whose_the_changed_rows_are(stub, monkeypatch):
+    trained = []
+    for seed, right in enumerate((10, 14, 19)):
+        folder = stub.folder.parent / f"lora-seed{seed}"
+        folder.mkdir()
+        trained.append(Trained(name=folder.name, folder=folder, method="lora", seed=seed, rows=40, share=1.0))
+        stub.runs[folder.name] = lambda number, right=right, seed=seed: "right" if number < right else f"wrong {seed}"
+    monkeypatch.setattr(comparing, "Trainer", lambda *_: SimpleNamespace(methods=lambda: trained))
+    result = run(stub, ways=("zero", "tuned"), runs=(), methods=("lora",), seeds=3)
+    main, seeds = result["main"], result["seeds"]["lora"]
+    assert (main["tuned"], main["method"], main["runs"]) == ("lora-seed1", "lora", 3)
+    assert seeds["mean"] == pytest.approx(43 / 60) and seeds["shown"] == "lora-seed1"
+    zero = result["ways"][0]["value"]
+    assert main["difference"] == pytest.approx(43 / 60 - zero) == pytest.approx(result["pairs"][0]["difference"])
+    assert result["pairs"][0]["first"] == "lora, average of 3 trainings" and len(result["pairs"]) == 4
+    changed = [one["tuned"] for part in result["changed"].values() for one in part]
+    assert set(changed) <= {"right", "wrong 1"} and "right" in changed
+
+    words = Page((stub.folder / "compare.html").read_text(encoding="utf-8")).words
+    first = words.index(result["verdict"]["sentence"])
+    assert "on average of 3 trainings (50 % to 95 %)" in words[first]
+    assert words[first + 1] == (
+        "The tuned side is the average of 3 trainings by lora, each from a seed of its own: 71.7% (from 50.0% to "
+        "95.0%). Costs and the rows that changed are those of lora-seed1, whose score is nearest to that average."
+    )
+    table = words[words.index("lora, average of 3 trainings") :]
+    assert table[:3] == ["lora, average of 3 trainings", "71.7%", "3 runs"] and table[3] == "50.0% to 95.0%"
+    places = [table.index(f"lora-seed{seed}") for seed in range(3)]
+    assert places == sorted(places)
+    assert table[table.index("lora-seed1") + 1] == "nearest to the average"
+    assert "lora-seed1, one of 3 trainings, against smoke, zero-shot." in words
 
 
 @pytest.mark.parametrize(
@@ -369,16 +444,36 @@ def test_what_is_refused(stub, monkeypatch, options, message):
         run(stub, **options)
 
 
+def test_a_metric_that_cannot_score_is_refused_before_anything_is_answered(stub, tmp_path):
+    (tmp_path / "mine.py").write_text("def wrong(completions):\n    return 1\n")
+    metric = f"json_valid,{tmp_path}/mine.py:wrong"
+    stub.config = replace(stub.config, eval=replace(stub.config.eval, metric=metric, pattern=None))
+    with pytest.raises(ConfigError, match="metric wrong of .* returned a value of type int"):
+        run(stub)
+    assert not stub.asked
+
+
 def test_examples_that_would_cut_a_row_are_refused_with_it(stub, monkeypatch):
-    real = models.abstract_model
-    monkeypatch.setattr(
-        models, "abstract_model", lambda config: SimpleNamespace(config=SimpleNamespace(max_position_embeddings=700))
-    )
+    shape = SimpleNamespace(max_position_embeddings=700)
+    monkeypatch.setattr(models, "abstract_model", lambda config: SimpleNamespace(config=shape))
     with pytest.raises(ConfigError, match=r"--shots=2: 2 examples would cut a row: .*jsonl line \d+ has a prompt of"):
         run(stub, shots=(2,))
+    shape.max_position_embeddings = 1200
     result = run(stub, shots=None)
-    assert any("would cut a row" in text for text in result["refused"])
-    assert real is not models.abstract_model
+    assert len(result["refused"]) == 1 and "8 examples would cut a row" in result["refused"][0]
+    # What was tried fits before every row, and the next number of examples not before some row.
+    room, tokenizer = 1200 - stub.config.eval.max_new_tokens, tokenizer_of(stub.config)
+    assert {one["k"] for one in result["dev"]} == {0, 2, 4} and max(map(len, stub.asked)) <= room
+    split = load_rows(stub.config, tokenizer)
+    of_dev = choosers(("fixed", "bm25"), split.examples, split.seed, 1, None)
+    of_held_out = [one.over(split.train) for one in of_dev]
+    lengths = [
+        len(prompt_tokens(tokenizer, asked, chooser.examples(asked, 8))[0])
+        for rows, over in ((split.dev, of_dev), (split.held_out, of_held_out))
+        for asked in rows
+        for chooser in over
+    ]
+    assert max(lengths) > room
 
 
 def test_other_system_messages_are_tried(stub, tmp_path):

@@ -1,5 +1,6 @@
 """What calls take, by a clock that tests turn, and what a model computes of texts that it does not answer."""
 
+import threading
 from types import SimpleNamespace
 
 import jax
@@ -12,6 +13,7 @@ from jaxft.assets import ASSETS
 from jaxft.checkpoint.load import random_model
 from jaxft.comparison.rivals import speed
 from jaxft.comparison.rivals.cache import AnswerCache
+from jaxft.comparison.rivals.peak import peak_bytes
 from jaxft.comparison.rivals.states import log_probabilities, mean_states
 from jaxft.data import load_tokenizer
 from jaxft.errors import DataError
@@ -72,9 +74,40 @@ def test_memory_is_that_of_the_arrays(model):
     found = speed.memory(model, 3, 64)
     weights = sum(array.nbytes for array in jax.tree.leaves(nnx.state(model)))
     cache = lambda length: sum(array.nbytes for array in jax.tree.leaves(model.init_cache(3, length)))  # noqa: E731
-    assert found["memory_bytes"] == weights + cache(64)
+    assert found["memory_bytes"] == weights + cache(64) and found["memory_by"] == "arithmetic"
     assert found["cache_bytes_per_token"] * 64 * 3 == pytest.approx(cache(128) - cache(64), abs=3 * 64)
     assert found["parameters"] == sum(array.size for array in jax.tree.leaves(nnx.state(model)))
+
+
+class Device:
+    """A device that says what the test sets, and when it was asked for that."""
+
+    def __init__(self, in_use, peak):
+        self.in_use, self.peak, self.seen = in_use, peak, {}
+
+    def memory_stats(self):
+        stats = {"bytes_in_use": self.in_use, "peak_bytes_in_use": self.peak}
+        self.seen.setdefault(stats["bytes_in_use"], threading.Event()).set()
+        return stats
+
+    def run(self, in_use, peak):
+        """Has so much in use until that was looked at."""
+        event = self.seen.setdefault(in_use, threading.Event())
+        before, self.in_use, self.peak = self.in_use, in_use, max(self.peak, peak)
+        assert event.wait(60)
+        self.in_use = before
+
+
+def test_peak_memory_is_what_devices_say():
+    one, other = Device(10, 500), Device(20, 90)
+
+    def call():
+        one.run(300, 400)  # below the peak of its process
+        other.run(30, 95)  # a new peak, between two looks
+
+    assert peak_bytes(call, [one, other]) == 300 + 95
+    assert peak_bytes(lambda: None, [one, other]) == 10 + 20
+    assert peak_bytes(lambda: pytest.fail("called"), jax.devices()) is None  # a CPU does not say
 
 
 def test_states_and_log_probabilities_are_those_of_the_model(model):

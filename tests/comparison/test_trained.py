@@ -1,5 +1,6 @@
 """Learning curves: planted power laws are found, flat ones are called flat; runs that a comparison trains itself."""
 
+import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,9 +14,10 @@ from jaxft.comparison.plan import Budget, Plan
 from jaxft.comparison.trained.curve import at, fit, more_rows
 from jaxft.comparison.trained.drift import drift, few_enough, texts_of_probe
 from jaxft.comparison.trained.probe import probed, requests_of, rows_of
-from jaxft.comparison.trained.seeds import main_pair, methods_of, seeds_of
-from jaxft.comparison.trained.training import Trainer
+from jaxft.comparison.trained.seeds import main_pair, methods_of, seeds_of, sides_of
+from jaxft.comparison.trained.training import Trainer, dev_of, part_of
 from jaxft.config import DataConfig
+from jaxft.data.sources import train_and_eval
 from jaxft.errors import ConfigError
 from jaxft.evaluation.statistics import bca_interval, permutation_p
 
@@ -113,6 +115,21 @@ def test_of_a_part_the_checkpoint_is_that_of_the_least_loss_on_rows_that_no_part
     assert whole.summary["eval_loss"] == 1.0 and trained[-1].export.checkpoint == "last"
 
 
+def test_no_held_out_row_is_in_a_part_and_parts_are_nested_for_every_seed(tmp_path):
+    rows = [{"prompt": f"question {number}", "completion": "yes"} for number in range(60)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for seed in range(200):
+        generator = np.random.default_rng(seed)
+        fraction, *shares = generator.uniform(0.02, 0.98, 4).round(3).tolist()
+        train, held_out = train_and_eval(DataConfig(train=str(tmp_path / "rows.jsonl"), eval_fraction=fraction), seed)
+        asked = {row["prompt"] for row in held_out}
+        parts = [{train[one]["prompt"] for one in part_of(len(train), share)} for share in (*sorted(shares), 1)]
+        dev = {train[one]["prompt"] for one in dev_of(len(train))}
+        assert len(parts[-1]) == len(train) == 60 - len(asked) and not asked & parts[-1]
+        assert dev and all(smaller <= larger for smaller, larger in itertools.pairwise(parts))
+        assert not any(part & dev for part in parts[:-1])
+
+
 def test_no_time_trains_nothing_and_a_mixture_is_refused(trainer):
     made, trained = trainer(minutes=1e-9, methods=("lora",))
     assert made.methods() == [] and not trained
@@ -135,22 +152,25 @@ def test_the_verdict_is_about_the_average_of_seeds_and_not_the_luckiest():
     trained = [SimpleNamespace(name=one, method=one[0]) for one in draws]
     methods = methods_of(ways, trained)
     found = seeds_of(methods)
-    assert found["a"] == {"runs": 3, "mean": pytest.approx(0.6), "low": 0.4, "high": 0.9} and set(found) == {"a", "b"}
+    assert set(found) == {"a", "b"} and found["a"] == {
+        "runs": 3, "mean": pytest.approx(0.6), "low": 0.4, "high": 0.9, "ways": ["a0", "a1", "a2"], "shown": "a1",
+    }  # fmt: skip
+    main_of = lambda ways, prompt, methods: main_pair(sides_of(ways, prompt, methods, 0.02, None))  # noqa: E731
 
-    main = main_pair(ways, prompt, methods, 0.02, None)
+    main = main_of(ways, prompt, methods)
     assert main.first.name in ("b0", "b1") and main.trainings.count == 2  # a0 has the best score of all
     difference = np.mean([ways[3].main.values, ways[4].main.values], axis=0) - prompt.main.values
     assert main.compared.difference == pytest.approx(0.2) == pytest.approx(difference.mean())
     assert main.compared.interval == bca_interval(difference, level=1 - 0.05 / 2)  # the better of two methods
     assert main.compared.p == permutation_p(difference) and main.compared.pairs is None
-    assert main_pair(ways, None, methods, 0.02, None) is None is main_pair([], prompt, [], 0.02, None)
+    assert main_of(ways, None, methods) is None is main_of([], prompt, [])
 
     # A run that was trained elsewhere stands beside the methods; the trainings of one seed are as it.
-    alone = main_pair([*ways, way("run", [1.0] * 80 + [0.0] * 20)], prompt, methods, 0.02, None)
+    alone = main_of([*ways, way("run", [1.0] * 80 + [0.0] * 20)], prompt, methods)
     assert alone.first.name == "run" and alone.trainings is None and alone.compared.pairs is not None
-    middle = main_pair(ways[:3], prompt, methods[:1], 0.02, None)
+    middle = main_of(ways[:3], prompt, methods[:1])
     assert middle.first.name == "a1" and middle.compared.difference == pytest.approx(0.1)
-    once = main_pair(ways[:1], prompt, methods_of(ways[:1], trained), 0.02, None)
+    once = main_of(ways[:1], prompt, methods_of(ways[:1], trained))
     assert once.first.name == "a0" and once.trainings is None
 
 

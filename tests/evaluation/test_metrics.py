@@ -11,9 +11,10 @@ from jaxft.config import EvalConfig
 from jaxft.config.train import METRICS as NAMES
 from jaxft.errors import ConfigError, DataError
 from jaxft.evaluation import metrics
-from jaxft.evaluation.json_answers import load_schema
-from jaxft.evaluation.metrics import METRICS, OTHER, Settings, check, measure
+from jaxft.evaluation.json_answers import Schema, load_schema
+from jaxft.evaluation.metrics import ENOUGH_FOR_CLASSES, METRICS, OTHER, Measured, Settings, check, measure
 from jaxft.evaluation.statistics import wilson_interval
+from jaxft.runs.scores import measuring
 from jaxft.runs.scores.measuring import Metrics
 
 SCHEMA = {
@@ -138,7 +139,19 @@ def test_references_that_nothing_compares_with_are_refused(schema):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("[1]", "holds a list, no object"), ("{", "cannot be read"), ('{"type": 3}', "is no JSON Schema")],
+    [
+        ("[1]", "holds a list, no object"),
+        ("{", "cannot be read"),
+        ('{"type": 3}', "is no JSON Schema"),
+        ('{"properties": {"a": {"pattern": "("}}}', "is no JSON Schema"),
+        ('{"intent": "refund", "order": 3}', r"none of its keys \(intent, order\) is a keyword"),
+        ("{}", "it has none"),
+        ('{"properties": {"a": {"$ref": "#/$defs/absent"}}}', "refers to '#/\\$defs/absent', which it does not hold"),
+        (
+            '{"type": "object", "anyOf": [{"$ref": "https://example.org/x.json"}]}',
+            "refers to 'https://example.org/x.json'",
+        ),
+    ],
 )
 def test_a_file_that_is_no_schema_is_refused(tmp_path, text, message):
     (tmp_path / "schema.json").write_text(text)
@@ -146,6 +159,42 @@ def test_a_file_that_is_no_schema_is_refused(tmp_path, text, message):
         load_schema(str(tmp_path / "schema.json"))
     with pytest.raises(ConfigError, match="cannot be read"):
         load_schema(str(tmp_path / "absent.json"))
+
+
+def test_a_schema_may_refer_to_its_own_parts_and_not_to_itself_without_end(tmp_path):
+    whole = {"$ref": "#/$defs/one", "$defs": {"one": {"type": "object", "properties": {"$ref": {"type": "string"}}}}}
+    for value, text, fits in ((whole, '{"$ref": "x"}', True), (whole, "[]", False)):
+        (tmp_path / "schema.json").write_text(json.dumps(value))
+        assert (load_schema(str(tmp_path / "schema.json")).problem(text) is None) == fits
+    (tmp_path / "schema.json").write_text('{"$ref": "#"}')
+    with pytest.raises(ConfigError, match="refers to itself without end"):
+        load_schema(str(tmp_path / "schema.json")).problem("{}")
+    hidden = Schema(source="s.json", value={"$defs": {"a": {"$id": "a"}}, "$ref": "https://example.org/x.json"})
+    with pytest.raises(ConfigError, match="no other file or address is read"):
+        hidden.problem("{}")
+
+
+def test_answers_of_no_list_are_no_classes():
+    answers = [f"label {number}" for number in range(ENOUGH_FOR_CLASSES)]
+    with pytest.raises(DataError, match="all 50 are different, so that there is no such list"):
+        check("classification", answers)
+    check("classification", answers[:-1])
+    check("classification", [*answers, answers[3]])
+
+
+def test_each_of_several_metrics_has_its_interval_at_the_ends_too(schema):
+    answers, references = ['{"a": 1}', "no"], ['{"a": 1, "b": 2}'] * 2
+    names = ("json_exact", "json_valid", "json_fields", "classification", "regex")
+    for given in (answers, ["no", "no"], references):
+        for name in names:
+            one = measure(name, given, references, Settings(pattern="1"))
+            low, high = one.summary()["interval"]
+            assert 0 <= low <= one.value <= high <= 1 and low < high, name
+    nothing = measure("json_fields", ["no"] * 30, ['{"a": 1}'] * 30)
+    assert (
+        nothing.interval() == wilson_interval(0, 30) and measure("json_fields", ['{"a": 3}'], ['{"a": 3}']).interval()
+    )
+    assert Measured(name="x", values=(0.5, 0.5), passes=False).interval() is None
 
 
 def test_a_schema_without_its_library_is_refused(tmp_path, monkeypatch):
@@ -173,6 +222,21 @@ def late(completions):
 
 def other(completions, price):
     return [1 for _ in completions]
+
+def not_a_number(completions, **_):
+    return [float("nan")] * len(completions)
+
+def of_one(completions, reference):
+    return completions == reference
+
+def by_position(completion, reference, /):
+    return [1]
+
+def shorter(completions):
+    return [1]
+
+def raises(completions):
+    return [len(one["content"]) for one in completions]
 """
 
 
@@ -187,7 +251,32 @@ def test_functions_of_a_file_are_metrics(tmp_path):
     content = json.dumps(both.content())
     path.write_text(FUNCTIONS + "\n")
     assert json.dumps(both.content()) != content
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("other", "metric other of .*mine.py needs 'price'"),
+        ("absent", "metric absent of .*mine.py cannot be imported"),
+        ("late", "late gave no number"),
+        ("not_a_number", r"metric not_a_number of .*mine.py returned nan as a score. It must be a finite number\.$"),
+        ("of_one", r"a value of type bool for 1 answers. It must return a list with one number for each answer\."),
+        ("by_position", "metric by_position of .* takes nothing by name"),
+        ("shorter", "returned 1 rewards for 3 answers"),
+        ("raises", "metric raises of .*raised on answer 0 of the held-out rows"),
+    ],
+)  # fmt: skip
+def test_a_function_that_is_no_metric_is_refused_before_anything_is_answered(tmp_path, name, message, monkeypatch):
+    monkeypatch.setattr(measuring, "WORKERS", 1)
+    monkeypatch.setattr(measuring, "TRIED", 3 if name == "shorter" else 1)
+    (tmp_path / "mine.py").write_text(FUNCTIONS)
+    with pytest.raises(ConfigError, match=message):
+        Metrics.of(EvalConfig(metric=f"{tmp_path}/mine.py:{name}")).check(["a", "b", "c"])
+
+
+def test_a_function_without_its_file_and_one_that_fails_later_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="eval.metric: there is no file '.*absent.py'"):
+        Metrics.of(EvalConfig(metric=f"{tmp_path}/absent.py:half"))
+    (tmp_path / "mine.py").write_text(FUNCTIONS)
     with pytest.raises(DataError, match=r"late gave no score to 2 of 2 held-out answers \(rows 0, 1\)"):
-        Metrics.of(EvalConfig(metric=f"{path}:late")).measure(["p"] * 2, ["a", "x"], ["a", "b"])
-    with pytest.raises(ConfigError, match="needs 'price'"):
-        Metrics.of(EvalConfig(metric=f"{path}:other")).check(["a"])
+        Metrics.of(EvalConfig(metric=f"{tmp_path}/mine.py:late")).measure(["p"] * 2, ["a", "x"], ["a", "b"])

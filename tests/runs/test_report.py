@@ -11,8 +11,10 @@ from scipy.stats import binomtest
 
 from jaxft.config import DataConfig, ModelConfig, RunConfig
 from jaxft.errors import DataError
+from jaxft.evaluation.metrics import measure
 from jaxft.evaluation.statistics import wilson_interval
 from jaxft.runs.report import write_report
+from jaxft.runs.report.texts import score_sections
 
 HOSTILE = "</pre><script>alert('x')</script><img src=x onerror=alert(1)> & \"quotes\" {{ 7 * 7 }}"
 
@@ -208,6 +210,17 @@ def test_absent_keys_are_borne(full, files):
 def test_a_score_after_training_alone(full):
     (full / "scores.json").write_text('{"tuned": {"correct": 1, "total": 4}}')
     assert "— → 25.0%" in Page(write_report(full)[0]).text
+
+
+def test_every_metric_and_part_has_its_interval():
+    tuned = measure("json_exact", ['{"a": 1}', "no"], ['{"a": 1}', '{"a": 2}']).summary()
+    other = measure("classification", ["x", "y", "x"], ["x", "y", "y"]).summary()
+    first, second = score_sections({"metric": "json_exact", "tuned": tuned | {"metrics": {"classification": other}}})
+    assert (first["parts"]["a"]["tuned"], first["entries"][0]["ends"]) == ("50.0% (9.5% to 90.5%)", ["9.5%", "90.5%"])
+    low, high = other["macro_f1_interval"]
+    assert second["parts"]["macro-F1"]["tuned"] == f"66.7% ({low:.1%} to {high:.1%})" and second["entries"][0]["ends"]
+    for damaged in ({"a": 3}, None, [1]):
+        assert score_sections({"tuned": tuned | {"field_intervals": damaged}})[0]["parts"]["a"]["tuned"] == "50.0%"
 
 
 def test_more_samples_than_fit_are_counted(full):

@@ -83,6 +83,9 @@ def compare(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
         for way in result["ways"]:
             ends = "" if way["interval"] is None else f" ({way['interval'][0]:.3f} to {way['interval'][1]:.3f})"
             terminal.write(f"  {way['value']:.3f}{ends}  {way['name']}")
+        for method, one in result["seeds"].items():
+            ends = f" (from {one['low']:.3f} to {one['high']:.3f})"
+            terminal.write(f"  {one['mean']:.3f}{ends}  {method}, average of {one['runs']} trainings")
         terminal.write(f"{arguments.to}/compare.html has the rest")
     require = result["require"]
     if require is None or require["met"]:

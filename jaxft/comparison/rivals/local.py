@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import jax
 import numpy as np
 
 from jaxft.comparison.prompts import OWN, SystemPrompt, check_room, prompt_tokens
 from jaxft.comparison.rivals.cache import AnswerCache, digest_of
+from jaxft.comparison.rivals.peak import peak_bytes
 from jaxft.comparison.rivals.speed import MEASURED, call_seconds, memory, shared
 from jaxft.comparison.rivals.states import log_probabilities, mean_states
 from jaxft.comparison.rows import Row
@@ -123,7 +125,7 @@ class Local:
         return np.stack([known[key] for key in keys])
 
     def speed(self, rows: Sequence[Row], examples: Examples, system: SystemPrompt = OWN) -> dict[str, Any]:
-        """Seconds and memory of a call on the first rows; see `speed.call_seconds` and `speed.memory`."""
+        """Seconds and memory of calls on the first rows; see `call_seconds`, `memory` and `peak.peak_bytes`."""
         prompts = [prompt_tokens(self._tokenizer, row, examples(row), system)[0] for row in rows[:MEASURED]]
         slots = min(self._eval.batch_size, len(prompts))
         name = f"calls-{digest_of(self.digest, prompts, self._eval.max_new_tokens, slots)}"
@@ -136,6 +138,8 @@ class Local:
 
         measured = call_seconds(answer, prompts, slots, self._between)
         measured |= memory(module, slots, max(map(len, prompts)) + longest)
+        peak = peak_bytes(lambda: answer(prompts, slots, None), jax.local_devices())
+        measured |= {} if peak is None else {"memory_bytes": peak, "memory_by": "devices"}
         self._cache.keep_value(name, measured)
         return measured
 

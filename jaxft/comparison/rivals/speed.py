@@ -97,12 +97,13 @@ def _median(values: Sequence[float | None]) -> float | None:
     return round(known[len(known) // 2], 4) if known else None
 
 
-def memory(module: Decoder, slots: int, length: int) -> dict[str, int]:
+def memory(module: Decoder, slots: int, length: int) -> dict[str, Any]:
     """What a model of this shape needs: numbers of parameters, and bytes.
 
     `parameters`: all, adapters among them; `active_parameters`: those that multiply a token. `cache_bytes_per_token`:
     of one row; `cache_item_bytes`: of a number of it. `memory_bytes`: of the weights as they are and the cache of
-    `slots` rows of `length` tokens, the least that the calls need at their peak: activations come on top.
+    `slots` rows of `length` tokens, the least that the calls need at their peak: activations come on top. `memory_by`:
+    `arithmetic`; where devices say their peak, that takes the place of both.
     """
     sizes = sizes_of(module)
     weights = sum(array.nbytes for array in jax.tree.leaves(nnx.split(module)[1]))
@@ -114,6 +115,7 @@ def memory(module: Decoder, slots: int, length: int) -> dict[str, int]:
         "cache_bytes_per_token": math.ceil((two - one) / length),
         "cache_item_bytes": largest.dtype.itemsize,
         "memory_bytes": weights + _cache_bytes(module, slots, length),
+        "memory_by": "arithmetic",
     }
 
 

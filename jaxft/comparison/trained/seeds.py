@@ -47,46 +47,54 @@ def methods_of(tuned: Sequence[Way], trained: Sequence[Trained]) -> list[Method]
 
 
 def seeds_of(methods: Sequence[Method]) -> dict[str, dict[str, Any]]:
-    """The entries of compare.json, by method: the mean and the range of the scores of its trainings."""
+    """The entries of compare.json, by method: the mean and the range of the scores of its trainings.
+
+    `ways`: their names; `shown`: the one whose costs and changed rows stand for all.
+    """
     return {
-        one.name: {"runs": at.count, "mean": at.mean, "low": at.low, "high": at.high}
+        one.name: {
+            "runs": at.count,
+            "mean": at.mean,
+            "low": at.low,
+            "high": at.high,
+            "ways": [way.name for way in one.ways],
+            "shown": one.middle.name,
+        }
         for one, at in ((method, method.trainings) for method in methods)
     }
 
 
-def main_pair(
+def sides_of(
     tuned: Sequence[Way], prompt: Way | None, methods: Sequence[Method], margin: float, clusters: Sequence[Any] | None
-) -> Pair | None:
-    """The pair of the verdict: the best of runs and methods against the best prompt; None if one side is missing.
+) -> list[Pair]:
+    """Every run of its own and every method against the best prompt; none if one side is missing.
 
     A method counts with the average of its trainings, row by row, and is shown by the one in the middle: the best of
-    several trainings, if it is looked for on the held-out rows, is better there than on any others. The interval allows
-    for the number of runs and methods among which the best was looked for. clusters: as of `compare_values`.
+    several trainings, if it is looked for on the held-out rows, is better there than on any others. Intervals allow
+    for the number of runs and methods among which the best is looked for. clusters: as of `compare_values`.
     """
     if prompt is None:
-        return None
-    several = {way.name for method in methods for way in method.ways}
-    alone = [way for way in tuned if way.name not in several]
-    tests = len(alone) + len(methods)
+        return []
+    averaged = {way.name for method in methods for way in method.ways}
+    alone = [way for way in tuned if way.name not in averaged]
 
-    pairs = [
-        Pair(
-            first=way,
-            second=prompt,
-            compared=compare_values(
-                values,
-                prompt.main.values,
-                passes=trainings is None and way.main.passes and prompt.main.passes,
-                margin=margin,
-                clusters=clusters,
-                tests=tests,
-            ),
-            trainings=trainings,
-            values=values,
+    def pair(way: Way, values: tuple[float, ...], passes: bool, **trained: Any) -> Pair:
+        compared = compare_values(
+            values,
+            prompt.main.values,
+            passes=passes,
+            margin=margin,
+            clusters=clusters,
+            tests=len(alone) + len(methods),
         )
-        for way, values, trainings in [
-            *((way, tuple(way.main.values), None) for way in alone),
-            *((method.middle, method.values, method.trainings) for method in methods),
-        ]
+        return Pair(first=way, second=prompt, compared=compared, values=values, **trained)
+
+    return [
+        *(pair(way, tuple(way.main.values), way.main.passes and prompt.main.passes) for way in alone),
+        *(pair(one.middle, one.values, False, trainings=one.trainings, method=one.name) for one in methods),
     ]
-    return max(pairs, key=lambda one: one.compared.difference, default=None)
+
+
+def main_pair(sides: Sequence[Pair]) -> Pair | None:
+    """The pair of the verdict: of `sides_of`, the one that is furthest ahead; None if there is none."""
+    return max(sides, key=lambda one: one.compared.difference, default=None)

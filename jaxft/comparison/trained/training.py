@@ -110,7 +110,7 @@ class Trainer:
                 folder=self._folder / "runs" / name,
                 method=method,
                 seed=seed,
-                rows=self._count(share),
+                rows=len(part_of(len(self._rows), share)),
                 share=share,
             )
             try:
@@ -163,26 +163,14 @@ class Trainer:
         changed.check()
         return changed
 
-    def _count(self, share: float) -> int:
-        rows = len(self._rows)
-        return rows if share == 1 else min(max(1, math.floor(share * rows)), rows - self._dev_rows())
-
     def _part(self, share: float) -> str:
-        """The file of a part of the rows: the first of an order that does not depend on the share."""
-        if share == 1:
-            return self._write("train", self._rows, range(len(self._rows)))
-        order = self._order()[: self._count(share)]
-        return self._write(f"train-{round(1000 * share)}", self._rows, sorted(order))
+        """The file of a part of the rows."""
+        name = "train" if share == 1 else f"train-{round(1000 * share)}"
+        return self._write(name, self._rows, part_of(len(self._rows), share))
 
     def _dev(self) -> str:
-        """The file of the last rows of that order."""
-        return self._write("dev", self._rows, sorted(self._order()[len(self._rows) - self._dev_rows() :]))
-
-    def _dev_rows(self) -> int:
-        return min(MOST_DEV, max(1, round(DEV_SHARE * len(self._rows))))
-
-    def _order(self) -> list[int]:
-        return [int(index) for index in np.random.default_rng([0, 3]).permutation(len(self._rows))]
+        """The file of the rows that are in no part."""
+        return self._write("dev", self._rows, dev_of(len(self._rows)))
 
     def _write(self, name: str, rows: Rows, indices: Any) -> str:
         path = self._folder / "data" / f"{name}.jsonl"
@@ -197,6 +185,29 @@ class Trainer:
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             write_text(path, text)
         return str(path)
+
+
+def part_of(rows: int, share: float) -> list[int]:
+    """The numbers of a share of the rows, in ascending order: the first of an order that does not depend on the share.
+
+    Of a share below 1, none is in `dev_of`; it has one row at least, if there are two.
+    """
+    if share == 1:
+        return list(range(rows))
+    return sorted(_order(rows)[: min(max(1, math.floor(share * rows)), rows - _dev_rows(rows))])
+
+
+def dev_of(rows: int) -> list[int]:
+    """The numbers of the last rows of that order, by whose loss the checkpoint of a part is taken."""
+    return sorted(_order(rows)[rows - _dev_rows(rows) :])
+
+
+def _dev_rows(rows: int) -> int:
+    return min(MOST_DEV, max(1, round(DEV_SHARE * rows)))
+
+
+def _order(rows: int) -> list[int]:
+    return [int(index) for index in np.random.default_rng([0, 3]).permutation(rows)]
 
 
 def held_out_metrics(folder: Path, config: RunConfig) -> dict[str, Any]:

@@ -3,9 +3,10 @@
 from jaxft.rollouts.reward_functions.functions import (
     RewardError,
     RewardFunctions,
+    Role,
     Scores,
     function_metrics,
     weighted_sum,
 )
 
-__all__ = ["RewardError", "RewardFunctions", "Scores", "function_metrics", "weighted_sum"]
+__all__ = ["RewardError", "RewardFunctions", "Role", "Scores", "function_metrics", "weighted_sum"]

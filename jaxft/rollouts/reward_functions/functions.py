@@ -25,6 +25,24 @@ class RewardError(JaxftError):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Role:
+    """What functions are for, in messages.
+
+    what: a function is, and `noun` what it returns. answers: which it scores. none: what it may return beside numbers.
+    setting: of the seconds that it may take.
+    """
+
+    what: str = "reward function"
+    noun: str = "reward"
+    answers: str = "a rollout"
+    none: str = ", or None for an answer that it does not score"
+    setting: str = " (rewards.timeout_seconds)"
+
+
+REWARD = Role()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Scores:
     """The rewards of n answers.
 
@@ -64,8 +82,9 @@ def weighted_sum(by_function: Mapping[str, np.ndarray], weights: Mapping[str, fl
 class RewardFunctions:
     """The functions of `rewards.functions`, each called in one of `workers` processes; a context manager.
 
-    completions: whether functions get an answer to messages as `text`, or as a list with one assistant message. Raises
-    ConfigError for functions that cannot be imported. The processes start with `check`, or the first answers.
+    completions: whether functions get an answer to messages as `text`, or as a list with one assistant message. role:
+    for messages. Raises ConfigError for functions that cannot be imported. The processes start with `check`, or the
+    first answers.
     """
 
     def __init__(
@@ -75,8 +94,9 @@ class RewardFunctions:
         workers: int = 2,
         timeout_seconds: float = 60.0,
         completions: Literal["text", "messages"] = "text",
+        role: Role = REWARD,
     ) -> None:
-        self.functions = named_functions(functions)
+        self.functions, self._role = named_functions(functions), role
         self._completions, self._workers = completions, workers
         self._timeout = timeout_seconds
         self._pool = Pool(workers, timeout_seconds)
@@ -97,21 +117,27 @@ class RewardFunctions:
     def check(self, columns: Sequence[str]) -> None:
         """Imports every function and compares its parameters with the columns of the rows.
 
-        Raises ConfigError if a function cannot be imported, or needs a column that the rows do not have.
+        Raises ConfigError if a function cannot be imported, takes nothing by name, or needs a column that the rows do
+        not have.
         """
         calls = [Call(kind="load", source=one.source, name=one.name) for one in self.functions]
         self._pool.run(calls)
         for one, call in zip(self.functions, calls, strict=True):
             if call.outcome != "ok":
-                late = f"its import took longer than rewards.timeout_seconds={self._timeout:g}"
+                late = f"its import took longer than {self._timeout:g} s{self._role.setting}"
                 why = late if call.outcome == "timeout" else call.result
-                raise ConfigError(f"reward function {one.name} of {one.source} cannot be imported: {why}")
+                raise ConfigError(f"{self._where(one)} cannot be imported: {why}")
             self._parameters[one.name] = call.result
+            if not call.result["names"] and not call.result["any"]:
+                raise ConfigError(
+                    f"{self._where(one)} takes nothing by name, and is called by name, with completions=[...] and the "
+                    "columns of the rows: give it such parameters, without a slash after them"
+                )
             missing = [name for name in call.result["needed"] if name not in (*GIVEN, *columns)]
             if missing:
                 hints = "".join(did_you_mean(name, columns) for name in missing)
                 raise ConfigError(
-                    f"reward function {one.name} of {one.source} needs {', '.join(map(repr, missing))}, and the rows "
+                    f"{self._where(one)} needs {', '.join(map(repr, missing))}, and the rows "
                     f"have no such column; they have {', '.join(sorted(columns)) or 'none but the prompt'}.{hints} Add "
                     "the column, or give the parameter a default."
                 )
@@ -124,14 +150,15 @@ class RewardFunctions:
         columns: Mapping[str, Sequence[Any]],
         *,
         messages: Sequence[Sequence[Mapping[str, Any]] | None] | None = None,
+        alone: bool = False,
     ) -> Scores:
         """The rewards of n answers, in their order.
 
         prompts: text or messages. completions: text of each answer, without stop tokens. completion_ids: its token ids.
         columns: of the rows, [n] each. messages: of answers that are conversations, None of others, which are one
         message; for functions that get messages. Several processes of a run each score a part of the answers, and then
-        have all rewards. Raises RewardError, naming the function, if it raises, if its process dies twice, or if it
-        returns anything but one number or None for each answer.
+        have all rewards, unless this one scores all of them `alone`. Raises RewardError, naming the function, if it
+        raises, if its process dies twice, or if it returns anything but one number or None for each answer.
         """
         started = time.monotonic()
         if not self._parameters:
@@ -139,8 +166,9 @@ class RewardFunctions:
         whole = messages or [None] * len(completions)
         given = [self._completion(*one) for one in zip(prompts, completions, whole, strict=True)]
         known = {"prompts": list(prompts), "completions": given, "completion_ids": [*map(list, completion_ids)]}
-        own = process_share(len(prompts))
-        parts = [self._checked(part) for part in gather(self._outcome({**columns, **known}, own))]
+        own = range(len(prompts)) if alone else process_share(len(prompts))
+        outcome = self._outcome({**columns, **known}, own)
+        parts = [self._checked(part) for part in ([outcome] if alone else gather(outcome))]
         by_function = {
             one.name: np.array([_nan(x) for part, _ in parts for x in part[one.name]], np.float64)
             for one in self.functions
@@ -196,11 +224,11 @@ class RewardFunctions:
         return Call(source=one.source, name=one.name, arguments=own)
 
     def _rewards(self, one: Named, call: Call, rows: np.ndarray) -> list[float | None]:
-        where = f"reward function {one.name} of {one.source}"
+        where, answers = self._where(one), self._role.answers
         if call.outcome == "died":
             raise RewardError(
                 f"{where}: its process died twice (exit code {call.result}) on the answers {rows[0]} to {rows[-1]} of "
-                "a rollout. A negative code is the number of a signal; -9 may be a lack of memory."
+                f"{answers}. A negative code is the number of a signal; -9 may be a lack of memory."
             )
         if call.outcome == "error":
             raise RewardError(f"{where} cannot be called:\n{call.result}")
@@ -209,9 +237,9 @@ class RewardFunctions:
             row, text = failure
             one_answer = row is not None and row >= 0
             if row is None:
-                which = f"on the answers {rows[0]} to {rows[-1]} of a rollout, or on one of them"
+                which = f"on the answers {rows[0]} to {rows[-1]} of {answers}, or on one of them"
             elif one_answer:
-                which = f"on answer {rows[row]} of a rollout"
+                which = f"on answer {rows[row]} of {answers}"
             else:
                 which = "on several answers, but on none of them alone"
             shown = ""
@@ -222,9 +250,12 @@ class RewardFunctions:
             count = f"{len(returned)} rewards" if isinstance(returned, list) else f"a value of type {returned}"
             raise RewardError(
                 f"{where} returned {count} for {len(rows)} answers. It must return a list with one number for each "
-                "answer, or None for an answer that it does not score."
+                f"answer{self._role.none}."
             )
         return [self._reward(where, value) for value in returned]
+
+    def _where(self, one: Named) -> str:
+        return f"{self._role.what} {one.name} of {one.source}"
 
     def _hint(self, text: str) -> str:
         if self._completions == "text" and "string indices must be integers" in text:
@@ -239,12 +270,10 @@ class RewardFunctions:
             )
         return ""
 
-    @staticmethod
-    def _reward(where: str, value: float | str | None) -> float | None:
+    def _reward(self, where: str, value: float | str | None) -> float | None:
         if isinstance(value, str) or (value is not None and not math.isfinite(value)):
             raise RewardError(
-                f"{where} returned {value} as a reward. It must be a finite number, or None for an answer that it "
-                "does not score."
+                f"{where} returned {value} as a {self._role.noun}. It must be a finite number{self._role.none}."
             )
         return value
 

@@ -107,19 +107,34 @@ def _score_section(metric: str, entries: Mapping[str, Row]) -> dict[str, Any]:
         shown.append(one | {"ends": ends})
     parts: dict[str, dict[str, str]] = {}
     for way, entry in entries.items():
-        fields = entry.get("fields")
+        fields, intervals = entry.get("fields"), entry.get("field_intervals")
         given = dict(fields) if isinstance(fields, Mapping) else {}
-        given |= {"macro-F1": entry["macro_f1"]} if is_number(entry.get("macro_f1")) else {}
+        ends_of = dict(intervals) if isinstance(intervals, Mapping) else {}
+        if is_number(entry.get("macro_f1")):
+            given["macro-F1"], ends_of["macro-F1"] = entry["macro_f1"], entry.get("macro_f1_interval")
         for key, value in given.items():
-            parts.setdefault(str(key), {})[way] = f"{value:.1%}" if is_number(value) else "—"
+            parts.setdefault(str(key), {})[way] = _part(value, ends_of.get(key))
     return {"metric": metric, "entries": shown, "parts": parts, "mistakes": _mistakes(entries)}
 
 
+def _part(value: Any, interval: Any) -> str:
+    """A share with its interval, if it has one; a dash for anything else."""
+    if not is_number(value):
+        return "—"
+    ends = _ends(interval)
+    return f"{value:.1%}" if ends is None else f"{value:.1%} ({ends[0]:.1%} to {ends[1]:.1%})"
+
+
 def _interval(entry: Mapping[str, Any]) -> Interval | None:
-    given, counts = entry.get("interval"), _counts(entry)
+    counts = _counts(entry)
+    return _ends(entry.get("interval")) or (wilson_interval(*counts) if counts else None)
+
+
+def _ends(given: Any) -> Interval | None:
+    """The ends of an interval that was read; None if it is none."""
     if isinstance(given, list) and len(given) == 2 and all(map(is_number, given)):
         return given[0], given[1]
-    return wilson_interval(*counts) if counts else None
+    return None
 
 
 def _mistakes(entries: Mapping[str, Row]) -> list[tuple[str, str, int]]:

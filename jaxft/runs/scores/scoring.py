@@ -16,7 +16,7 @@ from jaxft.evaluation.metrics import Measured
 from jaxft.files.run_folder import SCORES, read_if_whole
 from jaxft.nn.decoder import Decoder
 from jaxft.runs.scores.answers import AnswersFile, answer_prompts, answers_key
-from jaxft.runs.scores.measuring import Metrics
+from jaxft.runs.scores.measuring import TRIED, Metrics
 
 SAMPLES = 6
 
@@ -81,7 +81,8 @@ def check_scores(config: RunConfig, data: Prepared, tokenizer: Tokenizer, model:
     if config.eval.metric is None or data.eval_examples is None:
         return []
     metrics = Metrics.of(config.eval)
-    metrics.check(data.eval_references, data.eval_names)
+    first = [tokenizer.decode(one) for one in data.eval_prompts[:TRIED]]
+    metrics.check(data.eval_references, data.eval_names, first)
     most = config.eval.max_new_tokens
     if model is not None:
         room = model.config.max_position_embeddings - model.virtual_tokens - max(map(len, data.eval_prompts), default=0)
