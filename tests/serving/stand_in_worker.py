@@ -2,7 +2,7 @@
 
 The row is an object: steps, pause (seconds of a step), epoch (steps between checkpoints), bad (a message: the rows
 are refused), wait (a step after which it waits for a file `go` in its folder, or SIGTERM), die (steps at which it is
-killed, each once), fail (a message), deaf (it ignores SIGTERM), always_die, resolved (put into resolved.json).
+killed, each once; at 0 after it has written resolved.json), fail (a message), deaf (it ignores SIGTERM), always_die, resolved (put into resolved.json).
 It imports nothing of jaxft, so that it starts at once.
 """
 
@@ -58,6 +58,13 @@ def newest():
     return max(map(int, os.listdir(folder)), default=0) if os.path.isdir(folder) else 0
 
 
+def die(row, step):
+    mark = path(f"died-{step}")
+    if step in row.get("die", ()) and (row.get("always_die") or not os.path.exists(mark)):
+        open(mark, "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def train(row):
     os.makedirs(path("run"), exist_ok=True)
     start, metrics, before = newest(), path("run", "metrics.jsonl"), []
@@ -76,10 +83,7 @@ def train(row):
             file.write(json.dumps(line) + "\n")
         while step == row.get("wait") and not stopping and not os.path.exists(path("go")):
             time.sleep(0.01)
-        mark = path(f"died-{step}")
-        if step in row.get("die", ()) and (row.get("always_die") or not os.path.exists(mark)):
-            open(mark, "w").close()
-            os.kill(os.getpid(), signal.SIGKILL)
+        die(row, step)
         if step % row.get("epoch", 10**9) == 0 and step < row["steps"]:
             save(step)
             if not os.path.isdir(path("exports", f"step-{step}")):
@@ -102,7 +106,8 @@ def main():
         plan, examination = {"steps": row["steps"]}, {"rows": 1}
         resolved = {"hyperparameters": numbers, "plan": plan, "examination": examination}
         write("resolved.json", {**resolved, **row.get("resolved", {})})
-        tell("validated", "Files validated")
+        die(row, 0)
+    tell("validated", "Files validated")
     if GOAL == "validate":
         end(0, "validated")
     train(row)

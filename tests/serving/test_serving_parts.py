@@ -18,7 +18,7 @@ from jaxft.serving.jobs.metrics import checkpoint_metrics, step_metrics_csv
 from jaxft.serving.jobs.run_config import allowed_keys, check_config, config_of
 from jaxft.serving.supervision import processes
 from jaxft.serving.supervision.tailing import Tail
-from jaxft.serving.worker.examine import examine, final_config
+from jaxft.serving.worker.examine import examine, final_config, tell_examined
 from jaxft.serving.worker.telling import Telling, error_of
 
 ROWS = (ASSETS / "quickstart" / "train.jsonl").read_bytes().splitlines(keepends=True)
@@ -79,12 +79,13 @@ def test_the_examination_of_rows_without_jax(tmp_path):
     text = "".join(piece["text"] for piece in out["examination"]["first_rows"][0] if piece["trained"])
     assert json.loads(ROWS[0])["messages"][-1]["content"] in text
     assert any("only 6 rows" in warning for warning in out["warnings"])
+    tell_examined(telling, out)
     config = final_config(spec, folder, out)
     assert (config.seed, config.train.epochs, config.train.batch_size) == (5, 16.0, 4)
     assert config.data.max_length == 2048 and config.adapter.r == 4 and config.optim.learning_rate == 2e-4
     assert config.checkpoint.every_epochs == 1.0 and config.train.eval_every_epochs == 1.0
     events = [json.loads(line) for line in folder.events.read_text().splitlines()]
-    assert [event["kind"] for event in events][:2] == ["phase", "validated"]
+    assert [event["kind"] for event in events] == ["phase", *["warning"] * len(out["warnings"]), "validated"]
     assert json.loads(folder.resolved.read_text())["plan"] == out["plan"]
 
 

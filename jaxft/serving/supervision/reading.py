@@ -34,6 +34,10 @@ def read_worker(state: State, id: str, watch: Watch) -> Mapping[str, Any] | None
 
 def _enter(state: State, job: Row, watch: Watch, event: Mapping[str, Any]) -> None:
     id, kind, step, data = job["id"], event["kind"], int(event.get("step", 0)), event.get("data") or {}
+    if kind not in SILENT:  # before what follows from it, as clients read them
+        level = event.get("level", "info")
+        message = str(event.get("message", kind))
+        add_event(state, id, NewEvent(kind=kind, step=step, level=level, message=message, data=data))
     if kind == "phase":
         set_columns(state, id, phase=str(data.get("phase", ""))[:40])
     elif kind == "checkpoint":
@@ -43,15 +47,11 @@ def _enter(state: State, job: Row, watch: Watch, event: Mapping[str, Any]) -> No
     elif kind == "started":
         move(state, id, "running", "queued")
         _set_steps(state, job_of(state, id), data.get("steps"))
-    if kind not in SILENT:
-        level = event.get("level", "info")
-        message = str(event.get("message", kind))
-        add_event(state, id, NewEvent(kind=kind, step=step, level=level, message=message, data=data))
 
 
 def _validated(state: State, job: Row, watch: Watch) -> None:
     resolved = read_object(watch.folder.resolved)
-    if resolved is None:
+    if resolved is None or job["status"] != "validating_files":  # every worker of a job tells it
         return
     set_columns(state, job["id"], resolved=json.dumps({name: resolved.get(name) for name in _SHOWN}))
     if request_of(job)["start"]:
