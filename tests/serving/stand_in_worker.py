@@ -2,7 +2,8 @@
 
 The row is an object: steps, pause (seconds of a step), epoch (steps between checkpoints), bad (a message: the rows
 are refused), wait (a step after which it waits for a file `go` in its folder, or SIGTERM), die (steps at which it is
-killed, each once; at 0 after it has written resolved.json), fail (a message), deaf (it ignores SIGTERM), always_die, resolved (put into resolved.json).
+killed, each once; at 0 after it has written resolved.json), fail (a message), deaf (it ignores SIGTERM), always_die,
+resolved (put into resolved.json).
 It imports nothing of jaxft, so that it starts at once.
 """
 
