@@ -33,6 +33,7 @@ def generate_tokens(
     on_group: OnGroup | None = None,
     streams: Sequence[int] | None = None,
     keep_slots: bool = False,
+    between: Callable[[], None] = lambda: None,
 ) -> list[Generated]:
     """Continues every prompt; results are in the order of the prompts.
 
@@ -49,10 +50,11 @@ def generate_tokens(
     have. Generation waits until it returns, so long work belongs into another thread or process.
 
     Row i draws with the seed of its Sampling and stream i, or the i-th of `streams`. keep_slots: whether a call with
-    fewer rows has `slots` too, and so the shape of one with more. Calls of similar shapes reuse compiled functions,
-    whatever the parameters and settings. Parameters on a mesh are first copied into the layout for generation
-    (`generation.layout.for_decoding`), in which rows and heads are split, and no token gathers weights. Nothing but
-    `cache` keeps the parameters or their copy after the call.
+    fewer rows has `slots` too, and so the shape of one with more. between: called before every few tokens; what it
+    raises ends the call. Calls of similar shapes reuse compiled functions, whatever the parameters and settings.
+    Parameters on a mesh are first copied into the layout for generation (`generation.layout.for_decoding`), in which
+    rows and heads are split, and no token gathers weights. Nothing but `cache` keeps the parameters or their copy after
+    the call.
     Raises DataError for prompts that are empty, contain ids outside the vocabulary, or exceed the model's positions
     together with max_new_tokens; ConfigError for settings that contradict each other, and for `cache` with several
     prompts.
@@ -76,6 +78,7 @@ def generate_tokens(
         on_group=on_group,
         streams=streams,
         keep_slots=keep_slots,
+        between=between,
     )
 
 
@@ -94,6 +97,7 @@ def run(
     on_group: OnGroup | None = None,
     streams: Sequence[int] | None = None,
     keep_slots: bool = False,
+    between: Callable[[], None] = lambda: None,
 ) -> list[Generated]:
     """`generate_tokens` for a caller that handles stop strings itself. prompts: one for each answer."""
     _check(model, prompts, samplings, slots, length)
@@ -129,7 +133,7 @@ def run(
         on_end = _by_group(requests, answers, on_group)
         for request in requests:
             request.on_end = on_end
-    running.run(requests)
+    running.run(requests, between)
     if cache is not None:
         running.save_cache(requests[0], cache)
     return [_result(request) for request in requests]
