@@ -47,7 +47,7 @@ def _work(spec: JobSpec, folder: JobFolder, telling: Telling, *, train: bool) ->
     telling.phase("loading")
     from jaxft.serving.worker.training import train_job
 
-    train_job(config, folder, telling, resolved["examination"]["sequences"])
+    train_job(config, spec, folder, telling, resolved["examination"]["sequences"])
 
 
 if __name__ == "__main__":
