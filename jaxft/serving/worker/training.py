@@ -16,6 +16,7 @@ from jaxft.files import run_folder
 from jaxft.files.atomic import new_folder
 from jaxft.runs.train import train
 from jaxft.serving.jobs.folder import JobFolder, JobSpec
+from jaxft.serving.worker.batch import planned
 from jaxft.serving.worker.naming import name_base
 from jaxft.serving.worker.telling import Telling
 from jaxft.sharding import distributed
@@ -40,6 +41,7 @@ def train_job(config: RunConfig, spec: JobSpec, folder: JobFolder, telling: Tell
     telling.event("started", "Fine-tuning job started", devices=_devices(), steps=steps)
     if before:
         telling.event("going_on", f"Going on from step {before}", step=before)
+    config = planned(config, spec, folder, telling, steps=steps)
 
     def export(step: int, write: Callable[[Path], None]) -> None:
         target = folder.exports / f"step-{step}"
