@@ -115,35 +115,12 @@ def fit(
         while len(taken) > count:
             _settle(hooks, cadence, taken.pop(0), state, progress, window, log)
 
-    def finish(step: int) -> bool:
-        """Evaluates and saves after a step; returns whether training ends with it. Raises Preempted.
-
-        The step from which a run goes on is saved already, and gets its metrics.
-        """
-        nonlocal held_out
-        # Metrics of an earlier step must not rank this step's checkpoint.
-        held_out = {}
-        if cadence.due(step, cadence.eval_every):
-            settle()
-            held_out = _evaluate_or_save(hooks, state, step, log, progress)
-        ending = _ends_early(hooks, step, held_out, progress)
-        # Every process asks after the same steps.
-        with hooks.times.during("peers"):
-            stopping = hooks.may_stop(step) and hooks.preempted()
-        if stopping or ending or step == start or cadence.due(step, cadence.save_every):
-            settle()
-            if ending and not held_out:
-                held_out = _evaluate_or_save(hooks, state, step, log, progress)
-            with hooks.times.during("save"):
-                hooks.save(step, state, progress, held_out)
-        if stopping and not ending and step < cadence.total_steps:
-            raise Preempted(step)
-        return ending
-
     if start == 0 and hooks.evaluate_start:
         evaluate(hooks, state, 0, log)
-    if progress.pop(UNEVALUATED, False) and finish(start):
-        return state, held_out
+    if UNEVALUATED in progress:
+        ending, held_out = _finish(hooks, cadence, start, state, progress, log, settle)
+        if ending:
+            return state, held_out
     for step in range(start + 1, cadence.total_steps + 1):
         started = hooks.times.clock()
         with hooks.times.during(hooks.batch_part):
@@ -158,9 +135,43 @@ def fit(
             if step == start + 1:
                 jax.block_until_ready(metrics)
         settle(1 if hooks.ahead and taken[-1].is_running else 0)
-        if finish(step):
+        ending, held_out = _finish(hooks, cadence, step, state, progress, log, settle)
+        if ending:
             break
     return state, held_out
+
+
+def _finish(
+    hooks: Hooks,
+    cadence: Cadence,
+    step: int,
+    state: TrainState,
+    progress: dict[str, Any],
+    log: RunLog | NoLog,
+    settle: Callable[[], None],
+) -> tuple[bool, dict[str, float]]:
+    """Evaluates and saves after a step. Returns whether training ends with it, and its held-out metrics.
+
+    A step that is saved already, but was not evaluated, is ranked by its metrics then. Raises Preempted.
+    """
+    again = progress.pop(UNEVALUATED, False)
+    held_out: dict[str, float] = {}  # metrics of an earlier step must not rank this step's checkpoint
+    if cadence.due(step, cadence.eval_every):
+        settle()
+        held_out = _evaluate_or_save(hooks, state, step, log, progress)
+    ending = _ends_early(hooks, step, held_out, progress)
+    # Every process asks after the same steps.
+    with hooks.times.during("peers"):
+        stopping = hooks.may_stop(step) and hooks.preempted()
+    if stopping or ending or again or cadence.due(step, cadence.save_every):
+        settle()
+        if ending and not held_out:
+            held_out = _evaluate_or_save(hooks, state, step, log, progress)
+        with hooks.times.during("save"):
+            hooks.save(step, state, progress, held_out)
+    if stopping and not ending and step < cadence.total_steps:
+        raise Preempted(step)
+    return ending, held_out
 
 
 class _Taken(NamedTuple):
