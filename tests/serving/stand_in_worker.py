@@ -26,10 +26,18 @@ def path(*names):
     return os.path.join(FOLDER, *names)
 
 
+def flush(*names):
+    descriptor = os.open(path(*names), os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
 def write(name, value):
     with open(path(f"{name}.new"), "w") as file:
         json.dump(value, file)
+    flush(f"{name}.new")
     os.replace(path(f"{name}.new"), path(name))
+    flush()
 
 
 def tell(kind, message="", step=0, **data):
@@ -46,12 +54,19 @@ def export(name, step):
     os.makedirs(path("exports", f"{name}.new"))
     with open(path("exports", f"{name}.new", "adapter_config.json"), "w") as file:
         json.dump({"step": step}, file)
+    flush("exports", f"{name}.new", "adapter_config.json")
+    flush("exports", f"{name}.new")
     os.rename(path("exports", f"{name}.new"), path("exports", name))
+    flush("exports")
 
 
 def save(step):
     os.makedirs(path("run", "checkpoints", str(step)), exist_ok=True)
+    flush("run", "metrics.jsonl")
     open(path("run", "checkpoints", str(step), "manifest.json"), "w").close()
+    for folder in (("checkpoints", str(step)), ("checkpoints",), ()):
+        flush("run", *folder)
+    flush()
 
 
 def newest():

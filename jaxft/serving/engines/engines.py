@@ -24,7 +24,7 @@ from jaxft.serving.storage.state import State
 COMMAND = (sys.executable, "-m", "jaxft.serving.engine")
 LOOK_SECONDS = 0.1
 IDLE_SECONDS = 600.0  # after which an engine ends that one tuned model has for itself
-START_SECONDS = 300.0  # that a request waits for an engine to start
+START_SECONDS = 540.0  # that a request waits for an engine to start; the SDK itself waits for 600
 DRAIN_SECONDS = 25.0  # in which open answers end when the server stops; then they are told so
 ACCELERATORS = ("/dev/nvidia0", "/dev/accel0", "/dev/kfd", "/dev/vfio/0")
 LONG = {"retry-after": "120", "x-should-retry": "false"}  # longer than clients wait
