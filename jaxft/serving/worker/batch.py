@@ -22,15 +22,15 @@ GIB = 2**30
 def planned(config: RunConfig, spec: JobSpec, folder: JobFolder, telling: Telling, *, steps: int) -> RunConfig:
     """The config with as few parts of its batch as fit into the memory of a device, by the arithmetic of `jaxft plan`.
 
-    The plan is kept in the folder of the job, so that a later worker on the same devices computes the same bits. A job
-    or an operator that names the number of parts has it so, and devices that do not tell their memory take the batch
-    whole. steps: of the run.
+    The plan is kept in the folder of the job, since a run goes on with the settings that it began with, and so computes
+    the same bits. A job or an operator that names the number of parts has it so, and devices that do not tell their
+    memory take the batch whole. steps: of the run.
     """
     if PARTS in spec.config or any(parse_assignment(one)[0] == PARTS for one in spec.overrides):
         return config
     device = {"kind": jax.devices()[0].device_kind, "count": jax.device_count()}
     plan = read_object(folder.batch)
-    if plan is None or plan["device"] != device or plan["sequences"] != config.train.batch_size:
+    if plan is None or plan["sequences"] != config.train.batch_size:
         limit = device_bytes()
         if limit is None:
             return config
