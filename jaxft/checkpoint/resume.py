@@ -112,7 +112,9 @@ class RunCheckpoints:
             _sync("checkpoints_cleaned")
         steps = self.all_steps() if best_metric is not None else ()
         late = late_metrics or {}
-        self._metrics = {step: self._steps.read_meta(step)["metrics"] or late.get(step, {}) for step in steps}
+        self._metrics: dict[int, Any] = {}
+        for step in steps:
+            self._metrics[step] = self._steps.read_meta(step)["metrics"] or late.get(step, {})
 
     def save(self, step: int, state: Any, extra: Mapping[str, Any], metrics: Mapping[str, float] | None = None) -> bool:
         """Begins to write a step; returns when the arrays are copied from the devices and may be donated.

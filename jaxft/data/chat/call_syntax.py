@@ -295,7 +295,8 @@ def _python_source(text: str, start: int) -> tuple[str, int]:
 
     Raises ValueError if there is none.
     """
-    out, depth, at = [], 1, start
+    out: list[str] = []
+    depth, at = 1, start
     for match in PYTHON.finditer(text, start):
         if match.start() != at:
             break
