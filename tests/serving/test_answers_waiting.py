@@ -36,7 +36,7 @@ def test_a_stream_has_comments_while_its_engine_starts(tmp_path, monkeypatch):
         with lines_of(served, {}) as good, lines_of(served, {"refuse": "context_length_exceeded"}) as refused:
             lines = good.iter_lines()
             assert next(lines) == ": waiting" and not served.lines("asked")
-            assert served.engine()["phase"] == "loading" and served.engine()["open"] == 2
+            wait_for(lambda: served.engine()["phase"] == "loading" and served.engine()["open"] == 2, "the engine")
             with pytest.raises(openai.APITimeoutError):  # a client that does not wait leaves the queue
                 served.chat(running.client(timeout=0.3))
             wait_for(lambda: served.engine()["open"] == 2, "the end of the third request")
