@@ -59,8 +59,8 @@ class CallStream:
         called: names and texts of messages that are calls by their headers.
         """
         if self.syntax.recipient is not None:
-            found = [self.syntax.call_of(name, text, self.tools) for name, text in called]
-            self.calls = tuple(call for call in found if call is not None)
-            return self._pending + "".join(text for call, (_, text) in zip(found, called, strict=True) if call is None)
+            parsed = [self.syntax.call_of(name, text, self.tools) for name, text in called]
+            self.calls = tuple(call for call in parsed if call is not None)
+            return self._pending + "".join(text for call, (_, text) in zip(parsed, called, strict=True) if call is None)
         self.calls = self.syntax.calls(self._pending, self.tools) if self._in_calls else ()
         return "" if self.calls else self._pending
