@@ -65,9 +65,10 @@ class RunCheckpoints:
 
     keep: the number of newest steps that are kept. best_metric: also keep the one step that is best by this entry of
     `metrics`. best_mode: `min` or `max`. ranked_after: the steps up to this one are not ranked, because they were
-    evaluated on other rows. read_only: only restore; nothing in the folder is created or removed, so that
-    it is safe while a run writes there. logs: files, such as the metrics, that reach the disk with every step if they
-    are there. Raises CheckpointError for a bucket address, and for steps that are links or were renamed.
+    evaluated on other rows. late_metrics: of steps that were saved before they were evaluated. read_only: only restore;
+    nothing in the folder is created or removed, so that it is safe while a run writes there. logs: files, such as the
+    metrics, that reach the disk with every step if they are there. Raises CheckpointError for a bucket address, and for
+    steps that are links or were renamed.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class RunCheckpoints:
         best_metric: str | None = None,
         best_mode: str = "min",
         ranked_after: int = 0,
+        late_metrics: Mapping[int, Mapping[str, float]] | None = None,
         read_only: bool = False,
         logs: Iterable[FilePath] = (),
     ) -> None:
@@ -109,18 +111,22 @@ class RunCheckpoints:
                 self._steps.prepare()
             _sync("checkpoints_cleaned")
         steps = self.all_steps() if best_metric is not None else ()
-        self._metrics = {step: self._steps.read_meta(step)["metrics"] for step in steps}
+        late = late_metrics or {}
+        self._metrics: dict[int, Any] = {}
+        for step in steps:
+            self._metrics[step] = self._steps.read_meta(step)["metrics"] or late.get(step, {})
 
     def save(self, step: int, state: Any, extra: Mapping[str, Any], metrics: Mapping[str, float] | None = None) -> bool:
         """Begins to write a step; returns when the arrays are copied from the devices and may be donated.
 
         state: pytree of jax.Arrays, typed PRNG keys included, without the parts that need no saving. extra: JSON.
-        Returns False if this object has just saved or restored the same step.
+        Returns False if this object has just saved or restored the same step, which is ranked by these metrics now.
         Raises CheckpointError for an error of the PREVIOUS save (a full disk shows here), a step that is not newer than
         all that exist, a leaf that is not a jax.Array, an array that is not finite, an extra that is not JSON.
         """
         self.wait()
         if step == self._last:
+            self._metrics |= {step: metrics} if metrics else {}
             return False
         newest = self.latest_step()
         if self._read_only or (newest is not None and step <= newest):

@@ -53,7 +53,14 @@ class CallStream:
         self._begun = self._begun or bool(text.strip())
         return text
 
-    def finish(self) -> str:
-        """The rest of the text, which are calls that could not be read; sets `calls` to those that could."""
+    def finish(self, called: Sequence[tuple[str, str]] = ()) -> str:
+        """The rest of the text, which are calls that could not be read; sets `calls` to those that could.
+
+        called: names and texts of messages that are calls by their headers.
+        """
+        if self.syntax.recipient is not None:
+            parsed = [self.syntax.call_of(name, text, self.tools) for name, text in called]
+            self.calls = tuple(call for call in parsed if call is not None)
+            return self._pending + "".join(text for call, (_, text) in zip(parsed, called, strict=True) if call is None)
         self.calls = self.syntax.calls(self._pending, self.tools) if self._in_calls else ()
         return "" if self.calls else self._pending

@@ -5,7 +5,7 @@
 import itertools
 import math
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, cast
 
@@ -86,13 +86,14 @@ class Engine:
             return True
         return False
 
-    def run(self, requests: Sequence[Request]) -> None:
-        """Works until every request has its finish_reason."""
+    def run(self, requests: Sequence[Request], between: Callable[[], None] = lambda: None) -> None:
+        """Works until every request has its finish_reason. between: called before each step; it may raise."""
         # Sorted by length, so that a group prefilled together needs little padding; the longest come first, so that
         # a call that does not fit into memory fails at once.
         self.waiting.extend(sorted(self._bundles(requests), key=lambda bundle: -len(bundle[0].prompt)))
+        between()
         while self.step():
-            pass
+            between()
 
     @property
     def num_waiting(self) -> int:

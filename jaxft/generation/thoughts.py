@@ -4,6 +4,7 @@ Thoughts stand between tags (Qwen3, R1, Mistral, Command A), the first of which 
 their own (gpt-oss), which are read from control tokens: their text cannot be told from that of an answer.
 """
 
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -60,6 +61,7 @@ class PlainStream:
     """An `AnswerStream` for the continuation of a text, in which nothing is told apart."""
 
     thoughts, in_thoughts = "", False
+    called: Sequence[tuple[str, str]] = ()
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         self._stream = TextStream(tokenizer, stop)
@@ -86,15 +88,23 @@ class PlainStream:
 class AnswerStream:
     """Takes the tokens of an answer to a chat one by one, and returns its text and its thoughts as they become certain.
 
-    prompt: the token ids before the answer. stop: texts that end the answer; in thoughts they are not looked for.
-    kept: special tokens that are part of the text. Attribute: thoughts, all there is of them, without white space
-    around.
+    prompt: the token ids before the answer. stop: texts that end the answer; in thoughts they are not looked for. kept:
+    special tokens that are part of the text. recipient: a pattern with the group `name`; a message in whose header it
+    is found is a call of a tool, and neither answer nor thoughts. Attributes: thoughts, all there is of them, without
+    white space around; called, a name and a text for each such message.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = (), kept: Collection[int] = ()
+        self,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int],
+        stop: Sequence[str] = (),
+        kept: Collection[int] = (),
+        recipient: str | None = None,
     ) -> None:
         self.thoughts = ""
+        self.called: list[tuple[str, str]] = []
+        self._recipient, self._in_call = recipient, False
         self._tokenizer, self._stop, self._form, self._kept = tokenizer, tuple(stop), form_of(tokenizer), kept
         self._stream, self._answer = TextStream(tokenizer, kept=kept), UntilStop(stop)
         self._in_thoughts = False
@@ -122,8 +132,8 @@ class AnswerStream:
 
     @property
     def in_thoughts(self) -> bool:
-        """Whether the next token belongs to thoughts, or to the header of a message."""
-        return self._in_thoughts or self._header is not None
+        """Whether the next token belongs to thoughts, to a call, or to the header of a message."""
+        return self._in_thoughts or self._in_call or self._header is not None
 
     def push(self, token: int) -> Piece:
         """The text that is certain after this token."""
@@ -156,6 +166,12 @@ class AnswerStream:
             header = self._tokenizer.decode(self._header, skip_special_tokens=False)
             _, named, channel = header.rpartition(CHANNEL)
             self._header = None
+            called = None if self._recipient is None else re.search(self._recipient, header)
+            self._in_call = called is not None
+            if called is not None:
+                self.called.append((called["name"], ""))
+                self._stream = TextStream(self._tokenizer, kept=self._kept)
+                return Piece()
             return self._switch(bool(named) and (channel.split() or [""])[0] != FINAL)
         if token == start:
             piece = Piece() if self._header is not None else self._written(self._stream.finish())
@@ -204,6 +220,10 @@ class AnswerStream:
         return text
 
     def _add(self, text: str) -> Piece:
+        if self._in_call:
+            name, before = self.called[-1]
+            self.called[-1] = name, before + text
+            return Piece()
         text = text.lstrip() if self._strip else text
         self._strip = self._strip and not text
         if self._in_thoughts:

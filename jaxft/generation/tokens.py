@@ -33,29 +33,29 @@ def generate_tokens(
     on_group: OnGroup | None = None,
     streams: Sequence[int] | None = None,
     keep_slots: bool = False,
+    between: Callable[[], None] = lambda: None,
 ) -> list[Generated]:
     """Continues every prompt; results are in the order of the prompts.
 
-    model: with or without adapters. sampling: one for all prompts or one for each. stop_ids: tokens that end a row
-    and are its last token. slots: most rows decoded at a time; memory grows with slots times the longest row.
-    on_token: called with (row, token, logprob) for every token, a few steps after it was made; True ends the row.
-    cache: for a single prompt, the KV cache kept between the turns of a conversation: tokens that the prompt shares
-    with the last call of the same model and parameters are not computed again.
-    answers: number of answers to each prompt. The results, and rows of `on_token`, are then those of every prompt in
-    turn; a prompt is computed once for all its answers. length: most tokens of a row, prompt and answer: calls with the
-    same length are compiled once, whatever their prompts; by default, of the longest row. tempered_logprobs: whether
-    log-probabilities are those under the temperature of sampling, instead of the model's own at 1. on_group: called
-    with (number of the prompt, its answers) once all answers of a prompt have ended, while those of others may not
-    have. Generation waits until it returns, so long work belongs into another thread or process.
+    model: with or without adapters. sampling: one for all prompts or one for each. stop_ids: tokens that end a row and
+    are its last token. slots: most rows decoded at a time; memory grows with slots times the longest row. on_token:
+    called with (row, token, logprob) for every token, a few steps after it was made; True ends the row. cache: for a
+    single prompt, the KV cache kept between the turns of a conversation: tokens that the prompt shares with the last
+    call of the same model and parameters are not computed again. answers: number of answers to each prompt. The
+    results, and rows of `on_token`, are then those of every prompt in turn; a prompt is computed once for all its
+    answers. length: most tokens of a row, prompt and answer: calls with the same length are compiled once, whatever
+    their prompts; by default, of the longest row. tempered_logprobs: whether log-probabilities are those under the
+    temperature of sampling, instead of the model's own at 1. on_group: called with (number of the prompt, its answers)
+    once all answers of a prompt have ended, while those of others may not have. Generation waits until it returns, so
+    long work belongs into another thread or process.
 
     Row i draws with the seed of its Sampling and stream i, or the i-th of `streams`. keep_slots: whether a call with
-    fewer rows has `slots` too, and so the shape of one with more. Calls of similar shapes reuse compiled functions,
-    whatever the parameters and settings. Parameters on a mesh are first copied into the layout for generation
-    (`generation.layout.for_decoding`), in which rows and heads are split, and no token gathers weights. Nothing but
-    `cache` keeps the parameters or their copy after the call.
-    Raises DataError for prompts that are empty, contain ids outside the vocabulary, or exceed the model's positions
-    together with max_new_tokens; ConfigError for settings that contradict each other, and for `cache` with several
-    prompts.
+    fewer rows has `slots` too, and so the shape of one with more. between: called before every few tokens; what it
+    raises ends the call. Calls of similar shapes reuse compiled functions. Parameters on a mesh are first copied into
+    the layout for generation (`generation.layout.for_decoding`), in which rows and heads are split, and no token
+    gathers weights. Nothing but `cache` keeps the parameters or their copy after the call. Raises DataError for prompts
+    that are empty, contain ids outside the vocabulary, or exceed the model's positions together with max_new_tokens;
+    ConfigError for settings that contradict each other, and for `cache` with several prompts.
     """
     if answers < 1:
         raise ConfigError(f"answers={answers} must be at least 1")
@@ -76,6 +76,7 @@ def generate_tokens(
         on_group=on_group,
         streams=streams,
         keep_slots=keep_slots,
+        between=between,
     )
 
 
@@ -94,6 +95,7 @@ def run(
     on_group: OnGroup | None = None,
     streams: Sequence[int] | None = None,
     keep_slots: bool = False,
+    between: Callable[[], None] = lambda: None,
 ) -> list[Generated]:
     """`generate_tokens` for a caller that handles stop strings itself. prompts: one for each answer."""
     _check(model, prompts, samplings, slots, length)
@@ -129,7 +131,7 @@ def run(
         on_end = _by_group(requests, answers, on_group)
         for request in requests:
             request.on_end = on_end
-    running.run(requests)
+    running.run(requests, between)
     if cache is not None:
         running.save_cache(requests[0], cache)
     return [_result(request) for request in requests]

@@ -23,7 +23,6 @@ from jaxft.objectives.distill import as_teacher, distill_loss
 from jaxft.objectives.loss import Loss, LossSums, MethodState
 from jaxft.objectives.token_divergence import Divergence, Teacher, TopLogps
 from jaxft.rollouts.size import RolloutSize
-from jaxft.training.state import TrainState
 
 
 def check(config: RunConfig, model: Decoder) -> None:
@@ -134,7 +133,7 @@ def _teacher(batch: Batch[jax.Array], state: MethodState | None) -> Teacher | To
     return as_teacher(cast(MethodState, state).rebuilt.model, batch)
 
 
-def evaluator(run: Run, graphdef: nnx.GraphDef[Decoder]) -> Callable[[TrainState], dict[str, float]] | None:
+def evaluator(run: Run, graphdef: nnx.GraphDef[Decoder]) -> sequences.Evaluator | None:
     """The held-out loss and its metrics."""
     return sequences.make_evaluator(run, graphdef, loss(run.config, run.model))
 

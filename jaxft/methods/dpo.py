@@ -26,7 +26,6 @@ from jaxft.nn.decoder import Decoder
 from jaxft.objectives.dpo import DPOSettings, dpo_loss
 from jaxft.objectives.loss import BatchSums, Loss, LossSums, MethodState
 from jaxft.objectives.pairs import answer_logps
-from jaxft.training.state import TrainState
 
 
 def check(config: RunConfig, model: Decoder) -> None:
@@ -75,7 +74,7 @@ def loss(config: RunConfig, model: Decoder) -> Loss:
     return dpo
 
 
-def evaluator(run: Run, graphdef: nnx.GraphDef[Decoder]) -> Callable[[TrainState], dict[str, float]] | None:
+def evaluator(run: Run, graphdef: nnx.GraphDef[Decoder]) -> sequences.Evaluator | None:
     """The held-out DPO loss and its metrics."""
     config, model = run.config, run.model
     return sequences.make_evaluator(run, graphdef, loss(config, model), batch_sums(config, model))

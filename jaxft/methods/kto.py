@@ -25,7 +25,6 @@ from jaxft.nn.decoder import Decoder
 from jaxft.objectives.documents import document_logps
 from jaxft.objectives.kto import KTOSums, kto_loss, kto_sums, summed_log_ratio
 from jaxft.objectives.loss import BatchSums, Loss, LossSums, MethodState
-from jaxft.training.state import TrainState
 
 
 class KTOBatch(NamedTuple, Generic[Array]):
@@ -138,7 +137,7 @@ def loss(config: RunConfig, model: Decoder) -> Loss:
     return kto
 
 
-def evaluator(run: Run, graphdef: nnx.GraphDef[Decoder]) -> Callable[[TrainState], dict[str, float]] | None:
+def evaluator(run: Run, graphdef: nnx.GraphDef[Decoder]) -> sequences.Evaluator | None:
     """The held-out loss and its metrics; the KL divergence is estimated once, over all held-out rows."""
     config, model, examples = run.config, run.model, run.data.eval_examples
     if examples is None:

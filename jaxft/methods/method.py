@@ -96,7 +96,8 @@ class Method:
     none. model: abstract.
     next_saved(config): how `MethodState.saved` goes on after each optimizer step; None if it stays as it is.
     loss(config, model): the loss; evaluated with key=None, it is the held-out loss. model: abstract.
-    evaluator(run, graphdef): `state -> held-out metrics`; None if no rows are held out.
+    evaluator(run, graphdef): `(state, between) -> held-out metrics`; None if no rows are held out. It calls `between`
+    before each batch and lets its errors through, so that an evaluation can be stopped.
     loss_unit: what the loss is a mean of, for people. charts: the method's own charts in a run's report.
     head: what the trained model ends in: an LM head, or a score head in its place.
     evaluates_start: whether a run is evaluated before its first step too, so that its report shows what changed.
@@ -117,7 +118,9 @@ class Method:
     check: Callable[[RunConfig, Decoder], None]
     initial_state: Callable[[RunConfig, nnx.State], MethodState | None]
     loss: Callable[[RunConfig, Decoder], Loss]
-    evaluator: Callable[[Run, nnx.GraphDef[Decoder]], Callable[[TrainState], dict[str, float]] | None]
+    evaluator: Callable[
+        [Run, nnx.GraphDef[Decoder]], Callable[[TrainState, Callable[[], None]], dict[str, float]] | None
+    ]
     describe: Callable[[RunConfig], str]
     loss_unit: str = "nats per trained token"
     charts: tuple[Chart, ...] = ()

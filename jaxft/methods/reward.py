@@ -1,6 +1,5 @@
 """Reward models: a score head on a language model learns from pairs which answers people prefer."""
 
-from collections.abc import Callable
 from functools import partial
 
 from flax import nnx
@@ -19,7 +18,6 @@ from jaxft.methods.parts.router import router_coefficients
 from jaxft.nn.decoder import Decoder
 from jaxft.objectives.loss import Loss
 from jaxft.objectives.reward import reward_loss
-from jaxft.training.state import TrainState
 
 
 def check(config: RunConfig, model: Decoder) -> None:
@@ -81,7 +79,7 @@ def loss(config: RunConfig, model: Decoder) -> Loss:
     )
 
 
-def evaluator(run: Run, graphdef: nnx.GraphDef[Decoder]) -> Callable[[TrainState], dict[str, float]] | None:
+def evaluator(run: Run, graphdef: nnx.GraphDef[Decoder]) -> sequences.Evaluator | None:
     """The held-out loss and its metrics."""
     return sequences.make_evaluator(run, graphdef, loss(run.config, run.model))
 

@@ -1,7 +1,6 @@
 """Supervised fine-tuning: the answers of rows are learned token by token."""
 
 import math
-from collections.abc import Callable
 from functools import partial
 
 from flax import nnx
@@ -15,7 +14,6 @@ from jaxft.nn.decoder import Decoder
 from jaxft.objectives.loss import Loss
 from jaxft.objectives.sft import sft_loss
 from jaxft.objectives.token_loss import TokenLoss
-from jaxft.training.state import TrainState
 
 
 def check(config: RunConfig, model: Decoder) -> None:
@@ -37,10 +35,10 @@ def loss(config: RunConfig, model: Decoder) -> Loss:
     )
 
 
-def evaluator(run: Run, graphdef: nnx.GraphDef[Decoder]) -> Callable[[TrainState], dict[str, float]] | None:
+def evaluator(run: Run, graphdef: nnx.GraphDef[Decoder]) -> sequences.Evaluator | None:
     """Held-out cross-entropy, whatever the training loss adds to it, and its perplexity."""
     evaluate = sequences.make_evaluator(run, graphdef, sft_loss)
-    return None if evaluate is None else lambda state: with_perplexity(evaluate(state))
+    return None if evaluate is None else lambda state, between: with_perplexity(evaluate(state, between))
 
 
 def with_perplexity(metrics: dict[str, float]) -> dict[str, float]:

@@ -60,7 +60,7 @@ def evaluate(model: LoadedModel, tokenizer: Tokenizer, config: RunConfig) -> dic
     ):
         run = dataclasses.replace(run, rewards=rewards, environments=environments)
         evaluator = method.evaluator(run, graphdef)
-        out: dict[str, Any] = {} if evaluator is None else dict(evaluator(state))
+        out: dict[str, Any] = {} if evaluator is None else dict(evaluator(state, lambda: None))
     out["eval_rows"] = len(data.eval_examples)
     if config.eval.metric:
         answers = answer(model.module, tokenizer, data, config.eval)

@@ -40,8 +40,8 @@ from jaxft.sharding.processes import is_primary, on_primary
 from jaxft.terminal.console import say
 from jaxft.training.early_stopping import EarlyStopping
 from jaxft.training.likelihoods import FallingLikelihoods
-from jaxft.training.log import NoLog, RunLog, read_metrics, spans
-from jaxft.training.loop import Cadence, Epochs, Hooks, Period, evaluate, fit
+from jaxft.training.log import NoLog, RunLog, evaluations, read_metrics, spans
+from jaxft.training.loop import UNEVALUATED, Cadence, Epochs, Hooks, Period, evaluate, fit
 from jaxft.training.reward_watch import RewardWatch
 from jaxft.training.spikes import MEASURED, SpikeGuard
 from jaxft.training.state import TrainState, divide, saved_part, with_saved
@@ -90,7 +90,8 @@ def fit_run(run: Run, loaded: LoadedModel, console: Console, watch: Watch) -> Fi
             progress.pop(SpikeGuard.SEEN, None)
         setup.close()
         on_primary(lambda: _count_earlier_starts(run, start))
-        with _log(run, start if restored else None, console) as log:
+        unevaluated = UNEVALUATED in progress
+        with _log(run, start if restored else None, console, unevaluated=unevaluated) as log:
             if start:
                 log.note(f"going on from step {start} of {run.total_steps}")
                 _tell_missing(run, log, start, logged)
@@ -101,14 +102,14 @@ def fit_run(run: Run, loaded: LoadedModel, console: Console, watch: Watch) -> Fi
                 export(start, state)
             hooks = hooks_of(run, graphdef, feed, step, _saver(run, checkpoints, log, export))
             ended = hooks.early_stopping is not None and hooks.early_stopping.ends(progress)
-            if start < run.total_steps and not ended:
+            if (start < run.total_steps and not ended) or unevaluated:
                 state, held_out = fit(state, hooks, cadence_of(run), log, start=start, progress=progress)
             elif start == ranked_after:  # other rows are held out than those of its metrics
                 held_out = evaluate(hooks, state, start, log)
             last = int(state.step)
             if last < run.total_steps:
                 log.note(_ended_early(config, last))
-            state, held_out, exported = _exported(config, checkpoints, state, held_out)
+            state, held_out, exported = _exported(run, checkpoints, state, held_out)
             if exported != last:
                 log.note(f"step {exported} is exported, the best by {config.checkpoint.best_metric}")
     on_primary(lambda: write_record(run.folder, replace(record_of(run.folder), exported=exported)))
@@ -127,19 +128,20 @@ def _ended_early(config: RunConfig, step: int) -> str:
 
 
 def _exported(
-    config: RunConfig, checkpoints: RunCheckpoints, state: TrainState, held_out: dict[str, float]
+    run: Run, checkpoints: RunCheckpoints, state: TrainState, held_out: dict[str, float]
 ) -> tuple[TrainState, dict[str, float], int]:
     """(the state that is scored and exported, its held-out metrics, its step), by `export.checkpoint`."""
     last = int(state.step)
     checkpoints.wait()
-    best = on_primary(checkpoints.best_step) if config.export.checkpoint == "best" else None
+    best = on_primary(checkpoints.best_step) if run.config.export.checkpoint == "best" else None
     if best is None or best == last:
         return state, held_out, last
     restored = checkpoints.restore(saved_part(_shapes(state)), best)
     if restored is None:
         raise RuntimeError(f"step {best} has gone")
     saved, extra = restored
-    return with_saved(state, saved), extra["held_out"], best
+    held_out = extra["held_out"] or on_primary(lambda: evaluations(run.folder).get(best, {}))
+    return with_saved(state, saved), held_out, best
 
 
 def _checkpoints(run: Run, ranked_after: int) -> RunCheckpoints:
@@ -150,6 +152,7 @@ def _checkpoints(run: Run, ranked_after: int) -> RunCheckpoints:
         best_metric=settings.best_metric,
         best_mode=settings.best_mode,
         ranked_after=ranked_after,
+        late_metrics=evaluations(run.folder) if settings.best_metric is not None else None,
         logs=[run.folder / name for name in LOGS],
     )
 
@@ -244,7 +247,7 @@ def _report_of(run: Run) -> Callable[[], object]:
     return KeptReport(run.folder, run.print_line).refresh if is_primary() else lambda: None
 
 
-def _log(run: Run, resume_step: int | None, console: Console) -> RunLog | NoLog:
+def _log(run: Run, resume_step: int | None, console: Console, *, unevaluated: bool) -> RunLog | NoLog:
     if not is_primary():
         return NoLog()
     watches = (FallingLikelihoods().add, RewardWatch().add)
@@ -256,6 +259,7 @@ def _log(run: Run, resume_step: int | None, console: Console) -> RunLog | NoLog:
         run.folder,
         total_steps=run.total_steps,
         resume_step=resume_step,
+        unevaluated=unevaluated,
         console=console,
         watch=watch,
         track=run.track,

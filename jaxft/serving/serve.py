@@ -25,6 +25,7 @@ from jaxft.serving.storage.keys import SCOPES, add_key, list_keys
 from jaxft.serving.storage.models import forget_unknown_models
 from jaxft.serving.storage.state import State, now, open_state
 from jaxft.serving.storage.uploads import forget_unknown_uploads
+from jaxft.serving.supervision.ending import fail_lost_jobs
 from jaxft.serving.supervision.supervisor import Limits, Supervisor
 
 WORKER = (sys.executable, "-m", "jaxft.serving.worker")
@@ -70,6 +71,7 @@ def _mend(state: State) -> None:
     forget_unknown_files(state)
     forget_unknown_uploads(state)
     forget_unknown_jobs(state)
+    fail_lost_jobs(state)
     forget_unknown_models(state)
 
 

@@ -30,17 +30,20 @@ TIMING_KEYS = (
 )  # fmt: skip
 
 
+EVALUATED = "eval_seconds"  # in the rows of evaluations alone
+
+
 class RunLog:
     """Writes the metrics of a run; a context manager. Neither a disk nor a console that fails ends the run.
 
     folder: the run folder, made if absent. It gets `metrics.jsonl`, one JSON object a line, and, if tensorboardX is
     installed, `tensorboard/`. Both use the keys of `metrics` as they are. total_steps: optimizer steps of the whole
     run. resume_step: step of the checkpoint from which the run resumes; None starts a new record. Lines of later steps
-    are removed, since those steps will be taken again. So that a kill loses no line, log step N before saving the
-    checkpoint of step N. console: where progress is shown; None is standard output. A terminal gets a live line,
-    anything else (a pipe, CI, nohup) plain lines. track: gets every row too. quiet: shows nothing on the console.
-    clock: seconds since any origin, for the remaining time on the console. Raises DataError if the metrics.jsonl of a
-    resumed run is damaged before its last line.
+    are removed, since those steps will be taken again, and with unevaluated its evaluation too. So that a kill loses no
+    line, log step N before saving the checkpoint of step N. console: where progress is shown; None is standard output.
+    A terminal gets a live line, anything else (a pipe, CI, nohup) plain lines. track: gets every row too. quiet: shows
+    nothing on the console. clock: seconds since any origin, for the remaining time on the console. Raises DataError if
+    the metrics.jsonl of a resumed run is damaged before its last line.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class RunLog:
         *,
         total_steps: int,
         resume_step: int | None,
+        unevaluated: bool = False,
         console: Console | None = None,
         watch: Callable[[Mapping[str, float]], str | None] | None = None,
         track: Callable[[Mapping[str, float]], None] | None = None,
@@ -58,7 +62,7 @@ class RunLog:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / METRICS
-        self.rows = _cut(path, resume_step)  # in the file
+        self.rows = _cut(path, resume_step, unevaluated=unevaluated)  # in the file
         self._watch, self._track = watch, track
         if watch is not None and resume_step is not None:
             for row in read_metrics(folder):
@@ -190,10 +194,21 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and is_finite(value)
 
 
-def _cut(path: Path, resume_step: int | None) -> int:
-    """Removes the lines of steps after the checkpoint at resume_step; returns the number of those that stay."""
+def evaluations(folder: str | os.PathLike[str]) -> dict[int, dict[str, float]]:
+    """The held-out metrics in a run folder's metrics.jsonl, by step; none if there is no such file."""
+    path = Path(folder) / METRICS
+    rows = [row for row in (_read(path) if path.is_file() else []) if EVALUATED in row]
+    return {row["step"]: {name: row[name] for name in row if name not in ("step", EVALUATED)} for row in rows}
+
+
+def _cut(path: Path, resume_step: int | None, *, unevaluated: bool) -> int:
+    """Removes the lines of steps after the checkpoint at resume_step; returns the number of those that stay.
+
+    unevaluated: whether its evaluation is removed too.
+    """
     rows = _read(path) if path.is_file() else []  # a pipe is not waited for
     kept = [] if resume_step is None else [row for row in rows if row["step"] <= resume_step]
+    kept = [row for row in kept if not (unevaluated and row["step"] == resume_step and EVALUATED in row)]
     # Atomic, so that a kill in this moment loses nothing.
     write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept))
     return len(kept)

@@ -21,6 +21,7 @@ from jaxft.training.log import NoLog, RunLog
 from jaxft.training.spikes import SpikeGuard
 from jaxft.training.state import TrainState
 
+UNEVALUATED = "unevaluated"  # in the progress of a step that was saved within its evaluation
 # Metrics of a step whose sums since step 0 are logged. Steps that may skip their update, or tell spikes, have the last.
 ADDED_UP = ("num_tokens", "trained_tokens", "skipped_updates", "spikes")
 
@@ -65,21 +66,21 @@ class Hooks:
     """The functions that the loop calls. The loop itself uses neither files nor devices.
 
     train_step: jitted. batch(state, step): the batch of step number `step`, counted from 0, on its devices; a method
-    that generates its own data reads the weights in `state`. evaluate(state): held-out metrics; None if no rows are
-    held out. save(step, state, progress, metrics): writes a checkpoint. preempted(): called after every step; whether
-    to save and stop. may_stop(step): whether a run can go on from a checkpoint after `step` steps; if not, it saves and
+    that generates its own data reads the weights in `state`. evaluate(state, between): held-out metrics; it calls
+    `between` before every batch, and lets its errors through; None if no rows are held out. save(step, state, progress,
+    metrics): writes a checkpoint. preempted(): called after every step; whether to save and stop; called within
+    evaluations too. may_stop(step): whether a run can go on from a checkpoint after `step` steps; if not, it saves and
     stops at the next step that may. early_stopping: ends training before the last step; None: nothing does. spikes:
-    tells spikes, for which the step is given their limits; None: it is called without them.
-    data_metrics(step): values to log about the data of the first `step` steps.
-    evaluate_start: whether a run that has not begun is evaluated before its first step. evaluated(): called after the
-    metrics of an evaluation are logged. times: is told what takes time. batch_part: what `batch` counts for there.
-    ahead: whether a step is dispatched while the devices still work on the one before; `batch` must then not depend on
-    its weights, nor spikes be told.
+    tells spikes, for which the step is given their limits; None: it is called without them. data_metrics(step): values
+    to log about the data of the first `step` steps. evaluate_start: whether a run that has not begun is evaluated
+    before its first step. evaluated(): called after the metrics of an evaluation are logged. times: is told what takes
+    time. batch_part: what `batch` counts for there. ahead: whether a step is dispatched while the devices still work on
+    the one before; `batch` must then not depend on its weights, nor spikes be told.
     """
 
     train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
     batch: Callable[[TrainState, int], Any]
-    evaluate: Callable[[TrainState], dict[str, float]] | None
+    evaluate: Callable[[TrainState, Callable[[], None]], dict[str, float]] | None
     save: Callable[[int, TrainState, dict[str, Any], dict[str, float]], None]
     preempted: Callable[[], bool]
     may_stop: Callable[[int], bool] = lambda step: True
@@ -99,9 +100,10 @@ def fit(
     """Trains from step `start` to the last one. Returns the state and the held-out metrics of the last step.
 
     progress: sums since step 0 of the metrics in ADDED_UP, and what `hooks.early_stopping` and `hooks.spikes` have
-    seen, as saved. If the former ends training, the last step is an earlier one, and is saved. Raises Preempted after
-    saving, SpikeError for a spike that ends training, after saving the step before it, and DivergedError at the first
-    loss that is not a number and whose update is made, before it can reach a checkpoint.
+    seen, as saved; and UNEVALUATED if the evaluation of step `start` was interrupted, which then comes first. If early
+    stopping ends training, the last step is an earlier one, and is saved. Raises Preempted after saving, SpikeError for
+    a spike that ends training, after saving the step before it, and DivergedError at the first loss that is not a
+    number and whose update is made, before it can reach a checkpoint.
     """
     progress = dict(progress)
     held_out: dict[str, float] = {}
@@ -115,6 +117,10 @@ def fit(
 
     if start == 0 and hooks.evaluate_start:
         evaluate(hooks, state, 0, log)
+    if UNEVALUATED in progress:
+        ending, held_out = _finish(hooks, cadence, start, state, progress, log, settle)
+        if ending:
+            return state, held_out
     for step in range(start + 1, cadence.total_steps + 1):
         started = hooks.times.clock()
         with hooks.times.during(hooks.batch_part):
@@ -129,26 +135,43 @@ def fit(
             if step == start + 1:
                 jax.block_until_ready(metrics)
         settle(1 if hooks.ahead and taken[-1].is_running else 0)
-        # Metrics of an earlier step must not rank this step's checkpoint.
-        held_out = {}
-        if cadence.due(step, cadence.eval_every):
-            settle()
-            held_out = evaluate(hooks, state, step, log)
-        ending = _ends_early(hooks, step, held_out, progress)
-        # Every process asks after the same steps.
-        with hooks.times.during("peers"):
-            stopping = hooks.may_stop(step) and hooks.preempted()
-        if stopping or ending or cadence.due(step, cadence.save_every):
-            settle()
-            if ending and not held_out:
-                held_out = evaluate(hooks, state, step, log)
-            with hooks.times.during("save"):
-                hooks.save(step, state, progress, held_out)
-        if stopping and not ending and step < cadence.total_steps:
-            raise Preempted(step)
+        ending, held_out = _finish(hooks, cadence, step, state, progress, log, settle)
         if ending:
             break
     return state, held_out
+
+
+def _finish(
+    hooks: Hooks,
+    cadence: Cadence,
+    step: int,
+    state: TrainState,
+    progress: dict[str, Any],
+    log: RunLog | NoLog,
+    settle: Callable[[], None],
+) -> tuple[bool, dict[str, float]]:
+    """Evaluates and saves after a step. Returns whether training ends with it, and its held-out metrics.
+
+    A step that is saved already, but was not evaluated, is ranked by its metrics then. Raises Preempted.
+    """
+    again = progress.pop(UNEVALUATED, False)
+    held_out: dict[str, float] = {}  # metrics of an earlier step must not rank this step's checkpoint
+    if cadence.due(step, cadence.eval_every):
+        settle()
+        held_out = _evaluate_or_save(hooks, state, step, log, progress)
+    ending = _ends_early(hooks, step, held_out, progress)
+    # Every process asks after the same steps.
+    with hooks.times.during("peers"):
+        stopping = hooks.may_stop(step) and hooks.preempted()
+    if stopping or ending or again or cadence.due(step, cadence.save_every):
+        settle()
+        if ending and not held_out:
+            held_out = _evaluate_or_save(hooks, state, step, log, progress)
+        with hooks.times.during("save"):
+            hooks.save(step, state, progress, held_out)
+    if stopping and not ending and step < cadence.total_steps:
+        raise Preempted(step)
+    return ending, held_out
 
 
 class _Taken(NamedTuple):
@@ -225,13 +248,30 @@ def _ends_early(hooks: Hooks, step: int, held_out: dict[str, float], progress: d
     return hooks.early_stopping.ends(progress) and hooks.may_stop(step)
 
 
+def _evaluate_or_save(
+    hooks: Hooks, state: TrainState, step: int, log: RunLog | NoLog, progress: dict[str, Any]
+) -> dict[str, float]:
+    """As `evaluate`. Before it raises Preempted, the step is saved as one that is still to be evaluated."""
+    try:
+        return evaluate(hooks, state, step, log)
+    except Preempted:
+        with hooks.times.during("save"):
+            hooks.save(step, state, progress | {UNEVALUATED: True}, {})
+        raise
+
+
 def evaluate(hooks: Hooks, state: TrainState, step: int, log: RunLog | NoLog) -> dict[str, float]:
-    """The held-out metrics, which are logged; none if no rows are held out."""
+    """The held-out metrics, which are logged; none if no rows are held out. Raises Preempted between two batches."""
     if hooks.evaluate is None:
         return {}
+
+    def between() -> None:
+        if hooks.may_stop(step) and hooks.preempted():
+            raise Preempted(step)
+
     started = hooks.times.clock()
     with hooks.times.during("evaluation"):
-        held_out = hooks.evaluate(state)
+        held_out = hooks.evaluate(state, between)
     log.eval(step, held_out | {"eval_seconds": hooks.times.clock() - started})
     hooks.evaluated()
     return held_out

@@ -1,5 +1,6 @@
 """Answers and the thoughts before them, told apart by tokens or tags, and what a conversation remembers of both."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from jaxft.data.tokenizers.tokenizer import Tokenizer
 from jaxft.errors import DataError
+from jaxft.generation.called_tools import CallForm, CallStream
 from jaxft.generation.chat import Chat
 from jaxft.generation.settings import Sampling
 from jaxft.generation.text import Answer, as_prompts, encode_prompt, generate_text
@@ -79,6 +81,47 @@ def test_channels_are_read_from_their_tokens(harmony):
     spelt = harmony.encode("final analysis")
     start = harmony.encode("<|channel|>final<|message|>")
     assert parts_of(harmony, prompt, [*start, *spelt]) == ("", "final analysis")
+
+
+CALLED = [
+    {"type": "function", "function": {"name": name, "description": "d", "parameters": {"type": "object"}}}
+    for name in ("get_weather", "f.g-h")
+]
+OWN = (  # as gpt-oss answers; its template writes the recipient before the channel
+    "{{ '<|start|>user<|message|>' + messages[0].content + '<|end|><|start|>assistant' }}"
+    "{% if messages[1] is defined %}{% set c = messages[1].tool_calls[0].function %}"
+    "{{ '<|channel|>commentary to=functions.' + c.name + ' <|constrain|>json<|message|>' }}"
+    "{{ c.arguments | tojson }}<|call|>{% endif %}{# tools #}"
+)
+
+
+@pytest.mark.parametrize("template", [None, OWN], ids=["published", "answered"])
+def test_calls_are_messages_of_their_own(harmony, template):
+    tokenizer = harmony if template is None else harmony.with_template(template)
+    form = CallForm.of(tokenizer)
+    assert form.syntax.recipient is not None and not form.kept
+    prompt = encode_prompt(tokenizer, [USER], tools=CALLED)
+
+    def read(text, tools=CALLED):
+        """(thoughts, shown text, calls)."""
+        stream, calls = AnswerStream(tokenizer, prompt, recipient=form.syntax.recipient), CallStream(form.syntax, tools)
+        pieces = [stream.push(token) for token in tokenizer.encode(text)] + [stream.finish()]
+        shown = "".join(calls.push(piece.answer) for piece in pieces) + calls.finish(stream.called)
+        return stream.thoughts, shown, [(call.name, json.loads(call.arguments)) for call in calls.calls]
+
+    for name, arguments in (("get_weather", {"city": "<|Zürich>", "n": [1, None]}), ("f.g-h", {})):
+        given = [{"id": "c", "type": "function", "function": {"name": name, "arguments": arguments}}]
+        rendered = tokenizer.render([USER, {"role": "assistant", "content": "", "tool_calls": given}], tools=CALLED)
+        call = rendered.rpartition("<|start|>assistant")[2]
+        assert read(call) == ("", "", [(name, arguments)])
+        thought = f"<|channel|>analysis<|message|>Look.<|end|><|start|>assistant{call}"
+        assert read(thought) == ("Look.", "", [(name, arguments)])
+        if arguments:
+            assert read(call, tools=CALLED[1:])[1:] == (json.dumps(arguments, ensure_ascii=False), []), "of no tool"
+        cut = call[: -len("}<|call|>")]
+        assert read(cut)[1:] == (cut.rpartition("<|message|>")[2], [])
+    assert read("<|channel|>final<|message|>Hi") == ("", "Hi", [])
+    assert read("<|channel|>commentary to=browser.open<|message|>{}") == ("{}", "", []), "a tool that is built in"
 
 
 def test_a_prompt_may_open_a_channel(harmony):

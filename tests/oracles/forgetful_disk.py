@@ -73,11 +73,14 @@ class ForgetfulDisk:
                 number, folder = entry.inode(), entry.is_dir(follow_symlinks=False)
                 known = self._nodes.get(number)
                 child = known if known is not None and known.folder == folder else Node(folder)
+                try:
+                    if folder:
+                        visit(Path(entry.path), child)
+                    else:
+                        child.now = Path(entry.path).read_bytes()
+                except FileNotFoundError:  # another process has renamed or removed it
+                    continue
                 nodes[number] = entries[entry.name] = child
-                if folder:
-                    visit(Path(entry.path), child)
-                else:
-                    child.now = Path(entry.path).read_bytes()
             node.now = entries
 
         visit(self.root, self._tree)

@@ -37,6 +37,6 @@ class Served:
         return json.loads(self.lines("asked")[-1])
 
 
-def serving(folder: Path, **settings: Any) -> Any:
-    parts = {"engine": (*ENGINE, f"--folder={folder}"), "engine_limits": EngineLimits(drain=1.0)}
+def serving(folder: Path, *, start: float = 540.0, **settings: Any) -> Any:
+    parts = {"engine": (*ENGINE, f"--folder={folder}"), "engine_limits": EngineLimits(drain=1.0, start=start)}
     return in_thread(folder / "state", SMOKE, parts=parts, **{"slots": 2, "queue": 4, "context": 99, **settings})

@@ -2,8 +2,8 @@
 
 That text is a JSON object: pieces (of the text), thoughts, calls, reason, pause (seconds before each piece), wait
 (until a file `go` is in its folder, or it is cancelled), die (after the first piece), refuse (a code). Cancelled
-requests are written into a file `cancelled` there, `--folder=` of the command. It imports nothing of jaxft, so that it
-starts at once.
+requests are written into a file `cancelled` there, `--folder=` of the command. While a file `hold` is there, it neither
+becomes ready nor ends. It imports nothing of jaxft, so that it starts at once.
 """
 
 import json
@@ -27,6 +27,11 @@ def path(name):
 def tell(**message):
     with LOCK:
         CONNECTION.sendall(json.dumps(message).encode() + b"\n")
+
+
+def hold():
+    while os.path.exists(path("hold")):
+        time.sleep(0.005)
 
 
 def answer(request):
@@ -69,6 +74,8 @@ def main():
     if os.path.exists(path("broken")):
         tell(kind="failed", message="no such model")
         sys.exit(2)
+    tell(kind="phase", phase="loading")
+    hold()
     tell(kind="ready", devices={"platform": "none", "kind": "none", "count": 1})
     tell(kind="phase", phase="warm")
     for line in lines:
@@ -81,6 +88,7 @@ def main():
             with open(path("asked"), "a") as file:
                 file.write(line.decode())
             threading.Thread(target=answer, args=(message,), daemon=True).start()
+    hold()
 
 
 main()

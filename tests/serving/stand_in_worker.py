@@ -2,7 +2,8 @@
 
 The row is an object: steps, pause (seconds of a step), epoch (steps between checkpoints), bad (a message: the rows
 are refused), wait (a step after which it waits for a file `go` in its folder, or SIGTERM), die (steps at which it is
-killed, each once), fail (a message), deaf (it ignores SIGTERM), always_die, resolved (put into resolved.json).
+killed, each once; at 0 after it has written resolved.json), fail (a message), deaf (it ignores SIGTERM), always_die,
+resolved (put into resolved.json).
 It imports nothing of jaxft, so that it starts at once.
 """
 
@@ -25,10 +26,18 @@ def path(*names):
     return os.path.join(FOLDER, *names)
 
 
+def flush(*names):
+    descriptor = os.open(path(*names), os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
 def write(name, value):
     with open(path(f"{name}.new"), "w") as file:
         json.dump(value, file)
+    flush(f"{name}.new")
     os.replace(path(f"{name}.new"), path(name))
+    flush()
 
 
 def tell(kind, message="", step=0, **data):
@@ -45,17 +54,31 @@ def export(name, step):
     os.makedirs(path("exports", f"{name}.new"))
     with open(path("exports", f"{name}.new", "adapter_config.json"), "w") as file:
         json.dump({"step": step}, file)
+    flush("exports", f"{name}.new", "adapter_config.json")
+    flush("exports", f"{name}.new")
     os.rename(path("exports", f"{name}.new"), path("exports", name))
+    flush("exports")
 
 
 def save(step):
     os.makedirs(path("run", "checkpoints", str(step)), exist_ok=True)
+    flush("run", "metrics.jsonl")
     open(path("run", "checkpoints", str(step), "manifest.json"), "w").close()
+    for folder in (("checkpoints", str(step)), ("checkpoints",), ()):
+        flush("run", *folder)
+    flush()
 
 
 def newest():
     folder = path("run", "checkpoints")
     return max(map(int, os.listdir(folder)), default=0) if os.path.isdir(folder) else 0
+
+
+def die(row, step):
+    mark = path(f"died-{step}")
+    if step in row.get("die", ()) and (row.get("always_die") or not os.path.exists(mark)):
+        open(mark, "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def train(row):
@@ -76,10 +99,7 @@ def train(row):
             file.write(json.dumps(line) + "\n")
         while step == row.get("wait") and not stopping and not os.path.exists(path("go")):
             time.sleep(0.01)
-        mark = path(f"died-{step}")
-        if step in row.get("die", ()) and (row.get("always_die") or not os.path.exists(mark)):
-            open(mark, "w").close()
-            os.kill(os.getpid(), signal.SIGKILL)
+        die(row, step)
         if step % row.get("epoch", 10**9) == 0 and step < row["steps"]:
             save(step)
             if not os.path.isdir(path("exports", f"step-{step}")):
@@ -102,7 +122,8 @@ def main():
         plan, examination = {"steps": row["steps"]}, {"rows": 1}
         resolved = {"hyperparameters": numbers, "plan": plan, "examination": examination}
         write("resolved.json", {**resolved, **row.get("resolved", {})})
-        tell("validated", "Files validated")
+        die(row, 0)
+    tell("validated", "Files validated")
     if GOAL == "validate":
         end(0, "validated")
     train(row)

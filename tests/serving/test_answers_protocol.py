@@ -9,7 +9,7 @@ from typing import Any
 import openai
 import pytest
 from answering import SMOKE, Served, serving
-from servers import MODEL, wait_for
+from servers import MODEL, create, rows, until, wait_for
 
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 
@@ -263,6 +263,8 @@ def test_requests_of_clients_that_are_gone_are_cancelled(served):
 def test_an_engine_that_dies_ends_its_answers_and_is_started_anew(tmp_path):
     with serving(tmp_path) as running:
         served = Served(running, tmp_path)
+        job = create(served.client, rows(steps=2, wait=1))
+        until(served.client, job.id, "running")
         stream = served.chat(todo={"die": True}, stream=True)
         with pytest.raises(openai.APIError, match="ended before"):
             list(stream)
@@ -273,6 +275,8 @@ def test_an_engine_that_dies_ends_its_answers_and_is_started_anew(tmp_path):
         assert caught.value.status_code == 503 and caught.value.response.headers["retry-after"] == "1"
         with pytest.raises(openai.InternalServerError, match="started anew"):  # a pause after the second death
             served.chat()
+        (running.state / "jobs" / job.id / "go").touch()
+        assert until(served.client, job.id, "succeeded").jaxft["deaths"] == 0, "no job is touched"
 
 
 def test_a_model_that_cannot_be_loaded_is_no_error_that_clients_repeat(tmp_path):

@@ -23,7 +23,11 @@ def test_a_job_from_file_to_model(client):
     assert job.hyperparameters.n_epochs == 3 and job.finished_at >= job.created_at and job.error is None
     assert job.jaxft["examination"] == {"rows": 1} and job.jaxft["progress"]["step"] == 6
     said = messages(client, job.id)
-    assert said[0] == f"Created fine-tuning job: {job.id}" and said[-1] == "The job has successfully completed"
+    assert said[:5] == [
+        f"Created fine-tuning job: {job.id}", f"Validating training file: {job.training_file}", "Files validated",
+        "Files validated, moving job to queued state", "Fine-tuning job started",
+    ]  # fmt: skip
+    assert said[-1] == "The job has successfully completed"
     assert said[-2] == f"New fine-tuned model created: {job.fine_tuned_model}"
     assert [text for text in said if text.startswith("Step")] == [
         f"Step {step}/6: training loss={1 / step:.4f}" for step in range(1, 7)
@@ -135,9 +139,10 @@ def test_a_worker_that_does_not_listen_is_ended(client):
 
 
 def test_a_worker_that_dies_goes_on_from_its_newest_checkpoint(client):
-    job = until(client, create(client, rows(steps=6, epoch=2, die=[3, 5])).id, "succeeded")
+    job = until(client, create(client, rows(steps=6, epoch=2, die=[0, 3, 5])).id, "succeeded")
     said = messages(client, job.id)
-    assert sum("died by signal 9" in text for text in said) == 2 and job.jaxft["deaths"] == 1
+    assert sum("died by signal 9" in text for text in said) == 3 and job.jaxft["deaths"] == 1
+    assert said.count("Files validated") == said.count("Fine-tuning job started") == 1
     assert [text for text in said if text.startswith("Step")] == [
         f"Step {step}/6: training loss={1 / step:.4f}" for step in range(1, 7)
     ]

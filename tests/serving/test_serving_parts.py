@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from jaxft.assets import ASSETS
+from jaxft.checkpoint.folders.sums import check_sums, write_sums
 from jaxft.errors import ConfigError, DataError
 from jaxft.serving.http.archive import tar_pieces
 from jaxft.serving.jobs.folder import JobFolder, JobSpec
@@ -18,7 +20,10 @@ from jaxft.serving.jobs.metrics import checkpoint_metrics, step_metrics_csv
 from jaxft.serving.jobs.run_config import allowed_keys, check_config, config_of
 from jaxft.serving.supervision import processes
 from jaxft.serving.supervision.tailing import Tail
-from jaxft.serving.worker.examine import examine, final_config
+from jaxft.serving.supervision.watch import Watch
+from jaxft.serving.worker.batch import planned
+from jaxft.serving.worker.examine import examine, final_config, tell_examined
+from jaxft.serving.worker.naming import name_base
 from jaxft.serving.worker.telling import Telling, error_of
 
 ROWS = (ASSETS / "quickstart" / "train.jsonl").read_bytes().splitlines(keepends=True)
@@ -64,7 +69,7 @@ def make_job(tmp_path: Path, rows: bytes, **settings) -> tuple[JobSpec, JobFolde
     folder.path.mkdir(parents=True)
     folder.training.write_bytes(rows)
     values = {"hyperparameters": {"n_epochs": None, "batch_size": None}, "config": {}, **settings}
-    spec = JobSpec(id="ftjob-1", base=str(ASSETS / "smoke"), seed=5, context=4096, **values)
+    spec = JobSpec(id="ftjob-1", name="small", base=str(ASSETS / "smoke"), seed=5, context=4096, **values)
     spec.write(folder)
     assert JobSpec.read(folder) == spec
     return spec, folder, Telling(folder, spec)
@@ -79,13 +84,58 @@ def test_the_examination_of_rows_without_jax(tmp_path):
     text = "".join(piece["text"] for piece in out["examination"]["first_rows"][0] if piece["trained"])
     assert json.loads(ROWS[0])["messages"][-1]["content"] in text
     assert any("only 6 rows" in warning for warning in out["warnings"])
+    tell_examined(telling, out)
     config = final_config(spec, folder, out)
     assert (config.seed, config.train.epochs, config.train.batch_size) == (5, 16.0, 4)
     assert config.data.max_length == 2048 and config.adapter.r == 4 and config.optim.learning_rate == 2e-4
     assert config.checkpoint.every_epochs == 1.0 and config.train.eval_every_epochs == 1.0
     events = [json.loads(line) for line in folder.events.read_text().splitlines()]
-    assert [event["kind"] for event in events][:2] == ["phase", "validated"]
+    assert [event["kind"] for event in events] == ["phase", *["warning"] * len(out["warnings"]), "validated"]
     assert json.loads(folder.resolved.read_text())["plan"] == out["plan"]
+
+
+@pytest.mark.parametrize(
+    ("base", "name"),
+    [("models--HuggingFaceTB--SmolLM2-135M/snapshots/0a1b", "HuggingFaceTB/SmolLM2-135M"), ("private/it", "small")],
+)
+def test_an_adapter_names_its_base_as_others_know_it(tmp_path, base, name):
+    spec = JobSpec(**{**make_job(tmp_path, b"")[0].__dict__, "base": str(tmp_path / base)})
+    own, taken = tmp_path / "own", tmp_path / "taken"
+    for folder in (own, taken):
+        folder.mkdir()
+    config = {"base_model_name_or_path": spec.base, "r": 4, "peft_type": "LORA"}
+    (own / "adapter_config.json").write_text(json.dumps(config))
+    (own / "adapter_model.safetensors").write_bytes(b"weights")
+    write_sums(own)
+    for path in own.iterdir():
+        os.link(path, taken / path.name)
+    name_base(taken, spec)
+    assert json.loads((taken / "adapter_config.json").read_text()) == {**config, "base_model_name_or_path": name}
+    assert json.loads((own / "adapter_config.json").read_text()) == config, "the run's own export is a link to it"
+    assert check_sums(taken) == check_sums(own) == [] and str(tmp_path) not in (taken / "SHA256SUMS").read_text()
+    assert (taken / "adapter_model.safetensors").samefile(own / "adapter_model.safetensors")
+
+
+def test_the_batch_is_planned_once_for_the_memory_of_the_devices(tmp_path, monkeypatch):
+    spec, folder, telling = make_job(tmp_path, ROWS[0], config={"data.max_length": 64})
+    config = config_of(spec, folder, resolved={"n_epochs": 1, "learning_rate_multiplier": 1.0, "sequences": 16})
+
+    def parts(spec: JobSpec = spec, limit: int | None = 1) -> int:
+        monkeypatch.setattr("jaxft.serving.worker.batch.device_bytes", lambda: limit)
+        planned_config = planned(config, spec, folder, telling, steps=4)
+        assert planned_config.train.batch_size == 16, "it changes what is learned"
+        return planned_config.train.accumulation_steps
+
+    assert parts(limit=None) == 1 and not folder.batch.exists(), "memory that is not known decides nothing"
+    most = parts()
+    assert most == 16 // jax.device_count() and parts(limit=2**60) == most, "a later worker computes the same bits"
+    (event, again) = Watch(folder).new_events()
+    assert event == again and event["level"] == "warn" and f"in {most} parts" in event["message"]
+    folder.batch.unlink()
+    assert parts(limit=2**60) == 1 and json.loads(folder.batch.read_text())["fits"]
+    named = JobSpec(**{**spec.__dict__, "config": {"train.accumulation_steps": 4}})
+    folder.batch.unlink()
+    assert parts(named) == config.train.accumulation_steps and not folder.batch.exists()
 
 
 def test_configs_of_a_full_tuning_and_of_an_operator(tmp_path):
@@ -128,6 +178,16 @@ def test_rows_that_cannot_be_trained_on(tmp_path, rows, message):
     assert message in told["error"]["message"] and str(tmp_path) not in told["error"]["message"]
 
 
+def test_rows_that_are_all_too_long(tmp_path):
+    spec, folder, telling = make_job(
+        tmp_path, b"".join(ROWS[:2]), config={"data.max_length": 16, "data.truncation": "drop"}
+    )
+    with pytest.raises(DataError) as refused:
+        examine(spec, folder, telling)
+    error = error_of(refused.value, folder)
+    assert error["code"] == "invalid_file" and "max_length" in telling.without_paths(error["message"])
+
+
 def test_errors_and_the_codes_of_jobs(tmp_path):
     _, folder, _ = make_job(tmp_path, ROWS[0])
     try:
@@ -155,6 +215,15 @@ def test_a_tail_follows_files_that_grow_and_are_replaced(tmp_path):
     (tmp_path / "new").write_bytes(b"one\n")
     os.replace(tmp_path / "new", path)
     assert tail.lines() == [b"one"]
+
+
+def test_a_line_that_was_torn_off_takes_no_other_with_it(tmp_path):
+    spec, folder, telling = make_job(tmp_path, b"")
+    telling.event("one")
+    with open(folder.events, "ab") as file:
+        file.write(b'{"kind": "tor' + bytes(9))
+    Telling(folder, spec).event("two")
+    assert [event["kind"] for event in Watch(folder).new_events()] == ["one", "two"]
 
 
 def test_a_lock_says_who_lives(tmp_path):

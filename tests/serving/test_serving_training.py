@@ -15,6 +15,7 @@ from openai._legacy_response import HttpxBinaryResponseContent
 from servers import MODEL, ServerProcess, messages, until, upload, wait_for, write_model
 
 from jaxft.assets import ASSETS
+from jaxft.checkpoint.folders.sums import check_sums
 
 WORKER = "jaxft.serving.worker"
 TRAIN = (ASSETS / "quickstart" / "train.jsonl").read_bytes().splitlines(keepends=True)
@@ -67,6 +68,14 @@ def test_a_job_trains_and_its_checkpoints_are_adapters(client, process):
     assert table_of(client, job).keys() == {"1", "2", "3", "4"}
     assert client.get("/jaxft/system", cast_to=object)["devices"]["platform"] == "cpu"
     assert not [text for text in messages(client, job.id) if str(process.state) in text]
+    for folder in folders:
+        assert check_sums(folder) == [] and adapter_base(folder) == MODEL
+        texts = [path.read_text() for path in folder.rglob("*") if path.suffix in (".json", ".md", ".jinja", "")]
+        assert not [text for text in texts if str(process.state.parent) in text], "a path of the server"
+
+
+def adapter_base(folder: Path) -> str:
+    return str(json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"])
 
 
 def table_of(client: openai.OpenAI, job: Any) -> dict[str, dict[str, str]]:

@@ -49,8 +49,8 @@ class Timed(Recorder):
         self.compiled = True
         return super().train_step(*args)
 
-    def evaluate(self, state):
-        return self.after("evaluate", super().evaluate(state))
+    def evaluate(self, state, between):
+        return self.after("evaluate", super().evaluate(state, between))
 
     def save(self, *args):
         return self.after("save", super().save(*args))

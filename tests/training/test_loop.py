@@ -1,5 +1,6 @@
 """The loop with stand-ins for devices and files: what happens, in which order, and what must not."""
 
+import dataclasses
 import json
 import math
 
@@ -49,7 +50,7 @@ class Recorder:
                 return state, {name: jnp.float32(value) for name, value in metrics.items()}
         return state + 1, {name: jnp.float32(value) for name, value in metrics.items()}
 
-    def evaluate(self, state):
+    def evaluate(self, state, between):
         self.events.append(("evaluate", state))
         return {"eval_loss": 1.0 / max(state, 0.5)}
 
@@ -218,7 +219,7 @@ def test_periods_of_thirds_miss_no_step_to_rounding():
 def test_training_ends_once_the_metric_stops_getting_better(values, settings, last, killed_after):
     stopping = EarlyStopping(**({"metric": "eval_loss", "mode": "min"} | settings))
     recorder = Recorder()
-    recorder.evaluate = lambda state: {"eval_loss": values[state - 1]}
+    recorder.evaluate = lambda state, between: {"eval_loss": values[state - 1]}
     start, progress = 0, {}
     if killed_after:
         run(recorder, total=killed_after, eval_every=1, save_every=1, early_stopping=stopping)
@@ -240,7 +241,7 @@ def test_training_ends_once_the_metric_stops_getting_better(values, settings, la
 
 def test_a_run_ends_early_only_where_it_can_go_on():
     recorder = Recorder()
-    recorder.evaluate = lambda state: {"eval_loss": float(state)}
+    recorder.evaluate = lambda state, between: {"eval_loss": float(state)}
     stopping = EarlyStopping(metric="eval_loss", mode="min", patience=1)
     state, _ = run(recorder, total=20, eval_every=2, may_stop=lambda step: step % 3 == 0, early_stopping=stopping)
     assert state == 6 and recorder.of("save") == [6]
@@ -306,6 +307,56 @@ def test_preemption_saves_the_step_and_stops():
     assert stopped.value.step == 3
     assert recorder.of("train") == [0, 1, 2]
     assert recorder.events[-1] == ("save", 3)
+
+
+class Stopped(Recorder):
+    """Evaluates in three batches. preempted_at: the number of a question whether to stop, of all that are asked."""
+
+    def __init__(self, **more):
+        super().__init__(**more)
+        self.asked = 0
+
+    def evaluate(self, state, between):
+        for _ in range(3):
+            between()
+        return super().evaluate(state, between)
+
+    def hooks(self, **more):
+        return dataclasses.replace(super().hooks(**more), preempted=self.ask)
+
+    def ask(self):
+        self.asked += 1
+        return self.asked == self.preempted_at
+
+
+@pytest.mark.parametrize("at", [2, 6, 9])  # the questions of an evaluation are three, and after each step comes one
+@pytest.mark.parametrize("last", [2, 6])
+def test_a_stop_within_an_evaluation_saves_and_evaluates_later(at, last):
+    settings = {
+        "total": last, "eval_every": 2, "save_every": 4,
+        "early_stopping": EarlyStopping(metric="eval_loss", mode="max", patience=2),
+    }  # fmt: skip
+    whole, first, second = Stopped(), Stopped(preempted_at=at), Stopped()
+    expected = run(whole, **settings)
+    if at > whole.asked:
+        return
+    with pytest.raises(Preempted) as stopped:
+        run(first, **settings)
+    step = stopped.value.step
+    interrupted = len(first.of("evaluate")) < step // 2
+    assert interrupted == (at in (2, 9)) and first.events[-1] == ("save", step)
+    assert first.saved[step][1] == ({} if interrupted or step % 2 else whole.saved.get(step, ({}, {}))[1])
+    assert run(second, **settings, start=step, progress=first.saved[step][0]) == expected
+    for kind in ("log", "log eval", "evaluate", "train"):
+        assert first.of(kind) + second.of(kind) == whole.of(kind), kind
+    assert second.saved[max(whole.saved)] == whole.saved[max(whole.saved)]
+    assert not interrupted or second.saved[step][1] == {"eval_loss": 1.0 / step}
+
+
+def test_a_stop_is_not_asked_within_an_evaluation_from_which_a_run_cannot_go_on():
+    recorder = Stopped()
+    run(recorder, total=4, eval_every=2, may_stop=lambda step: step % 2 == 1)
+    assert recorder.of("evaluate") == [2, 4] and recorder.asked == 2, "after steps 1 and 3 alone"
 
 
 def test_preemption_at_the_last_step_is_the_end_of_the_run():

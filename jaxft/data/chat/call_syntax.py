@@ -1,9 +1,9 @@
 """How a chat template writes calls of tools, learnt by rendering calls that are known, and calls read from answers.
 
-Three forms are learnt: JSON that has the name and the arguments (Qwen, Llama 3, Mistral's first templates), a name
-before JSON of the arguments (DeepSeek, Kimi, Mistral's later ones), and a name before arguments in tags (Qwen3-Coder,
-GLM). Not read are calls written as Python (`[f(a="x")]`, Llama 4), and those that are told apart by the header of their
-message alone (gpt-oss).
+Five forms are learnt: JSON that has the name and the arguments (Qwen, Llama 3, Mistral's first templates), a name
+before JSON of the arguments (DeepSeek, Kimi, Mistral's later ones), a name before arguments in tags (Qwen3-Coder, GLM),
+calls written as Python (`[f(a="x")]`: Llama 3.2 and 4, LFM2, OLMo 3), and messages of their own, whose header has the
+name (gpt-oss: `to=functions.f`).
 """
 
 import ast
@@ -26,6 +26,9 @@ IDS = ("abcdefghi", "jklmnopqr")  # nine letters: Mistral's templates refuse any
 MESSAGE = "<|message|>"  # ends the header of a message
 NAME = r"[\w.-]+"
 DECODER = json.JSONDecoder()
+# Texts in quotes, parentheses, and what is between.
+PYTHON = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|[()]|[^'"()]+""", re.DOTALL)
+JSON_NAMES = {"true": True, "false": False, "null": None}
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,10 @@ class CallSyntax:
     """How calls are written. marker: the text with which they begin; empty: they begin with their JSON.
 
     name_key, arguments_key: of JSON that has both. head: a pattern up to the arguments, with the group `name`, where
-    the name comes before them. argument: a pattern with the groups `key` and `value`, where they are in tags. spelled:
-    calls as the template wrote them, in which its tokens are found.
+    the name comes before them. argument: a pattern with the groups `key` and `value`, where they are in tags. python:
+    whether calls are written as Python. recipient: a pattern with the group `name` that is looked for in the headers of
+    messages; the text of such a message has the arguments. spelled: calls as the template wrote them, in which its
+    tokens are found.
     """
 
     marker: str
@@ -51,18 +56,22 @@ class CallSyntax:
     arguments_key: str | None = None
     head: str | None = None
     argument: str | None = None
+    python: bool = False
+    recipient: str | None = None
 
     def begins(self, text: str) -> int | None:
         """Where calls begin in the text of an answer; None if there are none yet."""
         if self.marker:
             at = text.find(self.marker)
             return at if at >= 0 else None
-        return 0 if text.lstrip()[:1] in ("{", "[") else None
+        if self.recipient is not None:
+            return None
+        return 0 if text.lstrip()[:1] in (("[",) if self.python else ("{", "[")) else None
 
     def pending(self, text: str) -> int:
         """How many characters at the end of an answer may be the beginning of calls."""
         if not self.marker:
-            return len(text) if not text.strip() else 0
+            return len(text) if not text.strip() and self.recipient is None else 0
         return max((n for n in range(1, len(self.marker)) if text.endswith(self.marker[:n])), default=0)
 
     def calls(self, text: str, tools: Sequence[Mapping[str, Any]]) -> tuple[Call, ...]:
@@ -70,14 +79,24 @@ class CallSyntax:
 
         tools: of the request; calls of others are none. Their schemas say which values in tags are texts.
         """
-        schemas = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
+        schemas = _schemas(tools)
         try:
             calls = self._calls(text, schemas)
         except ValueError:
             return ()
         return tuple(calls) if all(call.name in schemas for call in calls) else ()
 
+    def call_of(self, name: str, text: str, tools: Sequence[Mapping[str, Any]]) -> Call | None:
+        """The call in the text of a message whose header has this name; None if it cannot be read."""
+        arguments = _arguments(text)
+        try:
+            return None if arguments is None or name not in _schemas(tools) else Call(name, _written(arguments))
+        except ValueError:
+            return None
+
     def _calls(self, text: str, schemas: Mapping[str, Any]) -> list[Call]:
+        if self.python:
+            return _python_calls(text, schemas)
         if self.head is None:
             return _json_calls(text, self.name_key or "", self.arguments_key or "")
         if self.argument is None:
@@ -88,11 +107,13 @@ class CallSyntax:
 def learn(render: Render) -> CallSyntax | None:
     """The syntax of a template; None if it writes no calls, or in a form that is not known."""
     one, pair = _answer(render, ((NAMES[0], 1),)), _answer(render, ((NAMES[0], 1), (NAMES[1], 1)))
-    if one is None or NAMES[0] not in one or MESSAGE in one:
+    if one is None or NAMES[0] not in one:
         return None
+    if MESSAGE in one:
+        return _learn_recipient(one)
     if (by_keys := _learn_json(one)) is not None:
         return by_keys
-    return _learn_named(one, pair) or _learn_tagged(one, _answer(render, ((NAMES[0], 2),)))
+    return _learn_named(one, pair) or _learn_python(one) or _learn_tagged(one, _answer(render, ((NAMES[0], 2),)))
 
 
 def _answer(render: Render, calls: Sequence[tuple[str, int]]) -> str | None:
@@ -152,6 +173,24 @@ def _learn_named(one: str, pair: str | None) -> CallSyntax | None:
     if not before.strip():
         return None  # nothing tells a call from a text
     return CallSyntax(marker=before.strip(), spelled=pair or one, head=_head(before, between, one[:end], pair))
+
+
+def _learn_recipient(one: str) -> CallSyntax | None:
+    """From a call whose message has the name in its header."""
+    header, _, body = one.partition(MESSAGE)
+    before = re.search(rf"(\S+=\S*){NAMES[0]}(?![\w.-])", header)
+    if before is None or not any(value == {KEYS[0]: VALUES[0]} for value, _, _ in _json_values(body)):
+        return None
+    return CallSyntax(marker="", spelled="", recipient=rf"(?:^|\s){re.escape(before[1])}(?P<name>{NAME})(?=\s|<|$)")
+
+
+def _learn_python(one: str) -> CallSyntax | None:
+    begin, _, rest = one.partition(NAMES[0])
+    written = rf"\(\s*{KEYS[0]}\s*=\s*['\"]?{VALUES[0]}['\"]?\s*\)"
+    marker = begin.strip().removesuffix("[").rstrip()
+    if re.match(written, rest) is None or not begin.strip():
+        return None  # another form, or nothing tells a call from a text
+    return CallSyntax(marker=marker, spelled=one, python=True)
 
 
 def _learn_tagged(one: str, two: str | None) -> CallSyntax | None:
@@ -225,6 +264,72 @@ def _tagged_calls(text: str, head: str, argument: str, schemas: Mapping[str, Any
         arguments = {one["key"]: _typed(one["value"], properties.get(one["key"])) for one in inner}
         out.append(Call(match["name"], _written(arguments)))
     return out
+
+
+def _python_calls(text: str, schemas: Mapping[str, Any]) -> list[Call]:
+    """Calls with literals by keyword. Raises ValueError for other arguments, such as names of variables."""
+    out, at = [], 0
+    while (head := re.compile(rf"({NAME})\(").search(text, at)) is not None:
+        source, at = _python_source(text, head.end())
+        properties = schemas.get(head[1], {}).get("properties") or {}
+        try:
+            call = ast.parse(f"f({source})", mode="eval").body
+        except (SyntaxError, RecursionError, MemoryError) as error:
+            raise ValueError("no Python") from error
+        if not isinstance(call, ast.Call) or call.args or any(one.arg is None for one in call.keywords):
+            raise ValueError("arguments without their names")
+        given = {str(one.arg): _unquoted(_literal(one.value), properties.get(str(one.arg))) for one in call.keywords}
+        out.append(Call(head[1], _written(given)))
+    return out
+
+
+def _unquoted(value: Any, schema: Any) -> Any:
+    """A value, read if it is a text where the schema wants none: some templates put quotes around every value."""
+    kinds = schema.get("type") if isinstance(schema, Mapping) else None
+    wanted = [kinds] if isinstance(kinds, str) else kinds or ["string"]
+    return _typed(value, schema) if isinstance(value, str) and "string" not in wanted else value
+
+
+def _python_source(text: str, start: int) -> tuple[str, int]:
+    """(the arguments up to the closing parenthesis, with lines in texts escaped; where they end).
+
+    Raises ValueError if there is none.
+    """
+    out: list[str] = []
+    depth, at = 1, start
+    for match in PYTHON.finditer(text, start):
+        if match.start() != at:
+            break
+        piece, at = match[0], match.end()
+        depth += {"(": 1, ")": -1}.get(piece, 0)
+        if not depth:
+            return "".join(out), at
+        out.append(piece.replace("\n", "\\n").replace("\r", "\\r") if piece[0] in "'\"" else piece)
+    raise ValueError("a call without an end")
+
+
+def _literal(node: ast.expr) -> Any:
+    """The value of a literal of Python or JSON. Raises ValueError for anything else."""
+    if isinstance(node, ast.Name) and node.id in JSON_NAMES:
+        return JSON_NAMES[node.id]
+    if isinstance(node, ast.List | ast.Tuple):
+        return [_literal(one) for one in node.elts]
+    if isinstance(node, ast.Dict):
+        keys = [None if key is None else _literal(key) for key in node.keys]
+        if not all(isinstance(key, str) for key in keys):
+            raise ValueError("keys that JSON has not")
+        return {str(key): _literal(value) for key, value in zip(keys, node.values, strict=True)}
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        value = _literal(node.operand)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return -value
+    if isinstance(node, ast.Constant) and isinstance(node.value, str | int | float | bool | None):
+        return node.value
+    raise ValueError("no literal")
+
+
+def _schemas(tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
 
 
 def _written(arguments: Mapping[str, Any]) -> str:

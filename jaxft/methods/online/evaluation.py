@@ -11,7 +11,7 @@ from jaxft.files.run_folder import HELD_OUT_COMPLETIONS
 from jaxft.methods.method import Run
 from jaxft.methods.online.feed import sampler_of
 from jaxft.methods.online.judge import Judge
-from jaxft.methods.parts.sequences import evaluated_weights
+from jaxft.methods.parts.sequences import Evaluator, evaluated_weights
 from jaxft.nn.decoder import Decoder
 from jaxft.rollouts.completions import CompletionsLog
 from jaxft.rollouts.judged import Judged
@@ -20,8 +20,8 @@ from jaxft.sharding.processes import is_primary
 from jaxft.training.state import TrainState
 
 
-def evaluator(run: Run, graphdef: nnx.GraphDef[Decoder]) -> Callable[[TrainState], dict[str, float]] | None:
-    """`state -> held-out metrics`: `eval_reward`, the mean of each function, and the lengths of the answers.
+def evaluator(run: Run, graphdef: nnx.GraphDef[Decoder]) -> Evaluator | None:
+    """Held-out metrics: `eval_reward`, the mean of each function, and the lengths of the answers.
 
     The answers of every evaluation of a run are written to `held_out_completions.jsonl`.
     """
@@ -38,7 +38,8 @@ def evaluator(run: Run, graphdef: nnx.GraphDef[Decoder]) -> Callable[[TrainState
             logs.append(CompletionsLog(run.folder, step - 1, HELD_OUT_COMPLETIONS, say=run.print_line))
         logs[0].add(step, judged.rollouts, judged.by_function, {"reward": judged.rewards})
 
-    def evaluate(state: TrainState) -> dict[str, float]:
+    def evaluate(state: TrainState, between: Callable[[], None]) -> dict[str, float]:
+        between()
         model = nnx.merge(graphdef, evaluated_weights(run.config, state), state.frozen)
         judged = judge(state, sampler.sample(model, prompts, temperature=0.0, seed=0))
         write(int(state.step), judged)

@@ -18,7 +18,6 @@ from jaxft.methods.parts.router import router_coefficients
 from jaxft.nn.decoder import Decoder
 from jaxft.objectives.loss import BatchSums, Loss, MethodState
 from jaxft.objectives.pairs import PairCounts, count_units
-from jaxft.training.state import TrainState
 
 
 def batch_shapes(config: RunConfig, values: Sequence[str] = ()) -> Batch[jax.ShapeDtypeStruct]:
@@ -70,7 +69,7 @@ def pair_method(
         check_pairs(config)
         router_coefficients(config, model)
 
-    def evaluator(run: Run, graphdef: nnx.GraphDef[Decoder]) -> Callable[[TrainState], dict[str, float]] | None:
+    def evaluator(run: Run, graphdef: nnx.GraphDef[Decoder]) -> sequences.Evaluator | None:
         config, model = run.config, run.model
         return sequences.make_evaluator(run, graphdef, loss(config, model), batch_sums(config, model))
 

@@ -31,7 +31,8 @@ from jaxft.training.step import make_eval_step, make_eval_sums
 
 LINES = 10  # that tell the progress of `each_once`
 
-Evaluator = Callable[[TrainState], dict[str, float]]
+# (state, between) -> held-out metrics; `between` is called before every batch, and may raise.
+Evaluator = Callable[[TrainState, Callable[[], None]], dict[str, float]]
 
 
 def source(config: RunConfig, data: Prepared, tokenizer: Tokenizer) -> BatchSource:
@@ -127,7 +128,7 @@ def make_evaluator(
     batch_sums: BatchSums | None = None,
     held_out: HeldOut | None = None,
 ) -> Evaluator | None:
-    """`state -> held-out metrics` by a loss without dropout; None if no rows are held out.
+    """Held-out metrics by a loss without dropout; None if no rows are held out.
 
     One evaluator serves one device and many: the mesh of the run gives the devices of the batches and the weights. Sums
     over the whole batch, if the loss needs them, are those over all held-out rows, so that the batch size does not
@@ -139,12 +140,17 @@ def make_evaluator(
     eval_step = jax.jit(run.mesh.bind(make_eval_step(graphdef, loss)))
     eval_sums = None if batch_sums is None else jax.jit(run.mesh.bind(make_eval_sums(graphdef, batch_sums)))
 
-    def evaluate(state: TrainState) -> dict[str, float]:
-        weights, method, numbers = evaluated_weights(run.config, state), state.method, range(rows.count)
+    def evaluate(state: TrainState, between: Callable[[], None]) -> dict[str, float]:
+        def batches() -> Iterator[Any]:
+            for number in range(rows.count):
+                between()
+                yield rows.batch(number)
+
+        weights, method = evaluated_weights(run.config, state), state.method
         if eval_sums is not None:
-            whole = added_up(partial(eval_sums, weights, state.frozen, method), map(rows.batch, numbers))
+            whole = added_up(partial(eval_sums, weights, state.frozen, method), batches())
             method = with_batch_sums(method, jax.tree.map(np.float32, whole))
-        return held_out_metrics(partial(eval_step, weights, state.frozen, method), map(rows.batch, numbers))
+        return held_out_metrics(partial(eval_step, weights, state.frozen, method), batches())
 
     return evaluate
 

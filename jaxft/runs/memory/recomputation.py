@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -46,13 +46,7 @@ def recomputation_of(
     known = [limit for limit in limits if limit is not None]
     limit = min(known) if len(known) == len(limits) else None
     platform = devices[0].platform
-    shapes = state_shapes(config, model, make_tx(config, model, make_schedule(config.optim, steps)), _hf_config)
-    state = on_mesh(shapes, mesh)
-    parts = (state.trainable, state.frozen, state.opt_state, state.method, batch_on_mesh(config, mesh))
-    arguments = device_bytes(parts)
-    cut = analytic.cut_of(config, mesh.axes, kernel=platform == "tpu")
-    sizes = StepSizes(model=sizes_of(model), references=shapes.references, cut=cut, arguments=arguments)
-    estimate = partial(with_recomputation, config, sizes)
+    estimate = estimate_of(config, model, mesh, steps=steps)
     if limit is not None:
         chosen = by_arithmetic(estimate, limit)
     else:
@@ -60,6 +54,18 @@ def recomputation_of(
         products = {name: estimate(name)[1] for name in POLICIES}
         chosen = Recomputation(policy=policy, peaks={}, limit=None, products=products, why=why)
     return _as_before(chosen, before or {}, devices_of(mesh))
+
+
+def estimate_of(
+    config: RunConfig, model: Decoder, mesh: MeshPlan, *, steps: int
+) -> Callable[[Policy], tuple[int, float]]:
+    """What a policy costs a run, as in `by_arithmetic`. model: abstract."""
+    shapes = state_shapes(config, model, make_tx(config, model, make_schedule(config.optim, steps)), _hf_config)
+    state = on_mesh(shapes, mesh)
+    parts = (state.trainable, state.frozen, state.opt_state, state.method, batch_on_mesh(config, mesh))
+    cut = analytic.cut_of(config, mesh.axes, kernel=mesh.mesh.devices.flat[0].platform == "tpu")
+    sizes = StepSizes(model=sizes_of(model), references=shapes.references, cut=cut, arguments=device_bytes(parts))
+    return partial(with_recomputation, config, sizes)
 
 
 def take_policy(config: RunConfig, module: Decoder, model: Decoder, mesh: MeshPlan) -> None:

@@ -20,7 +20,7 @@ from jaxft.nn.decoder import Decoder
 from jaxft.sharding.processes import on_primary
 
 WAYS = ("base", "tuned")
-ROUNDS = 4  # times the answers that are generated at the same time; after so many they are saved, and a run may stop
+ROUNDS = 4  # times the answers that are generated at the same time; after so many they are saved
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def answer_prompts(
 ) -> list[AnsweredRow]:
     """Greedy answers to prompts, in their order, those of `kept` first.
 
-    save: takes all answers so far, now and then. between: called before each part; it may raise, to stop there.
+    save: takes all answers so far, now and then. between: called before every few tokens; it may raise, to stop there.
     on_token: see `generate_tokens`; rows are counted within a part.
     """
     done, slots = list(kept), max(1, min(slots, len(prompts)))
@@ -75,6 +75,7 @@ def answer_prompts(
             stop_ids=tokenizer.stop_ids,
             slots=slots,
             on_token=on_token,
+            between=between,
         )
         seconds = (time.perf_counter() - began) / len(part)
         done += [

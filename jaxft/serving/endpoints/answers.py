@@ -1,7 +1,7 @@
 """/v1/chat/completions and /v1/completions: answers of a base or a tuned model, whole or as a stream."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -21,6 +21,7 @@ from jaxft.serving.service import service_of
 
 ANSWERERS = ("answer",)
 BEAT_SECONDS = 10.0  # in which a proxy would end a silent stream
+WAITING = ": waiting\n\n"
 GONE = 499  # for the log alone: nobody reads it
 HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
 T = TypeVar("T")
@@ -45,33 +46,52 @@ async def complete(request: Request) -> Response:
     return await _answer(request, wanted, shape, len(content))
 
 
+class _Opening:
+    """An answer that an engine is to begin, which may take as long as the engine takes to start."""
+
+    def __init__(self, work: Coroutine[Any, Any, OpenAnswer]) -> None:
+        self._task = asyncio.ensure_future(work)
+
+    async def within(self, seconds: float | None) -> OpenAnswer | None:
+        """The answer once it has begun; None if it has not after so many seconds. Raises ApiError if it is refused."""
+        await asyncio.wait((self._task,), timeout=seconds)
+        return self._task.result() if self._task.done() else None
+
+    def close(self) -> None:
+        """Gives it up, whether it has begun or not. Harmless when called again."""
+        if not self._task.cancel() and not self._task.cancelled() and self._task.exception() is None:
+            self._task.result().close()
+
+
 async def _answer(request: Request, wanted: AnswerRequest, shape: Shape, size: int) -> Response:
-    answer = await _opened(request, wanted, size)
-    if answer is None:
-        return Response(status_code=GONE)
-    if wanted.stream:
-        return _AnswerStream(answer, wanted, shape)
+    opening = _Opening(_opened(request, wanted, size))
     try:
+        # A refusal that comes before the first comment line has a status of its own.
+        answer = await _unless_gone(request, opening.within(BEAT_SECONDS if wanted.stream else None))
+        if wanted.stream:
+            return _AnswerStream(opening, wanted, shape)
+        if answer is None:
+            raise RuntimeError("an answer neither began nor failed")
         choices, end = await _unless_gone(request, _all(answer, wanted))
     except ClientGoneError:
+        opening.close()
         return Response(status_code=GONE)
-    finally:
-        answer.close()
+    except BaseException:
+        opening.close()
+        raise
+    opening.close()
     return JSONResponse(shapes.whole(shape, choices, shapes.usage_of(end)))
 
 
-async def _opened(request: Request, wanted: AnswerRequest, size: int) -> OpenAnswer | None:
-    """The answer, which an engine has begun; None if the client is gone. Raises ApiError as the engine does."""
+async def _opened(request: Request, wanted: AnswerRequest, size: int) -> OpenAnswer:
+    """The answer, which an engine has begun. Raises ApiError as the engine does."""
     service = service_of(request)
     engines, model, key = service.engines, wanted.model, request.scope["key"].id
     while True:
         target = await asyncio.to_thread(target_of, service.state, service.settings, model, engines.alone)
         answer = engines.open(target, wanted, key=key, size=size)
         try:
-            await _unless_gone(request, answer.begin())
-        except ClientGoneError:
-            answer.close()
-            return None
+            await answer.begin()
         except ApiError as error:
             answer.close()
             if error.code != NOT_BY_ROW or model in engines.alone:
@@ -118,30 +138,32 @@ async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
 class _AnswerStream(StreamingResponse):
     """Sends the pieces of an answer as they come, and gives the answer up when the client is gone."""
 
-    def __init__(self, answer: OpenAnswer, wanted: AnswerRequest, shape: Shape) -> None:
-        super().__init__(_pieces(answer, wanted, shape), media_type="text/event-stream", headers=HEADERS)
-        self._answer = answer
+    def __init__(self, opening: _Opening, wanted: AnswerRequest, shape: Shape) -> None:
+        super().__init__(_pieces(opening, wanted, shape), media_type="text/event-stream", headers=HEADERS)
+        self._opening = opening
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._answer.close()
+            self._opening.close()
 
 
-async def _pieces(answer: OpenAnswer, wanted: AnswerRequest, shape: Shape) -> AsyncIterator[str]:
+async def _pieces(opening: _Opening, wanted: AnswerRequest, shape: Shape) -> AsyncIterator[str]:
     choices = [Choice() for _ in range(wanted.choices)]
 
     def chunk(shown: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> str:
         return shapes.chunk(shape, shown, usage, with_usage=wanted.include_usage)
 
     firsts = [first for index in range(wanted.choices) if (first := shape.first(index)) is not None]
-    for first in firsts:
-        yield chunk([first])
     try:
+        while (answer := await opening.within(BEAT_SECONDS)) is None:
+            yield WAITING
+        for first in firsts:
+            yield chunk([first])
         async for message in answer.messages(BEAT_SECONDS):
             if message is None:
-                yield ": waiting\n\n"
+                yield WAITING
             elif message["kind"] == "piece":
                 choices[message["index"]].add(message)
                 yield chunk([shape.piece(message)])

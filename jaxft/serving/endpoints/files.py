@@ -72,7 +72,11 @@ async def create(request: Request) -> Response:
             seconds=seconds,
         )
         await asyncio.to_thread(form.keep, target)
-        row = await asyncio.to_thread(files.add_file, state, file)
+        try:
+            row = await asyncio.to_thread(files.add_file, state, file)
+        except BaseException:
+            target.unlink(missing_ok=True)
+            raise
     return JSONResponse(files.show_file(row))
 
 

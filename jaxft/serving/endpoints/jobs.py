@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import re
+import sqlite3
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -51,21 +52,26 @@ def _create(
     service: Service, wanted: JobRequest, *, key_id: str, hash: str, idempotency: str | None, retry: bool
 ) -> Row:
     state, settings = service.state, service.settings
-    with state.db.write():  # the look and the entry are one: of two requests at once, one finds the other's job
-        before = jobs.repeated(state, key_id, hash, idempotency, retry)
-        if before is not None:
-            return before
-        jobs.check_files(state, wanted)
-        spec = JobSpec(
-            id=jobs.new_job_id(),
-            base=settings.models[wanted.model],
-            seed=wanted.seed,
-            context=settings.context,
-            hyperparameters=asdict(wanted.hyperparameters),
-            config=dict(wanted.config),
-            overrides=list(settings.overrides),
-        )
-        return jobs.add_job(state, wanted, spec, key_id=key_id, hash=hash, idempotency=idempotency)
+    spec = JobSpec(
+        id=jobs.new_job_id(),
+        name=wanted.model,
+        base=settings.models[wanted.model],
+        seed=wanted.seed,
+        context=settings.context,
+        hyperparameters=asdict(wanted.hyperparameters),
+        config=dict(wanted.config),
+        overrides=list(settings.overrides),
+    )
+    try:
+        with state.db.write():  # the look and the entry are one: of two requests at once, one finds the other's job
+            before = jobs.repeated(state, key_id, hash, idempotency, retry)
+            if before is not None:
+                return before
+            jobs.check_files(state, wanted)
+            return jobs.add_job(state, wanted, spec, key_id=key_id, hash=hash, idempotency=idempotency)
+    except sqlite3.Error:
+        jobs.drop_folder(state, spec.id)
+        raise
 
 
 async def list_all(request: Request) -> Response:

@@ -35,9 +35,11 @@ class Choice:
         self.index, self.tokens, self.cancelled = index, 0, False
         self._answering, self._tell, self._on_end = answering, tell, on_end
         tokenizer, stop, form = answering.tokenizer, answering.stop, answering.calls
-        kept = () if form is None else form.kept
+        kept, recipient = ((), None) if form is None else (form.kept, form.syntax.recipient)
         self._stream = (
-            AnswerStream(tokenizer, prompt, stop, kept) if answering.is_chat else PlainStream(tokenizer, stop)
+            AnswerStream(tokenizer, prompt, stop, kept, recipient)
+            if answering.is_chat
+            else PlainStream(tokenizer, stop)
         )
         self._calls = None if form is None else CallStream(form.syntax, answering.tools)
         self._text = self._thoughts = ""
@@ -84,7 +86,7 @@ class Choice:
         if not request.cancelled:
             self._add(self._stream.finish())
             if self._calls is not None:
-                self._show(self._calls.finish())
+                self._show(self._calls.finish(self._stream.called))
             self.flush()
             calls = [] if self._calls is None else self._calls.calls
             reason = "tool_calls" if calls and request.finish_reason == "stop" else request.finish_reason

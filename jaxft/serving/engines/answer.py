@@ -11,17 +11,23 @@ Message = Mapping[str, Any]
 
 
 class OpenAnswer:
-    """What an engine tells of a request. id: by which the engine knows it. closing: called when it is closed."""
+    """What an engine tells of a request. id: by which the engine knows it. closing: called when it is closed.
+
+    opened, begun: when it was handed over and when the engine took it, in seconds of the monotonic clock.
+    """
 
     def __init__(self, id: str) -> None:
         self.id, self.done = id, False
         self.closing: list[Callable[[], None]] = []
-        self.started = time.monotonic()
+        self.opened = time.monotonic()
+        self.begun: float | None = None
         self._messages: asyncio.Queue[Message | ApiError] = asyncio.Queue()
 
     def tell(self, message: Message | ApiError) -> None:
         """Adds what the engine told, or the error by which the answer ends."""
-        self.done = self.done or isinstance(message, ApiError) or message["kind"] in ("done", "refused")
+        kind = "error" if isinstance(message, ApiError) else message["kind"]
+        self.begun = time.monotonic() if kind == "begun" else self.begun
+        self.done = self.done or kind in ("error", "done", "refused")
         self._messages.put_nowait(message)
 
     async def begin(self) -> Message:

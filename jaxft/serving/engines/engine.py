@@ -19,7 +19,7 @@ from jaxft.serving.storage.state import new_id
 log = logging.getLogger(__name__)
 MOST_DEATHS, WINDOW = 3, 600.0  # deaths within so many seconds, after which it is not started again
 PAUSES = (0.0, 5.0, 20.0)  # seconds after the first death, the second, ...
-SOON = {"retry-after": "1"}
+SOON, LATER = {"retry-after": "1"}, {"retry-after": "30"}
 
 Phase = Literal["stopped", "starting", "loading", "compiling", "warm", "ending"]
 
@@ -56,7 +56,8 @@ class Engine:
     def open(self, request: Mapping[str, Any], *, key: str, choices: int, size: int) -> OpenAnswer:
         """Hands a request over. choices, size: the answers that it asks for, and the bytes of its body.
 
-        Raises ApiError: 429 if the queue is full, 503 while it may not be started, 400 if it cannot be.
+        It waits while the engine starts. Raises ApiError: 429 if the queue is full, 503 while it may not be started
+        since it died, 400 if it cannot be.
         """
         self._check_life()
         self.limits.enter(key, choices, size)
@@ -64,20 +65,21 @@ class Engine:
         answer.closing += [lambda: self.limits.leave(key, choices, size), lambda: self._close(answer)]
         self._answers[answer.id] = answer
         line = as_line({"kind": "answer", "id": answer.id, **request})
-        if self._process is None:
+        if self._process is None or self.phase == "ending":
             self._unsent.append(line)
         else:
             self._process.writer.write(line)
         if self._life is None:
-            self.phase = "starting"
-            self._life = asyncio.create_task(self._live())
+            self._start()
         return answer
+
+    def _start(self) -> None:
+        self.phase = "starting"
+        self._life = asyncio.create_task(self._live())
 
     def _check_life(self) -> None:
         if self._broken is not None:
             raise ApiError(400, self._broken, code="model_not_loadable")
-        if self.phase == "ending":
-            raise ApiError(503, "The engine is about to be started anew.", headers=SOON)
         now = time.monotonic()
         recent = [at for at in self._deaths if now - at < WINDOW]
         if self._life is not None or not recent:
@@ -102,16 +104,36 @@ class Engine:
     def _close(self, answer: OpenAnswer) -> None:
         self._answers.pop(answer.id, None)
         self.used = time.monotonic()
-        if answer.done:
-            self.limits.ended(self.used - answer.started)
-        elif self._process is not None and not self._process.writer.is_closing():
+        if not answer.done:
+            self._take_back(answer)
+        elif answer.begun is not None:
+            self.limits.ended(self.used - answer.begun)
+
+    def _take_back(self, answer: OpenAnswer) -> None:
+        if self._process is not None and not self._process.writer.is_closing():
             self._process.writer.write(as_line({"kind": "cancel", "id": answer.id}))
         else:
             start = json.dumps({"kind": "answer", "id": answer.id})[:-1].encode()
             self._unsent = [line for line in self._unsent if not line.startswith(start)]
 
+    def expire(self, seconds: float) -> None:
+        """Ends the answers that have waited for so long for an engine that still starts."""
+        if self.phase == "warm":
+            return
+        for answer in list(self._answers.values()):
+            if not answer.done and time.monotonic() - answer.opened > seconds:
+                self._take_back(answer)
+                answer.tell(
+                    ApiError(
+                        503,
+                        f"The engine of this model is still being started ({self.phase}), after {seconds:.0f} s.",
+                        code="engine_starting",
+                        headers=LATER,
+                    )
+                )
+
     async def end(self) -> None:
-        """Ends the process, if there is one, and all that waits for it."""
+        """Ends the process, if there is one. What is asked meanwhile starts another."""
         if self._life is not None:
             self.phase = "ending"
             if self._process is not None:
@@ -120,6 +142,7 @@ class Engine:
 
     def fail(self, error: ApiError) -> None:
         """Ends all open answers with an error."""
+        self._unsent = []
         for answer in list(self._answers.values()):
             if not answer.done:
                 answer.tell(error)
@@ -139,7 +162,7 @@ class Engine:
         }
 
     async def _live(self) -> None:
-        """The life of one process."""
+        """The life of one process, which another follows if it was asked something while it ended."""
         try:
             await self._run()
         except OSError as error:
@@ -147,7 +170,9 @@ class Engine:
             self._deaths.append(time.monotonic())
             self.fail(_died())
         finally:
-            self._process, self._life, self._unsent, self.phase = None, None, [], "stopped"
+            self._process, self._life, self.phase = None, None, "stopped"
+            if self._unsent:
+                self._start()
 
     async def _run(self) -> None:
         running = await process.start(self._command, self._log)
@@ -165,10 +190,12 @@ class Engine:
             self._process = None
             expected = self.phase == "ending"
             code = await running.end()
-            if not expected and self._broken is None:
+            if self._broken is not None:
+                self.fail(ApiError(400, self._broken, code="model_not_loadable"))
+            elif not expected:
                 log.error("the engine of %s ended with %d; its lines are in %s", self.name, code, self._log)
                 self._deaths.append(time.monotonic())
-            self.fail(_died() if self._broken is None else ApiError(400, self._broken, code="model_not_loadable"))
+                self.fail(_died())
 
     async def _read(self, running: process.EngineProcess) -> None:
         """Takes what the process tells, until it ends."""

@@ -24,6 +24,7 @@ from jaxft.serving.storage.state import State
 COMMAND = (sys.executable, "-m", "jaxft.serving.engine")
 LOOK_SECONDS = 0.1
 IDLE_SECONDS = 600.0  # after which an engine ends that one tuned model has for itself
+START_SECONDS = 540.0  # that a request waits for an engine to start; the SDK itself waits for 600
 DRAIN_SECONDS = 25.0  # in which open answers end when the server stops; then they are told so
 ACCELERATORS = ("/dev/nvidia0", "/dev/accel0", "/dev/kfd", "/dev/vfio/0")
 LONG = {"retry-after": "120", "x-should-retry": "false"}  # longer than clients wait
@@ -35,6 +36,7 @@ class EngineLimits:
 
     idle: float = IDLE_SECONDS
     drain: float = DRAIN_SECONDS
+    start: float = START_SECONDS
 
 
 class Engines:
@@ -110,6 +112,7 @@ class Engines:
         while True:
             await asyncio.sleep(LOOK_SECONDS)
             for name, engine in list(self._engines.items()):
+                engine.expire(self._limits.start)
                 lonely = name not in self._settings.models
                 idle = engine.is_idle and time.monotonic() - engine.used > self._limits.idle
                 if engine.is_idle and (self._away or (lonely and idle)):
@@ -117,8 +120,7 @@ class Engines:
                 if lonely and engine.is_idle and not engine.is_alive and idle:
                     del self._engines[name]
             if self._draining_since is not None and time.monotonic() - self._draining_since > self._limits.drain:
-                for engine in self._engines.values():
-                    engine.fail(ApiError(503, "The server stopped before this was answered.", code="server_stopped"))
+                self._fail()
 
     def drain(self) -> None:
         """Takes no new requests from now on."""
@@ -126,9 +128,14 @@ class Engines:
             self._draining_since = time.monotonic()
 
     async def close(self) -> None:
-        """Ends all engines."""
+        """Ends all engines, and what they have not answered."""
         self.drain()
+        self._fail()
         await asyncio.gather(*(engine.end() for engine in self._engines.values()))
+
+    def _fail(self) -> None:
+        for engine in self._engines.values():
+            engine.fail(ApiError(503, "The server stopped before this was answered.", code="server_stopped"))
 
     def shown(self) -> list[dict[str, Any]]:
         """What `/v1/jaxft/system` says of them."""

@@ -44,6 +44,11 @@ class JobFolder:
         return self.path / "resolved.json"
 
     @property
+    def batch(self) -> Path:
+        """In how many parts a batch goes through the worker's devices, planned before the first step."""
+        return self.path / "batch.json"
+
+    @property
     def events(self) -> Path:
         """What the worker tells, a JSON object a line."""
         return self.path / "events.jsonl"
@@ -89,13 +94,15 @@ class JobFolder:
 
 @dataclass(frozen=True, kw_only=True)
 class JobSpec:
-    """What a worker needs to know. base: the model's folder or file. overrides: the operator's settings of every run.
+    """What a worker needs to know. name: of the model, for clients; base: its folder or file. overrides: the operator's
+    settings of every run.
 
     hyperparameters: as requested, None for `auto`. config: the settings of the job, by dotted keys. context: tokens of
     a sequence if neither says.
     """
 
     id: str
+    name: str
     base: str
     seed: int
     context: int

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from jaxft.files.atomic import flush
 from jaxft.serving.http.errors import bad_request, disk_error, no_such
 from jaxft.serving.jobs.folder import JobFolder, JobSpec
 from jaxft.serving.jobs.request import JobRequest
@@ -59,7 +60,10 @@ def repeated(state: State, key_id: str, request_hash: str, idempotency_key: str 
 def add_job(
     state: State, request: JobRequest, spec: JobSpec, *, key_id: str, hash: str, idempotency: str | None
 ) -> Row:
-    """Creates a job: its folder with links to the rows, then its row. Raises ApiError 404 for a file that is gone."""
+    """Creates a job: its folder with links to the rows, flushed to the disk, then its row.
+
+    Raises ApiError 404 for a file that is gone.
+    """
     folder = job_folder(state, spec.id)
     try:
         folder.path.mkdir()
@@ -67,6 +71,7 @@ def add_job(
         if request.validation_file is not None:
             link_file(state, request.validation_file, folder.validation)
         spec.write(folder)
+        flush(state.jobs)
     except OSError as error:
         shutil.rmtree(folder.path, ignore_errors=True)
         raise disk_error(error, "The job was not created") from error
@@ -86,6 +91,11 @@ def add_job(
             state, spec.id, NewEvent(kind="validating", message=f"Validating training file: {training_of(request)}")
         )
     return job_of(state, spec.id)
+
+
+def drop_folder(state: State, id: str) -> None:
+    """Deletes the folder of a job that was not entered."""
+    shutil.rmtree(job_folder(state, id).path, ignore_errors=True)
 
 
 def training_of(request: JobRequest) -> str:

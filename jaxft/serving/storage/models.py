@@ -52,6 +52,13 @@ def take_export(state: State, job: Row, step: int, source: Path, *, final: bool,
     return True
 
 
+def update_metrics(state: State, job: str, step: int, metrics: Mapping[str, Any]) -> None:
+    """Enters the metrics of a job's checkpoint, if it is a model already."""
+    with state.db.write() as connection:
+        values = (json.dumps(dict(metrics)), job, step)
+        connection.execute("UPDATE models SET metrics = ? WHERE job_id = ? AND step = ?", values)
+
+
 def model_of(state: State, id: str) -> Row:
     """The row of a tuned model. Raises ApiError 404, with the nearest name."""
     row = state.db.one("SELECT * FROM models WHERE id = ? AND deleted = 0", (id,))

@@ -27,6 +27,7 @@ def add_upload(
     row = (id, created, bytes, filename, purpose, mime_type, "pending", created + LIFE_SECONDS, file_seconds)
     columns = "id, created_at, bytes, filename, purpose, mime_type, status, expires_at, file_seconds"
     (state.uploads / id).mkdir()
+    flush(state.uploads)
     with state.db.write() as connection:
         connection.execute(f"INSERT INTO uploads ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
     return upload_of(state, id)

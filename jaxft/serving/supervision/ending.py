@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxft.files.atomic import write_file
@@ -14,9 +14,10 @@ from jaxft.serving.jobs.metrics import checkpoint_metrics, read_rows, step_metri
 from jaxft.serving.storage.database import Row
 from jaxft.serving.storage.events import NewEvent, add_event, count_events
 from jaxft.serving.storage.files import RESULTS, NewFile, add_file, new_file_id
-from jaxft.serving.storage.jobs import ENDED, job_of, move, paused_event, set_columns
+from jaxft.serving.storage.jobs import ENDED, UNFINISHED, job_folder, job_of, jobs_in, move, paused_event, set_columns
 from jaxft.serving.storage.models import model_name, take_export
 from jaxft.serving.storage.state import State
+from jaxft.serving.supervision.reading import take_checkpoints
 from jaxft.serving.supervision.watch import Watch
 
 MOST_DEATHS = 3  # of a job's workers without a new checkpoint
@@ -31,8 +32,10 @@ def settle(state: State, id: str, watch: Watch) -> None:
     if outcome is None and signal == TERM and watch.stopped_at is not None:
         outcome = {"state": "stopped", "step": watch.folder.newest_checkpoint()}  # before it could answer the signal
     if job["status"] in ENDED:
-        pass
-    elif outcome is None:
+        watch.active = False
+        return
+    take_checkpoints(state, id, watch)
+    if outcome is None:
         _died(state, job, watch, signal)
     elif outcome["state"] == "failed":
         fail(state, job, outcome["error"])
@@ -45,12 +48,19 @@ def settle(state: State, id: str, watch: Watch) -> None:
 
 def fail(state: State, job: Row, error: Mapping[str, Any]) -> None:
     """Ends a job with an error: code, message, param."""
-    unfinished = ("validating_files", "queued", "running", "pausing", "paused")
     with state.db.write():
         shown = {name: error.get(name) for name in ("code", "message", "param")}
-        if move(state, job["id"], "failed", *unfinished, error=json.dumps(shown)):
+        if move(state, job["id"], "failed", *UNFINISHED, error=json.dumps(shown)):
             message = f"The job failed: {error.get('message')}"
             add_event(state, job["id"], NewEvent(kind="failed", level="error", message=message, data=shown))
+
+
+def fail_lost_jobs(state: State) -> None:
+    """At the start of a server: ends the jobs whose folder is gone, since no worker could go on with them."""
+    for job in jobs_in(state, *UNFINISHED):
+        if not job_folder(state, job["id"]).spec.is_file():
+            message = "The folder of the job is gone from the state of the server. Create the job again."
+            fail(state, job, {"code": "job_lost", "message": message, "param": None})
 
 
 def _stopped(state: State, job: Row, step: int) -> None:
@@ -90,7 +100,25 @@ def _succeeded(state: State, job: Row, watch: Watch, outcome: Mapping[str, Any])
     source = watch.folder.exports / "final"
     take_export(state, job, step, source, final=True, metrics=checkpoint_metrics(rows, step))
     contents = {"step_metrics.csv": step_metrics_csv(rows), "metrics.jsonl": watch.folder.metrics.read_bytes()}
-    results = [_result(state, name, content) for name, content in contents.items()]
+    results: list[NewFile] = []
+    try:
+        for name, content in contents.items():
+            results.append(_result(state, name, content))
+        done = _enter_success(state, job, outcome, results)
+    except BaseException:  # it is tried again
+        _drop(state, results)
+        raise
+    if not done:
+        _drop(state, results)
+
+
+def _drop(state: State, files: Sequence[NewFile]) -> None:
+    for file in files:
+        (state.files / file.id).unlink(missing_ok=True)
+
+
+def _enter_success(state: State, job: Row, outcome: Mapping[str, Any], results: Sequence[NewFile]) -> bool:
+    """Whether the job has succeeded now; False if it was cancelled meanwhile."""
     name = model_name(job)
     with state.db.write():
         done = move(
@@ -105,12 +133,13 @@ def _succeeded(state: State, job: Row, watch: Watch, outcome: Mapping[str, Any])
             result_files=json.dumps([file.id for file in results]),
         )
         if not done:
-            return
+            return False
         for file in results:
             add_file(state, file)
         data = {"model": name}
         add_event(state, job["id"], NewEvent(kind="model", message=f"New fine-tuned model created: {name}", data=data))
         add_event(state, job["id"], NewEvent(kind="succeeded", message="The job has successfully completed"))
+    return True
 
 
 def _result(state: State, name: str, content: bytes) -> NewFile:

@@ -10,6 +10,15 @@ class Tail:
     def __init__(self, path: Path) -> None:
         self._path, self._offset, self._inode = path, 0, -1
 
+    @property
+    def position(self) -> tuple[int, int]:
+        """Up to where it has read; set to an earlier one, that is read again."""
+        return self._inode, self._offset
+
+    @position.setter
+    def position(self, position: tuple[int, int]) -> None:
+        self._inode, self._offset = position
+
     def lines(self) -> list[bytes]:
         """The whole lines since the last call; none if there is no file."""
         try:

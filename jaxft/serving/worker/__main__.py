@@ -7,7 +7,7 @@ from pathlib import Path
 from jaxft.errors import ExitCode, Preempted
 from jaxft.serving.jobs.folder import JobFolder, JobSpec, read_object
 from jaxft.serving.supervision.processes import enter_worker
-from jaxft.serving.worker.examine import examine, final_config
+from jaxft.serving.worker.examine import examine, final_config, tell_examined
 from jaxft.serving.worker.telling import Telling, error_of
 
 
@@ -39,6 +39,7 @@ def main() -> ExitCode:
 
 def _work(spec: JobSpec, folder: JobFolder, telling: Telling, *, train: bool) -> None:
     resolved = read_object(folder.resolved) or examine(spec, folder, telling)
+    tell_examined(telling, resolved)
     config = final_config(spec, folder, resolved)
     if not train:
         telling.outcome("validated")
@@ -46,7 +47,7 @@ def _work(spec: JobSpec, folder: JobFolder, telling: Telling, *, train: bool) ->
     telling.phase("loading")
     from jaxft.serving.worker.training import train_job
 
-    train_job(config, folder, telling, resolved["examination"]["sequences"])
+    train_job(config, spec, folder, telling, resolved["examination"]["sequences"])
 
 
 if __name__ == "__main__":

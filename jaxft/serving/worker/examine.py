@@ -51,11 +51,15 @@ def examine(spec: JobSpec, folder: JobFolder, telling: Telling) -> dict[str, Any
         "log_every": max(1, steps // MOST_LOGGED),
     }  # fmt: skip
     write_json(folder.resolved, out)
-    _tell(telling, out)
     return out
 
 
-def _tell(telling: Telling, out: dict[str, Any]) -> None:
+def tell_examined(telling: Telling, out: dict[str, Any]) -> None:
+    """Tells what the examination found, warnings first. To be called by every worker of a job: the one that examined
+    the rows may have died before.
+    """
+    for number, warning in enumerate(out["warnings"]):
+        telling.event("warning", warning, step=number, level="warn")
     examination, numbers = out["examination"], out["hyperparameters"]
     words = ", ".join(f"{name} {value}" for name, value in numbers.items())
     telling.event(
@@ -65,8 +69,6 @@ def _tell(telling: Telling, out: dict[str, Any]) -> None:
         hyperparameters=numbers,
         plan=out["plan"],
     )
-    for number, warning in enumerate(out["warnings"]):
-        telling.event("warning", warning, step=number, level="warn")
 
 
 def _few(rows: int) -> list[str]:

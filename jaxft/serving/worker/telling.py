@@ -20,7 +20,10 @@ class Telling:
 
     def __init__(self, folder: JobFolder, spec: JobSpec) -> None:
         self._folder, self._spec = folder, spec
+        torn = folder.events.is_file() and not folder.events.read_bytes().endswith(b"\n")
         self._file = LineFile(folder.events, print)
+        if torn:  # a line that an earlier worker did not finish, or a power cut took the end of
+            self._file.add(["\n"])
 
     def event(self, kind: str, message: str = "", *, step: int = 0, level: str = "info", **data: Any) -> None:
         """Adds an event: kind and step are its key."""

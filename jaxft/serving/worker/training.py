@@ -15,7 +15,9 @@ from jaxft.data.loader import steps_for
 from jaxft.files import run_folder
 from jaxft.files.atomic import new_folder
 from jaxft.runs.train import train
-from jaxft.serving.jobs.folder import JobFolder
+from jaxft.serving.jobs.folder import JobFolder, JobSpec
+from jaxft.serving.worker.batch import planned
+from jaxft.serving.worker.naming import name_base
 from jaxft.serving.worker.telling import Telling
 from jaxft.sharding import distributed
 from jaxft.terminal.console import SafeConsole
@@ -25,7 +27,7 @@ from jaxft.training.watch import Watch
 NICER = 5  # on a CPU, which the server and others need too
 
 
-def train_job(config: RunConfig, folder: JobFolder, telling: Telling, sequences: int) -> None:
+def train_job(config: RunConfig, spec: JobSpec, folder: JobFolder, telling: Telling, sequences: int) -> None:
     """Trains, from the newest checkpoint if there is one, and says that it has succeeded.
 
     sequences: of an epoch. Raises as `jaxft.runs.train.train` does.
@@ -39,16 +41,18 @@ def train_job(config: RunConfig, folder: JobFolder, telling: Telling, sequences:
     telling.event("started", "Fine-tuning job started", devices=_devices(), steps=steps)
     if before:
         telling.event("going_on", f"Going on from step {before}", step=before)
+    config = planned(config, spec, folder, telling, steps=steps)
 
     def export(step: int, write: Callable[[Path], None]) -> None:
         target = folder.exports / f"step-{step}"
         if not target.is_dir():
             with new_folder(target) as unfinished:
                 write(unfinished)
+                name_base(unfinished, spec)
         telling.event("checkpoint", step=step)
 
     summary = train(config, console=SafeConsole(), watch=Watch(phase=telling.phase, export=export))
-    _link_export(folder)
+    _link_export(folder, spec)
     telling.outcome("succeeded", step=summary["steps"], trained_tokens=_trained_tokens(folder))
 
 
@@ -64,14 +68,15 @@ def _devices() -> dict[str, Any]:
     return {"platform": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices)}
 
 
-def _link_export(folder: JobFolder) -> None:
-    """The run's own export, as links, in the place from which the server takes it."""
+def _link_export(folder: JobFolder, spec: JobSpec) -> None:
+    """The run's own export, which was read back, as links in the place from which the server takes it."""
     names = (run_folder.ADAPTER, run_folder.MODEL)
     source = next(folder.run / name for name in names if (folder.run / name).is_dir())
     target = folder.exports / "final"
     shutil.rmtree(target, ignore_errors=True)
     with new_folder(target) as unfinished:
         shutil.copytree(source, unfinished, copy_function=os.link, dirs_exist_ok=True)
+        name_base(unfinished, spec)
 
 
 def _trained_tokens(folder: JobFolder) -> int:
