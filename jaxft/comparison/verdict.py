@@ -210,11 +210,11 @@ def _change(evidence: Evidence) -> str:
 
 def _average(evidence: Evidence) -> str:
     """` on average of 3 trainings (37 % to 65 %)`, with their scores; empty for one training."""
-    several = evidence.trainings
-    if several is None:
+    trainings = evidence.trainings
+    if trainings is None:
         return ""
-    low, high = share(several.low, evidence.passes), share(several.high, evidence.passes)
-    return f" on average of {several.count} trainings ({low} to {high})"
+    low, high = share(trainings.low, evidence.passes), share(trainings.high, evidence.passes)
+    return f" on average of {trainings.count} trainings ({low} to {high})"
 
 
 def _range(evidence: Evidence) -> str:
