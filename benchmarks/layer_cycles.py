@@ -1,20 +1,23 @@
 """Cycles that the compiler for a TPU estimates for a decoder layer, or for its feed-forward alone, in a training step.
 
-    python benchmarks/layer_cycles.py [--chip=v5e] [--part=mlp] [--ranks=0,16] [--dropout=0.05]
+    python benchmarks/layer_cycles.py [--chip=v5e] [--part=mlp] [--ranks=0,16] [--dropout=0.05] [--model=qwen3-30b-a3b]
 
 No TPU is needed: libtpu compiles (`pip install 'jaxft[plan]'`), and nothing runs. Each fusion of the compiled text has
-an estimate, and those of a loop count as often as it turns. The layer is that of Llama 3.1 8B in bfloat16, with the
-gradients of its input and of LoRA on all its matrices; rank 0 is the layer without adapters. Pallas kernels, such as
-attention's, have no estimate and are left out.
+an estimate, and those of a loop count as often as it turns. The layer is that of Llama 3.1 8B in bfloat16, or of a
+model of jaxft/assets/published, with the gradients of its input and of LoRA on all its matrices but experts'; rank 0 is
+the layer without adapters. Pallas kernels, such as attention's, have no estimate and are left out.
 """
 
 import argparse
+import json
 import os
 import re
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jaxft
 from jaxft.hardware.compile import ENVIRONMENT
 
 if TYPE_CHECKING:
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
 
     from jaxft.hardware.hlo import Computation, Instruction, Module
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
     "num_key_value_heads": 8, "vocab_size": 256, "max_position_embeddings": 131072, "num_hidden_layers": 3,
 }  # fmt: skip
@@ -130,7 +133,13 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--text", help="a file for the last compiled text")
+    parser.add_argument("--model", help="a file of jaxft/assets/published, of which three equal layers are taken")
     arguments = parser.parse_args()
+    if arguments.model:
+        path = Path(jaxft.__file__).parent / "assets" / "published" / f"{arguments.model}.json"
+        sizes = {name: SIZES[name] for name in ("vocab_size", "num_hidden_layers")}
+        SIZES.clear()
+        SIZES.update(json.loads(path.read_text(encoding="utf-8")) | sizes)
     os.environ.update(ENVIRONMENT)
     from jaxft.hardware import hlo
 
