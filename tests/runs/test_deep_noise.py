@@ -25,7 +25,6 @@ from jaxft.runs.deep import noise
 from jaxft.runs.quickstart import find_gguf
 
 QUICKSTART = Path(__file__).parents[2] / "jaxft" / "assets" / "quickstart" / "train.jsonl"
-INTENTS = {"cancel", "refund", "delivery", "fault"}  # few, so that each of them is tried in minutes for every row
 
 
 @pytest.fixture(scope="module")
@@ -168,10 +167,9 @@ def test_swapped_labels_are_among_the_least_likely(tmp_path: Path) -> None:
     except ConfigError as error:
         pytest.skip(str(error))
     rng = random.Random(0)
-    every = [json.loads(line)["messages"] for line in QUICKSTART.read_text(encoding="utf-8").splitlines()]
-    messages = [one for one in every if json.loads(one[2]["content"])["intent"] in INTENTS][:160]
+    messages = [json.loads(line)["messages"] for line in QUICKSTART.read_text(encoding="utf-8").splitlines()[:240]]
     labels = [json.loads(one[2]["content"])["intent"] for one in messages]
-    swapped = set(rng.sample(range(len(messages)), 8))
+    swapped = set(rng.sample(range(len(messages)), 12))
     rows = []
     for row, one in enumerate(messages):
         others = sorted(set(labels) - {labels[row]})
@@ -180,5 +178,5 @@ def test_swapped_labels_are_among_the_least_likely(tmp_path: Path) -> None:
     settings = ["optim.learning_rate=1.5e-3", "optim.adamw.b2=0.99", "model.remat=dots", "data.max_length=512"]
     config = load(None, [f"model.path={model}", f"data.train={write(tmp_path, rows)}", *settings])
     suspects = found(config, share=0.05)
-    assert len(suspects) == 8 and set(labels) == INTENTS
-    assert len({one.row for one in suspects} & swapped) >= 4
+    assert len(suspects) == 12
+    assert len({one.row for one in suspects} & swapped) >= 6
