@@ -156,6 +156,7 @@ def test_recomputation_changes_no_gradient(policy):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), plain, again)
 
 
+@pytest.mark.slow
 def test_experts_of_a_stack_that_is_read_in_place(monkeypatch):
     fields = {
         "model_type": "qwen3_moe", "hidden_size": 8, "moe_intermediate_size": 12, "num_experts": 4, "head_dim": 4,
