@@ -38,11 +38,12 @@ def mounted(image: Path, folder: Path) -> Iterator[None]:
         subprocess.run(["umount", folder], check=True)
 
 
-def make_image(kind: str, image: Path) -> None:
+def make_image(kind: str, image: Path, size: int | None = None) -> None:
+    """A file system in a file of `size` MiB."""
     if shutil.which(f"mkfs.{kind}") is None or os.geteuid() != 0:
         pytest.skip(f"needs root and mkfs.{kind}")
     with open(image, "wb") as file:
-        file.truncate(SIZES[kind] * 2**20)
+        file.truncate((size or SIZES[kind]) * 2**20)
     subprocess.run([f"mkfs.{kind}", "-q", image], check=True)
 
 

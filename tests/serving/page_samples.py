@@ -51,7 +51,7 @@ def add_job(state: State, content: dict[str, Any], name: str = "rows.jsonl", **v
         {"model": MODEL, "training_file": add_rows(state, name, json.dumps(content).encode() + b"\n"), **values}
     )
     spec = JobSpec(
-        id=jobs.new_job_id(), base="none", seed=request.seed, context=2048, config=dict(request.config),
+        id=jobs.new_job_id(), name=MODEL, base="none", seed=request.seed, context=2048, config=dict(request.config),
         hyperparameters=asdict(request.hyperparameters),
     )  # fmt: skip
     jobs.add_job(state, request, spec, key_id="key-none", hash="", idempotency=None)

@@ -172,27 +172,29 @@ def test_what_a_full_disk_kept_from_the_database_is_entered_later(tmp_path, monk
 @pytest.mark.slow
 def test_the_power_is_cut_while_a_server_works(tmp_path):
     image, chance, done = tmp_path / "disk.ext4", random.Random(3), 0
-    make_image("ext4", image)
+    make_image("ext4", image, size=512)  # of which uploads leave 256 free
     with mounted(image, tmp_path / "disk"):
         server = ServerProcess(tmp_path / "disk" / "state", SMOKE)
         client = server.running.client()
         files: dict[str, bytes] = {}
         jobs: list[str] = []
-        for number in range(CUTS):
-            content = rows(steps=6, epoch=2, pause=0.05, number=number)
-            files[id := upload(client, content)] = content
-            jobs.append(client.fine_tuning.jobs.create(model=MODEL, training_file=id).id)
-            time.sleep(chance.uniform(0, 0.6))
-            models = [one.id for one in client.models.list()]
-            cut(server.process, image, tmp_path / "copy.ext4")
-            with mounted(tmp_path / "copy.ext4", tmp_path / "copy"):
-                shutil.rmtree(tmp_path / "again", ignore_errors=True)
-                shutil.copytree(tmp_path / "copy" / "state", tmp_path / "again" / "state", symlinks=True)
-            shutil.copy(tmp_path / "disk" / "state.key", tmp_path / "again" / "state.key")
-            check_after_cut(tmp_path / "again" / "state", files, jobs, models)
-            done += 1
-        assert server.end(signal.SIGKILL) == -signal.SIGKILL
-        wait_for(lambda: not working(tmp_path / "disk" / "state", jobs), "the end of the worker")
+        try:
+            for number in range(CUTS):
+                content = rows(steps=6, epoch=2, pause=0.05, number=number)
+                files[id := upload(client, content)] = content
+                jobs.append(client.fine_tuning.jobs.create(model=MODEL, training_file=id).id)
+                time.sleep(chance.uniform(0, 0.6))
+                models = [one.id for one in client.models.list()]
+                cut(server.process, image, tmp_path / "copy.ext4")
+                with mounted(tmp_path / "copy.ext4", tmp_path / "copy"):
+                    shutil.rmtree(tmp_path / "again", ignore_errors=True)
+                    shutil.copytree(tmp_path / "copy" / "state", tmp_path / "again" / "state", symlinks=True)
+                shutil.copy(tmp_path / "disk" / "state.key", tmp_path / "again" / "state.key")
+                check_after_cut(tmp_path / "again" / "state", files, jobs, models)
+                done += 1
+        finally:
+            server.end(signal.SIGKILL)
+            wait_for(lambda: not working(tmp_path / "disk" / "state", jobs), "the end of the worker")
     assert done == CUTS
 
 
