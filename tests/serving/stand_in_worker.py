@@ -108,6 +108,7 @@ def train(row):
         if stopping:
             save(step)
             end(75, "stopped", step=step)
+    flush("run", "metrics.jsonl")  # as the last step of a run does
 
 
 def main():
