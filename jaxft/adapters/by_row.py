@@ -67,8 +67,12 @@ class RowLoRA(Adapter):
                 f"a layer has inputs of shape {x.shape}, which are not {self.shared.shape[0]} rows: this family of "
                 "models takes no adapters by row. Serve each adapter alone."
             )
+        # The halves of eight rows may be more than the whole base: rows of the base alone read none.
+        return jax.lax.cond(jnp.any(self.shared != BASE), self._added, lambda x, y, _: y, x, y, self.shared)
+
+    def _added(self, x: jax.Array, y: jax.Array, numbers_B: jax.Array) -> jax.Array:
         a_BrI, b_BrO = (
-            half.get_value().at[self.shared].get(mode="clip", wrap_negative_indices=False) for half in (self.a, self.b)
+            half.get_value().at[numbers_B].get(mode="clip", wrap_negative_indices=False) for half in (self.a, self.b)
         )
         low_BSr = jnp.einsum("BSI,BrI->BSr", x, a_BrI)
         return y + jnp.einsum("BSr,BrO->BSO", low_BSr, b_BrO)
