@@ -9,6 +9,11 @@ the rate is all new tokens over the time until the last stream has ended. `jaxft
 in a process of its own with as many slots, twice, of which the second call counts: it compiles nothing. The memory is
 that of the server's process, without its engine.
 
+    python benchmarks/serve_streams.py --model=FOLDER --streams=1,8 --job=jaxft/assets/quickstart/train.jsonl
+
+also trains on these rows, LoRA in batches of 8: a few steps alone, then the same streams again beside it. The seconds
+of a step, alone and beside each number of streams, are the medians of those that its log has.
+
     python benchmarks/serve_streams.py --url=http://127.0.0.1:8080/v1 --name=NAME
 
 asks another server of the same protocol, such as `transformers serve` or that of llama.cpp, the same questions.
@@ -22,12 +27,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any
 
 import openai
 
 DATA = "jaxft/assets/quickstart/heldout.jsonl"
 NAME = "model"
+STEPS_ALONE = 8  # training steps that are timed with nothing beside them
 
 
 def questions(count: int) -> list[list[dict[str, str]]]:
@@ -90,6 +97,37 @@ def generate(model: str, streams: int, tokens: int) -> float:
     return sum(len(one.tokens) for one in answers) / seconds
 
 
+def beside_a_job(client: openai.OpenAI, path: str, measure_streams: Callable[[int], None], streams: list[int]) -> None:
+    """Prints the seconds of a training step alone and beside streams, whose figures it prints too."""
+    with open(path, "rb") as rows:
+        file = client.files.create(file=rows, purpose="fine-tune")
+    wanted = {"jaxft": {"config": {"train.log_every": 1}}}
+    method = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 50, "batch_size": 8}}}
+    job = client.fine_tuning.jobs.create(
+        model=NAME,
+        training_file=file.id,
+        method=method,  # type: ignore[arg-type]
+        extra_body=wanted,
+    )
+
+    def steps() -> list[float]:
+        answer: Any = client.get(f"/jaxft/jobs/{job.id}/metrics", cast_to=object)
+        return [row["step_seconds"] for row in answer["data"] if "step_seconds" in row]
+
+    while len(steps()) < STEPS_ALONE + 1:
+        state = client.fine_tuning.jobs.retrieve(job.id)
+        if state.status in ("failed", "cancelled", "succeeded"):
+            sys.exit(f"the job is {state.status}: {state.error}")
+        time.sleep(1)
+    print(f"a training step alone: {statistics.median(steps()[1:]):.2f} s", flush=True)  # the first one compiles
+    for count in streams:
+        before = len(steps())
+        measure_streams(count)
+        # The first of them began before the streams did.
+        print(f"a training step beside {count} streams: {statistics.median(steps()[before + 1 :]):.2f} s", flush=True)
+    client.fine_tuning.jobs.cancel(job.id)
+
+
 def serve(arguments: argparse.Namespace, streams: list[int]) -> None:
     """Starts the server, and prints its figures."""
     with tempfile.TemporaryDirectory() as state:
@@ -108,6 +146,10 @@ def serve(arguments: argparse.Namespace, streams: list[int]) -> None:
             measure(url, key, NAME, streams, arguments.tokens)
             system: Any = client.get("/jaxft/system", cast_to=object)
             print(f"memory of the server: {system['server_bytes'] / 2**20:.0f} MiB", flush=True)
+            if arguments.job is not None:
+                beside_a_job(
+                    client, arguments.job, lambda one: measure(url, key, NAME, [one], arguments.tokens), streams
+                )
         finally:
             server.terminate()
             server.wait()
@@ -121,6 +163,7 @@ def main() -> None:
     parser.add_argument("--name", default=NAME, help="of the model there")
     parser.add_argument("--streams", default="1,8,32", help="numbers of streams at once")
     parser.add_argument("--tokens", type=int, default=64, help="new tokens of a stream, at most")
+    parser.add_argument("--job", help="rows of a job that trains meanwhile")
     parser.add_argument("--slots", type=int, default=8)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--side", type=int, help="used by the program itself: jaxft.generate with so many prompts")

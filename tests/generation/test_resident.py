@@ -20,6 +20,7 @@ from jaxft.adapters.saved import train_whole
 from jaxft.checkpoint import peft
 from jaxft.config import AdapterConfig
 from jaxft.errors import CheckpointError, ConfigError, DataError, ModelError
+from jaxft.generation import steps
 from jaxft.generation.request import Request
 from jaxft.generation.settings import Sampling
 from jaxft.generation.tokens import generate_tokens
@@ -140,6 +141,30 @@ def test_cancelled_requests_leave_their_slot_within_a_step_or_the_queue(engine, 
     assert [one.id for one in requests if one.cancelled] == [1, 7]
     assert requests[1].finish_reason is None and 2 <= len(requests[1].tokens) < 12 and not requests[7].tokens
     check([one for one in requests if not one.cancelled], expected)
+
+
+def test_a_request_cancelled_while_its_prompt_is_computed_is_not_decoded(engine, prompts, expected, monkeypatch):
+    compute, ended = steps.prefill, []
+    gone, other = request(0, prompts[0], on_end=ended.append), request(3, prompts[1])
+
+    def cancelled_meanwhile(*args, **options):
+        results = compute(*args, **options)
+        thread = threading.Thread(target=engine.cancel, args=(gone.id,))
+        thread.start()
+        thread.join()
+        return results
+
+    engine.submit(gone)
+    with monkeypatch.context() as patched:
+        patched.setattr(steps, "prefill", cancelled_meanwhile)
+        assert engine.step() and engine.num_running == 1 and not ended
+    engine.submit(other)
+    engine.step()  # computes the other prompt, in the place that is free
+    assert ended == [gone] and gone.cancelled and len(gone.tokens) == 1
+    assert [one for one in engine.slots if one is not None] == [other]
+    while engine.step():
+        pass
+    check([other], expected)
 
 
 def test_callbacks_see_every_token_in_order_and_can_end_an_answer(engine, prompts, expected):
