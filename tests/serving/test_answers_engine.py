@@ -17,6 +17,7 @@ import jaxft
 ASK = [{"role": "user", "content": "Who are you?"}]
 OTHER = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "And who is that over there?"}]
 NAMES = ("base", "one", "two")
+CONTEXT = 2048
 
 
 class Served:
@@ -58,7 +59,7 @@ class Served:
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("engine")
     model = write_model(folder / "model")
-    with in_thread(folder / "state", model, parts={"engine": REAL_ENGINE}, slots=4, context=160, adapters=2) as running:
+    with in_thread(folder / "state", model, parts={"engine": REAL_ENGINE}, slots=4, context=CONTEXT, adapters=2) as running:
         yield Served(running, folder)
 
 
@@ -141,11 +142,11 @@ def test_streams_stops_and_completions_give_the_same_text(served):
 
 
 def test_requests_that_do_not_fit_are_refused(served):
-    with pytest.raises(openai.BadRequestError, match="room for 160") as caught:
-        served.chat(max_tokens=150)
+    with pytest.raises(openai.BadRequestError, match="room for 2,048") as caught:
+        served.chat(max_tokens=CONTEXT - 10)
     assert caught.value.code == "context_length_exceeded"
-    with pytest.raises(openai.BadRequestError, match="room for 160"):
-        served.chat(messages=[{"role": "user", "content": "x" * 200}], max_tokens=None, stream=True)
+    with pytest.raises(openai.BadRequestError, match="room for 2,048"):
+        served.chat(messages=[{"role": "user", "content": "x" * CONTEXT}], max_tokens=None, stream=True)
     with pytest.raises(openai.BadRequestError, match="shows no tools"):
         served.chat(tools=[{"type": "function", "function": {"name": "f"}}])
     with pytest.raises(openai.BadRequestError, match="enable_thinking"):
@@ -157,13 +158,15 @@ def test_requests_that_do_not_fit_are_refused(served):
 
 
 def test_a_client_that_is_gone_frees_its_slot(served):
-    streams = [served.chat(stream=True, max_tokens=120, temperature=1, n=2) for _ in range(3)]
+    tokens = CONTEXT - 100  # these answers would end long after the clients are gone
+    streams = [served.chat(stream=True, max_tokens=tokens, n=2) for _ in range(3)]
     for stream in streams:
         next(iter(stream))
     assert served.open() == 6
     for stream in streams:
         stream.close()
     wait_for(lambda: not served.open(), "the end of the answers")
+    assert served.chat("one").choices[0].message.content == served.expected("one", ASK, max_new_tokens=12)[2]
 
 
 @pytest.mark.slow
@@ -171,7 +174,7 @@ def test_more_adapters_than_places_and_a_deleted_one(served):
     served.add("three", 7)
     for name in (*NAMES, "three", "one", "three", "two"):
         assert served.chat(name).choices[0].message.content == served.expected(name, ASK, max_new_tokens=12)[2], name
-    stream = served.chat("three", OTHER, stream=True, max_tokens=60)
+    stream = served.chat("three", OTHER, stream=True, max_tokens=CONTEXT - 200)
     next(iter(stream))
     served.client.models.delete(served.names["three"])
     with pytest.raises(openai.NotFoundError):
@@ -192,7 +195,7 @@ def test_other_adapters_answer_alone(served):
 
 @pytest.mark.slow
 def test_a_killed_engine_is_started_anew(served):
-    stream = served.chat("one", stream=True, max_tokens=120)
+    stream = served.chat("one", stream=True, max_tokens=CONTEXT - 100)
     next(iter(stream))
     kill_engine(served.running.state / "engines" / "tiny.log")
     with pytest.raises(openai.APIError, match="ended before"):
