@@ -1,19 +1,22 @@
 """GPUs that are not here: which can be compiled for, and, where the plugin is installed, a small step that is."""
 
+import dataclasses
 import json
 from pathlib import Path
 
+import jax
 import pytest
 
 import jaxft
 from jaxft import config
-from jaxft.hardware import gpu_compile
+from jaxft.hardware import analytic, gpu_compile, hlo
 from jaxft.hardware.chips import CHIPS
-from jaxft.hardware.compile import TooLarge
+from jaxft.hardware.compile import Compiled, Memory, TooLarge
 from jaxft.hardware.topology import parse
 from jaxft.planning import job
 from jaxft.planning import process as planning
 from jaxft.planning.shapes import length_of, shapes_of
+from jaxft.runs.build import make_mesh
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SMOKE = f"{CONFIGS / 'llama3_1_8b_lora.py'}:smoke"
@@ -52,6 +55,58 @@ def test_steps_for_gpus_are_compiled_at_the_level_of_runs(monkeypatch):
     costs = job.measure(job.sharded_step_of(abstract, run, parse("h100:4"), real=False), "O1")
     assert asked == [("default", gpu_compile.OPTIONS)]
     assert costs.level == "default" and costs.refused == "too large"
+
+
+# Two rows of 4,096 tokens, heads of 128: MiB in which cuDNN 9.28 said that its backward attention works on an A100.
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "said"), [(32, 8, 128, 385), (32, 32, 128, 129)])
+def test_the_memory_in_which_attention_works_is_what_cudnn_says(heads, kv_heads, head_dim, said):
+    assert gpu_compile.attention_workspace(8192, 8192, heads, kv_heads, head_dim) == said * 2**20
+
+
+# Of a context axis of two: half of the queries, and all keys.
+BACKWARD = """
+HloModule attention
+
+ENTRY %main (q: bf16[2,128,8,64], k: bf16[2,256,2,64]) -> bf16[2,8,128,64] {{
+  %q = bf16[2,128,8,64]{{3,2,1,0}} parameter(0)
+  %k = bf16[2,256,2,64]{{3,2,1,0}} parameter(1)
+  %attention.1 = (bf16[2,8,128,64]{{3,1,2,0}}, bf16[2,2,256,64]{{3,1,2,0}}, bf16[2,2,256,64]{{3,1,2,0}}, u8[0]{{0}})
+    custom-call(%q, %k, %k), custom_call_target="{target}", backend_config={{}}
+  ROOT %gradient = bf16[2,8,128,64]{{3,1,2,0}} get-tuple-element(%attention.1), index=0
+}}
+"""
+
+
+def test_a_compiled_step_needs_the_memory_in_which_attention_works(monkeypatch):
+    backward = BACKWARD.format(target="__cudnn$fmhaScaleBiasSoftmaxBackward")
+    needed = gpu_compile.kernel_workspace(hlo.parse(backward))
+    assert needed == gpu_compile.attention_workspace(2 * 128, 2 * 256, 8, 2, 64) > 0
+    assert gpu_compile.kernel_workspace(hlo.parse(BACKWARD.format(target="__cudnn$fmhaScaleBiasSoftmax"))) == 0
+
+    memory = Memory(arguments=7, outputs=0, aliased=0, temporaries=11, code=0)
+    compiled = Compiled(text=backward, memory=memory, seconds=0.0, cpu_seconds=0.0)
+    monkeypatch.setattr(job, "compile_step", lambda *_: compiled)
+    monkeypatch.setattr(gpu_compile, "has_plugin", lambda: True)
+    run = config.load(SMOKE, HALF)
+    abstract = job.abstract_step_of(run, shapes_of(run)[0], 1)
+    step = job.sharded_step_of(abstract, run, parse("h100:8"), real=False)
+    step = dataclasses.replace(step, mesh=make_mesh(run, abstract.model, jax.devices()))
+    assert job.measure(step, "default").memory.temporaries == 11 + needed
+
+
+@pytest.mark.parametrize(("axes", "queries"), [({}, 2048), ({"context": 2}, 1024), ({"tensor": 2}, 2048)])
+def test_arithmetic_counts_one_mask_and_the_memory_in_which_attention_works(axes, queries):
+    run = config.load(SMOKE, [*HALF, "data.max_length=2048", "train.batch_size=1"])
+    sizes = job.abstract_step_of(run, shapes_of(run)[0], 1).sizes
+    gpu, tpu = (
+        analytic.memory_of(run, sizes, analytic.cut_of(run, axes, kernel=kernel), 0) for kernel in (False, True)
+    )
+    (group,) = sizes.attention
+    ways = axes.get("tensor", 1)
+    works_in = gpu_compile.attention_workspace(
+        queries, 2048, group.heads // ways, -(-group.kv_heads // ways), group.head_dim
+    )
+    assert gpu.temporaries - tpu.temporaries == 2 * queries * 2048 + works_in
 
 
 @pytest.mark.slow
