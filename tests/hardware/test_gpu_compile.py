@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 import jaxft
@@ -12,7 +13,9 @@ from jaxft import config
 from jaxft.hardware import analytic, gpu_compile, hlo
 from jaxft.hardware.chips import CHIPS
 from jaxft.hardware.compile import Compiled, Memory, TooLarge
+from jaxft.hardware.products import target_of
 from jaxft.hardware.topology import parse
+from jaxft.nn.attention.causal import causal_attention
 from jaxft.planning import job
 from jaxft.planning import process as planning
 from jaxft.planning.shapes import length_of, shapes_of
@@ -123,6 +126,26 @@ def test_layers_that_gather_weights_and_have_a_loop_are_compiled(tmp_path):
     # In a process of its own, which a failed check of the compiler ends.
     plan = jaxft.plan(config.load(str(CONFIGS / "qwen3_30b_a3b_lora.py"), changes), "h100:8")
     assert plan["compiled"], plan["unknown"][0]
+
+
+def test_attention_is_compiled_for_gpus_without_a_gradient_of_its_mask():
+    if not gpu_compile.has_plugin():
+        pytest.skip(NO_PLUGIN)
+    mesh = jax.sharding.Mesh(gpu_compile.devices(parse("h100:1")), ("fsdp",))
+
+    def loss(q, k, v, segments):
+        return causal_attention(q, k, v, segments).astype(jnp.float32).sum()
+
+    place = jax.NamedSharding(mesh, jax.P())
+    shapes = [((2, 256, heads, 64), jnp.bfloat16) for heads in (8, 2, 2)] + [((2, 256), jnp.int32)]
+    arguments = [jax.ShapeDtypeStruct(*shape, sharding=place) for shape in shapes]
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        lowered = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*arguments)
+    module = hlo.parse(lowered.compile(compiler_options=gpu_compile.OPTIONS).as_text())
+    assert gpu_compile.kernel_workspace(module) == gpu_compile.attention_workspace(512, 512, 8, 2, 64)
+    everything = [call for computation in module.computations.values() for call in computation.instructions.values()]
+    (backward,) = [call for call in everything if target_of(call) == gpu_compile.BACKWARD_ATTENTION]
+    assert [array.dims for array in backward.arrays] == [(2, 8, 256, 64), (2, 2, 256, 64), (2, 2, 256, 64), (0,)]
 
 
 def test_a_small_step_is_compiled_for_gpus():
