@@ -109,11 +109,12 @@ def attention_workspace(queries: int, keys: int, heads: int, kv_heads: int, head
 
 
 def kernel_workspace(module: Module) -> int:
-    """Bytes in which cuDNN's kernels work in turn, which the compiler cannot ask cuDNN for without a GPU."""
+    """Bytes in which cuDNN's kernels work in turn. 0 if the compiler could ask cuDNN: then XLA counts them."""
     most = 0
     for computation in module.computations.values():
         for call in computation.instructions.values():
-            if call.opcode == "custom-call" and target_of(call) == BACKWARD_ATTENTION:
+            is_attention = call.opcode == "custom-call" and target_of(call) == BACKWARD_ATTENTION
+            if is_attention and not call.arrays[-1].elements:
                 (rows, heads, queries, head_dim), (_, kv_heads, keys, _) = (array.dims for array in call.arrays[:2])
                 most = max(most, attention_workspace(rows * queries, rows * keys, heads, kv_heads, head_dim))
     return most

@@ -85,6 +85,7 @@ def test_a_compiled_step_needs_the_memory_in_which_attention_works(monkeypatch):
     needed = gpu_compile.kernel_workspace(hlo.parse(backward))
     assert needed == gpu_compile.attention_workspace(2 * 128, 2 * 256, 8, 2, 64) > 0
     assert gpu_compile.kernel_workspace(hlo.parse(BACKWARD.format(target="__cudnn$fmhaScaleBiasSoftmax"))) == 0
+    assert gpu_compile.kernel_workspace(hlo.parse(backward.replace("u8[0]", "u8[4096]"))) == 0  # counted by XLA
 
     memory = Memory(arguments=7, outputs=0, aliased=0, temporaries=11, code=0)
     compiled = Compiled(text=backward, memory=memory, seconds=0.0, cpu_seconds=0.0)
