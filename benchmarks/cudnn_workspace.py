@@ -1,11 +1,11 @@
-"""Memory in which cuDNN's attention works on an H100 that need not be there, by form: backward, bfloat16.
+"""Memory in which cuDNN's attention works on a GPU that need not be there, by form: backward, bfloat16.
 
     pip install nvidia-cudnn-frontend nvidia-cudnn-cu12 nvidia-cublas-cu12 nvidia-cuda-nvrtc-cu12
-    python benchmarks/cudnn_workspace.py [--rows=2] [--length=4096] [--heads=32] [--kv_heads=8] [--head_dim=128]
+    python benchmarks/cudnn_workspace.py [--card=h100] [--rows=2] [--length=4096] [--heads=32] [--kv_heads=8]
 
 XLA asks cuDNN for this memory when it compiles on a GPU. Without one it cannot, and leaves it out. The graphs are those
 that XLA builds for the calls of `jaxft/nn/attention/cudnn.py`, and for cuDNN's packed form, in which documents are
-offsets into the rows. cuDNN loads NVIDIA's driver library, libcuda.so.1, but does not use a device.
+offsets into the rows and which needs a Hopper. cuDNN loads NVIDIA's driver library, libcuda.so.1, but uses no device.
 """
 
 import argparse
@@ -22,25 +22,31 @@ H100 = {
     "memoryBusWidth": 5120, "pciDeviceId": 0, "isTccDriver": 0, "cudaDeviceId": 0, "driverVer": 12080,
     "deviceName": "NVIDIA H100 80GB HBM3",
 }  # fmt: skip
+A100 = H100 | {
+    "deviceVer": 800, "multiProcessorCount": 108, "maxSharedMemoryPerBlockOptin": 166912, "smClockRateKHz": 1410000,
+    "l2CacheSize": 41943040, "deviceName": "NVIDIA A100-SXM4-80GB",
+}  # fmt: skip
+CARDS = {"h100": H100, "a100": A100}
 
 
 class Graph:
-    """A graph of the backward attention of `rows` x `length` tokens, of which each row has `documents` places.
+    """A graph of the backward attention of `rows` x `length` keys, of which each row has `documents` places.
 
-    total: whether cuDNN is told how many tokens there are, which XLA does not tell it.
+    The queries are one of the `parts` of a row, as on a context axis. total: whether cuDNN is told how many tokens
+    there are, which XLA does not tell it.
     """
 
     def __init__(self, shape: argparse.Namespace, *, documents: int = 1, total: bool = False) -> None:
         import cudnn
 
         self.cudnn, self.shape, self.documents, self.total = cudnn, shape, documents, total
-        self.batch = shape.rows * documents
+        self.batch, self.queries = shape.rows * documents, shape.length // shape.parts
         self.graph = cudnn.pygraph(
             io_data_type=cudnn.data_type.BFLOAT16,
             intermediate_data_type=cudnn.data_type.FLOAT,
             compute_data_type=cudnn.data_type.FLOAT,
-            device_property=cudnn.create_device_properties(json.dumps(H100)),
-            sm_version=H100["deviceVer"] // 10,
+            device_property=cudnn.create_device_properties(json.dumps(CARDS[shape.card])),
+            sm_version=CARDS[shape.card]["deviceVer"] // 10,
         )
         self.offsets = {}
         if documents > 1:
@@ -49,7 +55,7 @@ class Graph:
     def workspace(self, *, bias: bool, gradient: bool) -> int:
         """Bytes in which the backward kernel works. bias: with a mask; gradient: whose gradient is computed too."""
         shape, data_type = self.shape, self.cudnn.data_type
-        options: dict[str, Any] = {"attn_scale": shape.head_dim**-0.5, "use_causal_mask": True}
+        options: dict[str, Any] = {"attn_scale": shape.head_dim**-0.5, "use_causal_mask": shape.parts == 1}
         if bias:
             options["bias"] = self._mask()
         if gradient:
@@ -60,18 +66,18 @@ class Graph:
         if self.total:
             options |= dict.fromkeys(("max_total_seq_len_q", "max_total_seq_len_kv"), shape.rows * shape.length)
         sums = self.graph.tensor(
-            dim=[self.batch, shape.heads, shape.length, 1],
-            stride=[shape.heads * shape.length, shape.length, 1, 1],
+            dim=[self.batch, shape.heads, self.queries, 1],
+            stride=[shape.heads * self.queries, self.queries, 1, 1],
             data_type=data_type.FLOAT,
         )
-        q, out, grad = (self._rows(shape.heads) for _ in range(3))
-        k, v = (self._rows(shape.kv_heads) for _ in range(2))
+        sizes = [(shape.heads, self.queries), (shape.kv_heads, shape.length), (shape.kv_heads, shape.length)]
+        q, k, v, out, grad = (self._rows(*size) for size in [*sizes, sizes[0], sizes[0]])
         gradients = self.graph.sdpa_backward(q=q, k=k, v=v, o=out, dO=grad, stats=sums, **options)
-        for tensor, heads in zip(gradients, (shape.heads, shape.kv_heads, shape.kv_heads), strict=True):
-            dims, strides = self._layout(heads)
+        for tensor, size in zip(gradients, sizes, strict=True):
+            dims, strides = self._layout(*size)
             tensor.set_output(True).set_dim(dims).set_stride(strides)
             if self.offsets:
-                tensor.set_ragged_offset(self.offsets[heads])
+                tensor.set_ragged_offset(self.offsets[size[0]])
         self.graph.validate()
         self.graph.build_operation_graph()
         self.graph.create_execution_plans([self.cudnn.heur_mode.A])
@@ -79,21 +85,21 @@ class Graph:
         self.graph.build_plans()
         return self.graph.get_workspace_size()
 
-    def _layout(self, heads: int) -> tuple[list[int], list[int]]:
-        length, head_dim = self.shape.length, self.shape.head_dim
+    def _layout(self, heads: int, length: int) -> tuple[list[int], list[int]]:
+        head_dim = self.shape.head_dim
         return [self.batch, heads, length, head_dim], [length * heads * head_dim, head_dim, heads * head_dim, 1]
 
-    def _rows(self, heads: int) -> Any:
-        dims, strides = self._layout(heads)
+    def _rows(self, heads: int, length: int) -> Any:
+        dims, strides = self._layout(heads, length)
         tensor = self.graph.tensor(dim=dims, stride=strides, data_type=self.cudnn.data_type.BFLOAT16)
         if self.offsets:
             tensor.set_ragged_offset(self.offsets[heads])
         return tensor
 
     def _mask(self) -> Any:
-        rows, length = self.shape.rows, self.shape.length
-        strides = [length * length, length * length, length, 1]
-        return self.graph.tensor(dim=[rows, 1, length, length], stride=strides, data_type=self.cudnn.data_type.BFLOAT16)
+        dims = [self.shape.rows, 1, self.queries, self.shape.length]
+        strides = [dims[2] * dims[3], dims[2] * dims[3], dims[3], 1]
+        return self.graph.tensor(dim=dims, stride=strides, data_type=self.cudnn.data_type.BFLOAT16)
 
     def _integers(self, count: int) -> Any:
         return self.graph.tensor(dim=[count, 1, 1, 1], stride=[1, 1, 1, 1], data_type=self.cudnn.data_type.INT32)
@@ -102,20 +108,28 @@ class Graph:
 def main() -> None:
     """Prints a row of the table for each form."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("rows", 2), ("length", 4096), ("heads", 32), ("kv_heads", 8), ("head_dim", 128)):
+    parser.add_argument("--card", choices=tuple(CARDS), default="h100")
+    for name, default in (
+        ("rows", 2),
+        ("length", 4096),
+        ("heads", 32),
+        ("kv_heads", 8),
+        ("head_dim", 128),
+        ("parts", 1),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--documents", default="2,16,64", help="places of a row in the packed form, with commas")
+    parser.add_argument("--documents", default="16", help="places of a row in the packed form, with commas")
     shape = parser.parse_args()
     heads = f"{shape.heads} heads of {shape.head_dim}, {shape.kv_heads} of keys"
     print(f"| {shape.rows} x {shape.length} tokens, {heads} | MiB |")
     print("|---|---|")
     forms = [("a mask and its gradient", 1, False, True, True), ("a mask", 1, False, True, False)]
-    for documents in map(int, shape.documents.split(",")):
+    for documents in map(int, filter(None, shape.documents.split(","))):
         forms.append((f"{documents} documents a row", documents, False, False, False))
         forms.append((f"{documents} documents a row, told how many tokens there are", documents, True, False, False))
     for name, documents, total, bias, gradient in forms:
         size = Graph(shape, documents=documents, total=total).workspace(bias=bias, gradient=gradient)
-        print(f"| {name} | {size / MIB:,.0f} |", flush=True)
+        print(f"| {name} | {size / MIB:,.1f} |", flush=True)
 
 
 if __name__ == "__main__":

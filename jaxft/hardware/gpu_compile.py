@@ -97,14 +97,15 @@ def devices(topology: Topology) -> "list[jax.Device]":
 
 
 def attention_workspace(queries: int, keys: int, heads: int, kv_heads: int, head_dim: int) -> int:
-    """Bytes in which cuDNN's backward attention works, at most: float32 gradients of queries, a sum for each query and
-    head, and, if heads share keys, gradients of keys and values for every head, which Hopper keeps in bfloat16.
+    """Bytes in which cuDNN's backward attention works on an A100; Hopper takes the gradient of queries once.
 
-    queries, keys: tokens of all rows. Source: cuDNN 9.28 itself, which `benchmarks/cudnn_workspace.py` asks.
+    Numbers of 4 bytes: the gradient of queries, twice, and a sum for each query and head. Of 2 bytes, if heads share
+    keys: the gradients of keys and values for every head. queries, keys: tokens of all rows. Source: cuDNN 9.28 itself,
+    which `benchmarks/cudnn_workspace.py` asks.
     """
-    numbers = queries * heads * (head_dim + 1)
+    numbers = queries * heads * (2 * head_dim + 1)
     if kv_heads < heads:
-        numbers += 2 * keys * heads * head_dim
+        numbers += keys * heads * head_dim
     return 4 * numbers
 
 

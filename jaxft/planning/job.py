@@ -207,8 +207,8 @@ def measure(step: ShardedStep, level: str) -> StepCosts:
         filled = analytic.filled_share(step.sizes, step.mesh.axes["expert"])
         module, memory = hlo.parse(compiled.text), compiled.memory
         if is_gpu:
-            temporaries = memory.temporaries + gpu_compile.kernel_workspace(module)
-            memory = dataclasses.replace(memory, temporaries=temporaries)
+            works_in = gpu_compile.kernel_workspace(module)
+            memory = dataclasses.replace(memory, temporaries=memory.temporaries + works_in)
         costs = costs_of(module, step.mesh.axes, ids, filled=filled)
         if waiting := analytic.waiting_flops(step.config, step.sizes, cut_of_step(step)):
             costs.work[Work(waiting, 0)] += 1
