@@ -15,6 +15,7 @@ from jaxft.errors import ConfigError
 from jaxft.hardware.attached import check_matmul
 from jaxft.nn.attention import blockwise
 from jaxft.nn.attention.causal import causal_attention
+from jaxft.nn.attention.score_form import PLAIN, ScoreForm
 from jaxft.nn.experts.grouped import grouped
 from jaxft.nn.linear import product
 from jaxft.quant import FORMATS, dense
@@ -93,15 +94,22 @@ def _attention(*, smoke: bool) -> Iterator[Kernel]:
     q_BSNH, k_BSKH, v_BSKH = _drawn(0, b, s, n, h), _drawn(1, b, s, k, h), _drawn(2, b, s, k, h)
     whole_BS = jnp.ones((b, s), jnp.int32)
     packed_BS = jnp.broadcast_to(1 + jnp.arange(s) * 5 // s, (b, s)).astype(jnp.int32)
+    # Documents of 1, 2, 3, ... tokens, in the other row in reverse, and padding.
+    real = s - s // 16
+    ragged_S = jnp.repeat(jnp.arange(1, s), jnp.arange(1, s), total_repeat_length=real)
+    ragged_BS = jnp.pad(jnp.stack([ragged_S, 1 + ragged_S[-1] - ragged_S[::-1]]), ((0, 0), (0, s - real)))
+    window = ScoreForm(window=s // 4)
 
-    def reference(q: jax.Array, k: jax.Array, v: jax.Array, segments_BS: jax.Array) -> jax.Array:
-        return blockwise.attention(q, k, v, segments_BS)
-
-    for name, segments_BS in (("whole rows", whole_BS), ("five documents a row", packed_BS)):
+    for name, segments_BS, score_form in (
+        ("whole rows", whole_BS, PLAIN),
+        ("five documents a row", packed_BS, PLAIN),
+        ("many documents and padding", ragged_BS.astype(jnp.int32), PLAIN),
+        ("a window and five documents", packed_BS, window),
+    ):
         yield Kernel(
             name=f"attention, {name}",
-            form=causal_attention,
-            reference=reference,
+            form=partial(causal_attention, form=score_form),
+            reference=partial(blockwise.attention, form=score_form),
             operands=(q_BSNH, k_BSKH, v_BSKH),
             fixed=(segments_BS,),
         )

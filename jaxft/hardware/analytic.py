@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from jaxft.config import RunConfig
 from jaxft.hardware.compile import Memory
 from jaxft.hardware.costs import Costs, Transfer, Work
+from jaxft.hardware.gpu_compile import attention_workspace
 from jaxft.hardware.sizes import AttentionGroup, ModelSizes
 from jaxft.nn.attention.splash import balances
 from jaxft.nn.experts.exchange import ROOM
@@ -146,14 +147,24 @@ def waiting_flops(config: RunConfig, sizes: ModelSizes, cut: Cut) -> int:
 
 
 def _row_work(sizes: ModelSizes, cut: Cut, compute: int) -> int:
-    """Bytes that one layer needs for whole rows while it is computed: keys and values, states, and a mask."""
+    """Bytes that one layer needs for whole rows while it is computed: keys and values, states, a mask, and what the
+    GPU's kernel works in.
+    """
     context = cut.ways("context")
     keys = 0 if context == 1 else 4 * max((_keys(group, cut) for group in sizes.attention), default=0) * compute
     # The states between chunks, which the backward pass begins from.
     chunks = -(-cut.tokens // CHUNK)
     keys += chunks * 4 * max((group.state for group in sizes.recurrent), default=0) // cut.tensor
-    # The GPU's kernel takes the mask as one number per score, shared by all heads, and returns its gradient.
-    return keys + (0 if cut.kernel else 3 * cut.tokens * cut.length * compute)
+    if cut.kernel:
+        return keys
+    works_in = max((_works_in(group, cut) for group in sizes.attention), default=0)
+    # The GPU's kernel takes the mask as one number per score, shared by all heads.
+    return keys + works_in + cut.tokens * cut.length * compute
+
+
+def _works_in(group: AttentionGroup, cut: Cut) -> int:
+    heads, kv_heads = (-(-count // cut.tensor) for count in (group.heads, group.kv_heads))
+    return attention_workspace(cut.tokens, cut.tokens * cut.ways("context"), heads, kv_heads, group.head_dim)
 
 
 def _keys(group: AttentionGroup, cut: Cut) -> int:

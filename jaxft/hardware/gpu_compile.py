@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from jaxft.errors import ConfigError
+from jaxft.hardware.hlo import Module
+from jaxft.hardware.products import target_of
 from jaxft.hardware.topology import Topology
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ OPTIONS = {"xla_gpu_autotune_level": 0}
 # failed check ("Call graph must have been flattened") if a layer that gathers weights has a loop, as experts have.
 LEVEL = "default"
 CUDNN = (9, 10)
+BACKWARD_ATTENTION = "__cudnn$fmhaScaleBiasSoftmaxBackward"
 NO_COMPILER = "JAXFT_NO_GPU_COMPILER"  # an environment variable, with which GPUs are planned by arithmetic
 
 
@@ -91,6 +94,31 @@ def devices(topology: Topology) -> "list[jax.Device]":
         ) from error
     attention.check_cudnn_version = lambda: CUDNN[0] * 10000 + CUDNN[1] * 100
     return list(description.devices)
+
+
+def attention_workspace(queries: int, keys: int, heads: int, kv_heads: int, head_dim: int) -> int:
+    """Bytes in which cuDNN's backward attention works on an A100; Hopper takes the gradient of queries once.
+
+    Numbers of 4 bytes: the gradient of queries, twice, and a sum for each query and head. Of 2 bytes, if heads share
+    keys: the gradients of keys and values for every head. queries, keys: tokens of all rows. Source: cuDNN 9.28 itself,
+    which `benchmarks/cudnn_workspace.py` asks.
+    """
+    numbers = queries * heads * (2 * head_dim + 1)
+    if kv_heads < heads:
+        numbers += keys * heads * head_dim
+    return 4 * numbers
+
+
+def kernel_workspace(module: Module) -> int:
+    """Bytes in which cuDNN's kernels work in turn. 0 if the compiler could ask cuDNN: then XLA counts them."""
+    most = 0
+    for computation in module.computations.values():
+        for call in computation.instructions.values():
+            is_attention = call.opcode == "custom-call" and target_of(call) == BACKWARD_ATTENTION
+            if is_attention and not call.arrays[-1].elements:
+                (rows, heads, queries, head_dim), (_, kv_heads, keys, _) = (array.dims for array in call.arrays[:2])
+                most = max(most, attention_workspace(rows * queries, rows * keys, heads, kv_heads, head_dim))
+    return most
 
 
 def _target_config(card: _Card) -> str:

@@ -205,11 +205,15 @@ def measure(step: ShardedStep, level: str) -> StepCosts:
     if not isinstance(compiled, TooLarge):
         ids = [device.id for device in step.mesh.mesh.devices.flat]
         filled = analytic.filled_share(step.sizes, step.mesh.axes["expert"])
-        costs = costs_of(hlo.parse(compiled.text), step.mesh.axes, ids, filled=filled)
+        module, memory = hlo.parse(compiled.text), compiled.memory
+        if is_gpu:
+            works_in = gpu_compile.kernel_workspace(module)
+            memory = dataclasses.replace(memory, temporaries=memory.temporaries + works_in)
+        costs = costs_of(module, step.mesh.axes, ids, filled=filled)
         if waiting := analytic.waiting_flops(step.config, step.sizes, cut_of_step(step)):
             costs.work[Work(waiting, 0)] += 1
         return StepCosts(
-            memory=compiled.memory,
+            memory=memory,
             costs=costs,
             compiled=True,
             seconds=compiled.seconds,

@@ -94,7 +94,7 @@ def _unknown(step: ShardedStep, costs: RunCosts) -> list[str]:
     if step_costs.compiled and tpu and not tested:
         unknown.insert(0, f"whether the compiler is right, which was not tested: {words}")
     if step_costs.compiled and not tpu:
-        unknown.insert(0, "the kernels that the GPU would choose by measuring, and the memory in which cuDNN works")
+        unknown.insert(0, "the kernels that the GPU would choose by measuring")
     if not step_costs.compiled:
         unknown.insert(0, "what a compiler makes of the step: memory, work and traffic are estimated by arithmetic")
     return unknown

@@ -1,19 +1,25 @@
 """GPUs that are not here: which can be compiled for, and, where the plugin is installed, a small step that is."""
 
+import dataclasses
 import json
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 import jaxft
 from jaxft import config
-from jaxft.hardware import gpu_compile
+from jaxft.hardware import analytic, gpu_compile, hlo
 from jaxft.hardware.chips import CHIPS
-from jaxft.hardware.compile import TooLarge
+from jaxft.hardware.compile import Compiled, Memory, TooLarge
+from jaxft.hardware.products import target_of
 from jaxft.hardware.topology import parse
+from jaxft.nn.attention.causal import causal_attention
 from jaxft.planning import job
 from jaxft.planning import process as planning
 from jaxft.planning.shapes import length_of, shapes_of
+from jaxft.runs.build import make_mesh
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SMOKE = f"{CONFIGS / 'llama3_1_8b_lora.py'}:smoke"
@@ -54,6 +60,62 @@ def test_steps_for_gpus_are_compiled_at_the_level_of_runs(monkeypatch):
     assert costs.level == "default" and costs.refused == "too large"
 
 
+# MiB in which cuDNN 9.28 said that its backward attention works on an A100, for two rows of 4,096 tokens and 32 heads.
+@pytest.mark.parametrize(
+    ("parts", "kv_heads", "head_dim", "said"),
+    [(1, 8, 128, 385), (1, 32, 128, 257), (1, 8, 64, 193), (2, 8, 128, 256.5), (2, 32, 128, 128.5)],
+)
+def test_the_memory_in_which_attention_works_is_what_cudnn_says(parts, kv_heads, head_dim, said):
+    assert gpu_compile.attention_workspace(8192 // parts, 8192, 32, kv_heads, head_dim) == said * 2**20
+
+
+# Of a context axis of two: half of the queries, and all keys.
+BACKWARD = """
+HloModule attention
+
+ENTRY %main (q: bf16[2,128,8,64], k: bf16[2,256,2,64]) -> bf16[2,8,128,64] {{
+  %q = bf16[2,128,8,64]{{3,2,1,0}} parameter(0)
+  %k = bf16[2,256,2,64]{{3,2,1,0}} parameter(1)
+  %attention.1 = (bf16[2,8,128,64]{{3,1,2,0}}, bf16[2,2,256,64]{{3,1,2,0}}, bf16[2,2,256,64]{{3,1,2,0}}, u8[0]{{0}})
+    custom-call(%q, %k, %k), custom_call_target="{target}", backend_config={{}}
+  ROOT %gradient = bf16[2,8,128,64]{{3,1,2,0}} get-tuple-element(%attention.1), index=0
+}}
+"""
+
+
+def test_a_compiled_step_needs_the_memory_in_which_attention_works(monkeypatch):
+    backward = BACKWARD.format(target="__cudnn$fmhaScaleBiasSoftmaxBackward")
+    needed = gpu_compile.kernel_workspace(hlo.parse(backward))
+    assert needed == gpu_compile.attention_workspace(2 * 128, 2 * 256, 8, 2, 64) > 0
+    assert gpu_compile.kernel_workspace(hlo.parse(BACKWARD.format(target="__cudnn$fmhaScaleBiasSoftmax"))) == 0
+    assert gpu_compile.kernel_workspace(hlo.parse(backward.replace("u8[0]", "u8[4096]"))) == 0  # counted by XLA
+
+    memory = Memory(arguments=7, outputs=0, aliased=0, temporaries=11, code=0)
+    compiled = Compiled(text=backward, memory=memory, seconds=0.0, cpu_seconds=0.0)
+    monkeypatch.setattr(job, "compile_step", lambda *_: compiled)
+    monkeypatch.setattr(gpu_compile, "has_plugin", lambda: True)
+    run = config.load(SMOKE, HALF)
+    abstract = job.abstract_step_of(run, shapes_of(run)[0], 1)
+    step = job.sharded_step_of(abstract, run, parse("h100:8"), real=False)
+    step = dataclasses.replace(step, mesh=make_mesh(run, abstract.model, jax.devices()))
+    assert job.measure(step, "default").memory.temporaries == 11 + needed
+
+
+@pytest.mark.parametrize(("axes", "queries"), [({}, 2048), ({"context": 2}, 1024), ({"tensor": 2}, 2048)])
+def test_arithmetic_counts_one_mask_and_the_memory_in_which_attention_works(axes, queries):
+    run = config.load(SMOKE, [*HALF, "data.max_length=2048", "train.batch_size=1"])
+    sizes = job.abstract_step_of(run, shapes_of(run)[0], 1).sizes
+    gpu, tpu = (
+        analytic.memory_of(run, sizes, analytic.cut_of(run, axes, kernel=kernel), 0) for kernel in (False, True)
+    )
+    (group,) = sizes.attention
+    ways = axes.get("tensor", 1)
+    works_in = gpu_compile.attention_workspace(
+        queries, 2048, group.heads // ways, -(-group.kv_heads // ways), group.head_dim
+    )
+    assert gpu.temporaries - tpu.temporaries == 2 * queries * 2048 + works_in
+
+
 @pytest.mark.slow
 def test_layers_that_gather_weights_and_have_a_loop_are_compiled(tmp_path):
     if not gpu_compile.has_plugin():
@@ -68,6 +130,26 @@ def test_layers_that_gather_weights_and_have_a_loop_are_compiled(tmp_path):
     # In a process of its own, which a failed check of the compiler ends.
     plan = jaxft.plan(config.load(str(CONFIGS / "qwen3_30b_a3b_lora.py"), changes), "h100:8")
     assert plan["compiled"], plan["unknown"][0]
+
+
+def test_attention_is_compiled_for_gpus_without_a_gradient_of_its_mask():
+    if not gpu_compile.has_plugin():
+        pytest.skip(NO_PLUGIN)
+    mesh = jax.sharding.Mesh(gpu_compile.devices(parse("h100:1")), ("fsdp",))
+
+    def loss(q, k, v, segments):
+        return causal_attention(q, k, v, segments).astype(jnp.float32).sum()
+
+    place = jax.NamedSharding(mesh, jax.P())
+    shapes = [((2, 256, heads, 64), jnp.bfloat16) for heads in (8, 2, 2)] + [((2, 256), jnp.int32)]
+    arguments = [jax.ShapeDtypeStruct(*shape, sharding=place) for shape in shapes]
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        lowered = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*arguments)
+    module = hlo.parse(lowered.compile(compiler_options=gpu_compile.OPTIONS).as_text())
+    assert gpu_compile.kernel_workspace(module) == gpu_compile.attention_workspace(512, 512, 8, 2, 64)
+    everything = [call for computation in module.computations.values() for call in computation.instructions.values()]
+    (backward,) = [call for call in everything if target_of(call) == gpu_compile.BACKWARD_ATTENTION]
+    assert [array.dims for array in backward.arrays] == [(2, 8, 256, 64), (2, 2, 256, 64), (2, 2, 256, 64), (0,)]
 
 
 def test_a_small_step_is_compiled_for_gpus():

@@ -88,6 +88,38 @@ def test_the_kernel_is_called_forward_and_backward(monkeypatch, options, order):
     assert set(re.findall(r"mask_type\W+22: \W+22(\w+)", text)) == {order}
 
 
+def calls(text):
+    """The program's calls of the kernel: target, configuration, types of the operands, types of the results."""
+    found = re.findall(r'@(__cudnn\$\w+)\(.*?backend_config = "((?:[^"\\]|\\.)*)".*? : \((.*?)\) -> \((.*?)\)', text)
+    return {target: (config, operands.split(", "), results.split(", ")) for target, config, operands, results in found}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"form": ScoreForm(window=16)}, {"context": 4}], ids=["plain", "window", "part"]
+)
+def test_the_kernel_computes_gradients_of_queries_keys_and_values_alone(monkeypatch, options):
+    found = calls(lowered(monkeypatch, **options))
+    queries = 64 // options.get("context", 1)
+    mask, workspace = f"tensor<4x1x{queries}x64xbf16>", "tensor<0xui8>"
+    _, operands, results = found[KERNELS[1]]
+    kv_heads = "tensor<4x2x64x64xbf16>"
+    assert results == [f"tensor<4x8x{queries}x64xbf16>", kv_heads, kv_heads, workspace]
+    assert operands.count(mask) == 1 and found[KERNELS[0]][1].count(mask) == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"context": 4}], ids=["whole rows", "part"])
+def test_it_is_called_as_by_the_public_function_but_for_that_gradient(monkeypatch, options):
+    if not cudnn.differentiates_masks():
+        pytest.skip("the public function of this JAX does not compute that gradient either")
+    own = calls(lowered(monkeypatch, **options))
+    monkeypatch.setattr(cudnn, "differentiates_masks", lambda: False)
+    public = calls(lowered(monkeypatch, **options))
+    assert own[KERNELS[0]] == public[KERNELS[0]]
+    (config, operands, results), (public_config, public_operands, public_results) = own[KERNELS[1]], public[KERNELS[1]]
+    assert (config, operands) == (public_config, public_operands)
+    assert results == public_results[:3] + public_results[4:]
+
+
 @pytest.mark.parametrize(("remat", "times"), [("full", 2), ("attention", 1), ("dots", 1)])
 def test_what_rematerialisation_keeps_of_the_kernel_is_not_computed_again(monkeypatch, remat, times):
     assert lowered(monkeypatch, remat=remat, context=2).count(f"custom_call @{KERNELS[0]}(") == times
