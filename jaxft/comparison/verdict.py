@@ -254,7 +254,16 @@ def _seconds_less(evidence: Evidence) -> str:
     less = evidence.prompt.seconds - evidence.tuned.seconds
     if abs(less) < 0.005:
         return ", in the same time a call"
+    if _is_dearer_alone(evidence):
+        return f", and {-less:.2g} s a call more if it comes alone"
     return f", and {abs(less):.2g} s a call {'less' if less > 0 else 'more'}"
+
+
+def _is_dearer_alone(evidence: Evidence) -> bool:
+    """Whether calls of the tuned model cost less side by side, as calls are priced, although one alone takes longer."""
+    prompt, tuned = evidence.prompt.seconds, evidence.tuned.seconds
+    cheaper = isinstance(evidence.break_even, float | int)
+    return cheaper and prompt is not None and tuned is not None and tuned - prompt >= 0.005
 
 
 def _from_calls(evidence: Evidence, *, alone: bool) -> str:
@@ -265,7 +274,8 @@ def _from_calls(evidence: Evidence, *, alone: bool) -> str:
     if isinstance(calls, str):
         return " Tuning never pays by cost." if alone else " Its calls cost no less, so it never pays by cost."
     months = "" if evidence.months is None else f", after {evidence.months:.2g} months"
-    pays = "Tuning pays by cost alone" if alone else "It has paid for itself by cheaper calls"
+    cheaper = "calls that are cheaper side by side" if _is_dearer_alone(evidence) else "cheaper calls"
+    pays = "Tuning pays by cost alone" if alone else f"It has paid for itself by {cheaper}"
     return f" {pays} from {_rounded(calls)} calls{months}."
 
 

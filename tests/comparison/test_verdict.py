@@ -41,6 +41,11 @@ PLANTED = {
         "Tuning pays: +42 points (+31 to +51) over the best prompt (16 by bm25), p < 0.001, and 0.5 s a call more."
         " Its calls cost no less, so it never pays by cost.",
     ),
+    "tuned better, slower alone, cheaper side by side": (
+        (40, 55, 5, 20, {"seconds": (1.0, 1.3), "break_even": 2461.5}),
+        "Tuning pays: +42 points (+31 to +51) over the best prompt (16 by bm25), p < 0.001, and 0.3 s a call more if "
+        "it comes alone. It has paid for itself by calls that are cheaper side by side from 2,500 calls.",
+    ),
     "tuned better and cheaper": (
         (40, 55, 5, 20, {"break_even": 4127.3, "months": 0.41}),
         "Tuning pays: +42 points (+31 to +51) over the best prompt (16 by bm25), p < 0.001. It has paid for itself"

@@ -59,7 +59,8 @@ class Served:
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("engine")
     model = write_model(folder / "model")
-    with in_thread(folder / "state", model, parts={"engine": REAL_ENGINE}, slots=4, context=CONTEXT, adapters=2) as running:
+    sizes = {"slots": 4, "context": CONTEXT, "adapters": 2}
+    with in_thread(folder / "state", model, parts={"engine": REAL_ENGINE}, **sizes) as running:
         yield Served(running, folder)
 
 
