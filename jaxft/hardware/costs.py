@@ -106,8 +106,7 @@ class Costs:
         """Received bytes by `kind` or by `axes`, largest first."""
         out: Counter[str] = Counter()
         for transfer, times in self.transfers.items():
-            key = transfer.kind if what == "kind" else "+".join(transfer.axes) or "none"
-            out[key] += transfer.bytes * times
+            out[transfer.kind if what == "kind" else "+".join(transfer.axes) or "none"] += transfer.bytes * times
         return dict(out.most_common())
 
     def add(self, other: "Costs", times: int = 1) -> None:
@@ -375,8 +374,9 @@ class _Counter:
             elif user.opcode == "bitcast":
                 total += self._bytes_read_of(inner, user.name, whole)
             elif user.opcode == "fusion":
-                deeper = self._inner(user, "calls")
-                total += self._bytes_read(deeper, user.operands.index(name), whole)
+                deeper, at = self._inner(user, "calls"), user.operands.index(name)
+                total += self._bytes_read(deeper, at, whole)
+                total += self._bytes_read_of(inner, user.name, whole) if deeper.passes_on(at) else 0
             else:
                 return whole
         return total

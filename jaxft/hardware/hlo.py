@@ -107,6 +107,13 @@ class Computation:
         """Parameters by number."""
         return {int(i.arguments): i for i in self.instructions.values() if i.opcode == "parameter"}
 
+    def passes_on(self, number: int) -> bool:
+        """Whether the result is the parameter of this number, at most in another shape."""
+        passed = self.root
+        while passed.opcode == "bitcast":
+            passed = self.instructions[passed.operands[0]]
+        return passed is self.parameters.get(number)
+
     @cached_property
     def users(self) -> dict[str, list[Instruction]]:
         """Name of an instruction -> the instructions that read its result."""

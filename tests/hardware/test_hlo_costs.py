@@ -72,6 +72,35 @@ def test_products_of_8_bits_are_told_from_others():
     assert costs.rounded == 32 * 16
 
 
+RESHAPED = """%same (a: bf16[32,64]) -> bf16[32,64] {
+  %a = bf16[32,64] parameter(0)
+  ROOT %b = bf16[32,64] bitcast(%a)
+}
+
+%inside (x: bf16[32,64], w: bf16[64,16], unread: bf16[32,64]) -> bf16[32,16] {
+  %x = bf16[32,64] parameter(0)
+  %w = bf16[64,16] parameter(1)
+  %unread = bf16[32,64] parameter(2)
+  %same.1 = bf16[32,64] fusion(%x), kind=kLoop, calls=%same
+  %same.2 = bf16[32,64] fusion(%unread), kind=kLoop, calls=%same
+  ROOT %y = bf16[32,16] dot(%same.1, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (x: bf16[32,64], w: bf16[64,16], unread: bf16[32,64]) -> bf16[32,16] {
+  %x = bf16[32,64] parameter(0)
+  %w = bf16[64,16] parameter(1)
+  %unread = bf16[32,64] parameter(2)
+  ROOT %y = bf16[32,16] fusion(%x, %w, %unread), kind=kOutput, calls=%inside
+}
+"""
+
+
+def test_an_operand_that_a_fusion_passes_on_counts_where_it_is_read():
+    # Products for TPUs read their operands through such fusions.
+    costs = costs_of(hlo.parse(RESHAPED), {"fsdp": 1})
+    assert costs.hbm_bytes == 2 * (32 * 64 + 64 * 16 + 32 * 16)
+
+
 def test_nested_scans_multiply():
     def run(w_LKK, x_MK):
         def inner(x, w):
