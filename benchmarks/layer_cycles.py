@@ -6,6 +6,10 @@ No TPU is needed: libtpu compiles (`pip install 'jaxft[plan]'`), and nothing run
 an estimate, and those of a loop count as often as it turns. The layer is that of Llama 3.1 8B in bfloat16, or of a
 model of jaxft/assets/published, with the gradients of its input and of LoRA on all its matrices but experts'; rank 0 is
 the layer without adapters. Pallas kernels, such as attention's, have no estimate and are left out.
+
+Estimates of fusions that wait for main memory do not follow their bytes: adding 1 to an array costs as much in bfloat16
+as in float32. So there is a second sum: of every instruction the longer of the times of its FLOPs and of its bytes, at
+the peaks of the chip. Kernels have their FLOPs in it, and copies ahead of their use count as if nothing ran beside.
 """
 
 import argparse
@@ -30,6 +34,7 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 8, "vocab_size": 256, "max_position_embeddings": 131072, "num_hidden_layers": 3,
 }  # fmt: skip
 CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
+HERTZ = {"v5e": 1.503e9, "v5p": 1.75e9, "v6e": 1.75e9}
 MOVES = {"fusion", "copy", "transpose", "bitcast", "parameter", "copy-start", "copy-done", "slice", "dynamic-slice"}
 
 
@@ -43,6 +48,19 @@ def count(module: "Module", computation: "Computation", turns: int, sums: Counte
             count(module, body, turns * (trip_count(module, computation, instruction) or 1), sums)
         elif match := CYCLES.search(instruction.attributes):
             sums[kind_of(module, instruction)] += turns * int(match[1])
+
+
+def cycles_by_peaks(module: "Module", chip: str) -> float:
+    """Of every instruction the longer of the times of its FLOPs and of its bytes, in cycles."""
+    from jaxft.hardware.chips import CHIPS
+    from jaxft.hardware.costs import costs_of
+
+    limits = CHIPS[chip]
+    seconds = (
+        times * max(work.flops / limits.flops, work.bytes / limits.hbm_bandwidth)
+        for work, times in costs_of(module, {}).work.items()
+    )
+    return HERTZ[chip] * sum(seconds)
 
 
 def kind_of(module: "Module", instruction: "Instruction") -> str:
@@ -143,7 +161,7 @@ def main() -> None:
     os.environ.update(ENVIRONMENT)
     from jaxft.hardware import hlo
 
-    first = None
+    first: tuple[float, float] | None = None
     for rank in map(int, arguments.ranks.split(",")):
         text = compiled_text(arguments, rank)
         if arguments.text:
@@ -152,11 +170,12 @@ def main() -> None:
         module, sums = hlo.parse(text), Counter[str]()
         count(module, module.entry, 1, sums)
         layers = 1 if arguments.part == "mlp" else SIZES["num_hidden_layers"]
-        total = sum(sums.values()) / layers / 1e6
-        first = first or total
+        total, by_peaks = sum(sums.values()) / layers / 1e6, cycles_by_peaks(module, arguments.chip) / layers / 1e6
+        first = first or (total, by_peaks)
         parts = ", ".join(f"{kind} {cycles / layers / 1e6:.2f}" for kind, cycles in sorted(sums.items()))
         name = f"{arguments.chip} {arguments.part} rank {rank}"
-        print(f"{name}: {total:.2f}M cycles ({parts}), {total / first - 1:+.1%}", flush=True)
+        print(f"{name}: {total:.2f}M cycles ({parts}), {total / first[0] - 1:+.1%}", end="; ")
+        print(f"by FLOPs and bytes {by_peaks:.2f}M, {by_peaks / first[1] - 1:+.1%}", flush=True)
 
 
 if __name__ == "__main__":
