@@ -92,7 +92,7 @@ def carry_out(
     with locked_output(str(folder / RESULT), "jaxft compare"):
         result = _Comparison(config, plan, folder, say, budget or Budget(plan.minutes)).result()
         write_text(folder / RESULT, as_json(result))
-        write_page(folder / PAGE, result)
+        write_page(folder / PAGE, result, hide_rows=plan.hide_rows)
     return result
 
 

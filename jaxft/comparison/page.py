@@ -18,8 +18,11 @@ from jaxft.terminal.text import safe_text
 Entry = Mapping[str, Any]
 
 
-def write_page(path: Path, result: Entry) -> None:
-    """Writes the page of a compare.json: one file without outside references; equal results give equal pages."""
+def write_page(path: Path, result: Entry, *, hide_rows: bool = False) -> None:
+    """Writes the page of a compare.json: one file without outside references; equal results give equal pages.
+
+    hide_rows: leaves out the rows that changed, which have texts of the data.
+    """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(ASSETS),
         autoescape=True,  # generated text may contain anything
@@ -38,6 +41,7 @@ def write_page(path: Path, result: Entry) -> None:
         fields=field_table(result["ways"]),
         cost_chart=_cost_chart(result),
         curve=_curve(result),
+        changed=None if hide_rows else result["changed"],
     )
     write_text(path, safe_text(page))
 

@@ -29,7 +29,8 @@ class Plan:
     column of the held-out rows. calls: a month. usd_per_hour, prices, endpoint_usd, label_usd: see `costs.prices_of`.
     topology: accelerators whose prices and speed count, in place of this machine's.
     probe: `builtin`, or a file of requests; see `trained.probe`.
-    minutes: after which nothing is begun. require: see `verdict.parse_requirement`.
+    minutes: after which nothing is begun. hide_rows: whether the page leaves out texts of the data.
+    require: see `verdict.parse_requirement`.
     """
 
     to: str
@@ -55,6 +56,7 @@ class Plan:
     label_usd: float | None = None
     probe: str | None = None
     minutes: float | None = None
+    hide_rows: bool = False
     require: str | None = None
 
     def check(self) -> None:

@@ -248,6 +248,17 @@ def test_a_second_call_generates_nothing_and_writes_the_same(stub):
     assert {path.name: path.read_bytes() for path in stub.folder.rglob("*") if path.is_file()} == written
 
 
+def test_a_page_for_others_has_no_texts_of_rows(stub):
+    result = run(stub)
+    page, count = stub.folder / "compare.html", len(stub.asked)
+    changed = [row for part in result["changed"].values() for row in part]
+    texts = {"Rows that changed", *(row["question"] for row in changed)}
+    assert changed and all(text in Page(page.read_text(encoding="utf-8")).words for text in texts)
+    assert run(stub, hide_rows=True) == result and len(stub.asked) == count
+    hidden = Page(page.read_text(encoding="utf-8")).words
+    assert not texts & set(hidden) and result["verdict"]["sentence"] in hidden
+
+
 def test_killed_anywhere_it_goes_on(stub):
     for stop_after in range(3, 700, 53):
         stub.stop_after = stop_after

@@ -39,6 +39,7 @@ def add_options(option: Callable[..., Any]) -> None:
     option("--label_usd", type=float, metavar="D", help="what the answers of the training rows cost in all")
     option("--probe", metavar="builtin|FILE", help="what the tuned model forgot: requests for other formats")
     option("--minutes", type=float, metavar="M", help="begin nothing more after so long; what is dearest is left out")
+    option("--hide_rows", action="store_true", help="a page without texts of the rows, for people who may not see them")
     option(
         "--require",
         metavar="A>B",
@@ -75,6 +76,7 @@ def compare(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
         label_usd=arguments.label_usd,
         probe=arguments.probe,
         minutes=arguments.minutes,
+        hide_rows=arguments.hide_rows,
         require=arguments.require,
         print_line=lambda line: terminal.write(line, error=True),
     )
