@@ -100,12 +100,15 @@ def compile_step(
     """Compiles `step(state, batch)`, its state donated, for the mesh's devices, as a run does.
 
     state, batch: pytrees of ShapeDtypeStructs with shardings. level: O1, which compiles faster, or default. options: of
-    the compiler.
+    the compiler, beside those of a run.
     """
     import jax
 
+    from jaxft.hardware.attached import step_options
+
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    jitted = jax.jit(mesh.bind(step), donate_argnums=0, out_shardings=(shardings, None))
+    own = step_options(mesh.mesh.devices.flat[0])
+    jitted = jax.jit(mesh.bind(step), donate_argnums=0, out_shardings=(shardings, None), compiler_options=own)
     return compile_lowered(lambda: jitted.lower(state, batch), level, options)
 
 
