@@ -53,10 +53,10 @@ def chip_of(device: jax.Device) -> Chip | None:
 
 
 def step_options(device: jax.Device) -> dict[str, int]:
-    """The options of the compiler with which a training step is compiled for a device, in runs and in plans.
+    """The options of the compiler with which runs and plans compile a training step for a device.
 
-    None for devices other than TPUs. Some TPUs have `Chip.fusion_kib`; if the environment variable LIBTPU_INIT_ARGS
-    sets the same option, that value counts.
+    Empty for most devices, and for quick plans (`hardware.compile.compile_step`). v5e has `Chip.fusion_kib`; if the
+    environment variable LIBTPU_INIT_ARGS sets the same option, that value counts.
     """
     chip = chip_of(device)
     if chip is None or chip.fusion_kib is None or VECTOR_MEMORY in os.environ.get("LIBTPU_INIT_ARGS", ""):

@@ -77,7 +77,7 @@ def _gpu(
 # interconnect per chip (given for both directions of all its links together), torus, pod size, DCN of a pod. Only v5e's
 # page was read for this table, in November 2026; the other numbers are from memory, not checked against the pages.
 # hbm_bytes: the limit that libtpu 0.0.42.1 names when it refuses a program that is too large.
-# fusion_kib: for chips whose layers were compiled with it and without (docs/performance.md).
+# fusion_kib: for chips of which it is known how much longer a layer then compiles (docs/performance.md).
 _TPUS = (
     # 275 TFLOPs, 1200 GBps, 3D torus, 300 GBps of links in one direction (6 of 50).
     _tpu(name="v4", hbm_bytes=int(30.75 * GIB), flops=275 * TERA, int8_ops=275 * TERA, hbm_bandwidth=1228 * GIGA,
@@ -86,15 +86,13 @@ _TPUS = (
     # 197 TFLOPs, 393 TOPs, 819 GBps, 2D torus of 4 links, 400 GBps both ways; 6.4 Tbps of DCN for 256 chips.
     _tpu(name="v5e", hbm_bytes=int(15.75 * GIB), flops=197 * TERA, int8_ops=393 * TERA, hbm_bandwidth=819 * GIGA,
          link_bandwidth=50 * GIGA, dimensions=2, full_ring=16, dcn_bandwidth=3.125 * GIGA, max_chips=256,
-         fusion_kib=50000),
+         fusion_kib=32768),
     # 459 TFLOPs, 918 TOPs, 2765 GBps, 3D torus of 6 links, 1200 GBps both ways.
     _tpu(name="v5p", hbm_bytes=int(95.74 * GIB), flops=459 * TERA, int8_ops=918 * TERA, hbm_bandwidth=2765 * GIGA,
-         link_bandwidth=100 * GIGA, dimensions=3, full_ring=4, dcn_bandwidth=6.25 * GIGA, max_chips=8960, cores=2,
-         fusion_kib=50000),
+         link_bandwidth=100 * GIGA, dimensions=3, full_ring=4, dcn_bandwidth=6.25 * GIGA, max_chips=8960, cores=2),
     # 918 TFLOPs, 1836 TOPs, 1638 GBps, 2D torus of 4 links, 800 GBps both ways; 25.6 Tbps of DCN for 256 chips.
     _tpu(name="v6e", hbm_bytes=int(31.25 * GIB), flops=918 * TERA, int8_ops=1836 * TERA, hbm_bandwidth=1638 * GIGA,
-         link_bandwidth=100 * GIGA, dimensions=2, full_ring=16, dcn_bandwidth=12.5 * GIGA, max_chips=256,
-         fusion_kib=98304),
+         link_bandwidth=100 * GIGA, dimensions=2, full_ring=16, dcn_bandwidth=12.5 * GIGA, max_chips=256),
     # 2307 TFLOPs bf16 (4614 fp8), 192 GiB, 7380 GBps, 3D torus of 6 links, 1200 GBps both ways; two devices a chip.
     _tpu(name="tpu7x", hbm_bytes=int(189.5 * GIB), flops=2307 * TERA, int8_ops=0, hbm_bandwidth=7380 * GIGA,
          link_bandwidth=100 * GIGA, dimensions=3, full_ring=4, dcn_bandwidth=12.5 * GIGA, max_chips=9216, devices=2,
