@@ -1,11 +1,13 @@
 """Cycles that the compiler for a TPU estimates for a decoder layer, or for its feed-forward alone, in a training step.
 
     python benchmarks/layer_cycles.py [--chip=v5e] [--part=mlp] [--ranks=0,16] [--dropout=0.05] [--model=qwen3-30b-a3b]
+        [--default]
 
 No TPU is needed: libtpu compiles (`pip install 'jaxft[plan]'`), and nothing runs. Each fusion of the compiled text has
 an estimate, and those of a loop count as often as it turns. The layer is that of Llama 3.1 8B in bfloat16, or of a
 model of jaxft/assets/published, with the gradients of its input and of LoRA on all its matrices but experts'; rank 0 is
-the layer without adapters. Pallas kernels, such as attention's, have no estimate and are left out.
+the layer without adapters. Pallas kernels, such as attention's, have no estimate and are left out. It is compiled with
+the options of a run's step, or with `--default` without them.
 
 Estimates of fusions that wait for main memory do not follow their bytes: adding 1 to an array costs as much in bfloat16
 as in float32. So there is a second sum: of every instruction the longer of the times of its FLOPs and of its bytes, at
@@ -81,6 +83,7 @@ def compiled_text(arguments: argparse.Namespace, rank: int) -> str:
     from jax.sharding import Mesh, NamedSharding
     from jax.sharding import PartitionSpec as P
 
+    from jaxft.hardware.attached import step_options
     from jaxft.hardware.topology import devices, parse
     from jaxft.sharding.mesh import AXES
 
@@ -94,7 +97,8 @@ def compiled_text(arguments: argparse.Namespace, rank: int) -> str:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return function(*operands)
 
-    return jax.jit(on_mesh).lower(*operands).compile().as_text() or ""
+    options = {} if arguments.default else step_options(device[0])
+    return jax.jit(on_mesh, compiler_options=options).lower(*operands).compile().as_text() or ""
 
 
 def program(arguments: argparse.Namespace, rank: int) -> tuple[Callable[..., Any], Any]:
@@ -151,6 +155,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--text", help="a file for the last compiled text")
+    parser.add_argument("--default", action="store_true", help="the compiler without the options of a run")
     parser.add_argument("--model", help="a file of jaxft/assets/published, of which three equal layers are taken")
     arguments = parser.parse_args()
     if arguments.model:

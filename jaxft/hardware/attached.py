@@ -1,5 +1,6 @@
 """The accelerators of this process by the names that plans use, such as `v5e:2x4` and `t4:2`."""
 
+import os
 import re
 from collections.abc import Sequence
 
@@ -18,6 +19,7 @@ KINDS = (
     (r"\bA100\b.*\b40GB", "a100-40"), (r"\bA100\b", "a100-80"), (r"\bH100\b", "h100"), (r"\bH200\b", "h200"),
     (r"\bB200\b", "b200"), (r"\bRTX 4090$", "rtx4090"), (r"\bRTX 5090$", "rtx5090"),
 )  # fmt: skip
+VECTOR_MEMORY = "xla_tpu_scoped_vmem_limit_kib"  # libtpu's option: vector memory for the arrays of one fusion
 
 
 def attached_topology(devices: Sequence[jax.Device] | None = None) -> str | None:
@@ -48,6 +50,18 @@ def attached_topology(devices: Sequence[jax.Device] | None = None) -> str | None
 def chip_of(device: jax.Device) -> Chip | None:
     """The chip that a device is or is a part of; None for one that plans do not know, such as a CPU."""
     return next((CHIPS[name] for pattern, name in KINDS if re.search(pattern, device.device_kind)), None)
+
+
+def step_options(device: jax.Device) -> dict[str, int]:
+    """The options of the compiler with which runs and plans compile a training step for a device.
+
+    Empty for most devices, and for quick plans (`hardware.compile.compile_step`). v5e has `Chip.fusion_kib`; if the
+    environment variable LIBTPU_INIT_ARGS sets the same option, that value counts.
+    """
+    chip = chip_of(device)
+    if chip is None or chip.fusion_kib is None or VECTOR_MEMORY in os.environ.get("LIBTPU_INIT_ARGS", ""):
+        return {}
+    return {VECTOR_MEMORY: chip.fusion_kib}
 
 
 def check_matmul(dtype: MatmulDtype | None, device: jax.Device) -> None:

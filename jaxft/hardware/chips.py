@@ -21,7 +21,8 @@ class Chip:
     many chips closes to a ring. dcn_bandwidth: bytes per second of the data-centre network, one chip's share of its
     host's. max_chips: of a slice. devices: JAX devices in one chip.
     cores: that Google's names of slices count in one chip. config: libtpu's name of the chip's mode, None for its
-    default.
+    default. fusion_kib: vector memory in KiB that the compiler may give to each of its fusions in a training step, None
+    for its default.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Chip:
     devices: int = 1
     cores: int = 1
     config: str | None = None
+    fusion_kib: int | None = None
     fp8_flops: float = 0.0
 
     def matmul_flops(self, dtype: Literal["int8", "fp8"]) -> float:
@@ -75,6 +77,7 @@ def _gpu(
 # interconnect per chip (given for both directions of all its links together), torus, pod size, DCN of a pod. Only v5e's
 # page was read for this table, in November 2026; the other numbers are from memory, not checked against the pages.
 # hbm_bytes: the limit that libtpu 0.0.42.1 names when it refuses a program that is too large.
+# fusion_kib: for chips of which it is known how much longer a layer then compiles (docs/performance.md).
 _TPUS = (
     # 275 TFLOPs, 1200 GBps, 3D torus, 300 GBps of links in one direction (6 of 50).
     _tpu(name="v4", hbm_bytes=int(30.75 * GIB), flops=275 * TERA, int8_ops=275 * TERA, hbm_bandwidth=1228 * GIGA,
@@ -82,7 +85,8 @@ _TPUS = (
          config="megacore"),
     # 197 TFLOPs, 393 TOPs, 819 GBps, 2D torus of 4 links, 400 GBps both ways; 6.4 Tbps of DCN for 256 chips.
     _tpu(name="v5e", hbm_bytes=int(15.75 * GIB), flops=197 * TERA, int8_ops=393 * TERA, hbm_bandwidth=819 * GIGA,
-         link_bandwidth=50 * GIGA, dimensions=2, full_ring=16, dcn_bandwidth=3.125 * GIGA, max_chips=256),
+         link_bandwidth=50 * GIGA, dimensions=2, full_ring=16, dcn_bandwidth=3.125 * GIGA, max_chips=256,
+         fusion_kib=32768),
     # 459 TFLOPs, 918 TOPs, 2765 GBps, 3D torus of 6 links, 1200 GBps both ways.
     _tpu(name="v5p", hbm_bytes=int(95.74 * GIB), flops=459 * TERA, int8_ops=918 * TERA, hbm_bandwidth=2765 * GIGA,
          link_bandwidth=100 * GIGA, dimensions=3, full_ring=4, dcn_bandwidth=6.25 * GIGA, max_chips=8960, cores=2),

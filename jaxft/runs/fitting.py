@@ -22,6 +22,7 @@ from jaxft.config import RunConfig
 from jaxft.errors import BucketError, listed
 from jaxft.files import run_folder
 from jaxft.files.buckets.working_copy import checkpoints_of, push
+from jaxft.hardware.attached import step_options
 from jaxft.hardware.recomputation import Recomputation
 from jaxft.methods import method_of
 from jaxft.methods.method import Feed, Run
@@ -328,7 +329,8 @@ def _jitted_step(
     step = make_step(run.config, run.model, graphdef, tx, schedule)
     # Without these shardings XLA could lay the new state out differently, and the next step would be compiled again.
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    return jax.jit(run.mesh.bind(step), donate_argnums=0, out_shardings=(shardings, None))
+    options = step_options(run.mesh.mesh.devices.flat[0])
+    return jax.jit(run.mesh.bind(step), donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
 
 
 def _tell_missing(run: Run, log: RunLog | NoLog, step: int, logged: int | None) -> None:

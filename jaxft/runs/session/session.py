@@ -24,6 +24,7 @@ from jaxft.files import run_folder
 from jaxft.files.buckets.working_copy import checkpoints_of, folder_of
 from jaxft.generation.text import Prompt as GivenPrompt
 from jaxft.generation.text import as_prompts
+from jaxft.hardware.attached import step_options
 from jaxft.hardware.compile_cache import keep_compiled
 from jaxft.methods.online.passes import rows_of
 from jaxft.methods.parts.sequences import evaluated_weights
@@ -353,7 +354,8 @@ class Session:
             return jax.tree.map(lambda x, y: x + y.astype(jnp.float32), grads, new), sums
 
         shardings = jax.tree.map(lambda x: x.sharding, self._state.trainable)
-        return jax.jit(self.mesh.bind(add), donate_argnums=0, out_shardings=(shardings, None))
+        options = step_options(self.mesh.mesh.devices.flat[0])
+        return jax.jit(self.mesh.bind(add), donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
 
     def _jitted_update(self, given: bool) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
         """given: whether the learning rate is an argument, in place of the schedule's."""
