@@ -203,6 +203,7 @@ def test_the_curves_are_those_of_the_run(visit, ids):
     assert abs(int(loss.get_attribute("aria-valuenow")) - STEPS / 2) <= 2
     page.get_by_text("The curves as a table").click()
     table = page.get_by_role("region", name="Loss and accuracy by step")
+    table.get_by_role("row").first.wait_for()
     assert table.get_by_role("row").count() == STEPS // 3 + 2
     assert table.get_by_role("row").last.inner_text().split("\t")[1:3] == words.replace(",", "").split()[3::2]
 
