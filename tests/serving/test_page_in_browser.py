@@ -338,6 +338,24 @@ def test_strangers_text_is_inert_everywhere(visit, ids):
     assert page.evaluate("document.querySelectorAll('img').length") == 0
 
 
+def test_a_job_that_is_left_before_it_came_loads_nothing_more(visit, ids):
+    """Its answer comes when another address is open, whose job there is not."""
+    page, held, looks = visit(), [], []
+    page.route(re.compile(f"/jobs/{ids['done']}$"), lambda route: held.append(route))
+    page.on("request", lambda one: looks.append(one.url) if one.url.endswith("/jaxft/system") else None)
+    base = page.url.partition("#")[0]
+    page.goto(f"{base}#/job/{ids['done']}")
+    while not held:
+        page.wait_for_timeout(10)
+    page.goto(f"{base}#/job/unknown")
+    page.get_by_role("alert").filter(has_text="There is no fine-tuning job").wait_for()
+    looks.clear()
+    with page.expect_response(re.compile(f"/jobs/{ids['done']}$")):
+        held[0].continue_()
+    page.wait_for_timeout(200)
+    assert not looks
+
+
 def test_the_page_is_drawn_at_most_four_times_a_second_and_not_while_hidden(visit):
     page = visit()
     page.clock.install()

@@ -23,10 +23,9 @@ export const title = () => (jobs.has(id) ? nameOf(jobs.get(id)) : "Job");
 export async function enter(wanted) {
   [id, error, rows, checkpoints, inputs, results, at, before] = [wanted, null, new Map(), [], {}, [], null, -1];
   await tried(async () => {
-    takeJob(await call("GET", path("fine_tuning", "jobs", id)));
-    const all = [loadEvents(), loadRows(), loadCheckpoints(), loadInputs()];
-    price = (await call("GET", "/jaxft/system")).price_per_hour;
-    await Promise.all(all);
+    takeJob(await call("GET", path("fine_tuning", "jobs", wanted)));
+    if (wanted !== id) return; // another job was opened meanwhile
+    await Promise.all([loadEvents(), loadRows(), loadCheckpoints(), loadInputs(), loadPrice()]);
   });
 }
 
@@ -64,6 +63,10 @@ async function loadCheckpoints() {
   const mine = id;
   const page = await call("GET", path("fine_tuning", "jobs", mine, "checkpoints"));
   if (mine === id) checkpoints = page.data;
+}
+
+async function loadPrice() {
+  price = (await call("GET", "/jaxft/system")).price_per_hour;
 }
 
 // The labels of the files of the job: those that are deleted have none.
