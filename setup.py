@@ -13,6 +13,7 @@ LIBTPU = [
     'libtpu>=0.0.42,<0.0.43; python_version < "3.12"',
     'libtpu>=0.0.50; python_version >= "3.12"',
 ]
+TOKAMAX = "tokamax==0.0.12"
 SERVE = ["starlette>=1", "uvicorn>=0.38", "python-multipart>=0.0.20"]
 
 setup(
@@ -64,8 +65,9 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
-        # A kernel for the products of experts on GPUs. A young package, which pins some small ones.
-        "experts": ["tokamax>=0.0.12"],
+        # Kernels for GPUs: packed attention on Hopper and Blackwell, and products of experts. A young package, of whose
+        # inner modules attention uses two: exactly the release that was compiled.
+        "gpu_kernels": [TOKAMAX],
         # `jaxft plan` compiles for TPUs on machines without one.
         "plan": [*LIBTPU],
         # The same for NVIDIA GPUs, without the libraries that only a GPU needs.
@@ -122,6 +124,7 @@ setup(
             "sacrebleu>=2.4",
             "rensa>=0.5",
             "bm25s>=0.3",
+            TOKAMAX,
             "pillow>=10.3",
             "requests>=2.31",
             # The service, and its clients' library.

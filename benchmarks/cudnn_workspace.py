@@ -4,8 +4,9 @@
     python benchmarks/cudnn_workspace.py [--card=h100] [--rows=2] [--length=4096] [--heads=32] [--kv_heads=8]
 
 XLA asks cuDNN for this memory when it compiles on a GPU. Without one it cannot, and leaves it out. The graphs are those
-that XLA builds for the calls of `jaxft/nn/attention/cudnn.py`, and for cuDNN's packed form, in which documents are
-offsets into the rows and which needs a Hopper. cuDNN loads NVIDIA's driver library, libcuda.so.1, but uses no device.
+that XLA builds for the calls of `jaxft/nn/attention/kernels/cudnn.py`, and for cuDNN's packed form, in which documents
+are offsets into the rows and which needs a Hopper. cuDNN loads NVIDIA's driver library, libcuda.so.1, but uses no
+device.
 """
 
 import argparse

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "jaxft"
 FLOORS = {
-    "assets": 0, "errors": 0, "home": 0, "quant": 0, "system": 0, "terminal": 0, "trees": 0,
+    "assets": 0, "errors": 0, "home": 0, "optional": 0, "quant": 0, "system": 0, "terminal": 0, "trees": 0,
     "config": 1, "files": 1, "nn": 1,
     "data": 2, "models": 2, "optim": 2, "sharding": 2,
     "adapters": 3, "generation": 3, "objectives": 3,

@@ -15,7 +15,7 @@ from jaxft.hardware.compile import Memory
 from jaxft.hardware.costs import Costs, Transfer, Work
 from jaxft.hardware.gpu_compile import attention_workspace
 from jaxft.hardware.sizes import AttentionGroup, ModelSizes
-from jaxft.nn.attention.splash import balances
+from jaxft.nn.attention.kernels.splash import balances
 from jaxft.nn.experts.exchange import ROOM
 from jaxft.nn.partition import AXES
 from jaxft.nn.recurrent.delta_rule import CHUNK

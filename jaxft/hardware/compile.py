@@ -1,5 +1,6 @@
 """Compiles a step ahead of time for hypothetical devices, and reads the memory it needs from the compiler."""
 
+import contextlib
 import importlib.metadata
 import re
 import tempfile
@@ -109,9 +110,23 @@ def compile_step(
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     # O1 is to be quick. There they would double the time of compiling, and change nothing in a plan but its memory, by
     # 0.2 %.
-    own = {} if level == "O1" else step_options(mesh.mesh.devices.flat[0])
+    device = mesh.mesh.devices.flat[0]
+    own = {} if level == "O1" else step_options(device)
     jitted = jax.jit(mesh.bind(step), donate_argnums=0, out_shardings=(shardings, None), compiler_options=own)
-    return compile_lowered(lambda: jitted.lower(state, batch), level, options)
+
+    def lower() -> jax.stages.Lowered:
+        with traced_for(device):
+            traced = jitted.trace(state, batch)
+        return traced.lower()
+
+    return compile_lowered(lower, level, options)
+
+
+def traced_for(device: "jax.Device") -> "contextlib.AbstractContextManager[Any]":
+    """Programs are traced for this device, though it is not here: tokamax chooses kernels for GPUs by JAX's default."""
+    import jax
+
+    return jax.default_device(device) if device.platform == "gpu" else contextlib.nullcontext()
 
 
 def compile_lowered(

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxft.hardware.hlo import Array, Instruction
-from jaxft.nn.attention.balanced import SCOPE as BALANCED
+from jaxft.nn.attention.kernels import mosaic
+from jaxft.nn.attention.kernels.balanced import SCOPE as BALANCED
 from jaxft.nn.experts.megablox import IN_STACK
 from jaxft.quant.narrow import SCOPE as NARROW
 from jaxft.quant.nf4 import SCOPE as DENSE_NF4
@@ -25,6 +26,9 @@ from jaxft.quant.nf4_matmul import NAME as NF4_MATMUL
 SPLASH = {"fwd": 2, "dkv": 4, "dq": 3, "fused": 5}
 # The same of cuDNN's kernels.
 CUDNN = {"__cudnn$fmhaScaleBiasSoftmax": 2, "__cudnn$fmhaScaleBiasSoftmaxBackward": 5}
+# tokamax's kernels, by the number of their results: forward, with the largest score and the sum of each query; the
+# gradients of keys and values; that of queries.
+MOSAIC = {3: 2, 2: 4, 1: 3}
 # The compiler's own custom calls, which contain no matrix product.
 IDLE_CALLS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "GatherScatterIndices", "AsyncCollective",
               "ConcatBitcast", "SliceId", "ZeroCrop",
@@ -99,6 +103,8 @@ def kernel_flops(call: Instruction, operands: Sequence[Array], filled: float = 1
         return 2 * operands[0].elements * call.arrays[0].dims[-1]
     if target_of(call) in CUDNN:
         return _cudnn_flops(call, operands)
+    if target_of(call).startswith("mosaic_gpu") and re.search(rf"\b{mosaic.SCOPE}", call.scope):
+        return _mosaic_flops(call, operands)
     splash = re.search(r"splash_m[hq]a_(fwd|dkv|dq)", f"{call.name} {call.scope}")
     if splash is None:
         return None
@@ -116,6 +122,13 @@ def _cudnn_flops(call: Instruction, operands: Sequence[Array]) -> int:
     queries, keys = operands[0], operands[1].dims[1]
     products = CUDNN[target_of(call)] * 2 * queries.elements * keys
     return products // 2 if re.search(r'"mask_type": ?"CAUSAL"', call.attributes) else products
+
+
+def _mosaic_flops(call: Instruction, operands: Sequence[Array]) -> int:
+    """FLOPs of tokamax's attention: queries [..., S, N, H], keys [..., T, K, H]; of whole rows, half is skipped."""
+    queries, keys = operands[0], operands[1].dims[-3]
+    products = MOSAIC[len(call.arrays)] * 2 * queries.elements * keys
+    return products // 2 if re.search(rf"\b{mosaic.CAUSAL}\b", call.scope) else products
 
 
 def dequantized_weights(instruction: Instruction) -> int:

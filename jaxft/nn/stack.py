@@ -14,7 +14,6 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxft.nn import partition
 from jaxft.nn.adapter import bind_shared
-from jaxft.nn.attention import cudnn
 from jaxft.nn.attention.borrowed import BorrowedAttention
 from jaxft.nn.attention.cache import (
     Cache,
@@ -26,6 +25,7 @@ from jaxft.nn.attention.cache import (
     write_positions,
 )
 from jaxft.nn.attention.decoding import write_new
+from jaxft.nn.attention.kernels import cudnn
 from jaxft.nn.attention.layer import Kept, Tokens
 from jaxft.nn.block import Block
 from jaxft.nn.experts.layer import read_stacks, stacks_of

@@ -13,7 +13,7 @@ from jaxft.hardware.chips import CHIPS, Chip
 from jaxft.hardware.prices import price_of
 from jaxft.hardware.recomputation import MARGIN, POLICIES, with_policy
 from jaxft.hardware.topology import ALIASES, Topology, cubic_shape, parse
-from jaxft.nn.attention.splash import fits as kernel_fits
+from jaxft.nn.attention.kernels.splash import fits as kernel_fits
 from jaxft.planning.decoding import Decoding
 from jaxft.planning.job import (
     AbstractStep,

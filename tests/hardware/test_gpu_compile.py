@@ -10,16 +10,20 @@ import pytest
 
 import jaxft
 from jaxft import config
+from jaxft.config import MeshConfig
 from jaxft.hardware import analytic, gpu_compile, hlo
 from jaxft.hardware.chips import CHIPS
-from jaxft.hardware.compile import Compiled, Memory, TooLarge
+from jaxft.hardware.compile import Compiled, Memory, TooLarge, compile_step
+from jaxft.hardware.costs import costs_of
 from jaxft.hardware.products import target_of
 from jaxft.hardware.topology import parse
 from jaxft.nn.attention.causal import causal_attention
+from jaxft.optional import tokamax_module
 from jaxft.planning import job
 from jaxft.planning import process as planning
 from jaxft.planning.shapes import length_of, shapes_of
 from jaxft.runs.build import make_mesh
+from jaxft.sharding.mesh import make_mesh_plan
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SMOKE = f"{CONFIGS / 'llama3_1_8b_lora.py'}:smoke"
@@ -150,6 +154,37 @@ def test_attention_is_compiled_for_gpus_without_a_gradient_of_its_mask():
     everything = [call for computation in module.computations.values() for call in computation.instructions.values()]
     (backward,) = [call for call in everything if target_of(call) == gpu_compile.BACKWARD_ATTENTION]
     assert [array.dims for array in backward.arrays] == [(2, 8, 256, 64), (2, 2, 256, 64), (2, 2, 256, 64), (0,)]
+
+
+@pytest.mark.parametrize(("topology", "kernels"), [("h100:1", 3), ("a100-80:1", 0)])
+def test_attention_by_tokamax_is_compiled_for_the_gpus_that_have_it(topology, kernels):
+    if not gpu_compile.has_plugin():
+        pytest.skip(NO_PLUGIN)
+    if tokamax_module("tokamax") is None:
+        pytest.skip("tokamax is not installed")
+    (device,) = gpu_compile.devices(parse(topology))
+    mesh = make_mesh_plan(MeshConfig(), [device])
+
+    def step(q, batch):
+        def loss(q, k, v):
+            return causal_attention(q, k, v, batch["segments"]).astype(jnp.float32).sum()
+
+        return q, jax.grad(loss, (0, 1, 2))(q, batch["k"], batch["k"])
+
+    def shape(dims, dtype):
+        return jax.ShapeDtypeStruct(dims, dtype, sharding=mesh.batch_sharding())
+
+    batch = {"k": shape((2, 512, 2, 64), jnp.bfloat16), "segments": shape((2, 512), jnp.int32)}
+    compiled = compile_step(step, shape((2, 512, 8, 64), jnp.bfloat16), batch, mesh, "default", gpu_compile.OPTIONS)
+    module = hlo.parse(compiled.text)
+    everything = [call for computation in module.computations.values() for call in computation.instructions.values()]
+    assert [target_of(call) for call in everything if "mosaic" in target_of(call)] == ["mosaic_gpu_v2"] * kernels
+    masks = [array for call in everything for array in call.arrays if array.dims[-2:] == (512, 512)]
+    assert bool(masks) == (kernels == 0)
+    # The gradients of queries, and of keys and values, compute the scores anew, each for itself; cuDNN's do so once.
+    products = (2 + 3 + 4 if kernels else 2 + 5) * 2 * 2 * 8 * 512 * 512 * 64 // 2
+    costs = costs_of(module, {"fsdp": 1})
+    assert costs.flops == products and not costs.unknown
 
 
 def test_a_small_step_is_compiled_for_gpus():

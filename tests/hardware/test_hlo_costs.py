@@ -384,6 +384,32 @@ def test_attention_of_cudnn_is_counted(target, mask, flops):
     assert costs.flops == flops and not costs.unknown
 
 
+MOSAIC = """
+HloModule attention
+
+ENTRY %main (q: bf16[2,256,8,64], k: bf16[2,512,2,64]) -> {results} {{
+  %q = bf16[2,256,8,64]{{3,2,1,0}} parameter(0)
+  %k = bf16[2,512,2,64]{{3,2,1,0}} parameter(1)
+  ROOT %attention.1 = {results} custom-call(%q, %k, %k), custom_call_target="{target}",
+    metadata={{op_name="jit(step)/transpose(jvp())/{scope}/tokamax:{{\\"op\\":1}}/vmap()/mpmd_map"}}
+}}
+"""
+HEADS, SUMS = "bf16[2,256,8,64]{3,2,1,0}", "f32[2,8,256]{2,1,0}"
+
+
+@pytest.mark.parametrize(
+    ("results", "products"),
+    [(f"({HEADS}, {SUMS}, {SUMS})", 2), (f"({HEADS}, {HEADS})", 4), (HEADS, 3)],
+    ids=["forward", "keys and values", "queries"],
+)  # fmt: skip
+@pytest.mark.parametrize(("scope", "parts"), [("mosaic_attention", 1), ("mosaic_attention_causal", 2)])
+def test_attention_of_tokamax_is_counted(results, products, scope, parts):
+    text = MOSAIC.format(results=results, scope=scope, target="mosaic_gpu_v2")
+    costs = costs_of(hlo.parse(text), {"fsdp": 1})
+    assert costs.flops == products * 2 * 2 * 8 * 256 * 512 * 64 // parts and not costs.unknown
+    assert costs_of(hlo.parse(text.replace(scope, "other")), {"fsdp": 1}).unknown
+
+
 @pytest.mark.parametrize(("scope", "blocks"), [("splash", 7 + 8), ("context/balanced_queries/splash", 1 + 8)])
 def test_a_part_of_a_row_is_the_last_one_unless_queries_are_balanced(scope, blocks):
     text = SPLASH.format(kind="fwd", suffix="", more="", name="block").replace('op_name="splash"', f'op_name="{scope}"')

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from jaxft.nn import partition
-from jaxft.nn.attention import balanced, splash
 from jaxft.nn.attention.causal import causal_attention
+from jaxft.nn.attention.kernels import balanced, splash
 from jaxft.nn.attention.layer import attend, causal_mask
 from jaxft.nn.attention.score_form import PLAIN
 

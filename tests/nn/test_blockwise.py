@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft.nn.attention import blockwise
+from jaxft.nn.attention.kernels import blockwise
 from jaxft.nn.attention.layer import attend, attend_cached, causal_mask
 from jaxft.nn.attention.score_form import ScoreForm
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from jaxft.nn.attention import blockwise, causal, cudnn
+from jaxft.nn.attention import causal
+from jaxft.nn.attention.kernels import blockwise, cudnn
 from jaxft.nn.attention.score_form import PLAIN, ScoreForm
 from jaxft.nn.stack import REMAT
 

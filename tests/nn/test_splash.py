@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft.nn.attention import splash
+from jaxft.nn.attention.kernels import splash
 from jaxft.nn.attention.layer import attend, causal_mask
 from jaxft.nn.attention.score_form import PLAIN, ScoreForm
 

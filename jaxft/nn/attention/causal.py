@@ -13,7 +13,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
 from jaxft.nn import partition
-from jaxft.nn.attention import balanced, blockwise, cudnn, splash
+from jaxft.nn.attention.kernels import balanced, blockwise, cudnn, mosaic, splash
 from jaxft.nn.attention.score_form import PLAIN, ScoreForm
 
 
@@ -28,7 +28,8 @@ def causal_attention(
     """softmax(q k^T / sqrt(H)) v over the tokens of the same segment up to each query, [B, S, N, H].
 
     sinks_N: an additional score for each head, whose share of the softmax is discarded. TPUs use the splash kernel,
-    GPUs that of cuDNN; other devices, and cases that the kernels do not support, use blocks in plain XLA.
+    GPUs those of tokamax or that of cuDNN; other devices, and cases that the kernels do not support, use blocks in
+    plain XLA.
     """
     length, heads = q_BSNH.shape[1:3]
     k_BSKH, v_BSKH = _repeat_heads(k_BSKH), _repeat_heads(v_BSKH)
@@ -84,7 +85,10 @@ def _attend(
     """One device's part of the attention. start: position of its first query in the row; None for whole rows."""
     if kernel is not None:
         return splash.attention(kernel, q_BSNH, k_BTKH, v_BTKH, query_segments_BS, key_segments_BT, form, sinks_N)
-    if partition.platform() == "gpu" and cudnn.fits(q_BSNH, k_BTKH.shape[1], form, sinks_N, value_dim=v_BTKH.shape[-1]):
+    keys, value_dim = k_BTKH.shape[1], v_BTKH.shape[-1]
+    if partition.platform() == "gpu" and mosaic.fits(q_BSNH, keys, sinks_N, value_dim=value_dim):
+        return mosaic.attention(q_BSNH, k_BTKH, v_BTKH, key_segments_BT, form, start)
+    if partition.platform() == "gpu" and cudnn.fits(q_BSNH, keys, form, sinks_N, value_dim=value_dim):
         return cudnn.attention(q_BSNH, k_BTKH, v_BTKH, query_segments_BS, key_segments_BT, form, start)
     return blockwise.attention(
         q_BSNH, k_BTKH, v_BTKH, query_segments_BS, form, sinks_N, key_segments_BT=key_segments_BT, start=start

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jaxft.nn import partition
 from jaxft.nn.experts import megablox
+from jaxft.optional import tokamax_module
 
 # ragged: `jax.lax.ragged_dot`, for which XLA multiplies every row with every matrix. loop: a block of rows at a time.
 # blocks: several at a time. megablox: JAX's kernels for TPUs. tokamax: a Triton kernel of the library of that name.
@@ -55,11 +56,8 @@ def form_of(platform: str, flops: int, *, inputs: int) -> Form:
 @functools.cache
 def _tokamax() -> Callable[..., jax.Array] | None:
     """`ragged_dot` of tokamax, None if the library is absent or does not load with this JAX."""
-    try:
-        from tokamax import ragged_dot
-    except (ImportError, AttributeError):
-        return None
-    return ragged_dot
+    module = tokamax_module("tokamax")
+    return None if module is None else module.ragged_dot
 
 
 def _by_tokamax(x: jax.Array, kernel: jax.Array, sizes_E: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-from jaxft.nn.attention.balanced import query_order
+from jaxft.nn.attention.kernels.balanced import query_order
 from jaxft.nn.attention.score_form import ScoreForm, score_scale
 
 Kernel = splash.SplashAttentionKernel

@@ -1,0 +1,1 @@
+"""Attention over whole rows on each kind of device: its kernels, and blocks of plain XLA."""
