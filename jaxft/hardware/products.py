@@ -29,6 +29,7 @@ CUDNN = {"__cudnn$fmhaScaleBiasSoftmax": 2, "__cudnn$fmhaScaleBiasSoftmaxBackwar
 # tokamax's kernels, by the number of their results: forward, with the largest score and the sum of each query; the
 # gradients of keys and values; that of queries.
 MOSAIC = {3: 2, 2: 4, 1: 3}
+TRITON = "__gpu$xla.gpu.triton"  # tokamax's products of experts
 # The compiler's own custom calls, which contain no matrix product.
 IDLE_CALLS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "GatherScatterIndices", "AsyncCollective",
               "ConcatBitcast", "SliceId", "ZeroCrop",
@@ -97,7 +98,8 @@ def kernel_flops(call: Instruction, operands: Sequence[Array], filled: float = 1
         return 0
     if call.scope.endswith("ragged-dot-metadata"):
         return 0
-    if re.search(r"ragged-dot[\w-]*$|\bt?gmm\)*/pallas_call$", call.scope):
+    by_triton = target_of(call) == TRITON and "/tokamax:" in call.scope
+    if by_triton or re.search(r"ragged-dot[\w-]*$|\bt?gmm\)*/pallas_call$", call.scope):
         return int(_ragged_kernel_flops(call.arrays[0], operands) * filled)
     if _nf4_block_rows(call) is not None:
         return 2 * operands[0].elements * call.arrays[0].dims[-1]
@@ -165,8 +167,10 @@ def _nf4_block_rows(call: Instruction) -> int | None:
 
 
 def _ragged_kernel_flops(result: Array, operands: Sequence[Array]) -> int:
-    """FLOPs of megablox, and of the kernel to which TPUs compile `ragged-dot`: rows [R, I] times matrices [E, I, O],
-    which may be transposed, or rows [R, I] times rows [R, O] for the gradients of the matrices.
+    """FLOPs of megablox, of tokamax's kernel, and of that to which TPUs compile `ragged-dot`.
+
+    Rows [R, I] times matrices [E, I, O], which may be transposed, or rows [R, I] times rows [R, O] for the gradients of
+    the matrices.
 
     A block of rows in which experts meet is computed for each of them; that is not counted.
     """

@@ -18,6 +18,7 @@ from jaxft.hardware.costs import costs_of
 from jaxft.hardware.products import target_of
 from jaxft.hardware.topology import parse
 from jaxft.nn.attention.causal import causal_attention
+from jaxft.nn.experts.grouped import grouped
 from jaxft.optional import tokamax_module
 from jaxft.planning import job
 from jaxft.planning import process as planning
@@ -185,6 +186,30 @@ def test_attention_by_tokamax_is_compiled_for_the_gpus_that_have_it(topology, ke
     products = (2 + 3 + 4 if kernels else 2 + 5) * 2 * 2 * 8 * 512 * 512 * 64 // 2
     costs = costs_of(module, {"fsdp": 1})
     assert costs.flops == products and not costs.unknown
+
+
+def test_products_of_experts_by_tokamax_are_counted():
+    if not gpu_compile.has_plugin():
+        pytest.skip(NO_PLUGIN)
+    if tokamax_module("tokamax") is None:
+        pytest.skip("tokamax is not installed")
+    mesh = make_mesh_plan(MeshConfig(), gpu_compile.devices(parse("h100:1")))
+    rows, experts, inputs, outputs = 1024, 8, 256, 512
+
+    def step(x, batch):
+        def loss(x, kernel):
+            return grouped(x, kernel, batch["sizes"]).astype(jnp.float32).sum()
+
+        return x, jax.grad(loss, (0, 1))(x, batch["kernel"])
+
+    def shape(dims, dtype):
+        return jax.ShapeDtypeStruct(dims, dtype, sharding=mesh.batch_sharding())
+
+    batch = {"kernel": shape((experts, inputs, outputs), jnp.bfloat16), "sizes": shape((experts,), jnp.int32)}
+    compiled = compile_step(step, shape((rows, inputs), jnp.bfloat16), batch, mesh, "default", gpu_compile.OPTIONS)
+    costs = costs_of(hlo.parse(compiled.text), {"fsdp": 1})
+    # The result is not needed, so that only both gradients are left.
+    assert costs.flops == 2 * 2 * rows * inputs * outputs and not costs.unknown
 
 
 def test_a_small_step_is_compiled_for_gpus():
