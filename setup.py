@@ -13,7 +13,8 @@ LIBTPU = [
     'libtpu>=0.0.42,<0.0.43; python_version < "3.12"',
     'libtpu>=0.0.50; python_version >= "3.12"',
 ]
-TOKAMAX = "tokamax==0.0.12"
+# It calls what later releases of JAX lack, which Python 3.12 gets: jaxft/optional.py.
+TOKAMAX = 'tokamax==0.0.12; python_version < "3.12"'
 SERVE = ["starlette>=1", "uvicorn>=0.38", "python-multipart>=0.0.20"]
 
 setup(

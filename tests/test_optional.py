@@ -1,10 +1,13 @@
 """Optional libraries: what their import does to a program, and what is said if they are absent."""
 
+import importlib.util
 import sys
 
+import jax
 import pytest
 from absl import flags
 
+from jaxft import optional
 from jaxft.optional import tokamax_module
 
 
@@ -26,3 +29,16 @@ def test_tokamax_does_not_read_the_command_line_of_a_program(monkeypatch):
 def test_an_absent_library_is_none(monkeypatch):
     monkeypatch.setitem(sys.modules, "tokamax", None)
     assert tokamax_module("tokamax") is None
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_with_a_jax_that_it_does_not_work_with_it_is_not_used_and_the_log_says_so_once(monkeypatch, caplog, installed):
+    spec = importlib.util.find_spec("jax") if installed else None
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
+    optional._works.cache_clear()
+    try:
+        assert tokamax_module("tokamax") is None and tokamax_module("tokamax.config") is None
+    finally:
+        optional._works.cache_clear()
+    assert len(caplog.records) == installed and ("does not work with JAX" in caplog.text) == installed

@@ -20,7 +20,7 @@ from jaxft.optional import tokamax_module
 
 reference = tokamax_module("tokamax._src.ops.attention.base")
 if reference is None:
-    pytest.skip("tokamax is not installed", allow_module_level=True)
+    pytest.skip("tokamax is not installed, or does not work with this JAX", allow_module_level=True)
 
 SEGMENTS = jnp.repeat(
     jnp.array([[1, 2, 3, 0], [5, 5, 4, 9]]), jnp.array([20, 9, 30, 5]), axis=1, total_repeat_length=64
