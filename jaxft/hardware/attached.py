@@ -1,15 +1,20 @@
 """The accelerators of this process by the names that plans use, such as `v5e:2x4` and `t4:2`."""
 
+import functools
+import logging
 import os
 import re
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 
 from jaxft.errors import ConfigError
 from jaxft.hardware.chips import CHIPS, Chip
 from jaxft.hardware.topology import Topology, cubic_shape
 from jaxft.quant.narrow import MatmulDtype
+
+log = logging.getLogger(__name__)
 
 # What JAX calls a device, as a pattern, and the chip that it is, the narrower ones first. The names are those of libtpu
 # and of NVIDIA's driver.
@@ -20,6 +25,7 @@ KINDS = (
     (r"\bB200\b", "b200"), (r"\bRTX 4090$", "rtx4090"), (r"\bRTX 5090$", "rtx5090"),
 )  # fmt: skip
 VECTOR_MEMORY = "xla_tpu_scoped_vmem_limit_kib"  # libtpu's option: vector memory for the arrays of one fusion
+UNKNOWN_OPTION = "No such compile option"
 
 
 def attached_topology(devices: Sequence[jax.Device] | None = None) -> str | None:
@@ -55,13 +61,34 @@ def chip_of(device: jax.Device) -> Chip | None:
 def step_options(device: jax.Device) -> dict[str, int]:
     """The options of the compiler with which runs and plans compile a training step for a device.
 
-    Empty for most devices, and for quick plans (`hardware.compile.compile_step`). v5e has `Chip.fusion_kib`; if the
-    environment variable LIBTPU_INIT_ARGS sets the same option, that value counts.
+    Empty for most devices, and for quick plans (`hardware.compile.compile_step`). v5e and v5p have `Chip.fusion_kib`,
+    unless libtpu does not know the option, which the log then says. If the environment variable LIBTPU_INIT_ARGS sets
+    it, that value counts.
     """
     chip = chip_of(device)
     if chip is None or chip.fusion_kib is None or VECTOR_MEMORY in os.environ.get("LIBTPU_INIT_ARGS", ""):
         return {}
-    return {VECTOR_MEMORY: chip.fusion_kib}
+    # A process of several can compile for its own devices alone; those of a plan are nobody's.
+    here = jax.local_devices()[0] if device in jax.devices() else device
+    return {VECTOR_MEMORY: chip.fusion_kib} if _knows_option(here, VECTOR_MEMORY, chip.fusion_kib) else {}
+
+
+@functools.cache
+def _knows_option(device: jax.Device, name: str, value: int) -> bool:
+    """Whether the compiler for a device takes an option. It refuses every program with one that it does not know."""
+    number = jax.ShapeDtypeStruct((), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(device))
+    try:
+        jax.jit(jnp.negative, compiler_options={name: value}).lower(number).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if UNKNOWN_OPTION not in str(error):
+            raise
+        log.warning(
+            "this libtpu does not know the option %s: training steps are compiled without it, and may be a fifth "
+            "slower. docs/performance.md names releases that know it",
+            name,
+        )
+        return False
+    return True
 
 
 def check_matmul(dtype: MatmulDtype | None, device: jax.Device) -> None:

@@ -89,7 +89,8 @@ _TPUS = (
          fusion_kib=32768),
     # 459 TFLOPs, 918 TOPs, 2765 GBps, 3D torus of 6 links, 1200 GBps both ways.
     _tpu(name="v5p", hbm_bytes=int(95.74 * GIB), flops=459 * TERA, int8_ops=918 * TERA, hbm_bandwidth=2765 * GIGA,
-         link_bandwidth=100 * GIGA, dimensions=3, full_ring=4, dcn_bandwidth=6.25 * GIGA, max_chips=8960, cores=2),
+         link_bandwidth=100 * GIGA, dimensions=3, full_ring=4, dcn_bandwidth=6.25 * GIGA, max_chips=8960, cores=2,
+         fusion_kib=24576),
     # 918 TFLOPs, 1836 TOPs, 1638 GBps, 2D torus of 4 links, 800 GBps both ways; 25.6 Tbps of DCN for 256 chips.
     _tpu(name="v6e", hbm_bytes=int(31.25 * GIB), flops=918 * TERA, int8_ops=1836 * TERA, hbm_bandwidth=1638 * GIGA,
          link_bandwidth=100 * GIGA, dimensions=2, full_ring=16, dcn_bandwidth=12.5 * GIGA, max_chips=256),

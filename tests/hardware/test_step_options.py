@@ -20,17 +20,20 @@ from jaxft.sharding.mesh import make_mesh_plan
 OPTION = "xla_tpu_scoped_vmem_limit_kib"
 KIB = 32768
 V5E = SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
+KNOWS_OPTION = attached._knows_option
 
 
 @pytest.fixture(autouse=True)
-def no_arguments_of_the_user(monkeypatch):
+def compiler(monkeypatch):
+    """One that knows the option, and no arguments of the user."""
     monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
+    monkeypatch.setattr(attached, "_knows_option", lambda *_: True)
 
 
 @pytest.mark.parametrize(
     ("kind", "kib"),
     [
-        ("TPU v5 lite", KIB), ("TPU v5e", KIB), ("TPU v5", None), ("TPU v5p", None), ("TPU v6 lite", None),
+        ("TPU v5 lite", KIB), ("TPU v5e", KIB), ("TPU v5", 24576), ("TPU v5p", 24576), ("TPU v6 lite", None),
         ("TPU v4", None), ("TPU7x", None), ("TPU v9", None), ("NVIDIA H100 80GB HBM3", None), ("Tesla T4", None),
         ("cpu", None),
     ],
@@ -82,20 +85,26 @@ def test_runs_sessions_and_plans_compile_steps_with_the_same_options(device, exp
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiles for a TPU with libtpu")
-def test_the_compiler_gets_the_options(monkeypatch):
+def test_the_compiler_gets_the_options_that_it_knows(monkeypatch, caplog):
     from jax.experimental import topologies
 
     for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
         monkeypatch.setenv(name, ENVIRONMENT[name])
+    monkeypatch.setattr(attached, "_knows_option", KNOWS_OPTION)
     device = topologies.get_topology_desc(platform="tpu", topology_name="v5e:1x1", chips_per_host_bounds=(1, 1, 1))
     mesh = make_mesh_plan(MeshConfig(), list(device.devices))
-    assert step_options(mesh.mesh.devices.flat[0]) == {OPTION: KIB}
     x = jax.ShapeDtypeStruct((128, 128), jnp.bfloat16, sharding=mesh.batch_sharding())
 
     def compiled():
         return compile_step(lambda state, batch: (state + jnp.tanh(batch @ state), batch.sum()), x, x, mesh, "default")
 
-    assert isinstance(compiled(), Compiled)
+    assert step_options(mesh.mesh.devices.flat[0]) == {OPTION: KIB}
+    assert isinstance(compiled(), Compiled) and not caplog.records
     monkeypatch.setattr(attached, "VECTOR_MEMORY", "xla_tpu_no_such_option")
+    assert step_options(mesh.mesh.devices.flat[0]) == {}
+    assert isinstance(compiled(), Compiled)
+    assert len(caplog.records) == 1 and "does not know the option xla_tpu_no_such_option" in caplog.text
+    # The compiler is really asked, and would refuse.
+    monkeypatch.setattr(attached, "_knows_option", lambda *_: True)
     with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option: 'xla_tpu_no_such_option'"):
         compiled()
