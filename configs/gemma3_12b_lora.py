@@ -4,7 +4,7 @@ The image tower is left out; the adapter is written for the whole folder. Meant 
 chip. Compiled for the slice below, but never run with the real weights nor on an accelerator. Access to the
 weights is granted on the Hugging Face hub; log in first (`hf auth login`). Rows: `--config.data.train=...`.
 
-Planned for v5e:2x4: 8 x 4,096 tokens, 9.57 of 15.75 GiB HBM, 1,957 tokens/s a chip; 1,000 steps: 0.58 h, USD 5.58
+Planned for v5e:2x4: 8 x 4,096 tokens, 9.37 of 15.75 GiB HBM, 1,975 tokens/s a chip; 1,000 steps: 0.58 h, USD 5.53
 """
 
 from ml_collections import ConfigDict

@@ -166,7 +166,7 @@ def _sums_and_gradients(
     """From one device's rows: the sums over all rows, the gradient of its part of the head, that of its rows."""
     unembed, layout, parts = products.unembed, products.layout, head
     head, frozen = _gathered(products, head, frozen, arrays[0].dtype)
-    chunks, count, places_BS = vocabulary.chunked(unembed, products.chunk, layout, head, arrays)
+    chunks, count, inverse_BS = vocabulary.chunked(unembed, products.chunk, layout, head, arrays)
 
     def body(index: jax.Array, carry: tuple[Sums, Head | None, jax.Array]) -> Any:
         total, head_grad, grads_JBCD = carry
@@ -186,4 +186,4 @@ def _sums_and_gradients(
     start = (products.zero(), zero, jnp.zeros_like(chunks[0]))
     total, head_grad, grads_JBCD = vocabulary.over_chunks(chunks, count, body, start)
     reduced = None if head_grad is None else vocabulary.reduced_head_gradient(head_grad, parts, layout)
-    return vocabulary.over_rows(total, layout), reduced, vocabulary.unchunked(grads_JBCD, places_BS)
+    return vocabulary.over_rows(total, layout), reduced, vocabulary.unchunked(grads_JBCD, inverse_BS)

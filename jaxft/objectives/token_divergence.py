@@ -118,7 +118,7 @@ def top_logps(
 
     def compute(head: list[jax.Array], arrays: Arrays) -> TopLogps:
         head = vocabulary.gathered_head(head, layout, hidden_BSD.dtype)
-        chunks, turns, places_BS = vocabulary.chunked(split.unembed, chunk, layout, head, arrays)
+        chunks, turns, inverse_BS = vocabulary.chunked(split.unembed, chunk, layout, head, arrays)
         axes = vocabulary.vocab_axes(layout)
 
         def body(index: jax.Array, whole: TopLogps) -> TopLogps:
@@ -132,7 +132,7 @@ def top_logps(
         shape = chunks[2].shape
         start = TopLogps(jnp.zeros((*shape, count), jnp.int32), jnp.zeros((*shape, count + 1), jnp.float32))
         whole = vocabulary.over_chunks(chunks, turns, body, start)
-        return TopLogps(*(vocabulary.unchunked(x, places_BS) for x in whole))
+        return TopLogps(*(vocabulary.unchunked(x, inverse_BS) for x in whole))
 
     if layout is not None:
         specs = (list(layout.head), layout.rows)

@@ -199,7 +199,7 @@ def _values_and_slopes(
 ) -> tuple[Values, Slopes]:
     """The same on one device's rows."""
     head = vocabulary.gathered_head(head, layout, hidden_BSD.dtype)
-    chunks, count, places_BS = vocabulary.chunked(unembed, chunk, layout, head, (hidden_BSD, targets_BS, mask_BS))
+    chunks, count, inverse_BS = vocabulary.chunked(unembed, chunk, layout, head, (hidden_BSD, targets_BS, mask_BS))
     axes = vocabulary.vocab_axes(layout)
 
     def body(index: jax.Array, carry: tuple[Values, Slopes]) -> tuple[Values, Slopes]:
@@ -224,7 +224,7 @@ def _values_and_slopes(
     zeros, zero_slopes = jnp.zeros(chunks[2].shape, jnp.float32), jnp.zeros_like(chunks[0])
     start = ((zeros,) * outputs, (zero_slopes,) * (gradients if with_slopes else 0))
     values, slopes = vocabulary.over_chunks(chunks, count, body, start)
-    return jax.tree.map(lambda x: vocabulary.unchunked(x, places_BS), (values, slopes))
+    return jax.tree.map(lambda x: vocabulary.unchunked(x, inverse_BS), (values, slopes))
 
 
 def _of_logits(

@@ -125,10 +125,10 @@ def chunked(
     head: Any,
     arrays: Arrays,
 ) -> tuple[Arrays, jax.Array, jax.Array]:
-    """((hidden, given, weights) in chunks, trained positions first; number of chunks that hold any; places).
+    """((hidden, given, weights) in chunks, trained positions first; number of chunks that hold any; inverse).
 
-    arrays: [B, S, ...] of one device; a position is trained if any of its weights is not 0. places: of each position in
-    the new order, for `unchunked`. chunk: positions of each
+    arrays: [B, S, ...] of one device; a position is trained if any of its weights is not 0. inverse: the
+    inverse of the permutation, for `unchunked`. chunk: positions of each
     row in a chunk; None: as many as CHUNK_BYTES permits.
     """
     hidden_BSD, _, weights_BS = arrays
@@ -140,25 +140,25 @@ def chunked(
         chunk = chunk // LANES * LANES or chunk
     chunk = max(1, min(chunk, hidden_BSD.shape[1]))
     trained_BS = jnp.any(jnp.reshape(weights_BS != 0, (*weights_BS.shape[:2], -1)), axis=-1)
-    order_BS, places_BS = _trained_first(trained_BS)
+    order_BS, inverse_BS = _trained_first(trained_BS)
     chunks = jax.tree.map(lambda x: _in_chunks(take(x, order_BS), chunk), arrays)
     trained = jnp.max(jnp.sum(trained_BS, axis=1))
     if layout is not None:
         # The same on every device, so that all of them come to the same exchanges.
         trained = jax.lax.pmax(trained, layout.all_axes)
-    return chunks, -(-trained // chunk), places_BS
+    return chunks, -(-trained // chunk), inverse_BS
 
 
 def _trained_first(trained_BS: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(the positions of each row in a new order, trained ones first; the place of each position in it), both int32.
+    """(a permutation of each row's positions that brings trained ones to the front; its inverse), both int32 [B, S].
 
     By counting and comparing: two sorts were a twentieth of the instructions for which a TPU's compiler generates code.
     """
     index_S = jnp.arange(trained_BS.shape[1], dtype=jnp.int32)
     before_BS = jnp.cumsum(trained_BS, axis=1, dtype=jnp.int32) - trained_BS
-    places_BS = jnp.where(trained_BS, before_BS, jnp.sum(trained_BS, axis=1, keepdims=True) + index_S - before_BS)
-    order_BS = jnp.sum(jnp.where(places_BS[:, None] == index_S[:, None], index_S, 0), axis=-1)
-    return order_BS, places_BS
+    inverse_BS = jnp.where(trained_BS, before_BS, jnp.sum(trained_BS, axis=1, keepdims=True) + index_S - before_BS)
+    order_BS = jnp.sum(jnp.where(inverse_BS[:, None] == index_S[:, None], index_S, 0), axis=-1)
+    return order_BS, inverse_BS
 
 
 def over_chunks(chunks: Arrays, count: jax.Array, body: Callable[[jax.Array, Carry], Carry], start: Carry) -> Carry:
@@ -243,11 +243,11 @@ def take(x: jax.Array, order_BS: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x, index, axis=1)
 
 
-def unchunked(x_JBC: jax.Array, places_BS: jax.Array) -> jax.Array:
+def unchunked(x_JBC: jax.Array, inverse_BS: jax.Array) -> jax.Array:
     """[J, B, C, ...] in the order of `chunked` -> [B, S, ...] in the order of positions."""
-    batch, length = places_BS.shape
+    batch, length = inverse_BS.shape
     x_BS = jnp.swapaxes(x_JBC, 0, 1).reshape(batch, -1, *x_JBC.shape[3:])[:, :length]
-    return take(x_BS, places_BS)
+    return take(x_BS, inverse_BS)
 
 
 def _exchanged(

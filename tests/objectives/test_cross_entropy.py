@@ -181,9 +181,9 @@ def test_sft_loss_is_the_sum_over_trained_tokens(smoke_config, tied):
 
 def test_trained_positions_come_first_in_their_order_and_nothing_is_sorted():
     trained = np.random.default_rng(0).random((5, 33)) < np.array([0.0, 0.1, 0.5, 0.9, 1.0])[:, None]
-    order, places = jax.jit(vocabulary._trained_first)(trained)
+    order, inverse = jax.jit(vocabulary._trained_first)(trained)
     expected = np.argsort(~trained, axis=1, stable=True)
     np.testing.assert_array_equal(order, expected)
-    np.testing.assert_array_equal(places, np.argsort(expected, axis=1))
+    np.testing.assert_array_equal(inverse, np.argsort(expected, axis=1))
     head, hidden, targets, weights = drawn()
     assert " sort[" not in str(jax.make_jaxpr(jax.grad(lambda h: chunked(head, h, targets, weights, 4)[0]))(hidden))
