@@ -4,7 +4,7 @@ The image tower is left out; the adapter is written for the whole folder. Meant 
 a chip. Compiled for the slice below, but never run with the real weights nor on an accelerator. Access to the
 weights is granted on the Hugging Face hub; log in first (`hf auth login`). Rows: `--config.data.train=...`.
 
-Planned for v5e:2x2: 4 x 4,096 tokens, 13.30 of 15.75 GiB HBM, 911 tokens/s a chip; 1,000 steps: 1.25 h, USD 6.00
+Planned for v5e:2x2: 4 x 4,096 tokens, 13.07 of 15.75 GiB HBM, 570 tokens/s a chip; 1,000 steps: 2.00 h, USD 9.58
 """
 
 from ml_collections import ConfigDict

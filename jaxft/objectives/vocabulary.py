@@ -127,9 +127,8 @@ def chunked(
 ) -> tuple[Arrays, jax.Array, jax.Array]:
     """((hidden, given, weights) in chunks, trained positions first; number of chunks that hold any; inverse).
 
-    arrays: [B, S, ...] of one device; a position is trained if any of its weights is not 0. inverse: the
-    inverse of the permutation, for `unchunked`. chunk: positions of each
-    row in a chunk; None: as many as CHUNK_BYTES permits.
+    arrays: [B, S, ...] of one device; a position is trained if any of its weights is not 0. chunk: positions of each
+    row in a chunk; None: as many as CHUNK_BYTES permits. inverse: of the permutation of positions, for `unchunked`.
     """
     hidden_BSD, _, weights_BS = arrays
     if chunk is None:
@@ -152,12 +151,16 @@ def chunked(
 def _trained_first(trained_BS: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(a permutation of each row's positions that brings trained ones to the front; its inverse), both int32 [B, S].
 
-    By counting and comparing: two sorts were a twentieth of the instructions for which a TPU's compiler generates code.
+    TPUs count and compare: two sorts were a twentieth of the instructions for which their compiler generates code. Other
+    compilers would keep all comparisons in memory.
     """
     index_S = jnp.arange(trained_BS.shape[1], dtype=jnp.int32)
     before_BS = jnp.cumsum(trained_BS, axis=1, dtype=jnp.int32) - trained_BS
     inverse_BS = jnp.where(trained_BS, before_BS, jnp.sum(trained_BS, axis=1, keepdims=True) + index_S - before_BS)
-    order_BS = jnp.sum(jnp.where(inverse_BS[:, None] == index_S[:, None], index_S, 0), axis=-1)
+    if partition.platform() == "tpu":
+        order_BS = jnp.sum(jnp.where(inverse_BS[:, None] == index_S[:, None], index_S, 0), axis=-1)
+    else:
+        order_BS = jnp.argsort(~trained_BS, axis=1, stable=True)
     return order_BS, inverse_BS
 
 
