@@ -151,7 +151,7 @@ def chunked(
 def _trained_first(trained_BS: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(a permutation of each row's positions that brings trained ones to the front; its inverse), both int32 [B, S].
 
-    TPUs count and compare: two sorts were a twentieth of the instructions for which their compiler generates code. Other
+    TPUs count and compare: two sorts were a twentieth of the instructions that their compiler generates code for. Other
     compilers would keep all comparisons in memory.
     """
     index_S = jnp.arange(trained_BS.shape[1], dtype=jnp.int32)
