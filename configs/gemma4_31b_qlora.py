@@ -4,7 +4,7 @@ The image tower is left out; the adapter is written for the whole folder. Meant 
 sequence a chip. Compiled for the slice below, but never run with the real weights nor on an accelerator. Access to
 the weights is granted on the Hugging Face hub; log in first (`hf auth login`). Rows: `--config.data.train=...`.
 
-Planned for v5e:2x2: 4 x 4,096 tokens, 15.10 of 15.75 GiB HBM, 757 tokens/s a chip; 1,000 steps: 1.50 h, USD 7.22
+Planned for v5e:2x2: 4 x 4,096 tokens, 14.43 of 15.75 GiB HBM, 479 tokens/s a chip; 1,000 steps: 2.37 h, USD 11.39
 """
 
 from ml_collections import ConfigDict

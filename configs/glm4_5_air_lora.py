@@ -5,7 +5,7 @@ sequences each: each chip gathers all experts of a layer before it uses them, an
 token. Compiled for the slice below, but never run with the real weights nor on an accelerator. Rows:
 `--config.data.train=...`.
 
-Planned for v6e:4x4: 32 x 4,096 tokens, 24.81 of 31.25 GiB HBM, 2,704 tokens/s a chip; 1,000 steps: 0.84 h, USD 36.35
+Planned for v6e:4x4: 32 x 4,096 tokens, 23.55 of 31.25 GiB HBM, 2,973 tokens/s a chip; 1,000 steps: 0.77 h, USD 33.06
 """
 
 from ml_collections import ConfigDict

@@ -5,7 +5,7 @@ GPUs; a sequence holds both answers of a pair, each with its prompt. Compiled fo
 but never run with the real weights nor on an accelerator. Access to the weights is granted on the Hugging Face hub;
 log in first (`hf auth login`). Pairs: `--config.data.train=...`.
 
-Planned for v5e:2x4: 16 x 4,096 tokens, 5.93 of 15.75 GiB HBM, 2,386 tokens/s a chip; 1,000 steps: 0.95 h, USD 9.16
+Planned for v5e:2x4: 16 x 4,096 tokens, 7.55 of 15.75 GiB HBM, 2,474 tokens/s a chip; 1,000 steps: 0.92 h, USD 8.83
 """
 
 from ml_collections import ConfigDict

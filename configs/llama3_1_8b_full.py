@@ -5,7 +5,7 @@ Needs accelerators with memory for the weights, their gradients and two moments,
 nor on an accelerator. Access to the weights is granted on the Hugging Face hub; log in first (`hf auth login`).
 Rows: `--config.data.train=...`.
 
-Planned for v5e:4x4: 16 x 4,096 tokens, 10.26 of 15.75 GiB HBM, 2,459 tokens/s a chip; 1,000 steps: 0.46 h, USD 8.89
+Planned for v5e:4x4: 16 x 4,096 tokens, 10.26 of 15.75 GiB HBM, 2,454 tokens/s a chip; 1,000 steps: 0.46 h, USD 8.90
 """
 
 from ml_collections import ConfigDict

@@ -8,7 +8,7 @@ which are not part of jaxft, by the script that holds the reward:
     python configs/reward_functions/gsm8k.py < train.jsonl > data/gsm8k_train.jsonl
     python configs/reward_functions/gsm8k.py < test.jsonl > data/gsm8k_test.jsonl
 
-Planned for v5e:2x4: 128 x 1,024 tokens, 6.98 of 15.75 GiB HBM, 1,731 tokens/s a chip; 1,000 steps: 2.63 h, USD 25.25
+Planned for v5e:2x4: 128 x 1,024 tokens, 7.32 of 15.75 GiB HBM, 1,776 tokens/s a chip; 1,000 steps: 2.56 h, USD 24.60
 """
 
 from pathlib import Path

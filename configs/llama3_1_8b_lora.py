@@ -4,7 +4,7 @@ Meant for one TPU host, two sequences a chip, or a few GPUs. Compiled for the sl
 never run with the real weights nor on an accelerator. Access to the weights is granted on the Hugging Face hub;
 log in first (`hf auth login`). Rows: `--config.data.train=...`.
 
-Planned for v5e:2x4: 16 x 4,096 tokens, 7.77 of 15.75 GiB HBM, 3,399 tokens/s a chip; 1,000 steps: 0.67 h, USD 6.43
+Planned for v5e:2x4: 16 x 4,096 tokens, 7.54 of 15.75 GiB HBM, 3,389 tokens/s a chip; 1,000 steps: 0.67 h, USD 6.45
 """
 
 from ml_collections import ConfigDict

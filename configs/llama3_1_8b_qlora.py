@@ -4,7 +4,7 @@ Meant for a single chip or GPU of 16 GB, one sequence at a time, four per update
 run as `:smoke`, but never run with the real weights nor on an accelerator. Access to the weights is granted on the
 Hugging Face hub; log in first (`hf auth login`). Rows: `--config.data.train=...`.
 
-Planned for v5e:1x1: 4 x 4,096 tokens, 8.93 of 15.75 GiB HBM, 3,491 tokens/s a chip; 1,000 steps: 1.30 h, USD 1.56
+Planned for v5e:1x1: 4 x 4,096 tokens, 8.86 of 15.75 GiB HBM, 3,161 tokens/s a chip; 1,000 steps: 1.44 h, USD 1.73
 """
 
 from ml_collections import ConfigDict

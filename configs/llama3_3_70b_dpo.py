@@ -5,7 +5,7 @@ which holds both answers of a pair, each with its prompt. Compiled for the slice
 but never run with the real weights nor on an accelerator. Access to the weights is granted on the Hugging Face hub;
 log in first (`hf auth login`). Pairs: `--config.data.train=...`.
 
-Planned for v5e:4x4: 4 x 4,096 tokens, 10.67 of 15.75 GiB HBM, 229 tokens/s a chip; 1,000 steps: 1.24 h, USD 23.86
+Planned for v5e:4x4: 4 x 4,096 tokens, 11.77 of 15.75 GiB HBM, 233 tokens/s a chip; 1,000 steps: 1.22 h, USD 23.43
 """
 
 from ml_collections import ConfigDict

@@ -4,7 +4,7 @@ Meant for 16 chips of 16 GiB: four chips share a sequence, because a whole one d
 for the slice below and run as `:smoke`, but never run with the real weights nor on an accelerator. Access to the
 weights is granted on the Hugging Face hub; log in first (`hf auth login`). Rows: `--config.data.train=...`.
 
-Planned for v5e:4x4: 4 x 4,096 tokens, 10.70 of 15.75 GiB HBM, 307 tokens/s a chip; 1,000 steps: 0.93 h, USD 17.77
+Planned for v5e:4x4: 4 x 4,096 tokens, 11.76 of 15.75 GiB HBM, 319 tokens/s a chip; 1,000 steps: 0.89 h, USD 17.12
 """
 
 from ml_collections import ConfigDict

@@ -4,7 +4,7 @@ Meant for four chips of 16 GiB that share each sequence, four sequences per upda
 run as `:smoke`, but never run with the real weights nor on an accelerator. Access to the weights is granted on the
 Hugging Face hub; log in first (`hf auth login`). Rows: `--config.data.train=...`.
 
-Planned for v5e:2x2: 4 x 4,096 tokens, 12.81 of 15.75 GiB HBM, 281 tokens/s a chip; 1,000 steps: 4.05 h, USD 19.42
+Planned for v5e:2x2: 4 x 4,096 tokens, 13.82 of 15.75 GiB HBM, 200 tokens/s a chip; 1,000 steps: 5.68 h, USD 27.26
 """
 
 from ml_collections import ConfigDict
