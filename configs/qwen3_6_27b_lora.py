@@ -3,7 +3,7 @@
 Meant for 8 chips of 16 GiB, one sequence each. Compiled for the slice below, but never run with the real weights nor
 on an accelerator. The sizes of the layers are those of Qwen3.5 27B. Rows: `--config.data.train=...`.
 
-Planned for v5e:2x4: 8 x 2,048 tokens, 11.79 of 15.75 GiB HBM, 706 tokens/s a chip; 1,000 steps: 0.81 h, USD 7.74
+Planned for v5e:2x4: 8 x 2,048 tokens, 12.00 of 15.75 GiB HBM, 707 tokens/s a chip; 1,000 steps: 0.80 h, USD 7.73
 """
 
 from ml_collections import ConfigDict

@@ -5,7 +5,7 @@ Attention, delta-nets and shared experts get adapters, the other experts and the
 costs less per token. Compiled for the slice below, but never run with the real weights nor on an accelerator. The
 sizes of the layers are those of Qwen3.5 35B-A3B. Rows: `--config.data.train=...`.
 
-Planned for v5e:4x4: 16 x 4,096 tokens, 14.02 of 15.75 GiB HBM, 1,544 tokens/s a chip; 1,000 steps: 0.74 h, USD 14.15
+Planned for v5e:4x4: 16 x 4,096 tokens, 13.80 of 15.75 GiB HBM, 1,473 tokens/s a chip; 1,000 steps: 0.77 h, USD 14.83
 """
 
 from ml_collections import ConfigDict

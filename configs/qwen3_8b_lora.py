@@ -3,7 +3,7 @@
 Meant for one TPU host, two sequences a chip. Compiled for the slice below, but never run with the real weights nor
 on an accelerator. Rows: `--config.data.train=...`.
 
-Planned for v5e:2x4: 16 x 4,096 tokens, 8.18 of 15.75 GiB HBM, 3,338 tokens/s a chip; 1,000 steps: 0.68 h, USD 6.54
+Planned for v5e:2x4: 16 x 4,096 tokens, 7.98 of 15.75 GiB HBM, 3,328 tokens/s a chip; 1,000 steps: 0.68 h, USD 6.56
 """
 
 from ml_collections import ConfigDict
