@@ -66,7 +66,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
-        # Kernels for GPUs: packed attention on Hopper and Blackwell, and products of experts. A young package, of whose
+        # Kernels for GPUs: packed attention on Hopper, and products of experts. A young package, of whose
         # inner modules attention uses two: exactly the release that was compiled.
         "gpu_kernels": [TOKAMAX],
         # `jaxft plan` compiles for TPUs on machines without one.

@@ -89,9 +89,9 @@ def test_what_the_kernels_do_not_compute_is_for_the_other_forms(monkeypatch):
     assert not mosaic.fits(half(head_dim=96), 512, None, value_dim=96)
     assert not mosaic.fits(half(), 512, None, value_dim=128)
     assert not mosaic.fits(half(), 512, jnp.zeros(4), value_dim=64)
-    assert not mosaic.fits(half(length=128), 512, None, value_dim=64)
-    assert not mosaic.fits(half(), 384, None, value_dim=64)
-    for capability in ("8.0", "12.0", None):
+    assert not mosaic.fits(half(length=192), 512, None, value_dim=64)
+    assert not mosaic.fits(half(), 320, None, value_dim=64)
+    for capability in ("8.0", "10.0", "12.0", None):
         monkeypatch.setattr(mosaic, "get_default_device", partial(Device, capability))
         assert not mosaic.fits(half(), 512, None, value_dim=64)
 

@@ -1,4 +1,4 @@
-"""Causal attention on NVIDIA's Hopper and Blackwell GPUs: kernels of the library tokamax, which need no mask.
+"""Causal attention on NVIDIA's Hopper GPUs: kernels of the library tokamax, which need no mask.
 
 Of packed rows they read where each query's document begins, one number a query, and they skip blocks of keys before it.
 A mask has one number for each query and key.
@@ -18,10 +18,12 @@ from jaxft.nn.attention.score_form import ScoreForm, score_scale
 from jaxft.optional import tokamax_module
 
 HEAD_DIMS = (64, 128)
-LENGTH_STEP = 256  # of queries and keys: the largest block of the kernels, which is Blackwell's
+LENGTH_STEP = 128  # of queries and keys: the largest block of the kernels
 # The name of the part of a program that is these kernels, for plans; CAUSAL if they skip what causal order hides.
 SCOPE, CAUSAL = "mosaic_attention", "mosaic_attention_causal"
-LEAST_CAPABILITY, MOST_CAPABILITY = 9.0, 10.9  # CUDA's compute capability: Hopper and Blackwell in data centres
+# CUDA's compute capability of Hopper. Those of tokamax 0.0.12 for Blackwell do not compile for heads of 128: they need
+# 291 KiB of shared memory, and a block may have 227.
+HOPPER = 9.0
 
 
 class _Library(NamedTuple):
@@ -59,7 +61,7 @@ def fits(q_BSNH: jax.Array, keys: int, sinks_N: jax.Array | None, *, value_dim: 
 def _device_has_kernels() -> bool:
     device = get_default_device()
     capability = getattr(device, "compute_capability", None) if device.platform == "gpu" else None
-    return capability is not None and LEAST_CAPABILITY <= float(capability) <= MOST_CAPABILITY
+    return capability is not None and float(capability) == HOPPER
 
 
 def attention(
@@ -81,9 +83,8 @@ def attention(
 
 def _seen(key_segments_BT: jax.Array, queries: int, window: int | None, start: jax.Array | None) -> _Seen:
     keys_T = jnp.arange(key_segments_BT.shape[1], dtype=jnp.int32)
-    begins_BT = jnp.pad(
-        key_segments_BT[:, 1:] != key_segments_BT[:, :-1], ((0, 0), (1, 0)), constant_values=True
-    )  # fmt: skip
+    changes_BT = key_segments_BT[:, 1:] != key_segments_BT[:, :-1]
+    begins_BT = jnp.pad(changes_BT, ((0, 0), (1, 0)), constant_values=True)
     first_BT = jax.lax.cummax(jnp.where(begins_BT, keys_T, 0), axis=1)
     if window is not None:
         first_BT = jnp.maximum(first_BT, keys_T - window + 1)
