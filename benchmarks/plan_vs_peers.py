@@ -32,15 +32,13 @@ GIB = 2**30
 ROOT = Path(__file__).parents[1]
 STEPS = Path(__file__).parent / "peers"
 PARAMETERS, LAYERS, LENGTH = 8_030_261_248, 32, 4096
+FUSION_KIB = 16384  # vector memory that libtpu gives to a fusion on v5e and v5p
+OWN = ("PYTHONPATH", "XLA_FLAGS", "LIBTPU_INIT_ARGS")  # environment variables that peers do not get
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One piece of work on Llama 3.1 8B.
-
-    devices: of the slice. batch: sequences over all of them. config: jaxft's. fusion_kib: vector memory that libtpu
-    gives to a fusion on these chips by default.
-    """
+    """One piece of work on Llama 3.1 8B. devices: of the slice. batch: sequences over all of them. config: jaxft's."""
 
     topology: str
     maxtext_topology: str
@@ -48,7 +46,6 @@ class Row:
     batch: int
     lora: bool
     config: str
-    fusion_kib: int = 16384
 
     @property
     def ideal_flops(self) -> float:
@@ -153,7 +150,7 @@ def compile_peer(interpreter: Path, peer: Peer, arguments: list[str], level: str
     """Runs a peer's script in its environment and logs its output in the step's folder. Returns the error, or None."""
     folder = Path(arguments[0])
     folder.mkdir(parents=True, exist_ok=True)
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "XLA_FLAGS")}
+    environment = {name: value for name, value in os.environ.items() if name not in OWN}
     if level == "O1":
         environment["JAX_OPTIMIZATION_LEVEL"] = "O1"
     log = folder / "log.txt"
@@ -217,7 +214,7 @@ def jaxft_column(row_name: str, arguments: argparse.Namespace) -> dict[str, Any]
     ]  # fmt: skip
     say(f"jaxft: {' '.join(command[2:])}")
     # As the peers' steps are compiled: with libtpu's own limit for fusions, which jaxft's runs raise.
-    environment = os.environ | {"LIBTPU_INIT_ARGS": f"--xla_tpu_scoped_vmem_limit_kib={row.fusion_kib}"}
+    environment = os.environ | {"LIBTPU_INIT_ARGS": f"--xla_tpu_scoped_vmem_limit_kib={FUSION_KIB}"}
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         return {"failed": f"jaxft plan ended with {done.returncode}"}

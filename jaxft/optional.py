@@ -39,8 +39,8 @@ def _works() -> bool:
         return True
     if importlib.util.find_spec("tokamax") is not None:
         log.warning(
-            "tokamax is not used: it does not work with JAX %s. GPUs need it for products of experts and for packed "
-            "attention at full speed: install jax 0.10.2, which is the newest for Python 3.11.",
+            "tokamax is not used: it does not work with JAX %s. Without it products of experts on GPUs are slower and "
+            "packed attention takes more memory: use Python 3.11, whose newest JAX, 0.10.2, it works with.",
             jax.__version__,
         )
     return False

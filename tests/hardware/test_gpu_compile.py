@@ -1,8 +1,10 @@
 """GPUs that are not here: which can be compiled for, and, where the plugin is installed, a small step that is."""
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ from jaxft import config
 from jaxft.config import MeshConfig
 from jaxft.hardware import analytic, gpu_compile, hlo
 from jaxft.hardware.chips import CHIPS
-from jaxft.hardware.compile import Compiled, Memory, TooLarge, compile_step
+from jaxft.hardware.compile import Compiled, Memory, TooLarge, compile_step, traced_for
 from jaxft.hardware.costs import costs_of
 from jaxft.hardware.products import target_of
 from jaxft.hardware.topology import parse
@@ -155,6 +157,16 @@ def test_attention_is_compiled_for_gpus_without_a_gradient_of_its_mask():
     everything = [call for computation in module.computations.values() for call in computation.instructions.values()]
     (backward,) = [call for call in everything if target_of(call) == gpu_compile.BACKWARD_ATTENTION]
     assert [array.dims for array in backward.arrays] == [(2, 8, 256, 64), (2, 2, 256, 64), (2, 2, 256, 64), (0,)]
+
+
+def test_programs_for_gpus_are_traced_with_them_as_the_default_device(monkeypatch):
+    defaults = []
+    monkeypatch.setattr(jax, "default_device", lambda device: defaults.append(device) or contextlib.nullcontext())
+    gpu, cpu = SimpleNamespace(platform="gpu"), jax.devices("cpu")[0]
+    for device in (gpu, cpu):
+        with traced_for(device):
+            pass
+    assert defaults == [gpu]
 
 
 @pytest.mark.parametrize(("topology", "kernels"), [("h100:1", 3), ("a100-80:1", 0)])
