@@ -68,11 +68,11 @@ setup(
         "cuda": ["jax[cuda12]"],
         # Kernels for GPUs: packed attention on Hopper, and products of experts. A young package, of whose
         # inner modules attention uses two: exactly the release that was compiled.
-        "gpu_kernels": [TOKAMAX],
+        "gpu-kernels": [TOKAMAX],
         # `jaxft plan` compiles for TPUs on machines without one.
         "plan": [*LIBTPU],
         # The same for NVIDIA GPUs, without the libraries that only a GPU needs.
-        "plan_gpu": ["jax[cuda12-local]", "nvidia-cuda-nvcc-cu12"],
+        "plan-gpu": ["jax[cuda12-local]", "nvidia-cuda-nvcc-cu12"],
         # Metrics of eval.metric: rouge1, rouge2 and rougeL, chrf, and JSON against a schema.
         "metrics": ["rouge-score>=0.1.2", "sacrebleu>=2.4", "jsonschema>=4.21"],
         # The reward function math_answer.

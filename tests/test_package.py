@@ -1,7 +1,9 @@
 """What an installed package holds: shipped configs with their files, found outside of a checkout."""
 
+import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -53,3 +55,24 @@ def test_every_file_of_the_page_is_in_the_package(package: Path) -> None:
     folder = Path("jaxft") / "assets" / "serve"
     names = {path.name for path in (package / folder).iterdir()}
     assert names == {path.name for path in (ROOT / folder).iterdir()} and "app.js" in names
+
+
+def test_extras_are_installed_by_older_pips_and_those_that_pages_and_errors_name_exist() -> None:
+    calls = [
+        node
+        for node in ast.walk(ast.parse((ROOT / "setup.py").read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+    ]
+    (extras,) = [keyword.value for call in calls for keyword in call.keywords if keyword.arg == "extras_require"]
+    names = {key.value for key in extras.keys}
+    # pip 23.2 compares names as they are written with those in the metadata, where underscores are hyphens.
+    assert not [name for name in names if not re.fullmatch("[a-z0-9]+(-[a-z0-9]+)*", name)]
+    files = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "jaxft").rglob("*.py")]
+    texts = [path.read_text(encoding="utf-8") for path in files]
+    named = {
+        name
+        for text in texts
+        for found in re.findall(r"(?:jaxft|'\.)\[([a-z0-9_,-]+)\]", text)
+        for name in found.split(",")
+    }
+    assert len(named) > 8 and named - {"extras"} <= names  # "extras" stands for any of them

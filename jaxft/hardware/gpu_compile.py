@@ -13,7 +13,7 @@ from jaxft.hardware.topology import Topology
 if TYPE_CHECKING:
     import jax
 
-PLUGIN = "pip install 'jaxft[plan_gpu]'"
+PLUGIN = "pip install 'jaxft[plan-gpu]'"
 # Kernels are chosen by rules: measuring which is fastest needs the GPU.
 OPTIONS = {"xla_gpu_autotune_level": 0}
 # The level of a run. O1 is no quick way here: it adds passes, one of which copies layers and ends the compiler by a

@@ -30,7 +30,7 @@ from jaxft.sharding.mesh import make_mesh_plan
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SMOKE = f"{CONFIGS / 'llama3_1_8b_lora.py'}:smoke"
-NO_PLUGIN = "JAX's CUDA plugin is not installed: pip install 'jaxft[plan_gpu]'"
+NO_PLUGIN = "JAX's CUDA plugin is not installed: pip install 'jaxft[plan-gpu]'"
 HALF = ["train.batch_size=8", "train.accumulation_steps=1", "model.remat=full", "model.dtype=bfloat16"]
 
 
